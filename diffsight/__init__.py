@@ -1,0 +1,74 @@
+"""diffsight opens up diffusion pipelines and multimodal models: read and change any value inside a run.
+
+    from diffsight import DiffusionModel
+
+    model = DiffusionModel("diffsight/shapes-clip")
+    with model.generate("a red circle above a blue square", seed=17) as run:
+        run.text_encoder.ln_final.input = run.text_encoder.layers[4].output
+    run.images[0].save("layer4.png")
+
+The engine (`Model`, `Run`, the errors) needs PyTorch alone; what stands on diffusers and transformers is imported when it
+is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .envoy import Envoy
+from .errors import (
+    AssignmentError,
+    DiffsightError,
+    InputError,
+    NeverReachedError,
+    NoRunError,
+    OutOfOrderError,
+    PointNotFoundError,
+    RunClosedError,
+    WrongThreadError,
+)
+from .model import Model
+from .run import Run, Step
+
+if TYPE_CHECKING:
+    from diffsight.gallery.grid import image_grid
+    from diffsight.lenses.diffusion import DiffusionLensResult, diffusion_lens
+    from diffsight.pipelines.diffusion import DiffusionModel
+
+__version__ = "0.1.0"
+
+_LATER = {
+    "DiffusionModel": "diffsight.pipelines.diffusion",
+    "diffusion_lens": "diffsight.lenses.diffusion",
+    "DiffusionLensResult": "diffsight.lenses.diffusion",
+    "image_grid": "diffsight.gallery.grid",
+}
+
+__all__ = [
+    "AssignmentError",
+    "DiffsightError",
+    "DiffusionLensResult",
+    "DiffusionModel",
+    "Envoy",
+    "InputError",
+    "Model",
+    "NeverReachedError",
+    "NoRunError",
+    "OutOfOrderError",
+    "PointNotFoundError",
+    "Run",
+    "RunClosedError",
+    "Step",
+    "WrongThreadError",
+    "diffusion_lens",
+    "image_grid",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'diffsight' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

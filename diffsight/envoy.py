@@ -1,0 +1,240 @@
+"""Envoys: the named handles on a model's modules and methods.
+
+    model.unet.mid_block                    # a child, by attribute
+    model.text_encoder.layers[4]            # or by index; names may be standard ones ("layers", "ln_final")
+    run.unet.mid_block.output               # the value it returned, in this run
+    run.unet.mid_block.calls[2].output      # ... in its third call of the scope
+    run.vae.decode.input = latents          # methods that pipelines call directly are envoys as well
+
+Reading a value runs the model up to it; assigning puts a value in its place, now or when the model comes there. Attributes
+that are neither children nor values are those of the module itself (`model.unet.config`, `model.unet.dtype`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .errors import NoRunError, PointNotFoundError, suggest
+from .flow import Flow
+from .taps import Target, join
+
+if TYPE_CHECKING:
+    from .model import Model
+    from .run import Run
+
+_VALUES = ("input", "inputs", "output")
+
+
+@contextmanager
+def keeping_attribute_errors(holder: Any) -> Iterator[None]:
+    """Python takes an AttributeError out of a property for a missing attribute and goes on to `__getattr__`, which then
+    hides the model's own error. So it is kept aside here, for `__getattr__` to raise (`raise_kept`)."""
+    try:
+        yield
+    except AttributeError as error:
+        holder.__dict__["_kept_error"] = error
+        raise
+
+
+def raise_kept(holder: Any) -> None:
+    """Raises the AttributeError that a property of `holder` ended with, if that is why `__getattr__` was called."""
+    error = holder.__dict__.pop("_kept_error", None)
+    if error is not None:
+        raise error
+
+
+class Points:
+    """The values of one call: what can be read and assigned on an envoy, a method, or one of their `.calls`."""
+
+    def __init__(self, model: "Model", target: Target, run: "Run | None", call: int = 0) -> None:
+        self.__dict__.update(_model=model, _target=target, _run=run, _call=call)
+
+    @property
+    def output(self) -> Any:
+        """What the call returned. Assignable."""
+        return self._fetch("output")
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._flow("output").assign(self._target, "output", self._call, value)
+
+    @property
+    def input(self) -> Any:
+        """The first argument of the call (positional, else by keyword). Assignable."""
+        return self._fetch("input")
+
+    @input.setter
+    def input(self, value: Any) -> None:
+        self._flow("input").assign(self._target, "input", self._call, value)
+
+    @property
+    def inputs(self) -> tuple[tuple, dict]:
+        """All arguments of the call, as `(args, kwargs)`. Assignable."""
+        return self._fetch("inputs")
+
+    @inputs.setter
+    def inputs(self, value: tuple[tuple, dict]) -> None:
+        self._flow("inputs").assign(self._target, "inputs", self._call, value)
+
+    def skip(self, value: Any) -> None:
+        """Leaves the call out: the model goes on with `value` as its output."""
+        self._flow("skip").skip(self._target, self._call, value)
+
+    @property
+    def path(self) -> str:
+        """The path from the model, as one writes it."""
+        return self._target.path
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _VALUES:
+            raise PointNotFoundError(
+                f"{join(self.path, name)} cannot be assigned: .input, .inputs and .output can" + suggest(name, _VALUES)
+            )
+        object.__setattr__(self, name, value)
+
+    def _fetch(self, part: str) -> Any:
+        with keeping_attribute_errors(self):
+            return self._flow(part).fetch(self._target, part, self._call)
+
+    def _flow(self, part: str) -> Flow:
+        run = self._run if self._run is not None else self._model._innermost_run()
+        if run is None:
+            raise NoRunError(
+                f"{join(self.path, part)} has a value only while the model runs: write it inside "
+                f"`with model.{self._model._opens_with}(...) as run:`"
+            )
+        return run._flow
+
+
+class Calls:
+    """The calls of a module or method in the current scope, by number: `envoy.calls[2].output`."""
+
+    __iter__ = None  # there is no telling how many calls will come
+
+    def __init__(self, points: Points) -> None:
+        self._points = points
+
+    def __getitem__(self, index: int) -> Points:
+        if not isinstance(index, int) or index < 0:
+            raise IndexError(f".calls takes the number of a call, 0 for the first, not {index!r}")
+        return Points(self._points._model, self._points._target, self._points._run, index)
+
+    def __repr__(self) -> str:
+        return f"<calls of {self._points.path}>"
+
+
+class MethodEnvoy(Points):
+    """The handle on a method: its values in a run; called, it calls the method."""
+
+    @property
+    def calls(self) -> Calls:
+        """Every call of the scope, by number."""
+        return Calls(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._target.owner, self._target.name)(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<method {self.path} of {type(self._target.owner).__name__}>"
+
+
+class Envoy(Points):
+    """The handle on a module, or on another part of a pipeline; called, it calls the part without its points firing."""
+
+    @property
+    def calls(self) -> Calls:
+        """Every call of the scope, by number."""
+        return Calls(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._owner(*args, **kwargs)
+
+    @property
+    def _owner(self) -> Any:
+        return self._target.owner
+
+    def _bound(self, run: "Run") -> "Envoy":
+        """The same handle, for `run` alone."""
+        return Envoy(self._model, self._target, run)
+
+    def _child(self, name: str) -> "Envoy | MethodEnvoy | None":
+        """The child, method or standard name called `name`, if there is one."""
+        if name in self._model._methods_of(self._owner):
+            return MethodEnvoy(self._model, Target(self._owner, name, join(self.path, name), self._outer), self._run)
+        if name in self._model._parts_of(self._owner):
+            part = self._model._parts_of(self._owner)[name]
+            return Envoy(self._model, self._model._target_of(part, join(self.path, name), self._outer), self._run)
+        real = self._model._names_of(self._owner).get(name)
+        if real is None:
+            return None
+        found = self
+        for step in real.split("."):
+            found = found._child(step)
+        return found._renamed(join(self.path, name))
+
+    def _renamed(self, path: str) -> "Envoy":
+        target = Target(self._owner, self._target.name, path, self._target.outer)
+        return Envoy(self._model, target, self._run)
+
+    @property
+    def _outer(self) -> Target | None:
+        """What surrounds the children in the model's run: this module."""
+        return self._target if isinstance(self._owner, nn.Module) else None
+
+    def __getattr__(self, name: str) -> Any:
+        raise_kept(self)
+        if name.startswith("__"):
+            raise AttributeError(name)
+        child = self._child(name)
+        if child is not None:
+            return child
+        try:
+            return getattr(self._owner, name)
+        except AttributeError:
+            known = [known for known in dir(self) if not known.startswith("_")]
+            raise PointNotFoundError(
+                f"{self.path or type(self._owner).__name__} has no {name!r}{suggest(name, known)}"
+            ) from None
+
+    def __getitem__(self, key: int | str | slice) -> Any:
+        if isinstance(key, str):
+            found = self
+            for step in key.replace("[", ".").replace("]", "").split("."):
+                child = found._child(step)
+                if child is None:
+                    known = found._names()
+                    raise PointNotFoundError(
+                        f"{self.path or type(self._owner).__name__} has no {key!r}: "
+                        f"{found.path or type(found._owner).__name__} has no {step!r}{suggest(step, known)}"
+                    )
+                found = child
+            return found
+        names = list(self._model._parts_of(self._owner))
+        if isinstance(key, slice):
+            return [self._child(name) for name in names[key]]
+        try:
+            return self._child(names[key])
+        except IndexError:
+            raise PointNotFoundError(f"{self.path}[{key}] is not there: {self.path} has {len(names)} children") from None
+
+    def __len__(self) -> int:
+        return len(self._model._parts_of(self._owner))
+
+    def __iter__(self) -> Iterator["Envoy"]:
+        return iter(self[:])
+
+    def __bool__(self) -> bool:
+        return True
+
+    def _names(self) -> list[str]:
+        model, owner = self._model, self._owner
+        return [*model._parts_of(owner), *model._methods_of(owner), *model._names_of(owner)]
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self._names(), *dir(self._owner)})
+
+    def __repr__(self) -> str:
+        return self._model._describe(self._owner)
+

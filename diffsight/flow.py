@@ -1,0 +1,394 @@
+"""The flow of one run: the model's coroutine, its taps, and where it stands.
+
+The protocol. The body asks for a point (`fetch`); the flow taps it, tells the tap to wait for it and resumes the model.
+When the model gets there, the tap parks the model and the body has the value. If instead the model ends, or the step ends
+that the body is in, or the surrounding module returns that was running when a late tap was made, the point lies behind:
+`OutOfOrderError`, never a later call's value.
+
+To know what lies behind, calls are counted. The model's components and their children are tapped from the start, and with
+a point all modules around it and their children: so a module is, as a rule, tapped before the module around it is
+entered, and its count is exact. Where it is not (`Tap.unseen`), the past is unknown and the point counts as passed.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from threading import get_ident
+from typing import Any
+
+import torch
+
+from .coroutine import Coroutine, TorchState
+from .errors import (
+    AssignmentError,
+    NeverReachedError,
+    OutOfOrderError,
+    PointNotFoundError,
+    RunClosedError,
+    WrongThreadError,
+)
+from .taps import (
+    FORWARD,
+    INPUTS,
+    OUTPUT,
+    Assignment,
+    ForwardOverride,
+    MethodOverride,
+    Point,
+    Tap,
+    Target,
+    assign,
+    first_input,
+    hook_module,
+)
+
+
+class Clock:
+    """Says when a step begins: at a call of one of `starts`, once one of `ends` has been called since the last
+    beginning (where there are no `ends`, at every call)."""
+
+    def __init__(self, starts: Sequence[Target], ends: Sequence[Target] = ()) -> None:
+        self.starts = {target.key for target in starts}
+        self.ends = {target.key for target in ends}
+        self.index = -1  # of the step the model is in
+        self.call: tuple[Tap, tuple, dict] | None = None  # the call that began it
+        self._due = True
+
+    def begins(self, tap: Tap, args: tuple, kwargs: dict) -> bool:
+        if not self._due or tap.target.key not in self.starts:
+            return False
+        self._due = not self.ends
+        self.index += 1
+        self.call = (tap, args, kwargs)
+        return True
+
+    def note_end(self, tap: Tap) -> None:
+        if tap.target.key in self.ends:
+            self._due = True
+
+
+class Flow:
+    """One execution of `function`. `components` are tapped from the start, `clock` says when a step begins."""
+
+    def __init__(self, function: Callable[[], Any], components: Sequence[Target], clock: Clock) -> None:
+        self.function = function
+        self.components = components
+        self.clock = clock
+        self.state = TorchState.capture()
+        self.thread = get_ident()
+        self.coroutine: Coroutine | None = None
+        self.taps: dict[tuple[int, str], Tap] = {}
+        self.parked: Point | None = None
+        self.in_step = False  # the scope of the body: a step, or the whole run
+        self.body_step = -1  # the last step the body has entered
+        self.stop_at_steps = False
+        self.unreached: list[Assignment] = []
+        self.closing = False  # the model is being unwound: taps let everything pass
+        self.outcome: str | None = None  # how the run ended, in words; None while it is open
+        self.has_result = False
+        self.result: Any = None
+        self._stands = "before its first call"
+        self._overridden: set[tuple[int, str]] = set()
+        self._undo: list[Callable[[], None]] = []
+
+    # ---- what the body asks for
+
+    def fetch(self, target: Target, part: str, call: int) -> Any:
+        """The value of a point: `part` ("inputs", "input" or "output") of call number `call` in the scope."""
+        path = f"{target.path}.{part}"
+        self._check_open(path)
+        tap, index = self._locate(target, call, path)
+        key = (OUTPUT if part == "output" else INPUTS, index)
+        if key[0] == INPUTS:
+            self._override_forward(target)  # so that the call can still be left out, once its inputs are here
+        point = tap.points.get(key) or self._advance_to(tap, key, path)
+        return first_input(point.value) if part == "input" else point.value
+
+    def assign(self, target: Target, part: str, call: int, value: Any) -> None:
+        """Puts `value` in the place of a point, now if the model stands there, else when it comes there."""
+        path = f"{target.path}.{part}"
+        self._check_open(path)
+        _check_value(path, part, value)
+        tap, index = self._locate(target, call, path)
+        key = (OUTPUT if part == "output" else INPUTS, index)
+        assignment = Assignment(part, value, path, _caller(), self.in_step)
+        if self.parked is not None and self.parked is tap.points.get(key):
+            assign(self.parked, assignment)
+        elif self._passed(tap, key):
+            raise OutOfOrderError(self._too_late(path, "assigned"))
+        else:
+            tap.pending.setdefault(key, []).append(assignment)
+
+    def skip(self, target: Target, call: int, value: Any) -> None:
+        """Leaves a call out: `value` is what it gives. Possible until the call runs, at its inputs at the latest."""
+        path = f"{target.path}.skip"
+        self._check_open(path)
+        tap, index = self._locate(target, call, path)
+        at_its_inputs = self.parked is not None and self.parked is tap.points.get((INPUTS, index))
+        if not at_its_inputs and self._passed(tap, (INPUTS, index)):
+            raise OutOfOrderError(self._too_late(path, "asked for"))
+        self._override_forward(target)
+        tap.skips[index] = Assignment("skip", value, path, _caller(), self.in_step)
+
+    def next_step(self) -> bool:
+        """Runs the model to the beginning of the next step that the body has not entered; False where it ends."""
+        self._check_thread("run.steps")
+        if self.outcome is not None and not self.has_result:
+            return False
+        self._start()
+        self.stop_at_steps = True
+        while self.outcome is None and self.clock.index <= self.body_step:
+            self._resume()
+        if self.outcome is not None:
+            return False
+        self.body_step, self.in_step = self.clock.index, True
+        return True
+
+    def leave_steps(self) -> None:
+        """The body leaves its loop over steps: the scope is the whole run again."""
+        self.in_step = self.stop_at_steps = False
+
+    def run_to_end(self) -> Any:
+        """Runs the rest of the model; gives what it returned."""
+        self._check_thread("run.result")
+        self.stop_at_steps = False
+        while self.outcome is None:
+            self._resume()
+        if not self.has_result:
+            raise RunClosedError(f"the run has no result: {self.outcome}")
+        return self.result
+
+    def raise_unreached(self) -> None:
+        """The error for assignments that the model never came to, if there are any."""
+        missed, self.unreached = self.unreached, []
+        if missed:
+            lines = "\n".join(f"  {a.path} ({a.where})" for a in missed)
+            raise NeverReachedError(
+                f"assigned, but the model never came there:\n{lines}\nThe model ran without it. Does it use the module "
+                "in this run (or in this step), and as often as the call number says?"
+            )
+
+    def close(self, outcome: str) -> None:
+        """Ends the run where it stands: unwinds the model, removes every hook. May be called again."""
+        if self.outcome is not None:
+            return
+        self.closing = True
+        try:
+            if self.coroutine is not None and get_ident() == self.thread:
+                self.coroutine.unwind()
+        except Exception:
+            pass  # of the unwinding; what led to the end is what matters
+        finally:
+            self._end(outcome)
+
+    # ---- taps
+
+    def tap(self, target: Target) -> Tap:
+        """The tap of `target`, made now if there is none, along with those of the modules around it."""
+        self._start()
+        known = self.taps.get(target.key)
+        if known is not None and all(self._is_open(outer) for outer in target.around()):
+            return known
+        if not target.is_called:
+            raise PointNotFoundError(
+                f"{target.path} has no values: {type(target.owner).__name__} is not called by the model, it only "
+                "holds others. Ask for one of them"
+            )
+        around = None
+        for outer in target.around():
+            if outer.is_called:
+                around = self._tap_with_children(outer, around)
+        return self._tap(target, around)
+
+    def _start(self) -> None:
+        """Taps the components, before anything moves."""
+        if not self.taps:
+            for component in self.components:
+                self._tap_with_children(component, None)
+
+    def _is_open(self, target: Target) -> bool:
+        tap = self.taps.get(target.key)
+        return not target.is_called or (tap is not None and tap.children_tapped)
+
+    def _tap_with_children(self, target: Target, around: Tap | None) -> Tap:
+        tap = self._tap(target, around)
+        if not tap.children_tapped:
+            tap.children_tapped = True
+            for child in target.children() if target.name == FORWARD else ():
+                self._tap(child, tap)
+        return tap
+
+    def _tap(self, target: Target, around: Tap | None) -> Tap:
+        if target.key in self.taps:
+            return self.taps[target.key]
+        tap = Tap(self, target, born_in=self.clock.index)
+        if around is not None and around.entered:
+            at_inputs = self.parked is not None and self.parked.tap is around and self.parked.kind == INPUTS
+            tap.unseen = around.entered - at_inputs
+            tap.unseen_in_step = around.entered - around.step_base - at_inputs
+            tap.guard = around if around.active and not at_inputs else None
+        self.taps[target.key] = tap
+        if target.name == FORWARD:
+            self._undo += [handle.remove for handle in hook_module(target.owner, tap)]
+        else:
+            self._undo.append(MethodOverride(target.owner, target.name).remove)
+        return tap
+
+    def _override_forward(self, target: Target) -> None:
+        if target.name == FORWARD and target.key not in self._overridden:
+            self._overridden.add(target.key)
+            self._undo.append(ForwardOverride(target.owner, FORWARD).remove)
+
+    # ---- where things stand
+
+    def _locate(self, target: Target, call: int, path: str) -> tuple[Tap, int]:
+        """The tap, and the number in the run of call number `call` in the scope."""
+        if self.in_step and self.clock.index > self.body_step:
+            raise OutOfOrderError(f"{path} was asked for too late: step {self.body_step} has ended")
+        tap = self.tap(target)
+        return tap, call + (tap.step_base if self.in_step else 0)
+
+    def _unseen(self, tap: Tap) -> int:
+        if not self.in_step:
+            return tap.unseen
+        return tap.unseen_in_step if tap.born_in == self.clock.index else 0
+
+    def _passed(self, tap: Tap, key: tuple[str, int]) -> bool:
+        """Whether the model is past this point, for all that is known."""
+        kind, index = key
+        if self._unseen(tap) and tap.guard is None:
+            return True
+        return index < tap.entered and (kind == INPUTS or index not in tap.active)
+
+    def _too_late(self, path: str, what: str) -> str:
+        return (
+            f"{path} was {what} too late: the model stands {self._where()}, past it. Ask in the order in which the "
+            "model computes, or for a later call with .calls[i]"
+        )
+
+    def _where(self) -> str:
+        return f"{self._stands} in step {self.clock.index}" if self.clock.index >= 0 else self._stands
+
+    def _check_thread(self, path: str) -> None:
+        if get_ident() != self.thread:
+            raise WrongThreadError(
+                f"{path}: a run belongs to the thread that opened it. Open one run in each thread, or hand values over"
+            )
+
+    def _check_open(self, path: str) -> None:
+        self._check_thread(path)
+        if self.outcome is not None:
+            raise RunClosedError(f"{path} cannot be reached: {self.outcome}. Bind values to names while the run is open")
+
+    # ---- moving the model
+
+    def _advance_to(self, tap: Tap, key: tuple[str, int], path: str) -> Point:
+        if self._passed(tap, key):
+            raise OutOfOrderError(self._too_late(path, "asked for"))
+        waits = [(tap, key)]
+        if self._unseen(tap) and tap.guard.active:
+            waits.append((tap.guard, (OUTPUT, tap.guard.active[-1])))
+        for other, other_key in waits:
+            other.awaited.add(other_key)
+        try:
+            point = self._run_until(waits)
+        finally:
+            for other, other_key in waits:
+                other.awaited.discard(other_key)
+        if point is not None and point.tap is tap:
+            return point
+        if point is not None:
+            until, error = f"{point.tap.target.path} returned", OutOfOrderError
+        elif self.outcome is not None:
+            until, error = "the model ended", NeverReachedError
+        else:
+            until, error = f"step {self.body_step} ended", OutOfOrderError
+        raise error(
+            f"{path} was asked for, but {until} without coming to it. Either the model had passed it already, or it "
+            "does not use it there"
+        )
+
+    def _run_until(self, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
+        """Lets the model run to one of the points, or (None) to its end or the end of the step the body is in."""
+        while self.outcome is None and not (self.in_step and self.clock.index > self.body_step):
+            point = self._resume()
+            if point is not None and (point.tap, (point.kind, point.index)) in waits:
+                return point
+        return None
+
+    def _resume(self) -> Point | None:
+        """Lets the model run on until it parks at a point (given), at a step (None), or ends (None)."""
+        self.parked = None
+        try:
+            if not self.taps:  # nothing was read or assigned: the bare call, without a coroutine or a cost
+                value, done = self._call_plainly(), True
+            else:
+                if self.coroutine is None:
+                    self.coroutine = Coroutine(self.function, self)
+                    self.coroutine.state = self.state
+                value = self.coroutine.resume()
+                done = self.coroutine.dead
+        except BaseException as error:
+            self._end(f"its model failed with {type(error).__name__}")
+            raise
+        if not done:
+            self.parked = value
+            return value
+        self.result, self.has_result = value, True
+        self.unreached += [a for tap in self.taps.values() for a in tap.waiting()]
+        self._end("the run has ended")
+        return None
+
+    def _call_plainly(self) -> Any:
+        body = TorchState.capture()
+        with torch._C._InferenceMode(self.state.inference):
+            self.state.restore()
+            try:
+                return self.function()
+            finally:
+                body.restore()
+
+    def _end(self, outcome: str) -> None:
+        self.outcome = outcome
+        self.closing = True
+        self.parked = self.coroutine = None
+        while self._undo:
+            self._undo.pop()()
+        self.taps.clear()
+        self.clock.call = None
+
+    # ---- from the model's side
+
+    def before_call(self, tap: Tap, args: tuple, kwargs: dict) -> None:
+        """A tapped call begins; perhaps a step does."""
+        if self.clock.begins(tap, args, kwargs):
+            for other in self.taps.values():
+                self.unreached += other.drop_step()
+            if self.stop_at_steps:
+                self._stands = f"before {tap.target.path}"
+                self.coroutine.park(None)
+
+    def after_call(self, tap: Tap) -> None:
+        """A tapped call has ended."""
+        self.clock.note_end(tap)
+
+    def park(self, point: Point) -> None:
+        """Hands a point to the body, until it resumes the model."""
+        self._stands = f"at {point.tap.target.path}.{'output' if point.kind == OUTPUT else 'input'}"
+        self.coroutine.park(point)
+
+
+def _check_value(path: str, part: str, value: Any) -> None:
+    if part == "inputs" and not (
+        isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple) and isinstance(value[1], dict)
+    ):
+        raise AssignmentError(f"{path} takes (args, kwargs), a tuple and a dictionary, not {type(value).__name__}")
+    if part == "output" and value is None:
+        raise AssignmentError(f"{path} cannot be None: PyTorch's hooks take None for 'unchanged'")
+
+
+def _caller() -> str:
+    """The line of the user's code that called into the engine, as `file:line`."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -1,0 +1,118 @@
+"""Model: any `nn.Module`, opened.
+
+    model = Model(net)
+    with model.trace(x) as run:
+        run.encoder.layers[2].output[:, 0] = 0
+    run.result
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from threading import get_ident
+from typing import Any
+
+from torch import nn
+
+from .envoy import Envoy
+from .errors import InputError, PointNotFoundError
+from .flow import Clock, Flow
+from .run import Run, Step
+from .taps import FORWARD, Target
+
+
+class Model(Envoy):
+    """Wraps `module`; its children are envoys (`model.layers[0]`), and it is itself one (`model.output`).
+
+    `methods` names methods that are called directly, past `forward`, and shall be traceable as well:
+    `Model(vae, methods=["encode", "decoder.up"])`.
+
+    Wrapping changes nothing: `model(...)` simply calls the module, and hooks are there only while a run is open.
+    """
+
+    _run_class: type[Run] = Run
+    _opens_with = "trace"
+
+    def __init__(self, module: nn.Module, methods: Iterable[str] = ()) -> None:
+        if not isinstance(module, nn.Module):
+            raise InputError(f"Model wraps a torch.nn.Module, not {type(module).__name__}")
+        self._wrap(Target(module, FORWARD, ""))
+        for path in methods:
+            outer, _, name = path.rpartition(".")
+            owner = self[outer]._owner if outer else module
+            if not callable(getattr(type(owner), name, None)):
+                raise PointNotFoundError(f"methods: {path!r} is no method of {type(owner).__name__}")
+            self._methods.setdefault(id(owner), {})[name] = path
+
+    def _wrap(self, target: Target) -> None:
+        self.__dict__.update(_methods={}, _runs=[])
+        super().__init__(self, target, None)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Run:
+        """A run of one forward pass: `with model.trace(x) as run:`. The arguments go to the module."""
+        return self._new_run(lambda: self._owner(*args, **kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Run:
+        """A run of the module's own `generate(...)`; a step is one forward pass."""
+        if not hasattr(self._owner, "generate"):
+            raise PointNotFoundError(f"{type(self._owner).__name__} has no generate method; trace() runs its forward")
+        return self._new_run(lambda: self._owner.generate(*args, **kwargs))
+
+    # ---- what a wrapper of another kind answers differently
+
+    def _components(self) -> list[Target]:
+        """What is tapped from the start of every run."""
+        return [self._target]
+
+    def _clock(self) -> Clock:
+        """When a step begins: at each forward pass."""
+        return Clock([self._target])
+
+    def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> Step:
+        return Step(index, path or type(self._owner).__name__, call, self)
+
+    def _parts_of(self, owner: Any) -> Mapping[str, Any]:
+        """The children of a part of the model, by name."""
+        if isinstance(owner, nn.Module):
+            return {name: module for name, module in owner._modules.items() if module is not None}
+        return {}
+
+    def _methods_of(self, owner: Any) -> Mapping[str, str]:
+        """The methods of a part that can be traced: name to path."""
+        return self._methods.get(id(owner), {})
+
+    def _names_of(self, owner: Any) -> Mapping[str, str]:
+        """Standard names for what lies below a part: name to real path, from the part."""
+        return {}
+
+    def _target_of(self, part: Any, path: str, outer: Target | None) -> Target:
+        """What a part's own values are the values of."""
+        return Target(part, FORWARD, path, outer)
+
+    # ---- runs
+
+    def _new_run(self, function: Callable[[], Any]) -> Run:
+        return self._run_class(self, Flow(function, self._components(), self._clock()))
+
+    def _open(self, run: Run) -> None:
+        self._runs[:] = [known for known in self._runs if known() is not None and known()._flow.outcome is None]
+        self._runs.append(weakref.ref(run))
+
+    def _innermost_run(self) -> Run | None:
+        """The run opened last, of those open in this thread."""
+        for known in reversed(self._runs):
+            run = known()
+            if run is not None and run._flow.outcome is None and run._flow.thread == get_ident():
+                return run
+        return None
+
+    # ---- showing
+
+    def _title(self) -> str:
+        return type(self._owner).__name__
+
+    def _describe(self, owner: Any) -> str:
+        """The tree as PyTorch prints it, and below it the methods that can be traced besides modules."""
+        inside = {id(module) for module in owner.modules()} if isinstance(owner, nn.Module) else {id(owner)}
+        paths = [path for key, methods in self._methods.items() if key in inside for path in methods.values()]
+        besides = "\ntraceable besides modules: " + ", ".join(f"{path}()" for path in paths) if paths else ""
+        return f"{owner!r}{besides}"

@@ -1,0 +1,158 @@
+"""Runs: one execution of a model, open to the body that reads and changes its values.
+
+    with model.trace(x) as run:
+        hidden = run.layers[4].output        # the model ran this far and waits
+        run.ln_final.input = hidden
+    run.result                               # what the model returned
+
+    run = model.trace(x)                     # or left open: look, change, then
+    run.finish()
+"""
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from .envoy import keeping_attribute_errors, raise_kept
+from .errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
+from .flow import Flow
+
+if TYPE_CHECKING:
+    from .model import Model
+
+
+class Run:
+    """One execution of a model. Nothing runs before the first value is asked for, the block ends or the result is read.
+
+    `run.<path>` are the model's envoys, bound to this run."""
+
+    def __init__(self, model: "Model", flow: Flow) -> None:
+        self._model = model
+        self._flow = flow
+        model._open(self)
+
+    @property
+    def result(self) -> Any:
+        """What the model returned; runs the model to its end first.
+
+        Raises NeverReachedError for assignments the model never came to."""
+        with keeping_attribute_errors(self):
+            result = self._flow.run_to_end()
+            self._flow.raise_unreached()
+            return result
+
+    def finish(self) -> Any:
+        """Runs the model to its end; gives its result."""
+        return self.result
+
+    def stop(self) -> None:
+        """Ends the model where it stands; what was read stays valid."""
+        self._flow._check_thread("run.stop")
+        self._flow.close("the run was stopped")
+
+    @property
+    def steps(self) -> "Steps":
+        """The run's steps, as the model enters them: `for step in run.steps:`, or a part, `run.steps[10:20]`."""
+        return Steps(self)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            if self._flow.outcome is None or self._flow.has_result:
+                self.finish()
+            return
+        self._flow.close("an error ended its body")
+        if isinstance(error, DiffsightError):
+            _end_at_users_line(trace)
+
+    def __getattr__(self, name: str) -> Any:
+        raise_kept(self)
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            return getattr(self._model._bound(self), name)
+        except PointNotFoundError as error:
+            own = [n for n in dir(type(self)) if not n.startswith("_")]
+            near = suggest(name, own)
+            raise PointNotFoundError(f"{error}{near}") from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._model._bound(self), name, value)
+
+    def __getitem__(self, key: int | str | slice) -> Any:
+        return self._model._bound(self)[key]
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self._model._names()})
+
+    def __repr__(self) -> str:
+        state = self._flow.outcome or f"open, the model stands {self._flow._where()}"
+        return f"<{type(self).__name__} of {self._model._title()}: {state}>"
+
+    def __del__(self) -> None:
+        flow = self.__dict__.get("_flow")
+        if flow is not None:
+            flow.close("the run was dropped")
+
+
+class Step:
+    """One step of a run. `index` counts from 0; `component` names the part of the model whose call began it."""
+
+    def __init__(self, index: int, component: str, call: tuple[tuple, dict], model: "Model") -> None:
+        self.index = index
+        self.component = component
+        self._call = call
+        self._model = model
+
+    def __repr__(self) -> str:
+        return f"<step {self.index} of {self.component}>"
+
+
+class Steps:
+    """The steps of a run, in order; a slice of them is one of these again."""
+
+    def __init__(self, run: Run, chosen: slice = slice(None)) -> None:
+        for bound in (chosen.start, chosen.stop, chosen.step):
+            if bound is not None and (not isinstance(bound, int) or bound < 0):
+                raise InputError(f"run.steps is cut by numbers from 0 on, not {bound!r}: how many come is not known")
+        self._run, self._chosen = run, chosen
+
+    def __getitem__(self, chosen: slice) -> "Steps":
+        if not isinstance(chosen, slice):
+            raise TypeError(f"run.steps is walked through: write `for step in run.steps[{chosen}:{chosen}+1]`")
+        if self._chosen != slice(None):
+            raise TypeError("run.steps can be cut once")
+        return Steps(self._run, chosen)
+
+    def __iter__(self) -> Iterator[Step]:
+        flow, model, chosen = self._run._flow, self._run._model, self._chosen
+        first, last, stride = chosen.start or 0, chosen.stop, chosen.step or 1
+        if chosen != slice(None) and flow.clock.index > first:
+            raise OutOfOrderError(f"run.steps[{first}:] was asked for too late: the model is in step {flow.clock.index}")
+        try:
+            while last is None or max(flow.body_step + 1, first) < last:
+                if not flow.next_step():
+                    return
+                index = flow.body_step
+                if index >= first and (index - first) % stride == 0 and (last is None or index < last):
+                    tap, args, kwargs = flow.clock.call
+                    yield model._make_step(index, tap.target.path, (args, kwargs))
+        finally:
+            flow.leave_steps()
+
+
+def _end_at_users_line(trace: TracebackType | None) -> None:
+    """Cuts the engine's own frames off the end of a traceback, so that it ends at the line that asked."""
+    last = None
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__package__") != __package__:
+            last = trace
+        trace = trace.tb_next
+    if last is not None:
+        last.tb_next = None
+

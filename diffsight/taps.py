@@ -1,0 +1,297 @@
+"""Taps: where a run touches the model.
+
+A `Tap` belongs to one run and one callable of the model: a module's forward pass, or a method that code calls directly
+(`vae.decode`, `scheduler.step`). Every call of it passes through `enter` and `leave`; there the tap counts the call,
+applies what the body assigned, and hands the value to the body if it waits for it. What runs outside the run's own
+coroutine (another run, the body's own calls, another thread) passes through untouched.
+
+Modules are tapped with ordinary hooks, and with an override of `forward` on the instance where a call may be left out.
+Methods are tapped by giving the object a subclass of its class for the time of the run: unlike a wrapper stored on the
+instance this follows copies of the object (pipelines step a copy of their scheduler) and reaches `__call__`. The name and
+the signatures stay those of the original.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from threading import RLock
+from typing import Any
+
+from torch import nn
+
+from .coroutine import current_owner
+from .errors import AssignmentError
+
+FORWARD = "forward"
+INPUTS, OUTPUT = "inputs", "output"
+_OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; copies carry it along
+
+
+@dataclass(frozen=True)
+class Target:
+    """What can be tapped: the forward pass of a module (`name` is "forward") or another method of an object.
+
+    `path` is as the user writes it, `outer` the target of the module around it."""
+
+    owner: Any
+    name: str
+    path: str
+    outer: "Target | None" = None
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return id(self.owner), self.name
+
+    @property
+    def is_called(self) -> bool:
+        """Whether there is anything to call: a ModuleList, for one, has no forward pass."""
+        if self.name == "__call__":
+            return callable(self.owner)
+        return self.name != FORWARD or type(self.owner).forward is not nn.Module.forward
+
+    def around(self) -> list["Target"]:
+        """The targets of the modules around this one, outermost first."""
+        return [*self.outer.around(), self.outer] if self.outer else []
+
+    def children(self) -> Iterator["Target"]:
+        """The modules directly in this one; those in a list or dict that is never called count as directly in it."""
+        for name, module in self.owner.named_children() if isinstance(self.owner, nn.Module) else ():
+            child = Target(module, FORWARD, join(self.path, name), self)
+            if child.is_called:
+                yield child
+            else:
+                yield from child.children()
+
+
+def join(path: str, name: str | int) -> str:
+    """The path of a child as a user writes it: `unet.mid_block`, `layers[4]`."""
+    if isinstance(name, int) or name.isdigit():
+        return f"{path}[{name}]"
+    return f"{path}.{name}" if path else name
+
+
+@dataclass(eq=False)
+class Point:
+    """One passage of a value: the inputs or the output of one call. `value` is what it is by now, with every edit."""
+
+    tap: "Tap"
+    kind: str
+    index: int
+    value: Any
+    in_step: bool  # asked for within a step, and let go at its end
+    changed: bool = False
+
+
+@dataclass(eq=False)
+class Assignment:
+    """A value that waits for the model; `part` says what it replaces, `where` is the line that made it."""
+
+    part: str
+    value: Any
+    path: str
+    where: str
+    in_step: bool
+
+
+@dataclass(eq=False)
+class Tap:
+    """The calls of one module or method in one run."""
+
+    flow: Any
+    target: Target
+    entered: int = 0  # calls begun so far, as far as the tap has seen
+    step_base: int = 0  # calls begun before the current step
+    active: list[int] = field(default_factory=list)  # numbers of the calls that are running, outermost first
+    unseen: int = 0  # calls of the surrounding module that began before the tap was made: calls here may be missing
+    unseen_in_step: int = 0  # the same, in the step in which the tap was made
+    born_in: int = -1  # that step
+    guard: "Tap | None" = None  # the surrounding module, if it was running when the tap was made
+    children_tapped: bool = False
+    awaited: set[tuple[str, int]] = field(default_factory=set)
+    pending: dict[tuple[str, int], list[Assignment]] = field(default_factory=dict)
+    skips: dict[int, Assignment] = field(default_factory=dict)
+    points: dict[tuple[str, int], Point] = field(default_factory=dict)
+
+    def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """A call begins. Gives new inputs, or None where they stay as they are."""
+        self.flow.before_call(self, args, kwargs)
+        index = self.entered
+        self.entered += 1
+        self.active.append(index)
+        point = self._pass(INPUTS, index, (args, kwargs))
+        return point.value if point is not None and point.changed else None
+
+    def leave(self, output: Any) -> Any:
+        """A call ends. Gives the output, replaced or as it was."""
+        index = self.active.pop() if self.active else self.entered - 1
+        point = self._pass(OUTPUT, index, output)
+        self.flow.after_call(self)
+        return output if point is None else point.value
+
+    def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """One call of a tapped method."""
+        args, kwargs = self.enter(args, kwargs) or (args, kwargs)
+        skip = self.skips.pop(self.active[-1], None) if self.skips else None
+        return self.leave(function(*args, **kwargs) if skip is None else skip.value)
+
+    def waiting(self) -> list[Assignment]:
+        """What was assigned and not reached."""
+        return [a for waiting in self.pending.values() for a in waiting] + list(self.skips.values())
+
+    def drop_step(self) -> list[Assignment]:
+        """A step ends: what was read within it is let go. Gives what was assigned within it and not reached."""
+        self.step_base = self.entered
+        missed: list[Assignment] = []
+        if self.points:
+            self.points = {key: point for key, point in self.points.items() if not point.in_step}
+        for key, waiting in list(self.pending.items()):
+            missed += [a for a in waiting if a.in_step]
+            self.pending[key] = [a for a in waiting if not a.in_step]
+        for index in [i for i, skip in self.skips.items() if skip.in_step]:
+            missed.append(self.skips.pop(index))
+        return missed
+
+    def _pass(self, kind: str, index: int, value: Any) -> Point | None:
+        key = (kind, index)
+        if key not in self.pending and key not in self.awaited:
+            return None
+        point = Point(self, kind, index, value, self.flow.in_step)
+        for assignment in self.pending.pop(key, ()):
+            assign(point, assignment)
+        if key in self.awaited:
+            self.awaited.discard(key)
+            self.points[key] = point
+            self.flow.park(point)
+        return point
+
+
+def first_input(inputs: tuple[tuple, dict]) -> Any:
+    """The first argument: positional, else by keyword."""
+    args, kwargs = inputs
+    if args:
+        return args[0]
+    if kwargs:
+        return next(iter(kwargs.values()))
+    raise AssignmentError("the call has no arguments, so it has no .input")
+
+
+def assign(point: Point, assignment: Assignment) -> None:
+    """Puts the assigned value in the place of the point's own."""
+    value = assignment.value
+    if assignment.part == "input":
+        args, kwargs = point.value
+        if args:
+            value = ((value, *args[1:]), kwargs)
+        elif kwargs:
+            value = (args, {**kwargs, next(iter(kwargs)): value})
+        else:
+            raise AssignmentError(f"{assignment.path} cannot be assigned ({assignment.where}): no arguments are passed")
+    point.value, point.changed = value, True
+
+
+def hook_module(module: nn.Module, tap: Tap) -> list[Any]:
+    """Taps `module`; gives the handles that undo it."""
+    flow = tap.flow
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        return tap.enter(args, kwargs) if current_owner() is flow and not flow.closing else None
+
+    def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        return tap.leave(output) if current_owner() is flow and not flow.closing else None
+
+    # The output is taken before any other hook sees it: transformers captures hidden states in hooks of its own, and an
+    # edit has to be in what those capture.
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True, prepend=True),
+    ]
+
+
+class Override:
+    """A function put in the place of a method of one object, for as long as any run uses it."""
+
+    _users: Counter = Counter()
+    _lock = RLock()
+
+    def __init__(self, target: Any, name: str) -> None:
+        self.target, self.name = target, name
+        self.key = (id(target), name)
+        with Override._lock:
+            Override._users[self.key] += 1
+            if Override._users[self.key] == 1:
+                self.put_on()
+
+    def remove(self) -> None:
+        with Override._lock:
+            Override._users[self.key] -= 1
+            if not Override._users[self.key]:
+                del Override._users[self.key]
+                self.take_off()
+
+
+class ForwardOverride(Override):
+    """Lets a module's forward pass be left out of a call (`skip`)."""
+
+    def put_on(self) -> None:
+        module, own = self.target, self.target.__dict__.get("forward")
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def maybe_skip(*args: Any, **kwargs: Any) -> Any:
+            flow = current_owner()
+            tap = flow.taps.get((id(module), FORWARD)) if flow is not None else None
+            skip = tap.skips.pop(tap.active[-1], None) if tap is not None and tap.skips and tap.active else None
+            return forward(*args, **kwargs) if skip is None else skip.value
+
+        maybe_skip._diffsight_replaced = own
+        module.__dict__["forward"] = maybe_skip
+
+    def take_off(self) -> None:
+        own = self.target.__dict__.pop("forward")._diffsight_replaced
+        if own is not None:
+            self.target.__dict__["forward"] = own
+
+
+class MethodOverride(Override):
+    """Sends the calls of one method, of an object and of copies of it, through the taps of the run that makes them."""
+
+    def put_on(self) -> None:
+        cls = type(self.target)
+        names = frozenset({self.name, *getattr(cls, "_diffsight_names", ())})
+        self._become(getattr(cls, "_diffsight_class", cls), names)
+        self.target.__dict__[_OWNER] = id(self.target)
+
+    def take_off(self) -> None:
+        cls = type(self.target)
+        self._become(cls._diffsight_class, cls._diffsight_names - {self.name})
+        if not hasattr(type(self.target), "_diffsight_class"):
+            self.target.__dict__.pop(_OWNER, None)
+
+    def _become(self, cls: type, names: frozenset[str]) -> None:
+        object.__setattr__(self.target, "__class__", _tapped_class(cls, names) if names else cls)
+
+
+@functools.lru_cache(maxsize=None)
+def _tapped_class(cls: type, names: frozenset[str]) -> type:
+    """A subclass of `cls`, of the same name, whose methods `names` go through the taps of the current run."""
+
+    def wrap(name: str) -> Callable:
+        original = getattr(cls, name)
+
+        @functools.wraps(original)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            flow = current_owner()
+            tap = flow.taps.get((self.__dict__.get(_OWNER), name)) if flow is not None else None
+            if tap is None or flow.closing:
+                return original(self, *args, **kwargs)
+            return tap.call(functools.partial(original, self), args, kwargs)
+
+        return method
+
+    body = {name: wrap(name) for name in names}
+    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    body |= {"_diffsight_class": cls, "_diffsight_names": names}
+    if not hasattr(cls, "__dict__") or "__slots__" in cls.__dict__:
+        body["__slots__"] = ()
+    return type(cls)(cls.__name__, (cls,), body)

@@ -1,0 +1,1 @@
+"""Showing what lenses find: image grids and the command line."""

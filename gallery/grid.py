@@ -1,0 +1,269 @@
+"""Lays pictures out as one picture: a grid with captions, row and column titles and a heading.
+
+    titles = [f"layer {i}" for i in range(13)]
+    image_grid(run.images, titles=titles, title=prompt).save("layers.png")
+
+Every picture and every wrapped text is first made a box: an RGB image of just the size it needs.
+The grid is a table of boxes, as large as they make it. The font is the DejaVu Sans inside
+matplotlib, set by Pillow's basic layout (the other layout depends on libraries of the system), so
+that a grid looks the same on every machine.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import chain, count
+from operator import index
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+_PAPER, _INK = "white", "#202020"
+_BREAKS = "._-/"  # a word longer than its line is broken after one of these, if it can be
+
+Row = Sequence[Image.Image | None]
+Texts = Sequence[str | None]
+Box = Image.Image | None  # None takes no room
+Span = tuple[int, int, float]  # left edge, width, and where in it a box lies (0 left, 1 right)
+Line = tuple[Sequence[Span], Sequence[Box], float, int]  # 0 top to 1 bottom; gap below the line
+
+
+def image_grid(
+    images: Row | Sequence[Row],
+    *,
+    columns: int | None = None,
+    titles: Texts | Sequence[Texts] | None = None,
+    row_titles: Texts | None = None,
+    column_titles: Texts | None = None,
+    title: str | None = None,
+    cell: int = 192,
+    padding: int = 16,
+) -> Image.Image:
+    """One picture (RGB, on white) of many.
+
+        image_grid(images)                              # about as many columns as rows
+        image_grid(images, columns=3, titles=["layer 0", "layer 1", "layer 2"])
+        image_grid([[a, b], [c, None]], row_titles=prompts, column_titles=["seed 0", "seed 1"])
+
+    Pictures keep their aspect ratio and are centred in their cells. Small ones are enlarged, from
+    twice their size on with every pixel a sharp square; large ones are reduced with a Lanczos
+    filter. What is transparent becomes white. Texts keep their line breaks and are wrapped to the
+    room they have: a long one makes the grid taller, and nothing of it is cut off.
+
+    Args:
+        images: Pictures in reading order, or a list of pictures for each row; rows may differ in
+            length. None leaves a cell empty.
+        columns: Number of columns, where `images` is not given in rows.
+        titles: A caption below each picture, nested as `images` is. In all lists of titles, None
+            stands for no text.
+        row_titles: A text at the left of each row.
+        column_titles: A text above each column.
+        title: The heading of the whole grid.
+        cell: Length of the longer side of every picture, in pixels. The font grows with it.
+        padding: Space between cells and around the grid, in pixels.
+
+    Raises:
+        TypeError: Something is not a picture, a text or a whole number.
+        ValueError: There is no picture; a picture has no pixels, or no fixed scale of brightness
+            (modes I and F); titles are too few or too many; columns, cell or padding is too small.
+    """
+    cell, padding = _whole("cell", cell, least=1), _whole("padding", padding, least=0)
+    rows, captions, across = _in_rows(images, titles, columns)
+    row_titles = _texts("row_titles", row_titles, len(rows), "row")
+    column_titles = _texts("column_titles", column_titles, across, "column")
+    title = _string("title", title)
+
+    size = max(12, round(cell / 13))
+    regular, bold, large = _font(size), _font(size, bold=True), _font(round(1.4 * size), bold=True)
+    pictures = [[_fit(picture, cell) for picture in row] for row in rows]
+    width, height = map(max, zip(*(box.size for box in chain(*pictures) if box), strict=True))
+    if any([title, *row_titles, *column_titles, *chain(*captions)]):
+        width = max(width, 6 * size)  # room for text where all pictures are narrow
+    sides = [_text(text, bold, max(cell, width), align=1.0) for text in row_titles]
+    side = max((box.width + padding for box in sides if box), default=0)
+    whole = side + across * (width + padding) - padding
+    lefts = range(padding + side, padding + whole, width + padding)
+    spans = [(padding, side - padding, 1.0), *((left, width, 0.5) for left in lefts)]
+
+    heads = [None, *(_text(text, bold, width) for text in column_titles)]
+    lines = [
+        ([(padding, whole, 0.5)], [_text(title, large, whole)], 0.0, padding),
+        (spans, heads, 1.0, padding // 2),
+    ]
+    blank = Image.new("RGB", (width, height), _PAPER)  # an empty row is as high as others
+    for name, boxes, texts in zip(sides, pictures, captions, strict=True):
+        below = [None, *(_text(text, regular, width) for text in texts)]
+        boxes = [name, *(boxes if any(boxes) else [blank])]
+        lines.append((spans, boxes, 0.5, padding // 2 if any(below) else padding))
+        lines.append((spans, below, 0.0, padding))
+    return _assemble(lines, whole + 2 * padding, padding)
+
+
+def _assemble(lines: Sequence[Line], width: int, top: int) -> Image.Image:
+    """Paper with the lines one below the other, the first at `top`; empty lines take no room."""
+    places = []
+    for spans, boxes, align, gap in lines:
+        height = max((box.height for box in boxes if box), default=-gap)
+        for (left, room, where), box in zip(spans, boxes, strict=False):
+            if box:
+                x, y = (room - box.width) * where, (height - box.height) * align
+                places.append((box, (left + int(x), top + int(y))))
+        top += height + gap
+    paper = Image.new("RGB", (width, top), _PAPER)
+    for box, place in places:
+        paper.paste(box, place)
+    return paper
+
+
+def _fit(picture: Image.Image | None, cell: int) -> Box:
+    """The picture on white, its longer side `cell` pixels long."""
+    if picture is None:
+        return None
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, _PAPER), picture)
+    picture = picture.convert("RGB")
+    scale = cell / max(picture.size)
+    width, height = (max(1, round(length * scale)) for length in picture.size)
+    if scale < 2:
+        return picture.resize((width, height), Image.LANCZOS)
+    # Sharp squares at any scale: enlarged by a whole number, then averaged down to the size.
+    times = math.ceil(scale)
+    larger = picture.resize((picture.width * times, picture.height * times), Image.NEAREST)
+    return larger.resize((width, height), Image.BOX)
+
+
+def _text(text: str, font: ImageFont.FreeTypeFont, width: int, align: float = 0.5) -> Box:
+    """The text wrapped to `width` pixels, its shorter lines left (0), central or right (1)."""
+    lines = list(_wrap(text, font, width))
+    if not lines:
+        return None
+    inks = [font.getbbox(line, anchor="ls") for line in lines]  # left, top, right, bottom
+    ascent, descent = font.getmetrics()  # some accents reach further
+    ascent = max(ascent, *(-ink[1] for ink in inks))
+    descent = max(descent, *(ink[3] for ink in inks))
+    pitch = ascent + descent + round(0.1 * font.size)
+    longest = max(ink[2] - ink[0] for ink in inks)
+    box = Image.new("RGB", (longest, pitch * len(lines)), _PAPER)
+    draw = ImageDraw.Draw(box)
+    for i, (line, ink) in enumerate(zip(lines, inks, strict=True)):
+        x = int((longest - ink[2] + ink[0]) * align) - ink[0]
+        draw.text((x, i * pitch + ascent), line, _INK, font, anchor="ls")
+    return box
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
+    """Lines of `text` that are `width` pixels wide at most, and one character long at least."""
+
+    def fits(line: str) -> bool:
+        left, _, right, _ = font.getbbox(line, anchor="ls")
+        return right - left <= width or len(line) == 1
+
+    for paragraph in text.strip().splitlines():
+        line = ""
+        for word in paragraph.split():
+            if line and fits(f"{line} {word}"):
+                line = f"{line} {word}"
+                continue
+            if line:
+                yield line
+            while not fits(word):
+                end = next(n for n in count(1) if not fits(word[: n + 1]))
+                end = max(word.rfind(mark, 0, end) for mark in _BREAKS) + 1 or end
+                yield word[:end]
+                word = word[end:]
+            line = word
+        yield line
+
+
+@cache
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", name)
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _in_rows(images, titles, columns: int | None) -> tuple[list[list[Box]], list[list[str]], int]:
+    """Pictures and captions, checked, in rows; and the number of columns."""
+    images = _listed("images", images, "picture")
+    if any(isinstance(item, list | tuple) for item in images):
+        if columns is not None:
+            raise ValueError("images are given in rows, so leave out columns")
+        rows = [_pictures(f"images[{i}]", row) for i, row in enumerate(images)]
+        titles = [None] * len(rows) if titles is None else titles
+        titles = _listed("titles", titles, "row of images", len(rows))
+        captions = [
+            _texts(f"titles[{i}]", titles[i], len(row), f"picture of images[{i}]")
+            for i, row in enumerate(rows)
+        ]
+        columns = max(map(len, rows))
+    else:
+        flat = _pictures("images", images)
+        texts = _texts("titles", titles, len(flat), "picture")
+        columns = _near_square(len(flat)) if columns is None else _whole("columns", columns, 1)
+        starts = range(0, len(flat), columns)
+        rows, captions = ([every[i : i + columns] for i in starts] for every in (flat, texts))
+    if not any(chain(*rows)):
+        raise ValueError("images holds no picture; give at least one")
+    return rows, captions, columns
+
+
+def _near_square(number: int) -> int:
+    """Columns for that many pictures: about as many as rows, with few cells left over."""
+    root = math.isqrt(max(number - 1, 0)) + 1
+    return min(root, root + 1, key=lambda columns: -number % columns)
+
+
+def _pictures(name: str, images: Row) -> list[Box]:
+    images = _listed(name, images, "picture")
+    for i, image in enumerate(images):
+        if image is None:
+            continue
+        if not isinstance(image, Image.Image):
+            raise TypeError(
+                f"{name}[{i}] is of type {type(image).__name__}; give a PIL image "
+                "(Image.fromarray makes one of an array), or None for an empty cell"
+            )
+        if not all(image.size):
+            raise ValueError(f"{name}[{i}] has no pixels; write None for an empty cell")
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(
+                f"{name}[{i}] has mode {image.mode}, which does not say how bright white is; "
+                "scale it to 0..255 and give it in mode L"
+            )
+    return images
+
+
+def _texts(name: str, texts: Texts | None, needed: int, each: str) -> list[str]:
+    texts = [None] * needed if texts is None else _listed(name, texts, each, needed)
+    return [_string(f"{name}[{i}]", text) for i, text in enumerate(texts)]
+
+
+def _string(name: str, text: str | None) -> str:
+    if not isinstance(text, str | None):
+        raise TypeError(f"{name} is of type {type(text).__name__}; write a string, or None")
+    return text or ""
+
+
+def _listed(name: str, items: Iterable, each: str, needed: int | None = None) -> list:
+    if isinstance(items, str | Image.Image) or not isinstance(items, Iterable):
+        kind = type(items).__name__
+        raise TypeError(f"{name} is of type {kind}; write a list with one item for each {each}")
+    items = list(items)
+    if needed is not None and len(items) != needed:
+        raise ValueError(
+            f"{name} has {len(items)} items, but needs {needed}: one for each {each} "
+            "(None where there is no text)"
+        )
+    return items
+
+
+def _whole(name: str, value: int, least: int) -> int:
+    try:
+        value = index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; write a whole number") from None
+    if value < least:
+        raise ValueError(f"{name} is {value}; write {least} or more")
+    return value

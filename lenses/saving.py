@@ -1,0 +1,35 @@
+"""Writes the files of a result into a folder, all or none."""
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from diffsight.errors import InputError
+
+
+def check_writable(folder: str | Path) -> Path:
+    """The folder as a path. Raises InputError, and leaves nothing behind, where it cannot be made or written."""
+    folder = Path(folder).expanduser()
+    existing = folder
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    try:
+        tempfile.TemporaryDirectory(dir=existing).cleanup()
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be written: {error.strerror or error}") from None
+    return folder
+
+
+def save_files(folder: str | Path, files: Mapping[str, Callable[[Path], None]]) -> list[Path]:
+    """Writes `files` (name to a function that writes it to a path) into `folder`; gives their paths.
+
+    They are written beside it first and then renamed, so that a failure leaves no half-written file."""
+    folder = check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as beside:
+        for name, write in files.items():
+            write(Path(beside) / name)
+        for name in files:
+            os.replace(Path(beside) / name, folder / name)
+    return [folder / name for name in files]

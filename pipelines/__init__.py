@@ -1,0 +1,1 @@
+"""Wrappers that make the sub-models of diffusers and transformers pipelines traceable."""

@@ -1,0 +1,279 @@
+"""DiffusionModel: a diffusers pipeline, every part of it traceable, every picture seeded.
+
+    model = DiffusionModel("diffsight/shapes-clip")
+    model.generate("a red circle above a blue square", seed=17).images[0]
+
+    with model.generate("a red circle above a blue square", seed=17) as run:
+        for step in run.steps:
+            print(step.index, step.timestep, run.unet.mid_block.output.norm())
+    run.images
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import nn
+from transformers import PreTrainedModel
+
+from diffsight.errors import InputError, suggest
+from diffsight.flow import Clock
+from diffsight.model import Model
+from diffsight.run import Run, Step
+from diffsight.taps import FORWARD, Target, join
+
+from .loading import load_pipeline
+from .naming import standard_names
+from .prompts import check_prompts
+
+_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_images_per_caption")
+
+
+class DiffusionStep(Step):
+    """One denoising step: from one `scheduler.step` to the next."""
+
+    @property
+    def timestep(self) -> float:
+        """The scheduler's timestep, such as 981 at the beginning of a run of Stable Diffusion."""
+        return self._model._timestep(self.component, self._call)
+
+
+class DiffusionRun(Run):
+    """A run of a diffusion pipeline."""
+
+    @property
+    def images(self) -> Any:
+        """The pictures that the pipeline made; runs it to its end first."""
+        return self._of_result("images")
+
+    @property
+    def frames(self) -> Any:
+        """The videos that the pipeline made; runs it to its end first."""
+        return self._of_result("frames")
+
+    def _of_result(self, name: str) -> Any:
+        result = self.result
+        if isinstance(result, tuple):  # the pipeline was called with return_dict=False
+            return result[0]
+        if name not in result:
+            raise InputError(f"{type(result).__name__} has no {name}, it has {', '.join(result)}")
+        return result[name]
+
+
+class DiffusionModel(Model):
+    """Wraps a diffusers pipeline: `source` is a packaged name (`diffsight/shapes-clip`), a folder, a hub id, or a live
+    pipeline. `arguments` go to `DiffusionPipeline.from_pretrained`.
+
+    Every component is an envoy under its own name; so are the methods that pipelines call directly (`encode_prompt`,
+    `vae.encode`, `vae.decode`, `scheduler.step`) and the tokenizers. Text encoders answer to the standard names
+    `.layers[i]` and `.ln_final`. What else the pipeline has is reached through (`model.device`,
+    `model.enable_model_cpu_offload()`, `model.set_progress_bar_config(disable=True)`).
+
+    Raises InputError where `source` names no pipeline.
+    """
+
+    _run_class = DiffusionRun
+    _opens_with = "generate"
+
+    def __init__(self, source: str | Path | DiffusionPipeline, **arguments: Any) -> None:
+        pipeline = load_pipeline(source, **arguments)
+        self._wrap(Target(pipeline, "__call__", ""))
+        self.__dict__["source"] = source if isinstance(source, str) else getattr(pipeline.config, "_name_or_path", "")
+        self.__dict__["_standard_names"] = {}
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The pipeline itself."""
+        return self._owner
+
+    def to(self, *args: Any, **kwargs: Any) -> "DiffusionModel":
+        """Moves or casts the pipeline, as `pipeline.to(...)` does; gives the model."""
+        self.pipeline.to(*args, **kwargs)
+        return self
+
+    def generate(self, *args: Any, seed: int | Sequence[int] | None = None, **kwargs: Any) -> DiffusionRun:
+        """A run of the pipeline: `with model.generate("a red circle", seed=17) as run:`, or right away
+        `model.generate("a red circle", seed=17).images`.
+
+        `args` and `kwargs` are those of the pipeline, and its defaults are kept. With `seed`, picture *i* of the call is
+        made with seed + i, on a generator on the CPU, so that a seed means the same picture on every device and in every
+        batch; a list gives one seed a picture.
+
+        Raises InputError, before anything runs, for arguments that the pipeline does not have, an empty prompt, one
+        that is too long for every tokenizer, and seeds that are negative or too few."""
+        arguments = self._bind(args, kwargs)
+        if arguments.get("prompt") is not None:
+            check_prompts(self.pipeline, arguments["prompt"], arguments)
+        if seed is None:
+            return self._new_run(lambda: self.pipeline(*args, **kwargs))
+        seeds = self._seeds(seed, arguments)
+
+        def call() -> Any:
+            generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+            return self.pipeline(*args, **kwargs, generator=generators if len(generators) > 1 else generators[0])
+
+        return self._new_run(call)
+
+    def trace(self, *args: Any, **kwargs: Any) -> DiffusionRun:
+        """The same as `generate`."""
+        return self.generate(*args, **kwargs)
+
+    # ---- arguments
+
+    def _bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's arguments by name, those that were given."""
+        name = type(self.pipeline).__name__
+        signature = inspect.signature(self.pipeline.__call__)
+        takes_more = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        for given in kwargs:
+            if given not in signature.parameters and not takes_more:
+                raise InputError(f"{name} has no argument {given!r}{suggest(given, signature.parameters)}")
+        try:
+            return signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            raise InputError(f"{name}: {error}") from None
+
+    def _seeds(self, seed: int | Sequence[int], arguments: dict[str, Any]) -> list[int]:
+        name = type(self.pipeline).__name__
+        if "generator" in arguments:
+            raise InputError("give either seed or generator, not both")
+        if "generator" not in inspect.signature(self.pipeline.__call__).parameters:
+            raise InputError(f"{name} takes no generator, so it cannot be seeded")
+        count = _pictures(arguments)
+        one = isinstance(seed, int) and not isinstance(seed, bool)
+        seeds = [seed + i for i in range(count)] if one else list(seed) if isinstance(seed, Sequence) else [seed]
+        for s in seeds:
+            if not isinstance(s, int) or isinstance(s, bool) or s < 0:
+                raise InputError(f"a seed is a whole number from 0 on, not {s!r}")
+        if len(seeds) != count:
+            raise InputError(f"{len(seeds)} seeds for {count} pictures: give one seed a picture, or a single number")
+        return seeds
+
+    # ---- the parts of the pipeline
+
+    def _parts_of(self, owner: Any) -> Mapping[str, Any]:
+        if owner is not self.pipeline:
+            return super()._parts_of(owner)
+        names = (name for name in owner.config if not name.startswith("_"))
+        parts = ((name, vars(owner).get(name)) for name in names)
+        return {name: part for name, part in parts if part is not None and not isinstance(part, _PLAIN)}
+
+    def _methods_of(self, owner: Any) -> Mapping[str, str]:
+        """`encode_prompt` of the pipeline, `encode` and `decode` of a VAE, `step` of a scheduler."""
+        if owner is self.pipeline:
+            return {name: name for name in ("encode_prompt",) if _has_method(owner, name)}
+        for path, part in self._parts_of(self.pipeline).items():
+            if part is owner:
+                wanted = ("encode", "decode") if isinstance(part, nn.Module) else ("step",)
+                if not isinstance(part, (nn.Module, SchedulerMixin)):
+                    wanted = ()
+                return {name: join(path, name) for name in wanted if _has_method(part, name)}
+        return {}
+
+    def _names_of(self, owner: Any) -> Mapping[str, str]:
+        if not isinstance(owner, PreTrainedModel):
+            return {}
+        known = self._standard_names
+        if id(owner) not in known:
+            component = any(part is owner for part in self._parts_of(self.pipeline).values())
+            known[id(owner)] = standard_names(owner) if component else {}
+        return known[id(owner)]
+
+    def _target_of(self, part: Any, path: str, outer: Target | None) -> Target:
+        return Target(part, FORWARD if isinstance(part, nn.Module) else "__call__", path, outer)
+
+    def _components(self) -> list[Target]:
+        targets = self._method_targets("", self.pipeline)
+        for path, part in self._parts_of(self.pipeline).items():
+            target = self._target_of(part, path, None)
+            targets += [target] if target.is_called else []
+            targets += self._method_targets(path, part)
+        return targets
+
+    def _method_targets(self, path: str, owner: Any) -> list[Target]:
+        return [Target(owner, name, join(path, name)) for name in self._methods_of(owner)]
+
+    def _clock(self) -> Clock:
+        """A step begins when a part that is told the timestep is called, and the scheduler has stepped since the last."""
+        parts = self._parts_of(self.pipeline).items()
+        denoisers = [
+            self._target_of(part, path, None)
+            for path, part in parts
+            if isinstance(part, nn.Module) and any("timestep" in name for name in _parameters(part.forward))
+        ]
+        steps = [t for path, part in parts for t in self._method_targets(path, part) if t.name == "step"]
+        return Clock(denoisers, steps)
+
+    def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> DiffusionStep:
+        return DiffusionStep(index, path, call, self)
+
+    def _timestep(self, component: str, call: tuple[tuple, dict]) -> float:
+        """The timestep a denoiser was called with, in the scheduler's own count: some pipelines divide it by 1000."""
+        args, kwargs = call
+        names = _parameters(self[component]._owner.forward)
+        given = dict(zip(names, args)) | kwargs
+        told = next(value for name, value in given.items() if "timestep" in name and value is not None)
+        told = float(torch.as_tensor(told).flatten()[0])
+        schedulers = [part for part in self._parts_of(self.pipeline).values() if isinstance(part, SchedulerMixin)]
+        for scheduler in schedulers:
+            known = torch.as_tensor(getattr(scheduler, "timesteps", [])).flatten()
+            if known.numel():
+                span = scheduler.config.get("num_train_timesteps", 1000)
+                for value in (told, told * span, (1 - told) * span):
+                    nearest = known[(known.double() - value).abs().argmin()].item()
+                    if abs(nearest - value) < 1e-3 * span:
+                        return nearest
+        return told
+
+    # ---- showing and setting
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._parts_of(self.pipeline):
+            setattr(self.pipeline, name, value)  # a component is exchanged: model.scheduler = DDIMScheduler(...)
+        else:
+            super().__setattr__(name, value)
+
+    def _describe(self, owner: Any) -> str:
+        if owner is not self.pipeline:
+            return repr(owner)
+        lines, besides, names = [], list(self._methods_of(owner)), []
+        for path, part in self._parts_of(owner).items():
+            shown = repr(part) if isinstance(part, nn.Module) else f"{type(part).__name__}()"
+            lines.append(f"  ({path}): " + shown.replace("\n", "\n  "))
+            besides += self._methods_of(part).values()
+            besides += [path] if not isinstance(part, nn.Module) and callable(part) else []
+            names += [f"{path}.{name} = {path}.{real}" for name, real in self._names_of(part).items() if name != real]
+        text = f"{type(owner).__name__}(\n" + "\n".join(lines) + "\n)"
+        text += "\ntraceable besides modules: " + ", ".join(f"{path}()" for path in besides)
+        return text + ("\nstandard names: " + ", ".join(names) if names else "")
+
+
+_PLAIN = (bool, int, float, str, list, tuple, dict)
+
+
+def _has_method(part: Any, name: str) -> bool:
+    return isinstance(inspect.getattr_static(type(part), name, None), FunctionType)
+
+
+def _parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _pictures(arguments: dict[str, Any]) -> int:
+    """How many pictures a call makes, from its arguments."""
+    batch = arguments.get("batch_size", 1)
+    for name in ("prompt", "prompt_embeds", "image"):
+        given = arguments.get(name)
+        if given is not None:
+            if isinstance(given, (list, tuple)):
+                batch = len(given)
+            elif isinstance(given, torch.Tensor) and given.ndim > 2:
+                batch = len(given)
+            break
+    for name in _PER_PROMPT:
+        batch *= arguments.get(name) or 1
+    return batch

@@ -1,0 +1,68 @@
+"""Checks prompts before a pipeline runs: empty ones, words that no tokenizer takes, words that it does not know."""
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from diffsight.errors import InputError
+
+_SMALL_VOCABULARY = 500  # tokens; up to here the known words are listed
+
+
+class PromptWarning(UserWarning):
+    """A prompt has words that the model was never taught."""
+
+
+def check_prompts(pipeline: Any, prompts: str | Sequence[str], arguments: dict[str, Any]) -> None:
+    """Raises InputError for an empty prompt, or one of which every tokenizer would drop words; warns of unknown words."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+        raise InputError("there is no prompt: the list is empty")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise InputError(f"a prompt is a text, not {type(prompt).__name__}: {prompt!r}")
+        if not prompt.strip():
+            raise InputError('the prompt is empty: say what to draw, such as "a red circle above a blue square"')
+    tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
+    for prompt in prompts:
+        _check_length(pipeline, tokenizers, prompt, arguments)
+        for tokenizer in tokenizers:
+            _warn_of_unknown_words(tokenizer, prompt)
+
+
+def _check_length(pipeline: Any, tokenizers: list, prompt: str, arguments: dict[str, Any]) -> None:
+    dropped = []
+    for tokenizer in tokenizers:
+        ids = tokenizer(prompt, verbose=False).input_ids
+        limit = _limit(pipeline, tokenizer, arguments)
+        if limit is None or len(ids) <= limit:
+            return
+        special = len(ids) - len(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
+        content = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        dropped.append((limit, tokenizer.decode(content[limit - special :])))
+    if dropped:
+        limit, words = max(dropped, key=lambda item: item[0])
+        raise InputError(f"the prompt is too long: {limit} tokens are read, and these words would be dropped: {words!r}")
+
+
+def _limit(pipeline: Any, tokenizer: Any, arguments: dict[str, Any]) -> int | None:
+    """How many tokens the pipeline takes of this tokenizer."""
+    parameter = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
+    asked = arguments.get("max_sequence_length", parameter.default if parameter else None)
+    limits = [n for n in (tokenizer.model_max_length, asked) if isinstance(n, int) and n < 1_000_000]
+    return min(limits, default=None)
+
+
+def _warn_of_unknown_words(tokenizer: Any, prompt: str) -> None:
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or unknown not in (tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids):
+        return
+    words = [w for w in prompt.split() if unknown in tokenizer(w, add_special_tokens=False, verbose=False).input_ids]
+    if not words:
+        return
+    message = f"the model does not know {', '.join(map(repr, words))}"
+    if len(tokenizer) <= _SMALL_VOCABULARY:
+        special = set(tokenizer.all_special_tokens)
+        message += f". It knows: {', '.join(sorted(w for w in tokenizer.get_vocab() if w not in special))}"
+    warnings.warn(message, PromptWarning, stacklevel=4)

@@ -1,0 +1,126 @@
+"""Measures how faithfully a pipeline of this folder draws its captions, and how that grows over the text encoder.
+
+    python -m diffsight.pipelines.shapes.evaluate clip            # prints the table of the model card
+
+Plain diffusers and PyTorch, nothing of diffsight's engine: these figures are what the lenses are checked against.
+"""
+
+import argparse
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .reader import read
+from .scenes import Scene, render, sample_scene
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Fractions of pictures with everything right (`faithful`: colours, shapes and relation) and with each part right."""
+
+    faithful: float
+    colors: float
+    shapes: float
+    relation: float
+    background: float
+    pictures: int
+
+
+def compare(asked: Sequence[Scene], images: Sequence) -> Fidelity:
+    """How well `images` (PIL) show the scenes `asked`, by the reader."""
+    rows = []
+    for scene, image in zip(asked, images, strict=True):
+        want, seen = scene.canonical(), read(image)
+        if seen is None or len(seen.things) != len(want.things):
+            rows.append((False,) * 4)
+            continue
+        colors = [t.color for t in want.things] == [t.color for t in seen.things]
+        shapes = [t.shape for t in want.things] == [t.shape for t in seen.things]
+        rows.append((colors, shapes, want.relation == seen.relation, want.background == seen.background))
+    faithful = sum(all(row[:3]) for row in rows)
+    return Fidelity(faithful / len(rows), *(sum(part) / len(rows) for part in zip(*rows)), pictures=len(rows))
+
+
+def reader_accuracy(count: int = 500, seed: int = 500) -> float:
+    """The share of `count` rendered scenes that the reader gets wholly right, background included."""
+    rng = random.Random(seed)
+    right = 0
+    for _ in range(count):
+        scene = sample_scene(rng, held_out=None)
+        right += read(render(scene, rng)) == scene.canonical()
+    return right / count
+
+
+def scenes(count: int, seed: int, **kind) -> list[Scene]:
+    """`count` scenes of two things; `kind` goes to `sample_scene` (`noun_rate`, `held_out`)."""
+    rng = random.Random(seed)
+    return [sample_scene(rng, two=1.0, **kind) for _ in range(count)]
+
+
+@torch.no_grad()
+def draw(pipe, asked: Sequence[Scene], layer: int | None = None, batch: int = 50, **arguments) -> list:
+    """Pictures of the captions of `asked`, seeds 0, 1, 2 …; with `layer`, from that hidden state of the text encoder
+    (0 is the embedding) through the final norm."""
+    images = []
+    norm = getattr(pipe.text_encoder, "final_layer_norm", None) or pipe.text_encoder.encoder.final_layer_norm
+    for start in range(0, len(asked), batch):
+        captions = [scene.caption() for scene in asked[start : start + batch]]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(captions))]
+        prompt = {"prompt": captions}
+        if layer is not None:
+            ids = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(pipe.device)
+            hidden = pipe.text_encoder(ids, output_hidden_states=True).hidden_states
+            last = layer == pipe.text_encoder.config.num_hidden_layers
+            prompt = {"prompt_embeds": pipe.text_encoder(ids)[0] if last else norm(hidden[layer])}
+        images += pipe(**prompt, generator=generators, **arguments).images
+    return images
+
+
+def report(pipe, layers: bool = True) -> str:
+    """The tables of the model card, as Markdown."""
+    sets = {
+        "plain captions": scenes(200, seed=1),
+        "invented nouns": scenes(200, seed=2, noun_rate=1.0),
+        "pairs never seen in training": scenes(200, seed=3, held_out=True),
+    }
+    settings = {
+        "20 steps, guidance 3": dict(num_inference_steps=20, guidance_scale=3.0),
+        "pipeline defaults": {},
+    }
+    lines = [f"Reader on 500 rendered scenes: {reader_accuracy():.1%} right.", ""]
+    lines += ["| 200 pictures of two things | settings | faithful | colours | shapes | relation | background |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for name, asked in sets.items():
+        for setting, arguments in settings.items():
+            f = compare(asked, draw(pipe, asked, **arguments))
+            cells = (f.faithful, f.colors, f.shapes, f.relation, f.background)
+            lines.append(f"| {name} | {setting} | " + " | ".join(f"{c:.1%}" for c in cells) + " |")
+    if layers:
+        arguments = settings["20 steps, guidance 3"]
+        count = pipe.text_encoder.config.num_hidden_layers
+        lines += ["", "| layer | " + " | ".join(str(k) for k in range(count + 1)) + " |"]
+        lines += ["|---" * (count + 2) + "|"]
+        for name in ("plain captions", "invented nouns"):
+            asked = sets[name][:100]
+            cells = [compare(asked, draw(pipe, asked, layer=k, **arguments)).faithful for k in range(count + 1)]
+            lines.append(f"| {name} | " + " | ".join(f"{c:.0%}" for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="'clip', 't5', or the folder of a pipeline")
+    name = parser.parse_args().folder
+    folder = Path(__file__).parent / name if name in ("clip", "t5") else Path(name)
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    print(report(pipe))
+
+
+if __name__ == "__main__":
+    main()

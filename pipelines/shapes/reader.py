@@ -1,0 +1,80 @@
+"""Turns a picture of coloured shapes back into the scene, and so into a caption.
+
+    scene = read(image)
+    scene.caption()                      # "a red circle above a blue square on a gray background"
+
+No learning: the background is the colour of the border, things are the connected regions that differ from it, a thing's
+colour is the palette's nearest to the median of the region's inner pixels, its shape is the one whose drawing into the
+region's box overlaps it most, and the relation follows the axis along which the centres lie further apart.
+"""
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .scenes import BACKGROUNDS, COLORS, SHAPES, Scene, Thing, draw_shape
+
+_CONTRAST = 70.0  # RGB distance from the background at which a pixel belongs to a thing
+_SMALLEST = 25  # pixels; less is a speck
+
+
+def read(image: Image.Image) -> Scene | None:
+    """The scene in `image` (any size; read at its own resolution), or None where no one or two things are seen.
+
+    The relation is given as "above" or "left of" (`Scene.canonical` brings any scene into this spelling)."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    ground = np.median(border, axis=0)
+    regions = _regions(np.linalg.norm(pixels - ground, axis=-1) > _CONTRAST)
+    if not 1 <= len(regions) <= 2:
+        return None
+    things = [Thing(_color(pixels[region]), _shape(region)) for region in regions]
+    background = _nearest(ground, BACKGROUNDS)
+    if len(things) == 1:
+        return Scene(tuple(things), None, background)
+    (y0, x0), (y1, x1) = (np.argwhere(region).mean(0) for region in regions)
+    vertical = abs(y0 - y1) > abs(x0 - x1)
+    if (y0 > y1) if vertical else (x0 > x1):
+        things.reverse()
+    return Scene(tuple(things), "above" if vertical else "left of", background)
+
+
+def _regions(mask: np.ndarray) -> list[np.ndarray]:
+    """The 4-connected regions of `mask` (bool, height x width), specks left out, as masks."""
+    left, regions = mask.copy(), []
+    while left.any():
+        seed = tuple(np.argwhere(left)[0])
+        stack, region = [seed], np.zeros_like(mask)
+        left[seed] = False
+        while stack:
+            y, x = stack.pop()
+            region[y, x] = True
+            for point in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                if 0 <= point[0] < mask.shape[0] and 0 <= point[1] < mask.shape[1] and left[point]:
+                    left[point] = False
+                    stack.append(point)
+        if region.sum() >= _SMALLEST * mask.size / 64**2:
+            regions.append(region)
+    return regions
+
+
+def _color(pixels: np.ndarray) -> str:
+    return _nearest(np.median(pixels, axis=0), COLORS)
+
+
+def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
+    return min(palette, key=lambda name: float(np.linalg.norm(color - np.array(palette[name]))))
+
+
+def _shape(region: np.ndarray) -> str:
+    """The shape whose drawing into the region's bounding box has the largest intersection over union with it."""
+    ys, xs = np.where(region)
+    crop = region[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+    height, width = crop.shape
+
+    def overlap(shape: str) -> float:
+        picture = Image.new("L", (width * 4, height * 4))
+        draw_shape(ImageDraw.Draw(picture), shape, (0, 0, width * 4 - 1, height * 4 - 1), 255, 0)
+        drawn = np.asarray(picture.resize((width, height), Image.Resampling.BOX)) > 127
+        return (drawn & crop).sum() / (drawn | crop).sum()
+
+    return max(SHAPES, key=overlap)
