@@ -7,8 +7,8 @@
         run.text_encoder.ln_final.input = run.text_encoder.layers[4].output
     run.images[0].save("layer4.png")
 
-The engine (`Model`, `Run`, the errors) needs PyTorch alone; what stands on diffusers and transformers is imported when it
-is first asked for.
+The engine (`Model`, `Run`, the errors) needs PyTorch alone; what stands on diffusers and transformers is imported when
+it is first asked for.
 """
 
 from importlib import import_module

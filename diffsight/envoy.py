@@ -6,8 +6,9 @@
     run.unet.mid_block.calls[2].output      # ... in its third call of the scope
     run.vae.decode.input = latents          # methods that pipelines call directly are envoys as well
 
-Reading a value runs the model up to it; assigning puts a value in its place, now or when the model comes there. Attributes
-that are neither children nor values are those of the module itself (`model.unet.config`, `model.unet.dtype`).
+Reading a value runs the model up to it; assigning puts a value in its place, now or when the model comes there.
+Attributes that are neither children nor values are those of the module itself (`model.unet.config`,
+`model.unet.dtype`).
 """
 
 from collections.abc import Iterator
@@ -217,7 +218,9 @@ class Envoy(Points):
         try:
             return self._child(names[key])
         except IndexError:
-            raise PointNotFoundError(f"{self.path}[{key}] is not there: {self.path} has {len(names)} children") from None
+            raise PointNotFoundError(
+                f"{self.path}[{key}] is not there: {self.path} has {len(names)} children"
+            ) from None
 
     def __len__(self) -> int:
         return len(self._model._parts_of(self._owner))
@@ -237,4 +240,3 @@ class Envoy(Points):
 
     def __repr__(self) -> str:
         return self._model._describe(self._owner)
-

@@ -1,12 +1,12 @@
 """The flow of one run: the model's coroutine, its taps, and where it stands.
 
 The protocol. The body asks for a point (`fetch`); the flow taps it, tells the tap to wait for it and resumes the model.
-When the model gets there, the tap parks the model and the body has the value. If instead the model ends, or the step ends
-that the body is in, or the surrounding module returns that was running when a late tap was made, the point lies behind:
-`OutOfOrderError`, never a later call's value.
+When the model gets there, the tap parks the model and the body has the value. If instead the model ends, or the step
+ends that the body is in, or the surrounding module returns that was running when a late tap was made, the point lies
+behind: `OutOfOrderError`, never a later call's value.
 
-To know what lies behind, calls are counted. The model's components and their children are tapped from the start, and with
-a point all modules around it and their children: so a module is, as a rule, tapped before the module around it is
+To know what lies behind, calls are counted. The model's components and their children are tapped from the start, and
+with a point all modules around it and their children: so a module is, as a rule, tapped before the module around it is
 entered, and its count is exact. Where it is not (`Tap.unseen`), the past is unknown and the point counts as passed.
 """
 
@@ -277,7 +277,9 @@ class Flow:
     def _check_open(self, path: str) -> None:
         self._check_thread(path)
         if self.outcome is not None:
-            raise RunClosedError(f"{path} cannot be reached: {self.outcome}. Bind values to names while the run is open")
+            raise RunClosedError(
+                f"{path} cannot be reached: {self.outcome}. Bind values to names while the run is open"
+            )
 
     # ---- moving the model
 

@@ -1,9 +1,9 @@
 """Model: any `nn.Module`, opened.
 
-    model = Model(net)
-    with model.trace(x) as run:
-        run.encoder.layers[2].output[:, 0] = 0
-    run.result
+model = Model(net)
+with model.trace(x) as run:
+    run.encoder.layers[2].output[:, 0] = 0
+run.result
 """
 
 import weakref

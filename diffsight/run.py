@@ -1,12 +1,12 @@
 """Runs: one execution of a model, open to the body that reads and changes its values.
 
-    with model.trace(x) as run:
-        hidden = run.layers[4].output        # the model ran this far and waits
-        run.ln_final.input = hidden
-    run.result                               # what the model returned
+with model.trace(x) as run:
+    hidden = run.layers[4].output        # the model ran this far and waits
+    run.ln_final.input = hidden
+run.result                               # what the model returned
 
-    run = model.trace(x)                     # or left open: look, change, then
-    run.finish()
+run = model.trace(x)                     # or left open: look, change, then
+run.finish()
 """
 
 from collections.abc import Iterator
@@ -133,7 +133,9 @@ class Steps:
         flow, model, chosen = self._run._flow, self._run._model, self._chosen
         first, last, stride = chosen.start or 0, chosen.stop, chosen.step or 1
         if chosen != slice(None) and flow.clock.index > first:
-            raise OutOfOrderError(f"run.steps[{first}:] was asked for too late: the model is in step {flow.clock.index}")
+            raise OutOfOrderError(
+                f"run.steps[{first}:] was asked for too late: the model is in step {flow.clock.index}"
+            )
         try:
             while last is None or max(flow.body_step + 1, first) < last:
                 if not flow.next_step():
@@ -155,4 +157,3 @@ def _end_at_users_line(trace: TracebackType | None) -> None:
         trace = trace.tb_next
     if last is not None:
         last.tb_next = None
-

@@ -7,8 +7,8 @@ coroutine (another run, the body's own calls, another thread) passes through unt
 
 Modules are tapped with ordinary hooks, and with an override of `forward` on the instance where a call may be left out.
 Methods are tapped by giving the object a subclass of its class for the time of the run: unlike a wrapper stored on the
-instance this follows copies of the object (pipelines step a copy of their scheduler) and reaches `__call__`. The name and
-the signatures stay those of the original.
+instance this follows copies of the object (pipelines step a copy of their scheduler) and reaches `__call__`. The name
+and the signatures stay those of the original.
 """
 
 import functools
@@ -272,7 +272,7 @@ class MethodOverride(Override):
         object.__setattr__(self.target, "__class__", _tapped_class(cls, names) if names else cls)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tapped_class(cls: type, names: frozenset[str]) -> type:
     """A subclass of `cls`, of the same name, whose methods `names` go through the taps of the current run."""
 

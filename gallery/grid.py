@@ -194,8 +194,7 @@ def _in_rows(images, titles, columns: int | None) -> tuple[list[list[Box]], list
         titles = [None] * len(rows) if titles is None else titles
         titles = _listed("titles", titles, "row of images", len(rows))
         captions = [
-            _texts(f"titles[{i}]", titles[i], len(row), f"picture of images[{i}]")
-            for i, row in enumerate(rows)
+            _texts(f"titles[{i}]", titles[i], len(row), f"picture of images[{i}]") for i, row in enumerate(rows)
         ]
         columns = max(map(len, rows))
     else:
@@ -253,8 +252,7 @@ def _listed(name: str, items: Iterable, each: str, needed: int | None = None) ->
     items = list(items)
     if needed is not None and len(items) != needed:
         raise ValueError(
-            f"{name} has {len(items)} items, but needs {needed}: one for each {each} "
-            "(None where there is no text)"
+            f"{name} has {len(items)} items, but needs {needed}: one for each {each} (None where there is no text)"
         )
     return items
 

@@ -3,8 +3,8 @@
     result = diffusion_lens(model, "a red circle below a blue square", seed=0)
     result.grid().save("lens.png")
 
-The hidden state of a layer goes through the encoder's final norm, past the layers behind it, into the rest of the pipeline
-(Toker et al., "Diffusion Lens: Interpreting Text Encoders in Text-to-Image Pipelines", ACL 2024, section 3).
+The hidden state of a layer goes through the encoder's final norm, past the layers behind it, into the rest of the
+pipeline (Toker et al., "Diffusion Lens: Interpreting Text Encoders in Text-to-Image Pipelines", ACL 2024, section 3).
 """
 
 import io
@@ -98,12 +98,13 @@ def diffusion_lens(
 
         diffusion_lens(model, "a red circle below a blue square", layers=range(0, 13, 3), num_inference_steps=20)
 
-    Layers are numbered as transformers numbers hidden states: 0 is the embedding, k what layer k gives, and the last one
-    is what the pipeline itself uses, so that its picture equals `model.generate(prompt, seed=seed)` bit for bit. None is
-    all of them. `arguments` go to the pipeline; with guidance, the negative prompt is encoded in full at every layer.
+    Layers are numbered as transformers numbers hidden states: 0 is the embedding, k what layer k gives, and the last
+    one is what the pipeline itself uses, so that its picture equals `model.generate(prompt, seed=seed)` bit for bit.
+    None is all of them. `arguments` go to the pipeline; with guidance, the negative prompt is encoded in full at every
+    layer.
 
-    Raises InputError, before any picture is made, for an empty or too long prompt, a layer that is not there, a seed that
-    is none, and a pipeline that does not draw from the final norm of its `text_encoder`."""
+    Raises InputError, before any picture is made, for an empty or too long prompt, a layer that is not there, a seed
+    that is none, and a pipeline that does not draw from the final norm of its `text_encoder`."""
     if not isinstance(model, DiffusionModel):
         raise InputError(f"diffusion_lens takes a DiffusionModel, not {type(model).__name__}")
     if not isinstance(prompt, str):

@@ -1,12 +1,12 @@
 """DiffusionModel: a diffusers pipeline, every part of it traceable, every picture seeded.
 
-    model = DiffusionModel("diffsight/shapes-clip")
-    model.generate("a red circle above a blue square", seed=17).images[0]
+model = DiffusionModel("diffsight/shapes-clip")
+model.generate("a red circle above a blue square", seed=17).images[0]
 
-    with model.generate("a red circle above a blue square", seed=17) as run:
-        for step in run.steps:
-            print(step.index, step.timestep, run.unet.mid_block.output.norm())
-    run.images
+with model.generate("a red circle above a blue square", seed=17) as run:
+    for step in run.steps:
+        print(step.index, step.timestep, run.unet.mid_block.output.norm())
+run.images
 """
 
 import inspect
@@ -99,9 +99,9 @@ class DiffusionModel(Model):
         """A run of the pipeline: `with model.generate("a red circle", seed=17) as run:`, or right away
         `model.generate("a red circle", seed=17).images`.
 
-        `args` and `kwargs` are those of the pipeline, and its defaults are kept. With `seed`, picture *i* of the call is
-        made with seed + i, on a generator on the CPU, so that a seed means the same picture on every device and in every
-        batch; a list gives one seed a picture.
+        `args` and `kwargs` are those of the pipeline, and its defaults are kept. With `seed`, picture *i* of the call
+        is made with seed + i, on a generator on the CPU, so that a seed means the same picture on every device and in
+        every batch; a list gives one seed a picture.
 
         Raises InputError, before anything runs, for arguments that the pipeline does not have, an empty prompt, one
         that is too long for every tokenizer, and seeds that are negative or too few."""
@@ -198,7 +198,7 @@ class DiffusionModel(Model):
         return [Target(owner, name, join(path, name)) for name in self._methods_of(owner)]
 
     def _clock(self) -> Clock:
-        """A step begins when a part that is told the timestep is called, and the scheduler has stepped since the last."""
+        """A step begins at the call of a part that is told the timestep, if the scheduler has stepped since the last."""
         parts = self._parts_of(self.pipeline).items()
         denoisers = [
             self._target_of(part, path, None)
@@ -269,9 +269,7 @@ def _pictures(arguments: dict[str, Any]) -> int:
     for name in ("prompt", "prompt_embeds", "image"):
         given = arguments.get(name)
         if given is not None:
-            if isinstance(given, (list, tuple)):
-                batch = len(given)
-            elif isinstance(given, torch.Tensor) and given.ndim > 2:
+            if isinstance(given, (list, tuple)) or (isinstance(given, torch.Tensor) and given.ndim > 2):
                 batch = len(given)
             break
     for name in _PER_PROMPT:

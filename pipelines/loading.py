@@ -15,8 +15,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_pipeline(source: str | Path | DiffusionPipeline, **arguments: Any) -> DiffusionPipeline:
-    """The pipeline named by `source`: a packaged name (`diffsight/shapes-clip`), a folder in the diffusers format, a hub
-    id, or a live pipeline, which is given back as it is. `arguments` go to `from_pretrained`.
+    """The pipeline named by `source`: a packaged name (`diffsight/shapes-clip`), a folder in the diffusers format, a
+    hub id, or a live pipeline, which is given back as it is. `arguments` go to `from_pretrained`.
 
     Raises InputError where there is no such pipeline, with near names."""
     if isinstance(source, DiffusionPipeline):
@@ -25,8 +25,10 @@ def load_pipeline(source: str | Path | DiffusionPipeline, **arguments: Any) -> D
         return source
     if not isinstance(source, (str, Path)):
         raise InputError(f"a pipeline is a name, a folder or a diffusers pipeline, not {type(source).__name__}")
-    return DiffusionPipeline.from_pretrained(_find(str(source)), **arguments) if _is_local(source) else _from_hub(
-        str(source), arguments
+    return (
+        DiffusionPipeline.from_pretrained(_find(str(source)), **arguments)
+        if _is_local(source)
+        else _from_hub(str(source), arguments)
     )
 
 

@@ -1,7 +1,7 @@
 """Standard names for what every encoder has: its `layers` and its final norm, `ln_final`.
 
-They are found by structure, not by a table of architectures: the layers are the longest list of modules of one class, the
-final norm is the first norm behind them, looked for from the layers outwards.
+They are found by structure, not by a table of architectures: the layers are the longest list of modules of one class,
+the final norm is the first norm behind them, looked for from the layers outwards.
 """
 
 from torch import nn

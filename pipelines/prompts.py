@@ -15,7 +15,7 @@ class PromptWarning(UserWarning):
 
 
 def check_prompts(pipeline: Any, prompts: str | Sequence[str], arguments: dict[str, Any]) -> None:
-    """Raises InputError for an empty prompt, or one of which every tokenizer would drop words; warns of unknown words."""
+    """Raises InputError for an empty prompt, or one that every tokenizer would cut; warns of unknown words."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise InputError("there is no prompt: the list is empty")
@@ -43,7 +43,9 @@ def _check_length(pipeline: Any, tokenizers: list, prompt: str, arguments: dict[
         dropped.append((limit, tokenizer.decode(content[limit - special :])))
     if dropped:
         limit, words = max(dropped, key=lambda item: item[0])
-        raise InputError(f"the prompt is too long: {limit} tokens are read, and these words would be dropped: {words!r}")
+        raise InputError(
+            f"the prompt is too long: {limit} tokens are read, and these words would be dropped: {words!r}"
+        )
 
 
 def _limit(pipeline: Any, tokenizer: Any, arguments: dict[str, Any]) -> int | None:

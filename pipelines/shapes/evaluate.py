@@ -20,7 +20,8 @@ from .scenes import Scene, render, sample_scene
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Fractions of pictures with everything right (`faithful`: colours, shapes and relation) and with each part right."""
+    """Fractions of pictures with everything right (`faithful`: colours, shapes and relation) and with each part
+    right."""
 
     faithful: float
     colors: float

@@ -98,9 +98,7 @@ def sample_thing(rng: random.Random, noun_rate: float, held_out: bool | None = F
             return Thing(color, shape)
 
 
-def sample_scene(
-    rng: random.Random, two: float = 0.7, noun_rate: float = 0.0, held_out: bool | None = False
-) -> Scene:
+def sample_scene(rng: random.Random, two: float = 0.7, noun_rate: float = 0.0, held_out: bool | None = False) -> Scene:
     """A scene: of two things with probability `two`, which always differ in colour or shape. With `held_out=True`
     the first thing is a held-out pair."""
     things = [sample_thing(rng, noun_rate, held_out)]

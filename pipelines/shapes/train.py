@@ -5,14 +5,14 @@
 One command, one pipeline in the standard diffusers folder format, with the measured fidelity printed at the end. The
 device is a GPU where there is one (minutes), else the CPU (about two hours on two cores).
 
-- VAE: reconstruction (L1 + L2, four times as much on the things as on the background, which fills most of a picture) and
-  a small Kullback-Leibler term; `scaling_factor` is 1 / standard deviation of the
+- VAE: reconstruction (L1 + L2, four times as much on the things as on the background, which fills most of a picture)
+  and a small Kullback-Leibler term; `scaling_factor` is 1 / standard deviation of the
   latents (Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, appendix G).
 - Text encoder and UNet: v-prediction (Salimans & Ho, "Progressive Distillation", 2022, section 4), captions dropped one
   time in ten for classifier-free guidance (Ho & Salimans, 2022), an exponential moving average of the weights. Half of
   the timesteps are drawn from 450 to 999, where the layout is decided.
-- The text encoder is narrow and deep on purpose: a wide one resolves colours and relations in its first layer and leaves
-  a lens over its layers nothing to show.
+- The text encoder is narrow and deep on purpose: a wide one resolves colours and relations in its first layer and
+  leaves a lens over its layers nothing to show.
 """
 
 import argparse
