@@ -198,7 +198,7 @@ class DiffusionModel(Model):
         return [Target(owner, name, join(path, name)) for name in self._methods_of(owner)]
 
     def _clock(self) -> Clock:
-        """A step begins at the call of a part that is told the timestep, if the scheduler has stepped since the last."""
+        """A step begins with a part that is told the timestep, once the scheduler has stepped since the last."""
         parts = self._parts_of(self.pipeline).items()
         denoisers = [
             self._target_of(part, path, None)
