@@ -162,27 +162,19 @@ class Envoy(Points):
 
     def _child(self, name: str) -> "Envoy | MethodEnvoy | None":
         """The child, method or standard name called `name`, if there is one."""
+        target = self._model._children_of(self._target).get(name)
+        if target is not None:
+            return Envoy(self._model, target, self._run)
         if name in self._model._methods_of(self._owner):
-            return MethodEnvoy(self._model, Target(self._owner, name, join(self.path, name), self._outer), self._run)
-        if name in self._model._parts_of(self._owner):
-            part = self._model._parts_of(self._owner)[name]
-            return Envoy(self._model, self._model._target_of(part, join(self.path, name), self._outer), self._run)
+            outer = self._target if isinstance(self._owner, nn.Module) else None
+            return MethodEnvoy(self._model, Target(self._owner, name, join(self.path, name), outer), self._run)
         real = self._model._names_of(self._owner).get(name)
         if real is None:
             return None
-        found = self
+        found = self._target
         for step in real.split("."):
-            found = found._child(step)
-        return found._renamed(join(self.path, name))
-
-    def _renamed(self, path: str) -> "Envoy":
-        target = Target(self._owner, self._target.name, path, self._target.outer)
-        return Envoy(self._model, target, self._run)
-
-    @property
-    def _outer(self) -> Target | None:
-        """What surrounds the children in the model's run: this module."""
-        return self._target if isinstance(self._owner, nn.Module) else None
+            found = found.children()[step]
+        return Envoy(self._model, Target(found.owner, found.name, join(self.path, name), found.outer), self._run)
 
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)
@@ -212,7 +204,7 @@ class Envoy(Points):
                     )
                 found = child
             return found
-        names = list(self._model._parts_of(self._owner))
+        names = list(self._model._children_of(self._target))
         if isinstance(key, slice):
             return [self._child(name) for name in names[key]]
         try:
@@ -223,7 +215,7 @@ class Envoy(Points):
             ) from None
 
     def __len__(self) -> int:
-        return len(self._model._parts_of(self._owner))
+        return len(self._model._children_of(self._target))
 
     def __iter__(self) -> Iterator["Envoy"]:
         return iter(self[:])
@@ -233,7 +225,7 @@ class Envoy(Points):
 
     def _names(self) -> list[str]:
         model, owner = self._model, self._owner
-        return [*model._parts_of(owner), *model._methods_of(owner), *model._names_of(owner)]
+        return [*model._children_of(self._target), *model._methods_of(owner), *model._names_of(owner)]
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._names(), *dir(self._owner)})

@@ -31,15 +31,14 @@ from .taps import (
     INPUTS,
     OUTPUT,
     Assignment,
-    ForwardOverride,
-    MethodOverride,
     Point,
     Tap,
     Target,
     assign,
     first_input,
-    hook_module,
 )
+
+_CALL = torch.nn.Module._call_impl.__code__
 
 
 class Clock:
@@ -87,8 +86,6 @@ class Flow:
         self.has_result = False
         self.result: Any = None
         self._stands = "before its first call"
-        self._overridden: set[tuple[int, str]] = set()
-        self._undo: list[Callable[[], None]] = []
 
     # ---- what the body asks for
 
@@ -99,7 +96,7 @@ class Flow:
         tap, index = self._locate(target, call, path)
         key = (OUTPUT if part == "output" else INPUTS, index)
         if key[0] == INPUTS:
-            self._override_forward(target)  # so that the call can still be left out, once its inputs are here
+            tap.allow_skip()  # so that the call can still be left out, once its inputs are here
         point = tap.points.get(key) or self._advance_to(tap, key, path)
         return first_input(point.value) if part == "input" else point.value
 
@@ -126,7 +123,7 @@ class Flow:
         at_its_inputs = self.parked is not None and self.parked is tap.points.get((INPUTS, index))
         if not at_its_inputs and self._passed(tap, (INPUTS, index)):
             raise OutOfOrderError(self._too_late(path, "asked for"))
-        self._override_forward(target)
+        tap.allow_skip()
         tap.skips[index] = Assignment("skip", value, path, _caller(), self.in_step)
 
     def next_step(self) -> bool:
@@ -186,7 +183,7 @@ class Flow:
         """The tap of `target`, made now if there is none, along with those of the modules around it."""
         self._start()
         known = self.taps.get(target.key)
-        if known is not None and all(self._is_open(outer) for outer in target.around()):
+        if known is not None and known.open and self._is_known(target.outer):
             return known
         if not target.is_called:
             raise PointNotFoundError(
@@ -205,38 +202,49 @@ class Flow:
             for component in self.components:
                 self._tap_with_children(component, None)
 
-    def _is_open(self, target: Target) -> bool:
-        tap = self.taps.get(target.key)
-        return not target.is_called or (tap is not None and tap.children_tapped)
+    def _is_known(self, target: Target | None) -> bool:
+        """Whether what lies directly in `target`, and in all around it, is tapped."""
+        while target is not None:
+            tap = self.taps.get(target.key)
+            if target.is_called and (tap is None or not tap.children_tapped):
+                return False
+            target = target.outer
+        return True
 
     def _tap_with_children(self, target: Target, around: Tap | None) -> Tap:
         tap = self._tap(target, around)
         if not tap.children_tapped:
             tap.children_tapped = True
-            for child in target.children() if target.name == FORWARD else ():
-                self._tap(child, tap)
+            for child in target.called_children() if target.name == FORWARD else ():
+                if child.key not in self.taps:
+                    self._new_tap(child, tap).count()
         return tap
 
     def _tap(self, target: Target, around: Tap | None) -> Tap:
-        if target.key in self.taps:
-            return self.taps[target.key]
-        tap = Tap(self, target, born_in=self.clock.index)
+        tap = self.taps.get(target.key)
+        if tap is None:
+            tap = self._new_tap(target, around)
+        if not tap.open:
+            tap.open_up(self._count_running(target.owner) if tap.entered else 0)
+        return tap
+
+    def _new_tap(self, target: Target, around: Tap | None) -> Tap:
+        tap = self.taps[target.key] = Tap(self, target, self.clock.index)
         if around is not None and around.entered:
             at_inputs = self.parked is not None and self.parked.tap is around and self.parked.kind == INPUTS
             tap.unseen = around.entered - at_inputs
             tap.unseen_in_step = around.entered - around.step_base - at_inputs
             tap.guard = around if around.active and not at_inputs else None
-        self.taps[target.key] = tap
-        if target.name == FORWARD:
-            self._undo += [handle.remove for handle in hook_module(target.owner, tap)]
-        else:
-            self._undo.append(MethodOverride(target.owner, target.name).remove)
         return tap
 
-    def _override_forward(self, target: Target) -> None:
-        if target.name == FORWARD and target.key not in self._overridden:
-            self._overridden.add(target.key)
-            self._undo.append(ForwardOverride(target.owner, FORWARD).remove)
+    def _count_running(self, module: Any) -> int:
+        """How many calls of `module` have begun and not ended, read off the stack of the parked model."""
+        frame, running = self.coroutine.gr_frame if self.coroutine is not None else None, 0
+        while frame is not None:
+            if frame.f_code is _CALL and frame.f_locals.get("self") is module:
+                running += 1
+            frame = frame.f_back
+        return running
 
     # ---- where things stand
 
@@ -353,8 +361,8 @@ class Flow:
         self.outcome = outcome
         self.closing = True
         self.parked = self.coroutine = None
-        while self._undo:
-            self._undo.pop()()
+        for tap in self.taps.values():
+            tap.remove()
         self.taps.clear()
         self.clock.call = None
 

@@ -70,11 +70,9 @@ class Model(Envoy):
     def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> Step:
         return Step(index, path or type(self._owner).__name__, call, self)
 
-    def _parts_of(self, owner: Any) -> Mapping[str, Any]:
-        """The children of a part of the model, by name."""
-        if isinstance(owner, nn.Module):
-            return {name: module for name, module in owner._modules.items() if module is not None}
-        return {}
+    def _children_of(self, target: Target) -> dict[str, Target]:
+        """The parts of a part of the model, by name."""
+        return target.children()
 
     def _methods_of(self, owner: Any) -> Mapping[str, str]:
         """The methods of a part that can be traced: name to path."""
@@ -83,10 +81,6 @@ class Model(Envoy):
     def _names_of(self, owner: Any) -> Mapping[str, str]:
         """Standard names for what lies below a part: name to real path, from the part."""
         return {}
-
-    def _target_of(self, part: Any, path: str, outer: Target | None) -> Target:
-        """What a part's own values are the values of."""
-        return Target(part, FORWARD, path, outer)
 
     # ---- runs
 

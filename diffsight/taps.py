@@ -14,8 +14,9 @@ and the signatures stay those of the original.
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import RLock
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -28,40 +29,44 @@ INPUTS, OUTPUT = "inputs", "output"
 _OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; copies carry it along
 
 
-@dataclass(frozen=True)
 class Target:
     """What can be tapped: the forward pass of a module (`name` is "forward") or another method of an object.
 
     `path` is as the user writes it, `outer` the target of the module around it."""
 
-    owner: Any
-    name: str
-    path: str
-    outer: "Target | None" = None
+    __slots__ = ("_children", "is_called", "key", "name", "outer", "owner", "path")
 
-    @property
-    def key(self) -> tuple[int, str]:
-        return id(self.owner), self.name
-
-    @property
-    def is_called(self) -> bool:
-        """Whether there is anything to call: a ModuleList, for one, has no forward pass."""
-        if self.name == "__call__":
-            return callable(self.owner)
-        return self.name != FORWARD or type(self.owner).forward is not nn.Module.forward
+    def __init__(self, owner: Any, name: str, path: str, outer: "Target | None" = None) -> None:
+        self.owner, self.name, self.path, self.outer = owner, name, path, outer
+        self.key = (id(owner), name)
+        self.is_called = True  # whether there is anything to call: a ModuleList, for one, has no forward pass
+        if name == "__call__":
+            self.is_called = callable(owner)
+        elif name == FORWARD:
+            self.is_called = type(owner).forward is not nn.Module.forward
+        self._children: tuple[dict, dict[str, Target]] | None = None
 
     def around(self) -> list["Target"]:
         """The targets of the modules around this one, outermost first."""
         return [*self.outer.around(), self.outer] if self.outer else []
 
-    def children(self) -> Iterator["Target"]:
-        """The modules directly in this one; those in a list or dict that is never called count as directly in it."""
-        for name, module in self.owner.named_children() if isinstance(self.owner, nn.Module) else ():
-            child = Target(module, FORWARD, join(self.path, name), self)
+    def children(self) -> dict[str, "Target"]:
+        """The modules directly in this one, by name; kept as long as they are the same."""
+        if not isinstance(self.owner, nn.Module):
+            return {}
+        modules = self.owner._modules
+        if self._children is None or self._children[0] != modules:
+            made = {n: Target(m, FORWARD, join(self.path, n), self) for n, m in modules.items() if m is not None}
+            self._children = (dict(modules), made)
+        return self._children[1]
+
+    def called_children(self) -> Iterator["Target"]:
+        """The children; in the place of a list or dict, which is never called itself, those in it."""
+        for child in self.children().values():
             if child.is_called:
                 yield child
             else:
-                yield from child.children()
+                yield from child.called_children()
 
 
 def join(path: str, name: str | int) -> str:
@@ -94,24 +99,72 @@ class Assignment:
     in_step: bool
 
 
-@dataclass(eq=False)
-class Tap:
-    """The calls of one module or method in one run."""
+_NONE: Any = MappingProxyType({})
 
-    flow: Any
-    target: Target
-    entered: int = 0  # calls begun so far, as far as the tap has seen
-    step_base: int = 0  # calls begun before the current step
-    active: list[int] = field(default_factory=list)  # numbers of the calls that are running, outermost first
-    unseen: int = 0  # calls of the surrounding module that began before the tap was made: calls here may be missing
-    unseen_in_step: int = 0  # the same, in the step in which the tap was made
-    born_in: int = -1  # that step
-    guard: "Tap | None" = None  # the surrounding module, if it was running when the tap was made
-    children_tapped: bool = False
-    awaited: set[tuple[str, int]] = field(default_factory=set)
-    pending: dict[tuple[str, int], list[Assignment]] = field(default_factory=dict)
-    skips: dict[int, Assignment] = field(default_factory=dict)
-    points: dict[tuple[str, int], Point] = field(default_factory=dict)
+
+class Tap:
+    """The calls of one module or method in one run.
+
+    A module beside what the body asks for is only counted (`open` is False, `active` is not kept): its calls cost a
+    fraction of a microsecond. The rest comes with `open_up`."""
+
+    __slots__ = (
+        "active",  # numbers of the calls that are running, outermost first
+        "awaited",  # (kind, number of a call) of the points a body waits for
+        "born_in",  # the step in which the tap was made
+        "children_tapped",
+        "entered",  # calls begun so far, as far as the tap has seen
+        "flow",
+        "guard",  # the surrounding module, if it was running when the tap was made
+        "open",
+        "pending",  # (kind, number of a call) to what was assigned there
+        "points",  # (kind, number of a call) to what was read there
+        "skips",  # number of a call to what it shall give without running
+        "step_base",  # calls begun before the current step
+        "target",
+        "undo",
+        "unseen",  # calls of the surrounding module that began before the tap was made: calls here may be missing
+        "unseen_in_step",  # the same, of the step in which the tap was made
+    )
+
+    def __init__(self, flow: Any, target: Target, born_in: int) -> None:
+        self.flow, self.target, self.born_in = flow, target, born_in
+        self.entered = self.step_base = self.unseen = self.unseen_in_step = 0
+        self.guard: Tap | None = None
+        self.open = self.children_tapped = False
+        self.active = self.awaited = ()
+        self.pending = self.points = self.skips = _NONE
+        self.undo: list[Callable[[], None]] = []
+
+    def count(self) -> None:
+        """Counts the module's calls, and no more."""
+
+        def before(module: nn.Module, args: tuple) -> None:
+            if current_owner() is self.flow:
+                self.entered += 1
+
+        self.undo = [self.target.owner.register_forward_pre_hook(before).remove]
+
+    def open_up(self, running: int = 0) -> None:
+        """From now on the values of its calls can be had. `running` calls have begun and not ended."""
+        self.remove()
+        self.open = True
+        self.active = list(range(self.entered - running, self.entered))
+        self.awaited, self.pending, self.points, self.skips = set(), {}, {}, {}
+        if self.target.name == FORWARD:
+            self.undo = [handle.remove for handle in hook_module(self.target.owner, self)]
+        else:
+            self.undo = [MethodOverride(self.target.owner, self.target.name).remove]
+
+    def allow_skip(self) -> None:
+        """Puts what leaves calls out in the place of the module's forward pass."""
+        if self.target.name == FORWARD and len(self.undo) == 2:
+            self.undo.append(ForwardOverride(self.target.owner, FORWARD).remove)
+
+    def remove(self) -> None:
+        """Takes everything off the module."""
+        while self.undo:
+            self.undo.pop()()
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A call begins. Gives new inputs, or None where they stay as they are."""
@@ -124,7 +177,7 @@ class Tap:
 
     def leave(self, output: Any) -> Any:
         """A call ends. Gives the output, replaced or as it was."""
-        index = self.active.pop() if self.active else self.entered - 1
+        index = self.active.pop()
         point = self._pass(OUTPUT, index, output)
         self.flow.after_call(self)
         return output if point is None else point.value
@@ -142,6 +195,8 @@ class Tap:
     def drop_step(self) -> list[Assignment]:
         """A step ends: what was read within it is let go. Gives what was assigned within it and not reached."""
         self.step_base = self.entered
+        if not self.open:
+            return []
         missed: list[Assignment] = []
         if self.points:
             self.points = {key: point for key, point in self.points.items() if not point.in_step}

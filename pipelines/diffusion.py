@@ -82,8 +82,9 @@ class DiffusionModel(Model):
     def __init__(self, source: str | Path | DiffusionPipeline, **arguments: Any) -> None:
         pipeline = load_pipeline(source, **arguments)
         self._wrap(Target(pipeline, "__call__", ""))
-        self.__dict__["source"] = source if isinstance(source, str) else getattr(pipeline.config, "_name_or_path", "")
-        self.__dict__["_standard_names"] = {}
+        name = type(pipeline).__name__ if isinstance(source, DiffusionPipeline) else str(source)
+        self.__dict__["source"] = name
+        self.__dict__.update(_standard_names={}, _part_targets={})
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -155,23 +156,27 @@ class DiffusionModel(Model):
 
     # ---- the parts of the pipeline
 
-    def _parts_of(self, owner: Any) -> Mapping[str, Any]:
-        if owner is not self.pipeline:
-            return super()._parts_of(owner)
-        names = (name for name in owner.config if not name.startswith("_"))
-        parts = ((name, vars(owner).get(name)) for name in names)
+    def _parts(self) -> dict[str, Any]:
+        """The pipeline's components, by name."""
+        parts = ((name, vars(self.pipeline).get(name)) for name in self.pipeline.config if not name.startswith("_"))
         return {name: part for name, part in parts if part is not None and not isinstance(part, _PLAIN)}
+
+    def _children_of(self, target: Target) -> dict[str, Target]:
+        if target.owner is not self.pipeline:
+            return target.children()
+        known = self._part_targets
+        for name, part in self._parts().items():
+            if name not in known or known[name].owner is not part:
+                known[name] = Target(part, FORWARD if isinstance(part, nn.Module) else "__call__", name)
+        return {name: known[name] for name in self._parts()}
 
     def _methods_of(self, owner: Any) -> Mapping[str, str]:
         """`encode_prompt` of the pipeline, `encode` and `decode` of a VAE, `step` of a scheduler."""
         if owner is self.pipeline:
             return {name: name for name in ("encode_prompt",) if _has_method(owner, name)}
-        for path, part in self._parts_of(self.pipeline).items():
+        for path, part in self._parts().items():
             if part is owner:
-                wanted = ("encode", "decode") if isinstance(part, nn.Module) else ("step",)
-                if not isinstance(part, (nn.Module, SchedulerMixin)):
-                    wanted = ()
-                return {name: join(path, name) for name in wanted if _has_method(part, name)}
+                return {name: join(path, name) for name in _methods_worth(part) if _has_method(part, name)}
         return {}
 
     def _names_of(self, owner: Any) -> Mapping[str, str]:
@@ -179,34 +184,27 @@ class DiffusionModel(Model):
             return {}
         known = self._standard_names
         if id(owner) not in known:
-            component = any(part is owner for part in self._parts_of(self.pipeline).values())
+            component = any(part is owner for part in self._parts().values())
             known[id(owner)] = standard_names(owner) if component else {}
         return known[id(owner)]
 
-    def _target_of(self, part: Any, path: str, outer: Target | None) -> Target:
-        return Target(part, FORWARD if isinstance(part, nn.Module) else "__call__", path, outer)
-
     def _components(self) -> list[Target]:
-        targets = self._method_targets("", self.pipeline)
-        for path, part in self._parts_of(self.pipeline).items():
-            target = self._target_of(part, path, None)
+        targets = self._method_targets(self._target)
+        for target in self._children_of(self._target).values():
             targets += [target] if target.is_called else []
-            targets += self._method_targets(path, part)
+            targets += self._method_targets(target)
         return targets
 
-    def _method_targets(self, path: str, owner: Any) -> list[Target]:
-        return [Target(owner, name, join(path, name)) for name in self._methods_of(owner)]
+    def _method_targets(self, target: Target) -> list[Target]:
+        return [Target(target.owner, name, path) for name, path in self._methods_of(target.owner).items()]
 
     def _clock(self) -> Clock:
         """A step begins with a part that is told the timestep, once the scheduler has stepped since the last."""
-        parts = self._parts_of(self.pipeline).items()
+        parts = self._children_of(self._target).values()
         denoisers = [
-            self._target_of(part, path, None)
-            for path, part in parts
-            if isinstance(part, nn.Module) and any("timestep" in name for name in _parameters(part.forward))
+            t for t in parts if t.name == FORWARD and any("timestep" in n for n in _parameters(t.owner.forward))
         ]
-        steps = [t for path, part in parts for t in self._method_targets(path, part) if t.name == "step"]
-        return Clock(denoisers, steps)
+        return Clock(denoisers, [t for part in parts for t in self._method_targets(part) if t.name == "step"])
 
     def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> DiffusionStep:
         return DiffusionStep(index, path, call, self)
@@ -218,7 +216,7 @@ class DiffusionModel(Model):
         given = dict(zip(names, args)) | kwargs
         told = next(value for name, value in given.items() if "timestep" in name and value is not None)
         told = float(torch.as_tensor(told).flatten()[0])
-        schedulers = [part for part in self._parts_of(self.pipeline).values() if isinstance(part, SchedulerMixin)]
+        schedulers = [part for part in self._parts().values() if isinstance(part, SchedulerMixin)]
         for scheduler in schedulers:
             known = torch.as_tensor(getattr(scheduler, "timesteps", [])).flatten()
             if known.numel():
@@ -232,7 +230,7 @@ class DiffusionModel(Model):
     # ---- showing and setting
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._parts_of(self.pipeline):
+        if name in self._parts():
             setattr(self.pipeline, name, value)  # a component is exchanged: model.scheduler = DDIMScheduler(...)
         else:
             super().__setattr__(name, value)
@@ -241,7 +239,7 @@ class DiffusionModel(Model):
         if owner is not self.pipeline:
             return repr(owner)
         lines, besides, names = [], list(self._methods_of(owner)), []
-        for path, part in self._parts_of(owner).items():
+        for path, part in self._parts().items():
             shown = repr(part) if isinstance(part, nn.Module) else f"{type(part).__name__}()"
             lines.append(f"  ({path}): " + shown.replace("\n", "\n  "))
             besides += self._methods_of(part).values()
@@ -253,6 +251,13 @@ class DiffusionModel(Model):
 
 
 _PLAIN = (bool, int, float, str, list, tuple, dict)
+
+
+def _methods_worth(part: Any) -> tuple[str, ...]:
+    """The methods of a component that pipelines call directly, and that matter."""
+    if isinstance(part, nn.Module):
+        return "encode", "decode"
+    return ("step",) if isinstance(part, SchedulerMixin) else ()
 
 
 def _has_method(part: Any, name: str) -> bool:
