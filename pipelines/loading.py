@@ -1,17 +1,18 @@
 """Finds the diffusers pipeline that a user names: packaged, in a folder, on the hub, or already there."""
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from diffsight.errors import InputError, suggest
+from diffsight.errors import InputError
 
 _SHAPES = Path(__file__).parent / "shapes"
 PACKAGED = {"diffsight/shapes-clip": _SHAPES / "clip"}
 DESCRIPTIONS = {"diffsight/shapes-clip": "64 x 64 scenes of coloured shapes; CLIP text encoder, UNet, 6 M parameters"}
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def load_pipeline(source: str | Path | DiffusionPipeline, **arguments: Any) -> DiffusionPipeline:
@@ -25,39 +26,33 @@ def load_pipeline(source: str | Path | DiffusionPipeline, **arguments: Any) -> D
         return source
     if not isinstance(source, (str, Path)):
         raise InputError(f"a pipeline is a name, a folder or a diffusers pipeline, not {type(source).__name__}")
-    return (
-        DiffusionPipeline.from_pretrained(_find(str(source)), **arguments)
-        if _is_local(source)
-        else _from_hub(str(source), arguments)
-    )
-
-
-def _is_local(source: str | Path) -> bool:
     name = str(source)
-    return name.startswith("diffsight/") or Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name)
+    if name.startswith("diffsight/") or Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name):
+        return DiffusionPipeline.from_pretrained(_folder(name), **arguments)
+    try:
+        return DiffusionPipeline.from_pretrained(name, **arguments)
+    except OSError as error:  # what huggingface_hub raises where it finds nothing, or no network
+        raise InputError(f"{_unknown(name)}. The hub: {str(error).split('. ')[0].splitlines()[0]}") from error
 
 
-def _find(name: str) -> Path:
+def _folder(name: str) -> Path:
     """The folder of a packaged name or of a path."""
     if name in PACKAGED:
         return PACKAGED[name]
     folder = Path(name).expanduser()
-    if not name.startswith("diffsight/") and folder.is_dir():
-        if (folder / "model_index.json").is_file():
-            return folder
-        raise InputError(f"the folder {name} is not a pipeline: it has no model_index.json")
-    if not name.startswith("diffsight/") and folder.exists():
+    if name.startswith("diffsight/") or not folder.exists():
+        raise InputError(_unknown(name))
+    if not folder.is_dir():
         raise InputError(f"{name} is a file; a pipeline is a folder with a model_index.json, or a name")
-    raise InputError(_unknown(name))
-
-
-def _from_hub(name: str, arguments: dict[str, Any]) -> DiffusionPipeline:
-    try:
-        return DiffusionPipeline.from_pretrained(name, **arguments)
-    except OSError as error:  # what huggingface_hub raises where it finds nothing, or no network
-        raise InputError(f"{_unknown(name)}. Asked on the hub: {str(error).splitlines()[0]}") from error
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"the folder {name} is not a pipeline: it has no model_index.json")
+    return folder
 
 
 def _unknown(name: str) -> str:
-    near = suggest(name, PACKAGED) or suggest(f"diffsight/{name.split('/')[-1]}", PACKAGED)
-    return f"there is no model {name!r}{near}. Known: {', '.join(PACKAGED)}, a folder, or a hub id such as 'owner/name'"
+    short = {known.split("/")[-1]: known for known in PACKAGED}
+    near = get_close_matches(name.split("/")[-1], short, n=1, cutoff=0.6)
+    meant = f" (did you mean {short[near[0]]!r}?)" if near else ""
+    return (
+        f"there is no model {name!r}{meant}. Known: {', '.join(PACKAGED)}, a folder, or a hub id such as 'owner/name'"
+    )
