@@ -236,17 +236,11 @@ def save_in_half(pipe: StableDiffusionPipeline, folder: Path) -> None:
         save_file(weights, file, metadata={"format": "pt"})
 
 
-def train(
-    encoder: str, out: Path, vae: Path | None, seed: int, scenes: int, vae_steps: int, steps: int
-) -> StableDiffusionPipeline:
-    """Trains the pipeline with the text encoder named (`clip` or `t5`) and writes it to the folder `out`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")
-    torch.manual_seed(seed)
-    pictures, captions = make_data(scenes, seed)
+def make_pipeline(encoder: str) -> StableDiffusionPipeline:
+    """The pipeline with the text encoder named (`clip` or `t5`), its weights drawn at random."""
     tokenizer = make_tokenizer(encoder)
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(vae) if vae else make_vae(),
+    return StableDiffusionPipeline(
+        vae=make_vae(),
         text_encoder=make_text_encoder(encoder, tokenizer),
         tokenizer=tokenizer,
         unet=make_unet(),
@@ -254,11 +248,23 @@ def train(
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).to(device)
-    if vae is None:
+    )
+
+
+def train(
+    encoder: str, out: Path, resume: Path | None, seed: int, scenes: int, vae_steps: int, steps: int
+) -> StableDiffusionPipeline:
+    """Trains a pipeline, or goes on with the one in the folder `resume`, and writes it to the folder `out`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(seed)
+    pictures, captions = make_data(scenes, seed)
+    pipe = StableDiffusionPipeline.from_pretrained(resume) if resume else make_pipeline(encoder)
+    pipe.to(device)
+    if vae_steps:
         train_vae(pipe.vae.train(), pictures, vae_steps, device)
     latents = encode(pipe.vae.eval(), pictures, device) * pipe.vae.config.scaling_factor
-    ids = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids.to(device)
+    ids = pipe.tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids.to(device)
     train_denoiser(pipe, latents, ids[:-1], ids[-1], steps, out)
     save_in_half(pipe, out)
     return pipe
@@ -268,7 +274,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--encoder", choices=("clip", "t5"), default="clip")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pipeline")
-    parser.add_argument("--vae", type=Path, help="folder of a trained VAE to use instead of training one")
+    parser.add_argument(
+        "--resume", type=Path, help="folder of a pipeline to go on with (and --vae-steps 0 to keep its VAE)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=30_000)
     parser.add_argument("--vae-steps", type=int, default=2_500)
