@@ -69,7 +69,7 @@ class Run:
 
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)
-        if name.startswith("_"):
+        if name.startswith("__") or "_flow" not in self.__dict__:
             raise AttributeError(name)
         try:
             return getattr(self._model._bound(self), name)

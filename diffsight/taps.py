@@ -43,7 +43,7 @@ class Target:
         if name == "__call__":
             self.is_called = callable(owner)
         elif name == FORWARD:
-            self.is_called = type(owner).forward is not nn.Module.forward
+            self.is_called = type(owner).forward is not nn.Module.forward or "forward" in owner.__dict__
         self._children: tuple[dict, dict[str, Target]] | None = None
 
     def around(self) -> list["Target"]:
