@@ -24,13 +24,11 @@ class TorchState(NamedTuple):
 
     @classmethod
     def capture(cls) -> "TorchState":
-        autocast = None
-        if torch._C._is_any_autocast_enabled():
-            devices = tuple(
-                (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-                for device in _AUTOCAST_DEVICES
-            )
-            autocast = (devices, torch.is_autocast_cache_enabled())
+        devices = tuple(
+            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in _AUTOCAST_DEVICES
+        )
+        autocast = (devices, torch.is_autocast_cache_enabled())
         return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
 
     def restore(self) -> None:

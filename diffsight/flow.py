@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from .coroutine import Coroutine, TorchState
+from .coroutine import Coroutine, TorchState, current_owner
 from .errors import (
     AssignmentError,
+    DiffsightError,
     NeverReachedError,
     OutOfOrderError,
     PointNotFoundError,
@@ -36,8 +37,10 @@ from .taps import (
     Target,
     assign,
     first_input,
+    join,
 )
 
+Places = dict[tuple[int, str], list[Target]]
 _CALL = torch.nn.Module._call_impl.__code__
 
 
@@ -66,12 +69,17 @@ class Clock:
 
 
 class Flow:
-    """One execution of `function`. `components` are tapped from the start, `clock` says when a step begins."""
+    """One execution of `function`. `components` are tapped from the start, `clock` says when a step begins, `places`
+    gives the modules that stand in several places of the model."""
 
-    def __init__(self, function: Callable[[], Any], components: Sequence[Target], clock: Clock) -> None:
+    def __init__(
+        self, function: Callable[[], Any], components: Sequence[Target], clock: Clock, places: Callable[[], Places]
+    ) -> None:
         self.function = function
         self.components = components
+        self.methods = [target for target in components if target.name != FORWARD]
         self.clock = clock
+        self.places = places
         self.state = TorchState.capture()
         self.thread = get_ident()
         self.coroutine: Coroutine | None = None
@@ -91,18 +99,18 @@ class Flow:
 
     def fetch(self, target: Target, part: str, call: int) -> Any:
         """The value of a point: `part` ("inputs", "input" or "output") of call number `call` in the scope."""
-        path = f"{target.path}.{part}"
+        path = _as_written(target, part, call)
         self._check_open(path)
         tap, index = self._locate(target, call, path)
         key = (OUTPUT if part == "output" else INPUTS, index)
         if key[0] == INPUTS:
             tap.allow_skip()  # so that the call can still be left out, once its inputs are here
         point = tap.points.get(key) or self._advance_to(tap, key, path)
-        return first_input(point.value) if part == "input" else point.value
+        return first_input(point.value, path) if part == "input" else point.value
 
     def assign(self, target: Target, part: str, call: int, value: Any) -> None:
         """Puts `value` in the place of a point, now if the model stands there, else when it comes there."""
-        path = f"{target.path}.{part}"
+        path = _as_written(target, part, call)
         self._check_open(path)
         _check_value(path, part, value)
         tap, index = self._locate(target, call, path)
@@ -117,7 +125,7 @@ class Flow:
 
     def skip(self, target: Target, call: int, value: Any) -> None:
         """Leaves a call out: `value` is what it gives. Possible until the call runs, at its inputs at the latest."""
-        path = f"{target.path}.skip"
+        path = _as_written(target, "skip", call)
         self._check_open(path)
         tap, index = self._locate(target, call, path)
         at_its_inputs = self.parked is not None and self.parked is tap.points.get((INPUTS, index))
@@ -129,7 +137,7 @@ class Flow:
     def next_step(self) -> bool:
         """Runs the model to the beginning of the next step that the body has not entered; False where it ends."""
         self._check_thread("run.steps")
-        if self.outcome is not None and not self.has_result:
+        if self.outcome is not None:
             return False
         self._start()
         self.stop_at_steps = True
@@ -190,11 +198,17 @@ class Flow:
                 f"{target.path} has no values: {type(target.owner).__name__} is not called by the model, it only "
                 "holds others. Ask for one of them"
             )
+        for place in self.places().get(target.key, ()):
+            self._tap_around(place)
+        return self._tap(target, self._tap_around(target))
+
+    def _tap_around(self, target: Target) -> Tap | None:
+        """Taps the modules around `target` and what lies directly in them; gives the tap of the innermost."""
         around = None
         for outer in target.around():
             if outer.is_called:
                 around = self._tap_with_children(outer, around)
-        return self._tap(target, around)
+        return around
 
     def _start(self) -> None:
         """Taps the components, before anything moves."""
@@ -229,12 +243,21 @@ class Flow:
         return tap
 
     def _new_tap(self, target: Target, around: Tap | None) -> Tap:
+        """A tap that knows how much of the past it has not seen."""
         tap = self.taps[target.key] = Tap(self, target, self.clock.index)
-        if around is not None and around.entered:
-            at_inputs = self.parked is not None and self.parked.tap is around and self.parked.kind == INPUTS
-            tap.unseen = around.entered - at_inputs
-            tap.unseen_in_step = around.entered - around.step_base - at_inputs
-            tap.guard = around if around.active and not at_inputs else None
+        if around is None or self.coroutine is None:
+            return tap
+        tap.late_in = around
+        at_inputs = self.parked is not None and self.parked.tap is around and self.parked.kind == INPUTS
+        running = bool(around.active) and not at_inputs
+        methods = [self.taps[method.key] for method in self.methods if method.owner is around.target.owner]
+        now = at_inputs or running  # a call of the module around is going on, and does not count as past
+        tap.unseen = around.unseen + around.entered - now + sum(method.entered for method in methods)
+        tap.unseen_in_step = sum(method.entered - method.step_base for method in methods)
+        tap.unseen_in_step += max(0, around.entered - around.step_base - now)
+        if around.born_in == self.clock.index:
+            tap.unseen_in_step += around.unseen_in_step
+        tap.guard = (around, around.active[-1]) if running else around.guard
         return tap
 
     def _count_running(self, module: Any) -> int:
@@ -263,9 +286,15 @@ class Flow:
     def _passed(self, tap: Tap, key: tuple[str, int]) -> bool:
         """Whether the model is past this point, for all that is known."""
         kind, index = key
-        if self._unseen(tap) and tap.guard is None:
+        if self._unseen(tap):
+            return True
+        if not tap.entered and self._is_guarded(tap) and tap.guard[1] not in tap.guard[0].active:
             return True
         return index < tap.entered and (kind == INPUTS or index not in tap.active)
+
+    def _is_guarded(self, tap: Tap) -> bool:
+        """Whether the call that was running when the tap was made is of the scope: calls in it may have been missed."""
+        return tap.guard is not None and (not self.in_step or tap.born_in == self.clock.index)
 
     def _too_late(self, path: str, what: str) -> str:
         return (
@@ -281,6 +310,10 @@ class Flow:
             raise WrongThreadError(
                 f"{path}: a run belongs to the thread that opened it. Open one run in each thread, or hand values over"
             )
+        if current_owner() is self:
+            raise DiffsightError(
+                f"{path} was asked for by a hook or a callback that the model itself runs: it cannot wait for itself"
+            )
 
     def _check_open(self, path: str) -> None:
         self._check_thread(path)
@@ -295,8 +328,8 @@ class Flow:
         if self._passed(tap, key):
             raise OutOfOrderError(self._too_late(path, "asked for"))
         waits = [(tap, key)]
-        if self._unseen(tap) and tap.guard.active:
-            waits.append((tap.guard, (OUTPUT, tap.guard.active[-1])))
+        if not tap.entered and self._is_guarded(tap):
+            waits.append((tap.guard[0], (OUTPUT, tap.guard[1])))
         for other, other_key in waits:
             other.awaited.add(other_key)
         try:
@@ -304,7 +337,7 @@ class Flow:
         finally:
             for other, other_key in waits:
                 other.awaited.discard(other_key)
-        if point is not None and point.tap is tap:
+        if point is not None and point.tap is tap and not self._unseen(tap):
             return point
         if point is not None:
             until, error = f"{point.tap.target.path} returned", OutOfOrderError
@@ -363,6 +396,7 @@ class Flow:
         self.parked = self.coroutine = None
         for tap in self.taps.values():
             tap.remove()
+            tap.points = {}
         self.taps.clear()
         self.clock.call = None
 
@@ -374,17 +408,26 @@ class Flow:
             for other in self.taps.values():
                 self.unreached += other.drop_step()
             if self.stop_at_steps:
-                self._stands = f"before {tap.target.path}"
+                self._stands = f"before {tap.target.path or 'the model'}"
                 self.coroutine.park(None)
 
     def after_call(self, tap: Tap) -> None:
         """A tapped call has ended."""
         self.clock.note_end(tap)
 
+    def in_method(self, tap: Tap) -> bool:
+        """Whether a tapped method of the module is running."""
+        return any(self.taps[m.key].active for m in self.methods if m.owner is tap.target.owner)
+
     def park(self, point: Point) -> None:
         """Hands a point to the body, until it resumes the model."""
-        self._stands = f"at {point.tap.target.path}.{'output' if point.kind == OUTPUT else 'input'}"
+        self._stands = f"at {_as_written(point.tap.target, 'output' if point.kind == OUTPUT else 'input', point.index)}"
         self.coroutine.park(point)
+
+
+def _as_written(target: Target, part: str, call: int) -> str:
+    """A point as the user writes it: `unet.mid_block.calls[1].output`."""
+    return join(join(target.path, f"calls[{call}]") if call else target.path, part)
 
 
 def _check_value(path: str, part: str, value: Any) -> None:

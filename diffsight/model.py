@@ -6,16 +6,18 @@ with model.trace(x) as run:
 run.result
 """
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from threading import get_ident
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 
 from .envoy import Envoy
 from .errors import InputError, PointNotFoundError
-from .flow import Clock, Flow
+from .flow import Clock, Flow, Places
 from .run import Run, Step
 from .taps import FORWARD, Target
 
@@ -39,12 +41,12 @@ class Model(Envoy):
         for path in methods:
             outer, _, name = path.rpartition(".")
             owner = self[outer]._owner if outer else module
-            if not callable(getattr(type(owner), name, None)):
-                raise PointNotFoundError(f"methods: {path!r} is no method of {type(owner).__name__}")
+            if not isinstance(inspect.getattr_static(type(owner), name, None), FunctionType):
+                raise PointNotFoundError(f"methods: {path!r} is no method, or not called on a {type(owner).__name__}")
             self._methods.setdefault(id(owner), {})[name] = path
 
     def _wrap(self, target: Target) -> None:
-        self.__dict__.update(_methods={}, _runs=[])
+        self.__dict__.update(_methods={}, _runs=[], _known_places=None)
         super().__init__(self, target, None)
 
     def trace(self, *args: Any, **kwargs: Any) -> Run:
@@ -60,8 +62,22 @@ class Model(Envoy):
     # ---- what a wrapper of another kind answers differently
 
     def _components(self) -> list[Target]:
-        """What is tapped from the start of every run."""
-        return [self._target]
+        """What is tapped from the start of every run: the model, and the methods that are called directly."""
+        paths = [path.rpartition(".") for methods in self._methods.values() for path in methods.values()]
+        return [self._target, *((self[outer] if outer else self)._child(name)._target for outer, _, name in paths)]
+
+    def _places(self) -> Places:
+        """The targets of the modules that stand in several places, by key; looked for once."""
+        modules = tuple(target.owner for target in self._components())
+        if self._known_places is None or self._known_places[0] != modules:
+            places: Places = {}
+            waiting = self._components()
+            while waiting:
+                target = waiting.pop()
+                places.setdefault(target.key, []).append(target)
+                waiting += target.children().values() if target.name == FORWARD else ()
+            self.__dict__["_known_places"] = (modules, {key: found for key, found in places.items() if len(found) > 1})
+        return self._known_places[1]
 
     def _clock(self) -> Clock:
         """When a step begins: at each forward pass."""
@@ -85,7 +101,7 @@ class Model(Envoy):
     # ---- runs
 
     def _new_run(self, function: Callable[[], Any]) -> Run:
-        return self._run_class(self, Flow(function, self._components(), self._clock()))
+        return self._run_class(self, Flow(function, self._components(), self._clock(), self._places))
 
     def _open(self, run: Run) -> None:
         self._runs[:] = [known for known in self._runs if known() is not None and known()._flow.outcome is None]

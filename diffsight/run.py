@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .envoy import keeping_attribute_errors, raise_kept
+from .envoy import Envoy, keeping_attribute_errors, raise_kept
 from .errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
 from .flow import Flow
 
@@ -73,10 +73,11 @@ class Run:
             raise AttributeError(name)
         try:
             return getattr(self._model._bound(self), name)
-        except PointNotFoundError as error:
-            own = [n for n in dir(type(self)) if not n.startswith("_")]
-            near = suggest(name, own)
-            raise PointNotFoundError(f"{error}{near}") from None
+        except PointNotFoundError:
+            if name in ("input", "inputs", "output"):
+                raise
+            names = [n for n in dir(self) if not n.startswith("_")]
+            raise PointNotFoundError(f"{self._model._title()} has no {name!r}{suggest(name, names)}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -86,6 +87,15 @@ class Run:
 
     def __getitem__(self, key: int | str | slice) -> Any:
         return self._model._bound(self)[key]
+
+    def __iter__(self) -> Iterator[Envoy]:
+        return iter(self._model._bound(self))
+
+    def __len__(self) -> int:
+        return len(self._model._bound(self))
+
+    def __bool__(self) -> bool:
+        return True
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._model._names()})
@@ -132,7 +142,7 @@ class Steps:
     def __iter__(self) -> Iterator[Step]:
         flow, model, chosen = self._run._flow, self._run._model, self._chosen
         first, last, stride = chosen.start or 0, chosen.stop, chosen.step or 1
-        if chosen != slice(None) and flow.clock.index > first:
+        if chosen != slice(None) and (flow.clock.index > first or flow.body_step >= first):
             raise OutOfOrderError(
                 f"run.steps[{first}:] was asked for too late: the model is in step {flow.clock.index}"
             )
@@ -150,10 +160,7 @@ class Steps:
 
 def _end_at_users_line(trace: TracebackType | None) -> None:
     """Cuts the engine's own frames off the end of a traceback, so that it ends at the line that asked."""
-    last = None
-    while trace is not None:
-        if trace.tb_frame.f_globals.get("__package__") != __package__:
-            last = trace
+    while trace is not None and trace.tb_next is not None:
+        if trace.tb_next.tb_frame.f_globals.get("__package__") == __package__:
+            trace.tb_next = None
         trace = trace.tb_next
-    if last is not None:
-        last.tb_next = None

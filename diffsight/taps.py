@@ -12,11 +12,13 @@ and the signatures stay those of the original.
 """
 
 import functools
+import inspect
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import RLock
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 from torch import nn
@@ -115,7 +117,8 @@ class Tap:
         "children_tapped",
         "entered",  # calls begun so far, as far as the tap has seen
         "flow",
-        "guard",  # the surrounding module, if it was running when the tap was made
+        "guard",  # the surrounding tap and the number of its call that was running when the tap was made
+        "late_in",  # the surrounding tap, if this one was made after the model had moved
         "open",
         "pending",  # (kind, number of a call) to what was assigned there
         "points",  # (kind, number of a call) to what was read there
@@ -130,7 +133,8 @@ class Tap:
     def __init__(self, flow: Any, target: Target, born_in: int) -> None:
         self.flow, self.target, self.born_in = flow, target, born_in
         self.entered = self.step_base = self.unseen = self.unseen_in_step = 0
-        self.guard: Tap | None = None
+        self.guard: tuple[Tap, int] | None = None
+        self.late_in: Tap | None = None
         self.open = self.children_tapped = False
         self.active = self.awaited = ()
         self.pending = self.points = self.skips = _NONE
@@ -169,6 +173,9 @@ class Tap:
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A call begins. Gives new inputs, or None where they stay as they are."""
         self.flow.before_call(self, args, kwargs)
+        around = self.late_in
+        if around is not None and not self.entered and not around.active and not self.flow.in_method(around):
+            self.unseen = self.unseen_in_step = 1  # called past the module around it: who knows how often before
         index = self.entered
         self.entered += 1
         self.active.append(index)
@@ -177,6 +184,8 @@ class Tap:
 
     def leave(self, output: Any) -> Any:
         """A call ends. Gives the output, replaced or as it was."""
+        if not self.active:  # a call that began before the tap was made
+            return output
         index = self.active.pop()
         point = self._pass(OUTPUT, index, output)
         self.flow.after_call(self)
@@ -221,14 +230,14 @@ class Tap:
         return point
 
 
-def first_input(inputs: tuple[tuple, dict]) -> Any:
+def first_input(inputs: tuple[tuple, dict], path: str) -> Any:
     """The first argument: positional, else by keyword."""
     args, kwargs = inputs
     if args:
         return args[0]
     if kwargs:
         return next(iter(kwargs.values()))
-    raise AssignmentError("the call has no arguments, so it has no .input")
+    raise AssignmentError(f"{path} is not there: no arguments are passed")
 
 
 def assign(point: Point, assignment: Assignment) -> None:
@@ -249,11 +258,13 @@ def hook_module(module: nn.Module, tap: Tap) -> list[Any]:
     """Taps `module`; gives the handles that undo it."""
     flow = tap.flow
 
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    # PyTorch goes through a list of the hooks made before the first was called, but looks up how to call each when its
+    # turn comes: a hook of another run that was removed meanwhile is called without `kwargs`.
+    def before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
         return tap.enter(args, kwargs) if current_owner() is flow and not flow.closing else None
 
-    def after(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        return tap.leave(output) if current_owner() is flow and not flow.closing else None
+    def after(module: nn.Module, args: tuple, *rest: Any) -> Any:
+        return tap.leave(rest[-1]) if current_owner() is flow and not flow.closing else None
 
     # The output is taken before any other hook sees it: transformers captures hidden states in hooks of its own, and an
     # edit has to be in what those capture.
@@ -267,6 +278,7 @@ class Override:
     """A function put in the place of a method of one object, for as long as any run uses it."""
 
     _users: Counter = Counter()
+    _first: dict = {}  # the override that was put on, of those of one method
     _lock = RLock()
 
     def __init__(self, target: Any, name: str) -> None:
@@ -276,36 +288,48 @@ class Override:
             Override._users[self.key] += 1
             if Override._users[self.key] == 1:
                 self.put_on()
+                Override._first[self.key] = self
 
     def remove(self) -> None:
         with Override._lock:
             Override._users[self.key] -= 1
             if not Override._users[self.key]:
                 del Override._users[self.key]
-                self.take_off()
+                Override._first.pop(self.key).take_off()
 
 
 class ForwardOverride(Override):
     """Lets a module's forward pass be left out of a call (`skip`)."""
 
     def put_on(self) -> None:
-        module, own = self.target, self.target.__dict__.get("forward")
-        forward = module.forward
+        self.own = own = self.target.__dict__.get("forward")
 
-        @functools.wraps(forward)
-        def maybe_skip(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(own or type(self.target).forward)
+        def maybe_skip(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             flow = current_owner()
             tap = flow.taps.get((id(module), FORWARD)) if flow is not None else None
             skip = tap.skips.pop(tap.active[-1], None) if tap is not None and tap.skips and tap.active else None
-            return forward(*args, **kwargs) if skip is None else skip.value
+            if skip is not None:
+                return skip.value
+            return own(*args, **kwargs) if own is not None else type(module).forward(module, *args, **kwargs)
 
-        maybe_skip._diffsight_replaced = own
-        module.__dict__["forward"] = maybe_skip
+        if own is not None:  # its signature has no place for the module
+            maybe_skip.__signature__ = _with_self(own)
+        self.put = self.target.__dict__["forward"] = MethodType(maybe_skip, self.target)
 
     def take_off(self) -> None:
-        own = self.target.__dict__.pop("forward")._diffsight_replaced
-        if own is not None:
-            self.target.__dict__["forward"] = own
+        if self.target.__dict__.get("forward") is not self.put:
+            return  # someone else has put another there meanwhile
+        del self.target.__dict__["forward"]
+        if self.own is not None:
+            self.target.__dict__["forward"] = self.own
+
+
+def _with_self(function: Callable) -> inspect.Signature:
+    """The signature of `function` with a place for the instance in front."""
+    signature = inspect.signature(function)
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    return signature.replace(parameters=[first, *signature.parameters.values()])
 
 
 class MethodOverride(Override):
@@ -318,13 +342,18 @@ class MethodOverride(Override):
         self.target.__dict__[_OWNER] = id(self.target)
 
     def take_off(self) -> None:
-        cls = type(self.target)
-        self._become(cls._diffsight_class, cls._diffsight_names - {self.name})
-        if not hasattr(type(self.target), "_diffsight_class"):
-            self.target.__dict__.pop(_OWNER, None)
+        for target in (self.target, *_copies.pop(id(self.target), ())):
+            self.target = target
+            cls = type(target)
+            self._become(cls._diffsight_class, cls._diffsight_names - {self.name})
+            if not hasattr(type(target), "_diffsight_class"):
+                target.__dict__.pop(_OWNER, None)
 
     def _become(self, cls: type, names: frozenset[str]) -> None:
         object.__setattr__(self.target, "__class__", _tapped_class(cls, names) if names else cls)
+
+
+_copies: dict[int, weakref.WeakSet] = {}  # by the id of a tapped object: the copies of it that were made meanwhile
 
 
 @functools.cache
@@ -344,7 +373,16 @@ def _tapped_class(cls: type, names: frozenset[str]) -> type:
 
         return method
 
+    def __setstate__(self: Any, state: Any) -> None:
+        """A copy is made: it is given back its class when the object is."""
+        if hasattr(cls, "__setstate__"):
+            cls.__setstate__(self, state)
+        else:
+            self.__dict__.update(state)
+        _copies.setdefault(self.__dict__.get(_OWNER), weakref.WeakSet()).add(self)
+
     body = {name: wrap(name) for name in names}
+    body["__setstate__"] = __setstate__
     body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     body |= {"_diffsight_class": cls, "_diffsight_names": names}
     if not hasattr(cls, "__dict__") or "__slots__" in cls.__dict__:

@@ -124,7 +124,11 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, dict[str, int]]:
 
     check_writable(options.out)
     logging.disable_progress_bar()
-    return DiffusionModel(options.model), {"num_inference_steps": options.steps} if options.steps else {}
+    model = DiffusionModel(options.model)
+    most = model.pipeline.scheduler.config.get("num_train_timesteps", 1000)
+    if options.steps and options.steps > most:
+        raise InputError(f"{options.steps} steps are too many: the scheduler has {most}")
+    return model, {"num_inference_steps": options.steps} if options.steps else {}
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -7,9 +7,11 @@ The hidden state of a layer goes through the encoder's final norm, past the laye
 pipeline (Toker et al., "Diffusion Lens: Interpreting Text Encoders in Text-to-Image Pipelines", ACL 2024, section 3).
 """
 
+import inspect
 import io
 import json
 import platform
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from tqdm.auto import tqdm
 import diffsight
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion import DiffusionModel, DiffusionRun
+from diffsight.pipelines.prompts import PromptWarning
 
 from .saving import save_files
 
@@ -109,14 +112,19 @@ def diffusion_lens(
         raise InputError(f"diffusion_lens takes a DiffusionModel, not {type(model).__name__}")
     if not isinstance(prompt, str):
         raise InputError(f"diffusion_lens takes one prompt, a text, not {type(prompt).__name__}")
+    if arguments.get("output_type", "pil") != "pil":
+        raise InputError("diffusion_lens makes PIL pictures: leave output_type out")
     if arguments.get("num_images_per_prompt", 1) != 1:
         raise InputError("diffusion_lens makes one picture a layer: leave num_images_per_prompt out")
+    if "num_frames" in inspect.signature(model.pipeline.__call__).parameters:
+        raise InputError(f"{model._title()} makes videos, and diffusion_lens single pictures")
     chosen = choose_layers(layers, _count_layers(model))
-    runs = [model.generate(prompt, seed=seed, **arguments) for _ in chosen]  # checks everything before the first runs
+    model.generate(prompt, seed=seed, **arguments)  # checks everything, and warns once, before the first picture
     images = []
-    with _quiet(model):
-        for layer, run in zip(chosen, tqdm(runs, desc="layers", disable=not progress)):
-            images.append(_draw(run, layer))
+    with _quiet(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", PromptWarning)
+        for layer in tqdm(chosen, desc="layers", disable=not progress):
+            images.append(_draw(model.generate(prompt, seed=seed, **arguments), layer))
     return DiffusionLensResult(tuple(images), chosen, prompt, seed, model.source, arguments)
 
 
@@ -125,6 +133,8 @@ def choose_layers(layers: int | slice | Iterable[int] | None, last: int) -> tupl
     if layers is None:
         layers = slice(None)
     if isinstance(layers, slice):
+        if layers.step == 0:
+            raise InputError("layers are chosen with a step of 0: take 1 or more")
         chosen = range(last + 1)[layers]
     else:
         chosen = [layers] if isinstance(layers, int) else list(layers)
@@ -175,9 +185,13 @@ def _draw(run: DiffusionRun, layer: int) -> Image.Image:
 def _reaches(normed: torch.Tensor, encoded: Any) -> bool:
     """Whether what `encode_prompt` returned holds the output of the norm."""
     parts = encoded if isinstance(encoded, (tuple, list)) else [encoded]
-    return any(
-        isinstance(part, torch.Tensor)
-        and part.shape[1:] == normed.shape[1:]
-        and torch.equal(part[0], normed[0].to(part))
-        for part in parts
-    )
+    return any(_holds(part, normed) for part in parts if isinstance(part, torch.Tensor) and part.ndim == normed.ndim)
+
+
+def _holds(part: torch.Tensor, normed: torch.Tensor) -> bool:
+    """Whether the tokens of `part` are some of those of `normed`; padding may be cut off or zero."""
+    if part.shape[-1] != normed.shape[-1]:
+        return False
+    rows, of = part[0], normed[0].to(part)
+    rows = rows[rows.any(-1)]
+    return len(rows) > 0 and bool((rows[:, None] == of[None]).all(-1).any(-1).all())

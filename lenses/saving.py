@@ -26,10 +26,14 @@ def save_files(folder: str | Path, files: Mapping[str, Callable[[Path], None]]) 
 
     They are written beside it first and then renamed, so that a failure leaves no half-written file."""
     folder = check_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as beside:
+    for name in files:
+        if (folder / name).is_dir():
+            raise InputError(f"{folder / name} is a folder, in the way of the file")
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    with tempfile.TemporaryDirectory(dir=existing) as beside:
         for name, write in files.items():
             write(Path(beside) / name)
+        folder.mkdir(parents=True, exist_ok=True)
         for name in files:
             os.replace(Path(beside) / name, folder / name)
     return [folder / name for name in files]

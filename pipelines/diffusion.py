@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 from transformers import PreTrainedModel
 
-from diffsight.errors import InputError, suggest
+from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.flow import Clock
 from diffsight.model import Model
 from diffsight.run import Run, Step
@@ -133,6 +133,8 @@ class DiffusionModel(Model):
         for given in kwargs:
             if given not in signature.parameters and not takes_more:
                 raise InputError(f"{name} has no argument {given!r}{suggest(given, signature.parameters)}")
+        if args and isinstance(args[0], str) and not any("prompt" in known for known in signature.parameters):
+            raise InputError(f"{name} takes no prompt")
         try:
             return signature.bind(*args, **kwargs).arguments
         except TypeError as error:
@@ -142,14 +144,15 @@ class DiffusionModel(Model):
         name = type(self.pipeline).__name__
         if "generator" in arguments:
             raise InputError("give either seed or generator, not both")
-        if "generator" not in inspect.signature(self.pipeline.__call__).parameters:
+        parameters = inspect.signature(self.pipeline.__call__).parameters
+        if "generator" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise InputError(f"{name} takes no generator, so it cannot be seeded")
         count = _pictures(arguments)
         one = isinstance(seed, int) and not isinstance(seed, bool)
         seeds = [seed + i for i in range(count)] if one else list(seed) if isinstance(seed, Sequence) else [seed]
         for s in seeds:
-            if not isinstance(s, int) or isinstance(s, bool) or s < 0:
-                raise InputError(f"a seed is a whole number from 0 on, not {s!r}")
+            if not isinstance(s, int) or isinstance(s, bool) or not 0 <= s < 2**64:
+                raise InputError(f"a seed is a whole number from 0 on, below 2**64, not {s!r}")
         if len(seeds) != count:
             raise InputError(f"{len(seeds)} seeds for {count} pictures: give one seed a picture, or a single number")
         return seeds
@@ -215,17 +218,17 @@ class DiffusionModel(Model):
         names = _parameters(self[component]._owner.forward)
         given = dict(zip(names, args)) | kwargs
         told = next(value for name, value in given.items() if "timestep" in name and value is not None)
-        told = float(torch.as_tensor(told).flatten()[0])
-        schedulers = [part for part in self._parts().values() if isinstance(part, SchedulerMixin)]
-        for scheduler in schedulers:
+        told = torch.as_tensor(told).flatten()[0]
+        rounding = 4 * torch.finfo(told.dtype).eps if told.is_floating_point() else 0
+        told, near = float(told), []
+        for scheduler in (part for part in self._parts().values() if isinstance(part, SchedulerMixin)):
             known = torch.as_tensor(getattr(scheduler, "timesteps", [])).flatten()
-            if known.numel():
-                span = scheduler.config.get("num_train_timesteps", 1000)
-                for value in (told, told * span, (1 - told) * span):
-                    nearest = known[(known.double() - value).abs().argmin()].item()
-                    if abs(nearest - value) < 1e-3 * span:
-                        return nearest
-        return told
+            span = scheduler.config.get("num_train_timesteps", 1000)
+            for order, value in enumerate((told, told * span, (1 - told) * span) if known.numel() else ()):
+                nearest = known[(known.double() - value).abs().argmin()].item()
+                if abs(nearest - value) <= rounding * span:
+                    near.append((abs(nearest - value), order, nearest))
+        return min(near)[2] if near else told
 
     # ---- showing and setting
 
@@ -233,7 +236,10 @@ class DiffusionModel(Model):
         if name in self._parts():
             setattr(self.pipeline, name, value)  # a component is exchanged: model.scheduler = DDIMScheduler(...)
         else:
-            super().__setattr__(name, value)
+            try:
+                super().__setattr__(name, value)
+            except PointNotFoundError as error:
+                raise PointNotFoundError(f"{error}{suggest(name, self._parts())}") from None
 
     def _describe(self, owner: Any) -> str:
         if owner is not self.pipeline:

@@ -28,7 +28,14 @@ def load_pipeline(source: str | Path | DiffusionPipeline, **arguments: Any) -> D
         raise InputError(f"a pipeline is a name, a folder or a diffusers pipeline, not {type(source).__name__}")
     name = str(source)
     if name.startswith("diffsight/") or Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name):
-        return DiffusionPipeline.from_pretrained(_folder(name), **arguments)
+        folder = _folder(name)
+        try:
+            return DiffusionPipeline.from_pretrained(folder, **arguments)
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"the folder {name} cannot be loaded as a pipeline: {type(error).__name__}: {reason}"
+            ) from error
     try:
         return DiffusionPipeline.from_pretrained(name, **arguments)
     except OSError as error:  # what huggingface_hub raises where it finds nothing, or no network
@@ -45,7 +52,7 @@ def _folder(name: str) -> Path:
     if not folder.is_dir():
         raise InputError(f"{name} is a file; a pipeline is a folder with a model_index.json, or a name")
     if not (folder / "model_index.json").is_file():
-        raise InputError(f"the folder {name} is not a pipeline: it has no model_index.json")
+        raise InputError(f"the folder {name!r} is not a pipeline: it has no model_index.json")
     return folder
 
 

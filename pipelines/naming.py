@@ -17,11 +17,21 @@ def standard_names(encoder: nn.Module) -> dict[str, str]:
     }
     if not lists:
         return {}
+    lists = _beside_words(encoder, lists)
     longest = max(len(module) for module in lists.values())
     layers = min((path for path in lists if len(lists[path]) == longest), key=lambda path: path.count("."))
     names = {"layers": layers}
     norm = _norm_behind(encoder, layers)
     return names | ({"ln_final": norm} if norm else {})
+
+
+def _beside_words(encoder: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
+    """Of `lists`, those next to the word embeddings: in a vision-language encoder not the vision tower's."""
+    words = encoder.get_input_embeddings() if hasattr(encoder, "get_input_embeddings") else None
+    near = next((path for path, module in encoder.named_modules() if module is words), "").rpartition(".")[0]
+    while near and not any(path.startswith(f"{near}.") for path in lists):
+        near = near.rpartition(".")[0]
+    return {path: module for path, module in lists.items() if not near or path.startswith(f"{near}.")}
 
 
 def _norm_behind(encoder: nn.Module, path: str) -> str | None:

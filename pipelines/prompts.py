@@ -1,6 +1,7 @@
 """Checks prompts before a pipeline runs: empty ones, words that no tokenizer takes, words that it does not know."""
 
 import inspect
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ class PromptWarning(UserWarning):
 
 def check_prompts(pipeline: Any, prompts: str | Sequence[str], arguments: dict[str, Any]) -> None:
     """Raises InputError for an empty prompt, or one that every tokenizer would cut; warns of unknown words."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
     if not prompts:
         raise InputError("there is no prompt: the list is empty")
     for prompt in prompts:
@@ -67,4 +68,7 @@ def _warn_of_unknown_words(tokenizer: Any, prompt: str) -> None:
     if len(tokenizer) <= _SMALL_VOCABULARY:
         special = set(tokenizer.all_special_tokens)
         message += f". It knows: {', '.join(sorted(w for w in tokenizer.get_vocab() if w not in special))}"
-    warnings.warn(message, PromptWarning, stacklevel=4)
+    depth, frame = 1, sys._getframe(0)  # the warning names the user's line
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("diffsight."):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, PromptWarning, stacklevel=depth)

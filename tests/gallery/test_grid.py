@@ -48,9 +48,7 @@ def test_pictures_lie_in_reading_order():
     assert (np.asarray(grid)[110:, 110:] == 255).all()
 
 
-@pytest.mark.parametrize(
-    "number, columns, rows", [(1, 1, 1), (2, 2, 1), (4, 2, 2), (5, 3, 2), (12, 4, 3), (13, 5, 3)]
-)
+@pytest.mark.parametrize("number, columns, rows", [(1, 1, 1), (2, 2, 1), (4, 2, 2), (5, 3, 2), (12, 4, 3), (13, 5, 3)])
 def test_flat_pictures_are_laid_out_near_square(number, columns, rows):
     grid = image_grid([plain(RED)] * number, cell=20, padding=0)
     assert grid.size == (20 * columns, 20 * rows)

@@ -1,0 +1,338 @@
+"""Errors surface where the user made them, with nothing of the engine below, and say what to do."""
+
+import traceback
+
+import pytest
+from engine.nets import Calling, Net, footprint, linear
+
+from diffsight import (
+    AssignmentError,
+    DiffsightError,
+    InputError,
+    Model,
+    NeverReachedError,
+    NoRunError,
+    OutOfOrderError,
+    PointNotFoundError,
+    RunClosedError,
+)
+
+
+def last_line(error):
+    """The source line at which the traceback ends, if it is in this file."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return frame.line if frame.filename == __file__ else f"{frame.filename}:{frame.lineno}"
+
+
+def assert_ends(error, comment):
+    assert last_line(error).endswith(f"# {comment}"), last_line(error)
+    assert error.__cause__ is None
+    assert error.__context__ is None or error.__suppress_context__
+
+
+def test_an_error_of_the_body(net, x):
+    with pytest.raises(ZeroDivisionError) as caught, Model(net).trace(x) as run:
+        run.layers[1].output
+        1 / 0  # here
+    assert_ends(caught.value, "here")
+
+
+def test_an_error_in_a_helper(net, x):
+    def helper(value):
+        raise ValueError("mine")  # in the helper
+
+    with pytest.raises(ValueError, match="mine") as caught, Model(net).trace(x) as run:
+        helper(run.layers[1].output)
+    assert_ends(caught.value, "in the helper")
+
+
+def test_an_error_in_a_step(net, x):
+    with pytest.raises(ValueError, match="mine") as caught, Model(net).generate(x) as run:
+        for step in run.steps:
+            if step.index == 1:
+                raise ValueError("mine")  # here
+    assert_ends(caught.value, "here")
+
+
+def test_an_error_while_the_model_handles_one(net, x):
+    """What the model is busy with is no context of the body's error."""
+
+    def forward(self, x):
+        try:
+            raise RuntimeError("the model's")
+        except RuntimeError:
+            return self.lin(x)
+
+    for use in ("trace", "stop"):
+        with pytest.raises(ValueError, match="mine") as caught, Model(Calling(forward, lin=linear())).trace(x) as run:
+            run.lin.output
+            if use == "stop":
+                run.stop()
+            raise ValueError("mine")  # here
+        assert_ends(caught.value, "here")
+
+
+def test_out_of_order(net, x):
+    with pytest.raises(OutOfOrderError) as caught, Model(net).trace(x) as run:
+        run.layers[1].output
+        run.first.output  # here
+    assert_ends(caught.value, "here")
+
+
+def test_out_of_order_deep_below(net, x):
+    with pytest.raises(OutOfOrderError) as caught, Model(net).trace(x) as run:
+        run.last.output
+        run.layers[0].leaf.lin.output  # here
+    assert_ends(caught.value, "here")
+
+
+def test_out_of_order_in_a_helper(net, x):
+    def helper(run):
+        return run.first.output  # in the helper
+
+    with pytest.raises(OutOfOrderError) as caught, Model(net).trace(x) as run:
+        run.layers[1].output
+        helper(run)
+    assert_ends(caught.value, "in the helper")
+
+
+def test_out_of_order_assigned(net, x):
+    with pytest.raises(OutOfOrderError) as caught, Model(net).trace(x) as run:
+        run.layers[1].output
+        run.first.output = x  # here
+    assert_ends(caught.value, "here")
+
+
+def test_never_reached(net, x):
+    with pytest.raises(NeverReachedError) as caught, Model(net).trace(x) as run:
+        run.unused.output  # here
+    assert_ends(caught.value, "here")
+
+
+def test_never_reached_in_a_step(net, x):
+    with pytest.raises(OutOfOrderError, match="step 0") as caught, Model(net).generate(x) as run:
+        for _ in run.steps:
+            run.unused.output  # here
+    assert_ends(caught.value, "here")
+
+
+def test_not_found(net, x):
+    with pytest.raises(PointNotFoundError) as caught, Model(net).trace(x) as run:
+        run.layers[1].laef.output  # here
+    assert_ends(caught.value, "here")
+
+
+def test_not_found_on_the_run(net, x):
+    with pytest.raises(PointNotFoundError) as caught, Model(net).trace(x) as run:
+        run.lsat.output  # here
+    assert_ends(caught.value, "here")
+
+
+def test_what_has_no_values(net, x):
+    with pytest.raises(PointNotFoundError, match="layers") as caught, Model(net).trace(x) as run:
+        run.layers.output  # here
+    assert_ends(caught.value, "here")
+
+
+def test_a_value_that_cannot_be_assigned(net, x):
+    with pytest.raises(AssignmentError) as caught, Model(net).trace(x) as run:
+        run.first.output = None  # here
+    assert_ends(caught.value, "here")
+
+
+def test_an_assignment_that_turns_out_impossible(x):
+    """Only the model's call shows that there is no input; the message has the line that assigned it."""
+    net = Calling(lambda self, x: self.last(x + self.silent()), silent=Calling(lambda self: 1), last=linear())
+    with pytest.raises(AssignmentError, match=r"silent\.input") as caught, Model(net).trace(x) as run:
+        run.silent.input = x
+        run.last.output  # here
+    assert f"{__file__}:" in str(caught.value)
+    assert_ends(caught.value, "here")
+
+
+def test_a_run_that_was_stopped(net, x):
+    with pytest.raises(RunClosedError) as caught, Model(net).trace(x) as run:
+        run.stop()
+        run.first.output  # here
+    assert_ends(caught.value, "here")
+
+
+def test_no_step_that_far_back(net, x):
+    with pytest.raises(InputError) as caught, Model(net).generate(x) as run:
+        for _ in run.steps[-1:]:  # here
+            pass
+    assert_ends(caught.value, "here")
+
+
+# ---- errors of the model
+
+
+def failing(error):
+    def fail(self, x):
+        raise error  # in the model
+
+    return Calling(
+        lambda self, x: self.last(self.bad(self.first(x))), first=linear(1), bad=Calling(fail), last=linear(2)
+    )
+
+
+WAYS = {
+    "a value of a module": lambda run: run.last.output,
+    "a value of the module that fails": lambda run: run.bad.output,
+    "an input": lambda run: run.last.input,
+    "all inputs": lambda run: run.last.inputs,
+    "a value of the model": lambda run: run.output,
+    "a call": lambda run: run.last.calls[0].output,
+    "the result": lambda run: run.result,
+    "finish": lambda run: run.finish(),
+    "a step": lambda run: [run.last.output for _ in run.steps],
+    "the steps": lambda run: list(run.steps),
+    "an augmented assignment": lambda run: exec("run.last.output += 1", {"run": run}),
+    "the end of the block": lambda run: None,
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+@pytest.mark.parametrize("kind", [AttributeError, ValueError, KeyboardInterrupt], ids=lambda kind: kind.__name__)
+def test_the_models_own_error_surfaces_as_itself(kind, way, x):
+    error = kind("the model's")
+    net = failing(error)
+    clean = footprint(net)
+    with pytest.raises(kind) as caught, Model(net).trace(x) as run:
+        run.first.output
+        way(run)
+    assert caught.value is error
+    assert last_line(error).endswith("# in the model")
+    assert error.__context__ is None and error.__cause__ is None
+    assert footprint(net) == clean
+
+
+def test_an_attribute_error_of_an_unread_run(x):
+    error = AttributeError("the model's")
+    with pytest.raises(AttributeError) as caught:
+        Model(failing(error)).trace(x).result
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
+def test_a_stop_iteration_of_the_model_ends_no_loop_silently(way, x):
+    """`next(self.parameters())` in a module without any is how it comes about; a generator turns it to RuntimeError."""
+    with (
+        pytest.raises((StopIteration, RuntimeError)) as caught,
+        Model(failing(StopIteration("the model's"))).trace(x) as run,
+    ):
+        run.first.output
+        way(run)
+    assert isinstance(caught.value, StopIteration) or isinstance(caught.value.__cause__, StopIteration)
+
+
+def test_after_an_error_of_the_model(x):
+    with Model(failing(ValueError("the model's"))).trace(x) as run:
+        value = run.first.output
+        with pytest.raises(ValueError, match="the model's"):
+            run.last.output
+        for late in (lambda: run.first.output, lambda: run.result):
+            with pytest.raises(RunClosedError, match="ValueError"):
+                late()
+    assert value.shape == (2, 4)
+
+
+def test_a_value_asked_for_from_within_the_model(net, x):
+    """A callback or a hook of the user's own runs on the model's side, where the run cannot be waited for."""
+    clean = footprint(net)
+    model = Model(net)
+    handle = net.layers[0].register_forward_hook(lambda *_: model.last.output and None)
+    with pytest.raises(DiffsightError, match=r"last\.output"), model.trace(x) as run:
+        run.layers[1].output
+    handle.remove()
+    assert footprint(net) == clean
+
+
+# ---- what the messages say
+
+
+def test_the_position_is_named(net, x):
+    with Model(net).trace(x) as run:
+        run.layers[1].leaf.input
+        with pytest.raises(OutOfOrderError, match=r"^layers\[0\]\.output .*stands at layers\[1\]\.leaf\.input"):
+            run.layers[0].output
+        assert "layers[1].leaf.input" in repr(run)
+
+
+def test_calls_are_named(x):
+    net = Calling(lambda self, x: self.step(self.step(self.step(x))), step=linear())
+    with Model(net).trace(x) as run:
+        run.step.calls[2].output
+        with pytest.raises(OutOfOrderError, match=r"step\.calls\[1\]\.output"):
+            run.step.calls[1].output
+
+
+def test_the_position_at_the_model_itself_is_named(net, x):
+    with Model(net).generate(x) as run:
+        for _ in run.steps:
+            assert "  " not in repr(run), repr(run)
+            run.output
+            assert "at .output" not in repr(run), repr(run)
+            with pytest.raises(OutOfOrderError) as caught:
+                run.first.output
+            assert "at .output" not in str(caught.value)
+
+
+def test_the_run_says_how_it_ended(net, x):
+    run = Model(net).trace(x)
+    assert "Net" in repr(run) and "open" in repr(run) and net.log == []
+    run.result
+    assert "ended" in repr(run)
+    stopped = Model(net).trace(x)
+    stopped.stop()
+    assert "stopped" in repr(stopped)
+
+
+def test_suggestions(net, x):
+    model = Model(net)
+    for path, meant in (("lsat", "last"), ("layer", "layers"), ("frist", "first")):
+        with pytest.raises(PointNotFoundError, match=f"{path}.*'{meant}'"):
+            getattr(model, path)
+        with pytest.raises(PointNotFoundError, match=f"{path}.*'{meant}'") as caught, model.trace(x) as run:
+            getattr(run, path)
+        assert str(caught.value).count("did you mean") == 1
+    with pytest.raises(PointNotFoundError, match=r"layers\[1\].*'leef'.*'leaf'"):
+        model.layers[1].leef
+    with pytest.raises(PointNotFoundError, match=r"layers\[1\]\.leaf.*'ouput'.*'output'"):
+        model.layers[1].leaf.ouput
+    with pytest.raises(PointNotFoundError, match=r"'resutl'.*'result'"), model.trace(x) as run:
+        run.resutl
+    with pytest.raises(PointNotFoundError, match=r"layers\[3\].*3"):
+        model.layers[3]
+    with pytest.raises(PointNotFoundError, match=r"layers\.1\.leef.*'leaf'"):
+        model["layers.1.leef"]
+    with pytest.raises(AttributeError):
+        model.nothing_like_it
+
+
+def test_outside_any_run(net, x):
+    model = Model(net)
+    for use in (lambda: model.first.output, lambda: model.output, lambda: setattr(model.first, "output", x)):
+        with pytest.raises(NoRunError, match=r"output.*with model\.trace\(\.\.\.\)"):
+            use()
+    with pytest.raises(NoRunError, match=r"first\.skip"):
+        model.first.skip(x)
+    with model.trace(x) as run:
+        pass
+    with pytest.raises(NoRunError):
+        model.first.output
+    with pytest.raises(RunClosedError, match=r"first\.output.*ended"):
+        run.first.output
+
+
+def test_what_is_no_module():
+    with pytest.raises(InputError, match="int"):
+        Model(5)
+    with pytest.raises(PointNotFoundError, match="encode"):
+        Model(Net(), methods=["encode"])
+
+
+def test_every_error_is_one_of_diffsights():
+    for error in (OutOfOrderError, NeverReachedError, PointNotFoundError, NoRunError, RunClosedError, AssignmentError):
+        assert issubclass(error, DiffsightError)
+    assert issubclass(PointNotFoundError, AttributeError)

@@ -1,0 +1,316 @@
+"""The command line: what it writes and prints, and how it refuses what it cannot do."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiny
+from diffsight import DiffusionModel, diffusion_lens
+from diffsight.gallery.cli import main, parse_layers
+
+CLIP = "diffsight/shapes-clip"
+PROMPT = "a red circle above a blue square"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline on disk, of three layers of text encoder."""
+    folder = tmp_path_factory.mktemp("saved") / "pipe"
+    tiny.stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Every command runs in a folder of its own, where nothing may be left that is not announced."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    return tmp_path
+
+
+def run(*argv):
+    """The exit status of a command."""
+    try:
+        return main([str(word) for word in argv])
+    except SystemExit as end:
+        return end.code
+
+
+def refusal(capsys, here, *argv):
+    """The message of a command that is refused: one line at the end of stderr, no traceback, no file."""
+    before = sorted(here.rglob("*"))
+    status = run(*argv)
+    out, err = capsys.readouterr()
+    assert status == 2
+    assert out == ""
+    assert sorted(here.rglob("*")) == before
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("diffsight")
+    return last
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+# lens
+
+
+def test_the_lens_writes_what_it_says(folder, here, capsys):
+    assert run("lens", PROMPT, "--model", folder, "--steps", 2, "--seed", 3, "--out", "out") == 0
+    out, _ = capsys.readouterr()
+    files = ["out/grid.png", *(f"out/layer_{layer:02}.png" for layer in range(4)), "out/lens.json"]
+    assert sorted(out.split()) == sorted(files)
+    assert {path.relative_to(here).as_posix() for path in here.rglob("*.*")} == set(files)
+
+    model = DiffusionModel(folder)
+    want = diffusion_lens(model, PROMPT, seed=3, num_inference_steps=2, progress=False)
+    for layer, image in zip(want.layers, want.images, strict=True):
+        assert np.array_equal(pixels(f"out/layer_{layer:02}.png"), image)
+    record = json.loads(Path("out/lens.json").read_text(encoding="utf-8"))
+    assert (record["model"], record["prompt"], record["seed"]) == (str(folder), PROMPT, 3)
+    assert (record["layers"], record["arguments"]) == ([0, 1, 2, 3], {"num_inference_steps": 2})
+
+
+@pytest.mark.parametrize(
+    "layers, numbers",
+    [
+        ("0:4:2", [0, 2]),
+        ("1,3", [1, 3]),
+        ("3, 1", [3, 1]),
+        ("2", [2]),
+        ("2:", [2, 3]),
+        (":1", [0]),
+        ("::3", [0, 3]),
+        ("0:100:3", [0, 3]),
+    ],
+)
+def test_layers(folder, layers, numbers):
+    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", layers, "--out", "out") == 0
+    assert json.loads(Path("out/lens.json").read_text(encoding="utf-8"))["layers"] == numbers
+    assert {path.name for path in Path("out").glob("layer_*")} == {f"layer_{number:02}.png" for number in numbers}
+
+
+def test_layers_in_words():
+    assert parse_layers("0:8:2") == slice(0, 8, 2)
+    assert parse_layers("1,3,7") == [1, 3, 7]
+
+
+def test_the_folder_has_a_default(folder, here, capsys):
+    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", "3") == 0
+    paths = capsys.readouterr().out.split()
+    assert len(paths) == 3
+    assert all((here / path).is_file() for path in paths)
+
+
+def test_a_folder_that_is_there_already_is_used(folder, here):
+    (here / "out").mkdir()
+    (here / "out" / "notes.txt").write_text("mine")
+    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", "3", "--out", here / "out") == 0
+    assert {path.name for path in (here / "out").iterdir()} == {"notes.txt", "grid.png", "layer_03.png", "lens.json"}
+
+
+def test_the_lens_draws_with_the_packaged_pipeline(here):
+    prompt = "a red circle below a blue square on a gray background"
+    assert run("lens", prompt, "--steps", 2, "--layers", "1,12", "--out", "out") == 0
+    record = json.loads((here / "out" / "lens.json").read_text(encoding="utf-8"))
+    assert (record["model"], record["layers"], record["seed"]) == (CLIP, [1, 12], 0)
+    assert pixels("out/layer_12.png").shape == (64, 64, 3)
+
+
+# generate
+
+
+def test_generate_writes_the_picture_of_the_bare_pipeline(folder, here, capsys):
+    assert run("generate", PROMPT, "--model", folder, "--seed", 5, "--steps", 2, "--out", "out") == 0
+    (path,) = capsys.readouterr().out.split()
+    assert [file for file in here.rglob("*") if file.is_file()] == [here / path]
+    generator = torch.Generator().manual_seed(5)
+    (want,) = tiny.stable_diffusion()(PROMPT, generator=generator, num_inference_steps=2).images
+    assert np.array_equal(pixels(path), want)
+
+
+def test_seeds_are_kept_apart(folder, capsys):
+    for seed in (0, 1):
+        assert run("generate", PROMPT, "--model", folder, "--steps", 1, "--seed", seed, "--out", "out") == 0
+    first, second = capsys.readouterr().out.split()
+    assert not np.array_equal(pixels(first), pixels(second))
+
+
+def test_steps_default_to_those_of_the_pipeline(folder, capsys):
+    assert run("generate", PROMPT, "--model", folder, "--out", "out") == 0
+    (path,) = capsys.readouterr().out.split()
+    (want,) = tiny.stable_diffusion()(PROMPT, generator=torch.Generator().manual_seed(0)).images
+    assert np.array_equal(pixels(path), want)
+
+
+def test_unknown_words_are_warned_of(capsys):
+    assert run("generate", "a pink circle", "--steps", 1, "--out", "out") == 0
+    out, err = capsys.readouterr()
+    (warning,) = [line for line in err.splitlines() if "warning" in line]
+    assert warning.startswith("diffsight: warning: the model does not know 'pink'")
+    assert "circle" in warning.split("It knows: ")[1]
+    assert Path(out.strip()).is_file()
+
+
+def test_unknown_words_are_warned_of_once_by_the_lens(capsys):
+    assert run("lens", "a pink circle", "--steps", 1, "--layers", "1,2,3", "--out", "out") == 0
+    assert capsys.readouterr().err.count("does not know 'pink'") == 1
+
+
+# models and help
+
+
+def test_models_are_listed(capsys):
+    assert run("models") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"{CLIP} ") and len(line) > len(CLIP) + 10 for line in lines)
+
+
+@pytest.mark.parametrize("command", [(), ("lens",), ("generate",), ("models",)], ids=" ".join)
+def test_help_shows_an_example_that_is_accepted(capsys, command, here):
+    assert run(*command, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    example = shlex.split(text.split("example: ")[1])
+    assert example[0] == "diffsight"
+    assert example[1] in ("lens", "generate", "models")
+    assert command in ((), (example[1],))
+    if len(example) > 2:
+        example += ["--model", "no-such-model"]  # the last word counts: everything before it has been understood
+        assert "no-such-model" in refusal(capsys, here, *example[1:])
+
+
+def test_help_names_the_options(capsys):
+    assert run("lens", "--help") == 0
+    text = capsys.readouterr().out
+    for option in ("PROMPT", "--model", "--seed", "--layers", "--steps", "--out"):
+        assert option in text
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("argv", [(), ("paint", PROMPT), ("lens",), ("generate",), ("lens", PROMPT, "--sed", "3")])
+def test_commands_that_are_none(capsys, here, argv):
+    refusal(capsys, here, *argv)
+
+
+@pytest.mark.parametrize("command", ["lens", "generate"])
+@pytest.mark.parametrize("prompt", ["", "   "])
+def test_an_empty_prompt(capsys, here, folder, command, prompt):
+    assert "the prompt is empty" in refusal(capsys, here, command, prompt, "--model", folder, "--out", "out")
+
+
+@pytest.mark.parametrize("command", ["lens", "generate"])
+def test_a_prompt_that_is_too_long(capsys, here, folder, command):
+    prompt = "red " * 75 + "blue square"
+    message = refusal(capsys, here, command, prompt, "--model", folder, "--out", "out")
+    assert "too long" in message
+    assert "'blue square'" in message
+
+
+@pytest.mark.parametrize("command", ["lens", "generate"])
+@pytest.mark.parametrize("seed", ["-1", "x", "1.5", str(2**64)])
+def test_a_seed_that_is_none(capsys, here, folder, command, seed):
+    message = refusal(capsys, here, command, PROMPT, "--model", folder, "--seed", seed, "--out", "out")
+    assert "seed" in message
+    assert seed in message
+
+
+@pytest.mark.parametrize("command", ["lens", "generate"])
+@pytest.mark.parametrize("steps", ["0", "-3", "x", "2.5", "1001"])
+def test_steps_that_are_none(capsys, here, folder, command, steps):
+    message = refusal(capsys, here, command, PROMPT, "--model", folder, "--steps", steps, "--out", "out")
+    assert "steps" in message
+    assert steps in message
+
+
+@pytest.mark.parametrize(
+    "layers", ["4", "0,9", "-1", "0:4:0", "1:2:3:4", "x", "", "1,,2", "one:two", "4:9", "1.5"], ids=repr
+)
+def test_layers_that_are_none(capsys, here, folder, layers):
+    message = refusal(capsys, here, "lens", PROMPT, "--model", folder, f"--layers={layers}", "--out", "out")
+    assert "layer" in message
+
+
+@pytest.mark.parametrize("command", ["lens", "generate"])
+@pytest.mark.parametrize("name", ["diffsight/shape-clip", "shapes-clip"])
+def test_a_model_that_does_not_exist(capsys, here, command, name):
+    message = refusal(capsys, here, command, PROMPT, "--model", name, "--out", "out")
+    assert repr(name) in message
+    assert f"did you mean {CLIP!r}" in message
+
+
+def test_a_model_that_is_not_found_on_the_hub(capsys, here, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "'someone/something'" in refusal(capsys, here, "lens", PROMPT, "--model", "someone/something")
+
+
+@pytest.mark.parametrize("command", ["lens", "generate"])
+@pytest.mark.parametrize("index", [None, "{", "{}"], ids=["none", "cut_off", "empty"])
+def test_a_folder_that_is_not_a_pipeline(capsys, here, command, index):
+    (here / "rubbish").mkdir()
+    if index is not None:
+        (here / "rubbish" / "model_index.json").write_text(index)
+    message = refusal(capsys, here, command, PROMPT, "--model", "rubbish", "--out", "out")
+    assert "rubbish" in message
+
+
+@pytest.mark.parametrize("command", ["lens", "generate"])
+def test_a_model_that_takes_no_prompt(capsys, here, tmp_path_factory, command):
+    folder = tmp_path_factory.mktemp("saved") / "ddpm"
+    tiny.ddpm().save_pretrained(folder)
+    message = refusal(capsys, here, command, PROMPT, "--model", folder, "--out", "out")
+    assert "DDPMPipeline" in message
+
+
+def test_a_model_that_the_lens_cannot_look_through(capsys, here, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "sdxl"
+    tiny.stable_diffusion_xl().save_pretrained(folder)
+    message = refusal(capsys, here, "lens", PROMPT, "--model", folder, "--layers", "1", "--steps", 1, "--out", "out")
+    assert "final norm" in message
+
+
+@pytest.mark.parametrize("command", ["lens", "generate"])
+@pytest.mark.parametrize("place", ["file", "file/out"])
+def test_a_folder_that_cannot_be_written(capsys, here, folder, command, place):
+    (here / "file").write_text("mine")
+    message = refusal(capsys, here, command, PROMPT, "--model", folder, "--out", place)
+    assert f"the folder {place} cannot be written" in message
+    assert (here / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write")
+def test_a_folder_on_a_file_system_that_cannot_be_written(capsys, here, folder):
+    message = refusal(capsys, here, "generate", PROMPT, "--model", folder, "--out", "/proc/diffsight/out")
+    assert "/proc/diffsight/out cannot be written" in message
+
+
+def test_the_folder_is_looked_at_before_the_model(capsys, here):
+    (here / "file").write_text("mine")
+    message = refusal(capsys, here, "lens", PROMPT, "--model", "no-such-model", "--out", "file")
+    assert "cannot be written" in message
+
+
+# The installed script
+
+
+def test_the_script(folder, here):
+    script = Path(sys.executable).with_name("diffsight")
+    words = [script, "generate", PROMPT, "--model", folder, "--steps", "1", "--out", "out"]
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert (here / done.stdout.strip()).is_file()
+    bad = subprocess.run([script, "generate", " "], capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("diffsight: the prompt is empty")
+    assert len(bad.stderr.splitlines()) == 1

@@ -1,0 +1,168 @@
+"""Where a DiffusionModel comes from: a packaged name, a folder, a hub id, a live pipeline; and where it cannot."""
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import huggingface_hub
+import pytest
+import torch
+
+import tiny
+from diffsight import DiffusionModel, InputError
+from diffsight.pipelines.loading import DESCRIPTIONS, PACKAGED
+
+CLIP = "diffsight/shapes-clip"
+CALL = tiny.PIPELINES["stable_diffusion"].inputs
+
+
+def draw(pipe):
+    return pipe(**CALL(), generator=torch.Generator().manual_seed(3)).images
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder in the diffusers format."""
+    folder = tmp_path_factory.mktemp("saved") / "pipe"
+    tiny.stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+# What can be loaded
+
+
+def test_a_live_pipeline_is_taken_as_it_is():
+    pipe = tiny.stable_diffusion()
+    model = DiffusionModel(pipe)
+    assert model.pipeline is pipe
+    assert torch.equal(model.generate(**CALL(), seed=3).images, draw(pipe))
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_folder(saved, kind):
+    model = DiffusionModel(kind(saved))
+    assert type(model.pipeline) is diffusers.StableDiffusionPipeline
+    assert model.source == str(saved)
+    model.set_progress_bar_config(disable=True)
+    assert torch.equal(model.generate(**CALL(), seed=3).images, draw(tiny.stable_diffusion()))
+
+
+@pytest.mark.parametrize("name", ["pipe", "./pipe", "deeper/pipe", "~/pipe"])
+def test_a_folder_in_other_words(saved, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "deeper").mkdir()
+    for place in ("pipe", "deeper/pipe"):  # "deeper/pipe" might be a hub id: the folder comes first
+        (tmp_path / place).symlink_to(saved)
+    assert type(DiffusionModel(name).pipeline) is diffusers.StableDiffusionPipeline
+
+
+def test_arguments_go_to_from_pretrained(saved):
+    scheduler = diffusers.EulerDiscreteScheduler()
+    model = DiffusionModel(saved, torch_dtype=torch.float64, scheduler=scheduler)
+    assert model.unet.dtype == torch.float64
+    assert model.pipeline.scheduler is scheduler
+
+
+def test_a_packaged_name():
+    model = DiffusionModel(CLIP)
+    assert type(model.pipeline) is diffusers.StableDiffusionPipeline
+    assert model.source == CLIP
+    assert len(model.text_encoder.layers) == 12
+
+
+def test_the_packaged_names_are_described():
+    assert CLIP in PACKAGED
+    assert PACKAGED.keys() == DESCRIPTIONS.keys()
+
+
+# What can not
+
+
+def refusal(source, **arguments):
+    """The message that a source is refused with."""
+    with pytest.raises(InputError) as error:
+        DiffusionModel(source, **arguments)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ["diffsight/shape-clip", "diffsight/shapes_clip", "shapes-clip", "Shapes-Clip"])
+def test_an_unknown_name_near_a_known_one(offline, name):
+    message = refusal(name)
+    assert repr(name) in message
+    assert f"did you mean {CLIP!r}" in message
+
+
+def test_an_unknown_name_near_to_none():
+    message = refusal("zzzzzz")
+    assert "'zzzzzz'" in message
+    assert "did you mean" not in message
+    assert f"Known: {CLIP}" in message
+
+
+def test_a_hub_id_that_is_not_found(offline):
+    message = refusal("someone/some-pipeline")
+    assert "'someone/some-pipeline'" in message
+    assert "hub" in message
+    assert CLIP in message
+
+
+def test_a_hub_id_is_not_taken_for_a_packaged_name(offline):
+    assert "did you mean" not in refusal("someone/quite-another-pipeline")
+
+
+def test_a_near_miss_of_a_packaged_name_that_looks_like_a_hub_id(offline):
+    assert f"did you mean {CLIP!r}" in refusal("difsight/shapes-clip")
+
+
+def test_a_folder_that_is_not_a_pipeline(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing")
+    message = refusal(tmp_path)
+    assert str(tmp_path) in message
+    assert "model_index.json" in message
+
+
+def test_a_file(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    file.write_bytes(b"")
+    message = refusal(file)
+    assert str(file) in message
+    assert "is a file" in message
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    assert str(tmp_path / "missing") in refusal(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("index", ["{", "{}", "[]", json.dumps({"_class_name": "NoSuchPipeline"})])
+def test_a_folder_with_a_damaged_index(tmp_path, index):
+    (tmp_path / "model_index.json").write_text(index)
+    assert str(tmp_path) in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["unet", "vae/diffusion_pytorch_model.safetensors", "text_encoder"])
+def test_a_folder_that_lacks_a_part(saved, tmp_path, missing):
+    folder = tmp_path / "pipe"
+    shutil.copytree(saved, folder)
+    lacking = folder / missing
+    shutil.rmtree(lacking) if lacking.is_dir() else lacking.unlink()
+    assert str(folder) in refusal(folder)
+
+
+@pytest.mark.parametrize("source", [3, None, torch.nn.Linear(1, 1), diffusers.StableDiffusionPipeline])
+def test_something_that_names_no_pipeline(source):
+    assert f"not {type(source).__name__}" in refusal(source)
+
+
+def test_a_live_pipeline_takes_no_arguments():
+    assert "torch_dtype" in refusal(tiny.ddpm(), torch_dtype=torch.float16)
+
+
+def test_an_empty_name():
+    assert "''" in refusal("")

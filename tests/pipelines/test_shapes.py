@@ -1,0 +1,280 @@
+"""Scenes of coloured shapes, the reader that turns pictures back into them, and the pipeline trained on them."""
+
+import itertools
+import random
+from collections import Counter
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from diffsight import DiffusionModel
+from diffsight.pipelines.loading import PACKAGED
+from diffsight.pipelines.shapes.evaluate import compare
+from diffsight.pipelines.shapes.reader import read
+from diffsight.pipelines.shapes.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    HELD_OUT,
+    NOUNS,
+    RELATIONS,
+    SHAPES,
+    WORDS,
+    Scene,
+    Thing,
+    render,
+    sample_scene,
+)
+
+RED, BLUE = Thing("red", "circle"), Thing("blue", "square")
+
+
+def scenes(count, seed=0, **kind):
+    rng = random.Random(seed)
+    return [sample_scene(rng, **kind) for _ in range(count)]
+
+
+def middle(image, color):
+    """Row and column around which the pixels of a colour lie."""
+    pixels = np.asarray(image).astype(int)
+    return np.argwhere(np.abs(pixels - COLORS[color]).max(-1) < 8).mean(0)
+
+
+# Scenes
+
+
+@pytest.mark.parametrize(
+    "scene, caption",
+    [
+        (Scene((RED,), None, "black"), "a red circle on a black background"),
+        (Scene((RED, BLUE), "below", "gray"), "a red circle below a blue square on a gray background"),
+        (Scene((RED, BLUE), "left of", "gray"), "a red circle left of a blue square on a gray background"),
+        (
+            Scene((Thing("red", "circle", "palu"), BLUE), "above", "gray"),
+            "a palu above a blue square on a gray background",
+        ),
+    ],
+)
+def test_captions(scene, caption):
+    assert scene.caption() == caption
+    assert scene.caption(background=False) == caption.split(" on a ")[0]
+
+
+@pytest.mark.parametrize("relation, opposite", [("below", "above"), ("right of", "left of")])
+def test_two_spellings_of_one_scene(relation, opposite):
+    assert Scene((RED, BLUE), relation, "gray").canonical() == Scene((BLUE, RED), opposite, "gray")
+    assert Scene((BLUE, RED), opposite, "gray").canonical() == Scene((BLUE, RED), opposite, "gray")
+    assert Scene((RED,), None, "gray").canonical() == Scene((RED,), None, "gray")
+
+
+def test_the_canonical_spelling_has_no_nouns():
+    noun, thing = next(iter(NOUNS.items()))
+    assert thing.noun == noun
+    canonical = Scene((thing, BLUE), "above", "gray").canonical()
+    assert canonical.things[0] == Thing(thing.color, thing.shape)
+
+
+@pytest.mark.parametrize(
+    "relation, axis, first", [("above", 0, "red"), ("below", 0, "blue"), ("left of", 1, "red"), ("right of", 1, "blue")]
+)
+def test_the_picture_shows_the_relation(relation, axis, first):
+    for seed in range(10):
+        image = render(Scene((RED, BLUE), relation, "gray"), random.Random(seed))
+        other = "blue" if first == "red" else "red"
+        assert middle(image, first)[axis] + 10 < middle(image, other)[axis]
+
+
+def test_a_picture_is_64_by_64_of_the_colours_named():
+    image = render(Scene((RED,), None, "gray"), random.Random(0))
+    assert (image.size, image.mode) == ((64, 64), "RGB")
+    colors = [color for _, color in sorted(image.getcolors(), reverse=True)]
+    assert colors[:2] == [BACKGROUNDS["gray"], COLORS["red"]]
+
+
+def test_a_seed_makes_the_same_scenes_and_pictures_again():
+    assert scenes(50, seed=5, noun_rate=0.3) == scenes(50, seed=5, noun_rate=0.3)
+    assert scenes(50, seed=5) != scenes(50, seed=6)
+    one, other = (render(Scene((RED, BLUE), "above", "gray"), random.Random(seed)) for seed in (1, 2))
+    again = render(Scene((RED, BLUE), "above", "gray"), random.Random(1))
+    assert one.tobytes() == again.tobytes()
+    assert one.tobytes() != other.tobytes()
+
+
+def test_training_never_shows_the_held_out_pairs():
+    seen = {(thing.color, thing.shape) for scene in scenes(3000, noun_rate=0.35) for thing in scene.things}
+    assert seen == set(itertools.product(COLORS, SHAPES)) - set(HELD_OUT)
+    assert not {(thing.color, thing.shape) for thing in NOUNS.values()} & set(HELD_OUT)
+
+
+def test_held_out_scenes_show_one_first():
+    for scene in scenes(200, held_out=True):
+        assert (scene.things[0].color, scene.things[0].shape) in HELD_OUT
+        assert not any((thing.color, thing.shape) in HELD_OUT for thing in scene.things[1:])
+    seen = {(thing.color, thing.shape) for scene in scenes(1000, held_out=None) for thing in scene.things}
+    assert seen == set(itertools.product(COLORS, SHAPES))
+
+
+def test_scenes_are_of_all_kinds():
+    drawn = scenes(1000)
+    assert {scene.relation for scene in drawn} == {None, *RELATIONS}
+    assert {scene.background for scene in drawn} == set(BACKGROUNDS)
+    assert 0.65 < sum(len(scene.things) == 2 for scene in drawn) / len(drawn) < 0.75
+    for scene in drawn:
+        assert (scene.relation is None) == (len(scene.things) == 1)
+        assert len({(thing.color, thing.shape) for thing in scene.things}) == len(scene.things)
+    assert all(len(scene.things) == 2 for scene in scenes(100, two=1.0))
+
+
+def test_invented_nouns():
+    assert len(NOUNS) == 48
+    assert not set(NOUNS) & {*COLORS, *SHAPES, *BACKGROUNDS}
+    named = Counter(scene.things[0].noun for scene in scenes(5000, two=0.0, noun_rate=1.0))
+    assert set(named) == set(NOUNS)
+    common, second, *_, rare = (named[noun] for noun in NOUNS)
+    assert common > 1.5 * second > 10 * rare  # by Zipf's law 2 and 24 times as often
+
+
+def test_the_words_are_those_of_the_captions():
+    used = {word for scene in scenes(5000, noun_rate=0.5) for word in scene.caption().split()}
+    assert used == set(WORDS)
+
+
+# The reader
+
+
+def test_the_reader_is_right_on_500_scenes():
+    rng = random.Random(7)
+    asked = [sample_scene(rng, held_out=None) for _ in range(500)]
+    right = sum(read(render(scene, rng)) == scene.canonical() for scene in asked)
+    assert right >= 0.99 * len(asked)
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("color", COLORS)
+def test_the_reader_knows_each_thing(color, shape, background):
+    scene = Scene((Thing(color, shape),), None, background)
+    assert read(render(scene, random.Random(1))) == scene
+
+
+def test_the_reader_reads_other_sizes():
+    scene = Scene((RED, BLUE), "left of", "black")
+    image = render(scene, random.Random(3))
+    assert read(image.resize((128, 128), Image.NEAREST)) == scene
+
+
+def test_the_reader_sees_nothing_in_an_empty_picture_or_a_crowd():
+    assert read(Image.new("RGB", (64, 64))) is None
+    crowd = Image.new("RGB", (64, 64))
+    for corner in ((4, 4), (4, 40), (40, 4)):
+        crowd.paste(COLORS["red"], (*corner, corner[0] + 16, corner[1] + 16))
+    assert read(crowd) is None
+
+
+def test_fidelity_counts_each_part():
+    asked = [Scene((RED, BLUE), "below", "gray")] * 5
+    shown = [
+        Scene((RED, BLUE), "below", "gray"),
+        Scene((RED, BLUE), "above", "gray"),
+        Scene((Thing("green", "circle"), BLUE), "below", "gray"),
+        Scene((RED, BLUE), "below", "black"),
+        Scene((RED,), None, "gray"),
+    ]
+    result = compare(asked, [render(scene, random.Random(2)) for scene in shown])
+    # Read in reverse order, colours and shapes of the second picture are wrong as well.
+    assert (result.faithful, result.relation, result.background) == (2 / 5, 4 / 5, 3 / 5)
+    assert (result.colors, result.shapes, result.pictures) == (2 / 5, 3 / 5, 5)
+
+
+# The packaged pipeline
+
+
+FOLDER = PACKAGED["diffsight/shapes-clip"]
+SETTINGS = {"num_inference_steps": 20, "guidance_scale": 3.0}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Two things in each of 24 captions, every relation six times."""
+    rng, wanted = random.Random(11), []
+    while len(wanted) < 24:
+        scene = sample_scene(rng, two=1.0)
+        if sum(scene.relation == other.relation for other in wanted) < 6:
+            wanted.append(scene)
+    return wanted
+
+
+def faithful(asked, images):
+    """The share of pictures whose colours, shapes and relation are those asked for."""
+    right = 0
+    for scene, image in zip(asked, images, strict=True):
+        want, seen = scene.canonical(), read(image)
+        right += seen is not None and (seen.things, seen.relation) == (want.things, want.relation)
+    return right / len(asked)
+
+
+def test_the_packaged_pipeline_is_small():
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) <= 16e6
+
+
+def test_the_packaged_pipeline_is_an_ordinary_one_in_single_precision(pipe):
+    assert type(pipe) is diffusers.StableDiffusionPipeline
+    assert type(pipe.text_encoder) is transformers.CLIPTextModel
+    assert type(pipe.unet) is diffusers.UNet2DConditionModel
+    assert type(pipe.vae) is diffusers.AutoencoderKL
+    for part in (pipe.text_encoder, pipe.unet, pipe.vae):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+    assert pipe.text_encoder.config.num_hidden_layers == 12
+    assert (pipe.vae.config.sample_size, pipe.unet.config.sample_size) == (64, 8)
+
+
+def test_the_packaged_tokenizer_has_one_token_a_word(pipe):
+    longest = max((scene.caption() for scene in scenes(500)), key=lambda caption: len(caption.split()))
+    for text in (" ".join(WORDS), longest):
+        ids = pipe.tokenizer(text, add_special_tokens=False).input_ids
+        assert len(ids) == len(text.split())
+        assert pipe.tokenizer.unk_token_id not in ids
+        assert pipe.tokenizer.decode(ids) == text
+    assert len(pipe.tokenizer(longest).input_ids) <= pipe.tokenizer.model_max_length
+
+
+def test_the_packaged_pipeline_draws_what_is_asked_for(pipe, asked):
+    generators = [torch.Generator().manual_seed(i) for i in range(len(asked))]
+    captions = [scene.caption() for scene in asked]
+    images = pipe(captions, generator=generators, **SETTINGS).images
+    assert {scene.relation for scene in asked} == set(RELATIONS)
+    assert faithful(asked, images) >= 0.85
+
+
+def test_the_first_layer_of_its_text_encoder_does_not_know_everything_yet(pipe, asked):
+    captions = [scene.caption() for scene in asked]
+    ids = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        hidden = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[1]
+        encoded = pipe.text_encoder.final_layer_norm(hidden)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(asked))]
+    images = pipe(prompt_embeds=encoded, generator=generators, **SETTINGS).images
+    assert faithful(asked, images) <= 0.6
+
+
+def test_the_packaged_model_draws_the_bits_of_the_bare_pipeline(pipe):
+    prompt = "a red circle below a blue square on a gray background"
+    call = {"num_inference_steps": 4, "output_type": "pt"}
+    want = pipe(prompt, generator=torch.Generator().manual_seed(17), **call).images
+    model = DiffusionModel("diffsight/shapes-clip")
+    model.set_progress_bar_config(disable=True)
+    assert torch.equal(model.generate(prompt, seed=17, **call).images, want)
+    with model.generate(prompt, seed=17, **call) as run:
+        steps = [step.index for step in run.steps]
+    assert steps == [0, 1, 2, 3]
+    assert torch.equal(run.images, want)
