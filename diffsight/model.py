@@ -7,10 +7,11 @@ run.result
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import get_ident
 from typing import Any
 
+import torch
 from torch import nn
 
 from .envoy import Envoy
@@ -48,14 +49,17 @@ class Model(Envoy):
         super().__init__(self, target, None)
 
     def trace(self, *args: Any, **kwargs: Any) -> Run:
-        """A run of one forward pass: `with model.trace(x) as run:`. The arguments go to the module."""
-        return self._new_run(lambda: self._owner(*args, **kwargs))
+        """A run of one forward pass: `with model.trace(x) as run:`. The arguments go to the module; a list of tensors
+        is a batch of inputs, each as it would be given alone, and `run.rows` are its parts."""
+        args, sizes = _batch(args, kwargs)
+        return self._new_run(lambda: self._owner(*args, **kwargs), sizes)
 
     def generate(self, *args: Any, **kwargs: Any) -> Run:
         """A run of the module's own `generate(...)`; a step is one forward pass."""
         if not hasattr(self._owner, "generate"):
             raise PointNotFoundError(f"{type(self._owner).__name__} has no generate method; trace() runs its forward")
-        return self._new_run(lambda: self._owner.generate(*args, **kwargs))
+        args, sizes = _batch(args, kwargs)
+        return self._new_run(lambda: self._owner.generate(*args, **kwargs), sizes)
 
     # ---- what a wrapper of another kind answers differently
 
@@ -84,8 +88,8 @@ class Model(Envoy):
 
     # ---- runs
 
-    def _new_run(self, function: Callable[[], Any]) -> Run:
-        return self._run_class(self, Flow(function, self._components(), self._clock()))
+    def _new_run(self, function: Callable[[], Any], sizes: Sequence[int] = ()) -> Run:
+        return self._run_class(self, Flow(function, self._components(), self._clock()), sizes)
 
     def _open(self, run: Run) -> None:
         self._runs[:] = [known for known in self._runs if known() is not None and known()._flow.outcome is None]
@@ -110,3 +114,15 @@ class Model(Envoy):
         paths = [path for key, methods in self._methods.items() if key in inside for path in methods.values()]
         besides = "\ntraceable besides modules: " + ", ".join(f"{path}()" for path in paths) if paths else ""
         return f"{owner!r}{besides}"
+
+
+def _batch(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:
+    """The arguments, a list of tensors joined to one, and how many entries of the batch each input takes."""
+    first = args[0] if args else next(iter(kwargs.values()), None)
+    if args and isinstance(first, list) and first and all(isinstance(x, torch.Tensor) and x.ndim for x in first):
+        try:
+            return (torch.cat(first), *args[1:]), [len(x) for x in first]
+        except RuntimeError as error:
+            shapes = ", ".join(str(tuple(x.shape)) for x in first)
+            raise InputError(f"the inputs do not make a batch: their shapes are {shapes}") from error
+    return args, [1] * len(first) if isinstance(first, torch.Tensor) and first.ndim else []

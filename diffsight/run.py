@@ -9,13 +9,14 @@ run = model.trace(x)                     # or left open: look, change, then
 run.finish()
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .envoy import keeping_attribute_errors, raise_kept
 from .errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
 from .flow import Flow
+from .rows import Row, each, make_rows
 
 if TYPE_CHECKING:
     from .model import Model
@@ -26,9 +27,10 @@ class Run:
 
     `run.<path>` are the model's envoys, bound to this run."""
 
-    def __init__(self, model: "Model", flow: Flow) -> None:
+    def __init__(self, model: "Model", flow: Flow, sizes: Sequence[int] = ()) -> None:
         self._model = model
         self._flow = flow
+        self._sizes = sizes  # of the inputs: how many entries of the batch each takes
         model._open(self)
 
     @property
@@ -54,6 +56,25 @@ class Run:
     def steps(self) -> "Steps":
         """The run's steps, as the model enters them: `for step in run.steps:`, or a part, `run.steps[10:20]`."""
         return Steps(self)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """One view per input: `x, y, z = run.rows`. Raises InputError where no batch was given."""
+        if not self._sizes:
+            raise InputError("this run has no rows: none of its inputs is a batch of tensors")
+        return make_rows(self, self._sizes)
+
+    def each(self, functions: Callable[[Row], Any] | Sequence[Callable[[Row], Any]]) -> list[Any]:
+        """Runs a function for every row (or a list of functions, one a row) over the one forward pass, each at its own
+        place in the model; gives what they return.
+
+            def body(row):
+                row.layers[2].output = clean
+                return row.lm_head.output[:, -1]
+
+            answers = run.each(body)
+        """
+        return each(self, functions)
 
     def __enter__(self) -> "Run":
         return self
@@ -137,10 +158,10 @@ class Steps:
                 f"run.steps[{first}:] was asked for too late: the model is in step {flow.clock.index}"
             )
         try:
-            while last is None or max(flow.body_step + 1, first) < last:
+            while last is None or max(flow.scope.step + 1, first) < last:
                 if not flow.next_step():
                     return
-                index = flow.body_step
+                index = flow.scope.step
                 if index >= first and (index - first) % stride == 0 and (last is None or index < last):
                     tap, args, kwargs = flow.clock.call
                     yield model._make_step(index, tap.target.path, (args, kwargs))
