@@ -8,6 +8,7 @@ run.result
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -51,15 +52,17 @@ class Model(Envoy):
     def trace(self, *args: Any, **kwargs: Any) -> Run:
         """A run of one forward pass: `with model.trace(x) as run:`. The arguments go to the module; a list of tensors
         is a batch of inputs, each as it would be given alone, and `run.rows` are its parts."""
+        again = None if args else partial(self.trace, **kwargs)
         args, sizes = _batch(args, kwargs)
-        return self._new_run(lambda: self._owner(*args, **kwargs), sizes)
+        return self._new_run(lambda: self._owner(*args, **kwargs), sizes, again)
 
     def generate(self, *args: Any, **kwargs: Any) -> Run:
         """A run of the module's own `generate(...)`; a step is one forward pass."""
         if not hasattr(self._owner, "generate"):
             raise PointNotFoundError(f"{type(self._owner).__name__} has no generate method; trace() runs its forward")
+        again = None if args else partial(self.generate, **kwargs)
         args, sizes = _batch(args, kwargs)
-        return self._new_run(lambda: self._owner.generate(*args, **kwargs), sizes)
+        return self._new_run(lambda: self._owner.generate(*args, **kwargs), sizes, again)
 
     # ---- what a wrapper of another kind answers differently
 
@@ -88,8 +91,10 @@ class Model(Envoy):
 
     # ---- runs
 
-    def _new_run(self, function: Callable[[], Any], sizes: Sequence[int] = ()) -> Run:
-        return self._run_class(self, Flow(function, self._components(), self._clock()), sizes)
+    def _new_run(
+        self, function: Callable[[], Any], sizes: Sequence[int] = (), again: Callable[..., Run] | None = None
+    ) -> Run:
+        return self._run_class(self, Flow(function, self._components(), self._clock()), sizes, again)
 
     def _open(self, run: Run) -> None:
         self._runs[:] = [known for known in self._runs if known() is not None and known()._flow.outcome is None]

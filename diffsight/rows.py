@@ -37,7 +37,7 @@ class Part:
         wholes, tree = tree_flatten(whole)
         values, _ = tree_flatten(value)
         if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor) or len(wholes) != len(values):
-            raise AssignmentError(f"{path} is a {type(whole).__name__}; {type(value).__name__} cannot stand in its place")
+            raise AssignmentError(f"{path} is a {type(whole).__name__}; it takes no {type(value).__name__}")
         return tree_unflatten([self._put(w, v, path, copies) for w, v in zip(wholes, values)], tree)
 
     def _put(self, whole: Any, value: Any, path: str, copies: set[int]) -> Any:

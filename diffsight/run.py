@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .envoy import keeping_attribute_errors, raise_kept
+from .envoy import Envoy, keeping_attribute_errors, raise_kept
 from .errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
 from .flow import Flow
 from .rows import Row, each, make_rows
@@ -27,17 +27,27 @@ class Run:
 
     `run.<path>` are the model's envoys, bound to this run."""
 
-    def __init__(self, model: "Model", flow: Flow, sizes: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        model: "Model",
+        flow: Flow,
+        sizes: Sequence[int] = (),
+        again: "Callable[..., Run] | None" = None,
+    ) -> None:
         self._model = model
         self._flow = flow
         self._sizes = sizes  # of the inputs: how many entries of the batch each takes
+        self._again = again  # opens a run of the same kind with other inputs
+        self._invoked: list[Run] = []
         model._open(self)
 
     @property
     def result(self) -> Any:
-        """What the model returned; runs the model to its end first.
+        """What the model returned; runs the model to its end first. After `invoke`, a list with one result a pass.
 
         Raises NeverReachedError for assignments the model never came to."""
+        if self._invoked:
+            return [run.result for run in self._invoked]
         with keeping_attribute_errors(self):
             result = self._flow.run_to_end()
             self._flow.raise_unreached()
@@ -76,24 +86,45 @@ class Run:
         """
         return each(self, functions)
 
+    def invoke(self, *args: Any, **kwargs: Any) -> "Run":
+        """A pass of its own, inside a run that was opened without input; what was given there is given to each pass.
+
+            with model.trace() as run:
+                with run.invoke(a):
+                    clean = model.layers[5].output
+                with run.invoke(b) as part:
+                    model.layers[2].output = clean      # any value of an earlier pass is there
+            first, second = run.result
+
+        Each pass runs where it stands; `part.inputs` are its inputs as the model gets them."""
+        if self._again is None or self._flow.taps or (self._flow.outcome is not None and not self._invoked):
+            raise InputError("invoke needs a run that was opened without input: `with model.trace() as run:`")
+        self._flow.close("its passes are those of run.invoke(...)")
+        self._invoked.append(self._again(*args, **kwargs))
+        return self._invoked[-1]
+
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
-            if self._flow.outcome is None or self._flow.has_result:
+            if self._invoked or self._flow.outcome is None or self._flow.has_result:
                 self.finish()
             return
         self._flow.close("an error ended its body")
         if isinstance(error, DiffsightError):
             _end_at_users_line(trace)
 
+    def _root(self) -> Envoy:
+        """The model's handle, bound to this run, or to its last pass."""
+        return self._model._bound(self._invoked[-1] if self._invoked else self)
+
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)
         if name.startswith("_"):
             raise AttributeError(name)
         try:
-            return getattr(self._model._bound(self), name)
+            return getattr(self._root(), name)
         except PointNotFoundError as error:
             own = [n for n in dir(type(self)) if not n.startswith("_")]
             near = suggest(name, own)
@@ -103,10 +134,10 @@ class Run:
         if name.startswith("_"):
             object.__setattr__(self, name, value)
         else:
-            setattr(self._model._bound(self), name, value)
+            setattr(self._root(), name, value)
 
     def __getitem__(self, key: int | str | slice) -> Any:
-        return self._model._bound(self)[key]
+        return self._root()[key]
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._model._names()})
