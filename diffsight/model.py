@@ -49,20 +49,24 @@ class Model(Envoy):
         self.__dict__.update(_methods={}, _runs=[])
         super().__init__(self, target, None)
 
-    def trace(self, *args: Any, **kwargs: Any) -> Run:
+    def trace(self, *args: Any, grad: bool = False, **kwargs: Any) -> Run:
         """A run of one forward pass: `with model.trace(x) as run:`. The arguments go to the module; a list of tensors
-        is a batch of inputs, each as it would be given alone, and `run.rows` are its parts."""
-        again = None if args else partial(self.trace, **kwargs)
-        args, sizes = _batch(args, kwargs)
-        return self._new_run(lambda: self._owner(*args, **kwargs), sizes, again)
+        is a batch of inputs, each as it would be given alone, and `run.rows` are its parts.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Run:
-        """A run of the module's own `generate(...)`; a step is one forward pass."""
-        if not hasattr(self._owner, "generate"):
-            raise PointNotFoundError(f"{type(self._owner).__name__} has no generate method; trace() runs its forward")
-        again = None if args else partial(self.generate, **kwargs)
+        The model runs in the grad mode in which the run is opened; with `grad=True` gradients are on."""
+        again = None if args else partial(self.trace, grad=grad, **kwargs)
         args, sizes = _batch(args, kwargs)
-        return self._new_run(lambda: self._owner.generate(*args, **kwargs), sizes, again)
+        return self._new_run(lambda: self._owner(*args, **kwargs), sizes, again, grad)
+
+    def generate(self, *args: Any, grad: bool = False, **kwargs: Any) -> Run:
+        """A run of the module's own `generate(...)`; a step is one forward pass. `grad=True` lifts its `no_grad`."""
+        function = getattr(self._owner, "generate", None)
+        if function is None:
+            raise PointNotFoundError(f"{type(self._owner).__name__} has no generate method; trace() runs its forward")
+        again = None if args else partial(self.generate, grad=grad, **kwargs)
+        args, sizes = _batch(args, kwargs)
+        function = with_gradients(function) if grad else function
+        return self._new_run(lambda: function(*args, **kwargs), sizes, again, grad)
 
     # ---- what a wrapper of another kind answers differently
 
@@ -92,9 +96,16 @@ class Model(Envoy):
     # ---- runs
 
     def _new_run(
-        self, function: Callable[[], Any], sizes: Sequence[int] = (), again: Callable[..., Run] | None = None
+        self,
+        function: Callable[[], Any],
+        sizes: Sequence[int] = (),
+        again: Callable[..., Run] | None = None,
+        grad: bool = False,
     ) -> Run:
-        return self._run_class(self, Flow(function, self._components(), self._clock()), sizes, again)
+        flow = Flow(function, self._components(), self._clock())
+        if grad:
+            flow.state = flow.state._replace(grad=True, inference=False)
+        return self._run_class(self, flow, sizes, again)
 
     def _open(self, run: Run) -> None:
         self._runs[:] = [known for known in self._runs if known() is not None and known()._flow.outcome is None]
@@ -119,6 +130,12 @@ class Model(Envoy):
         paths = [path for key, methods in self._methods.items() if key in inside for path in methods.values()]
         besides = "\ntraceable besides modules: " + ", ".join(f"{path}()" for path in paths) if paths else ""
         return f"{owner!r}{besides}"
+
+
+def with_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A bound method without the `torch.no_grad()` it is decorated with."""
+    wrapped = getattr(method.__func__, "__wrapped__", None)
+    return method if wrapped is None else partial(wrapped, method.__self__)
 
 
 def _batch(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:
