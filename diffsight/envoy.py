@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .errors import NoRunError, PointNotFoundError, suggest
+from .errors import InputError, NoRunError, PointNotFoundError, suggest
 from .flow import Flow
 from .taps import Target, join
 
 if TYPE_CHECKING:
     from .model import Model
+    from .rows import Part
     from .run import Run
 
 _VALUES = ("input", "inputs", "output")
@@ -49,8 +50,10 @@ def raise_kept(holder: Any) -> None:
 class Points:
     """The values of one call: what can be read and assigned on an envoy, a method, or one of their `.calls`."""
 
-    def __init__(self, model: "Model", target: Target, run: "Run | None", call: int = 0) -> None:
-        self.__dict__.update(_model=model, _target=target, _run=run, _call=call)
+    def __init__(
+        self, model: "Model", target: Target, run: "Run | None", call: int = 0, part: "Part | None" = None
+    ) -> None:
+        self.__dict__.update(_model=model, _target=target, _run=run, _call=call, _part=part)
 
     @property
     def output(self) -> Any:
@@ -59,7 +62,7 @@ class Points:
 
     @output.setter
     def output(self, value: Any) -> None:
-        self._flow("output").assign(self._target, "output", self._call, value)
+        self._assign("output", value)
 
     @property
     def input(self) -> Any:
@@ -68,7 +71,7 @@ class Points:
 
     @input.setter
     def input(self, value: Any) -> None:
-        self._flow("input").assign(self._target, "input", self._call, value)
+        self._assign("input", value)
 
     @property
     def inputs(self) -> tuple[tuple, dict]:
@@ -77,10 +80,12 @@ class Points:
 
     @inputs.setter
     def inputs(self, value: tuple[tuple, dict]) -> None:
-        self._flow("inputs").assign(self._target, "inputs", self._call, value)
+        self._assign("inputs", value)
 
     def skip(self, value: Any) -> None:
         """Leaves the call out: the model goes on with `value` as its output."""
+        if self._part is not None:
+            raise InputError(f"{self.path}.skip leaves the call out for all rows: write it on the run, not on a row")
         self._flow("skip").skip(self._target, self._call, value)
 
     @property
@@ -97,7 +102,11 @@ class Points:
 
     def _fetch(self, part: str) -> Any:
         with keeping_attribute_errors(self):
-            return self._flow(part).fetch(self._target, part, self._call)
+            value = self._flow(part).fetch(self._target, part, self._call)
+            return value if self._part is None else self._part.take(value, join(self.path, part))
+
+    def _assign(self, part: str, value: Any) -> None:
+        self._flow(part).assign(self._target, part, self._call, value, self._part)
 
     def _flow(self, part: str) -> Flow:
         run = self._run if self._run is not None else self._model._innermost_run()
@@ -120,7 +129,8 @@ class Calls:
     def __getitem__(self, index: int) -> Points:
         if not isinstance(index, int) or index < 0:
             raise IndexError(f".calls takes the number of a call, 0 for the first, not {index!r}")
-        return Points(self._points._model, self._points._target, self._points._run, index)
+        points = self._points
+        return Points(points._model, points._target, points._run, index, points._part)
 
     def __repr__(self) -> str:
         return f"<calls of {self._points.path}>"
@@ -156,25 +166,26 @@ class Envoy(Points):
     def _owner(self) -> Any:
         return self._target.owner
 
-    def _bound(self, run: "Run") -> "Envoy":
-        """The same handle, for `run` alone."""
-        return Envoy(self._model, self._target, run)
+    def _bound(self, run: "Run", part: "Part | None" = None) -> "Envoy":
+        """The same handle, for `run` alone, and for a part of its batch."""
+        return Envoy(self._model, self._target, run, part=part)
 
     def _child(self, name: str) -> "Envoy | MethodEnvoy | None":
         """The child, method or standard name called `name`, if there is one."""
-        target = self._model._children_of(self._target).get(name)
+        model, owner, path = self._model, self._owner, join(self.path, name)
+        target = model._children_of(self._target).get(name)
         if target is not None:
-            return Envoy(self._model, target, self._run)
-        if name in self._model._methods_of(self._owner):
-            outer = self._target if isinstance(self._owner, nn.Module) else None
-            return MethodEnvoy(self._model, Target(self._owner, name, join(self.path, name), outer), self._run)
-        real = self._model._names_of(self._owner).get(name)
+            return Envoy(model, target, self._run, part=self._part)
+        if name in model._methods_of(owner):
+            outer = self._target if isinstance(owner, nn.Module) else None
+            return MethodEnvoy(model, Target(owner, name, path, outer), self._run, part=self._part)
+        real = model._names_of(owner).get(name)
         if real is None:
             return None
         found = self._target
         for step in real.split("."):
             found = found.children()[step]
-        return Envoy(self._model, Target(found.owner, found.name, join(self.path, name), found.outer), self._run)
+        return Envoy(model, Target(found.owner, found.name, path, found.outer), self._run, part=self._part)
 
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)

@@ -16,6 +16,7 @@ from threading import get_ident
 from typing import Any
 
 import torch
+from greenlet import getcurrent
 
 from .coroutine import Coroutine, TorchState, current_owner
 from .errors import (
@@ -68,6 +69,47 @@ class Clock:
             self._due = True
 
 
+class Scope:
+    """Where a body is: in the whole run, or in a step."""
+
+    def __init__(self) -> None:
+        self.in_step = False
+        self.step = -1  # the last step the body has entered
+        self.stop_at_steps = False
+
+
+class Body(Coroutine):
+    """A body beside the one that opened the run: the function of a row, or an edit. It is woken when the model comes to
+    what it waits for."""
+
+    def __init__(self, function: Callable[[], Any], flow: "Flow") -> None:
+        super().__init__(function, None)
+        self.flow = flow
+        self.scope = Scope()
+        self.waits: list[tuple[Tap, tuple[str, int]]] = []
+        self.point: Point | None = None  # what it was woken for; None where its wait is over
+        self.result: Any = None
+
+    def wait(self, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
+        """From the body: sleeps until the model is at one of the points, or its wait is over."""
+        self.waits, self.point = waits, None
+        self.park(None)
+        return self.point
+
+    def wake(self) -> None:
+        """Runs the body, if what it waits for is there or will not come."""
+        flow, parked = self.flow, self.flow.parked
+        here = parked is not None and (parked.tap, (parked.kind, parked.index)) in self.waits
+        late = (self.scope.in_step or not self.waits) and flow.clock.index > self.scope.step
+        if here or late or flow.outcome is not None:
+            self.point = parked if here else None
+            self.go()
+
+    def go(self) -> None:
+        """Starts the body, or lets it go on."""
+        self.result = self.resume()
+
+
 class Flow:
     """One execution of `function`. `components` are tapped from the start, `clock` says when a step begins, `places`
     gives the modules that stand in several places of the model."""
@@ -85,15 +127,20 @@ class Flow:
         self.coroutine: Coroutine | None = None
         self.taps: dict[tuple[int, str], Tap] = {}
         self.parked: Point | None = None
-        self.in_step = False  # the scope of the body: a step, or the whole run
-        self.body_step = -1  # the last step the body has entered
-        self.stop_at_steps = False
+        self.bodies: list[Body] = []
+        self._scope = Scope()
         self.unreached: list[Assignment] = []
         self.closing = False  # the model is being unwound: taps let everything pass
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
         self.has_result = False
         self.result: Any = None
         self._stands = "before its first call"
+
+    @property
+    def scope(self) -> Scope:
+        """The scope of the body that runs now."""
+        body = getcurrent()
+        return body.scope if isinstance(body, Body) and body.flow is self else self._scope
 
     # ---- what the body asks for
 
@@ -108,14 +155,15 @@ class Flow:
         point = tap.points.get(key) or self._advance_to(tap, key, path)
         return first_input(point.value, path) if part == "input" else point.value
 
-    def assign(self, target: Target, part: str, call: int, value: Any) -> None:
-        """Puts `value` in the place of a point, now if the model stands there, else when it comes there."""
+    def assign(self, target: Target, part: str, call: int, value: Any, rows: Any = None) -> None:
+        """Puts `value` in the place of a point (of its part `rows`): now if the model stands there, else when it
+        comes there."""
         path = _as_written(target, part, call)
         self._check_open(path)
         _check_value(path, part, value)
         tap, index = self._locate(target, call, path)
         key = (OUTPUT if part == "output" else INPUTS, index)
-        assignment = Assignment(part, value, path, _caller(), self.in_step)
+        assignment = Assignment(part, value, path, _caller(), self.scope.in_step, rows)
         if self.parked is not None and self.parked is tap.points.get(key):
             assign(self.parked, assignment)
         elif self._passed(tap, key):
@@ -132,7 +180,7 @@ class Flow:
         if not at_its_inputs and self._passed(tap, (INPUTS, index)):
             raise OutOfOrderError(self._too_late(path, "asked for"))
         tap.allow_skip()
-        tap.skips[index] = Assignment("skip", value, path, _caller(), self.in_step)
+        tap.skips[index] = Assignment("skip", value, path, _caller(), self.scope.in_step)
 
     def next_step(self) -> bool:
         """Runs the model to the beginning of the next step that the body has not entered; False where it ends."""
@@ -140,27 +188,46 @@ class Flow:
         if self.outcome is not None:
             return False
         self._start()
-        self.stop_at_steps = True
-        while self.outcome is None and self.clock.index <= self.body_step:
-            self._resume()
+        scope = self.scope
+        scope.stop_at_steps = True
+        while self.outcome is None and self.clock.index <= scope.step:
+            self._move([])
         if self.outcome is not None:
             return False
-        self.body_step, self.in_step = self.clock.index, True
+        scope.step, scope.in_step = self.clock.index, True
         return True
 
     def leave_steps(self) -> None:
-        """The body leaves its loop over steps: the scope is the whole run again."""
-        self.in_step = self.stop_at_steps = False
+        """The body leaves its loop over steps: its scope is the whole run again."""
+        self.scope.in_step = self.scope.stop_at_steps = False
 
     def run_to_end(self) -> Any:
         """Runs the rest of the model; gives what it returned."""
         self._check_thread("run.result")
-        self.stop_at_steps = False
+        self._scope.stop_at_steps = False
         while self.outcome is None:
             self._resume()
         if not self.has_result:
             raise RunClosedError(f"the run has no result: {self.outcome}")
         return self.result
+
+    def each(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Runs `functions` as bodies of their own, side by side, until all have ended; gives what they returned."""
+        self._check_open("run.each")
+        self._start()
+        bodies = [Body(function, self) for function in functions]
+        try:
+            for body in bodies:
+                body.go()
+            self.bodies += bodies
+            while self.outcome is None and not all(body.dead for body in bodies):
+                self._resume()
+        finally:
+            self.bodies = [body for body in self.bodies if body not in bodies]
+            for body in bodies:
+                if not body.dead:
+                    body.unwind()
+        return [body.result for body in bodies]
 
     def raise_unreached(self) -> None:
         """The error for assignments that the model never came to, if there are any."""
@@ -273,13 +340,14 @@ class Flow:
 
     def _locate(self, target: Target, call: int, path: str) -> tuple[Tap, int]:
         """The tap, and the number in the run of call number `call` in the scope."""
-        if self.in_step and self.clock.index > self.body_step:
-            raise OutOfOrderError(f"{path} was asked for too late: step {self.body_step} has ended")
+        scope = self.scope
+        if scope.in_step and self.clock.index > scope.step:
+            raise OutOfOrderError(f"{path} was asked for too late: step {scope.step} has ended")
         tap = self.tap(target)
-        return tap, call + (tap.step_base if self.in_step else 0)
+        return tap, call + (tap.step_base if scope.in_step else 0)
 
     def _unseen(self, tap: Tap) -> int:
-        if not self.in_step:
+        if not self.scope.in_step:
             return tap.unseen
         return tap.unseen_in_step if tap.born_in == self.clock.index else 0
 
@@ -294,7 +362,7 @@ class Flow:
 
     def _is_guarded(self, tap: Tap) -> bool:
         """Whether the call that was running when the tap was made is of the scope: calls in it may have been missed."""
-        return tap.guard is not None and (not self.in_step or tap.born_in == self.clock.index)
+        return tap.guard is not None and (not self.scope.in_step or tap.born_in == self.clock.index)
 
     def _too_late(self, path: str, what: str) -> str:
         return (
@@ -330,13 +398,16 @@ class Flow:
         waits = [(tap, key)]
         if not tap.entered and self._is_guarded(tap):
             waits.append((tap.guard[0], (OUTPUT, tap.guard[1])))
+        in_step = self.scope.in_step
         for other, other_key in waits:
-            other.awaited.add(other_key)
+            other.awaited.setdefault(other_key, []).append(in_step)
         try:
             point = self._run_until(waits)
         finally:
             for other, other_key in waits:
-                other.awaited.discard(other_key)
+                other.awaited[other_key].remove(in_step)
+                if not other.awaited[other_key]:
+                    del other.awaited[other_key]
         if point is not None and point.tap is tap and not self._unseen(tap):
             return point
         if point is not None:
@@ -344,7 +415,7 @@ class Flow:
         elif self.outcome is not None:
             until, error = "the model ended", NeverReachedError
         else:
-            until, error = f"step {self.body_step} ended", OutOfOrderError
+            until, error = f"step {self.scope.step} ended", OutOfOrderError
         raise error(
             f"{path} was asked for, but {until} without coming to it. Either the model had passed it already, or it "
             "does not use it there"
@@ -352,11 +423,17 @@ class Flow:
 
     def _run_until(self, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
         """Lets the model run to one of the points, or (None) to its end or the end of the step the body is in."""
-        while self.outcome is None and not (self.in_step and self.clock.index > self.body_step):
-            point = self._resume()
+        scope = self.scope
+        while self.outcome is None and not (scope.in_step and self.clock.index > scope.step):
+            point = self._move(waits)
             if point is not None and (point.tap, (point.kind, point.index)) in waits:
                 return point
         return None
+
+    def _move(self, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
+        """Lets the model run on until it parks or ends: by the body that opened the run. Others wait for that."""
+        body = getcurrent()
+        return body.wait(waits) if isinstance(body, Body) and body.flow is self else self._resume()
 
     def _resume(self) -> Point | None:
         """Lets the model run on until it parks at a point (given), at a step (None), or ends (None)."""
@@ -375,11 +452,17 @@ class Flow:
             raise
         if not done:
             self.parked = value
+            self._wake_bodies()
             return value
         self.result, self.has_result = value, True
         self.unreached += [a for tap in self.taps.values() for a in tap.waiting()]
         self._end("the run has ended")
+        self._wake_bodies()
         return None
+
+    def _wake_bodies(self) -> None:
+        for body in [body for body in self.bodies if not body.dead]:
+            body.wake()
 
     def _call_plainly(self) -> Any:
         body = TorchState.capture()
@@ -407,7 +490,7 @@ class Flow:
         if self.clock.begins(tap, args, kwargs):
             for other in self.taps.values():
                 self.unreached += other.drop_step()
-            if self.stop_at_steps:
+            if any(scope.stop_at_steps for scope in (self._scope, *(body.scope for body in self.bodies))):
                 self._stands = f"before {tap.target.path or 'the model'}"
                 self.coroutine.park(None)
 

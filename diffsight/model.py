@@ -8,11 +8,13 @@ run.result
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from threading import get_ident
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 from .envoy import Envoy
@@ -49,15 +51,24 @@ class Model(Envoy):
         self.__dict__.update(_methods={}, _runs=[], _known_places=None)
         super().__init__(self, target, None)
 
-    def trace(self, *args: Any, **kwargs: Any) -> Run:
-        """A run of one forward pass: `with model.trace(x) as run:`. The arguments go to the module."""
-        return self._new_run(lambda: self._owner(*args, **kwargs))
+    def trace(self, *args: Any, grad: bool = False, **kwargs: Any) -> Run:
+        """A run of one forward pass: `with model.trace(x) as run:`. The arguments go to the module; a list of tensors
+        is a batch of inputs, each as it would be given alone, and `run.rows` are its parts.
 
-    def generate(self, *args: Any, **kwargs: Any) -> Run:
-        """A run of the module's own `generate(...)`; a step is one forward pass."""
-        if not hasattr(self._owner, "generate"):
+        The model runs in the grad mode in which the run is opened; with `grad=True` gradients are on."""
+        again = None if args else partial(self.trace, grad=grad, **kwargs)
+        args, sizes = _batch(args, kwargs)
+        return self._new_run(lambda: self._owner(*args, **kwargs), sizes, again, grad)
+
+    def generate(self, *args: Any, grad: bool = False, **kwargs: Any) -> Run:
+        """A run of the module's own `generate(...)`; a step is one forward pass. `grad=True` lifts its `no_grad`."""
+        function = getattr(self._owner, "generate", None)
+        if function is None:
             raise PointNotFoundError(f"{type(self._owner).__name__} has no generate method; trace() runs its forward")
-        return self._new_run(lambda: self._owner.generate(*args, **kwargs))
+        again = None if args else partial(self.generate, grad=grad, **kwargs)
+        args, sizes = _batch(args, kwargs)
+        function = with_gradients(function) if grad else function
+        return self._new_run(lambda: function(*args, **kwargs), sizes, again, grad)
 
     # ---- what a wrapper of another kind answers differently
 
@@ -100,8 +111,17 @@ class Model(Envoy):
 
     # ---- runs
 
-    def _new_run(self, function: Callable[[], Any]) -> Run:
-        return self._run_class(self, Flow(function, self._components(), self._clock(), self._places))
+    def _new_run(
+        self,
+        function: Callable[[], Any],
+        sizes: Sequence[int] = (),
+        again: Callable[..., Run] | None = None,
+        grad: bool = False,
+    ) -> Run:
+        flow = Flow(function, self._components(), self._clock(), self._places)
+        if grad:
+            flow.state = flow.state._replace(grad=True, inference=False)
+        return self._run_class(self, flow, sizes, again)
 
     def _open(self, run: Run) -> None:
         self._runs[:] = [known for known in self._runs if known() is not None and known()._flow.outcome is None]
@@ -126,3 +146,21 @@ class Model(Envoy):
         paths = [path for key, methods in self._methods.items() if key in inside for path in methods.values()]
         besides = "\ntraceable besides modules: " + ", ".join(f"{path}()" for path in paths) if paths else ""
         return f"{owner!r}{besides}"
+
+
+def with_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A bound method without the `torch.no_grad()` it is decorated with."""
+    wrapped = getattr(method.__func__, "__wrapped__", None)
+    return method if wrapped is None else partial(wrapped, method.__self__)
+
+
+def _batch(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:
+    """The arguments, a list of tensors joined to one, and how many entries of the batch each input takes."""
+    first = args[0] if args else next(iter(kwargs.values()), None)
+    if args and isinstance(first, list) and first and all(isinstance(x, torch.Tensor) and x.ndim for x in first):
+        try:
+            return (torch.cat(first), *args[1:]), [len(x) for x in first]
+        except RuntimeError as error:
+            shapes = ", ".join(str(tuple(x.shape)) for x in first)
+            raise InputError(f"the inputs do not make a batch: their shapes are {shapes}") from error
+    return args, [1] * len(first) if isinstance(first, torch.Tensor) and first.ndim else []

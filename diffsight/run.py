@@ -9,13 +9,14 @@ run = model.trace(x)                     # or left open: look, change, then
 run.finish()
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .envoy import Envoy, keeping_attribute_errors, raise_kept
 from .errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
 from .flow import Flow
+from .rows import Row, each, make_rows
 
 if TYPE_CHECKING:
     from .model import Model
@@ -26,16 +27,27 @@ class Run:
 
     `run.<path>` are the model's envoys, bound to this run."""
 
-    def __init__(self, model: "Model", flow: Flow) -> None:
+    def __init__(
+        self,
+        model: "Model",
+        flow: Flow,
+        sizes: Sequence[int] = (),
+        again: "Callable[..., Run] | None" = None,
+    ) -> None:
         self._model = model
         self._flow = flow
+        self._sizes = sizes  # of the inputs: how many entries of the batch each takes
+        self._again = again  # opens a run of the same kind with other inputs
+        self._invoked: list[Run] = []
         model._open(self)
 
     @property
     def result(self) -> Any:
-        """What the model returned; runs the model to its end first.
+        """What the model returned; runs the model to its end first. After `invoke`, a list with one result a pass.
 
         Raises NeverReachedError for assignments the model never came to."""
+        if self._invoked:
+            return [run.result for run in self._invoked]
         with keeping_attribute_errors(self):
             result = self._flow.run_to_end()
             self._flow.raise_unreached()
@@ -55,24 +67,64 @@ class Run:
         """The run's steps, as the model enters them: `for step in run.steps:`, or a part, `run.steps[10:20]`."""
         return Steps(self)
 
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """One view per input: `x, y, z = run.rows`. Raises InputError where no batch was given."""
+        if not self._sizes:
+            raise InputError("this run has no rows: none of its inputs is a batch of tensors")
+        return make_rows(self, self._sizes)
+
+    def each(self, functions: Callable[[Row], Any] | Sequence[Callable[[Row], Any]]) -> list[Any]:
+        """Runs a function for every row (or a list of functions, one a row) over the one forward pass, each at its own
+        place in the model; gives what they return.
+
+            def body(row):
+                row.layers[2].output = clean
+                return row.lm_head.output[:, -1]
+
+            answers = run.each(body)
+        """
+        return each(self, functions)
+
+    def invoke(self, *args: Any, **kwargs: Any) -> "Run":
+        """A pass of its own, inside a run that was opened without input; what was given there is given to each pass.
+
+            with model.trace() as run:
+                with run.invoke(a):
+                    clean = model.layers[5].output
+                with run.invoke(b) as part:
+                    model.layers[2].output = clean      # any value of an earlier pass is there
+            first, second = run.result
+
+        Each pass runs where it stands; `part.inputs` are its inputs as the model gets them."""
+        if self._again is None or self._flow.taps or (self._flow.outcome is not None and not self._invoked):
+            raise InputError("invoke needs a run that was opened without input: `with model.trace() as run:`")
+        self._flow.close("its passes are those of run.invoke(...)")
+        self._invoked.append(self._again(*args, **kwargs))
+        return self._invoked[-1]
+
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
-            if self._flow.outcome is None or self._flow.has_result:
+            if self._invoked or self._flow.outcome is None or self._flow.has_result:
                 self.finish()
             return
         self._flow.close("an error ended its body")
         if isinstance(error, DiffsightError):
             _end_at_users_line(trace)
 
+    def _root(self) -> Envoy:
+        """The model's handle, bound to this run, or to its last pass."""
+        return self._model._bound(self._invoked[-1] if self._invoked else self)
+
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)
         if name.startswith("__") or "_flow" not in self.__dict__:
             raise AttributeError(name)
         try:
-            return getattr(self._model._bound(self), name)
+            return getattr(self._root(), name)
         except PointNotFoundError:
             if name in ("input", "inputs", "output"):
                 raise
@@ -83,16 +135,16 @@ class Run:
         if name.startswith("_"):
             object.__setattr__(self, name, value)
         else:
-            setattr(self._model._bound(self), name, value)
+            setattr(self._root(), name, value)
 
     def __getitem__(self, key: int | str | slice) -> Any:
-        return self._model._bound(self)[key]
+        return self._root()[key]
 
     def __iter__(self) -> Iterator[Envoy]:
-        return iter(self._model._bound(self))
+        return iter(self._root())
 
     def __len__(self) -> int:
-        return len(self._model._bound(self))
+        return len(self._root())
 
     def __bool__(self) -> bool:
         return True
@@ -142,15 +194,15 @@ class Steps:
     def __iter__(self) -> Iterator[Step]:
         flow, model, chosen = self._run._flow, self._run._model, self._chosen
         first, last, stride = chosen.start or 0, chosen.stop, chosen.step or 1
-        if chosen != slice(None) and (flow.clock.index > first or flow.body_step >= first):
+        if chosen != slice(None) and (flow.clock.index > first or flow.scope.step >= first):
             raise OutOfOrderError(
                 f"run.steps[{first}:] was asked for too late: the model is in step {flow.clock.index}"
             )
         try:
-            while last is None or max(flow.body_step + 1, first) < last:
+            while last is None or max(flow.scope.step + 1, first) < last:
                 if not flow.next_step():
                     return
-                index = flow.body_step
+                index = flow.scope.step
                 if index >= first and (index - first) % stride == 0 and (last is None or index < last):
                     tap, args, kwargs = flow.clock.call
                     yield model._make_step(index, tap.target.path, (args, kwargs))

@@ -16,11 +16,12 @@ import inspect
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import RLock
 from types import MappingProxyType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from .coroutine import current_owner
@@ -88,6 +89,7 @@ class Point:
     value: Any
     in_step: bool  # asked for within a step, and let go at its end
     changed: bool = False
+    copies: set[int] = field(default_factory=set)  # ids of the tensors in it that are the run's own copies
 
 
 @dataclass(eq=False)
@@ -99,6 +101,7 @@ class Assignment:
     path: str
     where: str
     in_step: bool
+    rows: Any = None  # the part of the batch that is assigned (rows.Part), or None for all
 
 
 _NONE: Any = MappingProxyType({})
@@ -112,7 +115,7 @@ class Tap:
 
     __slots__ = (
         "active",  # numbers of the calls that are running, outermost first
-        "awaited",  # (kind, number of a call) of the points a body waits for
+        "awaited",  # (kind, number of a call) of the points that bodies wait for; for each body, whether within a step
         "born_in",  # the step in which the tap was made
         "children_tapped",
         "entered",  # calls begun so far, as far as the tap has seen
@@ -136,8 +139,8 @@ class Tap:
         self.guard: tuple[Tap, int] | None = None
         self.late_in: Tap | None = None
         self.open = self.children_tapped = False
-        self.active = self.awaited = ()
-        self.pending = self.points = self.skips = _NONE
+        self.active = ()
+        self.awaited = self.pending = self.points = self.skips = _NONE
         self.undo: list[Callable[[], None]] = []
 
     def count(self) -> None:
@@ -154,7 +157,7 @@ class Tap:
         self.remove()
         self.open = True
         self.active = list(range(self.entered - running, self.entered))
-        self.awaited, self.pending, self.points, self.skips = set(), {}, {}, {}
+        self.awaited, self.pending, self.points, self.skips = {}, {}, {}, {}
         if self.target.name == FORWARD:
             self.undo = [handle.remove for handle in hook_module(self.target.owner, self)]
         else:
@@ -220,11 +223,10 @@ class Tap:
         key = (kind, index)
         if key not in self.pending and key not in self.awaited:
             return None
-        point = Point(self, kind, index, value, self.flow.in_step)
+        point = Point(self, kind, index, value, all(self.awaited.get(key, ())))
         for assignment in self.pending.pop(key, ()):
             assign(point, assignment)
         if key in self.awaited:
-            self.awaited.discard(key)
             self.points[key] = point
             self.flow.park(point)
         return point
@@ -243,14 +245,15 @@ def first_input(inputs: tuple[tuple, dict], path: str) -> Any:
 def assign(point: Point, assignment: Assignment) -> None:
     """Puts the assigned value in the place of the point's own."""
     value = assignment.value
+    path = f"{assignment.path} ({assignment.where})"
+    before = first_input(point.value, path) if assignment.part == "input" else point.value
+    if assignment.rows is not None:
+        value = assignment.rows.put(before, value, path, point.copies)
+    elif isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
+        raise AssignmentError(f"{path} is a {type(before).__name__}; it takes no {type(value).__name__}")
     if assignment.part == "input":
         args, kwargs = point.value
-        if args:
-            value = ((value, *args[1:]), kwargs)
-        elif kwargs:
-            value = (args, {**kwargs, next(iter(kwargs)): value})
-        else:
-            raise AssignmentError(f"{assignment.path} cannot be assigned ({assignment.where}): no arguments are passed")
+        value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
     point.value, point.changed = value, True
 
 

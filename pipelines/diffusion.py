@@ -10,7 +10,9 @@ run.images
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel
 
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.flow import Clock
-from diffsight.model import Model
+from diffsight.model import Model, with_gradients
 from diffsight.run import Run, Step
 from diffsight.taps import FORWARD, Target, join
 
@@ -96,7 +98,9 @@ class DiffusionModel(Model):
         self.pipeline.to(*args, **kwargs)
         return self
 
-    def generate(self, *args: Any, seed: int | Sequence[int] | None = None, **kwargs: Any) -> DiffusionRun:
+    def generate(
+        self, *args: Any, seed: int | Sequence[int] | None = None, grad: bool = False, **kwargs: Any
+    ) -> DiffusionRun:
         """A run of the pipeline: `with model.generate("a red circle", seed=17) as run:`, or right away
         `model.generate("a red circle", seed=17).images`.
 
@@ -109,15 +113,20 @@ class DiffusionModel(Model):
         arguments = self._bind(args, kwargs)
         if arguments.get("prompt") is not None:
             check_prompts(self.pipeline, arguments["prompt"], arguments)
-        if seed is None:
-            return self._new_run(lambda: self.pipeline(*args, **kwargs))
-        seeds = self._seeds(seed, arguments)
+        seeds = None if seed is None else self._seeds(seed, arguments)
+        again = None if args or "prompt" in kwargs else partial(self.generate, seed=seed, grad=grad, **kwargs)
 
         def call() -> Any:
-            generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
-            return self.pipeline(*args, **kwargs, generator=generators if len(generators) > 1 else generators[0])
+            given = dict(kwargs)
+            if seeds is not None:
+                generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+                given["generator"] = generators if len(generators) > 1 else generators[0]
+            if not grad:
+                return self.pipeline(*args, **given)
+            with _detached_pictures(self.pipeline):
+                return with_gradients(self.pipeline.__call__)(*args, **given)
 
-        return self._new_run(call)
+        return self._new_run(call, again=again, grad=grad)
 
     def trace(self, *args: Any, **kwargs: Any) -> DiffusionRun:
         """The same as `generate`."""
@@ -136,7 +145,7 @@ class DiffusionModel(Model):
         if args and isinstance(args[0], str) and not any("prompt" in known for known in signature.parameters):
             raise InputError(f"{name} takes no prompt")
         try:
-            return signature.bind(*args, **kwargs).arguments
+            return signature.bind_partial(*args, **kwargs).arguments
         except TypeError as error:
             raise InputError(f"{name}: {error}") from None
 
@@ -257,6 +266,21 @@ class DiffusionModel(Model):
 
 
 _PLAIN = (bool, int, float, str, list, tuple, dict)
+
+
+@contextmanager
+def _detached_pictures(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Lets pictures that carry gradients be turned into numpy and PIL ones at the end of a run."""
+    processor = getattr(pipeline, "image_processor", None) or getattr(pipeline, "video_processor", None)
+    if processor is None:
+        yield
+        return
+    turn = processor.pt_to_numpy
+    processor.pt_to_numpy = lambda images: turn(images.detach())
+    try:
+        yield
+    finally:
+        del processor.pt_to_numpy
 
 
 def _methods_worth(part: Any) -> tuple[str, ...]:

@@ -1,0 +1,113 @@
+"""Rows: the parts of a batch that belong to one input each.
+
+    with model.trace([a, b, c]) as run:
+        x, y, z = run.rows
+        y.layers[2].output = x.layers[2].output      # reaches the second input only
+
+A row has the model's envoys, narrowed: what it reads are views of the batch, what it assigns reaches its own part.
+Tuples and output objects are narrowed element by element. A tensor whose batch dimension cannot be told is an error.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from .errors import AssignmentError, InputError
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+class Part:
+    """The entries `start` to `stop` of a batch of `total`."""
+
+    def __init__(self, start: int, stop: int, total: int) -> None:
+        self.start, self.stop, self.total = start, stop, total
+
+    def take(self, value: Any, path: str) -> Any:
+        """This part of `value`: a view of a tensor, containers element by element."""
+        if isinstance(value, torch.Tensor):
+            return value[self._slice(value, path)]
+        return tree_map_only(torch.Tensor, lambda t: t[self._slice(t, path)] if _has_batch(t) else t, value)
+
+    def put(self, whole: Any, value: Any, path: str, copies: set[int]) -> Any:
+        """`whole` with `value` in this part of it. Tensors are copied first, unless they are among `copies`."""
+        wholes, tree = tree_flatten(whole)
+        values, _ = tree_flatten(value)
+        if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor) or len(wholes) != len(values):
+            raise AssignmentError(f"{path} is a {type(whole).__name__}; it takes no {type(value).__name__}")
+        return tree_unflatten([self._put(w, v, path, copies) for w, v in zip(wholes, values)], tree)
+
+    def _put(self, whole: Any, value: Any, path: str, copies: set[int]) -> Any:
+        if not isinstance(whole, torch.Tensor) or not (isinstance(value, torch.Tensor) and _has_batch(whole)):
+            return whole
+        part = self._slice(whole, path)
+        if value.shape != whole[part].shape:
+            raise AssignmentError(
+                f"{path} of this row has the shape {tuple(whole[part].shape)}, not {tuple(value.shape)}"
+            )
+        if id(whole) not in copies:
+            whole = whole.clone()
+            copies.add(id(whole))
+        whole[part] = value
+        return whole
+
+    def _slice(self, tensor: torch.Tensor, path: str) -> slice:
+        if tensor.ndim == 0 or len(tensor) != self.total:
+            raise InputError(
+                f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and no first dimension of "
+                f"{self.total}, the batch, is there to cut. Read it on the run itself"
+            )
+        return slice(self.start, self.stop)
+
+
+def _has_batch(tensor: torch.Tensor) -> bool:
+    """Whether a tensor inside a container is one of a batch: a number, or what is the same for all, is not."""
+    return tensor.ndim > 0 and len(tensor) > 1
+
+
+class Row:
+    """One input's part of a run: `row.<path>` are the model's envoys, narrowed to it."""
+
+    def __init__(self, run: "Run", index: int, part: Part) -> None:
+        self.__dict__.update(_run=run, index=index, _part=part)
+
+    @property
+    def steps(self) -> Any:
+        """The run's steps."""
+        return self._run.steps
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run._model._bound(self._run, self._part), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._run._model._bound(self._run, self._part), name, value)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._run._model._bound(self._run, self._part)[key]
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self._run._model._names()})
+
+    def __repr__(self) -> str:
+        return f"<row {self.index} of {self._run!r}>"
+
+
+def make_rows(run: "Run", sizes: list[int]) -> tuple[Row, ...]:
+    """The rows of inputs that take `sizes` entries of the batch each."""
+    total, start, rows = sum(sizes), 0, []
+    for index, size in enumerate(sizes):
+        rows.append(Row(run, index, Part(start, start + size, total)))
+        start += size
+    return tuple(rows)
+
+
+def each(run: "Run", functions: Callable[[Row], Any] | list[Callable[[Row], Any]]) -> list[Any]:
+    """Every function as a body of its own over its own row; what they return."""
+    rows = run.rows
+    functions = [functions] * len(rows) if callable(functions) else list(functions)
+    if len(functions) != len(rows):
+        raise InputError(f"run.each has {len(functions)} functions for {len(rows)} rows: give one, or one a row")
+    return run._flow.each([lambda row=row, function=function: function(row) for row, function in zip(rows, functions)])

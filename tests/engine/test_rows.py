@@ -1,0 +1,255 @@
+"""Rows, a body a row, and passes inside a run: what reaches one input and not the others."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from diffsight import AssignmentError, InputError, Model, NeverReachedError, OutOfOrderError
+
+
+class Net(nn.Module):
+    """A stack whose middle gives a tuple, and which also adds something that all inputs share."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.last = (nn.Linear(4, 4) for _ in range(3))
+        self.pair = Pair()
+        self.place = Place()
+
+    def forward(self, x):
+        x = self.first(x) + self.place()
+        x, _ = self.pair(self.second(x))
+        return self.last(x)
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x.relu(), x.sum(-1)
+
+
+class Place(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 4))
+
+    def forward(self):
+        return self.weight
+
+
+@pytest.fixture
+def net():
+    return Net()
+
+
+@pytest.fixture
+def inputs():
+    return [torch.randn(1, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
+def test_rows_read_their_part(net, inputs):
+    with Model(net).trace(inputs) as run:
+        rows = run.rows
+        parts = [row.first.output for row in rows]
+        whole = run.first.output
+    assert [row.index for row in rows] == [0, 1, 2]
+    for i, part in enumerate(parts):
+        assert part.data_ptr() == whole[i].data_ptr()  # views of the batch
+        assert torch.allclose(part, net.first(inputs[i]), atol=1e-6)
+
+
+def test_inputs_of_several_entries_and_a_tensor_as_batch(net, inputs):
+    a, b = torch.cat(inputs[:2]), inputs[2]
+    with Model(net).trace([a, b]) as run:
+        x, y = run.rows
+        assert x.first.output.shape == (2, 4) and y.first.output.shape == (1, 4)
+    with Model(net).trace(a) as run:
+        assert len(run.rows) == 2
+
+
+def test_an_edit_in_place_reaches_one_row(net, inputs):
+    with Model(net).trace(inputs) as run:
+        run.rows[1].second.output[:] = 0
+    expected = net(torch.cat(inputs))
+    expected[1] = net.last(torch.zeros(4))
+    assert torch.allclose(run.result, expected, atol=1e-6)
+
+
+def test_a_row_feeds_another(net, inputs):
+    a, _, c = inputs
+    with Model(net).trace(inputs) as run:
+        x, y, z = run.rows
+        z.first.output = z.first.output * 2
+        y.second.output = x.second.output
+    expected = [net(a), net(a), net.last(net.pair(net.second(2 * net.first(c) + net.place()))[0])]
+    assert torch.allclose(run.result, torch.cat(expected), atol=1e-6)
+
+
+def test_an_assigned_row_leaves_the_models_own_tensor_alone(net, inputs):
+    with Model(net).trace(inputs) as run:
+        before = run.first.output
+        kept = before.clone()
+        run.rows[0].first.output = torch.zeros(1, 4)
+        assert torch.equal(before, kept)
+        assert torch.equal(run.first.output[0], torch.zeros(4)) and torch.equal(run.first.output[1:], kept[1:])
+
+
+def test_assignments_of_rows_wait_for_the_model(net, inputs):
+    with Model(net).trace(inputs) as run:
+        x, _, z = run.rows
+        z.last.input = torch.ones(1, 4)
+        x.last.input = torch.zeros(1, 4)
+        seen = run.last.input.clone()
+    assert torch.equal(seen[0], torch.zeros(4)) and torch.equal(seen[2], torch.ones(4))
+    assert torch.allclose(seen[1], net.pair(net.second(net.first(inputs[1]) + net.place()))[0][0], atol=1e-6)
+
+
+def test_tuples_are_narrowed_element_by_element(net, inputs):
+    with Model(net).trace(inputs) as run:
+        hidden, total = run.rows[2].pair.output
+        assert hidden.shape == (1, 4) and total.shape == (1,)
+        run.rows[2].pair.output = (torch.ones(1, 4), total)
+    assert torch.allclose(run.result[2], net.last(torch.ones(4)))
+
+
+def test_output_objects_are_narrowed():
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=30)).eval()
+    ids = torch.arange(10).view(2, 5)
+    with torch.no_grad(), Model(gpt2).trace(ids) as run:
+        row = run.rows[1].output
+    assert type(row) is type(run.result) and torch.equal(row.logits, run.result.logits[1:])
+
+
+def test_what_has_no_batch_is_an_error(net, inputs):
+    with pytest.raises(InputError, match=r"place\.output cannot be cut into rows: its shape is \(1, 4\)"):
+        with Model(net).trace(inputs) as run:
+            run.rows[0].place.output
+
+
+def test_wrong_shapes_and_types_for_a_row(net, inputs):
+    with pytest.raises(AssignmentError, match=r"\(1, 4\), not \(2, 4\)"):
+        with Model(net).trace(inputs) as run:
+            run.rows[0].first.output = torch.zeros(2, 4)
+    with pytest.raises(AssignmentError, match="is a tuple; it takes no Tensor"):
+        with Model(net).trace(inputs) as run:
+            run.rows[0].pair.output = torch.zeros(1, 4)
+    with pytest.raises(InputError, match="the inputs do not make a batch"):
+        Model(net).trace([torch.zeros(1, 4), torch.zeros(1, 5)])
+    with pytest.raises(InputError, match="has no rows"):
+        Model(net.place).trace().rows
+    with pytest.raises(InputError, match="for all rows"):
+        with Model(net).trace(inputs) as run:
+            run.rows[0].first.skip(torch.zeros(1, 4))
+
+
+# ---- a body a row
+
+
+def test_each_row_at_its_own_place(net, inputs):
+    def early(row):
+        row.first.output = torch.zeros(1, 4)
+        return row.first.output.clone()
+
+    def late(row):
+        return row.last.output.clone()
+
+    with Model(net).trace(inputs) as run:
+        zero, last, first = run.each([early, late, early])
+    assert torch.equal(zero, torch.zeros(1, 4)) and torch.equal(first, zero)
+    assert torch.allclose(last, net(inputs[1]), atol=1e-6)
+    assert torch.allclose(run.result[0], net.last(net.pair(net.second(net.place()))[0])[0], atol=1e-6)
+
+
+def test_values_flow_forward_between_the_bodies(net, inputs):
+    kept = {}
+
+    def source(row):
+        kept["hidden"] = row.first.output
+
+    def sink(row):
+        row.second.output = kept["hidden"] if row.second.output is not None else None
+
+    with Model(net).trace(inputs) as run:
+        run.each([source, sink, sink])
+    expected = net.last(net.pair(net.first(inputs[0]))[0])
+    assert torch.allclose(run.result[1:], expected.expand(2, 4), atol=1e-6)
+
+
+def test_each_repeats_over_steps():
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=30)).eval()
+    ids = torch.arange(10).view(2, 5)
+
+    def norms(row):
+        return [row.transformer.h[1].output.norm() for _ in row.steps]
+
+    with Model(gpt2).generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0) as run:
+        seen = run.each(norms)
+    expected = []
+    hook = gpt2.transformer.h[1].register_forward_hook(lambda m, i, o: expected.append([o[0].norm(), o[1].norm()]))
+    gpt2.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    hook.remove()
+    assert torch.equal(torch.tensor(seen), torch.tensor(expected).T)
+
+
+def test_errors_of_a_body_surface_and_leave_nothing(net, inputs):
+    def behind(row):
+        row.second.output
+        row.first.output
+
+    with pytest.raises(OutOfOrderError, match=r"first\.output"):
+        with Model(net).trace(inputs) as run:
+            run.each(behind)
+    with pytest.raises(ZeroDivisionError):
+        with Model(net).trace(inputs) as run:
+            run.each(lambda row: row.last.output.norm() / 0 if row.index < 1 else 1 / 0)
+    with pytest.raises(NeverReachedError):
+        with Model(net).trace(inputs) as run:
+            run.each(lambda row: row.first.calls[1].output)
+    with pytest.raises(InputError, match="2 functions for 3 rows"):
+        with Model(net).trace(inputs) as run:
+            run.each([print, print])
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_a_body_keeps_its_own_grad_mode(net, inputs):
+    def body(row):
+        with torch.set_grad_enabled(row.index == 0):
+            row.first.output
+            before = torch.is_grad_enabled()
+            row.last.output
+            return before, torch.is_grad_enabled()
+
+    with Model(net).trace(inputs) as run:
+        assert run.each(body) == [(True, True), (False, False), (False, False)]
+
+
+# ---- passes inside a run
+
+
+def test_a_later_pass_has_any_value_of_an_earlier_one(net, inputs):
+    model = Model(net)
+    with model.trace() as run:
+        with run.invoke(inputs[0]):
+            late = model.second.output
+        with run.invoke(inputs[1]) as part:
+            assert part.inputs[0][0] is inputs[1]
+            run.first.output = late
+    first, second = run.result
+    assert torch.equal(first, net(inputs[0]))
+    assert torch.equal(second, net.last(net.pair(net.second(late + net.place()))[0]))
+
+
+def test_passes_take_what_the_run_was_given():
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=30)).eval()
+    ids = torch.arange(5)[None]
+    with Model(gpt2).generate(max_new_tokens=2, do_sample=False, pad_token_id=0) as run:
+        with run.invoke(ids):
+            pass
+    assert torch.equal(run.result[0], gpt2.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0))
+
+
+def test_invoke_needs_a_run_without_input(net, inputs):
+    with pytest.raises(InputError, match="opened without input"):
+        with Model(net).trace(inputs[0]) as run:
+            run.invoke(inputs[1])
