@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from greenlet import getcurrent
 
+from .bodies import Body, Scope
+from .clock import Clock
 from .coroutine import Coroutine, TorchState, current_owner
 from .errors import (
     AssignmentError,
@@ -43,71 +45,6 @@ from .taps import (
 
 Places = dict[tuple[int, str], list[Target]]
 _CALL = torch.nn.Module._call_impl.__code__
-
-
-class Clock:
-    """Says when a step begins: at a call of one of `starts`, once one of `ends` has been called since the last
-    beginning (where there are no `ends`, at every call)."""
-
-    def __init__(self, starts: Sequence[Target], ends: Sequence[Target] = ()) -> None:
-        self.starts = {target.key for target in starts}
-        self.ends = {target.key for target in ends}
-        self.index = -1  # of the step the model is in
-        self.call: tuple[Tap, tuple, dict] | None = None  # the call that began it
-        self._due = True
-
-    def begins(self, tap: Tap, args: tuple, kwargs: dict) -> bool:
-        if not self._due or tap.target.key not in self.starts:
-            return False
-        self._due = not self.ends
-        self.index += 1
-        self.call = (tap, args, kwargs)
-        return True
-
-    def note_end(self, tap: Tap) -> None:
-        if tap.target.key in self.ends:
-            self._due = True
-
-
-class Scope:
-    """Where a body is: in the whole run, or in a step."""
-
-    def __init__(self) -> None:
-        self.in_step = False
-        self.step = -1  # the last step the body has entered
-        self.stop_at_steps = False
-
-
-class Body(Coroutine):
-    """A body beside the one that opened the run: the function of a row, or an edit. It is woken when the model comes to
-    what it waits for."""
-
-    def __init__(self, function: Callable[[], Any], flow: "Flow") -> None:
-        super().__init__(function, None)
-        self.flow = flow
-        self.scope = Scope()
-        self.waits: list[tuple[Tap, tuple[str, int]]] = []
-        self.point: Point | None = None  # what it was woken for; None where its wait is over
-        self.result: Any = None
-
-    def wait(self, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
-        """From the body: sleeps until the model is at one of the points, or its wait is over."""
-        self.waits, self.point = waits, None
-        self.park(None)
-        return self.point
-
-    def wake(self) -> None:
-        """Runs the body, if what it waits for is there or will not come."""
-        flow, parked = self.flow, self.flow.parked
-        here = parked is not None and (parked.tap, (parked.kind, parked.index)) in self.waits
-        late = (self.scope.in_step or not self.waits) and flow.clock.index > self.scope.step
-        if here or late or flow.outcome is not None:
-            self.point = parked if here else None
-            self.go()
-
-    def go(self) -> None:
-        """Starts the body, or lets it go on."""
-        self.result = self.resume()
 
 
 class Flow:

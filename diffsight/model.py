@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from .clock import Clock
 from .envoy import Envoy
 from .errors import InputError, PointNotFoundError
-from .flow import Clock, Flow, Places
+from .flow import Flow, Places
 from .run import Run, Step
 from .taps import FORWARD, Target
 

@@ -22,8 +22,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 from transformers import PreTrainedModel
 
+from diffsight.clock import Clock
 from diffsight.errors import InputError, PointNotFoundError, suggest
-from diffsight.flow import Clock
 from diffsight.model import Model, with_gradients
 from diffsight.run import Run, Step
 from diffsight.taps import FORWARD, Target, join

@@ -1,0 +1,51 @@
+"""Bodies: the code that reads and changes a run, each at its own place in it."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .coroutine import Coroutine
+from .taps import Point, Tap
+
+if TYPE_CHECKING:
+    from .flow import Flow
+
+
+class Scope:
+    """Where a body is: in the whole run, or in a step."""
+
+    def __init__(self) -> None:
+        self.in_step = False
+        self.step = -1  # the last step the body has entered
+        self.stop_at_steps = False
+
+
+class Body(Coroutine):
+    """A body beside the one that opened the run: the function of a row, or an edit. It is woken when the model comes to
+    what it waits for."""
+
+    def __init__(self, function: Callable[[], Any], flow: "Flow") -> None:
+        super().__init__(function, None)
+        self.flow = flow
+        self.scope = Scope()
+        self.waits: list[tuple[Tap, tuple[str, int]]] = []
+        self.point: Point | None = None  # what it was woken for; None where its wait is over
+        self.result: Any = None
+
+    def wait(self, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
+        """From the body: sleeps until the model is at one of the points, or its wait is over."""
+        self.waits, self.point = waits, None
+        self.park(None)
+        return self.point
+
+    def wake(self) -> None:
+        """Runs the body, if what it waits for is there or will not come."""
+        flow, parked = self.flow, self.flow.parked
+        here = parked is not None and (parked.tap, (parked.kind, parked.index)) in self.waits
+        late = (self.scope.in_step or not self.waits) and flow.clock.index > self.scope.step
+        if here or late or flow.outcome is not None:
+            self.point = parked if here else None
+            self.go()
+
+    def go(self) -> None:
+        """Starts the body, or lets it go on."""
+        self.result = self.resume()
