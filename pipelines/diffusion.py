@@ -12,10 +12,12 @@ run.images
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -86,7 +88,7 @@ class DiffusionModel(Model):
         self._wrap(Target(pipeline, "__call__", ""))
         name = type(pipeline).__name__ if isinstance(source, DiffusionPipeline) else str(source)
         self.__dict__["source"] = name
-        self.__dict__.update(_standard_names={}, _part_targets={})
+        self.__dict__.update(_standard_names=WeakKeyDictionary(), _part_targets={})
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -140,7 +142,8 @@ class DiffusionModel(Model):
         signature = inspect.signature(self.pipeline.__call__)
         takes_more = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
         for given in kwargs:
-            if given not in signature.parameters and not takes_more:
+            mistyped = bool(get_close_matches(given, signature.parameters, cutoff=0.85))  # else it would be ignored
+            if given not in signature.parameters and (mistyped or not takes_more):
                 raise InputError(f"{name} has no argument {given!r}{suggest(given, signature.parameters)}")
         if args and isinstance(args[0], str) and not any("prompt" in known for known in signature.parameters):
             raise InputError(f"{name} takes no prompt")
@@ -194,11 +197,10 @@ class DiffusionModel(Model):
     def _names_of(self, owner: Any) -> Mapping[str, str]:
         if not isinstance(owner, PreTrainedModel):
             return {}
-        known = self._standard_names
-        if id(owner) not in known:
+        if owner not in self._standard_names:
             component = any(part is owner for part in self._parts().values())
-            known[id(owner)] = standard_names(owner) if component else {}
-        return known[id(owner)]
+            self._standard_names[owner] = standard_names(owner) if component else {}
+        return self._standard_names[owner]
 
     def _components(self) -> list[Target]:
         targets = self._method_targets(self._target)

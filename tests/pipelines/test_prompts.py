@@ -218,3 +218,10 @@ def test_an_argument_that_is_given_twice(sd):
 def test_a_prompt_for_a_pipeline_that_takes_none():
     assert "prompt" in refusal(tiny.ddpm(), prompt="a red circle", seed=0)
     assert "DDPMPipeline" in refusal(tiny.ddpm(), "a red circle", seed=0)
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "flux"])
+def test_a_mistyped_argument_is_refused_even_where_the_pipeline_would_ignore_it(name):
+    model = DiffusionModel(tiny.PIPELINES[name].build())
+    with pytest.raises(InputError, match="'num_inference_step'.*did you mean 'num_inference_steps'"):
+        model.generate("a red circle", num_inference_step=3)
