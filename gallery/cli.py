@@ -117,13 +117,15 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, dict[str, int]]:
         raise InputError(f'the prompt is empty: say what to draw, such as "{_PROMPT}"')
     if options.seed < 0:
         raise InputError(f"a seed is a whole number from 0 on, not {options.seed}")
-    from diffusers.utils import logging
+    import diffusers
+    import transformers
 
     from diffsight.lenses.saving import check_writable
     from diffsight.pipelines.diffusion import DiffusionModel
 
     check_writable(options.out)
-    logging.disable_progress_bar()
+    diffusers.logging.disable_progress_bar()  # those of loading; what is drawn has one
+    transformers.logging.disable_progress_bar()
     model = DiffusionModel(options.model)
     most = model.pipeline.scheduler.config.get("num_train_timesteps", 1000)
     if options.steps and options.steps > most:
