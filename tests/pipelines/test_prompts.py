@@ -223,5 +223,5 @@ def test_a_prompt_for_a_pipeline_that_takes_none():
 @pytest.mark.parametrize("name", ["stable_diffusion", "flux"])
 def test_a_mistyped_argument_is_refused_even_where_the_pipeline_would_ignore_it(name):
     model = DiffusionModel(tiny.PIPELINES[name].build())
-    with pytest.raises(InputError, match="'num_inference_step'.*did you mean 'num_inference_steps'"):
+    with pytest.raises(InputError, match=r"'num_inference_step'.*did you mean 'num_inference_steps'"):
         model.generate("a red circle", num_inference_step=3)

@@ -1,0 +1,58 @@
+"""What is installed: one top-level package, with the packaged pipeline in it, and a face that is quick to import."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CARRIED = ("diffsight", "pipelines", "lenses", "gallery", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    source = tmp_path_factory.mktemp("source")
+    for name in CARRIED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", out, source]
+    subprocess.run(command, check=True)
+    return zipfile.ZipFile(next(out.glob("*.whl")))
+
+
+def test_the_wheel_installs_diffsight_alone(wheel):
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"diffsight"}
+
+
+def test_the_wheel_carries_every_module_and_the_packaged_pipeline(wheel):
+    modules = [path for folder in CARRIED[:4] for path in (ROOT / folder).rglob("*.py")]
+    weights = [path for path in (ROOT / "pipelines/shapes/clip").rglob("*") if path.is_file()]
+    for path in [*modules, *weights]:
+        place = path.relative_to(ROOT).as_posix()
+        assert (place if place.startswith("diffsight/") else f"diffsight/{place}") in wheel.namelist()
+    assert sum(item.file_size for item in wheel.infolist()) < 20 * 2**20
+
+
+def test_the_console_script(wheel):
+    entry = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert "diffsight = diffsight.gallery.cli:main" in wheel.read(entry).decode()
+
+
+def test_the_engine_imports_neither_diffusers_nor_transformers():
+    code = (
+        "import sys, diffsight; diffsight.Model; print({'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_everything_public_can_be_had():
+    import diffsight
+
+    assert all(getattr(diffsight, name) is not None for name in diffsight.__all__)
+    assert set(diffsight.__all__) <= set(dir(diffsight))
