@@ -11,13 +11,14 @@ Attributes that are neither children nor values are those of the module itself (
 `model.unet.dtype`).
 """
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .errors import InputError, NoRunError, PointNotFoundError, suggest
+from .errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
 from .flow import Flow
 from .taps import Target, join
 
@@ -102,14 +103,26 @@ class Points:
 
     def _fetch(self, part: str) -> Any:
         with keeping_attribute_errors(self):
-            value = self._flow(part).fetch(self._target, part, self._call)
+            try:
+                value = self._flow(part).fetch(self._target, part, self._call)
+            except DiffsightError as error:
+                raise error.with_traceback(
+                    None
+                ) from error.__cause__  # the line that asked is what matters, not the engine below it
             return value if self._part is None else self._part.take(value, join(self.path, part))
 
     def _assign(self, part: str, value: Any) -> None:
-        self._flow(part).assign(self._target, part, self._call, value, self._part)
+        try:
+            self._flow(part).assign(self._target, part, self._call, value, self._part)
+        except DiffsightError as error:
+            raise error.with_traceback(None) from error.__cause__
 
     def _flow(self, part: str) -> Flow:
         run = self._run if self._run is not None else self._model._innermost_run()
+        if run is None and self._model._is_open_elsewhere():
+            raise WrongThreadError(
+                f"{join(self.path, part)}: a run belongs to the thread that opened it, and none is open in this one"
+            )
         if run is None:
             raise NoRunError(
                 f"{join(self.path, part)} has a value only while the model runs: write it inside "
@@ -127,10 +140,10 @@ class Calls:
         self._points = points
 
     def __getitem__(self, index: int) -> Points:
-        if not isinstance(index, int) or index < 0:
+        if not hasattr(index, "__index__") or index < 0:
             raise IndexError(f".calls takes the number of a call, 0 for the first, not {index!r}")
         points = self._points
-        return Points(points._model, points._target, points._run, index, points._part)
+        return Points(points._model, points._target, points._run, operator.index(index), points._part)
 
     def __repr__(self) -> str:
         return f"<calls of {self._points.path}>"

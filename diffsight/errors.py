@@ -24,7 +24,7 @@ class NoRunError(DiffsightError):
     """A value was asked for where no run is open."""
 
 
-class RunClosedError(DiffsightError):
+class RunClosedError(OutOfOrderError):
     """A run was used after its end."""
 
 

@@ -140,6 +140,8 @@ class Flow:
 
     def run_to_end(self) -> Any:
         """Runs the rest of the model; gives what it returned."""
+        if self.has_result:
+            return self.result
         self._check_thread("run.result")
         self._scope.stop_at_steps = False
         while self.outcome is None:
@@ -323,8 +325,10 @@ class Flow:
     def _check_open(self, path: str) -> None:
         self._check_thread(path)
         if self.outcome is not None:
+            loop = " (a loop over run.steps runs the model to its end)" if self.clock.index > 0 else ""
             raise RunClosedError(
-                f"{path} cannot be reached: {self.outcome}. Bind values to names while the run is open"
+                f"{path} was asked for too late: {self.outcome}{loop}. Ask while the run is open, and bind what comes "
+                "to a name; what is assigned can be written ahead"
             )
 
     # ---- moving the model

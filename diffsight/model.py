@@ -125,16 +125,21 @@ class Model(Envoy):
         return self._run_class(self, flow, sizes, again)
 
     def _open(self, run: Run) -> None:
-        self._runs[:] = [known for known in self._runs if known() is not None and known()._flow.outcome is None]
-        self._runs.append(weakref.ref(run))
+        self._runs[:] = [weakref.ref(known) for known in self._open_runs() if known is not run] + [weakref.ref(run)]
 
     def _innermost_run(self) -> Run | None:
         """The run opened last, of those open in this thread."""
-        for known in reversed(self._runs):
-            run = known()
-            if run is not None and run._flow.outcome is None and run._flow.thread == get_ident():
-                return run
-        return None
+        runs = [run for run in self._open_runs() if run._flow.thread == get_ident()]
+        entered = [run for run in runs if run._entered or run._flow.taps]  # else a future that nothing has asked of yet
+        return (entered or runs or [None])[-1]
+
+    def _is_open_elsewhere(self) -> bool:
+        """Whether another thread has a run open."""
+        return any(run._flow.thread != get_ident() for run in self._open_runs())
+
+    def _open_runs(self) -> list[Run]:
+        runs = [known() for known in self._runs]
+        return [run for run in runs if run is not None and run._flow.outcome is None]
 
     # ---- showing
 

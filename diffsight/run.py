@@ -39,6 +39,7 @@ class Run:
         self._sizes = sizes  # of the inputs: how many entries of the batch each takes
         self._again = again  # opens a run of the same kind with other inputs
         self._invoked: list[Run] = []
+        self._entered = False
         model._open(self)
 
     @property
@@ -104,6 +105,8 @@ class Run:
         return self._invoked[-1]
 
     def __enter__(self) -> "Run":
+        self._entered = True
+        self._model._open(self)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -213,6 +216,7 @@ class Steps:
 def _end_at_users_line(trace: TracebackType | None) -> None:
     """Cuts the engine's own frames off the end of a traceback, so that it ends at the line that asked."""
     while trace is not None and trace.tb_next is not None:
-        if trace.tb_next.tb_frame.f_globals.get("__package__") == __package__:
+        package = trace.tb_next.tb_frame.f_globals.get("__package__") or ""
+        if package.split(".")[0] == __package__:
             trace.tb_next = None
         trace = trace.tb_next

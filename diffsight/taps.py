@@ -249,7 +249,7 @@ def assign(point: Point, assignment: Assignment) -> None:
     before = first_input(point.value, path) if assignment.part == "input" else point.value
     if assignment.rows is not None:
         value = assignment.rows.put(before, value, path, point.copies)
-    elif isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
+    elif before is not None and isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
         raise AssignmentError(f"{path} is a {type(before).__name__}; it takes no {type(value).__name__}")
     if assignment.part == "input":
         args, kwargs = point.value
@@ -339,12 +339,27 @@ class MethodOverride(Override):
     """Sends the calls of one method, of an object and of copies of it, through the taps of the run that makes them."""
 
     def put_on(self) -> None:
+        self.own = own = self.target.__dict__.get(self.name)
+        if own is not None:  # the user has put another on the object itself, a compiled one for instance
+
+            @functools.wraps(own)
+            def method(*args: Any, **kwargs: Any) -> Any:
+                flow = current_owner()
+                tap = flow.taps.get(self.key) if flow is not None else None
+                return own(*args, **kwargs) if tap is None or flow.closing else tap.call(own, args, kwargs)
+
+            self.put = self.target.__dict__[self.name] = method
+            return
         cls = type(self.target)
         names = frozenset({self.name, *getattr(cls, "_diffsight_names", ())})
         self._become(getattr(cls, "_diffsight_class", cls), names)
         self.target.__dict__[_OWNER] = id(self.target)
 
     def take_off(self) -> None:
+        if self.own is not None:
+            if self.target.__dict__.get(self.name) is self.put:
+                self.target.__dict__[self.name] = self.own
+            return
         for target in (self.target, *_copies.pop(id(self.target), ())):
             self.target = target
             cls = type(target)

@@ -127,8 +127,9 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, dict[str, int]]:
     diffusers.logging.disable_progress_bar()  # those of loading; what is drawn has one
     transformers.logging.disable_progress_bar()
     model = DiffusionModel(options.model)
-    most = model.pipeline.scheduler.config.get("num_train_timesteps", 1000)
-    if options.steps and options.steps > most:
+    scheduler = getattr(model.pipeline, "scheduler", None)
+    most = scheduler.config.get("num_train_timesteps") if scheduler else None
+    if options.steps and most and options.steps > most:
         raise InputError(f"{options.steps} steps are too many: the scheduler has {most}")
     return model, {"num_inference_steps": options.steps} if options.steps else {}
 

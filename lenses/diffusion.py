@@ -110,6 +110,8 @@ def diffusion_lens(
     that is none, and a pipeline that does not draw from the final norm of its `text_encoder`."""
     if not isinstance(model, DiffusionModel):
         raise InputError(f"diffusion_lens takes a DiffusionModel, not {type(model).__name__}")
+    if not hasattr(seed, "__index__") or isinstance(seed, bool):
+        raise InputError(f"diffusion_lens takes one seed for all layers, a whole number, not {seed!r}")
     if not isinstance(prompt, str):
         raise InputError(f"diffusion_lens takes one prompt, a text, not {type(prompt).__name__}")
     if arguments.get("output_type", "pil") != "pil":
@@ -117,15 +119,15 @@ def diffusion_lens(
     if arguments.get("num_images_per_prompt", 1) != 1:
         raise InputError("diffusion_lens makes one picture a layer: leave num_images_per_prompt out")
     if "num_frames" in inspect.signature(model.pipeline.__call__).parameters:
-        raise InputError(f"{model._title()} makes videos, and diffusion_lens single pictures")
+        raise InputError(f"{type(model.pipeline).__name__} makes videos, and diffusion_lens single pictures")
     chosen = choose_layers(layers, _count_layers(model))
     model.generate(prompt, seed=seed, **arguments)  # checks everything, and warns once, before the first picture
     images = []
     with _quiet(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)
         for layer in tqdm(chosen, desc="layers", disable=not progress):
-            images.append(_draw(model.generate(prompt, seed=seed, **arguments), layer))
-    return DiffusionLensResult(tuple(images), chosen, prompt, seed, model.source, arguments)
+            images.append(_draw(model, model.generate(prompt, seed=seed, **arguments), layer))
+    return DiffusionLensResult(tuple(images), chosen, prompt, int(seed), model.source, arguments)
 
 
 def choose_layers(layers: int | slice | Iterable[int] | None, last: int) -> tuple[int, ...]:
@@ -135,23 +137,26 @@ def choose_layers(layers: int | slice | Iterable[int] | None, last: int) -> tupl
     if isinstance(layers, slice):
         if layers.step == 0:
             raise InputError("layers are chosen with a step of 0: take 1 or more")
+        if any(bound is not None and bound > last + 1 for bound in (layers.start, layers.stop)):
+            raise InputError(f"there are no layers up to {layers.stop}: they are 0 (the embedding) to {last}")
         chosen = range(last + 1)[layers]
     else:
-        chosen = [layers] if isinstance(layers, int) else list(layers)
+        chosen = list(dict.fromkeys(layers)) if isinstance(layers, Iterable) else [layers]
     for layer in chosen:
-        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer <= last:
+        if not hasattr(layer, "__index__") or isinstance(layer, bool) or not 0 <= layer <= last:
             raise InputError(f"there is no layer {layer!r}: they are 0 (the embedding) to {last}")
     if not chosen:
         raise InputError(f"no layers are chosen: take some of 0 (the embedding) to {last}")
-    return tuple(chosen)
+    return tuple(int(layer) for layer in chosen)
 
 
 def _count_layers(model: DiffusionModel) -> int:
-    encoder = model._child("text_encoder")
-    if encoder is None:
-        raise InputError(f"{model._title()} has no text encoder, so there is nothing to look through")
-    if not {"layers", "ln_final"} <= set(encoder._names()):
-        raise InputError(f"the text encoder, {type(encoder._owner).__name__}, has no list of layers with a norm behind")
+    if getattr(model.pipeline, "text_encoder", None) is None:
+        raise InputError(f"{type(model.pipeline).__name__} has no text encoder, so there is nothing to look through")
+    encoder = model.text_encoder
+    if not (hasattr(encoder, "layers") and hasattr(encoder, "ln_final")):
+        name = type(model.pipeline.text_encoder).__name__
+        raise InputError(f"the text encoder, {name}, has no list of layers with a norm behind")
     return len(encoder.layers)
 
 
@@ -167,7 +172,7 @@ def _quiet(model: DiffusionModel) -> Iterator[None]:
         pipeline.set_progress_bar_config(**shown)
 
 
-def _draw(run: DiffusionRun, layer: int) -> Image.Image:
+def _draw(model: DiffusionModel, run: DiffusionRun, layer: int) -> Image.Image:
     """The picture from one layer: its hidden state, straight into the final norm."""
     with run:
         encoder = run.text_encoder
@@ -176,8 +181,8 @@ def _draw(run: DiffusionRun, layer: int) -> Image.Image:
         normed = encoder.ln_final.output
         if not _reaches(normed, run.encode_prompt.output):
             raise InputError(
-                f"{run._model._title()} does not draw from what the final norm of its text_encoder gives, so this "
-                "layer would not be seen"
+                f"{type(model.pipeline).__name__} does not draw from what the final norm of its text_encoder gives, so "
+                "this layer would not be seen"
             )
     return run.images[0]
 

@@ -10,7 +10,7 @@ run.images
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from diffsight.clock import Clock
+from diffsight.envoy import keeping_attribute_errors
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.model import Model, with_gradients
 from diffsight.run import Run, Step
@@ -41,8 +42,9 @@ class DiffusionStep(Step):
     """One denoising step: from one `scheduler.step` to the next."""
 
     @property
-    def timestep(self) -> float:
-        """The scheduler's timestep, such as 981 at the beginning of a run of Stable Diffusion."""
+    def timestep(self) -> float | None:
+        """The scheduler's timestep, such as 981 at the beginning of a run of Stable Diffusion; None where the denoiser
+        is told none."""
         return self._model._timestep(self.component, self._call)
 
 
@@ -60,7 +62,8 @@ class DiffusionRun(Run):
         return self._of_result("frames")
 
     def _of_result(self, name: str) -> Any:
-        result = self.result
+        with keeping_attribute_errors(self):
+            result = self.result
         if isinstance(result, tuple):  # the pipeline was called with return_dict=False
             return result[0]
         if name not in result:
@@ -160,11 +163,11 @@ class DiffusionModel(Model):
         if "generator" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise InputError(f"{name} takes no generator, so it cannot be seeded")
         count = _pictures(arguments)
-        one = isinstance(seed, int) and not isinstance(seed, bool)
-        seeds = [seed + i for i in range(count)] if one else list(seed) if isinstance(seed, Sequence) else [seed]
-        for s in seeds:
-            if not isinstance(s, int) or isinstance(s, bool) or not 0 <= s < 2**64:
+        several = isinstance(seed, Iterable) and not isinstance(seed, str)
+        for s in seed if several else [seed]:
+            if not hasattr(s, "__index__") or isinstance(s, bool) or not 0 <= s < 2**64:
                 raise InputError(f"a seed is a whole number from 0 on, below 2**64, not {s!r}")
+        seeds = [int(s) for s in seed] if several else [int(seed) + i for i in range(count)]
         if len(seeds) != count:
             raise InputError(f"{len(seeds)} seeds for {count} pictures: give one seed a picture, or a single number")
         return seeds
@@ -215,23 +218,20 @@ class DiffusionModel(Model):
     def _clock(self) -> Clock:
         """A step begins with a part that is told the timestep, once the scheduler has stepped since the last."""
         parts = self._children_of(self._target).values()
-        denoisers = [
-            t for t in parts if t.name == FORWARD and any("timestep" in n for n in _parameters(t.owner.forward))
-        ]
-        return Clock(denoisers, [t for part in parts for t in self._method_targets(part) if t.name == "step"])
+        denoisers = [target for target in parts if target.name == FORWARD and _time_parameter(target.owner)]
+        steps = [target for part in parts for target in self._method_targets(part) if target.name == "step"]
+        return Clock(denoisers, steps, lambda target, *call: _told(target.owner, *call))
 
     def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> DiffusionStep:
         return DiffusionStep(index, path, call, self)
 
-    def _timestep(self, component: str, call: tuple[tuple, dict]) -> float:
+    def _timestep(self, component: str, call: tuple[tuple, dict]) -> float | None:
         """The timestep a denoiser was called with, in the scheduler's own count: some pipelines divide it by 1000."""
-        args, kwargs = call
-        names = _parameters(self[component]._owner.forward)
-        given = dict(zip(names, args)) | kwargs
-        told = next(value for name, value in given.items() if "timestep" in name and value is not None)
-        told = torch.as_tensor(told).flatten()[0]
-        rounding = 4 * torch.finfo(told.dtype).eps if told.is_floating_point() else 0
-        told, near = float(told), []
+        moment = _told(self[component]._owner, *call)
+        if moment is None:
+            return None
+        told, rounding = moment
+        near = []
         for scheduler in (part for part in self._parts().values() if isinstance(part, SchedulerMixin)):
             known = torch.as_tensor(getattr(scheduler, "timesteps", [])).flatten()
             span = scheduler.config.get("num_train_timesteps", 1000)
@@ -296,8 +296,22 @@ def _has_method(part: Any, name: str) -> bool:
     return isinstance(inspect.getattr_static(type(part), name, None), FunctionType)
 
 
-def _parameters(function: Any) -> list[str]:
-    return list(inspect.signature(function).parameters)
+def _time_parameter(module: nn.Module) -> str | None:
+    """The parameter by which a denoiser is told the time; other parts have none."""
+    names = list(inspect.signature(module.forward).parameters)
+    return next((n for n in names if "timestep" in n), next((n for n in names[:3] if n in ("t", "r")), None))
+
+
+def _told(module: nn.Module, args: tuple, kwargs: dict) -> tuple[float, float] | None:
+    """The time a denoiser is told in a call, and the rounding of its type. Where each token has a time of its own, the
+    latest: tokens that are given rather than drawn are told 0."""
+    name = _time_parameter(module)
+    given = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
+    if given.get(name) is None:
+        return None
+    told = torch.as_tensor(given[name])
+    rounding = 4 * torch.finfo(told.dtype).eps if told.is_floating_point() else 0
+    return float(told.max()), rounding
 
 
 def _pictures(arguments: dict[str, Any]) -> int:
@@ -306,7 +320,8 @@ def _pictures(arguments: dict[str, Any]) -> int:
     for name in ("prompt", "prompt_embeds", "image"):
         given = arguments.get(name)
         if given is not None:
-            if isinstance(given, (list, tuple)) or (isinstance(given, torch.Tensor) and given.ndim > 2):
+            single = 3 if name == "image" else 2  # dimensions of one
+            if isinstance(given, (list, tuple)) or (isinstance(given, torch.Tensor) and given.ndim > single):
                 batch = len(given)
             break
     for name in _PER_PROMPT:

@@ -16,6 +16,7 @@ device is a GPU where there is one (minutes), else the CPU (about two hours on t
 """
 
 import argparse
+import json
 import random
 import time
 from pathlib import Path
@@ -231,6 +232,10 @@ def save_in_half(pipe: StableDiffusionPipeline, folder: Path) -> None:
     """Writes the pipeline with its weights in half precision; the configurations go on saying float32, so that it
     loads as float32 everywhere."""
     pipe.save_pretrained(folder)
+    for file in folder.rglob("*.json"):  # where the pipeline was once loaded from is nobody's business
+        settings = json.loads(file.read_text())
+        if settings.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(settings, indent=2) + "\n")
     for file in folder.glob("*/*.safetensors"):
         weights = {name: tensor.half() for name, tensor in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})

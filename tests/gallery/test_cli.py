@@ -91,7 +91,7 @@ def test_the_lens_writes_what_it_says(folder, here, capsys):
         ("2:", [2, 3]),
         (":1", [0]),
         ("::3", [0, 3]),
-        ("0:100:3", [0, 3]),
+        ("0:4:3", [0, 3]),
     ],
 )
 def test_layers(folder, layers, numbers):
