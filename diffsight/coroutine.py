@@ -12,38 +12,34 @@ from typing import Any, NamedTuple
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
-_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+_ACCELERATOR = torch.accelerator.current_accelerator()
+_AUTOCAST_DEVICES = ("cpu", *([_ACCELERATOR.type] if _ACCELERATOR else []))
 
 
 class TorchState(NamedTuple):
-    """What PyTorch keeps per thread and a user sets with `with`; `autocast` is None where it is off everywhere."""
+    """What PyTorch keeps per thread and a user sets with `with`. `autocast` holds the settings of each device, and
+    whether casts are cached."""
 
     grad: bool
     inference: bool
-    autocast: tuple | None
+    autocast: tuple
 
     @classmethod
     def capture(cls) -> "TorchState":
-        devices = tuple(
-            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            for device in _AUTOCAST_DEVICES
-        )
+        devices = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES]
         autocast = (devices, torch.is_autocast_cache_enabled())
         return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
 
-    def restore(self) -> None:
-        """Sets grad mode and autocast; inference mode needs a guard, see `Coroutine.resume`."""
+    def restore(self, before: "TorchState") -> None:
+        """Sets grad mode, and autocast where it differs from `before`; inference mode needs a guard, see
+        `Coroutine.resume`."""
         torch._C._set_grad_enabled(self.grad)
-        if self.autocast is None:
-            if torch._C._is_any_autocast_enabled():
-                for device in _AUTOCAST_DEVICES:
-                    torch.set_autocast_enabled(device, False)
-            return
-        devices, cache = self.autocast
-        for device, enabled, dtype in devices:
-            torch.set_autocast_enabled(device, enabled)
-            torch.set_autocast_dtype(device, dtype)
-        torch.set_autocast_cache_enabled(cache)
+        if self.autocast != before.autocast:
+            devices, cache = self.autocast
+            for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, devices):
+                torch.set_autocast_enabled(device, enabled)
+                torch.set_autocast_dtype(device, dtype)
+            torch.set_autocast_cache_enabled(cache)
 
 
 class Coroutine(greenlet):
@@ -54,6 +50,7 @@ class Coroutine(greenlet):
         self.gr_context = copy_context()
         self.owner = owner  # the Flow whose model runs here: taps recognise their run by it
         self.state = TorchState.capture()
+        self._guard: Any = None  # keeps the body out of the mode inside which the function is parked
 
     def resume(self, *error: Any) -> Any:
         """From the body: lets the function run on until it parks (gives what it parked with) or ends (gives what it
@@ -61,14 +58,24 @@ class Coroutine(greenlet):
         body = TorchState.capture()
         model = self.state
         self.parent = getcurrent()  # where the function's end, or its exception, comes out
-        # The guard puts the body's inference mode back on exit, whatever modes the function entered or left meanwhile.
-        with torch._C._InferenceMode(model.inference):
-            model.restore()
-            try:
-                return self.throw(*error) if error else self.switch()
-            finally:
-                self.state = TorchState.capture()
-                body.restore()
+        # Inference mode is changed by guards, each of which puts back all that it found. None is used where none is
+        # needed: under a guard every operation takes longer.
+        guard = None
+        if self._guard is not None:
+            self._guard.__exit__(None, None, None)
+            self._guard = None
+        elif model.inference != body.inference:
+            guard = _enter_inference_mode(model.inference)
+        model.restore(body)
+        try:
+            return self.throw(*error) if error else self.switch()
+        finally:
+            self.state = TorchState.capture()
+            if guard is not None:
+                guard.__exit__(None, None, None)
+            elif self.state.inference != body.inference:  # the function has parked inside a mode that it entered itself
+                self._guard = _enter_inference_mode(body.inference)
+            body.restore(self.state)
 
     def park(self, value: Any) -> None:
         """From the function: goes back to the body with `value` until it is resumed."""
@@ -77,6 +84,12 @@ class Coroutine(greenlet):
     def unwind(self) -> None:
         """Ends the function where it is parked; its `finally` blocks and context managers run."""
         self.resume(GreenletExit)
+
+
+def _enter_inference_mode(on: bool) -> Any:
+    guard = torch._C._InferenceMode(on)
+    guard.__enter__()
+    return guard
 
 
 def current_owner() -> Any:

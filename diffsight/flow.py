@@ -12,6 +12,7 @@ entered, and its count is exact. Where it is not (`Tap.unseen`), the past is unk
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from threading import get_ident
 from typing import Any
 
@@ -407,12 +408,12 @@ class Flow:
 
     def _call_plainly(self) -> Any:
         body = TorchState.capture()
-        with torch._C._InferenceMode(self.state.inference):
-            self.state.restore()
+        with torch.inference_mode(self.state.inference) if self.state.inference != body.inference else nullcontext():
+            self.state.restore(body)
             try:
                 return self.function()
             finally:
-                body.restore()
+                body.restore(TorchState.capture())
 
     def _end(self, outcome: str) -> None:
         self.outcome = outcome

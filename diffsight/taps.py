@@ -150,7 +150,7 @@ class Tap:
             if current_owner() is self.flow:
                 self.entered += 1
 
-        self.undo = [self.target.owner.register_forward_pre_hook(before).remove]
+        self.undo = [add_hook(self.target.owner._forward_pre_hooks, before)]
 
     def open_up(self, running: int = 0) -> None:
         """From now on the values of its calls can be had. `running` calls have begun and not ended."""
@@ -159,7 +159,7 @@ class Tap:
         self.active = list(range(self.entered - running, self.entered))
         self.awaited, self.pending, self.points, self.skips = {}, {}, {}, {}
         if self.target.name == FORWARD:
-            self.undo = [handle.remove for handle in hook_module(self.target.owner, self)]
+            self.undo = hook_module(self.target.owner, self)
         else:
             self.undo = [MethodOverride(self.target.owner, self.target.name).remove]
 
@@ -257,8 +257,23 @@ def assign(point: Point, assignment: Assignment) -> None:
     point.value, point.changed = value, True
 
 
-def hook_module(module: nn.Module, tap: Tap) -> list[Any]:
-    """Taps `module`; gives the handles that undo it."""
+def add_hook(hooks: dict, hook: Callable, *settings: dict) -> Callable[[], None]:
+    """Adds a hook to one of a module's tables of hooks, and to those that say how it is called; gives what removes it.
+
+    What `register_forward_hook` does, without the handle it makes: with a hook on every neighbour of what a run reads,
+    handles are the larger part of what a run costs."""
+    for table in (hooks, *settings):
+        table[hook] = hook if table is hooks else True
+
+    def remove() -> None:
+        for table in (hooks, *settings):
+            table.pop(hook, None)
+
+    return remove
+
+
+def hook_module(module: nn.Module, tap: Tap) -> list[Callable[[], None]]:
+    """Taps `module`; gives what undoes it."""
     flow = tap.flow
 
     # PyTorch goes through a list of the hooks made before the first was called, but looks up how to call each when its
@@ -266,15 +281,17 @@ def hook_module(module: nn.Module, tap: Tap) -> list[Any]:
     def before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
         return tap.enter(args, kwargs) if current_owner() is flow and not flow.closing else None
 
-    def after(module: nn.Module, args: tuple, *rest: Any) -> Any:
-        return tap.leave(rest[-1]) if current_owner() is flow and not flow.closing else None
+    def after(module: nn.Module, args: tuple, output: Any) -> Any:
+        return tap.leave(output) if current_owner() is flow and not flow.closing else None
 
+    undo = [
+        add_hook(module._forward_pre_hooks, before, module._forward_pre_hooks_with_kwargs),
+        add_hook(module._forward_hooks, after),
+    ]
     # The output is taken before any other hook sees it: transformers captures hidden states in hooks of its own, and an
     # edit has to be in what those capture.
-    return [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after, with_kwargs=True, prepend=True),
-    ]
+    module._forward_hooks.move_to_end(after, last=False)
+    return undo
 
 
 class Override:
