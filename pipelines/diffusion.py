@@ -182,11 +182,12 @@ class DiffusionModel(Model):
     def _children_of(self, target: Target) -> dict[str, Target]:
         if target.owner is not self.pipeline:
             return target.children()
-        known = self._part_targets
+        known, targets = self._part_targets, {}
         for name, part in self._parts().items():
             if name not in known or known[name].owner is not part:
                 known[name] = Target(part, FORWARD if isinstance(part, nn.Module) else "__call__", name)
-        return {name: known[name] for name in self._parts()}
+            targets[name] = known[name]
+        return targets
 
     def _methods_of(self, owner: Any) -> Mapping[str, str]:
         """`encode_prompt` of the pipeline, `encode` and `decode` of a VAE, `step` of a scheduler."""

@@ -39,8 +39,8 @@ def _check_length(pipeline: Any, tokenizers: list, prompt: str, arguments: dict[
         limit = _limit(pipeline, tokenizer, arguments)
         if limit is None or len(ids) <= limit:
             return
-        special = len(ids) - len(tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids)
         content = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        special = len(ids) - len(content)
         dropped.append((limit, tokenizer.decode(content[limit - special :])))
     if dropped:
         limit, words = max(dropped, key=lambda item: item[0])
