@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .coroutine import Coroutine
+from .coroutine import Call, Coroutine
 from .taps import Point, Tap
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Body(Coroutine):
         self.scope = Scope()
         self.waits: list[tuple[Tap, tuple[str, int]]] = []
         self.point: Point | None = None  # what it was woken for; None where its wait is over
+        self.call: Call | None = None  # what it wants the model's coroutine to call
         self.result: Any = None
 
     def wait(self, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
@@ -37,8 +38,16 @@ class Body(Coroutine):
         self.park(None)
         return self.point
 
+    def ask(self, call: Call) -> None:
+        """From the body: sleeps until the call is made."""
+        self.call = call
+        self.park(None)
+
     def wake(self) -> None:
-        """Runs the body, if what it waits for is there or will not come."""
+        """Runs the body, if it has not begun, or what it waits for is there or will not come."""
+        if not self:
+            self.go()
+            return
         flow, parked = self.flow, self.flow.parked
         here = parked is not None and (parked.tap, (parked.kind, parked.index)) in self.waits
         late = (self.scope.in_step or not self.waits) and flow.clock.index > self.scope.step

@@ -25,6 +25,11 @@ class Clock:
         self._due = True
         self._ended = False
 
+    @property
+    def is_in_step(self) -> bool:
+        """Whether a step has begun and not ended."""
+        return self.index >= 0 and not (self.ends and self._due)
+
     def begins(self, tap: Tap, args: tuple, kwargs: dict) -> bool:
         if tap.target.key not in self.starts or not (self._due or self._has_moved_on(tap, args, kwargs)):
             return False

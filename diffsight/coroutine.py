@@ -42,19 +42,42 @@ class TorchState(NamedTuple):
             torch.set_autocast_cache_enabled(cache)
 
 
+class Call:
+    """A call that a body asks for, made where the function is parked, in the body's own grad mode and autocast."""
+
+    def __init__(self, function: Callable[[], Any], asker: Any) -> None:
+        self.asker = asker
+        self.state = TorchState.capture()
+        self.result: Any = None
+        self.error: Exception | None = None
+        self._function = function
+
+    def make(self) -> None:
+        before = TorchState.capture()
+        self.state.restore(before)
+        try:
+            self.result = self._function()
+        except Exception as error:  # the body's to deal with: the function that is parked goes on
+            self.error = error
+        finally:
+            before.restore(TorchState.capture())
+
+
 class Coroutine(greenlet):
     """A function that runs until it parks, and goes on from there when it is resumed."""
 
     def __init__(self, function: Callable[[], Any], owner: Any) -> None:
-        super().__init__(function)
+        super().__init__(self._begin)
+        self._function = function
         self.gr_context = copy_context()
         self.owner = owner  # the Flow whose model runs here: taps recognise their run by it
         self.state = TorchState.capture()
         self._guard: Any = None  # keeps the body out of the mode inside which the function is parked
 
-    def resume(self, *error: Any) -> Any:
+    def resume(self, *error: Any, call: Call | None = None) -> Any:
         """From the body: lets the function run on until it parks (gives what it parked with) or ends (gives what it
-        returned; `self.dead` tells which). With an exception, raises it where the function is parked."""
+        returned; `self.dead` tells which). With an exception, raises it where the function is parked; with a call,
+        makes it there, and gives it back when it is made."""
         body = TorchState.capture()
         model = self.state
         self.parent = getcurrent()  # where the function's end, or its exception, comes out
@@ -68,7 +91,7 @@ class Coroutine(greenlet):
             guard = _enter_inference_mode(model.inference)
         model.restore(body)
         try:
-            return self.throw(*error) if error else self.switch()
+            return self.throw(*error) if error else self.switch(call)
         finally:
             self.state = TorchState.capture()
             if guard is not None:
@@ -79,7 +102,16 @@ class Coroutine(greenlet):
 
     def park(self, value: Any) -> None:
         """From the function: goes back to the body with `value` until it is resumed."""
-        self.parent.switch(value)
+        self._make(self.parent.switch(value))
+
+    def _begin(self, call: Call | None) -> Any:
+        self._make(call)
+        return self._function()
+
+    def _make(self, call: Call | None) -> None:
+        while call is not None:
+            call.make()
+            call = self.parent.switch(call)
 
     def unwind(self) -> None:
         """Ends the function where it is parked; its `finally` blocks and context managers run."""

@@ -12,7 +12,7 @@ Attributes that are neither children nor values are those of the module itself (
 """
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .rows import Part
     from .run import Run
 
-_VALUES = ("input", "inputs", "output")
+VALUES = ("input", "inputs", "output")
 
 
 @contextmanager
@@ -89,15 +89,19 @@ class Points:
             raise InputError(f"{self.path}.skip leaves the call out for all rows: write it on the run, not on a row")
         self._flow("skip").skip(self._target, self._call, value)
 
+    def next(self) -> "Points":
+        """The call after this one: `run.lm_head.next().output` is the second call's, as `.calls[1].output` is."""
+        return Points(self._model, self._target, self._run, self._call + 1, self._part)
+
     @property
     def path(self) -> str:
         """The path from the model, as one writes it."""
         return self._target.path
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _VALUES:
+        if name not in VALUES:
             raise PointNotFoundError(
-                f"{join(self.path, name)} cannot be assigned: .input, .inputs and .output can" + suggest(name, _VALUES)
+                f"{join(self.path, name)} cannot be assigned: .input, .inputs and .output can" + suggest(name, VALUES)
             )
         object.__setattr__(self, name, value)
 
@@ -114,6 +118,13 @@ class Points:
     def _assign(self, part: str, value: Any) -> None:
         try:
             self._flow(part).assign(self._target, part, self._call, value, self._part)
+        except DiffsightError as error:
+            raise error.with_traceback(None) from error.__cause__
+
+    def _within(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        flow = self._flow("hook=True")
+        try:
+            return flow.call(lambda: function(*args, **kwargs), self._target)
         except DiffsightError as error:
             raise error.with_traceback(None) from error.__cause__
 
@@ -157,8 +168,10 @@ class MethodEnvoy(Points):
         """Every call of the scope, by number."""
         return Calls(self)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._target.owner, self._target.name)(*args, **kwargs)
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        """Calls the method. Its points do not fire, unless with `hook=True`, within the run."""
+        method = getattr(self._target.owner, self._target.name)
+        return self._within(method, args, kwargs) if hook else method(*args, **kwargs)
 
     def __repr__(self) -> str:
         return f"<method {self.path} of {type(self._target.owner).__name__}>"
@@ -172,8 +185,10 @@ class Envoy(Points):
         """Every call of the scope, by number."""
         return Calls(self)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._owner(*args, **kwargs)
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
+        """Calls the part. Its points do not fire, unless with `hook=True`, within the run: what was assigned to them
+        ahead is put in, and other bodies (edits, functions of rows) can read them."""
+        return self._within(self._owner, args, kwargs) if hook else self._owner(*args, **kwargs)
 
     @property
     def _owner(self) -> Any:

@@ -13,6 +13,7 @@ entered, and its count is exact. Where it is not (`Tap.unseen`), the past is unk
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -21,7 +22,7 @@ from greenlet import getcurrent
 
 from .bodies import Body, Scope
 from .clock import Clock
-from .coroutine import Coroutine, TorchState, current_owner
+from .coroutine import Call, Coroutine, TorchState, current_owner
 from .errors import (
     AssignmentError,
     DiffsightError,
@@ -66,8 +67,10 @@ class Flow:
         self.taps: dict[tuple[int, str], Tap] = {}
         self.parked: Point | None = None
         self.bodies: list[Body] = []
+        self._calls: list[tuple[Point | None, list[Body]]] = []  # of calls under way: where they were asked for
         self._scope = Scope()
         self.unreached: list[Assignment] = []
+        self.misshapen: list[str] = []  # values assigned in another shape than the model's own, in words
         self.closing = False  # the model is being unwound: taps let everything pass
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
         self.has_result = False
@@ -120,6 +123,15 @@ class Flow:
         tap.allow_skip()
         tap.skips[index] = Assignment("skip", value, path, _caller(), self.scope.in_step)
 
+    def keep(self, target: Target, kind: str, path: str, function: Callable[[Tap, int, Any], None]) -> None:
+        """Lets `function` have every value that passes a point from now on: the tap, the number of the call, the value
+        as the model goes on with it."""
+        self._check_open(path)
+        tap, index = self._locate(target, 0, path)
+        if self._passed(tap, (kind, index)):
+            raise OutOfOrderError(self._too_late(path, "asked for"))
+        tap.keepers.setdefault(kind, []).append(function)
+
     def next_step(self) -> bool:
         """Runs the model to the beginning of the next step that the body has not entered; False where it ends."""
         self._check_thread("run.steps")
@@ -157,9 +169,10 @@ class Flow:
         self._start()
         bodies = [Body(function, self) for function in functions]
         try:
-            for body in bodies:
-                body.go()
             self.bodies += bodies
+            call = self._take_turns([*bodies])
+            if call is not None:
+                self._resume(call)
             while self.outcome is None and not all(body.dead for body in bodies):
                 self._resume()
         finally:
@@ -168,6 +181,24 @@ class Flow:
                 if not body.dead:
                     body.unwind()
         return [body.result for body in bodies]
+
+    def call(self, function: Callable[[], Any], target: Target) -> Any:
+        """Calls `function`, which calls `target`, within the model where it stands: it passes through the taps."""
+        self._check_open(join(target.path, "hook=True"))
+        self.tap(target)
+        body = getcurrent()
+        if isinstance(body, Body) and body.flow is self:
+            call = Call(function, body)
+            body.ask(call)
+        else:
+            call = Call(function, None)
+            self._calls.append((self.parked, []))
+            given = self._resume(call)
+            while given is not call and self.outcome is None:
+                given = self._resume()
+        if call.error is not None:
+            raise call.error
+        return call.result
 
     def raise_unreached(self) -> None:
         """The error for assignments that the model never came to, if there are any."""
@@ -377,34 +408,61 @@ class Flow:
         body = getcurrent()
         return body.wait(waits) if isinstance(body, Body) and body.flow is self else self._resume()
 
-    def _resume(self) -> Point | None:
-        """Lets the model run on until it parks at a point (given), at a step (None), or ends (None)."""
-        self.parked = None
-        try:
-            if not self.taps:  # nothing was read or assigned: the bare call, without a coroutine or a cost
-                value, done = self._call_plainly(), True
+    def _resume(self, call: Call | None = None) -> Point | Call | None:
+        """Lets the model run on until it parks at a point (given), at a step (None), or ends (None); or makes `call`
+        first (given when it is made). The other bodies have their turn before the one that opened the run."""
+        if not self.taps:  # nothing was read or assigned: the bare call, without a coroutine or a cost
+            return self._end_with(self._drive(self._call_plainly))
+        if self.coroutine is None:
+            self.coroutine = Coroutine(self.function, self)
+            self.coroutine.state = self.state
+        while True:
+            self.parked = None
+            value = self._drive(partial(self.coroutine.resume, call=call))
+            if self.coroutine.dead:
+                return self._end_with(value)
+            if isinstance(value, Call):
+                self.parked, turns = self._calls.pop()
+                if value.asker is None:
+                    return value
+                value.asker.go()
             else:
-                if self.coroutine is None:
-                    self.coroutine = Coroutine(self.function, self)
-                    self.coroutine.state = self.state
-                value = self.coroutine.resume()
-                done = self.coroutine.dead
-        except BaseException as error:
-            self._end(f"its model failed with {type(error).__name__}")
-            raise
-        if not done:
-            self.parked = value
-            self._wake_bodies()
-            return value
-        self.result, self.has_result = value, True
-        self.unreached += [a for tap in self.taps.values() for a in tap.waiting()]
-        self._end("the run has ended")
-        self._wake_bodies()
+                self.parked, turns = value, [*self.bodies]
+            call = self._take_turns(turns)
+            if call is None:
+                return self.parked
+
+    def _take_turns(self, turns: list[Body]) -> Call | None:
+        """Wakes one body after the other; gives the call that one of them asks for, before the next has its turn."""
+        while turns:
+            body = turns[0]
+            if not body.dead and body.call is None:
+                body.wake()
+            if body.call is not None:
+                call, body.call = body.call, None
+                self._calls.append((self.parked, turns))
+                return call
+            turns.pop(0)
         return None
 
-    def _wake_bodies(self) -> None:
-        for body in [body for body in self.bodies if not body.dead]:
-            body.wake()
+    def _drive(self, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except BaseException as error:
+            self._end(f"its model failed with {type(error).__name__}")
+            if self.misshapen and isinstance(error, (RuntimeError, ValueError)):
+                shapes = "\n".join(self.misshapen)
+                raise AssignmentError(f"{shapes}\nWith that the model failed: {error}") from error
+            raise
+
+    def _end_with(self, result: Any) -> None:
+        """The model has ended."""
+        self.result, self.has_result = result, True
+        self.unreached += [a for tap in self.taps.values() for a in tap.waiting()]
+        self._end("the run has ended")
+        for body in self.bodies:
+            if not body.dead:
+                body.wake()
 
     def _call_plainly(self) -> Any:
         body = TorchState.capture()
@@ -419,6 +477,7 @@ class Flow:
         self.outcome = outcome
         self.closing = True
         self.parked = self.coroutine = None
+        self._calls.clear()
         for tap in self.taps.values():
             tap.remove()
             tap.points = {}

@@ -9,13 +9,16 @@ run = model.trace(x)                     # or left open: look, change, then
 run.finish()
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .envoy import Envoy, keeping_attribute_errors, raise_kept
 from .errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
 from .flow import Flow
+from .record import Record, record
 from .rows import Row, each, make_rows
 
 if TYPE_CHECKING:
@@ -103,6 +106,28 @@ class Run:
         self._flow.close("its passes are those of run.invoke(...)")
         self._invoked.append(self._again(*args, **kwargs))
         return self._invoked[-1]
+
+    def record(
+        self,
+        patterns: str | Iterable[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+    ) -> Record:
+        """Keeps many points in one go: paths, or patterns such as `layers[*].mlp` and `unet.**.attn2.output`.
+
+            kept = run.record("layers[*]", device="cpu", dtype=torch.float16)
+            run.finish()
+            kept["layers[3].output"]        # filled when the model has come there
+            kept.nbytes
+
+        Gives a dictionary of path to value, see `Record`; inside a loop over steps a list, one value a step. Tensors
+        are copies, on `device` and (floating point) of type `dtype` where these are given; with `detach=False` they
+        stay part of the graph and may be the model's own.
+
+        Raises PointNotFoundError where a pattern matches nothing, OutOfOrderError for what the model has passed."""
+        return record(self, patterns, device, dtype, detach)
 
     def __enter__(self) -> "Run":
         self._entered = True

@@ -121,6 +121,7 @@ class Tap:
         "entered",  # calls begun so far, as far as the tap has seen
         "flow",
         "guard",  # the surrounding tap and the number of its call that was running when the tap was made
+        "keepers",  # kind to the functions that are shown every value
         "late_in",  # the surrounding tap, if this one was made after the model had moved
         "open",
         "pending",  # (kind, number of a call) to what was assigned there
@@ -140,7 +141,7 @@ class Tap:
         self.late_in: Tap | None = None
         self.open = self.children_tapped = False
         self.active = ()
-        self.awaited = self.pending = self.points = self.skips = _NONE
+        self.awaited = self.keepers = self.pending = self.points = self.skips = _NONE
         self.undo: list[Callable[[], None]] = []
 
     def count(self) -> None:
@@ -157,7 +158,7 @@ class Tap:
         self.remove()
         self.open = True
         self.active = list(range(self.entered - running, self.entered))
-        self.awaited, self.pending, self.points, self.skips = {}, {}, {}, {}
+        self.awaited, self.keepers, self.pending, self.points, self.skips = {}, {}, {}, {}, {}
         if self.target.name == FORWARD:
             self.undo = hook_module(self.target.owner, self)
         else:
@@ -220,15 +221,17 @@ class Tap:
         return missed
 
     def _pass(self, kind: str, index: int, value: Any) -> Point | None:
-        key = (kind, index)
-        if key not in self.pending and key not in self.awaited:
-            return None
-        point = Point(self, kind, index, value, all(self.awaited.get(key, ())))
-        for assignment in self.pending.pop(key, ()):
-            assign(point, assignment)
-        if key in self.awaited:
-            self.points[key] = point
-            self.flow.park(point)
+        key, point = (kind, index), None
+        if key in self.pending or key in self.awaited:
+            point = Point(self, kind, index, value, all(self.awaited.get(key, ())))
+            for assignment in self.pending.pop(key, ()):
+                assign(point, assignment)
+            if key in self.awaited:
+                self.points[key] = point
+                self.flow.park(point)
+        if self.keepers:
+            for keep in self.keepers.get(kind, ()):
+                keep(self, index, value if point is None else point.value)
         return point
 
 
@@ -251,6 +254,11 @@ def assign(point: Point, assignment: Assignment) -> None:
         value = assignment.rows.put(before, value, path, point.copies)
     elif before is not None and isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
         raise AssignmentError(f"{path} is a {type(before).__name__}; it takes no {type(value).__name__}")
+    elif isinstance(before, torch.Tensor) and before.shape != value.shape:
+        told = f"{path} has the shape {tuple(before.shape)}, and {tuple(value.shape)} was assigned"
+        if before.ndim != value.ndim:  # it would be broadcast, to nothing anybody meant
+            raise AssignmentError(f"{told}. Give it a value of {before.ndim} dimensions")
+        point.tap.flow.misshapen.append(told)
     if assignment.part == "input":
         args, kwargs = point.value
         value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from engine.nets import Calling, footprint, inputs, linear, outputs, replaced, with_input
 
-from diffsight import Model, NeverReachedError, OutOfOrderError
+from diffsight import AssignmentError, Model, NeverReachedError, OutOfOrderError
 
 
 def test_assignments_in_any_order(net, x):
@@ -161,14 +161,30 @@ def test_an_error_of_the_body_comes_before_what_was_not_reached(net, x):
         raise KeyError("mine")
 
 
-def test_a_value_that_does_not_fit_is_the_models_own_error(net, x):
+def test_a_value_of_other_dimensions_is_an_error(net, x):
     before = footprint(net)
-    with pytest.raises(RuntimeError, match="shape"), Model(net).trace(x) as run:
-        run.layers[1].output = torch.zeros(2, 5)
+    with pytest.raises(AssignmentError, match=r"layers\[1\].output .*\(2, 4\), and \(4,\) was assigned"):
+        with Model(net).trace(x) as run:
+            run.layers[1].output = torch.zeros(4)
+    assert footprint(net) == before
+
+
+def test_a_value_of_a_shape_that_breaks_the_model_is_named(net, x):
+    before = footprint(net)
+    with pytest.raises(AssignmentError, match=r"layers\[1\].output .*\(2, 4\), and \(2, 3\) was assigned") as caught:
+        with Model(net).trace(x) as run:
+            run.layers[1].output = torch.zeros(2, 3)
+    assert isinstance(caught.value.__cause__, RuntimeError)
     assert footprint(net) == before
     with Model(net).trace(x) as run:
         run.layers[1].output = torch.zeros(2, 5)
-        with pytest.raises(RuntimeError, match="shape"):
+        with pytest.raises(AssignmentError, match="assigned"):
             run.last.output
     assert footprint(net) == before
     assert torch.equal(Model(net).trace(x).result, net(x))
+
+
+def test_a_value_of_another_shape_that_fits_is_taken(net, x):
+    with Model(net).trace(x) as run:
+        run.layers[0].input = inputs(3, rows=5)
+    assert torch.equal(run.result, with_input(net.layers[0], inputs(3, rows=5), lambda: net(x)))

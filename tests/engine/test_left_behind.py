@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine.nets import Calling, Net, footprint, inputs, linear
 
-from diffsight import Model, NeverReachedError, OutOfOrderError
+from diffsight import AssignmentError, Model, NeverReachedError, OutOfOrderError
 
 
 class Interrupted(Net):
@@ -125,7 +125,7 @@ def dropped_before_it_began(model, net, x):
 
 
 def assignment_that_does_not_fit(model, net, x):
-    with pytest.raises(RuntimeError), model.trace(x) as run:
+    with pytest.raises(AssignmentError), model.trace(x) as run:
         run.layers[0].input
         run.layers[1].output = torch.zeros(2, 5)
 

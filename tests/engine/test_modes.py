@@ -7,7 +7,7 @@ import pytest
 import torch
 from engine.nets import Calling, footprint, linear
 
-from diffsight import Model
+from diffsight import AssignmentError, Model
 
 CONTEXTS = {
     "nothing": nullcontext,
@@ -186,7 +186,7 @@ def test_the_bodys_modes_come_back_however_the_run_ends(inside, way, x):
             run.b.output
             raise KeyError
     else:
-        with pytest.raises(RuntimeError), run:
+        with pytest.raises(AssignmentError), run:
             run.c.input = torch.zeros(2, 7)
     assert modes() == before and footprint(net) == clean
 

@@ -1,0 +1,128 @@
+"""Records: many points kept in one go, as hand-written hooks would keep them."""
+
+import pytest
+import torch
+from engine.nets import Calling, footprint, linear, outputs
+
+from diffsight import InputError, Model, OutOfOrderError, PointNotFoundError, RunClosedError
+
+
+def test_keeps_every_layer(net, x):
+    expected = [outputs(layer, net, x)[0] for layer in net.layers]
+    with Model(net).trace(x) as run:
+        kept = run.record("layers[*]")
+    assert list(kept) == [f"layers[{i}].output" for i in range(3)]
+    for value, wanted in zip(kept.values(), expected, strict=True):
+        assert torch.equal(value, wanted)
+
+
+def test_patterns(net, x):
+    with Model(net).trace(x) as run:
+        kept = run.record(["**.lin", "layers[1].*.input", "last.inputs", "output"])
+    assert set(kept) == {
+        *(f"layers[{i}].leaf.lin.output" for i in range(3)),
+        "layers[1].leaf.input",
+        "layers[1].out.input",
+        "last.inputs",
+        "output",
+    }
+    assert torch.equal(kept["output"], net(x))
+    args, kwargs = kept["last.inputs"]
+    assert torch.equal(args[0], outputs(net.layers[2], net, x)[0]) and kwargs == {}
+
+
+def test_values_are_those_the_model_goes_on_with(net, x):
+    with Model(net).trace(x) as run:
+        kept = run.record("layers[0]")
+        run.layers[0].output[:] = 0
+        run.layers[1].output = torch.ones_like(x)
+        also = run.record("layers[2].input")
+    assert not kept["layers[0].output"].any()
+    assert torch.equal(also["layers[2].input"], torch.ones_like(x))
+
+
+def test_values_are_copies(x):
+    first = linear()
+    net = Calling(lambda m, x: m.first(x).zero_(), first=first)
+    with Model(net).trace(x) as run:
+        kept = run.record("first")
+    assert torch.equal(kept["first.output"], first(x)) and not run.result.any()
+    assert not kept["first.output"].requires_grad
+
+
+def test_attached_values_carry_gradients(net, x):
+    with Model(net).trace(x) as run:
+        kept = run.record("layers[1]", detach=False)
+    (gradient,) = torch.autograd.grad(run.result.sum(), kept["layers[1].output"])
+    assert gradient.any()
+
+
+def test_device_dtype_and_memory(net, x):
+    with Model(net).trace(x) as run:
+        kept = run.record("layers[*]", device="cpu", dtype=torch.float16)
+    assert {value.dtype for value in kept.values()} == {torch.float16}
+    assert kept.nbytes == 3 * x.numel() * 2
+    assert repr(kept) == "<record of 3 points: 3 tensors, 48 bytes on cpu>"
+
+
+def test_whole_numbers_keep_their_type(gpt2, ids):
+    with Model(gpt2).trace(ids) as run:
+        kept = run.record("transformer.wte.input", dtype=torch.float16)
+    assert torch.equal(kept["transformer.wte.input"], ids)
+
+
+def test_a_list_per_step_in_a_loop(net, x):
+    expected = outputs(net.layers[1], net.generate, x)
+    with Model(net).generate(x) as run:
+        kept = run.record("layers[1]")
+        for _ in run.steps:
+            pass
+    assert len(kept["layers[1].output"]) == 3
+    for value, wanted in zip(kept["layers[1].output"], expected, strict=True):
+        assert torch.equal(value, wanted)
+
+
+def test_the_first_call_outside_of_a_loop(net, x):
+    with Model(net).generate(x) as run:
+        kept = run.record("layers[1]")
+    assert torch.equal(kept["layers[1].output"], outputs(net.layers[1], net.generate, x)[0])
+
+
+def test_of_one_step(net, x):
+    expected = outputs(net.layers[1], net.generate, x)
+    each = []
+    with Model(net).generate(x) as run:
+        for step in run.steps:
+            if step.index != 1:
+                each.append(run.record("layers[1]"))
+    assert torch.equal(each[0]["layers[1].output"], expected[0])
+    assert torch.equal(each[1]["layers[1].output"], expected[2])
+
+
+def test_changes_nothing(net, x):
+    expected, before = net(x), footprint(net)
+    with Model(net).trace(x) as run:
+        run.record("**")
+    assert torch.equal(run.result, expected) and footprint(net) == before
+
+
+def test_what_matches_nothing_is_an_error(net, x):
+    model = Model(net)
+    for pattern, told in (("layer", "layers"), ("layers[7]", "layers"), ("layers[*].nothing", r"layers\[\*\].nothing")):
+        with pytest.raises(PointNotFoundError, match=told), model.trace(x) as run:
+            run.record(pattern)
+    with pytest.raises(InputError, match="dtype"), model.trace(x) as run:
+        run.record("last", dtype="half")
+    with pytest.raises(InputError, match="device"), model.trace(x) as run:
+        run.record("last", device="nowhere")
+
+
+def test_what_lies_behind_is_an_error(net, x):
+    model = Model(net)
+    with pytest.raises(OutOfOrderError, match=r"layers\[0\].output"), model.trace(x) as run:
+        run.layers[1].output
+        run.record("layers[*]")
+    with model.trace(x) as run:
+        pass
+    with pytest.raises(RunClosedError):
+        run.record("last")
