@@ -106,14 +106,15 @@ class Points:
         object.__setattr__(self, name, value)
 
     def _fetch(self, part: str) -> Any:
-        with keeping_attribute_errors(self):
-            try:
-                value = self._flow(part).fetch(self._target, part, self._call)
-            except DiffsightError as error:
-                raise error.with_traceback(
-                    None
-                ) from error.__cause__  # the line that asked is what matters, not the engine below it
+        try:
+            value = self._flow(part).fetch(self._target, part, self._call)
             return value if self._part is None else self._part.take(value, join(self.path, part))
+        except Exception as error:
+            if isinstance(error, AttributeError):
+                self.__dict__["_kept_error"] = error  # see `keeping_attribute_errors`
+            if isinstance(error, DiffsightError):  # the line that asked is what matters, not the engine below it
+                raise error.with_traceback(None) from error.__cause__
+            raise
 
     def _assign(self, part: str, value: Any) -> None:
         try:
@@ -200,10 +201,11 @@ class Envoy(Points):
 
     def _child(self, name: str) -> "Envoy | MethodEnvoy | None":
         """The child, method or standard name called `name`, if there is one."""
-        model, owner, path = self._model, self._owner, join(self.path, name)
+        model = self._model
         target = model._children_of(self._target).get(name)
         if target is not None:
             return Envoy(model, target, self._run, part=self._part)
+        owner, path = self._owner, join(self.path, name)
         if name in model._methods_of(owner):
             outer = self._target if isinstance(owner, nn.Module) else None
             return MethodEnvoy(model, Target(owner, name, path, outer), self._run, part=self._part)

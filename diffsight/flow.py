@@ -13,7 +13,6 @@ entered, and its count is exact. Where it is not (`Tap.unseen`), the past is unk
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -37,6 +36,7 @@ from .taps import (
     INPUTS,
     OUTPUT,
     Assignment,
+    Hooks,
     Point,
     Tap,
     Target,
@@ -60,11 +60,13 @@ class Flow:
         self.components = components
         self.methods = [target for target in components if target.name != FORWARD]
         self.clock = clock
-        self.places = places
+        self.find_places = places
+        self._places: Places | None = None
         self.state = TorchState.capture()
         self.thread = get_ident()
         self.coroutine: Coroutine | None = None
         self.taps: dict[tuple[int, str], Tap] = {}
+        self.hooks: Hooks | None = None  # while there are taps
         self.parked: Point | None = None
         self.bodies: list[Body] = []
         self._calls: list[tuple[Point | None, list[Body]]] = []  # of calls under way: where they were asked for
@@ -87,14 +89,14 @@ class Flow:
 
     def fetch(self, target: Target, part: str, call: int) -> Any:
         """The value of a point: `part` ("inputs", "input" or "output") of call number `call` in the scope."""
-        path = _as_written(target, part, call)
-        self._check_open(path)
-        tap, index = self._locate(target, call, path)
+        if self.outcome is not None or get_ident() != self.thread or current_owner() is self:
+            self._check_open(_as_written(target, part, call))
+        tap, index = self._locate(target, part, call)
         key = (OUTPUT if part == "output" else INPUTS, index)
         if key[0] == INPUTS:
             tap.allow_skip()  # so that the call can still be left out, once its inputs are here
-        point = tap.points.get(key) or self._advance_to(tap, key, path)
-        return first_input(point.value, path) if part == "input" else point.value
+        point = tap.points.get(key) or self._advance_to(tap, key, _as_written(target, part, call))
+        return point.value if part != "input" else first_input(point.value, _as_written(target, part, call))
 
     def assign(self, target: Target, part: str, call: int, value: Any, rows: Any = None) -> None:
         """Puts `value` in the place of a point (of its part `rows`): now if the model stands there, else when it
@@ -102,7 +104,7 @@ class Flow:
         path = _as_written(target, part, call)
         self._check_open(path)
         _check_value(path, part, value)
-        tap, index = self._locate(target, call, path)
+        tap, index = self._locate(target, part, call)
         key = (OUTPUT if part == "output" else INPUTS, index)
         assignment = Assignment(part, value, path, _caller(), self.scope.in_step, rows)
         if self.parked is not None and self.parked is tap.points.get(key):
@@ -116,7 +118,7 @@ class Flow:
         """Leaves a call out: `value` is what it gives. Possible until the call runs, at its inputs at the latest."""
         path = _as_written(target, "skip", call)
         self._check_open(path)
-        tap, index = self._locate(target, call, path)
+        tap, index = self._locate(target, "skip", call)
         at_its_inputs = self.parked is not None and self.parked is tap.points.get((INPUTS, index))
         if not at_its_inputs and self._passed(tap, (INPUTS, index)):
             raise OutOfOrderError(self._too_late(path, "asked for"))
@@ -127,7 +129,7 @@ class Flow:
         """Lets `function` have every value that passes a point from now on: the tap, the number of the call, the value
         as the model goes on with it."""
         self._check_open(path)
-        tap, index = self._locate(target, 0, path)
+        tap, index = self._locate(target, kind, 0)
         if self._passed(tap, (kind, index)):
             raise OutOfOrderError(self._too_late(path, "asked for"))
         tap.keepers.setdefault(kind, []).append(function)
@@ -236,7 +238,9 @@ class Flow:
                 f"{target.path} has no values: {type(target.owner).__name__} is not called by the model, it only "
                 "holds others. Ask for one of them"
             )
-        for place in self.places().get(target.key, ()):
+        if self._places is None:
+            self._places = self.find_places()
+        for place in self._places.get(target.key, ()):
             self._tap_around(place)
         return self._tap(target, self._tap_around(target))
 
@@ -251,6 +255,7 @@ class Flow:
     def _start(self) -> None:
         """Taps the components, before anything moves."""
         if not self.taps:
+            self.hooks = Hooks(self)
             for component in self.components:
                 self._tap_with_children(component, None)
 
@@ -309,10 +314,11 @@ class Flow:
 
     # ---- where things stand
 
-    def _locate(self, target: Target, call: int, path: str) -> tuple[Tap, int]:
+    def _locate(self, target: Target, part: str, call: int) -> tuple[Tap, int]:
         """The tap, and the number in the run of call number `call` in the scope."""
         scope = self.scope
         if scope.in_step and self.clock.index > scope.step:
+            path = _as_written(target, part, call)
             raise OutOfOrderError(f"{path} was asked for too late: step {scope.step} has ended")
         tap = self.tap(target)
         return tap, call + (tap.step_base if scope.in_step else 0)
@@ -412,13 +418,17 @@ class Flow:
         """Lets the model run on until it parks at a point (given), at a step (None), or ends (None); or makes `call`
         first (given when it is made). The other bodies have their turn before the one that opened the run."""
         if not self.taps:  # nothing was read or assigned: the bare call, without a coroutine or a cost
-            return self._end_with(self._drive(self._call_plainly))
+            return self._end_with(self._call_plainly())
         if self.coroutine is None:
             self.coroutine = Coroutine(self.function, self)
             self.coroutine.state = self.state
         while True:
             self.parked = None
-            value = self._drive(partial(self.coroutine.resume, call=call))
+            try:
+                value = self.coroutine.resume(call=call)
+            except BaseException as error:
+                self._fail(error)
+                raise
             if self.coroutine.dead:
                 return self._end_with(value)
             if isinstance(value, Call):
@@ -445,15 +455,12 @@ class Flow:
             turns.pop(0)
         return None
 
-    def _drive(self, function: Callable[[], Any]) -> Any:
-        try:
-            return function()
-        except BaseException as error:
-            self._end(f"its model failed with {type(error).__name__}")
-            if self.misshapen and isinstance(error, (RuntimeError, ValueError)):
-                shapes = "\n".join(self.misshapen)
-                raise AssignmentError(f"{shapes}\nWith that the model failed: {error}") from error
-            raise
+    def _fail(self, error: BaseException) -> None:
+        """The model has ended with an error."""
+        self._end(f"its model failed with {type(error).__name__}")
+        if self.misshapen and isinstance(error, (RuntimeError, ValueError)):
+            shapes = "\n".join(self.misshapen)
+            raise AssignmentError(f"{shapes}\nWith that the model failed: {error}") from error
 
     def _end_with(self, result: Any) -> None:
         """The model has ended."""
@@ -470,6 +477,9 @@ class Flow:
             self.state.restore(body)
             try:
                 return self.function()
+            except BaseException as error:
+                self._fail(error)
+                raise
             finally:
                 body.restore(TorchState.capture())
 
@@ -482,7 +492,7 @@ class Flow:
             tap.remove()
             tap.points = {}
         self.taps.clear()
-        self.clock.call = None
+        self.hooks = self.clock.call = None
 
     # ---- from the model's side
 

@@ -37,12 +37,8 @@ class Run:
         sizes: Sequence[int] = (),
         again: "Callable[..., Run] | None" = None,
     ) -> None:
-        self._model = model
-        self._flow = flow
-        self._sizes = sizes  # of the inputs: how many entries of the batch each takes
-        self._again = again  # opens a run of the same kind with other inputs
-        self._invoked: list[Run] = []
-        self._entered = False
+        # sizes: how many entries of the batch each input takes; again: opens a run of the same kind with other inputs
+        self.__dict__.update(_model=model, _flow=flow, _sizes=sizes, _again=again, _invoked=[], _entered=False)
         model._open(self)
 
     @property

@@ -124,12 +124,12 @@ class Tap:
         "keepers",  # kind to the functions that are shown every value
         "late_in",  # the surrounding tap, if this one was made after the model had moved
         "open",
+        "override",  # what is put in the place of the method, or of the forward pass
         "pending",  # (kind, number of a call) to what was assigned there
         "points",  # (kind, number of a call) to what was read there
         "skips",  # number of a call to what it shall give without running
         "step_base",  # calls begun before the current step
         "target",
-        "undo",
         "unseen",  # calls of the surrounding module that began before the tap was made: calls here may be missing
         "unseen_in_step",  # the same, of the step in which the tap was made
     )
@@ -142,16 +142,11 @@ class Tap:
         self.open = self.children_tapped = False
         self.active = ()
         self.awaited = self.keepers = self.pending = self.points = self.skips = _NONE
-        self.undo: list[Callable[[], None]] = []
+        self.override: Override | None = None
 
     def count(self) -> None:
         """Counts the module's calls, and no more."""
-
-        def before(module: nn.Module, args: tuple) -> None:
-            if current_owner() is self.flow:
-                self.entered += 1
-
-        self.undo = [add_hook(self.target.owner._forward_pre_hooks, before)]
+        self.flow.hooks.put_counter(self.target.owner)
 
     def open_up(self, running: int = 0) -> None:
         """From now on the values of its calls can be had. `running` calls have begun and not ended."""
@@ -160,19 +155,22 @@ class Tap:
         self.active = list(range(self.entered - running, self.entered))
         self.awaited, self.keepers, self.pending, self.points, self.skips = {}, {}, {}, {}, {}
         if self.target.name == FORWARD:
-            self.undo = hook_module(self.target.owner, self)
+            self.flow.hooks.put(self.target.owner)
         else:
-            self.undo = [MethodOverride(self.target.owner, self.target.name).remove]
+            self.override = MethodOverride(self.target.owner, self.target.name)
 
     def allow_skip(self) -> None:
         """Puts what leaves calls out in the place of the module's forward pass."""
-        if self.target.name == FORWARD and len(self.undo) == 2:
-            self.undo.append(ForwardOverride(self.target.owner, FORWARD).remove)
+        if self.override is None:
+            self.override = ForwardOverride(self.target.owner, FORWARD)
 
     def remove(self) -> None:
         """Takes everything off the module."""
-        while self.undo:
-            self.undo.pop()()
+        if self.override is not None:
+            self.override.remove()
+            self.override = None
+        if self.target.name == FORWARD:
+            self.flow.hooks.take_off(self.target.owner)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A call begins. Gives new inputs, or None where they stay as they are."""
@@ -265,41 +263,50 @@ def assign(point: Point, assignment: Assignment) -> None:
     point.value, point.changed = value, True
 
 
-def add_hook(hooks: dict, hook: Callable, *settings: dict) -> Callable[[], None]:
-    """Adds a hook to one of a module's tables of hooks, and to those that say how it is called; gives what removes it.
+class Hooks:
+    """What a run puts on modules: functions that find the tap of the module they are called for.
 
-    What `register_forward_hook` does, without the handle it makes: with a hook on every neighbour of what a run reads,
-    handles are the larger part of what a run costs."""
-    for table in (hooks, *settings):
-        table[hook] = hook if table is hooks else True
+    They go into PyTorch's tables directly, as `register_forward_hook` puts them there, but without the handle that it
+    makes: with a hook on every neighbour of what a run reads, handles are the larger part of what a run costs."""
 
-    def remove() -> None:
-        for table in (hooks, *settings):
-            table.pop(hook, None)
+    def __init__(self, flow: Any) -> None:
+        taps = flow.taps
 
-    return remove
+        def count(module: nn.Module, args: tuple) -> None:
+            if current_owner() is flow and not flow.closing and (tap := taps.get((id(module), FORWARD))):
+                tap.entered += 1
 
+        # PyTorch goes through a list of the hooks made before the first was called, but looks up how to call each when
+        # its turn comes: a hook of another run that was removed meanwhile is called without `kwargs`. And a copy of a
+        # module has its hooks, but no tap.
+        def before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
+            if current_owner() is flow and not flow.closing and (tap := taps.get((id(module), FORWARD))):
+                return tap.enter(args, kwargs)
+            return None
 
-def hook_module(module: nn.Module, tap: Tap) -> list[Callable[[], None]]:
-    """Taps `module`; gives what undoes it."""
-    flow = tap.flow
+        def after(module: nn.Module, args: tuple, output: Any) -> Any:
+            if current_owner() is flow and not flow.closing and (tap := taps.get((id(module), FORWARD))):
+                return tap.leave(output)
+            return None
 
-    # PyTorch goes through a list of the hooks made before the first was called, but looks up how to call each when its
-    # turn comes: a hook of another run that was removed meanwhile is called without `kwargs`.
-    def before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
-        return tap.enter(args, kwargs) if current_owner() is flow and not flow.closing else None
+        self.counter, self.before, self.after = count, before, after
 
-    def after(module: nn.Module, args: tuple, output: Any) -> Any:
-        return tap.leave(output) if current_owner() is flow and not flow.closing else None
+    def put_counter(self, module: nn.Module) -> None:
+        module._forward_pre_hooks[self.counter] = self.counter
 
-    undo = [
-        add_hook(module._forward_pre_hooks, before, module._forward_pre_hooks_with_kwargs),
-        add_hook(module._forward_hooks, after),
-    ]
-    # The output is taken before any other hook sees it: transformers captures hidden states in hooks of its own, and an
-    # edit has to be in what those capture.
-    module._forward_hooks.move_to_end(after, last=False)
-    return undo
+    def put(self, module: nn.Module) -> None:
+        module._forward_pre_hooks[self.before] = self.before
+        module._forward_pre_hooks_with_kwargs[self.before] = True
+        module._forward_hooks[self.after] = self.after
+        # The output is taken before any other hook sees it: transformers captures hidden states in hooks of its own,
+        # and an edit has to be in what those capture.
+        module._forward_hooks.move_to_end(self.after, last=False)
+
+    def take_off(self, module: nn.Module) -> None:
+        if module._forward_pre_hooks.pop(self.counter, None) is None:
+            module._forward_pre_hooks.pop(self.before, None)
+            module._forward_pre_hooks_with_kwargs.pop(self.before, None)
+            module._forward_hooks.pop(self.after, None)
 
 
 class Override:
