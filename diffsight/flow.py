@@ -257,7 +257,10 @@ class Flow:
         if not self.taps:
             self.hooks = Hooks(self)
             for component in self.components:
-                self._tap_with_children(component, None)
+                if component.name == FORWARD and component.is_compiled():
+                    self._tap(component, None)  # nothing in it is touched before something in it is asked for
+                else:
+                    self._tap_with_children(component, None)
 
     def _is_known(self, target: Target | None) -> bool:
         """Whether what lies directly in `target`, and in all around it, is tapped."""
@@ -272,6 +275,8 @@ class Flow:
         tap = self._tap(target, around)
         if not tap.children_tapped:
             tap.children_tapped = True
+            if target.name == FORWARD:
+                tap.look_inside()
             for child in target.called_children() if target.name == FORWARD else ():
                 if child.key not in self.taps:
                     self._new_tap(child, tap).count()

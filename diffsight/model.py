@@ -100,7 +100,7 @@ class Model(Envoy):
 
     def _children_of(self, target: Target) -> dict[str, Target]:
         """The parts of a part of the model, by name."""
-        return target.children()
+        return target.named_children()
 
     def _methods_of(self, owner: Any) -> Mapping[str, str]:
         """The methods of a part that can be traced: name to path."""

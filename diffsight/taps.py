@@ -13,9 +13,10 @@ and the signatures stay those of the original.
 
 import functools
 import inspect
+import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from threading import RLock
 from types import MappingProxyType, MethodType
@@ -29,6 +30,8 @@ from .errors import AssignmentError
 
 FORWARD = "forward"
 INPUTS, OUTPUT = "inputs", "output"
+_WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the module itself
+_COMPILED = "_compiled_call_impl"  # of a module after `module.compile()`: what its calls go to
 _OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; copies carry it along
 
 
@@ -62,6 +65,17 @@ class Target:
             made = {n: Target(m, FORWARD, join(self.path, n), self) for n, m in modules.items() if m is not None}
             self._children = (dict(modules), made)
         return self._children[1]
+
+    def named_children(self) -> dict[str, "Target"]:
+        """The children as a user names them: those of a module that `torch.compile` has wrapped are its own."""
+        children = self.children()
+        wrapped = children.get(_WRAPPED)
+        return children if wrapped is None else {**wrapped.children(), **children}
+
+    def is_compiled(self) -> bool:
+        """Whether `torch.compile(module)` or `module.compile()` made this: what happens within is not to be seen."""
+        known = vars(self.owner)
+        return _WRAPPED in known.get("_modules", ()) or known.get(_COMPILED) is not None
 
     def called_children(self) -> Iterator["Target"]:
         """The children; in the place of a list or dict, which is never called itself, those in it."""
@@ -121,6 +135,7 @@ class Tap:
         "entered",  # calls begun so far, as far as the tap has seen
         "flow",
         "guard",  # the surrounding tap and the number of its call that was running when the tap was made
+        "inside",  # whether a compiled module runs uncompiled
         "keepers",  # kind to the functions that are shown every value
         "late_in",  # the surrounding tap, if this one was made after the model had moved
         "open",
@@ -139,14 +154,14 @@ class Tap:
         self.entered = self.step_base = self.unseen = self.unseen_in_step = 0
         self.guard: tuple[Tap, int] | None = None
         self.late_in: Tap | None = None
-        self.open = self.children_tapped = False
+        self.open = self.children_tapped = self.inside = False
         self.active = ()
         self.awaited = self.keepers = self.pending = self.points = self.skips = _NONE
         self.override: Override | None = None
 
     def count(self) -> None:
         """Counts the module's calls, and no more."""
-        self.flow.hooks.put_counter(self.target.owner)
+        self._touch(self.flow.hooks.put_counter)
 
     def open_up(self, running: int = 0) -> None:
         """From now on the values of its calls can be had. `running` calls have begun and not ended."""
@@ -155,9 +170,22 @@ class Tap:
         self.active = list(range(self.entered - running, self.entered))
         self.awaited, self.keepers, self.pending, self.points, self.skips = {}, {}, {}, {}, {}
         if self.target.name == FORWARD:
-            self.flow.hooks.put(self.target.owner)
+            self._touch(self.flow.hooks.put)
         else:
             self.override = MethodOverride(self.target.owner, self.target.name)
+
+    def _touch(self, put: Callable[[nn.Module], None]) -> None:
+        """Puts hooks on the module; where its calls go to compiled code, around that, to leave the code as it is."""
+        if vars(self.target.owner).get(_COMPILED) is not None:
+            self.override = CompiledOverride(self.target.owner, _COMPILED)
+        else:
+            put(self.target.owner)
+
+    def look_inside(self) -> None:
+        """Lets a compiled module run uncompiled, so that what lies in it is seen."""
+        if self.target.is_compiled():
+            self.allow_skip()
+            self.inside = True
 
     def allow_skip(self) -> None:
         """Puts what leaves calls out in the place of the module's forward pass."""
@@ -263,33 +291,55 @@ def assign(point: Point, assignment: Assignment) -> None:
     point.value, point.changed = value, True
 
 
-class Hooks:
-    """What a run puts on modules: functions that find the tap of the module they are called for.
+def _count(flow: Any, module: nn.Module, args: tuple) -> None:
+    if current_owner() is flow and not flow.closing and (tap := flow.taps.get((id(module), FORWARD))):
+        tap.entered += 1
 
-    They go into PyTorch's tables directly, as `register_forward_hook` puts them there, but without the handle that it
-    makes: with a hook on every neighbour of what a run reads, handles are the larger part of what a run costs."""
+
+# PyTorch goes through a list of the hooks made before the first was called, but looks up how to call each when its turn
+# comes: a hook of another run that was removed meanwhile is called without `kwargs`. And a copy of a module has its
+# hooks, but no tap.
+def _before(flow: Any, module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
+    if current_owner() is flow and not flow.closing and (tap := flow.taps.get((id(module), FORWARD))):
+        return tap.enter(args, kwargs)
+    return None
+
+
+def _after(flow: Any, module: nn.Module, args: tuple, output: Any) -> Any:
+    if current_owner() is flow and not flow.closing and (tap := flow.taps.get((id(module), FORWARD))):
+        return tap.leave(output)
+    return None
+
+
+def _may_compile() -> bool:
+    """Whether anything may have been compiled: what does that is loaded, which takes a second and is not done here."""
+    return "torch._dynamo" in sys.modules
+
+
+@functools.cache
+def _outside_of_graphs(function: Callable) -> Callable:
+    """The function, not to be traced by `torch.compile`: compiled code is left for it, and entered again."""
+    return torch.compiler.disable(function)
+
+
+class _Hook(functools.partial):
+    """A hook of one run. A copy of a module keeps it as it is: it does nothing there."""
+
+    def __deepcopy__(self, memo: dict) -> "_Hook":
+        return self
+
+
+class Hooks:
+    """What a run puts on modules.
+
+    The hooks go into PyTorch's tables directly, as `register_forward_hook` puts them there, but without the handle that
+    it makes: with a hook on every neighbour of what a run reads, handles are the larger part of what a run costs."""
 
     def __init__(self, flow: Any) -> None:
-        taps = flow.taps
-
-        def count(module: nn.Module, args: tuple) -> None:
-            if current_owner() is flow and not flow.closing and (tap := taps.get((id(module), FORWARD))):
-                tap.entered += 1
-
-        # PyTorch goes through a list of the hooks made before the first was called, but looks up how to call each when
-        # its turn comes: a hook of another run that was removed meanwhile is called without `kwargs`. And a copy of a
-        # module has its hooks, but no tap.
-        def before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
-            if current_owner() is flow and not flow.closing and (tap := taps.get((id(module), FORWARD))):
-                return tap.enter(args, kwargs)
-            return None
-
-        def after(module: nn.Module, args: tuple, output: Any) -> Any:
-            if current_owner() is flow and not flow.closing and (tap := taps.get((id(module), FORWARD))):
-                return tap.leave(output)
-            return None
-
-        self.counter, self.before, self.after = count, before, after
+        functions: Iterable[Callable] = (_count, _before, _after)
+        if _may_compile():
+            functions = map(_outside_of_graphs, functions)
+        self.counter, self.before, self.after = (_Hook(function, flow) for function in functions)
 
     def put_counter(self, module: nn.Module) -> None:
         module._forward_pre_hooks[self.counter] = self.counter
@@ -346,10 +396,14 @@ class ForwardOverride(Override):
             skip = tap.skips.pop(tap.active[-1], None) if tap is not None and tap.skips and tap.active else None
             if skip is not None:
                 return skip.value
+            if tap is not None and tap.inside:
+                return module._modules[_WRAPPED](*args, **kwargs)
             return own(*args, **kwargs) if own is not None else type(module).forward(module, *args, **kwargs)
 
         if own is not None:  # its signature has no place for the module
             maybe_skip.__signature__ = _with_self(own)
+        if _may_compile():
+            maybe_skip = torch.compiler.disable(maybe_skip)
         self.put = self.target.__dict__["forward"] = MethodType(maybe_skip, self.target)
 
     def take_off(self) -> None:
@@ -358,6 +412,29 @@ class ForwardOverride(Override):
         del self.target.__dict__["forward"]
         if self.own is not None:
             self.target.__dict__["forward"] = self.own
+
+
+class CompiledOverride(Override):
+    """Sends the calls of a module that `module.compile()` has compiled through the taps of the run that makes them."""
+
+    def put_on(self) -> None:
+        target, own = self.target, self.target.__dict__[self.name]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            flow = current_owner()
+            tap = flow.taps.get((id(target), FORWARD)) if flow is not None and not flow.closing else None
+            if tap is None or not tap.open:
+                if tap is not None:
+                    tap.entered += 1
+                return own(*args, **kwargs)
+            return tap.call(target._call_impl if tap.inside else own, args, kwargs)
+
+        self.own, self.put = own, call
+        target.__dict__[self.name] = call
+
+    def take_off(self) -> None:
+        if self.target.__dict__[self.name] is self.put:
+            self.target.__dict__[self.name] = self.own
 
 
 def _with_self(function: Callable) -> inspect.Signature:

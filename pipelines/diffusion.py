@@ -181,7 +181,7 @@ class DiffusionModel(Model):
 
     def _children_of(self, target: Target) -> dict[str, Target]:
         if target.owner is not self.pipeline:
-            return target.children()
+            return target.named_children()
         known, targets = self._part_targets, {}
         for name, part in self._parts().items():
             if name not in known or known[name].owner is not part:
