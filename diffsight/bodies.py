@@ -1,6 +1,7 @@
 """Bodies: the code that reads and changes a run, each at its own place in it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .coroutine import Call, Coroutine
@@ -17,6 +18,16 @@ class Scope:
         self.in_step = False
         self.step = -1  # the last step the body has entered
         self.stop_at_steps = False
+
+    @contextmanager
+    def within(self, step: int) -> Iterator[None]:
+        """For a while the body waits for nothing beyond this step."""
+        before = dict(vars(self))
+        self.in_step, self.step, self.stop_at_steps = True, step, True
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
 
 class Body(Coroutine):

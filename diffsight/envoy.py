@@ -86,7 +86,9 @@ class Points:
     def skip(self, value: Any) -> None:
         """Leaves the call out: the model goes on with `value` as its output."""
         if self._part is not None:
-            raise InputError(f"{self.path}.skip leaves the call out for all rows: write it on the run, not on a row")
+            raise InputError(
+                f"{self.path}.skip leaves the call out for all rows: write it on the run, not on a part of it"
+            )
         self._flow("skip").skip(self._target, self._call, value)
 
     def next(self) -> "Points":
@@ -107,8 +109,7 @@ class Points:
 
     def _fetch(self, part: str) -> Any:
         try:
-            value = self._flow(part).fetch(self._target, part, self._call)
-            return value if self._part is None else self._part.take(value, join(self.path, part))
+            return self._flow(part).fetch(self._target, part, self._call, self._part)
         except Exception as error:
             if isinstance(error, AttributeError):
                 self.__dict__["_kept_error"] = error  # see `keeping_attribute_errors`

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from threading import get_ident
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from greenlet import getcurrent
@@ -31,6 +31,7 @@ from .errors import (
     RunClosedError,
     WrongThreadError,
 )
+from .rows import Part
 from .taps import (
     FORWARD,
     INPUTS,
@@ -41,12 +42,26 @@ from .taps import (
     Tap,
     Target,
     assign,
+    find_call,
     first_input,
     join,
 )
 
 Places = dict[tuple[int, str], list[Target]]
 _CALL = torch.nn.Module._call_impl.__code__
+
+
+class Watch(Protocol):
+    """What looks on at the calls of a run's components, to know what their batches hold (see `Part.call`)."""
+
+    def called(self, tap: Tap, args: tuple, kwargs: dict) -> None:
+        """A tapped call begins, with these arguments."""
+
+    def returned(self, tap: Tap, output: Any) -> None:
+        """A tapped call has ended; `output` is what the model goes on with."""
+
+    def ended(self) -> None:
+        """The run has ended."""
 
 
 class Flow:
@@ -72,6 +87,7 @@ class Flow:
         self._calls: list[tuple[Point | None, list[Body]]] = []  # of calls under way: where they were asked for
         self._scope = Scope()
         self.unreached: list[Assignment] = []
+        self.watch: Watch | None = None
         self.misshapen: list[str] = []  # values assigned in another shape than the model's own, in words
         self.closing = False  # the model is being unwound: taps let everything pass
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
@@ -87,26 +103,33 @@ class Flow:
 
     # ---- what the body asks for
 
-    def fetch(self, target: Target, part: str, call: int) -> Any:
-        """The value of a point: `part` ("inputs", "input" or "output") of call number `call` in the scope."""
+    def fetch(self, target: Target, part: str, call: int, rows: Part | None = None) -> Any:
+        """The value of a point: `part` ("inputs", "input" or "output") of call number `call` in the scope; with `rows`
+        the part of the batch, and the number among the calls that hold it."""
         if self.outcome is not None or get_ident() != self.thread or current_owner() is self:
-            self._check_open(_as_written(target, part, call))
-        tap, index = self._locate(target, part, call)
-        key = (OUTPUT if part == "output" else INPUTS, index)
-        if key[0] == INPUTS:
+            self._check_open(_as_written(target, part, call, rows))
+        tap, first = self._locate(target, part)
+        kind = OUTPUT if part == "output" else INPUTS
+        if kind == INPUTS:
             tap.allow_skip()  # so that the call can still be left out, once its inputs are here
-        point = tap.points.get(key) or self._advance_to(tap, key, _as_written(target, part, call))
-        return point.value if part != "input" else first_input(point.value, _as_written(target, part, call))
+        if rows is None:
+            key = (kind, first + call)
+            point = tap.points.get(key) or self._advance_to(tap, key, _as_written(target, part, call))
+            return point.value if part != "input" else first_input(point.value, _as_written(target, part, call))
+        path = _as_written(target, part, call, rows)
+        point = self._find(tap, kind, first, call, path, rows)
+        value = point.value if part != "input" else first_input(point.value, path)
+        return rows.at(tap, point.index, path).take(value, path)
 
-    def assign(self, target: Target, part: str, call: int, value: Any, rows: Any = None) -> None:
+    def assign(self, target: Target, part: str, call: int, value: Any, rows: Part | None = None) -> None:
         """Puts `value` in the place of a point (of its part `rows`): now if the model stands there, else when it
         comes there."""
-        path = _as_written(target, part, call)
+        path = _as_written(target, part, call, rows)
         self._check_open(path)
         _check_value(path, part, value)
-        tap, index = self._locate(target, part, call)
-        key = (OUTPUT if part == "output" else INPUTS, index)
-        assignment = Assignment(part, value, path, _caller(), self.scope.in_step, rows)
+        tap, first = self._locate(target, part)
+        key = (OUTPUT if part == "output" else INPUTS, find_call(tap, first, call, path, rows))
+        assignment = Assignment(part, value, path, _caller(), self.scope.in_step, rows, first, call)
         if self.parked is not None and self.parked is tap.points.get(key):
             assign(self.parked, assignment)
         elif self._passed(tap, key):
@@ -118,7 +141,8 @@ class Flow:
         """Leaves a call out: `value` is what it gives. Possible until the call runs, at its inputs at the latest."""
         path = _as_written(target, "skip", call)
         self._check_open(path)
-        tap, index = self._locate(target, "skip", call)
+        tap, first = self._locate(target, "skip")
+        index = first + call
         at_its_inputs = self.parked is not None and self.parked is tap.points.get((INPUTS, index))
         if not at_its_inputs and self._passed(tap, (INPUTS, index)):
             raise OutOfOrderError(self._too_late(path, "asked for"))
@@ -129,8 +153,8 @@ class Flow:
         """Lets `function` have every value that passes a point from now on: the tap, the number of the call, the value
         as the model goes on with it."""
         self._check_open(path)
-        tap, index = self._locate(target, kind, 0)
-        if self._passed(tap, (kind, index)):
+        tap, first = self._locate(target, kind)
+        if self._passed(tap, (kind, first)):
             raise OutOfOrderError(self._too_late(path, "asked for"))
         tap.keepers.setdefault(kind, []).append(function)
 
@@ -319,14 +343,14 @@ class Flow:
 
     # ---- where things stand
 
-    def _locate(self, target: Target, part: str, call: int) -> tuple[Tap, int]:
-        """The tap, and the number in the run of call number `call` in the scope."""
+    def _locate(self, target: Target, part: str) -> tuple[Tap, int]:
+        """The tap, and the number in the run of the first call in the scope."""
         scope = self.scope
         if scope.in_step and self.clock.index > scope.step:
-            path = _as_written(target, part, call)
+            path = join(target.path, part)
             raise OutOfOrderError(f"{path} was asked for too late: step {scope.step} has ended")
         tap = self.tap(target)
-        return tap, call + (tap.step_base if scope.in_step else 0)
+        return tap, tap.step_base if scope.in_step else 0
 
     def _unseen(self, tap: Tap) -> int:
         if not self.scope.in_step:
@@ -376,7 +400,24 @@ class Flow:
 
     # ---- moving the model
 
-    def _advance_to(self, tap: Tap, key: tuple[str, int], path: str) -> Point:
+    def _find(self, tap: Tap, kind: str, first: int, call: int, path: str, rows: Part) -> Point:
+        """The point of call number `call` from `first` on, of those that hold `rows`; runs the model up to it.
+
+        Which those are is known when they begin: the model is run to the next that may be it, and looked at there."""
+        index, point = -1, None
+        while (found := rows.call(tap, first, call, path)) != index:
+            index = found
+            # Where no call so far was it, and a step goes by without it, the model is not run to its end for it.
+            in_vain = not call and first < index == tap.entered
+            try:
+                point = tap.points.get((kind, index)) or self._advance_to(tap, (kind, index), path, in_vain)
+            except OutOfOrderError:
+                if not in_vain:
+                    raise
+                raise NeverReachedError(f"{path} was asked for, but {rows.missing}") from None
+        return point
+
+    def _advance_to(self, tap: Tap, key: tuple[str, int], path: str, in_this_step: bool = False) -> Point:
         if self._passed(tap, key):
             raise OutOfOrderError(self._too_late(path, "asked for"))
         waits = [(tap, key)]
@@ -386,7 +427,8 @@ class Flow:
         for other, other_key in waits:
             other.awaited.setdefault(other_key, []).append(in_step)
         try:
-            point = self._run_until(waits)
+            with self.scope.within(self.clock.index) if in_this_step else nullcontext():
+                point = self._run_until(waits)
         finally:
             for other, other_key in waits:
                 other.awaited[other_key].remove(in_step)
@@ -498,6 +540,8 @@ class Flow:
             tap.points = {}
         self.taps.clear()
         self.hooks = self.clock.call = None
+        if self.watch is not None:
+            self.watch.ended()
 
     # ---- from the model's side
 
@@ -509,10 +553,14 @@ class Flow:
             if any(scope.stop_at_steps for scope in (self._scope, *(body.scope for body in self.bodies))):
                 self._stands = f"before {tap.target.path or 'the model'}"
                 self.coroutine.park(None)
+        if self.watch is not None:
+            self.watch.called(tap, args, kwargs)
 
-    def after_call(self, tap: Tap) -> None:
+    def after_call(self, tap: Tap, output: Any) -> None:
         """A tapped call has ended."""
         self.clock.note_end(tap)
+        if self.watch is not None:
+            self.watch.returned(tap, output)
 
     def in_method(self, tap: Tap) -> bool:
         """Whether a tapped method of the module is running."""
@@ -524,9 +572,10 @@ class Flow:
         self.coroutine.park(point)
 
 
-def _as_written(target: Target, part: str, call: int) -> str:
+def _as_written(target: Target, part: str, call: int, rows: Part | None = None) -> str:
     """A point as the user writes it: `unet.mid_block.calls[1].output`."""
-    return join(join(target.path, f"calls[{call}]") if call else target.path, part)
+    path = join(join(target.path, f"calls[{call}]") if call else target.path, part)
+    return path if rows is None else join(rows.name, path)
 
 
 def _check_value(path: str, part: str, value: Any) -> None:

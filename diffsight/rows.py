@@ -8,29 +8,44 @@ A row has the model's envoys, narrowed: what it reads are views of the batch, wh
 Tuples and output objects are narrowed element by element. A tensor whose batch dimension cannot be told is an error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .errors import AssignmentError, InputError
 
 if TYPE_CHECKING:
     from .run import Run
+    from .taps import Tap
 
 
 class Part:
-    """The entries `start` to `stop` of a batch of `total`."""
+    """The entries `start`, `start + stride` … below `stop` of a batch of `total`. `name` is what the user calls it,
+    such as "rows[1]".
 
-    def __init__(self, start: int, stop: int, total: int) -> None:
-        self.start, self.stop, self.total = start, stop, total
+    This one is the same in every call; others are looked up call by call (`call` and `at`)."""
+
+    missing = "no call of it holds that part of the batch"
+
+    def __init__(self, start: int, stop: int, total: int, stride: int = 1, name: str = "") -> None:
+        self.start, self.stop, self.total, self.stride, self.name = start, stop, total, stride, name
+
+    def call(self, tap: "Tap", first: int, number: int, path: str) -> int:
+        """Which call is number `number`, from call `first` on, of those that hold this part. Whether one does is known
+        once it has begun: until then the answer is the earliest that may be it."""
+        return first + number
+
+    def at(self, tap: "Tap", index: int, path: str) -> "Part":
+        """The same part, of call number `index`, which has begun and holds it."""
+        return self
 
     def take(self, value: Any, path: str) -> Any:
         """This part of `value`: a view of a tensor, containers element by element."""
         if isinstance(value, torch.Tensor):
             return value[self._slice(value, path)]
-        return tree_map_only(torch.Tensor, lambda t: t[self._slice(t, path)] if _has_batch(t) else t, value)
+        return tree_map(lambda leaf: self._take(leaf, path), value)
 
     def put(self, whole: Any, value: Any, path: str, copies: set[int]) -> Any:
         """`whole` with `value` in this part of it. Tensors are copied first, unless they are among `copies`."""
@@ -40,19 +55,29 @@ class Part:
             raise AssignmentError(f"{path} is a {type(whole).__name__}; it takes no {type(value).__name__}")
         return tree_unflatten([self._put(w, v, path, copies) for w, v in zip(wholes, values)], tree)
 
+    def _take(self, leaf: Any, path: str) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf[self._slice(leaf, path)] if self._is_batch(leaf) else leaf
+        inside = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
+        if any(isinstance(value, torch.Tensor) for value in inside.values()):
+            raise InputError(f"{path} holds a {type(leaf).__name__}, which cannot be cut. Read it on the run itself")
+        return leaf
+
     def _put(self, whole: Any, value: Any, path: str, copies: set[int]) -> Any:
-        if not isinstance(whole, torch.Tensor) or not (isinstance(value, torch.Tensor) and _has_batch(whole)):
+        if not isinstance(whole, torch.Tensor) or not (isinstance(value, torch.Tensor) and self._is_batch(whole)):
             return whole
         part = self._slice(whole, path)
         if value.shape != whole[part].shape:
-            raise AssignmentError(
-                f"{path} of this row has the shape {tuple(whole[part].shape)}, not {tuple(value.shape)}"
-            )
+            raise AssignmentError(f"{path} has the shape {tuple(whole[part].shape)}, not {tuple(value.shape)}")
         if id(whole) not in copies:
             whole = whole.clone()
             copies.add(id(whole))
         whole[part] = value
         return whole
+
+    def _is_batch(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor inside a container is one of a batch: a number, or what is the same for all, is not."""
+        return tensor.ndim > 0 and (len(tensor) > 1 or self.total == 1)
 
     def _slice(self, tensor: torch.Tensor, path: str) -> slice:
         if tensor.ndim == 0 or len(tensor) != self.total:
@@ -60,19 +85,14 @@ class Part:
                 f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and no first dimension of "
                 f"{self.total}, the batch, is there to cut. Read it on the run itself"
             )
-        return slice(self.start, self.stop)
+        return slice(self.start, self.stop, self.stride)
 
 
-def _has_batch(tensor: torch.Tensor) -> bool:
-    """Whether a tensor inside a container is one of a batch: a number, or what is the same for all, is not."""
-    return tensor.ndim > 0 and len(tensor) > 1
+class View:
+    """A part of a run: `view.<path>` are the model's envoys, narrowed to it."""
 
-
-class Row:
-    """One input's part of a run: `row.<path>` are the model's envoys, narrowed to it."""
-
-    def __init__(self, run: "Run", index: int, part: Part) -> None:
-        self.__dict__.update(_run=run, index=index, _part=part)
+    def __init__(self, run: "Run", part: Part) -> None:
+        self.__dict__.update(_run=run, _part=part)
 
     @property
     def steps(self) -> Any:
@@ -92,22 +112,30 @@ class Row:
         return sorted({*super().__dir__(), *self._run._model._names()})
 
     def __repr__(self) -> str:
-        return f"<row {self.index} of {self._run!r}>"
+        return f"<{self._part.name} of {self._run!r}>"
+
+
+class Row(View):
+    """One input's part of a run; `index` is the number of the input."""
+
+    def __init__(self, run: "Run", index: int, part: Part) -> None:
+        super().__init__(run, part)
+        self.__dict__["index"] = index
 
 
 def make_rows(run: "Run", sizes: list[int]) -> tuple[Row, ...]:
     """The rows of inputs that take `sizes` entries of the batch each."""
     total, start, rows = sum(sizes), 0, []
     for index, size in enumerate(sizes):
-        rows.append(Row(run, index, Part(start, start + size, total)))
+        rows.append(Row(run, index, Part(start, start + size, total, name=f"rows[{index}]")))
         start += size
     return tuple(rows)
 
 
-def each(run: "Run", functions: Callable[[Row], Any] | list[Callable[[Row], Any]]) -> list[Any]:
+def each(rows: Sequence[Row], functions: Callable[[Row], Any] | Sequence[Callable[[Row], Any]]) -> list[Any]:
     """Every function as a body of its own over its own row; what they return."""
-    rows = run.rows
     functions = [functions] * len(rows) if callable(functions) else list(functions)
     if len(functions) != len(rows):
         raise InputError(f"run.each has {len(functions)} functions for {len(rows)} rows: give one, or one a row")
-    return run._flow.each([lambda row=row, function=function: function(row) for row, function in zip(rows, functions)])
+    flow = rows[0]._run._flow
+    return flow.each([lambda row=row, function=function: function(row) for row, function in zip(rows, functions)])

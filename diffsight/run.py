@@ -84,7 +84,7 @@ class Run:
 
             answers = run.each(body)
         """
-        return each(self, functions)
+        return each(self.rows, functions)
 
     def invoke(self, *args: Any, **kwargs: Any) -> "Run":
         """A pass of its own, inside a run that was opened without input; what was given there is given to each pass.

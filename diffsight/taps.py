@@ -27,6 +27,7 @@ from torch import nn
 
 from .coroutine import current_owner
 from .errors import AssignmentError
+from .rows import Part
 
 FORWARD = "forward"
 INPUTS, OUTPUT = "inputs", "output"
@@ -115,7 +116,13 @@ class Assignment:
     path: str
     where: str
     in_step: bool
-    rows: Any = None  # the part of the batch that is assigned (rows.Part), or None for all
+    rows: Part | None = None  # the part of the batch that is assigned, or None for all
+    first: int = 0  # it is for call number `call` from `first` on, of those that hold that part
+    call: int = 0
+
+    def call_of(self, tap: "Tap") -> int:
+        """The call that it is for, as far as can be told by now."""
+        return find_call(tap, self.first, self.call, f"{self.path} ({self.where})", self.rows)
 
 
 _NONE: Any = MappingProxyType({})
@@ -218,8 +225,9 @@ class Tap:
             return output
         index = self.active.pop()
         point = self._pass(OUTPUT, index, output)
-        self.flow.after_call(self)
-        return output if point is None else point.value
+        output = output if point is None else point.value
+        self.flow.after_call(self, output)
+        return output
 
     def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
         """One call of a tapped method."""
@@ -251,7 +259,11 @@ class Tap:
         if key in self.pending or key in self.awaited:
             point = Point(self, kind, index, value, all(self.awaited.get(key, ())))
             for assignment in self.pending.pop(key, ()):
-                assign(point, assignment)
+                call = assignment.call_of(self)
+                if call == index:
+                    assign(point, assignment)
+                else:  # this call turned out to hold nothing of its part
+                    self.pending.setdefault((kind, call), []).append(assignment)
             if key in self.awaited:
                 self.points[key] = point
                 self.flow.park(point)
@@ -271,13 +283,19 @@ def first_input(inputs: tuple[tuple, dict], path: str) -> Any:
     raise AssignmentError(f"{path} is not there: no arguments are passed")
 
 
+def find_call(tap: Tap, first: int, call: int, path: str, rows: Part | None) -> int:
+    """Call number `call`, from `first` on, of those that hold `rows`, as far as can be told by now."""
+    return first + call if rows is None else rows.call(tap, first, call, path)
+
+
 def assign(point: Point, assignment: Assignment) -> None:
     """Puts the assigned value in the place of the point's own."""
     value = assignment.value
     path = f"{assignment.path} ({assignment.where})"
     before = first_input(point.value, path) if assignment.part == "input" else point.value
     if assignment.rows is not None:
-        value = assignment.rows.put(before, value, path, point.copies)
+        part = assignment.rows.at(point.tap, point.index, path)
+        value = part.put(before, value, path, point.copies)
     elif before is not None and isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
         raise AssignmentError(f"{path} is a {type(before).__name__}; it takes no {type(value).__name__}")
     elif isinstance(before, torch.Tensor) and before.shape != value.shape:

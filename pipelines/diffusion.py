@@ -10,6 +10,7 @@ run.images
 """
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -31,6 +32,8 @@ from diffsight.model import Model, with_gradients
 from diffsight.run import Run, Step
 from diffsight.taps import FORWARD, Target, join
 
+from .branches import BranchView, DiffusionRow, rows_of
+from .layouts import COND, UNCOND, Layouts
 from .loading import load_pipeline
 from .naming import standard_names
 from .prompts import check_prompts
@@ -50,6 +53,21 @@ class DiffusionStep(Step):
 
 class DiffusionRun(Run):
     """A run of a diffusion pipeline."""
+
+    @property
+    def rows(self) -> tuple[DiffusionRow, ...]:
+        """One view per prompt: `a, b = run.rows`. Each has `num_images_per_prompt` pictures."""
+        return rows_of(self, self._flow.watch)
+
+    @property
+    def cond(self) -> BranchView:
+        """The run narrowed to the conditional branch of guidance; all of it where guidance is off."""
+        return BranchView(self, self._flow.watch, COND)
+
+    @property
+    def uncond(self) -> BranchView:
+        """The run narrowed to the unconditional branch of guidance: what the negative prompt makes."""
+        return BranchView(self, self._flow.watch, UNCOND)
 
     @property
     def images(self) -> Any:
@@ -131,7 +149,9 @@ class DiffusionModel(Model):
             with _detached_pictures(self.pipeline):
                 return with_gradients(self.pipeline.__call__)(*args, **given)
 
-        return self._new_run(call, again=again, grad=grad)
+        run = self._new_run(call, again=again, grad=grad)
+        run._flow.watch = Layouts(self.pipeline, arguments, _inputs(arguments), _pictures_each(arguments))
+        return run
 
     def trace(self, *args: Any, **kwargs: Any) -> DiffusionRun:
         """The same as `generate`."""
@@ -162,7 +182,7 @@ class DiffusionModel(Model):
         parameters = inspect.signature(self.pipeline.__call__).parameters
         if "generator" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise InputError(f"{name} takes no generator, so it cannot be seeded")
-        count = _pictures(arguments)
+        count = _inputs(arguments) * _pictures_each(arguments)
         several = isinstance(seed, Iterable) and not isinstance(seed, str)
         for s in seed if several else [seed]:
             if not hasattr(s, "__index__") or isinstance(s, bool) or not 0 <= s < 2**64:
@@ -315,16 +335,17 @@ def _told(module: nn.Module, args: tuple, kwargs: dict) -> tuple[float, float] |
     return float(told.max()), rounding
 
 
-def _pictures(arguments: dict[str, Any]) -> int:
-    """How many pictures a call makes, from its arguments."""
-    batch = arguments.get("batch_size", 1)
+def _inputs(arguments: dict[str, Any]) -> int:
+    """How many prompts, or other inputs, a call has."""
     for name in ("prompt", "prompt_embeds", "image"):
         given = arguments.get(name)
         if given is not None:
             single = 3 if name == "image" else 2  # dimensions of one
-            if isinstance(given, (list, tuple)) or (isinstance(given, torch.Tensor) and given.ndim > single):
-                batch = len(given)
-            break
-    for name in _PER_PROMPT:
-        batch *= arguments.get(name) or 1
-    return batch
+            several = isinstance(given, (list, tuple)) or (isinstance(given, torch.Tensor) and given.ndim > single)
+            return len(given) if several else arguments.get("batch_size", 1)
+    return arguments.get("batch_size", 1)
+
+
+def _pictures_each(arguments: dict[str, Any]) -> int:
+    """How many pictures a call makes for each of its inputs."""
+    return math.prod(arguments.get(name) or 1 for name in _PER_PROMPT)

@@ -113,6 +113,13 @@ def test_tuples_are_narrowed_element_by_element(net, inputs):
     assert torch.allclose(run.result[2], net.last(torch.ones(4)))
 
 
+def test_a_single_input_is_a_batch_as_well(net, inputs):
+    with Model(net).trace(inputs[:1]) as run:
+        (row,) = run.rows
+        row.pair.output = (torch.ones(1, 4), row.pair.output[1])
+    assert torch.equal(run.result, net.last(torch.ones(1, 4)))
+
+
 def test_output_objects_are_narrowed():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=30)).eval()
     ids = torch.arange(10).view(2, 5)
