@@ -76,7 +76,8 @@ class Share(Part):
                 f"{path} is in several places of the batch, one for each branch, and no view reaches them all: write "
                 f"{self.name}.cond or {self.name}.uncond"
             )
-        return Part(entries[0], entries[-1] + 1, len(layout), strides.pop(), self.name)
+        frames = max(1, len(layout) // (len(set(layout)) * self.layouts.pictures))
+        return Frames(entries[0], entries[-1] + 1, len(layout), strides.pop(), self.name, frames)
 
     def _entries(self, layout: tuple[tuple[str, int], ...]) -> list[int]:
         """The places in a batch that belong to it."""
@@ -101,6 +102,20 @@ class Whole(Part):
 
     def _slice(self, tensor: torch.Tensor, path: str) -> Any:
         return ...
+
+
+class Frames(Part):
+    """Entries of a batch, as any part; in a video model that has an entry a frame inside, a tensor may also have one
+    for all frames."""
+
+    def __init__(self, start: int, stop: int, total: int, stride: int, name: str, frames: int) -> None:
+        super().__init__(start, stop, total, stride, name)
+        self.frames = frames
+
+    def _slice(self, tensor: torch.Tensor, path: str) -> slice:
+        if tensor.ndim and len(tensor) * self.frames == self.total:
+            return slice(self.start // self.frames, self.stop // self.frames, self.stride)
+        return super()._slice(tensor, path)
 
 
 class PlainRow(Part):

@@ -150,7 +150,7 @@ class DiffusionModel(Model):
                 return with_gradients(self.pipeline.__call__)(*args, **given)
 
         run = self._new_run(call, again=again, grad=grad)
-        run._flow.watch = Layouts(self.pipeline, arguments, _inputs(arguments), _pictures_each(arguments))
+        run._flow.watch = Layouts(self._owner, arguments, _inputs(arguments), _pictures_each(arguments))
         return run
 
     def trace(self, *args: Any, **kwargs: Any) -> DiffusionRun:

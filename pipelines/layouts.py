@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -126,12 +127,12 @@ class Layouts:
         seen, found = self._seen.get((component, turn), (None, []))
         if any(value is seen for value in values):  # as a rule the same in every step
             return found
-        for value in values:
-            for texts in self._texts:
-                fits = partial(self._fits, value, texts)
-                found = [
-                    layout for layout in self._possible(self.pictures, len(value)) if all(map(fits, *_pairs(layout)))
-                ]
+        total = self.prompts * self.pictures
+        for value, texts in product(values, self._texts):
+            fits = partial(self._fits, value, texts)
+            for frames in sorted({1, len(value) // (2 * total), len(value) // total}):  # video: an entry a frame
+                possible = self._possible(self.pictures * frames, len(value))
+                found = [layout for layout in possible if all(map(fits, *_pairs(layout)))]
                 if found:
                     self._seen[component, turn] = (value, found)
                     return found

@@ -447,6 +447,29 @@ def test_embeddings_given_as_lists():
         assert len(whole) == 8 and torch.equal(uncond, whole[4:]) and torch.equal(row, whole[2:4])
 
 
+def test_videos_with_an_entry_a_frame():
+    """AnimateDiff's UNet folds the frames into the batch."""
+    motion = {"motion_layers_per_block": 1, "motion_norm_num_groups": 4, "motion_num_attention_heads": 2}
+    adapter = tiny.model(diffusers.MotionAdapter, block_out_channels=(16, 32), **motion, seed=3)
+    pipe = tiny._pipeline(
+        diffusers.AnimateDiffPipeline,
+        vae=tiny.vae(seed=1),
+        unet=diffusers.UNetMotionModel.from_unet2d(tiny.unet(seed=2), adapter).eval(),
+        motion_adapter=adapter,
+        scheduler=diffusers.DDIMScheduler(**tiny._DDIM),
+        **tiny._text(tiny.clip_encoder, tiny.clip_tokenizer()),
+    )
+    inputs = {**CASES["stable_diffusion"].inputs(steps=1), "num_frames": 3}
+    del inputs["num_images_per_prompt"]
+    with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
+        latents, row = run.cond.unet.input, run.cond.rows[1]
+        inside, part, output = run.uncond.unet.mid_block.output, row.unet.mid_block.output, row.unet.output[0]
+        whole = run.unet.mid_block.output
+        assert len(whole) == 12 and torch.equal(inside, whole[:6]) and torch.equal(part, whole[9:])
+        assert torch.equal(latents, run.unet.input[2:]) and torch.equal(output, run.unet.output[0][3:])
+        assert len(run.rows[1].scheduler.step.output[0]) == 1
+
+
 def test_a_prompt_given_as_embeddings():
     case = CASES["stable_diffusion"]
     pipe = case.build()
