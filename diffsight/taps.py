@@ -263,6 +263,7 @@ class Tap:
                 if call == index:
                     assign(point, assignment)
                 else:  # this call turned out to hold nothing of its part
+                    assignment.first = assignment.first if assignment.call else call  # not to be looked at again
                     self.pending.setdefault((kind, call), []).append(assignment)
             if key in self.awaited:
                 self.points[key] = point

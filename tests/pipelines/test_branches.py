@@ -616,6 +616,9 @@ def test_three_branches_cannot_be_told():
         with pytest.raises(InputError, match="unet was given another text than encode_prompt returned"):
             with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
                 getattr(run, branch).unet.mid_block.output
+    with pytest.raises(InputError, match=r"cond\.unet\.conv_in\.output \(.*test_branches.py:\d+\) is of a branch that"):
+        with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
+            run.cond.unet.conv_in.output = torch.zeros(1)
     with pytest.raises(InputError, match=r"shape is \(6, .*2 prompts make 2 pictures"):
         with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
             run.rows[0].unet.mid_block.output
