@@ -24,6 +24,7 @@ from .errors import (
     OutOfOrderError,
     PointNotFoundError,
     RunClosedError,
+    ScanError,
     WrongThreadError,
 )
 from .model import Model
@@ -57,6 +58,7 @@ __all__ = [
     "PointNotFoundError",
     "Run",
     "RunClosedError",
+    "ScanError",
     "Step",
     "WrongThreadError",
     "diffusion_lens",

@@ -1,7 +1,7 @@
 """The coroutine in which a model runs, and the PyTorch state that is switched along with it.
 
 A run has two sides: the body, which is the user's code, and the model. Each has its own stack (greenlet) and its own
-grad mode, inference mode and autocast, which PyTorch keeps per thread; `Coroutine.resume` exchanges them on every
+grad mode, inference mode, autocast and function modes, which PyTorch keeps per thread; `Coroutine.resume` exchanges them on every
 change of sides, and gives the model a copy of the `contextvars` of its creator.
 """
 
@@ -11,6 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
+from torch._C import (
+    _get_function_stack_at,
+    _len_torch_function_stack,
+    _pop_torch_function_stack,
+    _push_on_torch_function_stack,
+)
 
 _ACCELERATOR = torch.accelerator.current_accelerator()
 _AUTOCAST_DEVICES = ("cpu", *([_ACCELERATOR.type] if _ACCELERATOR else []))
@@ -18,22 +24,29 @@ _AUTOCAST_DEVICES = ("cpu", *([_ACCELERATOR.type] if _ACCELERATOR else []))
 
 class TorchState(NamedTuple):
     """What PyTorch keeps per thread and a user sets with `with`. `autocast` holds the settings of each device, and
-    whether casts are cached."""
+    whether casts are cached; `modes` are the function modes that are on, such as `torch.device(...)`."""
 
     grad: bool
     inference: bool
     autocast: tuple
+    modes: tuple
 
     @classmethod
     def capture(cls) -> "TorchState":
         devices = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES]
         autocast = (devices, torch.is_autocast_cache_enabled())
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+        modes = tuple(map(_get_function_stack_at, range(_len_torch_function_stack())))
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, modes)
 
     def restore(self, before: "TorchState") -> None:
-        """Sets grad mode, and autocast where it differs from `before`; inference mode needs a guard, see
-        `Coroutine.resume`."""
+        """Sets grad mode, and autocast and function modes where they differ from `before`, the state that is on;
+        inference mode needs a guard, see `Coroutine.resume`."""
         torch._C._set_grad_enabled(self.grad)
+        if self.modes != before.modes:
+            for _ in before.modes:
+                _pop_torch_function_stack()
+            for mode in self.modes:
+                _push_on_torch_function_stack(mode)
         if self.autocast != before.autocast:
             devices, cache = self.autocast
             for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, devices):

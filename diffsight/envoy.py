@@ -172,7 +172,7 @@ class MethodEnvoy(Points):
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         """Calls the method. Its points do not fire, unless with `hook=True`, within the run."""
-        method = getattr(self._target.owner, self._target.name)
+        method = self._model._attribute(self._target.owner, self._target.name)
         return self._within(method, args, kwargs) if hook else method(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -190,6 +190,8 @@ class Envoy(Points):
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         """Calls the part. Its points do not fire, unless with `hook=True`, within the run: what was assigned to them
         ahead is put in, and other bodies (edits, functions of rows) can read them."""
+        if isinstance(self._owner, nn.Module) or self._owner is self._model._owner:
+            self._model._load()
         return self._within(self._owner, args, kwargs) if hook else self._owner(*args, **kwargs)
 
     @property
@@ -226,7 +228,7 @@ class Envoy(Points):
         if child is not None:
             return child
         try:
-            return getattr(self._owner, name)
+            return self._model._attribute(self._owner, name)
         except AttributeError:
             known = [known for known in dir(self) if not known.startswith("_")]
             raise PointNotFoundError(

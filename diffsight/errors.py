@@ -36,6 +36,10 @@ class AssignmentError(DiffsightError, TypeError):
     """A value was assigned that cannot stand where it was put."""
 
 
+class ScanError(DiffsightError, RuntimeError):
+    """A scan came to where values of tensors are needed: shapes alone do not tell how it goes on."""
+
+
 class InputError(DiffsightError, ValueError):
     """What was asked for cannot be run: a prompt, a seed, a layer, a source."""
 

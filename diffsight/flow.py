@@ -12,7 +12,7 @@ entered, and its count is exact. Where it is not (`Tap.unseen`), the past is unk
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from threading import get_ident
 from typing import Any, Protocol
 
@@ -48,7 +48,7 @@ from .taps import (
 )
 
 Places = dict[tuple[int, str], list[Target]]
-_CALL = torch.nn.Module._call_impl.__code__
+CALL = torch.nn.Module._call_impl.__code__
 
 
 class Watch(Protocol):
@@ -66,10 +66,17 @@ class Watch(Protocol):
 
 class Flow:
     """One execution of `function`. `components` are tapped from the start, `clock` says when a step begins, `places`
-    gives the modules that stand in several places of the model."""
+    gives the modules that stand in several places of the model, `load` sees to the weights before anything runs."""
+
+    body_mode: AbstractContextManager = nullcontext()  # what the body of the `with` statement stands in
 
     def __init__(
-        self, function: Callable[[], Any], components: Sequence[Target], clock: Clock, places: Callable[[], Places]
+        self,
+        function: Callable[[], Any],
+        components: Sequence[Target],
+        clock: Clock,
+        places: Callable[[], Places],
+        load: Callable[[], None],
     ) -> None:
         self.function = function
         self.components = components
@@ -77,6 +84,7 @@ class Flow:
         self.clock = clock
         self.find_places = places
         self._places: Places | None = None
+        self.load = load
         self.state = TorchState.capture()
         self.thread = get_ident()
         self.coroutine: Coroutine | None = None
@@ -279,6 +287,7 @@ class Flow:
     def _start(self) -> None:
         """Taps the components, before anything moves."""
         if not self.taps:
+            self.load()
             self.hooks = Hooks(self)
             for component in self.components:
                 if component.name == FORWARD and component.is_compiled():
@@ -336,7 +345,7 @@ class Flow:
         """How many calls of `module` have begun and not ended, read off the stack of the parked model."""
         frame, running = self.coroutine.gr_frame if self.coroutine is not None else None, 0
         while frame is not None:
-            if frame.f_code is _CALL and frame.f_locals.get("self") is module:
+            if frame.f_code is CALL and frame.f_locals.get("self") is module:
                 running += 1
             frame = frame.f_back
         return running
@@ -465,6 +474,7 @@ class Flow:
         """Lets the model run on until it parks at a point (given), at a step (None), or ends (None); or makes `call`
         first (given when it is made). The other bodies have their turn before the one that opened the run."""
         if not self.taps:  # nothing was read or assigned: the bare call, without a coroutine or a cost
+            self.load()
             return self._end_with(self._call_plainly())
         if self.coroutine is None:
             self.coroutine = Coroutine(self.function, self)

@@ -10,7 +10,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from threading import get_ident
+from threading import RLock, get_ident
 from types import FunctionType
 from typing import Any
 
@@ -22,6 +22,7 @@ from .envoy import Envoy
 from .errors import InputError, PointNotFoundError
 from .flow import Flow, Places
 from .run import Run, Step
+from .scan import ScanFlow, is_scanning, scanning
 from .taps import FORWARD, Target
 
 
@@ -48,8 +49,9 @@ class Model(Envoy):
                 raise PointNotFoundError(f"methods: {path!r} is no method, or not called on a {type(owner).__name__}")
             self._methods.setdefault(id(owner), {})[name] = path
 
-    def _wrap(self, target: Target) -> None:
-        self.__dict__.update(_methods={}, _runs=[], _known_places=None)
+    def _wrap(self, target: Target, loader: Callable[[], None] | None = None) -> None:
+        """`loader` puts the weights into a model that was built without them, see `_load`."""
+        self.__dict__.update(_methods={}, _runs=[], _known_places=None, _loader=loader, _loading=RLock())
         super().__init__(self, target, None)
 
     def trace(self, *args: Any, grad: bool = False, **kwargs: Any) -> Run:
@@ -70,6 +72,44 @@ class Model(Envoy):
         args, sizes = _batch(args, kwargs)
         function = with_gradients(function) if grad else function
         return self._new_run(lambda: function(*args, **kwargs), sizes, again, grad)
+
+    def scan(self, *args: Any, **kwargs: Any) -> Run:
+        """A run on shapes alone: `with model.scan(x) as run: width = run.layers[2].output.shape[-1]`. It takes the
+        arguments of `trace` (of `generate`, where a pipeline is wrapped) and is used like any other run, but needs no
+        weights and computes next to nothing.
+
+        Values inside the model (in a pipeline: inside each module of it) are tensors on the meta device, which have a
+        shape and a type; what comes out of it are zeros, on the device of what went in. Within the body of the `with`
+        statement, calculating with such values (with the model's weights, with other tensors) gives shapes as well.
+
+        Raises ScanError where the values themselves are needed: `.item()`, `if tensor:`, a boolean mask."""
+        with scanning():
+            return getattr(self, self._opens_with)(*args, **kwargs)
+
+    # ---- weights that come later
+
+    @property
+    def _is_loaded(self) -> bool:
+        return self._loader is None
+
+    def _load(self) -> None:
+        """Sees to the weights of a model that was built without them, once: when a run begins, when a part is called,
+        or when a weight or a method is asked for. In a scan there is no need."""
+        run = None if self._is_loaded else self._innermost_run()
+        if self._is_loaded or (run is not None and isinstance(run._flow, ScanFlow)):
+            return
+        with self._loading:
+            if not self._is_loaded:
+                self._loader()
+                self.__dict__.update(_loader=None, _known_places=None)
+
+    def _attribute(self, owner: Any, name: str) -> Any:
+        """An attribute of a part of the model."""
+        value = getattr(owner, name)
+        if self._is_loaded or not (isinstance(owner, nn.Module) or owner is self._owner) or not _needs_weights(value):
+            return value
+        self._load()
+        return getattr(owner, name)
 
     # ---- what a wrapper of another kind answers differently
 
@@ -119,7 +159,15 @@ class Model(Envoy):
         again: Callable[..., Run] | None = None,
         grad: bool = False,
     ) -> Run:
-        flow = Flow(function, self._components(), self._clock(), self._places)
+        kind = ScanFlow if is_scanning() else Flow
+        if is_scanning() and again is not None:
+            opens = again
+
+            def again(*args: Any, **kwargs: Any) -> Run:
+                with scanning():
+                    return opens(*args, **kwargs)
+
+        flow = kind(function, self._components(), self._clock(), self._places, self._load)
         if grad:
             flow.state = flow.state._replace(grad=True, inference=False)
         return self._run_class(self, flow, sizes, again)
@@ -158,6 +206,12 @@ def with_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
     """A bound method without the `torch.no_grad()` it is decorated with."""
     wrapped = getattr(method.__func__, "__wrapped__", None)
     return method if wrapped is None else partial(wrapped, method.__self__)
+
+
+def _needs_weights(value: Any) -> bool:
+    """Whether an attribute of a module means its weights: one of them, where they are, or a method."""
+    on_meta = getattr(value, "device", value) == torch.device("meta")
+    return callable(value) or (isinstance(value, (torch.Tensor, torch.device)) and on_meta)
 
 
 def _batch(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:

@@ -128,9 +128,11 @@ class Run:
     def __enter__(self) -> "Run":
         self._entered = True
         self._model._open(self)
+        self._flow.body_mode.__enter__()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._flow.body_mode.__exit__(None, None, None)
         if error is None:
             if self._invoked or self._flow.outcome is None or self._flow.has_result:
                 self.finish()

@@ -137,6 +137,7 @@ class Tap:
     __slots__ = (
         "active",  # numbers of the calls that are running, outermost first
         "awaited",  # (kind, number of a call) of the points that bodies wait for; for each body, whether within a step
+        "border",  # in a scan, for a component: what its calls are made through
         "born_in",  # the step in which the tap was made
         "children_tapped",
         "entered",  # calls begun so far, as far as the tap has seen
@@ -161,6 +162,7 @@ class Tap:
         self.entered = self.step_base = self.unseen = self.unseen_in_step = 0
         self.guard: tuple[Tap, int] | None = None
         self.late_in: Tap | None = None
+        self.border: Callable[[Callable, tuple, dict], Any] | None = None
         self.open = self.children_tapped = self.inside = False
         self.active = ()
         self.awaited = self.keepers = self.pending = self.points = self.skips = _NONE
@@ -233,7 +235,11 @@ class Tap:
         """One call of a tapped method."""
         args, kwargs = self.enter(args, kwargs) or (args, kwargs)
         skip = self.skips.pop(self.active[-1], None) if self.skips else None
-        return self.leave(function(*args, **kwargs) if skip is None else skip.value)
+        return self.leave(self.run(function, args, kwargs) if skip is None else skip.value)
+
+    def run(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """What is tapped itself; in a scan, through the border of the component."""
+        return function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
 
     def waiting(self) -> list[Assignment]:
         """What was assigned and not reached."""
@@ -415,9 +421,10 @@ class ForwardOverride(Override):
             skip = tap.skips.pop(tap.active[-1], None) if tap is not None and tap.skips and tap.active else None
             if skip is not None:
                 return skip.value
-            if tap is not None and tap.inside:
-                return module._modules[_WRAPPED](*args, **kwargs)
-            return own(*args, **kwargs) if own is not None else type(module).forward(module, *args, **kwargs)
+            function = own if own is not None else functools.partial(type(module).forward, module)
+            if tap is None:
+                return function(*args, **kwargs)
+            return tap.run(module._modules[_WRAPPED] if tap.inside else function, args, kwargs)
 
         if own is not None:  # its signature has no place for the module
             maybe_skip.__signature__ = _with_self(own)

@@ -1,0 +1,329 @@
+"""Scans: runs on shapes alone, without weights.
+
+    with model.scan("a red circle above a blue square") as run:
+        width = run.unet.mid_block.output.shape[1]
+
+The model's code runs, its arithmetic does not. Inside a component (the model; in a pipeline each of its modules) every
+tensor is on the meta device, which knows shapes and types and computes nothing. At the component's border values change
+sides: what goes in becomes meta, what comes out zeros of the same shape, on the device of what went in. So what lies
+between components (tokenizers, schedulers, post-processing) runs for real, on zeros.
+
+Weights stay where they are, loaded or not. A function mode of PyTorch, on while the model runs and within the body of
+the `with` statement, gives every function a meta twin in the place of a weight, and takes all tensors to meta where one
+of them is. What a model writes into its own attributes meanwhile is undone at the end.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import chain
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .coroutine import current_owner
+from .errors import ScanError
+from .flow import CALL, Flow
+from .taps import FORWARD, Target, join
+
+_scanning: ContextVar[bool] = ContextVar("diffsight_scanning", default=False)
+
+
+@contextmanager
+def scanning() -> Iterator[None]:
+    """Runs opened within are scans."""
+    token = _scanning.set(True)
+    try:
+        yield
+    finally:
+        _scanning.reset(token)
+
+
+def is_scanning() -> bool:
+    """Whether a run that is opened now is a scan."""
+    return _scanning.get()
+
+
+class ScanFlow(Flow):
+    """The flow of a scan: its components are called through their borders, and no weights are loaded for it."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.load = lambda: None  # a scan needs no weights
+        self.body_mode = self.shapes = Shapes(self)
+        function = self.function
+
+        def call_on_shapes() -> Any:
+            with self.shapes:
+                return function()
+
+        self.function = call_on_shapes
+
+    def _start(self) -> None:
+        if self.taps:
+            return
+        self.shapes.begin()
+        super()._start()
+        for component in self.components:
+            if isinstance(component.owner, nn.Module):
+                tap = self.taps[component.key]
+                tap.border = self.shapes.call
+                tap.allow_skip()
+
+    def _resume(self, *args: Any) -> Any:
+        self._start()
+        return super()._resume(*args)
+
+    def _end(self, outcome: str) -> None:
+        super()._end(outcome)
+        self.shapes.end()
+
+
+class Shapes(TorchFunctionMode):
+    """What makes PyTorch's functions compute shapes alone, for one scan: on the model's side inside components and
+    between them, and in the body."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self._inside = 0  # calls of components under way
+        self._weights: dict[int, torch.Tensor] | None = None
+        self._twins: dict[int, torch.Tensor] = {}  # by the id of a weight, and by their own
+        self._states: list[ModuleState] = []
+
+    def __enter__(self) -> "Shapes":
+        self.begin()
+        return super().__enter__()
+
+    # ---- the model as a whole
+
+    def begin(self) -> None:
+        """Notes the weights, and what modules hold."""
+        if self._weights is None:
+            modules = list(dict.fromkeys(m for part in self._parts() for m in part.modules()))
+            tensors = chain.from_iterable(chain(m._parameters.values(), m._buffers.values()) for m in modules)
+            self._weights = {id(tensor): tensor for tensor in tensors if tensor is not None}
+            self._states = [ModuleState(module) for module in modules]
+
+    def end(self) -> None:
+        """Gives modules back what they held."""
+        while self._states:
+            self._states.pop().restore()
+
+    def _parts(self) -> list[nn.Module]:
+        owners = (component.owner for component in self.flow.components)
+        return [owner for owner in owners if isinstance(owner, nn.Module)]
+
+    # ---- borders
+
+    def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """One call of a component: of meta tensors, and giving zeros."""
+        if self._inside:
+            return function(*args, **kwargs)
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        given.sort(key=lambda tensor: tensor.is_meta)
+        device = given[0].device if given else next(map(_home, self._weights.values()), torch.device("cpu"))
+        meta_args, meta_kwargs = tree_map(_to_meta, (args, kwargs))
+        self._inside += 1
+        try:
+            output = function(*meta_args, **meta_kwargs)
+        finally:
+            self._inside -= 1
+        zeros = ToZeros(device)
+        tree_map(zeros, (args, kwargs))  # what a component writes into: caches
+        return zeros(output)
+
+    # ---- functions
+
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        owner = current_owner()
+        if owner is not None and owner is not self.flow:  # the model of another run, opened in this one's body
+            return function(*args, **kwargs)
+        if function == _DEVICE and not (owner and self._inside) and self._is_weight(args[0]):
+            return _home(self._weights.get(id(args[0]), args[0]))
+        between = owner is not None and not self._inside
+        seen = _Seen()
+        swapped = [_each(value, lambda tensor: seen(self._twin(tensor))) for value in (args, kwargs)]
+        if not seen.meta:
+            return function(*args, **kwargs)
+        if between and function in _VALUES:
+            return function(*_each(args, ToZeros(torch.device("cpu"))), **kwargs)
+        args, kwargs = _each(swapped, _to_meta)
+        if function in _MOVES:
+            return args[0]
+        if function == torch.Tensor.to:
+            args = [torch.device("meta") if _is_device(arg) else arg for arg in args]
+        if kwargs.get("device") is not None:
+            kwargs["device"] = torch.device("meta")
+        try:
+            result = function(*args, **kwargs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            if function in _VALUES or re.search(r"\bmeta\b", str(error), re.IGNORECASE):
+                raise self._cannot_see(function) from error
+            raise
+        return ToZeros(seen.real)(result) if between and seen.real is not None else result
+
+    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What stands for a weight; any other tensor as it is."""
+        twin = self._twins.get(id(tensor))
+        if twin is None and id(tensor) in self._weights:
+            with torch.inference_mode(False), torch.no_grad():
+                twin = torch.empty_like(tensor, device="meta")
+                if isinstance(tensor, nn.Parameter):
+                    twin = nn.Parameter(twin, tensor.requires_grad)
+            self._twins[id(tensor)] = self._twins[id(twin)] = twin
+        return tensor if twin is None else twin
+
+    def _is_weight(self, tensor: torch.Tensor) -> bool:
+        return id(tensor) in self._weights or id(tensor) in self._twins
+
+    # ---- errors
+
+    def _cannot_see(self, function: Callable) -> ScanError:
+        """The error for a function that needs the values of tensors."""
+        frame = sys._getframe(2)
+        module = self._innermost_module(frame) if current_owner() is self.flow else None
+        while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, _TORCH)):
+            frame = frame.f_back
+        name = getattr(function, "__name__", str(function))
+        return ScanError(
+            f"{module or 'the body'} asks for the values of a tensor ({name}, at {frame.f_code.co_filename}:"
+            f"{frame.f_lineno}), and a scan knows only its shape: scanning cannot see through this. Let the model run "
+            "for real, or skip this part: `run.<path>.skip(value)`"
+        )
+
+    def _innermost_module(self, frame: FrameType | None) -> str | None:
+        while frame is not None and frame.f_code is not CALL:
+            frame = frame.f_back
+        for component in self.flow.components if frame is not None else ():
+            if isinstance(component.owner, nn.Module):
+                outer = component.path if component.name == FORWARD else component.path.rpartition(".")[0]
+                for path, module in component.owner.named_modules():
+                    if module is frame.f_locals.get("self"):
+                        return _path_of(outer, path) or type(module).__name__
+        return None
+
+
+class ModuleState:
+    """What a module holds itself: weights, and attributes, such as tables it keeps for later calls. Not what it calls:
+    children, hooks, its forward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = self._read()
+        self.contents = {n: value.copy() for n, value in self.attributes.items() if type(value) in (dict, list)}
+
+    def _read(self) -> dict[str, Any]:
+        held = vars(self.module).items()
+        return {n: v for n, v in held if n != "_modules" and not n.startswith("_diffsight") and not callable(v)}
+
+    def restore(self) -> None:
+        held = vars(self.module)
+        for name in self._read().keys() - self.attributes.keys():
+            del held[name]
+        held.update({name: value for name, value in self.attributes.items() if held.get(name) is not value})
+        for name, content in self.contents.items():
+            value = held[name]
+            value.clear()
+            value.extend(content) if isinstance(value, list) else value.update(content)
+
+
+class ToZeros:
+    """Puts zeros on a device in the place of meta tensors: in containers, which it makes anew, and in other objects
+    (distributions, caches), which it changes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._made: dict[int, tuple[Any, Any]] = {}  # by id: what was seen, what became of it
+
+    def __call__(self, value: Any) -> Any:
+        return tree_map(self._leaf, value)
+
+    def _leaf(self, leaf: Any) -> Any:
+        if id(leaf) in self._made:
+            return self._made[id(leaf)][1]
+        if isinstance(leaf, torch.Tensor):
+            zeros = _Border.apply(leaf, self.device) if leaf.is_meta else leaf
+            self._made[id(leaf)] = leaf, zeros
+            return zeros
+        if hasattr(leaf, "__dict__") and not isinstance(leaf, (nn.Module, ModuleType)) and not callable(leaf):
+            self._made[id(leaf)] = leaf, leaf
+            for name, value in vars(leaf).items():
+                changed = self(value)
+                if any(a is not b for a, b in zip(tree_leaves(value), tree_leaves(changed))):
+                    vars(leaf)[name] = changed
+        return leaf
+
+
+class _Border(torch.autograd.Function):
+    """Zeros of a tensor's shape on another device; its gradient comes back as that."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        ctx.device = tensor.device
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.zeros(gradient.shape, dtype=gradient.dtype, device=ctx.device), None
+
+
+class _Seen:
+    """Whether a meta tensor was among those seen, and the device of the others."""
+
+    def __init__(self) -> None:
+        self.meta = False
+        self.real: torch.device | None = None
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            self.meta = True
+        elif self.real is None or tensor.ndim:
+            self.real = tensor.device
+        return tensor
+
+
+def _to_meta(value: Any) -> Any:
+    return _Border.apply(value, torch.device("meta")) if isinstance(value, torch.Tensor) and not value.is_meta else value
+
+
+def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The arguments of a function with every tensor changed: quicker than `tree_map`, for it is done for all."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) is dict:
+        return {name: _each(item, change) for name, item in value.items()}
+    return type(value)(_each(item, change) for item in value) if type(value) in (list, tuple) else value
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, (str, int, torch.device)) and not isinstance(value, bool)
+
+
+def _home(weight: torch.Tensor) -> torch.device:
+    """Where a weight is, or will be."""
+    return torch.device("cpu") if weight.is_meta else weight.device
+
+
+def _path_of(outer: str, path: str) -> str:
+    for name in path.split(".") if path else ():
+        outer = join(outer, name)
+    return outer
+
+
+_DEVICE = torch.Tensor.device.__get__
+_MOVES = {torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.pin_memory}
+_VALUES = {
+    getattr(torch.Tensor, name)
+    for name in ("item", "tolist", "numpy", "__array__", "__bool__", "__complex__", "__float__", "__format__")
+} | {getattr(torch.Tensor, name) for name in ("__index__", "__int__", "equal", "nonzero")}
+_HERE, _TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
