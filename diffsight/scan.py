@@ -11,6 +11,9 @@ between components (tokenizers, schedulers, post-processing) runs for real, on z
 Weights stay where they are, loaded or not. A function mode of PyTorch, on while the model runs and within the body of
 the `with` statement, gives every function a meta twin in the place of a weight, and takes all tensors to meta where one
 of them is. What a model writes into its own attributes meanwhile is undone at the end.
+
+Token ids and masks are real where they come in, and models look at them (`if mask.all():`). So the values of integer
+and boolean tensors are carried along for as long as they depend on nothing else.
 """
 
 import re
@@ -154,18 +157,18 @@ class Shapes(TorchFunctionMode):
         seen = _Seen()
         swapped = [_each(value, lambda tensor: seen(self._twin(tensor))) for value in (args, kwargs)]
         if not seen.meta:
-            return function(*args, **kwargs)
+            return _made_with_values(function, args, kwargs)
+        if _writes(function, kwargs):
+            vars(args[0]).pop(_VALUE, None)
+        elif seen.values and function.__name__ != "__get__":
+            return _with_values(function, *swapped)
         if between and function in _VALUES:
             return function(*_each(args, ToZeros(torch.device("cpu"))), **kwargs)
         args, kwargs = _each(swapped, _to_meta)
         if function in _MOVES:
             return args[0]
-        if function == torch.Tensor.to:
-            args = [torch.device("meta") if _is_device(arg) else arg for arg in args]
-        if kwargs.get("device") is not None:
-            kwargs["device"] = torch.device("meta")
         try:
-            result = function(*args, **kwargs)
+            result = _call_on(torch.device("meta"), function, args, kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
             if function in _VALUES or re.search(r"\bmeta\b", str(error), re.IGNORECASE):
                 raise self._cannot_see(function) from error
@@ -278,22 +281,66 @@ class _Border(torch.autograd.Function):
 
 
 class _Seen:
-    """Whether a meta tensor was among those seen, and the device of the others."""
+    """What was among the tensors seen: a meta tensor, a real one (on which device), only such of known values."""
 
     def __init__(self) -> None:
         self.meta = False
         self.real: torch.device | None = None
+        self.values = True
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_meta:
             self.meta = True
-        elif self.real is None or tensor.ndim:
-            self.real = tensor.device
+            self.values = self.values and _VALUE in vars(tensor)
+        else:
+            self.real = tensor.device if self.real is None or tensor.ndim else self.real
+            self.values = self.values and _is_counted(tensor.dtype)
         return tensor
 
 
 def _to_meta(value: Any) -> Any:
-    return _Border.apply(value, torch.device("meta")) if isinstance(value, torch.Tensor) and not value.is_meta else value
+    if not isinstance(value, torch.Tensor) or value.is_meta:
+        return value
+    meta = _Border.apply(value, torch.device("meta"))
+    if _is_counted(value.dtype):
+        setattr(meta, _VALUE, value)
+    return meta
+
+
+def _is_counted(dtype: torch.dtype) -> bool:
+    """Whether tensors of a type hold numbers of something, or truth values."""
+    return not (dtype.is_floating_point or dtype.is_complex)
+
+
+def _with_values(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Calls a function on the values that meta tensors carry; gives meta tensors that carry theirs."""
+    args, kwargs = _each([args, kwargs], lambda tensor: getattr(tensor, _VALUE, tensor))
+    device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+    return tree_map(_to_meta, _call_on(device, function, args, kwargs))
+
+
+def _made_with_values(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Calls a function that is given no meta tensors; integers that it makes on the meta device have values."""
+    counted = function is torch.arange or _is_counted(kwargs.get("dtype") or torch.float)
+    if function in _MAKERS and counted and torch.device(kwargs.get("device") or "cpu").type == "meta":
+        return _to_meta(function(*args, **{**kwargs, "device": torch.device("cpu")}))
+    return function(*args, **kwargs)
+
+
+def _call_on(device: torch.device, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Calls a function for `device`, whatever device it is told."""
+    if function == torch.Tensor.to:
+        args = [device if _is_device(arg) else arg for arg in args]
+    if kwargs.get("device") is not None:
+        kwargs = {**kwargs, "device": device}
+    return function(*args, **kwargs)
+
+
+def _writes(function: Callable, kwargs: dict[str, Any]) -> bool:
+    """Whether a function changes its first argument."""
+    name = function.__name__
+    in_place = name.endswith("_") and (not name.endswith("__") or name in _WRITING)
+    return in_place or kwargs.get("out") is not None
 
 
 def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -321,6 +368,12 @@ def _path_of(outer: str, path: str) -> str:
 
 
 _DEVICE = torch.Tensor.device.__get__
+_MAKERS = {torch.arange, torch.full, torch.ones, torch.tensor, torch.zeros}
+_WRITING = {"__set__", "__setitem__"} | {
+    f"__i{name}__"
+    for name in ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "rshift", "sub", "truediv", "xor")
+}
+_VALUE = "_diffsight_value"  # on a meta tensor: what it stands for, where that is known
 _MOVES = {torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.pin_memory}
 _VALUES = {
     getattr(torch.Tensor, name)
