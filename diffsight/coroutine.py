@@ -1,8 +1,8 @@
 """The coroutine in which a model runs, and the PyTorch state that is switched along with it.
 
 A run has two sides: the body, which is the user's code, and the model. Each has its own stack (greenlet) and its own
-grad mode, inference mode, autocast and function modes, which PyTorch keeps per thread; `Coroutine.resume` exchanges them on every
-change of sides, and gives the model a copy of the `contextvars` of its creator.
+grad mode, inference mode, autocast and function modes, which PyTorch keeps per thread; `Coroutine.resume` exchanges
+them on every change of sides, and gives the model a copy of the `contextvars` of its creator.
 """
 
 from collections.abc import Callable

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from .clock import Clock
 from .envoy import Envoy
@@ -87,6 +88,8 @@ class Model(Envoy):
             return getattr(self, self._opens_with)(*args, **kwargs)
 
     # ---- weights that come later
+
+    _loader: Callable[[], None] | None = None
 
     @property
     def _is_loaded(self) -> bool:
@@ -199,7 +202,10 @@ class Model(Envoy):
         inside = {id(module) for module in owner.modules()} if isinstance(owner, nn.Module) else {id(owner)}
         paths = [path for key, methods in self._methods.items() if key in inside for path in methods.values()]
         besides = "\ntraceable besides modules: " + ", ".join(f"{path}()" for path in paths) if paths else ""
-        return f"{owner!r}{besides}"
+        return f"{owner!r}{besides}{self._weights_to_come()}"
+
+    def _weights_to_come(self) -> str:
+        return "" if self._is_loaded else "\nweights: not loaded yet, the first run loads them"
 
 
 def with_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,9 +215,12 @@ def with_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _needs_weights(value: Any) -> bool:
-    """Whether an attribute of a module means its weights: one of them, where they are, or a method."""
-    on_meta = getattr(value, "device", value) == torch.device("meta")
-    return callable(value) or (isinstance(value, (torch.Tensor, torch.device)) and on_meta)
+    """Whether an attribute of a module is about weights: one of them, where they are, a module, a method."""
+    meta = torch.device("meta")
+    return any(
+        callable(leaf) or leaf == meta if not isinstance(leaf, torch.Tensor) else leaf.is_meta
+        for leaf in tree_leaves(value)
+    )
 
 
 def _batch(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:

@@ -18,7 +18,7 @@ and boolean tensors are carried along for as long as they depend on nothing else
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import chain
@@ -60,11 +60,11 @@ class ScanFlow(Flow):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.load = lambda: None  # a scan needs no weights
-        self.body_mode = self.shapes = Shapes(self)
+        self.body_mode = self.shapes = shapes = Shapes(self.components)
         function = self.function
 
         def call_on_shapes() -> Any:
-            with self.shapes:
+            with shapes:
                 return function()
 
         self.function = call_on_shapes
@@ -93,8 +93,8 @@ class Shapes(TorchFunctionMode):
     """What makes PyTorch's functions compute shapes alone, for one scan: on the model's side inside components and
     between them, and in the body."""
 
-    def __init__(self, flow: Flow) -> None:
-        self.flow = flow
+    def __init__(self, components: Sequence[Target]) -> None:
+        self.components = components
         self._inside = 0  # calls of components under way
         self._weights: dict[int, torch.Tensor] | None = None
         self._twins: dict[int, torch.Tensor] = {}  # by the id of a weight, and by their own
@@ -120,8 +120,11 @@ class Shapes(TorchFunctionMode):
             self._states.pop().restore()
 
     def _parts(self) -> list[nn.Module]:
-        owners = (component.owner for component in self.flow.components)
+        owners = (component.owner for component in self.components)
         return [owner for owner in owners if isinstance(owner, nn.Module)]
+
+    def _is_of(self, flow: Any) -> bool:
+        return isinstance(flow, ScanFlow) and flow.shapes is self
 
     # ---- borders
 
@@ -149,7 +152,7 @@ class Shapes(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         owner = current_owner()
-        if owner is not None and owner is not self.flow:  # the model of another run, opened in this one's body
+        if owner is not None and not self._is_of(owner):  # the model of another run, opened in this one's body
             return function(*args, **kwargs)
         if function == _DEVICE and not (owner and self._inside) and self._is_weight(args[0]):
             return _home(self._weights.get(id(args[0]), args[0]))
@@ -194,7 +197,7 @@ class Shapes(TorchFunctionMode):
     def _cannot_see(self, function: Callable) -> ScanError:
         """The error for a function that needs the values of tensors."""
         frame = sys._getframe(2)
-        module = self._innermost_module(frame) if current_owner() is self.flow else None
+        module = self._innermost_module(frame) if self._is_of(current_owner()) else None
         while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, _TORCH)):
             frame = frame.f_back
         name = getattr(function, "__name__", str(function))
@@ -207,7 +210,7 @@ class Shapes(TorchFunctionMode):
     def _innermost_module(self, frame: FrameType | None) -> str | None:
         while frame is not None and frame.f_code is not CALL:
             frame = frame.f_back
-        for component in self.flow.components if frame is not None else ():
+        for component in self.components if frame is not None else ():
             if isinstance(component.owner, nn.Module):
                 outer = component.path if component.name == FORWARD else component.path.rpartition(".")[0]
                 for path, module in component.owner.named_modules():
@@ -369,14 +372,10 @@ def _path_of(outer: str, path: str) -> str:
 
 _DEVICE = torch.Tensor.device.__get__
 _MAKERS = {torch.arange, torch.full, torch.ones, torch.tensor, torch.zeros}
-_WRITING = {"__set__", "__setitem__"} | {
-    f"__i{name}__"
-    for name in ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "rshift", "sub", "truediv", "xor")
-}
+_ARITHMETIC = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
+_WRITING = {"__set__", "__setitem__", *(f"__i{name}__" for name in _ARITHMETIC)}
 _VALUE = "_diffsight_value"  # on a meta tensor: what it stands for, where that is known
 _MOVES = {torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.pin_memory}
-_VALUES = {
-    getattr(torch.Tensor, name)
-    for name in ("item", "tolist", "numpy", "__array__", "__bool__", "__complex__", "__float__", "__format__")
-} | {getattr(torch.Tensor, name) for name in ("__index__", "__int__", "equal", "nonzero")}
+_ASKING = ("item", "tolist", "numpy", "equal", "nonzero", "__array__", "__bool__", "__complex__", "__float__")
+_VALUES = {getattr(torch.Tensor, name) for name in (*_ASKING, "__format__", "__index__", "__int__")}
 _HERE, _TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)

@@ -34,7 +34,7 @@ from diffsight.taps import FORWARD, Target, join
 
 from .branches import BranchView, DiffusionRow, rows_of
 from .layouts import COND, UNCOND, Layouts
-from .loading import load_pipeline
+from .loading import open_pipeline
 from .naming import standard_names
 from .prompts import check_prompts
 
@@ -93,6 +93,9 @@ class DiffusionModel(Model):
     """Wraps a diffusers pipeline: `source` is a packaged name (`diffsight/shapes-clip`), a folder, a hub id, or a live
     pipeline. `arguments` go to `DiffusionPipeline.from_pretrained`.
 
+    Weights are loaded when they are first needed: by a run, a call, `.pipeline`, `.to(...)`; with `dispatch=True` at
+    once. Until then the model is there without them: it can be printed, looked through and scanned.
+
     Every component is an envoy under its own name; so are the methods that pipelines call directly (`encode_prompt`,
     `vae.encode`, `vae.decode`, `scheduler.step`) and the tokenizers. Text encoders answer to the standard names
     `.layers[i]` and `.ln_final`. What else the pipeline has is reached through (`model.device`,
@@ -104,16 +107,19 @@ class DiffusionModel(Model):
     _run_class = DiffusionRun
     _opens_with = "generate"
 
-    def __init__(self, source: str | Path | DiffusionPipeline, **arguments: Any) -> None:
-        pipeline = load_pipeline(source, **arguments)
-        self._wrap(Target(pipeline, "__call__", ""))
+    def __init__(self, source: str | Path | DiffusionPipeline, dispatch: bool = False, **arguments: Any) -> None:
+        pipeline, loader = open_pipeline(source, **arguments)
+        self._wrap(Target(pipeline, "__call__", ""), loader)
+        if dispatch:
+            self._load()
         name = type(pipeline).__name__ if isinstance(source, DiffusionPipeline) else str(source)
         self.__dict__["source"] = name
         self.__dict__.update(_standard_names=WeakKeyDictionary(), _part_targets={})
 
     @property
     def pipeline(self) -> DiffusionPipeline:
-        """The pipeline itself."""
+        """The pipeline itself, with its weights."""
+        self._load()
         return self._owner
 
     def to(self, *args: Any, **kwargs: Any) -> "DiffusionModel":
@@ -135,7 +141,7 @@ class DiffusionModel(Model):
         that is too long for every tokenizer, and seeds that are negative or too few."""
         arguments = self._bind(args, kwargs)
         if arguments.get("prompt") is not None:
-            check_prompts(self.pipeline, arguments["prompt"], arguments)
+            check_prompts(self._owner, arguments["prompt"], arguments)
         seeds = None if seed is None else self._seeds(seed, arguments)
         again = None if args or "prompt" in kwargs else partial(self.generate, seed=seed, grad=grad, **kwargs)
 
@@ -145,9 +151,9 @@ class DiffusionModel(Model):
                 generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
                 given["generator"] = generators if len(generators) > 1 else generators[0]
             if not grad:
-                return self.pipeline(*args, **given)
-            with _detached_pictures(self.pipeline):
-                return with_gradients(self.pipeline.__call__)(*args, **given)
+                return self._owner(*args, **given)
+            with _detached_pictures(self._owner):
+                return with_gradients(self._owner.__call__)(*args, **given)
 
         run = self._new_run(call, again=again, grad=grad)
         run._flow.watch = Layouts(self._owner, arguments, _inputs(arguments), _pictures_each(arguments))
@@ -161,8 +167,8 @@ class DiffusionModel(Model):
 
     def _bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's arguments by name, those that were given."""
-        name = type(self.pipeline).__name__
-        signature = inspect.signature(self.pipeline.__call__)
+        name = type(self._owner).__name__
+        signature = inspect.signature(self._owner.__call__)
         takes_more = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
         for given in kwargs:
             mistyped = bool(get_close_matches(given, signature.parameters, cutoff=0.85))  # else it would be ignored
@@ -176,10 +182,10 @@ class DiffusionModel(Model):
             raise InputError(f"{name}: {error}") from None
 
     def _seeds(self, seed: int | Sequence[int], arguments: dict[str, Any]) -> list[int]:
-        name = type(self.pipeline).__name__
+        name = type(self._owner).__name__
         if "generator" in arguments:
             raise InputError("give either seed or generator, not both")
-        parameters = inspect.signature(self.pipeline.__call__).parameters
+        parameters = inspect.signature(self._owner.__call__).parameters
         if "generator" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise InputError(f"{name} takes no generator, so it cannot be seeded")
         count = _inputs(arguments) * _pictures_each(arguments)
@@ -194,13 +200,16 @@ class DiffusionModel(Model):
 
     # ---- the parts of the pipeline
 
+    def _attribute(self, owner: Any, name: str) -> Any:
+        return getattr(owner, name) if name in _WITHOUT_WEIGHTS else super()._attribute(owner, name)
+
     def _parts(self) -> dict[str, Any]:
         """The pipeline's components, by name."""
-        parts = ((name, vars(self.pipeline).get(name)) for name in self.pipeline.config if not name.startswith("_"))
+        parts = ((name, vars(self._owner).get(name)) for name in self._owner.config if not name.startswith("_"))
         return {name: part for name, part in parts if part is not None and not isinstance(part, _PLAIN)}
 
     def _children_of(self, target: Target) -> dict[str, Target]:
-        if target.owner is not self.pipeline:
+        if target.owner is not self._owner:
             return target.named_children()
         known, targets = self._part_targets, {}
         for name, part in self._parts().items():
@@ -211,7 +220,7 @@ class DiffusionModel(Model):
 
     def _methods_of(self, owner: Any) -> Mapping[str, str]:
         """`encode_prompt` of the pipeline, `encode` and `decode` of a VAE, `step` of a scheduler."""
-        if owner is self.pipeline:
+        if owner is self._owner:
             return {name: name for name in ("encode_prompt",) if _has_method(owner, name)}
         for path, part in self._parts().items():
             if part is owner:
@@ -266,7 +275,7 @@ class DiffusionModel(Model):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._parts():
-            setattr(self.pipeline, name, value)  # a component is exchanged: model.scheduler = DDIMScheduler(...)
+            setattr(self._owner, name, value)  # a component is exchanged: model.scheduler = DDIMScheduler(...)
         else:
             try:
                 super().__setattr__(name, value)
@@ -274,7 +283,7 @@ class DiffusionModel(Model):
                 raise PointNotFoundError(f"{error}{suggest(name, self._parts())}") from None
 
     def _describe(self, owner: Any) -> str:
-        if owner is not self.pipeline:
+        if owner is not self._owner:
             return repr(owner)
         lines, besides, names = [], list(self._methods_of(owner)), []
         for path, part in self._parts().items():
@@ -285,9 +294,10 @@ class DiffusionModel(Model):
             names += [f"{path}.{name} = {path}.{real}" for name, real in self._names_of(part).items() if name != real]
         text = f"{type(owner).__name__}(\n" + "\n".join(lines) + "\n)"
         text += "\ntraceable besides modules: " + ", ".join(f"{path}()" for path in besides)
-        return text + ("\nstandard names: " + ", ".join(names) if names else "")
+        return text + ("\nstandard names: " + ", ".join(names) if names else "") + self._weights_to_come()
 
 
+_WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
 _PLAIN = (bool, int, float, str, list, tuple, dict)
 
 

@@ -1,6 +1,12 @@
-"""Finds the diffusers pipeline that a user names: packaged, in a folder, on the hub, or already there."""
+"""Finds the diffusers pipeline that a user names: packaged, in a folder, on the hub, or already there.
+
+One that is not there yet is opened without the weights of its modules, which are built from their configurations alone;
+they are loaded when they are needed.
+"""
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -8,36 +14,73 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from diffsight.errors import InputError
+from diffsight.weights import adopt
+
+from .empty import build_empty
 
 _SHAPES = Path(__file__).parent / "shapes"
 PACKAGED = {"diffsight/shapes-clip": _SHAPES / "clip"}
 DESCRIPTIONS = {"diffsight/shapes-clip": "64 x 64 scenes of coloured shapes; CLIP text encoder, UNet, 6 M parameters"}
+_OF_WEIGHTS = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-def load_pipeline(source: str | Path | DiffusionPipeline, **arguments: Any) -> DiffusionPipeline:
+def open_pipeline(
+    source: str | Path | DiffusionPipeline, **arguments: Any
+) -> tuple[DiffusionPipeline, Callable[[], None] | None]:
     """The pipeline named by `source`: a packaged name (`diffsight/shapes-clip`), a folder in the diffusers format, a
     hub id, or a live pipeline, which is given back as it is. `arguments` go to `from_pretrained`.
 
-    Raises InputError where there is no such pipeline, with near names."""
+    With it what puts the weights into it; None where they are there.
+
+    Raises InputError where there is no such pipeline, with near names, and where a part of it is missing."""
     if isinstance(source, DiffusionPipeline):
         if arguments:
             raise InputError(f"a live pipeline is already loaded; it takes no {', '.join(arguments)}")
-        return source
+        return source, None
     if not isinstance(source, (str, Path)):
         raise InputError(f"a pipeline is a name, a folder or a diffusers pipeline, not {type(source).__name__}")
     name = str(source)
-    if name.startswith("diffsight/") or Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name):
-        folder = _folder(name)
-        try:
-            return DiffusionPipeline.from_pretrained(folder, **arguments)
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"the folder {name} cannot be loaded as a pipeline: {type(error).__name__}: {reason}"
-            ) from error
+    is_local = name.startswith("diffsight/") or Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name)
+    place = str(_folder(name)) if is_local else name
+    explained = _explained_folder if is_local else _explained_hub
+
+    with explained(name):
+        empty = build_empty(place, arguments)
+        now = {key: value for key, value in arguments.items() if key not in _OF_WEIGHTS}
+        pipeline = DiffusionPipeline.from_pretrained(place, **now, **empty)
+    if not empty:
+        return pipeline, None
+
+    def load() -> None:
+        parts = {part: getattr(pipeline, part) for part in pipeline.components}
+        lacking = [part for part, module in empty.items() if parts.get(part) is module]
+        there = {part: value for part, value in parts.items() if part not in lacking}
+        with explained(name):
+            loaded = DiffusionPipeline.from_pretrained(place, **{**arguments, **there})
+        for part in lacking:
+            adopt(empty[part], getattr(loaded, part))
+        for attribute, value in vars(loaded).items():
+            vars(pipeline).setdefault(attribute, value)
+
+    return pipeline, load
+
+
+@contextmanager
+def _explained_folder(name: str) -> Iterator[None]:
     try:
-        return DiffusionPipeline.from_pretrained(name, **arguments)
+        yield
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"the folder {name} cannot be loaded as a pipeline: {type(error).__name__}: {reason}"
+        ) from error
+
+
+@contextmanager
+def _explained_hub(name: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:  # what huggingface_hub raises where it finds nothing, or no network
         raise InputError(f"{_unknown(name)}. The hub: {str(error).split('. ')[0].splitlines()[0]}") from error
 

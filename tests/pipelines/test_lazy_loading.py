@@ -1,0 +1,270 @@
+"""Weights come when they are needed: what works without them, what brings them, and that nothing is lost on the way."""
+
+import shutil
+import subprocess
+import sys
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from diffsight import DiffusionModel, InputError
+from engine.nets import Net, inputs
+
+CLIP = "diffsight/shapes-clip"
+SD = tiny.PIPELINES["stable_diffusion"]
+MODULES = ("text_encoder", "unet", "vae")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder in the diffusers format."""
+    folder = tmp_path_factory.mktemp("saved") / "pipe"
+    tiny.stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The modules whose weights have been read, by class, as they come."""
+    read = []
+    for cls in (diffusers.ModelMixin, tiny.transformers.PreTrainedModel):
+        plain = cls.from_pretrained.__func__
+
+        def from_pretrained(cls, *args, plain=plain, **kwargs):
+            read.append(cls.__name__)
+            return plain(cls, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "from_pretrained", classmethod(from_pretrained))
+    return read
+
+
+@pytest.fixture
+def model(saved, loads):
+    return DiffusionModel(saved)
+
+
+def quiet(model):
+    model.set_progress_bar_config(disable=True)
+    return model
+
+
+def draw(pipe, **changes):
+    return pipe(**SD.inputs() | changes, generator=torch.Generator().manual_seed(3)).images
+
+
+def weights(pipe):
+    return {f"{name}.{key}": value for name in MODULES for key, value in getattr(pipe, name).state_dict().items()}
+
+
+# Without weights
+
+
+def test_opening_a_pipeline_reads_no_weights(model, loads):
+    assert loads == []
+    assert all(parameter.is_meta for name in MODULES for parameter in model[name]._owner.parameters())
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        print,
+        dir,
+        lambda model: model.unet.config.sample_size,
+        lambda model: model.unet.dtype,
+        lambda model: model.text_encoder.layers[1].self_attn,
+        lambda model: len(model.text_encoder.layers),
+        lambda model: model.tokenizer("a red circle"),
+        lambda model: model.scheduler.set_timesteps(3),
+        lambda model: model.vae_scale_factor,
+        quiet,
+        lambda model: model.scan(**SD.inputs(), seed=0).images,
+        lambda model: model.generate(**SD.inputs(), seed=0),  # nothing runs before it is asked for
+    ],
+    ids=lambda look: getattr(look, "__name__", None),
+)
+def test_looking_needs_no_weights(model, loads, look):
+    look(model)
+    assert loads == []
+
+
+def test_the_tree_is_that_of_the_loaded_pipeline(model):
+    told = repr(model)
+    assert "weights: not loaded yet" in told
+    assert "not loaded" not in repr(DiffusionModel(tiny.stable_diffusion()))
+    live = repr(DiffusionModel(model.pipeline))
+    assert told.replace("\nweights: not loaded yet, the first run loads them", "") == live == repr(model)
+
+
+def test_opening_the_packaged_pipeline_takes_no_time_and_no_memory():
+    """Of a pipeline of 6 million parameters nothing is in memory."""
+    code = f"""
+from diffsight import DiffusionModel
+model = DiffusionModel({CLIP!r})
+tensors = [t for part in model._parts().values() if hasattr(part, "parameters") for t in part.parameters()]
+print(sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors if not t.is_meta))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count, here = map(int, done.stdout.split())
+    assert count > 5_000_000 and here == 0
+
+
+# What brings them
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model.generate(**SD.inputs(), seed=0).images,
+        lambda model: model.generate(**SD.inputs(), seed=0).unet.input,
+        lambda model: model.generate(**SD.inputs(), seed=0).result,
+        lambda model: model(**SD.inputs()),
+        lambda model: model.pipeline,
+        lambda model: model.to("cpu"),
+        lambda model: model.text_encoder(torch.tensor([[0, 1]])),
+        lambda model: model.text_encoder.layers[0].mlp(torch.zeros(1, 2, tiny.WIDTH)),
+        lambda model: model.encode_prompt("a red circle", "cpu", 1, False),
+        lambda model: model.unet.conv_in.weight,
+        lambda model: model.unet.state_dict(),
+        lambda model: model.unet.device,
+        lambda model: model.device,
+        lambda model: model.components,
+    ],
+)
+def test_using_the_model_loads_them(model, loads, use):
+    use(quiet(model))
+    assert sorted(loads) == ["AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel"]
+    use(model)
+    assert len(loads) == 3, "they are loaded once"
+    plain = weights(tiny.stable_diffusion())
+    assert plain.keys() == weights(model.pipeline).keys()
+    assert all(torch.equal(value, plain[name]) for name, value in weights(model.pipeline).items())
+
+
+def test_at_once(saved, loads):
+    model = DiffusionModel(saved, dispatch=True)
+    assert len(loads) == 3
+    assert "not loaded" not in repr(model)
+
+
+def test_a_live_pipeline_is_taken_as_it_is(loads):
+    pipe = tiny.stable_diffusion()
+    for dispatch in (False, True):
+        assert DiffusionModel(pipe, dispatch=dispatch).pipeline is pipe
+    assert loads == []
+
+
+def test_attributes_are_those_of_the_loaded_modules(model):
+    assert model.device == model.unet.device == torch.device("cpu")
+    plain = tiny.stable_diffusion()
+    assert torch.equal(model.unet.conv_in.weight, plain.unet.conv_in.weight)
+
+
+# Nothing is lost
+
+
+def test_a_run_gives_the_bits_of_the_plain_pipeline(model):
+    assert torch.equal(quiet(model).generate(**SD.inputs(), seed=3).images, draw(tiny.stable_diffusion()))
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion_3", "pixart_sigma", "sana", "wan", "cogvideox", "ltx", "flux"])
+def test_other_pipelines(tmp_path, name):
+    """T5 with tied embeddings, tables of rotations that are in no file, types of weights that stay float32."""
+    kind = tiny.PIPELINES[name]
+    pipe = kind.build()
+    pipe.save_pretrained(tmp_path)
+    model = quiet(DiffusionModel(tmp_path))
+    scanned = model.scan(**kind.inputs(), seed=3)
+    result = model.generate(**kind.inputs(), seed=3)
+    plain = pipe(**kind.inputs(), generator=torch.Generator().manual_seed(3))
+    assert torch.equal(result.frames if kind.video else result.images, plain[0])
+    assert scanned.result[0].shape == plain[0].shape
+    for part in model.pipeline.components.values():
+        if isinstance(part, nn.Module):
+            assert not any(tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))
+            assert not part.training
+
+
+def test_handles_taken_before_name_the_loaded_modules(model):
+    block, layers, decode = model.unet.mid_block, list(model.text_encoder.layers), model.vae.decode
+    modules = {path: module for path, module in model.unet._owner.named_modules()}
+    with quiet(model).generate(**SD.inputs(), seed=3) as run:
+        seen = [layers[1].output.clone(), block.output.clone(), decode.input.clone()]
+    assert all(module is modules[path] for path, module in model.pipeline.unet.named_modules())
+    assert block._owner is model.pipeline.unet.mid_block
+    with DiffusionModel(tiny.stable_diffusion()).generate(**SD.inputs(), seed=3) as run:
+        plain = [run.text_encoder.layers[1].output, run.unet.mid_block.output, run.vae.decode.input]
+        assert all(torch.equal(a, b) for a, b in zip(seen, plain))
+
+
+def test_a_component_exchanged_before_is_kept(model, loads):
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(model.scheduler.config)
+    model.scheduler = scheduler
+    other = tiny.vae(seed=9)
+    model.vae = other
+    images = quiet(model).generate(**SD.inputs(), seed=3).images
+    assert model.pipeline.scheduler is scheduler and model.pipeline.vae is other
+    assert "AutoencoderKL" not in loads
+    plain = tiny.stable_diffusion()
+    plain.scheduler = diffusers.EulerDiscreteScheduler.from_config(plain.scheduler.config)
+    plain.vae = other
+    assert torch.equal(images, draw(plain))
+
+
+def test_the_objects_that_are_loaded_at_once_stay(model):
+    tokenizer, scheduler = model.tokenizer._owner, model.scheduler._owner
+    quiet(model)
+    pipe = model.pipeline
+    assert pipe.tokenizer is tokenizer and pipe.scheduler is scheduler
+    assert pipe._progress_bar_config == {"disable": True}
+
+
+@pytest.mark.parametrize("arguments", [{}, {"torch_dtype": torch.float16}, {"torch_dtype": {"unet": torch.float16}}])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_types_are_known_beforehand(tmp_path, arguments, stored):
+    tiny.stable_diffusion().to(stored).save_pretrained(tmp_path)
+    model = DiffusionModel(tmp_path, **arguments)
+    before = {name: model[name].dtype for name in MODULES}
+    plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path, **arguments)
+    assert before == {name: getattr(plain, name).dtype for name in MODULES}
+    assert before == {name: getattr(model.pipeline, name).dtype for name in MODULES}
+
+
+def test_arguments_that_only_loading_needs(saved):
+    model = DiffusionModel(saved, low_cpu_mem_usage=False, safety_checker=None, variant=None)
+    assert torch.equal(quiet(model).generate(**SD.inputs(), seed=3).images, draw(tiny.stable_diffusion()))
+
+
+def test_modules_with_hooks_of_accelerate(saved):
+    """What is put on the modules as they are loaded works on those of the model."""
+    model = quiet(DiffusionModel(saved))
+    model.enable_sequential_cpu_offload = None if False else model.pipeline.enable_attention_slicing
+    assert torch.equal(model.generate(**SD.inputs(), seed=3).images, model.pipeline(**SD.inputs(), generator=torch.Generator().manual_seed(3)).images)
+
+
+# Errors
+
+
+def test_what_is_missing_is_missed_at_once(saved, tmp_path, loads):
+    for missing in ("unet/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        folder = tmp_path / missing.replace("/", "_")
+        shutil.copytree(saved, folder)
+        (folder / missing).unlink()
+        with pytest.raises(InputError, match=str(folder)):
+            DiffusionModel(folder)
+    assert loads == []
+
+
+def test_weights_that_cannot_be_read(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "pipe")
+    file = tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000])
+    model = quiet(DiffusionModel(tmp_path / "pipe"))
+    for _ in range(2):
+        with pytest.raises(Exception, match="(?i)header|safetensors|incomplete"):
+            model.generate(**SD.inputs(), seed=3).result
+    file.write_bytes(whole)
+    assert torch.equal(model.generate(**SD.inputs(), seed=3).images, draw(tiny.stable_diffusion()))
