@@ -63,5 +63,5 @@ def _dtype(arguments: dict[str, Any], name: str) -> torch.dtype | None:
     """The type of a component's weights that the arguments of `from_pretrained` ask for, if they do."""
     dtype = arguments.get("dtype", arguments.get("torch_dtype"))
     if isinstance(dtype, dict):
-        dtype = dtype.get(name, dtype.get("default"))
+        dtype = dtype.get(name, dtype.get("default", torch.float32))
     return dtype if isinstance(dtype, torch.dtype) else None
