@@ -151,6 +151,8 @@ class Shapes(TorchFunctionMode):
         self, function: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if function in _INDEXING:
+            args = (args[0], _known_index(args[1]), *args[2:])
         owner = current_owner()
         if owner is not None and not self._is_of(owner):  # the model of another run, opened in this one's body
             return function(*args, **kwargs)
@@ -173,7 +175,7 @@ class Shapes(TorchFunctionMode):
         try:
             result = _call_on(torch.device("meta"), function, args, kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
-            if function in _VALUES or re.search(r"\bmeta\b", str(error), re.IGNORECASE):
+            if function in _VALUES or isinstance(error, NotImplementedError) or _ABOUT_META.search(str(error)):
                 raise self._cannot_see(function) from error
             raise
         return ToZeros(seen.real)(result) if between and seen.real is not None else result
@@ -322,6 +324,21 @@ def _with_values(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any
     return tree_map(_to_meta, _call_on(device, function, args, kwargs))
 
 
+def _known_index(index: Any) -> Any:
+    """An index with numbers in the place of tensors that bound its slices, and with the places that a mask stands for,
+    where their values are known."""
+    parts = []
+    for part in index if type(index) is tuple else (index,):
+        value = getattr(part, _VALUE, None)
+        if value is not None and value.dtype is torch.bool and value.ndim:
+            parts += map(_to_meta, value.nonzero(as_tuple=True))
+        elif type(part) is slice:
+            parts.append(slice(*(getattr(bound, _VALUE, bound) for bound in (part.start, part.stop, part.step))))
+        else:
+            parts.append(part)
+    return tuple(parts) if len(parts) > 1 or type(index) is tuple else parts[0]
+
+
 def _made_with_values(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Calls a function that is given no meta tensors; integers that it makes on the meta device have values."""
     counted = function is torch.arange or _is_counted(kwargs.get("dtype") or torch.float)
@@ -375,7 +392,9 @@ _MAKERS = {torch.arange, torch.full, torch.ones, torch.tensor, torch.zeros}
 _ARITHMETIC = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
 _WRITING = {"__set__", "__setitem__", *(f"__i{name}__" for name in _ARITHMETIC)}
 _VALUE = "_diffsight_value"  # on a meta tensor: what it stands for, where that is known
+_INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _MOVES = {torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.pin_memory}
 _ASKING = ("item", "tolist", "numpy", "equal", "nonzero", "__array__", "__bool__", "__complex__", "__float__")
 _VALUES = {getattr(torch.Tensor, name) for name in (*_ASKING, "__format__", "__index__", "__int__")}
+_ABOUT_META = re.compile(r"(?<![a-z])meta(?![a-z])", re.IGNORECASE)
 _HERE, _TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
