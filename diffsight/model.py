@@ -134,6 +134,10 @@ class Model(Envoy):
             self.__dict__["_known_places"] = (modules, {key: found for key, found in places.items() if len(found) > 1})
         return self._known_places[1]
 
+    def _stand_ins(self) -> Mapping[tuple[int, str], Callable]:
+        """What a scan calls in the place of components that look at values, by the key of their target."""
+        return {}
+
     def _clock(self) -> Clock:
         """When a step begins: at each forward pass."""
         return Clock([self._target])
@@ -162,7 +166,7 @@ class Model(Envoy):
         again: Callable[..., Run] | None = None,
         grad: bool = False,
     ) -> Run:
-        kind = ScanFlow if is_scanning() else Flow
+        kind = partial(ScanFlow, stand_ins=self._stand_ins()) if is_scanning() else Flow
         if is_scanning() and again is not None:
             opens = again
 

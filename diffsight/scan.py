@@ -18,9 +18,10 @@ and boolean tensors are carried along for as long as they depend on nothing else
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -55,10 +56,12 @@ def is_scanning() -> bool:
 
 
 class ScanFlow(Flow):
-    """The flow of a scan: its components are called through their borders, and no weights are loaded for it."""
+    """The flow of a scan: its components are called through their borders, and no weights are loaded for it.
+    `stand_ins` are called in the place of components that look at values, by the key of their target."""
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self, *args: Any, stand_ins: Mapping[tuple[int, str], Callable]) -> None:
         super().__init__(*args)
+        self.stand_ins = stand_ins
         self.load = lambda: None  # a scan needs no weights
         self.body_mode = self.shapes = shapes = Shapes(self.components)
         function = self.function
@@ -77,7 +80,8 @@ class ScanFlow(Flow):
         for component in self.components:
             if isinstance(component.owner, nn.Module):
                 tap = self.taps[component.key]
-                tap.border = self.shapes.call
+                stand_in = self.stand_ins.get(component.key)
+                tap.border = partial(_call_instead, stand_in) if stand_in else self.shapes.call
                 tap.allow_skip()
 
     def _resume(self, *args: Any) -> Any:
@@ -87,6 +91,10 @@ class ScanFlow(Flow):
     def _end(self, outcome: str) -> None:
         super()._end(outcome)
         self.shapes.end()
+
+
+def _call_instead(stand_in: Callable, function: Callable, args: tuple, kwargs: dict) -> Any:
+    return stand_in(*args, **kwargs)
 
 
 class Shapes(TorchFunctionMode):
@@ -203,10 +211,11 @@ class Shapes(TorchFunctionMode):
         while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, _TORCH)):
             frame = frame.f_back
         name = getattr(function, "__name__", str(function))
+        instead = f", or leave this part out: `run.{module}.skip(value)`" if module else ""
         return ScanError(
             f"{module or 'the body'} asks for the values of a tensor ({name}, at {frame.f_code.co_filename}:"
             f"{frame.f_lineno}), and a scan knows only its shape: scanning cannot see through this. Let the model run "
-            "for real, or skip this part: `run.<path>.skip(value)`"
+            f"for real{instead}"
         )
 
     def _innermost_module(self, frame: FrameType | None) -> str | None:

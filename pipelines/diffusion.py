@@ -11,7 +11,7 @@ run.images
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -245,6 +245,11 @@ class DiffusionModel(Model):
     def _method_targets(self, target: Target) -> list[Target]:
         return [Target(target.owner, name, path) for name, path in self._methods_of(target.owner).items()]
 
+    def _stand_ins(self) -> Mapping[tuple[int, str], Callable]:
+        """A safety checker looks at the pictures: a scan lets all of them pass."""
+        checkers = (target for target in self._children_of(self._target).values() if "safety_checker" in target.path)
+        return {target.key: partial(_let_pass, target.owner) for target in checkers}
+
     def _clock(self) -> Clock:
         """A step begins with a part that is told the timestep, once the scheduler has stepped since the last."""
         parts = self._children_of(self._target).values()
@@ -314,6 +319,13 @@ def _detached_pictures(pipeline: DiffusionPipeline) -> Iterator[None]:
         yield
     finally:
         del processor.pt_to_numpy
+
+
+def _let_pass(checker: nn.Module, clip_input: torch.Tensor, images: Any) -> tuple:
+    """What a safety checker gives where it finds nothing: pictures (batch, …), and for each that it is none; that of
+    DeepFloyd IF also looks for watermarks."""
+    nothing = [False] * len(images)
+    return (images, nothing, nothing) if type(checker).__name__.startswith("IF") else (images, nothing)
 
 
 def _methods_worth(part: Any) -> tuple[str, ...]:
