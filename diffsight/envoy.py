@@ -191,7 +191,7 @@ class Envoy(Points):
         """Calls the part. Its points do not fire, unless with `hook=True`, within the run: what was assigned to them
         ahead is put in, and other bodies (edits, functions of rows) can read them."""
         if isinstance(self._owner, nn.Module) or self._owner is self._model._owner:
-            self._model._load()
+            self._model._load_unless_scanning()
         return self._within(self._owner, args, kwargs) if hook else self._owner(*args, **kwargs)
 
     @property

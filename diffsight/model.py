@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from .clock import Clock
 from .envoy import Envoy
-from .errors import InputError, PointNotFoundError
+from .errors import DiffsightError, InputError, PointNotFoundError
 from .flow import Flow, Places
 from .run import Run, Step
 from .scan import ScanFlow, is_scanning, scanning
@@ -96,22 +96,30 @@ class Model(Envoy):
         return self._loader is None
 
     def _load(self) -> None:
-        """Sees to the weights of a model that was built without them, once: when a run begins, when a part is called,
-        or when a weight or a method is asked for. In a scan there is no need."""
-        run = None if self._is_loaded else self._innermost_run()
-        if self._is_loaded or (run is not None and isinstance(run._flow, ScanFlow)):
-            return
+        """Sees to the weights of a model that was built without them, once."""
         with self._loading:
-            if not self._is_loaded:
-                self._loader()
-                self.__dict__.update(_loader=None, _known_places=None)
+            if self._is_loaded:
+                return
+            if any(isinstance(run._flow, ScanFlow) and run._flow.taps for run in self._open_runs()):
+                raise DiffsightError(
+                    f"the weights of {self._title()} are not loaded yet, and cannot be while a scan of it is open: let "
+                    "that end first, or load them before it"
+                )
+            self._loader()
+            self.__dict__.update(_loader=None, _known_places=None)
+
+    def _load_unless_scanning(self) -> None:
+        """Sees to the weights where a part is called, or a weight asked for; in the body of a scan there is no need."""
+        run = None if self._is_loaded else self._innermost_run()
+        if run is None or not isinstance(run._flow, ScanFlow):
+            self._load()
 
     def _attribute(self, owner: Any, name: str) -> Any:
         """An attribute of a part of the model."""
         value = getattr(owner, name)
         if self._is_loaded or not (isinstance(owner, nn.Module) or owner is self._owner) or not _needs_weights(value):
             return value
-        self._load()
+        self._load_unless_scanning()
         return getattr(owner, name)
 
     # ---- what a wrapper of another kind answers differently

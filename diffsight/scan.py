@@ -24,6 +24,7 @@ from contextvars import ContextVar
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -107,6 +108,7 @@ class Shapes(TorchFunctionMode):
         self._weights: dict[int, torch.Tensor] | None = None
         self._twins: dict[int, torch.Tensor] = {}  # by the id of a weight, and by their own
         self._states: list[ModuleState] = []
+        self._eager: Eager | None = None
 
     def __enter__(self) -> "Shapes":
         self.begin()
@@ -121,11 +123,16 @@ class Shapes(TorchFunctionMode):
             tensors = chain.from_iterable(chain(m._parameters.values(), m._buffers.values()) for m in modules)
             self._weights = {id(tensor): tensor for tensor in tensors if tensor is not None}
             self._states = [ModuleState(module) for module in modules]
+            if any(_is_compiled(module) for module in modules):
+                self._eager = Eager()
 
     def end(self) -> None:
         """Gives modules back what they held."""
         while self._states:
             self._states.pop().restore()
+        if self._eager is not None:
+            self._eager.leave()
+            self._eager = None
 
     def _parts(self) -> list[nn.Module]:
         owners = (component.owner for component in self.components)
@@ -172,7 +179,7 @@ class Shapes(TorchFunctionMode):
         if not seen.meta:
             return _made_with_values(function, args, kwargs)
         if _writes(function, kwargs):
-            vars(args[0]).pop(_VALUE, None)
+            _each((args[:1], kwargs.get("out")), lambda tensor: vars(tensor).pop(_VALUE, None))
         elif seen.values and function.__name__ != "__get__":
             return _with_values(function, *swapped)
         if between and function in _VALUES:
@@ -252,6 +259,26 @@ class ModuleState:
             value = held[name]
             value.clear()
             value.extend(content) if isinstance(value, list) else value.update(content)
+
+
+class Eager:
+    """Keeps `torch.compile` from compiling what runs on shapes alone, in the whole process, until all have left."""
+
+    _count = 0
+    _stance: Any = None
+    _lock = Lock()
+
+    def __init__(self) -> None:
+        with Eager._lock:
+            if not Eager._count:
+                Eager._stance = torch.compiler.set_stance("force_eager")
+            Eager._count += 1
+
+    def leave(self) -> None:
+        with Eager._lock:
+            Eager._count -= 1
+            if not Eager._count:
+                Eager._stance.__exit__(None, None, None)
 
 
 class ToZeros:
@@ -379,6 +406,10 @@ def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if type(value) is dict:
         return {name: _each(item, change) for name, item in value.items()}
     return type(value)(_each(item, change) for item in value) if type(value) in (list, tuple) else value
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def _is_device(value: Any) -> bool:

@@ -119,7 +119,7 @@ class DiffusionModel(Model):
     @property
     def pipeline(self) -> DiffusionPipeline:
         """The pipeline itself, with its weights."""
-        self._load()
+        self._load_unless_scanning()
         return self._owner
 
     def to(self, *args: Any, **kwargs: Any) -> "DiffusionModel":

@@ -11,6 +11,7 @@ from diffsight import AssignmentError, Model
 
 CONTEXTS = {
     "nothing": nullcontext,
+    "device": lambda: torch.device("meta"),
     "grad": torch.enable_grad,
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
@@ -27,6 +28,7 @@ def modes():
         "autocast": torch.is_autocast_enabled("cpu"),
         "dtype": torch.get_autocast_dtype("cpu"),
         "cache": torch.is_autocast_cache_enabled(),
+        "device": torch.get_default_device(),
     }
 
 

@@ -449,6 +449,23 @@ def test_tied_weights(x):
     assert net[1].weight is net[0].weight and torch.equal(net(x), want)
 
 
+def test_compiled_modules(x):
+    net, compiled = Net(), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    net.layers[1] = torch.compile(net.layers[1], backend=backend)
+    net.last.compile(backend=backend)
+    with Model(net).scan(x) as run:
+        assert run.layers[1].output.is_meta
+        assert net.last(x).shape == run.last.output.shape == (2, WIDTH)
+    assert compiled == []
+    net(x)
+    assert len(compiled) > 1, "afterwards it is compiled as ever"
+
+
 def error_in_the_body(model, x):
     with pytest.raises(KeyError), model.scan(x) as run:
         run.layers[0].leaf.input

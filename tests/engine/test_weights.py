@@ -8,7 +8,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from engine.nets import WIDTH, Calling, Net, linear
 from torch import nn
 
-from diffsight import Model
+from diffsight import DiffsightError, Model
 from diffsight.weights import adopt
 
 
@@ -56,6 +56,17 @@ def test_in_a_scan_nothing_is_loaded(empty, x):
         assert model.first.weight.device == torch.device("cpu")
     with pytest.raises(AssertionError, match="asked for"):
         model.trace(x).result
+
+
+def test_nothing_is_loaded_under_a_scan(empty, loaded, x):
+    model = Later(empty, lambda: loaded)
+    with model.scan(x) as scan:
+        scan.layers[0].output
+        with pytest.raises(DiffsightError, match="while a scan of it is open"), model.trace(x) as run:
+            run.layers[0].output
+        with pytest.raises(DiffsightError, match="while a scan of it is open"):
+            model.trace(x).result
+    assert torch.equal(model.trace(x).result, loaded(x))
 
 
 def test_loading_that_fails_is_tried_again(empty, loaded, x):
