@@ -463,7 +463,7 @@ def test_compiled_modules(x):
         assert net.last(x).shape == run.last.output.shape == (2, WIDTH)
     assert compiled == []
     net(x)
-    assert len(compiled) > 1, "afterwards it is compiled as ever"
+    assert compiled, "afterwards it is compiled as ever"
 
 
 def error_in_the_body(model, x):
