@@ -110,6 +110,20 @@ print(sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors if not t.is
     assert count > 5_000_000 and here == 0
 
 
+def test_a_repository_of_the_hub(saved, tmp_path, loads):
+    """As it lies in the hub's cache on disk."""
+    revision = "a" * 40
+    repository = tmp_path / "models--owner--name"
+    shutil.copytree(saved, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    model = quiet(DiffusionModel("owner/name", cache_dir=str(tmp_path), local_files_only=True))
+    assert model.scan(**SD.inputs(), seed=3).images.shape == (1, 3, tiny.SIDE, tiny.SIDE)
+    assert loads == []
+    assert torch.equal(model.generate(**SD.inputs(), seed=3).images, draw(tiny.stable_diffusion()))
+    assert len(loads) == 3
+
+
 # What brings them
 
 
