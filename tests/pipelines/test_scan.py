@@ -172,6 +172,16 @@ def test_calling_parts_in_the_body(model):
     ]
 
 
+def test_rows_and_branches(model):
+    with model.scan(**SD.inputs() | {"prompt": ["a red circle", "a blue square"]}, seed=3) as run:
+        a, b = run.rows
+        assert a.text_encoder.layers[0].output.shape == (1, 77, tiny.WIDTH)
+        hidden = b.unet.mid_block.output
+        a.unet.mid_block.output = hidden * 2
+        assert run.cond.unet.conv_out.output.shape == (2, 4, tiny.SIDE // 2, tiny.SIDE // 2)
+    assert run.images.shape == (2, 3, tiny.SIDE, tiny.SIDE)
+
+
 def test_gradients_from_the_picture_to_the_prompt(model):
     with model.scan(**SD.inputs(), seed=3, grad=True) as run:
         hidden = run.text_encoder.layers[0].output
