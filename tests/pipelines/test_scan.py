@@ -8,7 +8,6 @@ import textwrap
 import diffusers
 import pytest
 import torch
-from pipelines.test_diffusion import state
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -39,6 +38,18 @@ def read(run, kind):
         )
         seen.append(shapes(run.scheduler.step.output))
     return seen
+
+
+def state(pipe):
+    """Whatever else a scan could leave behind: classes, own attributes and hooks of every part."""
+    found = {}
+    for name, part in pipe.components.items():
+        modules = part.named_modules() if isinstance(part, nn.Module) else [("", part)]
+        for path, owner in modules:
+            attributes = getattr(owner, "__dict__", {})
+            hooks = [list(value.values()) for key, value in attributes.items() if key.endswith("_hooks")]
+            found[name, path] = type(owner), set(attributes), hooks, attributes.get("forward")
+    return found
 
 
 def weights(pipe):
