@@ -30,7 +30,7 @@ RELATIONS = ("above", "below", "left of", "right of")
 BACKGROUNDS = {"black": (0, 0, 0), "gray": (110, 110, 110)}
 HELD_OUT = (("yellow", "ring"), ("purple", "triangle"))  # never drawn or named in training
 
-_OPPOSITE = {"below": "above", "right of": "left of"}
+_OPPOSITE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of"}
 _SUPERSAMPLE = 4
 
 
@@ -59,12 +59,17 @@ class Scene:
         words = f" {self.relation} ".join(thing.words() for thing in self.things)
         return f"{words} on a {self.background} background" if background else words
 
+    def told_from(self, place: int) -> "Scene":
+        """The same scene, its caption beginning with the thing at the first place (0: "A above B") or at the second
+        (1: "B below A")."""
+        if self.relation is None or (self.relation in ("below", "right of")) == bool(place):
+            return self
+        return Scene(self.things[::-1], _OPPOSITE[self.relation], self.background)
+
     def canonical(self) -> "Scene":
-        """The same scene in one spelling: no nouns, and "above" or "left of" only ("A below B" is "B above A")."""
-        things = tuple(replace(thing, noun=None) for thing in self.things)
-        if self.relation in _OPPOSITE:
-            return Scene(things[::-1], _OPPOSITE[self.relation], self.background)
-        return Scene(things, self.relation, self.background)
+        """The same scene in one spelling: no nouns, and told from the first place ("A below B" is "B above A")."""
+        told = self.told_from(0)
+        return replace(told, things=tuple(replace(thing, noun=None) for thing in told.things))
 
 
 def _invent_nouns() -> dict[str, Thing]:
