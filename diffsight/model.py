@@ -192,6 +192,8 @@ class Model(Envoy):
             raise InputError(f"{path}: a module is attached to a module, not to a {type(owner).__name__}")
         if (id(owner), name) not in model._attached.targets and hasattr(owner, name):
             raise InputError(f"{path} is there already: attach the module under another name, and assign its output")
+        if not model._is_copy:
+            model._load()  # loading gives each module the children of the loaded one
         self._attachments.append(module)
         target = model._attached.add(owner, name, path, module, real=not model._is_copy)
         for run in model._open_runs():
