@@ -12,7 +12,7 @@ entered, and its count is exact. Where it is not (`Tap.unseen`), the past is unk
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -127,6 +127,7 @@ class Flow:
         the part of the batch, and the number among the calls that hold it."""
         if self.edits or self.outcome is not None or get_ident() != self.thread or current_owner() is self:
             self._check_open(_as_written(target, part, call, rows))
+            self._touch(_as_written(target, part, call))
         tap, first = self._locate(target, part)
         kind = OUTPUT if part == "output" else INPUTS
         if kind == INPUTS:
@@ -145,6 +146,7 @@ class Flow:
         comes there."""
         path = _as_written(target, part, call, rows)
         self._check_open(path)
+        self._touch(_as_written(target, part, call))
         _check_value(path, part, value)
         tap, first = self._locate(target, part)
         key = (OUTPUT if part == "output" else INPUTS, find_call(tap, first, call, path, rows))
@@ -161,6 +163,7 @@ class Flow:
         """Leaves a call out: `value` is what it gives. Possible until the call runs, at its inputs at the latest."""
         path = _as_written(target, "skip", call)
         self._check_open(path)
+        self._touch(path)
         tap, first = self._locate(target, "skip")
         index = first + call
         at_its_inputs = self.parked is not None and self.parked is tap.points.get((INPUTS, index))
@@ -395,8 +398,6 @@ class Flow:
     def _locate(self, target: Target, part: str) -> tuple[Tap, int]:
         """The tap, and the number in the run of the first call in the scope."""
         scope = self.scope
-        if scope.edit is not None:
-            scope.edit.edit.touches[join(target.path, part)] = None
         if scope.in_step and self.clock.index > scope.step:
             path = join(target.path, part)
             raise OutOfOrderError(f"{path} was asked for too late: step {scope.step} has ended")
@@ -444,6 +445,11 @@ class Flow:
             raise DiffsightError(
                 f"{path} was asked for by a hook or a callback that the model itself runs: it cannot wait for itself"
             )
+
+    def _touch(self, path: str) -> None:
+        """Keeps in mind what an edit asks for."""
+        if self.scope.edit is not None:
+            self.scope.edit.edit.touches[path] = None
 
     def _check_no_edit(self, path: str) -> None:
         if self.scope.edit is not None:
@@ -624,8 +630,10 @@ class Flow:
         if self.watch is not None:
             self.watch.ended()
         edits, self.edits = self.edits, []
-        for edit in edits if get_ident() == self.thread else ():
-            edit.end(outcome in (ENDED, STOPPED))
+        if edits and get_ident() == self.thread:
+            with ExitStack() as ends:  # each is ended, whatever the others raise
+                for edit in reversed(edits):
+                    ends.callback(edit.end, outcome in (ENDED, STOPPED))
 
     # ---- from the model's side
 

@@ -626,6 +626,20 @@ def test_an_error_in_the_body_ends_the_edits(model, net, x):
     assert log == ["left"] and footprint(net) == before
 
 
+def test_an_error_behind_the_end_leaves_no_other_edit(model, net, x):
+    log, before = [], footprint(net)
+
+    def waits_for_more(run):
+        try:
+            run.layers[0].calls[5].output
+        finally:
+            log.append("left")
+
+    with pytest.raises(KeyError, match="mine"), pytest.warns(UserWarning, match=r"layers\[0\].calls\[5\].output"):
+        model.edit(fails_behind_its_steps).edit(waits_for_more).trace(x).result
+    assert log == ["left"] and footprint(net) == before
+
+
 def test_an_interrupt_in_an_edit(model, net, x):
     def interrupted(run):
         run.layers[0].output
