@@ -14,6 +14,7 @@ it is first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .edits import Edit
 from .envoy import Envoy
 from .errors import (
     AssignmentError,
@@ -25,10 +26,12 @@ from .errors import (
     PointNotFoundError,
     RunClosedError,
     ScanError,
+    SourceError,
     WrongThreadError,
 )
 from .model import Model
 from .run import Run, Step
+from .session import Session
 
 if TYPE_CHECKING:
     from diffsight.gallery.grid import image_grid
@@ -49,6 +52,7 @@ __all__ = [
     "DiffsightError",
     "DiffusionLensResult",
     "DiffusionModel",
+    "Edit",
     "Envoy",
     "InputError",
     "Model",
@@ -59,6 +63,8 @@ __all__ = [
     "Run",
     "RunClosedError",
     "ScanError",
+    "Session",
+    "SourceError",
     "Step",
     "WrongThreadError",
     "diffusion_lens",

@@ -5,16 +5,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .coroutine import Call, Coroutine
-from .taps import Point, Tap
+from .taps import LAST, Point, Tap
 
 if TYPE_CHECKING:
+    from .edits import EditBody
     from .flow import Flow
 
 
 class Scope:
-    """Where a body is: in the whole run, or in a step."""
+    """Where a body is: in the whole run, or in a step. `edit` is the body, if it is an edit, and `order` says when its
+    turn is: edits come first."""
 
-    def __init__(self) -> None:
+    def __init__(self, edit: "EditBody | None" = None, order: float = LAST) -> None:
+        self.edit, self.order = edit, order
         self.in_step = False
         self.step = -1  # the last step the body has entered
         self.stop_at_steps = False
@@ -41,6 +44,7 @@ class Body(Coroutine):
         self.waits: list[tuple[Tap, tuple[str, int]]] = []
         self.point: Point | None = None  # what it was woken for; None where its wait is over
         self.call: Call | None = None  # what it wants the model's coroutine to call
+        self.asks = False  # whether it sleeps until that is made
         self.result: Any = None
 
     def wait(self, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
@@ -51,13 +55,16 @@ class Body(Coroutine):
 
     def ask(self, call: Call) -> None:
         """From the body: sleeps until the call is made."""
-        self.call = call
+        self.call, self.asks = call, True
         self.park(None)
+        self.asks = False
 
     def wake(self) -> None:
         """Runs the body, if it has not begun, or what it waits for is there or will not come."""
         if not self:
             self.go()
+            return
+        if self.asks:
             return
         flow, parked = self.flow, self.flow.parked
         here = parked is not None and (parked.tap, (parked.kind, parked.index)) in self.waits

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .edits import is_from_edit
 from .errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
 from .flow import Flow
 from .taps import Target, join
@@ -113,22 +114,22 @@ class Points:
         except Exception as error:
             if isinstance(error, AttributeError):
                 self.__dict__["_kept_error"] = error  # see `keeping_attribute_errors`
-            if isinstance(error, DiffsightError):  # the line that asked is what matters, not the engine below it
-                raise error.with_traceback(None) from error.__cause__
+            if isinstance(error, DiffsightError):
+                raise _from_the_asking_line(error) from error.__cause__
             raise
 
     def _assign(self, part: str, value: Any) -> None:
         try:
             self._flow(part).assign(self._target, part, self._call, value, self._part)
         except DiffsightError as error:
-            raise error.with_traceback(None) from error.__cause__
+            raise _from_the_asking_line(error) from error.__cause__
 
     def _within(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         flow = self._flow("hook=True")
         try:
             return flow.call(lambda: function(*args, **kwargs), self._target)
         except DiffsightError as error:
-            raise error.with_traceback(None) from error.__cause__
+            raise _from_the_asking_line(error) from error.__cause__
 
     def _flow(self, part: str) -> Flow:
         run = self._run if self._run is not None else self._model._innermost_run()
@@ -142,6 +143,11 @@ class Points:
                 f"`with model.{self._model._opens_with}(...) as run:`"
             )
         return run._flow
+
+
+def _from_the_asking_line(error: DiffsightError) -> DiffsightError:
+    """The error without the engine's frames below the line that asked; one out of an edit keeps the edit's line."""
+    return error if is_from_edit(error) else error.with_traceback(None)
 
 
 class Calls:
@@ -194,6 +200,12 @@ class Envoy(Points):
             self._model._load_unless_scanning()
         return self._within(self._owner, args, kwargs) if hook else self._owner(*args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and name not in VALUES:
+            self._model._attach(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def _owner(self) -> Any:
         return self._target.owner
@@ -205,7 +217,8 @@ class Envoy(Points):
     def _child(self, name: str) -> "Envoy | MethodEnvoy | None":
         """The child, method or standard name called `name`, if there is one."""
         model = self._model
-        target = model._children_of(self._target).get(name)
+        attached = model._attached_target(self._owner, name, self._run) if model._attachments else None
+        target = attached or model._children_of(self._target).get(name)
         if target is not None:
             return Envoy(model, target, self._run, part=self._part)
         owner, path = self._owner, join(self.path, name)
@@ -230,6 +243,8 @@ class Envoy(Points):
         try:
             return self._model._attribute(self._owner, name)
         except AttributeError:
+            if self._model._start_edits(self._run):
+                return getattr(self, name)
             known = [known for known in dir(self) if not known.startswith("_")]
             raise PointNotFoundError(
                 f"{self.path or type(self._owner).__name__} has no {name!r}{suggest(name, known)}"
@@ -240,6 +255,8 @@ class Envoy(Points):
             found = self
             for step in key.replace("[", ".").replace("]", "").split("."):
                 child = found._child(step)
+                if child is None and self._model._start_edits(self._run):
+                    child = found._child(step)
                 if child is None:
                     known = found._names()
                     raise PointNotFoundError(
@@ -269,7 +286,8 @@ class Envoy(Points):
 
     def _names(self) -> list[str]:
         model, owner = self._model, self._owner
-        return [*model._children_of(self._target), *model._methods_of(owner), *model._names_of(owner)]
+        children = dict.fromkeys((*model._children_of(self._target), *model._attached.of(owner)))
+        return [*children, *model._methods_of(owner), *model._names_of(owner)]
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._names(), *dir(self._owner)})

@@ -40,6 +40,10 @@ class ScanError(DiffsightError, RuntimeError):
     """A scan came to where values of tensors are needed: shapes alone do not tell how it goes on."""
 
 
+class SourceError(DiffsightError):
+    """The block of a `with` statement shall run at another time, and cannot: its source is not to be had, for one."""
+
+
 class InputError(DiffsightError, ValueError):
     """What was asked for cannot be run: a prompt, a seed, a layer, a source."""
 

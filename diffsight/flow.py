@@ -12,9 +12,9 @@ entered, and its count is exact. Where it is not (`Tap.unseen`), the past is unk
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from threading import get_ident
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from greenlet import getcurrent
@@ -25,6 +25,7 @@ from .coroutine import Call, Coroutine, TorchState, current_owner
 from .errors import (
     AssignmentError,
     DiffsightError,
+    InputError,
     NeverReachedError,
     OutOfOrderError,
     PointNotFoundError,
@@ -35,6 +36,7 @@ from .rows import Part
 from .taps import (
     FORWARD,
     INPUTS,
+    LAST,
     OUTPUT,
     Assignment,
     Hooks,
@@ -47,8 +49,14 @@ from .taps import (
     join,
 )
 
+if TYPE_CHECKING:
+    from .edits import EditBody
+
 Places = dict[tuple[int, str], list[Target]]
 CALL = torch.nn.Module._call_impl.__code__
+
+
+ENDED, STOPPED = "the run has ended", "the run was stopped"  # how runs end well
 
 
 class Watch(Protocol):
@@ -92,7 +100,10 @@ class Flow:
         self.hooks: Hooks | None = None  # while there are taps
         self.parked: Point | None = None
         self.bodies: list[Body] = []
-        self._calls: list[tuple[Point | None, list[Body]]] = []  # of calls under way: where they were asked for
+        self.edits: list[EditBody] = []
+        self._edits_begun = False
+        self._turn: EditBody | None = None  # whose turn it is at the point where the model parks
+        self._calls: list[tuple[Point | None, list[Body], bool]] = []  # of calls under way: where they were asked for
         self._scope = Scope()
         self.unreached: list[Assignment] = []
         self.watch: Watch | None = None
@@ -114,15 +125,16 @@ class Flow:
     def fetch(self, target: Target, part: str, call: int, rows: Part | None = None) -> Any:
         """The value of a point: `part` ("inputs", "input" or "output") of call number `call` in the scope; with `rows`
         the part of the batch, and the number among the calls that hold it."""
-        if self.outcome is not None or get_ident() != self.thread or current_owner() is self:
+        if self.edits or self.outcome is not None or get_ident() != self.thread or current_owner() is self:
             self._check_open(_as_written(target, part, call, rows))
+            self._touch(_as_written(target, part, call))
         tap, first = self._locate(target, part)
         kind = OUTPUT if part == "output" else INPUTS
         if kind == INPUTS:
             tap.allow_skip()  # so that the call can still be left out, once its inputs are here
         if rows is None:
             key = (kind, first + call)
-            point = tap.points.get(key) or self._advance_to(tap, key, _as_written(target, part, call))
+            point = self._point(tap, key, _as_written(target, part, call))
             return point.value if part != "input" else first_input(point.value, _as_written(target, part, call))
         path = _as_written(target, part, call, rows)
         point = self._find(tap, kind, first, call, path, rows)
@@ -134,13 +146,15 @@ class Flow:
         comes there."""
         path = _as_written(target, part, call, rows)
         self._check_open(path)
+        self._touch(_as_written(target, part, call))
         _check_value(path, part, value)
         tap, first = self._locate(target, part)
         key = (OUTPUT if part == "output" else INPUTS, find_call(tap, first, call, path, rows))
-        assignment = Assignment(part, value, path, _caller(), self.scope.in_step, rows, first, call)
+        scope = self.scope
+        assignment = Assignment(part, value, path, _caller(), scope.in_step, rows, first, call, scope.order)
         if self.parked is not None and self.parked is tap.points.get(key):
             assign(self.parked, assignment)
-        elif self._passed(tap, key):
+        elif self._passed(tap, key) and not self._is_ahead(tap, key):
             raise OutOfOrderError(self._too_late(path, "assigned"))
         else:
             tap.pending.setdefault(key, []).append(assignment)
@@ -149,13 +163,18 @@ class Flow:
         """Leaves a call out: `value` is what it gives. Possible until the call runs, at its inputs at the latest."""
         path = _as_written(target, "skip", call)
         self._check_open(path)
+        self._touch(path)
         tap, first = self._locate(target, "skip")
         index = first + call
         at_its_inputs = self.parked is not None and self.parked is tap.points.get((INPUTS, index))
         if not at_its_inputs and self._passed(tap, (INPUTS, index)):
             raise OutOfOrderError(self._too_late(path, "asked for"))
         tap.allow_skip()
-        tap.skips[index] = Assignment("skip", value, path, _caller(), self.scope.in_step)
+        scope, known = self.scope, tap.skips.get(index)
+        if known is None or known.order <= scope.order:
+            tap.skips[index] = Assignment("skip", value, path, _caller(), scope.in_step, order=scope.order)
+        if scope.edit is not None:
+            scope.edit.met = True
 
     def keep(self, target: Target, kind: str, path: str, function: Callable[[Tap, int, Any], None]) -> None:
         """Lets `function` have every value that passes a point from now on: the tap, the number of the call, the value
@@ -169,6 +188,7 @@ class Flow:
     def next_step(self) -> bool:
         """Runs the model to the beginning of the next step that the body has not entered; False where it ends."""
         self._check_thread("run.steps")
+        self.start_edits()
         if self.outcome is not None:
             return False
         self._start()
@@ -185,14 +205,19 @@ class Flow:
         """The body leaves its loop over steps: its scope is the whole run again."""
         self.scope.in_step = self.scope.stop_at_steps = False
 
+    def run_on(self) -> None:
+        """Runs the rest of the model."""
+        self._check_thread("run.result")
+        self._check_no_edit("run.result")
+        self._scope.stop_at_steps = False
+        while self.outcome is None:
+            self._resume()
+
     def run_to_end(self) -> Any:
         """Runs the rest of the model; gives what it returned."""
         if self.has_result:
             return self.result
-        self._check_thread("run.result")
-        self._scope.stop_at_steps = False
-        while self.outcome is None:
-            self._resume()
+        self.run_on()
         if not self.has_result:
             raise RunClosedError(f"the run has no result: {self.outcome}")
         return self.result
@@ -200,6 +225,7 @@ class Flow:
     def each(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
         """Runs `functions` as bodies of their own, side by side, until all have ended; gives what they returned."""
         self._check_open("run.each")
+        self._check_no_edit("run.each")
         self._start()
         bodies = [Body(function, self) for function in functions]
         try:
@@ -226,7 +252,7 @@ class Flow:
             body.ask(call)
         else:
             call = Call(function, None)
-            self._calls.append((self.parked, []))
+            self._calls.append((self.parked, [], False))
             given = self._resume(call)
             while given is not call and self.outcome is None:
                 given = self._resume()
@@ -236,7 +262,7 @@ class Flow:
 
     def raise_unreached(self) -> None:
         """The error for assignments that the model never came to, if there are any."""
-        missed, self.unreached = self.unreached, []
+        missed, self.unreached = [a for a in self.unreached if a.order == LAST], []
         if missed:
             lines = "\n".join(f"  {a.path} ({a.where})" for a in missed)
             raise NeverReachedError(
@@ -258,6 +284,23 @@ class Flow:
             self._end(outcome)
 
     # ---- taps
+
+    def start_edits(self) -> bool:
+        """Starts the edits, before anything else is asked for; False where they have begun, or there are none."""
+        if not self.edits or self._edits_begun or get_ident() != self.thread:
+            return False
+        self._edits_begun = True
+        self._start()
+        call = self._take_turns([*self.edits])
+        if call is not None:
+            self._resume(call)
+        return True
+
+    def add_component(self, target: Target) -> None:
+        """Taps `target` from now on as a part of its own."""
+        self.components = [*self.components, target]
+        if self.taps:
+            self._tap_with_children(target, None)
 
     def tap(self, target: Target) -> Tap:
         """The tap of `target`, made now if there is none, along with those of the modules around it."""
@@ -375,6 +418,11 @@ class Flow:
             return True
         return index < tap.entered and (kind == INPUTS or index not in tap.active)
 
+    def _is_ahead(self, tap: Tap, key: tuple[str, int]) -> bool:
+        """Whether the model stands at a point where the turn of the body that runs now has not come."""
+        point = tap.points.get(key)
+        return point is not None and point.turn < self.scope.order
+
     def _is_guarded(self, tap: Tap) -> bool:
         """Whether the call that was running when the tap was made is of the scope: calls in it may have been missed."""
         return tap.guard is not None and (not self.scope.in_step or tap.born_in == self.clock.index)
@@ -398,8 +446,18 @@ class Flow:
                 f"{path} was asked for by a hook or a callback that the model itself runs: it cannot wait for itself"
             )
 
+    def _touch(self, path: str) -> None:
+        """Keeps in mind what an edit asks for."""
+        if self.scope.edit is not None:
+            self.scope.edit.edit.touches[path] = None
+
+    def _check_no_edit(self, path: str) -> None:
+        if self.scope.edit is not None:
+            raise InputError(f"{path}: an edit goes along with its run. It can read and assign, and cannot run it")
+
     def _check_open(self, path: str) -> None:
         self._check_thread(path)
+        self.start_edits()
         if self.outcome is not None:
             loop = " (a loop over run.steps runs the model to its end)" if self.clock.index > 0 else ""
             raise RunClosedError(
@@ -419,15 +477,27 @@ class Flow:
             # Where no call so far was it, and a step goes by without it, the model is not run to its end for it.
             in_vain = not call and first < index == tap.entered
             try:
-                point = tap.points.get((kind, index)) or self._advance_to(tap, (kind, index), path, in_vain)
+                point = self._point(tap, (kind, index), path, in_vain)
             except OutOfOrderError:
                 if not in_vain:
                     raise
                 raise NeverReachedError(f"{path} was asked for, but {rows.missing}") from None
         return point
 
+    def _point(self, tap: Tap, key: tuple[str, int], path: str, in_this_step: bool = False) -> Point:
+        """A point, from before or as soon as the model comes there. What one edit has read counts as passed for all
+        others: each keeps its own order."""
+        point = tap.points.get(key)
+        if not self.edits:
+            return point or self._advance_to(tap, key, path, in_this_step)
+        order = self.scope.order
+        if point is None or (order not in point.read_by and point is not self.parked):
+            point = self._advance_to(tap, key, path, in_this_step)
+        point.read_by += (order,)
+        return point
+
     def _advance_to(self, tap: Tap, key: tuple[str, int], path: str, in_this_step: bool = False) -> Point:
-        if self._passed(tap, key):
+        if self._passed(tap, key) and not self._is_ahead(tap, key):
             raise OutOfOrderError(self._too_late(path, "asked for"))
         waits = [(tap, key)]
         if not tap.entered and self._is_guarded(tap):
@@ -448,7 +518,7 @@ class Flow:
         if point is not None:
             until, error = f"{point.tap.target.path} returned", OutOfOrderError
         elif self.outcome is not None:
-            until, error = "the model ended", NeverReachedError
+            until, error = "the model ended" if self.has_result else self.outcome, NeverReachedError
         else:
             until, error = f"step {self.scope.step} ended", OutOfOrderError
         raise error(
@@ -473,6 +543,8 @@ class Flow:
     def _resume(self, call: Call | None = None) -> Point | Call | None:
         """Lets the model run on until it parks at a point (given), at a step (None), or ends (None); or makes `call`
         first (given when it is made). The other bodies have their turn before the one that opened the run."""
+        if self.start_edits() and self.outcome is not None:  # an edit has stopped the run
+            return None
         if not self.taps:  # nothing was read or assigned: the bare call, without a coroutine or a cost
             self.load()
             return self._end_with(self._call_plainly())
@@ -489,25 +561,30 @@ class Flow:
             if self.coroutine.dead:
                 return self._end_with(value)
             if isinstance(value, Call):
-                self.parked, turns = self._calls.pop()
+                self.parked, turns, goes_on = self._calls.pop()
                 if value.asker is None:
                     return value
                 value.asker.go()
             else:
-                self.parked, turns = value, [*self.bodies]
-            call = self._take_turns(turns)
-            if call is None:
+                self.parked, edit, self._turn = value, self._turn, None
+                goes_on = edit is not None
+                turns = [edit] if goes_on else [*self.edits, *self.bodies]
+            call = self._take_turns(turns, goes_on)
+            if self.outcome is not None:
+                return None
+            if call is None and not goes_on:
                 return self.parked
 
-    def _take_turns(self, turns: list[Body]) -> Call | None:
-        """Wakes one body after the other; gives the call that one of them asks for, before the next has its turn."""
+    def _take_turns(self, turns: list[Body], goes_on: bool = False) -> Call | None:
+        """Wakes one body after the other; gives the call that one of them asks for, before the next has its turn.
+        `goes_on` says whether the model goes on when all have had it, without the body that opened the run."""
         while turns:
             body = turns[0]
             if not body.dead and body.call is None:
                 body.wake()
             if body.call is not None:
                 call, body.call = body.call, None
-                self._calls.append((self.parked, turns))
+                self._calls.append((self.parked, turns, goes_on))
                 return call
             turns.pop(0)
         return None
@@ -523,7 +600,7 @@ class Flow:
         """The model has ended."""
         self.result, self.has_result = result, True
         self.unreached += [a for tap in self.taps.values() for a in tap.waiting()]
-        self._end("the run has ended")
+        self._end(ENDED)
         for body in self.bodies:
             if not body.dead:
                 body.wake()
@@ -549,9 +626,14 @@ class Flow:
             tap.remove()
             tap.points = {}
         self.taps.clear()
-        self.hooks = self.clock.call = None
+        self.hooks = self.clock.call = self._turn = None
         if self.watch is not None:
             self.watch.ended()
+        edits, self.edits = self.edits, []
+        if edits and get_ident() == self.thread:
+            with ExitStack() as ends:  # each is ended, whatever the others raise
+                for edit in reversed(edits):
+                    ends.callback(edit.end, outcome in (ENDED, STOPPED))
 
     # ---- from the model's side
 
@@ -560,7 +642,8 @@ class Flow:
         if self.clock.begins(tap, args, kwargs):
             for other in self.taps.values():
                 self.unreached += other.drop_step()
-            if any(scope.stop_at_steps for scope in (self._scope, *(body.scope for body in self.bodies))):
+            bodies = (*self.edits, *self.bodies)
+            if any(scope.stop_at_steps for scope in (self._scope, *(body.scope for body in bodies))):
                 self._stands = f"before {tap.target.path or 'the model'}"
                 self.coroutine.park(None)
         if self.watch is not None:
@@ -576,8 +659,9 @@ class Flow:
         """Whether a tapped method of the module is running."""
         return any(self.taps[m.key].active for m in self.methods if m.owner is tap.target.owner)
 
-    def park(self, point: Point) -> None:
-        """Hands a point to the body, until it resumes the model."""
+    def park(self, point: Point, edit: "EditBody | None" = None) -> None:
+        """Hands a point to the body, or to an edit whose turn it is, until the model is resumed."""
+        self._turn = edit
         self._stands = f"at {_as_written(point.tap.target, 'output' if point.kind == OUTPUT else 'input', point.index)}"
         self.coroutine.park(point)
 

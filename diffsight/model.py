@@ -12,19 +12,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from threading import RLock, get_ident
 from types import FunctionType
-from typing import Any
+from typing import Any, Self, overload
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from .clock import Clock
+from .edits import Attached, Edit, EditBody, Editing, current_edit
 from .envoy import Envoy
 from .errors import DiffsightError, InputError, PointNotFoundError
 from .flow import Flow, Places
 from .run import Run, Step
 from .scan import ScanFlow, is_scanning, scanning
-from .taps import FORWARD, Target
+from .session import Session
+from .taps import FORWARD, Target, join
 
 
 class Model(Envoy):
@@ -53,6 +55,7 @@ class Model(Envoy):
     def _wrap(self, target: Target, loader: Callable[[], None] | None = None) -> None:
         """`loader` puts the weights into a model that was built without them, see `_load`."""
         self.__dict__.update(_methods={}, _runs=[], _known_places=None, _loader=loader, _loading=RLock())
+        self.__dict__.update(_edits=[], _attached=Attached(), _attachments=[], _is_copy=False)
         super().__init__(self, target, None)
 
     def trace(self, *args: Any, grad: bool = False, **kwargs: Any) -> Run:
@@ -122,6 +125,92 @@ class Model(Envoy):
         self._load_unless_scanning()
         return getattr(owner, name)
 
+    def session(self) -> Session:
+        """Runs grouped, of this model and of others: `with model.session() as session:`. Those still open are finished
+        when the block ends; `session.iter(items)` repeats a block."""
+        return Session()
+
+    # ---- edits
+
+    @overload
+    def edit(self, function: None = None, *, inplace: bool = False) -> Editing: ...
+
+    @overload
+    def edit(self, function: Callable[..., Any], *, inplace: bool = False) -> Self: ...
+
+    def edit(self, function: Callable[..., Any] | None = None, *, inplace: bool = False) -> Any:
+        """Code that runs in every later run, before the run's own body at each point:
+
+            with model.edit() as edited:            # a copy of the model that shares its weights
+                edited.layers[2].output[:] = 0
+            edited.trace(x)
+
+            @model.edit                             # the same; `edited` is the copy
+            def edited(run):
+                run.layers[2].output[:] = 0
+
+        With `inplace=True` the model itself is edited. Edits stack: those of a copy come after those that the model
+        had. In the block `edited` and `model` are the run at hand (`for step in edited.steps:`); other names are those
+        of where it is written, see `diffsight.capture`. A point that the run never comes to ends the edit without a
+        word.
+
+        Raises SourceError where the source of the block cannot be read; a function can always be given."""
+        editing = Editing(self, inplace)
+        return editing if function is None else editing(function)
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The edits that are on, in order."""
+        return list(self._edits)
+
+    def clear_edits(self) -> None:
+        """Takes all edits off, and the modules that were attached."""
+        self._edits.clear()
+        self._attached.clear()
+
+    def _copy(self) -> Self:
+        """A model of the same modules, with edits of its own that begin with those here. Both know of each other's
+        runs: `model.<path>` is a value in a run of the copy as well."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__, _model=copy, _is_copy=True)
+        copy.__dict__.update(_edits=list(self._edits), _attached=self._attached.copy())
+        if not self._is_loaded:
+            copy.__dict__["_loader"] = self._load  # once, for both
+        return copy
+
+    def _attach(self, envoy: Envoy, name: str, module: nn.Module) -> None:
+        """Hangs a module on a part of the model, for edits to call: on a copy for the copy alone, else for real."""
+        model, path, owner, body = self, join(envoy.path, name), envoy._owner, current_edit()
+        if envoy._run is not None:
+            model = envoy._run._model
+        if body is not None and body.view._model._runs is self._runs:
+            model = body.view._model
+            module = body.edit.attached.setdefault((id(owner), name), module)  # the one of the first run
+            if (id(owner), name) in model._attached.targets:
+                return
+        if not isinstance(owner, nn.Module):
+            raise InputError(f"{path}: a module is attached to a module, not to a {type(owner).__name__}")
+        if (id(owner), name) not in model._attached.targets and hasattr(owner, name):
+            raise InputError(f"{path} is there already: attach the module under another name, and assign its output")
+        if not model._is_copy:
+            model._load()  # loading gives each module the children of the loaded one
+        self._attachments.append(module)
+        target = model._attached.add(owner, name, path, module, real=not model._is_copy)
+        for run in model._open_runs():
+            if run._model is model:
+                run._flow.add_component(target)
+
+    def _start_edits(self, run: Run | None) -> bool:
+        """Starts the edits of the run at hand, if they have not begun: perhaps they attach what is looked for."""
+        run = run or self._innermost_run()
+        return run is not None and run._flow.start_edits()
+
+    def _attached_target(self, owner: Any, name: str, run: Run | None) -> Target | None:
+        """What is attached to a part, in the run at hand."""
+        run = run or self._innermost_run()
+        model = self if run is None else run._model
+        return model._attached.targets.get((id(owner), name)) or self._attached.targets.get((id(owner), name))
+
     # ---- what a wrapper of another kind answers differently
 
     def _components(self) -> list[Target]:
@@ -174,6 +263,7 @@ class Model(Envoy):
         again: Callable[..., Run] | None = None,
         grad: bool = False,
     ) -> Run:
+        components = [*self._components(), *self._attached.targets.values()]
         kind = partial(ScanFlow, stand_ins=self._stand_ins()) if is_scanning() else Flow
         if is_scanning() and again is not None:
             opens = again
@@ -182,19 +272,27 @@ class Model(Envoy):
                 with scanning():
                     return opens(*args, **kwargs)
 
-        flow = kind(function, self._components(), self._clock(), self._places, self._load)
+        flow = kind(function, components, self._clock(), self._places, self._load)
         if grad:
             flow.state = flow.state._replace(grad=True, inference=False)
-        return self._run_class(self, flow, sizes, again)
+        run = self._run_class(self, flow, sizes, again)
+        flow.edits = [EditBody(edit, run, order) for order, edit in enumerate(self._edits)]
+        return run
 
     def _open(self, run: Run) -> None:
         self._runs[:] = [weakref.ref(known) for known in self._open_runs() if known is not run] + [weakref.ref(run)]
 
     def _innermost_run(self) -> Run | None:
-        """The run opened last, of those open in this thread."""
-        runs = [run for run in self._open_runs() if run._flow.thread == get_ident()]
-        entered = [run for run in runs if run._entered or run._flow.taps]  # else a future that nothing has asked of yet
-        return (entered or runs or [None])[-1]
+        """The run opened last, of those open in this thread; rather one of this model than of a copy. In an edit, the
+        run it is in, unless it has opened one itself."""
+        body = current_edit()
+        runs = [run for run in self._open_runs() if run._flow.thread == get_ident() and run._opened_in is body]
+        if body is not None and body.view._model._runs is self._runs:
+            runs.insert(0, body.view)
+        if len(runs) > 1:
+            runs = [run for run in runs if run._entered or run._flow.taps] or runs  # no future nothing has asked of yet
+            runs = [run for run in runs if run._model is self] or runs
+        return runs[-1] if runs else None
 
     def _is_open_elsewhere(self) -> bool:
         """Whether another thread has a run open."""
@@ -205,6 +303,10 @@ class Model(Envoy):
         return [run for run in runs if run is not None and run._flow.outcome is None]
 
     # ---- showing
+
+    def __repr__(self) -> str:
+        attached = [f"attached: {t.path} = {type(t.owner).__name__}()" for t in self._attached.targets.values()]
+        return "\n".join([super().__repr__(), *attached, *map(repr, self._edits)])
 
     def _title(self) -> str:
         return type(self._owner).__name__

@@ -74,6 +74,7 @@ def record(
     found = {path: place for pattern in patterns for path, place in _find(run._root(), pattern).items()}
     kept, flow = Record(), run._flow
     scope, step = flow.scope, flow.clock.index if flow.scope.in_step else None
+    listed: set[str] = set()
 
     def keep(path: str, part: str, tap: Tap, index: int, value: Any) -> None:
         in_loop = scope.stop_at_steps and step is None and flow.clock.is_in_step
@@ -82,7 +83,10 @@ def record(
             return
         value = tree_map_only(torch.Tensor, own, first_input(value, path) if part == "input" else value)
         if in_loop:
-            kept.setdefault(path, []).append(value)
+            if path not in listed:  # perhaps the model came by in the first step, before the loop began
+                kept[path] = [kept[path]] if path in kept else []
+                listed.add(path)
+            kept[path].append(value)
         else:
             kept[path] = value
 

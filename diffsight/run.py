@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .edits import current_edit, is_from_edit
 from .envoy import Envoy, keeping_attribute_errors, raise_kept
 from .errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
-from .flow import Flow
+from .flow import STOPPED, Flow
 from .record import Record, record
 from .rows import Row, each, make_rows
+from .session import note
 
 if TYPE_CHECKING:
     from .model import Model
@@ -39,7 +41,9 @@ class Run:
     ) -> None:
         # sizes: how many entries of the batch each input takes; again: opens a run of the same kind with other inputs
         self.__dict__.update(_model=model, _flow=flow, _sizes=sizes, _again=again, _invoked=[], _entered=False)
+        self.__dict__.update(_opened_in=current_edit(), _is_view=False)
         model._open(self)
+        note(self)
 
     @property
     def result(self) -> Any:
@@ -60,7 +64,7 @@ class Run:
     def stop(self) -> None:
         """Ends the model where it stands; what was read stays valid."""
         self._flow._check_thread("run.stop")
-        self._flow.close("the run was stopped")
+        self._flow.close(STOPPED)
 
     @property
     def steps(self) -> "Steps":
@@ -97,6 +101,7 @@ class Run:
             first, second = run.result
 
         Each pass runs where it stands; `part.inputs` are its inputs as the model gets them."""
+        self._flow._check_no_edit("run.invoke")
         if self._again is None or self._flow.taps or (self._flow.outcome is not None and not self._invoked):
             raise InputError("invoke needs a run that was opened without input: `with model.trace() as run:`")
         self._flow.close("its passes are those of run.invoke(...)")
@@ -134,12 +139,20 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._flow.body_mode.__exit__(None, None, None)
         if error is None:
-            if self._invoked or self._flow.outcome is None or self._flow.has_result:
+            if self._flow.outcome is None:
+                self._flow.run_on()  # perhaps until an edit stops it
+            if self._invoked or self._flow.has_result:
                 self.finish()
             return
         self._flow.close("an error ended its body")
-        if isinstance(error, DiffsightError):
+        if isinstance(error, DiffsightError) and not is_from_edit(error):
             _end_at_users_line(trace)
+
+    def _seen_by_edit(self) -> "Run":
+        """The same run, for an edit to hold: when it is dropped, the run is not."""
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__, _is_view=True)
+        return view
 
     def _root(self) -> Envoy:
         """The model's handle, bound to this run, or to its last pass."""
@@ -184,7 +197,7 @@ class Run:
 
     def __del__(self) -> None:
         flow = self.__dict__.get("_flow")
-        if flow is not None:
+        if flow is not None and not self.__dict__.get("_is_view"):
             flow.close("the run was dropped")
 
 

@@ -13,6 +13,7 @@ and the signatures stay those of the original.
 
 import functools
 import inspect
+import math
 import sys
 import weakref
 from collections import Counter
@@ -31,6 +32,7 @@ from .rows import Part
 
 FORWARD = "forward"
 INPUTS, OUTPUT = "inputs", "output"
+LAST = math.inf  # the turn of all bodies that are no edits
 _WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the module itself
 _COMPILED = "_compiled_call_impl"  # of a module after `module.compile()`: what its calls go to
 _OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; copies carry it along
@@ -104,6 +106,8 @@ class Point:
     value: Any
     in_step: bool  # asked for within a step, and let go at its end
     changed: bool = False
+    turn: float = LAST  # whose turn it is at the point: edits come first, by number
+    read_by: tuple[float, ...] = ()  # whose turn it was when it was read
     copies: set[int] = field(default_factory=set)  # ids of the tensors in it that are the run's own copies
 
 
@@ -119,6 +123,7 @@ class Assignment:
     rows: Part | None = None  # the part of the batch that is assigned, or None for all
     first: int = 0  # it is for call number `call` from `first` on, of those that hold that part
     call: int = 0
+    order: float = LAST  # whose turn it is to make it: the number of an edit, or the last
 
     def call_of(self, tap: "Tap") -> int:
         """The call that it is for, as far as can be told by now."""
@@ -264,13 +269,16 @@ class Tap:
         key, point = (kind, index), None
         if key in self.pending or key in self.awaited:
             point = Point(self, kind, index, value, all(self.awaited.get(key, ())))
-            for assignment in self.pending.pop(key, ()):
-                call = assignment.call_of(self)
-                if call == index:
-                    assign(point, assignment)
-                else:  # this call turned out to hold nothing of its part
-                    assignment.first = assignment.first if assignment.call else call  # not to be looked at again
-                    self.pending.setdefault((kind, call), []).append(assignment)
+            for edit in self.flow.edits:  # each in its turn: it sees what those before it did
+                point.turn = edit.scope.order
+                edit.met |= self._assign_pending(point)
+                if edit.waits_for(self, key):
+                    edit.met = True
+                    self.points[key] = point
+                    self.flow.park(point, edit)
+            point.turn = LAST
+            if self.pending:
+                self._assign_pending(point)
             if key in self.awaited:
                 self.points[key] = point
                 self.flow.park(point)
@@ -278,6 +286,22 @@ class Tap:
             for keep in self.keepers.get(kind, ()):
                 keep(self, index, value if point is None else point.value)
         return point
+
+    def _assign_pending(self, point: Point) -> bool:
+        """Puts what was assigned by whose turn it is in the place of a point's value; whether there was any."""
+        waiting, assigned = self.pending.pop((point.kind, point.index), ()), False
+        for assignment in waiting:
+            call = point.index
+            if assignment.order <= point.turn:
+                call = assignment.call_of(self)
+                if call == point.index:
+                    assign(point, assignment)
+                    assigned = True
+                    continue
+                # This call turned out to hold nothing of its part, and is not to be looked at again.
+                assignment.first = assignment.first if assignment.call else call
+            self.pending.setdefault((point.kind, call), []).append(assignment)
+        return assigned
 
 
 def first_input(inputs: tuple[tuple, dict], path: str) -> Any:

@@ -82,6 +82,16 @@ def test_a_list_per_step_in_a_loop(net, x):
         assert torch.equal(value, wanted)
 
 
+def test_what_the_model_passes_before_the_loop_begins(net, x):
+    with Model(net).generate(x, steps=3) as run:
+        kept = run.record("first")
+        run.layers[0].output
+        for _ in run.steps:
+            pass
+    expected = outputs(net.first, net.generate, x, steps=3)
+    assert all(torch.equal(a, b) for a, b in zip(kept["first.output"], expected)) and len(expected) == 3
+
+
 def test_the_first_call_outside_of_a_loop(net, x):
     with Model(net).generate(x) as run:
         kept = run.record("layers[1]")

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from engine.nets import WIDTH, Calling, Net, linear
+from engine.nets import WIDTH, Calling, Net, linear, replaced
 from torch import nn
 
 from diffsight import DiffsightError, Model
@@ -135,3 +135,28 @@ def test_hooks_that_came_with_loading_work(empty, loaded, x):
         outer = run.layers[1].output
     assert torch.equal(run.result, expected)
     assert torch.equal(outer, 2 * (run.layers[1].out(inner) + empty.layers[0](empty.first(x))))
+
+
+def test_an_edited_copy_and_the_model_load_once(empty, loaded, x):
+    asked = []
+    model = Later(empty, lambda: asked.append(1) or copy.deepcopy(loaded))
+    with model.edit() as edited:
+        edited.layers[1].output = edited.layers[1].extra(edited.layers[1].output)
+    edited.layers[1].extra = linear(5)
+    assert edited.scan(x).result.shape == x.shape and asked == []
+    with replaced(loaded.layers[1], linear(5)):
+        expected = loaded(x)
+    assert torch.equal(edited.trace(x).result, expected)
+    assert torch.equal(model.trace(x).result, loaded(x)) and asked == [1]
+
+
+def test_a_module_attached_before_weights_come(empty, loaded, x):
+    model = Later(empty, lambda: copy.deepcopy(loaded))
+    model.layers[1].extra = linear(5)
+    with model.edit(inplace=True):
+        model.layers[1].output = model.layers[1].extra(model.layers[1].output)
+    assert model.scan(x).result.shape == x.shape
+    with replaced(loaded.layers[1], linear(5)):
+        expected = loaded(x)
+    assert torch.equal(model.trace(x).result, expected)
+    assert torch.equal(model._owner.layers[1].extra.weight, linear(5).weight)

@@ -1,0 +1,448 @@
+"""Blocks that run later than where they stand: how they are found, what names mean in them, what is left behind."""
+
+# ruff: noqa: E701, E702  (blocks on one line are what some of these are about)
+
+import functools
+import inspect
+import linecache
+import subprocess
+import sys
+import textwrap
+import traceback
+from contextlib import ExitStack, nullcontext
+
+import pytest
+import torch
+from engine.nets import outputs, replaced
+
+from diffsight import InputError, Model, SourceError
+
+FACTOR = 3
+LATER = None
+
+
+def edited_result(net, x, index, edit):
+    """What the net gives where `edit(output)` stands for the output of a layer, by an ordinary hook."""
+    with replaced(net.layers[index], edit):
+        return net(x)
+
+
+@pytest.fixture
+def model(net):
+    return Model(net)
+
+
+# ---- how a block is written
+
+
+def test_block_does_not_run_where_it_is_written(model, x):
+    ran = []
+    with model.edit() as edited:
+        ran.append(1)
+        raise AssertionError("later")
+    assert ran == []
+    with pytest.raises(AssertionError, match="later"):
+        edited.trace(x).result
+    assert ran == [1]
+
+
+# fmt: off
+def test_block_on_one_line(model, net, x):
+    with model.edit() as edited: edited.layers[1].output = edited.layers[1].output * 2
+    assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, lambda out: out * 2))
+
+
+def test_two_statements_on_one_line(model, net, x):
+    with model.edit() as edited: two = 2; edited.layers[1].output = edited.layers[1].output * two
+    assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, lambda out: out * 2))
+
+
+def test_two_edits_in_one_statement(model, x):
+    """The second item belongs to the block of the first."""
+    with model.edit() as one, model.edit() as two: two.layers[0].output[:] = 1
+    with pytest.raises(InputError, match="within an edit"):
+        one.trace(x).result
+# fmt: on
+
+
+def test_block_of_nothing(model, net, x):
+    with model.edit() as first:
+        pass
+    with model.edit() as second:
+        """Says what it would do."""
+    with model.edit() as third:
+        ...
+    for edited in (first, second, third):
+        assert len(edited.edits) == 1 and torch.equal(edited.trace(x).result, net(x))
+
+
+def test_block_that_begins_with_nothing(model, net, x):
+    with model.edit() as edited:
+        """Doubles a layer."""
+        pass
+        edited.layers[1].output = edited.layers[1].output * 2
+    assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, lambda out: out * 2))
+
+
+def test_other_items_belong_to_the_block(model, net, x):
+    entered = []
+
+    class Around:
+        def __enter__(self):
+            entered.append("in")
+            return 5
+
+        def __exit__(self, *error):
+            entered.append("out")
+
+    with Around() as before, model.edit() as edited, Around() as factor:
+        edited.layers[1].output = edited.layers[1].output * factor
+    assert before == 5 and entered == ["in", "out"]
+    assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, lambda out: out * 5))
+    assert entered == ["in", "out"] * 2
+
+
+def test_over_several_lines(model, net, x):
+    with (
+        nullcontext(7) as factor,
+        model.edit(
+            inplace=False,
+        ) as edited,
+    ):
+        edited.layers[1].output = (
+            edited.layers[1].output
+            * factor
+        )  # fmt: skip
+    assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, lambda out: out * 7))
+
+
+def test_without_a_name(model, net, x):
+    with model.edit(inplace=True):
+        model.layers[1].output = model.layers[1].output * 2
+    assert torch.equal(model.trace(x).result, edited_result(net, x, 1, lambda out: out * 2))
+
+
+def test_one_in_another(model, net, x):
+    """Each statement is its own, as deep as it stands."""
+    with nullcontext():
+        for factor in (2, 3):
+            if factor == 3:
+                with model.edit() as edited:
+                    with torch.no_grad():
+                        with nullcontext(factor) as again:
+                            edited.layers[1].output = edited.layers[1].output * again
+    assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, lambda out: out * 3))
+
+
+def test_stored_in_an_attribute(model, net, x):
+    class Study:
+        __factor = 4
+
+        def prepare(self):
+            with model.edit() as self.edited:
+                self.edited.layers[1].output = self.edited.layers[1].output * self.__factor
+            return self
+
+    study = Study().prepare()
+    kept = study.edited
+    assert torch.equal(kept.trace(x).result, edited_result(net, x, 1, lambda out: out * 4))
+    assert study.edited is kept
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def inner(*args):
+        return function(*args)
+
+    return inner
+
+
+@decorated
+def make(model, *, pick=lambda value: value):
+    with model.edit() as edited: edited.layers[1].output = pick(edited.layers[1].output * 2)  # fmt: skip
+    return edited
+
+
+def test_decorated_function_with_a_lambda(model, net, x):
+    assert torch.equal(make(model).trace(x).result, edited_result(net, x, 1, lambda out: out * 2))
+
+
+def test_generator_function(model, net, x):
+    def editions():
+        for factor in (2, 3):
+            with model.edit() as edited:
+                edited.layers[1].output = edited.layers[1].output * factor
+            yield edited
+
+    for factor, edited in zip((2, 3), editions()):
+        assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, lambda out, factor=factor: out * factor))
+
+
+# ---- what names mean
+
+
+def test_names_have_the_value_they_have_there(model, net, x):
+    factor, kept, editions = 2, [], []
+    for index in range(3):
+        with model.edit() as edited:
+            edited.layers[index].output = edited.layers[index].output * factor
+            kept.append(index)
+        editions.append(edited)
+    factor = 100
+    for index, edited in enumerate(editions):
+        assert torch.equal(edited.trace(x).result, edited_result(net, x, index, lambda out: out * 2))
+    assert kept == [0, 1, 2] and factor == 100
+
+
+def test_globals(model, net, x):
+    global FACTOR, LATER
+    with model.edit() as edited:
+        edited.layers[1].output = LATER(edited.layers[1].output) * FACTOR
+    FACTOR, LATER = 10, None
+    try:
+        with pytest.raises(TypeError, match="NoneType"):
+            edited.trace(x).result
+    finally:
+        FACTOR = 3
+
+
+def test_function_defined_later_in_the_module(model, x):
+    with model.edit() as edited:
+        defined_below(edited)
+    with pytest.raises(KeyError, match="below"):
+        edited.trace(x).result
+
+
+def test_names_assigned_in_the_block_are_its_own(model, net, x):
+    count = 1
+    with model.edit() as edited:
+        count = count + 1
+        edited.layers[1].output = edited.layers[1].output * count
+    for _ in range(2):
+        assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, lambda out: out * 2))
+    assert count == 1
+
+
+def test_global_statement(model, x):
+    global LATER
+    with model.edit() as edited:
+        LATER = edited.layers[0].output
+    edited.trace(x).result
+    assert torch.equal(LATER, outputs(model._owner.layers[0], model._owner, x)[0])
+    LATER = None
+
+
+def test_functions_and_comprehensions_in_the_block(model, net, x):
+    weights = [1.0, 2.0]
+    with model.edit() as edited:
+        total = sum(weight * factor for weight in weights for factor in (1, 2))
+        scale = lambda value: value * total  # noqa: E731
+
+        def apply(layer):
+            layer.output = scale(layer.output)
+
+        apply(edited.layers[1])
+    assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, lambda out: out * 9))
+
+
+@pytest.mark.parametrize(
+    "line, word",
+    [("return 5", "return"), ("break", "break"), ("continue", "continue"), ("yield 5", "yield")],
+)
+def test_what_has_a_meaning_only_where_it_stands(line, word, tmp_path, model):
+    source = f"def make(model):\n    for _ in range(2):\n        with model.edit() as edited:\n            {line}\n"
+    with pytest.raises(SourceError, match=f"script.py:3 runs at another time, so `{word}` has no meaning"):
+        for _ in load(source, tmp_path)["make"](model) or ():
+            pass
+
+
+def test_loop_of_its_own_may_be_left(model, net, x):
+    with model.edit() as edited:
+        for layer in edited.layers:
+            layer.output = layer.output * 2
+            break
+    assert torch.equal(edited.trace(x).result, edited_result(net, x, 0, lambda out: out * 2))
+
+
+def test_nonlocal(model):
+    count = 0
+
+    def inner():
+        with model.edit():
+            nonlocal count
+            count += 1
+
+    with pytest.raises(SourceError, match="`nonlocal` has no meaning in it"):
+        inner()
+    assert count == 0 and model.edits == []
+
+
+# ---- where it is written
+
+
+def load(source, folder, name="script.py"):
+    """The names of a script that is run from a file."""
+    file = folder / name
+    file.write_text(textwrap.dedent(source))
+    names = {}
+    exec(compile(file.read_text(), str(file), "exec"), names)
+    return names
+
+
+def test_traceback_points_at_the_line(tmp_path, model, x):
+    source = """
+    def make(model):
+        with model.edit() as edited:
+            hidden = edited.layers[1].output
+            hidden.nothing_like_that
+        return edited
+    """
+    edited = load(source, tmp_path)["make"](model)
+    with pytest.raises(AttributeError, match="nothing_like_that") as caught:
+        edited.trace(x).result
+    last = traceback.extract_tb(caught.value.__traceback__)[-1]
+    assert (last.filename, last.lineno, last.line) == (
+        str(tmp_path / "script.py"),
+        5,
+        "hidden.nothing_like_that",
+    )
+
+
+SCRIPT = """
+import sys
+import torch
+from torch import nn
+from diffsight import Model, SourceError
+
+net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+x = torch.ones(2, 4)
+model = Model(net)
+try:
+    with model.edit() as edited:
+        edited[0].output[:] = 1
+except SourceError as error:
+    print(error)
+    @model.edit
+    def edited(run):
+        run[0].output[:] = 1
+assert torch.equal(edited.trace(x).result, net[2](torch.ones(2, 4)))
+print("done")
+"""
+
+
+def test_as_a_script(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "done\n", done.stderr
+
+
+@pytest.mark.parametrize("way", ["-c", "-"])
+def test_without_source(way):
+    given = {"input": SCRIPT} if way == "-" else {}
+    command = [sys.executable, way, *([SCRIPT] if way == "-c" else [])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **given)
+    *told, last = done.stdout.splitlines()
+    assert last == "done", done.stderr
+    if way == "-" or sys.version_info < (3, 13):  # from there on, Python keeps the source of `-c`
+        assert told[0].startswith("the source at <stdin>:11 " if way == "-" else "the source at <string>:11 ")
+        assert told[0].endswith("Write the block as a function, and pass that")
+
+
+def test_exec(model):
+    with pytest.raises(SourceError, match="<cell>:2 cannot be read"):
+        exec(compile("\nwith model.edit() as edited: edited.layers", "<cell>", "exec"), {"model": model})
+
+
+def test_notebook_cell(model, net, x):
+    """Notebooks enter the source of each cell in linecache."""
+    cell = "with model.edit() as edited:\n    edited.layers[1].output = edited.layers[1].output * 2\n"
+    name = "<ipython-input-1-0a1b2c>"
+    linecache.cache[name] = (len(cell), None, cell.splitlines(True), name)
+    names = {"model": model}
+    try:
+        exec(compile(cell, name, "exec"), names)
+    finally:
+        del linecache.cache[name]
+    assert torch.equal(names["edited"].trace(x).result, edited_result(net, x, 1, lambda out: out * 2))
+
+
+def test_file_that_has_changed(tmp_path, model):
+    source = "def make(model):\n    with model.edit() as edited:\n        edited.layers[0].output = 1\n"
+    make = load(source, tmp_path)["make"]
+    (tmp_path / "script.py").write_text(source.replace("edited.layers[0]", "edited.first.lin"))
+    with pytest.raises(SourceError, match="has changed since it was loaded"):
+        make(model)
+
+
+def test_entered_in_another_way(model):
+    with pytest.raises(SourceError, match="entered in another way"), ExitStack() as stack:
+        stack.enter_context(model.edit())
+
+
+# ---- what is left behind
+
+
+def test_trace_functions_are_put_back(model, net, x):
+    seen = []
+
+    def tracer(frame, event, argument):
+        seen.append(event)
+        return tracer
+
+    def make():
+        with model.edit() as edited:
+            edited.layers[1].output = edited.layers[1].output * 2
+        before = inspect.currentframe().f_trace
+        return edited, before
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        edited, local = make()
+        after = sys.gettrace()
+    finally:
+        sys.settrace(before)
+    assert after is tracer and local is tracer and seen.count("line") >= 3
+    assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, lambda out: out * 2))
+
+
+def test_no_trace_function_stays(model):
+    frame, before = inspect.currentframe(), sys.gettrace()
+    local = frame.f_trace, frame.f_trace_opcodes
+    with model.edit():
+        model.layers[0].output[:] = 0
+    assert sys.gettrace() is before and (frame.f_trace, frame.f_trace_opcodes) == local
+
+
+def test_error_in_the_head(model):
+    """Nothing is edited where the statement itself fails."""
+    before = sys.gettrace()
+    with pytest.raises(TypeError, match="item assignment"):
+        with model.edit(inplace=True) as ()[0]:
+            model.layers[0].output[:] = 0
+    assert model.edits == [] and sys.gettrace() is before
+
+
+def test_within_a_trace_function(model):
+    """Python calls no trace function while one runs, so that nothing can pass over the block."""
+    caught = []
+
+    def tracer(frame, event, argument):
+        try:
+            with model.edit():
+                caught.append("block")
+        except SourceError as error:
+            caught.append(error)
+
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        (lambda: None)()
+    finally:
+        sys.settrace(before)
+    assert caught[0] == "block" and "could not be passed over" in str(caught[1]) and model.edits == []
+
+
+def defined_below(run):
+    run.layers[0].output
+    raise KeyError("below")
