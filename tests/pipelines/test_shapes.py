@@ -70,6 +70,15 @@ def test_two_spellings_of_one_scene(relation, opposite):
     assert Scene((RED,), None, "gray").canonical() == Scene((RED,), None, "gray")
 
 
+@pytest.mark.parametrize("relation, opposite", [("below", "above"), ("right of", "left of")])
+def test_a_scene_is_told_from_either_place(relation, opposite):
+    first, second = Scene((BLUE, RED), opposite, "gray"), Scene((RED, BLUE), relation, "gray")
+    assert first.told_from(0) == second.told_from(0) == first
+    assert first.told_from(1) == second.told_from(1) == second
+    assert Scene((RED,), None, "gray").told_from(1) == Scene((RED,), None, "gray")
+    assert render(first, random.Random(0)).tobytes() == render(second, random.Random(0)).tobytes()
+
+
 def test_the_canonical_spelling_has_no_nouns():
     noun, thing = next(iter(NOUNS.items()))
     assert thing.noun == noun
