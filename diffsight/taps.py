@@ -14,10 +14,9 @@ and the signatures stay those of the original.
 import functools
 import inspect
 import math
-import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from threading import RLock
 from types import MappingProxyType, MethodType
@@ -34,6 +33,7 @@ FORWARD = "forward"
 INPUTS, OUTPUT = "inputs", "output"
 LAST = math.inf  # the turn of all bodies that are no edits
 _WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the module itself
+_UNCOMPILED = "_torchdynamo_orig_callable"  # of a function that `torch.compile(function)` makes: the function itself
 _COMPILED = "_compiled_call_impl"  # of a module after `module.compile()`: what its calls go to
 _OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; copies carry it along
 
@@ -76,9 +76,11 @@ class Target:
         return children if wrapped is None else {**wrapped.children(), **children}
 
     def is_compiled(self) -> bool:
-        """Whether `torch.compile(module)` or `module.compile()` made this: what happens within is not to be seen."""
+        """Whether `torch.compile` made it, or what it calls: what happens within is not to be seen."""
         known = vars(self.owner)
-        return _WRAPPED in known.get("_modules", ()) or known.get(_COMPILED) is not None
+        if _WRAPPED in known.get("_modules", ()) or known.get(_COMPILED) is not None:
+            return True
+        return _UNCOMPILED in getattr(known.get("forward"), "__dict__", ())
 
     def called_children(self) -> Iterator["Target"]:
         """The children; in the place of a list or dict, which is never called itself, those in it."""
@@ -360,17 +362,6 @@ def _after(flow: Any, module: nn.Module, args: tuple, output: Any) -> Any:
     return None
 
 
-def _may_compile() -> bool:
-    """Whether anything may have been compiled: what does that is loaded, which takes a second and is not done here."""
-    return "torch._dynamo" in sys.modules
-
-
-@functools.cache
-def _outside_of_graphs(function: Callable) -> Callable:
-    """The function, not to be traced by `torch.compile`: compiled code is left for it, and entered again."""
-    return torch.compiler.disable(function)
-
-
 class _Hook(functools.partial):
     """A hook of one run. A copy of a module keeps it as it is: it does nothing there."""
 
@@ -385,10 +376,7 @@ class Hooks:
     it makes: with a hook on every neighbour of what a run reads, handles are the larger part of what a run costs."""
 
     def __init__(self, flow: Any) -> None:
-        functions: Iterable[Callable] = (_count, _before, _after)
-        if _may_compile():
-            functions = map(_outside_of_graphs, functions)
-        self.counter, self.before, self.after = (_Hook(function, flow) for function in functions)
+        self.counter, self.before, self.after = _Hook(_count, flow), _Hook(_before, flow), _Hook(_after, flow)
 
     def put_counter(self, module: nn.Module) -> None:
         module._forward_pre_hooks[self.counter] = self.counter
@@ -448,12 +436,13 @@ class ForwardOverride(Override):
             function = own if own is not None else functools.partial(type(module).forward, module)
             if tap is None:
                 return function(*args, **kwargs)
-            return tap.run(module._modules[_WRAPPED] if tap.inside else function, args, kwargs)
+            if tap.inside:
+                wrapped = module._modules.get(_WRAPPED)
+                function = wrapped if wrapped is not None else getattr(own, _UNCOMPILED)
+            return tap.run(function, args, kwargs)
 
         if own is not None:  # its signature has no place for the module
             maybe_skip.__signature__ = _with_self(own)
-        if _may_compile():
-            maybe_skip = torch.compiler.disable(maybe_skip)
         self.put = self.target.__dict__["forward"] = MethodType(maybe_skip, self.target)
 
     def take_off(self) -> None:

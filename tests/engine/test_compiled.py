@@ -38,6 +38,11 @@ def wrap_whole(net, backend):
     return torch.compile(net, backend=backend)
 
 
+def compile_forward(net, backend):
+    net.layers[1].forward = torch.compile(net.layers[1].forward, backend=backend)
+    return net
+
+
 @pytest.fixture
 def counter():
     torch._dynamo.reset()
@@ -45,9 +50,11 @@ def counter():
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=[compile_layer, compile_whole, wrap_layer, wrap_whole], ids=lambda way: way.__name__)
+@pytest.fixture(
+    params=[compile_layer, compile_whole, compile_forward, wrap_layer, wrap_whole], ids=lambda way: way.__name__
+)
 def compiled(request, counter, x):
-    """The net compiled in one of four ways, which has run once; and the same one as it was."""
+    """The net compiled in one of five ways, which has run once; and the same one as it was."""
     net = request.param(Net(), counter)
     net(x)
     return net
