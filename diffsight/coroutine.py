@@ -42,18 +42,18 @@ class TorchState(NamedTuple):
     def restore(self, before: "TorchState") -> None:
         """Sets grad mode, and autocast and function modes where they differ from `before`, the state that is on;
         inference mode needs a guard, see `Coroutine.resume`."""
+        switches = self.modes != before.modes
+        for _ in before.modes if switches else ():  # first off and last on: a mode sees what is set here as well
+            _pop_torch_function_stack()
         torch._C._set_grad_enabled(self.grad)
-        if self.modes != before.modes:
-            for _ in before.modes:
-                _pop_torch_function_stack()
-            for mode in self.modes:
-                _push_on_torch_function_stack(mode)
         if self.autocast != before.autocast:
             devices, cache = self.autocast
             for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, devices):
                 torch.set_autocast_enabled(device, enabled)
                 torch.set_autocast_dtype(device, dtype)
             torch.set_autocast_cache_enabled(cache)
+        for mode in self.modes if switches else ():
+            _push_on_torch_function_stack(mode)
 
 
 class Call:

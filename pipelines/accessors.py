@@ -160,7 +160,8 @@ class Accessors:
             target = model._target_named(model._target, name)
             if target is None and name == "lm_head":
                 raise PointNotFoundError(f"{type(model._owner).__name__} has no lm_head that was found")
-            hidden = hidden if target is None else target.call(hidden)
+            if target is not None:
+                hidden = target.call(hidden) if isinstance(target, Span) else target.owner(hidden)
         return hidden
 
     # ---- parts
