@@ -99,7 +99,8 @@ class LanguageRun(Run):
             stopped = self._flow.outcome is not None and not self._flow.has_result and self._chosen.steps
             result = self._chosen.steps[-1] if stopped else self.result
             ids = result["sequences"] if isinstance(result, Mapping) else result
-            start = 0 if self._model._owner.config.is_encoder_decoder else self.tokens.shape[-1]
+            has_prompt = self.tokens is not None and not self._model._owner.config.is_encoder_decoder
+            start = self.tokens.shape[-1] if has_prompt else 0
             return _one_or_many([self._model._decode(row) for row in ids[:, start:]])
 
     def stream(self) -> Iterator[str | list[str]]:
@@ -156,9 +157,7 @@ class LanguageModel(Accessors, Model):
         given = _checked(net, names or {})
         found = model_names(net) | {name: path for name, path in given.items() if name in _OF_MODEL}
         found = {name: path for name, path in found.items() if path is not None}
-        self.__dict__.update(
-            tokenizer=tokenizer, _given=given, _found=found, _known=WeakKeyDictionary(), _structure=None
-        )
+        self.__dict__.update(tokenizer=tokenizer, _given=given, _known=WeakKeyDictionary(), _structure=None)
         if "layers" in found:
             for layer in net.get_submodule(found["layers"]):
                 self._known[layer] = self._of_layer(layer)

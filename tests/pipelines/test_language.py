@@ -391,6 +391,39 @@ def test_a_stopping_criterion_of_the_user_works_on(model):
     assert run.result.shape[1] == ids(PROMPT).shape[1] + 2
 
 
+@pytest.mark.parametrize("build", [gpt2, mamba, t5, bert])
+def test_a_scan_gives_shapes(build):
+    model = LanguageModel((build(), TOKENIZER))
+    with model.trace([PROMPT, LONGER]) as run:
+        hidden, logits = run.layers_output[1].shape, run.logits.shape
+    with model.scan([PROMPT, LONGER]) as run:
+        seen = run.layers_output[1]
+        assert (seen.shape, seen.device.type) == (hidden, "meta")
+        assert run.rows[0].layers_output[-1].shape == (1, *hidden[1:])
+        assert run.logits.shape == logits
+
+
+def test_a_function_for_every_row(model):
+    with model.trace([PROMPT, LONGER]) as run:
+        norms = run.each(lambda row: row.layers_output[row.index][:, -1].norm().item())
+    with model.trace([PROMPT, LONGER]) as other:
+        first = other.layers_output[0][0, -1].norm().item()
+        second = other.layers_output[1][1, -1].norm().item()
+    assert norms == [first, second]
+
+
+def test_a_record_by_standard_names(model):
+    with model.trace(PROMPT) as run:
+        kept = run.record(["layers[*].output", "lm_head"])
+    assert [tuple(value.shape) for value in kept.values()] == [(1, 4, 32)] * 3 + [(1, 4, SIZE)]
+
+
+def test_writing_from_embeddings(model, net):
+    embedded = net.transformer.wte(ids(PROMPT))
+    run = model.generate(inputs_embeds=embedded, attention_mask=torch.ones_like(ids(PROMPT)), max_new_tokens=4)
+    assert run.text == model.generate(PROMPT, max_new_tokens=4).text
+
+
 # Where it comes from
 
 
