@@ -34,8 +34,8 @@ from diffsight.taps import FORWARD, Target
 from .accessors import Accessors, LanguageEnvoy
 from .checking import check_names
 from .language_loading import Source, load_language_model
-from .naming import embeddings, layer_names, model_names, standard_names
-from .spans import module_at, target_at
+from .naming import are_layers, embeddings, is_list, layer_names, model_names, standard_names
+from .spans import is_at, module_at, target_at
 from .texts import Inputs, encode
 
 
@@ -157,15 +157,13 @@ class LanguageModel(Accessors, Model):
         given = _checked(net, names or {})
         found = model_names(net) | {name: path for name, path in given.items() if name in _OF_MODEL}
         found = {name: path for name, path in found.items() if path is not None}
-        self.__dict__.update(tokenizer=tokenizer, _given=given, _known=WeakKeyDictionary(), _structure=None)
-        if "layers" in found:
-            for layer in net.get_submodule(found["layers"]):
-                self._known[layer] = self._of_layer(layer)
-        self._known[net] = found
+        stacks = [module for module in net.modules() if is_list(module) and are_layers(module)]
+        stacks += [net.get_submodule(found["layers"])] if "layers" in found else []
+        self.__dict__.update(tokenizer=tokenizer, _given=given, _stacks=stacks, _targets={}, _structure=None)
+        self.__dict__["_known"] = WeakKeyDictionary({net: found})
         inputs = _trial(net)
         if inputs:
-            layers = self._known.get
-            self.__dict__["_structure"] = check_names(net, found, inputs, lambda layer: layers(layer, {}))
+            self.__dict__["_structure"] = check_names(net, found, inputs, self._names_of)
 
     def trace(self, inputs: Any = None, *, grad: bool = False, **kwargs: Any) -> LanguageRun:
         """A run of one forward pass: `with model.trace("The Eiffel Tower is in") as run:`.
@@ -259,11 +257,17 @@ class LanguageModel(Accessors, Model):
     # ---- names
 
     def _names_of(self, owner: Any) -> Mapping[str, str]:
-        if owner not in self._known and isinstance(owner, PreTrainedModel):
-            found = self._known[owner] = standard_names(owner)
-            for layer in owner.get_submodule(found["layers"]) if found else ():
-                self._known.setdefault(layer, self._of_layer(layer))
-        return self._known.get(owner, {}) if isinstance(owner, nn.Module) else {}
+        if not isinstance(owner, nn.Module):
+            return {}
+        if owner not in self._known:
+            self._known[owner] = self._find_names(owner)
+        return self._known[owner]
+
+    def _find_names(self, part: nn.Module) -> dict[str, str]:
+        """Of a layer of any stack of them; of an encoder, or whatever else is a model in the model."""
+        if any(part is layer for layers in self._stacks for layer in layers):
+            return self._of_layer(part)
+        return standard_names(part) if isinstance(part, PreTrainedModel) else {}
 
     def _of_layer(self, layer: nn.Module) -> dict[str, str]:
         found = layer_names(layer) | {name: path for name, path in self._given.items() if name in _OF_LAYER}
@@ -271,7 +275,13 @@ class LanguageModel(Accessors, Model):
 
     def _target_named(self, outer: Target, name: str) -> Target | None:
         real = self._names_of(outer.owner).get(name)
-        return None if real is None else target_at(outer, name, real)
+        if real is None:
+            return None
+        key = (*outer.key, outer.path, name)
+        known = self._targets.get(key)
+        if known is None or not is_at(known, outer, real):
+            known = self._targets[key] = target_at(outer, name, real)
+        return known
 
     def _bound(self, run: Run, part: Part | None = None) -> LanguageEnvoy:
         return LanguageEnvoy(self, self._target, run, part=part)

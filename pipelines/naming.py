@@ -49,11 +49,11 @@ def model_names(model: nn.Module) -> dict[str, str]:
 def standard_names(encoder: nn.Module) -> dict[str, str]:
     """Name to real path from `encoder`: `{"layers": "encoder.layers", "ln_final": "final_layer_norm"}`. What is not
     found is left out."""
-    lists = {path: module for path, module in encoder.named_modules() if path and _is_list(module)}
+    lists = {path: module for path, module in encoder.named_modules() if path and is_list(module)}
     if not lists:
         return {}
     lists = _beside_words(encoder, lists)
-    lists = {path: module for path, module in lists.items() if _are_layers(module)} or lists
+    lists = {path: module for path, module in lists.items() if are_layers(module)} or lists
     sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in lists.items()}
     layers = max(lists, key=lambda path: (-path.count("."), sizes[path]))
     norm = _norm_beside(encoder, layers)
@@ -79,11 +79,12 @@ def layer_names(layer: nn.Module) -> dict[str, str]:
 # ---- of a model
 
 
-def _is_list(module: nn.Module) -> bool:
+def is_list(module: nn.Module) -> bool:
+    """Whether it is a list of modules."""
     return isinstance(module, nn.ModuleList) and len(module) > 0
 
 
-def _are_layers(modules: nn.ModuleList) -> bool:
+def are_layers(modules: nn.ModuleList) -> bool:
     """Whether each of them holds an attention, or what stands in its place, without being one."""
     return all(any(_MIXER_CLASS.search(type(m).__name__) for m in list(layer.modules())[1:]) for layer in modules)
 
@@ -165,7 +166,7 @@ def _part(layer: nn.Module, name: re.Pattern, cls: re.Pattern) -> str | None:
     fitting = fitting or [
         f"{child}.{inner}"
         for child, module in children
-        if _is_list(module)
+        if is_list(module)
         for inner, part in _inside(module)
         if cls.search(type(part).__name__) or name.fullmatch(inner.rpartition(".")[2])
     ]

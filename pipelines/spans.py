@@ -78,6 +78,14 @@ def target_at(outer: Target, name: str, real: str) -> Target:
     return Span(outer, name, first, last, chain)
 
 
+def is_at(target: Target, outer: Target, real: str) -> bool:
+    """Whether a target, made before for the real path below `outer`, is still what stands there."""
+    first, _, last = real.partition(":")
+    if isinstance(target, Span):
+        return target.first.owner is _below(outer, first).owner and target.last.owner is _below(outer, last).owner
+    return target.owner is _below(outer, first).owner
+
+
 def _below(outer: Target, path: str) -> Target:
     found = outer
     for step in path.split("."):

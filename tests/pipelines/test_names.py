@@ -103,6 +103,31 @@ def test_the_tree_shows_the_names(gpt2):
     assert len(gpt2.layers) == 2
 
 
+def test_layers_of_both_halves_by_any_path():
+    sizes = {
+        f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))
+    }
+    config = transformers.BartConfig(vocab_size=64, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, **sizes)
+    model = LanguageModel(transformers.BartForConditionalGeneration(config).eval())
+    with model.trace(IDS) as run:
+        by_name = run.encoder.layers[0].mlp.output
+    with model.trace(IDS) as run:
+        assert torch.equal(run.model.encoder.layers[0].mlp.output, by_name)
+        assert run.layers[0].mlp.output.shape == (1, 1, 32)
+
+
+def test_a_part_that_is_exchanged():
+    net, other = architectures.build_causal("gpt2"), architectures.build_causal("gpt2")
+    model = LanguageModel(net)
+    assert model.layers[0].self_attn._owner is net.transformer.h[0].attn
+    net.transformer.h[0] = other.transformer.h[1]
+    net.transformer.ln_f = other.transformer.ln_f
+    assert model.layers[0].self_attn._owner is other.transformer.h[1].attn
+    assert model.ln_final._owner is other.transformer.ln_f
+    with model.trace(IDS) as run:
+        assert torch.equal(run.attentions_output[0], seen(net, "transformer.h.0.attn")[0][0])
+
+
 def test_an_mlp_that_is_no_module(nets):
     """OPT's layers call fc1 and fc2 themselves."""
     net, model = nets["opt"], LanguageModel(nets["opt"])
