@@ -83,7 +83,7 @@ def check_names(
     where the pass cannot be made."""
     watch = _Watch(model, names, parts)
     try:
-        with torch.no_grad(), _unchanged(model), watch:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _unchanged(model), watch:
             try:
                 fake = _fake(model)
                 watch.run(

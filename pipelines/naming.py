@@ -33,10 +33,13 @@ _ATTENTIONS_NAMED_NORM = {"norm_attn_norm"}  # DBRX: holds the attention and the
 def model_names(model: nn.Module) -> dict[str, str]:
     """Name to real path for a whole model: `layers`, `ln_final`, `embed_tokens`, `lm_head`; of a model with two halves
     these are the decoder's, and `encoder` and `decoder` are named too. What is not found is left out."""
+    compiled = model._modules.get("_orig_mod")
+    if compiled is not None:  # by torch.compile, which wraps it
+        return {name: _below("_orig_mod", real) for name, real in model_names(compiled).items()}
     halves = {half: path for half in ("encoder", "decoder") if (path := _half(model, half))}
     trunk = halves.get("decoder", "") if len(halves) == 2 else ""
     found = standard_names(model.get_submodule(trunk))
-    names = {name: f"{trunk}.{path}" if trunk else path for name, path in found.items()}
+    names = {name: _below(trunk, path) for name, path in found.items()}
     words = embeddings(model.get_submodule(trunk)) or embeddings(model)
     if words is not None and not isinstance(words, nn.ModuleList):  # sound has one for each codebook
         names["embed_tokens"] = _path_of(model, words)
@@ -77,6 +80,11 @@ def layer_names(layer: nn.Module) -> dict[str, str]:
 
 
 # ---- of a model
+
+
+def _below(outer: str, real: str) -> str:
+    """A real path or span within the module at the path `outer`, from further up."""
+    return ":".join(f"{outer}.{path}" if outer else path for path in real.split(":"))
 
 
 def is_list(module: nn.Module) -> bool:

@@ -116,6 +116,14 @@ def test_layers_of_both_halves_by_any_path():
         assert run.layers[0].mlp.output.shape == (1, 1, 32)
 
 
+def test_a_compiled_model(nets):
+    """`torch.compile` wraps a model; what lies in it keeps its names."""
+    model = LanguageModel(torch.compile(nets["gpt2"]))
+    with model.trace(IDS) as run:
+        assert torch.equal(run.layers_output[1], seen(nets["gpt2"], "transformer.h.1")[0][0])
+        assert torch.equal(run.lm_head.output, nets["gpt2"](IDS).logits)
+
+
 def test_a_part_that_is_exchanged():
     net, other = architectures.build_causal("gpt2"), architectures.build_causal("gpt2")
     model = LanguageModel(net)
