@@ -403,6 +403,33 @@ def test_a_scan_gives_shapes(build):
         assert run.logits.shape == logits
 
 
+def test_edits_stay_on(model, net):
+    @model.edit
+    def edited(run):
+        run.layers_output[1][:, -1] = 0
+
+    with edited.edit(inplace=True):
+        edited.steer(2, torch.ones(32))
+    with model.trace(PROMPT) as run:
+        run.layers_output[1][:, -1] = 0
+        run.steer(2, torch.ones(32))
+    assert torch.equal(edited.trace(PROMPT).result.logits, run.result.logits)
+    assert torch.equal(model.trace(PROMPT).result.logits, net(ids(PROMPT)).logits)
+
+
+def test_an_edit_of_every_step(model):
+    token = TOKENIZER("red", add_special_tokens=False)["input_ids"][0]
+
+    @model.edit
+    def edited(run):
+        for _ in run.steps:
+            run.logits[:, -1, token] = 1e4
+
+    assert edited.generate(PROMPT, max_new_tokens=3).text == "redredred"
+    with edited.generate(PROMPT, max_new_tokens=3) as run:
+        assert [step.tokens.item() for step in run.steps] == [token] * 3
+
+
 def test_a_function_for_every_row(model):
     with model.trace([PROMPT, LONGER]) as run:
         norms = run.each(lambda row: row.layers_output[row.index][:, -1].norm().item())
