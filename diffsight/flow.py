@@ -114,7 +114,7 @@ class Flow:
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
         self.has_result = False
         self.result: Any = None
-        self._stands = "before its first call"
+        self._stands: Point | str = "before its first call"  # where the model is, or last was
 
     @property
     def scope(self) -> Scope:
@@ -320,7 +320,12 @@ class Flow:
             self._places = self.find_places()
         for place in self._places.get(target.key, ()):
             self._tap_around(place)
-        return self._tap(target, self._tap_around(target))
+        if not self._is_known(target.outer):
+            return self._tap(target, self._tap_around(target))
+        outer = target.outer
+        while outer is not None and not outer.is_called:
+            outer = outer.outer
+        return self._tap(target, None if outer is None else self.taps[outer.key])
 
     def _tap_around(self, target: Target) -> Tap | None:
         """Taps the modules around `target` and what lies directly in them; gives the tap of the innermost."""
@@ -408,6 +413,8 @@ class Flow:
         return tap, tap.step_base if scope.in_step else 0
 
     def _unseen(self, tap: Tap) -> int:
+        if not tap.unseen and not tap.unseen_in_step:
+            return 0
         if not self.scope.in_step:
             return tap.unseen
         return tap.unseen_in_step if tap.born_in == self.clock.index else 0
@@ -437,7 +444,10 @@ class Flow:
         )
 
     def _where(self) -> str:
-        return f"{self._stands} in step {self.clock.index}" if self.clock.index >= 0 else self._stands
+        at = self._stands
+        if isinstance(at, Point):
+            at = f"at {_as_written(at.tap.target, 'output' if at.kind == OUTPUT else 'input', at.index)}"
+        return f"{at} in step {self.clock.index}" if self.clock.index >= 0 else at
 
     def _check_thread(self, path: str) -> None:
         if get_ident() != self.thread:
@@ -509,7 +519,10 @@ class Flow:
         for other, other_key in waits:
             other.awaited.setdefault(other_key, []).append(in_step)
         try:
-            with self.scope.within(self.clock.index) if in_this_step else nullcontext():
+            if in_this_step:
+                with self.scope.within(self.clock.index):
+                    point = self._run_until(waits)
+            else:
                 point = self._run_until(waits)
         finally:
             for other, other_key in waits:
@@ -603,7 +616,7 @@ class Flow:
     def _end_with(self, result: Any) -> None:
         """The model has ended."""
         self.result, self.has_result = result, True
-        self.unreached += [a for tap in self.taps.values() for a in tap.waiting()]
+        self.unreached += [a for tap in self.taps.values() if tap.open for a in tap.waiting()]
         self._end(ENDED)
         for body in self.bodies:
             if not body.dead:
@@ -636,6 +649,7 @@ class Flow:
         self.outcome = outcome
         self.closing = True
         self.parked = self.coroutine = None
+        self._stands = outcome  # and no value is held
         self._calls.clear()
         for tap in self.taps.values():
             tap.remove()
@@ -677,7 +691,7 @@ class Flow:
     def park(self, point: Point, edit: "EditBody | None" = None) -> None:
         """Hands a point to the body, or to an edit whose turn it is, until the model is resumed."""
         self._turn = edit
-        self._stands = f"at {_as_written(point.tap.target, 'output' if point.kind == OUTPUT else 'input', point.index)}"
+        self._stands = point
         self.coroutine.park(point)
 
 

@@ -218,8 +218,10 @@ class Tap:
         if self.override is not None:
             self.override.remove()
             self.override = None
-        if self.target.name == FORWARD:
+        if self.target.name == FORWARD and self.open:
             self.flow.hooks.take_off(self.target.owner)
+        elif self.target.name == FORWARD:
+            self.target.owner._forward_pre_hooks.pop(self.flow.hooks.counter, None)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A call begins. Gives new inputs, or None where they stay as they are."""
@@ -395,10 +397,9 @@ class Hooks:
         module._forward_hooks.move_to_end(self.after, last=False)
 
     def take_off(self, module: nn.Module) -> None:
-        if module._forward_pre_hooks.pop(self.counter, None) is None:
-            module._forward_pre_hooks.pop(self.before, None)
-            module._forward_pre_hooks_with_kwargs.pop(self.before, None)
-            module._forward_hooks.pop(self.after, None)
+        module._forward_pre_hooks.pop(self.before, None)
+        module._forward_pre_hooks_with_kwargs.pop(self.before, None)
+        module._forward_hooks.pop(self.after, None)
 
 
 class Override:
