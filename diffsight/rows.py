@@ -134,7 +134,9 @@ def make_rows(run: "Run", sizes: list[int]) -> tuple[Row, ...]:
 
 def each(rows: Sequence[Row], functions: Callable[[Row], Any] | Sequence[Callable[[Row], Any]]) -> list[Any]:
     """Every function as a body of its own over its own row; what they return."""
-    functions = [functions] * len(rows) if callable(functions) else list(functions)
+    functions = [functions] * len(rows) if callable(functions) else functions
+    if not isinstance(functions, Sequence) or not all(map(callable, functions)):
+        raise InputError("run.each takes a function of a row, or a list of functions, one a row")
     if len(functions) != len(rows):
         raise InputError(f"run.each has {len(functions)} functions for {len(rows)} rows: give one, or one a row")
     flow = rows[0]._run._flow
