@@ -321,3 +321,17 @@ def test_each_takes_functions(net, inputs):
     with pytest.raises(InputError, match="a function of a row"):
         with Model(net).trace(inputs) as run:
             run.each(None)
+
+
+@pytest.mark.parametrize(
+    "value, told",
+    [
+        ((torch.zeros(1, 4), None), "holds a Tensor where a NoneType was assigned"),
+        ((torch.zeros(1, 4),), "holds 2 values; it takes no tuple of 1"),
+    ],
+)
+def test_a_row_takes_what_the_output_holds(net, inputs, value, told):
+    with pytest.raises(AssignmentError, match=rf"rows\[1\].pair.output .*{told}"):
+        with Model(net).trace(inputs) as run:
+            run.rows[1].pair.output = value
+    assert not net._forward_hooks
