@@ -10,6 +10,7 @@ run.finish()
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -152,7 +153,8 @@ class Run:
                     run.finish()
         finally:
             for run in runs:
-                run._flow.close("an error ended its body")
+                if run._flow.thread == get_ident():  # else it is still open for the thread that it belongs to
+                    run._flow.close("an error ended its body")
         if isinstance(error, DiffsightError) and not is_from_edit(error):
             _end_at_users_line(trace)
 
