@@ -115,7 +115,7 @@ class Tracer(Run):
     @property
     def invoker(self) -> "Tracer":
         """The invoke opened last; the run itself, if it was given its input."""
-        return self._invoked[-1] if self._invoked else self
+        return self._pass
 
     @property
     def inputs(self) -> tuple[tuple, dict]:
@@ -139,7 +139,7 @@ class Tracer(Run):
 
     def next(self, step: int = 1) -> "Tracer":
         """Goes on to the next step (the next token)."""
-        flow = self._flow
+        flow = self._pass._flow
         for _ in range(step + (flow.scope.step < 0)):
             flow.next_step()
         return self

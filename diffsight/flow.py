@@ -109,7 +109,7 @@ class Flow:
         self._scope = Scope()
         self.unreached: list[Assignment] = []
         self.watch: Watch | None = None
-        self.misshapen: list[str] = []  # values assigned in another shape than the model's own, in words
+        self.misshapen: list[str] = []  # values assigned in another shape or type than the model's own, in words
         self.closing = False  # the model is being unwound: taps let everything pass
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
         self.has_result = False
@@ -184,7 +184,8 @@ class Flow:
         as the model goes on with it."""
         self._check_open(path)
         tap, first = self._locate(target, kind)
-        if self._passed(tap, (kind, first)):
+        stands_there = self.parked is not None and self.parked is tap.points.get((kind, first))
+        if not stands_there and self._passed(tap, (kind, first)):
             raise OutOfOrderError(self._too_late(path, "asked for"))
         tap.keepers.setdefault(kind, []).append(function)
 
@@ -211,7 +212,7 @@ class Flow:
     def run_on(self) -> None:
         """Runs the rest of the model."""
         self._check_thread("run.result")
-        self._check_no_edit("run.result")
+        self._check_leads("run.result")
         self._scope.stop_at_steps = False
         while self.outcome is None:
             self._resume()
@@ -228,7 +229,7 @@ class Flow:
     def each(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
         """Runs `functions` as bodies of their own, side by side, until all have ended; gives what they returned."""
         self._check_open("run.each")
-        self._check_no_edit("run.each")
+        self._check_leads("run.each")
         self._start()
         bodies = [Body(function, self) for function in functions]
         try:
@@ -464,9 +465,16 @@ class Flow:
         if self.scope.edit is not None:
             self.scope.edit.edit.touches[path] = None
 
-    def _check_no_edit(self, path: str) -> None:
-        if self.scope.edit is not None:
+    def _check_leads(self, path: str) -> None:
+        """Whether what runs now is the body that opened the run."""
+        scope = self.scope
+        if scope.edit is not None:
             raise InputError(f"{path}: an edit goes along with its run. It can read and assign, and cannot run it")
+        if scope is not self._scope:
+            raise InputError(
+                f"{path}: a function of run.each goes along with the run. It can read and assign, and cannot run it: "
+                "ask when run.each has returned"
+            )
 
     def _check_open(self, path: str) -> None:
         self._check_thread(path)
@@ -609,9 +617,9 @@ class Flow:
     def _fail(self, error: BaseException) -> None:
         """The model has ended with an error."""
         self._end(f"its model failed with {type(error).__name__}")
-        if self.misshapen and isinstance(error, (RuntimeError, ValueError)):
-            shapes = "\n".join(self.misshapen)
-            raise AssignmentError(f"{shapes}\nWith that the model failed: {error}") from error
+        if self.misshapen and isinstance(error, (RuntimeError, ValueError, IndexError)):
+            told = "\n".join(self.misshapen)
+            raise AssignmentError(f"{told}\nWith that the model failed: {error}") from error
 
     def _end_with(self, result: Any) -> None:
         """The model has ended."""

@@ -74,8 +74,11 @@ class Model(Envoy):
             raise PointNotFoundError(f"{type(self._owner).__name__} has no generate method; trace() runs its forward")
         again = None if args else partial(self.generate, grad=grad, **kwargs)
         args, sizes = _batch(args, kwargs)
-        function = with_gradients(function) if grad else function
-        return self._new_run(lambda: function(*args, **kwargs), sizes, again, grad)
+
+        def call() -> Any:  # looked up when it is called, since it may be tapped by then
+            return (with_gradients(function) if grad else self._owner.generate)(*args, **kwargs)
+
+        return self._new_run(call, sizes, again, grad)
 
     def scan(self, *args: Any, **kwargs: Any) -> Run:
         """A run on shapes alone: `with model.scan(x) as run: width = run.layers[2].output.shape[-1]`. It takes the

@@ -51,8 +51,12 @@ class Part:
         """`whole` with `value` in this part of it. Tensors are copied first, unless they are among `copies`."""
         wholes, tree = tree_flatten(whole)
         values, _ = tree_flatten(value)
-        if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor) or len(wholes) != len(values):
+        if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
             raise AssignmentError(f"{path} is a {type(whole).__name__}; it takes no {type(value).__name__}")
+        if len(wholes) != len(values):
+            raise AssignmentError(
+                f"{path} holds {len(wholes)} values; it takes no {type(value).__name__} of {len(values)}"
+            )
         return tree_unflatten([self._put(w, v, path, copies) for w, v in zip(wholes, values)], tree)
 
     def _take(self, leaf: Any, path: str) -> Any:
@@ -64,7 +68,9 @@ class Part:
         return leaf
 
     def _put(self, whole: Any, value: Any, path: str, copies: set[int]) -> Any:
-        if not isinstance(whole, torch.Tensor) or not (isinstance(value, torch.Tensor) and self._is_batch(whole)):
+        if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
+            raise AssignmentError(f"{path} holds a {type(whole).__name__} where a {type(value).__name__} was assigned")
+        if not isinstance(whole, torch.Tensor) or not self._is_batch(whole):
             return whole
         part = self._slice(whole, path)
         if value.shape != whole[part].shape:
@@ -134,7 +140,9 @@ def make_rows(run: "Run", sizes: list[int]) -> tuple[Row, ...]:
 
 def each(rows: Sequence[Row], functions: Callable[[Row], Any] | Sequence[Callable[[Row], Any]]) -> list[Any]:
     """Every function as a body of its own over its own row; what they return."""
-    functions = [functions] * len(rows) if callable(functions) else list(functions)
+    functions = [functions] * len(rows) if callable(functions) else functions
+    if not isinstance(functions, Sequence) or not all(map(callable, functions)):
+        raise InputError("run.each takes a function of a row, or a list of functions, one a row")
     if len(functions) != len(rows):
         raise InputError(f"run.each has {len(functions)} functions for {len(rows)} rows: give one, or one a row")
     flow = rows[0]._run._flow

@@ -10,6 +10,7 @@ run.finish()
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -63,20 +64,22 @@ class Run:
 
     def stop(self) -> None:
         """Ends the model where it stands; what was read stays valid."""
-        self._flow._check_thread("run.stop")
-        self._flow.close(STOPPED)
+        flow = self._pass._flow
+        flow._check_thread("run.stop")
+        flow.close(STOPPED)
 
     @property
     def steps(self) -> "Steps":
         """The run's steps, as the model enters them: `for step in run.steps:`, or a part, `run.steps[10:20]`."""
-        return Steps(self)
+        return Steps(self._pass)
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """One view per input: `x, y, z = run.rows`. Raises InputError where no batch was given."""
-        if not self._sizes:
+        run = self._pass
+        if not run._sizes:
             raise InputError("this run has no rows: none of its inputs is a batch of tensors")
-        return make_rows(self, self._sizes)
+        return make_rows(run, run._sizes)
 
     def each(self, functions: Callable[[Row], Any] | Sequence[Callable[[Row], Any]]) -> list[Any]:
         """Runs a function for every row (or a list of functions, one a row) over the one forward pass, each at its own
@@ -100,8 +103,10 @@ class Run:
                     model.layers[2].output = clean      # any value of an earlier pass is there
             first, second = run.result
 
-        Each pass runs where it stands; `part.inputs` are its inputs as the model gets them."""
-        self._flow._check_no_edit("run.invoke")
+        Each pass runs where it stands; `part.inputs` are its inputs as the model gets them. What is asked of the run
+        itself (`run.<path>`, `run.steps`, `run.rows`, `run.stop()`) is asked of the last pass; only `run.result` is of
+        all."""
+        self._flow._check_leads("run.invoke")
         if self._again is None or self._flow.taps or (self._flow.outcome is not None and not self._invoked):
             raise InputError("invoke needs a run that was opened without input: `with model.trace() as run:`")
         self._flow.close("its passes are those of run.invoke(...)")
@@ -125,10 +130,11 @@ class Run:
 
         Gives a dictionary of path to value, see `Record`; inside a loop over steps a list, one value a step. Tensors
         are copies, on `device` and (floating point) of type `dtype` where these are given; with `detach=False` they
-        stay part of the graph and may be the model's own.
+        stay part of the graph and may be the model's own. Objects that hold tensors, such as a cache of keys and
+        values, are kept as they are, and not counted.
 
         Raises PointNotFoundError where a pattern matches nothing, OutOfOrderError for what the model has passed."""
-        return record(self, patterns, device, dtype, detach)
+        return record(self._pass, patterns, device, dtype, detach)
 
     def __enter__(self) -> "Run":
         self._entered = True
@@ -138,13 +144,17 @@ class Run:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._flow.body_mode.__exit__(None, None, None)
-        if error is None:
-            if self._flow.outcome is None:
-                self._flow.run_on()  # perhaps until an edit stops it
-            if self._invoked or self._flow.has_result:
-                self.finish()
-            return
-        self._flow.close("an error ended its body")
+        runs = self._invoked or [self]
+        try:
+            for run in runs if error is None else ():
+                if run._flow.outcome is None:
+                    run._flow.run_on()  # perhaps until an edit stops it
+                if run._flow.has_result:
+                    run.finish()
+        finally:
+            for run in runs:
+                if run._flow.thread == get_ident():  # else it is still open for the thread that it belongs to
+                    run._flow.close("an error ended its body")
         if isinstance(error, DiffsightError) and not is_from_edit(error):
             _end_at_users_line(trace)
 
@@ -157,9 +167,21 @@ class Run:
     def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> "Step":
         return self._model._make_step(index, path, call)
 
+    @property
+    def _pass(self) -> "Run":
+        """What is meant by a name of the run: the run itself, or its last pass."""
+        return self._invoked[-1] if self._invoked else self
+
+    def _check_one_pass(self, name: str) -> None:
+        if self._invoked:
+            raise InputError(
+                f"run.{name}: each pass of this run has its own. Ask the pass, `with run.invoke(...) as part:` and "
+                f"part.{name}, or run.result, a list with one result a pass"
+            )
+
     def _root(self) -> Envoy:
         """The model's handle, bound to this run, or to its last pass."""
-        return self._model._bound(self._invoked[-1] if self._invoked else self)
+        return self._model._bound(self._pass)
 
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)

@@ -338,15 +338,25 @@ def assign(point: Point, assignment: Assignment) -> None:
         value = part.put(before, value, path, point.copies)
     elif before is not None and isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
         raise AssignmentError(f"{path} is a {type(before).__name__}; it takes no {type(value).__name__}")
-    elif isinstance(before, torch.Tensor) and before.shape != value.shape:
-        told = f"{path} has the shape {tuple(before.shape)}, and {tuple(value.shape)} was assigned"
+    elif isinstance(before, torch.Tensor) and (told := _difference(before, value)):
         if before.ndim != value.ndim:  # it would be broadcast, to nothing anybody meant
-            raise AssignmentError(f"{told}. Give it a value of {before.ndim} dimensions")
-        point.tap.flow.misshapen.append(told)
+            raise AssignmentError(f"{path} {told}. Give it a value of {before.ndim} dimensions")
+        point.tap.flow.misshapen.append(f"{path} {told}")
     if assignment.part == "input":
         args, kwargs = point.value
         value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
     point.value, point.changed = value, True
+
+
+def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:
+    """What a model may fail at when `value` takes the place of `before`, in words."""
+    if before.shape != value.shape:
+        return f"has the shape {tuple(before.shape)}, and {tuple(value.shape)} was assigned"
+    if before.dtype != value.dtype:
+        return f"is of {before.dtype}, and a tensor of {value.dtype} was assigned"
+    if before.device != value.device and not before.is_meta:  # as in a scan
+        return f"is on {before.device}, and a tensor on {value.device} was assigned"
+    return None
 
 
 def _count(flow: Any, module: nn.Module, args: tuple) -> None:

@@ -30,7 +30,7 @@ from diffsight.envoy import keeping_attribute_errors
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.model import Model, with_gradients
 from diffsight.run import Run, Step
-from diffsight.taps import FORWARD, Target, join
+from diffsight.taps import FORWARD, Override, Target, join
 
 from .branches import BranchView, DiffusionRow, rows_of
 from .layouts import COND, UNCOND, Layouts
@@ -57,17 +57,17 @@ class DiffusionRun(Run):
     @property
     def rows(self) -> tuple[DiffusionRow, ...]:
         """One view per prompt: `a, b = run.rows`. Each has `num_images_per_prompt` pictures."""
-        return rows_of(self, self._flow.watch)
+        return rows_of(self._pass, self._pass._flow.watch)
 
     @property
     def cond(self) -> BranchView:
         """The run narrowed to the conditional branch of guidance; all of it where guidance is off."""
-        return BranchView(self, self._flow.watch, COND)
+        return BranchView(self._pass, self._pass._flow.watch, COND)
 
     @property
     def uncond(self) -> BranchView:
         """The run narrowed to the unconditional branch of guidance: what the negative prompt makes."""
-        return BranchView(self, self._flow.watch, UNCOND)
+        return BranchView(self._pass, self._pass._flow.watch, UNCOND)
 
     @property
     def images(self) -> Any:
@@ -80,6 +80,7 @@ class DiffusionRun(Run):
         return self._of_result("frames")
 
     def _of_result(self, name: str) -> Any:
+        self._check_one_pass(name)
         with keeping_attribute_errors(self):
             result = self.result
         if isinstance(result, tuple):  # the pipeline was called with return_dict=False
@@ -313,12 +314,25 @@ def _detached_pictures(pipeline: DiffusionPipeline) -> Iterator[None]:
     if processor is None:
         yield
         return
-    turn = processor.pt_to_numpy
-    processor.pt_to_numpy = lambda images: turn(images.detach())
+    detached = _Detached(processor, "pt_to_numpy")
     try:
         yield
     finally:
-        del processor.pt_to_numpy
+        detached.remove()
+
+
+class _Detached(Override):
+    """Detaches what the method is given; for all runs of a pipeline that are open at once."""
+
+    def put_on(self) -> None:
+        method = getattr(self.target, self.name)
+        self.own = self.target.__dict__.get(self.name)
+        self.target.__dict__[self.name] = lambda images: method(images.detach())
+
+    def take_off(self) -> None:
+        del self.target.__dict__[self.name]
+        if self.own is not None:
+            self.target.__dict__[self.name] = self.own
 
 
 def _let_pass(checker: nn.Module, clip_input: torch.Tensor, images: Any) -> tuple:

@@ -84,16 +84,19 @@ class LanguageRun(Run):
     @property
     def tokens(self) -> torch.Tensor | None:
         """The token ids of the inputs, (rows, tokens)."""
-        return self._inputs.tokens if self._inputs else None
+        inputs = self._pass._inputs
+        return inputs.tokens if inputs else None
 
     @property
     def mask(self) -> torch.Tensor | None:
         """1 for real tokens, 0 for padding, (rows, tokens); None where the inputs have none."""
-        return self._inputs.mask if self._inputs else None
+        inputs = self._pass._inputs
+        return inputs.mask if inputs else None
 
     @property
     def text(self) -> str | list[str]:
         """The text that was generated, without the prompt; of several sequences a list. Runs the model to its end."""
+        self._check_one_pass("text")
         with keeping_attribute_errors(self):
             self._check_generates("text")
             stopped = self._flow.outcome is not None and not self._flow.has_result and self._chosen.steps

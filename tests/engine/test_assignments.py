@@ -184,6 +184,19 @@ def test_a_value_of_a_shape_that_breaks_the_model_is_named(net, x):
     assert torch.equal(Model(net).trace(x).result, net(x))
 
 
+@pytest.mark.parametrize(
+    "told, value",
+    [
+        ("is of torch.float32, and a tensor of torch.float64", torch.zeros(2, 4, dtype=torch.float64)),
+        ("is on cpu, and a tensor on meta", torch.zeros(2, 4, device="meta")),
+    ],
+)
+def test_a_value_of_a_type_that_breaks_the_model_is_named(net, x, told, value):
+    with pytest.raises(AssignmentError, match=rf"layers\[1\].output .*test_assignments.py:\d+\) {told} was assigned"):
+        with Model(net).trace(x) as run:
+            run.layers[1].output = value
+
+
 def test_a_value_of_another_shape_that_fits_is_taken(net, x):
     with Model(net).trace(x) as run:
         run.layers[0].input = inputs(3, rows=5)

@@ -69,3 +69,15 @@ def test_a_loss_on_the_picture_reaches_the_text_encoder():
     plain = model.pipeline(**given, generator=torch.Generator().manual_seed(0)).images[0]
     assert run.images[0].tobytes() == plain.tobytes()
     assert "pt_to_numpy" not in vars(model.pipeline.image_processor)
+
+
+def test_runs_with_gradients_side_by_side():
+    """Two runs of one pipeline, both with pictures to be turned into PIL ones, fed from one to the other."""
+    chosen = tiny.PIPELINES["stable_diffusion"]
+    model = DiffusionModel(chosen.build())
+    given = {name: value for name, value in chosen.inputs().items() if name != "output_type"}
+    with model.generate(**given, seed=0, grad=True) as first, model.generate(**given, seed=1, grad=True) as second:
+        second.unet.mid_block.output = first.unet.mid_block.output
+    plain = model.pipeline(**given, generator=torch.Generator().manual_seed(0)).images[0]
+    assert first.images[0].tobytes() == plain.tobytes() != second.images[0].tobytes()
+    assert "pt_to_numpy" not in vars(model.pipeline.image_processor)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from engine.nets import Calling, footprint, inputs, linear
+from engine.nets import Calling, Net, footprint, inputs, linear
 from torch import nn
 
 from diffsight import Model, NeverReachedError, OutOfOrderError, PointNotFoundError
@@ -294,3 +294,14 @@ def test_two_runs_tap_the_same_method(net):
         )
     assert torch.equal(x.result, net(inputs(1)))
     assert type(net.coder) is Coder
+
+
+def test_the_models_own_generate():
+    net, x = Net(), inputs(1)
+    model = Model(net, methods=["generate"])
+    with model.generate(x, steps=2) as run:
+        assert run.generate.inputs == ((x,), {"steps": 2})
+        assert torch.equal(run.generate.output, net.generate(x, steps=2))
+        run.generate.output = torch.ones_like(x)
+    assert torch.equal(run.result, torch.ones_like(x))
+    assert type(net) is Net and "generate" not in vars(net)

@@ -136,3 +136,13 @@ def test_what_lies_behind_is_an_error(net, x):
         pass
     with pytest.raises(RunClosedError):
         run.record("last")
+
+
+def test_a_point_where_the_model_stands(net, x):
+    with Model(net).trace(x) as run:
+        run.layers[0].output[:] = 1
+        kept = run.record("layers[*]")
+        run.layers[0].output = torch.zeros_like(x)
+    assert list(kept) == [f"layers[{i}].output" for i in range(3)]
+    assert torch.equal(kept["layers[0].output"], torch.zeros_like(x))
+    assert torch.equal(kept["layers[1].output"], net.layers[1](torch.zeros_like(x)))

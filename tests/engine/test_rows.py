@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from diffsight import AssignmentError, InputError, Model, NeverReachedError, OutOfOrderError
+from diffsight import AssignmentError, InputError, Model, NeverReachedError, OutOfOrderError, RunClosedError
 
 
 class Net(nn.Module):
@@ -260,3 +260,78 @@ def test_invoke_needs_a_run_without_input(net, inputs):
     with pytest.raises(InputError, match="opened without input"):
         with Model(net).trace(inputs[0]) as run:
             run.invoke(inputs[1])
+
+
+class Looping(Net):
+    def generate(self, x, steps=3):
+        for _ in range(steps):
+            x = self(x)
+        return x
+
+
+def test_the_run_stands_for_its_last_pass(inputs):
+    net = Looping()
+    with Model(net).generate() as run:
+        with run.invoke(inputs[:2]):
+            kept = run.record("first")
+            rows = [[row.second.output for row in run.rows] for _ in run.steps]
+        with run.invoke(inputs[2], steps=2):
+            assert [step.index for step in run.steps] == [0, 1]
+    assert [[tuple(part.shape) for part in parts] for parts in rows] == [[(1, 4)] * 2] * 3
+    assert torch.equal(kept["first.output"][0], net.first(torch.cat(inputs[:2])))
+    assert torch.equal(run.result[1], net.generate(inputs[2], steps=2))
+
+
+def test_a_pass_can_be_stopped(net, inputs):
+    with Model(net).trace() as run:
+        with run.invoke(inputs[0]):
+            early = run.first.output
+            run.last.output = torch.zeros(1, 4)
+            run.stop()
+        with run.invoke(inputs[1]) as part:
+            part.stop()
+        with run.invoke(inputs[2]) as last:
+            last.first.output = early
+    assert torch.equal(last.result, net.last(net.pair(net.second(early + net.place()))[0]))
+    with pytest.raises(RunClosedError, match="stopped"):
+        run.result
+
+
+def test_an_error_closes_all_passes(net, inputs):
+    with pytest.raises(ZeroDivisionError):
+        with Model(net).trace() as run:
+            left_open = run.invoke(inputs[0])
+            left_open.first.output
+            with run.invoke(inputs[1]):
+                1 / 0
+    assert not net.first._forward_hooks and not net._forward_hooks
+    with pytest.raises(RunClosedError):
+        left_open.second.output
+
+
+@pytest.mark.parametrize("ask", [lambda run: run.result, lambda run: run.finish(), lambda run: run.each(id)])
+def test_the_function_of_a_row_cannot_run_the_model(net, inputs, ask):
+    with pytest.raises(InputError, match="goes along with the run"):
+        with Model(net).trace(inputs) as run:
+            run.each(lambda row: ask(run))
+    assert not net._forward_hooks
+
+
+def test_each_takes_functions(net, inputs):
+    with pytest.raises(InputError, match="a function of a row"):
+        with Model(net).trace(inputs) as run:
+            run.each(None)
+
+
+@pytest.mark.parametrize(
+    "value, told",
+    [
+        ((torch.zeros(1, 4), None), "holds a Tensor where a NoneType was assigned"),
+        ((torch.zeros(1, 4),), "holds 2 values; it takes no tuple of 1"),
+    ],
+)
+def test_a_row_takes_what_the_output_holds(net, inputs, value, told):
+    with pytest.raises(AssignmentError, match=rf"rows\[1\].pair.output .*{told}"):
+        with Model(net).trace(inputs) as run:
+            run.rows[1].pair.output = value
+    assert not net._forward_hooks

@@ -51,6 +51,22 @@ def test_another_thread_gets_an_error(net, x, started):
     assert torch.equal(run.result, net(x))
 
 
+def test_a_with_statement_in_another_thread_leaves_the_run_open(net, x):
+    run = Model(net).trace(x)
+    run.first.output
+
+    def enter(read):
+        with run:
+            if read:
+                run.layers[0].output
+
+    for read in (False, True):
+        with pytest.raises(WrongThreadError):
+            in_a_thread(lambda read=read: enter(read))
+    assert torch.equal(run.layers[1].output, outputs(net.layers[1], net, x)[0])
+    assert torch.equal(run.finish(), net(x))
+
+
 def test_in_another_thread_the_model_has_no_run_of_this_one(net, x):
     model = Model(net)
     with model.trace(x):

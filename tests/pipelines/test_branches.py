@@ -644,3 +644,21 @@ def test_wrong_shapes_and_skips():
     with pytest.raises(InputError, match="for all rows"):
         with generate(case) as run:
             run.cond.unet.mid_block.skip(torch.zeros(2, 32, 8, 8))
+
+
+def test_rows_and_branches_of_the_last_pass():
+    given = {**tiny.PIPELINES["stable_diffusion"].inputs(), "num_inference_steps": 2, "seed": SEED}
+    del given["prompt"]
+    model = DiffusionModel(tiny.stable_diffusion())
+    with model.generate(**given) as run:
+        with run.invoke(PROMPTS):
+            shapes = [run.cond.rows[1].unet.mid_block.output.shape for _ in run.steps]
+            b = run.rows[1]
+        with run.invoke(PROMPTS[0]) as last:
+            (row,) = run.rows
+            assert len(run.uncond.unet.mid_block.output) == 1
+    assert [len(shape) for shape in shapes] == [4, 4] and {shape[0] for shape in shapes} == {1}
+    assert torch.equal(b.images, run.result[0].images[1:])
+    assert torch.equal(row.images, last.images)
+    with pytest.raises(InputError, match="each pass of this run has its own"):
+        run.images
