@@ -21,7 +21,7 @@ import ctypes
 import inspect
 import linecache
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from types import CodeType, FrameType, TracebackType
 from typing import Any
@@ -58,15 +58,23 @@ class Block:
         self._head: list[tuple] = []
         # What stands behind `as` is set where it stands, unless the block repeats.
         self._target = None if target is None or repeats else _range(target)
+        self._name = target.id if isinstance(target, ast.Name) and not repeats else None
         _check(body, self.where)
+        self._tries = _begins_with_try(body)
+        if self._tries and self._target and not self._name:
+            raise SourceError(
+                f"the block at {self.where} begins with `try`, and is set to {ast.unparse(target)}: write `as` and a "
+                f"name, or another line before the `try`. {_ADVICE}"
+            )
         self._is_empty = all(isinstance(s, ast.Pass) or _is_constant(s) for s in body) and not (repeats and target)
         if repeats:
             body = [ast.For(target or ast.Name("_", ast.Store()), ast.Name(_GIVEN, ast.Load()), body, [])]
         elif _is_name(target):
             body = [ast.Assign([target], ast.Name(_GIVEN, ast.Load())), *body]
-        self._function, self._assigned = _compile(body, tree, statement, frame)
+        variables = _variables(frame)
+        self._function, self._assigned = _compile(body, tree, statement, frame, variables.keys())
         code = self._function.__code__
-        self._names = {name: frame.f_locals[name] for name in code.co_varnames[1 : code.co_argcount]}
+        self._names = {name: variables[name] for name in code.co_varnames[1 : code.co_argcount]}
 
     @classmethod
     def of_with(cls, frame: FrameType, repeats: bool = False) -> "Block":
@@ -94,10 +102,11 @@ class Block:
 
     # ---- leaving the block out where it stands
 
-    def pass_over(self) -> None:
-        """From `__enter__`: the block will not run. The frame's own `__exit__` has to call `passed_over`."""
+    def pass_over(self, given: Any = None) -> None:
+        """From `__enter__`, which returns `given`: the block will not run. The frame's own `__exit__` has to call
+        `passed_over`."""
         frame = self._frame
-        self._traced = False
+        self._traced, self._given = False, given
         self._before = (sys.gettrace(), frame.f_trace, frame.f_trace_opcodes)
         if not self._is_empty:
             self._positions = list(frame.f_code.co_positions())
@@ -113,17 +122,29 @@ class Block:
         sys.settrace(self._before[0])
         if not self._traced:  # as within a trace function, where Python calls no other
             raise SourceError(f"the block at {self.where} could not be passed over. {_ADVICE}") from error
+        if isinstance(error, _PassedOver) and self._tries and self._name:
+            if self._name in self._assigned:
+                self.bind({self._name: self._given})
+            else:  # declared global
+                self._frame.f_globals[self._name] = self._given
         return isinstance(error, _PassedOver)
 
     def done(self) -> None:
         """Lets go of the frame."""
-        self._frame = self._before = self._positions = None
+        self._frame = self._before = self._positions = self._given = None
 
     def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
         self._traced = True
-        if event == "opcode" and not self._is_head(self._positions[frame.f_lasti // 2]):
+        if event == "opcode" and self._is_end_of_head(frame.f_lasti // 2):
             raise _PassedOver
         return self._trace
+
+    def _is_end_of_head(self, index: int) -> bool:
+        """Whether the block is left at an instruction: its first. A `try` is no place for that, since what is raised
+        there passes by the `with`: before one it is the last of the head, which sets what stands behind `as`."""
+        if not self._is_head(self._positions[index]):
+            return True
+        return self._tries and not self._is_head(self._positions[index + 1])
 
     def _is_head(self, position: tuple) -> bool:
         """Whether an instruction belongs to `model.edit() as edited`, not to the block."""
@@ -144,7 +165,7 @@ class Deferred:
     def __enter__(self) -> Any:
         self._block = Block.of_with(sys._getframe(1), self._repeats)
         given = self._given()
-        self._block.pass_over()
+        self._block.pass_over(given)
         return given
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
@@ -257,12 +278,18 @@ def _check(body: list[ast.stmt], where: str) -> None:
     for node, in_loop in _own_nodes(body):
         word = type(node).__name__.lower()
         leaves_loop = isinstance(node, (ast.Break, ast.Continue)) and not in_loop
+        if isinstance(node, ast.Call) and not node.args and isinstance(node.func, ast.Name) and node.func.id == "super":
+            raise SourceError(
+                f"the block at {where} is no method, so `super()` has no meaning in it. Write `super(Class, self)`"
+            )
         if leaves_loop or isinstance(node, (ast.Return, ast.Yield, ast.YieldFrom, ast.Await, ast.Nonlocal)):
             raise SourceError(f"the block at {where} runs at another time, so `{word}` has no meaning in it. {_ADVICE}")
 
 
-def _compile(body: list[ast.stmt], tree: ast.Module, statement: ast.stmt, frame: FrameType) -> tuple[Any, set[str]]:
-    """The function of a block, whose parameters are what `with` hands over and the frame's names it uses; and the names
+def _compile(
+    body: list[ast.stmt], tree: ast.Module, statement: ast.stmt, frame: FrameType, known: Collection[str]
+) -> tuple[Any, set[str]]:
+    """The function of a block, whose parameters are what `with` hands over and the `known` names it uses; and the names
     that are assigned in it."""
     around = _around(tree, statement)
     owner = next((node.name for node in around if isinstance(node, ast.ClassDef)), None)
@@ -275,7 +302,7 @@ def _compile(body: list[ast.stmt], tree: ast.Module, statement: ast.stmt, frame:
     bare = _function([*says_global, *body], [], statement, owner, frame).__code__
     assigned = {*bare.co_varnames, *bare.co_cellvars} - {_GIVEN}
     used = {_mangled(node.id, owner) for part in body for node in ast.walk(part) if isinstance(node, ast.Name)}
-    parameters = sorted((used & frame.f_locals.keys()) - is_global - around_global - {_GIVEN})
+    parameters = sorted(used.intersection(known) - is_global - around_global - {_GIVEN})
     return _function([*says_global, *body, knows], parameters, statement, owner, frame), assigned
 
 
@@ -298,6 +325,18 @@ def _function(
     return names["block"] if owner is None else names[owner].__dict__["block"]
 
 
+def _variables(frame: FrameType) -> dict[str, Any]:
+    """The variables of a frame. Those of the functions around it are among them; the body of a class gets them by way
+    of the frames that called it."""
+    variables, outer = dict(frame.f_locals), frame
+    free = set(frame.f_code.co_freevars) - variables.keys()
+    while free and outer is not None and not outer.f_code.co_flags & inspect.CO_OPTIMIZED:
+        outer = outer.f_back
+        variables.update({name: outer.f_locals[name] for name in free & outer.f_locals.keys()} if outer else {})
+        free -= variables.keys()
+    return variables
+
+
 def _is_name(target: ast.expr | None) -> bool:
     """Whether what stands behind `as` is a name, or several: an attribute is set once, where it is written."""
     return isinstance(target, ast.Name) or (isinstance(target, ast.Tuple) and all(map(_is_name, target.elts)))
@@ -307,6 +346,13 @@ def _mangled(name: str, owner: str | None) -> str:
     if owner is None or not name.startswith("__") or name.endswith("__"):
         return name
     return f"_{owner.lstrip('_')}{name}"
+
+
+def _begins_with_try(body: list[ast.stmt]) -> bool:
+    """Whether the first statement that does anything is a `try`."""
+    declares = [isinstance(s, ast.Global) or (isinstance(s, ast.AnnAssign) and s.value is None) for s in body]
+    first = next((s for s, does_nothing in zip(body, declares) if not does_nothing), None)
+    return isinstance(first, (ast.Try, ast.TryStar))
 
 
 def _is_constant(statement: ast.stmt) -> bool:

@@ -91,7 +91,7 @@ class Cond(Deferred):
     def __enter__(self) -> "Cond":
         if not self._holds:
             self._block = Block.of_with(sys._getframe(1))
-            self._block.pass_over()
+            self._block.pass_over(self)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
