@@ -22,6 +22,7 @@ import inspect
 import linecache
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import CodeType, FrameType, TracebackType
 from typing import Any
@@ -31,8 +32,8 @@ from .errors import SourceError
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 _LOOPS = (ast.For, ast.While)
 _FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names} - {inspect.CO_NESTED})
-_GIVEN = "_diffsight_given"  # the parameter of a compiled block: what the `with` statement hands over
-_ADVICE = "Write the block as a function, and pass that"
+# The parameters of a compiled block: what the `with` statement hands over, and a dictionary for its names at its end.
+_GIVEN, _KNOWN = "_diffsight_given", "_diffsight_known"
 
 
 class _PassedOver(BaseException):
@@ -64,7 +65,7 @@ class Block:
         if self._tries and self._target and not self._name:
             raise SourceError(
                 f"the block at {self.where} begins with `try`, and is set to {ast.unparse(target)}: write `as` and a "
-                f"name, or another line before the `try`. {_ADVICE}"
+                f"name, or another line before the `try`"
             )
         self._is_empty = all(isinstance(s, ast.Pass) or _is_constant(s) for s in body) and not (repeats and target)
         if repeats:
@@ -74,7 +75,7 @@ class Block:
         variables = _variables(frame)
         self._function, self._assigned = _compile(body, tree, statement, frame, variables.keys())
         code = self._function.__code__
-        self._names = {name: variables[name] for name in code.co_varnames[1 : code.co_argcount]}
+        self._names = {name: variables[name] for name in code.co_varnames[2 : code.co_argcount]}
 
     @classmethod
     def of_with(cls, frame: FrameType, repeats: bool = False) -> "Block":
@@ -88,12 +89,20 @@ class Block:
         block._head = [_range(statement), _range(item.context_expr)]
         return block
 
-    def __call__(self, given: Any = None) -> dict[str, Any]:
-        """Runs the block, with `given` for what stands behind `as`; gives the names it knows at its end."""
-        return self._function(given, **self._names)
+    def __call__(self, given: Any = None) -> None:
+        """Runs the block, with `given` for what stands behind `as`."""
+        self._function(given, {}, **self._names)
 
-    def bind(self, names: dict[str, Any]) -> None:
-        """Binds what the block assigned in the frame it was written in, as if it had run there."""
+    def run_here(self, given: Any) -> None:
+        """Runs the block, and binds what it assigned in the frame it was written in, as if it had run there; also where
+        it is left by an error."""
+        known: dict[str, Any] = {}
+        try:
+            self._function(given, known, **self._names)
+        finally:
+            self._bind(known)
+
+    def _bind(self, names: dict[str, Any]) -> None:
         frame, names = self._frame, {name: names[name] for name in self._assigned if name in names}
         variables = frame.f_locals
         variables.update(names)
@@ -121,10 +130,10 @@ class Block:
         self._frame.f_trace, self._frame.f_trace_opcodes = self._before[1:]
         sys.settrace(self._before[0])
         if not self._traced:  # as within a trace function, where Python calls no other
-            raise SourceError(f"the block at {self.where} could not be passed over. {_ADVICE}") from error
+            raise SourceError(f"the block at {self.where} could not be passed over") from error
         if isinstance(error, _PassedOver) and self._tries and self._name:
             if self._name in self._assigned:
-                self.bind({self._name: self._given})
+                self._bind({self._name: self._given})
             else:  # declared global
                 self._frame.f_globals[self._name] = self._given
         return isinstance(error, _PassedOver)
@@ -157,21 +166,28 @@ class Block:
 
 class Deferred:
     """A context manager whose block does not run where it is written: `_given()` is what stands behind `as`, and
-    `_take(block)` gets the block when the statement ends. `_repeats` makes it the body of a loop."""
+    `_take(block)` gets the block when the statement ends. `_repeats` makes it the body of a loop; `_instead` says what
+    to write where its source is not to be had."""
 
     _block: Block | None = None
     _repeats = False
+    _instead: str
 
     def __enter__(self) -> Any:
-        self._block = Block.of_with(sys._getframe(1), self._repeats)
+        return self._enter(sys._getframe(1))
+
+    def _enter(self, frame: FrameType) -> Any:
+        with advising(self._instead):
+            self._block = Block.of_with(frame, self._repeats)
         given = self._given()
         self._block.pass_over(given)
         return given
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         block, self._block = self._block, None
-        if not block.passed_over(error):
-            return False
+        with advising(self._instead):
+            if not block.passed_over(error):
+                return False
         try:
             self._take(block)
         finally:
@@ -185,13 +201,23 @@ class Deferred:
         raise NotImplementedError
 
 
+@contextmanager
+def advising(instead: str) -> Iterator[None]:
+    """Has a SourceError say what to write in the place of a block."""
+    try:
+        yield
+    except SourceError as error:
+        raise SourceError(f"{error}. {instead}") from error.__cause__
+
+
 def following(frame: FrameType) -> Callable[[], Block] | None:
     """What follows a bare call (`layers.all()`) in the block of a `with` statement, as the body of a loop; compiled
-    when called for. None where the call that a frame makes is not a statement in such a block."""
+    when called for. None where the call that a frame makes is not a statement in such a block, or the last."""
     tree, position = _parse(frame, frame.f_lasti // 2)
     for node in (node for node in ast.walk(tree) if isinstance(node, ast.With)):
         for index, statement in enumerate(node.body):
-            if isinstance(statement, ast.Expr) and _range(statement.value) == position:
+            is_call = isinstance(statement, ast.Expr) and _range(statement.value) == position
+            if is_call and statement is not node.body[-1]:
                 return partial(Block, frame, tree, statement, node.body[index + 1 :], None, True)
     return None
 
@@ -213,7 +239,7 @@ def _find(frame: FrameType) -> tuple[ast.Module, ast.With, ast.withitem]:
                 return tree, node, item
     raise SourceError(
         f"no `with` statement is found at {frame.f_code.co_filename}:{frame.f_lineno}: its block is entered in another "
-        f"way, or the source has changed since it was loaded. {_ADVICE}"
+        "way, or the source has changed since it was loaded"
     )
 
 
@@ -223,10 +249,10 @@ def _parse(frame: FrameType, instruction: int) -> tuple[ast.Module, tuple]:
     from_code = getattr(linecache, "_getlines_from_code", lambda code: [])  # python -c, from Python 3.13
     lines = from_code(code) or linecache.getlines(code.co_filename, frame.f_globals)
     if not lines:
-        raise SourceError(f"the source at {place} cannot be read, so the block there cannot run later. {_ADVICE}")
+        raise SourceError(f"the source at {place} cannot be read, so the block there cannot run later")
     line, end_line, column, end_column = list(code.co_positions())[instruction]
     if column is None:
-        raise SourceError(f"Python was told to leave out positions, so the block at {place} cannot be found. {_ADVICE}")
+        raise SourceError(f"Python was told to leave out positions, so the block at {place} cannot be found")
     try:
         flags = ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
         tree = compile("".join(lines), code.co_filename, "exec", flags, dont_inherit=True)
@@ -279,11 +305,9 @@ def _check(body: list[ast.stmt], where: str) -> None:
         word = type(node).__name__.lower()
         leaves_loop = isinstance(node, (ast.Break, ast.Continue)) and not in_loop
         if isinstance(node, ast.Call) and not node.args and isinstance(node.func, ast.Name) and node.func.id == "super":
-            raise SourceError(
-                f"the block at {where} is no method, so `super()` has no meaning in it. Write `super(Class, self)`"
-            )
+            raise SourceError(f"the block at {where} is no method: there `super()` is written `super(Class, self)`")
         if leaves_loop or isinstance(node, (ast.Return, ast.Yield, ast.YieldFrom, ast.Await, ast.Nonlocal)):
-            raise SourceError(f"the block at {where} runs at another time, so `{word}` has no meaning in it. {_ADVICE}")
+            raise SourceError(f"the block at {where} runs at another time, so `{word}` has no meaning in it")
 
 
 def _compile(
@@ -297,20 +321,20 @@ def _compile(
     inner = around[0].body if around and isinstance(around[0], (ast.FunctionDef, ast.AsyncFunctionDef)) else []
     around_global = {name for node, _ in _own_nodes(inner) if isinstance(node, ast.Global) for name in node.names}
     says_global = [ast.Global(sorted(around_global - is_global))] if around_global - is_global else []
-    knows = ast.parse("return locals()").body[0]
+    knows = ast.parse(f"{_KNOWN}.update(locals())").body
     # What the block assigns is what Python takes for its local variables where it has no parameters.
     bare = _function([*says_global, *body], [], statement, owner, frame).__code__
-    assigned = {*bare.co_varnames, *bare.co_cellvars} - {_GIVEN}
+    assigned = {*bare.co_varnames, *bare.co_cellvars} - {_GIVEN, _KNOWN}
     used = {_mangled(node.id, owner) for part in body for node in ast.walk(part) if isinstance(node, ast.Name)}
-    parameters = sorted(used.intersection(known) - is_global - around_global - {_GIVEN})
-    return _function([*says_global, *body, knows], parameters, statement, owner, frame), assigned
+    parameters = sorted(used.intersection(known) - is_global - around_global - {_GIVEN, _KNOWN})
+    return _function([*says_global, ast.Try(body, [], [], knows)], parameters, statement, owner, frame), assigned
 
 
 def _function(
     body: list[ast.stmt], parameters: list[str], statement: ast.With, owner: str | None, frame: FrameType
 ) -> Any:
     code = frame.f_code
-    arguments = ast.arguments([], [ast.arg(_GIVEN), *(ast.arg(name) for name in parameters)], None, [], [], None, [])
+    arguments = ast.arguments([], [*map(ast.arg, (_GIVEN, _KNOWN, *parameters))], None, [], [], None, [])
     made: ast.stmt = ast.FunctionDef("block", arguments, body, [], None, None)
     made.type_params = []
     if owner is not None:  # names that begin with two underscores are the class's own

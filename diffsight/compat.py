@@ -11,8 +11,8 @@ what it is called on, `nnsight.apply` calls, `nnsight.log` prints, `scan=True` a
 do; and values are asked for in the order in which the model computes them. What has no meaning in a live run raises an
 error that says what to write instead: `.grad` before `backward()`, `.source`, `tracer.cache`, `remote=True`.
 
-Importing this module adds `save` to tensors, arrays, lists, tuples, dicts, sets, numbers and strings, and `stop` and
-`value` to tensors.
+Importing this module adds `save` to tensors, arrays, lists, tuples, dicts, sets, numbers, strings and bytes, and `stop`
+and `value` to tensors.
 """
 
 import builtins
@@ -32,7 +32,8 @@ from torch import nn
 
 import diffsight
 
-from .capture import Block, Deferred, following
+from .capture import Block, Deferred, advising, following
+from .edits import current_edit
 from .envoy import Envoy as _Envoy
 from .errors import DiffsightError, InputError
 from .flow import STOPPED
@@ -41,6 +42,8 @@ from .run import Run
 from .session import Session as _Session
 from .session import Turns
 from .taps import INPUTS
+
+__version__ = diffsight.__version__
 
 # ---- the functions of the module
 
@@ -85,13 +88,15 @@ class _Left(BaseException):
 class Cond(Deferred):
     """A block that runs where it stands if a condition holds, and else is left out."""
 
+    _instead = "Write it with `if`"
+
     def __init__(self, condition: Any) -> None:
         self._holds = bool(condition)
 
     def __enter__(self) -> "Cond":
-        if not self._holds:
-            self._block = Block.of_with(sys._getframe(1))
-            self._block.pass_over(self)
+        return self if self._holds else self._enter(sys._getframe(1))
+
+    def _given(self) -> "Cond":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
@@ -183,8 +188,12 @@ class Tracer(Run):
             self._flow.close(STOPPED)
             return True
         if error is None and self._rest is not None and self._flow.outcome is None:
-            rest, self._rest = self._rest(), None
-            rest.bind(rest(self.steps))
+            with advising(Iterations._instead):
+                rest, self._rest = self._rest(), None
+            try:
+                rest.run_here(self.steps)
+            except _Left:
+                self._flow.close(STOPPED)
         last = traceback.extract_tb(trace)[-1].line if trace is not None else ""
         if isinstance(error, (AttributeError, TypeError)) and "NoneType" in str(error) and ".grad" in last:
             error.add_note(
@@ -199,6 +208,7 @@ class Iterations(Deferred):
     """Steps of a run by number, for a loop or for a block that is repeated."""
 
     _repeats = True
+    _instead = "Write a loop: `for step in tracer.iter[:]:`"
 
     def __init__(self, tracer: Tracer, chosen: slice | int | Iterable[int] = slice(None)) -> None:
         self._tracer, self._chosen = tracer, chosen
@@ -217,12 +227,13 @@ class Iterations(Deferred):
             yield from (step.index for step in steps[: max(wanted) + 1] if step.index in wanted)
 
     def _take(self, block: Block) -> None:
-        block.bind(block(self))
+        block.run_here(self)
 
 
 def _all(tracer: Tracer, frame: Any) -> Iterations:
     """All steps: of the `with` statement that is being entered, else of what follows in the block."""
-    rest = following(frame)
+    with advising(Iterations._instead):
+        rest = following(frame)
     if rest is not None:
         tracer._rest = rest
         if tracer._flow.scope.step < 0:
@@ -273,6 +284,12 @@ class SessionTurns(Turns):
 
 class Envoy(_Envoy):
     """An envoy, with what nnsight's has besides."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module. In an edit the points of one that was attached fire, as with `hook=True`."""
+        if current_edit() is not None and any(self._owner is module for module in self._model._attachments):
+            kwargs.setdefault("hook", True)
+        return super().__call__(*args, **kwargs)
 
     def next(self) -> Any:
         """The next token's: goes on to the next step, in a run of one pass to the next call of the module."""
@@ -431,7 +448,7 @@ CONFIG = _Config()
 
 def _mount() -> None:
     """Adds `save` to the types of values. Not to `object`: that would be seen on every class there is."""
-    for cls in (*_BUILTIN, numpy.ndarray):
+    for cls in (*_BUILTIN, numpy.ndarray, numpy.generic, torch.dtype, torch.device):
         namespace = gc.get_referents(cls.__dict__)[0]
         if "save" not in namespace:
             namespace["save"] = save
@@ -458,8 +475,9 @@ def _let_pictures_be_saved() -> None:
     Image.save = save_picture
 
 
-_BUILTIN = (builtins.list, builtins.tuple, builtins.dict, builtins.set, builtins.int, builtins.float, builtins.str)
 log = print
 list, tuple, dict, set = builtins.list, builtins.tuple, builtins.dict, builtins.set
 int, float, str, bool, bytes = builtins.int, builtins.float, builtins.str, builtins.bool, builtins.bytes
+complex, bytearray = builtins.complex, builtins.bytearray
+_BUILTIN = (list, tuple, dict, set, frozenset, range, int, float, complex, str, bytes, bytearray)
 _mount()

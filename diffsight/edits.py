@@ -54,6 +54,8 @@ class Edit:
 class Editing(Deferred):
     """What `model.edit(...)` gives: a context manager around the edit's block, or a decorator of its function."""
 
+    _instead = "Write the block as a function that takes the run, and pass that: `edited = model.edit(function)`"
+
     def __init__(self, model: "Model", inplace: bool) -> None:
         if current_edit() is not None:
             raise InputError("an edit cannot be made within an edit: one after the other, they stack")

@@ -324,7 +324,7 @@ class Study:
         with model.edit() as edited:
             edited.layers[2].output = super().change(edited.layers[2].output)
 """
-    with pytest.raises(SourceError, match=r"script.py:4 is no method, so `super\(\)` has no meaning"):
+    with pytest.raises(SourceError, match=r"script.py:4 is no method: there `super\(\)` is written"):
         load(source, tmp_path)["Study"]().make(model)
 
 
@@ -430,7 +430,9 @@ def test_without_source(way):
     assert last == "done", done.stderr
     if way == "-" or sys.version_info < (3, 13):  # from there on, Python keeps the source of `-c`
         assert told[0].startswith("the source at <stdin>:11 " if way == "-" else "the source at <string>:11 ")
-        assert told[0].endswith("Write the block as a function, and pass that")
+        assert told[0].endswith(
+            "Write the block as a function that takes the run, and pass that: `edited = model.edit(function)`"
+        )
 
 
 def test_exec(model):
