@@ -22,6 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
+from contextvars import ContextVar
 from functools import cache, wraps
 from types import MappingProxyType, SimpleNamespace, TracebackType
 from typing import Any
@@ -122,6 +123,10 @@ class Tracer(Run):
         """The invoke opened last; the run itself, if it was given its input."""
         return self._invoked[-1] if self._invoked else self
 
+    def _in_turn(self) -> "Tracer":
+        """The run whose steps are meant: that of the invoke it is written in."""
+        return self.invoker if self.invoker._flow.outcome is None else self
+
     @property
     def inputs(self) -> tuple[tuple, dict]:
         """The inputs as the model got them; token ids under `inputs[0][0]["input_ids"]`."""
@@ -130,21 +135,23 @@ class Tracer(Run):
 
     @property
     def output(self) -> Any:
-        """What the model returned."""
+        """What the model returned; after several invokes a list with one result a pass."""
+        if self._invoked:
+            return self.result if len(self._invoked) > 1 else self.invoker.output
         return self.result if self._flow.has_result else self._root().output
 
     @property
     def iter(self) -> "Iterations":
         """`with tracer.iter[0:3] as step:` or `for step in tracer.iter[:]:`."""
-        return Iterations(self)
+        return Iterations(self._in_turn())
 
     def all(self) -> "Iterations":
         """`with tracer.all():`, each step; also as a statement, for what follows it in the block of the trace."""
-        return _all(self, sys._getframe(1))
+        return _all(self._in_turn(), sys._getframe(1))
 
     def next(self, step: int = 1) -> "Tracer":
         """Goes on to the next step (the next token)."""
-        flow = self._flow
+        flow = self._in_turn()._flow
         for _ in range(step + (flow.scope.step < 0)):
             flow.next_step()
         return self
@@ -177,6 +184,7 @@ class Tracer(Run):
 
     def __enter__(self) -> "Tracer":
         super().__enter__()
+        _entered.set((*_entered.get(), self))
         if self._has_input:
             given = self._given = {}
             keep = given.setdefault
@@ -184,6 +192,12 @@ class Tracer(Run):
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        try:
+            return self._leave(kind, error, trace)
+        finally:
+            _entered.set(tuple(run for run in _entered.get() if run is not self))
+
+    def _leave(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if isinstance(error, _Left):
             self._flow.close(STOPPED)
             return True
@@ -204,6 +218,9 @@ class Tracer(Run):
         return False
 
 
+_entered: ContextVar[tuple[Tracer, ...]] = ContextVar("diffsight_entered", default=())  # the blocks around
+
+
 class Iterations(Deferred):
     """Steps of a run by number, for a loop or for a block that is repeated."""
 
@@ -211,6 +228,11 @@ class Iterations(Deferred):
     _instead = "Write a loop: `for step in tracer.iter[:]:`"
 
     def __init__(self, tracer: Tracer, chosen: slice | int | Iterable[int] = slice(None)) -> None:
+        if tracer._again is not None and not tracer._has_input:
+            raise InputError(
+                "each invoke goes through its own steps: write `with tracer.all():` (or `tracer.iter[...]`) inside of "
+                "`with tracer.invoke(...):`"
+            )
         self._tracer, self._chosen = tracer, chosen
 
     def __getitem__(self, chosen: slice | int | Iterable[int]) -> "Iterations":
@@ -232,13 +254,14 @@ class Iterations(Deferred):
 
 def _all(tracer: Tracer, frame: Any) -> Iterations:
     """All steps: of the `with` statement that is being entered, else of what follows in the block."""
+    steps = Iterations(tracer)
     with advising(Iterations._instead):
         rest = following(frame)
     if rest is not None:
         tracer._rest = rest
         if tracer._flow.scope.step < 0:
             tracer._flow.next_step()
-    return Iterations(tracer)
+    return steps
 
 
 class Session(_Session):
@@ -375,8 +398,10 @@ class _Face(Envoy):
 
     @property
     def generator(self) -> _Generator:
-        """`model.generator.output`: what the run returns in the end."""
-        return _Generator(self._open_run("generator.output"))
+        """`model.generator.output`: what the run returns in the end; in its block also where it has come to that."""
+        around = [run for run in _entered.get() if run._model._runs is self._runs]
+        has_ended = bool(around) and around[-1]._flow.outcome is not None
+        return _Generator(around[-1] if has_ended else self._open_run("generator.output"))
 
 
 def _opened(opens: Callable[..., Tracer], args: tuple, kwargs: dict[str, Any], trace: bool, generates: bool) -> Any:

@@ -521,6 +521,56 @@ def test_all_as_a_statement(llm, ids, states):
     assert count == len(hidden_states) == 3 and all(torch.equal(a, b) for a, b in zip(hidden_states, states))
 
 
+def test_what_was_generated_is_there_behind_all_steps(llm, gpt2, ids, other):
+    expected = gpt2.generate(ids, **TOKENS)
+    with llm.generate(ids, **TOKENS):
+        with llm.transformer.h.all():
+            llm.lm_head.output
+        assert torch.equal(llm.generator.output, expected) and torch.equal(llm.generator.output, expected)
+    with pytest.raises(NoRunError):
+        llm.generator.output
+    with llm.generate(**TOKENS) as outer:
+        with outer.invoke(ids):
+            with llm.all():
+                llm.lm_head.output
+            assert torch.equal(llm.generator.output, expected)
+        assert torch.equal(outer.output, expected)
+        with outer.invoke(other):
+            pass
+    assert torch.equal(outer.output[0], expected) and torch.equal(outer.output[1], gpt2.generate(other, **TOKENS))
+
+
+@pytest.mark.parametrize(
+    "steps", [lambda run, llm: run.iter[:2], lambda run, llm: run.all(), lambda run, llm: llm.all()]
+)
+def test_steps_around_invokes(llm, ids, steps):
+    """function_vectors.ipynb has them in this order: a pass of its own has steps of its own."""
+    with pytest.raises(InputError, match=r"inside of `with tracer\.invoke\(\.\.\.\):`"):
+        with llm.generate(**TOKENS) as tracer:
+            with steps(tracer, llm):
+                with tracer.invoke(ids):
+                    llm.lm_head.output
+
+
+def test_steps_of_an_invoke(llm, gpt2, ids, other):
+    """`tracer` is written in the invoke as well."""
+    expected = [outputs(gpt2.lm_head, gpt2.generate, given, **TOKENS) for given in (ids, other)]
+    seen = []
+    with llm.generate(**TOKENS) as tracer:
+        with tracer.invoke(ids):
+            with tracer.iter[1:] as step:
+                seen.append((0, step, llm.lm_head.output))
+        with tracer.invoke(other):
+            seen += [(1, step, llm.lm_head.output) for step in tracer.iter[:1]]
+            seen.append((1, 1, tracer.next().lm_head.output))
+        with tracer.invoke(other):
+            tracer.all()
+            logits = llm.lm_head.output
+    assert [(row, step) for row, step, _ in seen] == [(0, 1), (0, 2), (1, 0), (1, 1)]
+    assert all(torch.equal(value, expected[row][step]) for row, step, value in seen)
+    assert torch.equal(logits, expected[1][2])
+
+
 def test_all_at_the_end_of_a_block(llm, ids):
     with llm.generate(ids, **TOKENS) as tracer:
         llm.transformer.h.all()
