@@ -235,7 +235,7 @@ def _find(frame: FrameType) -> tuple[ast.Module, ast.With, ast.withitem]:
     tree, position = _parse(frame, frame.f_lasti // 2 - 1)
     for node in ast.walk(tree):
         for item in node.items if isinstance(node, ast.With) else ():
-            if _range(item.context_expr) == position and _is_what_runs(node, frame.f_code):
+            if _range(item.context_expr) == position and _is_what_runs(node, item, frame.f_code):
                 return tree, node, item
     raise SourceError(
         f"no `with` statement is found at {frame.f_code.co_filename}:{frame.f_lineno}: its block is entered in another "
@@ -265,12 +265,13 @@ def _range(node: ast.AST) -> tuple[tuple[int, int], tuple[int, int]]:
     return (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
 
 
-def _is_what_runs(statement: ast.With, code: CodeType) -> bool:
-    """Whether the names in the head and the first line of a block are those of the code that runs: a file may have
-    been edited since."""
+def _is_what_runs(statement: ast.With, item: ast.withitem, code: CodeType) -> bool:
+    """Whether the names in the head, from one of its items on, and in the first line of a block are those of the code
+    that runs: a file may have been edited since."""
+    items = statement.items[statement.items.index(item) :]
     first = [statement.body[0]] if isinstance(statement.body[0], (ast.Expr, ast.Assign, ast.AugAssign)) else []
     known, used = _names_of(code), set()
-    for node in (node for part in [*statement.items, *first] for node in ast.walk(part)):
+    for node in (node for part in [*items, *first] for node in ast.walk(part)):
         used |= {node.id} if isinstance(node, ast.Name) else {node.attr} if isinstance(node, ast.Attribute) else set()
     return all(name in known or name.startswith("__") for name in used)
 

@@ -168,7 +168,8 @@ class Tracer(Run):
     def stop(self) -> None:
         """Ends the model, and leaves the block."""
         super().stop()
-        raise _Left
+        if any(run is self for run in _entered.get()):
+            raise _Left
 
     def barrier(self, parties: int) -> Callable[[], None]:
         """Nothing to wait for: each invoke has run when the next one begins."""
@@ -257,6 +258,8 @@ def _all(tracer: Tracer, frame: Any) -> Iterations:
     steps = Iterations(tracer)
     with advising(Iterations._instead):
         rest = following(frame)
+    if rest is not None and current_edit() is not None:
+        raise InputError("within an edit write `with model.all():`, around what is for each step")
     if rest is not None:
         tracer._rest = rest
         if tracer._flow.scope.step < 0:
@@ -388,12 +391,12 @@ class _Face(Envoy):
 
     def edit(self, *args: Any, inplace: bool = False, return_context: bool = False, **kwargs: Any) -> Any:
         """As everywhere, and in the old form, `with model.edit(""):`, in place."""
-        _without(kwargs)
+        _check_known("edit", kwargs)
         functions = [given for given in args if callable(given)]
         return super().edit(*functions, inplace=inplace or len(functions) < len(args))
 
     def session(self, **kwargs: Any) -> Session:
-        _without(kwargs)
+        _check_known("session", kwargs)
         return Session()
 
     @property
@@ -417,6 +420,12 @@ def _without(arguments: dict[str, Any]) -> dict[str, Any]:
     if arguments.get("remote") not in (None, False, "local"):
         raise InputError("remote: there is no server here. Leave it out, and the model runs in this process")
     return {name: value for name, value in arguments.items() if name not in _NOTHING_TO_DO}
+
+
+def _check_known(name: str, arguments: dict[str, Any]) -> None:
+    unknown = _without(arguments)
+    if unknown:
+        raise TypeError(f"{name}() got an unexpected keyword argument {next(iter(unknown))!r}")
 
 
 _NOTHING_TO_DO = ("remote", "backend", "scan", "validate", "invoker_args", "blocking")

@@ -141,8 +141,9 @@ class Run:
         if error is None:
             if self._flow.outcome is None:
                 self._flow.run_on()  # perhaps until an edit stops it
-            if self._invoked or self._flow.has_result:
-                self.finish()
+            for run in self._invoked or [self]:
+                if run._flow.outcome is None or run._flow.has_result:  # others were stopped
+                    run.finish()
             return
         self._flow.close("an error ended its body")
         if isinstance(error, DiffsightError) and not is_from_edit(error):

@@ -571,6 +571,18 @@ def test_steps_of_an_invoke(llm, gpt2, ids, other):
     assert torch.equal(logits, expected[1][2])
 
 
+def test_all_in_an_edit(llm, ids):
+    with llm.edit() as edited, edited.all():
+        edited.transformer.h[0].output[:] = 0
+    with edited.generate(ids, **TOKENS) as tracer:
+        assert [llm.transformer.h[0].output.any().item() for _ in tracer.iter[:]] == [False] * 3
+    with llm.edit() as edited:
+        llm.transformer.h.all()
+        llm.transformer.h[0].output[:] = 0
+    with pytest.raises(InputError, match=r"within an edit write `with model\.all\(\):`"):
+        edited.generate(ids, **TOKENS).result
+
+
 def test_all_at_the_end_of_a_block(llm, ids):
     with llm.generate(ids, **TOKENS) as tracer:
         llm.transformer.h.all()
@@ -1001,6 +1013,28 @@ def test_sessions_of_text(text_model):
 
 
 # ---- what has nothing to do, and what cannot be done
+
+
+def test_a_stop_ends_what_it_stands_in(llm, gpt2, ids):
+    with llm.trace() as tracer:
+        with tracer.invoke(ids):
+            hidden_states = llm.transformer.h[0].output.save()
+            hidden_states.stop()
+            raise AssertionError("stopped")
+        with tracer.invoke(ids):
+            logits = llm.lm_head.output.save()
+    assert torch.equal(hidden_states, outputs(gpt2.transformer.h[0], gpt2, ids)[0])
+    assert torch.equal(logits, gpt2(ids).logits)
+    open_run = llm.trace(ids)
+    open_run.transformer.h[0].output
+    open_run.stop()
+    assert "stopped" in repr(open_run)
+
+
+@pytest.mark.parametrize("opens", [lambda model: model.edit(inpace=True), lambda model: model.session(iter=1)])
+def test_unknown_arguments(tiny_model, opens):
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        opens(tiny_model)
 
 
 def test_settings(tiny_model, net, input):
