@@ -169,6 +169,8 @@ class Attached:
 
 def _taking_run(function: Callable[..., Any]) -> Callable[[Any], Any]:
     """`function` as one of the run, whether it takes it or not."""
+    if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+        raise InputError(f"an edit takes a plain function: calling {_place(function)} (yield, async) does not run it")
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # written in C
