@@ -11,8 +11,8 @@ what it is called on, `nnsight.apply` calls, `nnsight.log` prints, `scan=True` a
 do; and values are asked for in the order in which the model computes them. What has no meaning in a live run raises an
 error that says what to write instead: `.grad` before `backward()`, `.source`, `tracer.cache`, `remote=True`.
 
-Importing this module adds `save` to tensors, arrays, lists, tuples, dicts, sets, numbers and strings, and `stop` and
-`value` to tensors.
+Importing this module adds `save` to tensors, arrays, lists, tuples, dicts, sets, numbers, strings and bytes, and `stop`
+and `value` to tensors.
 """
 
 import builtins
@@ -22,6 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
+from contextvars import ContextVar
 from functools import cache, wraps
 from types import MappingProxyType, SimpleNamespace, TracebackType
 from typing import Any
@@ -32,7 +33,8 @@ from torch import nn
 
 import diffsight
 
-from .capture import Block, Deferred, following
+from .capture import Block, Deferred, advising, following
+from .edits import current_edit
 from .envoy import Envoy as _Envoy
 from .errors import DiffsightError, InputError
 from .flow import STOPPED
@@ -41,6 +43,8 @@ from .run import Run
 from .session import Session as _Session
 from .session import Turns
 from .taps import INPUTS
+
+__version__ = diffsight.__version__
 
 # ---- the functions of the module
 
@@ -85,13 +89,15 @@ class _Left(BaseException):
 class Cond(Deferred):
     """A block that runs where it stands if a condition holds, and else is left out."""
 
+    _instead = "Write it with `if`"
+
     def __init__(self, condition: Any) -> None:
         self._holds = bool(condition)
 
     def __enter__(self) -> "Cond":
-        if not self._holds:
-            self._block = Block.of_with(sys._getframe(1))
-            self._block.pass_over()
+        return self if self._holds else self._enter(sys._getframe(1))
+
+    def _given(self) -> "Cond":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
@@ -117,6 +123,10 @@ class Tracer(Run):
         """The invoke opened last; the run itself, if it was given its input."""
         return self._pass
 
+    def _in_turn(self) -> "Tracer":
+        """The run whose steps are meant: that of the invoke it is written in."""
+        return self.invoker if self.invoker._flow.outcome is None else self
+
     @property
     def inputs(self) -> tuple[tuple, dict]:
         """The inputs as the model got them; token ids under `inputs[0][0]["input_ids"]`."""
@@ -125,21 +135,23 @@ class Tracer(Run):
 
     @property
     def output(self) -> Any:
-        """What the model returned."""
+        """What the model returned; after several invokes a list with one result a pass."""
+        if self._invoked:
+            return self.result if len(self._invoked) > 1 else self.invoker.output
         return self.result if self._flow.has_result else self._root().output
 
     @property
     def iter(self) -> "Iterations":
         """`with tracer.iter[0:3] as step:` or `for step in tracer.iter[:]:`."""
-        return Iterations(self)
+        return Iterations(self._in_turn())
 
     def all(self) -> "Iterations":
         """`with tracer.all():`, each step; also as a statement, for what follows it in the block of the trace."""
-        return _all(self, sys._getframe(1))
+        return _all(self._in_turn(), sys._getframe(1))
 
     def next(self, step: int = 1) -> "Tracer":
         """Goes on to the next step (the next token)."""
-        flow = self._pass._flow
+        flow = self._in_turn()._flow
         for _ in range(step + (flow.scope.step < 0)):
             flow.next_step()
         return self
@@ -156,7 +168,8 @@ class Tracer(Run):
     def stop(self) -> None:
         """Ends the model, and leaves the block."""
         super().stop()
-        raise _Left
+        if any(run is self for run in _entered.get()):
+            raise _Left
 
     def barrier(self, parties: int) -> Callable[[], None]:
         """Nothing to wait for: each invoke has run when the next one begins."""
@@ -172,6 +185,7 @@ class Tracer(Run):
 
     def __enter__(self) -> "Tracer":
         super().__enter__()
+        _entered.set((*_entered.get(), self))
         if self._has_input:
             given = self._given = {}
             keep = given.setdefault
@@ -179,12 +193,22 @@ class Tracer(Run):
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        try:
+            return self._leave(kind, error, trace)
+        finally:
+            _entered.set(tuple(run for run in _entered.get() if run is not self))
+
+    def _leave(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if isinstance(error, _Left):
             self._flow.close(STOPPED)
             return True
         if error is None and self._rest is not None and self._flow.outcome is None:
-            rest, self._rest = self._rest(), None
-            rest.bind(rest(self.steps))
+            with advising(Iterations._instead):
+                rest, self._rest = self._rest(), None
+            try:
+                rest.run_here(self.steps)
+            except _Left:
+                self._flow.close(STOPPED)
         last = traceback.extract_tb(trace)[-1].line if trace is not None else ""
         if isinstance(error, (AttributeError, TypeError)) and "NoneType" in str(error) and ".grad" in last:
             error.add_note(
@@ -195,12 +219,21 @@ class Tracer(Run):
         return False
 
 
+_entered: ContextVar[tuple[Tracer, ...]] = ContextVar("diffsight_entered", default=())  # the blocks around
+
+
 class Iterations(Deferred):
     """Steps of a run by number, for a loop or for a block that is repeated."""
 
     _repeats = True
+    _instead = "Write a loop: `for step in tracer.iter[:]:`"
 
     def __init__(self, tracer: Tracer, chosen: slice | int | Iterable[int] = slice(None)) -> None:
+        if tracer._again is not None and not tracer._has_input:
+            raise InputError(
+                "each invoke goes through its own steps: write `with tracer.all():` (or `tracer.iter[...]`) inside of "
+                "`with tracer.invoke(...):`"
+            )
         self._tracer, self._chosen = tracer, chosen
 
     def __getitem__(self, chosen: slice | int | Iterable[int]) -> "Iterations":
@@ -217,17 +250,21 @@ class Iterations(Deferred):
             yield from (step.index for step in steps[: max(wanted) + 1] if step.index in wanted)
 
     def _take(self, block: Block) -> None:
-        block.bind(block(self))
+        block.run_here(self)
 
 
 def _all(tracer: Tracer, frame: Any) -> Iterations:
     """All steps: of the `with` statement that is being entered, else of what follows in the block."""
-    rest = following(frame)
+    steps = Iterations(tracer)
+    with advising(Iterations._instead):
+        rest = following(frame)
+    if rest is not None and current_edit() is not None:
+        raise InputError("within an edit write `with model.all():`, around what is for each step")
     if rest is not None:
         tracer._rest = rest
         if tracer._flow.scope.step < 0:
             tracer._flow.next_step()
-    return Iterations(tracer)
+    return steps
 
 
 class Session(_Session):
@@ -273,6 +310,12 @@ class SessionTurns(Turns):
 
 class Envoy(_Envoy):
     """An envoy, with what nnsight's has besides."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the module. In an edit the points of one that was attached fire, as with `hook=True`."""
+        if current_edit() is not None and any(self._owner is module for module in self._model._attachments):
+            kwargs.setdefault("hook", True)
+        return super().__call__(*args, **kwargs)
 
     def next(self) -> Any:
         """The next token's: goes on to the next step, in a run of one pass to the next call of the module."""
@@ -348,18 +391,20 @@ class _Face(Envoy):
 
     def edit(self, *args: Any, inplace: bool = False, return_context: bool = False, **kwargs: Any) -> Any:
         """As everywhere, and in the old form, `with model.edit(""):`, in place."""
-        _without(kwargs)
+        _check_known("edit", kwargs)
         functions = [given for given in args if callable(given)]
         return super().edit(*functions, inplace=inplace or len(functions) < len(args))
 
     def session(self, **kwargs: Any) -> Session:
-        _without(kwargs)
+        _check_known("session", kwargs)
         return Session()
 
     @property
     def generator(self) -> _Generator:
-        """`model.generator.output`: what the run returns in the end."""
-        return _Generator(self._open_run("generator.output"))
+        """`model.generator.output`: what the run returns in the end; in its block also where it has come to that."""
+        around = [run for run in _entered.get() if run._model._runs is self._runs]
+        has_ended = bool(around) and around[-1]._flow.outcome is not None
+        return _Generator(around[-1] if has_ended else self._open_run("generator.output"))
 
 
 def _opened(opens: Callable[..., Tracer], args: tuple, kwargs: dict[str, Any], trace: bool, generates: bool) -> Any:
@@ -375,6 +420,12 @@ def _without(arguments: dict[str, Any]) -> dict[str, Any]:
     if arguments.get("remote") not in (None, False, "local"):
         raise InputError("remote: there is no server here. Leave it out, and the model runs in this process")
     return {name: value for name, value in arguments.items() if name not in _NOTHING_TO_DO}
+
+
+def _check_known(name: str, arguments: dict[str, Any]) -> None:
+    unknown = _without(arguments)
+    if unknown:
+        raise TypeError(f"{name}() got an unexpected keyword argument {next(iter(unknown))!r}")
 
 
 _NOTHING_TO_DO = ("remote", "backend", "scan", "validate", "invoker_args", "blocking")
@@ -431,7 +482,7 @@ CONFIG = _Config()
 
 def _mount() -> None:
     """Adds `save` to the types of values. Not to `object`: that would be seen on every class there is."""
-    for cls in (*_BUILTIN, numpy.ndarray):
+    for cls in (*_BUILTIN, numpy.ndarray, numpy.generic, torch.dtype, torch.device):
         namespace = gc.get_referents(cls.__dict__)[0]
         if "save" not in namespace:
             namespace["save"] = save
@@ -458,8 +509,9 @@ def _let_pictures_be_saved() -> None:
     Image.save = save_picture
 
 
-_BUILTIN = (builtins.list, builtins.tuple, builtins.dict, builtins.set, builtins.int, builtins.float, builtins.str)
 log = print
 list, tuple, dict, set = builtins.list, builtins.tuple, builtins.dict, builtins.set
 int, float, str, bool, bytes = builtins.int, builtins.float, builtins.str, builtins.bool, builtins.bytes
+complex, bytearray = builtins.complex, builtins.bytearray
+_BUILTIN = (list, tuple, dict, set, frozenset, range, int, float, complex, str, bytes, bytearray)
 _mount()

@@ -54,6 +54,8 @@ class Edit:
 class Editing(Deferred):
     """What `model.edit(...)` gives: a context manager around the edit's block, or a decorator of its function."""
 
+    _instead = "Write the block as a function that takes the run, and pass that: `edited = model.edit(function)`"
+
     def __init__(self, model: "Model", inplace: bool) -> None:
         if current_edit() is not None:
             raise InputError("an edit cannot be made within an edit: one after the other, they stack")
@@ -167,6 +169,8 @@ class Attached:
 
 def _taking_run(function: Callable[..., Any]) -> Callable[[Any], Any]:
     """`function` as one of the run, whether it takes it or not."""
+    if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+        raise InputError(f"an edit takes a plain function: calling {_place(function)} (yield, async) does not run it")
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # written in C

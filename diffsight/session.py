@@ -71,6 +71,7 @@ class Turns(Deferred, Generic[Item]):
     """Items in turn: what `session.iter(items)` gives."""
 
     _repeats = True
+    _instead = "Write a loop: `for item in session.iter(items):`"
 
     def __init__(self, items: Iterable[Item]) -> None:
         self._items = items
@@ -83,7 +84,7 @@ class Turns(Deferred, Generic[Item]):
         return [function(item) for item in self]
 
     def _take(self, block: Block) -> None:
-        block.bind(block(self._items))
+        block.run_here(self._items)
 
 
 def note(run: "Run") -> None:

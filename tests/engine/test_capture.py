@@ -84,6 +84,67 @@ def test_block_that_begins_with_nothing(model, net, x):
     assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, lambda out: out * 2))
 
 
+@pytest.mark.parametrize("first", ["", "global GLOBAL\n", "note: int\n", "'text'\n", "pass\n", "if True:\n"])
+@pytest.mark.parametrize(
+    "end", ["except Exception: seen.append(1)", "except: seen.append(1)", "finally: seen.append(1)"]
+)
+def test_block_that_begins_with_try(first, end, tmp_path, model, net, x):
+    tries = f"try:\n    edited.layers[1].output[:] = 0\n{end}\n"
+    block = textwrap.indent(first + (textwrap.indent(tries, "    ") if first.startswith("if") else tries), " " * 8)
+    source = f"def make(model, seen):\n    with model.edit() as edited:\n{block}    return edited\n"
+    seen = []
+    edited = load(source, tmp_path)["make"](model, seen)
+    assert seen == [] and sys.gettrace() is None
+    assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, torch.zeros_like))
+    assert seen == ([1] if end.startswith("finally") else [])
+
+
+# fmt: off
+def test_try_on_one_line(model, net, x):
+    seen = []
+    with model.edit() as edited:
+        try: edited.layers[1].output[:] = 0
+        finally: seen.append(1)
+    assert seen == []
+    assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, torch.zeros_like))
+# fmt: on
+
+
+def test_try_in_a_block_that_binds_a_global_or_nothing(tmp_path, model, net, x):
+    source = """
+def make(model):
+    global edited
+    with model.edit(inplace=True):
+        try:
+            model.layers[1].output[:] = 0
+        finally:
+            pass
+    with model.edit() as edited:
+        try:
+            edited.layers[2].output *= 2
+        finally:
+            pass
+"""
+    names = load(source, tmp_path)
+    names["make"](model)
+    assert torch.equal(model.trace(x).result, edited_result(net, x, 1, torch.zeros_like))
+    with replaced(net.layers[1], torch.zeros_like):
+        assert torch.equal(names["edited"].trace(x).result, edited_result(net, x, 2, lambda out: out * 2))
+
+
+def test_try_in_a_block_set_to_something_else(model):
+    class Here:
+        pass
+
+    with pytest.raises(SourceError, match=r"begins with `try`, and is set to Here\.edited: write `as` and a name"):
+        with model.edit() as Here.edited:
+            try:
+                pass
+            finally:
+                pass
+    assert sys.gettrace() is None
+
+
 def test_other_items_belong_to_the_block(model, net, x):
     entered = []
 
@@ -256,6 +317,30 @@ def test_what_has_a_meaning_only_where_it_stands(line, word, tmp_path, model):
             pass
 
 
+def test_super_without_arguments(tmp_path, model):
+    source = """
+class Study:
+    def make(self, model):
+        with model.edit() as edited:
+            edited.layers[2].output = super().change(edited.layers[2].output)
+"""
+    with pytest.raises(SourceError, match=r"script.py:4 is no method: there `super\(\)` is written"):
+        load(source, tmp_path)["Study"]().make(model)
+
+
+def test_body_of_a_class_in_a_function(model, net, x):
+    factor = 3
+
+    class Study:
+        class Inner:
+            offset = 1
+            with model.edit() as edited:
+                edited.layers[2].output = edited.layers[2].output * factor + offset
+
+    edited = Study.Inner.edited
+    assert torch.equal(edited.trace(x).result, edited_result(net, x, 2, lambda out: out * 3 + 1))
+
+
 def test_loop_of_its_own_may_be_left(model, net, x):
     with model.edit() as edited:
         for layer in edited.layers:
@@ -345,7 +430,9 @@ def test_without_source(way):
     assert last == "done", done.stderr
     if way == "-" or sys.version_info < (3, 13):  # from there on, Python keeps the source of `-c`
         assert told[0].startswith("the source at <stdin>:11 " if way == "-" else "the source at <string>:11 ")
-        assert told[0].endswith("Write the block as a function, and pass that")
+        assert told[0].endswith(
+            "Write the block as a function that takes the run, and pass that: `edited = model.edit(function)`"
+        )
 
 
 def test_exec(model):

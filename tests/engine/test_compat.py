@@ -5,6 +5,7 @@ tutorials by name, and the README. The models are small and random; GPT-2's bloc
 transformers 5, so that the guides' `.output[0]` is `.output` here. What the values should be comes from ordinary hooks.
 """
 
+import re
 from collections import OrderedDict
 from enum import Enum
 
@@ -25,6 +26,7 @@ from diffsight import (
     NoRunError,
     OutOfOrderError,
     PointNotFoundError,
+    SourceError,
 )
 from diffsight.compat import CONFIG, DiffusionModel, Envoy, NNsight
 
@@ -303,6 +305,29 @@ def test_iterator_with_its_context(tiny_model, capsys):
     assert capsys.readouterr().out.splitlines() == ["0", "2", "until 0", "until 1", "again 0", "again 1"]
 
 
+def test_stop_keeps_what_was_assigned(tiny_model, llm, ids):
+    count = 0
+    with tiny_model.session() as session:
+        with session.iter([3, 4, 5]) as item:
+            count += item
+            with nnsight.cond(item == 4):
+                nnsight.stop()
+    assert (count, item) == (7, 4)
+    with llm.generate(ids, **TOKENS) as tracer:
+        with tracer.iter[:] as step:
+            logits = llm.lm_head.output
+            if step == 1:
+                tracer.stop()
+    assert step == 1 and logits.shape[1] == 1
+    steps = 0
+    with llm.generate(ids, **TOKENS) as tracer:
+        llm.transformer.h.all()
+        steps += 1
+        if steps == 2:
+            nnsight.stop()
+    assert steps == 2 and not tracer._flow.has_result
+
+
 @pytest.mark.parametrize("leave", [lambda session: session.exit(), lambda session: nnsight.stop()])
 def test_session_ends_early(tiny_model, leave):
     with tiny_model.session() as session:
@@ -496,6 +521,93 @@ def test_all_as_a_statement(llm, ids, states):
     assert count == len(hidden_states) == 3 and all(torch.equal(a, b) for a, b in zip(hidden_states, states))
 
 
+def test_what_was_generated_is_there_behind_all_steps(llm, gpt2, ids, other):
+    expected = gpt2.generate(ids, **TOKENS)
+    with llm.generate(ids, **TOKENS):
+        with llm.transformer.h.all():
+            llm.lm_head.output
+        assert torch.equal(llm.generator.output, expected) and torch.equal(llm.generator.output, expected)
+    with pytest.raises(NoRunError):
+        llm.generator.output
+    with llm.generate(**TOKENS) as outer:
+        with outer.invoke(ids):
+            with llm.all():
+                llm.lm_head.output
+            assert torch.equal(llm.generator.output, expected)
+        assert torch.equal(outer.output, expected)
+        with outer.invoke(other):
+            pass
+    assert torch.equal(outer.output[0], expected) and torch.equal(outer.output[1], gpt2.generate(other, **TOKENS))
+
+
+@pytest.mark.parametrize(
+    "steps", [lambda run, llm: run.iter[:2], lambda run, llm: run.all(), lambda run, llm: llm.all()]
+)
+def test_steps_around_invokes(llm, ids, steps):
+    """function_vectors.ipynb has them in this order: a pass of its own has steps of its own."""
+    with pytest.raises(InputError, match=r"inside of `with tracer\.invoke\(\.\.\.\):`"):
+        with llm.generate(**TOKENS) as tracer:
+            with steps(tracer, llm):
+                with tracer.invoke(ids):
+                    llm.lm_head.output
+
+
+def test_steps_of_an_invoke(llm, gpt2, ids, other):
+    """`tracer` is written in the invoke as well."""
+    expected = [outputs(gpt2.lm_head, gpt2.generate, given, **TOKENS) for given in (ids, other)]
+    seen = []
+    with llm.generate(**TOKENS) as tracer:
+        with tracer.invoke(ids):
+            with tracer.iter[1:] as step:
+                seen.append((0, step, llm.lm_head.output))
+        with tracer.invoke(other):
+            seen += [(1, step, llm.lm_head.output) for step in tracer.iter[:1]]
+            seen.append((1, 1, tracer.next().lm_head.output))
+        with tracer.invoke(other):
+            tracer.all()
+            logits = llm.lm_head.output
+    assert [(row, step) for row, step, _ in seen] == [(0, 1), (0, 2), (1, 0), (1, 1)]
+    assert all(torch.equal(value, expected[row][step]) for row, step, value in seen)
+    assert torch.equal(logits, expected[1][2])
+
+
+def test_all_in_an_edit(llm, ids):
+    with llm.edit() as edited, edited.all():
+        edited.transformer.h[0].output[:] = 0
+    with edited.generate(ids, **TOKENS) as tracer:
+        assert [llm.transformer.h[0].output.any().item() for _ in tracer.iter[:]] == [False] * 3
+    with llm.edit() as edited:
+        llm.transformer.h.all()
+        llm.transformer.h[0].output[:] = 0
+    with pytest.raises(InputError, match=r"within an edit write `with model\.all\(\):`"):
+        edited.generate(ids, **TOKENS).result
+
+
+def test_all_at_the_end_of_a_block(llm, ids):
+    with llm.generate(ids, **TOKENS) as tracer:
+        llm.transformer.h.all()
+    assert tracer.result.shape == (1, ids.shape[1] + 3)
+
+
+@pytest.mark.parametrize(
+    "line, instead",
+    [
+        ("with tracer.cond(False): 1", "Write it with `if`"),
+        ("with tracer.iter[:]: 1", "Write a loop: `for step in tracer.iter[:]:`"),
+        ("tracer.all()", "Write a loop: `for step in tracer.iter[:]:`"),
+        ("with session.iter([1]): 1", "Write a loop: `for item in session.iter(items):`"),
+        ("with tracer._model.edit(): 1", "Write the block as a function that takes the run, and pass that: "),
+    ],
+)
+def test_where_there_is_no_source(llm, ids, line, instead):
+    with pytest.raises(SourceError, match=r"source at <string>:1 cannot be read.*\. " + re.escape(instead)):
+        with llm.session() as session, llm.generate(ids, **TOKENS) as tracer:
+            exec(line, {"tracer": tracer, "session": session})
+    with llm.session() as session, llm.generate(ids, **TOKENS) as tracer:
+        exec("with tracer.cond(True): seen = [step for step in tracer.iter[:]]", names := {"tracer": tracer})
+    assert names["seen"] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("chosen, steps", [(slice(1, None), [1, 2]), (1, [1]), ([0, 2], [0, 2]), (slice(2), [0, 1])])
 def test_iter_of_steps(llm, gpt2, ids, chosen, steps):
     expected = outputs(gpt2.lm_head, gpt2.generate, ids, **TOKENS)
@@ -564,6 +676,27 @@ def test_editing_tutorial(llm, gpt2, ids):
     finally:
         llm.clear_edits()
     assert not hasattr(gpt2.transformer.h[0], "sae")
+
+
+def test_attached_modules_are_points_where_an_edit_calls_them(llm, gpt2, ids, other):
+    """editing_tutorial.ipynb, the first cell: without `hook=True`. Elsewhere a call is a call."""
+    submodule = llm.transformer.h[0]
+    submodule.sae = SAE()
+    try:
+        with llm.edit(""):
+            acts = submodule.output
+            submodule.sae(acts)
+        with llm.trace(ids):
+            acts = submodule.sae.output.save()
+        assert torch.equal(acts, outputs(gpt2.transformer.h[0], gpt2, ids)[0] * 4)
+        with llm.edit(inplace=True):
+            lens = llm.lm_head(llm.transformer.ln_f(llm.transformer.h[0].output))
+            submodule.output[:] = lens.argmax(-1, keepdim=True)
+        with llm.trace(ids) as tracer:
+            logits = llm.lm_head.output.save()
+        assert torch.equal(logits, tracer.result.logits)
+    finally:
+        llm.clear_edits()
 
 
 def test_editing_with_an_attachment(llm, gpt2, ids):
@@ -882,6 +1015,28 @@ def test_sessions_of_text(text_model):
 # ---- what has nothing to do, and what cannot be done
 
 
+def test_a_stop_ends_what_it_stands_in(llm, gpt2, ids):
+    with llm.trace() as tracer:
+        with tracer.invoke(ids):
+            hidden_states = llm.transformer.h[0].output.save()
+            hidden_states.stop()
+            raise AssertionError("stopped")
+        with tracer.invoke(ids):
+            logits = llm.lm_head.output.save()
+    assert torch.equal(hidden_states, outputs(gpt2.transformer.h[0], gpt2, ids)[0])
+    assert torch.equal(logits, gpt2(ids).logits)
+    open_run = llm.trace(ids)
+    open_run.transformer.h[0].output
+    open_run.stop()
+    assert "stopped" in repr(open_run)
+
+
+@pytest.mark.parametrize("opens", [lambda model: model.edit(inpace=True), lambda model: model.session(iter=1)])
+def test_unknown_arguments(tiny_model, opens):
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        opens(tiny_model)
+
+
 def test_settings(tiny_model, net, input):
     """0.4: Improved Error Messaging, Turning off syntactic changes; remote_execution.ipynb, the key."""
     CONFIG.set_default_api_key("YOUR_API_KEY")
@@ -919,6 +1074,16 @@ def test_what_is_done_otherwise(llm, ids):
 
 def test_save_on_values():
     values = [1, 1.5, "a", [1], (1,), {"a": 1}, {1}, True, torch.ones(2), numpy.ones(2), nn.Parameter(torch.ones(1))]
+    values += [
+        b"a",
+        1j,
+        frozenset([1]),
+        range(2),
+        numpy.float32(1),
+        torch.float16,
+        torch.device("cpu"),
+        torch.Size([2]),
+    ]
     assert all(value.save() is value for value in values) and torch.ones(1).value == 1
     anything = object()
     assert nnsight.save(anything) is anything and not hasattr(anything, "save")

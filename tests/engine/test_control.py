@@ -225,3 +225,16 @@ def test_the_bodys_call_of_a_skipped_module(net, x):
         run.layers[1].skip(x)
         assert torch.equal(run.layers[1](x), Net().layers[1](x))
     assert torch.equal(run.result, net.last(net.layers[2](x)))
+
+
+def test_stop_in_an_invoke(net, x):
+    """It ends its own pass; the others go on."""
+    with Model(net).trace() as run:
+        with run.invoke(x) as first:
+            early = first.layers[0].output
+            first.stop()
+        with run.invoke(x) as second:
+            second.last.input = early
+    assert torch.equal(second.result, net.last(early))
+    with pytest.raises(RunClosedError, match="was stopped"):
+        first.result

@@ -80,7 +80,11 @@ def test_from_a_function(model, net, x):
     assert torch.equal(model.edit(without_run).trace(x).result, double(net, x, 1))
 
 
-@pytest.mark.parametrize("wrong", [5, "layers[0]", lambda run, more: None])
+async def later(run):
+    run.layers[0].output[:] = 0
+
+
+@pytest.mark.parametrize("wrong", [5, "layers[0]", lambda run, more: None, later, lambda run: (yield)])
 def test_what_is_no_edit(model, wrong):
     with pytest.raises(InputError, match="takes"):
         model.edit(wrong)

@@ -188,6 +188,16 @@ def test_an_error_in_a_repeated_block(model, net, x):
     assert str(caught.traceback[-1].path) == __file__ and footprint(net) == before
 
 
+def test_what_an_error_leaves_bound(model):
+    """As in a loop: what was assigned before an error is."""
+    count = 0
+    with pytest.raises(ZeroDivisionError), model.session() as session:
+        with session.iter([2, 1, 0, 5]) as item:
+            count += 1
+            quotient = 4 // item
+    assert (count, item, quotient) == (3, 0, 4)
+
+
 def test_iter_without_source(model):
     with pytest.raises(SourceError, match="cannot be read"):
         exec("with session.iter([1]) as item: print(item)", {"session": model.session()})
