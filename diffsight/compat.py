@@ -110,7 +110,20 @@ class Cond(Deferred):
 # ---- runs
 
 
-class Tracer(Run):
+class _Words:
+    """nnsight's names for plain Python, which its runs and sessions both have."""
+
+    def cond(self, condition: Any) -> Cond:
+        return Cond(condition)
+
+    def log(self, *values: Any) -> None:
+        print(*values)
+
+    def apply(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+
+class Tracer(_Words, Run):
     """A run, with the names of nnsight's tracer and invoker."""
 
     _generates = False
@@ -155,15 +168,6 @@ class Tracer(Run):
         for _ in range(step + (flow.scope.step < 0)):
             flow.next_step()
         return self
-
-    def cond(self, condition: Any) -> Cond:
-        return Cond(condition)
-
-    def log(self, *values: Any) -> None:
-        print(*values)
-
-    def apply(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
 
     def stop(self) -> None:
         """Ends the model, and leaves the block."""
@@ -267,20 +271,11 @@ def _all(tracer: Tracer, frame: Any) -> Iterations:
     return steps
 
 
-class Session(_Session):
+class Session(_Words, _Session):
     """A session, with the names of nnsight's."""
 
     def iter(self, items: Iterable[Any], return_context: bool = False) -> "SessionTurns":
         return SessionTurns(items, return_context)
-
-    def cond(self, condition: Any) -> Cond:
-        return Cond(condition)
-
-    def log(self, *values: Any) -> None:
-        print(*values)
-
-    def apply(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
 
     def stop(self) -> None:
         """Leaves the block."""

@@ -52,3 +52,10 @@ def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
     """` (did you mean 'mid_block'?)` where near names are known, else an empty string."""
     near = get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
+
+
+def suggest_packaged(name: str, packaged: Iterable[str]) -> str:
+    """The same for a packaged model, such as `diffsight/shapes-clip`, that is meant by its last part."""
+    short = {known.split("/")[-1]: known for known in packaged}
+    near = get_close_matches(name.split("/")[-1], short, n=1, cutoff=0.6)
+    return f" (did you mean {short[near[0]]!r}?)" if near else ""

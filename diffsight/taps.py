@@ -221,7 +221,7 @@ class Tap:
         if self.target.name == FORWARD and self.open:
             self.flow.hooks.take_off(self.target.owner)
         elif self.target.name == FORWARD:
-            self.target.owner._forward_pre_hooks.pop(self.flow.hooks.counter, None)
+            self.flow.hooks.take_counter_off(self.target.owner)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A call begins. Gives new inputs, or None where they stay as they are."""
@@ -405,6 +405,9 @@ class Hooks:
         # The output is taken before any other hook sees it: transformers captures hidden states in hooks of its own,
         # and an edit has to be in what those capture.
         module._forward_hooks.move_to_end(self.after, last=False)
+
+    def take_counter_off(self, module: nn.Module) -> None:
+        module._forward_pre_hooks.pop(self.counter, None)
 
     def take_off(self, module: nn.Module) -> None:
         module._forward_pre_hooks.pop(self.before, None)

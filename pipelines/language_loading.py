@@ -3,7 +3,6 @@
 import os
 import re
 import tempfile
-from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import transformers
 from torch import nn
 
-from diffsight.errors import InputError
+from diffsight.errors import InputError, suggest_packaged
 
 PACKAGED = {"diffsight/smollm2": "SmolLM2-135M-Instruct; Llama-like, 30 layers; with the extra diffsight[smollm2]"}
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -178,11 +177,9 @@ def _why(name: str, place: str, error: Exception) -> str:
 
 
 def _unknown(name: str) -> str:
-    short = {known.split("/")[-1]: known for known in PACKAGED}
-    near = get_close_matches(name.split("/")[-1], short, n=1, cutoff=0.6)
-    meant = f" (did you mean {short[near[0]]!r}?)" if near else ""
     return (
-        f"there is no language model {name!r}{meant}. Known: {', '.join(PACKAGED)}, a folder, a .gguf file, a live "
+        f"there is no language model {name!r}{suggest_packaged(name, PACKAGED)}. "
+        f"Known: {', '.join(PACKAGED)}, a folder, a .gguf file, a live "
         "(model, tokenizer), or a hub id such as 'openai-community/gpt2'"
     )
 

@@ -7,13 +7,12 @@ they are loaded when they are needed.
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from diffsight.errors import InputError
+from diffsight.errors import InputError, suggest_packaged
 from diffsight.weights import adopt
 
 from .empty import build_empty
@@ -100,9 +99,7 @@ def _folder(name: str) -> Path:
 
 
 def _unknown(name: str) -> str:
-    short = {known.split("/")[-1]: known for known in PACKAGED}
-    near = get_close_matches(name.split("/")[-1], short, n=1, cutoff=0.6)
-    meant = f" (did you mean {short[near[0]]!r}?)" if near else ""
     return (
-        f"there is no model {name!r}{meant}. Known: {', '.join(PACKAGED)}, a folder, or a hub id such as 'owner/name'"
+        f"there is no model {name!r}{suggest_packaged(name, PACKAGED)}. "
+        f"Known: {', '.join(PACKAGED)}, a folder, or a hub id such as 'owner/name'"
     )
