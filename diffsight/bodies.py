@@ -67,7 +67,7 @@ class Body(Coroutine):
         if self.asks:
             return
         flow, parked = self.flow, self.flow.parked
-        here = parked is not None and (parked.tap, (parked.kind, parked.index)) in self.waits
+        here = parked is not None and (parked.tap, parked.key) in self.waits
         late = (self.scope.in_step or not self.waits) and flow.clock.index > self.scope.step
         if here or late or flow.outcome is not None:
             self.point = parked if here else None

@@ -42,7 +42,7 @@ from .model import Model
 from .run import Run
 from .session import Session as _Session
 from .session import Turns
-from .taps import INPUTS
+from .taps import Asked
 
 __version__ = diffsight.__version__
 
@@ -193,7 +193,7 @@ class Tracer(_Words, Run):
         if self._has_input:
             given = self._given = {}
             keep = given.setdefault
-            self._flow.keep(self._model._target, INPUTS, "inputs", lambda tap, index, value: index or keep(0, value))
+            self._flow.keep(Asked(self._model._target, "inputs"), lambda tap, index, value: index or keep(0, value))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:

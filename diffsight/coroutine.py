@@ -34,10 +34,11 @@ class TorchState(NamedTuple):
 
     @classmethod
     def capture(cls) -> "TorchState":
-        devices = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES]
-        autocast = (devices, torch.is_autocast_cache_enabled())
-        modes = tuple(map(_get_function_stack_at, range(_len_torch_function_stack())))
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, modes)
+        autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES]
+        count = _len_torch_function_stack()
+        modes = tuple(map(_get_function_stack_at, range(count))) if count else ()
+        cached = torch.is_autocast_cache_enabled()
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), (autocast, cached), modes)
 
     def restore(self, before: "TorchState") -> None:
         """Sets grad mode, and autocast and function modes where they differ from `before`, the state that is on;
@@ -94,36 +95,50 @@ class Coroutine(greenlet):
         returned; `self.dead` tells which). With an exception, raises it where the function is parked; with a call,
         makes it there, and gives it back when it is made."""
         body = TorchState.capture()
-        model = self.state
         self.parent = getcurrent()  # where the function's end, or its exception, comes out
+        alike = body == self.state and self._guard is None and self.random is None
+        guard, random = (None, None) if alike else self._enter(body)
+        try:
+            return self.throw(*error) if error else self.switch(call)
+        finally:
+            self.state = TorchState.capture()
+            if not alike or body != self.state:
+                self._leave(body, guard, random)
+
+    def _enter(self, body: TorchState) -> tuple[Any, list[torch.Tensor] | None]:
+        """Goes from the body's state to the function's. Gives the guard, if there is one, and the random state that
+        `_leave` goes back with."""
         # Inference mode is changed by guards, each of which puts back all that it found. None is used where none is
         # needed: under a guard every operation takes longer.
         guard = None
         if self._guard is not None:
             self._guard.__exit__(None, None, None)
             self._guard = None
-        elif model.inference != body.inference:
-            guard = _enter_inference_mode(model.inference)
-        model.restore(body)
-        body_random = random_state() if self.random is not None else None
-        if self.random is not None:
-            set_random_state(self.random)
-        try:
-            return self.throw(*error) if error else self.switch(call)
-        finally:
-            self.state = TorchState.capture()
-            if body_random is not None:
-                self.random = random_state()
-                set_random_state(body_random)
-            if guard is not None:
-                guard.__exit__(None, None, None)
-            elif self.state.inference != body.inference:  # the function has parked inside a mode that it entered itself
-                self._guard = _enter_inference_mode(body.inference)
-            body.restore(self.state)
+        elif self.state.inference != body.inference:
+            guard = _enter_inference_mode(self.state.inference)
+        self.state.restore(body)
+        if self.random is None:
+            return guard, None
+        random = random_state()
+        set_random_state(self.random)
+        return guard, random
+
+    def _leave(self, body: TorchState, guard: Any, random: list[torch.Tensor] | None) -> None:
+        """Goes back to the body's state."""
+        if random is not None:
+            self.random = random_state()
+            set_random_state(random)
+        if guard is not None:
+            guard.__exit__(None, None, None)
+        elif self.state.inference != body.inference:  # the function has parked inside a mode that it entered itself
+            self._guard = _enter_inference_mode(body.inference)
+        body.restore(self.state)
 
     def park(self, value: Any) -> None:
         """From the function: goes back to the body with `value` until it is resumed."""
-        self._make(self.parent.switch(value))
+        call = self.parent.switch(value)
+        if call is not None:
+            self._make(call)
 
     def _begin(self, call: Call | None) -> Any:
         self._make(call)

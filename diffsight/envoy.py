@@ -21,7 +21,8 @@ from torch import nn
 from .edits import is_from_edit
 from .errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
 from .flow import Flow
-from .taps import FORWARD, Target, join
+from .overrides import FORWARD
+from .taps import Asked, Target, join
 
 if TYPE_CHECKING:
     from .model import Model
@@ -90,7 +91,7 @@ class Points:
             raise InputError(
                 f"{self.path}.skip leaves the call out for all rows: write it on the run, not on a part of it"
             )
-        self._flow("skip").skip(self._target, self._call, value)
+        self._flow("skip").skip(Asked(self._target, "skip", self._call), value)
 
     def next(self) -> "Points":
         """The call after this one: `run.lm_head.next().output` is the second call's, as `.calls[1].output` is."""
@@ -110,7 +111,7 @@ class Points:
 
     def _fetch(self, part: str) -> Any:
         try:
-            return self._flow(part).fetch(self._target, part, self._call, self._part)
+            return self._flow(part).fetch(Asked(self._target, part, self._call, self._part))
         except Exception as error:
             if isinstance(error, AttributeError):
                 self.__dict__["_kept_error"] = error  # see `keeping_attribute_errors`
@@ -120,7 +121,7 @@ class Points:
 
     def _assign(self, part: str, value: Any) -> None:
         try:
-            self._flow(part).assign(self._target, part, self._call, value, self._part)
+            self._flow(part).assign(Asked(self._target, part, self._call, self._part), value)
         except DiffsightError as error:
             raise _from_the_asking_line(error) from error.__cause__
 

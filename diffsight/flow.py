@@ -4,10 +4,6 @@ The protocol. The body asks for a point (`fetch`); the flow taps it, tells the t
 When the model gets there, the tap parks the model and the body has the value. If instead the model ends, or the step
 ends that the body is in, or the surrounding module returns that was running when a late tap was made, the point lies
 behind: `OutOfOrderError`, never a later call's value.
-
-To know what lies behind, calls are counted. The model's components and their children are tapped from the start, and
-with a point all modules around it and their children: so a module is, as a rule, tapped before the module around it is
-entered, and its count is exact. Where it is not (`Tap.unseen`), the past is unknown and the point counts as passed.
 """
 
 import sys
@@ -28,18 +24,16 @@ from .errors import (
     InputError,
     NeverReachedError,
     OutOfOrderError,
-    PointNotFoundError,
     RunClosedError,
     WrongThreadError,
 )
-from .rows import Part
+from .tapping import Places, Taps
 from .taps import (
-    FORWARD,
     INPUTS,
     LAST,
     OUTPUT,
+    Asked,
     Assignment,
-    Hooks,
     Point,
     Tap,
     Target,
@@ -51,10 +45,6 @@ from .taps import (
 
 if TYPE_CHECKING:
     from .edits import EditBody
-
-Places = dict[tuple[int, str], list[Target]]
-CALL = torch.nn.Module._call_impl.__code__
-
 
 ENDED, STOPPED = "the run has ended", "the run was stopped"  # how runs end well
 
@@ -87,19 +77,14 @@ class Flow:
         load: Callable[[], None],
     ) -> None:
         self.function = function
-        self.components = components
-        self.methods = [target for target in components if target.name != FORWARD]
         self.clock = clock
-        self.find_places = places
-        self._places: Places | None = None
+        self.taps = Taps(self, components, places)
         self.load = load
         self.state = TorchState.capture()
         self.seed: int | None = None  # of the random state that the model has for itself; None: the global one
         self.modes: list = []  # PyTorch's function modes that the model runs in, besides those of the caller
         self.thread = get_ident()
         self.coroutine: Coroutine | None = None
-        self.taps: dict[tuple[int, str], Tap] = {}
-        self.hooks: Hooks | None = None  # while there are taps
         self.parked: Point | None = None
         self.bodies: list[Body] = []
         self.edits: list[EditBody] = []
@@ -110,7 +95,6 @@ class Flow:
         self.unreached: list[Assignment] = []
         self.watch: Watch | None = None
         self.misshapen: list[str] = []  # values assigned in another shape or type than the model's own, in words
-        self.closing = False  # the model is being unwound: taps let everything pass
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
         self.has_result = False
         self.result: Any = None
@@ -124,70 +108,63 @@ class Flow:
 
     # ---- what the body asks for
 
-    def fetch(self, target: Target, part: str, call: int, rows: Part | None = None) -> Any:
-        """The value of a point: `part` ("inputs", "input" or "output") of call number `call` in the scope; with `rows`
-        the part of the batch, and the number among the calls that hold it."""
+    def fetch(self, asked: Asked) -> Any:
+        """The value of a point."""
         if self.edits or self.outcome is not None or get_ident() != self.thread or current_owner() is self:
-            self._check_open(_as_written(target, part, call, rows))
-            self._touch(_as_written(target, part, call))
-        tap, first = self._locate(target, part)
-        kind = OUTPUT if part == "output" else INPUTS
-        if kind == INPUTS:
-            tap.allow_skip()  # so that the call can still be left out, once its inputs are here
-        if rows is None:
-            key = (kind, first + call)
-            point = self._point(tap, key, _as_written(target, part, call))
-            return point.value if part != "input" else first_input(point.value, _as_written(target, part, call))
-        path = _as_written(target, part, call, rows)
-        point = self._find(tap, kind, first, call, path, rows)
-        value = point.value if part != "input" else first_input(point.value, path)
-        return rows.at(tap, point.index, path).take(value, path)
-
-    def assign(self, target: Target, part: str, call: int, value: Any, rows: Part | None = None) -> None:
-        """Puts `value` in the place of a point (of its part `rows`): now if the model stands there, else when it
-        comes there."""
-        path = _as_written(target, part, call, rows)
-        self._check_open(path)
-        self._touch(_as_written(target, part, call))
-        if rows is None:
-            _check_value(path, part, value)
-        tap, first = self._locate(target, part)
-        key = (OUTPUT if part == "output" else INPUTS, find_call(tap, first, call, path, rows))
+            self._check_open(asked)
+            self._touch(asked)
         scope = self.scope
-        assignment = Assignment(part, value, path, _caller(), scope.in_step, rows, first, call, scope.order)
+        tap, first = self._locate(asked, scope)
+        if asked.rows is None:
+            value = self._point(tap, (asked.kind, first + asked.call), asked, scope).value
+            return value if asked.part != "input" else first_input(value, asked)
+        point = self._find(tap, first, asked, scope)
+        value = point.value if asked.part != "input" else first_input(point.value, asked)
+        return asked.rows.at(tap, point.index, asked).take(value, asked)
+
+    def assign(self, asked: Asked, value: Any) -> None:
+        """Puts `value` in the place of a point: now if the model stands there, else when it comes there."""
+        self._check_open(asked)
+        self._touch(asked)
+        if asked.rows is None:
+            _check_value(asked, value)
+        scope = self.scope
+        tap, first = self._locate(asked, scope)
+        key = (asked.kind, find_call(tap, first, asked, asked))
+        assignment = Assignment(asked, value, _caller(), scope.in_step, first, scope.order)
         if self.parked is not None and self.parked is tap.points.get(key):
             assign(self.parked, assignment)
-        elif self._passed(tap, key) and not self._is_ahead(tap, key):
-            raise OutOfOrderError(self._too_late(path, "assigned"))
+        elif self._passed(tap, key, scope) and not self._is_ahead(tap, key, scope):
+            raise OutOfOrderError(self._too_late(asked, "assigned"))
         else:
             tap.pending.setdefault(key, []).append(assignment)
 
-    def skip(self, target: Target, call: int, value: Any) -> None:
+    def skip(self, asked: Asked, value: Any) -> None:
         """Leaves a call out: `value` is what it gives. Possible until the call runs, at its inputs at the latest."""
-        path = _as_written(target, "skip", call)
-        self._check_open(path)
-        self._touch(path)
-        tap, first = self._locate(target, "skip")
-        index = first + call
+        self._check_open(asked)
+        self._touch(asked)
+        scope = self.scope
+        tap, first = self._locate(asked, scope)
+        index = first + asked.call
         at_its_inputs = self.parked is not None and self.parked is tap.points.get((INPUTS, index))
-        if not at_its_inputs and self._passed(tap, (INPUTS, index)):
-            raise OutOfOrderError(self._too_late(path, "asked for"))
-        tap.allow_skip()
-        scope, known = self.scope, tap.skips.get(index)
+        if not at_its_inputs and self._passed(tap, (INPUTS, index), scope):
+            raise OutOfOrderError(self._too_late(asked, "asked for"))
+        known = tap.skips.get(index)
         if known is None or known.order <= scope.order:
-            tap.skips[index] = Assignment("skip", value, path, _caller(), scope.in_step, order=scope.order)
+            tap.skips[index] = Assignment(asked, value, _caller(), scope.in_step, order=scope.order)
         if scope.edit is not None:
             scope.edit.met = True
 
-    def keep(self, target: Target, kind: str, path: str, function: Callable[[Tap, int, Any], None]) -> None:
+    def keep(self, asked: Asked, function: Callable[[Tap, int, Any], None]) -> None:
         """Lets `function` have every value that passes a point from now on: the tap, the number of the call, the value
         as the model goes on with it."""
-        self._check_open(path)
-        tap, first = self._locate(target, kind)
-        stands_there = self.parked is not None and self.parked is tap.points.get((kind, first))
-        if not stands_there and self._passed(tap, (kind, first)):
-            raise OutOfOrderError(self._too_late(path, "asked for"))
-        tap.keepers.setdefault(kind, []).append(function)
+        self._check_open(asked)
+        scope = self.scope
+        tap, first = self._locate(asked, scope)
+        stands_there = self.parked is not None and self.parked is tap.points.get((asked.kind, first))
+        if not stands_there and self._passed(tap, (asked.kind, first), scope):
+            raise OutOfOrderError(self._too_late(asked, "asked for"))
+        tap.keepers.setdefault(asked.kind, []).append(function)
 
     def next_step(self) -> bool:
         """Runs the model to the beginning of the next step that the body has not entered; False where it ends."""
@@ -268,7 +245,7 @@ class Flow:
         """The error for assignments that the model never came to, if there are any."""
         missed, self.unreached = [a for a in self.unreached if a.order == LAST], []
         if missed:
-            lines = "\n".join(f"  {a.path} ({a.where})" for a in missed)
+            lines = "\n".join(f"  {a}" for a in missed)
             raise NeverReachedError(
                 f"assigned, but the model never came there:\n{lines}\nThe model ran without it. Does it use the module "
                 "in this run (or in this step), and as often as the call number says?"
@@ -278,7 +255,7 @@ class Flow:
         """Ends the run where it stands: unwinds the model, removes every hook. May be called again."""
         if self.outcome is not None:
             return
-        self.closing = True
+        self.taps.remove()  # what the model still does while it is unwound passes untouched
         try:
             if self.coroutine is not None and get_ident() == self.thread:
                 self.coroutine.unwind()
@@ -300,145 +277,57 @@ class Flow:
             self._resume(call)
         return True
 
-    def add_component(self, target: Target) -> None:
-        """Taps `target` from now on as a part of its own."""
-        self.components = [*self.components, target]
-        if self.taps:
-            self._tap_with_children(target, None)
-
     def tap(self, target: Target) -> Tap:
-        """The tap of `target`, made now if there is none, along with those of the modules around it."""
+        """The tap of `target`, made now if there is none."""
         self._start()
-        known = self.taps.get(target.key)
-        if known is not None and known.open and self._is_known(target.outer):
-            return known
-        if not target.is_called:
-            raise PointNotFoundError(
-                f"{target.path} has no values: {type(target.owner).__name__} is not called by the model, it only "
-                "holds others. Ask for one of them"
-            )
-        if self._places is None:
-            self._places = self.find_places()
-        for place in self._places.get(target.key, ()):
-            self._tap_around(place)
-        if not self._is_known(target.outer):
-            return self._tap(target, self._tap_around(target))
-        outer = target.outer
-        while outer is not None and not outer.is_called:
-            outer = outer.outer
-        return self._tap(target, None if outer is None else self.taps[outer.key])
-
-    def _tap_around(self, target: Target) -> Tap | None:
-        """Taps the modules around `target` and what lies directly in them; gives the tap of the innermost."""
-        around = None
-        for outer in target.around():
-            if outer.is_called:
-                around = self._tap_with_children(outer, around)
-        return around
+        return self.taps.open(target)
 
     def _start(self) -> None:
         """Taps the components, before anything moves."""
         if not self.taps:
             self.load()
-            self.hooks = Hooks(self)
-            for component in self.components:
-                if component.name == FORWARD and component.is_compiled():
-                    self._tap(component, None)  # nothing in it is touched before something in it is asked for
-                else:
-                    self._tap_with_children(component, None)
+            self.taps.start()
 
-    def _is_known(self, target: Target | None) -> bool:
-        """Whether what lies directly in `target`, and in all around it, is tapped."""
-        while target is not None:
-            tap = self.taps.get(target.key)
-            if target.is_called and (tap is None or not tap.children_tapped):
-                return False
-            target = target.outer
-        return True
-
-    def _tap_with_children(self, target: Target, around: Tap | None) -> Tap:
-        tap = self._tap(target, around)
-        if not tap.children_tapped:
-            tap.children_tapped = True
-            if target.name == FORWARD:
-                tap.look_inside()
-            for child in target.called_children() if target.name == FORWARD else ():
-                if child.key not in self.taps:
-                    self._new_tap(child, tap).count()
-        return tap
-
-    def _tap(self, target: Target, around: Tap | None) -> Tap:
-        tap = self.taps.get(target.key)
-        if tap is None:
-            tap = self._new_tap(target, around)
-        if not tap.open:
-            tap.open_up(self._count_running(target.owner) if tap.entered else 0)
-        return tap
-
-    def _new_tap(self, target: Target, around: Tap | None) -> Tap:
-        """A tap that knows how much of the past it has not seen."""
-        tap = self.taps[target.key] = Tap(self, target, self.clock.index)
-        if around is None or self.coroutine is None:
-            return tap
-        tap.late_in = around
-        at_inputs = self.parked is not None and self.parked.tap is around and self.parked.kind == INPUTS
-        running = bool(around.active) and not at_inputs
-        methods = [self.taps[method.key] for method in self.methods if method.owner is around.target.owner]
-        now = at_inputs or running  # a call of the module around is going on, and does not count as past
-        tap.unseen = around.unseen + around.entered - now + sum(method.entered for method in methods)
-        tap.unseen_in_step = sum(method.entered - method.step_base for method in methods)
-        tap.unseen_in_step += max(0, around.entered - around.step_base - now)
-        if around.born_in == self.clock.index:
-            tap.unseen_in_step += around.unseen_in_step
-        tap.guard = (around, around.active[-1]) if running else around.guard
-        return tap
-
-    def _count_running(self, module: Any) -> int:
-        """How many calls of `module` have begun and not ended, read off the stack of the parked model."""
-        frame, running = self.coroutine.gr_frame if self.coroutine is not None else None, 0
-        while frame is not None:
-            if frame.f_code is CALL and frame.f_locals.get("self") is module:
-                running += 1
-            frame = frame.f_back
-        return running
+    def heeds(self, target: Target) -> bool:
+        """Whether calls of `target` matter beyond what the body asks for: to the steps, or to who looks on."""
+        return target.outer is None or target.key in self.clock.starts or target.key in self.clock.ends
 
     # ---- where things stand
 
-    def _locate(self, target: Target, part: str) -> tuple[Tap, int]:
+    def _locate(self, asked: Asked, scope: Scope) -> tuple[Tap, int]:
         """The tap, and the number in the run of the first call in the scope."""
-        scope = self.scope
         if scope.in_step and self.clock.index > scope.step:
-            path = join(target.path, part)
-            raise OutOfOrderError(f"{path} was asked for too late: step {scope.step} has ended")
-        tap = self.tap(target)
+            raise OutOfOrderError(f"{asked.of_all} was asked for too late: step {scope.step} has ended")
+        tap = self.tap(asked.target)
+        if asked.part in ("input", "inputs"):
+            tap.take_inputs()
         return tap, tap.step_base if scope.in_step else 0
 
-    def _unseen(self, tap: Tap) -> int:
-        if not tap.unseen and not tap.unseen_in_step:
-            return 0
-        if not self.scope.in_step:
+    def _unseen(self, tap: Tap, scope: Scope) -> int:
+        if not scope.in_step:
             return tap.unseen
-        return tap.unseen_in_step if tap.born_in == self.clock.index else 0
+        return tap.unseen_in_step if tap.origin.step == self.clock.index else 0
 
-    def _passed(self, tap: Tap, key: tuple[str, int]) -> bool:
+    def _passed(self, tap: Tap, key: tuple[str, int], scope: Scope) -> bool:
         """Whether the model is past this point, for all that is known."""
+        if self._unseen(tap, scope):
+            return True
+        guard = tap.origin.guard
+        if guard is not None and not tap.entered and self._is_guarded(tap, scope) and guard[1] not in guard[0].active:
+            return True
         kind, index = key
-        if self._unseen(tap):
-            return True
-        if not tap.entered and self._is_guarded(tap) and tap.guard[1] not in tap.guard[0].active:
-            return True
         return index < tap.entered and (kind == INPUTS or index not in tap.active)
 
-    def _is_ahead(self, tap: Tap, key: tuple[str, int]) -> bool:
+    def _is_ahead(self, tap: Tap, key: tuple[str, int], scope: Scope) -> bool:
         """Whether the model stands at a point where the turn of the body that runs now has not come."""
         point = tap.points.get(key)
-        return point is not None and point.turn < self.scope.order
+        return point is not None and point.turn < scope.order
 
-    def _is_guarded(self, tap: Tap) -> bool:
+    def _is_guarded(self, tap: Tap, scope: Scope) -> bool:
         """Whether the call that was running when the tap was made is of the scope: calls in it may have been missed."""
-        return tap.guard is not None and (not self.scope.in_step or tap.born_in == self.clock.index)
+        return tap.origin.guard is not None and (not scope.in_step or tap.origin.step == self.clock.index)
 
-    def _too_late(self, path: str, what: str) -> str:
+    def _too_late(self, path: object, what: str) -> str:
         return (
             f"{path} was {what} too late: the model stands {self._where()}, past it. Ask in the order in which the "
             "model computes, or for a later call with .calls[i]"
@@ -447,10 +336,11 @@ class Flow:
     def _where(self) -> str:
         at = self._stands
         if isinstance(at, Point):
-            at = f"at {_as_written(at.tap.target, 'output' if at.kind == OUTPUT else 'input', at.index)}"
+            kind, index = at.key
+            at = f"at {Asked(at.tap.target, 'output' if kind == OUTPUT else 'input', index)}"
         return f"{at} in step {self.clock.index}" if self.clock.index >= 0 else at
 
-    def _check_thread(self, path: str) -> None:
+    def _check_thread(self, path: object) -> None:
         if get_ident() != self.thread:
             raise WrongThreadError(
                 f"{path}: a run belongs to the thread that opened it. Open one run in each thread, or hand values over"
@@ -460,10 +350,10 @@ class Flow:
                 f"{path} was asked for by a hook or a callback that the model itself runs: it cannot wait for itself"
             )
 
-    def _touch(self, path: str) -> None:
+    def _touch(self, asked: Asked) -> None:
         """Keeps in mind what an edit asks for."""
         if self.scope.edit is not None:
-            self.scope.edit.edit.touches[path] = None
+            self.scope.edit.edit.touches[asked.of_all] = None
 
     def _check_leads(self, path: str) -> None:
         """Whether what runs now is the body that opened the run."""
@@ -476,7 +366,7 @@ class Flow:
                 "ask when run.each has returned"
             )
 
-    def _check_open(self, path: str) -> None:
+    def _check_open(self, path: object) -> None:
         self._check_thread(path)
         self.start_edits()
         if self.outcome is not None:
@@ -488,74 +378,72 @@ class Flow:
 
     # ---- moving the model
 
-    def _find(self, tap: Tap, kind: str, first: int, call: int, path: str, rows: Part) -> Point:
-        """The point of call number `call` from `first` on, of those that hold `rows`; runs the model up to it.
+    def _find(self, tap: Tap, first: int, asked: Asked, scope: Scope) -> Point:
+        """The point that is asked for, counted from call `first` on, of those that hold its rows; runs the model up to
+        it.
 
         Which those are is known when they begin: the model is run to the next that may be it, and looked at there."""
         index, point = -1, None
-        while (found := rows.call(tap, first, call, path)) != index:
+        while (found := find_call(tap, first, asked, asked)) != index:
             index = found
             # Where no call so far was it, and a step goes by without it, the model is not run to its end for it.
-            in_vain = not call and first < index == tap.entered
+            in_vain = not asked.call and first < index == tap.entered
             try:
-                point = self._point(tap, (kind, index), path, in_vain)
+                with scope.within(self.clock.index) if in_vain else nullcontext():
+                    point = self._point(tap, (asked.kind, index), asked, scope)
             except OutOfOrderError:
                 if not in_vain:
                     raise
-                raise NeverReachedError(f"{path} was asked for, but {rows.missing}") from None
+                raise NeverReachedError(f"{asked} was asked for, but {asked.rows.missing}") from None
         return point
 
-    def _point(self, tap: Tap, key: tuple[str, int], path: str, in_this_step: bool = False) -> Point:
+    def _point(self, tap: Tap, key: tuple[str, int], asked: Asked, scope: Scope) -> Point:
         """A point, from before or as soon as the model comes there. What one edit has read counts as passed for all
         others: each keeps its own order."""
         point = tap.points.get(key)
         if not self.edits:
-            return point or self._advance_to(tap, key, path, in_this_step)
-        order = self.scope.order
-        if point is None or (order not in point.read_by and point is not self.parked):
-            point = self._advance_to(tap, key, path, in_this_step)
-        point.read_by += (order,)
+            return point or self._advance_to(tap, key, asked, scope)
+        if point is None or (scope.order not in point.read_by and point is not self.parked):
+            point = self._advance_to(tap, key, asked, scope)
+        point.read_by += (scope.order,)
         return point
 
-    def _advance_to(self, tap: Tap, key: tuple[str, int], path: str, in_this_step: bool = False) -> Point:
-        if self._passed(tap, key) and not self._is_ahead(tap, key):
-            raise OutOfOrderError(self._too_late(path, "asked for"))
+    def _advance_to(self, tap: Tap, key: tuple[str, int], asked: Asked, scope: Scope) -> Point:
+        if self._passed(tap, key, scope) and not self._is_ahead(tap, key, scope):
+            raise OutOfOrderError(self._too_late(asked, "asked for"))
         waits = [(tap, key)]
-        if not tap.entered and self._is_guarded(tap):
-            waits.append((tap.guard[0], (OUTPUT, tap.guard[1])))
-        in_step = self.scope.in_step
+        if not tap.entered and self._is_guarded(tap, scope):
+            around, index = tap.origin.guard
+            waits.append((around, (OUTPUT, index)))
+        in_step = scope.in_step
         for other, other_key in waits:
             other.awaited.setdefault(other_key, []).append(in_step)
         try:
-            if in_this_step:
-                with self.scope.within(self.clock.index):
-                    point = self._run_until(waits)
-            else:
-                point = self._run_until(waits)
+            point = self._run_until(waits, scope)
         finally:
             for other, other_key in waits:
-                other.awaited[other_key].remove(in_step)
-                if not other.awaited[other_key]:
+                waiting = other.awaited[other_key]
+                waiting.remove(in_step)
+                if not waiting:
                     del other.awaited[other_key]
-        if point is not None and point.tap is tap and not self._unseen(tap):
+        if point is not None and point.tap is tap and not self._unseen(tap, scope):
             return point
         if point is not None:
             until, error = f"{point.tap.target.path} returned", OutOfOrderError
         elif self.outcome is not None:
             until, error = "the model ended" if self.has_result else self.outcome, NeverReachedError
         else:
-            until, error = f"step {self.scope.step} ended", OutOfOrderError
+            until, error = f"step {scope.step} ended", OutOfOrderError
         raise error(
-            f"{path} was asked for, but {until} without coming to it. Either the model had passed it already, or it "
+            f"{asked} was asked for, but {until} without coming to it. Either the model had passed it already, or it "
             "does not use it there"
         )
 
-    def _run_until(self, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
+    def _run_until(self, waits: list[tuple[Tap, tuple[str, int]]], scope: Scope) -> Point | None:
         """Lets the model run to one of the points, or (None) to its end or the end of the step the body is in."""
-        scope = self.scope
         while self.outcome is None and not (scope.in_step and self.clock.index > scope.step):
             point = self._move(waits)
-            if point is not None and (point.tap, (point.kind, point.index)) in waits:
+            if point is not None and (point.tap, point.key) in waits:
                 return point
         return None
 
@@ -567,7 +455,7 @@ class Flow:
     def _resume(self, call: Call | None = None) -> Point | Call | None:
         """Lets the model run on until it parks at a point (given), at a step (None), or ends (None); or makes `call`
         first (given when it is made). The other bodies have their turn before the one that opened the run."""
-        if self.start_edits() and self.outcome is not None:  # an edit has stopped the run
+        if self.edits and self.start_edits() and self.outcome is not None:  # an edit has stopped the run
             return None
         if not self.taps:  # nothing was read or assigned: the bare call, without a coroutine or a cost
             self.load()
@@ -594,7 +482,7 @@ class Flow:
                 self.parked, edit, self._turn = value, self._turn, None
                 goes_on = edit is not None
                 turns = [edit] if goes_on else [*self.edits, *self.bodies]
-            call = self._take_turns(turns, goes_on)
+            call = self._take_turns(turns, goes_on) if turns else None
             if self.outcome is not None:
                 return None
             if call is None and not goes_on:
@@ -624,7 +512,7 @@ class Flow:
     def _end_with(self, result: Any) -> None:
         """The model has ended."""
         self.result, self.has_result = result, True
-        self.unreached += [a for tap in self.taps.values() if tap.open for a in tap.waiting()]
+        self.unreached += [a for tap in self.taps.values() for a in tap.waiting()]
         self._end(ENDED)
         for body in self.bodies:
             if not body.dead:
@@ -655,15 +543,11 @@ class Flow:
 
     def _end(self, outcome: str) -> None:
         self.outcome = outcome
-        self.closing = True
         self.parked = self.coroutine = None
         self._stands = outcome  # and no value is held
         self._calls.clear()
-        for tap in self.taps.values():
-            tap.remove()
-            tap.points = {}
-        self.taps.clear()
-        self.hooks = self.clock.call = self._turn = None
+        self.taps.remove()
+        self.clock.call = self._turn = None
         if self.watch is not None:
             self.watch.ended()
         edits, self.edits = self.edits, []
@@ -677,7 +561,7 @@ class Flow:
     def before_call(self, tap: Tap, args: tuple, kwargs: dict) -> None:
         """A tapped call begins; perhaps a step does."""
         if self.clock.begins(tap, args, kwargs):
-            for other in self.taps.values():
+            for other in self.taps.begin_step():
                 self.unreached += other.drop_step()
             bodies = (*self.edits, *self.bodies)
             if any(scope.stop_at_steps for scope in (self._scope, *(body.scope for body in bodies))):
@@ -692,10 +576,6 @@ class Flow:
         if self.watch is not None:
             self.watch.returned(tap, output)
 
-    def in_method(self, tap: Tap) -> bool:
-        """Whether a tapped method of the module is running."""
-        return any(self.taps[m.key].active for m in self.methods if m.owner is tap.target.owner)
-
     def park(self, point: Point, edit: "EditBody | None" = None) -> None:
         """Hands a point to the body, or to an edit whose turn it is, until the model is resumed."""
         self._turn = edit
@@ -703,19 +583,13 @@ class Flow:
         self.coroutine.park(point)
 
 
-def _as_written(target: Target, part: str, call: int, rows: Part | None = None) -> str:
-    """A point as the user writes it: `unet.mid_block.calls[1].output`."""
-    path = join(join(target.path, f"calls[{call}]") if call else target.path, part)
-    return path if rows is None else join(rows.name, path)
-
-
-def _check_value(path: str, part: str, value: Any) -> None:
-    if part == "inputs" and not (
+def _check_value(asked: Asked, value: Any) -> None:
+    if asked.part == "inputs" and not (
         isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple) and isinstance(value[1], dict)
     ):
-        raise AssignmentError(f"{path} takes (args, kwargs), a tuple and a dictionary, not {type(value).__name__}")
-    if part == "output" and value is None:
-        raise AssignmentError(f"{path} cannot be None: PyTorch's hooks take None for 'unchanged'")
+        raise AssignmentError(f"{asked} takes (args, kwargs), a tuple and a dictionary, not {type(value).__name__}")
+    if asked.part == "output" and value is None:
+        raise AssignmentError(f"{asked} cannot be None: PyTorch's hooks take None for 'unchanged'")
 
 
 def _caller() -> str:

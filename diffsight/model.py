@@ -22,11 +22,13 @@ from .clock import Clock
 from .edits import Attached, Edit, EditBody, Editing, current_edit
 from .envoy import Envoy
 from .errors import DiffsightError, InputError, PointNotFoundError
-from .flow import Flow, Places
+from .flow import Flow
+from .overrides import FORWARD
 from .run import Run, Step
 from .scan import ScanFlow, is_scanning, scanning
 from .session import Session
-from .taps import FORWARD, Target, join
+from .tapping import Places
+from .taps import Target, join
 
 
 class Model(Envoy):
@@ -201,7 +203,7 @@ class Model(Envoy):
         target = model._attached.add(owner, name, path, module, real=not model._is_copy)
         for run in model._open_runs():
             if run._model is model:
-                run._flow.add_component(target)
+                run._flow.taps.add(target)
 
     def _start_edits(self, run: Run | None) -> bool:
         """Starts the edits of the run at hand, if they have not begun: perhaps they attach what is looked for."""

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .envoy import VALUES, Envoy, Points
 from .errors import InputError, PointNotFoundError
-from .taps import INPUTS, OUTPUT, Tap, first_input, join
+from .taps import Asked, Tap, first_input, join
 
 if TYPE_CHECKING:
     from .run import Run
@@ -91,8 +91,7 @@ def record(
             kept[path] = value
 
     for path, (points, part) in found.items():
-        kind = OUTPUT if part == "output" else INPUTS
-        flow.keep(points._target, kind, path, lambda *call, path=path, part=part: keep(path, part, *call))
+        flow.keep(Asked(points._target, part), lambda *call, path=path, part=part: keep(path, part, *call))
     return kept
 
 

@@ -32,22 +32,22 @@ class Part:
     def __init__(self, start: int, stop: int, total: int, stride: int = 1, name: str = "") -> None:
         self.start, self.stop, self.total, self.stride, self.name = start, stop, total, stride, name
 
-    def call(self, tap: "Tap", first: int, number: int, path: str) -> int:
+    def call(self, tap: "Tap", first: int, number: int, path: object) -> int:
         """Which call is number `number`, from call `first` on, of those that hold this part. Whether one does is known
         once it has begun: until then the answer is the earliest that may be it."""
         return first + number
 
-    def at(self, tap: "Tap", index: int, path: str) -> "Part":
+    def at(self, tap: "Tap", index: int, path: object) -> "Part":
         """The same part, of call number `index`, which has begun and holds it."""
         return self
 
-    def take(self, value: Any, path: str) -> Any:
+    def take(self, value: Any, path: object) -> Any:
         """This part of `value`: a view of a tensor, containers element by element."""
         if isinstance(value, torch.Tensor):
             return value[self._slice(value, path)]
         return tree_map(lambda leaf: self._take(leaf, path), value)
 
-    def put(self, whole: Any, value: Any, path: str, copies: set[int]) -> Any:
+    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
         """`whole` with `value` in this part of it. Tensors are copied first, unless they are among `copies`."""
         wholes, tree = tree_flatten(whole)
         values, _ = tree_flatten(value)
@@ -59,7 +59,7 @@ class Part:
             )
         return tree_unflatten([self._put(w, v, path, copies) for w, v in zip(wholes, values)], tree)
 
-    def _take(self, leaf: Any, path: str) -> Any:
+    def _take(self, leaf: Any, path: object) -> Any:
         if isinstance(leaf, torch.Tensor):
             return leaf[self._slice(leaf, path)] if self._is_batch(leaf) else leaf
         inside = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
@@ -67,7 +67,7 @@ class Part:
             raise InputError(f"{path} holds a {type(leaf).__name__}, which cannot be cut. Read it on the run itself")
         return leaf
 
-    def _put(self, whole: Any, value: Any, path: str, copies: set[int]) -> Any:
+    def _put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
         if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
             raise AssignmentError(f"{path} holds a {type(whole).__name__} where a {type(value).__name__} was assigned")
         if not isinstance(whole, torch.Tensor) or not self._is_batch(whole):
@@ -85,7 +85,7 @@ class Part:
         """Whether a tensor inside a container is one of a batch: a number, or what is the same for all, is not."""
         return tensor.ndim > 0 and (len(tensor) > 1 or self.total == 1)
 
-    def _slice(self, tensor: torch.Tensor, path: str) -> slice:
+    def _slice(self, tensor: torch.Tensor, path: object) -> slice:
         if tensor.ndim == 0 or len(tensor) != self.total:
             raise InputError(
                 f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and no first dimension of "

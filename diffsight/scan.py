@@ -56,8 +56,8 @@ class ScanFlow(Flow):
         super().__init__(*args)
         self.stand_ins = stand_ins
         self.load = lambda: None  # a scan needs no weights
-        self.modules = list(dict.fromkeys(m for part in _modules(self.components) for m in part.modules()))
-        self.body_mode = self.shapes = shapes = Shapes(self.components, self.modules)
+        self.modules = list(dict.fromkeys(m for part in _modules(self.taps.components) for m in part.modules()))
+        self.body_mode = self.shapes = shapes = Shapes([*self.taps.components], self.modules)
         self._states: list[ModuleState] = []
         self._eager: Eager | None = None
         function = self.function
@@ -76,12 +76,11 @@ class ScanFlow(Flow):
         if any(_is_compiled(module) for module in self.modules):
             self._eager = Eager()
         super()._start()
-        for component in self.components:
+        for component in self.taps.components:
             if isinstance(component.owner, nn.Module):
                 tap = self.taps[component.key]
                 stand_in = self.stand_ins.get(component.key)
                 tap.border = partial(_call_instead, stand_in) if stand_in else self.shapes.call
-                tap.allow_skip()
 
     def _resume(self, *args: Any) -> Any:
         self._start()

@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .coroutine import current_owner
 from .errors import ScanError
-from .flow import CALL
-from .taps import FORWARD, Target, join
+from .overrides import FORWARD
+from .taps import Target, join
+
+CALL = nn.Module._call_impl.__code__
 
 
 class Shapes(TorchFunctionMode):

@@ -1,41 +1,32 @@
 """Taps: where a run touches the model.
 
 A `Tap` belongs to one run and one callable of the model: a module's forward pass, or a method that code calls directly
-(`vae.decode`, `scheduler.step`). Every call of it passes through `enter` and `leave`; there the tap counts the call,
-applies what the body assigned, and hands the value to the body if it waits for it. What runs outside the run's own
-coroutine (another run, the body's own calls, another thread) passes through untouched.
-
-Modules are tapped with ordinary hooks, and with an override of `forward` on the instance where a call may be left out.
-Methods are tapped by giving the object a subclass of its class for the time of the run: unlike a wrapper stored on the
-instance this follows copies of the object (pipelines step a copy of their scheduler) and reaches `__call__`. The name
-and the signatures stay those of the original.
+(`vae.decode`, `scheduler.step`). Every call of it goes through `call`; there the tap counts it, applies what the body
+assigned, and hands the inputs and the output to the body if it waits for them. What runs outside the run's own
+coroutine (another run, the body's own calls, another thread) passes by untouched. How calls come here is told in
+`overrides.py`, what is tapped and when in `tapping.py`.
 """
 
-import functools
-import inspect
 import math
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from threading import RLock
-from types import MappingProxyType, MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .coroutine import current_owner
 from .errors import AssignmentError
+from .overrides import COMPILED, FORWARD, MethodOverride
 from .rows import Part
 
-FORWARD = "forward"
+if TYPE_CHECKING:
+    from .flow import Flow
+
 INPUTS, OUTPUT = "inputs", "output"
 LAST = math.inf  # the turn of all bodies that are no edits
 _WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the module itself
 _UNCOMPILED = "_torchdynamo_orig_callable"  # of a function that `torch.compile(function)` makes: the function itself
-_COMPILED = "_compiled_call_impl"  # of a module after `module.compile()`: what its calls go to
-_OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; copies carry it along
 
 
 class Target:
@@ -83,9 +74,16 @@ class Target:
     def is_compiled(self) -> bool:
         """Whether `torch.compile` made it, or what it calls: what happens within is not to be seen."""
         known = vars(self.owner)
-        if _WRAPPED in known.get("_modules", ()) or known.get(_COMPILED) is not None:
+        if _WRAPPED in known.get("_modules", ()) or known.get(COMPILED) is not None:
             return True
-        return _UNCOMPILED in getattr(known.get("forward"), "__dict__", ())
+        return _UNCOMPILED in getattr(known.get(FORWARD), "__dict__", ())
+
+    def uncompiled(self) -> Callable:
+        """What a compiled module computes, as it was written."""
+        known = vars(self.owner)
+        if known.get(COMPILED) is not None:
+            return self.owner._call_impl
+        return known["_modules"].get(_WRAPPED) or getattr(known[FORWARD], _UNCOMPILED)
 
     def called_children(self) -> Iterator["Target"]:
         """The children; in the place of a list or dict, which is never called itself, those in it."""
@@ -103,13 +101,35 @@ def join(path: str, name: str | int) -> str:
     return f"{path}.{name}" if path else name
 
 
-@dataclass(eq=False)
+class Asked:
+    """A point as a body asks for it: `part` ("inputs", "input" or "output") of call number `call` in its scope; with
+    `rows` the part of the batch, and the number among the calls that hold it. As text it is what the user writes:
+    `unet.mid_block.calls[1].output`."""
+
+    __slots__ = ("call", "part", "rows", "target")
+
+    def __init__(self, target: Target, part: str, call: int = 0, rows: Part | None = None) -> None:
+        self.target, self.part, self.call, self.rows = target, part, call, rows
+
+    @property
+    def kind(self) -> str:
+        return OUTPUT if self.part == "output" else INPUTS
+
+    @property
+    def of_all(self) -> str:
+        """The same point of the whole batch, as text."""
+        return join(join(self.target.path, f"calls[{self.call}]") if self.call else self.target.path, self.part)
+
+    def __str__(self) -> str:
+        return self.of_all if self.rows is None else join(self.rows.name, self.of_all)
+
+
+@dataclass(eq=False, slots=True)
 class Point:
     """One passage of a value: the inputs or the output of one call. `value` is what it is by now, with every edit."""
 
     tap: "Tap"
-    kind: str
-    index: int
+    key: tuple[str, int]  # the kind, and the number of the call
     value: Any
     in_step: bool  # asked for within a step, and let go at its end
     changed: bool = False
@@ -117,121 +137,116 @@ class Point:
     read_by: tuple[float, ...] = ()  # whose turn it was when it was read
     copies: set[int] = field(default_factory=set)  # ids of the tensors in it that are the run's own copies
 
+    @property
+    def index(self) -> int:
+        return self.key[1]
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, slots=True)
 class Assignment:
-    """A value that waits for the model; `part` says what it replaces, `where` is the line that made it."""
+    """A value that waits for the model; `where` is the line that made it."""
 
-    part: str
+    asked: Asked
     value: Any
-    path: str
     where: str
     in_step: bool
-    rows: Part | None = None  # the part of the batch that is assigned, or None for all
-    first: int = 0  # it is for call number `call` from `first` on, of those that hold that part
-    call: int = 0
+    first: int = 0  # it is for the call that was asked for, counted from here
     order: float = LAST  # whose turn it is to make it: the number of an edit, or the last
+
+    def __str__(self) -> str:
+        return f"{self.asked} ({self.where})"
 
     def call_of(self, tap: "Tap") -> int:
         """The call that it is for, as far as can be told by now."""
-        return find_call(tap, self.first, self.call, f"{self.path} ({self.where})", self.rows)
+        return find_call(tap, self.first, self.asked, self)
 
 
-_NONE: Any = MappingProxyType({})
+class Origin(NamedTuple):
+    """What was known of a module's calls when the run began to count them."""
+
+    around: "Tap | None" = None  # the surrounding tap, if the model had moved by then
+    step: int = -1  # the step that the model was in
+    unseen: int = 0  # calls of the surrounding module that had begun: calls here may be missing
+    unseen_in_step: int = 0  # the same, of that step
+    guard: "tuple[Tap, int] | None" = None  # a surrounding tap and the number of its call that was running
 
 
 class Tap:
-    """The calls of one module or method in one run.
-
-    A module beside what the body asks for is only counted (`open` is False, `active` is not kept): its calls cost a
-    fraction of a microsecond. The rest comes with `open_up`."""
+    """The calls of one module or method in one run."""
 
     __slots__ = (
         "active",  # numbers of the calls that are running, outermost first
         "awaited",  # (kind, number of a call) of the points that bodies wait for; for each body, whether within a step
+        "begun",  # whether a hook has let a call begin that comes to the module's forward pass now
         "border",  # in a scan, for a component: what its calls are made through
-        "born_in",  # the step in which the tap was made
-        "children_tapped",
-        "entered",  # calls begun so far, as far as the tap has seen
+        "children_counted",
+        "entered",  # calls begun so far, as far as the run has seen
         "flow",
-        "guard",  # the surrounding tap and the number of its call that was running when the tap was made
+        "heeded",  # whether the flow wants to know of its calls
+        "hooks",  # what else the run has put on the module
         "inside",  # whether a compiled module runs uncompiled
         "keepers",  # kind to the functions that are shown every value
-        "late_in",  # the surrounding tap, if this one was made after the model had moved
-        "open",
-        "override",  # what is put in the place of the method, or of the forward pass
+        "origin",
         "pending",  # (kind, number of a call) to what was assigned there
         "points",  # (kind, number of a call) to what was read there
         "skips",  # number of a call to what it shall give without running
         "step_base",  # calls begun before the current step
+        "takes_inputs",  # whether inputs are taken in a hook
         "target",
-        "unseen",  # calls of the surrounding module that began before the tap was made: calls here may be missing
-        "unseen_in_step",  # the same, of the step in which the tap was made
+        "unseen",
+        "unseen_in_step",
     )
 
-    def __init__(self, flow: Any, target: Target, born_in: int) -> None:
-        self.flow, self.target, self.born_in = flow, target, born_in
-        self.entered = self.step_base = self.unseen = self.unseen_in_step = 0
-        self.guard: tuple[Tap, int] | None = None
-        self.late_in: Tap | None = None
+    def __init__(self, flow: "Flow", target: Target, origin: Origin, entered: int = 0, step_base: int = 0) -> None:
+        """`entered` calls were counted before, `step_base` of them before the current step."""
+        self.flow, self.target, self.origin = flow, target, origin
+        self.entered, self.step_base = entered, step_base
+        self.unseen, self.unseen_in_step = origin.unseen, origin.unseen_in_step
+        self.active: list[int] = []
+        self.awaited: dict[tuple[str, int], list[bool]] = {}
+        self.keepers: dict[str, list[Callable[[Tap, int, Any], None]]] = {}
+        self.pending: dict[tuple[str, int], list[Assignment]] = {}
+        self.points: dict[tuple[str, int], Point] = {}
+        self.skips: dict[int, Assignment] = {}
         self.border: Callable[[Callable, tuple, dict], Any] | None = None
-        self.open = self.children_tapped = self.inside = False
-        self.active = ()
-        self.awaited = self.keepers = self.pending = self.points = self.skips = _NONE
-        self.override: Override | None = None
+        self.begun = self.children_counted = self.inside = self.takes_inputs = False
+        self.heeded = flow.heeds(target)
+        self.hooks: list[Any] = []
 
-    def count(self) -> None:
-        """Counts the module's calls, and no more."""
-        self._touch(self.flow.hooks.put_counter)
-
-    def open_up(self, running: int = 0) -> None:
-        """From now on the values of its calls can be had. `running` calls have begun and not ended."""
-        self.remove()
-        self.open = True
-        self.active = list(range(self.entered - running, self.entered))
-        self.awaited, self.keepers, self.pending, self.points, self.skips = {}, {}, {}, {}, {}
-        if self.target.name == FORWARD:
-            self._touch(self.flow.hooks.put)
+    def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """One call of what is tapped, `function`."""
+        if self.begun:
+            self.begun = False
         else:
-            self.override = self.target.attach(self)
+            args, kwargs = self.enter(args, kwargs) or (args, kwargs)
+        index = self.active[-1]
+        skip = self.skips.pop(index, None) if self.skips else None
+        if skip is not None:
+            return self.leave(skip.value)
+        try:
+            output = self._run(function, args, kwargs)
+        except BaseException:
+            self.active.remove(index)
+            raise
+        return self.leave(output)
 
-    def _touch(self, put: Callable[[nn.Module], None]) -> None:
-        """Puts hooks on the module; where its calls go to compiled code, around that, to leave the code as it is."""
-        if vars(self.target.owner).get(_COMPILED) is not None:
-            self.override = CompiledOverride(self.target.owner, _COMPILED)
-        else:
-            put(self.target.owner)
-
-    def look_inside(self) -> None:
-        """Lets a compiled module run uncompiled, so that what lies in it is seen."""
-        if self.target.is_compiled():
-            self.allow_skip()
-            self.inside = True
-
-    def allow_skip(self) -> None:
-        """Puts what leaves calls out in the place of the module's forward pass."""
-        if self.override is None:
-            self.override = ForwardOverride(self.target.owner, FORWARD)
-
-    def remove(self) -> None:
-        """Takes everything off the module."""
-        if self.override is not None:
-            self.override.remove()
-            self.override = None
-        if self.target.name == FORWARD and self.open:
-            self.flow.hooks.take_off(self.target.owner)
-        elif self.target.name == FORWARD:
-            self.flow.hooks.take_counter_off(self.target.owner)
+    def _run(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """What is tapped itself; in a scan, through the border of the component."""
+        if self.inside:
+            function = self.target.uncompiled()
+        return function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A call begins. Gives new inputs, or None where they stay as they are."""
-        self.flow.before_call(self, args, kwargs)
-        around = self.late_in
-        if around is not None and not self.entered and not around.active and not self.flow.in_method(around):
+        if self.heeded:
+            self.flow.before_call(self, args, kwargs)
+        around, index = self.origin.around, self.entered
+        if not index and around is not None and not around.active and not self.flow.taps.in_method(around):
             self.unseen = self.unseen_in_step = 1  # called past the module around it: who knows how often before
-        index = self.entered
-        self.entered += 1
+        self.entered = index + 1
         self.active.append(index)
+        if not (self.awaited or self.pending or self.keepers):
+            return None
         point = self._pass(INPUTS, index, (args, kwargs))
         return point.value if point is not None and point.changed else None
 
@@ -240,20 +255,43 @@ class Tap:
         if not self.active:  # a call that began before the tap was made
             return output
         index = self.active.pop()
-        point = self._pass(OUTPUT, index, output)
-        output = output if point is None else point.value
-        self.flow.after_call(self, output)
+        if self.awaited or self.pending or self.keepers:
+            point = self._pass(OUTPUT, index, output)
+            output = output if point is None else point.value
+        if self.heeded:
+            self.flow.after_call(self, output)
         return output
 
-    def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """One call of a tapped method."""
-        args, kwargs = self.enter(args, kwargs) or (args, kwargs)
-        skip = self.skips.pop(self.active[-1], None) if self.skips else None
-        return self.leave(self.run(function, args, kwargs) if skip is None else skip.value)
+    def take_inputs(self) -> None:
+        """From now on takes the inputs of a module in a hook, the last before its forward pass: what the body puts in
+        their place is what hooks after the call are shown, among them those with which transformers captures states."""
+        module = self.target.owner
+        if self.takes_inputs or self.target.name != FORWARD or vars(module).get(COMPILED) is not None:
+            return
+        self.takes_inputs = True
 
-    def run(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """What is tapped itself; in a scan, through the border of the component."""
-        return function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
+        def before(called: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
+            # A copy of the module has the hook too. And a hook that another one has removed is called without kwargs.
+            if called is not module or kwargs is None or current_owner() is not self.flow or not self.flow.taps:
+                return None
+            new = self.enter(args, kwargs)
+            self.begun = True
+            return new
+
+        self.hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+
+    def look_inside(self) -> None:
+        """Lets a compiled module run uncompiled, and PyTorch's transformer layer unfused, so that what lies in it is
+        seen."""
+        self.inside = self.target.is_compiled()
+        if isinstance(self.target.owner, nn.TransformerEncoderLayer):  # with any hook it is not fused
+            self.hooks.append(self.target.owner.register_forward_pre_hook(lambda *_: None))
+
+    def remove(self) -> None:
+        """Takes off what the run has put on it besides `follow`, and lets go of its values."""
+        for hook in self.hooks:
+            hook.remove()
+        self.points = {}
 
     def waiting(self) -> list[Assignment]:
         """What was assigned and not reached."""
@@ -262,7 +300,7 @@ class Tap:
     def drop_step(self) -> list[Assignment]:
         """A step ends: what was read within it is let go. Gives what was assigned within it and not reached."""
         self.step_base = self.entered
-        if not self.open:
+        if not (self.points or self.pending or self.skips):
             return []
         missed: list[Assignment] = []
         if self.points:
@@ -270,6 +308,8 @@ class Tap:
         for key, waiting in list(self.pending.items()):
             missed += [a for a in waiting if a.in_step]
             self.pending[key] = [a for a in waiting if not a.in_step]
+            if not self.pending[key]:
+                del self.pending[key]
         for index in [i for i, skip in self.skips.items() if skip.in_step]:
             missed.append(self.skips.pop(index))
         return missed
@@ -277,7 +317,7 @@ class Tap:
     def _pass(self, kind: str, index: int, value: Any) -> Point | None:
         key, point = (kind, index), None
         if key in self.pending or key in self.awaited:
-            point = Point(self, kind, index, value, all(self.awaited.get(key, ())))
+            point = Point(self, key, value, all(self.awaited.get(key, ())))
             for edit in self.flow.edits:  # each in its turn: it sees what those before it did
                 point.turn = edit.scope.order
                 edit.met |= self._assign_pending(point)
@@ -298,22 +338,23 @@ class Tap:
 
     def _assign_pending(self, point: Point) -> bool:
         """Puts what was assigned by whose turn it is in the place of a point's value; whether there was any."""
-        waiting, assigned = self.pending.pop((point.kind, point.index), ()), False
+        waiting, assigned = self.pending.pop(point.key, ()), False
         for assignment in waiting:
-            call = point.index
+            kind, index = point.key
+            call = index
             if assignment.order <= point.turn:
                 call = assignment.call_of(self)
-                if call == point.index:
+                if call == index:
                     assign(point, assignment)
                     assigned = True
                     continue
                 # This call turned out to hold nothing of its part, and is not to be looked at again.
-                assignment.first = assignment.first if assignment.call else call
-            self.pending.setdefault((point.kind, call), []).append(assignment)
+                assignment.first = assignment.first if assignment.asked.call else call
+            self.pending.setdefault((kind, call), []).append(assignment)
         return assigned
 
 
-def first_input(inputs: tuple[tuple, dict], path: str) -> Any:
+def first_input(inputs: tuple[tuple, dict], path: object) -> Any:
     """The first argument: positional, else by keyword."""
     args, kwargs = inputs
     if args:
@@ -323,26 +364,24 @@ def first_input(inputs: tuple[tuple, dict], path: str) -> Any:
     raise AssignmentError(f"{path} is not there: no arguments are passed")
 
 
-def find_call(tap: Tap, first: int, call: int, path: str, rows: Part | None) -> int:
-    """Call number `call`, from `first` on, of those that hold `rows`, as far as can be told by now."""
-    return first + call if rows is None else rows.call(tap, first, call, path)
+def find_call(tap: Tap, first: int, asked: Asked, path: object) -> int:
+    """The call that is asked for, from number `first` on, of those that hold its rows, as far as can be told by now."""
+    return first + asked.call if asked.rows is None else asked.rows.call(tap, first, asked.call, path)
 
 
 def assign(point: Point, assignment: Assignment) -> None:
     """Puts the assigned value in the place of the point's own."""
-    value = assignment.value
-    path = f"{assignment.path} ({assignment.where})"
-    before = first_input(point.value, path) if assignment.part == "input" else point.value
-    if assignment.rows is not None:
-        part = assignment.rows.at(point.tap, point.index, path)
-        value = part.put(before, value, path, point.copies)
+    value, part, rows = assignment.value, assignment.asked.part, assignment.asked.rows
+    before = first_input(point.value, assignment) if part == "input" else point.value
+    if rows is not None:
+        value = rows.at(point.tap, point.index, assignment).put(before, value, assignment, point.copies)
     elif before is not None and isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
-        raise AssignmentError(f"{path} is a {type(before).__name__}; it takes no {type(value).__name__}")
+        raise AssignmentError(f"{assignment} is a {type(before).__name__}; it takes no {type(value).__name__}")
     elif isinstance(before, torch.Tensor) and (told := _difference(before, value)):
         if before.ndim != value.ndim:  # it would be broadcast, to nothing anybody meant
-            raise AssignmentError(f"{path} {told}. Give it a value of {before.ndim} dimensions")
-        point.tap.flow.misshapen.append(f"{path} {told}")
-    if assignment.part == "input":
+            raise AssignmentError(f"{assignment} {told}. Give it a value of {before.ndim} dimensions")
+        point.tap.flow.misshapen.append(f"{assignment} {told}")
+    if part == "input":
         args, kwargs = point.value
         value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
     point.value, point.changed = value, True
@@ -357,219 +396,3 @@ def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:
     if before.device != value.device and not before.is_meta:  # as in a scan
         return f"is on {before.device}, and a tensor on {value.device} was assigned"
     return None
-
-
-def _count(flow: Any, module: nn.Module, args: tuple) -> None:
-    if current_owner() is flow and not flow.closing and (tap := flow.taps.get((id(module), FORWARD))):
-        tap.entered += 1
-
-
-# PyTorch goes through a list of the hooks made before the first was called, but looks up how to call each when its turn
-# comes: a hook of another run that was removed meanwhile is called without `kwargs`. And a copy of a module has its
-# hooks, but no tap.
-def _before(flow: Any, module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
-    if current_owner() is flow and not flow.closing and (tap := flow.taps.get((id(module), FORWARD))):
-        return tap.enter(args, kwargs)
-    return None
-
-
-def _after(flow: Any, module: nn.Module, args: tuple, output: Any) -> Any:
-    if current_owner() is flow and not flow.closing and (tap := flow.taps.get((id(module), FORWARD))):
-        return tap.leave(output)
-    return None
-
-
-class _Hook(functools.partial):
-    """A hook of one run. A copy of a module keeps it as it is: it does nothing there."""
-
-    def __deepcopy__(self, memo: dict) -> "_Hook":
-        return self
-
-
-class Hooks:
-    """What a run puts on modules.
-
-    The hooks go into PyTorch's tables directly, as `register_forward_hook` puts them there, but without the handle that
-    it makes: with a hook on every neighbour of what a run reads, handles are the larger part of what a run costs."""
-
-    def __init__(self, flow: Any) -> None:
-        self.counter, self.before, self.after = _Hook(_count, flow), _Hook(_before, flow), _Hook(_after, flow)
-
-    def put_counter(self, module: nn.Module) -> None:
-        module._forward_pre_hooks[self.counter] = self.counter
-
-    def put(self, module: nn.Module) -> None:
-        module._forward_pre_hooks[self.before] = self.before
-        module._forward_pre_hooks_with_kwargs[self.before] = True
-        module._forward_hooks[self.after] = self.after
-        # The output is taken before any other hook sees it: transformers captures hidden states in hooks of its own,
-        # and an edit has to be in what those capture.
-        module._forward_hooks.move_to_end(self.after, last=False)
-
-    def take_counter_off(self, module: nn.Module) -> None:
-        module._forward_pre_hooks.pop(self.counter, None)
-
-    def take_off(self, module: nn.Module) -> None:
-        module._forward_pre_hooks.pop(self.before, None)
-        module._forward_pre_hooks_with_kwargs.pop(self.before, None)
-        module._forward_hooks.pop(self.after, None)
-
-
-class Override:
-    """A function put in the place of a method of one object, for as long as any run uses it."""
-
-    _users: Counter = Counter()
-    _first: dict = {}  # the override that was put on, of those of one method
-    _lock = RLock()
-
-    def __init__(self, target: Any, name: str) -> None:
-        self.target, self.name = target, name
-        self.key = (id(target), name)
-        with Override._lock:
-            Override._users[self.key] += 1
-            if Override._users[self.key] == 1:
-                self.put_on()
-                Override._first[self.key] = self
-
-    def remove(self) -> None:
-        with Override._lock:
-            Override._users[self.key] -= 1
-            if not Override._users[self.key]:
-                del Override._users[self.key]
-                Override._first.pop(self.key).take_off()
-
-
-class ForwardOverride(Override):
-    """Lets a module's forward pass be left out of a call (`skip`)."""
-
-    def put_on(self) -> None:
-        self.own = own = self.target.__dict__.get("forward")
-
-        @functools.wraps(own or type(self.target).forward)
-        def maybe_skip(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-            flow = current_owner()
-            tap = flow.taps.get((id(module), FORWARD)) if flow is not None else None
-            skip = tap.skips.pop(tap.active[-1], None) if tap is not None and tap.skips and tap.active else None
-            if skip is not None:
-                return skip.value
-            function = own if own is not None else functools.partial(type(module).forward, module)
-            if tap is None:
-                return function(*args, **kwargs)
-            if tap.inside:
-                wrapped = module._modules.get(_WRAPPED)
-                function = wrapped if wrapped is not None else getattr(own, _UNCOMPILED)
-            return tap.run(function, args, kwargs)
-
-        if own is not None:  # its signature has no place for the module
-            maybe_skip.__signature__ = _with_self(own)
-        self.put = self.target.__dict__["forward"] = MethodType(maybe_skip, self.target)
-
-    def take_off(self) -> None:
-        if self.target.__dict__.get("forward") is not self.put:
-            return  # someone else has put another there meanwhile
-        del self.target.__dict__["forward"]
-        if self.own is not None:
-            self.target.__dict__["forward"] = self.own
-
-
-class CompiledOverride(Override):
-    """Sends the calls of a module that `module.compile()` has compiled through the taps of the run that makes them."""
-
-    def put_on(self) -> None:
-        target, own = self.target, self.target.__dict__[self.name]
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            flow = current_owner()
-            tap = flow.taps.get((id(target), FORWARD)) if flow is not None and not flow.closing else None
-            if tap is None or not tap.open:
-                if tap is not None:
-                    tap.entered += 1
-                return own(*args, **kwargs)
-            return tap.call(target._call_impl if tap.inside else own, args, kwargs)
-
-        self.own, self.put = own, call
-        target.__dict__[self.name] = call
-
-    def take_off(self) -> None:
-        if self.target.__dict__[self.name] is self.put:
-            self.target.__dict__[self.name] = self.own
-
-
-def _with_self(function: Callable) -> inspect.Signature:
-    """The signature of `function` with a place for the instance in front."""
-    signature = inspect.signature(function)
-    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    return signature.replace(parameters=[first, *signature.parameters.values()])
-
-
-class MethodOverride(Override):
-    """Sends the calls of one method, of an object and of copies of it, through the taps of the run that makes them."""
-
-    def put_on(self) -> None:
-        self.own = own = self.target.__dict__.get(self.name)
-        if own is not None:  # the user has put another on the object itself, a compiled one for instance
-
-            @functools.wraps(own)
-            def method(*args: Any, **kwargs: Any) -> Any:
-                flow = current_owner()
-                tap = flow.taps.get(self.key) if flow is not None else None
-                return own(*args, **kwargs) if tap is None or flow.closing else tap.call(own, args, kwargs)
-
-            self.put = self.target.__dict__[self.name] = method
-            return
-        cls = type(self.target)
-        names = frozenset({self.name, *getattr(cls, "_diffsight_names", ())})
-        self._become(getattr(cls, "_diffsight_class", cls), names)
-        self.target.__dict__[_OWNER] = id(self.target)
-
-    def take_off(self) -> None:
-        if self.own is not None:
-            if self.target.__dict__.get(self.name) is self.put:
-                self.target.__dict__[self.name] = self.own
-            return
-        for target in (self.target, *_copies.pop(id(self.target), ())):
-            self.target = target
-            cls = type(target)
-            self._become(cls._diffsight_class, cls._diffsight_names - {self.name})
-            if not hasattr(type(target), "_diffsight_class"):
-                target.__dict__.pop(_OWNER, None)
-
-    def _become(self, cls: type, names: frozenset[str]) -> None:
-        object.__setattr__(self.target, "__class__", _tapped_class(cls, names) if names else cls)
-
-
-_copies: dict[int, weakref.WeakSet] = {}  # by the id of a tapped object: the copies of it that were made meanwhile
-
-
-@functools.cache
-def _tapped_class(cls: type, names: frozenset[str]) -> type:
-    """A subclass of `cls`, of the same name, whose methods `names` go through the taps of the current run."""
-
-    def wrap(name: str) -> Callable:
-        original = getattr(cls, name)
-
-        @functools.wraps(original)
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            flow = current_owner()
-            tap = flow.taps.get((self.__dict__.get(_OWNER), name)) if flow is not None else None
-            if tap is None or flow.closing:
-                return original(self, *args, **kwargs)
-            return tap.call(functools.partial(original, self), args, kwargs)
-
-        return method
-
-    def __setstate__(self: Any, state: Any) -> None:
-        """A copy is made: it is given back its class when the object is."""
-        if hasattr(cls, "__setstate__"):
-            cls.__setstate__(self, state)
-        else:
-            self.__dict__.update(state)
-        _copies.setdefault(self.__dict__.get(_OWNER), weakref.WeakSet()).add(self)
-
-    body = {name: wrap(name) for name in names}
-    body["__setstate__"] = __setstate__
-    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    body |= {"_diffsight_class": cls, "_diffsight_names": names}
-    if not hasattr(cls, "__dict__") or "__slots__" in cls.__dict__:
-        body["__slots__"] = ()
-    return type(cls)(cls.__name__, (cls,), body)

@@ -46,7 +46,7 @@ class Share(Part):
     def of_branch(self, branch: str) -> "Share":
         return Share(self.layouts, f"{self.name}.{branch}", self.prompt, branch)
 
-    def call(self, tap: Tap, first: int, number: int, path: str) -> int:
+    def call(self, tap: Tap, first: int, number: int, path: object) -> int:
         if self.branch is None:
             return first + number
         if not self.layouts.has_branches(tap):
@@ -61,7 +61,7 @@ class Share(Part):
                 number -= 1
         return max(first, tap.entered) + number
 
-    def at(self, tap: Tap, index: int, path: str) -> Part:
+    def at(self, tap: Tap, index: int, path: object) -> Part:
         if self.branch is None and self.layouts.prompts == 1:
             return Whole(self.name)
         layout = self.layouts.layout(tap, index)
@@ -94,13 +94,13 @@ class Whole(Part):
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def take(self, value: Any, path: str) -> Any:
+    def take(self, value: Any, path: object) -> Any:
         return value
 
     def _is_batch(self, tensor: torch.Tensor) -> bool:
         return True
 
-    def _slice(self, tensor: torch.Tensor, path: str) -> Any:
+    def _slice(self, tensor: torch.Tensor, path: object) -> Any:
         return ...
 
 
@@ -112,7 +112,7 @@ class Frames(Part):
         super().__init__(start, stop, total, stride, name)
         self.frames = frames
 
-    def _slice(self, tensor: torch.Tensor, path: str) -> slice:
+    def _slice(self, tensor: torch.Tensor, path: object) -> slice:
         if tensor.ndim and len(tensor) * self.frames == self.total:
             return slice(self.start // self.frames, self.stop // self.frames, self.stride)
         return super()._slice(tensor, path)
@@ -125,7 +125,7 @@ class PlainRow(Part):
         self.layouts, self.prompt, self.name = layouts, prompt, name
         self.total = layouts.prompts * layouts.pictures
 
-    def _slice(self, tensor: torch.Tensor, path: str) -> slice:
+    def _slice(self, tensor: torch.Tensor, path: object) -> slice:
         size = len(tensor) if tensor.ndim else 0
         if size not in (self.layouts.prompts, self.total):
             raise InputError(

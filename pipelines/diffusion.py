@@ -29,8 +29,9 @@ from diffsight.clock import Clock
 from diffsight.envoy import keeping_attribute_errors
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.model import Model, with_gradients
+from diffsight.overrides import FORWARD, Override
 from diffsight.run import Run, Step
-from diffsight.taps import FORWARD, Override, Target, join
+from diffsight.taps import Target, join
 
 from .branches import BranchView, DiffusionRow, rows_of
 from .layouts import COND, UNCOND, Layouts

@@ -27,9 +27,10 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from diffsight.envoy import Points, keeping_attribute_errors, raise_kept
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.model import Model, with_gradients
+from diffsight.overrides import FORWARD
 from diffsight.rows import Part
 from diffsight.run import Run, Step
-from diffsight.taps import FORWARD, Target
+from diffsight.taps import Target
 
 from .accessors import Accessors, LanguageEnvoy
 from .checking import check_names

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from diffsight.taps import FORWARD, Tap, Target
+from diffsight.overrides import FORWARD
+from diffsight.taps import Tap, Target
 
 COND, UNCOND = "cond", "uncond"
 
@@ -40,7 +41,7 @@ class Layouts:
     def layout(self, tap: Tap, index: int) -> Layout | None:
         """What the batch holds in call number `index` of what is tapped, which has begun; None if that is unknown."""
         for call in reversed(self._calls.get(id(_component(tap).owner), ())):
-            if call.bases.get(tap, 0) <= index:
+            if call.bases.get(tap.target.key, 0) <= index:
                 return call.layout
         return None
 
@@ -103,8 +104,7 @@ class Layouts:
         self._seen.clear()
 
     def _add(self, tap: Tap, look: "Callable[[], Layout | None]") -> None:
-        bases = {other: other.entered for other in tap.flow.taps.values()}
-        self._calls.setdefault(id(tap.target.owner), []).append(_Call(bases, look))
+        self._calls.setdefault(id(tap.target.owner), []).append(_Call(tap.flow.taps.entered(), look))
 
     def _branch_of(self, pipeline: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
         """Whose prompt encode_prompt is called with: some pipelines call it for each branch, others once for both,
@@ -198,7 +198,7 @@ class Layouts:
 class _Call:
     """A call of a text encoder or denoiser. `bases` are the calls of everything else that had begun before it."""
 
-    def __init__(self, bases: dict[Tap, int], look: Callable[[], Layout | None]) -> None:
+    def __init__(self, bases: dict[tuple[int, str], int], look: Callable[[], Layout | None]) -> None:
         self.bases, self._look = bases, look
 
     @cached_property

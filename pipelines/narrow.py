@@ -21,17 +21,17 @@ class Narrow:
     name = ""
     missing = "it is not called"
 
-    def call(self, tap: Tap, first: int, number: int, path: str) -> int:
+    def call(self, tap: Tap, first: int, number: int, path: object) -> int:
         return first + number
 
-    def at(self, tap: Tap, index: int, path: str) -> "Narrow":
+    def at(self, tap: Tap, index: int, path: object) -> "Narrow":
         return self
 
 
 class First(Narrow):
     """A value's first tensor: of a tuple, a list or an output object; the rest is left as it is."""
 
-    def take(self, value: Any, path: str) -> Any:
+    def take(self, value: Any, path: object) -> Any:
         if isinstance(value, torch.Tensor):
             return value
         if isinstance(value, Mapping) and value:
@@ -40,7 +40,7 @@ class First(Narrow):
             return value[0]
         raise InputError(f"{path} is a {type(value).__name__} that does not begin with a tensor")
 
-    def put(self, whole: Any, value: Any, path: str, copies: set[int]) -> Any:
+    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
         _check_tensor(self.take(whole, path), value, path)
         if isinstance(whole, torch.Tensor):
             return value
@@ -52,14 +52,14 @@ class First(Narrow):
 class Logits(Narrow):
     """The logits in what the model returns."""
 
-    def take(self, value: Any, path: str) -> Any:
+    def take(self, value: Any, path: object) -> Any:
         if not isinstance(value, Mapping):
             return FIRST.take(value, path)
         if "logits" not in value:
             raise InputError(f"the model gives no logits: {type(value).__name__} has {', '.join(value)}")
         return value["logits"]
 
-    def put(self, whole: Any, value: Any, path: str, copies: set[int]) -> Any:
+    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
         if not isinstance(whole, Mapping):
             return FIRST.put(whole, value, path, copies)
         _check_tensor(self.take(whole, path), value, path)
@@ -69,11 +69,11 @@ class Logits(Narrow):
 class HiddenInput(Narrow):
     """The hidden states among a layer's inputs, `(args, kwargs)`."""
 
-    def take(self, value: Any, path: str) -> Any:
+    def take(self, value: Any, path: object) -> Any:
         args, kwargs = value
         return FIRST.take(args[0] if args else kwargs[_hidden_name(kwargs, path)], path)
 
-    def put(self, whole: Any, value: Any, path: str, copies: set[int]) -> Any:
+    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
         args, kwargs = whole
         if args:
             return (FIRST.put(args[0], value, path, copies), *args[1:]), kwargs
@@ -92,16 +92,16 @@ class Within(Narrow):
         self.name = outer.name or inner.name
         self.missing = inner.missing if inner.name else outer.missing
 
-    def call(self, tap: Tap, first: int, number: int, path: str) -> int:
+    def call(self, tap: Tap, first: int, number: int, path: object) -> int:
         return (self.inner if self.inner.name else self.outer).call(tap, first, number, path)
 
-    def at(self, tap: Tap, index: int, path: str) -> "Within":
+    def at(self, tap: Tap, index: int, path: object) -> "Within":
         return Within(self.outer.at(tap, index, path), self.inner.at(tap, index, path))
 
-    def take(self, value: Any, path: str) -> Any:
+    def take(self, value: Any, path: object) -> Any:
         return self.inner.take(self.outer.take(value, path), path)
 
-    def put(self, whole: Any, value: Any, path: str, copies: set[int]) -> Any:
+    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
         part = self.outer.take(whole, path)
         return self.outer.put(whole, self.inner.put(part, value, path, copies), path, copies)
 
@@ -112,7 +112,7 @@ class Added(Narrow):
     def __init__(self, positions: list[int] | None) -> None:
         self.positions = positions
 
-    def put(self, whole: torch.Tensor, value: torch.Tensor, path: str, copies: set[int]) -> torch.Tensor:
+    def put(self, whole: torch.Tensor, value: torch.Tensor, path: object, copies: set[int]) -> torch.Tensor:
         value = value.to(whole.device, whole.dtype)
         length = whole.shape[-2]
         for position in self.positions or ():
@@ -134,10 +134,10 @@ class Heads(Narrow):
     def __init__(self, lie: tuple[int, int], pick: slice = slice(None)) -> None:
         self.lie, self.pick = lie, pick
 
-    def take(self, value: torch.Tensor, path: str) -> torch.Tensor:
+    def take(self, value: torch.Tensor, path: object) -> torch.Tensor:
         return self._picked(value).flatten(-3, -2)
 
-    def put(self, whole: torch.Tensor, value: torch.Tensor, path: str, copies: set[int]) -> torch.Tensor:
+    def put(self, whole: torch.Tensor, value: torch.Tensor, path: object, copies: set[int]) -> torch.Tensor:
         whole = whole.clone()
         picked = self._picked(whole)
         shape = picked.flatten(-3, -2).shape
@@ -158,7 +158,7 @@ def _check_tensor(before: torch.Tensor, value: Any, path: str) -> None:
         raise AssignmentError(f"{path} has the shape {tuple(before.shape)}, and {tuple(value.shape)} was assigned")
 
 
-def _hidden_name(kwargs: Mapping[str, Any], path: str) -> str:
+def _hidden_name(kwargs: Mapping[str, Any], path: object) -> str:
     names = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor)]
     if not names:
         raise InputError(f"{path}: no tensor is passed")

@@ -39,10 +39,10 @@ class Span(Target):
         flow, first, last = tap.flow, self.first.owner, self.last.owner
 
         def before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
-            return tap.enter(args, kwargs) if current_owner() is flow and not flow.closing else None
+            return tap.enter(args, kwargs) if current_owner() is flow and flow.taps else None
 
         def after(module: nn.Module, args: tuple, output: Any) -> Any:
-            if current_owner() is not flow or flow.closing:
+            if current_owner() is not flow or not flow.taps:
                 return None
             skip = tap.skips.pop(tap.active[-1], None) if tap.skips and tap.active else None
             return tap.leave(output if skip is None else skip.value)

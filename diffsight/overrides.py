@@ -1,0 +1,233 @@
+"""Overrides: what a run puts in the place of what the model calls, so that the calls go through its taps.
+
+Every module that a run follows has for the time of the run a `forward` of its own, which counts its calls, or sends
+them through a tap. Ordinary hooks would do the same, at several times the cost: a module that has any leaves PyTorch's
+fast path. Within other people's hooks it stands where the last of those before and the first of those after the call
+would, and that is where a run belongs: transformers captures hidden states in hooks, and an edit has to be in those.
+
+Methods are tapped by giving the object a subclass of its class for the time of the run: unlike a wrapper stored on the
+instance this follows copies of the object (pipelines step a copy of their scheduler) and reaches `__call__`. Names and
+signatures stay those of the original. Where several runs are open at once, the last one puts things back.
+"""
+
+import functools
+import inspect
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from threading import RLock
+from types import FrameType, FunctionType, MethodType
+from typing import Any
+
+from greenlet import getcurrent
+from torch import nn
+
+from .coroutine import current_owner
+
+FORWARD = "forward"
+COMPILED = "_compiled_call_impl"  # of a module after `module.compile()`: what its calls go to
+_OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; copies carry it along
+
+_lock = RLock()
+
+
+# ---- the forward passes of modules
+
+_followed: dict[int, list] = {}  # id of a module: what undoes its override, and how many runs follow it
+
+
+def follow(modules: Iterable[nn.Module]) -> None:
+    """Sends the calls of modules through the taps of the run that makes them, until as many have said `unfollow`."""
+    with _lock:
+        for module in modules:
+            known = _followed.get(id(module))
+            if known is None:
+                _followed[id(module)] = [_put(module), 1]
+            else:
+                known[1] += 1
+
+
+def unfollow(modules: Iterable[nn.Module]) -> None:
+    """Takes off again what `follow` has put on."""
+    with _lock:
+        for module in modules:
+            known = _followed[id(module)]
+            known[1] -= 1
+            if not known[1]:
+                del _followed[id(module)]
+                name, put, own = known[0]
+                held = module.__dict__
+                if held.get(name) is put:  # else someone has put another there meanwhile
+                    if own is None:
+                        del held[name]
+                    else:
+                        held[name] = own
+
+
+def _put(module: nn.Module) -> tuple[str, Any, Any]:
+    """Overrides what the calls of a module go to; gives its name, what is there now and what the module had itself.
+
+    Where they go to compiled code, that is called through the taps, and left as it is."""
+    held = module.__dict__
+    name = FORWARD if held.get(COMPILED) is None else COMPILED
+    own = held.get(name)
+    if own is not None:
+        function = _through(lambda module, /, *args, **kwargs: own(*args, **kwargs))
+        functools.update_wrapper(function, own)
+        if name == FORWARD:
+            function.__signature__ = _with_self(own)
+    elif isinstance(type(module).forward, FunctionType):
+        function = _forward_of(type(module).forward)
+    else:  # what looks like one on the instance alone, as in a module of TorchScript
+        forward = module.forward
+        function = _through(lambda module, /, *args, **kwargs: forward(*args, **kwargs))
+    held[name] = put = MethodType(function, module)
+    return name, put, own
+
+
+@functools.cache
+def _forward_of(original: Callable) -> Callable:
+    """The forward pass of a class of modules, through the taps."""
+    return functools.wraps(original)(_through(original))
+
+
+def _through(original: Callable) -> Callable:
+    """`original`, of a module and arguments, through the taps of the run that calls it."""
+
+    def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        flow = getattr(getcurrent(), "owner", None)
+        if flow is None:
+            return original(module, *args, **kwargs)
+        taps, number = flow.taps, id(module)
+        calls = taps.counts.get(number)
+        if calls is None:
+            tap = taps.get((number, FORWARD))
+            if tap is None:
+                return original(module, *args, **kwargs)
+            return tap.call(MethodType(original, module), args, kwargs)
+        taps.counts[number] = calls + 1
+        output = original(module, *args, **kwargs)
+        if number in taps.counts:
+            return output
+        tap = taps.get((number, FORWARD))  # it was asked for while it ran
+        return output if tap is None else tap.leave(output)
+
+    return forward
+
+
+_CODE = _through(nn.Module.forward).__code__
+
+
+def count_running(frame: FrameType | None, module: nn.Module) -> int:
+    """How many calls of a followed module have begun and not ended on the stack that ends with `frame`."""
+    running = 0
+    while frame is not None:
+        running += frame.f_code is _CODE and frame.f_locals["module"] is module
+        frame = frame.f_back
+    return running
+
+
+def _with_self(function: Callable) -> inspect.Signature:
+    """The signature of `function` with a place for the instance in front."""
+    signature = inspect.signature(function)
+    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    return signature.replace(parameters=[first, *signature.parameters.values()])
+
+
+# ---- methods
+
+
+class Override:
+    """A function put in the place of a method of one object, for as long as any run uses it."""
+
+    _users: Counter = Counter()
+    _first: dict = {}  # the override that was put on, of those of one method
+
+    def __init__(self, target: Any, name: str) -> None:
+        self.target, self.name = target, name
+        self.key = (id(target), name)
+        with _lock:
+            Override._users[self.key] += 1
+            if Override._users[self.key] == 1:
+                self.put_on()
+                Override._first[self.key] = self
+
+    def remove(self) -> None:
+        with _lock:
+            Override._users[self.key] -= 1
+            if not Override._users[self.key]:
+                del Override._users[self.key]
+                Override._first.pop(self.key).take_off()
+
+
+class MethodOverride(Override):
+    """Sends the calls of one method, of an object and of copies of it, through the taps of the run that makes them."""
+
+    def put_on(self) -> None:
+        self.own = own = self.target.__dict__.get(self.name)
+        if own is not None:  # the user has put another on the object itself, a compiled one for instance
+
+            @functools.wraps(own)
+            def method(*args: Any, **kwargs: Any) -> Any:
+                flow = current_owner()
+                tap = flow.taps.get(self.key) if flow is not None else None
+                return own(*args, **kwargs) if tap is None else tap.call(own, args, kwargs)
+
+            self.put = self.target.__dict__[self.name] = method
+            return
+        cls = type(self.target)
+        names = frozenset({self.name, *getattr(cls, "_diffsight_names", ())})
+        self._become(getattr(cls, "_diffsight_class", cls), names)
+        self.target.__dict__[_OWNER] = id(self.target)
+
+    def take_off(self) -> None:
+        if self.own is not None:
+            if self.target.__dict__.get(self.name) is self.put:
+                self.target.__dict__[self.name] = self.own
+            return
+        for target in (self.target, *_copies.pop(id(self.target), ())):
+            self.target = target
+            cls = type(target)
+            self._become(cls._diffsight_class, cls._diffsight_names - {self.name})
+            if not hasattr(type(target), "_diffsight_class"):
+                target.__dict__.pop(_OWNER, None)
+
+    def _become(self, cls: type, names: frozenset[str]) -> None:
+        object.__setattr__(self.target, "__class__", _tapped_class(cls, names) if names else cls)
+
+
+_copies: dict[int, weakref.WeakSet] = {}  # by the id of a tapped object: the copies of it that were made meanwhile
+
+
+@functools.cache
+def _tapped_class(cls: type, names: frozenset[str]) -> type:
+    """A subclass of `cls`, of the same name, whose methods `names` go through the taps of the current run."""
+
+    def wrap(name: str) -> Callable:
+        original = getattr(cls, name)
+
+        @functools.wraps(original)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            flow = current_owner()
+            tap = flow.taps.get((self.__dict__.get(_OWNER), name)) if flow is not None else None
+            if tap is None:
+                return original(self, *args, **kwargs)
+            return tap.call(functools.partial(original, self), args, kwargs)
+
+        return method
+
+    def __setstate__(self: Any, state: Any) -> None:
+        """A copy is made: it is given back its class when the object is."""
+        if hasattr(cls, "__setstate__"):
+            cls.__setstate__(self, state)
+        else:
+            self.__dict__.update(state)
+        _copies.setdefault(self.__dict__.get(_OWNER), weakref.WeakSet()).add(self)
+
+    body = {name: wrap(name) for name in names}
+    body["__setstate__"] = __setstate__
+    body |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    body |= {"_diffsight_class": cls, "_diffsight_names": names}
+    if not hasattr(cls, "__dict__") or "__slots__" in cls.__dict__:
+        body["__slots__"] = ()
+    return type(cls)(cls.__name__, (cls,), body)
