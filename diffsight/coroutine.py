@@ -34,11 +34,11 @@ class TorchState(NamedTuple):
 
     @classmethod
     def capture(cls) -> "TorchState":
-        autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _AUTOCAST_DEVICES]
-        count = _len_torch_function_stack()
-        modes = tuple(map(_get_function_stack_at, range(count))) if count else ()
-        cached = torch.is_autocast_cache_enabled()
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), (autocast, cached), modes)
+        enabled = tuple(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))  # and no Python in between: this is done
+        dtypes = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES))  # twice for every value that is read
+        autocast = enabled, dtypes, torch.is_autocast_cache_enabled()
+        modes = tuple(map(_get_function_stack_at, range(_len_torch_function_stack())))
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, modes)
 
     def restore(self, before: "TorchState") -> None:
         """Sets grad mode, and autocast and function modes where they differ from `before`, the state that is on;
@@ -48,8 +48,8 @@ class TorchState(NamedTuple):
             _pop_torch_function_stack()
         torch._C._set_grad_enabled(self.grad)
         if self.autocast != before.autocast:
-            devices, cache = self.autocast
-            for device, (enabled, dtype) in zip(_AUTOCAST_DEVICES, devices):
+            *devices, cache = self.autocast
+            for device, enabled, dtype in zip(_AUTOCAST_DEVICES, *devices):
                 torch.set_autocast_enabled(device, enabled)
                 torch.set_autocast_dtype(device, dtype)
             torch.set_autocast_cache_enabled(cache)

@@ -111,7 +111,8 @@ class Points:
 
     def _fetch(self, part: str) -> Any:
         try:
-            return self._flow(part).fetch(Asked(self._target, part, self._call, self._part))
+            flow = self._run._flow if self._run is not None else self._flow(part)
+            return flow.fetch(Asked(self._target, part, self._call, self._part))
         except Exception as error:
             if isinstance(error, AttributeError):
                 self.__dict__["_kept_error"] = error  # see `keeping_attribute_errors`

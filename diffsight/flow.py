@@ -73,7 +73,7 @@ class Flow:
         function: Callable[[], Any],
         components: Sequence[Target],
         clock: Clock,
-        places: Callable[[], Places],
+        places: Callable[[list[Target]], Places],
         load: Callable[[], None],
     ) -> None:
         self.function = function
@@ -113,7 +113,8 @@ class Flow:
         if self.edits or self.outcome is not None or get_ident() != self.thread or current_owner() is self:
             self._check_open(asked)
             self._touch(asked)
-        scope = self.scope
+        body = getcurrent()
+        scope = body.scope if isinstance(body, Body) and body.flow is self else self._scope
         tap, first = self._locate(asked, scope)
         if asked.rows is None:
             value = self._point(tap, (asked.kind, first + asked.call), asked, scope).value
@@ -175,8 +176,10 @@ class Flow:
         self._start()
         scope = self.scope
         scope.stop_at_steps = True
+        body = getcurrent()
+        waits_itself = isinstance(body, Body) and body.flow is self
         while self.outcome is None and self.clock.index <= scope.step:
-            self._move([])
+            body.wait([]) if waits_itself else self._resume()
         if self.outcome is not None:
             return False
         scope.step, scope.in_step = self.clock.index, True
@@ -298,8 +301,8 @@ class Flow:
         """The tap, and the number in the run of the first call in the scope."""
         if scope.in_step and self.clock.index > scope.step:
             raise OutOfOrderError(f"{asked.of_all} was asked for too late: step {scope.step} has ended")
-        tap = self.tap(asked.target)
-        if asked.part in ("input", "inputs"):
+        tap = self.taps.open(asked.target) if self.taps else self.tap(asked.target)
+        if asked.kind == INPUTS and asked.part != "skip":
             tap.take_inputs()
         return tap, tap.step_base if scope.in_step else 0
 
@@ -409,6 +412,7 @@ class Flow:
         return point
 
     def _advance_to(self, tap: Tap, key: tuple[str, int], asked: Asked, scope: Scope) -> Point:
+        """Lets the model run on until it parks at the point. The body that opened the run does that; others wait."""
         if self._passed(tap, key, scope) and not self._is_ahead(tap, key, scope):
             raise OutOfOrderError(self._too_late(asked, "asked for"))
         waits = [(tap, key)]
@@ -418,8 +422,15 @@ class Flow:
         in_step = scope.in_step
         for other, other_key in waits:
             other.awaited.setdefault(other_key, []).append(in_step)
+        body = getcurrent()
+        waits_itself = isinstance(body, Body) and body.flow is self
+        point = None
         try:
-            point = self._run_until(waits, scope)
+            while self.outcome is None and not (scope.in_step and self.clock.index > scope.step):
+                point = body.wait(waits) if waits_itself else self._resume()
+                if point is not None and (point.tap, point.key) in waits:
+                    break
+                point = None
         finally:
             for other, other_key in waits:
                 waiting = other.awaited[other_key]
@@ -438,19 +449,6 @@ class Flow:
             f"{asked} was asked for, but {until} without coming to it. Either the model had passed it already, or it "
             "does not use it there"
         )
-
-    def _run_until(self, waits: list[tuple[Tap, tuple[str, int]]], scope: Scope) -> Point | None:
-        """Lets the model run to one of the points, or (None) to its end or the end of the step the body is in."""
-        while self.outcome is None and not (scope.in_step and self.clock.index > scope.step):
-            point = self._move(waits)
-            if point is not None and (point.tap, point.key) in waits:
-                return point
-        return None
-
-    def _move(self, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
-        """Lets the model run on until it parks or ends: by the body that opened the run. Others wait for that."""
-        body = getcurrent()
-        return body.wait(waits) if isinstance(body, Body) and body.flow is self else self._resume()
 
     def _resume(self, call: Call | None = None) -> Point | Call | None:
         """Lets the model run on until it parks at a point (given), at a step (None), or ends (None); or makes `call`
@@ -512,7 +510,7 @@ class Flow:
     def _end_with(self, result: Any) -> None:
         """The model has ended."""
         self.result, self.has_result = result, True
-        self.unreached += [a for tap in self.taps.values() for a in tap.waiting()]
+        self.unreached += [a for tap in self.taps.values() if tap.pending or tap.skips for a in tap.waiting()]
         self._end(ENDED)
         for body in self.bodies:
             if not body.dead:

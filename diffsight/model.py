@@ -223,12 +223,12 @@ class Model(Envoy):
         paths = [path.rpartition(".") for methods in self._methods.values() for path in methods.values()]
         return [self._target, *((self[outer] if outer else self)._child(name)._target for outer, _, name in paths)]
 
-    def _places(self) -> Places:
+    def _places(self, components: list[Target]) -> Places:
         """The targets of the modules that stand in several places, by key; looked for once."""
-        modules = tuple(target.owner for target in self._components())
+        modules = [target.owner for target in components]
         if self._known_places is None or self._known_places[0] != modules:
             places: Places = {}
-            waiting = self._components()
+            waiting = [*components]
             while waiting:
                 target = waiting.pop()
                 places.setdefault(target.key, []).append(target)

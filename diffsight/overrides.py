@@ -33,7 +33,7 @@ _lock = RLock()
 
 # ---- the forward passes of modules
 
-_followed: dict[int, list] = {}  # id of a module: what undoes its override, and how many runs follow it
+_followed: dict[int, list] = {}  # id of a module: what overrides its calls, where, what was there, how many runs follow
 
 
 def follow(modules: Iterable[nn.Module]) -> None:
@@ -41,10 +41,16 @@ def follow(modules: Iterable[nn.Module]) -> None:
     with _lock:
         for module in modules:
             known = _followed.get(id(module))
-            if known is None:
-                _followed[id(module)] = [_put(module), 1]
+            if known is not None:
+                known[3] += 1
+                continue
+            held, forward = module.__dict__, getattr(type(module), FORWARD, None)
+            if type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None:
+                name, own, function = FORWARD, None, _through_taps(forward)
             else:
-                known[1] += 1
+                name, own, function = _of_its_own(module)
+            held[name] = put = MethodType(function, module)
+            _followed[id(module)] = [put, name, own, 1]
 
 
 def unfollow(modules: Iterable[nn.Module]) -> None:
@@ -52,43 +58,38 @@ def unfollow(modules: Iterable[nn.Module]) -> None:
     with _lock:
         for module in modules:
             known = _followed[id(module)]
-            known[1] -= 1
-            if not known[1]:
-                del _followed[id(module)]
-                name, put, own = known[0]
-                held = module.__dict__
-                if held.get(name) is put:  # else someone has put another there meanwhile
-                    if own is None:
-                        del held[name]
-                    else:
-                        held[name] = own
-
-
-def _put(module: nn.Module) -> tuple[str, Any, Any]:
-    """Overrides what the calls of a module go to; gives its name, what is there now and what the module had itself.
-
-    Where they go to compiled code, that is called through the taps, and left as it is."""
-    held = module.__dict__
-    name = FORWARD if held.get(COMPILED) is None else COMPILED
-    own = held.get(name)
-    if own is not None:
-        function = _through(lambda module, /, *args, **kwargs: own(*args, **kwargs))
-        functools.update_wrapper(function, own)
-        if name == FORWARD:
-            function.__signature__ = _with_self(own)
-    elif isinstance(type(module).forward, FunctionType):
-        function = _forward_of(type(module).forward)
-    else:  # what looks like one on the instance alone, as in a module of TorchScript
-        forward = module.forward
-        function = _through(lambda module, /, *args, **kwargs: forward(*args, **kwargs))
-    held[name] = put = MethodType(function, module)
-    return name, put, own
+            known[3] -= 1
+            if known[3]:
+                continue
+            put, name, own, _ = _followed.pop(id(module))
+            held = module.__dict__
+            if held.get(name) is not put:
+                continue  # someone has put another there meanwhile
+            if own is None:
+                del held[name]
+            else:
+                held[name] = own
 
 
 @functools.cache
-def _forward_of(original: Callable) -> Callable:
+def _through_taps(forward: Callable) -> Callable:
     """The forward pass of a class of modules, through the taps."""
-    return functools.wraps(original)(_through(original))
+    return functools.wraps(forward)(_through(forward))
+
+
+def _of_its_own(module: nn.Module) -> tuple[str, Any, Callable]:
+    """What the calls of a module go to, where that is on the instance: the name, what is there, and that through the
+    taps. Compiled code is called through them, and left as it is."""
+    held = module.__dict__
+    name = FORWARD if held.get(COMPILED) is None else COMPILED
+    own = held.get(name)
+    target = module.forward if own is None else own  # a module of TorchScript looks its own up when it is asked
+    function = _through(lambda module, /, *args, **kwargs: target(*args, **kwargs))
+    if own is not None:
+        functools.update_wrapper(function, own)
+    if own is not None and name == FORWARD:
+        function.__signature__ = _with_self(own)
+    return name, own, function
 
 
 def _through(original: Callable) -> Callable:
@@ -130,7 +131,7 @@ def count_running(frame: FrameType | None, module: nn.Module) -> int:
 def _with_self(function: Callable) -> inspect.Signature:
     """The signature of `function` with a place for the instance in front."""
     signature = inspect.signature(function)
-    first = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    first = inspect.Parameter("_module", inspect.Parameter.POSITIONAL_ONLY)
     return signature.replace(parameters=[first, *signature.parameters.values()])
 
 

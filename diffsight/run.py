@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .edits import current_edit, is_from_edit
-from .envoy import Envoy, keeping_attribute_errors, raise_kept
+from .envoy import Envoy, raise_kept
 from .errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
 from .flow import STOPPED, Flow
 from .record import Record, record
@@ -53,10 +53,15 @@ class Run:
         Raises NeverReachedError for assignments the model never came to."""
         if self._invoked:
             return [run.result for run in self._invoked]
-        with keeping_attribute_errors(self):
-            result = self._flow.run_to_end()
-            self._flow.raise_unreached()
-            return result
+        flow = self._flow
+        try:
+            result = flow.run_to_end()
+        except AttributeError as error:
+            self.__dict__["_kept_error"] = error  # see `keeping_attribute_errors`
+            raise
+        if flow.unreached:
+            flow.raise_unreached()
+        return result
 
     def finish(self) -> Any:
         """Runs the model to its end; gives its result."""

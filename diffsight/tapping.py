@@ -27,7 +27,9 @@ class Taps(dict[Key, Tap]):
 
     `components` are tapped from the start, `find_places` gives the modules that stand in several places."""
 
-    def __init__(self, flow: "Flow", components: Sequence[Target], find_places: Callable[[], Places]) -> None:
+    def __init__(
+        self, flow: "Flow", components: Sequence[Target], find_places: Callable[[list[Target]], Places]
+    ) -> None:
         super().__init__()
         self.components = list(components)
         self.counts: dict[int, int] = {}  # id of a module that is only counted: its calls so far
@@ -61,7 +63,7 @@ class Taps(dict[Key, Tap]):
                 "holds others. Ask for one of them"
             )
         if self._places is None:
-            self._places = self._find_places()
+            self._places = self._find_places(self.components)
         for place in self._places.get(target.key, ()):
             self._tap_around(place)
         if not self._is_surrounded(target):
@@ -88,7 +90,9 @@ class Taps(dict[Key, Tap]):
         """Takes everything off the model."""
         unfollow(self._followed)
         for tap in self.values():
-            tap.remove()
+            if tap.hooks:
+                tap.remove()
+            tap.points.clear()  # which know their tap
         self.clear()
         for held in (self.counts, self._origins, self._counts_before, self._followed):
             held.clear()

@@ -44,7 +44,8 @@ class Target:
         if name == "__call__":
             self.is_called = callable(owner)
         elif name == FORWARD:
-            self.is_called = type(owner).forward is not nn.Module.forward or "forward" in owner.__dict__
+            forward = getattr(type(owner), FORWARD, None)
+            self.is_called = forward is not nn.Module.forward or FORWARD in owner.__dict__
         self._children: tuple[dict, dict[str, Target]] | None = None
 
     def attach(self, tap: "Tap") -> Any:
@@ -106,14 +107,11 @@ class Asked:
     `rows` the part of the batch, and the number among the calls that hold it. As text it is what the user writes:
     `unet.mid_block.calls[1].output`."""
 
-    __slots__ = ("call", "part", "rows", "target")
+    __slots__ = ("call", "kind", "part", "rows", "target")
 
     def __init__(self, target: Target, part: str, call: int = 0, rows: Part | None = None) -> None:
         self.target, self.part, self.call, self.rows = target, part, call, rows
-
-    @property
-    def kind(self) -> str:
-        return OUTPUT if self.part == "output" else INPUTS
+        self.kind = OUTPUT if part == "output" else INPUTS
 
     @property
     def of_all(self) -> str:
@@ -223,18 +221,14 @@ class Tap:
         skip = self.skips.pop(index, None) if self.skips else None
         if skip is not None:
             return self.leave(skip.value)
+        if self.inside:
+            function = self.target.uncompiled()
         try:
-            output = self._run(function, args, kwargs)
+            output = function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
         except BaseException:
             self.active.remove(index)
             raise
         return self.leave(output)
-
-    def _run(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """What is tapped itself; in a scan, through the border of the component."""
-        if self.inside:
-            function = self.target.uncompiled()
-        return function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A call begins. Gives new inputs, or None where they stay as they are."""
@@ -245,9 +239,10 @@ class Tap:
             self.unseen = self.unseen_in_step = 1  # called past the module around it: who knows how often before
         self.entered = index + 1
         self.active.append(index)
-        if not (self.awaited or self.pending or self.keepers):
+        key = (INPUTS, index)
+        if not (key in self.awaited or key in self.pending or self.keepers):
             return None
-        point = self._pass(INPUTS, index, (args, kwargs))
+        point = self._pass(key, (args, kwargs))
         return point.value if point is not None and point.changed else None
 
     def leave(self, output: Any) -> Any:
@@ -255,8 +250,9 @@ class Tap:
         if not self.active:  # a call that began before the tap was made
             return output
         index = self.active.pop()
-        if self.awaited or self.pending or self.keepers:
-            point = self._pass(OUTPUT, index, output)
+        key = (OUTPUT, index)
+        if key in self.awaited or key in self.pending or self.keepers:
+            point = self._pass(key, output)
             output = output if point is None else point.value
         if self.heeded:
             self.flow.after_call(self, output)
@@ -288,10 +284,9 @@ class Tap:
             self.hooks.append(self.target.owner.register_forward_pre_hook(lambda *_: None))
 
     def remove(self) -> None:
-        """Takes off what the run has put on it besides `follow`, and lets go of its values."""
+        """Takes off what the run has put on it besides `follow`."""
         for hook in self.hooks:
             hook.remove()
-        self.points = {}
 
     def waiting(self) -> list[Assignment]:
         """What was assigned and not reached."""
@@ -314,8 +309,8 @@ class Tap:
             missed.append(self.skips.pop(index))
         return missed
 
-    def _pass(self, kind: str, index: int, value: Any) -> Point | None:
-        key, point = (kind, index), None
+    def _pass(self, key: tuple[str, int], value: Any) -> Point | None:
+        point = None
         if key in self.pending or key in self.awaited:
             point = Point(self, key, value, all(self.awaited.get(key, ())))
             for edit in self.flow.edits:  # each in its turn: it sees what those before it did
@@ -326,14 +321,13 @@ class Tap:
                     self.points[key] = point
                     self.flow.park(point, edit)
             point.turn = LAST
-            if self.pending:
+            if key in self.pending:
                 self._assign_pending(point)
             if key in self.awaited:
                 self.points[key] = point
                 self.flow.park(point)
-        if self.keepers:
-            for keep in self.keepers.get(kind, ()):
-                keep(self, index, value if point is None else point.value)
+        for keep in self.keepers.get(key[0], ()):
+            keep(self, key[1], value if point is None else point.value)
         return point
 
     def _assign_pending(self, point: Point) -> bool:
