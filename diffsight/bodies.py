@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .coroutine import Call, Coroutine
+from .coroutine import Call, Coroutine, TorchState
 from .taps import LAST, Point, Tap
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class Body(Coroutine):
     """A body beside the one that opened the run: the function of a row, or an edit. It is woken when the model comes to
     what it waits for."""
 
-    def __init__(self, function: Callable[[], Any], flow: "Flow") -> None:
-        super().__init__(function, None)
+    def __init__(self, function: Callable[[], Any], flow: "Flow", state: TorchState) -> None:
+        super().__init__(function, None, state)
         self.flow = flow
         self.scope = Scope()
         self.waits: list[tuple[Tap, tuple[str, int]]] = []

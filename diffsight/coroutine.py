@@ -81,12 +81,13 @@ class Call:
 class Coroutine(greenlet):
     """A function that runs until it parks, and goes on from there when it is resumed."""
 
-    def __init__(self, function: Callable[[], Any], owner: Any) -> None:
+    def __init__(self, function: Callable[[], Any], owner: Any, state: TorchState) -> None:
+        """`state` is what the function begins in."""
         super().__init__(self._begin)
         self._function = function
         self.gr_context = copy_context()
         self.owner = owner  # the Flow whose model runs here: taps recognise their run by it
-        self.state = TorchState.capture()
+        self.state = state
         self.random: list[torch.Tensor] | None = None  # the function's own random state, where it has one
         self._guard: Any = None  # keeps the body out of the mode inside which the function is parked
 

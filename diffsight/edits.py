@@ -79,8 +79,7 @@ class EditBody(Body):
 
     def __init__(self, edit: Edit, run: "Run", order: int) -> None:
         """`order` says when its turn is."""
-        super().__init__(self._run_edit, run._flow)
-        self.state = self.flow.state  # the modes in which the run was opened
+        super().__init__(self._run_edit, run._flow, run._flow.state)  # the modes in which the run was opened
         self.scope = Scope(self, order)
         self.edit = edit
         self.view: Run | None = None  # the edit's own view of the run, from when it begins

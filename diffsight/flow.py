@@ -211,7 +211,8 @@ class Flow:
         self._check_open("run.each")
         self._check_leads("run.each")
         self._start()
-        bodies = [Body(function, self) for function in functions]
+        state = TorchState.capture()
+        bodies = [Body(function, self, state) for function in functions]
         try:
             self.bodies += bodies
             call = self._take_turns([*bodies])
@@ -391,12 +392,13 @@ class Flow:
             index = found
             # Where no call so far was it, and a step goes by without it, the model is not run to its end for it.
             in_vain = not asked.call and first < index == tap.entered
+            if not in_vain:
+                point = self._point(tap, (asked.kind, index), asked, scope)
+                continue
             try:
-                with scope.within(self.clock.index) if in_vain else nullcontext():
+                with scope.within(self.clock.index):
                     point = self._point(tap, (asked.kind, index), asked, scope)
             except OutOfOrderError:
-                if not in_vain:
-                    raise
                 raise NeverReachedError(f"{asked} was asked for, but {asked.rows.missing}") from None
         return point
 
@@ -459,8 +461,7 @@ class Flow:
             self.load()
             return self._end_with(self._call_plainly())
         if self.coroutine is None:
-            self.coroutine = Coroutine(self.function, self)
-            self.coroutine.state = self.state
+            self.coroutine = Coroutine(self.function, self, self.state)
             self.coroutine.random = None if self.seed is None else seeded_random_state(self.seed)
         while True:
             self.parked = None
