@@ -2,8 +2,9 @@
 
     pip install nnsight==0.8.1 && python tests/benchmarks/engine.py      # nnsight's columns are left out without it
 
-On a 12-layer GPT-2 of width 64 and on `diffsight/shapes-clip`, in one process, interleaved: medians of what each way
-adds to the bare call in milliseconds, and what diffsight adds as a share of what nnsight adds.
+On a 12-layer GPT-2 of width 64 and on `diffsight/shapes-clip`, in one process, interleaved: what each way adds to the
+bare call in milliseconds, and what diffsight adds as a share of what nnsight adds. One thread, processor time, and the
+lower quartile of the rounds: whatever else the machine does only ever adds to it.
 """
 
 import argparse
@@ -160,15 +161,15 @@ def compare(task: str, runs: dict[str, Callable[[], object]], rounds: int, sides
     times: dict[str, list[float]] = {side: [] for side in runs}
     for turn in range(rounds + 5):
         for side, function in runs.items():
-            started = time.perf_counter()
+            started = time.process_time()
             function()
             if turn >= 5:  # the first rounds warm up
-                times[side].append(time.perf_counter() - started)
-    middle = {side: statistics.median(measured) * 1e3 for side, measured in times.items()}
-    added = {side: middle[side] - middle["bare"] for side in runs}
+                times[side].append(time.process_time() - started)
+    quick = {side: statistics.quantiles(measured, n=4)[0] * 1e3 for side, measured in times.items()}
+    added = {side: quick[side] - quick["bare"] for side in runs}
     cells = [f"{added[side]:12.3f}" if side in added else f"{'-':>12}" for side in sides]
     share = f"{added['diffsight'] / added['nnsight']:12.2f}" if "nnsight" in added else ""
-    name = f"{task} (bare {middle['bare']:.2f})"
+    name = f"{task} (bare {quick['bare']:.2f})"
     print(f"{name:36}" + "".join(cells) + share, flush=True)
 
 
@@ -177,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=60)
     rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
     gpt2 = build()
     sides = {"hook": plain(gpt2), "diffsight": live(gpt2)} | ({"nnsight": peer(build())} if nnsight else {})
     print(f"{'added to the bare call, ms':36}" + "".join(f"{side:>12}" for side in sides) + f"{'share':>12}")
