@@ -80,9 +80,9 @@ class Encoder:
         return tuple(use.state for use in self.uses if use.state is not None)
 
     @property
-    def normed(self) -> bool:
-        """Whether what it takes comes through the final norm; a pooled vector always does."""
-        return all(use.normed for use in self.uses if use.state is not None)
+    def raw_states(self) -> tuple[int, ...]:
+        """Those of them that do not come through the final norm."""
+        return tuple(use.state for use in self.uses if use.state is not None and not use.normed)
 
     @property
     def pooled(self) -> str | None:
@@ -148,7 +148,7 @@ class Encoders(Mapping[str, Encoder]):
                 places = () if use is None else use.places
                 cells = (
                     f"{encoder.name}\n{encoder.kind}",
-                    f"{encoder.count} × {encoder.width}",
+                    f"{encoder.count} layers of {encoder.width} features",
                     takes,
                     "\n".join(places),
                 )
@@ -209,6 +209,23 @@ def _words(model: "DiffusionModel", encoder: EncoderReading, ids: torch.Tensor) 
     return () if tokenizer is None else tuple(tokenizer.decode([i]) for i in ids.tolist())
 
 
+def cut_off(model: "DiffusionModel", encoder: EncoderReading, prompt: str) -> str | None:
+    """What the encoder's tokenizer cuts off the end of the prompt, as text; None where it takes all of it."""
+    if encoder.tokenizer is None:
+        return None
+    tokenizer = getattr(model.pipeline, encoder.tokenizer)
+    content = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = encoder.prompt.ids[encoder.prompt.rows[0]].tolist()
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    # The tokens that were read end with those of the prompt, and perhaps one or two of the tokenizer's own: there was
+    # no room for more.
+    for end in (len(ids), len(ids) - 1, len(ids) - 2):
+        for read_tokens in range(min(len(content) - 1, end), 0, -1):
+            if ids[end - read_tokens : end] == content[:read_tokens] and special.issuperset(ids[end:]):
+                return tokenizer.decode(content[read_tokens:])
+    return None
+
+
 # ---- what the pipeline takes
 
 
@@ -241,9 +258,10 @@ def _uses(encoder: EncoderReading, places: "_Places") -> tuple[Use, ...]:
         taken |= found.keys()
         uses += [Use(number, normed, None, tuple(found.values()))] if found else []
     known: set[str] = set()
-    unit = {f"{name}, of length 1": functional.normalize(vectors, dim=-1) for name, vectors in call.pooled.items()}
-    for name, vectors in (call.pooled | unit).items():
-        found = {path: place for path, place in places.of_vector(vectors[row]).items() if path not in taken | known}
+    vectors = [(name, made) for name, made in call.pooled.items()]
+    vectors += [(name, functional.normalize(made, dim=-1)) for name, made in vectors]
+    for name, made in vectors:
+        found = {path: place for path, place in places.of_vector(made[row]).items() if path not in taken | known}
         known |= found.keys()
         uses += [Use(None, True, name, tuple(found.values()))] if found else []
     return tuple(uses)

@@ -52,6 +52,7 @@ class EncoderReading:
     """The calls of one text encoder."""
 
     name: str
+    words: str | None = None  # the path of the word embedding
     tokenizer: str | None = None
     calls: list[Call] = field(default_factory=list)
 
@@ -70,7 +71,7 @@ class Reading:
     parts: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def read(model: "DiffusionModel", prompt: str | None, arguments: Mapping[str, Any]) -> Reading:
+def read(model: "DiffusionModel", prompt: str | None, arguments: Mapping[str, Any], seed: int | None = None) -> Reading:
     """Runs `model` with `prompt` (None: one of our own, with what else the pipeline must be given) up to its denoiser;
     gives what the text encoders did."""
     reading = Reading()
@@ -79,7 +80,7 @@ def read(model: "DiffusionModel", prompt: str | None, arguments: Mapping[str, An
         if prompt is None:
             _read_plain_prompt(model, reading)
         else:
-            _follow(model.generate(prompt, **arguments), reading)
+            _follow(model.generate(prompt, seed=seed, **arguments), reading)
     encoders = reading.encoders.items()
     reading.encoders = {n: encoder for n, encoder in encoders if encoder.calls and encoder.prompt.returned}
     return reading
@@ -151,10 +152,11 @@ def _watch_encoder(run: "DiffusionRun", name: str, given: list[tuple[str, list |
     encoder = EncoderReading(name)
     layouts = run._flow.watch
 
-    def begin(inputs: tuple) -> None:
+    def begin(inputs: tuple, words: str) -> None:
         ids = first_input(inputs, name)
         if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.ndim != 2:
             return
+        encoder.words = words
         call = Call(ids.detach().clone())
         known = layouts.entries(module, COND) if layouts is not None else None
         call.rows = known if known is not None else [] if encoder.calls else list(range(len(ids)))
@@ -188,7 +190,8 @@ def _watch_encoder(run: "DiffusionRun", name: str, given: list[tuple[str, list |
             encoder.calls[-1].pooled |= {child: vectors[0]} if vectors else {}
 
     for words in word_embeddings(module):
-        _keep(run, f"{name}.{words}", INPUTS, begin)
+        path = f"{name}.{words}"
+        _keep(run, path, INPUTS, lambda inputs, path=path: begin(inputs, path))
     layers = run[name].layers
     _keep(run, f"{name}.{names['layers']}.0", INPUTS, embedded)
     for layer in layers:
