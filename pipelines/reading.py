@@ -75,7 +75,8 @@ def read(model: "DiffusionModel", prompt: str | None, arguments: Mapping[str, An
     """Runs `model` with `prompt` (None: one of our own, with what else the pipeline must be given) up to its denoiser;
     gives what the text encoders did."""
     reading = Reading()
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), progress_bar(model.pipeline, disable=True):
+    pipeline, gpus = model.pipeline, range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    with warnings.catch_warnings(), torch.random.fork_rng(gpus), progress_bar(pipeline, disable=True):
         warnings.simplefilter("ignore", PromptWarning)
         if prompt is None:
             _read_plain_prompt(model, reading)
