@@ -468,6 +468,15 @@ def test_a_folder_in_the_users_home(result, tmp_path, monkeypatch):
 # The packaged pipeline
 
 
+def test_all_layers_of_the_packaged_pipeline_in_one_call():
+    model = DiffusionModel("diffsight/shapes-clip")
+    model.set_progress_bar_config(disable=True)
+    result = diffusion_lens(model, PROMPT, seed=2, progress=False, num_inference_steps=6)
+    assert result.layers == tuple(range(13))
+    for layer, image in zip(result.layers, result.images, strict=True):
+        assert close(image, draw_by_hand(model.pipeline, CLIP, layer, 2, num_inference_steps=6))
+
+
 def test_the_lens_on_the_packaged_pipeline(tmp_path):
     model = DiffusionModel("diffsight/shapes-clip")
     prompt = "a red circle below a blue square on a gray background"
@@ -476,7 +485,7 @@ def test_the_lens_on_the_packaged_pipeline(tmp_path):
         result = diffusion_lens(model, prompt, layers=[0, 6, 12], seed=1, progress=False, num_inference_steps=4)
     model.set_progress_bar_config(disable=True)
     plain = model.generate(prompt, seed=1, num_inference_steps=4).images[0]
-    assert same(result.images[2], plain)
-    assert not same(result.images[0], plain)
+    assert close(result.images[2], plain)
+    assert not close(result.images[0], plain)
     result.save(tmp_path)
     assert json.loads(Path(tmp_path, "lens.json").read_text(encoding="utf-8"))["model"] == "diffsight/shapes-clip"
