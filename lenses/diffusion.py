@@ -26,12 +26,12 @@ from PIL import Image
 import diffsight
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion import DiffusionModel
-from diffsight.pipelines.encoders import Encoder, cut_off, find_encoders
+from diffsight.pipelines.encoders import Encoder, cut_off, encoders_in
 from diffsight.pipelines.progress import progress_bar
 from diffsight.pipelines.prompts import PromptWarning
 from diffsight.pipelines.reading import Reading, candidates, read
 
-from .exits import Exits
+from .exits import Exits, NoPicturesError
 from .isolating import isolated
 from .outputs import files_of, picture_of, rate_of
 from .saving import save_files
@@ -153,11 +153,11 @@ def diffusion_lens(
     what is cut), an encoder or a layer that is not there, a seed that is none, and an encoder of which nothing was
     found in what the pipeline goes on with."""
     _check(model, prompt, seed, pooled, batch_size, arguments)
-    model.generate(prompt, seed=seed, **arguments)  # checks everything, and warns once, before anything runs
+    model.generate(prompt=prompt, seed=seed, **arguments)  # checks everything, and warns once, before anything runs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)
         reading = read(model, prompt, arguments, seed)
-        found = find_encoders(model, reading).choose(encoder)
+        found = encoders_in(model, reading).choose(encoder)
         chosen = choose_layers(layers, found.last)
         _check_encoder(model, found, reading, prompt)
         if isolate:
@@ -229,7 +229,7 @@ def _draw(
         error.add_note(f"{len(layers)} layers are drawn in one call: batch_size={max(1, len(layers) // 2)} draws fewer")
         raise
     except Exception as error:
-        if len(layers) == 1:
+        if len(layers) == 1 or isinstance(error, NoPicturesError):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         name = type(model.pipeline).__name__

@@ -20,10 +20,16 @@ import torch
 from PIL import Image
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from diffsight.errors import DiffsightError
+from diffsight.errors import DiffsightError, InputError
 from diffsight.pipelines.diffusion import DiffusionModel, DiffusionRun
 from diffsight.pipelines.encoders import Encoder
 from diffsight.pipelines.reading import Call, EncoderReading, Reading
+
+_MADE = ("images", "image", "frames", "audios")
+
+
+class NoPicturesError(InputError):
+    """A pipeline makes neither pictures nor videos nor sounds."""
 
 
 class NotAlikeError(DiffsightError):
@@ -55,6 +61,9 @@ class Exits:
             made = edited.generate(**given, seed=seed).result
         else:
             made = edited.generate(**several(given, len(layers)), seed=[seed] * len(layers)).result
+        name = next(iter(made), None) if isinstance(made, Mapping) else None
+        if name is not None and name not in _MADE:
+            raise NoPicturesError(f"{type(model.pipeline).__name__} makes {name}: there is no picture to look at")
         made = made[0]
         if len(made) != len(layers):
             raise NotAlikeError(f"it makes {len(made)} pictures of {len(layers)} prompts")

@@ -173,9 +173,16 @@ class Encoded:
     pooled: Mapping[str, torch.Tensor] = field(repr=False)
 
 
-def find_encoders(model: "DiffusionModel", reading: Reading | None = None) -> Encoders:
-    """The text encoders of `model`; from a reading, if there is one."""
-    reading = read(model, None, {}) if reading is None else reading
+def find_encoders(model: "DiffusionModel", prompt: str | None = None, **arguments: Any) -> Encoders:
+    """The text encoders of `model`, and what it takes of them in a call with these arguments; without a prompt, in a
+    call with its defaults.
+
+    Raises InputError where a pipeline cannot be called with its defaults."""
+    return encoders_in(model, read(model, prompt, arguments))
+
+
+def encoders_in(model: "DiffusionModel", reading: Reading) -> Encoders:
+    """The text encoders of `model`, from what was read of them."""
     places = _Places(reading)
     found = {name: _describe(model, encoder, places) for name, encoder in reading.encoders.items()}
     return Encoders(type(model.pipeline).__name__, found)

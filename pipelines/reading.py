@@ -20,6 +20,7 @@ from PIL import Image
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from diffsight.errors import InputError
 from diffsight.taps import INPUTS, OUTPUT, Tap, first_input
 
 from .layouts import COND
@@ -81,7 +82,7 @@ def read(model: "DiffusionModel", prompt: str | None, arguments: Mapping[str, An
         if prompt is None:
             _read_plain_prompt(model, reading)
         else:
-            _follow(model.generate(prompt, seed=seed, **arguments), reading)
+            _follow(model.generate(prompt=prompt, seed=seed, **arguments), reading)
     encoders = reading.encoders.items()
     reading.encoders = {n: encoder for n, encoder in encoders if encoder.calls and encoder.prompt.returned}
     return reading
@@ -94,22 +95,32 @@ def candidates(model: "DiffusionModel") -> list[str]:
 
 
 def _read_plain_prompt(model: "DiffusionModel", reading: Reading) -> None:
-    pipeline = model.pipeline
     if not candidates(model):
         return
     try:
-        _follow(model.generate(_PLAIN_PROMPT, **_needed(pipeline)), reading)
-    except Exception:  # it needs more than a prompt: then what encode_prompt does must be enough
-        if not hasattr(pipeline, "encode_prompt"):
-            raise
-        reading.__dict__.update(Reading().__dict__)
-        given = {"prompt": _PLAIN_PROMPT, "device": pipeline._execution_device, "do_classifier_free_guidance": False}
-        parameters = inspect.signature(pipeline.encode_prompt).parameters.values()
-        needed = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-        needed |= {name: 1 for name in needed if name.startswith("num_")}
-        given = needed | {name: given[name] for name in given if name in {p.name for p in parameters}}
-        with torch.no_grad():
-            _follow(model._new_run(lambda: pipeline.encode_prompt(**given)), reading)
+        _follow(model.generate(prompt=_PLAIN_PROMPT, **_needed(model.pipeline)), reading)
+    except Exception as error:  # it needs more than a prompt: then what encode_prompt does must be enough
+        reading.__dict__.update(vars(Reading()))
+        try:
+            _follow(_encoding(model), reading)
+        except Exception:
+            name = type(model.pipeline).__name__
+            raise InputError(
+                f"{name} cannot be called with a prompt and its defaults alone ({error}). Give what it needs, as in "
+                'find_encoders(model, "a red circle", height=64)'
+            ) from error
+
+
+def _encoding(model: "DiffusionModel") -> "DiffusionRun":
+    """A run of the pipeline's `encode_prompt`."""
+    encode = model.pipeline.encode_prompt
+    device = model.pipeline._execution_device
+    parameters = inspect.signature(encode).parameters.values()
+    needed = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    needed |= {name: 1 for name in needed if name.startswith("num_")}
+    known = {"prompt": _PLAIN_PROMPT, "device": device, "do_classifier_free_guidance": False}
+    given = needed | {p.name: known[p.name] for p in parameters if p.name in known}
+    return model._new_run(lambda: torch.no_grad()(model.pipeline.encode_prompt)(**given))
 
 
 def _needed(pipeline: Any) -> dict[str, Any]:

@@ -96,6 +96,68 @@ def qwen_image() -> diffusers.QwenImagePipeline:
     )
 
 
+_CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+@tiny._seeded
+def qwen3_encoder(tokenizer: Any) -> transformers.Qwen3ForCausalLM:
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 2}
+    ends = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0, "num_key_value_heads": 1, "head_dim": 16}
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=len(tokenizer), **sizes, **ends))
+
+
+def _chatting() -> dict[str, Any]:
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = _CHAT
+    return tiny._text(qwen3_encoder, tokenizer)
+
+
+def flux2() -> diffusers.Flux2KleinPipeline:
+    """Several layers of a language model side by side."""
+    sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "joint_attention_dim": 2 * WIDTH, "axes_dims_rope": (4, 4, 4, 4)}
+    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
+    vae = {"down_block_types": down, "up_block_types": up, "block_out_channels": (8, 16), "layers_per_block": 1}
+    return tiny._pipeline(
+        diffusers.Flux2KleinPipeline,
+        **_chatting(),
+        vae=tiny.model(diffusers.AutoencoderKLFlux2, **vae, latent_channels=4, norm_num_groups=4, seed=1),
+        transformer=tiny.model(diffusers.Flux2Transformer2DModel, **sizes, guidance_embeds=False, seed=2),
+        scheduler=tiny._flow(),
+    )
+
+
+def z_image() -> diffusers.ZImagePipeline:
+    """The embeddings are a list, without padding."""
+    sizes = {"in_channels": 4, "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    rope = {"axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32]}
+    return tiny._pipeline(
+        diffusers.ZImagePipeline,
+        **_chatting(),
+        vae=tiny.vae(shift_factor=0.1, seed=1),
+        transformer=tiny.model(diffusers.ZImageTransformer2DModel, **sizes, **rope, cap_feat_dim=WIDTH, seed=2),
+        scheduler=tiny._flow(),
+    )
+
+
+def kandinsky_prior() -> diffusers.KandinskyV22PriorPipeline:
+    """Draws no picture, but the embedding of one."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "projection_dim": WIDTH, "num_hidden_layers": 2}
+    config = transformers.CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=16, patch_size=8)
+    processor = transformers.CLIPImageProcessorPil(size=16, crop_size=16)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "embedding_dim": WIDTH, "num_layers": 1}
+    prior = tiny.model(diffusers.PriorTransformer, **sizes)
+    prior.clip_std.data += 1  # a fresh one gives nothing but the mean
+    return tiny._pipeline(
+        diffusers.KandinskyV22PriorPipeline,
+        **tiny._text(tiny.clip_encoder, tiny.clip_tokenizer(), projection=True),
+        prior=prior,
+        image_encoder=tiny.model(transformers.CLIPVisionModelWithProjection, config=config, seed=3),
+        image_processor=processor,
+        scheduler=diffusers.UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample"),
+    )
+
+
 def kandinsky3() -> diffusers.Kandinsky3Pipeline:
     """T5, whose padding is blanked."""
     movq = {"block_out_channels": [32, 32], "down_block_types": ["DownEncoderBlock2D"] * 2, "latent_channels": 4}
@@ -228,6 +290,9 @@ TEXT_PIPELINES |= {
     "qwen_image": Kind(qwen_image, {**_SQUARE, "negative_prompt": "a photo", "true_cfg_scale": 4.0}),
     "kandinsky3": Kind(kandinsky3, {**_SQUARE, **_GUIDED}),
     "kandinsky5": Kind(kandinsky5, {"height": 64, "width": 64, **_GUIDED}, "image"),
+    "kandinsky_prior": Kind(kandinsky_prior, _GUIDED, "image_embeds"),
+    "flux2": Kind(flux2, {**_SQUARE, "max_sequence_length": 128, "text_encoder_out_layers": (1, 3)}),
+    "z_image": Kind(z_image, {**_SQUARE, **_GUIDED, "max_sequence_length": 128}),
     "lumina": Kind(lumina, {**_SQUARE, **_GUIDED, "clean_caption": False}),
     "stable_audio": Kind(stable_audio, {**_GUIDED, "negative_prompt": "a photo"}, "audios"),
     "audioldm2": Kind(audioldm2, {**_GUIDED, "audio_length_in_s": 0.016}, "audios"),

@@ -34,6 +34,8 @@ ENCODERS = [
     ("kandinsky3", "text_encoder"),
     ("kandinsky5", "text_encoder"),
     ("kandinsky5", "text_encoder_2"),
+    ("flux2", "text_encoder"),
+    ("z_image", "text_encoder"),
     ("lumina", "text_encoder"),
     ("wan", "text_encoder"),
     ("cogvideox", "text_encoder"),
@@ -49,6 +51,7 @@ def parts(pipe, name):
     lists = {"CLIPTextModel": ("encoder.layers", "final_layer_norm")}
     lists |= {"CLIPTextModelWithProjection": ("text_model.encoder.layers", "text_model.final_layer_norm")}
     lists |= dict.fromkeys(("T5EncoderModel", "UMT5EncoderModel"), ("encoder.block", "encoder.final_layer_norm"))
+    lists["Qwen3ForCausalLM"] = ("model.layers", "model.norm")
     lists["Gemma2Model"] = ("layers", "norm")
     lists["Qwen2_5_VLForConditionalGeneration"] = ("model.language_model.layers", "model.language_model.norm")
     lists["ClapModel"] = ("text_model.encoder.layer", "")
@@ -408,6 +411,11 @@ def test_a_batch_size_that_is_none(size):
 
 def test_a_pooled_vector_of_another_kind():
     assert '"layer" or "full", not \'empty\'' in refusal("flux", pooled="empty")
+
+
+def test_a_pipeline_that_makes_no_pictures():
+    with pytest.raises(InputError, match="KandinskyV22PriorPipeline makes image_embeds: there is no picture"):
+        lens("kandinsky_prior", text_pipelines.built("kandinsky_prior"))
 
 
 def test_an_encoder_of_which_nothing_is_seen():

@@ -8,9 +8,8 @@ from text_pipelines import PROMPT, TEXT_PIPELINES
 import tiny
 from diffsight import DiffusionModel, InputError
 from diffsight.pipelines.encoders import encode, find_encoders
-from diffsight.pipelines.reading import read
 
-# Of each encoder: which hidden state the pipeline takes (and whether through the final norm), and of the pooled vector
+# Of each encoder: which hidden states the pipeline takes (and whether through the final norm), and of the pooled vector
 # whether it takes one; and an argument of the denoiser, or of a part before it, that it ends up in.
 WANTED = {
     "stable_diffusion": {"text_encoder": ((3, True), False, "unet.encoder_hidden_states")},
@@ -38,6 +37,9 @@ WANTED = {
         "text_encoder": ((3, True), False, "transformer.encoder_hidden_states without the first 40 tokens"),
         "text_encoder_2": (None, True, "transformer.pooled_projections"),
     },
+    "kandinsky_prior": {"text_encoder": ((3, True), True, "prior.encoder_hidden_states")},
+    "flux2": {"text_encoder": ([(1, False), (3, False)], False, "transformer.encoder_hidden_states[..., 32:64]")},
+    "z_image": {"text_encoder": ((3, False), False, "transformer.cap_feats[0]")},
     "lumina": {"text_encoder": ((2, False), False, "transformer.encoder_hidden_states")},
     "wan": {"text_encoder": ((3, True), False, "transformer.encoder_hidden_states")},
     "cogvideox": {"text_encoder": ((3, True), False, "transformer.encoder_hidden_states")},
@@ -51,10 +53,7 @@ WANTED = {
 
 def found_in(name):
     """What is found of a pipeline in a call with arguments of its own."""
-    kind = TEXT_PIPELINES[name]
-    arguments = kind.inputs()
-    model = DiffusionModel(text_pipelines.built(name))
-    return find_encoders(model, read(model, arguments.pop("prompt"), arguments))
+    return find_encoders(DiffusionModel(text_pipelines.built(name)), **TEXT_PIPELINES[name].inputs())
 
 
 @pytest.mark.parametrize("name", WANTED)
@@ -63,7 +62,8 @@ def test_what_a_pipeline_takes_of_its_encoders(name):
     assert list(found) == list(WANTED[name])
     for path, (state, pooled, place) in WANTED[name].items():
         encoder = found[path]
-        assert [(use.state, use.normed) for use in encoder.uses if use.state is not None] == ([state] if state else [])
+        states = state if isinstance(state, list) else [state] if state else []
+        assert [(use.state, use.normed) for use in encoder.uses if use.state is not None] == states
         assert (encoder.pooled is not None) == pooled
         assert place in [place for use in encoder.uses for place in use.places]
 
@@ -156,6 +156,13 @@ def test_a_pipeline_without_text_has_none():
     assert len(found) == 0
     with pytest.raises(InputError, match="DDPMPipeline has no text encoder"):
         found.choose()
+
+
+def test_a_pipeline_whose_defaults_do_not_do():
+    model = DiffusionModel(text_pipelines.built("flux2"))  # it takes layer 27 of four
+    with pytest.raises(InputError, match=r"Flux2KleinPipeline cannot be called with a prompt and its defaults alone"):
+        model.encoders
+    assert find_encoders(model, **TEXT_PIPELINES["flux2"].inputs())["text_encoder"].states == (1, 3)
 
 
 def test_an_encoder_that_is_not_there():
