@@ -159,13 +159,14 @@ def diffusion_lens(
         reading = read(model, prompt, arguments, seed)
         found = encoders_in(model, reading).choose(encoder)
         chosen = choose_layers(layers, found.last)
-        _check_encoder(model, found, reading, prompt)
+        _check_encoder(model, found, reading, prompt, norm)
         if isolate:
             model, reading = isolated(model, found, reading, prompt, arguments, seed)
         exits = Exits(found, reading, norm, pooled)
         size = batch_size or len(chosen)
-        chunks = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-        made = [one for rows in chunks for one in _draw(exits, model, rows, prompt, seed, arguments, progress)]
+        made: list[Any] = []
+        for start in range(0, len(chosen), size):
+            made += _draw(exits, model, chosen[start : start + size], prompt, seed, arguments, progress)
     settings = {"encoder": found.name, "isolate": isolate, "norm": norm, "pooled": pooled}
     outputs = tuple(made)
     images = tuple(map(picture_of, outputs))
@@ -196,13 +197,15 @@ def _check(
             raise InputError(f"diffusion_lens makes one picture a layer: leave {name} out")
 
 
-def _check_encoder(model: DiffusionModel, encoder: Encoder, reading: Reading, prompt: str) -> None:
+def _check_encoder(model: DiffusionModel, encoder: Encoder, reading: Reading, prompt: str, norm: bool) -> None:
     """Whether the layers of the encoder can be seen, and whether it is given all of the prompt."""
     if not encoder.uses:
         raise InputError(
             f"{type(model.pipeline).__name__} takes nothing of {encoder.name} as it is, so its layers cannot be seen. "
             "print(model.encoders) tells what was found"
         )
+    if norm and encoder.ln_final is None:
+        raise InputError(f"norm: {encoder.name} has no final norm behind its layers")
     cut = cut_off(model, reading.encoders[encoder.name], prompt)
     if cut is not None:
         raise InputError(

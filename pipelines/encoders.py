@@ -34,7 +34,7 @@ from .reading import Call, EncoderReading, Reading, read
 if TYPE_CHECKING:
     from .diffusion import DiffusionModel
 
-_TOKENS = 24  # of a prompt are looked for
+_TOKENS = 48  # of a prompt are looked for
 
 
 @dataclass(frozen=True)
@@ -221,15 +221,19 @@ def cut_off(model: "DiffusionModel", encoder: EncoderReading, prompt: str) -> st
     if encoder.tokenizer is None:
         return None
     tokenizer = getattr(model.pipeline, encoder.tokenizer)
-    content = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     ids = encoder.prompt.ids[encoder.prompt.rows[0]].tolist()
-    special = set(getattr(tokenizer, "all_special_ids", ()))
-    # The tokens that were read end with those of the prompt, and perhaps one or two of the tokenizer's own: there was
-    # no room for more.
-    for end in (len(ids), len(ids) - 1, len(ids) - 2):
-        for read_tokens in range(min(len(content) - 1, end), 0, -1):
-            if ids[end - read_tokens : end] == content[:read_tokens] and special.issuperset(ids[end:]):
-                return tokenizer.decode(content[read_tokens:])
+    texts = dict.fromkeys((prompt, prompt.lower().strip()))  # some pipelines clean it
+    contents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    if any(ids[at : at + len(content)] == content for content in contents for at in range(len(ids))):
+        return None
+    # What was read ends with the first tokens of the prompt, and one or two of the tokenizer's own: there was no room
+    # for more. A few tokens may be alike by chance.
+    special, enough = set(tokenizer.all_special_ids), min(8, len(ids) // 2)
+    for content in contents:
+        for end in (len(ids), len(ids) - 1, len(ids) - 2):
+            for taken in range(min(len(content), end), enough - 1, -1):
+                if ids[end - taken : end] == content[:taken] and special.issuperset(ids[end:]):
+                    return tokenizer.decode(content[taken:])
     return None
 
 
@@ -284,7 +288,8 @@ def _telling(encoder: EncoderReading) -> list[int]:
     places = range(start, stop)[-_TOKENS:]
     last = call.states[-1]
     others = [other.states[-1] for other in encoder.calls if not other.rows and other.ids.shape[1] == len(ids)]
-    return [t for t in places if not any(torch.equal(other[0, t], last[row, t]) for other in others)]
+    changed = [t for t in places if not any(torch.equal(other[0, t], last[row, t]) for other in others)]
+    return changed or list(places)  # the negative prompt may be the prompt
 
 
 def _run(ids: list[int]) -> int:

@@ -279,9 +279,9 @@ def _tensors(path: str, value: Any) -> dict[str, torch.Tensor]:
     """The tensors of numbers in a value, by path."""
     if isinstance(value, torch.Tensor):
         return {path: value} if value.is_floating_point() and value.ndim else {}
-    items = (
-        value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    )
+    items = enumerate(value) if isinstance(value, (list, tuple)) else ()
+    if isinstance(value, Mapping):
+        items = value.items()
     found: dict[str, torch.Tensor] = {}
     for key, inner in items:
         found |= _tensors(f"{path}[{key!r}]", inner)

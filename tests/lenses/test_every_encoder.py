@@ -175,6 +175,16 @@ def test_a_negative_prompt_means_what_it_means():
     assert not close(result.images[0], lens("stable_diffusion_xl", pipe, layers=0).images[0])
 
 
+def test_a_negative_prompt_that_is_the_prompt():
+    pipe = text_pipelines.built("stable_diffusion")
+    arguments = TEXT_PIPELINES["stable_diffusion"].inputs(negative_prompt=PROMPT)
+    del arguments["prompt"]
+    result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=SEED, layers=[1, 3], progress=False, **arguments)
+    with leaving(parts(pipe, "text_encoder")[0], 1):
+        assert close(result.images[0], draw("stable_diffusion", pipe, negative_prompt=PROMPT))
+    assert close(result.images[1], draw("stable_diffusion", pipe, negative_prompt=PROMPT))
+
+
 # The tutorial's settings
 
 
@@ -352,8 +362,11 @@ def test_a_pipeline_that_takes_one_prompt_at_a_time(cls):
     whole = TEXT_PIPELINES["stable_diffusion"].build()
     pipe = cls(**whole.components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    with pytest.warns(LensWarning, match=f"{cls.__name__} cannot draw 4 layers in one call"):
-        result = lens("stable_diffusion", pipe)
+    arguments = TEXT_PIPELINES["stable_diffusion"].inputs()
+    del arguments["prompt"]
+    with pytest.warns(LensWarning, match=f"{cls.__name__} cannot draw 4 layers in one call") as seen:
+        result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=SEED, progress=False, **arguments)
+    assert [warning.filename for warning in seen if warning.category is LensWarning] == [__file__]
     wanted = lens("stable_diffusion", whole, batch_size=1)
     assert [difference(a, b) for a, b in zip(result.images, wanted.images, strict=True)] == [0] * 4
 
@@ -402,6 +415,17 @@ def test_a_prompt_that_this_encoder_cuts():
         diffusion_lens(model, prompt, encoder="text_encoder", progress=False, **arguments)
     kept = diffusion_lens(model, prompt, encoder="text_encoder_3", layers=0, progress=False, **arguments)
     assert kept.layers == (0,)
+
+
+@pytest.mark.parametrize("name", ["audioldm2", "stable_diffusion", "sana"])
+def test_a_prompt_that_ends_as_it_begins_is_not_cut(name):
+    result = lens(name, text_pipelines.built(name), prompt="a red circle a red", layers=0)
+    assert result.layers == (0,)
+
+
+def test_an_encoder_without_a_final_norm():
+    message = refusal("audioldm2", encoder="text_encoder", norm=True)
+    assert "text_encoder has no final norm" in message
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "2"], ids=repr)
