@@ -35,8 +35,9 @@ from .session import Session
 
 if TYPE_CHECKING:
     from diffsight.gallery.grid import image_grid
-    from diffsight.lenses.diffusion import DiffusionLensResult, diffusion_lens
+    from diffsight.lenses.diffusion import DiffusionLensResult, LensWarning, diffusion_lens
     from diffsight.pipelines.diffusion import DiffusionModel
+    from diffsight.pipelines.encoders import Encoder, Encoders, find_encoders
     from diffsight.pipelines.language import LanguageModel
 
 __version__ = "0.1.0"
@@ -46,6 +47,10 @@ _LATER = {
     "LanguageModel": "diffsight.pipelines.language",
     "diffusion_lens": "diffsight.lenses.diffusion",
     "DiffusionLensResult": "diffsight.lenses.diffusion",
+    "LensWarning": "diffsight.lenses.diffusion",
+    "Encoder": "diffsight.pipelines.encoders",
+    "Encoders": "diffsight.pipelines.encoders",
+    "find_encoders": "diffsight.pipelines.encoders",
     "image_grid": "diffsight.gallery.grid",
 }
 
@@ -55,9 +60,12 @@ __all__ = [
     "DiffusionLensResult",
     "DiffusionModel",
     "Edit",
+    "Encoder",
+    "Encoders",
     "Envoy",
     "InputError",
     "LanguageModel",
+    "LensWarning",
     "Model",
     "NeverReachedError",
     "NoRunError",
@@ -71,6 +79,7 @@ __all__ = [
     "Step",
     "WrongThreadError",
     "diffusion_lens",
+    "find_encoders",
     "image_grid",
 ]
 

@@ -48,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="0:8:2|1,3,7",
         help="layers from 0, the embedding: a range with its end left out, or a list (default: all)",
     )
+    lens.add_argument(
+        "--encoder", metavar="NAME", help="text encoder (default: the first whose tokens the pipeline takes)"
+    )
+    lens.add_argument("--batch-size", type=_positive, metavar="N", help="layers drawn in one call (default: all)")
     lens.set_defaults(command=_lens)
     generate = commands.add_parser(
         "generate",
@@ -90,7 +94,8 @@ def _lens(options: argparse.Namespace) -> None:
     model, arguments = _prepare(options)
     from diffsight.lenses.diffusion import diffusion_lens
 
-    result = diffusion_lens(model, options.prompt, layers=options.layers, seed=options.seed, **arguments)
+    chosen = {"encoder": options.encoder, "layers": options.layers, "batch_size": options.batch_size}
+    result = diffusion_lens(model, options.prompt, seed=options.seed, **chosen, **arguments)
     for path in result.save(options.out):
         print(path)
 

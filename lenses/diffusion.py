@@ -1,19 +1,18 @@
-"""The diffusion lens: what a text-to-image pipeline draws from each layer of its text encoder.
+"""The diffusion lens: what a text-to-image pipeline draws from each layer of a text encoder.
 
     result = diffusion_lens(model, "a red circle below a blue square", seed=0)
     result.grid().save("lens.png")
 
-The hidden state of a layer goes through the encoder's final norm, past the layers behind it, into the rest of the
-pipeline (Toker et al., "Diffusion Lens: Interpreting Text Encoders in Text-to-Image Pipelines", ACL 2024, section 3).
+The hidden state of a layer goes past the layers behind it, through the encoder's final norm (where the pipeline takes
+it so), into the rest of the pipeline (Toker et al., "Diffusion Lens: Interpreting Text Encoders in Text-to-Image
+Pipelines", ACL 2024, section 3). All layers are rows of one call, see `exits.py`.
 """
 
-import inspect
 import io
 import json
 import platform
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -23,22 +22,34 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from tqdm.auto import tqdm
 
 import diffsight
 from diffsight.errors import InputError
-from diffsight.pipelines.diffusion import DiffusionModel, DiffusionRun
+from diffsight.pipelines.diffusion import DiffusionModel
+from diffsight.pipelines.encoders import Encoder, cut_off, encoders_in
+from diffsight.pipelines.progress import progress_bar
 from diffsight.pipelines.prompts import PromptWarning
+from diffsight.pipelines.reading import Reading, candidates, read
 
+from .exits import Exits, NoPicturesError
+from .isolating import isolated
+from .outputs import files_of, picture_of, rate_of
 from .saving import save_files
 
 _VERSIONS = ("diffsight", "torch", "diffusers", "transformers")
 
 
+class LensWarning(UserWarning):
+    """A lens goes another way than it says."""
+
+
 @dataclass(frozen=True)
 class DiffusionLensResult:
     """Pictures by layer. `images[i]` was drawn from layer `layers[i]`, where 0 is the embedding and the last number the
-    last layer; `arguments` are those of the pipeline. Everything that is needed to make it again is in it."""
+    last layer; `arguments` are those of the pipeline. Everything that is needed to make it again is in it.
+
+    `outputs[i]` is what the pipeline made: the picture itself, a video as its frames (`images[i]` is the middle one),
+    or a sound, (channels, samples), of `rate` samples a second (`images[i]` shows the wave)."""
 
     images: tuple[Image.Image, ...] = field(repr=False)
     layers: tuple[int, ...]
@@ -46,6 +57,12 @@ class DiffusionLensResult:
     seed: int
     model: str
     arguments: Mapping[str, Any]
+    encoder: str = "text_encoder"
+    isolate: bool = False
+    norm: bool = False
+    pooled: str = "layer"
+    outputs: tuple[Any, ...] = field(default=(), repr=False)
+    rate: int | None = field(default=None, repr=False)
 
     def grid(self) -> Image.Image:
         """All pictures in one, with their layers."""
@@ -66,16 +83,23 @@ class DiffusionLensResult:
         return figure
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Writes `grid.png`, a picture a layer (`layer_04.png`) and `lens.json`, which records versions, model, prompt,
-        seed and arguments; gives the paths. All files are written or none."""
+        """Writes `grid.png`, a picture a layer (`layer_04.png`; with a video `.gif`, with a sound `.wav`) and
+        `lens.json`, which records versions, model, prompt, seed and arguments; gives the paths. All files are written
+        or none."""
         files = {"grid.png": self.grid().save}
         files |= {f"layer_{layer:02}.png": image.save for layer, image in zip(self.layers, self.images)}
+        for layer, output in zip(self.layers, self.outputs):
+            files |= files_of(f"layer_{layer:02}", output, self.rate)
         record = {
             "lens": "diffusion_lens",
             "model": self.model,
             "prompt": self.prompt,
             "seed": self.seed,
+            "encoder": self.encoder,
             "layers": list(self.layers),
+            "isolate": self.isolate,
+            "norm": self.norm,
+            "pooled": self.pooled,
             "arguments": dict(self.arguments),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
         }
@@ -92,42 +116,129 @@ def diffusion_lens(
     model: DiffusionModel,
     prompt: str,
     *,
+    encoder: str | None = None,
     layers: int | slice | Iterable[int] | None = None,
+    isolate: bool = False,
+    norm: bool = False,
+    pooled: str = "layer",
+    batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
     **arguments: Any,
 ) -> DiffusionLensResult:
-    """Draws `prompt` from each of `layers` of the text encoder, all with the same seed.
+    """Draws `prompt` from each of `layers` of a text encoder, all with the same seed.
 
         diffusion_lens(model, "a red circle below a blue square", layers=range(0, 13, 3), num_inference_steps=20)
+        diffusion_lens(sdxl, "a cat on a mat", encoder="text_encoder_2", isolate=True, norm=True, batch_size=8)
 
-    Layers are numbered as transformers numbers hidden states: 0 is the embedding, k what layer k gives, and the last
-    one is what the pipeline itself uses, so that its picture equals `model.generate(prompt, seed=seed)` bit for bit.
-    None is all of them. `arguments` go to the pipeline; with guidance, the negative prompt is encoded in full at every
-    layer.
+    The text encoders run once. Then all layers are rows of one call of the pipeline, or of as many as `batch_size`
+    (rows a call) makes of them; where a pipeline cannot do that, each layer has a call of its own, and a LensWarning
+    says so. A row's picture is that of its own call within rounding, 2 of 255 a pixel; with `batch_size=1` bit for bit.
 
-    Raises InputError, before any picture is made, for an empty or too long prompt, a layer that is not there, a seed
-    that is none, and a pipeline that does not draw from the final norm of its `text_encoder`."""
+    Args:
+        encoder: Name of the text encoder, see `model.encoders`. None: the first whose tokens the pipeline takes.
+        layers: Numbered as transformers numbers hidden states: 0 is the embedding, k what layer k gives. None is all
+            of them up to the last that the pipeline makes use of, which is the picture of `model.generate(prompt)`.
+        isolate: Gives the other encoders an empty prompt, so that only this one knows what to draw.
+        norm: Applies the final norm also where the pipeline takes hidden states without it (SDXL, SD3's CLIPs, Lumina).
+            Where it takes them through the norm, every layer goes through it, whatever this says.
+        pooled: Where the pipeline also takes a pooled vector of the encoder (SDXL's second, SD3's CLIPs, FLUX's CLIP):
+            "layer", the one that its own norm, pooling and projection make of the layer; "full", that of the whole
+            encoder, which knows the prompt at every layer. Of other encoders it is theirs, with `isolate` that of an
+            empty prompt.
+        batch_size: Rows a call; None is all in one.
+        arguments: Of the pipeline. With guidance, the negative prompt is encoded in full at every layer.
+
+    Raises InputError, before any picture is made, for an empty prompt, one that the encoder's tokenizer cuts (saying
+    what is cut), an encoder or a layer that is not there, a seed that is none, and an encoder of which nothing was
+    found in what the pipeline goes on with."""
+    _check(model, prompt, seed, pooled, batch_size, arguments)
+    model.generate(prompt=prompt, seed=seed, **arguments)  # checks everything, and warns once, before anything runs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PromptWarning)
+        reading = read(model, prompt, arguments, seed)
+        found = encoders_in(model, reading).choose(encoder)
+        chosen = choose_layers(layers, found.last)
+        _check_encoder(model, found, reading, prompt, norm)
+        if isolate:
+            model, reading = isolated(model, found, reading, prompt, arguments, seed)
+        exits = Exits(found, reading, norm, pooled)
+        size = batch_size or len(chosen)
+        made: list[Any] = []
+        for start in range(0, len(chosen), size):
+            made += _draw(exits, model, chosen[start : start + size], prompt, seed, arguments, progress)
+    settings = {"encoder": found.name, "isolate": isolate, "norm": norm, "pooled": pooled}
+    outputs = tuple(made)
+    images = tuple(map(picture_of, outputs))
+    return DiffusionLensResult(
+        images, chosen, prompt, int(seed), model.source, arguments, **settings, outputs=outputs, rate=rate_of(model)
+    )
+
+
+def _check(
+    model: Any, prompt: Any, seed: Any, pooled: str, batch_size: int | None, arguments: Mapping[str, Any]
+) -> None:
     if not isinstance(model, DiffusionModel):
         raise InputError(f"diffusion_lens takes a DiffusionModel, not {type(model).__name__}")
     if not hasattr(seed, "__index__") or isinstance(seed, bool):
         raise InputError(f"diffusion_lens takes one seed for all layers, a whole number, not {seed!r}")
     if not isinstance(prompt, str):
         raise InputError(f"diffusion_lens takes one prompt, a text, not {type(prompt).__name__}")
+    if not candidates(model):
+        raise InputError(f"{type(model.pipeline).__name__} has no text encoder, so there is nothing to look through")
+    if pooled not in ("layer", "full"):
+        raise InputError(f'pooled is "layer" or "full", not {pooled!r}')
+    if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
+        raise InputError(f"batch_size is a number of layers from 1 on, or None for all in one call, not {batch_size!r}")
     if arguments.get("output_type", "pil") != "pil":
         raise InputError("diffusion_lens makes PIL pictures: leave output_type out")
-    if arguments.get("num_images_per_prompt", 1) != 1:
-        raise InputError("diffusion_lens makes one picture a layer: leave num_images_per_prompt out")
-    if "num_frames" in inspect.signature(model.pipeline.__call__).parameters:
-        raise InputError(f"{type(model.pipeline).__name__} makes videos, and diffusion_lens single pictures")
-    chosen = choose_layers(layers, _count_layers(model))
-    model.generate(prompt, seed=seed, **arguments)  # checks everything, and warns once, before the first picture
-    images = []
-    with _quiet(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore", PromptWarning)
-        for layer in tqdm(chosen, desc="layers", disable=not progress):
-            images.append(_draw(model, model.generate(prompt, seed=seed, **arguments), layer))
-    return DiffusionLensResult(tuple(images), chosen, prompt, int(seed), model.source, arguments)
+    for name in ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"):
+        if arguments.get(name, 1) != 1:
+            raise InputError(f"diffusion_lens makes one picture a layer: leave {name} out")
+
+
+def _check_encoder(model: DiffusionModel, encoder: Encoder, reading: Reading, prompt: str, norm: bool) -> None:
+    """Whether the layers of the encoder can be seen, and whether it is given all of the prompt."""
+    if not encoder.uses:
+        raise InputError(
+            f"{type(model.pipeline).__name__} takes nothing of {encoder.name} as it is, so its layers cannot be seen. "
+            "print(model.encoders) tells what was found"
+        )
+    if norm and encoder.ln_final is None:
+        raise InputError(f"norm: {encoder.name} has no final norm behind its layers")
+    cut = cut_off(model, reading.encoders[encoder.name], prompt)
+    if cut is not None:
+        raise InputError(
+            f"the prompt is too long for {encoder.name}: {reading.encoders[encoder.name].prompt.ids.shape[1]} tokens "
+            f"are read, and these words would be dropped: {cut!r}"
+        )
+
+
+def _draw(
+    exits: Exits,
+    model: DiffusionModel,
+    layers: Sequence[int],
+    prompt: str,
+    seed: int,
+    arguments: Mapping[str, Any],
+    progress: bool,
+) -> Sequence[Any]:
+    """What the pipeline makes of each of `layers`: in one call, else in a call each."""
+    names = ", ".join(map(str, layers))
+    try:
+        with progress_bar(model.pipeline, desc=f"layers {names}", disable=not progress):
+            return exits.draw(model, layers, prompt, seed, arguments)
+    except torch.OutOfMemoryError as error:
+        error.add_note(f"{len(layers)} layers are drawn in one call: batch_size={max(1, len(layers) // 2)} draws fewer")
+        raise
+    except Exception as error:
+        if len(layers) == 1 or isinstance(error, NoPicturesError):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        name = type(model.pipeline).__name__
+        message = f"{name} cannot draw {len(layers)} layers in one call, so each has its own: {reason}"
+        warnings.warn(message, LensWarning, stacklevel=3)
+    return [_draw(exits, model, [layer], prompt, seed, arguments, progress)[0] for layer in layers]
 
 
 def choose_layers(layers: int | slice | Iterable[int] | None, last: int) -> tuple[int, ...]:
@@ -148,55 +259,3 @@ def choose_layers(layers: int | slice | Iterable[int] | None, last: int) -> tupl
     if not chosen:
         raise InputError(f"no layers are chosen: take some of 0 (the embedding) to {last}")
     return tuple(int(layer) for layer in chosen)
-
-
-def _count_layers(model: DiffusionModel) -> int:
-    if getattr(model.pipeline, "text_encoder", None) is None:
-        raise InputError(f"{type(model.pipeline).__name__} has no text encoder, so there is nothing to look through")
-    encoder = model.text_encoder
-    if not (hasattr(encoder, "layers") and hasattr(encoder, "ln_final")):
-        name = type(model.pipeline.text_encoder).__name__
-        raise InputError(f"the text encoder, {name}, has no list of layers with a norm behind")
-    return len(encoder.layers)
-
-
-@contextmanager
-def _quiet(model: DiffusionModel) -> Iterator[None]:
-    """Without the pipeline's own progress bar: the lens has one."""
-    pipeline = model.pipeline
-    shown = getattr(pipeline, "_progress_bar_config", {})
-    pipeline.set_progress_bar_config(**{**shown, "disable": True})
-    try:
-        yield
-    finally:
-        pipeline.set_progress_bar_config(**shown)
-
-
-def _draw(model: DiffusionModel, run: DiffusionRun, layer: int) -> Image.Image:
-    """The picture from one layer: its hidden state, straight into the final norm."""
-    with run:
-        encoder = run.text_encoder
-        hidden = encoder.layers[layer - 1].output if layer else encoder.layers[0].input
-        encoder.ln_final.input = hidden[0] if isinstance(hidden, tuple) else hidden
-        normed = encoder.ln_final.output
-        if not _reaches(normed, run.encode_prompt.output):
-            raise InputError(
-                f"{type(model.pipeline).__name__} does not draw from what the final norm of its text_encoder gives, so "
-                "this layer would not be seen"
-            )
-    return run.images[0]
-
-
-def _reaches(normed: torch.Tensor, encoded: Any) -> bool:
-    """Whether what `encode_prompt` returned holds the output of the norm."""
-    parts = encoded if isinstance(encoded, (tuple, list)) else [encoded]
-    return any(_holds(part, normed) for part in parts if isinstance(part, torch.Tensor) and part.ndim == normed.ndim)
-
-
-def _holds(part: torch.Tensor, normed: torch.Tensor) -> bool:
-    """Whether the tokens of `part` are some of those of `normed`; padding may be cut off or zero."""
-    if part.shape[-1] != normed.shape[-1]:
-        return False
-    rows, of = part[0], normed[0].to(part)
-    rows = rows[rows.any(-1)]
-    return len(rows) > 0 and bool((rows[:, None] == of[None]).all(-1).any(-1).all())

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -34,6 +35,7 @@ from diffsight.run import Run, Step
 from diffsight.taps import Target, join
 
 from .branches import BranchView, DiffusionRow, rows_of
+from .encoders import Encoders, find_encoders
 from .layouts import COND, UNCOND, Layouts
 from .loading import open_pipeline
 from .naming import standard_names
@@ -123,6 +125,18 @@ class DiffusionModel(Model):
         """The pipeline itself, with its weights."""
         self._load_unless_scanning()
         return self._owner
+
+    @property
+    def encoders(self) -> Encoders:
+        """The text encoders, by name, and what the pipeline takes from each: found by encoding a prompt, once."""
+        parts = tuple(self._owner.components.values())
+        known = self.__dict__.get("_known_encoders")
+        if known is None or any(a is not b for a, b in zip_longest(known[0], parts)):
+            plain = self._copy()
+            plain.clear_edits()
+            found = find_encoders(plain)
+            known = self.__dict__["_known_encoders"] = (tuple(self._owner.components.values()), found)
+        return known[1]
 
     def to(self, *args: Any, **kwargs: Any) -> "DiffusionModel":
         """Moves or casts the pipeline, as `pipeline.to(...)` does; gives the model."""

@@ -45,6 +45,12 @@ class Layouts:
                 return call.layout
         return None
 
+    def entries(self, component: Any, branch: str) -> list[int] | None:
+        """The places of a branch in the batch that a component is running on; None where that cannot be told."""
+        calls = self._calls.get(id(component))
+        layout = calls[-1].layout if calls else None
+        return None if layout is None else [place for place, (of, _) in enumerate(layout) if of == branch]
+
     def has_branches(self, tap: Tap) -> bool:
         """Whether it may be given a branch: not a method such as `scheduler.step`, nor anything in a VAE."""
         component = _component(tap)

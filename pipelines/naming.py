@@ -106,10 +106,20 @@ def _half(model: nn.Module, half: str) -> str | None:
 
 
 def embeddings(model: nn.Module) -> nn.Module | None:
+    """What turns token ids into vectors."""
     try:
         return model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
         return None
+
+
+def word_embeddings(module: nn.Module) -> list[str]:
+    """The paths of what token ids go to: T5 has a copy of the word embedding in its encoder, and that is what it
+    calls."""
+    tables = {path: part for path, part in module.named_modules() if isinstance(part, nn.Embedding)}
+    sizes = [part.num_embeddings for path, part in tables.items() if "position" not in path]
+    size = getattr(embeddings(module), "num_embeddings", max(sizes, default=0))
+    return [path for path, part in tables.items() if part.num_embeddings == size]
 
 
 def _path_of(model: nn.Module, module: nn.Module | None) -> str:
@@ -141,7 +151,8 @@ def _head(model: nn.Module, layers: str) -> str | None:
 def _beside_words(encoder: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
     """Of `lists`, those next to the word embeddings: in a vision-language encoder not the vision tower's."""
     words = embeddings(encoder)
-    near = _path_of(encoder, words).rpartition(".")[0] if words is not None else ""
+    path = _path_of(encoder, words) if words is not None else next(iter(word_embeddings(encoder)), "")
+    near = path.rpartition(".")[0]
     while near and not any(path.startswith(f"{near}.") for path in lists):
         near = near.rpartition(".")[0]
     return {path: module for path, module in lists.items() if not near or path.startswith(f"{near}.")}

@@ -273,11 +273,23 @@ def test_a_model_that_takes_no_prompt(capsys, here, tmp_path_factory, command):
     assert "DDPMPipeline" in message
 
 
-def test_a_model_that_the_lens_cannot_look_through(capsys, here, tmp_path_factory):
+def test_the_lens_looks_through_another_encoder(capsys, here, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "sdxl"
     tiny.stable_diffusion_xl().save_pretrained(folder)
+    options = ("--model", folder, "--layers", "1,3", "--steps", 1, "--out", "out")
+    assert run("lens", PROMPT, *options, "--encoder", "text_encoder_2", "--batch-size", 1) == 0
+    record = json.loads(Path("out/lens.json").read_text(encoding="utf-8"))
+    assert (record["encoder"], record["layers"]) == ("text_encoder_2", [1, 3])
+    capsys.readouterr()
+    message = refusal(capsys, here, "lens", PROMPT, *options, "--encoder", "text_encoder_3")
+    assert "it has text_encoder, text_encoder_2" in message
+
+
+def test_a_model_that_the_lens_cannot_look_through(capsys, here, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "ddpm"
+    tiny.ddpm().save_pretrained(folder)
     message = refusal(capsys, here, "lens", PROMPT, "--model", folder, "--layers", "1", "--steps", 1, "--out", "out")
-    assert "final norm" in message
+    assert "has no text encoder" in message
 
 
 @pytest.mark.parametrize("command", ["lens", "generate"])

@@ -92,12 +92,18 @@ def same(image, other):
     return image.mode == other.mode and np.array_equal(np.asarray(image), np.asarray(other))
 
 
+def close(image, other):
+    """Whether no value of a pixel differs by more than 2 of 255, which is what computing in a batch may change."""
+    a, b = (np.asarray(picture, dtype=int) for picture in (image, other))
+    return a.shape == b.shape and np.abs(a - b).max() <= 2
+
+
 def watched(pipe):
     """A model, and the list of the components that have run."""
     ran = []
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
-            part.register_forward_pre_hook(lambda module, args, name=name: ran.append(name))
+            part.register_forward_hook(lambda module, args, output, name=name: ran.append(name))
     return DiffusionModel(pipe), ran
 
 
@@ -116,12 +122,14 @@ def refusal(pipe, *args, **kwargs):
 def test_every_layer_is_drawn_as_by_hand(name):
     pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
     wanted = [draw_by_hand(pipe, KINDS[name], layer, 3, **arguments) for layer in range(LAST + 1)]
-    result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=3, progress=False, **arguments)
-    assert result.layers == (0, 1, 2, 3)
-    assert len(result.images) == 4
-    for image, wanted_image in zip(result.images, wanted, strict=True):
-        assert same(image, wanted_image)
-    assert not same(wanted[1], wanted[LAST])  # the layer makes a difference
+    model = DiffusionModel(pipe)
+    for size, alike in ((1, same), (None, close)):
+        result = diffusion_lens(model, PROMPT, seed=3, batch_size=size, progress=False, **arguments)
+        assert result.layers == (0, 1, 2, 3)
+        assert len(result.images) == 4
+        for image, wanted_image in zip(result.images, wanted, strict=True):
+            assert alike(image, wanted_image)
+    assert not close(wanted[1], wanted[LAST])  # the layer makes a difference
 
 
 def test_the_last_layer_is_the_plain_picture(name):
@@ -135,8 +143,8 @@ def test_a_seed_is_the_same_for_all_layers(sd):
     both = diffusion_lens(model, PROMPT, layers=[1, 2], seed=5, progress=False, **SD)
     alone = diffusion_lens(model, PROMPT, layers=[2], seed=5, progress=False, **SD)
     other = diffusion_lens(model, PROMPT, layers=[2], seed=6, progress=False, **SD)
-    assert same(both.images[1], alone.images[0])
-    assert not same(other.images[0], alone.images[0])
+    assert close(both.images[1], alone.images[0])
+    assert not close(other.images[0], alone.images[0])
 
 
 def test_a_negative_prompt_is_encoded_in_full(sd):
@@ -152,9 +160,9 @@ def test_a_prompt_before_an_instruction():
     pipe, arguments = tiny.PIPELINES["sana"].build(), arguments_of("sana")
     arguments |= {"complex_human_instruction": ["a photo of the"]}
     wanted = [draw_by_hand(pipe, GEMMA, layer, 0, **arguments) for layer in (1, LAST)]
-    assert not same(*wanted)
+    assert not close(*wanted)
     result = diffusion_lens(DiffusionModel(pipe), PROMPT, layers=[1, LAST], progress=False, **arguments)
-    assert all(map(same, result.images, wanted))
+    assert all(map(close, result.images, wanted))
 
 
 # Layers
@@ -179,7 +187,7 @@ def test_layers_are_chosen(sd, layers, numbers):
     result = diffusion_lens(DiffusionModel(sd), PROMPT, layers=layers, progress=False, **SD)
     assert result.layers == numbers
     for layer, image in zip(numbers, result.images, strict=True):
-        assert same(image, draw_by_hand(sd, CLIP, layer, 0, **SD))
+        assert close(image, draw_by_hand(sd, CLIP, layer, 0, **SD))
 
 
 @pytest.mark.parametrize("layers", [4, -1, [0, 4], [1.0], ["1"], [True], range(3, 6), "1,2"], ids=repr)
@@ -229,23 +237,9 @@ def test_arguments_that_do_not_fit(sd):
     assert "did you mean 'guidance_scale'" in refusal(flux, PROMPT, layers=[1], guidance_scal=3.0)
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion_xl", "stable_diffusion_3", "flux"])
-def test_a_pipeline_that_does_not_draw_from_the_final_norm(name):
-    pipe = tiny.PIPELINES[name].build()
-    message = refusal(pipe, PROMPT, layers=[1], **arguments_of(name))
-    assert type(pipe).__name__ in message
-    assert "does not draw from what the final norm of its text_encoder gives" in message
-
-
 def test_a_pipeline_without_a_text_encoder():
     message = refusal(tiny.ddpm(), PROMPT)
     assert "DDPMPipeline has no text encoder" in message
-
-
-@pytest.mark.parametrize("name", ["cogvideox", "ltx", "wan"])
-def test_a_pipeline_that_makes_videos(name):
-    message = refusal(tiny.PIPELINES[name].build(), PROMPT, layers=[1], **arguments_of(name))
-    assert "video" in message or "frames" in message
 
 
 def test_what_is_no_model(sd):
@@ -263,8 +257,8 @@ def test_unknown_words_are_warned_of_once_at_the_users_line():
 # Nothing is left
 
 
-@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl"])  # drawn, and refused half way
-def test_nothing_is_left_on_the_pipeline(name, capsys):
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl"])
+def test_nothing_is_left_on_the_pipeline(name, capsys):  # drawn, and refused half way
     pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
     draw(pipe, 0, **arguments)
     pipe.set_progress_bar_config(desc="denoising", leave=False)
@@ -290,9 +284,8 @@ def test_a_pipeline_whose_progress_bar_was_never_set_shows_it_afterwards(sd, cap
 def test_a_progress_bar_over_the_layers(sd, capsys):
     diffusion_lens(DiffusionModel(sd), PROMPT, layers=[0, 1], **SD)
     shown = capsys.readouterr().err
-    assert "layers" in shown
-    assert "2/2" in shown
-    assert "3/3" not in shown  # not one for the steps of each picture
+    assert "layers 0, 1" in shown  # one bar for both, which goes on with the denoising
+    assert shown.count("3/3") == 1
 
 
 def test_the_model_can_be_used_on(sd):
@@ -475,6 +468,15 @@ def test_a_folder_in_the_users_home(result, tmp_path, monkeypatch):
 # The packaged pipeline
 
 
+def test_all_layers_of_the_packaged_pipeline_in_one_call():
+    model = DiffusionModel("diffsight/shapes-clip")
+    model.set_progress_bar_config(disable=True)
+    result = diffusion_lens(model, PROMPT, seed=2, progress=False, num_inference_steps=6)
+    assert result.layers == tuple(range(13))
+    for layer, image in zip(result.layers, result.images, strict=True):
+        assert close(image, draw_by_hand(model.pipeline, CLIP, layer, 2, num_inference_steps=6))
+
+
 def test_the_lens_on_the_packaged_pipeline(tmp_path):
     model = DiffusionModel("diffsight/shapes-clip")
     prompt = "a red circle below a blue square on a gray background"
@@ -483,7 +485,7 @@ def test_the_lens_on_the_packaged_pipeline(tmp_path):
         result = diffusion_lens(model, prompt, layers=[0, 6, 12], seed=1, progress=False, num_inference_steps=4)
     model.set_progress_bar_config(disable=True)
     plain = model.generate(prompt, seed=1, num_inference_steps=4).images[0]
-    assert same(result.images[2], plain)
-    assert not same(result.images[0], plain)
+    assert close(result.images[2], plain)
+    assert not close(result.images[0], plain)
     result.save(tmp_path)
     assert json.loads(Path(tmp_path, "lens.json").read_text(encoding="utf-8"))["model"] == "diffsight/shapes-clip"
