@@ -11,8 +11,8 @@ what it is called on, `nnsight.apply` calls, `nnsight.log` prints, `scan=True` a
 do; and values are asked for in the order in which the model computes them. What has no meaning in a live run raises an
 error that says what to write instead: `.grad` before `backward()`, `.source`, `tracer.cache`, `remote=True`.
 
-Importing this module adds `save` to tensors, arrays, lists, tuples, dicts, sets, numbers, strings and bytes, and `stop`
-and `value` to tensors.
+Importing this module adds `save` to tensors, arrays, lists, tuples, dicts, sets, numbers, strings and bytes, `stop` to
+tensors, tuples and dicts, and `value` to tensors.
 """
 
 import builtins
@@ -528,17 +528,18 @@ remote_logger = logging.getLogger("nnsight_remote")
 
 
 def _mount() -> None:
-    """Adds `save` to the types of values. Not to `object`: that would be seen on every class there is."""
+    """Adds `save` to the types of values, `stop` to those that a module returns. Not to `object`: that would be seen on
+    every class there is."""
     for cls in (*_BUILTIN, numpy.ndarray, numpy.generic, torch.dtype, torch.device):
         namespace = gc.get_referents(cls.__dict__)[0]
         if "save" not in namespace:
-            namespace["save"] = save
+            namespace |= {"save": save} | ({"stop": _stop} if cls in (tuple, dict) else {})
             ctypes.pythonapi.PyType_Modified(ctypes.py_object(cls))
     torch.Tensor.save, torch.Tensor.value, torch.Tensor.stop = save, property(save), _stop
     _let_pictures_be_saved()
 
 
-def _stop(tensor: torch.Tensor) -> None:
+def _stop(value: Any) -> None:
     """`layer.output.stop()`: the model ends here."""
     raise _Left
 

@@ -395,6 +395,22 @@ def test_several_texts_at_once(model, net, ids):
         assert torch.allclose(row[-len(expected) :], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("value", ["h[3].output", "h[3].attn.output", "h[3].mlp.output", "h[3].output[0]"])
+def test_stopping_early(model, net, ids, value):
+    """At a layer, at a part that gives a tuple of its own, at a tensor."""
+    names = run_cells(
+        f"""
+reached = []
+with model.trace({EIFFEL!r}):
+    before = model.transformer.h[2].output[0].save()
+    model.transformer.{value}.stop()
+    reached.append("behind")
+""",
+        model=model,
+    )
+    assert torch.equal(names["before"], outputs(net.transformer.h[2], net, ids[EIFFEL])[0]) and not names["reached"]
+
+
 # ---- what cannot be: each error says what to write
 
 
