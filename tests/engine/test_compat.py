@@ -1,8 +1,9 @@
 """Code of nnsight's guides, through `diffsight.compat`.
 
 Each test says which section of which guide it follows: the walkthrough (W), the guides to 0.3 and 0.4, the pages and
-tutorials by name, and the README. The models are small and random; GPT-2's blocks return plain tensors in
+tutorials by name, and the README. The models are small and random; the blocks of a bare GPT-2 return plain tensors in
 transformers 5, so that the guides' `.output[0]` is `.output` here. What the values should be comes from ordinary hooks.
+Language models are in tests/pipelines/test_compat_language.py.
 """
 
 import re
@@ -960,11 +961,11 @@ def test_text(text_model):
     with torch.no_grad():
         with text_model.trace(PROMPT) as tracer:
             tokens = tracer.invoker.inputs[0][0]["input_ids"][0]
-            hs = text_model.transformer.h[2].output[:, -1, :].save()
+            hs = text_model.transformer.h[2].output[0][:, -1, :].save()
             token_ids = text_model.lm_head.output.argmax(dim=-1).save()
             logits = text_model.output.logits.save()
         with text_model.edit() as edited:
-            text_model.transformer.h[2].output[:, -1, :] = hs
+            text_model.transformer.h[2].output[0][:, -1, :] = hs
         with edited.trace(OTHER):
             modified = text_model.lm_head.output.argmax(dim=-1).save()
     ids = torch.tensor([text_model.tokenizer(PROMPT)["input_ids"]])
@@ -987,13 +988,13 @@ def test_invokes_of_text(text_model):
 def test_generated_text(text_model):
     gpt2, layers = text_model._owner, text_model.transformer.h
     with text_model.generate(PROMPT, **TOKENS):
-        first = layers[-1].output.save()
-        second = layers[-1].next().output.save()
+        first = layers[-1].output[0].save()
+        second = layers[-1].next().output[0].save()
         out = text_model.generator.output.save()
     with text_model.generate(PROMPT, **TOKENS):
         every = nnsight.list().save()
         with layers.all():
-            every.append(layers[-1].output)
+            every.append(layers[-1].output[0])
     ids = torch.tensor([text_model.tokenizer(PROMPT)["input_ids"]])
     states = outputs(gpt2.transformer.h[-1], gpt2.generate, ids, **TOKENS)
     assert torch.equal(out, gpt2.generate(ids, **TOKENS)) and len(every) == 3
