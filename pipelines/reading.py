@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from diffsight.errors import InputError
-from diffsight.taps import INPUTS, OUTPUT, Tap, first_input
+from diffsight.taps import INPUTS, OUTPUT, Asked, Tap, first_input
 
 from .layouts import COND
 from .naming import word_embeddings
@@ -224,7 +224,7 @@ def _keep(run: "DiffusionRun", path: str, kind: str, function: Callable[[Any], N
     def keep(tap: Tap, index: int, value: Any) -> None:
         function(value)
 
-    run._flow.keep(run[path]._target, kind, path, keep)
+    run._flow.keep(Asked(run[path]._target, kind), keep)
 
 
 def _own(value: Any) -> Any:
