@@ -166,7 +166,7 @@ def diffusion_lens(
         size = batch_size or len(chosen)
         made: list[Any] = []
         for start in range(0, len(chosen), size):
-            made += _draw(exits, model, chosen[start : start + size], prompt, seed, arguments, progress)
+            made.extend(_draw(exits, model, chosen[start : start + size], prompt, seed, arguments, progress))
     settings = {"encoder": found.name, "isolate": isolate, "norm": norm, "pooled": pooled}
     outputs = tuple(made)
     images = tuple(map(picture_of, outputs))

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from diffsight.errors import InputError
-from diffsight.taps import INPUTS, OUTPUT, Asked, Tap, first_input
+from diffsight.taps import INPUTS, OUTPUT, Asked, first_input
 
 from .layouts import COND
 from .naming import word_embeddings
@@ -218,13 +218,9 @@ def _watch_encoder(run: "DiffusionRun", name: str, given: list[tuple[str, list |
     return encoder
 
 
-def _keep(run: "DiffusionRun", path: str, kind: str, function: Callable[[Any], None]) -> None:
+def _keep(run: "DiffusionRun", path: str, part: str, function: Callable[[Any], None]) -> None:
     """Lets `function` have every value that passes a point."""
-
-    def keep(tap: Tap, index: int, value: Any) -> None:
-        function(value)
-
-    run._flow.keep(Asked(run[path]._target, kind), keep)
+    run._flow.keep(Asked(run[path]._target, part), lambda tap, call, value: function(value))
 
 
 def _own(value: Any) -> Any:
