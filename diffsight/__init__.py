@@ -37,13 +37,17 @@ if TYPE_CHECKING:
     from diffsight.gallery.grid import image_grid
     from diffsight.lenses.diffusion import DiffusionLensResult, diffusion_lens
     from diffsight.pipelines.diffusion import DiffusionModel
+    from diffsight.pipelines.huggingface import HFPipeline
     from diffsight.pipelines.language import LanguageModel
+    from diffsight.pipelines.vision_language import VisionLanguageModel
 
 __version__ = "0.1.0"
 
 _LATER = {
     "DiffusionModel": "diffsight.pipelines.diffusion",
+    "HFPipeline": "diffsight.pipelines.huggingface",
     "LanguageModel": "diffsight.pipelines.language",
+    "VisionLanguageModel": "diffsight.pipelines.vision_language",
     "diffusion_lens": "diffsight.lenses.diffusion",
     "DiffusionLensResult": "diffsight.lenses.diffusion",
     "image_grid": "diffsight.gallery.grid",
@@ -56,6 +60,7 @@ __all__ = [
     "DiffusionModel",
     "Edit",
     "Envoy",
+    "HFPipeline",
     "InputError",
     "LanguageModel",
     "Model",
@@ -69,6 +74,7 @@ __all__ = [
     "Session",
     "SourceError",
     "Step",
+    "VisionLanguageModel",
     "WrongThreadError",
     "diffusion_lens",
     "image_grid",

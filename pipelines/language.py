@@ -202,7 +202,8 @@ class LanguageModel(Accessors, Model):
         if seed is not None and (isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed < 2**64):
             raise InputError(f"a seed is a whole number from 0 on, below 2**64, not {seed!r}")
         encoded = self._encode(inputs, kwargs)
-        given = {n: v for n, v in encoded.values.items() if n not in ("position_ids", "token_type_ids") or n in kwargs}
+        left_out = self._left_out_of_generate
+        given = {n: v for n, v in encoded.values.items() if n not in left_out or n in kwargs}
         if "attention_mask" not in given and encoded.tokens is not None:
             given["attention_mask"] = torch.ones_like(encoded.tokens)
         chosen = _Chosen()
@@ -232,10 +233,15 @@ class LanguageModel(Accessors, Model):
 
     # ---- inputs and texts
 
+    _left_out_of_generate = ("position_ids", "token_type_ids")  # which `generate` sees to itself, or cannot take
+
     def _encode(self, inputs: Any, kwargs: Mapping[str, Any]) -> Inputs:
+        return encode(self._owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, self._pads_left())
+
+    def _pads_left(self) -> bool:
+        """Whether shorter inputs are padded on the left: where the model goes on writing."""
         owner = self._owner
-        left = not owner.config.is_encoder_decoder and getattr(owner, "can_generate", lambda: False)()
-        return encode(owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, left)
+        return not owner.config.is_encoder_decoder and getattr(owner, "can_generate", lambda: False)()
 
     def _first_token(self, inputs: Inputs) -> torch.Tensor:
         config = self._owner.config

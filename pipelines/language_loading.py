@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,15 +49,15 @@ def load_language_model(source: Source, tokenizer: Any = None, **arguments: Any)
 
 def _load_model(place: str, arguments: dict[str, Any]) -> nn.Module:
     """By the class that the model was saved as; by what the configuration is of where that says nothing."""
-    kept = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", "subfolder", "gguf_file")
-    config = transformers.AutoConfig.from_pretrained(place, **{k: v for k, v in arguments.items() if k in kept})
+    kept = hub_arguments(arguments, "subfolder", "gguf_file")
+    config = transformers.AutoConfig.from_pretrained(place, **kept)
     if "gguf_file" in arguments:
         return _unpacked(transformers.AutoModelForCausalLM, place, arguments)
     saved_as = getattr(transformers, (config.architectures or [""])[0], None)
     if saved_as is not None:
         return saved_as.from_pretrained(place, **arguments)
     kinds = ["AutoModelForSeq2SeqLM"] if config.is_encoder_decoder else ["AutoModelForCausalLM", "AutoModelForMaskedLM"]
-    for kind in (*kinds, "AutoModel"):
+    for kind in (*kinds, "AutoModelForImageTextToText", "AutoModel"):
         auto = getattr(transformers, kind)
         if type(config) in auto._model_mapping or getattr(config, "auto_map", None):
             return auto.from_pretrained(place, **arguments)
@@ -76,13 +77,16 @@ def _unpacked(auto: Any, place: str, arguments: dict[str, Any]) -> nn.Module:
 
 def _own_tokenizer(place: str, gguf: dict[str, str], arguments: dict[str, Any]) -> Any:
     """The tokenizer that lies beside the model, or None."""
-    kept = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            place, **gguf, **{k: v for k, v in arguments.items() if k in kept}
-        )
+        return transformers.AutoTokenizer.from_pretrained(place, **gguf, **hub_arguments(arguments))
     except (OSError, ValueError, KeyError):
         return None
+
+
+def hub_arguments(arguments: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """Those of the arguments of `from_pretrained` that say where to look, and those named besides."""
+    kept = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", *more)
+    return {name: value for name, value in arguments.items() if name in kept}
 
 
 def _tokenizer(given: Any) -> Any:
@@ -97,6 +101,11 @@ def _tokenizer(given: Any) -> Any:
 
 
 # ---- places
+
+
+def place_of(source: str | Path) -> str:
+    """The folder or hub id that a name stands for; InputError where it is none."""
+    return _place(str(source))[0]
 
 
 def _place(name: str) -> tuple[str, dict[str, str]]:

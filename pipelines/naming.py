@@ -42,7 +42,7 @@ def model_names(model: nn.Module) -> dict[str, str]:
     names = {name: _below(trunk, path) for name, path in found.items()}
     words = embeddings(model.get_submodule(trunk)) or embeddings(model)
     if words is not None and not isinstance(words, nn.ModuleList):  # sound has one for each codebook
-        names["embed_tokens"] = _path_of(model, words)
+        names["embed_tokens"] = path_of(model, words)
     head = _head(model, names.get("layers", ""))
     if head:
         names["lm_head"] = head
@@ -102,7 +102,7 @@ def _half(model: nn.Module, half: str) -> str | None:
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     module = getattr(model, f"get_{half}")() if hasattr(model, f"get_{half}") else None
-    return _path_of(model, module) if module is not model else None
+    return path_of(model, module) if module is not model else None
 
 
 def embeddings(model: nn.Module) -> nn.Module | None:
@@ -112,7 +112,8 @@ def embeddings(model: nn.Module) -> nn.Module | None:
         return None
 
 
-def _path_of(model: nn.Module, module: nn.Module | None) -> str:
+def path_of(model: nn.Module, module: nn.Module | None) -> str:
+    """The path of a module in a model; empty where it is not there."""
     return next((path for path, known in model.named_modules(remove_duplicate=False) if known is module), "")
 
 
@@ -131,7 +132,7 @@ def _head(model: nn.Module, layers: str) -> str | None:
         if not isinstance(model.get_submodule(name), nn.ModuleList)
         and any(True for _ in model.get_submodule(name).parameters())
     ]
-    holder = _path_of(model, output).split(".")[0] if output is not None else ""
+    holder = path_of(model, output).split(".")[0] if output is not None else ""
     if not holder:
         return behind[0] if len(behind) == 1 else None
     first = behind[0] if holder in behind else holder
@@ -141,7 +142,7 @@ def _head(model: nn.Module, layers: str) -> str | None:
 def _beside_words(encoder: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
     """Of `lists`, those next to the word embeddings: in a vision-language encoder not the vision tower's."""
     words = embeddings(encoder)
-    near = _path_of(encoder, words).rpartition(".")[0] if words is not None else ""
+    near = path_of(encoder, words).rpartition(".")[0] if words is not None else ""
     while near and not any(path.startswith(f"{near}.") for path in lists):
         near = near.rpartition(".")[0]
     return {path: module for path, module in lists.items() if not near or path.startswith(f"{near}.")}
