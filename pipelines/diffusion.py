@@ -38,6 +38,7 @@ from .layouts import COND, UNCOND, Layouts
 from .loading import open_pipeline
 from .naming import standard_names
 from .prompts import check_prompts
+from .seeds import check_seed
 
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_images_per_caption")
 
@@ -193,8 +194,7 @@ class DiffusionModel(Model):
         count = _inputs(arguments) * _pictures_each(arguments)
         several = isinstance(seed, Iterable) and not isinstance(seed, str)
         for s in seed if several else [seed]:
-            if not hasattr(s, "__index__") or isinstance(s, bool) or not 0 <= s < 2**64:
-                raise InputError(f"a seed is a whole number from 0 on, below 2**64, not {s!r}")
+            check_seed(s)
         seeds = [int(s) for s in seed] if several else [int(seed) + i for i in range(count)]
         if len(seeds) != count:
             raise InputError(f"{len(seeds)} seeds for {count} pictures: give one seed a picture, or a single number")

@@ -1,5 +1,5 @@
-"""Where the tokens of a picture lie on it: the vision tower cuts a picture into patches, and each image token is a patch,
-or a square of them.
+"""Where the tokens of a picture lie on it: the vision tower cuts a picture into patches, and each image token is one of
+them, or a square of several.
 
     grid = image_grids(model, tokenizer, values, positions)[0][0]      # of the first picture of the first input
     hidden[0, grid]                                                     # (rows, columns, features)

@@ -1,8 +1,8 @@
 """Pictures as a user has them: PIL images, paths, tensors, arrays; one, several, or several for each text.
 
-    pictures_of("cat.png", texts=1)                 # [[<PIL image>]]
-    pictures_of([a, b], texts=2)                    # [[a], [b]]
-    pictures_of([[a, b], [c]], texts=2)
+pictures_of("cat.png", texts=1)                 # [[<PIL image>]]
+pictures_of([a, b], texts=2)                    # [[a], [b]]
+pictures_of([[a, b], [c]], texts=2)
 """
 
 from collections.abc import Sequence

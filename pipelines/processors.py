@@ -7,7 +7,6 @@ Where a text says nothing of its pictures, the placeholder that the processor re
 """
 
 from collections.abc import Mapping, Sequence
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +90,9 @@ def process(processor: Any, texts: Sequence[str], images: Any, left: bool, **mor
 
 
 def process_chats(processor: Any, chats: Sequence[list[Mapping]], images: Any, left: bool) -> dict[str, Any]:
-    """Conversations as the model takes them, by the processor's chat template. Pictures stand in the messages (`{"type":
-    "image", "image": picture}`), or are `images`, for the places that the messages have for them; where they have none,
-    for the first of the user's messages."""
+    """Conversations as the model takes them, by the processor's chat template. Pictures stand in the messages
+    (`{"type": "image", "image": picture}`), or are `images`, for the places that the messages have for them; where they
+    have none, for the first of the user's messages."""
     if getattr(processor, "chat_template", None) is None:
         raise InputError("the processor has no chat template: give a text, or a model that was taught to chat")
     inside = [_pictures_within(chat) for chat in chats]
@@ -129,8 +128,8 @@ def _with_places(processor: Any, text: str, places: int, pictures: int) -> str:
 
 def placeholder(processor: Any) -> str:
     """What stands for one picture in a text, as the processor's chat template writes it: "<image>", for Qwen2-VL
-    "<|vision_start|><|image_pad|><|vision_end|>"; without a template, the image token within the marks of a picture that
-    the tokenizer knows."""
+    "<|vision_start|><|image_pad|><|vision_end|>"; without a template, the image token within the marks of a picture
+    that the tokenizer knows."""
     token = getattr(processor, "image_token", None)
     if token is None:
         return ""
@@ -152,8 +151,9 @@ def _in_template(processor: Any) -> str:
         without, with_picture = processor.apply_chat_template(both, tokenize=False)
     except Exception:  # a template for conversations of another kind
         return ""
-    start = len(commonprefix([without, with_picture]))
-    return with_picture[start : len(with_picture) - (len(without) - start)]
+    differ = (i for i, (a, b) in enumerate(zip(without, with_picture)) if a != b)
+    start = next(differ, len(without))
+    return with_picture[start : start + len(with_picture) - len(without)]
 
 
 # ---- messages

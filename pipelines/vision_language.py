@@ -18,17 +18,30 @@ import torch
 from torch import nn
 
 from diffsight.errors import InputError
+from diffsight.rows import Row
 
 from .image_grids import image_grids
 from .language import LanguageModel, LanguageRun
 from .language_loading import Source, hub_arguments, place_of
 from .naming import path_of
+from .picture_rows import RowPart, modules_that_see
 from .processors import chats_in, checked, load_processor, process, process_chats, texts_in
 from .texts import Inputs
 
 
 class VisionLanguageRun(LanguageRun):
     """A run of a vision-language model."""
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """One view per input: `a, b = run.rows`. In the vision tower a row's part is that of its pictures."""
+        rows, model = super().rows, self._model
+        names, inputs = model._names_of(model._owner), self._pass._inputs
+        if inputs.tokens is None or "layers" not in names or "image_sizes" in inputs.values:
+            return rows
+        sees = modules_that_see(model._owner, names["layers"], names.get("lm_head"))
+        tokens = [len(own) for own in self.image_tokens]
+        return tuple(Row(row._run, row.index, RowPart(row._part, sees, tokens, row.index)) for row in rows)
 
     @property
     def image_tokens(self) -> list[torch.Tensor]:
@@ -69,18 +82,17 @@ class VisionLanguageModel(LanguageModel):
                 raise InputError("a live model comes with one processor: (model, processor)")
             source, processor = source
         processor, lacking = _processor(source, processor, arguments)
-        given = dict(names or {})
-        vision = {"vision": given.pop("vision")} if "vision" in given else {}
-        super().__init__(source, getattr(processor, "tokenizer", None), names=given, **arguments)
-        self.__dict__.update(processor=processor, _lacking=lacking, _vision=_vision(self._owner) | vision)
+        others = {name: path for name, path in (names or {}).items() if name != "vision"}
+        super().__init__(source, getattr(processor, "tokenizer", None), names=others, **arguments)
+        self.__dict__.update(processor=processor, _lacking=lacking, _vision=_vision(self._owner, names or {}))
 
     def trace(self, inputs: Any = None, images: Any = None, *, grad: bool = False, **kwargs: Any) -> VisionLanguageRun:
         """A run of one forward pass: `with model.trace("What is this?", images=picture) as run:`.
 
         `inputs` are a text, a list of texts, or chat messages, which may hold pictures themselves; or what a processor
-        has made of them, a dictionary. `images` are a picture (a PIL image, a path, a tensor), or a list of them: of one
-        text all its pictures, of several one each, or a list each. Where a text has no placeholder for its pictures,
-        they stand before it. `kwargs` go to the model's forward pass."""
+        has made of them, a dictionary. `images` are a picture (a PIL image, a path, a tensor), or a list of them: of
+        one text all its pictures, of several one each, or a list each. Where a text has no placeholder for its
+        pictures, they stand before it. `kwargs` go to the model's forward pass."""
         if inputs is None and images is None:
             return super().trace(grad=grad, **kwargs)
         return super().trace(self._processed(inputs, images), grad=grad, **kwargs)
@@ -150,8 +162,13 @@ def _processor(source: Any, given: Any, arguments: Mapping[str, Any]) -> tuple[A
         return None, f"{error}. Give it with the model: VisionLanguageModel(source, processor)"
 
 
-def _vision(net: nn.Module) -> dict[str, str]:
-    """The standard name of the vision tower, if there is one."""
+def _vision(net: nn.Module, names: Mapping[str, str | None]) -> dict[str, str]:
+    """The standard name of the vision tower, as the user has it, or as it is found; none where there is none."""
+    if "vision" in names:
+        path = names["vision"]
+        if path is not None and path not in dict(net.named_modules()):
+            raise InputError(f"names: {type(net).__name__} has no module {path!r} to be 'vision'")
+        return {} if path is None else {"vision": path}
     tower = net.get_encoder(modality="image") if hasattr(net, "get_encoder") else net
     return {} if tower is net or not isinstance(tower, nn.Module) else {"vision": path_of(net, tower)}
 

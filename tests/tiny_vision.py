@@ -1,7 +1,7 @@
 """Small random vision-language models with their processors, built from configurations without a model hub.
 
-    net, processor = MODELS["llava"]()
-    net(**processor(images=[PICTURE], text="<image> a red circle", return_tensors="pt"))
+net, processor = MODELS["llava"]()
+net(**processor(images=[PICTURE], text="<image> a red circle", return_tensors="pt"))
 """
 
 from collections.abc import Callable
