@@ -185,11 +185,11 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
 
 @contextmanager
 def _gradients(pipeline: Pipeline) -> Iterator[None]:
-    """Lets gradients through the pipeline's forward pass; what is made of its output has none."""
-    postprocess = pipeline.postprocess
+    """Lets gradients through the pipeline's forward pass; `postprocess`, which makes numbers of it, gets none."""
+    forward = pipeline.forward
     instead = [
         (pipeline, "get_inference_context", lambda: nullcontext),
-        (pipeline, "postprocess", lambda outputs, **more: postprocess(tree_map(_detached, outputs), **more)),
+        (pipeline, "forward", lambda inputs, **more: tree_map(_detached, forward(inputs, **more))),
     ]
     if hasattr(pipeline.model, "generate"):
         instead.append((pipeline.model, "generate", with_gradients(pipeline.model.generate)))
