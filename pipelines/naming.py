@@ -57,6 +57,7 @@ def standard_names(encoder: nn.Module) -> dict[str, str]:
         return {}
     lists = _beside_words(encoder, lists)
     lists = {path: module for path, module in lists.items() if are_layers(module)} or lists
+    lists = {path: module for path, module in lists.items() if "cross" not in path.rpartition(".")[2]} or lists
     sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in lists.items()}
     layers = max(lists, key=lambda path: (-path.count("."), sizes[path]))
     norm = _norm_beside(encoder, layers)
@@ -118,10 +119,11 @@ def path_of(model: nn.Module, module: nn.Module | None) -> str:
 
 
 def _head(model: nn.Module, layers: str) -> str | None:
-    """From what follows the trunk to the output embeddings; without the latter, the only module that follows."""
+    """From what follows the trunk to the output embeddings; without the latter, the only module that follows. Where the
+    trunk has them itself, being a whole language model, those of that."""
     children = [name for name, _ in model.named_children()]
-    trunk = layers.split(".")[0]
-    if trunk not in children or trunk == layers:
+    trunk, _, inner = layers.partition(".")
+    if trunk not in children or not inner:
         return None
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if isinstance(output, nn.ModuleList):  # sound has one for each codebook
@@ -133,6 +135,9 @@ def _head(model: nn.Module, layers: str) -> str | None:
         and any(True for _ in model.get_submodule(name).parameters())
     ]
     holder = path_of(model, output).split(".")[0] if output is not None else ""
+    if holder == trunk or not (holder or behind):
+        found = _head(model.get_submodule(trunk), inner)
+        return _below(trunk, found) if found else None
     if not holder:
         return behind[0] if len(behind) == 1 else None
     first = behind[0] if holder in behind else holder

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from diffsight.errors import InputError
 from diffsight.rows import Row
@@ -23,7 +24,7 @@ from diffsight.rows import Row
 from .image_grids import image_grids
 from .language import LanguageModel, LanguageRun
 from .language_loading import Source, hub_arguments, place_of
-from .naming import path_of
+from .naming import path_of, standard_names
 from .picture_rows import RowPart, modules_that_see
 from .processors import chats_in, checked, load_processor, process, process_chats, texts_in
 from .texts import Inputs
@@ -73,6 +74,7 @@ class VisionLanguageModel(LanguageModel):
     Raises InputError where `source` names no model, and where a name turns out to be wrong."""
 
     _run_class = VisionLanguageRun
+    _vision: Mapping[str, str] = {}  # the name of the vision tower, once it is found
 
     def __init__(
         self, source: Source, processor: Any = None, *, names: Mapping[str, str | None] | None = None, **arguments: Any
@@ -149,6 +151,15 @@ class VisionLanguageModel(LanguageModel):
         names = super()._names_of(owner)
         return {**names, **self._vision} if owner is self._owner else names
 
+    def _find_names(self, part: nn.Module) -> dict[str, str]:
+        tower = self._vision.get("vision")
+        if tower is not None and part is self._owner.get_submodule(tower):
+            return standard_names(part)
+        return super()._find_names(part)
+
+
+_SEEN = ("pixel_values", "flattened_patches")  # what vision towers are given
+
 
 def _processor(source: Any, given: Any, arguments: Mapping[str, Any]) -> tuple[Any, str]:
     """The processor of a model; where it has none, what to do about it."""
@@ -170,7 +181,10 @@ def _vision(net: nn.Module, names: Mapping[str, str | None]) -> dict[str, str]:
             raise InputError(f"names: {type(net).__name__} has no module {path!r} to be 'vision'")
         return {} if path is None else {"vision": path}
     tower = net.get_encoder(modality="image") if hasattr(net, "get_encoder") else net
-    return {} if tower is net or not isinstance(tower, nn.Module) else {"vision": path_of(net, tower)}
+    if tower is net or tower is None:
+        inside = (module for module in net.modules() if isinstance(module, PreTrainedModel) and module is not net)
+        tower = next((module for module in inside if module.main_input_name in _SEEN), net)
+    return {} if tower is net else {"vision": path_of(net, tower)}
 
 
 def _has_own_positions(net: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
 from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
@@ -189,6 +190,21 @@ def speech_recognition():
     config = transformers.Wav2Vec2Config(**_SPEECH, vocab_size=len(tokenizer), pad_token_id=0)
     features = transformers.Wav2Vec2FeatureExtractor()
     return transformers.Wav2Vec2ForCTC(config), {"tokenizer": tokenizer, "feature_extractor": features}
+
+
+@_enter("automatic-speech-recognition/whisper", "decoder.layers[1]", SOUND, generate_kwargs={"max_new_tokens": 4})
+def whisper():
+    names = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|startoftranscript|>"]
+    tokenizer = transformers.WhisperTokenizer({name: number for number, name in enumerate(names)}, [])
+    features = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    sizes = {"d_model": 32, "num_mel_bins": 8, "max_source_positions": 50, "max_target_positions": 32}
+    for half in ("encoder", "decoder"):
+        sizes |= {f"{half}_layers": 2, f"{half}_ffn_dim": 64, f"{half}_attention_heads": 4}
+    end, start = tokenizer.convert_tokens_to_ids(names[-2:])
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
+    config = transformers.WhisperConfig(vocab_size=len(names), **sizes, **ends, begin_suppress_tokens=None)
+    model = transformers.WhisperForConditionalGeneration(config)
+    return model, {"tokenizer": tokenizer, "feature_extractor": features}
 
 
 @_enter("audio-classification", "layers[1]", SOUND)

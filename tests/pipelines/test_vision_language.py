@@ -3,15 +3,17 @@
 import base64
 import io
 
+import architectures
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import tiny
 import tiny_vision
-from diffsight import InputError, ScanError, VisionLanguageModel
+from diffsight import InputError, PointNotFoundError, ScanError, VisionLanguageModel
 from diffsight.pipelines.processors import placeholder
 
 transformers.logging.set_verbosity_error()
@@ -162,6 +164,38 @@ def test_image_tokens_are_where_the_picture_is(both):
         others = [p for p in range(run.tokens.shape[1]) if p not in positions]
         assert torch.allclose(embedded[row, others], words[row, others], atol=1e-4)
         assert not torch.isclose(embedded[row, positions], words[row, positions], atol=1e-4).all(-1).any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "head", "vision"),
+    [
+        ("llama4", "language_model.model.layers", "language_model.lm_head", "vision_model"),
+        ("internvl", "model.language_model.layers", "lm_head", "model.vision_tower"),
+        ("qwen3_vl", "model.language_model.layers", "lm_head", "model.visual"),
+        ("git", "git.encoder.layer", "output", "git.image_encoder"),
+        ("fuyu", "model.language_model.layers", "lm_head", None),
+    ],
+)
+def test_names_of_other_architectures(kind, layers, head, vision):
+    cls = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind])
+    net = cls(architectures.small_config(kind)).eval()
+    model = VisionLanguageModel(net)
+    assert model.layers._owner is net.get_submodule(layers)
+    assert model.lm_head._owner is net.get_submodule(head)
+    if vision is None:
+        with pytest.raises(PointNotFoundError):
+            model.vision
+    else:
+        assert model.vision._owner is net.get_submodule(vision)
+        assert len(model.vision.layers) > 0
+
+
+def test_layers_between_are_not_the_layers():
+    net = transformers.IdeficsForVisionText2Text(architectures.small_config("idefics"))
+    with pytest.warns(UserWarning, match="could not be checked"):  # it has no pass without pictures
+        model = VisionLanguageModel(net)
+    assert model.layers._owner is net.model.layers  # not those that look at the picture, beside them
+    assert model.vision.layers._owner is net.model.vision_model.encoder.layers
 
 
 # The grid of patches
