@@ -37,6 +37,7 @@ from .branches import BranchView, DiffusionRow, rows_of
 from .layouts import COND, UNCOND, Layouts
 from .loading import open_pipeline
 from .naming import standard_names
+from .parts import part_targets
 from .prompts import check_prompts
 from .seeds import check_seed
 
@@ -213,12 +214,7 @@ class DiffusionModel(Model):
     def _children_of(self, target: Target) -> dict[str, Target]:
         if target.owner is not self._owner:
             return target.named_children()
-        known, targets = self._part_targets, {}
-        for name, part in self._parts().items():
-            if name not in known or known[name].owner is not part:
-                known[name] = Target(part, FORWARD if isinstance(part, nn.Module) else "__call__", name)
-            targets[name] = known[name]
-        return targets
+        return part_targets(self._parts(), self._part_targets)
 
     def _methods_of(self, owner: Any) -> Mapping[str, str]:
         """`encode_prompt` of the pipeline, `encode` and `decode` of a VAE, `step` of a scheduler."""

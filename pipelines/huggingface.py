@@ -31,11 +31,13 @@ from transformers.pipelines.pt_utils import PipelineIterator
 from diffsight.clock import Clock
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.model import with_gradients
+from diffsight.overrides import Override
 from diffsight.run import Run
-from diffsight.taps import FORWARD, Override, Target
+from diffsight.taps import Target
 
 from .named import Named
 from .naming import are_layers, is_list, layer_names, model_names, standard_names
+from .parts import part_targets
 from .seeds import check_seed
 
 _PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # besides modules
@@ -107,12 +109,7 @@ class HFPipeline(Named):
     def _children_of(self, target: Target) -> dict[str, Target]:
         if target.owner is not self._owner:
             return target.named_children()
-        known, targets = self._part_targets, {}
-        for name, part in self._parts().items():
-            if name not in known or known[name].owner is not part:
-                known[name] = Target(part, FORWARD if isinstance(part, nn.Module) else "__call__", name)
-            targets[name] = known[name]
-        return targets
+        return part_targets(self._parts(), self._part_targets)
 
     def _components(self) -> list[Target]:
         return [*self._method_targets().values(), *self._children_of(self._target).values()]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -144,10 +145,32 @@ def paligemma() -> tuple[Any, Any]:
     return _built(transformers.PaliGemmaForConditionalGeneration, config), processor
 
 
+def gemma3() -> tuple[Any, Any]:
+    """4 tokens a picture, 2 x 2, each of 4 patches; in a text another token stands for them."""
+    tokenizer = _tokenizer("<start_of_image>", "<end_of_image>", "<image_soft_token>")
+    for name, token in (("image", "<image_soft_token>"), ("boi", "<start_of_image>"), ("eoi", "<end_of_image>")):
+        setattr(tokenizer, f"{name}_token", token)
+        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+    images = Gemma3ImageProcessorPil(size={"height": 32, "width": 32}, image_seq_length=4)
+    config = transformers.Gemma3Config(
+        vision_config={"model_type": "siglip_vision_model", **_VISION, "vision_use_head": False},
+        text_config={"vocab_size": len(tokenizer), **_TEXT, "head_dim": 8, "sliding_window": 64},
+        mm_tokens_per_image=4,
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id,
+    )
+    processor = transformers.Gemma3Processor(images, tokenizer, image_seq_length=4)
+    net = _built(transformers.Gemma3ForConditionalGeneration, config)
+    projection = net.model.multi_modal_projector.mm_input_projection_weight  # made of zeros
+    torch.nn.init.normal_(projection, generator=torch.Generator().manual_seed(0))
+    return net, processor
+
+
 MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": llava,
     "qwen2_vl": qwen2_vl,
     "idefics2": idefics2,
     "idefics3": idefics3,
     "paligemma": paligemma,
+    "gemma3": gemma3,
 }

@@ -207,11 +207,12 @@ def test_layers_between_are_not_the_layers():
         (tiny_vision.llava, 32, (4, 4)),
         (lambda: tiny_vision.llava("full"), 32, (4, 4)),
         (tiny_vision.paligemma, 32, (4, 4)),
+        (tiny_vision.gemma3, 32, (2, 2)),
         (tiny_vision.qwen2_vl, 64, (4, 4)),
         (tiny_vision.idefics3, 64, (4, 4)),
         (lambda: tiny_vision.idefics3(splits=False), 32, (2, 2)),
     ],
-    ids=["llava", "llava with a class token", "paligemma", "qwen2_vl", "idefics3", "idefics3 without tiles"],
+    ids=["llava", "llava with a class token", "paligemma", "gemma3", "qwen2_vl", "idefics3", "idefics3 without tiles"],
 )
 def test_the_grid_lies_on_the_picture(build, side, shape):
     """Without the layers of the vision tower a token knows its own patches only: a spot changes the token under it."""
