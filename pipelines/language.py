@@ -268,8 +268,8 @@ class LanguageModel(Accessors, Model):
 
     def _first_token(self, inputs: Inputs) -> torch.Tensor:
         config = self._owner.config
-        known = (config.decoder_start_token_id, config.bos_token_id, config.pad_token_id, 0)
-        start = next(token for token in known if token is not None)
+        names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+        start = next((token for name in names if (token := getattr(config, name, None)) is not None), 0)
         return torch.full((inputs.rows or 1, 1), start, device=inputs.device)
 
     def _run_of(self, inputs: Inputs, function: Callable[[], Any], sizes: list[int], grad: bool) -> LanguageRun:
