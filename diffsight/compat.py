@@ -31,6 +31,7 @@ from typing import Any
 import numpy
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import diffsight
 
@@ -498,6 +499,7 @@ def _make_places() -> None:
         outer, _, name = f"{__name__}.{path}".rpartition(".")
         place = sys.modules[f"{outer}.{name}"] = _Place(f"{outer}.{name}")
         setattr(sys.modules[outer], name, place)
+    sys.modules[f"{__name__}.util"].apply = lambda data, function, cls: tree_map_only(cls, function, data)
 
 
 class _Config:

