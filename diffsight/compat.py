@@ -18,18 +18,20 @@ and `value` to tensors.
 import builtins
 import ctypes
 import gc
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from functools import cache, wraps
-from types import MappingProxyType, SimpleNamespace, TracebackType
+from types import MappingProxyType, ModuleType, SimpleNamespace, TracebackType
 from typing import Any
 
 import numpy
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import diffsight
 
@@ -213,14 +215,25 @@ class Tracer(_Words, Run):
                 rest.run_here(self.steps)
             except _Left:
                 self._flow.close(STOPPED)
-        last = traceback.extract_tb(trace)[-1].line if trace is not None else ""
-        if isinstance(error, (AttributeError, TypeError)) and "NoneType" in str(error) and ".grad" in last:
-            error.add_note(
-                "A gradient is there after backward(). Write x.retain_grad() before it and x.grad after it; to change "
-                "one, x.register_hook(lambda gradient: ...)"
-            )
+        _advise(error, trace)
         super().__exit__(kind, error, trace)
         return False
+
+
+def _advise(error: BaseException | None, trace: TracebackType | None) -> None:
+    """Adds to an error in a block what to write, where it comes of a value's being the real one."""
+    if not isinstance(error, (AttributeError, TypeError)) or trace is None:
+        return
+    line, told = traceback.extract_tb(trace)[-1].line or "", str(error)
+    if "NoneType" in told and ".grad" in line:
+        error.add_note(
+            "A gradient is there after backward(). Write x.retain_grad() before it and x.grad after it; to change one, "
+            "x.register_hook(lambda gradient: ...)"
+        )
+    elif told.endswith("no attribute 'save'"):
+        error.add_note("Write nnsight.save(x), or nothing: what is bound in a block stays bound")
+    elif told.endswith("no attribute 'update'"):
+        error.add_note("A value is the real one, not a proxy: write x = ... in the place of x.update(...)")
 
 
 _entered: ContextVar[tuple[Tracer, ...]] = ContextVar("diffsight_entered", default=())  # the blocks around
@@ -285,6 +298,7 @@ class Session(_Words, _Session):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         left = isinstance(error, _Left)
+        _advise(error, trace)
         super().__exit__(None, None, None) if left else super().__exit__(kind, error, trace)
         return left
 
@@ -310,7 +324,23 @@ class Envoy(_Envoy):
         """Calls the module. In an edit the points of one that was attached fire, as with `hook=True`."""
         if current_edit() is not None and any(self._owner is module for module in self._model._attachments):
             kwargs.setdefault("hook", True)
-        return super().__call__(*args, **kwargs)
+        return self._as_tuple(super().__call__(*args, **kwargs))
+
+    def _fetch(self, part: str) -> Any:
+        value = super()._fetch(part)
+        return self._as_tuple(value) if part == "output" else value
+
+    def _assign(self, part: str, value: Any) -> None:
+        is_tuple = part == "output" and isinstance(value, tuple) and len(value) == 1 and self._is_block()
+        super()._assign(part, value[0] if is_tuple else value)
+
+    def _as_tuple(self, value: Any) -> Any:
+        """What a layer of a language model gives, as nnsight's code takes it: `layer.output[0]`."""
+        return (value,) if isinstance(value, torch.Tensor) and self._is_block() else value
+
+    def _is_block(self) -> bool:
+        stacks = self._model.__dict__.get("_stacks", ()) if CONFIG.APP.BLOCKS_GIVE_TUPLES else ()
+        return self._part is None and any(self._owner is layer for stack in stacks for layer in stack)
 
     def next(self) -> Any:
         """The next token's: goes on to the next step, in a run of one pass to the next call of the module."""
@@ -449,14 +479,35 @@ class WrapperModule(nn.Module):
         return args[0] if len(args) == 1 else args
 
 
-util = SimpleNamespace(WrapperModule=WrapperModule)
+class Proxy:
+    """What annotations call a value in a trace; no value is one, they are the real ones."""
+
+
+class _Place(ModuleType):
+    """A module that code imports from in nnsight, `from nnsight.util import WrapperModule`: has what is here."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.modules[__name__], name)
+
+
+_PLACES = ("util", "envoy", "logger", "tracing", "tracing.graph", "intervention", "intervention.envoy", "models")
+_PLACES += ("models.LanguageModel", "models.DiffusionModel", "modeling", "modeling.language", "modeling.diffusion")
+
+
+def _make_places() -> None:
+    for path in _PLACES:
+        outer, _, name = f"{__name__}.{path}".rpartition(".")
+        place = sys.modules[f"{outer}.{name}"] = _Place(f"{outer}.{name}")
+        setattr(sys.modules[outer], name, place)
+    sys.modules[f"{__name__}.util"].apply = lambda data, function, cls: tree_map_only(cls, function, data)
 
 
 class _Config:
-    """Settings that nothing here depends on; they can be set and read."""
+    """Settings. Nothing here depends on them but on one: with `CONFIG.APP.BLOCKS_GIVE_TUPLES`, as it is at first, what
+    a layer of a language model gives is a tuple, as in transformers 4; set to False, it is what the layer returns."""
 
     def __init__(self) -> None:
-        self.APP = SimpleNamespace(DEBUG=False, REMOTE_LOGGING=False)
+        self.APP = SimpleNamespace(DEBUG=False, REMOTE_LOGGING=False, BLOCKS_GIVE_TUPLES=True)
         self.API = SimpleNamespace(APIKEY=None)
 
     def set_default_api_key(self, key: str) -> None:
@@ -470,6 +521,7 @@ class _Config:
 
 
 CONFIG = _Config()
+remote_logger = logging.getLogger("nnsight_remote")
 
 
 # ---- `.save()` on values
@@ -509,4 +561,5 @@ list, tuple, dict, set = builtins.list, builtins.tuple, builtins.dict, builtins.
 int, float, str, bool, bytes = builtins.int, builtins.float, builtins.str, builtins.bool, builtins.bytes
 complex, bytearray = builtins.complex, builtins.bytearray
 _BUILTIN = (list, tuple, dict, set, frozenset, range, int, float, complex, str, bytes, bytearray)
+_make_places()
 _mount()

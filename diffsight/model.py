@@ -183,6 +183,13 @@ class Model(Envoy):
             copy.__dict__["_loader"] = self._load  # once, for both
         return copy
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        name = type(self).__name__
+        raise InputError(
+            f"a {name} is not copied or pickled, it is a handle with runs and edits: wrap a copy of what it wraps, "
+            f"{name}(copy.deepcopy(module)); or model.edit(), a copy with edits of its own that shares the weights"
+        )
+
     def _attach(self, envoy: Envoy, name: str, module: nn.Module) -> None:
         """Hangs a module on a part of the model, for edits to call: on a copy for the copy alone, else for real."""
         model, path, owner, body = self, join(envoy.path, name), envoy._owner, current_edit()

@@ -12,12 +12,14 @@ In a pattern `*` stands for any name and `**` for any number of names; one that 
 `.output` means the output.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from copy import deepcopy
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .envoy import VALUES, Envoy, Points
 from .errors import InputError, PointNotFoundError
@@ -33,10 +35,16 @@ class Record(dict[str, Any]):
     Where the body loops over `run.steps`, what passes within steps is a list with one value a step. A point that the
     model has not come to is not in it. Of several calls in the run (or in the step) the first one is kept."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[int, list[torch.Tensor]] = {}  # by an object that holds them, such as a cache
+
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All tensors in it."""
-        return [leaf for leaf in tree_leaves(dict(self)) if isinstance(leaf, torch.Tensor)]
+        """All tensors in it, those in objects (a cache of keys and values) too."""
+        held, leaves = self._held, tree_leaves(dict(self))
+        found = ([leaf] if isinstance(leaf, torch.Tensor) else held.get(id(leaf), ()) for leaf in leaves)
+        return [tensor for tensors in found for tensor in tensors]
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +78,14 @@ def record(
         # A copy, since the model may go on to change its tensor in place.
         return moved.clone() if detach and moved is kept else moved
 
+    def own_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return own(leaf)
+        copied, held = _copied(leaf, own)
+        if held:
+            kept._held[id(copied)] = held
+        return copied
+
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     found = {path: place for pattern in patterns for path, place in _find(run._root(), pattern).items()}
     kept, flow = Record(), run._flow
@@ -81,7 +97,7 @@ def record(
         wanted = index == (tap.step_base if in_loop or step is not None else 0)
         if not wanted or step not in (None, flow.clock.index):
             return
-        value = tree_map_only(torch.Tensor, own, first_input(value, path) if part == "input" else value)
+        value = tree_map(own_leaf, first_input(value, path) if part == "input" else value)
         if in_loop:
             if path not in listed:  # perhaps the model came by in the first step, before the loop began
                 kept[path] = [kept[path]] if path in kept else []
@@ -93,6 +109,36 @@ def record(
     for path, (points, part) in found.items():
         flow.keep(Asked(points._target, part), lambda *call, path=path, part=part: keep(path, part, *call))
     return kept
+
+
+def _copied(thing: Any, own: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
+    """A copy of an object that holds tensors, in which they are copied by `own`, and those tensors: the model goes on
+    writing in its own. What holds none, or cannot be copied, is given back as it is; so is a module, or a random
+    generator."""
+    if isinstance(thing, (torch.nn.Module, torch.Generator)):
+        return thing, []
+    try:
+        with _Copying(own) as copying:
+            copied = deepcopy(thing)
+    except Exception:
+        return thing, []
+    return (copied, copying.made) if copying.made else (thing, [])
+
+
+class _Copying(TorchFunctionMode):
+    """Has `deepcopy` copy tensors by a function."""
+
+    def __init__(self, own: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._own, self.made = own, []
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is not torch.Tensor.__deepcopy__:
+            return function(*args, **(kwargs or {}))
+        tensor, memo = args
+        self.made.append(self._own(tensor))
+        memo[id(tensor)] = self.made[-1]
+        return self.made[-1]
 
 
 def _find(root: Envoy, pattern: str) -> dict[str, tuple[Points, str]]:

@@ -131,7 +131,7 @@ class Run:
         Gives a dictionary of path to value, see `Record`; inside a loop over steps a list, one value a step. Tensors
         are copies, on `device` and (floating point) of type `dtype` where these are given; with `detach=False` they
         stay part of the graph and may be the model's own. Objects that hold tensors, such as a cache of keys and
-        values, are kept as they are, and not counted.
+        values, are copied with them, and counted.
 
         Raises PointNotFoundError where a pattern matches nothing, OutOfOrderError for what the model has passed."""
         return record(self._pass, patterns, device, dtype, detach)

@@ -1,6 +1,16 @@
 """Weights that come later: a model that was built without them takes over those of one that was loaded."""
 
+from pathlib import Path
+
 from torch import nn
+
+_FILES = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".safetensors")
+
+
+def check_weights(folder: Path) -> None:
+    """Raises OSError for a folder without a file of weights, so that what is missing is missed before it is needed."""
+    if folder.is_dir() and not any(file.suffix in _FILES for file in folder.iterdir()):
+        raise OSError(f"there are no weights in {folder}")
 
 
 def adopt(module: nn.Module, loaded: nn.Module) -> None:

@@ -105,10 +105,13 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _models(options: argparse.Namespace) -> None:
-    from diffsight.pipelines.loading import DESCRIPTIONS
+    from diffsight.pipelines import language_loading, loading
 
-    for name, description in DESCRIPTIONS.items():
+    missing = language_loading.to_install()
+    for name, description in loading.DESCRIPTIONS.items():
         print(f"{name}  {description}")
+    for name, description in language_loading.PACKAGED.items():
+        print(f"{name}  {description}" + (f" (not installed: {missing})" if missing else ""))
 
 
 def _prepare(options: argparse.Namespace) -> tuple[Any, dict[str, int]]:

@@ -156,6 +156,7 @@ class Accessors:
         """What `ln_final` and `lm_head` make of hidden states: simply called, without their points firing. What some
         models do besides (a scale, a cap on the logits) is not in it."""
         model = self._model
+        model._load_unless_scanning()
         for name in ("ln_final", "lm_head"):
             target = model._target_named(model._target, name)
             if target is None and name == "lm_head":

@@ -76,9 +76,9 @@ def check_names(
     names: Mapping[str, str],
     inputs: Mapping[str, torch.Tensor],
     parts: Callable[[nn.Module], Mapping[str, str]] = layer_names,
-) -> Structure:
+) -> Structure | None:
     """Checks `names` (as `naming.model_names` gives them), and those that `parts` gives of each layer, with one forward
-    pass over `inputs`.
+    pass over `inputs`. Gives None where that needs the weights, and the model has none yet.
 
     Raises InputError where a name means something else than it should, saying which and how to name the part; warns
     where the pass cannot be made."""
@@ -87,13 +87,16 @@ def check_names(
         with torch.no_grad(), torch.random.fork_rng(devices=[]), _unchanged(model), watch:
             try:
                 fake = _fake(model)
-                watch.run(
-                    lambda **kwargs: functional_call(model, fake, kwargs=kwargs),
-                    {name: tensor.to("meta") for name, tensor in inputs.items()},
-                )
+                with _without_looking(model):
+                    watch.run(
+                        lambda **kwargs: functional_call(model, fake, kwargs=kwargs),
+                        {name: tensor.to("meta") for name, tensor in inputs.items()},
+                    )
             except _Wrong:
                 raise
             except Exception:  # what depends on the data, as the choice of experts may, needs real tensors
+                if any(parameter.is_meta for parameter in model.parameters()):
+                    return None
                 watch.run(model, inputs)
     except _Wrong as wrong:
         raise InputError(_explained(model, names, parts, *wrong.args)) from None
@@ -231,6 +234,25 @@ def _explained(model: nn.Module, names: Mapping[str, str], parts: Callable, name
 def _fake(model: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters and buffers of a model, without their numbers."""
     return {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+@contextmanager
+def _without_looking(model: nn.Module) -> Iterator[None]:
+    """Has a model of transformers do without values where it can: experts are called in a way that does not depend on
+    how many tokens each gets, and a warning that looks at the token ids is left out (until `_unchanged` ends)."""
+    warns, experts = "warn_if_padding_and_no_attention_mask", "_experts_implementation"
+    configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), experts)]
+    before = [getattr(config, experts) for config in configs]
+    for module in model.modules():
+        if hasattr(module, warns):
+            setattr(module, warns, lambda *args, **kwargs: None)
+    try:
+        for config in configs:
+            setattr(config, experts, "batched_mm")
+        yield
+    finally:
+        for config, chosen in zip(configs, before):
+            setattr(config, experts, chosen)
 
 
 def _first(value: Any) -> Any:

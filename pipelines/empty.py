@@ -11,8 +11,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
+from diffsight.weights import check_weights
+
 _OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-_WEIGHTS = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".safetensors")
 
 
 def build_empty(place: str, arguments: dict[str, Any]) -> dict[str, nn.Module]:
@@ -41,9 +42,7 @@ def _class(library: str, name: str) -> type[nn.Module] | None:
 
 
 def _build(cls: type[nn.Module], place: str, name: str, dtype: torch.dtype | None, of_hub: dict) -> nn.Module:
-    folder = Path(place, name)
-    if Path(place).is_dir() and not any(file.suffix in _WEIGHTS for file in folder.iterdir()):
-        raise OSError(f"there are no weights in {folder}")
+    check_weights(Path(place, name))
     if issubclass(cls, PreTrainedModel):
         config = cls.config_class.from_pretrained(place, subfolder=name, **of_hub)
         with init_empty_weights():

@@ -30,11 +30,12 @@ from diffsight.model import with_gradients
 from diffsight.overrides import FORWARD
 from diffsight.rows import Part
 from diffsight.run import Run, Step
+from diffsight.scan import is_scanning
 from diffsight.taps import Target
 
 from .accessors import Accessors, LanguageEnvoy
 from .checking import check_names
-from .language_loading import Source, load_language_model
+from .language_loading import Source, open_language_model
 from .named import Named
 from .naming import are_layers, embeddings, is_list, layer_names, model_names, standard_names
 from .seeds import check_seed
@@ -146,20 +147,29 @@ class LanguageModel(Accessors, Named):
     """Wraps a language model: `source` is a packaged name (`diffsight/smollm2`), a folder, a GGUF file, a hub id, a
     live model, or `(model, tokenizer)`. `arguments` go to the model's `from_pretrained`.
 
+    Weights are loaded when they are first needed: by a run, a call, `.to(...)`; with `dispatch=True` at once. Until
+    then the model is there without them: it can be printed, looked through and scanned.
+
     It answers to the standard names `layers[i]`, `layers[i].self_attn`, `layers[i].mlp`, `ln_final`, `lm_head` and
     `embed_tokens`, whatever the architecture calls them; its own names work as well. `names` says where a part is that
     is not found, or found wrongly: `names={"ln_final": "model.norm"}`, for the parts of a layer the path within it,
-    None to leave a name out. What was found is checked when the model is loaded, by a forward pass on fake tensors.
+    None to leave a name out. What was found is checked at once, by a forward pass on fake tensors.
 
     Raises InputError where `source` names no model, and where a name turns out to be wrong."""
 
     _run_class = LanguageRun
 
     def __init__(
-        self, source: Source, tokenizer: Any = None, *, names: Mapping[str, str | None] | None = None, **arguments: Any
+        self,
+        source: Source,
+        tokenizer: Any = None,
+        *,
+        names: Mapping[str, str | None] | None = None,
+        dispatch: bool = False,
+        **arguments: Any,
     ) -> None:
-        net, tokenizer = load_language_model(source, tokenizer, **arguments)
-        self._wrap(Target(net, FORWARD, ""))
+        net, tokenizer, loader = open_language_model(source, tokenizer, **arguments)
+        self._wrap(Target(net, FORWARD, ""), loader)
         given = _checked(net, names or {})
         found = model_names(net) | {name: path for name, path in given.items() if name in _OF_MODEL}
         found = {name: path for name, path in found.items() if path is not None}
@@ -167,9 +177,9 @@ class LanguageModel(Accessors, Named):
         stacks += [net.get_submodule(found["layers"])] if "layers" in found else []
         self.__dict__.update(tokenizer=tokenizer, _given=given, _stacks=stacks, _targets={}, _structure=None)
         self.__dict__["_known"] = WeakKeyDictionary({net: found})
-        inputs = _trial(net)
-        if inputs:
-            self.__dict__["_structure"] = check_names(net, found, inputs, self._names_of)
+        self._check_names()
+        if dispatch:
+            self._load()
 
     def trace(self, inputs: Any = None, *, grad: bool = False, **kwargs: Any) -> LanguageRun:
         """A run of one forward pass: `with model.trace("The Eiffel Tower is in") as run:`.
@@ -230,15 +240,35 @@ class LanguageModel(Accessors, Named):
 
     def to(self, *args: Any, **kwargs: Any) -> "LanguageModel":
         """Moves or casts the model, as `module.to(...)` does; gives the model."""
+        self._load()
         self._owner.to(*args, **kwargs)
         return self
+
+    # ---- weights that come later
+
+    def _load(self) -> None:
+        comes_now = not self._is_loaded
+        super()._load()
+        if comes_now:
+            self._check_names()
+
+    def _check_names(self) -> None:
+        """Checks the names that were found; again with the weights, where it cannot be done without."""
+        inputs = _trial(self._owner)
+        if inputs and self._structure is None:
+            names = self._known[self._owner]
+            self.__dict__["_structure"] = check_names(self._owner, names, inputs, self._names_of)
 
     # ---- inputs and texts
 
     _left_out_of_generate = ("position_ids", "token_type_ids")  # which `generate` sees to itself, or cannot take
 
     def _encode(self, inputs: Any, kwargs: Mapping[str, Any]) -> Inputs:
-        return encode(self._owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, self._pads_left())
+        owner = self._owner
+        encoded = encode(owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, self._pads_left())
+        if not is_scanning():
+            self._load()
+        return encoded.to(getattr(owner, "device", None))
 
     def _pads_left(self) -> bool:
         """Whether shorter inputs are padded on the left: where the model goes on writing."""
@@ -247,9 +277,9 @@ class LanguageModel(Accessors, Named):
 
     def _first_token(self, inputs: Inputs) -> torch.Tensor:
         config = self._owner.config
-        known = (config.decoder_start_token_id, config.bos_token_id, config.pad_token_id, 0)
-        start = next(token for token in known if token is not None)
-        return torch.full((inputs.rows or 1, 1), start, device=getattr(self._owner, "device", None))
+        names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+        start = next((token for name in names if (token := getattr(config, name, None)) is not None), 0)
+        return torch.full((inputs.rows or 1, 1), start, device=inputs.device)
 
     def _run_of(self, inputs: Inputs, function: Callable[[], Any], sizes: list[int], grad: bool) -> LanguageRun:
         run = self._new_run(function, sizes, None, grad)

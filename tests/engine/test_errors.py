@@ -1,5 +1,7 @@
 """Errors surface where the user made them, with nothing of the engine below, and say what to do."""
 
+import copy
+import pickle
 import traceback
 
 import pytest
@@ -336,3 +338,14 @@ def test_every_error_is_one_of_diffsights():
     for error in (OutOfOrderError, NeverReachedError, PointNotFoundError, NoRunError, RunClosedError, AssignmentError):
         assert issubclass(error, DiffsightError)
     assert issubclass(PointNotFoundError, AttributeError)
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, copy.copy, pickle.dumps])
+def test_a_model_is_not_copied(net, x, copying):
+    model = Model(net)
+    for thing in (model, model.layers[0], {"model": model}):
+        if copying is copy.copy and thing is not model:
+            continue
+        with pytest.raises(InputError, match=r"wrap a copy of what it wraps, Model\(copy\.deepcopy\(module\)\)"):
+            copying(thing)
+    assert Model(copy.deepcopy(net)).trace(x).result.equal(net(x))

@@ -146,3 +146,36 @@ def test_a_point_where_the_model_stands(net, x):
     assert list(kept) == [f"layers[{i}].output" for i in range(3)]
     assert torch.equal(kept["layers[0].output"], torch.zeros_like(x))
     assert torch.equal(kept["layers[1].output"], net.layers[1](torch.zeros_like(x)))
+
+
+def test_objects_that_hold_tensors_are_copied_and_counted(gpt2, ids, greedy):
+    """A cache of keys and values, which the model goes on filling."""
+    with Model(gpt2).generate(ids, **greedy) as run:
+        kept = run.record("output", dtype=torch.float64)
+        for _ in run.steps:
+            pass
+    caches = [output.past_key_values for output in kept["output"]]
+    assert [cache.get_seq_length() for cache in caches] == [3, 4, 5, 6]
+    expected = gpt2(run.result[:, :5]).past_key_values
+    for layer, other in zip(caches[2].layers, expected.layers):
+        assert layer.keys.dtype == torch.float64
+        assert torch.allclose(layer.keys, other.keys.double(), atol=1e-5)
+        assert torch.allclose(layer.values, other.values.double(), atol=1e-5)
+    inside = [tensor for cache in caches for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    logits = [output.logits for output in kept["output"]]
+    assert kept.nbytes == sum(tensor.nbytes for tensor in (*inside, *logits))
+    assert len(kept.tensors) == len(inside) + len(logits)
+
+
+def test_objects_without_tensors_are_kept_as_they_are(net, x):
+    thing, generator = object(), torch.Generator()
+
+    class Takes(torch.nn.Module):
+        def forward(self, x, *others):
+            return x
+
+    with Model(Takes()).trace(x, thing, generator, net) as run:
+        kept = run.record("inputs")
+    (_, *others), _ = kept["inputs"]
+    assert others[0] is thing and others[1] is generator and others[2] is net
+    assert len(kept.tensors) == 1

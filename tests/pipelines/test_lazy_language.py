@@ -1,0 +1,323 @@
+"""A language model's weights come when they are needed: what works without, what brings them, that nothing is lost."""
+
+import shutil
+import subprocess
+import sys
+import warnings
+
+import architectures
+import pytest
+import torch
+import transformers
+
+import tiny
+from diffsight import InputError, LanguageModel
+from diffsight.pipelines.checking import NamesWarning
+
+transformers.logging.set_verbosity_error()
+
+TOKENIZER = tiny.gemma_tokenizer()
+PROMPT = "a red circle"
+IDS = TOKENIZER(PROMPT, return_tensors="pt")["input_ids"]
+SIZES = {"vocab_size": len(TOKENIZER), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+
+
+def gpt2():
+    config = transformers.GPT2Config(**SIZES, n_embd=32, n_layer=3, n_head=4, n_positions=64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.GPT2LMHeadModel(config).eval()
+
+
+def is_empty(model):
+    return all(parameter.is_meta for parameter in model._owner.parameters())
+
+
+@pytest.fixture(scope="module")
+def net():
+    return gpt2()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "gpt2"
+    gpt2().save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The classes of which weights have been read, as they come."""
+    read, plain = [], transformers.PreTrainedModel.from_pretrained.__func__
+
+    def from_pretrained(cls, *args, **kwargs):
+        read.append(cls.__name__)
+        return plain(cls, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
+    return read
+
+
+@pytest.fixture
+def model(saved, loads):
+    return LanguageModel(saved)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+# Without weights
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        print,
+        dir,
+        lambda model: model.config.n_layer,
+        lambda model: model.dtype,
+        lambda model: model.transformer.h[1].mlp,
+        lambda model: len(model.layers),
+        lambda model: model.layers[1].self_attn,
+        lambda model: model.token_id("red"),
+        lambda model: model.scan(PROMPT).layers_output[1],
+        lambda model: model.scan(["the", PROMPT]).logits,
+        lambda model: model.trace(),
+        lambda model: model.edit(lambda run: run.layers_output[1].mul_(0)),
+    ],
+    ids=lambda look: getattr(look, "__name__", None),
+)
+def test_looking_needs_no_weights(model, loads, look):
+    look(model)
+    assert loads == []
+    assert is_empty(model)
+
+
+def test_bad_input_is_refused_before_weights_are_read(model, loads):
+    for wrong in ("", [], "a red " * 40, [PROMPT, [3, 4]]):
+        with pytest.raises(InputError):
+            model.trace(wrong)
+        with pytest.raises(InputError):
+            model.generate(wrong)
+    with pytest.raises(InputError, match="a seed is a whole number"):
+        model.generate(PROMPT, seed=-1)
+    assert loads == []
+
+
+def test_a_scan_gives_the_shapes_of_the_run(model):
+    with model.scan(["the", PROMPT]) as scanned:
+        shapes = [scanned.layers_output[1].shape, scanned.logits.shape]
+    assert is_empty(model)
+    with model.trace(["the", PROMPT]) as run:
+        assert shapes == [run.layers_output[1].shape, run.logits.shape]
+
+
+def test_the_tree_is_that_of_the_loaded_model(model, net):
+    told = repr(model)
+    assert "weights: not loaded yet" in told
+    live = repr(LanguageModel(net))
+    assert told.replace("\nweights: not loaded yet, the first run loads them", "") == live
+    assert repr(model.to("cpu")) == live
+
+
+def test_opening_takes_no_memory(saved):
+    """In a process of its own: of all parameters nothing is there."""
+    code = f"""
+from diffsight import LanguageModel
+model = LanguageModel({str(saved)!r})
+weights = list(model._owner.parameters())
+print(sum(p.numel() for p in weights), sum(p.nbytes for p in weights if not p.is_meta))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count, here = map(int, done.stdout.split())
+    assert count == sum(parameter.numel() for parameter in gpt2().parameters())
+    assert here == 0
+
+
+def test_names_are_checked_at_once(saved, loads):
+    with pytest.raises(InputError, match=r"'ln_final' was taken to be 'transformer\.wpe'"):
+        LanguageModel(saved, names={"ln_final": "transformer.wpe"})
+    assert loads == []
+
+
+def test_names_are_checked_with_the_weights_where_it_needs_them(tmp_path, monkeypatch):
+    """A choice that depends on the data cannot be made on fake tensors."""
+    plain = transformers.models.gpt2.modeling_gpt2.GPT2MLP.forward
+
+    def forward(self, hidden):
+        return plain(self, hidden) if hidden.sum().item() > 0 else plain(self, -hidden)
+
+    monkeypatch.setattr(transformers.models.gpt2.modeling_gpt2.GPT2MLP, "forward", forward)
+    gpt2().save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NamesWarning)
+        wrong = LanguageModel(tmp_path, names={"ln_final": "transformer.wpe"})
+        edited = wrong.edit(lambda run: None)
+        for lazy in (wrong, edited):
+            with pytest.raises(InputError, match=r"'ln_final' was taken to be 'transformer\.wpe'"):
+                lazy.trace(IDS)
+        assert LanguageModel(tmp_path).trace(IDS).result.logits.shape == (1, IDS.shape[1], len(TOKENIZER))
+
+
+# What brings them
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model.trace(PROMPT).result,
+        lambda model: model.trace(PROMPT).layers_output[1],
+        lambda model: model.generate(PROMPT, max_new_tokens=2).text,
+        lambda model: model(IDS),
+        lambda model: model.to("cpu"),
+        lambda model: model.layers[0].mlp(torch.zeros(1, 2, 32)),
+        lambda model: model.lm_head.weight,
+        lambda model: model.project_on_vocab(torch.zeros(1, 2, 32)),
+        lambda model: model.state_dict(),
+        lambda model: model.device,
+        lambda model: model.edit(lambda run: run.layers_output[1]).trace(PROMPT).result,
+    ],
+)
+def test_using_the_model_loads_them(model, loads, net, use):
+    use(model)
+    assert loads == ["GPT2LMHeadModel"]
+    use(model)
+    assert loads == ["GPT2LMHeadModel"], "they are loaded once"
+    state, plain = model.state_dict(), net.state_dict()
+    assert state.keys() == plain.keys()
+    assert all(torch.equal(state[name], plain[name]) for name in plain)
+    assert model.lm_head.weight is model.transformer.wte.weight  # tied, as they were
+
+
+def test_passes_of_their_own(model, loads, net):
+    with model.trace() as run:
+        assert loads == []
+        with run.invoke(IDS):
+            hidden = model.layers_output[0]
+    assert torch.equal(run.result[0].logits, net(IDS).logits)
+    assert torch.equal(net.lm_head(net.transformer.ln_f(hidden)), model.project_on_vocab(hidden))
+
+
+def test_at_once(saved, loads):
+    model = LanguageModel(saved, dispatch=True)
+    assert loads == ["GPT2LMHeadModel"]
+    assert "not loaded" not in repr(model)
+
+
+def test_a_live_model_is_taken_as_it_is(net, loads):
+    for dispatch in (False, True):
+        assert LanguageModel((net, TOKENIZER), dispatch=dispatch)._owner is net
+    assert loads == []
+
+
+# Nothing is lost
+
+
+def test_runs_give_the_bits_of_the_plain_model(model, net):
+    assert torch.equal(model.trace(PROMPT).result.logits, net(IDS).logits)
+    expected = net.generate(IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4)
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=4).result, expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox", "mamba", "bloom", "qwen3_moe", "gemma3_text", "gpt_oss"])
+def test_other_architectures(tmp_path, kind):
+    """Rotations in no file, experts, states, tied heads."""
+    plain = architectures.build_causal(kind)
+    plain.save_pretrained(tmp_path)
+    ids = architectures.inputs_of(plain)
+    model = LanguageModel(tmp_path)
+    assert model._structure is not None, "its names could be checked without weights"
+    if kind not in ("qwen3_moe", "gpt_oss"):  # in float32 PyTorch knows no shapes of their way to call experts
+        assert model.scan(ids).logits.shape == (*ids.shape, plain.config.vocab_size)
+    assert is_empty(model)
+    with model.trace(ids) as run:
+        hidden = run.layers_output[0]
+    assert torch.equal(run.result.logits, plain(ids).logits)
+    assert hidden.shape[:2] == ids.shape
+    assert not any(tensor.is_meta for tensor in (*model._owner.parameters(), *model._owner.buffers()))
+    assert not any(module.training for module in model._owner.modules())
+
+
+def test_handles_taken_before_name_the_loaded_modules(model, net):
+    block, layers, head = model.transformer.h[0], list(model.layers), model.lm_head
+    with model.trace(PROMPT) as run:
+        seen = [block.output, layers[1].output, head.output]
+    with LanguageModel(net).trace(IDS) as run:
+        expected = [run.layers_output[0], run.layers_output[1], run.logits]
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected))
+
+
+def test_edits_made_before(model, net):
+    edited = model.edit(lambda run: run.layers_output[1].zero_())
+    assert is_empty(model)
+    with LanguageModel(net).trace(IDS) as run:
+        run.layers_output[1].zero_()
+    assert torch.equal(edited.trace(PROMPT).result.logits, run.result.logits)
+    assert torch.equal(model.trace(PROMPT).result.logits, net(IDS).logits)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dtype": torch.float16}, {"dtype": "float16"}, {"torch_dtype": "auto"}])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_types_are_known_beforehand(tmp_path, arguments, stored):
+    gpt2().to(stored).save_pretrained(tmp_path)
+    model = LanguageModel(tmp_path, **arguments)
+    before = model.dtype
+    assert is_empty(model)
+    plain = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, **arguments)
+    assert before == plain.dtype == model.to("cpu").dtype
+
+
+def test_arguments_go_to_from_pretrained(saved):
+    model = LanguageModel(saved, attn_implementation="eager", device_map="cpu", resid_pdrop=0.25)
+    assert (model.config._attn_implementation, model.config.resid_pdrop) == ("eager", 0.25)
+    with model.trace(PROMPT) as run:
+        assert run.attention_probs[0].shape == (1, 4, IDS.shape[1], IDS.shape[1])
+    assert (model.config._attn_implementation, model.config.resid_pdrop) == ("eager", 0.25)
+    config = transformers.GPT2Config.from_pretrained(saved, resid_pdrop=0.5)
+    assert LanguageModel(saved, config=config, dispatch=True).config.resid_pdrop == 0.5
+
+
+def test_the_generation_settings_of_the_folder(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "beams")
+    transformers.GenerationConfig(num_beams=3, max_new_tokens=4, pad_token_id=0).save_pretrained(tmp_path / "beams")
+    with LanguageModel(tmp_path / "beams").generate(PROMPT) as run:
+        assert run.rows[0].layers_output[0].shape[0] == 3
+
+
+def test_a_repository_of_the_hub(saved, tmp_path, loads, net):
+    """As it lies in the hub's cache on disk."""
+    revision = "a" * 40
+    repository = tmp_path / "models--owner--name"
+    shutil.copytree(saved, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    model = LanguageModel("owner/name", cache_dir=str(tmp_path), local_files_only=True)
+    assert loads == []
+    assert torch.equal(model.trace(PROMPT).result.logits, net(IDS).logits)
+
+
+# Errors
+
+
+def test_what_is_missing_is_missed_at_once(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="there are no weights in"):
+        LanguageModel(tmp_path / "gpt2")
+
+
+def test_weights_that_cannot_be_read(saved, tmp_path, net):
+    shutil.copytree(saved, tmp_path / "gpt2")
+    file = tmp_path / "gpt2" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000])
+    model = LanguageModel(tmp_path / "gpt2")
+    for _ in range(2):
+        with pytest.raises(Exception, match=r"(?i)header|incomplete"):
+            model.trace(PROMPT)
+    file.write_bytes(whole)
+    assert torch.equal(model.trace(PROMPT).result.logits, net(IDS).logits)
