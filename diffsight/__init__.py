@@ -38,13 +38,17 @@ if TYPE_CHECKING:
     from diffsight.lenses.diffusion import DiffusionLensResult, LensWarning, diffusion_lens
     from diffsight.pipelines.diffusion import DiffusionModel
     from diffsight.pipelines.encoders import Encoder, Encoders, find_encoders
+    from diffsight.pipelines.huggingface import HFPipeline
     from diffsight.pipelines.language import LanguageModel
+    from diffsight.pipelines.vision_language import VisionLanguageModel
 
 __version__ = "0.1.0"
 
 _LATER = {
     "DiffusionModel": "diffsight.pipelines.diffusion",
+    "HFPipeline": "diffsight.pipelines.huggingface",
     "LanguageModel": "diffsight.pipelines.language",
+    "VisionLanguageModel": "diffsight.pipelines.vision_language",
     "diffusion_lens": "diffsight.lenses.diffusion",
     "DiffusionLensResult": "diffsight.lenses.diffusion",
     "LensWarning": "diffsight.lenses.diffusion",
@@ -63,6 +67,7 @@ __all__ = [
     "Encoder",
     "Encoders",
     "Envoy",
+    "HFPipeline",
     "InputError",
     "LanguageModel",
     "LensWarning",
@@ -77,6 +82,7 @@ __all__ = [
     "Session",
     "SourceError",
     "Step",
+    "VisionLanguageModel",
     "WrongThreadError",
     "diffusion_lens",
     "find_encoders",

@@ -104,11 +104,11 @@ def _call_instead(stand_in: Callable, function: Callable, args: tuple, kwargs: d
 
 
 class ModuleState:
-    """What a module holds itself: weights, and attributes, such as tables it keeps for later calls. Not what it calls:
-    children, hooks, its forward pass."""
+    """What a module holds itself: weights, and attributes, such as tables it keeps for later calls, and the hooks that
+    go along with these. Not what it calls: children, its forward pass."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module, self.hooks = module, HookTables(module)
         self.attributes = self._read()
         self.contents = {n: value.copy() for n, value in self.attributes.items() if type(value) in (dict, list)}
 
@@ -117,6 +117,7 @@ class ModuleState:
         return {n: v for n, v in held if n != "_modules" and not n.startswith("_diffsight") and not callable(v)}
 
     def restore(self) -> None:
+        self.hooks.restore()
         held = vars(self.module)
         for name in self._read().keys() - self.attributes.keys():
             del held[name]
@@ -125,6 +126,23 @@ class ModuleState:
             value = held[name]
             value.clear()
             value.extend(content) if isinstance(value, list) else value.update(content)
+
+
+class HookTables:
+    """The hooks on a module. Those that come after are taken off by `restore()`, but for those of runs: the models of
+    transformers, for one, put hooks on their parts in their first call, and keep in mind that they are there."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._tables = [(table, set(table)) for table in (module._forward_hooks, module._forward_pre_hooks)]
+
+    def restore(self) -> None:
+        for table, known in self._tables:
+            for key in [key for key in table if key not in known and not _is_of_a_run(table[key])]:
+                del table[key]
+
+
+def _is_of_a_run(hook: Callable) -> bool:
+    return (getattr(hook, "__module__", None) or "").split(".")[0] == __package__
 
 
 class Eager:

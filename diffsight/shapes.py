@@ -238,7 +238,7 @@ def _known_index(index: Any) -> Any:
 
 def _made_with_values(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Calls a function that is given no meta tensors; integers that it makes on the meta device have values."""
-    counted = function is torch.arange or _is_counted(kwargs.get("dtype") or torch.float)
+    counted = function in (torch.arange, torch.tensor) or _is_counted(kwargs.get("dtype") or torch.float)
     if function in _MAKERS and counted and torch.device(kwargs.get("device") or "cpu").type == "meta":
         return _to_meta(function(*args, **{**kwargs, "device": torch.device("cpu")}))
     return function(*args, **kwargs)

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError
+from diffsight.scan import HookTables
 
 from .naming import layer_names
 from .spans import module_at
@@ -270,11 +271,12 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Puts back what modules keep of a pass (tables of positions and the like): those of a fake one are fake."""
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    before = [(module, HookTables(module), dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     try:
         yield
     finally:
-        for module, attributes, buffers in before:
+        for module, hooks, attributes, buffers in before:
+            hooks.restore()
             vars(module).clear()
             vars(module).update(attributes)
             module._buffers.clear()

@@ -39,7 +39,9 @@ from .encoders import Encoders, find_encoders
 from .layouts import COND, UNCOND, Layouts
 from .loading import open_pipeline
 from .naming import standard_names
+from .parts import part_targets
 from .prompts import check_prompts
+from .seeds import check_seed
 
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_images_per_caption")
 
@@ -207,8 +209,7 @@ class DiffusionModel(Model):
         count = _inputs(arguments) * _pictures_each(arguments)
         several = isinstance(seed, Iterable) and not isinstance(seed, str)
         for s in seed if several else [seed]:
-            if not hasattr(s, "__index__") or isinstance(s, bool) or not 0 <= s < 2**64:
-                raise InputError(f"a seed is a whole number from 0 on, below 2**64, not {s!r}")
+            check_seed(s)
         seeds = [int(s) for s in seed] if several else [int(seed) + i for i in range(count)]
         if len(seeds) != count:
             raise InputError(f"{len(seeds)} seeds for {count} pictures: give one seed a picture, or a single number")
@@ -227,12 +228,7 @@ class DiffusionModel(Model):
     def _children_of(self, target: Target) -> dict[str, Target]:
         if target.owner is not self._owner:
             return target.named_children()
-        known, targets = self._part_targets, {}
-        for name, part in self._parts().items():
-            if name not in known or known[name].owner is not part:
-                known[name] = Target(part, FORWARD if isinstance(part, nn.Module) else "__call__", name)
-            targets[name] = known[name]
-        return targets
+        return part_targets(self._parts(), self._part_targets)
 
     def _methods_of(self, owner: Any) -> Mapping[str, str]:
         """`encode_prompt` of the pipeline, `encode` and `decode` of a VAE, `step` of a scheduler."""

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from diffsight.envoy import Points, keeping_attribute_errors, raise_kept
 from diffsight.errors import InputError, PointNotFoundError, suggest
-from diffsight.model import Model, with_gradients
+from diffsight.model import with_gradients
 from diffsight.overrides import FORWARD
 from diffsight.rows import Part
 from diffsight.run import Run, Step
@@ -36,8 +36,10 @@ from diffsight.taps import Target
 from .accessors import Accessors, LanguageEnvoy
 from .checking import check_names
 from .language_loading import Source, open_language_model
+from .named import Named
 from .naming import are_layers, embeddings, is_list, layer_names, model_names, standard_names
-from .spans import is_at, module_at, target_at
+from .seeds import check_seed
+from .spans import module_at
 from .texts import Inputs, encode
 
 
@@ -141,7 +143,7 @@ class LanguageRun(Run):
         return _one_or_many([self._model._added_text(row[start:]) for row in ids])
 
 
-class LanguageModel(Accessors, Model):
+class LanguageModel(Accessors, Named):
     """Wraps a language model: `source` is a packaged name (`diffsight/smollm2`), a folder, a GGUF file, a hub id, a
     live model, or `(model, tokenizer)`. `arguments` go to the model's `from_pretrained`.
 
@@ -209,10 +211,11 @@ class LanguageModel(Accessors, Model):
             raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; trace() runs its forward pass")
         if inputs is None and not kwargs.keys() & {"input_ids", "inputs_embeds"}:
             return self._new_run(_no_input, again=partial(self.generate, seed=seed, grad=grad, **kwargs))
-        if seed is not None and (isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed < 2**64):
-            raise InputError(f"a seed is a whole number from 0 on, below 2**64, not {seed!r}")
+        if seed is not None:
+            check_seed(seed)
         encoded = self._encode(inputs, kwargs)
-        given = {n: v for n, v in encoded.values.items() if n not in ("position_ids", "token_type_ids") or n in kwargs}
+        left_out = self._left_out_of_generate
+        given = {n: v for n, v in encoded.values.items() if n not in left_out or n in kwargs}
         if "attention_mask" not in given and encoded.tokens is not None:
             given["attention_mask"] = torch.ones_like(encoded.tokens)
         chosen = _Chosen()
@@ -258,13 +261,19 @@ class LanguageModel(Accessors, Model):
 
     # ---- inputs and texts
 
+    _left_out_of_generate = ("position_ids", "token_type_ids")  # which `generate` sees to itself, or cannot take
+
     def _encode(self, inputs: Any, kwargs: Mapping[str, Any]) -> Inputs:
         owner = self._owner
-        left = not owner.config.is_encoder_decoder and getattr(owner, "can_generate", lambda: False)()
-        encoded = encode(owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, left)
+        encoded = encode(owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, self._pads_left())
         if not is_scanning():
             self._load()
         return encoded.to(getattr(owner, "device", None))
+
+    def _pads_left(self) -> bool:
+        """Whether shorter inputs are padded on the left: where the model goes on writing."""
+        owner = self._owner
+        return not owner.config.is_encoder_decoder and getattr(owner, "can_generate", lambda: False)()
 
     def _first_token(self, inputs: Inputs) -> torch.Tensor:
         config = self._owner.config
@@ -289,13 +298,6 @@ class LanguageModel(Accessors, Model):
 
     # ---- names
 
-    def _names_of(self, owner: Any) -> Mapping[str, str]:
-        if not isinstance(owner, nn.Module):
-            return {}
-        if owner not in self._known:
-            self._known[owner] = self._find_names(owner)
-        return self._known[owner]
-
     def _find_names(self, part: nn.Module) -> dict[str, str]:
         """Of a layer of any stack of them; of an encoder, or whatever else is a model in the model."""
         if any(part is layer for layers in self._stacks for layer in layers):
@@ -305,16 +307,6 @@ class LanguageModel(Accessors, Model):
     def _of_layer(self, layer: nn.Module) -> dict[str, str]:
         found = layer_names(layer) | {name: path for name, path in self._given.items() if name in _OF_LAYER}
         return {name: path for name, path in found.items() if path is not None and _is_there(layer, path)}
-
-    def _target_named(self, outer: Target, name: str) -> Target | None:
-        real = self._names_of(outer.owner).get(name)
-        if real is None:
-            return None
-        key = (*outer.key, outer.path, name)
-        known = self._targets.get(key)
-        if known is None or not is_at(known, outer, real):
-            known = self._targets[key] = target_at(outer, name, real)
-        return known
 
     def _bound(self, run: Run, part: Part | None = None) -> LanguageEnvoy:
         return LanguageEnvoy(self, self._target, run, part=part)

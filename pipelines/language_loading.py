@@ -6,7 +6,7 @@ One that is not there yet is built from its configuration alone; its weights are
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
@@ -104,7 +104,7 @@ def _kind(config: Any) -> Any:
     if saved_as is not None:
         return saved_as
     kinds = ["AutoModelForSeq2SeqLM"] if config.is_encoder_decoder else ["AutoModelForCausalLM", "AutoModelForMaskedLM"]
-    for kind in (*kinds, "AutoModel"):
+    for kind in (*kinds, "AutoModelForImageTextToText", "AutoModel"):
         auto = getattr(transformers, kind)
         if type(config) in auto._model_mapping or getattr(config, "auto_map", None):
             return auto
@@ -124,13 +124,16 @@ def _unpacked(place: str, **arguments: Any) -> nn.Module:
 
 def _own_tokenizer(place: str, gguf: dict[str, str], arguments: dict[str, Any]) -> Any:
     """The tokenizer that lies beside the model, or None."""
-    kept = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only")
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            place, **gguf, **{k: v for k, v in arguments.items() if k in kept}
-        )
+        return transformers.AutoTokenizer.from_pretrained(place, **gguf, **hub_arguments(arguments))
     except (OSError, ValueError, KeyError):
         return None
+
+
+def hub_arguments(arguments: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """Those of the arguments of `from_pretrained` that say where to look, and those named besides."""
+    kept = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", *more)
+    return {name: value for name, value in arguments.items() if name in kept}
 
 
 def _tokenizer(given: Any) -> Any:
@@ -145,6 +148,11 @@ def _tokenizer(given: Any) -> Any:
 
 
 # ---- places
+
+
+def place_of(source: str | Path) -> str:
+    """The folder or hub id that a name stands for; InputError where it is none."""
+    return _place(str(source))[0]
 
 
 def _place(name: str) -> tuple[str, dict[str, str]]:

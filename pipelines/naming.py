@@ -42,7 +42,7 @@ def model_names(model: nn.Module) -> dict[str, str]:
     names = {name: _below(trunk, path) for name, path in found.items()}
     words = embeddings(model.get_submodule(trunk)) or embeddings(model)
     if words is not None and not isinstance(words, nn.ModuleList):  # sound has one for each codebook
-        names["embed_tokens"] = _path_of(model, words)
+        names["embed_tokens"] = path_of(model, words)
     head = _head(model, names.get("layers", ""))
     if head:
         names["lm_head"] = head
@@ -57,6 +57,7 @@ def standard_names(encoder: nn.Module) -> dict[str, str]:
         return {}
     lists = _beside_words(encoder, lists)
     lists = {path: module for path, module in lists.items() if are_layers(module)} or lists
+    lists = {path: module for path, module in lists.items() if "cross" not in path.rpartition(".")[2]} or lists
     sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in lists.items()}
     layers = max(lists, key=lambda path: (-path.count("."), sizes[path]))
     norm = _norm_beside(encoder, layers)
@@ -102,7 +103,7 @@ def _half(model: nn.Module, half: str) -> str | None:
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return None
     module = getattr(model, f"get_{half}")() if hasattr(model, f"get_{half}") else None
-    return _path_of(model, module) if module is not model else None
+    return path_of(model, module) if module is not model else None
 
 
 def embeddings(model: nn.Module) -> nn.Module | None:
@@ -122,15 +123,17 @@ def word_embeddings(module: nn.Module) -> list[str]:
     return [path for path, part in tables.items() if part.num_embeddings == size]
 
 
-def _path_of(model: nn.Module, module: nn.Module | None) -> str:
+def path_of(model: nn.Module, module: nn.Module | None) -> str:
+    """The path of a module in a model; empty where it is not there."""
     return next((path for path, known in model.named_modules(remove_duplicate=False) if known is module), "")
 
 
 def _head(model: nn.Module, layers: str) -> str | None:
-    """From what follows the trunk to the output embeddings; without the latter, the only module that follows."""
+    """From what follows the trunk to the output embeddings; without the latter, the only module that follows. Where the
+    trunk has them itself, being a whole language model, those of that."""
     children = [name for name, _ in model.named_children()]
-    trunk = layers.split(".")[0]
-    if trunk not in children or trunk == layers:
+    trunk, _, inner = layers.partition(".")
+    if trunk not in children or not inner:
         return None
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if isinstance(output, nn.ModuleList):  # sound has one for each codebook
@@ -141,7 +144,10 @@ def _head(model: nn.Module, layers: str) -> str | None:
         if not isinstance(model.get_submodule(name), nn.ModuleList)
         and any(True for _ in model.get_submodule(name).parameters())
     ]
-    holder = _path_of(model, output).split(".")[0] if output is not None else ""
+    holder = path_of(model, output).split(".")[0] if output is not None else ""
+    if holder == trunk or not (holder or behind):
+        found = _head(model.get_submodule(trunk), inner)
+        return _below(trunk, found) if found else None
     if not holder:
         return behind[0] if len(behind) == 1 else None
     first = behind[0] if holder in behind else holder
@@ -151,7 +157,7 @@ def _head(model: nn.Module, layers: str) -> str | None:
 def _beside_words(encoder: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
     """Of `lists`, those next to the word embeddings: in a vision-language encoder not the vision tower's."""
     words = embeddings(encoder)
-    path = _path_of(encoder, words) if words is not None else next(iter(word_embeddings(encoder)), "")
+    path = path_of(encoder, words) if words is not None else next(iter(word_embeddings(encoder)), "")
     near = path.rpartition(".")[0]
     while near and not any(path.startswith(f"{near}.") for path in lists):
         near = near.rpartition(".")[0]

@@ -1,0 +1,217 @@
+"""HFPipeline: any pipeline of transformers, opened; it is called as ever.
+
+model = HFPipeline("image-classification", model="google/vit-base-patch16-224")     # or a live transformers.pipeline(…)
+
+with model.trace("cat.png") as run:
+    run.model.layers[4].output[:, 0] = 0
+    run.forward.output.logits               # between `preprocess` and `postprocess`
+run.result                                  # what the pipeline returned
+
+with HFPipeline("text-generation", model=folder).generate("Once", max_new_tokens=20, seed=0) as run:
+    for step in run.steps:                  # one turn per generated token
+        print(run.model.lm_head.output[:, -1].argmax(-1))
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import transformers
+from torch import nn
+from torch.utils._pytree import tree_map
+from transformers import Pipeline, PreTrainedModel
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.base import ChunkPipeline
+from transformers.pipelines.pt_utils import PipelineIterator
+
+from diffsight.clock import Clock
+from diffsight.errors import InputError, PointNotFoundError, suggest
+from diffsight.model import with_gradients
+from diffsight.overrides import Override
+from diffsight.run import Run
+from diffsight.taps import Target
+
+from .named import Named
+from .naming import are_layers, is_list, layer_names, model_names, standard_names
+from .parts import part_targets
+from .seeds import check_seed
+
+_PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # besides modules
+_METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "postprocess"}
+_FAILURES = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError)
+
+
+class HFPipeline(Named):
+    """Wraps a pipeline of transformers: `source` is a live `transformers.pipeline(...)`; or what that function takes, a
+    task ("text-classification", with `model=…` and the like in `arguments`), or a hub id or folder whose task the hub
+    knows.
+
+    `model` and whatever else the pipeline has (`tokenizer`, `image_processor`, `feature_extractor`, a `vocoder`) are
+    envoys; so are its methods `preprocess`, `forward` and `postprocess`. In `model`, and the models in it, the standard
+    names `layers[i]`, `layers[i].self_attn`, `layers[i].mlp` and `ln_final` work; where it writes text, also `lm_head`
+    and `embed_tokens`.
+
+    Raises InputError where `source` is no pipeline."""
+
+    def __init__(self, source: Pipeline | str | Path, **arguments: Any) -> None:
+        pipeline = _opened(source, arguments)
+        self._wrap(Target(pipeline, "__call__", ""))
+        self.__dict__.update(_known=WeakKeyDictionary(), _targets={}, _part_targets={})
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """The pipeline itself."""
+        return self._owner
+
+    def trace(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> Run:
+        """A run of the pipeline: `with model.trace("a text") as run:`, or right away `model.trace("a text").result`.
+        The arguments are those of the pipeline.
+
+        A step is one call of `model`: where it writes, a generated token; where a list of inputs goes through it in
+        several batches, a batch. Of a list that makes one batch (`batch_size=`), `run.rows` are the inputs. With `seed`
+        the model draws from a random stream of its own; with `grad=True` the pipeline's `no_grad` is lifted."""
+        if seed is not None:
+            check_seed(seed)
+        pipeline = self._owner
+        if kwargs.get("num_workers") or pipeline._num_workers:
+            raise InputError("num_workers: what runs in processes of their own cannot be seen. Leave it out")
+
+        def call() -> Any:
+            with _gradients(pipeline) if grad else nullcontext():
+                result = pipeline(*args, **kwargs)
+                return list(result) if isinstance(result, PipelineIterator) else result
+
+        again = None if args else partial(self.trace, seed=seed, grad=grad, **kwargs)
+        run = self._new_run(call, self._sizes(args, kwargs), again, grad)
+        run._flow.seed = seed
+        return run
+
+    def generate(self, *args: Any, **kwargs: Any) -> Run:
+        """The same as `trace`, of a pipeline that writes or draws."""
+        if not (self._owner._pipeline_calls_generate and self._owner.model.can_generate()):
+            raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; trace() calls it")
+        return self.trace(*args, **kwargs)
+
+    # ---- parts
+
+    def _parts(self) -> dict[str, Any]:
+        """What the pipeline has, by name; what stands there twice, once."""
+        own, parts = vars(self._owner), {}
+        for name, part in own.items():
+            if isinstance(part, nn.Module) or (name in _PARTS and callable(part)):
+                parts.setdefault(id(part), (name, part))
+        return dict(parts.values())
+
+    def _children_of(self, target: Target) -> dict[str, Target]:
+        if target.owner is not self._owner:
+            return target.named_children()
+        return part_targets(self._parts(), self._part_targets)
+
+    def _components(self) -> list[Target]:
+        return [*self._method_targets().values(), *self._children_of(self._target).values()]
+
+    def _method_targets(self) -> dict[str, Target]:
+        return {name: Target(self._owner, method, name) for name, method in _METHODS.items()}
+
+    def _methods_of(self, owner: Any) -> Mapping[str, str]:
+        return {name: name for name in _METHODS if name != "forward"} if owner is self._owner else {}
+
+    def _target_named(self, outer: Target, name: str) -> Target | None:
+        if outer.owner is self._owner:  # `pipeline.forward` is what surrounds the method that each kind has of its own
+            return self._method_targets().get(name)
+        return super()._target_named(outer, name)
+
+    def _clock(self) -> Clock:
+        return Clock([self._children_of(self._target)["model"]])
+
+    def _find_names(self, part: nn.Module) -> dict[str, str]:
+        modules = [own for own in self._parts().values() if isinstance(own, nn.Module)]
+        stacks = (stack for own in modules for stack in own.modules() if is_list(stack) and are_layers(stack))
+        if any(part is layer for stack in stacks for layer in stack):
+            return layer_names(part)
+        if not isinstance(part, PreTrainedModel):
+            return {}
+        return model_names(part) if part.get_output_embeddings() is not None else standard_names(part)
+
+    def _sizes(self, args: tuple, kwargs: Mapping[str, Any]) -> list[int]:
+        """How many entries of the batch each input has, where they make one."""
+        given = args[0] if args else None
+        size = kwargs.get("batch_size") or self._owner._batch_size or 1
+        if not isinstance(given, list) or isinstance(self._owner, ChunkPipeline) or len(given) > size:
+            return []
+        return [1] * len(given)
+
+    def _describe(self, owner: Any) -> str:
+        if owner is not self._owner:
+            return super()._describe(owner)
+        shown = {name: repr(p) if isinstance(p, nn.Module) else type(p).__name__ for name, p in self._parts().items()}
+        lines = [f"  ({name}): " + text.replace("\n", "\n  ") for name, text in shown.items()]
+        methods = ", ".join(f"{name}()" for name in _METHODS)
+        return "\n".join([f"{type(owner).__name__}(", *lines, ")", f"traceable besides modules: {methods}"])
+
+
+def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
+    """The pipeline that a user names, or has."""
+    if isinstance(source, Pipeline):
+        if arguments:
+            raise InputError(f"a live pipeline is already loaded; it takes no {', '.join(arguments)}")
+        return source
+    if not isinstance(source, (str, Path)):
+        raise InputError(
+            f"HFPipeline takes transformers.pipeline(...), a task or a name, not {type(source).__name__}: "
+            "HFPipeline(transformers.pipeline(task, model=model, tokenizer=tokenizer))"
+        )
+    tasks = PIPELINE_REGISTRY.get_supported_tasks()
+    is_task = str(source) in tasks or "model" in arguments
+    try:
+        return transformers.pipeline(**{"task" if is_task else "model": str(source)}, **arguments)
+    except _FAILURES as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        hint = "" if str(source) in tasks else suggest(str(source), tasks)
+        raise InputError(
+            f"there is no pipeline {str(source)!r} that can be loaded{hint}: {type(error).__name__}: {reason}"
+        ) from error
+
+
+# ---- gradients
+
+
+@contextmanager
+def _gradients(pipeline: Pipeline) -> Iterator[None]:
+    """Lets gradients through the pipeline's forward pass; `postprocess`, which makes numbers of it, gets none."""
+    forward = pipeline.forward
+    instead = [
+        (pipeline, "get_inference_context", lambda: nullcontext),
+        (pipeline, "forward", lambda inputs, **more: tree_map(_detached, forward(inputs, **more))),
+    ]
+    if hasattr(pipeline.model, "generate"):
+        instead.append((pipeline.model, "generate", with_gradients(pipeline.model.generate)))
+    with ExitStack() as ends:
+        for owner, name, function in instead:
+            ends.callback(_Instead(owner, name, function).remove)
+        yield
+
+
+class _Instead(Override):
+    """A function in the place of a method, for all runs of a pipeline that are open at once."""
+
+    def __init__(self, target: Any, name: str, function: Callable) -> None:
+        self.function = function
+        super().__init__(target, name)
+
+    def put_on(self) -> None:
+        self.own = self.target.__dict__.get(self.name)
+        self.target.__dict__[self.name] = self.function
+
+    def take_off(self) -> None:
+        del self.target.__dict__[self.name]
+        if self.own is not None:
+            self.target.__dict__[self.name] = self.own
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value

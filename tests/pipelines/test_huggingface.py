@@ -1,0 +1,373 @@
+"""HFPipeline: pipelines of transformers for many tasks, called as ever; against the bare pipelines and plain hooks."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch import nn
+
+import tiny_pipelines
+from diffsight import HFPipeline, InputError, OutOfOrderError, PointNotFoundError
+
+transformers.logging.set_verbosity_error()
+
+TEXT = tiny_pipelines.TEXT
+GENERATING = [task for task, tiny in tiny_pipelines.PIPELINES.items() if tiny.generates]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a depth map of random weights may be even
+        yield
+
+
+@pytest.fixture(params=tiny_pipelines.PIPELINES)
+def tiny(request):
+    return tiny_pipelines.PIPELINES[request.param]
+
+
+@pytest.fixture
+def classifier():
+    return tiny_pipelines.PIPELINES["text-classification"].build()
+
+
+@pytest.fixture
+def writer():
+    return tiny_pipelines.PIPELINES["text-generation"].build()
+
+
+def is_same(a, b):
+    """Whether two results are the same to the bit, whatever they hold."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(is_same(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(is_same, a, b))
+    if isinstance(a, (torch.Tensor, np.ndarray, Image.Image)):
+        return np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind == "f")
+    return a == b
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def hooked(module, change, function):
+    """What `function` gives while the first of what `module` gives is what `change` makes of it."""
+
+    def hook(module, args, output):
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        return function()
+    finally:
+        handle.remove()
+
+
+# Every task
+
+
+def test_there_are_many_tasks():
+    assert len(tiny_pipelines.PIPELINES) >= 15
+
+
+def test_an_unread_run_is_the_bare_call(tiny):
+    pipe = tiny.build()
+    expected = pipe(*tiny.args, **tiny.kwargs)
+    assert is_same(HFPipeline(pipe).trace(*tiny.args, **tiny.kwargs).result, expected)
+
+
+def test_a_read_run_has_the_same_result_and_leaves_nothing(tiny):
+    pipe = tiny.build()
+    expected = pipe(*tiny.args, **tiny.kwargs)
+    classes = {name: type(part) for name, part in vars(pipe).items()}
+    modules = [module for part in vars(pipe).values() if isinstance(part, nn.Module) for module in part.modules()]
+    with HFPipeline(pipe).trace(*tiny.args, **tiny.kwargs) as run:
+        inputs = run.preprocess.output
+        hidden = first(run.model[tiny.layer].output)
+        outputs = run.forward.output
+        answer = run.postprocess.output
+    assert is_same(run.result, expected)
+    assert hidden.ndim == 3 and inputs is not None and outputs is not None
+    assert is_same(answer, run.result) or is_same([answer], run.result)
+    assert {name: type(part) for name, part in vars(pipe).items()} == classes
+    assert type(pipe).__module__.startswith("transformers")
+    assert not any("forward" in vars(module) for module in modules)
+
+
+def test_an_edit_of_a_layer_is_what_a_hook_does(tiny):
+    pipe = tiny.build()
+    model = HFPipeline(pipe)
+    layer = model.model[tiny.layer]._owner
+    expected = hooked(layer, lambda hidden: hidden * -3, lambda: pipe(*tiny.args, **tiny.kwargs))
+    with model.trace(*tiny.args, **tiny.kwargs) as run:
+        for _ in run.steps:
+            first(run.model[tiny.layer].output).mul_(-3)
+    assert is_same(run.result, expected)
+    assert not is_same(expected, pipe(*tiny.args, **tiny.kwargs))
+
+
+def test_a_step_is_a_call_of_the_model(tiny):
+    pipe, calls = tiny.build(), []
+    handle = pipe.model.register_forward_hook(lambda *call: calls.append(call))
+    pipe(*tiny.args, **tiny.kwargs)
+    handle.remove()
+    steps = [step.index for step in HFPipeline(pipe).trace(*tiny.args, **tiny.kwargs).steps]
+    assert steps == list(range(len(calls))) != []
+
+
+def test_parts_are_envoys(tiny):
+    pipe = tiny.build()
+    with HFPipeline(pipe).trace(*tiny.args, **tiny.kwargs) as run:
+        name = next(n for n in ("processor", "image_processor", "feature_extractor", "tokenizer") if getattr(pipe, n))
+        prepared = run[name].output
+        inputs, kwargs = run.model.inputs
+    assert len(prepared) > 0
+    assert inputs or kwargs
+
+
+# Pipelines that write
+
+
+@pytest.mark.parametrize("task", GENERATING)
+def test_generating(task):
+    tiny = tiny_pipelines.PIPELINES[task]
+    pipe = tiny.build()
+    expected = pipe(*tiny.args, **tiny.kwargs)
+    with HFPipeline(pipe).generate(*tiny.args, **tiny.kwargs) as run:
+        chosen = [int(run.model.lm_head.output[0, -1].argmax()) for _ in run.steps]
+    assert is_same(run.result, expected)
+    tokenizer = pipe.tokenizer or pipe.processor.tokenizer
+    assert run.result[0]["generated_text"].endswith(tokenizer.decode(chosen, skip_special_tokens=True))
+    assert len(chosen) == 4
+
+
+def test_a_direction_in_one_step(writer):
+    model = HFPipeline(writer)
+    given = {"max_new_tokens": 4, "do_sample": False, "return_tensors": True}
+    with model.generate(TEXT, **given) as run:
+        for step in run.steps:
+            if step.index == 2:
+                run.model.lm_head.output[:, -1, 20] = 1000
+    written, plain = (result[0]["generated_token_ids"] for result in (run.result, writer(TEXT, **given)))
+    assert written[-2] == 20 != plain[-2]
+    assert list(written[:-2]) == list(plain[:-2])
+
+
+def test_seeds(writer):
+    model, given = HFPipeline(writer), {"max_new_tokens": 6, "do_sample": True}
+    before = torch.get_rng_state()
+    results = [model.generate(TEXT, seed=seed, **given).result for seed in (0, 0, 1)]
+    assert results[0] == results[1] != results[2]
+    assert torch.equal(before, torch.get_rng_state())
+    with model.generate(TEXT, seed=0, **given) as run:
+        run.model.lm_head.output
+    assert run.result == results[0]
+    torch.manual_seed(0)
+    assert writer(TEXT, **given) == results[0]
+
+
+def test_a_pipeline_that_draws_is_seeded():
+    tiny = tiny_pipelines.PIPELINES["text-to-audio"]
+    pipe = tiny.build()
+    pipe.model.noise_scale = pipe.model.noise_scale_duration = 0.7
+    one, again, other = (HFPipeline(pipe).trace(TEXT, seed=seed).result["audio"] for seed in (0, 0, 1))
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+
+
+# Batches
+
+
+def test_a_list_goes_through_one_by_one(classifier):
+    texts = [TEXT, "the green square", "a photo"]
+    with HFPipeline(classifier).trace(texts) as run:
+        seen = [run.model.layers[1].output.shape for _ in run.steps]
+    assert run.result == classifier(texts)
+    assert [shape[0] for shape in seen] == [1, 1, 1] and len({shape[1] for shape in seen}) > 1
+    with pytest.raises(InputError, match="this run has no rows"):
+        HFPipeline(classifier).trace(texts).rows
+
+
+def test_a_list_in_batches(classifier):
+    texts = [TEXT, "the green square", "a photo"]
+    with HFPipeline(classifier).trace(texts, batch_size=2) as run:
+        seen = [len(run.model.layers[1].output) for _ in run.steps]
+    assert seen == [2, 1]
+    assert run.result == classifier(texts, batch_size=2)
+
+
+def test_rows_of_one_batch(classifier):
+    texts = [TEXT, "the green square"]
+    with HFPipeline(classifier).trace(texts, batch_size=2, top_k=None) as run:
+        _, second = run.rows
+        second.model.layers[1].output[:] = 0
+    plain = classifier(texts, batch_size=2, top_k=None)
+    assert run.result[0] == plain[0]
+    assert run.result[1] != plain[1]
+
+
+def test_what_comes_from_a_generator(classifier):
+    texts = [TEXT, "the green square"]
+    with HFPipeline(classifier).trace(text for text in texts) as run:
+        steps = len(list(run.steps))
+    assert steps == 2
+    assert run.result == list(classifier(text for text in texts))
+
+
+# The engine's ways
+
+
+def test_edits_stay(classifier):
+    model = HFPipeline(classifier)
+
+    @model.edit
+    def numb(run):
+        run.model.layers[0].output[:] = 0
+
+    layer = model.model.layers[0]._owner
+    expected = hooked(layer, torch.zeros_like, lambda: classifier(TEXT))
+    assert numb.trace(TEXT).result == expected
+    assert model.trace(TEXT).result == classifier(TEXT) != expected
+
+
+def test_invokes(classifier):
+    model = HFPipeline(classifier)
+    with model.trace(top_k=None) as run:
+        with run.invoke(TEXT):
+            hidden = run.model.layers[1].output
+        with run.invoke("a red square above a blue circle"):
+            run.model.layers[1].output = hidden
+    first, second = run.result
+    assert first == second == classifier(TEXT, top_k=None)
+
+
+def test_order(classifier):
+    with pytest.raises(OutOfOrderError), HFPipeline(classifier).trace(TEXT) as run:
+        run.postprocess.input
+        run.model.layers[0].output
+
+
+def test_methods_are_assigned(classifier):
+    other = classifier.preprocess("the green square")
+    with HFPipeline(classifier).trace(TEXT) as run:
+        run.forward.input = dict(other)
+    assert run.result == classifier("the green square")
+    with HFPipeline(classifier).trace(TEXT) as run:
+        run.forward.output.logits[:] = torch.tensor([0.0, 9.0, 0.0])
+    assert run.result[0]["label"] == "LABEL_1"
+    with HFPipeline(classifier).trace(TEXT) as run:
+        run.postprocess.output = "nothing"
+    assert run.result == ["nothing"]
+
+
+def test_scans():
+    for task in ("text-classification", "image-classification", "object-detection", "text-generation"):
+        tiny = tiny_pipelines.PIPELINES[task]
+        model = HFPipeline(tiny.build())
+        with model.scan(*tiny.args, **tiny.kwargs) as run:
+            hidden = first(run.model[tiny.layer].output)
+            assert hidden.is_meta
+        with model.trace(*tiny.args, **tiny.kwargs) as run:
+            assert first(run.model[tiny.layer].output).shape == hidden.shape
+
+
+def test_gradients(classifier):
+    model = HFPipeline(classifier)
+    with model.trace(TEXT, top_k=None, grad=True) as run:
+        hidden = run.model.layers[1].output
+        hidden.retain_grad()
+        run.forward.output.logits[0, 0].backward()
+    assert run.result == classifier(TEXT, top_k=None)
+    kept = []
+
+    def keep(module, args, output):
+        kept.append(output)
+        output.retain_grad()
+
+    handle = model.model.layers[1]._owner.register_forward_hook(keep)
+    classifier.model(**classifier.tokenizer(TEXT, return_tensors="pt")).logits[0, 0].backward()
+    handle.remove()
+    assert torch.equal(hidden.grad, kept[0].grad) and hidden.grad.abs().sum() > 0
+    assert not {"get_inference_context", "forward"} & vars(classifier).keys()
+
+
+def test_gradients_through_writing(writer):
+    with HFPipeline(writer).generate(TEXT, max_new_tokens=2, do_sample=False, grad=True) as run:
+        hidden = run.model.layers[1].output
+        hidden.retain_grad()
+        run.model.lm_head.next().output[0, -1].max().backward()
+    assert hidden.grad.abs().sum() > 0
+    assert "generate" not in vars(writer.model)
+    assert run.result == writer(TEXT, max_new_tokens=2, do_sample=False)
+
+
+# Names, and opening
+
+
+def test_standard_names():
+    pipe = tiny_pipelines.PIPELINES["zero-shot-image-classification"].build()
+    model = HFPipeline(pipe)
+    net = pipe.model
+    assert model.model.vision_model.layers[0]._owner is net.vision_model.encoder.layers[0]
+    assert model.model.text_model.ln_final._owner is net.text_model.final_layer_norm
+    assert model.model.vision_model.layers[0].mlp._owner is net.vision_model.encoder.layers[0].mlp
+    writer = HFPipeline(tiny_pipelines.PIPELINES["text-generation"].build())
+    assert writer.model.lm_head._owner is writer.pipeline.model.lm_head
+    assert writer.model.embed_tokens._owner is writer.pipeline.model.transformer.wte
+    bert = HFPipeline(tiny_pipelines.PIPELINES["text-classification"].build())
+    assert bert.model.layers[0].self_attn.path == "model.layers[0].self_attn"
+    with pytest.raises(PointNotFoundError):
+        bert.model.lm_head
+
+
+def test_the_pipeline_is_shown(classifier):
+    shown = repr(HFPipeline(classifier))
+    for part in ("ClassificationPipeline(", "(model): BertForSequenceClassification", "(tokenizer): GemmaTokenizer"):
+        assert part in shown
+    assert "preprocess(), forward(), postprocess()" in shown
+
+
+def test_calling_it_is_calling_the_pipeline(classifier):
+    model = HFPipeline(classifier)
+    assert model(TEXT) == classifier(TEXT)
+    assert model.pipeline is classifier
+    assert model.task == "text-classification"
+
+
+def test_a_task_and_a_folder(classifier, tmp_path):
+    classifier.save_pretrained(tmp_path)
+    model = HFPipeline("text-classification", model=str(tmp_path), device="cpu")
+    assert model.trace(TEXT).result == classifier(TEXT)
+    parts = {"model": classifier.model, "tokenizer": classifier.tokenizer}
+    assert HFPipeline("text-classification", **parts, device="cpu").trace(TEXT).result == classifier(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("source", "given", "match"),
+    [
+        ("text-clasification", {"model": "somewhere"}, "did you mean 'text-classification'"),
+        ("nothing/at-all", {}, "there is no pipeline 'nothing/at-all' that can be loaded"),
+        ("text-classification", {"model": "nothing/at-all"}, "that can be loaded: OSError"),
+        (3, {}, "HFPipeline takes transformers.pipeline"),
+        (torch.nn.Linear(1, 1), {}, "HFPipeline takes transformers.pipeline"),
+    ],
+)
+def test_what_is_no_pipeline(source, given, match):
+    with pytest.raises(InputError, match=match):
+        HFPipeline(source, **given)
+
+
+def test_bad_input(classifier):
+    model = HFPipeline(classifier)
+    with pytest.raises(InputError, match="a live pipeline is already loaded; it takes no device"):
+        HFPipeline(classifier, device="cpu")
+    with pytest.raises(PointNotFoundError, match="TextClassificationPipeline does not generate"):
+        model.generate(TEXT)
+    with pytest.raises(InputError, match="a seed is a whole number"):
+        model.trace(TEXT, seed=-1)
+    with pytest.raises(InputError, match="num_workers"):
+        model.trace([TEXT], num_workers=2)

@@ -1,0 +1,586 @@
+"""VisionLanguageModel: pictures and texts in, image tokens out, on models of transformers; against the bare ones."""
+
+import base64
+import io
+
+import architectures
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+import tiny
+import tiny_vision
+from diffsight import InputError, PointNotFoundError, ScanError, VisionLanguageModel
+from diffsight.pipelines.processors import placeholder
+
+transformers.logging.set_verbosity_error()
+
+PICTURE = tiny.PICTURE
+OTHER = Image.radial_gradient("L").resize((48, 32)).convert("RGB")
+TEXT, LONGER = "a red circle", "a photo of a blue square above the red circle"
+FOUR = {"max_new_tokens": 4, "do_sample": False}
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}: {% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{% endif %} {% endfor %}{% if add_generation_prompt %}the{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=tiny_vision.MODELS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def both(kind):
+    """A model, and its processor."""
+    return tiny_vision.MODELS[kind]()
+
+
+@pytest.fixture
+def llava():
+    return VisionLanguageModel(tiny_vision.llava())
+
+
+def bare_inputs(processor, text=TEXT, pictures=(PICTURE,), **more):
+    """What a user gives to the model by hand."""
+    text = placeholder(processor) * len(pictures) + text
+    values = processor(images=[list(pictures)], text=[text], return_tensors="pt", **more)
+    return {name: value for name, value in values.items() if name != "labels"}  # PaliGemma's, for training
+
+
+def hooked(module, change, function):
+    """What `function` gives while `module` gives what `change` makes of its output."""
+    handle = module.register_forward_hook(lambda module, args, output: change(output))
+    try:
+        return function()
+    finally:
+        handle.remove()
+
+
+# Every kind of model
+
+
+def test_runs_like_the_bare_model(both):
+    net, processor = both
+    model, values = VisionLanguageModel(both), bare_inputs(processor)
+    run = model.trace(TEXT, images=PICTURE)
+    assert torch.equal(run.result.logits, net(**values).logits)
+    assert torch.equal(run.tokens, values["input_ids"])
+    assert not torch.equal(run.result.logits, model.trace(TEXT, OTHER).result.logits[:, : run.tokens.shape[1]])
+
+
+def test_writes_like_the_bare_model(both):
+    net, processor = both
+    expected = net.generate(**bare_inputs(processor), **FOUR)
+    run = VisionLanguageModel(both).generate(TEXT, images=PICTURE, **FOUR)
+    assert torch.equal(run.result, expected)
+    start = run.tokens.shape[1]
+    assert run.text == processor.tokenizer.decode(expected[0, start:], skip_special_tokens=True)
+
+
+def test_goes_through_the_tokens_it_writes(both):
+    net, processor = both
+    values = bare_inputs(processor)
+    with VisionLanguageModel(both).generate(TEXT, PICTURE, **FOUR) as run:
+        chosen = [(step.index, int(run.logits[0, -1].argmax()), int(step.tokens)) for step in run.steps]
+    written = net.generate(**values, **FOUR)[0, values["input_ids"].shape[1] :].tolist()
+    assert chosen == [(i, token, token) for i, token in enumerate(written)]
+
+
+def test_edits_a_layer_of_the_language_model_like_a_hook(both):
+    net, processor = both
+    values, model = bare_inputs(processor), VisionLanguageModel(both)
+    expected = hooked(model.layers[1]._owner, lambda hidden: hidden * -2, lambda: net(**values).logits)
+    with model.trace(TEXT, PICTURE) as run:
+        run.layers_output[1] = run.layers_output[1] * -2
+    assert torch.equal(run.result.logits, expected)
+    assert not torch.equal(expected, net(**values).logits)
+
+
+def test_edits_a_layer_of_the_vision_tower_like_a_hook(both):
+    net, processor = both
+    values, model = bare_inputs(processor), VisionLanguageModel(both)
+
+    def doubled(output):
+        return (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2
+
+    expected = hooked(model.vision.layers[0]._owner, doubled, lambda: net(**values).logits)
+    with model.trace(TEXT, PICTURE) as run:
+        run.vision.layers[0].output = doubled(run.vision.layers[0].output)
+    assert torch.equal(run.result.logits, expected)
+    assert not torch.equal(expected, net(**values).logits)
+
+
+def test_answers_to_the_standard_names(both):
+    net, _ = both
+    model = VisionLanguageModel(both)
+    assert model.lm_head._owner is net.get_output_embeddings()
+    assert model.embed_tokens._owner is net.get_input_embeddings()
+    assert model.vision._owner is net.get_encoder(modality="image")
+    assert len(model.layers) == 3 and len(model.vision.layers) in (2, 3)
+    assert "vision = " in repr(model)
+
+
+def test_a_row_is_computed_as_it_would_be_alone(both):
+    model = VisionLanguageModel(both)
+    together = model.trace([TEXT, LONGER], [PICTURE, OTHER])
+    for text, picture, logits in zip([TEXT, LONGER], [PICTURE, OTHER], together.result.logits):
+        alone = model.trace(text, picture).result.logits[0]
+        assert torch.allclose(logits[-len(alone) :], alone, atol=1e-5)
+    written = [model.generate(text, picture, **FOUR).text for text, picture in ((TEXT, PICTURE), (LONGER, OTHER))]
+    assert model.generate([TEXT, LONGER], [PICTURE, OTHER], **FOUR).text == written
+
+
+def test_rows_have_their_own_pictures(both):
+    model = VisionLanguageModel(both)
+    with model.trace([TEXT, LONGER], [PICTURE, OTHER]) as run:
+        seen = [row.vision.layers[0].output for row in run.rows]
+        whole = run.vision.layers[0].output
+        hidden = [row.layers_output[1] for row in run.rows]
+    alone = [model.trace(*one).vision.layers[0].output for one in ((TEXT, PICTURE), (LONGER, OTHER))]
+    assert torch.equal(torch.cat(seen), whole)
+    for own, expected in zip(seen, alone):
+        assert torch.allclose(own, expected, atol=1e-5)
+    assert [len(one) for one in hidden] == [1, 1]
+
+
+def test_image_tokens_are_where_the_picture_is(both):
+    model = VisionLanguageModel(both)
+    with model.trace([TEXT, LONGER], [PICTURE, OTHER]) as run:
+        embedded = run.layers_input[0].clone()
+        words = model.embed_tokens(run.tokens)
+    words *= (embedded[0, -1] / words[0, -1]).mean()  # PaliGemma scales them
+    for row, positions in enumerate(run.image_tokens):
+        others = [p for p in range(run.tokens.shape[1]) if p not in positions]
+        assert torch.allclose(embedded[row, others], words[row, others], atol=1e-4)
+        assert not torch.isclose(embedded[row, positions], words[row, positions], atol=1e-4).all(-1).any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "head", "vision"),
+    [
+        ("llama4", "language_model.model.layers", "language_model.lm_head", "vision_model"),
+        ("internvl", "model.language_model.layers", "lm_head", "model.vision_tower"),
+        ("qwen3_vl", "model.language_model.layers", "lm_head", "model.visual"),
+        ("git", "git.encoder.layer", "output", "git.image_encoder"),
+        ("fuyu", "model.language_model.layers", "lm_head", None),
+    ],
+)
+def test_names_of_other_architectures(kind, layers, head, vision):
+    cls = getattr(transformers, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind])
+    net = cls(architectures.small_config(kind)).eval()
+    model = VisionLanguageModel(net)
+    assert model.layers._owner is net.get_submodule(layers)
+    assert model.lm_head._owner is net.get_submodule(head)
+    if vision is None:
+        with pytest.raises(PointNotFoundError):
+            model.vision
+    else:
+        assert model.vision._owner is net.get_submodule(vision)
+        assert len(model.vision.layers) > 0
+
+
+def test_layers_between_are_not_the_layers():
+    net = transformers.IdeficsForVisionText2Text(architectures.small_config("idefics"))
+    with pytest.warns(UserWarning, match="could not be checked"):  # it has no pass without pictures
+        model = VisionLanguageModel(net)
+    assert model.layers._owner is net.model.layers  # not those that look at the picture, beside them
+    assert model.vision.layers._owner is net.model.vision_model.encoder.layers
+
+
+# The grid of patches
+
+
+@pytest.mark.parametrize(
+    ("build", "side", "shape"),
+    [
+        (tiny_vision.llava, 32, (4, 4)),
+        (lambda: tiny_vision.llava("full"), 32, (4, 4)),
+        (tiny_vision.paligemma, 32, (4, 4)),
+        (tiny_vision.gemma3, 32, (2, 2)),
+        (tiny_vision.qwen2_vl, 64, (4, 4)),
+        (tiny_vision.idefics3, 64, (4, 4)),
+        (lambda: tiny_vision.idefics3(splits=False), 32, (2, 2)),
+    ],
+    ids=["llava", "llava with a class token", "paligemma", "gemma3", "qwen2_vl", "idefics3", "idefics3 without tiles"],
+)
+def test_the_grid_lies_on_the_picture(build, side, shape):
+    """Without the layers of the vision tower a token knows its own patches only: a spot changes the token under it."""
+    model = VisionLanguageModel(build())
+    rows, columns = shape
+    plain = Image.new("RGB", (side, side), "gray")
+
+    def embedded(picture):
+        with model.trace(TEXT, picture) as run:
+            for layer in run.vision.layers:
+                layer.skip(layer.input)
+            hidden = run.layers_input[0]
+        return hidden[0], run.image_grids[0][0]
+
+    before, grid = embedded(plain)
+    assert grid.shape == shape
+    for row, column in ((0, 0), (0, columns - 1), (rows - 1, 0), (1, 0)):
+        spotted = plain.copy()
+        high, wide = side // rows, side // columns
+        spotted.paste("red", (column * wide, row * high, (column + 1) * wide, (row + 1) * high))
+        changed = (embedded(spotted)[0] - before).norm(dim=-1)[grid]
+        there = float(changed[row, column])
+        changed[row, column] = 0
+        assert changed.max() < there / 4  # a processor that resizes blurs the spot's edges
+
+
+def test_pictures_of_another_shape_have_another_grid():
+    model = VisionLanguageModel(tiny_vision.qwen2_vl())
+    wide, high = Image.new("RGB", (64, 32), "red"), Image.new("RGB", (16, 48), "blue")
+    run = model.trace([TEXT, LONGER], [[wide, high], [high]])
+    assert [[tuple(grid.shape) for grid in row] for row in run.image_grids] == [[(2, 4), (3, 1)], [(3, 1)]]
+    assert [torch.cat([grid.flatten() for grid in row]).tolist() for row in run.image_grids] == [
+        positions.tolist() for positions in run.image_tokens
+    ]
+
+
+def test_several_pictures_have_a_grid_each():
+    for build in (tiny_vision.llava, tiny_vision.idefics3):
+        run = VisionLanguageModel(build()).trace([TEXT, LONGER, TEXT], [[PICTURE, OTHER], [PICTURE], None])
+        assert [len(row) for row in run.image_grids] == [2, 1, 0]
+        first, second = run.image_grids[0]
+        assert first.max() < second.min()
+
+
+def test_tokens_of_a_resampler_lie_on_no_grid():
+    run = VisionLanguageModel(tiny_vision.idefics2()).trace(TEXT, PICTURE)
+    with pytest.raises(InputError, match="lie on no grid: Idefics2PerceiverResampler"):
+        run.image_grids
+    assert len(run.image_tokens[0]) == 4
+
+
+def test_a_grid_that_cannot_be_told(llava):
+    values = bare_inputs(llava.processor)
+    with llava.trace(values) as run:
+        run.stop()
+    run._inputs.values["pixel_values"] = torch.zeros(1, 3, 24, 24)
+    with pytest.raises(InputError, match="cannot be told"):
+        run.image_grids
+
+
+# Pictures
+
+
+def as_png(picture):
+    file = io.BytesIO()
+    picture.save(file, "png")
+    return file.getvalue()
+
+
+def test_pictures_of_every_form(llava, tmp_path):
+    path = tmp_path / "picture.png"
+    PICTURE.save(path)
+    whole = torch.as_tensor(np.array(PICTURE))
+    forms = {
+        "PIL": PICTURE,
+        "path": path,
+        "text": str(path),
+        "list": [PICTURE],
+        "tensor": whole.permute(2, 0, 1),
+        "fractions": whole.permute(2, 0, 1) / 255,
+        "height first": whole,
+        "array": np.array(PICTURE),
+        "float array": np.array(PICTURE, dtype=np.float64) / 255,
+        "batch": whole.permute(2, 0, 1)[None],
+        "gray": PICTURE.convert("L"),
+        "gray tensor": torch.as_tensor(np.array(PICTURE.convert("L"))),
+        "one channel": torch.as_tensor(np.array(PICTURE.convert("L")))[None],
+        "with alpha": PICTURE.convert("RGBA"),
+    }
+    expected = llava.trace(TEXT, PICTURE).result.logits
+    for name, form in forms.items():
+        assert torch.equal(llava.trace(TEXT, form).result.logits, expected), name
+
+
+def test_one_picture_goes_with_every_text(llava):
+    run = llava.trace([TEXT, LONGER], PICTURE)
+    expected = llava.trace([TEXT, LONGER], [PICTURE, PICTURE]).result.logits
+    assert torch.equal(run.result.logits, expected)
+
+
+def test_pictures_are_dealt_out_by_their_placeholders(llava):
+    texts = ["<image> a <image> red", "circle", "the <image>"]
+    dealt = llava.trace(texts, [PICTURE, OTHER, PICTURE])
+    nested = llava.trace(texts, [[PICTURE, OTHER], None, [PICTURE]])
+    assert torch.equal(dealt.result.logits, nested.result.logits)
+    assert [len(positions) for positions in dealt.image_tokens] == [32, 0, 16]
+
+
+def test_a_text_alone(llava):
+    net, tokenizer = llava._owner, llava.processor.tokenizer
+    run = llava.trace(TEXT)
+    assert torch.equal(run.result.logits, net(**tokenizer(TEXT, return_tensors="pt")).logits)
+    assert [len(positions) for positions in run.image_tokens] == [0]
+    assert run.image_grids == [[]]
+
+
+def test_what_a_processor_has_made(llava):
+    values = bare_inputs(llava.processor)
+    expected = llava.trace(TEXT, PICTURE)
+    for run in (llava.trace(values), llava.trace(**values)):
+        assert torch.equal(run.result.logits, expected.result.logits)
+        assert torch.equal(run.image_tokens[0], expected.image_tokens[0])
+        assert torch.equal(run.image_grids[0][0], expected.image_grids[0][0])
+
+
+# Placeholders
+
+
+def test_placeholders_are_those_of_the_chat_template():
+    _, processor = tiny_vision.llava()
+    assert placeholder(processor) == "<image>"
+    processor.chat_template = CHAT
+    assert placeholder(processor) == "<image>\n"
+    processor.chat_template = "{{ messages[0]['role'] }}"
+    assert placeholder(processor) == "<image>"
+    assert placeholder(tiny_vision.qwen2_vl()[1]) == "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+def test_a_placeholder_in_the_text_stays_where_it_is(llava):
+    run = llava.trace("a red <image> circle", PICTURE)
+    assert run.image_tokens[0].tolist() == list(range(4, 20))
+    both = llava.trace(["a red <image> circle", LONGER], [PICTURE, OTHER])
+    assert [len(positions) for positions in both.image_tokens] == [16, 16]
+
+
+# Chats
+
+
+def test_chats(llava, tmp_path):
+    llava.processor.chat_template = CHAT
+    path = tmp_path / "picture.png"
+    PICTURE.save(path)
+    data = "data:image/png;base64," + base64.b64encode(as_png(PICTURE)).decode()
+
+    def chat(**picture):
+        return [{"role": "user", "content": [picture, {"type": "text", "text": TEXT}]}]
+
+    values = llava.processor.apply_chat_template(
+        chat(type="image", image=PICTURE),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    forms = [
+        (chat(type="image", image=PICTURE), None),
+        (chat(type="image", path=str(path)), None),
+        (chat(type="image", url=str(path)), None),
+        (chat(type="image_url", image_url={"url": data}), None),
+        (chat(type="image"), PICTURE),
+        ([{"role": "user", "content": TEXT}], PICTURE),
+        ({"role": "user", "content": TEXT}, PICTURE),
+        ([chat(type="image", image=PICTURE)], None),
+    ]
+    for form, images in forms:
+        run = llava.trace(form, images)
+        assert torch.equal(run.tokens, values["input_ids"]), form
+        assert torch.equal(run.result.logits, llava._owner(**values).logits), form
+    assert forms[0][0][0]["content"][0]["image"] is PICTURE, "the messages are left as they are"
+
+
+def test_several_chats(llava):
+    llava.processor.chat_template = CHAT
+    chats = [[{"role": "user", "content": TEXT}], [{"role": "user", "content": LONGER}]]
+    run = llava.trace(chats, [PICTURE, OTHER])
+    for chat, picture, logits in zip(chats, (PICTURE, OTHER), run.result.logits):
+        alone = llava.trace(chat, picture).result.logits[0]
+        assert torch.allclose(logits[-len(alone) :], alone, atol=1e-5)
+
+
+# As a language model
+
+
+def test_seeds(llava):
+    given = {"images": PICTURE, "max_new_tokens": 6, "do_sample": True}
+    before = torch.get_rng_state()
+    texts = [llava.generate(TEXT, seed=seed, **given).text for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_invokes(llava):
+    with llava.trace() as run:
+        with run.invoke(TEXT, images=PICTURE) as first:
+            hidden = run.layers_output[1]
+        with run.invoke(TEXT, images=OTHER) as second:
+            run.layers_output[1] = hidden
+    assert torch.equal(first.result.logits, second.result.logits)
+    assert len(first.image_tokens[0]) == 16
+    assert torch.equal(hidden, llava.trace(TEXT, PICTURE).layers_output[1])
+
+
+def test_edits(llava):
+    @llava.edit
+    def blind(run):
+        run.vision.layers[1].output[:] = 0
+
+    def of(model, picture):
+        return model.trace(TEXT, picture).result.logits
+
+    assert torch.equal(of(blind, PICTURE), of(blind, OTHER))
+    assert not torch.equal(of(llava, PICTURE), of(llava, OTHER))
+
+
+@pytest.mark.parametrize("build", [tiny_vision.llava, tiny_vision.qwen2_vl, tiny_vision.paligemma])
+def test_scans(build):
+    model = VisionLanguageModel(build())
+
+    def shapes(run):
+        return [tuple(run.vision.layers[1].output.shape), tuple(run.layers_output[1].shape), tuple(run.logits.shape)]
+
+    with model.scan(TEXT, images=PICTURE) as run:
+        scanned = shapes(run)
+    with model.trace(TEXT, images=PICTURE) as run:
+        assert scanned == shapes(run)
+
+
+def test_a_scan_does_not_see_which_pictures_are_padding():
+    with (
+        pytest.raises(ScanError, match="asks for the values"),
+        VisionLanguageModel(tiny_vision.idefics3()).scan(TEXT, images=PICTURE) as run,
+    ):
+        run.logits
+
+
+def test_gradients_reach_the_pixels(llava):
+    values = bare_inputs(llava.processor)
+    pixels = values["pixel_values"].clone().requires_grad_()
+    values["pixel_values"].requires_grad_()
+    with torch.enable_grad():
+        with llava.trace(values) as run:
+            run.logits[0, -1].max().backward()
+        llava._owner(**{**values, "pixel_values": pixels}).logits[0, -1].max().backward()
+    assert torch.equal(values["pixel_values"].grad, pixels.grad)
+    assert pixels.grad.abs().sum() > 0
+
+
+def test_a_folder(tmp_path):
+    net, processor = tiny_vision.llava()
+    net.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    model = VisionLanguageModel(tmp_path)
+    assert torch.equal(model.trace(TEXT, PICTURE).result.logits, net(**bare_inputs(processor)).logits)
+    assert type(model.processor) is transformers.LlavaProcessor
+    other = VisionLanguageModel(net, str(tmp_path))
+    assert torch.equal(other.trace(TEXT, PICTURE).result.logits, net(**bare_inputs(processor)).logits)
+
+
+def test_a_folder_without_a_processor(tmp_path):
+    net, processor = tiny_vision.llava()
+    net.save_pretrained(tmp_path)
+    model = VisionLanguageModel(tmp_path)
+    with pytest.raises(InputError, match=r"a text needs a processor, and the model has none: .*\(source, processor\)"):
+        model.trace(TEXT, PICTURE)
+    assert torch.equal(model.trace(bare_inputs(processor)).result.logits, net(**bare_inputs(processor)).logits)
+    processor.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="has no processor that can be loaded: OSError"):
+        VisionLanguageModel(tmp_path).trace(TEXT, PICTURE)
+
+
+def test_names_of_ones_own(llava):
+    net, processor = tiny_vision.llava()
+    model = VisionLanguageModel(net, processor, names={"vision": "model.vision_tower.encoder"})
+    assert model.vision._owner is net.model.vision_tower.encoder
+    with pytest.raises(InputError, match="no module 'nowhere'"):
+        VisionLanguageModel(net, processor, names={"vision": "nowhere"})
+    assert "vision = " not in repr(VisionLanguageModel(net, processor, names={"vision": None}))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("inputs", "images", "match"),
+    [
+        ("", PICTURE, "the prompt is empty"),
+        ("   ", PICTURE, "the prompt is empty"),
+        ([TEXT, ""], PICTURE, "the prompt is empty"),
+        (None, PICTURE, "pictures go along with a text, .*, not with nothing"),
+        (torch.tensor([[3, 4]]), PICTURE, "pictures go along with a text, .*, not with Tensor"),
+        ("<image> a <image>", PICTURE, "has 2 placeholders '<image>', and 1 picture was given"),
+        ("<image> a", [PICTURE, OTHER], "has 1 placeholder '<image>', and 2 pictures were given"),
+        ("<image> a", None, "has 1 placeholder '<image>', and no pictures were given"),
+        (TEXT, "nowhere.png", "there is no picture 'nowhere.png'"),
+        (TEXT, [], "the list is empty"),
+        (TEXT, 3, "a picture is a PIL image, .*, not int"),
+        (TEXT, [PICTURE, object()], "a picture is a PIL image, .*, not object"),
+        (TEXT, torch.zeros(2, 8, 8), "has the shape .channels, height, width., not .2, 8, 8."),
+        (TEXT, torch.full((3, 8, 8), 2.0), "lie between 0 and 1"),
+        (TEXT, torch.full((3, 8, 8), -1), "lie between 0 and 1"),
+        ([TEXT, LONGER], [PICTURE] * 3, "3 pictures for 2 texts"),
+        ([TEXT, LONGER], [[PICTURE]], "pictures for 1 texts, and 2 texts"),
+        ([{"role": "user", "content": TEXT}], PICTURE, "has no chat template"),
+        ({"words": 3}, PICTURE, "not with dict"),
+    ],
+)
+def test_bad_input(llava, inputs, images, match):
+    with pytest.raises(InputError, match=match):
+        llava.trace(inputs, images)
+
+
+def test_a_file_that_is_no_picture(llava, tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_text("no picture")
+    with pytest.raises(InputError, match="cannot be read: "):
+        llava.trace(TEXT, path)
+
+
+def test_pictures_in_messages_and_besides(llava):
+    llava.processor.chat_template = CHAT
+    chat = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": TEXT}]}]
+    with pytest.raises(InputError, match="stand in the messages, or are given with images="):
+        llava.trace(chat, OTHER)
+    with pytest.raises(InputError, match="1 placeholder '<image>', and no pictures"):
+        llava.trace([{"role": "user", "content": [{"type": "image"}]}])
+
+
+def test_what_the_processor_refuses():
+    model = VisionLanguageModel(tiny_vision.paligemma())
+    with pytest.raises(InputError, match="PaliGemmaProcessor cannot take this input: `images` are expected"):
+        model.trace(TEXT)
+
+
+def test_texts_without_a_padding_token(llava):
+    llava.processor.tokenizer.pad_token = None
+    with pytest.raises(InputError, match=r"model.tokenizer.pad_token = model.tokenizer.eos_token"):
+        llava.trace([TEXT, LONGER], PICTURE)
+    assert llava.trace(TEXT, PICTURE).result is not None
+
+
+def test_a_prompt_longer_than_the_context(llava):
+    with pytest.raises(InputError, match=r"the prompt is too long: .* context is 256"):
+        llava.trace(TEXT, [PICTURE] * 16)
+
+
+@pytest.mark.parametrize("source", ["no/such model", "diffsight/nothing", 3])
+def test_no_model(source):
+    with pytest.raises(InputError, match="language model"):
+        VisionLanguageModel(source)
+
+
+def test_no_processor():
+    net, processor = tiny_vision.llava()
+    with pytest.raises(InputError, match=r"the model has none: VisionLanguageModel\(\(model, processor\)\)"):
+        VisionLanguageModel(net).trace(TEXT, PICTURE)
+    with pytest.raises(
+        InputError, match="a processor has a tokenizer and an image processor; this is a GemmaTokenizer"
+    ):
+        VisionLanguageModel((net, processor.tokenizer))
+    with pytest.raises(InputError, match="one processor"):
+        VisionLanguageModel((net, processor), processor)
