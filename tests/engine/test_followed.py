@@ -1,0 +1,118 @@
+"""Modules whose forward pass is not an ordinary one, and what calls it past `__call__`."""
+
+import contextlib
+import functools
+import inspect
+
+import torch
+from engine.nets import Net, footprint, outputs
+from torch import nn
+
+from diffsight import Model
+
+
+def test_a_fused_transformer_layer_is_taken_apart_where_something_in_it_is_read():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), torch.randn(2, 3, 8)
+    clean = footprint(net)
+    with torch.no_grad():
+        want, inner = net(x), outputs(net.layers[1].linear1, net, x)
+        with Model(net).trace(x) as run:
+            hidden = run.layers[1].linear1.output
+        with Model(net).trace(x) as unfused:
+            outer = unfused.layers[0].output
+        assert torch.equal(outer, net.layers[0](x)) and torch.equal(unfused.result, want)
+    assert torch.equal(hidden, inner[0]) and torch.allclose(run.result, want, atol=1e-6)
+    assert footprint(net) == clean
+
+
+def test_a_module_of_torchscript():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(torch.jit.script(nn.Linear(2, 3)), nn.Linear(3, 2)), torch.randn(1, 2)
+    clean = footprint(net)
+    with Model(net).trace(x) as run:
+        run[0].output[:] = 1
+    assert torch.equal(run.result, net[1](torch.ones(1, 3))) and footprint(net) == clean
+
+
+def test_a_wrapper_that_names_the_module_in_its_signature(net, x):
+    @functools.wraps(type(net.first).forward)
+    def forward(*args):
+        return type(net.first).forward(net.first, *args) + 1
+
+    want = net.first(x) + 1
+    net.first.forward = forward
+    with Model(net).trace(x) as run:
+        assert torch.equal(run.first.output, want)
+    assert net.first.__dict__["forward"] is forward
+
+
+def test_signatures_stay_those_of_the_forward_pass(net, x):
+    net.last.forward = lambda x, *, scale=2: x * scale
+    before = [inspect.signature(module.forward) for module in (net, net.first, net.last)]
+    with Model(net).trace(x) as run:
+        run.first.output
+        assert [inspect.signature(module.forward) for module in (net, net.first, net.last)] == before
+
+
+def test_a_class_that_is_patched_between_two_runs(net, x, monkeypatch):
+    model = Model(net)
+    model.trace(x).result
+    with model.trace(x) as run:
+        run.first.output
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x * 2)
+    with model.trace(x) as run:
+        assert torch.equal(run.first.output, x * 2)
+
+
+def test_a_call_past_the_hooks_is_a_call():
+    class Past(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.inner.forward(x)
+
+    net, x = Past(), torch.randn(1, 2)
+    with Model(net).trace(x) as run:
+        run.inner.input[:] = 0
+        assert torch.equal(run.inner.output, net.inner.bias[None])
+    assert torch.equal(run.result, net.inner.bias[None])
+
+
+def test_a_call_that_fails_and_is_caught_by_the_model(x):
+    class Tolerant(Net):
+        def forward(self, x):
+            with contextlib.suppress(AttributeError, TypeError):
+                self.first(None)
+            return super().forward(x)
+
+    net = Tolerant()
+    with Model(net).trace(x) as run:
+        second, layer = run.first.calls[1].output, run.layers[0].output
+    assert torch.equal(second, outputs(net.first, Net.forward, net, x)[0])
+    assert torch.equal(layer, outputs(net.layers[0], Net.forward, net, x)[0])
+    assert torch.equal(run.result, net(x))
+
+
+def test_a_module_that_is_asked_for_while_a_counted_call_of_it_runs(x):
+    """`outer` calls into its neighbour, past the way that the tree shows."""
+
+    class Crossing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.outer, self.other = nn.Module(), Net()
+            self.outer.forward = lambda x: self.other.first(x) * 3
+
+        def forward(self, x):
+            return self.outer(x)
+
+    net = Crossing()
+    want = net(x)
+    with Model(net).trace(x) as run:
+        run.other.first.output
+        assert torch.equal(run.outer.output, want)
+        run.outer.output = want + 1
+    assert torch.equal(run.result, want + 1)
