@@ -131,9 +131,10 @@ def diffusion_lens(
         diffusion_lens(model, "a red circle below a blue square", layers=range(0, 13, 3), num_inference_steps=20)
         diffusion_lens(sdxl, "a cat on a mat", encoder="text_encoder_2", isolate=True, norm=True, batch_size=8)
 
-    The text encoders run once. Then all layers are rows of one call of the pipeline, or of as many as `batch_size`
+    The text encoders run once. Then the layers are rows of one call of the pipeline, or of as many as `batch_size`
     (rows a call) makes of them; where a pipeline cannot do that, each layer has a call of its own, and a LensWarning
     says so. A row's picture is that of its own call within rounding, 2 of 255 a pixel; with `batch_size=1` bit for bit.
+    The last layer always has a call of its own (but with `isolate`): its picture is the plain one, bit for bit.
 
     Args:
         encoder: Name of the text encoder, see `model.encoders`. None: the first whose tokens the pipeline takes.
@@ -163,12 +164,16 @@ def diffusion_lens(
         if isolate:
             model, reading = isolated(model, found, reading, prompt, arguments, seed)
         exits = Exits(found, reading, norm, pooled)
-        size = batch_size or len(chosen)
-        made: list[Any] = []
-        for start in range(0, len(chosen), size):
-            made.extend(_draw(exits, model, chosen[start : start + size], prompt, seed, arguments, progress))
+        # The last layer's is the plain picture, bit for bit: not in a batch, where sums are rounded differently.
+        alone = [layer for layer in chosen if layer == found.last and not isolate]
+        others = [layer for layer in chosen if layer not in alone]
+        size = batch_size or max(1, len(others))
+        batches = [others[start : start + size] for start in range(0, len(others), size)]
+        made: dict[int, Any] = {}
+        for batch in [*batches, alone] if alone else batches:
+            made |= zip(batch, _draw(exits, model, batch, prompt, seed, arguments, progress), strict=True)
     settings = {"encoder": found.name, "isolate": isolate, "norm": norm, "pooled": pooled}
-    outputs = tuple(made)
+    outputs = tuple(made[layer] for layer in chosen)
     images = tuple(map(picture_of, outputs))
     return DiffusionLensResult(
         images, chosen, prompt, int(seed), model.source, arguments, **settings, outputs=outputs, rate=rate_of(model)
