@@ -35,7 +35,22 @@ from .session import Session
 
 if TYPE_CHECKING:
     from diffsight.gallery.grid import image_grid
+    from diffsight.lenses.collecting import Activations, collect_activations, load_activations
     from diffsight.lenses.diffusion import DiffusionLensResult, LensWarning, diffusion_lens
+    from diffsight.lenses.image_tokens import ImageTokenPredictions, image_token_lens
+    from diffsight.lenses.logit import logit_lens
+    from diffsight.lenses.patchscope import (
+        DESCRIPTION,
+        IDENTITY,
+        PatchscopeTexts,
+        TargetPrompt,
+        patchscope_generate,
+        patchscope_lens,
+        repeat_prompt,
+    )
+    from diffsight.lenses.predictions import LensPredictions
+    from diffsight.lenses.steering import steer
+    from diffsight.lenses.tracking import Prompt, TargetProbabilities, first_tokens, run_prompts
     from diffsight.pipelines.diffusion import DiffusionModel
     from diffsight.pipelines.encoders import Encoder, Encoders, find_encoders
     from diffsight.pipelines.huggingface import HFPipeline
@@ -55,10 +70,32 @@ _LATER = {
     "Encoder": "diffsight.pipelines.encoders",
     "Encoders": "diffsight.pipelines.encoders",
     "find_encoders": "diffsight.pipelines.encoders",
+    "Activations": "diffsight.lenses.collecting",
+    "collect_activations": "diffsight.lenses.collecting",
+    "load_activations": "diffsight.lenses.collecting",
+    "ImageTokenPredictions": "diffsight.lenses.image_tokens",
+    "image_token_lens": "diffsight.lenses.image_tokens",
+    "logit_lens": "diffsight.lenses.logit",
+    "DESCRIPTION": "diffsight.lenses.patchscope",
+    "IDENTITY": "diffsight.lenses.patchscope",
+    "PatchscopeTexts": "diffsight.lenses.patchscope",
+    "TargetPrompt": "diffsight.lenses.patchscope",
+    "patchscope_generate": "diffsight.lenses.patchscope",
+    "patchscope_lens": "diffsight.lenses.patchscope",
+    "repeat_prompt": "diffsight.lenses.patchscope",
+    "LensPredictions": "diffsight.lenses.predictions",
+    "steer": "diffsight.lenses.steering",
+    "Prompt": "diffsight.lenses.tracking",
+    "TargetProbabilities": "diffsight.lenses.tracking",
+    "first_tokens": "diffsight.lenses.tracking",
+    "run_prompts": "diffsight.lenses.tracking",
     "image_grid": "diffsight.gallery.grid",
 }
 
 __all__ = [
+    "DESCRIPTION",
+    "IDENTITY",
+    "Activations",
     "AssignmentError",
     "DiffsightError",
     "DiffusionLensResult",
@@ -68,25 +105,41 @@ __all__ = [
     "Encoders",
     "Envoy",
     "HFPipeline",
+    "ImageTokenPredictions",
     "InputError",
     "LanguageModel",
+    "LensPredictions",
     "LensWarning",
     "Model",
     "NeverReachedError",
     "NoRunError",
     "OutOfOrderError",
+    "PatchscopeTexts",
     "PointNotFoundError",
+    "Prompt",
     "Run",
     "RunClosedError",
     "ScanError",
     "Session",
     "SourceError",
     "Step",
+    "TargetProbabilities",
+    "TargetPrompt",
     "VisionLanguageModel",
     "WrongThreadError",
+    "collect_activations",
     "diffusion_lens",
     "find_encoders",
+    "first_tokens",
     "image_grid",
+    "image_token_lens",
+    "load_activations",
+    "logit_lens",
+    "patchscope_generate",
+    "patchscope_lens",
+    "repeat_prompt",
+    "run_prompts",
+    "steer",
 ]
 
 

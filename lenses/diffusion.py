@@ -9,13 +9,10 @@ Pipelines", ACL 2024, section 3). All layers are rows of one call, see `exits.py
 """
 
 import io
-import json
-import platform
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +31,7 @@ from diffsight.pipelines.reading import Reading, candidates, read
 from .exits import Exits, NoPicturesError
 from .isolating import isolated
 from .outputs import files_of, picture_of, rate_of
-from .saving import save_files
-
-_VERSIONS = ("diffsight", "torch", "diffusers", "transformers")
+from .saving import save_files, write_record
 
 
 class LensWarning(UserWarning):
@@ -101,10 +96,8 @@ class DiffusionLensResult:
             "norm": self.norm,
             "pooled": self.pooled,
             "arguments": dict(self.arguments),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
         }
-        text = json.dumps(record, indent=2, default=repr, ensure_ascii=False) + "\n"
-        return save_files(folder, files | {"lens.json": partial(Path.write_text, data=text, encoding="utf-8")})
+        return save_files(folder, files | {"lens.json": partial(write_record, record)})
 
     def _repr_png_(self) -> bytes:
         data = io.BytesIO()

@@ -24,6 +24,7 @@ from diffsight.taps import Target
 from .attention import count_heads, output_projection, probabilities, projection
 from .narrow import FIRST, Added, Heads, HiddenInput, Logits, Within
 from .spans import Span
+from .tails import Layout, run_tail
 
 
 class PerLayer:
@@ -71,11 +72,23 @@ class Accessors:
         return PerLayer(self, "layers_output", lambda layer, path: (layer, "output", FIRST))
 
     @property
+    def attentions_input(self) -> PerLayer:
+        """The hidden states that enter a layer's attention (as a rule normed). Assignable."""
+        return PerLayer(
+            self, "attentions_input", lambda layer, path: (_part(layer, "self_attn", path), "inputs", HiddenInput())
+        )
+
+    @property
     def attentions_output(self) -> PerLayer:
         """What a layer's attention gives (or what stands in its place: Mamba, a convolution). Assignable."""
         return PerLayer(
             self, "attentions_output", lambda layer, path: (_part(layer, "self_attn", path), "output", FIRST)
         )
+
+    @property
+    def mlps_input(self) -> PerLayer:
+        """The hidden states that enter a layer's MLP (as a rule normed). Assignable."""
+        return PerLayer(self, "mlps_input", lambda layer, path: (_part(layer, "mlp", path), "inputs", HiddenInput()))
 
     @property
     def mlps_output(self) -> PerLayer:
@@ -153,17 +166,29 @@ class Accessors:
             narrowed(layer, FIRST, Added(places))._assign("output", vector * factor)
 
     def project_on_vocab(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What `ln_final` and `lm_head` make of hidden states: simply called, without their points firing. What some
-        models do besides (a scale, a cap on the logits) is not in it."""
+        """The logits that the model would give if `hidden` came out of its last layer: what `ln_final` and `lm_head`
+        make of it, with the scales and caps that the model has there. (..., features) to (..., vocabulary), computed
+        without any point firing."""
         model = self._model
         model._load_unless_scanning()
+        if model._target_named(model._target, "lm_head") is None:
+            raise PointNotFoundError(f"{type(model._owner).__name__} has no lm_head that was found")
+        structure = model._structure
+        if structure is not None and not structure.has_plain_tail and structure.layout is not None:
+            layers = [layer._target.owner for layer in model._layers()]
+            return run_tail(model._owner, layers, structure.tuples, structure.layout, hidden)
         for name in ("ln_final", "lm_head"):
             target = model._target_named(model._target, name)
-            if target is None and name == "lm_head":
-                raise PointNotFoundError(f"{type(model._owner).__name__} has no lm_head that was found")
             if target is not None:
                 hidden = target.call(hidden) if isinstance(target, Span) else target.owner(hidden)
         return hidden
+
+    @property
+    def hidden_layout(self) -> Layout | None:
+        """Where the batch and the tokens stand among the dimensions of `layers_output[i]`: first and second, but for a
+        few models. None where the layers do not give one hidden state a token."""
+        structure = self._model._structure
+        return Layout() if structure is None else structure.layout
 
     # ---- parts
 

@@ -24,6 +24,7 @@ from diffsight.scan import HookTables
 
 from .naming import layer_names
 from .spans import module_at
+from .tails import Layout
 
 
 class NamesWarning(UserWarning):
@@ -32,9 +33,13 @@ class NamesWarning(UserWarning):
 
 @dataclass
 class Structure:
-    """What a check has seen of a model: `tuples` gives, for each layer, how many values it returns (0: a tensor)."""
+    """What a check has seen of a model: `tuples` gives, for each layer, how many values it returns (0: a tensor);
+    `layout` says where the tokens are in what layers give; `has_plain_tail` whether nothing lies between the last layer
+    and the logits but the final norm and the head."""
 
     tuples: list[int] = field(default_factory=list)
+    layout: Layout | None = field(default_factory=Layout)
+    has_plain_tail: bool = True
 
 
 class Provenance(TorchDispatchMode):
@@ -127,6 +132,8 @@ class _Watch:
     def run(self, model: Callable, inputs: Mapping[str, torch.Tensor]) -> None:
         self.seen: set[str] = set()
         self.into_norm: frozenset[str] = frozenset()
+        self.passed: dict[tuple[str, str], _Passed] = {}  # what goes into parts and comes out of them
+        self.shape = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
         with Provenance() as self.origin:
             self.finish(model(**inputs))
 
@@ -154,12 +161,14 @@ class _Watch:
         first, last = module_at(outer, real)
 
         def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.passed[name, "in"] = _Passed.of(_hidden(args, kwargs))
             if enter is not None:
                 enter(name, self.origin.of(_hidden(args, kwargs)))
 
         def after(module: nn.Module, args: tuple, output: Any) -> None:
             if leave is not None:
                 leave(name, output)
+            self.passed[name, "out"] = _Passed.of(_first(output))
             self.seen.add(name)
             self.origin.name(output, name, alone="." not in name)  # a part of a layer may return the residual along
 
@@ -210,6 +219,7 @@ class _Watch:
         if missing:
             raise _Wrong(missing[0].split("[")[0], f"{missing[0]} is not called by the model")
         logits = output.get("logits") if isinstance(output, Mapping) else None
+        self.look_at_tail(logits)
         if "lm_head" in self.names and isinstance(logits, torch.Tensor):
             origin = self.origin.of(logits)
             past = sorted(origin & (self.seen - {"lm_head"}))
@@ -217,6 +227,35 @@ class _Watch:
                 raise _Wrong("lm_head", "the logits do not come from it")
             if past:
                 raise _Wrong("lm_head", f"{past[-1]} reaches the logits past it")
+
+    def look_at_tail(self, logits: Any) -> None:
+        """Whether the final norm gets just what the last layer gives, the head what the norm gives, and so on."""
+        if not self.layers or not isinstance(logits, torch.Tensor):
+            return
+        last = f"layers[{len(self.layers) - 1}]"
+        parts = [last, *(name for name in ("ln_final", "lm_head") if name in self.names)]
+        into = [self.passed[part, "in"] for part in parts[1:]] + [_Passed.of(logits)]
+        self.structure.has_plain_tail = all(self.passed[a, "out"].is_same(b) for a, b in zip(parts, into))
+        self.structure.layout = Layout.of(self.passed[last, "out"].tensor.shape, *self.shape)
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """A tensor as it was when it passed: afterwards it may be changed in place."""
+
+    tensor: Any
+    version: int
+
+    @classmethod
+    def of(cls, value: Any) -> "_Passed":
+        return cls(value, value._version if isinstance(value, torch.Tensor) else 0)
+
+    def is_same(self, later: "_Passed") -> bool:
+        a, b = self.tensor, later.tensor
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            return False
+        places = [(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()) for t in (a, b)]
+        return places[0] == places[1] and self.version == later.version
 
 
 def _explained(model: nn.Module, names: Mapping[str, str], parts: Callable, name: str, reason: str) -> str:

@@ -328,6 +328,29 @@ def test_parts_of_a_layer(model, net):
         assert torch.equal(run.result.logits, seen(net, path, edit=torch.zeros_like)[1])
 
 
+@pytest.mark.parametrize("accessor, part", [("attentions_input", "self_attn"), ("mlps_input", "mlp")])
+def test_what_parts_of_a_layer_are_given(model, net, accessor, part):
+    """Read and assigned, whether the layer passes it by position or by name."""
+    layers = model_names(net)["layers"]
+    first = layer_names(net.get_submodule(layers)[1])[part].partition(":")[0]
+    given = []
+
+    def clear(module, args, kwargs):
+        name = next(iter(kwargs), None) if not args else None
+        given.append(args[0] if args else kwargs[name])
+        cleared = torch.zeros_like(given[0])
+        return ((cleared, *args[1:]), kwargs) if args else (args, {**kwargs, name: cleared})
+
+    hook = net.get_submodule(f"{layers}.1.{first}").register_forward_pre_hook(clear, with_kwargs=True)
+    logits = net(IDS).logits
+    hook.remove()
+    with model.trace(IDS) as run:
+        values = getattr(run, accessor)
+        assert torch.equal(values[1], given[0])
+        values[1] = torch.zeros_like(given[0])
+    assert torch.equal(run.result.logits, logits)
+
+
 def test_all_layers_at_once(gpt2):
     with gpt2.trace(IDS) as run:
         every = list(run.layers_output)
@@ -349,8 +372,8 @@ def test_logits(model, net):
 def test_final_norm_and_head_by_hand(model, net):
     with model.trace(IDS) as run:
         last = run.layers_output[-1]
-        head = run.lm_head.output
-    assert torch.equal(model.project_on_vocab(last), head)
+        logits = run.logits
+    assert torch.equal(model.project_on_vocab(last), logits)
 
 
 def test_a_head_of_two_modules():

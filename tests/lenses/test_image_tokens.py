@@ -1,0 +1,79 @@
+"""The logit lens on a picture: each patch as by hand, in its place."""
+
+import json
+
+import pytest
+import torch
+import transformers
+import writers
+from matplotlib.figure import Figure
+from PIL import Image
+
+import tiny_vision
+from diffsight import InputError, VisionLanguageModel, image_token_lens
+
+transformers.logging.set_verbosity_error()
+PICTURE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+PROMPT = "a red circle"
+SHAPES = {"llava": (4, 4), "qwen2_vl": (3, 4), "idefics3": (4, 4), "paligemma": (4, 4)}
+
+
+def model_of(kind):
+    return VisionLanguageModel(tiny_vision.MODELS[kind]())
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@torch.no_grad()
+def test_every_patch_as_by_hand_in_its_place(kind):
+    model = model_of(kind)
+    result = image_token_lens(model, PROMPT, PICTURE, top_k=2, tokens=[7])
+    with model.trace(PROMPT, images=PICTURE) as run:
+        grid = run.image_grids[0][0]
+        for i in range(len(model.layers)):
+            said = model.project_on_vocab(run.layers_output[i][0, grid]).softmax(-1)
+            assert torch.allclose(result.probabilities()[i], said.amax(-1), atol=1e-6)
+            assert torch.allclose(result.probabilities(0)[i], said[..., 7], atol=1e-6)
+            words = [[result.predictions.texts[int(token)] for token in row] for row in said.argmax(-1)]
+            assert result.words(i) == words
+    assert result.shape == SHAPES[kind]
+    assert result.layers == (0, 1, 2)
+
+
+def test_the_picture_is_what_the_model_sees():
+    """LLaVA's processor cuts a square out of the middle; Qwen2-VL's takes all of it."""
+    assert image_token_lens(model_of("llava"), PROMPT, PICTURE).picture.size == (32, 32)
+    assert image_token_lens(model_of("qwen2_vl"), PROMPT, PICTURE).picture.size == (96, 64)
+
+
+def test_it_shows_itself(tmp_path):
+    PICTURE.save(tmp_path / "picture.png")
+    result = image_token_lens(model_of("qwen2_vl"), PROMPT, tmp_path / "picture.png", tokens=[5, 9])
+    assert result.picture.size == (96, 64)
+    assert isinstance(result.plot(), Figure)
+    assert isinstance(result.maps(layers=[0, 2]), Figure)
+    assert result._repr_png_().startswith(b"\x89PNG")
+    paths = result.save(tmp_path / "out")
+    assert {path.name for path in paths} == {
+        *("picture.png", "lens.json", "lens.safetensors", "maps.png"),
+        *(f"layer_{i:02}.png" for i in range(3)),
+    }
+    record = json.loads((tmp_path / "out" / "lens.json").read_text())
+    assert record["words"]["2"] == result.words(2)
+    assert record["shape"] == [3, 4]
+
+
+def test_bad_input():
+    with pytest.raises(InputError, match="takes a VisionLanguageModel, not LanguageModel"):
+        image_token_lens(writers.model(), PROMPT, PICTURE)
+    model = model_of("llava")
+    with pytest.raises(InputError, match="takes one picture, not a list of 2"):
+        image_token_lens(model, PROMPT, [PICTURE, PICTURE])
+    with pytest.raises(InputError, match="there is no layer 9"):
+        image_token_lens(model, PROMPT, PICTURE, layers=9)
+    with pytest.raises(InputError, match="lie on no grid"):
+        image_token_lens(model_of("idefics2"), PROMPT, PICTURE)
+    result = image_token_lens(model, PROMPT, PICTURE, layers=[0, 2])
+    with pytest.raises(InputError, match="layer 1 was not looked at: there are 0, 2"):
+        result.words(1)
+    with pytest.raises(InputError, match="no tokens were chosen"):
+        result.maps()

@@ -1,0 +1,96 @@
+"""Steering a model in all that it does, against a plain hook."""
+
+import pytest
+import torch
+import transformers
+import writers
+
+from diffsight import InputError, steer
+
+transformers.logging.set_verbosity_error()
+PROMPTS = writers.PROMPTS
+VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 3
+
+
+def with_hooks(net, layers, edit, call):
+    hooks = [net.transformer.h[layer].register_forward_hook(lambda m, args, out: edit(out.clone())) for layer in layers]
+    try:
+        with torch.no_grad():
+            return call()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_a_forward_pass(net, model):
+    ids = writers.ids(PROMPTS[0])
+    steered = steer(model, [1, 2], VECTOR, factor=2)
+    expected = with_hooks(net, [1, 2], lambda out: out + VECTOR * 2, lambda: net(ids).logits)
+    with torch.no_grad():
+        assert torch.allclose(steered.trace(PROMPTS[0]).result.logits, expected, atol=1e-6)
+        assert torch.equal(model.trace(PROMPTS[0]).result.logits, net(ids).logits)  # the model itself is as it was
+
+
+def test_every_token_it_writes(net, model):
+    ids = writers.ids(PROMPTS[0])
+    arguments = {"max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
+    expected = with_hooks(net, [1], lambda out: out + VECTOR, lambda: net.generate(ids, **arguments))
+    steered = steer(model, 1, VECTOR).generate(PROMPTS[0], **arguments)
+    assert torch.equal(steered.result, expected)
+    assert not torch.equal(expected, net.generate(ids, **arguments))
+
+
+def test_positions_are_those_of_each_prompt(net, model):
+    steered = steer(model, 0, VECTOR, positions=[0, -2])
+    with torch.no_grad():
+        batch = steered.trace(PROMPTS)
+        for row, text in zip(batch.result.logits, PROMPTS):
+
+            def edit(out):
+                out[:, [0, -2]] += VECTOR
+                return out
+
+            expected = with_hooks(net, [0], edit, lambda text=text: net(writers.ids(text)).logits)
+            assert torch.allclose(row[-expected.shape[1] :], expected[0], atol=1e-5)
+
+
+def test_positions_are_of_the_prompt_alone(net, model):
+    seen = []
+    steered = steer(model, 0, VECTOR, positions=0)
+    with steered.generate(PROMPTS[0], max_new_tokens=3, min_new_tokens=3) as run:
+        for step in run.steps:
+            seen.append((step.index, run.layers_output[0][:, 0].clone()))
+    with model.generate(PROMPTS[0], max_new_tokens=3, min_new_tokens=3) as run:
+        run.layers_output[0][:, 0] += VECTOR
+        for (_, steered_state), _ in zip(seen, run.steps):
+            assert torch.allclose(run.layers_output[0][:, 0], steered_state, atol=1e-6)
+
+
+def test_copies_stack_and_are_cleared(net, model):
+    twice = steer(steer(model, 1, VECTOR), 1, VECTOR)
+    with torch.no_grad():
+        expected = steer(model, 1, VECTOR, factor=2).trace(PROMPTS[0]).result.logits
+        assert torch.allclose(twice.trace(PROMPTS[0]).result.logits, expected, atol=1e-5)
+        twice.clear_edits()
+        assert torch.equal(twice.trace(PROMPTS[0]).result.logits, net(writers.ids(PROMPTS[0])).logits)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"layers": 7}, "there is no layer 7"),
+        ({"vector": torch.zeros(31)}, "the vector has 31 features, and hidden states have 32"),
+        ({"vector": torch.zeros(2, 32)}, r"a tensor of the shape \(features,\), not \(2, 32\)"),
+        ({"vector": [0.0] * 32}, "not list"),
+    ],
+)
+def test_bad_input(model, given, words):
+    with pytest.raises(InputError, match=words):
+        steer(model, **{"layers": 0, "vector": VECTOR, **given})
+
+
+def test_a_position_that_a_prompt_does_not_have(model):
+    with pytest.raises(InputError, match="there is no position 50 in prompt 0"):
+        steer(model, 0, VECTOR, positions=50).trace(PROMPTS[0]).result
+    with pytest.raises(InputError, match="steer takes a LanguageModel"):
+        steer(writers.gpt2(), 0, VECTOR)
