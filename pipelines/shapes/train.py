@@ -271,12 +271,17 @@ def make_pipeline(encoder: str) -> StableDiffusionPipeline:
 def train(
     encoder: str, out: Path, resume: Path | None, seed: int, scenes: int, vae_steps: int, steps: int
 ) -> StableDiffusionPipeline:
-    """Trains a pipeline, or goes on with the one in the folder `resume`, and writes it to the folder `out`."""
+    """Trains a pipeline and writes it to the folder `out`. With the folder `resume` it goes on with the pipeline there,
+    or, where that has an encoder of the other kind, with its VAE and UNet and a new encoder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(seed)
     pictures, captions = make_data(scenes, seed)
-    pipe = StableDiffusionPipeline.from_pretrained(resume) if resume else make_pipeline(encoder)
+    pipe = make_pipeline(encoder)
+    if resume:
+        known = StableDiffusionPipeline.from_pretrained(resume)
+        alike = type(known.text_encoder) is type(pipe.text_encoder)
+        pipe.register_modules(vae=known.vae, unet=known.unet, **({"text_encoder": known.text_encoder} if alike else {}))
     pipe.to(device)
     if vae_steps:
         train_vae(pipe.vae.train(), pictures, vae_steps, device)
@@ -292,7 +297,10 @@ def main() -> None:
     parser.add_argument("--encoder", choices=("clip", "t5"), default="clip")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pipeline")
     parser.add_argument(
-        "--resume", type=Path, help="folder of a pipeline to go on with (and --vae-steps 0 to keep its VAE)"
+        "--resume",
+        type=Path,
+        help="folder of a pipeline to go on with, or of one with the other encoder, to begin with its UNet (and "
+        "--vae-steps 0 to keep its VAE)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=30_000)
