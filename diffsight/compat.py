@@ -405,6 +405,12 @@ class _Generator:
 class _Face(Envoy):
     """What nnsight's models take and have, over one of diffsight's."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        tokenizer = self.__dict__.get("tokenizer")
+        if tokenizer is not None and getattr(tokenizer, "pad_token", "") is None:  # code calls it with padding=True
+            tokenizer.pad_token = tokenizer.eos_token
+
     def trace(self, *args: Any, trace: bool = True, **kwargs: Any) -> Any:
         return _opened(super().trace, args, _without(kwargs), trace, generates=False)
 

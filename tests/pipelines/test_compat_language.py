@@ -114,6 +114,14 @@ given = tracer.invoker.inputs[0][0]["input_ids"]
     assert torch.equal(names["given"], ids[EIFFEL])
 
 
+def test_the_tokenizer_pads(folder, tokenizer):
+    assert tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token
+    model = LanguageModel(folder)
+    both = model.tokenizer([EIFFEL, "The city"], return_tensors="pt", padding=True)
+    assert both["input_ids"].shape == both["attention_mask"].shape
+    assert both["attention_mask"].sum() < both["attention_mask"].numel()
+
+
 @pytest.mark.parametrize(
     "line",
     [
