@@ -7,10 +7,11 @@ from torch import nn
 _FILES = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".safetensors")
 
 
-def check_weights(folder: Path) -> None:
-    """Raises OSError for a folder without a file of weights, so that what is missing is missed before it is needed."""
-    if folder.is_dir() and not any(file.suffix in _FILES for file in folder.iterdir()):
-        raise OSError(f"there are no weights in {folder}")
+def check_weights(folder: Path, part: str = "") -> None:
+    """Raises OSError where a part of what a folder holds has no file of weights, so that it is missed before it is
+    needed; where `folder` is none, but the name of a repository, that is not known."""
+    if folder.is_dir() and not any(file.suffix in _FILES for file in (folder / part).iterdir()):
+        raise OSError(f"there are no weights in {folder / part}")
 
 
 def adopt(module: nn.Module, loaded: nn.Module) -> None:

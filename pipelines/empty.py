@@ -42,7 +42,7 @@ def _class(library: str, name: str) -> type[nn.Module] | None:
 
 
 def _build(cls: type[nn.Module], place: str, name: str, dtype: torch.dtype | None, of_hub: dict) -> nn.Module:
-    check_weights(Path(place, name))
+    check_weights(Path(place), name)
     if issubclass(cls, PreTrainedModel):
         config = cls.config_class.from_pretrained(place, subfolder=name, **of_hub)
         with init_empty_weights():

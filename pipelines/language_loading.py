@@ -56,7 +56,7 @@ def open_language_model(
     place, gguf = _place(name)
     arguments = gguf | arguments
     with _explained(name, place):
-        check_weights(Path(place, arguments.get("subfolder", "")))
+        check_weights(Path(place), arguments.get("subfolder", ""))
         empty = _build_empty(place, arguments)
 
     def load() -> None:
