@@ -1,9 +1,10 @@
 """Trains the packaged pipelines from nothing: scenes, VAE, then text encoder and UNet together.
 
     python -m diffsight.pipelines.shapes.train --encoder clip --out shapes-clip
+    python -m diffsight.pipelines.shapes.train --encoder t5 --resume shapes-clip --vae-steps 0 --out shapes-t5
 
 One command, one pipeline in the standard diffusers folder format, with the measured fidelity printed at the end. The
-device is a GPU where there is one (minutes), else the CPU (about two hours on two cores).
+device is a GPU where there is one (minutes), else the CPU (about two hours, on one core or two).
 
 - VAE: reconstruction (L1 + L2, four times as much on the things as on the background, which fills most of a picture)
   and a small Kullback-Leibler term; `scaling_factor` is 1 / standard deviation of the latents (Rombach et al.,
@@ -305,7 +306,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=30_000)
     parser.add_argument("--vae-steps", type=int, default=2_300)
-    parser.add_argument("--steps", type=int, default=9_000)
+    parser.add_argument("--steps", type=int, default=7_000)
     options = vars(parser.parse_args())
     started = time.time()
     pipe = train(**options)
