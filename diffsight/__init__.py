@@ -36,7 +36,9 @@ from .session import Session
 if TYPE_CHECKING:
     from diffsight.gallery.grid import image_grid
     from diffsight.lenses.collecting import Activations, collect_activations, load_activations
+    from diffsight.lenses.comparison import EncoderComparison, compare_encoders, linear_cka
     from diffsight.lenses.diffusion import DiffusionLensResult, LensWarning, diffusion_lens
+    from diffsight.lenses.fidelity import LayerFidelity, layer_fidelity
     from diffsight.lenses.image_tokens import ImageTokenPredictions, image_token_lens
     from diffsight.lenses.logit import logit_lens
     from diffsight.lenses.patchscope import (
@@ -67,6 +69,11 @@ _LATER = {
     "diffusion_lens": "diffsight.lenses.diffusion",
     "DiffusionLensResult": "diffsight.lenses.diffusion",
     "LensWarning": "diffsight.lenses.diffusion",
+    "layer_fidelity": "diffsight.lenses.fidelity",
+    "LayerFidelity": "diffsight.lenses.fidelity",
+    "compare_encoders": "diffsight.lenses.comparison",
+    "EncoderComparison": "diffsight.lenses.comparison",
+    "linear_cka": "diffsight.lenses.comparison",
     "Encoder": "diffsight.pipelines.encoders",
     "Encoders": "diffsight.pipelines.encoders",
     "find_encoders": "diffsight.pipelines.encoders",
@@ -102,12 +109,14 @@ __all__ = [
     "DiffusionModel",
     "Edit",
     "Encoder",
+    "EncoderComparison",
     "Encoders",
     "Envoy",
     "HFPipeline",
     "ImageTokenPredictions",
     "InputError",
     "LanguageModel",
+    "LayerFidelity",
     "LensPredictions",
     "LensWarning",
     "Model",
@@ -128,11 +137,14 @@ __all__ = [
     "VisionLanguageModel",
     "WrongThreadError",
     "collect_activations",
+    "compare_encoders",
     "diffusion_lens",
     "find_encoders",
     "first_tokens",
     "image_grid",
     "image_token_lens",
+    "layer_fidelity",
+    "linear_cka",
     "load_activations",
     "logit_lens",
     "patchscope_generate",

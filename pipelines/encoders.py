@@ -193,8 +193,13 @@ def encode(model: "DiffusionModel", prompt: str, **arguments: Any) -> dict[str, 
     pipeline, which runs up to its denoiser.
 
     Raises InputError for an empty prompt and one that is too long for every tokenizer."""
+    return encoded_in(model, prompt, read(model, prompt, arguments))
+
+
+def encoded_in(model: "DiffusionModel", prompt: str, reading: Reading) -> dict[str, Encoded]:
+    """The same, from what was read of the prompt."""
     encoded = {}
-    for name, encoder in read(model, prompt, arguments).encoders.items():
+    for name, encoder in reading.encoders.items():
         call = encoder.prompt
         row = call.rows[0]
         normed = next((out[row] for into, out in call.norms if _is_same(into, call.states[-1])), None)
