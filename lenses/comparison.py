@@ -99,12 +99,8 @@ class EncoderComparison(Mapping):
     def plot(self) -> Figure:
         """Linear CKA of all pairs of layers, those of one encoder after those of the other."""
         values = torch.cat([torch.cat([self.cka(one, other) for other in self], 1) for one in self])
-        names = [str(layer) for name in self for layer in self[name].layers]
-        cuts = list(itertools.accumulate(len(self[name].layers) for name in self))[:-1]
-        side = min(7.0, max(3.2, 0.13 * len(names) + 0.8))
-        order = "layer, from the left and from the bottom: " + ", ".join(self)
-        shown = {"": panels.Map(values.numpy(), names, names, (cuts, cuts))}
-        return panels.map_panels(shown, f"{len(self.prompts)} prompts", "linear CKA", 0, order, side, side)
+        blocks = {name: [str(layer) for layer in encoded.layers] for name, encoded in self.encoders.items()}
+        return panels.block_map(values.numpy(), blocks, f"{len(self.prompts)} prompts", "linear CKA")
 
     def plot_nearest(self, prompt: int) -> Figure:
         """How near the other prompts are to one, by layer; a point marks the nearest."""
@@ -116,7 +112,7 @@ class EncoderComparison(Mapping):
             marks = values.argmax(1).tolist()
             shown[name] = panels.Map(values.numpy(), layers, [str(n) for n in numbers], marks=marks)
         low = min(float(panel.values.min()) for panel in shown.values())
-        return panels.map_panels(shown, self._title(prompt), "cosine", low, "prompt", self._height())
+        return panels.map_panels(shown, self._title(prompt), "cosine", low, "prompt")
 
     def plot_drift(self, prompt: int, to: str = "last") -> Figure:
         """How near each token is to what it is at the last (or the "first") layer."""
@@ -125,7 +121,7 @@ class EncoderComparison(Mapping):
             layers, words = [str(layer) for layer in self[name].layers], self[name].words[self._checked(prompt)]
             shown[name] = panels.Map(self.drift(name, prompt, to).numpy(), layers, [word.strip() for word in words])
         low = min(0.0, *(float(panel.values.min()) for panel in shown.values()))
-        return panels.map_panels(shown, self._title(prompt), f"cosine with {to} layer", low, "", self._height())
+        return panels.map_panels(shown, self._title(prompt), f"cosine with {to} layer", low, "")
 
     def grid(self, prompt: int = 0) -> Image.Image:
         """What the diffusion lens draws of a prompt from the layers of each encoder: a row an encoder."""
@@ -184,9 +180,6 @@ class EncoderComparison(Mapping):
 
     def _title(self, prompt: int) -> str:
         return f"{prompt}: {self.prompts[prompt]}"
-
-    def _height(self) -> float:
-        return min(7.0, 1.6 + 0.13 * max(len(encoded.layers) for encoded in self.encoders.values()))
 
 
 def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:

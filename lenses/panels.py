@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 DPI = 200
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")  # Okabe and Ito
@@ -59,45 +60,58 @@ def curve_panels(panels: Mapping[str, tuple[Sequence[int], Mapping[str, Curve]]]
 
 @dataclass(frozen=True)
 class Map:
-    """Numbers as (rows, columns), the first row at the bottom, with the names of both; `cuts` are the numbers of rows
-    and columns before which a line parts them, `marks` the column that a row points out."""
+    """Numbers as (rows, columns), the first row at the bottom, with the names of both; `marks` are the columns that the
+    rows point out."""
 
     values: np.ndarray
     rows: Sequence[str]
     columns: Sequence[str]
-    cuts: tuple[Sequence[int], Sequence[int]] = ((), ())
     marks: Sequence[int] = ()
 
 
-def map_panels(
-    panels: Mapping[str, Map], title: str, label: str, low: float, axis: str, height: float, width: float | None = None
-) -> Figure:
-    """A panel a title, all in the same colours, from `low` to 1; `axis` names the columns; `height` and `width` are
-    in inches, by default as wide as it takes."""
+def map_panels(panels: Mapping[str, Map], title: str, label: str, low: float, axis: str) -> Figure:
+    """A panel a title, rows being layers, all in the same colours, from `low` to 1; `axis` names the columns."""
     widths = [max(1.4, 0.16 * len(panel.columns)) for panel in panels.values()]
-    width = width or min(9.0, 1.1 + sum(widths) + 0.35 * len(widths))
-    figure = Figure(figsize=(width, height), layout="constrained")
+    scale = min(1.0, 8.0 / sum(widths))
+    height = 1.6 + 0.13 * min(40, max(len(panel.rows) for panel in panels.values()))
+    figure = Figure(figsize=(1.1 + scale * sum(widths) + 0.35 * len(widths), height), layout="constrained")
     everything = list(_axes(figure, len(panels), width_ratios=widths))
-    for axes, (name, panel) in zip(everything, panels.items()):
-        picture = axes.imshow(panel.values, vmin=low, vmax=1, cmap="viridis", aspect="auto", origin="lower")
-        for draw, cuts in ((axes.axhline, panel.cuts[0]), (axes.axvline, panel.cuts[1])):
-            for cut in cuts:
-                draw(cut - 0.5, color="white", linewidth=1.5)
-        if len(panel.marks):
-            axes.plot(panel.marks, range(len(panel.rows)), "o", color="white", markeredgecolor="black", markersize=4)
-        _ticks(axes.set_xticks, panel.columns, 45, rotation=90 if max(map(len, panel.columns)) > 2 else 0)
-        _ticks(axes.set_yticks, panel.rows, 45)
+    for axes, width, (name, panel) in zip(everything, widths, panels.items()):
+        picture = _map(axes, panel.values, low)
+        axes.plot(panel.marks, range(len(panel.marks)), "o", color="white", markeredgecolor="black", markersize=4)
+        _ticks(axes, panel.rows, panel.columns, scale * width)
         axes.set_xlabel(axis, size=8)
-        _plain(axes, name)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
+        axes.set_title(name, size=8, parse_math=False)
     everything[0].set_ylabel("layer", size=8)
-    bar = figure.colorbar(picture, ax=everything, pad=0.01, aspect=30)
-    bar.set_label(label, size=8)
-    bar.ax.tick_params(labelsize=7)
-    bar.outline.set_visible(False)
-    if title:
-        figure.suptitle(title, size=9, parse_math=False, wrap=True)
+    _bar(figure, picture, everything, label)
+    figure.suptitle(title, size=9, parse_math=False, wrap=True)
+    return figure
+
+
+def block_map(values: np.ndarray, blocks: Mapping[str, Sequence[str]], title: str, label: str) -> Figure:
+    """A square of numbers from 0 to 1, whose rows and columns are those of the blocks, one after the other."""
+    names = [name for block in blocks.values() for name in block]
+    ends = np.cumsum([len(block) for block in blocks.values()])
+    middles = ends - np.array([len(block) for block in blocks.values()]) / 2 - 0.5
+    side = min(6.0, max(2.4, 0.15 * len(names)))
+    figure = Figure(figsize=(side + 1.1 + 0.065 * max(map(len, blocks)), side + 1.1), layout="constrained")
+    axes = figure.add_subplot()
+    picture = _map(axes, values, 0)
+    for end in ends[:-1]:
+        axes.axhline(end - 0.5, color="white", linewidth=1.5)
+        axes.axvline(end - 0.5, color="white", linewidth=1.5)
+    _ticks(axes, names, names, side)
+    axes.set_xlabel("layer", size=8)
+    axes.set_ylabel("layer", size=8)
+    settings = {"fontsize": 8, "parse_math": False}
+    top, right = axes.secondary_xaxis("top"), axes.secondary_yaxis("right")
+    top.set_xticks(middles, blocks, rotation=30, ha="left", rotation_mode="anchor", **settings)
+    right.set_yticks(middles, blocks, **settings)
+    for edge in (top, right):
+        edge.tick_params(length=0)
+        edge.spines[:].set_visible(False)
+    _bar(figure, picture, [axes], label)
+    figure.suptitle(title, size=9)
     return figure
 
 
@@ -123,6 +137,23 @@ def _plain(axes: Axes, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _ticks(put: Callable, names: Sequence[str], most: int, rotation: int = 0) -> None:
-    step = -(-len(names) // most)
-    put(range(0, len(names), step), names[::step], parse_math=False, rotation=rotation)
+def _map(axes: Axes, values: np.ndarray, low: float) -> AxesImage:
+    axes.tick_params(labelsize=7, length=0)
+    axes.spines[:].set_visible(False)
+    return axes.imshow(values, vmin=low, vmax=1, cmap="viridis", aspect="auto", origin="lower")
+
+
+def _ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], width: float) -> None:
+    """Names of rows and columns, no more than there is room for; `width` is in inches."""
+    across, up = (max(1, round(len(names) / 40)) for names in (columns, rows))
+    narrow = width / len(columns) * across < 0.04 + 0.06 * max(map(len, columns))
+    rotation = 90 if narrow else 0
+    axes.set_xticks(range(0, len(columns), across), columns[::across], rotation=rotation, parse_math=False)
+    axes.set_yticks(range(0, len(rows), up), rows[::up], parse_math=False)
+
+
+def _bar(figure: Figure, picture: AxesImage, axes: Sequence[Axes], label: str) -> None:
+    bar = figure.colorbar(picture, ax=axes, pad=0.01, aspect=30)
+    bar.set_label(label, size=8)
+    bar.ax.tick_params(labelsize=7)
+    bar.outline.set_visible(False)

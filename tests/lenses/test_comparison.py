@@ -57,11 +57,11 @@ def plain_cka(x, y):
     n = len(x)
     center = np.eye(n) - np.ones((n, n)) / n
 
-    def hsic(k, l):
-        return np.trace(k @ center @ l @ center) / (n - 1) ** 2
+    def hsic(k, m):
+        return np.trace(k @ center @ m @ center) / (n - 1) ** 2
 
-    k, l = (np.asarray(one, dtype=np.float64) @ np.asarray(one, dtype=np.float64).T for one in (x, y))
-    return hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l))
+    k, m = (np.asarray(one, dtype=np.float64) @ np.asarray(one, dtype=np.float64).T for one in (x, y))
+    return hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m))
 
 
 def vectors(n, features, seed=0):
@@ -163,7 +163,7 @@ def test_the_lens_of_each(both, sd, if_):
     grid = both.grid(1)
     assert grid.width > 4 * 128
     assert grid.height > 2 * 128
-    with pytest.raises(InputError, match="of the first 2 prompts alone.*pictures=3"):
+    with pytest.raises(InputError, match=r"of the first 2 prompts alone.*pictures=3"):
         both.grid(2)
 
 
@@ -279,7 +279,7 @@ def drawing(sdxl, monkeypatch):
         ({"pictures": -1}, "from 0 to 4, not -1"),
         ({"lens": {"pooled": "none"}}, "pooled is"),
         ({"seed": "7"}, "seed"),
-        ({"no_such_argument": 1}, "no argument"),
+        ({"guidance_scal": 1}, "no argument"),
     ],
     ids=str,
 )
