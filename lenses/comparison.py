@@ -36,7 +36,7 @@ from diffsight.pipelines.diffusion import DiffusionModel
 from diffsight.pipelines.encoders import Encoded, Encoder, cut_off, encoded_in, encoders_in
 from diffsight.pipelines.reading import Reading, candidates, read
 
-from . import panels
+from . import panels, plots
 from .diffusion import DiffusionLensResult, choose_layers, diffusion_lens
 from .saving import save_files, write_record
 
@@ -153,12 +153,12 @@ class EncoderComparison(Mapping):
         files = {
             "comparison.json": partial(write_record, record),
             "comparison.safetensors": partial(save_file, numbers),
-            "cka.png": partial(panels.write, self.plot),
+            "cka.png": partial(plots.write, self.plot),
         }
         for i in range(min(len(encoded.lens) for encoded in self.encoders.values())):
             files[f"grid_{i:02}.png"] = self.grid(i).save
-            files[f"drift_{i:02}.png"] = partial(panels.write, partial(self.plot_drift, i))
-            files[f"nearest_{i:02}.png"] = partial(panels.write, partial(self.plot_nearest, i))
+            files[f"drift_{i:02}.png"] = partial(plots.write, partial(self.plot_drift, i))
+            files[f"nearest_{i:02}.png"] = partial(plots.write, partial(self.plot_nearest, i))
         return save_files(folder, files)
 
     def _repr_png_(self) -> bytes:

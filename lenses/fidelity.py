@@ -29,7 +29,7 @@ from diffsight.pipelines.shapes.reader import read
 from diffsight.pipelines.shapes.scenes import Scene, sample_scene
 from diffsight.pipelines.shapes.scoring import score
 
-from . import panels
+from . import panels, plots
 from .diffusion import diffusion_lens
 from .saving import save_files, write_record
 
@@ -95,7 +95,7 @@ class LayerFidelity:
                 for asked, seen in zip(self.scenes, self.seen)
             ],
         }
-        draw = partial(panels.write, self.plot)
+        draw = partial(plots.write, self.plot)
         return save_files(folder, {"fidelity.json": partial(write_record, record), "fidelity.png": draw})
 
     def __str__(self) -> str:

@@ -4,16 +4,16 @@ Drawn at the size at which they are read (text of 7 points and more), in colours
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-DPI = 200
+from .plots import DPI
+
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")  # Okabe and Ito
 _MARKERS = "os^Dvv<"
 
@@ -41,6 +41,7 @@ def curve_panels(panels: Mapping[str, tuple[Sequence[int], Mapping[str, Curve]]]
             axes.fill_between(layers, shares - error, shares + error, color=color, alpha=0.1, linewidth=0)
             marker = _MARKERS[colors[name] % len(_MARKERS)]
             style = {"color": color, "marker": marker, "markersize": 3, "linewidth": 1.4, "label": name}
+            style["zorder"] = 3 if curve.dashed else 2  # where lines lie on each other both are seen
             (handles[name],) = axes.plot(layers, shares, "--" if curve.dashed else "-", **style)
             if curve.marked is not None:
                 at = shares[list(layers).index(curve.marked)]
@@ -113,11 +114,6 @@ def block_map(values: np.ndarray, blocks: Mapping[str, Sequence[str]], title: st
     _bar(figure, picture, [axes], label)
     figure.suptitle(title, size=9)
     return figure
-
-
-def write(draw: Callable[[], Figure], path: Path) -> None:
-    """Writes the picture that `draw` makes."""
-    draw().savefig(path, dpi=DPI)
 
 
 def png(figure: Figure) -> bytes:
