@@ -73,10 +73,10 @@ class LayerFidelity:
         """The figures as curves, with those of `others` side by side. A ring marks the first layer at which half of the
         prompts are right."""
         results = (self, *others)
-        names = {id(r): f"{r.model}, {r.encoder}" for r in results}
-        alike = len(set(names.values())) < len(results)
-        titles = {id(r): f"{i}. {names[id(r)]}" if alike else names[id(r)] for i, r in enumerate(results, 1)}
-        shown = {titles[id(r)]: (r.layers, r._curves()) for r in results}
+        names = [f"{result.model}, {result.encoder}" for result in results]
+        if len(set(names)) < len(names):
+            names = [f"{number}. {name}" for number, name in enumerate(names, 1)]
+        shown = {name: (result.layers, result._curves()) for name, result in zip(names, results)}
         return panels.curve_panels(shown, "right, by layer\n(ring: first half)")
 
     def save(self, folder: str | Path) -> list[Path]:
