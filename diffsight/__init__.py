@@ -36,7 +36,8 @@ from .session import Session
 if TYPE_CHECKING:
     from diffsight.gallery.grid import image_grid
     from diffsight.lenses.collecting import Activations, collect_activations, load_activations
-    from diffsight.lenses.diffusion import DiffusionLensResult, LensWarning, diffusion_lens
+    from diffsight.lenses.diffusion import DiffusionLensResult, diffusion_lens
+    from diffsight.lenses.drawing import LensWarning
     from diffsight.lenses.image_tokens import ImageTokenPredictions, image_token_lens
     from diffsight.lenses.logit import logit_lens
     from diffsight.lenses.patchscope import (
@@ -66,7 +67,7 @@ _LATER = {
     "VisionLanguageModel": "diffsight.pipelines.vision_language",
     "diffusion_lens": "diffsight.lenses.diffusion",
     "DiffusionLensResult": "diffsight.lenses.diffusion",
-    "LensWarning": "diffsight.lenses.diffusion",
+    "LensWarning": "diffsight.lenses.drawing",
     "Encoder": "diffsight.pipelines.encoders",
     "Encoders": "diffsight.pipelines.encoders",
     "find_encoders": "diffsight.pipelines.encoders",
