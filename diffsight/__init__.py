@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     from diffsight.lenses.diffusion import DiffusionLensResult, diffusion_lens
     from diffsight.lenses.drawing import LensWarning
     from diffsight.lenses.image_tokens import ImageTokenPredictions, image_token_lens
+    from diffsight.lenses.linear_map import LinearMap
     from diffsight.lenses.logit import logit_lens
+    from diffsight.lenses.patching import EncoderPatchingResult, encoder_patching
     from diffsight.lenses.patchscope import (
         DESCRIPTION,
         IDENTITY,
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from diffsight.pipelines.huggingface import HFPipeline
     from diffsight.pipelines.language import LanguageModel
     from diffsight.pipelines.vision_language import VisionLanguageModel
+    from diffsight.pipelines.words import PromptWords, align_words
 
 __version__ = "0.1.0"
 
@@ -68,6 +71,11 @@ _LATER = {
     "diffusion_lens": "diffsight.lenses.diffusion",
     "DiffusionLensResult": "diffsight.lenses.diffusion",
     "LensWarning": "diffsight.lenses.drawing",
+    "encoder_patching": "diffsight.lenses.patching",
+    "EncoderPatchingResult": "diffsight.lenses.patching",
+    "LinearMap": "diffsight.lenses.linear_map",
+    "PromptWords": "diffsight.pipelines.words",
+    "align_words": "diffsight.pipelines.words",
     "Encoder": "diffsight.pipelines.encoders",
     "Encoders": "diffsight.pipelines.encoders",
     "find_encoders": "diffsight.pipelines.encoders",
@@ -103,6 +111,7 @@ __all__ = [
     "DiffusionModel",
     "Edit",
     "Encoder",
+    "EncoderPatchingResult",
     "Encoders",
     "Envoy",
     "HFPipeline",
@@ -111,6 +120,7 @@ __all__ = [
     "LanguageModel",
     "LensPredictions",
     "LensWarning",
+    "LinearMap",
     "Model",
     "NeverReachedError",
     "NoRunError",
@@ -118,6 +128,7 @@ __all__ = [
     "PatchscopeTexts",
     "PointNotFoundError",
     "Prompt",
+    "PromptWords",
     "Run",
     "RunClosedError",
     "ScanError",
@@ -128,8 +139,10 @@ __all__ = [
     "TargetPrompt",
     "VisionLanguageModel",
     "WrongThreadError",
+    "align_words",
     "collect_activations",
     "diffusion_lens",
+    "encoder_patching",
     "find_encoders",
     "first_tokens",
     "image_grid",

@@ -14,7 +14,7 @@ sentencepiece or a list of words, and the tokens may come with a template around
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ class PromptWords:
     ids: tuple[int, ...]
     words: tuple[str, ...]
     spans: tuple[range | None, ...]
+    pieces: tuple[str, ...] = field(repr=False)  # each token as text
 
     @property
     def tokens(self) -> range:
@@ -54,6 +55,12 @@ class PromptWords:
             return ""
         text = unicodedata.normalize("NFC", self.prompt)
         return text[_found(text)[last + 1].start() :].rstrip()
+
+    def text(self, span: range) -> str:
+        """What tokens say: the words that are whole among them, or else the pieces of one."""
+        inside = range(span.start, span.stop)
+        whole = [w for w, of in zip(self.words, self.spans) if of and of[0] in inside and of[-1] in inside]
+        return " ".join(whole) or "".join(self.pieces[span.start : span.stop])
 
     def find(self, text: str) -> tuple[range, ...]:
         """The tokens of one word or several that follow each other, at each place where they occur.
@@ -121,7 +128,9 @@ def align_words(tokenizer: Any, prompt: str, ids: Sequence[int] | None = None) -
                 tokens[number].clear()
     marked = tokenizer.convert_ids_to_tokens(ids)
     spans = (range(min(some), max(some) + 1) if some else None for some in tokens)
-    return PromptWords(prompt, tuple(ids), tuple(words), tuple(_with_mark(span, marked) for span in spans))
+    spans = tuple(_with_mark(span, marked) for span in spans)
+    pieces = (tokenizer.decode([i]).strip() or mark for i, mark in zip(ids, marked))
+    return PromptWords(prompt, tuple(ids), tuple(words), spans, tuple(pieces))
 
 
 class _Letter(NamedTuple):
