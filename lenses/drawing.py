@@ -24,6 +24,7 @@ from diffsight.pipelines.diffusion import DiffusionModel, DiffusionRun
 from diffsight.pipelines.progress import progress_bar
 from diffsight.pipelines.reading import Call, EncoderReading, Reading
 
+_LONG = 60  # letters: longer names are not listed
 _MADE = ("images", "image", "frames", "audios")
 Item = TypeVar("Item")
 Change = Callable[[DiffusionRun, Sequence[Item]], None]
@@ -63,7 +64,8 @@ class Drawing:
         return tuple(made)
 
     def _draw(self, change: Change, items: Sequence[Item]) -> Sequence[Any]:
-        desc = f"{self.noun} {', '.join(map(str, items))}"
+        names = ", ".join(map(str, items))
+        desc = f"{self.noun} {names}" if len(names) <= _LONG else f"{len(items)} {self.noun}"
         try:
             with progress_bar(self.model.pipeline, desc=desc, disable=not self.progress):
                 return self._call(change, items)

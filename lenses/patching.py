@@ -5,8 +5,8 @@
     result.grid().save("patching.png")
 
 The hidden states of the source prompt's tokens at a layer take the place of those of the target prompt's tokens; the
-layers behind, and all of the pipeline, go on with them. A picture for each layer and each word (or token) shows where in
-the encoder the word is, and what of it has gone over to its neighbours by then. It is what two runs in lockstep do,
+layers behind, and all of the pipeline, go on with them. A picture for each layer and each word (or token) shows where
+in the encoder the word is, and what of it has gone over to its neighbours by then. It is what two runs in lockstep do,
 
     with model.generate(source, seed=0) as x, model.generate(target, seed=0) as y:
         y.cond.text_encoder.layers[4].output[:, 3] = x.cond.text_encoder.layers[4].output[:, 3]
@@ -98,9 +98,9 @@ class EncoderPatchingResult:
         )
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Writes `grid.png`, `source.png`, `target.png`, a picture a cell (layer 4, second word: `layer_04_02.png`; with
-        a video `.gif`, with a sound `.wav`) and `lens.json`, which records how they were made; gives the paths. All
-        files are written or none."""
+        """Writes `grid.png`, `source.png`, `target.png`, a picture a cell (layer 4, second word: `layer_04_02.png`;
+        with a video `.gif`, with a sound `.wav`) and `lens.json`, which records how they were made; gives the paths.
+        All files are written or none."""
         files = {"grid.png": self.grid().save, "source.png": self.source_image.save}
         files["target.png"] = self.target_image.save
         for layer, images, outputs in zip(self.layers, self.images, self.outputs):
@@ -154,7 +154,7 @@ def encoder_patching(
 
     Args:
         words: What is taken from the source, each a column: a word, or several that follow each other; or a token's
-            number, or a range of them, as the encoder is given them. None: every token, where both prompts have as many.
+            number, or a range of them, as the encoder is given them. None: every token of the prompt.
         into: What they take the place of in the target, one for each of `words`. None: the words with the same place
             among the prompt's words, for tokens the same numbers.
         layers: Of the target's encoder, numbered as transformers numbers hidden states: 0 is the embedding, k what
