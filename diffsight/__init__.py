@@ -38,9 +38,12 @@ if TYPE_CHECKING:
     from diffsight.lenses.collecting import Activations, collect_activations, load_activations
     from diffsight.lenses.comparison import EncoderComparison, compare_encoders, linear_cka
     from diffsight.lenses.diffusion import DiffusionLensResult, LensWarning, diffusion_lens
+    from diffsight.lenses.drawing import LensWarning
     from diffsight.lenses.fidelity import LayerFidelity, layer_fidelity
     from diffsight.lenses.image_tokens import ImageTokenPredictions, image_token_lens
+    from diffsight.lenses.linear_map import LinearMap
     from diffsight.lenses.logit import logit_lens
+    from diffsight.lenses.patching import EncoderPatchingResult, encoder_patching
     from diffsight.lenses.patchscope import (
         DESCRIPTION,
         IDENTITY,
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from diffsight.pipelines.huggingface import HFPipeline
     from diffsight.pipelines.language import LanguageModel
     from diffsight.pipelines.vision_language import VisionLanguageModel
+    from diffsight.pipelines.words import PromptWords, align_words
 
 __version__ = "0.1.0"
 
@@ -74,6 +78,12 @@ _LATER = {
     "compare_encoders": "diffsight.lenses.comparison",
     "EncoderComparison": "diffsight.lenses.comparison",
     "linear_cka": "diffsight.lenses.comparison",
+    "LensWarning": "diffsight.lenses.drawing",
+    "encoder_patching": "diffsight.lenses.patching",
+    "EncoderPatchingResult": "diffsight.lenses.patching",
+    "LinearMap": "diffsight.lenses.linear_map",
+    "PromptWords": "diffsight.pipelines.words",
+    "align_words": "diffsight.pipelines.words",
     "Encoder": "diffsight.pipelines.encoders",
     "Encoders": "diffsight.pipelines.encoders",
     "find_encoders": "diffsight.pipelines.encoders",
@@ -110,6 +120,7 @@ __all__ = [
     "Edit",
     "Encoder",
     "EncoderComparison",
+    "EncoderPatchingResult",
     "Encoders",
     "Envoy",
     "HFPipeline",
@@ -119,6 +130,7 @@ __all__ = [
     "LayerFidelity",
     "LensPredictions",
     "LensWarning",
+    "LinearMap",
     "Model",
     "NeverReachedError",
     "NoRunError",
@@ -126,6 +138,7 @@ __all__ = [
     "PatchscopeTexts",
     "PointNotFoundError",
     "Prompt",
+    "PromptWords",
     "Run",
     "RunClosedError",
     "ScanError",
@@ -136,9 +149,11 @@ __all__ = [
     "TargetPrompt",
     "VisionLanguageModel",
     "WrongThreadError",
+    "align_words",
     "collect_activations",
     "compare_encoders",
     "diffusion_lens",
+    "encoder_patching",
     "find_encoders",
     "first_tokens",
     "image_grid",

@@ -13,8 +13,7 @@ from PIL import Image, ImageSequence
 from text_pipelines import PROMPT, TEXT_PIPELINES
 
 import tiny
-from diffsight import DiffusionModel, InputError, diffusion_lens
-from diffsight.lenses.diffusion import LensWarning
+from diffsight import DiffusionModel, InputError, LensWarning, diffusion_lens
 
 SEED = 4
 ENCODERS = [

@@ -1,0 +1,176 @@
+"""A linear map from the hidden states of one text encoder to those of another, fitted by least squares.
+
+    mapping = LinearMap().fit(model, prompts, encoder="text_encoder", source_encoder="text_encoder_2", layers=[2, 4])
+    mapping.error                   # {(2, 2): 0.11, (4, 4): 0.18}: the part that it does not explain
+    mapping.error_unseen            # the same on prompts that it was not fitted on
+    mapping(state, 2, 2)            # (…, features of the source) -> (…, features of the target)
+
+With x a word's hidden state in the source's encoder and y that in the target's, each the mean over its tokens there, W
+and b are those with the least sum over all words of |xW + b - y|², and of these the smallest W. The error is the root
+of that sum over that of |y - mean y|²: 0 is exact, 1 no better than the mean of all words.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from diffsight.errors import InputError
+from diffsight.pipelines.diffusion import DiffusionModel
+from diffsight.pipelines.encoders import encoders_in
+from diffsight.pipelines.reading import Call, read
+
+from .checks import check_model, check_prompt, check_whole
+from .pairing import choose_pairs, choose_source, known_to, words_read
+
+_UNSEEN = 5  # every fifth prompt is left out, to measure the error on those that were not seen
+Pair = tuple[int, int]  # the source's layer, the target's
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """xW + b."""
+
+    weight: torch.Tensor  # (features of the source, features of the target)
+    bias: torch.Tensor
+    mean: torch.Tensor  # of y
+
+    def error(self, x: torch.Tensor, y: torch.Tensor) -> float:
+        return float((x @ self.weight + self.bias - y).norm() / (y - self.mean).norm())
+
+
+class LinearMap:
+    """Maps of hidden states from one text encoder to another, one for each pair of layers that it is fitted for."""
+
+    def __init__(self) -> None:
+        self.source_encoder: str | None = None
+        self.encoder: str | None = None
+        self._fits: dict[Pair, _Fit] = {}
+        self._error: dict[Pair, float] = {}
+        self._unseen: dict[Pair, float] = {}
+        self._words = 0
+
+    def fit(
+        self,
+        model: DiffusionModel,
+        prompts: Sequence[str],
+        *,
+        encoder: str | None = None,
+        source_encoder: str | None = None,
+        source_model: DiffusionModel | None = None,
+        layers: int | slice | Iterable[int] | None = None,
+        source_layers: int | Sequence[int] | None = None,
+        progress: bool = True,
+        **arguments: Any,
+    ) -> "LinearMap":
+        """Fits the map on the words of `prompts`, encoded by both; gives itself. The arguments are those of
+        `encoder_patching`.
+
+        A map of n features is exact on n words, whatever they are: take many more, and look at `error_unseen`.
+
+        Raises InputError for what is no prompt, one that an encoder cuts, and layers that are not there."""
+        origin = model if source_model is None else source_model
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        for one in (model, origin):
+            check_model("LinearMap", one)
+        for prompt in prompts:
+            check_prompt("LinearMap", prompt)
+        if not prompts:
+            raise InputError("LinearMap is fitted on prompts: there are none")
+        taken: dict[Pair, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for prompt in tqdm(prompts, desc="prompts", disable=not progress):
+            reading = read(model, prompt, arguments)
+            origin_reading = reading if origin is model else read(origin, prompt, known_to(origin, arguments))
+            found = encoders_in(model, reading).choose(encoder)
+            source = choose_source(origin, origin_reading, found, source_encoder)
+            both = (origin, origin_reading.encoders[source.name]), (model, reading.encoders[found.name])
+            for one, encoded in both:
+                check_whole(one, encoded, prompt)
+            spans = zip(*(words_read(one, encoded, prompt).spans for one, encoded in both))
+            spans = [span for span in spans if None not in span]
+            for layer, source_layer in choose_pairs(layers, source_layers, found, source):
+                chosen = zip(both, (source_layer, layer), zip(*spans))
+                taken.setdefault((source_layer, layer), []).append(
+                    tuple(_means(encoded.prompt, number, of) for (_, encoded), number, of in chosen)
+                )
+        self.source_encoder, self.encoder = source.name, found.name
+        for pair, states in taken.items():
+            self._fit(pair, states)
+        return self
+
+    def _fit(self, pair: Pair, states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """`states` are those of the words of each prompt, in both encoders."""
+        x, y = (torch.cat(side) for side in zip(*states))
+        self._words = len(x)
+        self._fits[pair] = _least_squares(x, y)
+        self._error[pair] = self._fits[pair].error(x, y)
+        if len(states) >= _UNSEEN:
+            is_seen = [i % _UNSEEN > 0 for i in range(len(states))]
+            seen, unseen = (
+                [torch.cat(side) for side in zip(*(s for s, one in zip(states, is_seen) if one is kind))]
+                for kind in (True, False)
+            )
+            self._unseen[pair] = _least_squares(*seen).error(*unseen)
+
+    @property
+    def error(self) -> Mapping[Pair, float]:
+        """By source layer and layer, on the words that it was fitted on."""
+        self._check_fitted()
+        return dict(self._error)
+
+    @property
+    def error_unseen(self) -> Mapping[Pair, float]:
+        """By source layer and layer, on every fifth prompt, of a map that was fitted on the others; empty where there
+        are fewer than five."""
+        self._check_fitted()
+        return dict(self._unseen)
+
+    def __call__(self, states: torch.Tensor, source_layer: int, layer: int) -> torch.Tensor:
+        """Hidden states of the source's encoder at `source_layer`, (…, features), as those of the target's at `layer`.
+
+        Raises InputError where it was not fitted for these layers."""
+        fit = self._fitted(source_layer, layer)
+        if states.shape[-1] != len(fit.weight):
+            raise InputError(f"the map takes states of {len(fit.weight)} features, not of {states.shape[-1]}")
+        made = states.detach().to("cpu", torch.float64) @ fit.weight + fit.bias
+        return made.to(states)
+
+    def check(self, source_layer: int, layer: int) -> None:
+        """Raises InputError where it was not fitted for these layers."""
+        self._fitted(source_layer, layer)
+
+    def _fitted(self, source_layer: int, layer: int) -> _Fit:
+        self._check_fitted()
+        if (source_layer, layer) not in self._fits:
+            known = ", ".join(f"{a} → {b}" for a, b in self._fits)
+            raise InputError(f"the map was fitted for the layers {known}, not {source_layer} → {layer}")
+        return self._fits[source_layer, layer]
+
+    def _check_fitted(self) -> None:
+        if not self._fits:
+            raise InputError("this LinearMap was never fitted: map.fit(model, prompts, encoder=…, source_encoder=…)")
+
+    def __repr__(self) -> str:
+        if not self._fits:
+            return "<LinearMap, not fitted>"
+        lines = [f"<LinearMap from {self.source_encoder} to {self.encoder}, fitted on {self._words} words>"]
+        for (source_layer, layer), error in self._error.items():
+            unseen = self._unseen.get((source_layer, layer))
+            unseen = "" if unseen is None else f", {unseen:.3f} on unseen prompts"
+            lines.append(f"  layer {source_layer} → {layer}: error {error:.3f}{unseen}")
+        return "\n".join(lines)
+
+
+def _means(call: Call, layer: int, spans: Sequence[range]) -> torch.Tensor:
+    """The mean state of each word at a layer, (words, features)."""
+    state = call.states[layer][call.rows[0]].to("cpu", torch.float64)
+    return torch.stack([state[span.start : span.stop].mean(0) for span in spans])
+
+
+def _least_squares(x: torch.Tensor, y: torch.Tensor) -> _Fit:
+    """Of the maps with the least error the one with the smallest weights: words may be fewer than features."""
+    at, mean = x.mean(0), y.mean(0)
+    weight = torch.linalg.lstsq(x - at, y - mean, driver="gelsd").solution
+    return _Fit(weight, mean - at @ weight, mean)
