@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from diffsight.gallery.grid import image_grid
     from diffsight.lenses.collecting import Activations, collect_activations, load_activations
     from diffsight.lenses.comparison import EncoderComparison, compare_encoders, linear_cka
-    from diffsight.lenses.diffusion import DiffusionLensResult, LensWarning, diffusion_lens
+    from diffsight.lenses.diffusion import DiffusionLensResult, diffusion_lens
     from diffsight.lenses.drawing import LensWarning
     from diffsight.lenses.fidelity import LayerFidelity, layer_fidelity
     from diffsight.lenses.image_tokens import ImageTokenPredictions, image_token_lens
@@ -72,7 +72,6 @@ _LATER = {
     "VisionLanguageModel": "diffsight.pipelines.vision_language",
     "diffusion_lens": "diffsight.lenses.diffusion",
     "DiffusionLensResult": "diffsight.lenses.diffusion",
-    "LensWarning": "diffsight.lenses.diffusion",
     "layer_fidelity": "diffsight.lenses.fidelity",
     "LayerFidelity": "diffsight.lenses.fidelity",
     "compare_encoders": "diffsight.lenses.comparison",
