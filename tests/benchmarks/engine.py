@@ -188,7 +188,7 @@ def main() -> None:
         compare(task, bare | {side: tasks[task] for side, tasks in sides.items()}, rounds, list(sides))
     model = DiffusionModel("diffsight/shapes-clip")
     model.set_progress_bar_config(disable=True)
-    compare(f"read in {STEPS} denoising steps", denoising(model), max(5, rounds // 6), list(sides))
+    compare(f"read in {STEPS} denoising steps", denoising(model), max(10, rounds // 3), list(sides))
 
 
 if __name__ == "__main__":
