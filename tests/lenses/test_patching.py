@@ -1,0 +1,410 @@
+"""Patching between prompts and encoders, against the bare pipelines with hooks of PyTorch."""
+
+import contextlib
+import json
+import warnings
+
+import numpy as np
+import pytest
+import text_pipelines
+import torch
+from text_pipelines import TEXT_PIPELINES
+
+import tiny
+from diffsight import DiffusionModel, InputError, LensWarning, LinearMap, encoder_patching
+
+SOURCE, TARGET = "a red circle above a blue square", "a red square above a blue square"
+SEED = 4
+KINDS = [
+    ("stable_diffusion", "text_encoder"),
+    ("stable_diffusion_xl", "text_encoder"),
+    ("stable_diffusion_xl", "text_encoder_2"),
+    ("stable_diffusion_3", "text_encoder_3"),
+    ("flux", "text_encoder"),
+    ("flux", "text_encoder_2"),
+    ("sana", "text_encoder"),
+    ("qwen_image", "text_encoder"),
+]
+LAYERS = {
+    "CLIPTextModel": "encoder.layers",
+    "CLIPTextModelWithProjection": "text_model.encoder.layers",
+    "T5EncoderModel": "encoder.block",
+    "Gemma2Model": "layers",
+    "Qwen2_5_VLForConditionalGeneration": "model.language_model.layers",
+}
+
+
+def layers_of(encoder):
+    return encoder.get_submodule(LAYERS[type(encoder).__name__])
+
+
+@contextlib.contextmanager
+def hooked(encoder, layer, function):
+    """Within it `function(state, call)` sees what the layer gives; 0 is what the first layer gets. What it gives, if
+    anything, takes its place."""
+    calls = iter(range(1000))
+    if layer:
+
+        def after(module, args, output):
+            state = output[0] if isinstance(output, tuple) else output
+            changed = function(state, next(calls))
+            if changed is None:
+                return None
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        handle = layers_of(encoder)[layer - 1].register_forward_hook(after, prepend=True)
+    else:
+
+        def before(module, args, kwargs):
+            state = args[0] if args else kwargs["hidden_states"]
+            changed = function(state, next(calls))
+            if changed is None:
+                return None
+            return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})
+
+        handle = layers_of(encoder)[0].register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def settings(name):
+    arguments = TEXT_PIPELINES[name].inputs()
+    del arguments["prompt"]
+    return arguments
+
+
+def draw(name, pipe, prompt):
+    return pipe(prompt=prompt, **settings(name), generator=text_pipelines.generator(SEED))[0][0]
+
+
+def state_of(name, pipe, encoder, layer, prompt):
+    """The hidden state of the prompt, (1, tokens, features)."""
+    states = []
+    with hooked(getattr(pipe, encoder), layer, lambda state, call: states.append(state.clone())):
+        draw(name, pipe, prompt)
+    return states[0]
+
+
+def patched(name, pipe, encoder, layer, tokens, state):
+    """The picture of the target with `state`, (tokens, features), in the place of `tokens`."""
+
+    def put(hidden, call):
+        if call:
+            return None
+        hidden = hidden.clone()
+        hidden[:, tokens.start : tokens.stop] = state
+        return hidden
+
+    with hooked(getattr(pipe, encoder), layer, put):
+        return draw(name, pipe, TARGET)
+
+
+def place_of(pipe, name, encoder, word, prompt):
+    """The tokens of a word: its first place where the prompt's own tokens begin among those that the encoder got."""
+    seen = []
+    handle = getattr(pipe, encoder).register_forward_pre_hook(
+        lambda m, args, kwargs: seen.append(args[0] if args else kwargs["input_ids"]), with_kwargs=True
+    )
+    draw(name, pipe, prompt)
+    handle.remove()
+    tokenizer = getattr(pipe, encoder.replace("text_encoder", "tokenizer"))
+    ids = seen[0][0].tolist()
+    before = tokenizer(prompt[: prompt.index(word)].rstrip(), add_special_tokens=False).input_ids
+    through = tokenizer(prompt[: prompt.index(word) + len(word)], add_special_tokens=False).input_ids
+    at = next(i for i in range(len(ids)) if ids[i : i + len(through)] == through)
+    return range(at + len(before), at + len(through))
+
+
+def patch(name, pipe, source=SOURCE, target=TARGET, **given):
+    return encoder_patching(DiffusionModel(pipe), source, target, seed=SEED, progress=False, **given, **settings(name))
+
+
+def difference(a, b):
+    return np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).max()
+
+
+# Pictures
+
+
+@pytest.mark.parametrize(("name", "encoder"), KINDS)
+def test_every_layer_as_with_hooks_by_hand(name, encoder):
+    pipe = text_pipelines.built(name)
+    tokens = place_of(pipe, name, encoder, "circle", SOURCE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LensWarning)
+        result = patch(name, pipe, words="circle", encoder=encoder, source_layers=None)
+        alone = patch(name, pipe, words="circle", encoder=encoder, layers=1, batch_size=1)
+    assert result.source_tokens == result.tokens == (tokens,)
+    assert result.layers[0] == 0
+    for layer, (image,) in zip(result.layers, result.images, strict=True):
+        state = state_of(name, pipe, encoder, layer, SOURCE)[0, tokens.start : tokens.stop]
+        wanted = patched(name, pipe, encoder, layer, tokens, state)
+        assert difference(image, wanted) <= 2
+        if layer == 1:
+            assert difference(alone.images[0][0], wanted) == 0
+    plain = draw(name, pipe, TARGET)
+    assert difference(alone.target_image, plain) == 0
+    assert difference(alone.source_image, draw(name, pipe, SOURCE)) == 0
+    assert difference(result.images[0][0], plain) > 0
+
+
+def test_words_and_layers_make_a_table_of_pictures():
+    """Other words, into others, from other layers."""
+    pipe, name = text_pipelines.built("stable_diffusion"), "stable_diffusion"
+    given = {"words": ["red circle", "above"], "into": ["blue square", 4], "layers": [1, 3], "source_layers": [2, 0]}
+    result = patch(name, pipe, **given, batch_size=3)
+    assert result.words == ("red circle → blue square", "above")
+    assert (result.layers, result.source_layers) == ((1, 3), (2, 0))
+    assert result.source_tokens == (range(2, 4), range(4, 5))
+    assert result.tokens == (range(6, 8), range(4, 5))
+    for layer, origin, images in zip(result.layers, result.source_layers, result.images, strict=True):
+        state = state_of(name, pipe, "text_encoder", origin, SOURCE)[0]
+        for taken, tokens, image in zip(result.source_tokens, result.tokens, images, strict=True):
+            wanted = patched(name, pipe, "text_encoder", layer, tokens, state[taken.start : taken.stop])
+            assert difference(image, wanted) <= 2
+
+
+def test_every_token_is_a_column():
+    result = patch("stable_diffusion", text_pipelines.built("stable_diffusion"), layers=[0])
+    assert result.words == ("a", "red", "circle → square", "above", "a", "blue", "square")
+    assert result.tokens == tuple(range(i, i + 1) for i in range(1, 8))
+    plain = result.target_image
+    changed = [difference(image, plain) > 2 for image in result.images[0]]
+    assert changed == [False, False, True, False, False, False, False]  # the embeddings of the others are the same
+
+
+def test_spans_of_different_length():
+    pipe, name, target = text_pipelines.built("stable_diffusion"), "stable_diffusion", "a red photo above a blue square"
+    source = "a red hex above a blue square"  # three tokens
+    message = refusal(name, source=source, target=target, words="hex")
+    assert "'hex' is 3 tokens of the source, in the place of 1 of the target, 'photo'" in message
+    assert 'align="last" or "mean"' in message
+    state = state_of(name, pipe, "text_encoder", 1, source)[0, 3:6]
+    for align, wanted in (("last", state[-1:]), ("mean", state.mean(0, keepdim=True))):
+        result = patch(name, pipe, source, TARGET, words="hex", align=align, layers=1, batch_size=1)
+        assert difference(result.images[0][0], patched(name, pipe, "text_encoder", 1, range(3, 4), wanted)) == 0
+
+
+def test_the_prompt_that_is_patched_is_not_the_negative_one():
+    pipe = text_pipelines.built("stable_diffusion")
+    arguments = settings("stable_diffusion") | {"negative_prompt": TARGET}
+    model = DiffusionModel(pipe)
+    given = {"words": "circle", "layers": [2], "seed": SEED, "batch_size": 1, "progress": False}
+    result = encoder_patching(model, SOURCE, TARGET, **given, **arguments)
+    state = state_of("stable_diffusion", pipe, "text_encoder", 2, SOURCE)[0, 3]
+
+    def put(hidden, call):
+        if call == 0:  # the second call is that of the negative prompt
+            hidden[:, 3] = state
+
+    with hooked(pipe.text_encoder, 2, put):
+        wanted = pipe(prompt=TARGET, **arguments, generator=text_pipelines.generator(SEED))[0][0]
+    assert difference(result.images[0][0], wanted) == 0
+
+
+# Between encoders
+
+
+def with_other_text_encoder(name="stable_diffusion"):
+    """Another fine-tune: the same pipeline with other weights in its text encoder."""
+    pipe = TEXT_PIPELINES[name].build()
+    pipe.text_encoder = tiny.clip_encoder(pipe.tokenizer, seed=9)
+    return pipe
+
+
+def test_two_fine_tunes_as_two_runs_in_lockstep():
+    a, b = DiffusionModel(with_other_text_encoder()), DiffusionModel(text_pipelines.built("stable_diffusion"))
+    arguments = settings("stable_diffusion")
+    given = {"words": "circle", "seed": SEED, "batch_size": 1, "progress": False}
+    result = encoder_patching(b, SOURCE, TARGET, source_model=a, **given, **arguments)
+    for layer, (image,) in zip(result.layers[1:], result.images[1:], strict=True):
+        with a.generate(SOURCE, seed=SEED, **arguments) as x, b.generate(TARGET, seed=SEED, **arguments) as y:
+            taken = x.cond.text_encoder.layers[layer - 1].output[:, 3].clone()
+            y.cond.text_encoder.layers[layer - 1].output[:, 3] = taken
+            x.stop()
+        assert difference(image, y.images[0]) == 0
+    assert difference(result.source_image, draw("stable_diffusion", a.pipeline, SOURCE)) == 0
+
+
+def same_width():
+    """SDXL's two encoders, here both 32 wide."""
+    pipe = TEXT_PIPELINES["stable_diffusion_xl"].build()
+    pipe.text_encoder = tiny.clip_encoder(pipe.tokenizer, width=32, seed=6)
+    sizes = {"cross_attention_dim": 64, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
+    kinds = {"transformer_layers_per_block": (1, 2), "addition_embed_type": "text_time", "use_linear_projection": True}
+    pipe.unet = tiny.unet(**sizes, **kinds, seed=2)
+    return pipe
+
+
+def test_one_encoder_into_the_other_of_the_same_width():
+    pipe = same_width()
+    given = {"words": "circle", "encoder": "text_encoder", "source_encoder": "text_encoder_2"}
+    result = patch("stable_diffusion_xl", pipe, **given, layers=[1, 2], source_layers=2, batch_size=1)
+    state = state_of("stable_diffusion_xl", pipe, "text_encoder_2", 2, SOURCE)[0, 3]
+    for layer, (image,) in zip((1, 2), result.images, strict=True):
+        wanted = patched("stable_diffusion_xl", pipe, "text_encoder", layer, range(3, 4), state)
+        assert difference(image, wanted) == 0
+
+
+PROMPTS = [
+    f"{a} {c} {shape} {where} {a} {d} {other}"
+    for a, c, d in (("a", "red", "blue"), ("the", "green", "red"), ("a", "blue", "green"))
+    for shape, other in (("circle", "square"), ("square", "photo"))
+    for where in ("above", "below")
+]
+
+
+def fitted(pipe, **given):
+    encoders = {"encoder": "text_encoder", "source_encoder": "text_encoder_2"}
+    return LinearMap().fit(
+        DiffusionModel(pipe), PROMPTS, **{**encoders, **given}, progress=False, **settings("stable_diffusion_xl")
+    )
+
+
+def test_a_linear_map_between_encoders_of_different_width():
+    """Against the least squares of NumPy, on the states that hooks see."""
+    pipe, name = text_pipelines.built("stable_diffusion_xl"), "stable_diffusion_xl"
+    mapping = fitted(pipe, layers=[2], source_layers=[1])
+    x = np.concatenate([state_of(name, pipe, "text_encoder_2", 1, p)[0, 1:8].double() for p in PROMPTS])
+    y = np.concatenate([state_of(name, pipe, "text_encoder", 2, p)[0, 1:8].double() for p in PROMPTS])
+    ones = np.ones((len(x), 1))
+    solution = np.linalg.lstsq(np.concatenate([x, ones], 1), y, rcond=None)[0]
+    wanted = np.linalg.norm(np.concatenate([x, ones], 1) @ solution - y) / np.linalg.norm(y - y.mean(0))
+    assert mapping.error.keys() == {(1, 2)}
+    assert mapping.error[1, 2] == pytest.approx(wanted, rel=1e-6)
+    assert 0 < mapping.error[1, 2] < mapping.error_unseen[1, 2]
+    assert f"error {mapping.error[1, 2]:.3f}" in repr(mapping)
+
+    given = {"words": "circle", "encoder": "text_encoder", "source_encoder": "text_encoder_2", "mapping": mapping}
+    result = patch(name, pipe, **given, layers=2, source_layers=1, batch_size=1)
+    state = mapping(state_of(name, pipe, "text_encoder_2", 1, SOURCE)[0, 3:4], 1, 2)
+    assert np.allclose(
+        state, np.append(state_of(name, pipe, "text_encoder_2", 1, SOURCE)[0, 3], 1) @ solution, atol=1e-5
+    )
+    assert difference(result.images[0][0], patched(name, pipe, "text_encoder", 2, range(3, 4), state)) == 0
+    assert result.map_error == mapping.error
+
+
+def test_maps_between_tokenizers_that_cut_words_differently():
+    """T5 and CLIP, word by word."""
+    pipe = text_pipelines.built("stable_diffusion_3")
+    arguments = settings("stable_diffusion_3")
+    given = {"encoder": "text_encoder_3", "source_encoder": "text_encoder_2", "layers": [1]}
+    mapping = LinearMap().fit(DiffusionModel(pipe), PROMPTS, **given, progress=False, **arguments)
+    result = patch("stable_diffusion_3", pipe, source=SOURCE, target=SOURCE, words="circle", mapping=mapping, **given)
+    assert (result.source_tokens, result.tokens) == ((range(3, 4),), (range(2, 3),))
+
+
+# What cannot be patched
+
+
+def refusal(name, source=SOURCE, target=TARGET, **given):
+    """The message that the lens refuses with, before the denoiser has run."""
+    pipe, ran = TEXT_PIPELINES[name].build(), []
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    denoiser.register_forward_hook(lambda module, args, output: ran.append(module))
+    with pytest.raises(InputError) as error:
+        patch(name, pipe, source, target, **given)
+    assert not ran
+    return str(error.value)
+
+
+LONG = "a red circle " * 26
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"words": "circel"}, "'circel' does not occur in the prompt 'a red circle above a blue square'"),
+        ({"words": "circle", "into": "circle"}, "'circle' does not occur in the prompt 'a red square above"),
+        ({"words": "a"}, "'a' occurs 2 times in the prompt 'a red circle above a blue square'"),
+        ({"words": "circle", "into": ["red", "blue"]}, "into has 2 items for 1 words"),
+        ({"into": "red"}, "say which with words="),
+        ({"words": []}, "words is empty"),
+        ({"words": [1.5]}, "not 1.5"),
+        ({"words": 77}, "there are no tokens 77: 'a red circle above a blue square' is read as tokens 0 to 76"),
+        ({"words": range(3, 3)}, "there are no tokens range(3, 3)"),
+        ({"target": "a red square"}, "the prompts are 7 and 3 tokens long"),
+        ({"target": "a red square", "words": "circle"}, "the prompts have 7 and 3 words"),
+        ({"layers": 4}, "there is no layer 4: they are 0 (the embedding) to 3"),
+        ({"layers": [1, 2], "source_layers": [1]}, "there are 1 source_layers for 2 layers"),
+        ({"source_layers": 9}, "in the source's text_encoder there is no layer 9"),
+        ({"encoder": "text_encoder_2"}, "no text encoder 'text_encoder_2'"),
+        ({"source_encoder": "text_encoder_2"}, "no text encoder 'text_encoder_2'"),
+        ({"align": "first"}, "not 'first'"),
+        ({"source": ""}, "empty"),
+        ({"source": [SOURCE]}, "one prompt, a text, not list"),
+        ({"source": LONG}, "too long"),
+        ({"target": LONG}, "too long"),
+        ({"mapping": LinearMap(), "words": "circle"}, "never fitted"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_patched(given, message):
+    assert message in refusal("stable_diffusion", **given)
+
+
+def test_a_prompt_that_one_encoder_cuts():
+    pipe = TEXT_PIPELINES["stable_diffusion_3"].build()
+    pipe.tokenizer_3.model_max_length = 512
+    arguments = settings("stable_diffusion_3") | {"max_sequence_length": 256}
+    with pytest.raises(InputError, match=r"too long for text_encoder: 77 tokens are read.*: 'a red circle'"):
+        encoder_patching(DiffusionModel(pipe), LONG, TARGET, words=3, encoder="text_encoder", **arguments)
+
+
+def test_encoders_of_different_width_need_a_map():
+    given = {"words": "circle", "encoder": "text_encoder", "source_encoder": "text_encoder_2"}
+    assert "text_encoder_2 has 32 features and text_encoder 16" in refusal("stable_diffusion_xl", **given)
+    mapping = fitted(text_pipelines.built("stable_diffusion_xl"), layers=[1])
+    message = refusal("stable_diffusion_xl", **given, mapping=mapping, layers=2)
+    assert "fitted for the layers 1 → 1, not 2 → 2" in message
+    given |= {"encoder": "text_encoder_2", "source_encoder": "text_encoder", "mapping": mapping, "layers": 1}
+    assert "from text_encoder_2 to text_encoder, not from text_encoder" in refusal("stable_diffusion_xl", **given)
+
+
+def test_a_map_that_was_never_fitted():
+    mapping = LinearMap()
+    assert "not fitted" in repr(mapping)
+    for use in (lambda: mapping.error, lambda: mapping(torch.zeros(2, 4), 1, 1)):
+        with pytest.raises(InputError, match="never fitted"):
+            use()
+
+
+def test_a_pipeline_without_a_text_encoder():
+    with pytest.raises(InputError, match="DDPMPipeline has no text encoder"):
+        encoder_patching(DiffusionModel(tiny.ddpm()), SOURCE, TARGET)
+
+
+# The result
+
+
+def test_the_result_says_how_it_was_made(tmp_path):
+    result = patch("stable_diffusion", text_pipelines.built("stable_diffusion"), words=["red", "circle"], layers=[0, 2])
+    names = {"grid.png", "source.png", "target.png", "lens.json"}
+    names |= {f"layer_{layer}_{word}.png" for layer in ("00", "02") for word in ("01", "02")}
+    assert {path.name for path in result.save(tmp_path)} == names
+    record = json.loads((tmp_path / "lens.json").read_text(encoding="utf-8"))
+    assert (record["source"], record["target"], record["seed"]) == (SOURCE, TARGET, SEED)
+    assert (record["layers"], record["words"]) == ([0, 2], ["red", "circle → square"])
+    assert record["source_tokens"] == [[2], [3]]
+    grid = np.asarray(result.grid())
+    assert result._repr_png_().startswith(b"\x89PNG")
+    image = np.asarray(result.images[1][1].resize((192, 192), 0))
+    windows = np.lib.stride_tricks.sliding_window_view(grid[..., 0], (192, 192))
+    corners = np.argwhere(windows[:, :, 0, 0] == image[0, 0, 0])
+    assert any(np.array_equal(grid[y : y + 192, x : x + 192], image) for y, x in corners)
+    with pytest.raises(AttributeError):
+        result.seed = 8
+
+
+def test_a_word_on_the_packaged_pipeline():
+    """At the embedding "circle" is all that the prompts differ in; behind the first layer its neighbours know."""
+    model = DiffusionModel("diffsight/shapes-clip")
+    given = {"words": "circle", "layers": [0, 12], "seed": 0, "progress": False, "num_inference_steps": 10}
+    result = encoder_patching(model, f"{SOURCE} on a gray background", f"{TARGET} on a gray background", **given)
+    assert difference(result.source_image, result.target_image) > 100
+    assert difference(result.images[0][0], result.source_image) <= 2
+    assert difference(result.images[1][0], result.target_image) < difference(result.source_image, result.target_image)
