@@ -45,7 +45,6 @@ class Body(Coroutine):
         self.point: Point | None = None  # what it was woken for; None where its wait is over
         self.call: Call | None = None  # what it wants the model's coroutine to call
         self.asks = False  # whether it sleeps until that is made
-        self.result: Any = None
 
     def wait(self, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
         """From the body: sleeps until the model is at one of the points, or its wait is over."""
@@ -61,7 +60,7 @@ class Body(Coroutine):
 
     def wake(self) -> None:
         """Runs the body, if it has not begun, or what it waits for is there or will not come."""
-        if not self:
+        if not self.has_begun:
             self.go()
             return
         if self.asks:
@@ -75,4 +74,4 @@ class Body(Coroutine):
 
     def go(self) -> None:
         """Starts the body, or lets it go on."""
-        self.result = self.resume()
+        self.resume()

@@ -8,6 +8,8 @@ a copy of the `contextvars` of its creator.
 
 from collections.abc import Callable
 from contextvars import copy_context
+from threading import local
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -78,33 +80,75 @@ class Call:
             before.restore(TorchState.capture())
 
 
-class Coroutine(greenlet):
+class Stack(greenlet):
+    """A stack of its own for coroutines to run on, one after the other: making one takes longer than running most."""
+
+    coroutine: "Coroutine | None" = None  # what runs here
+    owner: Any = None  # of the coroutine
+
+    def run(self, call: "Call | None") -> None:
+        while True:
+            self.coroutine.run(call)
+            call = self.parent.switch()
+
+
+class _IdleStacks(local):
+    """Those of this thread. `base` is the greenlet that the thread itself is."""
+
+    def __init__(self) -> None:
+        self.stacks: list[Stack] = []
+        self.base = getcurrent()
+        while self.base.parent is not None:
+            self.base = self.base.parent
+
+
+_MOST_IDLE = 100
+_idle = _IdleStacks()
+
+
+class Coroutine:
     """A function that runs until it parks, and goes on from there when it is resumed."""
 
     def __init__(self, function: Callable[[], Any], owner: Any, state: TorchState) -> None:
         """`state` is what the function begins in."""
-        super().__init__(self._begin)
         self._function = function
-        self.gr_context = copy_context()
         self.owner = owner  # the Flow whose model runs here: taps recognise their run by it
         self.state = state
+        self.context = copy_context()
         self.random: list[torch.Tensor] | None = None  # the function's own random state, where it has one
+        self.dead = False  # whether it has ended, however
+        self.result: Any = None  # what the function returned
+        self._stack: Stack | None = None  # from its beginning to its end
+        self._unwinds = False
         self._guard: Any = None  # keeps the body out of the mode inside which the function is parked
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has begun, and not ended."""
+        return self._stack is not None
+
+    @property
+    def frame(self) -> FrameType | None:
+        """Where the function is parked."""
+        return None if self._stack is None else self._stack.gr_frame
+
     def resume(self, *error: Any, call: Call | None = None) -> Any:
-        """From the body: lets the function run on until it parks (gives what it parked with) or ends (gives what it
-        returned; `self.dead` tells which). With an exception, raises it where the function is parked; with a call,
-        makes it there, and gives it back when it is made."""
+        """From the body: lets the function run on until it parks (gives what it parked with) or ends (`self.dead` then
+        says so). With an exception, raises it where the function is parked; with a call, makes it there, and gives it
+        back when it is made."""
         body = TorchState.capture()
-        self.parent = getcurrent()  # where the function's end, or its exception, comes out
+        stack = self._begin() if self._stack is None else self._stack
+        stack.parent = getcurrent()  # where the function's end, or its exception, comes out
         alike = body == self.state and self._guard is None and self.random is None
         guard, random = (None, None) if alike else self._enter(body)
         try:
-            return self.throw(*error) if error else self.switch(call)
+            return stack.throw(*error) if error else stack.switch(call)
         finally:
             self.state = TorchState.capture()
             if not alike or body != self.state:
                 self._leave(body, guard, random)
+            if self.dead or stack.dead:
+                self._end()
 
     def _enter(self, body: TorchState) -> tuple[Any, list[torch.Tensor] | None]:
         """Goes from the body's state to the function's. Gives the guard, if there is one, and the random state that
@@ -137,22 +181,45 @@ class Coroutine(greenlet):
 
     def park(self, value: Any) -> None:
         """From the function: goes back to the body with `value` until it is resumed."""
-        call = self.parent.switch(value)
+        call = self._stack.parent.switch(value)
         if call is not None:
             self._make(call)
 
-    def _begin(self, call: Call | None) -> Any:
-        self._make(call)
-        return self._function()
+    def unwind(self) -> None:
+        """Ends the function where it is parked; its `finally` blocks and context managers run."""
+        self._unwinds = True
+        if self._stack is None:
+            self.dead = True
+        else:
+            self.resume(GreenletExit)
+
+    def run(self, call: Call | None) -> None:
+        """From its stack: all of it."""
+        try:
+            self._make(call)
+            self.result = self._function()
+        except GreenletExit:
+            if not self._unwinds:  # but its stack is taken away
+                raise
+        self.dead = True
 
     def _make(self, call: Call | None) -> None:
         while call is not None:
             call.make()
-            call = self.parent.switch(call)
+            call = self._stack.parent.switch(call)
 
-    def unwind(self) -> None:
-        """Ends the function where it is parked; its `finally` blocks and context managers run."""
-        self.resume(GreenletExit)
+    def _begin(self) -> Stack:
+        stack = self._stack = _idle.stacks.pop() if _idle.stacks else Stack()
+        stack.coroutine, stack.owner, stack.gr_context = self, self.owner, self.context
+        return stack
+
+    def _end(self) -> None:
+        """The function has ended: its stack is free."""
+        stack, self._stack, self.dead = self._stack, None, True
+        stack.coroutine = stack.owner = stack.gr_context = None
+        if not stack.dead and len(_idle.stacks) < _MOST_IDLE:
+            stack.parent = _idle.base
+            _idle.stacks.append(stack)
 
 
 def _enter_inference_mode(on: bool) -> Any:
@@ -182,6 +249,11 @@ def seeded_random_state(seed: int) -> list[torch.Tensor]:
         return random_state()
     finally:
         set_random_state(before)
+
+
+def current() -> Coroutine | None:
+    """The coroutine that runs now, if one does."""
+    return getattr(getcurrent(), "coroutine", None)
 
 
 def current_owner() -> Any:

@@ -23,11 +23,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from greenlet import getcurrent
 from torch import nn
 
 from .bodies import Body, Scope
 from .capture import Block, Deferred
+from .coroutine import current
 from .errors import InputError
 from .taps import Tap, Target
 
@@ -107,15 +107,15 @@ class EditBody(Body):
 
     def end(self, goes_on: bool) -> None:
         """The run is over: a loop over steps ends and (with `goes_on`) what follows it runs; a wait does not return."""
-        if self is getcurrent():
+        if self is current():
             return
         if self.flow.has_result and not self.met and self.edit.touches:
             path, where = next(iter(self.edit.touches)), self.edit.where
             message = f"the edit at {where} did nothing in this run: the model never came to {path}"
             warnings.warn(message, stacklevel=1)
-        if self and goes_on and not (self.waits or self.asks):  # a greenlet is false before its start and after its end
+        if self.has_begun and goes_on and not (self.waits or self.asks):
             self.go()
-        if self:
+        if self.has_begun:
             self.unwind()
 
 
@@ -126,7 +126,7 @@ def is_from_edit(error: BaseException) -> bool:
 
 def current_edit() -> EditBody | None:
     """The edit that runs now."""
-    body = getcurrent()
+    body = current()
     return body if isinstance(body, EditBody) else None
 
 

@@ -13,11 +13,10 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from greenlet import getcurrent
 
 from .bodies import Body, Scope
 from .clock import Clock
-from .coroutine import Call, Coroutine, TorchState, current_owner, random_state, seeded_random_state, set_random_state
+from .coroutine import Call, Coroutine, TorchState, current, random_state, seeded_random_state, set_random_state
 from .errors import (
     AssignmentError,
     DiffsightError,
@@ -103,25 +102,29 @@ class Flow:
     @property
     def scope(self) -> Scope:
         """The scope of the body that runs now."""
-        body = getcurrent()
-        return body.scope if isinstance(body, Body) and body.flow is self else self._scope
+        body = self._beside()
+        return self._scope if body is None else body.scope
+
+    def _beside(self) -> Body | None:
+        """The body that runs now, where it is not the one that opened the run."""
+        body = current()
+        return body if isinstance(body, Body) and body.flow is self else None
 
     # ---- what the body asks for
 
     def fetch(self, asked: Asked) -> Any:
         """The value of a point."""
-        if self.edits or self.outcome is not None or get_ident() != self.thread or current_owner() is self:
-            self._check_open(asked)
+        self._check_open(asked)
+        if self.edits:
             self._touch(asked)
-        body = getcurrent()
-        scope = body.scope if isinstance(body, Body) and body.flow is self else self._scope
+        scope = self.scope
         tap, first = self._locate(asked, scope)
         if asked.rows is None:
-            value = self._point(tap, (asked.kind, first + asked.call), asked, scope).value
-            return value if asked.part != "input" else first_input(value, asked)
-        point = self._find(tap, first, asked, scope)
+            point = self._point(tap, (asked.kind, first + asked.call), asked, scope)
+        else:
+            point = self._find(tap, first, asked, scope)
         value = point.value if asked.part != "input" else first_input(point.value, asked)
-        return asked.rows.at(tap, point.index, asked).take(value, asked)
+        return value if asked.rows is None else asked.rows.at(tap, point.index, asked).take(value, asked)
 
     def assign(self, asked: Asked, value: Any) -> None:
         """Puts `value` in the place of a point: now if the model stands there, else when it comes there."""
@@ -174,12 +177,10 @@ class Flow:
         if self.outcome is not None:
             return False
         self._start()
-        scope = self.scope
+        body, scope = self._beside(), self.scope
         scope.stop_at_steps = True
-        body = getcurrent()
-        waits_itself = isinstance(body, Body) and body.flow is self
         while self.outcome is None and self.clock.index <= scope.step:
-            body.wait([]) if waits_itself else self._resume()
+            self._resume() if body is None else body.wait([])
         if self.outcome is not None:
             return False
         scope.step, scope.in_step = self.clock.index, True
@@ -231,8 +232,8 @@ class Flow:
         """Calls `function`, which calls `target`, within the model where it stands: it passes through the taps."""
         self._check_open(join(target.path, "hook=True"))
         self.tap(target)
-        body = getcurrent()
-        if isinstance(body, Body) and body.flow is self:
+        body = self._beside()
+        if body is not None:
             call = Call(function, body)
             body.ask(call)
         else:
@@ -349,7 +350,7 @@ class Flow:
             raise WrongThreadError(
                 f"{path}: a run belongs to the thread that opened it. Open one run in each thread, or hand values over"
             )
-        if current_owner() is self:
+        if self.coroutine is not None and current() is self.coroutine:
             raise DiffsightError(
                 f"{path} was asked for by a hook or a callback that the model itself runs: it cannot wait for itself"
             )
@@ -424,12 +425,10 @@ class Flow:
         in_step = scope.in_step
         for other, other_key in waits:
             other.awaited.setdefault(other_key, []).append(in_step)
-        body = getcurrent()
-        waits_itself = isinstance(body, Body) and body.flow is self
-        point = None
+        body, point = self._beside(), None
         try:
             while self.outcome is None and not (scope.in_step and self.clock.index > scope.step):
-                point = body.wait(waits) if waits_itself else self._resume()
+                point = self._resume() if body is None else body.wait(waits)
                 if point is not None and (point.tap, point.key) in waits:
                     break
                 point = None
@@ -471,7 +470,7 @@ class Flow:
                 self._fail(error)
                 raise
             if self.coroutine.dead:
-                return self._end_with(value)
+                return self._end_with(self.coroutine.result)
             if isinstance(value, Call):
                 self.parked, turns, goes_on = self._calls.pop()
                 if value.asker is None:

@@ -154,7 +154,7 @@ class Taps(dict[Key, Tap]):
         entered, origin = self.counts.pop(number), self._origins.pop(number)
         tap = self[target.key] = Tap(self._flow, target, origin, entered, self._counts_before.get(number, 0))
         if entered and self._flow.coroutine is not None:
-            tap.active += range(entered - count_running(self._flow.coroutine.gr_frame, owner), entered)
+            tap.active += range(entered - count_running(self._flow.coroutine.frame, owner), entered)
         return tap
 
     def _origin(self, around: Tap | None) -> Origin:
