@@ -217,13 +217,17 @@ class Envoy(Points):
         """The same handle, for `run` alone, and for a part of its batch."""
         return Envoy(self._model, self._target, run, part=part)
 
+    def _handle(self, target: Target) -> "Envoy":
+        """The handle on another module, for the same run and part."""
+        return Envoy(self._model, target, self._run, part=self._part)
+
     def _child(self, name: str) -> "Envoy | MethodEnvoy | None":
         """The child, method or standard name called `name`, if there is one."""
         model = self._model
         attached = model._attached_target(self._owner, name, self._run) if model._attachments else None
         target = attached or model._children_of(self._target).get(name)
         if target is not None:
-            return Envoy(model, target, self._run, part=self._part)
+            return self._handle(target)
         owner, path = self._owner, join(self.path, name)
         if name in model._methods_of(owner):
             outer = self._target if isinstance(owner, nn.Module) else None
@@ -266,14 +270,14 @@ class Envoy(Points):
                     )
                 found = child
             return found
-        names = list(self._model._children_of(self._target))
+        children = list(self._model._children_of(self._target).values())
         if isinstance(key, slice):
-            return [self._child(name) for name in names[key]]
+            return [self._handle(target) for target in children[key]]
         try:
-            return self._child(names[key])
+            return self._handle(children[key])
         except IndexError:
             raise PointNotFoundError(
-                f"{self.path}[{key}] is not there: {self.path} has {len(names)} children"
+                f"{self.path}[{key}] is not there: {self.path} has {len(children)} children"
             ) from None
 
     def __len__(self) -> int:

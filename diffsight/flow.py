@@ -114,10 +114,11 @@ class Flow:
 
     def fetch(self, asked: Asked) -> Any:
         """The value of a point."""
-        self._check_open(asked)
-        if self.edits:
+        body = current()
+        if self.edits or self.outcome is not None or get_ident() != self.thread or body is self.coroutine:
+            self._check_open(asked)
             self._touch(asked)
-        scope = self.scope
+        scope = self._scope if body is None else self.scope
         tap, first = self._locate(asked, scope)
         if asked.rows is None:
             point = self._point(tap, (asked.kind, first + asked.call), asked, scope)
@@ -315,13 +316,13 @@ class Flow:
 
     def _passed(self, tap: Tap, key: tuple[str, int], scope: Scope) -> bool:
         """Whether the model is past this point, for all that is known."""
-        if self._unseen(tap, scope):
+        kind, index = key
+        if index < tap.entered and (kind == INPUTS or index not in tap.active):
+            return True
+        if tap.unseen and self._unseen(tap, scope):
             return True
         guard = tap.origin.guard
-        if guard is not None and not tap.entered and self._is_guarded(tap, scope) and guard[1] not in guard[0].active:
-            return True
-        kind, index = key
-        return index < tap.entered and (kind == INPUTS or index not in tap.active)
+        return guard is not None and not tap.entered and self._is_guarded(tap, scope) and guard[1] not in guard[0].active
 
     def _is_ahead(self, tap: Tap, key: tuple[str, int], scope: Scope) -> bool:
         """Whether the model stands at a point where the turn of the body that runs now has not come."""
@@ -330,7 +331,7 @@ class Flow:
 
     def _is_guarded(self, tap: Tap, scope: Scope) -> bool:
         """Whether the call that was running when the tap was made is of the scope: calls in it may have been missed."""
-        return tap.origin.guard is not None and (not scope.in_step or tap.origin.step == self.clock.index)
+        return not scope.in_step or tap.origin.step == self.clock.index
 
     def _too_late(self, path: object, what: str) -> str:
         return (
@@ -419,7 +420,7 @@ class Flow:
         if self._passed(tap, key, scope) and not self._is_ahead(tap, key, scope):
             raise OutOfOrderError(self._too_late(asked, "asked for"))
         waits = [(tap, key)]
-        if not tap.entered and self._is_guarded(tap, scope):
+        if tap.origin.guard is not None and not tap.entered and self._is_guarded(tap, scope):
             around, index = tap.origin.guard
             waits.append((around, (OUTPUT, index)))
         in_step = scope.in_step
@@ -438,7 +439,7 @@ class Flow:
                 waiting.remove(in_step)
                 if not waiting:
                     del other.awaited[other_key]
-        if point is not None and point.tap is tap and not self._unseen(tap, scope):
+        if point is not None and point.tap is tap and not (tap.unseen and self._unseen(tap, scope)):
             return point
         if point is not None:
             until, error = f"{point.tap.target.path} returned", OutOfOrderError

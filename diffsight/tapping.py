@@ -40,6 +40,8 @@ class Taps(dict[Key, Tap]):
         self._origins: dict[int, Origin] = {}  # of the modules that are only counted
         self._counts_before: dict[int, int] = {}  # their calls before the current step
         self._followed: list = []  # all modules, those with taps too
+        self._opened: set[Target] = set()  # what was asked for
+        self._around: dict[Target, Tap | None] = {}  # what lies around that, to the tap of it or of what it lies in
 
     def start(self) -> None:
         """Taps the components, before anything moves."""
@@ -54,9 +56,8 @@ class Taps(dict[Key, Tap]):
 
     def open(self, target: Target) -> Tap:
         """The tap of `target`, made now if there is none, along with those of the modules around it."""
-        known = self.get(target.key)
-        if known is not None and self._is_surrounded(target):
-            return known
+        if target in self._opened:
+            return self[target.key]
         if not target.is_called:
             raise PointNotFoundError(
                 f"{target.path} has no values: {type(target.owner).__name__} is not called by the model, it only "
@@ -66,12 +67,9 @@ class Taps(dict[Key, Tap]):
             self._places = self._find_places(self.components)
         for place in self._places.get(target.key, ()):
             self._tap_around(place)
-        if not self._is_surrounded(target):
-            return self._tap(target, self._tap_around(target))
-        outer = target.outer
-        while outer is not None and not outer.is_called:
-            outer = outer.outer
-        return self._tap(target, None if outer is None else self[outer.key])
+        tap = self._tap(target, self._tap_around(target))
+        self._opened.add(target)
+        return tap
 
     def begin_step(self) -> Iterator[Tap]:
         """A step begins. Gives the taps."""
@@ -94,7 +92,7 @@ class Taps(dict[Key, Tap]):
                 tap.remove()
             tap.points.clear()  # which know their tap
         self.clear()
-        for held in (self.counts, self._origins, self._counts_before, self._followed):
+        for held in (self.counts, self._origins, self._counts_before, self._followed, self._opened, self._around):
             held.clear()
         self._flow = None  # so that nothing of a run that has ended waits for the garbage collector
 
@@ -106,20 +104,13 @@ class Taps(dict[Key, Tap]):
 
     def _tap_around(self, target: Target) -> Tap | None:
         """Taps the modules around `target` and counts what lies directly in them; gives the tap of the innermost."""
-        around = None
-        for outer in target.around():
-            if outer.is_called:
-                around = self._tap_with_children(outer, around)
-        return around
-
-    def _is_surrounded(self, target: Target) -> bool:
-        """Whether all modules around `target` are tapped, and what lies directly in them is counted."""
-        while (target := target.outer) is not None:
-            if target.is_called:
-                tap = self.get(target.key)
-                if tap is None or not tap.children_counted:
-                    return False
-        return True
+        outer = target.outer
+        if outer is None:
+            return None
+        if outer not in self._around:
+            around = self._tap_around(outer)
+            self._around[outer] = self._tap_with_children(outer, around) if outer.is_called else around
+        return self._around[outer]
 
     def _tap_with_children(self, target: Target, around: Tap | None) -> Tap:
         tap = self._tap(target, around)

@@ -8,7 +8,7 @@ coroutine (another run, the body's own calls, another thread) passes by untouche
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -86,13 +86,14 @@ class Target:
             return self.owner._call_impl
         return known["_modules"].get(_WRAPPED) or getattr(known[FORWARD], _UNCOMPILED)
 
-    def called_children(self) -> Iterator["Target"]:
+    def called_children(self) -> list["Target"]:
         """The children; in the place of a list or dict, which is never called itself, those in it."""
-        for child in self.children().values():
-            if child.is_called:
-                yield child
-            else:
-                yield from child.called_children()
+        holders = [self]
+        found: list[Target] = []
+        for holder in holders:
+            for child in holder.children().values():
+                (found if child.is_called else holders).append(child)
+        return found
 
 
 def join(path: str, name: str | int) -> str:
