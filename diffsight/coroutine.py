@@ -16,6 +16,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch._C import (
     _get_function_stack_at,
+    _is_any_autocast_enabled,
     _len_torch_function_stack,
     _pop_torch_function_stack,
     _push_on_torch_function_stack,
@@ -27,20 +28,34 @@ _AUTOCAST_DEVICES = ("cpu", *([_ACCELERATOR.type] if _ACCELERATOR else []))
 
 class TorchState(NamedTuple):
     """What PyTorch keeps per thread and a user sets with `with`. `autocast` holds the settings of each device, and
-    whether casts are cached; `modes` are the function modes that are on, such as `torch.device(...)`."""
+    whether casts are cached; `modes` are the function modes that are on, such as `torch.device(...)`; `is_plain` says
+    that there is neither."""
 
     grad: bool
     inference: bool
     autocast: tuple
     modes: tuple
+    is_plain: bool
 
     @classmethod
     def capture(cls) -> "TorchState":
-        enabled = tuple(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))  # and no Python in between: this is done
-        dtypes = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES))  # twice for every value that is read
+        enabled = tuple(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))
+        dtypes = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES))
         autocast = enabled, dtypes, torch.is_autocast_cache_enabled()
         modes = tuple(map(_get_function_stack_at, range(_len_torch_function_stack())))
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, modes)
+        is_plain = not (modes or any(enabled))
+        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, modes, is_plain)
+
+    def now(self) -> "TorchState":
+        """The state that is on: this one where nothing differs, which is soon told of a plain one."""
+        if (
+            self.is_plain
+            and torch.is_grad_enabled() is self.grad
+            and not (_is_any_autocast_enabled() or _len_torch_function_stack())
+            and torch.is_inference_mode_enabled() is self.inference
+        ):
+            return self
+        return TorchState.capture()
 
     def restore(self, before: "TorchState") -> None:
         """Sets grad mode, and autocast and function modes where they differ from `before`, the state that is on;
@@ -136,7 +151,7 @@ class Coroutine:
         """From the body: lets the function run on until it parks (gives what it parked with) or ends (`self.dead` then
         says so). With an exception, raises it where the function is parked; with a call, makes it there, and gives it
         back when it is made."""
-        body = TorchState.capture()
+        body = self.state.now()
         stack = self._begin() if self._stack is None else self._stack
         stack.parent = getcurrent()  # where the function's end, or its exception, comes out
         alike = body == self.state and self._guard is None and self.random is None
@@ -144,7 +159,7 @@ class Coroutine:
         try:
             return stack.throw(*error) if error else stack.switch(call)
         finally:
-            self.state = TorchState.capture()
+            self.state = body.now()
             if not alike or body != self.state:
                 self._leave(body, guard, random)
             if self.dead or stack.dead:

@@ -521,7 +521,7 @@ class Flow:
         """From now on the model runs in one of PyTorch's function modes."""
         self.modes.append(mode)
         holder = self if self.coroutine is None else self.coroutine
-        holder.state = holder.state._replace(modes=(mode, *holder.state.modes))
+        holder.state = holder.state._replace(modes=(mode, *holder.state.modes), is_plain=False)
 
     def _call_plainly(self) -> Any:
         body = TorchState.capture()
