@@ -44,7 +44,7 @@ from .model import Model
 from .run import Run
 from .session import Session as _Session
 from .session import Turns
-from .taps import Asked
+from .taps import Asked, Target
 
 __version__ = diffsight.__version__
 
@@ -372,8 +372,8 @@ class Envoy(_Envoy):
         self._flow(asked)  # raises NoRunError outside of runs
         return self._run or self._model._innermost_run()
 
-    def _child(self, name: str) -> Any:
-        return _dressed(super()._child(name))
+    def _handle(self, target: Target) -> Any:
+        return _dressed(super()._handle(target))
 
     def _bound(self, run: Run, part: Any = None) -> Any:
         return _dressed(super()._bound(run, part))
