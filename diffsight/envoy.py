@@ -235,7 +235,9 @@ class Envoy(Points):
         target = model._target_named(self._target, name)
         if target is None:
             return None
-        return self._handle(target) if target.name == FORWARD else MethodEnvoy(model, target, self._run, part=self._part)
+        return (
+            self._handle(target) if target.name == FORWARD else MethodEnvoy(model, target, self._run, part=self._part)
+        )
 
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)

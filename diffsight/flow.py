@@ -178,10 +178,10 @@ class Flow:
         if self.outcome is not None:
             return False
         self._start()
-        body, scope = self._beside(), self.scope
+        scope = self.scope
         scope.stop_at_steps = True
         while self.outcome is None and self.clock.index <= scope.step:
-            self._resume() if body is None else body.wait([])
+            self._move([])
         if self.outcome is not None:
             return False
         scope.step, scope.in_step = self.clock.index, True
@@ -294,10 +294,6 @@ class Flow:
             self.load()
             self.taps.start()
 
-    def heeds(self, target: Target) -> bool:
-        """Whether calls of `target` matter beyond what the body asks for: to the steps, or to who looks on."""
-        return target.outer is None or target.key in self.clock.starts or target.key in self.clock.ends
-
     # ---- where things stand
 
     def _locate(self, asked: Asked, scope: Scope) -> tuple[Tap, int]:
@@ -322,7 +318,9 @@ class Flow:
         if tap.unseen and self._unseen(tap, scope):
             return True
         guard = tap.origin.guard
-        return guard is not None and not tap.entered and self._is_guarded(tap, scope) and guard[1] not in guard[0].active
+        return (
+            guard is not None and not tap.entered and self._is_guarded(tap, scope) and guard[1] not in guard[0].active
+        )
 
     def _is_ahead(self, tap: Tap, key: tuple[str, int], scope: Scope) -> bool:
         """Whether the model stands at a point where the turn of the body that runs now has not come."""
@@ -416,7 +414,7 @@ class Flow:
         return point
 
     def _advance_to(self, tap: Tap, key: tuple[str, int], asked: Asked, scope: Scope) -> Point:
-        """Lets the model run on until it parks at the point. The body that opened the run does that; others wait."""
+        """Lets the model run on until it parks at the point."""
         if self._passed(tap, key, scope) and not self._is_ahead(tap, key, scope):
             raise OutOfOrderError(self._too_late(asked, "asked for"))
         waits = [(tap, key)]
@@ -426,10 +424,10 @@ class Flow:
         in_step = scope.in_step
         for other, other_key in waits:
             other.awaited.setdefault(other_key, []).append(in_step)
-        body, point = self._beside(), None
+        point = None
         try:
             while self.outcome is None and not (scope.in_step and self.clock.index > scope.step):
-                point = self._resume() if body is None else body.wait(waits)
+                point = self._move(waits)
                 if point is not None and (point.tap, point.key) in waits:
                     break
                 point = None
@@ -451,6 +449,12 @@ class Flow:
             f"{asked} was asked for, but {until} without coming to it. Either the model had passed it already, or it "
             "does not use it there"
         )
+
+    def _move(self, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
+        """Lets the model run on until it parks at a point (given), at a step, or ends. The body that opened the run
+        does that; others sleep until the model is at one of those they wait for."""
+        body = self._beside()
+        return self._resume() if body is None else body.wait(waits)
 
     def _resume(self, call: Call | None = None) -> Point | Call | None:
         """Lets the model run on until it parks at a point (given), at a step (None), or ends (None); or makes `call`
@@ -560,10 +564,9 @@ class Flow:
     def before_call(self, tap: Tap, args: tuple, kwargs: dict) -> None:
         """A tapped call begins; perhaps a step does."""
         if self.clock.begins(tap, args, kwargs):
-            for other in self.taps.begin_step():
-                self.unreached += other.drop_step()
-            bodies = (*self.edits, *self.bodies)
-            if any(scope.stop_at_steps for scope in (self._scope, *(body.scope for body in bodies))):
+            self.unreached += self.taps.begin_step()
+            beside = [*self.edits, *self.bodies]
+            if self._scope.stop_at_steps or (beside and any(body.scope.stop_at_steps for body in beside)):
                 self._stands = f"before {tap.target.path or 'the model'}"
                 self.coroutine.park(None)
         if self.watch is not None:

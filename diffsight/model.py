@@ -286,14 +286,9 @@ class Model(Envoy):
         grad: bool = False,
     ) -> Run:
         components = [*self._components(), *self._attached.targets.values()]
-        kind = partial(ScanFlow, stand_ins=self._stand_ins()) if is_scanning() else Flow
-        if is_scanning() and again is not None:
-            opens = again
-
-            def again(*args: Any, **kwargs: Any) -> Run:
-                with scanning():
-                    return opens(*args, **kwargs)
-
+        kind = Flow
+        if is_scanning():
+            kind, again = partial(ScanFlow, stand_ins=self._stand_ins()), again and scanning()(again)
         flow = kind(function, components, self._clock(), self._places, self._load)
         if grad:
             flow.state = flow.state._replace(grad=True, inference=False)
@@ -302,7 +297,8 @@ class Model(Envoy):
         return run
 
     def _open(self, run: Run) -> None:
-        self._runs[:] = [weakref.ref(known) for known in self._open_runs() if known is not run] + [weakref.ref(run)]
+        if not self._runs or self._runs[-1]() is not run:
+            self._runs[:] = [weakref.ref(known) for known in self._open_runs() if known is not run] + [weakref.ref(run)]
 
     def _innermost_run(self) -> Run | None:
         """The run opened last, of those open in this thread; rather one of this model than of a copy. In an edit, the

@@ -142,7 +142,7 @@ class Run:
         return record(self._pass, patterns, device, dtype, detach)
 
     def __enter__(self) -> "Run":
-        self._entered = True
+        self.__dict__["_entered"] = True
         self._model._open(self)
         self._flow.body_mode.__enter__()
         return self
@@ -154,8 +154,8 @@ class Run:
             for run in runs if error is None else ():
                 if run._flow.outcome is None:
                     run._flow.run_on()  # perhaps until an edit stops it
-                if run._flow.has_result:
-                    run.finish()
+                if run._flow.has_result and run._flow.unreached:
+                    run._flow.raise_unreached()
         finally:
             for run in runs:
                 if run._flow.thread == get_ident():  # else it is still open for the thread that it belongs to

@@ -8,12 +8,12 @@ A module beside what the body asks for is only counted, in a dictionary: that co
 of a run are such.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .errors import PointNotFoundError
 from .overrides import FORWARD, count_running, follow, unfollow
-from .taps import INPUTS, Origin, Tap, Target
+from .taps import INPUTS, Assignment, Origin, Tap, Target
 
 if TYPE_CHECKING:
     from .flow import Flow
@@ -71,10 +71,11 @@ class Taps(dict[Key, Tap]):
         self._opened.add(target)
         return tap
 
-    def begin_step(self) -> Iterator[Tap]:
-        """A step begins. Gives the taps."""
+    def begin_step(self) -> list[Assignment]:
+        """A step begins. Gives what was assigned within the last one and not reached."""
         self._counts_before = dict(self.counts)
-        return iter(self.values())
+        used = [tap for tap in self.values() if tap.entered or tap.pending or tap.skips]
+        return [missed for tap in used for missed in tap.drop_step()]
 
     def entered(self) -> dict[Key, int]:
         """How many calls have begun, of all that is followed."""

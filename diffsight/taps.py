@@ -209,7 +209,7 @@ class Tap:
         self.skips: dict[int, Assignment] = {}
         self.border: Callable[[Callable, tuple, dict], Any] | None = None
         self.begun = self.children_counted = self.inside = self.takes_inputs = False
-        self.heeded = flow.heeds(target)
+        self.heeded = target.outer is None or target.key in flow.clock.starts or target.key in flow.clock.ends
         self.hooks: list[Any] = []
 
     def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
@@ -296,8 +296,6 @@ class Tap:
     def drop_step(self) -> list[Assignment]:
         """A step ends: what was read within it is let go. Gives what was assigned within it and not reached."""
         self.step_base = self.entered
-        if not (self.points or self.pending or self.skips):
-            return []
         missed: list[Assignment] = []
         if self.points:
             self.points = {key: point for key, point in self.points.items() if not point.in_step}
