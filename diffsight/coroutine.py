@@ -147,17 +147,17 @@ class Coroutine:
         """Where the function is parked."""
         return None if self._stack is None else self._stack.gr_frame
 
-    def resume(self, *error: Any, call: Call | None = None) -> Any:
+    def resume(self, call: Call | None = None, error: type[BaseException] | None = None) -> Any:
         """From the body: lets the function run on until it parks (gives what it parked with) or ends (`self.dead` then
-        says so). With an exception, raises it where the function is parked; with a call, makes it there, and gives it
-        back when it is made."""
+        says so). With a call, makes it where the function is parked, and gives it back when it is made; with an error,
+        raises it there."""
         body = self.state.now()
         stack = self._begin() if self._stack is None else self._stack
         stack.parent = getcurrent()  # where the function's end, or its exception, comes out
         alike = body == self.state and self._guard is None and self.random is None
         guard, random = (None, None) if alike else self._enter(body)
         try:
-            return stack.throw(*error) if error else stack.switch(call)
+            return stack.switch(call) if error is None else stack.throw(error)
         finally:
             self.state = body.now()
             if not alike or body != self.state:
@@ -206,7 +206,7 @@ class Coroutine:
         if self._stack is None:
             self.dead = True
         else:
-            self.resume(GreenletExit)
+            self.resume(error=GreenletExit)
 
     def run(self, call: Call | None) -> None:
         """From its stack: all of it."""

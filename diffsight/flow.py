@@ -181,7 +181,7 @@ class Flow:
         scope = self.scope
         scope.stop_at_steps = True
         while self.outcome is None and self.clock.index <= scope.step:
-            self._move([])
+            self._move(scope, [])
         if self.outcome is not None:
             return False
         scope.step, scope.in_step = self.clock.index, True
@@ -317,10 +317,10 @@ class Flow:
             return True
         if tap.unseen and self._unseen(tap, scope):
             return True
-        guard = tap.origin.guard
-        return (
-            guard is not None and not tap.entered and self._is_guarded(tap, scope) and guard[1] not in guard[0].active
-        )
+        if tap.origin.guard is None or tap.entered or not self._is_guarded(tap, scope):
+            return False
+        around, number = tap.origin.guard
+        return number not in around.active
 
     def _is_ahead(self, tap: Tap, key: tuple[str, int], scope: Scope) -> bool:
         """Whether the model stands at a point where the turn of the body that runs now has not come."""
@@ -427,7 +427,7 @@ class Flow:
         point = None
         try:
             while self.outcome is None and not (scope.in_step and self.clock.index > scope.step):
-                point = self._move(waits)
+                point = self._move(scope, waits)
                 if point is not None and (point.tap, point.key) in waits:
                     break
                 point = None
@@ -450,11 +450,10 @@ class Flow:
             "does not use it there"
         )
 
-    def _move(self, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
+    def _move(self, scope: Scope, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
         """Lets the model run on until it parks at a point (given), at a step, or ends. The body that opened the run
         does that; others sleep until the model is at one of those they wait for."""
-        body = self._beside()
-        return self._resume() if body is None else body.wait(waits)
+        return self._resume() if scope is self._scope else self._beside().wait(waits)
 
     def _resume(self, call: Call | None = None) -> Point | Call | None:
         """Lets the model run on until it parks at a point (given), at a step (None), or ends (None); or makes `call`
@@ -470,7 +469,7 @@ class Flow:
         while True:
             self.parked = None
             try:
-                value = self.coroutine.resume(call=call)
+                value = self.coroutine.resume(call)
             except BaseException as error:
                 self._fail(error)
                 raise
