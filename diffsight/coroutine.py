@@ -6,7 +6,8 @@ them on every change of sides, along with the global random state where the run 
 a copy of the `contextvars` of its creator.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import copy_context
 from threading import local
 from types import FrameType
@@ -73,6 +74,16 @@ class TorchState(NamedTuple):
         for mode in self.modes if switches else ():
             _push_on_torch_function_stack(mode)
 
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """For a while this is the state that is on, but for inference mode."""
+        before = TorchState.capture()
+        self.restore(before)
+        try:
+            yield
+        finally:
+            before.restore(TorchState.capture())
+
 
 class Call:
     """A call that a body asks for, made where the function is parked, in the body's own grad mode and autocast."""
@@ -85,14 +96,11 @@ class Call:
         self._function = function
 
     def make(self) -> None:
-        before = TorchState.capture()
-        self.state.restore(before)
-        try:
-            self.result = self._function()
-        except Exception as error:  # the body's to deal with: the function that is parked goes on
-            self.error = error
-        finally:
-            before.restore(TorchState.capture())
+        with self.state.on():
+            try:
+                self.result = self._function()
+            except Exception as error:  # the body's to deal with: the function that is parked goes on
+                self.error = error
 
 
 class Stack(greenlet):

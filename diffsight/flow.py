@@ -527,19 +527,17 @@ class Flow:
         holder.state = holder.state._replace(modes=(mode, *holder.state.modes), is_plain=False)
 
     def _call_plainly(self) -> Any:
-        body = TorchState.capture()
         random = None if self.seed is None else random_state()
         if random is not None:
             torch.manual_seed(self.seed)
-        with torch.inference_mode(self.state.inference) if self.state.inference != body.inference else nullcontext():
-            self.state.restore(body)
+        changes = self.state.inference != torch.is_inference_mode_enabled()
+        with torch.inference_mode(self.state.inference) if changes else nullcontext(), self.state.on():
             try:
                 return self.function()
             except BaseException as error:
                 self._fail(error)
                 raise
             finally:
-                body.restore(TorchState.capture())
                 if random is not None:
                     set_random_state(random)
 

@@ -222,7 +222,8 @@ class DiffusionModel(Model):
 
     def _parts(self) -> dict[str, Any]:
         """The pipeline's components, by name."""
-        parts = ((name, vars(self._owner).get(name)) for name in self._owner.config if not name.startswith("_"))
+        held = vars(self._owner)
+        parts = ((name, held.get(name)) for name in self._owner.config if not name.startswith("_"))
         return {name: part for name, part in parts if part is not None and not isinstance(part, _PLAIN)}
 
     def _children_of(self, target: Target) -> dict[str, Target]:
