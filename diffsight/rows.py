@@ -49,10 +49,12 @@ class Part:
 
     def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
         """`whole` with `value` in this part of it. Tensors are copied first, unless they are among `copies`."""
-        wholes, tree = tree_flatten(whole)
-        values, _ = tree_flatten(value)
         if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
             raise AssignmentError(f"{path} is a {type(whole).__name__}; it takes no {type(value).__name__}")
+        if isinstance(whole, torch.Tensor):
+            return self._put_in_tensor(whole, value, path, copies)
+        wholes, tree = tree_flatten(whole)
+        values, _ = tree_flatten(value)
         if len(wholes) != len(values):
             raise AssignmentError(
                 f"{path} holds {len(wholes)} values; it takes no {type(value).__name__} of {len(values)}"
@@ -64,7 +66,9 @@ class Part:
             return leaf[self._slice(leaf, path)] if self._is_batch(leaf) else leaf
         inside = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
         if any(isinstance(value, torch.Tensor) for value in inside.values()):
-            raise InputError(f"{path} holds a {type(leaf).__name__}, which cannot be cut. Read it on the run itself")
+            raise InputError(
+                f"{path} holds a {type(leaf).__name__}, which cannot be cut. Read or assign it on the run itself"
+            )
         return leaf
 
     def _put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
@@ -72,13 +76,19 @@ class Part:
             raise AssignmentError(f"{path} holds a {type(whole).__name__} where a {type(value).__name__} was assigned")
         if not isinstance(whole, torch.Tensor) or not self._is_batch(whole):
             return whole
+        return self._put_in_tensor(whole, value, path, copies)
+
+    def _put_in_tensor(self, whole: torch.Tensor, value: torch.Tensor, path: object, copies: set[int]) -> torch.Tensor:
         part = self._slice(whole, path)
         if value.shape != whole[part].shape:
             raise AssignmentError(f"{path} has the shape {tuple(whole[part].shape)}, not {tuple(value.shape)}")
-        if id(whole) not in copies:
-            whole = whole.clone()
-            copies.add(id(whole))
-        whole[part] = value
+        # Gradients flow through the rest in whatever mode the body is, and autograd may hold what a copy was read for.
+        tracked = whole.requires_grad or value.requires_grad
+        with torch.set_grad_enabled(tracked):
+            if tracked or id(whole) not in copies:
+                whole = whole.clone()
+                copies.add(id(whole))
+            whole[part] = value
         return whole
 
     def _is_batch(self, tensor: torch.Tensor) -> bool:
@@ -89,7 +99,7 @@ class Part:
         if tensor.ndim == 0 or len(tensor) != self.total:
             raise InputError(
                 f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and no first dimension of "
-                f"{self.total}, the batch, is there to cut. Read it on the run itself"
+                f"{self.total}, the batch, is there to cut. Read or assign it on the run itself"
             )
         return slice(self.start, self.stop, self.stride)
 

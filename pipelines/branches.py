@@ -130,7 +130,7 @@ class PlainRow(Part):
         if size not in (self.layouts.prompts, self.total):
             raise InputError(
                 f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and {self.layouts.prompts} "
-                f"prompts make {self.total} pictures. Read it on the run itself"
+                f"prompts make {self.total} pictures. Read or assign it on the run itself"
             )
         each = size // self.layouts.prompts
         return slice(self.prompt * each, (self.prompt + 1) * each)

@@ -40,7 +40,7 @@ class _Pictures(Part):
             raise InputError(
                 f"{path} cannot be cut into rows: which of its entries belong to which picture cannot be told, its "
                 f"shape is {tuple(tensor.shape)} and the rows have {', '.join(map(str, self._tokens))} image tokens. "
-                "Read it on the run itself"
+                "Read or assign it on the run itself"
             )
         bounds = [sum(self._tokens[:end]) * size // whole for end in (self._index, self._index + 1)]
         return slice(*bounds)

@@ -120,6 +120,26 @@ def test_a_single_input_is_a_batch_as_well(net, inputs):
     assert torch.equal(run.result, net.last(torch.ones(1, 4)))
 
 
+def test_gradients_flow_through_every_row_that_is_assigned(net, inputs):
+    with Model(net).trace(inputs) as run:
+        for row in run.rows:
+            row.first.output = row.first.output**2  # what autograd keeps of it is not written over
+    run.result.sum().backward()
+    got = net.first.weight.grad.clone()
+    net.zero_grad()
+    net.last(net.pair(net.second(net.first(torch.cat(inputs)) ** 2 + net.place()))[0]).sum().backward()
+    assert torch.allclose(got, net.first.weight.grad, atol=1e-6)
+
+
+def test_a_row_assigned_without_gradients_leaves_those_of_the_others(net, inputs):
+    with torch.no_grad(), Model(net).trace(inputs, grad=True) as run:
+        whole = run.first.output
+        run.rows[1].first.output = torch.zeros(1, 4)
+    whole.retain_grad()
+    run.result.sum().backward()
+    assert whole.grad[1].count_nonzero() == 0 and whole.grad[[0, 2]].count_nonzero() > 0
+
+
 def test_output_objects_are_narrowed():
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=30)).eval()
     ids = torch.arange(10).view(2, 5)
@@ -132,6 +152,13 @@ def test_what_has_no_batch_is_an_error(net, inputs):
     with pytest.raises(InputError, match=r"place\.output cannot be cut into rows: its shape is \(1, 4\)"):
         with Model(net).trace(inputs) as run:
             run.rows[0].place.output
+
+
+@pytest.mark.parametrize("value", [torch.zeros(1, 4), torch.zeros(3, 4)])
+def test_what_all_rows_share_takes_no_row(net, inputs, value):
+    with pytest.raises(InputError, match=r"place\.output .*cannot be cut into rows: its shape is \(1, 4\)"):
+        with Model(net).trace(inputs) as run:
+            run.rows[0].place.output = value
 
 
 def test_wrong_shapes_and_types_for_a_row(net, inputs):
