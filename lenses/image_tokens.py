@@ -8,7 +8,6 @@ The hidden states of the image tokens are read as those of words (Neo et al., "T
 Processing in Vision-Language Models", ICLR 2025).
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,9 +94,7 @@ class ImageTokenPredictions:
         return save_files(folder, files)
 
     def _repr_png_(self) -> bytes:
-        data = io.BytesIO()
-        self.plot().savefig(data, dpi=plots.DPI)
-        return data.getvalue()
+        return plots.png(self.plot())
 
     def _number(self, layer: int) -> int:
         if layer not in self.layers:

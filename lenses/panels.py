@@ -3,7 +3,6 @@
 Drawn at the size at which they are read (text of 7 points and more), in colours that differ in lightness as well.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-
-from .plots import DPI
 
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")  # Okabe and Ito
 _MARKERS = "os^Dvv<"
@@ -114,13 +111,6 @@ def block_map(values: np.ndarray, blocks: Mapping[str, Sequence[str]], title: st
     _bar(figure, picture, [axes], label)
     figure.suptitle(title, size=9)
     return figure
-
-
-def png(figure: Figure) -> bytes:
-    """A figure for a notebook."""
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=DPI)
-    return data.getvalue()
 
 
 def _axes(figure: Figure, count: int, sharey: bool = False, **ratios: Sequence[float]) -> list[Axes]:

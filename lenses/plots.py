@@ -4,6 +4,7 @@ They are drawn at the size at which they are read (10 inches wide at most, text 
 lightness as well, on white.
 """
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -152,6 +153,13 @@ def maps_on_picture(
 def write(draw: Callable[[], Figure], path: Path) -> None:
     """Writes the picture that `draw` makes."""
     draw().savefig(path, dpi=DPI)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure for a notebook."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=DPI)
+    return data.getvalue()
 
 
 def visible(text: str) -> str:

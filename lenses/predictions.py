@@ -6,7 +6,6 @@ result.plot()                   # token by layer; result.curves() of the chosen 
 result.save("lens")
 """
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -123,6 +122,4 @@ class LensPredictions:
         return save_files(folder, files)
 
     def _repr_png_(self) -> bytes:
-        data = io.BytesIO()
-        self.plot().savefig(data, dpi=plots.DPI)
-        return data.getvalue()
+        return plots.png(self.plot())

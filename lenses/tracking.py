@@ -9,7 +9,6 @@ A word counts by its first token, once as it begins a text and once as it follow
 probabilities summed.
 """
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -138,9 +137,7 @@ class TargetProbabilities(Mapping):
         return save_files(folder, files)
 
     def _repr_png_(self) -> bytes:
-        data = io.BytesIO()
-        self.plot().savefig(data, dpi=plots.DPI)
-        return data.getvalue()
+        return plots.png(self.plot())
 
 
 def run_prompts(
