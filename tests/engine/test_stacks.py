@@ -1,0 +1,89 @@
+"""Runs take over the stacks of runs that have ended, and nothing of those stays in them."""
+
+import contextvars
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from engine.nets import outputs
+from greenlet import greenlet
+
+from diffsight import Model
+
+
+class Box:
+    """Something that can be referred to weakly."""
+
+
+@pytest.fixture
+def without_collector():
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_nothing_of_an_ended_run_is_held(net, x, without_collector):
+    setting = contextvars.ContextVar("setting")
+    box = Box()
+    setting.set(box)
+    model = Model(net)
+    with model.trace(x) as run:
+        hidden = run.layers[1].output
+    kept = [weakref.ref(value) for value in (hidden, run.result, box)]
+    setting.set(None)
+    del hidden, run, box
+    assert [ref() for ref in kept] == [None] * 3
+
+
+def test_nothing_of_a_stopped_or_failed_run_is_held(net, x, without_collector):
+    model = Model(net)
+    with model.trace(x) as run:
+        hidden = run.layers[1].output
+        run.stop()
+    kept = [weakref.ref(hidden)]
+    del hidden, run
+    with pytest.raises(ZeroDivisionError), model.trace(x) as run:
+        hidden = run.layers[1].output
+        raise ZeroDivisionError
+    kept.append(weakref.ref(hidden))
+    del hidden, run
+    assert [ref() for ref in kept] == [None] * 2
+
+
+def test_runs_in_threads_that_end(net, x):
+    model, found = Model(net), []
+
+    def work():
+        for _ in range(3):
+            with model.trace(x) as run:
+                found.append(run.layers[1].output)
+
+    for _ in range(5):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    (want,) = outputs(net.layers[1], net, x)
+    assert len(found) == 15 and all(torch.equal(value, want) for value in found)
+
+
+def test_a_run_that_goes_from_one_greenlet_of_the_user_to_another(net, x):
+    model = Model(net)
+    run = greenlet(lambda: model.trace(x)).switch()
+    first = greenlet(lambda: run.layers[0].output).switch()
+    last = greenlet(lambda: run.finish()).switch()
+    again = greenlet(lambda: model.trace(x).finish()).switch()
+    assert (
+        torch.equal(first, outputs(net.layers[0], net, x)[0])
+        and torch.equal(last, net(x))
+        and torch.equal(again, net(x))
+    )
+
+
+def test_a_hundred_runs_at_once(net, x):
+    model = Model(net)
+    runs = [model.trace(x + i) for i in range(150)]
+    values = [run.layers[1].output for run in runs]
+    assert all(torch.equal(run.finish(), net(x + i)) for i, run in enumerate(runs))
+    assert all(torch.equal(value, outputs(net.layers[1], net, x + i)[0]) for i, value in enumerate(values))
