@@ -9,6 +9,7 @@ a copy of the `contextvars` of its creator.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
+from functools import cache
 from threading import local
 from types import FrameType
 from typing import Any, NamedTuple
@@ -40,12 +41,13 @@ class TorchState(NamedTuple):
 
     @classmethod
     def capture(cls) -> "TorchState":
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        settings = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES)), torch.is_autocast_cache_enabled()
+        if not (_is_any_autocast_enabled() or _len_torch_function_stack()):
+            return _plain_state(grad, inference, settings)
         enabled = tuple(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))
-        dtypes = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES))
-        autocast = enabled, dtypes, torch.is_autocast_cache_enabled()
         modes = tuple(map(_get_function_stack_at, range(_len_torch_function_stack())))
-        is_plain = not (modes or any(enabled))
-        return cls(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, modes, is_plain)
+        return cls(grad, inference, (enabled, *settings), modes, False)
 
     def now(self) -> "TorchState":
         """The state that is on: this one where nothing differs, which is soon told of a plain one."""
@@ -83,6 +85,11 @@ class TorchState(NamedTuple):
             yield
         finally:
             before.restore(TorchState.capture())
+
+
+@cache
+def _plain_state(grad: bool, inference: bool, settings: tuple) -> TorchState:
+    return TorchState(grad, inference, ((False,) * len(_AUTOCAST_DEVICES), *settings), (), True)
 
 
 class Call:

@@ -361,6 +361,8 @@ class Flow:
 
     def _check_leads(self, path: str) -> None:
         """Whether what runs now is the body that opened the run."""
+        if current() is None:
+            return
         scope = self.scope
         if scope.edit is not None:
             raise InputError(f"{path}: an edit goes along with its run. It can read and assign, and cannot run it")
@@ -415,7 +417,8 @@ class Flow:
 
     def _advance_to(self, tap: Tap, key: tuple[str, int], asked: Asked, scope: Scope) -> Point:
         """Lets the model run on until it parks at the point."""
-        if self._passed(tap, key, scope) and not self._is_ahead(tap, key, scope):
+        has_run = key[1] < tap.entered or tap.unseen or tap.origin.guard is not None  # or may have
+        if has_run and self._passed(tap, key, scope) and not self._is_ahead(tap, key, scope):
             raise OutOfOrderError(self._too_late(asked, "asked for"))
         waits = [(tap, key)]
         if tap.origin.guard is not None and not tap.entered and self._is_guarded(tap, scope):
@@ -482,6 +485,7 @@ class Flow:
                 value.asker.go()
             else:
                 self.parked, edit, self._turn = value, self._turn, None
+                self._stands = value or self._stands
                 goes_on = edit is not None
                 turns = [edit] if goes_on else [*self.edits, *self.bodies]
             call = self._take_turns(turns, goes_on) if turns else None
@@ -575,10 +579,9 @@ class Flow:
         if self.watch is not None:
             self.watch.returned(tap, output)
 
-    def park(self, point: Point, edit: "EditBody | None" = None) -> None:
-        """Hands a point to the body, or to an edit whose turn it is, until the model is resumed."""
+    def park_for(self, edit: "EditBody", point: Point) -> None:
+        """Hands a point to an edit whose turn it is, until the model is resumed."""
         self._turn = edit
-        self._stands = point
         self.coroutine.park(point)
 
 

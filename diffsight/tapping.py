@@ -67,7 +67,8 @@ class Taps(dict[Key, Tap]):
             self._places = self._find_places(self.components)
         for place in self._places.get(target.key, ()):
             self._tap_around(place)
-        tap = self._tap(target, self._tap_around(target))
+        around = self._around.get(target.outer) or self._tap_around(target)
+        tap = self._tap(target, around)
         self._opened.add(target)
         return tap
 

@@ -318,13 +318,13 @@ class Tap:
                 if edit.waits_for(self, key):
                     edit.met = True
                     self.points[key] = point
-                    self.flow.park(point, edit)
+                    self.flow.park_for(edit, point)
             point.turn = LAST
             if key in self.pending:
                 self._assign_pending(point)
             if key in self.awaited:
                 self.points[key] = point
-                self.flow.park(point)
+                self.flow.coroutine.park(point)
         for keep in self.keepers.get(key[0], ()):
             keep(self, key[1], value if point is None else point.value)
         return point
