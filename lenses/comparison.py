@@ -162,7 +162,7 @@ class EncoderComparison(Mapping):
         return save_files(folder, files)
 
     def _repr_png_(self) -> bytes:
-        return plots.png(self.plot())
+        return self.plot()._repr_png_()
 
     def _cosines(self, name: str, prompt: int) -> torch.Tensor:
         """The cosines of a prompt's vector with those of all others, (layers, prompts - 1)."""

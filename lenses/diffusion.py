@@ -8,7 +8,6 @@ it so), into the rest of the pipeline (Toker et al., "Diffusion Lens: Interpreti
 Pipelines", ACL 2024, section 3). All layers are rows of one call, see `exits.py`.
 """
 
-import io
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from .drawing import Drawing
 from .exits import Exits
 from .isolating import isolated
 from .outputs import files_of, picture_of, rate_of
+from .plots import Plot
 from .saving import save_files, write_record
 
 
@@ -64,7 +64,7 @@ class DiffusionLensResult:
         """The pictures side by side as a matplotlib figure."""
         columns = min(len(self.images), 7)
         rows = -(-len(self.images) // columns)
-        figure = Figure(figsize=(1.5 * columns, 1.75 * rows + 0.5), layout="constrained")
+        figure = Plot(figsize=(1.5 * columns, 1.75 * rows + 0.5), layout="constrained")
         figure.suptitle(self.prompt, wrap=True)
         for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
             axes.set_axis_off()
@@ -96,9 +96,7 @@ class DiffusionLensResult:
         return save_files(folder, files | {"lens.json": partial(write_record, record)})
 
     def _repr_png_(self) -> bytes:
-        data = io.BytesIO()
-        self.grid().save(data, "PNG")
-        return data.getvalue()
+        return self.grid()._repr_png_()
 
 
 def diffusion_lens(

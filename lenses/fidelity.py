@@ -109,7 +109,7 @@ class LayerFidelity:
         return "\n".join(lines)
 
     def _repr_png_(self) -> bytes:
-        return plots.png(self.plot())
+        return self.plot()._repr_png_()
 
     def _right(self, things: int) -> dict[str, torch.Tensor]:
         """Which parts are right in the scenes of so many things, (prompts, layers), by name."""

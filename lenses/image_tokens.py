@@ -94,7 +94,7 @@ class ImageTokenPredictions:
         return save_files(folder, files)
 
     def _repr_png_(self) -> bytes:
-        return plots.png(self.plot())
+        return self.plot()._repr_png_()
 
     def _number(self, layer: int) -> int:
         if layer not in self.layers:

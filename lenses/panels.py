@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from .plots import Plot
+
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")  # Okabe and Ito
 _MARKERS = "os^Dvv<"
 
@@ -27,7 +29,7 @@ class Curve:
 
 def curve_panels(panels: Mapping[str, tuple[Sequence[int], Mapping[str, Curve]]], note: str) -> Figure:
     """A panel a title: its layers, and its curves by name, each with a band of one standard error."""
-    figure = Figure(figsize=(1.7 + 3.1 * len(panels), 2.9), layout="constrained")
+    figure = Plot(figsize=(1.7 + 3.1 * len(panels), 2.9), layout="constrained")
     first, handles = None, {}
     colors = {name: i for i, name in enumerate(dict.fromkeys(name for _, curves in panels.values() for name in curves))}
     for axes, (title, (layers, curves)) in zip(_axes(figure, len(panels), sharey=True), panels.items()):
@@ -72,7 +74,7 @@ def map_panels(panels: Mapping[str, Map], title: str, label: str, low: float, ax
     widths = [max(1.4, 0.16 * len(panel.columns)) for panel in panels.values()]
     scale = min(1.0, 8.0 / sum(widths))
     height = 1.6 + 0.13 * min(40, max(len(panel.rows) for panel in panels.values()))
-    figure = Figure(figsize=(1.1 + scale * sum(widths) + 0.35 * len(widths), height), layout="constrained")
+    figure = Plot(figsize=(1.1 + scale * sum(widths) + 0.35 * len(widths), height), layout="constrained")
     everything = list(_axes(figure, len(panels), width_ratios=widths))
     for axes, width, (name, panel) in zip(everything, widths, panels.items()):
         picture = _map(axes, panel.values, low)
@@ -92,7 +94,7 @@ def block_map(values: np.ndarray, blocks: Mapping[str, Sequence[str]], title: st
     ends = np.cumsum([len(block) for block in blocks.values()])
     middles = ends - np.array([len(block) for block in blocks.values()]) / 2 - 0.5
     side = min(6.0, max(2.4, 0.15 * len(names)))
-    figure = Figure(figsize=(side + 1.1 + 0.065 * max(map(len, blocks)), side + 1.1), layout="constrained")
+    figure = Plot(figsize=(side + 1.1 + 0.065 * max(map(len, blocks)), side + 1.1), layout="constrained")
     axes = figure.add_subplot()
     picture = _map(axes, values, 0)
     for end in ends[:-1]:

@@ -15,7 +15,6 @@ in the encoder the word is, and what of it has gone over to its neighbours by th
 for all layers and words in as few calls of the pipeline as can be: the source is encoded once.
 """
 
-import io
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -116,9 +115,7 @@ class EncoderPatchingResult:
         return save_files(folder, files | {"lens.json": partial(write_record, record)})
 
     def _repr_png_(self) -> bytes:
-        data = io.BytesIO()
-        self.grid().save(data, "PNG")
-        return data.getvalue()
+        return self.grid()._repr_png_()
 
 
 def encoder_patching(

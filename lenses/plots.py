@@ -23,6 +23,15 @@ _DASHES = ("-", "--", "-.", ":")
 _LONGEST = 12  # letters of a token that a cell shows
 
 
+class Plot(Figure):
+    """A figure that a notebook shows by itself; one of matplotlib's own is shown where pyplot was imported before."""
+
+    def _repr_png_(self) -> bytes:
+        data = io.BytesIO()
+        self.savefig(data, format="png", dpi=DPI)
+        return data.getvalue()
+
+
 def table(
     words: Sequence[Sequence[str]],
     probabilities: torch.Tensor,
@@ -36,7 +45,7 @@ def table(
     widest = max(len(text) for row in [*shown, [shorten(name) for name in columns]] for text in row)
     width = min(10, max(3.3, 1.3 + count * (0.2 + 0.066 * widest)))
     size = 7 if 1.3 + count * (0.2 + 0.066 * widest) <= 10 else max(4, 7 * 8.7 / count / (0.2 + 0.066 * widest))
-    figure = Figure(figsize=(width, 0.9 + 0.165 * len(layers)), layout="constrained")
+    figure = Plot(figsize=(width, 0.9 + 0.165 * len(layers)), layout="constrained")
     axes = figure.add_subplot()
     picture = axes.imshow(probabilities.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
     for row, texts in enumerate(shown):
@@ -61,7 +70,7 @@ def table(
 
 def curves(lines: Mapping[str, torch.Tensor], layers: Sequence[int], title: str) -> Figure:
     """Probabilities by layer: a line a name. Of several prompts, (prompts, layers), their mean, and each one thin."""
-    figure = Figure(figsize=(4.5, 2.8), layout="constrained")
+    figure = Plot(figsize=(4.5, 2.8), layout="constrained")
     axes = figure.add_subplot()
     for i, (name, values) in enumerate(lines.items()):
         values = values if values.ndim > 1 else values[None]
@@ -84,7 +93,7 @@ def curves(lines: Mapping[str, torch.Tensor], layers: Sequence[int], title: str)
 
 def bars(values: Mapping[str, torch.Tensor], title: str) -> Figure:
     """Probabilities, (prompts,), of a few names: a bar for their mean, and a point a prompt."""
-    figure = Figure(figsize=(3.3, 0.8 + 0.3 * len(values)), layout="constrained")
+    figure = Plot(figsize=(3.3, 0.8 + 0.3 * len(values)), layout="constrained")
     axes = figure.add_subplot()
     for i, (name, each) in enumerate(values.items()):
         axes.barh(i, each.mean().item(), height=0.6, color=_COLORS[i % len(_COLORS)], alpha=0.6, label=name)
@@ -104,7 +113,7 @@ def words_on_picture(picture: Image.Image, words: Sequence[Sequence[str]], title
     rows, columns = len(words), len(words[0])
     width = min(10, max(3.3, 0.5 * columns))
     size = max(2.5, min(7, 7 * width / columns / 0.5))
-    figure = Figure(figsize=(width, 0.4 + width * picture.height / picture.width), layout="constrained")
+    figure = Plot(figsize=(width, 0.4 + width * picture.height / picture.width), layout="constrained")
     axes = figure.add_subplot()
     _lay(axes, picture, rows, columns, alpha=0.45)
     axes.set_xticks(range(columns + 1), [])
@@ -128,7 +137,7 @@ def maps_on_picture(
     across, down = len(layers), len(shown)
     rows, columns = next(iter(shown.values())).shape[1:]
     side = min(1.4, 9.5 / across)
-    figure = Figure(figsize=(max(3.3, side * across + 0.9), 0.6 + down * (side * picture.height / picture.width + 0.1)))
+    figure = Plot(figsize=(max(3.3, side * across + 0.9), 0.6 + down * (side * picture.height / picture.width + 0.1)))
     figure.set_layout_engine("constrained")
     most = max(values.max().item() for values in shown.values())
     each = figure.subplots(down, across, squeeze=False)

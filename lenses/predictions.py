@@ -122,4 +122,4 @@ class LensPredictions:
         return save_files(folder, files)
 
     def _repr_png_(self) -> bytes:
-        return plots.png(self.plot())
+        return self.plot()._repr_png_()

@@ -137,7 +137,7 @@ class TargetProbabilities(Mapping):
         return save_files(folder, files)
 
     def _repr_png_(self) -> bytes:
-        return plots.png(self.plot())
+        return self.plot()._repr_png_()
 
 
 def run_prompts(
