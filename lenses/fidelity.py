@@ -4,6 +4,7 @@
     print(result)                           # a table: parts by layer, and where each is right in half of the prompts
     result.plot(other)                      # beside the result of another encoder
     result.first_layers()["second object"]
+    result.order                            # in how many prompts which of two objects is right first
 
 For pipelines that draw the scenes of `pipelines/shapes`. The diffusion lens draws each caption from each layer, and the
 reader turns the pictures back into scenes: the analysis of simple and compound prompts, and of the order in which
@@ -11,6 +12,7 @@ objects come, of Toker et al., "Diffusion Lens: Interpreting Text Encoders in Te
 section 4, with a program in the place of people who look at pictures.
 """
 
+import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,7 +35,8 @@ from . import panels, plots
 from .diffusion import diffusion_lens
 from .saving import save_files, write_record
 
-_OF_TWO = ("first object", "second object", "colors", "relation")
+_OBJECTS = ("first object", "second object")
+_OF_TWO = (*_OBJECTS, "colors", "relation")
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,19 @@ class LayerFidelity:
         """The first layer at which each of the figures comes to `share`; None where it never does."""
         if not 0 < share <= 1:
             raise InputError(f"share is a share of the prompts, above 0 and up to 1, not {share!r}")
-        reached = {name: (values >= share).nonzero().flatten().tolist() for name, values in self.figures.items()}
-        return {name: self.layers[places[0]] if places else None for name, places in reached.items()}
+        return {name: self._first(values >= share) for name, values in self.figures.items()}
+
+    @property
+    def order(self) -> dict[str, int]:
+        """Of the prompts of two things, in how many each object is the one that is right at an earlier layer: "first
+        object", "second object", or both at the "same layer"; and in how many "neither" ever is."""
+        counts = dict.fromkeys((*_OBJECTS, "same layer", "neither"), 0)
+        two = self._right(2)
+        for pair in zip(*(two[name] for name in _OBJECTS)) if two else ():
+            ranks = [math.inf if layer is None else layer for layer in map(self._first, pair)]
+            earlier = _OBJECTS[ranks.index(min(ranks))] if ranks[0] != ranks[1] else "same layer"
+            counts["neither" if min(ranks) == math.inf else earlier] += 1
+        return counts
 
     def plot(self, *others: "LayerFidelity") -> Figure:
         """The figures as curves, with those of `others` side by side. A ring marks the first layer at which half of the
@@ -90,6 +104,7 @@ class LayerFidelity:
             "arguments": dict(self.arguments),
             "figures": {name: values.tolist() for name, values in self.figures.items()},
             "first_layers": self.first_layers(),
+            "order": self.order,
             "prompts": [
                 {"prompt": asked.caption(), "scene": asdict(asked), "seen": [one and one.caption() for one in seen]}
                 for asked, seen in zip(self.scenes, self.seen)
@@ -106,10 +121,16 @@ class LayerFidelity:
         for name, values in self.figures.items():
             at = "never" if reached[name] is None else f"layer {reached[name]}"
             lines.append(f"{name:<14}" + "".join(f"{100 * value:>5.0f}" for value in values.tolist()) + f"   {at}")
+        if counts[1]:
+            lines.append("right earlier: " + ", ".join(f"{name} {count}" for name, count in self.order.items()))
         return "\n".join(lines)
 
     def _repr_png_(self) -> bytes:
         return self.plot()._repr_png_()
+
+    def _first(self, is_right: torch.Tensor) -> int | None:
+        """The first layer at which something is right, (layers,); None where it is nowhere."""
+        return min((layer for layer, right in zip(self.layers, is_right.tolist()) if right), default=None)
 
     def _right(self, things: int) -> dict[str, torch.Tensor]:
         """Which parts are right in the scenes of so many things, (prompts, layers), by name."""

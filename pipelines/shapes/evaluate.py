@@ -8,7 +8,6 @@ Plain diffusers and PyTorch, nothing of diffsight's engine: these figures are wh
 import argparse
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,34 +15,16 @@ from diffusers import DiffusionPipeline
 
 from .reader import read
 from .scenes import Scene, render, sample_scene
+from .scoring import score
+
+_PARTS = ("scene", "first object", "second object", "colors", "relation", "background")
 
 
-@dataclass(frozen=True)
-class Fidelity:
-    """Fractions of pictures with everything right (`faithful`: colours, shapes and relation) and with each part
-    right."""
-
-    faithful: float
-    colors: float
-    shapes: float
-    relation: float
-    background: float
-    pictures: int
-
-
-def compare(asked: Sequence[Scene], images: Sequence) -> Fidelity:
-    """How well `images` (PIL) show the scenes `asked`, by the reader."""
-    rows = []
-    for scene, image in zip(asked, images, strict=True):
-        want, seen = scene.canonical(), read(image)
-        if seen is None or len(seen.things) != len(want.things):
-            rows.append((False,) * 4)
-            continue
-        colors = [t.color for t in want.things] == [t.color for t in seen.things]
-        shapes = [t.shape for t in want.things] == [t.shape for t in seen.things]
-        rows.append((colors, shapes, want.relation == seen.relation, want.background == seen.background))
-    faithful = sum(all(row[:3]) for row in rows)
-    return Fidelity(faithful / len(rows), *(sum(part) / len(rows) for part in zip(*rows)), pictures=len(rows))
+def shares(asked: Sequence[Scene], images: Sequence) -> dict[str, float]:
+    """The share of `images` (PIL) in which each part of the scenes `asked`, all of as many things, is right: see
+    `scoring.py`."""
+    scores = [score(scene, read(image)) for scene, image in zip(asked, images, strict=True)]
+    return {part: sum(right[part] for right in scores) / len(scores) for part in scores[0]}
 
 
 def reader_accuracy(count: int = 500, seed: int = 500) -> float:
@@ -93,13 +74,13 @@ def report(pipe, layers: bool = True) -> str:
         "pipeline defaults": {},
     }
     lines = [f"Reader on 500 rendered scenes: {reader_accuracy():.1%} right.", ""]
-    lines += ["| 200 pictures of two things | settings | faithful | colours | shapes | relation | background |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += ["| 200 pictures of two things | settings | " + " | ".join(_PARTS) + " |"]
+    lines += ["|---" * (2 + len(_PARTS)) + "|"]
     for name, asked in sets.items():
         for setting, arguments in settings.items():
-            f = compare(asked, draw(pipe, asked, **arguments))
-            cells = (f.faithful, f.colors, f.shapes, f.relation, f.background)
-            lines.append(f"| {name} | {setting} | " + " | ".join(f"{c:.1%}" for c in cells) + " |")
+            right = shares(asked, draw(pipe, asked, **arguments))
+            cells = [f"{right[part]:.1%}" for part in _PARTS]
+            lines.append(f"| {name} | {setting} | " + " | ".join(cells) + " |")
     if layers:
         arguments = settings["20 steps, guidance 3"]
         count = pipe.text_encoder.config.num_hidden_layers
@@ -107,7 +88,7 @@ def report(pipe, layers: bool = True) -> str:
         lines += ["|---" * (count + 2) + "|"]
         for name in ("plain captions", "invented nouns"):
             asked = sets[name][:100]
-            cells = [compare(asked, draw(pipe, asked, layer=k, **arguments)).faithful for k in range(count + 1)]
+            cells = [shares(asked, draw(pipe, asked, layer=k, **arguments))["scene"] for k in range(count + 1)]
             lines.append(f"| {name} | " + " | ".join(f"{c:.0%}" for c in cells) + " |")
     return "\n".join(lines)
 

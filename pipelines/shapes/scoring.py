@@ -9,11 +9,12 @@ from .scenes import Scene, Thing
 
 
 def score(asked: Scene, seen: Scene | None) -> dict[str, bool]:
-    """Which parts of `asked` are right in `seen`; the background counts nowhere. First is what the caption names first.
+    """Which parts of `asked` are right in `seen`. First is what the caption names first.
 
     "first object", "second object": a thing of its colour and its shape is seen, wherever it stands. "colors": the
     colours seen are those asked for, whichever thing has which. "relation": the shapes stand as told (where both are
-    the same shape, the colours). "scene": all of it, and nothing else. One thing has no second object and no relation.
+    the same shape, the colours). "background": its colour. "scene": the things and their relation, and nothing else, on
+    any background. One thing has no second object and no relation.
     """
     wanted = [replace(thing, noun=None) for thing in asked.things]
     things = list(seen.things) if seen is not None else []
@@ -28,6 +29,7 @@ def score(asked: Scene, seen: Scene | None) -> dict[str, bool]:
     if asked.relation is not None:
         name = "shape" if wanted[0].shape != wanted[1].shape else "color"
         right["relation"] = relation == canonical.relation and _each(things, name) == _each(canonical.things, name)
+    right["background"] = seen is not None and seen.background == asked.background
     right["scene"] = relation == canonical.relation and things == list(canonical.things)
     return right
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffsight import DiffusionModel
 from diffsight.pipelines.loading import PACKAGED
-from diffsight.pipelines.shapes.evaluate import compare
+from diffsight.pipelines.shapes.evaluate import shares
 from diffsight.pipelines.shapes.reader import read
 from diffsight.pipelines.shapes.scenes import (
     BACKGROUNDS,
@@ -183,7 +183,7 @@ def test_the_reader_sees_nothing_in_an_empty_picture_or_a_crowd():
     assert read(crowd) is None
 
 
-def test_fidelity_counts_each_part():
+def test_shares_count_each_part():
     asked = [Scene((RED, BLUE), "below", "gray")] * 5
     shown = [
         Scene((RED, BLUE), "below", "gray"),
@@ -192,10 +192,9 @@ def test_fidelity_counts_each_part():
         Scene((RED, BLUE), "below", "black"),
         Scene((RED,), None, "gray"),
     ]
-    result = compare(asked, [render(scene, random.Random(2)) for scene in shown])
-    # Read in reverse order, colours and shapes of the second picture are wrong as well.
-    assert (result.faithful, result.relation, result.background) == (2 / 5, 4 / 5, 3 / 5)
-    assert (result.colors, result.shapes, result.pictures) == (2 / 5, 3 / 5, 5)
+    right = shares(asked, [render(scene, random.Random(2)) for scene in shown])
+    assert (right["scene"], right["relation"], right["background"]) == (2 / 5, 3 / 5, 4 / 5)
+    assert (right["colors"], right["first object"], right["second object"]) == (3 / 5, 4 / 5, 4 / 5)
 
 
 # The packaged pipeline
