@@ -60,7 +60,7 @@ class EncodedPrompts:
 class EncoderComparison(Mapping):
     """The same prompts in several encoders: `result[name]` is what one makes of them, `list(result)` their names."""
 
-    prompts: tuple[str, ...]
+    prompts: tuple[str, ...] = field(repr=False)
     encoders: Mapping[str, EncodedPrompts]
     seed: int
     arguments: Mapping[str, Any]

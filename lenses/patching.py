@@ -94,6 +94,7 @@ class EncoderPatchingResult:
             row_titles=[*names, None],
             column_titles=[*self.words, *[None] * (width - len(self.words))],
             title=title,
+            cell=128,
         )
 
     def save(self, folder: str | Path) -> list[Path]:

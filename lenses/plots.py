@@ -17,6 +17,7 @@ from matplotlib.patheffects import withStroke
 from PIL import Image
 
 DPI = 200
+_SCREEN_DPI = 120
 _FONT = {"family": "DejaVu Sans"}
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 _DASHES = ("-", "--", "-.", ":")
@@ -28,7 +29,7 @@ class Plot(Figure):
 
     def _repr_png_(self) -> bytes:
         data = io.BytesIO()
-        self.savefig(data, format="png", dpi=DPI)
+        self.savefig(data, format="png", dpi=_SCREEN_DPI)
         return data.getvalue()
 
 

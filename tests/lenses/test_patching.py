@@ -392,10 +392,10 @@ def test_the_result_says_how_it_was_made(tmp_path):
     assert record["source_tokens"] == [[2], [3]]
     grid = np.asarray(result.grid())
     assert result._repr_png_().startswith(b"\x89PNG")
-    image = np.asarray(result.images[1][1].resize((192, 192), 0))
-    windows = np.lib.stride_tricks.sliding_window_view(grid[..., 0], (192, 192))
+    image = np.asarray(result.images[1][1].resize((128, 128), 0))
+    windows = np.lib.stride_tricks.sliding_window_view(grid[..., 0], (128, 128))
     corners = np.argwhere(windows[:, :, 0, 0] == image[0, 0, 0])
-    assert any(np.array_equal(grid[y : y + 192, x : x + 192], image) for y, x in corners)
+    assert any(np.array_equal(grid[y : y + 128, x : x + 128], image) for y, x in corners)
     with pytest.raises(AttributeError):
         result.seed = 8
 
