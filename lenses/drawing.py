@@ -108,7 +108,14 @@ def places(call: Call, items: Sequence[Item]) -> Iterator[tuple[int, int, Item]]
             yield row * len(items) + i, row, item
 
 
-def same_call(reading: EncoderReading, number: int, ids: torch.Tensor | None, times: int) -> Call:
+def calls_in(run: DiffusionRun, reading: EncoderReading, times: int) -> Iterator[tuple[int, Call]]:
+    """The numbers of an encoder's calls in a run with `times` rows for each of those that were read, as the run comes
+    to them, each with the call that it repeats. They end with the run."""
+    for number in count():
+        yield number, _same_call(reading, number, run[reading.words].calls[number].input, times)
+
+
+def _same_call(reading: EncoderReading, number: int, ids: torch.Tensor | None, times: int) -> Call:
     """The call that was read, of which this one, with `times` rows for each of its own, is a repetition."""
     if number < len(reading.calls) and ids is not None:
         known = repeated(reading.calls[number].ids, len(reading.calls[number].ids), times)
@@ -132,7 +139,7 @@ def _repeat(run: DiffusionRun, reading: EncoderReading, times: int) -> None:
     part = run[reading.name]
     for number in count():
         ids = next((leaf for leaf in tree_leaves(part.calls[number].inputs) if _are_ids(leaf)), None)
-        call = same_call(reading, number, ids, times)
+        call = _same_call(reading, number, ids, times)
         value = tree_map_only(torch.Tensor, partial(repeated, rows=len(call.ids), times=times), call.output)
         part.calls[number].skip(value)
         part.calls[number].output = value

@@ -12,7 +12,6 @@ what they gave when they were read.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from diffsight.pipelines.diffusion import DiffusionRun
 from diffsight.pipelines.encoders import Encoder
 from diffsight.pipelines.reading import Call, Reading
 
-from .drawing import places, repeated, same_call, with_state
+from .drawing import calls_in, places, repeated, with_state
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ class Exits:
     def leave(self, run: DiffusionRun, layers: Sequence[int]) -> None:
         """Leaves the encoder's layers out of its calls: what they would give is known."""
         reading, part = self.reading.encoders[self.encoder.name], run[self.encoder.name]
-        for number in count():
-            call = same_call(reading, number, run[reading.words].calls[number].input, len(layers))
+        for number, call in calls_in(run, reading, len(layers)):
             rows = _Rows(call, layers)
             last = rows.states(self.encoder.count)
             for index, layer in enumerate(part.layers, 1):

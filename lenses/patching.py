@@ -20,7 +20,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,8 @@ from diffsight.pipelines.reading import EncoderReading, hidden_in, read
 from diffsight.pipelines.words import PromptWords
 
 from .checks import check_call, check_model, check_prompt, check_seen, check_whole
-from .drawing import Drawing, places, same_call, with_state
+from .drawing import Drawing, calls_in, places, with_state
+from .isolating import isolated
 from .linear_map import LinearMap
 from .outputs import files_of, picture_of, rate_of
 from .pairing import choose_pairs, choose_source, known_to, words_read
@@ -72,6 +72,7 @@ class EncoderPatchingResult:
     tokens: tuple[range, ...] = field(repr=False)
     source_tokens: tuple[range, ...] = field(repr=False)
     align: str = "each"
+    isolate: bool = False
     map_error: Mapping[tuple[int, int], float] | None = field(default=None, repr=False)
     outputs: tuple[tuple[Any, ...], ...] = field(default=(), repr=False)
     rate: int | None = field(default=None, repr=False)
@@ -107,7 +108,7 @@ class EncoderPatchingResult:
             for column, (image, output) in enumerate(zip(images, outputs), 1):
                 name = f"layer_{layer:02}_{column:02}"
                 files |= {f"{name}.png": image.save} | files_of(name, output, self.rate)
-        kept = ("model", "source", "target", "seed", "encoder", "source_encoder", "source_model", "align")
+        kept = ("model", "source", "target", "seed", "encoder", "source_encoder", "source_model", "align", "isolate")
         record = {"lens": "encoder_patching"} | {name: getattr(self, name) for name in kept}
         record |= {name: list(getattr(self, name)) for name in ("layers", "source_layers", "words")}
         record |= {name: [list(span) for span in getattr(self, name)] for name in ("tokens", "source_tokens")}
@@ -133,6 +134,7 @@ def encoder_patching(
     source_model: DiffusionModel | None = None,
     mapping: LinearMap | None = None,
     align: str = "each",
+    isolate: bool = False,
     batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -164,8 +166,9 @@ def encoder_patching(
         mapping: Takes the states of the source's encoder to those of the target's; needed where their widths differ.
         align: Where words have more tokens in one prompt than in the other. "each": token by token, and an error where
             they differ; "last": the last token alone; "mean": the mean of the source's tokens in each of the target's.
+        isolate: Gives the other encoders an empty prompt; else they read the target.
         batch_size: Rows a call; None is all in one.
-        arguments: Of the pipeline, and of the source's, as far as it takes them. Other encoders read the target.
+        arguments: Of the pipeline, and of the source's, as far as it takes them.
 
     Raises InputError, before any picture is made, for what diffusion_lens does, words that do not occur in their prompt
     (saying which do) or occur several times, prompts of which something is cut, words of different length, encoders of
@@ -199,6 +202,9 @@ def encoder_patching(
             state = read_out.prompt.states[source_layer][read_out.prompt.rows[0]]
             state = state if mapping is None else mapping(state, source_layer, layer)
             cells += [_Cell(f"{c.title} at {layer}", layer, *_aligned(c, state, align)) for c in columns]
+        if isolate:
+            model, reading = isolated(model, found, reading, target, arguments, seed)
+            origin, origin_reading = isolated(origin, taken, origin_reading, source, given, seed)
         kept = {"noun": "pictures", "progress": progress}
         drawing = Drawing(model, reading, found.name, target, seed, arguments, **kept)
         plain, *made = drawing.draw(partial(_put, read_in), cells, batch_size)
@@ -224,6 +230,7 @@ def encoder_patching(
         tokens=tuple(column.target for column in columns),
         source_tokens=tuple(column.source for column in columns),
         align=align,
+        isolate=isolate,
         map_error=None if mapping is None else {(s, t): mapping.error[s, t] for t, s in pairs},
         outputs=outputs,
         rate=rate_of(model),
@@ -265,8 +272,7 @@ class _Cell:
 def _put(reading: EncoderReading, run: DiffusionRun, cells: Sequence[_Cell]) -> None:
     """Puts the cells' states into the rows of a batch, wherever the encoder reads the prompt."""
     part, ids = run[reading.name], reading.prompt.ids[reading.prompt.rows[0]]
-    for number in count():
-        call = same_call(reading, number, run[reading.words].calls[number].input, len(cells))
+    for number, call in calls_in(run, reading, len(cells)):
         rows = [(place, cell) for place, row, cell in places(call, cells) if torch.equal(call.ids[row], ids)]
         for layer in sorted({cell.layer for _, cell in rows if cell.state is not None}):
             point = part.layers[max(layer - 1, 0)].calls[number]

@@ -204,6 +204,24 @@ def test_the_prompt_that_is_patched_is_not_the_negative_one():
     assert difference(result.images[0][0], wanted) == 0
 
 
+def test_one_encoder_alone():
+    """FLUX's T5 is patched, and its CLIP reads an empty prompt."""
+    pipe, name = text_pipelines.built("flux"), "flux"
+    given = {"words": "circle", "encoder": "text_encoder_2", "layers": [2]}
+    result = patch(name, pipe, **given, isolate=True, batch_size=1)
+    tokens = result.tokens[0]
+    state = state_of(name, pipe, "text_encoder_2", 2, SOURCE)[0, tokens.start : tokens.stop]
+    ids = pipe.tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    blank = pipe.text_encoder.register_forward_pre_hook(lambda module, args: (ids, *args[1:]))
+    try:
+        assert difference(result.images[0][0], patched(name, pipe, "text_encoder_2", 2, tokens, state)) == 0
+        assert difference(result.target_image, draw(name, pipe, TARGET)) == 0
+        assert difference(result.source_image, draw(name, pipe, SOURCE)) == 0
+    finally:
+        blank.remove()
+    assert difference(result.images[0][0], patch(name, pipe, **given).images[0][0]) > 2
+
+
 # Between encoders
 
 

@@ -17,6 +17,8 @@ import diffsight.compat as nnsight
 from diffsight import InputError, OutOfOrderError, SourceError
 from diffsight.compat import CONFIG, LanguageModel
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 transformers.logging.set_verbosity_error()
 
 EIFFEL = "The Eiffel Tower is in the city of"
@@ -71,12 +73,6 @@ def model(net, tokenizer):
 @pytest.fixture
 def ids(tokenizer):
     return {text: tokenizer(text, return_tensors="pt")["input_ids"] for text in (EIFFEL, GARDEN)}
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 def run_cells(*cells, **names):

@@ -11,6 +11,8 @@ import tiny
 from diffsight import InputError, LanguageModel, OutOfOrderError, PointNotFoundError
 from diffsight.pipelines import language_loading
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 transformers.logging.set_verbosity_error()
 
 TOKENIZER = tiny.gemma_tokenizer()
@@ -81,12 +83,6 @@ def net():
 @pytest.fixture
 def model(net):
     return LanguageModel((net, TOKENIZER))
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 # What can be given

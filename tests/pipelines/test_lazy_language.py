@@ -14,6 +14,8 @@ import tiny
 from diffsight import InputError, LanguageModel
 from diffsight.pipelines.checking import NamesWarning
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 transformers.logging.set_verbosity_error()
 
 TOKENIZER = tiny.gemma_tokenizer()
@@ -62,12 +64,6 @@ def loads(monkeypatch):
 @pytest.fixture
 def model(saved, loads):
     return LanguageModel(saved)
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 # Without weights

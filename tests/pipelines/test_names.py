@@ -12,16 +12,12 @@ from diffsight import AssignmentError, InputError, LanguageModel, OutOfOrderErro
 from diffsight.pipelines.checking import NamesWarning
 from diffsight.pipelines.naming import layer_names, model_names, standard_names
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 transformers.logging.set_verbosity_error()
 
 IDS = architectures.tokens()
 KINDS = ["gpt2", "llama", "opt", "bloom", "falcon", "gpt_neox", "bert", "qwen3_moe", "phi3", "gemma2"]
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,8 @@ import tiny_vision
 from diffsight import InputError, PointNotFoundError, ScanError, VisionLanguageModel
 from diffsight.pipelines.processors import placeholder
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 transformers.logging.set_verbosity_error()
 
 PICTURE = tiny.PICTURE
@@ -27,12 +29,6 @@ CHAT = (
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
     "{% endif %} {% endfor %}{% if add_generation_prompt %}the{% endif %}"
 )
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(params=tiny_vision.MODELS)
