@@ -42,11 +42,12 @@ class _Fit:
 
 
 class LinearMap:
-    """Maps of hidden states from one text encoder to another, one for each pair of layers that it is fitted for."""
+    """Maps of hidden states from one text encoder to another, one for each pair of layers that it is fitted for.
+    `source` and `target` say which they are: names of a model and of its encoder."""
 
     def __init__(self) -> None:
-        self.source_encoder: str | None = None
-        self.encoder: str | None = None
+        self.source: tuple[str, str] | None = None
+        self.target: tuple[str, str] | None = None
         self._fits: dict[Pair, _Fit] = {}
         self._error: dict[Pair, float] = {}
         self._unseen: dict[Pair, float] = {}
@@ -95,7 +96,7 @@ class LinearMap:
                 taken.setdefault((source_layer, layer), []).append(
                     tuple(_means(encoded.prompt, number, of) for (_, encoded), number, of in chosen)
                 )
-        self.source_encoder, self.encoder = source.name, found.name
+        self.source, self.target = (origin.source, source.name), (model.source, found.name)
         for pair, states in taken.items():
             self._fit(pair, states)
         return self
@@ -137,9 +138,15 @@ class LinearMap:
         made = states.detach().to("cpu", torch.float64) @ fit.weight + fit.bias
         return made.to(states)
 
-    def check(self, source_layer: int, layer: int) -> None:
-        """Raises InputError where it was not fitted for these layers."""
-        self._fitted(source_layer, layer)
+    def check(self, source: tuple[str, str], target: tuple[str, str], pairs: Iterable[Pair]) -> None:
+        """Raises InputError where it was not fitted between these encoders, as in `source` and `target`, at all these
+        pairs of layers."""
+        self._check_fitted()
+        if (source, target) != (self.source, self.target):
+            names = [", ".join(end) for end in (self.source, self.target, source, target)]
+            raise InputError("the map was fitted from {} to {}, not from {} to {}".format(*names))
+        for pair in pairs:
+            self._fitted(*pair)
 
     def _fitted(self, source_layer: int, layer: int) -> _Fit:
         self._check_fitted()
@@ -155,7 +162,8 @@ class LinearMap:
     def __repr__(self) -> str:
         if not self._fits:
             return "<LinearMap, not fitted>"
-        lines = [f"<LinearMap from {self.source_encoder} to {self.encoder}, fitted on {self._words} words>"]
+        source, target = map(", ".join, (self.source, self.target))
+        lines = [f"<LinearMap from {source} to {target}, fitted on {self._words} words>"]
         for (source_layer, layer), error in self._error.items():
             unseen = self._unseen.get((source_layer, layer))
             unseen = "" if unseen is None else f", {unseen:.3f} on unseen prompts"

@@ -179,6 +179,8 @@ def encoder_patching(
     check_prompt("encoder_patching", source)
     if align not in _ALIGN:
         raise InputError(f"align is {', '.join(map(repr, _ALIGN))}, not {align!r}")
+    if not isinstance(mapping, LinearMap | None):
+        raise InputError(f"mapping is a LinearMap, or None, not {type(mapping).__name__}")
     other = next((name for name in arguments if re.fullmatch(r"prompt_\d+", name)), None)
     if other is not None:
         raise InputError(f"encoder_patching gives all encoders the same prompt: leave {other} out")
@@ -192,7 +194,11 @@ def encoder_patching(
         taken = choose_source(origin, origin_reading, found, source_encoder)
         pairs = choose_pairs(layers, source_layers, found, taken)
         check_seen(model, found)
-        _check_map(found, taken, mapping, pairs)
+        if mapping is None:
+            _check_widths(taken, found)
+        else:
+            ends = (origin.source, taken.name), (model.source, found.name)
+            mapping.check(*ends, [(source_layer, layer) for layer, source_layer in pairs])
         read_in, read_out = reading.encoders[found.name], origin_reading.encoders[taken.name]
         check_whole(model, read_in, target)
         check_whole(origin, read_out, source)
@@ -237,19 +243,12 @@ def encoder_patching(
     )
 
 
-def _check_map(target: Encoder, source: Encoder, mapping: LinearMap | None, pairs: Sequence[tuple[int, int]]) -> None:
-    """Whether states of the source's encoder fit into the target's."""
-    if mapping is None and source.width != target.width:
+def _check_widths(source: Encoder, target: Encoder) -> None:
+    """Whether states of the source's encoder fit into the target's as they are."""
+    if source.width != target.width:
         raise InputError(
             f"{source.name} has {source.width} features and {target.name} {target.width}: between them mapping= is "
             "needed, LinearMap().fit(model, prompts, encoder=…, source_encoder=…)"
-        )
-    for layer, source_layer in pairs if mapping is not None else ():
-        mapping.check(source_layer, layer)
-    if mapping is not None and (mapping.source_encoder, mapping.encoder) != (source.name, target.name):
-        raise InputError(
-            f"the map was fitted from {mapping.source_encoder} to {mapping.encoder}, not from {source.name} to "
-            f"{target.name}"
         )
 
 

@@ -357,6 +357,7 @@ LONG = "a red circle " * 26
         ({"source": LONG}, "too long"),
         ({"target": LONG}, "too long"),
         ({"mapping": LinearMap(), "words": "circle"}, "never fitted"),
+        ({"mapping": "text_encoder", "words": "circle"}, "mapping is a LinearMap, or None, not str"),
         ({"batch_size": 0}, "batch_size"),
     ],
     ids=str,
@@ -380,7 +381,22 @@ def test_encoders_of_different_width_need_a_map():
     message = refusal("stable_diffusion_xl", **given, mapping=mapping, layers=2)
     assert "fitted for the layers 1 → 1, not 2 → 2" in message
     given |= {"encoder": "text_encoder_2", "source_encoder": "text_encoder", "mapping": mapping, "layers": 1}
-    assert "from text_encoder_2 to text_encoder, not from text_encoder" in refusal("stable_diffusion_xl", **given)
+    xl = "StableDiffusionXLPipeline"
+    message = f"from {xl}, text_encoder_2 to {xl}, text_encoder, not from {xl}, text_encoder to"
+    assert message in refusal("stable_diffusion_xl", **given)
+
+
+def test_a_map_between_encoders_of_other_models(tmp_path):
+    """Their encoders have the same name, and may have the same width."""
+    folder = tmp_path / "fine-tune"
+    with_other_text_encoder().save_pretrained(folder)
+    other = DiffusionModel(folder)
+    model, arguments = DiffusionModel(text_pipelines.built("stable_diffusion")), settings("stable_diffusion")
+    mapping = LinearMap().fit(model, PROMPTS, source_model=other, layers=[1], progress=False, **arguments)
+    given = {"words": "circle", "layers": [1], "mapping": mapping, "progress": False, **arguments}
+    with pytest.raises(InputError, match=r"fitted from .*fine-tune, text_encoder to StableDiffusionPipeline, text_enc"):
+        encoder_patching(model, SOURCE, TARGET, **given)
+    assert encoder_patching(model, SOURCE, TARGET, source_model=other, **given).map_error == mapping.error
 
 
 def test_a_map_that_was_never_fitted():
