@@ -44,6 +44,7 @@ from .saving import save_files, write_record
 
 Words = str | int | range
 _ALIGN = ("each", "last", "mean")
+_CELL, _ACROSS = 128, 7  # pixels of a picture in a grid, and pictures beside each other where there is one word
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,9 @@ class EncoderPatchingResult:
         title = f"“{self.source}” into “{self.target}” (seed {self.seed})"
         plain, captions = [self.target_image, self.source_image], ["target as it is", "source as it is"]
         if len(self.words) == 1:
-            images = [*plain, *(row[0] for row in self.images)]
-            return diffsight.image_grid(images, titles=[*captions, *names], title=f"{title}: {self.words[0]}")
+            images, titles = [*plain, *(row[0] for row in self.images)], [*captions, *names]
+            columns, title = min(len(images), _ACROSS), f"{title}: {self.words[0]}"
+            return diffsight.image_grid(images, titles=titles, title=title, columns=columns, cell=_CELL)
         width = max(2, len(self.words))
         return diffsight.image_grid(
             [*self.images, plain],
@@ -95,7 +97,7 @@ class EncoderPatchingResult:
             row_titles=[*names, None],
             column_titles=[*self.words, *[None] * (width - len(self.words))],
             title=title,
-            cell=128,
+            cell=_CELL,
         )
 
     def save(self, folder: str | Path) -> list[Path]:
