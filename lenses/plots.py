@@ -165,13 +165,6 @@ def write(draw: Callable[[], Figure], path: Path) -> None:
     draw().savefig(path, dpi=DPI)
 
 
-def png(figure: Figure) -> bytes:
-    """A figure for a notebook."""
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=DPI)
-    return data.getvalue()
-
-
 def visible(text: str) -> str:
     """A token so that all of it can be seen: a leading space, line breaks, letters that the font does not have."""
     text = text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
