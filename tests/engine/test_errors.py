@@ -5,7 +5,7 @@ import pickle
 import traceback
 
 import pytest
-from engine.nets import Calling, Net, footprint, linear
+from engine.nets import Calling, Net, footprint, inputs, linear
 
 from diffsight import (
     AssignmentError,
@@ -81,27 +81,26 @@ def test_out_of_order(net, x):
     assert_ends(caught.value, "here")
 
 
-def test_out_of_order_deep_below(net, x):
-    with pytest.raises(OutOfOrderError) as caught, Model(net).trace(x) as run:
+def assign(envoy, value):
+    envoy.output = value  # here
+
+
+USES = {
+    "too late, deep below": (OutOfOrderError, lambda run: run.layers[0].leaf.lin.output),  # here
+    "assigned too late": (OutOfOrderError, lambda run: assign(run.first, inputs())),
+    "not found": (PointNotFoundError, lambda run: run.layers[1].laef.output),  # here
+    "not found on the run": (PointNotFoundError, lambda run: run.lsat.output),  # here
+    "without values": (PointNotFoundError, lambda run: run.layers.output),  # here
+    "assigned nothing": (AssignmentError, lambda run: assign(run.last, None)),
+    "stopped": (RunClosedError, lambda run: (run.stop(), run.first.output)),  # here
+}
+
+
+@pytest.mark.parametrize(("error", "use"), USES.values(), ids=USES)
+def test_what_is_refused_in_a_helper(net, x, error, use):
+    with pytest.raises(error) as caught, Model(net).trace(x) as run:
         run.last.output
-        run.layers[0].leaf.lin.output  # here
-    assert_ends(caught.value, "here")
-
-
-def test_out_of_order_in_a_helper(net, x):
-    def helper(run):
-        return run.first.output  # in the helper
-
-    with pytest.raises(OutOfOrderError) as caught, Model(net).trace(x) as run:
-        run.layers[1].output
-        helper(run)
-    assert_ends(caught.value, "in the helper")
-
-
-def test_out_of_order_assigned(net, x):
-    with pytest.raises(OutOfOrderError) as caught, Model(net).trace(x) as run:
-        run.layers[1].output
-        run.first.output = x  # here
+        use(run)
     assert_ends(caught.value, "here")
 
 
@@ -118,30 +117,6 @@ def test_never_reached_in_a_step(net, x):
     assert_ends(caught.value, "here")
 
 
-def test_not_found(net, x):
-    with pytest.raises(PointNotFoundError) as caught, Model(net).trace(x) as run:
-        run.layers[1].laef.output  # here
-    assert_ends(caught.value, "here")
-
-
-def test_not_found_on_the_run(net, x):
-    with pytest.raises(PointNotFoundError) as caught, Model(net).trace(x) as run:
-        run.lsat.output  # here
-    assert_ends(caught.value, "here")
-
-
-def test_what_has_no_values(net, x):
-    with pytest.raises(PointNotFoundError, match="layers") as caught, Model(net).trace(x) as run:
-        run.layers.output  # here
-    assert_ends(caught.value, "here")
-
-
-def test_a_value_that_cannot_be_assigned(net, x):
-    with pytest.raises(AssignmentError) as caught, Model(net).trace(x) as run:
-        run.first.output = None  # here
-    assert_ends(caught.value, "here")
-
-
 def test_an_assignment_that_turns_out_impossible(x):
     """Only the model's call shows that there is no input; the message has the line that assigned it."""
     net = Calling(lambda self, x: self.last(x + self.silent()), silent=Calling(lambda self: 1), last=linear())
@@ -149,13 +124,6 @@ def test_an_assignment_that_turns_out_impossible(x):
         run.silent.input = x
         run.last.output  # here
     assert f"{__file__}:" in str(caught.value)
-    assert_ends(caught.value, "here")
-
-
-def test_a_run_that_was_stopped(net, x):
-    with pytest.raises(RunClosedError) as caught, Model(net).trace(x) as run:
-        run.stop()
-        run.first.output  # here
     assert_ends(caught.value, "here")
 
 

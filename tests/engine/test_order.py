@@ -24,14 +24,18 @@ BEHIND = [
 ]
 
 
-def get(run, point):
+def read(run, point):
     path, _, part = point.rpartition(".")
     return getattr(run[path], part)
 
 
-def put(run, point, value):
+def assign(run, point):
     path, _, part = point.rpartition(".")
-    setattr(run[path], part, value)
+    setattr(run[path], part, torch.zeros(2, 4))
+
+
+def skip(run, point):
+    run[point.rpartition(".")[0]].skip(torch.zeros(2, 4))
 
 
 @pytest.fixture(params=BEHIND, ids=lambda pair: " then ".join(pair))
@@ -39,54 +43,31 @@ def behind(request):
     return request.param
 
 
-def test_asked_for_too_late(net, x, behind):
+uses = pytest.mark.parametrize("use", [read, assign, skip], ids=lambda use: use.__name__)
+
+
+@uses
+def test_too_late(net, x, behind, use):
     here, asked = behind
     with Model(net).trace(x) as run:
-        get(run, here)
+        read(run, here)
         ran = list(net.log)
         with pytest.raises(OutOfOrderError) as caught:
-            get(run, asked)
-        assert asked in str(caught.value)
+            use(run, asked)
+        assert (asked.rpartition(".")[0] if use is skip else asked) in str(caught.value)
         assert here in str(caught.value), "the message says where the model stands"
         assert net.log == ran, "the model did not have to move to know"
         run.output  # it goes on from there
     assert torch.equal(run.result, Net()(x))
 
 
-def test_assigned_too_late(net, x, behind):
-    here, asked = behind
-    with Model(net).trace(x) as run:
-        get(run, here)
-        with pytest.raises(OutOfOrderError) as caught:
-            put(run, asked, torch.zeros(2, 4))
-        assert asked in str(caught.value) and here in str(caught.value)
-    assert torch.equal(run.result, Net()(x))
-
-
-def test_skipped_too_late(net, x, behind):
-    here, asked = behind
-    with Model(net).trace(x) as run:
-        get(run, here)
-        with pytest.raises(OutOfOrderError):
-            run[asked.rpartition(".")[0]].skip(torch.zeros(2, 4))
-    assert torch.equal(run.result, Net()(x))
-
-
-def test_never_the_value_of_a_later_pass(net, x, behind):
+@uses
+def test_never_of_a_later_pass(net, x, behind, use):
     here, asked = behind
     with Model(net).generate(x) as run:
-        get(run, here)
+        read(run, here)
         with pytest.raises(OutOfOrderError):
-            get(run, asked)
-    assert torch.equal(run.result, Net().generate(x))
-
-
-def test_never_assigned_to_a_later_pass(net, x, behind):
-    here, asked = behind
-    with Model(net).generate(x) as run:
-        get(run, here)
-        with pytest.raises(OutOfOrderError):
-            put(run, asked, torch.zeros(2, 4))
+            use(run, asked)
     assert torch.equal(run.result, Net().generate(x))
 
 
@@ -95,9 +76,9 @@ def test_never_the_value_of_a_later_step(net, x, behind):
     values = []
     with Model(net).generate(x) as run:
         for step in run.steps:
-            get(run, here)
+            read(run, here)
             with pytest.raises(OutOfOrderError):
-                get(run, asked)
+                read(run, asked)
             if step.index == 1:
                 values.append(run.output)
     assert torch.equal(values[0], Net().generate(x, steps=2))

@@ -330,10 +330,14 @@ def test_every_one_of_many_pictures_lies_in_its_row_and_column():
     layers = [f"layer {row}" for row in range(13)]
     grid = image_grid(rows, row_titles=layers, column_titles=[LONG] * 8, title=LONG, cell=96)
     left, top, _, _ = place(grid, colors[0][0])
+    pixels = np.array(grid)
     for row, line in enumerate(colors):
         for column, color in enumerate(line):
             x, y = left + column * (96 + 16), top + row * (96 + 16)
-            assert place(grid, color) == (x, y, x + 96, y + 96)
+            cell = pixels[y : y + 96, x : x + 96]
+            assert (cell == color).all()
+            cell[:] = 255
+    assert (np.ptp(pixels, axis=-1) == 0).all()  # nothing but text is left
 
 
 def test_inputs_stay_as_they_are_and_the_same_grid_comes_back():

@@ -168,6 +168,12 @@ def test_a_prompt_before_an_instruction():
 # Layers
 
 
+@pytest.fixture(scope="module")
+def by_hand():
+    pipe = tiny.stable_diffusion()
+    return [draw_by_hand(pipe, CLIP, layer, 0, **SD) for layer in range(LAST + 1)]
+
+
 @pytest.mark.parametrize(
     "layers, numbers",
     [
@@ -183,11 +189,11 @@ def test_a_prompt_before_an_instruction():
         (slice(-2, None), (2, 3)),
     ],
 )
-def test_layers_are_chosen(sd, layers, numbers):
+def test_layers_are_chosen(sd, by_hand, layers, numbers):
     result = diffusion_lens(DiffusionModel(sd), PROMPT, layers=layers, progress=False, **SD)
     assert result.layers == numbers
     for layer, image in zip(numbers, result.images, strict=True):
-        assert close(image, draw_by_hand(sd, CLIP, layer, 0, **SD))
+        assert close(image, by_hand[layer])
 
 
 @pytest.mark.parametrize("layers", [4, -1, [0, 4], [1.0], ["1"], [True], range(3, 6), "1,2"], ids=repr)

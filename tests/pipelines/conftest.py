@@ -1,7 +1,17 @@
-"""Settings that several files of tests share."""
+"""What several files of these tests share."""
 
 import pytest
 import torch
+
+import tiny
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder in the diffusers format: `tiny.stable_diffusion()`."""
+    folder = tmp_path_factory.mktemp("saved") / "pipe"
+    tiny.stable_diffusion().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

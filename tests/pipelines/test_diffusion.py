@@ -3,7 +3,7 @@
 import copy
 import functools
 import textwrap
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import diffusers
 import pytest
@@ -113,6 +113,21 @@ def module_at(pipe, path):
     return getattr(pipe, component).get_submodule(rest)
 
 
+@functools.cache
+def bare(kind):
+    """What the bare pipeline draws, and the calls of its parts meanwhile. One run of each kind is enough for all tests:
+    it is built with the same weights each time."""
+    pipe = kind.build()
+    watched = {"block": (module_at(pipe, kind.denoiser_block), "forward"), "step": (pipe.scheduler, "step")}
+    if kind.text_encoder_layer:
+        watched["layer"] = (module_at(pipe, kind.text_encoder_layer), "forward")
+    if kind.decode:
+        watched["decode"] = (pipe.vae, "decode")
+    with ExitStack() as stack:
+        calls = {name: stack.enter_context(recorded(*method)) for name, method in watched.items()}
+        return draw(pipe, kind.inputs()), calls
+
+
 def first(value):
     """The tensor in what a layer, a block or a scheduler returns."""
     return value if isinstance(value, torch.Tensor) else value[0]
@@ -166,7 +181,7 @@ def test_an_unread_run_gives_the_bits_of_the_bare_pipeline(kind, pipe):
 
 
 def test_walking_through_the_steps_changes_nothing(kind, pipe):
-    want = draw(pipe, kind.inputs())
+    want, _ = bare(kind)
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
         for _ in run.steps:
             pass
@@ -240,21 +255,16 @@ def test_an_error_of_the_pipeline_comes_out_as_it_is(sd):
 
 
 def test_there_is_a_step_for_every_call_of_the_scheduler(kind, pipe):
-    with recorded(pipe.scheduler, "step") as calls:
-        draw(pipe, kind.inputs())
+    calls = bare(kind)[1]["step"]
     told = [float(kwargs.get("timestep", args[1] if len(args) > 1 else None)) for (args, kwargs), _ in calls]
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
-        steps = [(step.index, step.timestep) for step in run.steps]
+        steps = [(step.index, step.timestep, step.component) for step in run.steps]
+    indices, timesteps, components = zip(*steps)
     assert len(steps) == len(calls) == kind.steps
-    assert [index for index, _ in steps] == list(range(kind.steps))
-    assert [timestep for _, timestep in steps] == pytest.approx(told, rel=1e-5)
-
-
-def test_a_step_names_the_component_that_begins_it(kind, pipe):
-    with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
-        components = {step.component for step in run.steps}
-    # A ControlNet runs before the UNet that it steers.
-    assert components == {"controlnet" if "controlnet" in pipe.components else kind.denoiser}
+    assert indices == tuple(range(kind.steps))
+    assert timesteps == pytest.approx(told, rel=1e-5)
+    # Each names the component that begins it: a ControlNet runs before the UNet that it steers.
+    assert set(components) == {"controlnet" if "controlnet" in pipe.components else kind.denoiser}
 
 
 @pytest.mark.parametrize("sigmas", [[1.0, 0.5, 1e-3], [1.0, 0.6, 2e-4]])
@@ -270,14 +280,12 @@ def test_timesteps_near_the_end_of_the_schedule_are_not_mistaken(sigmas):
 
 
 def test_a_part_of_the_steps(kind, pipe):
-    block = module_at(pipe, kind.denoiser_block)
-    with recorded(block) as calls:
-        want = draw(pipe, kind.inputs())
+    want, calls = bare(kind)
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
         seen = [(step.index, first(run[kind.denoiser_block].output).clone()) for step in run.steps[1:3]]
     assert [index for index, _ in seen] == [1, 2]
     for index, output in seen:
-        assert torch.equal(output, first(calls[index * kind.calls_per_step][1]))
+        assert torch.equal(output, first(calls["block"][index * kind.calls_per_step][1]))
     assert torch.equal(drawn(run), want)
 
 
@@ -296,8 +304,7 @@ def test_both_calls_of_two_call_guidance():
     for name in ("two_call_guidance", "wan"):
         kind = tiny.PIPELINES[name]
         pipe = kind.build()
-        with recorded(module_at(pipe, kind.denoiser_block)) as calls:
-            draw(pipe, kind.inputs())
+        calls = bare(kind)[1]["block"]
         assert len(calls) == 2 * kind.steps
         with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
             for step in run.steps:
@@ -428,8 +435,7 @@ def test_without_a_scheduler_a_step_is_a_call_of_the_denoiser():
 
 
 def test_reading_a_block_in_every_step(kind, pipe):
-    with recorded(module_at(pipe, kind.denoiser_block)) as calls:
-        want = draw(pipe, kind.inputs())
+    want, calls = bare(kind)
     inputs, outputs = [], []
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
         for _ in run.steps:
@@ -437,7 +443,7 @@ def test_reading_a_block_in_every_step(kind, pipe):
             inputs.append(copy.deepcopy(block.inputs))
             outputs.append(copy.deepcopy(block.output))
     assert torch.equal(drawn(run), want)
-    first_calls = calls[:: kind.calls_per_step]
+    first_calls = calls["block"][:: kind.calls_per_step]
     assert len(first_calls) == len(inputs) == kind.steps
     assert same(inputs, [call[0] for call in first_calls])
     assert same(outputs, [call[1] for call in first_calls])
@@ -445,36 +451,34 @@ def test_reading_a_block_in_every_step(kind, pipe):
 
 
 def test_reading_latents_between_the_steps(kind, pipe):
-    with recorded(pipe.scheduler, "step") as calls:
-        want = draw(pipe, kind.inputs())
+    want, calls = bare(kind)
     noise, latents = [], []
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
         for _ in run.steps:
             noise.append(run.scheduler.step.input.clone())
             latents.append(first(run.scheduler.step.output).clone())
     assert torch.equal(drawn(run), want)
-    assert same(noise, [args[0] for (args, _), _ in calls])
-    assert same(latents, [first(output) for _, output in calls])
+    assert same(noise, [args[0] for (args, _), _ in calls["step"]])
+    assert same(latents, [first(output) for _, output in calls["step"]])
 
 
 @pytest.mark.parametrize("kind", TEXT, indirect=True)
 def test_reading_a_layer_of_the_text_encoder(kind, pipe):
-    with recorded(module_at(pipe, kind.text_encoder_layer)) as calls:
-        want = draw(pipe, kind.inputs())
+    want, calls = bare(kind)
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
         seen = copy.deepcopy(run[kind.text_encoder_layer].output)
-    assert same(seen, calls[0][1])
+    assert same(seen, calls["layer"][0][1])
     assert torch.equal(drawn(run), want)
 
 
 @pytest.mark.parametrize("kind", LATENT, indirect=True)
 def test_reading_at_the_vae(kind, pipe):
-    with recorded(pipe.vae, "decode") as calls:
-        want = draw(pipe, kind.inputs())
+    want, calls = bare(kind)
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
         latents = run.vae.decode.input.clone()
         decoded = copy.deepcopy(run.vae.decode.output)
-    assert same((latents, decoded), (calls[0][0][0][0], calls[0][1]))
+    ((args, _), output), *_ = calls["decode"]
+    assert same((latents, decoded), (args[0], output))
     assert torch.equal(drawn(run), want)
 
 
@@ -503,7 +507,7 @@ def test_reading_what_the_prompt_became(sd):
 
 @pytest.mark.parametrize("kind", TEXT, indirect=True)
 def test_editing_a_layer_of_the_text_encoder(kind, pipe):
-    plain, calls = draw(pipe, kind.inputs()), []
+    (plain, _), calls = bare(kind), []
 
     def double(module, args, output):
         calls.append(None)
@@ -519,9 +523,8 @@ def test_editing_a_layer_of_the_text_encoder(kind, pipe):
     assert torch.equal(drawn(run), want)
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["replaced", "in_place"])
-def test_editing_a_block_in_step_1_alone(kind, pipe, in_place):
-    plain, calls = draw(pipe, kind.inputs()), []
+def test_editing_a_block_in_step_1_alone(kind, pipe):
+    (plain, _), calls = bare(kind), []
 
     def negate(module, args, output):
         calls.append(None)
@@ -532,19 +535,22 @@ def test_editing_a_block_in_step_1_alone(kind, pipe, in_place):
         want = draw(pipe, kind.inputs())
     assert not torch.equal(want, plain)
 
-    with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
-        for step in run.steps:
-            if step.index == 1:
-                block = run[kind.denoiser_block]
-                if in_place:
-                    first(block.output).neg_()
-                else:
-                    block.output = with_first(block.output, -first(block.output))
-    assert torch.equal(drawn(run), want)
+    def replace(block):
+        block.output = with_first(block.output, -first(block.output))
+
+    def edit_in_place(block):
+        first(block.output).neg_()
+
+    for edit in (replace, edit_in_place):
+        with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
+            for step in run.steps:
+                if step.index == 1:
+                    edit(run[kind.denoiser_block])
+        assert torch.equal(drawn(run), want), edit.__name__
 
 
 def test_editing_what_a_block_is_given_in_step_1(kind, pipe):
-    plain, calls = draw(pipe, kind.inputs()), []
+    (plain, _), calls = bare(kind), []
 
     def halve(original, *args, **kwargs):
         calls.append(None)
@@ -568,7 +574,7 @@ def test_editing_what_a_block_is_given_in_step_1(kind, pipe):
 
 @pytest.mark.parametrize("point", ["input", "output"])
 def test_editing_a_step_of_the_scheduler(kind, pipe, point):
-    plain, calls = draw(pipe, kind.inputs()), []
+    (plain, _), calls = bare(kind), []
 
     def scale(original, noise, *args, **kwargs):
         calls.append(None)
@@ -593,10 +599,9 @@ def test_editing_a_step_of_the_scheduler(kind, pipe, point):
     assert torch.equal(drawn(run), want)
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["there", "ahead"])
 @pytest.mark.parametrize("kind", LATENT, indirect=True)
-def test_editing_what_the_vae_decodes(kind, pipe, ahead):
-    plain, seen = draw(pipe, kind.inputs()), []
+def test_editing_what_the_vae_decodes(kind, pipe):
+    (plain, _), seen = bare(kind), []
 
     def flip(original, latents, *args, **kwargs):
         seen.append(latents.flip(-1))
@@ -606,17 +611,18 @@ def test_editing_what_the_vae_decodes(kind, pipe, ahead):
         want = draw(pipe, kind.inputs())
     assert not torch.equal(want, plain)
 
-    with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
-        run.vae.decode.input = seen[0] if ahead else run.vae.decode.input.flip(-1)
-    assert torch.equal(drawn(run), want)
+    for ahead in (False, True):
+        with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
+            run.vae.decode.input = seen[0] if ahead else run.vae.decode.input.flip(-1)
+        assert torch.equal(drawn(run), want), f"{ahead=}"
 
 
 @pytest.mark.parametrize("kind", LATENT, indirect=True)
 def test_leaving_the_vae_out(kind, pipe):
-    with recorded(pipe.vae, "decode") as calls:
-        want = draw(pipe, kind.inputs(), seed=SEED + 1)
-    with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
-        run.vae.decode.skip(calls[0][1])
+    want, calls = bare(kind)
+    ((_, decoded),) = calls["decode"]
+    with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED + 1) as run:
+        run.vae.decode.skip(decoded)
     assert torch.equal(drawn(run), want)  # decoded in another run
 
 
@@ -665,14 +671,22 @@ BATCHED = [name for name in KINDS if name != "inpaint"]
 
 
 @pytest.mark.parametrize("kind", BATCHED, indirect=True)
-@pytest.mark.parametrize("seed, seeds", [(5, [5, 6]), ([9, 4], [9, 4]), ((7, 7), [7, 7])], ids=str)
-def test_each_picture_of_a_batch_has_a_seed_of_its_own(kind, pipe, seed, seeds):
+def test_each_picture_of_a_batch_has_a_seed_of_its_own(kind, pipe):
     inputs = batch_of(kind)
-    batch = drawn(DiffusionModel(pipe).generate(**inputs, seed=seed))
+    batch = drawn(DiffusionModel(pipe).generate(**inputs, seed=5))
     assert len(batch) == 2
-    for i, own in enumerate(seeds):
+    for i, picture in enumerate(batch):
         single = {**inputs, "prompt": inputs["prompt"][i]} if "prompt" in inputs else {**inputs, "batch_size": 1}
-        assert torch.allclose(batch[i], draw(pipe, single, own)[0], atol=1e-4)
+        assert torch.allclose(picture, draw(pipe, single, 5 + i)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("seeds", [[9, 4], (7, 7)], ids=str)
+def test_a_seed_for_each_picture(sd, seeds):
+    inputs = batch_of(tiny.PIPELINES["stable_diffusion"])
+    batch = DiffusionModel(sd).generate(**inputs, seed=seeds).images
+    assert len(batch) == 2
+    for picture, prompt, seed in zip(batch, inputs["prompt"], seeds):
+        assert torch.allclose(picture, draw(sd, {**inputs, "prompt": prompt}, seed)[0], atol=1e-4)
 
 
 def test_several_pictures_of_each_prompt(sd):

@@ -21,14 +21,6 @@ def draw(pipe):
     return pipe(**CALL(), generator=torch.Generator().manual_seed(3)).images
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A folder in the diffusers format."""
-    folder = tmp_path_factory.mktemp("saved") / "pipe"
-    tiny.stable_diffusion().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def offline(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
