@@ -33,7 +33,6 @@ def folder(tmp_path_factory):
 def here(tmp_path, monkeypatch):
     """Every command runs in a folder of its own, where nothing may be left that is not announced."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
     return tmp_path
 
 

@@ -4,13 +4,11 @@ import json
 
 import pytest
 import torch
-import transformers
 import writers
 
 from diffsight import InputError, collect_activations, load_activations
 from diffsight.lenses import collecting
 
-transformers.logging.set_verbosity_error()
 PROMPTS = [*writers.PROMPTS, "hello king", "in Paris and London"]
 
 

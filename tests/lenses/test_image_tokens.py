@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import transformers
 import writers
 from matplotlib.figure import Figure
 from PIL import Image
@@ -12,7 +11,6 @@ from PIL import Image
 import tiny_vision
 from diffsight import InputError, VisionLanguageModel, image_token_lens
 
-transformers.logging.set_verbosity_error()
 PICTURE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
 PROMPT = "a red circle"
 SHAPES = {"llava": (4, 4), "qwen2_vl": (3, 4), "idefics3": (4, 4), "paligemma": (4, 4)}

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from diffsight import InputError, LanguageModel, PointNotFoundError, logit_lens
 from diffsight.lenses import reading
 
-transformers.logging.set_verbosity_error()
 PROMPTS = writers.PROMPTS
 
 

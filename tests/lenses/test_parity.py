@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import writers
 
 import diffsight
 from diffsight import Prompt, logit_lens
 from diffsight.pipelines import naming
 
-transformers.logging.set_verbosity_error()
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 TABLE = README.split("## Coming from nnterp\n")[1].split("\n## ")[0]
 ROWS = [tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in TABLE.splitlines() if "|" in line][2:]

@@ -19,7 +19,6 @@ from diffsight import (
 )
 from diffsight.lenses.tracking import Prompt
 
-transformers.logging.set_verbosity_error()
 PROMPTS = writers.PROMPTS
 SHORT = TargetPrompt("cat -> cat ?")
 

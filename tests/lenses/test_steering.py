@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-import transformers
 import writers
 
 from diffsight import InputError, steer
 
-transformers.logging.set_verbosity_error()
 PROMPTS = writers.PROMPTS
 VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 3
 

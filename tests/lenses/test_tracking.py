@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 import tiny
 from diffsight import InputError, LanguageModel, Prompt, first_tokens, logit_lens, run_prompts
 
-transformers.logging.set_verbosity_error()
 PROMPTS = writers.PROMPTS
 TARGETS = {"right": "Paris", "traps": ["London", "Madrid"], "long": "the city of Paris"}
 

@@ -19,8 +19,6 @@ from diffsight.compat import CONFIG, LanguageModel
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-transformers.logging.set_verbosity_error()
-
 EIFFEL = "The Eiffel Tower is in the city of"
 GARDEN = "Madison Square Garden is in the city of"
 TOKENS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}

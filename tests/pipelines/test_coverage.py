@@ -7,13 +7,10 @@ import warnings
 import architectures
 import pytest
 import torch
-import transformers
 
 from diffsight import LanguageModel
 from diffsight.errors import InputError, NeverReachedError, PointNotFoundError
 from diffsight.pipelines.checking import NamesWarning
-
-transformers.logging.set_verbosity_error()
 
 # What transformers itself cannot make of a small configuration alone.
 NOT_CONSTRUCTED = {

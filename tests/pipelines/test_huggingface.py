@@ -5,14 +5,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
 from torch import nn
 
 import tiny_pipelines
 from diffsight import HFPipeline, InputError, OutOfOrderError, PointNotFoundError
-
-transformers.logging.set_verbosity_error()
 
 TEXT = tiny_pipelines.TEXT
 GENERATING = [task for task, tiny in tiny_pipelines.PIPELINES.items() if tiny.generates]

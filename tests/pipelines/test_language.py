@@ -13,8 +13,6 @@ from diffsight.pipelines import language_loading
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-transformers.logging.set_verbosity_error()
-
 TOKENIZER = tiny.gemma_tokenizer()
 SIZE = len(TOKENIZER)
 PROMPT, LONGER = "a red circle", "a photo of a blue square above the red circle"

@@ -14,8 +14,6 @@ from diffsight.pipelines.checking import NamesWarning
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-transformers.logging.set_verbosity_error()
-
 TOKENIZER = tiny.gemma_tokenizer()
 PROMPT = "a red circle"
 IDS = TOKENIZER(PROMPT, return_tensors="pt")["input_ids"]

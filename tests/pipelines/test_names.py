@@ -14,8 +14,6 @@ from diffsight.pipelines.naming import layer_names, model_names, standard_names
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-transformers.logging.set_verbosity_error()
-
 IDS = architectures.tokens()
 KINDS = ["gpt2", "llama", "opt", "bloom", "falcon", "gpt_neox", "bert", "qwen3_moe", "phi3", "gemma2"]
 
@@ -533,14 +531,12 @@ def queries_keys_values(net, layer):
             found.update(q=query, k=key, v=value)
         return real(of, query, key, value, *args, **kwargs)
 
-    transformers.AttentionInterface.register("watched", watch)
-    transformers.AttentionMaskInterface.register("watched", transformers.masking_utils.sdpa_mask)
-    before = net.config._attn_implementation
-    net.config._attn_implementation_internal = "watched"
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS, "watched", watch)
+        masks = transformers.masking_utils
+        patch.setitem(masks.ALL_MASK_ATTENTION_FUNCTIONS, "watched", masks.sdpa_mask)
+        patch.setattr(net.config, "_attn_implementation_internal", "watched")
         net(IDS)
-    finally:
-        net.config._attn_implementation_internal = before
     return {name: value.transpose(1, 2) for name, value in found.items()}
 
 

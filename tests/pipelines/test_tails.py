@@ -7,8 +7,6 @@ import transformers
 
 from diffsight import LanguageModel
 
-transformers.logging.set_verbosity_error()
-
 # A norm and a head alone; a cap, a scale, a divisor, a scale before the head, several streams, another layout.
 KINDS = ("gpt2", "gemma2", "cohere", "granite", "minicpm3", "deepseek_v4", "xlnet")
 IDS = architectures.tokens(2)

@@ -18,8 +18,6 @@ from diffsight.pipelines.processors import placeholder
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-transformers.logging.set_verbosity_error()
-
 PICTURE = tiny.PICTURE
 OTHER = Image.radial_gradient("L").resize((48, 32)).convert("RGB")
 TEXT, LONGER = "a red circle", "a photo of a blue square above the red circle"
