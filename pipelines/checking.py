@@ -235,7 +235,9 @@ class _Watch:
         last = f"layers[{len(self.layers) - 1}]"
         parts = [last, *(name for name in ("ln_final", "lm_head") if name in self.names)]
         into = [self.passed[part, "in"] for part in parts[1:]] + [_Passed.of(logits)]
-        self.structure.has_plain_tail = all(self.passed[a, "out"].is_same(b) for a, b in zip(parts, into))
+        is_module = ":" not in self.names.get("lm_head", "")  # between the parts of a span there may be anything
+        passes_on = all(self.passed[a, "out"].is_same(b) for a, b in zip(parts, into))
+        self.structure.has_plain_tail = is_module and passes_on
         self.structure.layout = Layout.of(self.passed[last, "out"].tensor.shape, *self.shape)
 
 

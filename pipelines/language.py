@@ -188,7 +188,7 @@ class LanguageModel(Accessors, Named):
         messages; `kwargs` go to the model's forward pass. Several inputs are one batch, and `run.rows` are its parts:
         shorter ones are padded, and computed as they would be alone. A model with an encoder and a decoder starts to
         write unless `decoder_input_ids` or `labels` are given."""
-        if inputs is None and not kwargs.keys() & {"input_ids", "inputs_embeds"}:
+        if inputs is None and not self._has_input(kwargs):
             return self._new_run(_no_input, again=partial(self.trace, grad=grad, **kwargs))
         encoded = self._encode(inputs, kwargs)
         given = encoded.values | (kwargs if inputs is not None else {})
@@ -209,7 +209,7 @@ class LanguageModel(Accessors, Named):
         function = getattr(self._owner, "generate", None)
         if function is None or not self._owner.can_generate():
             raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; trace() runs its forward pass")
-        if inputs is None and not kwargs.keys() & {"input_ids", "inputs_embeds"}:
+        if inputs is None and not self._has_input(kwargs):
             return self._new_run(_no_input, again=partial(self.generate, seed=seed, grad=grad, **kwargs))
         if seed is not None:
             check_seed(seed)
@@ -262,6 +262,10 @@ class LanguageModel(Accessors, Named):
     # ---- inputs and texts
 
     _left_out_of_generate = ("position_ids", "token_type_ids")  # which `generate` sees to itself, or cannot take
+
+    def _has_input(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the arguments of a forward pass hold what the model reads: token ids, embeddings, or pixels."""
+        return not kwargs.keys().isdisjoint({"input_ids", "inputs_embeds", getattr(self._owner, "main_input_name", "")})
 
     def _encode(self, inputs: Any, kwargs: Mapping[str, Any]) -> Inputs:
         owner = self._owner

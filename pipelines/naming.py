@@ -25,7 +25,7 @@ _MLP_CLASS = re.compile(r"mlp|feedforward|ffn|moe(?!del)|experts", re.IGNORECASE
 _NOT_SELF = re.compile(r"cross|encoder_attn|crossattention|EncDec|norm|hc$|_input$|_convolution$|sconv$", re.IGNORECASE)
 _SPANS = (("fc1", "fc2"), ("linear1", "linear2"), ("lin1", "lin2"), ("intermediate", "output.dense"))
 # The exceptions: names that say the opposite of what they mean elsewhere.
-_FINAL_NORMS_NAMED_EMBEDDING = {"embedding_norm"}  # LFM2: stands at the end
+_FINAL_NORMS_NAMED_EMBEDDING = {"embedding_norm", "emb_layer_norm_after"}  # LFM2, ESM: stand at the end
 _FINAL_NORM_OF = {"BigBirdPegasusDecoder": "layernorm_embedding"}  # what norms the embeddings elsewhere
 _ATTENTIONS_NAMED_NORM = {"norm_attn_norm"}  # DBRX: holds the attention and the norms around it
 
@@ -40,12 +40,14 @@ def model_names(model: nn.Module) -> dict[str, str]:
     trunk = halves.get("decoder", "") if len(halves) == 2 else ""
     found = standard_names(model.get_submodule(trunk))
     names = {name: _below(trunk, path) for name, path in found.items()}
-    words = embeddings(model.get_submodule(trunk)) or embeddings(model)
+    words = _words_of(model, names.get("layers", ""))
     if words is not None and not isinstance(words, nn.ModuleList):  # sound has one for each codebook
         names["embed_tokens"] = path_of(model, words)
     head = _head(model, names.get("layers", ""))
     if head:
         names["lm_head"] = head
+        if _is_within(model, names.get("ln_final", ""), head):  # DistilBERT: a norm of the head
+            del names["ln_final"]
     return names | (halves if len(halves) == 2 else {})
 
 
@@ -128,20 +130,33 @@ def path_of(model: nn.Module, module: nn.Module | None) -> str:
     return next((path for path, known in model.named_modules(remove_duplicate=False) if known is module), "")
 
 
+def _words_of(model: nn.Module, layers: str) -> nn.Module | None:
+    """The word embeddings nearest to the layers: T5 has a table of its own around its encoder that it never calls."""
+    outer = layers
+    while outer:
+        outer = outer.rpartition(".")[0]
+        words = embeddings(model.get_submodule(outer))
+        if words is not None:
+            return words
+    return embeddings(model)
+
+
 def _head(model: nn.Module, layers: str) -> str | None:
-    """From what follows the trunk to the output embeddings; without the latter, the only module that follows. Where the
-    trunk has them itself, being a whole language model, those of that."""
+    """From what follows the trunk to the output embeddings; of a model that does not tell those, the only module that
+    follows. Where the trunk has them itself, being a whole language model, those of that."""
     children = [name for name, _ in model.named_children()]
     trunk, _, inner = layers.partition(".")
     if trunk not in children or not inner:
         return None
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    says = hasattr(model, "get_output_embeddings")
+    output = model.get_output_embeddings() if says else None
     if isinstance(output, nn.ModuleList):  # sound has one for each codebook
         return None
     behind = [
         name
         for name in children[children.index(trunk) + 1 :]
-        if not isinstance(model.get_submodule(name), nn.ModuleList)
+        if (output is not None or not says)  # else what follows is a pooler, a norm, a classifier
+        and not isinstance(model.get_submodule(name), nn.ModuleList)
         and any(True for _ in model.get_submodule(name).parameters())
     ]
     holder = path_of(model, output).split(".")[0] if output is not None else ""
@@ -152,6 +167,15 @@ def _head(model: nn.Module, layers: str) -> str | None:
         return behind[0] if len(behind) == 1 else None
     first = behind[0] if holder in behind else holder
     return holder if first == holder else f"{first}:{holder}"
+
+
+def _is_within(model: nn.Module, path: str, span: str) -> bool:
+    """Whether the module at a path lies within a span of the model's children, behind its first."""
+    children = [name for name, _ in model.named_children()]
+    first, _, last = span.partition(":")
+    if not last or path not in children or first not in children or last not in children:
+        return False
+    return children.index(first) < children.index(path) < children.index(last)
 
 
 def _beside_words(encoder: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:

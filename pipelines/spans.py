@@ -28,12 +28,11 @@ class Attached:
 class Span(Target):
     """From the inputs of the module `first` to the output of the module `last`, below the target `outer`."""
 
-    __slots__ = ("chain", "first", "last")
+    __slots__ = ("first", "last")
 
-    def __init__(self, outer: Target, name: str, first: Target, last: Target, chain: list[nn.Module]) -> None:
+    def __init__(self, outer: Target, name: str, first: Target, last: Target) -> None:
         super().__init__(outer.owner, name, join(outer.path, name), outer)
         self.first, self.last = first, last
-        self.chain = chain  # the modules that are called one after the other, where that is all there is to it
 
     def attach(self, tap: Tap) -> Attached:
         flow, first, last = tap.flow, self.first.owner, self.last.owner
@@ -54,14 +53,9 @@ class Span(Target):
         return Attached(*(handle.remove for handle in handles))
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.chain:
-            raise InputError(
-                f"{self.path} is no module of its own and cannot be called: the layer calls its parts itself"
-            )
-        value = self.chain[0](*args, **kwargs)
-        for module in self.chain[1:]:
-            value = module(value)
-        return value
+        raise InputError(
+            f"{self.path} is no module of its own and cannot be called: what contains its parts calls them itself"
+        )
 
 
 def target_at(outer: Target, name: str, real: str) -> Target:
@@ -70,12 +64,7 @@ def target_at(outer: Target, name: str, real: str) -> Target:
         found = _below(outer, real)
         return Target(found.owner, found.name, join(outer.path, name), found.outer)
     first, last = (_below(outer, path) for path in real.split(":"))
-    chain: list[nn.Module] = []
-    if "." not in real and name == "lm_head":
-        names = list(outer.children())
-        between = names[names.index(real.split(":")[0]) : names.index(real.split(":")[1]) + 1]
-        chain = [outer.children()[n].owner for n in between]
-    return Span(outer, name, first, last, chain)
+    return Span(outer, name, first, last)
 
 
 def is_at(target: Target, outer: Target, real: str) -> bool:
