@@ -22,7 +22,7 @@ from diffsight.errors import InputError, PointNotFoundError
 from diffsight.taps import Target
 
 from .attention import count_heads, output_projection, probabilities, projection
-from .narrow import FIRST, Added, Heads, HiddenInput, Logits, Within
+from .narrow import FIRST, Added, Heads, HiddenInput, Logits, NextLogits, Within
 from .spans import Span
 from .tails import Layout, run_tail
 
@@ -133,9 +133,13 @@ class Accessors:
 
     @property
     def next_token_probs(self) -> torch.Tensor:
-        """The probabilities of the token that comes after the last one, (batch, vocabulary)."""
+        """The probabilities of the token that comes after the last one, (batch, vocabulary); after the last real one,
+        where a row is padded behind it."""
         with keeping_attribute_errors(self):
-            return self._logits()._fetch("output")[:, -1].float().softmax(-1)
+            run = self._run if self._run is not None else self._model._innermost_run()
+            inputs = getattr(getattr(run, "_pass", None), "_inputs", None)
+            last = None if inputs is None or self._model._owner.config.is_encoder_decoder else inputs.last
+            return narrowed(self, NextLogits(last))._fetch("output").float().softmax(-1)
 
     def skip_layers(self, start: int, end: int | None = None, value: torch.Tensor | None = None) -> None:
         """Leaves out the layers from `start` to `end` (included; `start` alone without it). The model goes on with

@@ -16,7 +16,7 @@ run.text
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,7 +40,7 @@ from .named import Named
 from .naming import are_layers, embeddings, is_list, layer_names, model_names, standard_names
 from .seeds import check_seed
 from .spans import module_at
-from .texts import Inputs, encode
+from .texts import Inputs, encode, picks_tokens, sees_padding
 
 
 class _Chosen(StoppingCriteria):
@@ -213,7 +213,7 @@ class LanguageModel(Accessors, Named):
             return self._new_run(_no_input, again=partial(self.generate, seed=seed, grad=grad, **kwargs))
         if seed is not None:
             check_seed(seed)
-        encoded = self._encode(inputs, kwargs)
+        encoded = self._encode(inputs, kwargs, writes=True)
         left_out = self._left_out_of_generate
         given = {n: v for n, v in encoded.values.items() if n not in left_out or n in kwargs}
         if "attention_mask" not in given and encoded.tokens is not None:
@@ -267,9 +267,15 @@ class LanguageModel(Accessors, Named):
         """Whether the arguments of a forward pass hold what the model reads: token ids, embeddings, or pixels."""
         return not kwargs.keys().isdisjoint({"input_ids", "inputs_embeds", getattr(self._owner, "main_input_name", "")})
 
-    def _encode(self, inputs: Any, kwargs: Mapping[str, Any]) -> Inputs:
+    def _encode(self, inputs: Any, kwargs: Mapping[str, Any], writes: bool = False) -> Inputs:
         owner = self._owner
-        encoded = encode(owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, self._pads_left())
+        left = self._pads_left() and (writes or self._reads_left_padded)
+        encoded = encode(owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, left)
+        if left and isinstance(inputs, (list, tuple)) and encoded.is_padded and self._sees_padding:
+            raise InputError(
+                f"{type(owner).__name__} cannot leave padding out, so it does not write to texts of several lengths at "
+                "once: take [model.generate(text) for text in texts]"
+            )
         if not is_scanning():
             self._load()
         return encoded.to(getattr(owner, "device", None))
@@ -278,6 +284,14 @@ class LanguageModel(Accessors, Named):
         """Whether shorter inputs are padded on the left: where the model goes on writing."""
         owner = self._owner
         return not owner.config.is_encoder_decoder and getattr(owner, "can_generate", lambda: False)()
+
+    @cached_property
+    def _sees_padding(self) -> bool:
+        return sees_padding(self._owner, self._known[self._owner].get("layers", ""))
+
+    @cached_property
+    def _reads_left_padded(self) -> bool:
+        return not (self._sees_padding or picks_tokens(self._owner))
 
     def _first_token(self, inputs: Inputs) -> torch.Tensor:
         config = self._owner.config

@@ -66,6 +66,19 @@ class Logits(Narrow):
         return type(whole)(**{**whole, "logits": value})
 
 
+class NextLogits(Logits):
+    """The logits at the last token of each row, which is number `last[row]`; number -1, where that is None."""
+
+    def __init__(self, last: torch.Tensor | None) -> None:
+        self.last = last
+
+    def take(self, value: Any, path: object) -> torch.Tensor:
+        logits = super().take(value, path)
+        if self.last is None or len(logits) != len(self.last) or logits.shape[1] <= self.last.max():
+            return logits[:, -1]
+        return logits[torch.arange(len(logits), device=logits.device), self.last.to(logits.device)]
+
+
 class HiddenInput(Narrow):
     """The hidden states among a layer's inputs, `(args, kwargs)`."""
 

@@ -5,13 +5,15 @@
     inputs.rows         # 2
 
 Texts of different lengths are padded, on the left where the model goes on writing; their positions then count from the
-first real token, so that a row is computed as it would be alone.
+first real token, so that a row is computed as it would be alone. Where padding on the left would be seen all the same
+(`sees_padding`), a forward pass is padded on the right.
 """
 
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -19,6 +21,10 @@ from torch import nn
 from diffsight.errors import InputError
 
 from .naming import embeddings
+
+_IGNORE_MASKS = {"rwkv", "xlstm"}  # recurrent, and every token counts
+_TABLES = ("embed_positions", "position_embeddings")  # of learned or fixed vectors, one a position
+_first_positions: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,19 @@ class Inputs:
     def mask(self) -> torch.Tensor | None:
         """1 for real tokens, 0 for padding, of the same shape."""
         return self.values.get("attention_mask")
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some rows are shorter than others."""
+        return isinstance(self.mask, torch.Tensor) and not self.mask.bool().all()
+
+    @property
+    def last(self) -> torch.Tensor | None:
+        """The number of the last real token of each row, (rows,), where some are padded behind it."""
+        mask = self.mask
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask[:, -1].all():
+            return None
+        return (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
 
     @property
     def device(self) -> torch.device | None:
@@ -61,11 +80,26 @@ def encode(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> Inputs:
         first = next((v for v in values.values() if isinstance(v, torch.Tensor) and v.ndim), None)
         return Inputs(values, None if first is None else len(first))
     _check_tokens(model, tokens)
-    mask = values.get("attention_mask")
-    padded = left and isinstance(mask, torch.Tensor) and not mask.bool().all()
-    if padded and "position_ids" not in values and _takes(model, "position_ids"):
-        values["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return Inputs(values, len(tokens))
+    inputs = Inputs(values, len(tokens))
+    if left and inputs.is_padded and "position_ids" not in values and _takes(model, "position_ids"):
+        values["position_ids"] = (inputs.mask.long().cumsum(-1) - 1).clamp(min=0) + _first_position(model)
+    return inputs
+
+
+def sees_padding(model: nn.Module, layers: str) -> bool:
+    """Whether padding before the tokens of a row changes what is computed for them, though it is masked: the model
+    counts positions from the padding on, and cannot be told others, or it takes no notice of masks. `layers` is the
+    path of its layers."""
+    known = inspect.signature(model.forward).parameters
+    if "attention_mask" not in known or getattr(model.config, "model_type", "") in _IGNORE_MASKS:
+        return True
+    tables = (path for path, _ in model.named_modules() if path.endswith(_TABLES))
+    return "position_ids" not in known and any(layers.startswith(path.rpartition(".")[0]) for path in tables)
+
+
+def picks_tokens(model: nn.Module) -> bool:
+    """Whether attention goes to a few chosen tokens, or to blocks of them: padding on the left takes part in that."""
+    return any("Indexer" in type(module).__name__ for module in model.modules())
 
 
 # ---- of every kind
@@ -79,13 +113,14 @@ def _values(tokenizer: Any, given: Any, left: bool) -> dict[str, Any]:
     if isinstance(given, Mapping):
         if "role" in given and "content" in given:
             return _of_chats(tokenizer, [[given]], left)
+        if not given:
+            raise InputError("there is no input: the dictionary is empty")
         values = {name: torch.as_tensor(v) if isinstance(v, list) else v for name, v in given.items()}
         if isinstance(values.get("input_ids"), torch.Tensor) and values["input_ids"].ndim == 1:
             values = {n: v[None] if isinstance(v, torch.Tensor) and v.ndim == 1 else v for n, v in values.items()}
         return values
-    if isinstance(given, Sequence) or hasattr(given, "__array__"):
-        given = list(given)
-        return _of_list(tokenizer, given, left)
+    if (isinstance(given, Sequence) and not isinstance(given, bytes)) or hasattr(given, "__array__"):
+        return _of_list(tokenizer, list(given), left)
     raise InputError(
         f"a language model takes a text, a list of texts, token ids, a tensor, a dictionary or chat messages, not "
         f"{type(given).__name__}"
@@ -117,7 +152,7 @@ def _kind(item: Any) -> str:
         return "text"
     if isinstance(item, bool):
         return "bool"
-    if hasattr(item, "__index__") and not (isinstance(item, torch.Tensor) and item.ndim):
+    if hasattr(item, "__index__") and not getattr(item, "ndim", 0):
         return "numbers"
     if isinstance(item, Mapping):
         return "messages" if "role" in item else "dictionaries"
@@ -165,6 +200,8 @@ def _padded(rows: list[torch.Tensor], padding: int, left: bool) -> dict[str, tor
 
 
 def _ids(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.numel():
+        raise InputError("the prompt is empty: it has no tokens")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise InputError(f"token ids are whole numbers, not {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.ndim not in (1, 2):
@@ -205,8 +242,19 @@ def _check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     context = getattr(config, "max_position_embeddings", None)
-    if isinstance(context, int) and 0 < context < tokens.shape[-1]:
+    context = context - _first_position(model) if isinstance(context, int) else 0
+    if 0 < context < tokens.shape[-1]:
         raise InputError(f"the prompt is too long: {tokens.shape[-1]} tokens, and the model's context is {context}")
+
+
+def _first_position(model: nn.Module) -> int:
+    """The position of the first token: in RoBERTa and its kin, whose padding token is in the table of positions too,
+    the one behind that."""
+    if model not in _first_positions:
+        counts = (m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids"))
+        padding = getattr(next(counts, None), "padding_idx", None)
+        _first_positions[model] = 0 if padding is None else padding + 1
+    return _first_positions[model]
 
 
 def _takes(model: nn.Module, name: str) -> bool:

@@ -129,8 +129,8 @@ class VisionLanguageModel(LanguageModel):
             return process(self.processor, texts, images, self._pads_left())
         return process_chats(self.processor, chats, images, self._pads_left())
 
-    def _encode(self, inputs: Any, kwargs: Mapping[str, Any]) -> Inputs:
-        encoded = super()._encode(inputs, kwargs)
+    def _encode(self, inputs: Any, kwargs: Mapping[str, Any], writes: bool = False) -> Inputs:
+        encoded = super()._encode(inputs, kwargs, writes)
         given = inputs if isinstance(inputs, Mapping) else kwargs
         if "position_ids" not in given and _has_own_positions(self._owner):
             encoded.values.pop("position_ids", None)

@@ -1,0 +1,104 @@
+"""Texts of several lengths in one batch: each row is computed as it would be alone, in every kind of architecture."""
+
+import architectures
+import pytest
+import torch
+import transformers
+
+from diffsight import InputError, LanguageModel, logit_lens
+
+transformers.logging.set_verbosity_error()
+
+LONG = architectures.tokens(1, 9)[0]
+SHORT = LONG[2:6] + 3
+BATCH = [LONG.tolist(), SHORT.tolist()]
+
+# By what they know positions: a table (GPT-2, OPT), a table with a place for padding (RoBERTa and kin), rotation (Llama,
+# GPT-NeoX), a slope (BLOOM, MPT), their own order (Mamba). All leave out what is padded on the left.
+ON_THE_LEFT = [
+    "gpt2",
+    "opt",
+    "codegen",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "llama",
+    "gpt_neox",
+    "bloom",
+    "mpt",
+    "mamba",
+]
+# A table that counts the padding along (BART and kin), a state that takes everything in, attention to chosen tokens.
+ON_THE_RIGHT = ["bart", "pegasus", "marian", "rwkv", "xlstm", "deepseek_v32"]
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("kind", ON_THE_LEFT + ON_THE_RIGHT)
+def test_a_row_is_what_it_would_be_alone(kind):
+    net = architectures.build_causal(kind)
+    model = LanguageModel(net)
+    with model.trace(BATCH) as run:
+        hidden, logits, following = run.layers_output[0], run.logits, run.next_token_probs
+        of_short = run.rows[1].next_token_probs
+    assert bool(run.mask[1, 0]) == (kind in ON_THE_RIGHT)
+    for row, ids in enumerate((LONG, SHORT)):
+        alone = net(ids[None]).logits[0]
+        real = run.mask[row].bool()
+        assert torch.allclose(logits[row][real], alone, atol=1e-5)
+        assert torch.allclose(following[row], alone[-1].softmax(-1), atol=1e-5)
+        assert torch.allclose(hidden[row][real], model.trace(ids).layers_output[0][0], atol=1e-5)
+    assert torch.equal(of_short, following[1:])
+    both = logit_lens(model, BATCH, positions=-1, keep_logits=True).logits
+    assert torch.allclose(both[1, -1, 0], net(SHORT[None]).logits[0, -1], atol=1e-5)
+
+
+def test_writing_where_padding_cannot_be_left_out():
+    model = LanguageModel(architectures.build_causal("rwkv"))
+    with pytest.raises(InputError, match="RwkvForCausalLM cannot leave padding out"):
+        model.generate(BATCH, max_new_tokens=2)
+    alike = [BATCH[0], [token + 1 for token in BATCH[0]]]
+    assert len(model.generate(alike, max_new_tokens=2).result) == 2
+
+
+def test_roberta_writes_to_several_lengths():
+    model = LanguageModel(architectures.build_causal("roberta"))
+    arguments = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 1}
+    both = model.generate(BATCH, **arguments).result[:, -3:]
+    alone = [model.generate(ids, **arguments).result[0, -3:] for ids in (LONG, SHORT)]
+    assert torch.equal(both, torch.stack(alone))
+
+
+def test_the_context_of_a_table_with_a_place_for_padding():
+    """Of the 64 entries of this one, the first belongs to the padding."""
+    net = architectures.build_causal("roberta")
+    model = LanguageModel(net)
+    assert net.config.max_position_embeddings == 64 and net.roberta.embeddings.padding_idx == 0
+    assert model.trace(torch.full((1, 63), 7)).result.logits.shape[1] == 63
+    with pytest.raises(InputError, match="64 tokens, and the model's context is 63"):
+        model.trace(torch.full((1, 64), 7))
+
+
+BAD = [
+    ({}, "the dictionary is empty"),
+    (b"abc", "not bytes"),
+    ([[]], "it has no tokens"),
+    ([[5], []], "it has no tokens"),
+]
+
+
+@pytest.mark.parametrize("given, words", BAD, ids=lambda value: repr(value) if not isinstance(value, str) else "")
+def test_no_input(given, words):
+    with pytest.raises(InputError, match=words):
+        LanguageModel(architectures.build_causal("gpt2")).trace(given)
+
+
+def test_token_ids_of_numpy():
+    net = architectures.build_causal("gpt2")
+    model, ids = LanguageModel(net), torch.stack([LONG, LONG + 1])
+    assert torch.equal(model.trace(ids.numpy()).result.logits, net(ids).logits)
+    assert torch.equal(model.trace(ids[0].numpy()).result.logits, net(ids[:1]).logits)
