@@ -13,8 +13,8 @@ LONG = architectures.tokens(1, 9)[0]
 SHORT = LONG[2:6] + 3
 BATCH = [LONG.tolist(), SHORT.tolist()]
 
-# By what they know positions: a table (GPT-2, OPT), a table with a place for padding (RoBERTa and kin), rotation (Llama,
-# GPT-NeoX), a slope (BLOOM, MPT), their own order (Mamba). All leave out what is padded on the left.
+# By what they know positions: a table (GPT-2, OPT), a table with a place for padding (RoBERTa and kin), rotation
+# (Llama, GPT-NeoX), a slope (BLOOM, MPT), their own order (Mamba). All leave out what is padded on the left.
 ON_THE_LEFT = [
     "gpt2",
     "opt",
