@@ -81,6 +81,8 @@ class Shapes(TorchFunctionMode):
         swapped = [_each(value, lambda tensor: seen(self._twin(tensor))) for value in (args, kwargs)]
         if not seen.meta:
             return _made_with_values(function, args, kwargs)
+        if function is torch.Tensor.__setitem__ and seen.values:
+            return _written(*swapped)
         if _writes(function, kwargs):
             _each((args[:1], kwargs.get("out")), lambda tensor: vars(tensor).pop(_VALUE, None))
         elif seen.values and function.__name__ != "__get__":
@@ -90,6 +92,8 @@ class Shapes(TorchFunctionMode):
         args, kwargs = _each(swapped, _to_meta)
         if function in _MOVES:
             return args[0]
+        if function in _GROUPED:
+            return _grouped(function, args, kwargs)
         try:
             result = _call_on(torch.device("meta"), function, args, kwargs)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -221,6 +225,14 @@ def _with_values(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any
     return tree_map(_to_meta, _call_on(device, function, args, kwargs))
 
 
+def _written(args: list, kwargs: dict[str, Any]) -> None:
+    """`tensor[index] = value` where all are known: so is the tensor still."""
+    tensor = args[0]
+    if tensor.is_meta:  # its values may be those of a tensor of the user's
+        setattr(tensor, _VALUE, getattr(tensor, _VALUE).clone())
+    _with_values(torch.Tensor.__setitem__, args, kwargs)
+
+
 def _known_index(index: Any) -> Any:
     """An index with numbers in the place of tensors that bound its slices, and with the places that a mask stands for,
     where their values are known."""
@@ -237,11 +249,20 @@ def _known_index(index: Any) -> Any:
 
 
 def _made_with_values(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Calls a function that is given no meta tensors; integers that it makes on the meta device have values."""
-    counted = function in (torch.arange, torch.tensor) or _is_counted(kwargs.get("dtype") or torch.float)
-    if function in _MAKERS and counted and torch.device(kwargs.get("device") or "cpu").type == "meta":
-        return _to_meta(function(*args, **{**kwargs, "device": torch.device("cpu")}))
-    return function(*args, **kwargs)
+    """Calls a function that is given no meta tensors; what it makes on the meta device has values: integers, and small
+    ones and zeros, which may become a mask."""
+    made = function(*args, **kwargs)
+    if function not in _MAKERS or not made.is_meta or not (_is_counted(made.dtype) or made.numel() <= _MASK):
+        return made
+    setattr(made, _VALUE, function(*args, **{**kwargs, "device": torch.device("cpu")}))
+    return made
+
+
+def _grouped(function: Callable, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """A product by groups, as mixtures of experts have it: its shape is known to PyTorch in bfloat16 alone."""
+    dtype = next(value.dtype for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    floats = _each([args, kwargs], lambda t: t if _is_counted(t.dtype) else t.to(torch.bfloat16))
+    return function(*floats[0], **floats[1]).to(kwargs.get("out_dtype") or dtype)
 
 
 def _call_on(device: torch.device, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -288,6 +309,8 @@ _DEVICE = torch.Tensor.device.__get__
 _MAKERS = {torch.arange, torch.full, torch.ones, torch.tensor, torch.zeros}
 _ARITHMETIC = ("add", "and", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor")
 _WRITING = {"__set__", "__setitem__", *(f"__i{name}__" for name in _ARITHMETIC)}
+_MASK = 2**16  # numbers in a mask that a model makes itself, one a token
+_GROUPED = {getattr(torch, "_grouped_mm", None), getattr(nn.functional, "grouped_mm", None)} - {None}
 _VALUE = "_diffsight_value"  # on a meta tensor: what it stands for, where that is known
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _MOVES = {torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.pin_memory}

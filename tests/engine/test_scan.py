@@ -373,6 +373,37 @@ def test_numbers_and_masks_that_come_in_are_known(x):
     assert given[0].tolist() == [[3, 7, 1, 7]]
 
 
+def test_masks_that_a_model_makes_itself_are_known(x):
+    """Of ones, or by writing into zeros; what came in is not written into."""
+    seen = {}
+
+    def forward(self, x, lengths):
+        ones = torch.ones(x.shape[:2], device=x.device)
+        ends = torch.zeros(len(lengths), x.shape[1], dtype=torch.long, device=x.device)
+        ends[torch.arange(len(lengths), device=x.device), lengths - 1] = 1
+        mask = ends.flip(-1).cumsum(-1).flip(-1).bool()
+        lengths[0] = 9
+        seen.update(all=bool(ones.bool().all()), mask=mask.tolist(), lengths=lengths.tolist())
+        return x[mask]
+
+    lengths = torch.tensor([1, 3])
+    assert Model(Calling(forward)).scan(x[:, :3], lengths).result.shape == (4, *x.shape[2:])
+    assert seen == {"all": True, "mask": [[True, False, False], [True, True, True]], "lengths": [9, 3]}
+    assert lengths.tolist() == [1, 3]
+
+
+def test_products_by_groups(x):
+    """As experts have them: tokens in order of their expert, and where each expert's end."""
+    weights = torch.randn(3, 16, 8)
+
+    def forward(self, tokens, ends):
+        return nn.functional.grouped_mm(tokens, weights.to(tokens.device), offs=ends)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        run = Model(Calling(forward)).scan(torch.randn(6, 16, dtype=dtype), torch.tensor([2, 4, 6], dtype=torch.int32))
+        assert (run.result.shape, run.result.dtype) == ((6, 8), dtype)
+
+
 def test_numbers_that_depend_on_more_are_not_known(x):
     def forward(self, x, ids):
         ids = ids.clone()
