@@ -23,6 +23,7 @@ from diffsight.pipelines.naming import embeddings
 Layers = int | slice | Iterable[int] | None
 Positions = int | slice | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | None
 Tokens = str | int | Iterable[str | int] | None
+_BY_PROMPT = ("images", "decoder_input_ids")
 
 
 def choose(
@@ -41,8 +42,6 @@ def check_model(model: Any, lens: str) -> None:
     name = type(model._owner).__name__
     if not hasattr(model, "lm_head"):
         raise InputError(f"{lens}: {name} has no lm_head that was found, so layers cannot be read as words")
-    if model._owner.config.is_encoder_decoder:
-        raise InputError(f"{lens} reads models that are decoders or encoders alone; {name} is both")
     if model.hidden_layout is None:
         raise InputError(f"{lens}: the layers of {name} do not give one hidden state a token")
 
@@ -92,6 +91,7 @@ class Batch:
     model: LanguageModel
     run: LanguageRun
     start: int  # the number of its first prompt
+    tokens: torch.Tensor  # (rows, tokens): what the layers read; behind an encoder, the decoder's
     where: torch.Tensor  # (rows, positions): where they stand among the tokens of the padded batch
     chosen: torch.Tensor  # (rows, positions): whether there is one; shorter prompts may have fewer
     positions: torch.Tensor  # (rows, positions): which they are of the prompt's own tokens, from 0 on; -1 for none
@@ -105,9 +105,9 @@ class Batch:
     def pick(self, values: torch.Tensor) -> torch.Tensor:
         """The hidden states at the chosen positions, (all of them, features), of what a layer gives."""
         values = self.model.hidden_layout.tokens_first(values)
-        if values.shape[:2] != self.run.tokens.shape:
+        if values.shape[:2] != self.tokens.shape:
             raise InputError(
-                f"{tuple(values.shape)} is not one value a token, for {tuple(self.run.tokens.shape)} tokens: choose "
+                f"{tuple(values.shape)} is not one value a token, for {tuple(self.tokens.shape)} tokens: choose "
                 "another point of the layer"
             )
         return values[*(place.to(values.device) for place in self.places)]
@@ -146,10 +146,10 @@ def open_batches(
     **inputs: Any,
 ) -> list[Batch]:
     """The prompts in batches of `size`, each a run (of `opens`, else a forward pass) that nothing was asked of yet,
-    without gradients. `inputs` go to the model along with them.
+    without gradients. `inputs` go to the model along with them; pictures and a decoder's tokens by the prompt.
 
     Positions count from the first token of each prompt, whatever padding stands before it; -1 is its last. A list of
-    lists gives each prompt its own; None is all."""
+    lists gives each prompt its own; None is all. Behind an encoder they are those of the decoder's tokens."""
     prompts, size = as_prompts(prompts), check_count("batch_size", size)
     if opens is None and "use_cache" in inspect.signature(model._owner.forward).parameters:
         inputs = {"use_cache": False, **inputs}  # keys and values for tokens to come, which do not
@@ -158,9 +158,21 @@ def open_batches(
     with torch.no_grad():
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]
-            run = (opens or model.trace)(some[0] if len(some) == 1 else some, **inputs)
+            own = {name: _of_batch(name, value, start, len(some), len(prompts)) for name, value in inputs.items()}
+            run = (opens or model.trace)(some[0] if len(some) == 1 else some, **own)
             batches.append(_batch(model, run, start, each[start : start + size]))
     return batches
+
+
+def _of_batch(name: str, value: Any, start: int, size: int, count: int) -> Any:
+    """Of an argument that has a part for each of `count` prompts, the parts of a batch; any other as it is."""
+    if count == 1 or name not in _BY_PROMPT:
+        return value
+    if isinstance(value, (list, tuple)) and len(value) == count:
+        return value[start] if size == 1 else value[start : start + size]
+    if name != "images" and isinstance(value, torch.Tensor):
+        return value.expand(count, -1)[start : start + size]
+    return value
 
 
 def batch_of(model: LanguageModel, run: LanguageRun, positions: Positions) -> Batch:
@@ -171,7 +183,7 @@ def batch_of(model: LanguageModel, run: LanguageRun, positions: Positions) -> Ba
 def _positions_of_each(positions: Positions, count: int) -> list[Any]:
     if isinstance(positions, torch.Tensor):
         positions = positions.tolist()
-    if positions is None or isinstance(positions, slice) or hasattr(positions, "__index__"):
+    if not isinstance(positions, Iterable):
         return [positions] * count
     positions = list(positions)
     if not positions:
@@ -184,9 +196,11 @@ def _positions_of_each(positions: Positions, count: int) -> list[Any]:
 
 
 def _batch(model: LanguageModel, run: LanguageRun, start: int, each: list[Any]) -> Batch:
-    if run.tokens is None:
-        raise InputError("the lens needs to know the tokens: give texts or token ids, not embeddings")
-    mask = torch.ones_like(run.tokens) if run.mask is None else run.mask
+    decodes = model._owner.config.is_encoder_decoder
+    tokens = run.decoder_tokens if decodes else run.tokens
+    if tokens is None:
+        raise InputError("the lens needs to know the tokens: give texts or token ids, not embeddings or labels")
+    mask = torch.ones_like(tokens) if decodes or run.mask is None else run.mask
     real = [row.nonzero().flatten().cpu() for row in mask.cpu()]
     own = [_own_positions(places, len(row), start + i) for i, (places, row) in enumerate(zip(each, real))]
     longest = max(len(places) for places in own)
@@ -195,7 +209,7 @@ def _batch(model: LanguageModel, run: LanguageRun, start: int, each: list[Any]) 
     for i, (places, row) in enumerate(zip(own, real)):
         positions[i, : len(places)] = torch.tensor(places)
         where[i, : len(places)], chosen[i, : len(places)] = row[places], True
-    return Batch(model, run, start, where, chosen, positions)
+    return Batch(model, run, start, tokens, where, chosen, positions)
 
 
 def _own_positions(places: Any, length: int, prompt: int) -> list[int]:
@@ -203,7 +217,7 @@ def _own_positions(places: Any, length: int, prompt: int) -> list[int]:
     if places is None or isinstance(places, slice):
         found = list(range(length)[places or slice(None)])
     else:
-        found = [places] if hasattr(places, "__index__") else list(places)
+        found = list(places) if isinstance(places, Iterable) else [places]
     for place in found:
         if isinstance(place, bool) or not hasattr(place, "__index__") or not -length <= place < length:
             raise InputError(

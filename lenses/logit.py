@@ -42,6 +42,9 @@ def logit_lens(
     with `keep_logits` the logits over the whole vocabulary, (prompts, layers, positions, vocabulary). None stands for
     all layers and all positions. `inputs` go to the model along with the prompts.
 
+    Of a model with an encoder and a decoder (T5, BART) it reads the decoder's layers, at the tokens that the decoder is
+    given: `decoder_input_ids=`, a row a prompt or one for all, else the one that it starts with.
+
     Raises InputError, before anything runs, for a layer, position or token that is not there, an empty or too long
     prompt, and a model that is no language model with a head."""
     chosen, ids = choose("logit_lens", model, layers, tokens, top_k)

@@ -181,8 +181,8 @@ class _Patches:
         target_layer: int | None,
         batch_size: int,
     ) -> None:
-        if not model._owner.can_generate():
-            raise InputError(f"a patchscope needs a model that writes, and {type(model._owner).__name__} does not")
+        if not model._owner.can_generate() or model._owner.config.is_encoder_decoder:
+            raise InputError(f"a patchscope needs a decoder that writes, and {type(model._owner).__name__} is none")
         self._model, self._layers, self._size = model, layers, batch_size
         self._into = layers if target_layer is None else choose_layers(model, target_layer) * len(layers)
         self._batches: list[Batch] = []

@@ -85,9 +85,11 @@ class Sources:
         for batch in batches:
             tokens = batch.run.tokens.cpu()
             mask = torch.ones_like(tokens) if batch.run.mask is None else batch.run.mask.cpu()
-            for row, real, where, chosen in zip(tokens, mask.bool(), batch.where, batch.chosen):
+            for row, real, read, where, chosen in zip(
+                tokens, mask.bool(), batch.tokens.cpu(), batch.where, batch.chosen
+            ):
                 prompts.append(spell.text(row[real].tolist()))
-                inputs.append(tuple(map(spell, row[where[chosen]].tolist())))
+                inputs.append(tuple(map(spell, read[where[chosen]].tolist())))
         return cls(tuple(prompts), joined([batch.positions for batch in batches], 1), tuple(inputs))
 
 

@@ -145,7 +145,7 @@ def run_prompts(
     prompts: Prompt | Sequence[Prompt],
     *,
     lens: Callable[..., LensPredictions] | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     progress: bool = True,
     **arguments: Any,
 ) -> TargetProbabilities:
@@ -153,17 +153,18 @@ def run_prompts(
 
         run_prompts(model, prompts, lens=patchscope_lens, target=repeat_prompt())
 
-    `lens` is `logit_lens`, `patchscope_lens` or a function like them, `arguments` go to it. All prompts have targets of
-    the same names.
+    `lens` is `logit_lens`, `patchscope_lens` or a function like them, `arguments` go to it, and `batch_size` if it is
+    given. All prompts have targets of the same names.
 
     Raises InputError, before anything runs, where they have not, or a target has no token."""
     prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
     ids = _check(model, prompts)
     texts = [prompt.text for prompt in prompts]
     if lens is None:
-        layers, read = None, _say(model, texts, ids, batch_size, progress)[:, None]
+        layers, read = None, _say(model, texts, ids, 32 if batch_size is None else batch_size, progress)[:, None]
     else:
-        arguments = {"positions": -1, "tokens": ids, "batch_size": batch_size, "progress": progress} | arguments
+        arguments = {"positions": -1, "tokens": ids, "progress": progress} | arguments
+        arguments |= {} if batch_size is None else {"batch_size": batch_size}
         result = lens(model, texts, **arguments)
         layers, read = result.layers, result.token_probabilities[:, :, -1]
     column = {token: i for i, token in enumerate(ids)}

@@ -83,6 +83,7 @@ class LanguageRun(Run):
     """A run of a language model."""
 
     _inputs: Inputs | None = None
+    _decoded: torch.Tensor | None = None  # the token ids that a decoder behind an encoder begins with
     _chosen: _Chosen | None = None  # in a run of `generate`
 
     @property
@@ -96,6 +97,12 @@ class LanguageRun(Run):
         """1 for real tokens, 0 for padding, (rows, tokens); None where the inputs have none."""
         inputs = self._pass._inputs
         return inputs.mask if inputs else None
+
+    @property
+    def decoder_tokens(self) -> torch.Tensor | None:
+        """The token ids that the decoder begins with, (rows, tokens); None without an encoder before it, or where they
+        are made of labels."""
+        return self._pass._decoded
 
     @property
     def text(self) -> str | list[str]:
@@ -195,7 +202,9 @@ class LanguageModel(Accessors, Named):
         config = self._owner.config
         if config.is_encoder_decoder and not given.keys() & {"decoder_input_ids", "decoder_inputs_embeds", "labels"}:
             given["decoder_input_ids"] = self._first_token(encoded)
-        return self._run_of(encoded, lambda: self._owner(**given), [1] * (encoded.rows or 0), grad)
+        run = self._run_of(encoded, lambda: self._owner(**given), [1] * (encoded.rows or 0), grad)
+        run._decoded = given.get("decoder_input_ids")
+        return run
 
     def generate(
         self, inputs: Any = None, *, seed: int | None = None, grad: bool = False, **kwargs: Any
@@ -226,6 +235,8 @@ class LanguageModel(Accessors, Named):
         run = self._run_of(encoded, lambda: function(**given), sizes, grad)
         run._chosen = chosen
         run._flow.seed = seed
+        if self._owner.config.is_encoder_decoder:
+            run._decoded = given.get("decoder_input_ids", self._first_token(encoded))
         return run
 
     def token_id(self, text: str) -> int:

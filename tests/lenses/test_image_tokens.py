@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import tiny_vision
-from diffsight import InputError, VisionLanguageModel, image_token_lens
+from diffsight import InputError, VisionLanguageModel, collect_activations, image_token_lens, logit_lens
 
 PICTURE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
 PROMPT = "a red circle"
@@ -35,6 +35,19 @@ def test_every_patch_as_by_hand_in_its_place(kind):
             assert result.words(i) == words
     assert result.shape == SHAPES[kind]
     assert result.layers == (0, 1, 2)
+
+
+@torch.no_grad()
+def test_pictures_of_many_prompts_go_along_in_batches():
+    """One of each prompt, or a list of them; a single picture goes with all."""
+    model, texts = model_of("llava"), ["a red circle", "a square", "the photo of a circle"]
+    pictures = [PICTURE, PICTURE.rotate(90), [PICTURE, PICTURE.rotate(180)]]
+    several = logit_lens(model, texts, images=pictures, positions=-1, keep_logits=True, batch_size=2)
+    states = collect_activations(model, texts, images=PICTURE, batch_size=2)
+    for i, (text, picture) in enumerate(zip(texts, pictures)):
+        assert torch.allclose(several.logits[i, -1, 0], model.trace(text, images=picture).logits[0, -1], atol=1e-5)
+        alone = model.trace(text, images=PICTURE).layers_output[-1][0, -1]
+        assert torch.allclose(states[2][i], alone, atol=1e-5)
 
 
 def test_the_picture_is_what_the_model_sees():

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffsight import InputError, LanguageModel, PointNotFoundError, logit_lens
+from diffsight import InputError, LanguageModel, PointNotFoundError, Prompt, logit_lens, run_prompts
 from diffsight.lenses import reading
 
 PROMPTS = writers.PROMPTS
@@ -178,6 +178,7 @@ def test_the_words_of_one_prompt(model):
         ({"layers": [0, "1"]}, "there is no layer '1'"),
         ({"layers": []}, "no layers are chosen"),
         ({"positions": 40}, r"there is no position 40 in prompt 0: it has \d+ tokens"),
+        ({"positions": 1.5}, "there is no position 1.5 in prompt 0"),
         ({"prompts": PROMPTS, "positions": 7}, "there is no position 7 in prompt 1"),
         ({"positions": []}, "no positions are chosen"),
         ({"positions": [[0], [1]]}, "given for 2 prompts, and there are 1"),
@@ -201,6 +202,41 @@ def test_bad_input_is_an_error_before_anything_runs(net, model, given, words):
         hook.remove()
 
 
+def encoder_decoder(kind):
+    if kind == "t5":
+        sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0}
+        return writers.build(transformers.T5ForConditionalGeneration, transformers.T5Config(**writers.SIZES, **sizes))
+    sizes = {"d_model": 32, "max_position_embeddings": 64, "decoder_start_token_id": 1}
+    for half in ("encoder", "decoder"):
+        sizes |= {f"{half}_layers": 3, f"{half}_ffn_dim": 64, f"{half}_attention_heads": 4}
+    return writers.build(transformers.BartForConditionalGeneration, transformers.BartConfig(**writers.SIZES, **sizes))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_an_encoder_and_a_decoder(kind):
+    """The decoder's layers, at its own tokens; what the last says is what the model says."""
+    net = encoder_decoder(kind)
+    model, written = writers.model(net), torch.arange(12).reshape(3, 4) + 5
+    result = logit_lens(model, PROMPTS[:3], decoder_input_ids=written, batch_size=2, keep_logits=True, tokens=[7])
+    assert result.logits.shape[:3] == (3, 3, 4)
+    for i, text in enumerate(PROMPTS[:3]):
+        said = net(input_ids=writers.ids(text), decoder_input_ids=written[i : i + 1], output_hidden_states=True)
+        assert torch.allclose(result.logits[i, -1], said.logits[0], atol=1e-5)
+        first = said.decoder_hidden_states[1]  # by hand: the final norm, T5's scale, BART's bias
+        by_hand = net.decoder.final_layer_norm(first) * 32**-0.5 if kind == "t5" else first
+        by_hand = net.lm_head(by_hand) + (0 if kind == "t5" else net.final_logits_bias)
+        assert torch.allclose(result.logits[i, 0], by_hand[0], atol=1e-5)
+        assert result.prompts[i].strip() == text
+        assert list(result.inputs[i]) == [model.tokenizer.decode([token]) for token in written[i].tolist()]
+    assert logit_lens(model, PROMPTS[0]).positions.tolist() == [[0]]  # the token that the decoder starts with
+    assert torch.allclose(
+        run_prompts(model, Prompt("a cat", {"it": [7]}))["it"], model.trace("a cat").next_token_probs[:, 7]
+    )
+    with pytest.raises(InputError, match="there is no position 4 in prompt 0: it has 4 tokens"):
+        logit_lens(model, PROMPTS[0], decoder_input_ids=written[:1], positions=4)
+
+
 def test_models_that_cannot_be_looked_into():
     with pytest.raises(InputError, match="takes a LanguageModel, not GPT2LMHeadModel"):
         logit_lens(writers.gpt2(), "a cat")
@@ -208,10 +244,6 @@ def test_models_that_cannot_be_looked_into():
         logit_lens(writers.model(writers.gpt2().transformer), "a cat")
     with pytest.raises(InputError, match="layers of ProphetNetForCausalLM do not give one hidden state a token"):
         logit_lens(LanguageModel(architectures.build_causal("prophetnet")), architectures.tokens())
-    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
-    t5 = writers.build(transformers.T5ForConditionalGeneration, transformers.T5Config(**writers.SIZES, **sizes))
-    with pytest.raises(InputError, match="T5ForConditionalGeneration is both"):
-        logit_lens(writers.model(t5), "a cat")
     with pytest.raises(PointNotFoundError, match="no layers were found in GPT2LMHeadModel: name them"):
         logit_lens(LanguageModel(writers.gpt2(), writers.TOKENIZER, names={"layers": None}), "a cat")
     with pytest.raises(InputError, match="there are no curves"):

@@ -84,6 +84,19 @@ def test_arguments_go_to_the_lens(model):
     assert result.layers == (0, 2)
 
 
+def test_the_batch_size_is_that_of_the_lens_unless_given(model):
+    given = []
+
+    def lens(model, prompts, **arguments):
+        given.append(arguments.get("batch_size"))
+        return logit_lens(model, prompts, **arguments)
+
+    prompt = Prompt.from_strings(PROMPTS[0], "Paris", model)
+    run_prompts(model, prompt, lens=lens)
+    run_prompts(model, prompt, lens=lens, batch_size=2)
+    assert given == [None, 2]
+
+
 def test_tokens_of_two_targets_are_told(model):
     assert Prompt.from_strings("a", {"right": "Paris", "wrong": "London"}, model).shared_tokens == {}
     prompt = Prompt.from_strings("a", {"right": "Paris", "wrong": ["London", "Paris"]}, model)
