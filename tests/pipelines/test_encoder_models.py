@@ -7,7 +7,7 @@ import transformers
 from diffsight import LanguageModel, logit_lens
 from diffsight.errors import InputError
 
-transformers.logging.set_verbosity_error()
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = {**SIZES, "vocab_size": 64, "max_position_embeddings": 64}
@@ -37,12 +37,6 @@ def built(kind, config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return cls(cls.config_class(**config)).eval()
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("kind", ENCODERS)

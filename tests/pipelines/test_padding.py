@@ -3,11 +3,10 @@
 import architectures
 import pytest
 import torch
-import transformers
 
 from diffsight import InputError, LanguageModel, logit_lens
 
-transformers.logging.set_verbosity_error()
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 LONG = architectures.tokens(1, 9)[0]
 SHORT = LONG[2:6] + 3
@@ -30,12 +29,6 @@ ON_THE_LEFT = [
 ]
 # A table that counts the padding along (BART and kin), a state that takes everything in, attention to chosen tokens.
 ON_THE_RIGHT = ["bart", "pegasus", "marian", "rwkv", "xlstm", "deepseek_v32"]
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("kind", ON_THE_LEFT + ON_THE_RIGHT)
