@@ -201,7 +201,7 @@ def _padded(rows: list[torch.Tensor], padding: int, left: bool) -> dict[str, tor
 
 def _ids(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.numel():
-        raise InputError("the prompt is empty: it has no tokens")
+        raise InputError("the prompt has no tokens")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise InputError(f"token ids are whole numbers, not {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.ndim not in (1, 2):

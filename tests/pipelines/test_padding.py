@@ -79,8 +79,8 @@ def test_the_context_of_a_table_with_a_place_for_padding():
 BAD = [
     ({}, "the dictionary is empty"),
     (b"abc", "not bytes"),
-    ([[]], "it has no tokens"),
-    ([[5], []], "it has no tokens"),
+    ([[]], "the prompt has no tokens"),
+    ([[5], []], "the prompt has no tokens"),
 ]
 
 
