@@ -1,8 +1,8 @@
 """Trains the packaged pipelines from nothing: scenes, VAE, then text encoder and UNet together.
 
     python -m diffsight.pipelines.shapes.train --encoder clip --out shapes-clip
-    python -m diffsight.pipelines.shapes.train --encoder t5 --resume shapes-clip --vae-steps 0 --text-steps 600 \
-        --steps 4000 --out shapes-t5
+    python -m diffsight.pipelines.shapes.train --encoder t5 --resume shapes-clip --vae-steps 0 --text-steps 1500 \
+        --steps 3800 --out shapes-t5
 
 One command, one pipeline in the standard diffusers folder format, with the measured fidelity printed at the end. The
 device is a GPU where there is one (minutes), else the CPU (one to two hours, on one core or two).
