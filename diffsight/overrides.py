@@ -10,8 +10,8 @@ instance this follows copies of the object (pipelines step a copy of their sched
 signatures stay those of the original. Where several runs are open at once, the last one puts things back.
 """
 
+import copy
 import functools
-import inspect
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -49,7 +49,10 @@ def follow(modules: Iterable[nn.Module]) -> None:
                 name, own, function = FORWARD, None, _through_taps(forward)
             else:
                 name, own, function = _of_its_own(module)
-            held[name] = put = MethodType(function, module)
+            put = MethodType(function, module)
+            if own is not None:
+                put = functools.update_wrapper(_InPlaceOf(function, module), own)
+            held[name] = put
             _followed[id(module)] = [put, name, own, 1]
 
 
@@ -71,6 +74,13 @@ def unfollow(modules: Iterable[nn.Module]) -> None:
                 held[name] = own
 
 
+class _InPlaceOf(functools.partial):
+    """What stands in the place of an instance's own forward pass; in a copy of the instance, a copy of that does."""
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return copy.deepcopy(self.__wrapped__, memo)
+
+
 @functools.cache
 def _through_taps(forward: Callable) -> Callable:
     """The forward pass of a class of modules, through the taps."""
@@ -84,12 +94,7 @@ def _of_its_own(module: nn.Module) -> tuple[str, Any, Callable]:
     name = FORWARD if held.get(COMPILED) is None else COMPILED
     own = held.get(name)
     target = module.forward if own is None else own  # a module of TorchScript looks its own up when it is asked
-    function = _through(lambda module, /, *args, **kwargs: target(*args, **kwargs))
-    if own is not None:
-        functools.update_wrapper(function, own)
-    if own is not None and name == FORWARD:
-        function.__signature__ = _with_self(own)
-    return name, own, function
+    return name, own, _through(lambda module, /, *args, **kwargs: target(*args, **kwargs))
 
 
 def _through(original: Callable) -> Callable:
@@ -126,13 +131,6 @@ def count_running(frame: FrameType | None, module: nn.Module) -> int:
         running += frame.f_code is _CODE and frame.f_locals["module"] is module
         frame = frame.f_back
     return running
-
-
-def _with_self(function: Callable) -> inspect.Signature:
-    """The signature of `function` with a place for the instance in front."""
-    signature = inspect.signature(function)
-    first = inspect.Parameter("_module", inspect.Parameter.POSITIONAL_ONLY)
-    return signature.replace(parameters=[first, *signature.parameters.values()])
 
 
 # ---- methods

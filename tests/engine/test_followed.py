@@ -1,8 +1,10 @@
 """Modules whose forward pass is not an ordinary one, and what calls it past `__call__`."""
 
 import contextlib
+import copy
 import functools
 import inspect
+from types import MethodType
 
 import torch
 from engine.nets import Net, footprint, outputs
@@ -54,6 +56,16 @@ def test_signatures_stay_those_of_the_forward_pass(net, x):
     with Model(net).trace(x) as run:
         run.first.output
         assert [inspect.signature(module.forward) for module in (net, net.first, net.last)] == before
+
+
+def test_a_copy_of_a_module_with_a_forward_pass_of_its_own_is_its_own(net, x):
+    net.first.forward = MethodType(lambda module, x: 2 * nn.functional.linear(x, module.weight, module.bias), net.first)
+    with Model(net).trace(x) as run:
+        run.first.output
+        clone = copy.deepcopy(net.first)
+    nn.init.zeros_(clone.weight)
+    assert torch.equal(clone(x), 2 * clone.bias.expand(len(x), -1))
+    assert clone.forward.__self__ is clone and clone.forward.__func__ is net.first.forward.__func__
 
 
 def test_a_class_that_is_patched_between_two_runs(net, x, monkeypatch):
