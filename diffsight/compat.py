@@ -226,14 +226,18 @@ def _advise(error: BaseException | None, trace: TracebackType | None) -> None:
         return
     line, told = traceback.extract_tb(trace)[-1].line or "", str(error)
     if "NoneType" in told and ".grad" in line:
-        error.add_note(
+        note = (
             "A gradient is there after backward(). Write x.retain_grad() before it and x.grad after it; to change one, "
             "x.register_hook(lambda gradient: ...)"
         )
     elif told.endswith("no attribute 'save'"):
-        error.add_note("Write nnsight.save(x), or nothing: what is bound in a block stays bound")
+        note = "Write nnsight.save(x), or nothing: what is bound in a block stays bound"
     elif told.endswith("no attribute 'update'"):
-        error.add_note("A value is the real one, not a proxy: write x = ... in the place of x.update(...)")
+        note = "A value is the real one, not a proxy: write x = ... in the place of x.update(...)"
+    else:
+        return
+    if note not in getattr(error, "__notes__", ()):  # it may leave several blocks
+        error.add_note(note)
 
 
 _entered: ContextVar[tuple[Tracer, ...]] = ContextVar("diffsight_entered", default=())  # the blocks around
