@@ -9,11 +9,14 @@ run.result                                  # what the pipeline returned
 
 with HFPipeline("text-generation", model=folder).generate("Once", max_new_tokens=20, seed=0) as run:
     for step in run.steps:                  # one turn per generated token
-        print(run.model.lm_head.output[:, -1].argmax(-1))
+        run.model.layers[4].output[:, -1] += direction
+        print(step.text, end="")
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,17 +35,20 @@ from diffsight.clock import Clock
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.model import with_gradients
 from diffsight.overrides import Override
-from diffsight.run import Run
 from diffsight.taps import Target
 
 from .named import Named
 from .naming import are_layers, is_list, layer_names, model_names, standard_names
 from .parts import part_targets
 from .seeds import check_seed
+from .writing import Chosen, WritingRun
 
 _PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # besides modules
 _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "postprocess"}
 _FAILURES = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError)
+
+
+_writing: ContextVar[tuple[Chosen | None, bool]] = ContextVar("diffsight_writing", default=(None, False))
 
 
 class HFPipeline(Named):
@@ -57,6 +63,8 @@ class HFPipeline(Named):
 
     Raises InputError where `source` is no pipeline."""
 
+    _run_class = WritingRun
+
     def __init__(self, source: Pipeline | str | Path, **arguments: Any) -> None:
         pipeline = _opened(source, arguments)
         self._wrap(Target(pipeline, "__call__", ""))
@@ -67,34 +75,47 @@ class HFPipeline(Named):
         """The pipeline itself."""
         return self._owner
 
-    def trace(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> Run:
+    def trace(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> WritingRun:
         """A run of the pipeline: `with model.trace("a text") as run:`, or right away `model.trace("a text").result`.
         The arguments are those of the pipeline.
 
-        A step is one call of `model`: where it writes, a generated token; where a list of inputs goes through it in
-        several batches, a batch. Of a list that makes one batch (`batch_size=`), `run.rows` are the inputs. With `seed`
-        the model draws from a random stream of its own; with `grad=True` the pipeline's `no_grad` is lifted."""
+        A step is one call of `model`: where it writes, a generated token, with `step.tokens` and `step.text`, and
+        `run.stream()` gives the pieces of text; where a list of inputs goes through it in several batches, a batch. Of
+        a list that makes one batch (`batch_size=`), `run.rows` are the inputs. With `seed` the model draws from a
+        random stream of its own; with `grad=True` the pipeline's `no_grad` is lifted."""
         if seed is not None:
             check_seed(seed)
         pipeline = self._owner
         if kwargs.get("num_workers") or pipeline._num_workers:
             raise InputError("num_workers: what runs in processes of their own cannot be seen. Leave it out")
 
+        chosen = Chosen(_tokenizer(pipeline)) if self._writes_tokens() else None
+
         def call() -> Any:
-            with _gradients(pipeline) if grad else nullcontext():
+            _writing.set((chosen, grad))  # in the run's own context
+            with _instead(pipeline, chosen is not None, grad):
                 result = pipeline(*args, **kwargs)
                 return list(result) if isinstance(result, PipelineIterator) else result
 
         again = None if args else partial(self.trace, seed=seed, grad=grad, **kwargs)
         run = self._new_run(call, self._sizes(args, kwargs), again, grad)
         run._flow.seed = seed
+        run._chosen = chosen
         return run
 
-    def generate(self, *args: Any, **kwargs: Any) -> Run:
+    def generate(self, *args: Any, **kwargs: Any) -> WritingRun:
         """The same as `trace`, of a pipeline that writes or draws."""
-        if not (self._owner._pipeline_calls_generate and self._owner.model.can_generate()):
+        if not self._writes():
             raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; trace() calls it")
         return self.trace(*args, **kwargs)
+
+    def _writes(self) -> bool:
+        return self._owner._pipeline_calls_generate and self._owner.model.can_generate()
+
+    def _writes_tokens(self) -> bool:
+        """Whether it writes one token after the other, by the `generate` of transformers or one like it."""
+        generate = getattr(self._owner.model, "generate", None)
+        return self._writes() and "stopping_criteria" in inspect.signature(generate).parameters
 
     # ---- parts
 
@@ -177,35 +198,59 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
         ) from error
 
 
-# ---- gradients
+def _tokenizer(pipeline: Pipeline) -> Any:
+    """What turns token ids into text, if the pipeline has it."""
+    return pipeline.tokenizer or getattr(pipeline.processor, "tokenizer", None)
+
+
+# ---- instead of the pipeline's own
 
 
 @contextmanager
-def _gradients(pipeline: Pipeline) -> Iterator[None]:
-    """Lets gradients through the pipeline's forward pass; `postprocess`, which makes numbers of it, gets none."""
-    forward = pipeline.forward
-    instead = [
-        (pipeline, "get_inference_context", lambda: nullcontext),
-        (pipeline, "forward", lambda inputs, **more: tree_map(_detached, forward(inputs, **more))),
-    ]
-    if hasattr(pipeline.model, "generate"):
-        instead.append((pipeline.model, "generate", with_gradients(pipeline.model.generate)))
+def _instead(pipeline: Pipeline, writes: bool, grad: bool) -> Iterator[None]:
+    """What a run puts in the place of methods: where the model writes, it is told the tokens that are chosen; with
+    `grad` gradients go through the forward pass, and none to `postprocess`, which makes numbers of it."""
+    instead: list[tuple[Any, str, Callable[[Callable], Callable]]] = []
+    if writes or (grad and hasattr(pipeline.model, "generate")):
+        instead.append((pipeline.model, "generate", _telling))
+    if grad:
+        instead.append((pipeline, "get_inference_context", lambda own: lambda: nullcontext))
+        instead.append((pipeline, "forward", _detaching))
     with ExitStack() as ends:
-        for owner, name, function in instead:
-            ends.callback(_Instead(owner, name, function).remove)
+        for owner, name, change in instead:
+            ends.callback(_Instead(owner, name, change).remove)
         yield
 
 
-class _Instead(Override):
-    """A function in the place of a method, for all runs of a pipeline that are open at once."""
+def _telling(generate: Callable) -> Callable:
+    """A model's `generate` that tells the run in which it is called what it chooses, and lets gradients through if that
+    asks for them."""
+    lifted = with_gradients(generate)
 
-    def __init__(self, target: Any, name: str, function: Callable) -> None:
-        self.function = function
+    def telling(*args: Any, **kwargs: Any) -> Any:
+        chosen, grad = _writing.get()
+        if chosen is not None:
+            kwargs["stopping_criteria"] = chosen.along_with(kwargs.get("stopping_criteria"))
+        return (lifted if grad else generate)(*args, **kwargs)
+
+    return telling
+
+
+def _detaching(forward: Callable) -> Callable:
+    """A pipeline's `forward` whose results have no gradients."""
+    return lambda inputs, **more: tree_map(_detached, forward(inputs, **more))
+
+
+class _Instead(Override):
+    """What `change` makes of a method in its place, for all runs of a pipeline that are open at once."""
+
+    def __init__(self, target: Any, name: str, change: Callable[[Callable], Callable]) -> None:
+        self.change = change
         super().__init__(target, name)
 
     def put_on(self) -> None:
         self.own = self.target.__dict__.get(self.name)
-        self.target.__dict__[self.name] = self.function
+        self.target.__dict__[self.name] = self.change(getattr(self.target, self.name))
 
     def take_off(self) -> None:
         del self.target.__dict__[self.name]

@@ -15,21 +15,21 @@ run.text
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel
 
-from diffsight.envoy import Points, keeping_attribute_errors, raise_kept
+from diffsight.envoy import keeping_attribute_errors
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.model import with_gradients
 from diffsight.overrides import FORWARD
 from diffsight.rows import Part
-from diffsight.run import Run, Step
+from diffsight.run import Run
 from diffsight.scan import is_scanning
 from diffsight.taps import Target
 
@@ -41,50 +41,14 @@ from .naming import are_layers, embeddings, is_list, layer_names, model_names, s
 from .seeds import check_seed
 from .spans import module_at
 from .texts import Inputs, encode, picks_tokens, sees_padding
+from .writing import Chosen, WritingRun, decoded, one_or_many
 
 
-class _Chosen(StoppingCriteria):
-    """Never stops anything: it is told every token as it is chosen, and keeps it."""
-
-    def __init__(self) -> None:
-        self.steps: list[torch.Tensor] = []  # after each step, all token ids so far, (sequences, tokens)
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.steps.append(input_ids)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-class LanguageStep(Step):
-    """One generated token: from one forward pass to the next."""
-
-    def __init__(self, index: int, component: str, call: tuple[tuple, dict], run: "LanguageRun") -> None:
-        super().__init__(index, component, call, run._model)
-        self._run = run
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        """The token ids chosen in this step, one a sequence (under beam search one a candidate, the best first). Runs
-        the model until they are chosen."""
-        with keeping_attribute_errors(self):
-            return self._run._tokens_after(self.index)[:, -1]
-
-    @property
-    def text(self) -> str | list[str]:
-        """What the step adds to the text; of several sequences a list. Runs the model until it is there."""
-        with keeping_attribute_errors(self):
-            return self._run._text_added_in(self.index)
-
-    def __getattr__(self, name: str) -> Any:
-        raise_kept(self)
-        raise AttributeError(f"a step has no {name!r}{suggest(name, ('index', 'tokens', 'text', 'component'))}")
-
-
-class LanguageRun(Run):
+class LanguageRun(WritingRun):
     """A run of a language model."""
 
     _inputs: Inputs | None = None
     _decoded: torch.Tensor | None = None  # the token ids that a decoder behind an encoder begins with
-    _chosen: _Chosen | None = None  # in a run of `generate`
 
     @property
     def tokens(self) -> torch.Tensor | None:
@@ -115,39 +79,10 @@ class LanguageRun(Run):
             ids = result["sequences"] if isinstance(result, Mapping) else result
             has_prompt = self.tokens is not None and not self._model._owner.config.is_encoder_decoder
             start = self.tokens.shape[-1] if has_prompt else 0
-            return _one_or_many([self._model._decode(row) for row in ids[:, start:]])
-
-    def stream(self) -> Iterator[str | list[str]]:
-        """The text as it is generated, piece by piece: `for piece in model.generate(prompt).stream(): print(piece)`."""
-        self._check_generates("stream()")
-        for step in self.steps:
-            piece = step.text
-            if piece and any(piece):
-                yield piece
+            return one_or_many([decoded(self._model.tokenizer, row) for row in ids[:, start:]])
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *(name for name in vars(Accessors) if not name.startswith("_"))})
-
-    def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> Step:
-        if self._chosen is None:
-            return super()._make_step(index, path, call)
-        return LanguageStep(index, path or type(self._model._owner).__name__, call, self)
-
-    def _check_generates(self, what: str) -> None:
-        if self._chosen is None:
-            raise InputError(f"run.{what} is there when the model writes: model.generate(...), not model.trace(...)")
-
-    def _tokens_after(self, step: int) -> torch.Tensor:
-        """All token ids after a step. Those of the present step are waited for."""
-        if step < len(self._chosen.steps):
-            return self._chosen.steps[step]
-        chooses = Target(self._chosen, "__call__", f"steps[{step}].tokens")
-        return Points(self._model, chooses, self).input
-
-    def _text_added_in(self, step: int) -> str | list[str]:
-        ids = self._tokens_after(step)
-        start = (self._chosen.steps[0] if step else ids).shape[-1] - 1
-        return _one_or_many([self._model._added_text(row[start:]) for row in ids])
 
 
 class LanguageModel(Accessors, Named):
@@ -227,9 +162,9 @@ class LanguageModel(Accessors, Named):
         given = {n: v for n, v in encoded.values.items() if n not in left_out or n in kwargs}
         if "attention_mask" not in given and encoded.tokens is not None:
             given["attention_mask"] = torch.ones_like(encoded.tokens)
-        chosen = _Chosen()
+        chosen = Chosen(self.tokenizer)
         given |= kwargs if inputs is not None else {}
-        given["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or []), chosen])
+        given["stopping_criteria"] = chosen.along_with(kwargs.get("stopping_criteria"))
         function = with_gradients(function) if grad else function
         sizes = [_sequences(self._owner, kwargs)] * (encoded.rows or 0)
         run = self._run_of(encoded, lambda: function(**given), sizes, grad)
@@ -315,16 +250,6 @@ class LanguageModel(Accessors, Named):
         run._inputs = inputs
         return run
 
-    def _decode(self, ids: torch.Tensor) -> str:
-        if self.tokenizer is None:
-            raise InputError("a text needs a tokenizer, and the model has none: LanguageModel((model, tokenizer))")
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _added_text(self, ids: torch.Tensor) -> str:
-        """What the last of `ids` adds to the text. A letter of several tokens comes with the last of them."""
-        whole, before = self._decode(ids), self._decode(ids[:-1]).rstrip(_INCOMPLETE)
-        return "" if whole.endswith(_INCOMPLETE) else whole[len(before) :]
-
     # ---- names
 
     def _find_names(self, part: nn.Module) -> dict[str, str]:
@@ -349,7 +274,6 @@ class LanguageModel(Accessors, Named):
 
 _OF_MODEL = ("layers", "ln_final", "lm_head", "embed_tokens", "encoder", "decoder")
 _OF_LAYER = ("self_attn", "mlp")
-_INCOMPLETE = "\ufffd"  # what a tokenizer makes of bytes that are no whole letter yet
 
 
 def _checked(net: nn.Module, names: Mapping[str, str | None]) -> Mapping[str, str | None]:
@@ -392,10 +316,6 @@ def _sequences(net: nn.Module, kwargs: Mapping[str, Any]) -> int:
     config = kwargs.get("generation_config") or getattr(net, "generation_config", None)
     counts = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
     return max(count or 1 for count in counts)
-
-
-def _one_or_many(texts: list[str]) -> str | list[str]:
-    return texts[0] if len(texts) == 1 else texts
 
 
 def _no_input() -> Any:

@@ -143,6 +143,33 @@ def test_generating(task):
     assert len(chosen) == 4
 
 
+@pytest.mark.parametrize("task", GENERATING)
+def test_the_tokens_of_a_step_and_its_text(task):
+    tiny = tiny_pipelines.PIPELINES[task]
+    pipe = tiny.build()
+    model, tokenizer = HFPipeline(pipe), pipe.tokenizer or pipe.processor.tokenizer
+    with model.generate(*tiny.args, **tiny.kwargs) as run:
+        steps = [(int(run.model.lm_head.output[0, -1].argmax()), step.tokens.tolist(), step.text) for step in run.steps]
+    assert all(tokens == [said] for said, tokens, _ in steps)
+    written = tokenizer.decode([said for said, _, _ in steps], skip_special_tokens=True)
+    assert "".join(text for *_, text in steps) == written.rstrip("\ufffd")
+    assert "".join(model.generate(*tiny.args, **tiny.kwargs).stream()) == written.rstrip("\ufffd")
+    assert "generate" not in vars(pipe.model)
+
+
+def test_texts_one_after_the_other_and_two_runs_at_once(writer):
+    """Each run is told its own tokens; each text begins anew."""
+    model, given = HFPipeline(writer), {"max_new_tokens": 3, "min_new_tokens": 3}
+    texts = [TEXT, f"{TEXT} above the square"]
+    alone = [[step.tokens.tolist() for step in model.generate(text, seed=3, **given).steps] for text in texts]
+    with model.generate(texts[0], seed=3, **given) as first, model.generate(texts[1], seed=3, **given) as second:
+        both = [(a.tokens.tolist(), b.tokens.tolist()) for a, b in zip(first.steps, second.steps)]
+    assert [list(tokens) for tokens in zip(*both)] == alone
+    pieces = [step.text for step in model.generate(texts, do_sample=False, **given).steps]
+    single = [[step.text for step in model.generate(text, do_sample=False, **given).steps] for text in texts]
+    assert pieces == single[0] + single[1]
+
+
 def test_a_direction_in_one_step(writer):
     model = HFPipeline(writer)
     given = {"max_new_tokens": 4, "do_sample": False, "return_tensors": True}
