@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.image_processing_utils import select_best_resolution
 
 from diffsight.errors import InputError
 
@@ -36,7 +37,11 @@ def image_grids(
         )
     if not any(map(len, positions)):
         return [[] for _ in positions]
-    found = _of_tiles(net, tokenizer, values, positions) or _in_order(net, values, positions)
+    found = (
+        _of_tiles(net, tokenizer, values, positions)
+        or _of_unpadded_tiles(net, values, positions)
+        or _in_order(net, values, positions)
+    )
     if found is None:
         raise InputError(
             f"where the image tokens of {type(net).__name__} lie on the picture cannot be told: their number does not "
@@ -127,6 +132,45 @@ def _of_tiles(
                 tiles = {}
         grids.append(own)
     return grids
+
+
+# ---- tiles without marks, as LLaVA-NeXT has them
+
+
+def _of_unpadded_tiles(net: nn.Module, values: Mapping, positions: Sequence[torch.Tensor]) -> list | None:
+    """First come the tokens of the whole picture, then those of the tiles, put together and without what was padded,
+    line by line, each with a token for its end."""
+    choices, told = getattr(net.config, "image_grid_pinpoints", None), values.get("image_sizes")
+    vision = net.config.vision_config if choices and told is not None else None
+    if vision is None:
+        return None
+    side = vision.image_size // _patch(net)
+    sizes, grids = iter(torch.as_tensor(told).tolist()), []
+    for row in positions:
+        own, start = [], 0
+        while start < len(row):
+            size = next(sizes, None)
+            if size is None:
+                return None
+            height, width = select_best_resolution(size, choices)
+            rows, columns = _unpadded(size, (height // vision.image_size * side, width // vision.image_size * side))
+            first = start + side * side
+            end = first + rows * (columns + 1)
+            if end > len(row):
+                return None
+            own.append(row[first:end].reshape(rows, columns + 1)[:, :-1])
+            start = end
+        grids.append(own)
+    return grids
+
+
+def _unpadded(size: Sequence[int], tokens: tuple[int, int]) -> tuple[int, int]:
+    """Of a grid of tokens, (rows, columns), the part that a picture of the size (height, width) takes, which is scaled
+    to fit and stands in the middle."""
+    (height, width), (rows, columns) = size, tokens
+    if width / height > columns / rows:
+        return rows - (rows - int(round(height * columns / width, 7))) // 2 * 2, columns
+    return rows, columns - (columns - int(round(width * rows / height, 7))) // 2 * 2
 
 
 def _runs(positions: torch.Tensor) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -70,6 +71,26 @@ def llava(strategy: str = "default") -> tuple[Any, Any]:
         vision_feature_select_strategy=strategy,
     )
     return _built(transformers.LlavaForConditionalGeneration, config), processor
+
+
+def llava_next() -> tuple[Any, Any]:
+    """A picture as a whole, 4 x 4, then in two or four tiles of 4 x 4, without padding, a token behind each line."""
+    tokenizer = _tokenizer("<image>")
+    tiles = [[32, 64], [64, 32], [64, 64]]
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=tiles
+    )
+    processor = transformers.LlavaNextProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(**_VISION, projection_dim=32),
+        text_config=transformers.LlamaConfig(vocab_size=len(tokenizer), **_TEXT),
+        image_token_index=processor.image_token_id,
+        image_grid_pinpoints=tiles,
+        vision_feature_select_strategy="default",
+    )
+    return _built(transformers.LlavaNextForConditionalGeneration, config), processor
 
 
 class _WithoutVideos(transformers.Qwen2VLProcessor):
@@ -168,6 +189,7 @@ def gemma3() -> tuple[Any, Any]:
 
 MODELS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": llava,
+    "llava_next": llava_next,
     "qwen2_vl": qwen2_vl,
     "idefics2": idefics2,
     "idefics3": idefics3,

@@ -137,6 +137,10 @@ def test_a_row_is_computed_as_it_would_be_alone(both):
 
 def test_rows_have_their_own_pictures(both):
     model = VisionLanguageModel(both)
+    if isinstance(both[0], transformers.LlavaNextForConditionalGeneration):  # whose tiles are not told apart
+        with pytest.raises(InputError, match=r"rows\[0\]\.vision\.layers\[0\]\.output cannot be cut into rows"):
+            model.trace([TEXT, LONGER], [PICTURE, OTHER]).rows[0].vision.layers[0].output
+        return
     with model.trace([TEXT, LONGER], [PICTURE, OTHER]) as run:
         seen = [row.vision.layers[0].output for row in run.rows]
         whole = run.vision.layers[0].output
@@ -200,13 +204,23 @@ def test_layers_between_are_not_the_layers():
     [
         (tiny_vision.llava, 32, (4, 4)),
         (lambda: tiny_vision.llava("full"), 32, (4, 4)),
+        (tiny_vision.llava_next, 64, (8, 8)),
         (tiny_vision.paligemma, 32, (4, 4)),
         (tiny_vision.gemma3, 32, (2, 2)),
         (tiny_vision.qwen2_vl, 64, (4, 4)),
         (tiny_vision.idefics3, 64, (4, 4)),
         (lambda: tiny_vision.idefics3(splits=False), 32, (2, 2)),
     ],
-    ids=["llava", "llava with a class token", "paligemma", "gemma3", "qwen2_vl", "idefics3", "idefics3 without tiles"],
+    ids=[
+        "llava",
+        "llava with a class token",
+        "llava_next",
+        "paligemma",
+        "gemma3",
+        "qwen2_vl",
+        "idefics3",
+        "idefics3 without tiles",
+    ],
 )
 def test_the_grid_lies_on_the_picture(build, side, shape):
     """Without the layers of the vision tower a token knows its own patches only: a spot changes the token under it."""
@@ -241,6 +255,24 @@ def test_pictures_of_another_shape_have_another_grid():
     assert [torch.cat([grid.flatten() for grid in row]).tolist() for row in run.image_grids] == [
         positions.tolist() for positions in run.image_tokens
     ]
+
+
+@torch.no_grad()
+def test_the_grid_of_tiles_without_their_padding():
+    """LLaVA-NeXT has tokens of the picture as a whole, of its tiles, and of the ends of lines."""
+    model = VisionLanguageModel(tiny_vision.llava_next())
+    wide, high = Image.new("RGB", (64, 32), "red"), Image.new("RGB", (40, 60), "blue")
+    run = model.trace([TEXT, LONGER], [[wide, high], [Image.new("RGB", (100, 30))]])
+    assert [[tuple(grid.shape) for grid in row] for row in run.image_grids] == [[(4, 8), (8, 6)], [(2, 8)]]
+    ends = model._owner.model.image_newline
+    with run:
+        hidden = run.layers_input[0]
+    for positions, grids, row in zip(run.image_tokens, run.image_grids, hidden):
+        between = set(positions.tolist()) - {int(at) for grid in grids for at in grid.flatten()}
+        lines = [grid[:, -1] + 1 for grid in grids]
+        assert all(torch.equal(row[at], ends.expand(len(at), -1)) for at in lines)
+        assert {int(at) for line in lines for at in line} < between
+        assert len(between) == sum(16 + len(grid) for grid in grids)
 
 
 def test_several_pictures_have_a_grid_each():
