@@ -157,6 +157,8 @@ def _several(arguments: Mapping[str, Any], times: int) -> dict[str, Any]:
 def _several_of(name: str, value: Any, times: int) -> Any:
     if isinstance(value, Image.Image) or ("prompt" in name and isinstance(value, str)):
         return [value] * times
+    if "prompt" in name and isinstance(value, list) and len(value) == 1:
+        return value * times
     if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == 1:
         return repeated(value, 1, times)
     return value

@@ -164,11 +164,14 @@ def test_batch_size_bounds_the_rows_of_a_call(size, rows):
     assert seen == rows
 
 
-def test_a_negative_prompt_means_what_it_means():
+@pytest.mark.parametrize("given", ["a photo of the blue", ["a photo of the blue"]], ids=["text", "list"])
+def test_a_negative_prompt_means_what_it_means(given):
     pipe = text_pipelines.built("stable_diffusion_xl")
-    arguments = TEXT_PIPELINES["stable_diffusion_xl"].inputs(negative_prompt="a photo of the blue")
+    arguments = TEXT_PIPELINES["stable_diffusion_xl"].inputs(negative_prompt=given)
     del arguments["prompt"]
-    result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=SEED, layers=[0, 1], progress=False, **arguments)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LensWarning)
+        result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=SEED, layers=[0, 1], progress=False, **arguments)
     for layer, image in zip(result.layers, result.images, strict=True):
         with leaving(parts(pipe, "text_encoder")[0], layer):
             assert close(image, draw("stable_diffusion_xl", pipe, negative_prompt="a photo of the blue"))
