@@ -187,7 +187,7 @@ def test_save_tells_what_was_asked_and_seen(drawn, tmp_path):
     assert [path.name for path in paths] == ["fidelity.json", "fidelity.png"]
     assert [one["prompt"] for one in record["prompts"]] == [scene.caption() for scene in drawn.scenes]
     assert record["figures"]["compound"] == drawn.figures["compound"].tolist()
-    assert record["first_layers"] == drawn.first_layers()
+    assert (record["first_layers"], record["order"]) == (drawn.first_layers(), drawn.order)
     assert (record["layers"], record["seed"]) == ([12, 2], 3)
     Image.open(tmp_path / "fidelity.png").verify()
 
