@@ -7,8 +7,6 @@ import transformers
 
 from diffsight import LanguageModel
 
-transformers.logging.set_verbosity_error()
-
 IDS = architectures.tokens(2, 6)
 
 
