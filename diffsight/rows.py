@@ -92,8 +92,10 @@ class Part:
         return whole
 
     def _is_batch(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor inside a container is one of a batch: a number, or what is the same for all, is not."""
-        return tensor.ndim > 0 and (len(tensor) > 1 or self.total == 1)
+        """Whether a tensor inside a container is one of a batch: a number, or what is the same for all, is not. Where
+        the batch may be the second dimension, as in the states of an LSTM, it is, and cannot be cut."""
+        is_second = tensor.ndim == 3 and tensor.shape[1] == self.total
+        return tensor.ndim > 0 and (len(tensor) > 1 or self.total == 1 or is_second)
 
     def _slice(self, tensor: torch.Tensor, path: object) -> slice:
         if tensor.ndim == 0 or len(tensor) != self.total:

@@ -154,6 +154,17 @@ def test_what_has_no_batch_is_an_error(net, inputs):
             run.rows[0].place.output
 
 
+def test_a_batch_in_the_second_dimension_is_an_error():
+    lstm, batch = nn.LSTM(4, 5, batch_first=True), [torch.randn(1, 3, 4) for _ in range(2)]
+    with Model(lstm).trace(batch) as run:
+        _, states = run.output
+        with pytest.raises(InputError, match=r"cannot be cut into rows: its shape is \(1, 2, 5\)"):
+            run.rows[1].output
+        with pytest.raises(InputError, match=r"cannot be cut into rows: its shape is \(1, 2, 5\)"):
+            run.rows[1].output = (torch.zeros(1, 3, 5), states)
+    assert torch.equal(run.result[0], lstm(torch.cat(batch))[0])
+
+
 @pytest.mark.parametrize("value", [torch.zeros(1, 4), torch.zeros(3, 4)])
 def test_what_all_rows_share_takes_no_row(net, inputs, value):
     with pytest.raises(InputError, match=r"place\.output .*cannot be cut into rows: its shape is \(1, 4\)"):
