@@ -8,6 +8,7 @@ A row has the model's envoys, narrowed: what it reads are views of the batch, wh
 Tuples and output objects are narrowed element by element. A tensor whose batch dimension cannot be told is an error.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -157,5 +158,7 @@ def each(rows: Sequence[Row], functions: Callable[[Row], Any] | Sequence[Callabl
         raise InputError("run.each takes a function of a row, or a list of functions, one a row")
     if len(functions) != len(rows):
         raise InputError(f"run.each has {len(functions)} functions for {len(rows)} rows: give one, or one a row")
+    if any(inspect.isgeneratorfunction(f) or inspect.iscoroutinefunction(f) for f in functions):
+        raise InputError("run.each takes plain functions: calling one with `yield` or `async` does not run it")
     flow = rows[0]._run._flow
     return flow.each([lambda row=row, function=function: function(row) for row, function in zip(rows, functions)])

@@ -356,9 +356,15 @@ def test_the_function_of_a_row_cannot_run_the_model(net, inputs, ask):
 
 
 def test_each_takes_functions(net, inputs):
+    def yielding(row):
+        yield row.first.output
+
     with pytest.raises(InputError, match="a function of a row"):
         with Model(net).trace(inputs) as run:
             run.each(None)
+    with pytest.raises(InputError, match="plain functions"):
+        with Model(net).trace(inputs) as run:
+            run.each(yielding)
 
 
 @pytest.mark.parametrize(
