@@ -46,6 +46,8 @@ _BY_HEAD = re.compile(r"query_key_value")  # a head's query, key and value lie t
 _IN_BLOCKS = re.compile(
     r"c_attn|qkv_proj|wqkv|attn_qkv|qkv", re.IGNORECASE
 )  # all queries, then all keys, then all values
+_IN_PARTS = {"CodeGenAttention": (4, "qvk")}  # laid out for so many devices
+_BY_HEAD_TOO = {"MiniMaxLightningAttention"}  # under a name that says otherwise elsewhere
 _OUTPUT = re.compile(
     r"o_proj|out_proj|c_proj|dense|out_lin|attention_out|wo|o|linear_out|out|resid_proj", re.IGNORECASE
 )
@@ -141,7 +143,7 @@ def projection(attention: nn.Module, which: str, path: str) -> tuple[str, Heads]
     size = head_size(attention, heads)
     width = _width(children[name]) if name else None
     if name and heads and size and width:
-        layout = _fused(name, which, heads, size, width)
+        layout = _fused(type(attention).__name__, name, which, heads, size, width)
         if layout is not None:
             return name, layout
     raise InputError(
@@ -150,13 +152,17 @@ def projection(attention: nn.Module, which: str, path: str) -> tuple[str, Heads]
     )
 
 
-def _fused(name: str, which: str, heads: int, size: int, width: int) -> Heads | None:
-    """Where the queries, keys or values are in what a fused projection gives."""
+def _fused(attention: str, name: str, which: str, heads: int, size: int, width: int) -> Heads | None:
+    """Where the queries, keys or values are in what a fused projection gives; `attention` is the class that has it."""
     index, total = "qkv".index(which), width // size
+    if attention in _IN_PARTS:  # each for some of the heads
+        count, order = _IN_PARTS[attention]
+        start = order.index(which) * (heads // count)
+        return Heads((count, total // count), slice(start, start + heads // count))
     others, rest = divmod(total - heads, 2)  # as many keys, and as many values
     if rest or others < 1 or width % size or heads % others:
         return None
-    if _IN_BLOCKS.fullmatch(name) or (others == 1 and heads > 1):
+    if attention not in _BY_HEAD_TOO and (_IN_BLOCKS.fullmatch(name) or (others == 1 and heads > 1)):
         start = (0, heads, heads + others)[index]
         return Heads((1, total), slice(start, start + (heads, others, others)[index]))
     each = heads // others  # queries that share a key

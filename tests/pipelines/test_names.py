@@ -634,3 +634,29 @@ def test_an_error_names_the_users_line(gpt2):
     with pytest.raises(AssignmentError, match=r"layers\[0\]\.output \(.*test_names\.py:\d+\)"):
         with gpt2.trace(IDS) as run:
             run.layers_output[0] = torch.ones(3)
+
+
+FUSED = ["gpt2", "gpt_neox", "bloom", "falcon", "mpt", "codegen", "phi3", "gpt_bigcode", "minimax"]
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_fused_projections_are_told_apart(kind):
+    """Without values the heads say nothing; queries and keys have no part in that. A head's values are its own."""
+    model = LanguageModel(architectures.build_causal(kind))
+    for layer in range(len(model.layers)):
+        said = {}
+        for name in "qkv":
+            with model.trace(IDS) as run:
+                values = getattr(run, name)
+                values[layer] = torch.zeros_like(values[layer])
+                said[name] = run.heads_output[layer].abs().amax()
+        assert said["v"] < 1e-6
+        assert kind == "minimax" or min(said["q"], said["k"]) > 1e-3  # without queries linear attention gives nothing
+        with model.trace(IDS) as run:
+            plain = run.heads_output[layer].clone()
+        with model.trace(IDS) as run:
+            values = run.v[layer]
+            values[:, :, -1] *= 2
+            changed = (run.heads_output[layer] - plain).abs().amax((0, 1, 3)) > 1e-6
+        shared = values.shape[2] == 1 or kind == "minimax"  # whose norm is over all heads
+        assert changed[-1] and (shared or not changed[0])
