@@ -372,10 +372,6 @@ class Envoy(_Envoy):
             "module that the line calls, or wrap with Model(net, methods=[...])"
         )
 
-    def _open_run(self, asked: str) -> Tracer:
-        self._flow(asked)  # raises NoRunError outside of runs
-        return self._run or self._model._innermost_run()
-
     def _handle(self, target: Target) -> Any:
         return _dressed(super()._handle(target))
 

@@ -39,8 +39,14 @@ def keeping_attribute_errors(holder: Any) -> Iterator[None]:
     try:
         yield
     except AttributeError as error:
-        holder.__dict__["_kept_error"] = error
+        keep_attribute_error(holder, error)
         raise
+
+
+def keep_attribute_error(holder: Any, error: Exception) -> None:
+    """Keeps an error aside, if it is an AttributeError; see `keeping_attribute_errors`."""
+    if isinstance(error, AttributeError):
+        holder.__dict__["_kept_error"] = error
 
 
 def raise_kept(holder: Any) -> None:
@@ -114,27 +120,30 @@ class Points:
             flow = self._run._flow if self._run is not None else self._flow(part)
             return flow.fetch(Asked(self._target, part, self._call, self._part))
         except Exception as error:
-            if isinstance(error, AttributeError):
-                self.__dict__["_kept_error"] = error  # see `keeping_attribute_errors`
+            keep_attribute_error(self, error)
             if isinstance(error, DiffsightError):
-                raise _from_the_asking_line(error) from error.__cause__
+                raise from_the_asking_line(error) from error.__cause__
             raise
 
     def _assign(self, part: str, value: Any) -> None:
         try:
             self._flow(part).assign(Asked(self._target, part, self._call, self._part), value)
         except DiffsightError as error:
-            raise _from_the_asking_line(error) from error.__cause__
+            raise from_the_asking_line(error) from error.__cause__
 
     def _within(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         flow = self._flow("hook=True")
         try:
             return flow.call(lambda: function(*args, **kwargs), self._target)
         except DiffsightError as error:
-            raise _from_the_asking_line(error) from error.__cause__
+            raise from_the_asking_line(error) from error.__cause__
 
     def _flow(self, part: str) -> Flow:
-        run = self._run if self._run is not None else self._model._innermost_run()
+        return self._open_run(part)._flow
+
+    def _open_run(self, part: str) -> "Run":
+        """The run whose value `part` is."""
+        run = self._run if self._run is not None else self._model._innermost_run() or self._model._ended_run()
         if run is None and self._model._is_open_elsewhere():
             raise WrongThreadError(
                 f"{join(self.path, part)}: a run belongs to the thread that opened it, and none is open in this one"
@@ -144,10 +153,10 @@ class Points:
                 f"{join(self.path, part)} has a value only while the model runs: write it inside "
                 f"`with model.{self._model._opens_with}(...) as run:`"
             )
-        return run._flow
+        return run
 
 
-def _from_the_asking_line(error: DiffsightError) -> DiffsightError:
+def from_the_asking_line(error: DiffsightError) -> DiffsightError:
     """The error without the engine's frames below the line that asked; one out of an edit keeps the edit's line."""
     return error if is_from_edit(error) else error.with_traceback(None)
 
@@ -264,11 +273,10 @@ class Envoy(Points):
                 if child is None and self._model._start_edits(self._run):
                     child = found._child(step)
                 if child is None:
-                    known = found._names()
-                    raise PointNotFoundError(
-                        f"{self.path or type(self._owner).__name__} has no {key!r}: "
-                        f"{found.path or type(found._owner).__name__} has no {step!r}{suggest(step, known)}"
-                    )
+                    told = f"{found.path or type(found._owner).__name__} has no {step!r}"
+                    if found is not self:
+                        told = f"{self.path or type(self._owner).__name__} has no {key!r}: {told}"
+                    raise PointNotFoundError(told + suggest(step, found._names()))
                 found = child
             return found
         children = list(self._model._children_of(self._target).values())

@@ -568,7 +568,7 @@ class Flow:
             self.unreached += self.taps.begin_step()
             beside = [*self.edits, *self.bodies]
             if self._scope.stop_at_steps or (beside and any(body.scope.stop_at_steps for body in beside)):
-                self._stands = f"before {tap.target.path or 'the model'}"
+                self._stands = f"before {tap.target.path or 'the forward pass'}"
                 self.coroutine.park(None)
         if self.watch is not None:
             self.watch.called(tap, args, kwargs)

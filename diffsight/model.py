@@ -312,6 +312,11 @@ class Model(Envoy):
             runs = [run for run in runs if run._model is self] or runs
         return runs[-1] if runs else None
 
+    def _ended_run(self) -> Run | None:
+        """The run in whose block this is, where it has ended before the block."""
+        runs = [known() for known in reversed(self._runs)]
+        return next((run for run in runs if run and run._entered and run._flow.thread == get_ident()), None)
+
     def _is_open_elsewhere(self) -> bool:
         """Whether another thread has a run open."""
         return any(run._flow.thread != get_ident() for run in self._open_runs())

@@ -10,6 +10,7 @@ Tuples and output objects are narrowed element by element. A tensor whose batch 
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,4 +162,9 @@ def each(rows: Sequence[Row], functions: Callable[[Row], Any] | Sequence[Callabl
     if any(inspect.isgeneratorfunction(f) or inspect.iscoroutinefunction(f) for f in functions):
         raise InputError("run.each takes plain functions: calling one with `yield` or `async` does not run it")
     flow = rows[0]._run._flow
-    return flow.each([lambda row=row, function=function: function(row) for row, function in zip(rows, functions)])
+    return flow.each([partial(call_body, function, row) for row, function in zip(rows, functions)])
+
+
+def call_body(function: Callable[[Row], Any], row: Row) -> Any:
+    """Calls the function of a row: from here on a traceback shows the user's code again."""
+    return function(row)

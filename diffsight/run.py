@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .edits import current_edit, is_from_edit
-from .envoy import Envoy, raise_kept
+from .envoy import Envoy, from_the_asking_line, keep_attribute_error, raise_kept
 from .errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
 from .flow import STOPPED, Flow
 from .record import Record, record
-from .rows import Row, each, make_rows
+from .rows import Row, call_body, each, make_rows
 from .session import note
 
 if TYPE_CHECKING:
@@ -56,11 +56,13 @@ class Run:
         flow = self._flow
         try:
             result = flow.run_to_end()
-        except AttributeError as error:
-            self.__dict__["_kept_error"] = error  # see `keeping_attribute_errors`
+            if flow.unreached:
+                flow.raise_unreached()
+        except Exception as error:
+            keep_attribute_error(self, error)
+            if isinstance(error, DiffsightError):
+                raise from_the_asking_line(error) from error.__cause__
             raise
-        if flow.unreached:
-            flow.raise_unreached()
         return result
 
     def finish(self) -> Any:
@@ -156,7 +158,10 @@ class Run:
                     run._flow.run_on()  # perhaps until an edit stops it
                 if run._flow.has_result and run._flow.unreached:
                     run._flow.raise_unreached()
+        except DiffsightError as told:
+            raise from_the_asking_line(told) from told.__cause__
         finally:
+            self.__dict__["_entered"] = False
             for run in runs:
                 if run._flow.thread == get_ident():  # else it is still open for the thread that it belongs to
                     run._flow.close("an error ended its body")
@@ -248,9 +253,11 @@ class Steps:
     """The steps of a run, in order; a slice of them is one of these again."""
 
     def __init__(self, run: Run, chosen: slice = slice(None)) -> None:
-        for bound in (chosen.start, chosen.stop, chosen.step):
-            if bound is not None and (not isinstance(bound, int) or bound < 0):
-                raise InputError(f"run.steps is cut by numbers from 0 on, not {bound!r}: how many come is not known")
+        for bound, least in ((chosen.start, 0), (chosen.stop, 0), (chosen.step, 1)):
+            if bound is not None and (not isinstance(bound, int) or bound < least):
+                raise InputError(
+                    f"run.steps is cut by numbers from {least} on, not {bound!r}: how many come is not known"
+                )
         self._run, self._chosen = run, chosen
 
     def __getitem__(self, chosen: slice) -> "Steps":
@@ -279,10 +286,13 @@ class Steps:
             flow.leave_steps()
 
 
-def _end_at_users_line(trace: TracebackType | None) -> None:
-    """Cuts the engine's own frames off the end of a traceback, so that it ends at the line that asked."""
-    while trace is not None and trace.tb_next is not None:
-        package = trace.tb_next.tb_frame.f_globals.get("__package__") or ""
-        if package.split(".")[0] == __package__:
-            trace.tb_next = None
+def _end_at_users_line(trace: TracebackType) -> None:
+    """Cuts a traceback that begins in the user's code behind the line that asked: that of the innermost body."""
+    asked, is_users = trace, True
+    while trace is not None:
+        frame = trace.tb_frame
+        is_engines = (frame.f_globals.get("__package__") or "").split(".")[0] == __package__
+        is_users = frame.f_code is call_body.__code__ or (is_users and not is_engines)
+        asked = trace if is_users and not is_engines else asked
         trace = trace.tb_next
+    asked.tb_next = None

@@ -1,0 +1,75 @@
+"""Where errors come out: at the user's line, whoever's body it stands in, with nothing of the engine below it."""
+
+import traceback
+
+import pytest
+import torch
+
+from diffsight import AssignmentError, Model, NeverReachedError, NoRunError, OutOfOrderError, RunClosedError
+
+
+def last_lines(error):
+    """The source lines that a traceback ends with, the last one first."""
+    return [frame.line for frame in reversed(traceback.extract_tb(error.__traceback__))]
+
+
+def test_in_the_function_of_a_row(net, x):
+    def body(row):
+        row.last.output
+        row.first.output  # behind
+
+    with pytest.raises(OutOfOrderError) as caught:
+        with Model(net).trace(x) as run:
+            run.each(body)
+    assert last_lines(caught.value)[0] == "row.first.output  # behind"
+
+
+def test_in_a_function_of_a_row_within_a_loop_over_steps(net, x):
+    def body(row):
+        for _ in row.steps:
+            row.last.output
+            row.first.output  # behind
+
+    with pytest.raises(OutOfOrderError) as caught:
+        with Model(net).generate(x) as run:
+            run.each(body)
+    assert last_lines(caught.value)[0] == "row.first.output  # behind"
+
+
+@pytest.mark.parametrize("value", ["text", torch.zeros(4), torch.zeros(2, 5)])
+def test_of_what_was_assigned_ahead(net, x, value):
+    with pytest.raises(AssignmentError, match=rf"first\.output \({__file__}") as caught:
+        with Model(net).trace(x) as run:
+            run.first.output = value
+    assert last_lines(caught.value)[1] == "with Model(net).trace(x) as run:"  # the last is of the block's own end
+    with pytest.raises(AssignmentError) as caught:
+        with Model(net).trace(x) as run:
+            run.first.output = value
+            run.last.output  # comes there
+    assert last_lines(caught.value)[0] == "run.last.output  # comes there"
+    with pytest.raises(AssignmentError) as caught:
+        run = Model(net).trace(x)
+        run.first.output = value
+        run.finish()
+    assert len(last_lines(caught.value)) <= 3
+
+
+def test_of_what_never_came(net, x):
+    with pytest.raises(NeverReachedError) as caught:
+        with Model(net).trace(x) as run:
+            run.unused.output = x
+    assert last_lines(caught.value)[1] == "with Model(net).trace(x) as run:"
+
+
+@pytest.mark.parametrize("end", [lambda run: run.stop(), lambda run: run.finish()])
+def test_the_models_handles_in_the_block_of_a_run_that_has_ended(net, x, end):
+    model = Model(net)
+    with model.trace(x) as run:
+        run.first.output
+        end(run)
+        with pytest.raises(
+            RunClosedError, match=r"last\.output was asked for too late: the run (was stopped|has ended)"
+        ):
+            model.last.output
+    with pytest.raises(NoRunError):
+        model.last.output
