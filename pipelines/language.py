@@ -178,6 +178,8 @@ class LanguageModel(Accessors, Named):
         """The id of a text that is one token, such as " Paris". Raises InputError where it is not one."""
         if self.tokenizer is None:
             raise InputError("the model has no tokenizer: LanguageModel((model, tokenizer))")
+        if not isinstance(text, str):
+            raise InputError(f"a token is looked up by its text, such as ' Paris', not by {text!r}")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             pieces = ", ".join(repr(self.tokenizer.decode([i])) for i in ids)

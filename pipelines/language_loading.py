@@ -45,6 +45,11 @@ def open_language_model(
             raise InputError("a live model comes with one tokenizer: (model, tokenizer)")
         source, tokenizer = source
     if isinstance(source, nn.Module):
+        if not hasattr(source, "config"):
+            raise InputError(
+                f"a language model is one of transformers, with a configuration, and {type(source).__name__} has none: "
+                "diffsight.Model(module) opens any module"
+            )
         if arguments:
             raise InputError(f"a live model is already loaded; it takes no {', '.join(arguments)}")
         return source, _tokenizer(tokenizer), None

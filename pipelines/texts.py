@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from diffsight.errors import InputError
+from diffsight.errors import InputError, suggest
 
 from .naming import embeddings
 
@@ -75,6 +75,7 @@ def encode(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> Inputs:
 
     Raises InputError for what is no input: an empty prompt, one that is longer than the model's context, a mixture."""
     values = _values(tokenizer, given, left)
+    _check_known(model, values)
     tokens = values.get("input_ids")
     if not isinstance(tokens, torch.Tensor):
         first = next((v for v in values.values() if isinstance(v, torch.Tensor) and v.ndim), None)
@@ -228,6 +229,13 @@ def _padding(tokenizer: Any) -> int:
 def _check_not_empty(ids: torch.Tensor, text: str) -> None:
     if not len(ids):
         raise InputError(f"the prompt {text!r} has no tokens: give at least one word, or token ids")
+
+
+def _check_known(model: nn.Module, values: Mapping[str, Any]) -> None:
+    known = inspect.signature(model.forward).parameters
+    if "input_ids" in known and values.keys().isdisjoint(known):
+        hints = "".join(f"{name!r}{suggest(name, known)}" for name in list(values)[:1])
+        raise InputError(f"{type(model).__name__} takes nothing of what the dictionary holds: {hints}")
 
 
 def _check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:

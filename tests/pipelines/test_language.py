@@ -587,6 +587,13 @@ def test_a_token_that_is_not_one(model):
     assert model.token_id("red") == TOKENIZER("red", add_special_tokens=False)["input_ids"][0]
     with pytest.raises(InputError, match=r"'redred' is not one token but 2: 'red', 'red'"):
         model.token_id("redred")
+    with pytest.raises(InputError, match="looked up by its text, such as ' Paris', not by 5"):
+        model.token_id(5)
+
+
+def test_a_module_that_is_no_language_model():
+    with pytest.raises(InputError, match=r"Linear has none: diffsight\.Model\(module\) opens any module"):
+        LanguageModel(nn.Linear(3, 3))
 
 
 def test_no_input_at_all(model):
