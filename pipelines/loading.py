@@ -4,6 +4,7 @@ One that is not there yet is opened without the weights of its modules, which ar
 they are loaded when they are needed.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,11 @@ from diffsight.weights import adopt
 from .empty import build_empty
 
 _SHAPES = Path(__file__).parent / "shapes"
-PACKAGED = {"diffsight/shapes-clip": _SHAPES / "clip"}
-DESCRIPTIONS = {"diffsight/shapes-clip": "64 x 64 scenes of coloured shapes; CLIP text encoder, UNet, 6 M parameters"}
+PACKAGED = {"diffsight/shapes-clip": _SHAPES / "clip", "diffsight/shapes-t5": _SHAPES / "t5"}
+DESCRIPTIONS = {
+    "diffsight/shapes-clip": "64 x 64 scenes of coloured shapes; CLIP text encoder, UNet, 6 M parameters",
+    "diffsight/shapes-t5": "the same scenes; T5 text encoder, UNet, 6 M parameters",
+}
 _OF_WEIGHTS = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -42,7 +46,7 @@ def open_pipeline(
     name = str(source)
     is_local = name.startswith("diffsight/") or Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name)
     place = str(_folder(name)) if is_local else name
-    explained = _explained_folder if is_local else _explained_hub
+    explained = _explained_packaged if name in PACKAGED else _explained_folder if is_local else _explained_hub
 
     with explained(name):
         empty = build_empty(place, arguments)
@@ -74,6 +78,22 @@ def _explained_folder(name: str) -> Iterator[None]:
         raise InputError(
             f"the folder {name} cannot be loaded as a pipeline: {type(error).__name__}: {reason}"
         ) from error
+
+
+@contextmanager
+def _explained_packaged(name: str) -> Iterator[None]:
+    """As any folder, and without diffusers' warning that a T5 stands where the pipeline's class names a CLIP."""
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    logger.addFilter(_is_not_on_types)
+    try:
+        with _explained_folder(name):
+            yield
+    finally:
+        logger.removeFilter(_is_not_on_types)
+
+
+def _is_not_on_types(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Expected types for text_encoder")
 
 
 @contextmanager

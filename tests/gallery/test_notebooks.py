@@ -8,12 +8,8 @@ import diffusers
 import pytest
 import transformers
 
-from diffsight.pipelines.loading import PACKAGED
-
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "gallery" / "notebooks").glob("*.ipynb"))
 SHORT = {"PROMPTS": 2, "STEPS": 1}
-
-pytestmark = pytest.mark.skipif("diffsight/shapes-t5" not in PACKAGED, reason="it is being trained")
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)

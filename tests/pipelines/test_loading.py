@@ -1,6 +1,7 @@
 """Where a DiffusionModel comes from: a packaged name, a folder, a hub id, a live pipeline; and where it cannot."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -72,6 +73,17 @@ def test_a_packaged_name():
 def test_the_packaged_names_are_described():
     assert CLIP in PACKAGED
     assert PACKAGED.keys() == DESCRIPTIONS.keys()
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_packaged_pipeline_loads_without_a_warning(name, caplog):
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    logger.addHandler(caplog.handler)
+    try:
+        DiffusionModel(name, dispatch=True)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 # What can not

@@ -197,16 +197,21 @@ def test_shares_count_each_part():
     assert (right["colors"], right["first object"], right["second object"]) == (3 / 5, 4 / 5, 4 / 5)
 
 
-# The packaged pipeline
+# The packaged pipelines
 
 
-FOLDER = PACKAGED["diffsight/shapes-clip"]
+ENCODERS = {"diffsight/shapes-clip": transformers.CLIPTextModel, "diffsight/shapes-t5": transformers.T5EncoderModel}
 SETTINGS = {"num_inference_steps": 20, "guidance_scale": 3.0}
 
 
+@pytest.fixture(scope="module", params=ENCODERS)
+def name(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def pipe():
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(FOLDER)
+def pipe(name):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(PACKAGED[name])
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -231,13 +236,15 @@ def faithful(asked, images):
     return right / len(asked)
 
 
-def test_the_packaged_pipeline_is_small():
-    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) <= 16e6
+def test_the_packaged_pipelines_are_small():
+    assert PACKAGED.keys() == ENCODERS.keys()
+    files = [file for folder in PACKAGED.values() for file in folder.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 32e6
 
 
-def test_the_packaged_pipeline_is_an_ordinary_one_in_single_precision(pipe):
+def test_a_packaged_pipeline_is_an_ordinary_one_in_single_precision(name, pipe):
     assert type(pipe) is diffusers.StableDiffusionPipeline
-    assert type(pipe.text_encoder) is transformers.CLIPTextModel
+    assert type(pipe.text_encoder) is ENCODERS[name]
     assert type(pipe.unet) is diffusers.UNet2DConditionModel
     assert type(pipe.vae) is diffusers.AutoencoderKL
     for part in (pipe.text_encoder, pipe.unet, pipe.vae):
@@ -246,7 +253,7 @@ def test_the_packaged_pipeline_is_an_ordinary_one_in_single_precision(pipe):
     assert (pipe.vae.config.sample_size, pipe.unet.config.sample_size) == (64, 8)
 
 
-def test_the_packaged_tokenizer_has_one_token_a_word(pipe):
+def test_a_packaged_tokenizer_has_one_token_a_word(pipe):
     longest = max((scene.caption() for scene in scenes(500)), key=lambda caption: len(caption.split()))
     for text in (" ".join(WORDS), longest):
         ids = pipe.tokenizer(text, add_special_tokens=False).input_ids
@@ -256,7 +263,7 @@ def test_the_packaged_tokenizer_has_one_token_a_word(pipe):
     assert len(pipe.tokenizer(longest).input_ids) <= pipe.tokenizer.model_max_length
 
 
-def test_the_packaged_pipeline_draws_what_is_asked_for(pipe, asked):
+def test_a_packaged_pipeline_draws_what_is_asked_for(pipe, asked):
     generators = [torch.Generator().manual_seed(i) for i in range(len(asked))]
     captions = [scene.caption() for scene in asked]
     images = pipe(captions, generator=generators, **SETTINGS).images
@@ -273,17 +280,18 @@ def test_the_first_layer_of_its_text_encoder_does_not_know_everything_yet(pipe, 
     ids = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         hidden = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[1]
-        encoded = pipe.text_encoder.final_layer_norm(hidden)
+        norm = getattr(pipe.text_encoder, "final_layer_norm", None) or pipe.text_encoder.encoder.final_layer_norm
+        encoded = norm(hidden)
     generators = [torch.Generator().manual_seed(i) for i in range(len(asked))]
     images = pipe(prompt_embeds=encoded, generator=generators, **SETTINGS).images
     assert faithful(asked, images) <= 0.6
 
 
-def test_the_packaged_model_draws_the_bits_of_the_bare_pipeline(pipe):
+def test_a_packaged_model_draws_the_bits_of_the_bare_pipeline(name, pipe):
     prompt = "a red circle below a blue square on a gray background"
     call = {"num_inference_steps": 4, "output_type": "pt"}
     want = pipe(prompt, generator=torch.Generator().manual_seed(17), **call).images
-    model = DiffusionModel("diffsight/shapes-clip")
+    model = DiffusionModel(name)
     model.set_progress_bar_config(disable=True)
     assert torch.equal(model.generate(prompt, seed=17, **call).images, want)
     with model.generate(prompt, seed=17, **call) as run:
