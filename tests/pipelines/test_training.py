@@ -1,0 +1,53 @@
+"""The script that trains the packaged pipelines, a few steps of it."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from diffsight.pipelines.loading import PACKAGED
+from diffsight.pipelines.shapes.reader import read
+from diffsight.pipelines.shapes.scenes import COLORS, SHAPES
+from diffsight.pipelines.shapes.train import PlaceReader, make_data, make_text_encoder, make_tokenizer, train
+
+
+@pytest.fixture(autouse=True)
+def precision():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_the_things_in_each_place_are_those_of_the_picture():
+    pictures, captions, things = make_data(40, seed=0)
+    assert len(captions) == 2 * len(pictures)
+    nothing = (len(COLORS), len(SHAPES))
+    for picture, told in zip(pictures, things.tolist(), strict=True):
+        seen = read(Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy()))).things
+        found = [(list(COLORS).index(thing.color), SHAPES.index(thing.shape)) for thing in seen]
+        assert list(map(tuple, told)) == [*found, nothing][:2]
+    assert things[:, 1, 0].eq(nothing[0]).any()  # scenes of one thing are among them
+
+
+def test_two_places_are_read_from_the_output_of_a_text_encoder():
+    tokenizer = make_tokenizer("t5")
+    ids = tokenizer(["a red circle", "a ring"], padding="max_length", return_tensors="pt").input_ids
+    colors, shapes = PlaceReader(64)(make_text_encoder("t5", tokenizer)(ids)[0])
+    assert colors.shape == (2, 2, len(COLORS) + 1) and shapes.shape == (2, 2, len(SHAPES) + 1)
+
+
+def test_training_goes_on_with_another_encoder(tmp_path):
+    out, known = tmp_path / "t5", PACKAGED["diffsight/shapes-clip"]
+    train("t5", out, known, seed=0, scenes=4, vae_steps=0, text_steps=1, steps=2)
+    before = diffusers.StableDiffusionPipeline.from_pretrained(known)
+    after = diffusers.StableDiffusionPipeline.from_pretrained(out)
+    assert type(after.text_encoder) is transformers.T5EncoderModel
+    alike = [
+        all(torch.equal(a, b) for a, b in zip(getattr(before, part).parameters(), getattr(after, part).parameters()))
+        for part in ("vae", "unet")
+    ]
+    assert alike == [True, False]
+    assert not any("_name_or_path" in file.read_text() for file in out.rglob("*.json"))
+    assert np.asarray(after("a red circle", num_inference_steps=1).images[0]).shape == (64, 64, 3)
