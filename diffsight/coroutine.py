@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import cache
-from threading import local
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -111,29 +110,12 @@ class Call:
 
 
 class Stack(greenlet):
-    """A stack of its own for coroutines to run on, one after the other: making one takes longer than running most."""
+    """What a coroutine runs on."""
 
-    coroutine: "Coroutine | None" = None  # what runs here
-    owner: Any = None  # of the coroutine
-
-    def run(self, call: "Call | None") -> None:
-        while True:
-            self.coroutine.run(call)
-            call = self.parent.switch()
-
-
-class _IdleStacks(local):
-    """Those of this thread. `base` is the greenlet that the thread itself is."""
-
-    def __init__(self) -> None:
-        self.stacks: list[Stack] = []
-        self.base = getcurrent()
-        while self.base.parent is not None:
-            self.base = self.base.parent
-
-
-_MOST_IDLE = 100
-_idle = _IdleStacks()
+    def __init__(self, coroutine: "Coroutine") -> None:
+        super().__init__(coroutine.run)
+        self.coroutine, self.owner = coroutine, coroutine.owner
+        self.gr_context = coroutine.context
 
 
 class Coroutine:
@@ -149,7 +131,6 @@ class Coroutine:
         self.dead = False  # whether it has ended, however
         self.result: Any = None  # what the function returned
         self._stack: Stack | None = None  # from its beginning to its end
-        self._unwinds = False
         self._guard: Any = None  # keeps the body out of the mode inside which the function is parked
 
     @property
@@ -167,7 +148,9 @@ class Coroutine:
         says so). With a call, makes it where the function is parked, and gives it back when it is made; with an error,
         raises it there."""
         body = self.state.now()
-        stack = self._begin() if self._stack is None else self._stack
+        if self._stack is None:
+            self._stack = Stack(self)
+        stack = self._stack
         stack.parent = getcurrent()  # where the function's end, or its exception, comes out
         alike = body == self.state and self._guard is None and self.random is None
         guard, random = (None, None) if alike else self._enter(body)
@@ -177,8 +160,8 @@ class Coroutine:
             self.state = body.now()
             if not alike or body != self.state:
                 self._leave(body, guard, random)
-            if self.dead or stack.dead:
-                self._end()
+            if stack.dead:
+                self._stack, self.dead = None, True
 
     def _enter(self, body: TorchState) -> tuple[Any, list[torch.Tensor] | None]:
         """Goes from the body's state to the function's. Gives the guard, if there is one, and the random state that
@@ -217,7 +200,6 @@ class Coroutine:
 
     def unwind(self) -> None:
         """Ends the function where it is parked; its `finally` blocks and context managers run."""
-        self._unwinds = True
         if self._stack is None:
             self.dead = True
         else:
@@ -225,31 +207,13 @@ class Coroutine:
 
     def run(self, call: Call | None) -> None:
         """From its stack: all of it."""
-        try:
-            self._make(call)
-            self.result = self._function()
-        except GreenletExit:
-            if not self._unwinds:  # but its stack is taken away
-                raise
-        self.dead = True
+        self._make(call)
+        self.result = self._function()
 
     def _make(self, call: Call | None) -> None:
         while call is not None:
             call.make()
             call = self._stack.parent.switch(call)
-
-    def _begin(self) -> Stack:
-        stack = self._stack = _idle.stacks.pop() if _idle.stacks else Stack()
-        stack.coroutine, stack.owner, stack.gr_context = self, self.owner, self.context
-        return stack
-
-    def _end(self) -> None:
-        """The function has ended: its stack is free."""
-        stack, self._stack, self.dead = self._stack, None, True
-        stack.coroutine = stack.owner = stack.gr_context = None
-        if not stack.dead and len(_idle.stacks) < _MOST_IDLE:
-            stack.parent = _idle.base
-            _idle.stacks.append(stack)
 
 
 def _enter_inference_mode(on: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Runs take over the stacks of runs that have ended, and nothing of those stays in them."""
+"""Every run has a stack of its own, and nothing of it is held when it has ended."""
 
 import contextvars
 import gc
