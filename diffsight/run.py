@@ -135,7 +135,7 @@ class Run:
             kept["layers[3].output"]        # filled when the model has come there
             kept.nbytes
 
-        Gives a dictionary of path to value, see `Record`; inside a loop over steps a list, one value a step. Tensors
+        Gives a dictionary of path to value, see `Record`; before a loop over steps a list, one value a step. Tensors
         are copies, on `device` and (floating point) of type `dtype` where these are given; with `detach=False` they
         stay part of the graph and may be the model's own. Objects that hold tensors, such as a cache of keys and
         values, are copied with them, and counted.
