@@ -30,6 +30,7 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -169,14 +170,24 @@ def make_data(count: int, seed: int) -> tuple[torch.Tensor, list[str], torch.Ten
     return pictures, captions, things
 
 
-def optimizer_for(parameters: list[torch.nn.Parameter], rate: float, steps: int):
+def updating(parameters: list[torch.nn.Parameter], rate: float, steps: int) -> Callable[[torch.Tensor], None]:
+    """What takes a step against a loss, `steps` times in all."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-2, fused=True)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
+
+    def update(loss: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+    return update
 
 
 def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, device: str) -> None:
     """Trains in place and sets `scaling_factor`."""
-    optimizer, schedule = optimizer_for(list(vae.parameters()), 2e-3, steps)
+    update = updating(list(vae.parameters()), 2e-3, steps)
     bar = tqdm(range(steps), desc="VAE")
     for _ in bar:
         chosen = torch.randint(len(pictures), (32,))
@@ -188,11 +199,7 @@ def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, device: st
         drawn = (x - x[..., :1, :1]).abs().amax(1, keepdim=True) > 0.1
         divergence = posterior.kl().mean() / SIZE**2
         loss = ((error.abs() + error.square()) * (1 + 3 * drawn)).mean() + 1e-2 * divergence
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        update(loss)
         if bar.n % 100 == 0:
             bar.set_postfix(l1=f"{error.abs().mean().item():.4f}")
     vae.register_to_config(scaling_factor=float(1 / encode(vae, pictures[:2000], device).std()))
@@ -231,18 +238,14 @@ def train_on_text(text_encoder: torch.nn.Module, ids: torch.Tensor, things: torc
     Shapes: ids count x 2 x 16, things count x 2 x 2 (see `make_data`)."""
     reader = PlaceReader(text_encoder.config.hidden_size).to(ids.device)
     parameters = [*text_encoder.train().parameters(), *reader.parameters()]
-    optimizer, schedule = optimizer_for(parameters, 1e-3, steps)
+    update = updating(parameters, 1e-3, steps)
     bar = tqdm(range(steps), desc="text encoder")
     for _ in bar:
         chosen = torch.randint(len(ids), (64,), device=ids.device)
         tokens = ids[chosen, torch.randint(2, (64,), device=ids.device)]
         scores = reader(text_encoder(tokens)[0])
         loss = sum(F.cross_entropy(s.flatten(0, 1), things[chosen, :, i].flatten()) for i, s in enumerate(scores))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        update(loss)
         if bar.n % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
 
@@ -256,7 +259,7 @@ def train_denoiser(
     Shapes: latents count x 4 x 8 x 8, ids count x 2 x 16 (see `make_data`), empty 16 (the tokens of no caption)."""
     text_encoder, unet, scheduler = pipe.text_encoder.train(), pipe.unet.train(), pipe.scheduler
     parameters = [*text_encoder.parameters(), *unet.parameters()]
-    optimizer, schedule = optimizer_for(parameters, 1e-3, steps)
+    update = updating(parameters, 1e-3, steps)
     average = EMAModel(parameters, decay=0.999, foreach=True)
     device = latents.device
     bar = tqdm(range(steps), desc="text encoder and UNet")
@@ -275,11 +278,7 @@ def train_denoiser(
         noise = torch.randn_like(x)
         predicted = unet(scheduler.add_noise(x, noise, t), t, text_encoder(tokens)[0]).sample
         loss = F.mse_loss(predicted, scheduler.get_velocity(x, noise, t))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        update(loss)
         average.step(parameters)
         if bar.n % 100 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
