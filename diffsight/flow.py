@@ -315,9 +315,9 @@ class Flow:
         kind, index = key
         if index < tap.entered and (kind == INPUTS or index not in tap.active):
             return True
-        if tap.unseen and self._unseen(tap, scope):
+        if self._unseen(tap, scope):
             return True
-        if tap.origin.guard is None or tap.entered or not self._is_guarded(tap, scope):
+        if tap.entered or not self._is_guarded(tap, scope):
             return False
         around, number = tap.origin.guard
         return number not in around.active
@@ -329,7 +329,7 @@ class Flow:
 
     def _is_guarded(self, tap: Tap, scope: Scope) -> bool:
         """Whether the call that was running when the tap was made is of the scope: calls in it may have been missed."""
-        return not scope.in_step or tap.origin.step == self.clock.index
+        return tap.origin.guard is not None and (not scope.in_step or tap.origin.step == self.clock.index)
 
     def _too_late(self, path: object, what: str) -> str:
         return (
@@ -417,11 +417,10 @@ class Flow:
 
     def _advance_to(self, tap: Tap, key: tuple[str, int], asked: Asked, scope: Scope) -> Point:
         """Lets the model run on until it parks at the point."""
-        has_run = key[1] < tap.entered or tap.unseen or tap.origin.guard is not None  # or may have
-        if has_run and self._passed(tap, key, scope) and not self._is_ahead(tap, key, scope):
+        if self._passed(tap, key, scope) and not self._is_ahead(tap, key, scope):
             raise OutOfOrderError(self._too_late(asked, "asked for"))
         waits = [(tap, key)]
-        if tap.origin.guard is not None and not tap.entered and self._is_guarded(tap, scope):
+        if not tap.entered and self._is_guarded(tap, scope):
             around, index = tap.origin.guard
             waits.append((around, (OUTPUT, index)))
         in_step = scope.in_step
@@ -440,7 +439,7 @@ class Flow:
                 waiting.remove(in_step)
                 if not waiting:
                     del other.awaited[other_key]
-        if point is not None and point.tap is tap and not (tap.unseen and self._unseen(tap, scope)):
+        if point is not None and point.tap is tap and not self._unseen(tap, scope):
             return point
         if point is not None:
             until, error = f"{point.tap.target.path} returned", OutOfOrderError

@@ -13,25 +13,21 @@ def last_lines(error):
     return [frame.line for frame in reversed(traceback.extract_tb(error.__traceback__))]
 
 
-def test_in_the_function_of_a_row(net, x):
-    def body(row):
+def read_backwards(row):
+    row.last.output
+    row.first.output  # behind
+
+
+def read_backwards_in_a_step(row):
+    for _ in row.steps:
         row.last.output
         row.first.output  # behind
 
+
+@pytest.mark.parametrize("opens, body", [("trace", read_backwards), ("generate", read_backwards_in_a_step)])
+def test_in_the_function_of_a_row(net, x, opens, body):
     with pytest.raises(OutOfOrderError) as caught:
-        with Model(net).trace(x) as run:
-            run.each(body)
-    assert last_lines(caught.value)[0] == "row.first.output  # behind"
-
-
-def test_in_a_function_of_a_row_within_a_loop_over_steps(net, x):
-    def body(row):
-        for _ in row.steps:
-            row.last.output
-            row.first.output  # behind
-
-    with pytest.raises(OutOfOrderError) as caught:
-        with Model(net).generate(x) as run:
+        with getattr(Model(net), opens)(x) as run:
             run.each(body)
     assert last_lines(caught.value)[0] == "row.first.output  # behind"
 
