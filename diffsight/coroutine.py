@@ -6,10 +6,13 @@ them on every change of sides, along with the global random state where the run 
 a copy of the `contextvars` of its creator.
 """
 
+import atexit
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
 from functools import cache
+from threading import get_ident, main_thread
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -109,13 +112,49 @@ class Call:
                 self.error = error
 
 
-class Stack(greenlet):
-    """What a coroutine runs on."""
+_MAIN_THREAD = main_thread().ident
+_MOST_IDLE = 100
+_idle: list["Stack"] = []
+# An error of PyTorch's notes the 64 innermost frames of the C stack. Beyond those of a greenlet lies what others have put
+# there since it began, and reading that for frames may crash: so each has more of its own than anybody looks at.
+_DEEPER = (operator.call,) * 64
 
-    def __init__(self, coroutine: "Coroutine") -> None:
-        super().__init__(coroutine.run)
-        self.coroutine, self.owner = coroutine, coroutine.owner
-        self.gr_context = coroutine.context
+
+class Stack(greenlet):
+    """What a coroutine runs on. Making one takes longer than most runs need it: those begun from the bottom of the main
+    thread are kept when their coroutine has ended, for the next."""
+
+    coroutine: "Coroutine | None" = None  # what runs here
+    owner: Any = None  # of the coroutine
+
+    def __init__(self, is_kept: bool) -> None:
+        super().__init__()
+        self.is_kept = is_kept
+
+    @classmethod
+    def take(cls) -> "Stack":
+        """One that is idle, or a new one."""
+        is_kept = getcurrent().parent is None and get_ident() == _MAIN_THREAD
+        return _idle.pop() if is_kept and _idle else cls(is_kept)
+
+    def give_back(self) -> None:
+        """Its coroutine has ended."""
+        self.coroutine = self.owner = self.gr_context = None
+        if not self.dead and self.parent.parent is None and len(_idle) < _MOST_IDLE:
+            _idle.append(self)
+
+    def run(self, call: "Call | None") -> None:
+        operator.call(*_DEEPER, self._run, call)
+
+    def _run(self, call: "Call | None") -> None:
+        self.coroutine.run(call)
+        while self.is_kept:
+            del call
+            call = self.parent.switch()
+            self.coroutine.run(call)
+
+
+atexit.register(_idle.clear)
 
 
 class Coroutine:
@@ -131,6 +170,7 @@ class Coroutine:
         self.dead = False  # whether it has ended, however
         self.result: Any = None  # what the function returned
         self._stack: Stack | None = None  # from its beginning to its end
+        self._unwinds = False
         self._guard: Any = None  # keeps the body out of the mode inside which the function is parked
 
     @property
@@ -149,7 +189,8 @@ class Coroutine:
         raises it there."""
         body = self.state.now()
         if self._stack is None:
-            self._stack = Stack(self)
+            stack = self._stack = Stack.take()
+            stack.coroutine, stack.owner, stack.gr_context = self, self.owner, self.context
         stack = self._stack
         stack.parent = getcurrent()  # where the function's end, or its exception, comes out
         alike = body == self.state and self._guard is None and self.random is None
@@ -160,8 +201,9 @@ class Coroutine:
             self.state = body.now()
             if not alike or body != self.state:
                 self._leave(body, guard, random)
-            if stack.dead:
+            if self.dead or stack.dead:
                 self._stack, self.dead = None, True
+                stack.give_back()
 
     def _enter(self, body: TorchState) -> tuple[Any, list[torch.Tensor] | None]:
         """Goes from the body's state to the function's. Gives the guard, if there is one, and the random state that
@@ -200,6 +242,7 @@ class Coroutine:
 
     def unwind(self) -> None:
         """Ends the function where it is parked; its `finally` blocks and context managers run."""
+        self._unwinds = True
         if self._stack is None:
             self.dead = True
         else:
@@ -207,8 +250,13 @@ class Coroutine:
 
     def run(self, call: Call | None) -> None:
         """From its stack: all of it."""
-        self._make(call)
-        self.result = self._function()
+        try:
+            self._make(call)
+            self.result = self._function()
+        except GreenletExit:
+            if not self._unwinds:  # but its stack is taken away
+                raise
+        self.dead = True
 
     def _make(self, call: Call | None) -> None:
         while call is not None:

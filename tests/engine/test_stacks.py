@@ -1,6 +1,7 @@
-"""Every run has a stack of its own, and nothing of it is held when it has ended."""
+"""Runs take over the stacks of runs that have ended, and nothing of those stays in them."""
 
 import contextvars
+import ctypes
 import gc
 import threading
 import weakref
@@ -87,3 +88,28 @@ def test_a_hundred_runs_at_once(net, x):
     values = [run.layers[1].output for run in runs]
     assert all(torch.equal(run.finish(), net(x + i)) for i, run in enumerate(runs))
     assert all(torch.equal(value, outputs(net.layers[1], net, x + i)[0]) for i, value in enumerate(values))
+
+
+def test_errors_look_at_no_frame_beyond_a_stack(net, x):
+    """PyTorch's errors note 64 frames of the C stack; the one that they skip is the function that notes them."""
+    backtrace = getattr(ctypes.CDLL(None), "backtrace", None)
+    if backtrace is None:
+        pytest.skip("this C library has no backtrace()")
+    frames, found = (ctypes.c_void_p * 65)(), []
+
+    def look(*_):
+        found.append((backtrace(frames, 65), frames[64]))
+
+    handle = net.layers[1].register_forward_pre_hook(look)
+    model = Model(net)
+
+    def run_from(depth):
+        if depth:
+            return list(map(run_from, [depth - 1]))[0]
+        with model.trace(x) as run:
+            run.layers[0].output
+
+    for depth in (0, 20, 0, 5):
+        run_from(depth)
+    handle.remove()
+    assert found == [(65, found[0][1])] * 4  # the last is the same, wherever the run was opened
