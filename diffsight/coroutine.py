@@ -115,8 +115,8 @@ class Call:
 _MAIN_THREAD = main_thread().ident
 _MOST_IDLE = 100
 _idle: list["Stack"] = []
-# An error of PyTorch's notes the 64 innermost frames of the C stack. Beyond those of a greenlet lies what others have put
-# there since it began, and reading that for frames may crash: so each has more of its own than anybody looks at.
+# An error of PyTorch's notes the 64 innermost frames of the C stack. Beyond those of a greenlet lies what others have
+# put there since it began, and reading that for frames may crash: so each has more of its own than are looked at.
 _DEEPER = (operator.call,) * 64
 
 

@@ -105,7 +105,7 @@ def test_errors_look_at_no_frame_beyond_a_stack(net, x):
 
     def run_from(depth):
         if depth:
-            return list(map(run_from, [depth - 1]))[0]
+            return next(map(run_from, [depth - 1]))
         with model.trace(x) as run:
             run.layers[0].output
 
