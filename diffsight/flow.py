@@ -115,7 +115,8 @@ class Flow:
     def fetch(self, asked: Asked) -> Any:
         """The value of a point."""
         body = current()
-        if self.edits or self.outcome is not None or get_ident() != self.thread or body is self.coroutine:
+        is_models = body is not None and body is self.coroutine
+        if self.edits or self.outcome is not None or get_ident() != self.thread or is_models:
             self._check_open(asked)
             self._touch(asked)
         scope = self._scope if body is None else self.scope
@@ -315,21 +316,21 @@ class Flow:
         kind, index = key
         if index < tap.entered and (kind == INPUTS or index not in tap.active):
             return True
-        if self._unseen(tap, scope):
+        if tap.unseen and self._unseen(tap, scope):
             return True
-        if tap.entered or not self._is_guarded(tap, scope):
-            return False
-        around, number = tap.origin.guard
-        return number not in around.active
+        guard = tap.origin.guard and self._guard(tap, scope)
+        return guard is not None and guard[1] not in guard[0].active
 
     def _is_ahead(self, tap: Tap, key: tuple[str, int], scope: Scope) -> bool:
         """Whether the model stands at a point where the turn of the body that runs now has not come."""
         point = tap.points.get(key)
         return point is not None and point.turn < scope.order
 
-    def _is_guarded(self, tap: Tap, scope: Scope) -> bool:
-        """Whether the call that was running when the tap was made is of the scope: calls in it may have been missed."""
-        return tap.origin.guard is not None and (not scope.in_step or tap.origin.step == self.clock.index)
+    def _guard(self, tap: Tap, scope: Scope) -> tuple[Tap, int] | None:
+        """The call around that was running when the tap was made, if it is of the scope and none was seen here since:
+        some may have been missed in it."""
+        is_of_scope = not scope.in_step or tap.origin.step == self.clock.index
+        return tap.origin.guard if is_of_scope and not tap.entered else None
 
     def _too_late(self, path: object, what: str) -> str:
         return (
@@ -420,15 +421,15 @@ class Flow:
         if self._passed(tap, key, scope) and not self._is_ahead(tap, key, scope):
             raise OutOfOrderError(self._too_late(asked, "asked for"))
         waits = [(tap, key)]
-        if not tap.entered and self._is_guarded(tap, scope):
-            around, index = tap.origin.guard
-            waits.append((around, (OUTPUT, index)))
+        guard = tap.origin.guard and self._guard(tap, scope)
+        if guard is not None:
+            waits.append((guard[0], (OUTPUT, guard[1])))
         in_step = scope.in_step
         for other, other_key in waits:
             other.awaited.setdefault(other_key, []).append(in_step)
         point = None
         try:
-            while self.outcome is None and not (scope.in_step and self.clock.index > scope.step):
+            while self.outcome is None and not (in_step and self.clock.index > scope.step):
                 point = self._move(scope, waits)
                 if point is not None and (point.tap, point.key) in waits:
                     break
@@ -439,7 +440,7 @@ class Flow:
                 waiting.remove(in_step)
                 if not waiting:
                     del other.awaited[other_key]
-        if point is not None and point.tap is tap and not self._unseen(tap, scope):
+        if point is not None and point.tap is tap and not (tap.unseen and self._unseen(tap, scope)):
             return point
         if point is not None:
             until, error = f"{point.tap.target.path} returned", OutOfOrderError
@@ -533,16 +534,18 @@ class Flow:
         random = None if self.seed is None else random_state()
         if random is not None:
             torch.manual_seed(self.seed)
-        changes = self.state.inference != torch.is_inference_mode_enabled()
-        with torch.inference_mode(self.state.inference) if changes else nullcontext(), self.state.on():
-            try:
+        try:
+            if self.state.now() is self.state:  # as a rule: then there is nothing to exchange
                 return self.function()
-            except BaseException as error:
-                self._fail(error)
-                raise
-            finally:
-                if random is not None:
-                    set_random_state(random)
+            changes = self.state.inference != torch.is_inference_mode_enabled()
+            with torch.inference_mode(self.state.inference) if changes else nullcontext(), self.state.on():
+                return self.function()
+        except BaseException as error:
+            self._fail(error)
+            raise
+        finally:
+            if random is not None:
+                set_random_state(random)
 
     def _end(self, outcome: str) -> None:
         self.outcome = outcome

@@ -105,8 +105,10 @@ class Model(Envoy):
 
     def _load(self) -> None:
         """Sees to the weights of a model that was built without them, once."""
+        if self._loader is None:
+            return
         with self._loading:
-            if self._is_loaded:
+            if self._is_loaded:  # by another thread meanwhile
                 return
             if any(isinstance(run._flow, ScanFlow) and run._flow.taps for run in self._open_runs()):
                 raise DiffsightError(
@@ -227,6 +229,8 @@ class Model(Envoy):
 
     def _components(self) -> list[Target]:
         """What is tapped from the start of every run: the model, and the methods that are called directly."""
+        if not self._methods:
+            return [self._target]
         paths = [path.rpartition(".") for methods in self._methods.values() for path in methods.values()]
         return [self._target, *((self[outer] if outer else self)._child(name)._target for outer, _, name in paths)]
 
@@ -293,7 +297,8 @@ class Model(Envoy):
         if grad:
             flow.state = flow.state._replace(grad=True, inference=False)
         run = self._run_class(self, flow, sizes, again)
-        flow.edits = [EditBody(edit, run, order) for order, edit in enumerate(self._edits)]
+        if self._edits:
+            flow.edits = [EditBody(edit, run, order) for order, edit in enumerate(self._edits)]
         return run
 
     def _open(self, run: Run) -> None:
@@ -322,8 +327,7 @@ class Model(Envoy):
         return any(run._flow.thread != get_ident() for run in self._open_runs())
 
     def _open_runs(self) -> list[Run]:
-        runs = [known() for known in self._runs]
-        return [run for run in runs if run is not None and run._flow.outcome is None]
+        return [run for known in self._runs if (run := known()) is not None and run._flow.outcome is None]
 
     # ---- showing
 
@@ -369,4 +373,4 @@ def _batch(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:
         except RuntimeError as error:
             shapes = ", ".join(str(tuple(x.shape)) for x in first)
             raise InputError(f"the inputs do not make a batch: their shapes are {shapes}") from error
-    return args, [1] * len(first) if isinstance(first, torch.Tensor) and first.ndim else []
+    return args, [1] * first.shape[0] if isinstance(first, torch.Tensor) and first.ndim else []
