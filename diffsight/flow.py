@@ -215,16 +215,15 @@ class Flow:
         self._check_leads("run.each")
         self._start()
         state = TorchState.capture()
-        bodies = [Body(function, self, state) for function in functions]
+        bodies = self.bodies = [Body(function, self, state) for function in functions]
         try:
-            self.bodies += bodies
             call = self._take_turns([*bodies])
             if call is not None:
                 self._resume(call)
             while self.outcome is None and not all(body.dead for body in bodies):
                 self._resume()
         finally:
-            self.bodies = [body for body in self.bodies if body not in bodies]
+            self.bodies = []
             for body in bodies:
                 if not body.dead:
                     body.unwind()

@@ -97,10 +97,10 @@ class Part:
         """Whether a tensor inside a container is one of a batch: a number, or what is the same for all, is not. Where
         the batch may be the second dimension, as in the states of an LSTM, it is, and cannot be cut."""
         is_second = tensor.ndim == 3 and tensor.shape[1] == self.total
-        return tensor.ndim > 0 and (len(tensor) > 1 or self.total == 1 or is_second)
+        return tensor.ndim > 0 and (tensor.shape[0] > 1 or self.total == 1 or is_second)
 
     def _slice(self, tensor: torch.Tensor, path: object) -> slice:
-        if tensor.ndim == 0 or len(tensor) != self.total:
+        if tensor.ndim == 0 or tensor.shape[0] != self.total:
             raise InputError(
                 f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and no first dimension of "
                 f"{self.total}, the batch, is there to cut. Read or assign it on the run itself"
@@ -139,8 +139,7 @@ class Row(View):
     """One input's part of a run; `index` is the number of the input."""
 
     def __init__(self, run: "Run", index: int, part: Part) -> None:
-        super().__init__(run, part)
-        self.__dict__["index"] = index
+        self.__dict__.update(_run=run, _part=part, index=index)
 
 
 def make_rows(run: "Run", sizes: list[int]) -> tuple[Row, ...]:
@@ -154,13 +153,14 @@ def make_rows(run: "Run", sizes: list[int]) -> tuple[Row, ...]:
 
 def each(rows: Sequence[Row], functions: Callable[[Row], Any] | Sequence[Callable[[Row], Any]]) -> list[Any]:
     """Every function as a body of its own over its own row; what they return."""
-    functions = [functions] * len(rows) if callable(functions) else functions
-    if not isinstance(functions, Sequence) or not all(map(callable, functions)):
+    given = [functions] if callable(functions) else functions
+    if not isinstance(given, Sequence) or not all(map(callable, given)):
         raise InputError("run.each takes a function of a row, or a list of functions, one a row")
+    if any(inspect.isgeneratorfunction(f) or inspect.iscoroutinefunction(f) for f in given):
+        raise InputError("run.each takes plain functions: calling one with `yield` or `async` does not run it")
+    functions = given * len(rows) if callable(functions) else given
     if len(functions) != len(rows):
         raise InputError(f"run.each has {len(functions)} functions for {len(rows)} rows: give one, or one a row")
-    if any(inspect.isgeneratorfunction(f) or inspect.iscoroutinefunction(f) for f in functions):
-        raise InputError("run.each takes plain functions: calling one with `yield` or `async` does not run it")
     flow = rows[0]._run._flow
     return flow.each([partial(call_body, function, row) for row, function in zip(rows, functions)])
 

@@ -176,7 +176,7 @@ def compare(task: str, runs: dict[str, Callable[[], object]], rounds: int, sides
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=200)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     gpt2 = build()
@@ -188,7 +188,7 @@ def main() -> None:
         compare(task, bare | {side: tasks[task] for side, tasks in sides.items()}, rounds, list(sides))
     model = DiffusionModel("diffsight/shapes-clip")
     model.set_progress_bar_config(disable=True)
-    compare(f"read in {STEPS} denoising steps", denoising(model), max(10, rounds // 3), list(sides))
+    compare(f"read in {STEPS} denoising steps", denoising(model), max(10, rounds // 10), list(sides))
 
 
 if __name__ == "__main__":
