@@ -139,7 +139,8 @@ class Row(View):
     """One input's part of a run; `index` is the number of the input."""
 
     def __init__(self, run: "Run", index: int, part: Part) -> None:
-        self.__dict__.update(_run=run, _part=part, index=index)
+        super().__init__(run, part)
+        self.__dict__["index"] = index
 
 
 def make_rows(run: "Run", sizes: list[int]) -> tuple[Row, ...]:
