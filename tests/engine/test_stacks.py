@@ -3,6 +3,8 @@
 import contextvars
 import ctypes
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -113,3 +115,35 @@ def test_errors_look_at_no_frame_beyond_a_stack(net, x):
         run_from(depth)
     handle.remove()
     assert found == [(65, found[0][1])] * 4  # the last is the same, wherever the run was opened
+
+
+ERRORS_AT_DEPTHS = """
+import torch
+from torch import nn
+from diffsight import Model
+
+model, x, misshapen = Model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), torch.zeros(2, 4), torch.zeros(2, 3)
+
+def below(depth, function):
+    return next(map(lambda _: below(depth - 1, function), [0])) if depth else function()
+
+def fail(depth):
+    with model.trace(x) as run:
+        run[0].output
+        below(depth % 8, lambda: setattr(run[1], "input", misshapen))
+        below(depth, lambda: run.finish())
+
+failed = 0
+for i in range(100):
+    try:
+        below(i * 7 % 30, lambda: fail(i * 11 % 30))
+    except Exception:
+        failed += 1
+print(failed)
+"""
+
+
+def test_errors_of_a_model_that_is_run_from_anywhere():
+    """They have crashed the process, see `Stack`."""
+    ran = subprocess.run([sys.executable, "-c", ERRORS_AT_DEPTHS], capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stdout.strip() == "100", ran.stderr
