@@ -251,7 +251,8 @@ class Coroutine:
     def run(self, call: Call | None) -> None:
         """From its stack: all of it."""
         try:
-            self._make(call)
+            if call is not None:
+                self._make(call)
             self.result = self._function()
         except GreenletExit:
             if not self._unwinds:  # but its stack is taken away

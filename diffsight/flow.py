@@ -232,7 +232,8 @@ class Flow:
     def call(self, function: Callable[[], Any], target: Target) -> Any:
         """Calls `function`, which calls `target`, within the model where it stands: it passes through the taps."""
         self._check_open(join(target.path, "hook=True"))
-        self.tap(target)
+        self._start()
+        self.taps.open(target)
         body = self._beside()
         if body is not None:
             call = Call(function, body)
@@ -283,11 +284,6 @@ class Flow:
             self._resume(call)
         return True
 
-    def tap(self, target: Target) -> Tap:
-        """The tap of `target`, made now if there is none."""
-        self._start()
-        return self.taps.open(target)
-
     def _start(self) -> None:
         """Taps the components, before anything moves."""
         if not self.taps:
@@ -300,7 +296,9 @@ class Flow:
         """The tap, and the number in the run of the first call in the scope."""
         if scope.in_step and self.clock.index > scope.step:
             raise OutOfOrderError(f"{asked.of_all} was asked for too late: step {scope.step} has ended")
-        tap = self.taps.open(asked.target) if self.taps else self.tap(asked.target)
+        if not self.taps:
+            self._start()
+        tap = self.taps.open(asked.target)
         if asked.kind == INPUTS and asked.part != "skip":
             tap.take_inputs()
         return tap, tap.step_base if scope.in_step else 0

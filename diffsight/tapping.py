@@ -75,8 +75,11 @@ class Taps(dict[Key, Tap]):
     def begin_step(self) -> list[Assignment]:
         """A step begins. Gives what was assigned within the last one and not reached."""
         self._counts_before = dict(self.counts)
-        used = [tap for tap in self.values() if tap.entered or tap.pending or tap.skips]
-        return [missed for tap in used for missed in tap.drop_step()]
+        missed: list[Assignment] = []
+        for tap in self.values():
+            if tap.entered or tap.pending or tap.skips:
+                missed += tap.drop_step()
+        return missed
 
     def entered(self) -> dict[Key, int]:
         """How many calls have begun, of all that is followed."""
