@@ -170,7 +170,7 @@ class Coroutine:
         self.dead = False  # whether it has ended, however
         self.result: Any = None  # what the function returned
         self._stack: Stack | None = None  # from its beginning to its end
-        self._unwinds = False
+        self._unwinds = False  # whether its end is asked for
         self._guard: Any = None  # keeps the body out of the mode inside which the function is parked
 
     @property
@@ -242,11 +242,14 @@ class Coroutine:
 
     def unwind(self) -> None:
         """Ends the function where it is parked; its `finally` blocks and context managers run."""
-        self._unwinds = True
         if self._stack is None:
             self.dead = True
-        else:
+            return
+        self._unwinds = True
+        try:
             self.resume(error=GreenletExit)
+        finally:
+            self._unwinds = False
 
     def run(self, call: Call | None) -> None:
         """From its stack: all of it."""
