@@ -357,7 +357,7 @@ def _variables(frame: FrameType) -> dict[str, Any]:
     free = set(frame.f_code.co_freevars) - variables.keys()
     while free and outer is not None and not outer.f_code.co_flags & inspect.CO_OPTIMIZED:
         outer = outer.f_back
-        variables.update({name: outer.f_locals[name] for name in free & outer.f_locals.keys()} if outer else {})
+        variables.update({name: outer.f_locals[name] for name in free.intersection(outer.f_locals)} if outer else {})
         free -= variables.keys()
     return variables
 
