@@ -248,7 +248,7 @@ def _parse(frame: FrameType, instruction: int) -> tuple[ast.Module, tuple]:
     code, place = frame.f_code, f"{frame.f_code.co_filename}:{frame.f_lineno}"
     from_code = getattr(linecache, "_getlines_from_code", lambda code: [])  # python -c, from Python 3.13
     lines = from_code(code) or linecache.getlines(code.co_filename, frame.f_globals)
-    if not lines:
+    if not lines or (code.co_filename == "<string>" and not _is_source(lines, code)):
         raise SourceError(f"the source at {place} cannot be read, so the block there cannot run later")
     line, end_line, column, end_column = list(code.co_positions())[instruction]
     if column is None:
@@ -259,6 +259,17 @@ def _parse(frame: FrameType, instruction: int) -> tuple[ast.Module, tuple]:
     except SyntaxError:
         tree = ast.Module([], [])
     return tree, ((line, column), (end_line, end_column))
+
+
+def _is_source(lines: list[str], code: CodeType) -> bool:
+    """Whether code was made of these lines: what `exec` runs has the same file name as what `python -c` does."""
+    try:
+        made = [compile("".join(lines), code.co_filename, "exec", dont_inherit=True)]
+    except SyntaxError:
+        return False
+    for known in made:
+        made += [inner for inner in known.co_consts if isinstance(inner, CodeType)]
+    return code in made
 
 
 def _range(node: ast.AST) -> tuple[tuple[int, int], tuple[int, int]]:

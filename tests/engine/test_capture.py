@@ -435,6 +435,17 @@ def test_without_source(way):
         )
 
 
+def test_exec_beside_other_source(model, monkeypatch):
+    """From Python 3.13 on, linecache knows the source of `-c` under the name that `exec` gives as well."""
+    other = ["with model.edit() as edited:\n", "    edited.layers\n"]
+    monkeypatch.setitem(linecache.cache, "<string>", (60, None, other, "<string>"))
+    exec("".join(other), {"model": model})
+    with pytest.raises(SourceError, match="<string>:1 cannot be read"):
+        exec("with model.edit() as edited: edited.ln", {"model": model})
+    with pytest.raises(SourceError, match="<string>:2 cannot be read"):
+        exec("\n" + "".join(other), {"model": model})
+
+
 def test_exec(model):
     with pytest.raises(SourceError, match="<cell>:2 cannot be read"):
         exec(compile("\nwith model.edit() as edited: edited.layers", "<cell>", "exec"), {"model": model})

@@ -1,6 +1,7 @@
 """Activations of many prompts, against plain hooks, prompt by prompt."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_a_folder(model, tmp_path):
         assert torch.equal(getattr(stored, name), getattr(found, name))
     assert (stored.of, stored.layers, stored.model) == (found.of, found.layers, found.model)
     assert torch.equal(load_activations(folder, layers=2)[2], found[2])
-    assert json.loads((folder / "activations.json").read_text())["versions"]["torch"] == torch.__version__
+    assert json.loads((folder / "activations.json").read_text())["versions"]["torch"] == version("torch")
 
 
 def test_a_folder_is_there_when_it_is_whole(model, tmp_path, monkeypatch):

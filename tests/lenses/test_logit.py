@@ -1,6 +1,7 @@
 """The logit lens, against the same by hand in plain PyTorch."""
 
 import json
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import architectures
@@ -152,7 +153,7 @@ def test_it_shows_itself(model, tmp_path):
     record = json.loads((tmp_path / "lens" / "lens.json").read_text())
     assert record["prompts"] == PROMPTS
     assert record["words"] == result.words
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"] == version("torch")
     assert torch.equal(load_file(tmp_path / "lens" / "lens.safetensors")["ids"], result.ids)
     assert min(Image.open(tmp_path / "lens" / "table_00.png").size) > 200
 
