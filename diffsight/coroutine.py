@@ -8,6 +8,7 @@ a copy of the `contextvars` of its creator.
 
 import atexit
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -114,6 +115,7 @@ class Call:
 
 _MAIN_THREAD = main_thread().ident
 _MOST_IDLE = 100
+_SHALLOW = 100  # frames of Python's
 _idle: list["Stack"] = []
 # An error of PyTorch's notes the 64 innermost frames of the C stack. Beyond those of a greenlet lies what others have
 # put there since it began, and reading that for frames may crash: so each has more of its own than are looked at.
@@ -121,7 +123,7 @@ _DEEPER = (operator.call,) * 64
 
 
 class Stack(greenlet):
-    """What a coroutine runs on. Making one takes longer than most runs need it: those begun from the bottom of the main
+    """What a coroutine runs on. Making one takes longer than most runs need it: those begun near the bottom of the main
     thread are kept when their coroutine has ended, for the next."""
 
     coroutine: "Coroutine | None" = None  # what runs here
@@ -135,7 +137,11 @@ class Stack(greenlet):
     def take(cls) -> "Stack":
         """One that is idle, or a new one."""
         is_kept = getcurrent().parent is None and get_ident() == _MAIN_THREAD
-        return _idle.pop() if is_kept and _idle else cls(is_kept)
+        if is_kept and _idle:
+            return _idle.pop()
+        stack = cls(is_kept and _is_shallow())
+        stack.switch()  # to where it waits for a coroutine
+        return stack
 
     def give_back(self) -> None:
         """Its coroutine has ended."""
@@ -143,15 +149,26 @@ class Stack(greenlet):
         if not self.dead and self.parent.parent is None and len(_idle) < _MOST_IDLE:
             _idle.append(self)
 
-    def run(self, call: "Call | None") -> None:
-        operator.call(*_DEEPER, self._run, call)
+    def run(self) -> None:
+        operator.call(*_DEEPER, self._run)
 
-    def _run(self, call: "Call | None") -> None:
-        self.coroutine.run(call)
+    def _run(self) -> None:
+        self._run_next()
         while self.is_kept:
-            del call
-            call = self.parent.switch()
-            self.coroutine.run(call)
+            self._run_next()
+
+    def _run_next(self) -> None:
+        call = self.parent.switch()  # waits for a coroutine
+        self.coroutine.run(call)
+
+
+def _is_shallow() -> bool:
+    """Whether few frames are open. Those that a stack began in count towards its recursion limit for good."""
+    try:
+        sys._getframe(_SHALLOW)
+    except ValueError:
+        return True
+    return False
 
 
 atexit.register(_idle.clear)

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from engine.nets import outputs
+from engine.nets import Calling, linear, outputs
 from greenlet import greenlet
 
 from diffsight import Model
@@ -25,6 +25,17 @@ def without_collector():
     gc.disable()
     yield
     gc.enable()
+
+
+@pytest.fixture
+def new_stack(net, x):
+    """The next run begins on a new stack, which the ones after it take over: those that were idle are in use."""
+    runs = [Model(net).trace(x) for _ in range(101)]
+    for run in runs:
+        run.first.output
+    yield
+    for run in runs:
+        run.stop()
 
 
 def test_nothing_of_an_ended_run_is_held(net, x, without_collector):
@@ -53,6 +64,30 @@ def test_nothing_of_a_stopped_or_failed_run_is_held(net, x, without_collector):
     kept.append(weakref.ref(hidden))
     del hidden, run
     assert [ref() for ref in kept] == [None] * 2
+
+
+def test_nothing_of_a_run_that_begins_with_a_call_is_held(net, x, new_stack, without_collector):
+    with Model(net).trace(x) as run:
+        hidden = run.layers[1](x + 1, hook=True)
+    kept = weakref.ref(hidden)
+    del hidden, run
+    assert kept() is None
+
+
+def below(depth, function):
+    return below(depth - 1, function) if depth else function()
+
+
+def test_a_run_from_deep_down_takes_no_room_from_later_ones(net, x, new_stack):
+    def read():
+        with Model(net).trace(x) as run:
+            run.first.output
+
+    below(700, read)
+    deep = Calling(lambda self, x: below(600, lambda: self.part(x)), part=linear())
+    with Model(deep).trace(x) as run:
+        hidden = run.part.output
+    assert torch.equal(hidden, deep(x))
 
 
 def test_runs_in_threads_that_end(net, x):
