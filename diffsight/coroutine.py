@@ -153,13 +153,12 @@ class Stack(greenlet):
         operator.call(*_DEEPER, self._run)
 
     def _run(self) -> None:
-        self._run_next()
-        while self.is_kept:
-            self._run_next()
-
-    def _run_next(self) -> None:
-        call = self.parent.switch()  # waits for a coroutine
-        self.coroutine.run(call)
+        while True:
+            call = self.parent.switch()  # waits for a coroutine
+            self.coroutine.run(call)
+            del call
+            if not self.is_kept:
+                return
 
 
 def _is_shallow() -> bool:
