@@ -61,8 +61,8 @@ def unfollow(modules: Iterable[nn.Module]) -> None:
     with _lock:
         for module in modules:
             known = _followed[id(module)]
-            known[3] -= 1
-            if known[3]:
+            if known[3] > 1:
+                known[3] -= 1
                 continue
             put, name, own, _ = _followed.pop(id(module))
             held = module.__dict__
