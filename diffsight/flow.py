@@ -262,8 +262,8 @@ class Flow:
         """Ends the run where it stands: unwinds the model, removes every hook. May be called again."""
         if self.outcome is not None:
             return
-        self.taps.remove()  # what the model still does while it is unwound passes untouched
         try:
+            self.taps.remove()  # what the model still does while it is unwound passes untouched
             if self.coroutine is not None and get_ident() == self.thread:
                 self.coroutine.unwind()
         except Exception:
@@ -545,11 +545,11 @@ class Flow:
                 set_random_state(random)
 
     def _end(self, outcome: str) -> None:
+        self.taps.remove()  # first: where that is interrupted the run is still to be closed
         self.outcome = outcome
         self.parked = self.coroutine = None
         self._stands = outcome  # and no value is held
         self._calls.clear()
-        self.taps.remove()
         self.clock.call = self._turn = None
         if self.watch is not None:
             self.watch.ended()

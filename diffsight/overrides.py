@@ -36,13 +36,19 @@ _lock = RLock()
 _followed: dict[int, list] = {}  # id of a module: what overrides its calls, where, what was there, how many runs follow
 
 
-def follow(modules: Iterable[nn.Module]) -> None:
-    """Sends the calls of modules through the taps of the run that makes them, until as many have said `unfollow`."""
+# An interrupt, or a run that the garbage collector drops, comes between two calls of a function: within a module's turn
+# what is changed is changed without one between.
+
+
+def follow(modules: Iterable[nn.Module], followed: list) -> None:
+    """Sends the calls of modules through the taps of the run that makes them, until as many have said `unfollow`. Puts
+    each on the list `followed` as it is done."""
     with _lock:
         for module in modules:
-            known = _followed.get(id(module))
-            if known is not None:
-                known[3] += 1
+            number = id(module)
+            if number in _followed:
+                _followed[number][3] += 1
+                followed.append(module)
                 continue
             held, forward = module.__dict__, getattr(type(module), FORWARD, None)
             if type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None:
@@ -52,25 +58,27 @@ def follow(modules: Iterable[nn.Module]) -> None:
             put = MethodType(function, module)
             if own is not None:
                 put = functools.update_wrapper(_InPlaceOf(function, module), own)
+            _followed[number] = [put, name, own, 1]
             held[name] = put
-            _followed[id(module)] = [put, name, own, 1]
+            followed.append(module)
 
 
-def unfollow(modules: Iterable[nn.Module]) -> None:
-    """Takes off again what `follow` has put on."""
+def unfollow(followed: list) -> None:
+    """Takes off again what `follow` has put on, and each module off the list."""
     with _lock:
-        for module in modules:
-            known = _followed[id(module)]
-            if known[3] > 1:
-                known[3] -= 1
+        while followed:
+            module = followed[-1]
+            number, held = id(module), module.__dict__
+            put, name, own, _ = known = _followed[number]
+            is_ours = held.get(name) is put  # or someone has put another there meanwhile
+            known[3] -= 1
+            del followed[-1]
+            if known[3]:
                 continue
-            put, name, own, _ = _followed.pop(id(module))
-            held = module.__dict__
-            if held.get(name) is not put:
-                continue  # someone has put another there meanwhile
-            if own is None:
+            del _followed[number]
+            if is_ours and own is None:
                 del held[name]
-            else:
+            elif is_ours:
                 held[name] = own
 
 

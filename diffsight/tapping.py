@@ -128,8 +128,7 @@ class Taps(dict[Key, Tap]):
             for child in target.called_children()
             if child.key not in self and child.key[0] not in self.counts
         }
-        follow(children.values())
-        self._followed += children.values()
+        follow(children.values(), self._followed)
         self._origins.update(dict.fromkeys(children, self._origin(tap)))
         self.counts.update(dict.fromkeys(children, 0))
         return tap
@@ -142,8 +141,7 @@ class Taps(dict[Key, Tap]):
         if target.name != FORWARD or number not in self.counts:
             tap = self[target.key] = Tap(self._flow, target, self._origin(around))
             if target.name == FORWARD:
-                follow([owner])
-                self._followed.append(owner)
+                follow([owner], self._followed)
             else:
                 tap.hooks.append(target.attach(tap))
             return tap

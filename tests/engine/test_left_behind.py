@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import signal
 import tracemalloc
 import weakref
 
@@ -195,6 +196,28 @@ def test_nothing_is_left_behind(end, x):
     with model.trace(x) as run:
         run.layers[0].output
     assert torch.equal(run.result, expected)
+
+
+def test_an_interrupt_at_any_moment(net, x):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model, clean, run = Model(net), footprint(net), None
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for moment in range(1000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, (1 + moment % 500) * 1e-6)
+                with model.trace(x) as run:
+                    run.layers[1].leaf.output
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                pass
+            run = None
+            assert footprint(net) == clean
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_hooks_of_the_users_stay_in_their_order(net, x):
