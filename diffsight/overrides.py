@@ -34,15 +34,13 @@ _lock = RLock()
 # ---- the forward passes of modules
 
 _followed: dict[int, list] = {}  # id of a module: what overrides its calls, where, what was there, how many runs follow
-
-
-# An interrupt, or a run that the garbage collector drops, comes between two calls of a function: within a module's turn
-# what is changed is changed without one between.
+# Python heeds signals, and newer versions collect garbage, where a function has been called. So that a module is always
+# either followed or not, whatever comes in between, all that says so is changed without a call.
 
 
 def follow(modules: Iterable[nn.Module], followed: list) -> None:
     """Sends the calls of modules through the taps of the run that makes them, until as many have said `unfollow`. Puts
-    each on the list `followed` as it is done."""
+    each on the list `followed`."""
     with _lock:
         for module in modules:
             number = id(module)
