@@ -195,6 +195,14 @@ class Coroutine:
         return self._stack is not None
 
     @property
+    def is_running(self) -> bool:
+        """Whether it runs now, or something that it has started itself does."""
+        stack = getcurrent()
+        while stack is not None and stack is not self._stack:
+            stack = stack.parent
+        return stack is not None
+
+    @property
     def frame(self) -> FrameType | None:
         """Where the function is parked."""
         return None if self._stack is None else self._stack.gr_frame

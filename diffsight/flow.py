@@ -115,7 +115,7 @@ class Flow:
     def fetch(self, asked: Asked) -> Any:
         """The value of a point."""
         body = current()
-        is_models = body is not None and body is self.coroutine
+        is_models = body is not None and self.coroutine is not None and self.coroutine.is_running
         if self.edits or self.outcome is not None or get_ident() != self.thread or is_models:
             self._check_open(asked)
             self._touch(asked)
@@ -347,7 +347,7 @@ class Flow:
             raise WrongThreadError(
                 f"{path}: a run belongs to the thread that opened it. Open one run in each thread, or hand values over"
             )
-        if self.coroutine is not None and current() is self.coroutine:
+        if self.coroutine is not None and self.coroutine.is_running:
             raise DiffsightError(
                 f"{path} was asked for by a hook or a callback that the model itself runs: it cannot wait for itself"
             )

@@ -5,6 +5,7 @@ import pickle
 import traceback
 
 import pytest
+import torch
 from engine.nets import Calling, Net, footprint, inputs, linear
 
 from diffsight import (
@@ -317,3 +318,20 @@ def test_a_model_is_not_copied(net, x, copying):
         with pytest.raises(InputError, match=r"wrap a copy of what it wraps, Model\(copy\.deepcopy\(module\)\)"):
             copying(thing)
     assert Model(copy.deepcopy(net)).trace(x).result.equal(net(x))
+
+
+def test_a_run_is_asked_by_a_model_that_its_own_model_runs(net, x):
+    def ask(self, x):
+        with pytest.raises(DiffsightError, match="cannot wait for itself"):
+            run.last.output
+        return self.part(x)
+
+    def within(*_):
+        with Model(Calling(ask, part=linear())).trace(x) as inner:
+            inner.part.output
+
+    handle = net.layers[1].register_forward_hook(within)
+    with Model(net).trace(x) as run:
+        last = run.last.output
+    handle.remove()
+    assert torch.equal(last, net(x))
