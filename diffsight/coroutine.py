@@ -170,7 +170,7 @@ def _is_shallow() -> bool:
     return False
 
 
-atexit.register(_idle.clear)
+atexit.register(_idle.clear)  # they end while all that Python needs for it is there
 
 
 class Coroutine:
