@@ -41,43 +41,41 @@ _followed: dict[int, list] = {}  # id of a module: what overrides its calls, whe
 def follow(modules: Iterable[nn.Module], followed: list) -> None:
     """Sends the calls of modules through the taps of the run that makes them, until as many have said `unfollow`. Puts
     each on the list `followed`."""
-    with _lock:
-        for module in modules:
+    for module in modules:
+        with _lock:  # within the loop: Python 3.13 would not let go of it where an interrupt comes between two turns
             number = id(module)
             if number in _followed:
                 _followed[number][3] += 1
-                followed.append(module)
-                continue
-            held, forward = module.__dict__, getattr(type(module), FORWARD, None)
-            if type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None:
-                name, own, function = FORWARD, None, _through_taps(forward)
             else:
-                name, own, function = _of_its_own(module)
-            put = MethodType(function, module)
-            if own is not None:
-                put = functools.update_wrapper(_InPlaceOf(function, module), own)
-            _followed[number] = [put, name, own, 1]
-            held[name] = put
+                held, forward = module.__dict__, getattr(type(module), FORWARD, None)
+                if type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None:
+                    name, own, function = FORWARD, None, _through_taps(forward)
+                else:
+                    name, own, function = _of_its_own(module)
+                put = MethodType(function, module)
+                if own is not None:
+                    put = functools.update_wrapper(_InPlaceOf(function, module), own)
+                _followed[number] = [put, name, own, 1]
+                held[name] = put
             followed.append(module)
 
 
 def unfollow(followed: list) -> None:
     """Takes off again what `follow` has put on, and each module off the list."""
-    with _lock:
-        while followed:
+    while followed:
+        with _lock:  # within the loop, as above
             module = followed[-1]
             number, held = id(module), module.__dict__
             put, name, own, _ = known = _followed[number]
             is_ours = held.get(name) is put  # or someone has put another there meanwhile
             known[3] -= 1
             del followed[-1]
-            if known[3]:
-                continue
-            del _followed[number]
-            if is_ours and own is None:
-                del held[name]
-            elif is_ours:
-                held[name] = own
+            if not known[3]:
+                del _followed[number]
+                if is_ours and own is None:
+                    del held[name]
+                elif is_ours:
+                    held[name] = own
 
 
 class _InPlaceOf(functools.partial):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import signal
+import threading
 import tracemalloc
 import weakref
 
@@ -218,6 +219,16 @@ def test_an_interrupt_at_any_moment(net, x):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    found = []
+
+    def read():
+        with model.trace(x) as run:
+            found.append(run.layers[1].leaf.output)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert len(found) == 1  # nothing is left locked for other threads
 
 
 def test_hooks_of_the_users_stay_in_their_order(net, x):
