@@ -134,13 +134,15 @@ class Stack(greenlet):
         self.is_kept = is_kept
 
     @classmethod
-    def take(cls) -> "Stack":
-        """One that is idle, or a new one."""
+    def take(cls, coroutine: "Coroutine") -> "Stack":
+        """One that was idle, or a new one, for a coroutine that begins."""
         is_kept = getcurrent().parent is None and get_ident() == _MAIN_THREAD
         if is_kept and _idle:
-            return _idle.pop()
-        stack = cls(is_kept and _is_shallow())
-        stack.switch()  # to where it waits for a coroutine
+            stack = _idle.pop()
+        else:
+            stack = cls(is_kept and _is_shallow())
+            stack.switch()  # to where it waits for a coroutine
+        stack.coroutine, stack.owner, stack.gr_context = coroutine, coroutine.owner, coroutine.context
         return stack
 
     def give_back(self) -> None:
@@ -213,8 +215,7 @@ class Coroutine:
         raises it there."""
         body = self.state.now()
         if self._stack is None:
-            stack = self._stack = Stack.take()
-            stack.coroutine, stack.owner, stack.gr_context = self, self.owner, self.context
+            self._stack = Stack.take(self)
         stack = self._stack
         stack.parent = getcurrent()  # where the function's end, or its exception, comes out
         alike = body == self.state and self._guard is None and self.random is None
@@ -278,8 +279,7 @@ class Coroutine:
     def run(self, call: Call | None) -> None:
         """From its stack: all of it."""
         try:
-            if call is not None:
-                self._make(call)
+            self._make(call)
             self.result = self._function()
         except GreenletExit:
             if not self._unwinds:  # but its stack is taken away

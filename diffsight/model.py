@@ -105,7 +105,7 @@ class Model(Envoy):
 
     def _load(self) -> None:
         """Sees to the weights of a model that was built without them, once."""
-        if self._loader is None:
+        if self._is_loaded:
             return
         with self._loading:
             if self._is_loaded:  # by another thread meanwhile
