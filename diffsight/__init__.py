@@ -14,9 +14,9 @@ it is first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .edits import Edit
-from .envoy import Envoy
-from .errors import (
+from diffsight.edits import Edit
+from diffsight.envoy import Envoy
+from diffsight.errors import (
     AssignmentError,
     DiffsightError,
     InputError,
@@ -29,21 +29,20 @@ from .errors import (
     SourceError,
     WrongThreadError,
 )
-from .model import Model
-from .run import Run, Step
-from .session import Session
+from diffsight.model import Model
+from diffsight.run import Run, Step
+from diffsight.session import Session
 
 if TYPE_CHECKING:
-    from diffsight.gallery.grid import image_grid
-    from diffsight.lenses.collecting import Activations, collect_activations, load_activations
-    from diffsight.lenses.comparison import EncoderComparison, compare_encoders, linear_cka
-    from diffsight.lenses.diffusion import DiffusionLensResult, diffusion_lens
-    from diffsight.lenses.drawing import LensWarning
-    from diffsight.lenses.fidelity import LayerFidelity, layer_fidelity
-    from diffsight.lenses.image_tokens import ImageTokenPredictions, image_token_lens
+    from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
+    from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders, linear_cka
+    from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
+    from diffsight.lenses.encoder_patching import EncoderPatchingResult, encoder_patching
+    from diffsight.lenses.encoders.drawing import LensWarning
+    from diffsight.lenses.image_token_lens import ImageTokenPredictions, image_token_lens
+    from diffsight.lenses.layer_fidelity import LayerFidelity, layer_fidelity
     from diffsight.lenses.linear_map import LinearMap
-    from diffsight.lenses.logit import logit_lens
-    from diffsight.lenses.patching import EncoderPatchingResult, encoder_patching
+    from diffsight.lenses.logit_lens import logit_lens
     from diffsight.lenses.patchscope import (
         DESCRIPTION,
         IDENTITY,
@@ -53,45 +52,46 @@ if TYPE_CHECKING:
         patchscope_lens,
         repeat_prompt,
     )
-    from diffsight.lenses.predictions import LensPredictions
+    from diffsight.lenses.results.image_grid import image_grid
     from diffsight.lenses.steering import steer
-    from diffsight.lenses.tracking import Prompt, TargetProbabilities, first_tokens, run_prompts
-    from diffsight.pipelines.diffusion import DiffusionModel
-    from diffsight.pipelines.encoders import Encoder, Encoders, find_encoders
+    from diffsight.lenses.target_probabilities import Prompt, TargetProbabilities, first_tokens, run_prompts
+    from diffsight.lenses.tokens.predictions import LensPredictions
+    from diffsight.pipelines.diffusion.model import DiffusionModel
+    from diffsight.pipelines.diffusion.text_encoders import Encoder, Encoders, find_encoders
     from diffsight.pipelines.huggingface import HFPipeline
-    from diffsight.pipelines.language import LanguageModel
-    from diffsight.pipelines.vision_language import VisionLanguageModel
-    from diffsight.pipelines.words import PromptWords, align_words
+    from diffsight.pipelines.language.model import LanguageModel
+    from diffsight.pipelines.language.words import PromptWords, align_words
+    from diffsight.pipelines.vision_language.model import VisionLanguageModel
 
 __version__ = "0.1.0"
 
 _LATER = {
-    "DiffusionModel": "diffsight.pipelines.diffusion",
+    "DiffusionModel": "diffsight.pipelines.diffusion.model",
     "HFPipeline": "diffsight.pipelines.huggingface",
-    "LanguageModel": "diffsight.pipelines.language",
-    "VisionLanguageModel": "diffsight.pipelines.vision_language",
-    "diffusion_lens": "diffsight.lenses.diffusion",
-    "DiffusionLensResult": "diffsight.lenses.diffusion",
-    "layer_fidelity": "diffsight.lenses.fidelity",
-    "LayerFidelity": "diffsight.lenses.fidelity",
-    "compare_encoders": "diffsight.lenses.comparison",
-    "EncoderComparison": "diffsight.lenses.comparison",
-    "linear_cka": "diffsight.lenses.comparison",
-    "LensWarning": "diffsight.lenses.drawing",
-    "encoder_patching": "diffsight.lenses.patching",
-    "EncoderPatchingResult": "diffsight.lenses.patching",
+    "LanguageModel": "diffsight.pipelines.language.model",
+    "VisionLanguageModel": "diffsight.pipelines.vision_language.model",
+    "diffusion_lens": "diffsight.lenses.diffusion_lens",
+    "DiffusionLensResult": "diffsight.lenses.diffusion_lens",
+    "layer_fidelity": "diffsight.lenses.layer_fidelity",
+    "LayerFidelity": "diffsight.lenses.layer_fidelity",
+    "compare_encoders": "diffsight.lenses.compare_encoders",
+    "EncoderComparison": "diffsight.lenses.compare_encoders",
+    "linear_cka": "diffsight.lenses.compare_encoders",
+    "LensWarning": "diffsight.lenses.encoders.drawing",
+    "encoder_patching": "diffsight.lenses.encoder_patching",
+    "EncoderPatchingResult": "diffsight.lenses.encoder_patching",
     "LinearMap": "diffsight.lenses.linear_map",
-    "PromptWords": "diffsight.pipelines.words",
-    "align_words": "diffsight.pipelines.words",
-    "Encoder": "diffsight.pipelines.encoders",
-    "Encoders": "diffsight.pipelines.encoders",
-    "find_encoders": "diffsight.pipelines.encoders",
-    "Activations": "diffsight.lenses.collecting",
-    "collect_activations": "diffsight.lenses.collecting",
-    "load_activations": "diffsight.lenses.collecting",
-    "ImageTokenPredictions": "diffsight.lenses.image_tokens",
-    "image_token_lens": "diffsight.lenses.image_tokens",
-    "logit_lens": "diffsight.lenses.logit",
+    "PromptWords": "diffsight.pipelines.language.words",
+    "align_words": "diffsight.pipelines.language.words",
+    "Encoder": "diffsight.pipelines.diffusion.text_encoders",
+    "Encoders": "diffsight.pipelines.diffusion.text_encoders",
+    "find_encoders": "diffsight.pipelines.diffusion.text_encoders",
+    "Activations": "diffsight.lenses.collect_activations",
+    "collect_activations": "diffsight.lenses.collect_activations",
+    "load_activations": "diffsight.lenses.collect_activations",
+    "ImageTokenPredictions": "diffsight.lenses.image_token_lens",
+    "image_token_lens": "diffsight.lenses.image_token_lens",
+    "logit_lens": "diffsight.lenses.logit_lens",
     "DESCRIPTION": "diffsight.lenses.patchscope",
     "IDENTITY": "diffsight.lenses.patchscope",
     "PatchscopeTexts": "diffsight.lenses.patchscope",
@@ -99,13 +99,13 @@ _LATER = {
     "patchscope_generate": "diffsight.lenses.patchscope",
     "patchscope_lens": "diffsight.lenses.patchscope",
     "repeat_prompt": "diffsight.lenses.patchscope",
-    "LensPredictions": "diffsight.lenses.predictions",
+    "LensPredictions": "diffsight.lenses.tokens.predictions",
     "steer": "diffsight.lenses.steering",
-    "Prompt": "diffsight.lenses.tracking",
-    "TargetProbabilities": "diffsight.lenses.tracking",
-    "first_tokens": "diffsight.lenses.tracking",
-    "run_prompts": "diffsight.lenses.tracking",
-    "image_grid": "diffsight.gallery.grid",
+    "Prompt": "diffsight.lenses.target_probabilities",
+    "TargetProbabilities": "diffsight.lenses.target_probabilities",
+    "first_tokens": "diffsight.lenses.target_probabilities",
+    "run_prompts": "diffsight.lenses.target_probabilities",
+    "image_grid": "diffsight.lenses.results.image_grid",
 }
 
 __all__ = [

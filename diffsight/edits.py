@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .bodies import Body, Scope
-from .capture import Block, Deferred
-from .coroutine import current
-from .errors import InputError
-from .taps import Tap, Target
+from diffsight.engine.capture import Block, Deferred
+from diffsight.engine.coroutine import current
+from diffsight.engine.taps import Tap, Target
+from diffsight.engine.turns import Body, Scope
+from diffsight.errors import InputError
 
 if TYPE_CHECKING:
-    from .model import Model
-    from .run import Run
+    from diffsight.model import Model
+    from diffsight.run import Run
 
 
 @dataclass(eq=False)

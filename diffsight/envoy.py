@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .edits import is_from_edit
-from .errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
-from .flow import Flow
-from .overrides import FORWARD
-from .taps import Asked, Target, join
+from diffsight.edits import is_from_edit
+from diffsight.engine.flow import Flow
+from diffsight.engine.hooks import FORWARD
+from diffsight.engine.taps import Asked, Target, join
+from diffsight.errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
 
 if TYPE_CHECKING:
-    from .model import Model
-    from .rows import Part
-    from .run import Run
+    from diffsight.model import Model
+    from diffsight.rows import Part
+    from diffsight.run import Run
 
 VALUES = ("input", "inputs", "output")
 
@@ -308,3 +308,21 @@ class Envoy(Points):
 
     def __repr__(self) -> str:
         return self._model._describe(self._owner)
+
+
+# ---- what wrappers and the rest of the engine ask of a handle, see `diffsight.extending`
+
+
+def model_of(points: Points) -> "Model":
+    """Return the model that a handle or a view of a run belongs to."""
+    return points._model
+
+
+def target_of(points: Points) -> Target:
+    """Return what a handle taps."""
+    return points._target
+
+
+def owner_of(envoy: Points) -> Any:
+    """Return the module, or other part, behind a handle; its weights may be still to come."""
+    return envoy._target.owner

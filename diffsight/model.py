@@ -18,17 +18,17 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .clock import Clock
-from .edits import Attached, Edit, EditBody, Editing, current_edit
-from .envoy import Envoy
-from .errors import DiffsightError, InputError, PointNotFoundError
-from .flow import Flow
-from .overrides import FORWARD
-from .run import Run, Step
-from .scan import ScanFlow, is_scanning, scanning
-from .session import Session
-from .tapping import Places
-from .taps import Target, join
+from diffsight.edits import Attached, Edit, EditBody, Editing, current_edit
+from diffsight.engine.flow import Flow
+from diffsight.engine.hooks import FORWARD
+from diffsight.engine.scan import ScanFlow, is_scanning, scanning
+from diffsight.engine.steps import Clock
+from diffsight.engine.tapping import Places
+from diffsight.engine.taps import Target, join
+from diffsight.envoy import Envoy
+from diffsight.errors import DiffsightError, InputError, PointNotFoundError
+from diffsight.run import Run, Step
+from diffsight.session import Session
 
 
 class Model(Envoy):
@@ -95,6 +95,12 @@ class Model(Envoy):
         with scanning():
             return getattr(self, self._opens_with)(*args, **kwargs)
 
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module itself, with its weights: they are loaded now if they come later."""
+        self._load_unless_scanning()
+        return self._owner
+
     # ---- weights that come later
 
     _loader: Callable[[], None] | None = None
@@ -158,7 +164,7 @@ class Model(Envoy):
 
         With `inplace=True` the model itself is edited. Edits stack: those of a copy come after those that the model
         had. In the block `edited` and `model` are the run at hand (`for step in edited.steps:`); other names are those
-        of where it is written, see `diffsight.capture`. A point that the run never comes to ends the edit without a
+        of where it is written, see `engine.capture`. A point that the run never comes to ends the edit without a
         word.
 
         Raises SourceError where the source of the block cannot be read; a function can always be given."""

@@ -21,12 +21,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .envoy import VALUES, Envoy, Points
-from .errors import InputError, PointNotFoundError
-from .taps import Asked, Tap, first_input, join
+from diffsight.engine.taps import Asked, Tap, first_input, join
+from diffsight.envoy import VALUES, Envoy, Points
+from diffsight.errors import InputError, PointNotFoundError
 
 if TYPE_CHECKING:
-    from .run import Run
+    from diffsight.run import Run
 
 
 class Record(dict[str, Any]):

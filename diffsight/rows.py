@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .errors import AssignmentError, InputError
+from diffsight.errors import AssignmentError, InputError
 
 if TYPE_CHECKING:
-    from .run import Run
-    from .taps import Tap
+    from diffsight.engine.taps import Tap
+    from diffsight.run import Run
 
 
 class Part:

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .edits import current_edit, is_from_edit
-from .envoy import Envoy, from_the_asking_line, keep_attribute_error, raise_kept
-from .errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
-from .flow import STOPPED, Flow
-from .record import Record, record
-from .rows import Row, call_body, each, make_rows
-from .session import note
+from diffsight.edits import current_edit, is_from_edit
+from diffsight.engine.flow import STOPPED, Flow
+from diffsight.envoy import Envoy, from_the_asking_line, keep_attribute_error, raise_kept
+from diffsight.errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
+from diffsight.record import Record, record
+from diffsight.rows import Row, call_body, each, make_rows
+from diffsight.session import note
 
 if TYPE_CHECKING:
-    from .model import Model
+    from diffsight.model import Model
 
 
 class Run:
@@ -296,3 +296,21 @@ def _end_at_users_line(trace: TracebackType) -> None:
         asked = trace if is_users and not is_engines else asked
         trace = trace.tb_next
     asked.tb_next = None
+
+
+# ---- what wrappers and the rest of the engine ask of a run, see `diffsight.extending`
+
+
+def flow_of(run: Run) -> Flow:
+    """Return what moves the model in a run."""
+    return run._flow
+
+
+def run_of(bound: Any) -> Run | None:
+    """Return the run that a handle, or a view of a run, is bound to."""
+    return bound._run
+
+
+def part_of(bound: Any) -> Any:
+    """Return the part of the batch that a handle, or a view of a run, is narrowed to."""
+    return bound._part

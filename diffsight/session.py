@@ -17,10 +17,10 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from .capture import Block, Deferred
+from diffsight.engine.capture import Block, Deferred
 
 if TYPE_CHECKING:
-    from .run import Run
+    from diffsight.run import Run
 
 Item = TypeVar("Item")
 _sessions: ContextVar[tuple["Session", ...]] = ContextVar("diffsight_sessions", default=())
@@ -45,7 +45,7 @@ class Session:
             with session.iter(items) as item: ...
             results = session.iter(items)(function)
 
-        The `with` statement is a loop over its block, which is captured from source, see `diffsight.capture`; what it
+        The `with` statement is a loop over its block, which is captured from source, see `engine.capture`; what it
         assigns is bound when it ends. Only the `for` statement can be left with `break`."""
         return Turns(items)
 

@@ -92,7 +92,7 @@ def _positive(text: str) -> int:
 
 def _lens(options: argparse.Namespace) -> None:
     model, arguments = _prepare(options)
-    from diffsight.lenses.diffusion import diffusion_lens
+    from diffsight.lenses.diffusion_lens import diffusion_lens
 
     chosen = {"encoder": options.encoder, "layers": options.layers, "batch_size": options.batch_size}
     result = diffusion_lens(model, options.prompt, seed=options.seed, **chosen, **arguments)
@@ -102,7 +102,7 @@ def _lens(options: argparse.Namespace) -> None:
 
 def _generate(options: argparse.Namespace) -> None:
     model, arguments = _prepare(options)
-    from diffsight.lenses.saving import save_files
+    from diffsight.lenses.results.saving import save_files
 
     image = model.generate(options.prompt, seed=options.seed, **arguments).images[0]
     for path in save_files(options.out, {f"seed_{options.seed}.png": image.save}):
@@ -110,12 +110,13 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _models(options: argparse.Namespace) -> None:
-    from diffsight.pipelines import language_loading, loading
+    from diffsight.pipelines.diffusion.loading import DESCRIPTIONS
+    from diffsight.pipelines.language.loading import PACKAGED, to_install
 
-    missing = language_loading.to_install()
-    for name, description in loading.DESCRIPTIONS.items():
+    missing = to_install()
+    for name, description in DESCRIPTIONS.items():
         print(f"{name}  {description}")
-    for name, description in language_loading.PACKAGED.items():
+    for name, description in PACKAGED.items():
         print(f"{name}  {description}" + (f" (not installed: {missing})" if missing else ""))
 
 
@@ -128,8 +129,8 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, dict[str, int]]:
     import diffusers
     import transformers
 
-    from diffsight.lenses.saving import check_writable
-    from diffsight.pipelines.diffusion import DiffusionModel
+    from diffsight.lenses.results.saving import check_writable
+    from diffsight.pipelines.diffusion.model import DiffusionModel
 
     check_writable(options.out)
     diffusers.logging.disable_progress_bar()  # those of loading; what is drawn has one

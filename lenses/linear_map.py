@@ -18,12 +18,11 @@ import torch
 from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
-from diffsight.pipelines.diffusion import DiffusionModel
-from diffsight.pipelines.encoders import encoders_in
-from diffsight.pipelines.reading import Call, read
-
-from .checks import check_model, check_prompt, check_whole
-from .pairing import choose_pairs, choose_source, known_to, words_read
+from diffsight.lenses.encoders.checks import check_model, check_prompt, check_whole
+from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
+from diffsight.pipelines.diffusion.encoding import Call, read
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.text_encoders import encoders_in
 
 _UNSEEN = 5  # every fifth prompt is left out, to measure the error on those that were not seen
 Pair = tuple[int, int]  # the source's layer, the target's

@@ -20,9 +20,8 @@ import torch
 from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
-from diffsight.pipelines.language import LanguageModel, LanguageRun
-
-from .batches import (
+from diffsight.lenses.results.saving import save_files, write_record
+from diffsight.lenses.tokens.batches import (
     Batch,
     Layers,
     Tokens,
@@ -33,9 +32,9 @@ from .batches import (
     choose_layers,
     open_batches,
 )
-from .predictions import LensPredictions
-from .reading import Reader, Sources, name_of, predictions
-from .saving import save_files, write_record
+from diffsight.lenses.tokens.predictions import LensPredictions
+from diffsight.lenses.tokens.reader import Reader, Sources, name_of, predictions
+from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 
 
 @dataclass(frozen=True)

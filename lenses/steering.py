@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 
 from diffsight.errors import InputError
-from diffsight.pipelines.language import LanguageModel, LanguageRun
-
-from .batches import Layers, batch_of, choose_layers
+from diffsight.lenses.tokens.batches import Layers, batch_of, choose_layers
+from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 
 
 def steer(

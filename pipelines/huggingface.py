@@ -31,17 +31,13 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
-from diffsight.clock import Clock
 from diffsight.errors import InputError, PointNotFoundError, suggest
-from diffsight.model import with_gradients
-from diffsight.overrides import Override
-from diffsight.taps import Target
-
-from .named import Named
-from .naming import are_layers, is_list, layer_names, model_names, standard_names
-from .parts import part_targets
-from .seeds import check_seed
-from .writing import Chosen, WritingRun
+from diffsight.extending import Clock, Override, Target, flow_of, with_gradients
+from diffsight.pipelines.diffusion.components import part_targets
+from diffsight.pipelines.diffusion.seeds import check_seed
+from diffsight.pipelines.language.generation import Chosen, WritingRun
+from diffsight.pipelines.language.named import Named
+from diffsight.pipelines.language.standard_names import are_layers, is_list, layer_names, model_names, standard_names
 
 _PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # besides modules
 _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "postprocess"}
@@ -99,7 +95,7 @@ class HFPipeline(Named):
 
         again = None if args else partial(self.trace, seed=seed, grad=grad, **kwargs)
         run = self._new_run(call, self._sizes(args, kwargs), again, grad)
-        run._flow.seed = seed
+        flow_of(run).seed = seed
         run._chosen = chosen
         return run
 

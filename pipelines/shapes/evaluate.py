@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from .reader import read
-from .scenes import Scene, render, sample_scene
-from .scoring import score
+from diffsight.pipelines.shapes.reader import read
+from diffsight.pipelines.shapes.scenes import Scene, render, sample_scene
+from diffsight.pipelines.shapes.scoring import score
 
 _PARTS = ("scene", "first object", "second object", "colors", "relation", "background")
 

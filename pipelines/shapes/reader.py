@@ -11,7 +11,7 @@ region's box overlaps it most, and the relation follows the axis along which the
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .scenes import BACKGROUNDS, COLORS, SHAPES, Scene, Thing, draw_shape
+from diffsight.pipelines.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, Scene, Thing, draw_shape
 
 _CONTRAST = 70.0  # RGB distance from the background at which a pixel belongs to a thing
 _SMALLEST = 25  # pixels; less is a speck

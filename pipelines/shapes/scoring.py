@@ -5,7 +5,7 @@ score(scene, read(image))       # {"first object": True, "second object": False,
 
 from dataclasses import replace
 
-from .scenes import Scene, Thing
+from diffsight.pipelines.shapes.scenes import Scene, Thing
 
 
 def score(asked: Scene, seen: Scene | None) -> dict[str, bool]:

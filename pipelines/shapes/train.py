@@ -49,8 +49,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from .evaluate import report
-from .scenes import COLORS, SHAPES, SIZE, WORDS, render, sample_scene
+from diffsight.pipelines.shapes.evaluate import report
+from diffsight.pipelines.shapes.scenes import COLORS, SHAPES, SIZE, WORDS, render, sample_scene
 
 TOKENS = 16  # positions of the text encoders: the longest caption has 12 words, and a start and an end
 LATENT_NOISE = 0.5  # the most noise the VAE's decoder learns with, in standard deviations of a channel of the latents

@@ -22,7 +22,7 @@ import transformers
 from PIL import Image
 
 from diffsight import DiffusionModel, diffusion_lens
-from diffsight.pipelines.loading import PACKAGED
+from diffsight.pipelines.diffusion.loading import PACKAGED
 
 try:
     import nnsight

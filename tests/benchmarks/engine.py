@@ -16,7 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from diffsight import DiffusionModel, Model
-from diffsight.pipelines.loading import PACKAGED
+from diffsight.pipelines.diffusion.loading import PACKAGED
 
 try:
     import nnsight

@@ -9,7 +9,7 @@ from engine.nets import WIDTH, Calling, Net, linear, replaced
 from torch import nn
 
 from diffsight import DiffsightError, Model
-from diffsight.weights import adopt
+from diffsight.pipelines.weights import adopt
 
 
 class Later(Model):

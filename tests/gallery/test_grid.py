@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from diffsight.gallery.grid import image_grid
+from diffsight.lenses.results.image_grid import image_grid
 
 RED, GREEN, BLUE, GOLD = (220, 0, 0), (0, 180, 0), (0, 0, 230), (230, 200, 0)
 LONG = "a red circle above a blue square on a gray background, seen through every layer"

@@ -8,7 +8,7 @@ import torch
 import writers
 
 from diffsight import InputError, collect_activations, load_activations
-from diffsight.lenses import collecting
+from diffsight.lenses import collect_activations as collecting
 
 PROMPTS = [*writers.PROMPTS, "hello king", "in Paris and London"]
 

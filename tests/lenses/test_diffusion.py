@@ -18,7 +18,7 @@ from torch import nn
 
 import tiny
 from diffsight import DiffusionLensResult, DiffusionModel, InputError, diffusion_lens
-from diffsight.pipelines.prompts import PromptWarning
+from diffsight.pipelines.diffusion.prompts import PromptWarning
 
 PROMPT = "a red circle above a blue square"
 CLIP = ("encoder.layers", "final_layer_norm")

@@ -10,7 +10,7 @@ from PIL import Image
 
 import tiny
 from diffsight import DiffusionModel, InputError, LayerFidelity, layer_fidelity
-from diffsight.lenses.fidelity import sample_prompts
+from diffsight.lenses.layer_fidelity import sample_prompts
 from diffsight.pipelines.shapes.evaluate import draw
 from diffsight.pipelines.shapes.reader import read
 from diffsight.pipelines.shapes.scenes import HELD_OUT, NOUNS, Scene, Thing, render

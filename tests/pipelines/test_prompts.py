@@ -8,7 +8,7 @@ from torch import nn
 
 import tiny
 from diffsight import DiffusionModel, InputError
-from diffsight.pipelines.prompts import PromptWarning
+from diffsight.pipelines.diffusion.prompts import PromptWarning
 
 CLIP = "diffsight/shapes-clip"
 EMPTY = ["", "  \n", [""], ["a red circle", " "], []]

@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 
 from diffsight import DiffusionModel
-from diffsight.pipelines.loading import PACKAGED
+from diffsight.pipelines.diffusion.loading import PACKAGED
 from diffsight.pipelines.shapes.evaluate import shares
 from diffsight.pipelines.shapes.reader import read
 from diffsight.pipelines.shapes.scenes import (

@@ -7,7 +7,7 @@ import torch
 import transformers
 from PIL import Image
 
-from diffsight.pipelines.loading import PACKAGED
+from diffsight.pipelines.diffusion.loading import PACKAGED
 from diffsight.pipelines.shapes.reader import read
 from diffsight.pipelines.shapes.scenes import COLORS, SHAPES
 from diffsight.pipelines.shapes.train import PlaceReader, make_data, make_text_encoder, make_tokenizer, train

@@ -1,0 +1,1 @@
+"""How a run works: the model in a coroutine, its taps, and the order in which values are asked for."""

@@ -1,0 +1,1 @@
+"""Helpers of the lenses that look through text encoders."""

@@ -1,0 +1,1 @@
+"""What the results of lenses share: saving, records, plots and image grids."""

@@ -1,0 +1,1 @@
+"""Helpers of the lenses that read hidden states as tokens."""

@@ -1,0 +1,1 @@
+"""Diffusion pipelines: the wrapper, its runs, guidance branches and text encoders."""

@@ -1,0 +1,186 @@
+"""Rows and branches of diffusion runs: the parts that belong to a prompt, or to one side of classifier-free guidance.
+
+    with model.generate(["a red circle", "a blue square"], num_images_per_prompt=2, seed=0) as run:
+        a, b = run.rows
+        b.text_encoder.layers[1].output = a.text_encoder.layers[1].output
+        for step in run.steps:
+            run.uncond.unet.mid_block.output[:] = 0          # in its half of the batch, or in its own call
+            print(run.cond.rows[0].unet.mid_block.output.shape)
+    a.images                                                 # the two pictures of the first prompt
+
+A branch hides whether the denoiser gets both in one batch, in two calls, or only one: `.output` and `.calls[i]` count
+the calls that hold the branch. What a batch holds is looked up in `layouts.py`, call by call.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from diffsight.errors import InputError
+from diffsight.extending import Part, Row, Run, Tap, View, each, keeping_attribute_errors, raise_kept
+from diffsight.pipelines.diffusion.guidance import COND, UNCOND, Layouts
+
+
+class Share(Part):
+    """What belongs to a prompt, to a branch, or to a branch of a prompt."""
+
+    def __init__(self, layouts: Layouts, name: str, prompt: int | None = None, branch: str | None = None) -> None:
+        self.layouts, self.name, self.prompt, self.branch = layouts, name, prompt, branch
+
+    @property
+    def missing(self) -> str:
+        return (
+            f"the {self.branch}itional branch does not come there: guidance is off, or does without a text of the "
+            "negative prompt"
+        )
+
+    def of_prompt(self, prompt: int) -> "Share":
+        return Share(self.layouts, f"{self.name}.rows[{prompt}]", prompt, self.branch)
+
+    def of_branch(self, branch: str) -> "Share":
+        return Share(self.layouts, f"{self.name}.{branch}", self.prompt, branch)
+
+    def call(self, tap: Tap, first: int, number: int, path: object) -> int:
+        if self.branch is None:
+            return first + number
+        if not self.layouts.has_branches(tap):
+            raise InputError(f"{path} {self.layouts.why_unknown(tap)}")
+        for index in range(first, tap.entered):
+            layout = self.layouts.layout(tap, index)
+            if layout is None:
+                raise InputError(f"{path} {self.layouts.why_unknown(tap)}")
+            if self._entries(layout):
+                if not number:
+                    return index
+                number -= 1
+        return max(first, tap.entered) + number
+
+    def at(self, tap: Tap, index: int, path: object) -> Part:
+        if self.branch is None and self.layouts.prompts == 1:
+            return Whole(self.name)
+        layout = self.layouts.layout(tap, index)
+        if layout is None:
+            return PlainRow(self.layouts, self.prompt, self.name)
+        entries = self._entries(layout)
+        if len(entries) == len(layout):
+            return Whole(self.name)
+        strides = {after - before for before, after in pairwise(entries)} or {1}
+        if len(strides) > 1:
+            raise InputError(
+                f"{path} is in several places of the batch, one for each branch, and no view reaches them all: write "
+                f"{self.name}.cond or {self.name}.uncond"
+            )
+        frames = max(1, len(layout) // (len(set(layout)) * self.layouts.pictures))
+        return Frames(entries[0], entries[-1] + 1, len(layout), strides.pop(), self.name, frames)
+
+    def _entries(self, layout: tuple[tuple[str, int], ...]) -> list[int]:
+        """The places in a batch that belong to it."""
+        return [
+            place
+            for place, (branch, prompt) in enumerate(layout)
+            if self.branch in (None, branch) and self.prompt in (None, prompt)
+        ]
+
+
+class Whole(Part):
+    """All of a batch: everything in the run, or in the call, belongs to the same prompt or branch."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def take(self, value: Any, path: object) -> Any:
+        return value
+
+    def _is_batch(self, tensor: torch.Tensor) -> bool:
+        return True
+
+    def _slice(self, tensor: torch.Tensor, path: object) -> Any:
+        return ...
+
+
+class Frames(Part):
+    """Entries of a batch, as any part; in a video model that has an entry a frame inside, a tensor may also have one
+    for all frames."""
+
+    def __init__(self, start: int, stop: int, total: int, stride: int, name: str, frames: int) -> None:
+        super().__init__(start, stop, total, stride, name)
+        self.frames = frames
+
+    def _slice(self, tensor: torch.Tensor, path: object) -> slice:
+        if tensor.ndim and len(tensor) * self.frames == self.total:
+            return slice(self.start // self.frames, self.stop // self.frames, self.stride)
+        return super()._slice(tensor, path)
+
+
+class PlainRow(Part):
+    """A prompt's part of a batch that holds every prompt or every picture once, in order, such as the scheduler's."""
+
+    def __init__(self, layouts: Layouts, prompt: int, name: str) -> None:
+        self.layouts, self.prompt, self.name = layouts, prompt, name
+        self.total = layouts.prompts * layouts.pictures
+
+    def _slice(self, tensor: torch.Tensor, path: object) -> slice:
+        size = len(tensor) if tensor.ndim else 0
+        if size not in (self.layouts.prompts, self.total):
+            raise InputError(
+                f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and {self.layouts.prompts} "
+                f"prompts make {self.total} pictures. Read or assign it on the run itself"
+            )
+        each = size // self.layouts.prompts
+        return slice(self.prompt * each, (self.prompt + 1) * each)
+
+
+class DiffusionRow(Row):
+    """One prompt's part of a run, with all of its pictures."""
+
+    @property
+    def cond(self) -> "DiffusionRow":
+        """The prompt's part of the conditional branch."""
+        return DiffusionRow(self._run, self.index, self._part.of_branch(COND))
+
+    @property
+    def uncond(self) -> "DiffusionRow":
+        """The prompt's part of the unconditional branch."""
+        return DiffusionRow(self._run, self.index, self._part.of_branch(UNCOND))
+
+    @property
+    def images(self) -> Any:
+        """The pictures of the prompt; runs the pipeline to its end first."""
+        return self._of_result("images")
+
+    @property
+    def frames(self) -> Any:
+        """The videos of the prompt; runs the pipeline to its end first."""
+        return self._of_result("frames")
+
+    def _of_result(self, name: str) -> Any:
+        with keeping_attribute_errors(self):
+            pictures = self._part.layouts.pictures
+            return getattr(self._run, name)[self.index * pictures : (self.index + 1) * pictures]
+
+    def __getattr__(self, name: str) -> Any:
+        raise_kept(self)
+        return super().__getattr__(name)
+
+
+class BranchView(View):
+    """A run narrowed to one branch of guidance: `run.cond`, `run.uncond`."""
+
+    def __init__(self, run: Run, layouts: Layouts, branch: str) -> None:
+        super().__init__(run, Share(layouts, branch, branch=branch))
+
+    @property
+    def rows(self) -> tuple[DiffusionRow, ...]:
+        """One view per prompt, of this branch."""
+        return tuple(DiffusionRow(self._run, i, self._part.of_prompt(i)) for i in range(self._part.layouts.prompts))
+
+    def each(self, functions: Callable[[Row], Any] | Sequence[Callable[[Row], Any]]) -> list[Any]:
+        """A function for every row of this branch, each at its own place in the model: see `Run.each`."""
+        return each(self.rows, functions)
+
+
+def rows_of(run: Run, layouts: Layouts) -> tuple[DiffusionRow, ...]:
+    """A row for every prompt of a run."""
+    return tuple(DiffusionRow(run, i, Share(layouts, f"rows[{i}]", prompt=i)) for i in range(layouts.prompts))

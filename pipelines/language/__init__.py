@@ -1,0 +1,1 @@
+"""Language models: the wrapper, generation, standard names and accessors."""

@@ -1,0 +1,268 @@
+"""What a language model is given: text, several texts, token ids, tensors, dictionaries, chat messages.
+
+    inputs = encode(model, tokenizer, ["The cat", "The Eiffel Tower is"], left=True)
+    inputs.values       # {"input_ids": …, "attention_mask": …, "position_ids": …}
+    inputs.rows         # 2
+
+Texts of different lengths are padded, on the left where the model goes on writing; their positions then count from the
+first real token, so that a row is computed as it would be alone. Where padding on the left would be seen all the same
+(`sees_padding`), a forward pass is padded on the right.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from diffsight.errors import InputError, suggest
+from diffsight.pipelines.language.standard_names import embeddings
+
+_IGNORE_MASKS = {"rwkv", "xlstm"}  # recurrent, and every token counts
+_TABLES = ("embed_positions", "position_embeddings")  # of learned or fixed vectors, one a position
+_first_positions: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of a model's forward pass; `rows` says how many inputs they are, None where that cannot be told."""
+
+    values: dict[str, Any]
+    rows: int | None
+
+    @property
+    def tokens(self) -> torch.Tensor | None:
+        """The token ids, of the shape (rows, tokens)."""
+        return self.values.get("input_ids")
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """1 for real tokens, 0 for padding, of the same shape."""
+        return self.values.get("attention_mask")
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some rows are shorter than others."""
+        return isinstance(self.mask, torch.Tensor) and not self.mask.bool().all()
+
+    @property
+    def last(self) -> torch.Tensor | None:
+        """The number of the last real token of each row, (rows,), where some are padded behind it."""
+        mask = self.mask
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask[:, -1].all():
+            return None
+        return (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where they are."""
+        return next((v.device for v in self.values.values() if isinstance(v, torch.Tensor)), None)
+
+    def to(self, device: torch.device | None) -> "Inputs":
+        """The same on a device; where it is known, and there are tensors there."""
+        if device is None or device.type == "meta":
+            return self
+        values = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in self.values.items()}
+        return Inputs(values, self.rows)
+
+
+def encode(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> Inputs:
+    """`given` as the model takes it; padding goes to the left or to the right.
+
+    Raises InputError for what is no input: an empty prompt, one that is longer than the model's context, a mixture."""
+    values = _values(tokenizer, given, left)
+    _check_known(model, values)
+    tokens = values.get("input_ids")
+    if not isinstance(tokens, torch.Tensor):
+        first = next((v for v in values.values() if isinstance(v, torch.Tensor) and v.ndim), None)
+        return Inputs(values, None if first is None else len(first))
+    _check_tokens(model, tokens)
+    inputs = Inputs(values, len(tokens))
+    if left and inputs.is_padded and "position_ids" not in values and _takes(model, "position_ids"):
+        values["position_ids"] = (inputs.mask.long().cumsum(-1) - 1).clamp(min=0) + _first_position(model)
+    return inputs
+
+
+def sees_padding(model: nn.Module, layers: str) -> bool:
+    """Whether padding before the tokens of a row changes what is computed for them, though it is masked: the model
+    counts positions from the padding on, and cannot be told others, or it takes no notice of masks. `layers` is the
+    path of its layers."""
+    known = inspect.signature(model.forward).parameters
+    if "attention_mask" not in known or getattr(model.config, "model_type", "") in _IGNORE_MASKS:
+        return True
+    tables = (path for path, _ in model.named_modules() if path.endswith(_TABLES))
+    return "position_ids" not in known and any(layers.startswith(path.rpartition(".")[0]) for path in tables)
+
+
+def picks_tokens(model: nn.Module) -> bool:
+    """Whether attention goes to a few chosen tokens, or to blocks of them: padding on the left takes part in that."""
+    return any("Indexer" in type(module).__name__ for module in model.modules())
+
+
+# ---- of every kind
+
+
+def _values(tokenizer: Any, given: Any, left: bool) -> dict[str, Any]:
+    if isinstance(given, str):
+        return _of_texts(tokenizer, [given], left)
+    if isinstance(given, torch.Tensor):
+        return {"input_ids": _ids(given)}
+    if isinstance(given, Mapping):
+        if "role" in given and "content" in given:
+            return _of_chats(tokenizer, [[given]], left)
+        if not given:
+            raise InputError("there is no input: the dictionary is empty")
+        values = {name: torch.as_tensor(v) if isinstance(v, list) else v for name, v in given.items()}
+        if isinstance(values.get("input_ids"), torch.Tensor) and values["input_ids"].ndim == 1:
+            values = {n: v[None] if isinstance(v, torch.Tensor) and v.ndim == 1 else v for n, v in values.items()}
+        return values
+    if (isinstance(given, Sequence) and not isinstance(given, bytes)) or hasattr(given, "__array__"):
+        return _of_list(tokenizer, list(given), left)
+    raise InputError(
+        f"a language model takes a text, a list of texts, token ids, a tensor, a dictionary or chat messages, not "
+        f"{type(given).__name__}"
+    )
+
+
+def _of_list(tokenizer: Any, given: list, left: bool) -> dict[str, Any]:
+    if not given:
+        raise InputError("there is no input: the list is empty")
+    kinds = {_kind(item) for item in given}
+    if len(kinds) > 1:
+        raise InputError(f"a batch is of one kind: this one mixes {' and '.join(sorted(kinds))}")
+    kind = kinds.pop()
+    if kind == "text":
+        return _of_texts(tokenizer, given, left)
+    if kind == "numbers":
+        return {"input_ids": torch.tensor([[int(n) for n in given]])}
+    if kind == "token ids":
+        return _padded([_ids(torch.as_tensor(ids)).flatten() for ids in given], _padding(tokenizer), left)
+    if kind == "messages":
+        return _of_chats(tokenizer, [given], left)
+    if kind == "chats":
+        return _of_chats(tokenizer, given, left)
+    raise InputError(f"a language model takes texts, token ids or chat messages, not a list of {kind}")
+
+
+def _kind(item: Any) -> str:
+    if isinstance(item, str):
+        return "text"
+    if isinstance(item, bool):
+        return "bool"
+    if hasattr(item, "__index__") and not getattr(item, "ndim", 0):
+        return "numbers"
+    if isinstance(item, Mapping):
+        return "messages" if "role" in item else "dictionaries"
+    if isinstance(item, (list, tuple)) and item and isinstance(item[0], Mapping):
+        return "chats"
+    if isinstance(item, (list, tuple, torch.Tensor)) or hasattr(item, "__array__"):
+        return "token ids"
+    return type(item).__name__
+
+
+def _of_texts(tokenizer: Any, texts: list[str], left: bool) -> dict[str, Any]:
+    tokenizer = _needed(tokenizer, "a text")
+    for text in texts:
+        if not text:
+            raise InputError("the prompt is empty: give at least one word, or token ids")
+    if len(texts) == 1:
+        values = dict(tokenizer(texts[0], return_tensors="pt"))
+        _check_not_empty(values["input_ids"][0], texts[0])
+        return values
+    each = [dict(tokenizer(text, return_tensors="pt")) for text in texts]
+    for text, one in zip(texts, each):
+        _check_not_empty(one["input_ids"][0], text)
+    values = _padded([one["input_ids"][0] for one in each], _padding(tokenizer), left)
+    if "token_type_ids" in each[0]:
+        values["token_type_ids"] = _padded([one["token_type_ids"][0] for one in each], 0, left)["input_ids"]
+    return values
+
+
+def _of_chats(tokenizer: Any, chats: list, left: bool) -> dict[str, Any]:
+    tokenizer = _needed(tokenizer, "chat messages")
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise InputError("the tokenizer has no chat template: give a text, or a model that was taught to chat")
+    ids = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
+    return _padded([torch.tensor(one) for one in ids], _padding(tokenizer), left)
+
+
+def _padded(rows: list[torch.Tensor], padding: int, left: bool) -> dict[str, torch.Tensor]:
+    length = max(len(row) for row in rows)
+    ids = torch.full((len(rows), length), padding, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        place = slice(length - len(row), length) if left else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _ids(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.numel():
+        raise InputError("the prompt has no tokens")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise InputError(f"token ids are whole numbers, not {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.ndim not in (1, 2):
+        raise InputError(f"token ids have the shape (tokens,) or (rows, tokens), not {tuple(tensor.shape)}")
+    return tensor.long() if tensor.ndim == 2 else tensor.long()[None]
+
+
+# ---- checks
+
+
+def _needed(tokenizer: Any, what: str) -> Any:
+    if tokenizer is None:
+        raise InputError(
+            f"{what} needs a tokenizer, and the model has none: LanguageModel((model, tokenizer)), or give token ids"
+        )
+    return tokenizer
+
+
+def _padding(tokenizer: Any) -> int:
+    known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((n for n in known if n is not None), 0)
+
+
+def _check_not_empty(ids: torch.Tensor, text: str) -> None:
+    if not len(ids):
+        raise InputError(f"the prompt {text!r} has no tokens: give at least one word, or token ids")
+
+
+def _check_known(model: nn.Module, values: Mapping[str, Any]) -> None:
+    known = inspect.signature(model.forward).parameters
+    if "input_ids" in known and values.keys().isdisjoint(known):
+        hints = "".join(f"{name!r}{suggest(name, known)}" for name in list(values)[:1])
+        raise InputError(f"{type(model).__name__} takes nothing of what the dictionary holds: {hints}")
+
+
+def _check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
+    if not tokens.numel():
+        raise InputError("the prompt has no tokens")
+    if tokens.is_meta:
+        return
+    words = getattr(embeddings(model), "num_embeddings", None)
+    if isinstance(words, int) and (tokens.max() >= words or tokens.min() < 0):
+        wrong = int(tokens.max()) if tokens.max() >= words else int(tokens.min())
+        raise InputError(f"there is no token {wrong}: the model knows 0 to {words - 1}")
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    context = getattr(config, "max_position_embeddings", None)
+    context = context - _first_position(model) if isinstance(context, int) else 0
+    if 0 < context < tokens.shape[-1]:
+        raise InputError(f"the prompt is too long: {tokens.shape[-1]} tokens, and the model's context is {context}")
+
+
+def _first_position(model: nn.Module) -> int:
+    """The position of the first token: in RoBERTa and its kin, whose padding token is in the table of positions too,
+    the one behind that."""
+    if model not in _first_positions:
+        counts = (m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids"))
+        padding = getattr(next(counts, None), "padding_idx", None)
+        _first_positions[model] = 0 if padding is None else padding + 1
+    return _first_positions[model]
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters

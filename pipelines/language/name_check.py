@@ -1,0 +1,323 @@
+"""Proves that the names found in a model are right, by following the values through one forward pass on fake tensors
+(PyTorch's meta device: shapes without numbers).
+
+Every tensor carries the names of the parts that it was computed from; the output of a named part carries that name
+alone. So what reaches a part tells where it comes from: each layer must get what the layer before it gave, the final
+norm what the last layer gave, the head what the norm gave and nothing that went past it, and the logits must come from
+the head alone.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diffsight.errors import InputError
+from diffsight.extending import HookTables
+from diffsight.pipelines.language.spans import module_at
+from diffsight.pipelines.language.standard_names import layer_names
+from diffsight.pipelines.language.unembedding import Layout
+
+
+class NamesWarning(UserWarning):
+    """The names found in a model could not be checked."""
+
+
+@dataclass
+class Structure:
+    """What a check has seen of a model: `tuples` gives, for each layer, how many values it returns (0: a tensor);
+    `layout` says where the tokens are in what layers give; `has_plain_tail` whether nothing lies between the last layer
+    and the logits but the final norm and the head."""
+
+    tuples: list[int] = field(default_factory=list)
+    layout: Layout | None = field(default_factory=Layout)
+    has_plain_tail: bool = True
+
+
+class Provenance(TorchDispatchMode):
+    """Keeps, for every tensor, the names of the parts that it was computed from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: dict[int, frozenset[str]] = {}
+        self._kept: list[torch.Tensor] = []  # so that no storage is freed and its number used again
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        found = self.of((args, kwargs))
+        for tensor in _tensors(output):
+            key = tensor.untyped_storage()._cdata
+            self._kept.append(tensor)
+            self._names[key] = self._names.get(key, frozenset()) | found
+        for tensor in _tensors(args) if func._schema.is_mutable else ():
+            key = tensor.untyped_storage()._cdata
+            if tensor is args[0]:
+                self._names[key] = self._names.get(key, frozenset()) | found
+        return output
+
+    def of(self, value: Any) -> frozenset[str]:
+        """The names of the parts that the tensors in `value` come from."""
+        keys = (tensor.untyped_storage()._cdata for tensor in _tensors(value))
+        return frozenset().union(*(self._names.get(key, frozenset()) for key in keys))
+
+    def name(self, value: Any, name: str, alone: bool = True) -> None:
+        """From here on `value` comes from the part `name`, and from no other if `alone`."""
+        for tensor in _tensors(value):
+            self._kept.append(tensor)
+            before = frozenset() if alone else self.of(tensor)
+            self._names[tensor.untyped_storage()._cdata] = before | {name}
+
+
+def check_names(
+    model: nn.Module,
+    names: Mapping[str, str],
+    inputs: Mapping[str, torch.Tensor],
+    parts: Callable[[nn.Module], Mapping[str, str]] = layer_names,
+) -> Structure | None:
+    """Checks `names` (as `naming.model_names` gives them), and those that `parts` gives of each layer, with one forward
+    pass over `inputs`. Gives None where that needs the weights, and the model has none yet.
+
+    Raises InputError where a name means something else than it should, saying which and how to name the part; warns
+    where the pass cannot be made."""
+    watch = _Watch(model, names, parts)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _unchanged(model), watch:
+            try:
+                fake = _fake(model)
+                with _without_looking(model):
+                    watch.run(
+                        lambda **kwargs: functional_call(model, fake, kwargs=kwargs),
+                        {name: tensor.to("meta") for name, tensor in inputs.items()},
+                    )
+            except _Wrong:
+                raise
+            except Exception:  # what depends on the data, as the choice of experts may, needs real tensors
+                if any(parameter.is_meta for parameter in model.parameters()):
+                    return None
+                watch.run(model, inputs)
+    except _Wrong as wrong:
+        raise InputError(_explained(model, names, parts, *wrong.args)) from None
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        warnings.warn(
+            f"the names found in {type(model).__name__} could not be checked, a forward pass over three tokens fails: "
+            f"{type(error).__name__}: {reason}",
+            NamesWarning,
+            stacklevel=4,
+        )
+    return watch.structure
+
+
+class _Wrong(Exception):
+    """A name is wrong: the name, and what it should have been."""
+
+
+class _Watch:
+    """Follows the named parts of a model through forward passes."""
+
+    def __init__(self, model: nn.Module, names: Mapping[str, str], parts: Callable) -> None:
+        self.model, self.names, self.parts = model, names, parts
+        self.layers = list(model.get_submodule(names["layers"])) if "layers" in names else []
+        self.structure = Structure([0] * len(self.layers))
+        self.hooks: list[Any] = []
+
+    def run(self, model: Callable, inputs: Mapping[str, torch.Tensor]) -> None:
+        self.seen: set[str] = set()
+        self.into_norm: frozenset[str] = frozenset()
+        self.passed: dict[tuple[str, str], _Passed] = {}  # what goes into parts and comes out of them
+        self.shape = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
+        with Provenance() as self.origin:
+            self.finish(model(**inputs))
+
+    def __enter__(self) -> "_Watch":
+        names = self.names
+        if "embed_tokens" in names:
+            self.watch("embed_tokens", self.model, names["embed_tokens"])
+        for index, layer in enumerate(self.layers):
+            for part, real in self.parts(layer).items():
+                self.watch(f"layers[{index}].{part}", layer, real)
+            self.watch(f"layers[{index}]", self.model, f"{names['layers']}.{index}", self.enter_layer, self.leave_layer)
+        if "ln_final" in names:
+            self.watch("ln_final", self.model, names["ln_final"], self.enter_norm)
+        if "lm_head" in names:
+            self.watch("lm_head", self.model, names["lm_head"], self.enter_head)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def watch(
+        self, name: str, outer: nn.Module, real: str, enter: Callable | None = None, leave: Callable | None = None
+    ) -> None:
+        first, last = module_at(outer, real)
+
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.passed[name, "in"] = _Passed.of(_hidden(args, kwargs))
+            if enter is not None:
+                enter(name, self.origin.of(_hidden(args, kwargs)))
+
+        def after(module: nn.Module, args: tuple, output: Any) -> None:
+            if leave is not None:
+                leave(name, output)
+            self.passed[name, "out"] = _Passed.of(_first(output))
+            self.seen.add(name)
+            self.origin.name(output, name, alone="." not in name)  # a part of a layer may return the residual along
+
+        self.hooks.append(first.register_forward_pre_hook(before, with_kwargs=True))
+        self.hooks.append(last.register_forward_hook(after))
+
+    # ---- what must hold
+
+    def enter_layer(self, name: str, origin: frozenset[str]) -> None:
+        index = int(name[len("layers[") : -1])
+        before = f"layers[{index - 1}]"
+        if index and before not in origin:
+            raise _Wrong("layers", f"{name} does not get what {before} gives")
+        if index and origin != {before}:
+            past = sorted(origin - {before})[-1]
+            raise _Wrong("layers", f"{past} reaches {name} past {before}")
+
+    def leave_layer(self, name: str, output: Any) -> None:
+        index = int(name[len("layers[") : -1])
+        self.structure.tuples[index] = len(output) if isinstance(output, (tuple, list)) else 0
+        if not isinstance(_first(output), torch.Tensor):
+            raise _Wrong("layers", f"{name} gives no tensor first, but {type(_first(output)).__name__}")
+        origin = self.origin.of(_first(output))
+        for part in self.parts(self.layers[index]):
+            inner = f"{name}.{part}"
+            if inner in self.seen and inner not in origin:
+                raise _Wrong(inner, f"what {inner} gives does not reach the output of {name}")
+
+    def enter_norm(self, name: str, origin: frozenset[str]) -> None:
+        self.into_norm = origin  # of the last call: some models norm the embeddings with the same module
+
+    def enter_head(self, name: str, origin: frozenset[str]) -> None:
+        last = f"layers[{len(self.layers) - 1}]"
+        if "ln_final" in self.names and self.layers and last not in self.into_norm:
+            raise _Wrong("ln_final", f"it does not get what {last} gives")
+        before = "ln_final" if "ln_final" in self.names else f"layers[{len(self.layers) - 1}]"
+        if (self.layers or before == "ln_final") and before not in origin:
+            raise _Wrong("lm_head", f"it does not get what {before} gives")
+        past = sorted(o for o in origin if o.startswith("layers[")) if before == "ln_final" else []
+        if past:
+            raise _Wrong("ln_final", f"{past[-1]} reaches lm_head past it")
+
+    def finish(self, output: Any) -> None:
+        missing = [f"layers[{i}]" for i in range(len(self.layers)) if f"layers[{i}]" not in self.seen]
+        missing += [
+            name for name in ("ln_final", "lm_head", "embed_tokens") if name in self.names and name not in self.seen
+        ]
+        if missing:
+            raise _Wrong(missing[0].split("[")[0], f"{missing[0]} is not called by the model")
+        logits = output.get("logits") if isinstance(output, Mapping) else None
+        self.look_at_tail(logits)
+        if "lm_head" in self.names and isinstance(logits, torch.Tensor):
+            origin = self.origin.of(logits)
+            past = sorted(origin & (self.seen - {"lm_head"}))
+            if "lm_head" not in origin:
+                raise _Wrong("lm_head", "the logits do not come from it")
+            if past:
+                raise _Wrong("lm_head", f"{past[-1]} reaches the logits past it")
+
+    def look_at_tail(self, logits: Any) -> None:
+        """Whether the final norm gets just what the last layer gives, the head what the norm gives, and so on."""
+        if not self.layers or not isinstance(logits, torch.Tensor):
+            return
+        last = f"layers[{len(self.layers) - 1}]"
+        parts = [last, *(name for name in ("ln_final", "lm_head") if name in self.names)]
+        into = [self.passed[part, "in"] for part in parts[1:]] + [_Passed.of(logits)]
+        is_module = ":" not in self.names.get("lm_head", "")  # between the parts of a span there may be anything
+        passes_on = all(self.passed[a, "out"].is_same(b) for a, b in zip(parts, into))
+        self.structure.has_plain_tail = is_module and passes_on
+        self.structure.layout = Layout.of(self.passed[last, "out"].tensor.shape, *self.shape)
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """A tensor as it was when it passed: afterwards it may be changed in place."""
+
+    tensor: Any
+    version: int
+
+    @classmethod
+    def of(cls, value: Any) -> "_Passed":
+        return cls(value, value._version if isinstance(value, torch.Tensor) else 0)
+
+    def is_same(self, later: "_Passed") -> bool:
+        a, b = self.tensor, later.tensor
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            return False
+        places = [(t.untyped_storage()._cdata, t.storage_offset(), t.shape, t.stride()) for t in (a, b)]
+        return places[0] == places[1] and self.version == later.version
+
+
+def _explained(model: nn.Module, names: Mapping[str, str], parts: Callable, name: str, reason: str) -> str:
+    real, part = names.get(name), name
+    if real is None:  # of a layer: layers[3].mlp
+        layer, _, part = name.partition(".")
+        index = int(layer[len("layers[") : -1])
+        real = parts(model.get_submodule(names["layers"])[index])[part]
+    return (
+        f"{type(model).__name__}: {name!r} was taken to be {real!r}, but {reason}. Name it yourself, as in "
+        f"LanguageModel(source, names={{{part!r}: 'path.of.the.module'}}), or leave it out with {{{part!r}: None}}"
+    )
+
+
+def _fake(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters and buffers of a model, without their numbers."""
+    return {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+@contextmanager
+def _without_looking(model: nn.Module) -> Iterator[None]:
+    """Has a model of transformers do without values where it can: experts are called in a way that does not depend on
+    how many tokens each gets, and a warning that looks at the token ids is left out (until `_unchanged` ends)."""
+    warns, experts = "warn_if_padding_and_no_attention_mask", "_experts_implementation"
+    configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), experts)]
+    before = [getattr(config, experts) for config in configs]
+    for module in model.modules():
+        if hasattr(module, warns):
+            setattr(module, warns, lambda *args, **kwargs: None)
+    try:
+        for config in configs:
+            setattr(config, experts, "batched_mm")
+        yield
+    finally:
+        for config, chosen in zip(configs, before):
+            setattr(config, experts, chosen)
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, (tuple, list)) and value else value
+
+
+def _hidden(args: tuple, kwargs: dict) -> Any:
+    """The hidden states among the arguments of a layer."""
+    return args[0] if args else kwargs.get("hidden_states", tuple(kwargs.values())[:1])
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Puts back what modules keep of a pass (tables of positions and the like): those of a fake one are fake."""
+    before = [(module, HookTables(module), dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, hooks, attributes, buffers in before:
+            hooks.restore()
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)

@@ -1,0 +1,87 @@
+"""Points that no single module is: a span of modules that together are an MLP, an attention or a head.
+
+BART's layers call `fc1` and `fc2` themselves; `layer.mlp` then is the span `fc1:fc2`, whose input is that of `fc1` and
+whose output is that of `fc2`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from diffsight.errors import InputError
+from diffsight.extending import Tap, Target, current_owner, join
+
+
+class Attached:
+    """What a run has put on a model, to be taken off again."""
+
+    def __init__(self, *undo: Callable[[], None]) -> None:
+        self._undo = undo
+
+    def remove(self) -> None:
+        for undo in self._undo:
+            undo()
+
+
+class Span(Target):
+    """From the inputs of the module `first` to the output of the module `last`, below the target `outer`."""
+
+    __slots__ = ("first", "last")
+
+    def __init__(self, outer: Target, name: str, first: Target, last: Target) -> None:
+        super().__init__(outer.owner, name, join(outer.path, name), outer)
+        self.first, self.last = first, last
+
+    def attach(self, tap: Tap) -> Attached:
+        flow, first, last = tap.flow, self.first.owner, self.last.owner
+
+        def before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
+            return tap.enter(args, kwargs) if current_owner() is flow and flow.taps else None
+
+        def after(module: nn.Module, args: tuple, output: Any) -> Any:
+            if current_owner() is not flow or not flow.taps:
+                return None
+            skip = tap.skips.pop(tap.active[-1], None) if tap.skips and tap.active else None
+            return tap.leave(output if skip is None else skip.value)
+
+        handles = [
+            first.register_forward_pre_hook(before, with_kwargs=True),
+            last.register_forward_hook(after, prepend=True),
+        ]
+        return Attached(*(handle.remove for handle in handles))
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        raise InputError(
+            f"{self.path} is no module of its own and cannot be called: what contains its parts calls them itself"
+        )
+
+
+def target_at(outer: Target, name: str, real: str) -> Target:
+    """The target of the real path (or span, `first:last`) below `outer`, under its standard name."""
+    if ":" not in real:
+        found = _below(outer, real)
+        return Target(found.owner, found.name, join(outer.path, name), found.outer)
+    first, last = (_below(outer, path) for path in real.split(":"))
+    return Span(outer, name, first, last)
+
+
+def is_at(target: Target, outer: Target, real: str) -> bool:
+    """Whether a target, made before for the real path below `outer`, is still what stands there."""
+    first, _, last = real.partition(":")
+    if isinstance(target, Span):
+        return target.first.owner is _below(outer, first).owner and target.last.owner is _below(outer, last).owner
+    return target.owner is _below(outer, first).owner
+
+
+def _below(outer: Target, path: str) -> Target:
+    found = outer
+    for step in path.split("."):
+        found = found.children()[step]
+    return found
+
+
+def module_at(module: nn.Module, real: str) -> tuple[nn.Module, nn.Module]:
+    """The first and the last module of a real path or span."""
+    first, _, last = real.partition(":")
+    return module.get_submodule(first), module.get_submodule(last or first)

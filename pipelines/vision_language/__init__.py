@@ -1,0 +1,1 @@
+"""Vision-language models: the wrapper, processors and image tokens."""

@@ -1,0 +1,198 @@
+"""VisionLanguageModel: a language model that sees. Pictures and text go in, every part is traceable.
+
+model = VisionLanguageModel("llava-hf/llava-1.5-7b-hf")     # or a folder, or a live (model, processor)
+
+with model.trace("What is this?", images="cat.png") as run:
+    patches = run.layers_output[20][0, run.image_grids[0][0]]       # (rows, columns, features), as on the picture
+    run.vision.layers[3].output[:] = 0                              # the vision tower, under the same names
+run.image_tokens                                            # of each input, the positions of its image tokens
+
+model.generate("What is this?", images=picture, max_new_tokens=20, seed=0).text
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from diffsight.errors import InputError
+from diffsight.extending import Row, owner_of, part_of, run_of
+from diffsight.pipelines.language.inputs import Inputs
+from diffsight.pipelines.language.loading import Source, hub_arguments, place_of
+from diffsight.pipelines.language.model import LanguageModel, LanguageRun
+from diffsight.pipelines.language.standard_names import path_of, standard_names
+from diffsight.pipelines.vision_language.image_rows import RowPart, modules_that_see
+from diffsight.pipelines.vision_language.image_tokens import image_grids
+from diffsight.pipelines.vision_language.processors import (
+    chats_in,
+    checked,
+    load_processor,
+    process,
+    process_chats,
+    texts_in,
+)
+
+
+class VisionLanguageRun(LanguageRun):
+    """A run of a vision-language model."""
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """One view per input: `a, b = run.rows`. In the vision tower a row's part is that of its pictures."""
+        rows, model = super().rows, self._model
+        names, inputs = model._names_of(owner_of(model)), self._pass._inputs
+        if inputs.tokens is None or "layers" not in names or "image_sizes" in inputs.values:
+            return rows
+        sees = modules_that_see(owner_of(model), names["layers"], names.get("lm_head"))
+        tokens = [len(own) for own in self.image_tokens]
+        return tuple(Row(run_of(row), row.index, RowPart(part_of(row), sees, tokens, row.index)) for row in rows)
+
+    @property
+    def image_tokens(self) -> list[torch.Tensor]:
+        """For each input, the positions in its sequence that hold image tokens, in order."""
+        tokens, marks = self.tokens, self._model._image_token_id()
+        if tokens is None:
+            raise InputError("run.image_tokens are found by their ids, and the inputs are no token ids")
+        return [(row == marks).nonzero().flatten() for row in tokens]
+
+    @property
+    def image_grids(self) -> list[list[torch.Tensor]]:
+        """For each input, for each of its pictures, the positions of its tokens as they lie on the picture: a tensor
+        (rows, columns) of positions, so that `hidden[0, run.image_grids[0][0]]` is (rows, columns, features).
+
+        Of a picture that is cut into tiles (Idefics3, SmolVLM), the tiles put together. Raises InputError where the
+        tokens lie on no grid (a resampler mixes them), or it cannot be told."""
+        positions, model = self.image_tokens, self._model
+        return image_grids(owner_of(model), model.tokenizer, self._pass._inputs.values, positions)
+
+
+class VisionLanguageModel(LanguageModel):
+    """Wraps a language model that sees: `source` is a hub id, a folder, a live model or `(model, processor)`; a
+    processor given as the second argument, live or by name, is taken in the place of the model's own. `names` and
+    `arguments` are those of `LanguageModel`.
+
+    It is a `LanguageModel` in all that is said there, and `vision` is one more standard name: the vision tower, with
+    `layers` and, where it has one, `ln_final`.
+
+    Raises InputError where `source` names no model, and where a name turns out to be wrong."""
+
+    _run_class = VisionLanguageRun
+    _vision: Mapping[str, str] = {}  # the name of the vision tower, once it is found
+
+    def __init__(
+        self, source: Source, processor: Any = None, *, names: Mapping[str, str | None] | None = None, **arguments: Any
+    ) -> None:
+        if isinstance(source, tuple):
+            if len(source) != 2 or processor is not None:
+                raise InputError("a live model comes with one processor: (model, processor)")
+            source, processor = source
+        processor, lacking = _processor(source, processor, arguments)
+        others = {name: path for name, path in (names or {}).items() if name != "vision"}
+        super().__init__(source, getattr(processor, "tokenizer", None), names=others, **arguments)
+        self.__dict__.update(processor=processor, _lacking=lacking, _vision=_vision(self._owner, names or {}))
+
+    def trace(self, inputs: Any = None, images: Any = None, *, grad: bool = False, **kwargs: Any) -> VisionLanguageRun:
+        """A run of one forward pass: `with model.trace("What is this?", images=picture) as run:`.
+
+        `inputs` are a text, a list of texts, or chat messages, which may hold pictures themselves; or what a processor
+        has made of them, a dictionary. `images` are a picture (a PIL image, a path, a tensor), or a list of them: of
+        one text all its pictures, of several one each, or a list each. Where a text has no placeholder for its
+        pictures, they stand before it. `kwargs` go to the model's forward pass."""
+        if inputs is None and images is None:
+            return super().trace(grad=grad, **kwargs)
+        return super().trace(self._processed(inputs, images), grad=grad, **kwargs)
+
+    def generate(
+        self, inputs: Any = None, images: Any = None, *, seed: int | None = None, grad: bool = False, **kwargs: Any
+    ) -> VisionLanguageRun:
+        """A run in which the model writes: `model.generate("What is this?", images=picture, max_new_tokens=20).text`. A
+        step is one token.
+
+        `inputs` and `images` are those of `trace`; the rest is as in `LanguageModel.generate`."""
+        if inputs is None and images is None:
+            return super().generate(seed=seed, grad=grad, **kwargs)
+        return super().generate(self._processed(inputs, images), seed=seed, grad=grad, **kwargs)
+
+    # ---- inputs
+
+    _left_out_of_generate = ("position_ids",)
+
+    def _processed(self, inputs: Any, images: Any) -> Any:
+        """What the processor makes of texts and pictures; token ids and the like as they are."""
+        texts, chats = texts_in(inputs), chats_in(inputs)
+        if texts is None and chats is None:
+            if images is not None:
+                what = "pictures go along with a text, a list of texts or chat messages"
+                given = "nothing" if inputs is None else type(inputs).__name__
+                raise InputError(f"{what}, not with {given}: a dictionary holds what a processor made of both")
+            return inputs
+        if self.processor is None:
+            raise InputError(f"a text needs a processor, and the model has none: {self._lacking}")
+        if texts is not None:
+            return process(self.processor, texts, images, self._pads_left())
+        return process_chats(self.processor, chats, images, self._pads_left())
+
+    def _encode(self, inputs: Any, kwargs: Mapping[str, Any], writes: bool = False) -> Inputs:
+        encoded = super()._encode(inputs, kwargs, writes)
+        given = inputs if isinstance(inputs, Mapping) else kwargs
+        if "position_ids" not in given and _has_own_positions(self._owner):
+            encoded.values.pop("position_ids", None)
+        return encoded
+
+    def _image_token_id(self) -> int:
+        config = self._owner.config
+        known = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
+        known.append(getattr(self.processor, "image_token_id", None))
+        found = next((mark for mark in known if mark is not None), None)
+        if found is None:
+            raise InputError(f"{type(self._owner).__name__} has no image tokens in its sequence")
+        return found
+
+    # ---- names
+
+    def _names_of(self, owner: Any) -> Mapping[str, str]:
+        names = super()._names_of(owner)
+        return {**names, **self._vision} if owner is self._owner else names
+
+    def _find_names(self, part: nn.Module) -> dict[str, str]:
+        tower = self._vision.get("vision")
+        if tower is not None and part is self._owner.get_submodule(tower):
+            return standard_names(part)
+        return super()._find_names(part)
+
+
+_SEEN = ("pixel_values", "flattened_patches")  # what vision towers are given
+
+
+def _processor(source: Any, given: Any, arguments: Mapping[str, Any]) -> tuple[Any, str]:
+    """The processor of a model; where it has none, what to do about it."""
+    if given is not None:
+        return (load_processor(given) if isinstance(given, (str, Path)) else checked(given)), ""
+    if not isinstance(source, (str, Path)):
+        return None, "VisionLanguageModel((model, processor))"
+    try:
+        return load_processor(place_of(source), **hub_arguments(arguments)), ""
+    except InputError as error:
+        return None, f"{error}. Give it with the model: VisionLanguageModel(source, processor)"
+
+
+def _vision(net: nn.Module, names: Mapping[str, str | None]) -> dict[str, str]:
+    """The standard name of the vision tower, as the user has it, or as it is found; none where there is none."""
+    if "vision" in names:
+        path = names["vision"]
+        if path is not None and path not in dict(net.named_modules()):
+            raise InputError(f"names: {type(net).__name__} has no module {path!r} to be 'vision'")
+        return {} if path is None else {"vision": path}
+    tower = net.get_encoder(modality="image") if hasattr(net, "get_encoder") else net
+    if tower is net or tower is None:
+        inside = (module for module in net.modules() if isinstance(module, PreTrainedModel) and module is not net)
+        tower = next((module for module in inside if module.main_input_name in _SEEN), net)
+    return {} if tower is net else {"vision": path_of(net, tower)}
+
+
+def _has_own_positions(net: nn.Module) -> bool:
+    """Whether the model finds the positions itself: Qwen2-VL and its kin count rows and columns of patches."""
+    return any(hasattr(module, "get_rope_index") for module in net.modules())
