@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from diffsight.errors import InputError
-from diffsight.extending import INPUTS, OUTPUT, Asked, first_input, flow_of, model_of, owner_of, target_of
+from diffsight.extending import INPUTS, OUTPUT, first_input, flow_of, model_of, open_run, owner_of, tree_of
 from diffsight.pipelines.diffusion.guidance import COND
 from diffsight.pipelines.diffusion.progress import progress_bar
 from diffsight.pipelines.diffusion.prompts import PromptWarning
@@ -89,8 +89,8 @@ def read(model: "DiffusionModel", prompt: str | None, arguments: Mapping[str, An
 
 def candidates(model: "DiffusionModel") -> list[str]:
     """The components that may encode text: those with layers and a word embedding."""
-    parts = {name: part for name, part in model._parts().items() if isinstance(part, nn.Module)}
-    return [n for n, m in parts.items() if "layers" in model._names_of(m) and word_embeddings(m)]
+    parts = {name: part for name, part in tree_of(model).parts().items() if isinstance(part, nn.Module)}
+    return [n for n, m in parts.items() if "layers" in tree_of(model).names_of(m) and word_embeddings(m)]
 
 
 def _read_plain_prompt(model: "DiffusionModel", reading: Reading) -> None:
@@ -119,7 +119,7 @@ def _encoding(model: "DiffusionModel") -> "DiffusionRun":
     needed |= {name: 1 for name in needed if name.startswith("num_")}
     known = {"prompt": _PLAIN_PROMPT, "device": device, "do_classifier_free_guidance": False}
     given = needed | {p.name: known[p.name] for p in parameters if p.name in known}
-    return model._new_run(lambda: torch.no_grad()(model.pipeline.encode_prompt)(**given))
+    return open_run(model, lambda: torch.no_grad()(model.pipeline.encode_prompt)(**given))
 
 
 def _needed(pipeline: Any) -> dict[str, Any]:
@@ -148,20 +148,20 @@ def _watch(run: "DiffusionRun", reading: Reading) -> None:
     names = candidates(model)
     for name in names:
         reading.encoders[name] = _watch_encoder(run, name, given)
-    for name, part in model._parts().items():
+    for name, part in tree_of(model).parts().items():
         if "tokenizer" in name or name == "processor":
             _keep(run, name, OUTPUT, lambda output, name=name: given.append((name, _listed_ids(output))))
         elif isinstance(part, nn.Module) and name not in names:
             _keep(run, name, INPUTS, lambda inputs, name=name, part=part: _add(reading, _arguments(name, part, inputs)))
-    for name in model._methods_of(owner_of(model)):
+    for name in tree_of(model).methods_of(owner_of(model)):
         count = iter(range(1000))
         _keep(run, name, OUTPUT, lambda output, name=name, c=count: _add(reading, _returned(name, next(c), output)))
 
 
 def _watch_encoder(run: "DiffusionRun", name: str, given: list[tuple[str, list | None]]) -> EncoderReading:
-    module, names = owner_of(model_of(run)[name]), model_of(run)._names_of(owner_of(model_of(run)[name]))
+    module, names = owner_of(model_of(run)[name]), tree_of(run).names_of(owner_of(model_of(run)[name]))
     encoder = EncoderReading(name)
-    layouts = flow_of(run).watch
+    layouts = flow_of(run).observer
 
     def begin(inputs: tuple, words: str) -> None:
         ids = first_input(inputs, name)
@@ -219,7 +219,7 @@ def _watch_encoder(run: "DiffusionRun", name: str, given: list[tuple[str, list |
 
 def _keep(run: "DiffusionRun", path: str, part: str, function: Callable[[Any], None]) -> None:
     """Lets `function` have every value that passes a point."""
-    flow_of(run).keep(Asked(target_of(run[path]), part), lambda tap, call, value: function(value))
+    run.follow(f"{path}.{part}", function)
 
 
 def _own(value: Any) -> Any:

@@ -25,7 +25,7 @@ Texts = torch.Tensor | Sequence[torch.Tensor]  # embeddings, an entry of the bat
 
 class Layouts:
     """The batches of one run of a pipeline, which draws `pictures` pictures for each of `prompts` prompts. Looks on at
-    the run's calls (see `diffsight.engine.flow.Watch`)."""
+    the run's calls (see `diffsight.engine.flow.Observer`)."""
 
     def __init__(self, pipeline: Any, arguments: dict[str, Any], prompts: int, pictures: int) -> None:
         self.prompts, self.pictures = prompts, pictures
@@ -64,7 +64,7 @@ class Layouts:
                 "the run itself"
             )
         unknown = f"is of a branch that cannot be told: {component.path} was given"
-        if component.key not in tap.flow.clock.starts:
+        if component.key not in tap.host.clock.starts:
             return f"{unknown} words that are not just the prompt's, nor just the negative prompt's"
         if not self._texts:
             return f"{unknown} no text that {type(self._pipeline).__name__}.encode_prompt returned"
@@ -80,7 +80,7 @@ class Layouts:
             self._encoding.append(self._branch_of(target.owner, args, kwargs))
         elif target.outer is not None or target.name != FORWARD:
             return
-        elif target.key in tap.flow.clock.starts:
+        elif target.key in tap.host.clock.starts:
             turn = tap.entered - tap.step_base
             found = self._compare(id(target.owner), turn, [*_values(args, kwargs)])
             self._add(tap, partial(_in_turn, found, turn))
@@ -109,7 +109,7 @@ class Layouts:
         self._seen.clear()
 
     def _add(self, tap: Tap, look: "Callable[[], Layout | None]") -> None:
-        self._calls.setdefault(id(tap.target.owner), []).append(_Call(tap.flow.taps.entered(), look))
+        self._calls.setdefault(id(tap.target.owner), []).append(_Call(tap.host.taps.entered(), look))
 
     def _branch_of(self, pipeline: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
         """Whose prompt encode_prompt is called with: some pipelines call it for each branch, others once for both,

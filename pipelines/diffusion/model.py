@@ -29,16 +29,17 @@ from transformers import PreTrainedModel
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.extending import (
     FORWARD,
+    ChangedMethod,
     Clock,
     Model,
-    Override,
     Run,
     Step,
     Target,
+    Tree,
     flow_of,
     join,
     keeping_attribute_errors,
-    owner_of,
+    tree_of,
     with_gradients,
 )
 from diffsight.pipelines.diffusion.branches import BranchView, DiffusionRow, rows_of
@@ -56,11 +57,15 @@ _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_
 class DiffusionStep(Step):
     """One denoising step: from one `scheduler.step` to the next."""
 
+    def __init__(self, index: int, component: str, call: tuple[tuple, dict], tree: "DiffusionTree") -> None:
+        super().__init__(index, component, call)
+        self._tree = tree
+
     @property
     def timestep(self) -> float | None:
         """The scheduler's timestep, such as 981 at the beginning of a run of Stable Diffusion; None where the denoiser
         is told none."""
-        return self._model._timestep(self.component, self._call)
+        return self._tree.timestep(self.component, self._call)
 
 
 class DiffusionRun(Run):
@@ -69,17 +74,17 @@ class DiffusionRun(Run):
     @property
     def rows(self) -> tuple[DiffusionRow, ...]:
         """One view per prompt: `a, b = run.rows`. Each has `num_images_per_prompt` pictures."""
-        return rows_of(self._pass, flow_of(self._pass).watch)
+        return rows_of(self._pass, flow_of(self._pass).observer)
 
     @property
     def cond(self) -> BranchView:
         """The run narrowed to the conditional branch of guidance; all of it where guidance is off."""
-        return BranchView(self._pass, flow_of(self._pass).watch, COND)
+        return BranchView(self._pass, flow_of(self._pass).observer, COND)
 
     @property
     def uncond(self) -> BranchView:
         """The run narrowed to the unconditional branch of guidance: what the negative prompt makes."""
-        return BranchView(self._pass, flow_of(self._pass).watch, UNCOND)
+        return BranchView(self._pass, flow_of(self._pass).observer, UNCOND)
 
     @property
     def images(self) -> Any:
@@ -90,6 +95,9 @@ class DiffusionRun(Run):
     def frames(self) -> Any:
         """The videos that the pipeline made; runs it to its end first."""
         return self._of_result("frames")
+
+    def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> DiffusionStep:
+        return DiffusionStep(index, path, call, tree_of(self))
 
     def _of_result(self, name: str) -> Any:
         self._check_one_pass(name)
@@ -118,22 +126,19 @@ class DiffusionModel(Model):
     """
 
     _run_class = DiffusionRun
-    _opens_with = "generate"
 
     def __init__(self, source: str | Path | DiffusionPipeline, dispatch: bool = False, **arguments: Any) -> None:
         pipeline, loader = open_pipeline(source, **arguments)
-        self._wrap(Target(pipeline, "__call__", ""), loader)
+        self._wrap(DiffusionTree(Target(pipeline, "__call__", ""), loader))
         if dispatch:
-            self._load()
+            self._tree.weights.load()
         name = type(pipeline).__name__ if isinstance(source, DiffusionPipeline) else str(source)
         self.__dict__["source"] = name
-        self.__dict__.update(_standard_names=WeakKeyDictionary(), _part_targets={})
 
     @property
     def pipeline(self) -> DiffusionPipeline:
         """The pipeline itself, with its weights."""
-        self._load_unless_scanning()
-        return self._owner
+        return self.module
 
     @property
     def encoders(self) -> Encoders:
@@ -164,10 +169,7 @@ class DiffusionModel(Model):
 
         Raises InputError, before anything runs, for arguments that the pipeline does not have, an empty prompt, one
         that is too long for every tokenizer, and seeds that are negative or too few."""
-        arguments = self._bind(args, kwargs)
-        if arguments.get("prompt") is not None:
-            check_prompts(self._owner, arguments["prompt"], arguments)
-        seeds = None if seed is None else self._seeds(seed, arguments)
+        arguments, seeds = self._checked(args, seed, kwargs)
         again = None if args or "prompt" in kwargs else partial(self.generate, seed=seed, grad=grad, **kwargs)
 
         def call() -> Any:
@@ -181,14 +183,29 @@ class DiffusionModel(Model):
                 return with_gradients(self._owner.__call__)(*args, **given)
 
         run = self._new_run(call, again=again, grad=grad)
-        flow_of(run).watch = Layouts(self._owner, arguments, _inputs(arguments), _pictures_each(arguments))
+        flow_of(run).observer = Layouts(self._owner, arguments, _inputs(arguments), _pictures_each(arguments))
         return run
 
     def trace(self, *args: Any, **kwargs: Any) -> DiffusionRun:
         """The same as `generate`."""
         return self.generate(*args, **kwargs)
 
+    def check(self, *args: Any, seed: int | Sequence[int] | None = None, grad: bool = False, **kwargs: Any) -> None:
+        """Check the arguments of `generate` without opening a run or running anything.
+
+        Raises InputError if they cannot be used, and warns as `generate` does."""
+        self._checked(args, seed, kwargs)
+
     # ---- arguments
+
+    def _checked(
+        self, args: tuple, seed: int | Sequence[int] | None, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[int] | None]:
+        """The pipeline's arguments by name, and the seed of each image."""
+        arguments = self._bind(args, kwargs)
+        if arguments.get("prompt") is not None:
+            check_prompts(self._owner, arguments["prompt"], arguments)
+        return arguments, None if seed is None else self._seeds(seed, arguments)
 
     def _bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The pipeline's arguments by name, those that were given."""
@@ -222,72 +239,89 @@ class DiffusionModel(Model):
             raise InputError(f"{len(seeds)} seeds for {count} pictures: give one seed a picture, or a single number")
         return seeds
 
-    # ---- the parts of the pipeline
+    # ---- setting
 
-    def _attribute(self, owner: Any, name: str) -> Any:
-        return getattr(owner, name) if name in _WITHOUT_WEIGHTS else super()._attribute(owner, name)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._tree.parts():
+            setattr(self._owner, name, value)  # a component is exchanged: model.scheduler = DDIMScheduler(...)
+        else:
+            try:
+                super().__setattr__(name, value)
+            except PointNotFoundError as error:
+                raise PointNotFoundError(f"{error}{suggest(name, self._tree.parts())}") from None
 
-    def _parts(self) -> dict[str, Any]:
+
+class DiffusionTree(Tree):
+    """What can be tapped in a diffusers pipeline: its components, and the methods that pipelines call directly."""
+
+    opens_with = "generate"
+
+    def __init__(self, root: Target, load: Callable[[], None] | None = None) -> None:
+        super().__init__(root, load)
+        self._standard_names: WeakKeyDictionary = WeakKeyDictionary()
+        self._part_targets: dict[str, Target] = {}
+
+    def attribute(self, owner: Any, name: str) -> Any:
+        return getattr(owner, name) if name in _WITHOUT_WEIGHTS else super().attribute(owner, name)
+
+    def parts(self) -> dict[str, Any]:
         """The pipeline's components, by name."""
-        held = vars(self._owner)
-        parts = ((name, held.get(name)) for name in self._owner.config if not name.startswith("_"))
+        held = vars(self.root.owner)
+        parts = ((name, held.get(name)) for name in self.root.owner.config if not name.startswith("_"))
         return {name: part for name, part in parts if part is not None and not isinstance(part, _PLAIN)}
 
-    def _children_of(self, target: Target) -> dict[str, Target]:
-        if target.owner is not self._owner:
+    def children_of(self, target: Target) -> dict[str, Target]:
+        if target.owner is not self.root.owner:
             return target.named_children()
-        return part_targets(self._parts(), self._part_targets)
+        return part_targets(self.parts(), self._part_targets)
 
-    def _methods_of(self, owner: Any) -> Mapping[str, str]:
+    def methods_of(self, owner: Any) -> Mapping[str, str]:
         """`encode_prompt` of the pipeline, `encode` and `decode` of a VAE, `step` of a scheduler."""
-        if owner is self._owner:
+        if owner is self.root.owner:
             return {name: name for name in ("encode_prompt",) if _has_method(owner, name)}
-        for path, part in self._parts().items():
+        for path, part in self.parts().items():
             if part is owner:
                 return {name: join(path, name) for name in _methods_worth(part) if _has_method(part, name)}
         return {}
 
-    def _names_of(self, owner: Any) -> Mapping[str, str]:
+    def names_of(self, owner: Any) -> Mapping[str, str]:
         if not isinstance(owner, PreTrainedModel):
             return {}
         if owner not in self._standard_names:
-            component = any(part is owner for part in self._parts().values())
+            component = any(part is owner for part in self.parts().values())
             self._standard_names[owner] = standard_names(owner) if component else {}
         return self._standard_names[owner]
 
-    def _components(self) -> list[Target]:
-        targets = self._method_targets(self._target)
-        for target in self._children_of(self._target).values():
+    def components(self) -> list[Target]:
+        targets = self.method_targets(self.root)
+        for target in self.children_of(self.root).values():
             targets += [target] if target.is_called else []
-            targets += self._method_targets(target)
+            targets += self.method_targets(target)
         return targets
 
-    def _method_targets(self, target: Target) -> list[Target]:
-        return [Target(target.owner, name, path) for name, path in self._methods_of(target.owner).items()]
+    def method_targets(self, target: Target) -> list[Target]:
+        return [Target(target.owner, name, path) for name, path in self.methods_of(target.owner).items()]
 
-    def _stand_ins(self) -> Mapping[tuple[int, str], Callable]:
+    def stand_ins(self) -> Mapping[tuple[int, str], Callable]:
         """A safety checker looks at the pictures: a scan lets all of them pass."""
-        checkers = (target for target in self._children_of(self._target).values() if "safety_checker" in target.path)
+        checkers = (target for target in self.children_of(self.root).values() if "safety_checker" in target.path)
         return {target.key: partial(_let_pass, target.owner) for target in checkers}
 
-    def _clock(self) -> Clock:
+    def clock(self) -> Clock:
         """A step begins with a part that is told the timestep, once the scheduler has stepped since the last."""
-        parts = self._children_of(self._target).values()
+        parts = self.children_of(self.root).values()
         denoisers = [target for target in parts if target.name == FORWARD and _time_parameter(target.owner)]
-        steps = [target for part in parts for target in self._method_targets(part) if target.name == "step"]
+        steps = [target for part in parts for target in self.method_targets(part) if target.name == "step"]
         return Clock(denoisers, steps, lambda target, *call: _told(target.owner, *call))
 
-    def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> DiffusionStep:
-        return DiffusionStep(index, path, call, self)
-
-    def _timestep(self, component: str, call: tuple[tuple, dict]) -> float | None:
+    def timestep(self, component: str, call: tuple[tuple, dict]) -> float | None:
         """The timestep a denoiser was called with, in the scheduler's own count: some pipelines divide it by 1000."""
-        moment = _told(owner_of(self[component]), *call)
+        moment = _told(self.children_of(self.root)[component].owner, *call)
         if moment is None:
             return None
         told, rounding = moment
         near = []
-        for scheduler in (part for part in self._parts().values() if isinstance(part, SchedulerMixin)):
+        for scheduler in (part for part in self.parts().values() if isinstance(part, SchedulerMixin)):
             known = torch.as_tensor(getattr(scheduler, "timesteps", [])).flatten()
             span = scheduler.config.get("num_train_timesteps", 1000)
             for order, value in enumerate((told, told * span, (1 - told) * span) if known.numel() else ()):
@@ -296,30 +330,19 @@ class DiffusionModel(Model):
                     near.append((abs(nearest - value), order, nearest))
         return min(near)[2] if near else told
 
-    # ---- showing and setting
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._parts():
-            setattr(self._owner, name, value)  # a component is exchanged: model.scheduler = DDIMScheduler(...)
-        else:
-            try:
-                super().__setattr__(name, value)
-            except PointNotFoundError as error:
-                raise PointNotFoundError(f"{error}{suggest(name, self._parts())}") from None
-
-    def _describe(self, owner: Any) -> str:
-        if owner is not self._owner:
+    def describe(self, owner: Any) -> str:
+        if owner is not self.root.owner:
             return repr(owner)
-        lines, besides, names = [], list(self._methods_of(owner)), []
-        for path, part in self._parts().items():
+        lines, besides, names = [], list(self.methods_of(owner)), []
+        for path, part in self.parts().items():
             shown = repr(part) if isinstance(part, nn.Module) else f"{type(part).__name__}()"
             lines.append(f"  ({path}): " + shown.replace("\n", "\n  "))
-            besides += self._methods_of(part).values()
+            besides += self.methods_of(part).values()
             besides += [path] if not isinstance(part, nn.Module) and callable(part) else []
-            names += [f"{path}.{name} = {path}.{real}" for name, real in self._names_of(part).items() if name != real]
+            names += [f"{path}.{name} = {path}.{real}" for name, real in self.names_of(part).items() if name != real]
         text = f"{type(owner).__name__}(\n" + "\n".join(lines) + "\n)"
         text += "\ntraceable besides modules: " + ", ".join(f"{path}()" for path in besides)
-        return text + ("\nstandard names: " + ", ".join(names) if names else "") + self._weights_to_come()
+        return text + ("\nstandard names: " + ", ".join(names) if names else "") + self.describe_weights()
 
 
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
@@ -333,25 +356,11 @@ def _detached_pictures(pipeline: DiffusionPipeline) -> Iterator[None]:
     if processor is None:
         yield
         return
-    detached = _Detached(processor, "pt_to_numpy")
+    detached = ChangedMethod(processor, "pt_to_numpy", lambda method: lambda images: method(images.detach()))
     try:
         yield
     finally:
         detached.remove()
-
-
-class _Detached(Override):
-    """Detaches what the method is given; for all runs of a pipeline that are open at once."""
-
-    def put_on(self) -> None:
-        method = getattr(self.target, self.name)
-        self.own = self.target.__dict__.get(self.name)
-        self.target.__dict__[self.name] = lambda images: method(images.detach())
-
-    def take_off(self) -> None:
-        del self.target.__dict__[self.name]
-        if self.own is not None:
-            self.target.__dict__[self.name] = self.own
 
 
 def _let_pass(checker: nn.Module, clip_input: torch.Tensor, images: Any) -> tuple:

@@ -28,7 +28,7 @@ import torch
 from torch.nn import functional
 
 from diffsight.errors import InputError, suggest
-from diffsight.extending import owner_of
+from diffsight.extending import owner_of, tree_of
 from diffsight.pipelines.diffusion.encoding import Call, EncoderReading, Reading, read
 
 if TYPE_CHECKING:
@@ -248,7 +248,7 @@ def cut_off(model: "DiffusionModel", encoder: EncoderReading, prompt: str) -> st
 def _describe(model: "DiffusionModel", encoder: EncoderReading, places: "_Places") -> Encoder:
     name, call = encoder.name, encoder.prompt
     module = owner_of(model[name])
-    names = model._names_of(module)
+    names = tree_of(model).names_of(module)
     return Encoder(
         name,
         type(module).__name__,

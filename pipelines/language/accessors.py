@@ -20,15 +20,19 @@ import torch
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.extending import (
     Envoy,
-    MethodEnvoy,
     Points,
     Target,
+    assign,
+    child_of,
+    fetch,
+    handle_on,
     keeping_attribute_errors,
-    model_of,
+    narrowed,
     owner_of,
     part_of,
-    run_of,
+    run_meant_by,
     target_of,
+    tree_of,
 )
 from diffsight.pipelines.language.attention import count_heads, output_projection, probabilities, projection
 from diffsight.pipelines.language.hidden_states import FIRST, Added, Heads, HiddenInput, Logits, NextLogits, Within
@@ -46,11 +50,11 @@ class PerLayer:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         points, part = self._at(index)
-        return points._fetch(part)
+        return fetch(points, part)
 
     def __setitem__(self, index: int, value: torch.Tensor) -> None:
         points, part = self._at(index)
-        points._assign(part, value)
+        assign(points, part, value)
 
     def __len__(self) -> int:
         return len(self._root._layers())
@@ -64,7 +68,7 @@ class PerLayer:
     def _at(self, index: int) -> tuple[Points, str]:
         path = f"{self._name}[{index}]"
         points, part, narrow = self._point(self._root._layer(index, path), path)
-        return narrowed(points, narrow), part
+        return within_part(points, narrow), part
 
 
 class Accessors:
@@ -134,21 +138,21 @@ class Accessors:
     def logits(self) -> torch.Tensor:
         """The logits that the model returns, (batch, tokens, vocabulary). Assignable."""
         with keeping_attribute_errors(self):
-            return self._logits()._fetch("output")
+            return self._logits().output
 
     @logits.setter
     def logits(self, value: torch.Tensor) -> None:
-        self._logits()._assign("output", value)
+        self._logits().output = value
 
     @property
     def next_token_probs(self) -> torch.Tensor:
         """The probabilities of the token that comes after the last one, (batch, vocabulary); after the last real one,
         where a row is padded behind it."""
         with keeping_attribute_errors(self):
-            run = self._run if self._run is not None else self._model._innermost_run()
+            run = run_meant_by(self, "next_token_probs")
             inputs = getattr(getattr(run, "_pass", None), "_inputs", None)
-            last = None if inputs is None or owner_of(self._model).config.is_encoder_decoder else inputs.last
-            return narrowed(self, NextLogits(last))._fetch("output").float().softmax(-1)
+            last = None if inputs is None or self._tree.root.owner.config.is_encoder_decoder else inputs.last
+            return within_part(self, NextLogits(last)).output.float().softmax(-1)
 
     def skip_layers(self, start: int, end: int | None = None, value: torch.Tensor | None = None) -> None:
         """Leaves out the layers from `start` to `end` (included; `start` alone without it). The model goes on with
@@ -159,7 +163,7 @@ class Accessors:
             raise InputError(f"skip_layers({start}, {end}): the last layer lies before the first")
         value = self.layers_input[first] if value is None else value
         for index in range(first, last + 1):
-            size = self._model._structure.tuples[index] if self._model._structure else 0
+            size = self._tree.structure.tuples[index] if self._tree.structure else 0
             self._layer(index, "skip_layers").skip((value, *[None] * (size - 1)) if size else value)
 
     def steer(
@@ -176,22 +180,22 @@ class Accessors:
         places = None if positions is None else [operator.index(p) for p in _listed(positions)]
         for index in _listed(layers):
             layer = self._layer(index, "steer")
-            narrowed(layer, FIRST, Added(places))._assign("output", vector * factor)
+            within_part(layer, FIRST, Added(places)).output = vector * factor
 
     def project_on_vocab(self, hidden: torch.Tensor) -> torch.Tensor:
         """The logits that the model would give if `hidden` came out of its last layer: what `ln_final` and `lm_head`
         make of it, with the scales and caps that the model has there. (..., features) to (..., vocabulary), computed
         without any point firing."""
-        model = self._model
-        model._load_unless_scanning()
-        if model._target_named(target_of(model), "lm_head") is None:
-            raise PointNotFoundError(f"{type(owner_of(model)).__name__} has no lm_head that was found")
-        structure = model._structure
+        tree = self._tree
+        tree.load_unless_scanning()
+        if tree.target_named(tree.root, "lm_head") is None:
+            raise PointNotFoundError(f"{tree.title} has no lm_head that was found")
+        structure = tree.structure
         if structure is not None and not structure.has_plain_tail and structure.layout is not None:
-            layers = [target_of(layer).owner for layer in model._layers()]
-            return run_tail(owner_of(model), layers, structure.tuples, structure.layout, hidden)
+            layers = [owner_of(layer) for layer in self._layers()]
+            return run_tail(tree.root.owner, layers, structure.tuples, structure.layout, hidden)
         for name in ("ln_final", "lm_head"):
-            target = model._target_named(target_of(model), name)
+            target = tree.target_named(tree.root, name)
             if target is not None:
                 hidden = target.call(hidden) if isinstance(target, Span) else target.owner(hidden)
         return hidden
@@ -200,7 +204,7 @@ class Accessors:
     def hidden_layout(self) -> Layout | None:
         """Where the batch and the tokens stand among the dimensions of `layers_output[i]`: first and second, but for a
         few models. None where the layers do not give one hidden state a token."""
-        structure = self._model._structure
+        structure = self._tree.structure
         return Layout() if structure is None else structure.layout
 
     # ---- parts
@@ -224,7 +228,7 @@ class Accessors:
         return self._layers()[self._index(index, path)]
 
     def _logits(self) -> Points:
-        return narrowed(self, Logits())
+        return within_part(self, Logits())
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "logits":
@@ -237,24 +241,25 @@ class LanguageEnvoy(Accessors, Envoy):
     """The handle on a language model in one run, or on a row of it."""
 
 
-def narrowed(points: Points, narrow: Any, inner: Any = None) -> Points:
+def within_part(points: Points, narrow: Any, inner: Any = None) -> Points:
     """The same point, of whose value only what `narrow` takes is meant; of that the row's part, if it is a row's; and
     of that what `inner` takes."""
     parts = [part for part in (narrow, part_of(points), inner) if part is not None]
     whole = parts.pop() if parts else None
     while parts:
         whole = Within(parts.pop(), whole)
-    return Points(model_of(points), target_of(points), run_of(points), points._call, whole)
+    return narrowed(points, whole)
 
 
 # ---- parts of a layer
 
 
 def _part(layer: Envoy, name: str, path: str) -> Points:
-    part = layer._child(name)
+    part = child_of(layer, name)
     if part is None:
+        names = ", ".join(tree_of(layer).names_in(target_of(layer)))
         raise PointNotFoundError(
-            f"{path}: {layer.path} has no {name}; it has {', '.join(layer._names())}. Name it, as in "
+            f"{path}: {layer.path} has no {name}; it has {names}. Name it, as in "
             f"LanguageModel(source, names={{{name!r}: 'path.in.the.layer'}})"
         )
     return part
@@ -269,7 +274,7 @@ def _attention(layer: Envoy, path: str) -> Target:
 def _projected(layer: Envoy, path: str) -> tuple[Points, str, Any]:
     attention = _attention(layer, path)
     name, heads = projection(attention.owner, path[0], path)
-    return _envoy(layer, attention.children()[name]), "output", heads
+    return handle_on(layer, attention.children()[name]), "output", heads
 
 
 def _of_heads(layer: Envoy, path: str) -> tuple[Points, str, Any]:
@@ -279,17 +284,13 @@ def _of_heads(layer: Envoy, path: str) -> tuple[Points, str, Any]:
     if heads is None:
         raise InputError(f"{path}: {type(attention.owner).__name__} does not say how many heads it has")
     if isinstance(target, Span):
-        return _envoy(layer, target.last), "input", Heads((heads, 1))
-    return _envoy(layer, attention.children()[output_projection(attention.owner, path)]), "input", Heads((heads, 1))
+        return handle_on(layer, target.last), "input", Heads((heads, 1))
+    return handle_on(layer, attention.children()[output_projection(attention.owner, path)]), "input", Heads((heads, 1))
 
 
 def _probabilities(layer: Envoy, path: str) -> tuple[Points, str, Any]:
     target = probabilities(_attention(layer, path), path)
-    return MethodEnvoy(model_of(layer), target, run_of(layer), part=part_of(layer)), "output", None
-
-
-def _envoy(layer: Envoy, target: Target) -> Envoy:
-    return Envoy(model_of(layer), target, run_of(layer), part=part_of(layer))
+    return handle_on(layer, target), "output", None
 
 
 def _listed(value: Any) -> list:

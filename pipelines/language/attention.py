@@ -61,7 +61,7 @@ class Probabilities(Target):
         super().__init__(attention.owner, "attention_probs", path, attention)
 
     def attach(self, tap: Tap) -> Attached:
-        flow = tap.flow
+        flow = tap.host
         watch = next((mode for mode in flow.modes if isinstance(mode, _Watch)), None)
         if watch is None:
             watch = _Watch()

@@ -17,7 +17,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from diffsight.errors import InputError, suggest
-from diffsight.extending import Points, Run, Step, Target, keeping_attribute_errors, model_of, owner_of, raise_kept
+from diffsight.extending import Points, Run, Step, Target, keeping_attribute_errors, raise_kept, tree_of
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer makes of bytes that are no whole letter yet
 
@@ -50,7 +50,7 @@ class WritingStep(Step):
     """One generated token: from one forward pass to the next."""
 
     def __init__(self, index: int, component: str, call: tuple[tuple, dict], run: "WritingRun") -> None:
-        super().__init__(index, component, call, model_of(run))
+        super().__init__(index, component, call)
         self._run = run
 
     @property
@@ -87,7 +87,7 @@ class WritingRun(Run):
     def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> Step:
         if self._chosen is None:
             return super()._make_step(index, path, call)
-        return WritingStep(index, path or type(owner_of(self._model)).__name__, call, self)
+        return WritingStep(index, path or tree_of(self).title, call, self)
 
     def _check_generates(self, what: str) -> None:
         if self._chosen is None:
@@ -98,7 +98,7 @@ class WritingRun(Run):
         if step < len(self._chosen.steps):
             return self._chosen.steps[step]
         chooses = Target(self._chosen, "__call__", f"steps[{step}].tokens")
-        return Points(self._model, chooses, self).input
+        return Points(tree_of(self), chooses, self).input
 
     def _text_added_in(self, step: int) -> str | list[str]:
         ids = self._tokens_after(step)

@@ -18,7 +18,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -27,8 +26,9 @@ from transformers import PreTrainedModel
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.extending import (
     FORWARD,
-    Part,
+    Model,
     Run,
+    Selection,
     Target,
     flow_of,
     is_scanning,
@@ -41,8 +41,8 @@ from diffsight.pipelines.language.accessors import Accessors, LanguageEnvoy
 from diffsight.pipelines.language.generation import Chosen, WritingRun, decoded, one_or_many
 from diffsight.pipelines.language.inputs import Inputs, encode, picks_tokens, sees_padding
 from diffsight.pipelines.language.loading import Source, open_language_model
-from diffsight.pipelines.language.name_check import check_names
-from diffsight.pipelines.language.named import Named
+from diffsight.pipelines.language.name_check import Structure, check_names
+from diffsight.pipelines.language.named import NamedTree
 from diffsight.pipelines.language.spans import module_at
 from diffsight.pipelines.language.standard_names import (
     are_layers,
@@ -95,7 +95,7 @@ class LanguageRun(WritingRun):
         return sorted({*super().__dir__(), *(name for name in vars(Accessors) if not name.startswith("_"))})
 
 
-class LanguageModel(Accessors, Named):
+class LanguageModel(Accessors, Model):
     """Wraps a language model: `source` is a packaged name (`diffsight/smollm2`), a folder, a GGUF file, a hub id, a
     live model, or `(model, tokenizer)`. `arguments` go to the model's `from_pretrained`.
 
@@ -121,17 +121,16 @@ class LanguageModel(Accessors, Named):
         **arguments: Any,
     ) -> None:
         net, tokenizer, loader = open_language_model(source, tokenizer, **arguments)
-        self._wrap(Target(net, FORWARD, ""), loader)
-        given = _checked(net, names or {})
-        found = model_names(net) | {name: path for name, path in given.items() if name in _OF_MODEL}
-        found = {name: path for name, path in found.items() if path is not None}
-        stacks = [module for module in net.modules() if is_list(module) and are_layers(module)]
-        stacks += [net.get_submodule(found["layers"])] if "layers" in found else []
-        self.__dict__.update(tokenizer=tokenizer, _given=given, _stacks=stacks, _targets={}, _structure=None)
-        self.__dict__["_known"] = WeakKeyDictionary({net: found})
-        self._check_names()
+        self._wrap(self._make_tree(Target(net, FORWARD, ""), loader, names or {}))
+        self.__dict__["tokenizer"] = tokenizer
+        self._tree.check_names()
         if dispatch:
-            self._load()
+            self._tree.weights.load()
+
+    def _make_tree(
+        self, root: Target, load: Callable[[], None] | None, names: Mapping[str, str | None]
+    ) -> "LanguageTree":
+        return LanguageTree(root, load, names)
 
     def trace(self, inputs: Any = None, *, grad: bool = False, **kwargs: Any) -> LanguageRun:
         """A run of one forward pass: `with model.trace("The Eiffel Tower is in") as run:`.
@@ -198,24 +197,9 @@ class LanguageModel(Accessors, Named):
 
     def to(self, *args: Any, **kwargs: Any) -> "LanguageModel":
         """Moves or casts the model, as `module.to(...)` does; gives the model."""
-        self._load()
+        self._tree.weights.load()
         self._owner.to(*args, **kwargs)
         return self
-
-    # ---- weights that come later
-
-    def _load(self) -> None:
-        comes_now = not self._is_loaded
-        super()._load()
-        if comes_now:
-            self._check_names()
-
-    def _check_names(self) -> None:
-        """Checks the names that were found; again with the weights, where it cannot be done without."""
-        inputs = _trial(self._owner)
-        if inputs and self._structure is None:
-            names = self._known[self._owner]
-            self.__dict__["_structure"] = check_names(self._owner, names, inputs, self._names_of)
 
     # ---- inputs and texts
 
@@ -235,7 +219,7 @@ class LanguageModel(Accessors, Named):
                 "once: take [model.generate(text) for text in texts]"
             )
         if not is_scanning():
-            self._load()
+            self._tree.weights.load()
         return encoded.to(getattr(owner, "device", None))
 
     def _pads_left(self) -> bool:
@@ -245,7 +229,7 @@ class LanguageModel(Accessors, Named):
 
     @cached_property
     def _sees_padding(self) -> bool:
-        return sees_padding(self._owner, self._known[self._owner].get("layers", ""))
+        return sees_padding(self._owner, self._tree.names_of(self._owner).get("layers", ""))
 
     @cached_property
     def _reads_left_padded(self) -> bool:
@@ -262,11 +246,43 @@ class LanguageModel(Accessors, Named):
         run._inputs = inputs
         return run
 
-    # ---- names
+    def _bound(self, run: Run, part: Selection | None = None) -> LanguageEnvoy:
+        return LanguageEnvoy(self._tree, self._target, run, part=part)
 
-    def _find_names(self, part: nn.Module) -> dict[str, str]:
+
+class LanguageTree(NamedTree):
+    """What can be tapped in a language model, and the standard names of its parts.
+
+    `stacks` are its lists of layers. `structure` is what the check of the names has seen; None until it was made."""
+
+    def __init__(self, root: Target, load: Callable[[], None] | None, given: Mapping[str, str | None]) -> None:
+        super().__init__(root, load)
+        net = root.owner
+        self._given = _checked(net, given)
+        found = model_names(net) | {name: path for name, path in self._given.items() if name in _OF_MODEL}
+        found = {name: path for name, path in found.items() if path is not None}
+        self.stacks = [module for module in net.modules() if is_list(module) and are_layers(module)]
+        self.stacks += [net.get_submodule(found["layers"])] if "layers" in found else []
+        self.known_names[net] = found
+        self._checks: list[Structure] = []  # shared by edited copies of the model
+
+    @property
+    def structure(self) -> Structure | None:
+        return self._checks[0] if self._checks else None
+
+    def weights_loaded(self) -> None:
+        self.check_names()
+
+    def check_names(self) -> None:
+        """Checks the names that were found; again with the weights, where it cannot be done without."""
+        net = self.root.owner
+        inputs = _trial(net)
+        if inputs and not self._checks:
+            self._checks.append(check_names(net, self.names_of(net), inputs, self.names_of))
+
+    def find_names(self, part: nn.Module) -> dict[str, str]:
         """Of a layer of any stack of them; of an encoder, or whatever else is a model in the model."""
-        if any(part is layer for layers in self._stacks for layer in layers):
+        if any(part is layer for layers in self.stacks for layer in layers):
             return self._of_layer(part)
         return standard_names(part) if isinstance(part, PreTrainedModel) else {}
 
@@ -274,14 +290,9 @@ class LanguageModel(Accessors, Named):
         found = layer_names(layer) | {name: path for name, path in self._given.items() if name in _OF_LAYER}
         return {name: path for name, path in found.items() if path is not None and _is_there(layer, path)}
 
-    def _bound(self, run: Run, part: Part | None = None) -> LanguageEnvoy:
-        return LanguageEnvoy(self, self._target, run, part=part)
-
-    # ---- showing
-
-    def _describe(self, owner: Any) -> str:
-        names = ", ".join(f"{name} = {real}" for name, real in self._names_of(owner).items() if name != real)
-        return super()._describe(owner) + (f"\nstandard names: {names}" if names else "")
+    def describe(self, owner: Any) -> str:
+        names = ", ".join(f"{name} = {real}" for name, real in self.names_of(owner).items() if name != real)
+        return super().describe(owner) + (f"\nstandard names: {names}" if names else "")
 
 
 _OF_MODEL = ("layers", "ln_final", "lm_head", "embed_tokens", "encoder", "decoder")

@@ -1,38 +1,40 @@
-"""Models whose parts answer to standard names, which may be spans of modules."""
+"""Trees whose parts answer to standard names, which may be spans of modules."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from diffsight.extending import Model, Target
+from diffsight.extending import Target, Tree
 from diffsight.pipelines.language.spans import is_at, target_at
 
 
-class Named(Model):
-    """A model that finds standard names in its parts: `_find_names` says which. They are found once a part."""
+class NamedTree(Tree):
+    """A tree that finds standard names in its parts: `find_names` says which. They are found once for each part."""
 
-    _known: WeakKeyDictionary  # a part: name to real path
-    _targets: dict  # of names that were asked for
+    def __init__(self, root: Target, load: Callable[[], None] | None = None) -> None:
+        super().__init__(root, load)
+        self.known_names: WeakKeyDictionary = WeakKeyDictionary()  # a part: name to real path
+        self._named_targets: dict[tuple, Target] = {}  # of names that were asked for
 
-    def _find_names(self, part: nn.Module) -> dict[str, str]:
-        """Name to real path, from the part."""
+    def find_names(self, part: nn.Module) -> dict[str, str]:
+        """Return the standard names in a part: name to real path from the part."""
         raise NotImplementedError
 
-    def _names_of(self, owner: Any) -> Mapping[str, str]:
+    def names_of(self, owner: Any) -> Mapping[str, str]:
         if not isinstance(owner, nn.Module):
             return {}
-        if owner not in self._known:
-            self._known[owner] = self._find_names(owner)
-        return self._known[owner]
+        if owner not in self.known_names:
+            self.known_names[owner] = self.find_names(owner)
+        return self.known_names[owner]
 
-    def _target_named(self, outer: Target, name: str) -> Target | None:
-        real = self._names_of(outer.owner).get(name)
+    def target_named(self, outer: Target, name: str) -> Target | None:
+        real = self.names_of(outer.owner).get(name)
         if real is None:
             return None
         key = (*outer.key, outer.path, name)
-        known = self._targets.get(key)
+        known = self._named_targets.get(key)
         if known is None or not is_at(known, outer, real):
-            known = self._targets[key] = target_at(outer, name, real)
+            known = self._named_targets[key] = target_at(outer, name, real)
         return known
