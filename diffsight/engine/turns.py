@@ -143,12 +143,7 @@ class Bodies:
         self.edits: list[EditBody] = []
         self.functions: list[Body] = []  # those of `run.each`
         self.turn: EditBody | None = None  # whose turn it is at the point where the model parks
-        self._calls: list[tuple[Point | None, list[Body], bool]] = []  # calls in progress: where they were asked for
-
-    def stop_at_steps(self) -> bool:
-        """Whether one of them loops over steps."""
-        beside = [*self.edits, *self.functions]
-        return bool(beside) and any(body.scope.stop_at_steps for body in beside)
+        self.calls: list[tuple[Point | None, list[Body], bool]] = []  # calls in progress: where they were asked for
 
     def take_turn(self) -> tuple[list[Body], bool]:
         """Return the bodies whose turn it is where the model has parked, and whether the model then continues without
@@ -164,23 +159,16 @@ class Bodies:
                 body.wake()
             if body.call is not None:
                 call, body.call = body.call, None
-                self._calls.append((parked, turns, continues))
+                self.calls.append((parked, turns, continues))
                 return call
             turns.pop(0)
         return None
 
     def begin_call(self, parked: Point | None) -> None:
         """The body that opened the run asks for a call, while the model stands at `parked`."""
-        self._calls.append((parked, [], False))
+        self.calls.append((parked, [], False))
 
     def end_call(self) -> tuple[Point | None, list[Body], bool]:
         """A call has been made. Return where it was asked for, the bodies still to be woken there, and whether the
         model then continues."""
-        return self._calls.pop()
-
-    def clear(self) -> list[EditBody]:
-        """The run has ended: forget the edits and calls in progress; return the edits."""
-        edits, self.edits = self.edits, []
-        self.turn = None
-        self._calls.clear()
-        return edits
+        return self.calls.pop()
