@@ -26,7 +26,6 @@ from diffsight.engine.points import (
     Assignment,
     Point,
     PointKey,
-    assign,
     check_value,
     find_call,
     first_input,
@@ -153,7 +152,7 @@ class Flow:
         key = (asked.kind, find_call(tap, first, asked, asked))
         assignment = Assignment(asked, value, _caller(), scope.in_step, first, scope.order)
         if self.parked is not None and self.parked is tap.points.get(key):
-            difference = assign(self.parked, assignment)
+            difference = assignment.apply_to(self.parked)
             if difference is not None:
                 self.misshapen.append(difference)
         elif order.has_passed(tap, key, scope, self.clock.index) and not order.is_ahead(tap, key, scope):

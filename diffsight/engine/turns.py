@@ -16,6 +16,8 @@ from diffsight.engine.steps import Clock
 from diffsight.engine.taps import Tap
 from diffsight.engine.torch_state import TorchState
 
+_FROM_EDIT = "_diffsight_edit"  # set on an error that was raised in an edit
+
 
 class Course(Protocol):
     """The run, as its bodies see it; see `diffsight.engine.flow.Flow`."""
@@ -112,7 +114,7 @@ class EditBody(Body):
             super().go()
         except BaseException as error:
             if not is_from_edit(error):
-                error._diffsight_edit = True
+                setattr(error, _FROM_EDIT, True)
                 error.add_note(f"(in the edit written at {self.where})")
             self.flow.close("an edit failed")
             raise
@@ -133,7 +135,7 @@ class EditBody(Body):
 
 def is_from_edit(error: BaseException) -> bool:
     """Whether an error was raised in an edit."""
-    return hasattr(error, "_diffsight_edit")
+    return hasattr(error, _FROM_EDIT)
 
 
 class Bodies:
