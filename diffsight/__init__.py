@@ -31,7 +31,6 @@ from diffsight.errors import (
 )
 from diffsight.model import Model
 from diffsight.run import Run, Step
-from diffsight.session import Session
 
 if TYPE_CHECKING:
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
@@ -141,7 +140,6 @@ __all__ = [
     "Run",
     "RunClosedError",
     "ScanError",
-    "Session",
     "SourceError",
     "Step",
     "TargetProbabilities",

@@ -28,7 +28,6 @@ from diffsight.engine.taps import Target, join
 from diffsight.envoy import Envoy
 from diffsight.errors import DiffsightError, InputError, PointNotFoundError
 from diffsight.run import Run, Step
-from diffsight.session import Session
 
 
 class Model(Envoy):
@@ -137,11 +136,6 @@ class Model(Envoy):
             return value
         self._load_unless_scanning()
         return getattr(owner, name)
-
-    def session(self) -> Session:
-        """Runs grouped, of this model and of others: `with model.session() as session:`. Those still open are finished
-        when the block ends; `session.iter(items)` repeats a block."""
-        return Session()
 
     # ---- edits
 

@@ -22,7 +22,6 @@ from diffsight.envoy import Envoy, from_the_asking_line, keep_attribute_error, r
 from diffsight.errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
 from diffsight.record import Record, record
 from diffsight.rows import Row, call_body, each, make_rows
-from diffsight.session import note
 
 if TYPE_CHECKING:
     from diffsight.model import Model
@@ -44,7 +43,6 @@ class Run:
         self.__dict__.update(_model=model, _flow=flow, _sizes=sizes, _again=again, _invoked=[], _entered=False)
         self.__dict__.update(_opened_in=current_edit(), _is_view=False)
         model._open(self)
-        note(self)
 
     @property
     def result(self) -> Any:

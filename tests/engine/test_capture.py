@@ -136,7 +136,9 @@ def test_try_in_a_block_set_to_something_else(model):
     class Here:
         pass
 
-    with pytest.raises(SourceError, match=r"begins with `try`, and is set to Here\.edited: write `as` and a name"):
+    with pytest.raises(
+        SourceError, match=r"starts with `try` and its value is bound to Here\.edited: bind it to a plain name"
+    ):
         with model.edit() as Here.edited:
             try:
                 pass
@@ -312,7 +314,9 @@ def test_functions_and_comprehensions_in_the_block(model, net, x):
 )
 def test_what_has_a_meaning_only_where_it_stands(line, word, tmp_path, model):
     source = f"def make(model):\n    for _ in range(2):\n        with model.edit() as edited:\n            {line}\n"
-    with pytest.raises(SourceError, match=f"script.py:3 runs at another time, so `{word}` has no meaning"):
+    with pytest.raises(
+        SourceError, match=f"script.py:3 does not run where it is written, so it cannot contain `{word}`"
+    ):
         for _ in load(source, tmp_path)["make"](model) or ():
             pass
 
@@ -324,7 +328,9 @@ class Study:
         with model.edit() as edited:
             edited.layers[2].output = super().change(edited.layers[2].output)
 """
-    with pytest.raises(SourceError, match=r"script.py:4 is no method: there `super\(\)` is written"):
+    with pytest.raises(
+        SourceError, match=r"script.py:4 is compiled outside its method, so `super\(\)` needs arguments: write"
+    ):
         load(source, tmp_path)["Study"]().make(model)
 
 
@@ -357,7 +363,7 @@ def test_nonlocal(model):
             nonlocal count
             count += 1
 
-    with pytest.raises(SourceError, match="`nonlocal` has no meaning in it"):
+    with pytest.raises(SourceError, match="it cannot contain `nonlocal`"):
         inner()
     assert count == 0 and model.edits == []
 
@@ -538,7 +544,7 @@ def test_within_a_trace_function(model):
         (lambda: None)()
     finally:
         sys.settrace(before)
-    assert caught[0] == "block" and "could not be passed over" in str(caught[1]) and model.edits == []
+    assert caught[0] == "block" and "could not be skipped" in str(caught[1]) and model.edits == []
 
 
 def defined_below(run):
