@@ -27,7 +27,7 @@ def gpt2():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT2LMHeadModel(config).eval()
-        for p in model.parameters():  # larger than the usual start, so that tokens and edits make a difference
+        for p in model.parameters():  # larger than usual, so that tokens and edits make a difference
             torch.nn.init.normal_(p, std=0.3)
     with torch.no_grad():  # transformers puts hooks of its own on at the first call that asks for hidden states
         model(torch.tensor([[1]]), output_hidden_states=True, output_attentions=True)

@@ -16,7 +16,7 @@ from diffsight.compat.iterations import Iterations
 from diffsight.compat.tracer import iterations_of, move_to_next, repeat_all
 from diffsight.edits import current_edit
 from diffsight.errors import DiffsightError
-from diffsight.extending import Envoy, Run, Target
+from diffsight.extending import Envoy, Run, Target, owner_of
 
 
 class CompatEnvoy(Envoy):
@@ -35,16 +35,14 @@ class CompatEnvoy(Envoy):
         super().__setattr__(name, value)
         if isinstance(value, nn.Module) and name not in ("input", "inputs", "output"):
             # An edit attaches its module in every run, but the one of the first run stays.
-            module, known = self._child(name)._owner, self._model._added_modules
+            module, known = owner_of(self._child(name)), self._model._added_modules
             if not any(module is other for other in known):
                 known.append(module)
 
     def next(self) -> Any:
         """Move to the next token; in a run of one pass, to the next call of the module.
 
-        first = layer.output
-        second = layer.next().output
-        """
+        `first = layer.output` and then `second = layer.next().output`."""
         call = move_to_next(self._open_run("next()"), self._target)
         return self if call is None else self.calls[call]
 

@@ -6,9 +6,9 @@
             with model.trace(item) as run:
                 run.layers[5].output = clean
 
-Values pass between runs anyway. What a session adds is its end: runs of any model that were opened in its block and
-are still open are finished when the block ends, in the order in which they were opened. If an error ends the block,
-they are closed instead.
+Values pass between runs anyway. What a session adds is its end: runs that were opened in its block, of any model of
+`diffsight.compat`, and are still open are finished when the block ends, in the order in which they were opened. If an
+error ends the block, they are closed instead.
 """
 
 import weakref

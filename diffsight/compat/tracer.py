@@ -1,9 +1,9 @@
 """`with model.trace(x) as tracer:`: a run with the methods of nnsight's tracer."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from types import FrameType, MappingProxyType, TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from diffsight.compat.functions import TracerFunctions
@@ -24,7 +24,7 @@ class Tracer(TracerFunctions, Run):
 
     _generates = False
     _has_input = False  # False where the inputs come from `invoke`
-    _inputs_by_call: Mapping[int, tuple] = MappingProxyType({})  # only those of call 0 are kept
+    _first_inputs: Sequence[tuple] = ()  # the arguments of the model's first call, once it has begun
     _rest: Callable[[], RepeatedBlock] | None = None  # what follows `layers.all()` in the block
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -39,7 +39,7 @@ class Tracer(TracerFunctions, Run):
     @property
     def inputs(self) -> tuple[tuple, dict]:
         """The model's arguments, as `(args, kwargs)`. Token ids are `inputs[0][0]["input_ids"]`."""
-        args, kwargs = self._inputs_by_call[0] if self._inputs_by_call else self._root().inputs
+        args, kwargs = self._first_inputs[0] if self._first_inputs else self._root().inputs
         return ((kwargs,), {}) if "input_ids" in kwargs and not args else (args, kwargs)
 
     @property
@@ -94,9 +94,7 @@ class Tracer(TracerFunctions, Run):
         super().__enter__()
         _entered.set((*_entered.get(), self))
         if self._has_input:
-            inputs = self._inputs_by_call = {}
-            keep = inputs.setdefault
-            self._flow.keep(Asked(target_of(self._model), "inputs"), lambda tap, index, value: index or keep(0, value))
+            self._keep_first_inputs()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
@@ -115,6 +113,15 @@ class Tracer(TracerFunctions, Run):
         super().__exit__(kind, error, trace)
         return is_stopped
 
+    def _keep_first_inputs(self) -> None:
+        kept = self._first_inputs = []
+
+        def keep(tap: Any, call: int, inputs: tuple) -> None:
+            if call == 0 and not kept:
+                kept.append(inputs)
+
+        self._flow.keep(Asked(target_of(self._model), "inputs"), keep)
+
     def _repeat_rest(self) -> None:
         """Run what follows `layers.all()` for the remaining steps. It has run where it is written for the first."""
         with advising(WRITE_A_LOOP):
@@ -123,6 +130,10 @@ class Tracer(TracerFunctions, Run):
             rest.run(self.steps)
         except BlockStopped:
             self._flow.close(STOPPED)
+
+    def _has_own_steps(self) -> bool:
+        """Return False for a run that gets its inputs from `invoke`."""
+        return self._again is None or self._has_input
 
     def _current_pass(self) -> "Tracer":
         """The run whose steps are meant: the last invoke while it is open."""
@@ -149,7 +160,7 @@ def iterations_of(tracer: Tracer) -> Iterations:
     Raises:
         InputError: The run has no steps of its own, since each of its invokes has.
     """
-    if tracer._again is not None and not tracer._has_input:
+    if not tracer._has_own_steps():
         raise InputError(
             "each invoke has its own steps: write `with tracer.all():` (or `tracer.iter[...]`) inside "
             "`with tracer.invoke(...):`"

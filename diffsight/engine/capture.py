@@ -185,7 +185,8 @@ class Deferred:
 
     - `_given()`, which returns the value that `as` binds;
     - `_take(block)`, which receives the block at the end of the statement;
-    - `_instead`, the end of the error message where the source is not available: what to write instead of a block.
+    - `_instead`, the end of the error message where the source is not available: what to write instead of a block;
+    - `_block_class`, if the block is to be compiled in another way.
     """
 
     _instead: str

@@ -29,7 +29,7 @@ def test_conditions(tiny_model, net, input, number, capsys):
     assert torch.equal(tracer.result, net.layer2(torch.full((1, HIDDEN_DIMS), float(number))))
 
 
-def test_a_condition_that_is_none(tiny_model, input):
+def test_cond_needs_a_single_truth_value(tiny_model, input):
     with pytest.raises(RuntimeError, match="more than one value is ambiguous"):
         with tiny_model.trace(input) as tracer:
             with tracer.cond(tiny_model.layer1.output != 1):

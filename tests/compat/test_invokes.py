@@ -8,7 +8,7 @@ import torch
 from compat.constants import TOKENS
 from engine.nets import outputs, replaced
 
-from diffsight import InputError
+from diffsight.errors import InputError
 
 
 def test_language_model(llm, gpt2, ids):
@@ -32,7 +32,7 @@ def test_batching(llm, gpt2, ids):
 
 
 def test_cross_prompt(llm, gpt2, ids, other):
-    """W: Batching, the second cell; cross_prompt.ipynb; the README's Cross Prompt Intervention."""
+    """Walkthrough: Batching, the second cell; cross_prompt.ipynb; the README's Cross Prompt Intervention."""
     with llm.generate(**TOKENS) as tracer:
         barrier = tracer.barrier(2)
         with tracer.invoke(ids):
@@ -51,7 +51,7 @@ def test_cross_prompt(llm, gpt2, ids, other):
 
 
 def test_readme_style_of_invokes(llm, gpt2, ids):
-    """The first releases' way: `generator.invoke(...) as invoker`, `generator.output`."""
+    """As in the first releases: `generator.invoke(...) as invoker`, `generator.output`."""
     with llm.generate(**TOKENS) as generator:
         with generator.invoke(ids) as invoker:
             hidden_states = llm.transformer.h[-1].output.save()

@@ -12,8 +12,8 @@ from engine.nets import outputs, replaced
 from torch import nn
 
 import diffsight.compat as nnsight
-from diffsight import InputError, NoRunError, SourceError
 from diffsight.compat import NNsight
+from diffsight.errors import InputError, NoRunError, SourceError
 
 
 def test_generated_tokens(llm, gpt2, ids):
@@ -37,7 +37,7 @@ def test_next(llm, gpt2, ids):
 
 
 def test_next_call_of_a_module(ids):
-    """In a single pass, the module's next call."""
+    """In a run of one pass, `next()` is the next call of the module."""
 
     class Twice(nn.Module):
         def __init__(self):
@@ -57,7 +57,7 @@ def test_next_call_of_a_module(ids):
 
 @pytest.fixture
 def states(gpt2, ids):
-    """What the last block returns for each token, with zeros for what the first returns."""
+    """The output of the last block at each token, with the output of the first set to zero."""
     with replaced(gpt2.transformer.h[0], torch.zeros_like):
         return outputs(gpt2.transformer.h[-1], gpt2.generate, ids, **TOKENS)
 
@@ -90,7 +90,7 @@ def test_all_of_a_block(llm, ids, states):
 
 
 def test_all_as_a_statement(llm, ids, states):
-    """0.4: what follows `.all()` in the block of the trace is for each token."""
+    """Guide to 0.4: what follows `.all()` in the block of the trace is repeated for each token."""
     layers = llm.transformer.h
     with llm.generate(ids, **TOKENS):
         hidden_states = nnsight.list().save()
@@ -102,7 +102,7 @@ def test_all_as_a_statement(llm, ids, states):
     assert count == len(hidden_states) == 3 and all(torch.equal(a, b) for a, b in zip(hidden_states, states))
 
 
-def test_what_was_generated_is_there_behind_all_steps(llm, gpt2, ids, other):
+def test_generator_output_after_all_steps(llm, gpt2, ids, other):
     expected = gpt2.generate(ids, **TOKENS)
     with llm.generate(ids, **TOKENS):
         with llm.transformer.h.all():
@@ -125,7 +125,7 @@ def test_what_was_generated_is_there_behind_all_steps(llm, gpt2, ids, other):
     "steps", [lambda run, llm: run.iter[:2], lambda run, llm: run.all(), lambda run, llm: llm.all()]
 )
 def test_steps_around_invokes(llm, ids, steps):
-    """function_vectors.ipynb has them in this order: a pass of its own has steps of its own."""
+    """function_vectors.ipynb nests them in this order, but each invoke has its own steps."""
     with pytest.raises(InputError, match=r"inside `with tracer\.invoke\(\.\.\.\):`"):
         with llm.generate(**TOKENS) as tracer:
             with steps(tracer, llm):
@@ -134,7 +134,7 @@ def test_steps_around_invokes(llm, ids, steps):
 
 
 def test_steps_of_an_invoke(llm, gpt2, ids, other):
-    """`tracer` is written in the invoke as well."""
+    """`tracer` can be used in the block of an invoke, too."""
     expected = [outputs(gpt2.lm_head, gpt2.generate, given, **TOKENS) for given in (ids, other)]
     seen = []
     with llm.generate(**TOKENS) as tracer:
@@ -180,7 +180,7 @@ def test_all_at_the_end_of_a_block(llm, ids):
         ("with model.edit(): 1", "Write the block as a function that takes the run, and pass that: "),
     ],
 )
-def test_where_there_is_no_source(llm, ids, line, instead):
+def test_blocks_without_source(llm, ids, line, instead):
     with pytest.raises(SourceError, match=r"source at <string>:1 cannot be read.*\. " + re.escape(instead)):
         with llm.session() as session, llm.generate(ids, **TOKENS) as tracer:
             exec(line, {"tracer": tracer, "session": session, "model": llm})

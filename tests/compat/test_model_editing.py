@@ -65,8 +65,8 @@ def test_editing_tutorial(llm, gpt2, ids):
     assert not hasattr(gpt2.transformer.h[0], "sae")
 
 
-def test_attached_modules_are_points_where_an_edit_calls_them(llm, gpt2, ids, other):
-    """editing_tutorial.ipynb, the first cell: without `hook=True`. Elsewhere a call is a call."""
+def test_points_of_an_attached_module_fire_in_an_edit(llm, gpt2, ids, other):
+    """editing_tutorial.ipynb, the first cell, calls it without `hook=True`. Elsewhere calls fire no points."""
     submodule = llm.transformer.h[0]
     submodule.sae = SAE()
     try:
@@ -87,7 +87,7 @@ def test_attached_modules_are_points_where_an_edit_calls_them(llm, gpt2, ids, ot
 
 
 def test_editing_with_an_attachment(llm, gpt2, ids):
-    """0.3: Model Editing, the second cell."""
+    """Guide to 0.3: Model Editing, the second cell."""
 
     class ComplexModule(nn.Module):
         def __init__(self):

@@ -87,7 +87,7 @@ def test_session_ends_early(tiny_model, leave):
 
 
 def test_values_flow_within_a_session(llm, gpt2, ids, other):
-    """0.3: Session Context; sessions.ipynb."""
+    """Guide to 0.3: Session Context; sessions.ipynb."""
     with llm.session() as session:
         with llm.trace(ids):
             hs = llm.transformer.h[-1].output[:, -1, :]

@@ -9,8 +9,8 @@ from compat.constants import HIDDEN_DIMS, OUTPUT_SIZE
 from engine.nets import footprint, outputs
 
 import diffsight.compat as nnsight
-from diffsight import NoRunError, OutOfOrderError
-from diffsight.compat import Envoy
+from diffsight.compat import Envoy, NNsight
+from diffsight.errors import NoRunError, OutOfOrderError
 
 # ---- Tracing Context, Getting
 
@@ -32,7 +32,7 @@ def test_getting(tiny_model, net, input):
     assert repr(tiny_model) == repr(net) and isinstance(tiny_model.layer1, Envoy)
 
 
-def test_outside_of_a_run(tiny_model):
+def test_outside_a_run(tiny_model):
     for ask in (
         lambda: tiny_model.output,
         lambda: tiny_model.layer1.next(),
@@ -51,7 +51,7 @@ def test_log(tiny_model, net, input, capsys):
 
 
 def test_without_a_trace(tiny_model, net, input):
-    """W: Getting, `trace=False`."""
+    """Walkthrough: Getting, `trace=False`."""
     assert torch.equal(tiny_model.trace(input, trace=False), net(input))
 
 
@@ -97,7 +97,7 @@ def test_setting(tiny_model, net, input):
 
 
 @pytest.mark.parametrize("checks", [{}, {"scan": True, "validate": True}])
-def test_setting_what_is_not_there(tiny_model, net, input, checks):
+def test_setting_an_index_out_of_range(tiny_model, net, input, checks):
     before = footprint(net)
     with pytest.raises(IndexError, match="out of bounds"), tiny_model.trace(input, **checks):
         tiny_model.layer1.output[:, HIDDEN_DIMS] = 0
@@ -105,7 +105,7 @@ def test_setting_what_is_not_there(tiny_model, net, input, checks):
 
 
 def test_scanning(tiny_model, input):
-    """W: Scan and Validate; scan_validate.ipynb; 0.3: Scanning."""
+    """Walkthrough: Scan and Validate; scan_validate.ipynb; guide to 0.3: Scanning."""
     with tiny_model.scan(input):
         dim = tiny_model.layer1.output.shape[-1]
     assert dim == HIDDEN_DIMS
@@ -115,7 +115,7 @@ def test_scanning(tiny_model, input):
 
 
 def test_gradients(tiny_model, net, input):
-    """As the guide has it, with `.grad` behind `backward()`."""
+    """As in the guide, with `.grad` after `backward()`."""
     with tiny_model.trace(input):
         layer1 = tiny_model.layer1.output
         layer1.requires_grad = True
@@ -174,7 +174,7 @@ def test_early_stopping(tiny_model, net, input):
     assert torch.equal(l1_out, net.layer1(input)) and reached == []
 
 
-def test_a_stop_ends_what_it_stands_in(llm, gpt2, ids):
+def test_stop_ends_the_invoke_around_it(llm, gpt2, ids):
     with llm.trace() as tracer:
         with tracer.invoke(ids):
             hidden_states = llm.transformer.h[0].output.save()
@@ -188,3 +188,20 @@ def test_a_stop_ends_what_it_stands_in(llm, gpt2, ids):
     open_run.transformer.h[0].output
     open_run.stop()
     assert "stopped" in repr(open_run)
+
+
+def test_stopping_a_scan_ends_its_mode(tiny_model, net, input):
+    """In the block of a scan, calculations yield shapes; after it they do not."""
+    with tiny_model.scan(input):
+        assert tiny_model.layer1.output.shape == (1, HIDDEN_DIMS)
+        nnsight.stop()
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_a_subclass_of_a_model(net, input):
+    class Study(NNsight):
+        def hidden(self, x):
+            with self.trace(x) as tracer:
+                return tracer.layer1.output.save()
+
+    assert torch.equal(Study(net).hidden(input), net.layer1(input))

@@ -71,7 +71,7 @@ def test_activation_patching(llm, gpt2, ids, other):
 
 
 def test_attribution_patching(llm, gpt2, ids, other):
-    """Activations of two prompts, and the gradients of one, with `retain_grad` and `.grad` behind `backward()`."""
+    """Activations of two prompts and gradients of one, with `retain_grad` before and `.grad` after `backward()`."""
     clean_out, corrupted_out = [], []
     with llm.trace() as tracer:
         with tracer.invoke(ids):
@@ -99,7 +99,7 @@ def test_attribution_patching(llm, gpt2, ids, other):
 
 
 class LORA(nn.Module):
-    """W: Training a LoRA; LoRA_tutorial.ipynb."""
+    """Walkthrough: Training a LoRA; LoRA_tutorial.ipynb."""
 
     def __init__(self, module: Envoy, dim: int, r: int) -> None:
         super().__init__()
@@ -182,7 +182,8 @@ def test_diffusion_lens():
             lambda _, args, out, states=states: states.append(out)
         )
         norm = encoder.final_layer_norm
-        with replaced(norm, lambda _, norm=norm, states=states: norm.forward(states[0]), only=0):  # the prompt's
+        # Call 0 of the norm is for the prompt.
+        with replaced(norm, lambda _, norm=norm, states=states: norm.forward(states[0]), only=0):
             expected = pipe(**arguments, generator=torch.Generator().manual_seed(17)).images[0]
         handle.remove()
         assert numpy.array_equal(numpy.asarray(image), numpy.asarray(expected))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import diffsight.compat as nnsight
-from diffsight import DiffsightError, InputError, NeverReachedError, PointNotFoundError
 from diffsight.compat import CONFIG
+from diffsight.errors import DiffsightError, InputError, NeverReachedError, PointNotFoundError
 
 
 @pytest.mark.parametrize("opens", [lambda model: model.edit(inpace=True), lambda model: model.session(iter=1)])
@@ -15,7 +15,7 @@ def test_unknown_arguments(tiny_model, opens):
 
 
 def test_settings(tiny_model, net, input):
-    """0.4: Improved Error Messaging, Turning off syntactic changes; remote_execution.ipynb, the key."""
+    """Guide to 0.4: Improved Error Messaging, Turning off syntactic changes; remote_execution.ipynb: the key."""
     CONFIG.set_default_api_key("YOUR_API_KEY")
     nnsight.CONFIG.APP.REMOTE_LOGGING = False
     nnsight.CONFIG.APP.CONTROL_FLOW_HANDLING = False
@@ -38,7 +38,7 @@ def test_remote(tiny_model, input):
             opened()
 
 
-def test_what_is_done_otherwise(llm, ids):
+def test_unsupported_names(llm, ids):
     with pytest.raises(DiffsightError, match="methods="):
         llm.transformer.h[0].source
     with pytest.raises(InputError, match=r"tracer\.record"), llm.trace(ids) as tracer:

@@ -25,14 +25,14 @@ def test_save_on_values():
     anything = object()
     assert nnsight.save(anything) is anything and not hasattr(anything, "save")
 
-    class Color(str, Enum):  # noqa: UP042  (strings have `save`, and an enumeration its own `value`)
+    class Color(str, Enum):  # noqa: UP042  (strings have `save`, and enumerations have their own `value`)
         RED = "red"
 
     assert Color.RED.value == "red" and Color.RED.save() is Color.RED
     assert (nnsight.list, nnsight.dict, nnsight.int, nnsight.str) == (list, dict, int, str)
 
 
-def test_a_picture_is_still_saved(tmp_path):
+def test_images_are_still_saved_to_files(tmp_path):
     from PIL import Image
 
     image = Image.new("RGB", (2, 2), "red")

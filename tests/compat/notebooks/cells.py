@@ -14,7 +14,7 @@ LAYERS = 12
 
 
 def run_cells(*cells, **names):
-    """Runs cells in turn, in one namespace, each from a source of its own as a notebook's."""
+    """Run cells in one namespace, each with its own source, as a notebook does."""
     for number, cell in enumerate(cells):
         place = f"<cell {number} of {hash(cells)}>"
         linecache.cache[place] = (len(cell), None, cell.splitlines(keepends=True), place)

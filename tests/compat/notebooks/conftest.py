@@ -44,7 +44,7 @@ def net(tokenizer):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.GPT2LMHeadModel(config).eval()
-        for parameter in model.parameters():  # larger than the usual start, so that edits make a difference
+        for parameter in model.parameters():  # larger than usual, so that edits make a difference
             torch.nn.init.normal_(parameter, std=0.2)
     return model
 

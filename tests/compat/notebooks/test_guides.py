@@ -1,4 +1,4 @@
-"""Notebooks on a language model, from its name to patching and generation."""
+"""Notebooks with a language model, from loading to patching and generation."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from diffsight.extending import owner_of
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
-# ---- from a name to the last layer
+# ---- loading
 
 
 def test_a_first_notebook(folder, net, ids):
-    """The model of a name, its tree, one trace, decoded."""
+    """Load a model by name, print its tree, trace once, decode."""
     names = run_cells(
         "import diffsight.compat as nnsight\nfrom diffsight.compat import LanguageModel, util\nimport torch",
         'model = LanguageModel(folder, device_map="auto", dispatch=True)\nprint(model)',
@@ -45,11 +45,11 @@ def test_the_tokenizer_pads(folder, tokenizer):
     assert both["attention_mask"].sum() < both["attention_mask"].numel()
 
 
-# ---- what one does with a model
+# ---- using a model
 
 
 def test_logit_lens(model, net, ids):
-    """Each layer through the final norm and the head."""
+    """Decode each layer with the final norm and the head."""
     names = run_cells(
         f"""
 probs_layers = []
@@ -74,7 +74,7 @@ input_words = [model.tokenizer.decode(t) for t in invoker.inputs[0][0]["input_id
 
 
 def test_activation_patching(model, net, ids):
-    """Every layer of one prompt into another, one invoke each, at the last token."""
+    """Patch every layer of one prompt into another at the last token, one invoke each."""
     names = run_cells(
         f"""
 with model.trace({EIFFEL!r}) as tracer:
@@ -115,7 +115,7 @@ with model.trace() as tracer:
 
 
 def test_attribution_patching(model, net, ids):
-    """Gradients of a difference of logits, at each layer's attention output, where it is projected."""
+    """Gradients of a logit difference at the input of each attention layer's output projection."""
     names = run_cells(
         f"""
 values = []
@@ -149,8 +149,8 @@ grads = [value.grad for value in values]
     assert all(torch.equal(found, value.grad) for found, value in zip(names["grads"], kept))
 
 
-def test_ablating_tokens_as_they_are_written(model, net, ids):
-    """A layer's output set to zero at every token, in each of the ways to say so."""
+def test_ablating_a_layer_at_every_generated_token(model, net, ids):
+    """Set a layer's output to zero at every token, in each of the ways to write it."""
     with replaced(net.transformer.h[2], torch.zeros_like):
         expected = net.generate(ids[EIFFEL], attention_mask=torch.ones_like(ids[EIFFEL]), **TOKENS)
     for body in (
@@ -183,7 +183,7 @@ def test_hidden_states_of_each_token(model, net, ids):
     )
 
 
-def test_a_model_edited_for_good(model, net, ids, tokenizer):
+def test_an_edited_model(model, net, ids, tokenizer):
     wanted = torch.full((1, len(tokenizer)), -100.0)
     wanted[:, 7] = 100.0
     hidden = outputs(net.transformer.h[6], net, ids[EIFFEL])[0][:, -1]
@@ -203,8 +203,8 @@ def test_a_model_edited_for_good(model, net, ids, tokenizer):
         assert torch.equal(changed, net(ids[GARDEN]).logits)
 
 
-def test_a_scan_beforehand(folder):
-    """Shapes of a model whose weights have not been loaded."""
+def test_a_scan_before_loading(folder):
+    """Shapes are available before the weights are loaded."""
     model = LanguageModel(folder)
     with model.scan(EIFFEL):
         width = model.transformer.h[5].output[0].shape[-1]
@@ -222,7 +222,7 @@ def test_several_texts_at_once(model, net, ids):
 
 @pytest.mark.parametrize("value", ["h[3].output", "h[3].attn.output", "h[3].mlp.output", "h[3].output[0]"])
 def test_stopping_early(model, net, ids, value):
-    """At a layer, at a part that gives a tuple of its own, at a tensor."""
+    """At a layer, at a module that returns a tuple itself, at a tensor."""
     names = run_cells(
         f"""
 reached = []

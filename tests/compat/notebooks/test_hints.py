@@ -4,7 +4,7 @@ import pytest
 from compat.notebooks.cells import EIFFEL, TOKENS, failing
 
 import diffsight.compat as nnsight
-from diffsight import InputError, OutOfOrderError, SourceError
+from diffsight.errors import InputError, OutOfOrderError, SourceError
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -37,21 +37,21 @@ with torch.enable_grad(), model.trace({EIFFEL!r}):
         ("model.lm_head.output; model.transformer.h[0].output", OutOfOrderError, "Ask in the order in which the model"),
     ],
 )
-def test_what_cannot_be_says_what_to_write(model, body, kind, words):
+def test_errors_say_what_to_write(model, body, kind, words):
     assert words in failing(model, f"with model.trace({EIFFEL!r}) as tracer:\n    {body}\n", kind)
-    # `session` blocks say the same
+    # the same in the block of a session
     if "tracer" not in body:
         nested = f"with model.session() as session:\n    with model.trace({EIFFEL!r}):\n        {body}\n"
         assert failing(model, nested, kind).count(words) == 1
 
 
-def test_all_without_with_and_without_source(model):
+def test_all_statement_without_source(model):
     with pytest.raises(SourceError, match=r"Write a loop: `for step in tracer\.iter\[:\]:`"):
         with model.generate(EIFFEL, **TOKENS) as tracer:
             exec("tracer.all()\nmodel.lm_head.output", {"tracer": tracer, "model": model})
 
 
-def test_a_server(model):
+def test_remote(model):
     told = failing(model, f"with model.trace({EIFFEL!r}, remote=True):\n    pass\n", InputError)
     assert "Leave it out, and the model runs in this process" in told
     told = failing(model, "with model.session(remote=True):\n    pass\n", InputError)
@@ -59,7 +59,7 @@ def test_a_server(model):
 
 
 def test_saving_anything(model):
-    """`nnsight.save` takes what has no `.save()`."""
+    """`nnsight.save` also takes objects without `.save()`."""
     with model.trace(EIFFEL, use_cache=True):
         cache = nnsight.save(model.output.past_key_values)
         thing = nnsight.save(object())

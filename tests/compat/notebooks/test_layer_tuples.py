@@ -11,7 +11,7 @@ from diffsight.compat import CONFIG, LanguageModel
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
-def test_layers_give_tuples(model, net, ids):
+def test_layer_outputs_are_tuples(model, net, ids):
     with model.trace(EIFFEL):
         given = model.transformer.h[3].output
         inside = model.transformer.h[4].mlp.output
@@ -58,7 +58,7 @@ def test_a_layer_that_is_called(model, net, ids):
     assert isinstance(again, tuple) and torch.equal(again[0], net.transformer.h[3](hidden))
 
 
-def test_the_switch(model, net, ids):
+def test_option_to_turn_tuples_off(model, net, ids):
     CONFIG.APP.BLOCKS_GIVE_TUPLES = False
     try:
         with model.trace(EIFFEL):
@@ -74,7 +74,7 @@ def test_standard_names_and_accessors_stay_plain(model):
         assert isinstance(model.layers[4].output, tuple)
 
 
-def test_a_layer_that_gives_a_tuple_of_its_own(tokenizer):
+def test_a_layer_that_returns_a_tuple_itself(tokenizer):
     config = transformers.T5Config(
         vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
     )

@@ -28,6 +28,6 @@ def test_imports(line):
 @pytest.mark.parametrize(
     "line", ["from diffsight.compat.modeling.vllm import VLLM", "from diffsight.compat.util import X"]
 )
-def test_what_is_not_there_cannot_be_imported(line):
+def test_unknown_imports_fail(line):
     with pytest.raises(ImportError):
         run_cells(line)
