@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy
 import torch
+from PIL.Image import Image
 
 from diffsight.compat.stopping import stop_at
 
@@ -39,8 +40,6 @@ def add_methods() -> None:
 
 def _add_save_to_images() -> None:
     """Let `image.save()` return the image. With a file, it saves the image as before."""
-    from PIL.Image import Image
-
     original = Image.save
 
     @wraps(original)

@@ -98,7 +98,7 @@ class Block:
         return block
 
     def __call__(self, value: Any = None) -> None:
-        """Run the block. `value` is bound to the name behind `as`."""
+        """Run the block. `value` is bound to the name after `as`."""
         self._function(value, **self._names)
 
     def _function_body(self, body: list[ast.stmt], target: ast.expr | None) -> list[ast.stmt]:
@@ -140,9 +140,7 @@ class Block:
         self._frame.f_trace, self._frame.f_trace_opcodes = self._before[1:]
         sys.settrace(self._before[0])
         if not self._is_traced:  # within a trace function, for example, where Python calls no other
-            raise SourceError(
-                f"the block at {self.where} could not be skipped, since Python did not trace it"
-            ) from error
+            raise SourceError(f"the block at {self.where} could not be skipped: Python did not trace it") from error
         if isinstance(error, _Skip) and self._starts_with_try and self._name:
             if self._name in self._assigned:
                 self._bind({self._name: self._value})
@@ -164,7 +162,7 @@ class Block:
         """Return whether to skip the block at this instruction: the first of the block.
 
         An exception raised at the first instruction of a `try` would not reach the `with` statement. A block that
-        starts with `try` is therefore skipped one instruction earlier, at the one that binds the name behind `as`."""
+        starts with `try` is therefore skipped one instruction earlier, at the one that binds the name after `as`."""
         if not self._is_head(self._positions[index]):
             return True
         return self._starts_with_try and not self._is_head(self._positions[index + 1])
