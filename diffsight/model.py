@@ -22,7 +22,6 @@ from diffsight.engine.tree import Tree
 from diffsight.envoy import Envoy, owner_of
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.run import Run
-from diffsight.session import Session
 
 
 class Model(Envoy):
@@ -106,11 +105,6 @@ class Model(Envoy):
         Raises ScanError where the values themselves are needed: `.item()`, `if tensor:`, a boolean mask."""
         with scanning():
             return getattr(self, self._tree.opens_with)(*args, **kwargs)
-
-    def session(self) -> Session:
-        """Runs grouped, of this model and of others: `with model.session() as session:`. Those still open are finished
-        when the block ends; `session.iter(items)` repeats a block."""
-        return Session()
 
     def _generating(self) -> Callable[..., Any]:
         function = getattr(self._owner, "generate", None)

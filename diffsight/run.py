@@ -34,7 +34,6 @@ from diffsight.envoy import (
 from diffsight.errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
 from diffsight.record import Record, find_points, record
 from diffsight.rows import Row, call_body, each, make_rows
-from diffsight.session import note
 
 
 class Run(InRun):
@@ -54,7 +53,6 @@ class Run(InRun):
         self.__dict__.update(_sizes=sizes, _again=again, _invoked=[], _is_view=False)
         flow.run = weakref.ref(self)
         flow.tree.open_runs.add(flow)
-        note(self)
 
     @property
     def result(self) -> Any:

@@ -39,7 +39,6 @@ ENGINE = [
     "rows",
     "record",
     "edits",
-    "session",
     "run",
     "model",
     "extending",
@@ -73,14 +72,11 @@ KNOWN: dict[str, set[str]] = {
         "diffsight.lenses.layer_fidelity",
         "diffsight.pipelines.diffusion.encoding diffsight.pipelines.diffusion.model "
         "diffsight.pipelines.diffusion.text_encoders",
-        "diffsight.run diffsight.session",
     },
     "upwards": set(),
-    "order": {"diffsight.session -> diffsight.run"},
+    "order": set(),
     "wrappers": set(),
     "private": {
-        "diffsight.compat: base._run_class",
-        "diffsight.compat: tracer._again",
         "diffsight.lenses.encoders.exits: module._owner",
         "diffsight.lenses.patchscope: model._owner",
         "diffsight.lenses.steering: model._owner",
@@ -89,12 +85,9 @@ KNOWN: dict[str, set[str]] = {
         "diffsight.pipelines.huggingface: run._chosen",
         "diffsight.pipelines.language.model: run._chosen",
         "diffsight.pipelines.vision_language.model: self._pass._inputs",
-        "diffsight.session: run._flow",
     },
     "files": {"reader"},
     "classes": {
-        "Envoy: diffsight.compat diffsight.envoy",
-        "Session: diffsight.compat diffsight.session",
         "_Watch: diffsight.pipelines.language.attention diffsight.pipelines.language.name_check",
     },
 }

@@ -1,16 +1,28 @@
-"""Sessions: runs grouped, and blocks that are repeated."""
+"""Sessions: runs that are grouped, and blocks that are repeated."""
 
 import pytest
 import torch
 from engine.nets import Net, footprint, inputs, outputs, replaced
 
 from diffsight import Model
+from diffsight.compat import NNsight
 from diffsight.errors import AssignmentError, RunClosedError, SourceError
+from diffsight.extending import flow_of
+
+
+@pytest.fixture
+def net():
+    return Net()
+
+
+@pytest.fixture
+def x():
+    return inputs()
 
 
 @pytest.fixture
 def model(net):
-    return Model(net)
+    return NNsight(net)
 
 
 def test_values_flow_between_runs(model, net, x):
@@ -26,7 +38,7 @@ def test_values_flow_between_runs(model, net, x):
 
 
 def test_open_runs_are_finished_in_order(model, net, x):
-    second = Model(Net(seed=1))
+    second = NNsight(Net(seed=1))
     with model.session() as session:
         first_run = model.trace(x)
         first_run.layers[0].output[:] = 0
@@ -67,7 +79,7 @@ def test_sessions_in_sessions(model, x):
         with model.session() as inner:
             run = model.trace(x)
             assert outer.runs == inner.runs == [run]
-        assert run._flow.has_result and outer.runs == []
+        assert flow_of(run).has_result and outer.runs == []
     apart = model.trace(x)
     assert outer.runs == [] and apart.layers[0].output.shape == x.shape
 
@@ -124,13 +136,13 @@ def test_iter_in_iter(model):
     assert pairs == [([0, 1], 0), ([0, 1], 1), ([2], 2)] and (outer, inner, last) == ([2], 2, 2)
 
 
-def test_iter_in_a_loop_can_be_left(model):
+def test_break_leaves_a_for_loop_over_iter(model):
     with model.session() as session:
         for item in session.iter(range(10)):
             if item == 4:
                 break
     assert item == 4
-    with pytest.raises(SourceError, match="`break` has no meaning in it"):
+    with pytest.raises(SourceError, match="it cannot contain `break`"):
         for _ in range(2):
             with session.iter(range(10)) as item:
                 break
@@ -148,8 +160,8 @@ def test_iter_over_pairs_and_nothing(model):
     assert seen == ["a", "bb", "again", "again"] and (name, number, item) == ("b", 2, "as it was")
 
 
-def test_what_closures_see(model):
-    """Names that an inner function holds on to are bound as well."""
+def test_names_that_closures_use_are_bound(model):
+    """Names that an inner function refers to are bound as well."""
     count = 0
 
     def tell():
@@ -189,14 +201,31 @@ def test_an_error_in_a_repeated_block(model, net, x):
     assert str(caught.traceback[-1].path) == __file__ and footprint(net) == before
 
 
-def test_what_an_error_leaves_bound(model):
-    """As in a loop: what was assigned before an error is."""
+def test_names_assigned_before_an_error_are_bound(model):
+    """As after a loop."""
     count = 0
     with pytest.raises(ZeroDivisionError), model.session() as session:
         with session.iter([2, 1, 0, 5]) as item:
             count += 1
             quotient = 4 // item
     assert (count, item, quotient) == (3, 0, 4)
+
+
+def test_a_block_may_use_the_name_locals(model):
+    locals = {"count": 0}
+    with model.session() as session:
+        with session.iter([1, 2]) as item:
+            locals["count"] += item
+            total = locals["count"]
+    assert locals == {"count": 3} and total == 3
+
+
+def test_runs_of_native_models_are_not_grouped(net, x):
+    with NNsight(net).session() as session:
+        run = Model(net).trace(x)
+        run.layers[0].output
+        assert session.runs == []
+    assert not flow_of(run).has_result
 
 
 def test_iter_without_source(model):
