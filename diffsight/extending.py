@@ -2,7 +2,8 @@
 
 from diffsight.engine.coroutine import current_owner
 from diffsight.engine.hooks import FORWARD, Override
-from diffsight.engine.scan import HookTables, is_scanning
+from diffsight.engine.module_state import ModuleHooks
+from diffsight.engine.scan import is_scanning
 from diffsight.engine.steps import Clock
 from diffsight.engine.taps import INPUTS, OUTPUT, Asked, Tap, Target, first_input, join
 from diffsight.envoy import (
@@ -26,9 +27,9 @@ __all__ = [
     "Asked",
     "Clock",
     "Envoy",
-    "HookTables",
     "MethodEnvoy",
     "Model",
+    "ModuleHooks",
     "Override",
     "Part",
     "Points",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine.nets import WIDTH, Calling, Net, footprint, inputs, linear
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from diffsight import AssignmentError, DiffsightError, Model, NeverReachedError, OutOfOrderError, ScanError
@@ -53,12 +54,12 @@ def scanned(model, module, *args, **kwargs):
     return seen
 
 
-def all_meta(value):
-    return all(leaf.is_meta for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+def all_fake(value):
+    return all(is_fake(leaf) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 def all_zeros(value):
-    return all(not leaf.is_meta and not leaf.any() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    return all(not is_fake(leaf) and not leaf.any() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 @pytest.fixture(autouse=True)
@@ -81,10 +82,10 @@ def test_shapes_everywhere(some, x):
     assert scanned(Model(some), some, x) == everything(net, lambda: net(x))
 
 
-def test_inside_is_meta_and_outside_are_zeros(some, x):
+def test_inside_is_fake_and_outside_are_zeros(some, x):
     with Model(some).scan(x) as run:
         assert run.input is x
-        assert all_meta([run.first.input, run.layers[0].leaf.output, run.last.output])
+        assert all_fake([run.first.input, run.layers[0].leaf.output, run.last.output])
         output = run.output
     assert output is run.result
     assert torch.equal(output, torch.zeros(2, WIDTH)) and output.device == x.device
@@ -195,7 +196,7 @@ def test_rows(some):
         a.layers[0].output = b.layers[0].output[:1] * 2
         answers = run.each(lambda row: row.layers[1].output + row.layers[2].output)
     assert [answer.shape for answer in answers] == [(1, WIDTH), (2, WIDTH)]
-    assert all_meta(answers)
+    assert all_fake(answers)
 
 
 def test_invoke(some, x):
@@ -211,7 +212,7 @@ def test_invoke(some, x):
 
 def test_steps(some, x):
     with Model(some).scan(x) as run:
-        assert [step.index for step in run.steps if run.layers[0].output.is_meta] == [0]
+        assert [step.index for step in run.steps if is_fake(run.layers[0].output)] == [0]
 
 
 def test_methods(x):
@@ -270,7 +271,7 @@ def test_a_helper_is_tried_on_shapes(some, x):
         seen = helper(run, direction)
     with Model(Net()).trace(x) as real:
         assert described(seen) == described(helper(real, direction))
-    assert all_meta(seen)
+    assert all_fake(seen)
     assert described(run.result) == described(real.result)
 
 
@@ -490,7 +491,7 @@ def test_compiled_modules(x):
     net.layers[1] = torch.compile(net.layers[1], backend=backend)
     net.last.compile(backend=backend)
     with Model(net).scan(x) as run:
-        assert run.layers[1].output.is_meta
+        assert is_fake(run.layers[1].output)
         assert net.last(x).shape == run.last.output.shape == (2, WIDTH)
     assert compiled == []
     net(x)
@@ -548,7 +549,7 @@ def left_by_return(model, x):
         with model.scan(x) as run:
             return run.layers[0].input
 
-    assert body().is_meta
+    assert is_fake(body())
 
 
 def finished(model, x):
@@ -591,19 +592,19 @@ def test_a_real_run_beside_a_scan_of_the_same_model(net, x):
     want, model = net(x), Model(net)
     with model.scan(x) as shapes, model.trace(x) as real:
         for index in range(3):
-            assert shapes.layers[index].output.is_meta
-            assert not real.layers[index].output.is_meta
+            assert is_fake(shapes.layers[index].output)
+            assert not is_fake(real.layers[index].output)
     assert torch.equal(real.result, want) and not shapes.result.any()
 
 
 def test_a_real_run_in_another_thread(net, x):
     want, model, seen = net(x), Model(net), []
     with model.scan(x) as run:
-        assert run.layers[0].leaf.output.is_meta
+        assert is_fake(run.layers[0].leaf.output)
         thread = Thread(target=lambda: seen.append(Model(net).trace(x).result))
         thread.start()
         thread.join()
-        assert run.layers[1].output.is_meta
+        assert is_fake(run.layers[1].output)
     assert torch.equal(seen[0], want)
 
 
