@@ -1,4 +1,4 @@
-"""Scans: shapes are those of a real run, nothing is computed, and the model is left as it was."""
+"""Scans: shapes match those of a real run, nothing is computed, and the model is left unchanged."""
 
 import gc
 import weakref
@@ -16,12 +16,12 @@ from diffsight import AssignmentError, DiffsightError, Model, NeverReachedError,
 
 
 def described(value):
-    """Shapes and types of all tensors in a value."""
+    """Return the shapes and dtypes of all tensors in a value."""
     return tree_map_only(torch.Tensor, lambda tensor: (tuple(tensor.shape), tensor.dtype), value)
 
 
 def everything(module, call):
-    """What every module inside gets and gives in `call()`, described: an ordinary hook."""
+    """Return what every module gets and returns during `call()`, described, from ordinary hooks."""
     seen = {}
     handles = [
         inner.register_forward_hook(
@@ -39,7 +39,7 @@ def everything(module, call):
 
 
 def scanned(model, module, *args, **kwargs):
-    """The same, as a scan tells it."""
+    """Return the same, as read in a scan."""
     seen = {}
     for name in dict(module.named_modules()):
         with model.scan(*args, **kwargs) as run:
@@ -70,11 +70,11 @@ def no_mode_is_left():
 
 @pytest.fixture(params=["loaded", "never loaded"])
 def some(request):
-    """A net with its weights, or without any."""
+    """A net with its weights, or one without any."""
     return Net() if request.param == "loaded" else Net().to("meta")
 
 
-# What a scan tells
+# Shapes
 
 
 def test_shapes_everywhere(some, x):
@@ -118,7 +118,7 @@ def test_a_cache_that_is_handed_in_holds_zeros_afterwards(gpt2, ids):
 
 
 def test_nothing_is_computed(x):
-    """A matrix product that would take all memory there is."""
+    """A product that would not fit in memory."""
 
     def forward(self, x):
         wide = self.up(x)
@@ -147,6 +147,27 @@ def test_weights_are_where_they_are_or_will_be(some, x):
         run.first.output
         assert run.first.weight.device == torch.device("cpu")
         assert torch.zeros(3, device=run.last.weight.device).device == torch.device("cpu")
+
+
+def test_nothing_large_is_created(x):
+    def forward(self, x):
+        ones = torch.ones(1_000_000, 1_000_000, dtype=torch.bool, device=x.device)
+        return x[:1, :1] + ones.tril().sum(0) + torch.zeros(1_000_000, 1_000_000, device=x.device)[0]
+
+    assert Model(Calling(forward)).scan(x).result.shape == (1, 1_000_000)
+
+
+def test_autocast(some, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = Net()(x)
+        with Model(some).scan(x) as run:
+            assert run.layers[0].leaf.lin.output.dtype == torch.bfloat16
+    assert described(run.result) == described(plain) == ((2, WIDTH), torch.bfloat16)
+
+
+def test_vmap(x):
+    net = Calling(lambda self, x: torch.vmap(lambda row: self.part.weight @ row)(x), part=linear())
+    assert described(Model(net).scan(x).result) == described(net(x))
 
 
 def test_inputs_without_values(some):
@@ -256,7 +277,7 @@ def test_modes(some, x, mode):
 
 
 def helper(run, direction):
-    """What one would write for a real run."""
+    """Compute what a user would write for a real run."""
     hidden = run.layers[0].output
     logits = run.last(hidden)
     again = hidden @ run.last.weight.T + run.last.bias
@@ -275,7 +296,7 @@ def test_a_helper_is_tried_on_shapes(some, x):
     assert described(run.result) == described(real.result)
 
 
-def test_what_has_nothing_to_do_with_the_model_is_as_ever(some, x):
+def test_what_has_nothing_to_do_with_the_model_is_real(some, x):
     with Model(some).scan(x) as run:
         run.first.output
         assert torch.equal(x @ x.T, x.matmul(x.T))
@@ -347,15 +368,16 @@ def test_the_body_asks_for_values(some, x, ask):
             ask(run.layers[0].output)
 
 
-def test_other_errors_of_the_model_are_its_own(x):
+def test_other_errors_of_the_model_are_its_own(x, caplog):
     net = Calling(lambda self, x: self.part(x[:, :2]), part=linear())
     with pytest.raises(RuntimeError, match="reduction dim") as caught:
         Model(net).scan(x).result
     assert not isinstance(caught.value, ScanError)
+    assert not caplog.records, "PyTorch logs errors of fake tensors, with a traceback"
 
 
 def test_numbers_and_masks_that_come_in_are_known(x):
-    """As long as they depend on nothing else: models look at masks, and count tokens."""
+    """They are known while they depend on nothing else: models look at masks, and count tokens."""
     seen = {}
 
     def forward(self, x, ids, mask):
@@ -375,7 +397,7 @@ def test_numbers_and_masks_that_come_in_are_known(x):
 
 
 def test_masks_that_a_model_makes_itself_are_known(x):
-    """Of ones, or by writing into zeros; what came in is not written into."""
+    """A mask is made of ones, or by writing into zeros; the inputs themselves are not written to."""
     seen = {}
 
     def forward(self, x, lengths):
@@ -394,7 +416,7 @@ def test_masks_that_a_model_makes_itself_are_known(x):
 
 
 def test_products_by_groups(x):
-    """As experts have them: tokens in order of their expert, and where each expert's end."""
+    """Mixtures of experts use them: tokens sorted by expert, and the end of each expert's tokens."""
     weights = torch.randn(3, 16, 8)
 
     def forward(self, tokens, ends):
@@ -415,11 +437,42 @@ def test_numbers_that_depend_on_more_are_not_known(x):
         Model(Calling(forward)).scan(x, torch.tensor([3, 7])).result
 
 
-# What is left behind: nothing
+def test_values_of_floats_are_never_known(x):
+    """Not even of small ones, and not as zeros."""
+
+    def forward(self, x):
+        return x if torch.isnan(x).any() else x + 1
+
+    with pytest.raises(ScanError, match="__bool__"):
+        Model(Calling(forward)).scan(x).result
+
+
+def test_values_that_are_written_over_are_not_known(x):
+    def forward(self, x):
+        counts = torch.zeros(2, dtype=torch.long, device=x.device)
+        assert counts.tolist() == [0, 0]
+        counts[1] = x.argmax()
+        return counts.tolist()
+
+    with pytest.raises(ScanError, match="tolist"):
+        Model(Calling(forward)).scan(x).result
+
+
+def test_repeats_and_masks_beside_unknown_values(x):
+    def forward(self, x, repeats, mask):
+        x = x.repeat_interleave(repeats, 0)
+        x[:, mask] = 0
+        return x[:, mask]
+
+    given = x, torch.tensor([1, 3]), torch.tensor([True, False, True, True])
+    assert Model(Calling(forward)).scan(*given).result.shape == Calling(forward)(*given).shape == (4, 3)
+
+
+# Nothing is left behind
 
 
 class Keeping(nn.Module):
-    """Keeps tables, counts its calls, updates what it holds."""
+    """A module that keeps tables, counts its calls and updates what it holds."""
 
     def __init__(self):
         super().__init__()
@@ -443,7 +496,7 @@ class Keeping(nn.Module):
 
 
 def held(module):
-    """Everything that a module and those in it hold, by identity and by value."""
+    """Return everything that a module and its submodules hold, by identity and by value."""
     return {
         name: (
             footprint(inner)[""],
@@ -472,6 +525,18 @@ def test_what_a_model_keeps_is_what_it_kept_before(x):
     assert torch.equal(net(x), fresh(x))
 
 
+def test_casting_a_module_leaves_its_parameters_in_place(x):
+    """Another run of the same model may use them meanwhile."""
+    net = Calling(lambda self, x: self.part.to(torch.float64)(x.double()), part=nn.BatchNorm1d(WIDTH).eval())
+    before = dict(net.named_parameters()) | dict(net.named_buffers())
+    with Model(net).scan(x) as run:
+        assert run.part.output.dtype == torch.float64
+        now = dict(net.named_parameters()) | dict(net.named_buffers())
+        assert all(value is before[name] for name, value in now.items())
+        assert run.part.weight.dtype == torch.float64
+    assert run.result.dtype == torch.float64 and net.part.weight.dtype == torch.float32
+
+
 def test_tied_weights(x):
     net = nn.Sequential(linear(), linear())
     net[1].weight = net[0].weight
@@ -495,7 +560,7 @@ def test_compiled_modules(x):
         assert net.last(x).shape == run.last.output.shape == (2, WIDTH)
     assert compiled == []
     net(x)
-    assert compiled, "afterwards it is compiled as ever"
+    assert compiled, "afterwards it is compiled as usual"
 
 
 def error_in_the_body(model, x):
