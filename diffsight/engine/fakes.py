@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 class Fakes:
     """The fake tensors of one scan.
 
-    `device` is where the weights are that have a device, else the CPU. Tensors on the meta device become fake tensors
-    there: that is where the weights will be once they are loaded.
+    Tensors on the meta device become fake tensors on `device`, where the weights are, or will be once they are loaded.
     """
 
     def __init__(self) -> None:

@@ -9,15 +9,24 @@ returns another. This mode decides what is fake, depending on where the code run
   fake there, and what is computed from a weight and a real tensor is zeros.
 - In the body of the `with` statement, tensors are real except for weights and the values inside components.
 
-Entering `FakeTensorMode` around the model would not be enough:
+Running the model inside `FakeTensorMode(allow_non_fake_inputs=True)` is not enough (PyTorch 2.13). The tests named here
+are in tests/engine/test_scan.py:
 
-- It is a dispatch mode, below autograd, and sees the operations on real parameters only after autograd has recorded
-  them: `backward()` would fill their `.grad`, and `weight.zero_()` would zero the weight.
-- When a fake tensor is written into a real one, it writes into a fake copy and the real one keeps stale values.
-- A boolean mask as an index has no shape to tell, even if the values of the mask are known.
-- It would stay on in the body, since PyTorch keeps the stack of dispatch modes per thread.
+- It is a dispatch mode, below autograd, so operations are recorded with the real parameters: `backward()` fills their
+  `.grad` with fake tensors (test_gradients), and with no fake tensor taking part, `weight.zero_()` in the body changes
+  the real weight (test_weights_are_not_changed_by_the_body).
+- It makes every tensor fake and does not keep the values of masks and token ids: `mask.all()` raises
+  (test_numbers_and_masks_that_come_in_are_known), and so does `x[mask]`
+  (test_masks_that_a_model_makes_itself_are_known).
+- Writing a fake tensor to a real one changes a fake copy, and the real one keeps values that are wrong by now
+  (test_values_that_are_written_over_are_not_known).
+- It puts fake parameters into modules that are cast (test_casting_a_module_leaves_its_parameters_in_place).
+- PyTorch keeps the stack of dispatch modes per thread, so the mode stays on in the body while the model is parked there
+  (test_what_has_nothing_to_do_with_the_model_is_real).
+- It has no shape for a product by groups in float32 (test_products_by_groups).
 
-So this mode replaces the tensors, and each fake tensor enters the `FakeTensorMode` for one operation.
+So this function mode, which sees calls above autograd and is exchanged along with the coroutine, replaces the tensors.
+A fake tensor enters the `FakeTensorMode` by itself, for one operation.
 """
 
 import logging
@@ -74,11 +83,11 @@ class ScanMode(TorchFunctionMode):
         finally:
             self._depth -= 1
         zeros = Zeros(self._fakes)
-        zeros((args, kwargs))  # objects that the component writes into, such as caches
+        zeros((args, kwargs))  # in objects that the component has written to, such as caches
         return zeros(output)
 
     def _enter(self, value: Any) -> Any:
-        """Return what a component gets in place of a value. Integers are copied, since it may write into them."""
+        """Return what a component gets in place of a value. Integers are copied, since it may write to them."""
         if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
             return value
         entered = self._fake_if_float(value)
@@ -89,7 +98,7 @@ class ScanMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         owner = current_owner()
-        if owner is not None and getattr(owner, "body_mode", None) is not self:  # another run's model, in the body
+        if owner is not None and getattr(owner, "body_mode", None) is not self:  # the model of another run, in the body
             return function(*args, **kwargs)
         found = _Arguments(args, kwargs, self._twin)
         if not found.has_fake:
@@ -107,7 +116,7 @@ class ScanMode(TorchFunctionMode):
     # ---- calls
 
     def _call(self, function: Callable, found: "_Arguments") -> Any:
-        """Call a function with fake tensors in place of all others, but integers."""
+        """Call a function with fake tensors in place of weights and floating-point tensors."""
         args, kwargs = found.args, found.kwargs
         if function in _INDEXING:
             args = [args[0], _without_masks(args[1]), *args[2:]]
@@ -123,8 +132,8 @@ class ScanMode(TorchFunctionMode):
         return self._cast(found.first, result) if is_cast else result
 
     def _fake_if_float(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a fake tensor, linked by autograd to the real one. Integers may stay real beside fake tensors, so that
-        functions such as `repeat_interleave` can look at their values."""
+        """Return a fake tensor, linked to the real one by autograd. Integers stay real even beside fake tensors, since
+        functions such as `repeat_interleave` look at their values."""
         if is_functorch_wrapped_tensor(tensor):  # inside `vmap` and the like: it may hold a fake tensor itself
             return tensor
         return self._fakes.of(tensor) if tensor.is_meta or _is_float(tensor) else tensor
@@ -138,7 +147,7 @@ class ScanMode(TorchFunctionMode):
         return zeros(result) if found.has_real else result
 
     def _create(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Call a function that takes no fake tensor. What it creates is real, as it may become a mask, unless it is
+        """Call a function that takes no fake tensor. What it creates is real, since it may become a mask, unless it is
         too large for one."""
         if function in _CREATING:
             created = self._fakes.created_by(function, args, kwargs)
@@ -156,13 +165,13 @@ class ScanMode(TorchFunctionMode):
         return tensor if twin is None else twin
 
     def _forget_values(self, *written: Any) -> None:
-        """Note that a fake tensor is written into these: their values are unknown from now on, as those of weights."""
+        """Note that a fake tensor is written to these: from now on their values are unknown, as those of weights."""
         for tensor in tree_leaves(written):
             if isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor):
                 self._unknown[id(tensor)] = tensor
 
     def _cast(self, weight: torch.Tensor, result: FakeTensor) -> torch.Tensor:
-        """Change the dtype or device of a weight for `module.to(...)`, which keeps what is returned: the weight."""
+        """Change the dtype or device of a weight for `module.to(...)`. It stores what this returns: the weight."""
         self._twins[id(weight)] = result.detach().requires_grad_(weight.requires_grad)
         return weight
 
@@ -186,7 +195,7 @@ class _Arguments:
 
 
 def _each(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Change every tensor among the arguments of a function. It runs for each call, and is faster than `tree_map`."""
+    """Change every tensor among the arguments of a function. This runs for each call: `tree_map` would be slower."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if type(value) is dict:
@@ -205,7 +214,7 @@ def _without_masks(index: Any) -> Any:
 
 
 def _grouped_product(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """Multiply by groups, as mixtures of experts do: PyTorch tells the shape of the product for bfloat16 alone."""
+    """Multiply by groups, as mixtures of experts do. PyTorch knows the shape of the product only for bfloat16."""
     dtype = next(value.dtype for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
     args, kwargs = _each([args, kwargs], lambda tensor: tensor.to(torch.bfloat16) if _is_float(tensor) else tensor)
     return torch._grouped_mm(*args, **kwargs).to(kwargs.get("out_dtype") or dtype)
@@ -223,7 +232,7 @@ def _is_write(function: Callable, kwargs: dict[str, Any]) -> bool:
 
 
 def _is_in_apply() -> bool:
-    """Return whether a function is called by the function that `module.to(...)` applies to each weight."""
+    """Return whether the call comes from the function that `module.to(...)` applies to each weight."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back

@@ -327,6 +327,15 @@ def test_another_model_runs_for_real_in_the_body(some, x):
     assert torch.equal(real.result, net(x))
 
 
+def test_two_scans_feed_each_other(some, x):
+    with Model(some).scan(x, grad=True) as a, Model(Net(seed=1)).scan(x, grad=True) as b:
+        hidden = a.layers[1].output
+        hidden.retain_grad()
+        b.layers[1].output = torch.cat([hidden, b.layers[0].output])
+        b.output.sum().backward()
+    assert a.result.shape == hidden.grad.shape == (2, WIDTH) and b.result.shape == (4, WIDTH)
+
+
 # Where values are needed
 
 
