@@ -79,8 +79,9 @@ for the run whose values `model.<path>` has.
 from diffsight.engine.coroutine import current_owner
 from diffsight.engine.flow import Observer
 from diffsight.engine.hooks import FORWARD, ChangedMethod
+from diffsight.engine.module_state import ModuleHooks
 from diffsight.engine.points import INPUTS, OUTPUT, Asked, first_input
-from diffsight.engine.scan import HookTables, is_scanning
+from diffsight.engine.scan import is_scanning
 from diffsight.engine.selection import Part, Selection
 from diffsight.engine.steps import Clock
 from diffsight.engine.taps import Tap
@@ -116,9 +117,9 @@ __all__ = [
     "ChangedMethod",
     "Clock",
     "Envoy",
-    "HookTables",
     "MethodEnvoy",
     "Model",
+    "ModuleHooks",
     "Observer",
     "Part",
     "Points",

@@ -98,9 +98,10 @@ class Model(Envoy):
         It takes the arguments of `trace` (of `generate` for a pipeline) and is used like any other run, but needs no
         weights and computes next to nothing.
 
-        Values inside the model (in a pipeline: inside each module of it) are tensors on the meta device, which have a
-        shape and a type. What comes out of it are zeros, on the device of what went in. Within the body of the `with`
-        statement, calculating with such values (with the model's weights, with other tensors) yields shapes as well.
+        Values inside the model (in a pipeline, inside each of its modules) are fake tensors, which have a shape, a dtype
+        and a device. What the model returns is zeros on the same device. Integer and boolean inputs stay real. In the
+        body of the `with` statement, computing with such values, with weights or with other tensors returns fake
+        tensors as well.
 
         Raises ScanError where the values themselves are needed: `.item()`, `if tensor:`, a boolean mask."""
         with scanning():

@@ -32,7 +32,10 @@ ENGINE = [
     "engine.order",
     "engine.turns",
     "engine.flow",
-    "engine.meta",
+    "engine.scan_errors",
+    "engine.fakes",
+    "engine.module_state",
+    "engine.scan_mode",
     "engine.scan",
     "engine.capture",
     "envoy",
@@ -52,7 +55,7 @@ FOR_WRAPPERS = {"diffsight", "diffsight.errors", "diffsight.extending"}
 THIRD_PARTY = {
     # torch
     *("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_call_impl"),
-    *("_compiled_call_impl", "_version", "_cdata", "_schema"),
+    *("_compiled_call_impl", "_apply", "_version", "_cdata", "_schema"),
     # diffusers
     *("_execution_device", "_progress_bar_config"),
     # transformers

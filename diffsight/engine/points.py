@@ -133,6 +133,6 @@ def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:
         return f"has the shape {tuple(before.shape)}, but {tuple(value.shape)} was assigned"
     if before.dtype != value.dtype:
         return f"has the type {before.dtype}, but a tensor of {value.dtype} was assigned"
-    if before.device != value.device and not before.is_meta:  # meta: in a scan
+    if before.device != value.device:
         return f"is on {before.device}, but a tensor on {value.device} was assigned"
     return None

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError
-from diffsight.extending import HookTables
+from diffsight.extending import ModuleHooks
 from diffsight.pipelines.language.spans import module_at
 from diffsight.pipelines.language.standard_names import layer_names
 from diffsight.pipelines.language.unembedding import Layout
@@ -311,7 +311,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Puts back what modules keep of a pass (tables of positions and the like): those of a fake one are fake."""
-    before = [(module, HookTables(module), dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    before = [(module, ModuleHooks(module), dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     try:
         yield
     finally:
