@@ -98,7 +98,7 @@ class Model(Envoy):
         It takes the arguments of `trace` (of `generate` for a pipeline) and is used like any other run, but needs no
         weights and computes next to nothing.
 
-        Values inside the model (in a pipeline, inside each of its modules) are fake tensors, which have a shape, a dtype
+        Values inside the model (in a pipeline, inside each of its modules) are fake tensors. They have a shape, a dtype
         and a device. What the model returns is zeros on the same device. Integer and boolean inputs stay real. In the
         body of the `with` statement, computing with such values, with weights or with other tensors returns fake
         tensors as well.

@@ -77,12 +77,8 @@ class HFPipeline(Model):
         `run.stream()` gives the pieces of text; where a list of inputs goes through it in several batches, a batch. Of
         a list that makes one batch (`batch_size=`), `run.rows` are the inputs. With `seed` the model draws from a
         random stream of its own; with `grad=True` the pipeline's `no_grad` is lifted."""
-        if seed is not None:
-            check_seed(seed)
+        self.check(*args, seed=seed, grad=grad, **kwargs)
         pipeline = self._owner
-        if kwargs.get("num_workers") or pipeline._num_workers:
-            raise InputError("num_workers: what runs in processes of their own cannot be seen. Leave it out")
-
         chosen = Chosen(_tokenizer(pipeline)) if self._writes_tokens() else None
 
         def call() -> Any:
@@ -96,6 +92,15 @@ class HFPipeline(Model):
         flow_of(run).seed = seed
         run._chosen = chosen
         return run
+
+    def check(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> None:
+        """Check the arguments of `trace` or `generate` without opening a run or running anything.
+
+        Raises InputError if they cannot be used."""
+        if seed is not None:
+            check_seed(seed)
+        if kwargs.get("num_workers") or self._owner._num_workers:
+            raise InputError("num_workers: what runs in processes of their own cannot be seen. Leave it out")
 
     def generate(self, *args: Any, **kwargs: Any) -> WritingRun:
         """The same as `trace`, of a pipeline that writes or draws."""
