@@ -15,7 +15,7 @@ from diffsight.envoy import (
     raise_kept,
     target_of,
 )
-from diffsight.model import Model, with_gradients
+from diffsight.model import Model, innermost_run, open_run, with_gradients
 from diffsight.rows import Part, Row, View, each
 from diffsight.run import Run, Step, flow_of, part_of, run_of
 
@@ -42,10 +42,12 @@ __all__ = [
     "each",
     "first_input",
     "flow_of",
+    "innermost_run",
     "is_scanning",
     "join",
     "keeping_attribute_errors",
     "model_of",
+    "open_run",
     "owner_of",
     "part_of",
     "raise_kept",

@@ -380,3 +380,16 @@ def _batch(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:
             shapes = ", ".join(str(tuple(x.shape)) for x in first)
             raise InputError(f"the inputs do not make a batch: their shapes are {shapes}") from error
     return args, [1] * first.shape[0] if isinstance(first, torch.Tensor) and first.ndim else []
+
+
+# ---- what wrappers and the rest of the engine ask of a model, see `diffsight.extending`
+
+
+def open_run(model: Model, function: Callable[[], Any]) -> Run:
+    """Open a run of `model` that calls `function` in the place of the model."""
+    return model._new_run(function)
+
+
+def innermost_run(model: Model) -> Run | None:
+    """Return the run that `model.<path>` means: the innermost one open in this thread."""
+    return model._innermost_run()

@@ -33,11 +33,11 @@ from transformers.pipelines.pt_utils import PipelineIterator
 
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.extending import Clock, Override, Target, flow_of, with_gradients
-from diffsight.pipelines.diffusion.components import part_targets
-from diffsight.pipelines.diffusion.seeds import check_seed
 from diffsight.pipelines.language.generation import Chosen, WritingRun
-from diffsight.pipelines.language.named import Named
-from diffsight.pipelines.language.standard_names import are_layers, is_list, layer_names, model_names, standard_names
+from diffsight.pipelines.named_model import NamedModel
+from diffsight.pipelines.seeds import check_seed
+from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
+from diffsight.pipelines.targets import component_targets
 
 _PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # besides modules
 _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "postprocess"}
@@ -47,7 +47,7 @@ _FAILURES = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeErr
 _writing: ContextVar[tuple[Chosen | None, bool]] = ContextVar("diffsight_writing", default=(None, False))
 
 
-class HFPipeline(Named):
+class HFPipeline(NamedModel):
     """Wraps a pipeline of transformers: `source` is a live `transformers.pipeline(...)`; or what that function takes, a
     task ("text-classification", with `model=…` and the like in `arguments`), or a hub id or folder whose task the hub
     knows.
@@ -126,7 +126,7 @@ class HFPipeline(Named):
     def _children_of(self, target: Target) -> dict[str, Target]:
         if target.owner is not self._owner:
             return target.named_children()
-        return part_targets(self._parts(), self._part_targets)
+        return component_targets(self._parts(), self._part_targets)
 
     def _components(self) -> list[Target]:
         return [*self._method_targets().values(), *self._children_of(self._target).values()]

@@ -11,18 +11,17 @@ run.images
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -32,74 +31,27 @@ from diffsight.extending import (
     Clock,
     Model,
     Override,
-    Run,
-    Step,
     Target,
     flow_of,
-    join,
-    keeping_attribute_errors,
-    owner_of,
     with_gradients,
 )
-from diffsight.pipelines.diffusion.branches import BranchView, DiffusionRow, rows_of
-from diffsight.pipelines.diffusion.components import part_targets
-from diffsight.pipelines.diffusion.guidance import COND, UNCOND, Layouts
+from diffsight.pipelines.diffusion.components import (
+    component_names,
+    components,
+    pass_safety_check,
+    time_argument,
+    time_parameter,
+    traceable_methods,
+)
+from diffsight.pipelines.diffusion.guidance import BatchLayouts
 from diffsight.pipelines.diffusion.loading import open_pipeline
 from diffsight.pipelines.diffusion.prompts import check_prompts
-from diffsight.pipelines.diffusion.seeds import check_seed
+from diffsight.pipelines.diffusion.run import DiffusionRun, DiffusionStep
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders
-from diffsight.pipelines.language.standard_names import standard_names
+from diffsight.pipelines.seeds import generators, seeds_of_images
+from diffsight.pipelines.targets import component_targets
 
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_images_per_caption")
-
-
-class DiffusionStep(Step):
-    """One denoising step: from one `scheduler.step` to the next."""
-
-    @property
-    def timestep(self) -> float | None:
-        """The scheduler's timestep, such as 981 at the beginning of a run of Stable Diffusion; None where the denoiser
-        is told none."""
-        return self._model._timestep(self.component, self._call)
-
-
-class DiffusionRun(Run):
-    """A run of a diffusion pipeline."""
-
-    @property
-    def rows(self) -> tuple[DiffusionRow, ...]:
-        """One view per prompt: `a, b = run.rows`. Each has `num_images_per_prompt` pictures."""
-        return rows_of(self._pass, flow_of(self._pass).watch)
-
-    @property
-    def cond(self) -> BranchView:
-        """The run narrowed to the conditional branch of guidance; all of it where guidance is off."""
-        return BranchView(self._pass, flow_of(self._pass).watch, COND)
-
-    @property
-    def uncond(self) -> BranchView:
-        """The run narrowed to the unconditional branch of guidance: what the negative prompt makes."""
-        return BranchView(self._pass, flow_of(self._pass).watch, UNCOND)
-
-    @property
-    def images(self) -> Any:
-        """The pictures that the pipeline made; runs it to its end first."""
-        return self._of_result("images")
-
-    @property
-    def frames(self) -> Any:
-        """The videos that the pipeline made; runs it to its end first."""
-        return self._of_result("frames")
-
-    def _of_result(self, name: str) -> Any:
-        self._check_one_pass(name)
-        with keeping_attribute_errors(self):
-            result = self.result
-        if isinstance(result, tuple):  # the pipeline was called with return_dict=False
-            return result[0]
-        if name not in result:
-            raise InputError(f"{type(result).__name__} has no {name}, it has {', '.join(result)}")
-        return result[name]
 
 
 class DiffusionModel(Model):
@@ -173,15 +125,14 @@ class DiffusionModel(Model):
         def call() -> Any:
             given = dict(kwargs)
             if seeds is not None:
-                generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
-                given["generator"] = generators if len(generators) > 1 else generators[0]
+                given["generator"] = generators(seeds)
             if not grad:
                 return self._owner(*args, **given)
             with _detached_pictures(self._owner):
                 return with_gradients(self._owner.__call__)(*args, **given)
 
         run = self._new_run(call, again=again, grad=grad)
-        flow_of(run).watch = Layouts(self._owner, arguments, _inputs(arguments), _pictures_each(arguments))
+        flow_of(run).watch = BatchLayouts(self._owner, arguments, _inputs(arguments), _images_each(arguments))
         return run
 
     def trace(self, *args: Any, **kwargs: Any) -> DiffusionRun:
@@ -213,14 +164,8 @@ class DiffusionModel(Model):
         parameters = inspect.signature(self._owner.__call__).parameters
         if "generator" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise InputError(f"{name} takes no generator, so it cannot be seeded")
-        count = _inputs(arguments) * _pictures_each(arguments)
-        several = isinstance(seed, Iterable) and not isinstance(seed, str)
-        for s in seed if several else [seed]:
-            check_seed(s)
-        seeds = [int(s) for s in seed] if several else [int(seed) + i for i in range(count)]
-        if len(seeds) != count:
-            raise InputError(f"{len(seeds)} seeds for {count} pictures: give one seed a picture, or a single number")
-        return seeds
+        count = _inputs(arguments) * _images_each(arguments)
+        return seeds_of_images(seed, count)
 
     # ---- the parts of the pipeline
 
@@ -229,30 +174,23 @@ class DiffusionModel(Model):
 
     def _parts(self) -> dict[str, Any]:
         """The pipeline's components, by name."""
-        held = vars(self._owner)
-        parts = ((name, held.get(name)) for name in self._owner.config if not name.startswith("_"))
-        return {name: part for name, part in parts if part is not None and not isinstance(part, _PLAIN)}
+        return components(self._owner)
 
     def _children_of(self, target: Target) -> dict[str, Target]:
         if target.owner is not self._owner:
             return target.named_children()
-        return part_targets(self._parts(), self._part_targets)
+        return component_targets(self._parts(), self._part_targets)
 
     def _methods_of(self, owner: Any) -> Mapping[str, str]:
         """`encode_prompt` of the pipeline, `encode` and `decode` of a VAE, `step` of a scheduler."""
-        if owner is self._owner:
-            return {name: name for name in ("encode_prompt",) if _has_method(owner, name)}
-        for path, part in self._parts().items():
-            if part is owner:
-                return {name: join(path, name) for name in _methods_worth(part) if _has_method(part, name)}
-        return {}
+        return traceable_methods(self._owner, owner)
 
     def _names_of(self, owner: Any) -> Mapping[str, str]:
         if not isinstance(owner, PreTrainedModel):
             return {}
         if owner not in self._standard_names:
             component = any(part is owner for part in self._parts().values())
-            self._standard_names[owner] = standard_names(owner) if component else {}
+            self._standard_names[owner] = component_names(owner) if component else {}
         return self._standard_names[owner]
 
     def _components(self) -> list[Target]:
@@ -268,33 +206,17 @@ class DiffusionModel(Model):
     def _stand_ins(self) -> Mapping[tuple[int, str], Callable]:
         """A safety checker looks at the pictures: a scan lets all of them pass."""
         checkers = (target for target in self._children_of(self._target).values() if "safety_checker" in target.path)
-        return {target.key: partial(_let_pass, target.owner) for target in checkers}
+        return {target.key: partial(pass_safety_check, target.owner) for target in checkers}
 
     def _clock(self) -> Clock:
         """A step begins with a part that is told the timestep, once the scheduler has stepped since the last."""
         parts = self._children_of(self._target).values()
-        denoisers = [target for target in parts if target.name == FORWARD and _time_parameter(target.owner)]
+        denoisers = [target for target in parts if target.name == FORWARD and time_parameter(target.owner)]
         steps = [target for part in parts for target in self._method_targets(part) if target.name == "step"]
-        return Clock(denoisers, steps, lambda target, *call: _told(target.owner, *call))
+        return Clock(denoisers, steps, lambda target, *call: time_argument(target.owner, *call))
 
     def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> DiffusionStep:
         return DiffusionStep(index, path, call, self)
-
-    def _timestep(self, component: str, call: tuple[tuple, dict]) -> float | None:
-        """The timestep a denoiser was called with, in the scheduler's own count: some pipelines divide it by 1000."""
-        moment = _told(owner_of(self[component]), *call)
-        if moment is None:
-            return None
-        told, rounding = moment
-        near = []
-        for scheduler in (part for part in self._parts().values() if isinstance(part, SchedulerMixin)):
-            known = torch.as_tensor(getattr(scheduler, "timesteps", [])).flatten()
-            span = scheduler.config.get("num_train_timesteps", 1000)
-            for order, value in enumerate((told, told * span, (1 - told) * span) if known.numel() else ()):
-                nearest = known[(known.double() - value).abs().argmin()].item()
-                if abs(nearest - value) <= rounding * span:
-                    near.append((abs(nearest - value), order, nearest))
-        return min(near)[2] if near else told
 
     # ---- showing and setting
 
@@ -323,7 +245,6 @@ class DiffusionModel(Model):
 
 
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
-_PLAIN = (bool, int, float, str, list, tuple, dict)
 
 
 @contextmanager
@@ -354,42 +275,6 @@ class _Detached(Override):
             self.target.__dict__[self.name] = self.own
 
 
-def _let_pass(checker: nn.Module, clip_input: torch.Tensor, images: Any) -> tuple:
-    """What a safety checker gives where it finds nothing: pictures (batch, …), and for each that it is none; that of
-    DeepFloyd IF also looks for watermarks."""
-    nothing = [False] * len(images)
-    return (images, nothing, nothing) if type(checker).__name__.startswith("IF") else (images, nothing)
-
-
-def _methods_worth(part: Any) -> tuple[str, ...]:
-    """The methods of a component that pipelines call directly, and that matter."""
-    if isinstance(part, nn.Module):
-        return "encode", "decode"
-    return ("step",) if isinstance(part, SchedulerMixin) else ()
-
-
-def _has_method(part: Any, name: str) -> bool:
-    return isinstance(inspect.getattr_static(type(part), name, None), FunctionType)
-
-
-def _time_parameter(module: nn.Module) -> str | None:
-    """The parameter by which a denoiser is told the time; other parts have none."""
-    names = list(inspect.signature(module.forward).parameters)
-    return next((n for n in names if "timestep" in n), next((n for n in names[:3] if n in ("t", "r")), None))
-
-
-def _told(module: nn.Module, args: tuple, kwargs: dict) -> tuple[float, float] | None:
-    """The time a denoiser is told in a call, and the rounding of its type. Where each token has a time of its own, the
-    latest: tokens that are given rather than drawn are told 0."""
-    name = _time_parameter(module)
-    given = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
-    if given.get(name) is None:
-        return None
-    told = torch.as_tensor(given[name])
-    rounding = 4 * torch.finfo(told.dtype).eps if told.is_floating_point() else 0
-    return float(told.max()), rounding
-
-
 def _inputs(arguments: dict[str, Any]) -> int:
     """How many prompts, or other inputs, a call has."""
     for name in ("prompt", "prompt_embeds", "image"):
@@ -401,6 +286,6 @@ def _inputs(arguments: dict[str, Any]) -> int:
     return arguments.get("batch_size", 1)
 
 
-def _pictures_each(arguments: dict[str, Any]) -> int:
+def _images_each(arguments: dict[str, Any]) -> int:
     """How many pictures a call makes for each of its inputs."""
     return math.prod(arguments.get(name) or 1 for name in _PER_PROMPT)

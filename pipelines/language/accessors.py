@@ -31,9 +31,9 @@ from diffsight.extending import (
     target_of,
 )
 from diffsight.pipelines.language.attention import count_heads, output_projection, probabilities, projection
-from diffsight.pipelines.language.hidden_states import FIRST, Added, Heads, HiddenInput, Logits, NextLogits, Within
-from diffsight.pipelines.language.spans import Span
 from diffsight.pipelines.language.unembedding import Layout, run_tail
+from diffsight.pipelines.language.value_parts import FIRST, Added, Heads, HiddenInput, Logits, NextLogits, Within
+from diffsight.pipelines.targets import Span
 
 
 class PerLayer:

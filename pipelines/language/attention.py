@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from diffsight.errors import AssignmentError, InputError
 from diffsight.extending import Tap, Target
-from diffsight.pipelines.language.hidden_states import Heads
-from diffsight.pipelines.language.spans import Attached
+from diffsight.pipelines.language.value_parts import Heads
+from diffsight.pipelines.targets import HookHandle
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum", "baddbmm"}
 _KEEPS_PROBS = {"dropout", "to", "type", "type_as", "float", "half", "bfloat16", "clone", "contiguous", "__getitem__"}
@@ -60,14 +60,14 @@ class Probabilities(Target):
     def __init__(self, attention: Target, path: str) -> None:
         super().__init__(attention.owner, "attention_probs", path, attention)
 
-    def attach(self, tap: Tap) -> Attached:
+    def attach(self, tap: Tap) -> HookHandle:
         flow = tap.flow
         watch = next((mode for mode in flow.modes if isinstance(mode, _Watch)), None)
         if watch is None:
             watch = _Watch()
             flow.add_mode(watch)
         watch.taps.append(tap)
-        return Attached(partial(watch.taps.remove, tap))
+        return HookHandle(partial(watch.taps.remove, tap))
 
 
 class _Watch(TorchFunctionMode):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from diffsight.errors import InputError, suggest
-from diffsight.pipelines.language.standard_names import embeddings
+from diffsight.pipelines.standard_names import embeddings
 
 _IGNORE_MASKS = {"rwkv", "xlstm"}  # recurrent, and every token counts
 _TABLES = ("embed_positions", "position_embeddings")  # of learned or fixed vectors, one a position

@@ -36,15 +36,14 @@ from diffsight.extending import (
     owner_of,
     with_gradients,
 )
-from diffsight.pipelines.diffusion.seeds import check_seed
 from diffsight.pipelines.language.accessors import Accessors, LanguageEnvoy
 from diffsight.pipelines.language.generation import Chosen, WritingRun, decoded, one_or_many
 from diffsight.pipelines.language.inputs import Inputs, encode, picks_tokens, sees_padding
 from diffsight.pipelines.language.loading import Source, open_language_model
 from diffsight.pipelines.language.name_check import check_names
-from diffsight.pipelines.language.named import Named
-from diffsight.pipelines.language.spans import module_at
-from diffsight.pipelines.language.standard_names import (
+from diffsight.pipelines.named_model import NamedModel
+from diffsight.pipelines.seeds import check_seed
+from diffsight.pipelines.standard_names import (
     are_layers,
     embeddings,
     is_list,
@@ -52,6 +51,7 @@ from diffsight.pipelines.language.standard_names import (
     model_names,
     standard_names,
 )
+from diffsight.pipelines.targets import module_at
 
 
 class LanguageRun(WritingRun):
@@ -95,7 +95,7 @@ class LanguageRun(WritingRun):
         return sorted({*super().__dir__(), *(name for name in vars(Accessors) if not name.startswith("_"))})
 
 
-class LanguageModel(Accessors, Named):
+class LanguageModel(Accessors, NamedModel):
     """Wraps a language model: `source` is a packaged name (`diffsight/smollm2`), a folder, a GGUF file, a hub id, a
     live model, or `(model, tokenizer)`. `arguments` go to the model's `from_pretrained`.
 

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError
 from diffsight.extending import HookTables
-from diffsight.pipelines.language.spans import module_at
-from diffsight.pipelines.language.standard_names import layer_names
 from diffsight.pipelines.language.unembedding import Layout
+from diffsight.pipelines.standard_names import layer_names
+from diffsight.pipelines.targets import module_at
 
 
 class NamesWarning(UserWarning):

@@ -23,7 +23,7 @@ from diffsight.extending import Row, owner_of, part_of, run_of
 from diffsight.pipelines.language.inputs import Inputs
 from diffsight.pipelines.language.loading import Source, hub_arguments, place_of
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
-from diffsight.pipelines.language.standard_names import path_of, standard_names
+from diffsight.pipelines.standard_names import path_of, standard_names
 from diffsight.pipelines.vision_language.image_rows import RowPart, modules_that_see
 from diffsight.pipelines.vision_language.image_tokens import image_grids
 from diffsight.pipelines.vision_language.processors import (

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffsight import AssignmentError, InputError, LanguageModel, OutOfOrderError, PointNotFoundError
 from diffsight.pipelines.language.name_check import NamesWarning
-from diffsight.pipelines.language.standard_names import layer_names, model_names, standard_names
+from diffsight.pipelines.standard_names import layer_names, model_names, standard_names
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

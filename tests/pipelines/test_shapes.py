@@ -14,7 +14,7 @@ from PIL import Image
 from diffsight import DiffusionModel
 from diffsight.pipelines.diffusion.loading import PACKAGED
 from diffsight.pipelines.shapes.evaluate import shares
-from diffsight.pipelines.shapes.reader import read
+from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -157,7 +157,7 @@ def test_the_words_are_those_of_the_captions():
 def test_the_reader_is_right_on_500_scenes():
     rng = random.Random(7)
     asked = [sample_scene(rng, held_out=None) for _ in range(500)]
-    right = sum(read(render(scene, rng)) == scene.canonical() for scene in asked)
+    right = sum(read_scene(render(scene, rng)) == scene.canonical() for scene in asked)
     assert right >= 0.99 * len(asked)
 
 
@@ -166,21 +166,21 @@ def test_the_reader_is_right_on_500_scenes():
 @pytest.mark.parametrize("color", COLORS)
 def test_the_reader_knows_each_thing(color, shape, background):
     scene = Scene((Thing(color, shape),), None, background)
-    assert read(render(scene, random.Random(1))) == scene
+    assert read_scene(render(scene, random.Random(1))) == scene
 
 
 def test_the_reader_reads_other_sizes():
     scene = Scene((RED, BLUE), "left of", "black")
     image = render(scene, random.Random(3))
-    assert read(image.resize((128, 128), Image.NEAREST)) == scene
+    assert read_scene(image.resize((128, 128), Image.NEAREST)) == scene
 
 
 def test_the_reader_sees_nothing_in_an_empty_picture_or_a_crowd():
-    assert read(Image.new("RGB", (64, 64))) is None
+    assert read_scene(Image.new("RGB", (64, 64))) is None
     crowd = Image.new("RGB", (64, 64))
     for corner in ((4, 4), (4, 40), (40, 4)):
         crowd.paste(COLORS["red"], (*corner, corner[0] + 16, corner[1] + 16))
-    assert read(crowd) is None
+    assert read_scene(crowd) is None
 
 
 def test_shares_count_each_part():
@@ -231,7 +231,7 @@ def faithful(asked, images):
     """The share of pictures whose colours, shapes and relation are those asked for."""
     right = 0
     for scene, image in zip(asked, images, strict=True):
-        want, seen = scene.canonical(), read(image)
+        want, seen = scene.canonical(), read_scene(image)
         right += seen is not None and (seen.things, seen.relation) == (want.things, want.relation)
     return right / len(asked)
 
@@ -268,7 +268,7 @@ def test_a_packaged_pipeline_draws_what_is_asked_for(pipe, asked):
     captions = [scene.caption() for scene in asked]
     images = pipe(captions, generator=generators, **SETTINGS).images
     assert {scene.relation for scene in asked} == set(RELATIONS)
-    seen = [read(image) for image in images]
+    seen = [read_scene(image) for image in images]
     placed = [r is not None and r.relation == a.canonical().relation for a, r in zip(asked, seen)]
     grounds = [r is not None and r.background == a.background for a, r in zip(asked, seen)]
     assert sum(placed) >= 0.9 * len(asked) and sum(grounds) >= 0.9 * len(asked)

@@ -1,4 +1,4 @@
-"""Models whose parts answer to standard names, which may be spans of modules."""
+"""Models whose parts have standard names, which may stand for spans of modules."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,17 +7,17 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from diffsight.extending import Model, Target
-from diffsight.pipelines.language.spans import is_at, target_at
+from diffsight.pipelines.targets import is_at, target_at
 
 
-class Named(Model):
-    """A model that finds standard names in its parts: `_find_names` says which. They are found once a part."""
+class NamedModel(Model):
+    """A model that finds the standard names of its parts with `_find_names`, once per part."""
 
-    _known: WeakKeyDictionary  # a part: name to real path
-    _targets: dict  # of names that were asked for
+    _known: WeakKeyDictionary  # for each part, name to real path
+    _targets: dict  # of the names used so far
 
     def _find_names(self, part: nn.Module) -> dict[str, str]:
-        """Name to real path, from the part."""
+        """Return the standard names below a part, name to real path."""
         raise NotImplementedError
 
     def _names_of(self, owner: Any) -> Mapping[str, str]:
