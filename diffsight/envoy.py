@@ -326,3 +326,8 @@ def target_of(points: Points) -> Target:
 def owner_of(envoy: Points) -> Any:
     """Return the module, or other part, behind a handle; its weights may be still to come."""
     return envoy._target.owner
+
+
+def narrowed(points: Points, part: Any) -> Points:
+    """Return the same point, narrowed to a part of its value."""
+    return Points(points._model, points._target, points._run, points._call, part)

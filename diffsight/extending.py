@@ -11,11 +11,12 @@ from diffsight.envoy import (
     Points,
     keeping_attribute_errors,
     model_of,
+    narrowed,
     owner_of,
     raise_kept,
     target_of,
 )
-from diffsight.model import Model, innermost_run, open_run, with_gradients
+from diffsight.model import Model, innermost_run, named_target, open_run, with_gradients
 from diffsight.rows import Part, Row, View, each
 from diffsight.run import Run, Step, flow_of, part_of, run_of
 
@@ -47,6 +48,8 @@ __all__ = [
     "join",
     "keeping_attribute_errors",
     "model_of",
+    "named_target",
+    "narrowed",
     "open_run",
     "owner_of",
     "part_of",

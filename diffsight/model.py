@@ -393,3 +393,8 @@ def open_run(model: Model, function: Callable[[], Any]) -> Run:
 def innermost_run(model: Model) -> Run | None:
     """Return the run that `model.<path>` means: the innermost one open in this thread."""
     return model._innermost_run()
+
+
+def named_target(model: Model, name: str) -> Target | None:
+    """Return what a standard name of the whole model stands for, or None."""
+    return model._target_named(model._target, name)

@@ -33,7 +33,7 @@ from transformers.pipelines.pt_utils import PipelineIterator
 
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.extending import Clock, Override, Target, flow_of, with_gradients
-from diffsight.pipelines.language.generation import Chosen, WritingRun
+from diffsight.pipelines.language.generation import GeneratedTokens, GenerationRun, set_generated
 from diffsight.pipelines.named_model import NamedModel
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
@@ -44,7 +44,7 @@ _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "p
 _FAILURES = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError)
 
 
-_writing: ContextVar[tuple[Chosen | None, bool]] = ContextVar("diffsight_writing", default=(None, False))
+_writing: ContextVar[tuple[GeneratedTokens | None, bool]] = ContextVar("diffsight_writing", default=(None, False))
 
 
 class HFPipeline(NamedModel):
@@ -59,7 +59,7 @@ class HFPipeline(NamedModel):
 
     Raises InputError where `source` is no pipeline."""
 
-    _run_class = WritingRun
+    _run_class = GenerationRun
 
     def __init__(self, source: Pipeline | str | Path, **arguments: Any) -> None:
         pipeline = _opened(source, arguments)
@@ -71,7 +71,7 @@ class HFPipeline(NamedModel):
         """The pipeline itself."""
         return self._owner
 
-    def trace(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> WritingRun:
+    def trace(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> GenerationRun:
         """A run of the pipeline: `with model.trace("a text") as run:`, or right away `model.trace("a text").result`.
         The arguments are those of the pipeline.
 
@@ -85,7 +85,7 @@ class HFPipeline(NamedModel):
         if kwargs.get("num_workers") or pipeline._num_workers:
             raise InputError("num_workers: what runs in processes of their own cannot be seen. Leave it out")
 
-        chosen = Chosen(_tokenizer(pipeline)) if self._writes_tokens() else None
+        chosen = GeneratedTokens(_tokenizer(pipeline)) if self._writes_tokens() else None
 
         def call() -> Any:
             _writing.set((chosen, grad))  # in the run's own context
@@ -96,10 +96,11 @@ class HFPipeline(NamedModel):
         again = None if args else partial(self.trace, seed=seed, grad=grad, **kwargs)
         run = self._new_run(call, self._sizes(args, kwargs), again, grad)
         flow_of(run).seed = seed
-        run._chosen = chosen
+        if chosen is not None:
+            set_generated(run, chosen)
         return run
 
-    def generate(self, *args: Any, **kwargs: Any) -> WritingRun:
+    def generate(self, *args: Any, **kwargs: Any) -> GenerationRun:
         """The same as `trace`, of a pipeline that writes or draws."""
         if not self._writes():
             raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; trace() calls it")

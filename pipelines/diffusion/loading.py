@@ -51,9 +51,7 @@ def open_pipeline(
     """
     if isinstance(source, DiffusionPipeline):
         if arguments:
-            raise InputError(
-                f"a live pipeline is already loaded; it takes no {', '.join(arguments)}"
-            )
+            raise InputError(f"a live pipeline is already loaded; it takes no {', '.join(arguments)}")
         return source, None
     if not isinstance(source, (str, Path)):
         raise InputError(f"a pipeline is a name, a folder or a diffusers pipeline, not {type(source).__name__}")

@@ -37,10 +37,16 @@ from diffsight.extending import (
     with_gradients,
 )
 from diffsight.pipelines.language.accessors import Accessors, LanguageEnvoy
-from diffsight.pipelines.language.generation import Chosen, WritingRun, decoded, one_or_many
-from diffsight.pipelines.language.inputs import Inputs, encode, picks_tokens, sees_padding
+from diffsight.pipelines.language.generation import (
+    GeneratedTokens,
+    GenerationRun,
+    decoded,
+    one_or_many,
+    set_generated,
+)
+from diffsight.pipelines.language.inputs import Inputs, picks_tokens, prepare_inputs, sees_padding
 from diffsight.pipelines.language.loading import Source, open_language_model
-from diffsight.pipelines.language.name_check import check_names
+from diffsight.pipelines.language.name_check import Structure, check_names
 from diffsight.pipelines.named_model import NamedModel
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import (
@@ -54,7 +60,7 @@ from diffsight.pipelines.standard_names import (
 from diffsight.pipelines.targets import module_at
 
 
-class LanguageRun(WritingRun):
+class LanguageRun(GenerationRun):
     """A run of a language model."""
 
     _inputs: Inputs | None = None
@@ -63,14 +69,26 @@ class LanguageRun(WritingRun):
     @property
     def tokens(self) -> torch.Tensor | None:
         """The token ids of the inputs, (rows, tokens)."""
-        inputs = self._pass._inputs
+        inputs = self.model_inputs
         return inputs.tokens if inputs else None
 
     @property
     def mask(self) -> torch.Tensor | None:
         """1 for real tokens, 0 for padding, (rows, tokens); None where the inputs have none."""
-        inputs = self._pass._inputs
+        inputs = self.model_inputs
         return inputs.mask if inputs else None
+
+    @property
+    def last_tokens(self) -> torch.Tensor | None:
+        """The position of the last real token of each row, `(rows,)`. None where no row ends with padding, and for the
+        decoder of an encoder-decoder model."""
+        inputs = self.model_inputs
+        return None if inputs is None or owner_of(self._model).config.is_encoder_decoder else inputs.last
+
+    @property
+    def model_inputs(self) -> Inputs | None:
+        """The prepared inputs of the model: token ids, mask, pixels and so on."""
+        return self._pass._inputs
 
     @property
     def decoder_tokens(self) -> torch.Tensor | None:
@@ -84,8 +102,8 @@ class LanguageRun(WritingRun):
         self._check_one_pass("text")
         with keeping_attribute_errors(self):
             self._check_generates("text")
-            stopped = self._flow.outcome is not None and not self._flow.has_result and self._chosen.steps
-            result = self._chosen.steps[-1] if stopped else self.result
+            stopped = self._flow.outcome is not None and not self._flow.has_result and self._generated.steps
+            result = self._generated.steps[-1] if stopped else self.result
             ids = result["sequences"] if isinstance(result, Mapping) else result
             has_prompt = self.tokens is not None and not owner_of(self._model).config.is_encoder_decoder
             start = self.tokens.shape[-1] if has_prompt else 0
@@ -110,6 +128,7 @@ class LanguageModel(Accessors, NamedModel):
     Raises InputError where `source` names no model, and where a name turns out to be wrong."""
 
     _run_class = LanguageRun
+    structure: Structure | None  # what the check of the names found out; None until it could be made
 
     def __init__(
         self,
@@ -127,7 +146,7 @@ class LanguageModel(Accessors, NamedModel):
         found = {name: path for name, path in found.items() if path is not None}
         stacks = [module for module in net.modules() if is_list(module) and are_layers(module)]
         stacks += [net.get_submodule(found["layers"])] if "layers" in found else []
-        self.__dict__.update(tokenizer=tokenizer, _given=given, _stacks=stacks, _targets={}, _structure=None)
+        self.__dict__.update(tokenizer=tokenizer, _given=given, _stacks=stacks, _targets={}, structure=None)
         self.__dict__["_known"] = WeakKeyDictionary({net: found})
         self._check_names()
         if dispatch:
@@ -172,13 +191,13 @@ class LanguageModel(Accessors, NamedModel):
         given = {n: v for n, v in encoded.values.items() if n not in left_out or n in kwargs}
         if "attention_mask" not in given and encoded.tokens is not None:
             given["attention_mask"] = torch.ones_like(encoded.tokens)
-        chosen = Chosen(self.tokenizer)
+        generated = GeneratedTokens(self.tokenizer)
         given |= kwargs if inputs is not None else {}
-        given["stopping_criteria"] = chosen.along_with(kwargs.get("stopping_criteria"))
+        given["stopping_criteria"] = generated.along_with(kwargs.get("stopping_criteria"))
         function = with_gradients(function) if grad else function
         sizes = [_sequences(self._owner, kwargs)] * (encoded.rows or 0)
         run = self._run_of(encoded, lambda: function(**given), sizes, grad)
-        run._chosen = chosen
+        set_generated(run, generated)
         flow_of(run).seed = seed
         if self._owner.config.is_encoder_decoder:
             run._decoded = given.get("decoder_input_ids", self._first_token(encoded))
@@ -213,9 +232,9 @@ class LanguageModel(Accessors, NamedModel):
     def _check_names(self) -> None:
         """Checks the names that were found; again with the weights, where it cannot be done without."""
         inputs = _trial(self._owner)
-        if inputs and self._structure is None:
+        if inputs and self.structure is None:
             names = self._known[self._owner]
-            self.__dict__["_structure"] = check_names(self._owner, names, inputs, self._names_of)
+            self.__dict__["structure"] = check_names(self._owner, names, inputs, self._names_of)
 
     # ---- inputs and texts
 
@@ -228,7 +247,7 @@ class LanguageModel(Accessors, NamedModel):
     def _encode(self, inputs: Any, kwargs: Mapping[str, Any], writes: bool = False) -> Inputs:
         owner = self._owner
         left = self._pads_left() and (writes or self._reads_left_padded)
-        encoded = encode(owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, left)
+        encoded = prepare_inputs(owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, left)
         if left and isinstance(inputs, (list, tuple)) and encoded.is_padded and self._sees_padding:
             raise InputError(
                 f"{type(owner).__name__} cannot leave padding out, so it does not write to texts of several lengths at "

@@ -24,8 +24,7 @@ from diffsight.pipelines.language.inputs import Inputs
 from diffsight.pipelines.language.loading import Source, hub_arguments, place_of
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 from diffsight.pipelines.standard_names import path_of, standard_names
-from diffsight.pipelines.vision_language.image_rows import RowPart, modules_that_see
-from diffsight.pipelines.vision_language.image_tokens import image_grids
+from diffsight.pipelines.vision_language.image_tokens import ImageRowPart, image_grids, vision_modules
 from diffsight.pipelines.vision_language.processors import (
     chats_in,
     checked,
@@ -43,12 +42,12 @@ class VisionLanguageRun(LanguageRun):
     def rows(self) -> tuple[Row, ...]:
         """One view per input: `a, b = run.rows`. In the vision tower a row's part is that of its pictures."""
         rows, model = super().rows, self._model
-        names, inputs = model._names_of(owner_of(model)), self._pass._inputs
+        names, inputs = model._names_of(owner_of(model)), self.model_inputs
         if inputs.tokens is None or "layers" not in names or "image_sizes" in inputs.values:
             return rows
-        sees = modules_that_see(owner_of(model), names["layers"], names.get("lm_head"))
+        vision = vision_modules(owner_of(model), names["layers"], names.get("lm_head"))
         tokens = [len(own) for own in self.image_tokens]
-        return tuple(Row(run_of(row), row.index, RowPart(part_of(row), sees, tokens, row.index)) for row in rows)
+        return tuple(Row(run_of(row), row.index, ImageRowPart(part_of(row), vision, tokens, row.index)) for row in rows)
 
     @property
     def image_tokens(self) -> list[torch.Tensor]:
@@ -66,7 +65,7 @@ class VisionLanguageRun(LanguageRun):
         Of a picture that is cut into tiles (Idefics3, SmolVLM), the tiles put together. Raises InputError where the
         tokens lie on no grid (a resampler mixes them), or it cannot be told."""
         positions, model = self.image_tokens, self._model
-        return image_grids(owner_of(model), model.tokenizer, self._pass._inputs.values, positions)
+        return image_grids(owner_of(model), model.tokenizer, self.model_inputs.values, positions)
 
 
 class VisionLanguageModel(LanguageModel):
@@ -125,7 +124,7 @@ class VisionLanguageModel(LanguageModel):
         texts, chats = texts_in(inputs), chats_in(inputs)
         if texts is None and chats is None:
             if images is not None:
-                what = "pictures go along with a text, a list of texts or chat messages"
+                what = "images go with a string, a list of strings or chat messages"
                 given = "nothing" if inputs is None else type(inputs).__name__
                 raise InputError(f"{what}, not with {given}: a dictionary holds what a processor made of both")
             return inputs

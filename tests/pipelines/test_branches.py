@@ -425,9 +425,7 @@ def test_the_second_encoder_and_its_own_prompt():
 
 
 def test_words_that_are_not_the_prompts():
-    with pytest.raises(
-        InputError, match=r"uncond\.text_encoder\.input is of an unknown branch: text_encoder"
-    ):
+    with pytest.raises(InputError, match=r"uncond\.text_encoder\.input is of an unknown branch: text_encoder"):
         with generate(CASES["stable_diffusion"]) as run:
             run.tokenizer.output.input_ids[0, 1:3] = 17
             run.uncond.text_encoder.input
@@ -624,7 +622,9 @@ def test_three_branches_cannot_be_told():
         with pytest.raises(InputError, match="unet was given text that differs from what encode_prompt returned"):
             with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
                 getattr(run, branch).unet.mid_block.output
-    with pytest.raises(InputError, match=r"cond\.unet\.conv_in\.output \(.*test_branches.py:\d+\) is of an unknown branch"):
+    with pytest.raises(
+        InputError, match=r"cond\.unet\.conv_in\.output \(.*test_branches.py:\d+\) is of an unknown"
+    ):
         with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
             run.cond.unet.conv_in.output = torch.zeros(1)
     with pytest.raises(InputError, match=r"shape is \(6, .*2 prompts make 2 images"):

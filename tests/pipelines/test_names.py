@@ -250,7 +250,7 @@ def test_a_model_without_layers_says_how_to_name_them(nets):
 
 def test_lists_that_are_no_layers_are_found_out():
     """XLM has a list of attentions and a list of MLPs, each of which the residual goes past."""
-    with pytest.raises(InputError, match=r"'layers' was taken to be 'transformer\.ffns', but .* past"):
+    with pytest.raises(InputError, match=r"'layers' was taken to be 'transformer\.ffns', but .* without passing through"):
         LanguageModel(architectures.build_causal("xlm"))
 
 
@@ -272,7 +272,7 @@ def test_a_model_that_cannot_run_on_tokens_alone_is_warned_of():
             return super().forward(input_ids, **kwargs)
 
     net = Needy(architectures.small_config("gpt2"))
-    with pytest.warns(NamesWarning, match="the names found in Needy could not be checked"):
+    with pytest.warns(NamesWarning, match="the names found in Needy could not be verified"):
         LanguageModel(net)
 
 
