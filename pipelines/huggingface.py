@@ -1,4 +1,4 @@
-"""HFPipeline: any pipeline of transformers, opened; it is called as ever.
+"""HFPipeline: any transformers pipeline, traced. It is still called as usual.
 
 model = HFPipeline("image-classification", model="google/vit-base-patch16-224")     # or a live transformers.pipeline(…)
 
@@ -8,7 +8,7 @@ with model.trace("cat.png") as run:
 run.result                                  # what the pipeline returned
 
 with HFPipeline("text-generation", model=folder).generate("Once", max_new_tokens=20, seed=0) as run:
-    for step in run.steps:                  # one turn per generated token
+    for step in run.steps:                  # one iteration per generated token
         run.model.layers[4].output[:, -1] += direction
         print(step.text, end="")
 """
@@ -44,20 +44,25 @@ _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "p
 _FAILURES = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError)
 
 
-_writing: ContextVar[tuple[GeneratedTokens | None, bool]] = ContextVar("diffsight_writing", default=(None, False))
+_generating: ContextVar[tuple[GeneratedTokens | None, bool]] = ContextVar("diffsight_generating", default=(None, False))
 
 
 class HFPipeline(NamedModel):
-    """Wraps a pipeline of transformers: `source` is a live `transformers.pipeline(...)`; or what that function takes, a
-    task ("text-classification", with `model=…` and the like in `arguments`), or a hub id or folder whose task the hub
-    knows.
+    """Wraps a transformers pipeline.
 
-    `model` and whatever else the pipeline has (`tokenizer`, `image_processor`, `feature_extractor`, a `vocoder`) are
-    envoys; so are its methods `preprocess`, `forward` and `postprocess`. In `model`, and the models in it, the standard
-    names `layers[i]`, `layers[i].self_attn`, `layers[i].mlp` and `ln_final` work; where it writes text, also `lm_head`
-    and `embed_tokens`.
+    `model` and the other parts of the pipeline (`tokenizer`, `image_processor`, `feature_extractor`, a `vocoder`) are
+    envoys, and so are its methods `preprocess`, `forward` and `postprocess`. `model` and the models in it have the
+    standard names `layers[i]`, `layers[i].self_attn`, `layers[i].mlp` and `ln_final`; language models also have
+    `lm_head` and `embed_tokens`.
 
-    Raises InputError where `source` is no pipeline."""
+    Args:
+        source: A live `transformers.pipeline(...)`, or its first argument: a task such as "text-classification", or a
+            hub id or folder whose task the hub knows.
+        arguments: Passed to `transformers.pipeline`, such as `model=…`.
+
+    Raises:
+        InputError: `source` is not a pipeline.
+    """
 
     _run_class = GenerationRun
 
@@ -68,56 +73,60 @@ class HFPipeline(NamedModel):
 
     @property
     def pipeline(self) -> Pipeline:
-        """The pipeline itself."""
+        """The wrapped pipeline."""
         return self._owner
 
     def trace(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> GenerationRun:
-        """A run of the pipeline: `with model.trace("a text") as run:`, or right away `model.trace("a text").result`.
-        The arguments are those of the pipeline.
+        """Open a run of the pipeline: `with model.trace("a text") as run:`, or `model.trace("a text").result`.
 
-        A step is one call of `model`: where it writes, a generated token, with `step.tokens` and `step.text`, and
-        `run.stream()` gives the pieces of text; where a list of inputs goes through it in several batches, a batch. Of
-        a list that makes one batch (`batch_size=`), `run.rows` are the inputs. With `seed` the model draws from a
-        random stream of its own; with `grad=True` the pipeline's `no_grad` is lifted."""
+        A step is one call of `model`. If the model generates text, this is one token, with `step.tokens` and
+        `step.text`, and `run.stream()` yields the pieces of text. If a list of inputs is processed in several batches,
+        a step is one batch. If a list makes one batch (`batch_size=`), `run.rows` are the inputs.
+
+        Args:
+            args, kwargs: The arguments of the pipeline.
+            seed: Seeds a random stream of the run's own.
+            grad: Whether to disable the pipeline's `no_grad`.
+        """
         if seed is not None:
             check_seed(seed)
         pipeline = self._owner
         if kwargs.get("num_workers") or pipeline._num_workers:
-            raise InputError("num_workers: what runs in processes of their own cannot be seen. Leave it out")
+            raise InputError("num_workers: worker processes cannot be traced. Leave it out")
 
-        chosen = GeneratedTokens(_tokenizer(pipeline)) if self._writes_tokens() else None
+        generated = GeneratedTokens(_tokenizer(pipeline)) if self._generates_tokens() else None
 
         def call() -> Any:
-            _writing.set((chosen, grad))  # in the run's own context
-            with _instead(pipeline, chosen is not None, grad):
+            _generating.set((generated, grad))  # in the run's own context
+            with _changed_methods(pipeline, generated is not None, grad):
                 result = pipeline(*args, **kwargs)
                 return list(result) if isinstance(result, PipelineIterator) else result
 
         again = None if args else partial(self.trace, seed=seed, grad=grad, **kwargs)
         run = self._new_run(call, self._sizes(args, kwargs), again, grad)
         flow_of(run).seed = seed
-        if chosen is not None:
-            set_generated(run, chosen)
+        if generated is not None:
+            set_generated(run, generated)
         return run
 
     def generate(self, *args: Any, **kwargs: Any) -> GenerationRun:
-        """The same as `trace`, of a pipeline that writes or draws."""
-        if not self._writes():
+        """The same as `trace`, for a pipeline that generates."""
+        if not self._generates():
             raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; trace() calls it")
         return self.trace(*args, **kwargs)
 
-    def _writes(self) -> bool:
+    def _generates(self) -> bool:
         return self._owner._pipeline_calls_generate and self._owner.model.can_generate()
 
-    def _writes_tokens(self) -> bool:
-        """Whether it writes one token after the other, by the `generate` of transformers or one like it."""
+    def _generates_tokens(self) -> bool:
+        """Return whether the model generates token by token, with the `generate` of transformers or a similar one."""
         generate = getattr(self._owner.model, "generate", None)
-        return self._writes() and "stopping_criteria" in inspect.signature(generate).parameters
+        return self._generates() and "stopping_criteria" in inspect.signature(generate).parameters
 
     # ---- parts
 
     def _parts(self) -> dict[str, Any]:
-        """What the pipeline has, by name; what stands there twice, once."""
+        """Return the parts of the pipeline by name, each part once."""
         own, parts = vars(self._owner), {}
         for name, part in own.items():
             if isinstance(part, nn.Module) or (name in _PARTS and callable(part)):
@@ -139,7 +148,7 @@ class HFPipeline(NamedModel):
         return {name: name for name in _METHODS if name != "forward"} if owner is self._owner else {}
 
     def _target_named(self, outer: Target, name: str) -> Target | None:
-        if outer.owner is self._owner:  # `pipeline.forward` is what surrounds the method that each kind has of its own
+        if outer.owner is self._owner:  # `pipeline.forward` surrounds `_forward`, which each pipeline class defines
             return self._method_targets().get(name)
         return super()._target_named(outer, name)
 
@@ -156,7 +165,7 @@ class HFPipeline(NamedModel):
         return model_names(part) if part.get_output_embeddings() is not None else standard_names(part)
 
     def _sizes(self, args: tuple, kwargs: Mapping[str, Any]) -> list[int]:
-        """How many entries of the batch each input has, where they make one."""
+        """Return how many entries of the batch each input has, if the inputs make one batch."""
         given = args[0] if args else None
         size = kwargs.get("batch_size") or self._owner._batch_size or 1
         if not isinstance(given, list) or isinstance(self._owner, ChunkPipeline) or len(given) > size:
@@ -173,7 +182,7 @@ class HFPipeline(NamedModel):
 
 
 def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
-    """The pipeline that a user names, or has."""
+    """Return the pipeline that a user names or passes."""
     if isinstance(source, Pipeline):
         if arguments:
             raise InputError(f"a live pipeline is already loaded; it takes no {', '.join(arguments)}")
@@ -196,50 +205,52 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
 
 
 def _tokenizer(pipeline: Pipeline) -> Any:
-    """What turns token ids into text, if the pipeline has it."""
+    """Return the tokenizer of the pipeline, or None."""
     return pipeline.tokenizer or getattr(pipeline.processor, "tokenizer", None)
 
 
-# ---- instead of the pipeline's own
+# ---- methods that a run changes
 
 
 @contextmanager
-def _instead(pipeline: Pipeline, writes: bool, grad: bool) -> Iterator[None]:
-    """What a run puts in the place of methods: where the model writes, it is told the tokens that are chosen; with
-    `grad` gradients go through the forward pass, and none to `postprocess`, which makes numbers of it."""
-    instead: list[tuple[Any, str, Callable[[Callable], Callable]]] = []
-    if writes or (grad and hasattr(pipeline.model, "generate")):
-        instead.append((pipeline.model, "generate", _telling))
+def _changed_methods(pipeline: Pipeline, generates: bool, grad: bool) -> Iterator[None]:
+    """Change methods for the time of a run.
+
+    If the model generates tokens, `generate` reports them. With `grad`, the forward pass has gradients, and its result
+    is detached for `postprocess`, which converts it to numbers."""
+    changes: list[tuple[Any, str, Callable[[Callable], Callable]]] = []
+    if generates or (grad and hasattr(pipeline.model, "generate")):
+        changes.append((pipeline.model, "generate", _reporting))
     if grad:
-        instead.append((pipeline, "get_inference_context", lambda own: lambda: nullcontext))
-        instead.append((pipeline, "forward", _detaching))
+        changes.append((pipeline, "get_inference_context", lambda own: lambda: nullcontext))
+        changes.append((pipeline, "forward", _detaching))
     with ExitStack() as ends:
-        for owner, name, change in instead:
+        for owner, name, change in changes:
             ends.callback(_Instead(owner, name, change).remove)
         yield
 
 
-def _telling(generate: Callable) -> Callable:
-    """A model's `generate` that tells the run in which it is called what it chooses, and lets gradients through if that
-    asks for them."""
+def _reporting(generate: Callable) -> Callable:
+    """Return a `generate` that reports its tokens to the run that calls it, and has gradients if the run asks for
+    them."""
     lifted = with_gradients(generate)
 
-    def telling(*args: Any, **kwargs: Any) -> Any:
-        chosen, grad = _writing.get()
-        if chosen is not None:
-            kwargs["stopping_criteria"] = chosen.along_with(kwargs.get("stopping_criteria"))
+    def reporting(*args: Any, **kwargs: Any) -> Any:
+        generated, grad = _generating.get()
+        if generated is not None:
+            kwargs["stopping_criteria"] = generated.along_with(kwargs.get("stopping_criteria"))
         return (lifted if grad else generate)(*args, **kwargs)
 
-    return telling
+    return reporting
 
 
 def _detaching(forward: Callable) -> Callable:
-    """A pipeline's `forward` whose results have no gradients."""
+    """Return a `forward` whose results have no gradients."""
     return lambda inputs, **more: tree_map(_detached, forward(inputs, **more))
 
 
 class _Instead(Override):
-    """What `change` makes of a method in its place, for all runs of a pipeline that are open at once."""
+    """Replaces a method by `change(method)`, for all runs of a pipeline that are open at once."""
 
     def __init__(self, target: Any, name: str, change: Callable[[Callable], Callable]) -> None:
         self.change = change

@@ -8,6 +8,7 @@ call.hidden("embedding")                # the input of the first layer, (rows, t
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,22 +90,22 @@ def follow_encoder(run: Run, name: str, tokenized: list[tuple[str, list | None]]
     recorder = _Recorder(run, name, encoder, tokenized)
     for words in word_embeddings(encoder):
         path = f"{name}.{words}"
-        follow(run, path, INPUTS, lambda inputs, path=path: recorder.begin(inputs, path))
+        follow_point(run, path, INPUTS, partial(recorder.begin, path))
     layers = run[name].layers
-    follow(run, f"{name}.{names['layers']}.0", INPUTS, recorder.enter_first_layer)
+    follow_point(run, f"{name}.{names['layers']}.0", INPUTS, recorder.enter_first_layer)
     for layer in layers:
-        follow(run, layer.path, OUTPUT, recorder.leave_layer)
+        follow_point(run, layer.path, OUTPUT, recorder.leave_layer)
     if "ln_final" in names:
-        follow(run, f"{name}.ln_final", INPUTS, recorder.enter_norm)
-        follow(run, f"{name}.ln_final", OUTPUT, recorder.leave_norm)
+        follow_point(run, f"{name}.ln_final", INPUTS, recorder.enter_norm)
+        follow_point(run, f"{name}.ln_final", OUTPUT, recorder.leave_norm)
     for child, part in encoder.named_children():
         if type(part).forward is not nn.Module.forward:
-            follow(run, f"{name}.{child}", OUTPUT, lambda output, child=child: recorder.leave_child(output, child))
-    follow(run, name, OUTPUT, recorder.end)
+            follow_point(run, f"{name}.{child}", OUTPUT, partial(recorder.leave_child, child))
+    follow_point(run, name, OUTPUT, recorder.end)
     return recorder.record
 
 
-def follow(run: Run, path: str, part: str, function: Callable[[Any], None]) -> None:
+def follow_point(run: Run, path: str, part: str, function: Callable[[Any], None]) -> None:
     """Call `function` with every value that passes a point of a run."""
     flow_of(run).keep(Asked(target_of(run[path]), part), lambda tap, call, value: function(value))
 
@@ -121,7 +122,7 @@ class _Recorder:
     def _call(self) -> EncoderCall | None:
         return self.record.calls[-1] if self.record.calls else None
 
-    def begin(self, inputs: tuple, words: str) -> None:
+    def begin(self, words: str, inputs: tuple) -> None:
         record, ids = self.record, first_input(inputs, self.record.name)
         if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.ndim != 2:
             return
@@ -149,7 +150,7 @@ class _Recorder:
         if self._call:
             self._call.norms.append((self._into_norm.pop(), _copied(output)))
 
-    def leave_child(self, output: Any, child: str) -> None:
+    def leave_child(self, child: str, output: Any) -> None:
         if self._call:
             vectors = [v for v in _vectors(output).values() if len(v) == len(self._call.ids)]
             self._call.pooled |= {child: vectors[0]} if vectors else {}

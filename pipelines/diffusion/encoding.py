@@ -16,8 +16,10 @@ The pipeline runs up to the first call of its denoiser and is stopped there.
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ from torch import nn
 from diffsight.errors import InputError
 from diffsight.extending import INPUTS, OUTPUT, Model, open_run, owner_of
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
-from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, follow, follow_encoder
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, follow_encoder, follow_point
 from diffsight.pipelines.diffusion.prompts import PromptWarning
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
@@ -218,7 +220,7 @@ def _record_run(run: DiffusionRun, pipeline: Any, record: EncodingRecord) -> Non
         _follow_components(run, pipeline, record)
         for step in run.steps:
             denoiser = run[step.component]
-            _add(record, _arguments(step.component, owner_of(denoiser), denoiser.inputs))
+            _add_arguments(record, step.component, owner_of(denoiser), denoiser.inputs)
             run.stop()
             break
 
@@ -230,12 +232,15 @@ def _follow_components(run: DiffusionRun, pipeline: Any, record: EncodingRecord)
         record.encoders[name] = follow_encoder(run, name, tokenized)
     for name, part in components(pipeline).items():
         if "tokenizer" in name or name == "processor":
-            follow(run, name, OUTPUT, lambda output, name=name: tokenized.append((name, _listed_ids(output))))
+            follow_point(run, name, OUTPUT, partial(_add_ids, tokenized, name))
         elif isinstance(part, nn.Module) and name not in names:
-            follow(run, name, INPUTS, lambda values, name=name, part=part: _add(record, _arguments(name, part, values)))
+            follow_point(run, name, INPUTS, partial(_add_arguments, record, name, part))
     for name in traceable_methods(pipeline, pipeline):
-        count = iter(range(1000))
-        follow(run, name, OUTPUT, lambda output, name=name, c=count: _add(record, _returned(name, next(c), output)))
+        follow_point(run, name, OUTPUT, partial(_add_returned, record, name, count()))
+
+
+def _add_ids(tokenized: list[tuple[str, list | None]], name: str, output: Any) -> None:
+    tokenized.append((name, _listed_ids(output)))
 
 
 def _listed_ids(output: Any) -> list | None:
@@ -253,18 +258,17 @@ def _add(record: EncodingRecord, found: dict[str, torch.Tensor]) -> None:
         record.tensors.setdefault(path, tensor.detach().clone())
 
 
-def _returned(name: str, call: int, output: Any) -> dict[str, torch.Tensor]:
+def _add_returned(record: EncodingRecord, name: str, calls: Iterator[int], output: Any) -> None:
+    call = next(calls)
     name = f"{name}.calls[{call}]" if call else name
-    return _tensors(name, list(output) if isinstance(output, tuple) else output)
+    _add(record, _tensors(name, list(output) if isinstance(output, tuple) else output))
 
 
-def _arguments(name: str, module: nn.Module, inputs: tuple) -> dict[str, torch.Tensor]:
+def _add_arguments(record: EncodingRecord, name: str, module: nn.Module, inputs: tuple) -> None:
     args, kwargs = inputs
     given = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
-    found: dict[str, torch.Tensor] = {}
     for argument, value in given.items():
-        found |= _tensors(f"{name}.{argument}", value)
-    return found
+        _add(record, _tensors(f"{name}.{argument}", value))
 
 
 def _tensors(path: str, value: Any) -> dict[str, torch.Tensor]:

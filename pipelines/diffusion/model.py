@@ -1,4 +1,4 @@
-"""DiffusionModel: a diffusers pipeline, every part of it traceable, every picture seeded.
+"""DiffusionModel: a diffusers pipeline in which every part can be traced and every image has a seed.
 
 model = DiffusionModel("diffsight/shapes-clip")
 model.generate("a red circle above a blue square", seed=17).images[0]
@@ -55,18 +55,23 @@ _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_
 
 
 class DiffusionModel(Model):
-    """Wraps a diffusers pipeline: `source` is a packaged name (`diffsight/shapes-clip`), a folder, a hub id, or a live
-    pipeline. `arguments` go to `DiffusionPipeline.from_pretrained`.
+    """Wraps a diffusers pipeline.
 
-    Weights are loaded when they are first needed: by a run, a call, `.pipeline`, `.to(...)`; with `dispatch=True` at
-    once. Until then the model is there without them: it can be printed, looked through and scanned.
-
-    Every component is an envoy under its own name; so are the methods that pipelines call directly (`encode_prompt`,
-    `vae.encode`, `vae.decode`, `scheduler.step`) and the tokenizers. Text encoders answer to the standard names
-    `.layers[i]` and `.ln_final`. What else the pipeline has is reached through (`model.device`,
+    Every component is an envoy under its own name. So are the tokenizers and the methods that pipelines call directly:
+    `encode_prompt`, `vae.encode`, `vae.decode`, `scheduler.step`. Text encoders have the standard names `.layers[i]`
+    and `.ln_final`. All other attributes are those of the pipeline (`model.device`,
     `model.enable_model_cpu_offload()`, `model.set_progress_bar_config(disable=True)`).
 
-    Raises InputError where `source` names no pipeline.
+    Weights are loaded when they are first needed: by a run, a call, `.pipeline` or `.to(...)`. Until then the model can
+    be printed, browsed and scanned.
+
+    Args:
+        source: A packaged name (`diffsight/shapes-clip`), a folder, a hub id, or a live pipeline.
+        dispatch: Whether to load the weights immediately.
+        arguments: Passed to `DiffusionPipeline.from_pretrained`.
+
+    Raises:
+        InputError: `source` does not name a pipeline.
     """
 
     _run_class = DiffusionRun
@@ -83,13 +88,14 @@ class DiffusionModel(Model):
 
     @property
     def pipeline(self) -> DiffusionPipeline:
-        """The pipeline itself, with its weights."""
+        """The wrapped pipeline, with its weights."""
         self._load_unless_scanning()
         return self._owner
 
     @property
     def encoders(self) -> Encoders:
-        """The text encoders, by name, and what the pipeline takes from each: found by encoding a prompt, once."""
+        """The text encoders by name, and what the pipeline uses of each. The first access encodes a prompt to find
+        out."""
         parts = tuple(self._owner.components.values())
         known = self.__dict__.get("_known_encoders")
         if known is None or any(a is not b for a, b in zip_longest(known[0], parts)):
@@ -100,22 +106,29 @@ class DiffusionModel(Model):
         return known[1]
 
     def to(self, *args: Any, **kwargs: Any) -> "DiffusionModel":
-        """Moves or casts the pipeline, as `pipeline.to(...)` does; gives the model."""
+        """Move or cast the pipeline, as `pipeline.to(...)` does, and return the model."""
         self.pipeline.to(*args, **kwargs)
         return self
 
     def generate(
         self, *args: Any, seed: int | Sequence[int] | None = None, grad: bool = False, **kwargs: Any
     ) -> DiffusionRun:
-        """A run of the pipeline: `with model.generate("a red circle", seed=17) as run:`, or right away
-        `model.generate("a red circle", seed=17).images`.
+        """Open a run of the pipeline.
 
-        `args` and `kwargs` are those of the pipeline, and its defaults are kept. With `seed`, picture *i* of the call
-        is made with seed + i, on a generator on the CPU, so that a seed means the same picture on every device and in
-        every batch; a list gives one seed a picture.
+            with model.generate("a red circle", seed=17) as run:
+                ...
+            model.generate("a red circle", seed=17).images
 
-        Raises InputError, before anything runs, for arguments that the pipeline does not have, an empty prompt, one
-        that is too long for every tokenizer, and seeds that are negative or too few."""
+        Args:
+            args, kwargs: The arguments of the pipeline. Its defaults are kept.
+            seed: Image *i* of the call gets `seed + i`. A list has one seed per image. The generators are on the CPU,
+                so that a seed means the same image on every device and in every batch.
+            grad: Whether gradients can flow from the images to any value in the run.
+
+        Raises:
+            InputError: The pipeline has no such argument, a prompt is empty or too long for every tokenizer, or a seed
+                is not valid. Nothing has run yet.
+        """
         arguments = self._bind(args, kwargs)
         if arguments.get("prompt") is not None:
             check_prompts(self._owner, arguments["prompt"], arguments)
@@ -128,7 +141,7 @@ class DiffusionModel(Model):
                 given["generator"] = generators(seeds)
             if not grad:
                 return self._owner(*args, **given)
-            with _detached_pictures(self._owner):
+            with _detached_images(self._owner):
                 return with_gradients(self._owner.__call__)(*args, **given)
 
         run = self._new_run(call, again=again, grad=grad)
@@ -142,7 +155,7 @@ class DiffusionModel(Model):
     # ---- arguments
 
     def _bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's arguments by name, those that were given."""
+        """Return the arguments that were passed, by name."""
         name = type(self._owner).__name__
         signature = inspect.signature(self._owner.__call__)
         takes_more = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
@@ -160,20 +173,20 @@ class DiffusionModel(Model):
     def _seeds(self, seed: int | Sequence[int], arguments: dict[str, Any]) -> list[int]:
         name = type(self._owner).__name__
         if "generator" in arguments:
-            raise InputError("give either seed or generator, not both")
+            raise InputError("pass either seed or generator, not both")
         parameters = inspect.signature(self._owner.__call__).parameters
         if "generator" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise InputError(f"{name} takes no generator, so it cannot be seeded")
         count = _inputs(arguments) * _images_each(arguments)
         return seeds_of_images(seed, count)
 
-    # ---- the parts of the pipeline
+    # ---- the components of the pipeline
 
     def _attribute(self, owner: Any, name: str) -> Any:
         return getattr(owner, name) if name in _WITHOUT_WEIGHTS else super()._attribute(owner, name)
 
     def _parts(self) -> dict[str, Any]:
-        """The pipeline's components, by name."""
+        """Return the components of the pipeline, by name."""
         return components(self._owner)
 
     def _children_of(self, target: Target) -> dict[str, Target]:
@@ -182,7 +195,7 @@ class DiffusionModel(Model):
         return component_targets(self._parts(), self._part_targets)
 
     def _methods_of(self, owner: Any) -> Mapping[str, str]:
-        """`encode_prompt` of the pipeline, `encode` and `decode` of a VAE, `step` of a scheduler."""
+        """Return `encode_prompt` of the pipeline, `encode` and `decode` of a VAE, `step` of a scheduler."""
         return traceable_methods(self._owner, owner)
 
     def _names_of(self, owner: Any) -> Mapping[str, str]:
@@ -204,12 +217,12 @@ class DiffusionModel(Model):
         return [Target(target.owner, name, path) for name, path in self._methods_of(target.owner).items()]
 
     def _stand_ins(self) -> Mapping[tuple[int, str], Callable]:
-        """A safety checker looks at the pictures: a scan lets all of them pass."""
+        """Let a scan accept all images, since a safety checker reads their values."""
         checkers = (target for target in self._children_of(self._target).values() if "safety_checker" in target.path)
         return {target.key: partial(pass_safety_check, target.owner) for target in checkers}
 
     def _clock(self) -> Clock:
-        """A step begins with a part that is told the timestep, once the scheduler has stepped since the last."""
+        """A step begins when a component is passed the timestep, once the scheduler has stepped since the last."""
         parts = self._children_of(self._target).values()
         denoisers = [target for target in parts if target.name == FORWARD and time_parameter(target.owner)]
         steps = [target for part in parts for target in self._method_targets(part) if target.name == "step"]
@@ -222,7 +235,7 @@ class DiffusionModel(Model):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._parts():
-            setattr(self._owner, name, value)  # a component is exchanged: model.scheduler = DDIMScheduler(...)
+            setattr(self._owner, name, value)  # replaces a component: model.scheduler = DDIMScheduler(...)
         else:
             try:
                 super().__setattr__(name, value)
@@ -248,8 +261,8 @@ _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
 
 
 @contextmanager
-def _detached_pictures(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Lets pictures that carry gradients be turned into numpy and PIL ones at the end of a run."""
+def _detached_images(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Let images with gradients be converted to numpy and PIL at the end of a run."""
     processor = getattr(pipeline, "image_processor", None) or getattr(pipeline, "video_processor", None)
     if processor is None:
         yield
@@ -262,7 +275,7 @@ def _detached_pictures(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 class _Detached(Override):
-    """Detaches what the method is given; for all runs of a pipeline that are open at once."""
+    """Detaches the argument of a method, for all runs of a pipeline that are open at once."""
 
     def put_on(self) -> None:
         method = getattr(self.target, self.name)
@@ -276,16 +289,16 @@ class _Detached(Override):
 
 
 def _inputs(arguments: dict[str, Any]) -> int:
-    """How many prompts, or other inputs, a call has."""
+    """Return the number of prompts, or of other inputs, of a call."""
     for name in ("prompt", "prompt_embeds", "image"):
         given = arguments.get(name)
         if given is not None:
-            single = 3 if name == "image" else 2  # dimensions of one
+            single = 3 if name == "image" else 2  # dimensions of a single one
             several = isinstance(given, (list, tuple)) or (isinstance(given, torch.Tensor) and given.ndim > single)
             return len(given) if several else arguments.get("batch_size", 1)
     return arguments.get("batch_size", 1)
 
 
 def _images_each(arguments: dict[str, Any]) -> int:
-    """How many pictures a call makes for each of its inputs."""
+    """Return how many images a call makes for each of its inputs."""
     return math.prod(arguments.get(name) or 1 for name in _PER_PROMPT)

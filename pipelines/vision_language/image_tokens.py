@@ -234,7 +234,7 @@ class _ImagesPart(Part):
         size, whole = len(tensor) if tensor.ndim else 0, sum(self._tokens)
         if not size or not whole or any(count * size % whole for count in self._tokens):
             raise InputError(
-                f"{path} cannot be cut into rows, because it is unknown which of its entries belong to which image: its "
+                f"{path} cannot be cut into rows, since it is unknown which of its entries belong to which image: its "
                 f"shape is {tuple(tensor.shape)}, and the rows have {', '.join(map(str, self._tokens))} image tokens. "
                 "Read or assign it on the run itself"
             )

@@ -28,10 +28,10 @@ def load_processor(place: str | Path, **of_hub: Any) -> Any:
     except _FAILURES as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise InputError(f"{place} has no processor that can be loaded: {type(error).__name__}: {reason}") from error
-    return checked(found, str(place))
+    return checked_processor(found, str(place))
 
 
-def checked(processor: Any, place: str = "") -> Any:
+def checked_processor(processor: Any, place: str = "") -> Any:
     """Return a processor of texts and images, or None. Raise InputError for anything else."""
     if processor is None or all(hasattr(processor, part) for part in ("image_processor", "tokenizer")):
         return processor

@@ -558,11 +558,11 @@ WRONG_INPUTS = [
     ([PROMPT, ""], "the prompt is empty"),
     ([PROMPT, [3, 4]], "this one mixes text and token ids"),
     ([PROMPT, {"role": "user", "content": PROMPT}], "this one mixes messages and text"),
-    (torch.zeros(1, 3), "token ids are whole numbers, not float32"),
+    (torch.zeros(1, 3), "token ids are integers, not float32"),
     (torch.zeros(1, 2, 3, dtype=torch.long), r"not \(1, 2, 3\)"),
     (torch.zeros(1, 0, dtype=torch.long), "the prompt has no tokens"),
-    ([SIZE], f"there is no token {SIZE}: the model knows 0 to {SIZE - 1}"),
-    (torch.full((1, 65), 5), "the prompt is too long: 65 tokens, and the model's context is 64"),
+    ([SIZE], f"there is no token {SIZE}: the token ids of the model are 0 to {SIZE - 1}"),
+    (torch.full((1, 65), 5), "the prompt is too long: it has 65 tokens, and the model's context is 64"),
     ("a red " * 40, "the prompt is too long"),
     (7, "not int"),
     ([{"role": "user", "content": PROMPT}], "no chat template"),
@@ -634,3 +634,17 @@ def test_nothing_stays_behind(model, net):
     assert not hooks
     assert isinstance(net, nn.Module)
     assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_what_is_known_about_a_model():
+    model = LanguageModel((gpt2(), TOKENIZER))
+    assert model.vocabulary_size == SIZE
+    assert not model.is_encoder_decoder
+    assert model.label == "GPT2LMHeadModel"
+    assert model.takes_argument("use_cache")
+    assert not model.takes_argument("pixel_values")
+
+
+def test_a_model_from_a_folder_has_its_name(tmp_path):
+    gpt2().save_pretrained(tmp_path / "tiny")
+    assert LanguageModel(tmp_path / "tiny").label == "GPT2LMHeadModel (tiny)"

@@ -141,7 +141,7 @@ def test_an_mlp_that_is_no_module(nets):
     with model.trace(IDS) as run:
         run.layers[1].mlp.skip(torch.zeros_like(after))
     assert torch.equal(run.result.logits, seen(net, f"{path}.fc2", edit=torch.zeros_like)[1])
-    with pytest.raises(InputError, match=r"layers\[1\]\.mlp is no module of its own"):
+    with pytest.raises(InputError, match=r"layers\[1\]\.mlp cannot be called, because it is not a single module"):
         model.layers[1].mlp(after)
 
 
@@ -250,7 +250,9 @@ def test_a_model_without_layers_says_how_to_name_them(nets):
 
 def test_lists_that_are_no_layers_are_found_out():
     """XLM has a list of attentions and a list of MLPs, each of which the residual goes past."""
-    with pytest.raises(InputError, match=r"'layers' was taken to be 'transformer\.ffns', but .* without passing through"):
+    with pytest.raises(
+        InputError, match=r"'layers' was taken to be 'transformer\.ffns', but .* without passing through"
+    ):
         LanguageModel(architectures.build_causal("xlm"))
 
 
@@ -594,7 +596,7 @@ def test_a_layer_that_is_not_there(gpt2, index):
 def test_wrong_steering(gpt2):
     for call, words in (
         (lambda run: run.steer(0, [1.0]), "steer takes a tensor, not list"),
-        (lambda run: run.steer(0, torch.ones(3)), "has 32 features a token, the vector 3"),
+        (lambda run: run.steer(0, torch.ones(3)), "has 32 features per token, the vector 3"),
         (lambda run: run.steer(0, torch.ones(32), positions=6), "there is no position 6 in 6 tokens"),
         (lambda run: run.skip_layers(1, 0), "the last layer lies before the first"),
     ):

@@ -178,7 +178,7 @@ def test_a_seed_that_is_too_large(sd):
 
 
 @pytest.mark.parametrize(
-    "call, pictures",
+    "call, images",
     [
         ({"prompt": "a red circle"}, 1),
         ({"prompt": ["a red circle"] * 2}, 2),
@@ -187,9 +187,9 @@ def test_a_seed_that_is_too_large(sd):
     ],
 )
 @pytest.mark.parametrize("seeds", [[], [0, 1, 2]], ids=repr)
-def test_a_list_of_seeds_of_the_wrong_length(sd, call, pictures, seeds):
+def test_a_list_of_seeds_of_the_wrong_length(sd, call, images, seeds):
     message = refusal(sd, **call, seed=seeds)
-    assert f"{len(seeds)} seeds for {pictures} picture" in message
+    assert f"{len(seeds)} seeds for {images} image" in message
 
 
 def test_a_list_of_seeds_of_the_wrong_length_for_unconditional_pictures():
