@@ -20,7 +20,6 @@ from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -32,9 +31,9 @@ from transformers.pipelines.base import ChunkPipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
 from diffsight.errors import InputError, PointNotFoundError, suggest
-from diffsight.extending import Clock, Override, Target, flow_of, with_gradients
+from diffsight.extending import ChangedMethod, Clock, Model, Target, flow_of, with_gradients
 from diffsight.pipelines.language.generation import GeneratedTokens, GenerationRun, set_generated
-from diffsight.pipelines.named_model import NamedModel
+from diffsight.pipelines.named_tree import NamedTree
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
 from diffsight.pipelines.targets import component_targets
@@ -47,7 +46,7 @@ _FAILURES = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeErr
 _generating: ContextVar[tuple[GeneratedTokens | None, bool]] = ContextVar("diffsight_generating", default=(None, False))
 
 
-class HFPipeline(NamedModel):
+class HFPipeline(Model):
     """Wraps a transformers pipeline.
 
     `model` and the other parts of the pipeline (`tokenizer`, `image_processor`, `feature_extractor`, a `vocoder`) are
@@ -68,8 +67,7 @@ class HFPipeline(NamedModel):
 
     def __init__(self, source: Pipeline | str | Path, **arguments: Any) -> None:
         pipeline = _opened(source, arguments)
-        self._wrap(Target(pipeline, "__call__", ""))
-        self.__dict__.update(_known=WeakKeyDictionary(), _targets={}, _part_targets={})
+        self._wrap(PipelineTree(Target(pipeline, "__call__", "")))
 
     @property
     def pipeline(self) -> Pipeline:
@@ -123,47 +121,6 @@ class HFPipeline(NamedModel):
         generate = getattr(self._owner.model, "generate", None)
         return self._generates() and "stopping_criteria" in inspect.signature(generate).parameters
 
-    # ---- parts
-
-    def _parts(self) -> dict[str, Any]:
-        """Return the parts of the pipeline by name, each part once."""
-        own, parts = vars(self._owner), {}
-        for name, part in own.items():
-            if isinstance(part, nn.Module) or (name in _PARTS and callable(part)):
-                parts.setdefault(id(part), (name, part))
-        return dict(parts.values())
-
-    def _children_of(self, target: Target) -> dict[str, Target]:
-        if target.owner is not self._owner:
-            return target.named_children()
-        return component_targets(self._parts(), self._part_targets)
-
-    def _components(self) -> list[Target]:
-        return [*self._method_targets().values(), *self._children_of(self._target).values()]
-
-    def _method_targets(self) -> dict[str, Target]:
-        return {name: Target(self._owner, method, name) for name, method in _METHODS.items()}
-
-    def _methods_of(self, owner: Any) -> Mapping[str, str]:
-        return {name: name for name in _METHODS if name != "forward"} if owner is self._owner else {}
-
-    def _target_named(self, outer: Target, name: str) -> Target | None:
-        if outer.owner is self._owner:  # `pipeline.forward` surrounds `_forward`, which each pipeline class defines
-            return self._method_targets().get(name)
-        return super()._target_named(outer, name)
-
-    def _clock(self) -> Clock:
-        return Clock([self._children_of(self._target)["model"]])
-
-    def _find_names(self, part: nn.Module) -> dict[str, str]:
-        modules = [own for own in self._parts().values() if isinstance(own, nn.Module)]
-        stacks = (stack for own in modules for stack in own.modules() if is_list(stack) and are_layers(stack))
-        if any(part is layer for stack in stacks for layer in stack):
-            return layer_names(part)
-        if not isinstance(part, PreTrainedModel):
-            return {}
-        return model_names(part) if part.get_output_embeddings() is not None else standard_names(part)
-
     def _sizes(self, args: tuple, kwargs: Mapping[str, Any]) -> list[int]:
         """Return how many entries of the batch each input has, if the inputs make one batch."""
         given = args[0] if args else None
@@ -172,10 +129,58 @@ class HFPipeline(NamedModel):
             return []
         return [1] * len(given)
 
-    def _describe(self, owner: Any) -> str:
-        if owner is not self._owner:
-            return super()._describe(owner)
-        shown = {name: repr(p) if isinstance(p, nn.Module) else type(p).__name__ for name, p in self._parts().items()}
+
+class PipelineTree(NamedTree):
+    """What can be tapped in a pipeline of transformers: its parts, and its methods."""
+
+    def __init__(self, root: Target) -> None:
+        super().__init__(root)
+        self._component_targets: dict[str, Target] = {}
+
+    def parts(self) -> dict[str, Any]:
+        """Return the parts of the pipeline by name, each part once."""
+        own, parts = vars(self.root.owner), {}
+        for name, part in own.items():
+            if isinstance(part, nn.Module) or (name in _PARTS and callable(part)):
+                parts.setdefault(id(part), (name, part))
+        return dict(parts.values())
+
+    def children_of(self, target: Target) -> dict[str, Target]:
+        if target.owner is not self.root.owner:
+            return target.named_children()
+        return component_targets(self.parts(), self._component_targets)
+
+    def components(self) -> list[Target]:
+        return [*self.method_targets().values(), *self.children_of(self.root).values()]
+
+    def method_targets(self) -> dict[str, Target]:
+        return {name: Target(self.root.owner, method, name) for name, method in _METHODS.items()}
+
+    def methods_of(self, owner: Any) -> Mapping[str, str]:
+        return {name: name for name in _METHODS if name != "forward"} if owner is self.root.owner else {}
+
+    def target_named(self, outer: Target, name: str) -> Target | None:
+        # `pipeline.forward` surrounds `_forward`, which each pipeline class defines.
+        if outer.owner is self.root.owner:
+            return self.method_targets().get(name)
+        return super().target_named(outer, name)
+
+    def clock(self) -> Clock:
+        return Clock([self.children_of(self.root)["model"]])
+
+    def find_names(self, part: nn.Module) -> dict[str, str]:
+        modules = [own for own in self.parts().values() if isinstance(own, nn.Module)]
+        stacks = (stack for own in modules for stack in own.modules() if is_list(stack) and are_layers(stack))
+        if any(part is layer for stack in stacks for layer in stack):
+            return layer_names(part)
+        if not isinstance(part, PreTrainedModel):
+            return {}
+        return model_names(part) if part.get_output_embeddings() is not None else standard_names(part)
+
+    def describe(self, owner: Any) -> str:
+        if owner is not self.root.owner:
+            return super().describe(owner)
+        shown = {name: repr(p) if isinstance(p, nn.Module) else type(p).__name__ for name, p in self.parts().items()}
         lines = [f"  ({name}): " + text.replace("\n", "\n  ") for name, text in shown.items()]
         methods = ", ".join(f"{name}()" for name in _METHODS)
         return "\n".join([f"{type(owner).__name__}(", *lines, ")", f"traceable besides modules: {methods}"])
@@ -226,7 +231,7 @@ def _changed_methods(pipeline: Pipeline, generates: bool, grad: bool) -> Iterato
         changes.append((pipeline, "forward", _detaching))
     with ExitStack() as ends:
         for owner, name, change in changes:
-            ends.callback(_Instead(owner, name, change).remove)
+            ends.callback(ChangedMethod(owner, name, change).remove)
         yield
 
 
@@ -247,23 +252,6 @@ def _reporting(generate: Callable) -> Callable:
 def _detaching(forward: Callable) -> Callable:
     """Return a `forward` whose results have no gradients."""
     return lambda inputs, **more: tree_map(_detached, forward(inputs, **more))
-
-
-class _Instead(Override):
-    """Replaces a method by `change(method)`, for all runs of a pipeline that are open at once."""
-
-    def __init__(self, target: Any, name: str, change: Callable[[Callable], Callable]) -> None:
-        self.change = change
-        super().__init__(target, name)
-
-    def put_on(self) -> None:
-        self.own = self.target.__dict__.get(self.name)
-        self.target.__dict__[self.name] = self.change(getattr(self.target, self.name))
-
-    def take_off(self) -> None:
-        del self.target.__dict__[self.name]
-        if self.own is not None:
-            self.target.__dict__[self.name] = self.own
 
 
 def _detached(value: Any) -> Any:

@@ -45,13 +45,13 @@ class Span(Target):
 
     def attach(self, tap: Tap) -> HookHandle:
         """Send the calls between both modules through the tap."""
-        flow, first, last = tap.flow, self.first.owner, self.last.owner
+        host, first, last = tap.host, self.first.owner, self.last.owner
 
         def before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
-            return tap.enter(args, kwargs) if current_owner() is flow and flow.taps else None
+            return tap.enter(args, kwargs) if current_owner() is host and host.taps else None
 
         def after(module: nn.Module, args: tuple, output: Any) -> Any:
-            if current_owner() is not flow or not flow.taps:
+            if current_owner() is not host or not host.taps:
                 return None
             skip = tap.skips.pop(tap.active[-1], None) if tap.skips and tap.active else None
             return tap.leave(output if skip is None else skip.value)

@@ -34,13 +34,14 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 import diffsight
-from diffsight.edits import current_edit
 from diffsight.engine.capture import Block, Deferred, advising, following
 from diffsight.engine.flow import STOPPED
-from diffsight.engine.taps import Asked, Target
+from diffsight.engine.open_runs import current_edit
+from diffsight.engine.points import Asked
+from diffsight.engine.target import Target
 from diffsight.envoy import Envoy as _Envoy
 from diffsight.errors import DiffsightError, InputError
-from diffsight.extending import flow_of, model_of, target_of
+from diffsight.extending import flow_of, run_meant_by, target_of, tree_of
 from diffsight.model import Model
 from diffsight.run import Run
 from diffsight.session import Session as _Session
@@ -326,7 +327,7 @@ class Envoy(_Envoy):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module. In an edit the points of one that was attached fire, as with `hook=True`."""
-        if current_edit() is not None and any(self._owner is module for module in self._model._attachments):
+        if current_edit() is not None and any(self._owner is module for module in self._tree.attached.ever):
             kwargs.setdefault("hook", True)
         return self._as_tuple(super().__call__(*args, **kwargs))
 
@@ -343,12 +344,12 @@ class Envoy(_Envoy):
         return (value,) if isinstance(value, torch.Tensor) and self._is_block() else value
 
     def _is_block(self) -> bool:
-        stacks = self._model.__dict__.get("_stacks", ()) if CONFIG.APP.BLOCKS_GIVE_TUPLES else ()
+        stacks = getattr(self._tree, "stacks", ()) if CONFIG.APP.BLOCKS_GIVE_TUPLES else ()
         return self._part is None and any(self._owner is layer for stack in stacks for layer in stack)
 
     def next(self) -> Any:
         """The next token's: goes on to the next step, in a run of one pass to the next call of the module."""
-        run = self._open_run("next()")
+        run = run_meant_by(self, "next()")
         if run._generates:
             run.next()
             return self
@@ -358,12 +359,12 @@ class Envoy(_Envoy):
 
     def all(self) -> Iterations:
         """`with layers.all():`, each step of the run; also as a statement, for what follows it in its block."""
-        return _all(self._open_run("all()"), sys._getframe(1))
+        return _all(run_meant_by(self, "all()"), sys._getframe(1))
 
     @property
     def iter(self) -> Iterations:
         """`with model.iter[0:3]:`."""
-        return Iterations(self._open_run("iter"))
+        return Iterations(run_meant_by(self, "iter"))
 
     @property
     def source(self) -> None:
@@ -433,9 +434,9 @@ class _Face(Envoy):
     @property
     def generator(self) -> _Generator:
         """`model.generator.output`: what the run returns in the end; in its block also where it has come to that."""
-        around = [run for run in _entered.get() if model_of(run)._runs is self._runs]
+        around = [run for run in _entered.get() if tree_of(run).open_runs is self._tree.open_runs]
         has_ended = bool(around) and flow_of(around[-1]).outcome is not None
-        return _Generator(around[-1] if has_ended else self._open_run("generator.output"))
+        return _Generator(around[-1] if has_ended else run_meant_by(self, "generator.output"))
 
 
 def _opened(opens: Callable[..., Tracer], args: tuple, kwargs: dict[str, Any], trace: bool, generates: bool) -> Any:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from diffsight.engine.coroutine import current_owner
 from diffsight.engine.hooks import FORWARD
-from diffsight.engine.taps import Target, join
+from diffsight.engine.target import Target, join
 from diffsight.errors import ScanError
 
 CALL = nn.Module._call_impl.__code__

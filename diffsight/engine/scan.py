@@ -28,7 +28,7 @@ from torch import nn
 
 from diffsight.engine.flow import Flow
 from diffsight.engine.meta import Shapes
-from diffsight.engine.taps import Target
+from diffsight.engine.target import Target
 
 _scanning: ContextVar[bool] = ContextVar("diffsight_scanning", default=False)
 
@@ -51,6 +51,8 @@ def is_scanning() -> bool:
 class ScanFlow(Flow):
     """The flow of a scan: its components are called through their borders, and no weights are loaded for it.
     `stand_ins` are called in the place of components that look at values, by the key of their target."""
+
+    is_scan = True
 
     def __init__(self, *args: Any, stand_ins: Mapping[tuple[int, str], Callable]) -> None:
         super().__init__(*args)

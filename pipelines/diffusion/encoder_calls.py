@@ -6,7 +6,7 @@ call.hidden(4)[call.rows[0]]            # the output of layers[4] for it, (token
 call.hidden("embedding")                # the input of the first layer, (rows, tokens, features)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from diffsight.extending import INPUTS, OUTPUT, Asked, Run, first_input, flow_of, model_of, owner_of, target_of
+from diffsight.extending import Run, first_input, flow_of, model_of, owner_of
 from diffsight.pipelines.diffusion.components import component_names
 from diffsight.pipelines.diffusion.guidance import COND
 from diffsight.pipelines.standard_names import EMBEDDING, Layer, word_embeddings
@@ -90,24 +90,19 @@ def follow_encoder(run: Run, name: str, tokenized: list[tuple[str, list | None]]
     recorder = _Recorder(run, name, encoder, tokenized)
     for words in word_embeddings(encoder):
         path = f"{name}.{words}"
-        follow_point(run, path, INPUTS, partial(recorder.begin, path))
+        run.follow(f"{path}.inputs", partial(recorder.begin, path))
     layers = run[name].layers
-    follow_point(run, f"{name}.{names['layers']}.0", INPUTS, recorder.enter_first_layer)
+    run.follow(f"{name}.{names['layers']}.0.inputs", recorder.enter_first_layer)
     for layer in layers:
-        follow_point(run, layer.path, OUTPUT, recorder.leave_layer)
+        run.follow(f"{layer.path}.output", recorder.leave_layer)
     if "ln_final" in names:
-        follow_point(run, f"{name}.ln_final", INPUTS, recorder.enter_norm)
-        follow_point(run, f"{name}.ln_final", OUTPUT, recorder.leave_norm)
+        run.follow(f"{name}.ln_final.inputs", recorder.enter_norm)
+        run.follow(f"{name}.ln_final.output", recorder.leave_norm)
     for child, part in encoder.named_children():
         if type(part).forward is not nn.Module.forward:
-            follow_point(run, f"{name}.{child}", OUTPUT, partial(recorder.leave_child, child))
-    follow_point(run, name, OUTPUT, recorder.end)
+            run.follow(f"{name}.{child}.output", partial(recorder.leave_child, child))
+    run.follow(f"{name}.output", recorder.end)
     return recorder.record
-
-
-def follow_point(run: Run, path: str, part: str, function: Callable[[Any], None]) -> None:
-    """Call `function` with every value that passes a point of a run."""
-    flow_of(run).keep(Asked(target_of(run[path]), part), lambda tap, call, value: function(value))
 
 
 class _Recorder:
@@ -115,7 +110,7 @@ class _Recorder:
 
     def __init__(self, run: Run, name: str, encoder: nn.Module, tokenized: list[tuple[str, list | None]]) -> None:
         self.record = EncoderRecord(name)
-        self._layouts, self._encoder, self._tokenized = flow_of(run).watch, encoder, tokenized
+        self._layouts, self._encoder, self._tokenized = flow_of(run).observer, encoder, tokenized
         self._into_norm: list[torch.Tensor] = []
 
     @property

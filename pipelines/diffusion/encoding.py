@@ -27,9 +27,9 @@ from PIL import Image
 from torch import nn
 
 from diffsight.errors import InputError
-from diffsight.extending import INPUTS, OUTPUT, Model, open_run, owner_of
+from diffsight.extending import Model, open_run, owner_of
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
-from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, follow_encoder, follow_point
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, follow_encoder
 from diffsight.pipelines.diffusion.prompts import PromptWarning
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
@@ -232,11 +232,11 @@ def _follow_components(run: DiffusionRun, pipeline: Any, record: EncodingRecord)
         record.encoders[name] = follow_encoder(run, name, tokenized)
     for name, part in components(pipeline).items():
         if "tokenizer" in name or name == "processor":
-            follow_point(run, name, OUTPUT, partial(_add_ids, tokenized, name))
+            run.follow(f"{name}.output", partial(_add_ids, tokenized, name))
         elif isinstance(part, nn.Module) and name not in names:
-            follow_point(run, name, INPUTS, partial(_add_arguments, record, name, part))
+            run.follow(f"{name}.inputs", partial(_add_arguments, record, name, part))
     for name in traceable_methods(pipeline, pipeline):
-        follow_point(run, name, OUTPUT, partial(_add_returned, record, name, count()))
+        run.follow(f"{name}.output", partial(_add_returned, record, name, count()))
 
 
 def _add_ids(tokenized: list[tuple[str, list | None]], name: str, output: Any) -> None:

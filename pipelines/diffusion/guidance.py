@@ -66,7 +66,7 @@ class BatchLayouts:
                 "Read it on the run itself"
             )
         unknown = f"is of an unknown branch: {component.path} was given"
-        if component.key not in tap.flow.clock.starts:
+        if component.key not in tap.host.clock.starts:
             return f"{unknown} words that match neither the prompt alone nor the negative prompt alone"
         if not self._embeddings:
             return f"{unknown} no text that {type(self._pipeline).__name__}.encode_prompt returned"
@@ -80,7 +80,7 @@ class BatchLayouts:
             self._encoding.append(self._branch_of(target.owner, args, kwargs))
         elif target.outer is not None or target.name != FORWARD:
             return
-        elif target.key in tap.flow.clock.starts:
+        elif target.key in tap.host.clock.starts:
             turn = tap.entered - tap.step_base
             found = self._compare(id(target.owner), turn, [*_values(args, kwargs)])
             self._add(tap, partial(_in_turn, found, turn))
@@ -109,7 +109,7 @@ class BatchLayouts:
         self._seen.clear()
 
     def _add(self, tap: Tap, look: "Callable[[], BatchLayout | None]") -> None:
-        self._calls.setdefault(id(tap.target.owner), []).append(_RecordedCall(tap.flow.taps.entered(), look))
+        self._calls.setdefault(id(tap.target.owner), []).append(_RecordedCall(tap.host.taps.entered(), look))
 
     def _branch_of(self, pipeline: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
         """Return the branch whose prompt encode_prompt is called with.

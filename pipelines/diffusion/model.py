@@ -11,45 +11,32 @@ run.images
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
-from transformers import PreTrainedModel
 
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.extending import (
-    FORWARD,
-    Clock,
+    ChangedMethod,
     Model,
-    Override,
     Target,
     flow_of,
     with_gradients,
 )
-from diffsight.pipelines.diffusion.components import (
-    component_names,
-    components,
-    pass_safety_check,
-    time_argument,
-    time_parameter,
-    traceable_methods,
-)
+from diffsight.pipelines.diffusion.components import DiffusionTree, components
 from diffsight.pipelines.diffusion.guidance import BatchLayouts
 from diffsight.pipelines.diffusion.loading import open_pipeline
 from diffsight.pipelines.diffusion.prompts import check_prompts
-from diffsight.pipelines.diffusion.run import DiffusionRun, DiffusionStep
+from diffsight.pipelines.diffusion.run import DiffusionRun
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders
 from diffsight.pipelines.seeds import generators, seeds_of_images
-from diffsight.pipelines.targets import component_targets
 
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_images_per_caption")
 
@@ -75,22 +62,19 @@ class DiffusionModel(Model):
     """
 
     _run_class = DiffusionRun
-    _opens_with = "generate"
 
     def __init__(self, source: str | Path | DiffusionPipeline, dispatch: bool = False, **arguments: Any) -> None:
         pipeline, loader = open_pipeline(source, **arguments)
-        self._wrap(Target(pipeline, "__call__", ""), loader)
+        self._wrap(DiffusionTree(Target(pipeline, "__call__", ""), loader))
         if dispatch:
-            self._load()
+            self._tree.weights.load()
         name = type(pipeline).__name__ if isinstance(source, DiffusionPipeline) else str(source)
         self.__dict__["source"] = name
-        self.__dict__.update(_standard_names=WeakKeyDictionary(), _part_targets={})
 
     @property
     def pipeline(self) -> DiffusionPipeline:
         """The wrapped pipeline, with its weights."""
-        self._load_unless_scanning()
-        return self._owner
+        return self.module
 
     @property
     def encoders(self) -> Encoders:
@@ -129,10 +113,7 @@ class DiffusionModel(Model):
             InputError: The pipeline has no such argument, a prompt is empty or too long for every tokenizer, or a seed
                 is not valid. Nothing has run yet.
         """
-        arguments = self._bind(args, kwargs)
-        if arguments.get("prompt") is not None:
-            check_prompts(self._owner, arguments["prompt"], arguments)
-        seeds = None if seed is None else self._seeds(seed, arguments)
+        arguments, seeds = self._checked(args, seed, kwargs)
         again = None if args or "prompt" in kwargs else partial(self.generate, seed=seed, grad=grad, **kwargs)
 
         def call() -> Any:
@@ -145,14 +126,31 @@ class DiffusionModel(Model):
                 return with_gradients(self._owner.__call__)(*args, **given)
 
         run = self._new_run(call, again=again, grad=grad)
-        flow_of(run).watch = BatchLayouts(self._owner, arguments, _inputs(arguments), _images_each(arguments))
+        flow_of(run).observer = BatchLayouts(self._owner, arguments, _inputs(arguments), _images_each(arguments))
         return run
 
     def trace(self, *args: Any, **kwargs: Any) -> DiffusionRun:
         """The same as `generate`."""
         return self.generate(*args, **kwargs)
 
+    def check(self, *args: Any, seed: int | Sequence[int] | None = None, grad: bool = False, **kwargs: Any) -> None:
+        """Check the arguments of `generate` without opening a run or running anything. Warn as `generate` does.
+
+        Raises:
+            InputError: The arguments are not valid.
+        """
+        self._checked(args, seed, kwargs)
+
     # ---- arguments
+
+    def _checked(
+        self, args: tuple, seed: int | Sequence[int] | None, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[int] | None]:
+        """Return the arguments that were passed, by name, and the seed of each image."""
+        arguments = self._bind(args, kwargs)
+        if arguments.get("prompt") is not None:
+            check_prompts(self._owner, arguments["prompt"], arguments)
+        return arguments, None if seed is None else self._seeds(seed, arguments)
 
     def _bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments that were passed, by name."""
@@ -180,84 +178,16 @@ class DiffusionModel(Model):
         count = _inputs(arguments) * _images_each(arguments)
         return seeds_of_images(seed, count)
 
-    # ---- the components of the pipeline
-
-    def _attribute(self, owner: Any, name: str) -> Any:
-        return getattr(owner, name) if name in _WITHOUT_WEIGHTS else super()._attribute(owner, name)
-
-    def _parts(self) -> dict[str, Any]:
-        """Return the components of the pipeline, by name."""
-        return components(self._owner)
-
-    def _children_of(self, target: Target) -> dict[str, Target]:
-        if target.owner is not self._owner:
-            return target.named_children()
-        return component_targets(self._parts(), self._part_targets)
-
-    def _methods_of(self, owner: Any) -> Mapping[str, str]:
-        """Return `encode_prompt` of the pipeline, `encode` and `decode` of a VAE, `step` of a scheduler."""
-        return traceable_methods(self._owner, owner)
-
-    def _names_of(self, owner: Any) -> Mapping[str, str]:
-        if not isinstance(owner, PreTrainedModel):
-            return {}
-        if owner not in self._standard_names:
-            component = any(part is owner for part in self._parts().values())
-            self._standard_names[owner] = component_names(owner) if component else {}
-        return self._standard_names[owner]
-
-    def _components(self) -> list[Target]:
-        targets = self._method_targets(self._target)
-        for target in self._children_of(self._target).values():
-            targets += [target] if target.is_called else []
-            targets += self._method_targets(target)
-        return targets
-
-    def _method_targets(self, target: Target) -> list[Target]:
-        return [Target(target.owner, name, path) for name, path in self._methods_of(target.owner).items()]
-
-    def _stand_ins(self) -> Mapping[tuple[int, str], Callable]:
-        """Let a scan accept all images, since a safety checker reads their values."""
-        checkers = (target for target in self._children_of(self._target).values() if "safety_checker" in target.path)
-        return {target.key: partial(pass_safety_check, target.owner) for target in checkers}
-
-    def _clock(self) -> Clock:
-        """A step begins when a component is passed the timestep, once the scheduler has stepped since the last."""
-        parts = self._children_of(self._target).values()
-        denoisers = [target for target in parts if target.name == FORWARD and time_parameter(target.owner)]
-        steps = [target for part in parts for target in self._method_targets(part) if target.name == "step"]
-        return Clock(denoisers, steps, lambda target, *call: time_argument(target.owner, *call))
-
-    def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> DiffusionStep:
-        return DiffusionStep(index, path, call, self)
-
-    # ---- showing and setting
+    # ---- setting
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._parts():
+        if name in components(self._owner):
             setattr(self._owner, name, value)  # replaces a component: model.scheduler = DDIMScheduler(...)
         else:
             try:
                 super().__setattr__(name, value)
             except PointNotFoundError as error:
-                raise PointNotFoundError(f"{error}{suggest(name, self._parts())}") from None
-
-    def _describe(self, owner: Any) -> str:
-        if owner is not self._owner:
-            return repr(owner)
-        lines, besides, names = [], list(self._methods_of(owner)), []
-        for path, part in self._parts().items():
-            shown = repr(part) if isinstance(part, nn.Module) else f"{type(part).__name__}()"
-            lines.append(f"  ({path}): " + shown.replace("\n", "\n  "))
-            besides += self._methods_of(part).values()
-            besides += [path] if not isinstance(part, nn.Module) and callable(part) else []
-            names += [f"{path}.{name} = {path}.{real}" for name, real in self._names_of(part).items() if name != real]
-        text = f"{type(owner).__name__}(\n" + "\n".join(lines) + "\n)"
-        text += "\ntraceable besides modules: " + ", ".join(f"{path}()" for path in besides)
-        return text + ("\nstandard names: " + ", ".join(names) if names else "") + self._weights_to_come()
-
-
-_WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
+                raise PointNotFoundError(f"{error}{suggest(name, components(self._owner))}") from None
 
 
 @contextmanager
@@ -267,25 +197,11 @@ def _detached_images(pipeline: DiffusionPipeline) -> Iterator[None]:
     if processor is None:
         yield
         return
-    detached = _Detached(processor, "pt_to_numpy")
+    detached = ChangedMethod(processor, "pt_to_numpy", lambda method: lambda images: method(images.detach()))
     try:
         yield
     finally:
         detached.remove()
-
-
-class _Detached(Override):
-    """Detaches the argument of a method, for all runs of a pipeline that are open at once."""
-
-    def put_on(self) -> None:
-        method = getattr(self.target, self.name)
-        self.own = self.target.__dict__.get(self.name)
-        self.target.__dict__[self.name] = lambda images: method(images.detach())
-
-    def take_off(self) -> None:
-        del self.target.__dict__[self.name]
-        if self.own is not None:
-            self.target.__dict__[self.name] = self.own
 
 
 def _inputs(arguments: dict[str, Any]) -> int:

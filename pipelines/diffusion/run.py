@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from diffsight.errors import InputError
-from diffsight.extending import Run, Step, flow_of, keeping_attribute_errors, owner_of
+from diffsight.extending import Run, Step, flow_of, keeping_attribute_errors, tree_of
 from diffsight.pipelines.diffusion.branches import BranchView, DiffusionRow, GeneratedOutputs, rows_of
 from diffsight.pipelines.diffusion.components import scheduler_timestep
 from diffsight.pipelines.diffusion.guidance import COND, UNCOND
@@ -14,13 +14,17 @@ from diffsight.pipelines.diffusion.guidance import COND, UNCOND
 class DiffusionStep(Step):
     """One denoising step: from one `scheduler.step` to the next."""
 
+    def __init__(self, index: int, component: str, call: tuple[tuple, dict], pipeline: Any) -> None:
+        super().__init__(index, component, call)
+        self._pipeline = pipeline
+
     @property
     def timestep(self) -> float | None:
         """The scheduler's timestep, such as 981 at the beginning of a run of Stable Diffusion.
 
         None where the denoiser is not passed a timestep."""
-        denoiser = owner_of(self._model[self.component])
-        return scheduler_timestep(owner_of(self._model), denoiser, *self._call)
+        denoiser = getattr(self._pipeline, self.component)
+        return scheduler_timestep(self._pipeline, denoiser, *self._call)
 
 
 class DiffusionRun(GeneratedOutputs, Run):
@@ -29,17 +33,20 @@ class DiffusionRun(GeneratedOutputs, Run):
     @property
     def rows(self) -> tuple[DiffusionRow, ...]:
         """One view per prompt: `a, b = run.rows`. Each has `num_images_per_prompt` images."""
-        return rows_of(self._pass, flow_of(self._pass).watch)
+        return rows_of(self._pass, flow_of(self._pass).observer)
 
     @property
     def cond(self) -> BranchView:
         """The run narrowed to the conditional branch of guidance, or all of the run where guidance is off."""
-        return BranchView(self._pass, flow_of(self._pass).watch, COND)
+        return BranchView(self._pass, flow_of(self._pass).observer, COND)
 
     @property
     def uncond(self) -> BranchView:
         """The run narrowed to the unconditional branch of guidance, which encodes the negative prompt."""
-        return BranchView(self._pass, flow_of(self._pass).watch, UNCOND)
+        return BranchView(self._pass, flow_of(self._pass).observer, UNCOND)
+
+    def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> DiffusionStep:
+        return DiffusionStep(index, path, call, tree_of(self).root.owner)
 
     def _of_result(self, name: str) -> Any:
         self._check_one_pass(name)

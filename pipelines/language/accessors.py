@@ -20,18 +20,19 @@ import torch
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.extending import (
     Envoy,
-    MethodEnvoy,
     Points,
     Target,
-    innermost_run,
+    assign,
+    child_of,
+    fetch,
+    handle_on,
     keeping_attribute_errors,
-    model_of,
-    named_target,
     narrowed,
     owner_of,
     part_of,
-    run_of,
+    run_meant_by,
     target_of,
+    tree_of,
 )
 from diffsight.pipelines.language.attention import count_heads, output_projection, probabilities, projection
 from diffsight.pipelines.language.unembedding import HiddenLayout, run_tail
@@ -48,10 +49,11 @@ class PerLayer:
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        return getattr(*self._at(index))
+        return fetch(*self._at(index))
 
     def __setitem__(self, index: int, value: torch.Tensor) -> None:
-        setattr(*self._at(index), value)
+        points, name = self._at(index)
+        assign(points, name, value)
 
     def __len__(self) -> int:
         return len(self._root._layers())
@@ -147,8 +149,7 @@ class Accessors:
 
         In a row with padding at the end, the last token is the last one that is not padding."""
         with keeping_attribute_errors(self):
-            run = self._run if self._run is not None else innermost_run(self._model)
-            last = getattr(run, "last_tokens", None)
+            last = getattr(run_meant_by(self, "next_token_probs"), "last_tokens", None)
             return _part_of_value(self, NextLogits(last)).output.float().softmax(-1)
 
     def skip_layers(self, start: int, end: int | None = None, value: torch.Tensor | None = None) -> None:
@@ -160,7 +161,7 @@ class Accessors:
         if last < first:
             raise InputError(f"skip_layers({start}, {end}): the last layer comes before the first")
         value = self.layers_input[first] if value is None else value
-        structure = model_of(self).structure
+        structure = self._tree.structure
         for index in range(first, last + 1):
             size = structure.tuples[index] if structure else 0
             self._layer(index, "skip_layers").skip((value, *[None] * (size - 1)) if size else value)
@@ -198,15 +199,16 @@ class Accessors:
         Returns:
             Logits, `(..., vocabulary)`.
         """
-        model = model_of(self)
-        net, structure = model.module, model.structure
-        if named_target(model, "lm_head") is None:
-            raise PointNotFoundError(f"no lm_head was found in {type(net).__name__}")
+        tree = self._tree
+        tree.load_unless_scanning()
+        if tree.target_named(tree.root, "lm_head") is None:
+            raise PointNotFoundError(f"no lm_head was found in {tree.title}")
+        structure = tree.structure
         if structure is not None and not structure.has_plain_tail and structure.layout is not None:
-            layers = [owner_of(layer) for layer in model.layers]
-            return run_tail(net, layers, structure.tuples, structure.layout, hidden)
+            layers = [owner_of(layer) for layer in self._layers()]
+            return run_tail(tree.root.owner, layers, structure.tuples, structure.layout, hidden)
         for name in ("ln_final", "lm_head"):
-            target = named_target(model, name)
+            target = tree.target_named(tree.root, name)
             if target is not None:
                 hidden = target.call(hidden) if isinstance(target, Span) else target.owner(hidden)
         return hidden
@@ -216,19 +218,19 @@ class Accessors:
         """Which dimensions of `layers_output[i]` are the batch and the tokens: the first and second in most models.
 
         None where the layers do not return one hidden state per token."""
-        structure = model_of(self).structure
+        structure = self._tree.structure
         return HiddenLayout() if structure is None else structure.layout
 
     # ---- parts
 
     def _layers(self) -> Envoy:
-        try:
-            return self["layers"]
-        except PointNotFoundError:
+        layers = child_of(self, "layers")
+        if layers is None:
             raise PointNotFoundError(
-                f"no layers were found in {type(self._owner).__name__}: name them, as in "
+                f"no layers were found in {self._tree.title}: name them, as in "
                 "LanguageModel(source, names={'layers': 'path.of.the.list'})"
-            ) from None
+            )
+        return layers
 
     def _index(self, index: int, path: str) -> int:
         count = len(self._layers())
@@ -267,13 +269,14 @@ def _part_of_value(points: Points, part: Any, inner: Any = None) -> Points:
 
 
 def _part(layer: Envoy, name: str, path: str) -> Points:
-    try:
-        return layer[name]
-    except PointNotFoundError:
+    part = child_of(layer, name)
+    if part is None:
+        known = ", ".join(tree_of(layer).names_in(target_of(layer)))
         raise PointNotFoundError(
-            f"{path}: {layer.path} has no {name}; it has {', '.join(target_of(layer).children())}. Name it, as in "
+            f"{path}: {layer.path} has no {name}; it has {known}. Name it, as in "
             f"LanguageModel(source, names={{{name!r}: 'path.in.the.layer'}})"
-        ) from None
+        )
+    return part
 
 
 def _attention(layer: Envoy, path: str) -> Target:
@@ -285,7 +288,7 @@ def _attention(layer: Envoy, path: str) -> Target:
 def _projected(layer: Envoy, path: str) -> tuple[Points, str, Any]:
     attention = _attention(layer, path)
     name, heads = projection(attention.owner, path[0], path)
-    return _envoy(layer, attention.children()[name]), "output", heads
+    return handle_on(layer, attention.children()[name]), "output", heads
 
 
 def _of_heads(layer: Envoy, path: str) -> tuple[Points, str, Any]:
@@ -295,17 +298,13 @@ def _of_heads(layer: Envoy, path: str) -> tuple[Points, str, Any]:
     if heads is None:
         raise InputError(f"{path}: the number of heads of {type(attention.owner).__name__} is unknown")
     if isinstance(target, Span):
-        return _envoy(layer, target.last), "input", Heads((heads, 1))
-    return _envoy(layer, attention.children()[output_projection(attention.owner, path)]), "input", Heads((heads, 1))
+        return handle_on(layer, target.last), "input", Heads((heads, 1))
+    return handle_on(layer, attention.children()[output_projection(attention.owner, path)]), "input", Heads((heads, 1))
 
 
 def _probabilities(layer: Envoy, path: str) -> tuple[Points, str, Any]:
     target = probabilities(_attention(layer, path), path)
-    return MethodEnvoy(model_of(layer), target, run_of(layer), part=part_of(layer)), "output", None
-
-
-def _envoy(layer: Envoy, target: Target) -> Envoy:
-    return Envoy(model_of(layer), target, run_of(layer), part=part_of(layer))
+    return handle_on(layer, target), "output", None
 
 
 def _listed(value: Any) -> list:

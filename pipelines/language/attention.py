@@ -59,7 +59,7 @@ class Probabilities(Target):
         super().__init__(attention.owner, "attention_probs", path, attention)
 
     def attach(self, tap: Tap) -> HookHandle:
-        flow = tap.flow
+        flow = tap.host
         softmaxes = next((mode for mode in flow.modes if isinstance(mode, _SoftmaxMode)), None)
         if softmaxes is None:
             softmaxes = _SoftmaxMode()
@@ -104,7 +104,7 @@ class _SoftmaxMode(TorchFunctionMode):
 
 
 def _is_running(tap: Tap) -> bool:
-    attention = tap.flow.taps.get(tap.target.outer.key)
+    attention = tap.host.taps.get(tap.target.outer.key)
     return attention is not None and bool(attention.active)
 
 

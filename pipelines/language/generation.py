@@ -16,7 +16,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from diffsight.errors import InputError, suggest
-from diffsight.extending import Points, Run, Step, Target, keeping_attribute_errors, model_of, owner_of, raise_kept
+from diffsight.extending import Points, Run, Step, Target, keeping_attribute_errors, raise_kept, tree_of
 
 _INCOMPLETE = "\ufffd"  # how a tokenizer decodes bytes that are not a whole character yet
 
@@ -50,7 +50,7 @@ class GenerationStep(Step):
     """One generated token: from one forward pass to the next."""
 
     def __init__(self, index: int, component: str, call: tuple[tuple, dict], run: "GenerationRun") -> None:
-        super().__init__(index, component, call, model_of(run))
+        super().__init__(index, component, call)
         self._run = run
 
     @property
@@ -88,7 +88,7 @@ class GenerationRun(Run):
     def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> Step:
         if self._generated is None:
             return super()._make_step(index, path, call)
-        return GenerationStep(index, path or type(owner_of(self._model)).__name__, call, self)
+        return GenerationStep(index, path or tree_of(self).title, call, self)
 
     def _check_generates(self, what: str) -> None:
         if self._generated is None:
@@ -101,7 +101,7 @@ class GenerationRun(Run):
         if step < len(self._generated.steps):
             return self._generated.steps[step]
         generated = Target(self._generated, "__call__", f"steps[{step}].tokens")
-        return Points(self._model, generated, self).input
+        return Points(tree_of(self), generated, self).input
 
     def _text_added_in(self, step: int) -> str | list[str]:
         ids = self._tokens_after(step)

@@ -19,17 +19,16 @@ from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from diffsight.errors import InputError, PointNotFoundError, suggest
+from diffsight.errors import InputError, PointNotFoundError
 from diffsight.extending import (
     FORWARD,
-    Part,
+    Model,
     Run,
+    Selection,
     Target,
     flow_of,
     is_scanning,
@@ -46,19 +45,10 @@ from diffsight.pipelines.language.generation import (
     set_generated,
 )
 from diffsight.pipelines.language.inputs import Inputs, picks_tokens, prepare_inputs, sees_padding
+from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, open_language_model
-from diffsight.pipelines.language.name_check import Structure, check_names
-from diffsight.pipelines.named_model import NamedModel
 from diffsight.pipelines.seeds import check_seed
-from diffsight.pipelines.standard_names import (
-    are_layers,
-    embeddings,
-    is_list,
-    layer_names,
-    model_names,
-    standard_names,
-)
-from diffsight.pipelines.targets import module_at
+from diffsight.pipelines.standard_names import embeddings
 
 
 class LanguageRun(GenerationRun):
@@ -115,7 +105,7 @@ class LanguageRun(GenerationRun):
         return sorted({*super().__dir__(), *(name for name in vars(Accessors) if not name.startswith("_"))})
 
 
-class LanguageModel(Accessors, NamedModel):
+class LanguageModel(Accessors, Model):
     """Wraps a language model.
 
     It has the standard names `layers[i]`, `layers[i].self_attn`, `layers[i].mlp`, `ln_final`, `lm_head` and
@@ -139,7 +129,6 @@ class LanguageModel(Accessors, NamedModel):
     """
 
     _run_class = LanguageRun
-    structure: Structure | None  # what the check of the names found out; None until it could be made
 
     def __init__(
         self,
@@ -151,17 +140,16 @@ class LanguageModel(Accessors, NamedModel):
         **arguments: Any,
     ) -> None:
         net, tokenizer, loader = open_language_model(source, tokenizer, **arguments)
-        self._wrap(Target(net, FORWARD, ""), loader)
-        given = _checked(net, names or {})
-        found = model_names(net) | {name: path for name, path in given.items() if name in _OF_MODEL}
-        found = {name: path for name, path in found.items() if path is not None}
-        stacks = [module for module in net.modules() if is_list(module) and are_layers(module)]
-        stacks += [net.get_submodule(found["layers"])] if "layers" in found else []
-        self.__dict__.update(tokenizer=tokenizer, _given=given, _stacks=stacks, _targets={}, structure=None)
-        self.__dict__["_known"] = WeakKeyDictionary({net: found})
-        self._check_names()
+        self._wrap(self._make_tree(Target(net, FORWARD, ""), loader, names or {}))
+        self.__dict__["tokenizer"] = tokenizer
+        self._tree.check_names()
         if dispatch:
-            self._load()
+            self._tree.weights.load()
+
+    def _make_tree(
+        self, root: Target, load: Callable[[], None] | None, names: Mapping[str, str | None]
+    ) -> LanguageTree:
+        return LanguageTree(root, load, names)
 
     def trace(self, inputs: Any = None, *, grad: bool = False, **kwargs: Any) -> LanguageRun:
         """Open a run of one forward pass: `with model.trace("The Eiffel Tower is in") as run:`.
@@ -263,31 +251,13 @@ class LanguageModel(Accessors, NamedModel):
 
     def to(self, *args: Any, **kwargs: Any) -> "LanguageModel":
         """Move or cast the model, as `module.to(...)` does, and return it."""
-        self._load()
+        self._tree.weights.load()
         self._owner.to(*args, **kwargs)
         return self
 
-    # ---- weights that are loaded later
-
-    def _load(self) -> None:
-        comes_now = not self._is_loaded
-        super()._load()
-        if comes_now:
-            self._check_names()
-
-    def _check_names(self) -> None:
-        """Verify the standard names, or do it once the weights are loaded if the check needs them."""
-        inputs = _trial(self._owner)
-        if inputs and self.structure is None:
-            names = self._known[self._owner]
-            self.__dict__["structure"] = check_names(self._owner, names, inputs, self._names_of)
-
     # ---- inputs
 
-    _left_out_of_generate = (
-        "position_ids",
-        "token_type_ids",
-    )  # computed by `generate`, or not accepted
+    _left_out_of_generate = ("position_ids", "token_type_ids")  # computed by `generate`, or not accepted
 
     def _has_input(self, kwargs: Mapping[str, Any]) -> bool:
         """Return whether the arguments of a forward pass contain token ids, embeddings, or pixels."""
@@ -303,7 +273,7 @@ class LanguageModel(Accessors, NamedModel):
                 "one batch: use [model.generate(text) for text in texts]"
             )
         if not is_scanning():
-            self._load()
+            self._tree.weights.load()
         return encoded.to(getattr(owner, "device", None))
 
     def _pads_left(self) -> bool:
@@ -313,7 +283,7 @@ class LanguageModel(Accessors, NamedModel):
 
     @cached_property
     def _sees_padding(self) -> bool:
-        return sees_padding(self._owner, self._known[self._owner].get("layers", ""))
+        return sees_padding(self._owner, self._tree.names_of(self._owner).get("layers", ""))
 
     @cached_property
     def _reads_left_padded(self) -> bool:
@@ -330,65 +300,8 @@ class LanguageModel(Accessors, NamedModel):
         run._inputs = inputs
         return run
 
-    # ---- names
-
-    def _find_names(self, part: nn.Module) -> dict[str, str]:
-        """Return the standard names in a layer of any stack, or in a model inside the model, such as an encoder."""
-        if any(part is layer for layers in self._stacks for layer in layers):
-            return self._of_layer(part)
-        return standard_names(part) if isinstance(part, PreTrainedModel) else {}
-
-    def _of_layer(self, layer: nn.Module) -> dict[str, str]:
-        found = layer_names(layer) | {name: path for name, path in self._given.items() if name in _OF_LAYER}
-        return {name: path for name, path in found.items() if path is not None and _is_there(layer, path)}
-
-    def _bound(self, run: Run, part: Part | None = None) -> LanguageEnvoy:
-        return LanguageEnvoy(self, self._target, run, part=part)
-
-    # ---- showing
-
-    def _describe(self, owner: Any) -> str:
-        names = ", ".join(f"{name} = {real}" for name, real in self._names_of(owner).items() if name != real)
-        return super()._describe(owner) + (f"\nstandard names: {names}" if names else "")
-
-
-_OF_MODEL = ("layers", "ln_final", "lm_head", "embed_tokens", "encoder", "decoder")
-_OF_LAYER = ("self_attn", "mlp")
-
-
-def _checked(net: nn.Module, names: Mapping[str, str | None]) -> Mapping[str, str | None]:
-    """Return the names that the user passes, if they are possible."""
-    for name, path in names.items():
-        if name not in _OF_MODEL + _OF_LAYER:
-            known = ", ".join(_OF_MODEL + _OF_LAYER)
-            raise InputError(
-                f"names: {name!r} is not a standard name{suggest(name, _OF_MODEL + _OF_LAYER)}; they are {known}"
-            )
-        if name in _OF_MODEL and path is not None and not _is_there(net, path):
-            raise InputError(f"names: {type(net).__name__} has no module {path!r} for {name!r}")
-        if name == "layers" and path is not None and not hasattr(net.get_submodule(path), "__getitem__"):
-            raise InputError(f"names: {path!r} is a {type(net.get_submodule(path)).__name__}, not a list of layers")
-    return names
-
-
-def _is_there(module: nn.Module, real: str) -> bool:
-    try:
-        module_at(module, real)
-    except AttributeError:
-        return False
-    return True
-
-
-def _trial(net: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the inputs of the pass that verifies the names: three tokens."""
-    parameters = inspect.signature(net.forward).parameters
-    words = getattr(embeddings(net), "num_embeddings", None)
-    if "input_ids" not in parameters or not words:
-        return {}
-    rows = getattr(net, "num_codebooks", 1)  # audio models have one per codebook
-    ids = torch.arange(2, 5, device=getattr(net, "device", None)).expand(rows, 3) % words
-    halves = getattr(net.config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if halves else {})
+    def _bound(self, run: Run, part: Selection | None = None) -> LanguageEnvoy:
+        return LanguageEnvoy(self._tree, self._target, run, part=part)
 
 
 def _sequences(net: nn.Module, kwargs: Mapping[str, Any]) -> int:

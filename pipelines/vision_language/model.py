@@ -10,7 +10,7 @@ run.image_tokens                                            # for each input, th
 model.generate("What is this?", images=image, max_new_tokens=20, seed=0).text
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from diffsight.errors import InputError
-from diffsight.extending import Row, owner_of, part_of, run_of
+from diffsight.extending import Row, Target, owner_of, part_of, run_of, tree_of
 from diffsight.pipelines.language.inputs import Inputs
+from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, hub_arguments, place_of
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 from diffsight.pipelines.standard_names import path_of, standard_names
@@ -42,7 +43,7 @@ class VisionLanguageRun(LanguageRun):
     def rows(self) -> tuple[Row, ...]:
         """One view per input: `a, b = run.rows`. In the vision tower a row's part is that of its images."""
         rows, model = super().rows, self._model
-        names, inputs = model._names_of(owner_of(model)), self.model_inputs
+        names, inputs = tree_of(self).names_of(owner_of(model)), self.model_inputs
         if inputs.tokens is None or "layers" not in names or "image_sizes" in inputs.values:
             return rows
         vision = vision_modules(owner_of(model), names["layers"], names.get("lm_head"))
@@ -88,7 +89,6 @@ class VisionLanguageModel(LanguageModel):
     """
 
     _run_class = VisionLanguageRun
-    _vision: Mapping[str, str] = {}  # the standard name of the vision tower, once it is found
 
     def __init__(
         self, source: Source, processor: Any = None, *, names: Mapping[str, str | None] | None = None, **arguments: Any
@@ -98,9 +98,13 @@ class VisionLanguageModel(LanguageModel):
                 raise InputError("a live model comes with one processor: (model, processor)")
             source, processor = source
         processor, lacking = _processor(source, processor, arguments)
-        others = {name: path for name, path in (names or {}).items() if name != "vision"}
-        super().__init__(source, getattr(processor, "tokenizer", None), names=others, **arguments)
-        self.__dict__.update(processor=processor, _lacking=lacking, _vision=_vision(self._owner, names or {}))
+        super().__init__(source, getattr(processor, "tokenizer", None), names=names, **arguments)
+        self.__dict__.update(processor=processor, _lacking=lacking)
+
+    def _make_tree(
+        self, root: Target, load: Callable[[], None] | None, names: Mapping[str, str | None]
+    ) -> "VisionLanguageTree":
+        return VisionLanguageTree(root, load, names)
 
     def trace(self, inputs: Any = None, images: Any = None, *, grad: bool = False, **kwargs: Any) -> VisionLanguageRun:
         """Open a run of one forward pass: `with model.trace("What is this?", images=image) as run:`.
@@ -163,17 +167,24 @@ class VisionLanguageModel(LanguageModel):
             raise InputError(f"{type(self._owner).__name__} has no image tokens in its sequence")
         return found
 
-    # ---- names
 
-    def _names_of(self, owner: Any) -> Mapping[str, str]:
-        names = super()._names_of(owner)
-        return {**names, **self._vision} if owner is self._owner else names
+class VisionLanguageTree(LanguageTree):
+    """What can be tapped in a vision-language model. `vision` is an additional standard name."""
 
-    def _find_names(self, part: nn.Module) -> dict[str, str]:
+    def __init__(self, root: Target, load: Callable[[], None] | None, given: Mapping[str, str | None]) -> None:
+        self._vision: Mapping[str, str] = {}  # the standard name of the vision tower, once it is found
+        super().__init__(root, load, {name: path for name, path in given.items() if name != "vision"})
+        self._vision = _vision(root.owner, given)
+
+    def names_of(self, owner: Any) -> Mapping[str, str]:
+        names = super().names_of(owner)
+        return {**names, **self._vision} if owner is self.root.owner else names
+
+    def find_names(self, part: nn.Module) -> dict[str, str]:
         tower = self._vision.get("vision")
-        if tower is not None and part is self._owner.get_submodule(tower):
+        if tower is not None and part is self.root.owner.get_submodule(tower):
             return standard_names(part)
-        return super()._find_names(part)
+        return super().find_names(part)
 
 
 _SEEN = ("pixel_values", "flattened_patches")  # the inputs of vision towers

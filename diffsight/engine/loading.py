@@ -1,0 +1,53 @@
+"""Weights that are loaded when they are first needed."""
+
+from collections.abc import Callable
+from threading import RLock
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+
+class LateWeights:
+    """Loads the weights of a model that was built without them, once.
+
+    Args:
+        load: Puts the weights into the model; None if they are already there.
+        check: Called before the weights are loaded; raises an error if that is not possible now.
+        done: Called after they have been loaded.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], None] | None = None,
+        check: Callable[[], None] = lambda: None,
+        done: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._load, self._check, self._done = load, check, done
+        self._lock = RLock()
+
+    @property
+    def are_loaded(self) -> bool:
+        """Whether the weights are there."""
+        return self._load is None
+
+    def load(self) -> None:
+        """Load the weights, unless they are there."""
+        if self._load is None:
+            return
+        with self._lock:
+            if self._load is None:  # another thread was faster
+                return
+            self._check()
+            self._load()
+            self._load = None
+        self._done()
+
+
+def needs_weights(value: Any) -> bool:
+    """Whether an attribute of a module concerns its weights: a weight, a device, a module, a method."""
+    meta = torch.device("meta")
+    return any(
+        callable(leaf) or leaf == meta if not isinstance(leaf, torch.Tensor) else leaf.is_meta
+        for leaf in tree_leaves(value)
+    )
