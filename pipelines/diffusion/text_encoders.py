@@ -69,6 +69,11 @@ class Encoder:
         return max(self.used_layers, key=lambda layer: -1 if layer == EMBEDDING else layer)
 
     @property
+    def used_count(self) -> int:
+        """The number of layers up to the last one that the pipeline uses. 0 if it only uses the embedding."""
+        return 0 if self.last_used_layer == EMBEDDING else self.last_used_layer + 1
+
+    @property
     def pooled(self) -> str | None:
         """The pooled vector that the pipeline uses, by its name in the encoder's output."""
         return next((use.pooled for use in self.uses if use.pooled is not None), None)

@@ -152,6 +152,7 @@ def test_notebooks_show_a_table():
 def test_a_pipeline_that_requires_images(name):
     encoder = DiffusionModel(tiny.PIPELINES[name].build()).encoders["text_encoder"]
     assert encoder.used_layers == (2,)
+    assert encoder.used_count == 3
 
 
 def test_a_pipeline_without_text_has_none():
