@@ -220,11 +220,11 @@ def test_a_wrong_name_is_found_and_can_be_given():
 
 
 WRONG_NAMES = [
-    ({"layers": "transformer.h.0"}, "'transformer.h.0' is a GPT2Block, no list of layers"),
+    ({"layers": "transformer.h.0"}, "'transformer.h.0' is a GPT2Block, not a list of layers"),
     ({"lm_head": "transformer.ln_f"}, "'lm_head' was taken to be 'transformer.ln_f'"),
     ({"ln_final": "transformer.h.1.ln_1"}, "'ln_final' was taken to be 'transformer.h.1.ln_1', but"),
-    ({"embed_tokens": "transformer.nothing"}, "has no module 'transformer.nothing' to be 'embed_tokens'"),
-    ({"layer": "transformer.h"}, r"'layer' is no standard name \(did you mean 'layers'"),
+    ({"embed_tokens": "transformer.nothing"}, "has no module 'transformer.nothing' for 'embed_tokens'"),
+    ({"layer": "transformer.h"}, r"'layer' is not a standard name \(did you mean 'layers'"),
 ]
 
 
