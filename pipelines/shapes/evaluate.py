@@ -60,8 +60,9 @@ def draw_scenes(pipe, asked: Sequence[Scene], layer: Layer | None = None, batch:
         if layer is not None:
             ids = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(pipe.device)
             hidden = pipe.text_encoder(ids, output_hidden_states=True).hidden_states
-            index = 0 if layer == EMBEDDING else layer + 1  # transformers counts the embedding as hidden state 0
-            last = index == pipe.text_encoder.config.num_hidden_layers
+            count = pipe.text_encoder.config.num_hidden_layers
+            index = 0 if layer == EMBEDDING else layer % count + 1  # transformers counts the embedding as state 0
+            last = index == count
             prompt = {"prompt_embeds": pipe.text_encoder(ids)[0] if last else norm(hidden[index])}
         images += pipe(**prompt, generator=generators, **arguments).images
     return images

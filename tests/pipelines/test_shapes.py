@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffsight import DiffusionModel
 from diffsight.pipelines.diffusion.loading import PACKAGED
-from diffsight.pipelines.shapes.evaluate import shares
+from diffsight.pipelines.shapes.evaluate import draw_scenes, shares
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import (
     BACKGROUNDS,
@@ -285,6 +285,29 @@ def test_the_first_layer_of_its_text_encoder_does_not_know_everything_yet(pipe, 
     generators = [torch.Generator().manual_seed(i) for i in range(len(asked))]
     images = pipe(prompt_embeds=encoded, generator=generators, **SETTINGS).images
     assert faithful(asked, images) <= 0.6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", ["embedding", 0, 4, -2, 11])
+def test_layers_of_the_model_card_are_numbered_as_layers_i(pipe, asked, layer):
+    """The model card draws from layer *i*: the output of `layers[i]`, here by a hook."""
+    encoder, scene = pipe.text_encoder, asked[0]
+    stack = encoder.encoder
+    modules = list(stack.layers if hasattr(stack, "layers") else stack.block)
+    norm = getattr(encoder, "final_layer_norm", None) or stack.final_layer_norm
+    seen = []
+    if layer == "embedding":
+        hook = modules[0].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+    else:
+        hook = modules[layer].register_forward_hook(lambda module, args, output: seen.append(output))
+    with hook:
+        encoder(pipe.tokenizer([scene.caption()], padding="max_length", return_tensors="pt").input_ids)
+    hidden = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    call = {"num_inference_steps": 2, "output_type": "pt"}
+    want = pipe(prompt_embeds=norm(hidden), generator=torch.Generator().manual_seed(0), **call).images
+    assert torch.equal(draw_scenes(pipe, [scene], layer, **call)[0], want[0])
 
 
 def test_a_packaged_model_draws_the_bits_of_the_bare_pipeline(name, pipe):
