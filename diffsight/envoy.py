@@ -260,18 +260,18 @@ class Envoy(Points):
 
     def _child(self, name: str) -> "Envoy | MethodEnvoy | None":
         """The child, method or standard name called `name`, if there is one."""
-        target = self._attached_child(name) or self._tree.child_of(self._target, name)
+        tree = self._tree
+        target = self._attached_child(name) if tree.attached.ever else None
+        target = target or tree.children_of(self._target).get(name) or tree.child_of(self._target, name)
         if target is None:
             return None
         if target.name in (FORWARD, "__call__"):
             return self._handle(target)
-        return MethodEnvoy(self._tree, target, self._run, part=self._part)
+        return MethodEnvoy(tree, target, self._run, part=self._part)
 
     def _attached_child(self, name: str) -> Target | None:
         """What is attached under a name, in the run at hand."""
         tree = self._tree
-        if not tree.attached.ever:
-            return None
         flow = self._run._flow if self._run is not None else tree.open_runs.innermost(tree)
         found = None if flow is None else flow.tree.attached.find(self._owner, name)
         return found or tree.attached.find(self._owner, name)

@@ -20,7 +20,17 @@ import torch
 from diffsight.engine.flow import STOPPED, Flow
 from diffsight.engine.points import Asked, first_input
 from diffsight.engine.turns import is_from_edit
-from diffsight.envoy import Envoy, InRun, from_the_asking_line, keep_attribute_error, raise_kept, target_of, tree_of
+from diffsight.envoy import (
+    Envoy,
+    InRun,
+    flow_of,
+    from_the_asking_line,
+    keep_attribute_error,
+    raise_kept,
+    root_of,
+    target_of,
+    tree_of,
+)
 from diffsight.errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
 from diffsight.record import Record, find_points, record
 from diffsight.rows import Row, call_body, each, make_rows
@@ -72,7 +82,7 @@ class Run(InRun):
 
     def stop(self) -> None:
         """End the model where it stands. Values that were read stay valid."""
-        flow = self._pass._flow
+        flow = flow_of(self._pass)
         flow.check_thread("run.stop")
         flow.close(STOPPED)
 
@@ -177,14 +187,14 @@ class Run(InRun):
         run = self._pass
         if "*" in path:
             raise InputError(f"run.follow takes the path of one point, not a pattern: {path!r}")
-        ((points, part),) = find_points(run._root(), path).values()
+        ((points, part),) = find_points(root_of(run), path).values()
         asked = Asked(target_of(points), part)
 
         def keep(tap: Any, call: int, value: Any) -> None:
             function(first_input(value, asked) if part == "input" else value)
 
         try:
-            run._flow.keep(asked, keep)
+            flow_of(run).keep(asked, keep)
         except DiffsightError as error:
             raise from_the_asking_line(error) from error.__cause__
 
@@ -197,20 +207,20 @@ class Run(InRun):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._flow.body_mode.__exit__(None, None, None)
-        runs = self._invoked or [self]
+        flows = [flow_of(run) for run in self._invoked] or [self._flow]
         try:
-            for run in runs if error is None else ():
-                if run._flow.outcome is None:
-                    run._flow.run_on()  # perhaps until an edit stops it
-                if run._flow.has_result and run._flow.unreached:
-                    run._flow.raise_unreached()
+            for flow in flows if error is None else ():
+                if flow.outcome is None:
+                    flow.run_on()  # perhaps until an edit stops it
+                if flow.has_result and flow.unreached:
+                    flow.raise_unreached()
         except DiffsightError as told:
             raise from_the_asking_line(told) from told.__cause__
         finally:
             self._flow.is_entered = False
-            for run in runs:
-                if run._flow.thread == get_ident():  # otherwise it is still open for the thread that it belongs to
-                    run._flow.close("an error ended its body")
+            for flow in flows:
+                if flow.thread == get_ident():  # otherwise it is still open for the thread that it belongs to
+                    flow.close("an error ended its body")
         if isinstance(error, DiffsightError) and not is_from_edit(error):
             _end_at_users_line(trace)
 
@@ -239,14 +249,14 @@ class Run(InRun):
 
     def _root(self) -> Envoy:
         """The model's handle, bound to this run, or to its last pass."""
-        return self._model._bound(self._pass)
+        return root_of(self._pass)
 
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)
         if name.startswith("__") or "_flow" not in self.__dict__:
             raise AttributeError(name)
         try:
-            return getattr(self._root(), name)
+            return getattr(root_of(self._pass), name)
         except PointNotFoundError:
             if name in ("input", "inputs", "output"):
                 raise
@@ -322,7 +332,7 @@ class Steps:
         return Steps(self._run, chosen)
 
     def __iter__(self) -> Iterator[Step]:
-        flow, chosen = self._run._flow, self._chosen
+        flow, chosen = flow_of(self._run), self._chosen
         first, last, stride = chosen.start or 0, chosen.stop, chosen.step or 1
         if chosen != slice(None) and (flow.clock.index > first or flow.scope.step >= first):
             raise OutOfOrderError(

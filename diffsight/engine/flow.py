@@ -26,7 +26,6 @@ from diffsight.engine.points import (
     Assignment,
     Point,
     PointKey,
-    assign,
     check_value,
     find_call,
     first_input,
@@ -80,7 +79,7 @@ class Flow:
         self.tree = tree
         self.load: Callable[[], None] = tree.weights.load  # called before anything runs
         self.clock: Clock = tree.clock()
-        self.taps = Taps(self, tree.all_components(), tree.places)
+        self.taps = Taps(self, [*tree.components(), *tree.attached.targets.values()], tree.places)
         self.state = TorchState.capture()
         self.seed: int | None = None  # of the model's own random state; None: it uses the global one
         self.modes: list = []  # function modes that the model runs in, besides the caller's
@@ -153,7 +152,7 @@ class Flow:
         key = (asked.kind, find_call(tap, first, asked, asked))
         assignment = Assignment(asked, value, _caller(), scope.in_step, first, scope.order)
         if self.parked is not None and self.parked is tap.points.get(key):
-            difference = assign(self.parked, assignment)
+            difference = assignment.apply_to(self.parked)
             if difference is not None:
                 self.misshapen.append(difference)
         elif order.has_passed(tap, key, scope, self.clock.index) and not order.is_ahead(tap, key, scope):
@@ -200,7 +199,7 @@ class Flow:
         scope = self.scope
         scope.stop_at_steps = True
         while self.outcome is None and self.clock.index <= scope.step:
-            self._move(scope, [])
+            self._resume() if scope is self._scope else self._beside().wait([])
         if self.outcome is not None:
             return False
         scope.step, scope.in_step = self.clock.index, True
@@ -408,7 +407,8 @@ class Flow:
         point = None
         try:
             while self.outcome is None and not (in_step and self.clock.index > scope.step):
-                point = self._move(scope, waits)
+                # The body that opened the run moves the model; others sleep until it is where they wait.
+                point = self._resume() if scope is self._scope else self._beside().wait(waits)
                 if point is not None and (point.tap, point.key) in waits:
                     break
                 point = None
@@ -432,11 +432,6 @@ class Flow:
             until = "the model ended" if self.has_result else self.outcome
             return order.not_reached(asked, until, NeverReachedError)
         return order.not_reached(asked, f"step {scope.step} ended", OutOfOrderError)
-
-    def _move(self, scope: Scope, waits: list[tuple[Tap, PointKey]]) -> Point | None:
-        """Let the model run until it parks at a point (returned), at a step, or ends. The body that opened the run does
-        that; other bodies sleep until the model is at one of the points that they wait for."""
-        return self._resume() if scope is self._scope else self._beside().wait(waits)
 
     def _resume(self, call: InnerCall | None = None) -> Point | InnerCall | None:
         """Let the model run until it parks at a point (returned), at a step (None), or ends (None); or make `call`
@@ -519,7 +514,9 @@ class Flow:
         self.parked = self.coroutine = None
         self._stands = outcome  # so that no value is held
         self.clock.call = None
-        edits = self.bodies.clear()
+        edits, self.bodies.edits = self.bodies.edits, []
+        self.bodies.turn = None
+        self.bodies.calls.clear()
         if self.observer is not None:
             self.observer.ended()
         if edits and get_ident() == self.thread:
@@ -551,7 +548,8 @@ class Flow:
         """A call that the run heeds begins, and perhaps a step with it."""
         if self.clock.begins(tap.target, args, kwargs):
             self.unreached += self.taps.begin_step()
-            if self._scope.stop_at_steps or self.bodies.stop_at_steps():
+            beside = [*self.bodies.edits, *self.bodies.functions]
+            if self._scope.stop_at_steps or (beside and any(body.scope.stop_at_steps for body in beside)):
                 self._stands = f"before {tap.target.path or 'the forward pass'}"
                 self.coroutine.park(None)
         if self.observer is not None:

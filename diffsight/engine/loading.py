@@ -25,22 +25,18 @@ class LateWeights:
     ) -> None:
         self._load, self._check, self._done = load, check, done
         self._lock = RLock()
-
-    @property
-    def are_loaded(self) -> bool:
-        """Whether the weights are there."""
-        return self._load is None
+        self.are_loaded = load is None
 
     def load(self) -> None:
         """Load the weights, unless they are there."""
-        if self._load is None:
+        if self.are_loaded:
             return
         with self._lock:
-            if self._load is None:  # another thread was faster
+            if self.are_loaded:  # another thread was faster
                 return
             self._check()
             self._load()
-            self._load = None
+            self._load, self.are_loaded = None, True
         self._done()
 
 

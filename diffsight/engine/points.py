@@ -78,6 +78,27 @@ class Assignment:
         """Return the number of the call that is meant, as far as is known now."""
         return find_call(tap, self.first, self.asked, self)
 
+    def apply_to(self, point: Point) -> str | None:
+        """Put the value in the place of a point's own.
+
+        Returns:
+            How its shape or type differs from that of the model's own value, in words; None if it does not."""
+        value, part, selection = self.value, self.asked.part, self.asked.selection
+        before, difference = first_input(point.value, self) if part == "input" else point.value, None
+        if selection is not None:
+            value = selection.at(point.tap, point.index, self).put(before, value, self, point.copies)
+        elif before is not None and isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
+            raise AssignmentError(f"{self} is a {type(before).__name__}; it cannot take a {type(value).__name__}")
+        elif isinstance(before, torch.Tensor):
+            difference = _difference(before, value)
+            if difference and before.ndim != value.ndim:  # it would be broadcast to something nobody meant
+                raise AssignmentError(f"{self} {difference}. Assign a value of {before.ndim} dimensions")
+        if part == "input":
+            args, kwargs = point.value
+            value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
+        point.value, point.changed = value, True
+        return f"{self} {difference}" if difference else None
+
 
 def first_input(inputs: tuple[tuple, dict], path: object) -> Any:
     """Return the first argument of a call: the first positional one, else the first by keyword."""
@@ -94,28 +115,6 @@ def find_call(tap: Tapped, first: int, asked: Asked, path: object) -> int:
     if asked.selection is None:
         return first + asked.call
     return asked.selection.call(tap, first, asked.call, path)
-
-
-def assign(point: Point, assignment: Assignment) -> str | None:
-    """Put the assigned value in the place of the point's own.
-
-    Returns:
-        How its shape or type differs from that of the model's own value, in words; None if it does not."""
-    value, part, selection = assignment.value, assignment.asked.part, assignment.asked.selection
-    before, difference = first_input(point.value, assignment) if part == "input" else point.value, None
-    if selection is not None:
-        value = selection.at(point.tap, point.index, assignment).put(before, value, assignment, point.copies)
-    elif before is not None and isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
-        raise AssignmentError(f"{assignment} is a {type(before).__name__}; it cannot take a {type(value).__name__}")
-    elif isinstance(before, torch.Tensor):
-        difference = _difference(before, value)
-        if difference and before.ndim != value.ndim:  # it would be broadcast to something nobody meant
-            raise AssignmentError(f"{assignment} {difference}. Assign a value of {before.ndim} dimensions")
-    if part == "input":
-        args, kwargs = point.value
-        value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
-    point.value, point.changed = value, True
-    return f"{assignment} {difference}" if difference else None
 
 
 def check_value(asked: Asked, value: Any) -> None:

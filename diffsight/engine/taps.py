@@ -20,7 +20,7 @@ from torch import nn
 
 from diffsight.engine.coroutine import Coroutine, current_owner
 from diffsight.engine.hooks import COMPILED, FORWARD, count_running, hook_modules, unhook_modules
-from diffsight.engine.points import INPUTS, OUTPUT, Assignment, Point, PointKey, assign
+from diffsight.engine.points import INPUTS, OUTPUT, Assignment, Point, PointKey
 from diffsight.engine.steps import Clock
 from diffsight.engine.target import Target
 from diffsight.engine.tree import Key, Places
@@ -193,7 +193,7 @@ class Tap:
             if assignment.order <= point.turn:
                 call = assignment.call_of(self)
                 if call == index:
-                    difference = assign(point, assignment)
+                    difference = assignment.apply_to(point)
                     if difference is not None:
                         self.host.misshapen.append(difference)
                     assigned = True

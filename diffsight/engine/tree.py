@@ -78,8 +78,10 @@ class Tree:
 
     def components(self) -> list[Target]:
         """Return what is tapped from the start of every run: the model, and the methods that are called directly."""
+        if not self._methods:
+            return [self.root]
         paths = [path for methods in self._methods.values() for path in methods.values()]
-        return [self.root, *(self._method_at(path) for path in paths)]
+        return [self.root, *map(self._method_at, paths)]
 
     def stand_ins(self) -> Mapping[Key, Callable]:
         """Return what a scan calls instead of components that look at values, by the key of their target."""
@@ -125,13 +127,9 @@ class Tree:
         children = dict.fromkeys((*self.children_of(target), *self.attached.names_on(target.owner)))
         return [*children, *self.methods_of(target.owner), *self.names_of(target.owner)]
 
-    def all_components(self) -> list[Target]:
-        """Return the components, and the modules that are attached."""
-        return [*self.components(), *self.attached.targets.values()]
-
     def places(self, components: list[Target]) -> Places:
         """Return the targets of the modules that stand in several places of the model, by key."""
-        known_for = (*(target.owner for target in components), self.weights.are_loaded)
+        known_for = ([target.owner for target in components], self.weights.are_loaded)
         if self._known_places is None or self._known_places[0] != known_for:
             places: Places = {}
             waiting = [*components]

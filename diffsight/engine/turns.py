@@ -16,6 +16,8 @@ from diffsight.engine.steps import Clock
 from diffsight.engine.taps import Tap
 from diffsight.engine.torch_state import TorchState
 
+_FROM_EDIT = "_diffsight_edit"  # set on an error that was raised in an edit
+
 
 class Course(Protocol):
     """The run, as its bodies see it; see `diffsight.engine.flow.Flow`."""
@@ -112,7 +114,7 @@ class EditBody(Body):
             super().go()
         except BaseException as error:
             if not is_from_edit(error):
-                error._diffsight_edit = True
+                setattr(error, _FROM_EDIT, True)
                 error.add_note(f"(in the edit written at {self.where})")
             self.flow.close("an edit failed")
             raise
@@ -133,7 +135,7 @@ class EditBody(Body):
 
 def is_from_edit(error: BaseException) -> bool:
     """Whether an error was raised in an edit."""
-    return hasattr(error, "_diffsight_edit")
+    return hasattr(error, _FROM_EDIT)
 
 
 class Bodies:
@@ -143,12 +145,7 @@ class Bodies:
         self.edits: list[EditBody] = []
         self.functions: list[Body] = []  # those of `run.each`
         self.turn: EditBody | None = None  # whose turn it is at the point where the model parks
-        self._calls: list[tuple[Point | None, list[Body], bool]] = []  # calls in progress: where they were asked for
-
-    def stop_at_steps(self) -> bool:
-        """Whether one of them loops over steps."""
-        beside = [*self.edits, *self.functions]
-        return bool(beside) and any(body.scope.stop_at_steps for body in beside)
+        self.calls: list[tuple[Point | None, list[Body], bool]] = []  # calls in progress: where they were asked for
 
     def take_turn(self) -> tuple[list[Body], bool]:
         """Return the bodies whose turn it is where the model has parked, and whether the model then continues without
@@ -164,23 +161,16 @@ class Bodies:
                 body.wake()
             if body.call is not None:
                 call, body.call = body.call, None
-                self._calls.append((parked, turns, continues))
+                self.calls.append((parked, turns, continues))
                 return call
             turns.pop(0)
         return None
 
     def begin_call(self, parked: Point | None) -> None:
         """The body that opened the run asks for a call, while the model stands at `parked`."""
-        self._calls.append((parked, [], False))
+        self.calls.append((parked, [], False))
 
     def end_call(self) -> tuple[Point | None, list[Body], bool]:
         """A call has been made. Return where it was asked for, the bodies still to be woken there, and whether the
         model then continues."""
-        return self._calls.pop()
-
-    def clear(self) -> list[EditBody]:
-        """The run has ended: forget the edits and calls in progress; return the edits."""
-        edits, self.edits = self.edits, []
-        self.turn = None
-        self._calls.clear()
-        return edits
+        return self.calls.pop()
