@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from diffsight.pipelines.diffusion.text_encoders import Encoder, Encoders, find_encoders
     from diffsight.pipelines.huggingface import HFPipeline
     from diffsight.pipelines.language.model import LanguageModel
-    from diffsight.pipelines.words import PromptWords, align_words
+    from diffsight.pipelines.language.words import PromptWords, align_words
     from diffsight.pipelines.vision_language.model import VisionLanguageModel
 
 __version__ = "0.1.0"
@@ -81,8 +81,8 @@ _LATER = {
     "encoder_patching": "diffsight.lenses.encoder_patching",
     "EncoderPatchingResult": "diffsight.lenses.encoder_patching",
     "LinearMap": "diffsight.lenses.linear_map",
-    "PromptWords": "diffsight.pipelines.words",
-    "align_words": "diffsight.pipelines.words",
+    "PromptWords": "diffsight.pipelines.language.words",
+    "align_words": "diffsight.pipelines.language.words",
     "Encoder": "diffsight.pipelines.diffusion.text_encoders",
     "Encoders": "diffsight.pipelines.diffusion.text_encoders",
     "find_encoders": "diffsight.pipelines.diffusion.text_encoders",

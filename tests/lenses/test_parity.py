@@ -10,7 +10,7 @@ import writers
 
 import diffsight
 from diffsight import Prompt, logit_lens
-from diffsight.pipelines import standard_names
+from diffsight.pipelines.language import standard_names
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 TABLE = README.split("## Coming from nnterp\n")[1].split("\n## ")[0]
