@@ -27,7 +27,8 @@ from measuring import measured
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from diffsight import IDENTITY, LanguageModel, collect_activations, logit_lens, patchscope_lens
+from diffsight import LanguageModel, collect_activations, logit_lens, patchscope_lens
+from diffsight.lenses import IDENTITY
 
 FEW, MANY, SOURCES, BATCH, TOP = 32, 256, 4, 32, 5
 NOUNS = ("tower", "river", "bridge", "garden", "castle", "market", "station", "harbour", "museum", "forest", "street")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from engine.nets import Calling, footprint, inputs, linear, outputs, replaced, with_input
 
-from diffsight import AssignmentError, Model, NeverReachedError, OutOfOrderError
+from diffsight import Model, OutOfOrderError
+from diffsight.errors import AssignmentError, NeverReachedError
 
 
 def test_assignments_in_any_order(net, x):

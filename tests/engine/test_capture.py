@@ -15,7 +15,8 @@ import pytest
 import torch
 from engine.nets import outputs, replaced
 
-from diffsight import InputError, Model, SourceError
+from diffsight import InputError, Model
+from diffsight.errors import SourceError
 
 FACTOR = 3
 LATER = None

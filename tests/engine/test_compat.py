@@ -19,17 +19,9 @@ from torch import nn
 import diffsight
 import diffsight.compat as nnsight
 import tiny
-from diffsight import (
-    DiffsightError,
-    InputError,
-    Model,
-    NeverReachedError,
-    NoRunError,
-    OutOfOrderError,
-    PointNotFoundError,
-    SourceError,
-)
+from diffsight import DiffsightError, InputError, Model, OutOfOrderError
 from diffsight.compat import CONFIG, DiffusionModel, Envoy, NNsight
+from diffsight.errors import NeverReachedError, NoRunError, PointNotFoundError, SourceError
 
 INPUT_SIZE, HIDDEN_DIMS, OUTPUT_SIZE = 5, 10, 2
 

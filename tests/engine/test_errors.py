@@ -8,17 +8,8 @@ import pytest
 import torch
 from engine.nets import Calling, Net, footprint, inputs, linear
 
-from diffsight import (
-    AssignmentError,
-    DiffsightError,
-    InputError,
-    Model,
-    NeverReachedError,
-    NoRunError,
-    OutOfOrderError,
-    PointNotFoundError,
-    RunClosedError,
-)
+from diffsight import DiffsightError, InputError, Model, OutOfOrderError
+from diffsight.errors import AssignmentError, NeverReachedError, NoRunError, PointNotFoundError, RunClosedError
 
 
 def last_line(error):

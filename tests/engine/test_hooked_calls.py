@@ -5,7 +5,8 @@ import torch
 from engine.nets import Branch, footprint, linear, outputs, replaced
 from torch import nn
 
-from diffsight import Model, NoRunError, OutOfOrderError
+from diffsight import Model, OutOfOrderError
+from diffsight.errors import NoRunError
 from diffsight.extending import run_of
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from diffsight import AssignmentError, InputError, Model, NeverReachedError, OutOfOrderError, RunClosedError
+from diffsight import InputError, Model, OutOfOrderError
+from diffsight.errors import AssignmentError, NeverReachedError, RunClosedError
 
 
 class Net(nn.Module):

@@ -11,7 +11,8 @@ from engine.nets import WIDTH, Calling, Net, footprint, inputs, linear
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from diffsight import AssignmentError, DiffsightError, Model, NeverReachedError, OutOfOrderError, ScanError
+from diffsight import DiffsightError, Model, OutOfOrderError
+from diffsight.errors import AssignmentError, NeverReachedError, ScanError
 
 
 def described(value):

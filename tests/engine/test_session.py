@@ -4,7 +4,8 @@ import pytest
 import torch
 from engine.nets import Net, footprint, inputs, outputs, replaced
 
-from diffsight import AssignmentError, Model, RunClosedError, SourceError
+from diffsight import Model
+from diffsight.errors import AssignmentError, RunClosedError, SourceError
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from text_pipelines import TEXT_PIPELINES
 from torch.nn import functional
 
 import tiny
-from diffsight import DiffusionModel, EncoderComparison, InputError, compare_encoders, diffusion_lens, linear_cka
+from diffsight import DiffusionModel, InputError, compare_encoders, diffusion_lens
+from diffsight.lenses import EncoderComparison, linear_cka
 
 PROMPTS = ["a red circle above a blue square", "a photo of a cat", "a blue cat", "a green square on a red circle"]
 SD = {"num_inference_steps": 2, "guidance_scale": 4.0}

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import nn
 
 import tiny
-from diffsight import DiffusionLensResult, DiffusionModel, InputError, diffusion_lens
+from diffsight import DiffusionModel, InputError, diffusion_lens
+from diffsight.lenses import DiffusionLensResult
 from diffsight.pipelines.diffusion.prompts import PromptWarning
 
 PROMPT = "a red circle above a blue square"

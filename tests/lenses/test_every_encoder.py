@@ -13,7 +13,8 @@ from PIL import Image, ImageSequence
 from text_pipelines import PROMPT, TEXT_PIPELINES
 
 import tiny
-from diffsight import DiffusionModel, InputError, LensWarning, diffusion_lens
+from diffsight import DiffusionModel, InputError, diffusion_lens
+from diffsight.lenses import LensWarning
 
 SEED = 4
 ENCODERS = [

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import tiny
-from diffsight import DiffusionModel, InputError, LayerFidelity, layer_fidelity
+from diffsight import DiffusionModel, InputError, layer_fidelity
+from diffsight.lenses import LayerFidelity
 from diffsight.lenses.layer_fidelity import sample_prompts
 from diffsight.pipelines.shapes.evaluate import draw
 from diffsight.pipelines.shapes.reader import read

@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffsight import InputError, LanguageModel, PointNotFoundError, Prompt, logit_lens, run_prompts
+from diffsight import InputError, LanguageModel, logit_lens, run_prompts
+from diffsight.errors import PointNotFoundError
+from diffsight.lenses import Prompt
 from diffsight.lenses.tokens import reader
 
 PROMPTS = writers.PROMPTS

@@ -9,7 +9,8 @@ import torch
 import writers
 
 import diffsight
-from diffsight import Prompt, logit_lens
+from diffsight import logit_lens
+from diffsight.lenses import Prompt
 from diffsight.pipelines.language import standard_names
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,8 @@ import torch
 from text_pipelines import TEXT_PIPELINES
 
 import tiny
-from diffsight import DiffusionModel, InputError, LensWarning, LinearMap, encoder_patching
+from diffsight import DiffusionModel, InputError, encoder_patching
+from diffsight.lenses import LensWarning, LinearMap
 
 SOURCE, TARGET = "a red circle above a blue square", "a red square above a blue square"
 SEED = 4

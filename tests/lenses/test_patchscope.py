@@ -7,16 +7,8 @@ import torch
 import transformers
 import writers
 
-from diffsight import (
-    DESCRIPTION,
-    IDENTITY,
-    InputError,
-    TargetPrompt,
-    patchscope_generate,
-    patchscope_lens,
-    repeat_prompt,
-    run_prompts,
-)
+from diffsight import InputError, patchscope_generate, patchscope_lens, run_prompts
+from diffsight.lenses import DESCRIPTION, IDENTITY, TargetPrompt, repeat_prompt
 from diffsight.lenses.target_probabilities import Prompt
 
 PROMPTS = writers.PROMPTS

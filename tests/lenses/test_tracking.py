@@ -9,7 +9,8 @@ import writers
 from matplotlib.figure import Figure
 
 import tiny
-from diffsight import InputError, LanguageModel, Prompt, first_tokens, logit_lens, run_prompts
+from diffsight import InputError, LanguageModel, logit_lens, run_prompts
+from diffsight.lenses import Prompt, first_tokens
 
 PROMPTS = writers.PROMPTS
 TARGETS = {"right": "Paris", "traps": ["London", "Madrid"], "long": "the city of Paris"}

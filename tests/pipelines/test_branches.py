@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import tiny
-from diffsight import AssignmentError, DiffusionModel, InputError, NeverReachedError, OutOfOrderError
+from diffsight import DiffusionModel, InputError, OutOfOrderError
+from diffsight.errors import AssignmentError, NeverReachedError
 
 PROMPTS = ["a red circle", "a green square below"]
 NEGATIVE = ["a photo", "the blue"]

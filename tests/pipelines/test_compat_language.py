@@ -14,8 +14,9 @@ from engine.nets import outputs, replaced
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import diffsight.compat as nnsight
-from diffsight import InputError, OutOfOrderError, SourceError
+from diffsight import InputError, OutOfOrderError
 from diffsight.compat import CONFIG, LanguageModel
+from diffsight.errors import SourceError
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

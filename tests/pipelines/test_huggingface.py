@@ -9,7 +9,8 @@ from PIL import Image
 from torch import nn
 
 import tiny_pipelines
-from diffsight import HFPipeline, InputError, OutOfOrderError, PointNotFoundError
+from diffsight import HFPipeline, InputError, OutOfOrderError
+from diffsight.errors import PointNotFoundError
 
 TEXT = tiny_pipelines.TEXT
 GENERATING = [task for task, tiny in tiny_pipelines.PIPELINES.items() if tiny.generates]

@@ -8,7 +8,8 @@ import transformers
 from torch import nn
 
 import tiny
-from diffsight import InputError, LanguageModel, OutOfOrderError, PointNotFoundError
+from diffsight import InputError, LanguageModel, OutOfOrderError
+from diffsight.errors import PointNotFoundError
 from diffsight.pipelines.language import smollm2
 
 pytestmark = pytest.mark.usefixtures("no_gradients")

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import tiny
-from diffsight import DiffusionModel, InputError, ScanError
+from diffsight import DiffusionModel, InputError
+from diffsight.errors import ScanError
 
 SD = tiny.PIPELINES["stable_diffusion"]
 UNSCANNABLE: dict[str, str] = {}  # pipelines whose code depends on values inside of a component: name to reason; none
