@@ -7,12 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffsight.pipelines.diffusion.encoding import PromptEncoding, encode_prompt
     from diffsight.pipelines.diffusion.model import DiffusionModel
     from diffsight.pipelines.diffusion.text_encoders import Encoder, Encoders, find_encoders
     from diffsight.pipelines.huggingface import HFPipeline
     from diffsight.pipelines.language.model import LanguageModel
-    from diffsight.pipelines.language.words import PromptWords, align_words
     from diffsight.pipelines.vision_language.model import VisionLanguageModel
+    from diffsight.pipelines.words import PromptWords, align_words
 
 __all__ = [
     "DiffusionModel",
@@ -20,19 +21,22 @@ __all__ = [
     "Encoders",
     "HFPipeline",
     "LanguageModel",
+    "PromptEncoding",
     "PromptWords",
     "VisionLanguageModel",
     "align_words",
+    "encode_prompt",
     "find_encoders",
 ]
 
 _PLACES = {
+    "diffusion.encoding": ("PromptEncoding", "encode_prompt"),
     "diffusion.model": ("DiffusionModel",),
     "diffusion.text_encoders": ("Encoder", "Encoders", "find_encoders"),
     "huggingface": ("HFPipeline",),
     "language.model": ("LanguageModel",),
-    "language.words": ("PromptWords", "align_words"),
     "vision_language.model": ("VisionLanguageModel",),
+    "words": ("PromptWords", "align_words"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _PLACES.items() for name in names}
 

@@ -79,7 +79,7 @@ def test_the_context_of_a_table_with_a_place_for_padding():
 BAD = [
     ({}, "the dictionary is empty"),
     (b"abc", "not bytes"),
-    ({"input_id": [5]}, r"takes nothing of what the dictionary holds: 'input_id' \(did you mean 'input_ids'"),
+    ({"input_id": [5]}, r"takes none of the arguments in the dictionary: 'input_id' \(did you mean 'input_ids'"),
     ([[]], "the prompt has no tokens"),
     ([[5], []], "the prompt has no tokens"),
 ]

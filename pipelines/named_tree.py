@@ -1,4 +1,4 @@
-"""Trees whose parts answer to standard names, which may be spans of modules."""
+"""Trees whose parts have standard names, which may stand for spans of modules."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,19 +7,19 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from diffsight.extending import Target, Tree
-from diffsight.pipelines.language.spans import is_at, target_at
+from diffsight.pipelines.targets import is_at, target_at
 
 
 class NamedTree(Tree):
-    """A tree that finds standard names in its parts: `find_names` says which. They are found once for each part."""
+    """A tree that finds the standard names of its parts with `find_names`, once per part."""
 
     def __init__(self, root: Target, load: Callable[[], None] | None = None) -> None:
         super().__init__(root, load)
-        self.known_names: WeakKeyDictionary = WeakKeyDictionary()  # a part: name to real path
-        self._named_targets: dict[tuple, Target] = {}  # of names that were asked for
+        self.known_names: WeakKeyDictionary = WeakKeyDictionary()  # for each part, name to real path
+        self._named_targets: dict[tuple, Target] = {}  # of the names used so far
 
     def find_names(self, part: nn.Module) -> dict[str, str]:
-        """Return the standard names in a part: name to real path from the part."""
+        """Return the standard names below a part, name to real path."""
         raise NotImplementedError
 
     def names_of(self, owner: Any) -> Mapping[str, str]:

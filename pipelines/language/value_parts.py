@@ -1,9 +1,10 @@
-"""What of a value is meant: the first of a tuple, the logits of an output, a head, a few positions.
+"""Parts of the values that pass a point: the first item of a tuple, the logits of an output, the heads of a tensor.
 
-    hidden = FIRST.take(output, path)                   # of a layer's tuple
-    output = FIRST.put(output, hidden * 2, path, set())  # the rest of it stays
+    hidden = FIRST.take(output, path)                    # from the tuple that a layer returns
+    output = FIRST.put(output, hidden * 2, path, set())  # the rest of the tuple stays
 
-They go where the parts of a batch go (`diffsight.rows.Part`), and together with them: a row of the first of a tuple.
+They have the interface of `Part` in `diffsight.extending` and can be combined with the part of a batch, for example a
+row of the first item of a tuple.
 """
 
 from collections.abc import Mapping
@@ -15,8 +16,8 @@ from diffsight.errors import AssignmentError, InputError
 from diffsight.extending import Tap
 
 
-class Narrow:
-    """What is the same in every call; see `diffsight.rows.Part`."""
+class ValuePart:
+    """A part that is the same in every call, see `Part` in `diffsight.extending`."""
 
     name = ""
     missing = "it is not called"
@@ -24,12 +25,12 @@ class Narrow:
     def call(self, tap: Tap, first: int, number: int, path: object) -> int:
         return first + number
 
-    def at(self, tap: Tap, index: int, path: object) -> "Narrow":
+    def at(self, tap: Tap, index: int, path: object) -> "ValuePart":
         return self
 
 
-class First(Narrow):
-    """A value's first tensor: of a tuple, a list or an output object; the rest is left as it is."""
+class FirstTensor(ValuePart):
+    """The first tensor of a tuple, a list or an output object. The rest is left as it is."""
 
     def take(self, value: Any, path: object) -> Any:
         if isinstance(value, torch.Tensor):
@@ -49,14 +50,14 @@ class First(Narrow):
         return type(whole)((value, *whole[1:]))
 
 
-class Logits(Narrow):
+class Logits(ValuePart):
     """The logits in what the model returns."""
 
     def take(self, value: Any, path: object) -> Any:
         if not isinstance(value, Mapping):
             return FIRST.take(value, path)
         if "logits" not in value:
-            raise InputError(f"the model gives no logits: {type(value).__name__} has {', '.join(value)}")
+            raise InputError(f"the model returns no logits: its {type(value).__name__} has {', '.join(value)}")
         return value["logits"]
 
     def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
@@ -67,7 +68,7 @@ class Logits(Narrow):
 
 
 class NextLogits(Logits):
-    """The logits at the last token of each row, which is number `last[row]`; number -1, where that is None."""
+    """The logits at the last token of each row: at position `last[row]`, or at -1 where `last` is None."""
 
     def __init__(self, last: torch.Tensor | None) -> None:
         self.last = last
@@ -79,8 +80,8 @@ class NextLogits(Logits):
         return logits[torch.arange(len(logits), device=logits.device), self.last.to(logits.device)]
 
 
-class HiddenInput(Narrow):
-    """The hidden states among a layer's inputs, `(args, kwargs)`."""
+class HiddenInput(ValuePart):
+    """The hidden states among the inputs of a layer, `(args, kwargs)`."""
 
     def take(self, value: Any, path: object) -> Any:
         args, kwargs = value
@@ -94,10 +95,10 @@ class HiddenInput(Narrow):
         return args, {**kwargs, name: FIRST.put(kwargs[name], value, path, copies)}
 
 
-FIRST = First()
+FIRST = FirstTensor()
 
 
-class Within(Narrow):
+class Within(ValuePart):
     """A part of a part: `inner` of what `outer` takes. One of them may be the part of a batch."""
 
     def __init__(self, outer: Any, inner: Any) -> None:
@@ -119,8 +120,8 @@ class Within(Narrow):
         return self.outer.put(whole, self.inner.put(part, value, path, copies), path, copies)
 
 
-class Added(Narrow):
-    """Not the values themselves: what is assigned is added to them, at `positions` of the tokens."""
+class Added(ValuePart):
+    """Adds what is assigned to the value instead of replacing it, at some positions or at all of them."""
 
     def __init__(self, positions: list[int] | None) -> None:
         self.positions = positions
@@ -130,9 +131,9 @@ class Added(Narrow):
         length = whole.shape[-2]
         for position in self.positions or ():
             if not -length <= position < length:
-                raise InputError(f"{path}: there is no position {position} in {length} tokens")
+                raise InputError(f"{path}: there is no position {position}, the sequence has {length} tokens")
         if value.shape[-1] != whole.shape[-1]:
-            raise AssignmentError(f"{path} has {whole.shape[-1]} features a token, the vector {value.shape[-1]}")
+            raise AssignmentError(f"{path} has {whole.shape[-1]} features per token, the vector {value.shape[-1]}")
         whole = whole.clone()
         if self.positions is None:
             return whole + value
@@ -140,12 +141,16 @@ class Added(Narrow):
         return whole
 
 
-class Heads(Narrow):
-    """Views the last dimension of a tensor as heads: `lie` says how many groups of how many there are, `pick` which of
-    each group are meant."""
+class Heads(ValuePart):
+    """The last dimension of a tensor viewed as heads.
 
-    def __init__(self, lie: tuple[int, int], pick: slice = slice(None)) -> None:
-        self.lie, self.pick = lie, pick
+    Args:
+        groups: The number of groups, and how many heads each has.
+        pick: Which heads of each group are meant.
+    """
+
+    def __init__(self, groups: tuple[int, int], pick: slice = slice(None)) -> None:
+        self.groups, self.pick = groups, pick
 
     def take(self, value: torch.Tensor, path: object) -> torch.Tensor:
         return self._picked(value).flatten(-3, -2)
@@ -161,14 +166,14 @@ class Heads(Narrow):
         return whole
 
     def _picked(self, value: torch.Tensor) -> torch.Tensor:
-        return value.unflatten(-1, (*self.lie, -1))[..., self.pick, :]
+        return value.unflatten(-1, (*self.groups, -1))[..., self.pick, :]
 
 
 def _check_tensor(before: torch.Tensor, value: Any, path: str) -> None:
     if not isinstance(value, torch.Tensor):
         raise AssignmentError(f"{path} takes a tensor, not {type(value).__name__}")
     if value.ndim != before.ndim:
-        raise AssignmentError(f"{path} has the shape {tuple(before.shape)}, and {tuple(value.shape)} was assigned")
+        raise AssignmentError(f"{path} has the shape {tuple(before.shape)}, but {tuple(value.shape)} was assigned")
 
 
 def _hidden_name(kwargs: Mapping[str, Any], path: object) -> str:

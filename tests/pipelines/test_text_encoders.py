@@ -1,4 +1,4 @@
-"""What is found of a pipeline's text encoders, against what they give to hooks written by hand."""
+"""What is found about the text encoders of a pipeline, compared with hooks written by hand."""
 
 import pytest
 import text_pipelines
@@ -7,46 +7,47 @@ from text_pipelines import PROMPT, TEXT_PIPELINES
 
 import tiny
 from diffsight import DiffusionModel, InputError
-from diffsight.pipelines.diffusion.text_encoders import encode, find_encoders
+from diffsight.pipelines.diffusion.encoding import encode_prompt
+from diffsight.pipelines.diffusion.text_encoders import find_encoders
 
-# Of each encoder: which hidden states the pipeline takes (and whether through the final norm), and of the pooled vector
-# whether it takes one; and an argument of the denoiser, or of a part before it, that it ends up in.
+# For each encoder: the layer whose output the pipeline uses (and whether through the final norm), whether it uses a
+# pooled vector, and an argument of the denoiser, or of a component before it, where these end up.
 WANTED = {
-    "stable_diffusion": {"text_encoder": ((3, True), False, "unet.encoder_hidden_states")},
-    "stable_diffusion_2": {"text_encoder": ((4, True), False, "unet.encoder_hidden_states")},
-    "clip_skip": {"text_encoder": ((3, True), False, "unet.encoder_hidden_states")},
+    "stable_diffusion": {"text_encoder": ((2, True), False, "unet.encoder_hidden_states")},
+    "stable_diffusion_2": {"text_encoder": ((3, True), False, "unet.encoder_hidden_states")},
+    "clip_skip": {"text_encoder": ((2, True), False, "unet.encoder_hidden_states")},
     "stable_diffusion_xl": {
-        "text_encoder": ((2, False), False, "unet.encoder_hidden_states[..., 0:16]"),
-        "text_encoder_2": ((2, False), True, "unet.encoder_hidden_states[..., 16:48]"),
+        "text_encoder": ((1, False), False, "unet.encoder_hidden_states[..., 0:16]"),
+        "text_encoder_2": ((1, False), True, "unet.encoder_hidden_states[..., 16:48]"),
     },
     "stable_diffusion_3": {
-        "text_encoder": ((2, False), True, "transformer.encoder_hidden_states[..., 0:8]"),
-        "text_encoder_2": ((2, False), True, "transformer.encoder_hidden_states[..., 8:24]"),
-        "text_encoder_3": ((3, True), False, "transformer.encoder_hidden_states from token 77 on"),
+        "text_encoder": ((1, False), True, "transformer.encoder_hidden_states[..., 0:8]"),
+        "text_encoder_2": ((1, False), True, "transformer.encoder_hidden_states[..., 8:24]"),
+        "text_encoder_3": ((2, True), False, "transformer.encoder_hidden_states from token 77 on"),
     },
     "flux": {
         "text_encoder": (None, True, "transformer.pooled_projections"),
-        "text_encoder_2": ((3, True), False, "transformer.encoder_hidden_states"),
+        "text_encoder_2": ((2, True), False, "transformer.encoder_hidden_states"),
     },
-    "deepfloyd_if": {"text_encoder": ((3, True), False, "unet.encoder_hidden_states")},
-    "pixart_sigma": {"text_encoder": ((3, True), False, "transformer.encoder_hidden_states")},
-    "sana": {"text_encoder": ((3, True), False, "transformer.encoder_hidden_states")},
-    "qwen_image": {"text_encoder": ((3, True), False, "transformer.encoder_hidden_states without the first 34 tokens")},
-    "kandinsky3": {"text_encoder": ((3, True), False, "unet.encoder_hidden_states")},
+    "deepfloyd_if": {"text_encoder": ((2, True), False, "unet.encoder_hidden_states")},
+    "pixart_sigma": {"text_encoder": ((2, True), False, "transformer.encoder_hidden_states")},
+    "sana": {"text_encoder": ((2, True), False, "transformer.encoder_hidden_states")},
+    "qwen_image": {"text_encoder": ((2, True), False, "transformer.encoder_hidden_states without the first 34 tokens")},
+    "kandinsky3": {"text_encoder": ((2, True), False, "unet.encoder_hidden_states")},
     "kandinsky5": {
-        "text_encoder": ((3, True), False, "transformer.encoder_hidden_states without the first 40 tokens"),
+        "text_encoder": ((2, True), False, "transformer.encoder_hidden_states without the first 40 tokens"),
         "text_encoder_2": (None, True, "transformer.pooled_projections"),
     },
-    "kandinsky_prior": {"text_encoder": ((3, True), True, "prior.encoder_hidden_states")},
-    "flux2": {"text_encoder": ([(1, False), (3, False)], False, "transformer.encoder_hidden_states[..., 32:64]")},
-    "z_image": {"text_encoder": ((3, False), False, "transformer.cap_feats[0]")},
-    "lumina": {"text_encoder": ((2, False), False, "transformer.encoder_hidden_states")},
-    "wan": {"text_encoder": ((3, True), False, "transformer.encoder_hidden_states")},
-    "cogvideox": {"text_encoder": ((3, True), False, "transformer.encoder_hidden_states")},
-    "stable_audio": {"text_encoder": ((3, True), False, "projection_model.text_hidden_states")},
+    "kandinsky_prior": {"text_encoder": ((2, True), True, "prior.encoder_hidden_states")},
+    "flux2": {"text_encoder": ([(0, False), (2, False)], False, "transformer.encoder_hidden_states[..., 32:64]")},
+    "z_image": {"text_encoder": ((2, False), False, "transformer.cap_feats[0]")},
+    "lumina": {"text_encoder": ((1, False), False, "transformer.encoder_hidden_states")},
+    "wan": {"text_encoder": ((2, True), False, "transformer.encoder_hidden_states")},
+    "cogvideox": {"text_encoder": ((2, True), False, "transformer.encoder_hidden_states")},
+    "stable_audio": {"text_encoder": ((2, True), False, "projection_model.text_hidden_states")},
     "audioldm2": {
         "text_encoder": (None, True, "projection_model.hidden_states"),
-        "text_encoder_2": ((3, True), False, "unet.encoder_hidden_states_1"),
+        "text_encoder_2": ((2, True), False, "unet.encoder_hidden_states_1"),
     },
 }
 
@@ -60,10 +61,10 @@ def found_in(name):
 def test_what_a_pipeline_takes_of_its_encoders(name):
     found = found_in(name)
     assert list(found) == list(WANTED[name])
-    for path, (state, pooled, place) in WANTED[name].items():
+    for path, (used, pooled, place) in WANTED[name].items():
         encoder = found[path]
-        states = state if isinstance(state, list) else [state] if state else []
-        assert [(use.state, use.normed) for use in encoder.uses if use.state is not None] == states
+        layers = used if isinstance(used, list) else [used] if used else []
+        assert [(use.layer, use.normed) for use in encoder.uses if use.layer is not None] == layers
         assert (encoder.pooled is not None) == pooled
         assert place in [place for use in encoder.uses for place in use.places]
 
@@ -85,32 +86,34 @@ def test_the_layers_and_the_norm_are_modules_of_the_pipeline(name):
         assert encoder.tokenizer == f"tokenizer{suffix}"
 
 
-def test_the_taken_state_is_what_encode_prompt_returns():
+def test_the_used_hidden_state_is_what_encode_prompt_returns():
     """SDXL, by hand: the last but one hidden states side by side, and the projected vector of the second."""
     pipe = text_pipelines.built("stable_diffusion_xl")
     embeds, _, pooled, _ = pipe.encode_prompt(PROMPT, device="cpu", do_classifier_free_guidance=False)
-    encoded = encode(DiffusionModel(pipe), PROMPT, num_inference_steps=1, guidance_scale=1.0)
+    encoded = encode_prompt(DiffusionModel(pipe), PROMPT, num_inference_steps=1, guidance_scale=1.0)
     first, second = encoded["text_encoder"], encoded["text_encoder_2"]
-    assert torch.equal(embeds[0], torch.cat([first.states[2], second.states[2]], -1))
+    assert torch.equal(embeds[0], torch.cat([first.hidden(1), second.hidden(-2)], -1))
     assert torch.equal(pooled[0], second.pooled["text_embeds"])
 
 
-def test_encode_gives_the_hidden_states_of_the_bare_encoder():
+def test_encode_prompt_returns_the_hidden_states_of_the_bare_encoder():
     pipe = text_pipelines.built("flux")
-    encoded = encode(DiffusionModel(pipe), PROMPT, max_sequence_length=16)["text_encoder_2"]
+    encoded = encode_prompt(DiffusionModel(pipe), PROMPT, max_sequence_length=16)["text_encoder_2"]
     given = pipe.tokenizer_2([PROMPT], padding="max_length", max_length=16, return_tensors="pt")
     with torch.no_grad():
         output = pipe.text_encoder_2(given.input_ids, output_hidden_states=True)
     assert torch.equal(encoded.ids, given.input_ids[0])
-    for state, wanted in list(zip(encoded.states, output.hidden_states, strict=True))[:-1]:
+    for state, wanted in list(zip(encoded.hidden_states, output.hidden_states, strict=True))[:-1]:
         assert torch.equal(state, wanted[0])
+    assert torch.equal(encoded.hidden("embedding"), output.hidden_states[0][0])
+    assert torch.equal(encoded.hidden(1), output.hidden_states[2][0])
     assert torch.equal(encoded.normed, output.last_hidden_state[0])
     assert encoded.words[:4] == ("a", "red", "circle", "above")
 
 
 def test_encode_tells_the_prompt_from_the_negative_prompt():
     pipe = text_pipelines.built("stable_diffusion")
-    encoded = encode(DiffusionModel(pipe), PROMPT, negative_prompt="a blue photo")["text_encoder"]
+    encoded = encode_prompt(DiffusionModel(pipe), PROMPT, negative_prompt="a blue photo")["text_encoder"]
     given = pipe.tokenizer([PROMPT], padding="max_length", return_tensors="pt")
     assert torch.equal(encoded.ids, given.input_ids[0])
 
@@ -124,12 +127,12 @@ def test_print_tells_what_was_found():
         "StableDiffusionXLPipeline",
         "text_encoder: CLIPTextModel, 3 layers, 16 features, tokens from tokenizer",
         "  layers text_encoder.encoder.layers, final norm text_encoder.final_layer_norm",
-        "  hidden state 2 of 3 (the last but one), without the final norm",
+        "  layer 1 (the last but one), without the final norm",
         "    -> encode_prompt[0][..., 0:16]",
         "    -> unet.encoder_hidden_states[..., 0:16]",
         "text_encoder_2: CLIPTextModelWithProjection, 3 layers, 32 features, tokens from tokenizer_2",
         "  layers text_encoder_2.text_model.encoder.layers, final norm text_encoder_2.text_model.final_layer_norm",
-        "  hidden state 2 of 3 (the last but one), without the final norm",
+        "  layer 1 (the last but one), without the final norm",
         "    -> encode_prompt[0][..., 16:48]",
         "    -> unet.encoder_hidden_states[..., 16:48]",
         "  pooled vector, text_embeds",
@@ -141,14 +144,15 @@ def test_print_tells_what_was_found():
 def test_notebooks_show_a_table():
     shown = DiffusionModel(text_pipelines.built("stable_diffusion_xl")).encoders._repr_html_()
     assert shown.count("<tr>") == 4  # a head, and a row for each of three uses
-    assert "hidden state 2 of 3" in shown
+    assert "layer 1 (the last but one)" in shown
     assert "added_cond_kwargs[&#x27;text_embeds&#x27;]" in shown
 
 
 @pytest.mark.parametrize("name", ["img2img", "inpaint", "controlnet"])
-def test_a_pipeline_that_needs_pictures(name):
+def test_a_pipeline_that_requires_images(name):
     encoder = DiffusionModel(tiny.PIPELINES[name].build()).encoders["text_encoder"]
-    assert encoder.states == (3,)
+    assert encoder.used_layers == (2,)
+    assert encoder.used_count == 3
 
 
 def test_a_pipeline_without_text_has_none():
@@ -159,10 +163,10 @@ def test_a_pipeline_without_text_has_none():
 
 
 def test_a_pipeline_whose_defaults_do_not_do():
-    model = DiffusionModel(text_pipelines.built("flux2"))  # it takes layer 27 of four
+    model = DiffusionModel(text_pipelines.built("flux2"))  # it uses layer 27 of four
     with pytest.raises(InputError, match=r"Flux2KleinPipeline cannot be called with a prompt and its defaults alone"):
         model.encoders
-    assert find_encoders(model, **TEXT_PIPELINES["flux2"].inputs())["text_encoder"].states == (1, 3)
+    assert find_encoders(model, **TEXT_PIPELINES["flux2"].inputs())["text_encoder"].used_layers == (0, 2)
 
 
 def test_an_encoder_that_is_not_there():
@@ -170,7 +174,7 @@ def test_an_encoder_that_is_not_there():
     with pytest.raises(InputError, match=r"no text encoder 'text_encoder_3'.*: it has text_encoder, text_encoder_2"):
         found.choose("text_encoder_3")
     assert found.choose("text_encoder").name == "text_encoder"
-    assert found.choose().name == "text_encoder_2"  # the first whose tokens are taken
+    assert found.choose().name == "text_encoder_2"  # the first whose hidden states are used
 
 
 def test_they_are_found_once_until_a_component_is_exchanged():
@@ -195,7 +199,7 @@ def test_looking_leaves_nothing_behind():
 
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    assert edited.encoders.choose().states == (3,)
+    assert edited.encoders.choose().used_layers == (2,)
     assert torch.equal(torch.get_rng_state(), state)
     hooks = [h for m in pipe.text_encoder.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
     assert hooks == []

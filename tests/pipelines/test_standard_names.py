@@ -7,7 +7,7 @@ from torch import nn
 
 import tiny
 from diffsight import DiffusionModel
-from diffsight.pipelines.language.standard_names import standard_names
+from diffsight.pipelines.standard_names import standard_names
 
 TOKENS = torch.arange(5)[None] + 3
 

@@ -1,20 +1,30 @@
-"""Points that no single module is: a span of modules that together are an MLP, an attention or a head.
+"""Targets that wrappers add to those of the engine: the components of a pipeline, and spans of modules.
 
-BART's layers call `fc1` and `fc2` themselves; `layer.mlp` then is the span `fc1:fc2`, whose input is that of `fc1` and
-whose output is that of `fc2`.
+BART's layers call `fc1` and `fc2` themselves, so no single module is the MLP. There `layer.mlp` is the span `fc1:fc2`:
+its input is the input of `fc1`, and its output is the output of `fc2`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from diffsight.errors import InputError
-from diffsight.extending import Tap, Target, current_owner, join
+from diffsight.extending import FORWARD, Tap, Target, current_owner, join
 
 
-class Attached:
-    """What a run has put on a model, to be taken off again."""
+def component_targets(components: Mapping[str, Any], known: dict[str, Target]) -> dict[str, Target]:
+    """Return a target for each component, by name.
+
+    `known` holds the targets made earlier. Each is reused until its component is exchanged."""
+    for name, component in components.items():
+        if name not in known or known[name].owner is not component:
+            known[name] = Target(component, FORWARD if isinstance(component, nn.Module) else "__call__", name)
+    return {name: known[name] for name in components}
+
+
+class HookHandle:
+    """Undoes what a run has put on a model."""
 
     def __init__(self, *undo: Callable[[], None]) -> None:
         self._undo = undo
@@ -25,7 +35,7 @@ class Attached:
 
 
 class Span(Target):
-    """From the inputs of the module `first` to the output of the module `last`, below the target `outer`."""
+    """Several modules taken as one, from the inputs of `first` to the output of `last`, below the target `outer`."""
 
     __slots__ = ("first", "last")
 
@@ -33,7 +43,8 @@ class Span(Target):
         super().__init__(outer.owner, name, join(outer.path, name), outer)
         self.first, self.last = first, last
 
-    def attach(self, tap: Tap) -> Attached:
+    def attach(self, tap: Tap) -> HookHandle:
+        """Send the calls between both modules through the tap."""
         host, first, last = tap.host, self.first.owner, self.last.owner
 
         def before(module: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
@@ -49,16 +60,17 @@ class Span(Target):
             first.register_forward_pre_hook(before, with_kwargs=True),
             last.register_forward_hook(after, prepend=True),
         ]
-        return Attached(*(handle.remove for handle in handles))
+        return HookHandle(*(handle.remove for handle in handles))
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         raise InputError(
-            f"{self.path} is no module of its own and cannot be called: what contains its parts calls them itself"
+            f"{self.path} cannot be called, because it is not a single module: it is made of {self.first.path} and "
+            f"{self.last.path}, which the module around them calls itself"
         )
 
 
 def target_at(outer: Target, name: str, real: str) -> Target:
-    """The target of the real path (or span, `first:last`) below `outer`, under its standard name."""
+    """Return the target at the real path (or span, `first:last`) below `outer`, under its standard name."""
     if ":" not in real:
         found = _below(outer, real)
         return Target(found.owner, found.name, join(outer.path, name), found.outer)
@@ -67,7 +79,7 @@ def target_at(outer: Target, name: str, real: str) -> Target:
 
 
 def is_at(target: Target, outer: Target, real: str) -> bool:
-    """Whether a target, made before for the real path below `outer`, is still what stands there."""
+    """Return whether a target made earlier still stands at the real path below `outer`."""
     first, _, last = real.partition(":")
     if isinstance(target, Span):
         return target.first.owner is _below(outer, first).owner and target.last.owner is _below(outer, last).owner
@@ -82,6 +94,6 @@ def _below(outer: Target, path: str) -> Target:
 
 
 def module_at(module: nn.Module, real: str) -> tuple[nn.Module, nn.Module]:
-    """The first and the last module of a real path or span."""
+    """Return the first and the last module of a real path or span."""
     first, _, last = real.partition(":")
     return module.get_submodule(first), module.get_submodule(last or first)
