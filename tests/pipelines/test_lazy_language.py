@@ -10,6 +10,7 @@ import transformers
 
 import tiny
 from diffsight import InputError, LanguageModel
+from diffsight.extending import tree_of
 from diffsight.pipelines.language.name_check import NamesWarning
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
