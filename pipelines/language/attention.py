@@ -106,7 +106,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_running(tap: Tap) -> bool:
-    attention = tap.flow.taps.get(tap.target.outer.key)
+    attention = tap.host.taps.get(tap.target.outer.key)
     return attention is not None and bool(attention.active)
 
 

@@ -291,7 +291,8 @@ class LanguageTree(NamedTree):
         net = self.root.owner
         inputs = _trial(net)
         if inputs and not self._checks:
-            self._checks.append(check_names(net, self.names_of(net), inputs, self.names_of))
+            structure = check_names(net, self.names_of(net), inputs, self.names_of)
+            self._checks += [] if structure is None else [structure]
 
     def find_names(self, part: nn.Module) -> dict[str, str]:
         """Of a layer of any stack of them; of an encoder, or whatever else is a model in the model."""
