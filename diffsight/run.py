@@ -207,7 +207,7 @@ class Run(InRun):
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._flow.body_mode.__exit__(None, None, None)
-        flows = [flow_of(run) for run in self._invoked] or [self._flow]
+        flows = [flow_of(run) for run in self._invoked] if self._invoked else [self._flow]
         try:
             for flow in flows if error is None else ():
                 if flow.outcome is None:

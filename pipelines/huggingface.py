@@ -86,12 +86,8 @@ class HFPipeline(Model):
             seed: Seeds a random stream of the run's own.
             grad: Whether to disable the pipeline's `no_grad`.
         """
-        if seed is not None:
-            check_seed(seed)
+        self.check(*args, seed=seed, grad=grad, **kwargs)
         pipeline = self._owner
-        if kwargs.get("num_workers") or pipeline._num_workers:
-            raise InputError("num_workers: worker processes cannot be traced. Leave it out")
-
         generated = GeneratedTokens(_tokenizer(pipeline)) if self._generates_tokens() else None
 
         def call() -> Any:
@@ -106,6 +102,17 @@ class HFPipeline(Model):
         if generated is not None:
             set_generated(run, generated)
         return run
+
+    def check(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> None:
+        """Check the arguments of `trace` or `generate` without opening a run or running anything.
+
+        Raises:
+            InputError: The arguments are not valid.
+        """
+        if seed is not None:
+            check_seed(seed)
+        if kwargs.get("num_workers") or self._owner._num_workers:
+            raise InputError("num_workers: worker processes cannot be traced. Leave it out")
 
     def generate(self, *args: Any, **kwargs: Any) -> GenerationRun:
         """The same as `trace`, for a pipeline that generates."""

@@ -474,18 +474,19 @@ class Flow:
     def _call_plainly(self) -> Any:
         """Call the model without a coroutine."""
         try:
-            if self.seed is None:
-                return self._call_in_state()
-            with kept_random_state():
-                torch.manual_seed(self.seed)
-                return self._call_in_state()
+            if self.seed is not None:
+                with kept_random_state():
+                    torch.manual_seed(self.seed)
+                    return self._call_in_state()
+            if self.state.now() is self.state:  # the usual case: there is nothing to exchange
+                return self.function()
+            return self._call_in_state()
         except BaseException as error:
             self._fail(error)
             raise
 
     def _call_in_state(self) -> Any:
-        if self.state.now() is self.state:  # the usual case: there is nothing to exchange
-            return self.function()
+        """Call the model in the PyTorch state in which the run was opened."""
         changes = self.state.inference != torch.is_inference_mode_enabled()
         with torch.inference_mode(self.state.inference) if changes else nullcontext(), self.state.active():
             return self.function()

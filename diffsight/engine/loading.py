@@ -14,7 +14,7 @@ class LateWeights:
     Args:
         load: Puts the weights into the model; None if they are already there.
         check: Called before the weights are loaded; raises an error if that is not possible now.
-        done: Called after they have been loaded.
+        done: Called after they have been loaded; again by the next `load` if it raises an error.
     """
 
     def __init__(
@@ -26,18 +26,19 @@ class LateWeights:
         self._load, self._check, self._done = load, check, done
         self._lock = RLock()
         self.are_loaded = load is None
+        self._is_settled = load is None
 
     def load(self) -> None:
         """Load the weights, unless they are there."""
-        if self.are_loaded:
+        if self._is_settled:
             return
         with self._lock:
-            if self.are_loaded:  # another thread was faster
-                return
-            self._check()
-            self._load()
-            self._load, self.are_loaded = None, True
+            if not self.are_loaded:  # otherwise another thread was faster
+                self._check()
+                self._load()
+                self._load, self.are_loaded = None, True
         self._done()
+        self._is_settled = True
 
 
 def needs_weights(value: Any) -> bool:

@@ -57,7 +57,8 @@ class LanguageTree(NamedTree):
         net = self.root.owner
         inputs = _trial_inputs(net)
         if inputs and not self._checks:
-            self._checks.append(check_names(net, self.names_of(net), inputs, self.names_of))
+            structure = check_names(net, self.names_of(net), inputs, self.names_of)
+            self._checks += [] if structure is None else [structure]
 
     def find_names(self, part: nn.Module) -> dict[str, str]:
         """Return the standard names in a layer of any stack, or in a model inside the model, such as an encoder."""

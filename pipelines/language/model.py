@@ -166,7 +166,7 @@ class LanguageModel(Accessors, Model):
         """
         if inputs is None and not self._has_input(kwargs):
             return self._new_run(_no_input, again=partial(self.trace, grad=grad, **kwargs))
-        encoded = self._encode(inputs, kwargs)
+        encoded = self._on_device(self._encode(inputs, kwargs))
         given = encoded.values | (kwargs if inputs is not None else {})
         config = self._owner.config
         if config.is_encoder_decoder and not given.keys() & {"decoder_input_ids", "decoder_inputs_embeds", "labels"}:
@@ -198,7 +198,7 @@ class LanguageModel(Accessors, Model):
             return self._new_run(_no_input, again=partial(self.generate, seed=seed, grad=grad, **kwargs))
         if seed is not None:
             check_seed(seed)
-        encoded = self._encode(inputs, kwargs, writes=True)
+        encoded = self._on_device(self._encode(inputs, kwargs, writes=True))
         left_out = self._left_out_of_generate
         given = {n: v for n, v in encoded.values.items() if n not in left_out or n in kwargs}
         if "attention_mask" not in given and encoded.tokens is not None:
@@ -214,6 +214,17 @@ class LanguageModel(Accessors, Model):
         if self._owner.config.is_encoder_decoder:
             run._decoded = given.get("decoder_input_ids", self._first_token(encoded))
         return run
+
+    def check(self, inputs: Any = None, *, seed: int | None = None, grad: bool = False, **kwargs: Any) -> None:
+        """Check the arguments of `trace` or `generate` without opening a run, loading weights or running anything.
+
+        Raises:
+            InputError: The arguments are not valid.
+        """
+        if seed is not None:
+            check_seed(seed)
+        if inputs is not None or self._has_input(kwargs):
+            self._encode(inputs, kwargs)
 
     # ---- what is known about the model without its weights
 
@@ -272,9 +283,13 @@ class LanguageModel(Accessors, Model):
                 f"{type(owner).__name__} cannot ignore padding, so it cannot continue texts of different lengths in "
                 "one batch: use [model.generate(text) for text in texts]"
             )
+        return encoded
+
+    def _on_device(self, inputs: Inputs) -> Inputs:
+        """Return the inputs on the device of the model, whose weights this loads."""
         if not is_scanning():
             self._tree.weights.load()
-        return encoded.to(getattr(owner, "device", None))
+        return inputs.to(getattr(self._owner, "device", None))
 
     def _pads_left(self) -> bool:
         """Return whether shorter inputs are padded on the left, as they are if the model continues them."""

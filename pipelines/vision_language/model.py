@@ -132,6 +132,17 @@ class VisionLanguageModel(LanguageModel):
             return super().generate(seed=seed, grad=grad, **kwargs)
         return super().generate(self._processed(inputs, images), seed=seed, grad=grad, **kwargs)
 
+    def check(
+        self, inputs: Any = None, images: Any = None, *, seed: int | None = None, grad: bool = False, **kwargs: Any
+    ) -> None:
+        """Check the arguments of `trace` or `generate` without opening a run, loading weights or running anything.
+
+        Raises:
+            InputError: The arguments are not valid.
+        """
+        given = inputs if inputs is None and images is None else self._processed(inputs, images)
+        super().check(given, seed=seed, grad=grad, **kwargs)
+
     # ---- inputs
 
     _left_out_of_generate = ("position_ids",)

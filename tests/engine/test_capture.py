@@ -398,7 +398,8 @@ SCRIPT = """
 import sys
 import torch
 from torch import nn
-from diffsight import Model, SourceError
+from diffsight import Model
+from diffsight.errors import SourceError
 
 net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
 x = torch.ones(2, 4)
@@ -430,7 +431,7 @@ def test_without_source(way):
     *told, last = done.stdout.splitlines()
     assert last == "done", done.stderr
     if way == "-" or sys.version_info < (3, 13):  # from there on, Python keeps the source of `-c`
-        assert told[0].startswith("the source at <stdin>:11 " if way == "-" else "the source at <string>:11 ")
+        assert told[0].startswith("the source at <stdin>:12 " if way == "-" else "the source at <string>:12 ")
         assert told[0].endswith(
             "Write the block as a function that takes the run, and pass that: `edited = model.edit(function)`"
         )

@@ -6,6 +6,7 @@ import torch
 import transformers
 
 from diffsight import LanguageModel
+from diffsight.extending import tree_of
 
 # A norm and a head alone; a cap, a scale, a divisor, a scale before the head, several streams, another layout.
 KINDS = ("gpt2", "gemma2", "cohere", "granite", "minicpm3", "deepseek_v4", "xlnet")
@@ -30,7 +31,7 @@ def last_hidden(net, ids, layers):
 def test_the_last_layer_gives_the_logits(kind):
     net = architectures.build_causal(kind)
     model = LanguageModel(net)
-    hidden, logits = last_hidden(net, IDS, model._names_of(net)["layers"])
+    hidden, logits = last_hidden(net, IDS, tree_of(model).names_of(net)["layers"])
     assert torch.equal(model.project_on_vocab(hidden), logits)
 
 
@@ -39,7 +40,7 @@ def test_the_last_layer_gives_the_logits(kind):
 def test_positions_can_be_chosen(kind):
     net = architectures.build_causal(kind)
     model = LanguageModel(net)
-    hidden, logits = last_hidden(net, IDS, model._names_of(net)["layers"])
+    hidden, logits = last_hidden(net, IDS, tree_of(model).names_of(net)["layers"])
     assert torch.allclose(model.project_on_vocab(hidden[:, -1]), logits[:, -1], atol=1e-6)
     assert torch.allclose(model.project_on_vocab(hidden[0, 2]), logits[0, 2], atol=1e-6)
 
