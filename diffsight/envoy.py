@@ -329,10 +329,10 @@ class Envoy(Points):
             if child is None and self._start_edits():
                 child = found._child(step)
             if child is None:
-                told = f"{found.path or type(found._owner).__name__} has no {step!r}"
+                problem = f"{found.path or type(found._owner).__name__} has no {step!r}"
                 if found is not self:
-                    told = f"{self.path or type(self._owner).__name__} has no {path!r}: {told}"
-                raise PointNotFoundError(told + suggest(step, found._names()))
+                    problem = f"{self.path or type(self._owner).__name__} has no {path!r}: {problem}"
+                raise PointNotFoundError(problem + suggest(step, found._names()))
             found = child
         return found
 

@@ -214,8 +214,8 @@ class Run(InRun):
                     flow.run_on()  # perhaps until an edit stops it
                 if flow.has_result and flow.unreached:
                     flow.raise_unreached()
-        except DiffsightError as told:
-            raise from_the_asking_line(told) from told.__cause__
+        except DiffsightError as problem:
+            raise from_the_asking_line(problem) from problem.__cause__
         finally:
             self._flow.is_entered = False
             for flow in flows:

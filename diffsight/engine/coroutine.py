@@ -35,7 +35,7 @@ class InnerCall:
         with self.state.active():
             try:
                 self.result = self._function()
-            except Exception as error:  # for the body to handle: the parked function goes on
+            except Exception as error:  # for the body to handle: the parked function continues
                 self.error = error
 
 

@@ -6,13 +6,10 @@ If instead the model ends, or the step ends that the body is in, or the surround
 the tap was made, the point lies behind: an `OutOfOrderError`, never the value of a later call.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from threading import get_ident
 from typing import Any, Protocol
-
-import torch
 
 from diffsight.engine import order
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
@@ -29,11 +26,12 @@ from diffsight.engine.points import (
     check_value,
     find_call,
     first_input,
+    users_line,
 )
 from diffsight.engine.steps import Clock
 from diffsight.engine.taps import Tap, Taps
 from diffsight.engine.target import Target, join
-from diffsight.engine.torch_state import TorchState, kept_random_state, seeded_random_state
+from diffsight.engine.torch_state import TorchState, call_in, seeded_random_state
 from diffsight.engine.tree import Tree
 from diffsight.engine.turns import Bodies, Body
 from diffsight.errors import (
@@ -150,7 +148,7 @@ class Flow:
         scope = self.scope
         tap, first = self._locate(asked, scope)
         key = (asked.kind, find_call(tap, first, asked, asked))
-        assignment = Assignment(asked, value, _caller(), scope.in_step, first, scope.order)
+        assignment = Assignment(asked, value, users_line(), scope.in_step, first, scope.order)
         if self.parked is not None and self.parked is tap.points.get(key):
             difference = assignment.apply_to(self.parked)
             if difference is not None:
@@ -172,7 +170,7 @@ class Flow:
             raise order.too_late(asked, "asked for", self.where)
         known = tap.skips.get(index)
         if known is None or known.order <= scope.order:
-            tap.skips[index] = Assignment(asked, value, _caller(), scope.in_step, order=scope.order)
+            tap.skips[index] = Assignment(asked, value, users_line(), scope.in_step, order=scope.order)
         edit = self._edit()
         if edit is not None:
             edit.met = True
@@ -474,22 +472,12 @@ class Flow:
     def _call_plainly(self) -> Any:
         """Call the model without a coroutine."""
         try:
-            if self.seed is not None:
-                with kept_random_state():
-                    torch.manual_seed(self.seed)
-                    return self._call_in_state()
-            if self.state.now() is self.state:  # the usual case: there is nothing to exchange
+            if self.seed is None and self.state.now() is self.state:  # the usual case: there is nothing to exchange
                 return self.function()
-            return self._call_in_state()
+            return call_in(self.state, self.seed, self.function)
         except BaseException as error:
             self._fail(error)
             raise
-
-    def _call_in_state(self) -> Any:
-        """Call the model in the PyTorch state in which the run was opened."""
-        changes = self.state.inference != torch.is_inference_mode_enabled()
-        with torch.inference_mode(self.state.inference) if changes else nullcontext(), self.state.active():
-            return self.function()
 
     # ---- how the run ends
 
@@ -497,8 +485,8 @@ class Flow:
         """The model has ended with an error."""
         self._end(f"its model failed with {type(error).__name__}")
         if self.misshapen and isinstance(error, (RuntimeError, ValueError, IndexError)):
-            told = "\n".join(self.misshapen)
-            raise AssignmentError(f"{told}\nWith that the model failed: {error}") from error
+            assigned = "\n".join(self.misshapen)
+            raise AssignmentError(f"{assigned}\nWith that value the model failed: {error}") from error
 
     def _end_with(self, result: Any) -> None:
         """The model has ended."""
@@ -561,11 +549,3 @@ class Flow:
         self.clock.note_end(tap.target)
         if self.observer is not None:
             self.observer.returned(tap, output)
-
-
-def _caller() -> str:
-    """The line of the user's code that called into diffsight, as `file:line`."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and (frame.f_globals.get("__package__") or "").split(".")[0] == "diffsight":
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

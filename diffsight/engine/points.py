@@ -1,6 +1,7 @@
 """Points: a point as a body asks for it, a value that passes one, and a value that is assigned to one."""
 
 import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,3 +137,11 @@ def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:
     if before.device != value.device and not before.is_meta:  # meta: in a scan
         return f"is on {before.device}, but a tensor on {value.device} was assigned"
     return None
+
+
+def users_line() -> str:
+    """Return the line of the user's code that called into diffsight, as `file:line`."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (frame.f_globals.get("__package__") or "").split(".")[0] == "diffsight":
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

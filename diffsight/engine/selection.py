@@ -29,8 +29,8 @@ class Tapped(Protocol):
 class Selection:
     """A part of a value. This base class selects the same part in every call.
 
-    `name` is what the user calls the selection, such as "rows[1]". `missing` completes the sentence "… was asked for,
-    but", for a point that no call with this part has."""
+    `name` is what the user calls the selection, such as "rows[1]". `missing` completes the error message "… was asked
+    for, but …" for a point at which no call has this part."""
 
     name = ""
     missing = "no call of it has that part"

@@ -3,8 +3,8 @@
 The body of a run and its model each have their own. `Coroutine.resume` exchanges them whenever control changes sides.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -101,6 +101,17 @@ def enter_inference_mode(enabled: bool) -> Any:
     guard = torch._C._InferenceMode(enabled)
     guard.__enter__()
     return guard
+
+
+def call_in(state: TorchState, seed: int | None, function: Callable[[], Any]) -> Any:
+    """Call a function in another state, and with a `seed` on random numbers of its own; return what it returns."""
+    if seed is not None:
+        with kept_random_state():
+            torch.manual_seed(seed)
+            return call_in(state, None, function)
+    changes = state.inference != torch.is_inference_mode_enabled()
+    with torch.inference_mode(state.inference) if changes else nullcontext(), state.active():
+        return function()
 
 
 # ---- random state
