@@ -111,7 +111,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _models(options: argparse.Namespace) -> None:
     from diffsight.pipelines.diffusion.loading import DESCRIPTIONS
-    from diffsight.pipelines.language.loading import PACKAGED, to_install
+    from diffsight.pipelines.language.smollm2 import PACKAGED, to_install
 
     missing = to_install()
     for name, description in DESCRIPTIONS.items():

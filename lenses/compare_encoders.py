@@ -35,9 +35,16 @@ from diffsight.errors import InputError, suggest
 from diffsight.lenses.diffusion_lens import DiffusionLensResult, choose_layers, diffusion_lens
 from diffsight.lenses.results import panels, plots
 from diffsight.lenses.results.saving import save_files, write_record
-from diffsight.pipelines.diffusion.encoding import Reading, candidates, read
+from diffsight.pipelines.diffusion.components import text_encoder_names
+from diffsight.pipelines.diffusion.encoding import (
+    EncodingRecord,
+    PromptEncoding,
+    cut_off,
+    encodings_in,
+    record_encoding,
+)
 from diffsight.pipelines.diffusion.model import DiffusionModel
-from diffsight.pipelines.diffusion.text_encoders import Encoded, Encoder, cut_off, encoded_in, encoders_in
+from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
 
 _ENDS = ("first", "last")
 
@@ -245,11 +252,11 @@ def compare_encoders(
     if not hasattr(pictures, "__index__") or isinstance(pictures, bool) or not 0 <= pictures <= len(prompts):
         raise InputError(f"pictures is a number of prompts to draw, from 0 to {len(prompts)}, not {pictures!r}")
     chosen = _choose(named, prompts[0], encoders, layers, pictures > 0, arguments, seed)
-    encoded: dict[str, list[tuple[Encoded, list[int]]]] = {one.name: [] for one in chosen}
+    encoded: dict[str, list[tuple[PromptEncoding, list[int]]]] = {one.name: [] for one in chosen}
     for prompt in tqdm(prompts, desc="encoding", disable=not progress):
         for model in dict.fromkeys(one.model for one in chosen):
-            reading = read(model, prompt, arguments, seed)
-            made = encoded_in(model, prompt, reading)
+            reading = record_encoding(model, prompt, arguments, seed)
+            made = encodings_in(model, prompt, reading)
             for one in (one for one in chosen if one.model is model):
                 _check_length(one, reading, prompt)
                 value = made[one.encoder.name]
@@ -263,7 +270,7 @@ def compare_encoders(
 
 
 def _summary(
-    layers: tuple[int, ...], encoded: Sequence[tuple[Encoded, list[int]]], drawn: Sequence[DiffusionLensResult]
+    layers: tuple[int, ...], encoded: Sequence[tuple[PromptEncoding, list[int]]], drawn: Sequence[DiffusionLensResult]
 ) -> EncodedPrompts:
     vectors, words, drifts = [], [], []
     for one, places in encoded:
@@ -274,7 +281,7 @@ def _summary(
     return EncodedPrompts(layers, torch.stack(vectors, 1), tuple(words), tuple(drifts), tuple(drawn))
 
 
-def _own_tokens(one: _Chosen, encoded: Encoded) -> list[int]:
+def _own_tokens(one: _Chosen, encoded: PromptEncoding) -> list[int]:
     """The places of the prompt's own tokens: where they follow each other, else all that are not the tokenizer's."""
     ids = encoded.ids.tolist()
     if one.encoder.tokenizer is None:
@@ -305,7 +312,7 @@ def _named(models: Any) -> dict[str, DiffusionModel]:
     for model in models.values():
         if not isinstance(model, DiffusionModel):
             raise InputError(f"compare_encoders takes DiffusionModels, not {type(model).__name__}")
-        if not candidates(model):
+        if not text_encoder_names(model.pipeline):
             raise InputError(f"{type(model.pipeline).__name__} has no text encoder, so there is nothing to compare")
     return models
 
@@ -332,7 +339,9 @@ def _choose(
     arguments: Mapping[str, Any],
     seed: int,
 ) -> list[_Chosen]:
-    found = {name: encoders_in(model, read(model, prompt, arguments, seed)) for name, model in models.items()}
+    found = {
+        name: encoders_in(model, record_encoding(model, prompt, arguments, seed)) for name, model in models.items()
+    }
     there = "; ".join(f"{name} has {', '.join(of)}" for name, of in found.items())
     wanted = [encoders] if isinstance(encoders, str) else None if encoders is None else list(encoders)
     everywhere = {encoder for of in found.values() for encoder in of}
@@ -365,7 +374,7 @@ def _label(model: str, encoder: Encoder, pairs: Sequence[tuple[str, Encoder]]) -
     return model if names.count(model) == 1 else f"{model} {encoder.name}"
 
 
-def _check_length(one: _Chosen, reading: Reading, prompt: str) -> None:
+def _check_length(one: _Chosen, reading: EncodingRecord, prompt: str) -> None:
     cut = cut_off(one.model, reading.encoders[one.encoder.name], prompt)
     if cut is not None:
         raise InputError(f"the prompt {prompt!r} is too long for {one.name}: these words would be dropped: {cut!r}")

@@ -27,7 +27,7 @@ from diffsight.lenses.encoders.isolating import isolated
 from diffsight.lenses.results.outputs import files_of, picture_of, rate_of
 from diffsight.lenses.results.plots import Plot
 from diffsight.lenses.results.saving import save_files, write_record
-from diffsight.pipelines.diffusion.encoding import read
+from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import PromptWarning
 from diffsight.pipelines.diffusion.text_encoders import encoders_in
@@ -145,7 +145,7 @@ def diffusion_lens(
     model.generate(prompt=prompt, seed=seed, **arguments)  # checks everything, and warns once, before anything runs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)
-        reading = read(model, prompt, arguments, seed)
+        reading = record_encoding(model, prompt, arguments, seed)
         found = encoders_in(model, reading).choose(encoder)
         chosen = choose_layers(layers, found.last)
         check_seen(model, found)

@@ -35,11 +35,13 @@ from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known
 from diffsight.lenses.linear_map import LinearMap
 from diffsight.lenses.results.outputs import files_of, picture_of, rate_of
 from diffsight.lenses.results.saving import save_files, write_record
-from diffsight.pipelines.diffusion.encoding import EncoderReading, hidden_in, read
-from diffsight.pipelines.diffusion.model import DiffusionModel, DiffusionRun
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, hidden_in
+from diffsight.pipelines.diffusion.encoding import record_encoding
+from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import PromptWarning
+from diffsight.pipelines.diffusion.run import DiffusionRun
 from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
-from diffsight.pipelines.language.words import PromptWords
+from diffsight.pipelines.words import PromptWords
 
 Words = str | int | range
 _ALIGN = ("each", "last", "mean")
@@ -190,7 +192,10 @@ def encoder_patching(
     origin.generate(prompt=source, seed=seed, **given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)
-        reading, origin_reading = read(model, target, arguments, seed), read(origin, source, given, seed)
+        reading, origin_reading = (
+            record_encoding(model, target, arguments, seed),
+            record_encoding(origin, source, given, seed),
+        )
         found = encoders_in(model, reading).choose(encoder)
         taken = choose_source(origin, origin_reading, found, source_encoder)
         pairs = choose_pairs(layers, source_layers, found, taken)
@@ -269,7 +274,7 @@ class _Cell:
         return self.title
 
 
-def _put(reading: EncoderReading, run: DiffusionRun, cells: Sequence[_Cell]) -> None:
+def _put(reading: EncoderRecord, run: DiffusionRun, cells: Sequence[_Cell]) -> None:
     """Puts the cells' states into the rows of a batch, wherever the encoder reads the prompt."""
     part, ids = run[reading.name], reading.prompt.ids[reading.prompt.rows[0]]
     for number, call in calls_in(run, reading, len(cells)):

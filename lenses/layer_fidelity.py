@@ -30,7 +30,7 @@ from diffsight.lenses.results import panels, plots
 from diffsight.lenses.results.saving import save_files, write_record
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import check_prompts
-from diffsight.pipelines.shapes.reader import read
+from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import Scene, sample_scene
 from diffsight.pipelines.shapes.scoring import score
 
@@ -176,7 +176,7 @@ def layer_fidelity(
     results = []
     for i, caption in enumerate(tqdm(captions, desc="prompts", disable=not progress)):
         result = diffusion_lens(model, caption, seed=seed + i, progress=False, **arguments)
-        results.append((result.encoder, result.layers, tuple(map(read, result.images))))
+        results.append((result.encoder, result.layers, tuple(map(read_scene, result.images))))
     encoder, layers, _ = results[0]
     seen = tuple(seen for _, _, seen in results)
     return LayerFidelity(model.source, encoder, layers, asked, seen, seed, arguments)

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.checks import check_model, check_prompt, check_whole
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
-from diffsight.pipelines.diffusion.encoding import Call, read
+from diffsight.pipelines.diffusion.encoder_calls import EncoderCall
+from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.text_encoders import encoders_in
 
@@ -81,8 +82,10 @@ class LinearMap:
             raise InputError("LinearMap is fitted on prompts: there are none")
         taken: dict[Pair, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for prompt in tqdm(prompts, desc="prompts", disable=not progress):
-            reading = read(model, prompt, arguments)
-            origin_reading = reading if origin is model else read(origin, prompt, known_to(origin, arguments))
+            reading = record_encoding(model, prompt, arguments)
+            origin_reading = (
+                reading if origin is model else record_encoding(origin, prompt, known_to(origin, arguments))
+            )
             found = encoders_in(model, reading).choose(encoder)
             source = choose_source(origin, origin_reading, found, source_encoder)
             both = (origin, origin_reading.encoders[source.name]), (model, reading.encoders[found.name])
@@ -170,7 +173,7 @@ class LinearMap:
         return "\n".join(lines)
 
 
-def _means(call: Call, layer: int, spans: Sequence[range]) -> torch.Tensor:
+def _means(call: EncoderCall, layer: int, spans: Sequence[range]) -> torch.Tensor:
     """The mean state of each word at a layer, (words, features)."""
     state = call.states[layer][call.rows[0]].to("cpu", torch.float64)
     return torch.stack([state[span.start : span.stop].mean(0) for span in spans])

@@ -4,9 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffsight.errors import InputError
-from diffsight.pipelines.diffusion.encoding import EncoderReading, candidates
+from diffsight.pipelines.diffusion.components import text_encoder_names
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
+from diffsight.pipelines.diffusion.encoding import cut_off
 from diffsight.pipelines.diffusion.model import DiffusionModel
-from diffsight.pipelines.diffusion.text_encoders import Encoder, cut_off
+from diffsight.pipelines.diffusion.text_encoders import Encoder
 
 
 def check_call(
@@ -30,7 +32,7 @@ def check_model(lens: str, model: Any) -> None:
     """Whether it is a pipeline with text encoders."""
     if not isinstance(model, DiffusionModel):
         raise InputError(f"{lens} takes a DiffusionModel, not {type(model).__name__}")
-    if not candidates(model):
+    if not text_encoder_names(model.pipeline):
         raise InputError(f"{type(model.pipeline).__name__} has no text encoder, so there is nothing to look through")
 
 
@@ -49,7 +51,7 @@ def check_seen(model: DiffusionModel, encoder: Encoder) -> None:
         )
 
 
-def check_whole(model: DiffusionModel, reading: EncoderReading, prompt: str) -> None:
+def check_whole(model: DiffusionModel, reading: EncoderRecord, prompt: str) -> None:
     """Whether the encoder is given all of the prompt."""
     cut = cut_off(model, reading, prompt)
     if cut is not None:

@@ -20,9 +20,10 @@ from PIL import Image
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from diffsight.errors import DiffsightError, InputError
-from diffsight.pipelines.diffusion.encoding import Call, EncoderReading, Reading
-from diffsight.pipelines.diffusion.model import DiffusionModel, DiffusionRun
-from diffsight.pipelines.diffusion.progress import progress_bar
+from diffsight.pipelines.diffusion.encoder_calls import EncoderCall, EncoderRecord
+from diffsight.pipelines.diffusion.encoding import EncodingRecord
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
 _LONG = 60  # letters: longer names are not listed
 _MADE = ("images", "image", "frames", "audios")
@@ -47,7 +48,7 @@ class Drawing:
     """What the rows have in common. `encoder` names the text encoder that they change; `noun` says what they are."""
 
     model: DiffusionModel
-    reading: Reading
+    reading: EncodingRecord
     encoder: str
     prompt: str
     seed: int
@@ -101,21 +102,21 @@ class Drawing:
         return made
 
 
-def places(call: Call, items: Sequence[Item]) -> Iterator[tuple[int, int, Item]]:
+def places(call: EncoderCall, items: Sequence[Item]) -> Iterator[tuple[int, int, Item]]:
     """Of each row of the prompt in a batch made for all `items`: its place, the row in the reading, and the item."""
     for row in call.rows:
         for i, item in enumerate(items):
             yield row * len(items) + i, row, item
 
 
-def calls_in(run: DiffusionRun, reading: EncoderReading, times: int) -> Iterator[tuple[int, Call]]:
+def calls_in(run: DiffusionRun, reading: EncoderRecord, times: int) -> Iterator[tuple[int, EncoderCall]]:
     """The numbers of an encoder's calls in a run with `times` rows for each of those that were read, as the run comes
     to them, each with the call that it repeats. They end with the run."""
     for number in count():
         yield number, _same_call(reading, number, run[reading.words].calls[number].input, times)
 
 
-def _same_call(reading: EncoderReading, number: int, ids: torch.Tensor | None, times: int) -> Call:
+def _same_call(reading: EncoderRecord, number: int, ids: torch.Tensor | None, times: int) -> EncoderCall:
     """The call that was read, of which this one, with `times` rows for each of its own, is a repetition."""
     if number < len(reading.calls) and ids is not None:
         known = repeated(reading.calls[number].ids, len(reading.calls[number].ids), times)
@@ -134,7 +135,7 @@ def with_state(returned: Any, state: torch.Tensor) -> Any:
     return (state, *returned[1:]) if isinstance(returned, tuple) else state
 
 
-def _repeat(run: DiffusionRun, reading: EncoderReading, times: int) -> None:
+def _repeat(run: DiffusionRun, reading: EncoderRecord, times: int) -> None:
     """Leaves an encoder out of its calls: it gives every row what it gave."""
     part = run[reading.name]
     for number in count():

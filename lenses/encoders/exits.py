@@ -18,8 +18,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from diffsight.lenses.encoders.drawing import calls_in, places, repeated, with_state
-from diffsight.pipelines.diffusion.encoding import Call, Reading
-from diffsight.pipelines.diffusion.model import DiffusionRun
+from diffsight.pipelines.diffusion.encoder_calls import EncoderCall
+from diffsight.pipelines.diffusion.encoding import EncodingRecord
+from diffsight.pipelines.diffusion.run import DiffusionRun
 from diffsight.pipelines.diffusion.text_encoders import Encoder
 
 
@@ -30,7 +31,7 @@ class Exits:
     `is_edited`, its edits may change what is given in the place of layers, and have changed already what was read."""
 
     encoder: Encoder
-    reading: Reading
+    reading: EncodingRecord
     norm: bool
     pooled: str
     is_edited: bool
@@ -57,7 +58,7 @@ class Exits:
 class _Rows:
     """The rows of one call of the encoder, with `layers` for each row of the prompt."""
 
-    def __init__(self, call: Call, layers: Sequence[int]) -> None:
+    def __init__(self, call: EncoderCall, layers: Sequence[int]) -> None:
         self.call, self.layers = call, layers
 
     @torch.no_grad()

@@ -9,14 +9,20 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
-from diffsight.pipelines.diffusion.encoding import Reading, read
-from diffsight.pipelines.diffusion.model import DiffusionModel, DiffusionRun
+from diffsight.pipelines.diffusion.encoding import EncodingRecord, record_encoding
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.run import DiffusionRun
 from diffsight.pipelines.diffusion.text_encoders import Encoder
 
 
 def isolated(
-    model: DiffusionModel, encoder: Encoder, reading: Reading, prompt: str, arguments: Mapping[str, Any], seed: int
-) -> tuple[DiffusionModel, Reading]:
+    model: DiffusionModel,
+    encoder: Encoder,
+    reading: EncodingRecord,
+    prompt: str,
+    arguments: Mapping[str, Any],
+    seed: int,
+) -> tuple[DiffusionModel, EncodingRecord]:
     """A copy of `model`, in which only `encoder` reads the prompt, and what its encoders do then. `reading` is what
     they do in `model`.
 
@@ -34,7 +40,7 @@ def isolated(
             raise InputError(f"isolate: {names} cannot be given an empty prompt beside {encoder.name}, since {why}")
         blank = partial(_blank, texts=[prompt, *filter(None, prompts)], but=arguments.get("negative_prompt"))
         model = model.edit(lambda run, tokenizer=tokenizer, blank=blank: _give(run, tokenizer, blank))
-    alone = read(model, prompt, arguments, seed)
+    alone = record_encoding(model, prompt, arguments, seed)
     for other in others:
         before, after = (one.encoders[other.name].prompt.ids for one in (reading, alone))
         if before.shape == after.shape and torch.equal(before, after):

@@ -6,13 +6,14 @@ from typing import Any
 
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.checks import choose_layers
-from diffsight.pipelines.diffusion.encoding import EncoderReading, Reading
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
+from diffsight.pipelines.diffusion.encoding import EncodingRecord
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
-from diffsight.pipelines.language.words import PromptWords, align_words
+from diffsight.pipelines.words import PromptWords, align_words
 
 
-def choose_source(model: DiffusionModel, reading: Reading, target: Encoder, name: str | None) -> Encoder:
+def choose_source(model: DiffusionModel, reading: EncodingRecord, target: Encoder, name: str | None) -> Encoder:
     """The encoder of `model` called `name`; for None the one called as the target's, if there is one."""
     found = encoders_in(model, reading)
     return found.choose(target.name if name is None and target.name in found else name)
@@ -41,7 +42,7 @@ def choose_pairs(
         raise InputError(f"in the source's {source.name} {error}") from None
 
 
-def words_read(model: DiffusionModel, reading: EncoderReading, prompt: str) -> PromptWords:
+def words_read(model: DiffusionModel, reading: EncoderRecord, prompt: str) -> PromptWords:
     """The words of the prompt, and their tokens among those that the encoder is given."""
     if reading.tokenizer is None:
         raise InputError(f"the tokens of {reading.name} come from no tokenizer of the pipeline: no words are known")

@@ -18,7 +18,7 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
-from diffsight.pipelines.language.standard_names import embeddings
+from diffsight.pipelines.standard_names import embeddings
 
 Layers = int | slice | Iterable[int] | None
 Positions = int | slice | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | None

@@ -15,7 +15,7 @@ import torch
 from diffsight.lenses.tokens.batches import Batch
 from diffsight.lenses.tokens.predictions import LensPredictions
 from diffsight.pipelines.language.model import LanguageModel
-from diffsight.pipelines.language.standard_names import embeddings
+from diffsight.pipelines.standard_names import embeddings
 
 _CHUNK = 2**23  # numbers over the vocabulary that are held at a time
 

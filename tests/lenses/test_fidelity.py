@@ -12,8 +12,8 @@ import tiny
 from diffsight import DiffusionModel, InputError, layer_fidelity
 from diffsight.lenses import LayerFidelity
 from diffsight.lenses.layer_fidelity import sample_prompts
-from diffsight.pipelines.shapes.evaluate import draw
-from diffsight.pipelines.shapes.reader import read
+from diffsight.pipelines.shapes.evaluate import draw_scenes
+from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import HELD_OUT, NOUNS, Scene, Thing, render
 from diffsight.pipelines.shapes.scoring import score
 
@@ -34,7 +34,7 @@ def drawn(model):
 
 
 def seen_in(scene):
-    return read(render(scene, random.Random(4)))
+    return read_scene(render(scene, random.Random(4)))
 
 
 def of(*cells, layers=(0, 4, 8)):
@@ -172,10 +172,10 @@ def test_pictures_are_those_of_plain_diffusers(model, drawn):
     model.pipeline.set_progress_bar_config(disable=True)
     for column, layer in enumerate(drawn.layers):
         for i, scene in enumerate(asked):
-            images = draw(
+            images = draw_scenes(
                 model.pipeline, [asked[0]] * (3 + i) + [scene], layer=layer, **FEW_STEPS
             )  # seed 3 + i is last
-            assert drawn.seen[i][column] == read(images[-1])
+            assert drawn.seen[i][column] == read_scene(images[-1])
             if len(scene.things) == 2:
                 seen = drawn.seen[i][column]
                 is_right = seen is not None and replace(seen, background=scene.background) == scene.canonical()

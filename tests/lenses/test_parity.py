@@ -11,7 +11,7 @@ import writers
 import diffsight
 from diffsight import logit_lens
 from diffsight.lenses import Prompt
-from diffsight.pipelines.language import standard_names
+from diffsight.pipelines import standard_names
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 TABLE = README.split("## Coming from nnterp\n")[1].split("\n## ")[0]
