@@ -106,7 +106,9 @@ class HFPipeline(Model):
     def check(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> None:
         """Check the arguments of `trace` or `generate` without opening a run or running anything.
 
-        Raises InputError if they cannot be used."""
+        Raises:
+            InputError: The arguments are not valid.
+        """
         if seed is not None:
             check_seed(seed)
         if kwargs.get("num_workers") or self._owner._num_workers:

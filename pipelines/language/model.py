@@ -218,7 +218,9 @@ class LanguageModel(Accessors, Model):
     def check(self, inputs: Any = None, *, seed: int | None = None, grad: bool = False, **kwargs: Any) -> None:
         """Check the arguments of `trace` or `generate` without opening a run, loading weights or running anything.
 
-        Raises InputError if they cannot be used."""
+        Raises:
+            InputError: The arguments are not valid.
+        """
         if seed is not None:
             check_seed(seed)
         if inputs is not None or self._has_input(kwargs):
@@ -284,7 +286,7 @@ class LanguageModel(Accessors, Model):
         return encoded
 
     def _on_device(self, inputs: Inputs) -> Inputs:
-        """The inputs on the device of the model, whose weights are loaded for that."""
+        """Return the inputs on the device of the model, whose weights this loads."""
         if not is_scanning():
             self._tree.weights.load()
         return inputs.to(getattr(self._owner, "device", None))

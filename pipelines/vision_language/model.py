@@ -137,7 +137,9 @@ class VisionLanguageModel(LanguageModel):
     ) -> None:
         """Check the arguments of `trace` or `generate` without opening a run, loading weights or running anything.
 
-        Raises InputError if they cannot be used."""
+        Raises:
+            InputError: The arguments are not valid.
+        """
         given = inputs if inputs is None and images is None else self._processed(inputs, images)
         super().check(given, seed=seed, grad=grad, **kwargs)
 

@@ -598,8 +598,8 @@ def test_wrong_steering(gpt2):
     for call, words in (
         (lambda run: run.steer(0, [1.0]), "steer takes a tensor, not list"),
         (lambda run: run.steer(0, torch.ones(3)), "has 32 features per token, the vector 3"),
-        (lambda run: run.steer(0, torch.ones(32), positions=6), "there is no position 6 in 6 tokens"),
-        (lambda run: run.skip_layers(1, 0), "the last layer lies before the first"),
+        (lambda run: run.steer(0, torch.ones(32), positions=6), "there is no position 6, the sequence has 6 tokens"),
+        (lambda run: run.skip_layers(1, 0), "the last layer comes before the first"),
     ):
         with pytest.raises((InputError, AssignmentError), match=words):
             with gpt2.trace(IDS) as run:
