@@ -34,11 +34,12 @@ KINDS = {
     "pixart_sigma": T5,
     "sana": GEMMA,
 }
-LAST = 3
+LAYERS = ("embedding", 0, 1, 2)
+LAST = 2
 
 
 def arguments_of(name):
-    """The arguments of a call, without the prompt, of a pipeline that draws PIL pictures."""
+    """The arguments of a call, without the prompt, of a pipeline that draws PIL images."""
     drop = ("prompt", "output_type")
     return {key: value for key, value in tiny.PIPELINES[name].inputs().items() if key not in drop}
 
@@ -61,7 +62,7 @@ def draw(pipe, seed, **arguments):
 
 
 def draw_by_hand(pipe, paths, layer, seed, **arguments):
-    """The picture from one layer, with hooks of PyTorch: what the layer gives for the prompt goes into the norm."""
+    """The image from one layer, with hooks of PyTorch: what the layer returns for the prompt goes into the norm."""
     layers, norm = (pipe.text_encoder.get_submodule(path) for path in paths)
     taken, replaced = [], []
 
@@ -77,10 +78,10 @@ def draw_by_hand(pipe, paths, layer, seed, **arguments):
             return (taken[0],)
 
     hooks = [norm.register_forward_pre_hook(put)]
-    if layer:
-        hooks.append(layers[layer - 1].register_forward_hook(take_output, prepend=True))
-    else:
+    if layer == "embedding":
         hooks.append(layers[0].register_forward_pre_hook(take_input, with_kwargs=True))
+    else:
+        hooks.append(layers[layer].register_forward_hook(take_output, prepend=True))
     try:
         return draw(pipe, seed, **arguments)
     finally:
@@ -94,7 +95,7 @@ def same(image, other):
 
 def close(image, other):
     """Whether no value of a pixel differs by more than 2 of 255, which is what computing in a batch may change."""
-    a, b = (np.asarray(picture, dtype=int) for picture in (image, other))
+    a, b = (np.asarray(one, dtype=int) for one in (image, other))
     return a.shape == b.shape and np.abs(a - b).max() <= 2
 
 
@@ -116,23 +117,23 @@ def refusal(pipe, *args, **kwargs):
     return str(error.value)
 
 
-# Pictures
+# Images
 
 
 def test_every_layer_is_drawn_as_by_hand(name):
     pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
-    wanted = [draw_by_hand(pipe, KINDS[name], layer, 3, **arguments) for layer in range(LAST + 1)]
+    wanted = [draw_by_hand(pipe, KINDS[name], layer, 3, **arguments) for layer in LAYERS]
     model = DiffusionModel(pipe)
     for size, alike in ((1, same), (None, close)):
         result = diffusion_lens(model, PROMPT, seed=3, batch_size=size, progress=False, **arguments)
-        assert result.layers == (0, 1, 2, 3)
+        assert result.layers == LAYERS
         assert len(result.images) == 4
         for image, wanted_image in zip(result.images, wanted, strict=True):
             assert alike(image, wanted_image)
-    assert not close(wanted[1], wanted[LAST])  # the layer makes a difference
+    assert not close(wanted[1], wanted[-1])  # the layer makes a difference
 
 
-def test_the_last_layer_is_the_plain_picture(name):
+def test_the_last_layer_is_the_plain_image(name):
     pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
     result = diffusion_lens(DiffusionModel(pipe), PROMPT, layers=LAST, seed=4, progress=False, **arguments)
     assert same(result.images[0], draw(pipe, 4, **arguments))
@@ -140,18 +141,18 @@ def test_the_last_layer_is_the_plain_picture(name):
 
 def test_a_seed_is_the_same_for_all_layers(sd):
     model = DiffusionModel(sd)
-    both = diffusion_lens(model, PROMPT, layers=[1, 2], seed=5, progress=False, **SD)
-    alone = diffusion_lens(model, PROMPT, layers=[2], seed=5, progress=False, **SD)
-    other = diffusion_lens(model, PROMPT, layers=[2], seed=6, progress=False, **SD)
+    both = diffusion_lens(model, PROMPT, layers=[0, 1], seed=5, progress=False, **SD)
+    alone = diffusion_lens(model, PROMPT, layers=[1], seed=5, progress=False, **SD)
+    other = diffusion_lens(model, PROMPT, layers=[1], seed=6, progress=False, **SD)
     assert close(both.images[1], alone.images[0])
     assert not close(other.images[0], alone.images[0])
 
 
 def test_a_negative_prompt_is_encoded_in_full(sd):
     arguments = {**SD, "negative_prompt": "a green square"}
-    wanted = draw_by_hand(sd, CLIP, 1, 0, **arguments)
-    assert not same(wanted, draw_by_hand(sd, CLIP, 1, 0, **SD))
-    result = diffusion_lens(DiffusionModel(sd), PROMPT, layers=1, progress=False, **arguments)
+    wanted = draw_by_hand(sd, CLIP, 0, 0, **arguments)
+    assert not same(wanted, draw_by_hand(sd, CLIP, 0, 0, **SD))
+    result = diffusion_lens(DiffusionModel(sd), PROMPT, layers=0, progress=False, **arguments)
     assert same(result.images[0], wanted)
 
 
@@ -159,9 +160,9 @@ def test_a_prompt_before_an_instruction():
     """Sana puts its prompt behind an instruction, of which it cuts the encoding off."""
     pipe, arguments = tiny.PIPELINES["sana"].build(), arguments_of("sana")
     arguments |= {"complex_human_instruction": ["a photo of the"]}
-    wanted = [draw_by_hand(pipe, GEMMA, layer, 0, **arguments) for layer in (1, LAST)]
+    wanted = [draw_by_hand(pipe, GEMMA, layer, 0, **arguments) for layer in (0, LAST)]
     assert not close(*wanted)
-    result = diffusion_lens(DiffusionModel(pipe), PROMPT, layers=[1, LAST], progress=False, **arguments)
+    result = diffusion_lens(DiffusionModel(pipe), PROMPT, layers=[0, LAST], progress=False, **arguments)
     assert all(map(close, result.images, wanted))
 
 
@@ -171,22 +172,27 @@ def test_a_prompt_before_an_instruction():
 @pytest.fixture(scope="module")
 def by_hand():
     pipe = tiny.stable_diffusion()
-    return [draw_by_hand(pipe, CLIP, layer, 0, **SD) for layer in range(LAST + 1)]
+    return {layer: draw_by_hand(pipe, CLIP, layer, 0, **SD) for layer in LAYERS}
 
 
 @pytest.mark.parametrize(
     "layers, numbers",
     [
-        (None, (0, 1, 2, 3)),
+        (None, LAYERS),
         (2, (2,)),
         (0, (0,)),
-        ([3, 1], (3, 1)),
-        ((0, 2), (0, 2)),
-        (range(0, 4, 3), (0, 3)),
-        ((layer for layer in (1, 3)), (1, 3)),
+        (-1, (2,)),
+        (-3, (0,)),
+        ("embedding", ("embedding",)),
+        ([2, 0], (2, 0)),
+        ((1, "embedding", -1, 1), (1, "embedding", 2)),
+        (range(0, 3, 2), (0, 2)),
+        ((layer for layer in (0, 2)), (0, 2)),
+        (slice(None), (0, 1, 2)),
         (slice(None, None, 2), (0, 2)),
         (slice(1, 3), (1, 2)),
-        (slice(-2, None), (2, 3)),
+        (slice(-2, None), (1, 2)),
+        (["embedding", slice(1, None), 0], ("embedding", 1, 2, 0)),
     ],
 )
 def test_layers_are_chosen(sd, by_hand, layers, numbers):
@@ -196,18 +202,18 @@ def test_layers_are_chosen(sd, by_hand, layers, numbers):
         assert close(image, by_hand[layer])
 
 
-@pytest.mark.parametrize("layers", [4, -1, [0, 4], [1.0], ["1"], [True], range(3, 6), "1,2"], ids=repr)
+@pytest.mark.parametrize("layers", [3, -4, [0, 3], [1.0], ["1"], [True], range(2, 5), "1,2", "embeddings"], ids=repr)
 def test_layers_that_are_not_there(sd, layers):
     message = refusal(sd, PROMPT, layers=layers, **SD)
     assert "there is no layer" in message
-    assert "0 (the embedding) to 3" in message
+    assert 'choose from "embedding" and 0 to 2' in message
 
 
 @pytest.mark.parametrize("layers", [[], slice(4, 9), slice(2, 2), range(0)], ids=repr)
 def test_no_layers(sd, layers):
     message = refusal(sd, PROMPT, layers=layers, **SD)
     assert "no layers" in message
-    assert "0 (the embedding) to 3" in message
+    assert 'choose from "embedding" and 0 to 2' in message
 
 
 def test_a_slice_that_stands_still(sd):
@@ -256,7 +262,7 @@ def test_what_is_no_model(sd):
 def test_unknown_words_are_warned_of_once_at_the_users_line():
     model = DiffusionModel(tiny.PIPELINES["pixart_sigma"].build())
     with pytest.warns(PromptWarning) as seen:
-        diffusion_lens(model, "a red 北京", layers=[0, 1, 2], progress=False, **arguments_of("pixart_sigma"))
+        diffusion_lens(model, "a red 北京", layers=[0, 1, -1], progress=False, **arguments_of("pixart_sigma"))
     assert [warning.filename for warning in seen if warning.category is PromptWarning] == [__file__]
 
 
@@ -288,9 +294,9 @@ def test_a_pipeline_whose_progress_bar_was_never_set_shows_it_afterwards(sd, cap
 
 
 def test_a_progress_bar_over_the_layers(sd, capsys):
-    diffusion_lens(DiffusionModel(sd), PROMPT, layers=[0, 1], **SD)
+    diffusion_lens(DiffusionModel(sd), PROMPT, layers=["embedding", 1], **SD)
     shown = capsys.readouterr().err
-    assert "layers 0, 1" in shown  # one bar for both, which goes on with the denoising
+    assert "layers embedding, 1" in shown  # one bar for both, which goes on with the denoising
     assert shown.count(" 0/3 ") == 1
     assert "3/3" in shown
 
@@ -314,20 +320,20 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return diffusion_lens(DiffusionModel(folder), PROMPT, layers=[0, 1, 3], seed=7, progress=False, **SD)
+    return diffusion_lens(DiffusionModel(folder), PROMPT, layers=["embedding", 0, -1], seed=7, progress=False, **SD)
 
 
 def test_the_result_says_what_it_was_made_of(folder, result):
     assert isinstance(result, DiffusionLensResult)
     assert all(isinstance(image, Image.Image) and image.size == (32, 32) for image in result.images)
-    assert (result.layers, result.prompt, result.seed) == ((0, 1, 3), PROMPT, 7)
+    assert (result.layers, result.prompt, result.seed) == (("embedding", 0, 2), PROMPT, 7)
     assert (result.model, result.arguments) == (str(folder), SD)
     with pytest.raises(AttributeError):
         result.seed = 8
     assert PROMPT in repr(result)
 
 
-def test_the_grid_shows_every_picture(result):
+def test_the_grid_shows_every_image(result):
     cells = [np.asarray(image.resize((192, 192), Image.NEAREST)) for image in result.images]
     grid = np.asarray(result.grid())
     assert result.grid().mode == "RGB"
@@ -339,7 +345,7 @@ def test_the_grid_shows_every_picture(result):
         assert any(np.array_equal(strip[top : top + 192], cell) for top in range(len(grid) - 191))
 
 
-def test_the_grid_of_one_picture(result):
+def test_the_grid_of_one_image(result):
     one = DiffusionLensResult(result.images[:1], (0,), PROMPT, 7, result.model, SD)
     assert one.grid().width == 192 + 2 * 16
 
@@ -348,18 +354,18 @@ def test_the_plot_names_the_layers(result):
     figure = result.plot()
     assert isinstance(figure, matplotlib.figure.Figure)
     shown = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in shown] == ["layer 0", "layer 1", "layer 3"]
+    assert [axes.get_title() for axes in shown] == ["embedding", "layer 0", "layer 2"]
     for axes, image in zip(shown, result.images, strict=True):
         assert np.array_equal(axes.images[0].get_array(), np.asarray(image))
     assert figure.get_suptitle() == PROMPT
     figure.savefig(io.BytesIO(), format="png")
 
 
-def test_the_plot_of_many_pictures_has_rows():
+def test_the_plot_of_many_images_has_rows():
     images = tuple(Image.new("RGB", (8, 8), (20 * i, 0, 0)) for i in range(13))
-    figure = DiffusionLensResult(images, tuple(range(13)), PROMPT, 0, "", {}).plot()
+    figure = DiffusionLensResult(images, ("embedding", *range(12)), PROMPT, 0, "", {}).plot()
     shown = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in shown] == [f"layer {layer}" for layer in range(13)]
+    assert [axes.get_title() for axes in shown] == ["embedding", *(f"layer {layer}" for layer in range(12))]
     rows = {axes.get_subplotspec().rowspan.start for axes in shown}
     assert len(rows) == 2
 
@@ -372,7 +378,7 @@ def test_notebooks_show_the_grid(result):
 
 # Saving
 
-FILES = {"grid.png", "layer_00.png", "layer_01.png", "layer_03.png", "lens.json"}
+FILES = {"grid.png", "embedding.png", "layer_00.png", "layer_02.png", "lens.json"}
 
 
 def test_exactly_these_files_are_written(result, tmp_path):
@@ -380,8 +386,8 @@ def test_exactly_these_files_are_written(result, tmp_path):
     assert {path.name for path in (tmp_path / "deep" / "lens").iterdir()} == FILES
     assert {path.relative_to(tmp_path / "deep" / "lens").name for path in paths} == FILES
     assert all(path.is_file() for path in paths)
-    for layer, image in zip(result.layers, result.images, strict=True):
-        assert same(Image.open(tmp_path / "deep" / "lens" / f"layer_{layer:02}.png"), image)
+    for name, image in zip(("embedding", "layer_00", "layer_02"), result.images, strict=True):
+        assert same(Image.open(tmp_path / "deep" / "lens" / f"{name}.png"), image)
     assert same(Image.open(tmp_path / "deep" / "lens" / "grid.png"), result.grid())
 
 
@@ -422,7 +428,7 @@ def test_saving_again_replaces_the_files(result, tmp_path):
 
 
 class Unwritable(Image.Image):
-    """A picture whose file cannot be written, as on a full disk."""
+    """An image whose file cannot be written, as on a full disk."""
 
     def save(self, *_, **__):
         raise OSError(28, "No space left on device")
@@ -479,7 +485,7 @@ def test_all_layers_of_the_packaged_pipeline_in_one_call():
     model = DiffusionModel("diffsight/shapes-clip")
     model.set_progress_bar_config(disable=True)
     result = diffusion_lens(model, PROMPT, seed=2, progress=False, num_inference_steps=6)
-    assert result.layers == tuple(range(13))
+    assert result.layers == ("embedding", *range(12))
     for layer, image in zip(result.layers, result.images, strict=True):
         assert close(image, draw_by_hand(model.pipeline, CLIP, layer, 2, num_inference_steps=6))
 
@@ -489,7 +495,7 @@ def test_the_lens_on_the_packaged_pipeline(tmp_path):
     prompt = "a red circle below a blue square on a gray background"
     with warnings.catch_warnings():
         warnings.simplefilter("error", PromptWarning)
-        result = diffusion_lens(model, prompt, layers=[0, 6, 12], seed=1, progress=False, num_inference_steps=4)
+        result = diffusion_lens(model, prompt, layers=["embedding", 5, 11], seed=1, progress=False, num_inference_steps=4)
     model.set_progress_bar_config(disable=True)
     plain = model.generate(prompt, seed=1, num_inference_steps=4).images[0]
     assert same(result.images[2], plain)  # bit for bit

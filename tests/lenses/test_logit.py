@@ -175,20 +175,20 @@ def test_the_words_of_one_prompt(model):
         ({"prompts": []}, "there is no prompt: the list is empty"),
         ({"prompts": ["a", [1, 2]]}, "this one mixes text and token ids"),
         ({"prompts": "cat " * 99}, r"too long: \d+ tokens, and the model's context is 64"),
-        ({"layers": 4}, r"there is no layer 4: the model has 4 \(0 to 3\)"),
+        ({"layers": 4}, 'there is no layer 4: choose from "embedding" and 0 to 3'),
         ({"layers": [0, "1"]}, "there is no layer '1'"),
         ({"layers": []}, "no layers are chosen"),
         ({"positions": 40}, r"there is no position 40 in prompt 0: it has \d+ tokens"),
         ({"positions": 1.5}, "there is no position 1.5 in prompt 0"),
         ({"prompts": PROMPTS, "positions": 7}, "there is no position 7 in prompt 1"),
         ({"positions": []}, "no positions are chosen"),
-        ({"positions": [[0], [1]]}, "given for 2 prompts, and there are 1"),
+        ({"positions": [[0], [1]]}, "there are positions for 2 prompts, but 1 prompts"),
         ({"tokens": " Berlin"}, "' Berlin' is not one token but"),
         ({"tokens": []}, "no tokens are chosen"),
         ({"tokens": 4000}, "there is no token 4000: the model knows 0 to"),
-        ({"tokens": [1.5]}, "a token is a text such as ' Paris', or an id, not 1.5"),
-        ({"top_k": 0}, "top_k is a whole number from 1 to"),
-        ({"batch_size": 0}, "batch_size is a whole number from 1 on, not 0"),
+        ({"tokens": [1.5]}, "a token must be a string such as ' Paris', or an id, not 1.5"),
+        ({"top_k": 0}, "top_k must be an integer from 1 to"),
+        ({"batch_size": 0}, "batch_size must be an integer from 1 on, not 0"),
     ],
 )
 def test_bad_input_is_an_error_before_anything_runs(net, model, given, words):
@@ -241,9 +241,9 @@ def test_an_encoder_and_a_decoder(kind):
 def test_models_that_cannot_be_looked_into():
     with pytest.raises(InputError, match="takes a LanguageModel, not GPT2LMHeadModel"):
         logit_lens(writers.gpt2(), "a cat")
-    with pytest.raises(InputError, match="no lm_head that was found"):
+    with pytest.raises(InputError, match="no lm_head was found in GPT2Model"):
         logit_lens(writers.model(writers.gpt2().transformer), "a cat")
-    with pytest.raises(InputError, match="layers of ProphetNetForCausalLM do not give one hidden state a token"):
+    with pytest.raises(InputError, match="layers of ProphetNetForCausalLM do not return one hidden state for each token"):
         logit_lens(LanguageModel(architectures.build_causal("prophetnet")), architectures.tokens())
     with pytest.raises(PointNotFoundError, match="no layers were found in GPT2LMHeadModel: name them"):
         logit_lens(LanguageModel(writers.gpt2(), writers.TOKENIZER, names={"layers": None}), "a cat")

@@ -44,7 +44,7 @@ def known():
     """What the words on the right stand for."""
     model = writers.model()
     prompt = Prompt.from_strings("A cat", "Paris", model)
-    return {"model": model, "prompt": prompt, "result": logit_lens(model, "A cat"), "net": model._owner}
+    return {"model": model, "prompt": prompt, "result": logit_lens(model, "A cat"), "net": model.module}
 
 
 def test_every_name_of_nnterp_is_in_it():

@@ -129,8 +129,8 @@ def test_tokens_are_tracked_through_it(model):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"target": "a text"}, r"a target is a TargetPrompt: TargetPrompt\('a text', position=-1\)"),
-        ({"target": [SHORT, SHORT]}, "2 target prompts are given, and there are 1 prompts"),
+        ({"target": "a text"}, r"a target must be a TargetPrompt: TargetPrompt\('a text', position=-1\)"),
+        ({"target": [SHORT, SHORT]}, "there are 2 target prompts for 1 prompts"),
         ({"target": TargetPrompt("a cat", 7)}, "there is no position 7 in prompt 0"),
         ({"target": TargetPrompt("", 0)}, "the prompt is empty"),
         ({"target_layer": 9}, "there is no layer 9"),
@@ -156,7 +156,7 @@ def test_bad_input_is_an_error_before_anything_runs(net, model, given, words):
 def test_a_model_that_does_not_write():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     bert = writers.build(transformers.BertForMaskedLM, transformers.BertConfig(vocab_size=330, **sizes))
-    with pytest.raises(InputError, match="a patchscope needs a decoder that writes, and BertForMaskedLM is none"):
+    with pytest.raises(InputError, match="a patchscope needs a decoder that generates text, but BertForMaskedLM is not one"):
         patchscope_lens(writers.model(bert), PROMPTS[0])
 
 

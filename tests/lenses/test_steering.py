@@ -77,8 +77,8 @@ def test_copies_stack_and_are_cleared(net, model):
     ("given", "words"),
     [
         ({"layers": 7}, "there is no layer 7"),
-        ({"vector": torch.zeros(31)}, "the vector has 31 features, and hidden states have 32"),
-        ({"vector": torch.zeros(2, 32)}, r"a tensor of the shape \(features,\), not \(2, 32\)"),
+        ({"vector": torch.zeros(31)}, "the vector has 31 features, but hidden states have 32"),
+        ({"vector": torch.zeros(2, 32)}, r"a tensor of shape \(features,\), not \(2, 32\)"),
         ({"vector": [0.0] * 32}, "not list"),
     ],
 )

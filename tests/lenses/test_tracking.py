@@ -120,7 +120,7 @@ def test_bad_input(net, model):
     for given, words in (
         ([], "there is no prompt"),
         (["a text"], "run_prompts takes Prompts"),
-        ([prompt, Prompt("a", {"other": [1]})], "targets of the same names: target in the first, other in 'a'"),
+        ([prompt, Prompt("a", {"other": [1]})], "the same names of targets: target in the first, other in 'a'"),
         ([Prompt("a", {"target": []})], "'a' has no tokens to track under 'target'"),
         ([Prompt("a", {})], "'a' has no tokens to track"),
         ([Prompt("a", {"target": [9999]})], "there is no token 9999"),
@@ -128,7 +128,7 @@ def test_bad_input(net, model):
     ):
         with pytest.raises(InputError, match=words):
             run_prompts(model, given)
-    for words, told in (("", "not empty, not ''"), ([], "no word to track"), ([3], "not empty, not 3")):
+    for words, told in (("", "is not empty, not ''"), ([], "no word to track"), ([3], "is not empty, not 3")):
         with pytest.raises(InputError, match=told):
             first_tokens(words, model)
     with pytest.raises(InputError, match="words need a tokenizer"):
