@@ -68,45 +68,51 @@ def pixels(path):
 def test_the_lens_writes_what_it_says(folder, here, capsys):
     assert run("lens", PROMPT, "--model", folder, "--steps", 2, "--seed", 3, "--out", "out") == 0
     out, _ = capsys.readouterr()
-    files = ["out/grid.png", *(f"out/layer_{layer:02}.png" for layer in range(4)), "out/lens.json"]
+    names = ["embedding", "layer_00", "layer_01", "layer_02"]
+    files = ["out/grid.png", *(f"out/{name}.png" for name in names), "out/lens.json"]
     assert sorted(out.split()) == sorted(files)
     assert {path.relative_to(here).as_posix() for path in here.rglob("*.*")} == set(files)
 
     model = DiffusionModel(folder)
     want = diffusion_lens(model, PROMPT, seed=3, num_inference_steps=2, progress=False)
-    for layer, image in zip(want.layers, want.images, strict=True):
-        assert np.array_equal(pixels(f"out/layer_{layer:02}.png"), image)
+    for name, image in zip(names, want.images, strict=True):
+        assert np.array_equal(pixels(f"out/{name}.png"), image)
     record = json.loads(Path("out/lens.json").read_text(encoding="utf-8"))
     assert (record["model"], record["prompt"], record["seed"]) == (str(folder), PROMPT, 3)
-    assert (record["layers"], record["arguments"]) == ([0, 1, 2, 3], {"num_inference_steps": 2})
+    assert (record["layers"], record["arguments"]) == (["embedding", 0, 1, 2], {"num_inference_steps": 2})
 
 
 @pytest.mark.parametrize(
     "layers, numbers",
     [
-        ("0:4:2", [0, 2]),
-        ("1,3", [1, 3]),
-        ("3, 1", [3, 1]),
+        ("0:3:2", [0, 2]),
+        ("0,2", [0, 2]),
+        ("2, 0", [2, 0]),
         ("2", [2]),
-        ("2:", [2, 3]),
+        ("-1", [2]),
+        ("-2:", [1, 2]),
+        ("1:", [1, 2]),
         (":1", [0]),
-        ("::3", [0, 3]),
-        ("0:4:3", [0, 3]),
+        ("::2", [0, 2]),
+        ("embedding", ["embedding"]),
+        ("embedding,0:2,-1", ["embedding", 0, 1, 2]),
     ],
 )
 def test_layers(folder, layers, numbers):
-    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", layers, "--out", "out") == 0
+    assert run("lens", PROMPT, "--model", folder, "--steps", 1, f"--layers={layers}", "--out", "out") == 0
     assert json.loads(Path("out/lens.json").read_text(encoding="utf-8"))["layers"] == numbers
-    assert {path.name for path in Path("out").glob("layer_*")} == {f"layer_{number:02}.png" for number in numbers}
+    names = {f"layer_{number:02}.png" if number != "embedding" else "embedding.png" for number in numbers}
+    assert {path.name for path in Path("out").iterdir()} == names | {"grid.png", "lens.json"}
 
 
 def test_layers_in_words():
-    assert parse_layers("0:8:2") == slice(0, 8, 2)
-    assert parse_layers("1,3,7") == [1, 3, 7]
+    assert parse_layers("0:8:2") == [slice(0, 8, 2)]
+    assert parse_layers("1,3,-1") == [1, 3, -1]
+    assert parse_layers("embedding, 0:4, -1") == ["embedding", slice(0, 4), -1]
 
 
 def test_the_folder_has_a_default(folder, here, capsys):
-    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", "3") == 0
+    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", "-1") == 0
     paths = capsys.readouterr().out.split()
     assert len(paths) == 3
     assert all((here / path).is_file() for path in paths)
@@ -115,22 +121,22 @@ def test_the_folder_has_a_default(folder, here, capsys):
 def test_a_folder_that_is_there_already_is_used(folder, here):
     (here / "out").mkdir()
     (here / "out" / "notes.txt").write_text("mine")
-    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", "3", "--out", here / "out") == 0
-    assert {path.name for path in (here / "out").iterdir()} == {"notes.txt", "grid.png", "layer_03.png", "lens.json"}
+    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", "2", "--out", here / "out") == 0
+    assert {path.name for path in (here / "out").iterdir()} == {"notes.txt", "grid.png", "layer_02.png", "lens.json"}
 
 
 def test_the_lens_draws_with_the_packaged_pipeline(here):
     prompt = "a red circle below a blue square on a gray background"
-    assert run("lens", prompt, "--steps", 2, "--layers", "1,12", "--out", "out") == 0
+    assert run("lens", prompt, "--steps", 2, "--layers", "0,11", "--out", "out") == 0
     record = json.loads((here / "out" / "lens.json").read_text(encoding="utf-8"))
-    assert (record["model"], record["layers"], record["seed"]) == (CLIP, [1, 12], 0)
-    assert pixels("out/layer_12.png").shape == (64, 64, 3)
+    assert (record["model"], record["layers"], record["seed"]) == (CLIP, [0, 11], 0)
+    assert pixels("out/layer_11.png").shape == (64, 64, 3)
 
 
 # generate
 
 
-def test_generate_writes_the_picture_of_the_bare_pipeline(folder, here, capsys):
+def test_generate_writes_the_image_of_the_bare_pipeline(folder, here, capsys):
     assert run("generate", PROMPT, "--model", folder, "--seed", 5, "--steps", 2, "--out", "out") == 0
     (path,) = capsys.readouterr().out.split()
     assert [file for file in here.rglob("*") if file.is_file()] == [here / path]
@@ -163,7 +169,7 @@ def test_unknown_words_are_warned_of(capsys):
 
 
 def test_unknown_words_are_warned_of_once_by_the_lens(capsys):
-    assert run("lens", "a pink circle", "--steps", 1, "--layers", "1,2,3", "--out", "out") == 0
+    assert run("lens", "a pink circle", "--steps", 1, "--layers", "0,1,2", "--out", "out") == 0
     assert capsys.readouterr().err.count("does not know 'pink'") == 1
 
 
@@ -240,7 +246,7 @@ def test_steps_that_are_none(capsys, here, folder, command, steps):
 
 
 @pytest.mark.parametrize(
-    "layers", ["4", "0,9", "-1", "0:4:0", "1:2:3:4", "x", "", "1,,2", "one:two", "4:9", "1.5"], ids=repr
+    "layers", ["3", "0,9", "-4", "0:3:0", "1:2:3:4", "x", "", "1,,2", "one:two", "4:9", "1.5"], ids=repr
 )
 def test_layers_that_are_none(capsys, here, folder, layers):
     message = refusal(capsys, here, "lens", PROMPT, "--model", folder, f"--layers={layers}", "--out", "out")
@@ -281,10 +287,10 @@ def test_a_model_that_takes_no_prompt(capsys, here, tmp_path_factory, command):
 def test_the_lens_looks_through_another_encoder(capsys, here, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "sdxl"
     tiny.stable_diffusion_xl().save_pretrained(folder)
-    options = ("--model", folder, "--layers", "1,3", "--steps", 1, "--out", "out")
+    options = ("--model", folder, "--layers", "embedding,2", "--steps", 1, "--out", "out")
     assert run("lens", PROMPT, *options, "--encoder", "text_encoder_2", "--batch-size", 1) == 0
     record = json.loads(Path("out/lens.json").read_text(encoding="utf-8"))
-    assert (record["encoder"], record["layers"]) == ("text_encoder_2", [1, 3])
+    assert (record["encoder"], record["layers"]) == ("text_encoder_2", ["embedding", 2])
     capsys.readouterr()
     message = refusal(capsys, here, "lens", PROMPT, *options, "--encoder", "text_encoder_3")
     assert "it has text_encoder, text_encoder_2" in message

@@ -495,7 +495,9 @@ def test_the_lens_on_the_packaged_pipeline(tmp_path):
     prompt = "a red circle below a blue square on a gray background"
     with warnings.catch_warnings():
         warnings.simplefilter("error", PromptWarning)
-        result = diffusion_lens(model, prompt, layers=["embedding", 5, 11], seed=1, progress=False, num_inference_steps=4)
+        result = diffusion_lens(
+            model, prompt, layers=["embedding", 5, 11], seed=1, progress=False, num_inference_steps=4
+        )
     model.set_progress_bar_config(disable=True)
     plain = model.generate(prompt, seed=1, num_inference_steps=4).images[0]
     assert same(result.images[2], plain)  # bit for bit

@@ -172,7 +172,9 @@ def test_a_negative_prompt_means_what_it_means(given):
     del arguments["prompt"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", LensWarning)
-        result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=SEED, layers=["embedding", 0], progress=False, **arguments)
+        result = diffusion_lens(
+            DiffusionModel(pipe), PROMPT, seed=SEED, layers=["embedding", 0], progress=False, **arguments
+        )
     for layer, image in zip(result.layers, result.images, strict=True):
         with leaving(parts(pipe, "text_encoder")[0], layer):
             assert close(image, draw("stable_diffusion_xl", pipe, negative_prompt="a photo of the blue"))
@@ -451,7 +453,9 @@ def test_an_encoder_of_which_nothing_is_seen():
     pipe = TEXT_PIPELINES["stable_diffusion"].build()
     encode = pipe.encode_prompt
     pipe.encode_prompt = lambda *args, **kwargs: tuple(2 * embeds for embeds in encode(*args, **kwargs))
-    with pytest.raises(InputError, match="no output of text_encoder was found unchanged in what StableDiffusionPipeline goes on with"):
+    with pytest.raises(
+        InputError, match="no output of text_encoder was found unchanged in what StableDiffusionPipeline goes on with"
+    ):
         lens("stable_diffusion", pipe)
 
 
@@ -459,7 +463,13 @@ def test_an_encoder_of_which_nothing_is_seen():
 
 
 def test_the_result_says_how_it_was_made(tmp_path):
-    settings = {"encoder": "text_encoder_2", "isolate": True, "norm": True, "pooled": "full", "layers": ["embedding", 1]}
+    settings = {
+        "encoder": "text_encoder_2",
+        "isolate": True,
+        "norm": True,
+        "pooled": "full",
+        "layers": ["embedding", 1],
+    }
     result = lens("stable_diffusion_xl", text_pipelines.built("stable_diffusion_xl"), **settings)
     assert {name: getattr(result, name) for name in settings} == settings | {"layers": ("embedding", 1)}
     result.save(tmp_path)

@@ -1,4 +1,4 @@
-"""Fidelity by layer, against the reader and plain diffusers on pictures made by hand."""
+"""Fidelity by layer, against the reader and plain diffusers on images made by hand."""
 
 import json
 import random
@@ -11,7 +11,6 @@ from PIL import Image
 import tiny
 from diffsight import DiffusionModel, InputError, LayerFidelity, layer_fidelity
 from diffsight.lenses.layer_fidelity import sample_prompts
-from diffsight.pipelines.shapes.evaluate import draw
 from diffsight.pipelines.shapes.reader import read
 from diffsight.pipelines.shapes.scenes import HELD_OUT, NOUNS, Scene, Thing, render
 from diffsight.pipelines.shapes.scoring import score
@@ -29,7 +28,20 @@ def model():
 
 @pytest.fixture(scope="module")
 def drawn(model):
-    return layer_fidelity(model, 4, layers=[12, 2], seed=3, progress=False, **FEW_STEPS)
+    return layer_fidelity(model, 4, layers=[11, "embedding"], seed=3, progress=False, **FEW_STEPS)
+
+
+@torch.no_grad()
+def draw(pipe, scene, layer, seed):
+    """The image of a scene's caption from a layer, in plain diffusers."""
+    encoder = pipe.text_encoder
+    ids = pipe.tokenizer([scene.caption()], padding="max_length", return_tensors="pt").input_ids
+    if layer == 11:  # the last
+        embeds = encoder(ids)[0]
+    else:
+        states = encoder(ids, output_hidden_states=True).hidden_states  # the embedding, layer 0, layer 1 …
+        embeds = encoder.final_layer_norm(states[0 if layer == "embedding" else layer + 1])
+    return pipe(prompt_embeds=embeds, generator=torch.Generator().manual_seed(seed), **FEW_STEPS).images[0]
 
 
 def seen_in(scene):
@@ -164,17 +176,15 @@ def test_layers_in_any_order():
 # On the packaged pipeline
 
 
-def test_pictures_are_those_of_plain_diffusers(model, drawn):
+def test_images_are_those_of_plain_diffusers(model, drawn):
     asked = sample_prompts(4)
     assert drawn.scenes == asked
-    assert (drawn.layers, drawn.encoder, drawn.model) == ((12, 2), "text_encoder", "diffsight/shapes-clip")
+    assert (drawn.layers, drawn.encoder, drawn.model) == ((11, "embedding"), "text_encoder", "diffsight/shapes-clip")
     model.pipeline.set_progress_bar_config(disable=True)
     for column, layer in enumerate(drawn.layers):
         for i, scene in enumerate(asked):
-            images = draw(
-                model.pipeline, [asked[0]] * (3 + i) + [scene], layer=layer, **FEW_STEPS
-            )  # seed 3 + i is last
-            assert drawn.seen[i][column] == read(images[-1])
+            image = draw(model.pipeline, scene, layer, seed=3 + i)
+            assert drawn.seen[i][column] == read(image)
             if len(scene.things) == 2:
                 seen = drawn.seen[i][column]
                 is_right = seen is not None and replace(seen, background=scene.background) == scene.canonical()
@@ -188,7 +198,7 @@ def test_save_tells_what_was_asked_and_seen(drawn, tmp_path):
     assert [one["prompt"] for one in record["prompts"]] == [scene.caption() for scene in drawn.scenes]
     assert record["figures"]["compound"] == drawn.figures["compound"].tolist()
     assert (record["first_layers"], record["order"]) == (drawn.first_layers(), drawn.order)
-    assert (record["layers"], record["seed"]) == ([12, 2], 3)
+    assert (record["layers"], record["seed"]) == ([11, "embedding"], 3)
     Image.open(tmp_path / "fidelity.png").verify()
 
 
@@ -197,26 +207,26 @@ def test_any_encoder_of_a_pipeline():
     result = layer_fidelity(
         DiffusionModel(tiny.deepfloyd_if()), [BELOW], progress=False, num_inference_steps=1, guidance_scale=1.0
     )
-    assert result.layers == (0, 1, 2, 3)
+    assert result.layers == ("embedding", 0, 1, 2)
     assert torch.equal(result.figures["compound"], torch.zeros(4).double())
 
 
 @pytest.mark.parametrize(
     "scenes, changes, message",
     [
-        (0, {}, "a number of prompts from 1 on"),
-        (-3, {}, "a number of prompts from 1 on"),
-        (True, {}, "a number of prompts from 1 on"),
-        ("a red circle", {}, "or scenes of your own"),
-        (["a red circle"], {}, "a scene is a Scene"),
+        (0, {}, "a number of prompts, 1 or more"),
+        (-3, {}, "a number of prompts, 1 or more"),
+        (True, {}, "a number of prompts, 1 or more"),
+        ("a red circle", {}, "or a list of Scenes"),
+        (["a red circle"], {}, "a scene must be a Scene"),
         ([], {}, "the list is empty"),
         (2, {"encoder": "text_encoder_2"}, "it has text_encoder"),
-        (2, {"layers": [13]}, "no layer 13"),
+        (2, {"layers": [12]}, "no layer 12"),
         ([Scene((RED,), None, "gray"), Scene((RED,) * 9, "above", "gray")], {}, "words would be dropped"),
     ],
     ids=str,
 )
-def test_bad_input_is_refused_before_pictures(model, scenes, changes, message):
+def test_bad_input_is_refused_before_images(model, scenes, changes, message):
     ran = []
     handle = model.pipeline.vae.decoder.register_forward_hook(lambda *_: ran.append(1))
     with pytest.raises(InputError, match=message):

@@ -243,7 +243,9 @@ def test_models_that_cannot_be_looked_into():
         logit_lens(writers.gpt2(), "a cat")
     with pytest.raises(InputError, match="no lm_head was found in GPT2Model"):
         logit_lens(writers.model(writers.gpt2().transformer), "a cat")
-    with pytest.raises(InputError, match="layers of ProphetNetForCausalLM do not return one hidden state for each token"):
+    with pytest.raises(
+        InputError, match="layers of ProphetNetForCausalLM do not return one hidden state for each token"
+    ):
         logit_lens(LanguageModel(architectures.build_causal("prophetnet")), architectures.tokens())
     with pytest.raises(PointNotFoundError, match="no layers were found in GPT2LMHeadModel: name them"):
         logit_lens(LanguageModel(writers.gpt2(), writers.TOKENIZER, names={"layers": None}), "a cat")

@@ -156,7 +156,9 @@ def test_bad_input_is_an_error_before_anything_runs(net, model, given, words):
 def test_a_model_that_does_not_write():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     bert = writers.build(transformers.BertForMaskedLM, transformers.BertConfig(vocab_size=330, **sizes))
-    with pytest.raises(InputError, match="a patchscope needs a decoder that generates text, but BertForMaskedLM is not one"):
+    with pytest.raises(
+        InputError, match="a patchscope needs a decoder that generates text, but BertForMaskedLM is not one"
+    ):
         patchscope_lens(writers.model(bert), PROMPTS[0])
 
 
