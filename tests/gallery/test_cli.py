@@ -1,4 +1,4 @@
-"""The command line: what it writes and prints, and how it refuses what it cannot do."""
+"""The command line: what it writes and prints, and its errors."""
 
 import json
 import os
@@ -23,7 +23,7 @@ PROMPT = "a red circle above a blue square"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pipeline on disk, of three layers of text encoder."""
+    """A pipeline on disk, whose text encoder has three layers."""
     folder = tmp_path_factory.mktemp("saved") / "pipe"
     tiny.stable_diffusion().save_pretrained(folder)
     return folder
@@ -31,13 +31,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Every command runs in a folder of its own, where nothing may be left that is not announced."""
+    """Run every command in a folder of its own, in which it may only leave the files that it announces."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def run(*argv):
-    """The exit status of a command."""
+    """Run a command and return its exit status."""
     try:
         return main([str(word) for word in argv])
     except SystemExit as end:
@@ -45,7 +45,7 @@ def run(*argv):
 
 
 def refusal(capsys, here, *argv):
-    """The message of a command that is refused: one line at the end of stderr, no traceback, no file."""
+    """Return the error of an invalid command: one line at the end of stderr, no traceback, no file."""
     before = sorted(here.rglob("*"))
     status = run(*argv)
     out, err = capsys.readouterr()
@@ -65,7 +65,7 @@ def pixels(path):
 # lens
 
 
-def test_the_lens_writes_what_it_says(folder, here, capsys):
+def test_the_lens_writes_the_files_that_it_prints(folder, here, capsys):
     assert run("lens", PROMPT, "--model", folder, "--steps", 2, "--seed", 3, "--out", "out") == 0
     out, _ = capsys.readouterr()
     names = ["embedding", "layer_00", "layer_01", "layer_02"]
@@ -118,7 +118,7 @@ def test_the_folder_has_a_default(folder, here, capsys):
     assert all((here / path).is_file() for path in paths)
 
 
-def test_a_folder_that_is_there_already_is_used(folder, here):
+def test_an_existing_folder_is_used(folder, here):
     (here / "out").mkdir()
     (here / "out" / "notes.txt").write_text("mine")
     assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", "2", "--out", here / "out") == 0
@@ -178,7 +178,7 @@ def test_unknown_words_are_warned_of_once_by_the_lens(capsys):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_models_are_listed(capsys, monkeypatch, there):
-    """Those that come with an extra too, and what is to be installed where it is missing."""
+    """Including models of an extra, with what to install if it is missing."""
     monkeypatch.setattr(loading, "find_spec", lambda name: there or None)
     assert run("models") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -196,7 +196,7 @@ def test_help_shows_an_example_that_is_accepted(capsys, command, here):
     assert example[1] in ("lens", "generate", "models")
     assert command in ((), (example[1],))
     if len(example) > 2:
-        example += ["--model", "no-such-model"]  # the last word counts: everything before it has been understood
+        example += ["--model", "no-such-model"]  # this is the error if everything before is valid
         assert "no-such-model" in refusal(capsys, here, *example[1:])
 
 
@@ -211,7 +211,7 @@ def test_help_names_the_options(capsys):
 
 
 @pytest.mark.parametrize("argv", [(), ("paint", PROMPT), ("lens",), ("generate",), ("lens", PROMPT, "--sed", "3")])
-def test_commands_that_are_none(capsys, here, argv):
+def test_invalid_commands(capsys, here, argv):
     refusal(capsys, here, *argv)
 
 
@@ -231,7 +231,7 @@ def test_a_prompt_that_is_too_long(capsys, here, folder, command):
 
 @pytest.mark.parametrize("command", ["lens", "generate"])
 @pytest.mark.parametrize("seed", ["-1", "x", "1.5", str(2**64)])
-def test_a_seed_that_is_none(capsys, here, folder, command, seed):
+def test_an_invalid_seed(capsys, here, folder, command, seed):
     message = refusal(capsys, here, command, PROMPT, "--model", folder, "--seed", seed, "--out", "out")
     assert "seed" in message
     assert seed in message
@@ -239,7 +239,7 @@ def test_a_seed_that_is_none(capsys, here, folder, command, seed):
 
 @pytest.mark.parametrize("command", ["lens", "generate"])
 @pytest.mark.parametrize("steps", ["0", "-3", "x", "2.5", "1001"])
-def test_steps_that_are_none(capsys, here, folder, command, steps):
+def test_invalid_steps(capsys, here, folder, command, steps):
     message = refusal(capsys, here, command, PROMPT, "--model", folder, "--steps", steps, "--out", "out")
     assert "steps" in message
     assert steps in message
@@ -248,7 +248,7 @@ def test_steps_that_are_none(capsys, here, folder, command, steps):
 @pytest.mark.parametrize(
     "layers", ["3", "0,9", "-4", "0:3:0", "1:2:3:4", "x", "", "1,,2", "one:two", "4:9", "1.5"], ids=repr
 )
-def test_layers_that_are_none(capsys, here, folder, layers):
+def test_invalid_layers(capsys, here, folder, layers):
     message = refusal(capsys, here, "lens", PROMPT, "--model", folder, f"--layers={layers}", "--out", "out")
     assert "layer" in message
 
@@ -284,7 +284,7 @@ def test_a_model_that_takes_no_prompt(capsys, here, tmp_path_factory, command):
     assert "DDPMPipeline" in message
 
 
-def test_the_lens_looks_through_another_encoder(capsys, here, tmp_path_factory):
+def test_the_lens_on_another_encoder(capsys, here, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "sdxl"
     tiny.stable_diffusion_xl().save_pretrained(folder)
     options = ("--model", folder, "--layers", "embedding,2", "--steps", 1, "--out", "out")
@@ -296,7 +296,7 @@ def test_the_lens_looks_through_another_encoder(capsys, here, tmp_path_factory):
     assert "it has text_encoder, text_encoder_2" in message
 
 
-def test_a_model_that_the_lens_cannot_look_through(capsys, here, tmp_path_factory):
+def test_a_model_without_a_text_encoder(capsys, here, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "ddpm"
     tiny.ddpm().save_pretrained(folder)
     message = refusal(capsys, here, "lens", PROMPT, "--model", folder, "--layers", "1", "--steps", 1, "--out", "out")

@@ -15,8 +15,6 @@ import tiny_vision
 from diffsight import (
     DiffusionModel,
     InputError,
-    LinearMap,
-    TargetPrompt,
     VisionLanguageModel,
     collect_activations,
     compare_encoders,
@@ -31,6 +29,8 @@ from diffsight import (
     steer,
 )
 from diffsight.lenses.layers import choose_layers, find_layer, in_model_order, layer_file, layer_title, state_of
+from diffsight.lenses.linear_map import LinearMap
+from diffsight.lenses.patchscope import TargetPrompt
 from diffsight.pipelines.shapes.reader import read
 from diffsight.pipelines.shapes.scenes import Scene, Thing
 

@@ -1,4 +1,4 @@
-"""Patchscopes, against the same by hand in plain PyTorch: a hook that puts a hidden state into another prompt."""
+"""Patchscopes, compared with a plain PyTorch hook that puts a hidden state into another prompt."""
 
 import json
 
@@ -7,16 +7,8 @@ import torch
 import transformers
 import writers
 
-from diffsight import (
-    DESCRIPTION,
-    IDENTITY,
-    InputError,
-    TargetPrompt,
-    patchscope_generate,
-    patchscope_lens,
-    repeat_prompt,
-    run_prompts,
-)
+from diffsight import InputError, patchscope_generate, patchscope_lens, run_prompts
+from diffsight.lenses.patchscope import DESCRIPTION, IDENTITY, TargetPrompt, repeat_prompt
 from diffsight.lenses.target_probabilities import Prompt
 
 PROMPTS = writers.PROMPTS
@@ -76,7 +68,7 @@ def test_a_model_that_caps_its_logits():
     net = writers.gemma2()
     result = patchscope_lens(writers.model(net), PROMPTS[1], target=SHORT, layers=-1, keep_logits=True)
     assert 0.1 < result.logits.abs().max() < 0.5
-    # In the last layer the target's last token is the prompt's: the model says what it says after the prompt.
+    # In the last layer the hidden state decides alone: the model predicts what it predicts after the prompt.
     with torch.no_grad():
         assert torch.allclose(result.logits[0, 0, 0], net(writers.ids(PROMPTS[1])).logits[0, -1], atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Steering a model in all that it does, against a plain hook."""
+"""Steering a model in everything it does, compared with a plain hook."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_a_forward_pass(net, model):
     expected = with_hooks(net, [1, 2], lambda out: out + VECTOR * 2, lambda: net(ids).logits)
     with torch.no_grad():
         assert torch.allclose(steered.trace(PROMPTS[0]).result.logits, expected, atol=1e-6)
-        assert torch.equal(model.trace(PROMPTS[0]).result.logits, net(ids).logits)  # the model itself is as it was
+        assert torch.equal(model.trace(PROMPTS[0]).result.logits, net(ids).logits)  # the model itself has not changed
 
 
 def test_every_token_it_writes(net, model):

@@ -1,6 +1,7 @@
 """Activations of many prompts, against plain hooks, prompt by prompt."""
 
 import json
+from importlib import import_module
 from importlib.metadata import version
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 import writers
 
 from diffsight import InputError, collect_activations, load_activations
-from diffsight.lenses import collect_activations as collecting
 
 PROMPTS = [*writers.PROMPTS, "hello king", "in Paris and London"]
 
@@ -69,14 +69,14 @@ def test_a_folder(model, tmp_path):
     assert json.loads((folder / "activations.json").read_text())["versions"]["torch"] == version("torch")
 
 
-def test_a_folder_is_there_when_it_is_whole(model, tmp_path, monkeypatch):
+def test_a_folder_appears_when_it_is_complete(model, tmp_path, monkeypatch):
     class Broken(Exception):
         pass
 
     def fail(*_):
         raise Broken
 
-    monkeypatch.setattr(collecting, "write_record", fail)
+    monkeypatch.setattr(import_module("diffsight.lenses.collect_activations"), "write_record", fail)
     with pytest.raises(Broken):
         collect_activations(model, PROMPTS, folder=tmp_path / "states")
     assert list(tmp_path.iterdir()) == []

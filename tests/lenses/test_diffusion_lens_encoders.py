@@ -1,4 +1,4 @@
-"""The diffusion lens on every family of text encoder, against the bare pipeline with hooks of PyTorch."""
+"""The diffusion lens on every family of text encoder, against the bare pipeline with PyTorch hooks."""
 
 import contextlib
 import json
@@ -13,7 +13,8 @@ from PIL import Image, ImageSequence
 from text_pipelines import PROMPT, TEXT_PIPELINES
 
 import tiny
-from diffsight import DiffusionModel, InputError, LensWarning, diffusion_lens
+from diffsight import DiffusionModel, InputError, diffusion_lens
+from diffsight.lenses.encoders.drawing import LensWarning
 
 SEED = 4
 ENCODERS = [
@@ -45,7 +46,7 @@ ENCODERS = [
 
 
 def parts(pipe, name):
-    """The layers and the final norm of an encoder, by hand."""
+    """Return the layers and the final norm of an encoder."""
     encoder = getattr(pipe, name)
     lists = {"CLIPTextModel": ("encoder.layers", "final_layer_norm")}
     lists |= {"CLIPTextModelWithProjection": ("text_model.encoder.layers", "text_model.final_layer_norm")}
@@ -62,7 +63,7 @@ def first(value):
 
 
 def hook(module, function, before=False):
-    """`function(value, n)` at the n-th call; what it gives takes the place of the value, if it gives anything."""
+    """Call `function(value, n)` at the n-th call. What it returns, if anything, replaces the value."""
     count = iter(range(1000))
     if before:
         return module.register_forward_pre_hook(
@@ -74,7 +75,7 @@ def hook(module, function, before=False):
 
 @contextlib.contextmanager
 def leaving(layers, layer):
-    """Within it the first call of the encoder goes out of all layers behind `layer` with what that one gave."""
+    """Make all layers behind `layer` return the output of `layer` in the first call of the encoder."""
     taken = []
 
     def take(value, call):
@@ -109,7 +110,7 @@ def lens(name, pipe, **settings):
 
 
 def difference(a, b):
-    """The largest, of images in 255ths, of sounds and videos of numbers as it is."""
+    """Return the largest difference: in 255ths for images, as it is for sounds and for videos of floats."""
     a, b = (np.asarray(one if not isinstance(one, list) else np.stack(list(map(np.asarray, one)))) for one in (a, b))
     return np.abs(a.astype(float) - b.astype(float)).max()
 
@@ -166,7 +167,7 @@ def test_batch_size_bounds_the_rows_of_a_call(size, rows):
 
 
 @pytest.mark.parametrize("given", ["a photo of the blue", ["a photo of the blue"]], ids=["text", "list"])
-def test_a_negative_prompt_means_what_it_means(given):
+def test_a_negative_prompt_keeps_its_effect(given):
     pipe = text_pipelines.built("stable_diffusion_xl")
     arguments = TEXT_PIPELINES["stable_diffusion_xl"].inputs(negative_prompt=given)
     del arguments["prompt"]
@@ -201,7 +202,7 @@ def tokens(tokenizer, text, **settings):
 
 @contextlib.contextmanager
 def empty_prompt_for(pipe, name, **settings):
-    """Within it the first call of an encoder is given the tokens of an empty prompt."""
+    """Pass the tokens of an empty prompt to the first call of an encoder."""
     ids = tokens(getattr(pipe, name.replace("text_encoder", "tokenizer")), "", **settings)
     count = iter(range(1000))
 
@@ -217,7 +218,7 @@ def empty_prompt_for(pipe, name, **settings):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_the_second_encoder_of_sdxl_alone(norm):
-    """The tutorial's way: the layer goes into the place of the last but one, the pooled vector stays."""
+    """As in the tutorial: the layer replaces the last but one, and the pooled vector stays."""
     pipe = text_pipelines.built("stable_diffusion_xl")
     layers, final = parts(pipe, "text_encoder_2")
     result = lens(
@@ -242,7 +243,7 @@ def test_the_second_encoder_of_sdxl_alone(norm):
 
 
 def put_state(output, call, state):
-    """Another last but one hidden state in what an encoder returns for the prompt."""
+    """Replace the last but one hidden state in what an encoder returns for the prompt."""
     if call == 0:
         states = output.hidden_states
         output.hidden_states = (*states[:-2], state, states[-1])
@@ -265,7 +266,7 @@ def test_isolating_the_only_encoder_changes_nothing():
 
 
 def test_isolating_leaves_the_templates_of_others():
-    """Kandinsky 5's language model reads the prompt in a template, and the template alone when CLIP is isolated."""
+    """Kandinsky 5's language model reads the prompt in a template, and only the template if CLIP is isolated."""
     pipe = TEXT_PIPELINES["kandinsky5"].build()
     texts = []
     pipe.text_encoder.register_forward_pre_hook(
@@ -298,7 +299,7 @@ def test_norm_where_the_pipeline_takes_states_without_it(name):
     assert not close(result.images[1], lens(name, pipe, layers=1).images[0])
 
 
-def test_norm_where_it_is_applied_anyway():
+def test_norm_where_the_pipeline_applies_it():
     pipe = text_pipelines.built("stable_diffusion")
     both = [lens("stable_diffusion", pipe, layers=0, norm=norm).images[0] for norm in (False, True)]
     assert difference(*both) == 0
@@ -311,7 +312,7 @@ def test_the_pooled_vector_of_the_layer_or_of_all():
     )
     with leaving(parts(pipe, "text_encoder")[0], 0):
         assert difference(of_layer, draw("flux", pipe)) == 0
-    assert difference(full, draw("flux", pipe)) == 0  # CLIP's layers are seen through its pooled vector alone
+    assert difference(full, draw("flux", pipe)) == 0  # CLIP's layers only affect its pooled vector
     assert not close(of_layer, full)
 
 
@@ -345,7 +346,7 @@ def test_edits_of_the_model_are_kept():
 
 
 class OneByOne(tiny.diffusers.StableDiffusionPipeline):
-    """Takes a single prompt."""
+    """Accepts a single prompt only."""
 
     def check_inputs(self, prompt, *args, **kwargs):
         if not isinstance(prompt, str):
@@ -388,7 +389,7 @@ def test_an_error_of_the_pipeline_is_its_own():
 
 
 def refusal(name, **settings):
-    """The message that the lens refuses with, before the denoiser has run."""
+    """Return the message of an invalid call of the lens, and check that the denoiser has not run."""
     pipe, ran = TEXT_PIPELINES[name].build(), []
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     denoiser.register_forward_hook(lambda module, args, output: ran.append(module))
@@ -398,20 +399,20 @@ def refusal(name, **settings):
     return str(error.value)
 
 
-def test_an_encoder_that_is_not_there():
+def test_an_encoder_that_does_not_exist():
     message = refusal("flux", encoder="text_encoder_3")
     assert "no text encoder 'text_encoder_3'" in message
     assert "it has text_encoder, text_encoder_2" in message
 
 
-def test_layers_behind_what_the_pipeline_takes():
+def test_layers_that_the_pipeline_does_not_use():
     message = refusal("lumina", layers=-1)
     assert "layer -1 has no effect" in message
     assert 'choose from "embedding" and 0 to 1' in message
 
 
 def test_a_prompt_that_this_encoder_cuts():
-    """CLIP takes 77 tokens; T5 would take more."""
+    """CLIP reads 77 tokens; T5 would read more."""
     prompt = "a red circle " * 26
     pipe = TEXT_PIPELINES["stable_diffusion_3"].build()
     pipe.tokenizer_3.model_max_length = 512
@@ -425,7 +426,7 @@ def test_a_prompt_that_this_encoder_cuts():
 
 
 @pytest.mark.parametrize("name", ["audioldm2", "stable_diffusion", "sana"])
-def test_a_prompt_that_ends_as_it_begins_is_not_cut(name):
+def test_a_prompt_that_ends_as_it_begins_is_not_truncated(name):
     result = lens(name, text_pipelines.built(name), prompt="a red circle a red", layers=0)
     assert result.layers == (0,)
 
@@ -436,7 +437,7 @@ def test_an_encoder_without_a_final_norm():
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "2"], ids=repr)
-def test_a_batch_size_that_is_none(size):
+def test_an_invalid_batch_size(size):
     assert "batch_size" in refusal("stable_diffusion", batch_size=size)
 
 
@@ -449,7 +450,7 @@ def test_a_pipeline_that_makes_no_images():
         lens("kandinsky_prior", text_pipelines.built("kandinsky_prior"))
 
 
-def test_an_encoder_of_which_nothing_is_seen():
+def test_an_encoder_whose_use_is_not_found():
     pipe = TEXT_PIPELINES["stable_diffusion"].build()
     encode = pipe.encode_prompt
     pipe.encode_prompt = lambda *args, **kwargs: tuple(2 * embeds for embeds in encode(*args, **kwargs))

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import nn
 
 import tiny
-from diffsight import DiffusionLensResult, DiffusionModel, InputError, diffusion_lens
+from diffsight import DiffusionModel, InputError, diffusion_lens
+from diffsight.lenses.diffusion_lens import DiffusionLensResult
 from diffsight.pipelines.diffusion.prompts import PromptWarning
 
 PROMPT = "a red circle above a blue square"
@@ -39,7 +40,7 @@ LAST = 2
 
 
 def arguments_of(name):
-    """The arguments of a call, without the prompt, of a pipeline that draws PIL images."""
+    """Return the arguments of a call without the prompt, for a pipeline that draws PIL images."""
     drop = ("prompt", "output_type")
     return {key: value for key, value in tiny.PIPELINES[name].inputs().items() if key not in drop}
 
@@ -62,7 +63,7 @@ def draw(pipe, seed, **arguments):
 
 
 def draw_by_hand(pipe, paths, layer, seed, **arguments):
-    """The image from one layer, with hooks of PyTorch: what the layer returns for the prompt goes into the norm."""
+    """Draw the image from one layer with PyTorch hooks: the layer's output for the prompt goes into the norm."""
     layers, norm = (pipe.text_encoder.get_submodule(path) for path in paths)
     taken, replaced = [], []
 
@@ -74,7 +75,7 @@ def draw_by_hand(pipe, paths, layer, seed, **arguments):
 
     def put(module, args):
         replaced.append(None)
-        if len(replaced) == 1:  # the prompt comes first, then what guidance is away from
+        if len(replaced) == 1:  # the prompt comes first, then the negative prompt
             return (taken[0],)
 
     hooks = [norm.register_forward_pre_hook(put)]
@@ -94,13 +95,13 @@ def same(image, other):
 
 
 def close(image, other):
-    """Whether no value of a pixel differs by more than 2 of 255, which is what computing in a batch may change."""
+    """Return whether no pixel differs by more than 2 of 255, as computing in a batch may change it."""
     a, b = (np.asarray(one, dtype=int) for one in (image, other))
     return a.shape == b.shape and np.abs(a - b).max() <= 2
 
 
 def watched(pipe):
-    """A model, and the list of the components that have run."""
+    """Return a model, and the list of components that have run."""
     ran = []
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
@@ -109,7 +110,7 @@ def watched(pipe):
 
 
 def refusal(pipe, *args, **kwargs):
-    """The message that a call of the lens is refused with, before the denoiser has run."""
+    """Return the message of an invalid call of the lens, and check that the denoiser has not run."""
     model, ran = watched(pipe)
     with pytest.raises(InputError) as error:
         diffusion_lens(model, *args, progress=False, **kwargs)
@@ -120,7 +121,7 @@ def refusal(pipe, *args, **kwargs):
 # Images
 
 
-def test_every_layer_is_drawn_as_by_hand(name):
+def test_every_layer_as_by_hand(name):
     pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
     wanted = [draw_by_hand(pipe, KINDS[name], layer, 3, **arguments) for layer in LAYERS]
     model = DiffusionModel(pipe)
@@ -157,7 +158,7 @@ def test_a_negative_prompt_is_encoded_in_full(sd):
 
 
 def test_a_prompt_before_an_instruction():
-    """Sana puts its prompt behind an instruction, of which it cuts the encoding off."""
+    """Sana puts an instruction before its prompt, and removes its encoding."""
     pipe, arguments = tiny.PIPELINES["sana"].build(), arguments_of("sana")
     arguments |= {"complex_human_instruction": ["a photo of the"]}
     wanted = [draw_by_hand(pipe, GEMMA, layer, 0, **arguments) for layer in (0, LAST)]
@@ -203,7 +204,7 @@ def test_layers_are_chosen(sd, by_hand, layers, numbers):
 
 
 @pytest.mark.parametrize("layers", [3, -4, [0, 3], [1.0], ["1"], [True], range(2, 5), "1,2", "embeddings"], ids=repr)
-def test_layers_that_are_not_there(sd, layers):
+def test_layers_that_do_not_exist(sd, layers):
     message = refusal(sd, PROMPT, layers=layers, **SD)
     assert "there is no layer" in message
     assert 'choose from "embedding" and 0 to 2' in message
@@ -216,7 +217,7 @@ def test_no_layers(sd, layers):
     assert 'choose from "embedding" and 0 to 2' in message
 
 
-def test_a_slice_that_stands_still(sd):
+def test_a_slice_with_a_step_of_zero(sd):
     assert "step" in refusal(sd, PROMPT, layers=slice(0, 3, 0), **SD)
 
 
@@ -229,7 +230,7 @@ def test_an_empty_prompt(sd, prompt):
 
 
 @pytest.mark.parametrize("prompt", [[PROMPT], None, 3], ids=repr)
-def test_a_prompt_that_is_not_one_text(sd, prompt):
+def test_a_prompt_that_is_not_a_string(sd, prompt):
     assert f"not {type(prompt).__name__}" in refusal(sd, prompt, **SD)
 
 
@@ -238,7 +239,7 @@ def test_a_prompt_that_is_too_long(sd):
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, "1"], ids=repr)
-def test_a_seed_that_is_none(sd, seed):
+def test_an_invalid_seed(sd, seed):
     assert repr(seed) in refusal(sd, PROMPT, seed=seed, **SD)
 
 
@@ -254,7 +255,7 @@ def test_a_pipeline_without_a_text_encoder():
     assert "DDPMPipeline has no text encoder" in message
 
 
-def test_what_is_no_model(sd):
+def test_an_invalid_model(sd):
     with pytest.raises(InputError, match="takes a DiffusionModel, not StableDiffusionPipeline"):
         diffusion_lens(sd, PROMPT)
 
@@ -270,7 +271,7 @@ def test_unknown_words_are_warned_of_once_at_the_users_line():
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl"])
-def test_nothing_is_left_on_the_pipeline(name, capsys):  # drawn, and refused half way
+def test_nothing_is_left_on_the_pipeline(name, capsys):  # after an image, and after an error half way
     pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
     draw(pipe, 0, **arguments)
     pipe.set_progress_bar_config(desc="denoising", leave=False)
@@ -296,7 +297,7 @@ def test_a_pipeline_whose_progress_bar_was_never_set_shows_it_afterwards(sd, cap
 def test_a_progress_bar_over_the_layers(sd, capsys):
     diffusion_lens(DiffusionModel(sd), PROMPT, layers=["embedding", 1], **SD)
     shown = capsys.readouterr().err
-    assert "layers embedding, 1" in shown  # one bar for both, which goes on with the denoising
+    assert "layers embedding, 1" in shown  # one bar for both, which counts the denoising steps
     assert shown.count(" 0/3 ") == 1
     assert "3/3" in shown
 
@@ -312,7 +313,7 @@ def test_the_model_can_be_used_on(sd):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pipeline on disk, so that the record of a result can name it."""
+    """A pipeline on disk, which the record of a result can name."""
     folder = tmp_path_factory.mktemp("saved") / "pipe"
     tiny.stable_diffusion().save_pretrained(folder)
     return folder
@@ -323,7 +324,7 @@ def result(folder):
     return diffusion_lens(DiffusionModel(folder), PROMPT, layers=["embedding", 0, -1], seed=7, progress=False, **SD)
 
 
-def test_the_result_says_what_it_was_made_of(folder, result):
+def test_the_result_records_its_inputs(folder, result):
     assert isinstance(result, DiffusionLensResult)
     assert all(isinstance(image, Image.Image) and image.size == (32, 32) for image in result.images)
     assert (result.layers, result.prompt, result.seed) == (("embedding", 0, 2), PROMPT, 7)
@@ -410,7 +411,7 @@ def test_the_run_is_repeated_from_its_record(result, tmp_path):
     assert all(map(same, again.images, result.images))
 
 
-def test_a_prompt_in_another_script_is_recorded_as_it_is(result, tmp_path):
+def test_a_prompt_in_another_script_is_recorded_verbatim(result, tmp_path):
     prompt = "ein roter Kreis über 北京"
     DiffusionLensResult(result.images, result.layers, prompt, 7, result.model, SD).save(tmp_path)
     text = (tmp_path / "lens.json").read_text(encoding="utf-8")

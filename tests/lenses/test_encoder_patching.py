@@ -1,4 +1,4 @@
-"""Patching between prompts and encoders, against the bare pipelines with hooks of PyTorch."""
+"""Patching between prompts and encoders, against the bare pipelines with PyTorch hooks."""
 
 import contextlib
 import json
@@ -11,7 +11,9 @@ import torch
 from text_pipelines import TEXT_PIPELINES
 
 import tiny
-from diffsight import DiffusionModel, InputError, LensWarning, LinearMap, encoder_patching
+from diffsight import DiffusionModel, InputError, encoder_patching
+from diffsight.lenses.encoders.drawing import LensWarning
+from diffsight.lenses.linear_map import LinearMap
 
 SOURCE, TARGET = "a red circle above a blue square", "a red square above a blue square"
 SEED = 4
@@ -40,8 +42,9 @@ def layers_of(encoder):
 
 @contextlib.contextmanager
 def hooked(encoder, layer, function):
-    """Within it `function(state, call)` sees the output of a layer, or the input of the first for "embedding". What it
-    returns, if anything, replaces it."""
+    """Call `function(state, call)` with the output of a layer, or the input of the first for "embedding".
+
+    What it returns, if anything, replaces the state."""
     calls = iter(range(1000))
     if layer != "embedding":
 
@@ -80,7 +83,7 @@ def draw(name, pipe, prompt):
 
 
 def state_of(name, pipe, encoder, layer, prompt):
-    """The hidden state of the prompt, (1, tokens, features)."""
+    """Return the hidden state of the prompt, (1, tokens, features)."""
     states = []
     with hooked(getattr(pipe, encoder), layer, lambda state, call: states.append(state.clone())):
         draw(name, pipe, prompt)
@@ -88,7 +91,7 @@ def state_of(name, pipe, encoder, layer, prompt):
 
 
 def patched(name, pipe, encoder, layer, tokens, state):
-    """The image of the target with `state`, (tokens, features), in the place of `tokens`."""
+    """Draw the target with `state`, (tokens, features), in place of `tokens`."""
 
     def put(hidden, call):
         if call:
@@ -102,7 +105,7 @@ def patched(name, pipe, encoder, layer, tokens, state):
 
 
 def place_of(pipe, name, encoder, word, prompt):
-    """The tokens of a word: its first place where the prompt's own tokens begin among those that the encoder got."""
+    """Return the tokens of a word among those that the encoder reads."""
     seen = []
     handle = getattr(pipe, encoder).register_forward_pre_hook(
         lambda m, args, kwargs: seen.append(args[0] if args else kwargs["input_ids"]), with_kwargs=True
@@ -125,7 +128,7 @@ def difference(a, b):
     return np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).max()
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize(("name", "encoder"), KINDS)
@@ -151,7 +154,7 @@ def test_every_layer_as_with_hooks_by_hand(name, encoder):
 
 
 def test_words_and_layers_make_a_table_of_images():
-    """Other words, into others, from other layers."""
+    """With other words, into other words, from other layers."""
     pipe, name = text_pipelines.built("stable_diffusion"), "stable_diffusion"
     given = {
         "words": ["red circle", "above"],
@@ -192,7 +195,7 @@ def test_spans_of_different_length():
         assert difference(result.images[0][0], patched(name, pipe, "text_encoder", 0, range(3, 4), wanted)) == 0
 
 
-def test_the_prompt_that_is_patched_is_not_the_negative_one():
+def test_the_negative_prompt_is_not_patched():
     pipe = text_pipelines.built("stable_diffusion")
     arguments = settings("stable_diffusion") | {"negative_prompt": TARGET}
     model = DiffusionModel(pipe)
@@ -201,7 +204,7 @@ def test_the_prompt_that_is_patched_is_not_the_negative_one():
     state = state_of("stable_diffusion", pipe, "text_encoder", 1, SOURCE)[0, 3]
 
     def put(hidden, call):
-        if call == 0:  # the second call is that of the negative prompt
+        if call == 0:  # the second call reads the negative prompt
             hidden[:, 3] = state
 
     with hooked(pipe.text_encoder, 1, put):
@@ -252,7 +255,7 @@ def test_two_fine_tunes_as_two_runs_in_lockstep():
 
 
 def same_width():
-    """SDXL's two encoders, here both 32 wide."""
+    """Return an SDXL pipeline whose text encoders both have 32 features."""
     pipe = TEXT_PIPELINES["stable_diffusion_xl"].build()
     pipe.text_encoder = tiny.clip_encoder(pipe.tokenizer, width=32, seed=6)
     sizes = {"cross_attention_dim": 64, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
@@ -287,7 +290,7 @@ def fitted(pipe, **given):
 
 
 def test_a_linear_map_between_encoders_of_different_width():
-    """Against the least squares of NumPy, on the states that hooks see."""
+    """Compared with NumPy's least squares on the states that hooks see."""
     pipe, name = text_pipelines.built("stable_diffusion_xl"), "stable_diffusion_xl"
     mapping = fitted(pipe, layers=[1], source_layers=[-3])
     x = np.concatenate([state_of(name, pipe, "text_encoder_2", 0, p)[0, 1:8].double() for p in PROMPTS])
@@ -324,7 +327,7 @@ def test_maps_between_tokenizers_that_cut_words_differently():
 
 
 def refusal(name, source=SOURCE, target=TARGET, **given):
-    """The message that the lens refuses with, before the denoiser has run."""
+    """Return the message of an invalid call of the lens, and check that the denoiser has not run."""
     pipe, ran = TEXT_PIPELINES[name].build(), []
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     denoiser.register_forward_hook(lambda module, args, output: ran.append(module))
@@ -367,7 +370,7 @@ LONG = "a red circle " * 26
     ],
     ids=str,
 )
-def test_what_cannot_be_patched(given, message):
+def test_invalid_input(given, message):
     assert message in refusal("stable_diffusion", **given)
 
 
@@ -392,7 +395,7 @@ def test_encoders_of_different_width_need_a_map():
 
 
 def test_a_map_between_encoders_of_other_models(tmp_path):
-    """Their encoders have the same name, and may have the same width."""
+    """Text encoders of different models can have the same name and width."""
     folder = tmp_path / "fine-tune"
     with_other_text_encoder().save_pretrained(folder)
     other = DiffusionModel(folder)
@@ -442,7 +445,7 @@ def test_the_result_says_how_it_was_made(tmp_path):
 
 
 def test_a_word_on_the_packaged_pipeline():
-    """At the embedding "circle" is all that the prompts differ in; behind the first layer its neighbours know."""
+    """At the embedding the prompts differ in "circle" only; behind the first layer its neighbours know, too."""
     model = DiffusionModel("diffsight/shapes-clip")
     given = {"words": "circle", "layers": ["embedding", 11], "seed": 0, "progress": False, "num_inference_steps": 10}
     result = encoder_patching(model, f"{SOURCE} on a gray background", f"{TARGET} on a gray background", **given)

@@ -1,4 +1,4 @@
-"""The comparison of text encoders, against formulas and calls of the encoders written by hand."""
+"""The comparison of text encoders, against formulas and calls of the encoders by hand."""
 
 import json
 
@@ -12,7 +12,8 @@ from text_pipelines import TEXT_PIPELINES
 from torch.nn import functional
 
 import tiny
-from diffsight import DiffusionModel, EncoderComparison, InputError, compare_encoders, diffusion_lens, linear_cka
+from diffsight import DiffusionModel, InputError, compare_encoders, diffusion_lens
+from diffsight.lenses.compare_encoders import EncoderComparison, linear_cka
 
 PROMPTS = ["a red circle above a blue square", "a photo of a cat", "a blue cat", "a green square on a red circle"]
 SD = {"num_inference_steps": 2, "guidance_scale": 4.0}
@@ -40,7 +41,7 @@ def both(sd, if_):
 
 
 def by_hand(model, prompt, name="", **settings):
-    """The hidden states of a prompt's own tokens, (layers, tokens, features), and the texts of these tokens."""
+    """Return the hidden states of a prompt's own tokens, (layers, tokens, features), and these tokens as text."""
     tokenizer, encoder = (getattr(model.pipeline, part + name) for part in ("tokenizer", "text_encoder"))
     given = tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     settings = {"attention_mask": given.attention_mask} if isinstance(encoder, tiny.transformers.T5EncoderModel) else {}
@@ -53,7 +54,7 @@ def by_hand(model, prompt, name="", **settings):
 
 
 def plain_cka(x, y):
-    """Kornblith et al., section 3, as it stands there: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), linear kernels."""
+    """Return the CKA as Kornblith et al. write it in section 3: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))."""
     n = len(x)
     center = np.eye(n) - np.ones((n, n)) / n
 
@@ -89,15 +90,17 @@ def test_cka_does_not_see_rotation_scale_and_shift():
     assert linear_cka(x, 3 * x @ turn + 5) == pytest.approx(1)
     assert linear_cka(x @ turn * -0.1, y) == pytest.approx(linear_cka(x, y))
     assert linear_cka(x, y) == pytest.approx(linear_cka(y, x))
-    assert abs(linear_cka(x * torch.arange(1, 7), y) - linear_cka(x, y)) > 1e-3  # unlike scales of features it sees
+    assert (
+        abs(linear_cka(x * torch.arange(1, 7), y) - linear_cka(x, y)) > 1e-3
+    )  # but the scale of single features matters
 
 
-def test_cka_of_vectors_that_are_the_same_is_no_number():
+def test_cka_of_equal_vectors_is_nan():
     assert np.isnan(linear_cka(torch.ones(4, 3), vectors(4, 3)))
 
 
 @pytest.mark.parametrize("x, y", [((4, 3), (5, 3)), ((1, 3), (1, 3)), ((4,), (4,))])
-def test_cka_of_what_cannot_be_compared(x, y):
+def test_cka_of_sets_that_cannot_be_compared(x, y):
     with pytest.raises(InputError, match="equally many vectors"):
         linear_cka(torch.ones(x), torch.ones(y))
 
@@ -112,7 +115,7 @@ def test_vectors_are_the_means_of_the_prompts_own_tokens(both, sd, if_):
         for i, prompt in enumerate(PROMPTS):
             states, words = by_hand(model, prompt)
             if name == "T5":
-                states = states[:-1]  # transformers puts the last through the norm
+                states = states[:-1]  # transformers applies the norm to the last
             assert list(found.words[i]) == words
             for vectors, state in zip(found.vectors, states):
                 assert torch.allclose(vectors[i], state.mean(0), atol=1e-5)
@@ -189,11 +192,11 @@ def test_settings_of_the_lens_and_layers(sdxl):
         assert result[name].layers == result[name].lens[0].layers == (1, "embedding")
         wanted = diffusion_lens(sdxl, PROMPTS[0], encoder=name, layers=[1, "embedding"], seed=1, **settings, **QUIET)
         assert [i.tobytes() for i in result[name].lens[0].images] == [i.tobytes() for i in wanted.images]
-    assert torch.allclose(result.drift("text_encoder", 0)[1], torch.ones(1))  # the layer given last
+    assert torch.allclose(result.drift("text_encoder", 0)[1], torch.ones(1))  # the last of the given layers
 
 
 def test_own_tokens_behind_a_template():
-    """Qwen-Image puts its prompts behind an instruction."""
+    """Qwen-Image puts an instruction before its prompts."""
     model = DiffusionModel(text_pipelines.built("qwen_image"))
     inputs = TEXT_PIPELINES["qwen_image"].inputs()
     del inputs["prompt"]
@@ -253,7 +256,7 @@ def test_save_writes_everything(both, tmp_path):
 
 @pytest.fixture
 def drawing(sdxl, monkeypatch):
-    """The modules that would draw; nothing of them may run."""
+    """Check that no module that draws runs."""
     ran = []
     handles = [m.register_forward_hook(lambda *_: ran.append(1)) for m in (sdxl.pipeline.unet, sdxl.pipeline.vae)]
     yield ran
@@ -291,7 +294,7 @@ def test_bad_input_is_refused_before_images(sdxl, drawing, changes, message):
         compare_encoders(sdxl, **given)
 
 
-def test_what_is_no_model_and_models_without_text():
+def test_invalid_models_and_models_without_text_encoder():
     with pytest.raises(InputError, match="DiffusionModels, not str"):
         compare_encoders("diffsight/shapes-clip", PROMPTS)
     with pytest.raises(InputError, match="no text encoder"):

@@ -1,4 +1,4 @@
-"""The logit lens, against the same by hand in plain PyTorch."""
+"""The logit lens, compared with the same in plain PyTorch."""
 
 import json
 from importlib.metadata import version
@@ -13,14 +13,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffsight import InputError, LanguageModel, PointNotFoundError, Prompt, logit_lens, run_prompts
+from diffsight import InputError, LanguageModel, logit_lens, run_prompts
+from diffsight.errors import PointNotFoundError
+from diffsight.lenses.target_probabilities import Prompt
 from diffsight.lenses.tokens import reader
 
 PROMPTS = writers.PROMPTS
 
 
 def by_hand(net, text):
-    """The probabilities, (layers, tokens, vocabulary), of a GPT-2."""
+    """Return the probabilities of a GPT-2, (layers, tokens, vocabulary)."""
     states = writers.hidden_states(net, net.transformer.h, writers.ids(text))
     with torch.no_grad():
         return torch.stack([net.lm_head(net.transformer.ln_f(hidden))[0] for hidden in states]).softmax(-1)
@@ -71,7 +73,7 @@ def test_chosen_tokens(net, model):
 
 
 @pytest.mark.parametrize("build", [writers.gpt2, writers.llama, writers.gemma2])
-def test_the_last_layer_says_what_the_model_says(build):
+def test_the_last_layer_predicts_what_the_model_predicts(build):
     net = build()
     result = logit_lens(writers.model(net), PROMPTS[1], layers=-1, keep_logits=True)
     with torch.no_grad():
@@ -88,7 +90,7 @@ def test_other_architectures(kind):
         assert torch.allclose(result.logits[:, 0], net(ids).logits, atol=1e-5)
 
 
-def test_weights_that_are_loaded_by_the_lens(tmp_path):
+def test_the_lens_loads_the_weights(tmp_path):
     net = writers.gemma2()
     net.save_pretrained(tmp_path)
     writers.TOKENIZER.save_pretrained(tmp_path)
@@ -216,7 +218,7 @@ def encoder_decoder(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_an_encoder_and_a_decoder(kind):
-    """The decoder's layers, at its own tokens; what the last says is what the model says."""
+    """The lens reads the decoder's layers at the decoder's tokens; the last layer predicts what the model predicts."""
     net = encoder_decoder(kind)
     model, written = writers.model(net), torch.arange(12).reshape(3, 4) + 5
     result = logit_lens(model, PROMPTS[:3], decoder_input_ids=written, batch_size=2, keep_logits=True, tokens=[7])

@@ -1,4 +1,4 @@
-"""The logit lens on an image: each patch as by hand, in its place."""
+"""The logit lens on an image: each patch, compared with the same by hand."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_every_patch_as_by_hand_in_its_place(kind):
 
 @torch.no_grad()
 def test_images_of_many_prompts_go_along_in_batches():
-    """One of each prompt, or a list of them; a single image goes with all."""
+    """One image for each prompt, or a list of images; a single image belongs to all prompts."""
     model, texts = model_of("llava"), ["a red circle", "a square", "the photo of a circle"]
     images = [IMAGE, IMAGE.rotate(90), [IMAGE, IMAGE.rotate(180)]]
     several = logit_lens(model, texts, images=images, positions=-1, keep_logits=True, batch_size=2)
@@ -51,7 +51,7 @@ def test_images_of_many_prompts_go_along_in_batches():
 
 
 def test_the_image_is_what_the_model_sees():
-    """LLaVA's processor cuts a square out of the middle; Qwen2-VL's takes all of it."""
+    """LLaVA's processor crops a square from the middle; Qwen2-VL's keeps the whole image."""
     assert image_token_lens(model_of("llava"), PROMPT, IMAGE).image.size == (32, 32)
     assert image_token_lens(model_of("qwen2_vl"), PROMPT, IMAGE).image.size == (96, 64)
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import tiny
-from diffsight import DiffusionModel, InputError, LayerFidelity, layer_fidelity
-from diffsight.lenses.layer_fidelity import sample_prompts
+from diffsight import DiffusionModel, InputError, layer_fidelity
+from diffsight.lenses.layer_fidelity import LayerFidelity, sample_prompts
 from diffsight.pipelines.shapes.reader import read
 from diffsight.pipelines.shapes.scenes import HELD_OUT, NOUNS, Scene, Thing, render
 from diffsight.pipelines.shapes.scoring import score
@@ -33,7 +33,7 @@ def drawn(model):
 
 @torch.no_grad()
 def draw(pipe, scene, layer, seed):
-    """The image of a scene's caption from a layer, in plain diffusers."""
+    """Draw a scene's caption from a layer, with plain diffusers."""
     encoder = pipe.text_encoder
     ids = pipe.tokenizer([scene.caption()], padding="max_length", return_tensors="pt").input_ids
     if layer == 11:  # the last
@@ -49,7 +49,7 @@ def seen_in(scene):
 
 
 def of(*cells, layers=(0, 4, 8)):
-    """A result in which `cells` are seen: of each prompt, the scene that was asked for and those by layer."""
+    """Return a result from `cells`: for each prompt the scene that was asked for, and what is seen by layer."""
     scenes, seen = zip(*((asked, tuple(by_layer)) for asked, *by_layer in cells))
     return LayerFidelity("a model", "text_encoder", layers, scenes, seen, 0, {})
 
@@ -81,12 +81,12 @@ def test_each_part_is_scored(shown, wrong):
     assert set(found) == set(PARTS)
 
 
-def test_what_is_not_read_is_wrong():
+def test_an_image_without_a_scene_is_wrong():
     assert score(BELOW, None) == dict.fromkeys(PARTS, False)
     assert set(score(Scene((RED,), None, "gray"), None)) == set(PARTS) - {"second object", "relation"}
 
 
-def test_things_alike_are_told_apart():
+def test_similar_objects_are_told_apart():
     asked = Scene((RED, GREEN), "left of", "gray")  # two circles
     assert all(score(asked, seen_in(asked)).values())
     swapped = score(asked, seen_in(Scene((GREEN, RED), "left of", "gray")))
@@ -131,7 +131,7 @@ def test_figures_are_shares_of_prompts():
         result.first_layers(50)
 
 
-def test_one_kind_of_prompt_has_its_own_figures_alone():
+def test_one_kind_of_prompt_has_only_its_own_figures():
     assert list(of((Scene((RED,), None, "gray"), None, None, None)).figures) == ["simple"]
     assert "simple" not in of((BELOW, None, None, None)).figures
 
@@ -191,7 +191,7 @@ def test_images_are_those_of_plain_diffusers(model, drawn):
                 assert score(scene, seen)["scene"] == is_right
 
 
-def test_save_tells_what_was_asked_and_seen(drawn, tmp_path):
+def test_save_records_scenes_and_what_was_seen(drawn, tmp_path):
     paths = drawn.save(tmp_path)
     record = json.loads((tmp_path / "fidelity.json").read_text())
     assert [path.name for path in paths] == ["fidelity.json", "fidelity.png"]
@@ -203,7 +203,7 @@ def test_save_tells_what_was_asked_and_seen(drawn, tmp_path):
 
 
 def test_any_encoder_of_a_pipeline():
-    """Fewer layers, T5 and random weights: read all the same, and all wrong."""
+    """A T5 with fewer layers and random weights is read as well, and everything is wrong."""
     result = layer_fidelity(
         DiffusionModel(tiny.deepfloyd_if()), [BELOW], progress=False, num_inference_steps=1, guidance_scale=1.0
     )
@@ -235,6 +235,6 @@ def test_bad_input_is_refused_before_images(model, scenes, changes, message):
     assert not ran
 
 
-def test_what_is_no_model():
+def test_an_invalid_model():
     with pytest.raises(InputError, match="takes a DiffusionModel, not str"):
         layer_fidelity("diffsight/shapes-clip")

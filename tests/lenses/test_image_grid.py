@@ -1,4 +1,4 @@
-"""Image grids: where images and texts land, measured in the pixels of the grid."""
+"""Image grids: where images and texts are placed, measured in the pixels of the grid."""
 
 import matplotlib
 import numpy as np
@@ -21,24 +21,24 @@ def noise(width, height):
 
 
 def extent(mask):
-    """Left, top, right, bottom of what is true in a mask, as in PIL."""
+    """Return left, top, right and bottom of what is true in a mask, as in PIL."""
     (ys, xs) = np.nonzero(mask)
     return xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
 
 
 def place(grid, color):
-    """Where the pixels of that colour lie."""
+    """Return where the pixels of a colour are."""
     return extent((np.asarray(grid) == color).all(-1))
 
 
 def ink(grid):
-    """Darkness of every pixel that is not part of a coloured image."""
+    """Return the darkness of every pixel that is not part of a coloured image."""
     pixels = np.asarray(grid).astype(int)
     gray = np.ptp(pixels, axis=-1) == 0
     return np.where(gray, 255 - pixels[..., 0], 0)
 
 
-def test_images_lie_in_reading_order():
+def test_images_are_in_reading_order():
     grid = image_grid([plain(RED), plain(GREEN), plain(BLUE)], columns=2, cell=100, padding=10)
     assert grid.mode == "RGB"
     assert grid.size == (10 + 2 * 110, 10 + 2 * 110)
@@ -140,7 +140,7 @@ def test_every_mode_is_shown_on_white(image, color):
     assert image_grid([image], cell=16, padding=0).getcolors() == [(256, color)]
 
 
-def test_a_caption_stands_centred_below_its_image():
+def test_a_caption_is_centred_below_its_image():
     images = [plain(RED), plain(GREEN)]
     grid = image_grid(images, titles=["layer 0", None])
     left, top, right, bottom = extent(ink(grid))
@@ -211,7 +211,7 @@ def test_lines_of_row_titles_end_together_and_those_of_captions_are_centred(kind
     assert start - left == pytest.approx(share * (right - left - end + start), abs=1)
 
 
-def test_the_heading_stands_over_all():
+def test_the_heading_is_above_everything():
     images = [plain(RED), plain(GREEN)]
     grid = image_grid(images, title="Diffusion lens", column_titles=["a", "b"])
     rows = np.nonzero(ink(grid).any(1))[0]
@@ -324,7 +324,7 @@ def test_texts_may_be_empty():
     assert bare == image_grid(images, titles=["", None], row_titles=[" "], title="\n")
 
 
-def test_every_one_of_many_images_lies_in_its_row_and_column():
+def test_each_of_many_images_is_in_its_row_and_column():
     colors = [[(255 - 9 * row, 9 * column, 128) for column in range(8)] for row in range(13)]
     rows = [[plain(color) for color in line] for line in colors]
     layers = [f"layer {row}" for row in range(13)]
