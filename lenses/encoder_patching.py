@@ -18,7 +18,7 @@ The lens does it for all layers and words, in as few calls of the pipeline as po
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from PIL import Image
 
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.checks import check_call, check_diffusion_model, check_prompt, check_used, check_whole
+from diffsight.lenses.encoders.columns import WordOrTokens, find_columns
 from diffsight.lenses.encoders.drawing import Drawing, calls_in, places, with_state
 from diffsight.lenses.encoders.isolating import isolated
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
@@ -41,9 +42,7 @@ from diffsight.pipelines.diffusion.encoding import EncoderReading, hidden_in, re
 from diffsight.pipelines.diffusion.model import DiffusionModel, DiffusionRun
 from diffsight.pipelines.diffusion.prompts import PromptWarning
 from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
-from diffsight.pipelines.language.words import PromptWords
 
-Words = str | int | range
 _ALIGN = ("each", "last", "mean")
 _CELL = 128  # pixels of an image in a grid
 _COLUMNS = 7  # images beside each other if there is only one word
@@ -152,8 +151,8 @@ def encoder_patching(
     source: str,
     target: str,
     *,
-    words: Words | Sequence[Words] | None = None,
-    into: Words | Sequence[Words] | None = None,
+    words: WordOrTokens | Sequence[WordOrTokens] | None = None,
+    into: WordOrTokens | Sequence[WordOrTokens] | None = None,
     layers: Layers = None,
     source_layers: int | str | Sequence[int | str] | None = None,
     encoder: str | None = None,
@@ -241,12 +240,13 @@ def encoder_patching(
         read_in, read_out = reading.encoders[found.name], origin_reading.encoders[taken.name]
         check_whole(model, read_in, target)
         check_whole(origin, read_out, source)
-        columns = _columns(words_read(origin, read_out, source), words_read(model, read_in, target), words, into, align)
+        source_words, target_words = words_read(origin, read_out, source), words_read(model, read_in, target)
+        columns = find_columns(source_words, target_words, words, into, align)
         cells = [_Cell("target")]
         for layer, source_layer in pairs:
             state = read_out.prompt.states[state_of(source_layer)][read_out.prompt.rows[0]]
             state = state if mapping is None else mapping(state, source_layer, layer)
-            cells += [_Cell(f"{c.title} at {layer}", layer, *_aligned(c, state, align)) for c in columns]
+            cells += [_Cell(f"{c.title} at {layer}", layer, *c.aligned(state, align)) for c in columns]
         if isolate:
             model, reading = isolated(model, found, reading, target, arguments, seed)
             origin, origin_reading = isolated(origin, taken, origin_reading, source, given, seed)
@@ -291,9 +291,6 @@ def _check_widths(source: Encoder, target: Encoder) -> None:
         )
 
 
-# ---- what is put where
-
-
 @dataclass(frozen=True)
 class _Cell:
     """A row of the call: `state`, (tokens, features), replaces `tokens` at `layer`. None leaves the row unpatched."""
@@ -323,92 +320,3 @@ def _put(reading: EncoderReading, run: DiffusionRun, cells: Sequence[_Cell]) -> 
                 point.input = state
             else:
                 point.output = with_state(value, state)
-
-
-@dataclass(frozen=True)
-class _Column:
-    """Tokens of the source that replace tokens of the target."""
-
-    title: str
-    source: range
-    target: range
-
-
-def _aligned(column: _Column, state: torch.Tensor, align: str) -> tuple[range, torch.Tensor]:
-    """Return the tokens of the target, and what replaces them from the source's `state`, (tokens, features)."""
-    taken, tokens = state[column.source.start : column.source.stop], column.target
-    if align == "last":
-        return tokens[-1:], taken[-1:]
-    return tokens, taken.mean(0, keepdim=True) if align == "mean" else taken
-
-
-def _columns(source: PromptWords, target: PromptWords, words: Any, into: Any, align: str) -> list[_Column]:
-    pairs = list(_pairs(source, target, words, into))
-    for item, taken, place in pairs:
-        if align == "each" and len(taken) != len(place):
-            raise InputError(
-                f"{_shown(item)} has {len(taken)} tokens in the source, but replaces {len(place)} in the target, "
-                f'{target.text(place)!r}: use align="last" or "mean", or words with equally many tokens'
-            )
-    return [_Column(_title(source.text(taken), target.text(place)), taken, place) for _, taken, place in pairs]
-
-
-def _pairs(source: PromptWords, target: PromptWords, words: Any, into: Any) -> Iterable[tuple[Words, range, range]]:
-    """Yield what is taken, its tokens in the source, and the tokens in the target that they replace."""
-    if words is None:
-        if into is not None:
-            raise InputError("into names what words replace: name the words, too, with words=")
-        sizes = len(source.tokens), len(target.tokens)
-        if sizes[0] != sizes[1]:
-            raise InputError(
-                f"the prompts have {sizes[0]} and {sizes[1]} tokens, so there is no token for token replacement: name "
-                "what replaces what with words= and into="
-            )
-        for a, b in zip(source.tokens, target.tokens):
-            yield a, range(a, a + 1), range(b, b + 1)
-        return
-    words, into = _listed("words", words), None if into is None else _listed("into", into)
-    if into is not None and len(into) != len(words):
-        raise InputError(f"into has {len(into)} items for {len(words)} words: pass one for each")
-    for i, item in enumerate(words):
-        yield item, _tokens(source, item), _tokens(target, into[i]) if into else _same_place(source, target, item)
-
-
-def _same_place(source: PromptWords, target: PromptWords, item: Words) -> range:
-    """Return the tokens in the target at the place that `item` has in the source."""
-    if not isinstance(item, str):
-        return _tokens(target, item)
-    if len(source.words) != len(target.words):
-        raise InputError(
-            f"the prompts have {len(source.words)} and {len(target.words)} words (including punctuation), so it is "
-            f"unclear what {item!r} replaces: name it with into="
-        )
-    return target.span(*source.place(item))
-
-
-def _tokens(prompt: PromptWords, item: Words) -> range:
-    if isinstance(item, str):
-        return prompt[item]
-    tokens = range(int(item), int(item) + 1) if not isinstance(item, range) else item
-    if not tokens or tokens.step != 1 or tokens.start < 0 or tokens.stop > len(prompt.ids):
-        raise InputError(f"there are no tokens {item!r}: {prompt.prompt!r} has the tokens 0 to {len(prompt.ids) - 1}")
-    return tokens
-
-
-def _listed(name: str, items: Any) -> list[Words]:
-    listed = list(items) if isinstance(items, (list, tuple)) else [items]
-    for item in listed:
-        is_number = hasattr(item, "__index__") and not isinstance(item, bool)
-        if not (isinstance(item, (str, range)) or is_number):
-            raise InputError(f"{name} must be words, token numbers or ranges of token numbers, not {item!r}")
-    if not listed:
-        raise InputError(f"{name} is empty: pass at least one")
-    return listed
-
-
-def _title(taken: str, place: str) -> str:
-    return taken if taken == place else f"{taken} → {place}"
-
-
-def _shown(item: Words) -> str:
-    return repr(item) if isinstance(item, (str, range)) else f"token {item}"

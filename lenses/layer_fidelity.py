@@ -44,7 +44,7 @@ _OF_TWO = (*_OBJECTS, "colors", "relation")
 class LayerFidelity(LensResult):
     """What the reader sees in the images of each layer.
 
-    `save(folder)` writes `fidelity.json` (the figures, the scenes and what was seen) and `fidelity.png`.
+    `save(folder)` writes `fidelity.json` (the shares, the scenes and what was seen) and `fidelity.png`.
 
     Attributes:
         model: The name of the model.
@@ -67,7 +67,7 @@ class LayerFidelity(LensResult):
     record_file: ClassVar[str] = "fidelity.json"
 
     @property
-    def figures(self) -> dict[str, torch.Tensor]:
+    def shares(self) -> dict[str, torch.Tensor]:
         """The shares of prompts for which something is right, (layers,), by what is right.
 
         "simple": everything, in scenes with one object. "compound": everything, in scenes with two objects. In these
@@ -76,16 +76,16 @@ class LayerFidelity(LensResult):
         says).
         """
         one, two = (self._right(count) for count in (1, 2))
-        shares = {"simple": one["scene"]} if one else {}
+        right = {"simple": one["scene"]} if one else {}
         if two:
-            shares |= {"compound": two["scene"]} | {name: two[name] for name in _OF_TWO}
-        return {name: right.double().mean(0) for name, right in shares.items()}
+            right |= {"compound": two["scene"]} | {name: two[name] for name in _OF_TWO}
+        return {name: values.double().mean(0) for name, values in right.items()}
 
     def first_layers(self, share: float = 0.5) -> dict[str, Layer | None]:
-        """Return the first layer at which each of the figures reaches `share`, or None if it never does."""
+        """Return by name the first layer at which each of the `shares` reaches `share`, or None if it never does."""
         if not 0 < share <= 1:
             raise InputError(f"share must be a share of the prompts, above 0 and up to 1, not {share!r}")
-        return {name: self._first(values >= share) for name, values in self.figures.items()}
+        return {name: self._first(values >= share) for name, values in self.shares.items()}
 
     @property
     def order(self) -> dict[str, int]:
@@ -102,7 +102,7 @@ class LayerFidelity(LensResult):
         return counts
 
     def plot(self, *others: "LayerFidelity") -> Figure:
-        """Plot the figures as curves, side by side with those of `others`.
+        """Plot the shares as curves, side by side with those of `others`.
 
         A ring marks the first layer at which half of the prompts are right."""
         results = (self, *others)
@@ -126,7 +126,7 @@ class LayerFidelity(LensResult):
             "layers": list(self.layers),
             "seed": self.seed,
             "arguments": dict(self.arguments),
-            "figures": {name: values.tolist() for name, values in self.figures.items()},
+            "shares": {name: values.tolist() for name, values in self.shares.items()},
             "first_layers": self.first_layers(),
             "order": self.order,
             "prompts": [
@@ -142,7 +142,7 @@ class LayerFidelity(LensResult):
         names = (f"{layer:>{width}}" for layer, width in zip(self.layers, widths))
         lines.append(f"{'layer':<14}" + "".join(names) + "   first half")
         reached = self.first_layers()
-        for name, values in self.figures.items():
+        for name, values in self.shares.items():
             at = "never" if reached[name] is None else layer_title(reached[name])
             cells = (f"{100 * value:>{width}.0f}" for value, width in zip(values.tolist(), widths))
             lines.append(f"{name:<14}" + "".join(cells) + f"   {at}")
@@ -169,7 +169,7 @@ class LayerFidelity(LensResult):
         reached, cases = self.first_layers(), {n: sum(len(s.things) == n for s in self.scenes) for n in (1, 2)}
         return {
             name: Curve(values.tolist(), cases[1 if name == "simple" else 2], reached[name], name not in _OF_TWO)
-            for name, values in self.figures.items()
+            for name, values in self.shares.items()
         }
 
 

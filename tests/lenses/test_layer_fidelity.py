@@ -103,14 +103,14 @@ def test_an_invented_noun_is_the_thing_that_it_names():
 # Results
 
 
-def test_figures_are_shares_of_prompts():
+def test_shares_of_prompts():
     one, swapped = Scene((RED,), None, "gray"), Scene((BLUE, RED), "below", "gray").canonical()
     right = BELOW.canonical()
     half = Scene((BLUE, GREEN), "above", "gray")
     result = of(
         (one, None, one, one), (BELOW, None, half, right), (BELOW, half, right, right), (BELOW, None, swapped, swapped)
     )
-    found = {name: values.tolist() for name, values in result.figures.items()}
+    found = {name: values.tolist() for name, values in result.shares.items()}
     assert list(found) == ["simple", "compound", "first object", "second object", "colors", "relation"]
     assert found["simple"] == [0, 1, 1]
     assert found["compound"] == pytest.approx([0, 1 / 3, 2 / 3])
@@ -131,9 +131,9 @@ def test_figures_are_shares_of_prompts():
         result.first_layers(50)
 
 
-def test_one_kind_of_prompt_has_only_its_own_figures():
-    assert list(of((Scene((RED,), None, "gray"), None, None, None)).figures) == ["simple"]
-    assert "simple" not in of((BELOW, None, None, None)).figures
+def test_one_kind_of_prompt_has_only_its_own_shares():
+    assert list(of((Scene((RED,), None, "gray"), None, None, None)).shares) == ["simple"]
+    assert "simple" not in of((BELOW, None, None, None)).shares
 
 
 def test_plots_stand_side_by_side():
@@ -196,7 +196,7 @@ def test_save_records_scenes_and_what_was_seen(drawn, tmp_path):
     record = json.loads((tmp_path / "fidelity.json").read_text())
     assert [path.name for path in paths] == ["fidelity.json", "fidelity.png"]
     assert [one["prompt"] for one in record["prompts"]] == [scene.caption() for scene in drawn.scenes]
-    assert record["figures"]["compound"] == drawn.figures["compound"].tolist()
+    assert record["shares"]["compound"] == drawn.shares["compound"].tolist()
     assert (record["first_layers"], record["order"]) == (drawn.first_layers(), drawn.order)
     assert (record["layers"], record["seed"]) == ([11, "embedding"], 3)
     Image.open(tmp_path / "fidelity.png").verify()
@@ -208,7 +208,7 @@ def test_any_encoder_of_a_pipeline():
         DiffusionModel(tiny.deepfloyd_if()), [BELOW], progress=False, num_inference_steps=1, guidance_scale=1.0
     )
     assert result.layers == ("embedding", 0, 1, 2)
-    assert torch.equal(result.figures["compound"], torch.zeros(4).double())
+    assert torch.equal(result.shares["compound"], torch.zeros(4).double())
 
 
 @pytest.mark.parametrize(
