@@ -404,7 +404,7 @@ def _choose(
     for name, encoder in pairs:
         if draws and not encoder.uses:
             raise InputError(
-                f"no output of {encoder.name} was found unchanged in what {name} goes on with, so its layers cannot be "
+                f"no output of {encoder.name} was found unchanged in what {name} uses, so its layers cannot be "
                 "drawn: images=0 compares without images"
             )
         try:

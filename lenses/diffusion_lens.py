@@ -3,7 +3,7 @@
     result = diffusion_lens(model, "a red circle below a blue square", seed=0)
     result.grid().save("lens.png")
 
-The hidden state of a layer skips the layers behind it. It goes through the encoder's final norm, if the pipeline uses
+The hidden state of a layer skips the layers after it. It goes through the encoder's final norm, if the pipeline uses
 it, and into the rest of the pipeline (Toker et al., "Diffusion Lens: Interpreting Text Encoders in Text-to-Image
 Pipelines", ACL 2024, section 3). All layers are rows of one call, see `encoders/exits.py`.
 """

@@ -5,7 +5,7 @@
     result.grid().save("patching.png")
 
 At a layer, the hidden states of the source prompt's tokens replace those of the target prompt's tokens. The layers
-behind it and the rest of the pipeline continue with them. One image for each layer and each word (or token) shows in
+after it and the rest of the pipeline continue with them. One image for each layer and each word (or token) shows in
 which layers the word's hidden state carries its meaning, and when the meaning has moved on to other words. For one
 layer and one token it is this pair of runs in lockstep:
 

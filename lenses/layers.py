@@ -28,7 +28,7 @@ def choose_layers(layers: Layers, count: int, used: int | None = None) -> tuple[
     Args:
         layers: What the user passed. None means the embedding and all layers.
         count: The number of layers of the model. Negative numbers and slices refer to all of them.
-        used: The number of layers up to the last one that has any effect. Layers behind it cannot be chosen, and slices
+        used: The number of layers up to the last one that has any effect. Layers after it cannot be chosen, and slices
             leave them out. Default: all layers.
 
     Raises:

@@ -34,7 +34,7 @@ from diffsight.lenses.tokens.spelling import Spelling
 from diffsight.pipelines.language.model import LanguageModel
 
 Words = str | Sequence[str]
-_BEFORE = ("\n", "🍐")  # what a word is put behind, so that the tokenizer does not add a space of its own
+_BEFORE = ("\n", "🍐")  # put before a word, so that the tokenizer does not add a space of its own
 
 
 def first_tokens(words: Words, model: LanguageModel) -> tuple[int, ...]:

@@ -44,7 +44,7 @@ def check_used(model: DiffusionModel, encoder: Encoder) -> None:
     """Check that the pipeline uses the encoder in a way that was found, so that its layers affect the image."""
     if not encoder.uses:
         raise InputError(
-            f"no output of {encoder.name} was found unchanged in what {type(model.pipeline).__name__} goes on with, so "
+            f"no output of {encoder.name} was found unchanged in what {type(model.pipeline).__name__} uses, so "
             "its layers cannot be drawn. print(model.encoders) shows what was found"
         )
 

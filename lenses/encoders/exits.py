@@ -4,8 +4,8 @@
     exits = Exits(model, encoder, reading, norm=False, pooled="layer")
     drawing.draw(exits.leave, ["embedding", 4, 8])              # and not here: three rows, three images
 
-A row that leaves at layer 4 skips the layers behind it: each of them returns the output of layer 4. The final norm, the
-pooling and the projections behind the layers run as usual for every row. Other rows of the encoder's batch, such as
+A row that leaves at layer 4 skips the layers after it: each of them returns the output of layer 4. The final norm, the
+pooling and the projections after the layers run as usual for every row. Other rows of the encoder's batch, such as
 those of the negative prompt, get what was read for them.
 """
 

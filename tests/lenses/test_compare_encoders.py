@@ -195,7 +195,7 @@ def test_settings_of_the_lens_and_layers(sdxl):
     assert torch.allclose(result.drift("text_encoder", 0)[1], torch.ones(1))  # the last of the given layers
 
 
-def test_own_tokens_behind_a_template():
+def test_own_tokens_after_a_template():
     """Qwen-Image puts an instruction before its prompts."""
     model = DiffusionModel(text_pipelines.built("qwen_image"))
     inputs = TEXT_PIPELINES["qwen_image"].inputs()

@@ -75,7 +75,7 @@ def hook(module, function, before=False):
 
 @contextlib.contextmanager
 def leaving(layers, layer):
-    """Make all layers behind `layer` return the output of `layer` in the first call of the encoder."""
+    """Make all layers after `layer` return the output of `layer` in the first call of the encoder."""
     taken = []
 
     def take(value, call):
@@ -89,7 +89,7 @@ def leaving(layers, layer):
 
     is_embedding = layer == "embedding"
     handles = [hook(layers[0], take, before=True)] if is_embedding else [hook(layers[layer], take)]
-    handles += [hook(behind, put) for behind in layers[0 if is_embedding else layer + 1 :]]
+    handles += [hook(later, put) for later in layers[0 if is_embedding else layer + 1 :]]
     try:
         yield
     finally:
@@ -455,7 +455,7 @@ def test_an_encoder_whose_use_is_not_found():
     encode = pipe.encode_prompt
     pipe.encode_prompt = lambda *args, **kwargs: tuple(2 * embeds for embeds in encode(*args, **kwargs))
     with pytest.raises(
-        InputError, match="no output of text_encoder was found unchanged in what StableDiffusionPipeline goes on with"
+        InputError, match="no output of text_encoder was found unchanged in what StableDiffusionPipeline uses"
     ):
         lens("stable_diffusion", pipe)
 

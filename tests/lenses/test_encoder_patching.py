@@ -445,7 +445,7 @@ def test_the_result_says_how_it_was_made(tmp_path):
 
 
 def test_a_word_on_the_packaged_pipeline():
-    """At the embedding the prompts differ in "circle" only; behind the first layer its neighbours know, too."""
+    """At the embedding the prompts differ in "circle" only; after the first layer its neighbours know, too."""
     model = DiffusionModel("diffsight/shapes-clip")
     given = {"words": "circle", "layers": ["embedding", 11], "seed": 0, "progress": False, "num_inference_steps": 10}
     result = encoder_patching(model, f"{SOURCE} on a gray background", f"{TARGET} on a gray background", **given)

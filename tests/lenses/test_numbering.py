@@ -38,7 +38,7 @@ SOURCE, TARGET = "a red circle above a blue square", "a red square above a blue 
 CIRCLE = 3  # the token in which they differ
 STEPS = {"num_inference_steps": 2}
 COUNT = 3  # layers of the small text encoders
-LAYERS = [("embedding", "embedding"), (0, 0), (1, 1), (-1, COUNT - 1)]  # as it is asked for, as results name it
+LAYERS = [("embedding", "embedding"), (0, 0), (1, 1), (-1, COUNT - 1)]  # as the user writes it, as results name it
 
 
 @pytest.fixture(scope="module")
