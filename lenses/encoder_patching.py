@@ -18,8 +18,8 @@ The lens does it for all layers and words, in as few calls of the pipeline as po
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from PIL import Image
 
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.checks import check_call, check_diffusion_model, check_prompt, check_used, check_whole
-from diffsight.lenses.encoders.columns import WordOrTokens, find_columns
+from diffsight.lenses.encoders.columns import Column, WordOrTokens, find_columns
 from diffsight.lenses.encoders.drawing import Drawing, calls_in, places, with_state
 from diffsight.lenses.encoders.isolating import isolated
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
@@ -38,10 +38,11 @@ from diffsight.lenses.linear_map import LinearMap
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import files_of, image_of, rate_of
 from diffsight.lenses.results.result import LensResult
-from diffsight.pipelines.diffusion.encoding import EncoderReading, hidden_in, read
+from diffsight.pipelines.diffusion.encoding import EncoderReading, Reading, hidden_in, read
 from diffsight.pipelines.diffusion.model import DiffusionModel, DiffusionRun
 from diffsight.pipelines.diffusion.prompts import PromptWarning
 from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
+from diffsight.pipelines.language.words import PromptWords
 
 _ALIGN = ("each", "last", "mean")
 _CELL = 128  # pixels of an image in a grid
@@ -212,49 +213,28 @@ def encoder_patching(
             encoders have different widths and there is no map, or the map was not fitted for these layers.
     """
     origin = model if source_model is None else source_model
-    check_call("encoder_patching", model, target, seed, batch_size, arguments)
-    check_diffusion_model("encoder_patching", origin)
-    check_prompt("encoder_patching", source)
-    if align not in _ALIGN:
-        raise InputError(f"align must be one of {', '.join(map(repr, _ALIGN))}, not {align!r}")
-    if not isinstance(mapping, LinearMap | None):
-        raise InputError(f"mapping must be a LinearMap or None, not {type(mapping).__name__}")
-    other = next((name for name in arguments if re.fullmatch(r"prompt_\d+", name)), None)
-    if other is not None:
-        raise InputError(f"encoder_patching gives all encoders the same prompt: omit {other}")
+    _check_arguments(model, origin, source, target, seed, batch_size, align, mapping, arguments)
     given = arguments if origin is model else known_to(origin, arguments)
     model.generate(prompt=target, seed=seed, **arguments)  # checks all arguments, and warns once, before anything runs
     origin.generate(prompt=source, seed=seed, **given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)
-        reading, origin_reading = read(model, target, arguments, seed), read(origin, source, given, seed)
+        reading = read(model, target, arguments, seed)
+        origin_reading = read(origin, source, given, seed)
         found = encoders_in(model, reading).choose(encoder)
         taken = choose_source(origin, origin_reading, found, source_encoder)
         pairs = choose_pairs(layers, source_layers, found, taken)
         check_used(model, found)
-        if mapping is None:
-            _check_widths(taken, found)
-        else:
-            ends = (origin.source, taken.name), (model.source, found.name)
-            mapping.check(*ends, [(source_layer, layer) for layer, source_layer in pairs])
-        read_in, read_out = reading.encoders[found.name], origin_reading.encoders[taken.name]
-        check_whole(model, read_in, target)
-        check_whole(origin, read_out, source)
-        source_words, target_words = words_read(origin, read_out, source), words_read(model, read_in, target)
-        columns = find_columns(source_words, target_words, words, into, align)
-        cells = [_Cell("target")]
-        for layer, source_layer in pairs:
-            state = read_out.prompt.states[state_of(source_layer)][read_out.prompt.rows[0]]
-            state = state if mapping is None else mapping(state, source_layer, layer)
-            cells += [_Cell(f"{c.title} at {layer}", layer, *c.aligned(state, align)) for c in columns]
+        into_side = _Side(model, found, reading, target, arguments, seed)
+        from_side = _Side(origin, taken, origin_reading, source, given, seed)
+        _check_states_fit(from_side, into_side, mapping, pairs)
+        columns = find_columns(from_side.words(), into_side.words(), words, into, align)
+        cells = [_Cell("target"), *_cells(from_side, pairs, columns, mapping, align)]
+        change = partial(_put, into_side.encoding)
         if isolate:
-            model, reading = isolated(model, found, reading, target, arguments, seed)
-            origin, origin_reading = isolated(origin, taken, origin_reading, source, given, seed)
-        shared = {"noun": "images", "progress": progress}
-        drawing = Drawing(model, reading, found.name, target, seed, arguments, **shared)
-        plain, *drawn = drawing.draw(partial(_put, read_in), cells, batch_size)
-        drawing = Drawing(origin, origin_reading, taken.name, source, seed, given, **shared)
-        source_plain = drawing.draw(lambda run, items: None, ["source"])[0]
+            into_side, from_side = into_side.isolated(), from_side.isolated()
+        plain, *drawn = into_side.drawing(progress).draw(change, cells, batch_size)
+        source_plain = from_side.drawing(progress).draw(lambda run, items: None, ["source"])[0]
     width = len(columns)
     outputs = tuple(tuple(drawn[start : start + width]) for start in range(0, len(drawn), width))
     return EncoderPatchingResult(
@@ -282,11 +262,75 @@ def encoder_patching(
     )
 
 
-def _check_widths(source: Encoder, target: Encoder) -> None:
-    """Check that states of the source's encoder fit into the target's."""
-    if source.width != target.width:
+def _check_arguments(
+    model: Any,
+    origin: Any,
+    source: Any,
+    target: Any,
+    seed: Any,
+    batch_size: int | None,
+    align: str,
+    mapping: Any,
+    arguments: Mapping[str, Any],
+) -> None:
+    """Check whatever can be checked before the text encoders run."""
+    check_call("encoder_patching", model, target, seed, batch_size, arguments)
+    check_diffusion_model("encoder_patching", origin)
+    check_prompt("encoder_patching", source)
+    if align not in _ALIGN:
+        raise InputError(f"align must be one of {', '.join(map(repr, _ALIGN))}, not {align!r}")
+    if not isinstance(mapping, LinearMap | None):
+        raise InputError(f"mapping must be a LinearMap or None, not {type(mapping).__name__}")
+    other = next((name for name in arguments if re.fullmatch(r"prompt_\d+", name)), None)
+    if other is not None:
+        raise InputError(f"encoder_patching gives all encoders the same prompt: omit {other}")
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The source or the target: a text encoder, and what it did for the prompt."""
+
+    model: DiffusionModel
+    encoder: Encoder
+    reading: Reading
+    prompt: str
+    arguments: Mapping[str, Any]
+    seed: int
+
+    @property
+    def encoding(self) -> EncoderReading:
+        return self.reading.encoders[self.encoder.name]
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return self.model.source, self.encoder.name
+
+    def words(self) -> PromptWords:
+        """Return the words of the prompt, after checking that the tokenizer does not truncate it."""
+        check_whole(self.model, self.encoding, self.prompt)
+        return words_read(self.model, self.encoding, self.prompt)
+
+    def isolated(self) -> "_Side":
+        """Return the side with an empty prompt for all other text encoders."""
+        model, reading = isolated(self.model, self.encoder, self.reading, self.prompt, self.arguments, self.seed)
+        return replace(self, model=model, reading=reading)
+
+    def drawing(self, progress: bool) -> Drawing:
+        """Return what draws the images of this side."""
+        what = self.model, self.reading, self.encoder.name, self.prompt, self.seed, self.arguments
+        return Drawing(*what, noun="images", progress=progress)
+
+
+def _check_states_fit(
+    source: _Side, target: _Side, mapping: LinearMap | None, pairs: Iterable[tuple[Layer, Layer]]
+) -> None:
+    """Check that hidden states of the source fit into the target, through the map if there is one."""
+    if mapping is not None:
+        mapping.check(source.name, target.name, [(source_layer, layer) for layer, source_layer in pairs])
+    elif source.encoder.width != target.encoder.width:
         raise InputError(
-            f"{source.name} has {source.width} features and {target.name} {target.width}: pass a map between them, "
+            f"{source.encoder.name} has {source.encoder.width} features and {target.encoder.name} "
+            f"{target.encoder.width}: pass a map between them, "
             "mapping=LinearMap().fit(model, prompts, encoder=…, source_encoder=…)"
         )
 
@@ -302,6 +346,22 @@ class _Cell:
 
     def __str__(self) -> str:
         return self.title
+
+
+def _cells(
+    source: _Side,
+    pairs: Iterable[tuple[Layer, Layer]],
+    columns: Sequence[Column],
+    mapping: LinearMap | None,
+    align: str,
+) -> Iterator[_Cell]:
+    """Yield a cell for each pair of layers and each column."""
+    call = source.encoding.prompt
+    for layer, source_layer in pairs:
+        state = call.states[state_of(source_layer)][call.rows[0]]
+        state = state if mapping is None else mapping(state, source_layer, layer)
+        for column in columns:
+            yield _Cell(f"{column.title} at {layer}", layer, *column.aligned(state, align))
 
 
 def _put(reading: EncoderReading, run: DiffusionRun, cells: Sequence[_Cell]) -> None:
