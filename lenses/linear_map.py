@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.checks import check_diffusion_model, check_prompt, check_whole
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
-from diffsight.lenses.layers import Layer, Layers, choose_layer, state_of
+from diffsight.lenses.layers import Layer, Layers, choose_layer, layer_title, state_of
 from diffsight.pipelines.diffusion.encoding import Call, read
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.text_encoders import encoders_in
@@ -201,7 +201,7 @@ class LinearMap:
         for (source_layer, layer), error in self._error.items():
             unseen = self._unseen.get((source_layer, layer))
             unseen = "" if unseen is None else f", {unseen:.3f} on unseen prompts"
-            lines.append(f"  layer {source_layer} → {layer}: error {error:.3f}{unseen}")
+            lines.append(f"  {layer_title(source_layer)} → {layer}: error {error:.3f}{unseen}")
         return "\n".join(lines)
 
 
