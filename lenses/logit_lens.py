@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.tokens.batches import Positions, join, open_batches
 from diffsight.lenses.tokens.choosing import Tokens, hidden_states, layers_and_tokens
+from diffsight.lenses.tokens.prediction_reader import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
-from diffsight.lenses.tokens.reader import Reader
 from diffsight.lenses.tokens.sources import Sources
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -65,7 +65,7 @@ def logit_lens(
     """
     chosen, ids = layers_and_tokens("logit_lens", model, layers, tokens, top_k)
     batches = open_batches(model, prompts, positions, batch_size, **inputs)
-    reader, read = Reader(model, top_k, ids, keep_logits), []
+    reader, read = PredictionReader(model, top_k, ids, keep_logits), []
     for batch in tqdm(batches, desc="logit lens", disable=not progress or len(batches) == 1):
         with torch.no_grad(), batch.run as run:
             for layer in chosen:

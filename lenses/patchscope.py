@@ -23,8 +23,8 @@ from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.tokens.batches import Batch, as_prompts, open_batches
 from diffsight.lenses.tokens.choosing import Tokens, check_count, hidden_states, layers_and_tokens, layers_to_read
 from diffsight.lenses.tokens.models import check_language_model, name_of
+from diffsight.lenses.tokens.prediction_reader import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
-from diffsight.lenses.tokens.reader import Reader
 from diffsight.lenses.tokens.sources import Sources
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 
@@ -135,7 +135,7 @@ def patchscope_lens(
     chosen, ids = layers_and_tokens("patchscope_lens", model, layers, tokens, top_k)
     patches = _Patches(model, prompts, positions, chosen, target, target_layer, batch_size)
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.module.forward).parameters else {}
-    reader = Reader(model, top_k, ids, keep_logits)
+    reader = PredictionReader(model, top_k, ids, keep_logits)
     for run in patches.runs(None, progress, **keep):
         reader.add_logits(run.logits[:, -1])
         run.stop()

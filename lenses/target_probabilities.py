@@ -28,8 +28,8 @@ from diffsight.lenses.results.token_plots import bars, curves
 from diffsight.lenses.tokens.batches import open_batches
 from diffsight.lenses.tokens.choosing import choose_tokens
 from diffsight.lenses.tokens.models import check_language_model, name_of
+from diffsight.lenses.tokens.prediction_reader import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
-from diffsight.lenses.tokens.reader import Reader
 from diffsight.lenses.tokens.spelling import Spelling
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -240,7 +240,7 @@ def _check(model: LanguageModel, prompts: list[Prompt]) -> tuple[int, ...]:
 
 def _output(model: LanguageModel, texts: list[str], ids: tuple[int, ...], size: int, progress: bool) -> torch.Tensor:
     """Return the probabilities of tokens in the model's output, (prompts, tokens)."""
-    batches, reader = open_batches(model, texts, -1, size), Reader(model, 1, ids, keep_logits=False)
+    batches, reader = open_batches(model, texts, -1, size), PredictionReader(model, 1, ids, keep_logits=False)
     for batch in tqdm(batches, desc="prompts", disable=not progress or len(batches) == 1):
         with torch.no_grad(), batch.run as run:
             rows, where = batch.places

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from diffsight import InputError, LanguageModel, logit_lens, run_prompts
 from diffsight.errors import PointNotFoundError
 from diffsight.lenses.target_probabilities import Prompt
-from diffsight.lenses.tokens import reader
+from diffsight.lenses.tokens import prediction_reader
 
 PROMPTS = writers.PROMPTS
 
@@ -111,7 +111,7 @@ def test_the_model_goes_no_further_than_it_must(net, model):
 
 def test_the_vocabulary_is_held_in_chunks(net, model, monkeypatch):
     whole = logit_lens(model, PROMPTS[0])
-    monkeypatch.setattr(reader, "_CHUNK", 3 * len(writers.TOKENIZER))
+    monkeypatch.setattr(prediction_reader, "_CHUNK", 3 * len(writers.TOKENIZER))
     sizes = []
     hook = net.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
     cut = logit_lens(model, PROMPTS[0])

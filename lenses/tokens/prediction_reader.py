@@ -1,6 +1,6 @@
 """Reads hidden states as predictions of the next token.
 
-reader = Reader(model, top_k=5, tokens=(7,), keep_logits=False)
+reader = PredictionReader(model, top_k=5, tokens=(7,), keep_logits=False)
 reader.add(hidden)                          # (rows, features), layer after layer
 reader.take(layers=12)["probabilities"]     # (layers, rows of a layer, 5)
 """
@@ -13,7 +13,7 @@ from diffsight.pipelines.language.model import LanguageModel
 _CHUNK = 2**23  # the number of logits that are held at a time
 
 
-class Reader:
+class PredictionReader:
     """Reads hidden states or logits as predictions. It holds logits over the whole vocabulary only chunk by chunk.
 
     Args:
