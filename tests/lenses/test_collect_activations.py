@@ -1,6 +1,7 @@
 """Activations of many prompts, against plain hooks, prompt by prompt."""
 
 import json
+from importlib import import_module
 from importlib.metadata import version
 
 import pytest
@@ -8,7 +9,6 @@ import torch
 import writers
 
 from diffsight import InputError, collect_activations, load_activations
-from diffsight.lenses import collect_activations as collecting
 
 PROMPTS = [*writers.PROMPTS, "hello king", "in Paris and London"]
 
@@ -69,14 +69,14 @@ def test_a_folder(model, tmp_path):
     assert json.loads((folder / "activations.json").read_text())["versions"]["torch"] == version("torch")
 
 
-def test_a_folder_is_there_when_it_is_whole(model, tmp_path, monkeypatch):
+def test_a_folder_appears_when_it_is_complete(model, tmp_path, monkeypatch):
     class Broken(Exception):
         pass
 
     def fail(*_):
         raise Broken
 
-    monkeypatch.setattr(collecting, "write_record", fail)
+    monkeypatch.setattr(import_module("diffsight.lenses.collect_activations"), "write_record", fail)
     with pytest.raises(Broken):
         collect_activations(model, PROMPTS, folder=tmp_path / "states")
     assert list(tmp_path.iterdir()) == []
@@ -95,21 +95,21 @@ def test_bad_input(model, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a.txt").write_text("a")
     for given, words in (
-        ({"of": "layer_output"}, r"there is no 'layer_output' to collect \(did you mean 'layers_output'"),
+        ({"of": "layer_output"}, r"'layer_output' cannot be collected \(did you mean 'layers_output'"),
         ({"layers": 4}, "there is no layer 4"),
         ({"positions": 5}, r"there is no position 5 in prompt \d: it has \d tokens"),
         ({"prompts": []}, "there is no prompt"),
         ({"prompts": ["a", ""]}, "the prompt is empty"),
-        ({"dtype": torch.int8}, "floating point numbers, not torch.int8"),
-        ({"folder": tmp_path / "full"}, "is there already"),
-        ({"batch_size": -1}, "batch_size is a whole number from 1 on, not -1"),
+        ({"dtype": torch.int8}, "floating point numbers: dtype cannot be torch.int8"),
+        ({"folder": tmp_path / "full"}, "already exists"),
+        ({"batch_size": -1}, "batch_size must be an integer from 1 on, not -1"),
     ):
         with pytest.raises(InputError, match=words):
             collect_activations(model, **{"prompts": PROMPTS, **given})
-    with pytest.raises(InputError, match=r"it has no activations\.json"):
+    with pytest.raises(InputError, match=r"there is no activations\.json in it"):
         load_activations(tmp_path / "full")
     with pytest.raises(InputError, match="takes a LanguageModel, not GPT2LMHeadModel"):
         collect_activations(writers.gpt2(), PROMPTS)
     found = collect_activations(model, PROMPTS, layers=[1, 2])
-    with pytest.raises(InputError, match="layer 0 was not collected: there are 1, 2"):
+    with pytest.raises(InputError, match="does not have layer 0: it has 1, 2"):
         found[0]

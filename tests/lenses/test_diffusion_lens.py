@@ -18,7 +18,7 @@ from torch import nn
 
 import tiny
 from diffsight import DiffusionModel, InputError, diffusion_lens
-from diffsight.lenses import DiffusionLensResult
+from diffsight.lenses.diffusion_lens import DiffusionLensResult
 from diffsight.pipelines.diffusion.prompts import PromptWarning
 
 PROMPT = "a red circle above a blue square"
@@ -35,11 +35,12 @@ KINDS = {
     "pixart_sigma": T5,
     "sana": GEMMA,
 }
-LAST = 3
+LAYERS = ("embedding", 0, 1, 2)
+LAST = 2
 
 
 def arguments_of(name):
-    """The arguments of a call, without the prompt, of a pipeline that draws PIL pictures."""
+    """Return the arguments of a call without the prompt, for a pipeline that draws PIL images."""
     drop = ("prompt", "output_type")
     return {key: value for key, value in tiny.PIPELINES[name].inputs().items() if key not in drop}
 
@@ -62,7 +63,7 @@ def draw(pipe, seed, **arguments):
 
 
 def draw_by_hand(pipe, paths, layer, seed, **arguments):
-    """The picture from one layer, with hooks of PyTorch: what the layer gives for the prompt goes into the norm."""
+    """Draw the image from one layer with PyTorch hooks: the layer's output for the prompt goes into the norm."""
     layers, norm = (pipe.text_encoder.get_submodule(path) for path in paths)
     taken, replaced = [], []
 
@@ -74,14 +75,14 @@ def draw_by_hand(pipe, paths, layer, seed, **arguments):
 
     def put(module, args):
         replaced.append(None)
-        if len(replaced) == 1:  # the prompt comes first, then what guidance is away from
+        if len(replaced) == 1:  # the prompt comes first, then the negative prompt
             return (taken[0],)
 
     hooks = [norm.register_forward_pre_hook(put)]
-    if layer:
-        hooks.append(layers[layer - 1].register_forward_hook(take_output, prepend=True))
-    else:
+    if layer == "embedding":
         hooks.append(layers[0].register_forward_pre_hook(take_input, with_kwargs=True))
+    else:
+        hooks.append(layers[layer].register_forward_hook(take_output, prepend=True))
     try:
         return draw(pipe, seed, **arguments)
     finally:
@@ -94,13 +95,13 @@ def same(image, other):
 
 
 def close(image, other):
-    """Whether no value of a pixel differs by more than 2 of 255, which is what computing in a batch may change."""
-    a, b = (np.asarray(picture, dtype=int) for picture in (image, other))
+    """Return whether no pixel differs by more than 2 of 255, as computing in a batch may change it."""
+    a, b = (np.asarray(one, dtype=int) for one in (image, other))
     return a.shape == b.shape and np.abs(a - b).max() <= 2
 
 
 def watched(pipe):
-    """A model, and the list of the components that have run."""
+    """Return a model, and the list of components that have run."""
     ran = []
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
@@ -109,7 +110,7 @@ def watched(pipe):
 
 
 def refusal(pipe, *args, **kwargs):
-    """The message that a call of the lens is refused with, before the denoiser has run."""
+    """Return the message of an invalid call of the lens, and check that the denoiser has not run."""
     model, ran = watched(pipe)
     with pytest.raises(InputError) as error:
         diffusion_lens(model, *args, progress=False, **kwargs)
@@ -117,23 +118,23 @@ def refusal(pipe, *args, **kwargs):
     return str(error.value)
 
 
-# Pictures
+# Images
 
 
-def test_every_layer_is_drawn_as_by_hand(name):
+def test_every_layer_as_by_hand(name):
     pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
-    wanted = [draw_by_hand(pipe, KINDS[name], layer, 3, **arguments) for layer in range(LAST + 1)]
+    wanted = [draw_by_hand(pipe, KINDS[name], layer, 3, **arguments) for layer in LAYERS]
     model = DiffusionModel(pipe)
     for size, alike in ((1, same), (None, close)):
         result = diffusion_lens(model, PROMPT, seed=3, batch_size=size, progress=False, **arguments)
-        assert result.layers == (0, 1, 2, 3)
+        assert result.layers == LAYERS
         assert len(result.images) == 4
         for image, wanted_image in zip(result.images, wanted, strict=True):
             assert alike(image, wanted_image)
-    assert not close(wanted[1], wanted[LAST])  # the layer makes a difference
+    assert not close(wanted[1], wanted[-1])  # the layer makes a difference
 
 
-def test_the_last_layer_is_the_plain_picture(name):
+def test_the_last_layer_is_the_plain_image(name):
     pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
     result = diffusion_lens(DiffusionModel(pipe), PROMPT, layers=LAST, seed=4, progress=False, **arguments)
     assert same(result.images[0], draw(pipe, 4, **arguments))
@@ -141,28 +142,28 @@ def test_the_last_layer_is_the_plain_picture(name):
 
 def test_a_seed_is_the_same_for_all_layers(sd):
     model = DiffusionModel(sd)
-    both = diffusion_lens(model, PROMPT, layers=[1, 2], seed=5, progress=False, **SD)
-    alone = diffusion_lens(model, PROMPT, layers=[2], seed=5, progress=False, **SD)
-    other = diffusion_lens(model, PROMPT, layers=[2], seed=6, progress=False, **SD)
+    both = diffusion_lens(model, PROMPT, layers=[0, 1], seed=5, progress=False, **SD)
+    alone = diffusion_lens(model, PROMPT, layers=[1], seed=5, progress=False, **SD)
+    other = diffusion_lens(model, PROMPT, layers=[1], seed=6, progress=False, **SD)
     assert close(both.images[1], alone.images[0])
     assert not close(other.images[0], alone.images[0])
 
 
 def test_a_negative_prompt_is_encoded_in_full(sd):
     arguments = {**SD, "negative_prompt": "a green square"}
-    wanted = draw_by_hand(sd, CLIP, 1, 0, **arguments)
-    assert not same(wanted, draw_by_hand(sd, CLIP, 1, 0, **SD))
-    result = diffusion_lens(DiffusionModel(sd), PROMPT, layers=1, progress=False, **arguments)
+    wanted = draw_by_hand(sd, CLIP, 0, 0, **arguments)
+    assert not same(wanted, draw_by_hand(sd, CLIP, 0, 0, **SD))
+    result = diffusion_lens(DiffusionModel(sd), PROMPT, layers=0, progress=False, **arguments)
     assert same(result.images[0], wanted)
 
 
 def test_a_prompt_before_an_instruction():
-    """Sana puts its prompt behind an instruction, of which it cuts the encoding off."""
+    """Sana puts an instruction before its prompt, and removes its encoding."""
     pipe, arguments = tiny.PIPELINES["sana"].build(), arguments_of("sana")
     arguments |= {"complex_human_instruction": ["a photo of the"]}
-    wanted = [draw_by_hand(pipe, GEMMA, layer, 0, **arguments) for layer in (1, LAST)]
+    wanted = [draw_by_hand(pipe, GEMMA, layer, 0, **arguments) for layer in (0, LAST)]
     assert not close(*wanted)
-    result = diffusion_lens(DiffusionModel(pipe), PROMPT, layers=[1, LAST], progress=False, **arguments)
+    result = diffusion_lens(DiffusionModel(pipe), PROMPT, layers=[0, LAST], progress=False, **arguments)
     assert all(map(close, result.images, wanted))
 
 
@@ -172,22 +173,27 @@ def test_a_prompt_before_an_instruction():
 @pytest.fixture(scope="module")
 def by_hand():
     pipe = tiny.stable_diffusion()
-    return [draw_by_hand(pipe, CLIP, layer, 0, **SD) for layer in range(LAST + 1)]
+    return {layer: draw_by_hand(pipe, CLIP, layer, 0, **SD) for layer in LAYERS}
 
 
 @pytest.mark.parametrize(
     "layers, numbers",
     [
-        (None, (0, 1, 2, 3)),
+        (None, LAYERS),
         (2, (2,)),
         (0, (0,)),
-        ([3, 1], (3, 1)),
-        ((0, 2), (0, 2)),
-        (range(0, 4, 3), (0, 3)),
-        ((layer for layer in (1, 3)), (1, 3)),
+        (-1, (2,)),
+        (-3, (0,)),
+        ("embedding", ("embedding",)),
+        ([2, 0], (2, 0)),
+        ((1, "embedding", -1, 1), (1, "embedding", 2)),
+        (range(0, 3, 2), (0, 2)),
+        ((layer for layer in (0, 2)), (0, 2)),
+        (slice(None), (0, 1, 2)),
         (slice(None, None, 2), (0, 2)),
         (slice(1, 3), (1, 2)),
-        (slice(-2, None), (2, 3)),
+        (slice(-2, None), (1, 2)),
+        (["embedding", slice(1, None), 0], ("embedding", 1, 2, 0)),
     ],
 )
 def test_layers_are_chosen(sd, by_hand, layers, numbers):
@@ -197,21 +203,21 @@ def test_layers_are_chosen(sd, by_hand, layers, numbers):
         assert close(image, by_hand[layer])
 
 
-@pytest.mark.parametrize("layers", [4, -1, [0, 4], [1.0], ["1"], [True], range(3, 6), "1,2"], ids=repr)
-def test_layers_that_are_not_there(sd, layers):
+@pytest.mark.parametrize("layers", [3, -4, [0, 3], [1.0], ["1"], [True], range(2, 5), "1,2", "embeddings"], ids=repr)
+def test_layers_that_do_not_exist(sd, layers):
     message = refusal(sd, PROMPT, layers=layers, **SD)
     assert "there is no layer" in message
-    assert "0 (the embedding) to 3" in message
+    assert 'choose from "embedding" and 0 to 2' in message
 
 
 @pytest.mark.parametrize("layers", [[], slice(4, 9), slice(2, 2), range(0)], ids=repr)
 def test_no_layers(sd, layers):
     message = refusal(sd, PROMPT, layers=layers, **SD)
     assert "no layers" in message
-    assert "0 (the embedding) to 3" in message
+    assert 'choose from "embedding" and 0 to 2' in message
 
 
-def test_a_slice_that_stands_still(sd):
+def test_a_slice_with_a_step_of_zero(sd):
     assert "step" in refusal(sd, PROMPT, layers=slice(0, 3, 0), **SD)
 
 
@@ -224,7 +230,7 @@ def test_an_empty_prompt(sd, prompt):
 
 
 @pytest.mark.parametrize("prompt", [[PROMPT], None, 3], ids=repr)
-def test_a_prompt_that_is_not_one_text(sd, prompt):
+def test_a_prompt_that_is_not_a_string(sd, prompt):
     assert f"not {type(prompt).__name__}" in refusal(sd, prompt, **SD)
 
 
@@ -233,7 +239,7 @@ def test_a_prompt_that_is_too_long(sd):
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, "1"], ids=repr)
-def test_a_seed_that_is_none(sd, seed):
+def test_an_invalid_seed(sd, seed):
     assert repr(seed) in refusal(sd, PROMPT, seed=seed, **SD)
 
 
@@ -249,7 +255,7 @@ def test_a_pipeline_without_a_text_encoder():
     assert "DDPMPipeline has no text encoder" in message
 
 
-def test_what_is_no_model(sd):
+def test_an_invalid_model(sd):
     with pytest.raises(InputError, match="takes a DiffusionModel, not StableDiffusionPipeline"):
         diffusion_lens(sd, PROMPT)
 
@@ -257,7 +263,7 @@ def test_what_is_no_model(sd):
 def test_unknown_words_are_warned_of_once_at_the_users_line():
     model = DiffusionModel(tiny.PIPELINES["pixart_sigma"].build())
     with pytest.warns(PromptWarning) as seen:
-        diffusion_lens(model, "a red 北京", layers=[0, 1, 2], progress=False, **arguments_of("pixart_sigma"))
+        diffusion_lens(model, "a red 北京", layers=[0, 1, -1], progress=False, **arguments_of("pixart_sigma"))
     assert [warning.filename for warning in seen if warning.category is PromptWarning] == [__file__]
 
 
@@ -265,7 +271,7 @@ def test_unknown_words_are_warned_of_once_at_the_users_line():
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl"])
-def test_nothing_is_left_on_the_pipeline(name, capsys):  # drawn, and refused half way
+def test_nothing_is_left_on_the_pipeline(name, capsys):  # after an image, and after an error half way
     pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
     draw(pipe, 0, **arguments)
     pipe.set_progress_bar_config(desc="denoising", leave=False)
@@ -289,9 +295,9 @@ def test_a_pipeline_whose_progress_bar_was_never_set_shows_it_afterwards(sd, cap
 
 
 def test_a_progress_bar_over_the_layers(sd, capsys):
-    diffusion_lens(DiffusionModel(sd), PROMPT, layers=[0, 1], **SD)
+    diffusion_lens(DiffusionModel(sd), PROMPT, layers=["embedding", 1], **SD)
     shown = capsys.readouterr().err
-    assert "layers 0, 1" in shown  # one bar for both, which goes on with the denoising
+    assert "layers embedding, 1" in shown  # one bar for both, which counts the denoising steps
     assert shown.count(" 0/3 ") == 1
     assert "3/3" in shown
 
@@ -307,7 +313,7 @@ def test_the_model_can_be_used_on(sd):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pipeline on disk, so that the record of a result can name it."""
+    """A pipeline on disk, which the record of a result can name."""
     folder = tmp_path_factory.mktemp("saved") / "pipe"
     tiny.stable_diffusion().save_pretrained(folder)
     return folder
@@ -315,20 +321,20 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    return diffusion_lens(DiffusionModel(folder), PROMPT, layers=[0, 1, 3], seed=7, progress=False, **SD)
+    return diffusion_lens(DiffusionModel(folder), PROMPT, layers=["embedding", 0, -1], seed=7, progress=False, **SD)
 
 
-def test_the_result_says_what_it_was_made_of(folder, result):
+def test_the_result_records_its_inputs(folder, result):
     assert isinstance(result, DiffusionLensResult)
     assert all(isinstance(image, Image.Image) and image.size == (32, 32) for image in result.images)
-    assert (result.layers, result.prompt, result.seed) == ((0, 1, 3), PROMPT, 7)
+    assert (result.layers, result.prompt, result.seed) == (("embedding", 0, 2), PROMPT, 7)
     assert (result.model, result.arguments) == (str(folder), SD)
     with pytest.raises(AttributeError):
         result.seed = 8
     assert PROMPT in repr(result)
 
 
-def test_the_grid_shows_every_picture(result):
+def test_the_grid_shows_every_image(result):
     cells = [np.asarray(image.resize((192, 192), Image.NEAREST)) for image in result.images]
     grid = np.asarray(result.grid())
     assert result.grid().mode == "RGB"
@@ -340,7 +346,7 @@ def test_the_grid_shows_every_picture(result):
         assert any(np.array_equal(strip[top : top + 192], cell) for top in range(len(grid) - 191))
 
 
-def test_the_grid_of_one_picture(result):
+def test_the_grid_of_one_image(result):
     one = DiffusionLensResult(result.images[:1], (0,), PROMPT, 7, result.model, SD)
     assert one.grid().width == 192 + 2 * 16
 
@@ -349,18 +355,18 @@ def test_the_plot_names_the_layers(result):
     figure = result.plot()
     assert isinstance(figure, matplotlib.figure.Figure)
     shown = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in shown] == ["layer 0", "layer 1", "layer 3"]
+    assert [axes.get_title() for axes in shown] == ["embedding", "layer 0", "layer 2"]
     for axes, image in zip(shown, result.images, strict=True):
         assert np.array_equal(axes.images[0].get_array(), np.asarray(image))
     assert figure.get_suptitle() == PROMPT
     figure.savefig(io.BytesIO(), format="png")
 
 
-def test_the_plot_of_many_pictures_has_rows():
+def test_the_plot_of_many_images_has_rows():
     images = tuple(Image.new("RGB", (8, 8), (20 * i, 0, 0)) for i in range(13))
-    figure = DiffusionLensResult(images, tuple(range(13)), PROMPT, 0, "", {}).plot()
+    figure = DiffusionLensResult(images, ("embedding", *range(12)), PROMPT, 0, "", {}).plot()
     shown = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in shown] == [f"layer {layer}" for layer in range(13)]
+    assert [axes.get_title() for axes in shown] == ["embedding", *(f"layer {layer}" for layer in range(12))]
     rows = {axes.get_subplotspec().rowspan.start for axes in shown}
     assert len(rows) == 2
 
@@ -373,7 +379,7 @@ def test_notebooks_show_the_grid(result):
 
 # Saving
 
-FILES = {"grid.png", "layer_00.png", "layer_01.png", "layer_03.png", "lens.json"}
+FILES = {"grid.png", "embedding.png", "layer_00.png", "layer_02.png", "lens.json"}
 
 
 def test_exactly_these_files_are_written(result, tmp_path):
@@ -381,8 +387,8 @@ def test_exactly_these_files_are_written(result, tmp_path):
     assert {path.name for path in (tmp_path / "deep" / "lens").iterdir()} == FILES
     assert {path.relative_to(tmp_path / "deep" / "lens").name for path in paths} == FILES
     assert all(path.is_file() for path in paths)
-    for layer, image in zip(result.layers, result.images, strict=True):
-        assert same(Image.open(tmp_path / "deep" / "lens" / f"layer_{layer:02}.png"), image)
+    for name, image in zip(("embedding", "layer_00", "layer_02"), result.images, strict=True):
+        assert same(Image.open(tmp_path / "deep" / "lens" / f"{name}.png"), image)
     assert same(Image.open(tmp_path / "deep" / "lens" / "grid.png"), result.grid())
 
 
@@ -405,7 +411,7 @@ def test_the_run_is_repeated_from_its_record(result, tmp_path):
     assert all(map(same, again.images, result.images))
 
 
-def test_a_prompt_in_another_script_is_recorded_as_it_is(result, tmp_path):
+def test_a_prompt_in_another_script_is_recorded_verbatim(result, tmp_path):
     prompt = "ein roter Kreis über 北京"
     DiffusionLensResult(result.images, result.layers, prompt, 7, result.model, SD).save(tmp_path)
     text = (tmp_path / "lens.json").read_text(encoding="utf-8")
@@ -423,7 +429,7 @@ def test_saving_again_replaces_the_files(result, tmp_path):
 
 
 class Unwritable(Image.Image):
-    """A picture whose file cannot be written, as on a full disk."""
+    """An image whose file cannot be written, as on a full disk."""
 
     def save(self, *_, **__):
         raise OSError(28, "No space left on device")
@@ -480,7 +486,7 @@ def test_all_layers_of_the_packaged_pipeline_in_one_call():
     model = DiffusionModel("diffsight/shapes-clip")
     model.set_progress_bar_config(disable=True)
     result = diffusion_lens(model, PROMPT, seed=2, progress=False, num_inference_steps=6)
-    assert result.layers == tuple(range(13))
+    assert result.layers == ("embedding", *range(12))
     for layer, image in zip(result.layers, result.images, strict=True):
         assert close(image, draw_by_hand(model.pipeline, CLIP, layer, 2, num_inference_steps=6))
 
@@ -490,7 +496,9 @@ def test_the_lens_on_the_packaged_pipeline(tmp_path):
     prompt = "a red circle below a blue square on a gray background"
     with warnings.catch_warnings():
         warnings.simplefilter("error", PromptWarning)
-        result = diffusion_lens(model, prompt, layers=[0, 6, 12], seed=1, progress=False, num_inference_steps=4)
+        result = diffusion_lens(
+            model, prompt, layers=["embedding", 5, 11], seed=1, progress=False, num_inference_steps=4
+        )
     model.set_progress_bar_config(disable=True)
     plain = model.generate(prompt, seed=1, num_inference_steps=4).images[0]
     assert same(result.images[2], plain)  # bit for bit

@@ -1,4 +1,4 @@
-"""Fidelity by layer, against the reader and plain diffusers on pictures made by hand."""
+"""Fidelity by layer, against the reader and plain diffusers on images made by hand."""
 
 import json
 import random
@@ -10,9 +10,7 @@ from PIL import Image
 
 import tiny
 from diffsight import DiffusionModel, InputError, layer_fidelity
-from diffsight.lenses import LayerFidelity
-from diffsight.lenses.layer_fidelity import sample_prompts
-from diffsight.pipelines.shapes.evaluate import draw_scenes
+from diffsight.lenses.layer_fidelity import LayerFidelity, sample_prompts
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import HELD_OUT, NOUNS, Scene, Thing, render
 from diffsight.pipelines.shapes.scoring import score
@@ -30,7 +28,20 @@ def model():
 
 @pytest.fixture(scope="module")
 def drawn(model):
-    return layer_fidelity(model, 4, layers=[12, 2], seed=3, progress=False, **FEW_STEPS)
+    return layer_fidelity(model, 4, layers=[11, "embedding"], seed=3, progress=False, **FEW_STEPS)
+
+
+@torch.no_grad()
+def draw(pipe, scene, layer, seed):
+    """Draw a scene's caption from a layer, with plain diffusers."""
+    encoder = pipe.text_encoder
+    ids = pipe.tokenizer([scene.caption()], padding="max_length", return_tensors="pt").input_ids
+    if layer == 11:  # the last
+        embeds = encoder(ids)[0]
+    else:
+        states = encoder(ids, output_hidden_states=True).hidden_states  # the embedding, layer 0, layer 1 …
+        embeds = encoder.final_layer_norm(states[0 if layer == "embedding" else layer + 1])
+    return pipe(prompt_embeds=embeds, generator=torch.Generator().manual_seed(seed), **FEW_STEPS).images[0]
 
 
 def seen_in(scene):
@@ -38,7 +49,7 @@ def seen_in(scene):
 
 
 def of(*cells, layers=(0, 4, 8)):
-    """A result in which `cells` are seen: of each prompt, the scene that was asked for and those by layer."""
+    """Return a result from `cells`: for each prompt the scene that was asked for, and what is seen by layer."""
     scenes, seen = zip(*((asked, tuple(by_layer)) for asked, *by_layer in cells))
     return LayerFidelity("a model", "text_encoder", layers, scenes, seen, 0, {})
 
@@ -70,12 +81,12 @@ def test_each_part_is_scored(shown, wrong):
     assert set(found) == set(PARTS)
 
 
-def test_what_is_not_read_is_wrong():
+def test_an_image_without_a_scene_is_wrong():
     assert score(BELOW, None) == dict.fromkeys(PARTS, False)
     assert set(score(Scene((RED,), None, "gray"), None)) == set(PARTS) - {"second object", "relation"}
 
 
-def test_things_alike_are_told_apart():
+def test_similar_objects_are_told_apart():
     asked = Scene((RED, GREEN), "left of", "gray")  # two circles
     assert all(score(asked, seen_in(asked)).values())
     swapped = score(asked, seen_in(Scene((GREEN, RED), "left of", "gray")))
@@ -92,14 +103,14 @@ def test_an_invented_noun_is_the_thing_that_it_names():
 # Results
 
 
-def test_figures_are_shares_of_prompts():
+def test_shares_of_prompts():
     one, swapped = Scene((RED,), None, "gray"), Scene((BLUE, RED), "below", "gray").canonical()
     right = BELOW.canonical()
     half = Scene((BLUE, GREEN), "above", "gray")
     result = of(
         (one, None, one, one), (BELOW, None, half, right), (BELOW, half, right, right), (BELOW, None, swapped, swapped)
     )
-    found = {name: values.tolist() for name, values in result.figures.items()}
+    found = {name: values.tolist() for name, values in result.shares.items()}
     assert list(found) == ["simple", "compound", "first object", "second object", "colors", "relation"]
     assert found["simple"] == [0, 1, 1]
     assert found["compound"] == pytest.approx([0, 1 / 3, 2 / 3])
@@ -120,9 +131,9 @@ def test_figures_are_shares_of_prompts():
         result.first_layers(50)
 
 
-def test_one_kind_of_prompt_has_its_own_figures_alone():
-    assert list(of((Scene((RED,), None, "gray"), None, None, None)).figures) == ["simple"]
-    assert "simple" not in of((BELOW, None, None, None)).figures
+def test_one_kind_of_prompt_has_only_its_own_shares():
+    assert list(of((Scene((RED,), None, "gray"), None, None, None)).shares) == ["simple"]
+    assert "simple" not in of((BELOW, None, None, None)).shares
 
 
 def test_plots_stand_side_by_side():
@@ -165,59 +176,57 @@ def test_layers_in_any_order():
 # On the packaged pipeline
 
 
-def test_pictures_are_those_of_plain_diffusers(model, drawn):
+def test_images_are_those_of_plain_diffusers(model, drawn):
     asked = sample_prompts(4)
     assert drawn.scenes == asked
-    assert (drawn.layers, drawn.encoder, drawn.model) == ((12, 2), "text_encoder", "diffsight/shapes-clip")
+    assert (drawn.layers, drawn.encoder, drawn.model) == ((11, "embedding"), "text_encoder", "diffsight/shapes-clip")
     model.pipeline.set_progress_bar_config(disable=True)
     for column, layer in enumerate(drawn.layers):
         for i, scene in enumerate(asked):
-            images = draw_scenes(
-                model.pipeline, [asked[0]] * (3 + i) + [scene], layer=layer, **FEW_STEPS
-            )  # seed 3 + i is last
-            assert drawn.seen[i][column] == read_scene(images[-1])
+            image = draw(model.pipeline, scene, layer, seed=3 + i)
+            assert drawn.seen[i][column] == read_scene(image)
             if len(scene.things) == 2:
                 seen = drawn.seen[i][column]
                 is_right = seen is not None and replace(seen, background=scene.background) == scene.canonical()
                 assert score(scene, seen)["scene"] == is_right
 
 
-def test_save_tells_what_was_asked_and_seen(drawn, tmp_path):
+def test_save_records_scenes_and_what_was_seen(drawn, tmp_path):
     paths = drawn.save(tmp_path)
     record = json.loads((tmp_path / "fidelity.json").read_text())
     assert [path.name for path in paths] == ["fidelity.json", "fidelity.png"]
     assert [one["prompt"] for one in record["prompts"]] == [scene.caption() for scene in drawn.scenes]
-    assert record["figures"]["compound"] == drawn.figures["compound"].tolist()
+    assert record["shares"]["compound"] == drawn.shares["compound"].tolist()
     assert (record["first_layers"], record["order"]) == (drawn.first_layers(), drawn.order)
-    assert (record["layers"], record["seed"]) == ([12, 2], 3)
+    assert (record["layers"], record["seed"]) == ([11, "embedding"], 3)
     Image.open(tmp_path / "fidelity.png").verify()
 
 
 def test_any_encoder_of_a_pipeline():
-    """Fewer layers, T5 and random weights: read all the same, and all wrong."""
+    """A T5 with fewer layers and random weights is read as well, and everything is wrong."""
     result = layer_fidelity(
         DiffusionModel(tiny.deepfloyd_if()), [BELOW], progress=False, num_inference_steps=1, guidance_scale=1.0
     )
-    assert result.layers == (0, 1, 2, 3)
-    assert torch.equal(result.figures["compound"], torch.zeros(4).double())
+    assert result.layers == ("embedding", 0, 1, 2)
+    assert torch.equal(result.shares["compound"], torch.zeros(4).double())
 
 
 @pytest.mark.parametrize(
     "scenes, changes, message",
     [
-        (0, {}, "a number of prompts from 1 on"),
-        (-3, {}, "a number of prompts from 1 on"),
-        (True, {}, "a number of prompts from 1 on"),
-        ("a red circle", {}, "or scenes of your own"),
-        (["a red circle"], {}, "a scene is a Scene"),
+        (0, {}, "a number of prompts, 1 or more"),
+        (-3, {}, "a number of prompts, 1 or more"),
+        (True, {}, "a number of prompts, 1 or more"),
+        ("a red circle", {}, "or a list of Scenes"),
+        (["a red circle"], {}, "a scene must be a Scene"),
         ([], {}, "the list is empty"),
         (2, {"encoder": "text_encoder_2"}, "it has text_encoder"),
-        (2, {"layers": [13]}, "no layer 13"),
+        (2, {"layers": [12]}, "no layer 12"),
         ([Scene((RED,), None, "gray"), Scene((RED,) * 9, "above", "gray")], {}, "words would be dropped"),
     ],
     ids=str,
 )
-def test_bad_input_is_refused_before_pictures(model, scenes, changes, message):
+def test_bad_input_is_refused_before_images(model, scenes, changes, message):
     ran = []
     handle = model.pipeline.vae.decoder.register_forward_hook(lambda *_: ran.append(1))
     with pytest.raises(InputError, match=message):
@@ -226,6 +235,6 @@ def test_bad_input_is_refused_before_pictures(model, scenes, changes, message):
     assert not ran
 
 
-def test_what_is_no_model():
+def test_an_invalid_model():
     with pytest.raises(InputError, match="takes a DiffusionModel, not str"):
         layer_fidelity("diffsight/shapes-clip")

@@ -1,4 +1,4 @@
-"""The comparison of text encoders, against formulas and calls of the encoders written by hand."""
+"""The comparison of text encoders, against formulas and calls of the encoders by hand."""
 
 import json
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import tiny
 from diffsight import DiffusionModel, InputError, compare_encoders, diffusion_lens
-from diffsight.lenses import EncoderComparison, linear_cka
+from diffsight.lenses.compare_encoders import EncoderComparison, linear_cka
 
 PROMPTS = ["a red circle above a blue square", "a photo of a cat", "a blue cat", "a green square on a red circle"]
 SD = {"num_inference_steps": 2, "guidance_scale": 4.0}
@@ -37,11 +37,11 @@ def sdxl():
 
 @pytest.fixture(scope="module")
 def both(sd, if_):
-    return compare_encoders({"CLIP": sd, "T5": if_}, PROMPTS, pictures=2, seed=3, **QUIET)
+    return compare_encoders({"CLIP": sd, "T5": if_}, PROMPTS, images=2, seed=3, **QUIET)
 
 
 def by_hand(model, prompt, name="", **settings):
-    """The hidden states of a prompt's own tokens, (layers, tokens, features), and the texts of these tokens."""
+    """Return the hidden states of a prompt's own tokens, (layers, tokens, features), and these tokens as text."""
     tokenizer, encoder = (getattr(model.pipeline, part + name) for part in ("tokenizer", "text_encoder"))
     given = tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
     settings = {"attention_mask": given.attention_mask} if isinstance(encoder, tiny.transformers.T5EncoderModel) else {}
@@ -54,7 +54,7 @@ def by_hand(model, prompt, name="", **settings):
 
 
 def plain_cka(x, y):
-    """Kornblith et al., section 3, as it stands there: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)), linear kernels."""
+    """Return the CKA as Kornblith et al. write it in section 3: HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L))."""
     n = len(x)
     center = np.eye(n) - np.ones((n, n)) / n
 
@@ -90,16 +90,18 @@ def test_cka_does_not_see_rotation_scale_and_shift():
     assert linear_cka(x, 3 * x @ turn + 5) == pytest.approx(1)
     assert linear_cka(x @ turn * -0.1, y) == pytest.approx(linear_cka(x, y))
     assert linear_cka(x, y) == pytest.approx(linear_cka(y, x))
-    assert abs(linear_cka(x * torch.arange(1, 7), y) - linear_cka(x, y)) > 1e-3  # unlike scales of features it sees
+    assert (
+        abs(linear_cka(x * torch.arange(1, 7), y) - linear_cka(x, y)) > 1e-3
+    )  # but the scale of single features matters
 
 
-def test_cka_of_vectors_that_are_the_same_is_no_number():
+def test_cka_of_equal_vectors_is_nan():
     assert np.isnan(linear_cka(torch.ones(4, 3), vectors(4, 3)))
 
 
 @pytest.mark.parametrize("x, y", [((4, 3), (5, 3)), ((1, 3), (1, 3)), ((4,), (4,))])
-def test_cka_of_what_cannot_be_compared(x, y):
-    with pytest.raises(InputError, match="as many vectors"):
+def test_cka_of_sets_that_cannot_be_compared(x, y):
+    with pytest.raises(InputError, match="equally many vectors"):
         linear_cka(torch.ones(x), torch.ones(y))
 
 
@@ -109,14 +111,14 @@ def test_cka_of_what_cannot_be_compared(x, y):
 def test_vectors_are_the_means_of_the_prompts_own_tokens(both, sd, if_):
     for name, model in (("CLIP", sd), ("T5", if_)):
         found = both[name]
-        assert found.layers == (0, 1, 2, 3)
+        assert found.layers == ("embedding", 0, 1, 2)
         for i, prompt in enumerate(PROMPTS):
             states, words = by_hand(model, prompt)
             if name == "T5":
-                states = states[:-1]  # transformers puts the last through the norm
+                states = states[:-1]  # transformers applies the norm to the last
             assert list(found.words[i]) == words
-            for layer, state in enumerate(states[: len(found.layers)]):
-                assert torch.allclose(found.vectors[layer, i], state.mean(0), atol=1e-5)
+            for vectors, state in zip(found.vectors, states):
+                assert torch.allclose(vectors[i], state.mean(0), atol=1e-5)
 
 
 def test_cka_of_all_pairs_of_layers(both):
@@ -164,51 +166,53 @@ def test_the_lens_of_each(both, sd, if_):
     grid = both.grid(1)
     assert grid.width > 4 * 128
     assert grid.height > 2 * 128
-    with pytest.raises(InputError, match=r"of the first 2 prompts alone.*pictures=3"):
+    with pytest.raises(InputError, match=r"drew only the first 2 prompts.*images=3"):
         both.grid(2)
 
 
 def test_the_encoders_of_one_pipeline(sdxl):
-    result = compare_encoders(sdxl, PROMPTS, pictures=0, **QUIET)
+    result = compare_encoders(sdxl, PROMPTS, images=0, **QUIET)
     assert list(result) == ["text_encoder", "text_encoder_2"]
     for name, suffix in (("text_encoder", ""), ("text_encoder_2", "_2")):
         states, words = by_hand(sdxl, PROMPTS[2], suffix)
         layers = result[name].layers
-        assert layers == tuple(range(sdxl.encoders[name].last + 1))
+        assert layers == ("embedding", *range(sdxl.encoders[name].last))
         assert list(result[name].words[2]) == words
-        for layer in layers:
-            assert torch.allclose(result[name].vectors[layer, 2], states[layer].mean(0), atol=1e-5)
+        for vectors, state in zip(result[name].vectors, states):
+            assert torch.allclose(vectors[2], state.mean(0), atol=1e-5)
     assert result["text_encoder"].vectors.shape[-1] != result["text_encoder_2"].vectors.shape[-1]
-    with pytest.raises(InputError, match="of no prompt"):
+    with pytest.raises(InputError, match="drew no prompt"):
         result.grid()
 
 
 def test_settings_of_the_lens_and_layers(sdxl):
     settings = {"isolate": True, "norm": True}
-    result = compare_encoders(sdxl, PROMPTS, layers=[2, 0], lens=settings, seed=1, **QUIET)
+    result = compare_encoders(sdxl, PROMPTS, layers=[1, "embedding"], lens=settings, seed=1, **QUIET)
     for name in result:
-        assert result[name].layers == result[name].lens[0].layers == (2, 0)
-        wanted = diffusion_lens(sdxl, PROMPTS[0], encoder=name, layers=[2, 0], seed=1, **settings, **QUIET)
+        assert result[name].layers == result[name].lens[0].layers == (1, "embedding")
+        wanted = diffusion_lens(sdxl, PROMPTS[0], encoder=name, layers=[1, "embedding"], seed=1, **settings, **QUIET)
         assert [i.tobytes() for i in result[name].lens[0].images] == [i.tobytes() for i in wanted.images]
-    assert torch.allclose(result.drift("text_encoder", 0)[1], torch.ones(1))  # the layer given last
+    assert torch.allclose(result.drift("text_encoder", 0)[1], torch.ones(1))  # the last of the given layers
 
 
-def test_own_tokens_behind_a_template():
-    """Qwen-Image puts its prompts behind an instruction."""
+def test_own_tokens_after_a_template():
+    """Qwen-Image puts an instruction before its prompts."""
     model = DiffusionModel(text_pipelines.built("qwen_image"))
     inputs = TEXT_PIPELINES["qwen_image"].inputs()
     del inputs["prompt"]
-    result = compare_encoders([model, model], PROMPTS[:3], pictures=0, progress=False, **inputs)
+    result = compare_encoders([model, model], PROMPTS[:3], images=0, progress=False, **inputs)
     for i, prompt in enumerate(PROMPTS[:3]):
         assert "".join(next(iter(result.values())).words[i]) == prompt
 
 
 def test_names_tell_encoders_apart(sd, sdxl):
-    two = compare_encoders([sd, DiffusionModel(tiny.stable_diffusion())], PROMPTS, pictures=0, layers=[0, 1], **QUIET)
+    two = compare_encoders(
+        [sd, DiffusionModel(tiny.stable_diffusion())], PROMPTS, images=0, layers=["embedding", 0], **QUIET
+    )
     assert list(two) == ["StableDiffusionPipeline (1)", "StableDiffusionPipeline (2)"]
-    mixed = compare_encoders({"XL": sdxl, "SD": sd}, PROMPTS, pictures=0, layers=1, **QUIET)
+    mixed = compare_encoders({"XL": sdxl, "SD": sd}, PROMPTS, images=0, layers=0, **QUIET)
     assert list(mixed) == ["XL text_encoder", "XL text_encoder_2", "SD"]
-    chosen = compare_encoders({"XL": sdxl, "SD": sd}, PROMPTS, encoders="text_encoder", pictures=0, layers=1, **QUIET)
+    chosen = compare_encoders({"XL": sdxl, "SD": sd}, PROMPTS, encoders="text_encoder", images=0, layers=0, **QUIET)
     assert list(chosen) == ["XL", "SD"]
 
 
@@ -217,9 +221,9 @@ def test_names_tell_encoders_apart(sd, sdxl):
 
 def test_plots_show_all_layers_and_tokens(both):
     axes = both.plot().axes[0]
-    picture = axes.images[0].get_array()
-    assert picture.shape == (8, 8)
-    assert np.allclose(picture[:4, 4:], both.cka("CLIP", "T5").numpy())
+    image = axes.images[0].get_array()
+    assert image.shape == (8, 8)
+    assert np.allclose(image[:4, 4:], both.cka("CLIP", "T5").numpy())
     drift, t5 = both.plot_drift(0).axes[:2]
     assert (drift.get_title(), t5.get_title()) == ("CLIP", "T5")
     assert np.allclose(drift.images[0].get_array(), both.drift("CLIP", 0).numpy())
@@ -235,7 +239,7 @@ def test_save_writes_everything(both, tmp_path):
     assert {"comparison.json", "comparison.safetensors", "cka.png", "grid_01.png", "drift_00.png"} <= names
     record = json.loads((tmp_path / "study" / "comparison.json").read_text())
     assert record["prompts"] == PROMPTS
-    assert record["encoders"]["T5"]["layers"] == [0, 1, 2, 3]
+    assert record["encoders"]["T5"]["layers"] == ["embedding", 0, 1, 2]
     numbers = load_file(tmp_path / "study" / "comparison.safetensors")
     assert torch.equal(numbers["CLIP.vectors"], both["CLIP"].vectors)
     assert torch.equal(numbers["cka.CLIP.T5"], both.cka("CLIP", "T5"))
@@ -252,7 +256,7 @@ def test_save_writes_everything(both, tmp_path):
 
 @pytest.fixture
 def drawing(sdxl, monkeypatch):
-    """The modules that would draw; nothing of them may run."""
+    """Check that no module that draws runs."""
     ran = []
     handles = [m.register_forward_hook(lambda *_: ran.append(1)) for m in (sdxl.pipeline.unet, sdxl.pipeline.vae)]
     yield ran
@@ -267,30 +271,30 @@ def drawing(sdxl, monkeypatch):
         ({"prompts": PROMPTS[:1]}, "two prompts or more"),
         ({"prompts": PROMPTS[0]}, "two prompts or more"),
         ({"prompts": []}, "two prompts or more"),
-        ({"prompts": [PROMPTS[0], PROMPTS[0]]}, "there twice"),
-        ({"prompts": [PROMPTS[0], 7]}, "a prompt is a text, not int"),
+        ({"prompts": [PROMPTS[0], PROMPTS[0]]}, "must be unique, but .* appears twice"),
+        ({"prompts": [PROMPTS[0], 7]}, "a prompt must be a string, not int"),
         ({"prompts": [PROMPTS[0], " "]}, "the prompt is empty"),
         ({"prompts": [PROMPTS[0], "a red circle " * 40]}, "would be dropped.*circle"),
         ({"encoders": "text_encoder_3"}, "no text encoder 'text_encoder_3'.*has text_encoder, text_encoder_2"),
         ({"encoders": ["text_encoder"]}, "two encoders or more"),
         ({"encoders": []}, "two encoders or more"),
-        ({"layers": 9}, "text_encoder: there is no layer 9: they are 0"),
-        ({"layers": -1}, "there is no layer -1"),
-        ({"pictures": 5}, "from 0 to 4, not 5"),
-        ({"pictures": -1}, "from 0 to 4, not -1"),
-        ({"lens": {"pooled": "none"}}, "pooled is"),
+        ({"layers": 9}, 'text_encoder: there is no layer 9: choose from "embedding" and 0 to'),
+        ({"layers": -9}, "there is no layer -9"),
+        ({"images": 5}, "from 0 to 4, not 5"),
+        ({"images": -1}, "from 0 to 4, not -1"),
+        ({"lens": {"pooled": "none"}}, "pooled must be"),
         ({"seed": "7"}, "seed"),
         ({"guidance_scal": 1}, "no argument"),
     ],
     ids=str,
 )
-def test_bad_input_is_refused_before_pictures(sdxl, drawing, changes, message):
+def test_bad_input_is_refused_before_images(sdxl, drawing, changes, message):
     given = {"prompts": PROMPTS, **QUIET, **changes}
     with pytest.raises(InputError, match=message):
         compare_encoders(sdxl, **given)
 
 
-def test_what_is_no_model_and_models_without_text():
+def test_invalid_models_and_models_without_text_encoder():
     with pytest.raises(InputError, match="DiffusionModels, not str"):
         compare_encoders("diffsight/shapes-clip", PROMPTS)
     with pytest.raises(InputError, match="no text encoder"):
@@ -298,9 +302,9 @@ def test_what_is_no_model_and_models_without_text():
 
 
 def test_questions_that_have_no_answer(both):
-    with pytest.raises(InputError, match="no encoder 'GPT': compared are CLIP, T5"):
+    with pytest.raises(InputError, match="no encoder 'GPT': the result has CLIP, T5"):
         both.cka("CLIP", "GPT")
-    with pytest.raises(InputError, match="no prompt 4: they are 0 to 3"):
+    with pytest.raises(InputError, match="no prompt 4: choose from 0 to 3"):
         both.nearest("CLIP", prompt=4)
-    with pytest.raises(InputError, match='"first" layer or to the "last"'):
+    with pytest.raises(InputError, match='to must be "first" or "last", not'):
         both.drift("CLIP", prompt=0, to="middle")

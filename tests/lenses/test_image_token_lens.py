@@ -1,4 +1,4 @@
-"""The logit lens on a picture: each patch as by hand, in its place."""
+"""The logit lens on an image: each patch, compared with the same by hand."""
 
 import json
 
@@ -11,7 +11,7 @@ from PIL import Image
 import tiny_vision
 from diffsight import InputError, VisionLanguageModel, collect_activations, image_token_lens, logit_lens
 
-PICTURE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+IMAGE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
 PROMPT = "a red circle"
 SHAPES = {"llava": (4, 4), "qwen2_vl": (3, 4), "idefics3": (4, 4), "paligemma": (4, 4)}
 
@@ -24,8 +24,8 @@ def model_of(kind):
 @torch.no_grad()
 def test_every_patch_as_by_hand_in_its_place(kind):
     model = model_of(kind)
-    result = image_token_lens(model, PROMPT, PICTURE, top_k=2, tokens=[7])
-    with model.trace(PROMPT, images=PICTURE) as run:
+    result = image_token_lens(model, PROMPT, IMAGE, top_k=2, tokens=[7])
+    with model.trace(PROMPT, images=IMAGE) as run:
         grid = run.image_grids[0][0]
         for i in range(len(model.layers)):
             said = model.project_on_vocab(run.layers_output[i][0, grid]).softmax(-1)
@@ -38,34 +38,34 @@ def test_every_patch_as_by_hand_in_its_place(kind):
 
 
 @torch.no_grad()
-def test_pictures_of_many_prompts_go_along_in_batches():
-    """One of each prompt, or a list of them; a single picture goes with all."""
+def test_images_of_many_prompts_go_along_in_batches():
+    """One image for each prompt, or a list of images; a single image belongs to all prompts."""
     model, texts = model_of("llava"), ["a red circle", "a square", "the photo of a circle"]
-    pictures = [PICTURE, PICTURE.rotate(90), [PICTURE, PICTURE.rotate(180)]]
-    several = logit_lens(model, texts, images=pictures, positions=-1, keep_logits=True, batch_size=2)
-    states = collect_activations(model, texts, images=PICTURE, batch_size=2)
-    for i, (text, picture) in enumerate(zip(texts, pictures)):
-        assert torch.allclose(several.logits[i, -1, 0], model.trace(text, images=picture).logits[0, -1], atol=1e-5)
-        alone = model.trace(text, images=PICTURE).layers_output[-1][0, -1]
+    images = [IMAGE, IMAGE.rotate(90), [IMAGE, IMAGE.rotate(180)]]
+    several = logit_lens(model, texts, images=images, positions=-1, keep_logits=True, batch_size=2)
+    states = collect_activations(model, texts, images=IMAGE, batch_size=2)
+    for i, (text, image) in enumerate(zip(texts, images)):
+        assert torch.allclose(several.logits[i, -1, 0], model.trace(text, images=image).logits[0, -1], atol=1e-5)
+        alone = model.trace(text, images=IMAGE).layers_output[-1][0, -1]
         assert torch.allclose(states[2][i], alone, atol=1e-5)
 
 
-def test_the_picture_is_what_the_model_sees():
-    """LLaVA's processor cuts a square out of the middle; Qwen2-VL's takes all of it."""
-    assert image_token_lens(model_of("llava"), PROMPT, PICTURE).picture.size == (32, 32)
-    assert image_token_lens(model_of("qwen2_vl"), PROMPT, PICTURE).picture.size == (96, 64)
+def test_the_image_is_what_the_model_sees():
+    """LLaVA's processor crops a square from the middle; Qwen2-VL's keeps the whole image."""
+    assert image_token_lens(model_of("llava"), PROMPT, IMAGE).image.size == (32, 32)
+    assert image_token_lens(model_of("qwen2_vl"), PROMPT, IMAGE).image.size == (96, 64)
 
 
 def test_it_shows_itself(tmp_path):
-    PICTURE.save(tmp_path / "picture.png")
-    result = image_token_lens(model_of("qwen2_vl"), PROMPT, tmp_path / "picture.png", tokens=[5, 9])
-    assert result.picture.size == (96, 64)
+    IMAGE.save(tmp_path / "image.png")
+    result = image_token_lens(model_of("qwen2_vl"), PROMPT, tmp_path / "image.png", tokens=[5, 9])
+    assert result.image.size == (96, 64)
     assert isinstance(result.plot(), Figure)
     assert isinstance(result.maps(layers=[0, 2]), Figure)
     assert result._repr_png_().startswith(b"\x89PNG")
     paths = result.save(tmp_path / "out")
     assert {path.name for path in paths} == {
-        *("picture.png", "lens.json", "lens.safetensors", "maps.png"),
+        *("image.png", "lens.json", "lens.safetensors", "maps.png"),
         *(f"layer_{i:02}.png" for i in range(3)),
     }
     record = json.loads((tmp_path / "out" / "lens.json").read_text())
@@ -75,16 +75,16 @@ def test_it_shows_itself(tmp_path):
 
 def test_bad_input():
     with pytest.raises(InputError, match="takes a VisionLanguageModel, not LanguageModel"):
-        image_token_lens(writers.model(), PROMPT, PICTURE)
+        image_token_lens(writers.model(), PROMPT, IMAGE)
     model = model_of("llava")
-    with pytest.raises(InputError, match="takes one picture, not a list of 2"):
-        image_token_lens(model, PROMPT, [PICTURE, PICTURE])
+    with pytest.raises(InputError, match="takes one image, not a list of 2"):
+        image_token_lens(model, PROMPT, [IMAGE, IMAGE])
     with pytest.raises(InputError, match="there is no layer 9"):
-        image_token_lens(model, PROMPT, PICTURE, layers=9)
+        image_token_lens(model, PROMPT, IMAGE, layers=9)
     with pytest.raises(InputError, match="lie on no grid"):
-        image_token_lens(model_of("idefics2"), PROMPT, PICTURE)
-    result = image_token_lens(model, PROMPT, PICTURE, layers=[0, 2])
-    with pytest.raises(InputError, match="layer 1 was not looked at: there are 0, 2"):
+        image_token_lens(model_of("idefics2"), PROMPT, IMAGE)
+    result = image_token_lens(model, PROMPT, IMAGE, layers=[0, 2])
+    with pytest.raises(InputError, match="does not have layer 1: it has 0, 2"):
         result.words(1)
     with pytest.raises(InputError, match="no tokens were chosen"):
         result.maps()

@@ -1,4 +1,4 @@
-"""Token tracking: first tokens with and without a leading space, and their probabilities."""
+"""Target probabilities: first tokens with and without a leading space, and their probabilities."""
 
 import json
 
@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 import tiny
 from diffsight import InputError, LanguageModel, logit_lens, run_prompts
-from diffsight.lenses import Prompt, first_tokens
+from diffsight.lenses.target_probabilities import Prompt, first_tokens
 
 PROMPTS = writers.PROMPTS
 TARGETS = {"right": "Paris", "traps": ["London", "Madrid"], "long": "the city of Paris"}
@@ -33,7 +33,7 @@ def test_first_tokens_with_and_without_a_space(model):
 
 
 def test_a_tokenizer_that_adds_a_space_itself():
-    """SentencePiece begins every text with one: a word within a text is what tells the forms apart."""
+    """SentencePiece starts every text with a space, so the two forms differ only within a text."""
     tokenizer = tiny.gemma_tokenizer()
     config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4)
     model = LanguageModel((writers.build(transformers.GPT2LMHeadModel, config), tokenizer))
@@ -52,7 +52,7 @@ def test_a_tokenizer_without_spaces():
     assert first_tokens("paris", model) == (5,)
 
 
-def test_what_the_model_says(net, model):
+def test_the_output_of_the_model(net, model):
     prompts = [Prompt.from_strings(text, TARGETS, model) for text in PROMPTS]
     result = run_prompts(model, prompts, batch_size=2, progress=False)
     for i, text in enumerate(PROMPTS):
@@ -66,7 +66,7 @@ def test_what_the_model_says(net, model):
 
 
 def test_by_layer(net, model):
-    """Targets may be others in every prompt."""
+    """Targets may differ from prompt to prompt."""
     first, second = Prompt.from_strings(PROMPTS[0], "Paris", model), Prompt(PROMPTS[1], {"target": [5, 9]})
     result = run_prompts(model, [first, second], lens=logit_lens)
     assert result["target"].shape == (2, 4)
@@ -121,7 +121,7 @@ def test_bad_input(net, model):
     for given, words in (
         ([], "there is no prompt"),
         (["a text"], "run_prompts takes Prompts"),
-        ([prompt, Prompt("a", {"other": [1]})], "targets of the same names: target in the first, other in 'a'"),
+        ([prompt, Prompt("a", {"other": [1]})], "the same names of targets: target in the first, other in 'a'"),
         ([Prompt("a", {"target": []})], "'a' has no tokens to track under 'target'"),
         ([Prompt("a", {})], "'a' has no tokens to track"),
         ([Prompt("a", {"target": [9999]})], "there is no token 9999"),
@@ -129,7 +129,7 @@ def test_bad_input(net, model):
     ):
         with pytest.raises(InputError, match=words):
             run_prompts(model, given)
-    for words, told in (("", "not empty, not ''"), ([], "no word to track"), ([3], "not empty, not 3")):
+    for words, told in (("", "is not empty, not ''"), ([], "no word to track"), ([3], "is not empty, not 3")):
         with pytest.raises(InputError, match=told):
             first_tokens(words, model)
     with pytest.raises(InputError, match="words need a tokenizer"):

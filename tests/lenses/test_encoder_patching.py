@@ -1,4 +1,4 @@
-"""Patching between prompts and encoders, against the bare pipelines with hooks of PyTorch."""
+"""Patching between prompts and encoders, against the bare pipelines with PyTorch hooks."""
 
 import contextlib
 import json
@@ -12,7 +12,8 @@ from text_pipelines import TEXT_PIPELINES
 
 import tiny
 from diffsight import DiffusionModel, InputError, encoder_patching
-from diffsight.lenses import LensWarning, LinearMap
+from diffsight.lenses.encoders.drawing import LensWarning
+from diffsight.lenses.linear_map import LinearMap
 
 SOURCE, TARGET = "a red circle above a blue square", "a red square above a blue square"
 SEED = 4
@@ -41,10 +42,11 @@ def layers_of(encoder):
 
 @contextlib.contextmanager
 def hooked(encoder, layer, function):
-    """Within it `function(state, call)` sees what the layer gives; 0 is what the first layer gets. What it gives, if
-    anything, takes its place."""
+    """Call `function(state, call)` with the output of a layer, or the input of the first for "embedding".
+
+    What it returns, if anything, replaces the state."""
     calls = iter(range(1000))
-    if layer:
+    if layer != "embedding":
 
         def after(module, args, output):
             state = output[0] if isinstance(output, tuple) else output
@@ -53,7 +55,7 @@ def hooked(encoder, layer, function):
                 return None
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-        handle = layers_of(encoder)[layer - 1].register_forward_hook(after, prepend=True)
+        handle = layers_of(encoder)[layer].register_forward_hook(after, prepend=True)
     else:
 
         def before(module, args, kwargs):
@@ -81,7 +83,7 @@ def draw(name, pipe, prompt):
 
 
 def state_of(name, pipe, encoder, layer, prompt):
-    """The hidden state of the prompt, (1, tokens, features)."""
+    """Return the hidden state of the prompt, (1, tokens, features)."""
     states = []
     with hooked(getattr(pipe, encoder), layer, lambda state, call: states.append(state.clone())):
         draw(name, pipe, prompt)
@@ -89,7 +91,7 @@ def state_of(name, pipe, encoder, layer, prompt):
 
 
 def patched(name, pipe, encoder, layer, tokens, state):
-    """The picture of the target with `state`, (tokens, features), in the place of `tokens`."""
+    """Draw the target with `state`, (tokens, features), in place of `tokens`."""
 
     def put(hidden, call):
         if call:
@@ -103,7 +105,7 @@ def patched(name, pipe, encoder, layer, tokens, state):
 
 
 def place_of(pipe, name, encoder, word, prompt):
-    """The tokens of a word: its first place where the prompt's own tokens begin among those that the encoder got."""
+    """Return the tokens of a word among those that the encoder reads."""
     seen = []
     handle = getattr(pipe, encoder).register_forward_pre_hook(
         lambda m, args, kwargs: seen.append(args[0] if args else kwargs["input_ids"]), with_kwargs=True
@@ -126,7 +128,7 @@ def difference(a, b):
     return np.abs(np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).max()
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize(("name", "encoder"), KINDS)
@@ -136,14 +138,14 @@ def test_every_layer_as_with_hooks_by_hand(name, encoder):
     with warnings.catch_warnings():
         warnings.simplefilter("error", LensWarning)
         result = patch(name, pipe, words="circle", encoder=encoder, source_layers=None)
-        alone = patch(name, pipe, words="circle", encoder=encoder, layers=1, batch_size=1)
+        alone = patch(name, pipe, words="circle", encoder=encoder, layers=0, batch_size=1)
     assert result.source_tokens == result.tokens == (tokens,)
-    assert result.layers[0] == 0
+    assert result.layers == ("embedding", *range(len(result.layers) - 1))
     for layer, (image,) in zip(result.layers, result.images, strict=True):
         state = state_of(name, pipe, encoder, layer, SOURCE)[0, tokens.start : tokens.stop]
         wanted = patched(name, pipe, encoder, layer, tokens, state)
         assert difference(image, wanted) <= 2
-        if layer == 1:
+        if layer == 0:
             assert difference(alone.images[0][0], wanted) == 0
     plain = draw(name, pipe, TARGET)
     assert difference(alone.target_image, plain) == 0
@@ -151,13 +153,18 @@ def test_every_layer_as_with_hooks_by_hand(name, encoder):
     assert difference(result.images[0][0], plain) > 0
 
 
-def test_words_and_layers_make_a_table_of_pictures():
-    """Other words, into others, from other layers."""
+def test_words_and_layers_make_a_table_of_images():
+    """With other words, into other words, from other layers."""
     pipe, name = text_pipelines.built("stable_diffusion"), "stable_diffusion"
-    given = {"words": ["red circle", "above"], "into": ["blue square", 4], "layers": [1, 3], "source_layers": [2, 0]}
+    given = {
+        "words": ["red circle", "above"],
+        "into": ["blue square", 4],
+        "layers": [0, -1],
+        "source_layers": [1, "embedding"],
+    }
     result = patch(name, pipe, **given, batch_size=3)
     assert result.words == ("red circle → blue square", "above")
-    assert (result.layers, result.source_layers) == ((1, 3), (2, 0))
+    assert (result.layers, result.source_layers) == ((0, 2), (1, "embedding"))
     assert result.source_tokens == (range(2, 4), range(4, 5))
     assert result.tokens == (range(6, 8), range(4, 5))
     for layer, origin, images in zip(result.layers, result.source_layers, result.images, strict=True):
@@ -168,7 +175,7 @@ def test_words_and_layers_make_a_table_of_pictures():
 
 
 def test_every_token_is_a_column():
-    result = patch("stable_diffusion", text_pipelines.built("stable_diffusion"), layers=[0])
+    result = patch("stable_diffusion", text_pipelines.built("stable_diffusion"), layers=["embedding"])
     assert result.words == ("a", "red", "circle → square", "above", "a", "blue", "square")
     assert result.tokens == tuple(range(i, i + 1) for i in range(1, 8))
     plain = result.target_image
@@ -180,27 +187,27 @@ def test_spans_of_different_length():
     pipe, name, target = text_pipelines.built("stable_diffusion"), "stable_diffusion", "a red photo above a blue square"
     source = "a red hex above a blue square"  # three tokens
     message = refusal(name, source=source, target=target, words="hex")
-    assert "'hex' is 3 tokens of the source, in the place of 1 of the target, 'photo'" in message
+    assert "'hex' has 3 tokens in the source, but replaces 1 in the target, 'photo'" in message
     assert 'align="last" or "mean"' in message
-    state = state_of(name, pipe, "text_encoder", 1, source)[0, 3:6]
+    state = state_of(name, pipe, "text_encoder", 0, source)[0, 3:6]
     for align, wanted in (("last", state[-1:]), ("mean", state.mean(0, keepdim=True))):
-        result = patch(name, pipe, source, TARGET, words="hex", align=align, layers=1, batch_size=1)
-        assert difference(result.images[0][0], patched(name, pipe, "text_encoder", 1, range(3, 4), wanted)) == 0
+        result = patch(name, pipe, source, TARGET, words="hex", align=align, layers=0, batch_size=1)
+        assert difference(result.images[0][0], patched(name, pipe, "text_encoder", 0, range(3, 4), wanted)) == 0
 
 
-def test_the_prompt_that_is_patched_is_not_the_negative_one():
+def test_the_negative_prompt_is_not_patched():
     pipe = text_pipelines.built("stable_diffusion")
     arguments = settings("stable_diffusion") | {"negative_prompt": TARGET}
     model = DiffusionModel(pipe)
-    given = {"words": "circle", "layers": [2], "seed": SEED, "batch_size": 1, "progress": False}
+    given = {"words": "circle", "layers": [1], "seed": SEED, "batch_size": 1, "progress": False}
     result = encoder_patching(model, SOURCE, TARGET, **given, **arguments)
-    state = state_of("stable_diffusion", pipe, "text_encoder", 2, SOURCE)[0, 3]
+    state = state_of("stable_diffusion", pipe, "text_encoder", 1, SOURCE)[0, 3]
 
     def put(hidden, call):
-        if call == 0:  # the second call is that of the negative prompt
+        if call == 0:  # the second call reads the negative prompt
             hidden[:, 3] = state
 
-    with hooked(pipe.text_encoder, 2, put):
+    with hooked(pipe.text_encoder, 1, put):
         wanted = pipe(prompt=TARGET, **arguments, generator=text_pipelines.generator(SEED))[0][0]
     assert difference(result.images[0][0], wanted) == 0
 
@@ -208,14 +215,14 @@ def test_the_prompt_that_is_patched_is_not_the_negative_one():
 def test_one_encoder_alone():
     """FLUX's T5 is patched, and its CLIP reads an empty prompt."""
     pipe, name = text_pipelines.built("flux"), "flux"
-    given = {"words": "circle", "encoder": "text_encoder_2", "layers": [2]}
+    given = {"words": "circle", "encoder": "text_encoder_2", "layers": [1]}
     result = patch(name, pipe, **given, isolate=True, batch_size=1)
     tokens = result.tokens[0]
-    state = state_of(name, pipe, "text_encoder_2", 2, SOURCE)[0, tokens.start : tokens.stop]
+    state = state_of(name, pipe, "text_encoder_2", 1, SOURCE)[0, tokens.start : tokens.stop]
     ids = pipe.tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids
     blank = pipe.text_encoder.register_forward_pre_hook(lambda module, args: (ids, *args[1:]))
     try:
-        assert difference(result.images[0][0], patched(name, pipe, "text_encoder_2", 2, tokens, state)) == 0
+        assert difference(result.images[0][0], patched(name, pipe, "text_encoder_2", 1, tokens, state)) == 0
         assert difference(result.target_image, draw(name, pipe, TARGET)) == 0
         assert difference(result.source_image, draw(name, pipe, SOURCE)) == 0
     finally:
@@ -240,15 +247,15 @@ def test_two_fine_tunes_as_two_runs_in_lockstep():
     result = encoder_patching(b, SOURCE, TARGET, source_model=a, **given, **arguments)
     for layer, (image,) in zip(result.layers[1:], result.images[1:], strict=True):
         with a.generate(SOURCE, seed=SEED, **arguments) as x, b.generate(TARGET, seed=SEED, **arguments) as y:
-            taken = x.cond.text_encoder.layers[layer - 1].output[:, 3].clone()
-            y.cond.text_encoder.layers[layer - 1].output[:, 3] = taken
+            taken = x.cond.text_encoder.layers[layer].output[:, 3].clone()
+            y.cond.text_encoder.layers[layer].output[:, 3] = taken
             x.stop()
         assert difference(image, y.images[0]) == 0
     assert difference(result.source_image, draw("stable_diffusion", a.pipeline, SOURCE)) == 0
 
 
 def same_width():
-    """SDXL's two encoders, here both 32 wide."""
+    """Return an SDXL pipeline whose text encoders both have 32 features."""
     pipe = TEXT_PIPELINES["stable_diffusion_xl"].build()
     pipe.text_encoder = tiny.clip_encoder(pipe.tokenizer, width=32, seed=6)
     sizes = {"cross_attention_dim": 64, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
@@ -260,9 +267,9 @@ def same_width():
 def test_one_encoder_into_the_other_of_the_same_width():
     pipe = same_width()
     given = {"words": "circle", "encoder": "text_encoder", "source_encoder": "text_encoder_2"}
-    result = patch("stable_diffusion_xl", pipe, **given, layers=[1, 2], source_layers=2, batch_size=1)
-    state = state_of("stable_diffusion_xl", pipe, "text_encoder_2", 2, SOURCE)[0, 3]
-    for layer, (image,) in zip((1, 2), result.images, strict=True):
+    result = patch("stable_diffusion_xl", pipe, **given, layers=[0, 1], source_layers=1, batch_size=1)
+    state = state_of("stable_diffusion_xl", pipe, "text_encoder_2", 1, SOURCE)[0, 3]
+    for layer, (image,) in zip((0, 1), result.images, strict=True):
         wanted = patched("stable_diffusion_xl", pipe, "text_encoder", layer, range(3, 4), state)
         assert difference(image, wanted) == 0
 
@@ -283,26 +290,26 @@ def fitted(pipe, **given):
 
 
 def test_a_linear_map_between_encoders_of_different_width():
-    """Against the least squares of NumPy, on the states that hooks see."""
+    """Compared with NumPy's least squares on the states that hooks see."""
     pipe, name = text_pipelines.built("stable_diffusion_xl"), "stable_diffusion_xl"
-    mapping = fitted(pipe, layers=[2], source_layers=[1])
-    x = np.concatenate([state_of(name, pipe, "text_encoder_2", 1, p)[0, 1:8].double() for p in PROMPTS])
-    y = np.concatenate([state_of(name, pipe, "text_encoder", 2, p)[0, 1:8].double() for p in PROMPTS])
+    mapping = fitted(pipe, layers=[1], source_layers=[-3])
+    x = np.concatenate([state_of(name, pipe, "text_encoder_2", 0, p)[0, 1:8].double() for p in PROMPTS])
+    y = np.concatenate([state_of(name, pipe, "text_encoder", 1, p)[0, 1:8].double() for p in PROMPTS])
     ones = np.ones((len(x), 1))
     solution = np.linalg.lstsq(np.concatenate([x, ones], 1), y, rcond=None)[0]
     wanted = np.linalg.norm(np.concatenate([x, ones], 1) @ solution - y) / np.linalg.norm(y - y.mean(0))
-    assert mapping.error.keys() == {(1, 2)}
-    assert mapping.error[1, 2] == pytest.approx(wanted, rel=1e-6)
-    assert 0 < mapping.error[1, 2] < mapping.error_unseen[1, 2]
-    assert f"error {mapping.error[1, 2]:.3f}" in repr(mapping)
+    assert mapping.error.keys() == {(0, 1)}
+    assert mapping.error[0, 1] == pytest.approx(wanted, rel=1e-6)
+    assert 0 < mapping.error[0, 1] < mapping.error_unseen[0, 1]
+    assert f"error {mapping.error[0, 1]:.3f}" in repr(mapping)
 
     given = {"words": "circle", "encoder": "text_encoder", "source_encoder": "text_encoder_2", "mapping": mapping}
-    result = patch(name, pipe, **given, layers=2, source_layers=1, batch_size=1)
-    state = mapping(state_of(name, pipe, "text_encoder_2", 1, SOURCE)[0, 3:4], 1, 2)
+    result = patch(name, pipe, **given, layers=1, source_layers=0, batch_size=1)
+    state = mapping(state_of(name, pipe, "text_encoder_2", 0, SOURCE)[0, 3:4], 0, 1)
     assert np.allclose(
-        state, np.append(state_of(name, pipe, "text_encoder_2", 1, SOURCE)[0, 3], 1) @ solution, atol=1e-5
+        state, np.append(state_of(name, pipe, "text_encoder_2", 0, SOURCE)[0, 3], 1) @ solution, atol=1e-5
     )
-    assert difference(result.images[0][0], patched(name, pipe, "text_encoder", 2, range(3, 4), state)) == 0
+    assert difference(result.images[0][0], patched(name, pipe, "text_encoder", 1, range(3, 4), state)) == 0
     assert result.map_error == mapping.error
 
 
@@ -310,7 +317,7 @@ def test_maps_between_tokenizers_that_cut_words_differently():
     """T5 and CLIP, word by word."""
     pipe = text_pipelines.built("stable_diffusion_3")
     arguments = settings("stable_diffusion_3")
-    given = {"encoder": "text_encoder_3", "source_encoder": "text_encoder_2", "layers": [1]}
+    given = {"encoder": "text_encoder_3", "source_encoder": "text_encoder_2", "layers": [0]}
     mapping = LinearMap().fit(DiffusionModel(pipe), PROMPTS, **given, progress=False, **arguments)
     result = patch("stable_diffusion_3", pipe, source=SOURCE, target=SOURCE, words="circle", mapping=mapping, **given)
     assert (result.source_tokens, result.tokens) == ((range(3, 4),), (range(2, 3),))
@@ -320,7 +327,7 @@ def test_maps_between_tokenizers_that_cut_words_differently():
 
 
 def refusal(name, source=SOURCE, target=TARGET, **given):
-    """The message that the lens refuses with, before the denoiser has run."""
+    """Return the message of an invalid call of the lens, and check that the denoiser has not run."""
     pipe, ran = TEXT_PIPELINES[name].build(), []
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     denoiser.register_forward_hook(lambda module, args, output: ran.append(module))
@@ -340,30 +347,30 @@ LONG = "a red circle " * 26
         ({"words": "circle", "into": "circle"}, "'circle' does not occur in the prompt 'a red square above"),
         ({"words": "a"}, "'a' occurs 2 times in the prompt 'a red circle above a blue square'"),
         ({"words": "circle", "into": ["red", "blue"]}, "into has 2 items for 1 words"),
-        ({"into": "red"}, "say which with words="),
+        ({"into": "red"}, "name the words, too, with words="),
         ({"words": []}, "words is empty"),
         ({"words": [1.5]}, "not 1.5"),
-        ({"words": 77}, "there are no tokens 77: 'a red circle above a blue square' is read as tokens 0 to 76"),
+        ({"words": 77}, "there are no tokens 77: 'a red circle above a blue square' has the tokens 0 to 76"),
         ({"words": range(3, 3)}, "there are no tokens range(3, 3)"),
-        ({"target": "a red square"}, "the prompts are 7 and 3 tokens long"),
+        ({"target": "a red square"}, "the prompts have 7 and 3 tokens"),
         ({"target": "a red square", "words": "circle"}, "the prompts have 7 and 3 words"),
-        ({"layers": 4}, "there is no layer 4: they are 0 (the embedding) to 3"),
-        ({"layers": [1, 2], "source_layers": [1]}, "there are 1 source_layers for 2 layers"),
-        ({"source_layers": 9}, "in the source's text_encoder there is no layer 9"),
+        ({"layers": 3}, 'there is no layer 3: choose from "embedding" and 0 to 2'),
+        ({"layers": [1, 2], "source_layers": [1]}, "source_layers has 1 items for 2 layers"),
+        ({"source_layers": 9}, "in the source's text_encoder, there is no layer 9"),
         ({"encoder": "text_encoder_2"}, "no text encoder 'text_encoder_2'"),
         ({"source_encoder": "text_encoder_2"}, "no text encoder 'text_encoder_2'"),
         ({"align": "first"}, "not 'first'"),
         ({"source": ""}, "empty"),
-        ({"source": [SOURCE]}, "one prompt, a text, not list"),
+        ({"source": [SOURCE]}, "one prompt, a string, not list"),
         ({"source": LONG}, "too long"),
         ({"target": LONG}, "too long"),
         ({"mapping": LinearMap(), "words": "circle"}, "never fitted"),
-        ({"mapping": "text_encoder", "words": "circle"}, "mapping is a LinearMap, or None, not str"),
+        ({"mapping": "text_encoder", "words": "circle"}, "mapping must be a LinearMap or None, not str"),
         ({"batch_size": 0}, "batch_size"),
     ],
     ids=str,
 )
-def test_what_cannot_be_patched(given, message):
+def test_invalid_input(given, message):
     assert message in refusal("stable_diffusion", **given)
 
 
@@ -371,24 +378,24 @@ def test_a_prompt_that_one_encoder_cuts():
     pipe = TEXT_PIPELINES["stable_diffusion_3"].build()
     pipe.tokenizer_3.model_max_length = 512
     arguments = settings("stable_diffusion_3") | {"max_sequence_length": 256}
-    with pytest.raises(InputError, match=r"too long for text_encoder: 77 tokens are read.*: 'a red circle'"):
+    with pytest.raises(InputError, match=r"too long for text_encoder, which reads 77 tokens: .*: 'a red circle'"):
         encoder_patching(DiffusionModel(pipe), LONG, TARGET, words=3, encoder="text_encoder", **arguments)
 
 
 def test_encoders_of_different_width_need_a_map():
     given = {"words": "circle", "encoder": "text_encoder", "source_encoder": "text_encoder_2"}
     assert "text_encoder_2 has 32 features and text_encoder 16" in refusal("stable_diffusion_xl", **given)
-    mapping = fitted(text_pipelines.built("stable_diffusion_xl"), layers=[1])
-    message = refusal("stable_diffusion_xl", **given, mapping=mapping, layers=2)
-    assert "fitted for the layers 1 → 1, not 2 → 2" in message
-    given |= {"encoder": "text_encoder_2", "source_encoder": "text_encoder", "mapping": mapping, "layers": 1}
+    mapping = fitted(text_pipelines.built("stable_diffusion_xl"), layers=[0])
+    message = refusal("stable_diffusion_xl", **given, mapping=mapping, layers=1)
+    assert "fitted for the layers 0 → 0, not 1 → 1" in message
+    given |= {"encoder": "text_encoder_2", "source_encoder": "text_encoder", "mapping": mapping, "layers": 0}
     xl = "StableDiffusionXLPipeline"
     message = f"from {xl}, text_encoder_2 to {xl}, text_encoder, not from {xl}, text_encoder to"
     assert message in refusal("stable_diffusion_xl", **given)
 
 
 def test_a_map_between_encoders_of_other_models(tmp_path):
-    """Their encoders have the same name, and may have the same width."""
+    """Text encoders of different models can have the same name and width."""
     folder = tmp_path / "fine-tune"
     with_other_text_encoder().save_pretrained(folder)
     other = DiffusionModel(folder)
@@ -417,13 +424,15 @@ def test_a_pipeline_without_a_text_encoder():
 
 
 def test_the_result_says_how_it_was_made(tmp_path):
-    result = patch("stable_diffusion", text_pipelines.built("stable_diffusion"), words=["red", "circle"], layers=[0, 2])
+    result = patch(
+        "stable_diffusion", text_pipelines.built("stable_diffusion"), words=["red", "circle"], layers=["embedding", 1]
+    )
     names = {"grid.png", "source.png", "target.png", "lens.json"}
-    names |= {f"layer_{layer}_{word}.png" for layer in ("00", "02") for word in ("01", "02")}
+    names |= {f"{layer}_{word}.png" for layer in ("embedding", "layer_01") for word in ("01", "02")}
     assert {path.name for path in result.save(tmp_path)} == names
     record = json.loads((tmp_path / "lens.json").read_text(encoding="utf-8"))
     assert (record["source"], record["target"], record["seed"]) == (SOURCE, TARGET, SEED)
-    assert (record["layers"], record["words"]) == ([0, 2], ["red", "circle → square"])
+    assert (record["layers"], record["words"]) == (["embedding", 1], ["red", "circle → square"])
     assert record["source_tokens"] == [[2], [3]]
     grid = np.asarray(result.grid())
     assert result._repr_png_().startswith(b"\x89PNG")
@@ -436,9 +445,9 @@ def test_the_result_says_how_it_was_made(tmp_path):
 
 
 def test_a_word_on_the_packaged_pipeline():
-    """At the embedding "circle" is all that the prompts differ in; behind the first layer its neighbours know."""
+    """At the embedding the prompts differ in "circle" only; after the first layer its neighbours know, too."""
     model = DiffusionModel("diffsight/shapes-clip")
-    given = {"words": "circle", "layers": [0, 12], "seed": 0, "progress": False, "num_inference_steps": 10}
+    given = {"words": "circle", "layers": ["embedding", 11], "seed": 0, "progress": False, "num_inference_steps": 10}
     result = encoder_patching(model, f"{SOURCE} on a gray background", f"{TARGET} on a gray background", **given)
     assert difference(result.source_image, result.target_image) > 100
     assert difference(result.images[0][0], result.source_image) <= 2

@@ -1,4 +1,4 @@
-"""The diffusion lens on every family of text encoder, against the bare pipeline with hooks of PyTorch."""
+"""The diffusion lens on every family of text encoder, against the bare pipeline with PyTorch hooks."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from text_pipelines import PROMPT, TEXT_PIPELINES
 
 import tiny
 from diffsight import DiffusionModel, InputError, diffusion_lens
-from diffsight.lenses import LensWarning
+from diffsight.lenses.encoders.drawing import LensWarning
 
 SEED = 4
 ENCODERS = [
@@ -46,7 +46,7 @@ ENCODERS = [
 
 
 def parts(pipe, name):
-    """The layers and the final norm of an encoder, by hand."""
+    """Return the layers and the final norm of an encoder."""
     encoder = getattr(pipe, name)
     lists = {"CLIPTextModel": ("encoder.layers", "final_layer_norm")}
     lists |= {"CLIPTextModelWithProjection": ("text_model.encoder.layers", "text_model.final_layer_norm")}
@@ -63,7 +63,7 @@ def first(value):
 
 
 def hook(module, function, before=False):
-    """`function(value, n)` at the n-th call; what it gives takes the place of the value, if it gives anything."""
+    """Call `function(value, n)` at the n-th call. What it returns, if anything, replaces the value."""
     count = iter(range(1000))
     if before:
         return module.register_forward_pre_hook(
@@ -75,7 +75,7 @@ def hook(module, function, before=False):
 
 @contextlib.contextmanager
 def leaving(layers, layer):
-    """Within it the first call of the encoder goes out of all layers behind `layer` with what that one gave."""
+    """Make all layers after `layer` return the output of `layer` in the first call of the encoder."""
     taken = []
 
     def take(value, call):
@@ -87,8 +87,9 @@ def leaving(layers, layer):
             return (taken[0], *output[1:]) if isinstance(output, tuple) else taken[0]
         return None
 
-    handles = [hook(layers[layer - 1], take)] if layer else [hook(layers[0], take, before=True)]
-    handles += [hook(behind, put) for behind in layers[layer:]]
+    is_embedding = layer == "embedding"
+    handles = [hook(layers[0], take, before=True)] if is_embedding else [hook(layers[layer], take)]
+    handles += [hook(later, put) for later in layers[0 if is_embedding else layer + 1 :]]
     try:
         yield
     finally:
@@ -109,7 +110,7 @@ def lens(name, pipe, **settings):
 
 
 def difference(a, b):
-    """The largest, of pictures in 255ths, of sounds and videos of numbers as it is."""
+    """Return the largest difference: in 255ths for images, as it is for sounds and for videos of floats."""
     a, b = (np.asarray(one if not isinstance(one, list) else np.stack(list(map(np.asarray, one)))) for one in (a, b))
     return np.abs(a.astype(float) - b.astype(float)).max()
 
@@ -128,15 +129,15 @@ def test_every_layer_as_with_hooks_by_hand(name, encoder):
     with warnings.catch_warnings():
         warnings.simplefilter("error", LensWarning)
         together = lens(name, pipe, encoder=encoder)
-        alone = lens(name, pipe, encoder=encoder, layers=1, batch_size=1)
-    assert together.layers == tuple(range(len(together.layers)))
+        alone = lens(name, pipe, encoder=encoder, layers=0, batch_size=1)
+    assert together.layers == ("embedding", *range(len(together.layers) - 1))
     assert len(together.layers) in (len(layers), len(layers) + 1)
     plain = draw(name, pipe)
     for layer, output in zip(together.layers, together.outputs, strict=True):
         with leaving(layers, layer):
             wanted = draw(name, pipe)
         assert close(output, wanted)
-        if layer == 1:
+        if layer == 0:
             assert difference(alone.outputs[0], wanted) == 0
             assert difference(wanted, plain) > 0  # the layer makes a difference
     assert close(together.outputs[-1], plain)
@@ -166,25 +167,27 @@ def test_batch_size_bounds_the_rows_of_a_call(size, rows):
 
 
 @pytest.mark.parametrize("given", ["a photo of the blue", ["a photo of the blue"]], ids=["text", "list"])
-def test_a_negative_prompt_means_what_it_means(given):
+def test_a_negative_prompt_keeps_its_effect(given):
     pipe = text_pipelines.built("stable_diffusion_xl")
     arguments = TEXT_PIPELINES["stable_diffusion_xl"].inputs(negative_prompt=given)
     del arguments["prompt"]
     with warnings.catch_warnings():
         warnings.simplefilter("error", LensWarning)
-        result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=SEED, layers=[0, 1], progress=False, **arguments)
+        result = diffusion_lens(
+            DiffusionModel(pipe), PROMPT, seed=SEED, layers=["embedding", 0], progress=False, **arguments
+        )
     for layer, image in zip(result.layers, result.images, strict=True):
         with leaving(parts(pipe, "text_encoder")[0], layer):
             assert close(image, draw("stable_diffusion_xl", pipe, negative_prompt="a photo of the blue"))
-    assert not close(result.images[0], lens("stable_diffusion_xl", pipe, layers=0).images[0])
+    assert not close(result.images[0], lens("stable_diffusion_xl", pipe, layers="embedding").images[0])
 
 
 def test_a_negative_prompt_that_is_the_prompt():
     pipe = text_pipelines.built("stable_diffusion")
     arguments = TEXT_PIPELINES["stable_diffusion"].inputs(negative_prompt=PROMPT)
     del arguments["prompt"]
-    result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=SEED, layers=[1, 3], progress=False, **arguments)
-    with leaving(parts(pipe, "text_encoder")[0], 1):
+    result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=SEED, layers=[0, -1], progress=False, **arguments)
+    with leaving(parts(pipe, "text_encoder")[0], 0):
         assert close(result.images[0], draw("stable_diffusion", pipe, negative_prompt=PROMPT))
     assert close(result.images[1], draw("stable_diffusion", pipe, negative_prompt=PROMPT))
 
@@ -199,7 +202,7 @@ def tokens(tokenizer, text, **settings):
 
 @contextlib.contextmanager
 def empty_prompt_for(pipe, name, **settings):
-    """Within it the first call of an encoder is given the tokens of an empty prompt."""
+    """Pass the tokens of an empty prompt to the first call of an encoder."""
     ids = tokens(getattr(pipe, name.replace("text_encoder", "tokenizer")), "", **settings)
     count = iter(range(1000))
 
@@ -215,11 +218,11 @@ def empty_prompt_for(pipe, name, **settings):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_the_second_encoder_of_sdxl_alone(norm):
-    """The tutorial's way: the layer goes into the place of the last but one, the pooled vector stays."""
+    """As in the tutorial: the layer replaces the last but one, and the pooled vector stays."""
     pipe = text_pipelines.built("stable_diffusion_xl")
     layers, final = parts(pipe, "text_encoder_2")
     result = lens(
-        "stable_diffusion_xl", pipe, encoder="text_encoder_2", isolate=True, norm=norm, pooled="full", layers=[1, 2]
+        "stable_diffusion_xl", pipe, encoder="text_encoder_2", isolate=True, norm=norm, pooled="full", layers=[0, 1]
     )
     for layer, image in zip(result.layers, result.images, strict=True):
         taken = []
@@ -228,7 +231,7 @@ def test_the_second_encoder_of_sdxl_alone(norm):
             taken.append(final(output) if norm else output)
 
         handles = [
-            hook(layers[layer - 1], take),
+            hook(layers[layer], take),
             hook(pipe.text_encoder_2, lambda output, call, taken=taken: put_state(output, call, taken[0])),
         ]
         with empty_prompt_for(pipe, "text_encoder"), torch.no_grad():
@@ -240,7 +243,7 @@ def test_the_second_encoder_of_sdxl_alone(norm):
 
 
 def put_state(output, call, state):
-    """Another last but one hidden state in what an encoder returns for the prompt."""
+    """Replace the last but one hidden state in what an encoder returns for the prompt."""
     if call == 0:
         states = output.hidden_states
         output.hidden_states = (*states[:-2], state, states[-1])
@@ -258,18 +261,18 @@ def test_t5_of_flux_alone():
 
 def test_isolating_the_only_encoder_changes_nothing():
     pipe = text_pipelines.built("stable_diffusion")
-    both = [lens("stable_diffusion", pipe, layers=1, isolate=isolate).images[0] for isolate in (False, True)]
+    both = [lens("stable_diffusion", pipe, layers=0, isolate=isolate).images[0] for isolate in (False, True)]
     assert difference(*both) == 0
 
 
 def test_isolating_leaves_the_templates_of_others():
-    """Kandinsky 5's language model reads the prompt in a template, and the template alone when CLIP is isolated."""
+    """Kandinsky 5's language model reads the prompt in a template, and only the template if CLIP is isolated."""
     pipe = TEXT_PIPELINES["kandinsky5"].build()
     texts = []
     pipe.text_encoder.register_forward_pre_hook(
         lambda module, args, kwargs: texts.append(pipe.tokenizer.decode(kwargs["input_ids"][0])), with_kwargs=True
     )
-    lens("kandinsky5", pipe, encoder="text_encoder_2", layers=0, isolate=True)
+    lens("kandinsky5", pipe, encoder="text_encoder_2", layers="embedding", isolate=True)
     blank = [text for text in texts if "<|im_start|>" in text and PROMPT not in text]
     assert any(PROMPT in text for text in texts)
     assert pipe.prompt_template.format("") in [text.replace("<|endoftext|>", "") for text in blank]
@@ -286,30 +289,30 @@ def test_a_tokenizer_that_two_encoders_share():
 def test_norm_where_the_pipeline_takes_states_without_it(name):
     pipe = text_pipelines.built(name)
     layers, final = parts(pipe, "text_encoder")
-    result = lens(name, pipe, norm=True, layers=[1, 2])
+    result = lens(name, pipe, norm=True, layers=[0, 1])
     for layer, image in zip(result.layers, result.images, strict=True):
         normed = hook(pipe.text_encoder, lambda output, call: put_state(output, call, final(output.hidden_states[-2])))
         with leaving(layers, layer), torch.no_grad():
             wanted = draw(name, pipe)
         normed.remove()
         assert close(image, wanted)
-    assert not close(result.images[1], lens(name, pipe, layers=2).images[0])
+    assert not close(result.images[1], lens(name, pipe, layers=1).images[0])
 
 
-def test_norm_where_it_is_applied_anyway():
+def test_norm_where_the_pipeline_applies_it():
     pipe = text_pipelines.built("stable_diffusion")
-    both = [lens("stable_diffusion", pipe, layers=1, norm=norm).images[0] for norm in (False, True)]
+    both = [lens("stable_diffusion", pipe, layers=0, norm=norm).images[0] for norm in (False, True)]
     assert difference(*both) == 0
 
 
 def test_the_pooled_vector_of_the_layer_or_of_all():
     pipe = text_pipelines.built("flux")
     of_layer, full = (
-        lens("flux", pipe, encoder="text_encoder", layers=1, pooled=p).images[0] for p in ("layer", "full")
+        lens("flux", pipe, encoder="text_encoder", layers=0, pooled=p).images[0] for p in ("layer", "full")
     )
-    with leaving(parts(pipe, "text_encoder")[0], 1):
+    with leaving(parts(pipe, "text_encoder")[0], 0):
         assert difference(of_layer, draw("flux", pipe)) == 0
-    assert difference(full, draw("flux", pipe)) == 0  # CLIP's layers are seen through its pooled vector alone
+    assert difference(full, draw("flux", pipe)) == 0  # CLIP's layers only affect its pooled vector
     assert not close(of_layer, full)
 
 
@@ -343,7 +346,7 @@ def test_edits_of_the_model_are_kept():
 
 
 class OneByOne(tiny.diffusers.StableDiffusionPipeline):
-    """Takes a single prompt."""
+    """Accepts a single prompt only."""
 
     def check_inputs(self, prompt, *args, **kwargs):
         if not isinstance(prompt, str):
@@ -386,7 +389,7 @@ def test_an_error_of_the_pipeline_is_its_own():
 
 
 def refusal(name, **settings):
-    """The message that the lens refuses with, before the denoiser has run."""
+    """Return the message of an invalid call of the lens, and check that the denoiser has not run."""
     pipe, ran = TEXT_PIPELINES[name].build(), []
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     denoiser.register_forward_hook(lambda module, args, output: ran.append(module))
@@ -396,33 +399,34 @@ def refusal(name, **settings):
     return str(error.value)
 
 
-def test_an_encoder_that_is_not_there():
+def test_an_encoder_that_does_not_exist():
     message = refusal("flux", encoder="text_encoder_3")
     assert "no text encoder 'text_encoder_3'" in message
     assert "it has text_encoder, text_encoder_2" in message
 
 
-def test_layers_behind_what_the_pipeline_takes():
-    message = refusal("lumina", layers=3)
-    assert "no layer 3: they are 0 (the embedding) to 2" in message
+def test_layers_that_the_pipeline_does_not_use():
+    message = refusal("lumina", layers=-1)
+    assert "layer -1 has no effect" in message
+    assert 'choose from "embedding" and 0 to 1' in message
 
 
 def test_a_prompt_that_this_encoder_cuts():
-    """CLIP takes 77 tokens; T5 would take more."""
+    """CLIP reads 77 tokens; T5 would read more."""
     prompt = "a red circle " * 26
     pipe = TEXT_PIPELINES["stable_diffusion_3"].build()
     pipe.tokenizer_3.model_max_length = 512
     arguments = TEXT_PIPELINES["stable_diffusion_3"].inputs(max_sequence_length=256)
     del arguments["prompt"]
     model = DiffusionModel(pipe)
-    with pytest.raises(InputError, match=r"too long for text_encoder: 77 tokens are read.*: 'a red circle'"):
+    with pytest.raises(InputError, match=r"too long for text_encoder, which reads 77 tokens: .*: 'a red circle'"):
         diffusion_lens(model, prompt, encoder="text_encoder", progress=False, **arguments)
-    kept = diffusion_lens(model, prompt, encoder="text_encoder_3", layers=0, progress=False, **arguments)
-    assert kept.layers == (0,)
+    kept = diffusion_lens(model, prompt, encoder="text_encoder_3", layers="embedding", progress=False, **arguments)
+    assert kept.layers == ("embedding",)
 
 
 @pytest.mark.parametrize("name", ["audioldm2", "stable_diffusion", "sana"])
-def test_a_prompt_that_ends_as_it_begins_is_not_cut(name):
+def test_a_prompt_that_ends_as_it_begins_is_not_truncated(name):
     result = lens(name, text_pipelines.built(name), prompt="a red circle a red", layers=0)
     assert result.layers == (0,)
 
@@ -433,7 +437,7 @@ def test_an_encoder_without_a_final_norm():
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "2"], ids=repr)
-def test_a_batch_size_that_is_none(size):
+def test_an_invalid_batch_size(size):
     assert "batch_size" in refusal("stable_diffusion", batch_size=size)
 
 
@@ -441,16 +445,18 @@ def test_a_pooled_vector_of_another_kind():
     assert '"layer" or "full", not \'empty\'' in refusal("flux", pooled="empty")
 
 
-def test_a_pipeline_that_makes_no_pictures():
-    with pytest.raises(InputError, match="KandinskyV22PriorPipeline makes image_embeds: there is no picture"):
+def test_a_pipeline_that_makes_no_images():
+    with pytest.raises(InputError, match="KandinskyV22PriorPipeline returns image_embeds: there is no image"):
         lens("kandinsky_prior", text_pipelines.built("kandinsky_prior"))
 
 
-def test_an_encoder_of_which_nothing_is_seen():
+def test_an_encoder_whose_use_is_not_found():
     pipe = TEXT_PIPELINES["stable_diffusion"].build()
     encode = pipe.encode_prompt
     pipe.encode_prompt = lambda *args, **kwargs: tuple(2 * embeds for embeds in encode(*args, **kwargs))
-    with pytest.raises(InputError, match="takes nothing of text_encoder as it is"):
+    with pytest.raises(
+        InputError, match="no output of text_encoder was found unchanged in what StableDiffusionPipeline uses"
+    ):
         lens("stable_diffusion", pipe)
 
 
@@ -458,36 +464,42 @@ def test_an_encoder_of_which_nothing_is_seen():
 
 
 def test_the_result_says_how_it_was_made(tmp_path):
-    settings = {"encoder": "text_encoder_2", "isolate": True, "norm": True, "pooled": "full", "layers": [0, 2]}
+    settings = {
+        "encoder": "text_encoder_2",
+        "isolate": True,
+        "norm": True,
+        "pooled": "full",
+        "layers": ["embedding", 1],
+    }
     result = lens("stable_diffusion_xl", text_pipelines.built("stable_diffusion_xl"), **settings)
-    assert {name: getattr(result, name) for name in settings} == settings | {"layers": (0, 2)}
+    assert {name: getattr(result, name) for name in settings} == settings | {"layers": ("embedding", 1)}
     result.save(tmp_path)
     record = json.loads((tmp_path / "lens.json").read_text(encoding="utf-8"))
     assert {name: record[name] for name in settings} == settings
 
 
 def test_a_video_is_shown_by_its_middle_frame_and_saved_whole(tmp_path):
-    result = lens("cogvideox", text_pipelines.built("cogvideox"), layers=[1, 3])
+    result = lens("cogvideox", text_pipelines.built("cogvideox"), layers=[0, -1])
     assert [len(frames) for frames in result.outputs] == [9, 9]
     assert all(difference(image, frames[4]) == 0 for image, frames in zip(result.images, result.outputs, strict=True))
     names = {path.name for path in result.save(tmp_path)}
-    assert names == {"grid.png", "layer_01.png", "layer_01.gif", "layer_03.png", "layer_03.gif", "lens.json"}
-    with Image.open(tmp_path / "layer_03.gif") as film:
+    assert names == {"grid.png", "layer_00.png", "layer_00.gif", "layer_02.png", "layer_02.gif", "lens.json"}
+    with Image.open(tmp_path / "layer_02.gif") as film:
         assert len(list(ImageSequence.Iterator(film))) == 9
 
 
-def test_a_video_of_numbers_becomes_pictures():
-    result = lens("wan", text_pipelines.built("wan"), layers=3)
+def test_a_video_of_numbers_becomes_images():
+    result = lens("wan", text_pipelines.built("wan"), layers=-1)
     frames = result.outputs[0]
     assert frames.shape == (5, 32, 32, 3)
     assert np.array_equal(np.asarray(result.images[0]), (frames[2] * 255).round().astype(np.uint8))
 
 
 def test_a_sound_is_shown_as_a_wave_and_saved_as_one(tmp_path):
-    result = lens("audioldm2", text_pipelines.built("audioldm2"), layers=[3])
+    result = lens("audioldm2", text_pipelines.built("audioldm2"), layers=["embedding"])
     assert result.rate == 16000
     assert result.outputs[0].shape == (256,)
     assert isinstance(result.images[0], Image.Image)
-    assert {path.name for path in result.save(tmp_path)} == {"grid.png", "layer_03.png", "layer_03.wav", "lens.json"}
-    with wave.open(str(tmp_path / "layer_03.wav")) as file:
+    assert {path.name for path in result.save(tmp_path)} == {"grid.png", "embedding.png", "embedding.wav", "lens.json"}
+    with wave.open(str(tmp_path / "embedding.wav")) as file:
         assert (file.getframerate(), file.getnchannels(), file.getnframes()) == (16000, 1, 256)

@@ -1,4 +1,4 @@
-"""Image grids: where pictures and texts land, measured in the pixels of the grid."""
+"""Image grids: where images and texts are placed, measured in the pixels of the grid."""
 
 import matplotlib
 import numpy as np
@@ -21,24 +21,24 @@ def noise(width, height):
 
 
 def extent(mask):
-    """Left, top, right, bottom of what is true in a mask, as in PIL."""
+    """Return left, top, right and bottom of what is true in a mask, as in PIL."""
     (ys, xs) = np.nonzero(mask)
     return xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
 
 
 def place(grid, color):
-    """Where the pixels of that colour lie."""
+    """Return where the pixels of a colour are."""
     return extent((np.asarray(grid) == color).all(-1))
 
 
 def ink(grid):
-    """Darkness of every pixel that is not part of a coloured picture."""
+    """Return the darkness of every pixel that is not part of a coloured image."""
     pixels = np.asarray(grid).astype(int)
     gray = np.ptp(pixels, axis=-1) == 0
     return np.where(gray, 255 - pixels[..., 0], 0)
 
 
-def test_pictures_lie_in_reading_order():
+def test_images_are_in_reading_order():
     grid = image_grid([plain(RED), plain(GREEN), plain(BLUE)], columns=2, cell=100, padding=10)
     assert grid.mode == "RGB"
     assert grid.size == (10 + 2 * 110, 10 + 2 * 110)
@@ -49,7 +49,7 @@ def test_pictures_lie_in_reading_order():
 
 
 @pytest.mark.parametrize("number, columns, rows", [(1, 1, 1), (2, 2, 1), (4, 2, 2), (5, 3, 2), (12, 4, 3), (13, 5, 3)])
-def test_flat_pictures_are_laid_out_near_square(number, columns, rows):
+def test_flat_images_are_laid_out_near_square(number, columns, rows):
     grid = image_grid([plain(RED)] * number, cell=20, padding=0)
     assert grid.size == (20 * columns, 20 * rows)
 
@@ -70,7 +70,7 @@ def test_rows_may_be_ragged_and_cells_empty():
     assert white == grid.width * grid.height - 3 * 50 * 50
 
 
-def test_flat_pictures_may_leave_cells_empty():
+def test_flat_images_may_leave_cells_empty():
     grid = image_grid([None, plain(RED), plain(GREEN), None], cell=50, padding=0)
     assert place(grid, RED) == (50, 0, 100, 50)
     assert place(grid, GREEN) == (0, 50, 50, 100)
@@ -88,21 +88,21 @@ def test_flat_pictures_may_leave_cells_empty():
         ((3000, 1), 120, 1),
     ],
 )
-def test_pictures_keep_their_aspect_ratio_and_are_centred(size, width, height):
+def test_images_keep_their_aspect_ratio_and_are_centred(size, width, height):
     grid = image_grid([plain(RED, size), plain(GREEN)], cell=120, padding=10)
     assert grid.size == (270, 140)
     left, top = 10 + (120 - width) // 2, 10 + (120 - height) // 2
     assert place(grid, RED) == (left, top, left + width, top + height)
 
 
-def test_a_row_and_a_column_are_no_larger_than_their_pictures():
+def test_a_row_and_a_column_are_no_larger_than_their_images():
     wide, tall = plain(RED, (100, 50)), plain(GREEN, (25, 50))
     assert image_grid([[wide, wide], [wide, wide]], cell=100, padding=10).size == (230, 130)
     assert image_grid([[wide], [tall]], cell=100, padding=10).size == (120, 180)
     assert image_grid([[tall, tall]], cell=100, padding=10).size == (130, 120)
 
 
-def test_small_pictures_are_enlarged_to_sharp_squares():
+def test_small_images_are_enlarged_to_sharp_squares():
     small = noise(64, 48)
     grid = image_grid([small], padding=0)
     assert grid.size == (192, 144)
@@ -117,14 +117,14 @@ def test_pixels_stay_sharp_where_the_scale_is_no_whole_number():
 
 
 @pytest.mark.parametrize("side", [128, 500])
-def test_larger_pictures_are_resampled_by_lanczos(side):
+def test_larger_images_are_resampled_by_lanczos(side):
     large = noise(side, side)
     expected = large.resize((192, 192), Image.Resampling.LANCZOS)
     assert np.array_equal(image_grid([large], padding=0), expected)
 
 
 @pytest.mark.parametrize(
-    "picture, color",
+    "image, color",
     [
         (Image.new("L", (8, 8), 90), (90, 90, 90)),
         (Image.new("1", (8, 8), 0), (0, 0, 0)),
@@ -136,13 +136,13 @@ def test_larger_pictures_are_resampled_by_lanczos(side):
     ],
     ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
 )
-def test_every_mode_is_shown_on_white(picture, color):
-    assert image_grid([picture], cell=16, padding=0).getcolors() == [(256, color)]
+def test_every_mode_is_shown_on_white(image, color):
+    assert image_grid([image], cell=16, padding=0).getcolors() == [(256, color)]
 
 
-def test_a_caption_stands_centred_below_its_picture():
-    pictures = [plain(RED), plain(GREEN)]
-    grid = image_grid(pictures, titles=["layer 0", None])
+def test_a_caption_is_centred_below_its_image():
+    images = [plain(RED), plain(GREEN)]
+    grid = image_grid(images, titles=["layer 0", None])
     left, top, right, bottom = extent(ink(grid))
     red = place(grid, RED)
     assert red[3] < top and bottom < grid.height
@@ -151,7 +151,7 @@ def test_a_caption_stands_centred_below_its_picture():
     assert place(grid, GREEN)[1] == red[1]
 
 
-def test_captions_follow_the_rows_of_the_pictures():
+def test_captions_follow_the_rows_of_the_images():
     rows = [[plain(RED), plain(GREEN)], [plain(BLUE)]]
     grid = image_grid(rows, titles=[None, ["layer 7"]])
     left, top, right, _ = extent(ink(grid))
@@ -182,25 +182,25 @@ def test_titles_stand_left_of_rows_and_above_columns():
     assert grid.height - bare.height == moved[1] - red[1]
 
 
-def test_a_caption_is_nearer_to_its_own_picture_than_to_the_next():
+def test_a_caption_is_nearer_to_its_own_image_than_to_the_next():
     grid = image_grid([plain(RED), plain(BLUE)], columns=1, titles=["layer 0", None])
     _, top, _, bottom = extent(ink(grid))
     assert top - place(grid, RED)[3] < 0.7 * (place(grid, BLUE)[1] - bottom)
 
 
-def test_titles_of_different_length_all_end_at_their_pictures():
+def test_titles_of_different_length_all_end_at_their_images():
     rows = [[plain(RED), plain(GREEN)], [plain(BLUE), plain(GOLD)]]
     grid = image_grid(rows, row_titles=["one", "four\nand\nmore words"])
     red, blue = place(grid, RED), place(grid, BLUE)
-    for picture in (red, blue):
-        *_, right, _ = extent(ink(grid)[picture[1] : picture[3]])
-        assert picture[0] - 20 < right < picture[0]
+    for image in (red, blue):
+        *_, right, _ = extent(ink(grid)[image[1] : image[3]])
+        assert image[0] - 20 < right < image[0]
 
     grid = image_grid(rows, column_titles=["one", "four\nand\nmore words"])
     red, green = place(grid, RED), place(grid, GREEN)
-    for picture in (red, green):
-        *_, bottom = extent(ink(grid)[:, picture[0] : picture[2]])
-        assert picture[1] - 20 < bottom < picture[1]
+    for image in (red, green):
+        *_, bottom = extent(ink(grid)[:, image[0] : image[2]])
+        assert image[1] - 20 < bottom < image[1]
 
 
 @pytest.mark.parametrize("kind, share", [("row_titles", 1.0), ("titles", 0.5)])
@@ -211,9 +211,9 @@ def test_lines_of_row_titles_end_together_and_those_of_captions_are_centred(kind
     assert start - left == pytest.approx(share * (right - left - end + start), abs=1)
 
 
-def test_the_heading_stands_over_all():
-    pictures = [plain(RED), plain(GREEN)]
-    grid = image_grid(pictures, title="Diffusion lens", column_titles=["a", "b"])
+def test_the_heading_is_above_everything():
+    images = [plain(RED), plain(GREEN)]
+    grid = image_grid(images, title="Diffusion lens", column_titles=["a", "b"])
     rows = np.nonzero(ink(grid).any(1))[0]
     gap = np.nonzero(np.diff(rows) > 8)[0]
     assert len(gap) == 1, "the heading, then the column titles"
@@ -225,9 +225,9 @@ def test_the_heading_stands_over_all():
 @pytest.mark.parametrize("text", [LONG, "m" * 99], ids=["words", "one word"])
 @pytest.mark.parametrize("kind", ["titles", "column_titles"])
 def test_long_titles_make_the_grid_taller_and_stay_in_their_column(kind, text):
-    pictures = [plain(RED), plain(GREEN), plain(BLUE)]
-    short = image_grid(pictures, columns=3, **{kind: ["a", "a", "a"]})
-    grid = image_grid(pictures, columns=3, **{kind: [None, text, None]})
+    images = [plain(RED), plain(GREEN), plain(BLUE)]
+    short = image_grid(images, columns=3, **{kind: ["a", "a", "a"]})
+    grid = image_grid(images, columns=3, **{kind: [None, text, None]})
     assert grid.width == short.width
     assert grid.height > short.height + 3 * 14
     left, top, right, bottom = extent(ink(grid))
@@ -254,7 +254,7 @@ def test_a_long_row_title_is_wrapped_and_makes_its_row_taller():
     assert red[0] - left <= 192 + 16 and left >= 16 and right <= red[0] - 16
     assert 0 < top < red[1] and red[3] < bottom
     assert abs((top + bottom) - (red[1] + red[3])) <= 6
-    assert blue[3] == grid.height - 16, "the other row is as high as its picture"
+    assert blue[3] == grid.height - 16, "the other row is as high as its image"
 
 
 @pytest.mark.parametrize("kind", ["titles", "row_titles", "column_titles", "title"])
@@ -301,7 +301,7 @@ def test_a_module_path_is_broken_after_a_dot():
     assert captioned(f"{word}.{word}") == captioned(f"{word}.\n{word}")
 
 
-def test_texts_have_room_beside_narrow_pictures():
+def test_texts_have_room_beside_narrow_images():
     narrow = plain(RED, (2, 64))
     grid = image_grid([narrow, narrow], columns=2, titles=["narrow"] * 2, cell=32, padding=4)
     red = place(grid, RED)
@@ -319,12 +319,12 @@ def test_the_font_grows_with_the_cell():
 
 
 def test_texts_may_be_empty():
-    pictures = [plain(RED), plain(GREEN)]
-    bare = image_grid(pictures)
-    assert bare == image_grid(pictures, titles=["", None], row_titles=[" "], title="\n")
+    images = [plain(RED), plain(GREEN)]
+    bare = image_grid(images)
+    assert bare == image_grid(images, titles=["", None], row_titles=[" "], title="\n")
 
 
-def test_every_one_of_many_pictures_lies_in_its_row_and_column():
+def test_each_of_many_images_is_in_its_row_and_column():
     colors = [[(255 - 9 * row, 9 * column, 128) for column in range(8)] for row in range(13)]
     rows = [[plain(color) for color in line] for line in colors]
     layers = [f"layer {row}" for row in range(13)]
@@ -341,20 +341,20 @@ def test_every_one_of_many_pictures_lies_in_its_row_and_column():
 
 
 def test_inputs_stay_as_they_are_and_the_same_grid_comes_back():
-    pictures = [noise(64, 48), Image.new("RGBA", (70, 9), (*RED, 90)), Image.new("1", (9, 9))]
-    before = [picture.copy() for picture in pictures]
-    given, titles = list(pictures), ["a", None, LONG]
+    images = [noise(64, 48), Image.new("RGBA", (70, 9), (*RED, 90)), Image.new("1", (9, 9))]
+    before = [image.copy() for image in images]
+    given, titles = list(images), ["a", None, LONG]
     first = image_grid(given, titles=titles, title=LONG)
-    assert all(a is b for a, b in zip(given, pictures, strict=True))
-    assert pictures == before
+    assert all(a is b for a, b in zip(given, images, strict=True))
+    assert images == before
     assert titles == ["a", None, LONG]
     assert image_grid(given, titles=titles, title=LONG) == first
 
 
-def test_the_grid_is_a_picture_of_its_own():
-    picture = plain(RED, (192, 192))
-    image_grid([picture], padding=0).putpixel((0, 0), (0, 0, 0))
-    assert picture.getcolors() == [(192 * 192, RED)]
+def test_the_grid_is_a_image_of_its_own():
+    image = plain(RED, (192, 192))
+    image_grid([image], padding=0).putpixel((0, 0), (0, 0, 0))
+    assert image.getcolors() == [(192 * 192, RED)]
 
 
 A = plain(RED)
@@ -366,13 +366,13 @@ A = plain(RED)
         ([], {}, ValueError, "at least one"),
         ([[], []], {}, ValueError, "at least one"),
         ([None, None], {}, ValueError, "at least one"),
-        (A, {}, TypeError, "images is of type Image; write a list"),
-        (7, {}, TypeError, "images is of type int; write a list"),
-        ([A, "b.png"], {}, TypeError, r"images\[1\] is of type str; give a PIL image"),
-        ([A, np.zeros((4, 4))], {}, TypeError, r"images\[1\] is of type ndarray; .*fromarray"),
-        ([[A], [A, 3]], {}, TypeError, r"images\[1\]\[1\] is of type int"),
-        ([[A], A], {}, TypeError, r"images\[1\] is of type Image; write a list"),
-        ([[A], None], {}, TypeError, r"images\[1\] is of type NoneType; write a list"),
+        (A, {}, TypeError, "images has type Image: write a list"),
+        (7, {}, TypeError, "images has type int: write a list"),
+        ([A, "b.png"], {}, TypeError, r"images\[1\] has type str: pass a PIL image"),
+        ([A, np.zeros((4, 4))], {}, TypeError, r"images\[1\] has type ndarray: .*fromarray"),
+        ([[A], [A, 3]], {}, TypeError, r"images\[1\]\[1\] has type int"),
+        ([[A], A], {}, TypeError, r"images\[1\] has type Image: write a list"),
+        ([[A], None], {}, TypeError, r"images\[1\] has type NoneType: write a list"),
         ([A, Image.new("L", (0, 4))], {}, ValueError, r"images\[1\] has no pixels"),
         ([Image.new("F", (4, 4))], {}, ValueError, r"images\[0\] has mode F.* mode L"),
         ([Image.new("I;16", (4, 4))], {}, ValueError, r"images\[0\] has mode I;16"),
@@ -383,20 +383,20 @@ A = plain(RED)
             [[A], [A]],
             {"titles": ["a", "b"]},
             TypeError,
-            r"titles\[0\] is of type str; write a list",
+            r"titles\[0\] has type str: write a list",
         ),
-        ([A] * 3, {"titles": "abc"}, TypeError, "titles is of type str; write a list"),
-        ([A] * 2, {"titles": ["a", 1]}, TypeError, r"titles\[1\] is of type int; write a string"),
+        ([A] * 3, {"titles": "abc"}, TypeError, "titles has type str: write a list"),
+        ([A] * 2, {"titles": ["a", 1]}, TypeError, r"titles\[1\] has type int: write a string"),
         ([A] * 4, {"row_titles": ["a"]}, ValueError, "row_titles has 1 .* needs 2.* each row"),
         ([A] * 4, {"column_titles": ["a"]}, ValueError, "column_titles has 1 .* needs 2.* column"),
         ([[A], [A, A]], {"column_titles": ["a"] * 3}, ValueError, "has 3 items, but needs 2"),
-        ([A], {"title": 5}, TypeError, "title is of type int; write a string"),
-        ([A], {"columns": 0}, ValueError, "columns is 0; write 1 or more"),
-        ([A], {"columns": 1.5}, TypeError, "columns is 1.5; write a whole number"),
-        ([[A]], {"columns": 1}, ValueError, "given in rows, so leave out columns"),
-        ([A], {"cell": 0}, ValueError, "cell is 0; write 1 or more"),
-        ([A], {"cell": "big"}, TypeError, "cell is 'big'; write a whole number"),
-        ([A], {"padding": -1}, ValueError, "padding is -1; write 0 or more"),
+        ([A], {"title": 5}, TypeError, "title has type int: write a string"),
+        ([A], {"columns": 0}, ValueError, "columns is 0: write 1 or more"),
+        ([A], {"columns": 1.5}, TypeError, "columns is 1.5: write an integer"),
+        ([[A]], {"columns": 1}, ValueError, "given in rows: omit columns"),
+        ([A], {"cell": 0}, ValueError, "cell is 0: write 1 or more"),
+        ([A], {"cell": "big"}, TypeError, "cell is 'big': write an integer"),
+        ([A], {"padding": -1}, ValueError, "padding is -1: write 0 or more"),
     ],
 )
 def test_bad_input_is_named(images, options, error, message):

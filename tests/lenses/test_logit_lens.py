@@ -1,4 +1,4 @@
-"""The logit lens, against the same by hand in plain PyTorch."""
+"""The logit lens, compared with the same in plain PyTorch."""
 
 import json
 from importlib.metadata import version
@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 from diffsight import InputError, LanguageModel, logit_lens, run_prompts
 from diffsight.errors import PointNotFoundError
-from diffsight.lenses import Prompt
-from diffsight.lenses.tokens import reader
+from diffsight.lenses.target_probabilities import Prompt
+from diffsight.lenses.tokens import prediction_reader
 
 PROMPTS = writers.PROMPTS
 
 
 def by_hand(net, text):
-    """The probabilities, (layers, tokens, vocabulary), of a GPT-2."""
+    """Return the probabilities of a GPT-2, (layers, tokens, vocabulary)."""
     states = writers.hidden_states(net, net.transformer.h, writers.ids(text))
     with torch.no_grad():
         return torch.stack([net.lm_head(net.transformer.ln_f(hidden))[0] for hidden in states]).softmax(-1)
@@ -73,7 +73,7 @@ def test_chosen_tokens(net, model):
 
 
 @pytest.mark.parametrize("build", [writers.gpt2, writers.llama, writers.gemma2])
-def test_the_last_layer_says_what_the_model_says(build):
+def test_the_last_layer_predicts_what_the_model_predicts(build):
     net = build()
     result = logit_lens(writers.model(net), PROMPTS[1], layers=-1, keep_logits=True)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_other_architectures(kind):
         assert torch.allclose(result.logits[:, 0], net(ids).logits, atol=1e-5)
 
 
-def test_weights_that_are_loaded_by_the_lens(tmp_path):
+def test_the_lens_loads_the_weights(tmp_path):
     net = writers.gemma2()
     net.save_pretrained(tmp_path)
     writers.TOKENIZER.save_pretrained(tmp_path)
@@ -111,7 +111,7 @@ def test_the_model_goes_no_further_than_it_must(net, model):
 
 def test_the_vocabulary_is_held_in_chunks(net, model, monkeypatch):
     whole = logit_lens(model, PROMPTS[0])
-    monkeypatch.setattr(reader, "_CHUNK", 3 * len(writers.TOKENIZER))
+    monkeypatch.setattr(prediction_reader, "_CHUNK", 3 * len(writers.TOKENIZER))
     sizes = []
     hook = net.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
     cut = logit_lens(model, PROMPTS[0])
@@ -177,20 +177,20 @@ def test_the_words_of_one_prompt(model):
         ({"prompts": []}, "there is no prompt: the list is empty"),
         ({"prompts": ["a", [1, 2]]}, "this one mixes text and token ids"),
         ({"prompts": "cat " * 99}, r"too long: \d+ tokens, and the model's context is 64"),
-        ({"layers": 4}, r"there is no layer 4: the model has 4 \(0 to 3\)"),
+        ({"layers": 4}, 'there is no layer 4: choose from "embedding" and 0 to 3'),
         ({"layers": [0, "1"]}, "there is no layer '1'"),
         ({"layers": []}, "no layers are chosen"),
         ({"positions": 40}, r"there is no position 40 in prompt 0: it has \d+ tokens"),
         ({"positions": 1.5}, "there is no position 1.5 in prompt 0"),
         ({"prompts": PROMPTS, "positions": 7}, "there is no position 7 in prompt 1"),
         ({"positions": []}, "no positions are chosen"),
-        ({"positions": [[0], [1]]}, "given for 2 prompts, and there are 1"),
+        ({"positions": [[0], [1]]}, "there are positions for 2 prompts, but 1 prompts"),
         ({"tokens": " Berlin"}, "' Berlin' is not one token but"),
         ({"tokens": []}, "no tokens are chosen"),
         ({"tokens": 4000}, "there is no token 4000: the model knows 0 to"),
-        ({"tokens": [1.5]}, "a token is a text such as ' Paris', or an id, not 1.5"),
-        ({"top_k": 0}, "top_k is a whole number from 1 to"),
-        ({"batch_size": 0}, "batch_size is a whole number from 1 on, not 0"),
+        ({"tokens": [1.5]}, "a token must be a string such as ' Paris', or an id, not 1.5"),
+        ({"top_k": 0}, "top_k must be an integer from 1 to"),
+        ({"batch_size": 0}, "batch_size must be an integer from 1 on, not 0"),
     ],
 )
 def test_bad_input_is_an_error_before_anything_runs(net, model, given, words):
@@ -218,7 +218,7 @@ def encoder_decoder(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_an_encoder_and_a_decoder(kind):
-    """The decoder's layers, at its own tokens; what the last says is what the model says."""
+    """The lens reads the decoder's layers at the decoder's tokens; the last layer predicts what the model predicts."""
     net = encoder_decoder(kind)
     model, written = writers.model(net), torch.arange(12).reshape(3, 4) + 5
     result = logit_lens(model, PROMPTS[:3], decoder_input_ids=written, batch_size=2, keep_logits=True, tokens=[7])
@@ -243,9 +243,11 @@ def test_an_encoder_and_a_decoder(kind):
 def test_models_that_cannot_be_looked_into():
     with pytest.raises(InputError, match="takes a LanguageModel, not GPT2LMHeadModel"):
         logit_lens(writers.gpt2(), "a cat")
-    with pytest.raises(InputError, match="no lm_head that was found"):
+    with pytest.raises(InputError, match="no lm_head was found in GPT2Model"):
         logit_lens(writers.model(writers.gpt2().transformer), "a cat")
-    with pytest.raises(InputError, match="layers of ProphetNetForCausalLM do not give one hidden state a token"):
+    with pytest.raises(
+        InputError, match="layers of ProphetNetForCausalLM do not return one hidden state for each token"
+    ):
         logit_lens(LanguageModel(architectures.build_causal("prophetnet")), architectures.tokens())
     with pytest.raises(PointNotFoundError, match="no layers were found in GPT2LMHeadModel: name them"):
         logit_lens(LanguageModel(writers.gpt2(), writers.TOKENIZER, names={"layers": None}), "a cat")
