@@ -54,13 +54,15 @@ def mark_code(app, what, name, obj, options, lines):
             in_code = True
             marked += [".. code-block:: python", ""]
         marked.append(line if in_code else _escape(line))
-    lines[:] = marked
+    # Napoleon would take what stands before a colon in the first line of a property for its type: `..` is a comment.
+    lines[:] = ["..", "", *marked] if what == "property" else marked
 
 
 def _escape(line):
     """The line with stars, bars and trailing underscores outside of backticks taken literally."""
     parts = re.split(r"(``.*?``|`.*?`)", line)
-    return "".join(part if i % 2 else re.sub(r"([*|])|(?<=\w)(_)(?=\W|$)", r"\\\g<0>", part) for i, part in enumerate(parts))
+    parts[::2] = (re.sub(r"[*|]|(?<=\w)_(?=\W|$)", r"\\\g<0>", part) for part in parts[::2])
+    return "".join(parts)
 
 
 def setup(app):

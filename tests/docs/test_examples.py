@@ -12,13 +12,13 @@ import diffusers
 import matplotlib.pyplot
 import pytest
 import sybil
-import tiny_vision
 import transformers
 import writers
 from PIL import Image
 from sybil.parsers.myst import CodeBlockParser, SkipParser
 
 import tiny
+import tiny_vision
 from diffsight.gallery.cli import main
 
 ROOT = Path(__file__).parents[2]
