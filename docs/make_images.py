@@ -63,7 +63,7 @@ def lens_grid() -> Image.Image:
 def patching() -> Image.Image:
     source = "a red circle above a blue square on a gray background"
     target = "a green ring above a blue square on a gray background"
-    words, layers = ["red", "circle", "above", "blue", "square"], ["embedding", 1, 3, 5, 7, 9, 11]
+    words, layers = ["red", "circle", "above", "blue", "square"], ["embedding", 0, 1, 5, 11]
     return encoder_patching(shapes("clip"), source, target, words=words, layers=layers, **DRAWING).grid()
 
 
