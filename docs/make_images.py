@@ -115,7 +115,7 @@ def main() -> None:
             print(f"{name}: left as it is: {error}")
             continue
         path = FOLDER / f"{name}.png"
-        made.savefig(path, dpi=100) if isinstance(made, Figure) else made.save(path, optimize=True)
+        made.savefig(path, dpi=110) if isinstance(made, Figure) else made.save(path, optimize=True)
         print(path)
 
 
