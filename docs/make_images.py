@@ -75,7 +75,7 @@ def fidelity() -> Figure:
 def cka() -> Figure:
     captions = [scene.caption() for scene in sample_prompts(128, seed=1)]
     models = {"CLIP": shapes("clip"), "T5": shapes("t5")}
-    return compare_encoders(models, dict.fromkeys(captions), pictures=0, progress=False).plot()
+    return compare_encoders(models, dict.fromkeys(captions), images=0, progress=False).plot()
 
 
 def logits() -> Figure:
