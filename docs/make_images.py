@@ -3,7 +3,7 @@
     python docs/make_images.py
     python docs/make_images.py lens-grid cka
 
-They are drawn from the packaged pipelines in a few minutes on one processor core. Those of SmolLM2 need the extra
+They are drawn from the packaged pipelines, in about a quarter of an hour on one processor core. Those of SmolLM2 need the extra
 `smollm2`, and are left as they are without it.
 """
 
