@@ -3,8 +3,8 @@
     python docs/make_images.py
     python docs/make_images.py lens-grid cka
 
-They are drawn from the packaged pipelines, in about a quarter of an hour on one processor core. Those of SmolLM2 need the extra
-`smollm2`, and are left as they are without it.
+They are drawn from the packaged pipelines, in about a quarter of an hour on one processor core. Those of SmolLM2 need
+the extra `smollm2`, and are left as they are without it.
 """
 
 import argparse
