@@ -1,0 +1,123 @@
+"""Make the images of the README and of the documentation: all of them, or those named.
+
+    python docs/make_images.py
+    python docs/make_images.py lens-grid cka
+
+They are drawn from the packaged pipelines, in about a quarter of an hour on one processor core. Those of SmolLM2 need
+the extra `smollm2`, and are left as they are without it.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import diffusers
+import transformers
+from matplotlib.figure import Figure
+from PIL import Image
+
+from diffsight import (
+    DiffusionModel,
+    InputError,
+    LanguageModel,
+    compare_encoders,
+    diffusion_lens,
+    encoder_patching,
+    image_grid,
+    layer_fidelity,
+    logit_lens,
+    run_prompts,
+)
+from diffsight.lenses import Prompt
+from diffsight.lenses.layer_fidelity import sample_prompts
+
+FOLDER = Path(__file__).parent / "images"
+SCENE = "a red circle below a blue square on a gray background"
+FACT = "The Eiffel Tower is in the city of"
+DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0, "progress": False}
+
+
+@cache
+def shapes(name: str) -> DiffusionModel:
+    model = DiffusionModel(f"diffsight/shapes-{name}")
+    model.set_progress_bar_config(disable=True)
+    return model
+
+
+@cache
+def smollm2() -> LanguageModel:
+    return LanguageModel("diffsight/smollm2")
+
+
+def packaged() -> Image.Image:
+    rows = [shapes(name).generate(SCENE, num_images_per_prompt=4, seed=0).images for name in ("clip", "t5")]
+    titles = [f"seed {seed}" for seed in range(4)]
+    return image_grid(rows, row_titles=["shapes-clip", "shapes-t5"], column_titles=titles, title=SCENE, cell=128)
+
+
+def lens_grid() -> Image.Image:
+    return diffusion_lens(shapes("clip"), SCENE, seed=0, progress=False).grid()
+
+
+def patching() -> Image.Image:
+    source = "a red circle above a blue square on a gray background"
+    target = "a green ring above a blue square on a gray background"
+    words, layers = ["red", "circle", "above", "blue", "square"], ["embedding", 0, 1, 5, 11]
+    return encoder_patching(shapes("clip"), source, target, words=words, layers=layers, **DRAWING).grid()
+
+
+def fidelity() -> Figure:
+    clip, t5 = (layer_fidelity(shapes(name), 64, **DRAWING) for name in ("clip", "t5"))
+    return clip.plot(t5)
+
+
+def cka() -> Figure:
+    captions = [scene.caption() for scene in sample_prompts(128, seed=1)]
+    models = {"CLIP": shapes("clip"), "T5": shapes("t5")}
+    return compare_encoders(models, dict.fromkeys(captions), images=0, progress=False).plot()
+
+
+def logits() -> Figure:
+    return logit_lens(smollm2(), FACT, progress=False).plot()
+
+
+def targets() -> Figure:
+    words = {"right": "Paris", "traps": ["London", "Madrid"], "long": "the country of France"}
+    prompt = Prompt.from_strings("The capital of France (not England or Spain) is", words, smollm2())
+    return run_prompts(smollm2(), prompt, lens=logit_lens, progress=False).plot()
+
+
+IMAGES: dict[str, Callable[[], Image.Image | Figure]] = {
+    "packaged": packaged,
+    "lens-grid": lens_grid,
+    "encoder-patching": patching,
+    "layer-fidelity": fidelity,
+    "cka": cka,
+    "logit-lens": logits,
+    "target-probabilities": targets,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(IMAGES)} (default: all)")
+    names = parser.parse_args().names or list(IMAGES)
+    if unknown := set(names) - set(IMAGES):
+        parser.error(f"no image is called {', '.join(sorted(unknown))}; there are {', '.join(IMAGES)}")
+    for library in (diffusers, transformers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    for name in names:
+        try:
+            made = IMAGES[name]()
+        except InputError as error:
+            print(f"{name}: left as it is: {error}")
+            continue
+        path = FOLDER / f"{name}.png"
+        made.savefig(path, dpi=110) if isinstance(made, Figure) else made.save(path, optimize=True)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
