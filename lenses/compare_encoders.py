@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from diffsight.errors import InputError, suggest
 from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
-from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_title, state_of
+from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_title
 from diffsight.lenses.results.encoder_plots import Map, block_map, map_panels
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.image_grid import image_grid
@@ -332,7 +332,7 @@ def _summary(
 ) -> EncodedPrompts:
     vectors, words, drifts = [], [], []
     for one, places in encoded:
-        states = torch.stack([one.states[state_of(layer)][places].float().cpu() for layer in layers])
+        states = torch.stack([one.hidden(layer)[places].float().cpu() for layer in layers])
         vectors.append(states.mean(1))
         words.append(tuple(one.words[place] for place in places) or tuple(str(int(one.ids[place])) for place in places))
         drifts.append(torch.stack([functional.cosine_similarity(states, states[end], dim=-1) for end in (0, -1)]))
@@ -417,7 +417,7 @@ def _choose(
                 "drawn: images=0 compares without images"
             )
         try:
-            numbers = choose_layers(layers, encoder.count, encoder.last)
+            numbers = choose_layers(layers, encoder.count, encoder.used_count)
         except InputError as error:
             raise InputError(f"{name}, {encoder.name}: {error}") from None
         chosen.append(_Chosen(_label(name, encoder, pairs), models[name], encoder, numbers))

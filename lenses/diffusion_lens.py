@@ -22,7 +22,7 @@ from diffsight.lenses.encoders.checks import check_call, check_used, check_whole
 from diffsight.lenses.encoders.drawing import Drawing
 from diffsight.lenses.encoders.exits import Exits
 from diffsight.lenses.encoders.isolating import isolated
-from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_file, layer_title, state_of
+from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_file, layer_title
 from diffsight.lenses.results.figure import Plot
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import files_of, image_of, rate_of
@@ -172,7 +172,7 @@ def diffusion_lens(
         warnings.simplefilter("ignore", PromptWarning)
         reading = record_encoding(model, prompt, arguments, seed)
         found = encoders_in(model, reading).choose(encoder)
-        chosen = choose_layers(layers, found.count, found.last)
+        chosen = choose_layers(layers, found.count, found.used_count)
         check_used(model, found)
         if norm and found.ln_final is None:
             raise InputError(f"norm: {found.name} has no final norm")
@@ -182,7 +182,7 @@ def diffusion_lens(
         exits = Exits(model, found, reading, norm, pooled)
         drawing = Drawing(model, reading, found.name, prompt, seed, arguments, progress=progress)
         # The last layer's image is the plain one, bit for bit. Not in a batch, where sums are rounded differently.
-        alone = [layer for layer in chosen if state_of(layer) == found.last and not isolate]
+        alone = [layer for layer in chosen if layer == found.last_used_layer and not isolate]
         others = [layer for layer in chosen if layer not in alone]
         drawn = dict(zip(others, drawing.draw(exits.leave, others, batch_size)))
         drawn |= zip(alone, drawing.draw(exits.leave, alone))

@@ -33,7 +33,7 @@ from diffsight.lenses.encoders.columns import Column, WordOrTokens, find_columns
 from diffsight.lenses.encoders.drawing import Drawing, calls_in, places, with_state
 from diffsight.lenses.encoders.isolating import isolated
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
-from diffsight.lenses.layers import EMBEDDING, Layer, Layers, in_model_order, layer_file, layer_title, state_of
+from diffsight.lenses.layers import EMBEDDING, Layer, Layers, in_model_order, layer_file, layer_title
 from diffsight.lenses.linear_map import LinearMap
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import files_of, image_of, rate_of
@@ -360,7 +360,7 @@ def _cells(
     """Yield a cell for each pair of layers and each column."""
     call = source.encoding.prompt
     for layer, source_layer in pairs:
-        state = call.states[state_of(source_layer)][call.rows[0]]
+        state = call.hidden(source_layer)[call.rows[0]]
         state = state if mapping is None else mapping(state, source_layer, layer)
         for column in columns:
             yield _Cell(f"{column.title} at {layer}", layer, *column.aligned(state, align))

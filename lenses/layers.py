@@ -11,12 +11,11 @@ A lens accepts an integer, "embedding", a slice, or a list that mixes them. Resu
 
 from collections.abc import Iterable, Sequence
 from operator import index
-from typing import Any, Literal
+from typing import Any
 
 from diffsight.errors import InputError
+from diffsight.pipelines.standard_names import EMBEDDING, Layer
 
-EMBEDDING: Literal["embedding"] = "embedding"
-Layer = int | Literal["embedding"]
 Layers = int | str | slice | Iterable[int | str | slice] | None
 
 

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.checks import check_diffusion_model, check_prompt, check_whole
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
-from diffsight.lenses.layers import Layer, Layers, choose_layer, layer_title, state_of
+from diffsight.lenses.layers import Layer, Layers, choose_layer, layer_title
 from diffsight.pipelines.diffusion.encoder_calls import EncoderCall
 from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -210,7 +210,7 @@ class LinearMap:
 
 def _means(call: EncoderCall, layer: Layer, spans: Sequence[range]) -> torch.Tensor:
     """Return the mean hidden state of each word at a layer, (words, features)."""
-    state = call.states[state_of(layer)][call.rows[0]].to("cpu", torch.float64)
+    state = call.hidden(layer)[call.rows[0]].to("cpu", torch.float64)
     return torch.stack([state[span.start : span.stop].mean(0) for span in spans])
 
 

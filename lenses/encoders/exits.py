@@ -48,15 +48,15 @@ class Exits:
         reading, part = self.reading.encoders[self.encoder.name], run[self.encoder.name]
         for number, call in calls_in(run, reading, len(layers)):
             rows = _Rows(call, layers)
-            last = rows.states(self.encoder.count)
-            for index, layer in enumerate(part.layers, 1):
+            last = rows.outputs(self.encoder.count - 1)
+            for index, layer in enumerate(part.layers):
                 state = last
-                if index in self.encoder.raw_states:
-                    state = rows.states(index, part.ln_final if self.norm else None)
-                value = with_state(call.returned[index - 1], state)
+                if index in self.encoder.unnormed_layers:
+                    state = rows.outputs(index, part.ln_final if self.norm else None)
+                value = with_state(call.returned[index], state)
                 layer.calls[number].skip(self._for_edits(value))
                 layer.calls[number].output = value
-            if self.norm and self.encoder.count in self.encoder.raw_states:
+            if self.norm and self.encoder.count - 1 in self.encoder.unnormed_layers:
                 part.ln_final.calls[number].input = last
             if self.pooled == "full" and self.encoder.pooled is not None:
                 rows.restore(self._pooled(run, number), call.pooled[self.encoder.pooled])
@@ -79,18 +79,20 @@ class _Rows:
     """The rows of one call of the encoder, with `layers` for each row of the prompt."""
 
     def __init__(self, call: EncoderCall, layers: Sequence[Layer]) -> None:
-        self.call, self.exits = call, [state_of(layer) for layer in layers]
+        self.call, self.exits = call, layers
 
     @torch.no_grad()
-    def states(self, index: int, norm: Any = None) -> torch.Tensor:
-        """Return hidden state `index`, (rows, tokens, features).
+    def outputs(self, layer: int, norm: Any = None) -> torch.Tensor:
+        """Return the output of `layers[layer]`, (rows, tokens, features).
 
-        A row that left before has the hidden state at which it left, through `norm` if there is one."""
-        states = self.call.states
-        rows = repeated(states[index], len(states[index]), len(self.exits))
+        A row that left before, or here, has the output of the layer at which it left, through `norm` if there is
+        one."""
+        output = self.call.hidden(layer)
+        rows = repeated(output, len(output), len(self.exits))
         for place, row, left in places(self.call, self.exits):
-            state = states[min(index, left)][row]
-            rows[place] = norm(state) if norm is not None and left <= index else state
+            has_left = state_of(left) <= state_of(layer)
+            state = self.call.hidden(left if has_left else layer)[row]
+            rows[place] = norm(state) if norm is not None and has_left else state
         return rows
 
     def restore(self, vectors: torch.Tensor, full: torch.Tensor) -> None:

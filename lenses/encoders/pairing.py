@@ -35,7 +35,7 @@ def choose_pairs(
         InputError: A layer does not exist, or the numbers of layers differ.
     """
     is_open = layers is None and source_layers is None
-    used = min(target.last, source.count) if is_open else target.last
+    used = min(target.used_count, source.count) if is_open else target.used_count
     chosen = choose_layers(layers, target.count, used)
     if source_layers is None:
         origins: list[Any] = list(chosen)

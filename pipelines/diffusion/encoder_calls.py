@@ -50,10 +50,6 @@ class EncoderCall:
         The shape is `(rows, tokens, features)`."""
         return self.hidden_states[0] if layer == EMBEDDING else self.hidden_states[1:][layer]
 
-    @property
-    def states(self) -> list[torch.Tensor]:
-        return self.hidden_states
-
 
 @dataclass(eq=False)
 class EncoderRecord:

@@ -36,10 +36,6 @@ class Use:
     pooled: str | None
     places: tuple[str, ...]
 
-    @property
-    def state(self) -> int | None:
-        return None if self.layer is None else 0 if self.layer == EMBEDDING else self.layer + 1
-
     def describe(self, count: int) -> str:
         """Return a description in words, for an encoder with `count` layers."""
         if self.layer is None:

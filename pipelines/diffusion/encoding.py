@@ -66,10 +66,6 @@ class PromptEncoding:
         The shape is `(tokens, features)`."""
         return self.hidden_states[0] if layer == EMBEDDING else self.hidden_states[1:][layer]
 
-    @property
-    def states(self) -> tuple[torch.Tensor, ...]:
-        return self.hidden_states
-
 
 @dataclass(eq=False)
 class EncodingRecord:

@@ -78,18 +78,6 @@ class Encoder:
         """The pooled vector that the pipeline uses, by its name in the encoder's output."""
         return next((use.pooled for use in self.uses if use.pooled is not None), None)
 
-    @property
-    def states(self) -> tuple[int, ...]:
-        return tuple(use.state for use in self.uses if use.state is not None)
-
-    @property
-    def raw_states(self) -> tuple[int, ...]:
-        return tuple(use.state for use in self.uses if use.state is not None and not use.normed)
-
-    @property
-    def last(self) -> int:
-        return self.count if self.pooled is not None or not self.states else max(self.states)
-
     def __str__(self) -> str:
         tokens = f", tokens from {self.tokenizer}" if self.tokenizer else ""
         lines = [f"{self.name}: {self.kind}, {self.count} layers, {self.width} features{tokens}"]

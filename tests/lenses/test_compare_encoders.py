@@ -176,7 +176,7 @@ def test_the_encoders_of_one_pipeline(sdxl):
     for name, suffix in (("text_encoder", ""), ("text_encoder_2", "_2")):
         states, words = by_hand(sdxl, PROMPTS[2], suffix)
         layers = result[name].layers
-        assert layers == ("embedding", *range(sdxl.encoders[name].last))
+        assert layers == ("embedding", *range(sdxl.encoders[name].used_count))
         assert list(result[name].words[2]) == words
         for vectors, state in zip(result[name].vectors, states):
             assert torch.allclose(vectors[2], state.mean(0), atol=1e-5)

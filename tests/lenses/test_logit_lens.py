@@ -176,7 +176,7 @@ def test_the_words_of_one_prompt(model):
         ({"prompts": ""}, "the prompt is empty"),
         ({"prompts": []}, "there is no prompt: the list is empty"),
         ({"prompts": ["a", [1, 2]]}, "this one mixes text and token ids"),
-        ({"prompts": "cat " * 99}, r"too long: \d+ tokens, and the model's context is 64"),
+        ({"prompts": "cat " * 99}, r"too long: it has \d+ tokens, and the model's context is 64"),
         ({"layers": 4}, 'there is no layer 4: choose from "embedding" and 0 to 3'),
         ({"layers": [0, "1"]}, "there is no layer '1'"),
         ({"layers": []}, "no layers are chosen"),
