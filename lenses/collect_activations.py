@@ -24,7 +24,6 @@ from diffsight.lenses.layers import EMBEDDING, Layer, Layers, find_layer
 from diffsight.lenses.results.saving import check_writable, write_record
 from diffsight.lenses.tokens.batches import Batch, Positions, open_batches
 from diffsight.lenses.tokens.choosing import hidden_states, layers_to_read
-from diffsight.lenses.tokens.models import name_of
 from diffsight.pipelines.language.model import LanguageModel
 
 _POINTS = ("layers_output", "layers_input", "attentions_output", "mlps_output", "heads_output", "q", "k", "v")
@@ -129,7 +128,7 @@ def collect_activations(
                 values = torch.empty(len(chosen), sum(sizes), *part.shape[1:], dtype=dtype or part.dtype)
             values[i, done : done + size] = part
         done += size
-    return Activations(of, name_of(model), chosen, len(model.layers_output), values, *_tokens(batches))
+    return Activations(of, model.label, chosen, len(model.layers_output), values, *_tokens(batches))
 
 
 def load_activations(folder: str | Path, layers: int | str | Sequence[int | str] | None = None) -> Activations:
@@ -189,7 +188,7 @@ def _write(
             found = {str(layers[i]): part.to("cpu", dtype, copy=True) for i, part in _read(batch, of, layers)}
             files.append(f"activations_{number:05}.safetensors")
             save_file({**found, "prompts": prompts, "positions": positions}, place / files[-1])
-        record = {"of": of, "model": name_of(model), "layers": list(layers)}
+        record = {"of": of, "model": model.label, "layers": list(layers)}
         write_record(record | {"num_layers": len(model.layers_output), "files": files}, place / _RECORD)
     return folder
 

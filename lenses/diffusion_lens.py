@@ -167,7 +167,7 @@ def diffusion_lens(
     check_call("diffusion_lens", model, prompt, seed, batch_size, arguments)
     if pooled not in ("layer", "full"):
         raise InputError(f'pooled must be "layer" or "full", not {pooled!r}')
-    model.generate(prompt=prompt, seed=seed, **arguments)  # checks all arguments, and warns once, before anything runs
+    model.check(prompt=prompt, seed=seed, **arguments)  # before anything runs, and warns once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)
         reading = record_encoding(model, prompt, arguments, seed)

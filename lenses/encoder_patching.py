@@ -217,8 +217,8 @@ def encoder_patching(
     origin = model if source_model is None else source_model
     _check_arguments(model, origin, source, target, seed, batch_size, align, mapping, arguments)
     given = arguments if origin is model else known_to(origin, arguments)
-    model.generate(prompt=target, seed=seed, **arguments)  # checks all arguments, and warns once, before anything runs
-    origin.generate(prompt=source, seed=seed, **given)
+    model.check(prompt=target, seed=seed, **arguments)  # before anything runs, and warns once
+    origin.check(prompt=source, seed=seed, **given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)
         reading = record_encoding(model, target, arguments, seed)

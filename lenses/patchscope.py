@@ -9,7 +9,6 @@ same layer (Ghandeharioun et al., "Patchscopes: A Unifying Framework for Inspect
 Models", ICML 2024, section 3).
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +20,14 @@ from diffsight.errors import InputError
 from diffsight.lenses.layers import Layer, Layers, choose_layer
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.tokens.batches import Batch, as_prompts, open_batches
-from diffsight.lenses.tokens.choosing import Tokens, check_count, hidden_states, layers_and_tokens, layers_to_read
-from diffsight.lenses.tokens.models import check_language_model, name_of
+from diffsight.lenses.tokens.choosing import (
+    Tokens,
+    check_count,
+    check_language_model,
+    hidden_states,
+    layers_and_tokens,
+    layers_to_read,
+)
 from diffsight.lenses.tokens.prediction_reader import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
 from diffsight.lenses.tokens.sources import Sources
@@ -134,7 +139,7 @@ def patchscope_lens(
     """
     chosen, ids = layers_and_tokens("patchscope_lens", model, layers, tokens, top_k)
     patches = _Patches(model, prompts, positions, chosen, target, target_layer, batch_size)
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.module.forward).parameters else {}
+    keep = {"logits_to_keep": 1} if model.takes_argument("logits_to_keep") else {}
     reader = PredictionReader(model, top_k, ids, keep_logits)
     for run in patches.runs(None, progress, **keep):
         reader.add_logits(run.logits[:, -1])
@@ -181,7 +186,7 @@ def patchscope_generate(
         texts += [run.text] if isinstance(run.text, str) else run.text
     each = len(patches.targets)
     return PatchscopeTexts(
-        model=name_of(model),
+        model=model.label,
         prompts=patches.sources.prompts,
         layers=chosen,
         targets=patches.targets,
@@ -205,9 +210,8 @@ class _Patches:
         target_layer: int | str | None,
         batch_size: int,
     ) -> None:
-        if not model.module.can_generate() or model.config.is_encoder_decoder:
-            name = type(model.module).__name__
-            raise InputError(f"a patchscope needs a decoder that generates text, but {name} is not one")
+        if not model.module.can_generate() or model.is_encoder_decoder:
+            raise InputError(f"a patchscope needs a decoder that generates text, but {model.label} is not one")
         self._model, self._layers, self._size = model, layers, batch_size
         self._into = layers
         if target_layer is not None:

@@ -26,8 +26,7 @@ from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.token_plots import bars, curves
 from diffsight.lenses.tokens.batches import open_batches
-from diffsight.lenses.tokens.choosing import choose_tokens
-from diffsight.lenses.tokens.models import check_language_model, name_of
+from diffsight.lenses.tokens.choosing import check_language_model, choose_tokens
 from diffsight.lenses.tokens.prediction_reader import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
 from diffsight.lenses.tokens.spelling import Spelling
@@ -215,7 +214,7 @@ def run_prompts(
         found = {name: values[:, 0] for name, values in found.items()}
     spell = Spelling(model)
     names = {name: tuple(map(spell, dict.fromkeys(t for p in prompts for t in p.targets[name]))) for name in found}
-    return TargetProbabilities(name_of(model), tuple(prompts), layers, found, names)
+    return TargetProbabilities(model.label, tuple(prompts), layers, found, names)
 
 
 def _check(model: LanguageModel, prompts: list[Prompt]) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Draws images that differ in one intervention, as rows of one call of a pipeline, or of as few calls as possible.
 
-    reading = read(model, prompt, arguments)                    # the text encoders run here, once
+    reading = record_encoding(model, prompt, arguments)         # the text encoders run here, once
     drawing = Drawing(model, reading, "text_encoder", prompt, seed, arguments)
     drawing.draw(change, [0, 4, 8])                             # three rows, three outputs
 

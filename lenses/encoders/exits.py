@@ -1,6 +1,6 @@
 """Early exits: the rows of one call of a pipeline, each of which leaves a text encoder at another layer.
 
-    reading = read(model, prompt, arguments)                    # the text encoders run here, once
+    reading = record_encoding(model, prompt, arguments)         # the text encoders run here, once
     exits = Exits(model, encoder, reading, norm=False, pooled="layer")
     drawing.draw(exits.leave, ["embedding", 4, 8])              # and not here: three rows, three images
 

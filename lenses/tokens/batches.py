@@ -7,7 +7,6 @@
 All prompts and positions are checked before the first batch runs.
 """
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -119,7 +118,7 @@ def open_batches(
         InputError: A prompt or position is invalid.
     """
     prompts, size = as_prompts(prompts), check_count("batch_size", size)
-    if open_run is None and "use_cache" in inspect.signature(model.module.forward).parameters:
+    if open_run is None and model.takes_argument("use_cache"):
         inputs = {"use_cache": False, **inputs}  # a cache would only serve further tokens
     each = _positions_of_each(positions, len(prompts))
     batches = []
@@ -177,7 +176,7 @@ def _positions_of_each(positions: Positions, count: int) -> list[Any]:
 
 
 def _batch(model: LanguageModel, run: LanguageRun, start: int, each: list[Any]) -> Batch:
-    decodes = model.config.is_encoder_decoder
+    decodes = model.is_encoder_decoder
     tokens = run.decoder_tokens if decodes else run.tokens
     if tokens is None:
         raise InputError("the lens needs to know the tokens: pass strings or token ids, not embeddings or labels")

@@ -1,4 +1,4 @@
-"""The layers and tokens that lenses on language models read, chosen by the user."""
+"""The layers and tokens that lenses on language models read, as the user chooses them."""
 
 from collections.abc import Iterable
 from operator import index
@@ -8,7 +8,6 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers, in_model_order
-from diffsight.lenses.tokens.models import check_language_model, vocabulary_size
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 
 Tokens = str | int | Iterable[str | int] | None
@@ -23,8 +22,22 @@ def layers_and_tokens(
         InputError: The lens cannot read this model, a layer or token does not exist, or there are no `top_k` tokens.
     """
     check_language_model(lens, model)
-    check_count("top_k", top_k, vocabulary_size(model))
+    check_count("top_k", top_k, model.vocabulary_size)
     return layers_to_read(model, layers), () if tokens is None else choose_tokens(model, tokens)
+
+
+def check_language_model(lens: str, model: Any) -> None:
+    """Check that `model` has a head, and layers with one hidden state for each token.
+
+    Raises:
+        InputError: It does not, or is not a LanguageModel.
+    """
+    if not isinstance(model, LanguageModel):
+        raise InputError(f"{lens} takes a LanguageModel, not {type(model).__name__}")
+    if not hasattr(model, "lm_head"):
+        raise InputError(f"{lens}: no lm_head was found in {model.label}, so layers cannot be read as tokens")
+    if model.hidden_layout is None:
+        raise InputError(f"{lens}: the layers of {model.label} do not return one hidden state for each token")
 
 
 def layers_to_read(model: LanguageModel, layers: Layers) -> tuple[Layer, ...]:
@@ -50,7 +63,7 @@ def choose_tokens(model: LanguageModel, tokens: Tokens) -> tuple[int, ...]:
     chosen = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Iterable) else list(tokens)
     if not chosen:
         raise InputError("no tokens are chosen: pass some, or omit `tokens`")
-    known = vocabulary_size(model)
+    known = model.vocabulary_size
     for token in chosen:
         if isinstance(token, str):
             continue

@@ -7,7 +7,6 @@ reader.take(layers=12)["probabilities"]     # (layers, rows of a layer, 5)
 
 import torch
 
-from diffsight.lenses.tokens.models import vocabulary_size
 from diffsight.pipelines.language.model import LanguageModel
 
 _CHUNK = 2**23  # the number of logits that are held at a time
@@ -25,7 +24,7 @@ class PredictionReader:
 
     def __init__(self, model: LanguageModel, top_k: int, tokens: tuple[int, ...], keep_logits: bool) -> None:
         self._model, self._top_k, self._tokens, self._keep_logits = model, top_k, list(tokens), keep_logits
-        self._limit = max(1, _CHUNK // (vocabulary_size(model) or 2**16))
+        self._limit = max(1, _CHUNK // (model.vocabulary_size or 2**16))
         self._waiting: list[torch.Tensor] = []
         self._read: dict[str, list[torch.Tensor]] = {}
 

@@ -7,7 +7,6 @@ import torch
 
 from diffsight.lenses.layers import Layer
 from diffsight.lenses.tokens.batches import Batch, join
-from diffsight.lenses.tokens.models import name_of
 from diffsight.lenses.tokens.predictions import LensPredictions
 from diffsight.lenses.tokens.spelling import Spelling
 from diffsight.pipelines.language.model import LanguageModel
@@ -57,7 +56,7 @@ class Sources:
         ids = {*read["ids"].flatten().tolist(), *tokens} - {-1}
         return LensPredictions(
             lens=lens,
-            model=name_of(model),
+            model=model.label,
             prompts=self.prompts,
             layers=layers,
             num_layers=len(model.layers_output),
