@@ -15,7 +15,7 @@ from PIL import Image
 import tiny
 from diffsight import DiffusionModel, diffusion_lens
 from diffsight.gallery.cli import main, parse_layers
-from diffsight.pipelines.language import loading
+from diffsight.pipelines.language import smollm2
 
 CLIP = "diffsight/shapes-clip"
 PROMPT = "a red circle above a blue square"
@@ -179,7 +179,7 @@ def test_unknown_words_are_warned_of_once_by_the_lens(capsys):
 @pytest.mark.parametrize("there", [True, False])
 def test_models_are_listed(capsys, monkeypatch, there):
     """Including models of an extra, with what to install if it is missing."""
-    monkeypatch.setattr(loading, "find_spec", lambda name: there or None)
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: there or None)
     assert run("models") == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith(f"{CLIP} ") and len(line) > len(CLIP) + 10 for line in lines)
