@@ -12,34 +12,29 @@
     with edited.edit(inplace=True):
         edited.layers[0].output = edited.layers[0].sae(edited.layers[0].output, hook=True)
 
-In a run every edit is a body of its own, with its own place in the model. Where the model comes to a point, edits have
+In a run, every edit is a body of its own, with its own place in the model. When the model reaches a point, edits have
 their turn first, in the order in which they were made; then the body that opened the run, which sees what they did.
 """
 
 import inspect
-import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from diffsight.engine.capture import Block, Deferred
-from diffsight.engine.coroutine import current
-from diffsight.engine.taps import Tap, Target
-from diffsight.engine.turns import Body, Scope
+from diffsight.engine.open_runs import current_edit
+from diffsight.engine.turns import EditBody
+from diffsight.envoy import InRun, flow_of
 from diffsight.errors import InputError
-
-if TYPE_CHECKING:
-    from diffsight.model import Model
-    from diffsight.run import Run
 
 
 @dataclass(eq=False)
 class Edit:
-    """One edit: `function` takes the run, `where` is the line it was written at, `touches` are the paths of the points
-    it has read and assigned so far."""
+    """One edit. `function` takes the run, `where` is the line it was written at, and `touches` are the paths of the
+    points that it has read and assigned so far."""
 
     function: Callable[[Any], Any] = field(repr=False)
     where: str
@@ -52,122 +47,61 @@ class Edit:
 
 
 class Editing(Deferred):
-    """What `model.edit(...)` gives: a context manager around the edit's block, or a decorator of its function."""
+    """What `model.edit(...)` returns: a context manager around the edit's block, or a decorator of its function.
+
+    Args:
+        model: The model that is edited, or its copy.
+        edits: The model's edits; the new one is added to them.
+    """
 
     _instead = "Write the block as a function that takes the run, and pass that: `edited = model.edit(function)`"
 
-    def __init__(self, model: "Model", inplace: bool) -> None:
-        if current_edit() is not None:
-            raise InputError("an edit cannot be made within an edit: one after the other, they stack")
-        self._model = model if inplace else model._copy()
+    def __init__(self, model: Any, edits: list[Edit]) -> None:
+        self._model, self._edits = model, edits
 
-    def __call__(self, function: Callable[..., Any]) -> "Model":
+    def __call__(self, function: Callable[..., Any]) -> Any:
+        """Add a function as an edit; return the edited model."""
         if not callable(function):
-            raise InputError(f"model.edit takes a function, or stands in a `with` statement: not {function!r}")
-        self._model._edits.append(Edit(_taking_run(function), _place(function)))
+            raise InputError(f"model.edit takes a function, or is used in a `with` statement: not {function!r}")
+        self._edits.append(Edit(_taking_run(function), _place(function)))
         return self._model
 
-    def _given(self) -> "Model":
+    def _given(self) -> Any:
         return self._model
 
     def _take(self, block: Block) -> None:
-        self._model._edits.append(Edit(block, block.where))
+        self._edits.append(Edit(block, block.where))
 
 
-class EditBody(Body):
-    """An edit in one run. A point that never comes ends it without a word."""
+def start_edit(edit: Edit, run: InRun, order: int) -> EditBody:
+    """Return the body of an edit in one run; `order` says when its turn is."""
+    flow, known = flow_of(run), weakref.ref(run)
 
-    def __init__(self, edit: Edit, run: "Run", order: int) -> None:
-        """`order` says when its turn is."""
-        super().__init__(self._run_edit, run._flow, run._flow.state)  # the modes in which the run was opened
-        self.scope = Scope(self, order)
-        self.edit = edit
-        self.view: Run | None = None  # the edit's own view of the run, from when it begins
-        self._known = weakref.ref(run)
-        self.met = False  # whether the model has come to anything it asked for
+    def run_edit() -> None:
+        body.view = _view(known())
+        with flow.body_mode:
+            edit.function(body.view)
 
-    def _run_edit(self) -> None:
-        self.view = self._known()._seen_by_edit()
-        with self.flow.body_mode:
-            self.edit.function(self.view)
-
-    def waits_for(self, tap: Tap, key: tuple[str, int]) -> bool:
-        """Whether the edit waits for a point."""
-        return not self.dead and (tap, key) in self.waits
-
-    def go(self) -> None:
-        try:
-            super().go()
-        except BaseException as error:
-            if not is_from_edit(error):
-                error._diffsight_edit = self.edit
-                error.add_note(f"(in the edit written at {self.edit.where})")
-            self.flow.close("an edit failed")
-            raise
-
-    def end(self, goes_on: bool) -> None:
-        """The run is over: a loop over steps ends and (with `goes_on`) what follows it runs; a wait does not return."""
-        if self is current():
-            return
-        if self.flow.has_result and not self.met and self.edit.touches:
-            path, where = next(iter(self.edit.touches)), self.edit.where
-            message = f"the edit at {where} did nothing in this run: the model never came to {path}"
-            warnings.warn(message, stacklevel=1)
-        if self.has_begun and goes_on and not (self.waits or self.asks):
-            self.go()
-        if self.has_begun:
-            self.unwind()
+    # The PyTorch state is the one in which the run was opened.
+    body = EditBody(run_edit, flow, flow.state, order, edit.where, edit.touches, edit.attached)
+    return body
 
 
-def is_from_edit(error: BaseException) -> bool:
-    """Whether an error came out of an edit."""
-    return hasattr(error, "_diffsight_edit")
+def _view(run: InRun) -> InRun:
+    """The same run, for an edit to hold: dropping it does not close the run."""
+    view = object.__new__(type(run))
+    view.__dict__.update(run.__dict__, _is_view=True)
+    return view
 
 
-def current_edit() -> EditBody | None:
-    """The edit that runs now."""
-    body = current()
-    return body if isinstance(body, EditBody) else None
-
-
-class Attached:
-    """The modules that were attached to a model, by the module they are attached to and their name.
-
-    In runs they are parts of their own beside the model: they are called by edits, not by the module they hang on."""
-
-    def __init__(self) -> None:
-        self.targets: dict[tuple[int, str], Target] = {}
-        self._real: list[tuple[nn.Module, str, nn.Module]] = []  # those that are children of the module itself
-
-    def copy(self) -> "Attached":
-        """The same, for a copy of the model."""
-        copied = Attached()
-        copied.targets = dict(self.targets)
-        return copied
-
-    def add(self, owner: nn.Module, name: str, path: str, module: nn.Module, real: bool) -> Target:
-        """Attaches `module` under `path`; with `real` the owner has it as a child."""
-        target = self.targets[id(owner), name] = Target(module, "forward", path)
-        if real:
-            owner.add_module(name, module)
-            self._real.append((owner, name, module))
-        return target
-
-    def of(self, owner: Any) -> Iterator[str]:
-        """The names of what is attached to `owner`."""
-        return (name for key, name in self.targets if key == id(owner))
-
-    def clear(self) -> None:
-        """Takes all of it off again."""
-        self.targets.clear()
-        for owner, name, module in self._real:
-            if owner._modules.get(name) is module:
-                delattr(owner, name)
-        self._real.clear()
+def check_no_edit() -> None:
+    """Raise InputError if an edit is running now."""
+    if current_edit() is not None:
+        raise InputError("an edit cannot be made within an edit: make one after the other, they stack")
 
 
 def _taking_run(function: Callable[..., Any]) -> Callable[[Any], Any]:
-    """`function` as one of the run, whether it takes it or not."""
+    """`function` as a function of the run, whether it takes the run or not."""
     if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
         raise InputError(f"an edit takes a plain function: calling {_place(function)} (yield, async) does not run it")
     try:

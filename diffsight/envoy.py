@@ -1,41 +1,43 @@
 """Envoys: the named handles on a model's modules and methods.
 
     model.unet.mid_block                    # a child, by attribute
-    model.text_encoder.layers[4]            # or by index; names may be standard ones ("layers", "ln_final")
+    model.text_encoder.layers[4]            # or by index; standard names work too ("layers", "ln_final")
     run.unet.mid_block.output               # the value it returned, in this run
     run.unet.mid_block.calls[2].output      # ... in its third call of the scope
     run.vae.decode.input = latents          # methods that pipelines call directly are envoys as well
 
-Reading a value runs the model up to it; assigning puts a value in its place, now or when the model comes there.
-Attributes that are neither children nor values are those of the module itself (`model.unet.config`,
-`model.unet.dtype`).
+Reading a value runs the model up to it. Assigning puts a value in its place, now or when the model gets there. An
+attribute that is neither a child nor a value is the module's own (`model.unet.config`, `model.unet.dtype`).
+
+The functions at the end are for code outside this module that works with envoys: see `diffsight.extending`.
 """
 
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from diffsight.edits import is_from_edit
 from diffsight.engine.flow import Flow
 from diffsight.engine.hooks import FORWARD
-from diffsight.engine.taps import Asked, Target, join
+from diffsight.engine.open_runs import current_edit
+from diffsight.engine.points import Asked
+from diffsight.engine.selection import Selection
+from diffsight.engine.target import Target, join
+from diffsight.engine.tree import Tree
+from diffsight.engine.turns import is_from_edit
 from diffsight.errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
-
-if TYPE_CHECKING:
-    from diffsight.model import Model
-    from diffsight.rows import Part
-    from diffsight.run import Run
 
 VALUES = ("input", "inputs", "output")
 
 
 @contextmanager
 def keeping_attribute_errors(holder: Any) -> Iterator[None]:
-    """Python takes an AttributeError out of a property for a missing attribute and goes on to `__getattr__`, which then
-    hides the model's own error. So it is kept aside here, for `__getattr__` to raise (`raise_kept`)."""
+    """Keep an AttributeError that is raised in the block for `raise_kept`.
+
+    If a property raises AttributeError, Python takes the attribute to be missing and calls `__getattr__`, which then
+    hides the model's own error. So a property puts its code into this block, and `__getattr__` calls `raise_kept`."""
     try:
         yield
     except AttributeError as error:
@@ -44,25 +46,40 @@ def keeping_attribute_errors(holder: Any) -> Iterator[None]:
 
 
 def keep_attribute_error(holder: Any, error: Exception) -> None:
-    """Keeps an error aside, if it is an AttributeError; see `keeping_attribute_errors`."""
+    """Keep an error for `raise_kept` if it is an AttributeError, see `keeping_attribute_errors`."""
     if isinstance(error, AttributeError):
         holder.__dict__["_kept_error"] = error
 
 
 def raise_kept(holder: Any) -> None:
-    """Raises the AttributeError that a property of `holder` ended with, if that is why `__getattr__` was called."""
+    """Raise the AttributeError that a property of `holder` ended with, if that is why `__getattr__` was called."""
     error = holder.__dict__.pop("_kept_error", None)
     if error is not None:
         raise error
 
 
+class InRun:
+    """A run, as its envoys see it: the handle on the model that it runs, and the flow that moves the model."""
+
+    def __init__(self, model: "Envoy", flow: Flow) -> None:
+        self.__dict__.update(_model=model, _flow=flow)
+
+
 class Points:
-    """The values of one call: what can be read and assigned on an envoy, a method, or one of their `.calls`."""
+    """The values of one call, on an envoy, a method, or one of their `.calls`: they can be read and assigned.
+
+    Args:
+        tree: What can be tapped in the model.
+        target: What is called.
+        run: The run that the values are bound to; None for the innermost open run of the model.
+        call: The number of the call in the current scope.
+        part: The part of each value that is meant, such as a row; None for all of it.
+    """
 
     def __init__(
-        self, model: "Model", target: Target, run: "Run | None", call: int = 0, part: "Part | None" = None
+        self, tree: Tree, target: Target, run: InRun | None = None, call: int = 0, part: Selection | None = None
     ) -> None:
-        self.__dict__.update(_model=model, _target=target, _run=run, _call=call, _part=part)
+        self.__dict__.update(_tree=tree, _target=target, _run=run, _call=call, _part=part)
 
     @property
     def output(self) -> Any:
@@ -75,7 +92,7 @@ class Points:
 
     @property
     def input(self) -> Any:
-        """The first argument of the call (positional, else by keyword). Assignable."""
+        """The first argument of the call: the first positional one, else the first by keyword. Assignable."""
         return self._fetch("input")
 
     @input.setter
@@ -92,7 +109,7 @@ class Points:
         self._assign("inputs", value)
 
     def skip(self, value: Any) -> None:
-        """Leaves the call out: the model goes on with `value` as its output."""
+        """Leave the call out: the model continues with `value` as its output."""
         if self._part is not None:
             raise InputError(
                 f"{self.path}.skip leaves the call out for all rows: write it on the run, not on a part of it"
@@ -100,20 +117,27 @@ class Points:
         self._flow("skip").skip(Asked(self._target, "skip", self._call), value)
 
     def next(self) -> "Points":
-        """The call after this one: `run.lm_head.next().output` is the second call's, as `.calls[1].output` is."""
-        return Points(self._model, self._target, self._run, self._call + 1, self._part)
+        """Return the call after this one: `run.lm_head.next().output` equals `run.lm_head.calls[1].output`."""
+        return Points(self._tree, self._target, self._run, self._call + 1, self._part)
 
     @property
     def path(self) -> str:
-        """The path from the model, as one writes it."""
+        """The path from the model, as you write it."""
         return self._target.path
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in VALUES:
             raise PointNotFoundError(
-                f"{join(self.path, name)} cannot be assigned: .input, .inputs and .output can" + suggest(name, VALUES)
+                f"{join(self.path, name)} cannot be assigned: only .input, .inputs and .output can"
+                + suggest(name, VALUES)
             )
         object.__setattr__(self, name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(
+            f"{self.path} cannot be copied or pickled, since it belongs to a model with runs and edits: wrap a copy of "
+            "what it wraps, Model(copy.deepcopy(module))"
+        )
 
     def _fetch(self, part: str) -> Any:
         try:
@@ -139,32 +163,33 @@ class Points:
             raise from_the_asking_line(error) from error.__cause__
 
     def _flow(self, part: str) -> Flow:
-        return self._open_run(part)._flow
-
-    def _open_run(self, part: str) -> "Run":
         """The run whose value `part` is."""
-        run = self._run if self._run is not None else self._model._innermost_run() or self._model._ended_run()
-        if run is None and self._model._is_open_elsewhere():
+        if self._run is not None:
+            return self._run._flow
+        runs = self._tree.open_runs
+        flow = runs.innermost(self._tree) or runs.ended()
+        if flow is None and runs.is_open_elsewhere():
             raise WrongThreadError(
-                f"{join(self.path, part)}: a run belongs to the thread that opened it, and none is open in this one"
+                f"{join(self.path, part)}: a run belongs to the thread that opened it, and this thread has none open"
             )
-        if run is None:
+        if flow is None:
             raise NoRunError(
                 f"{join(self.path, part)} has a value only while the model runs: write it inside "
-                f"`with model.{self._model._opens_with}(...) as run:`"
+                f"`with model.{self._tree.opens_with}(...) as run:`"
             )
-        return run
+        return flow
 
 
 def from_the_asking_line(error: DiffsightError) -> DiffsightError:
-    """The error without the engine's frames below the line that asked; one out of an edit keeps the edit's line."""
+    """Return the error without diffsight's own frames, so that its traceback ends at the line that asked. An error that
+    was raised in an edit keeps the edit's line."""
     return error if is_from_edit(error) else error.with_traceback(None)
 
 
 class Calls:
     """The calls of a module or method in the current scope, by number: `envoy.calls[2].output`."""
 
-    __iter__ = None  # there is no telling how many calls will come
+    __iter__ = None  # it is not known how many calls there will be
 
     def __init__(self, points: Points) -> None:
         self._points = points
@@ -173,14 +198,14 @@ class Calls:
         if not hasattr(index, "__index__") or index < 0:
             raise IndexError(f".calls takes the number of a call, 0 for the first, not {index!r}")
         points = self._points
-        return Points(points._model, points._target, points._run, operator.index(index), points._part)
+        return Points(points._tree, points._target, points._run, operator.index(index), points._part)
 
     def __repr__(self) -> str:
         return f"<calls of {self._points.path}>"
 
 
 class MethodEnvoy(Points):
-    """The handle on a method: its values in a run; called, it calls the method."""
+    """The handle on a method: its values in a run. Calling it calls the method."""
 
     @property
     def calls(self) -> Calls:
@@ -188,9 +213,9 @@ class MethodEnvoy(Points):
         return Calls(self)
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
-        """Calls the method. Its points do not fire, unless with `hook=True`, within the run."""
+        """Call the method, without its points firing. With `hook=True` they fire, within the run."""
         plain = type(self._target) is Target
-        method = self._model._attribute(self._target.owner, self._target.name) if plain else self._target.call
+        method = self._tree.attribute(self._target.owner, self._target.name) if plain else self._target.call
         return self._within(method, args, kwargs) if hook else method(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -198,7 +223,8 @@ class MethodEnvoy(Points):
 
 
 class Envoy(Points):
-    """The handle on a module, or on another part of a pipeline; called, it calls the part without its points firing."""
+    """The handle on a module, or on another part of a pipeline. Calling it calls the part, without its points
+    firing."""
 
     @property
     def calls(self) -> Calls:
@@ -206,15 +232,17 @@ class Envoy(Points):
         return Calls(self)
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
-        """Calls the part. Its points do not fire, unless with `hook=True`, within the run: what was assigned to them
-        ahead is put in, and other bodies (edits, functions of rows) can read them."""
-        if isinstance(self._owner, nn.Module) or self._owner is self._model._owner:
-            self._model._load_unless_scanning()
+        """Call the part, without its points firing.
+
+        With `hook=True` they fire, within the run: what was assigned to them ahead is used, and other bodies (edits,
+        functions of rows) can read them."""
+        if isinstance(self._owner, nn.Module) or self._owner is self._tree.root.owner:
+            self._tree.load_unless_scanning()
         return self._within(self._owner, args, kwargs) if hook else self._owner(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and name not in VALUES:
-            self._model._attach(self, name, value)
+            self._attach(name, value)
         else:
             super().__setattr__(name, value)
 
@@ -222,31 +250,46 @@ class Envoy(Points):
     def _owner(self) -> Any:
         return self._target.owner
 
-    def _bound(self, run: "Run", part: "Part | None" = None) -> "Envoy":
-        """The same handle, for `run` alone, and for a part of its batch."""
-        return Envoy(self._model, self._target, run, part=part)
+    def _bound(self, run: InRun | None, part: Selection | None = None) -> "Envoy":
+        """The same handle for `run` alone, and for a part of its batch."""
+        return Envoy(self._tree, self._target, run, part=part)
 
     def _handle(self, target: Target) -> "Envoy":
         """The handle on another module, for the same run and part."""
-        return Envoy(self._model, target, self._run, part=self._part)
+        return Envoy(self._tree, target, self._run, part=self._part)
 
     def _child(self, name: str) -> "Envoy | MethodEnvoy | None":
         """The child, method or standard name called `name`, if there is one."""
-        model = self._model
-        attached = model._attached_target(self._owner, name, self._run) if model._attachments else None
-        target = attached or model._children_of(self._target).get(name)
-        if target is not None:
-            return self._handle(target)
-        owner, path = self._owner, join(self.path, name)
-        if name in model._methods_of(owner):
-            outer = self._target if isinstance(owner, nn.Module) else None
-            return MethodEnvoy(model, Target(owner, name, path, outer), self._run, part=self._part)
-        target = model._target_named(self._target, name)
+        tree = self._tree
+        target = self._attached_child(name) if tree.attached.ever else None
+        target = target or tree.children_of(self._target).get(name) or tree.child_of(self._target, name)
         if target is None:
             return None
-        return (
-            self._handle(target) if target.name == FORWARD else MethodEnvoy(model, target, self._run, part=self._part)
-        )
+        if target.name in (FORWARD, "__call__"):
+            return self._handle(target)
+        return MethodEnvoy(tree, target, self._run, part=self._part)
+
+    def _attached_child(self, name: str) -> Target | None:
+        """What is attached under a name, in the run at hand."""
+        tree = self._tree
+        flow = self._run._flow if self._run is not None else tree.open_runs.innermost(tree)
+        found = None if flow is None else flow.tree.attached.find(self._owner, name)
+        return found or tree.attached.find(self._owner, name)
+
+    def _attach(self, name: str, module: nn.Module) -> None:
+        """Attach a module. In an edit it is attached for the edit, and stays the one of the edit's first run."""
+        tree, owner, edit = self._tree, self._owner, current_edit()
+        if edit is not None and edit.flow.tree.open_runs is tree.open_runs:
+            tree = edit.flow.tree
+            module = edit.attached.setdefault((id(owner), name), module)
+            if tree.attached.find(owner, name) is not None:
+                return
+        tree.attach(owner, name, join(self.path, name), module)
+
+    def _start_edits(self) -> bool:
+        """Start the edits of the run at hand if they have not started: perhaps they attach what is looked for."""
+        flow = self._run._flow if self._run is not None else self._tree.open_runs.innermost(self._tree)
+        return flow is not None and flow.start_edits()
 
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)
@@ -256,9 +299,9 @@ class Envoy(Points):
         if child is not None:
             return child
         try:
-            return self._model._attribute(self._owner, name)
+            return self._tree.attribute(self._owner, name)
         except AttributeError:
-            if self._model._start_edits(self._run):
+            if self._start_edits():
                 return getattr(self, name)
             known = [known for known in dir(self) if not known.startswith("_")]
             raise PointNotFoundError(
@@ -267,30 +310,34 @@ class Envoy(Points):
 
     def __getitem__(self, key: int | str | slice) -> Any:
         if isinstance(key, str):
-            found = self
-            for step in key.replace("[", ".").replace("]", "").split("."):
-                child = found._child(step)
-                if child is None and self._model._start_edits(self._run):
-                    child = found._child(step)
-                if child is None:
-                    told = f"{found.path or type(found._owner).__name__} has no {step!r}"
-                    if found is not self:
-                        told = f"{self.path or type(self._owner).__name__} has no {key!r}: {told}"
-                    raise PointNotFoundError(told + suggest(step, found._names()))
-                found = child
-            return found
-        children = list(self._model._children_of(self._target).values())
+            return self._at(key)
+        children = list(self._tree.children_of(self._target).values())
         if isinstance(key, slice):
             return [self._handle(target) for target in children[key]]
         try:
             return self._handle(children[key])
         except IndexError:
             raise PointNotFoundError(
-                f"{self.path}[{key}] is not there: {self.path} has {len(children)} children"
+                f"{self.path}[{key}] does not exist: {self.path} has {len(children)} children"
             ) from None
 
+    def _at(self, path: str) -> "Envoy | MethodEnvoy":
+        """What lies at a path from here, such as "layers[4].mlp"."""
+        found = self
+        for step in path.replace("[", ".").replace("]", "").split("."):
+            child = found._child(step)
+            if child is None and self._start_edits():
+                child = found._child(step)
+            if child is None:
+                problem = f"{found.path or type(found._owner).__name__} has no {step!r}"
+                if found is not self:
+                    problem = f"{self.path or type(self._owner).__name__} has no {path!r}: {problem}"
+                raise PointNotFoundError(problem + suggest(step, found._names()))
+            found = child
+        return found
+
     def __len__(self) -> int:
-        return len(self._model._children_of(self._target))
+        return len(self._tree.children_of(self._target))
 
     def __iter__(self) -> Iterator["Envoy"]:
         return iter(self[:])
@@ -299,30 +346,89 @@ class Envoy(Points):
         return True
 
     def _names(self) -> list[str]:
-        model, owner = self._model, self._owner
-        children = dict.fromkeys((*model._children_of(self._target), *model._attached.of(owner)))
-        return [*children, *model._methods_of(owner), *model._names_of(owner)]
+        return self._tree.names_in(self._target)
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._names(), *dir(self._owner)})
 
     def __repr__(self) -> str:
-        return self._model._describe(self._owner)
+        return self._tree.describe(self._owner)
 
 
-# ---- what wrappers and the rest of the engine ask of a handle, see `diffsight.extending`
+# ---- for code outside this module, see `diffsight.extending`
 
 
-def model_of(points: Points) -> "Model":
-    """Return the model that a handle or a view of a run belongs to."""
-    return points._model
+def tree_of(points: Points | InRun) -> Tree:
+    """Return the tree of the model that an envoy or a run belongs to."""
+    return points._model._tree if isinstance(points, InRun) else points._tree
 
 
 def target_of(points: Points) -> Target:
-    """Return what a handle taps."""
+    """Return what an envoy taps."""
     return points._target
 
 
-def owner_of(envoy: Points) -> Any:
-    """Return the module, or other part, behind a handle; its weights may be still to come."""
-    return envoy._target.owner
+def owner_of(points: Points) -> Any:
+    """Return the module or other part behind an envoy. Its weights may not be loaded yet."""
+    return points._target.owner
+
+
+def selection_of(points: Points) -> Selection | None:
+    """Return the part of each value that an envoy is narrowed to; None if it is not."""
+    return points._part
+
+
+def bound_run(points: Points) -> Any:
+    """Return the run that an envoy is bound to; None for an envoy of the model."""
+    return points._run
+
+
+def run_meant_by(points: Points, what: str) -> Any:
+    """Return the run whose values an envoy has: the one that it is bound to, else the innermost open run of the model.
+
+    Raises NoRunError or WrongThreadError if there is none; `what` is what was asked for, for the message."""
+    if points._run is not None:
+        return points._run
+    flow, edit = points._flow(what), current_edit()
+    return edit.view if edit is not None and edit.flow is flow else flow.run()
+
+
+def flow_of(run: InRun) -> Flow:
+    """Return what moves the model in a run."""
+    return run._flow
+
+
+def model_of(run: InRun) -> Any:
+    """Return the model that a run runs."""
+    return run._model
+
+
+def root_of(run: InRun, part: Selection | None = None) -> Envoy:
+    """Return the handle on the whole model, bound to a run, and to a part of its batch."""
+    return run._model._bound(run, part)
+
+
+def child_of(envoy: Points, name: str) -> Envoy | MethodEnvoy | None:
+    """Return the child, method or standard name called `name` in an envoy; None if there is none. A method has none."""
+    return envoy._child(name) if isinstance(envoy, Envoy) else None
+
+
+def handle_on(envoy: Points, target: Target, part: Selection | None = None) -> Envoy | MethodEnvoy:
+    """Return the handle on another target, for the run of `envoy` and its part, or another `part`."""
+    kind = Envoy if target.name in (FORWARD, "__call__") else MethodEnvoy
+    return kind(envoy._tree, target, envoy._run, part=envoy._part if part is None else part)
+
+
+def narrowed(points: Points, part: Selection | None) -> Points:
+    """Return the same points, with `part` of each value in the place of the whole, or of the part so far."""
+    return Points(points._tree, points._target, points._run, points._call, part)
+
+
+def fetch(points: Points, part: str) -> Any:
+    """Return a value by the name of its part: "output", "input" or "inputs"."""
+    return points._fetch(part)
+
+
+def assign(points: Points, part: str, value: Any) -> None:
+    """Assign a value by the name of its part: "output", "input" or "inputs"."""
+    points._assign(part, value)

@@ -1,11 +1,26 @@
-"""The errors that diffsight raises itself. Each says what happened, where, and what to write instead."""
+"""The errors that diffsight raises. Each says what happened, where, and what to write instead.
+
+    DiffsightError
+    ├── OutOfOrderError             asked for, or assigned, after the model had passed it
+    │   ├── NeverReachedError       the model ended without reaching it
+    │   └── RunClosedError          the run had already ended
+    ├── PointNotFoundError          no such module, method or attribute (also an AttributeError)
+    ├── NoRunError                  no run is open
+    ├── WrongThreadError            the run belongs to another thread
+    ├── AssignmentError             the value cannot stand there (also a TypeError)
+    ├── ScanError                   a scan needed the values of a tensor (also a RuntimeError)
+    ├── SourceError                 the block of a `with` statement cannot be deferred
+    └── InputError                  a wrong argument: a prompt, a seed, a layer, a source (also a ValueError)
+
+Errors of the model itself, and errors in your own code inside a run, are raised unchanged.
+"""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class DiffsightError(Exception):
-    """What all of diffsight's own errors are."""
+    """Base class of all errors that diffsight raises."""
 
 
 class OutOfOrderError(DiffsightError):
@@ -13,7 +28,7 @@ class OutOfOrderError(DiffsightError):
 
 
 class NeverReachedError(OutOfOrderError):
-    """A value was asked for, or assigned, that the model did not come to before it ended."""
+    """A value was asked for, or assigned, but the model ended without reaching it."""
 
 
 class PointNotFoundError(DiffsightError, AttributeError):
@@ -21,41 +36,41 @@ class PointNotFoundError(DiffsightError, AttributeError):
 
 
 class NoRunError(DiffsightError):
-    """A value was asked for where no run is open."""
+    """A value was asked for while no run was open."""
 
 
 class RunClosedError(OutOfOrderError):
-    """A run was used after its end."""
+    """A run was used after it had ended."""
 
 
 class WrongThreadError(DiffsightError):
-    """A run was used from another thread than the one that opened it."""
+    """A run was used in a thread other than the one that opened it."""
 
 
 class AssignmentError(DiffsightError, TypeError):
-    """A value was assigned that cannot stand where it was put."""
+    """A value was assigned where it cannot stand."""
 
 
 class ScanError(DiffsightError, RuntimeError):
-    """A scan came to where values of tensors are needed: shapes alone do not tell how it goes on."""
+    """A scan reached code that needs the values of a tensor, while only its shape is known."""
 
 
 class SourceError(DiffsightError):
-    """The block of a `with` statement shall run at another time, and cannot: its source is not to be had, for one."""
+    """The block of a `with` statement cannot be deferred, for example because its source code is not available."""
 
 
 class InputError(DiffsightError, ValueError):
-    """What was asked for cannot be run: a prompt, a seed, a layer, a source."""
+    """An argument cannot be used: a prompt, a seed, a layer, a source."""
 
 
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """` (did you mean 'mid_block'?)` where near names are known, else an empty string."""
+    """Return ` (did you mean 'mid_block'?)` if there are similar names, else an empty string."""
     near = get_close_matches(name, list(known), n=count, cutoff=0.5)
     return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
 
 
 def suggest_packaged(name: str, packaged: Iterable[str]) -> str:
-    """The same for a packaged model, such as `diffsight/shapes-clip`, that is meant by its last part."""
+    """Return the same hint for a packaged model such as `diffsight/shapes-clip`, compared by its last part."""
     short = {known.split("/")[-1]: known for known in packaged}
     near = get_close_matches(name.split("/")[-1], short, n=1, cutoff=0.6)
     return f" (did you mean {short[near[0]]!r}?)" if near else ""

@@ -1,4 +1,4 @@
-"""Records: many points of a run kept in one go.
+"""Records: keep the values of many points of a run.
 
     with model.generate("a red circle", seed=0) as run:
         kept = run.record(["text_encoder.layers[*]", "unet.**.attn2.output", "vae.decode.input"], device="cpu")
@@ -8,65 +8,64 @@
     kept["unet.mid_block.attentions[0]...output"]       # before a loop over steps: a list, one value a step
     kept                                                # <record of 31 points: 412 tensors, 6.3 MB on cpu>
 
-In a pattern `*` stands for any name and `**` for any number of names; one that does not end with `.input`, `.inputs` or
+In a pattern, `*` matches any name and `**` any number of names. A pattern that does not end with `.input`, `.inputs` or
 `.output` means the output.
 """
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from diffsight.engine.taps import Asked, Tap, first_input, join
-from diffsight.envoy import VALUES, Envoy, Points
+from diffsight.engine.points import Asked, first_input
+from diffsight.engine.taps import Tap
+from diffsight.engine.target import join
+from diffsight.envoy import VALUES, Envoy, InRun, Points, child_of, flow_of, root_of, target_of, tree_of
 from diffsight.errors import InputError, PointNotFoundError
-
-if TYPE_CHECKING:
-    from diffsight.run import Run
 
 
 class Record(dict[str, Any]):
-    """Path of a point to the value that passed there, with every edit; filled as the model comes there.
+    """Maps the path of a point to the value that passed there, with every edit. It is filled as the model runs.
 
-    Where the body loops over `run.steps`, what passes within steps is a list with one value a step. A point that the
-    model has not come to is not in it. Of several calls in the run (or in the step) the first one is kept."""
+    If the body loops over `run.steps`, what passes within steps is a list with one value per step. A point that the
+    model has not reached is missing. Of several calls in the run (or in the step), the first is kept."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._held: dict[int, list[torch.Tensor]] = {}  # by an object that holds them, such as a cache
+        self._held: dict[int, list[torch.Tensor]] = {}  # by the id of the object that holds them, such as a cache
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All tensors in it, those in objects (a cache of keys and values) too."""
+        """All tensors in it, including those inside objects such as a cache of keys and values."""
         held, leaves = self._held, tree_leaves(dict(self))
         found = ([leaf] if isinstance(leaf, torch.Tensor) else held.get(id(leaf), ()) for leaf in leaves)
         return [tensor for tensors in found for tensor in tensors]
 
     @property
     def nbytes(self) -> int:
-        """The memory its tensors take, in bytes."""
+        """The size of its tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def __repr__(self) -> str:
         devices = ", ".join(sorted({str(tensor.device) for tensor in self.tensors}))
-        size = f"{len(self.tensors)} tensors, {_in_words(self.nbytes)}" + (f" on {devices}" if devices else "")
+        size = f"{len(self.tensors)} tensors, {_human_size(self.nbytes)}" + (f" on {devices}" if devices else "")
         return f"<record of {len(self)} points: {size}>"
 
 
 def record(
-    run: "Run",
+    run: InRun,
     patterns: str | Iterable[str],
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     detach: bool = True,
 ) -> Record:
-    """See `Run.record`."""
+    """Keep the values of the points that `patterns` match, see `Run.record`."""
     if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise InputError(f"dtype is one of PyTorch's, such as torch.float16, not {dtype!r}")
+        raise InputError(f"dtype must be a PyTorch type such as torch.float16, not {dtype!r}")
     try:
         device = None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -75,7 +74,7 @@ def record(
     def own(tensor: torch.Tensor) -> torch.Tensor:
         kept = tensor.detach() if detach else tensor
         moved = kept.to(device=device, dtype=dtype if kept.is_floating_point() else None)
-        # A copy, since the model may go on to change its tensor in place.
+        # A copy, since the model may change its tensor in place afterwards.
         return moved.clone() if detach and moved is kept else moved
 
     def own_leaf(leaf: Any) -> Any:
@@ -87,8 +86,8 @@ def record(
         return copied
 
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
-    found = {path: place for pattern in patterns for path, place in _find(run._root(), pattern).items()}
-    kept, flow = Record(), run._flow
+    found = {path: place for pattern in patterns for path, place in find_points(root_of(run), pattern).items()}
+    kept, flow = Record(), flow_of(run)
     scope, step = flow.scope, flow.clock.index if flow.scope.in_step else None
     listed: set[str] = set()
 
@@ -99,7 +98,7 @@ def record(
             return
         value = tree_map(own_leaf, first_input(value, path) if part == "input" else value)
         if in_loop:
-            if path not in listed:  # perhaps the model came by in the first step, before the loop began
+            if path not in listed:  # the model may have passed in the first step, before the loop began
                 kept[path] = [kept[path]] if path in kept else []
                 listed.add(path)
             kept[path].append(value)
@@ -107,14 +106,14 @@ def record(
             kept[path] = value
 
     for path, (points, part) in found.items():
-        flow.keep(Asked(points._target, part), lambda *call, path=path, part=part: keep(path, part, *call))
+        flow.keep(Asked(target_of(points), part), lambda *call, path=path, part=part: keep(path, part, *call))
     return kept
 
 
 def _copied(thing: Any, own: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
-    """A copy of an object that holds tensors, in which they are copied by `own`, and those tensors: the model goes on
-    writing in its own. What holds none, or cannot be copied, is given back as it is; so is a module, or a random
-    generator."""
+    """A copy of an object that holds tensors, whose tensors are copied by `own`, and these tensors: the model may keep
+    writing to its own object. An object without tensors, or one that cannot be copied, is returned as it is. So is a
+    module, or a random generator."""
     if isinstance(thing, (torch.nn.Module, torch.Generator)):
         return thing, []
     try:
@@ -126,7 +125,7 @@ def _copied(thing: Any, own: Callable[[torch.Tensor], torch.Tensor]) -> tuple[An
 
 
 class _Copying(TorchFunctionMode):
-    """Has `deepcopy` copy tensors by a function."""
+    """Makes `deepcopy` copy tensors with a function."""
 
     def __init__(self, own: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
@@ -141,8 +140,10 @@ class _Copying(TorchFunctionMode):
         return self.made[-1]
 
 
-def _find(root: Envoy, pattern: str) -> dict[str, tuple[Points, str]]:
-    """The points that a pattern names, by path: the handle and which of its values."""
+def find_points(root: Envoy, pattern: str) -> dict[str, tuple[Points, str]]:
+    """Return the points that a path or pattern names, by path: the envoy, and the name of the value.
+
+    Raises PointNotFoundError if there are none."""
     names = pattern.replace("[", ".").replace("]", "").split(".")
     part = names.pop() if names[-1] in VALUES else "output"
     if "*" not in pattern:
@@ -151,30 +152,31 @@ def _find(root: Envoy, pattern: str) -> dict[str, tuple[Points, str]]:
         envoys = [root]
         for name in names:
             envoys = [inner for envoy in envoys for inner in _inside(envoy, name)]
-        envoys = [envoy for envoy in envoys if envoy._target.is_called]
+        envoys = [envoy for envoy in envoys if target_of(envoy).is_called]
     if not envoys:
         raise PointNotFoundError(
-            f"no part of the model matches {pattern!r}: * stands for one name, as in layers[*].mlp, and ** for several"
+            f"no part of the model matches {pattern!r}: * matches one name, as in layers[*].mlp, and ** any number"
         )
     return {join(envoy.path, part): (envoy, part) for envoy in envoys}
 
 
 def _inside(envoy: Points, name: str) -> list[Points]:
-    """What is called `name` in a part of the model."""
-    if not isinstance(envoy, Envoy):  # a method has nothing in it
+    """The parts of an envoy that match one name of a pattern."""
+    if not isinstance(envoy, Envoy):  # a method has no parts
         return []
-    children = list(envoy._model._children_of(envoy._target))
+    tree, target = tree_of(envoy), target_of(envoy)
+    children = list(tree.children_of(target))
     if name == "**":
-        return [envoy, *(inner for child in children for inner in _inside(envoy._child(child), "**"))]
+        return [envoy, *(inner for child in children for inner in _inside(child_of(envoy, child), "**"))]
     if "*" not in name:
-        child = envoy._child(name)
+        child = child_of(envoy, name)
         return [] if child is None else [child]
-    known = [*children, *envoy._model._methods_of(envoy._owner)]
-    return [envoy._child(child) for child in known if fnmatchcase(child, name)]
+    known = [*children, *tree.methods_of(target.owner)]
+    return [child_of(envoy, child) for child in known if fnmatchcase(child, name)]
 
 
-def _in_words(nbytes: int) -> str:
-    """A size as one reads it."""
+def _human_size(nbytes: int) -> str:
+    """A size with its unit."""
     for unit in ("bytes", "kB", "MB"):
         if nbytes < 1000:
             return f"{nbytes:.3g} {unit}"

@@ -1,7 +1,7 @@
 """Runs: one execution of a model, open to the body that reads and changes its values.
 
 with model.trace(x) as run:
-    hidden = run.layers[4].output        # the model ran this far and waits
+    hidden = run.layers[4].output        # the model has run this far and waits
     run.ln_final.input = hidden
 run.result                               # what the model returned
 
@@ -9,48 +9,57 @@ run = model.trace(x)                     # or left open: look, change, then
 run.finish()
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from diffsight.edits import current_edit, is_from_edit
 from diffsight.engine.flow import STOPPED, Flow
-from diffsight.envoy import Envoy, from_the_asking_line, keep_attribute_error, raise_kept
+from diffsight.engine.points import Asked, first_input
+from diffsight.engine.turns import is_from_edit
+from diffsight.envoy import (
+    Envoy,
+    InRun,
+    flow_of,
+    from_the_asking_line,
+    keep_attribute_error,
+    raise_kept,
+    root_of,
+    target_of,
+    tree_of,
+)
 from diffsight.errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
-from diffsight.record import Record, record
+from diffsight.record import Record, find_points, record
 from diffsight.rows import Row, call_body, each, make_rows
-from diffsight.session import note
-
-if TYPE_CHECKING:
-    from diffsight.model import Model
 
 
-class Run:
-    """One execution of a model. Nothing runs before the first value is asked for, the block ends or the result is read.
+class Run(InRun):
+    """One execution of a model. Nothing runs until the first value is asked for, the block ends, or the result is read.
 
     `run.<path>` are the model's envoys, bound to this run."""
 
     def __init__(
         self,
-        model: "Model",
+        model: Envoy,
         flow: Flow,
         sizes: Sequence[int] = (),
         again: "Callable[..., Run] | None" = None,
     ) -> None:
         # sizes: how many entries of the batch each input takes; again: opens a run of the same kind with other inputs
-        self.__dict__.update(_model=model, _flow=flow, _sizes=sizes, _again=again, _invoked=[], _entered=False)
-        self.__dict__.update(_opened_in=current_edit(), _is_view=False)
-        model._open(self)
-        note(self)
+        super().__init__(model, flow)
+        self.__dict__.update(_sizes=sizes, _again=again, _invoked=[], _is_view=False)
+        flow.run = weakref.ref(self)
+        flow.tree.open_runs.add(flow)
 
     @property
     def result(self) -> Any:
-        """What the model returned; runs the model to its end first. After `invoke`, a list with one result a pass.
+        """What the model returned. Reading it runs the model to its end. After `invoke`, a list with one result per
+        pass.
 
-        Raises NeverReachedError for assignments the model never came to."""
+        Raises NeverReachedError if there are assignments that the model did not reach."""
         if self._invoked:
             return [run.result for run in self._invoked]
         flow = self._flow
@@ -66,55 +75,60 @@ class Run:
         return result
 
     def finish(self) -> Any:
-        """Runs the model to its end; gives its result."""
+        """Run the model to its end; return its result."""
         return self.result
 
     def stop(self) -> None:
-        """Ends the model where it stands; what was read stays valid."""
-        flow = self._pass._flow
-        flow._check_thread("run.stop")
+        """End the model where it stands. Values that were read stay valid."""
+        flow = flow_of(self._pass)
+        flow.check_thread("run.stop")
         flow.close(STOPPED)
 
     @property
     def steps(self) -> "Steps":
-        """The run's steps, as the model enters them: `for step in run.steps:`, or a part, `run.steps[10:20]`."""
+        """The run's steps, as the model enters them: `for step in run.steps:`, or some, `run.steps[10:20]`."""
         return Steps(self._pass)
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """One view per input: `x, y, z = run.rows`. Raises InputError where no batch was given."""
+        """One view per input: `x, y, z = run.rows`. Raises InputError if the input is not a batch."""
         run = self._pass
         if not run._sizes:
             raise InputError("this run has no rows: none of its inputs is a batch of tensors")
         return make_rows(run, run._sizes)
 
     def each(self, functions: Callable[[Row], Any] | Sequence[Callable[[Row], Any]]) -> list[Any]:
-        """Runs a function for every row (or a list of functions, one a row) over the one forward pass, each at its own
-        place in the model; gives what they return.
+        """Run a function for every row over the one forward pass, each at its own place in the model.
 
             def body(row):
                 row.layers[2].output = clean
                 return row.lm_head.output[:, -1]
 
             answers = run.each(body)
+
+        Args:
+            functions: One function for all rows, or a list with one function per row.
+
+        Returns:
+            A list of what they return.
         """
         return each(self.rows, functions)
 
     def invoke(self, *args: Any, **kwargs: Any) -> "Run":
-        """A pass of its own, inside a run that was opened without input; what was given there is given to each pass.
+        """Open a pass of its own, inside a run that was opened without input. Arguments of the run apply to each pass.
 
             with model.trace() as run:
                 with run.invoke(a):
                     clean = model.layers[5].output
                 with run.invoke(b) as part:
-                    model.layers[2].output = clean      # any value of an earlier pass is there
+                    model.layers[2].output = clean      # any value of an earlier pass is available
             first, second = run.result
 
-        Each pass runs where it stands; `part.inputs` are its inputs as the model gets them. What is asked of the run
-        itself (`run.<path>`, `run.steps`, `run.rows`, `run.stop()`) is asked of the last pass; only `run.result` is of
-        all."""
-        self._flow._check_leads("run.invoke")
-        if self._again is None or self._flow.taps or (self._flow.outcome is not None and not self._invoked):
+        Each pass runs where it is written; `part.inputs` are its inputs as the model gets them. Whatever is asked of
+        the run itself (`run.<path>`, `run.steps`, `run.rows`, `run.stop()`) refers to the last pass; only `run.result`
+        has the results of all passes."""
+        self._flow.check_leads("run.invoke")
+        if self._again is None or self._flow.has_begun or (self._flow.outcome is not None and not self._invoked):
             raise InputError("invoke needs a run that was opened without input: `with model.trace() as run:`")
         self._flow.close("its passes are those of run.invoke(...)")
         self._invoked.append(self._again(*args, **kwargs))
@@ -128,82 +142,124 @@ class Run:
         dtype: torch.dtype | None = None,
         detach: bool = True,
     ) -> Record:
-        """Keeps many points in one go: paths, or patterns such as `layers[*].mlp` and `unet.**.attn2.output`.
+        """Keep the values of many points.
 
             kept = run.record("layers[*]", device="cpu", dtype=torch.float16)
             run.finish()
-            kept["layers[3].output"]        # filled when the model has come there
+            kept["layers[3].output"]        # filled once the model has been there
             kept.nbytes
 
-        Gives a dictionary of path to value, see `Record`; before a loop over steps a list, one value a step. Tensors
-        are copies, on `device` and (floating point) of type `dtype` where these are given; with `detach=False` they
-        stay part of the graph and may be the model's own. Objects that hold tensors, such as a cache of keys and
-        values, are copied with them, and counted.
+        Args:
+            patterns: Paths, or patterns such as `layers[*].mlp` and `unet.**.attn2.output`.
+            device: Copy tensors to this device.
+            dtype: Convert floating-point tensors to this type.
+            detach: Whether to detach and copy tensors. If False, they stay part of the graph, and may be the model's
+                own.
 
-        Raises PointNotFoundError where a pattern matches nothing, OutOfOrderError for what the model has passed."""
+        Returns:
+            A dictionary of path to value, see `Record`; before a loop over steps, path to a list with one value per
+            step. Objects that hold tensors, such as a cache of keys and values, are copied with their tensors.
+
+        Raises:
+            PointNotFoundError: A pattern matches nothing.
+            OutOfOrderError: The model has already passed one of the points.
+        """
         return record(self._pass, patterns, device, dtype, detach)
 
+    def follow(self, path: str, function: Callable[[Any], Any]) -> None:
+        """Call `function` with every value that passes a point from now on, in every call and every step.
+
+            norms = []
+            run.follow("layers[3].output", lambda hidden: norms.append(hidden.norm()))
+
+        The function gets the value that the model continues with, including all edits. What it returns is ignored.
+
+        Args:
+            path: The path of a point. Without `.input`, `.inputs` or `.output` at its end it means the output.
+            function: Takes the value.
+
+        Raises:
+            PointNotFoundError: The path does not exist.
+            OutOfOrderError: The model has already passed the point.
+        """
+        run = self._pass
+        if "*" in path:
+            raise InputError(f"run.follow takes the path of one point, not a pattern: {path!r}")
+        ((points, part),) = find_points(root_of(run), path).values()
+        asked = Asked(target_of(points), part)
+
+        def keep(tap: Any, call: int, value: Any) -> None:
+            function(first_input(value, asked) if part == "input" else value)
+
+        try:
+            flow_of(run).keep(asked, keep)
+        except DiffsightError as error:
+            raise from_the_asking_line(error) from error.__cause__
+
     def __enter__(self) -> "Run":
-        self.__dict__["_entered"] = True
-        self._model._open(self)
-        self._flow.body_mode.__enter__()
+        flow = self._flow
+        flow.is_entered = True
+        flow.tree.open_runs.add(flow)
+        flow.body_mode.__enter__()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._flow.body_mode.__exit__(None, None, None)
-        runs = self._invoked or [self]
+        flows = [flow_of(run) for run in self._invoked] if self._invoked else [self._flow]
         try:
-            for run in runs if error is None else ():
-                if run._flow.outcome is None:
-                    run._flow.run_on()  # perhaps until an edit stops it
-                if run._flow.has_result and run._flow.unreached:
-                    run._flow.raise_unreached()
-        except DiffsightError as told:
-            raise from_the_asking_line(told) from told.__cause__
+            for flow in flows if error is None else ():
+                if flow.outcome is None:
+                    flow.run_on()  # perhaps until an edit stops it
+                if flow.has_result and flow.unreached:
+                    flow.raise_unreached()
+        except DiffsightError as problem:
+            raise from_the_asking_line(problem) from problem.__cause__
         finally:
-            self.__dict__["_entered"] = False
-            for run in runs:
-                if run._flow.thread == get_ident():  # else it is still open for the thread that it belongs to
-                    run._flow.close("an error ended its body")
+            self._flow.is_entered = False
+            for flow in flows:
+                if flow.thread == get_ident():  # otherwise it is still open for the thread that it belongs to
+                    flow.close("an error ended its body")
         if isinstance(error, DiffsightError) and not is_from_edit(error):
             _end_at_users_line(trace)
 
-    def _seen_by_edit(self) -> "Run":
-        """The same run, for an edit to hold: when it is dropped, the run is not."""
-        view = object.__new__(type(self))
-        view.__dict__.update(self.__dict__, _is_view=True)
-        return view
+    # ---- for wrappers, see `diffsight.extending`
 
     def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> "Step":
-        return self._model._make_step(index, path, call)
+        """Return what `run.steps` yields; wrappers override it.
+
+        `path` is that of the component whose call began the step, `call` are the args and kwargs of that call."""
+        return Step(index, path or tree_of(self).title, call)
 
     @property
     def _pass(self) -> "Run":
-        """What is meant by a name of the run: the run itself, or its last pass."""
+        """What a name of the run refers to: the run itself, or its last pass."""
         return self._invoked[-1] if self._invoked else self
 
     def _check_one_pass(self, name: str) -> None:
+        """Raise InputError if the run has several passes, each of which has a value called `name`."""
         if self._invoked:
             raise InputError(
                 f"run.{name}: each pass of this run has its own. Ask the pass, `with run.invoke(...) as part:` and "
-                f"part.{name}, or run.result, a list with one result a pass"
+                f"part.{name}, or use run.result, a list with one result per pass"
             )
+
+    # ---- the model's envoys
 
     def _root(self) -> Envoy:
         """The model's handle, bound to this run, or to its last pass."""
-        return self._model._bound(self._pass)
+        return root_of(self._pass)
 
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)
         if name.startswith("__") or "_flow" not in self.__dict__:
             raise AttributeError(name)
         try:
-            return getattr(self._root(), name)
+            return getattr(root_of(self._pass), name)
         except PointNotFoundError:
             if name in ("input", "inputs", "output"):
                 raise
             names = [n for n in dir(self) if not n.startswith("_")]
-            raise PointNotFoundError(f"{self._model._title()} has no {name!r}{suggest(name, names)}") from None
+            raise PointNotFoundError(f"{tree_of(self).title} has no {name!r}{suggest(name, names)}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -224,11 +280,12 @@ class Run:
         return True
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *self._model._names()})
+        tree = tree_of(self)
+        return sorted({*super().__dir__(), *tree.names_in(tree.root)})
 
     def __repr__(self) -> str:
-        state = self._flow.outcome or f"open, the model stands {self._flow._where()}"
-        return f"<{type(self).__name__} of {self._model._title()}: {state}>"
+        state = self._flow.outcome or f"open, the model is {self._flow.where}"
+        return f"<{type(self).__name__} of {tree_of(self).title}: {state}>"
 
     def __del__(self) -> None:
         flow = self.__dict__.get("_flow")
@@ -237,38 +294,43 @@ class Run:
 
 
 class Step:
-    """One step of a run. `index` counts from 0; `component` names the part of the model whose call began it."""
+    """One step of a run.
 
-    def __init__(self, index: int, component: str, call: tuple[tuple, dict], model: "Model") -> None:
+    Attributes:
+        index: The number of the step, from 0.
+        component: The path of the part of the model whose call began the step.
+    """
+
+    def __init__(self, index: int, component: str, call: tuple[tuple, dict]) -> None:
         self.index = index
         self.component = component
         self._call = call
-        self._model = model
 
     def __repr__(self) -> str:
         return f"<step {self.index} of {self.component}>"
 
 
 class Steps:
-    """The steps of a run, in order; a slice of them is one of these again."""
+    """The steps of a run, in order. A slice of them is a `Steps` too."""
 
     def __init__(self, run: Run, chosen: slice = slice(None)) -> None:
         for bound, least in ((chosen.start, 0), (chosen.stop, 0), (chosen.step, 1)):
             if bound is not None and (not isinstance(bound, int) or bound < least):
                 raise InputError(
-                    f"run.steps is cut by numbers from {least} on, not {bound!r}: how many come is not known"
+                    f"run.steps is sliced by numbers from {least} on, not {bound!r}: how many steps there will be is "
+                    "not known"
                 )
         self._run, self._chosen = run, chosen
 
     def __getitem__(self, chosen: slice) -> "Steps":
         if not isinstance(chosen, slice):
-            raise TypeError(f"run.steps is walked through: write `for step in run.steps[{chosen}:{chosen}+1]`")
+            raise TypeError(f"run.steps has no single step: write `for step in run.steps[{chosen}:{chosen}+1]`")
         if self._chosen != slice(None):
-            raise TypeError("run.steps can be cut once")
+            raise TypeError("run.steps can be sliced only once")
         return Steps(self._run, chosen)
 
     def __iter__(self) -> Iterator[Step]:
-        flow, chosen = self._run._flow, self._chosen
+        flow, chosen = flow_of(self._run), self._chosen
         first, last, stride = chosen.start or 0, chosen.stop, chosen.step or 1
         if chosen != slice(None) and (flow.clock.index > first or flow.scope.step >= first):
             raise OutOfOrderError(
@@ -280,14 +342,14 @@ class Steps:
                     return
                 index = flow.scope.step
                 if index >= first and (index - first) % stride == 0 and (last is None or index < last):
-                    tap, args, kwargs = flow.clock.call
-                    yield self._run._make_step(index, tap.target.path, (args, kwargs))
+                    target, args, kwargs = flow.clock.call
+                    yield self._run._make_step(index, target.path, (args, kwargs))
         finally:
             flow.leave_steps()
 
 
 def _end_at_users_line(trace: TracebackType) -> None:
-    """Cuts a traceback that begins in the user's code behind the line that asked: that of the innermost body."""
+    """Cut a traceback that begins in the user's code after the line that asked: that of the innermost body."""
     asked, is_users = trace, True
     while trace is not None:
         frame = trace.tb_frame
@@ -296,21 +358,3 @@ def _end_at_users_line(trace: TracebackType) -> None:
         asked = trace if is_users and not is_engines else asked
         trace = trace.tb_next
     asked.tb_next = None
-
-
-# ---- what wrappers and the rest of the engine ask of a run, see `diffsight.extending`
-
-
-def flow_of(run: Run) -> Flow:
-    """Return what moves the model in a run."""
-    return run._flow
-
-
-def run_of(bound: Any) -> Run | None:
-    """Return the run that a handle, or a view of a run, is bound to."""
-    return bound._run
-
-
-def part_of(bound: Any) -> Any:
-    """Return the part of the batch that a handle, or a view of a run, is narrowed to."""
-    return bound._part

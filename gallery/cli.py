@@ -1,4 +1,7 @@
-"""The command line: `diffsight lens`, `diffsight generate`, `diffsight models`."""
+"""The command line: `diffsight lens`, `diffsight generate`, `diffsight models`.
+
+Libraries that are slow to import are imported by the commands that need them, so that help and bad input are quick.
+"""
 
 import argparse
 import os
@@ -15,7 +18,11 @@ _PROMPT = "a red circle below a blue square on a gray background"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; gives the exit status: 0, or 2 where the input is bad."""
+    """Run a command and return its exit status: 0, or 2 if the input is invalid.
+
+    Args:
+        argv: The arguments. Default: those of the process.
+    """
     options = _parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notices about packages that are not needed
     warnings.showwarning = _show_warning
@@ -30,34 +37,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="diffsight",
-        description="Opens up diffusion pipelines.",
+        description="Open diffusion pipelines and language models for interpretability research.",
         epilog=f'example: diffsight lens "{_PROMPT}"',
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     lens = commands.add_parser(
         "lens",
-        help="draw a prompt from each layer of the text encoder",
-        description="The diffusion lens: draws a prompt from each layer of the text encoder, and writes the pictures, "
-        "a grid of them and a record of all settings.",
-        epilog=f'example: diffsight lens "{_PROMPT}" --layers 0:13:3 --seed 1 --out lens',
+        help="draw a prompt from each layer of a text encoder",
+        description="The diffusion lens: draw a prompt from each layer of a text encoder. Writes the images, a grid of "
+        "them, and a record of all settings.",
+        epilog=f'example: diffsight lens "{_PROMPT}" --layers embedding,0:12:3,-1 --seed 1 --out lens',
     )
     _add_common(lens)
     lens.add_argument(
         "--layers",
         type=parse_layers,
-        metavar="0:8:2|1,3,7",
-        help="layers from 0, the embedding: a range with its end left out, or a list (default: all)",
+        metavar="LAYERS",
+        help="layers of the text encoder, separated by commas: a number from 0 (-1 is the last layer), a range such as "
+        '0:12:3 (without its end), or "embedding", the input of the first layer. Write --layers=-2,0 if the value '
+        "starts with a minus sign (default: the embedding and all layers)",
     )
     lens.add_argument(
-        "--encoder", metavar="NAME", help="text encoder (default: the first whose tokens the pipeline takes)"
+        "--encoder", metavar="NAME", help="text encoder (default: the first whose tokens the pipeline uses)"
     )
-    lens.add_argument("--batch-size", type=_positive, metavar="N", help="layers drawn in one call (default: all)")
+    lens.add_argument("--batch-size", type=_positive, metavar="N", help="layers to draw in one call (default: all)")
     lens.set_defaults(command=_lens)
     generate = commands.add_parser(
         "generate",
         help="draw a prompt",
-        description="Draws a prompt and writes the picture.",
-        epilog=f'example: diffsight generate "{_PROMPT}" --seed 7 --out pictures',
+        description="Draw a prompt and write the image.",
+        epilog=f'example: diffsight generate "{_PROMPT}" --seed 7 --out images',
     )
     _add_common(generate)
     generate.set_defaults(command=_generate)
@@ -69,24 +78,34 @@ def _parser() -> argparse.ArgumentParser:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
     parser.add_argument("--model", default=_MODEL, help="packaged name, folder or hub id (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="from 0 on (default: %(default)s)")
-    parser.add_argument("--steps", type=_positive, help="denoising steps (default: the pipeline's own)")
-    parser.add_argument("--out", type=Path, default=Path("diffsight-out"), metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="0 or more (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, help="denoising steps (default: that of the pipeline)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("diffsight-out"), metavar="DIR", help="folder to write (default: %(default)s)"
+    )
 
 
-def parse_layers(text: str) -> slice | list[int]:
-    """`0:8:2` as a slice, `1,3,7` as a list."""
+def parse_layers(text: str) -> list[int | str | slice]:
+    """Parse layers as the command line writes them: `embedding,0:4,-1` becomes `["embedding", slice(0, 4), -1]`."""
     try:
-        if ":" in text:
-            return slice(*(int(part) if part.strip() else None for part in text.split(":")))
-        return [int(part) for part in text.split(",")]
+        return [_parse_layer(part.strip()) for part in text.split(",")]
     except (ValueError, TypeError):
-        raise argparse.ArgumentTypeError(f"{text!r} are no layers: write 0:8:2 or 1,3,7") from None
+        raise argparse.ArgumentTypeError(
+            f'{text!r} does not name layers: write numbers, ranges such as 0:8:2, and "embedding", separated by commas'
+        ) from None
+
+
+def _parse_layer(text: str) -> int | str | slice:
+    if text == "embedding":
+        return text
+    if ":" in text:
+        return slice(*(int(part) if part.strip() else None for part in text.split(":")))
+    return int(text)
 
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1 on")
     return int(text)
 
 
@@ -111,7 +130,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _models(options: argparse.Namespace) -> None:
     from diffsight.pipelines.diffusion.loading import DESCRIPTIONS
-    from diffsight.pipelines.language.loading import PACKAGED, to_install
+    from diffsight.pipelines.language.smollm2 import PACKAGED, to_install
 
     missing = to_install()
     for name, description in DESCRIPTIONS.items():
@@ -121,11 +140,11 @@ def _models(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> tuple[Any, dict[str, int]]:
-    """The model and the pipeline's arguments; whatever can be wrong without the model is found before it is loaded."""
+    """Return the model and the arguments of the pipeline. Whatever needs no model is checked before it is loaded."""
     if not options.prompt.strip():
         raise InputError(f'the prompt is empty: say what to draw, such as "{_PROMPT}"')
     if options.seed < 0:
-        raise InputError(f"a seed is a whole number from 0 on, not {options.seed}")
+        raise InputError(f"a seed must be an integer from 0 on, not {options.seed}")
     import diffusers
     import transformers
 
@@ -133,7 +152,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, dict[str, int]]:
     from diffsight.pipelines.diffusion.model import DiffusionModel
 
     check_writable(options.out)
-    diffusers.logging.disable_progress_bar()  # those of loading; what is drawn has one
+    diffusers.logging.disable_progress_bar()  # that of loading: drawing has its own
     transformers.logging.disable_progress_bar()
     model = DiffusionModel(options.model)
     scheduler = getattr(model.pipeline, "scheduler", None)

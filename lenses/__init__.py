@@ -1,1 +1,118 @@
-"""Lenses: functions from a model and inputs to a result that can be looked at."""
+"""The lenses: functions that show what is inside a model, and their results.
+
+    from diffsight.lenses import logit_lens
+
+Each name is imported when it is first used. A lens shares its name with the file it is in; here the name always means
+the lens.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
+    from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders, linear_cka
+    from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
+    from diffsight.lenses.encoder_patching import EncoderPatchingResult, encoder_patching
+    from diffsight.lenses.encoders.drawing import LensWarning
+    from diffsight.lenses.image_token_lens import ImageTokenPredictions, image_token_lens
+    from diffsight.lenses.layer_fidelity import LayerFidelity, layer_fidelity
+    from diffsight.lenses.linear_map import LinearMap
+    from diffsight.lenses.logit_lens import logit_lens
+    from diffsight.lenses.patchscope import (
+        DESCRIPTION,
+        IDENTITY,
+        PatchscopeTexts,
+        TargetPrompt,
+        patchscope_generate,
+        patchscope_lens,
+        repeat_prompt,
+    )
+    from diffsight.lenses.results.image_grid import image_grid
+    from diffsight.lenses.steering import steer
+    from diffsight.lenses.target_probabilities import Prompt, TargetProbabilities, first_tokens, run_prompts
+    from diffsight.lenses.tokens.predictions import LensPredictions
+
+__all__ = [
+    "DESCRIPTION",
+    "IDENTITY",
+    "Activations",
+    "DiffusionLensResult",
+    "EncoderComparison",
+    "EncoderPatchingResult",
+    "ImageTokenPredictions",
+    "LayerFidelity",
+    "LensPredictions",
+    "LensWarning",
+    "LinearMap",
+    "PatchscopeTexts",
+    "Prompt",
+    "TargetProbabilities",
+    "TargetPrompt",
+    "collect_activations",
+    "compare_encoders",
+    "diffusion_lens",
+    "encoder_patching",
+    "first_tokens",
+    "image_grid",
+    "image_token_lens",
+    "layer_fidelity",
+    "linear_cka",
+    "load_activations",
+    "logit_lens",
+    "patchscope_generate",
+    "patchscope_lens",
+    "repeat_prompt",
+    "run_prompts",
+    "steer",
+]
+
+_PLACES = {
+    "collect_activations": ("Activations", "collect_activations", "load_activations"),
+    "compare_encoders": ("EncoderComparison", "compare_encoders", "linear_cka"),
+    "diffusion_lens": ("DiffusionLensResult", "diffusion_lens"),
+    "encoder_patching": ("EncoderPatchingResult", "encoder_patching"),
+    "encoders.drawing": ("LensWarning",),
+    "image_token_lens": ("ImageTokenPredictions", "image_token_lens"),
+    "layer_fidelity": ("LayerFidelity", "layer_fidelity"),
+    "linear_map": ("LinearMap",),
+    "logit_lens": ("logit_lens",),
+    "patchscope": (
+        "DESCRIPTION",
+        "IDENTITY",
+        "PatchscopeTexts",
+        "TargetPrompt",
+        "patchscope_generate",
+        "patchscope_lens",
+        "repeat_prompt",
+    ),
+    "results.image_grid": ("image_grid",),
+    "steering": ("steer",),
+    "target_probabilities": ("Prompt", "TargetProbabilities", "first_tokens", "run_prompts"),
+    "tokens.predictions": ("LensPredictions",),
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _PLACES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Lenses(ModuleType):
+    """This package. Once Python has imported the module `logit_lens`, it sets the attribute of that name to the module;
+    here it is set to the lens instead."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_file_of_lens = name in _MODULE_OF and isinstance(value, ModuleType)
+        super().__setattr__(name, getattr(value, name) if is_file_of_lens else value)
+
+
+sys.modules[__name__].__class__ = _Lenses

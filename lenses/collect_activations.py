@@ -1,4 +1,4 @@
-"""Activations of many prompts, in batches: in memory, or in a folder of safetensors files.
+"""Collect the activations of many prompts in batches, in memory or in a folder of safetensors files.
 
 states = collect_activations(model, prompts)            # of the last tokens: .values is (layers, prompts, features)
 states = collect_activations(model, prompts, layers=[8, 16], positions=None)            # of all tokens
@@ -20,9 +20,11 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from diffsight.errors import InputError, suggest
+from diffsight.lenses.layers import EMBEDDING, Layer, Layers, find_layer
 from diffsight.lenses.results.saving import check_writable, write_record
-from diffsight.lenses.tokens.batches import Batch, Layers, Positions, choose_layers, open_batches
-from diffsight.lenses.tokens.reader import name_of
+from diffsight.lenses.tokens.batches import Batch, Positions, open_batches
+from diffsight.lenses.tokens.choosing import hidden_states, layers_to_read
+from diffsight.lenses.tokens.models import name_of
 from diffsight.pipelines.language.model import LanguageModel
 
 _POINTS = ("layers_output", "layers_input", "attentions_output", "mlps_output", "heads_output", "q", "k", "v")
@@ -31,24 +33,32 @@ _RECORD = "activations.json"
 
 @dataclass(frozen=True)
 class Activations:
-    """What the layers of a model gave at the chosen tokens of many prompts: `values`, (layers, tokens, features).
-    Token t is number `positions[t]` of prompt number `prompts[t]`, both (tokens,)."""
+    """What the layers of a model returned at the chosen tokens of many prompts: `activations[4]` is layer 4.
+
+    Attributes:
+        of: What was collected, such as "layers_output".
+        model: The name of the model.
+        layers: Integers from 0 on, and "embedding" for the input of the first layer.
+        num_layers: The number of layers of the model.
+        values: The activations, (layers, tokens, ...), such as (layers, tokens, features).
+        prompts: The number of the prompt of each token, (tokens,).
+        positions: The position of each token in its prompt, (tokens,).
+    """
 
     of: str
     model: str
-    layers: tuple[int, ...]
+    layers: tuple[Layer, ...]
+    num_layers: int
     values: torch.Tensor = field(repr=False)
     prompts: torch.Tensor = field(repr=False)
     positions: torch.Tensor = field(repr=False)
 
-    def __getitem__(self, layer: int) -> torch.Tensor:
-        """Of one layer, by its number in the model: (tokens, features)."""
-        if layer not in self.layers:
-            raise InputError(f"layer {layer!r} was not collected: there are {', '.join(map(str, self.layers))}")
-        return self.values[self.layers.index(layer)]
+    def __getitem__(self, layer: int | str) -> torch.Tensor:
+        """Return the activations of one layer of the model, (tokens, ...). -1 is the last layer of the model."""
+        return self.values[find_layer(layer, self.layers, self.num_layers)]
 
     def of_prompt(self, prompt: int) -> torch.Tensor:
-        """Of one prompt, (layers, its tokens, features)."""
+        """Return the activations of one prompt, (layers, its tokens, ...)."""
         return self.values[:, self.prompts == prompt]
 
 
@@ -73,22 +83,40 @@ def collect_activations(
     progress: bool = True,
     **inputs: Any,
 ) -> Activations | Path:
-    """Collects what `layers` give at `positions` of the prompts (their last token; None is all), on the CPU.
+    """Collect the activations of `layers` at `positions` of the prompts, on the CPU.
 
-    `of` names the accessor: layers_output, layers_input, attentions_output, mlps_output, heads_output, q, k or v.
-    `dtype` is that of the result, else the model's own. The model goes no further than the last of the layers.
+    The model runs no further than to the last of the layers.
 
-    With `folder`, each batch is written to a file of its own, so that no more than one is in memory, and the folder is
-    there when all of it is written; gives its path (see `load_activations`).
+    Args:
+        model: The model.
+        prompts: A string, several strings, or token ids.
+        layers: Layer i is the output of `layers[i]`, -1 the last, and "embedding" the input of the first: an integer, a
+            slice, or a list of them. Default: all layers, without the embedding.
+        positions: Positions in each prompt: 0 is its first token, -1 its last. None means all.
+        of: What to collect of each layer: layers_output, layers_input, attentions_output, mlps_output, heads_output, q,
+            k or v.
+        batch_size: The number of prompts in a batch.
+        dtype: The type of the activations. Default: that of the model.
+        folder: Write each batch into a file in this folder, so that no more than one batch is in memory. The folder
+            appears when everything is written. Default: return the activations.
+        progress: Whether to show a progress bar.
+        inputs: Further inputs of the model.
 
-    Raises InputError, before anything runs, for what is not there, and for a folder that is."""
+    Returns:
+        The activations, or the path of the folder (see `load_activations`).
+
+    Raises:
+        InputError: Before anything runs, if a prompt, layer or position does not exist, or the folder is not empty.
+    """
     if not isinstance(model, LanguageModel):
         raise InputError(f"collect_activations takes a LanguageModel, not {type(model).__name__}")
     if of not in _POINTS:
-        raise InputError(f"there is no {of!r} to collect{suggest(of, _POINTS)}; there are {', '.join(_POINTS)}")
+        raise InputError(f"{of!r} cannot be collected{suggest(of, _POINTS)}: choose from {', '.join(_POINTS)}")
     if dtype is not None and not dtype.is_floating_point:
-        raise InputError(f"activations are collected as floating point numbers, not {dtype}")
-    chosen = choose_layers(model, layers)
+        raise InputError(f"activations are floating point numbers: dtype cannot be {dtype}")
+    chosen = layers_to_read(model, layers)
+    if EMBEDDING in chosen and of != "layers_output":
+        raise InputError(f'"embedding" is the input of the first layer, which has no {of}: use of="layers_output"')
     batches = open_batches(model, prompts, positions, batch_size, **inputs)
     shown = tqdm(batches, desc="activations", disable=not progress or len(batches) == 1)
     if folder is not None:
@@ -101,19 +129,26 @@ def collect_activations(
                 values = torch.empty(len(chosen), sum(sizes), *part.shape[1:], dtype=dtype or part.dtype)
             values[i, done : done + size] = part
         done += size
-    return Activations(of, name_of(model), chosen, values, *_tokens(batches))
+    return Activations(of, name_of(model), chosen, len(model.layers_output), values, *_tokens(batches))
 
 
-def load_activations(folder: str | Path, layers: int | Sequence[int] | None = None) -> Activations:
-    """What `collect_activations` has written into a folder, or of it a few layers."""
+def load_activations(folder: str | Path, layers: int | str | Sequence[int | str] | None = None) -> Activations:
+    """Load what `collect_activations` wrote into a folder.
+
+    Args:
+        folder: The folder.
+        layers: The layers to load. Default: all in the folder.
+
+    Raises:
+        InputError: The folder has no activations, or not those of a layer.
+    """
     folder = Path(folder).expanduser()
     if not (folder / _RECORD).is_file():
-        raise InputError(f"the folder {folder} holds no activations: it has no {_RECORD}")
+        raise InputError(f"the folder {folder} has no activations: there is no {_RECORD} in it")
     record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    chosen = record["layers"] if layers is None else [layers] if isinstance(layers, int) else list(layers)
-    for layer in chosen:
-        if layer not in record["layers"]:
-            raise InputError(f"layer {layer!r} was not collected: there are {', '.join(map(str, record['layers']))}")
+    known, count = tuple(record["layers"]), record["num_layers"]
+    wanted = known if layers is None else [layers] if isinstance(layers, int | str) else layers
+    chosen = tuple(known[find_layer(layer, known, count)] for layer in wanted)
     parts: dict[str, list[torch.Tensor]] = {}
     for file in record["files"]:
         with safe_open(folder / file, framework="pt") as stored:
@@ -121,19 +156,20 @@ def load_activations(folder: str | Path, layers: int | Sequence[int] | None = No
                 parts.setdefault(name, []).append(stored.get_tensor(name))
     joined = {name: torch.cat(some) for name, some in parts.items()}
     values = torch.stack([joined[str(layer)] for layer in chosen])
-    return Activations(record["of"], record["model"], tuple(chosen), values, joined["prompts"], joined["positions"])
+    return Activations(record["of"], record["model"], chosen, count, values, joined["prompts"], joined["positions"])
 
 
-def _read(batch: Batch, of: str, layers: tuple[int, ...]) -> Iterator[tuple[int, torch.Tensor]]:
-    """What each layer gives at the chosen tokens, (tokens, features), one after the other."""
+def _read(batch: Batch, of: str, layers: tuple[Layer, ...]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield the activations of each layer at the chosen tokens, (tokens, ...), with the number of the layer in turn."""
     with torch.no_grad(), batch.run as run:
         for i, layer in enumerate(layers):
-            yield i, batch.pick(getattr(run, of)[layer])
+            values = hidden_states(run, layer) if of == "layers_output" else getattr(run, of)[layer]
+            yield i, batch.pick(values)
         run.stop()
 
 
 def _tokens(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The number of the prompt of each token, and its position in it."""
+    """Return the number of the prompt of each token, and its position in the prompt, both (tokens,)."""
     rows = torch.cat([batch.places[0] + batch.start for batch in batches])
     return rows, torch.cat([batch.positions[batch.chosen] for batch in batches])
 
@@ -141,7 +177,7 @@ def _tokens(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
 def _write(
     model: LanguageModel,
     of: str,
-    layers: tuple[int, ...],
+    layers: tuple[Layer, ...],
     batches: Sequence[Batch],
     folder: Path,
     dtype: torch.dtype | None,
@@ -153,21 +189,21 @@ def _write(
             found = {str(layers[i]): part.to("cpu", dtype, copy=True) for i, part in _read(batch, of, layers)}
             files.append(f"activations_{number:05}.safetensors")
             save_file({**found, "prompts": prompts, "positions": positions}, place / files[-1])
-        record = {"of": of, "model": name_of(model), "layers": list(layers), "files": files}
-        write_record(record, place / _RECORD)
+        record = {"of": of, "model": name_of(model), "layers": list(layers)}
+        write_record(record | {"num_layers": len(model.layers_output), "files": files}, place / _RECORD)
     return folder
 
 
 def _check_free(folder: str | Path) -> Path:
     folder = check_writable(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is there already: take the name of a folder that is not, or is empty")
+        raise InputError(f"{folder} already exists: choose a new or an empty folder")
     return folder
 
 
 @contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """A folder under another name, which gets its own when all of it is written; else nothing stays."""
+    """Yield a temporary folder that is renamed to `folder` when all of it is written. After an error nothing stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
         place = Path(beside) / folder.name

@@ -1,27 +1,27 @@
-"""Text encoders side by side: the same prompts through two or more of them.
+"""Compare text encoders: the same prompts through two or more of them.
 
-    result = compare_encoders(sdxl, prompts)                            # all encoders of a pipeline
-    result = compare_encoders({"CLIP": clip, "T5": t5}, prompts)        # or of several
+    result = compare_encoders(sdxl, prompts)                            # all text encoders of a pipeline
+    result = compare_encoders({"CLIP": clip, "T5": t5}, prompts)        # or of several pipelines
     result.plot()                                                       # linear CKA of all pairs of layers
-    result.cka("CLIP", "T5")                                            # (layers of the one, layers of the other)
+    result.cka("CLIP", "T5")                                            # (CLIP layers, T5 layers)
     result.nearest("T5", prompt=0), result.drift("T5", prompt=0)
-    result.grid()                                                       # the diffusion lens on each
+    result.grid()                                                       # the diffusion lens on each encoder
 
-A prompt is the mean of the hidden states of its own tokens: without padding, without the tokens that a tokenizer adds,
-without a template around it. So encoders whose tokenizers cut it otherwise are compared over the same rows.
+A prompt is represented by the mean of the hidden states of its own tokens, without padding, without the special tokens
+of the tokenizer, and without a template around it. So encoders can be compared even if their tokenizers differ.
 
-Linear CKA of X (n, p) and Y (n, q), their columns centred, is ||Y'X||² / (||X'X|| ||Y'Y||) with Frobenius norms
-(Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019, section 3): 1 for the same up to
-rotation and scale. It is high for few rows and many features, whatever they are, and 1 for any two rows: take prompts
-by the dozen.
+Linear CKA of X (n, p) and Y (n, q), with centred columns, is ||Y'X||² / (||X'X|| ||Y'Y||) with Frobenius norms
+(Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019, section 3). It is 1 if X and Y
+are equal up to rotation and scale. It is always high if there are few rows and many features, and 1 for any two rows:
+use dozens of prompts.
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from matplotlib.figure import Figure
@@ -30,25 +30,41 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-import diffsight
 from diffsight.errors import InputError, suggest
-from diffsight.lenses.diffusion_lens import DiffusionLensResult, choose_layers, diffusion_lens
-from diffsight.lenses.results import panels, plots
-from diffsight.lenses.results.saving import save_files, write_record
-from diffsight.pipelines.diffusion.encoding import Reading, candidates, read
+from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
+from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_title
+from diffsight.lenses.results.encoder_plots import Map, block_map, map_panels
+from diffsight.lenses.results.figure import write_figure
+from diffsight.lenses.results.image_grid import image_grid
+from diffsight.lenses.results.result import LensResult
+from diffsight.pipelines.diffusion.components import text_encoder_names
+from diffsight.pipelines.diffusion.encoding import (
+    EncodingRecord,
+    PromptEncoding,
+    cut_off,
+    encodings_in,
+    record_encoding,
+)
 from diffsight.pipelines.diffusion.model import DiffusionModel
-from diffsight.pipelines.diffusion.text_encoders import Encoded, Encoder, cut_off, encoded_in, encoders_in
+from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
 
 _ENDS = ("first", "last")
 
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """What one encoder makes of the prompts: `layers`, by number; `vectors`, (layers, prompts, features), the mean of
-    each prompt's own tokens; and by prompt its `words`, as texts of tokens, and their cosines with what they are at the
-    first and at the last of the layers, `drifts`, (2, layers, tokens). `lens` has the pictures of the first prompts."""
+    """All prompts, as one text encoder encodes them.
 
-    layers: tuple[int, ...]
+    Attributes:
+        layers: Integers from 0 on, and "embedding" for the input of the first layer.
+        vectors: The mean hidden state of each prompt's own tokens, (layers, prompts, features).
+        words: For each prompt its own tokens as text.
+        drifts: For each prompt the cosine similarity of each token's hidden state with that at the first and at the
+            last of the layers, (2, layers, tokens).
+        lens: For each of the first prompts the result of the diffusion lens.
+    """
+
+    layers: tuple[Layer, ...]
     vectors: torch.Tensor = field(repr=False)
     words: tuple[tuple[str, ...], ...] = field(repr=False)
     drifts: tuple[torch.Tensor, ...] = field(repr=False)
@@ -56,115 +72,147 @@ class EncodedPrompts:
 
 
 @dataclass(frozen=True)
-class EncoderComparison(Mapping):
-    """The same prompts in several encoders: `result[name]` is what one makes of them, `list(result)` their names."""
+class EncoderComparison(LensResult, Mapping):
+    """The same prompts in several text encoders: `result[name]` are its EncodedPrompts, `list(result)` the names.
+
+    `save(folder)` writes `comparison.json`, `comparison.safetensors` (vectors, drifts and CKA), `cka.png`, and for each
+    prompt that the diffusion lens drew `grid_00.png`, `drift_00.png` and `nearest_00.png`.
+
+    Attributes:
+        prompts: The prompts.
+        encoders: Names to encoded prompts.
+        seed: The seed of the diffusion lens.
+        arguments: The arguments of the pipelines.
+    """
 
     prompts: tuple[str, ...] = field(repr=False)
     encoders: Mapping[str, EncodedPrompts]
     seed: int
     arguments: Mapping[str, Any]
+    record_file: ClassVar[str] = "comparison.json"
 
     def __getitem__(self, name: str) -> EncodedPrompts:
         if name not in self.encoders:
-            raise InputError(f"there is no encoder {name!r}{suggest(str(name), self)}: compared are {', '.join(self)}")
+            raise InputError(
+                f"there is no encoder {name!r}{suggest(str(name), self)}: the result has {', '.join(self)}"
+            )
         return self.encoders[name]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self.encoders)
 
     def __len__(self) -> int:
         return len(self.encoders)
 
     def cka(self, one: str, other: str) -> torch.Tensor:
-        """Linear CKA of each layer of an encoder with each of another, (layers, layers), over the prompts. NaN where a
-        layer gives the same for all prompts."""
+        """Return the linear CKA of each layer of one encoder with each layer of the other, (layers, layers).
+
+        It is NaN where a layer has the same vector for all prompts."""
         one, other = (torch.stack([_gram(x) for x in self[name].vectors]).flatten(1) for name in (one, other))
         return one @ other.T
 
     def nearest(self, name: str, prompt: int, count: int = 3) -> list[list[tuple[str, float]]]:
-        """By layer the `count` prompts nearest to one, nearest first, each with the cosine of the two."""
+        """Return for each layer the `count` prompts nearest to a prompt, nearest first, with their cosine similarity.
+
+        Args:
+            name: The text encoder.
+            prompt: The number of the prompt, from 0 on.
+            count: The number of prompts to return.
+        """
         values, order = self._cosines(name, prompt).sort(descending=True, stable=True)
         rows = zip(order[:, :count].tolist(), values[:, :count].tolist())
         others = self._others(prompt)
         return [[(self.prompts[others[place]], value) for place, value in zip(*row)] for row in rows]
 
     def drift(self, name: str, prompt: int, to: str = "last") -> torch.Tensor:
-        """The cosine of each token's hidden state with that at the last of the layers (or the "first"), (layers,
-        tokens); the tokens are `result[name].words[prompt]`."""
+        """Return the cosine similarity of each token's hidden state with that at the last (or first) of the layers.
+
+        Args:
+            name: The text encoder.
+            prompt: The number of the prompt, from 0 on.
+            to: "last" or "first".
+
+        Returns:
+            (layers, tokens). The tokens are `result[name].words[prompt]`.
+        """
         if to not in _ENDS:
-            raise InputError(f'tokens drift from the "first" layer or to the "last", not {to!r}')
+            raise InputError(f'to must be "first" or "last", not {to!r}')
         return self[name].drifts[self._checked(prompt)][_ENDS.index(to)]
 
     def plot(self) -> Figure:
-        """Linear CKA of all pairs of layers, those of one encoder after those of the other."""
+        """Plot the linear CKA of all pairs of layers, the layers of one encoder after those of the other."""
         values = torch.cat([torch.cat([self.cka(one, other) for other in self], 1) for one in self])
         blocks = {name: [str(layer) for layer in encoded.layers] for name, encoded in self.encoders.items()}
-        return panels.block_map(values.numpy(), blocks, f"{len(self.prompts)} prompts", "linear CKA")
+        return block_map(values.numpy(), blocks, f"{len(self.prompts)} prompts", "linear CKA")
 
     def plot_nearest(self, prompt: int) -> Figure:
-        """How near the other prompts are to one, by layer; a point marks the nearest."""
+        """Plot how near the other prompts are to one, by layer. A dot marks the nearest."""
         numbers = self._others(self._checked(prompt))
         shown = {}
         for name in self:
             values = self._cosines(name, prompt)
             layers = [str(layer) for layer in self[name].layers]
-            marks = values.argmax(1).tolist()
-            shown[name] = panels.Map(values.numpy(), layers, [str(n) for n in numbers], marks=marks)
+            shown[name] = Map(values.numpy(), layers, [str(n) for n in numbers], marks=values.argmax(1).tolist())
         low = min(float(panel.values.min()) for panel in shown.values())
-        return panels.map_panels(shown, self._title(prompt), "cosine", low, "prompt")
+        return map_panels(shown, self._title(prompt), "cosine", low, "prompt")
 
     def plot_drift(self, prompt: int, to: str = "last") -> Figure:
-        """How near each token is to what it is at the last (or the "first") layer."""
+        """Plot how near each token is to what it is at the last (or first) of the layers."""
         shown = {}
         for name in self:
             layers, words = [str(layer) for layer in self[name].layers], self[name].words[self._checked(prompt)]
-            shown[name] = panels.Map(self.drift(name, prompt, to).numpy(), layers, [word.strip() for word in words])
+            shown[name] = Map(self.drift(name, prompt, to).numpy(), layers, [word.strip() for word in words])
         low = min(0.0, *(float(panel.values.min()) for panel in shown.values()))
-        return panels.map_panels(shown, self._title(prompt), f"cosine with {to} layer", low, "")
+        return map_panels(shown, self._title(prompt), f"cosine with {to} layer", low, "")
 
     def grid(self, prompt: int = 0) -> Image.Image:
-        """What the diffusion lens draws of a prompt from the layers of each encoder: a row an encoder."""
-        drawn = min(len(encoded.lens) for encoded in self.encoders.values())
+        """Return what the diffusion lens drew for a prompt: a row for each encoder, a column for each layer."""
+        drawn = self._drawn()
         if self._checked(prompt) >= drawn:
-            of = f"of the first {drawn} prompts alone" if drawn else "of no prompt"
-            raise InputError(f"the lens drew pictures {of}: compare_encoders(…, pictures={prompt + 1}) draws more")
+            which = f"only the first {drawn} prompts" if drawn else "no prompt"
+            raise InputError(f"the lens drew {which}: compare_encoders(…, images={prompt + 1}) draws more")
         lenses = [encoded.lens[prompt] for encoded in self.encoders.values()]
-        titles = [[f"layer {layer}" for layer in lens.layers] for lens in lenses]
+        titles = [[layer_title(layer) for layer in lens.layers] for lens in lenses]
         title = f"{self.prompts[prompt]} (seed {self.seed})"
         rows = [lens.images for lens in lenses]
-        return diffsight.image_grid(rows, titles=titles, row_titles=list(self), title=title, cell=128)
+        return image_grid(rows, titles=titles, row_titles=list(self), title=title, cell=128)
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Writes `comparison.json`, `comparison.safetensors` (vectors, drifts and CKA), `cka.png`, and of each prompt
-        that the lens drew `grid_00.png`, `drift_00.png` and `nearest_00.png`; gives the paths."""
-        record = {
+    def preview(self) -> Figure:
+        return self.plot()
+
+    def files(self) -> dict[str, Callable[[Path], None]]:
+        files: dict[str, Callable[[Path], None]] = {
+            "comparison.safetensors": partial(save_file, self._tensors()),
+            "cka.png": partial(write_figure, self.plot),
+        }
+        for i in range(self._drawn()):
+            files[f"grid_{i:02}.png"] = self.grid(i).save
+            files[f"drift_{i:02}.png"] = partial(write_figure, partial(self.plot_drift, i))
+            files[f"nearest_{i:02}.png"] = partial(write_figure, partial(self.plot_nearest, i))
+        return files
+
+    def record(self) -> dict[str, Any]:
+        return {
             "lens": "compare_encoders",
             "prompts": list(self.prompts),
             "seed": self.seed,
             "arguments": dict(self.arguments),
             "encoders": {n: {"layers": list(e.layers), "words": e.words} for n, e in self.encoders.items()},
         }
-        numbers = {f"{name}.vectors": encoded.vectors for name, encoded in self.encoders.items()}
-        for name, encoded in self.encoders.items():
-            numbers |= {f"{name}.drift.{i:02}": drift for i, drift in enumerate(encoded.drifts)}
-        numbers |= {f"cka.{a}.{b}": self.cka(a, b) for a, b in itertools.combinations_with_replacement(self, 2)}
-        numbers = {name: value.contiguous() for name, value in numbers.items()}
-        files = {
-            "comparison.json": partial(write_record, record),
-            "comparison.safetensors": partial(save_file, numbers),
-            "cka.png": partial(plots.write, self.plot),
-        }
-        for i in range(min(len(encoded.lens) for encoded in self.encoders.values())):
-            files[f"grid_{i:02}.png"] = self.grid(i).save
-            files[f"drift_{i:02}.png"] = partial(plots.write, partial(self.plot_drift, i))
-            files[f"nearest_{i:02}.png"] = partial(plots.write, partial(self.plot_nearest, i))
-        return save_files(folder, files)
 
-    def _repr_png_(self) -> bytes:
-        return self.plot()._repr_png_()
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {f"{name}.vectors": encoded.vectors for name, encoded in self.encoders.items()}
+        for name, encoded in self.encoders.items():
+            tensors |= {f"{name}.drift.{i:02}": drift for i, drift in enumerate(encoded.drifts)}
+        tensors |= {f"cka.{a}.{b}": self.cka(a, b) for a, b in itertools.combinations_with_replacement(self, 2)}
+        return {name: value.contiguous() for name, value in tensors.items()}
+
+    def _drawn(self) -> int:
+        """Return the number of prompts that the diffusion lens drew."""
+        return min(len(encoded.lens) for encoded in self.encoders.values())
 
     def _cosines(self, name: str, prompt: int) -> torch.Tensor:
-        """The cosines of a prompt's vector with those of all others, (layers, prompts - 1)."""
+        """Return the cosine similarity of a prompt's vector with those of all others, (layers, prompts - 1)."""
         vectors = functional.normalize(self[name].vectors, dim=-1)
         self._checked(prompt)
         return torch.einsum("lf,lpf->lp", vectors[:, prompt], vectors[:, self._others(prompt)])
@@ -174,7 +222,7 @@ class EncoderComparison(Mapping):
 
     def _checked(self, prompt: int) -> int:
         if not hasattr(prompt, "__index__") or isinstance(prompt, bool) or not 0 <= prompt < len(self.prompts):
-            raise InputError(f"there is no prompt {prompt!r}: they are 0 to {len(self.prompts) - 1}")
+            raise InputError(f"there is no prompt {prompt!r}: choose from 0 to {len(self.prompts) - 1}")
         return prompt
 
     def _title(self, prompt: int) -> str:
@@ -182,35 +230,44 @@ class EncoderComparison(Mapping):
 
 
 def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Linear CKA of two sets of as many vectors, (n, features), from 0 to 1: Kornblith et al. 2019, section 3.
+    """Return the linear CKA of two sets of vectors, from 0 to 1: Kornblith et al. 2019, section 3.
 
-    NaN where all vectors of one are the same. Raises InputError where they are not as many, or fewer than two."""
+    Args:
+        x: (n, features).
+        y: (n, features). The number of features may differ.
+
+    Returns:
+        The CKA, or NaN if all vectors of one set are equal.
+
+    Raises:
+        InputError: The numbers of vectors differ, or are smaller than two.
+    """
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) < 2:
         raise InputError(
-            f"linear_cka compares as many vectors, (n, features) with n from 2 on, not {tuple(x.shape)} and "
-            f"{tuple(y.shape)}"
+            "linear_cka compares equally many vectors, (n, features) with n of 2 or more, not "
+            f"{tuple(x.shape)} and {tuple(y.shape)}"
         )
     return float((_gram(x) * _gram(y)).sum())
 
 
 def _gram(x: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix of centred vectors, (n, n), of norm 1: CKA is the product of two. Its sum is that of ||Y'X||²."""
+    """Return the Gram matrix of the centred vectors, (n, n), with norm 1. The CKA is the inner product of two."""
     x = x.double() - x.double().mean(0)
     gram = x @ x.T
     return gram / gram.norm()
 
 
-# ---- the prompts in the encoders
+# ---- encoding the prompts
 
 
 @dataclass(frozen=True)
 class _Chosen:
-    """An encoder that takes part, and the layers of it."""
+    """A text encoder that takes part, and its layers."""
 
     name: str
     model: DiffusionModel
     encoder: Encoder
-    layers: tuple[int, ...]
+    layers: tuple[Layer, ...]
 
 
 def compare_encoders(
@@ -218,44 +275,52 @@ def compare_encoders(
     prompts: Iterable[str],
     *,
     encoders: str | Iterable[str] | None = None,
-    layers: int | slice | Iterable[int] | None = None,
-    pictures: int = 1,
+    layers: Layers = None,
+    images: int = 1,
     seed: int = 0,
     lens: Mapping[str, Any] | None = None,
     progress: bool = True,
     **arguments: Any,
 ) -> EncoderComparison:
-    """Compares the text encoders of one or several models over the same prompts.
+    """Compare the text encoders of one or several pipelines over the same prompts.
 
         compare_encoders(sdxl, prompts, encoders=["text_encoder", "text_encoder_2"], layers=slice(None, None, 4))
 
     Args:
-        models: One, several, or several by the names that they are to have in the result. There an encoder goes by
-            its own name, that of its model, or both, as it takes to tell them apart.
-        encoders: Names of text encoders, see `model.encoders`, in whichever of the models they are. None is all.
-        layers: Of each encoder, as `diffusion_lens` counts them: 0 is the embedding. None is all that the pipeline
-            makes use of.
-        pictures: Of so many prompts, from the first on, the diffusion lens draws every encoder's layers; 0 is none.
-        lens: Settings of the lens, such as {"isolate": True, "norm": True, "batch_size": 4}.
-        arguments: Of the pipelines.
+        models: One pipeline, several, or a mapping from names to pipelines. The result names a text encoder after
+            itself, its pipeline, or both, as needed to tell them apart.
+        prompts: Two or more prompts, all different.
+        encoders: Names of text encoders, see `model.encoders`, in any of the pipelines. Default: all.
+        layers: Layers of each encoder. Layer i is the output of `layers[i]`, -1 the last, and "embedding" the input of
+            the first. Default: the embedding and all layers up to the last that the pipeline uses.
+        images: The number of prompts, from the first on, that the diffusion lens draws from each encoder's layers.
+        seed: The seed of the diffusion lens.
+        lens: Settings of the diffusion lens, such as {"isolate": True, "norm": True, "batch_size": 4}.
+        progress: Whether to show a progress bar.
+        arguments: Arguments of the pipelines.
 
-    Raises InputError, before any picture is made, for fewer than two prompts or encoders, an encoder or a layer that is
-    not there, and a prompt that the tokenizer of one cuts (saying what is cut)."""
-    named, prompts = _named(models), _prompts(prompts)
-    if not hasattr(pictures, "__index__") or isinstance(pictures, bool) or not 0 <= pictures <= len(prompts):
-        raise InputError(f"pictures is a number of prompts to draw, from 0 to {len(prompts)}, not {pictures!r}")
-    chosen = _choose(named, prompts[0], encoders, layers, pictures > 0, arguments, seed)
-    encoded: dict[str, list[tuple[Encoded, list[int]]]] = {one.name: [] for one in chosen}
+    Returns:
+        What each text encoder makes of the prompts.
+
+    Raises:
+        InputError: Before anything is drawn, if there are fewer than two prompts or encoders, an encoder or a layer
+            does not exist, or a tokenizer truncates a prompt.
+    """
+    named, prompts = _named(models), _checked_prompts(prompts)
+    if not hasattr(images, "__index__") or isinstance(images, bool) or not 0 <= images <= len(prompts):
+        raise InputError(f"images is the number of prompts to draw, from 0 to {len(prompts)}, not {images!r}")
+    chosen = _choose(named, prompts[0], encoders, layers, images > 0, arguments, seed)
+    encoded: dict[str, list[tuple[PromptEncoding, list[int]]]] = {one.name: [] for one in chosen}
     for prompt in tqdm(prompts, desc="encoding", disable=not progress):
         for model in dict.fromkeys(one.model for one in chosen):
-            reading = read(model, prompt, arguments, seed)
-            made = encoded_in(model, prompt, reading)
+            reading = record_encoding(model, prompt, arguments, seed)
+            by_encoder = encodings_in(model, prompt, reading)
             for one in (one for one in chosen if one.model is model):
                 _check_length(one, reading, prompt)
-                value = made[one.encoder.name]
+                value = by_encoder[one.encoder.name]
                 encoded[one.name].append((value, _own_tokens(one, value)))
     drawn: dict[str, list[DiffusionLensResult]] = {one.name: [] for one in chosen}
-    for prompt, one in tqdm([*itertools.product(prompts[:pictures], chosen)], desc="lenses", disable=not progress):
+    for prompt, one in tqdm([*itertools.product(prompts[:images], chosen)], desc="lenses", disable=not progress):
         settings = {"encoder": one.encoder.name, "layers": one.layers, "seed": seed, "progress": False, **(lens or {})}
         drawn[one.name].append(diffusion_lens(one.model, prompt, **settings, **arguments))
     found = {one.name: _summary(one.layers, encoded[one.name], drawn[one.name]) for one in chosen}
@@ -263,24 +328,24 @@ def compare_encoders(
 
 
 def _summary(
-    layers: tuple[int, ...], encoded: Sequence[tuple[Encoded, list[int]]], drawn: Sequence[DiffusionLensResult]
+    layers: tuple[Layer, ...], encoded: Sequence[tuple[PromptEncoding, list[int]]], drawn: Sequence[DiffusionLensResult]
 ) -> EncodedPrompts:
     vectors, words, drifts = [], [], []
     for one, places in encoded:
-        states = torch.stack([one.states[layer][places].float().cpu() for layer in layers])
+        states = torch.stack([one.hidden(layer)[places].float().cpu() for layer in layers])
         vectors.append(states.mean(1))
         words.append(tuple(one.words[place] for place in places) or tuple(str(int(one.ids[place])) for place in places))
         drifts.append(torch.stack([functional.cosine_similarity(states, states[end], dim=-1) for end in (0, -1)]))
     return EncodedPrompts(layers, torch.stack(vectors, 1), tuple(words), tuple(drifts), tuple(drawn))
 
 
-def _own_tokens(one: _Chosen, encoded: Encoded) -> list[int]:
-    """The places of the prompt's own tokens: where they follow each other, else all that are not the tokenizer's."""
+def _own_tokens(one: _Chosen, encoded: PromptEncoding) -> list[int]:
+    """Return the positions of the prompt's own tokens: where they appear in a row, else all but the special tokens."""
     ids = encoded.ids.tolist()
     if one.encoder.tokenizer is None:
         return list(range(len(ids)))
     tokenizer = getattr(one.model.pipeline, one.encoder.tokenizer)
-    for text in dict.fromkeys((encoded.prompt, encoded.prompt.lower().strip())):  # some pipelines clean it
+    for text in dict.fromkeys((encoded.prompt, encoded.prompt.lower().strip())):  # some pipelines clean the prompt
         own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for start in range(len(ids) - len(own) + 1):
             if ids[start : start + len(own)] == own:
@@ -293,7 +358,7 @@ def _own_tokens(one: _Chosen, encoded: Encoded) -> list[int]:
 
 
 def _named(models: Any) -> dict[str, DiffusionModel]:
-    """The models by name; without names, those that they were opened with, numbered where that is the same."""
+    """Return the models by name. Without names they are called what they were opened with, numbered if that repeats."""
     if isinstance(models, DiffusionModel):
         models = [models]
     if not isinstance(models, Mapping):
@@ -305,21 +370,21 @@ def _named(models: Any) -> dict[str, DiffusionModel]:
     for model in models.values():
         if not isinstance(model, DiffusionModel):
             raise InputError(f"compare_encoders takes DiffusionModels, not {type(model).__name__}")
-        if not candidates(model):
-            raise InputError(f"{type(model.pipeline).__name__} has no text encoder, so there is nothing to compare")
+        if not text_encoder_names(model.pipeline):
+            raise InputError(f"{type(model.pipeline).__name__} has no text encoder to compare")
     return models
 
 
-def _prompts(prompts: Any) -> tuple[str, ...]:
+def _checked_prompts(prompts: Any) -> tuple[str, ...]:
     found = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
     wrong = next((prompt for prompt in found if not isinstance(prompt, str)), None)
     if wrong is not None:
-        raise InputError(f"a prompt is a text, not {type(wrong).__name__}: {wrong!r}")
+        raise InputError(f"a prompt must be a string, not {type(wrong).__name__}: {wrong!r}")
     if len(set(found)) < len(found):
         twice = next(prompt for prompt in found if found.count(prompt) > 1)
-        raise InputError(f"the prompts are to differ, and {twice!r} is there twice")
+        raise InputError(f"prompts must be unique, but {twice!r} appears twice")
     if len(found) < 2:
-        raise InputError(f"encoders are compared over two prompts or more, by the dozen for CKA: there is {len(found)}")
+        raise InputError(f"compare_encoders needs two prompts or more (for CKA, dozens), not {len(found)}")
     return tuple(found)
 
 
@@ -327,30 +392,32 @@ def _choose(
     models: Mapping[str, DiffusionModel],
     prompt: str,
     encoders: str | Iterable[str] | None,
-    layers: Any,
+    layers: Layers,
     draws: bool,
     arguments: Mapping[str, Any],
     seed: int,
 ) -> list[_Chosen]:
-    found = {name: encoders_in(model, read(model, prompt, arguments, seed)) for name, model in models.items()}
-    there = "; ".join(f"{name} has {', '.join(of)}" for name, of in found.items())
+    found = {
+        name: encoders_in(model, record_encoding(model, prompt, arguments, seed)) for name, model in models.items()
+    }
+    known = "; ".join(f"{name} has {', '.join(of)}" for name, of in found.items())
     wanted = [encoders] if isinstance(encoders, str) else None if encoders is None else list(encoders)
     everywhere = {encoder for of in found.values() for encoder in of}
     for name in wanted or ():
         if name not in everywhere:
-            raise InputError(f"there is no text encoder {name!r}{suggest(str(name), everywhere)}: {there}")
+            raise InputError(f"there is no text encoder {name!r}{suggest(str(name), everywhere)}: {known}")
     pairs = [(name, e) for name, of in found.items() for e in of.values() if wanted is None or e.name in wanted]
     if len(pairs) < 2:
-        raise InputError(f"two encoders or more are compared, and here is {len(pairs)}: {there}. Give another model")
+        raise InputError(f"compare_encoders needs two encoders or more, not {len(pairs)}: {known}. Pass another model")
     chosen = []
     for name, encoder in pairs:
         if draws and not encoder.uses:
             raise InputError(
-                f"{name} takes nothing of {encoder.name} as it is, so its layers cannot be drawn: pictures=0 compares "
-                "without pictures"
+                f"no output of {encoder.name} was found unchanged in what {name} uses, so its layers cannot be "
+                "drawn: images=0 compares without images"
             )
         try:
-            numbers = choose_layers(layers, encoder.last)
+            numbers = choose_layers(layers, encoder.count, encoder.used_count)
         except InputError as error:
             raise InputError(f"{name}, {encoder.name}: {error}") from None
         chosen.append(_Chosen(_label(name, encoder, pairs), models[name], encoder, numbers))
@@ -358,14 +425,14 @@ def _choose(
 
 
 def _label(model: str, encoder: Encoder, pairs: Sequence[tuple[str, Encoder]]) -> str:
-    """The name of the encoder, or of the model, or both, as it takes to tell it from the others."""
+    """Return the name of the encoder, of the model, or both, as needed to tell it from the others."""
     names = [name for name, _ in pairs]
     if len(set(names)) == 1:
         return encoder.name
     return model if names.count(model) == 1 else f"{model} {encoder.name}"
 
 
-def _check_length(one: _Chosen, reading: Reading, prompt: str) -> None:
+def _check_length(one: _Chosen, reading: EncodingRecord, prompt: str) -> None:
     cut = cut_off(one.model, reading.encoders[one.encoder.name], prompt)
     if cut is not None:
         raise InputError(f"the prompt {prompt!r} is too long for {one.name}: these words would be dropped: {cut!r}")

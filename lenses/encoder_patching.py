@@ -1,24 +1,25 @@
-"""Cross-encoder patching: what a word's hidden state, taken from one prompt's encoding, does in another prompt's.
+"""Cross-encoder patching: put a word's hidden state from one prompt into the encoding of another prompt.
 
     result = encoder_patching(model, "a red circle above a green square", "a red square above a green square",
                               words="circle")
     result.grid().save("patching.png")
 
-The hidden states of the source prompt's tokens at a layer take the place of those of the target prompt's tokens; the
-layers behind, and all of the pipeline, go on with them. A picture for each layer and each word (or token) shows where
-in the encoder the word is, and what of it has gone over to its neighbours by then. It is what two runs in lockstep do,
+At a layer, the hidden states of the source prompt's tokens replace those of the target prompt's tokens. The layers
+after it and the rest of the pipeline continue with them. One image for each layer and each word (or token) shows in
+which layers the word's hidden state carries its meaning, and when the meaning has moved on to other words. For one
+layer and one token it is this pair of runs in lockstep:
 
     with model.generate(source, seed=0) as x, model.generate(target, seed=0) as y:
         y.cond.text_encoder.layers[4].output[:, 3] = x.cond.text_encoder.layers[4].output[:, 3]
         x.stop()
 
-for all layers and words in as few calls of the pipeline as can be: the source is encoded once.
+The lens does it for all layers and words, in as few calls of the pipeline as possible. The source is encoded once.
 """
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,37 +27,64 @@ from typing import Any
 import torch
 from PIL import Image
 
-import diffsight
 from diffsight.errors import InputError
-from diffsight.lenses.encoders.checks import check_call, check_model, check_prompt, check_seen, check_whole
+from diffsight.lenses.encoders.checks import check_call, check_diffusion_model, check_prompt, check_used, check_whole
+from diffsight.lenses.encoders.columns import Column, WordOrTokens, find_columns
 from diffsight.lenses.encoders.drawing import Drawing, calls_in, places, with_state
 from diffsight.lenses.encoders.isolating import isolated
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
+from diffsight.lenses.layers import EMBEDDING, Layer, Layers, in_model_order, layer_file, layer_title
 from diffsight.lenses.linear_map import LinearMap
-from diffsight.lenses.results.outputs import files_of, picture_of, rate_of
-from diffsight.lenses.results.saving import save_files, write_record
-from diffsight.pipelines.diffusion.encoding import EncoderReading, hidden_in, read
-from diffsight.pipelines.diffusion.model import DiffusionModel, DiffusionRun
+from diffsight.lenses.results.image_grid import image_grid
+from diffsight.lenses.results.outputs import files_of, image_of, rate_of
+from diffsight.lenses.results.result import LensResult
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, hidden_in
+from diffsight.pipelines.diffusion.encoding import EncodingRecord, record_encoding
+from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import PromptWarning
+from diffsight.pipelines.diffusion.run import DiffusionRun
 from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
-from diffsight.pipelines.language.words import PromptWords
+from diffsight.pipelines.words import PromptWords
 
-Words = str | int | range
 _ALIGN = ("each", "last", "mean")
-_CELL, _ACROSS = 128, 7  # pixels of a picture in a grid, and pictures beside each other where there is one word
+_CELL = 128  # pixels of an image in a grid
+_COLUMNS = 7  # images beside each other if there is only one word
 
 
 @dataclass(frozen=True)
-class EncoderPatchingResult:
-    """Pictures by layer and word. `images[i][j]` was drawn with the source's hidden states of `words[j]`, its tokens
-    `source_tokens[j]`, at layer `source_layers[i]`, in the place of the target's tokens `tokens[j]` at layer
-    `layers[i]`, where 0 is the embedding. `source_image` and `target_image` are drawn from the prompts as they are.
+class EncoderPatchingResult(LensResult):
+    """Images by layer and word.
 
-    `outputs` are what the pipeline made, as in `DiffusionLensResult`; `map_error` is the fit error of the linear map
-    between the encoders, by source layer and layer, where there is one."""
+    `save(folder)` writes `grid.png`, `source.png`, `target.png`, an image for each cell (layer 4, second word:
+    `layer_04_02.png`; a video also as `.gif`, a sound as `.wav`) and `lens.json`.
+
+    Attributes:
+        images: `images[i][j]` was drawn with the source's hidden states of `words[j]`, its tokens `source_tokens[j]`,
+            at layer `source_layers[i]`, in place of the target's tokens `tokens[j]` at layer `layers[i]`.
+        layers: Layers of the target's encoder: integers from 0 on, and "embedding" for the input of the first layer.
+        words: The columns.
+        source: The source prompt.
+        target: The target prompt.
+        seed: The seed of every image.
+        model: The name of the model.
+        arguments: The arguments of the pipeline.
+        source_image: The image of the source prompt, without patching.
+        target_image: The image of the target prompt, without patching.
+        encoder: The name of the text encoder that was patched.
+        source_encoder: The name of the text encoder that hidden states came from.
+        source_model: The name of the model that it belongs to.
+        source_layers: Layers of the source's encoder.
+        tokens: The target's tokens of each column.
+        source_tokens: The source's tokens of each column.
+        align: As in `encoder_patching`.
+        isolate: As in `encoder_patching`.
+        map_error: The error of the linear map between the encoders, by source layer and layer, if there is a map.
+        outputs: What the pipeline returned, as in `DiffusionLensResult`.
+        rate: The sampling rate of sounds in Hz.
+    """
 
     images: tuple[tuple[Image.Image, ...], ...] = field(repr=False)
-    layers: tuple[int, ...]
+    layers: tuple[Layer, ...]
     words: tuple[str, ...]
     source: str
     target: str
@@ -68,29 +96,29 @@ class EncoderPatchingResult:
     encoder: str
     source_encoder: str
     source_model: str
-    source_layers: tuple[int, ...] = field(repr=False)
+    source_layers: tuple[Layer, ...] = field(repr=False)
     tokens: tuple[range, ...] = field(repr=False)
     source_tokens: tuple[range, ...] = field(repr=False)
     align: str = "each"
     isolate: bool = False
-    map_error: Mapping[tuple[int, int], float] | None = field(default=None, repr=False)
+    map_error: Mapping[tuple[Layer, Layer], float] | None = field(default=None, repr=False)
     outputs: tuple[tuple[Any, ...], ...] = field(default=(), repr=False)
     rate: int | None = field(default=None, repr=False)
 
     def grid(self) -> Image.Image:
-        """All pictures in one: a row a layer, a column a word; and those of both prompts as they are."""
+        """Return all images in one: a row for each layer, a column for each word, and the images of both prompts."""
         names = [
-            f"layer {layer}" if layer == origin else f"layer {origin} → {layer}"
+            layer_title(layer) if layer == origin else f"{layer_title(origin)} → {layer}"
             for layer, origin in zip(self.layers, self.source_layers)
         ]
         title = f"“{self.source}” into “{self.target}” (seed {self.seed})"
-        plain, captions = [self.target_image, self.source_image], ["target as it is", "source as it is"]
+        plain, captions = [self.target_image, self.source_image], ["target, unpatched", "source, unpatched"]
         if len(self.words) == 1:
             images, titles = [*plain, *(row[0] for row in self.images)], [*captions, *names]
-            columns, title = min(len(images), _ACROSS), f"{title}: {self.words[0]}"
-            return diffsight.image_grid(images, titles=titles, title=title, columns=columns, cell=_CELL)
+            columns, title = min(len(images), _COLUMNS), f"{title}: {self.words[0]}"
+            return image_grid(images, titles=titles, title=title, columns=columns, cell=_CELL)
         width = max(2, len(self.words))
-        return diffsight.image_grid(
+        return image_grid(
             [*self.images, plain],
             titles=[*([None] * len(row) for row in self.images), captions],
             row_titles=[*names, None],
@@ -99,26 +127,26 @@ class EncoderPatchingResult:
             cell=_CELL,
         )
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Writes `grid.png`, `source.png`, `target.png`, a picture a cell (layer 4, second word: `layer_04_02.png`;
-        with a video `.gif`, with a sound `.wav`) and `lens.json`, which records how they were made; gives the paths.
-        All files are written or none."""
-        files = {"grid.png": self.grid().save, "source.png": self.source_image.save}
-        files["target.png"] = self.target_image.save
+    def preview(self) -> Image.Image:
+        return self.grid()
+
+    def files(self) -> dict[str, Callable[[Path], None]]:
+        files: dict[str, Callable[[Path], None]] = {"grid.png": self.grid().save}
+        files |= {"source.png": self.source_image.save, "target.png": self.target_image.save}
         for layer, images, outputs in zip(self.layers, self.images, self.outputs):
             for column, (image, output) in enumerate(zip(images, outputs), 1):
-                name = f"layer_{layer:02}_{column:02}"
+                name = f"{layer_file(layer)}_{column:02}"
                 files |= {f"{name}.png": image.save} | files_of(name, output, self.rate)
+        return files
+
+    def record(self) -> dict[str, Any]:
         kept = ("model", "source", "target", "seed", "encoder", "source_encoder", "source_model", "align", "isolate")
         record = {"lens": "encoder_patching"} | {name: getattr(self, name) for name in kept}
         record |= {name: list(getattr(self, name)) for name in ("layers", "source_layers", "words")}
         record |= {name: [list(span) for span in getattr(self, name)] for name in ("tokens", "source_tokens")}
         record["map_error"] = None if self.map_error is None else [[*k, v] for k, v in self.map_error.items()]
         record["arguments"] = dict(self.arguments)
-        return save_files(folder, files | {"lens.json": partial(write_record, record)})
-
-    def _repr_png_(self) -> bytes:
-        return self.grid()._repr_png_()
+        return record
 
 
 def encoder_patching(
@@ -126,10 +154,10 @@ def encoder_patching(
     source: str,
     target: str,
     *,
-    words: Words | Sequence[Words] | None = None,
-    into: Words | Sequence[Words] | None = None,
-    layers: int | slice | Iterable[int] | None = None,
-    source_layers: int | Sequence[int] | None = None,
+    words: WordOrTokens | Sequence[WordOrTokens] | None = None,
+    into: WordOrTokens | Sequence[WordOrTokens] | None = None,
+    layers: Layers = None,
+    source_layers: int | str | Sequence[int | str] | None = None,
     encoder: str | None = None,
     source_encoder: str | None = None,
     source_model: DiffusionModel | None = None,
@@ -141,95 +169,87 @@ def encoder_patching(
     progress: bool = True,
     **arguments: Any,
 ) -> EncoderPatchingResult:
-    """Draws `target` with hidden states of `source` put into its text encoder: a picture for each layer and word.
+    """Draw `target` with hidden states of `source` put into its text encoder: an image for each layer and word.
 
-        encoder_patching(model, "a red circle", "a blue square", words=["red", "circle"], layers=range(0, 13, 3))
+        encoder_patching(model, "a red circle", "a blue square", words=["red", "circle"], layers=range(0, 12, 3))
         encoder_patching(model, "a red circle", "a big blue square", words="circle", into="square")
         encoder_patching(sdxl, p, q, words="cat", encoder="text_encoder", source_encoder="text_encoder_2",
                          mapping=LinearMap().fit(sdxl, prompts, encoder=…, source_encoder=…))
         encoder_patching(base, p, p, words="cat", source_model=finetuned)
 
-    The pictures, and that of `target` as it is, are rows of one call of the pipeline, or of as many as `batch_size`
-    (rows a call) makes of them; where a pipeline cannot do that, each has a call of its own, and a LensWarning says so.
-    A row's picture is that of its own call within rounding, 2 of 255 a pixel; with `batch_size=1` bit for bit.
+    The images, and that of `target` without patching, are rows of one call of the pipeline, or of several calls with
+    `batch_size` rows each. If a pipeline cannot draw them together, each image gets a call of its own, with a
+    LensWarning. An image from a batch equals that of a call of its own up to rounding, at most 2 of 255 per pixel; with
+    `batch_size=1` bit for bit.
 
     Args:
-        words: What is taken from the source, each a column: a word, or several that follow each other; or a token's
-            number, or a range of them, as the encoder is given them. None: every token of the prompt.
-        into: What they take the place of in the target, one for each of `words`. None: the words with the same place
-            among the prompt's words, for tokens the same numbers.
-        layers: Of the target's encoder, numbered as transformers numbers hidden states: 0 is the embedding, k what
-            layer k gives. None is all of them up to the last that the pipeline makes use of.
-        source_layers: Of the source's encoder, one for each of `layers`, or one for all. None: the same numbers.
-        encoder: Name of the text encoder that is patched. None: the first whose tokens the pipeline takes.
-        source_encoder: Name of the one that the states come from. None: the same name.
-        source_model: The pipeline that the source is encoded by, such as another fine-tune. None: `model`.
-        mapping: Takes the states of the source's encoder to those of the target's; needed where their widths differ.
-        align: Where words have more tokens in one prompt than in the other. "each": token by token, and an error where
-            they differ; "last": the last token alone; "mean": the mean of the source's tokens in each of the target's.
-        isolate: Gives the other encoders an empty prompt; else they read the target.
-        batch_size: Rows a call; None is all in one.
-        arguments: Of the pipeline, and of the source's, as far as it takes them.
+        model: The pipeline.
+        source: The prompt that hidden states are taken from.
+        target: The prompt that they are put into.
+        words: What is taken from the source, a column for each: a word, or several in a row; or the number of a token,
+            or a range of them, among the tokens that the encoder reads. Default: every token of the prompt.
+        into: What they replace in the target, one for each of `words`. Default: the words at the same position among
+            the words of the prompt, or the tokens with the same numbers.
+        layers: Layers of the target's encoder. Layer i is the output of `layers[i]`, -1 the last, and "embedding" the
+            input of the first. Default: the embedding and all layers up to the last that the pipeline uses.
+        source_layers: Layers of the source's encoder, one for each of `layers`, or one for all. Default: the same.
+        encoder: The name of the text encoder to patch. Default: the first whose tokens the pipeline uses.
+        source_encoder: The name of the text encoder that hidden states come from. Default: the same name.
+        source_model: The pipeline that encodes the source, such as another fine-tune. Default: `model`.
+        mapping: Maps the states of the source's encoder to those of the target's. Needed if their widths differ.
+        align: What to do if words have different numbers of tokens in the two prompts. "each": patch token by token,
+            and raise an error if the numbers differ; "last": patch the last token only; "mean": put the mean of the
+            source's tokens into each of the target's.
+        isolate: Give the other text encoders an empty prompt. Otherwise they read the target.
+        batch_size: The number of rows in a call. Default: all.
+        seed: The seed of every image.
+        progress: Whether to show a progress bar.
+        arguments: Arguments of the pipeline, and of the source's pipeline as far as it accepts them.
 
-    Raises InputError, before any picture is made, for what diffusion_lens does, words that do not occur in their prompt
-    (saying which do) or occur several times, prompts of which something is cut, words of different length, encoders of
-    different width without a map, and a map that was not fitted for these layers."""
+    Returns:
+        The images by layer and word.
+
+    Raises:
+        InputError: Before anything is drawn, for what `diffusion_lens` raises it for; and if words do not occur in
+            their prompt or occur several times, a prompt is truncated, words have different numbers of tokens, the
+            encoders have different widths and there is no map, or the map was not fitted for these layers.
+    """
     origin = model if source_model is None else source_model
-    check_call("encoder_patching", model, target, seed, batch_size, arguments)
-    check_model("encoder_patching", origin)
-    check_prompt("encoder_patching", source)
-    if align not in _ALIGN:
-        raise InputError(f"align is {', '.join(map(repr, _ALIGN))}, not {align!r}")
-    if not isinstance(mapping, LinearMap | None):
-        raise InputError(f"mapping is a LinearMap, or None, not {type(mapping).__name__}")
-    other = next((name for name in arguments if re.fullmatch(r"prompt_\d+", name)), None)
-    if other is not None:
-        raise InputError(f"encoder_patching gives all encoders the same prompt: leave {other} out")
+    _check_arguments(model, origin, source, target, seed, batch_size, align, mapping, arguments)
     given = arguments if origin is model else known_to(origin, arguments)
-    model.generate(prompt=target, seed=seed, **arguments)  # checks everything, and warns once, before anything runs
+    model.generate(prompt=target, seed=seed, **arguments)  # checks all arguments, and warns once, before anything runs
     origin.generate(prompt=source, seed=seed, **given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)
-        reading, origin_reading = read(model, target, arguments, seed), read(origin, source, given, seed)
+        reading = record_encoding(model, target, arguments, seed)
+        origin_reading = record_encoding(origin, source, given, seed)
         found = encoders_in(model, reading).choose(encoder)
         taken = choose_source(origin, origin_reading, found, source_encoder)
         pairs = choose_pairs(layers, source_layers, found, taken)
-        check_seen(model, found)
-        if mapping is None:
-            _check_widths(taken, found)
-        else:
-            ends = (origin.source, taken.name), (model.source, found.name)
-            mapping.check(*ends, [(source_layer, layer) for layer, source_layer in pairs])
-        read_in, read_out = reading.encoders[found.name], origin_reading.encoders[taken.name]
-        check_whole(model, read_in, target)
-        check_whole(origin, read_out, source)
-        columns = _columns(words_read(origin, read_out, source), words_read(model, read_in, target), words, into, align)
-        cells = [_Cell("target")]
-        for layer, source_layer in pairs:
-            state = read_out.prompt.states[source_layer][read_out.prompt.rows[0]]
-            state = state if mapping is None else mapping(state, source_layer, layer)
-            cells += [_Cell(f"{c.title} at {layer}", layer, *_aligned(c, state, align)) for c in columns]
+        check_used(model, found)
+        into_side = _Side(model, found, reading, target, arguments, seed)
+        from_side = _Side(origin, taken, origin_reading, source, given, seed)
+        _check_states_fit(from_side, into_side, mapping, pairs)
+        columns = find_columns(from_side.words(), into_side.words(), words, into, align)
+        cells = [_Cell("target"), *_cells(from_side, pairs, columns, mapping, align)]
+        change = partial(_put, into_side.encoding)
         if isolate:
-            model, reading = isolated(model, found, reading, target, arguments, seed)
-            origin, origin_reading = isolated(origin, taken, origin_reading, source, given, seed)
-        kept = {"noun": "pictures", "progress": progress}
-        drawing = Drawing(model, reading, found.name, target, seed, arguments, **kept)
-        plain, *made = drawing.draw(partial(_put, read_in), cells, batch_size)
-        drawing = Drawing(origin, origin_reading, taken.name, source, seed, given, **kept)
-        source_plain = drawing.draw(lambda run, items: None, ["source"])[0]
+            into_side, from_side = into_side.isolated(), from_side.isolated()
+        plain, *drawn = into_side.drawing(progress).draw(change, cells, batch_size)
+        source_plain = from_side.drawing(progress).draw(lambda run, items: None, ["source"])[0]
     width = len(columns)
-    outputs = tuple(tuple(made[start : start + width]) for start in range(0, len(made), width))
+    outputs = tuple(tuple(drawn[start : start + width]) for start in range(0, len(drawn), width))
     return EncoderPatchingResult(
-        tuple(tuple(map(picture_of, row)) for row in outputs),
-        tuple(layer for layer, _ in pairs),
-        tuple(column.title for column in columns),
-        source,
-        target,
-        int(seed),
-        model.source,
-        arguments,
-        picture_of(source_plain),
-        picture_of(plain),
+        images=tuple(tuple(map(image_of, row)) for row in outputs),
+        layers=tuple(layer for layer, _ in pairs),
+        words=tuple(column.title for column in columns),
+        source=source,
+        target=target,
+        seed=int(seed),
+        model=model.source,
+        arguments=arguments,
+        source_image=image_of(source_plain),
+        target_image=image_of(plain),
         encoder=found.name,
         source_encoder=taken.name,
         source_model=origin.source,
@@ -244,24 +264,85 @@ def encoder_patching(
     )
 
 
-def _check_widths(source: Encoder, target: Encoder) -> None:
-    """Whether states of the source's encoder fit into the target's as they are."""
-    if source.width != target.width:
+def _check_arguments(
+    model: Any,
+    origin: Any,
+    source: Any,
+    target: Any,
+    seed: Any,
+    batch_size: int | None,
+    align: str,
+    mapping: Any,
+    arguments: Mapping[str, Any],
+) -> None:
+    """Check whatever can be checked before the text encoders run."""
+    check_call("encoder_patching", model, target, seed, batch_size, arguments)
+    check_diffusion_model("encoder_patching", origin)
+    check_prompt("encoder_patching", source)
+    if align not in _ALIGN:
+        raise InputError(f"align must be one of {', '.join(map(repr, _ALIGN))}, not {align!r}")
+    if not isinstance(mapping, LinearMap | None):
+        raise InputError(f"mapping must be a LinearMap or None, not {type(mapping).__name__}")
+    other = next((name for name in arguments if re.fullmatch(r"prompt_\d+", name)), None)
+    if other is not None:
+        raise InputError(f"encoder_patching gives all encoders the same prompt: omit {other}")
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The source or the target: a text encoder, and what it did for the prompt."""
+
+    model: DiffusionModel
+    encoder: Encoder
+    reading: EncodingRecord
+    prompt: str
+    arguments: Mapping[str, Any]
+    seed: int
+
+    @property
+    def encoding(self) -> EncoderRecord:
+        return self.reading.encoders[self.encoder.name]
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return self.model.source, self.encoder.name
+
+    def words(self) -> PromptWords:
+        """Return the words of the prompt, after checking that the tokenizer does not truncate it."""
+        check_whole(self.model, self.encoding, self.prompt)
+        return words_read(self.model, self.encoding, self.prompt)
+
+    def isolated(self) -> "_Side":
+        """Return the side with an empty prompt for all other text encoders."""
+        model, reading = isolated(self.model, self.encoder, self.reading, self.prompt, self.arguments, self.seed)
+        return replace(self, model=model, reading=reading)
+
+    def drawing(self, progress: bool) -> Drawing:
+        """Return what draws the images of this side."""
+        what = self.model, self.reading, self.encoder.name, self.prompt, self.seed, self.arguments
+        return Drawing(*what, noun="images", progress=progress)
+
+
+def _check_states_fit(
+    source: _Side, target: _Side, mapping: LinearMap | None, pairs: Iterable[tuple[Layer, Layer]]
+) -> None:
+    """Check that hidden states of the source fit into the target, through the map if there is one."""
+    if mapping is not None:
+        mapping.check(source.name, target.name, [(source_layer, layer) for layer, source_layer in pairs])
+    elif source.encoder.width != target.encoder.width:
         raise InputError(
-            f"{source.name} has {source.width} features and {target.name} {target.width}: between them mapping= is "
-            "needed, LinearMap().fit(model, prompts, encoder=…, source_encoder=…)"
+            f"{source.encoder.name} has {source.encoder.width} features and {target.encoder.name} "
+            f"{target.encoder.width}: pass a map between them, "
+            "mapping=LinearMap().fit(model, prompts, encoder=…, source_encoder=…)"
         )
-
-
-# ---- what is put where
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """A row of the call: `state`, (tokens, features), in the place of `tokens` at `layer`; None is as it is."""
+    """A row of the call: `state`, (tokens, features), replaces `tokens` at `layer`. None leaves the row unpatched."""
 
     title: str
-    layer: int = 0
+    layer: Layer = EMBEDDING
     tokens: range = range(0)
     state: torch.Tensor | None = None
 
@@ -269,110 +350,35 @@ class _Cell:
         return self.title
 
 
-def _put(reading: EncoderReading, run: DiffusionRun, cells: Sequence[_Cell]) -> None:
-    """Puts the cells' states into the rows of a batch, wherever the encoder reads the prompt."""
+def _cells(
+    source: _Side,
+    pairs: Iterable[tuple[Layer, Layer]],
+    columns: Sequence[Column],
+    mapping: LinearMap | None,
+    align: str,
+) -> Iterator[_Cell]:
+    """Yield a cell for each pair of layers and each column."""
+    call = source.encoding.prompt
+    for layer, source_layer in pairs:
+        state = call.hidden(source_layer)[call.rows[0]]
+        state = state if mapping is None else mapping(state, source_layer, layer)
+        for column in columns:
+            yield _Cell(f"{column.title} at {layer}", layer, *column.aligned(state, align))
+
+
+def _put(reading: EncoderRecord, run: DiffusionRun, cells: Sequence[_Cell]) -> None:
+    """Put the cells' states into the rows of a batch, wherever the encoder reads the prompt."""
     part, ids = run[reading.name], reading.prompt.ids[reading.prompt.rows[0]]
     for number, call in calls_in(run, reading, len(cells)):
         rows = [(place, cell) for place, row, cell in places(call, cells) if torch.equal(call.ids[row], ids)]
-        for layer in sorted({cell.layer for _, cell in rows if cell.state is not None}):
-            point = part.layers[max(layer - 1, 0)].calls[number]
-            value = point.output if layer else point.input
+        for layer in in_model_order({cell.layer for _, cell in rows if cell.state is not None}):
+            point = part.layers[0 if layer == EMBEDDING else layer].calls[number]
+            value = point.input if layer == EMBEDDING else point.output
             state = hidden_in(value).clone()
             for place, cell in rows:
                 if cell.state is not None and cell.layer == layer:
                     state[place, cell.tokens.start : cell.tokens.stop] = cell.state.to(state)
-            if layer:
-                point.output = with_state(value, state)
-            else:
+            if layer == EMBEDDING:
                 point.input = state
-
-
-@dataclass(frozen=True)
-class _Column:
-    """Tokens of the source that go into the place of tokens of the target."""
-
-    title: str
-    source: range
-    target: range
-
-
-def _aligned(column: _Column, state: torch.Tensor, align: str) -> tuple[range, torch.Tensor]:
-    """The tokens of the target, and what goes there of the source's `state`, (tokens, features)."""
-    taken, tokens = state[column.source.start : column.source.stop], column.target
-    if align == "last":
-        return tokens[-1:], taken[-1:]
-    return tokens, taken.mean(0, keepdim=True) if align == "mean" else taken
-
-
-def _columns(source: PromptWords, target: PromptWords, words: Any, into: Any, align: str) -> list[_Column]:
-    pairs = list(_pairs(source, target, words, into))
-    for item, taken, place in pairs:
-        if align == "each" and len(taken) != len(place):
-            raise InputError(
-                f"{_shown(item)} is {len(taken)} tokens of the source, in the place of {len(place)} of the target, "
-                f'{target.text(place)!r}: take align="last" or "mean", or words of as many tokens'
-            )
-    return [_Column(_title(source.text(taken), target.text(place)), taken, place) for _, taken, place in pairs]
-
-
-def _pairs(source: PromptWords, target: PromptWords, words: Any, into: Any) -> Iterable[tuple[Words, range, range]]:
-    """What is taken, its tokens in the source, and those that it takes the place of in the target."""
-    if words is None:
-        if into is not None:
-            raise InputError("into says where words go: say which with words=")
-        sizes = len(source.tokens), len(target.tokens)
-        if sizes[0] != sizes[1]:
-            raise InputError(
-                f"the prompts are {sizes[0]} and {sizes[1]} tokens long, so that they do not go into each other's "
-                "places: say what goes where with words= and into="
-            )
-        for a, b in zip(source.tokens, target.tokens):
-            yield a, range(a, a + 1), range(b, b + 1)
-        return
-    words, into = _listed("words", words), None if into is None else _listed("into", into)
-    if into is not None and len(into) != len(words):
-        raise InputError(f"into has {len(into)} items for {len(words)} words: give one for each")
-    for i, item in enumerate(words):
-        yield item, _tokens(source, item), _tokens(target, into[i]) if into else _same_place(source, target, item)
-
-
-def _same_place(source: PromptWords, target: PromptWords, item: Words) -> range:
-    """Where in the target something lies that is at this place in the source."""
-    if not isinstance(item, str):
-        return _tokens(target, item)
-    if len(source.words) != len(target.words):
-        raise InputError(
-            f"the prompts have {len(source.words)} and {len(target.words)} words (marks among them), so it cannot be "
-            f"told where {item!r} goes: say it with into="
-        )
-    return target.span(*source.place(item))
-
-
-def _tokens(prompt: PromptWords, item: Words) -> range:
-    if isinstance(item, str):
-        return prompt[item]
-    tokens = range(int(item), int(item) + 1) if not isinstance(item, range) else item
-    if not tokens or tokens.step != 1 or tokens.start < 0 or tokens.stop > len(prompt.ids):
-        raise InputError(
-            f"there are no tokens {item!r}: {prompt.prompt!r} is read as tokens 0 to {len(prompt.ids) - 1}"
-        )
-    return tokens
-
-
-def _listed(name: str, items: Any) -> list[Words]:
-    listed = list(items) if isinstance(items, (list, tuple)) else [items]
-    for item in listed:
-        is_number = hasattr(item, "__index__") and not isinstance(item, bool)
-        if not (isinstance(item, (str, range)) or is_number):
-            raise InputError(f"{name} are words, token numbers or ranges of them, not {item!r}")
-    if not listed:
-        raise InputError(f"{name} is empty: give at least one")
-    return listed
-
-
-def _title(taken: str, place: str) -> str:
-    return taken if taken == place else f"{taken} → {place}"
-
-
-def _shown(item: Words) -> str:
-    return repr(item) if isinstance(item, (str, range)) else f"token {item}"
+            else:
+                point.output = with_state(value, state)

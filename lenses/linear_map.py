@@ -1,13 +1,13 @@
 """A linear map from the hidden states of one text encoder to those of another, fitted by least squares.
 
     mapping = LinearMap().fit(model, prompts, encoder="text_encoder", source_encoder="text_encoder_2", layers=[2, 4])
-    mapping.error                   # {(2, 2): 0.11, (4, 4): 0.18}: the part that it does not explain
-    mapping.error_unseen            # the same on prompts that it was not fitted on
-    mapping(state, 2, 2)            # (…, features of the source) -> (…, features of the target)
+    mapping.error                   # {(2, 2): 0.11, (4, 4): 0.18}: the share that the map does not explain
+    mapping.error_unseen            # the same for prompts that the map was not fitted on
+    mapping(state, 2, 2)            # (..., source features) -> (..., target features)
 
-With x a word's hidden state in the source's encoder and y that in the target's, each the mean over its tokens there, W
-and b are those with the least sum over all words of |xW + b - y|², and of these the smallest W. The error is the root
-of that sum over that of |y - mean y|²: 0 is exact, 1 no better than the mean of all words.
+Let x be a word's hidden state in the source and y its hidden state in the target, each the mean over the word's tokens.
+The fit minimizes the sum over all words of |xW + b - y|²; among all solutions it takes the smallest W. The error is the
+root of this sum, divided by the root of the sum of |y - mean y|²: 0 is exact, 1 is no better than the mean word.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,21 +18,23 @@ import torch
 from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
-from diffsight.lenses.encoders.checks import check_model, check_prompt, check_whole
+from diffsight.lenses.encoders.checks import check_diffusion_model, check_prompt, check_whole
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
-from diffsight.pipelines.diffusion.encoding import Call, read
+from diffsight.lenses.layers import Layer, Layers, choose_layer, layer_title
+from diffsight.pipelines.diffusion.encoder_calls import EncoderCall
+from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.text_encoders import encoders_in
 
-_UNSEEN = 5  # every fifth prompt is left out, to measure the error on those that were not seen
-Pair = tuple[int, int]  # the source's layer, the target's
+_UNSEEN = 5  # every fifth prompt is left out to measure the error on unseen prompts
+Pair = tuple[Layer, Layer]  # a layer of the source, a layer of the target
 
 
 @dataclass(frozen=True)
 class _Fit:
-    """xW + b."""
+    """The map xW + b."""
 
-    weight: torch.Tensor  # (features of the source, features of the target)
+    weight: torch.Tensor  # (source features, target features)
     bias: torch.Tensor
     mean: torch.Tensor  # of y
 
@@ -41,12 +43,15 @@ class _Fit:
 
 
 class LinearMap:
-    """Maps of hidden states from one text encoder to another, one for each pair of layers that it is fitted for.
-    `source` and `target` say which they are: names of a model and of its encoder."""
+    """A map of hidden states from one text encoder to another, for each pair of layers that it was fitted for.
+
+    `source` and `target` name the two text encoders: the model and the encoder, or None before the fit.
+    """
 
     def __init__(self) -> None:
         self.source: tuple[str, str] | None = None
         self.target: tuple[str, str] | None = None
+        self._counts = (0, 0)  # the numbers of layers of source and target
         self._fits: dict[Pair, _Fit] = {}
         self._error: dict[Pair, float] = {}
         self._unseen: dict[Pair, float] = {}
@@ -60,29 +65,39 @@ class LinearMap:
         encoder: str | None = None,
         source_encoder: str | None = None,
         source_model: DiffusionModel | None = None,
-        layers: int | slice | Iterable[int] | None = None,
-        source_layers: int | Sequence[int] | None = None,
+        layers: Layers = None,
+        source_layers: int | str | Sequence[int | str] | None = None,
         progress: bool = True,
         **arguments: Any,
     ) -> "LinearMap":
-        """Fits the map on the words of `prompts`, encoded by both; gives itself. The arguments are those of
-        `encoder_patching`.
+        """Fit the map on the words of `prompts`, and return it.
 
-        A map of n features is exact on n words, whatever they are: take many more, and look at `error_unseen`.
+        A map from n features is exact on n words, whatever they are. Use many more words, and look at `error_unseen`.
 
-        Raises InputError for what is no prompt, one that an encoder cuts, and layers that are not there."""
+        Args:
+            model: The pipeline with the target encoder.
+            prompts: The prompts. A word takes part if both text encoders read it.
+            progress: Whether to show a progress bar.
+
+        The other arguments are those of `encoder_patching`.
+
+        Raises:
+            InputError: There is no prompt, an encoder truncates one, or a layer does not exist.
+        """
         origin = model if source_model is None else source_model
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         for one in (model, origin):
-            check_model("LinearMap", one)
+            check_diffusion_model("LinearMap", one)
         for prompt in prompts:
             check_prompt("LinearMap", prompt)
         if not prompts:
-            raise InputError("LinearMap is fitted on prompts: there are none")
+            raise InputError("LinearMap needs prompts to be fitted on, but the list is empty")
         taken: dict[Pair, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         for prompt in tqdm(prompts, desc="prompts", disable=not progress):
-            reading = read(model, prompt, arguments)
-            origin_reading = reading if origin is model else read(origin, prompt, known_to(origin, arguments))
+            reading = record_encoding(model, prompt, arguments)
+            origin_reading = (
+                reading if origin is model else record_encoding(origin, prompt, known_to(origin, arguments))
+            )
             found = encoders_in(model, reading).choose(encoder)
             source = choose_source(origin, origin_reading, found, source_encoder)
             both = (origin, origin_reading.encoders[source.name]), (model, reading.encoders[found.name])
@@ -96,12 +111,13 @@ class LinearMap:
                     tuple(_means(encoded.prompt, number, of) for (_, encoded), number, of in chosen)
                 )
         self.source, self.target = (origin.source, source.name), (model.source, found.name)
+        self._counts = source.count, found.count
         for pair, states in taken.items():
             self._fit(pair, states)
         return self
 
     def _fit(self, pair: Pair, states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """`states` are those of the words of each prompt, in both encoders."""
+        """Fit the map of one pair of layers to the states of the words of each prompt, in both encoders."""
         x, y = (torch.cat(side) for side in zip(*states))
         self._words = len(x)
         self._fits[pair] = _least_squares(x, y)
@@ -116,30 +132,49 @@ class LinearMap:
 
     @property
     def error(self) -> Mapping[Pair, float]:
-        """By source layer and layer, on the words that it was fitted on."""
+        """The error by source layer and layer, on the words that the map was fitted on."""
         self._check_fitted()
         return dict(self._error)
 
     @property
     def error_unseen(self) -> Mapping[Pair, float]:
-        """By source layer and layer, on every fifth prompt, of a map that was fitted on the others; empty where there
-        are fewer than five."""
+        """The error by source layer and layer on every fifth prompt, of a map that was fitted on the other prompts.
+
+        It is empty if the map was fitted on fewer than five prompts."""
         self._check_fitted()
         return dict(self._unseen)
 
-    def __call__(self, states: torch.Tensor, source_layer: int, layer: int) -> torch.Tensor:
-        """Hidden states of the source's encoder at `source_layer`, (…, features), as those of the target's at `layer`.
+    def __call__(self, states: torch.Tensor, source_layer: int | str, layer: int | str) -> torch.Tensor:
+        """Map hidden states of the source at `source_layer` to hidden states of the target at `layer`.
 
-        Raises InputError where it was not fitted for these layers."""
+        Args:
+            states: (..., source features).
+            source_layer: The layer of the source.
+            layer: The layer of the target.
+
+        Returns:
+            The mapped states, (..., target features), with the type and device of `states`.
+
+        Raises:
+            InputError: The map was not fitted for these layers.
+        """
         fit = self._fitted(source_layer, layer)
         if states.shape[-1] != len(fit.weight):
-            raise InputError(f"the map takes states of {len(fit.weight)} features, not of {states.shape[-1]}")
-        made = states.detach().to("cpu", torch.float64) @ fit.weight + fit.bias
-        return made.to(states)
+            raise InputError(f"the map takes states with {len(fit.weight)} features, not {states.shape[-1]}")
+        mapped = states.detach().to("cpu", torch.float64) @ fit.weight + fit.bias
+        return mapped.to(states)
 
     def check(self, source: tuple[str, str], target: tuple[str, str], pairs: Iterable[Pair]) -> None:
-        """Raises InputError where it was not fitted between these encoders, as in `source` and `target`, at all these
-        pairs of layers."""
+        """Check that the map was fitted between these text encoders, at all these pairs of layers.
+
+        Args:
+            source: The source, as `source` names it.
+            target: The target, as `target` names it.
+            pairs: Pairs of a source layer and a layer.
+
+        Raises:
+            InputError: The map was not fitted for them.
+        """
         self._check_fitted()
         if (source, target) != (self.source, self.target):
             names = [", ".join(end) for end in (self.source, self.target, source, target)]
@@ -147,16 +182,19 @@ class LinearMap:
         for pair in pairs:
             self._fitted(*pair)
 
-    def _fitted(self, source_layer: int, layer: int) -> _Fit:
+    def _fitted(self, source_layer: int | str, layer: int | str) -> _Fit:
         self._check_fitted()
-        if (source_layer, layer) not in self._fits:
+        pair = choose_layer(source_layer, self._counts[0]), choose_layer(layer, self._counts[1])
+        if pair not in self._fits:
             known = ", ".join(f"{a} → {b}" for a, b in self._fits)
-            raise InputError(f"the map was fitted for the layers {known}, not {source_layer} → {layer}")
-        return self._fits[source_layer, layer]
+            raise InputError(f"the map was fitted for the layers {known}, not {pair[0]} → {pair[1]}")
+        return self._fits[pair]
 
     def _check_fitted(self) -> None:
         if not self._fits:
-            raise InputError("this LinearMap was never fitted: map.fit(model, prompts, encoder=…, source_encoder=…)")
+            raise InputError(
+                "this LinearMap was never fitted: call map.fit(model, prompts, encoder=…, source_encoder=…)"
+            )
 
     def __repr__(self) -> str:
         if not self._fits:
@@ -166,18 +204,18 @@ class LinearMap:
         for (source_layer, layer), error in self._error.items():
             unseen = self._unseen.get((source_layer, layer))
             unseen = "" if unseen is None else f", {unseen:.3f} on unseen prompts"
-            lines.append(f"  layer {source_layer} → {layer}: error {error:.3f}{unseen}")
+            lines.append(f"  {layer_title(source_layer)} → {layer}: error {error:.3f}{unseen}")
         return "\n".join(lines)
 
 
-def _means(call: Call, layer: int, spans: Sequence[range]) -> torch.Tensor:
-    """The mean state of each word at a layer, (words, features)."""
-    state = call.states[layer][call.rows[0]].to("cpu", torch.float64)
+def _means(call: EncoderCall, layer: Layer, spans: Sequence[range]) -> torch.Tensor:
+    """Return the mean hidden state of each word at a layer, (words, features)."""
+    state = call.hidden(layer)[call.rows[0]].to("cpu", torch.float64)
     return torch.stack([state[span.start : span.stop].mean(0) for span in spans])
 
 
 def _least_squares(x: torch.Tensor, y: torch.Tensor) -> _Fit:
-    """Of the maps with the least error the one with the smallest weights: words may be fewer than features."""
+    """Fit y to x. Among the maps with the least error, choose the smallest: there may be fewer words than features."""
     at, mean = x.mean(0), y.mean(0)
     weight = torch.linalg.lstsq(x - at, y - mean, driver="gelsd").solution
     return _Fit(weight, mean - at @ weight, mean)

@@ -1,18 +1,21 @@
-"""Steering: a direction added to what layers give, in everything the model does.
+"""Steering: add a direction to hidden states in everything that a model does.
 
-    direction = happy.mean(0) - sad.mean(0)                 # of collect_activations(...), (features,)
+    direction = happy.mean(0) - sad.mean(0)                 # from collect_activations(...), (features,)
     cheerful = steer(model, [10, 11, 12], direction, factor=4)
     cheerful.generate("I think that", max_new_tokens=20).text
 
-Within one run it is `run.steer(layers, direction)`.
+Within a single run, use `run.steer(layers, direction)`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from diffsight.errors import InputError
-from diffsight.lenses.tokens.batches import Layers, batch_of, choose_layers
+from diffsight.lenses.layers import EMBEDDING, Layer, Layers
+from diffsight.lenses.tokens.batches import batch_of
+from diffsight.lenses.tokens.choosing import layers_to_read
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 
 
@@ -23,30 +26,51 @@ def steer(
     factor: float = 1.0,
     positions: int | Sequence[int] | None = None,
 ) -> LanguageModel:
-    """A copy of the model, sharing its weights, that is steered in every run: `factor * vector`, (features,), is added
-    to what each of `layers` gives.
+    """Return a copy of the model, sharing its weights, that is steered in every run.
 
-    At all tokens, those it writes too; or at `positions` of the prompt, counted in each prompt from its first token on
-    (-1 is its last). Copies can be steered again, and `edited.clear_edits()` ends it.
+    A copy can be steered again. `edited.clear_edits()` removes all steering from it.
 
-    Raises InputError where there is no such layer, or the vector has not as many features as a hidden state."""
+    Args:
+        model: The model.
+        layers: The layers to whose output `factor * vector` is added. Layer i is `layers[i]`, -1 the last, and
+            "embedding" the input of the first. None means all layers.
+        vector: The direction, (features,).
+        factor: Multiplies the direction.
+        positions: Positions in each prompt: 0 is its first token, -1 its last. Default: all tokens, including generated
+            ones.
+
+    Returns:
+        The steered copy.
+
+    Raises:
+        InputError: A layer does not exist, or the vector does not have as many features as a hidden state.
+    """
     if not isinstance(model, LanguageModel):
         raise InputError(f"steer takes a LanguageModel, not {type(model).__name__}")
-    chosen = choose_layers(model, layers)
+    chosen = layers_to_read(model, layers)
     if not isinstance(vector, torch.Tensor) or vector.ndim != 1:
         given = tuple(vector.shape) if isinstance(vector, torch.Tensor) else type(vector).__name__
-        raise InputError(f"steer takes a tensor of the shape (features,), not {given}")
-    width = getattr(model._owner.config.get_text_config(), "hidden_size", len(vector))
+        raise InputError(f"steer takes a tensor of shape (features,), not {given}")
+    width = getattr(model.config.get_text_config(), "hidden_size", len(vector))
     if len(vector) != width:
-        raise InputError(f"the vector has {len(vector)} features, and hidden states have {width}")
+        raise InputError(f"the vector has {len(vector)} features, but hidden states have {width}")
 
     def steered(run: LanguageRun) -> None:
         for step in run.steps:
             if positions is None:
-                run.steer(chosen, vector, factor)
+                _add(run, chosen, vector * factor, None)
             elif step.index == 0:
                 places = batch_of(model, run, positions).where
                 for row, where in zip(run.rows, places.tolist()):
-                    row.steer(chosen, vector, factor, where)
+                    _add(row, chosen, vector * factor, where)
 
     return model.edit(steered)
+
+
+def _add(handle: Any, layers: Sequence[Layer], vector: torch.Tensor, positions: list[int] | None) -> None:
+    """Add a vector to what layers return in a run or a row."""
+    if EMBEDDING in layers:
+        hidden = handle.layers_input[0].clone()
+        hidden[..., slice(None) if positions is None else positions, :] += vector.to(hidden)
+        handle.layers_input[0] = hidden
+    handle.steer([layer for layer in layers if layer != EMBEDDING], vector, positions=positions)

@@ -1,19 +1,19 @@
-"""Token tracking: how likely a model finds some words as what comes next.
+"""Target probabilities: how likely a model finds some words as what comes next.
 
     targets = {"right": "Paris", "traps": ["London", "Madrid"], "long": "the country of France"}
     prompt = Prompt.from_strings("The capital of France (not England or Spain) is", targets, model)
     run_prompts(model, [prompt])["right"]                       # (prompts,)
     run_prompts(model, [prompt], lens=logit_lens).plot()        # by layer
 
-A word counts by its first token, once as it begins a text and once as it follows a space: " Paris" and "Paris", the
-probabilities summed.
+A word counts by its first token, both with and without a leading space: the probabilities of " Paris" and "Paris" are
+added.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from matplotlib.figure import Figure
@@ -21,40 +21,47 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
-from diffsight.lenses.results import plots
-from diffsight.lenses.results.saving import save_files, write_record
-from diffsight.lenses.tokens.batches import check_model, choose_tokens, open_batches
+from diffsight.lenses.layers import Layer
+from diffsight.lenses.results.figure import write_figure
+from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.token_plots import bars, curves
+from diffsight.lenses.tokens.batches import open_batches
+from diffsight.lenses.tokens.choosing import choose_tokens
+from diffsight.lenses.tokens.models import check_language_model, name_of
+from diffsight.lenses.tokens.prediction_reader import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
-from diffsight.lenses.tokens.reader import Reader, Spelling, name_of
+from diffsight.lenses.tokens.spelling import Spelling
 from diffsight.pipelines.language.model import LanguageModel
 
 Words = str | Sequence[str]
-_BEFORE = ("\n", "🍐")  # what a word is put behind, so that no tokenizer adds a space of its own
+_BEFORE = ("\n", "🍐")  # put before a word, so that the tokenizer does not add a space of its own
 
 
 def first_tokens(words: Words, model: LanguageModel) -> tuple[int, ...]:
-    """The first tokens of words, each with and without a space before it; without doublets, in order.
+    """Return the ids of the first tokens of words, each with and without a leading space, in order and once each.
 
-    first_tokens(["London", "Madrid"], model)       # " London", "London", " Madrid", "Mad"
+        first_tokens(["London", "Madrid"], model)       # " London", "London", " Madrid", "Mad"
 
-    Raises InputError for an empty word, and where the tokenizer does not tell words from what stands before them."""
+    Raises:
+        InputError: A word is empty, the model has no tokenizer, or the tokenizer merges words with what precedes them.
+    """
     words = [words] if isinstance(words, str) else list(words)
     if not words:
         raise InputError("there is no word to track: the list is empty")
     if model.tokenizer is None:
         raise InputError(
-            "words need a tokenizer, and the model has none: give token ids, Prompt(text, {'right': [17]})"
+            "words need a tokenizer, but the model has none: pass token ids, Prompt(text, {'right': [17]})"
         )
     found = []
     for word in words:
         if not isinstance(word, str) or not word.strip():
-            raise InputError(f"a word to track is a text that is not empty, not {word!r}")
+            raise InputError(f"a word to track must be a string that is not empty, not {word!r}")
         found += [token for form in (f" {word.strip()}", word.strip()) for token in _first(model.tokenizer, form)]
     return tuple(dict.fromkeys(found))
 
 
 def _first(tokenizer: Any, form: str) -> list[int]:
-    """The first token of a form that stands within a text; none, if that is the space alone."""
+    """Return the first token of a form within a text, or none if that is only the space."""
     for before in _BEFORE:
         known = tokenizer(before, add_special_tokens=False)["input_ids"]
         ids = tokenizer(before + form, add_special_tokens=False)["input_ids"]
@@ -62,12 +69,18 @@ def _first(tokenizer: Any, form: str) -> list[int]:
             first = ids[len(known)]
             piece = tokenizer.convert_ids_to_tokens(first)
             return [] if piece.strip("▁Ġ ") == "" else [first]
-    raise InputError(f"the tokenizer does not say where {form!r} begins within a text: give token ids")
+    raise InputError(f"the tokenizer does not separate {form!r} from what precedes it: pass token ids")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and the tokens to track as what comes next: name to token ids, whose probabilities are summed."""
+    """A prompt, and the tokens to track as its next token.
+
+    Attributes:
+        text: The prompt.
+        targets: Names to token ids, whose probabilities are added.
+        words: Names to the words that the token ids come from.
+    """
 
     text: str
     targets: Mapping[str, Sequence[int]]
@@ -75,13 +88,19 @@ class Prompt:
 
     @classmethod
     def from_strings(cls, text: str, targets: Words | Mapping[str, Words], model: LanguageModel) -> "Prompt":
-        """A prompt whose targets are words: name to a word or several; or words alone, under the name "target"."""
+        """Return a prompt whose targets are words.
+
+        Args:
+            text: The prompt.
+            targets: Names to one word or several; or words without names, which get the name "target".
+            model: The model whose tokens count.
+        """
         words = targets if isinstance(targets, Mapping) else {"target": targets}
         return cls(text, {name: first_tokens(some, model) for name, some in words.items()}, dict(words))
 
     @property
     def shared_tokens(self) -> dict[int, tuple[str, ...]]:
-        """The tokens that belong to more than one target, and which: those cannot be told apart."""
+        """The tokens that belong to several targets, with these targets. They cannot be told apart."""
         names: dict[int, tuple[str, ...]] = {}
         for name, tokens in self.targets.items():
             for token in tokens:
@@ -90,14 +109,25 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class TargetProbabilities(Mapping):
-    """The probabilities of the targets by name: `result["right"]`, (prompts,), or of a lens (prompts, layers)."""
+class TargetProbabilities(LensResult, Mapping):
+    """The probabilities of the targets by name: `result["right"]`, (prompts,), or with a lens (prompts, layers).
+
+    `save(folder)` writes `targets.json`, `targets.safetensors` and `targets.png`.
+
+    Attributes:
+        model: The name of the model.
+        prompts: The prompts.
+        layers: Integers from 0 on, and "embedding" for the input of the first layer. None without a lens.
+        probabilities: Names to probabilities.
+        tokens: Names to the tokens of all prompts, as text.
+    """
 
     model: str
     prompts: tuple[Prompt, ...]
-    layers: tuple[int, ...] | None
+    layers: tuple[Layer, ...] | None
     probabilities: Mapping[str, torch.Tensor] = field(repr=False)
-    tokens: Mapping[str, tuple[str, ...]] = field(repr=False)  # of all prompts, as texts
+    tokens: Mapping[str, tuple[str, ...]] = field(repr=False)
+    record_file: ClassVar[str] = "targets.json"
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.probabilities[name]
@@ -109,15 +139,24 @@ class TargetProbabilities(Mapping):
         return len(self.probabilities)
 
     def plot(self) -> Figure:
-        """Curves by layer: the mean over prompts, each prompt thin; without a lens, a bar a target."""
+        """Plot curves by layer: the mean over prompts, and each prompt thin. Without a lens, plot bars."""
         title = self.prompts[0].text if len(self.prompts) == 1 else f"{len(self.prompts)} prompts"
         if self.layers is None:
-            return plots.bars(self.probabilities, title)
-        return plots.curves(self.probabilities, self.layers, title)
+            return bars(self.probabilities, title)
+        return curves(self.probabilities, self.layers, title)
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Writes `targets.json`, `targets.safetensors` and `targets.png`; gives their paths."""
-        record = {
+    def preview(self) -> Figure:
+        return self.plot()
+
+    def files(self) -> dict[str, Callable[[Path], None]]:
+        tensors = {name: values.contiguous() for name, values in self.probabilities.items()}
+        return {
+            "targets.safetensors": partial(save_file, tensors),
+            "targets.png": partial(write_figure, self.plot),
+        }
+
+    def record(self) -> dict[str, Any]:
+        return {
             "lens": "run_prompts",
             "model": self.model,
             "prompts": [
@@ -127,16 +166,6 @@ class TargetProbabilities(Mapping):
             "layers": None if self.layers is None else list(self.layers),
             "tokens": {name: list(texts) for name, texts in self.tokens.items()},
         }
-        numbers = {name: values.contiguous() for name, values in self.probabilities.items()}
-        files = {
-            "targets.json": partial(write_record, record),
-            "targets.safetensors": partial(save_file, numbers),
-            "targets.png": partial(plots.write, self.plot),
-        }
-        return save_files(folder, files)
-
-    def _repr_png_(self) -> bytes:
-        return self.plot()._repr_png_()
 
 
 def run_prompts(
@@ -148,19 +177,30 @@ def run_prompts(
     progress: bool = True,
     **arguments: Any,
 ) -> TargetProbabilities:
-    """How likely the targets of `prompts` are as the next token: what the model says, or by layer what a lens says.
+    """Return how likely the targets of `prompts` are as the next token: in the model's output, or by layer in a lens.
 
         run_prompts(model, prompts, lens=patchscope_lens, target=repeat_prompt())
 
-    `lens` is `logit_lens`, `patchscope_lens` or a function like them, `arguments` go to it, and `batch_size` if it is
-    given. All prompts have targets of the same names.
+    Args:
+        model: The model.
+        prompts: One prompt or several. Their targets must have the same names.
+        lens: `logit_lens`, `patchscope_lens`, or a function like them. Default: the model's output.
+        batch_size: The number of prompts in a batch. Default: 32, or that of the lens.
+        progress: Whether to show a progress bar.
+        arguments: Arguments of the lens, such as `layers`.
 
-    Raises InputError, before anything runs, where they have not, or a target has no token."""
+    Returns:
+        The probabilities by name.
+
+    Raises:
+        InputError: Before anything runs, if the names of targets differ, or a target has no token.
+    """
     prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
     ids = _check(model, prompts)
     texts = [prompt.text for prompt in prompts]
     if lens is None:
-        layers, read = None, _say(model, texts, ids, 32 if batch_size is None else batch_size, progress)[:, None]
+        read = _output(model, texts, ids, 32 if batch_size is None else batch_size, progress)[:, None]
+        layers = None
     else:
         arguments = {"positions": -1, "tokens": ids, "progress": progress} | arguments
         arguments |= {} if batch_size is None else {"batch_size": batch_size}
@@ -179,8 +219,8 @@ def run_prompts(
 
 
 def _check(model: LanguageModel, prompts: list[Prompt]) -> tuple[int, ...]:
-    """All tokens that are tracked."""
-    check_model(model, "run_prompts")
+    """Check the prompts, and return the ids of all tokens to track."""
+    check_language_model("run_prompts", model)
     if not prompts:
         raise InputError("there is no prompt: the list is empty")
     for prompt in prompts:
@@ -188,7 +228,7 @@ def _check(model: LanguageModel, prompts: list[Prompt]) -> tuple[int, ...]:
             raise InputError(f"run_prompts takes Prompts, as Prompt.from_strings(text, targets, model), not {prompt!r}")
         if prompt.targets.keys() != prompts[0].targets.keys():
             raise InputError(
-                f"all prompts have targets of the same names: {', '.join(prompts[0].targets)} in the first, "
+                f"all prompts must have the same names of targets: {', '.join(prompts[0].targets)} in the first, "
                 f"{', '.join(prompt.targets)} in {prompt.text!r}"
             )
         empty = [name for name, tokens in prompt.targets.items() if not len(tokens)]
@@ -198,9 +238,9 @@ def _check(model: LanguageModel, prompts: list[Prompt]) -> tuple[int, ...]:
     return choose_tokens(model, ids)
 
 
-def _say(model: LanguageModel, texts: list[str], ids: tuple[int, ...], size: int, progress: bool) -> torch.Tensor:
-    """What the model itself says, (prompts, tokens)."""
-    batches, reader = open_batches(model, texts, -1, size), Reader(model, 1, ids, keep_logits=False)
+def _output(model: LanguageModel, texts: list[str], ids: tuple[int, ...], size: int, progress: bool) -> torch.Tensor:
+    """Return the probabilities of tokens in the model's output, (prompts, tokens)."""
+    batches, reader = open_batches(model, texts, -1, size), PredictionReader(model, 1, ids, keep_logits=False)
     for batch in tqdm(batches, desc="prompts", disable=not progress or len(batches) == 1):
         with torch.no_grad(), batch.run as run:
             rows, where = batch.places

@@ -1,1 +1,51 @@
-"""Wrappers that make the sub-models of diffusers and transformers pipelines traceable."""
+"""The wrappers: diffusion pipelines, language models, vision-language models, and the pipelines of transformers.
+
+Each name is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffsight.pipelines.diffusion.encoding import PromptEncoding, encode_prompt
+    from diffsight.pipelines.diffusion.model import DiffusionModel
+    from diffsight.pipelines.diffusion.text_encoders import Encoder, Encoders, find_encoders
+    from diffsight.pipelines.huggingface import HFPipeline
+    from diffsight.pipelines.language.model import LanguageModel
+    from diffsight.pipelines.vision_language.model import VisionLanguageModel
+    from diffsight.pipelines.words import PromptWords, align_words
+
+__all__ = [
+    "DiffusionModel",
+    "Encoder",
+    "Encoders",
+    "HFPipeline",
+    "LanguageModel",
+    "PromptEncoding",
+    "PromptWords",
+    "VisionLanguageModel",
+    "align_words",
+    "encode_prompt",
+    "find_encoders",
+]
+
+_PLACES = {
+    "diffusion.encoding": ("PromptEncoding", "encode_prompt"),
+    "diffusion.model": ("DiffusionModel",),
+    "diffusion.text_encoders": ("Encoder", "Encoders", "find_encoders"),
+    "huggingface": ("HFPipeline",),
+    "language.model": ("LanguageModel",),
+    "vision_language.model": ("VisionLanguageModel",),
+    "words": ("PromptWords", "align_words"),
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _PLACES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

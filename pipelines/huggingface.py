@@ -1,4 +1,4 @@
-"""HFPipeline: any pipeline of transformers, opened; it is called as ever.
+"""HFPipeline: any transformers pipeline, traced. It is still called as usual.
 
 model = HFPipeline("image-classification", model="google/vit-base-patch16-224")     # or a live transformers.pipeline(…)
 
@@ -8,7 +8,7 @@ with model.trace("cat.png") as run:
 run.result                                  # what the pipeline returned
 
 with HFPipeline("text-generation", model=folder).generate("Once", max_new_tokens=20, seed=0) as run:
-    for step in run.steps:                  # one turn per generated token
+    for step in run.steps:                  # one iteration per generated token
         run.model.layers[4].output[:, -1] += direction
         print(step.text, end="")
 """
@@ -20,7 +20,6 @@ from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -32,121 +31,152 @@ from transformers.pipelines.base import ChunkPipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
 from diffsight.errors import InputError, PointNotFoundError, suggest
-from diffsight.extending import Clock, Override, Target, flow_of, with_gradients
-from diffsight.pipelines.diffusion.components import part_targets
-from diffsight.pipelines.diffusion.seeds import check_seed
-from diffsight.pipelines.language.generation import Chosen, WritingRun
-from diffsight.pipelines.language.named import Named
-from diffsight.pipelines.language.standard_names import are_layers, is_list, layer_names, model_names, standard_names
+from diffsight.extending import ChangedMethod, Clock, Model, Target, flow_of, with_gradients
+from diffsight.pipelines.language.generation import GeneratedTokens, GenerationRun, set_generated
+from diffsight.pipelines.named_tree import NamedTree
+from diffsight.pipelines.seeds import check_seed
+from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
+from diffsight.pipelines.targets import component_targets
 
 _PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # besides modules
 _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "postprocess"}
 _FAILURES = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError)
 
 
-_writing: ContextVar[tuple[Chosen | None, bool]] = ContextVar("diffsight_writing", default=(None, False))
+_generating: ContextVar[tuple[GeneratedTokens | None, bool]] = ContextVar("diffsight_generating", default=(None, False))
 
 
-class HFPipeline(Named):
-    """Wraps a pipeline of transformers: `source` is a live `transformers.pipeline(...)`; or what that function takes, a
-    task ("text-classification", with `model=…` and the like in `arguments`), or a hub id or folder whose task the hub
-    knows.
+class HFPipeline(Model):
+    """Wraps a transformers pipeline.
 
-    `model` and whatever else the pipeline has (`tokenizer`, `image_processor`, `feature_extractor`, a `vocoder`) are
-    envoys; so are its methods `preprocess`, `forward` and `postprocess`. In `model`, and the models in it, the standard
-    names `layers[i]`, `layers[i].self_attn`, `layers[i].mlp` and `ln_final` work; where it writes text, also `lm_head`
-    and `embed_tokens`.
+    `model` and the other parts of the pipeline (`tokenizer`, `image_processor`, `feature_extractor`, a `vocoder`) are
+    envoys, and so are its methods `preprocess`, `forward` and `postprocess`. `model` and the models in it have the
+    standard names `layers[i]`, `layers[i].self_attn`, `layers[i].mlp` and `ln_final`; language models also have
+    `lm_head` and `embed_tokens`.
 
-    Raises InputError where `source` is no pipeline."""
+    Args:
+        source: A live `transformers.pipeline(...)`, or its first argument: a task such as "text-classification", or a
+            hub id or folder whose task the hub knows.
+        arguments: Passed to `transformers.pipeline`, such as `model=…`.
 
-    _run_class = WritingRun
+    Raises:
+        InputError: `source` is not a pipeline.
+    """
+
+    _run_class = GenerationRun
 
     def __init__(self, source: Pipeline | str | Path, **arguments: Any) -> None:
         pipeline = _opened(source, arguments)
-        self._wrap(Target(pipeline, "__call__", ""))
-        self.__dict__.update(_known=WeakKeyDictionary(), _targets={}, _part_targets={})
+        self._wrap(PipelineTree(Target(pipeline, "__call__", "")))
 
     @property
     def pipeline(self) -> Pipeline:
-        """The pipeline itself."""
+        """The wrapped pipeline."""
         return self._owner
 
-    def trace(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> WritingRun:
-        """A run of the pipeline: `with model.trace("a text") as run:`, or right away `model.trace("a text").result`.
-        The arguments are those of the pipeline.
+    def trace(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> GenerationRun:
+        """Open a run of the pipeline: `with model.trace("a text") as run:`, or `model.trace("a text").result`.
 
-        A step is one call of `model`: where it writes, a generated token, with `step.tokens` and `step.text`, and
-        `run.stream()` gives the pieces of text; where a list of inputs goes through it in several batches, a batch. Of
-        a list that makes one batch (`batch_size=`), `run.rows` are the inputs. With `seed` the model draws from a
-        random stream of its own; with `grad=True` the pipeline's `no_grad` is lifted."""
-        if seed is not None:
-            check_seed(seed)
+        A step is one call of `model`. If the model generates text, this is one token, with `step.tokens` and
+        `step.text`, and `run.stream()` yields the pieces of text. If a list of inputs is processed in several batches,
+        a step is one batch. If a list makes one batch (`batch_size=`), `run.rows` are the inputs.
+
+        Args:
+            args, kwargs: The arguments of the pipeline.
+            seed: Seeds a random stream of the run's own.
+            grad: Whether to disable the pipeline's `no_grad`.
+        """
+        self.check(*args, seed=seed, grad=grad, **kwargs)
         pipeline = self._owner
-        if kwargs.get("num_workers") or pipeline._num_workers:
-            raise InputError("num_workers: what runs in processes of their own cannot be seen. Leave it out")
-
-        chosen = Chosen(_tokenizer(pipeline)) if self._writes_tokens() else None
+        generated = GeneratedTokens(_tokenizer(pipeline)) if self._generates_tokens() else None
 
         def call() -> Any:
-            _writing.set((chosen, grad))  # in the run's own context
-            with _instead(pipeline, chosen is not None, grad):
+            _generating.set((generated, grad))  # in the run's own context
+            with _changed_methods(pipeline, generated is not None, grad):
                 result = pipeline(*args, **kwargs)
                 return list(result) if isinstance(result, PipelineIterator) else result
 
         again = None if args else partial(self.trace, seed=seed, grad=grad, **kwargs)
         run = self._new_run(call, self._sizes(args, kwargs), again, grad)
         flow_of(run).seed = seed
-        run._chosen = chosen
+        if generated is not None:
+            set_generated(run, generated)
         return run
 
-    def generate(self, *args: Any, **kwargs: Any) -> WritingRun:
-        """The same as `trace`, of a pipeline that writes or draws."""
-        if not self._writes():
+    def check(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> None:
+        """Check the arguments of `trace` or `generate` without opening a run or running anything.
+
+        Raises:
+            InputError: The arguments are not valid.
+        """
+        if seed is not None:
+            check_seed(seed)
+        if kwargs.get("num_workers") or self._owner._num_workers:
+            raise InputError("num_workers: worker processes cannot be traced. Leave it out")
+
+    def generate(self, *args: Any, **kwargs: Any) -> GenerationRun:
+        """The same as `trace`, for a pipeline that generates."""
+        if not self._generates():
             raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; trace() calls it")
         return self.trace(*args, **kwargs)
 
-    def _writes(self) -> bool:
+    def _generates(self) -> bool:
         return self._owner._pipeline_calls_generate and self._owner.model.can_generate()
 
-    def _writes_tokens(self) -> bool:
-        """Whether it writes one token after the other, by the `generate` of transformers or one like it."""
+    def _generates_tokens(self) -> bool:
+        """Return whether the model generates token by token, with the `generate` of transformers or a similar one."""
         generate = getattr(self._owner.model, "generate", None)
-        return self._writes() and "stopping_criteria" in inspect.signature(generate).parameters
+        return self._generates() and "stopping_criteria" in inspect.signature(generate).parameters
 
-    # ---- parts
+    def _sizes(self, args: tuple, kwargs: Mapping[str, Any]) -> list[int]:
+        """Return how many entries of the batch each input has, if the inputs make one batch."""
+        given = args[0] if args else None
+        size = kwargs.get("batch_size") or self._owner._batch_size or 1
+        if not isinstance(given, list) or isinstance(self._owner, ChunkPipeline) or len(given) > size:
+            return []
+        return [1] * len(given)
 
-    def _parts(self) -> dict[str, Any]:
-        """What the pipeline has, by name; what stands there twice, once."""
-        own, parts = vars(self._owner), {}
+
+class PipelineTree(NamedTree):
+    """What can be tapped in a pipeline of transformers: its parts, and its methods."""
+
+    def __init__(self, root: Target) -> None:
+        super().__init__(root)
+        self._component_targets: dict[str, Target] = {}
+
+    def parts(self) -> dict[str, Any]:
+        """Return the parts of the pipeline by name, each part once."""
+        own, parts = vars(self.root.owner), {}
         for name, part in own.items():
             if isinstance(part, nn.Module) or (name in _PARTS and callable(part)):
                 parts.setdefault(id(part), (name, part))
         return dict(parts.values())
 
-    def _children_of(self, target: Target) -> dict[str, Target]:
-        if target.owner is not self._owner:
+    def children_of(self, target: Target) -> dict[str, Target]:
+        if target.owner is not self.root.owner:
             return target.named_children()
-        return part_targets(self._parts(), self._part_targets)
+        return component_targets(self.parts(), self._component_targets)
 
-    def _components(self) -> list[Target]:
-        return [*self._method_targets().values(), *self._children_of(self._target).values()]
+    def components(self) -> list[Target]:
+        return [*self.method_targets().values(), *self.children_of(self.root).values()]
 
-    def _method_targets(self) -> dict[str, Target]:
-        return {name: Target(self._owner, method, name) for name, method in _METHODS.items()}
+    def method_targets(self) -> dict[str, Target]:
+        return {name: Target(self.root.owner, method, name) for name, method in _METHODS.items()}
 
-    def _methods_of(self, owner: Any) -> Mapping[str, str]:
-        return {name: name for name in _METHODS if name != "forward"} if owner is self._owner else {}
+    def methods_of(self, owner: Any) -> Mapping[str, str]:
+        return {name: name for name in _METHODS if name != "forward"} if owner is self.root.owner else {}
 
-    def _target_named(self, outer: Target, name: str) -> Target | None:
-        if outer.owner is self._owner:  # `pipeline.forward` is what surrounds the method that each kind has of its own
-            return self._method_targets().get(name)
-        return super()._target_named(outer, name)
+    def target_named(self, outer: Target, name: str) -> Target | None:
+        # `pipeline.forward` surrounds `_forward`, which each pipeline class defines.
+        if outer.owner is self.root.owner:
+            return self.method_targets().get(name)
+        return super().target_named(outer, name)
 
-    def _clock(self) -> Clock:
-        return Clock([self._children_of(self._target)["model"]])
+    def clock(self) -> Clock:
+        return Clock([self.children_of(self.root)["model"]])
 
-    def _find_names(self, part: nn.Module) -> dict[str, str]:
-        modules = [own for own in self._parts().values() if isinstance(own, nn.Module)]
+    def find_names(self, part: nn.Module) -> dict[str, str]:
+        modules = [own for own in self.parts().values() if isinstance(own, nn.Module)]
         stacks = (stack for own in modules for stack in own.modules() if is_list(stack) and are_layers(stack))
         if any(part is layer for stack in stacks for layer in stack):
             return layer_names(part)
@@ -154,25 +184,17 @@ class HFPipeline(Named):
             return {}
         return model_names(part) if part.get_output_embeddings() is not None else standard_names(part)
 
-    def _sizes(self, args: tuple, kwargs: Mapping[str, Any]) -> list[int]:
-        """How many entries of the batch each input has, where they make one."""
-        given = args[0] if args else None
-        size = kwargs.get("batch_size") or self._owner._batch_size or 1
-        if not isinstance(given, list) or isinstance(self._owner, ChunkPipeline) or len(given) > size:
-            return []
-        return [1] * len(given)
-
-    def _describe(self, owner: Any) -> str:
-        if owner is not self._owner:
-            return super()._describe(owner)
-        shown = {name: repr(p) if isinstance(p, nn.Module) else type(p).__name__ for name, p in self._parts().items()}
+    def describe(self, owner: Any) -> str:
+        if owner is not self.root.owner:
+            return super().describe(owner)
+        shown = {name: repr(p) if isinstance(p, nn.Module) else type(p).__name__ for name, p in self.parts().items()}
         lines = [f"  ({name}): " + text.replace("\n", "\n  ") for name, text in shown.items()]
         methods = ", ".join(f"{name}()" for name in _METHODS)
         return "\n".join([f"{type(owner).__name__}(", *lines, ")", f"traceable besides modules: {methods}"])
 
 
 def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
-    """The pipeline that a user names, or has."""
+    """Return the pipeline that a user names or passes."""
     if isinstance(source, Pipeline):
         if arguments:
             raise InputError(f"a live pipeline is already loaded; it takes no {', '.join(arguments)}")
@@ -195,63 +217,48 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
 
 
 def _tokenizer(pipeline: Pipeline) -> Any:
-    """What turns token ids into text, if the pipeline has it."""
+    """Return the tokenizer of the pipeline, or None."""
     return pipeline.tokenizer or getattr(pipeline.processor, "tokenizer", None)
 
 
-# ---- instead of the pipeline's own
+# ---- methods that a run changes
 
 
 @contextmanager
-def _instead(pipeline: Pipeline, writes: bool, grad: bool) -> Iterator[None]:
-    """What a run puts in the place of methods: where the model writes, it is told the tokens that are chosen; with
-    `grad` gradients go through the forward pass, and none to `postprocess`, which makes numbers of it."""
-    instead: list[tuple[Any, str, Callable[[Callable], Callable]]] = []
-    if writes or (grad and hasattr(pipeline.model, "generate")):
-        instead.append((pipeline.model, "generate", _telling))
+def _changed_methods(pipeline: Pipeline, generates: bool, grad: bool) -> Iterator[None]:
+    """Change methods for the time of a run.
+
+    If the model generates tokens, `generate` reports them. With `grad`, the forward pass has gradients, and its result
+    is detached for `postprocess`, which converts it to numbers."""
+    changes: list[tuple[Any, str, Callable[[Callable], Callable]]] = []
+    if generates or (grad and hasattr(pipeline.model, "generate")):
+        changes.append((pipeline.model, "generate", _reporting))
     if grad:
-        instead.append((pipeline, "get_inference_context", lambda own: lambda: nullcontext))
-        instead.append((pipeline, "forward", _detaching))
+        changes.append((pipeline, "get_inference_context", lambda own: lambda: nullcontext))
+        changes.append((pipeline, "forward", _detaching))
     with ExitStack() as ends:
-        for owner, name, change in instead:
-            ends.callback(_Instead(owner, name, change).remove)
+        for owner, name, change in changes:
+            ends.callback(ChangedMethod(owner, name, change).remove)
         yield
 
 
-def _telling(generate: Callable) -> Callable:
-    """A model's `generate` that tells the run in which it is called what it chooses, and lets gradients through if that
-    asks for them."""
+def _reporting(generate: Callable) -> Callable:
+    """Return a `generate` that reports its tokens to the run that calls it, and has gradients if the run asks for
+    them."""
     lifted = with_gradients(generate)
 
-    def telling(*args: Any, **kwargs: Any) -> Any:
-        chosen, grad = _writing.get()
-        if chosen is not None:
-            kwargs["stopping_criteria"] = chosen.along_with(kwargs.get("stopping_criteria"))
+    def reporting(*args: Any, **kwargs: Any) -> Any:
+        generated, grad = _generating.get()
+        if generated is not None:
+            kwargs["stopping_criteria"] = generated.along_with(kwargs.get("stopping_criteria"))
         return (lifted if grad else generate)(*args, **kwargs)
 
-    return telling
+    return reporting
 
 
 def _detaching(forward: Callable) -> Callable:
-    """A pipeline's `forward` whose results have no gradients."""
+    """Return a `forward` whose results have no gradients."""
     return lambda inputs, **more: tree_map(_detached, forward(inputs, **more))
-
-
-class _Instead(Override):
-    """What `change` makes of a method in its place, for all runs of a pipeline that are open at once."""
-
-    def __init__(self, target: Any, name: str, change: Callable[[Callable], Callable]) -> None:
-        self.change = change
-        super().__init__(target, name)
-
-    def put_on(self) -> None:
-        self.own = self.target.__dict__.get(self.name)
-        self.target.__dict__[self.name] = self.change(getattr(self.target, self.name))
-
-    def take_off(self) -> None:
-        del self.target.__dict__[self.name]
-        if self.own is not None:
-            self.target.__dict__[self.name] = self.own
 
 
 def _detached(value: Any) -> Any:

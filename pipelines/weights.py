@@ -1,4 +1,4 @@
-"""Weights that come later: a model that was built without them takes over those of one that was loaded."""
+"""Load weights later: a model built without weights adopts those of a loaded one."""
 
 from pathlib import Path
 
@@ -8,19 +8,20 @@ _FILES = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".safetens
 
 
 def check_weights(folder: Path, part: str = "") -> None:
-    """Raises OSError where a part of what a folder holds has no file of weights, so that it is missed before it is
-    needed; where `folder` is none, but the name of a repository, that is not known."""
+    """Raise OSError if a part of a model folder has no weight files, so that they are missed before they are needed.
+
+    If `folder` is not a folder but the name of a repository, nothing is checked."""
     if folder.is_dir() and not any(file.suffix in _FILES for file in (folder / part).iterdir()):
         raise OSError(f"there are no weights in {folder / part}")
 
 
 def adopt(module: nn.Module, loaded: nn.Module) -> None:
-    """Makes `module`, built without weights, what `loaded` is; the module objects in it stay those they are, so that
-    whatever names them names the loaded ones now.
+    """Turn `module`, built without weights, into `loaded`, and keep its module objects, so that every reference to them
+    now refers to the loaded modules.
 
-    Each module shares all its state with its counterpart from here on, whose place it takes: hooks and forward passes
-    that a library put there (accelerate's, for one) go on working on either. Where the loaded model has a module that
-    `module` lacks, it is taken as it is."""
+    From then on each module shares all its state with its counterpart and takes its place. Hooks and forward methods
+    that a library installed (accelerate's, for example) keep working on both. A module that `module` lacks is taken
+    over as it is."""
     own = dict(module._modules)
     object.__setattr__(module, "__class__", type(loaded))
     object.__setattr__(module, "__dict__", loaded.__dict__)

@@ -1,4 +1,4 @@
-"""Settings of the test suite."""
+"""Settings of the test suite, and the models that several folders use."""
 
 import os
 
@@ -15,3 +15,25 @@ torch.set_num_threads(1)  # the models are tiny: more threads only wait for each
 def random_state():
     """The same for every test, whichever ran before it."""
     torch.manual_seed(2026)
+
+
+@pytest.fixture(scope="session")
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_layer=3, n_head=2, n_embd=16, n_positions=64, vocab_size=61, bos_token_id=0, eos_token_id=0, pad_token_id=0
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config).eval()
+        for p in model.parameters():  # larger than usual, so that tokens and edits make a difference
+            torch.nn.init.normal_(p, std=0.3)
+    with torch.no_grad():  # transformers puts hooks of its own on at the first call that asks for hidden states
+        model(torch.tensor([[1]]), output_hidden_states=True, output_attentions=True)
+    return model
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.tensor([[5, 17, 42]])

@@ -1,5 +1,6 @@
 """What is installed: one top-level package, with the packaged pipelines in it, and a face that is quick to import."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -46,14 +47,44 @@ def test_the_console_script(wheel):
 
 def test_the_engine_imports_neither_diffusers_nor_transformers():
     code = (
-        "import sys, diffsight; diffsight.Model; print({'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
+        "import sys, diffsight, diffsight.pipelines, diffsight.lenses, diffsight.extending; diffsight.Model; "
+        "print({'diffusers', 'transformers', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
-def test_everything_public_can_be_had():
-    import diffsight
+@pytest.mark.parametrize("face", ["diffsight", "diffsight.pipelines", "diffsight.lenses"])
+def test_everything_public_can_be_had(face):
+    package = importlib.import_module(face)
+    assert all(getattr(package, name) is not None for name in package.__all__)
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match=f"module '{face}' has no attribute 'nothing'"):
+        package.nothing
 
-    assert all(getattr(diffsight, name) is not None for name in diffsight.__all__)
-    assert set(diffsight.__all__) <= set(dir(diffsight))
+
+def test_the_face_holds_what_its_packages_hold():
+    import diffsight
+    from diffsight import lenses, pipelines
+
+    for name in diffsight.__all__:
+        inner = next((face for face in (lenses, pipelines) if name in face.__all__), diffsight)
+        assert getattr(diffsight, name) is getattr(inner, name)
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "from diffsight.lenses import logit_lens",
+        "import diffsight.lenses.logit_lens; from diffsight.lenses import logit_lens",
+        "from diffsight.lenses import logit_lens; import diffsight.lenses.logit_lens; from diffsight.lenses import "
+        "logit_lens",
+        "from diffsight.lenses.logit_lens import logit_lens as first; from diffsight.lenses import logit_lens; "
+        "assert first is logit_lens",
+        "import diffsight.lenses.logit_lens; logit_lens = diffsight.logit_lens",
+        "import diffsight.lenses.diffusion_lens, diffsight.lenses; logit_lens = diffsight.lenses.diffusion_lens",
+    ],
+)
+def test_a_lens_is_not_hidden_by_its_file(imports):
+    code = f"{imports}; from types import FunctionType; assert type(logit_lens) is FunctionType, logit_lens"
+    subprocess.run([sys.executable, "-c", code], check=True)

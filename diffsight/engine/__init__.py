@@ -1,1 +1,21 @@
-"""How a run works: the model in a coroutine, its taps, and the order in which values are asked for."""
+"""How a run works: the model in a coroutine, what is tapped in it, and the order in which values are asked for.
+
+The files in order; each imports only from those above it:
+
+    torch_state     grad mode, inference mode, autocast, function modes, random state
+    coroutine       a stack that parks and resumes
+    hooks           what a run puts on the model, and takes off again
+    target          one thing that can be tapped, and its path
+    selection       a part of a value, such as the rows of a batch
+    points          a point as it is asked for, a value that passes there, an assignment
+    open_runs       which run `model.<path>` means
+    loading         weights that are loaded later
+    steps           when a step begins
+    tree            everything that can be tapped in a model, and its names
+    taps            the calls of one module, and all the taps of a run
+    order           passed, too late, never reached
+    turns           edits and the functions of `run.each`, and whose turn it is
+    flow            moves the model
+    scan, meta      runs on shapes alone
+    capture         the blocks of `with` statements that run later
+"""

@@ -1,102 +1,27 @@
-"""The coroutine in which a model runs, and the PyTorch state that is switched along with it.
+"""The coroutine in which a model runs.
 
-A run has two sides: the body, which is the user's code, and the model. Each has its own stack (greenlet) and its own
-grad mode, inference mode, autocast and function modes, which PyTorch keeps per thread; `Coroutine.resume` exchanges
-them on every change of sides, along with the global random state where the run has one of its own, and gives the model
-a copy of the `contextvars` of its creator.
+A run has two sides: the body, which is the user's code, and the model. Each has its own stack (a greenlet) and its own
+PyTorch state (see `torch_state`). `Coroutine.resume` exchanges the states whenever control changes sides, along with
+the global random state if the run has one of its own. The model gets a copy of its creator's `contextvars` context.
 """
 
 import atexit
 import operator
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import copy_context
-from functools import cache
 from threading import get_ident, main_thread
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from torch._C import (
-    _get_function_stack_at,
-    _is_any_autocast_enabled,
-    _len_torch_function_stack,
-    _pop_torch_function_stack,
-    _push_on_torch_function_stack,
-)
 
-_ACCELERATOR = torch.accelerator.current_accelerator()
-_AUTOCAST_DEVICES = ("cpu", *([_ACCELERATOR.type] if _ACCELERATOR else []))
+from diffsight.engine.torch_state import TorchState, enter_inference_mode, random_state, set_random_state
 
 
-class TorchState(NamedTuple):
-    """What PyTorch keeps per thread and a user sets with `with`. `autocast` holds the settings of each device, and
-    whether casts are cached; `modes` are the function modes that are on, such as `torch.device(...)`; `is_plain` says
-    that there is neither."""
-
-    grad: bool
-    inference: bool
-    autocast: tuple
-    modes: tuple
-    is_plain: bool
-
-    @classmethod
-    def capture(cls) -> "TorchState":
-        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        settings = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES)), torch.is_autocast_cache_enabled()
-        if not (_is_any_autocast_enabled() or _len_torch_function_stack()):
-            return _plain_state(grad, inference, settings)
-        enabled = tuple(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))
-        modes = tuple(map(_get_function_stack_at, range(_len_torch_function_stack())))
-        return cls(grad, inference, (enabled, *settings), modes, False)
-
-    def now(self) -> "TorchState":
-        """The state that is on: this one where nothing differs, which is soon told of a plain one."""
-        if (
-            self.is_plain
-            and torch.is_grad_enabled() is self.grad
-            and not (_is_any_autocast_enabled() or _len_torch_function_stack())
-            and torch.is_inference_mode_enabled() is self.inference
-        ):
-            return self
-        return TorchState.capture()
-
-    def restore(self, before: "TorchState") -> None:
-        """Sets grad mode, and autocast and function modes where they differ from `before`, the state that is on;
-        inference mode needs a guard, see `Coroutine.resume`."""
-        switches = self.modes != before.modes
-        for _ in before.modes if switches else ():  # first off and last on: a mode sees what is set here as well
-            _pop_torch_function_stack()
-        torch._C._set_grad_enabled(self.grad)
-        if self.autocast != before.autocast:
-            *devices, cache = self.autocast
-            for device, enabled, dtype in zip(_AUTOCAST_DEVICES, *devices):
-                torch.set_autocast_enabled(device, enabled)
-                torch.set_autocast_dtype(device, dtype)
-            torch.set_autocast_cache_enabled(cache)
-        for mode in self.modes if switches else ():
-            _push_on_torch_function_stack(mode)
-
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        """For a while this is the state that is on, but for inference mode."""
-        before = TorchState.capture()
-        self.restore(before)
-        try:
-            yield
-        finally:
-            before.restore(TorchState.capture())
-
-
-@cache
-def _plain_state(grad: bool, inference: bool, settings: tuple) -> TorchState:
-    return TorchState(grad, inference, ((False,) * len(_AUTOCAST_DEVICES), *settings), (), True)
-
-
-class Call:
-    """A call that a body asks for, made where the function is parked, in the body's own grad mode and autocast."""
+class InnerCall:
+    """A call that a body asks for. It is made where the function is parked, in the body's grad mode and autocast."""
 
     def __init__(self, function: Callable[[], Any], asker: Any) -> None:
         self.asker = asker
@@ -106,28 +31,32 @@ class Call:
         self._function = function
 
     def make(self) -> None:
-        with self.state.on():
+        """Make the call; keep its result, or the error that it raised."""
+        with self.state.active():
             try:
                 self.result = self._function()
-            except Exception as error:  # the body's to deal with: the function that is parked goes on
+            except Exception as error:  # for the body to handle: the parked function continues
                 self.error = error
 
 
 _MAIN_THREAD = main_thread().ident
 _MOST_IDLE = 100
-_SHALLOW = 100  # frames of Python's
+_SHALLOW = 100  # Python frames
 _idle: list["Stack"] = []
-# An error of PyTorch's notes the 64 innermost frames of the C stack. Beyond those of a greenlet lies what others have
-# put there since it began, and reading that for frames may crash: so each has more of its own than are looked at.
+# A PyTorch error records the 64 innermost frames of the C stack. Beyond the frames of a greenlet lies whatever others
+# have put there since it started, and reading that as frames may crash. So each stack has more frames of its own than
+# PyTorch looks at.
 _DEEPER = (operator.call,) * 64
 
 
 class Stack(greenlet):
-    """What a coroutine runs on. Making one takes longer than most runs need it: those begun near the bottom of the main
-    thread are kept when their coroutine has ended, for the next."""
+    """The stack that a coroutine runs on.
 
-    coroutine: "Coroutine | None" = None  # what runs here
-    owner: Any = None  # of the coroutine
+    Creating one takes longer than most runs take. So a stack that was started near the bottom of the main thread is
+    kept for the next coroutine when its own has ended."""
+
+    coroutine: "Coroutine | None" = None  # the one that runs here
+    owner: Any = None  # the coroutine's
 
     def __init__(self, is_kept: bool) -> None:
         super().__init__()
@@ -135,23 +64,24 @@ class Stack(greenlet):
 
     @classmethod
     def take(cls, coroutine: "Coroutine") -> "Stack":
-        """One that was idle, or a new one, for a coroutine that begins."""
+        """Return an idle stack, or a new one, for a coroutine that starts."""
         is_kept = getcurrent().parent is None and get_ident() == _MAIN_THREAD
         if is_kept and _idle:
             stack = _idle.pop()
         else:
             stack = cls(is_kept and _is_shallow())
-            stack.switch()  # to where it waits for a coroutine
+            stack.switch()  # up to where it waits for a coroutine
         stack.coroutine, stack.owner, stack.gr_context = coroutine, coroutine.owner, coroutine.context
         return stack
 
     def give_back(self) -> None:
-        """Its coroutine has ended."""
+        """Keep the stack for another coroutine, if possible: its own has ended."""
         self.coroutine = self.owner = self.gr_context = None
         if not self.dead and self.parent.parent is None and len(_idle) < _MOST_IDLE:
             _idle.append(self)
 
     def run(self) -> None:
+        """Run coroutines, one after the other (called by greenlet)."""
         operator.call(*_DEEPER, self._run)
 
     def _run(self) -> None:
@@ -164,7 +94,7 @@ class Stack(greenlet):
 
 
 def _is_shallow() -> bool:
-    """Whether few frames are open. Those that a stack began in count towards its recursion limit for good."""
+    """Whether few frames are open. The frames that a stack was started in always count towards its recursion limit."""
     try:
         sys._getframe(_SHALLOW)
     except ValueError:
@@ -172,33 +102,35 @@ def _is_shallow() -> bool:
     return False
 
 
-atexit.register(_idle.clear)  # they end while all that Python needs for it is there
+atexit.register(_idle.clear)  # so that they end while Python still has all it needs to end them
 
 
 class Coroutine:
-    """A function that runs until it parks, and goes on from there when it is resumed."""
+    """A function that runs until it parks, and continues from there when it is resumed."""
+
+    is_edit = False  # True for those that run edits, see `diffsight.engine.turns`
 
     def __init__(self, function: Callable[[], Any], owner: Any, state: TorchState) -> None:
-        """`state` is what the function begins in."""
+        """Prepare to run `function`; `state` is the PyTorch state that it starts in."""
         self._function = function
-        self.owner = owner  # the Flow whose model runs here: taps recognise their run by it
+        self.owner = owner  # the flow whose model runs here: taps recognise their run by it
         self.state = state
         self.context = copy_context()
-        self.random: list[torch.Tensor] | None = None  # the function's own random state, where it has one
-        self.dead = False  # whether it has ended, however
+        self.random: list[torch.Tensor] | None = None  # the function's own random state, if it has one
+        self.dead = False  # whether it has ended, in whatever way
         self.result: Any = None  # what the function returned
-        self._stack: Stack | None = None  # from its beginning to its end
-        self._unwinds = False  # whether its end is asked for
-        self._guard: Any = None  # keeps the body out of the mode inside which the function is parked
+        self._stack: Stack | None = None  # from start to end
+        self._unwinds = False  # whether it was told to end
+        self._guard: Any = None  # keeps the body out of an inference mode that the function has parked inside
 
     @property
     def has_begun(self) -> bool:
-        """Whether it has begun, and not ended."""
+        """Whether it has started and not ended."""
         return self._stack is not None
 
     @property
     def is_running(self) -> bool:
-        """Whether it runs now, or something that it has started itself does."""
+        """Whether it is running now, or something that it has started itself is."""
         stack = getcurrent()
         while stack is not None and stack is not self._stack:
             stack = stack.parent
@@ -206,18 +138,24 @@ class Coroutine:
 
     @property
     def frame(self) -> FrameType | None:
-        """Where the function is parked."""
+        """The frame in which the function is parked."""
         return None if self._stack is None else self._stack.gr_frame
 
-    def resume(self, call: Call | None = None, error: type[BaseException] | None = None) -> Any:
-        """From the body: lets the function run on until it parks (gives what it parked with) or ends (`self.dead` then
-        says so). With a call, makes it where the function is parked, and gives it back when it is made; with an error,
-        raises it there."""
+    def resume(self, call: InnerCall | None = None, error: type[BaseException] | None = None) -> Any:
+        """Let the function run until it parks or ends. Called from the body.
+
+        Args:
+            call: Make this call where the function is parked, instead of letting the function continue.
+            error: Raise this error where the function is parked.
+
+        Returns:
+            What the function parked with, or the call once it has been made. If the function has ended, `dead` is
+            True."""
         body = self.state.now()
         if self._stack is None:
             self._stack = Stack.take(self)
         stack = self._stack
-        stack.parent = getcurrent()  # where the function's end, or its exception, comes out
+        stack.parent = getcurrent()  # where control goes when the function ends or raises
         alike = body == self.state and self._guard is None and self.random is None
         guard, random = (None, None) if alike else self._enter(body)
         try:
@@ -231,16 +169,16 @@ class Coroutine:
                 stack.give_back()
 
     def _enter(self, body: TorchState) -> tuple[Any, list[torch.Tensor] | None]:
-        """Goes from the body's state to the function's. Gives the guard, if there is one, and the random state that
-        `_leave` goes back with."""
-        # Inference mode is changed by guards, each of which puts back all that it found. None is used where none is
-        # needed: under a guard every operation takes longer.
+        """Switch from the body's state to the function's. Return the guard, if there is one, and the random state, for
+        `_leave` to go back to."""
+        # Inference mode is changed by guards, each of which puts back everything it found. No guard is used where none
+        # is needed: under a guard every operation takes longer.
         guard = None
         if self._guard is not None:
             self._guard.__exit__(None, None, None)
             self._guard = None
         elif self.state.inference != body.inference:
-            guard = _enter_inference_mode(self.state.inference)
+            guard = enter_inference_mode(self.state.inference)
         self.state.restore(body)
         if self.random is None:
             return guard, None
@@ -249,24 +187,24 @@ class Coroutine:
         return guard, random
 
     def _leave(self, body: TorchState, guard: Any, random: list[torch.Tensor] | None) -> None:
-        """Goes back to the body's state."""
+        """Switch back to the body's state."""
         if random is not None:
             self.random = random_state()
             set_random_state(random)
         if guard is not None:
             guard.__exit__(None, None, None)
-        elif self.state.inference != body.inference:  # the function has parked inside a mode that it entered itself
-            self._guard = _enter_inference_mode(body.inference)
+        elif self.state.inference != body.inference:  # the function has parked inside a mode it entered itself
+            self._guard = enter_inference_mode(body.inference)
         body.restore(self.state)
 
     def park(self, value: Any) -> None:
-        """From the function: goes back to the body with `value` until it is resumed."""
+        """Hand `value` to the body and wait to be resumed. Called from the function."""
         call = self._stack.parent.switch(value)
         if call is not None:
             self._make(call)
 
     def unwind(self) -> None:
-        """Ends the function where it is parked; its `finally` blocks and context managers run."""
+        """End the function where it is parked; its `finally` blocks and context managers run."""
         if self._stack is None:
             self.dead = True
             return
@@ -276,56 +214,27 @@ class Coroutine:
         finally:
             self._unwinds = False
 
-    def run(self, call: Call | None) -> None:
-        """From its stack: all of it."""
+    def run(self, call: InnerCall | None) -> None:
+        """Run the function from start to end. Called on its stack."""
         try:
             self._make(call)
             self.result = self._function()
         except GreenletExit:
-            if not self._unwinds:  # but its stack is taken away
+            if not self._unwinds:  # nobody asked for it: the stack itself is being destroyed
                 raise
         self.dead = True
 
-    def _make(self, call: Call | None) -> None:
+    def _make(self, call: InnerCall | None) -> None:
         while call is not None:
             call.make()
             call = self._stack.parent.switch(call)
 
 
-def _enter_inference_mode(on: bool) -> Any:
-    guard = torch._C._InferenceMode(on)
-    guard.__enter__()
-    return guard
-
-
-def random_state() -> list[torch.Tensor]:
-    """The state of PyTorch's global random generators: the CPU's, then every GPU's in use."""
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *gpus]
-
-
-def set_random_state(state: list[torch.Tensor]) -> None:
-    """Sets what `random_state` gave."""
-    torch.set_rng_state(state[0])
-    if state[1:]:
-        torch.cuda.set_rng_state_all(state[1:])
-
-
-def seeded_random_state(seed: int) -> list[torch.Tensor]:
-    """The random state that `torch.manual_seed(seed)` makes; the present one stays."""
-    before = random_state()
-    try:
-        torch.manual_seed(seed)
-        return random_state()
-    finally:
-        set_random_state(before)
-
-
 def current() -> Coroutine | None:
-    """The coroutine that runs now, if one does."""
+    """Return the coroutine that is running now, if there is one."""
     return getattr(getcurrent(), "coroutine", None)
 
 
 def current_owner() -> Any:
-    """The owner of the coroutine that runs now, or None in a body."""
+    """Return the owner of the coroutine that is running now; None in a body."""
     return getattr(getcurrent(), "owner", None)

@@ -1,13 +1,14 @@
-"""Overrides: what a run puts in the place of what the model calls, so that the calls go through its taps.
+"""What a run puts on a model, so that its calls go through the run's taps; and how it is taken off again.
 
-Every module that a run follows has for the time of the run a `forward` of its own, which counts its calls, or sends
-them through a tap. Ordinary hooks would do the same, at several times the cost: a module that has any leaves PyTorch's
-fast path. Within other people's hooks it stands where the last of those before and the first of those after the call
-would, and that is where a run belongs: transformers captures hidden states in hooks, and an edit has to be in those.
+For the time of a run, every module that the run counts or taps has a `forward` of its own, which counts its calls or
+sends them through a tap. Ordinary hooks would do the same at several times the cost: a module with any hook leaves
+PyTorch's fast path. Relative to other people's hooks, this `forward` stands where the last hook before the call and the
+first hook after it would. That is where a run belongs: transformers captures hidden states in hooks, and these must
+contain what the run has edited.
 
-Methods are tapped by giving the object a subclass of its class for the time of the run: unlike a wrapper stored on the
-instance this follows copies of the object (pipelines step a copy of their scheduler) and reaches `__call__`. Names and
-signatures stay those of the original. Where several runs are open at once, the last one puts things back.
+A method is tapped by giving its object a subclass of its class for the time of the run. Unlike a wrapper stored on the
+instance, this follows copies of the object (pipelines step a copy of their scheduler) and reaches `__call__`. Names and
+signatures remain those of the original. If several runs are open at once, the last one restores everything.
 """
 
 import copy
@@ -25,7 +26,7 @@ from torch import nn
 from diffsight.engine.coroutine import current_owner
 
 FORWARD = "forward"
-COMPILED = "_compiled_call_impl"  # of a module after `module.compile()`: what its calls go to
+COMPILED = "_compiled_call_impl"  # on a module after `module.compile()`: what its calls go to
 _OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; copies carry it along
 
 _lock = RLock()
@@ -33,19 +34,20 @@ _lock = RLock()
 
 # ---- the forward passes of modules
 
-_followed: dict[int, list] = {}  # id of a module: what overrides its calls, where, what was there, how many runs follow
-# Python heeds signals, and newer versions collect garbage, where a function has been called. So that a module is always
-# either followed or not, whatever comes in between, all that says so is changed without a call.
+_hooked: dict[int, list] = {}  # id of a module: what overrides its calls, where, what was there, and for how many runs
+# Python handles signals, and newer versions collect garbage, where a function has been called. So that a module is
+# always either hooked or not, whatever comes in between, everything that says so is changed without a call.
 
 
-def follow(modules: Iterable[nn.Module], followed: list) -> None:
-    """Sends the calls of modules through the taps of the run that makes them, until as many have said `unfollow`. Puts
-    each on the list `followed`."""
+def hook_modules(modules: Iterable[nn.Module], hooked: list) -> None:
+    """Send the calls of `modules` through the taps of the run that makes them, and add each module to `hooked`.
+
+    Nested: each module stays hooked until `unhook_modules` has been called for it as often as this function."""
     for module in modules:
-        with _lock:  # within the loop: Python 3.13 would not let go of it where an interrupt comes between two turns
+        with _lock:  # inside the loop: Python 3.13 would not release it if an interrupt came between two iterations
             number = id(module)
-            if number in _followed:
-                _followed[number][3] += 1
+            if number in _hooked:
+                _hooked[number][3] += 1
             else:
                 held, forward = module.__dict__, getattr(type(module), FORWARD, None)
                 if type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None:
@@ -55,23 +57,23 @@ def follow(modules: Iterable[nn.Module], followed: list) -> None:
                 put = MethodType(function, module)
                 if own is not None:
                     put = functools.update_wrapper(_InPlaceOf(function, module), own)
-                _followed[number] = [put, name, own, 1]
+                _hooked[number] = [put, name, own, 1]
                 held[name] = put
-            followed.append(module)
+            hooked.append(module)
 
 
-def unfollow(followed: list) -> None:
-    """Takes off again what `follow` has put on, and each module off the list."""
-    while followed:
-        with _lock:  # within the loop, as above
-            module = followed[-1]
+def unhook_modules(hooked: list) -> None:
+    """Undo `hook_modules`, and remove every module from the list `hooked`."""
+    while hooked:
+        with _lock:  # inside the loop, as above
+            module = hooked[-1]
             number, held = id(module), module.__dict__
-            put, name, own, _ = known = _followed[number]
-            is_ours = held.get(name) is put  # or someone has put another there meanwhile
+            put, name, own, _ = known = _hooked[number]
+            is_ours = held.get(name) is put  # otherwise someone has put something else there meanwhile
             known[3] -= 1
-            del followed[-1]
+            del hooked[-1]
             if not known[3]:
-                del _followed[number]
+                del _hooked[number]
                 if is_ours and own is None:
                     del held[name]
                 elif is_ours:
@@ -79,7 +81,7 @@ def unfollow(followed: list) -> None:
 
 
 class _InPlaceOf(functools.partial):
-    """What stands in the place of an instance's own forward pass; in a copy of the instance, a copy of that does."""
+    """Stands in the place of an instance's own forward pass. A copy of the instance gets a copy of the original."""
 
     def __deepcopy__(self, memo: dict) -> Any:
         return copy.deepcopy(self.__wrapped__, memo)
@@ -87,28 +89,28 @@ class _InPlaceOf(functools.partial):
 
 @functools.cache
 def _through_taps(forward: Callable) -> Callable:
-    """The forward pass of a class of modules, through the taps."""
+    """The forward pass of a class of modules, sent through the taps."""
     return functools.wraps(forward)(_through(forward))
 
 
 def _of_its_own(module: nn.Module) -> tuple[str, Any, Callable]:
-    """What the calls of a module go to, where that is on the instance: the name, what is there, and that through the
-    taps. Compiled code is called through them, and left as it is."""
+    """What the calls of a module go to if that is stored on the instance: its name, its value, and the function that
+    sends it through the taps. Compiled code is called through them and otherwise left alone."""
     held = module.__dict__
     name = FORWARD if held.get(COMPILED) is None else COMPILED
     own = held.get(name)
-    target = module.forward if own is None else own  # a module of TorchScript looks its own up when it is asked
+    target = module.forward if own is None else own  # a TorchScript module looks its own up when it is asked
     return name, own, _through(lambda module, /, *args, **kwargs: target(*args, **kwargs))
 
 
 def _through(original: Callable) -> Callable:
-    """`original`, of a module and arguments, through the taps of the run that calls it."""
+    """`original`, a function of a module and arguments, sent through the taps of the run that calls it."""
 
     def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        flow = getattr(getcurrent(), "owner", None)
-        if flow is None:
+        host = getattr(getcurrent(), "owner", None)
+        if host is None:
             return original(module, *args, **kwargs)
-        taps, number = flow.taps, id(module)
+        taps, number = host.taps, id(module)
         calls = taps.counts.get(number)
         if calls is None:
             tap = taps.get((number, FORWARD))
@@ -119,7 +121,7 @@ def _through(original: Callable) -> Callable:
         output = original(module, *args, **kwargs)
         if number in taps.counts:
             return output
-        tap = taps.get((number, FORWARD))  # it was asked for while it ran
+        tap = taps.get((number, FORWARD))  # it was asked for while it was running
         return output if tap is None else tap.leave(output)
 
     return forward
@@ -129,7 +131,7 @@ _CODE = _through(nn.Module.forward).__code__
 
 
 def count_running(frame: FrameType | None, module: nn.Module) -> int:
-    """How many calls of a followed module have begun and not ended on the stack that ends with `frame`."""
+    """Return how many calls of a hooked module are in progress on the stack that ends with `frame`."""
     running = 0
     while frame is not None:
         running += frame.f_code is _CODE and frame.f_locals["module"] is module
@@ -141,10 +143,13 @@ def count_running(frame: FrameType | None, module: nn.Module) -> int:
 
 
 class Override:
-    """A function put in the place of a method of one object, for as long as any run uses it."""
+    """A function in the place of a method of one object, for as long as any run uses it.
+
+    Subclasses define `put_on` and `take_off`. If several runs override the same method, only the first override is put
+    on, and it is taken off with the last `remove`."""
 
     _users: Counter = Counter()
-    _first: dict = {}  # the override that was put on, of those of one method
+    _first: dict = {}  # of the overrides of one method, the one that was put on
 
     def __init__(self, target: Any, name: str) -> None:
         self.target, self.name = target, name
@@ -156,15 +161,46 @@ class Override:
                 Override._first[self.key] = self
 
     def remove(self) -> None:
+        """Restore the method, if no other run overrides it."""
         with _lock:
             Override._users[self.key] -= 1
             if not Override._users[self.key]:
                 del Override._users[self.key]
                 Override._first.pop(self.key).take_off()
 
+    def put_on(self) -> None:
+        """Put the function in the place of the method."""
+        raise NotImplementedError
 
-class MethodOverride(Override):
-    """Sends the calls of one method, of an object and of copies of it, through the taps of the run that makes them."""
+    def take_off(self) -> None:
+        """Restore the method."""
+        raise NotImplementedError
+
+
+class ChangedMethod(Override):
+    """Puts `change(method)` in the place of a method of one object.
+
+    override = ChangedMethod(processor, "pt_to_numpy", lambda method: lambda images: method(images.detach()))
+    ...
+    override.remove()
+    """
+
+    def __init__(self, target: Any, name: str, change: Callable[[Callable], Callable]) -> None:
+        self._change = change
+        super().__init__(target, name)
+
+    def put_on(self) -> None:
+        self._own = self.target.__dict__.get(self.name)
+        self.target.__dict__[self.name] = self._change(getattr(self.target, self.name))
+
+    def take_off(self) -> None:
+        del self.target.__dict__[self.name]
+        if self._own is not None:
+            self.target.__dict__[self.name] = self._own
+
+
+class TappedMethod(Override):
+    """Sends the calls of one method, of an object and of its copies, through the taps of the run that makes them."""
 
     def put_on(self) -> None:
         self.own = own = self.target.__dict__.get(self.name)
@@ -172,8 +208,8 @@ class MethodOverride(Override):
 
             @functools.wraps(own)
             def method(*args: Any, **kwargs: Any) -> Any:
-                flow = current_owner()
-                tap = flow.taps.get(self.key) if flow is not None else None
+                host = current_owner()
+                tap = host.taps.get(self.key) if host is not None else None
                 return own(*args, **kwargs) if tap is None else tap.call(own, args, kwargs)
 
             self.put = self.target.__dict__[self.name] = method
@@ -199,20 +235,20 @@ class MethodOverride(Override):
         object.__setattr__(self.target, "__class__", _tapped_class(cls, names) if names else cls)
 
 
-_copies: dict[int, weakref.WeakSet] = {}  # by the id of a tapped object: the copies of it that were made meanwhile
+_copies: dict[int, weakref.WeakSet] = {}  # id of a tapped object: the copies that were made of it meanwhile
 
 
 @functools.cache
 def _tapped_class(cls: type, names: frozenset[str]) -> type:
-    """A subclass of `cls`, of the same name, whose methods `names` go through the taps of the current run."""
+    """A subclass of `cls`, with the same name, whose methods `names` go through the taps of the current run."""
 
     def wrap(name: str) -> Callable:
         original = getattr(cls, name)
 
         @functools.wraps(original)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            flow = current_owner()
-            tap = flow.taps.get((self.__dict__.get(_OWNER), name)) if flow is not None else None
+            host = current_owner()
+            tap = host.taps.get((self.__dict__.get(_OWNER), name)) if host is not None else None
             if tap is None:
                 return original(self, *args, **kwargs)
             return tap.call(functools.partial(original, self), args, kwargs)
@@ -220,7 +256,7 @@ def _tapped_class(cls: type, names: frozenset[str]) -> type:
         return method
 
     def __setstate__(self: Any, state: Any) -> None:
-        """A copy is made: it is given back its class when the object is."""
+        """A copy is being made: it gets its class back when the object does."""
         if hasattr(cls, "__setstate__"):
             cls.__setstate__(self, state)
         else:

@@ -1,22 +1,18 @@
-"""Scans: runs on shapes alone, without weights.
+"""Scans: runs that compute shapes instead of values, and need no weights.
 
     with model.scan("a red circle above a blue square") as run:
         width = run.unet.mid_block.output.shape[1]
 
-The model's code runs, its arithmetic does not. Inside a component (the model; in a pipeline each of its modules) every
-tensor is on the meta device, which knows shapes and types and computes nothing. At the component's border values change
-sides: what goes in becomes meta, what comes out zeros of the same shape, on the device of what went in. So what lies
-between components (tokenizers, schedulers, post-processing) runs for real, on zeros.
+The model's code runs as usual, but inside a component (the model; in a pipeline, each of its modules) tensors are
+PyTorch's fake tensors, which have a shape, a dtype and a device and no values. Where a component returns, its fake
+tensors are replaced with zeros. What runs between components, such as tokenizers, schedulers and post-processing,
+therefore computes for real, on zeros.
 
-Weights stay where they are, loaded or not. A function mode of PyTorch, on while the model runs and within the body of
-the `with` statement, gives every function a meta twin in the place of a weight, and takes all tensors to meta where one
-of them is. What a model writes into its own attributes meanwhile is undone at the end.
-
-Token ids and masks are real where they come in, and models look at them (`if mask.all():`). So the values of integer
-and boolean tensors are carried along for as long as they depend on nothing else.
+Weights stay where they are, loaded or not: `ScanMode` lets functions see fake tensors in their place. What the model
+writes to its own attributes meanwhile is undone at the end.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -27,15 +23,15 @@ import torch
 from torch import nn
 
 from diffsight.engine.flow import Flow
-from diffsight.engine.meta import Shapes
-from diffsight.engine.taps import Target
+from diffsight.engine.module_state import ModuleState
+from diffsight.engine.scan_mode import ScanMode
 
 _scanning: ContextVar[bool] = ContextVar("diffsight_scanning", default=False)
 
 
 @contextmanager
 def scanning() -> Iterator[None]:
-    """Runs opened within are scans."""
+    """Make scans of the runs that are opened inside this context."""
     token = _scanning.set(True)
     try:
         yield
@@ -44,46 +40,48 @@ def scanning() -> Iterator[None]:
 
 
 def is_scanning() -> bool:
-    """Whether a run that is opened now is a scan."""
+    """Return whether a run that is opened now is a scan."""
     return _scanning.get()
 
 
 class ScanFlow(Flow):
-    """The flow of a scan: its components are called through their borders, and no weights are loaded for it.
-    `stand_ins` are called in the place of components that look at values, by the key of their target."""
+    """The flow of a scan.
+
+    Args:
+        args: the arguments of `Flow`.
+        stand_ins: by the key of a component, what is called in its place. They stand in for components that look at
+            the values of their inputs.
+    """
+
+    is_scan = True
 
     def __init__(self, *args: Any, stand_ins: Mapping[tuple[int, str], Callable]) -> None:
         super().__init__(*args)
-        self.stand_ins = stand_ins
         self.load = lambda: None  # a scan needs no weights
-        self.modules = list(dict.fromkeys(m for part in _modules(self.taps.components) for m in part.modules()))
-        self.body_mode = self.shapes = shapes = Shapes([*self.taps.components], self.modules)
+        self._stand_ins = stand_ins
+        components = [target for target in self.taps.components if isinstance(target.owner, nn.Module)]
+        self._modules = list(dict.fromkeys(module for part in components for module in part.owner.modules()))
+        self.body_mode = self._mode = ScanMode(components, self._modules)
+        self.function = partial(_call_in_mode, self._mode, self.function)
+        self._components = components
         self._states: list[ModuleState] = []
-        self._eager: Eager | None = None
-        function = self.function
-
-        def call_on_shapes() -> Any:
-            with shapes:
-                return function()
-
-        self.function = call_on_shapes
+        self._eager: EagerStance | None = None
 
     def _start(self) -> None:
         if self.taps:
             return
-        self.shapes.note_weights(self.modules)
-        self._states = [ModuleState(module) for module in self.modules]
-        if any(_is_compiled(module) for module in self.modules):
-            self._eager = Eager()
+        self._mode.note_weights(self._modules)
+        self._states = [ModuleState(module) for module in self._modules]
+        if any(_is_compiled(module) for module in self._modules):
+            self._eager = EagerStance()
         super()._start()
-        for component in self.taps.components:
-            if isinstance(component.owner, nn.Module):
-                tap = self.taps[component.key]
-                stand_in = self.stand_ins.get(component.key)
-                tap.border = partial(_call_instead, stand_in) if stand_in else self.shapes.call
+        for component in self._components:
+            stand_in = self._stand_ins.get(component.key)
+            border = partial(_call_instead, stand_in) if stand_in else self._mode.call_component
+            self.taps[component.key].border = border
 
     def _resume(self, *args: Any) -> Any:
-        self._start()
+        self._start()  # a scan in which nothing was asked for is tapped as well
         return super()._resume(*args)
 
     def _end(self, outcome: str) -> None:
@@ -95,74 +93,34 @@ class ScanFlow(Flow):
             self._eager = None
 
 
-def _modules(components: Sequence[Target]) -> list[nn.Module]:
-    return [component.owner for component in components if isinstance(component.owner, nn.Module)]
+def _call_in_mode(mode: ScanMode, function: Callable[[], Any]) -> Any:
+    with mode:
+        return function()
 
 
 def _call_instead(stand_in: Callable, function: Callable, args: tuple, kwargs: dict) -> Any:
     return stand_in(*args, **kwargs)
 
 
-class ModuleState:
-    """What a module holds itself: weights, and attributes, such as tables it keeps for later calls, and the hooks that
-    go along with these. Not what it calls: children, its forward pass."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module, self.hooks = module, HookTables(module)
-        self.attributes = self._read()
-        self.contents = {n: value.copy() for n, value in self.attributes.items() if type(value) in (dict, list)}
-
-    def _read(self) -> dict[str, Any]:
-        held = vars(self.module).items()
-        return {n: v for n, v in held if n != "_modules" and not n.startswith("_diffsight") and not callable(v)}
-
-    def restore(self) -> None:
-        self.hooks.restore()
-        held = vars(self.module)
-        for name in self._read().keys() - self.attributes.keys():
-            del held[name]
-        held.update({name: value for name, value in self.attributes.items() if held.get(name) is not value})
-        for name, content in self.contents.items():
-            value = held[name]
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
-
-
-class HookTables:
-    """The hooks on a module. Those that come after are taken off by `restore()`, but for those of runs: the models of
-    transformers, for one, put hooks on their parts in their first call, and keep in mind that they are there."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._tables = [(table, set(table)) for table in (module._forward_hooks, module._forward_pre_hooks)]
-
-    def restore(self) -> None:
-        for table, known in self._tables:
-            for key in [key for key in table if key not in known and not _is_of_a_run(table[key])]:
-                del table[key]
-
-
-def _is_of_a_run(hook: Callable) -> bool:
-    return (getattr(hook, "__module__", None) or "").split(".")[0] == "diffsight"
-
-
-class Eager:
-    """Keeps `torch.compile` from compiling what runs on shapes alone, in the whole process, until all have left."""
+class EagerStance:
+    """Keeps `torch.compile` from compiling anything in this process until every scan that made one has left it."""
 
     _count = 0
     _stance: Any = None
     _lock = Lock()
 
     def __init__(self) -> None:
-        with Eager._lock:
-            if not Eager._count:
-                Eager._stance = torch.compiler.set_stance("force_eager")
-            Eager._count += 1
+        with EagerStance._lock:
+            if not EagerStance._count:
+                EagerStance._stance = torch.compiler.set_stance("force_eager")
+            EagerStance._count += 1
 
     def leave(self) -> None:
-        with Eager._lock:
-            Eager._count -= 1
-            if not Eager._count:
-                Eager._stance.__exit__(None, None, None)
+        """Let `torch.compile` work as before, if this is the last one."""
+        with EagerStance._lock:
+            EagerStance._count -= 1
+            if not EagerStance._count:
+                EagerStance._stance.__exit__(None, None, None)
 
 
 def _is_compiled(module: nn.Module) -> bool:

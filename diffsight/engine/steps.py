@@ -3,13 +3,21 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffsight.engine.taps import Tap, Target
+from diffsight.engine.target import Target
 
 
 class Clock:
-    """Says when a step begins: at a call of one of `starts`, once one of `ends` has been called since the last
-    beginning (where there are no `ends`, at every call). As long as no end has been called at all, a step also begins
-    where the same start is called at another `moment` than before: some samplers never step their scheduler."""
+    """Says when a step begins.
+
+    A step begins at a call of one of `starts`, once one of `ends` has been called since the last step began; without
+    `ends`, at every call. Some samplers never step their scheduler: until the first call of an end, a step also begins
+    where the same start is called at another `moment` than before.
+
+    Args:
+        starts: The calls that begin a step, such as the denoiser's.
+        ends: The calls that end one, such as `scheduler.step`.
+        moment: The moment of a call of a start, from its target, args and kwargs; such as the timestep.
+    """
 
     def __init__(
         self,
@@ -19,8 +27,8 @@ class Clock:
     ) -> None:
         self.starts = {target.key for target in starts}
         self.ends = {target.key for target in ends}
-        self.index = -1  # of the step the model is in
-        self.call: tuple[Tap, tuple, dict] | None = None  # the call that began it
+        self.index = -1  # number of the step that the model is in
+        self.call: tuple[Target, tuple, dict] | None = None  # the call that began it
         self._moment = moment
         self._due = True
         self._ended = False
@@ -30,19 +38,21 @@ class Clock:
         """Whether a step has begun and not ended."""
         return self.index >= 0 and not (self.ends and self._due)
 
-    def begins(self, tap: Tap, args: tuple, kwargs: dict) -> bool:
-        if tap.target.key not in self.starts or not (self._due or self._has_moved_on(tap, args, kwargs)):
+    def begins(self, target: Target, args: tuple, kwargs: dict) -> bool:
+        """Take note of a call that begins; return whether a step begins with it."""
+        if target.key not in self.starts or not (self._due or self._has_moved_on(target, args, kwargs)):
             return False
         self._due = not self.ends
         self.index += 1
-        self.call = (tap, args, kwargs)
+        self.call = (target, args, kwargs)
         return True
 
-    def note_end(self, tap: Tap) -> None:
-        if tap.target.key in self.ends:
+    def note_end(self, target: Target) -> None:
+        """Take note of a call that has ended."""
+        if target.key in self.ends:
             self._due = self._ended = True
 
-    def _has_moved_on(self, tap: Tap, args: tuple, kwargs: dict) -> bool:
-        if self._moment is None or self._ended or self.call is None or tap is not self.call[0]:
+    def _has_moved_on(self, target: Target, args: tuple, kwargs: dict) -> bool:
+        if self._moment is None or self._ended or self.call is None or target.key != self.call[0].key:
             return False
-        return self._moment(tap.target, args, kwargs) != self._moment(tap.target, *self.call[1:])
+        return self._moment(target, args, kwargs) != self._moment(target, *self.call[1:])

@@ -1,163 +1,49 @@
 """Taps: where a run touches the model.
 
 A `Tap` belongs to one run and one callable of the model: a module's forward pass, or a method that code calls directly
-(`vae.decode`, `scheduler.step`). Every call of it goes through `call`; there the tap counts it, applies what the body
-assigned, and hands the inputs and the output to the body if it waits for them. What runs outside the run's own
-coroutine (another run, the body's own calls, another thread) passes by untouched. How calls come here is told in
-`overrides.py`, what is tapped and when in `tapping.py`.
+(`vae.decode`, `scheduler.step`). Every call of it goes through `Tap.call`. There the tap counts the call and hands its
+inputs and its output to the run (the `Host`) if a body waits for them or has assigned them. Calls made outside the
+run's own coroutine (by another run, by the body itself, in another thread) pass untouched. How calls get here is the
+business of `hooks`.
+
+`Taps` are all taps of a run. To know what the model has passed, calls are counted. The model's components and their
+children are hooked from the start; with a point, all modules around it and their children. So a module is usually
+hooked before the module around it is entered, and its count is exact. If it is not (`Origin.unseen`), its past is
+unknown, and the point counts as passed. A module that nobody asks for is only counted, in a dictionary. That costs next
+to nothing, and most modules of a run are of this kind.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import nn
 
-from diffsight.engine.coroutine import current_owner
-from diffsight.engine.hooks import COMPILED, FORWARD, MethodOverride
-from diffsight.errors import AssignmentError
-from diffsight.rows import Part
-
-if TYPE_CHECKING:
-    from diffsight.engine.flow import Flow
-
-INPUTS, OUTPUT = "inputs", "output"
-LAST = math.inf  # the turn of all bodies that are no edits
-_WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the module itself
-_UNCOMPILED = "_torchdynamo_orig_callable"  # of a function that `torch.compile(function)` makes: the function itself
+from diffsight.engine.coroutine import Coroutine, current_owner
+from diffsight.engine.hooks import COMPILED, FORWARD, count_running, hook_modules, unhook_modules
+from diffsight.engine.points import INPUTS, OUTPUT, Assignment, Point, PointKey
+from diffsight.engine.steps import Clock
+from diffsight.engine.target import Target
+from diffsight.engine.tree import Key, Places
+from diffsight.errors import PointNotFoundError
 
 
-class Target:
-    """What can be tapped: the forward pass of a module (`name` is "forward") or another method of an object. Other
-    places are subclasses, with an `attach` of their own, and a `call`.
+class Host(Protocol):
+    """The run, as its taps see it; see `diffsight.engine.flow.Flow`."""
 
-    `path` is as the user writes it, `outer` the target of the module around it."""
+    taps: "Taps"
+    clock: Clock
+    coroutine: Coroutine | None  # the one that the model runs in, once it has started
+    parked: Point | None  # where the model stands, if it waits at a point
+    misshapen: list[str]  # assigned values whose shape or type differs from the model's own, in words
 
-    __slots__ = ("_children", "is_called", "key", "name", "outer", "owner", "path")
+    def arrive(self, point: Point) -> None:
+        """The model has reached a point that a body waits for or has assigned: give every body its turn."""
 
-    def __init__(self, owner: Any, name: str, path: str, outer: "Target | None" = None) -> None:
-        self.owner, self.name, self.path, self.outer = owner, name, path, outer
-        self.key = (id(owner), name)
-        self.is_called = True  # whether there is anything to call: a ModuleList, for one, has no forward pass
-        if name == "__call__":
-            self.is_called = callable(owner)
-        elif name == FORWARD:
-            forward = getattr(type(owner), FORWARD, None)
-            self.is_called = forward is not nn.Module.forward or FORWARD in owner.__dict__
-        self._children: tuple[dict, dict[str, Target]] | None = None
+    def begin_call(self, tap: "Tap", args: tuple, kwargs: dict) -> None:
+        """A call that the run heeds begins: one of a component, or one that begins or ends a step."""
 
-    def attach(self, tap: "Tap") -> Any:
-        """Sends every call through `tap` from now on, where that is no forward pass; gives what `remove()` undoes."""
-        return MethodOverride(self.owner, self.name)
-
-    def around(self) -> list["Target"]:
-        """The targets of the modules around this one, outermost first."""
-        return [*self.outer.around(), self.outer] if self.outer else []
-
-    def children(self) -> dict[str, "Target"]:
-        """The modules directly in this one, by name; kept as long as they are the same."""
-        if not isinstance(self.owner, nn.Module):
-            return {}
-        modules = self.owner._modules
-        if self._children is None or self._children[0] != modules:
-            made = {n: Target(m, FORWARD, join(self.path, n), self) for n, m in modules.items() if m is not None}
-            self._children = (dict(modules), made)
-        return self._children[1]
-
-    def named_children(self) -> dict[str, "Target"]:
-        """The children as a user names them: those of a module that `torch.compile` has wrapped are its own."""
-        children = self.children()
-        wrapped = children.get(_WRAPPED)
-        return children if wrapped is None else {**wrapped.children(), **children}
-
-    def is_compiled(self) -> bool:
-        """Whether `torch.compile` made it, or what it calls: what happens within is not to be seen."""
-        known = vars(self.owner)
-        if _WRAPPED in known.get("_modules", ()) or known.get(COMPILED) is not None:
-            return True
-        return _UNCOMPILED in getattr(known.get(FORWARD), "__dict__", ())
-
-    def uncompiled(self) -> Callable:
-        """What a compiled module computes, as it was written."""
-        known = vars(self.owner)
-        if known.get(COMPILED) is not None:
-            return self.owner._call_impl
-        return known["_modules"].get(_WRAPPED) or getattr(known[FORWARD], _UNCOMPILED)
-
-    def called_children(self) -> list["Target"]:
-        """The children; in the place of a list or dict, which is never called itself, those in it."""
-        holders = [self]
-        found: list[Target] = []
-        for holder in holders:
-            for child in holder.children().values():
-                (found if child.is_called else holders).append(child)
-        return found
-
-
-def join(path: str, name: str | int) -> str:
-    """The path of a child as a user writes it: `unet.mid_block`, `layers[4]`."""
-    if isinstance(name, int) or name.isdigit():
-        return f"{path}[{name}]"
-    return f"{path}.{name}" if path else name
-
-
-class Asked:
-    """A point as a body asks for it: `part` ("inputs", "input" or "output") of call number `call` in its scope; with
-    `rows` the part of the batch, and the number among the calls that hold it. As text it is what the user writes:
-    `unet.mid_block.calls[1].output`."""
-
-    __slots__ = ("call", "kind", "part", "rows", "target")
-
-    def __init__(self, target: Target, part: str, call: int = 0, rows: Part | None = None) -> None:
-        self.target, self.part, self.call, self.rows = target, part, call, rows
-        self.kind = OUTPUT if part == "output" else INPUTS
-
-    @property
-    def of_all(self) -> str:
-        """The same point of the whole batch, as text."""
-        return join(join(self.target.path, f"calls[{self.call}]") if self.call else self.target.path, self.part)
-
-    def __str__(self) -> str:
-        return self.of_all if self.rows is None else join(self.rows.name, self.of_all)
-
-
-@dataclass(eq=False, slots=True)
-class Point:
-    """One passage of a value: the inputs or the output of one call. `value` is what it is by now, with every edit."""
-
-    tap: "Tap"
-    key: tuple[str, int]  # the kind, and the number of the call
-    value: Any
-    in_step: bool  # asked for within a step, and let go at its end
-    changed: bool = False
-    turn: float = LAST  # whose turn it is at the point: edits come first, by number
-    read_by: tuple[float, ...] = ()  # whose turn it was when it was read
-    copies: set[int] = field(default_factory=set)  # ids of the tensors in it that are the run's own copies
-
-    @property
-    def index(self) -> int:
-        return self.key[1]
-
-
-@dataclass(eq=False, slots=True)
-class Assignment:
-    """A value that waits for the model; `where` is the line that made it."""
-
-    asked: Asked
-    value: Any
-    where: str
-    in_step: bool
-    first: int = 0  # it is for the call that was asked for, counted from here
-    order: float = LAST  # whose turn it is to make it: the number of an edit, or the last
-
-    def __str__(self) -> str:
-        return f"{self.asked} ({self.where})"
-
-    def call_of(self, tap: "Tap") -> int:
-        """The call that it is for, as far as can be told by now."""
-        return find_call(tap, self.first, self.asked, self)
+    def end_call(self, tap: "Tap", output: Any) -> None:
+        """A call that the run heeds has ended; the model continues with `output`."""
 
 
 class Origin(NamedTuple):
@@ -165,30 +51,30 @@ class Origin(NamedTuple):
 
     around: "Tap | None" = None  # the surrounding tap, if the model had moved by then
     step: int = -1  # the step that the model was in
-    unseen: int = 0  # calls of the surrounding module that had begun: calls here may be missing
-    unseen_in_step: int = 0  # the same, of that step
-    guard: "tuple[Tap, int] | None" = None  # a surrounding tap and the number of its call that was running
+    unseen: int = 0  # calls of the surrounding module that had begun: calls of this one may have been missed
+    unseen_in_step: int = 0  # the same, within that step
+    guard: "tuple[Tap, int] | None" = None  # a surrounding tap, and the number of its call that was running
 
 
 class Tap:
     """The calls of one module or method in one run."""
 
     __slots__ = (
-        "active",  # numbers of the calls that are running, outermost first
-        "awaited",  # (kind, number of a call) of the points that bodies wait for; for each body, whether within a step
-        "begun",  # whether a hook has let a call begin that comes to the module's forward pass now
+        "active",  # numbers of the calls in progress, outermost first
+        "awaited",  # the points that bodies wait for; for each body, whether it waits within a step
+        "begun",  # whether a hook has already begun the call that reaches the forward pass now
         "border",  # in a scan, for a component: what its calls are made through
         "children_counted",
-        "entered",  # calls begun so far, as far as the run has seen
-        "flow",
-        "heeded",  # whether the flow wants to know of its calls
+        "entered",  # number of calls begun so far, as far as the run has seen
+        "heeded",  # whether the run wants to know when its calls begin and end
         "hooks",  # what else the run has put on the module
+        "host",
         "inside",  # whether a compiled module runs uncompiled
-        "keepers",  # kind to the functions that are shown every value
+        "keepers",  # kind of point to the functions that are shown every value
         "origin",
-        "pending",  # (kind, number of a call) to what was assigned there
-        "points",  # (kind, number of a call) to what was read there
-        "skips",  # number of a call to what it shall give without running
+        "pending",  # point to what was assigned to it
+        "points",  # point to what was read there
+        "skips",  # number of a call to what it returns without running
         "step_base",  # calls begun before the current step
         "takes_inputs",  # whether inputs are taken in a hook
         "target",
@@ -196,24 +82,26 @@ class Tap:
         "unseen_in_step",
     )
 
-    def __init__(self, flow: "Flow", target: Target, origin: Origin, entered: int = 0, step_base: int = 0) -> None:
+    def __init__(self, host: Host, target: Target, origin: Origin, entered: int = 0, step_base: int = 0) -> None:
         """`entered` calls were counted before, `step_base` of them before the current step."""
-        self.flow, self.target, self.origin = flow, target, origin
+        self.host, self.target, self.origin = host, target, origin
         self.entered, self.step_base = entered, step_base
         self.unseen, self.unseen_in_step = origin.unseen, origin.unseen_in_step
         self.active: list[int] = []
-        self.awaited: dict[tuple[str, int], list[bool]] = {}
+        self.awaited: dict[PointKey, list[bool]] = {}
         self.keepers: dict[str, list[Callable[[Tap, int, Any], None]]] = {}
-        self.pending: dict[tuple[str, int], list[Assignment]] = {}
-        self.points: dict[tuple[str, int], Point] = {}
+        self.pending: dict[PointKey, list[Assignment]] = {}
+        self.points: dict[PointKey, Point] = {}
         self.skips: dict[int, Assignment] = {}
         self.border: Callable[[Callable, tuple, dict], Any] | None = None
         self.begun = self.children_counted = self.inside = self.takes_inputs = False
-        self.heeded = target.outer is None or target.key in flow.clock.starts or target.key in flow.clock.ends
+        self.heeded = target.outer is None or target.key in host.clock.starts or target.key in host.clock.ends
         self.hooks: list[Any] = []
 
+    # ---- from the model's side
+
     def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """One call of what is tapped, `function`."""
+        """Make one call of what is tapped, `function`."""
         if self.begun:
             self.begun = False
         else:
@@ -232,11 +120,11 @@ class Tap:
         return self.leave(output)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """A call begins. Gives new inputs, or None where they stay as they are."""
+        """A call begins. Return new inputs, or None if they stay as they are."""
         if self.heeded:
-            self.flow.before_call(self, args, kwargs)
+            self.host.begin_call(self, args, kwargs)
         around, index = self.origin.around, self.entered
-        if not index and around is not None and not around.active and not self.flow.taps.in_method(around):
+        if not index and around is not None and not around.active and not self.host.taps.is_in_method(around):
             self.unseen = self.unseen_in_step = 1  # called past the module around it: who knows how often before
         self.entered = index + 1
         self.active.append(index)
@@ -247,7 +135,7 @@ class Tap:
         return point.value if point is not None and point.changed else None
 
     def leave(self, output: Any) -> Any:
-        """A call ends. Gives the output, replaced or as it was."""
+        """A call ends. Return the output, replaced or as it was."""
         if not self.active:  # a call that began before the tap was made
             return output
         index = self.active.pop()
@@ -256,12 +144,25 @@ class Tap:
             point = self._pass(key, output)
             output = output if point is None else point.value
         if self.heeded:
-            self.flow.after_call(self, output)
+            self.host.end_call(self, output)
         return output
 
+    def _pass(self, key: PointKey, value: Any) -> Point | None:
+        point = None
+        if key in self.pending or key in self.awaited:
+            point = Point(self, key, value, all(self.awaited.get(key, ())))
+            self.host.arrive(point)
+        for keep in self.keepers.get(key[0], ()):
+            keep(self, key[1], value if point is None else point.value)
+        return point
+
+    # ---- from the run's side
+
     def take_inputs(self) -> None:
-        """From now on takes the inputs of a module in a hook, the last before its forward pass: what the body puts in
-        their place is what hooks after the call are shown, among them those with which transformers captures states."""
+        """From now on, take the inputs of a module in a hook, the last one before its forward pass.
+
+        What the body puts in their place is then shown to the hooks after the call too, among them those with which
+        transformers captures hidden states."""
         module = self.target.owner
         if self.takes_inputs or self.target.name != FORWARD or vars(module).get(COMPILED) is not None:
             return
@@ -269,7 +170,7 @@ class Tap:
 
         def before(called: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
             # A copy of the module has the hook too. And a hook that another one has removed is called without kwargs.
-            if called is not module or kwargs is None or current_owner() is not self.flow or not self.flow.taps:
+            if called is not module or kwargs is None or current_owner() is not self.host or not self.host.taps:
                 return None
             new = self.enter(args, kwargs)
             self.begun = True
@@ -278,23 +179,36 @@ class Tap:
         self.hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
 
     def look_inside(self) -> None:
-        """Lets a compiled module run uncompiled, and PyTorch's transformer layer unfused, so that what lies in it is
-        seen."""
+        """Run a compiled module uncompiled, and PyTorch's transformer layer unfused, so that its parts can be seen."""
         self.inside = self.target.is_compiled()
-        if isinstance(self.target.owner, nn.TransformerEncoderLayer):  # with any hook it is not fused
+        if isinstance(self.target.owner, nn.TransformerEncoderLayer):  # it is not fused if it has any hook
             self.hooks.append(self.target.owner.register_forward_pre_hook(lambda *_: None))
 
-    def remove(self) -> None:
-        """Takes off what the run has put on it besides `follow`."""
-        for hook in self.hooks:
-            hook.remove()
+    def assign_pending(self, point: Point) -> bool:
+        """Assign what those whose turn it is have assigned to a point; return whether there was anything."""
+        waiting, assigned = self.pending.pop(point.key, ()), False
+        for assignment in waiting:
+            kind, index = point.key
+            call = index
+            if assignment.order <= point.turn:
+                call = assignment.call_of(self)
+                if call == index:
+                    difference = assignment.apply_to(point)
+                    if difference is not None:
+                        self.host.misshapen.append(difference)
+                    assigned = True
+                    continue
+                # This call turned out not to have the part that is meant; it is not looked at again.
+                assignment.first = assignment.first if assignment.asked.call else call
+            self.pending.setdefault((kind, call), []).append(assignment)
+        return assigned
 
     def waiting(self) -> list[Assignment]:
-        """What was assigned and not reached."""
+        """Return what was assigned and not reached."""
         return [a for waiting in self.pending.values() for a in waiting] + list(self.skips.values())
 
     def drop_step(self) -> list[Assignment]:
-        """A step ends: what was read within it is let go. Gives what was assigned within it and not reached."""
+        """A step ends: drop what was read within it. Return what was assigned within it and not reached."""
         self.step_base = self.entered
         missed: list[Assignment] = []
         if self.points:
@@ -308,84 +222,161 @@ class Tap:
             missed.append(self.skips.pop(index))
         return missed
 
-    def _pass(self, key: tuple[str, int], value: Any) -> Point | None:
-        point = None
-        if key in self.pending or key in self.awaited:
-            point = Point(self, key, value, all(self.awaited.get(key, ())))
-            for edit in self.flow.edits:  # each in its turn: it sees what those before it did
-                point.turn = edit.scope.order
-                edit.met |= self._assign_pending(point)
-                if edit.waits_for(self, key):
-                    edit.met = True
-                    self.points[key] = point
-                    self.flow.park_for(edit, point)
-            point.turn = LAST
-            if key in self.pending:
-                self._assign_pending(point)
-            if key in self.awaited:
-                self.points[key] = point
-                self.flow.coroutine.park(point)
-        for keep in self.keepers.get(key[0], ()):
-            keep(self, key[1], value if point is None else point.value)
-        return point
-
-    def _assign_pending(self, point: Point) -> bool:
-        """Puts what was assigned by whose turn it is in the place of a point's value; whether there was any."""
-        waiting, assigned = self.pending.pop(point.key, ()), False
-        for assignment in waiting:
-            kind, index = point.key
-            call = index
-            if assignment.order <= point.turn:
-                call = assignment.call_of(self)
-                if call == index:
-                    assign(point, assignment)
-                    assigned = True
-                    continue
-                # This call turned out to hold nothing of its part, and is not to be looked at again.
-                assignment.first = assignment.first if assignment.asked.call else call
-            self.pending.setdefault((kind, call), []).append(assignment)
-        return assigned
+    def remove(self) -> None:
+        """Remove the hooks that the run has put on the module, besides those of `hook_modules`."""
+        for hook in self.hooks:
+            hook.remove()
 
 
-def first_input(inputs: tuple[tuple, dict], path: object) -> Any:
-    """The first argument: positional, else by keyword."""
-    args, kwargs = inputs
-    if args:
-        return args[0]
-    if kwargs:
-        return next(iter(kwargs.values()))
-    raise AssignmentError(f"{path} is not there: no arguments are passed")
+class Taps(dict[Key, Tap]):
+    """All taps of a run, by the key of their target, and the counts of the modules beside them.
 
+    Args:
+        host: The run.
+        components: What is tapped from the start.
+        find_places: Returns the targets of modules that stand in several places of the model, by key.
+    """
 
-def find_call(tap: Tap, first: int, asked: Asked, path: object) -> int:
-    """The call that is asked for, from number `first` on, of those that hold its rows, as far as can be told by now."""
-    return first + asked.call if asked.rows is None else asked.rows.call(tap, first, asked.call, path)
+    def __init__(self, host: Host, components: Sequence[Target], find_places: Callable[[list[Target]], Places]) -> None:
+        super().__init__()
+        self.components = list(components)
+        self.counts: dict[int, int] = {}  # id of a module that is only counted: its calls so far
+        self._host: Host | None = host
+        self._find_places = find_places
+        self._places: Places | None = None
+        self._methods = [target for target in components if target.name != FORWARD]
+        self._origins: dict[int, Origin] = {}  # of the modules that are only counted
+        self._counts_before: dict[int, int] = {}  # their calls before the current step
+        self._hooked: list = []  # all hooked modules, including those with taps
+        self._opened: set[Target] = set()  # what was asked for
+        self._around: dict[Target, Tap | None] = {}  # what lies around that, to its own tap or that of what it lies in
 
+    def start(self) -> None:
+        """Tap the components, before anything moves."""
+        for component in self.components:
+            self._tap_component(component)
 
-def assign(point: Point, assignment: Assignment) -> None:
-    """Puts the assigned value in the place of the point's own."""
-    value, part, rows = assignment.value, assignment.asked.part, assignment.asked.rows
-    before = first_input(point.value, assignment) if part == "input" else point.value
-    if rows is not None:
-        value = rows.at(point.tap, point.index, assignment).put(before, value, assignment, point.copies)
-    elif before is not None and isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
-        raise AssignmentError(f"{assignment} is a {type(before).__name__}; it takes no {type(value).__name__}")
-    elif isinstance(before, torch.Tensor) and (told := _difference(before, value)):
-        if before.ndim != value.ndim:  # it would be broadcast, to nothing anybody meant
-            raise AssignmentError(f"{assignment} {told}. Give it a value of {before.ndim} dimensions")
-        point.tap.flow.misshapen.append(f"{assignment} {told}")
-    if part == "input":
-        args, kwargs = point.value
-        value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
-    point.value, point.changed = value, True
+    def add(self, target: Target) -> None:
+        """Tap one more component, in a run that has started."""
+        self.components.append(target)
+        if self:
+            self._tap_component(target)
 
+    def open(self, target: Target) -> Tap:
+        """Return the tap of `target`; make it, and those of the modules around it, if there is none yet."""
+        if target in self._opened:
+            return self[target.key]
+        if not target.is_called:
+            raise PointNotFoundError(
+                f"{target.path} has no values: {type(target.owner).__name__} is not called by the model, it only "
+                "holds other modules. Ask for one of those"
+            )
+        if self._places is None:
+            self._places = self._find_places(self.components)
+        for place in self._places.get(target.key, ()):
+            self._tap_around(place)
+        around = self._around.get(target.outer) or self._tap_around(target)
+        tap = self._tap(target, around)
+        self._opened.add(target)
+        return tap
 
-def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:
-    """What a model may fail at when `value` takes the place of `before`, in words."""
-    if before.shape != value.shape:
-        return f"has the shape {tuple(before.shape)}, and {tuple(value.shape)} was assigned"
-    if before.dtype != value.dtype:
-        return f"is of {before.dtype}, and a tensor of {value.dtype} was assigned"
-    if before.device != value.device and not before.is_meta:  # as in a scan
-        return f"is on {before.device}, and a tensor on {value.device} was assigned"
-    return None
+    def begin_step(self) -> list[Assignment]:
+        """A step begins. Return what was assigned within the last one and not reached."""
+        self._counts_before = dict(self.counts)
+        missed: list[Assignment] = []
+        for tap in self.values():
+            if tap.entered or tap.pending or tap.skips:
+                missed += tap.drop_step()
+        return missed
+
+    def entered(self) -> dict[Key, int]:
+        """Return how many calls have begun, for everything that is counted or tapped."""
+        return {key: tap.entered for key, tap in self.items()} | {(i, FORWARD): n for i, n in self.counts.items()}
+
+    def is_in_method(self, around: Tap) -> bool:
+        """Whether a tapped method of a module is running."""
+        return any(self[method.key].active for method in self._methods if method.owner is around.target.owner)
+
+    def remove(self) -> None:
+        """Take everything off the model."""
+        unhook_modules(self._hooked)
+        for tap in self.values():
+            if tap.hooks:
+                tap.remove()
+            tap.points.clear()  # points refer to their tap
+        self.clear()
+        for held in (self.counts, self._origins, self._counts_before, self._hooked, self._opened, self._around):
+            held.clear()
+        self._host = None  # so that nothing of a run that has ended waits for the garbage collector
+
+    def _tap_component(self, target: Target) -> None:
+        if target.name == FORWARD and target.is_compiled():
+            self._tap(target, None)  # nothing in it is touched until something in it is asked for
+        else:
+            self._tap_with_children(target, None)
+
+    def _tap_around(self, target: Target) -> Tap | None:
+        """Tap the modules around `target` and count what lies directly in them; return the tap of the innermost."""
+        outer = target.outer
+        if outer is None:
+            return None
+        if outer not in self._around:
+            around = self._tap_around(outer)
+            self._around[outer] = self._tap_with_children(outer, around) if outer.is_called else around
+        return self._around[outer]
+
+    def _tap_with_children(self, target: Target, around: Tap | None) -> Tap:
+        tap = self._tap(target, around)
+        if tap.children_counted or target.name != FORWARD:
+            return tap
+        tap.children_counted = True
+        tap.look_inside()
+        children = {
+            id(child.owner): child.owner
+            for child in target.called_children()
+            if child.key not in self and child.key[0] not in self.counts
+        }
+        hook_modules(children.values(), self._hooked)
+        self._origins.update(dict.fromkeys(children, self._origin(tap)))
+        self.counts.update(dict.fromkeys(children, 0))
+        return tap
+
+    def _tap(self, target: Target, around: Tap | None) -> Tap:
+        tap = self.get(target.key)
+        if tap is not None:
+            return tap
+        number, owner = target.key[0], target.owner
+        if target.name != FORWARD or number not in self.counts:
+            tap = self[target.key] = Tap(self._host, target, self._origin(around))
+            if target.name == FORWARD:
+                hook_modules([owner], self._hooked)
+            else:
+                tap.hooks.append(target.attach(tap))
+            return tap
+        entered, origin = self.counts.pop(number), self._origins.pop(number)
+        tap = self[target.key] = Tap(self._host, target, origin, entered, self._counts_before.get(number, 0))
+        if entered and self._host.coroutine is not None:
+            tap.active += range(entered - count_running(self._host.coroutine.frame, owner), entered)
+        return tap
+
+    def _origin(self, around: Tap | None) -> Origin:
+        """What is known of the past of the modules directly in the one that `around` taps, if they are counted from
+        now on."""
+        host = self._host
+        if around is None or host.coroutine is None:
+            return Origin(step=host.clock.index)
+        at_inputs = host.parked is not None and host.parked.tap is around and host.parked.key[0] == INPUTS
+        running = bool(around.active) and not at_inputs
+        methods = [self[method.key] for method in self._methods if method.owner is around.target.owner]
+        now = at_inputs or running  # a call of the module around is in progress, and does not count as past
+        unseen_in_step = sum(method.entered - method.step_base for method in methods)
+        unseen_in_step += max(0, around.entered - around.step_base - now)
+        if around.origin.step == host.clock.index:
+            unseen_in_step += around.unseen_in_step
+        return Origin(
+            around,
+            host.clock.index,
+            around.unseen + around.entered - now + sum(method.entered for method in methods),
+            unseen_in_step,
+            (around, around.active[-1]) if running else around.origin.guard,
+        )

@@ -1,65 +1,62 @@
-"""Bodies: the code that reads and changes a run, each at its own place in it."""
+"""Turns: the bodies of a run, and whose turn it is where the model parks.
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+A run has one body that opened it, the user's own code. Beside it there may be others, each in a coroutine of its own:
+the edits of the model, and the functions of `run.each`. Where the model parks, edits have their turn first, in the
+order in which they were made; then the functions; then the body that opened the run.
+"""
 
-from diffsight.engine.coroutine import Call, Coroutine, TorchState
-from diffsight.engine.taps import LAST, Point, Tap
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from diffsight.edits import EditBody
-    from diffsight.engine.flow import Flow
+from diffsight.engine.coroutine import Coroutine, InnerCall, current
+from diffsight.engine.order import Scope
+from diffsight.engine.points import Point, PointKey
+from diffsight.engine.steps import Clock
+from diffsight.engine.taps import Tap
+from diffsight.engine.torch_state import TorchState
+
+_FROM_EDIT = "_diffsight_edit"  # set on an error that was raised in an edit
 
 
-class Scope:
-    """Where a body is: in the whole run, or in a step. `edit` is the body, if it is an edit, and `order` says when its
-    turn is: edits come first."""
+class Course(Protocol):
+    """The run, as its bodies see it; see `diffsight.engine.flow.Flow`."""
 
-    def __init__(self, edit: "EditBody | None" = None, order: float = LAST) -> None:
-        self.edit, self.order = edit, order
-        self.in_step = False
-        self.step = -1  # the last step the body has entered
-        self.stop_at_steps = False
+    clock: Clock
+    parked: Point | None
+    outcome: str | None
+    has_result: bool
 
-    @contextmanager
-    def within(self, step: int) -> Iterator[None]:
-        """For a while the body waits for nothing beyond this step."""
-        before = dict(vars(self))
-        self.in_step, self.step, self.stop_at_steps = True, step, True
-        try:
-            yield
-        finally:
-            vars(self).update(before)
+    def close(self, outcome: str) -> None: ...
 
 
 class Body(Coroutine):
-    """A body beside the one that opened the run: the function of a row, or an edit. It is woken when the model comes to
-    what it waits for."""
+    """A body beside the one that opened the run: a function of `run.each`, or an edit. It is woken when the model
+    reaches what it waits for."""
 
-    def __init__(self, function: Callable[[], Any], flow: "Flow", state: TorchState) -> None:
+    def __init__(self, function: Callable[[], Any], flow: Course, state: TorchState) -> None:
         super().__init__(function, None, state)
         self.flow = flow
         self.scope = Scope()
-        self.waits: list[tuple[Tap, tuple[str, int]]] = []
-        self.point: Point | None = None  # what it was woken for; None where its wait is over
-        self.call: Call | None = None  # what it wants the model's coroutine to call
-        self.asks = False  # whether it sleeps until that is made
+        self.waits: list[tuple[Tap, PointKey]] = []
+        self.point: Point | None = None  # what it was woken for; None if its wait is over
+        self.call: InnerCall | None = None  # what it wants the model's coroutine to call
+        self.asks = False  # whether it sleeps until that call is made
 
-    def wait(self, waits: list[tuple[Tap, tuple[str, int]]]) -> Point | None:
-        """From the body: sleeps until the model is at one of the points, or its wait is over."""
+    def wait(self, waits: list[tuple[Tap, PointKey]]) -> Point | None:
+        """Sleep until the model is at one of the points, or the wait is over. Called from the body."""
         self.waits, self.point = waits, None
         self.park(None)
         return self.point
 
-    def ask(self, call: Call) -> None:
-        """From the body: sleeps until the call is made."""
+    def ask(self, call: InnerCall) -> None:
+        """Sleep until the call is made. Called from the body."""
         self.call, self.asks = call, True
         self.park(None)
         self.asks = False
 
     def wake(self) -> None:
-        """Runs the body, if it has not begun, or what it waits for is there or will not come."""
+        """Run the body if it has not started, or if what it waits for is there or will not come."""
         if not self.has_begun:
             self.go()
             return
@@ -73,5 +70,107 @@ class Body(Coroutine):
             self.go()
 
     def go(self) -> None:
-        """Starts the body, or lets it go on."""
+        """Start the body, or let it continue."""
         self.resume()
+
+
+class EditBody(Body):
+    """An edit in one run. A point that never comes ends the edit silently.
+
+    Args:
+        function: The edit.
+        flow: The run.
+        state: The PyTorch state in which the run was opened.
+        order: The number of the edit, which says when its turn is.
+        where: The line that the edit was written at.
+        touches: Gets the paths of the points that the edit reads and assigns.
+        attached: The modules that the edit has attached so far, in any run, by owner and name.
+    """
+
+    is_edit = True
+    view: Any = None  # the edit's own view of the run, once it has started
+
+    def __init__(
+        self,
+        function: Callable[[], Any],
+        flow: Course,
+        state: TorchState,
+        order: int,
+        where: str,
+        touches: dict[str, None],
+        attached: dict[tuple[int, str], Any],
+    ) -> None:
+        super().__init__(function, flow, state)
+        self.scope = Scope(order)
+        self.where, self.touches, self.attached = where, touches, attached
+        self.met = False  # whether the model has reached anything that the edit asked for
+
+    def waits_for(self, tap: Tap, key: PointKey) -> bool:
+        """Whether the edit waits for a point."""
+        return not self.dead and (tap, key) in self.waits
+
+    def go(self) -> None:
+        try:
+            super().go()
+        except BaseException as error:
+            if not is_from_edit(error):
+                setattr(error, _FROM_EDIT, True)
+                error.add_note(f"(in the edit written at {self.where})")
+            self.flow.close("an edit failed")
+            raise
+
+    def end(self, continues: bool) -> None:
+        """The run is over. A loop over steps ends and, with `continues`, the code after it runs. A wait never ends."""
+        if self is current():
+            return
+        if self.flow.has_result and not self.met and self.touches:
+            path = next(iter(self.touches))
+            message = f"the edit at {self.where} did nothing in this run: the model never reached {path}"
+            warnings.warn(message, stacklevel=1)
+        if self.has_begun and continues and not (self.waits or self.asks):
+            self.go()
+        if self.has_begun:
+            self.unwind()
+
+
+def is_from_edit(error: BaseException) -> bool:
+    """Whether an error was raised in an edit."""
+    return hasattr(error, _FROM_EDIT)
+
+
+class Bodies:
+    """The bodies of a run beside the one that opened it, and whose turn it is."""
+
+    def __init__(self) -> None:
+        self.edits: list[EditBody] = []
+        self.functions: list[Body] = []  # those of `run.each`
+        self.turn: EditBody | None = None  # whose turn it is at the point where the model parks
+        self.calls: list[tuple[Point | None, list[Body], bool]] = []  # calls in progress: where they were asked for
+
+    def take_turn(self) -> tuple[list[Body], bool]:
+        """Return the bodies whose turn it is where the model has parked, and whether the model then continues without
+        the body that opened the run."""
+        edit, self.turn = self.turn, None
+        return ([*self.edits, *self.functions], False) if edit is None else ([edit], True)
+
+    def wake(self, turns: list[Body], parked: Point | None, continues: bool = False) -> InnerCall | None:
+        """Wake one body after the other; return the call that one of them asks for before the next has its turn."""
+        while turns:
+            body = turns[0]
+            if not body.dead and body.call is None:
+                body.wake()
+            if body.call is not None:
+                call, body.call = body.call, None
+                self.calls.append((parked, turns, continues))
+                return call
+            turns.pop(0)
+        return None
+
+    def begin_call(self, parked: Point | None) -> None:
+        """The body that opened the run asks for a call, while the model stands at `parked`."""
+        self.calls.append((parked, [], False))
+
+    def end_call(self) -> tuple[Point | None, list[Body], bool]:
+        """A call has been made. Return where it was asked for, the bodies still to be woken there, and whether the
+        model then continues."""
+        return self.calls.pop()

@@ -1,1 +1,1 @@
-"""Helpers of the lenses that look through text encoders."""
+"""Helpers of the lenses on text encoders."""

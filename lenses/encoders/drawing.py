@@ -1,11 +1,11 @@
-"""Pictures that differ in what happens inside: rows of one call of a pipeline, or of as few as can be.
+"""Draws images that differ in one intervention, as rows of one call of a pipeline, or of as few calls as possible.
 
-    reading = read(model, prompt, arguments)                    # the encoders run here, once
+    reading = read(model, prompt, arguments)                    # the text encoders run here, once
     drawing = Drawing(model, reading, "text_encoder", prompt, seed, arguments)
     drawing.draw(change, [0, 4, 8])                             # three rows, three outputs
 
-Each row is the prompt, drawn from the same seed, in a run that `change(run, items)` edits: row i as `items[i]` says.
-Other encoders are left out of the call: they give every row what they gave when they were read.
+Every row has the same prompt and seed. `change(run, items)` edits the run: row i in the way that `items[i]` says. The
+other text encoders are skipped, and return for every row what they returned when they were read.
 """
 
 import warnings
@@ -20,34 +20,46 @@ from PIL import Image
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from diffsight.errors import DiffsightError, InputError
-from diffsight.pipelines.diffusion.encoding import Call, EncoderReading, Reading
-from diffsight.pipelines.diffusion.model import DiffusionModel, DiffusionRun
-from diffsight.pipelines.diffusion.progress import progress_bar
+from diffsight.pipelines.diffusion.encoder_calls import EncoderCall, EncoderRecord
+from diffsight.pipelines.diffusion.encoding import EncodingRecord
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
-_LONG = 60  # letters: longer names are not listed
-_MADE = ("images", "image", "frames", "audios")
+_LONG = 60  # characters of names up to which a progress bar lists them
+_OUTPUTS = ("images", "image", "frames", "audios")
 Item = TypeVar("Item")
 Change = Callable[[DiffusionRun, Sequence[Item]], None]
 
 
 class LensWarning(UserWarning):
-    """A lens goes another way than it says."""
+    """A lens cannot work as described, and falls back to something slower."""
 
 
-class NoPicturesError(InputError):
-    """A pipeline makes neither pictures nor videos nor sounds."""
+class NoImagesError(InputError):
+    """A pipeline returns neither images nor videos nor sounds."""
 
 
-class NotAlikeError(DiffsightError):
-    """A pipeline encodes several prompts in another way than one."""
+class BatchMismatchError(DiffsightError):
+    """A pipeline does not treat a list of prompts like the single prompt that was read."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """What the rows have in common. `encoder` names the text encoder that they change; `noun` says what they are."""
+    """What all rows have in common.
+
+    Args:
+        model: The pipeline.
+        reading: What its text encoders did for `prompt`.
+        encoder: The name of the text encoder that the rows change.
+        prompt: The prompt.
+        seed: The seed of every row.
+        arguments: Further arguments of the pipeline.
+        noun: What the rows are, for messages and the progress bar.
+        progress: Whether to show a progress bar.
+    """
 
     model: DiffusionModel
-    reading: Reading
+    reading: EncodingRecord
     encoder: str
     prompt: str
     seed: int
@@ -56,14 +68,21 @@ class Drawing:
     progress: bool = True
 
     def draw(self, change: Change, items: Sequence[Item], batch_size: int | None = None) -> tuple[Any, ...]:
-        """What the pipeline makes of each of `items`, in calls of `batch_size` rows; None is all in one. Where it
-        cannot make several in one call, each has its own, and a LensWarning says so."""
-        size, made = batch_size or max(1, len(items)), []
-        for start in range(0, len(items), size):
-            made.extend(self._draw(change, items[start : start + size]))
-        return tuple(made)
+        """Return the pipeline's output for each of `items`.
 
-    def _draw(self, change: Change, items: Sequence[Item]) -> Sequence[Any]:
+        If the pipeline cannot draw several rows in one call, each row gets a call of its own, with a LensWarning.
+
+        Args:
+            change: Edits a run whose rows belong to the given items.
+            items: One for each row.
+            batch_size: The number of rows in a call. Default: all.
+        """
+        size, outputs = batch_size or max(1, len(items)), []
+        for start in range(0, len(items), size):
+            outputs.extend(self._draw_batch(change, items[start : start + size]))
+        return tuple(outputs)
+
+    def _draw_batch(self, change: Change, items: Sequence[Item]) -> Sequence[Any]:
         names = ", ".join(map(str, items))
         desc = f"{self.noun} {names}" if len(names) <= _LONG else f"{len(items)} {self.noun}"
         try:
@@ -71,71 +90,78 @@ class Drawing:
                 return self._call(change, items)
         except torch.OutOfMemoryError as error:
             fewer = max(1, len(items) // 2)
-            error.add_note(f"{len(items)} {self.noun} are drawn in one call: batch_size={fewer} draws fewer")
+            error.add_note(f"one call was drawing {len(items)} {self.noun}: use fewer rows, such as batch_size={fewer}")
             raise
         except Exception as error:
-            if len(items) == 1 or isinstance(error, NoPicturesError):
+            if len(items) == 1 or isinstance(error, NoImagesError):
                 raise
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             name = type(self.model.pipeline).__name__
             message = f"{name} cannot draw {len(items)} {self.noun} in one call, so each has its own: {reason}"
             warnings.warn(message, LensWarning, stacklevel=4)
-        return [self._draw(change, [item])[0] for item in items]
+        return [self._draw_batch(change, [item])[0] for item in items]
 
     def _call(self, change: Change, items: Sequence[Item]) -> Sequence[Any]:
-        """Raises NotAlikeError where the pipeline does not encode a list of prompts as one batch."""
+        """Call the pipeline once, with a row for each item.
+
+        Raises:
+            BatchMismatchError: The pipeline does not encode a list of prompts as one batch.
+            NoImagesError: It returns something else than images, videos or sounds.
+        """
         edited = self.model.edit(lambda run: change(run, items))
         for name, other in self.reading.encoders.items():
             if name != self.encoder and all(call.output is not None for call in other.calls):
-                edited = edited.edit(lambda run, other=other: _repeat(run, other, len(items)))
-        given, seed = {"prompt": self.prompt, **self.arguments}, self.seed
+                edited = edited.edit(lambda run, other=other: _replay(run, other, len(items)))
+        arguments, seed = {"prompt": self.prompt, **self.arguments}, self.seed
         if len(items) > 1:
-            given, seed = _several(given, len(items)), [seed] * len(items)
-        made = edited.generate(**given, seed=seed).result
-        name = next(iter(made), None) if isinstance(made, Mapping) else None
-        if name is not None and name not in _MADE:
-            raise NoPicturesError(f"{type(self.model.pipeline).__name__} makes {name}: there is no picture to look at")
-        made = made[0]
-        if len(made) != len(items):
-            raise NotAlikeError(f"it makes {len(made)} pictures of {len(items)} prompts")
-        return made
+            arguments, seed = _for_each_row(arguments, len(items)), [seed] * len(items)
+        result = edited.generate(**arguments, seed=seed).result
+        name = next(iter(result), None) if isinstance(result, Mapping) else None
+        if name is not None and name not in _OUTPUTS:
+            raise NoImagesError(f"{type(self.model.pipeline).__name__} returns {name}: there is no image to look at")
+        outputs = result[0]
+        if len(outputs) != len(items):
+            raise BatchMismatchError(f"it returned {len(outputs)} images for {len(items)} prompts")
+        return outputs
 
 
-def places(call: Call, items: Sequence[Item]) -> Iterator[tuple[int, int, Item]]:
-    """Of each row of the prompt in a batch made for all `items`: its place, the row in the reading, and the item."""
+def places(call: EncoderCall, items: Sequence[Item]) -> Iterator[tuple[int, int, Item]]:
+    """Yield the prompt's rows in a batch for all `items`: the row in the batch, the row that was read, the item."""
     for row in call.rows:
         for i, item in enumerate(items):
             yield row * len(items) + i, row, item
 
 
-def calls_in(run: DiffusionRun, reading: EncoderReading, times: int) -> Iterator[tuple[int, Call]]:
-    """The numbers of an encoder's calls in a run with `times` rows for each of those that were read, as the run comes
-    to them, each with the call that it repeats. They end with the run."""
+def calls_in(run: DiffusionRun, reading: EncoderRecord, times: int) -> Iterator[tuple[int, EncoderCall]]:
+    """Yield the encoder's calls in a run, as they happen: the number of each, and the call that was read.
+
+    The run has `times` rows for each row that was read. The iteration ends with the run.
+    """
     for number in count():
         yield number, _same_call(reading, number, run[reading.words].calls[number].input, times)
 
 
-def _same_call(reading: EncoderReading, number: int, ids: torch.Tensor | None, times: int) -> Call:
-    """The call that was read, of which this one, with `times` rows for each of its own, is a repetition."""
+def _same_call(reading: EncoderRecord, number: int, ids: torch.Tensor | None, times: int) -> EncoderCall:
+    """Return the call that was read and that this call repeats, with `times` rows for each of its rows."""
     if number < len(reading.calls) and ids is not None:
         known = repeated(reading.calls[number].ids, len(reading.calls[number].ids), times)
         if known.shape == ids.shape and torch.equal(known, ids.to(known)):
             return reading.calls[number]
-    raise NotAlikeError(f"{reading.name} is given other tokens for {times} prompts than {times} times those of one")
+    raise BatchMismatchError(f"{reading.name} receives other tokens for {times} prompts than for each prompt alone")
 
 
 def repeated(tensor: torch.Tensor, rows: int, times: int) -> torch.Tensor:
-    """Each of a tensor's `rows` as often; a tensor that has no rows is the same for all."""
+    """Repeat each of a tensor's `rows`. A tensor without rows is the same for all, and stays."""
     return tensor.repeat_interleave(times, 0) if tensor.ndim and len(tensor) == rows else tensor
 
 
 def with_state(returned: Any, state: torch.Tensor) -> Any:
-    """What a layer returned, with another hidden state in it."""
+    """Return what a layer returned, with another hidden state in it."""
     return (state, *returned[1:]) if isinstance(returned, tuple) else state
 
 
-def _repeat(run: DiffusionRun, reading: EncoderReading, times: int) -> None:
-    """Leaves an encoder out of its calls: it gives every row what it gave."""
+def _replay(run: DiffusionRun, reading: EncoderRecord, times: int) -> None:
+    """Skip all calls of an encoder: it returns for every row what it returned when it was read."""
     part = run[reading.name]
     for number in count():
         ids = next((leaf for leaf in tree_leaves(part.calls[number].inputs) if _are_ids(leaf)), None)
@@ -149,12 +175,12 @@ def _are_ids(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.ndim == 2 and not leaf.is_floating_point()
 
 
-def _several(arguments: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """The arguments of a pipeline's call, for as many prompts as `times`: each its own."""
-    return {name: _several_of(name, value, times) for name, value in arguments.items()}
+def _for_each_row(arguments: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """Return the arguments of one prompt as those of as many prompts as `times`."""
+    return {name: _repeat_argument(name, value, times) for name, value in arguments.items()}
 
 
-def _several_of(name: str, value: Any, times: int) -> Any:
+def _repeat_argument(name: str, value: Any, times: int) -> Any:
     if isinstance(value, Image.Image) or ("prompt" in name and isinstance(value, str)):
         return [value] * times
     if "prompt" in name and isinstance(value, list) and len(value) == 1:

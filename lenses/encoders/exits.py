@@ -1,13 +1,12 @@
-"""Early exits: the rows of one call of a pipeline, each of which leaves a text encoder at a layer of its own.
+"""Early exits: the rows of one call of a pipeline, each of which leaves a text encoder at another layer.
 
-    reading = read(model, prompt, arguments)                    # the encoders run here, once
-    exits = Exits(encoder, reading, norm=False, pooled="layer", is_edited=False)
-    drawing.draw(exits.leave, [0, 4, 8])                        # and not here: three rows, three pictures
+    reading = read(model, prompt, arguments)                    # the text encoders run here, once
+    exits = Exits(model, encoder, reading, norm=False, pooled="layer")
+    drawing.draw(exits.leave, ["embedding", 4, 8])              # and not here: three rows, three images
 
-Row i of the call goes through the first `layers[i]` layers of the encoder; those behind it are left out, so that all
-that the pipeline takes of them is what layer `layers[i]` gave. The final norm, the pooling and the projections behind
-the layers run for every row, as they are. Other rows of the encoder's batch, such as those of the negative prompt, give
-what they gave when they were read.
+A row that leaves at layer 4 skips the layers after it: each of them returns the output of layer 4. The final norm, the
+pooling and the projections after the layers run as usual for every row. Other rows of the encoder's batch, such as
+those of the negative prompt, get what was read for them.
 """
 
 from collections.abc import Sequence
@@ -18,71 +17,85 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from diffsight.lenses.encoders.drawing import calls_in, places, repeated, with_state
-from diffsight.pipelines.diffusion.encoding import Call, Reading
-from diffsight.pipelines.diffusion.model import DiffusionRun
+from diffsight.lenses.layers import Layer, state_of
+from diffsight.pipelines.diffusion.encoder_calls import EncoderCall
+from diffsight.pipelines.diffusion.encoding import EncodingRecord
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.run import DiffusionRun
 from diffsight.pipelines.diffusion.text_encoders import Encoder
 
 
 @dataclass(frozen=True)
 class Exits:
-    """What the rows have in common. With `norm` the final norm is applied to a hidden state that the pipeline takes
-    without it; with `pooled="full"` the pooled vector is the one that the whole encoder makes. Where the model
-    `is_edited`, its edits may change what is given in the place of layers, and have changed already what was read."""
+    """What all rows have in common.
 
+    Args:
+        model: The pipeline.
+        encoder: The text encoder that the rows leave.
+        reading: What the text encoders did for the prompt.
+        norm: Apply the final norm to hidden states that the pipeline uses without it.
+        pooled: "layer" for the pooled vector of the layer, "full" for that of the whole encoder.
+    """
+
+    model: DiffusionModel
     encoder: Encoder
-    reading: Reading
+    reading: EncodingRecord
     norm: bool
     pooled: str
-    is_edited: bool
 
-    def leave(self, run: DiffusionRun, layers: Sequence[int]) -> None:
-        """Leaves the encoder's layers out of its calls: what they would give is known."""
+    def leave(self, run: DiffusionRun, layers: Sequence[Layer]) -> None:
+        """Skip the encoder's layers in all calls of a run: their outputs are known."""
         reading, part = self.reading.encoders[self.encoder.name], run[self.encoder.name]
         for number, call in calls_in(run, reading, len(layers)):
             rows = _Rows(call, layers)
-            last = rows.states(self.encoder.count)
-            for index, layer in enumerate(part.layers, 1):
+            last = rows.outputs(self.encoder.count - 1)
+            for index, layer in enumerate(part.layers):
                 state = last
-                if index in self.encoder.raw_states:
-                    state = rows.states(index, part.ln_final if self.norm else None)
-                value = with_state(call.returned[index - 1], state)
-                layer.calls[number].skip(tree_map_only(torch.Tensor, torch.clone, value) if self.is_edited else value)
+                if index in self.encoder.unnormed_layers:
+                    state = rows.outputs(index, part.ln_final if self.norm else None)
+                value = with_state(call.returned[index], state)
+                layer.calls[number].skip(self._for_edits(value))
                 layer.calls[number].output = value
-            if self.norm and self.encoder.count in self.encoder.raw_states:
+            if self.norm and self.encoder.count - 1 in self.encoder.unnormed_layers:
                 part.ln_final.calls[number].input = last
             if self.pooled == "full" and self.encoder.pooled is not None:
-                rows.restore(_vector(run, self.encoder, number), call.pooled[self.encoder.pooled])
+                rows.restore(self._pooled(run, number), call.pooled[self.encoder.pooled])
+
+    def _for_edits(self, value: Any) -> Any:
+        """Return a copy for the edits of the model to change, since they already changed what was read."""
+        return tree_map_only(torch.Tensor, torch.clone, value) if self.model.edits else value
+
+    def _pooled(self, run: DiffusionRun, number: int) -> torch.Tensor:
+        """Return the pooled vectors in a call of the encoder, (rows, features)."""
+        name, part = self.encoder.pooled, run[self.encoder.name]
+        if hasattr(getattr(self.model.pipeline, self.encoder.name), name):  # a child computes them
+            output = part[name].calls[number].output
+            return output if isinstance(output, torch.Tensor) else output[0]
+        output = part.calls[number].output
+        return output[int(name)] if name.isdigit() else output[name]
 
 
 class _Rows:
     """The rows of one call of the encoder, with `layers` for each row of the prompt."""
 
-    def __init__(self, call: Call, layers: Sequence[int]) -> None:
-        self.call, self.layers = call, layers
+    def __init__(self, call: EncoderCall, layers: Sequence[Layer]) -> None:
+        self.call, self.exits = call, layers
 
     @torch.no_grad()
-    def states(self, index: int, norm: Any = None) -> torch.Tensor:
-        """What layer `index` gives, (rows, tokens, features): behind the layer where a row leaves, what that one gave,
-        through `norm`."""
-        states = self.call.states
-        made = repeated(states[index], len(states[index]), len(self.layers))
-        for place, row, layer in places(self.call, self.layers):
-            state = states[min(index, layer)][row]
-            made[place] = norm(state) if norm is not None and layer <= index else state
-        return made
+    def outputs(self, layer: int, norm: Any = None) -> torch.Tensor:
+        """Return the output of `layers[layer]`, (rows, tokens, features).
+
+        A row that left before, or here, has the output of the layer at which it left, through `norm` if there is
+        one."""
+        output = self.call.hidden(layer)
+        rows = repeated(output, len(output), len(self.exits))
+        for place, row, left in places(self.call, self.exits):
+            has_left = state_of(left) <= state_of(layer)
+            state = self.call.hidden(left if has_left else layer)[row]
+            rows[place] = norm(state) if norm is not None and has_left else state
+        return rows
 
     def restore(self, vectors: torch.Tensor, full: torch.Tensor) -> None:
-        """Puts the vectors of the whole encoder, (rows, features), into those of the rows that leave it."""
-        for place, row, _ in places(self.call, self.layers):
+        """Write the vectors of the whole encoder, (rows, features), into those of the rows that left it."""
+        for place, row, _ in places(self.call, self.exits):
             vectors[place] = full[row]
-
-
-def _vector(run: DiffusionRun, encoder: Encoder, number: int) -> torch.Tensor:
-    """The pooled vectors in a call of the encoder, (rows, features)."""
-    name = encoder.pooled
-    module = run[encoder.name]
-    if hasattr(module._owner, name):  # made by a part of it
-        output = module[name].calls[number].output
-        return output if isinstance(output, torch.Tensor) else output[0]
-    output = module.calls[number].output
-    return output[int(name)] if name.isdigit() else output[name]

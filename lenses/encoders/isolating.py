@@ -1,4 +1,4 @@
-"""One text encoder alone: all others of the pipeline are given an empty prompt."""
+"""Isolates one text encoder: all other text encoders of the pipeline get an empty prompt."""
 
 import re
 from collections.abc import Mapping
@@ -9,18 +9,33 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
-from diffsight.pipelines.diffusion.encoding import Reading, read
-from diffsight.pipelines.diffusion.model import DiffusionModel, DiffusionRun
+from diffsight.pipelines.diffusion.encoding import EncodingRecord, record_encoding
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.run import DiffusionRun
 from diffsight.pipelines.diffusion.text_encoders import Encoder
 
 
 def isolated(
-    model: DiffusionModel, encoder: Encoder, reading: Reading, prompt: str, arguments: Mapping[str, Any], seed: int
-) -> tuple[DiffusionModel, Reading]:
-    """A copy of `model`, in which only `encoder` reads the prompt, and what its encoders do then. `reading` is what
-    they do in `model`.
+    model: DiffusionModel,
+    encoder: Encoder,
+    reading: EncodingRecord,
+    prompt: str,
+    arguments: Mapping[str, Any],
+    seed: int,
+) -> tuple[DiffusionModel, EncodingRecord]:
+    """Return a copy of `model` in which only `encoder` reads the prompt, and what the text encoders do there.
 
-    Raises InputError where another encoder cannot be given an empty prompt: it shares its tokenizer, or has none."""
+    Args:
+        model: The pipeline.
+        encoder: The text encoder to isolate.
+        reading: What the text encoders do in `model`.
+        prompt: The prompt.
+        arguments: Further arguments of the pipeline.
+        seed: The seed.
+
+    Raises:
+        InputError: Another text encoder cannot get an empty prompt, because it has no tokenizer, or the same one.
+    """
     others = [other for name, other in reading.encoders.items() if name != encoder.name]
     if not others:
         return model, reading
@@ -28,33 +43,31 @@ def isolated(
     for tokenizer in dict.fromkeys(other.tokenizer for other in others):
         if tokenizer is None or tokenizer == encoder.tokenizer:
             names = ", ".join(other.name for other in others if other.tokenizer == tokenizer)
-            why = (
-                "its tokens come from no tokenizer of the pipeline" if tokenizer is None else f"both share {tokenizer}"
-            )
-            raise InputError(f"isolate: {names} cannot be given an empty prompt beside {encoder.name}, since {why}")
-        blank = partial(_blank, texts=[prompt, *filter(None, prompts)], but=arguments.get("negative_prompt"))
-        model = model.edit(lambda run, tokenizer=tokenizer, blank=blank: _give(run, tokenizer, blank))
-    alone = read(model, prompt, arguments, seed)
+            why = "its tokenizer was not found in the pipeline" if tokenizer is None else f"they share {tokenizer}"
+            raise InputError(f"isolate: {names} cannot get another prompt than {encoder.name}, because {why}")
+        blank = partial(_blank, texts=[prompt, *filter(None, prompts)], keep=arguments.get("negative_prompt"))
+        model = model.edit(lambda run, tokenizer=tokenizer, blank=blank: _change_texts(run, tokenizer, blank))
+    alone = record_encoding(model, prompt, arguments, seed)
     for other in others:
         before, after = (one.encoders[other.name].prompt.ids for one in (reading, alone))
         if before.shape == after.shape and torch.equal(before, after):
-            raise InputError(f"isolate: the prompt does not come to {other.name} through {other.tokenizer} as it is")
+            raise InputError(f"isolate: {other.tokenizer} does not get the prompt of {other.name} as it was passed")
     return model, alone
 
 
-def _give(run: DiffusionRun, tokenizer: str, change: Any) -> None:
-    """Gives the tokenizer changed texts, in all its calls."""
+def _change_texts(run: DiffusionRun, tokenizer: str, change: Any) -> None:
+    """Change the texts that a tokenizer gets, in all its calls."""
     for number in count():
         call = run[tokenizer].calls[number]
         call.input = change(call.input)
 
 
-def _blank(given: Any, texts: list[str], but: str | None) -> Any:
-    """The texts that a tokenizer is given, without the prompts in them; templates around them stay."""
+def _blank(given: Any, texts: list[str], keep: str | None) -> Any:
+    """Return what a tokenizer gets, without the prompts in it. Templates around them stay, and so does `keep`."""
     if isinstance(given, (list, tuple)):
-        return [_blank(text, texts, but) for text in given]
-    if not isinstance(given, str) or given == but:
+        return [_blank(text, texts, keep) for text in given]
+    if not isinstance(given, str) or given == keep:
         return given
-    for text in texts:  # as it was given, or as it was cleaned
+    for text in texts:  # in any case, since some pipelines clean the prompt
         given = re.sub(re.escape(text.strip()), "", given, flags=re.IGNORECASE)
     return given

@@ -1,50 +1,64 @@
-"""Two text encoders, of which one gives hidden states to the other: which they are, their layers, their words."""
+"""Pairs of text encoders, where hidden states of one go into the other: the encoders, their layers, their words."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from inspect import signature
 from typing import Any
 
 from diffsight.errors import InputError
-from diffsight.lenses.encoders.checks import choose_layers
-from diffsight.pipelines.diffusion.encoding import EncoderReading, Reading
+from diffsight.lenses.layers import Layer, Layers, choose_layer, choose_layers
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
+from diffsight.pipelines.diffusion.encoding import EncodingRecord
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
-from diffsight.pipelines.language.words import PromptWords, align_words
+from diffsight.pipelines.words import PromptWords, align_words
 
 
-def choose_source(model: DiffusionModel, reading: Reading, target: Encoder, name: str | None) -> Encoder:
-    """The encoder of `model` called `name`; for None the one called as the target's, if there is one."""
+def choose_source(model: DiffusionModel, reading: EncodingRecord, target: Encoder, name: str | None) -> Encoder:
+    """Return the text encoder of `model` called `name`. Default: the one with the name of `target`, if there is one."""
     found = encoders_in(model, reading)
     return found.choose(target.name if name is None and target.name in found else name)
 
 
 def choose_pairs(
-    layers: int | slice | Iterable[int] | None,
-    source_layers: int | Sequence[int] | None,
-    target: Encoder,
-    source: Encoder,
-) -> tuple[tuple[int, int], ...]:
-    """Layers of the target's encoder, each with the layer of the source's that it gets states of."""
-    last = min(target.last, source.count) if layers is None and source_layers is None else target.last
-    chosen = choose_layers(layers, last)
+    layers: Layers, source_layers: int | str | Iterable[int | str] | None, target: Encoder, source: Encoder
+) -> tuple[tuple[Layer, Layer], ...]:
+    """Return the chosen layers of the target, each with the layer of the source whose hidden states it gets.
+
+    Args:
+        layers: Layers of the target. None means all that the pipeline uses; if `source_layers` is None as well, only
+            those that the source has, too.
+        source_layers: A layer of the source for each of `layers`, or one for all. None means the same layers.
+        target: The text encoder that gets hidden states.
+        source: The text encoder that they come from.
+
+    Raises:
+        InputError: A layer does not exist, or the numbers of layers differ.
+    """
+    is_open = layers is None and source_layers is None
+    used = min(target.used_count, source.count) if is_open else target.used_count
+    chosen = choose_layers(layers, target.count, used)
     if source_layers is None:
-        given = list(chosen)
-    elif isinstance(source_layers, Iterable):
-        given = list(source_layers)
+        origins: list[Any] = list(chosen)
+    elif isinstance(source_layers, Iterable) and not isinstance(source_layers, str):
+        origins = list(source_layers)
     else:
-        given = [source_layers] * len(chosen)
-    if len(given) != len(chosen):
-        raise InputError(f"there are {len(given)} source_layers for {len(chosen)} layers: give one for each, or one")
+        origins = [source_layers] * len(chosen)
+    if len(origins) != len(chosen):
+        raise InputError(f"source_layers has {len(origins)} items for {len(chosen)} layers: pass one for each, or one")
     try:
-        return tuple((layer, *choose_layers(origin, source.count)) for layer, origin in zip(chosen, given))
+        return tuple((layer, choose_layer(origin, source.count)) for layer, origin in zip(chosen, origins))
     except InputError as error:
-        raise InputError(f"in the source's {source.name} {error}") from None
+        raise InputError(f"in the source's {source.name}, {error}") from None
 
 
-def words_read(model: DiffusionModel, reading: EncoderReading, prompt: str) -> PromptWords:
-    """The words of the prompt, and their tokens among those that the encoder is given."""
+def words_read(model: DiffusionModel, reading: EncoderRecord, prompt: str) -> PromptWords:
+    """Return the words of the prompt, and their tokens among those that the text encoder reads.
+
+    Raises:
+        InputError: The encoder's tokenizer was not found.
+    """
     if reading.tokenizer is None:
-        raise InputError(f"the tokens of {reading.name} come from no tokenizer of the pipeline: no words are known")
+        raise InputError(f"the tokenizer of {reading.name} was not found in the pipeline, so its words are unknown")
     tokenizer = getattr(model.pipeline, reading.tokenizer)
     tokenizer = tokenizer.tokenizer if reading.tokenizer == "processor" else tokenizer
     call = reading.prompt
@@ -52,6 +66,6 @@ def words_read(model: DiffusionModel, reading: EncoderReading, prompt: str) -> P
 
 
 def known_to(model: DiffusionModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments of a call that the pipeline of another model takes as well."""
+    """Return those of the arguments that the pipeline of `model` accepts."""
     known = signature(model.pipeline.__call__).parameters
     return {name: value for name, value in arguments.items() if name in known}

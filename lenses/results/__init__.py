@@ -1,1 +1,1 @@
-"""What the results of lenses share: saving, records, plots and image grids."""
+"""Shared by the results of all lenses: saving, the record, figures, image grids."""

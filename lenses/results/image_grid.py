@@ -1,12 +1,11 @@
-"""Lays pictures out as one picture: a grid with captions, row and column titles and a heading.
+"""Lay out images as one image: a grid with captions, row titles, column titles and a heading.
 
-    titles = [f"layer {i}" for i in range(13)]
-    image_grid(run.images, titles=titles, title=prompt).save("layers.png")
+    titles = [f"layer {i}" for i in range(12)]
+    image_grid(images, titles=titles, title=prompt).save("layers.png")
 
-Every picture and every wrapped text is first made a box: an RGB image of just the size it needs.
-The grid is a table of boxes, as large as they make it. The font is the DejaVu Sans inside
-matplotlib, set by Pillow's basic layout (the other layout depends on libraries of the system), so
-that a grid looks the same on every machine.
+Each image and each wrapped text first becomes a box: an RGB image that is no larger than necessary. The grid is a table
+of boxes. The font is the DejaVu Sans that comes with matplotlib, in Pillow's basic layout, since its other layout
+depends on system libraries. So a grid looks the same on every machine.
 """
 
 import math
@@ -20,13 +19,13 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 _PAPER, _INK = "white", "#202020"
-_BREAKS = "._-/"  # a word longer than its line is broken after one of these, if it can be
+_BREAKS = "._-/"  # a word longer than its line is broken after one of these if possible
 
 Row = Sequence[Image.Image | None]
 Texts = Sequence[str | None]
-Box = Image.Image | None  # None takes no room
-Span = tuple[int, int, float]  # left edge, width, and where in it a box lies (0 left, 1 right)
-Line = tuple[Sequence[Span], Sequence[Box], float, int]  # 0 top to 1 bottom; gap below the line
+Box = Image.Image | None  # None takes no space
+Span = tuple[int, int, float]  # left edge, width, and the alignment of a box in it (0 left, 1 right)
+Line = tuple[Sequence[Span], Sequence[Box], float, int]  # alignment (0 top, 1 bottom), gap below the line
 
 
 def image_grid(
@@ -40,33 +39,32 @@ def image_grid(
     cell: int = 192,
     padding: int = 16,
 ) -> Image.Image:
-    """One picture (RGB, on white) of many.
+    """Lay out images in a grid, as one RGB image on white.
 
         image_grid(images)                              # about as many columns as rows
         image_grid(images, columns=3, titles=["layer 0", "layer 1", "layer 2"])
         image_grid([[a, b], [c, None]], row_titles=prompts, column_titles=["seed 0", "seed 1"])
 
-    Pictures keep their aspect ratio and are centred in their cells. Small ones are enlarged, from
-    twice their size on with every pixel a sharp square; large ones are reduced with a Lanczos
-    filter. What is transparent becomes white. Texts keep their line breaks and are wrapped to the
-    room they have: a long one makes the grid taller, and nothing of it is cut off.
+    Images keep their aspect ratio and are centred in their cells. Small images are enlarged; from a factor of two on,
+    every pixel becomes a sharp square. Large images are reduced with a Lanczos filter. Transparency becomes white.
+    Texts keep their line breaks and are wrapped to the available width: a long text makes the grid taller and is never
+    cut.
 
     Args:
-        images: Pictures in reading order, or a list of pictures for each row; rows may differ in
-            length. None leaves a cell empty.
-        columns: Number of columns, where `images` is not given in rows.
-        titles: A caption below each picture, nested as `images` is. In all lists of titles, None
-            stands for no text.
-        row_titles: A text at the left of each row.
+        images: Images in reading order, or a list of images for each row. Rows may differ in length. None leaves a cell
+            empty.
+        columns: The number of columns, if `images` is not given in rows.
+        titles: A caption below each image, nested like `images`. None means no text, here and in all other titles.
+        row_titles: A text to the left of each row.
         column_titles: A text above each column.
-        title: The heading of the whole grid.
-        cell: Length of the longer side of every picture, in pixels. The font grows with it.
-        padding: Space between cells and around the grid, in pixels.
+        title: A heading for the whole grid.
+        cell: The length of the longer side of every image, in pixels. The font size depends on it.
+        padding: The space between cells and around the grid, in pixels.
 
     Raises:
-        TypeError: Something is not a picture, a text or a whole number.
-        ValueError: There is no picture; a picture has no pixels, or no fixed scale of brightness
-            (modes I and F); titles are too few or too many; columns, cell or padding is too small.
+        TypeError: An argument is not an image, a text or an integer as required.
+        ValueError: There is no image; an image has no pixels or no fixed range of brightness (modes I and F); there are
+            too few or too many titles; or `columns`, `cell` or `padding` is too small.
     """
     cell, padding = _whole("cell", cell, least=1), _whole("padding", padding, least=0)
     rows, captions, across = _in_rows(images, titles, columns)
@@ -76,10 +74,10 @@ def image_grid(
 
     size = max(12, round(cell / 13))
     regular, bold, large = _font(size), _font(size, bold=True), _font(round(1.4 * size), bold=True)
-    pictures = [[_fit(picture, cell) for picture in row] for row in rows]
-    width, height = map(max, zip(*(box.size for box in chain(*pictures) if box), strict=True))
+    fitted = [[_fit(image, cell) for image in row] for row in rows]
+    width, height = map(max, zip(*(box.size for box in chain(*fitted) if box), strict=True))
     if any([title, *row_titles, *column_titles, *chain(*captions)]):
-        width = max(width, 6 * size)  # room for text where all pictures are narrow
+        width = max(width, 6 * size)  # leave room for text if all images are narrow
     sides = [_text(text, bold, max(cell, width), align=1.0) for text in row_titles]
     side = max((box.width + padding for box in sides if box), default=0)
     whole = side + across * (width + padding) - padding
@@ -91,8 +89,8 @@ def image_grid(
         ([(padding, whole, 0.5)], [_text(title, large, whole)], 0.0, padding),
         (spans, heads, 1.0, padding // 2),
     ]
-    blank = Image.new("RGB", (width, height), _PAPER)  # an empty row is as high as others
-    for name, boxes, texts in zip(sides, pictures, captions, strict=True):
+    blank = Image.new("RGB", (width, height), _PAPER)  # an empty row is as high as the others
+    for name, boxes, texts in zip(sides, fitted, captions, strict=True):
         below = [None, *(_text(text, regular, width) for text in texts)]
         boxes = [name, *(boxes if any(boxes) else [blank])]
         lines.append((spans, boxes, 0.5, padding // 2 if any(below) else padding))
@@ -101,7 +99,7 @@ def image_grid(
 
 
 def _assemble(lines: Sequence[Line], width: int, top: int) -> Image.Image:
-    """Paper with the lines one below the other, the first at `top`; empty lines take no room."""
+    """Paste the lines below each other, the first at `top`. Empty lines take no space."""
     places = []
     for spans, boxes, align, gap in lines:
         height = max((box.height for box in boxes if box), default=-gap)
@@ -116,31 +114,31 @@ def _assemble(lines: Sequence[Line], width: int, top: int) -> Image.Image:
     return paper
 
 
-def _fit(picture: Image.Image | None, cell: int) -> Box:
-    """The picture on white, its longer side `cell` pixels long."""
-    if picture is None:
+def _fit(image: Image.Image | None, cell: int) -> Box:
+    """Return the image on white, with a longer side of `cell` pixels."""
+    if image is None:
         return None
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, _PAPER), picture)
-    picture = picture.convert("RGB")
-    scale = cell / max(picture.size)
-    width, height = (max(1, round(length * scale)) for length in picture.size)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, _PAPER), image)
+    image = image.convert("RGB")
+    scale = cell / max(image.size)
+    width, height = (max(1, round(length * scale)) for length in image.size)
     if scale < 2:
-        return picture.resize((width, height), Image.LANCZOS)
-    # Sharp squares at any scale: enlarged by a whole number, then averaged down to the size.
+        return image.resize((width, height), Image.LANCZOS)
+    # For sharp squares at any scale: enlarge by an integer factor, then average down to the final size.
     times = math.ceil(scale)
-    larger = picture.resize((picture.width * times, picture.height * times), Image.NEAREST)
+    larger = image.resize((image.width * times, image.height * times), Image.NEAREST)
     return larger.resize((width, height), Image.BOX)
 
 
 def _text(text: str, font: ImageFont.FreeTypeFont, width: int, align: float = 0.5) -> Box:
-    """The text wrapped to `width` pixels, its shorter lines left (0), central or right (1)."""
+    """Return the text wrapped to `width` pixels, with lines aligned left (0), centred (0.5) or right (1)."""
     lines = list(_wrap(text, font, width))
     if not lines:
         return None
     inks = [font.getbbox(line, anchor="ls") for line in lines]  # left, top, right, bottom
-    ascent, descent = font.getmetrics()  # some accents reach further
+    ascent, descent = font.getmetrics()  # some accents extend further
     ascent = max(ascent, *(-ink[1] for ink in inks))
     descent = max(descent, *(ink[3] for ink in inks))
     pitch = ascent + descent + round(0.1 * font.size)
@@ -154,7 +152,7 @@ def _text(text: str, font: ImageFont.FreeTypeFont, width: int, align: float = 0.
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
-    """Lines of `text` that are `width` pixels wide at most, and one character long at least."""
+    """Yield the lines of `text`, at most `width` pixels wide and at least one character long."""
 
     def fits(line: str) -> bool:
         left, _, right, _ = font.getbbox(line, anchor="ls")
@@ -185,51 +183,49 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _in_rows(images, titles, columns: int | None) -> tuple[list[list[Box]], list[list[str]], int]:
-    """Pictures and captions, checked, in rows; and the number of columns."""
-    images = _listed("images", images, "picture")
+    """Check images and captions, and return them in rows, with the number of columns."""
+    images = _listed("images", images, "image")
     if any(isinstance(item, list | tuple) for item in images):
         if columns is not None:
-            raise ValueError("images are given in rows, so leave out columns")
-        rows = [_pictures(f"images[{i}]", row) for i, row in enumerate(images)]
+            raise ValueError("images is given in rows: omit columns")
+        rows = [_images(f"images[{i}]", row) for i, row in enumerate(images)]
         titles = [None] * len(rows) if titles is None else titles
         titles = _listed("titles", titles, "row of images", len(rows))
-        captions = [
-            _texts(f"titles[{i}]", titles[i], len(row), f"picture of images[{i}]") for i, row in enumerate(rows)
-        ]
+        captions = [_texts(f"titles[{i}]", titles[i], len(row), f"image of images[{i}]") for i, row in enumerate(rows)]
         columns = max(map(len, rows))
     else:
-        flat = _pictures("images", images)
-        texts = _texts("titles", titles, len(flat), "picture")
+        flat = _images("images", images)
+        texts = _texts("titles", titles, len(flat), "image")
         columns = _near_square(len(flat)) if columns is None else _whole("columns", columns, 1)
         starts = range(0, len(flat), columns)
         rows, captions = ([every[i : i + columns] for i in starts] for every in (flat, texts))
     if not any(chain(*rows)):
-        raise ValueError("images holds no picture; give at least one")
+        raise ValueError("images contains no image: pass at least one")
     return rows, captions, columns
 
 
-def _near_square(number: int) -> int:
-    """Columns for that many pictures: about as many as rows, with few cells left over."""
-    root = math.isqrt(max(number - 1, 0)) + 1
-    return min(root, root + 1, key=lambda columns: -number % columns)
+def _near_square(count: int) -> int:
+    """Return a number of columns that is about the number of rows, and leaves few cells empty."""
+    root = math.isqrt(max(count - 1, 0)) + 1
+    return min(root, root + 1, key=lambda columns: -count % columns)
 
 
-def _pictures(name: str, images: Row) -> list[Box]:
-    images = _listed(name, images, "picture")
+def _images(name: str, images: Row) -> list[Box]:
+    images = _listed(name, images, "image")
     for i, image in enumerate(images):
         if image is None:
             continue
         if not isinstance(image, Image.Image):
             raise TypeError(
-                f"{name}[{i}] is of type {type(image).__name__}; give a PIL image "
-                "(Image.fromarray makes one of an array), or None for an empty cell"
+                f"{name}[{i}] has type {type(image).__name__}: pass a PIL image (Image.fromarray creates one from an "
+                "array), or None for an empty cell"
             )
         if not all(image.size):
-            raise ValueError(f"{name}[{i}] has no pixels; write None for an empty cell")
+            raise ValueError(f"{name}[{i}] has no pixels: write None for an empty cell")
         if image.mode.startswith(("I", "F")):
             raise ValueError(
-                f"{name}[{i}] has mode {image.mode}, which does not say how bright white is; "
-                "scale it to 0..255 and give it in mode L"
+                f"{name}[{i}] has mode {image.mode}, which does not define how bright white is: scale it to 0..255 and "
+                "pass it in mode L"
             )
     return images
 
@@ -241,19 +237,17 @@ def _texts(name: str, texts: Texts | None, needed: int, each: str) -> list[str]:
 
 def _string(name: str, text: str | None) -> str:
     if not isinstance(text, str | None):
-        raise TypeError(f"{name} is of type {type(text).__name__}; write a string, or None")
+        raise TypeError(f"{name} has type {type(text).__name__}: write a string, or None")
     return text or ""
 
 
 def _listed(name: str, items: Iterable, each: str, needed: int | None = None) -> list:
     if isinstance(items, str | Image.Image) or not isinstance(items, Iterable):
         kind = type(items).__name__
-        raise TypeError(f"{name} is of type {kind}; write a list with one item for each {each}")
+        raise TypeError(f"{name} has type {kind}: write a list with one item for each {each}")
     items = list(items)
     if needed is not None and len(items) != needed:
-        raise ValueError(
-            f"{name} has {len(items)} items, but needs {needed}: one for each {each} (None where there is no text)"
-        )
+        raise ValueError(f"{name} has {len(items)} items, but needs {needed}: one for each {each} (None for no text)")
     return items
 
 
@@ -261,7 +255,7 @@ def _whole(name: str, value: int, least: int) -> int:
     try:
         value = index(value)
     except TypeError:
-        raise TypeError(f"{name} is {value!r}; write a whole number") from None
+        raise TypeError(f"{name} is {value!r}: write an integer") from None
     if value < least:
-        raise ValueError(f"{name} is {value}; write {least} or more")
+        raise ValueError(f"{name} is {value}: write {least} or more")
     return value

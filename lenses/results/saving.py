@@ -1,4 +1,4 @@
-"""Writes the files of a result into a folder, all or none."""
+"""Writes the files of a result into a folder: all of them, or none."""
 
 import json
 import os
@@ -15,14 +15,18 @@ _VERSIONS = ("diffsight", "torch", "diffusers", "transformers")
 
 
 def write_record(record: Mapping[str, Any], path: Path) -> None:
-    """Writes what a result is, and the versions it was made with, as JSON."""
+    """Write a record as JSON, together with the versions of the libraries that produced the result."""
     versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
     text = json.dumps({**record, "versions": versions}, indent=2, default=repr, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def check_writable(folder: str | Path) -> Path:
-    """The folder as a path. Raises InputError, and leaves nothing behind, where it cannot be made or written."""
+    """Return `folder` as a path, with `~` expanded. Leave nothing behind.
+
+    Raises:
+        InputError: The folder cannot be created or written.
+    """
     folder = Path(folder).expanduser()
     existing = folder
     while not existing.exists() and existing != existing.parent:
@@ -35,18 +39,26 @@ def check_writable(folder: str | Path) -> Path:
 
 
 def save_files(folder: str | Path, files: Mapping[str, Callable[[Path], None]]) -> list[Path]:
-    """Writes `files` (name to a function that writes it to a path) into `folder`; gives their paths.
+    """Write files into `folder` and return their paths.
 
-    They are written beside it first and then renamed, so that a failure leaves no half-written file."""
+    The files are written to a temporary folder and then renamed, so a failure leaves no half-written file.
+
+    Args:
+        folder: Created if it does not exist. Other files in it stay.
+        files: Names to functions that write a file to a path.
+
+    Raises:
+        InputError: The folder cannot be written, or has a folder with the name of a file.
+    """
     folder = check_writable(folder)
     for name in files:
         if (folder / name).is_dir():
-            raise InputError(f"{folder / name} is a folder, in the way of the file")
+            raise InputError(f"{folder / name} is a folder, so the file cannot be written")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    with tempfile.TemporaryDirectory(dir=existing) as beside:
+    with tempfile.TemporaryDirectory(dir=existing) as temporary:
         for name, write in files.items():
-            write(Path(beside) / name)
+            write(Path(temporary) / name)
         folder.mkdir(parents=True, exist_ok=True)
         for name in files:
-            os.replace(Path(beside) / name, folder / name)
+            os.replace(Path(temporary) / name, folder / name)
     return [folder / name for name in files]

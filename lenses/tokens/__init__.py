@@ -1,1 +1,1 @@
-"""Helpers of the lenses that read hidden states as tokens."""
+"""Helpers of the lenses on language models: layers and tokens, prompts in batches, predictions."""

@@ -1,11 +1,10 @@
-"""What the lenses for language share: which layers, positions and tokens are meant, and the prompts in batches.
+"""Prompts in batches, and the positions in them that a lens reads.
 
-    layers = choose_layers(model, range(0, 12, 3))
     for batch in open_batches(model, ["The cat", "The Eiffel Tower is in"], positions=-1, size=32):
         with batch.run as run:
             hidden = batch.pick(run.layers_output[5])       # (2, features): the last token of each prompt
 
-Everything is checked before the first of them runs.
+All prompts and positions are checked before the first batch runs.
 """
 
 import inspect
@@ -17,104 +16,59 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
+from diffsight.lenses.tokens.choosing import check_count
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
-from diffsight.pipelines.language.standard_names import embeddings
 
-Layers = int | slice | Iterable[int] | None
 Positions = int | slice | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | None
-Tokens = str | int | Iterable[str | int] | None
 _BY_PROMPT = ("images", "decoder_input_ids")
-
-
-def choose(
-    lens: str, model: Any, layers: Layers, tokens: Tokens, top_k: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The layers and the token ids that a lens reads; whether it can, and there are `top_k` tokens."""
-    check_model(model, lens)
-    check_count("top_k", top_k, getattr(embeddings(model._owner), "num_embeddings", None))
-    return choose_layers(model, layers), () if tokens is None else choose_tokens(model, tokens)
-
-
-def check_model(model: Any, lens: str) -> None:
-    """Whether a lens can look into a model: a language model with a head, whose tokens each have a hidden state."""
-    if not isinstance(model, LanguageModel):
-        raise InputError(f"{lens} takes a LanguageModel, not {type(model).__name__}")
-    name = type(model._owner).__name__
-    if not hasattr(model, "lm_head"):
-        raise InputError(f"{lens}: {name} has no lm_head that was found, so layers cannot be read as words")
-    if model.hidden_layout is None:
-        raise InputError(f"{lens}: the layers of {name} do not give one hidden state a token")
-
-
-def choose_layers(model: LanguageModel, layers: Layers) -> tuple[int, ...]:
-    """The numbers of the chosen layers, from 0 on and in the order of the model; None is all, and -1 the last."""
-    count = len(model.layers_output)
-    if layers is None or isinstance(layers, slice):
-        chosen = list(range(count)[layers or slice(None)])
-    else:
-        chosen = list(layers) if isinstance(layers, Iterable) else [layers]
-    if not chosen:
-        raise InputError(f"no layers are chosen: the model has {count} (0 to {count - 1})")
-    for layer in chosen:
-        if isinstance(layer, bool) or not hasattr(layer, "__index__") or not -count <= layer < count:
-            raise InputError(f"there is no layer {layer!r}: the model has {count} (0 to {count - 1})")
-    return tuple(sorted({index(layer) % count for layer in chosen}))
-
-
-def choose_tokens(model: LanguageModel, tokens: Tokens) -> tuple[int, ...]:
-    """The ids of the chosen tokens: ids, or texts that are one token each, such as " Paris"."""
-    chosen = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Iterable) else list(tokens)
-    if not chosen:
-        raise InputError("no tokens are chosen: give some, or leave `tokens` out")
-    known = getattr(embeddings(model._owner), "num_embeddings", None)
-    for token in chosen:
-        if isinstance(token, str):
-            continue
-        if isinstance(token, bool) or not hasattr(token, "__index__"):
-            raise InputError(f"a token is a text such as ' Paris', or an id, not {token!r}")
-        if token < 0 or (known is not None and token >= known):
-            raise InputError(f"there is no token {token}: the model knows 0 to {(known or 1) - 1}")
-    return tuple(model.token_id(token) if isinstance(token, str) else index(token) for token in chosen)
-
-
-def check_count(name: str, value: Any, most: int | None = None) -> int:
-    """A whole number from 1 on (up to `most`)."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1 or (most and value > most):
-        raise InputError(f"{name} is a whole number from 1{f' to {most}' if most else ' on'}, not {value!r}")
-    return index(value)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some of the prompts: a run over them that has not begun, and the chosen positions of their tokens."""
+    """Some of the prompts: a run over them that has not started, and the chosen positions of their tokens.
+
+    Attributes:
+        model: The model.
+        run: The run.
+        start: The number of the first prompt.
+        tokens: The tokens that the layers read, (rows, tokens). In an encoder-decoder, those of the decoder.
+        where: The chosen positions in the padded batch, (rows, positions).
+        chosen: Which entries of `where` are valid, (rows, positions). Shorter prompts may have fewer positions.
+        positions: The chosen positions in each prompt, from 0 on and without padding, (rows, positions). -1 is none.
+    """
 
     model: LanguageModel
     run: LanguageRun
-    start: int  # the number of its first prompt
-    tokens: torch.Tensor  # (rows, tokens): what the layers read; behind an encoder, the decoder's
-    where: torch.Tensor  # (rows, positions): where they stand among the tokens of the padded batch
-    chosen: torch.Tensor  # (rows, positions): whether there is one; shorter prompts may have fewer
-    positions: torch.Tensor  # (rows, positions): which they are of the prompt's own tokens, from 0 on; -1 for none
+    start: int
+    tokens: torch.Tensor
+    where: torch.Tensor
+    chosen: torch.Tensor
+    positions: torch.Tensor
 
     @property
     def places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The row and the token of every chosen position."""
+        """The row and the token of each chosen position, both (chosen positions,)."""
         rows, columns = self.chosen.nonzero(as_tuple=True)
         return rows, self.where[rows, columns]
 
     def pick(self, values: torch.Tensor) -> torch.Tensor:
-        """The hidden states at the chosen positions, (all of them, features), of what a layer gives."""
+        """Return the values of a layer at the chosen positions, (chosen positions, ...).
+
+        Raises:
+            InputError: There is not one value for each token.
+        """
         values = self.model.hidden_layout.tokens_first(values)
         if values.shape[:2] != self.tokens.shape:
             raise InputError(
-                f"{tuple(values.shape)} is not one value a token, for {tuple(self.tokens.shape)} tokens: choose "
-                "another point of the layer"
+                f"the shape {tuple(values.shape)} does not have one value for each of {tuple(self.tokens.shape)} "
+                "tokens: choose another point of the layer"
             )
         return values[*(place.to(values.device) for place in self.places)]
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Values of the chosen positions, (layers, all of them, ...), as (rows, layers, positions, ...); NaN, or -1,
-        where there are none."""
+        """Return values of the chosen positions, (layers, chosen positions, ...), as (rows, layers, positions, ...).
+
+        Where there is no position, the values are NaN, or -1 for integers."""
         rows, columns = self.chosen.nonzero(as_tuple=True)
         shape = (len(self.chosen), len(values), self.chosen.shape[1], *values.shape[2:])
         whole = torch.full(shape, torch.nan if values.is_floating_point() else -1, dtype=values.dtype)
@@ -123,7 +77,11 @@ class Batch:
 
 
 def as_prompts(prompts: Any) -> list[Any]:
-    """The single prompts: texts, token ids, or chats."""
+    """Return the prompts as a list of single prompts: strings, token ids, or chats.
+
+    Raises:
+        InputError: The list is empty.
+    """
     if isinstance(prompts, torch.Tensor):
         return list(prompts) if prompts.ndim > 1 else [prompts]
     if isinstance(prompts, (str, Mapping)) or not isinstance(prompts, Iterable):
@@ -142,30 +100,57 @@ def open_batches(
     prompts: Any,
     positions: Positions,
     size: int,
-    opens: Callable[..., LanguageRun] | None = None,
+    open_run: Callable[..., LanguageRun] | None = None,
     **inputs: Any,
 ) -> list[Batch]:
-    """The prompts in batches of `size`, each a run (of `opens`, else a forward pass) that nothing was asked of yet,
-    without gradients. `inputs` go to the model along with them; pictures and a decoder's tokens by the prompt.
+    """Open a run without gradients for each batch of prompts. None of them starts yet.
 
-    Positions count from the first token of each prompt, whatever padding stands before it; -1 is its last. A list of
-    lists gives each prompt its own; None is all. Behind an encoder they are those of the decoder's tokens."""
+    Args:
+        model: The model.
+        prompts: The prompts.
+        positions: Positions in each prompt: 0 is its first token, whatever padding comes before it, -1 its last. A list
+            of lists has its own positions for each prompt. None means all. In an encoder-decoder, they are positions
+            of the decoder's tokens.
+        size: The number of prompts in a batch.
+        open_run: Opens a run, such as `model.generate`. Default: `model.trace`, one forward pass.
+        inputs: Further inputs of the model. Images and the decoder's tokens may differ by prompt.
+
+    Raises:
+        InputError: A prompt or position is invalid.
+    """
     prompts, size = as_prompts(prompts), check_count("batch_size", size)
-    if opens is None and "use_cache" in inspect.signature(model._owner.forward).parameters:
-        inputs = {"use_cache": False, **inputs}  # keys and values for tokens to come, which do not
+    if open_run is None and "use_cache" in inspect.signature(model.module.forward).parameters:
+        inputs = {"use_cache": False, **inputs}  # a cache would only serve further tokens
     each = _positions_of_each(positions, len(prompts))
     batches = []
     with torch.no_grad():
         for start in range(0, len(prompts), size):
             some = prompts[start : start + size]
             own = {name: _of_batch(name, value, start, len(some), len(prompts)) for name, value in inputs.items()}
-            run = (opens or model.trace)(some[0] if len(some) == 1 else some, **own)
+            run = (open_run or model.trace)(some[0] if len(some) == 1 else some, **own)
             batches.append(_batch(model, run, start, each[start : start + size]))
     return batches
 
 
+def batch_of(model: LanguageModel, run: LanguageRun, positions: Positions) -> Batch:
+    """Return a run as a batch with these positions."""
+    return _batch(model, run, 0, _positions_of_each(positions, len(run.rows)))
+
+
+def join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate tensors whose lengths along `dim` differ: shorter ones are padded with NaN, or -1 for integers."""
+    longest = max(part.shape[dim] for part in parts)
+    padded = []
+    for part in parts:
+        shape = [*part.shape]
+        shape[dim] = longest - shape[dim]
+        fill: Any = torch.nan if part.is_floating_point() else -1
+        padded.append(torch.cat([part, torch.full(shape, fill, dtype=part.dtype)], dim) if shape[dim] else part)
+    return torch.cat(padded)
+
+
 def _of_batch(name: str, value: Any, start: int, size: int, count: int) -> Any:
-    """Of an argument that has a part for each of `count` prompts, the parts of a batch; any other as it is."""
+    """Return the part of an input that belongs to a batch, or all of it if it is not given for each prompt."""
     if count == 1 or name not in _BY_PROMPT:
         return value
     if isinstance(value, (list, tuple)) and len(value) == count:
@@ -175,31 +160,27 @@ def _of_batch(name: str, value: Any, start: int, size: int, count: int) -> Any:
     return value
 
 
-def batch_of(model: LanguageModel, run: LanguageRun, positions: Positions) -> Batch:
-    """A run as a batch, with these positions."""
-    return _batch(model, run, 0, _positions_of_each(positions, len(run.rows)))
-
-
 def _positions_of_each(positions: Positions, count: int) -> list[Any]:
+    """Return the positions of each of `count` prompts, as the user wrote them."""
     if isinstance(positions, torch.Tensor):
         positions = positions.tolist()
     if not isinstance(positions, Iterable):
         return [positions] * count
     positions = list(positions)
     if not positions:
-        raise InputError("no positions are chosen: give some, or None for all")
+        raise InputError("no positions are chosen: pass some, or None for all")
     if all(isinstance(place, (list, tuple, torch.Tensor, range)) for place in positions):
         if len(positions) != count:
-            raise InputError(f"positions are given for {len(positions)} prompts, and there are {count}")
+            raise InputError(f"there are positions for {len(positions)} prompts, but {count} prompts")
         return [place.tolist() if isinstance(place, torch.Tensor) else list(place) for place in positions]
     return [positions] * count
 
 
 def _batch(model: LanguageModel, run: LanguageRun, start: int, each: list[Any]) -> Batch:
-    decodes = model._owner.config.is_encoder_decoder
+    decodes = model.config.is_encoder_decoder
     tokens = run.decoder_tokens if decodes else run.tokens
     if tokens is None:
-        raise InputError("the lens needs to know the tokens: give texts or token ids, not embeddings or labels")
+        raise InputError("the lens needs to know the tokens: pass strings or token ids, not embeddings or labels")
     mask = torch.ones_like(tokens) if decodes or run.mask is None else run.mask
     real = [row.nonzero().flatten().cpu() for row in mask.cpu()]
     own = [_own_positions(places, len(row), start + i) for i, (places, row) in enumerate(zip(each, real))]
@@ -213,7 +194,7 @@ def _batch(model: LanguageModel, run: LanguageRun, start: int, each: list[Any]) 
 
 
 def _own_positions(places: Any, length: int, prompt: int) -> list[int]:
-    """The positions that are meant in a prompt of so many tokens."""
+    """Return the chosen positions in a prompt of `length` tokens, from 0 on."""
     if places is None or isinstance(places, slice):
         found = list(range(length)[places or slice(None)])
     else:

@@ -1,4 +1,4 @@
-"""Rows and branches of diffusion runs: the parts that belong to a prompt, or to one side of classifier-free guidance.
+"""Rows and branches of diffusion runs: the parts of a batch that belong to one prompt, or to one side of guidance.
 
     with model.generate(["a red circle", "a blue square"], num_images_per_prompt=2, seed=0) as run:
         a, b = run.rows
@@ -6,10 +6,11 @@
         for step in run.steps:
             run.uncond.unet.mid_block.output[:] = 0          # in its half of the batch, or in its own call
             print(run.cond.rows[0].unet.mid_block.output.shape)
-    a.images                                                 # the two pictures of the first prompt
+    a.images                                                 # the two images of the first prompt
 
-A branch hides whether the denoiser gets both in one batch, in two calls, or only one: `.output` and `.calls[i]` count
-the calls that hold the branch. What a batch holds is looked up in `layouts.py`, call by call.
+Under classifier-free guidance the denoiser may get both branches in one batch, in two calls, or only one of them. A
+branch hides which: `.output` and `.calls[i]` count the calls that hold the branch. `guidance.py` finds out, call by
+call, what each batch holds.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,27 +21,29 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.extending import Part, Row, Run, Tap, View, each, keeping_attribute_errors, raise_kept
-from diffsight.pipelines.diffusion.guidance import COND, UNCOND, Layouts
+from diffsight.pipelines.diffusion.guidance import COND, UNCOND, BatchLayout, BatchLayouts
 
 
-class Share(Part):
-    """What belongs to a prompt, to a branch, or to a branch of a prompt."""
+class GuidancePart(Part):
+    """The part of a batch that belongs to a prompt, to a branch, or to a branch of a prompt."""
 
-    def __init__(self, layouts: Layouts, name: str, prompt: int | None = None, branch: str | None = None) -> None:
+    def __init__(self, layouts: BatchLayouts, name: str, prompt: int | None = None, branch: str | None = None) -> None:
         self.layouts, self.name, self.prompt, self.branch = layouts, name, prompt, branch
 
     @property
     def missing(self) -> str:
         return (
-            f"the {self.branch}itional branch does not come there: guidance is off, or does without a text of the "
+            f"the {self.branch}itional branch does not come there: guidance is off, or the pipeline does not encode a "
             "negative prompt"
         )
 
-    def of_prompt(self, prompt: int) -> "Share":
-        return Share(self.layouts, f"{self.name}.rows[{prompt}]", prompt, self.branch)
+    def of_prompt(self, prompt: int) -> "GuidancePart":
+        """Return what belongs to one prompt of this part."""
+        return GuidancePart(self.layouts, f"{self.name}.rows[{prompt}]", prompt, self.branch)
 
-    def of_branch(self, branch: str) -> "Share":
-        return Share(self.layouts, f"{self.name}.{branch}", self.prompt, branch)
+    def of_branch(self, branch: str) -> "GuidancePart":
+        """Return what belongs to one branch of this part."""
+        return GuidancePart(self.layouts, f"{self.name}.{branch}", self.prompt, branch)
 
     def call(self, tap: Tap, first: int, number: int, path: object) -> int:
         if self.branch is None:
@@ -59,24 +62,24 @@ class Share(Part):
 
     def at(self, tap: Tap, index: int, path: object) -> Part:
         if self.branch is None and self.layouts.prompts == 1:
-            return Whole(self.name)
+            return WholeBatch(self.name)
         layout = self.layouts.layout(tap, index)
         if layout is None:
-            return PlainRow(self.layouts, self.prompt, self.name)
+            return PromptPart(self.layouts, self.prompt, self.name)
         entries = self._entries(layout)
         if len(entries) == len(layout):
-            return Whole(self.name)
+            return WholeBatch(self.name)
         strides = {after - before for before, after in pairwise(entries)} or {1}
         if len(strides) > 1:
             raise InputError(
-                f"{path} is in several places of the batch, one for each branch, and no view reaches them all: write "
-                f"{self.name}.cond or {self.name}.uncond"
+                f"{path} is in several places of the batch, one for each branch, and no single view reaches them all: "
+                f"write {self.name}.cond or {self.name}.uncond"
             )
-        frames = max(1, len(layout) // (len(set(layout)) * self.layouts.pictures))
-        return Frames(entries[0], entries[-1] + 1, len(layout), strides.pop(), self.name, frames)
+        frames = max(1, len(layout) // (len(set(layout)) * self.layouts.images))
+        return FramesPart(entries[0], entries[-1] + 1, len(layout), strides.pop(), self.name, frames)
 
-    def _entries(self, layout: tuple[tuple[str, int], ...]) -> list[int]:
-        """The places in a batch that belong to it."""
+    def _entries(self, layout: BatchLayout) -> list[int]:
+        """Return the places in a batch that belong to this part."""
         return [
             place
             for place, (branch, prompt) in enumerate(layout)
@@ -84,7 +87,7 @@ class Share(Part):
         ]
 
 
-class Whole(Part):
+class WholeBatch(Part):
     """All of a batch: everything in the run, or in the call, belongs to the same prompt or branch."""
 
     def __init__(self, name: str) -> None:
@@ -100,9 +103,10 @@ class Whole(Part):
         return ...
 
 
-class Frames(Part):
-    """Entries of a batch, as any part; in a video model that has an entry a frame inside, a tensor may also have one
-    for all frames."""
+class FramesPart(Part):
+    """Entries of a batch in a video model.
+
+    Inside, a batch has one entry per frame; some tensors have one entry for all frames together."""
 
     def __init__(self, start: int, stop: int, total: int, stride: int, name: str, frames: int) -> None:
         super().__init__(start, stop, total, stride, name)
@@ -114,26 +118,40 @@ class Frames(Part):
         return super()._slice(tensor, path)
 
 
-class PlainRow(Part):
-    """A prompt's part of a batch that holds every prompt or every picture once, in order, such as the scheduler's."""
+class PromptPart(Part):
+    """One prompt's part of a batch that holds every prompt or image once, in order, such as the scheduler's."""
 
-    def __init__(self, layouts: Layouts, prompt: int, name: str) -> None:
+    def __init__(self, layouts: BatchLayouts, prompt: int, name: str) -> None:
         self.layouts, self.prompt, self.name = layouts, prompt, name
-        self.total = layouts.prompts * layouts.pictures
+        self.total = layouts.prompts * layouts.images
 
     def _slice(self, tensor: torch.Tensor, path: object) -> slice:
         size = len(tensor) if tensor.ndim else 0
         if size not in (self.layouts.prompts, self.total):
             raise InputError(
                 f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and {self.layouts.prompts} "
-                f"prompts make {self.total} pictures. Read or assign it on the run itself"
+                f"prompts make {self.total} images. Read or assign it on the run itself"
             )
         each = size // self.layouts.prompts
         return slice(self.prompt * each, (self.prompt + 1) * each)
 
 
-class DiffusionRow(Row):
-    """One prompt's part of a run, with all of its pictures."""
+class GeneratedOutputs:
+    """What a pipeline generates, for a run or one of its rows."""
+
+    @property
+    def images(self) -> Any:
+        """The generated images. Runs the pipeline to its end first."""
+        return self._of_result("images")
+
+    @property
+    def frames(self) -> Any:
+        """The generated videos. Runs the pipeline to its end first."""
+        return self._of_result("frames")
+
+
+class DiffusionRow(GeneratedOutputs, Row):
+    """One prompt's part of a run, with all of its images."""
 
     @property
     def cond(self) -> "DiffusionRow":
@@ -145,20 +163,10 @@ class DiffusionRow(Row):
         """The prompt's part of the unconditional branch."""
         return DiffusionRow(self._run, self.index, self._part.of_branch(UNCOND))
 
-    @property
-    def images(self) -> Any:
-        """The pictures of the prompt; runs the pipeline to its end first."""
-        return self._of_result("images")
-
-    @property
-    def frames(self) -> Any:
-        """The videos of the prompt; runs the pipeline to its end first."""
-        return self._of_result("frames")
-
     def _of_result(self, name: str) -> Any:
         with keeping_attribute_errors(self):
-            pictures = self._part.layouts.pictures
-            return getattr(self._run, name)[self.index * pictures : (self.index + 1) * pictures]
+            images = self._part.layouts.images
+            return getattr(self._run, name)[self.index * images : (self.index + 1) * images]
 
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)
@@ -168,8 +176,8 @@ class DiffusionRow(Row):
 class BranchView(View):
     """A run narrowed to one branch of guidance: `run.cond`, `run.uncond`."""
 
-    def __init__(self, run: Run, layouts: Layouts, branch: str) -> None:
-        super().__init__(run, Share(layouts, branch, branch=branch))
+    def __init__(self, run: Run, layouts: BatchLayouts, branch: str) -> None:
+        super().__init__(run, GuidancePart(layouts, branch, branch=branch))
 
     @property
     def rows(self) -> tuple[DiffusionRow, ...]:
@@ -177,10 +185,10 @@ class BranchView(View):
         return tuple(DiffusionRow(self._run, i, self._part.of_prompt(i)) for i in range(self._part.layouts.prompts))
 
     def each(self, functions: Callable[[Row], Any] | Sequence[Callable[[Row], Any]]) -> list[Any]:
-        """A function for every row of this branch, each at its own place in the model: see `Run.each`."""
+        """Run a function for every row of this branch, each at its own place in the model: see `Run.each`."""
         return each(self.rows, functions)
 
 
-def rows_of(run: Run, layouts: Layouts) -> tuple[DiffusionRow, ...]:
-    """A row for every prompt of a run."""
-    return tuple(DiffusionRow(run, i, Share(layouts, f"rows[{i}]", prompt=i)) for i in range(layouts.prompts))
+def rows_of(run: Run, layouts: BatchLayouts) -> tuple[DiffusionRow, ...]:
+    """Return one row for every prompt of a run."""
+    return tuple(DiffusionRow(run, i, GuidancePart(layouts, f"rows[{i}]", prompt=i)) for i in range(layouts.prompts))

@@ -1,277 +1,274 @@
-"""Reads along while a pipeline encodes its prompt: what each text encoder is given, makes and returns.
+"""Encode one prompt with the text encoders of a pipeline, and record what they do.
 
-    reading = read(model, "a red circle", {"guidance_scale": 5.0})
-    call = reading.encoders["text_encoder"].prompt          # the call that encodes the prompt; others: the negative one
-    call.states[4][call.rows[0]]                            # what layer 4 gives for it, (tokens, features)
-    reading.parts["encode_prompt[0]"]                       # what becomes of it
-    reading.parts["unet.encoder_hidden_states"]
+    encoding = encode_prompt(model, "a red circle")["text_encoder"]
+    encoding.hidden(4)                      # the output of layers[4] for the prompt, (tokens, features)
+    encoding.hidden("embedding")            # the input of the first layer
+    encoding.ids, encoding.words            # (tokens,), and each token as text
+    encoding.pooled                         # {"pooler_output": (features,)}
 
-The pipeline runs up to the first call of its denoiser, and is stopped there.
+    record = record_encoding(model, "a red circle", {"guidance_scale": 5.0})
+    record.encoders["text_encoder"].prompt  # the call that encodes the prompt, an `EncoderCall`
+    record.tensors["encode_prompt[0]"]      # where its outputs end up
+    record.tensors["unet.encoder_hidden_states"]
+
+The pipeline runs up to the first call of its denoiser and is stopped there.
 """
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from itertools import count
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from diffsight.errors import InputError
-from diffsight.extending import INPUTS, OUTPUT, Asked, first_input, flow_of, model_of, owner_of, target_of
-from diffsight.pipelines.diffusion.guidance import COND
-from diffsight.pipelines.diffusion.progress import progress_bar
+from diffsight.extending import Model, open_run, owner_of
+from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, follow_encoder
 from diffsight.pipelines.diffusion.prompts import PromptWarning
-from diffsight.pipelines.language.standard_names import word_embeddings
-
-if TYPE_CHECKING:
-    from diffsight.pipelines.diffusion.model import DiffusionModel, DiffusionRun
+from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
+from diffsight.pipelines.standard_names import EMBEDDING, Layer
 
 _PLAIN_PROMPT = "a red circle above a blue square"
 
 
+@dataclass(frozen=True)
+class PromptEncoding:
+    """A prompt as one text encoder encodes it.
+
+    Attributes:
+        encoder: The name of the encoder.
+        prompt: The prompt.
+        ids: Its tokens, `(tokens,)`.
+        words: Each token as text.
+        hidden_states: As transformers numbers them: the input of the first layer, then the output of each layer,
+            `(tokens, features)`. `hidden` takes layer numbers.
+        normed: The output of the final norm for the last layer, or None.
+        pooled: The pooled vectors that the encoder returns, `(features,)`, by name.
+    """
+
+    encoder: str
+    prompt: str
+    ids: torch.Tensor
+    words: tuple[str, ...]
+    hidden_states: tuple[torch.Tensor, ...] = field(repr=False)
+    normed: torch.Tensor | None = field(repr=False)
+    pooled: Mapping[str, torch.Tensor] = field(repr=False)
+
+    def hidden(self, layer: Layer) -> torch.Tensor:
+        """Return the output of `layers[layer]`, or for "embedding" the input of the first layer.
+
+        The shape is `(tokens, features)`."""
+        return self.hidden_states[0] if layer == EMBEDDING else self.hidden_states[1:][layer]
+
+
 @dataclass(eq=False)
-class Call:
-    """One call of a text encoder. `states[0]` is the embedding and `states[k]` what layer k gives, (rows, tokens,
-    features)."""
+class EncodingRecord:
+    """What happened in a pipeline up to the first call of its denoiser.
 
-    ids: torch.Tensor  # (rows, tokens), as the word embedding is given them
-    rows: list[int] = field(default_factory=list)  # those that hold the prompt, as far as can be told
-    states: list[torch.Tensor] = field(default_factory=list, repr=False)
-    returned: list[Any] = field(default_factory=list, repr=False)  # by the layers: tensors, or tuples with them
-    norms: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list, repr=False)  # into it, out of it
-    output: Any = field(default=None, repr=False)  # of the encoder as a whole
-    pooled: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # vectors, (rows, features), by name
+    Attributes:
+        encoders: The calls of the text encoders, by name.
+        tensors: What `encode_prompt` returned and what other components were passed, by path.
+    """
 
-
-@dataclass(eq=False)
-class EncoderReading:
-    """The calls of one text encoder."""
-
-    name: str
-    words: str | None = None  # the path of the word embedding
-    tokenizer: str | None = None
-    calls: list[Call] = field(default_factory=list)
-
-    @property
-    def prompt(self) -> Call:
-        """The first call that holds the prompt."""
-        return next((call for call in self.calls if call.rows), self.calls[0])
+    encoders: dict[str, EncoderRecord] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
-class Reading:
-    """What the text encoders of a pipeline do, by name; and by path the tensors that `encode_prompt` returned and that
-    other components are given, up to the first call of the denoiser."""
+def encode_prompt(model: Model, prompt: str, **arguments: Any) -> dict[str, PromptEncoding]:
+    """Return `prompt` as every text encoder of `model` encodes it, by the encoder's name.
 
-    encoders: dict[str, EncoderReading] = field(default_factory=dict)
-    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    Args:
+        model: A `DiffusionModel`. It runs up to its denoiser.
+        prompt: The prompt.
+        arguments: Other arguments of the pipeline.
+
+    Raises:
+        InputError: The prompt is empty, or too long for every tokenizer.
+    """
+    return encodings_in(model, prompt, record_encoding(model, prompt, arguments))
 
 
-def read(model: "DiffusionModel", prompt: str | None, arguments: Mapping[str, Any], seed: int | None = None) -> Reading:
-    """Runs `model` with `prompt` (None: one of our own, with what else the pipeline must be given) up to its denoiser;
-    gives what the text encoders did."""
-    reading = Reading()
+def encodings_in(model: Model, prompt: str, record: EncodingRecord) -> dict[str, PromptEncoding]:
+    """Return the encodings of a prompt, by the encoder's name, from a record of them."""
+    encodings = {}
+    for name, encoder in record.encoders.items():
+        call = encoder.prompt
+        row, last = call.rows[0], call.hidden(-1)
+        normed = next((out[row] for into, out in call.norms if is_same(into, last)), None)
+        encodings[name] = PromptEncoding(
+            name,
+            prompt,
+            call.ids[row],
+            _words(model, encoder, call.ids[row]),
+            tuple(state[row] for state in call.hidden_states),
+            normed,
+            {key: vectors[row] for key, vectors in call.pooled.items()},
+        )
+    return encodings
+
+
+def record_encoding(
+    model: Model, prompt: str | None, arguments: Mapping[str, Any], seed: int | None = None
+) -> EncodingRecord:
+    """Run `model` up to its denoiser and return what its text encoders did.
+
+    Args:
+        model: A `DiffusionModel`.
+        prompt: The prompt. None stands for a plain prompt, with whatever else the pipeline requires.
+        arguments: Other arguments of the pipeline.
+        seed: The seed of the run.
+    """
+    record = EncodingRecord()
     pipeline, gpus = model.pipeline, range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     with warnings.catch_warnings(), torch.random.fork_rng(gpus), progress_bar(pipeline, disable=True):
         warnings.simplefilter("ignore", PromptWarning)
         if prompt is None:
-            _read_plain_prompt(model, reading)
+            _record_plain_prompt(model, record)
         else:
-            _follow(model.generate(prompt=prompt, seed=seed, **arguments), reading)
-    encoders = reading.encoders.items()
-    reading.encoders = {n: encoder for n, encoder in encoders if encoder.calls and encoder.prompt.returned}
-    return reading
+            _record_run(model.generate(prompt=prompt, seed=seed, **arguments), pipeline, record)
+    encoders = record.encoders.items()
+    record.encoders = {name: encoder for name, encoder in encoders if encoder.calls and encoder.prompt.returned}
+    return record
 
 
-def candidates(model: "DiffusionModel") -> list[str]:
-    """The components that may encode text: those with layers and a word embedding."""
-    parts = {name: part for name, part in model._parts().items() if isinstance(part, nn.Module)}
-    return [n for n, m in parts.items() if "layers" in model._names_of(m) and word_embeddings(m)]
+def cut_off(model: Model, encoder: EncoderRecord, prompt: str) -> str | None:
+    """Return the end of the prompt that the encoder's tokenizer cuts off, as text, or None if it cuts nothing."""
+    if encoder.tokenizer is None:
+        return None
+    tokenizer = getattr(model.pipeline, encoder.tokenizer)
+    ids = encoder.prompt.ids[encoder.prompt.rows[0]].tolist()
+    texts = dict.fromkeys((prompt, prompt.lower().strip()))  # some pipelines clean it
+    contents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    if any(ids[at : at + len(content)] == content for content in contents for at in range(len(ids))):
+        return None
+    # The ids end with the first tokens of the prompt, and one or two special tokens: there was no room for more.
+    # A few tokens may match by chance.
+    special, enough = set(tokenizer.all_special_ids), min(8, len(ids) // 2)
+    for content in contents:
+        for end in (len(ids), len(ids) - 1, len(ids) - 2):
+            for taken in range(min(len(content), end), enough - 1, -1):
+                if ids[end - taken : end] == content[:taken] and special.issuperset(ids[end:]):
+                    return tokenizer.decode(content[taken:])
+    return None
 
 
-def _read_plain_prompt(model: "DiffusionModel", reading: Reading) -> None:
-    if not candidates(model):
+def is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two tensors have the same shape and the same values."""
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def _words(model: Model, encoder: EncoderRecord, ids: torch.Tensor) -> tuple[str, ...]:
+    """Return each token as text."""
+    tokenizer = getattr(model.pipeline, encoder.tokenizer) if encoder.tokenizer else None
+    return () if tokenizer is None else tuple(tokenizer.decode([i]) for i in ids.tolist())
+
+
+# ---- the run that is recorded
+
+
+def _record_plain_prompt(model: Model, record: EncodingRecord) -> None:
+    pipeline = model.pipeline
+    if not text_encoder_names(pipeline):
         return
     try:
-        _follow(model.generate(prompt=_PLAIN_PROMPT, **_needed(model.pipeline)), reading)
-    except Exception as error:  # it needs more than a prompt: then what encode_prompt does must be enough
-        reading.__dict__.update(vars(Reading()))
+        _record_run(model.generate(prompt=_PLAIN_PROMPT, **_required(pipeline)), pipeline, record)
+    except Exception as error:  # it needs more than a prompt: then what encode_prompt does has to suffice
+        record.__dict__.update(vars(EncodingRecord()))
         try:
-            _follow(_encoding(model), reading)
+            _record_run(_open_encode_prompt(model), pipeline, record)
         except Exception:
-            name = type(model.pipeline).__name__
+            name = type(pipeline).__name__
             raise InputError(
-                f"{name} cannot be called with a prompt and its defaults alone ({error}). Give what it needs, as in "
+                f"{name} cannot be called with a prompt and its defaults alone ({error}). Pass what it needs, as in "
                 'find_encoders(model, "a red circle", height=64)'
             ) from error
 
 
-def _encoding(model: "DiffusionModel") -> "DiffusionRun":
-    """A run of the pipeline's `encode_prompt`."""
+def _open_encode_prompt(model: Model) -> DiffusionRun:
+    """Open a run of the pipeline's `encode_prompt`."""
     encode = model.pipeline.encode_prompt
-    device = model.pipeline._execution_device
     parameters = inspect.signature(encode).parameters.values()
-    needed = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-    needed |= {name: 1 for name in needed if name.startswith("num_")}
+    required = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    required |= {name: 1 for name in required if name.startswith("num_")}
+    device = model.pipeline._execution_device
     known = {"prompt": _PLAIN_PROMPT, "device": device, "do_classifier_free_guidance": False}
-    given = needed | {p.name: known[p.name] for p in parameters if p.name in known}
-    return model._new_run(lambda: torch.no_grad()(model.pipeline.encode_prompt)(**given))
+    given = required | {p.name: known[p.name] for p in parameters if p.name in known}
+    return open_run(model, lambda: torch.no_grad()(model.pipeline.encode_prompt)(**given))
 
 
-def _needed(pipeline: Any) -> dict[str, Any]:
-    """What stands in for the pictures that a pipeline must be given; and no sizes of pictures that it prefers."""
+def _required(pipeline: Any) -> dict[str, Any]:
+    """Return stand-ins for the images that a pipeline requires, and turn its preference for image sizes off."""
     known = dict.fromkeys(("image", "mask_image", "control_image"), Image.new("RGB", (64, 64), "gray"))
     known["use_resolution_binning"] = False
     names = inspect.signature(pipeline.__call__).parameters
     return {name: value for name, value in known.items() if name in names}
 
 
-def _follow(run: "DiffusionRun", reading: Reading) -> None:
-    """Lets `run` come to the first call of its denoiser, and writes down what passes on the way."""
+def _record_run(run: DiffusionRun, pipeline: Any, record: EncodingRecord) -> None:
+    """Run up to the first call of the denoiser, and record what passes on the way."""
     with run:
-        _watch(run, reading)
+        _follow_components(run, pipeline, record)
         for step in run.steps:
-            _add(reading, _arguments(step.component, owner_of(run[step.component]), run[step.component].inputs))
+            denoiser = run[step.component]
+            _add_arguments(record, step.component, owner_of(denoiser), denoiser.inputs)
             run.stop()
             break
 
 
-# ---- what is watched
-
-
-def _watch(run: "DiffusionRun", reading: Reading) -> None:
-    model, given = model_of(run), []
-    names = candidates(model)
+def _follow_components(run: DiffusionRun, pipeline: Any, record: EncodingRecord) -> None:
+    tokenized: list[tuple[str, list | None]] = []
+    names = text_encoder_names(pipeline)
     for name in names:
-        reading.encoders[name] = _watch_encoder(run, name, given)
-    for name, part in model._parts().items():
+        record.encoders[name] = follow_encoder(run, name, tokenized)
+    for name, part in components(pipeline).items():
         if "tokenizer" in name or name == "processor":
-            _keep(run, name, OUTPUT, lambda output, name=name: given.append((name, _listed_ids(output))))
+            run.follow(f"{name}.output", partial(_add_ids, tokenized, name))
         elif isinstance(part, nn.Module) and name not in names:
-            _keep(run, name, INPUTS, lambda inputs, name=name, part=part: _add(reading, _arguments(name, part, inputs)))
-    for name in model._methods_of(owner_of(model)):
-        count = iter(range(1000))
-        _keep(run, name, OUTPUT, lambda output, name=name, c=count: _add(reading, _returned(name, next(c), output)))
+            run.follow(f"{name}.inputs", partial(_add_arguments, record, name, part))
+    for name in traceable_methods(pipeline, pipeline):
+        run.follow(f"{name}.output", partial(_add_returned, record, name, count()))
 
 
-def _watch_encoder(run: "DiffusionRun", name: str, given: list[tuple[str, list | None]]) -> EncoderReading:
-    module, names = owner_of(model_of(run)[name]), model_of(run)._names_of(owner_of(model_of(run)[name]))
-    encoder = EncoderReading(name)
-    layouts = flow_of(run).watch
-
-    def begin(inputs: tuple, words: str) -> None:
-        ids = first_input(inputs, name)
-        if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.ndim != 2:
-            return
-        encoder.words = words
-        call = Call(ids.detach().clone())
-        known = layouts.entries(module, COND) if layouts is not None else None
-        call.rows = known if known is not None else [] if encoder.calls else list(range(len(ids)))
-        encoder.calls.append(call)
-        if encoder.tokenizer is None:
-            encoder.tokenizer = next((tokenizer for tokenizer, rows in given if rows == ids.tolist()), None)
-
-    def embedded(inputs: tuple) -> None:
-        if encoder.calls:
-            encoder.calls[-1].states.append(_own(first_input(inputs, name)))
-
-    def layered(output: Any) -> None:
-        if encoder.calls:
-            encoder.calls[-1].returned.append(_own(output))
-            encoder.calls[-1].states.append(hidden_in(encoder.calls[-1].returned[-1]))
-
-    into: list[torch.Tensor] = []
-
-    def normed(output: torch.Tensor) -> None:
-        if encoder.calls:
-            encoder.calls[-1].norms.append((into.pop(), _own(output)))
-
-    def end(output: Any) -> None:
-        if encoder.calls:
-            encoder.calls[-1].output = _own(output)
-            encoder.calls[-1].pooled = _vectors(output) | encoder.calls[-1].pooled
-
-    def part_ended(output: Any, child: str) -> None:
-        if encoder.calls:
-            vectors = [v for v in _vectors(output).values() if len(v) == len(encoder.calls[-1].ids)]
-            encoder.calls[-1].pooled |= {child: vectors[0]} if vectors else {}
-
-    for words in word_embeddings(module):
-        path = f"{name}.{words}"
-        _keep(run, path, INPUTS, lambda inputs, path=path: begin(inputs, path))
-    layers = run[name].layers
-    _keep(run, f"{name}.{names['layers']}.0", INPUTS, embedded)
-    for layer in layers:
-        _keep(run, layer.path, OUTPUT, layered)
-    if "ln_final" in names:
-        _keep(run, f"{name}.ln_final", INPUTS, lambda inputs: into.append(_own(first_input(inputs, name))))
-        _keep(run, f"{name}.ln_final", OUTPUT, normed)
-    for child, part in module.named_children():
-        if type(part).forward is not nn.Module.forward:
-            _keep(run, f"{name}.{child}", OUTPUT, lambda output, child=child: part_ended(output, child))
-    _keep(run, name, OUTPUT, end)
-    return encoder
-
-
-def _keep(run: "DiffusionRun", path: str, part: str, function: Callable[[Any], None]) -> None:
-    """Lets `function` have every value that passes a point."""
-    flow_of(run).keep(Asked(target_of(run[path]), part), lambda tap, call, value: function(value))
-
-
-def _own(value: Any) -> Any:
-    """A copy, since the model may go on to change its own in place."""
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), value)
-
-
-def hidden_in(returned: Any) -> torch.Tensor:
-    """The hidden state in what a layer returned."""
-    return returned[0] if isinstance(returned, tuple) else returned
-
-
-def _vectors(output: Any) -> dict[str, torch.Tensor]:
-    """What a module returned of one vector a row, by name."""
-    if isinstance(output, torch.Tensor):
-        output = {"": output}
-    named = output if isinstance(output, Mapping) else dict(enumerate(output if isinstance(output, tuple) else ()))
-    vectors = {str(n): v for n, v in named.items() if isinstance(v, torch.Tensor) and v.ndim == 2}
-    return {n: v.detach().clone() for n, v in vectors.items() if v.is_floating_point()}
+def _add_ids(tokenized: list[tuple[str, list | None]], name: str, output: Any) -> None:
+    tokenized.append((name, _listed_ids(output)))
 
 
 def _listed_ids(output: Any) -> list | None:
-    """The token ids that a tokenizer gave, as lists."""
+    """Return the token ids that a tokenizer returned, as lists."""
     ids = output.get("input_ids") if isinstance(output, Mapping) else output
     ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
     return [ids] if isinstance(ids, list) and ids and isinstance(ids[0], int) else ids
 
 
-# ---- what becomes of the states
+# ---- where the outputs of the encoders end up
 
 
-def _add(reading: Reading, found: dict[str, torch.Tensor]) -> None:
+def _add(record: EncodingRecord, found: dict[str, torch.Tensor]) -> None:
     for path, tensor in found.items():
-        reading.parts.setdefault(path, tensor.detach().clone())
+        record.tensors.setdefault(path, tensor.detach().clone())
 
 
-def _returned(name: str, call: int, output: Any) -> dict[str, torch.Tensor]:
+def _add_returned(record: EncodingRecord, name: str, calls: Iterator[int], output: Any) -> None:
+    call = next(calls)
     name = f"{name}.calls[{call}]" if call else name
-    return _tensors(name, list(output) if isinstance(output, tuple) else output)
+    _add(record, _tensors(name, list(output) if isinstance(output, tuple) else output))
 
 
-def _arguments(name: str, module: nn.Module, inputs: tuple) -> dict[str, torch.Tensor]:
+def _add_arguments(record: EncodingRecord, name: str, module: nn.Module, inputs: tuple) -> None:
     args, kwargs = inputs
     given = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
-    found: dict[str, torch.Tensor] = {}
     for argument, value in given.items():
-        found |= _tensors(f"{name}.{argument}", value)
-    return found
+        _add(record, _tensors(f"{name}.{argument}", value))
 
 
 def _tensors(path: str, value: Any) -> dict[str, torch.Tensor]:
-    """The tensors of numbers in a value, by path."""
+    """Return the floating-point tensors in a value, by path."""
     if isinstance(value, torch.Tensor):
         return {path: value} if value.is_floating_point() and value.ndim else {}
     items = enumerate(value) if isinstance(value, (list, tuple)) else ()

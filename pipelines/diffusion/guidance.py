@@ -1,9 +1,9 @@
-"""Layouts: what the entries of a batch are, by prompt and by branch of classifier-free guidance.
+"""Find the branches of classifier-free guidance: to which prompt and branch each entry of a batch belongs.
 
-Under guidance a denoiser gets both branches in one batch, in either order, or each in a call of its own; without it,
-one. Which it is shows in what it gets: the entries of its text input are compared with what `encode_prompt` returned,
-and the token ids of a text encoder, turned back into words, with the prompts. No pipeline is known by its name. What
-cannot be told in this way stays unknown: whoever asks for it gets an error, not a guess.
+Under guidance a denoiser gets both branches in one batch, in either order, or each in a call of its own. Without
+guidance it gets one. The inputs show which it is: the entries of a denoiser's text input are compared with what
+`encode_prompt` returned, and the token ids of a text encoder, decoded to words, with the prompts. No pipeline is
+recognised by its name. What this comparison cannot settle stays unknown, and asking for it raises an error.
 """
 
 import inspect
@@ -19,60 +19,60 @@ from diffsight.extending import FORWARD, Tap, Target
 
 COND, UNCOND = "cond", "uncond"
 
-Layout = tuple[tuple[str, int], ...]  # of each entry of a batch, its branch and the number of its prompt
-Texts = torch.Tensor | Sequence[torch.Tensor]  # embeddings, an entry of the batch each
+BatchLayout = tuple[tuple[str, int], ...]  # for each entry of a batch, its branch and the index of its prompt
+Embeddings = torch.Tensor | Sequence[torch.Tensor]  # of texts, one for each entry of a batch
 
 
-class Layouts:
-    """The batches of one run of a pipeline, which draws `pictures` pictures for each of `prompts` prompts. Looks on at
-    the run's calls (see `diffsight.engine.flow.Watch`)."""
+class BatchLayouts:
+    """What the batches of one run of a pipeline hold.
 
-    def __init__(self, pipeline: Any, arguments: dict[str, Any], prompts: int, pictures: int) -> None:
-        self.prompts, self.pictures = prompts, pictures
+    The run draws `images` images for each of `prompts` prompts. The engine reports the run's calls through `called`,
+    `returned` and `ended`."""
+
+    def __init__(self, pipeline: Any, arguments: dict[str, Any], prompts: int, images: int) -> None:
+        self.prompts, self.images = prompts, images
         self._pipeline, self._arguments = pipeline, arguments
-        self._calls: dict[int, list[_Call]] = {}  # of text encoders and denoisers, by the id of the component
+        self._calls: dict[int, list[_RecordedCall]] = {}  # of text encoders and denoisers, by component id
         given = {COND: arguments.get("prompt_embeds"), UNCOND: arguments.get("negative_prompt_embeds")}
         given = {branch: texts for branch, texts in given.items() if texts is not None}
-        self._texts: list[dict[str, Texts]] = [given] if given else []  # and what encode_prompt returned, by branch
-        self._encoding: list[str | None] = []  # of the calls of encode_prompt that run: the branch they are for
-        self._seen: dict[tuple[int, int], tuple[Texts, list[Layout]]] = {}
+        self._embeddings: list[dict[str, Embeddings]] = [given] if given else []  # by branch; encode_prompt adds some
+        self._encoding: list[str | None] = []  # the branch of each running call of encode_prompt
+        self._seen: dict[tuple[int, int], tuple[Embeddings, list[BatchLayout]]] = {}
 
-    def layout(self, tap: Tap, index: int) -> Layout | None:
-        """What the batch holds in call number `index` of what is tapped, which has begun; None if that is unknown."""
+    def layout(self, tap: Tap, index: int) -> BatchLayout | None:
+        """Return what the batch holds in call `index` of a tapped module, which has begun, or None if unknown."""
         for call in reversed(self._calls.get(id(_component(tap).owner), ())):
             if call.bases.get(tap.target.key, 0) <= index:
                 return call.layout
         return None
 
     def entries(self, component: Any, branch: str) -> list[int] | None:
-        """The places of a branch in the batch that a component is running on; None where that cannot be told."""
+        """Return the places of a branch in the batch that a component is running on, or None if unknown."""
         calls = self._calls.get(id(component))
         layout = calls[-1].layout if calls else None
         return None if layout is None else [place for place, (of, _) in enumerate(layout) if of == branch]
 
     def has_branches(self, tap: Tap) -> bool:
-        """Whether it may be given a branch: not a method such as `scheduler.step`, nor anything in a VAE."""
+        """Return whether a point can belong to a branch. Methods such as `scheduler.step` and VAEs cannot."""
         component = _component(tap)
         return component.name == FORWARD and not hasattr(component.owner, "decode")
 
     def why_unknown(self, tap: Tap) -> str:
-        """Why the branches cannot be told at a point."""
+        """Return why the branches at a point are unknown, as the end of an error message."""
         component = _component(tap)
         if not self.has_branches(tap) or id(component.owner) not in self._calls:
             return (
-                "belongs to no branch: they part at the text encoders and meet before the scheduler steps. Read it on "
-                "the run itself"
+                "belongs to no branch: branches exist only from the text encoders to the last denoiser call of a step. "
+                "Read it on the run itself"
             )
-        unknown = f"is of a branch that cannot be told: {component.path} was given"
-        if component.key not in tap.flow.clock.starts:
-            return f"{unknown} words that are not just the prompt's, nor just the negative prompt's"
-        if not self._texts:
+        unknown = f"is of an unknown branch: {component.path} was given"
+        if component.key not in tap.host.clock.starts:
+            return f"{unknown} words that match neither the prompt alone nor the negative prompt alone"
+        if not self._embeddings:
             return f"{unknown} no text that {type(self._pipeline).__name__}.encode_prompt returned"
-        return (
-            f"{unknown} another text than encode_prompt returned for prompt and negative prompt, or more than these two"
-        )
+        return f"{unknown} text that differs from what encode_prompt returned for the prompt and the negative prompt"
 
-    # ---- looking on
+    # ---- what the engine reports
 
     def called(self, tap: Tap, args: tuple, kwargs: dict[str, Any]) -> None:
         target = tap.target
@@ -80,7 +80,7 @@ class Layouts:
             self._encoding.append(self._branch_of(target.owner, args, kwargs))
         elif target.outer is not None or target.name != FORWARD:
             return
-        elif target.key in tap.flow.clock.starts:
+        elif target.key in tap.host.clock.starts:
             turn = tap.entered - tap.step_base
             found = self._compare(id(target.owner), turn, [*_values(args, kwargs)])
             self._add(tap, partial(_in_turn, found, turn))
@@ -92,12 +92,12 @@ class Layouts:
         if tap.target.name != "encode_prompt":
             return
         branch = self._encoding.pop()
-        values = [v for v in (output if isinstance(output, (tuple, list)) else [output]) if _are_texts(v)]
+        values = [v for v in (output if isinstance(output, (tuple, list)) else [output]) if _are_embeddings(v)]
         if branch is None or not values:
             return
-        texts = next((known for known in self._texts if branch not in known), {})
+        texts = next((known for known in self._embeddings if branch not in known), {})
         if not texts:
-            self._texts.append(texts)
+            self._embeddings.append(texts)
         texts[branch] = values[0]  # the prompt's comes first in all pipelines
         alike = next((value for value in values[1:] if _look_alike(value, values[0])), None)
         if branch == COND and alike is not None:
@@ -105,64 +105,65 @@ class Layouts:
 
     def ended(self) -> None:
         self._calls.clear()
-        self._texts.clear()
+        self._embeddings.clear()
         self._seen.clear()
 
-    def _add(self, tap: Tap, look: "Callable[[], Layout | None]") -> None:
-        self._calls.setdefault(id(tap.target.owner), []).append(_Call(tap.flow.taps.entered(), look))
+    def _add(self, tap: Tap, look: "Callable[[], BatchLayout | None]") -> None:
+        self._calls.setdefault(id(tap.target.owner), []).append(_RecordedCall(tap.host.taps.entered(), look))
 
     def _branch_of(self, pipeline: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
-        """Whose prompt encode_prompt is called with: some pipelines call it for each branch, others once for both,
-        with the conditional branch's."""
+        """Return the branch whose prompt encode_prompt is called with.
+
+        Some pipelines call it once for each branch, others once for both, with the prompt of the conditional one."""
         given = inspect.signature(pipeline.encode_prompt).bind_partial(*args, **kwargs).arguments
         names = ("prompt", "prompt_embeds")
         cond, uncond = (
             any(_is_same(given.get(name), self._arguments.get(prefix + name)) for name in names)
             for prefix in ("", "negative_")
         )
-        has_cond = any(COND in texts for texts in self._texts)
+        has_cond = any(COND in texts for texts in self._embeddings)
         if uncond and (has_cond or not cond):
             return UNCOND
         return COND if cond or not has_cond else None
 
-    # ---- the text that a denoiser is given
+    # ---- the text embeddings passed to a denoiser
 
-    def _compare(self, component: int, turn: int, values: list[Texts]) -> list[Layout]:
-        """The layouts in which one of the values given to a denoiser is made of what encode_prompt returned."""
+    def _compare(self, component: int, turn: int, values: list[Embeddings]) -> list[BatchLayout]:
+        """Return the layouts in which one of a denoiser's inputs consists of what encode_prompt returned."""
         seen, found = self._seen.get((component, turn), (None, []))
-        if any(value is seen for value in values):  # as a rule the same in every step
+        if any(value is seen for value in values):  # usually the same in every step
             return found
-        total = self.prompts * self.pictures
-        for value, texts in product(values, self._texts):
+        total = self.prompts * self.images
+        for value, texts in product(values, self._embeddings):
             fits = partial(self._fits, value, texts)
-            for frames in sorted({1, len(value) // (2 * total), len(value) // total}):  # video: an entry a frame
-                possible = self._possible(self.pictures * frames, len(value))
+            for frames in sorted({1, len(value) // (2 * total), len(value) // total}):  # video: one entry per frame
+                possible = self._possible(self.images * frames, len(value))
                 found = [layout for layout in possible if all(map(fits, *_pairs(layout)))]
                 if found:
                     self._seen[component, turn] = (value, found)
                     return found
         return []
 
-    def _fits(self, value: Texts, texts: dict[str, Texts], position: int, entry: tuple[str, int]) -> bool:
+    def _fits(self, value: Embeddings, texts: dict[str, Embeddings], position: int, entry: tuple[str, int]) -> bool:
         branch, prompt = entry
-        text, total = texts.get(branch), self.prompts * self.pictures
+        text, total = texts.get(branch), self.prompts * self.images
         if text is None or len(text) not in (self.prompts, total):
             return False
         given, text = value[position], text[prompt * (len(text) // self.prompts)]
         return given.shape == text.shape and torch.equal(given, text.to(given))
 
-    def _possible(self, repeats: int, size: int) -> list[Layout]:
-        """The layouts that a batch of this size may have; where several fit, the earlier is the more common one."""
+    def _possible(self, repeats: int, size: int) -> list[BatchLayout]:
+        """Return the layouts that a batch of this size may have, the more common ones first."""
         cond, uncond = (
             tuple((branch, prompt) for prompt in range(self.prompts) for _ in range(repeats))
             for branch in (COND, UNCOND)
         )
         return [layout for layout in (cond, uncond, uncond + cond, cond + uncond) if len(layout) == size]
 
-    # ---- the words that a text encoder is given
+    # ---- the words passed to a text encoder
 
-    def _read(self, target: Target, ids: torch.Tensor, earlier: "list[_Call]") -> list[Layout]:
-        """The layouts in which the token ids given to a text encoder are the words of the prompts."""
+    def _read(self, target: Target, ids: torch.Tensor, earlier: "list[_RecordedCall]") -> list[BatchLayout]:
+        """Return the layouts in which the token ids passed to a text encoder are the words of the prompts."""
         tokenizer = self._tokenizer(target.path)
         if tokenizer is None:
             return []
@@ -174,21 +175,22 @@ class Layouts:
             branch, prompt = entry
             text, other = texts[position], UNCOND if branch == COND else COND
             fit = _fit(text, known[branch][prompt])
-            if fit == (1, 0) and text and not follows:  # it holds an empty prompt, as any text does
+            if fit == (1, 0) and text and not follows:  # any text contains an empty prompt
                 return False
             return fit is not None and fit >= (_fit(text, known[other][prompt]) or fit)
 
         return [layout for layout in self._possible(1, len(texts)) if all(map(fits, *_pairs(layout)))]
 
     def _tokenizer(self, encoder: str) -> Any:
-        """The tokenizer of a text encoder: `tokenizer_2` for `text_encoder_2`, or the only one."""
+        """Return the tokenizer of a text encoder: `tokenizer_2` for `text_encoder_2`, or the only one."""
         parts = self._pipeline.components
         tokenizers = {name: part for name, part in parts.items() if name.startswith("tokenizer") and part is not None}
         only = next(iter(tokenizers.values())) if len(tokenizers) == 1 else None
         return tokenizers.get(encoder.replace("text_encoder", "tokenizer"), only)
 
     def _known_words(self, tokenizer: Any, branch: str) -> list[list[str]]:
-        """The words of every prompt (`prompt`, `prompt_2` …) or negative prompt, as the tokenizer gives them back."""
+        """Return the words of every prompt (`prompt`, `prompt_2` …) or negative prompt, as the tokenizer decodes
+        them."""
         prefix = "" if branch == COND else "negative_"
         parameters = inspect.signature(self._pipeline.__call__).parameters
         known: list[list[str]] = [[] for _ in range(self.prompts)]
@@ -200,48 +202,49 @@ class Layouts:
         return known if branch == COND else [texts or [""] for texts in known]
 
 
-class _Call:
-    """A call of a text encoder or denoiser. `bases` are the calls of everything else that had begun before it."""
+class _RecordedCall:
+    """A call of a text encoder or denoiser. `bases` counts the calls of every other point that had begun before it."""
 
-    def __init__(self, bases: dict[tuple[int, str], int], look: Callable[[], Layout | None]) -> None:
+    def __init__(self, bases: dict[tuple[int, str], int], look: Callable[[], BatchLayout | None]) -> None:
         self.bases, self._look = bases, look
 
     @cached_property
-    def layout(self) -> Layout | None:
+    def layout(self) -> BatchLayout | None:
         return self._look()
 
 
 def _component(tap: Tap) -> Target:
-    """The component that what is tapped belongs to."""
+    """Return the component that a tapped module belongs to."""
     return (tap.target.around() or [tap.target])[0]
 
 
-def _in_turn(found: list[Layout], turn: int) -> Layout | None:
-    """Of the layouts that fit, the one of a component's call number `turn`: where the prompts of both branches are the
-    same and each has a call of its own, the conditional one comes first."""
+def _in_turn(found: list[BatchLayout], turn: int) -> BatchLayout | None:
+    """Return the layout of call `turn` of a component, out of those that fit.
+
+    Where both branches have the same prompt and each has a call of its own, the conditional one comes first."""
     alone = [layout for layout in found if len({branch for branch, _ in layout}) == 1]
     return alone[turn % len(alone)] if alone else next(iter(found), None)
 
 
-def _pairs(layout: Layout) -> tuple[range, Layout]:
+def _pairs(layout: BatchLayout) -> tuple[range, BatchLayout]:
     return range(len(layout)), layout
 
 
-def _values(args: tuple, kwargs: dict[str, Any]) -> Iterator[Texts]:
-    """What may be text among the arguments of a denoiser."""
+def _values(args: tuple, kwargs: dict[str, Any]) -> Iterator[Embeddings]:
+    """Yield the arguments of a denoiser that may be text embeddings."""
     for value in (*args, *kwargs.values()):
-        yield from (v for v in (value.values() if isinstance(value, dict) else [value]) if _are_texts(v))
+        yield from (v for v in (value.values() if isinstance(value, dict) else [value]) if _are_embeddings(v))
 
 
-def _are_texts(value: Any) -> bool:
+def _are_embeddings(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.ndim > 1 and value.is_floating_point()
     tensors = isinstance(value, (list, tuple)) and all(isinstance(v, torch.Tensor) for v in value)
     return tensors and bool(value) and all(v.ndim > 0 for v in value)
 
 
-def _look_alike(a: Texts, b: Texts) -> bool:
-    """Whether both may be embeddings of the same kind: the same but for the number of tokens."""
+def _look_alike(a: Embeddings, b: Embeddings) -> bool:
+    """Return whether two values may be embeddings of the same kind, which differ only in the number of tokens."""
     return type(a) is type(b) and len(a) == len(b) and a[0].ndim == b[0].ndim and a[0].shape[-1] == b[0].shape[-1]
 
 
@@ -252,19 +255,19 @@ def _token_ids(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor | None:
 
 
 def _words(text: str) -> str:
-    """A text without what tokenizers and cleaning may change."""
+    """Return a text without the characters that tokenizers and prompt cleaning may change."""
     return "".join(character for character in text.lower() if character.isalnum())
 
 
 def _fit(text: str, known: list[str]) -> tuple[int, int] | None:
-    """How well a text goes with one of several prompts: it holds all of it, the longer the better, or was cut."""
+    """Return how well a text matches one of several prompts: it contains the prompt (longer is better), or was cut."""
     whole = [(1, len(words)) for words in known if words in text]
     cut = [(0, len(text)) for words in known if text and words.startswith(text)]
     return max(whole + cut, default=None)
 
 
 def _is_same(a: Any, b: Any) -> bool:
-    """Whether two arguments are the same prompts, or the same embeddings."""
+    """Return whether two arguments are the same prompts, or the same embeddings."""
     a, b = ([value] if isinstance(value, str) else value for value in (a, b))
     if all(isinstance(value, (list, tuple)) and value and isinstance(value[0], str) for value in (a, b)):
         return list(a) == list(b)

@@ -1,21 +1,26 @@
-"""Finds the diffusers pipeline that a user names: packaged, in a folder, on the hub, or already there.
+"""Open the diffusers pipeline that a user names: packaged, in a folder, on the hub, or live.
 
-One that is not there yet is opened without the weights of its modules, which are built from their configurations alone;
-they are loaded when they are needed.
+A pipeline that is not live is opened without weights: its modules are built from their configurations on the meta
+device, which takes no time. The weights are loaded when they are first needed.
 """
 
 import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+from transformers import PreTrainedModel
 
 from diffsight.errors import InputError, suggest_packaged
-from diffsight.pipelines.diffusion.empty import build_empty
-from diffsight.pipelines.weights import adopt
+from diffsight.pipelines.weights import adopt, check_weights
 
 _SHAPES = Path(__file__).parents[1] / "shapes"
 PACKAGED = {"diffsight/shapes-clip": _SHAPES / "clip", "diffsight/shapes-t5": _SHAPES / "t5"}
@@ -24,18 +29,26 @@ DESCRIPTIONS = {
     "diffsight/shapes-t5": "the same scenes; T5 text encoder, UNet, 6 M parameters",
 }
 _OF_WEIGHTS = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
+_OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def open_pipeline(
     source: str | Path | DiffusionPipeline, **arguments: Any
 ) -> tuple[DiffusionPipeline, Callable[[], None] | None]:
-    """The pipeline named by `source`: a packaged name (`diffsight/shapes-clip`), a folder in the diffusers format, a
-    hub id, or a live pipeline, which is given back as it is. `arguments` go to `from_pretrained`.
+    """Open a pipeline.
 
-    With it what puts the weights into it; None where they are there.
+    Args:
+        source: A packaged name (`diffsight/shapes-clip`), a folder in the diffusers format, a hub id, or a live
+            pipeline, which is returned as it is.
+        arguments: Passed to `DiffusionPipeline.from_pretrained`.
 
-    Raises InputError where there is no such pipeline, with near names, and where a part of it is missing."""
+    Returns:
+        The pipeline, and a function that loads its weights, or None if they are loaded.
+
+    Raises:
+        InputError: There is no such pipeline (the message suggests similar names), or a part of it is missing.
+    """
     if isinstance(source, DiffusionPipeline):
         if arguments:
             raise InputError(f"a live pipeline is already loaded; it takes no {', '.join(arguments)}")
@@ -48,7 +61,7 @@ def open_pipeline(
     explained = _explained_packaged if name in PACKAGED else _explained_folder if is_local else _explained_hub
 
     with explained(name):
-        empty = build_empty(place, arguments)
+        empty = _build_empty(place, arguments)
         now = {key: value for key, value in arguments.items() if key not in _OF_WEIGHTS}
         pipeline = DiffusionPipeline.from_pretrained(place, **now, **empty)
     if not empty:
@@ -57,15 +70,73 @@ def open_pipeline(
     def load() -> None:
         parts = {part: getattr(pipeline, part) for part in pipeline.components}
         lacking = [part for part, module in empty.items() if parts.get(part) is module]
-        there = {part: value for part, value in parts.items() if part not in lacking}
+        present = {part: value for part, value in parts.items() if part not in lacking}
         with explained(name):
-            loaded = DiffusionPipeline.from_pretrained(place, **{**arguments, **there})
+            loaded = DiffusionPipeline.from_pretrained(place, **{**arguments, **present})
         for part in lacking:
             adopt(empty[part], getattr(loaded, part))
         for attribute, value in vars(loaded).items():
             vars(pipeline).setdefault(attribute, value)
 
     return pipeline, load
+
+
+# ---- modules without weights
+
+
+def _build_empty(place: str, arguments: dict[str, Any]) -> dict[str, nn.Module]:
+    """Return the modules of the pipeline in a folder or hub repository, by name, without weights.
+
+    These are the modules that diffusers and transformers build from a configuration, except those that `arguments`
+    contain.
+
+    Raises OSError if a configuration is missing, or a weight file in a folder."""
+    of_hub = {name: arguments[name] for name in _OF_HUB if name in arguments}
+    modules = {}
+    for name, entry in DiffusionPipeline.load_config(place, **of_hub).items():
+        if name.startswith("_") or name in arguments or not isinstance(entry, (list, tuple)) or None in entry:
+            continue
+        cls = _class(*entry)
+        if cls is not None:
+            modules[name] = _build(cls, place, name, _dtype(arguments, name), of_hub)
+    return modules
+
+
+def _class(library: str, name: str) -> type[nn.Module] | None:
+    """Return the class of a component, if it is built from a configuration."""
+    try:
+        found = getattr(getattr(diffusers.pipelines, library, None) or import_module(library), name, None)
+    except ImportError:  # the component's code is in its folder
+        return None
+    return found if isinstance(found, type) and issubclass(found, (ModelMixin, PreTrainedModel)) else None
+
+
+def _build(cls: type[nn.Module], place: str, name: str, dtype: torch.dtype | None, of_hub: dict) -> nn.Module:
+    check_weights(Path(place), name)
+    if issubclass(cls, PreTrainedModel):
+        config = cls.config_class.from_pretrained(place, subfolder=name, **of_hub)
+        with init_empty_weights():
+            return cls._from_config(config, **({"dtype": dtype} if dtype else {})).eval()
+    config = cls.load_config(place, subfolder=name, **of_hub)
+    with init_empty_weights():
+        module = cls.from_config(config).eval()
+    if dtype:
+        nn.Module.to(module, dtype)
+        for path, part in module.named_modules():
+            if path.rpartition(".")[2] in (cls._keep_in_fp32_modules or ()):
+                part.to(torch.float32)
+    return module
+
+
+def _dtype(arguments: dict[str, Any], name: str) -> torch.dtype | None:
+    """Return the dtype that the arguments of `from_pretrained` set for a component, if any."""
+    dtype = arguments.get("dtype", arguments.get("torch_dtype"))
+    if isinstance(dtype, dict):
+        dtype = dtype.get(name, dtype.get("default", torch.float32))
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+# ---- errors in the user's terms
 
 
 @contextmanager
@@ -81,17 +152,17 @@ def _explained_folder(name: str) -> Iterator[None]:
 
 @contextmanager
 def _explained_packaged(name: str) -> Iterator[None]:
-    """As any folder, and without diffusers' warning that a T5 stands where the pipeline's class names a CLIP."""
+    """The same, without diffusers' warning about a T5 where the pipeline's class names a CLIP."""
     logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
-    logger.addFilter(_is_not_on_types)
+    logger.addFilter(_is_not_about_types)
     try:
         with _explained_folder(name):
             yield
     finally:
-        logger.removeFilter(_is_not_on_types)
+        logger.removeFilter(_is_not_about_types)
 
 
-def _is_not_on_types(record: logging.LogRecord) -> bool:
+def _is_not_about_types(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Expected types for text_encoder")
 
 
@@ -99,21 +170,21 @@ def _is_not_on_types(record: logging.LogRecord) -> bool:
 def _explained_hub(name: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:  # what huggingface_hub raises where it finds nothing, or no network
+    except OSError as error:  # huggingface_hub finds nothing, or no network
         raise InputError(f"{_unknown(name)}. The hub: {str(error).split('. ')[0].splitlines()[0]}") from error
 
 
 def _folder(name: str) -> Path:
-    """The folder of a packaged name or of a path."""
+    """Return the folder of a packaged name or of a path."""
     if name in PACKAGED:
         return PACKAGED[name]
     folder = Path(name).expanduser()
     if name.startswith("diffsight/") or not folder.exists():
         raise InputError(_unknown(name))
     if not folder.is_dir():
-        raise InputError(f"{name} is a file; a pipeline is a folder with a model_index.json, or a name")
+        raise InputError(f"{name} is a file, but a pipeline is a folder with a model_index.json, or a name")
     if not (folder / "model_index.json").is_file():
-        raise InputError(f"the folder {name!r} is not a pipeline: it has no model_index.json")
+        raise InputError(f"the folder {name!r} is not a pipeline, because it has no model_index.json")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Checks prompts before a pipeline runs: empty ones, words that no tokenizer takes, words that it does not know."""
+"""Check prompts before a pipeline runs: empty prompts, prompts that are too long, and unknown words."""
 
 import inspect
 import sys
@@ -8,23 +8,32 @@ from typing import Any
 
 from diffsight.errors import InputError
 
-_SMALL_VOCABULARY = 500  # tokens; up to here the known words are listed
+_SMALL_VOCABULARY = 500  # tokens; a vocabulary up to this size is listed in full
 
 
 class PromptWarning(UserWarning):
-    """A prompt has words that the model was never taught."""
+    """A prompt contains words that the model has never seen."""
 
 
 def check_prompts(pipeline: Any, prompts: str | Sequence[str], arguments: dict[str, Any]) -> None:
-    """Raises InputError for an empty prompt, or one that every tokenizer would cut; warns of unknown words."""
+    """Check the prompts of a call, and warn about words that a tokenizer does not know.
+
+    Args:
+        pipeline: The pipeline.
+        prompts: One prompt, or several.
+        arguments: The arguments of the call, which may limit the number of tokens.
+
+    Raises:
+        InputError: A prompt is empty, or every tokenizer would truncate it.
+    """
     prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
     if not prompts:
-        raise InputError("there is no prompt: the list is empty")
+        raise InputError("there is no prompt, because the list is empty")
     for prompt in prompts:
         if not isinstance(prompt, str):
-            raise InputError(f"a prompt is a text, not {type(prompt).__name__}: {prompt!r}")
+            raise InputError(f"a prompt is a string, not {type(prompt).__name__}: {prompt!r}")
         if not prompt.strip():
-            raise InputError('the prompt is empty: say what to draw, such as "a red circle above a blue square"')
+            raise InputError('the prompt is empty: describe an image, such as "a red circle above a blue square"')
     tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
     for prompt in prompts:
         _check_length(pipeline, tokenizers, prompt, arguments)
@@ -45,12 +54,12 @@ def _check_length(pipeline: Any, tokenizers: list, prompt: str, arguments: dict[
     if dropped:
         limit, words = max(dropped, key=lambda item: item[0])
         raise InputError(
-            f"the prompt is too long: {limit} tokens are read, and these words would be dropped: {words!r}"
+            f"the prompt is too long: only {limit} tokens are read, and these words would be dropped: {words!r}"
         )
 
 
 def _limit(pipeline: Any, tokenizer: Any, arguments: dict[str, Any]) -> int | None:
-    """How many tokens the pipeline takes of this tokenizer."""
+    """Return how many tokens the pipeline accepts from this tokenizer."""
     parameter = inspect.signature(pipeline.__call__).parameters.get("max_sequence_length")
     asked = arguments.get("max_sequence_length", parameter.default if parameter else None)
     limits = [n for n in (tokenizer.model_max_length, asked) if isinstance(n, int) and n < 1_000_000]
@@ -68,7 +77,7 @@ def _warn_of_unknown_words(tokenizer: Any, prompt: str) -> None:
     if len(tokenizer) <= _SMALL_VOCABULARY:
         special = set(tokenizer.all_special_tokens)
         message += f". It knows: {', '.join(sorted(w for w in tokenizer.get_vocab() if w not in special))}"
-    depth, frame = 1, sys._getframe(0)  # the warning names the user's line
+    depth, frame = 1, sys._getframe(0)  # so that the warning shows the user's line
     while frame.f_back is not None and frame.f_globals["__name__"].startswith("diffsight."):
         depth, frame = depth + 1, frame.f_back
     warnings.warn(message, PromptWarning, stacklevel=depth)

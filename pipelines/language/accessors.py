@@ -1,14 +1,14 @@
-"""Accessors: the values one asks for most, in the same words and as plain tensors on every language model.
+"""Accessors: the values that are used most, under the same names and as plain tensors on every language model.
 
-    hidden = run.layers_output[5]                   # (batch, tokens, features), whatever tuple the layer returns
-    run.layers_output[5] = hidden * 2               # the rest of the tuple stays
+    hidden = run.layers_output[5]                   # (batch, tokens, features), even if the layer returns a tuple
+    run.layers_output[5] = hidden * 2               # the rest of the tuple stays as it is
     run.attentions_output[3][:, -1] = 0
     run.steer([4, 5], direction, factor=2, positions=-1)
     run.skip_layers(6, 8)
     run.next_token_probs.argmax(-1)
 
-They stand on a model, on a run and on a row. What is assigned or steered may lie ahead of the model; a value that is
-read moves the model up to it, as any other.
+A model, a run and a row all have them. Assigning and steering may happen before the model gets there. Reading a value
+runs the model up to it, like any other read.
 """
 
 import operator
@@ -20,24 +20,28 @@ import torch
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.extending import (
     Envoy,
-    MethodEnvoy,
     Points,
     Target,
+    assign,
+    child_of,
+    fetch,
+    handle_on,
     keeping_attribute_errors,
-    model_of,
+    narrowed,
     owner_of,
     part_of,
-    run_of,
+    run_meant_by,
     target_of,
+    tree_of,
 )
 from diffsight.pipelines.language.attention import count_heads, output_projection, probabilities, projection
-from diffsight.pipelines.language.hidden_states import FIRST, Added, Heads, HiddenInput, Logits, NextLogits, Within
-from diffsight.pipelines.language.spans import Span
-from diffsight.pipelines.language.unembedding import Layout, run_tail
+from diffsight.pipelines.language.unembedding import HiddenLayout, run_tail
+from diffsight.pipelines.language.value_parts import FIRST, Added, Heads, HiddenInput, Logits, NextLogits, Within
+from diffsight.pipelines.targets import Span
 
 
 class PerLayer:
-    """One value a layer, by its number: read with `[i]` (or a slice), assigned with `[i] = tensor`."""
+    """One value per layer: read with `[i]` or a slice, assigned with `[i] = tensor`."""
 
     def __init__(self, root: "Accessors", name: str, point: Callable[[Envoy, str], tuple[Points, str, Any]]) -> None:
         self._root, self._name, self._point = root, name, point
@@ -45,12 +49,11 @@ class PerLayer:
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        points, part = self._at(index)
-        return points._fetch(part)
+        return fetch(*self._at(index))
 
     def __setitem__(self, index: int, value: torch.Tensor) -> None:
-        points, part = self._at(index)
-        points._assign(part, value)
+        points, name = self._at(index)
+        assign(points, name, value)
 
     def __len__(self) -> int:
         return len(self._root._layers())
@@ -63,103 +66,104 @@ class PerLayer:
 
     def _at(self, index: int) -> tuple[Points, str]:
         path = f"{self._name}[{index}]"
-        points, part, narrow = self._point(self._root._layer(index, path), path)
-        return narrowed(points, narrow), part
+        points, name, part = self._point(self._root._layer(index, path), path)
+        return _part_of_value(points, part), name
 
 
 class Accessors:
-    """What a language model's handle has besides its modules."""
+    """What the envoy of a language model has besides its modules."""
 
     @property
     def layers_input(self) -> PerLayer:
-        """The hidden states that enter a layer, by number. Assignable."""
+        """The hidden states that enter each layer, `(batch, tokens, features)`. Assignable."""
         return PerLayer(self, "layers_input", lambda layer, path: (layer, "inputs", HiddenInput()))
 
     @property
     def layers_output(self) -> PerLayer:
-        """The hidden states that a layer gives, by number. Assignable."""
+        """The hidden states that each layer returns, `(batch, tokens, features)`. Assignable."""
         return PerLayer(self, "layers_output", lambda layer, path: (layer, "output", FIRST))
 
     @property
     def attentions_input(self) -> PerLayer:
-        """The hidden states that enter a layer's attention (as a rule normed). Assignable."""
+        """The hidden states that enter the attention of each layer, usually normed. Assignable."""
         return PerLayer(
             self, "attentions_input", lambda layer, path: (_part(layer, "self_attn", path), "inputs", HiddenInput())
         )
 
     @property
     def attentions_output(self) -> PerLayer:
-        """What a layer's attention gives (or what stands in its place: Mamba, a convolution). Assignable."""
+        """The output of the attention of each layer, or of Mamba or a convolution in its place. Assignable."""
         return PerLayer(
             self, "attentions_output", lambda layer, path: (_part(layer, "self_attn", path), "output", FIRST)
         )
 
     @property
     def mlps_input(self) -> PerLayer:
-        """The hidden states that enter a layer's MLP (as a rule normed). Assignable."""
+        """The hidden states that enter the MLP of each layer, usually normed. Assignable."""
         return PerLayer(self, "mlps_input", lambda layer, path: (_part(layer, "mlp", path), "inputs", HiddenInput()))
 
     @property
     def mlps_output(self) -> PerLayer:
-        """What a layer's MLP gives. Assignable."""
+        """The output of the MLP of each layer. Assignable."""
         return PerLayer(self, "mlps_output", lambda layer, path: (_part(layer, "mlp", path), "output", FIRST))
 
     @property
     def attention_probs(self) -> PerLayer:
-        """The attention probabilities of a layer as they meet the values, (batch, heads, tokens, tokens). Assignable.
-        Needs eager attention."""
+        """The attention probabilities of each layer as they are multiplied with the values, `(batch, heads, tokens,
+        tokens)`. Assignable. Requires eager attention."""
         return PerLayer(self, "attention_probs", _probabilities)
 
     @property
     def q(self) -> PerLayer:
-        """The queries of a layer, (batch, tokens, heads, features), as the projection gives them. Assignable."""
+        """The queries of each layer as its projection returns them, `(batch, tokens, heads, features)`. Assignable."""
         return PerLayer(self, "q", _projected)
 
     @property
     def k(self) -> PerLayer:
-        """The keys of a layer, (batch, tokens, key heads, features), as the projection gives them. Assignable."""
+        """The keys of each layer as its projection returns them, `(batch, tokens, key heads, features)`. Assignable."""
         return PerLayer(self, "k", _projected)
 
     @property
     def v(self) -> PerLayer:
-        """The values of a layer, (batch, tokens, key heads, features), as the projection gives them. Assignable."""
+        """The values of each layer as its projection returns them, of the same shape as the keys. Assignable."""
         return PerLayer(self, "v", _projected)
 
     @property
     def heads_output(self) -> PerLayer:
-        """What each head of a layer gives, (batch, tokens, heads, features), before they are projected. Assignable."""
+        """The output of each head before the output projection, `(batch, tokens, heads, features)`. Assignable."""
         return PerLayer(self, "heads_output", _of_heads)
 
     @property
     def logits(self) -> torch.Tensor:
-        """The logits that the model returns, (batch, tokens, vocabulary). Assignable."""
+        """The logits that the model returns, `(batch, tokens, vocabulary)`. Assignable."""
         with keeping_attribute_errors(self):
-            return self._logits()._fetch("output")
+            return self._logits().output
 
     @logits.setter
     def logits(self, value: torch.Tensor) -> None:
-        self._logits()._assign("output", value)
+        self._logits().output = value
 
     @property
     def next_token_probs(self) -> torch.Tensor:
-        """The probabilities of the token that comes after the last one, (batch, vocabulary); after the last real one,
-        where a row is padded behind it."""
+        """The probabilities of the token after the last one, `(batch, vocabulary)`.
+
+        In a row with padding at the end, the last token is the last one that is not padding."""
         with keeping_attribute_errors(self):
-            run = self._run if self._run is not None else self._model._innermost_run()
-            inputs = getattr(getattr(run, "_pass", None), "_inputs", None)
-            last = None if inputs is None or owner_of(self._model).config.is_encoder_decoder else inputs.last
-            return narrowed(self, NextLogits(last))._fetch("output").float().softmax(-1)
+            last = getattr(run_meant_by(self, "next_token_probs"), "last_tokens", None)
+            return _part_of_value(self, NextLogits(last)).output.float().softmax(-1)
 
     def skip_layers(self, start: int, end: int | None = None, value: torch.Tensor | None = None) -> None:
-        """Leaves out the layers from `start` to `end` (included; `start` alone without it). The model goes on with
-        `value`, else with what enters the first of them."""
+        """Skip the layers from `start` to `end`, both included, or only layer `start`.
+
+        The model continues with `value`, or by default with the input of the first skipped layer."""
         first = self._index(start, "skip_layers")
         last = first if end is None else self._index(end, "skip_layers")
         if last < first:
-            raise InputError(f"skip_layers({start}, {end}): the last layer lies before the first")
+            raise InputError(f"skip_layers({start}, {end}): the last layer comes before the first")
         value = self.layers_input[first] if value is None else value
+        structure = self._tree.structure
         for index in range(first, last + 1):
-            size = self._model._structure.tuples[index] if self._model._structure else 0
+            size = structure.tuples[index] if structure else 0
             self._layer(index, "skip_layers").skip((value, *[None] * (size - 1)) if size else value)
 
     def steer(
@@ -169,47 +173,61 @@ class Accessors:
         factor: float = 1.0,
         positions: int | Sequence[int] | None = None,
     ) -> None:
-        """Adds `factor * vector` to what the layers give, at `positions` of the tokens, or at all. `vector` has the
-        shape (features,), or any that can be added to (batch, tokens, features)."""
+        """Add `factor * vector` to the output of layers.
+
+        Args:
+            layers: The number of a layer, or several.
+            vector: `(features,)`, or any shape that can be added to `(batch, tokens, features)`.
+            factor: A scale.
+            positions: The positions of the tokens to steer. None stands for all.
+        """
         if not isinstance(vector, torch.Tensor):
             raise InputError(f"steer takes a tensor, not {type(vector).__name__}")
         places = None if positions is None else [operator.index(p) for p in _listed(positions)]
         for index in _listed(layers):
             layer = self._layer(index, "steer")
-            narrowed(layer, FIRST, Added(places))._assign("output", vector * factor)
+            _part_of_value(layer, FIRST, Added(places)).output = vector * factor
 
     def project_on_vocab(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The logits that the model would give if `hidden` came out of its last layer: what `ln_final` and `lm_head`
-        make of it, with the scales and caps that the model has there. (..., features) to (..., vocabulary), computed
-        without any point firing."""
-        model = self._model
-        model._load_unless_scanning()
-        if model._target_named(target_of(model), "lm_head") is None:
-            raise PointNotFoundError(f"{type(owner_of(model)).__name__} has no lm_head that was found")
-        structure = model._structure
+        """Return the logits that the model would compute if `hidden` were the output of its last layer.
+
+        This applies `ln_final` and `lm_head`, with any scales and caps that the model has there. No point fires.
+
+        Args:
+            hidden: `(..., features)`.
+
+        Returns:
+            Logits, `(..., vocabulary)`.
+        """
+        tree = self._tree
+        tree.load_unless_scanning()
+        if tree.target_named(tree.root, "lm_head") is None:
+            raise PointNotFoundError(f"no lm_head was found in {tree.title}")
+        structure = tree.structure
         if structure is not None and not structure.has_plain_tail and structure.layout is not None:
-            layers = [target_of(layer).owner for layer in model._layers()]
-            return run_tail(owner_of(model), layers, structure.tuples, structure.layout, hidden)
+            layers = [owner_of(layer) for layer in self._layers()]
+            return run_tail(tree.root.owner, layers, structure.tuples, structure.layout, hidden)
         for name in ("ln_final", "lm_head"):
-            target = model._target_named(target_of(model), name)
+            target = tree.target_named(tree.root, name)
             if target is not None:
                 hidden = target.call(hidden) if isinstance(target, Span) else target.owner(hidden)
         return hidden
 
     @property
-    def hidden_layout(self) -> Layout | None:
-        """Where the batch and the tokens stand among the dimensions of `layers_output[i]`: first and second, but for a
-        few models. None where the layers do not give one hidden state a token."""
-        structure = self._model._structure
-        return Layout() if structure is None else structure.layout
+    def hidden_layout(self) -> HiddenLayout | None:
+        """Which dimensions of `layers_output[i]` are the batch and the tokens: the first and second in most models.
+
+        None where the layers do not return one hidden state per token."""
+        structure = self._tree.structure
+        return HiddenLayout() if structure is None else structure.layout
 
     # ---- parts
 
     def _layers(self) -> Envoy:
-        layers = self._child("layers")
+        layers = child_of(self, "layers")
         if layers is None:
             raise PointNotFoundError(
-                f"no layers were found in {type(self._owner).__name__}: name them, as in "
+                f"no layers were found in {self._tree.title}: name them, as in "
                 "LanguageModel(source, names={'layers': 'path.of.the.list'})"
             )
         return layers
@@ -224,7 +242,7 @@ class Accessors:
         return self._layers()[self._index(index, path)]
 
     def _logits(self) -> Points:
-        return narrowed(self, Logits())
+        return _part_of_value(self, Logits())
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "logits":
@@ -234,34 +252,35 @@ class Accessors:
 
 
 class LanguageEnvoy(Accessors, Envoy):
-    """The handle on a language model in one run, or on a row of it."""
+    """The envoy of a language model in one run, or in a row of it."""
 
 
-def narrowed(points: Points, narrow: Any, inner: Any = None) -> Points:
-    """The same point, of whose value only what `narrow` takes is meant; of that the row's part, if it is a row's; and
-    of that what `inner` takes."""
-    parts = [part for part in (narrow, part_of(points), inner) if part is not None]
+def _part_of_value(points: Points, part: Any, inner: Any = None) -> Points:
+    """Return the same point narrowed to `part` of its value; within that to a row, if it is a row's; and within that
+    to `inner`."""
+    parts = [one for one in (part, part_of(points), inner) if one is not None]
     whole = parts.pop() if parts else None
     while parts:
         whole = Within(parts.pop(), whole)
-    return Points(model_of(points), target_of(points), run_of(points), points._call, whole)
+    return narrowed(points, whole)
 
 
 # ---- parts of a layer
 
 
 def _part(layer: Envoy, name: str, path: str) -> Points:
-    part = layer._child(name)
+    part = child_of(layer, name)
     if part is None:
+        known = ", ".join(tree_of(layer).names_in(target_of(layer)))
         raise PointNotFoundError(
-            f"{path}: {layer.path} has no {name}; it has {', '.join(layer._names())}. Name it, as in "
+            f"{path}: {layer.path} has no {name}; it has {known}. Name it, as in "
             f"LanguageModel(source, names={{{name!r}: 'path.in.the.layer'}})"
         )
     return part
 
 
 def _attention(layer: Envoy, path: str) -> Target:
-    """The target of a layer's attention module; of a span, its first module's."""
+    """Return the target of a layer's attention module, or of the first module if it is a span."""
     target = target_of(_part(layer, "self_attn", path))
     return target.first if isinstance(target, Span) else target
 
@@ -269,7 +288,7 @@ def _attention(layer: Envoy, path: str) -> Target:
 def _projected(layer: Envoy, path: str) -> tuple[Points, str, Any]:
     attention = _attention(layer, path)
     name, heads = projection(attention.owner, path[0], path)
-    return _envoy(layer, attention.children()[name]), "output", heads
+    return handle_on(layer, attention.children()[name]), "output", heads
 
 
 def _of_heads(layer: Envoy, path: str) -> tuple[Points, str, Any]:
@@ -277,19 +296,15 @@ def _of_heads(layer: Envoy, path: str) -> tuple[Points, str, Any]:
     attention = _attention(layer, path)
     heads = count_heads(attention.owner)
     if heads is None:
-        raise InputError(f"{path}: {type(attention.owner).__name__} does not say how many heads it has")
+        raise InputError(f"{path}: the number of heads of {type(attention.owner).__name__} is unknown")
     if isinstance(target, Span):
-        return _envoy(layer, target.last), "input", Heads((heads, 1))
-    return _envoy(layer, attention.children()[output_projection(attention.owner, path)]), "input", Heads((heads, 1))
+        return handle_on(layer, target.last), "input", Heads((heads, 1))
+    return handle_on(layer, attention.children()[output_projection(attention.owner, path)]), "input", Heads((heads, 1))
 
 
 def _probabilities(layer: Envoy, path: str) -> tuple[Points, str, Any]:
     target = probabilities(_attention(layer, path), path)
-    return MethodEnvoy(model_of(layer), target, run_of(layer), part=part_of(layer)), "output", None
-
-
-def _envoy(layer: Envoy, target: Target) -> Envoy:
-    return Envoy(model_of(layer), target, run_of(layer), part=part_of(layer))
+    return handle_on(layer, target), "output", None
 
 
 def _listed(value: Any) -> list:

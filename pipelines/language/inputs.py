@@ -1,11 +1,11 @@
-"""What a language model is given: text, several texts, token ids, tensors, dictionaries, chat messages.
+"""The inputs of a language model: one text or several, token ids, tensors, dictionaries, chat messages.
 
-    inputs = encode(model, tokenizer, ["The cat", "The Eiffel Tower is"], left=True)
+    inputs = prepare_inputs(model, tokenizer, ["The cat", "The Eiffel Tower is"], left=True)
     inputs.values       # {"input_ids": …, "attention_mask": …, "position_ids": …}
     inputs.rows         # 2
 
-Texts of different lengths are padded, on the left where the model goes on writing; their positions then count from the
-first real token, so that a row is computed as it would be alone. Where padding on the left would be seen all the same
+Texts of different lengths are padded, on the left if the model continues them. Positions then start at the first real
+token, so that a row is computed as it would be alone. Where padding on the left would still change the results
 (`sees_padding`), a forward pass is padded on the right.
 """
 
@@ -19,28 +19,28 @@ import torch
 from torch import nn
 
 from diffsight.errors import InputError, suggest
-from diffsight.pipelines.language.standard_names import embeddings
+from diffsight.pipelines.standard_names import embeddings
 
 _IGNORE_MASKS = {"rwkv", "xlstm"}  # recurrent, and every token counts
-_TABLES = ("embed_positions", "position_embeddings")  # of learned or fixed vectors, one a position
+_TABLES = ("embed_positions", "position_embeddings")  # of learned or fixed vectors, one per position
 _first_positions: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The arguments of a model's forward pass; `rows` says how many inputs they are, None where that cannot be told."""
+    """The arguments of a model's forward pass. `rows` is the number of inputs, or None if it is unknown."""
 
     values: dict[str, Any]
     rows: int | None
 
     @property
     def tokens(self) -> torch.Tensor | None:
-        """The token ids, of the shape (rows, tokens)."""
+        """The token ids, `(rows, tokens)`."""
         return self.values.get("input_ids")
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """1 for real tokens, 0 for padding, of the same shape."""
+        """1 for real tokens and 0 for padding, `(rows, tokens)`."""
         return self.values.get("attention_mask")
 
     @property
@@ -50,7 +50,7 @@ class Inputs:
 
     @property
     def last(self) -> torch.Tensor | None:
-        """The number of the last real token of each row, (rows,), where some are padded behind it."""
+        """The position of the last real token of each row, `(rows,)`, or None if no row ends with padding."""
         mask = self.mask
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask[:, -1].all():
             return None
@@ -58,21 +58,29 @@ class Inputs:
 
     @property
     def device(self) -> torch.device | None:
-        """Where they are."""
+        """The device of the tensors."""
         return next((v.device for v in self.values.values() if isinstance(v, torch.Tensor)), None)
 
     def to(self, device: torch.device | None) -> "Inputs":
-        """The same on a device; where it is known, and there are tensors there."""
+        """Return the inputs on a device. None and the meta device change nothing."""
         if device is None or device.type == "meta":
             return self
         values = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in self.values.items()}
         return Inputs(values, self.rows)
 
 
-def encode(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> Inputs:
-    """`given` as the model takes it; padding goes to the left or to the right.
+def prepare_inputs(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> Inputs:
+    """Return what a user passed as the arguments of the model's forward pass.
 
-    Raises InputError for what is no input: an empty prompt, one that is longer than the model's context, a mixture."""
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer, or None.
+        given: A text, a list of texts, token ids, a tensor, a dictionary or chat messages.
+        left: Whether padding goes to the left.
+
+    Raises:
+        InputError: The input is empty, longer than the model's context, or of a kind that models do not take.
+    """
     values = _values(tokenizer, given, left)
     _check_known(model, values)
     tokens = values.get("input_ids")
@@ -87,9 +95,10 @@ def encode(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> Inputs:
 
 
 def sees_padding(model: nn.Module, layers: str) -> bool:
-    """Whether padding before the tokens of a row changes what is computed for them, though it is masked: the model
-    counts positions from the padding on, and cannot be told others, or it takes no notice of masks. `layers` is the
-    path of its layers."""
+    """Return whether padding before the tokens of a row changes their results, although it is masked.
+
+    This is so if the model counts positions from the padding on and does not take others, or if it ignores masks.
+    `layers` is the path of its layers."""
     known = inspect.signature(model.forward).parameters
     if "attention_mask" not in known or getattr(model.config, "model_type", "") in _IGNORE_MASKS:
         return True
@@ -98,11 +107,11 @@ def sees_padding(model: nn.Module, layers: str) -> bool:
 
 
 def picks_tokens(model: nn.Module) -> bool:
-    """Whether attention goes to a few chosen tokens, or to blocks of them: padding on the left takes part in that."""
+    """Return whether attention selects a few tokens or blocks of them. Padding on the left would be among them."""
     return any("Indexer" in type(module).__name__ for module in model.modules())
 
 
-# ---- of every kind
+# ---- one function per kind of input
 
 
 def _values(tokenizer: Any, given: Any, left: bool) -> dict[str, Any]:
@@ -114,7 +123,7 @@ def _values(tokenizer: Any, given: Any, left: bool) -> dict[str, Any]:
         if "role" in given and "content" in given:
             return _of_chats(tokenizer, [[given]], left)
         if not given:
-            raise InputError("there is no input: the dictionary is empty")
+            raise InputError("there is no input, because the dictionary is empty")
         values = {name: torch.as_tensor(v) if isinstance(v, list) else v for name, v in given.items()}
         if isinstance(values.get("input_ids"), torch.Tensor) and values["input_ids"].ndim == 1:
             values = {n: v[None] if isinstance(v, torch.Tensor) and v.ndim == 1 else v for n, v in values.items()}
@@ -122,17 +131,17 @@ def _values(tokenizer: Any, given: Any, left: bool) -> dict[str, Any]:
     if (isinstance(given, Sequence) and not isinstance(given, bytes)) or hasattr(given, "__array__"):
         return _of_list(tokenizer, list(given), left)
     raise InputError(
-        f"a language model takes a text, a list of texts, token ids, a tensor, a dictionary or chat messages, not "
+        f"a language model takes a string, a list of strings, token ids, a tensor, a dictionary or chat messages, not "
         f"{type(given).__name__}"
     )
 
 
 def _of_list(tokenizer: Any, given: list, left: bool) -> dict[str, Any]:
     if not given:
-        raise InputError("there is no input: the list is empty")
+        raise InputError("there is no input, because the list is empty")
     kinds = {_kind(item) for item in given}
     if len(kinds) > 1:
-        raise InputError(f"a batch is of one kind: this one mixes {' and '.join(sorted(kinds))}")
+        raise InputError(f"all inputs of a batch must be of one kind, but this one mixes {' and '.join(sorted(kinds))}")
     kind = kinds.pop()
     if kind == "text":
         return _of_texts(tokenizer, given, left)
@@ -144,7 +153,7 @@ def _of_list(tokenizer: Any, given: list, left: bool) -> dict[str, Any]:
         return _of_chats(tokenizer, [given], left)
     if kind == "chats":
         return _of_chats(tokenizer, given, left)
-    raise InputError(f"a language model takes texts, token ids or chat messages, not a list of {kind}")
+    raise InputError(f"a language model takes strings, token ids or chat messages, not a list of {kind}")
 
 
 def _kind(item: Any) -> str:
@@ -164,10 +173,10 @@ def _kind(item: Any) -> str:
 
 
 def _of_texts(tokenizer: Any, texts: list[str], left: bool) -> dict[str, Any]:
-    tokenizer = _needed(tokenizer, "a text")
+    tokenizer = _required(tokenizer, "text")
     for text in texts:
         if not text:
-            raise InputError("the prompt is empty: give at least one word, or token ids")
+            raise InputError("the prompt is empty: pass at least one word, or token ids")
     if len(texts) == 1:
         values = dict(tokenizer(texts[0], return_tensors="pt"))
         _check_not_empty(values["input_ids"][0], texts[0])
@@ -182,9 +191,9 @@ def _of_texts(tokenizer: Any, texts: list[str], left: bool) -> dict[str, Any]:
 
 
 def _of_chats(tokenizer: Any, chats: list, left: bool) -> dict[str, Any]:
-    tokenizer = _needed(tokenizer, "chat messages")
+    tokenizer = _required(tokenizer, "a chat")
     if getattr(tokenizer, "chat_template", None) is None:
-        raise InputError("the tokenizer has no chat template: give a text, or a model that was taught to chat")
+        raise InputError("the tokenizer has no chat template: pass text instead, or use a chat model")
     ids = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
     return _padded([torch.tensor(one) for one in ids], _padding(tokenizer), left)
 
@@ -203,7 +212,7 @@ def _ids(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.numel():
         raise InputError("the prompt has no tokens")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise InputError(f"token ids are whole numbers, not {str(tensor.dtype).removeprefix('torch.')}")
+        raise InputError(f"token ids are integers, not {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.ndim not in (1, 2):
         raise InputError(f"token ids have the shape (tokens,) or (rows, tokens), not {tuple(tensor.shape)}")
     return tensor.long() if tensor.ndim == 2 else tensor.long()[None]
@@ -212,10 +221,11 @@ def _ids(tensor: torch.Tensor) -> torch.Tensor:
 # ---- checks
 
 
-def _needed(tokenizer: Any, what: str) -> Any:
+def _required(tokenizer: Any, what: str) -> Any:
     if tokenizer is None:
         raise InputError(
-            f"{what} needs a tokenizer, and the model has none: LanguageModel((model, tokenizer)), or give token ids"
+            f"{what} needs a tokenizer, and the model has none: pass one, as in LanguageModel((model, tokenizer)), or "
+            "pass token ids"
         )
     return tokenizer
 
@@ -227,14 +237,14 @@ def _padding(tokenizer: Any) -> int:
 
 def _check_not_empty(ids: torch.Tensor, text: str) -> None:
     if not len(ids):
-        raise InputError(f"the prompt {text!r} has no tokens: give at least one word, or token ids")
+        raise InputError(f"the prompt {text!r} has no tokens: pass at least one word, or token ids")
 
 
 def _check_known(model: nn.Module, values: Mapping[str, Any]) -> None:
     known = inspect.signature(model.forward).parameters
     if "input_ids" in known and values.keys().isdisjoint(known):
         hints = "".join(f"{name!r}{suggest(name, known)}" for name in list(values)[:1])
-        raise InputError(f"{type(model).__name__} takes nothing of what the dictionary holds: {hints}")
+        raise InputError(f"{type(model).__name__} takes none of the arguments in the dictionary: {hints}")
 
 
 def _check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
@@ -245,18 +255,20 @@ def _check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
     words = getattr(embeddings(model), "num_embeddings", None)
     if isinstance(words, int) and (tokens.max() >= words or tokens.min() < 0):
         wrong = int(tokens.max()) if tokens.max() >= words else int(tokens.min())
-        raise InputError(f"there is no token {wrong}: the model knows 0 to {words - 1}")
+        raise InputError(f"there is no token {wrong}: the token ids of the model are 0 to {words - 1}")
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     context = getattr(config, "max_position_embeddings", None)
     context = context - _first_position(model) if isinstance(context, int) else 0
     if 0 < context < tokens.shape[-1]:
-        raise InputError(f"the prompt is too long: {tokens.shape[-1]} tokens, and the model's context is {context}")
+        raise InputError(
+            f"the prompt is too long: it has {tokens.shape[-1]} tokens, and the model's context is {context}"
+        )
 
 
 def _first_position(model: nn.Module) -> int:
-    """The position of the first token: in RoBERTa and its kin, whose padding token is in the table of positions too,
-    the one behind that."""
+    """Return the position of the first token: 0, but in RoBERTa and similar models the one after the padding token,
+    which is in their table of positions."""
     if model not in _first_positions:
         counts = (m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids"))
         padding = getattr(next(counts, None), "padding_idx", None)

@@ -1,4 +1,4 @@
-"""LanguageModel: a language model of transformers, every part of it traceable, under the same names on all of them.
+"""LanguageModel: a transformers language model in which every part can be traced, under the same names in all of them.
 
 model = LanguageModel("diffsight/smollm2")          # packaged; or a folder, a GGUF file, a hub id, (model, tokenizer)
 
@@ -8,7 +8,7 @@ with model.trace("The Eiffel Tower is in the city of") as run:
     print(run.next_token_probs.topk(3))
 
 with model.generate("Once upon a time", max_new_tokens=20, do_sample=True, seed=0) as run:
-    for step in run.steps:                          # one turn per generated token
+    for step in run.steps:                          # one iteration per generated token
         run.layers_output[5][:, -1] += direction
         print(step.text, end="")
 run.text
@@ -17,18 +17,18 @@ run.text
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from diffsight.errors import InputError, PointNotFoundError, suggest
+from diffsight.errors import InputError, PointNotFoundError
 from diffsight.extending import (
     FORWARD,
-    Part,
+    Model,
     Run,
+    Selection,
     Target,
     flow_of,
     is_scanning,
@@ -36,56 +36,66 @@ from diffsight.extending import (
     owner_of,
     with_gradients,
 )
-from diffsight.pipelines.diffusion.seeds import check_seed
 from diffsight.pipelines.language.accessors import Accessors, LanguageEnvoy
-from diffsight.pipelines.language.generation import Chosen, WritingRun, decoded, one_or_many
-from diffsight.pipelines.language.inputs import Inputs, encode, picks_tokens, sees_padding
-from diffsight.pipelines.language.loading import Source, open_language_model
-from diffsight.pipelines.language.name_check import check_names
-from diffsight.pipelines.language.named import Named
-from diffsight.pipelines.language.spans import module_at
-from diffsight.pipelines.language.standard_names import (
-    are_layers,
-    embeddings,
-    is_list,
-    layer_names,
-    model_names,
-    standard_names,
+from diffsight.pipelines.language.generation import (
+    GeneratedTokens,
+    GenerationRun,
+    decoded,
+    one_or_many,
+    set_generated,
 )
+from diffsight.pipelines.language.inputs import Inputs, picks_tokens, prepare_inputs, sees_padding
+from diffsight.pipelines.language.language_tree import LanguageTree
+from diffsight.pipelines.language.loading import Source, open_language_model
+from diffsight.pipelines.seeds import check_seed
+from diffsight.pipelines.standard_names import embeddings
 
 
-class LanguageRun(WritingRun):
+class LanguageRun(GenerationRun):
     """A run of a language model."""
 
     _inputs: Inputs | None = None
-    _decoded: torch.Tensor | None = None  # the token ids that a decoder behind an encoder begins with
+    _decoded: torch.Tensor | None = None  # the token ids that the decoder of an encoder-decoder model begins with
 
     @property
     def tokens(self) -> torch.Tensor | None:
-        """The token ids of the inputs, (rows, tokens)."""
-        inputs = self._pass._inputs
+        """The token ids of the inputs, `(rows, tokens)`."""
+        inputs = self.model_inputs
         return inputs.tokens if inputs else None
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """1 for real tokens, 0 for padding, (rows, tokens); None where the inputs have none."""
-        inputs = self._pass._inputs
+        """1 for real tokens and 0 for padding, `(rows, tokens)`, or None if the inputs have no mask."""
+        inputs = self.model_inputs
         return inputs.mask if inputs else None
 
     @property
+    def last_tokens(self) -> torch.Tensor | None:
+        """The position of the last real token of each row, `(rows,)`. None where no row ends with padding, and for the
+        decoder of an encoder-decoder model."""
+        inputs = self.model_inputs
+        return None if inputs is None or owner_of(self._model).config.is_encoder_decoder else inputs.last
+
+    @property
+    def model_inputs(self) -> Inputs | None:
+        """The prepared inputs of the model: token ids, mask, pixels and so on."""
+        return self._pass._inputs
+
+    @property
     def decoder_tokens(self) -> torch.Tensor | None:
-        """The token ids that the decoder begins with, (rows, tokens); None without an encoder before it, or where they
-        are made of labels."""
+        """The token ids that the decoder begins with, `(rows, tokens)`.
+
+        None unless the model is an encoder-decoder model, and if the model derives them from labels."""
         return self._pass._decoded
 
     @property
     def text(self) -> str | list[str]:
-        """The text that was generated, without the prompt; of several sequences a list. Runs the model to its end."""
+        """The generated text without the prompt, a list for several sequences. Runs the model to its end."""
         self._check_one_pass("text")
         with keeping_attribute_errors(self):
             self._check_generates("text")
-            stopped = self._flow.outcome is not None and not self._flow.has_result and self._chosen.steps
-            result = self._chosen.steps[-1] if stopped else self.result
+            stopped = self._flow.outcome is not None and not self._flow.has_result and self._generated.steps
+            result = self._generated.steps[-1] if stopped else self.result
             ids = result["sequences"] if isinstance(result, Mapping) else result
             has_prompt = self.tokens is not None and not owner_of(self._model).config.is_encoder_decoder
             start = self.tokens.shape[-1] if has_prompt else 0
@@ -95,19 +105,28 @@ class LanguageRun(WritingRun):
         return sorted({*super().__dir__(), *(name for name in vars(Accessors) if not name.startswith("_"))})
 
 
-class LanguageModel(Accessors, Named):
-    """Wraps a language model: `source` is a packaged name (`diffsight/smollm2`), a folder, a GGUF file, a hub id, a
-    live model, or `(model, tokenizer)`. `arguments` go to the model's `from_pretrained`.
+class LanguageModel(Accessors, Model):
+    """Wraps a language model.
 
-    Weights are loaded when they are first needed: by a run, a call, `.to(...)`; with `dispatch=True` at once. Until
-    then the model is there without them: it can be printed, looked through and scanned.
+    It has the standard names `layers[i]`, `layers[i].self_attn`, `layers[i].mlp`, `ln_final`, `lm_head` and
+    `embed_tokens`, whatever the architecture calls these parts. The architecture's own names work as well. The names
+    are verified immediately, with a forward pass on the meta device.
 
-    It answers to the standard names `layers[i]`, `layers[i].self_attn`, `layers[i].mlp`, `ln_final`, `lm_head` and
-    `embed_tokens`, whatever the architecture calls them; its own names work as well. `names` says where a part is that
-    is not found, or found wrongly: `names={"ln_final": "model.norm"}`, for the parts of a layer the path within it,
-    None to leave a name out. What was found is checked at once, by a forward pass on fake tensors.
+    Weights are loaded when they are first needed: by a run, a call or `.to(...)`. Until then the model can be printed,
+    browsed and scanned.
 
-    Raises InputError where `source` names no model, and where a name turns out to be wrong."""
+    Args:
+        source: A packaged name (`diffsight/smollm2`), a folder, a GGUF file, a hub id, a live model, or
+            `(model, tokenizer)`.
+        tokenizer: A tokenizer, live or by name, that replaces the model's own.
+        names: Where parts are that are not found, or not found correctly: `names={"ln_final": "model.norm"}`. The path
+            of a part of a layer starts at the layer. None leaves a name out.
+        dispatch: Whether to load the weights immediately.
+        arguments: Passed to the model's `from_pretrained`.
+
+    Raises:
+        InputError: `source` does not name a model, or a standard name is wrong.
+    """
 
     _run_class = LanguageRun
 
@@ -121,28 +140,33 @@ class LanguageModel(Accessors, Named):
         **arguments: Any,
     ) -> None:
         net, tokenizer, loader = open_language_model(source, tokenizer, **arguments)
-        self._wrap(Target(net, FORWARD, ""), loader)
-        given = _checked(net, names or {})
-        found = model_names(net) | {name: path for name, path in given.items() if name in _OF_MODEL}
-        found = {name: path for name, path in found.items() if path is not None}
-        stacks = [module for module in net.modules() if is_list(module) and are_layers(module)]
-        stacks += [net.get_submodule(found["layers"])] if "layers" in found else []
-        self.__dict__.update(tokenizer=tokenizer, _given=given, _stacks=stacks, _targets={}, _structure=None)
-        self.__dict__["_known"] = WeakKeyDictionary({net: found})
-        self._check_names()
+        self._wrap(self._make_tree(Target(net, FORWARD, ""), loader, names or {}))
+        self.__dict__["tokenizer"] = tokenizer
+        self._tree.check_names()
         if dispatch:
-            self._load()
+            self._tree.weights.load()
+
+    def _make_tree(
+        self, root: Target, load: Callable[[], None] | None, names: Mapping[str, str | None]
+    ) -> LanguageTree:
+        return LanguageTree(root, load, names)
 
     def trace(self, inputs: Any = None, *, grad: bool = False, **kwargs: Any) -> LanguageRun:
-        """A run of one forward pass: `with model.trace("The Eiffel Tower is in") as run:`.
+        """Open a run of one forward pass: `with model.trace("The Eiffel Tower is in") as run:`.
 
-        `inputs` are a text, a list of texts, token ids, a tensor of them, a dictionary (as tokenizers give it), or chat
-        messages; `kwargs` go to the model's forward pass. Several inputs are one batch, and `run.rows` are its parts:
-        shorter ones are padded, and computed as they would be alone. A model with an encoder and a decoder starts to
-        write unless `decoder_input_ids` or `labels` are given."""
+        Several inputs make one batch, and `run.rows` are its parts. Shorter inputs are padded, and their results are
+        those of the input alone. An encoder-decoder model begins a new text unless it is passed `decoder_input_ids` or
+        `labels`.
+
+        Args:
+            inputs: A string, a list of strings, token ids, a tensor of them, a dictionary from a tokenizer, or chat
+                messages.
+            grad: Whether gradients are enabled.
+            kwargs: Passed to the model's forward pass.
+        """
         if inputs is None and not self._has_input(kwargs):
             return self._new_run(_no_input, again=partial(self.trace, grad=grad, **kwargs))
-        encoded = self._encode(inputs, kwargs)
+        encoded = self._on_device(self._encode(inputs, kwargs))
         given = encoded.values | (kwargs if inputs is not None else {})
         config = self._owner.config
         if config.is_encoder_decoder and not given.keys() & {"decoder_input_ids", "decoder_inputs_embeds", "labels"}:
@@ -154,12 +178,19 @@ class LanguageModel(Accessors, Named):
     def generate(
         self, inputs: Any = None, *, seed: int | None = None, grad: bool = False, **kwargs: Any
     ) -> LanguageRun:
-        """A run in which the model writes: `with model.generate("Once upon a time", max_new_tokens=20) as run:`, or
-        right away `model.generate(...).text`. A step is one token.
+        """Open a run that generates text. A step is one token, and `run.result` is what `generate` returns.
 
-        `inputs` are those of `trace`; `kwargs` go to transformers' `generate` (`do_sample=True`, `num_beams=4`,
-        `streamer=...`), and `run.result` is what it returns. With `seed`, the model draws from a random stream of its
-        own: the same text each time, and the global random state is left as it is."""
+            with model.generate("Once upon a time", max_new_tokens=20) as run:
+                ...
+            model.generate("Once upon a time", max_new_tokens=20).text
+
+        Args:
+            inputs: As for `trace`.
+            seed: Seeds a random stream of the run's own, so that the text is the same each time. The global random
+                state does not change.
+            grad: Whether gradients are enabled.
+            kwargs: Passed to `generate`: `do_sample=True`, `num_beams=4`, `streamer=...`
+        """
         function = getattr(self._owner, "generate", None)
         if function is None or not self._owner.can_generate():
             raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; trace() runs its forward pass")
@@ -167,27 +198,60 @@ class LanguageModel(Accessors, Named):
             return self._new_run(_no_input, again=partial(self.generate, seed=seed, grad=grad, **kwargs))
         if seed is not None:
             check_seed(seed)
-        encoded = self._encode(inputs, kwargs, writes=True)
+        encoded = self._on_device(self._encode(inputs, kwargs, writes=True))
         left_out = self._left_out_of_generate
         given = {n: v for n, v in encoded.values.items() if n not in left_out or n in kwargs}
         if "attention_mask" not in given and encoded.tokens is not None:
             given["attention_mask"] = torch.ones_like(encoded.tokens)
-        chosen = Chosen(self.tokenizer)
+        generated = GeneratedTokens(self.tokenizer)
         given |= kwargs if inputs is not None else {}
-        given["stopping_criteria"] = chosen.along_with(kwargs.get("stopping_criteria"))
+        given["stopping_criteria"] = generated.along_with(kwargs.get("stopping_criteria"))
         function = with_gradients(function) if grad else function
         sizes = [_sequences(self._owner, kwargs)] * (encoded.rows or 0)
         run = self._run_of(encoded, lambda: function(**given), sizes, grad)
-        run._chosen = chosen
+        set_generated(run, generated)
         flow_of(run).seed = seed
         if self._owner.config.is_encoder_decoder:
             run._decoded = given.get("decoder_input_ids", self._first_token(encoded))
         return run
 
+    def check(self, inputs: Any = None, *, seed: int | None = None, grad: bool = False, **kwargs: Any) -> None:
+        """Check the arguments of `trace` or `generate` without opening a run, loading weights or running anything.
+
+        Raises:
+            InputError: The arguments are not valid.
+        """
+        if seed is not None:
+            check_seed(seed)
+        if inputs is not None or self._has_input(kwargs):
+            self._encode(inputs, kwargs)
+
+    # ---- what is known about the model without its weights
+
+    @property
+    def vocabulary_size(self) -> int | None:
+        """The number of token ids in the word embeddings, or None if there are none."""
+        return getattr(embeddings(self._owner), "num_embeddings", None)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the model consists of an encoder and a decoder."""
+        return bool(self._owner.config.is_encoder_decoder)
+
+    @property
+    def label(self) -> str:
+        """The class of the model and the name it was loaded from, such as "LlamaForCausalLM (smollm2-0.1.2)"."""
+        source = getattr(self._owner.config, "name_or_path", "")
+        return type(self._owner).__name__ + (f" ({Path(source).name})" if source else "")
+
+    def takes_argument(self, name: str) -> bool:
+        """Return whether the model's forward pass has an argument, such as "use_cache"."""
+        return name in inspect.signature(self._owner.forward).parameters
+
     def token_id(self, text: str) -> int:
-        """The id of a text that is one token, such as " Paris". Raises InputError where it is not one."""
+        """Return the id of a text that is a single token, such as " Paris". Raise InputError if it is not."""
         if self.tokenizer is None:
-            raise InputError("the model has no tokenizer: LanguageModel((model, tokenizer))")
+            raise InputError("the model has no tokenizer: pass one, as in LanguageModel((model, tokenizer))")
         if not isinstance(text, str):
             raise InputError(f"a token is looked up by its text, such as ' Paris', not by {text!r}")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -197,55 +261,44 @@ class LanguageModel(Accessors, Named):
         return ids[0]
 
     def to(self, *args: Any, **kwargs: Any) -> "LanguageModel":
-        """Moves or casts the model, as `module.to(...)` does; gives the model."""
-        self._load()
+        """Move or cast the model, as `module.to(...)` does, and return it."""
+        self._tree.weights.load()
         self._owner.to(*args, **kwargs)
         return self
 
-    # ---- weights that come later
+    # ---- inputs
 
-    def _load(self) -> None:
-        comes_now = not self._is_loaded
-        super()._load()
-        if comes_now:
-            self._check_names()
-
-    def _check_names(self) -> None:
-        """Checks the names that were found; again with the weights, where it cannot be done without."""
-        inputs = _trial(self._owner)
-        if inputs and self._structure is None:
-            names = self._known[self._owner]
-            self.__dict__["_structure"] = check_names(self._owner, names, inputs, self._names_of)
-
-    # ---- inputs and texts
-
-    _left_out_of_generate = ("position_ids", "token_type_ids")  # which `generate` sees to itself, or cannot take
+    _left_out_of_generate = ("position_ids", "token_type_ids")  # computed by `generate`, or not accepted
 
     def _has_input(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the arguments of a forward pass hold what the model reads: token ids, embeddings, or pixels."""
+        """Return whether the arguments of a forward pass contain token ids, embeddings, or pixels."""
         return not kwargs.keys().isdisjoint({"input_ids", "inputs_embeds", getattr(self._owner, "main_input_name", "")})
 
     def _encode(self, inputs: Any, kwargs: Mapping[str, Any], writes: bool = False) -> Inputs:
         owner = self._owner
         left = self._pads_left() and (writes or self._reads_left_padded)
-        encoded = encode(owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, left)
+        encoded = prepare_inputs(owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, left)
         if left and isinstance(inputs, (list, tuple)) and encoded.is_padded and self._sees_padding:
             raise InputError(
-                f"{type(owner).__name__} cannot leave padding out, so it does not write to texts of several lengths at "
-                "once: take [model.generate(text) for text in texts]"
+                f"{type(owner).__name__} cannot ignore padding, so it cannot continue texts of different lengths in "
+                "one batch: use [model.generate(text) for text in texts]"
             )
+        return encoded
+
+    def _on_device(self, inputs: Inputs) -> Inputs:
+        """Return the inputs on the device of the model, whose weights this loads."""
         if not is_scanning():
-            self._load()
-        return encoded.to(getattr(owner, "device", None))
+            self._tree.weights.load()
+        return inputs.to(getattr(self._owner, "device", None))
 
     def _pads_left(self) -> bool:
-        """Whether shorter inputs are padded on the left: where the model goes on writing."""
+        """Return whether shorter inputs are padded on the left, as they are if the model continues them."""
         owner = self._owner
         return not owner.config.is_encoder_decoder and getattr(owner, "can_generate", lambda: False)()
 
     @cached_property
     def _sees_padding(self) -> bool:
-        return sees_padding(self._owner, self._known[self._owner].get("layers", ""))
+        return sees_padding(self._owner, self._tree.names_of(self._owner).get("layers", ""))
 
     @cached_property
     def _reads_left_padded(self) -> bool:
@@ -262,73 +315,16 @@ class LanguageModel(Accessors, Named):
         run._inputs = inputs
         return run
 
-    # ---- names
-
-    def _find_names(self, part: nn.Module) -> dict[str, str]:
-        """Of a layer of any stack of them; of an encoder, or whatever else is a model in the model."""
-        if any(part is layer for layers in self._stacks for layer in layers):
-            return self._of_layer(part)
-        return standard_names(part) if isinstance(part, PreTrainedModel) else {}
-
-    def _of_layer(self, layer: nn.Module) -> dict[str, str]:
-        found = layer_names(layer) | {name: path for name, path in self._given.items() if name in _OF_LAYER}
-        return {name: path for name, path in found.items() if path is not None and _is_there(layer, path)}
-
-    def _bound(self, run: Run, part: Part | None = None) -> LanguageEnvoy:
-        return LanguageEnvoy(self, self._target, run, part=part)
-
-    # ---- showing
-
-    def _describe(self, owner: Any) -> str:
-        names = ", ".join(f"{name} = {real}" for name, real in self._names_of(owner).items() if name != real)
-        return super()._describe(owner) + (f"\nstandard names: {names}" if names else "")
-
-
-_OF_MODEL = ("layers", "ln_final", "lm_head", "embed_tokens", "encoder", "decoder")
-_OF_LAYER = ("self_attn", "mlp")
-
-
-def _checked(net: nn.Module, names: Mapping[str, str | None]) -> Mapping[str, str | None]:
-    """The user's own names, if they can be."""
-    for name, path in names.items():
-        if name not in _OF_MODEL + _OF_LAYER:
-            known = ", ".join(_OF_MODEL + _OF_LAYER)
-            raise InputError(
-                f"names: {name!r} is no standard name{suggest(name, _OF_MODEL + _OF_LAYER)}; they are {known}"
-            )
-        if name in _OF_MODEL and path is not None and not _is_there(net, path):
-            raise InputError(f"names: {type(net).__name__} has no module {path!r} to be {name!r}")
-        if name == "layers" and path is not None and not hasattr(net.get_submodule(path), "__getitem__"):
-            raise InputError(f"names: {path!r} is a {type(net.get_submodule(path)).__name__}, no list of layers")
-    return names
-
-
-def _is_there(module: nn.Module, real: str) -> bool:
-    try:
-        module_at(module, real)
-    except AttributeError:
-        return False
-    return True
-
-
-def _trial(net: nn.Module) -> dict[str, torch.Tensor]:
-    """The inputs of the pass that checks the names: three tokens."""
-    parameters = inspect.signature(net.forward).parameters
-    words = getattr(embeddings(net), "num_embeddings", None)
-    if "input_ids" not in parameters or not words:
-        return {}
-    rows = getattr(net, "num_codebooks", 1)  # where sound is written, one for each codebook
-    ids = torch.arange(2, 5, device=getattr(net, "device", None)).expand(rows, 3) % words
-    halves = getattr(net.config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters
-    return {"input_ids": ids} | ({"decoder_input_ids": ids} if halves else {})
+    def _bound(self, run: Run, part: Selection | None = None) -> LanguageEnvoy:
+        return LanguageEnvoy(self._tree, self._target, run, part=part)
 
 
 def _sequences(net: nn.Module, kwargs: Mapping[str, Any]) -> int:
-    """How many sequences are written for each input."""
+    """Return how many sequences are generated for each input."""
     config = kwargs.get("generation_config") or getattr(net, "generation_config", None)
     counts = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
     return max(count or 1 for count in counts)
 
 
 def _no_input() -> Any:
-    raise InputError("the run was opened without input: give a text, or open passes in it with run.invoke(text)")
+    raise InputError("the run was opened without input: pass an input, or open passes in it with run.invoke(text)")

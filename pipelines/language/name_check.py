@@ -1,10 +1,9 @@
-"""Proves that the names found in a model are right, by following the values through one forward pass on fake tensors
-(PyTorch's meta device: shapes without numbers).
+"""Verify the standard names found in a model, by following values through one forward pass on the meta device.
 
-Every tensor carries the names of the parts that it was computed from; the output of a named part carries that name
-alone. So what reaches a part tells where it comes from: each layer must get what the layer before it gave, the final
-norm what the last layer gave, the head what the norm gave and nothing that went past it, and the logits must come from
-the head alone.
+Every tensor is associated with the names of the parts that it was computed from. The output of a named part is
+associated with that name only. The inputs of a part then show where they come from: each layer must receive the output
+of the layer before it, the final norm that of the last layer, the head that of the norm and nothing that bypasses it,
+and the logits must come from the head alone.
 """
 
 import warnings
@@ -20,34 +19,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError
-from diffsight.extending import HookTables
-from diffsight.pipelines.language.spans import module_at
-from diffsight.pipelines.language.standard_names import layer_names
-from diffsight.pipelines.language.unembedding import Layout
+from diffsight.extending import ModuleHooks
+from diffsight.pipelines.language.unembedding import HiddenLayout
+from diffsight.pipelines.standard_names import layer_names
+from diffsight.pipelines.targets import module_at
 
 
 class NamesWarning(UserWarning):
-    """The names found in a model could not be checked."""
+    """The names found in a model could not be verified."""
 
 
 @dataclass
 class Structure:
-    """What a check has seen of a model: `tuples` gives, for each layer, how many values it returns (0: a tensor);
-    `layout` says where the tokens are in what layers give; `has_plain_tail` whether nothing lies between the last layer
-    and the logits but the final norm and the head."""
+    """What a check has found out about a model.
+
+    Attributes:
+        tuples: The size of the tuple that each layer returns, 0 for a tensor.
+        layout: The layout of the hidden states that layers return, or None if they have no dimension of tokens.
+        has_plain_tail: Whether the final norm and the head are all there is between the last layer and the logits.
+    """
 
     tuples: list[int] = field(default_factory=list)
-    layout: Layout | None = field(default_factory=Layout)
+    layout: HiddenLayout | None = field(default_factory=HiddenLayout)
     has_plain_tail: bool = True
 
 
 class Provenance(TorchDispatchMode):
-    """Keeps, for every tensor, the names of the parts that it was computed from."""
+    """Tracks, for every tensor, the names of the parts that it was computed from."""
 
     def __init__(self) -> None:
         super().__init__()
         self._names: dict[int, frozenset[str]] = {}
-        self._kept: list[torch.Tensor] = []  # so that no storage is freed and its number used again
+        self._kept: list[torch.Tensor] = []  # so that no storage is freed and its address reused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -63,12 +66,12 @@ class Provenance(TorchDispatchMode):
         return output
 
     def of(self, value: Any) -> frozenset[str]:
-        """The names of the parts that the tensors in `value` come from."""
+        """Return the names of the parts that the tensors in `value` come from."""
         keys = (tensor.untyped_storage()._cdata for tensor in _tensors(value))
         return frozenset().union(*(self._names.get(key, frozenset()) for key in keys))
 
     def name(self, value: Any, name: str, alone: bool = True) -> None:
-        """From here on `value` comes from the part `name`, and from no other if `alone`."""
+        """Associate the tensors in `value` with the part `name`, and with no other if `alone`."""
         for tensor in _tensors(value):
             self._kept.append(tensor)
             before = frozenset() if alone else self.of(tensor)
@@ -81,45 +84,54 @@ def check_names(
     inputs: Mapping[str, torch.Tensor],
     parts: Callable[[nn.Module], Mapping[str, str]] = layer_names,
 ) -> Structure | None:
-    """Checks `names` (as `naming.model_names` gives them), and those that `parts` gives of each layer, with one forward
-    pass over `inputs`. Gives None where that needs the weights, and the model has none yet.
+    """Verify standard names with one forward pass. Warn if the pass fails.
 
-    Raises InputError where a name means something else than it should, saying which and how to name the part; warns
-    where the pass cannot be made."""
-    watch = _Watch(model, names, parts)
+    Args:
+        model: The model.
+        names: Its standard names, as returned by `model_names`.
+        inputs: The inputs of the pass.
+        parts: A function that returns the standard names in a layer.
+
+    Returns:
+        The structure of the model, or None if the pass needs the weights and they are not loaded yet.
+
+    Raises:
+        InputError: A name refers to the wrong part. The message says which, and how to name the right one.
+    """
+    trace = _NameTrace(model, names, parts)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _unchanged(model), watch:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _unchanged(model), trace:
             try:
                 fake = _fake(model)
-                with _without_looking(model):
-                    watch.run(
+                with _without_reading_values(model):
+                    trace.run(
                         lambda **kwargs: functional_call(model, fake, kwargs=kwargs),
                         {name: tensor.to("meta") for name, tensor in inputs.items()},
                     )
             except _Wrong:
                 raise
-            except Exception:  # what depends on the data, as the choice of experts may, needs real tensors
+            except Exception:  # control flow that depends on data, such as choosing experts, needs real tensors
                 if any(parameter.is_meta for parameter in model.parameters()):
                     return None
-                watch.run(model, inputs)
+                trace.run(model, inputs)
     except _Wrong as wrong:
         raise InputError(_explained(model, names, parts, *wrong.args)) from None
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "")
         warnings.warn(
-            f"the names found in {type(model).__name__} could not be checked, a forward pass over three tokens fails: "
-            f"{type(error).__name__}: {reason}",
+            f"the names found in {type(model).__name__} could not be verified, because a forward pass over three "
+            f"tokens fails: {type(error).__name__}: {reason}",
             NamesWarning,
             stacklevel=4,
         )
-    return watch.structure
+    return trace.structure
 
 
 class _Wrong(Exception):
-    """A name is wrong: the name, and what it should have been."""
+    """A name is wrong. The arguments are the name and the reason."""
 
 
-class _Watch:
+class _NameTrace:
     """Follows the named parts of a model through forward passes."""
 
     def __init__(self, model: nn.Module, names: Mapping[str, str], parts: Callable) -> None:
@@ -131,12 +143,12 @@ class _Watch:
     def run(self, model: Callable, inputs: Mapping[str, torch.Tensor]) -> None:
         self.seen: set[str] = set()
         self.into_norm: frozenset[str] = frozenset()
-        self.passed: dict[tuple[str, str], _Passed] = {}  # what goes into parts and comes out of them
+        self.passed: dict[tuple[str, str], _Passed] = {}  # the inputs and outputs of parts
         self.shape = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
         with Provenance() as self.origin:
             self.finish(model(**inputs))
 
-    def __enter__(self) -> "_Watch":
+    def __enter__(self) -> "_NameTrace":
         names = self.names
         if "embed_tokens" in names:
             self.watch("embed_tokens", self.model, names["embed_tokens"])
@@ -169,7 +181,7 @@ class _Watch:
                 leave(name, output)
             self.passed[name, "out"] = _Passed.of(_first(output))
             self.seen.add(name)
-            self.origin.name(output, name, alone="." not in name)  # a part of a layer may return the residual along
+            self.origin.name(output, name, alone="." not in name)  # a part of a layer may also return the residual
 
         self.hooks.append(first.register_forward_pre_hook(before, with_kwargs=True))
         self.hooks.append(last.register_forward_hook(after))
@@ -180,35 +192,38 @@ class _Watch:
         index = int(name[len("layers[") : -1])
         before = f"layers[{index - 1}]"
         if index and before not in origin:
-            raise _Wrong("layers", f"{name} does not get what {before} gives")
+            raise _Wrong("layers", f"{name} does not receive the output of {before}")
         if index and origin != {before}:
             past = sorted(origin - {before})[-1]
-            raise _Wrong("layers", f"{past} reaches {name} past {before}")
+            raise _Wrong("layers", f"{past} reaches {name} without passing through {before}")
 
     def leave_layer(self, name: str, output: Any) -> None:
         index = int(name[len("layers[") : -1])
         self.structure.tuples[index] = len(output) if isinstance(output, (tuple, list)) else 0
         if not isinstance(_first(output), torch.Tensor):
-            raise _Wrong("layers", f"{name} gives no tensor first, but {type(_first(output)).__name__}")
+            raise _Wrong(
+                "layers",
+                f"the output of {name} does not begin with a tensor, but with a {type(_first(output)).__name__}",
+            )
         origin = self.origin.of(_first(output))
         for part in self.parts(self.layers[index]):
             inner = f"{name}.{part}"
             if inner in self.seen and inner not in origin:
-                raise _Wrong(inner, f"what {inner} gives does not reach the output of {name}")
+                raise _Wrong(inner, f"the output of {inner} does not reach the output of {name}")
 
     def enter_norm(self, name: str, origin: frozenset[str]) -> None:
-        self.into_norm = origin  # of the last call: some models norm the embeddings with the same module
+        self.into_norm = origin  # in the last call: some models norm the embeddings with the same module
 
     def enter_head(self, name: str, origin: frozenset[str]) -> None:
         last = f"layers[{len(self.layers) - 1}]"
         if "ln_final" in self.names and self.layers and last not in self.into_norm:
-            raise _Wrong("ln_final", f"it does not get what {last} gives")
+            raise _Wrong("ln_final", f"it does not receive the output of {last}")
         before = "ln_final" if "ln_final" in self.names else f"layers[{len(self.layers) - 1}]"
         if (self.layers or before == "ln_final") and before not in origin:
-            raise _Wrong("lm_head", f"it does not get what {before} gives")
+            raise _Wrong("lm_head", f"it does not receive the output of {before}")
         past = sorted(o for o in origin if o.startswith("layers[")) if before == "ln_final" else []
         if past:
-            raise _Wrong("ln_final", f"{past[-1]} reaches lm_head past it")
+            raise _Wrong("ln_final", f"{past[-1]} reaches lm_head without passing through it")
 
     def finish(self, output: Any) -> None:
         missing = [f"layers[{i}]" for i in range(len(self.layers)) if f"layers[{i}]" not in self.seen]
@@ -216,7 +231,7 @@ class _Watch:
             name for name in ("ln_final", "lm_head", "embed_tokens") if name in self.names and name not in self.seen
         ]
         if missing:
-            raise _Wrong(missing[0].split("[")[0], f"{missing[0]} is not called by the model")
+            raise _Wrong(missing[0].split("[")[0], f"the model does not call {missing[0]}")
         logits = output.get("logits") if isinstance(output, Mapping) else None
         self.look_at_tail(logits)
         if "lm_head" in self.names and isinstance(logits, torch.Tensor):
@@ -225,24 +240,24 @@ class _Watch:
             if "lm_head" not in origin:
                 raise _Wrong("lm_head", "the logits do not come from it")
             if past:
-                raise _Wrong("lm_head", f"{past[-1]} reaches the logits past it")
+                raise _Wrong("lm_head", f"{past[-1]} reaches the logits without passing through it")
 
     def look_at_tail(self, logits: Any) -> None:
-        """Whether the final norm gets just what the last layer gives, the head what the norm gives, and so on."""
+        """Check whether the final norm receives exactly the output of the last layer, and the head that of the norm."""
         if not self.layers or not isinstance(logits, torch.Tensor):
             return
         last = f"layers[{len(self.layers) - 1}]"
         parts = [last, *(name for name in ("ln_final", "lm_head") if name in self.names)]
         into = [self.passed[part, "in"] for part in parts[1:]] + [_Passed.of(logits)]
-        is_module = ":" not in self.names.get("lm_head", "")  # between the parts of a span there may be anything
+        is_module = ":" not in self.names.get("lm_head", "")  # anything may happen between the modules of a span
         passes_on = all(self.passed[a, "out"].is_same(b) for a, b in zip(parts, into))
         self.structure.has_plain_tail = is_module and passes_on
-        self.structure.layout = Layout.of(self.passed[last, "out"].tensor.shape, *self.shape)
+        self.structure.layout = HiddenLayout.of(self.passed[last, "out"].tensor.shape, *self.shape)
 
 
 @dataclass(frozen=True)
 class _Passed:
-    """A tensor as it was when it passed: afterwards it may be changed in place."""
+    """A tensor and its version when it passed, since it may be changed in place afterwards."""
 
     tensor: Any
     version: int
@@ -261,7 +276,7 @@ class _Passed:
 
 def _explained(model: nn.Module, names: Mapping[str, str], parts: Callable, name: str, reason: str) -> str:
     real, part = names.get(name), name
-    if real is None:  # of a layer: layers[3].mlp
+    if real is None:  # in a layer: layers[3].mlp
         layer, _, part = name.partition(".")
         index = int(layer[len("layers[") : -1])
         real = parts(model.get_submodule(names["layers"])[index])[part]
@@ -272,14 +287,16 @@ def _explained(model: nn.Module, names: Mapping[str, str], parts: Callable, name
 
 
 def _fake(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters and buffers of a model, without their numbers."""
+    """Return the parameters and buffers of a model on the meta device."""
     return {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 @contextmanager
-def _without_looking(model: nn.Module) -> Iterator[None]:
-    """Has a model of transformers do without values where it can: experts are called in a way that does not depend on
-    how many tokens each gets, and a warning that looks at the token ids is left out (until `_unchanged` ends)."""
+def _without_reading_values(model: nn.Module) -> Iterator[None]:
+    """Make a model of transformers avoid reading values where possible.
+
+    Experts are called in a way that does not depend on the number of tokens each gets, and a warning that reads the
+    token ids is removed (until `_unchanged` ends)."""
     warns, experts = "warn_if_padding_and_no_attention_mask", "_experts_implementation"
     configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), experts)]
     before = [getattr(config, experts) for config in configs]
@@ -300,7 +317,7 @@ def _first(value: Any) -> Any:
 
 
 def _hidden(args: tuple, kwargs: dict) -> Any:
-    """The hidden states among the arguments of a layer."""
+    """Return the hidden states among the arguments of a layer."""
     return args[0] if args else kwargs.get("hidden_states", tuple(kwargs.values())[:1])
 
 
@@ -310,8 +327,8 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Puts back what modules keep of a pass (tables of positions and the like): those of a fake one are fake."""
-    before = [(module, HookTables(module), dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    """Restore what modules store during a pass, such as tables of positions: here they are fake."""
+    before = [(module, ModuleHooks(module), dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     try:
         yield
     finally:

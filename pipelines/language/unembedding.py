@@ -1,10 +1,10 @@
-"""The tail of a language model: what it does with the hidden states of its last layer, up to the logits.
+"""Unembedding: what a language model does between the output of its last layer and the logits.
 
-    logits = run_tail(model, layers, tuples, hidden)    # (..., features) to (..., vocabulary)
+    logits = run_tail(model, layers, tuples, layout, hidden)    # (..., features) to (..., vocabulary)
 
-In most models this is the final norm and the head, and nothing else. Others scale what lies between, cap the logits or
-join several streams of hidden states. There the model itself is run, over single tokens, with all layers left out: its
-last layer gives `hidden`, and what follows is the model's own code.
+In most models this is the final norm and the head, and nothing else. Some models also scale hidden states, cap the
+logits or join several streams of hidden states. For these, the model itself is run over single tokens with all layers
+replaced: the last layer returns `hidden`, and everything after it is the model's own code.
 """
 
 import inspect
@@ -18,16 +18,18 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the batch and the tokens stand among the dimensions of the hidden states that layers give."""
+class HiddenLayout:
+    """Which dimensions of the hidden states that layers return are the batch and the tokens."""
 
     batch: int = 0
     tokens: int = 1
     dims: int = 3
 
     @classmethod
-    def of(cls, shape: torch.Size, batch: int, tokens: int) -> "Layout | None":
-        """The layout in which `batch` inputs of `tokens` tokens (a number that nothing else has) give this shape."""
+    def of(cls, shape: torch.Size, batch: int, tokens: int) -> "HiddenLayout | None":
+        """Return the layout of a shape that `batch` inputs of `tokens` tokens result in, or None if it is unclear.
+
+        No other dimension may have the size `tokens`."""
         known = list(shape[:-1])
         if known[:2] == [batch, tokens]:
             return cls(dims=len(shape))
@@ -37,24 +39,33 @@ class Layout:
 
     @property
     def is_common(self) -> bool:
-        """Whether the batch comes first and the tokens second, as almost everywhere."""
+        """Whether the batch is the first dimension and the tokens the second, as in almost every model."""
         return (self.batch, self.tokens) == (0, 1)
 
     def tokens_first(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states as a layer gives them, as (batch, tokens, ...)."""
+        """Convert hidden states from a layer to `(batch, tokens, ...)`."""
         return hidden.movedim((self.batch, self.tokens), (0, 1))
 
     def as_given(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The way back: (batch, tokens, ...) as the model's layers give it."""
+        """Convert `(batch, tokens, ...)` to the layout of the model's layers."""
         return hidden.movedim((0, 1), (self.batch, self.tokens))
 
 
 def run_tail(
-    model: nn.Module, layers: Sequence[nn.Module], tuples: Sequence[int], layout: Layout, hidden: torch.Tensor
+    model: nn.Module, layers: Sequence[nn.Module], tuples: Sequence[int], layout: HiddenLayout, hidden: torch.Tensor
 ) -> torch.Tensor:
-    """The logits, (..., vocabulary), that the model makes of `hidden` as if its last layer had given it; `tuples` are
-    the sizes of the tuples that the layers return (0: a tensor). `hidden` is of any shape (..., features); where layers
-    do not give (batch, tokens, features), of the shape that they give."""
+    """Return the logits that the model computes if its last layer returns `hidden`.
+
+    Args:
+        model: The model.
+        layers: Its layers.
+        tuples: The size of the tuple that each layer returns, 0 for a tensor.
+        layout: The layout of the layers' hidden states.
+        hidden: `(..., features)`, or where layers do not return `(batch, tokens, features)`, the shape they return.
+
+    Returns:
+        Logits, `(..., vocabulary)`.
+    """
     if not layout.is_common:
         hidden = layout.tokens_first(hidden)
     outer = hidden.shape[: hidden.ndim + 2 - layout.dims]
@@ -66,7 +77,7 @@ def run_tail(
 
 
 def _one_token_each(model: nn.Module, hidden: torch.Tensor) -> dict[str, Any]:
-    """Inputs of one token a row. What they are plays no part: the layers are left out."""
+    """Return inputs of one token per row. Their values do not matter, since the layers are replaced."""
     ids = torch.full((len(hidden), 1), 2, device=hidden.device)
     inputs: dict[str, Any] = {"input_ids": ids}
     known = inspect.signature(model.forward).parameters
@@ -78,7 +89,7 @@ def _one_token_each(model: nn.Module, hidden: torch.Tensor) -> dict[str, Any]:
 
 @contextmanager
 def _returning(layers: Sequence[nn.Module], tuples: Sequence[int], value: torch.Tensor) -> Iterator[None]:
-    """The layers give `value`, whatever they get."""
+    """Make every layer return `value`, whatever its input is."""
     before = [vars(layer).get("forward") for layer in layers]
     try:
         for layer, size in zip(layers, tuples):

@@ -1,8 +1,8 @@
-"""Measures how faithfully a pipeline of this folder draws its captions, and how that grows over the text encoder.
+"""Measure how faithfully a packaged pipeline draws its captions, and how this grows over the layers of its encoder.
 
-    python -m diffsight.pipelines.shapes.evaluate clip            # prints the table of the model card
+    python -m diffsight.pipelines.shapes.evaluate clip            # prints the tables of the model card
 
-Plain diffusers and PyTorch, nothing of diffsight's engine: these figures are what the lenses are checked against.
+This uses plain diffusers and PyTorch, and nothing of diffsight's engine: the lenses are checked against these figures.
 """
 
 import argparse
@@ -13,40 +13,44 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from diffsight.pipelines.shapes.reader import read
+from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import Scene, render, sample_scene
 from diffsight.pipelines.shapes.scoring import score
+from diffsight.pipelines.standard_names import EMBEDDING, Layer
 
 _PARTS = ("scene", "first object", "second object", "colors", "relation", "background")
 
 
 def shares(asked: Sequence[Scene], images: Sequence) -> dict[str, float]:
-    """The share of `images` (PIL) in which each part of the scenes `asked`, all of as many things, is right: see
-    `scoring.py`."""
-    scores = [score(scene, read(image)) for scene, image in zip(asked, images, strict=True)]
+    """Return the share of PIL `images` in which each part of the scenes `asked` is right, see `scoring.py`.
+
+    All scenes have the same number of things."""
+    scores = [score(scene, read_scene(image)) for scene, image in zip(asked, images, strict=True)]
     return {part: sum(right[part] for right in scores) / len(scores) for part in scores[0]}
 
 
 def reader_accuracy(count: int = 500, seed: int = 500) -> float:
-    """The share of `count` rendered scenes that the reader gets wholly right, background included."""
+    """Return the share of `count` rendered scenes that the reader gets entirely right, background included."""
     rng = random.Random(seed)
     right = 0
     for _ in range(count):
         scene = sample_scene(rng, held_out=None)
-        right += read(render(scene, rng)) == scene.canonical()
+        right += read_scene(render(scene, rng)) == scene.canonical()
     return right / count
 
 
-def scenes(count: int, seed: int, **kind) -> list[Scene]:
-    """`count` scenes of two things; `kind` goes to `sample_scene` (`noun_rate`, `held_out`)."""
+def sample_scenes(count: int, seed: int, **kind) -> list[Scene]:
+    """Sample `count` scenes of two things. `kind` goes to `sample_scene` (`noun_rate`, `held_out`)."""
     rng = random.Random(seed)
     return [sample_scene(rng, two=1.0, **kind) for _ in range(count)]
 
 
 @torch.no_grad()
-def draw(pipe, asked: Sequence[Scene], layer: int | None = None, batch: int = 50, **arguments) -> list:
-    """Pictures of the captions of `asked`, seeds 0, 1, 2 …; with `layer`, from that hidden state of the text encoder
-    (0 is the embedding) through the final norm."""
+def draw_scenes(pipe, asked: Sequence[Scene], layer: Layer | None = None, batch: int = 50, **arguments) -> list:
+    """Draw the captions of the scenes `asked`, with the seeds 0, 1, 2 …
+
+    With `layer`, draw from the output of that layer of the text encoder, through the final norm; "embedding" is the
+    input of the first layer."""
     images = []
     norm = getattr(pipe.text_encoder, "final_layer_norm", None) or pipe.text_encoder.encoder.final_layer_norm
     for start in range(0, len(asked), batch):
@@ -56,39 +60,41 @@ def draw(pipe, asked: Sequence[Scene], layer: int | None = None, batch: int = 50
         if layer is not None:
             ids = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(pipe.device)
             hidden = pipe.text_encoder(ids, output_hidden_states=True).hidden_states
-            last = layer == pipe.text_encoder.config.num_hidden_layers
-            prompt = {"prompt_embeds": pipe.text_encoder(ids)[0] if last else norm(hidden[layer])}
+            count = pipe.text_encoder.config.num_hidden_layers
+            index = 0 if layer == EMBEDDING else layer % count + 1  # transformers counts the embedding as state 0
+            last = index == count
+            prompt = {"prompt_embeds": pipe.text_encoder(ids)[0] if last else norm(hidden[index])}
         images += pipe(**prompt, generator=generators, **arguments).images
     return images
 
 
 def report(pipe, layers: bool = True) -> str:
-    """The tables of the model card, as Markdown."""
+    """Return the tables of the model card, as Markdown."""
     sets = {
-        "plain captions": scenes(200, seed=1),
-        "invented nouns": scenes(200, seed=2, noun_rate=1.0),
-        "pairs never seen in training": scenes(200, seed=3, held_out=True),
+        "plain captions": sample_scenes(200, seed=1),
+        "invented nouns": sample_scenes(200, seed=2, noun_rate=1.0),
+        "pairs never seen in training": sample_scenes(200, seed=3, held_out=True),
     }
     settings = {
         "20 steps, guidance 3": dict(num_inference_steps=20, guidance_scale=3.0),
         "pipeline defaults": {},
     }
     lines = [f"Reader on 500 rendered scenes: {reader_accuracy():.1%} right.", ""]
-    lines += ["| 200 pictures of two things | settings | " + " | ".join(_PARTS) + " |"]
+    lines += ["| 200 images of two things | settings | " + " | ".join(_PARTS) + " |"]
     lines += ["|---" * (2 + len(_PARTS)) + "|"]
     for name, asked in sets.items():
         for setting, arguments in settings.items():
-            right = shares(asked, draw(pipe, asked, **arguments))
+            right = shares(asked, draw_scenes(pipe, asked, **arguments))
             cells = [f"{right[part]:.1%}" for part in _PARTS]
             lines.append(f"| {name} | {setting} | " + " | ".join(cells) + " |")
     if layers:
         arguments = settings["20 steps, guidance 3"]
-        count = pipe.text_encoder.config.num_hidden_layers
-        lines += ["", "| layer | " + " | ".join(str(k) for k in range(count + 1)) + " |"]
-        lines += ["|---" * (count + 2) + "|"]
+        chosen = [EMBEDDING, *range(pipe.text_encoder.config.num_hidden_layers)]
+        lines += ["", "| layer | " + " | ".join(map(str, chosen)) + " |"]
+        lines += ["|---" * (len(chosen) + 1) + "|"]
         for name in ("plain captions", "invented nouns"):
             asked = sets[name][:100]
-            cells = [shares(asked, draw(pipe, asked, layer=k, **arguments))["scene"] for k in range(count + 1)]
+            cells = [shares(asked, draw_scenes(pipe, asked, layer=layer, **arguments))["scene"] for layer in chosen]
             lines.append(f"| {name} | " + " | ".join(f"{c:.0%}" for c in cells) + " |")
     return "\n".join(lines)
 

@@ -1,11 +1,12 @@
-"""Turns a picture of coloured shapes back into the scene, and so into a caption.
+"""Read the scene, and so the caption, from an image of coloured shapes.
 
-    scene = read(image)
+    scene = read_scene(image)
     scene.caption()                      # "a red circle above a blue square on a gray background"
 
-No learning: the background is the colour of the border, things are the connected regions that differ from it, a thing's
-colour is the palette's nearest to the median of the region's inner pixels, its shape is the one whose drawing into the
-region's box overlaps it most, and the relation follows the axis along which the centres lie further apart.
+Nothing is learned. The background is the colour of the border, and things are the connected regions that differ from
+it. A thing's colour is the palette colour nearest to the median of the region's pixels. Its shape is the one whose
+drawing in the region's bounding box overlaps the region most. The relation follows the axis along which the centres
+are further apart.
 """
 
 import numpy as np
@@ -13,14 +14,15 @@ from PIL import Image, ImageDraw
 
 from diffsight.pipelines.shapes.scenes import BACKGROUNDS, COLORS, SHAPES, Scene, Thing, draw_shape
 
-_CONTRAST = 70.0  # RGB distance from the background at which a pixel belongs to a thing
-_SMALLEST = 25  # pixels; less is a speck
+_CONTRAST = 70.0  # RGB distance from the background above which a pixel belongs to a thing
+_SMALLEST = 25  # pixels; a smaller region is a speck
 
 
-def read(image: Image.Image) -> Scene | None:
-    """The scene in `image` (any size; read at its own resolution), or None where no one or two things are seen.
+def read_scene(image: Image.Image) -> Scene | None:
+    """Return the scene in `image`, or None unless one or two things are seen.
 
-    The relation is given as "above" or "left of" (`Scene.canonical` brings any scene into this spelling)."""
+    The image may have any size and is read at its own resolution. The relation is always "above" or "left of", as in
+    `Scene.canonical`."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     ground = np.median(border, axis=0)
@@ -39,7 +41,7 @@ def read(image: Image.Image) -> Scene | None:
 
 
 def _regions(mask: np.ndarray) -> list[np.ndarray]:
-    """The 4-connected regions of `mask` (bool, height x width), specks left out, as masks."""
+    """Return the 4-connected regions of `mask`, bool `(height, width)`, as masks, without specks."""
     left, regions = mask.copy(), []
     while left.any():
         seed = tuple(np.argwhere(left)[0])
@@ -66,15 +68,15 @@ def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str
 
 
 def _shape(region: np.ndarray) -> str:
-    """The shape whose drawing into the region's bounding box has the largest intersection over union with it."""
+    """Return the shape whose drawing in the region's bounding box has the largest intersection over union with it."""
     ys, xs = np.where(region)
     crop = region[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
     height, width = crop.shape
 
     def overlap(shape: str) -> float:
-        picture = Image.new("L", (width * 4, height * 4))
-        draw_shape(ImageDraw.Draw(picture), shape, (0, 0, width * 4 - 1, height * 4 - 1), 255, 0)
-        drawn = np.asarray(picture.resize((width, height), Image.Resampling.BOX)) > 127
+        image = Image.new("L", (width * 4, height * 4))
+        draw_shape(ImageDraw.Draw(image), shape, (0, 0, width * 4 - 1, height * 4 - 1), 255, 0)
+        drawn = np.asarray(image.resize((width, height), Image.Resampling.BOX)) > 127
         return (drawn & crop).sum() / (drawn | crop).sum()
 
     return max(SHAPES, key=overlap)

@@ -5,10 +5,10 @@
     scene.caption()                     # "a red circle below a blue square on a gray background"
     image = render(scene, rng)          # PIL, 64 x 64
 
-A caption names the first thing, then its relation to the second: in "a red circle below a blue square" the circle,
-mentioned first, stands at the second place from the top. So the order of the words is not the order in the picture,
-and a text encoder that only counts words cannot place the things. Some things are called by an invented noun instead of
-colour and shape ("a palu"): the nouns are drawn by Zipf's law, so that some are common and some are rare.
+A caption names the first thing, then its relation to the second. In "a red circle below a blue square" the circle is
+mentioned first but is the second thing from the top. The order of the words is therefore not the order in the image,
+and a text encoder that only counts words cannot place the things. Some things have an invented noun instead of a colour
+and a shape ("a palu"). The nouns are sampled by Zipf's law, so that some are common and some are rare.
 """
 
 import random
@@ -36,7 +36,7 @@ _SUPERSAMPLE = 4
 
 @dataclass(frozen=True)
 class Thing:
-    """One coloured shape; `noun` is the invented word that stands for both in a caption, if any."""
+    """One coloured shape. `noun` is the invented word that stands for colour and shape in a caption, if any."""
 
     color: str
     shape: str
@@ -48,32 +48,33 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One thing, or two and the relation of the first to the second, on a background."""
+    """One thing, or two things and the relation of the first to the second, on a background."""
 
     things: tuple[Thing, ...]
     relation: str | None
     background: str
 
     def caption(self, background: bool = True) -> str:
-        """The scene in words; without its background on request."""
+        """Return the scene in words, with or without its background."""
         words = f" {self.relation} ".join(thing.words() for thing in self.things)
         return f"{words} on a {self.background} background" if background else words
 
     def told_from(self, place: int) -> "Scene":
-        """The same scene, its caption beginning with the thing at the first place (0: "A above B") or at the second
-        (1: "B below A")."""
+        """Return the same scene with a caption that begins with the thing at the first place (0: "A above B") or at
+        the second place (1: "B below A")."""
         if self.relation is None or (self.relation in ("below", "right of")) == bool(place):
             return self
         return Scene(self.things[::-1], _OPPOSITE[self.relation], self.background)
 
     def canonical(self) -> "Scene":
-        """The same scene in one spelling: no nouns, and told from the first place ("A below B" is "B above A")."""
+        """Return the same scene in its canonical form: no nouns, and described from the first place, so that
+        "A below B" becomes "B above A"."""
         told = self.told_from(0)
         return replace(told, things=tuple(replace(thing, noun=None) for thing in told.things))
 
 
 def _invent_nouns() -> dict[str, Thing]:
-    """48 two-syllable nouns, most common first, each for one colour and shape that training may show."""
+    """Return 48 two-syllable nouns, most common first, each for a colour and shape that training may show."""
     syllables = [c + v for c in ("p", "l", "m", "t", "k", "z", "v", "d") for v in ("a", "u", "o", "i")]
     rng = random.Random(48)
     words = sorted({a + b for a in syllables for b in syllables if a != b})
@@ -91,8 +92,9 @@ WORDS = sorted(
 
 
 def sample_thing(rng: random.Random, noun_rate: float, held_out: bool | None = False) -> Thing:
-    """A thing: by an invented noun with probability `noun_rate`; `held_out` True draws only the held-out pairs,
-    False never one, None any."""
+    """Sample a thing, with an invented noun with probability `noun_rate`.
+
+    `held_out=True` samples only the held-out pairs of colour and shape, False never one of them, None any pair."""
     if rng.random() < noun_rate:
         return rng.choices(list(NOUNS.values()), weights=_ZIPF)[0]
     if held_out:
@@ -104,8 +106,9 @@ def sample_thing(rng: random.Random, noun_rate: float, held_out: bool | None = F
 
 
 def sample_scene(rng: random.Random, two: float = 0.7, noun_rate: float = 0.0, held_out: bool | None = False) -> Scene:
-    """A scene: of two things with probability `two`, which always differ in colour or shape. With `held_out=True`
-    the first thing is a held-out pair."""
+    """Sample a scene, of two things with probability `two`. The things always differ in colour or shape.
+
+    With `held_out=True` the first thing is a held-out pair of colour and shape."""
     things = [sample_thing(rng, noun_rate, held_out)]
     relation = None
     if rng.random() < two:
@@ -118,7 +121,7 @@ def sample_scene(rng: random.Random, two: float = 0.7, noun_rate: float = 0.0, h
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[float, ...], color, ground) -> None:
-    """Draws `shape` to fill `box` (left, top, right, bottom, pixels) in `color`; `ground` shows through a ring."""
+    """Draw `shape` to fill `box` (left, top, right, bottom, in pixels) in `color`. `ground` shows through a ring."""
     left, top, right, bottom = box
     if shape == "square":
         draw.rectangle(box, fill=color)
@@ -132,7 +135,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, box: tuple[float, ...], co
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene as a picture (RGB, 64 x 64, antialiased), with sizes and places jittered by `rng`."""
+    """Return an image of the scene (RGB, 64 x 64, antialiased). `rng` varies the sizes and places."""
     ground = BACKGROUNDS[scene.background]
     scale = SIZE * _SUPERSAMPLE
     image = Image.new("RGB", (scale, scale), ground)

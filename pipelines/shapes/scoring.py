@@ -1,6 +1,6 @@
-"""What is right in a picture: what the reader sees in it against the scene that was asked for, part by part.
+"""Score an image: compare what the reader sees in it with the scene that was asked for, part by part.
 
-score(scene, read(image))       # {"first object": True, "second object": False, "colors": False, …}
+score(scene, read_scene(image))       # {"first object": True, "second object": False, "colors": False, …}
 """
 
 from dataclasses import replace
@@ -9,12 +9,15 @@ from diffsight.pipelines.shapes.scenes import Scene, Thing
 
 
 def score(asked: Scene, seen: Scene | None) -> dict[str, bool]:
-    """Which parts of `asked` are right in `seen`. First is what the caption names first.
+    """Return which parts of the scene `asked` are right in the scene `seen`.
 
-    "first object", "second object": a thing of its colour and its shape is seen, wherever it stands. "colors": the
-    colours seen are those asked for, whichever thing has which. "relation": the shapes stand as told (where both are
-    the same shape, the colours). "background": its colour. "scene": the things and their relation, and nothing else, on
-    any background. One thing has no second object and no relation.
+    - "first object", "second object", in the order of the caption: a thing of this colour and shape is seen anywhere.
+      A scene of one thing has no second object.
+    - "colors": the colours seen are those asked for, whichever thing has which.
+    - "relation": the shapes are placed as in the caption (the colours, if both have the same shape). A scene of one
+      thing has no relation.
+    - "background": the background has the right colour.
+    - "scene": exactly the things asked for are seen, in the right relation, on any background.
     """
     wanted = [replace(thing, noun=None) for thing in asked.things]
     things = list(seen.things) if seen is not None else []

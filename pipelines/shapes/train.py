@@ -1,29 +1,29 @@
-"""Trains the packaged pipelines from nothing: scenes, VAE, then text encoder and UNet together.
+"""Train the packaged pipelines from scratch: scenes, VAE, then text encoder and UNet together.
 
     python -m diffsight.pipelines.shapes.train --encoder clip --out shapes-clip
     python -m diffsight.pipelines.shapes.train --encoder t5 --resume shapes-clip --vae-steps 0 --text-steps 1500 \
         --steps 3800 --out shapes-t5
 
-One command, one pipeline in the standard diffusers folder format, with the measured fidelity printed at the end. The
-device is a GPU where there is one (minutes), else the CPU (one to two hours, on one core or two).
+One command trains one pipeline, writes it in the standard diffusers folder format, and prints its measured fidelity.
+It runs on a GPU if there is one (minutes), otherwise on the CPU (one to two hours, on one or two cores).
 
-- VAE: reconstruction (L1 + L2, four times as much on the things as on the background, which fills most of a picture)
-  and a small Kullback-Leibler term; `scaling_factor` is 1 / standard deviation of the latents (Rombach et al.,
-  "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, appendix G). The decoder is given latents with
-  noise (Yang et al., "Latent Denoising Makes Good Visual Tokenizers", 2025): things that look different then lie far
-  apart, and the denoiser can tell colours and shapes before the last timesteps.
+- VAE: reconstruction (L1 + L2, weighted four times higher on the things than on the background, which fills most of an
+  image) and a small Kullback-Leibler term. `scaling_factor` is 1 / standard deviation of the latents (Rombach et al.,
+  "High-Resolution Image Synthesis with Latent Diffusion Models", 2022, appendix G). The decoder sees latents with noise
+  (Yang et al., "Latent Denoising Makes Good Visual Tokenizers", 2025). Things that look different are then far apart in
+  latent space, and the denoiser can distinguish colours and shapes before the last timesteps.
 - Text encoder and UNet: v-prediction (Salimans & Ho, "Progressive Distillation", 2022, section 4), captions dropped one
-  time in ten for classifier-free guidance (Ho & Salimans, 2022), an exponential moving average of the weights. Six
-  in ten timesteps are drawn from 750 to 999, where the layout is decided.
-- Every scene has two captions, "A above B" and "B below A". At first nine in ten are of the first kind, which makes the
-  thing named first a hint for its place; after two fifths of the training both are as frequent. Where they are so from
-  the start, neither the order of the names nor the relation says anything alone, and training draws the right things
-  at swapped places for thousands of steps.
-- T5 has no positions, only distances, and in 4,000 steps with pictures alone it did not learn which thing goes where.
-  As T5 encoders everywhere it therefore sees text before pictures (`--text-steps`): from its output two queries, thrown
-  away afterwards, read the colour and the shape of the thing in each place.
-- The text encoder is narrow and deep on purpose: a wide one resolves colours and relations in its first layer and
-  leaves a lens over its layers nothing to show.
+  time in ten for classifier-free guidance (Ho & Salimans, 2022), and an exponential moving average of the weights. Six
+  in ten timesteps are sampled from 750 to 999, where the layout is decided.
+- Every scene has two captions, "A above B" and "B below A". At first nine in ten are of the first kind, so that the
+  thing named first is a hint for its place. After two fifths of the training both kinds are equally frequent. If they
+  are so from the start, neither the order of the names nor the relation is informative on its own, and for thousands
+  of steps the right things appear at swapped places.
+- T5 has no positions, only distances, and in 4,000 steps with images alone it did not learn which thing goes where.
+  Like other T5 encoders it is therefore trained on text before images (`--text-steps`): two queries, discarded
+  afterwards, read the colour and the shape of the thing in each place from its output.
+- The text encoder is narrow and deep on purpose: a wide one resolves colours and relations in its first layer, and a
+  lens over its layers then has nothing to show.
 """
 
 import argparse
@@ -52,12 +52,12 @@ from transformers import (
 from diffsight.pipelines.shapes.evaluate import report
 from diffsight.pipelines.shapes.scenes import COLORS, SHAPES, SIZE, WORDS, render, sample_scene
 
-TOKENS = 16  # positions of the text encoders: the longest caption has 12 words, and a start and an end
-LATENT_NOISE = 0.5  # the most noise the VAE's decoder learns with, in standard deviations of a channel of the latents
+TOKENS = 16  # positions of the text encoders: the longest caption has 12 words, a start and an end token
+LATENT_NOISE = 0.5  # the most noise in training the VAE's decoder, in standard deviations of a latent channel
 
 
 def make_tokenizer(encoder: str) -> PreTrainedTokenizerFast:
-    """One token a word: start (CLIP only), words, end, padding."""
+    """Return a tokenizer with one token per word: start (CLIP only), words, end, padding."""
     special = ["<pad>", "<start>", "<end>", "<unknown>"]
     vocabulary = {word: i for i, word in enumerate(special + WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
@@ -79,7 +79,7 @@ def make_tokenizer(encoder: str) -> PreTrainedTokenizerFast:
 
 
 def make_text_encoder(encoder: str, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
-    """Twelve layers of width 64 with four heads."""
+    """Return an untrained text encoder with twelve layers of width 64 and four heads."""
     shared = dict(
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
@@ -153,25 +153,29 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def make_data(count: int, seed: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
-    """Pictures (uint8, count x 3 x 64 x 64), two captions of each, told from the first place and from the second
-    (2 * count), of which three in ten leave the background out, and the things (count x 2 x 2): the numbers of the
-    colour and the shape in each place, one more than there are where nothing is."""
+    """Return `count` scenes to train on.
+
+    Returns:
+        Images, uint8 `(count, 3, 64, 64)`; two captions of each, a list of 2 * count, described from the first and from
+        the second place, three in ten without the background; and the things, `(count, 2, 2)`: the indices of the
+        colour and the shape in each place, or the number of colours and shapes where there is nothing.
+    """
     rng = random.Random(seed)
-    pictures, captions = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8), []
+    images, captions = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8), []
     colors, shapes = list(COLORS), list(SHAPES)
     things = torch.tensor([len(colors), len(shapes)]).repeat(count, 2, 1)
     for i in tqdm(range(count), desc="scenes"):
         scene = sample_scene(rng, two=0.8, noun_rate=0.3)
-        pictures[i] = torch.from_numpy(np.array(render(scene, rng))).permute(2, 0, 1)
+        images[i] = torch.from_numpy(np.array(render(scene, rng))).permute(2, 0, 1)
         background = rng.random() > 0.3
         captions += [scene.told_from(place).caption(background) for place in (0, 1)]
         for place, thing in enumerate(scene.canonical().things):
             things[i, place] = torch.tensor([colors.index(thing.color), shapes.index(thing.shape)])
-    return pictures, captions, things
+    return images, captions, things
 
 
 def updating(parameters: list[torch.nn.Parameter], rate: float, steps: int) -> Callable[[torch.Tensor], None]:
-    """What takes a step against a loss, `steps` times in all."""
+    """Return a function that takes an optimizer step on a loss. It is called `steps` times."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.15)
 
@@ -185,13 +189,13 @@ def updating(parameters: list[torch.nn.Parameter], rate: float, steps: int) -> C
     return update
 
 
-def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, device: str) -> None:
-    """Trains in place and sets `scaling_factor`."""
+def train_vae(vae: AutoencoderKL, images: torch.Tensor, steps: int, device: str) -> None:
+    """Train the VAE in place on images, uint8 `(count, 3, 64, 64)`, and set its `scaling_factor`."""
     update = updating(list(vae.parameters()), 2e-3, steps)
     bar = tqdm(range(steps), desc="VAE")
     for _ in bar:
-        chosen = torch.randint(len(pictures), (32,))
-        x = pictures[chosen].to(device).float() / 127.5 - 1
+        chosen = torch.randint(len(images), (32,))
+        x = images[chosen].to(device).float() / 127.5 - 1
         posterior = vae.encode(x).latent_dist
         z = posterior.sample()
         level = torch.rand(len(z), 1, 1, 1, device=device) * LATENT_NOISE * z.detach().std((0, 2, 3), keepdim=True)
@@ -202,19 +206,20 @@ def train_vae(vae: AutoencoderKL, pictures: torch.Tensor, steps: int, device: st
         update(loss)
         if bar.n % 100 == 0:
             bar.set_postfix(l1=f"{error.abs().mean().item():.4f}")
-    vae.register_to_config(scaling_factor=float(1 / encode(vae, pictures[:2000], device).std()))
+    vae.register_to_config(scaling_factor=float(1 / encode_images(vae, images[:2000], device).std()))
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: torch.Tensor, device: str) -> torch.Tensor:
-    """Latents (count x 4 x 8 x 8), the means of the posterior, not scaled."""
-    parts = [vae.encode(part.to(device).float() / 127.5 - 1).latent_dist.mean for part in pictures.split(250)]
+def encode_images(vae: AutoencoderKL, images: torch.Tensor, device: str) -> torch.Tensor:
+    """Return the latents of images, `(count, 4, 8, 8)`: the means of the posterior, not scaled."""
+    parts = [vae.encode(part.to(device).float() / 127.5 - 1).latent_dist.mean for part in images.split(250)]
     return torch.cat(parts)
 
 
 class PlaceReader(torch.nn.Module):
-    """Reads from the output of a text encoder (batch x tokens x width) what stands in each of two places: scores of the
-    colours and of the shapes (batch x 2 x number)."""
+    """Read from the output of a text encoder, `(batch, tokens, width)`, what is in each of two places.
+
+    The results are scores of the colours, `(batch, 2, colours + 1)`, and of the shapes, `(batch, 2, shapes + 1)`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -233,9 +238,9 @@ class PlaceReader(torch.nn.Module):
 
 
 def train_on_text(text_encoder: torch.nn.Module, ids: torch.Tensor, things: torch.Tensor, steps: int) -> None:
-    """Trains the text encoder in place, on captions alone.
+    """Train the text encoder in place, on captions alone.
 
-    Shapes: ids count x 2 x 16, things count x 2 x 2 (see `make_data`)."""
+    `ids` has the shape `(count, 2, 16)` and `things` `(count, 2, 2)`, see `make_data`."""
     reader = PlaceReader(text_encoder.config.hidden_size).to(ids.device)
     parameters = [*text_encoder.train().parameters(), *reader.parameters()]
     update = updating(parameters, 1e-3, steps)
@@ -253,10 +258,15 @@ def train_on_text(text_encoder: torch.nn.Module, ids: torch.Tensor, things: torc
 def train_denoiser(
     pipe: StableDiffusionPipeline, latents: torch.Tensor, ids: torch.Tensor, empty: torch.Tensor, steps: int, out: Path
 ) -> None:
-    """Trains the text encoder and the UNet of `pipe` in place; what is left in them is the moving average of their
-    weights. Every 1,000 steps the pipeline is written to `out`.
+    """Train the text encoder and the UNet of `pipe` in place, and leave the moving average of their weights in them.
 
-    Shapes: latents count x 4 x 8 x 8, ids count x 2 x 16 (see `make_data`), empty 16 (the tokens of no caption)."""
+    The pipeline is written to `out` every 1,000 steps.
+
+    Args:
+        latents: `(count, 4, 8, 8)`.
+        ids: Two captions of each scene, `(count, 2, 16)`, see `make_data`.
+        empty: The tokens of an empty caption, `(16,)`.
+    """
     text_encoder, unet, scheduler = pipe.text_encoder.train(), pipe.unet.train(), pipe.scheduler
     parameters = [*text_encoder.parameters(), *unet.parameters()]
     update = updating(parameters, 1e-3, steps)
@@ -292,10 +302,11 @@ def train_denoiser(
 
 
 def save_in_half(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    """Writes the pipeline with its weights in half precision; the configurations go on saying float32, so that it
-    loads as float32 everywhere."""
+    """Write the pipeline with its weights in half precision.
+
+    Its configurations still say float32, so that it loads as float32 everywhere."""
     pipe.save_pretrained(folder)
-    for file in folder.rglob("*.json"):  # where the pipeline was once loaded from is nobody's business
+    for file in folder.rglob("*.json"):  # leave out the path that the pipeline was loaded from
         settings = json.loads(file.read_text())
         if settings.pop("_name_or_path", None) is not None:
             file.write_text(json.dumps(settings, indent=2) + "\n")
@@ -305,7 +316,7 @@ def save_in_half(pipe: StableDiffusionPipeline, folder: Path) -> None:
 
 
 def make_pipeline(encoder: str) -> StableDiffusionPipeline:
-    """The pipeline with the text encoder named (`clip` or `t5`), its weights drawn at random."""
+    """Return a pipeline with random weights and the given kind of text encoder, `clip` or `t5`."""
     tokenizer = make_tokenizer(encoder)
     return StableDiffusionPipeline(
         vae=make_vae(),
@@ -322,12 +333,14 @@ def make_pipeline(encoder: str) -> StableDiffusionPipeline:
 def train(
     encoder: str, out: Path, resume: Path | None, seed: int, scenes: int, vae_steps: int, text_steps: int, steps: int
 ) -> StableDiffusionPipeline:
-    """Trains a pipeline and writes it to the folder `out`. With the folder `resume` it goes on with the pipeline there,
-    or, where that has an encoder of the other kind, with its VAE and UNet and a new encoder."""
+    """Train a pipeline and write it to the folder `out`.
+
+    With `resume`, continue with the pipeline in that folder; if it has the other kind of encoder, with its VAE and its
+    UNet and a new encoder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(seed)
-    pictures, captions, things = make_data(scenes, seed)
+    images, captions, things = make_data(scenes, seed)
     pipe = make_pipeline(encoder)
     if resume:
         known = StableDiffusionPipeline.from_pretrained(resume)
@@ -335,8 +348,8 @@ def train(
         pipe.register_modules(vae=known.vae, unet=known.unet, **({"text_encoder": known.text_encoder} if alike else {}))
     pipe.to(device)
     if vae_steps:
-        train_vae(pipe.vae.train(), pictures, vae_steps, device)
-    latents = encode(pipe.vae.eval(), pictures, device) * pipe.vae.config.scaling_factor
+        train_vae(pipe.vae.train(), images, vae_steps, device)
+    latents = encode_images(pipe.vae.eval(), images, device) * pipe.vae.config.scaling_factor
     ids = pipe.tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids.to(device)
     ids, empty = ids[:-1].unflatten(0, (-1, 2)), ids[-1]
     if text_steps:
@@ -353,13 +366,13 @@ def main() -> None:
     parser.add_argument(
         "--resume",
         type=Path,
-        help="folder of a pipeline to go on with, or of one with the other encoder, to begin with its UNet (and "
+        help="folder of a pipeline to continue with, or of one with the other encoder whose UNet to start with (add "
         "--vae-steps 0 to keep its VAE)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenes", type=int, default=30_000)
     parser.add_argument("--vae-steps", type=int, default=2_300)
-    parser.add_argument("--text-steps", type=int, default=0, help="of the text encoder alone, before the others")
+    parser.add_argument("--text-steps", type=int, default=0, help="steps of training the text encoder alone, first")
     parser.add_argument("--steps", type=int, default=7_000)
     options = vars(parser.parse_args())
     started = time.time()

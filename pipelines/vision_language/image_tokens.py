@@ -1,8 +1,12 @@
-"""Where the tokens of a picture lie on it: the vision tower cuts a picture into patches, and each image token is one of
-them, or a square of several.
+"""Image tokens: where they are on their image, and which of them belong to a row.
 
-    grid = image_grids(model, tokenizer, values, positions)[0][0]      # of the first picture of the first input
+    grid = image_grids(model, tokenizer, values, positions)[0][0]      # the first image of the first input
     hidden[0, grid]                                                     # (rows, columns, features)
+
+The vision tower cuts an image into patches, and each image token is a patch or a square of patches.
+
+In the language model a row of a run is an entry of the batch. In the vision tower, the entries are the images, tiles or
+patches of all rows one after the other. There a row's share of the entries is its share of the image tokens.
 """
 
 import re
@@ -15,25 +19,36 @@ from torch import nn
 from transformers.image_processing_utils import select_best_resolution
 
 from diffsight.errors import InputError
+from diffsight.extending import Part, Tap
 
 _TILE = re.compile(r"<row_(\d+)_col_(\d+)>")
 _WHOLE = "<global-img>"
-_MIXED = re.compile(r"resampler|qformer|perceiver", re.IGNORECASE)  # mixes all patches into tokens without a place
+_MIXED = re.compile(r"resampler|qformer|perceiver", re.IGNORECASE)  # mixes all patches into tokens that have no place
 
 
 def image_grids(
     net: nn.Module, tokenizer: Any, values: Mapping[str, Any], positions: Sequence[torch.Tensor]
 ) -> list[list[torch.Tensor]]:
-    """For each input, for each of its pictures, the positions of the picture's tokens as they lie on it, (rows,
-    columns). `values` are the arguments of the forward pass, `positions` those of the image tokens, of each input.
+    """Return the grids of positions of image tokens, a list of images for each input.
 
-    Of a picture that is looked at in tiles and as a whole, it is the tiles, put together.
+    An image that is seen both in tiles and as a whole has the grid of its assembled tiles.
 
-    Raises InputError where the tokens lie on no grid, or it cannot be told."""
+    Args:
+        net: The model.
+        tokenizer: Its tokenizer.
+        values: The arguments of the forward pass.
+        positions: The positions of the image tokens of each input.
+
+    Returns:
+        For each input and each of its images, the positions of the image's tokens, `(rows, columns)`.
+
+    Raises:
+        InputError: The tokens have no grid, or it is unknown.
+    """
     mixes = next((m for m in net.modules() if _MIXED.search(type(m).__name__)), None)
     if mixes is not None:
         raise InputError(
-            f"the image tokens of {type(net).__name__} lie on no grid: {type(mixes).__name__} mixes the patches"
+            f"the image tokens of {type(net).__name__} lie on no grid, because {type(mixes).__name__} mixes the patches"
         )
     if not any(map(len, positions)):
         return [[] for _ in positions]
@@ -44,19 +59,21 @@ def image_grids(
     )
     if found is None:
         raise InputError(
-            f"where the image tokens of {type(net).__name__} lie on the picture cannot be told: their number does not "
-            "follow from the size of the picture and of its patches. run.image_tokens are their positions"
+            f"the places of the image tokens of {type(net).__name__} on the image are unknown: their number does not "
+            "follow from the size of the image and of its patches. run.image_tokens are their positions"
         )
     return found
 
 
-# ---- picture after picture
+# ---- one image after the other
 
 
 def _in_order(net: nn.Module, values: Mapping, positions: Sequence[torch.Tensor]) -> list[list[torch.Tensor]] | None:
-    """The grids of pictures whose tokens follow each other, line by line."""
-    extra = 1 if getattr(net.config, "vision_feature_select_strategy", None) == "full" else 0  # a class token, first
-    sizes = _told_sizes(net, values) or _sizes(net, values, sum(map(len, positions)), extra)
+    """Return the grids of images whose tokens follow each other, line by line."""
+    extra = (
+        1 if getattr(net.config, "vision_feature_select_strategy", None) == "full" else 0
+    )  # a class token at the beginning
+    sizes = _reported_sizes(net, values) or _sizes(net, values, sum(map(len, positions)), extra)
     if sizes is None:
         return None
     waiting, grids = iter(sizes), []
@@ -73,28 +90,28 @@ def _in_order(net: nn.Module, values: Mapping, positions: Sequence[torch.Tensor]
     return grids
 
 
-def _told_sizes(net: nn.Module, values: Mapping) -> list[tuple[int, int]] | None:
-    """The sizes that the processor tells, in patches; Qwen2-VL and its kin merge squares of them."""
-    told = values.get("image_grid_thw")
-    if told is None:
+def _reported_sizes(net: nn.Module, values: Mapping) -> list[tuple[int, int]] | None:
+    """Return the sizes that the processor reports. Qwen2-VL and similar models merge squares of patches."""
+    reported = values.get("image_grid_thw")
+    if reported is None:
         return None
     merged = getattr(net.config.vision_config, "spatial_merge_size", 1)
-    return [(frames * height // merged, width // merged) for frames, height, width in told.tolist()]
+    return [(frames * height // merged, width // merged) for frames, height, width in reported.tolist()]
 
 
 def _sizes(net: nn.Module, values: Mapping, tokens: int, extra: int) -> list[tuple[int, int]] | None:
-    """The sizes in tokens that follow from those in pixels, where all pictures together have `tokens`."""
+    """Return the sizes in tokens that follow from those in pixels, if all images together have `tokens`."""
     pixels, patch = values.get("pixel_values"), _patch(net)
     if patch is None or not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
         return None
-    told = values.get("image_sizes")
-    sizes = [tuple(pixels.shape[-2:])] * len(pixels) if told is None else torch.as_tensor(told).tolist()
+    reported = values.get("image_sizes")
+    sizes = [tuple(pixels.shape[-2:])] * len(pixels) if reported is None else torch.as_tensor(reported).tolist()
     patches = [(height // patch, width // patch) for height, width in sizes]
     return next((found for found in _merged(patches) if sum(h * w + extra for h, w in found) == tokens), None)
 
 
 def _merged(patches: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """The sizes with squares of 1, 4, 9 … patches as one token."""
+    """Yield the sizes if squares of 1, 4, 9 … patches are one token."""
     for side in takewhile(lambda side: side <= min(min(size) for size in patches), count(1)):
         if all(height % side == 0 and width % side == 0 for height, width in patches):
             yield [(height // side, width // side) for height, width in patches]
@@ -105,7 +122,7 @@ def _patch(net: nn.Module) -> int | None:
     return size[0] if isinstance(size, (list, tuple)) else size
 
 
-# ---- tiles, as Idefics3 and SmolVLM mark them
+# ---- tiles with markers, as in Idefics3 and SmolVLM
 
 
 def _of_tiles(
@@ -134,18 +151,18 @@ def _of_tiles(
     return grids
 
 
-# ---- tiles without marks, as LLaVA-NeXT has them
+# ---- tiles without markers, as in LLaVA-NeXT
 
 
 def _of_unpadded_tiles(net: nn.Module, values: Mapping, positions: Sequence[torch.Tensor]) -> list | None:
-    """First come the tokens of the whole picture, then those of the tiles, put together and without what was padded,
-    line by line, each with a token for its end."""
-    choices, told = getattr(net.config, "image_grid_pinpoints", None), values.get("image_sizes")
-    vision = net.config.vision_config if choices and told is not None else None
+    """Return the grids where the tokens of the whole image come first, and then those of the assembled tiles, line by
+    line without the padding, each line with a token for its end."""
+    choices, reported = getattr(net.config, "image_grid_pinpoints", None), values.get("image_sizes")
+    vision = net.config.vision_config if choices and reported is not None else None
     if vision is None:
         return None
     side = vision.image_size // _patch(net)
-    sizes, grids = iter(torch.as_tensor(told).tolist()), []
+    sizes, grids = iter(torch.as_tensor(reported).tolist()), []
     for row in positions:
         own, start = [], 0
         while start < len(row):
@@ -165,8 +182,8 @@ def _of_unpadded_tiles(net: nn.Module, values: Mapping, positions: Sequence[torc
 
 
 def _unpadded(size: Sequence[int], tokens: tuple[int, int]) -> tuple[int, int]:
-    """Of a grid of tokens, (rows, columns), the part that a picture of the size (height, width) takes, which is scaled
-    to fit and stands in the middle."""
+    """Return the part of a grid of tokens, `(rows, columns)`, that an image of size `(height, width)` covers when it is
+    scaled to fit and centred."""
     (height, width), (rows, columns) = size, tokens
     if width / height > columns / rows:
         return rows - (rows - int(round(height * columns / width, 7))) // 2 * 2, columns
@@ -174,7 +191,7 @@ def _unpadded(size: Sequence[int], tokens: tuple[int, int]) -> tuple[int, int]:
 
 
 def _runs(positions: torch.Tensor) -> list[torch.Tensor]:
-    """Positions, cut where one is left out."""
+    """Split positions into runs of consecutive ones."""
     gaps = (positions.diff() != 1).nonzero().flatten() + 1
     return [run for run in positions.tensor_split(gaps.cpu()) if len(run)]
 
@@ -186,3 +203,51 @@ def _joined(tiles: Mapping[tuple[int, int], torch.Tensor]) -> torch.Tensor:
 
 def _count(size: tuple[int, int]) -> int:
     return size[0] * size[1]
+
+
+# ---- rows
+
+
+class ImageRowPart(Part):
+    """The part of a row: an entry of the batch in the language model, its images in the modules of the vision tower."""
+
+    def __init__(self, entry: Part, vision: set[int], tokens: Sequence[int], index: int) -> None:
+        super().__init__(entry.start, entry.stop, entry.total, entry.stride, entry.name)
+        self._vision, self._images = vision, _ImagesPart(entry, tokens, index)
+
+    def at(self, tap: Tap, index: int, path: str) -> Part:
+        owners = [tap.target, *tap.target.around()]
+        return self._images if any(id(target.owner) in self._vision for target in owners) else self
+
+
+class _ImagesPart(Part):
+    """The images of row `index`. `tokens` are the numbers of image tokens of all rows."""
+
+    def __init__(self, entry: Part, tokens: Sequence[int], index: int) -> None:
+        super().__init__(entry.start, entry.stop, entry.total, entry.stride, entry.name)
+        self._tokens, self._index = tokens, index
+
+    def _is_batch(self, tensor: torch.Tensor) -> bool:
+        return tensor.ndim > 0 and (len(tensor) > 1 or len(self._tokens) == 1)
+
+    def _slice(self, tensor: torch.Tensor, path: str) -> slice:
+        size, whole = len(tensor) if tensor.ndim else 0, sum(self._tokens)
+        if not size or not whole or any(count * size % whole for count in self._tokens):
+            raise InputError(
+                f"{path} cannot be cut into rows, since it is unknown which of its entries belong to which image: its "
+                f"shape is {tuple(tensor.shape)}, and the rows have {', '.join(map(str, self._tokens))} image tokens. "
+                "Read or assign it on the run itself"
+            )
+        bounds = [sum(self._tokens[:end]) * size // whole for end in (self._index, self._index + 1)]
+        return slice(*bounds)
+
+
+def vision_modules(net: nn.Module, layers: str, head: str | None) -> set[int]:
+    """Return the ids of the modules before the language model: the vision tower, and what turns its output into tokens.
+
+    `layers` is the path of the layers of the language model, `head` the path of its head."""
+    trunk = layers.rpartition(".")[0]
+    paths = filter(None, (trunk, *(head or "").split(":")))
+    language = {id(module) for path in paths for module in net.get_submodule(path).modules()}
+    around = {id(module) for path, module in net.named_modules() if not path or f"{trunk}.".startswith(f"{path}.")}
+    return {id(module) for module in net.modules()} - language - around

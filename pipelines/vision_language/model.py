@@ -1,16 +1,16 @@
-"""VisionLanguageModel: a language model that sees. Pictures and text go in, every part is traceable.
+"""VisionLanguageModel: a language model with images as input, in which every part can be traced.
 
 model = VisionLanguageModel("llava-hf/llava-1.5-7b-hf")     # or a folder, or a live (model, processor)
 
 with model.trace("What is this?", images="cat.png") as run:
-    patches = run.layers_output[20][0, run.image_grids[0][0]]       # (rows, columns, features), as on the picture
-    run.vision.layers[3].output[:] = 0                              # the vision tower, under the same names
-run.image_tokens                                            # of each input, the positions of its image tokens
+    patches = run.layers_output[20][0, run.image_grids[0][0]]       # (rows, columns, features), as on the image
+    run.vision.layers[3].output[:] = 0                              # the vision tower, with the same names
+run.image_tokens                                            # for each input, the positions of its image tokens
 
-model.generate("What is this?", images=picture, max_new_tokens=20, seed=0).text
+model.generate("What is this?", images=image, max_new_tokens=20, seed=0).text
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from diffsight.errors import InputError
-from diffsight.extending import Row, owner_of, part_of, run_of
+from diffsight.extending import Row, Target, owner_of, part_of, run_of, tree_of
 from diffsight.pipelines.language.inputs import Inputs
+from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, hub_arguments, place_of
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
-from diffsight.pipelines.language.standard_names import path_of, standard_names
-from diffsight.pipelines.vision_language.image_rows import RowPart, modules_that_see
-from diffsight.pipelines.vision_language.image_tokens import image_grids
+from diffsight.pipelines.standard_names import path_of, standard_names
+from diffsight.pipelines.vision_language.image_tokens import ImageRowPart, image_grids, vision_modules
 from diffsight.pipelines.vision_language.processors import (
     chats_in,
-    checked,
+    checked_processor,
     load_processor,
     process,
     process_chats,
@@ -41,46 +41,54 @@ class VisionLanguageRun(LanguageRun):
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """One view per input: `a, b = run.rows`. In the vision tower a row's part is that of its pictures."""
+        """One view per input: `a, b = run.rows`. In the vision tower a row's part is that of its images."""
         rows, model = super().rows, self._model
-        names, inputs = model._names_of(owner_of(model)), self._pass._inputs
+        names, inputs = tree_of(self).names_of(owner_of(model)), self.model_inputs
         if inputs.tokens is None or "layers" not in names or "image_sizes" in inputs.values:
             return rows
-        sees = modules_that_see(owner_of(model), names["layers"], names.get("lm_head"))
+        vision = vision_modules(owner_of(model), names["layers"], names.get("lm_head"))
         tokens = [len(own) for own in self.image_tokens]
-        return tuple(Row(run_of(row), row.index, RowPart(part_of(row), sees, tokens, row.index)) for row in rows)
+        return tuple(Row(run_of(row), row.index, ImageRowPart(part_of(row), vision, tokens, row.index)) for row in rows)
 
     @property
     def image_tokens(self) -> list[torch.Tensor]:
-        """For each input, the positions in its sequence that hold image tokens, in order."""
+        """For each input, the positions of its image tokens in the sequence, in order."""
         tokens, marks = self.tokens, self._model._image_token_id()
         if tokens is None:
-            raise InputError("run.image_tokens are found by their ids, and the inputs are no token ids")
+            raise InputError("run.image_tokens needs token ids as inputs, since image tokens are found by their id")
         return [(row == marks).nonzero().flatten() for row in tokens]
 
     @property
     def image_grids(self) -> list[list[torch.Tensor]]:
-        """For each input, for each of its pictures, the positions of its tokens as they lie on the picture: a tensor
-        (rows, columns) of positions, so that `hidden[0, run.image_grids[0][0]]` is (rows, columns, features).
+        """For each input and each of its images, the positions of the image's tokens, `(rows, columns)`.
 
-        Of a picture that is cut into tiles (Idefics3, SmolVLM), the tiles put together. Raises InputError where the
-        tokens lie on no grid (a resampler mixes them), or it cannot be told."""
+        `hidden[0, run.image_grids[0][0]]` has the shape `(rows, columns, features)`. For an image cut into tiles
+        (Idefics3, SmolVLM), the grid covers the assembled tiles.
+
+        Raises:
+            InputError: The tokens lie on no grid, because a resampler mixes them, or the grid is unknown.
+        """
         positions, model = self.image_tokens, self._model
-        return image_grids(owner_of(model), model.tokenizer, self._pass._inputs.values, positions)
+        return image_grids(owner_of(model), model.tokenizer, self.model_inputs.values, positions)
 
 
 class VisionLanguageModel(LanguageModel):
-    """Wraps a language model that sees: `source` is a hub id, a folder, a live model or `(model, processor)`; a
-    processor given as the second argument, live or by name, is taken in the place of the model's own. `names` and
-    `arguments` are those of `LanguageModel`.
+    """Wraps a vision-language model.
 
-    It is a `LanguageModel` in all that is said there, and `vision` is one more standard name: the vision tower, with
-    `layers` and, where it has one, `ln_final`.
+    It is a `LanguageModel` with one more standard name: `vision` is the vision tower, with `layers` and, if it has one,
+    `ln_final`.
 
-    Raises InputError where `source` names no model, and where a name turns out to be wrong."""
+    Args:
+        source: A hub id, a folder, a live model or `(model, processor)`.
+        processor: A processor, live or by name, that replaces the model's own.
+        names: As for `LanguageModel`.
+        arguments: As for `LanguageModel`.
+
+    Raises:
+        InputError: `source` does not name a model, or a standard name is wrong.
+    """
 
     _run_class = VisionLanguageRun
-    _vision: Mapping[str, str] = {}  # the name of the vision tower, once it is found
 
     def __init__(
         self, source: Source, processor: Any = None, *, names: Mapping[str, str | None] | None = None, **arguments: Any
@@ -90,17 +98,25 @@ class VisionLanguageModel(LanguageModel):
                 raise InputError("a live model comes with one processor: (model, processor)")
             source, processor = source
         processor, lacking = _processor(source, processor, arguments)
-        others = {name: path for name, path in (names or {}).items() if name != "vision"}
-        super().__init__(source, getattr(processor, "tokenizer", None), names=others, **arguments)
-        self.__dict__.update(processor=processor, _lacking=lacking, _vision=_vision(self._owner, names or {}))
+        super().__init__(source, getattr(processor, "tokenizer", None), names=names, **arguments)
+        self.__dict__.update(processor=processor, _lacking=lacking)
+
+    def _make_tree(
+        self, root: Target, load: Callable[[], None] | None, names: Mapping[str, str | None]
+    ) -> "VisionLanguageTree":
+        return VisionLanguageTree(root, load, names)
 
     def trace(self, inputs: Any = None, images: Any = None, *, grad: bool = False, **kwargs: Any) -> VisionLanguageRun:
-        """A run of one forward pass: `with model.trace("What is this?", images=picture) as run:`.
+        """Open a run of one forward pass: `with model.trace("What is this?", images=image) as run:`.
 
-        `inputs` are a text, a list of texts, or chat messages, which may hold pictures themselves; or what a processor
-        has made of them, a dictionary. `images` are a picture (a PIL image, a path, a tensor), or a list of them: of
-        one text all its pictures, of several one each, or a list each. Where a text has no placeholder for its
-        pictures, they stand before it. `kwargs` go to the model's forward pass."""
+        Args:
+            inputs: A string, a list of strings, or chat messages, which may contain images. Or the dictionary that a
+                processor has made of them.
+            images: An image (a PIL image, a path, a tensor) or a list of images: all images of a single text, or one
+                image or one list for each text. A text without placeholders gets its images at the beginning.
+            grad: Whether gradients are enabled.
+            kwargs: Passed to the model's forward pass.
+        """
         if inputs is None and images is None:
             return super().trace(grad=grad, **kwargs)
         return super().trace(self._processed(inputs, images), grad=grad, **kwargs)
@@ -108,29 +124,40 @@ class VisionLanguageModel(LanguageModel):
     def generate(
         self, inputs: Any = None, images: Any = None, *, seed: int | None = None, grad: bool = False, **kwargs: Any
     ) -> VisionLanguageRun:
-        """A run in which the model writes: `model.generate("What is this?", images=picture, max_new_tokens=20).text`. A
-        step is one token.
+        """Open a run that generates text: `model.generate("What is this?", images=image, max_new_tokens=20).text`.
 
-        `inputs` and `images` are those of `trace`; the rest is as in `LanguageModel.generate`."""
+        A step is one token. `inputs` and `images` are those of `trace`, and the rest those of
+        `LanguageModel.generate`."""
         if inputs is None and images is None:
             return super().generate(seed=seed, grad=grad, **kwargs)
         return super().generate(self._processed(inputs, images), seed=seed, grad=grad, **kwargs)
+
+    def check(
+        self, inputs: Any = None, images: Any = None, *, seed: int | None = None, grad: bool = False, **kwargs: Any
+    ) -> None:
+        """Check the arguments of `trace` or `generate` without opening a run, loading weights or running anything.
+
+        Raises:
+            InputError: The arguments are not valid.
+        """
+        given = inputs if inputs is None and images is None else self._processed(inputs, images)
+        super().check(given, seed=seed, grad=grad, **kwargs)
 
     # ---- inputs
 
     _left_out_of_generate = ("position_ids",)
 
     def _processed(self, inputs: Any, images: Any) -> Any:
-        """What the processor makes of texts and pictures; token ids and the like as they are."""
+        """Return what the processor makes of texts and images. Other inputs are returned as they are."""
         texts, chats = texts_in(inputs), chats_in(inputs)
         if texts is None and chats is None:
             if images is not None:
-                what = "pictures go along with a text, a list of texts or chat messages"
+                what = "images go with a string, a list of strings or chat messages"
                 given = "nothing" if inputs is None else type(inputs).__name__
-                raise InputError(f"{what}, not with {given}: a dictionary holds what a processor made of both")
+                raise InputError(f"{what}, not with {given}: a dictionary already contains both")
             return inputs
         if self.processor is None:
-            raise InputError(f"a text needs a processor, and the model has none: {self._lacking}")
+            raise InputError(f"text needs a processor, and the model has none: {self._lacking}")
         if texts is not None:
             return process(self.processor, texts, images, self._pads_left())
         return process_chats(self.processor, chats, images, self._pads_left())
@@ -151,36 +178,43 @@ class VisionLanguageModel(LanguageModel):
             raise InputError(f"{type(self._owner).__name__} has no image tokens in its sequence")
         return found
 
-    # ---- names
 
-    def _names_of(self, owner: Any) -> Mapping[str, str]:
-        names = super()._names_of(owner)
-        return {**names, **self._vision} if owner is self._owner else names
+class VisionLanguageTree(LanguageTree):
+    """What can be tapped in a vision-language model. `vision` is an additional standard name."""
 
-    def _find_names(self, part: nn.Module) -> dict[str, str]:
+    def __init__(self, root: Target, load: Callable[[], None] | None, given: Mapping[str, str | None]) -> None:
+        self._vision: Mapping[str, str] = {}  # the standard name of the vision tower, once it is found
+        super().__init__(root, load, {name: path for name, path in given.items() if name != "vision"})
+        self._vision = _vision(root.owner, given)
+
+    def names_of(self, owner: Any) -> Mapping[str, str]:
+        names = super().names_of(owner)
+        return {**names, **self._vision} if owner is self.root.owner else names
+
+    def find_names(self, part: nn.Module) -> dict[str, str]:
         tower = self._vision.get("vision")
-        if tower is not None and part is self._owner.get_submodule(tower):
+        if tower is not None and part is self.root.owner.get_submodule(tower):
             return standard_names(part)
-        return super()._find_names(part)
+        return super().find_names(part)
 
 
-_SEEN = ("pixel_values", "flattened_patches")  # what vision towers are given
+_SEEN = ("pixel_values", "flattened_patches")  # the inputs of vision towers
 
 
 def _processor(source: Any, given: Any, arguments: Mapping[str, Any]) -> tuple[Any, str]:
-    """The processor of a model; where it has none, what to do about it."""
+    """Return the processor of a model, or None and what to do about it."""
     if given is not None:
-        return (load_processor(given) if isinstance(given, (str, Path)) else checked(given)), ""
+        return (load_processor(given) if isinstance(given, (str, Path)) else checked_processor(given)), ""
     if not isinstance(source, (str, Path)):
         return None, "VisionLanguageModel((model, processor))"
     try:
         return load_processor(place_of(source), **hub_arguments(arguments)), ""
     except InputError as error:
-        return None, f"{error}. Give it with the model: VisionLanguageModel(source, processor)"
+        return None, f"{error}. Pass one with the model: VisionLanguageModel(source, processor)"
 
 
 def _vision(net: nn.Module, names: Mapping[str, str | None]) -> dict[str, str]:
-    """The standard name of the vision tower, as the user has it, or as it is found; none where there is none."""
+    """Return the standard name of the vision tower, from the user or as found, if there is one."""
     if "vision" in names:
         path = names["vision"]
         if path is not None and path not in dict(net.named_modules()):
@@ -194,5 +228,5 @@ def _vision(net: nn.Module, names: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _has_own_positions(net: nn.Module) -> bool:
-    """Whether the model finds the positions itself: Qwen2-VL and its kin count rows and columns of patches."""
+    """Return whether the model computes the positions itself, as Qwen2-VL counts rows and columns of patches."""
     return any(hasattr(module, "get_rope_index") for module in net.modules())

@@ -1,9 +1,10 @@
-"""What prepares texts and pictures for a vision-language model: its processor.
+"""Prepare texts and images for a vision-language model with its processor.
 
     values = process(processor, ["What is this?"], "cat.png", left=True)
     values["input_ids"], values["pixel_values"]
 
-Where a text says nothing of its pictures, the placeholder that the processor replaces by image tokens is put before it.
+A text without placeholders for its images gets them at its beginning. The processor replaces a placeholder by image
+tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,35 +14,35 @@ from typing import Any
 import transformers
 
 from diffsight.errors import InputError
-from diffsight.pipelines.vision_language.images import pictures_of
+from diffsight.pipelines.vision_language.images import images_of
 
 _FAILURES = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError)
-_IN_MESSAGES = ("image", "url", "path", "base64")  # where a message has its picture
+_IN_MESSAGES = ("image", "url", "path", "base64")  # the keys of an image in a message
 _ONLY_FOR_TRAINING = ("labels",)
 
 
 def load_processor(place: str | Path, **of_hub: Any) -> Any:
-    """The processor in a folder or hub repository.
-
-    Raises InputError where there is none, saying why."""
+    """Load the processor in a folder or hub repository. Raise InputError, with the reason, if there is none."""
     try:
         found = transformers.AutoProcessor.from_pretrained(place, **of_hub)
     except _FAILURES as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise InputError(f"{place} has no processor that can be loaded: {type(error).__name__}: {reason}") from error
-    return checked(found, str(place))
+    return checked_processor(found, str(place))
 
 
-def checked(processor: Any, place: str = "") -> Any:
-    """The processor, if it is one of texts and pictures; None stays None."""
+def checked_processor(processor: Any, place: str = "") -> Any:
+    """Return a processor of texts and images, or None. Raise InputError for anything else."""
     if processor is None or all(hasattr(processor, part) for part in ("image_processor", "tokenizer")):
         return processor
-    what = f"{place} has only" if place else "a processor has a tokenizer and an image processor; this is"
-    raise InputError(f"{what} a {type(processor).__name__}: VisionLanguageModel((model, processor)) takes another")
+    what = f"{place} only has" if place else "a processor has a tokenizer and an image processor; this is"
+    raise InputError(
+        f"{what} a {type(processor).__name__}: pass a processor, as in VisionLanguageModel((model, processor))"
+    )
 
 
 def texts_in(given: Any) -> list[str] | None:
-    """The texts that a user gives, if it is texts."""
+    """Return the texts that a user passes, or None if they are something else."""
     if isinstance(given, str):
         return [given]
     if isinstance(given, (list, tuple)) and given and all(isinstance(text, str) for text in given):
@@ -50,7 +51,7 @@ def texts_in(given: Any) -> list[str] | None:
 
 
 def chats_in(given: Any) -> list[list[Mapping]] | None:
-    """The conversations that a user gives, if it is conversations: a message, a list of them, a list of such lists."""
+    """Return the chats that a user passes: a message, a list of messages, or a list of such lists. None otherwise."""
     if isinstance(given, Mapping):
         return [[given]] if _is_message(given) else None
     if not isinstance(given, (list, tuple)) or not given:
@@ -63,16 +64,18 @@ def chats_in(given: Any) -> list[list[Mapping]] | None:
 
 
 def process(processor: Any, texts: Sequence[str], images: Any, left: bool, **more: Any) -> dict[str, Any]:
-    """Texts and pictures as the model takes them; several texts are padded, on the left or on the right.
+    """Return the model inputs for texts and their images. Several texts are padded, on the left or on the right.
 
-    Raises InputError for an empty text, and where the placeholders in a text are not as many as its pictures."""
+    Raises:
+        InputError: A text is empty, or the number of its placeholders differs from the number of its images.
+    """
     for text in texts:
         if not text.strip():
-            raise InputError("the prompt is empty: give at least one word")
+            raise InputError("the prompt is empty: pass at least one word")
     token = getattr(processor, "image_token", None)
     counts = [text.count(token) if token else 0 for text in texts]
-    pictures = pictures_of(images, len(texts), counts)
-    texts = [_with_places(processor, *row) for row in zip(texts, counts, map(len, pictures))]
+    images = images_of(images, len(texts), counts)
+    texts = [_with_places(processor, *row) for row in zip(texts, counts, map(len, images))]
     if len(texts) > 1:
         if processor.tokenizer.pad_token is None:
             raise InputError(
@@ -80,7 +83,7 @@ def process(processor: Any, texts: Sequence[str], images: Any, left: bool, **mor
                 "model.tokenizer.pad_token = model.tokenizer.eos_token"
             )
         more |= {"padding": True, "padding_side": "left" if left else "right"}
-    given = {"images": pictures} if any(pictures) else {}
+    given = {"images": images} if any(images) else {}
     try:
         values = processor(text=texts, **given, return_tensors="pt", **more)
     except (ValueError, TypeError, IndexError) as error:
@@ -89,22 +92,23 @@ def process(processor: Any, texts: Sequence[str], images: Any, left: bool, **mor
 
 
 def process_chats(processor: Any, chats: Sequence[list[Mapping]], images: Any, left: bool) -> dict[str, Any]:
-    """Conversations as the model takes them, by the processor's chat template. Pictures stand in the messages
-    (`{"type": "image", "image": picture}`), or are `images`, for the places that the messages have for them; where they
-    have none, for the first of the user's messages."""
+    """Return the model inputs for chats, with the processor's chat template.
+
+    Images are part of the messages (`{"type": "image", "image": image}`) or are passed as `images`. Then they go to the
+    places that the messages have for them, or else to the first user message."""
     if getattr(processor, "chat_template", None) is None:
-        raise InputError("the processor has no chat template: give a text, or a model that was taught to chat")
-    inside = [_pictures_within(chat) for chat in chats]
+        raise InputError("the processor has no chat template: pass text instead, or use a chat model")
+    inside = [_images_within(chat) for chat in chats]
     if images is not None:
         if any(inside):
-            raise InputError("pictures stand in the messages, or are given with images=, not both")
-        places = [sum(_is_picture(block) for message in chat for block in _blocks(message)) for chat in chats]
-        inside = pictures_of(images, len(chats), places)
+            raise InputError("images are either part of the messages or passed with images=, not both")
+        places = [sum(_is_image(block) for message in chat for block in _blocks(message)) for chat in chats]
+        inside = images_of(images, len(chats), places)
         chats = [chat if n else _with_blocks(chat, len(own)) for chat, n, own in zip(chats, places, inside)]
     chats = [[_plain(message) for message in chat] for chat in chats]
     try:
         texts = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # templates raise errors of their own
+    except Exception as error:  # templates raise their own errors
         raise InputError(f"the chat template cannot take these messages: {error}") from error
     begin = processor.tokenizer.bos_token
     again = {"add_special_tokens": False} if begin and texts[0].startswith(begin) else {}
@@ -114,21 +118,22 @@ def process_chats(processor: Any, chats: Sequence[list[Mapping]], images: Any, l
 # ---- placeholders
 
 
-def _with_places(processor: Any, text: str, places: int, pictures: int) -> str:
-    if not places and pictures:
-        return placeholder(processor) * pictures + text
-    if places != pictures:
+def _with_places(processor: Any, text: str, places: int, images: int) -> str:
+    if not places and images:
+        return placeholder(processor) * images + text
+    if places != images:
         raise InputError(
-            f"the text has {places} placeholder{'s' * (places != 1)} {processor.image_token!r}, and "
-            f"{pictures or 'no'} picture{'s' * (pictures != 1)} {'were' if pictures != 1 else 'was'} given: {text!r}"
+            f"the text has {places} placeholder{'s' * (places != 1)} {processor.image_token!r}, but "
+            f"{images or 'no'} image{'s' * (images != 1)} {'were' if images != 1 else 'was'} passed: {text!r}"
         )
     return text
 
 
 def placeholder(processor: Any) -> str:
-    """What stands for one picture in a text, as the processor's chat template writes it: "<image>", for Qwen2-VL
-    "<|vision_start|><|image_pad|><|vision_end|>"; without a template, the image token within the marks of a picture
-    that the tokenizer knows."""
+    """Return the placeholder of an image in a text, as the processor's chat template writes it.
+
+    For example "<image>", or "<|vision_start|><|image_pad|><|vision_end|>" for Qwen2-VL. Without a template it is the
+    image token, between the start and end tokens of an image if the tokenizer has them."""
     token = getattr(processor, "image_token", None)
     if token is None:
         return ""
@@ -141,18 +146,18 @@ def placeholder(processor: Any) -> str:
 
 
 def _in_template(processor: Any) -> str:
-    """What the chat template adds for a picture before a text."""
+    """Return what the chat template adds for an image before a text."""
     if getattr(processor, "chat_template", None) is None:
         return ""
     text = {"type": "text", "text": "X"}
     both = [[{"role": "user", "content": content}] for content in ([text], [{"type": "image"}, text])]
     try:
-        without, with_picture = processor.apply_chat_template(both, tokenize=False)
-    except Exception:  # a template for conversations of another kind
+        without, with_image = processor.apply_chat_template(both, tokenize=False)
+    except Exception:  # a template for another kind of chat
         return ""
-    differ = (i for i, (a, b) in enumerate(zip(without, with_picture)) if a != b)
+    differ = (i for i, (a, b) in enumerate(zip(without, with_image)) if a != b)
     start = next(differ, len(without))
-    return with_picture[start : start + len(with_picture) - len(without)]
+    return with_image[start : start + len(with_image) - len(without)]
 
 
 # ---- messages
@@ -167,13 +172,13 @@ def _blocks(message: Mapping) -> list[Mapping]:
     return [block for block in content if isinstance(block, Mapping)] if isinstance(content, (list, tuple)) else []
 
 
-def _is_picture(block: Mapping) -> bool:
+def _is_image(block: Mapping) -> bool:
     return block.get("type") in ("image", "image_url")
 
 
-def _pictures_within(chat: list[Mapping]) -> list[Any]:
+def _images_within(chat: list[Mapping]) -> list[Any]:
     found = []
-    for block in (block for message in chat for block in _blocks(message) if _is_picture(block)):
+    for block in (block for message in chat for block in _blocks(message) if _is_image(block)):
         if block["type"] == "image_url":
             url = block["image_url"]
             found.append(url["url"] if isinstance(url, Mapping) else url)
@@ -182,17 +187,17 @@ def _pictures_within(chat: list[Mapping]) -> list[Any]:
 
 
 def _plain(message: Mapping) -> dict[str, Any]:
-    """A message that only says where its pictures are."""
+    """Return a message that only says where its images are."""
     if isinstance(message["content"], str):
         return dict(message)
-    content = [{"type": "image"} if isinstance(b, Mapping) and _is_picture(b) else b for b in message["content"]]
+    content = [{"type": "image"} if isinstance(b, Mapping) and _is_image(b) else b for b in message["content"]]
     return {**message, "content": content}
 
 
-def _with_blocks(chat: list[Mapping], pictures: int) -> list[Mapping]:
-    """The conversation with pictures before the first of the user's messages."""
+def _with_blocks(chat: list[Mapping], images: int) -> list[Mapping]:
+    """Return the chat with images before the first user message."""
     index = next((i for i, message in enumerate(chat) if message["role"] == "user"), 0)
     content = chat[index]["content"]
     content = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-    message = {**chat[index], "content": [{"type": "image"}] * pictures + content}
+    message = {**chat[index], "content": [{"type": "image"}] * images + content}
     return [*chat[:index], message, *chat[index + 1 :]]

@@ -1,10 +1,11 @@
-"""The diffusion lens over all layers: diffsight's one call, the loop of nnsight's tutorial, the same loop with hooks.
+"""The diffusion lens over all layers: diffsight's one call, the loop of nnsight's tutorial, and a loop with hooks.
 
-    pip install nnsight==0.8.1 && python tests/benchmarks/diffusion_lens.py     # without nnsight its line is left out
+    pip install nnsight==0.8.1 && python tests/benchmarks/diffusion_lens.py     # without nnsight its row is omitted
 
-On `diffsight/shapes-clip` with 20 steps; where there is a GPU also on a pipeline of the size of Stable Diffusion 1.5
-with random weights in half precision. In one process, interleaved: medians, and how many times longer each loop takes
-than one call, by the clock and in processor time (which other work on the machine does not change).
+It runs on `diffsight/shapes-clip` with 20 steps and, if there is a GPU, on a pipeline of the size of Stable Diffusion
+1.5 with random weights in half precision. All ways run in one process, interleaved. It prints medians, and how many
+times longer each loop takes than the one call, in wall time and in processor time, which other work on the machine does
+not change.
 """
 
 import argparse
@@ -30,35 +31,35 @@ except ImportError:
     nnsight = None
 
 PROMPT = "a red circle below a blue square on a gray background"
-Pictures = list[Image.Image]
+Images = list[Image.Image]
 
 
-def one_call(pipeline: diffusers.StableDiffusionPipeline, steps: int, batch_size: int | None) -> Callable[[], Pictures]:
+def one_call(pipeline: diffusers.StableDiffusionPipeline, steps: int, batch_size: int | None) -> Callable[[], Images]:
     model = DiffusionModel(pipeline)
 
-    def draw() -> Pictures:
+    def draw() -> Images:
         settings = {"num_inference_steps": steps, "batch_size": batch_size, "progress": False}
         return list(diffusion_lens(model, PROMPT, seed=0, **settings).images)
 
     return draw
 
 
-def hooks(pipeline: diffusers.StableDiffusionPipeline, steps: int) -> Callable[[], Pictures]:
+def hooks(pipeline: diffusers.StableDiffusionPipeline, steps: int) -> Callable[[], Images]:
     encoder = pipeline.text_encoder
 
-    def draw_layer(layer: int) -> Image.Image:
+    def draw_layer(layer: int | str) -> Image.Image:
         taken, normed = [], []
 
         def put(module: torch.nn.Module, args: tuple) -> tuple | None:
             normed.append(module)
-            return (taken[0],) if len(normed) == 1 else None  # the prompt's; then comes the negative prompt's
+            return (taken[0],) if len(normed) == 1 else None  # the prompt comes first, then the negative prompt
 
         handles = [encoder.final_layer_norm.register_forward_pre_hook(put)]
         layers = encoder.encoder.layers
-        if layer:
-            handles.append(layers[layer - 1].register_forward_hook(lambda module, args, output: taken.append(output)))
-        else:
+        if layer == "embedding":
             handles.append(layers[0].register_forward_pre_hook(lambda module, args: taken.append(args[0])))
+        else:
+            handles.append(layers[layer].register_forward_hook(lambda module, args, output: taken.append(output)))
         try:
             generator = torch.Generator().manual_seed(0)
             return pipeline(PROMPT, num_inference_steps=steps, generator=generator).images[0]
@@ -66,25 +67,25 @@ def hooks(pipeline: diffusers.StableDiffusionPipeline, steps: int) -> Callable[[
             for handle in handles:
                 handle.remove()
 
-    return lambda: [draw_layer(layer) for layer in range(len(encoder.encoder.layers) + 1)]
+    return lambda: [draw_layer(layer) for layer in ("embedding", *range(len(encoder.encoder.layers)))]
 
 
-def tutorial(folder: str, steps: int, **arguments: object) -> Callable[[], Pictures]:
-    """The loop of nnsight's tutorial `diffusion_lens.ipynb`, and the embedding as the first layer."""
+def tutorial(folder: str, steps: int, **arguments: object) -> Callable[[], Images]:
+    """The loop of nnsight's tutorial `diffusion_lens.ipynb`, with the embedding before the first layer."""
     model = nnsight.DiffusionModel(folder, dispatch=True, **arguments)
     model.pipeline.set_progress_bar_config(disable=True)
     if torch.cuda.is_available() and arguments:
         model.pipeline.to("cuda")
     count = model.text_encoder.config.num_hidden_layers
 
-    def draw() -> Pictures:
+    def draw() -> Images:
         images = []
-        for layer in range(count + 1):
+        for layer in ("embedding", *range(count)):
             with model.generate(PROMPT, num_inference_steps=steps, seed=0) as tracer:
-                if layer:
-                    hidden = model.text_encoder.encoder.layers[layer - 1].output
-                else:
+                if layer == "embedding":
                     hidden = model.text_encoder.encoder.layers[0].input
+                else:
+                    hidden = model.text_encoder.encoder.layers[layer].output
                 model.text_encoder.final_layer_norm.input = hidden
                 result = tracer.result.save()
             images.append(result.images[0])
@@ -115,27 +116,27 @@ def large() -> diffusers.StableDiffusionPipeline:
     return pipeline.to(torch.float16)
 
 
-def compare(title: str, ways: dict[str, Callable[[], Pictures]], rounds: int) -> None:
-    """Prints how long each way takes, and as how many of the first."""
+def compare(title: str, ways: dict[str, Callable[[], Images]], rounds: int) -> None:
+    """Print how long each way takes, and how many times as long as the first."""
     clock: dict[str, list[float]] = {name: [] for name in ways}
     work: dict[str, list[float]] = {name: [] for name in ways}
-    pictures = {}
+    images = {}
     for turn in range(rounds + 1):
         for name, draw in ways.items():
             started, worked = time.perf_counter(), time.process_time()
-            pictures[name] = draw()
+            images[name] = draw()
             if turn:  # the first round warms up
                 clock[name].append(time.perf_counter() - started)
                 work[name].append(time.process_time() - worked)
     first = next(iter(ways))
-    print(f"{title}: {len(pictures[first])} layers, {torch.get_num_threads()} threads, {rounds} rounds")
+    print(f"{title}: {len(images[first])} images, {torch.get_num_threads()} threads, {rounds} rounds")
     for name in ways:
         seconds, worked = statistics.median(clock[name]), statistics.median(work[name])
         times = [statistics.median(of[name]) / statistics.median(of[first]) for of in (clock, work)]
-        off = max(_difference(a, b) for a, b in zip(pictures[name], pictures[first], strict=True))
+        off = max(_difference(a, b) for a, b in zip(images[name], images[first], strict=True))
         print(
             f"  {name:24}{seconds:8.2f} s {times[0]:6.2f} x    processor {worked:8.2f} s {times[1]:6.2f} x    "
-            f"pixels off by {off} of 255 at most",
+            f"largest difference {off} of 255",
             flush=True,
         )
 
@@ -146,7 +147,7 @@ def _difference(a: Image.Image, b: Image.Image) -> int:
 
 def contestants(
     pipeline: diffusers.StableDiffusionPipeline, folder: str, steps: int, batch_size: int | None, **arguments: object
-) -> dict[str, Callable[[], Pictures]]:
+) -> dict[str, Callable[[], Images]]:
     pipeline.set_progress_bar_config(disable=True)
     ways = {"diffsight, one call": one_call(pipeline, steps, batch_size), "loop with hooks": hooks(pipeline, steps)}
     return ways | ({"loop with nnsight": tutorial(folder, steps, **arguments)} if nnsight else {})
@@ -157,7 +158,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, help="(default: PyTorch's own)")
-    parser.add_argument("--batch-size", type=int, help="rows a call (default: all)")
+    parser.add_argument("--batch-size", type=int, help="rows in a call (default: all)")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     if options.threads:
@@ -167,7 +168,7 @@ def main() -> None:
     ways = contestants(pipeline, folder, options.steps, options.batch_size)
     compare("diffsight/shapes-clip", ways, options.rounds)
     if not torch.cuda.is_available():
-        print("no GPU: the pipeline of the size of Stable Diffusion 1.5 was not run")
+        print("no GPU: skipped the pipeline of the size of Stable Diffusion 1.5")
         return
     with tempfile.TemporaryDirectory() as folder:
         pipeline = large()

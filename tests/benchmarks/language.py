@@ -1,11 +1,11 @@
-"""What the lenses for language cost: logit lens, collecting activations, patchscope; against plain PyTorch and nnterp.
+"""The cost of lenses on language models: logit lens, activations, patchscope, against plain PyTorch and nnterp.
 
     python -m venv peer && peer/bin/pip install nnterp==1.3.0 nnsight==0.7.0 torch transformers
-    python tests/benchmarks/language.py --nnterp peer/bin/python       # nnterp's columns are left out without it
+    python tests/benchmarks/language.py --nnterp peer/bin/python       # without it nnterp's columns are omitted
 
-On `diffsight/smollm2` (with its extra) and a random GPT-2 of 12 layers, on one thread, interleaved: medians of the time
-of the process, its peak memory above what it held before, and how far the results are apart at most. nnterp runs in a
-process of its own, since it needs another nnsight.
+It runs on `diffsight/smollm2` (with its extra) and a random GPT-2 with 12 layers, on one thread, interleaved. It prints
+medians of processor time and of peak memory above the memory held before, and the largest difference between results.
+nnterp runs in a process of its own, since it needs another version of nnsight.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from measuring import measured
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from diffsight import IDENTITY, LanguageModel, collect_activations, logit_lens, patchscope_lens
+from diffsight import LanguageModel, collect_activations, logit_lens, patchscope_lens
+from diffsight.lenses.patchscope import IDENTITY
 
 FEW, MANY, SOURCES, BATCH, TOP = 32, 256, 4, 32, 5
 NOUNS = ("tower", "river", "bridge", "garden", "castle", "market", "station", "harbour", "museum", "forest", "street")
@@ -42,7 +43,7 @@ def sentences() -> list[str]:
 
 
 def build_gpt2(folder: Path) -> Path:
-    """A random GPT-2 of the usual size, with a tokenizer trained on the spot."""
+    """Write a random GPT-2 of the default size, with a tokenizer trained on the sentences."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -58,7 +59,7 @@ def build_gpt2(folder: Path) -> Path:
 
 
 def texts_for(tokenizer: Any) -> dict[str, Any]:
-    """Prompts of as many tokens each: nnterp does not count the positions of padded ones."""
+    """Return prompts with equally many tokens: nnterp does not handle positions in padded prompts."""
     lengths = {text: len(tokenizer(text)["input_ids"]) for text in sentences()}
     length = Counter(lengths.values()).most_common(1)[0][0]
     texts = [text for text, own in lengths.items() if own == length]
@@ -86,7 +87,7 @@ def hooked(modules: Iterator[torch.nn.Module], hook: Callable) -> Iterator[None]
 
 
 def plain(model: LanguageModel, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    net, tokenizer = model._owner, model.tokenizer
+    net, tokenizer = model.module, model.tokenizer
     llama = hasattr(net, "model")
     trunk = net.model if llama else net.transformer
     layers, norm = (trunk.layers, trunk.norm) if llama else (trunk.h, trunk.ln_f)
@@ -168,7 +169,7 @@ class Peer:
 
 
 def apart(ours: Any, other: Any) -> float:
-    """How far two results are apart at most. Of predictions: the probabilities of our likeliest tokens."""
+    """Return the largest difference of two results. For predictions: of the probabilities of our most likely tokens."""
     if isinstance(ours, torch.Tensor):
         return (ours - other).abs().max().item()
     ids, probabilities = ours
@@ -182,7 +183,8 @@ def compare(name: str, folder: Path, python: str | None, rounds: int) -> None:
     given = texts_for(model.tokenizer)
     ways = {"diffsight": live(model, given), "plain": plain(model, given)}
     peer = Peer(python, folder, given) if python else None
-    print(f"\n{name}: {len(model.layers)} layers, {len(model.tokenizer(given['few'][0])['input_ids'])} tokens a prompt")
+    tokens = len(model.tokenizer(given["few"][0])["input_ids"])
+    print(f"\n{name}: {len(model.layers)} layers, {tokens} tokens in a prompt")
     for task in ("logit_lens", "collect", "patchscope"):
         figures: dict[str, list[dict[str, float]]] = {}
         results = {way: known[task]() for way, known in ways.items()}  # warm
@@ -213,19 +215,19 @@ def show(task: str, figures: dict[str, list[dict[str, float]]], far: dict[str, f
     if "nnterp" in figures:
         line += f", {median('diffsight', 'cpu') / median('nnterp', 'cpu'):.2f} of nnterp"
         line += f"; memory {median('diffsight', 'peak') / median('nnterp', 'peak'):.2f} of nnterp"
-    print(line + "  | apart " + ", ".join(f"{distance:.0e} ({way})" for way, distance in far.items()), flush=True)
+    print(line + "  | difference " + ", ".join(f"{distance:.0e} ({way})" for way, distance in far.items()), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nnterp", help="a Python that has nnterp 1.3.0")
+    parser.add_argument("--nnterp", help="a Python executable with nnterp 1.3.0")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="+", choices=("smollm2", "gpt2"), default=("smollm2", "gpt2"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     if "smollm2" in options.models:
-        folder = LanguageModel("diffsight/smollm2")._owner.config.name_or_path
+        folder = LanguageModel("diffsight/smollm2").config.name_or_path
         compare("SmolLM2", Path(folder), options.nnterp, options.rounds)
     if "gpt2" in options.models:
         with tempfile.TemporaryDirectory() as place:

@@ -1,4 +1,4 @@
-"""nnterp's side of `language.py`, for an environment that has it: one line of JSON in, one out, a task.
+"""nnterp's side of `language.py`, for an environment with nnterp. Each task is a line of JSON in and a line out.
 
 {"task": "logit_lens", "result": "a.safetensors"}  ->  {"wall": 1.3, "cpu": 1.3, "peak": 310.0}
 """
@@ -27,7 +27,7 @@ def tasks(model: StandardizedTransformer, given: dict) -> dict[str, Callable[[],
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to stderr
+    os.dup2(2, 1)  # whatever libraries print goes to stderr
     torch.set_num_threads(1)
     folder, given = sys.argv[1], json.loads(sys.stdin.readline())
     known = tasks(StandardizedTransformer(folder, check_attn_probs_with_trace=False), given)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from engine.nets import Calling, footprint, inputs, linear, outputs, replaced, with_input
 
-from diffsight import AssignmentError, Model, NeverReachedError, OutOfOrderError
+from diffsight import Model, OutOfOrderError
+from diffsight.errors import AssignmentError, NeverReachedError
 
 
 def test_assignments_in_any_order(net, x):
@@ -163,7 +164,7 @@ def test_an_error_of_the_body_comes_before_what_was_not_reached(net, x):
 
 def test_a_value_of_other_dimensions_is_an_error(net, x):
     before = footprint(net)
-    with pytest.raises(AssignmentError, match=r"layers\[1\].output .*\(2, 4\), and \(4,\) was assigned"):
+    with pytest.raises(AssignmentError, match=r"layers\[1\].output .*\(2, 4\), but \(4,\) was assigned"):
         with Model(net).trace(x) as run:
             run.layers[1].output = torch.zeros(4)
     assert footprint(net) == before
@@ -171,7 +172,7 @@ def test_a_value_of_other_dimensions_is_an_error(net, x):
 
 def test_a_value_of_a_shape_that_breaks_the_model_is_named(net, x):
     before = footprint(net)
-    with pytest.raises(AssignmentError, match=r"layers\[1\].output .*\(2, 4\), and \(2, 3\) was assigned") as caught:
+    with pytest.raises(AssignmentError, match=r"layers\[1\].output .*\(2, 4\), but \(2, 3\) was assigned") as caught:
         with Model(net).trace(x) as run:
             run.layers[1].output = torch.zeros(2, 3)
     assert isinstance(caught.value.__cause__, RuntimeError)
@@ -187,8 +188,8 @@ def test_a_value_of_a_shape_that_breaks_the_model_is_named(net, x):
 @pytest.mark.parametrize(
     "told, value",
     [
-        ("is of torch.float32, and a tensor of torch.float64", torch.zeros(2, 4, dtype=torch.float64)),
-        ("is on cpu, and a tensor on meta", torch.zeros(2, 4, device="meta")),
+        ("has the type torch.float32, but a tensor of torch.float64", torch.zeros(2, 4, dtype=torch.float64)),
+        ("is on cpu, but a tensor on meta", torch.zeros(2, 4, device="meta")),
     ],
 )
 def test_a_value_of_a_type_that_breaks_the_model_is_named(net, x, told, value):

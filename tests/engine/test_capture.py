@@ -1,6 +1,6 @@
-"""Blocks that run later than where they stand: how they are found, what names mean in them, what is left behind."""
+"""Blocks that run later: how they are found, what names mean in them, what they leave behind."""
 
-# ruff: noqa: E701, E702  (blocks on one line are what some of these are about)
+# ruff: noqa: E701, E702  (some of these tests are about blocks on one line)
 
 import functools
 import inspect
@@ -15,14 +15,15 @@ import pytest
 import torch
 from engine.nets import outputs, replaced
 
-from diffsight import InputError, Model, SourceError
+from diffsight import Model
+from diffsight.errors import InputError, SourceError
 
 FACTOR = 3
 LATER = None
 
 
 def edited_result(net, x, index, edit):
-    """What the net gives where `edit(output)` stands for the output of a layer, by an ordinary hook."""
+    """Return what the net returns when an ordinary hook replaces the output of a layer by `edit(output)`."""
     with replaced(net.layers[index], edit):
         return net(x)
 
@@ -65,20 +66,20 @@ def test_two_edits_in_one_statement(model, x):
 # fmt: on
 
 
-def test_block_of_nothing(model, net, x):
+def test_empty_block(model, net, x):
     with model.edit() as first:
         pass
     with model.edit() as second:
-        """Says what it would do."""
+        """Only a docstring."""
     with model.edit() as third:
         ...
     for edited in (first, second, third):
         assert len(edited.edits) == 1 and torch.equal(edited.trace(x).result, net(x))
 
 
-def test_block_that_begins_with_nothing(model, net, x):
+def test_block_that_starts_with_statements_without_effect(model, net, x):
     with model.edit() as edited:
-        """Doubles a layer."""
+        """Double a layer."""
         pass
         edited.layers[1].output = edited.layers[1].output * 2
     assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, lambda out: out * 2))
@@ -88,7 +89,7 @@ def test_block_that_begins_with_nothing(model, net, x):
 @pytest.mark.parametrize(
     "end", ["except Exception: seen.append(1)", "except: seen.append(1)", "finally: seen.append(1)"]
 )
-def test_block_that_begins_with_try(first, end, tmp_path, model, net, x):
+def test_block_that_starts_with_try(first, end, tmp_path, model, net, x):
     tries = f"try:\n    edited.layers[1].output[:] = 0\n{end}\n"
     block = textwrap.indent(first + (textwrap.indent(tries, "    ") if first.startswith("if") else tries), " " * 8)
     source = f"def make(model, seen):\n    with model.edit() as edited:\n{block}    return edited\n"
@@ -110,7 +111,7 @@ def test_try_on_one_line(model, net, x):
 # fmt: on
 
 
-def test_try_in_a_block_that_binds_a_global_or_nothing(tmp_path, model, net, x):
+def test_try_in_a_block_bound_to_a_global_or_to_nothing(tmp_path, model, net, x):
     source = """
 def make(model):
     global edited
@@ -132,11 +133,13 @@ def make(model):
         assert torch.equal(names["edited"].trace(x).result, edited_result(net, x, 2, lambda out: out * 2))
 
 
-def test_try_in_a_block_set_to_something_else(model):
+def test_try_in_a_block_bound_to_an_attribute(model):
     class Here:
         pass
 
-    with pytest.raises(SourceError, match=r"begins with `try`, and is set to Here\.edited: write `as` and a name"):
+    with pytest.raises(
+        SourceError, match=r"starts with `try` and its value is bound to Here\.edited: bind it to a plain name"
+    ):
         with model.edit() as Here.edited:
             try:
                 pass
@@ -183,8 +186,8 @@ def test_without_a_name(model, net, x):
     assert torch.equal(model.trace(x).result, edited_result(net, x, 1, lambda out: out * 2))
 
 
-def test_one_in_another(model, net, x):
-    """Each statement is its own, as deep as it stands."""
+def test_nested_statements(model, net, x):
+    """Each statement is found at its own depth."""
     with nullcontext():
         for factor in (2, 3):
             if factor == 3:
@@ -195,7 +198,7 @@ def test_one_in_another(model, net, x):
     assert torch.equal(edited.trace(x).result, edited_result(net, x, 1, lambda out: out * 3))
 
 
-def test_stored_in_an_attribute(model, net, x):
+def test_bound_to_an_attribute(model, net, x):
     class Study:
         __factor = 4
 
@@ -242,7 +245,7 @@ def test_generator_function(model, net, x):
 # ---- what names mean
 
 
-def test_names_have_the_value_they_have_there(model, net, x):
+def test_names_keep_the_value_they_have_where_the_block_is_written(model, net, x):
     factor, kept, editions = 2, [], []
     for index in range(3):
         with model.edit() as edited:
@@ -274,7 +277,7 @@ def test_function_defined_later_in_the_module(model, x):
         edited.trace(x).result
 
 
-def test_names_assigned_in_the_block_are_its_own(model, net, x):
+def test_names_assigned_in_the_block_are_local_to_it(model, net, x):
     count = 1
     with model.edit() as edited:
         count = count + 1
@@ -310,9 +313,11 @@ def test_functions_and_comprehensions_in_the_block(model, net, x):
     "line, word",
     [("return 5", "return"), ("break", "break"), ("continue", "continue"), ("yield 5", "yield")],
 )
-def test_what_has_a_meaning_only_where_it_stands(line, word, tmp_path, model):
+def test_statements_that_cannot_be_deferred(line, word, tmp_path, model):
     source = f"def make(model):\n    for _ in range(2):\n        with model.edit() as edited:\n            {line}\n"
-    with pytest.raises(SourceError, match=f"script.py:3 runs at another time, so `{word}` has no meaning"):
+    with pytest.raises(
+        SourceError, match=f"script.py:3 does not run where it is written, so it cannot contain `{word}`"
+    ):
         for _ in load(source, tmp_path)["make"](model) or ():
             pass
 
@@ -324,7 +329,9 @@ class Study:
         with model.edit() as edited:
             edited.layers[2].output = super().change(edited.layers[2].output)
 """
-    with pytest.raises(SourceError, match=r"script.py:4 is no method: there `super\(\)` is written"):
+    with pytest.raises(
+        SourceError, match=r"script.py:4 is compiled outside its method, so `super\(\)` needs arguments: write"
+    ):
         load(source, tmp_path)["Study"]().make(model)
 
 
@@ -341,7 +348,7 @@ def test_body_of_a_class_in_a_function(model, net, x):
     assert torch.equal(edited.trace(x).result, edited_result(net, x, 2, lambda out: out * 3 + 1))
 
 
-def test_loop_of_its_own_may_be_left(model, net, x):
+def test_break_of_a_loop_in_the_block(model, net, x):
     with model.edit() as edited:
         for layer in edited.layers:
             layer.output = layer.output * 2
@@ -357,16 +364,16 @@ def test_nonlocal(model):
             nonlocal count
             count += 1
 
-    with pytest.raises(SourceError, match="`nonlocal` has no meaning in it"):
+    with pytest.raises(SourceError, match="it cannot contain `nonlocal`"):
         inner()
     assert count == 0 and model.edits == []
 
 
-# ---- where it is written
+# ---- where a block is written
 
 
 def load(source, folder, name="script.py"):
-    """The names of a script that is run from a file."""
+    """Run a script from a file, and return its names."""
     file = folder / name
     file.write_text(textwrap.dedent(source))
     names = {}
@@ -394,10 +401,10 @@ def test_traceback_points_at_the_line(tmp_path, model, x):
 
 
 SCRIPT = """
-import sys
 import torch
 from torch import nn
-from diffsight import Model, SourceError
+from diffsight import Model
+from diffsight.errors import SourceError
 
 net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
 x = torch.ones(2, 4)
@@ -428,7 +435,7 @@ def test_without_source(way):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, **given)
     *told, last = done.stdout.splitlines()
     assert last == "done", done.stderr
-    if way == "-" or sys.version_info < (3, 13):  # from there on, Python keeps the source of `-c`
+    if way == "-" or sys.version_info < (3, 13):  # later versions keep the source of `-c`
         assert told[0].startswith("the source at <stdin>:11 " if way == "-" else "the source at <string>:11 ")
         assert told[0].endswith(
             "Write the block as a function that takes the run, and pass that: `edited = model.edit(function)`"
@@ -436,7 +443,7 @@ def test_without_source(way):
 
 
 def test_exec_beside_other_source(model, monkeypatch):
-    """From Python 3.13 on, linecache knows the source of `-c` under the name that `exec` gives as well."""
+    """From Python 3.13 on, linecache has the source of `-c` under the same file name that `exec` uses."""
     other = ["with model.edit() as edited:\n", "    edited.layers\n"]
     monkeypatch.setitem(linecache.cache, "<string>", (60, None, other, "<string>"))
     exec("".join(other), {"model": model})
@@ -452,7 +459,7 @@ def test_exec(model):
 
 
 def test_notebook_cell(model, net, x):
-    """Notebooks enter the source of each cell in linecache."""
+    """Notebooks add the source of each cell to linecache."""
     cell = "with model.edit() as edited:\n    edited.layers[1].output = edited.layers[1].output * 2\n"
     name = "<ipython-input-1-0a1b2c>"
     linecache.cache[name] = (len(cell), None, cell.splitlines(True), name)
@@ -477,7 +484,7 @@ def test_entered_in_another_way(model):
         stack.enter_context(model.edit())
 
 
-# ---- what is left behind
+# ---- what blocks leave behind
 
 
 def test_trace_functions_are_put_back(model, net, x):
@@ -513,7 +520,7 @@ def test_no_trace_function_stays(model):
 
 
 def test_error_in_the_head(model):
-    """Nothing is edited where the statement itself fails."""
+    """If the statement itself fails, nothing is edited."""
     before = sys.gettrace()
     with pytest.raises(TypeError, match="item assignment"):
         with model.edit(inplace=True) as ()[0]:
@@ -522,7 +529,7 @@ def test_error_in_the_head(model):
 
 
 def test_within_a_trace_function(model):
-    """Python calls no trace function while one runs, so that nothing can pass over the block."""
+    """Python calls no trace function while one is running, so the block cannot be skipped."""
     caught = []
 
     def tracer(frame, event, argument):
@@ -538,7 +545,7 @@ def test_within_a_trace_function(model):
         (lambda: None)()
     finally:
         sys.settrace(before)
-    assert caught[0] == "block" and "could not be passed over" in str(caught[1]) and model.edits == []
+    assert caught[0] == "block" and "could not be skipped" in str(caught[1]) and model.edits == []
 
 
 def defined_below(run):

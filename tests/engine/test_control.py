@@ -4,7 +4,8 @@ import pytest
 import torch
 from engine.nets import Calling, Net, footprint, inputs, linear, replaced
 
-from diffsight import Model, NeverReachedError, OutOfOrderError, RunClosedError
+from diffsight import Model, OutOfOrderError
+from diffsight.errors import NeverReachedError, RunClosedError
 
 # ---- skip
 

@@ -9,7 +9,9 @@ from engine.nets import footprint, inputs, linear, outputs, replaced
 from torch import nn
 
 import tiny
-from diffsight import DiffusionModel, InputError, Model, NeverReachedError, OutOfOrderError, RunClosedError
+from diffsight import DiffusionModel, InputError, Model, OutOfOrderError
+from diffsight.errors import NeverReachedError, RunClosedError
+from diffsight.extending import owner_of, tree_of
 
 
 class SAE(nn.Module):
@@ -445,7 +447,7 @@ def test_a_copy_of_a_copy_has_what_was_attached(model, net, x):
     edited.layers[0].sae = SAE()
     with edited.edit() as second:
         second.layers[1].output = second.layers[0].sae(second.layers[1].output)
-    assert second.layers[0].sae._owner is edited.layers[0].sae._owner
+    assert owner_of(second.layers[0].sae) is owner_of(edited.layers[0].sae)
     result = second.trace(x).result
     with replaced(net.layers[0], SAE()), replaced(net.layers[1], SAE()):
         assert torch.equal(result, net(x))
@@ -472,7 +474,7 @@ def test_a_name_that_is_there(model):
         if name == "weight_of_nothing":
             edited.layers[0].weight_of_nothing = linear()
         else:
-            with pytest.raises(InputError, match=f"layers\\[0\\].{name} is there already"):
+            with pytest.raises(InputError, match=f"layers\\[0\\].{name} exists already"):
                 setattr(edited.layers[0], name, linear())
 
 
@@ -564,7 +566,7 @@ def test_an_edit_that_comes_to_nothing(model, net, x):
         lambda run: setattr(run.unused, "output", x),
         lambda run: run.unused.output,
     ):
-        with pytest.warns(UserWarning, match="did nothing in this run: the model never came to unused.output"):
+        with pytest.warns(UserWarning, match="did nothing in this run: the model never reached unused.output"):
             assert torch.equal(model.edit(edit).trace(x).result, net(x))
 
 
@@ -608,7 +610,7 @@ def test_stop_before_the_model_moves(model, net, x):
 
 def test_an_edit_cannot_run_the_model(model, x):
     for edit in (lambda run: run.result, lambda run: run.each(lambda row: 0), lambda run: run.finish()):
-        with pytest.raises(InputError, match="cannot run it"):
+        with pytest.raises(InputError, match="but not run the model"):
             model.edit(edit).trace(x).result
 
 
@@ -683,7 +685,7 @@ def test_many_runs_leave_nothing(model, net, x):
     count = objects()
     for _ in range(200):
         edited.trace(x).result
-    assert objects() - count < 50 and footprint(net) == before and len(edited._runs) < 5
+    assert objects() - count < 50 and footprint(net) == before and len(tree_of(edited).open_runs) < 5
 
 
 def test_hidden_state_is_patched_into_every_run(gpt2, ids):

@@ -5,7 +5,9 @@ import torch
 from engine.nets import Net, inputs, linear
 from torch import nn
 
-from diffsight import Envoy, Model, PointNotFoundError
+from diffsight import Model
+from diffsight.envoy import Envoy
+from diffsight.errors import PointNotFoundError
 
 
 @pytest.fixture

@@ -8,17 +8,8 @@ import pytest
 import torch
 from engine.nets import Calling, Net, footprint, inputs, linear
 
-from diffsight import (
-    AssignmentError,
-    DiffsightError,
-    InputError,
-    Model,
-    NeverReachedError,
-    NoRunError,
-    OutOfOrderError,
-    PointNotFoundError,
-    RunClosedError,
-)
+from diffsight import DiffsightError, InputError, Model, OutOfOrderError
+from diffsight.errors import AssignmentError, NeverReachedError, NoRunError, PointNotFoundError, RunClosedError
 
 
 def last_line(error):
@@ -225,7 +216,7 @@ def test_a_value_asked_for_from_within_the_model(net, x):
 def test_the_position_is_named(net, x):
     with Model(net).trace(x) as run:
         run.layers[1].leaf.input
-        with pytest.raises(OutOfOrderError, match=r"^layers\[0\]\.output .*stands at layers\[1\]\.leaf\.input"):
+        with pytest.raises(OutOfOrderError, match=r"^layers\[0\]\.output .*the model is at layers\[1\]\.leaf\.input"):
             run.layers[0].output
         assert "layers[1].leaf.input" in repr(run)
 

@@ -5,7 +5,9 @@ import torch
 from engine.nets import Branch, footprint, linear, outputs, replaced
 from torch import nn
 
-from diffsight import Model, NoRunError, OutOfOrderError
+from diffsight import Model, OutOfOrderError
+from diffsight.errors import NoRunError
+from diffsight.extending import run_of
 
 
 @pytest.fixture
@@ -127,7 +129,7 @@ def test_rows_see_each_others_calls(probed, x):
         return row.probe(hidden, hook=True), row.last.output
 
     def reads(row):
-        return row._run.probe.leaf.output, row.last.output
+        return run_of(row).probe.leaf.output, row.last.output
 
     with Model(probed).trace(x) as run:
         (answer, last0), (inside, last1) = run.each([calls, reads])
@@ -144,8 +146,8 @@ def test_the_body_reads_inside_a_rows_call(probed, x):
         return row.probe(row.first.output, hook=True)
 
     def inner(row):
-        seen = row._run.probe.leaf.output
-        return row._run.unused(seen, hook=True)
+        seen = run_of(row).probe.leaf.output
+        return run_of(row).unused(seen, hook=True)
 
     with Model(probed).trace(x) as run:
         kept = run.record("unused")

@@ -11,7 +11,8 @@ import pytest
 import torch
 from engine.nets import Calling, Net, footprint, inputs, linear
 
-from diffsight import AssignmentError, Model, NeverReachedError, OutOfOrderError
+from diffsight import Model, OutOfOrderError
+from diffsight.errors import AssignmentError, NeverReachedError
 
 
 class Interrupted(Net):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from engine.nets import Net, footprint, inputs, outputs, replaced
 
-from diffsight import Model, NoRunError
+from diffsight import Model
+from diffsight.errors import NoRunError
 
 
 def test_two_models_feed_each_other():

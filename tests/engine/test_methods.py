@@ -9,7 +9,8 @@ import torch
 from engine.nets import Calling, Net, footprint, inputs, linear
 from torch import nn
 
-from diffsight import Model, NeverReachedError, OutOfOrderError, PointNotFoundError
+from diffsight import Model, OutOfOrderError
+from diffsight.errors import NeverReachedError, PointNotFoundError
 
 
 class Coder(nn.Module):

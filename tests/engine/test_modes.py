@@ -7,7 +7,8 @@ import pytest
 import torch
 from engine.nets import Calling, footprint, linear
 
-from diffsight import AssignmentError, Model
+from diffsight import Model
+from diffsight.errors import AssignmentError
 
 CONTEXTS = {
     "nothing": nullcontext,

@@ -4,7 +4,8 @@ import pytest
 import torch
 from engine.nets import Calling, Net, inputs, linear, outputs
 
-from diffsight import Model, NeverReachedError, OutOfOrderError, PointNotFoundError
+from diffsight import Model, OutOfOrderError
+from diffsight.errors import NeverReachedError, PointNotFoundError
 
 # where the model stands, and what lies behind it
 BEHIND = [

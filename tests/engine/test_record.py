@@ -4,7 +4,8 @@ import pytest
 import torch
 from engine.nets import Calling, footprint, linear, outputs
 
-from diffsight import InputError, Model, OutOfOrderError, PointNotFoundError, RunClosedError
+from diffsight import InputError, Model, OutOfOrderError
+from diffsight.errors import PointNotFoundError, RunClosedError
 
 
 def test_keeps_every_layer(net, x):

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from diffsight import AssignmentError, InputError, Model, NeverReachedError, OutOfOrderError, RunClosedError
+from diffsight import InputError, Model, OutOfOrderError
+from diffsight.errors import AssignmentError, NeverReachedError, RunClosedError
 
 
 class Net(nn.Module):
@@ -176,10 +177,10 @@ def test_wrong_shapes_and_types_for_a_row(net, inputs):
     with pytest.raises(AssignmentError, match=r"\(1, 4\), not \(2, 4\)"):
         with Model(net).trace(inputs) as run:
             run.rows[0].first.output = torch.zeros(2, 4)
-    with pytest.raises(AssignmentError, match="is a tuple; it takes no Tensor"):
+    with pytest.raises(AssignmentError, match="is a tuple; it cannot take a Tensor"):
         with Model(net).trace(inputs) as run:
             run.rows[0].pair.output = torch.zeros(1, 4)
-    with pytest.raises(InputError, match="the inputs do not make a batch"):
+    with pytest.raises(InputError, match="the inputs do not form a batch"):
         Model(net).trace([torch.zeros(1, 4), torch.zeros(1, 5)])
     with pytest.raises(InputError, match="has no rows"):
         Model(net.place).trace().rows
@@ -371,7 +372,7 @@ def test_each_takes_functions(net, inputs):
     "value, told",
     [
         ((torch.zeros(1, 4), None), "holds a Tensor where a NoneType was assigned"),
-        ((torch.zeros(1, 4),), "holds 2 values; it takes no tuple of 1"),
+        ((torch.zeros(1, 4),), "holds 2 values; it cannot take a tuple of 1"),
     ],
 )
 def test_a_row_takes_what_the_output_holds(net, inputs, value, told):

@@ -1,4 +1,4 @@
-"""Scans: shapes are those of a real run, nothing is computed, and the model is left as it was."""
+"""Scans: shapes match those of a real run, nothing is computed, and the model is left unchanged."""
 
 import gc
 import weakref
@@ -9,18 +9,20 @@ import pytest
 import torch
 from engine.nets import WIDTH, Calling, Net, footprint, inputs, linear
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from diffsight import AssignmentError, DiffsightError, Model, NeverReachedError, OutOfOrderError, ScanError
+from diffsight import DiffsightError, Model, OutOfOrderError
+from diffsight.errors import AssignmentError, NeverReachedError, ScanError
 
 
 def described(value):
-    """Shapes and types of all tensors in a value."""
+    """Return the shapes and dtypes of all tensors in a value."""
     return tree_map_only(torch.Tensor, lambda tensor: (tuple(tensor.shape), tensor.dtype), value)
 
 
 def everything(module, call):
-    """What every module inside gets and gives in `call()`, described: an ordinary hook."""
+    """Return what every module gets and returns during `call()`, described, from ordinary hooks."""
     seen = {}
     handles = [
         inner.register_forward_hook(
@@ -38,7 +40,7 @@ def everything(module, call):
 
 
 def scanned(model, module, *args, **kwargs):
-    """The same, as a scan tells it."""
+    """Return the same, as read in a scan."""
     seen = {}
     for name in dict(module.named_modules()):
         with model.scan(*args, **kwargs) as run:
@@ -53,12 +55,12 @@ def scanned(model, module, *args, **kwargs):
     return seen
 
 
-def all_meta(value):
-    return all(leaf.is_meta for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+def all_fake(value):
+    return all(is_fake(leaf) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 def all_zeros(value):
-    return all(not leaf.is_meta and not leaf.any() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    return all(not is_fake(leaf) and not leaf.any() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
 
 
 @pytest.fixture(autouse=True)
@@ -69,11 +71,11 @@ def no_mode_is_left():
 
 @pytest.fixture(params=["loaded", "never loaded"])
 def some(request):
-    """A net with its weights, or without any."""
+    """A net with its weights, or one without any."""
     return Net() if request.param == "loaded" else Net().to("meta")
 
 
-# What a scan tells
+# Shapes
 
 
 def test_shapes_everywhere(some, x):
@@ -81,10 +83,10 @@ def test_shapes_everywhere(some, x):
     assert scanned(Model(some), some, x) == everything(net, lambda: net(x))
 
 
-def test_inside_is_meta_and_outside_are_zeros(some, x):
+def test_inside_is_fake_and_outside_are_zeros(some, x):
     with Model(some).scan(x) as run:
         assert run.input is x
-        assert all_meta([run.first.input, run.layers[0].leaf.output, run.last.output])
+        assert all_fake([run.first.input, run.layers[0].leaf.output, run.last.output])
         output = run.output
     assert output is run.result
     assert torch.equal(output, torch.zeros(2, WIDTH)) and output.device == x.device
@@ -117,7 +119,7 @@ def test_a_cache_that_is_handed_in_holds_zeros_afterwards(gpt2, ids):
 
 
 def test_nothing_is_computed(x):
-    """A matrix product that would take all memory there is."""
+    """A product that would not fit in memory."""
 
     def forward(self, x):
         wide = self.up(x)
@@ -146,6 +148,27 @@ def test_weights_are_where_they_are_or_will_be(some, x):
         run.first.output
         assert run.first.weight.device == torch.device("cpu")
         assert torch.zeros(3, device=run.last.weight.device).device == torch.device("cpu")
+
+
+def test_nothing_large_is_created(x):
+    def forward(self, x):
+        ones = torch.ones(1_000_000, 1_000_000, dtype=torch.bool, device=x.device)
+        return x[:1, :1] + ones.tril().sum(0) + torch.zeros(1_000_000, 1_000_000, device=x.device)[0]
+
+    assert Model(Calling(forward)).scan(x).result.shape == (1, 1_000_000)
+
+
+def test_autocast(some, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = Net()(x)
+        with Model(some).scan(x) as run:
+            assert run.layers[0].leaf.lin.output.dtype == torch.bfloat16
+    assert described(run.result) == described(plain) == ((2, WIDTH), torch.bfloat16)
+
+
+def test_vmap(x):
+    net = Calling(lambda self, x: torch.vmap(lambda row: self.part.weight @ row)(x), part=linear())
+    assert described(Model(net).scan(x).result) == described(net(x))
 
 
 def test_inputs_without_values(some):
@@ -195,7 +218,7 @@ def test_rows(some):
         a.layers[0].output = b.layers[0].output[:1] * 2
         answers = run.each(lambda row: row.layers[1].output + row.layers[2].output)
     assert [answer.shape for answer in answers] == [(1, WIDTH), (2, WIDTH)]
-    assert all_meta(answers)
+    assert all_fake(answers)
 
 
 def test_invoke(some, x):
@@ -211,7 +234,7 @@ def test_invoke(some, x):
 
 def test_steps(some, x):
     with Model(some).scan(x) as run:
-        assert [step.index for step in run.steps if run.layers[0].output.is_meta] == [0]
+        assert [step.index for step in run.steps if is_fake(run.layers[0].output)] == [0]
 
 
 def test_methods(x):
@@ -255,7 +278,7 @@ def test_modes(some, x, mode):
 
 
 def helper(run, direction):
-    """What one would write for a real run."""
+    """Compute what a user would write for a real run."""
     hidden = run.layers[0].output
     logits = run.last(hidden)
     again = hidden @ run.last.weight.T + run.last.bias
@@ -270,11 +293,11 @@ def test_a_helper_is_tried_on_shapes(some, x):
         seen = helper(run, direction)
     with Model(Net()).trace(x) as real:
         assert described(seen) == described(helper(real, direction))
-    assert all_meta(seen)
+    assert all_fake(seen)
     assert described(run.result) == described(real.result)
 
 
-def test_what_has_nothing_to_do_with_the_model_is_as_ever(some, x):
+def test_what_has_nothing_to_do_with_the_model_is_real(some, x):
     with Model(some).scan(x) as run:
         run.first.output
         assert torch.equal(x @ x.T, x.matmul(x.T))
@@ -303,6 +326,15 @@ def test_another_model_runs_for_real_in_the_body(some, x):
         with Model(net).scan(hidden) as other:
             assert other.layers[0].output.shape == hidden.shape
     assert torch.equal(real.result, net(x))
+
+
+def test_two_scans_feed_each_other(some, x):
+    with Model(some).scan(x, grad=True) as a, Model(Net(seed=1)).scan(x, grad=True) as b:
+        hidden = a.layers[1].output
+        hidden.retain_grad()
+        b.layers[1].output = torch.cat([hidden, b.layers[0].output])
+        b.output.sum().backward()
+    assert a.result.shape == hidden.grad.shape == (2, WIDTH) and b.result.shape == (4, WIDTH)
 
 
 # Where values are needed
@@ -346,15 +378,16 @@ def test_the_body_asks_for_values(some, x, ask):
             ask(run.layers[0].output)
 
 
-def test_other_errors_of_the_model_are_its_own(x):
+def test_other_errors_of_the_model_are_its_own(x, caplog):
     net = Calling(lambda self, x: self.part(x[:, :2]), part=linear())
     with pytest.raises(RuntimeError, match="reduction dim") as caught:
         Model(net).scan(x).result
     assert not isinstance(caught.value, ScanError)
+    assert not caplog.records, "PyTorch logs errors of fake tensors, with a traceback"
 
 
 def test_numbers_and_masks_that_come_in_are_known(x):
-    """As long as they depend on nothing else: models look at masks, and count tokens."""
+    """They are known while they depend on nothing else: models look at masks, and count tokens."""
     seen = {}
 
     def forward(self, x, ids, mask):
@@ -374,7 +407,7 @@ def test_numbers_and_masks_that_come_in_are_known(x):
 
 
 def test_masks_that_a_model_makes_itself_are_known(x):
-    """Of ones, or by writing into zeros; what came in is not written into."""
+    """A mask is made of ones, or by writing into zeros; the inputs themselves are not written to."""
     seen = {}
 
     def forward(self, x, lengths):
@@ -393,7 +426,7 @@ def test_masks_that_a_model_makes_itself_are_known(x):
 
 
 def test_products_by_groups(x):
-    """As experts have them: tokens in order of their expert, and where each expert's end."""
+    """Mixtures of experts use them: tokens sorted by expert, and the end of each expert's tokens."""
     weights = torch.randn(3, 16, 8)
 
     def forward(self, tokens, ends):
@@ -414,11 +447,42 @@ def test_numbers_that_depend_on_more_are_not_known(x):
         Model(Calling(forward)).scan(x, torch.tensor([3, 7])).result
 
 
-# What is left behind: nothing
+def test_values_of_floats_are_never_known(x):
+    """Not even of small ones, and not as zeros."""
+
+    def forward(self, x):
+        return x if torch.isnan(x).any() else x + 1
+
+    with pytest.raises(ScanError, match="__bool__"):
+        Model(Calling(forward)).scan(x).result
+
+
+def test_values_that_are_written_over_are_not_known(x):
+    def forward(self, x):
+        counts = torch.zeros(2, dtype=torch.long, device=x.device)
+        assert counts.tolist() == [0, 0]
+        counts[1] = x.argmax()
+        return counts.tolist()
+
+    with pytest.raises(ScanError, match="tolist"):
+        Model(Calling(forward)).scan(x).result
+
+
+def test_repeats_and_masks_beside_unknown_values(x):
+    def forward(self, x, repeats, mask):
+        x = x.repeat_interleave(repeats, 0)
+        x[:, mask] = 0
+        return x[:, mask]
+
+    given = x, torch.tensor([1, 3]), torch.tensor([True, False, True, True])
+    assert Model(Calling(forward)).scan(*given).result.shape == Calling(forward)(*given).shape == (4, 3)
+
+
+# Nothing is left behind
 
 
 class Keeping(nn.Module):
-    """Keeps tables, counts its calls, updates what it holds."""
+    """A module that keeps tables, counts its calls and updates what it holds."""
 
     def __init__(self):
         super().__init__()
@@ -442,7 +506,7 @@ class Keeping(nn.Module):
 
 
 def held(module):
-    """Everything that a module and those in it hold, by identity and by value."""
+    """Return everything that a module and its submodules hold, by identity and by value."""
     return {
         name: (
             footprint(inner)[""],
@@ -471,6 +535,18 @@ def test_what_a_model_keeps_is_what_it_kept_before(x):
     assert torch.equal(net(x), fresh(x))
 
 
+def test_casting_a_module_leaves_its_parameters_in_place(x):
+    """Another run of the same model may use them meanwhile."""
+    net = Calling(lambda self, x: self.part.to(torch.float64)(x.double()), part=nn.BatchNorm1d(WIDTH).eval())
+    before = dict(net.named_parameters()) | dict(net.named_buffers())
+    with Model(net).scan(x) as run:
+        assert run.part.output.dtype == torch.float64
+        now = dict(net.named_parameters()) | dict(net.named_buffers())
+        assert all(value is before[name] for name, value in now.items())
+        assert run.part.weight.dtype == torch.float64
+    assert run.result.dtype == torch.float64 and net.part.weight.dtype == torch.float32
+
+
 def test_tied_weights(x):
     net = nn.Sequential(linear(), linear())
     net[1].weight = net[0].weight
@@ -490,11 +566,11 @@ def test_compiled_modules(x):
     net.layers[1] = torch.compile(net.layers[1], backend=backend)
     net.last.compile(backend=backend)
     with Model(net).scan(x) as run:
-        assert run.layers[1].output.is_meta
+        assert is_fake(run.layers[1].output)
         assert net.last(x).shape == run.last.output.shape == (2, WIDTH)
     assert compiled == []
     net(x)
-    assert compiled, "afterwards it is compiled as ever"
+    assert compiled, "afterwards it is compiled as usual"
 
 
 def error_in_the_body(model, x):
@@ -548,7 +624,7 @@ def left_by_return(model, x):
         with model.scan(x) as run:
             return run.layers[0].input
 
-    assert body().is_meta
+    assert is_fake(body())
 
 
 def finished(model, x):
@@ -591,19 +667,19 @@ def test_a_real_run_beside_a_scan_of_the_same_model(net, x):
     want, model = net(x), Model(net)
     with model.scan(x) as shapes, model.trace(x) as real:
         for index in range(3):
-            assert shapes.layers[index].output.is_meta
-            assert not real.layers[index].output.is_meta
+            assert is_fake(shapes.layers[index].output)
+            assert not is_fake(real.layers[index].output)
     assert torch.equal(real.result, want) and not shapes.result.any()
 
 
 def test_a_real_run_in_another_thread(net, x):
     want, model, seen = net(x), Model(net), []
     with model.scan(x) as run:
-        assert run.layers[0].leaf.output.is_meta
+        assert is_fake(run.layers[0].leaf.output)
         thread = Thread(target=lambda: seen.append(Model(net).trace(x).result))
         thread.start()
         thread.join()
-        assert run.layers[1].output.is_meta
+        assert is_fake(run.layers[1].output)
     assert torch.equal(seen[0], want)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from engine.nets import Net, footprint, inputs, outputs, replaced
 
-from diffsight import InputError, Model, NeverReachedError, OutOfOrderError, RunClosedError
+from diffsight import InputError, Model, OutOfOrderError
+from diffsight.errors import NeverReachedError, RunClosedError
 
 
 @pytest.fixture

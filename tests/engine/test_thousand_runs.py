@@ -9,6 +9,7 @@ import torch
 from engine.nets import Net, footprint, inputs
 
 from diffsight import DiffsightError, Model
+from diffsight.extending import tree_of
 
 
 def one_run(model: Model, x: torch.Tensor, turn: int) -> None:
@@ -54,6 +55,6 @@ def test_a_thousand_runs_leave_nothing():
     seen.clear()
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert footprint(net) == hooked and not model._open_runs()
+    assert footprint(net) == hooked and not tree_of(model).open_runs.open()
     assert not held  # no tensor of any run is kept
     assert size < 100_000, f"{size} bytes more than before a thousand runs"

@@ -7,7 +7,8 @@ import pytest
 import torch
 from engine.nets import Net, footprint, inputs, outputs
 
-from diffsight import DiffsightError, Model, WrongThreadError
+from diffsight import DiffsightError, Model
+from diffsight.errors import WrongThreadError
 
 
 def in_a_thread(function):

@@ -7,7 +7,8 @@ import torch
 from engine.nets import Calling, footprint, inputs, linear, outputs, record, replaced, with_input
 from torch import nn
 
-from diffsight import AssignmentError, DiffsightError, Model, PointNotFoundError
+from diffsight import DiffsightError, Model
+from diffsight.errors import AssignmentError, PointNotFoundError
 
 
 def test_values_are_the_models_own(net, x):

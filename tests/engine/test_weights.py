@@ -9,6 +9,7 @@ from engine.nets import WIDTH, Calling, Net, linear, replaced
 from torch import nn
 
 from diffsight import DiffsightError, Model
+from diffsight.extending import FORWARD, Target, Tree
 from diffsight.pipelines.weights import adopt
 
 
@@ -16,8 +17,7 @@ class Later(Model):
     """Loads `loaded` when it is needed."""
 
     def __init__(self, module, load):
-        super().__init__(module)
-        self.__dict__["_loader"] = lambda: adopt(module, load())
+        self._wrap(Tree(Target(module, FORWARD, ""), lambda: adopt(module, load())))
 
 
 @pytest.fixture
@@ -159,4 +159,4 @@ def test_a_module_attached_before_weights_come(empty, loaded, x):
     with replaced(loaded.layers[1], linear(5)):
         expected = loaded(x)
     assert torch.equal(model.trace(x).result, expected)
-    assert torch.equal(model._owner.layers[1].extra.weight, linear(5).weight)
+    assert torch.equal(model.module.layers[1].extra.weight, linear(5).weight)

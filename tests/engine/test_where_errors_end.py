@@ -5,7 +5,8 @@ import traceback
 import pytest
 import torch
 
-from diffsight import AssignmentError, Model, NeverReachedError, NoRunError, OutOfOrderError, RunClosedError
+from diffsight import Model, OutOfOrderError
+from diffsight.errors import AssignmentError, NeverReachedError, NoRunError, RunClosedError
 
 
 def last_lines(error):

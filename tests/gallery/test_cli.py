@@ -1,4 +1,4 @@
-"""The command line: what it writes and prints, and how it refuses what it cannot do."""
+"""The command line: what it writes and prints, and its errors."""
 
 import json
 import os
@@ -23,7 +23,7 @@ PROMPT = "a red circle above a blue square"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A pipeline on disk, of three layers of text encoder."""
+    """A pipeline on disk, whose text encoder has three layers."""
     folder = tmp_path_factory.mktemp("saved") / "pipe"
     tiny.stable_diffusion().save_pretrained(folder)
     return folder
@@ -31,13 +31,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """Every command runs in a folder of its own, where nothing may be left that is not announced."""
+    """Run every command in a folder of its own, in which it may only leave the files that it announces."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def run(*argv):
-    """The exit status of a command."""
+    """Run a command and return its exit status."""
     try:
         return main([str(word) for word in argv])
     except SystemExit as end:
@@ -45,7 +45,7 @@ def run(*argv):
 
 
 def refusal(capsys, here, *argv):
-    """The message of a command that is refused: one line at the end of stderr, no traceback, no file."""
+    """Return the error of an invalid command: one line at the end of stderr, no traceback, no file."""
     before = sorted(here.rglob("*"))
     status = run(*argv)
     out, err = capsys.readouterr()
@@ -65,72 +65,78 @@ def pixels(path):
 # lens
 
 
-def test_the_lens_writes_what_it_says(folder, here, capsys):
+def test_the_lens_writes_the_files_that_it_prints(folder, here, capsys):
     assert run("lens", PROMPT, "--model", folder, "--steps", 2, "--seed", 3, "--out", "out") == 0
     out, _ = capsys.readouterr()
-    files = ["out/grid.png", *(f"out/layer_{layer:02}.png" for layer in range(4)), "out/lens.json"]
+    names = ["embedding", "layer_00", "layer_01", "layer_02"]
+    files = ["out/grid.png", *(f"out/{name}.png" for name in names), "out/lens.json"]
     assert sorted(out.split()) == sorted(files)
     assert {path.relative_to(here).as_posix() for path in here.rglob("*.*")} == set(files)
 
     model = DiffusionModel(folder)
     want = diffusion_lens(model, PROMPT, seed=3, num_inference_steps=2, progress=False)
-    for layer, image in zip(want.layers, want.images, strict=True):
-        assert np.array_equal(pixels(f"out/layer_{layer:02}.png"), image)
+    for name, image in zip(names, want.images, strict=True):
+        assert np.array_equal(pixels(f"out/{name}.png"), image)
     record = json.loads(Path("out/lens.json").read_text(encoding="utf-8"))
     assert (record["model"], record["prompt"], record["seed"]) == (str(folder), PROMPT, 3)
-    assert (record["layers"], record["arguments"]) == ([0, 1, 2, 3], {"num_inference_steps": 2})
+    assert (record["layers"], record["arguments"]) == (["embedding", 0, 1, 2], {"num_inference_steps": 2})
 
 
 @pytest.mark.parametrize(
     "layers, numbers",
     [
-        ("0:4:2", [0, 2]),
-        ("1,3", [1, 3]),
-        ("3, 1", [3, 1]),
+        ("0:3:2", [0, 2]),
+        ("0,2", [0, 2]),
+        ("2, 0", [2, 0]),
         ("2", [2]),
-        ("2:", [2, 3]),
+        ("-1", [2]),
+        ("-2:", [1, 2]),
+        ("1:", [1, 2]),
         (":1", [0]),
-        ("::3", [0, 3]),
-        ("0:4:3", [0, 3]),
+        ("::2", [0, 2]),
+        ("embedding", ["embedding"]),
+        ("embedding,0:2,-1", ["embedding", 0, 1, 2]),
     ],
 )
 def test_layers(folder, layers, numbers):
-    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", layers, "--out", "out") == 0
+    assert run("lens", PROMPT, "--model", folder, "--steps", 1, f"--layers={layers}", "--out", "out") == 0
     assert json.loads(Path("out/lens.json").read_text(encoding="utf-8"))["layers"] == numbers
-    assert {path.name for path in Path("out").glob("layer_*")} == {f"layer_{number:02}.png" for number in numbers}
+    names = {f"layer_{number:02}.png" if number != "embedding" else "embedding.png" for number in numbers}
+    assert {path.name for path in Path("out").iterdir()} == names | {"grid.png", "lens.json"}
 
 
 def test_layers_in_words():
-    assert parse_layers("0:8:2") == slice(0, 8, 2)
-    assert parse_layers("1,3,7") == [1, 3, 7]
+    assert parse_layers("0:8:2") == [slice(0, 8, 2)]
+    assert parse_layers("1,3,-1") == [1, 3, -1]
+    assert parse_layers("embedding, 0:4, -1") == ["embedding", slice(0, 4), -1]
 
 
 def test_the_folder_has_a_default(folder, here, capsys):
-    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", "3") == 0
+    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", "-1") == 0
     paths = capsys.readouterr().out.split()
     assert len(paths) == 3
     assert all((here / path).is_file() for path in paths)
 
 
-def test_a_folder_that_is_there_already_is_used(folder, here):
+def test_an_existing_folder_is_used(folder, here):
     (here / "out").mkdir()
     (here / "out" / "notes.txt").write_text("mine")
-    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", "3", "--out", here / "out") == 0
-    assert {path.name for path in (here / "out").iterdir()} == {"notes.txt", "grid.png", "layer_03.png", "lens.json"}
+    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", "2", "--out", here / "out") == 0
+    assert {path.name for path in (here / "out").iterdir()} == {"notes.txt", "grid.png", "layer_02.png", "lens.json"}
 
 
 def test_the_lens_draws_with_the_packaged_pipeline(here):
     prompt = "a red circle below a blue square on a gray background"
-    assert run("lens", prompt, "--steps", 2, "--layers", "1,12", "--out", "out") == 0
+    assert run("lens", prompt, "--steps", 2, "--layers", "0,11", "--out", "out") == 0
     record = json.loads((here / "out" / "lens.json").read_text(encoding="utf-8"))
-    assert (record["model"], record["layers"], record["seed"]) == (CLIP, [1, 12], 0)
-    assert pixels("out/layer_12.png").shape == (64, 64, 3)
+    assert (record["model"], record["layers"], record["seed"]) == (CLIP, [0, 11], 0)
+    assert pixels("out/layer_11.png").shape == (64, 64, 3)
 
 
 # generate
 
 
-def test_generate_writes_the_picture_of_the_bare_pipeline(folder, here, capsys):
+def test_generate_writes_the_image_of_the_bare_pipeline(folder, here, capsys):
     assert run("generate", PROMPT, "--model", folder, "--seed", 5, "--steps", 2, "--out", "out") == 0
     (path,) = capsys.readouterr().out.split()
     assert [file for file in here.rglob("*") if file.is_file()] == [here / path]
@@ -163,7 +169,7 @@ def test_unknown_words_are_warned_of(capsys):
 
 
 def test_unknown_words_are_warned_of_once_by_the_lens(capsys):
-    assert run("lens", "a pink circle", "--steps", 1, "--layers", "1,2,3", "--out", "out") == 0
+    assert run("lens", "a pink circle", "--steps", 1, "--layers", "0,1,2", "--out", "out") == 0
     assert capsys.readouterr().err.count("does not know 'pink'") == 1
 
 
@@ -172,7 +178,7 @@ def test_unknown_words_are_warned_of_once_by_the_lens(capsys):
 
 @pytest.mark.parametrize("there", [True, False])
 def test_models_are_listed(capsys, monkeypatch, there):
-    """Those that come with an extra too, and what is to be installed where it is missing."""
+    """Including models of an extra, with what to install if it is missing."""
     monkeypatch.setattr(loading, "find_spec", lambda name: there or None)
     assert run("models") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -190,7 +196,7 @@ def test_help_shows_an_example_that_is_accepted(capsys, command, here):
     assert example[1] in ("lens", "generate", "models")
     assert command in ((), (example[1],))
     if len(example) > 2:
-        example += ["--model", "no-such-model"]  # the last word counts: everything before it has been understood
+        example += ["--model", "no-such-model"]  # this is the error if everything before is valid
         assert "no-such-model" in refusal(capsys, here, *example[1:])
 
 
@@ -205,7 +211,7 @@ def test_help_names_the_options(capsys):
 
 
 @pytest.mark.parametrize("argv", [(), ("paint", PROMPT), ("lens",), ("generate",), ("lens", PROMPT, "--sed", "3")])
-def test_commands_that_are_none(capsys, here, argv):
+def test_invalid_commands(capsys, here, argv):
     refusal(capsys, here, *argv)
 
 
@@ -225,7 +231,7 @@ def test_a_prompt_that_is_too_long(capsys, here, folder, command):
 
 @pytest.mark.parametrize("command", ["lens", "generate"])
 @pytest.mark.parametrize("seed", ["-1", "x", "1.5", str(2**64)])
-def test_a_seed_that_is_none(capsys, here, folder, command, seed):
+def test_an_invalid_seed(capsys, here, folder, command, seed):
     message = refusal(capsys, here, command, PROMPT, "--model", folder, "--seed", seed, "--out", "out")
     assert "seed" in message
     assert seed in message
@@ -233,16 +239,16 @@ def test_a_seed_that_is_none(capsys, here, folder, command, seed):
 
 @pytest.mark.parametrize("command", ["lens", "generate"])
 @pytest.mark.parametrize("steps", ["0", "-3", "x", "2.5", "1001"])
-def test_steps_that_are_none(capsys, here, folder, command, steps):
+def test_invalid_steps(capsys, here, folder, command, steps):
     message = refusal(capsys, here, command, PROMPT, "--model", folder, "--steps", steps, "--out", "out")
     assert "steps" in message
     assert steps in message
 
 
 @pytest.mark.parametrize(
-    "layers", ["4", "0,9", "-1", "0:4:0", "1:2:3:4", "x", "", "1,,2", "one:two", "4:9", "1.5"], ids=repr
+    "layers", ["3", "0,9", "-4", "0:3:0", "1:2:3:4", "x", "", "1,,2", "one:two", "4:9", "1.5"], ids=repr
 )
-def test_layers_that_are_none(capsys, here, folder, layers):
+def test_invalid_layers(capsys, here, folder, layers):
     message = refusal(capsys, here, "lens", PROMPT, "--model", folder, f"--layers={layers}", "--out", "out")
     assert "layer" in message
 
@@ -278,19 +284,19 @@ def test_a_model_that_takes_no_prompt(capsys, here, tmp_path_factory, command):
     assert "DDPMPipeline" in message
 
 
-def test_the_lens_looks_through_another_encoder(capsys, here, tmp_path_factory):
+def test_the_lens_on_another_encoder(capsys, here, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "sdxl"
     tiny.stable_diffusion_xl().save_pretrained(folder)
-    options = ("--model", folder, "--layers", "1,3", "--steps", 1, "--out", "out")
+    options = ("--model", folder, "--layers", "embedding,2", "--steps", 1, "--out", "out")
     assert run("lens", PROMPT, *options, "--encoder", "text_encoder_2", "--batch-size", 1) == 0
     record = json.loads(Path("out/lens.json").read_text(encoding="utf-8"))
-    assert (record["encoder"], record["layers"]) == ("text_encoder_2", [1, 3])
+    assert (record["encoder"], record["layers"]) == ("text_encoder_2", ["embedding", 2])
     capsys.readouterr()
     message = refusal(capsys, here, "lens", PROMPT, *options, "--encoder", "text_encoder_3")
     assert "it has text_encoder, text_encoder_2" in message
 
 
-def test_a_model_that_the_lens_cannot_look_through(capsys, here, tmp_path_factory):
+def test_a_model_without_a_text_encoder(capsys, here, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "ddpm"
     tiny.ddpm().save_pretrained(folder)
     message = refusal(capsys, here, "lens", PROMPT, "--model", folder, "--layers", "1", "--steps", 1, "--out", "out")

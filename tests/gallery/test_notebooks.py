@@ -1,4 +1,4 @@
-"""The notebooks of the gallery: run from top to bottom in a shortened form, and kept with their pictures."""
+"""The notebooks of the gallery run from top to bottom, in a shortened form, and are stored with their outputs."""
 
 import ast
 import json
@@ -19,7 +19,7 @@ def notebook(request):
 
 @pytest.fixture(autouse=True)
 def settings_of_libraries():
-    """Notebooks quieten the libraries."""
+    """Restore the log levels of libraries, which notebooks change."""
     libraries = [library.logging for library in (diffusers, transformers)]
     before = [library.get_verbosity() for library in libraries]
     yield
@@ -33,7 +33,7 @@ def code_cells(notebook):
 
 
 def run(source, names):
-    """Runs a cell, and gives the value of its last line, where that is an expression."""
+    """Run a cell, and return the value of its last line, if that is an expression."""
     body = ast.parse(source).body
     last = ast.Expression(body.pop().value) if isinstance(body[-1], ast.Expr) else None
     exec(compile(ast.Module(body, []), "<cell>", "exec"), names)
@@ -47,9 +47,9 @@ def test_it_runs_from_top_to_bottom(notebook):
         if "parameters" in cell["metadata"].get("tags", ()):
             short = {name: SHORT[name] for name in names if name.isupper()}
             names |= short
-        shows_picture = any("image/png" in output.get("data", {}) for output in cell["outputs"])
-        assert hasattr(value, "_repr_png_") == shows_picture
-        assert not shows_picture or value._repr_png_().startswith(b"\x89PNG")
+        shows_image = any("image/png" in output.get("data", {}) for output in cell["outputs"])
+        assert hasattr(value, "_repr_png_") == shows_image
+        assert not shows_image or value._repr_png_().startswith(b"\x89PNG")
     assert short
 
 

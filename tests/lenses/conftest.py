@@ -1,4 +1,4 @@
-"""A small language model for the lenses that look into one."""
+"""A small language model for the lenses on language models."""
 
 import pytest
 import writers

@@ -9,8 +9,10 @@ import torch
 import writers
 
 import diffsight
-from diffsight import Prompt, logit_lens
-from diffsight.pipelines.language import standard_names
+from diffsight import logit_lens
+from diffsight.lenses.patchscope import TargetPrompt, repeat_prompt
+from diffsight.lenses.target_probabilities import Prompt, first_tokens
+from diffsight.pipelines.standard_names import standard_names
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 TABLE = README.split("## Coming from nnterp\n")[1].split("\n## ")[0]
@@ -41,10 +43,10 @@ SURFACE = re.findall(
 
 @pytest.fixture(scope="module")
 def known():
-    """What the words on the right stand for."""
+    """What the names on the right stand for."""
     model = writers.model()
     prompt = Prompt.from_strings("A cat", "Paris", model)
-    return {"model": model, "prompt": prompt, "result": logit_lens(model, "A cat"), "net": model._owner}
+    return {"model": model, "prompt": prompt, "result": logit_lens(model, "A cat"), "net": model.module}
 
 
 def test_every_name_of_nnterp_is_in_it():
@@ -59,8 +61,9 @@ def test_every_row_has_two_cells():
     assert len(ROWS) > 40
 
 
-def test_every_name_on_the_right_is_there(known):
+def test_every_name_on_the_right_exists(known):
     names = {**vars(builtins), **known, "model_names": standard_names.model_names, "pandas": None, "pytest": None}
+    names |= {value.__name__: value for value in (Prompt, first_tokens, TargetPrompt, repeat_prompt)}
     names |= {name: getattr(diffsight, name) for name in diffsight.__all__}
     checked = 0
     for _, right in ROWS:

@@ -1,4 +1,4 @@
-"""Patchscopes, against the same by hand in plain PyTorch: a hook that puts a hidden state into another prompt."""
+"""Patchscopes, compared with a plain PyTorch hook that puts a hidden state into another prompt."""
 
 import json
 
@@ -7,16 +7,8 @@ import torch
 import transformers
 import writers
 
-from diffsight import (
-    DESCRIPTION,
-    IDENTITY,
-    InputError,
-    TargetPrompt,
-    patchscope_generate,
-    patchscope_lens,
-    repeat_prompt,
-    run_prompts,
-)
+from diffsight import InputError, patchscope_generate, patchscope_lens, run_prompts
+from diffsight.lenses.patchscope import DESCRIPTION, IDENTITY, TargetPrompt, repeat_prompt
 from diffsight.lenses.target_probabilities import Prompt
 
 PROMPTS = writers.PROMPTS
@@ -76,7 +68,7 @@ def test_a_model_that_caps_its_logits():
     net = writers.gemma2()
     result = patchscope_lens(writers.model(net), PROMPTS[1], target=SHORT, layers=-1, keep_logits=True)
     assert 0.1 < result.logits.abs().max() < 0.5
-    # In the last layer the target's last token is the prompt's: the model says what it says after the prompt.
+    # In the last layer the hidden state decides alone: the model predicts what it predicts after the prompt.
     with torch.no_grad():
         assert torch.allclose(result.logits[0, 0, 0], net(writers.ids(PROMPTS[1])).logits[0, -1], atol=1e-5)
 
@@ -129,8 +121,8 @@ def test_tokens_are_tracked_through_it(model):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"target": "a text"}, r"a target is a TargetPrompt: TargetPrompt\('a text', position=-1\)"),
-        ({"target": [SHORT, SHORT]}, "2 target prompts are given, and there are 1 prompts"),
+        ({"target": "a text"}, r"a target must be a TargetPrompt: TargetPrompt\('a text', position=-1\)"),
+        ({"target": [SHORT, SHORT]}, "there are 2 target prompts for 1 prompts"),
         ({"target": TargetPrompt("a cat", 7)}, "there is no position 7 in prompt 0"),
         ({"target": TargetPrompt("", 0)}, "the prompt is empty"),
         ({"target_layer": 9}, "there is no layer 9"),
@@ -156,7 +148,9 @@ def test_bad_input_is_an_error_before_anything_runs(net, model, given, words):
 def test_a_model_that_does_not_write():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     bert = writers.build(transformers.BertForMaskedLM, transformers.BertConfig(vocab_size=330, **sizes))
-    with pytest.raises(InputError, match="a patchscope needs a decoder that writes, and BertForMaskedLM is none"):
+    with pytest.raises(
+        InputError, match="a patchscope needs a decoder that generates text, but BertForMaskedLM is not one"
+    ):
         patchscope_lens(writers.model(bert), PROMPTS[0])
 
 

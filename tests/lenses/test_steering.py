@@ -1,4 +1,4 @@
-"""Steering a model in all that it does, against a plain hook."""
+"""Steering a model in everything it does, compared with a plain hook."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_a_forward_pass(net, model):
     expected = with_hooks(net, [1, 2], lambda out: out + VECTOR * 2, lambda: net(ids).logits)
     with torch.no_grad():
         assert torch.allclose(steered.trace(PROMPTS[0]).result.logits, expected, atol=1e-6)
-        assert torch.equal(model.trace(PROMPTS[0]).result.logits, net(ids).logits)  # the model itself is as it was
+        assert torch.equal(model.trace(PROMPTS[0]).result.logits, net(ids).logits)  # the model itself has not changed
 
 
 def test_every_token_it_writes(net, model):
@@ -77,8 +77,8 @@ def test_copies_stack_and_are_cleared(net, model):
     ("given", "words"),
     [
         ({"layers": 7}, "there is no layer 7"),
-        ({"vector": torch.zeros(31)}, "the vector has 31 features, and hidden states have 32"),
-        ({"vector": torch.zeros(2, 32)}, r"a tensor of the shape \(features,\), not \(2, 32\)"),
+        ({"vector": torch.zeros(31)}, "the vector has 31 features, but hidden states have 32"),
+        ({"vector": torch.zeros(2, 32)}, r"a tensor of shape \(features,\), not \(2, 32\)"),
         ({"vector": [0.0] * 32}, "not list"),
     ],
 )

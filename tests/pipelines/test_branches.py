@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import tiny
-from diffsight import AssignmentError, DiffusionModel, InputError, NeverReachedError, OutOfOrderError
+from diffsight import DiffusionModel, InputError, OutOfOrderError
+from diffsight.errors import AssignmentError, NeverReachedError
 
 PROMPTS = ["a red circle", "a green square below"]
 NEGATIVE = ["a photo", "the blue"]
@@ -425,9 +426,7 @@ def test_the_second_encoder_and_its_own_prompt():
 
 
 def test_words_that_are_not_the_prompts():
-    with pytest.raises(
-        InputError, match=r"uncond\.text_encoder\.input is of a branch that cannot be told: text_encoder"
-    ):
+    with pytest.raises(InputError, match=r"uncond\.text_encoder\.input is of an unknown branch: text_encoder"):
         with generate(CASES["stable_diffusion"]) as run:
             run.tokenizer.output.input_ids[0, 1:3] = 17
             run.uncond.text_encoder.input
@@ -608,7 +607,7 @@ def test_unconditional_pipelines_have_rows_and_no_branches():
         expected = pipe(**inputs, generator=generators(3))[0]
     assert torch.equal(run.images, expected) and len(run.rows[1].images) == 1
     for branch in ("cond", "uncond"):
-        with pytest.raises(InputError, match=rf"{branch}\.unet\.mid_block\.output is of a branch that cannot be told"):
+        with pytest.raises(InputError, match=rf"{branch}\.unet\.mid_block\.output is of an unknown branch"):
             with DiffusionModel(tested.build()).generate(**inputs, seed=0) as run:
                 getattr(run, branch).unet.mid_block.output
 
@@ -621,13 +620,13 @@ def test_three_branches_cannot_be_told():
     pipe = tiny._family(diffusers.StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
     inputs = {**CASES["stable_diffusion"].inputs(), "pag_scale": 2.0}
     for branch in ("cond", "uncond"):
-        with pytest.raises(InputError, match="unet was given another text than encode_prompt returned"):
+        with pytest.raises(InputError, match="unet was given text that differs from what encode_prompt returned"):
             with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
                 getattr(run, branch).unet.mid_block.output
-    with pytest.raises(InputError, match=r"cond\.unet\.conv_in\.output \(.*test_branches.py:\d+\) is of a branch that"):
+    with pytest.raises(InputError, match=r"cond\.unet\.conv_in\.output \(.*test_branches.py:\d+\) is of an unknown"):
         with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
             run.cond.unet.conv_in.output = torch.zeros(1)
-    with pytest.raises(InputError, match=r"shape is \(6, .*2 prompts make 2 pictures"):
+    with pytest.raises(InputError, match=r"shape is \(6, .*2 prompts make 2 images"):
         with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
             run.rows[0].unet.mid_block.output
 

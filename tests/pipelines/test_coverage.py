@@ -10,6 +10,7 @@ import torch
 
 from diffsight import LanguageModel
 from diffsight.errors import InputError, NeverReachedError, PointNotFoundError
+from diffsight.extending import tree_of
 from diffsight.pipelines.language.name_check import NamesWarning
 
 # What transformers itself cannot make of a small configuration alone.
@@ -71,7 +72,7 @@ def test_a_causal_language_model(kind):
 def check_hidden_states(model, net, ids, logits):
     """Layers in their order, read and set; the same as plain hooks see."""
     seen, hooks = [], []
-    for layer in net.get_submodule(model._names_of(net)["layers"]):
+    for layer in net.get_submodule(tree_of(model).names_of(net)["layers"]):
         hooks.append(layer.register_forward_hook(lambda m, args, output: seen.append(output)))
     net(ids)
     for hook in hooks:

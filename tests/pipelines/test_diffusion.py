@@ -12,14 +12,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 import tiny
-from diffsight import (
-    DiffusionModel,
-    InputError,
-    NoRunError,
-    OutOfOrderError,
-    PointNotFoundError,
-    RunClosedError,
-)
+from diffsight import DiffusionModel, InputError, OutOfOrderError
+from diffsight.errors import NoRunError, PointNotFoundError, RunClosedError
 
 SEED = 3
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 
 import tiny
-from diffsight import InputError, LanguageModel, OutOfOrderError, PointNotFoundError
-from diffsight.pipelines.language import loading
+from diffsight import InputError, LanguageModel, OutOfOrderError
+from diffsight.errors import PointNotFoundError
+from diffsight.pipelines.language import smollm2
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -392,7 +394,7 @@ def test_a_scan_gives_shapes(build):
         hidden, logits = run.layers_output[1].shape, run.logits.shape
     with model.scan([PROMPT, LONGER]) as run:
         seen = run.layers_output[1]
-        assert (seen.shape, seen.device.type) == (hidden, "meta")
+        assert (seen.shape, is_fake(seen)) == (hidden, True)
         assert run.rows[0].layers_output[-1].shape == (1, *hidden[1:])
         assert run.logits.shape == logits
 
@@ -474,14 +476,14 @@ def test_a_folder_of_another_kind(build, tmp_path):
 def test_a_live_model_alone_reads_token_ids(net):
     model = LanguageModel(net)
     assert torch.equal(model.trace(ids(PROMPT)).result.logits, net(ids(PROMPT)).logits)
-    with pytest.raises(InputError, match="a text needs a tokenizer, and the model has none"):
+    with pytest.raises(InputError, match="text needs a tokenizer, and the model has none"):
         model.trace(PROMPT)
     with pytest.raises(InputError, match="needs a tokenizer"):
         model.generate(ids(PROMPT), max_new_tokens=2).text
 
 
 def test_the_packaged_model_names_its_extra(monkeypatch):
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'diffsight\[smollm2\]'"):
         LanguageModel("diffsight/smollm2")
 
@@ -493,7 +495,7 @@ def test_the_packaged_model(tmp_path, monkeypatch):
     first = LanguageModel("diffsight/smollm2")
     folder = next((tmp_path / "diffsight").iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
-    monkeypatch.setattr(loading, "convert_gguf", None)
+    monkeypatch.setattr(smollm2, "convert_gguf", None)
     again = LanguageModel("diffsight/smollm2")
     prompt = "The Eiffel Tower is in the city of"
     for model in (first, again):
@@ -507,13 +509,13 @@ def test_what_is_converted_is_there_whole_or_not_at_all(tmp_path, monkeypatch, s
     """The folder appears under its name when all is in it."""
     seen, folder = [], tmp_path / "cache" / "model"
 
-    def load(place, arguments):
+    def load(place, **arguments):
         seen.append(folder.exists())
         return gpt2()
 
-    monkeypatch.setattr(loading, "_load_model", load)
+    monkeypatch.setattr(smollm2, "load_gguf", load)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: TOKENIZER)
-    loading.convert_gguf(tmp_path / "weights.gguf", folder)
+    smollm2.convert_gguf(tmp_path / "weights.gguf", folder)
     monkeypatch.undo()
     assert seen == [False]
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
@@ -524,7 +526,7 @@ WRONG_SOURCES = [
     ("diffsight/smolm2", r"there is no language model 'diffsight/smolm2' \(did you mean 'diffsight/smollm2'\?\)"),
     ("nowhere/at-all", "there is no language model 'nowhere/at-all'.*The hub"),
     ("no such thing", "there is no language model 'no such thing'"),
-    (7, "a language model is a name, a folder, a GGUF file or a live one, not int"),
+    (7, "a language model is a name, a folder, a GGUF file or a live model, not int"),
 ]
 
 
@@ -535,7 +537,7 @@ def test_an_unknown_model(source, words):
 
 
 def test_folders_and_files_that_are_no_model(tmp_path, net):
-    with pytest.raises(InputError, match=r"is not a language model: it has no config\.json"):
+    with pytest.raises(InputError, match=r"is not a language model, because it has no config\.json"):
         LanguageModel(tmp_path)
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
     with pytest.raises(InputError, match=r"it has weights\.gguf: name that file"):
@@ -558,11 +560,11 @@ WRONG_INPUTS = [
     ([PROMPT, ""], "the prompt is empty"),
     ([PROMPT, [3, 4]], "this one mixes text and token ids"),
     ([PROMPT, {"role": "user", "content": PROMPT}], "this one mixes messages and text"),
-    (torch.zeros(1, 3), "token ids are whole numbers, not float32"),
+    (torch.zeros(1, 3), "token ids are integers, not float32"),
     (torch.zeros(1, 2, 3, dtype=torch.long), r"not \(1, 2, 3\)"),
     (torch.zeros(1, 0, dtype=torch.long), "the prompt has no tokens"),
-    ([SIZE], f"there is no token {SIZE}: the model knows 0 to {SIZE - 1}"),
-    (torch.full((1, 65), 5), "the prompt is too long: 65 tokens, and the model's context is 64"),
+    ([SIZE], f"there is no token {SIZE}: the token ids of the model are 0 to {SIZE - 1}"),
+    (torch.full((1, 65), 5), "the prompt is too long: it has 65 tokens, and the model's context is 64"),
     ("a red " * 40, "the prompt is too long"),
     (7, "not int"),
     ([{"role": "user", "content": PROMPT}], "no chat template"),
@@ -603,9 +605,9 @@ def test_no_input_at_all(model):
 
 def test_a_run_that_does_not_write_has_no_text(model):
     run = model.trace(PROMPT)
-    with pytest.raises(InputError, match=r"run\.text is there when the model writes"):
+    with pytest.raises(InputError, match=r"run\.text needs a run that generates text"):
         run.text
-    with pytest.raises(InputError, match=r"run\.stream\(\) is there when the model writes"):
+    with pytest.raises(InputError, match=r"run\.stream\(\) needs a run that generates text"):
         next(run.stream())
 
 
@@ -634,3 +636,17 @@ def test_nothing_stays_behind(model, net):
     assert not hooks
     assert isinstance(net, nn.Module)
     assert torch.overrides._get_current_function_mode_stack() == []
+
+
+def test_what_is_known_about_a_model():
+    model = LanguageModel((gpt2(), TOKENIZER))
+    assert model.vocabulary_size == SIZE
+    assert not model.is_encoder_decoder
+    assert model.label == "GPT2LMHeadModel"
+    assert model.takes_argument("use_cache")
+    assert not model.takes_argument("pixel_values")
+
+
+def test_a_model_from_a_folder_has_its_name(tmp_path):
+    gpt2().save_pretrained(tmp_path / "tiny")
+    assert LanguageModel(tmp_path / "tiny").label == "GPT2LMHeadModel (tiny)"

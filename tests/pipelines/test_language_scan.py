@@ -1,4 +1,4 @@
-"""Scans of language models: masks that a model makes itself, and mixtures of experts, are seen through."""
+"""Scans of language models: masks that a model makes itself, mixtures of experts, encoders and decoders."""
 
 import architectures
 import pytest
@@ -36,7 +36,7 @@ def test_an_encoder_and_a_decoder(kind):
 
 
 def test_speech_that_is_padded():
-    """The mask of the frames is made from that of the samples, by writing into it."""
+    """The mask of the frames is made from the mask of the samples, by writing to it."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     convolutions = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}
     places = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}

@@ -8,9 +8,10 @@ import torch
 import transformers
 from torch import nn
 
-from diffsight import AssignmentError, InputError, LanguageModel, OutOfOrderError, PointNotFoundError
+from diffsight import InputError, LanguageModel, OutOfOrderError
+from diffsight.errors import AssignmentError, PointNotFoundError
 from diffsight.pipelines.language.name_check import NamesWarning
-from diffsight.pipelines.language.standard_names import layer_names, model_names, standard_names
+from diffsight.pipelines.standard_names import layer_names, model_names, standard_names
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -141,7 +142,7 @@ def test_an_mlp_that_is_no_module(nets):
     with model.trace(IDS) as run:
         run.layers[1].mlp.skip(torch.zeros_like(after))
     assert torch.equal(run.result.logits, seen(net, f"{path}.fc2", edit=torch.zeros_like)[1])
-    with pytest.raises(InputError, match=r"layers\[1\]\.mlp is no module of its own"):
+    with pytest.raises(InputError, match=r"layers\[1\]\.mlp cannot be called, because it is not a single module"):
         model.layers[1].mlp(after)
 
 
@@ -220,11 +221,11 @@ def test_a_wrong_name_is_found_and_can_be_given():
 
 
 WRONG_NAMES = [
-    ({"layers": "transformer.h.0"}, "'transformer.h.0' is a GPT2Block, no list of layers"),
+    ({"layers": "transformer.h.0"}, "'transformer.h.0' is a GPT2Block, not a list of layers"),
     ({"lm_head": "transformer.ln_f"}, "'lm_head' was taken to be 'transformer.ln_f'"),
     ({"ln_final": "transformer.h.1.ln_1"}, "'ln_final' was taken to be 'transformer.h.1.ln_1', but"),
-    ({"embed_tokens": "transformer.nothing"}, "has no module 'transformer.nothing' to be 'embed_tokens'"),
-    ({"layer": "transformer.h"}, r"'layer' is no standard name \(did you mean 'layers'"),
+    ({"embed_tokens": "transformer.nothing"}, "has no module 'transformer.nothing' for 'embed_tokens'"),
+    ({"layer": "transformer.h"}, r"'layer' is not a standard name \(did you mean 'layers'"),
 ]
 
 
@@ -250,7 +251,9 @@ def test_a_model_without_layers_says_how_to_name_them(nets):
 
 def test_lists_that_are_no_layers_are_found_out():
     """XLM has a list of attentions and a list of MLPs, each of which the residual goes past."""
-    with pytest.raises(InputError, match=r"'layers' was taken to be 'transformer\.ffns', but .* past"):
+    with pytest.raises(
+        InputError, match=r"'layers' was taken to be 'transformer\.ffns', but .* without passing through"
+    ):
         LanguageModel(architectures.build_causal("xlm"))
 
 
@@ -272,7 +275,7 @@ def test_a_model_that_cannot_run_on_tokens_alone_is_warned_of():
             return super().forward(input_ids, **kwargs)
 
     net = Needy(architectures.small_config("gpt2"))
-    with pytest.warns(NamesWarning, match="the names found in Needy could not be checked"):
+    with pytest.warns(NamesWarning, match="the names found in Needy could not be verified"):
         LanguageModel(net)
 
 
@@ -594,9 +597,9 @@ def test_a_layer_that_is_not_there(gpt2, index):
 def test_wrong_steering(gpt2):
     for call, words in (
         (lambda run: run.steer(0, [1.0]), "steer takes a tensor, not list"),
-        (lambda run: run.steer(0, torch.ones(3)), "has 32 features a token, the vector 3"),
-        (lambda run: run.steer(0, torch.ones(32), positions=6), "there is no position 6 in 6 tokens"),
-        (lambda run: run.skip_layers(1, 0), "the last layer lies before the first"),
+        (lambda run: run.steer(0, torch.ones(3)), "has 32 features per token, the vector 3"),
+        (lambda run: run.steer(0, torch.ones(32), positions=6), "there is no position 6, the sequence has 6 tokens"),
+        (lambda run: run.skip_layers(1, 0), "the last layer comes before the first"),
     ):
         with pytest.raises((InputError, AssignmentError), match=words):
             with gpt2.trace(IDS) as run:

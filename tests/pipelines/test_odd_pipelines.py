@@ -10,7 +10,8 @@ from diffusers import DDPMPipeline
 
 import diffsight
 import tiny
-from diffsight import DiffusionModel, InputError, NoRunError, WrongThreadError
+from diffsight import DiffusionModel, InputError
+from diffsight.errors import NoRunError, WrongThreadError
 from diffsight.pipelines import shapes
 
 

@@ -52,7 +52,7 @@ def test_a_row_is_what_it_would_be_alone(kind):
 
 def test_writing_where_padding_cannot_be_left_out():
     model = LanguageModel(architectures.build_causal("rwkv"))
-    with pytest.raises(InputError, match="RwkvForCausalLM cannot leave padding out"):
+    with pytest.raises(InputError, match="RwkvForCausalLM cannot ignore padding"):
         model.generate(BATCH, max_new_tokens=2)
     alike = [BATCH[0], [token + 1 for token in BATCH[0]]]
     assert len(model.generate(alike, max_new_tokens=2).result) == 2
@@ -79,7 +79,7 @@ def test_the_context_of_a_table_with_a_place_for_padding():
 BAD = [
     ({}, "the dictionary is empty"),
     (b"abc", "not bytes"),
-    ({"input_id": [5]}, r"takes nothing of what the dictionary holds: 'input_id' \(did you mean 'input_ids'"),
+    ({"input_id": [5]}, r"takes none of the arguments in the dictionary: 'input_id' \(did you mean 'input_ids'"),
     ([[]], "the prompt has no tokens"),
     ([[5], []], "the prompt has no tokens"),
 ]

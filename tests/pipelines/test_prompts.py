@@ -56,7 +56,7 @@ def test_an_empty_prompt(name, prompt):
 
 @pytest.mark.parametrize("prompt", [3, ["a red circle", None], b"a red circle"], ids=repr)
 def test_a_prompt_that_is_no_text(sd, prompt):
-    assert "a prompt is a text, not" in refusal(sd, prompt, seed=0)
+    assert "a prompt is a string, not" in refusal(sd, prompt, seed=0)
 
 
 def test_an_empty_negative_prompt_is_none_of_these(sd):
@@ -169,7 +169,7 @@ def test_the_words_of_the_scenes_are_known():
 def test_a_seed_that_is_none(sd, seed):
     bad = seed[0] if isinstance(seed, list) else seed
     message = refusal(sd, "a red circle", seed=seed)
-    assert "a seed is a whole number from 0 on" in message
+    assert "a seed is a whole number from 0 to" in message
     assert repr(bad) in message
 
 
@@ -178,7 +178,7 @@ def test_a_seed_that_is_too_large(sd):
 
 
 @pytest.mark.parametrize(
-    "call, pictures",
+    "call, images",
     [
         ({"prompt": "a red circle"}, 1),
         ({"prompt": ["a red circle"] * 2}, 2),
@@ -187,13 +187,13 @@ def test_a_seed_that_is_too_large(sd):
     ],
 )
 @pytest.mark.parametrize("seeds", [[], [0, 1, 2]], ids=repr)
-def test_a_list_of_seeds_of_the_wrong_length(sd, call, pictures, seeds):
+def test_a_list_of_seeds_of_the_wrong_length(sd, call, images, seeds):
     message = refusal(sd, **call, seed=seeds)
-    assert f"{len(seeds)} seeds for {pictures} picture" in message
+    assert f"{len(seeds)} seeds for {images} image" in message
 
 
 def test_a_list_of_seeds_of_the_wrong_length_for_unconditional_pictures():
-    assert "3 seeds for 2 pictures" in refusal(tiny.ddpm(), batch_size=2, seed=[1, 2, 3])
+    assert "3 seeds for 2 images" in refusal(tiny.ddpm(), batch_size=2, seed=[1, 2, 3])
 
 
 def test_seed_and_generator_exclude_each_other(sd):

@@ -1,4 +1,4 @@
-"""Scans of pipelines: every kind of tiny pipeline, loaded or not, and one of the size of Stable Diffusion XL."""
+"""Scans of pipelines: every tiny pipeline, loaded or not, and one as large as Stable Diffusion XL."""
 
 import functools
 import json
@@ -10,13 +10,15 @@ import diffusers
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._pytree import tree_leaves
 
 import tiny
-from diffsight import DiffusionModel, InputError, ScanError
+from diffsight import DiffusionModel, InputError
+from diffsight.errors import ScanError
 
 SD = tiny.PIPELINES["stable_diffusion"]
-UNSCANNABLE: dict[str, str] = {}  # pipelines whose code depends on values inside of a component: name to reason; none
+UNSCANNABLE: dict[str, str] = {}  # name to reason, of pipelines that need values inside a component; none do
 
 
 @pytest.fixture(params=[name for name in tiny.PIPELINES if name not in UNSCANNABLE])
@@ -29,7 +31,7 @@ def shapes(value):
 
 
 def read(run, kind):
-    """Shapes at the text encoder, the denoiser and the VAE, step by step."""
+    """Read shapes at the text encoder, the denoiser and the scheduler, step by step."""
     seen = [shapes(run[kind.text_encoder_layer].output)] if kind.text_encoder_layer else []
     for step in run.steps:
         denoiser = run[kind.denoiser]
@@ -42,7 +44,7 @@ def read(run, kind):
 
 
 def state(pipe):
-    """Whatever else a scan could leave behind: classes, own attributes and hooks of every part."""
+    """Return what else a scan could leave behind: classes, own attributes and hooks of every part."""
     found = {}
     for name, part in pipe.components.items():
         modules = part.named_modules() if isinstance(part, nn.Module) else [("", part)]
@@ -54,7 +56,7 @@ def state(pipe):
 
 
 def weights(pipe):
-    """Every weight by name: the object and its values."""
+    """Return every weight by name: the object and its values."""
     return {
         f"{name}.{path}": (value, value.clone())
         for name, part in pipe.components.items()
@@ -64,7 +66,7 @@ def weights(pipe):
 
 
 def without_weights(pipe):
-    """The same pipeline as if it had never been loaded."""
+    """Return the pipeline as if it had never been loaded."""
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             part.to("meta")
@@ -73,7 +75,7 @@ def without_weights(pipe):
 
 @functools.cache
 def real_run(kind):
-    """What is read in a run with weights, and what it returns."""
+    """Return what is read in a run with weights, and what it returns."""
     with DiffusionModel(kind.build()).generate(**kind.inputs(), seed=3) as run:
         seen = read(run, kind)
     return seen, type(run.result), shapes(dict(run.result))
@@ -126,13 +128,13 @@ def model():
     return DiffusionModel(without_weights(tiny.stable_diffusion()))
 
 
-def test_inside_is_meta_and_between_are_zeros(model):
+def test_inside_is_fake_and_between_are_zeros(model):
     with model.scan(**SD.inputs(), seed=3) as run:
         ids = run.tokenizer.output.input_ids
         assert torch.equal(
             ids[0], tiny.clip_tokenizer()(SD.inputs()["prompt"], padding="max_length", return_tensors="pt").input_ids[0]
         )
-        assert run.text_encoder.layers[0].output.is_meta
+        assert is_fake(run.text_encoder.layers[0].output)
         assert not run.text_encoder.output[0].any()
         embeds, _ = run.encode_prompt.output
         assert embeds.shape == (1, 77, tiny.WIDTH) and not embeds.any()
@@ -140,15 +142,15 @@ def test_inside_is_meta_and_between_are_zeros(model):
             latents = run.unet.input
             assert latents.device == torch.device("cpu")
             assert latents.any(), "the noise is real, and so is what the scheduler makes of it"
-            assert run.unet.mid_block.output.is_meta
+            assert is_fake(run.unet.mid_block.output)
         latents = run.vae.decode.input
-        assert not latents.is_meta
-        assert run.vae.decoder.mid_block.output.is_meta
+        assert not is_fake(latents)
+        assert is_fake(run.vae.decoder.mid_block.output)
     assert run.images.shape == (1, 3, tiny.SIDE, tiny.SIDE)
     assert (run.images == 0.5).all(), "zeros, as the pipeline shows them"
 
 
-def test_the_pictures_are_pictures(model):
+def test_the_images_are_images(model):
     image = model.scan("a red circle", num_inference_steps=1).images[0]
     assert image.size == (tiny.SIDE, tiny.SIDE) and image.getextrema() == ((128, 128),) * 3
 
@@ -179,7 +181,7 @@ def test_values_of_the_inside_can_go_anywhere(model):
                 hidden = run.unet.mid_block.output
             else:
                 run.unet.mid_block.output = hidden
-            run.scheduler.step.input = run.unet.conv_out.output[:1]  # meta, into a scheduler that computes for real
+            run.scheduler.step.input = run.unet.conv_out.output[:1]  # fake, into a scheduler that computes for real
         run.vae.decode.input = torch.zeros(1, 4, 16, 16, device="meta")
         run.vae.decode.output = (run.vae.decoder.output,)
     assert run.images.shape == (1, 3, tiny.SIDE, tiny.SIDE)
@@ -209,7 +211,7 @@ def test_rows_and_branches(model):
     assert run.images.shape == (2, 3, tiny.SIDE, tiny.SIDE)
 
 
-def test_gradients_from_the_picture_to_the_prompt(model):
+def test_gradients_from_the_image_to_the_prompt(model):
     with model.scan(**SD.inputs(), seed=3, grad=True) as run:
         hidden = run.text_encoder.layers[0].output
         hidden.retain_grad()
@@ -230,7 +232,7 @@ def test_in_lockstep_with_a_real_run(model):
 
 
 class Direct(diffusers.DDPMPipeline):
-    """Uses weights and parts of its denoiser itself, and casts it meanwhile."""
+    """A pipeline that uses weights and parts of its denoiser itself, and casts it."""
 
     @torch.no_grad()
     def __call__(self, generator=None, num_inference_steps=2):
@@ -278,7 +280,7 @@ def test_a_half_precision_pipeline_that_casts_its_vae():
 
 
 def test_a_safety_checker():
-    """It looks at the picture, where no scan can see through it; all pictures pass."""
+    """It looks at the image, which no scan can see through; all images pass."""
     config = tiny.transformers.CLIPConfig(
         vision_config={
             "hidden_size": 8,
@@ -336,10 +338,10 @@ SDXL = """
     with DiffusionModel(pipe).scan("a red circle above a blue square", num_inference_steps=2, seed=0) as run:
         seen["text"] = list(run.text_encoder_2.layers[30].output.shape)
         seen["steps"] = [list(run.unet.mid_block.output.shape) for step in run.steps]
-    seen["picture"] = run.images[0].size
+    seen["image"] = run.images[0].size
     seen["weights"] = sum(p.numel() for name in parts for p in parts[name].parameters())
     seen["seconds"] = time.process_time() - began
-    # Of this program alone: what getrusage tells begins with the size of the process that started it.
+    # Of this program alone: getrusage would count the process that started it.
     status = Path("/proc/self/status").read_text()
     seen["bytes"] = 1024 * int(status.split("VmHWM:")[1].split()[0])
     print(json.dumps(seen))
@@ -357,7 +359,7 @@ def test_the_size_of_stable_diffusion_xl():
     seen = json.loads(done.stdout)
     assert seen["text"] == [1, 77, 1280]
     assert seen["steps"] == [[2, 1280, 32, 32]] * 2
-    assert seen["picture"] == [1024, 1024]
+    assert seen["image"] == [1024, 1024]
     assert seen["weights"] > 3.4e9
     assert seen["bytes"] < 1e9, f"{seen['bytes'] / 1e9:.2f} GB"
     assert seen["seconds"] < 60

@@ -13,8 +13,8 @@ from PIL import Image
 
 from diffsight import DiffusionModel
 from diffsight.pipelines.diffusion.loading import PACKAGED
-from diffsight.pipelines.shapes.evaluate import shares
-from diffsight.pipelines.shapes.reader import read
+from diffsight.pipelines.shapes.evaluate import draw_scenes, shares
+from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import (
     BACKGROUNDS,
     COLORS,
@@ -157,7 +157,7 @@ def test_the_words_are_those_of_the_captions():
 def test_the_reader_is_right_on_500_scenes():
     rng = random.Random(7)
     asked = [sample_scene(rng, held_out=None) for _ in range(500)]
-    right = sum(read(render(scene, rng)) == scene.canonical() for scene in asked)
+    right = sum(read_scene(render(scene, rng)) == scene.canonical() for scene in asked)
     assert right >= 0.99 * len(asked)
 
 
@@ -166,21 +166,21 @@ def test_the_reader_is_right_on_500_scenes():
 @pytest.mark.parametrize("color", COLORS)
 def test_the_reader_knows_each_thing(color, shape, background):
     scene = Scene((Thing(color, shape),), None, background)
-    assert read(render(scene, random.Random(1))) == scene
+    assert read_scene(render(scene, random.Random(1))) == scene
 
 
 def test_the_reader_reads_other_sizes():
     scene = Scene((RED, BLUE), "left of", "black")
     image = render(scene, random.Random(3))
-    assert read(image.resize((128, 128), Image.NEAREST)) == scene
+    assert read_scene(image.resize((128, 128), Image.NEAREST)) == scene
 
 
 def test_the_reader_sees_nothing_in_an_empty_picture_or_a_crowd():
-    assert read(Image.new("RGB", (64, 64))) is None
+    assert read_scene(Image.new("RGB", (64, 64))) is None
     crowd = Image.new("RGB", (64, 64))
     for corner in ((4, 4), (4, 40), (40, 4)):
         crowd.paste(COLORS["red"], (*corner, corner[0] + 16, corner[1] + 16))
-    assert read(crowd) is None
+    assert read_scene(crowd) is None
 
 
 def test_shares_count_each_part():
@@ -231,7 +231,7 @@ def faithful(asked, images):
     """The share of pictures whose colours, shapes and relation are those asked for."""
     right = 0
     for scene, image in zip(asked, images, strict=True):
-        want, seen = scene.canonical(), read(image)
+        want, seen = scene.canonical(), read_scene(image)
         right += seen is not None and (seen.things, seen.relation) == (want.things, want.relation)
     return right / len(asked)
 
@@ -268,7 +268,7 @@ def test_a_packaged_pipeline_draws_what_is_asked_for(pipe, asked):
     captions = [scene.caption() for scene in asked]
     images = pipe(captions, generator=generators, **SETTINGS).images
     assert {scene.relation for scene in asked} == set(RELATIONS)
-    seen = [read(image) for image in images]
+    seen = [read_scene(image) for image in images]
     placed = [r is not None and r.relation == a.canonical().relation for a, r in zip(asked, seen)]
     grounds = [r is not None and r.background == a.background for a, r in zip(asked, seen)]
     assert sum(placed) >= 0.9 * len(asked) and sum(grounds) >= 0.9 * len(asked)
@@ -285,6 +285,29 @@ def test_the_first_layer_of_its_text_encoder_does_not_know_everything_yet(pipe, 
     generators = [torch.Generator().manual_seed(i) for i in range(len(asked))]
     images = pipe(prompt_embeds=encoded, generator=generators, **SETTINGS).images
     assert faithful(asked, images) <= 0.6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", ["embedding", 0, 4, -2, 11])
+def test_layers_of_the_model_card_are_numbered_as_layers_i(pipe, asked, layer):
+    """The model card draws from layer *i*: the output of `layers[i]`, here by a hook."""
+    encoder, scene = pipe.text_encoder, asked[0]
+    stack = encoder.encoder
+    modules = list(stack.layers if hasattr(stack, "layers") else stack.block)
+    norm = getattr(encoder, "final_layer_norm", None) or stack.final_layer_norm
+    seen = []
+    if layer == "embedding":
+        hook = modules[0].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+    else:
+        hook = modules[layer].register_forward_hook(lambda module, args, output: seen.append(output))
+    with hook:
+        encoder(pipe.tokenizer([scene.caption()], padding="max_length", return_tensors="pt").input_ids)
+    hidden = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+    call = {"num_inference_steps": 2, "output_type": "pt"}
+    want = pipe(prompt_embeds=norm(hidden), generator=torch.Generator().manual_seed(0), **call).images
+    assert torch.equal(draw_scenes(pipe, [scene], layer, **call)[0], want[0])
 
 
 def test_a_packaged_model_draws_the_bits_of_the_bare_pipeline(name, pipe):

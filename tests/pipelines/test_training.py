@@ -8,7 +8,7 @@ import transformers
 from PIL import Image
 
 from diffsight.pipelines.diffusion.loading import PACKAGED
-from diffsight.pipelines.shapes.reader import read
+from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import COLORS, SHAPES
 from diffsight.pipelines.shapes.train import PlaceReader, make_data, make_text_encoder, make_tokenizer, train
 
@@ -25,7 +25,7 @@ def test_the_things_in_each_place_are_those_of_the_picture():
     assert len(captions) == 2 * len(pictures)
     nothing = (len(COLORS), len(SHAPES))
     for picture, told in zip(pictures, things.tolist(), strict=True):
-        seen = read(Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy()))).things
+        seen = read_scene(Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy()))).things
         found = [(list(COLORS).index(thing.color), SHAPES.index(thing.shape)) for thing in seen]
         assert list(map(tuple, told)) == [*found, nothing][:2]
     assert things[:, 1, 0].eq(nothing[0]).any()  # scenes of one thing are among them

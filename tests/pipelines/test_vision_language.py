@@ -13,7 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 import tiny
 import tiny_vision
-from diffsight import InputError, PointNotFoundError, ScanError, VisionLanguageModel
+from diffsight import InputError, VisionLanguageModel
+from diffsight.errors import PointNotFoundError, ScanError
 from diffsight.pipelines.vision_language.processors import placeholder
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -190,7 +191,7 @@ def test_names_of_other_architectures(kind, layers, head, vision):
 
 def test_layers_between_are_not_the_layers():
     net = transformers.IdeficsForVisionText2Text(architectures.small_config("idefics"))
-    with pytest.warns(UserWarning, match="could not be checked"):  # it has no pass without pictures
+    with pytest.warns(UserWarning, match="could not be verified"):  # it has no pass without pictures
         model = VisionLanguageModel(net)
     assert model.layers._owner is net.model.layers  # not those that look at the picture, beside them
     assert model.vision.layers._owner is net.model.vision_model.encoder.layers
@@ -285,7 +286,7 @@ def test_several_pictures_have_a_grid_each():
 
 def test_tokens_of_a_resampler_lie_on_no_grid():
     run = VisionLanguageModel(tiny_vision.idefics2()).trace(TEXT, PICTURE)
-    with pytest.raises(InputError, match="lie on no grid: Idefics2PerceiverResampler"):
+    with pytest.raises(InputError, match="lie on no grid, because Idefics2PerceiverResampler"):
         run.image_grids
     assert len(run.image_tokens[0]) == 4
 
@@ -295,7 +296,7 @@ def test_a_grid_that_cannot_be_told(llava):
     with llava.trace(values) as run:
         run.stop()
     run._inputs.values["pixel_values"] = torch.zeros(1, 3, 24, 24)
-    with pytest.raises(InputError, match="cannot be told"):
+    with pytest.raises(InputError, match="on the image are unknown"):
         run.image_grids
 
 
@@ -511,7 +512,7 @@ def test_a_folder_without_a_processor(tmp_path):
     net, processor = tiny_vision.llava()
     net.save_pretrained(tmp_path)
     model = VisionLanguageModel(tmp_path)
-    with pytest.raises(InputError, match=r"a text needs a processor, and the model has none: .*\(source, processor\)"):
+    with pytest.raises(InputError, match=r"text needs a processor, and the model has none: .*\(source, processor\)"):
         model.trace(TEXT, PICTURE)
     assert torch.equal(model.trace(bare_inputs(processor)).result.logits, net(**bare_inputs(processor)).logits)
     processor.tokenizer.save_pretrained(tmp_path)
@@ -537,20 +538,20 @@ def test_names_of_ones_own(llava):
         ("", PICTURE, "the prompt is empty"),
         ("   ", PICTURE, "the prompt is empty"),
         ([TEXT, ""], PICTURE, "the prompt is empty"),
-        (None, PICTURE, "pictures go along with a text, .*, not with nothing"),
-        (torch.tensor([[3, 4]]), PICTURE, "pictures go along with a text, .*, not with Tensor"),
-        ("<image> a <image>", PICTURE, "has 2 placeholders '<image>', and 1 picture was given"),
-        ("<image> a", [PICTURE, OTHER], "has 1 placeholder '<image>', and 2 pictures were given"),
-        ("<image> a", None, "has 1 placeholder '<image>', and no pictures were given"),
-        (TEXT, "nowhere.png", "there is no picture 'nowhere.png'"),
+        (None, PICTURE, "images go with a string, .*, not with nothing"),
+        (torch.tensor([[3, 4]]), PICTURE, "images go with a string, .*, not with Tensor"),
+        ("<image> a <image>", PICTURE, "has 2 placeholders '<image>', but 1 image was passed"),
+        ("<image> a", [PICTURE, OTHER], "has 1 placeholder '<image>', but 2 images were passed"),
+        ("<image> a", None, "has 1 placeholder '<image>', but no images were passed"),
+        (TEXT, "nowhere.png", "there is no image 'nowhere.png'"),
         (TEXT, [], "the list is empty"),
-        (TEXT, 3, "a picture is a PIL image, .*, not int"),
-        (TEXT, [PICTURE, object()], "a picture is a PIL image, .*, not object"),
+        (TEXT, 3, "an image is a PIL image, .*, not int"),
+        (TEXT, [PICTURE, object()], "an image is a PIL image, .*, not object"),
         (TEXT, torch.zeros(2, 8, 8), "has the shape .channels, height, width., not .2, 8, 8."),
-        (TEXT, torch.full((3, 8, 8), 2.0), "lie between 0 and 1"),
-        (TEXT, torch.full((3, 8, 8), -1), "lie between 0 and 1"),
-        ([TEXT, LONGER], [PICTURE] * 3, "3 pictures for 2 texts"),
-        ([TEXT, LONGER], [[PICTURE]], "pictures for 1 texts, and 2 texts"),
+        (TEXT, torch.full((3, 8, 8), 2.0), "floats between 0 and 1"),
+        (TEXT, torch.full((3, 8, 8), -1), "floats between 0 and 1"),
+        ([TEXT, LONGER], [PICTURE] * 3, "3 images for 2 texts"),
+        ([TEXT, LONGER], [[PICTURE]], "images for 1 texts, but 2 texts"),
         ([{"role": "user", "content": TEXT}], PICTURE, "has no chat template"),
         ({"words": 3}, PICTURE, "not with dict"),
     ],
@@ -570,9 +571,9 @@ def test_a_file_that_is_no_picture(llava, tmp_path):
 def test_pictures_in_messages_and_besides(llava):
     llava.processor.chat_template = CHAT
     chat = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": TEXT}]}]
-    with pytest.raises(InputError, match="stand in the messages, or are given with images="):
+    with pytest.raises(InputError, match="part of the messages or passed with images="):
         llava.trace(chat, OTHER)
-    with pytest.raises(InputError, match="1 placeholder '<image>', and no pictures"):
+    with pytest.raises(InputError, match="1 placeholder '<image>', but no images"):
         llava.trace([{"role": "user", "content": [{"type": "image"}]}])
 
 

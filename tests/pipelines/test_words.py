@@ -8,7 +8,8 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 import tiny
-from diffsight import InputError, align_words
+from diffsight import InputError
+from diffsight.pipelines import align_words
 
 PROMPT = "A red hexagon, above the café: 北京 (blue)"
 
@@ -98,7 +99,7 @@ def test_words_that_occur_several_times(kind):
     aligned = align_words(tokenizer_of(kind), "a red square above a red circle")
     first, second = aligned.find("red")
     assert first.stop <= aligned["square"].start < second.start
-    with pytest.raises(InputError, match=r"'red' occurs 2 times .* give the tokens instead"):
+    with pytest.raises(InputError, match=r"'red' occurs 2 times .* pass the tokens instead"):
         aligned["red"]
 
 

@@ -1,0 +1,30 @@
+"""Notes on Python's own errors that come from writing for nnsight: what to write instead."""
+
+import traceback
+from types import TracebackType
+
+_GRADIENT = (
+    "A gradient exists only after backward(). Call x.retain_grad() before it and read x.grad after it. To change a "
+    "gradient, use x.register_hook(lambda gradient: ...)"
+)
+_SAVE = "Write nnsight.save(x), or nothing: a name bound in a block stays bound"
+_UPDATE = "Values are real objects here, not proxies: write x = ... instead of x.update(...)"
+
+
+def add_hint(error: BaseException | None, trace: TracebackType | None) -> None:
+    """Add a note to an error raised in a block, if it is one that a proxy of nnsight would not have raised."""
+    if not isinstance(error, (AttributeError, TypeError)) or trace is None:
+        return
+    hint = _hint(str(error), traceback.extract_tb(trace)[-1].line or "")
+    if hint is not None and hint not in getattr(error, "__notes__", ()):  # it may leave several blocks
+        error.add_note(hint)
+
+
+def _hint(message: str, line: str) -> str | None:
+    if "NoneType" in message and ".grad" in line:
+        return _GRADIENT
+    if message.endswith("no attribute 'save'"):
+        return _SAVE
+    if message.endswith("no attribute 'update'"):
+        return _UPDATE
+    return None

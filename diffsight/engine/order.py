@@ -1,0 +1,116 @@
+"""The order of a run: what the model has passed, what lies ahead, and what errors say about it.
+
+A value asked for too late is an error at that line, never a later call's value. Whether it is too late follows from the
+counts of calls, see `taps`. What cannot be known counts as passed.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from diffsight.engine.points import INPUTS, LAST, OUTPUT, Asked, Assignment, Point, PointKey
+from diffsight.engine.taps import Tap
+from diffsight.errors import NeverReachedError, OutOfOrderError, RunClosedError
+
+
+class Scope:
+    """Where a body is: in the whole run, or in a step. `order` says when its turn is; edits come first."""
+
+    def __init__(self, order: float = LAST) -> None:
+        self.order = order
+        self.in_step = False
+        self.step = -1  # the last step that the body has entered
+        self.stop_at_steps = False
+
+    @contextmanager
+    def within(self, step: int) -> Iterator[None]:
+        """Let the body wait for nothing beyond this step, within the block."""
+        before = dict(vars(self))
+        self.in_step, self.step, self.stop_at_steps = True, step, True
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+
+# ---- where things stand; `step` is the number of the step that the model is in
+
+
+def has_passed(tap: Tap, key: PointKey, scope: Scope, step: int) -> bool:
+    """Whether the model is past a point, as far as is known."""
+    kind, index = key
+    if index < tap.entered and (kind == INPUTS or index not in tap.active):
+        return True
+    if tap.unseen and has_unseen_calls(tap, scope, step):
+        return True
+    guard = tap.origin.guard and guard_of(tap, scope, step)
+    return guard is not None and guard[1] not in guard[0].active
+
+
+def has_unseen_calls(tap: Tap, scope: Scope, step: int) -> bool:
+    """Whether there may have been calls in the scope before they were counted."""
+    if not scope.in_step:
+        return tap.unseen > 0
+    return tap.origin.step == step and tap.unseen_in_step > 0
+
+
+def guard_of(tap: Tap, scope: Scope, step: int) -> tuple[Tap, int] | None:
+    """Return the surrounding call that was running when the tap was made, if it is in the scope and no call was seen
+    since: calls may have been missed in it."""
+    is_in_scope = not scope.in_step or tap.origin.step == step
+    return tap.origin.guard if is_in_scope and not tap.entered else None
+
+
+def is_ahead(tap: Tap, key: PointKey, scope: Scope) -> bool:
+    """Whether the model stands at a point where the turn of the scope's body has not come yet."""
+    point = tap.points.get(key)
+    return point is not None and point.turn < scope.order
+
+
+# ---- what errors say
+
+
+def position(stands: Point | str, step: int) -> str:
+    """Return where the model stands, in words."""
+    if isinstance(stands, Point):
+        kind, index = stands.key
+        stands = f"at {Asked(stands.tap.target, 'output' if kind == OUTPUT else 'input', index)}"
+    return f"{stands} in step {step}" if step >= 0 else stands
+
+
+def too_late(asked: Asked, what: str, where: str) -> OutOfOrderError:
+    """The error for a point that the model has passed; `what` is "asked for" or "assigned"."""
+    return OutOfOrderError(
+        f"{asked} was {what} too late: the model is {where}, past that point. Ask for values in the order in which the "
+        "model computes them, or ask for a later call with .calls[i]"
+    )
+
+
+def step_has_ended(asked: Asked, step: int) -> OutOfOrderError:
+    """The error for a point of a step that the model has left."""
+    return OutOfOrderError(f"{asked.whole} was asked for too late: step {step} has ended")
+
+
+def run_has_ended(path: object, outcome: str, has_steps: bool) -> RunClosedError:
+    """The error for what is asked for after the end of a run."""
+    loop = " (a loop over run.steps runs the model to its end)" if has_steps else ""
+    return RunClosedError(
+        f"{path} was asked for too late: {outcome}{loop}. Ask for values while the run is open, and bind them to "
+        "names. Assignments can be written ahead of the model"
+    )
+
+
+def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError]) -> OutOfOrderError:
+    """The error for a point that was waited for until something else happened."""
+    return kind(
+        f"{asked} was asked for, but {until} without reaching it. Either the model had already passed it, or it does "
+        "not use it there"
+    )
+
+
+def never_reached(missed: Iterable[Assignment]) -> NeverReachedError:
+    """The error for assignments that the model did not reach."""
+    lines = "\n".join(f"  {assignment}" for assignment in missed)
+    return NeverReachedError(
+        f"assigned, but the model never reached it:\n{lines}\nThe model ran without the assignment. Does it use the "
+        "module in this run (or in this step), and as often as the number of the call says?"
+    )

@@ -1,0 +1,147 @@
+"""Points: a point as a body asks for it, a value that passes one, and a value that is assigned to one."""
+
+import math
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from diffsight.engine.selection import Selection, Tapped
+from diffsight.engine.target import Target, join
+from diffsight.errors import AssignmentError
+
+INPUTS, OUTPUT = "inputs", "output"
+LAST = math.inf  # the turn of every body that is not an edit
+
+PointKey = tuple[str, int]  # the kind (INPUTS or OUTPUT) and the number of the call
+
+
+class Asked:
+    """A point as a body asks for it. Its text is what the user writes: `unet.mid_block.calls[1].output`.
+
+    Args:
+        target: What is called.
+        part: "inputs", "input" or "output"; "skip" for the call as a whole.
+        call: The number of the call in the body's scope; with `selection`, among the calls that have that part.
+        selection: The part of the value that is meant; None for all of it.
+    """
+
+    __slots__ = ("call", "kind", "part", "selection", "target")
+
+    def __init__(self, target: Target, part: str, call: int = 0, selection: Selection | None = None) -> None:
+        self.target, self.part, self.call, self.selection = target, part, call, selection
+        self.kind = OUTPUT if part == "output" else INPUTS
+
+    @property
+    def whole(self) -> str:
+        """The text of the same point without the selection."""
+        return join(join(self.target.path, f"calls[{self.call}]") if self.call else self.target.path, self.part)
+
+    def __str__(self) -> str:
+        return self.whole if self.selection is None else join(self.selection.name, self.whole)
+
+
+@dataclass(eq=False, slots=True)
+class Point:
+    """A value that passes a point: the inputs or the output of one call. `value` contains all edits made so far."""
+
+    tap: Tapped
+    key: PointKey
+    value: Any
+    in_step: bool  # asked for within a step, and dropped at its end
+    changed: bool = False
+    turn: float = LAST  # whose turn it is at the point: edits come first, by number
+    read_by: tuple[float, ...] = ()  # whose turn it was when it was read
+    copies: set[int] = field(default_factory=set)  # ids of the tensors in it that are the run's own copies
+
+    @property
+    def index(self) -> int:
+        """The number of the call."""
+        return self.key[1]
+
+
+@dataclass(eq=False, slots=True)
+class Assignment:
+    """A value that waits for the model. `where` is the line that assigned it."""
+
+    asked: Asked
+    value: Any
+    where: str
+    in_step: bool
+    first: int = 0  # the call that is meant is counted from here
+    order: float = LAST  # whose turn it is to assign it: the number of an edit, or LAST
+
+    def __str__(self) -> str:
+        return f"{self.asked} ({self.where})"
+
+    def call_of(self, tap: Tapped) -> int:
+        """Return the number of the call that is meant, as far as is known now."""
+        return find_call(tap, self.first, self.asked, self)
+
+    def apply_to(self, point: Point) -> str | None:
+        """Put the value in the place of a point's own.
+
+        Returns:
+            How its shape or type differs from that of the model's own value, in words; None if it does not."""
+        value, part, selection = self.value, self.asked.part, self.asked.selection
+        before, difference = first_input(point.value, self) if part == "input" else point.value, None
+        if selection is not None:
+            value = selection.at(point.tap, point.index, self).put(before, value, self, point.copies)
+        elif before is not None and isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
+            raise AssignmentError(f"{self} is a {type(before).__name__}; it cannot take a {type(value).__name__}")
+        elif isinstance(before, torch.Tensor):
+            difference = _difference(before, value)
+            if difference and before.ndim != value.ndim:  # it would be broadcast to something nobody meant
+                raise AssignmentError(f"{self} {difference}. Assign a value of {before.ndim} dimensions")
+        if part == "input":
+            args, kwargs = point.value
+            value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
+        point.value, point.changed = value, True
+        return f"{self} {difference}" if difference else None
+
+
+def first_input(inputs: tuple[tuple, dict], path: object) -> Any:
+    """Return the first argument of a call: the first positional one, else the first by keyword."""
+    args, kwargs = inputs
+    if args:
+        return args[0]
+    if kwargs:
+        return next(iter(kwargs.values()))
+    raise AssignmentError(f"{path} does not exist: the call has no arguments")
+
+
+def find_call(tap: Tapped, first: int, asked: Asked, path: object) -> int:
+    """Return the number of the call that is asked for, counted from `first`, as far as is known now."""
+    if asked.selection is None:
+        return first + asked.call
+    return asked.selection.call(tap, first, asked.call, path)
+
+
+def check_value(asked: Asked, value: Any) -> None:
+    """Raise AssignmentError if a value can never stand at a point."""
+    if asked.part == "inputs" and not (
+        isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple) and isinstance(value[1], dict)
+    ):
+        raise AssignmentError(f"{asked} takes (args, kwargs), a tuple and a dictionary, not {type(value).__name__}")
+    if asked.part == "output" and value is None:
+        raise AssignmentError(f"{asked} cannot be None: for a PyTorch hook, None means 'unchanged'")
+
+
+def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:
+    """What a model may fail at if `value` takes the place of `before`, in words."""
+    if before.shape != value.shape:
+        return f"has the shape {tuple(before.shape)}, but {tuple(value.shape)} was assigned"
+    if before.dtype != value.dtype:
+        return f"has the type {before.dtype}, but a tensor of {value.dtype} was assigned"
+    if before.device != value.device:
+        return f"is on {before.device}, but a tensor on {value.device} was assigned"
+    return None
+
+
+def users_line() -> str:
+    """Return the line of the user's code that called into diffsight, as `file:line`."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (frame.f_globals.get("__package__") or "").split(".")[0] == "diffsight":
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"

@@ -1,0 +1,79 @@
+"""The error for code that needs the values of fake tensors, which have none."""
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import reduce
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+from diffsight.engine.coroutine import current_owner
+from diffsight.engine.hooks import FORWARD
+from diffsight.engine.target import Target, join
+from diffsight.errors import ScanError
+
+
+def is_about_values(error: Exception) -> bool:
+    """Return whether PyTorch raised an error because a fake tensor has no values."""
+    return isinstance(error, _UNKNOWN) or _ABOUT_DATA.search(str(error)) is not None
+
+
+def values_needed(function: Callable, components: Sequence[Target]) -> ScanError:
+    """Return the error for a function that needs values, naming the module and the line that called it."""
+    frame = sys._getframe(1)
+    module = _innermost_module(frame, components)
+    asks = module or ("the body" if current_owner() is None else "the model")
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, _TORCH)):
+        frame = frame.f_back
+    name = getattr(function, "__name__", str(function))
+    instead = f", or skip this part: `run.{module}.skip(value)`" if module else ""
+    return ScanError(
+        f"{asks} asks for the values of a tensor ({name}, at {frame.f_code.co_filename}:{frame.f_lineno}), but a scan "
+        f"knows only its shape and cannot see through this. Use a real run{instead}"
+    )
+
+
+def _innermost_module(frame: FrameType | None, components: Sequence[Target]) -> str | None:
+    """Return the path of the module in whose call a frame stands."""
+    while frame is not None and frame.f_code is not _MODULE_CALL:
+        frame = frame.f_back
+    for component in components if frame is not None else ():
+        outer = component.path if component.name == FORWARD else component.path.rpartition(".")[0]
+        for path, module in component.owner.named_modules():
+            if module is frame.f_locals.get("self"):
+                return reduce(join, path.split(".") if path else (), outer)
+    return None
+
+
+class Unreported(logging.Filter):
+    """Keeps PyTorch from logging an error of a fake tensor, with a traceback, that `function` raises anyway."""
+
+    def __init__(self, function: Callable) -> None:
+        super().__init__()
+        self._code = function.__code__
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_code is not self._code:
+            frame = frame.f_back
+        return frame is None
+
+
+_MODULE_CALL = nn.Module._call_impl.__code__
+_UNKNOWN = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+    NotImplementedError,
+)
+_ABOUT_DATA = re.compile(r"data pointer|data is not allocated|(?<![a-z])meta(?![a-z])", re.IGNORECASE)
+_HERE, _TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)

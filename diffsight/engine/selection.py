@@ -1,0 +1,132 @@
+"""Selections: the part of a value that is meant, such as the rows of a batch that belong to one input.
+
+    hidden = part.take(output, path)                        # views of the tensors in `output`
+    output = part.put(output, hidden * 2, path, set())      # the rest stays
+
+A point can be asked for with a selection. What is read is then taken from the value, and what is assigned is put into
+it. Which call is meant may depend on the selection too: one branch of guidance is only in every second call, for
+example.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from diffsight.engine.target import Target
+from diffsight.errors import AssignmentError, InputError
+
+
+class Tapped(Protocol):
+    """What a selection may look at in the calls of what is tapped; see `diffsight.engine.taps.Tap`."""
+
+    target: Target
+    entered: int  # calls begun so far
+    step_base: int  # calls begun before the current step
+
+
+class Selection:
+    """A part of a value. This base class selects the same part in every call.
+
+    `name` is what the user calls the selection, such as "rows[1]". `missing` completes the error message "… was asked
+    for, but …" for a point at which no call has this part."""
+
+    name = ""
+    missing = "no call of it has that part"
+
+    def call(self, tap: Tapped, first: int, number: int, path: object) -> int:
+        """Return which call is number `number`, from call `first` on, of those that have this part.
+
+        Whether a call has it is known once the call has begun. Until then, return the earliest that may be it."""
+        return first + number
+
+    def at(self, tap: Tapped, index: int, path: object) -> "Selection":
+        """Return the selection for call number `index`, which has begun and has this part."""
+        return self
+
+    def take(self, value: Any, path: object) -> Any:
+        """Return this part of `value`."""
+        raise NotImplementedError
+
+    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
+        """Return `whole` with `value` as this part of it.
+
+        The tensors in `whole` are not changed, except those whose ids are in `copies`: they are copies already. Ids of
+        new copies are added to it."""
+        raise NotImplementedError
+
+
+class Part(Selection):
+    """The entries `start`, `start + stride`, … below `stop` of a batch of `total`."""
+
+    missing = "no call of it holds that part of the batch"
+
+    def __init__(self, start: int, stop: int, total: int, stride: int = 1, name: str = "") -> None:
+        self.start, self.stop, self.total, self.stride, self.name = start, stop, total, stride, name
+
+    def take(self, value: Any, path: object) -> Any:
+        """Return this part of `value`: a view of a tensor; containers element by element."""
+        if isinstance(value, torch.Tensor):
+            return value[self._slice(value, path)]
+        return tree_map(lambda leaf: self._take(leaf, path), value)
+
+    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
+        if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
+            raise AssignmentError(f"{path} is a {type(whole).__name__}; it cannot take a {type(value).__name__}")
+        if isinstance(whole, torch.Tensor):
+            return self._put_in_tensor(whole, value, path, copies)
+        wholes, tree = tree_flatten(whole)
+        values, _ = tree_flatten(value)
+        if len(wholes) != len(values):
+            raise AssignmentError(
+                f"{path} holds {len(wholes)} values; it cannot take a {type(value).__name__} of {len(values)}"
+            )
+        return tree_unflatten([self._put(w, v, path, copies) for w, v in zip(wholes, values)], tree)
+
+    def _take(self, leaf: Any, path: object) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf[self._slice(leaf, path)] if self._is_batch(leaf) else leaf
+        inside = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
+        if any(isinstance(value, torch.Tensor) for value in inside.values()):
+            raise InputError(
+                f"{path} holds a {type(leaf).__name__}, which cannot be cut into rows. Read or assign it on the run "
+                "itself"
+            )
+        return leaf
+
+    def _put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
+        if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
+            raise AssignmentError(f"{path} holds a {type(whole).__name__} where a {type(value).__name__} was assigned")
+        if not isinstance(whole, torch.Tensor) or not self._is_batch(whole):
+            return whole
+        return self._put_in_tensor(whole, value, path, copies)
+
+    def _put_in_tensor(self, whole: torch.Tensor, value: torch.Tensor, path: object, copies: set[int]) -> torch.Tensor:
+        part = self._slice(whole, path)
+        if value.shape != whole[part].shape:
+            raise AssignmentError(f"{path} has the shape {tuple(whole[part].shape)}, not {tuple(value.shape)}")
+        # Gradients flow through the rest whatever the body's grad mode, and autograd may hold what a copy was read for.
+        tracked = whole.requires_grad or value.requires_grad
+        with torch.set_grad_enabled(tracked):
+            if tracked or id(whole) not in copies:
+                whole = whole.clone()
+                copies.add(id(whole))
+            whole[part] = value
+        return whole
+
+    def _is_batch(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor inside a container has an entry per row; a number, or what is the same for all, has not.
+
+        If the batch may be the second dimension, as in the states of an LSTM, the answer is yes, and the tensor cannot
+        be cut."""
+        is_second = tensor.ndim == 3 and tensor.shape[1] == self.total
+        return tensor.ndim > 0 and (tensor.shape[0] > 1 or self.total == 1 or is_second)
+
+    def _slice(self, tensor: torch.Tensor, path: object) -> slice:
+        if tensor.ndim == 0 or tensor.shape[0] != self.total:
+            raise InputError(
+                f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and its first dimension is not "
+                f"the batch of {self.total}. Read or assign it on the run itself"
+            )
+        return slice(self.start, self.stop, self.stride)

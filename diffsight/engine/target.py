@@ -1,0 +1,98 @@
+"""Targets: what can be tapped. A module's forward pass, or a method that code calls directly (`vae.decode`)."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from diffsight.engine.hooks import COMPILED, FORWARD, TappedMethod
+
+_WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the module itself
+_UNCOMPILED = "_torchdynamo_orig_callable"  # on a function that `torch.compile(function)` makes: the function itself
+
+
+class Target:
+    """One thing that can be tapped: the forward pass of a module (`name` is "forward"), or another method of an object.
+
+    A point that is neither, such as attention probabilities, is a subclass with its own `attach` and `call`.
+
+    Args:
+        owner: The module or other object.
+        name: The name of the method.
+        path: The path as the user writes it: `unet.mid_block`, `layers[4]`, `vae.decode`.
+        outer: The target of the module around it.
+    """
+
+    __slots__ = ("_children", "is_called", "key", "name", "outer", "owner", "path")
+
+    def __init__(self, owner: Any, name: str, path: str, outer: "Target | None" = None) -> None:
+        self.owner, self.name, self.path, self.outer = owner, name, path, outer
+        self.key = (id(owner), name)
+        self.is_called = True  # False if there is nothing to call: a ModuleList, for example, has no forward pass
+        if name == "__call__":
+            self.is_called = callable(owner)
+        elif name == FORWARD:
+            forward = getattr(type(owner), FORWARD, None)
+            self.is_called = forward is not nn.Module.forward or FORWARD in owner.__dict__
+        self._children: tuple[dict, dict[str, Target]] | None = None
+
+    def attach(self, tap: Any) -> Any:
+        """Send every call through `tap` from now on; return an object whose `remove()` undoes it.
+
+        This is for methods; forward passes are hooked by `Taps`. Subclasses call `tap.enter` and `tap.leave`, or
+        `tap.call`, see `diffsight.engine.taps.Tap`."""
+        return TappedMethod(self.owner, self.name)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Call what is tapped."""
+        return getattr(self.owner, self.name)(*args, **kwargs)
+
+    def around(self) -> list["Target"]:
+        """Return the targets of the modules around this one, outermost first."""
+        return [*self.outer.around(), self.outer] if self.outer else []
+
+    def children(self) -> dict[str, "Target"]:
+        """Return the modules directly in this one, by name. They are kept as long as the modules stay the same."""
+        if not isinstance(self.owner, nn.Module):
+            return {}
+        modules = self.owner._modules
+        if self._children is None or self._children[0] != modules:
+            made = {n: Target(m, FORWARD, join(self.path, n), self) for n, m in modules.items() if m is not None}
+            self._children = (dict(modules), made)
+        return self._children[1]
+
+    def named_children(self) -> dict[str, "Target"]:
+        """Return the children as a user names them. A module wrapped by `torch.compile` has those of the original."""
+        children = self.children()
+        wrapped = children.get(_WRAPPED)
+        return children if wrapped is None else {**wrapped.children(), **children}
+
+    def called_children(self) -> list["Target"]:
+        """Return the children, with a list or dict, which is never called itself, replaced by what it holds."""
+        holders = [self]
+        found: list[Target] = []
+        for holder in holders:
+            for child in holder.children().values():
+                (found if child.is_called else holders).append(child)
+        return found
+
+    def is_compiled(self) -> bool:
+        """Whether `torch.compile` made it, or what it calls: nothing inside can be seen then."""
+        known = vars(self.owner)
+        if _WRAPPED in known.get("_modules", ()) or known.get(COMPILED) is not None:
+            return True
+        return _UNCOMPILED in getattr(known.get(FORWARD), "__dict__", ())
+
+    def uncompiled(self) -> Callable:
+        """Return what a compiled module computes, as it was written."""
+        known = vars(self.owner)
+        if known.get(COMPILED) is not None:
+            return self.owner._call_impl
+        return known["_modules"].get(_WRAPPED) or getattr(known[FORWARD], _UNCOMPILED)
+
+
+def join(path: str, name: str | int) -> str:
+    """Return the path of a child as a user writes it: `unet.mid_block`, `layers[4]`."""
+    if isinstance(name, int) or name.isdigit():
+        return f"{path}[{name}]"
+    return f"{path}.{name}" if path else name

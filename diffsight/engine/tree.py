@@ -1,0 +1,227 @@
+"""The tree of a model: what can be tapped in it, and under which names."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType
+from typing import Any, Self
+
+from torch import nn
+
+from diffsight.engine.hooks import FORWARD
+from diffsight.engine.loading import LateWeights, needs_weights
+from diffsight.engine.open_runs import OpenRuns
+from diffsight.engine.steps import Clock
+from diffsight.engine.target import Target, join
+from diffsight.errors import DiffsightError, InputError, PointNotFoundError
+
+Key = tuple[int, str]
+Places = dict[Key, list[Target]]
+
+
+class Tree:
+    """What can be tapped in a model, and under which names. Wrappers override its methods, see `diffsight.extending`.
+
+    A model and its edited copies have a tree each. The trees share the modules and know of each other's runs, and each
+    has attached modules of its own.
+
+    Args:
+        root: The target of the model as a whole.
+        load: Puts the weights into a model that was built without them; None if they are there.
+    """
+
+    opens_with = "trace"  # the method of the model that opens a run, for error messages
+
+    def __init__(self, root: Target, load: Callable[[], None] | None = None) -> None:
+        self.root = root
+        self.is_copy = False
+        self.open_runs = OpenRuns()
+        self.attached = AttachedModules()
+        self.weights = LateWeights(load, self._check_no_scan, self.weights_loaded)
+        self._methods: dict[int, dict[str, str]] = {}  # id of an object: names of its methods to their paths
+        self._known_places: tuple[tuple, Places] | None = None
+
+    @property
+    def title(self) -> str:
+        """What error messages call the model."""
+        return type(self.root.owner).__name__
+
+    def copy(self) -> Self:
+        """Return a tree of the same modules, whose attached modules begin with those here."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        copied.is_copy, copied.attached = True, self.attached.copy()
+        return copied
+
+    # ---- parts and names: what wrappers override
+
+    def children_of(self, target: Target) -> Mapping[str, Target]:
+        """Return the parts directly in a part of the model, by name."""
+        return target.named_children()
+
+    def methods_of(self, owner: Any) -> Mapping[str, str]:
+        """Return the methods of a part that can be tapped besides its forward pass: name to path from the model."""
+        return self._methods.get(id(owner), {})
+
+    def names_of(self, owner: Any) -> Mapping[str, str]:
+        """Return the standard names of what lies below a part: name to real path from the part."""
+        return {}
+
+    def target_named(self, outer: Target, name: str) -> Target | None:
+        """Return what a standard name below a part means; None if it is not one."""
+        real = self.names_of(outer.owner).get(name)
+        if real is None:
+            return None
+        found = outer
+        for step in real.split("."):
+            found = found.children()[step]
+        return Target(found.owner, found.name, join(outer.path, name), found.outer)
+
+    def components(self) -> list[Target]:
+        """Return what is tapped from the start of every run: the model, and the methods that are called directly."""
+        if not self._methods:
+            return [self.root]
+        paths = [path for methods in self._methods.values() for path in methods.values()]
+        return [self.root, *map(self._method_at, paths)]
+
+    def stand_ins(self) -> Mapping[Key, Callable]:
+        """Return what a scan calls instead of components that look at values, by the key of their target."""
+        return {}
+
+    def clock(self) -> Clock:
+        """Return what says when a step begins; by default, at each forward pass."""
+        return Clock([self.root])
+
+    def describe(self, owner: Any) -> str:
+        """Return the `repr` of a part: the tree as PyTorch prints it, then the methods that can be tapped."""
+        inside = {id(module) for module in owner.modules()} if isinstance(owner, nn.Module) else {id(owner)}
+        paths = [path for number, methods in self._methods.items() if number in inside for path in methods.values()]
+        methods = "\ntraceable besides modules: " + ", ".join(f"{path}()" for path in paths) if paths else ""
+        return f"{owner!r}{methods}{self.describe_weights()}"
+
+    def attribute(self, owner: Any, name: str) -> Any:
+        """Return an attribute of a part of the model. Weights that are loaded later are loaded if it concerns them."""
+        value = getattr(owner, name)
+        is_part = isinstance(owner, nn.Module) or owner is self.root.owner
+        if self.weights.are_loaded or not is_part or not needs_weights(value):
+            return value
+        self.load_unless_scanning()
+        return getattr(owner, name)
+
+    def weights_loaded(self) -> None:
+        """Called once, after weights that are loaded later have been loaded."""
+
+    # ---- what can be asked of a tree
+
+    def child_of(self, target: Target, name: str) -> Target | None:
+        """Return the child, method or standard name called `name` in a part; None if there is none."""
+        child = self.children_of(target).get(name)
+        if child is not None:
+            return child
+        owner = target.owner
+        if name in self.methods_of(owner):
+            return Target(owner, name, join(target.path, name), target if isinstance(owner, nn.Module) else None)
+        return self.target_named(target, name)
+
+    def names_in(self, target: Target) -> list[str]:
+        """Return the names of everything in a part: children, attached modules, methods, standard names."""
+        children = dict.fromkeys((*self.children_of(target), *self.attached.names_on(target.owner)))
+        return [*children, *self.methods_of(target.owner), *self.names_of(target.owner)]
+
+    def places(self, components: list[Target]) -> Places:
+        """Return the targets of the modules that stand in several places of the model, by key."""
+        known_for = ([target.owner for target in components], self.weights.are_loaded)
+        if self._known_places is None or self._known_places[0] != known_for:
+            places: Places = {}
+            waiting = [*components]
+            while waiting:
+                target = waiting.pop()
+                places.setdefault(target.key, []).append(target)
+                waiting += target.children().values() if target.name == FORWARD else ()
+            self._known_places = (known_for, {key: found for key, found in places.items() if len(found) > 1})
+        return self._known_places[1]
+
+    def add_method(self, owner: Any, name: str, path: str) -> None:
+        """Let a method be tapped that code calls directly, past the forward pass."""
+        if not isinstance(inspect.getattr_static(type(owner), name, None), FunctionType):
+            raise PointNotFoundError(f"methods: {path!r} is not a method, or is not called on a {type(owner).__name__}")
+        self._methods.setdefault(id(owner), {})[name] = path
+
+    def attach(self, owner: Any, name: str, path: str, module: nn.Module) -> None:
+        """Attach a module to a part of the model, for edits to call: on a copy only in the tree, else for real."""
+        if not isinstance(owner, nn.Module):
+            raise InputError(f"{path}: a module can be attached to a module, not to a {type(owner).__name__}")
+        if self.attached.find(owner, name) is None and hasattr(owner, name):
+            raise InputError(f"{path} exists already: attach the module under another name, and assign its output")
+        if not self.is_copy:
+            self.weights.load()  # loading gives each module the children of the loaded one
+        target = self.attached.add(owner, name, path, module, is_real=not self.is_copy)
+        for flow in self.open_runs.open():
+            if flow.tree is self:
+                flow.taps.add(target)
+
+    def load_unless_scanning(self) -> None:
+        """Load weights that are loaded later, except in the body of a scan, where a call or an attribute needs none."""
+        run = None if self.weights.are_loaded else self.open_runs.innermost(self)
+        if run is None or not run.is_scan:
+            self.weights.load()
+
+    def describe_weights(self) -> str:
+        """Return a line for the `repr` of a model whose weights are not loaded yet, else an empty string."""
+        return "" if self.weights.are_loaded else "\nweights: not loaded yet, the first run loads them"
+
+    def _check_no_scan(self) -> None:
+        if any(run.is_scan and run.has_begun for run in self.open_runs.open()):
+            raise DiffsightError(
+                f"the weights of {self.title} are not loaded yet, and cannot be loaded while a scan of it is open: end "
+                "the scan first, or load the weights before it"
+            )
+
+    def _method_at(self, path: str) -> Target:
+        found: Target | None = self.root
+        for step in path.replace("[", ".").replace("]", "").split("."):
+            found = found and self.child_of(found, step)
+        if found is None:
+            raise PointNotFoundError(f"methods: {path!r} is not in the model any more")
+        return found
+
+
+class AttachedModules:
+    """The modules that were attached to a model.
+
+    In a run they are components of their own beside the model: edits call them, not the module they are attached to."""
+
+    def __init__(self) -> None:
+        self.targets: dict[Key, Target] = {}  # by the id of the module they are attached to, and their name
+        self.ever: list[nn.Module] = []  # all that were ever attached, to any copy of the model
+        self._real: list[tuple[nn.Module, str, nn.Module]] = []  # those that are children of the module itself
+
+    def copy(self) -> "AttachedModules":
+        """Return the same, for a copy of the model."""
+        copied = AttachedModules()
+        copied.targets, copied.ever = dict(self.targets), self.ever
+        return copied
+
+    def find(self, owner: Any, name: str) -> Target | None:
+        """Return the target of what is attached to `owner` under `name`."""
+        return self.targets.get((id(owner), name))
+
+    def add(self, owner: nn.Module, name: str, path: str, module: nn.Module, is_real: bool) -> Target:
+        """Attach `module` under `path`; with `is_real`, also make it a child of its owner."""
+        self.ever.append(module)
+        target = self.targets[id(owner), name] = Target(module, FORWARD, path)
+        if is_real:
+            owner.add_module(name, module)
+            self._real.append((owner, name, module))
+        return target
+
+    def names_on(self, owner: Any) -> Iterator[str]:
+        """Return the names of what is attached to `owner`."""
+        return (name for number, name in self.targets if number == id(owner))
+
+    def clear(self) -> None:
+        """Remove all of them again."""
+        self.targets.clear()
+        for owner, name, module in self._real:
+            if owner._modules.get(name) is module:
+                delattr(owner, name)
+        self._real.clear()

@@ -1,0 +1,120 @@
+"""Layers, as every lens numbers and names them.
+
+    diffusion_lens(model, prompt, layers=4)                         # the output of layers[4]
+    diffusion_lens(model, prompt, layers=-1)                        # the output of the last layer
+    diffusion_lens(model, prompt, layers=["embedding", 0, -1])      # "embedding": the input of the first layer
+    diffusion_lens(model, prompt, layers=slice(None, None, 3))      # every third layer
+
+A lens accepts an integer, "embedding", a slice, or a list that mixes them. Results hold integers from 0 on, and
+"embedding".
+"""
+
+from collections.abc import Iterable, Sequence
+from operator import index
+from typing import Any
+
+from diffsight.errors import InputError
+from diffsight.pipelines.standard_names import EMBEDDING, Layer
+
+Layers = int | str | slice | Iterable[int | str | slice] | None
+
+
+def choose_layers(layers: Layers, count: int, used: int | None = None) -> tuple[Layer, ...]:
+    """Return the chosen layers in the order given, each of them once.
+
+        choose_layers(["embedding", slice(0, 4, 2), -1], count=12)      # ("embedding", 0, 2, 11)
+
+    Args:
+        layers: What the user passed. None means the embedding and all layers.
+        count: The number of layers of the model. Negative numbers and slices refer to all of them.
+        used: The number of layers up to the last one that has any effect. Layers after it cannot be chosen, and slices
+            leave them out. Default: all layers.
+
+    Raises:
+        InputError: A layer does not exist or has no effect, or no layer is chosen.
+    """
+    used = count if used is None else used
+    if layers is None:
+        items: list[Any] = [EMBEDDING, slice(None)]
+    elif isinstance(layers, str | slice) or not isinstance(layers, Iterable):
+        items = [layers]
+    else:
+        items = list(layers)
+    chosen: list[Layer] = []
+    for item in items:
+        chosen += _sliced(item, count, used) if isinstance(item, slice) else [choose_layer(item, count, used)]
+    if not chosen:
+        raise InputError(f"no layers are chosen: {_known(used)}")
+    return tuple(dict.fromkeys(chosen))
+
+
+def choose_layer(layer: Any, count: int, used: int | None = None) -> Layer:
+    """Return one layer as an integer from 0 on, or "embedding". See `choose_layers` for the arguments.
+
+    Raises:
+        InputError: The layer does not exist or has no effect.
+    """
+    used = count if used is None else used
+    if isinstance(layer, str) and layer == EMBEDDING:
+        return EMBEDDING
+    if not _is_integer(layer) or not -count <= layer < count:
+        raise InputError(f"there is no layer {layer!r}: {_known(used)}")
+    number = index(layer) % count
+    if number >= used:
+        raise InputError(f"layer {layer} has no effect, since the pipeline does not use its output: {_known(used)}")
+    return number
+
+
+def find_layer(layer: Any, layers: Sequence[Layer], count: int) -> int:
+    """Return the position of a layer among the `layers` of a result.
+
+    Args:
+        layer: What the user passed; -1 is the last layer of the model.
+        layers: The layers of the result.
+        count: The number of layers of the model.
+
+    Raises:
+        InputError: The result does not have this layer.
+    """
+    number = index(layer) + count if _is_integer(layer) and layer < 0 else layer
+    if number not in layers or isinstance(number, bool):
+        raise InputError(f"the result does not have layer {layer!r}: it has {', '.join(map(str, layers))}")
+    return layers.index(number)
+
+
+def in_model_order(layers: Iterable[Layer]) -> tuple[Layer, ...]:
+    """Return the layers in the order in which the model runs them."""
+    return tuple(sorted(layers, key=state_of))
+
+
+def state_of(layer: Layer) -> int:
+    """Return the index of a layer among the hidden states of transformers, where 0 is the embedding."""
+    return 0 if layer == EMBEDDING else layer + 1
+
+
+def layer_title(layer: Layer) -> str:
+    """Return a layer as titles name it: "layer 4", or "embedding"."""
+    return EMBEDDING if layer == EMBEDDING else f"layer {layer}"
+
+
+def layer_file(layer: Layer) -> str:
+    """Return a layer as files are named after it, without a suffix: "layer_04", or "embedding"."""
+    return EMBEDDING if layer == EMBEDDING else f"layer_{layer:02}"
+
+
+def _sliced(layers: slice, count: int, used: int) -> list[int]:
+    if layers.step == 0:
+        raise InputError("the step of a slice of layers cannot be 0: write 1 or more")
+    beyond = [bound for bound in (layers.start, layers.stop) if bound is not None and bound > used]
+    if beyond:
+        raise InputError(f"there are no layers up to {beyond[-1]}: {_known(used)}")
+    return [layer for layer in range(count)[layers] if layer < used]
+
+
+def _is_integer(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _known(used: int) -> str:
+    numbers = f" and {0 if used == 1 else f'0 to {used - 1}'}" if used else ""
+    return f'choose from "{EMBEDDING}"{numbers}'

@@ -1,0 +1,72 @@
+"""The layers and tokens that lenses on language models read, chosen by the user."""
+
+from collections.abc import Iterable
+from operator import index
+from typing import Any
+
+import torch
+
+from diffsight.errors import InputError
+from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers, in_model_order
+from diffsight.lenses.tokens.models import check_language_model, vocabulary_size
+from diffsight.pipelines.language.model import LanguageModel, LanguageRun
+
+Tokens = str | int | Iterable[str | int] | None
+
+
+def layers_and_tokens(
+    lens: str, model: Any, layers: Layers, tokens: Tokens, top_k: int
+) -> tuple[tuple[Layer, ...], tuple[int, ...]]:
+    """Return the layers and the token ids that a lens reads.
+
+    Raises:
+        InputError: The lens cannot read this model, a layer or token does not exist, or there are no `top_k` tokens.
+    """
+    check_language_model(lens, model)
+    check_count("top_k", top_k, vocabulary_size(model))
+    return layers_to_read(model, layers), () if tokens is None else choose_tokens(model, tokens)
+
+
+def layers_to_read(model: LanguageModel, layers: Layers) -> tuple[Layer, ...]:
+    """Return the chosen layers in the order in which the model runs them. None means all layers.
+
+    Raises:
+        InputError: A layer does not exist, or no layer is chosen.
+    """
+    return in_model_order(choose_layers(slice(None) if layers is None else layers, len(model.layers_output)))
+
+
+def hidden_states(run: LanguageRun, layer: Layer) -> torch.Tensor:
+    """Return the hidden states at a layer of a run, (batch, tokens, features)."""
+    return run.layers_input[0] if layer == EMBEDDING else run.layers_output[layer]
+
+
+def choose_tokens(model: LanguageModel, tokens: Tokens) -> tuple[int, ...]:
+    """Return the ids of the chosen tokens, given as ids, or as strings that are one token each, such as " Paris".
+
+    Raises:
+        InputError: A token does not exist, a string is not one token, or no token is chosen.
+    """
+    chosen = [tokens] if isinstance(tokens, str) or not isinstance(tokens, Iterable) else list(tokens)
+    if not chosen:
+        raise InputError("no tokens are chosen: pass some, or omit `tokens`")
+    known = vocabulary_size(model)
+    for token in chosen:
+        if isinstance(token, str):
+            continue
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise InputError(f"a token must be a string such as ' Paris', or an id, not {token!r}")
+        if token < 0 or (known is not None and token >= known):
+            raise InputError(f"there is no token {token}: the model knows 0 to {(known or 1) - 1}")
+    return tuple(model.token_id(token) if isinstance(token, str) else index(token) for token in chosen)
+
+
+def check_count(name: str, value: Any, most: int | None = None) -> int:
+    """Return `value` as an integer from 1 on, up to `most`.
+
+    Raises:
+        InputError: It is not one.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1 or (most and value > most):
+        raise InputError(f"{name} must be an integer from 1{f' to {most}' if most else ' on'}, not {value!r}")
+    return index(value)

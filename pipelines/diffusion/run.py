@@ -1,0 +1,72 @@
+"""The runs of a diffusion pipeline, and their steps."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffsight.errors import InputError
+from diffsight.extending import Run, Step, flow_of, keeping_attribute_errors, tree_of
+from diffsight.pipelines.diffusion.branches import BranchView, DiffusionRow, GeneratedOutputs, rows_of
+from diffsight.pipelines.diffusion.components import scheduler_timestep
+from diffsight.pipelines.diffusion.guidance import COND, UNCOND
+
+
+class DiffusionStep(Step):
+    """One denoising step: from one `scheduler.step` to the next."""
+
+    def __init__(self, index: int, component: str, call: tuple[tuple, dict], pipeline: Any) -> None:
+        super().__init__(index, component, call)
+        self._pipeline = pipeline
+
+    @property
+    def timestep(self) -> float | None:
+        """The scheduler's timestep, such as 981 at the beginning of a run of Stable Diffusion.
+
+        None where the denoiser is not passed a timestep."""
+        denoiser = getattr(self._pipeline, self.component)
+        return scheduler_timestep(self._pipeline, denoiser, *self._call)
+
+
+class DiffusionRun(GeneratedOutputs, Run):
+    """A run of a diffusion pipeline."""
+
+    @property
+    def rows(self) -> tuple[DiffusionRow, ...]:
+        """One view per prompt: `a, b = run.rows`. Each has `num_images_per_prompt` images."""
+        return rows_of(self._pass, flow_of(self._pass).observer)
+
+    @property
+    def cond(self) -> BranchView:
+        """The run narrowed to the conditional branch of guidance, or all of the run where guidance is off."""
+        return BranchView(self._pass, flow_of(self._pass).observer, COND)
+
+    @property
+    def uncond(self) -> BranchView:
+        """The run narrowed to the unconditional branch of guidance, which encodes the negative prompt."""
+        return BranchView(self._pass, flow_of(self._pass).observer, UNCOND)
+
+    def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> DiffusionStep:
+        return DiffusionStep(index, path, call, tree_of(self).root.owner)
+
+    def _of_result(self, name: str) -> Any:
+        self._check_one_pass(name)
+        with keeping_attribute_errors(self):
+            result = self.result
+        if isinstance(result, tuple):  # the pipeline was called with return_dict=False
+            return result[0]
+        if name not in result:
+            raise InputError(f"{type(result).__name__} has no {name}, it has {', '.join(result)}")
+        return result[name]
+
+
+@contextmanager
+def progress_bar(pipeline: Any, **settings: Any) -> Iterator[None]:
+    """Change the settings of a pipeline's progress bar for the length of a block.
+
+    The settings are those of tqdm: `with progress_bar(pipeline, disable=True):`."""
+    shown = getattr(pipeline, "_progress_bar_config", {})
+    pipeline.set_progress_bar_config(**{**shown, **settings})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**shown)

@@ -1,0 +1,183 @@
+"""Parts of the values that pass a point: the first item of a tuple, the logits of an output, the heads of a tensor.
+
+    hidden = FIRST.take(output, path)                    # from the tuple that a layer returns
+    output = FIRST.put(output, hidden * 2, path, set())  # the rest of the tuple stays
+
+They have the interface of `Part` in `diffsight.extending` and can be combined with the part of a batch, for example a
+row of the first item of a tuple.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from diffsight.errors import AssignmentError, InputError
+from diffsight.extending import Tap
+
+
+class ValuePart:
+    """A part that is the same in every call, see `Part` in `diffsight.extending`."""
+
+    name = ""
+    missing = "it is not called"
+
+    def call(self, tap: Tap, first: int, number: int, path: object) -> int:
+        return first + number
+
+    def at(self, tap: Tap, index: int, path: object) -> "ValuePart":
+        return self
+
+
+class FirstTensor(ValuePart):
+    """The first tensor of a tuple, a list or an output object. The rest is left as it is."""
+
+    def take(self, value: Any, path: object) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value
+        if isinstance(value, Mapping) and value:
+            return next(iter(value.values()))
+        if isinstance(value, (tuple, list)) and value and isinstance(value[0], torch.Tensor):
+            return value[0]
+        raise InputError(f"{path} is a {type(value).__name__} that does not begin with a tensor")
+
+    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
+        _check_tensor(self.take(whole, path), value, path)
+        if isinstance(whole, torch.Tensor):
+            return value
+        if isinstance(whole, Mapping):
+            return type(whole)(**{**whole, next(iter(whole)): value})
+        return type(whole)((value, *whole[1:]))
+
+
+class Logits(ValuePart):
+    """The logits in what the model returns."""
+
+    def take(self, value: Any, path: object) -> Any:
+        if not isinstance(value, Mapping):
+            return FIRST.take(value, path)
+        if "logits" not in value:
+            raise InputError(f"the model returns no logits: its {type(value).__name__} has {', '.join(value)}")
+        return value["logits"]
+
+    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
+        if not isinstance(whole, Mapping):
+            return FIRST.put(whole, value, path, copies)
+        _check_tensor(self.take(whole, path), value, path)
+        return type(whole)(**{**whole, "logits": value})
+
+
+class NextLogits(Logits):
+    """The logits at the last token of each row: at position `last[row]`, or at -1 where `last` is None."""
+
+    def __init__(self, last: torch.Tensor | None) -> None:
+        self.last = last
+
+    def take(self, value: Any, path: object) -> torch.Tensor:
+        logits = super().take(value, path)
+        if self.last is None or len(logits) != len(self.last) or logits.shape[1] <= self.last.max():
+            return logits[:, -1]
+        return logits[torch.arange(len(logits), device=logits.device), self.last.to(logits.device)]
+
+
+class HiddenInput(ValuePart):
+    """The hidden states among the inputs of a layer, `(args, kwargs)`."""
+
+    def take(self, value: Any, path: object) -> Any:
+        args, kwargs = value
+        return FIRST.take(args[0] if args else kwargs[_hidden_name(kwargs, path)], path)
+
+    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
+        args, kwargs = whole
+        if args:
+            return (FIRST.put(args[0], value, path, copies), *args[1:]), kwargs
+        name = _hidden_name(kwargs, path)
+        return args, {**kwargs, name: FIRST.put(kwargs[name], value, path, copies)}
+
+
+FIRST = FirstTensor()
+
+
+class Within(ValuePart):
+    """A part of a part: `inner` of what `outer` takes. One of them may be the part of a batch."""
+
+    def __init__(self, outer: Any, inner: Any) -> None:
+        self.outer, self.inner = outer, inner
+        self.name = outer.name or inner.name
+        self.missing = inner.missing if inner.name else outer.missing
+
+    def call(self, tap: Tap, first: int, number: int, path: object) -> int:
+        return (self.inner if self.inner.name else self.outer).call(tap, first, number, path)
+
+    def at(self, tap: Tap, index: int, path: object) -> "Within":
+        return Within(self.outer.at(tap, index, path), self.inner.at(tap, index, path))
+
+    def take(self, value: Any, path: object) -> Any:
+        return self.inner.take(self.outer.take(value, path), path)
+
+    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
+        part = self.outer.take(whole, path)
+        return self.outer.put(whole, self.inner.put(part, value, path, copies), path, copies)
+
+
+class Added(ValuePart):
+    """Adds what is assigned to the value instead of replacing it, at some positions or at all of them."""
+
+    def __init__(self, positions: list[int] | None) -> None:
+        self.positions = positions
+
+    def put(self, whole: torch.Tensor, value: torch.Tensor, path: object, copies: set[int]) -> torch.Tensor:
+        value = value.to(whole.device, whole.dtype)
+        length = whole.shape[-2]
+        for position in self.positions or ():
+            if not -length <= position < length:
+                raise InputError(f"{path}: there is no position {position}, the sequence has {length} tokens")
+        if value.shape[-1] != whole.shape[-1]:
+            raise AssignmentError(f"{path} has {whole.shape[-1]} features per token, the vector {value.shape[-1]}")
+        whole = whole.clone()
+        if self.positions is None:
+            return whole + value
+        whole[..., self.positions, :] += value
+        return whole
+
+
+class Heads(ValuePart):
+    """The last dimension of a tensor viewed as heads.
+
+    Args:
+        groups: The number of groups, and how many heads each has.
+        pick: Which heads of each group are meant.
+    """
+
+    def __init__(self, groups: tuple[int, int], pick: slice = slice(None)) -> None:
+        self.groups, self.pick = groups, pick
+
+    def take(self, value: torch.Tensor, path: object) -> torch.Tensor:
+        return self._picked(value).flatten(-3, -2)
+
+    def put(self, whole: torch.Tensor, value: torch.Tensor, path: object, copies: set[int]) -> torch.Tensor:
+        whole = whole.clone()
+        picked = self._picked(whole)
+        shape = picked.flatten(-3, -2).shape
+        if not isinstance(value, torch.Tensor) or value.shape != shape:
+            given = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise AssignmentError(f"{path} has the shape {tuple(shape)}, not {given}")
+        picked.copy_(value.reshape(picked.shape))
+        return whole
+
+    def _picked(self, value: torch.Tensor) -> torch.Tensor:
+        return value.unflatten(-1, (*self.groups, -1))[..., self.pick, :]
+
+
+def _check_tensor(before: torch.Tensor, value: Any, path: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise AssignmentError(f"{path} takes a tensor, not {type(value).__name__}")
+    if value.ndim != before.ndim:
+        raise AssignmentError(f"{path} has the shape {tuple(before.shape)}, but {tuple(value.shape)} was assigned")
+
+
+def _hidden_name(kwargs: Mapping[str, Any], path: object) -> str:
+    names = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor)]
+    if not names:
+        raise InputError(f"{path}: no tensor is passed")
+    return "hidden_states" if "hidden_states" in names else names[0]

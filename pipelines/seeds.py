@@ -1,0 +1,37 @@
+"""Seeds: integers that select the random stream a model draws from."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from diffsight.errors import InputError
+
+
+def check_seed(seed: Any) -> None:
+    """Raise InputError unless `seed` is an integer from 0 to 2**64 - 1."""
+    if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed < 2**64:
+        raise InputError(f"a seed is a whole number from 0 to 2**64 - 1, not {seed!r}")
+
+
+def seeds_of_images(seed: int | Sequence[int], count: int) -> list[int]:
+    """Return one seed for each of `count` images: `seed + i` for image *i*, or the given list.
+
+    Raises:
+        InputError: A seed is not valid, or the list does not hold one seed per image.
+    """
+    several = isinstance(seed, Iterable) and not isinstance(seed, str)
+    for one in seed if several else [seed]:
+        check_seed(one)
+    seeds = [int(one) for one in seed] if several else [int(seed) + i for i in range(count)]
+    if len(seeds) != count:
+        raise InputError(f"{len(seeds)} seeds for {count} images: pass one seed per image, or a single number")
+    return seeds
+
+
+def generators(seeds: Sequence[int]) -> torch.Generator | list[torch.Generator]:
+    """Return the generators for a call of a pipeline, one per seed; a single one for a single seed.
+
+    They live on the CPU, so that a seed means the same image on every device."""
+    made = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    return made if len(made) > 1 else made[0]

@@ -1,0 +1,87 @@
+"""The output of a layer of a language model is a tuple, as in transformers 4."""
+
+import pytest
+import torch
+import transformers
+from compat.notebooks.cells import EIFFEL, run_cells
+from engine.nets import outputs, replaced
+
+from diffsight.compat import CONFIG, LanguageModel
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+def test_layer_outputs_are_tuples(model, net, ids):
+    with model.trace(EIFFEL):
+        given = model.transformer.h[3].output
+        inside = model.transformer.h[4].mlp.output
+    assert isinstance(given, tuple) and len(given) == 1
+    assert torch.equal(given[0], outputs(net.transformer.h[3], net, ids[EIFFEL])[0])
+    assert isinstance(inside, torch.Tensor)
+
+
+@pytest.mark.parametrize("value", ["(zeros,)", "(zeros, *layer.output[1:])", "zeros"])
+def test_setting_a_layer(model, net, ids, value):
+    with replaced(net.transformer.h[3], torch.zeros_like):
+        expected = net(ids[EIFFEL]).logits
+    names = run_cells(
+        f"""
+with model.trace({EIFFEL!r}) as tracer:
+    layer = model.transformer.h[3]
+    zeros = torch.zeros_like(layer.output[0])
+    layer.output = {value}
+    logits = model.lm_head.output.save()
+""",
+        model=model,
+        torch=torch,
+    )
+    assert torch.equal(names["logits"], expected)
+
+
+def test_setting_a_layer_ahead_and_in_place(model, net, ids):
+    zeros = torch.zeros(1, ids[EIFFEL].shape[1], 32)
+    with replaced(net.transformer.h[3], torch.zeros_like):
+        expected = net(ids[EIFFEL]).logits
+    with model.trace(EIFFEL):
+        model.transformer.h[3].output = (zeros,)
+        ahead = model.lm_head.output
+    with model.trace(EIFFEL):
+        model.transformer.h[3].output[0][:] = 0
+        in_place = model.lm_head.output
+    assert torch.equal(ahead, expected) and torch.equal(in_place, expected)
+
+
+def test_a_layer_that_is_called(model, net, ids):
+    with model.trace(EIFFEL):
+        hidden = model.transformer.h[3].output[0]
+        again = model.transformer.h[3](hidden)
+    assert isinstance(again, tuple) and torch.equal(again[0], net.transformer.h[3](hidden))
+
+
+def test_option_to_turn_tuples_off(model, net, ids):
+    CONFIG.APP.BLOCKS_GIVE_TUPLES = False
+    try:
+        with model.trace(EIFFEL):
+            given = model.transformer.h[3].output
+    finally:
+        CONFIG.APP.BLOCKS_GIVE_TUPLES = True
+    assert torch.equal(given, outputs(net.transformer.h[3], net, ids[EIFFEL])[0])
+
+
+def test_standard_names_and_accessors_stay_plain(model):
+    with model.trace(EIFFEL) as tracer:
+        assert isinstance(tracer.layers_output[3], torch.Tensor)
+        assert isinstance(model.layers[4].output, tuple)
+
+
+def test_a_layer_that_returns_a_tuple_itself(tokenizer):
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    net = transformers.T5ForConditionalGeneration(config).eval()
+    model = LanguageModel((net, tokenizer))
+    with model.trace(EIFFEL) as tracer:
+        given = model.encoder.block[1].output
+    own = outputs(net.encoder.block[1], net, tracer.tokens, decoder_input_ids=torch.tensor([[0]]))[0]
+    assert type(own) is type(given) is tuple and len(own) == len(given) > 1
+    assert torch.equal(given[0], own[0])

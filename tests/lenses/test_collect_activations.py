@@ -1,0 +1,115 @@
+"""Activations of many prompts, against plain hooks, prompt by prompt."""
+
+import json
+from importlib import import_module
+from importlib.metadata import version
+
+import pytest
+import torch
+import writers
+
+from diffsight import InputError, collect_activations, load_activations
+
+PROMPTS = [*writers.PROMPTS, "hello king", "in Paris and London"]
+
+
+def states(net, text, part=None):
+    layers = net.transformer.h if part is None else [getattr(layer, part) for layer in net.transformer.h]
+    return torch.stack([hidden[0] for hidden in writers.hidden_states(net, layers, writers.ids(text))])
+
+
+def test_the_last_token_of_each_prompt(net, model):
+    found = collect_activations(model, PROMPTS, batch_size=2, progress=False)
+    expected = torch.stack([states(net, text)[:, -1] for text in PROMPTS], 1)
+    assert found.values.shape == (4, 5, 32)
+    assert torch.allclose(found.values, expected, atol=1e-5)
+    assert found.prompts.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(found[2], found.values[2])
+
+
+def test_all_tokens(net, model):
+    found = collect_activations(model, PROMPTS, layers=[1, 3], positions=None, batch_size=2, progress=False)
+    for i, text in enumerate(PROMPTS):
+        expected = states(net, text)[[1, 3]]
+        assert torch.allclose(found.of_prompt(i), expected, atol=1e-5)
+        assert found.positions[found.prompts == i].tolist() == list(range(expected.shape[1]))
+
+
+@pytest.mark.parametrize(("of", "part"), [("attentions_output", "attn"), ("mlps_output", "mlp")])
+def test_parts_of_layers(net, model, of, part):
+    found = collect_activations(model, PROMPTS, of=of, positions=0)
+    expected = torch.stack([states(net, text, part)[:, 0] for text in PROMPTS], 1)
+    assert torch.allclose(found.values, expected, atol=1e-5)
+
+
+def test_heads(model):
+    found = collect_activations(model, PROMPTS, of="heads_output", layers=0)
+    assert found.values.shape == (1, 5, 4, 8)
+    assert torch.equal(found.values, collect_activations(model, PROMPTS, of="heads_output", layers=0).values)
+
+
+def test_a_type_of_its_own(model):
+    half = collect_activations(model, PROMPTS, dtype=torch.float16)
+    assert torch.equal(half.values, collect_activations(model, PROMPTS).values.half())
+
+
+def test_a_folder(model, tmp_path):
+    options = {"positions": None, "batch_size": 2, "progress": False}
+    folder = collect_activations(model, PROMPTS, folder=tmp_path / "states", **options)
+    assert folder == tmp_path / "states"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "activations.json",
+        *(f"activations_{i:05}.safetensors" for i in range(3)),
+    ]
+    stored, found = load_activations(folder), collect_activations(model, PROMPTS, **options)
+    for name in ("values", "prompts", "positions"):
+        assert torch.equal(getattr(stored, name), getattr(found, name))
+    assert (stored.of, stored.layers, stored.model) == (found.of, found.layers, found.model)
+    assert torch.equal(load_activations(folder, layers=2)[2], found[2])
+    assert json.loads((folder / "activations.json").read_text())["versions"]["torch"] == version("torch")
+
+
+def test_a_folder_appears_when_it_is_complete(model, tmp_path, monkeypatch):
+    class Broken(Exception):
+        pass
+
+    def fail(*_):
+        raise Broken
+
+    monkeypatch.setattr(import_module("diffsight.lenses.collect_activations"), "write_record", fail)
+    with pytest.raises(Broken):
+        collect_activations(model, PROMPTS, folder=tmp_path / "states")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_goes_no_further_than_it_must(net, model):
+    calls = []
+    hooks = [layer.register_forward_pre_hook(lambda *_: calls.append(1)) for layer in net.transformer.h]
+    collect_activations(model, PROMPTS, layers=[0, 1])
+    for hook in hooks:
+        hook.remove()
+    assert len(calls) == 2
+
+
+def test_bad_input(model, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.txt").write_text("a")
+    for given, words in (
+        ({"of": "layer_output"}, r"'layer_output' cannot be collected \(did you mean 'layers_output'"),
+        ({"layers": 4}, "there is no layer 4"),
+        ({"positions": 5}, r"there is no position 5 in prompt \d: it has \d tokens"),
+        ({"prompts": []}, "there is no prompt"),
+        ({"prompts": ["a", ""]}, "the prompt is empty"),
+        ({"dtype": torch.int8}, "floating point numbers: dtype cannot be torch.int8"),
+        ({"folder": tmp_path / "full"}, "already exists"),
+        ({"batch_size": -1}, "batch_size must be an integer from 1 on, not -1"),
+    ):
+        with pytest.raises(InputError, match=words):
+            collect_activations(model, **{"prompts": PROMPTS, **given})
+    with pytest.raises(InputError, match=r"there is no activations\.json in it"):
+        load_activations(tmp_path / "full")
+    with pytest.raises(InputError, match="takes a LanguageModel, not GPT2LMHeadModel"):
+        collect_activations(writers.gpt2(), PROMPTS)
+    found = collect_activations(model, PROMPTS, layers=[1, 2])
+    with pytest.raises(InputError, match="does not have layer 0: it has 1, 2"):
+        found[0]
