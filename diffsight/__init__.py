@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from diffsight.edits import Edit
-from diffsight.errors import DiffsightError, InputError, OutOfOrderError
+from diffsight.errors import DiffsightError, OutOfOrderError, WrongThreadError
 from diffsight.model import Model
 from diffsight.run import Run, Step
 
@@ -47,13 +47,13 @@ __all__ = [
     "DiffusionModel",
     "Edit",
     "HFPipeline",
-    "InputError",
     "LanguageModel",
     "Model",
     "OutOfOrderError",
     "Run",
     "Step",
     "VisionLanguageModel",
+    "WrongThreadError",
     "collect_activations",
     "compare_encoders",
     "diffusion_lens",

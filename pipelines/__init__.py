@@ -9,21 +9,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffsight.pipelines.diffusion.encoding import PromptEncoding, encode_prompt
     from diffsight.pipelines.diffusion.model import DiffusionModel
+    from diffsight.pipelines.diffusion.run import DiffusionRun, DiffusionStep
     from diffsight.pipelines.diffusion.text_encoders import Encoder, Encoders, find_encoders
     from diffsight.pipelines.huggingface import HFPipeline
-    from diffsight.pipelines.language.model import LanguageModel
-    from diffsight.pipelines.vision_language.model import VisionLanguageModel
+    from diffsight.pipelines.language.generation import GenerationRun, GenerationStep
+    from diffsight.pipelines.language.model import LanguageModel, LanguageRun
+    from diffsight.pipelines.vision_language.model import VisionLanguageModel, VisionLanguageRun
     from diffsight.pipelines.words import PromptWords, align_words
 
 __all__ = [
     "DiffusionModel",
+    "DiffusionRun",
+    "DiffusionStep",
     "Encoder",
     "Encoders",
+    "GenerationRun",
+    "GenerationStep",
     "HFPipeline",
     "LanguageModel",
+    "LanguageRun",
     "PromptEncoding",
     "PromptWords",
     "VisionLanguageModel",
+    "VisionLanguageRun",
     "align_words",
     "encode_prompt",
     "find_encoders",
@@ -32,10 +40,12 @@ __all__ = [
 _PLACES = {
     "diffusion.encoding": ("PromptEncoding", "encode_prompt"),
     "diffusion.model": ("DiffusionModel",),
+    "diffusion.run": ("DiffusionRun", "DiffusionStep"),
     "diffusion.text_encoders": ("Encoder", "Encoders", "find_encoders"),
     "huggingface": ("HFPipeline",),
-    "language.model": ("LanguageModel",),
-    "vision_language.model": ("VisionLanguageModel",),
+    "language.generation": ("GenerationRun", "GenerationStep"),
+    "language.model": ("LanguageModel", "LanguageRun"),
+    "vision_language.model": ("VisionLanguageModel", "VisionLanguageRun"),
     "words": ("PromptWords", "align_words"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _PLACES.items() for name in names}

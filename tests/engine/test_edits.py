@@ -9,8 +9,8 @@ from engine.nets import footprint, inputs, linear, outputs, replaced
 from torch import nn
 
 import tiny
-from diffsight import DiffusionModel, InputError, Model, OutOfOrderError
-from diffsight.errors import NeverReachedError, RunClosedError
+from diffsight import DiffusionModel, Model, OutOfOrderError
+from diffsight.errors import InputError, NeverReachedError, RunClosedError
 from diffsight.extending import owner_of, tree_of
 
 

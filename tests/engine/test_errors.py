@@ -8,8 +8,15 @@ import pytest
 import torch
 from engine.nets import Calling, Net, footprint, inputs, linear
 
-from diffsight import DiffsightError, InputError, Model, OutOfOrderError
-from diffsight.errors import AssignmentError, NeverReachedError, NoRunError, PointNotFoundError, RunClosedError
+from diffsight import DiffsightError, Model, OutOfOrderError
+from diffsight.errors import (
+    AssignmentError,
+    InputError,
+    NeverReachedError,
+    NoRunError,
+    PointNotFoundError,
+    RunClosedError,
+)
 
 
 def last_line(error):

@@ -6,8 +6,7 @@ import pytest
 import torch
 from engine.nets import Net, footprint, inputs, outputs
 
-from diffsight import InputError
-from diffsight.errors import PointNotFoundError
+from diffsight.errors import InputError, PointNotFoundError
 from diffsight.extending import (
     FORWARD,
     ChangedMethod,

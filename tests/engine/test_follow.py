@@ -4,8 +4,8 @@ import pytest
 import torch
 from engine.nets import footprint, inputs, outputs
 
-from diffsight import InputError, LanguageModel, Model, OutOfOrderError
-from diffsight.errors import NoRunError, PointNotFoundError
+from diffsight import LanguageModel, Model, OutOfOrderError
+from diffsight.errors import InputError, NoRunError, PointNotFoundError
 
 
 @pytest.fixture

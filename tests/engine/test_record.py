@@ -4,8 +4,8 @@ import pytest
 import torch
 from engine.nets import Calling, footprint, linear, outputs
 
-from diffsight import InputError, Model, OutOfOrderError
-from diffsight.errors import PointNotFoundError, RunClosedError
+from diffsight import Model, OutOfOrderError
+from diffsight.errors import InputError, PointNotFoundError, RunClosedError
 
 
 def test_keeps_every_layer(net, x):

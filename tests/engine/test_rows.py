@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from diffsight import InputError, Model, OutOfOrderError
-from diffsight.errors import AssignmentError, NeverReachedError, RunClosedError
+from diffsight import Model, OutOfOrderError
+from diffsight.errors import AssignmentError, InputError, NeverReachedError, RunClosedError
 
 
 class Net(nn.Module):

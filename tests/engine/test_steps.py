@@ -4,8 +4,8 @@ import pytest
 import torch
 from engine.nets import Net, footprint, inputs, outputs, replaced
 
-from diffsight import InputError, Model, OutOfOrderError
-from diffsight.errors import NeverReachedError, RunClosedError
+from diffsight import Model, OutOfOrderError
+from diffsight.errors import InputError, NeverReachedError, RunClosedError
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ import pytest
 import torch
 import writers
 
-from diffsight import InputError, collect_activations, load_activations
+from diffsight import collect_activations, load_activations
+from diffsight.errors import InputError
 
 PROMPTS = [*writers.PROMPTS, "hello king", "in Paris and London"]
 

@@ -12,7 +12,8 @@ from text_pipelines import TEXT_PIPELINES
 from torch.nn import functional
 
 import tiny
-from diffsight import DiffusionModel, InputError, compare_encoders, diffusion_lens
+from diffsight import DiffusionModel, compare_encoders, diffusion_lens
+from diffsight.errors import InputError
 from diffsight.lenses.compare_encoders import EncoderComparison, linear_cka
 
 PROMPTS = ["a red circle above a blue square", "a photo of a cat", "a blue cat", "a green square on a red circle"]

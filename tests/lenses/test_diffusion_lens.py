@@ -17,7 +17,8 @@ from PIL import Image
 from torch import nn
 
 import tiny
-from diffsight import DiffusionModel, InputError, diffusion_lens
+from diffsight import DiffusionModel, diffusion_lens
+from diffsight.errors import InputError
 from diffsight.lenses.diffusion_lens import DiffusionLensResult
 from diffsight.pipelines.diffusion.prompts import PromptWarning
 

@@ -13,7 +13,8 @@ from PIL import Image, ImageSequence
 from text_pipelines import PROMPT, TEXT_PIPELINES
 
 import tiny
-from diffsight import DiffusionModel, InputError, diffusion_lens
+from diffsight import DiffusionModel, diffusion_lens
+from diffsight.errors import InputError
 from diffsight.lenses.encoders.drawing import LensWarning
 
 SEED = 4

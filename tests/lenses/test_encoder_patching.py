@@ -11,7 +11,8 @@ import torch
 from text_pipelines import TEXT_PIPELINES
 
 import tiny
-from diffsight import DiffusionModel, InputError, encoder_patching
+from diffsight import DiffusionModel, encoder_patching
+from diffsight.errors import InputError
 from diffsight.lenses.encoders.drawing import LensWarning
 from diffsight.lenses.linear_map import LinearMap
 

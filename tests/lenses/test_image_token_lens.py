@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import tiny_vision
-from diffsight import InputError, VisionLanguageModel, collect_activations, image_token_lens, logit_lens
+from diffsight import VisionLanguageModel, collect_activations, image_token_lens, logit_lens
+from diffsight.errors import InputError
 
 IMAGE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
 PROMPT = "a red circle"

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import tiny
-from diffsight import DiffusionModel, InputError, layer_fidelity
+from diffsight import DiffusionModel, layer_fidelity
+from diffsight.errors import InputError
 from diffsight.lenses.layer_fidelity import LayerFidelity, sample_prompts
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import HELD_OUT, NOUNS, Scene, Thing, render

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffsight import InputError, LanguageModel, logit_lens, run_prompts
-from diffsight.errors import PointNotFoundError
+from diffsight import LanguageModel, logit_lens, run_prompts
+from diffsight.errors import InputError, PointNotFoundError
 from diffsight.lenses.target_probabilities import Prompt
 from diffsight.lenses.tokens import prediction_reader
 

@@ -14,7 +14,6 @@ import tiny
 import tiny_vision
 from diffsight import (
     DiffusionModel,
-    InputError,
     VisionLanguageModel,
     collect_activations,
     compare_encoders,
@@ -28,6 +27,7 @@ from diffsight import (
     patchscope_lens,
     steer,
 )
+from diffsight.errors import InputError
 from diffsight.lenses.layers import choose_layers, find_layer, in_model_order, layer_file, layer_title, state_of
 from diffsight.lenses.linear_map import LinearMap
 from diffsight.lenses.patchscope import TargetPrompt

@@ -7,7 +7,8 @@ import torch
 import transformers
 import writers
 
-from diffsight import InputError, patchscope_generate, patchscope_lens, run_prompts
+from diffsight import patchscope_generate, patchscope_lens, run_prompts
+from diffsight.errors import InputError
 from diffsight.lenses.patchscope import DESCRIPTION, IDENTITY, TargetPrompt, repeat_prompt
 from diffsight.lenses.target_probabilities import Prompt
 

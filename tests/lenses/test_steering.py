@@ -4,7 +4,8 @@ import pytest
 import torch
 import writers
 
-from diffsight import InputError, steer
+from diffsight import steer
+from diffsight.errors import InputError
 
 PROMPTS = writers.PROMPTS
 VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 3

@@ -9,7 +9,8 @@ import writers
 from matplotlib.figure import Figure
 
 import tiny
-from diffsight import InputError, LanguageModel, logit_lens, run_prompts
+from diffsight import LanguageModel, logit_lens, run_prompts
+from diffsight.errors import InputError
 from diffsight.lenses.target_probabilities import Prompt, first_tokens
 
 PROMPTS = writers.PROMPTS

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tiny
-from diffsight import DiffusionModel, InputError, OutOfOrderError
-from diffsight.errors import AssignmentError, NeverReachedError
+from diffsight import DiffusionModel, OutOfOrderError
+from diffsight.errors import AssignmentError, InputError, NeverReachedError
 
 PROMPTS = ["a red circle", "a green square below"]
 NEGATIVE = ["a photo", "the blue"]

@@ -12,8 +12,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 import tiny
-from diffsight import DiffusionModel, InputError, OutOfOrderError
-from diffsight.errors import NoRunError, PointNotFoundError, RunClosedError
+from diffsight import DiffusionModel, OutOfOrderError
+from diffsight.errors import InputError, NoRunError, PointNotFoundError, RunClosedError
 
 SEED = 3
 

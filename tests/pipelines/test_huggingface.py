@@ -10,8 +10,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
 import tiny_pipelines
-from diffsight import HFPipeline, InputError, OutOfOrderError
-from diffsight.errors import PointNotFoundError
+from diffsight import HFPipeline, OutOfOrderError
+from diffsight.errors import InputError, PointNotFoundError
 
 TEXT = tiny_pipelines.TEXT
 GENERATING = [task for task, tiny in tiny_pipelines.PIPELINES.items() if tiny.generates]

@@ -9,8 +9,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
 import tiny
-from diffsight import InputError, LanguageModel, OutOfOrderError
-from diffsight.errors import PointNotFoundError
+from diffsight import LanguageModel, OutOfOrderError
+from diffsight.errors import InputError, PointNotFoundError
 from diffsight.pipelines.language import smollm2
 
 pytestmark = pytest.mark.usefixtures("no_gradients")

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 import tiny
-from diffsight import InputError, LanguageModel
+from diffsight import LanguageModel
+from diffsight.errors import InputError
 from diffsight.extending import tree_of
 from diffsight.pipelines.language.name_check import NamesWarning
 

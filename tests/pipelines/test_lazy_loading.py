@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import tiny
-from diffsight import DiffusionModel, InputError
+from diffsight import DiffusionModel
+from diffsight.errors import InputError
 
 CLIP = "diffsight/shapes-clip"
 SD = tiny.PIPELINES["stable_diffusion"]

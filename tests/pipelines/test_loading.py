@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import tiny
-from diffsight import DiffusionModel, InputError
+from diffsight import DiffusionModel
+from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.loading import DESCRIPTIONS, PACKAGED
 
 CLIP = "diffsight/shapes-clip"

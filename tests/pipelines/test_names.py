@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from diffsight import InputError, LanguageModel, OutOfOrderError
-from diffsight.errors import AssignmentError, PointNotFoundError
+from diffsight import LanguageModel, OutOfOrderError
+from diffsight.errors import AssignmentError, InputError, PointNotFoundError
 from diffsight.pipelines.language.name_check import NamesWarning
 from diffsight.pipelines.standard_names import layer_names, model_names, standard_names
 

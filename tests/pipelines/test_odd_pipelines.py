@@ -10,8 +10,8 @@ from diffusers import DDPMPipeline
 
 import diffsight
 import tiny
-from diffsight import DiffusionModel, InputError
-from diffsight.errors import NoRunError, WrongThreadError
+from diffsight import DiffusionModel
+from diffsight.errors import InputError, NoRunError, WrongThreadError
 from diffsight.pipelines import shapes
 
 

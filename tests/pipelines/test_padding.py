@@ -4,7 +4,8 @@ import architectures
 import pytest
 import torch
 
-from diffsight import InputError, LanguageModel, logit_lens
+from diffsight import LanguageModel, logit_lens
+from diffsight.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

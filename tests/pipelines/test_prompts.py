@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import tiny
-from diffsight import DiffusionModel, InputError
+from diffsight import DiffusionModel
+from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.prompts import PromptWarning
 
 CLIP = "diffsight/shapes-clip"

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.utils._pytree import tree_leaves
 
 import tiny
-from diffsight import DiffusionModel, InputError
-from diffsight.errors import ScanError
+from diffsight import DiffusionModel
+from diffsight.errors import InputError, ScanError
 
 SD = tiny.PIPELINES["stable_diffusion"]
 UNSCANNABLE: dict[str, str] = {}  # name to reason, of pipelines that need values inside a component; none do

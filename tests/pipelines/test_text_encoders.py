@@ -6,7 +6,8 @@ import torch
 from text_pipelines import PROMPT, TEXT_PIPELINES
 
 import tiny
-from diffsight import DiffusionModel, InputError
+from diffsight import DiffusionModel
+from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.encoding import encode_prompt
 from diffsight.pipelines.diffusion.text_encoders import find_encoders
 

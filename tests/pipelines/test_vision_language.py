@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 import tiny
 import tiny_vision
-from diffsight import InputError, VisionLanguageModel
-from diffsight.errors import PointNotFoundError, ScanError
+from diffsight import VisionLanguageModel
+from diffsight.errors import InputError, PointNotFoundError, ScanError
 from diffsight.pipelines.vision_language.processors import placeholder
 
 pytestmark = pytest.mark.usefixtures("no_gradients")

@@ -8,7 +8,7 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 import tiny
-from diffsight import InputError
+from diffsight.errors import InputError
 from diffsight.pipelines import align_words
 
 PROMPT = "A red hexagon, above the café: 北京 (blue)"
