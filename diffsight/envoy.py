@@ -420,7 +420,7 @@ def handle_on(envoy: Points, target: Target, part: Selection | None = None) -> E
 
 
 def narrowed(points: Points, part: Selection | None) -> Points:
-    """Return the same points, with `part` of each value in the place of the whole, or of the part so far."""
+    """Return the same points, with `part` of each value in place of the whole, or of the part so far."""
     return Points(points._tree, points._target, points._run, points._call, part)
 
 

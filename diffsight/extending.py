@@ -39,7 +39,7 @@ owner, the name of the method, and the path as users write it. Override:
 - `names_of(owner)` and `target_named(outer, name)`: standard names, such as `layers` and `ln_final`.
 - `components()`: what is tapped from the start of every run. What lies in a component is tapped when it is asked for.
 - `clock()`: when a step begins, a `Clock`.
-- `stand_ins()`: what a scan calls in the place of components that look at values.
+- `stand_ins()`: what a scan calls in place of components that look at values.
 - `describe(owner)`, `attribute(owner, name)`, `title`, `opens_with`: what `print` shows, how attributes are read, and
   what error messages call the model and the method that opens a run.
 - `weights_loaded()`: called after weights that are loaded later have been loaded. Pass the function that loads them to

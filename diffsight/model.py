@@ -46,7 +46,7 @@ class Model(Envoy):
             self._tree.add_method(owner_of(self[outer]) if outer else module, name, path)
 
     def _wrap(self, tree: Tree) -> None:
-        """Wrap what a tree describes. Wrappers call it in the place of `super().__init__`."""
+        """Wrap what a tree describes. Wrappers call it in place of `super().__init__`."""
         self.__dict__["_edits"] = []
         super().__init__(tree, tree.root)
 
@@ -160,7 +160,7 @@ class Model(Envoy):
         `engine.capture`. A point that the run never reaches ends the edit silently.
 
         Args:
-            function: The edit as a function of the run, in the place of a block.
+            function: The edit as a function of the run, in place of a block.
             inplace: Whether to edit the model itself instead of a copy.
 
         Raises SourceError if the source of the block cannot be read. A function can always be given."""

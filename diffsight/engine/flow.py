@@ -140,7 +140,7 @@ class Flow:
         return asked.selection.at(tap, point.index, asked).take(value, asked)
 
     def assign(self, asked: Asked, value: Any) -> None:
-        """Put `value` in the place of a point: now if the model stands there, else when it gets there."""
+        """Put `value` in place of a point: now if the model stands there, else when it gets there."""
         self._check_open(asked)
         self._touch(asked)
         if asked.selection is None:

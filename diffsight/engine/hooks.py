@@ -81,7 +81,7 @@ def unhook_modules(hooked: list) -> None:
 
 
 class _InPlaceOf(functools.partial):
-    """Stands in the place of an instance's own forward pass. A copy of the instance gets a copy of the original."""
+    """Stands in place of an instance's own forward pass. A copy of the instance gets a copy of the original."""
 
     def __deepcopy__(self, memo: dict) -> Any:
         return copy.deepcopy(self.__wrapped__, memo)
@@ -143,7 +143,7 @@ def count_running(frame: FrameType | None, module: nn.Module) -> int:
 
 
 class Override:
-    """A function in the place of a method of one object, for as long as any run uses it.
+    """A function in place of a method of one object, for as long as any run uses it.
 
     Subclasses define `put_on` and `take_off`. If several runs override the same method, only the first override is put
     on, and it is taken off with the last `remove`."""
@@ -169,7 +169,7 @@ class Override:
                 Override._first.pop(self.key).take_off()
 
     def put_on(self) -> None:
-        """Put the function in the place of the method."""
+        """Put the function in place of the method."""
         raise NotImplementedError
 
     def take_off(self) -> None:
@@ -178,7 +178,7 @@ class Override:
 
 
 class ChangedMethod(Override):
-    """Puts `change(method)` in the place of a method of one object.
+    """Puts `change(method)` in place of a method of one object.
 
     override = ChangedMethod(processor, "pt_to_numpy", lambda method: lambda images: method(images.detach()))
     ...

@@ -80,7 +80,7 @@ class Assignment:
         return find_call(tap, self.first, self.asked, self)
 
     def apply_to(self, point: Point) -> str | None:
-        """Put the value in the place of a point's own.
+        """Put the value in place of a point's own.
 
         Returns:
             How its shape or type differs from that of the model's own value, in words; None if it does not."""
