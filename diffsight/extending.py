@@ -79,13 +79,13 @@ for the run whose values `model.<path>` has.
 from diffsight.engine.coroutine import current_owner
 from diffsight.engine.flow import Observer
 from diffsight.engine.hooks import FORWARD, ChangedMethod
-from diffsight.engine.module_state import ModuleHooks
 from diffsight.engine.points import INPUTS, OUTPUT, Asked, first_input
 from diffsight.engine.scan import is_scanning
+from diffsight.engine.scan_state import ModuleHooks
 from diffsight.engine.selection import Part, Selection
 from diffsight.engine.steps import Clock
 from diffsight.engine.taps import Tap
-from diffsight.engine.target import Target, join
+from diffsight.engine.target import Target, join, part_targets
 from diffsight.engine.tree import Tree
 from diffsight.envoy import (
     Envoy,
@@ -147,6 +147,7 @@ __all__ = [
     "open_run",
     "owner_of",
     "part_of",
+    "part_targets",
     "raise_kept",
     "run_meant_by",
     "run_of",

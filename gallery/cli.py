@@ -129,13 +129,13 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _models(options: argparse.Namespace) -> None:
-    from diffsight.pipelines.diffusion.loading import DESCRIPTIONS
-    from diffsight.pipelines.language.smollm2 import PACKAGED, to_install
+    from diffsight.pipelines.language.smollm2 import to_install
+    from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
 
     missing = to_install()
-    for name, description in DESCRIPTIONS.items():
+    for name, description in PIPELINES.items():
         print(f"{name}  {description}")
-    for name, description in PACKAGED.items():
+    for name, description in LANGUAGE_MODELS.items():
         print(f"{name}  {description}" + (f" (not installed: {missing})" if missing else ""))
 
 

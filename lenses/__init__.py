@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
-    from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders, linear_cka
+    from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders
     from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
     from diffsight.lenses.encoder_patching import EncoderPatchingResult, encoder_patching
     from diffsight.lenses.encoders.drawing import LensWarning
     from diffsight.lenses.image_token_lens import ImageTokenPredictions, image_token_lens
     from diffsight.lenses.layer_fidelity import LayerFidelity, layer_fidelity
+    from diffsight.lenses.linear_cka import linear_cka
     from diffsight.lenses.linear_map import LinearMap
     from diffsight.lenses.logit_lens import logit_lens
     from diffsight.lenses.patchscope import (
@@ -71,12 +72,13 @@ __all__ = [
 
 _PLACES = {
     "collect_activations": ("Activations", "collect_activations", "load_activations"),
-    "compare_encoders": ("EncoderComparison", "compare_encoders", "linear_cka"),
+    "compare_encoders": ("EncoderComparison", "compare_encoders"),
     "diffusion_lens": ("DiffusionLensResult", "diffusion_lens"),
     "encoder_patching": ("EncoderPatchingResult", "encoder_patching"),
     "encoders.drawing": ("LensWarning",),
     "image_token_lens": ("ImageTokenPredictions", "image_token_lens"),
     "layer_fidelity": ("LayerFidelity", "layer_fidelity"),
+    "linear_cka": ("linear_cka",),
     "linear_map": ("LinearMap",),
     "logit_lens": ("logit_lens",),
     "patchscope": (

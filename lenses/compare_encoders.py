@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError, suggest
 from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
 from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_title
+from diffsight.lenses.linear_cka import normed_gram
 from diffsight.lenses.results.encoder_plots import Map, block_map, map_panels
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.image_grid import image_grid
@@ -108,7 +109,7 @@ class EncoderComparison(LensResult, Mapping):
         """Return the linear CKA of each layer of one encoder with each layer of the other, (layers, layers).
 
         It is NaN where a layer has the same vector for all prompts."""
-        one, other = (torch.stack([_gram(x) for x in self[name].vectors]).flatten(1) for name in (one, other))
+        one, other = (torch.stack([normed_gram(x) for x in self[name].vectors]).flatten(1) for name in (one, other))
         return one @ other.T
 
     def nearest(self, name: str, prompt: int, count: int = 3) -> list[list[tuple[str, float]]]:
@@ -227,34 +228,6 @@ class EncoderComparison(LensResult, Mapping):
 
     def _title(self, prompt: int) -> str:
         return f"{prompt}: {self.prompts[prompt]}"
-
-
-def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Return the linear CKA of two sets of vectors, from 0 to 1: Kornblith et al. 2019, section 3.
-
-    Args:
-        x: (n, features).
-        y: (n, features). The number of features may differ.
-
-    Returns:
-        The CKA, or NaN if all vectors of one set are equal.
-
-    Raises:
-        InputError: The numbers of vectors differ, or are smaller than two.
-    """
-    if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) < 2:
-        raise InputError(
-            "linear_cka compares equally many vectors, (n, features) with n of 2 or more, not "
-            f"{tuple(x.shape)} and {tuple(y.shape)}"
-        )
-    return float((_gram(x) * _gram(y)).sum())
-
-
-def _gram(x: torch.Tensor) -> torch.Tensor:
-    """Return the Gram matrix of the centred vectors, (n, n), with norm 1. The CKA is the inner product of two."""
-    x = x.double() - x.double().mean(0)
-    gram = x @ x.T
-    return gram / gram.norm()
 
 
 # ---- encoding the prompts

@@ -31,12 +31,11 @@ from transformers.pipelines.base import ChunkPipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
 from diffsight.errors import InputError, PointNotFoundError, suggest
-from diffsight.extending import ChangedMethod, Clock, Model, Target, flow_of, with_gradients
+from diffsight.extending import ChangedMethod, Clock, Model, Target, flow_of, part_targets, with_gradients
 from diffsight.pipelines.language.generation import GeneratedTokens, GenerationRun, set_generated
 from diffsight.pipelines.named_tree import NamedTree
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
-from diffsight.pipelines.targets import component_targets
 
 _PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # besides modules
 _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "postprocess"}
@@ -155,7 +154,7 @@ class PipelineTree(NamedTree):
     def children_of(self, target: Target) -> dict[str, Target]:
         if target.owner is not self.root.owner:
             return target.named_children()
-        return component_targets(self.parts(), self._component_targets)
+        return part_targets(self.parts(), self._component_targets)
 
     def components(self) -> list[Target]:
         return [*self.method_targets().values(), *self.children_of(self.root).values()]

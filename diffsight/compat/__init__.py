@@ -23,8 +23,8 @@ from diffsight.compat.compat_envoy import CompatEnvoy as Envoy
 from diffsight.compat.conditions import Cond, cond
 from diffsight.compat.config import CONFIG, remote_logger
 from diffsight.compat.functions import apply, local, log, trace
+from diffsight.compat.import_paths import Proxy, WrapperModule, add_places
 from diffsight.compat.iterations import Iterations
-from diffsight.compat.places import Proxy, WrapperModule, add_places
 from diffsight.compat.sessions import Session
 from diffsight.compat.stopping import stop
 from diffsight.compat.tracer import Tracer

@@ -6,8 +6,8 @@ from contextvars import ContextVar
 from types import FrameType, TracebackType
 from typing import Any
 
+from diffsight.compat.error_notes import add_hint
 from diffsight.compat.functions import TracerFunctions
-from diffsight.compat.hints import add_hint
 from diffsight.compat.iterations import WRITE_A_LOOP, Iterations
 from diffsight.compat.repeated_blocks import RepeatedBlock, rest_of_block
 from diffsight.compat.sessions import join_sessions

@@ -9,13 +9,17 @@ The files in order; each imports only from those above it:
     selection       a part of a value, such as the rows of a batch
     points          a point as it is asked for, a value that passes there, an assignment
     open_runs       which run `model.<path>` means
-    loading         weights that are loaded later
+    late_weights    weights that are loaded later
     steps           when a step begins
     tree            everything that can be tapped in a model, and its names
     taps            the calls of one module, and all the taps of a run
     order           passed, too late, never reached
     turns           edits and the functions of `run.each`, and whose turn it is
     flow            moves the model
-    scan, meta      runs on shapes alone
+    scan_errors     the error of a scan that needs values
+    scan_fakes      fake tensors, and zeros
+    scan_state      what a scan restores on the modules
+    scan_mode       what functions compute in a scan
+    scan            runs on shapes alone
     capture         the blocks of `with` statements that run later
 """

@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from diffsight.engine.flow import Flow
-from diffsight.engine.module_state import ModuleState
 from diffsight.engine.scan_mode import ScanMode
+from diffsight.engine.scan_state import ModuleState
 
 _scanning: ContextVar[bool] = ContextVar("diffsight_scanning", default=False)
 

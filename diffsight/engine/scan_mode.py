@@ -43,8 +43,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from diffsight.engine.coroutine import current_owner
-from diffsight.engine.fakes import Fakes, Zeros
 from diffsight.engine.scan_errors import Unreported, is_about_values, values_needed
+from diffsight.engine.scan_fakes import Fakes, Zeros
 from diffsight.engine.target import Target
 
 

@@ -1,6 +1,6 @@
 """Targets: what can be tapped. A module's forward pass, or a method that code calls directly (`vae.decode`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -96,3 +96,13 @@ def join(path: str, name: str | int) -> str:
     if isinstance(name, int) or name.isdigit():
         return f"{path}[{name}]"
     return f"{path}.{name}" if path else name
+
+
+def part_targets(parts: Mapping[str, Any], known: dict[str, Target]) -> dict[str, Target]:
+    """Return a target for each part of a pipeline, by name.
+
+    `known` holds the targets made earlier. Each is reused until its part is replaced."""
+    for name, part in parts.items():
+        if name not in known or known[name].owner is not part:
+            known[name] = Target(part, FORWARD if isinstance(part, nn.Module) else "__call__", name)
+    return {name: known[name] for name in parts}

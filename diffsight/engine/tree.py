@@ -8,7 +8,7 @@ from typing import Any, Self
 from torch import nn
 
 from diffsight.engine.hooks import FORWARD
-from diffsight.engine.loading import LateWeights, needs_weights
+from diffsight.engine.late_weights import LateWeights, needs_weights
 from diffsight.engine.open_runs import OpenRuns
 from diffsight.engine.steps import Clock
 from diffsight.engine.target import Target, join

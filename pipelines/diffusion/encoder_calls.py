@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from diffsight.extending import Run, first_input, flow_of, model_of, owner_of
+from diffsight.pipelines.diffusion.batch_layouts import COND
 from diffsight.pipelines.diffusion.components import component_names
-from diffsight.pipelines.diffusion.guidance import COND
 from diffsight.pipelines.standard_names import EMBEDDING, Layer, word_embeddings
 
 

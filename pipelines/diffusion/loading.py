@@ -20,14 +20,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from diffsight.errors import InputError, suggest_packaged
+from diffsight.pipelines.packaged import FOLDERS
 from diffsight.pipelines.weights import adopt, check_weights
 
-_SHAPES = Path(__file__).parents[1] / "shapes"
-PACKAGED = {"diffsight/shapes-clip": _SHAPES / "clip", "diffsight/shapes-t5": _SHAPES / "t5"}
-DESCRIPTIONS = {
-    "diffsight/shapes-clip": "64 x 64 scenes of coloured shapes; CLIP text encoder, UNet, 6 M parameters",
-    "diffsight/shapes-t5": "the same scenes; T5 text encoder, UNet, 6 M parameters",
-}
 _OF_WEIGHTS = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
 _OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -58,7 +53,7 @@ def open_pipeline(
     name = str(source)
     is_local = name.startswith("diffsight/") or Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name)
     place = str(_folder(name)) if is_local else name
-    explained = _explained_packaged if name in PACKAGED else _explained_folder if is_local else _explained_hub
+    explained = _explained_packaged if name in FOLDERS else _explained_folder if is_local else _explained_hub
 
     with explained(name):
         empty = _build_empty(place, arguments)
@@ -176,8 +171,8 @@ def _explained_hub(name: str) -> Iterator[None]:
 
 def _folder(name: str) -> Path:
     """Return the folder of a packaged name or of a path."""
-    if name in PACKAGED:
-        return PACKAGED[name]
+    if name in FOLDERS:
+        return FOLDERS[name]
     folder = Path(name).expanduser()
     if name.startswith("diffsight/") or not folder.exists():
         raise InputError(_unknown(name))
@@ -190,6 +185,6 @@ def _folder(name: str) -> Path:
 
 def _unknown(name: str) -> str:
     return (
-        f"there is no model {name!r}{suggest_packaged(name, PACKAGED)}. "
-        f"Known: {', '.join(PACKAGED)}, a folder, or a hub id such as 'owner/name'"
+        f"there is no model {name!r}{suggest_packaged(name, FOLDERS)}. "
+        f"Known: {', '.join(FOLDERS)}, a folder, or a hub id such as 'owner/name'"
     )

@@ -30,8 +30,9 @@ from diffsight.extending import (
     flow_of,
     with_gradients,
 )
-from diffsight.pipelines.diffusion.components import DiffusionTree, components
-from diffsight.pipelines.diffusion.guidance import BatchLayouts
+from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
+from diffsight.pipelines.diffusion.components import components
+from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.loading import open_pipeline
 from diffsight.pipelines.diffusion.prompts import check_prompts
 from diffsight.pipelines.diffusion.run import DiffusionRun

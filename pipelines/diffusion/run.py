@@ -6,9 +6,9 @@ from typing import Any
 
 from diffsight.errors import InputError
 from diffsight.extending import Run, Step, flow_of, keeping_attribute_errors, tree_of
-from diffsight.pipelines.diffusion.branches import BranchView, DiffusionRow, GeneratedOutputs, rows_of
-from diffsight.pipelines.diffusion.components import scheduler_timestep
-from diffsight.pipelines.diffusion.guidance import COND, UNCOND
+from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND
+from diffsight.pipelines.diffusion.branch_views import BranchView, DiffusionRow, GeneratedOutputs, rows_of
+from diffsight.pipelines.diffusion.timesteps import scheduler_timestep
 
 
 class DiffusionStep(Step):

@@ -35,9 +35,9 @@ from diffsight.extending import (
     tree_of,
 )
 from diffsight.pipelines.language.attention import count_heads, output_projection, probabilities, projection
-from diffsight.pipelines.language.unembedding import HiddenLayout, run_tail
+from diffsight.pipelines.language.unembedding import HiddenLayout, norm_and_head, run_tail
 from diffsight.pipelines.language.value_parts import FIRST, Added, Heads, HiddenInput, Logits, NextLogits, Within
-from diffsight.pipelines.targets import Span
+from diffsight.pipelines.spans import Span
 
 
 class PerLayer:
@@ -207,11 +207,7 @@ class Accessors:
         if structure is not None and not structure.has_plain_tail and structure.layout is not None:
             layers = [owner_of(layer) for layer in self._layers()]
             return run_tail(tree.root.owner, layers, structure.tuples, structure.layout, hidden)
-        for name in ("ln_final", "lm_head"):
-            target = tree.target_named(tree.root, name)
-            if target is not None:
-                hidden = target.call(hidden) if isinstance(target, Span) else target.owner(hidden)
-        return hidden
+        return norm_and_head([tree.target_named(tree.root, name) for name in ("ln_final", "lm_head")], hidden)
 
     @property
     def hidden_layout(self) -> HiddenLayout | None:

@@ -12,6 +12,7 @@ from diffsight.errors import InputError, suggest
 from diffsight.extending import Target
 from diffsight.pipelines.language.name_check import Structure, check_names
 from diffsight.pipelines.named_tree import NamedTree
+from diffsight.pipelines.spans import module_at
 from diffsight.pipelines.standard_names import (
     are_layers,
     embeddings,
@@ -20,7 +21,6 @@ from diffsight.pipelines.standard_names import (
     model_names,
     standard_names,
 )
-from diffsight.pipelines.targets import module_at
 
 _OF_MODEL = ("layers", "ln_final", "lm_head", "embed_tokens", "encoder", "decoder")
 _OF_LAYER = ("self_attn", "mlp")

@@ -16,7 +16,9 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from diffsight.errors import InputError, suggest_packaged
-from diffsight.pipelines.language.smollm2 import PACKAGED, load_gguf, packaged_folder
+from diffsight.pipelines.language.gguf import load_gguf
+from diffsight.pipelines.language.smollm2 import packaged_folder
+from diffsight.pipelines.packaged import LANGUAGE_MODELS
 from diffsight.pipelines.weights import adopt, check_weights
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -152,7 +154,7 @@ def place_of(source: str | Path) -> str:
 
 def _place(name: str) -> tuple[str, dict[str, str]]:
     """Return the folder or hub id that a name stands for, and the GGUF file in it as an argument."""
-    if name in PACKAGED:
+    if name in LANGUAGE_MODELS:
         return str(packaged_folder()), {}
     path = Path(name).expanduser()
     if path.is_file():
@@ -183,15 +185,15 @@ def _explained(name: str, place: str) -> Iterator[None]:
 
 def _why(name: str, place: str, error: Exception) -> str:
     what = "file" if Path(name).expanduser().is_file() else "folder"
-    if name in PACKAGED or Path(place).exists():
+    if name in LANGUAGE_MODELS or Path(place).exists():
         return f"the {what} {name} cannot be loaded as a language model: {type(error).__name__}: {_first_line(error)}"
     return f"{_unknown(name)}. The hub: {_first_line(error).split('. ')[0]}"
 
 
 def _unknown(name: str) -> str:
     return (
-        f"there is no language model {name!r}{suggest_packaged(name, PACKAGED)}. "
-        f"Known: {', '.join(PACKAGED)}, a folder, a .gguf file, a live "
+        f"there is no language model {name!r}{suggest_packaged(name, LANGUAGE_MODELS)}. "
+        f"Known: {', '.join(LANGUAGE_MODELS)}, a folder, a .gguf file, a live "
         "(model, tokenizer), or a hub id such as 'openai-community/gpt2'"
     )
 

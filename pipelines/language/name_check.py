@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from diffsight.errors import InputError
 from diffsight.extending import ModuleHooks
 from diffsight.pipelines.language.unembedding import HiddenLayout
+from diffsight.pipelines.spans import module_at
 from diffsight.pipelines.standard_names import layer_names
-from diffsight.pipelines.targets import module_at
 
 
 class NamesWarning(UserWarning):

@@ -1,6 +1,7 @@
 """Unembedding: what a language model does between the output of its last layer and the logits.
 
-    logits = run_tail(model, layers, tuples, layout, hidden)    # (..., features) to (..., vocabulary)
+    logits = norm_and_head([norm, head], hidden)                # (..., features) to (..., vocabulary)
+    logits = run_tail(model, layers, tuples, layout, hidden)    # the same, where the model does more
 
 In most models this is the final norm and the head, and nothing else. Some models also scale hidden states, cap the
 logits or join several streams of hidden states. For these, the model itself is run over single tokens with all layers
@@ -15,6 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from diffsight.extending import Target
+from diffsight.pipelines.spans import Span
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,16 @@ class HiddenLayout:
     def as_given(self, hidden: torch.Tensor) -> torch.Tensor:
         """Convert `(batch, tokens, ...)` to the layout of the model's layers."""
         return hidden.movedim((0, 1), (self.batch, self.tokens))
+
+
+def norm_and_head(parts: Sequence[Target | None], hidden: torch.Tensor) -> torch.Tensor:
+    """Return the logits of hidden states, `(..., features)`, where the model applies its final norm and head alone.
+
+    A part that the model does not have is None."""
+    for part in parts:
+        if part is not None:
+            hidden = part.call(hidden) if isinstance(part, Span) else part.owner(hidden)
+    return hidden
 
 
 def run_tail(

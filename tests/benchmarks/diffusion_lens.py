@@ -23,7 +23,7 @@ import transformers
 from PIL import Image
 
 from diffsight import DiffusionModel, diffusion_lens
-from diffsight.pipelines.diffusion.loading import PACKAGED
+from diffsight.pipelines.packaged import FOLDERS
 
 try:
     import nnsight
@@ -163,7 +163,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     if options.threads:
         torch.set_num_threads(options.threads)
-    folder = str(PACKAGED["diffsight/shapes-clip"])
+    folder = str(FOLDERS["diffsight/shapes-clip"])
     pipeline = DiffusionModel("diffsight/shapes-clip").pipeline
     ways = contestants(pipeline, folder, options.steps, options.batch_size)
     compare("diffsight/shapes-clip", ways, options.rounds)

@@ -16,7 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from diffsight import DiffusionModel, Model
-from diffsight.pipelines.diffusion.loading import PACKAGED
+from diffsight.pipelines.packaged import FOLDERS
 
 try:
     import nnsight
@@ -145,7 +145,7 @@ def denoising(model: DiffusionModel) -> dict[str, Callable[[], object]]:
 
     if nnsight is None:
         return {"bare": bare, "hook": hooked, "diffsight": live}
-    other = nnsight.DiffusionModel(str(PACKAGED["diffsight/shapes-clip"]), dispatch=True)
+    other = nnsight.DiffusionModel(str(FOLDERS["diffsight/shapes-clip"]), dispatch=True)
     other.pipeline.set_progress_bar_config(disable=True)
 
     def peer() -> None:

@@ -59,7 +59,7 @@ def build_gpt2(folder: Path) -> Path:
 
 
 def texts_for(tokenizer: Any) -> dict[str, Any]:
-    """Return prompts with equally many tokens: nnterp does not handle positions in padded prompts."""
+    """Return prompts with the same number of tokens: nnterp does not handle positions in padded prompts."""
     lengths = {text: len(tokenizer(text)["input_ids"]) for text in sentences()}
     length = Counter(lengths.values()).most_common(1)[0][0]
     texts = [text for text, own in lengths.items() if own == length]

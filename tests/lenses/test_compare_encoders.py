@@ -14,7 +14,8 @@ from torch.nn import functional
 import tiny
 from diffsight import DiffusionModel, compare_encoders, diffusion_lens
 from diffsight.errors import InputError
-from diffsight.lenses.compare_encoders import EncoderComparison, linear_cka
+from diffsight.lenses.compare_encoders import EncoderComparison
+from diffsight.lenses.linear_cka import linear_cka
 
 PROMPTS = ["a red circle above a blue square", "a photo of a cat", "a blue cat", "a green square on a red circle"]
 SD = {"num_inference_steps": 2, "guidance_scale": 4.0}
@@ -102,7 +103,7 @@ def test_cka_of_equal_vectors_is_nan():
 
 @pytest.mark.parametrize("x, y", [((4, 3), (5, 3)), ((1, 3), (1, 3)), ((4,), (4,))])
 def test_cka_of_sets_that_cannot_be_compared(x, y):
-    with pytest.raises(InputError, match="equally many vectors"):
+    with pytest.raises(InputError, match="the same number of vectors on both sides"):
         linear_cka(torch.ones(x), torch.ones(y))
 
 

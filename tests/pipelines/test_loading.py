@@ -13,7 +13,7 @@ import torch
 import tiny
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
-from diffsight.pipelines.diffusion.loading import DESCRIPTIONS, PACKAGED
+from diffsight.pipelines.packaged import FOLDERS, PIPELINES
 
 CLIP = "diffsight/shapes-clip"
 CALL = tiny.PIPELINES["stable_diffusion"].inputs
@@ -72,11 +72,11 @@ def test_a_packaged_name():
 
 
 def test_the_packaged_names_are_described():
-    assert CLIP in PACKAGED
-    assert PACKAGED.keys() == DESCRIPTIONS.keys()
+    assert CLIP in FOLDERS
+    assert FOLDERS.keys() == PIPELINES.keys()
 
 
-@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_a_packaged_pipeline_loads_without_a_warning(name, caplog):
     logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
     logger.addHandler(caplog.handler)

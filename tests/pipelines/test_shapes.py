@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 
 from diffsight import DiffusionModel
-from diffsight.pipelines.diffusion.loading import PACKAGED
+from diffsight.pipelines.packaged import FOLDERS
 from diffsight.pipelines.shapes.evaluate import draw_scenes, shares
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import (
@@ -211,7 +211,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def pipe(name):
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(PACKAGED[name])
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(FOLDERS[name])
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -237,8 +237,8 @@ def faithful(asked, images):
 
 
 def test_the_packaged_pipelines_are_small():
-    assert PACKAGED.keys() == ENCODERS.keys()
-    files = [file for folder in PACKAGED.values() for file in folder.rglob("*") if file.is_file()]
+    assert FOLDERS.keys() == ENCODERS.keys()
+    files = [file for folder in FOLDERS.values() for file in folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 32e6
 
 

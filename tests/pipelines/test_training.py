@@ -7,7 +7,7 @@ import torch
 import transformers
 from PIL import Image
 
-from diffsight.pipelines.diffusion.loading import PACKAGED
+from diffsight.pipelines.packaged import FOLDERS
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import COLORS, SHAPES
 from diffsight.pipelines.shapes.train import PlaceReader, make_data, make_text_encoder, make_tokenizer, train
@@ -39,7 +39,7 @@ def test_two_places_are_read_from_the_output_of_a_text_encoder():
 
 
 def test_training_goes_on_with_another_encoder(tmp_path):
-    out, known = tmp_path / "t5", PACKAGED["diffsight/shapes-clip"]
+    out, known = tmp_path / "t5", FOLDERS["diffsight/shapes-clip"]
     train("t5", out, known, seed=0, scenes=4, vae_steps=0, text_steps=1, steps=2)
     before = diffusers.StableDiffusionPipeline.from_pretrained(known)
     after = diffusers.StableDiffusionPipeline.from_pretrained(out)

@@ -1,26 +1,16 @@
-"""Targets that wrappers add to those of the engine: the components of a pipeline, and spans of modules.
+"""Spans: several modules of a model that are tapped as one.
 
 BART's layers call `fc1` and `fc2` themselves, so no single module is the MLP. There `layer.mlp` is the span `fc1:fc2`:
 its input is the input of `fc1`, and its output is the output of `fc2`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from diffsight.errors import InputError
-from diffsight.extending import FORWARD, Tap, Target, current_owner, join
-
-
-def component_targets(components: Mapping[str, Any], known: dict[str, Target]) -> dict[str, Target]:
-    """Return a target for each component, by name.
-
-    `known` holds the targets made earlier. Each is reused until its component is exchanged."""
-    for name, component in components.items():
-        if name not in known or known[name].owner is not component:
-            known[name] = Target(component, FORWARD if isinstance(component, nn.Module) else "__call__", name)
-    return {name: known[name] for name in components}
+from diffsight.extending import Tap, Target, current_owner, join
 
 
 class HookHandle:

@@ -9,8 +9,8 @@
     a.images                                                 # the two images of the first prompt
 
 Under classifier-free guidance the denoiser may get both branches in one batch, in two calls, or only one of them. A
-branch hides which: `.output` and `.calls[i]` count the calls that hold the branch. `guidance.py` finds out, call by
-call, what each batch holds.
+branch hides which: `.output` and `.calls[i]` count the calls that hold the branch. `batch_layouts.py` finds out
+what the batch of each call holds.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.extending import Part, Row, Run, Tap, View, each, keeping_attribute_errors, raise_kept
-from diffsight.pipelines.diffusion.guidance import COND, UNCOND, BatchLayout, BatchLayouts
+from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND, BatchLayout, BatchLayouts
 
 
 class GuidancePart(Part):

@@ -1,0 +1,91 @@
+"""What can be traced in a diffusers pipeline, under which names, and when a denoising step begins."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from diffsight.extending import FORWARD, Clock, Target, Tree, part_targets
+from diffsight.pipelines.diffusion.components import component_names, components, traceable_methods
+from diffsight.pipelines.diffusion.timesteps import time_argument, time_parameter
+
+_WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
+
+
+class DiffusionTree(Tree):
+    """What can be traced in a diffusers pipeline: its components, and the methods that pipelines call directly."""
+
+    opens_with = "generate"
+
+    def __init__(self, root: Target, load: Callable[[], None] | None = None) -> None:
+        super().__init__(root, load)
+        self._standard_names: WeakKeyDictionary = WeakKeyDictionary()
+        self._component_targets: dict[str, Target] = {}
+
+    def attribute(self, owner: Any, name: str) -> Any:
+        return getattr(owner, name) if name in _WITHOUT_WEIGHTS else super().attribute(owner, name)
+
+    def children_of(self, target: Target) -> dict[str, Target]:
+        if target.owner is not self.root.owner:
+            return target.named_children()
+        return part_targets(components(self.root.owner), self._component_targets)
+
+    def methods_of(self, owner: Any) -> Mapping[str, str]:
+        return traceable_methods(self.root.owner, owner)
+
+    def names_of(self, owner: Any) -> Mapping[str, str]:
+        if not isinstance(owner, PreTrainedModel):
+            return {}
+        if owner not in self._standard_names:
+            is_component = any(part is owner for part in components(self.root.owner).values())
+            self._standard_names[owner] = component_names(owner) if is_component else {}
+        return self._standard_names[owner]
+
+    def components(self) -> list[Target]:
+        targets = self.method_targets(self.root)
+        for target in self.children_of(self.root).values():
+            targets += [target] if target.is_called else []
+            targets += self.method_targets(target)
+        return targets
+
+    def method_targets(self, target: Target) -> list[Target]:
+        """Return targets for the traceable methods of a component."""
+        return [Target(target.owner, name, path) for name, path in self.methods_of(target.owner).items()]
+
+    def stand_ins(self) -> Mapping[tuple[int, str], Callable]:
+        """Let a scan accept all images, since a safety checker reads their values."""
+        checkers = (target for target in self.children_of(self.root).values() if "safety_checker" in target.path)
+        return {target.key: partial(pass_safety_check, target.owner) for target in checkers}
+
+    def clock(self) -> Clock:
+        """A step begins when a component is passed the timestep, once the scheduler has stepped since the last."""
+        parts = self.children_of(self.root).values()
+        denoisers = [target for target in parts if target.name == FORWARD and time_parameter(target.owner)]
+        steps = [target for part in parts for target in self.method_targets(part) if target.name == "step"]
+        return Clock(denoisers, steps, lambda target, *call: time_argument(target.owner, *call))
+
+    def describe(self, owner: Any) -> str:
+        if owner is not self.root.owner:
+            return repr(owner)
+        lines, besides, names = [], list(self.methods_of(owner)), []
+        for path, part in components(owner).items():
+            shown = repr(part) if isinstance(part, nn.Module) else f"{type(part).__name__}()"
+            lines.append(f"  ({path}): " + shown.replace("\n", "\n  "))
+            besides += self.methods_of(part).values()
+            besides += [path] if not isinstance(part, nn.Module) and callable(part) else []
+            names += [f"{path}.{name} = {path}.{real}" for name, real in self.names_of(part).items() if name != real]
+        text = f"{type(owner).__name__}(\n" + "\n".join(lines) + "\n)"
+        text += "\ntraceable besides modules: " + ", ".join(f"{path}()" for path in besides)
+        return text + ("\nstandard names: " + ", ".join(names) if names else "") + self.describe_weights()
+
+
+def pass_safety_check(checker: nn.Module, clip_input: torch.Tensor, images: Any) -> tuple:
+    """Return what a safety checker returns where it finds nothing: the images, `(batch, …)`, and a flag for each.
+
+    The checker of DeepFloyd IF also returns flags for watermarks."""
+    nothing = [False] * len(images)
+    return (images, nothing, nothing) if type(checker).__name__.startswith("IF") else (images, nothing)

@@ -1,0 +1,47 @@
+"""The timestep that a pipeline passes to its denoiser, in the units of the scheduler."""
+
+import inspect
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import nn
+
+from diffsight.pipelines.diffusion.components import components
+
+
+def time_parameter(module: nn.Module) -> str | None:
+    """Return the parameter through which a denoiser receives the timestep. Other components have none."""
+    names = list(inspect.signature(module.forward).parameters)
+    return next((n for n in names if "timestep" in n), next((n for n in names[:3] if n in ("t", "r")), None))
+
+
+def time_argument(module: nn.Module, args: tuple, kwargs: dict) -> tuple[float, float] | None:
+    """Return the time that a call passes to a denoiser, and the rounding error of its type.
+
+    Where each token has a time of its own, this is the latest: tokens that are given rather than drawn get 0."""
+    name = time_parameter(module)
+    given = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
+    if given.get(name) is None:
+        return None
+    time = torch.as_tensor(given[name])
+    rounding = 4 * torch.finfo(time.dtype).eps if time.is_floating_point() else 0
+    return float(time.max()), rounding
+
+
+def scheduler_timestep(pipeline: DiffusionPipeline, denoiser: nn.Module, args: tuple, kwargs: dict) -> float | None:
+    """Return the timestep of a denoiser call in the scheduler's own units.
+
+    Some pipelines divide the timestep by 1000 before they pass it to the denoiser, or pass 1 minus that."""
+    found = time_argument(denoiser, args, kwargs)
+    if found is None:
+        return None
+    time, rounding = found
+    near = []
+    for scheduler in (part for part in components(pipeline).values() if isinstance(part, SchedulerMixin)):
+        known = torch.as_tensor(getattr(scheduler, "timesteps", [])).flatten()
+        span = scheduler.config.get("num_train_timesteps", 1000)
+        for order, value in enumerate((time, time * span, (1 - time) * span) if known.numel() else ()):
+            nearest = known[(known.double() - value).abs().argmin()].item()
+            if abs(nearest - value) <= rounding * span:
+                near.append((abs(nearest - value), order, nearest))
+    return min(near)[2] if near else time
