@@ -417,7 +417,7 @@ def test_a_map_that_was_never_fitted():
 
 
 def test_a_pipeline_without_a_text_encoder():
-    with pytest.raises(InputError, match="DDPMPipeline has no text encoder"):
+    with pytest.raises(InputError, match="needs a text encoder, but DDPMPipeline has none"):
         encoder_patching(DiffusionModel(tiny.ddpm()), SOURCE, TARGET)
 
 
