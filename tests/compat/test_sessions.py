@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from engine.nets import Net, footprint, inputs, outputs, replaced
 
 from diffsight import Model
 from diffsight.compat import NNsight
 from diffsight.errors import AssignmentError, RunClosedError, SourceError
 from diffsight.extending import flow_of
+from models.nets import Net, footprint, inputs, outputs, replaced
 
 
 @pytest.fixture

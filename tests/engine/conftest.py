@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from engine.nets import Net, inputs
+
+from models.nets import Net, inputs
 
 
 @pytest.fixture

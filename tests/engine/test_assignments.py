@@ -4,10 +4,10 @@ import inspect
 
 import pytest
 import torch
-from engine.nets import Calling, footprint, inputs, linear, outputs, replaced, with_input
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import AssignmentError, NeverReachedError
+from models.nets import Calling, footprint, inputs, linear, outputs, replaced, with_input
 
 
 def test_assignments_in_any_order(net, x):

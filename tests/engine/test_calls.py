@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from engine.nets import WIDTH, Calling, inputs, linear, outputs, record, replaced
 from torch import nn
 
 from diffsight import Model, OutOfOrderError
+from models.nets import WIDTH, Calling, inputs, linear, outputs, record, replaced
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
-from engine.nets import outputs, replaced
 
 from diffsight import Model
 from diffsight.errors import InputError, SourceError
+from models.nets import outputs, replaced
 
 FACTOR = 3
 LATER = None

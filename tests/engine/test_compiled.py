@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from engine.nets import Net as Logging
-from engine.nets import footprint, outputs
 from torch._dynamo.testing import CompileCounter
 
 from diffsight import Model
+from models.nets import Net as Logging
+from models.nets import footprint, outputs
 
 
 class Net(Logging):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from engine.nets import Calling, Net, footprint, inputs, linear, replaced
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import NeverReachedError, RunClosedError
+from models.nets import Calling, Net, footprint, inputs, linear, replaced
 
 # ---- skip
 

@@ -5,13 +5,13 @@ import weakref
 
 import pytest
 import torch
-from engine.nets import footprint, inputs, linear, outputs, replaced
 from torch import nn
 
-import tiny
 from diffsight import DiffusionModel, Model, OutOfOrderError
 from diffsight.errors import InputError, NeverReachedError, RunClosedError
 from diffsight.extending import owner_of, tree_of
+from models import diffusion
+from models.nets import footprint, inputs, linear, outputs, replaced
 
 
 class SAE(nn.Module):
@@ -280,7 +280,7 @@ def test_edits_in_generated_text(gpt2, ids, greedy):
 
 
 def test_pipeline():
-    pipe, call = tiny.stable_diffusion(), tiny.PIPELINES["stable_diffusion"].inputs()
+    pipe, call = diffusion.stable_diffusion(), diffusion.PIPELINES["stable_diffusion"].inputs()
     model = DiffusionModel(pipe)
     with model.edit() as once:
         once.unet.mid_block.output[:] = 0
@@ -308,7 +308,7 @@ def test_pipeline():
 
 
 def test_branches_in_an_edit():
-    pipe, call = tiny.stable_diffusion(), tiny.PIPELINES["stable_diffusion"].inputs()
+    pipe, call = diffusion.stable_diffusion(), diffusion.PIPELINES["stable_diffusion"].inputs()
     with DiffusionModel(pipe).edit() as edited:
         for _ in edited.steps:
             edited.uncond.unet.mid_block.output[:] = 0
@@ -327,7 +327,7 @@ def test_branches_in_an_edit():
 
 def test_pipeline_edit_behind_its_steps():
     """What follows the loop in an edit comes when the model has ended: the decoder lies behind."""
-    pipe, call = tiny.stable_diffusion(), tiny.PIPELINES["stable_diffusion"].inputs()
+    pipe, call = diffusion.stable_diffusion(), diffusion.PIPELINES["stable_diffusion"].inputs()
     with DiffusionModel(pipe).edit() as edited:
         for _ in edited.steps:
             pass
@@ -492,7 +492,7 @@ def test_an_attached_module_learns(model, net, x):
 
 
 def test_on_a_pipeline():
-    pipe, call = tiny.stable_diffusion(), tiny.PIPELINES["stable_diffusion"].inputs()
+    pipe, call = diffusion.stable_diffusion(), diffusion.PIPELINES["stable_diffusion"].inputs()
     model = DiffusionModel(pipe)
     names = list(pipe.unet.state_dict())
     with model.edit() as edited:

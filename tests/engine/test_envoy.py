@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from engine.nets import Net, inputs, linear
 from torch import nn
 
 from diffsight import Model
 from diffsight.envoy import Envoy
 from diffsight.errors import PointNotFoundError
+from models.nets import Net, inputs, linear
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import traceback
 
 import pytest
 import torch
-from engine.nets import Calling, Net, footprint, inputs, linear
 
 from diffsight import DiffsightError, Model, OutOfOrderError
 from diffsight.errors import (
@@ -17,6 +16,7 @@ from diffsight.errors import (
     PointNotFoundError,
     RunClosedError,
 )
+from models.nets import Calling, Net, footprint, inputs, linear
 
 
 def last_line(error):

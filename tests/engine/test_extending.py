@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine.nets import Net, footprint, inputs, outputs
 
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.extending import (
@@ -29,6 +28,7 @@ from diffsight.extending import (
     target_of,
     tree_of,
 )
+from models.nets import Net, footprint, inputs, outputs
 
 
 class Pipeline:

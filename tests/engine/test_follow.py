@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from engine.nets import footprint, inputs, outputs
 
 from diffsight import LanguageModel, Model, OutOfOrderError
 from diffsight.errors import InputError, NoRunError, PointNotFoundError
+from models.nets import footprint, inputs, outputs
 
 
 @pytest.fixture
@@ -85,10 +85,10 @@ def test_arguments_of_a_language_model(gpt2):
 
 
 def test_arguments_of_a_pipeline():
-    import tiny
     from diffsight import DiffusionModel
+    from models import diffusion
 
-    model = DiffusionModel(tiny.stable_diffusion())
+    model = DiffusionModel(diffusion.stable_diffusion())
     model.check("a red circle", seed=3)
     with pytest.raises(InputError, match="has no argument 'promt'"):
         model.check(promt="a red circle")

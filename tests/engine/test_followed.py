@@ -7,10 +7,10 @@ import inspect
 from types import MethodType
 
 import torch
-from engine.nets import Net, footprint, outputs
 from torch import nn
 
 from diffsight import Model
+from models.nets import Net, footprint, outputs
 
 
 def test_a_fused_transformer_layer_is_taken_apart_where_something_in_it_is_read():

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from engine.nets import Calling, linear
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from diffsight import Model
+from models.nets import Calling, linear
 
 X = torch.ones(1, 4)
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from engine.nets import Branch, footprint, linear, outputs, replaced
 from torch import nn
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import NoRunError
 from diffsight.extending import run_of
+from models.nets import Branch, footprint, linear, outputs, replaced
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """A run does nothing until it is asked, goes no further than it is asked, and costs nothing where it is not asked."""
 
 import torch
-from engine.nets import Net, footprint, inputs
 
 from diffsight import Model
+from models.nets import Net, footprint, inputs
 
 
 def test_nothing_runs_before_the_first_value(net, x):

@@ -9,10 +9,10 @@ import weakref
 
 import pytest
 import torch
-from engine.nets import Calling, Net, footprint, inputs, linear
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import AssignmentError, NeverReachedError
+from models.nets import Calling, Net, footprint, inputs, linear
 
 
 class Interrupted(Net):

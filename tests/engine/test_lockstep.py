@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from engine.nets import Net, footprint, inputs, outputs, replaced
 
 from diffsight import Model
 from diffsight.errors import NoRunError
+from models.nets import Net, footprint, inputs, outputs, replaced
 
 
 def test_two_models_feed_each_other():

@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import torch
-from engine.nets import Calling, Net, footprint, inputs, linear
 from torch import nn
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import NeverReachedError, PointNotFoundError
+from models.nets import Calling, Net, footprint, inputs, linear
 
 
 class Coder(nn.Module):

@@ -5,10 +5,10 @@ from contextvars import ContextVar
 
 import pytest
 import torch
-from engine.nets import Calling, footprint, linear
 
 from diffsight import Model
 from diffsight.errors import AssignmentError
+from models.nets import Calling, footprint, linear
 
 CONTEXTS = {
     "nothing": nullcontext,

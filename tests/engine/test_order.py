@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from engine.nets import Calling, Net, inputs, linear, outputs
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import NeverReachedError, PointNotFoundError
+from models.nets import Calling, Net, inputs, linear, outputs
 
 # where the model stands, and what lies behind it
 BEHIND = [

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from engine.nets import Calling, footprint, linear, outputs
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import InputError, PointNotFoundError, RunClosedError
+from models.nets import Calling, footprint, linear, outputs
 
 
 def test_keeps_every_layer(net, x):

@@ -7,13 +7,13 @@ from threading import Thread
 
 import pytest
 import torch
-from engine.nets import WIDTH, Calling, Net, footprint, inputs, linear
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from diffsight import DiffsightError, Model, OutOfOrderError
 from diffsight.errors import AssignmentError, NeverReachedError, ScanError
+from models.nets import WIDTH, Calling, Net, footprint, inputs, linear
 
 
 def described(value):

@@ -10,10 +10,10 @@ import weakref
 
 import pytest
 import torch
-from engine.nets import Calling, linear, outputs
 from greenlet import greenlet
 
 from diffsight import Model
+from models.nets import Calling, linear, outputs
 
 
 class Box:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from engine.nets import Net, footprint, inputs, outputs, replaced
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import InputError, NeverReachedError, RunClosedError
+from models.nets import Net, footprint, inputs, outputs, replaced
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import weakref
 
 import pytest
 import torch
-from engine.nets import Net, footprint, inputs
 
 from diffsight import DiffsightError, Model
 from diffsight.extending import tree_of
+from models.nets import Net, footprint, inputs
 
 
 def one_run(model: Model, x: torch.Tensor, turn: int) -> None:

@@ -5,10 +5,10 @@ import threading
 
 import pytest
 import torch
-from engine.nets import Net, footprint, inputs, outputs
 
 from diffsight import DiffsightError, Model
 from diffsight.errors import WrongThreadError
+from models.nets import Net, footprint, inputs, outputs
 
 
 def in_a_thread(function):

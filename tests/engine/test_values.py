@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine.nets import Calling, footprint, inputs, linear, outputs, record, replaced, with_input
 from torch import nn
 
 from diffsight import DiffsightError, Model
 from diffsight.errors import AssignmentError, PointNotFoundError
+from models.nets import Calling, footprint, inputs, linear, outputs, record, replaced, with_input
 
 
 def test_values_are_the_models_own(net, x):

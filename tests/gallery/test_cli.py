@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-import tiny
 from diffsight import DiffusionModel, diffusion_lens
 from diffsight.gallery.cli import main, parse_layers
 from diffsight.pipelines.language import smollm2
+from models import diffusion
 
 CLIP = "diffsight/shapes-clip"
 PROMPT = "a red circle above a blue square"
@@ -25,7 +25,7 @@ PROMPT = "a red circle above a blue square"
 def folder(tmp_path_factory):
     """A pipeline on disk, whose text encoder has three layers."""
     folder = tmp_path_factory.mktemp("saved") / "pipe"
-    tiny.stable_diffusion().save_pretrained(folder)
+    diffusion.stable_diffusion().save_pretrained(folder)
     return folder
 
 
@@ -141,7 +141,7 @@ def test_generate_writes_the_image_of_the_bare_pipeline(folder, here, capsys):
     (path,) = capsys.readouterr().out.split()
     assert [file for file in here.rglob("*") if file.is_file()] == [here / path]
     generator = torch.Generator().manual_seed(5)
-    (want,) = tiny.stable_diffusion()(PROMPT, generator=generator, num_inference_steps=2).images
+    (want,) = diffusion.stable_diffusion()(PROMPT, generator=generator, num_inference_steps=2).images
     assert np.array_equal(pixels(path), want)
 
 
@@ -155,7 +155,7 @@ def test_seeds_are_kept_apart(folder, capsys):
 def test_steps_default_to_those_of_the_pipeline(folder, capsys):
     assert run("generate", PROMPT, "--model", folder, "--out", "out") == 0
     (path,) = capsys.readouterr().out.split()
-    (want,) = tiny.stable_diffusion()(PROMPT, generator=torch.Generator().manual_seed(0)).images
+    (want,) = diffusion.stable_diffusion()(PROMPT, generator=torch.Generator().manual_seed(0)).images
     assert np.array_equal(pixels(path), want)
 
 
@@ -279,14 +279,14 @@ def test_a_folder_that_is_not_a_pipeline(capsys, here, command, index):
 @pytest.mark.parametrize("command", ["lens", "generate"])
 def test_a_model_that_takes_no_prompt(capsys, here, tmp_path_factory, command):
     folder = tmp_path_factory.mktemp("saved") / "ddpm"
-    tiny.ddpm().save_pretrained(folder)
+    diffusion.ddpm().save_pretrained(folder)
     message = refusal(capsys, here, command, PROMPT, "--model", folder, "--out", "out")
     assert "DDPMPipeline" in message
 
 
 def test_the_lens_on_another_encoder(capsys, here, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "sdxl"
-    tiny.stable_diffusion_xl().save_pretrained(folder)
+    diffusion.stable_diffusion_xl().save_pretrained(folder)
     options = ("--model", folder, "--layers", "embedding,2", "--steps", 1, "--out", "out")
     assert run("lens", PROMPT, *options, "--encoder", "text_encoder_2", "--batch-size", 1) == 0
     record = json.loads(Path("out/lens.json").read_text(encoding="utf-8"))
@@ -298,7 +298,7 @@ def test_the_lens_on_another_encoder(capsys, here, tmp_path_factory):
 
 def test_a_model_without_a_text_encoder(capsys, here, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "ddpm"
-    tiny.ddpm().save_pretrained(folder)
+    diffusion.ddpm().save_pretrained(folder)
     message = refusal(capsys, here, "lens", PROMPT, "--model", folder, "--layers", "1", "--steps", 1, "--out", "out")
     assert "has no text encoder" in message
 

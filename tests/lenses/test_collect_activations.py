@@ -6,17 +6,17 @@ from importlib.metadata import version
 
 import pytest
 import torch
-import writers
 
 from diffsight import collect_activations, load_activations
 from diffsight.errors import InputError
+from models import language
 
-PROMPTS = [*writers.PROMPTS, "hello king", "in Paris and London"]
+PROMPTS = [*language.PROMPTS, "hello king", "in Paris and London"]
 
 
 def states(net, text, part=None):
     layers = net.transformer.h if part is None else [getattr(layer, part) for layer in net.transformer.h]
-    return torch.stack([hidden[0] for hidden in writers.hidden_states(net, layers, writers.ids(text))])
+    return torch.stack([hidden[0] for hidden in language.hidden_states(net, layers, language.ids(text))])
 
 
 def test_the_last_token_of_each_prompt(net, model):
@@ -110,7 +110,7 @@ def test_bad_input(model, tmp_path):
     with pytest.raises(InputError, match=r"there is no activations\.json in it"):
         load_activations(tmp_path / "full")
     with pytest.raises(InputError, match="takes a LanguageModel, not GPT2LMHeadModel"):
-        collect_activations(writers.gpt2(), PROMPTS)
+        collect_activations(language.gpt2(), PROMPTS)
     found = collect_activations(model, PROMPTS, layers=[1, 2])
     with pytest.raises(InputError, match="does not have layer 0: it has 1, 2"):
         found[0]

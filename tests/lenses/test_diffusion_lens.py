@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-import tiny
 from diffsight import DiffusionModel, diffusion_lens
 from diffsight.errors import InputError
 from diffsight.lenses.diffusion_lens import DiffusionLensResult
 from diffsight.pipelines.diffusion.prompts import PromptWarning
+from models import diffusion
 
 PROMPT = "a red circle above a blue square"
 CLIP = ("encoder.layers", "final_layer_norm")
@@ -43,7 +43,7 @@ LAST = 2
 def arguments_of(name):
     """Return the arguments of a call without the prompt, for a pipeline that draws PIL images."""
     drop = ("prompt", "output_type")
-    return {key: value for key, value in tiny.PIPELINES[name].inputs().items() if key not in drop}
+    return {key: value for key, value in diffusion.PIPELINES[name].inputs().items() if key not in drop}
 
 
 SD = arguments_of("stable_diffusion")
@@ -56,7 +56,7 @@ def name(request):
 
 @pytest.fixture
 def sd():
-    return tiny.stable_diffusion()
+    return diffusion.stable_diffusion()
 
 
 def draw(pipe, seed, **arguments):
@@ -123,7 +123,7 @@ def refusal(pipe, *args, **kwargs):
 
 
 def test_every_layer_as_by_hand(name):
-    pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
+    pipe, arguments = diffusion.PIPELINES[name].build(), arguments_of(name)
     wanted = [draw_by_hand(pipe, KINDS[name], layer, 3, **arguments) for layer in LAYERS]
     model = DiffusionModel(pipe)
     for size, alike in ((1, same), (None, close)):
@@ -136,7 +136,7 @@ def test_every_layer_as_by_hand(name):
 
 
 def test_the_last_layer_is_the_plain_image(name):
-    pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
+    pipe, arguments = diffusion.PIPELINES[name].build(), arguments_of(name)
     result = diffusion_lens(DiffusionModel(pipe), PROMPT, layers=LAST, seed=4, progress=False, **arguments)
     assert same(result.images[0], draw(pipe, 4, **arguments))
 
@@ -160,7 +160,7 @@ def test_a_negative_prompt_is_encoded_in_full(sd):
 
 def test_a_prompt_before_an_instruction():
     """Sana puts an instruction before its prompt, and removes its encoding."""
-    pipe, arguments = tiny.PIPELINES["sana"].build(), arguments_of("sana")
+    pipe, arguments = diffusion.PIPELINES["sana"].build(), arguments_of("sana")
     arguments |= {"complex_human_instruction": ["a photo of the"]}
     wanted = [draw_by_hand(pipe, GEMMA, layer, 0, **arguments) for layer in (0, LAST)]
     assert not close(*wanted)
@@ -173,7 +173,7 @@ def test_a_prompt_before_an_instruction():
 
 @pytest.fixture(scope="module")
 def by_hand():
-    pipe = tiny.stable_diffusion()
+    pipe = diffusion.stable_diffusion()
     return {layer: draw_by_hand(pipe, CLIP, layer, 0, **SD) for layer in LAYERS}
 
 
@@ -247,12 +247,12 @@ def test_an_invalid_seed(sd, seed):
 def test_arguments_that_do_not_fit(sd):
     assert "num_images_per_prompt" in refusal(sd, PROMPT, num_images_per_prompt=2, **SD)
     assert "generator" in refusal(sd, PROMPT, generator=torch.Generator(), **SD)
-    flux = tiny.PIPELINES["flux"].build()
+    flux = diffusion.PIPELINES["flux"].build()
     assert "did you mean 'guidance_scale'" in refusal(flux, PROMPT, layers=[1], guidance_scal=3.0)
 
 
 def test_a_pipeline_without_a_text_encoder():
-    message = refusal(tiny.ddpm(), PROMPT)
+    message = refusal(diffusion.ddpm(), PROMPT)
     assert "DDPMPipeline has no text encoder" in message
 
 
@@ -262,7 +262,7 @@ def test_an_invalid_model(sd):
 
 
 def test_unknown_words_are_warned_of_once_at_the_users_line():
-    model = DiffusionModel(tiny.PIPELINES["pixart_sigma"].build())
+    model = DiffusionModel(diffusion.PIPELINES["pixart_sigma"].build())
     with pytest.warns(PromptWarning) as seen:
         diffusion_lens(model, "a red 北京", layers=[0, 1, -1], progress=False, **arguments_of("pixart_sigma"))
     assert [warning.filename for warning in seen if warning.category is PromptWarning] == [__file__]
@@ -273,7 +273,7 @@ def test_unknown_words_are_warned_of_once_at_the_users_line():
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl"])
 def test_nothing_is_left_on_the_pipeline(name, capsys):  # after an image, and after an error half way
-    pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
+    pipe, arguments = diffusion.PIPELINES[name].build(), arguments_of(name)
     draw(pipe, 0, **arguments)
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     attributes = set(vars(pipe))
@@ -316,7 +316,7 @@ def test_the_model_can_be_used_on(sd):
 def folder(tmp_path_factory):
     """A pipeline on disk, which the record of a result can name."""
     folder = tmp_path_factory.mktemp("saved") / "pipe"
-    tiny.stable_diffusion().save_pretrained(folder)
+    diffusion.stable_diffusion().save_pretrained(folder)
     return folder
 
 

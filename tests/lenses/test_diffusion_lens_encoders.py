@@ -7,15 +7,14 @@ import wave
 
 import numpy as np
 import pytest
-import text_pipelines
 import torch
 from PIL import Image, ImageSequence
-from text_pipelines import PROMPT, TEXT_PIPELINES
 
-import tiny
 from diffsight import DiffusionModel, diffusion_lens
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.drawing import LensWarning
+from models import diffusion, text_encoders
+from models.text_encoders import PROMPT, TEXT_PIPELINES
 
 SEED = 4
 ENCODERS = [
@@ -100,7 +99,7 @@ def leaving(layers, layer):
 
 def draw(name, pipe, **changes):
     kind = TEXT_PIPELINES[name]
-    return pipe(**kind.inputs(**changes), generator=text_pipelines.generator(SEED))[0][0]
+    return pipe(**kind.inputs(**changes), generator=text_encoders.generator(SEED))[0][0]
 
 
 def lens(name, pipe, **settings):
@@ -125,7 +124,7 @@ def close(a, b):
 
 @pytest.mark.parametrize(("name", "encoder"), ENCODERS)
 def test_every_layer_as_with_hooks_by_hand(name, encoder):
-    pipe = text_pipelines.built(name)
+    pipe = text_encoders.built(name)
     layers, _ = parts(pipe, encoder)
     with warnings.catch_warnings():
         warnings.simplefilter("error", LensWarning)
@@ -169,7 +168,7 @@ def test_batch_size_bounds_the_rows_of_a_call(size, rows):
 
 @pytest.mark.parametrize("given", ["a photo of the blue", ["a photo of the blue"]], ids=["text", "list"])
 def test_a_negative_prompt_keeps_its_effect(given):
-    pipe = text_pipelines.built("stable_diffusion_xl")
+    pipe = text_encoders.built("stable_diffusion_xl")
     arguments = TEXT_PIPELINES["stable_diffusion_xl"].inputs(negative_prompt=given)
     del arguments["prompt"]
     with warnings.catch_warnings():
@@ -184,7 +183,7 @@ def test_a_negative_prompt_keeps_its_effect(given):
 
 
 def test_a_negative_prompt_that_is_the_prompt():
-    pipe = text_pipelines.built("stable_diffusion")
+    pipe = text_encoders.built("stable_diffusion")
     arguments = TEXT_PIPELINES["stable_diffusion"].inputs(negative_prompt=PROMPT)
     del arguments["prompt"]
     result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=SEED, layers=[0, -1], progress=False, **arguments)
@@ -220,7 +219,7 @@ def empty_prompt_for(pipe, name, **settings):
 @pytest.mark.parametrize("norm", [False, True])
 def test_the_second_encoder_of_sdxl_alone(norm):
     """As in the tutorial: the layer replaces the last but one, and the pooled vector stays."""
-    pipe = text_pipelines.built("stable_diffusion_xl")
+    pipe = text_encoders.built("stable_diffusion_xl")
     layers, final = parts(pipe, "text_encoder_2")
     result = lens(
         "stable_diffusion_xl", pipe, encoder="text_encoder_2", isolate=True, norm=norm, pooled="full", layers=[0, 1]
@@ -252,7 +251,7 @@ def put_state(output, call, state):
 
 
 def test_t5_of_flux_alone():
-    pipe = text_pipelines.built("flux")
+    pipe = text_encoders.built("flux")
     result = lens("flux", pipe, encoder="text_encoder_2", isolate=True)
     for layer, image in zip(result.layers, result.images, strict=True):
         with empty_prompt_for(pipe, "text_encoder"), leaving(parts(pipe, "text_encoder_2")[0], layer):
@@ -261,7 +260,7 @@ def test_t5_of_flux_alone():
 
 
 def test_isolating_the_only_encoder_changes_nothing():
-    pipe = text_pipelines.built("stable_diffusion")
+    pipe = text_encoders.built("stable_diffusion")
     both = [lens("stable_diffusion", pipe, layers=0, isolate=isolate).images[0] for isolate in (False, True)]
     assert difference(*both) == 0
 
@@ -288,7 +287,7 @@ def test_a_tokenizer_that_two_encoders_share():
 
 @pytest.mark.parametrize("name", ["stable_diffusion_xl", "lumina"])
 def test_norm_where_the_pipeline_takes_states_without_it(name):
-    pipe = text_pipelines.built(name)
+    pipe = text_encoders.built(name)
     layers, final = parts(pipe, "text_encoder")
     result = lens(name, pipe, norm=True, layers=[0, 1])
     for layer, image in zip(result.layers, result.images, strict=True):
@@ -301,13 +300,13 @@ def test_norm_where_the_pipeline_takes_states_without_it(name):
 
 
 def test_norm_where_the_pipeline_applies_it():
-    pipe = text_pipelines.built("stable_diffusion")
+    pipe = text_encoders.built("stable_diffusion")
     both = [lens("stable_diffusion", pipe, layers=0, norm=norm).images[0] for norm in (False, True)]
     assert difference(*both) == 0
 
 
 def test_the_pooled_vector_of_the_layer_or_of_all():
-    pipe = text_pipelines.built("flux")
+    pipe = text_encoders.built("flux")
     of_layer, full = (
         lens("flux", pipe, encoder="text_encoder", layers=0, pooled=p).images[0] for p in ("layer", "full")
     )
@@ -321,7 +320,7 @@ def test_the_pooled_vector_of_the_layer_or_of_all():
 
 
 def test_edits_of_the_model_are_kept():
-    pipe = text_pipelines.built("stable_diffusion")
+    pipe = text_encoders.built("stable_diffusion")
 
     @DiffusionModel(pipe).edit
     def edited(run):
@@ -346,7 +345,7 @@ def test_edits_of_the_model_are_kept():
 # Where a pipeline cannot draw them together
 
 
-class OneByOne(tiny.diffusers.StableDiffusionPipeline):
+class OneByOne(diffusion.diffusers.StableDiffusionPipeline):
     """Accepts a single prompt only."""
 
     def check_inputs(self, prompt, *args, **kwargs):
@@ -355,7 +354,7 @@ class OneByOne(tiny.diffusers.StableDiffusionPipeline):
         super().check_inputs(prompt, *args, **kwargs)
 
 
-class Loops(tiny.diffusers.StableDiffusionPipeline):
+class Loops(diffusion.diffusers.StableDiffusionPipeline):
     """Encodes one prompt after the other."""
 
     def encode_prompt(self, prompt, *args, **kwargs):
@@ -428,7 +427,7 @@ def test_a_prompt_that_this_encoder_cuts():
 
 @pytest.mark.parametrize("name", ["audioldm2", "stable_diffusion", "sana"])
 def test_a_prompt_that_ends_as_it_begins_is_not_truncated(name):
-    result = lens(name, text_pipelines.built(name), prompt="a red circle a red", layers=0)
+    result = lens(name, text_encoders.built(name), prompt="a red circle a red", layers=0)
     assert result.layers == (0,)
 
 
@@ -448,7 +447,7 @@ def test_a_pooled_vector_of_another_kind():
 
 def test_a_pipeline_that_makes_no_images():
     with pytest.raises(InputError, match="KandinskyV22PriorPipeline returns image_embeds: there is no image"):
-        lens("kandinsky_prior", text_pipelines.built("kandinsky_prior"))
+        lens("kandinsky_prior", text_encoders.built("kandinsky_prior"))
 
 
 def test_an_encoder_whose_use_is_not_found():
@@ -472,7 +471,7 @@ def test_the_result_says_how_it_was_made(tmp_path):
         "pooled": "full",
         "layers": ["embedding", 1],
     }
-    result = lens("stable_diffusion_xl", text_pipelines.built("stable_diffusion_xl"), **settings)
+    result = lens("stable_diffusion_xl", text_encoders.built("stable_diffusion_xl"), **settings)
     assert {name: getattr(result, name) for name in settings} == settings | {"layers": ("embedding", 1)}
     result.save(tmp_path)
     record = json.loads((tmp_path / "lens.json").read_text(encoding="utf-8"))
@@ -480,7 +479,7 @@ def test_the_result_says_how_it_was_made(tmp_path):
 
 
 def test_a_video_is_shown_by_its_middle_frame_and_saved_whole(tmp_path):
-    result = lens("cogvideox", text_pipelines.built("cogvideox"), layers=[0, -1])
+    result = lens("cogvideox", text_encoders.built("cogvideox"), layers=[0, -1])
     assert [len(frames) for frames in result.outputs] == [9, 9]
     assert all(difference(image, frames[4]) == 0 for image, frames in zip(result.images, result.outputs, strict=True))
     names = {path.name for path in result.save(tmp_path)}
@@ -490,14 +489,14 @@ def test_a_video_is_shown_by_its_middle_frame_and_saved_whole(tmp_path):
 
 
 def test_a_video_of_numbers_becomes_images():
-    result = lens("wan", text_pipelines.built("wan"), layers=-1)
+    result = lens("wan", text_encoders.built("wan"), layers=-1)
     frames = result.outputs[0]
     assert frames.shape == (5, 32, 32, 3)
     assert np.array_equal(np.asarray(result.images[0]), (frames[2] * 255).round().astype(np.uint8))
 
 
 def test_a_sound_is_shown_as_a_wave_and_saved_as_one(tmp_path):
-    result = lens("audioldm2", text_pipelines.built("audioldm2"), layers=["embedding"])
+    result = lens("audioldm2", text_encoders.built("audioldm2"), layers=["embedding"])
     assert result.rate == 16000
     assert result.outputs[0].shape == (256,)
     assert isinstance(result.images[0], Image.Image)

@@ -6,15 +6,14 @@ import warnings
 
 import numpy as np
 import pytest
-import text_pipelines
 import torch
-from text_pipelines import TEXT_PIPELINES
 
-import tiny
 from diffsight import DiffusionModel, encoder_patching
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.drawing import LensWarning
 from diffsight.lenses.linear_map import LinearMap
+from models import diffusion, text_encoders
+from models.text_encoders import TEXT_PIPELINES
 
 SOURCE, TARGET = "a red circle above a blue square", "a red square above a blue square"
 SEED = 4
@@ -80,7 +79,7 @@ def settings(name):
 
 
 def draw(name, pipe, prompt):
-    return pipe(prompt=prompt, **settings(name), generator=text_pipelines.generator(SEED))[0][0]
+    return pipe(prompt=prompt, **settings(name), generator=text_encoders.generator(SEED))[0][0]
 
 
 def state_of(name, pipe, encoder, layer, prompt):
@@ -134,7 +133,7 @@ def difference(a, b):
 
 @pytest.mark.parametrize(("name", "encoder"), KINDS)
 def test_every_layer_as_with_hooks_by_hand(name, encoder):
-    pipe = text_pipelines.built(name)
+    pipe = text_encoders.built(name)
     tokens = place_of(pipe, name, encoder, "circle", SOURCE)
     with warnings.catch_warnings():
         warnings.simplefilter("error", LensWarning)
@@ -156,7 +155,7 @@ def test_every_layer_as_with_hooks_by_hand(name, encoder):
 
 def test_words_and_layers_make_a_table_of_images():
     """With other words, into other words, from other layers."""
-    pipe, name = text_pipelines.built("stable_diffusion"), "stable_diffusion"
+    pipe, name = text_encoders.built("stable_diffusion"), "stable_diffusion"
     given = {
         "words": ["red circle", "above"],
         "into": ["blue square", 4],
@@ -176,7 +175,7 @@ def test_words_and_layers_make_a_table_of_images():
 
 
 def test_every_token_is_a_column():
-    result = patch("stable_diffusion", text_pipelines.built("stable_diffusion"), layers=["embedding"])
+    result = patch("stable_diffusion", text_encoders.built("stable_diffusion"), layers=["embedding"])
     assert result.words == ("a", "red", "circle → square", "above", "a", "blue", "square")
     assert result.tokens == tuple(range(i, i + 1) for i in range(1, 8))
     plain = result.target_image
@@ -185,7 +184,11 @@ def test_every_token_is_a_column():
 
 
 def test_spans_of_different_length():
-    pipe, name, target = text_pipelines.built("stable_diffusion"), "stable_diffusion", "a red photo above a blue square"
+    pipe, name, target = (
+        text_encoders.built("stable_diffusion"),
+        "stable_diffusion",
+        "a red photo above a blue square",
+    )
     source = "a red hex above a blue square"  # three tokens
     message = refusal(name, source=source, target=target, words="hex")
     assert "'hex' has 3 tokens in the source, but replaces 1 in the target, 'photo'" in message
@@ -197,7 +200,7 @@ def test_spans_of_different_length():
 
 
 def test_the_negative_prompt_is_not_patched():
-    pipe = text_pipelines.built("stable_diffusion")
+    pipe = text_encoders.built("stable_diffusion")
     arguments = settings("stable_diffusion") | {"negative_prompt": TARGET}
     model = DiffusionModel(pipe)
     given = {"words": "circle", "layers": [1], "seed": SEED, "batch_size": 1, "progress": False}
@@ -209,13 +212,13 @@ def test_the_negative_prompt_is_not_patched():
             hidden[:, 3] = state
 
     with hooked(pipe.text_encoder, 1, put):
-        wanted = pipe(prompt=TARGET, **arguments, generator=text_pipelines.generator(SEED))[0][0]
+        wanted = pipe(prompt=TARGET, **arguments, generator=text_encoders.generator(SEED))[0][0]
     assert difference(result.images[0][0], wanted) == 0
 
 
 def test_one_encoder_alone():
     """FLUX's T5 is patched, and its CLIP reads an empty prompt."""
-    pipe, name = text_pipelines.built("flux"), "flux"
+    pipe, name = text_encoders.built("flux"), "flux"
     given = {"words": "circle", "encoder": "text_encoder_2", "layers": [1]}
     result = patch(name, pipe, **given, isolate=True, batch_size=1)
     tokens = result.tokens[0]
@@ -237,12 +240,12 @@ def test_one_encoder_alone():
 def with_other_text_encoder(name="stable_diffusion"):
     """Another fine-tune: the same pipeline with other weights in its text encoder."""
     pipe = TEXT_PIPELINES[name].build()
-    pipe.text_encoder = tiny.clip_encoder(pipe.tokenizer, seed=9)
+    pipe.text_encoder = diffusion.clip_encoder(pipe.tokenizer, seed=9)
     return pipe
 
 
 def test_two_fine_tunes_as_two_runs_in_lockstep():
-    a, b = DiffusionModel(with_other_text_encoder()), DiffusionModel(text_pipelines.built("stable_diffusion"))
+    a, b = DiffusionModel(with_other_text_encoder()), DiffusionModel(text_encoders.built("stable_diffusion"))
     arguments = settings("stable_diffusion")
     given = {"words": "circle", "seed": SEED, "batch_size": 1, "progress": False}
     result = encoder_patching(b, SOURCE, TARGET, source_model=a, **given, **arguments)
@@ -258,10 +261,10 @@ def test_two_fine_tunes_as_two_runs_in_lockstep():
 def same_width():
     """Return an SDXL pipeline whose text encoders both have 32 features."""
     pipe = TEXT_PIPELINES["stable_diffusion_xl"].build()
-    pipe.text_encoder = tiny.clip_encoder(pipe.tokenizer, width=32, seed=6)
+    pipe.text_encoder = diffusion.clip_encoder(pipe.tokenizer, width=32, seed=6)
     sizes = {"cross_attention_dim": 64, "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 80}
     kinds = {"transformer_layers_per_block": (1, 2), "addition_embed_type": "text_time", "use_linear_projection": True}
-    pipe.unet = tiny.unet(**sizes, **kinds, seed=2)
+    pipe.unet = diffusion.unet(**sizes, **kinds, seed=2)
     return pipe
 
 
@@ -292,7 +295,7 @@ def fitted(pipe, **given):
 
 def test_a_linear_map_between_encoders_of_different_width():
     """Compared with NumPy's least squares on the states that hooks see."""
-    pipe, name = text_pipelines.built("stable_diffusion_xl"), "stable_diffusion_xl"
+    pipe, name = text_encoders.built("stable_diffusion_xl"), "stable_diffusion_xl"
     mapping = fitted(pipe, layers=[1], source_layers=[-3])
     x = np.concatenate([state_of(name, pipe, "text_encoder_2", 0, p)[0, 1:8].double() for p in PROMPTS])
     y = np.concatenate([state_of(name, pipe, "text_encoder", 1, p)[0, 1:8].double() for p in PROMPTS])
@@ -316,7 +319,7 @@ def test_a_linear_map_between_encoders_of_different_width():
 
 def test_maps_between_tokenizers_that_cut_words_differently():
     """T5 and CLIP, word by word."""
-    pipe = text_pipelines.built("stable_diffusion_3")
+    pipe = text_encoders.built("stable_diffusion_3")
     arguments = settings("stable_diffusion_3")
     given = {"encoder": "text_encoder_3", "source_encoder": "text_encoder_2", "layers": [0]}
     mapping = LinearMap().fit(DiffusionModel(pipe), PROMPTS, **given, progress=False, **arguments)
@@ -386,7 +389,7 @@ def test_a_prompt_that_one_encoder_cuts():
 def test_encoders_of_different_width_need_a_map():
     given = {"words": "circle", "encoder": "text_encoder", "source_encoder": "text_encoder_2"}
     assert "text_encoder_2 has 32 features and text_encoder 16" in refusal("stable_diffusion_xl", **given)
-    mapping = fitted(text_pipelines.built("stable_diffusion_xl"), layers=[0])
+    mapping = fitted(text_encoders.built("stable_diffusion_xl"), layers=[0])
     message = refusal("stable_diffusion_xl", **given, mapping=mapping, layers=1)
     assert "fitted for the layers 0 → 0, not 1 → 1" in message
     given |= {"encoder": "text_encoder_2", "source_encoder": "text_encoder", "mapping": mapping, "layers": 0}
@@ -400,7 +403,7 @@ def test_a_map_between_encoders_of_other_models(tmp_path):
     folder = tmp_path / "fine-tune"
     with_other_text_encoder().save_pretrained(folder)
     other = DiffusionModel(folder)
-    model, arguments = DiffusionModel(text_pipelines.built("stable_diffusion")), settings("stable_diffusion")
+    model, arguments = DiffusionModel(text_encoders.built("stable_diffusion")), settings("stable_diffusion")
     mapping = LinearMap().fit(model, PROMPTS, source_model=other, layers=[1], progress=False, **arguments)
     given = {"words": "circle", "layers": [1], "mapping": mapping, "progress": False, **arguments}
     with pytest.raises(InputError, match=r"fitted from .*fine-tune, text_encoder to StableDiffusionPipeline, text_enc"):
@@ -418,7 +421,7 @@ def test_a_map_that_was_never_fitted():
 
 def test_a_pipeline_without_a_text_encoder():
     with pytest.raises(InputError, match="DDPMPipeline has no text encoder"):
-        encoder_patching(DiffusionModel(tiny.ddpm()), SOURCE, TARGET)
+        encoder_patching(DiffusionModel(diffusion.ddpm()), SOURCE, TARGET)
 
 
 # The result
@@ -426,7 +429,10 @@ def test_a_pipeline_without_a_text_encoder():
 
 def test_the_result_says_how_it_was_made(tmp_path):
     result = patch(
-        "stable_diffusion", text_pipelines.built("stable_diffusion"), words=["red", "circle"], layers=["embedding", 1]
+        "stable_diffusion",
+        text_encoders.built("stable_diffusion"),
+        words=["red", "circle"],
+        layers=["embedding", 1],
     )
     names = {"grid.png", "source.png", "target.png", "lens.json"}
     names |= {f"{layer}_{word}.png" for layer in ("embedding", "layer_01") for word in ("01", "02")}

@@ -8,10 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-import writers
 
-import tiny
-import tiny_vision
 from diffsight import (
     DiffusionModel,
     VisionLanguageModel,
@@ -33,6 +30,7 @@ from diffsight.lenses.linear_map import LinearMap
 from diffsight.lenses.patchscope import TargetPrompt
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import Scene, Thing
+from models import diffusion, language, vision_language
 
 SOURCE, TARGET = "a red circle above a blue square", "a red square above a blue square"
 CIRCLE = 3  # the token in which they differ
@@ -43,7 +41,7 @@ LAYERS = [("embedding", "embedding"), (0, 0), (1, 1), (-1, COUNT - 1)]  # as the
 
 @pytest.fixture(scope="module")
 def pipe():
-    return DiffusionModel(tiny.stable_diffusion())
+    return DiffusionModel(diffusion.stable_diffusion())
 
 
 def point_of(layers, layer):
@@ -92,7 +90,7 @@ def test_diffusion_lens_without_layers(pipe):
 
 def test_the_last_layer_that_sdxl_uses():
     """The last but one of both encoders; the pooled vector of the second needs its last."""
-    model = DiffusionModel(tiny.stable_diffusion_xl())
+    model = DiffusionModel(diffusion.stable_diffusion_xl())
     plain = model.generate(TARGET, seed=3, **STEPS).images[0]
     count = model.encoders["text_encoder"].count
     result = diffusion_lens(model, TARGET, encoder="text_encoder", seed=3, progress=False, **STEPS)
@@ -167,7 +165,7 @@ def test_layer_fidelity(asked, layer):
 
 # Language models
 
-PROMPTS = writers.PROMPTS
+PROMPTS = language.PROMPTS
 TARGET_PROMPT = TargetPrompt("cat -> cat ?")
 WRITER_LAYERS = [("embedding", "embedding"), (0, 0), (2, 2), (-1, 3)]
 
@@ -269,7 +267,10 @@ def test_steering_the_embedding_of_several_prompts(model):
 def test_image_token_lens(tmp_path, asked, layer):
     from PIL import Image
 
-    model, image = VisionLanguageModel(tiny_vision.MODELS["llava"]()), Image.linear_gradient("L").convert("RGB")
+    model, image = (
+        VisionLanguageModel(vision_language.MODELS["llava"]()),
+        Image.linear_gradient("L").convert("RGB"),
+    )
     result = image_token_lens(model, "a red circle", image, layers=[asked, 1], tokens=[7])
     assert layer in result.layers
     with model.trace("a red circle", images=image) as run:

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-import tiny
+from models import diffusion
 
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """A folder in the diffusers format: `tiny.stable_diffusion()`."""
+    """A folder in the diffusers format: `diffusion.stable_diffusion()`."""
     folder = tmp_path_factory.mktemp("saved") / "pipe"
-    tiny.stable_diffusion().save_pretrained(folder)
+    diffusion.stable_diffusion().save_pretrained(folder)
     return folder
 
 

@@ -8,9 +8,9 @@ import diffusers
 import pytest
 import torch
 
-import tiny
 from diffsight import DiffusionModel, OutOfOrderError
 from diffsight.errors import AssignmentError, InputError, NeverReachedError
+from models import diffusion
 
 PROMPTS = ["a red circle", "a green square below"]
 NEGATIVE = ["a photo", "the blue"]
@@ -20,15 +20,15 @@ SEED = 5
 def lumina():
     """Gives its transformer the conditional branch first."""
     sizes = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 8}
-    sizes |= {"sample_size": tiny.SIDE // 8, "cross_attention_dim": tiny.WIDTH}
-    tokenizer = tiny.gemma_tokenizer()
-    return tiny._pipeline(
+    sizes |= {"sample_size": diffusion.SIDE // 8, "cross_attention_dim": diffusion.WIDTH}
+    tokenizer = diffusion.gemma_tokenizer()
+    return diffusion.quiet_pipeline(
         diffusers.LuminaPipeline,
         tokenizer=tokenizer,
-        text_encoder=tiny.gemma_encoder(tokenizer),
-        vae=tiny.vae(seed=1),
-        transformer=tiny.model(diffusers.LuminaNextDiT2DModel, **sizes, seed=2),
-        scheduler=tiny._flow(),
+        text_encoder=diffusion.gemma_encoder(tokenizer),
+        vae=diffusion.vae(seed=1),
+        transformer=diffusion.model(diffusers.LuminaNextDiT2DModel, **sizes, seed=2),
+        scheduler=diffusion.flow_scheduler(),
     )
 
 
@@ -57,7 +57,7 @@ class Case:
 
 
 def case(name, order="uncond cond", **changes):
-    kind = tiny.PIPELINES[name]
+    kind = diffusion.PIPELINES[name]
     return Case(kind.build, order, kind.denoiser_block, kind.text_encoder_layer, kind.inputs(), **changes)
 
 
@@ -435,17 +435,19 @@ def test_words_that_are_not_the_prompts():
 def test_embeddings_given_as_lists():
     """Z-Image gives its transformer lists of tensors, one a picture, each as long as its prompt."""
     sizes = {"in_channels": 16, "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
-    ropes = {"axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32], "cap_feat_dim": tiny.WIDTH}
-    tokenizer = tiny.gemma_tokenizer()
-    pipe = tiny._pipeline(
+    ropes = {"axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32], "cap_feat_dim": diffusion.WIDTH}
+    tokenizer = diffusion.gemma_tokenizer()
+    pipe = diffusion.quiet_pipeline(
         diffusers.ZImagePipeline,
         tokenizer=tokenizer,
-        text_encoder=tiny.gemma_encoder(tokenizer),
-        vae=tiny.vae(latent_channels=16, shift_factor=0.1, seed=1),
-        transformer=tiny.model(diffusers.ZImageTransformer2DModel, **sizes, **ropes, seed=2),
-        scheduler=tiny._flow(),
+        text_encoder=diffusion.gemma_encoder(tokenizer),
+        vae=diffusion.vae(latent_channels=16, shift_factor=0.1, seed=1),
+        transformer=diffusion.model(diffusers.ZImageTransformer2DModel, **sizes, **ropes, seed=2),
+        scheduler=diffusion.flow_scheduler(),
     )
-    texts = {name: [torch.randn(n, tiny.WIDTH) for n in (5, 6)] for name in ("prompt_embeds", "negative_prompt_embeds")}
+    texts = {
+        name: [torch.randn(n, diffusion.WIDTH) for n in (5, 6)] for name in ("prompt_embeds", "negative_prompt_embeds")
+    }
     inputs = {**_LUMINA, **texts, "num_inference_steps": 1, "num_images_per_prompt": 2}
     del inputs["clean_caption"]
     with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
@@ -457,14 +459,14 @@ def test_embeddings_given_as_lists():
 def test_videos_with_an_entry_a_frame():
     """AnimateDiff's UNet folds the frames into the batch."""
     motion = {"motion_layers_per_block": 1, "motion_norm_num_groups": 4, "motion_num_attention_heads": 2}
-    adapter = tiny.model(diffusers.MotionAdapter, block_out_channels=(16, 32), **motion, seed=3)
-    pipe = tiny._pipeline(
+    adapter = diffusion.model(diffusers.MotionAdapter, block_out_channels=(16, 32), **motion, seed=3)
+    pipe = diffusion.quiet_pipeline(
         diffusers.AnimateDiffPipeline,
-        vae=tiny.vae(seed=1),
-        unet=diffusers.UNetMotionModel.from_unet2d(tiny.unet(seed=2), adapter).eval(),
+        vae=diffusion.vae(seed=1),
+        unet=diffusers.UNetMotionModel.from_unet2d(diffusion.unet(seed=2), adapter).eval(),
         motion_adapter=adapter,
-        scheduler=diffusers.DDIMScheduler(**tiny._DDIM),
-        **tiny._text(tiny.clip_encoder, tiny.clip_tokenizer()),
+        scheduler=diffusers.DDIMScheduler(**diffusion.DDIM),
+        **diffusion.text_parts(diffusion.clip_encoder, diffusion.clip_tokenizer()),
     )
     inputs = {**CASES["stable_diffusion"].inputs(steps=1), "num_frames": 3}
     del inputs["num_images_per_prompt"]
@@ -524,8 +526,8 @@ def test_branches_are_only_where_they_part(path):
 
 
 def test_rows_of_one_prompt_and_of_several():
-    model = DiffusionModel(tiny.stable_diffusion())
-    one = {**tiny.PIPELINES["stable_diffusion"].inputs(), "num_images_per_prompt": 3, "seed": 0}
+    model = DiffusionModel(diffusion.stable_diffusion())
+    one = {**diffusion.PIPELINES["stable_diffusion"].inputs(), "num_images_per_prompt": 3, "seed": 0}
     with model.generate(**one) as run:
         (row,) = run.rows
         assert row.unet.mid_block.output is run.unet.mid_block.output
@@ -596,7 +598,7 @@ def test_gradients_reach_a_branch_of_a_row():
 
 
 def test_unconditional_pipelines_have_rows_and_no_branches():
-    tested = tiny.PIPELINES["ddpm"]
+    tested = diffusion.PIPELINES["ddpm"]
     inputs = {**tested.inputs(), "batch_size": 3}
     with DiffusionModel(tested.build()).generate(**inputs, seed=SEED) as run:
         for _ in run.steps:
@@ -617,7 +619,7 @@ def test_unconditional_pipelines_have_rows_and_no_branches():
 
 def test_three_branches_cannot_be_told():
     """Perturbed-attention guidance adds a third."""
-    pipe = tiny._family(diffusers.StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
+    pipe = diffusion.stable_diffusion_family(diffusers.StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
     inputs = {**CASES["stable_diffusion"].inputs(), "pag_scale": 2.0}
     for branch in ("cond", "uncond"):
         with pytest.raises(InputError, match="unet was given text that differs from what encode_prompt returned"):
@@ -654,9 +656,9 @@ def test_wrong_shapes_and_skips():
 
 
 def test_rows_and_branches_of_the_last_pass():
-    given = {**tiny.PIPELINES["stable_diffusion"].inputs(), "num_inference_steps": 2, "seed": SEED}
+    given = {**diffusion.PIPELINES["stable_diffusion"].inputs(), "num_inference_steps": 2, "seed": SEED}
     del given["prompt"]
-    model = DiffusionModel(tiny.stable_diffusion())
+    model = DiffusionModel(diffusion.stable_diffusion())
     with model.generate(**given) as run:
         with run.invoke(PROMPTS):
             shapes = [run.cond.rows[1].unet.mid_block.output.shape for _ in run.steps]

@@ -1,10 +1,9 @@
 """Every causal language model that transformers can build from a small configuration: names, accessors, bit-identity.
 
-Each is built from its default configuration, made small by the names of its fields (`architectures.py`)."""
+Each is built from its default configuration, made small by the names of its fields (`models/architectures.py`)."""
 
 import warnings
 
-import architectures
 import pytest
 import torch
 
@@ -12,6 +11,7 @@ from diffsight import LanguageModel
 from diffsight.errors import InputError, NeverReachedError, PointNotFoundError
 from diffsight.extending import tree_of
 from diffsight.pipelines.language.name_check import NamesWarning
+from models import architectures
 
 # What transformers itself cannot make of a small configuration alone.
 NOT_CONSTRUCTED = {

@@ -11,27 +11,27 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-import tiny
 from diffsight import DiffusionModel, OutOfOrderError
 from diffsight.errors import InputError, NoRunError, PointNotFoundError, RunClosedError
+from models import diffusion
 
 SEED = 3
 
 
 def with_second_order():
-    return tiny.with_second_order(tiny.stable_diffusion())
+    return diffusion.with_second_order(diffusion.stable_diffusion())
 
 
 # Heun's scheduler steps twice in every inference step but the last.
-SECOND_ORDER = tiny.Tiny(
+SECOND_ORDER = diffusion.SmallPipeline(
     with_second_order,
-    tiny.PIPELINES["stable_diffusion"].inputs,
+    diffusion.PIPELINES["stable_diffusion"].inputs,
     denoiser="unet",
     denoiser_block="unet.mid_block",
     text_encoder_layer="text_encoder.encoder.layers.1",
     steps=5,
 )
-KINDS = {**tiny.PIPELINES, "second_order": SECOND_ORDER}
+KINDS = {**diffusion.PIPELINES, "second_order": SECOND_ORDER}
 TEXT = [name for name, kind in KINDS.items() if kind.text_encoder_layer]
 LATENT = [name for name, kind in KINDS.items() if kind.decode]
 
@@ -48,10 +48,10 @@ def pipe(kind):
 
 @pytest.fixture
 def sd():
-    return tiny.stable_diffusion()
+    return diffusion.stable_diffusion()
 
 
-SD = tiny.PIPELINES["stable_diffusion"].inputs
+SD = diffusion.PIPELINES["stable_diffusion"].inputs
 
 
 # By hand
@@ -230,11 +230,11 @@ def test_nothing_runs_before_it_is_asked_for(sd):
 
 
 def test_pictures_and_videos_are_told_apart():
-    video = tiny.PIPELINES["ltx"]
+    video = diffusion.PIPELINES["ltx"]
     with pytest.raises(InputError, match="no images, it has frames"):
         _ = DiffusionModel(video.build()).generate(**video.inputs(), seed=0).images
     with pytest.raises(InputError, match="no frames, it has images"):
-        _ = DiffusionModel(tiny.stable_diffusion()).generate(**SD(), seed=0).frames
+        _ = DiffusionModel(diffusion.stable_diffusion()).generate(**SD(), seed=0).frames
 
 
 def test_an_error_of_the_pipeline_comes_out_as_it_is(sd):
@@ -263,7 +263,7 @@ def test_there_is_a_step_for_every_call_of_the_scheduler(kind, pipe):
 
 @pytest.mark.parametrize("sigmas", [[1.0, 0.5, 1e-3], [1.0, 0.6, 2e-4]])
 def test_timesteps_near_the_end_of_the_schedule_are_not_mistaken(sigmas):
-    kind = tiny.PIPELINES["flux"]  # tells its transformer t / 1000: 1.0 at the beginning
+    kind = diffusion.PIPELINES["flux"]  # tells its transformer t / 1000: 1.0 at the beginning
     pipe, inputs = kind.build(), {**kind.inputs(), "sigmas": sigmas}
     with recorded(pipe.scheduler, "step") as calls:
         draw(pipe, inputs)
@@ -296,7 +296,7 @@ def test_leaving_the_loop_early_lets_the_model_run_on(sd):
 
 def test_both_calls_of_two_call_guidance():
     for name in ("two_call_guidance", "wan"):
-        kind = tiny.PIPELINES[name]
+        kind = diffusion.PIPELINES[name]
         pipe = kind.build()
         calls = bare(kind)[1]["block"]
         assert len(calls) == 2 * kind.steps
@@ -324,7 +324,7 @@ class SteppingACopy(diffusers.DDPMPipeline):
 
 @pytest.fixture(params=["DDPMScheduler", "FlowMatchEulerDiscreteScheduler"])
 def copying(request):
-    return SteppingACopy(unet=tiny.ddpm().unet, scheduler=getattr(diffusers, request.param)())
+    return SteppingACopy(unet=diffusion.ddpm().unet, scheduler=getattr(diffusers, request.param)())
 
 
 def test_a_pipeline_that_steps_a_copy_of_its_scheduler(copying):
@@ -377,7 +377,7 @@ class TwoSamplers(diffusers.DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(self, generator=None):
-        sample = randn_tensor((1, 3, tiny.SIDE, tiny.SIDE), generator)
+        sample = randn_tensor((1, 3, diffusion.SIDE, diffusion.SIDE), generator)
         for net, scheduler, count in ((self.prior, self.prior_scheduler, 2), (self.unet, self.scheduler, 3)):
             scheduler.set_timesteps(count)
             for timestep in scheduler.timesteps:
@@ -388,7 +388,7 @@ class TwoSamplers(diffusers.DiffusionPipeline):
 def test_the_steps_of_two_samplers():
     ddpm = diffusers.DDPMScheduler()
     flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = TwoSamplers(tiny.ddpm().unet, flow, tiny.ddpm().unet, ddpm)
+    pipe = TwoSamplers(diffusion.ddpm().unet, flow, diffusion.ddpm().unet, ddpm)
     want = draw(pipe, {})
     told = flow.timesteps.tolist() + ddpm.timesteps.tolist()
     with DiffusionModel(pipe).generate(seed=SEED) as run:
@@ -407,14 +407,14 @@ class WithoutScheduler(diffusers.DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(self, generator=None):
-        sample = randn_tensor((1, 3, tiny.SIDE, tiny.SIDE), generator)
+        sample = randn_tensor((1, 3, diffusion.SIDE, diffusion.SIDE), generator)
         for timestep in (900, 500, 100):
             sample = sample - 0.1 * self.unet(sample, timestep).sample
         return diffusers.ImagePipelineOutput(images=sample)
 
 
 def test_without_a_scheduler_a_step_is_a_call_of_the_denoiser():
-    pipe = WithoutScheduler(tiny.ddpm().unet)
+    pipe = WithoutScheduler(diffusion.ddpm().unet)
     with recorded(pipe.unet.mid_block) as calls:
         want = draw(pipe, {})
     with DiffusionModel(pipe).generate(seed=SEED) as run:
@@ -676,7 +676,7 @@ def test_each_picture_of_a_batch_has_a_seed_of_its_own(kind, pipe):
 
 @pytest.mark.parametrize("seeds", [[9, 4], (7, 7)], ids=str)
 def test_a_seed_for_each_picture(sd, seeds):
-    inputs = batch_of(tiny.PIPELINES["stable_diffusion"])
+    inputs = batch_of(diffusion.PIPELINES["stable_diffusion"])
     batch = DiffusionModel(sd).generate(**inputs, seed=seeds).images
     assert len(batch) == 2
     for picture, prompt, seed in zip(batch, inputs["prompt"], seeds):
@@ -693,7 +693,7 @@ def test_several_pictures_of_each_prompt(sd):
 
 
 def test_several_videos_of_a_prompt():
-    kind = tiny.PIPELINES["ltx"]
+    kind = diffusion.PIPELINES["ltx"]
     pipe = kind.build()
     frames = DiffusionModel(pipe).generate(**kind.inputs(), num_videos_per_prompt=2, seed=5).frames
     for i in range(2):
@@ -737,7 +737,7 @@ def test_a_call_that_hides_its_arguments_can_be_seeded(sd):
 
 
 def test_two_models_in_lockstep_step_by_step():
-    a, b = tiny.stable_diffusion(), tiny.stable_diffusion()
+    a, b = diffusion.stable_diffusion(), diffusion.stable_diffusion()
     inputs, others = SD(), {**SD(), "prompt": "a green square"}
     with recorded(a.unet.mid_block) as calls:
         want_a = draw(a, inputs, seed=0)
@@ -759,7 +759,7 @@ def test_two_models_in_lockstep_step_by_step():
 
 
 def test_two_models_of_different_kinds_in_lockstep():
-    kinds = tiny.PIPELINES["stable_diffusion"], tiny.PIPELINES["two_call_guidance"]
+    kinds = diffusion.PIPELINES["stable_diffusion"], diffusion.PIPELINES["two_call_guidance"]
     pipes = [kind.build() for kind in kinds]
     wants = [draw(pipe, kind.inputs()) for kind, pipe in zip(kinds, pipes, strict=True)]
     x, y = (DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) for kind, pipe in zip(kinds, pipes, strict=True))
@@ -808,7 +808,7 @@ def test_the_model_means_its_innermost_run(sd):
 
 
 def test_a_component_is_exchanged(sd):
-    want = draw(tiny.with_second_order(tiny.stable_diffusion()), SD())
+    want = draw(diffusion.with_second_order(diffusion.stable_diffusion()), SD())
     model = DiffusionModel(sd)
     model.scheduler = diffusers.HeunDiscreteScheduler.from_config(model.scheduler.config)
     assert type(sd.scheduler) is diffusers.HeunDiscreteScheduler
@@ -820,7 +820,7 @@ def test_a_component_is_exchanged(sd):
 def test_an_exchanged_text_encoder_answers_to_the_standard_names(sd):
     model = DiffusionModel(sd)
     assert len(model.text_encoder.layers) == 3
-    model.text_encoder = model_two = tiny.clip_encoder(sd.tokenizer, seed=7)
+    model.text_encoder = model_two = diffusion.clip_encoder(sd.tokenizer, seed=7)
     assert model.text_encoder.ln_final._owner is model_two.final_layer_norm
     assert torch.equal(model.generate(**SD(), seed=SEED).images, draw(sd, SD()))
 
@@ -849,7 +849,7 @@ def test_casting(sd):
 @pytest.mark.parametrize("name", ["stable_diffusion", "flux"])
 @pytest.mark.parametrize("setting", ["enable_model_cpu_offload", "enable_group_offload", "enable_attention_slicing"])
 def test_offload_and_other_settings_keep_working(name, setting):
-    kind = tiny.PIPELINES[name]
+    kind = diffusion.PIPELINES[name]
     arguments = {
         "enable_model_cpu_offload": {"device": "cpu"},  # the hooks are those of an accelerator
         "enable_group_offload": {"onload_device": torch.device("cpu"), "offload_type": "leaf_level"},
@@ -912,7 +912,7 @@ def test_print_shows_the_parts(kind, pipe):
 
 
 def test_print_shows_the_standard_names():
-    _, names = repr(DiffusionModel(tiny.stable_diffusion_xl())).split("\nstandard names: ")
+    _, names = repr(DiffusionModel(diffusion.stable_diffusion_xl())).split("\nstandard names: ")
     assert set(names.split(", ")) == {
         "text_encoder.layers = text_encoder.encoder.layers",
         "text_encoder.ln_final = text_encoder.final_layer_norm",

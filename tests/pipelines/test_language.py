@@ -8,14 +8,14 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
-import tiny
 from diffsight import LanguageModel, OutOfOrderError
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.pipelines.language import smollm2
+from models import diffusion
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-TOKENIZER = tiny.gemma_tokenizer()
+TOKENIZER = diffusion.gemma_tokenizer()
 SIZE = len(TOKENIZER)
 PROMPT, LONGER = "a red circle", "a photo of a blue square above the red circle"
 SIZES = {"vocab_size": SIZE, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
@@ -108,7 +108,7 @@ def test_one_input_in_every_form(model, net, given):
 
 
 def test_chat_messages(net):
-    tokenizer = tiny.gemma_tokenizer()
+    tokenizer = diffusion.gemma_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %} the"
     model, messages = LanguageModel((net, tokenizer)), [{"role": "a", "content": PROMPT}]
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]

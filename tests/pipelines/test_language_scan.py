@@ -1,11 +1,11 @@
 """Scans of language models: masks that a model makes itself, mixtures of experts, encoders and decoders."""
 
-import architectures
 import pytest
 import torch
 import transformers
 
 from diffsight import LanguageModel
+from models import architectures
 
 IDS = architectures.tokens(2, 6)
 

@@ -3,20 +3,19 @@
 import shutil
 import warnings
 
-import architectures
 import pytest
 import torch
 import transformers
 
-import tiny
 from diffsight import LanguageModel
 from diffsight.errors import InputError
 from diffsight.extending import tree_of
 from diffsight.pipelines.language.name_check import NamesWarning
+from models import architectures, diffusion
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-TOKENIZER = tiny.gemma_tokenizer()
+TOKENIZER = diffusion.gemma_tokenizer()
 PROMPT = "a red circle"
 IDS = TOKENIZER(PROMPT, return_tensors="pt")["input_ids"]
 SIZES = {"vocab_size": len(TOKENIZER), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-import tiny
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
+from models import diffusion
 
 CLIP = "diffsight/shapes-clip"
-SD = tiny.PIPELINES["stable_diffusion"]
+SD = diffusion.PIPELINES["stable_diffusion"]
 MODULES = ("text_encoder", "unet", "vae")
 
 
@@ -20,7 +20,7 @@ MODULES = ("text_encoder", "unet", "vae")
 def loads(monkeypatch):
     """The modules whose weights have been read, by class, as they come."""
     read = []
-    for cls in (diffusers.ModelMixin, tiny.transformers.PreTrainedModel):
+    for cls in (diffusers.ModelMixin, diffusion.transformers.PreTrainedModel):
         plain = cls.from_pretrained.__func__
 
         def from_pretrained(cls, *args, plain=plain, **kwargs):
@@ -83,7 +83,7 @@ def test_looking_needs_no_weights(model, loads, look):
 def test_the_tree_is_that_of_the_loaded_pipeline(model):
     told = repr(model)
     assert "weights: not loaded yet" in told
-    assert "not loaded" not in repr(DiffusionModel(tiny.stable_diffusion()))
+    assert "not loaded" not in repr(DiffusionModel(diffusion.stable_diffusion()))
     live = repr(DiffusionModel(model.pipeline))
     assert told.replace("\nweights: not loaded yet, the first run loads them", "") == live == repr(model)
 
@@ -105,9 +105,9 @@ def test_a_repository_of_the_hub(saved, tmp_path, loads):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     model = quiet(DiffusionModel("owner/name", cache_dir=str(tmp_path), local_files_only=True))
-    assert model.scan(**SD.inputs(), seed=3).images.shape == (1, 3, tiny.SIDE, tiny.SIDE)
+    assert model.scan(**SD.inputs(), seed=3).images.shape == (1, 3, diffusion.SIDE, diffusion.SIDE)
     assert loads == []
-    assert torch.equal(model.generate(**SD.inputs(), seed=3).images, draw(tiny.stable_diffusion()))
+    assert torch.equal(model.generate(**SD.inputs(), seed=3).images, draw(diffusion.stable_diffusion()))
     assert len(loads) == 3
 
 
@@ -124,7 +124,7 @@ def test_a_repository_of_the_hub(saved, tmp_path, loads):
         lambda model: model.pipeline,
         lambda model: model.to("cpu"),
         lambda model: model.text_encoder(torch.tensor([[0, 1]])),
-        lambda model: model.text_encoder.layers[0].mlp(torch.zeros(1, 2, tiny.WIDTH)),
+        lambda model: model.text_encoder.layers[0].mlp(torch.zeros(1, 2, diffusion.WIDTH)),
         lambda model: model.encode_prompt("a red circle", "cpu", 1, False),
         lambda model: model.unet.conv_in.weight,
         lambda model: model.unet.state_dict(),
@@ -138,7 +138,7 @@ def test_using_the_model_loads_them(model, loads, use):
     assert sorted(loads) == ["AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel"]
     use(model)
     assert len(loads) == 3, "they are loaded once"
-    plain = weights(tiny.stable_diffusion())
+    plain = weights(diffusion.stable_diffusion())
     assert plain.keys() == weights(model.pipeline).keys()
     assert all(torch.equal(value, plain[name]) for name, value in weights(model.pipeline).items())
 
@@ -150,7 +150,7 @@ def test_at_once(saved, loads):
 
 
 def test_a_live_pipeline_is_taken_as_it_is(loads):
-    pipe = tiny.stable_diffusion()
+    pipe = diffusion.stable_diffusion()
     for dispatch in (False, True):
         assert DiffusionModel(pipe, dispatch=dispatch).pipeline is pipe
     assert loads == []
@@ -158,7 +158,7 @@ def test_a_live_pipeline_is_taken_as_it_is(loads):
 
 def test_attributes_are_those_of_the_loaded_modules(model):
     assert model.device == model.unet.device == torch.device("cpu")
-    plain = tiny.stable_diffusion()
+    plain = diffusion.stable_diffusion()
     assert torch.equal(model.unet.conv_in.weight, plain.unet.conv_in.weight)
 
 
@@ -166,13 +166,13 @@ def test_attributes_are_those_of_the_loaded_modules(model):
 
 
 def test_a_run_gives_the_bits_of_the_plain_pipeline(model):
-    assert torch.equal(quiet(model).generate(**SD.inputs(), seed=3).images, draw(tiny.stable_diffusion()))
+    assert torch.equal(quiet(model).generate(**SD.inputs(), seed=3).images, draw(diffusion.stable_diffusion()))
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion_3", "pixart_sigma", "sana", "wan", "cogvideox", "ltx", "flux"])
 def test_other_pipelines(tmp_path, name):
     """T5 with tied embeddings, tables of rotations that are in no file, types of weights that stay float32."""
-    kind = tiny.PIPELINES[name]
+    kind = diffusion.PIPELINES[name]
     kind.build().save_pretrained(tmp_path)
     pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     model = quiet(DiffusionModel(tmp_path))
@@ -194,7 +194,7 @@ def test_handles_taken_before_name_the_loaded_modules(model):
         seen = [layers[1].output.clone(), block.output.clone(), decode.input.clone()]
     assert all(module is modules[path] for path, module in model.pipeline.unet.named_modules())
     assert block._owner is model.pipeline.unet.mid_block
-    with DiffusionModel(tiny.stable_diffusion()).generate(**SD.inputs(), seed=3) as run:
+    with DiffusionModel(diffusion.stable_diffusion()).generate(**SD.inputs(), seed=3) as run:
         plain = [run.text_encoder.layers[1].output, run.unet.mid_block.output, run.vae.decode.input]
         assert all(torch.equal(a, b) for a, b in zip(seen, plain))
 
@@ -202,7 +202,7 @@ def test_handles_taken_before_name_the_loaded_modules(model):
 def test_a_component_exchanged_before_is_kept(model, loads, saved):
     scheduler = diffusers.EulerDiscreteScheduler.from_config(model.scheduler.config)
     model.scheduler = scheduler
-    other = tiny.vae(seed=9)
+    other = diffusion.vae(seed=9)
     model.vae = other
     images = quiet(model).generate(**SD.inputs(), seed=3).images
     assert model.pipeline.scheduler is scheduler and model.pipeline.vae is other
@@ -224,7 +224,7 @@ def test_the_objects_that_are_loaded_at_once_stay(model):
 @pytest.mark.parametrize("arguments", [{}, {"torch_dtype": torch.float16}, {"torch_dtype": {"unet": torch.float16}}])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
 def test_types_are_known_beforehand(tmp_path, arguments, stored):
-    tiny.stable_diffusion().to(stored).save_pretrained(tmp_path)
+    diffusion.stable_diffusion().to(stored).save_pretrained(tmp_path)
     model = DiffusionModel(tmp_path, **arguments)
     before = {name: model[name].dtype for name in MODULES}
     plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path, **arguments)
@@ -234,7 +234,7 @@ def test_types_are_known_beforehand(tmp_path, arguments, stored):
 
 def test_arguments_that_only_loading_needs(saved):
     model = DiffusionModel(saved, low_cpu_mem_usage=False, safety_checker=None, variant=None)
-    assert torch.equal(quiet(model).generate(**SD.inputs(), seed=3).images, draw(tiny.stable_diffusion()))
+    assert torch.equal(quiet(model).generate(**SD.inputs(), seed=3).images, draw(diffusion.stable_diffusion()))
 
 
 # Errors
@@ -260,4 +260,4 @@ def test_weights_that_cannot_be_read(saved, tmp_path):
         with pytest.raises(Exception, match=r"(?i)header|safetensors|incomplete"):
             model.generate(**SD.inputs(), seed=3).result
     file.write_bytes(whole)
-    assert torch.equal(model.generate(**SD.inputs(), seed=3).images, draw(tiny.stable_diffusion()))
+    assert torch.equal(model.generate(**SD.inputs(), seed=3).images, draw(diffusion.stable_diffusion()))

@@ -10,13 +10,13 @@ import huggingface_hub
 import pytest
 import torch
 
-import tiny
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.loading import DESCRIPTIONS, PACKAGED
+from models import diffusion
 
 CLIP = "diffsight/shapes-clip"
-CALL = tiny.PIPELINES["stable_diffusion"].inputs
+CALL = diffusion.PIPELINES["stable_diffusion"].inputs
 
 
 def draw(pipe):
@@ -32,7 +32,7 @@ def offline(monkeypatch):
 
 
 def test_a_live_pipeline_is_taken_as_it_is():
-    pipe = tiny.stable_diffusion()
+    pipe = diffusion.stable_diffusion()
     model = DiffusionModel(pipe)
     assert model.pipeline is pipe
     assert torch.equal(model.generate(**CALL(), seed=3).images, draw(pipe))
@@ -44,7 +44,7 @@ def test_a_folder(saved, kind):
     assert type(model.pipeline) is diffusers.StableDiffusionPipeline
     assert model.source == str(saved)
     model.set_progress_bar_config(disable=True)
-    assert torch.equal(model.generate(**CALL(), seed=3).images, draw(tiny.stable_diffusion()))
+    assert torch.equal(model.generate(**CALL(), seed=3).images, draw(diffusion.stable_diffusion()))
 
 
 @pytest.mark.parametrize("name", ["pipe", "./pipe", "deeper/pipe", "~/pipe"])
@@ -166,7 +166,7 @@ def test_something_that_names_no_pipeline(source):
 
 
 def test_a_live_pipeline_takes_no_arguments():
-    assert "torch_dtype" in refusal(tiny.ddpm(), torch_dtype=torch.float16)
+    assert "torch_dtype" in refusal(diffusion.ddpm(), torch_dtype=torch.float16)
 
 
 def test_an_empty_name():

@@ -2,7 +2,6 @@
 
 import warnings
 
-import architectures
 import pytest
 import torch
 import transformers
@@ -12,6 +11,7 @@ from diffsight import LanguageModel, OutOfOrderError
 from diffsight.errors import AssignmentError, InputError, PointNotFoundError
 from diffsight.pipelines.language.name_check import NamesWarning
 from diffsight.pipelines.standard_names import layer_names, model_names, standard_names
+from models import architectures
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

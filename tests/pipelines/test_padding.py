@@ -1,11 +1,11 @@
 """Texts of several lengths in one batch: each row is computed as it would be alone, in every kind of architecture."""
 
-import architectures
 import pytest
 import torch
 
 from diffsight import LanguageModel, logit_lens
 from diffsight.errors import InputError
+from models import architectures
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

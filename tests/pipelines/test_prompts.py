@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import tiny
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.prompts import PromptWarning
+from models import diffusion
 
 CLIP = "diffsight/shapes-clip"
 EMPTY = ["", "  \n", [""], ["a red circle", " "], []]
@@ -33,7 +33,7 @@ def watched(pipe):
 
 @pytest.fixture
 def sd():
-    return tiny.stable_diffusion()
+    return diffusion.stable_diffusion()
 
 
 def refusal(pipe, *args, **kwargs):
@@ -51,7 +51,7 @@ def refusal(pipe, *args, **kwargs):
 @pytest.mark.parametrize("prompt", EMPTY, ids=repr)
 @pytest.mark.parametrize("name", ["stable_diffusion", "flux", "pixart_sigma", "sana", "wan"])
 def test_an_empty_prompt(name, prompt):
-    message = refusal(tiny.PIPELINES[name].build(), prompt, seed=0)
+    message = refusal(diffusion.PIPELINES[name].build(), prompt, seed=0)
     assert "empty" in message
 
 
@@ -97,7 +97,7 @@ def test_one_of_several_prompts_is_too_long(sd):
 
 
 def test_an_encoder_without_a_start_token():
-    pipe = tiny.PIPELINES["pixart_sigma"].build()
+    pipe = diffusion.PIPELINES["pixart_sigma"].build()
     message = refusal(pipe, words(15) + " blue circle", seed=0, max_sequence_length=16)  # the 16th is the end
     assert "16" in message
     assert "'blue circle'" in message
@@ -105,14 +105,14 @@ def test_an_encoder_without_a_start_token():
 
 
 def test_the_default_length_of_the_pipeline_counts():
-    pipe = tiny.PIPELINES["cogvideox"].build()
+    pipe = diffusion.PIPELINES["cogvideox"].build()
     pipe.tokenizer.model_max_length = 512
     assert "226" in refusal(pipe, words(225) + " blue circle", seed=0)  # CogVideoX reads 226 tokens
     DiffusionModel(pipe).generate(words(225), seed=0)
 
 
 def test_one_tokenizer_that_takes_all_of_it_is_enough():
-    pipe = tiny.PIPELINES["stable_diffusion_3"].build()
+    pipe = diffusion.PIPELINES["stable_diffusion_3"].build()
     assert "77" in refusal(pipe, words(100), seed=0)
     pipe.tokenizer_3.model_max_length = 512  # T5's real length
     DiffusionModel(pipe).generate(words(100), seed=0, max_sequence_length=256)
@@ -143,7 +143,7 @@ def test_unknown_words_are_warned_of_at_the_users_line():
 
 
 def test_unknown_characters_of_another_tokenizer():
-    pipe = tiny.PIPELINES["pixart_sigma"].build()
+    pipe = diffusion.PIPELINES["pixart_sigma"].build()
     with pytest.warns(PromptWarning, match="does not know '北京'. It knows: .*▁red"):
         DiffusionModel(pipe).generate("a red 北京", seed=0)
 
@@ -152,7 +152,7 @@ def test_unknown_characters_of_another_tokenizer():
 def test_known_words_are_not_warned_of(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error", PromptWarning)
-        DiffusionModel(tiny.PIPELINES[name].build()).generate("a red circle above a blue square", seed=0)
+        DiffusionModel(diffusion.PIPELINES[name].build()).generate("a red circle above a blue square", seed=0)
 
 
 def test_the_words_of_the_scenes_are_known():
@@ -194,7 +194,7 @@ def test_a_list_of_seeds_of_the_wrong_length(sd, call, images, seeds):
 
 
 def test_a_list_of_seeds_of_the_wrong_length_for_unconditional_pictures():
-    assert "3 seeds for 2 images" in refusal(tiny.ddpm(), batch_size=2, seed=[1, 2, 3])
+    assert "3 seeds for 2 images" in refusal(diffusion.ddpm(), batch_size=2, seed=[1, 2, 3])
 
 
 def test_seed_and_generator_exclude_each_other(sd):
@@ -207,7 +207,7 @@ def test_seed_and_generator_exclude_each_other(sd):
 
 
 def test_an_argument_that_the_pipeline_does_not_have():
-    message = refusal(tiny.PIPELINES["flux"].build(), "a red circle", num_inference_step=3)
+    message = refusal(diffusion.PIPELINES["flux"].build(), "a red circle", num_inference_step=3)
     assert "FluxPipeline" in message
     assert "did you mean 'num_inference_steps'" in message
 
@@ -217,12 +217,12 @@ def test_an_argument_that_is_given_twice(sd):
 
 
 def test_a_prompt_for_a_pipeline_that_takes_none():
-    assert "prompt" in refusal(tiny.ddpm(), prompt="a red circle", seed=0)
-    assert "DDPMPipeline" in refusal(tiny.ddpm(), "a red circle", seed=0)
+    assert "prompt" in refusal(diffusion.ddpm(), prompt="a red circle", seed=0)
+    assert "DDPMPipeline" in refusal(diffusion.ddpm(), "a red circle", seed=0)
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "flux"])
 def test_a_mistyped_argument_is_refused_even_where_the_pipeline_would_ignore_it(name):
-    model = DiffusionModel(tiny.PIPELINES[name].build())
+    model = DiffusionModel(diffusion.PIPELINES[name].build())
     with pytest.raises(InputError, match=r"'num_inference_step'.*did you mean 'num_inference_steps'"):
         model.generate("a red circle", num_inference_step=3)

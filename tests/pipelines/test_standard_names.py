@@ -5,21 +5,25 @@ import torch
 import transformers
 from torch import nn
 
-import tiny
 from diffsight import DiffusionModel
 from diffsight.pipelines.standard_names import standard_names
+from models import diffusion
 
 TOKENS = torch.arange(5)[None] + 3
 
 
 def encoders():
-    clip, t5, gemma = tiny.clip_tokenizer(), tiny.t5_tokenizer(), tiny.gemma_tokenizer()
+    clip, t5, gemma = (
+        diffusion.clip_tokenizer(),
+        diffusion.t5_tokenizer(),
+        diffusion.gemma_tokenizer(),
+    )
     return {
-        "clip": tiny.clip_encoder(clip),
-        "clip_with_projection": tiny.clip_encoder(clip, projection=True),
-        "t5": tiny.t5_encoder(t5),
-        "umt5": tiny.t5_encoder(t5, family="UMT5"),
-        "gemma": tiny.gemma_encoder(gemma),
+        "clip": diffusion.clip_encoder(clip),
+        "clip_with_projection": diffusion.clip_encoder(clip, projection=True),
+        "t5": diffusion.t5_encoder(t5),
+        "umt5": diffusion.t5_encoder(t5, family="UMT5"),
+        "gemma": diffusion.gemma_encoder(gemma),
     }
 
 
@@ -57,7 +61,7 @@ def test_the_final_norm_gives_the_last_hidden_state(encoder):
     assert torch.equal(seen[0], last)
 
 
-TEXT = {name: kind for name, kind in tiny.PIPELINES.items() if kind.text_encoder_layer}
+TEXT = {name: kind for name, kind in diffusion.PIPELINES.items() if kind.text_encoder_layer}
 
 
 @pytest.mark.parametrize("kind", TEXT.values(), ids=TEXT)
@@ -84,7 +88,7 @@ def test_a_standard_name_and_the_real_one_are_the_same_point(kind):
 
 
 def test_only_encoders_have_them():
-    model = DiffusionModel(tiny.stable_diffusion())
+    model = DiffusionModel(diffusion.stable_diffusion())
     assert "layers" not in dir(model.unet)
     assert not hasattr(model.vae, "layers")
     assert not hasattr(model.unet, "ln_final")

@@ -1,12 +1,12 @@
 """What a model does between its last layer and its logits: `project_on_vocab` does the same."""
 
-import architectures
 import pytest
 import torch
 import transformers
 
 from diffsight import LanguageModel
 from diffsight.extending import tree_of
+from models import architectures
 
 # A norm and a head alone; a cap, a scale, a divisor, a scale before the head, several streams, another layout.
 KINDS = ("gpt2", "gemma2", "cohere", "granite", "minicpm3", "deepseek_v4", "xlnet")

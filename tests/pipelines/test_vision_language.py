@@ -3,7 +3,6 @@
 import base64
 import io
 
-import architectures
 import numpy as np
 import pytest
 import torch
@@ -11,15 +10,14 @@ import transformers
 from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-import tiny
-import tiny_vision
 from diffsight import VisionLanguageModel
 from diffsight.errors import InputError, PointNotFoundError, ScanError
 from diffsight.pipelines.vision_language.processors import placeholder
+from models import architectures, diffusion, vision_language
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-PICTURE = tiny.PICTURE
+PICTURE = diffusion.PICTURE
 OTHER = Image.radial_gradient("L").resize((48, 32)).convert("RGB")
 TEXT, LONGER = "a red circle", "a photo of a blue square above the red circle"
 FOUR = {"max_new_tokens": 4, "do_sample": False}
@@ -30,7 +28,7 @@ CHAT = (
 )
 
 
-@pytest.fixture(params=tiny_vision.MODELS)
+@pytest.fixture(params=vision_language.MODELS)
 def kind(request):
     return request.param
 
@@ -38,12 +36,12 @@ def kind(request):
 @pytest.fixture
 def both(kind):
     """A model, and its processor."""
-    return tiny_vision.MODELS[kind]()
+    return vision_language.MODELS[kind]()
 
 
 @pytest.fixture
 def llava():
-    return VisionLanguageModel(tiny_vision.llava())
+    return VisionLanguageModel(vision_language.llava())
 
 
 def bare_inputs(processor, text=TEXT, pictures=(PICTURE,), **more):
@@ -203,14 +201,14 @@ def test_layers_between_are_not_the_layers():
 @pytest.mark.parametrize(
     ("build", "side", "shape"),
     [
-        (tiny_vision.llava, 32, (4, 4)),
-        (lambda: tiny_vision.llava("full"), 32, (4, 4)),
-        (tiny_vision.llava_next, 64, (8, 8)),
-        (tiny_vision.paligemma, 32, (4, 4)),
-        (tiny_vision.gemma3, 32, (2, 2)),
-        (tiny_vision.qwen2_vl, 64, (4, 4)),
-        (tiny_vision.idefics3, 64, (4, 4)),
-        (lambda: tiny_vision.idefics3(splits=False), 32, (2, 2)),
+        (vision_language.llava, 32, (4, 4)),
+        (lambda: vision_language.llava("full"), 32, (4, 4)),
+        (vision_language.llava_next, 64, (8, 8)),
+        (vision_language.paligemma, 32, (4, 4)),
+        (vision_language.gemma3, 32, (2, 2)),
+        (vision_language.qwen2_vl, 64, (4, 4)),
+        (vision_language.idefics3, 64, (4, 4)),
+        (lambda: vision_language.idefics3(splits=False), 32, (2, 2)),
     ],
     ids=[
         "llava",
@@ -249,7 +247,7 @@ def test_the_grid_lies_on_the_picture(build, side, shape):
 
 
 def test_pictures_of_another_shape_have_another_grid():
-    model = VisionLanguageModel(tiny_vision.qwen2_vl())
+    model = VisionLanguageModel(vision_language.qwen2_vl())
     wide, high = Image.new("RGB", (64, 32), "red"), Image.new("RGB", (16, 48), "blue")
     run = model.trace([TEXT, LONGER], [[wide, high], [high]])
     assert [[tuple(grid.shape) for grid in row] for row in run.image_grids] == [[(2, 4), (3, 1)], [(3, 1)]]
@@ -261,7 +259,7 @@ def test_pictures_of_another_shape_have_another_grid():
 @torch.no_grad()
 def test_the_grid_of_tiles_without_their_padding():
     """LLaVA-NeXT has tokens of the picture as a whole, of its tiles, and of the ends of lines."""
-    model = VisionLanguageModel(tiny_vision.llava_next())
+    model = VisionLanguageModel(vision_language.llava_next())
     wide, high = Image.new("RGB", (64, 32), "red"), Image.new("RGB", (40, 60), "blue")
     run = model.trace([TEXT, LONGER], [[wide, high], [Image.new("RGB", (100, 30))]])
     assert [[tuple(grid.shape) for grid in row] for row in run.image_grids] == [[(4, 8), (8, 6)], [(2, 8)]]
@@ -277,7 +275,7 @@ def test_the_grid_of_tiles_without_their_padding():
 
 
 def test_several_pictures_have_a_grid_each():
-    for build in (tiny_vision.llava, tiny_vision.idefics3):
+    for build in (vision_language.llava, vision_language.idefics3):
         run = VisionLanguageModel(build()).trace([TEXT, LONGER, TEXT], [[PICTURE, OTHER], [PICTURE], None])
         assert [len(row) for row in run.image_grids] == [2, 1, 0]
         first, second = run.image_grids[0]
@@ -285,7 +283,7 @@ def test_several_pictures_have_a_grid_each():
 
 
 def test_tokens_of_a_resampler_lie_on_no_grid():
-    run = VisionLanguageModel(tiny_vision.idefics2()).trace(TEXT, PICTURE)
+    run = VisionLanguageModel(vision_language.idefics2()).trace(TEXT, PICTURE)
     with pytest.raises(InputError, match="lie on no grid, because Idefics2PerceiverResampler"):
         run.image_grids
     assert len(run.image_tokens[0]) == 4
@@ -369,13 +367,13 @@ def test_what_a_processor_has_made(llava):
 
 
 def test_placeholders_are_those_of_the_chat_template():
-    _, processor = tiny_vision.llava()
+    _, processor = vision_language.llava()
     assert placeholder(processor) == "<image>"
     processor.chat_template = CHAT
     assert placeholder(processor) == "<image>\n"
     processor.chat_template = "{{ messages[0]['role'] }}"
     assert placeholder(processor) == "<image>"
-    assert placeholder(tiny_vision.qwen2_vl()[1]) == "<|vision_start|><|image_pad|><|vision_end|>"
+    assert placeholder(vision_language.qwen2_vl()[1]) == "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def test_a_placeholder_in_the_text_stays_where_it_is(llava):
@@ -464,7 +462,7 @@ def test_edits(llava):
     assert not torch.equal(of(llava, PICTURE), of(llava, OTHER))
 
 
-@pytest.mark.parametrize("build", [tiny_vision.llava, tiny_vision.qwen2_vl, tiny_vision.paligemma])
+@pytest.mark.parametrize("build", [vision_language.llava, vision_language.qwen2_vl, vision_language.paligemma])
 def test_scans(build):
     model = VisionLanguageModel(build())
 
@@ -480,7 +478,7 @@ def test_scans(build):
 def test_a_scan_does_not_see_which_pictures_are_padding():
     with (
         pytest.raises(ScanError, match="asks for the values"),
-        VisionLanguageModel(tiny_vision.idefics3()).scan(TEXT, images=PICTURE) as run,
+        VisionLanguageModel(vision_language.idefics3()).scan(TEXT, images=PICTURE) as run,
     ):
         run.logits
 
@@ -498,7 +496,7 @@ def test_gradients_reach_the_pixels(llava):
 
 
 def test_a_folder(tmp_path):
-    net, processor = tiny_vision.llava()
+    net, processor = vision_language.llava()
     net.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     model = VisionLanguageModel(tmp_path)
@@ -509,7 +507,7 @@ def test_a_folder(tmp_path):
 
 
 def test_a_folder_without_a_processor(tmp_path):
-    net, processor = tiny_vision.llava()
+    net, processor = vision_language.llava()
     net.save_pretrained(tmp_path)
     model = VisionLanguageModel(tmp_path)
     with pytest.raises(InputError, match=r"text needs a processor, and the model has none: .*\(source, processor\)"):
@@ -521,7 +519,7 @@ def test_a_folder_without_a_processor(tmp_path):
 
 
 def test_names_of_ones_own(llava):
-    net, processor = tiny_vision.llava()
+    net, processor = vision_language.llava()
     model = VisionLanguageModel(net, processor, names={"vision": "model.vision_tower.encoder"})
     assert model.vision._owner is net.model.vision_tower.encoder
     with pytest.raises(InputError, match="no module 'nowhere'"):
@@ -578,7 +576,7 @@ def test_pictures_in_messages_and_besides(llava):
 
 
 def test_what_the_processor_refuses():
-    model = VisionLanguageModel(tiny_vision.paligemma())
+    model = VisionLanguageModel(vision_language.paligemma())
     with pytest.raises(InputError, match="PaliGemmaProcessor cannot take this input: `images` are expected"):
         model.trace(TEXT)
 
@@ -602,7 +600,7 @@ def test_no_model(source):
 
 
 def test_no_processor():
-    net, processor = tiny_vision.llava()
+    net, processor = vision_language.llava()
     with pytest.raises(InputError, match=r"the model has none: VisionLanguageModel\(\(model, processor\)\)"):
         VisionLanguageModel(net).trace(TEXT, PICTURE)
     with pytest.raises(

@@ -1,9 +1,9 @@
 """Errors in a cell say what to write instead."""
 
 import pytest
-from compat.notebooks.cells import EIFFEL, TOKENS, failing
 
 import diffsight.compat as nnsight
+from compat.notebooks.cells import EIFFEL, TOKENS, failing
 from diffsight.errors import InputError, OutOfOrderError, SourceError
 
 pytestmark = pytest.mark.usefixtures("no_gradients")

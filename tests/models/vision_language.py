@@ -17,7 +17,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-import tiny
+from models import diffusion
 
 # With torchvision the image processors of transformers are others: those named here (PIL) work without.
 
@@ -43,7 +43,7 @@ _VISION = {
 
 
 def _tokenizer(*special: str) -> Any:
-    tokenizer = tiny.gemma_tokenizer()
+    tokenizer = diffusion.gemma_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     return tokenizer
 

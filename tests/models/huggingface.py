@@ -1,7 +1,7 @@
 """Small random pipelines of transformers, one for each of many tasks, built from configurations without a model hub.
 
-tiny = PIPELINES["image-classification"]
-tiny.build()(*tiny.args, **tiny.kwargs)
+case = PIPELINES["image-classification"]
+diffusion.build()(*diffusion.args, **diffusion.kwargs)
 """
 
 import json
@@ -22,10 +22,9 @@ from transformers.models.segformer.image_processing_pil_segformer import Segform
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
-import tiny
-import tiny_vision
+from models import diffusion, vision_language
 
-PICTURE, TEXT = tiny.PICTURE, "a red circle above a blue square"
+PICTURE, TEXT = diffusion.PICTURE, "a red circle above a blue square"
 SOUND = {"raw": np.sin(np.linspace(0, 300, 1600)).astype(np.float32), "sampling_rate": 16000}
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -35,7 +34,7 @@ _SPEECH |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "m
 
 
 @dataclass(frozen=True)
-class Tiny:
+class TaskPipeline:
     """How to build and call a pipeline."""
 
     build: Callable[[], transformers.Pipeline]
@@ -50,7 +49,7 @@ class Tiny:
         return tuple(dict(value) if isinstance(value, dict) else value for value in self.given)
 
 
-PIPELINES: dict[str, Tiny] = {}
+PIPELINES: dict[str, TaskPipeline] = {}
 
 
 def _enter(task: str, layer: str, *args: Any, generates: bool = False, **kwargs: Any) -> Callable:
@@ -63,14 +62,14 @@ def _enter(task: str, layer: str, *args: Any, generates: bool = False, **kwargs:
                 model, rest = parts()
             return transformers.pipeline(task.split("/")[0], model=model.eval(), device="cpu", **rest)
 
-        PIPELINES[task] = Tiny(build, layer, args, kwargs, generates)
+        PIPELINES[task] = TaskPipeline(build, layer, args, kwargs, generates)
         return parts
 
     return enter
 
 
 def _tokenizer() -> Any:
-    return tiny.gemma_tokenizer()
+    return diffusion.gemma_tokenizer()
 
 
 def _bert(kind: str, **more: Any) -> Any:
@@ -150,7 +149,7 @@ def object_detection():
     "zero-shot-object-detection", "owlvit.vision_model.layers[1]", PICTURE, candidate_labels=["a", "the"], threshold=0.0
 )
 def zero_shot_object_detection():
-    tokenizer = tiny.clip_tokenizer()
+    tokenizer = diffusion.clip_tokenizer()
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     text = {**_SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 16, **ends}
     config = transformers.OwlViTConfig(text_config=text, vision_config=_VISION, projection_dim=32)
@@ -160,7 +159,7 @@ def zero_shot_object_detection():
 
 @_enter("zero-shot-image-classification", "vision_model.layers[1]", PICTURE, candidate_labels=["circle", "square"])
 def zero_shot_image_classification():
-    tokenizer = tiny.clip_tokenizer()
+    tokenizer = diffusion.clip_tokenizer()
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     text = {**_SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 77, **ends}
     config = transformers.CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=16)
@@ -229,5 +228,5 @@ def text_to_audio():
     "image-text-to-text", "layers[1]", generates=True, images=PICTURE, text="<image> a red circle", max_new_tokens=4
 )
 def image_text_to_text():
-    model, processor = tiny_vision.llava()
+    model, processor = vision_language.llava()
     return model, {"processor": processor}
