@@ -37,3 +37,27 @@ def gpt2():
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.tensor([[5, 17, 42]])
+
+
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def sd():
+    """A small Stable Diffusion pipeline."""
+    from models import diffusion
+
+    return diffusion.stable_diffusion()
+
+
+@pytest.fixture(scope="session")
+def saved_pipeline(tmp_path_factory):
+    """A folder in the format of diffusers with a small Stable Diffusion, whose text encoder has three layers."""
+    from models import diffusion
+
+    folder = tmp_path_factory.mktemp("saved") / "pipe"
+    diffusion.stable_diffusion().save_pretrained(folder)
+    return folder

@@ -8,7 +8,7 @@ import torch
 
 from compat.constants import TOKENS
 from diffsight.errors import InputError
-from models.nets import outputs, replaced
+from helpers import outputs, replaced
 
 
 def test_language_model(llm, gpt2, ids):

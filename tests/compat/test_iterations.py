@@ -13,7 +13,7 @@ import diffsight.compat as nnsight
 from compat.constants import TOKENS
 from diffsight.compat import NNsight
 from diffsight.errors import InputError, NoRunError, SourceError
-from models.nets import outputs, replaced
+from helpers import outputs, replaced
 
 
 def test_generated_tokens(llm, gpt2, ids):

@@ -9,7 +9,7 @@ from torch import nn
 import diffsight.compat as nnsight
 from compat.constants import HIDDEN_DIMS
 from diffsight.compat import NNsight
-from models.nets import outputs, replaced
+from helpers import outputs, replaced
 
 
 def test_model_editing(llm, gpt2, ids, other):

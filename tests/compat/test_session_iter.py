@@ -10,7 +10,7 @@ import torch
 import diffsight.compat as nnsight
 from compat.constants import INPUT_SIZE, TOKENS
 from diffsight.extending import flow_of
-from models.nets import outputs, replaced
+from helpers import outputs, replaced
 
 
 def test_iterative_interventions(tiny_model):

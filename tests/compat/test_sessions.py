@@ -7,7 +7,8 @@ from diffsight import Model
 from diffsight.compat import NNsight
 from diffsight.errors import AssignmentError, RunClosedError, SourceError
 from diffsight.extending import flow_of
-from models.nets import Net, footprint, inputs, outputs, replaced
+from helpers import footprint, outputs, replaced
+from models.nets import Net, inputs
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from torch import nn
 
 import diffsight.compat as nnsight
 from compat.constants import TOKENS
+from helpers import outputs
 from models import diffusion
-from models.nets import outputs
 
 
 @pytest.fixture

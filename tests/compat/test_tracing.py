@@ -10,7 +10,7 @@ import diffsight.compat as nnsight
 from compat.constants import HIDDEN_DIMS, OUTPUT_SIZE
 from diffsight.compat import Envoy, NNsight
 from diffsight.errors import NoRunError, OutOfOrderError
-from models.nets import footprint, outputs
+from helpers import footprint, outputs
 
 # ---- Tracing Context, Getting
 

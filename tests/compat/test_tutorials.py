@@ -7,8 +7,8 @@ from torch import nn
 import diffsight.compat as nnsight
 from compat.constants import TOKENS
 from diffsight.compat import DiffusionModel, Envoy
+from helpers import outputs, replaced
 from models import diffusion
-from models.nets import outputs, replaced
 
 
 def test_logit_lens(llm, gpt2, ids):

@@ -7,7 +7,8 @@ import torch
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import AssignmentError, NeverReachedError
-from models.nets import Calling, footprint, inputs, linear, outputs, replaced, with_input
+from helpers import footprint, outputs, replaced, with_input
+from models.nets import Calling, inputs, linear
 
 
 def test_assignments_in_any_order(net, x):

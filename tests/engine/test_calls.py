@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from diffsight import Model, OutOfOrderError
-from models.nets import WIDTH, Calling, inputs, linear, outputs, record, replaced
+from helpers import outputs, record, replaced
+from models.nets import WIDTH, Calling, inputs, linear
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch
 
 from diffsight import Model
 from diffsight.errors import InputError, SourceError
-from models.nets import outputs, replaced
+from helpers import outputs, replaced
 
 FACTOR = 3
 LATER = None

@@ -5,8 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from diffsight import Model
+from helpers import footprint, outputs
 from models.nets import Net as Logging
-from models.nets import footprint, outputs
 
 
 class Net(Logging):

@@ -5,7 +5,8 @@ import torch
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import NeverReachedError, RunClosedError
-from models.nets import Calling, Net, footprint, inputs, linear, replaced
+from helpers import footprint, replaced
+from models.nets import Calling, Net, inputs, linear
 
 # ---- skip
 

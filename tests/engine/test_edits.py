@@ -10,8 +10,9 @@ from torch import nn
 from diffsight import DiffusionModel, Model, OutOfOrderError
 from diffsight.errors import InputError, NeverReachedError, RunClosedError
 from diffsight.extending import owner_of, tree_of
+from helpers import footprint, outputs, replaced
 from models import diffusion
-from models.nets import footprint, inputs, linear, outputs, replaced
+from models.nets import inputs, linear
 
 
 class SAE(nn.Module):

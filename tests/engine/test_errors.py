@@ -16,7 +16,8 @@ from diffsight.errors import (
     PointNotFoundError,
     RunClosedError,
 )
-from models.nets import Calling, Net, footprint, inputs, linear
+from helpers import footprint
+from models.nets import Calling, Net, inputs, linear
 
 
 def last_line(error):
@@ -136,7 +137,7 @@ def test_no_step_that_far_back(net, x):
 # ---- errors of the model
 
 
-def failing(error):
+def net_raising(error):
     def fail(self, x):
         raise error  # in the model
 
@@ -165,7 +166,7 @@ WAYS = {
 @pytest.mark.parametrize("kind", [AttributeError, ValueError, KeyboardInterrupt], ids=lambda kind: kind.__name__)
 def test_the_models_own_error_surfaces_as_itself(kind, way, x):
     error = kind("the model's")
-    net = failing(error)
+    net = net_raising(error)
     clean = footprint(net)
     with pytest.raises(kind) as caught, Model(net).trace(x) as run:
         run.first.output
@@ -179,7 +180,7 @@ def test_the_models_own_error_surfaces_as_itself(kind, way, x):
 def test_an_attribute_error_of_an_unread_run(x):
     error = AttributeError("the model's")
     with pytest.raises(AttributeError) as caught:
-        Model(failing(error)).trace(x).result
+        Model(net_raising(error)).trace(x).result
     assert caught.value is error
 
 
@@ -188,7 +189,7 @@ def test_a_stop_iteration_of_the_model_ends_no_loop_silently(way, x):
     """`next(self.parameters())` in a module without any is how it comes about; a generator turns it to RuntimeError."""
     with (
         pytest.raises((StopIteration, RuntimeError)) as caught,
-        Model(failing(StopIteration("the model's"))).trace(x) as run,
+        Model(net_raising(StopIteration("the model's"))).trace(x) as run,
     ):
         run.first.output
         way(run)
@@ -196,7 +197,7 @@ def test_a_stop_iteration_of_the_model_ends_no_loop_silently(way, x):
 
 
 def test_after_an_error_of_the_model(x):
-    with Model(failing(ValueError("the model's"))).trace(x) as run:
+    with Model(net_raising(ValueError("the model's"))).trace(x) as run:
         value = run.first.output
         with pytest.raises(ValueError, match="the model's"):
             run.last.output

@@ -28,7 +28,8 @@ from diffsight.extending import (
     target_of,
     tree_of,
 )
-from models.nets import Net, footprint, inputs, outputs
+from helpers import footprint, outputs
+from models.nets import Net, inputs
 
 
 class Pipeline:

@@ -5,7 +5,8 @@ import torch
 
 from diffsight import LanguageModel, Model, OutOfOrderError
 from diffsight.errors import InputError, NoRunError, PointNotFoundError
-from models.nets import footprint, inputs, outputs
+from helpers import footprint, outputs
+from models.nets import inputs
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from diffsight import Model
-from models.nets import Net, footprint, outputs
+from helpers import footprint, outputs
+from models.nets import Net
 
 
 def test_a_fused_transformer_layer_is_taken_apart_where_something_in_it_is_read():

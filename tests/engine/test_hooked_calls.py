@@ -7,7 +7,8 @@ from torch import nn
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import NoRunError
 from diffsight.extending import run_of
-from models.nets import Branch, footprint, linear, outputs, replaced
+from helpers import footprint, outputs, replaced
+from models.nets import Branch, linear
 
 
 @pytest.fixture

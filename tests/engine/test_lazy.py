@@ -3,7 +3,8 @@
 import torch
 
 from diffsight import Model
-from models.nets import Net, footprint, inputs
+from helpers import footprint
+from models.nets import Net, inputs
 
 
 def test_nothing_runs_before_the_first_value(net, x):

@@ -12,7 +12,8 @@ import torch
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import AssignmentError, NeverReachedError
-from models.nets import Calling, Net, footprint, inputs, linear
+from helpers import footprint
+from models.nets import Calling, Net, inputs, linear
 
 
 class Interrupted(Net):

@@ -5,7 +5,8 @@ import torch
 
 from diffsight import Model
 from diffsight.errors import NoRunError
-from models.nets import Net, footprint, inputs, outputs, replaced
+from helpers import footprint, outputs, replaced
+from models.nets import Net, inputs
 
 
 def test_two_models_feed_each_other():

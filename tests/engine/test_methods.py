@@ -10,7 +10,8 @@ from torch import nn
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import NeverReachedError, PointNotFoundError
-from models.nets import Calling, Net, footprint, inputs, linear
+from helpers import footprint
+from models.nets import Calling, Net, inputs, linear
 
 
 class Coder(nn.Module):

@@ -5,7 +5,8 @@ import torch
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import NeverReachedError, PointNotFoundError
-from models.nets import Calling, Net, inputs, linear, outputs
+from helpers import outputs
+from models.nets import Calling, Net, inputs, linear
 
 # where the model stands, and what lies behind it
 BEHIND = [

@@ -5,7 +5,8 @@ import torch
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import InputError, PointNotFoundError, RunClosedError
-from models.nets import Calling, footprint, linear, outputs
+from helpers import footprint, outputs
+from models.nets import Calling, linear
 
 
 def test_keeps_every_layer(net, x):

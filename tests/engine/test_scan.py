@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from diffsight import DiffsightError, Model, OutOfOrderError
 from diffsight.errors import AssignmentError, NeverReachedError, ScanError
-from models.nets import WIDTH, Calling, Net, footprint, inputs, linear
+from helpers import footprint
+from models.nets import WIDTH, Calling, Net, inputs, linear
 
 
 def described(value):

@@ -13,7 +13,8 @@ import torch
 from greenlet import greenlet
 
 from diffsight import Model
-from models.nets import Calling, linear, outputs
+from helpers import outputs
+from models.nets import Calling, linear
 
 
 class Box:

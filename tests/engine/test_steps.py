@@ -5,7 +5,8 @@ import torch
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import InputError, NeverReachedError, RunClosedError
-from models.nets import Net, footprint, inputs, outputs, replaced
+from helpers import footprint, outputs, replaced
+from models.nets import Net, inputs
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import torch
 
 from diffsight import DiffsightError, Model
 from diffsight.extending import tree_of
-from models.nets import Net, footprint, inputs
+from helpers import footprint
+from models.nets import Net, inputs
 
 
 def one_run(model: Model, x: torch.Tensor, turn: int) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from diffsight import DiffsightError, Model
 from diffsight.errors import WrongThreadError
-from models.nets import Net, footprint, inputs, outputs
+from helpers import footprint, outputs
+from models.nets import Net, inputs
 
 
 def in_a_thread(function):

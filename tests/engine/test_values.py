@@ -8,7 +8,8 @@ from torch import nn
 
 from diffsight import DiffsightError, Model
 from diffsight.errors import AssignmentError, PointNotFoundError
-from models.nets import Calling, footprint, inputs, linear, outputs, record, replaced, with_input
+from helpers import footprint, outputs, record, replaced, with_input
+from models.nets import Calling, inputs, linear
 
 
 def test_values_are_the_models_own(net, x):

@@ -10,7 +10,8 @@ from torch import nn
 from diffsight import DiffsightError, Model
 from diffsight.extending import FORWARD, Target, Tree
 from diffsight.pipelines.weights import adopt
-from models.nets import WIDTH, Calling, Net, linear, replaced
+from helpers import replaced
+from models.nets import WIDTH, Calling, Net, linear
 
 
 class Later(Model):

@@ -14,14 +14,14 @@ from models import language
 PROMPTS = [*language.PROMPTS, "hello king", "in Paris and London"]
 
 
-def states(net, text, part=None):
+def layer_states(net, text, part=None):
     layers = net.transformer.h if part is None else [getattr(layer, part) for layer in net.transformer.h]
     return torch.stack([hidden[0] for hidden in language.hidden_states(net, layers, language.ids(text))])
 
 
 def test_the_last_token_of_each_prompt(net, model):
     found = collect_activations(model, PROMPTS, batch_size=2, progress=False)
-    expected = torch.stack([states(net, text)[:, -1] for text in PROMPTS], 1)
+    expected = torch.stack([layer_states(net, text)[:, -1] for text in PROMPTS], 1)
     assert found.values.shape == (4, 5, 32)
     assert torch.allclose(found.values, expected, atol=1e-5)
     assert found.prompts.tolist() == [0, 1, 2, 3, 4]
@@ -31,7 +31,7 @@ def test_the_last_token_of_each_prompt(net, model):
 def test_all_tokens(net, model):
     found = collect_activations(model, PROMPTS, layers=[1, 3], positions=None, batch_size=2, progress=False)
     for i, text in enumerate(PROMPTS):
-        expected = states(net, text)[[1, 3]]
+        expected = layer_states(net, text)[[1, 3]]
         assert torch.allclose(found.of_prompt(i), expected, atol=1e-5)
         assert found.positions[found.prompts == i].tolist() == list(range(expected.shape[1]))
 
@@ -39,7 +39,7 @@ def test_all_tokens(net, model):
 @pytest.mark.parametrize(("of", "part"), [("attentions_output", "attn"), ("mlps_output", "mlp")])
 def test_parts_of_layers(net, model, of, part):
     found = collect_activations(model, PROMPTS, of=of, positions=0)
-    expected = torch.stack([states(net, text, part)[:, 0] for text in PROMPTS], 1)
+    expected = torch.stack([layer_states(net, text, part)[:, 0] for text in PROMPTS], 1)
     assert torch.allclose(found.values, expected, atol=1e-5)
 
 

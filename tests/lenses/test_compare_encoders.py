@@ -40,7 +40,7 @@ def both(sd, if_):
     return compare_encoders({"CLIP": sd, "T5": if_}, PROMPTS, images=2, seed=3, **QUIET)
 
 
-def by_hand(model, prompt, name="", **settings):
+def states_by_hand(model, prompt, name="", **settings):
     """Return the hidden states of a prompt's own tokens, (layers, tokens, features), and these tokens as text."""
     tokenizer, encoder = (getattr(model.pipeline, part + name) for part in ("tokenizer", "text_encoder"))
     given = tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
@@ -115,7 +115,7 @@ def test_vectors_are_the_means_of_the_prompts_own_tokens(both, sd, if_):
         found = both[name]
         assert found.layers == ("embedding", 0, 1, 2)
         for i, prompt in enumerate(PROMPTS):
-            states, words = by_hand(model, prompt)
+            states, words = states_by_hand(model, prompt)
             if name == "T5":
                 states = states[:-1]  # transformers applies the norm to the last
             assert list(found.words[i]) == words
@@ -149,7 +149,7 @@ def test_nearest_prompts(both):
 
 
 def test_drift_of_tokens(both, sd):
-    states, words = by_hand(sd, PROMPTS[0])
+    states, words = states_by_hand(sd, PROMPTS[0])
     for to, end in (("last", -1), ("first", 0)):
         drift = both.drift("CLIP", prompt=0, to=to)
         assert drift.shape == (4, len(words))
@@ -176,7 +176,7 @@ def test_the_encoders_of_one_pipeline(sdxl):
     result = compare_encoders(sdxl, PROMPTS, images=0, **QUIET)
     assert list(result) == ["text_encoder", "text_encoder_2"]
     for name, suffix in (("text_encoder", ""), ("text_encoder_2", "_2")):
-        states, words = by_hand(sdxl, PROMPTS[2], suffix)
+        states, words = states_by_hand(sdxl, PROMPTS[2], suffix)
         layers = result[name].layers
         assert layers == ("embedding", *range(sdxl.encoders[name].used_count))
         assert list(result[name].words[2]) == words

@@ -13,10 +13,10 @@ from PIL import Image, ImageSequence
 from diffsight import DiffusionModel, diffusion_lens
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.drawing import LensWarning
+from helpers import first, largest_difference, not_called, refusal
 from models import diffusion, text_encoders
-from models.text_encoders import PROMPT, TEXT_PIPELINES
+from models.text_encoders import PROMPT, SEED, TEXT_PIPELINES, denoiser_of, draw_first
 
-SEED = 4
 ENCODERS = [
     ("stable_diffusion_2", "text_encoder"),
     ("clip_skip", "text_encoder"),
@@ -58,10 +58,6 @@ def parts(pipe, name):
     return [encoder.get_submodule(path) for path in lists[type(encoder).__name__]]
 
 
-def first(value):
-    return value[0] if isinstance(value, tuple) else value
-
-
 def hook(module, function, before=False):
     """Call `function(value, n)` at the n-th call. What it returns, if anything, replaces the value."""
     count = iter(range(1000))
@@ -97,11 +93,6 @@ def leaving(layers, layer):
             handle.remove()
 
 
-def draw(name, pipe, **changes):
-    kind = TEXT_PIPELINES[name]
-    return pipe(**kind.inputs(**changes), generator=text_encoders.generator(SEED))[0][0]
-
-
 def lens(name, pipe, **settings):
     arguments = TEXT_PIPELINES[name].inputs()
     arguments.pop("prompt")
@@ -109,14 +100,8 @@ def lens(name, pipe, **settings):
     return diffusion_lens(DiffusionModel(pipe), prompt, seed=SEED, progress=False, **settings, **arguments)
 
 
-def difference(a, b):
-    """Return the largest difference: in 255ths for images, as it is for sounds and for videos of floats."""
-    a, b = (np.asarray(one if not isinstance(one, list) else np.stack(list(map(np.asarray, one)))) for one in (a, b))
-    return np.abs(a.astype(float) - b.astype(float)).max()
-
-
 def close(a, b):
-    return difference(a, b) <= (2 if np.asarray(a).dtype == np.uint8 else 1e-4)
+    return largest_difference(a, b) <= (2 if np.asarray(a).dtype == np.uint8 else 1e-4)
 
 
 # Every encoder
@@ -132,14 +117,14 @@ def test_every_layer_as_with_hooks_by_hand(name, encoder):
         alone = lens(name, pipe, encoder=encoder, layers=0, batch_size=1)
     assert together.layers == ("embedding", *range(len(together.layers) - 1))
     assert len(together.layers) in (len(layers), len(layers) + 1)
-    plain = draw(name, pipe)
+    plain = draw_first(name, pipe)
     for layer, output in zip(together.layers, together.outputs, strict=True):
         with leaving(layers, layer):
-            wanted = draw(name, pipe)
+            wanted = draw_first(name, pipe)
         assert close(output, wanted)
         if layer == 0:
-            assert difference(alone.outputs[0], wanted) == 0
-            assert difference(wanted, plain) > 0  # the layer makes a difference
+            assert largest_difference(alone.outputs[0], wanted) == 0
+            assert largest_difference(wanted, plain) > 0  # the layer makes a difference
     assert close(together.outputs[-1], plain)
 
 
@@ -150,7 +135,7 @@ def test_the_encoders_run_once_for_all_layers(name):
     for path in (path for path in pipe.components if path.startswith("text_encoder")):
         layer = parts(pipe, path)[0][0].self_attn if path != "text_encoder_3" else parts(pipe, path)[0][0].layer[0]
         layer.register_forward_hook(lambda module, args, output, path=path: counts.setdefault(path, []).append(1))
-    draw(name, pipe)
+    draw_first(name, pipe)
     plain = {path: len(calls) for path, calls in counts.items()}
     counts.clear()
     lens(name, pipe, batch_size=2)
@@ -178,7 +163,7 @@ def test_a_negative_prompt_keeps_its_effect(given):
         )
     for layer, image in zip(result.layers, result.images, strict=True):
         with leaving(parts(pipe, "text_encoder")[0], layer):
-            assert close(image, draw("stable_diffusion_xl", pipe, negative_prompt="a photo of the blue"))
+            assert close(image, draw_first("stable_diffusion_xl", pipe, negative_prompt="a photo of the blue"))
     assert not close(result.images[0], lens("stable_diffusion_xl", pipe, layers="embedding").images[0])
 
 
@@ -188,14 +173,14 @@ def test_a_negative_prompt_that_is_the_prompt():
     del arguments["prompt"]
     result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=SEED, layers=[0, -1], progress=False, **arguments)
     with leaving(parts(pipe, "text_encoder")[0], 0):
-        assert close(result.images[0], draw("stable_diffusion", pipe, negative_prompt=PROMPT))
-    assert close(result.images[1], draw("stable_diffusion", pipe, negative_prompt=PROMPT))
+        assert close(result.images[0], draw_first("stable_diffusion", pipe, negative_prompt=PROMPT))
+    assert close(result.images[1], draw_first("stable_diffusion", pipe, negative_prompt=PROMPT))
 
 
 # The tutorial's settings
 
 
-def tokens(tokenizer, text, **settings):
+def token_ids(tokenizer, text, **settings):
     settings = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"} | settings
     return tokenizer([text], **settings).input_ids
 
@@ -203,7 +188,7 @@ def tokens(tokenizer, text, **settings):
 @contextlib.contextmanager
 def empty_prompt_for(pipe, name, **settings):
     """Pass the tokens of an empty prompt to the first call of an encoder."""
-    ids = tokens(getattr(pipe, name.replace("text_encoder", "tokenizer")), "", **settings)
+    ids = token_ids(getattr(pipe, name.replace("text_encoder", "tokenizer")), "", **settings)
     count = iter(range(1000))
 
     def put(module, args, kwargs):
@@ -235,7 +220,7 @@ def test_the_second_encoder_of_sdxl_alone(norm):
             hook(pipe.text_encoder_2, lambda output, call, taken=taken: put_state(output, call, taken[0])),
         ]
         with empty_prompt_for(pipe, "text_encoder"), torch.no_grad():
-            wanted = draw("stable_diffusion_xl", pipe)
+            wanted = draw_first("stable_diffusion_xl", pipe)
         for handle in handles:
             handle.remove()
         assert close(image, wanted)
@@ -255,14 +240,14 @@ def test_t5_of_flux_alone():
     result = lens("flux", pipe, encoder="text_encoder_2", isolate=True)
     for layer, image in zip(result.layers, result.images, strict=True):
         with empty_prompt_for(pipe, "text_encoder"), leaving(parts(pipe, "text_encoder_2")[0], layer):
-            assert close(image, draw("flux", pipe))
-    assert not close(result.images[-1], draw("flux", pipe))
+            assert close(image, draw_first("flux", pipe))
+    assert not close(result.images[-1], draw_first("flux", pipe))
 
 
 def test_isolating_the_only_encoder_changes_nothing():
     pipe = text_encoders.built("stable_diffusion")
     both = [lens("stable_diffusion", pipe, layers=0, isolate=isolate).images[0] for isolate in (False, True)]
-    assert difference(*both) == 0
+    assert largest_difference(*both) == 0
 
 
 def test_isolating_leaves_the_templates_of_others():
@@ -293,7 +278,7 @@ def test_norm_where_the_pipeline_takes_states_without_it(name):
     for layer, image in zip(result.layers, result.images, strict=True):
         normed = hook(pipe.text_encoder, lambda output, call: put_state(output, call, final(output.hidden_states[-2])))
         with leaving(layers, layer), torch.no_grad():
-            wanted = draw(name, pipe)
+            wanted = draw_first(name, pipe)
         normed.remove()
         assert close(image, wanted)
     assert not close(result.images[1], lens(name, pipe, layers=1).images[0])
@@ -302,7 +287,7 @@ def test_norm_where_the_pipeline_takes_states_without_it(name):
 def test_norm_where_the_pipeline_applies_it():
     pipe = text_encoders.built("stable_diffusion")
     both = [lens("stable_diffusion", pipe, layers=0, norm=norm).images[0] for norm in (False, True)]
-    assert difference(*both) == 0
+    assert largest_difference(*both) == 0
 
 
 def test_the_pooled_vector_of_the_layer_or_of_all():
@@ -311,8 +296,8 @@ def test_the_pooled_vector_of_the_layer_or_of_all():
         lens("flux", pipe, encoder="text_encoder", layers=0, pooled=p).images[0] for p in ("layer", "full")
     )
     with leaving(parts(pipe, "text_encoder")[0], 0):
-        assert difference(of_layer, draw("flux", pipe)) == 0
-    assert difference(full, draw("flux", pipe)) == 0  # CLIP's layers only affect its pooled vector
+        assert largest_difference(of_layer, draw_first("flux", pipe)) == 0
+    assert largest_difference(full, draw_first("flux", pipe)) == 0  # CLIP's layers only affect its pooled vector
     assert not close(of_layer, full)
 
 
@@ -339,7 +324,7 @@ def test_edits_of_the_model_are_kept():
             halved_again = hook(pipe.unet.mid_block, lambda output, call: output * 0.5)
             stack.callback(halved.remove)
             stack.callback(halved_again.remove)
-            assert close(image, draw("stable_diffusion", pipe))
+            assert close(image, draw_first("stable_diffusion", pipe))
 
 
 # Where a pipeline cannot draw them together
@@ -375,7 +360,7 @@ def test_a_pipeline_that_takes_one_prompt_at_a_time(cls):
         result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=SEED, progress=False, **arguments)
     assert [warning.filename for warning in seen if warning.category is LensWarning] == [__file__]
     wanted = lens("stable_diffusion", whole, batch_size=1)
-    assert [difference(a, b) for a, b in zip(result.images, wanted.images, strict=True)] == [0] * 4
+    assert [largest_difference(a, b) for a, b in zip(result.images, wanted.images, strict=True)] == [0] * 4
 
 
 def test_an_error_of_the_pipeline_is_its_own():
@@ -388,25 +373,21 @@ def test_an_error_of_the_pipeline_is_its_own():
 # What cannot be drawn
 
 
-def refusal(name, **settings):
+def lens_refusal(name, **settings):
     """Return the message of an invalid call of the lens, and check that the denoiser has not run."""
-    pipe, ran = TEXT_PIPELINES[name].build(), []
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    denoiser.register_forward_hook(lambda module, args, output: ran.append(module))
-    with pytest.raises(InputError) as error:
-        lens(name, pipe, **settings)
-    assert not ran
-    return str(error.value)
+    pipe = TEXT_PIPELINES[name].build()
+    with not_called(denoiser_of(pipe)):
+        return refusal(lens, name, pipe, **settings)
 
 
 def test_an_encoder_that_does_not_exist():
-    message = refusal("flux", encoder="text_encoder_3")
+    message = lens_refusal("flux", encoder="text_encoder_3")
     assert "no text encoder 'text_encoder_3'" in message
     assert "it has text_encoder, text_encoder_2" in message
 
 
 def test_layers_that_the_pipeline_does_not_use():
-    message = refusal("lumina", layers=-1)
+    message = lens_refusal("lumina", layers=-1)
     assert "layer -1 has no effect" in message
     assert 'choose from "embedding" and 0 to 1' in message
 
@@ -432,17 +413,17 @@ def test_a_prompt_that_ends_as_it_begins_is_not_truncated(name):
 
 
 def test_an_encoder_without_a_final_norm():
-    message = refusal("audioldm2", encoder="text_encoder", norm=True)
+    message = lens_refusal("audioldm2", encoder="text_encoder", norm=True)
     assert "text_encoder has no final norm" in message
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "2"], ids=repr)
 def test_an_invalid_batch_size(size):
-    assert "batch_size" in refusal("stable_diffusion", batch_size=size)
+    assert "batch_size" in lens_refusal("stable_diffusion", batch_size=size)
 
 
 def test_a_pooled_vector_of_another_kind():
-    assert '"layer" or "full", not \'empty\'' in refusal("flux", pooled="empty")
+    assert '"layer" or "full", not \'empty\'' in lens_refusal("flux", pooled="empty")
 
 
 def test_a_pipeline_that_makes_no_images():
@@ -481,7 +462,9 @@ def test_the_result_says_how_it_was_made(tmp_path):
 def test_a_video_is_shown_by_its_middle_frame_and_saved_whole(tmp_path):
     result = lens("cogvideox", text_encoders.built("cogvideox"), layers=[0, -1])
     assert [len(frames) for frames in result.outputs] == [9, 9]
-    assert all(difference(image, frames[4]) == 0 for image, frames in zip(result.images, result.outputs, strict=True))
+    assert all(
+        largest_difference(image, frames[4]) == 0 for image, frames in zip(result.images, result.outputs, strict=True)
+    )
     names = {path.name for path in result.save(tmp_path)}
     assert names == {"grid.png", "layer_00.png", "layer_00.gif", "layer_02.png", "layer_02.gif", "lens.json"}
     with Image.open(tmp_path / "layer_02.gif") as film:

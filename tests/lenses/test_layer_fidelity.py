@@ -33,7 +33,7 @@ def drawn(model):
 
 
 @torch.no_grad()
-def draw(pipe, scene, layer, seed):
+def draw_layer(pipe, scene, layer, seed):
     """Draw a scene's caption from a layer, with plain diffusers."""
     encoder = pipe.text_encoder
     ids = pipe.tokenizer([scene.caption()], padding="max_length", return_tensors="pt").input_ids
@@ -184,7 +184,7 @@ def test_images_are_those_of_plain_diffusers(model, drawn):
     model.pipeline.set_progress_bar_config(disable=True)
     for column, layer in enumerate(drawn.layers):
         for i, scene in enumerate(asked):
-            image = draw(model.pipeline, scene, layer, seed=3 + i)
+            image = draw_layer(model.pipeline, scene, layer, seed=3 + i)
             assert drawn.seen[i][column] == read_scene(image)
             if len(scene.things) == 2:
                 seen = drawn.seen[i][column]

@@ -20,7 +20,7 @@ from models import architectures, language
 PROMPTS = language.PROMPTS
 
 
-def by_hand(net, text):
+def probabilities_by_hand(net, text):
     """Return the probabilities of a GPT-2, (layers, tokens, vocabulary)."""
     states = language.hidden_states(net, net.transformer.h, language.ids(text))
     with torch.no_grad():
@@ -29,7 +29,7 @@ def by_hand(net, text):
 
 def test_all_layers_and_positions(net, model):
     result = logit_lens(model, PROMPTS[0], top_k=3)
-    expected = by_hand(net, PROMPTS[0])
+    expected = probabilities_by_hand(net, PROMPTS[0])
     assert result.ids.shape == (1, 4, len(language.ids(PROMPTS[0])[0]), 3)
     top = expected.topk(3)
     assert torch.equal(result.ids[0], top.indices)
@@ -41,7 +41,7 @@ def test_all_layers_and_positions(net, model):
 def test_each_prompt_of_a_padded_batch_as_if_alone(net, model):
     result = logit_lens(model, PROMPTS, batch_size=2, progress=False)
     for i, text in enumerate(PROMPTS):
-        expected = by_hand(net, text).topk(5)
+        expected = probabilities_by_hand(net, text).topk(5)
         one = result[i]
         assert one.prompts == (text,)
         assert "".join(one.inputs[0]) == text
@@ -58,7 +58,7 @@ def test_chosen_positions_count_the_tokens_of_each_prompt(net, model, places):
     for i, text in enumerate(PROMPTS):
         own = places[i] if isinstance(places, list) and isinstance(places[0], list) else places
         own = [own] if isinstance(own, int) else own
-        expected = by_hand(net, text)[[1, 3]][:, own]
+        expected = probabilities_by_hand(net, text)[[1, 3]][:, own]
         assert torch.allclose(result.logits[i].softmax(-1), expected, atol=1e-5)
 
 
@@ -66,7 +66,7 @@ def test_chosen_tokens(net, model):
     paris = model.token_id(" Paris")
     result = logit_lens(model, PROMPTS[0], tokens=[" Paris", 7])
     assert result.tokens == (paris, 7)
-    expected = by_hand(net, PROMPTS[0])[..., [paris, 7]]
+    expected = probabilities_by_hand(net, PROMPTS[0])[..., [paris, 7]]
     assert torch.allclose(result.token_probabilities[0], expected, atol=1e-6)
     assert logit_lens(model, PROMPTS[0], tokens=" Paris").tokens == (paris,)
 

@@ -17,7 +17,7 @@ SHORT = TargetPrompt("cat -> cat ?")
 
 
 @torch.no_grad()
-def by_hand(net, hidden, layer, target):
+def logits_by_hand(net, hidden, layer, target):
     """The logits of the token after the target prompt, with `hidden` put into it."""
 
     def put(module, args, output):
@@ -30,7 +30,7 @@ def by_hand(net, hidden, layer, target):
     return logits
 
 
-def states(net, text, position=-1):
+def states_at(net, text, position=-1):
     return [hidden[0, position] for hidden in language.hidden_states(net, net.transformer.h, language.ids(text))]
 
 
@@ -39,8 +39,8 @@ def test_every_prompt_at_every_layer(net, model, batch_size):
     result = patchscope_lens(model, PROMPTS, target=SHORT, keep_logits=True, batch_size=batch_size, progress=False)
     assert result.logits.shape == (3, 4, 1, len(language.TOKENIZER))
     for i, text in enumerate(PROMPTS):
-        for layer, hidden in enumerate(states(net, text)):
-            expected = by_hand(net, hidden, layer, SHORT)
+        for layer, hidden in enumerate(states_at(net, text)):
+            expected = logits_by_hand(net, hidden, layer, SHORT)
             assert torch.allclose(result.logits[i, layer, 0], expected, atol=1e-5)
     assert result.prompts == tuple(PROMPTS)
     assert result.lens == "patchscope_lens"
@@ -52,13 +52,13 @@ def test_another_layer_position_and_target(net, model):
     result = patchscope_lens(model, PROMPTS, keep_logits=True, **options)
     for i, (text, position) in enumerate(zip(PROMPTS, (0, 2, -2))):
         for j, layer in enumerate((1, 3)):
-            expected = by_hand(net, states(net, text, position)[layer], 0, targets[i])
+            expected = logits_by_hand(net, states_at(net, text, position)[layer], 0, targets[i])
             assert torch.allclose(result.logits[i, j, 0], expected, atol=1e-5)
     assert [words[0] for words in result.inputs][:2] == ["T" if len(result.inputs[0][0]) == 1 else "The", " sat"]
 
 
 def test_hidden_states_in_the_place_of_prompts(net, model):
-    given = torch.stack(states(net, PROMPTS[0]))[:, None]
+    given = torch.stack(states_at(net, PROMPTS[0]))[:, None]
     result = patchscope_lens(model, given, target=SHORT, keep_logits=True)
     expected = patchscope_lens(model, PROMPTS[0], target=SHORT, keep_logits=True)
     assert torch.allclose(result.logits, expected.logits, atol=1e-6)
@@ -79,8 +79,8 @@ def test_generation(net, model):
     assert result.layers == (0, 2)
     for i, text in enumerate(PROMPTS[:2]):
         for j, layer in enumerate((0, 2)):
-            hidden = states(net, text)[layer]
-            first = by_hand(net, hidden, layer, SHORT).argmax()
+            hidden = states_at(net, text)[layer]
+            first = logits_by_hand(net, hidden, layer, SHORT).argmax()
             assert result.texts[i][j].startswith(language.TOKENIZER.decode(first))
     assert str(result).splitlines()[0] == PROMPTS[0]
     assert str(result).splitlines()[2] == f"   2  {result.texts[0][1]!r}"
@@ -88,7 +88,7 @@ def test_generation(net, model):
 
 def test_generation_goes_through_the_layers_that_were_patched(net, model):
     hidden = torch.zeros(1, 2, 32)
-    hidden[0, 0], hidden[0, 1] = states(net, PROMPTS[0])[1], states(net, PROMPTS[1])[1]
+    hidden[0, 0], hidden[0, 1] = states_at(net, PROMPTS[0])[1], states_at(net, PROMPTS[1])[1]
     result = patchscope_generate(model, hidden, target=SHORT, layers=1, max_new_tokens=5)
     with model.generate(SHORT.text, max_new_tokens=5) as run:
         run.layers_output[1][0, -1] = hidden[0, 1]

@@ -1,12 +1,11 @@
 """Small random language models that read text, for the tests of lenses."""
 
-from typing import Any
-
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from diffsight import LanguageModel
+from models.building import build
 
 PROMPTS = ["The Eiffel Tower is in the city of", "A cat sat on the", "The capital of France is"]
 _TEXTS = [*PROMPTS, "Paris London Madrid Rome", "in Paris and London, in Madrid and Rome", "cat hello king -> ?"]
@@ -26,12 +25,6 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 TOKENIZER = tokenizer()
 SIZES = {"vocab_size": len(TOKENIZER), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-
-
-def build(cls: Any, config: Any) -> torch.nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return cls(config).eval()
 
 
 def gpt2() -> torch.nn.Module:

@@ -4,9 +4,7 @@
 leave behind on a module.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -86,63 +84,3 @@ def linear(seed: int = 0) -> nn.Linear:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return nn.Linear(WIDTH, WIDTH)
-
-
-@contextmanager
-def record(module: nn.Module) -> Iterator[list[tuple[tuple, dict, Any]]]:
-    """(args, kwargs, output) of every call of `module`, from an ordinary hook."""
-    calls: list[tuple[tuple, dict, Any]] = []
-    handle = module.register_forward_hook(
-        lambda _, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True
-    )
-    try:
-        yield calls
-    finally:
-        handle.remove()
-
-
-def outputs(module: nn.Module, call: Callable, *args: Any, **kwargs: Any) -> list[Any]:
-    """What `module` returned in each of its calls during `call(*args, **kwargs)`."""
-    with record(module) as calls:
-        call(*args, **kwargs)
-    return [out for _, _, out in calls]
-
-
-@contextmanager
-def replaced(module: nn.Module, edit: Callable[[Any], Any], only: int | None = None) -> Iterator[None]:
-    """Gives `edit(output)` for the output of `module`, in call number `only` or in all, from an ordinary hook."""
-    count = -1
-
-    def hook(_, args, out):
-        nonlocal count
-        count += 1
-        return edit(out) if only in (None, count) else None
-
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def with_input(module: nn.Module, value: Any, call: Callable[[], Any]) -> Any:
-    """`call()`, with `value` as the first argument of every call of `module`, from an ordinary hook."""
-    handle = module.register_forward_pre_hook(lambda _, args: (value, *args[1:]))
-    try:
-        return call()
-    finally:
-        handle.remove()
-
-
-def footprint(net: nn.Module) -> dict[str, tuple]:
-    """What a run could leave behind: classes, hooks, overridden forward passes, attributes of every module."""
-    return {
-        name: (
-            type(module),
-            list(module._forward_hooks.values()),
-            list(module._forward_pre_hooks.values()),
-            module.__dict__.get("forward"),
-            set(module.__dict__),
-        )
-        for name, module in net.named_modules()
-    }

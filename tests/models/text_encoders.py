@@ -20,6 +20,7 @@ from models import diffusion
 from models.diffusion import SIDE, WIDTH
 
 PROMPT = "a red circle above a blue square"
+SEED = 4
 
 
 @dataclass(frozen=True)
@@ -312,3 +313,13 @@ def built(name: str) -> diffusers.DiffusionPipeline:
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def denoiser_of(pipe: diffusers.DiffusionPipeline) -> torch.nn.Module:
+    """Return the UNet or the transformer of a pipeline."""
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
+def draw_first(name: str, pipe: diffusers.DiffusionPipeline, **changes: Any) -> Any:
+    """Return the first image, video or sound that the bare pipeline makes with `SEED`."""
+    return pipe(**TEXT_PIPELINES[name].inputs(**changes), generator=generator(SEED))[0][0]

@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from models import diffusion
+from models.building import build
 
 # With torchvision the image processors of transformers are others: those named here (PIL) work without.
 
@@ -48,12 +49,6 @@ def _tokenizer(*special: str) -> Any:
     return tokenizer
 
 
-def _built(cls: type, config: Any) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return cls(config).eval()
-
-
 def llava(strategy: str = "default") -> tuple[Any, Any]:
     """16 tokens a picture, 4 x 4; with strategy "full" also the class token, first."""
     tokenizer = _tokenizer("<image>")
@@ -70,7 +65,7 @@ def llava(strategy: str = "default") -> tuple[Any, Any]:
         image_token_index=processor.image_token_id,
         vision_feature_select_strategy=strategy,
     )
-    return _built(transformers.LlavaForConditionalGeneration, config), processor
+    return build(transformers.LlavaForConditionalGeneration, config), processor
 
 
 def llava_next() -> tuple[Any, Any]:
@@ -90,7 +85,7 @@ def llava_next() -> tuple[Any, Any]:
         image_grid_pinpoints=tiles,
         vision_feature_select_strategy="default",
     )
-    return _built(transformers.LlavaNextForConditionalGeneration, config), processor
+    return build(transformers.LlavaNextForConditionalGeneration, config), processor
 
 
 class _WithoutVideos(transformers.Qwen2VLProcessor):
@@ -116,7 +111,7 @@ def qwen2_vl() -> tuple[Any, Any]:
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
-    return _built(transformers.Qwen2VLForConditionalGeneration, config), processor
+    return build(transformers.Qwen2VLForConditionalGeneration, config), processor
 
 
 def idefics2() -> tuple[Any, Any]:
@@ -131,7 +126,7 @@ def idefics2() -> tuple[Any, Any]:
         text_config={"model_type": "mistral", "vocab_size": len(tokenizer), **_TEXT},
         image_token_id=processor.image_token_id,
     )
-    return _built(transformers.Idefics2ForConditionalGeneration, config), processor
+    return build(transformers.Idefics2ForConditionalGeneration, config), processor
 
 
 def idefics3(splits: bool = True) -> tuple[Any, Any]:
@@ -148,7 +143,7 @@ def idefics3(splits: bool = True) -> tuple[Any, Any]:
         text_config={"model_type": "llama", "vocab_size": len(tokenizer), **_TEXT},
         image_token_id=processor.image_token_id,
     )
-    return _built(transformers.Idefics3ForConditionalGeneration, config), processor
+    return build(transformers.Idefics3ForConditionalGeneration, config), processor
 
 
 def paligemma() -> tuple[Any, Any]:
@@ -163,7 +158,7 @@ def paligemma() -> tuple[Any, Any]:
         projection_dim=32,
         image_token_index=processor.image_token_id,
     )
-    return _built(transformers.PaliGemmaForConditionalGeneration, config), processor
+    return build(transformers.PaliGemmaForConditionalGeneration, config), processor
 
 
 def gemma3() -> tuple[Any, Any]:
@@ -181,7 +176,7 @@ def gemma3() -> tuple[Any, Any]:
         boi_token_index=tokenizer.boi_token_id,
     )
     processor = transformers.Gemma3Processor(images, tokenizer, image_seq_length=4)
-    net = _built(transformers.Gemma3ForConditionalGeneration, config)
+    net = build(transformers.Gemma3ForConditionalGeneration, config)
     projection = net.model.multi_modal_projector.mm_input_projection_weight  # made of zeros
     torch.nn.init.normal_(projection, generator=torch.Generator().manual_seed(0))
     return net, processor

@@ -1,20 +1,31 @@
 """What several files of these tests share."""
 
+import diffusers
 import pytest
-import torch
+import transformers
 
-from models import diffusion
+from models.language_kinds import TOKENIZER, gpt2
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory):
-    """A folder in the diffusers format: `diffusion.stable_diffusion()`."""
-    folder = tmp_path_factory.mktemp("saved") / "pipe"
-    diffusion.stable_diffusion().save_pretrained(folder)
+def saved_gpt2(tmp_path_factory):
+    """A folder in the format of transformers with a small GPT-2 and its tokenizer."""
+    folder = tmp_path_factory.mktemp("saved") / "gpt2"
+    gpt2().save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
-def no_gradients():
-    with torch.no_grad():
-        yield
+def loads(monkeypatch):
+    """The classes whose weights have been read, in that order."""
+    read = []
+    for cls in (diffusers.ModelMixin, transformers.PreTrainedModel):
+        plain = cls.from_pretrained.__func__
+
+        def from_pretrained(cls, *args, plain=plain, **kwargs):
+            read.append(cls.__name__)
+            return plain(cls, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "from_pretrained", classmethod(from_pretrained))
+    return read

@@ -10,26 +10,12 @@ import torch
 
 from diffsight import DiffusionModel, OutOfOrderError
 from diffsight.errors import AssignmentError, InputError, NeverReachedError
-from models import diffusion
+from helpers import drawn, first
+from models import diffusion, text_encoders
 
 PROMPTS = ["a red circle", "a green square below"]
 NEGATIVE = ["a photo", "the blue"]
 SEED = 5
-
-
-def lumina():
-    """Gives its transformer the conditional branch first."""
-    sizes = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 8}
-    sizes |= {"sample_size": diffusion.SIDE // 8, "cross_attention_dim": diffusion.WIDTH}
-    tokenizer = diffusion.gemma_tokenizer()
-    return diffusion.quiet_pipeline(
-        diffusers.LuminaPipeline,
-        tokenizer=tokenizer,
-        text_encoder=diffusion.gemma_encoder(tokenizer),
-        vae=diffusion.vae(seed=1),
-        transformer=diffusion.model(diffusers.LuminaNextDiT2DModel, **sizes, seed=2),
-        scheduler=diffusion.flow_scheduler(),
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +51,7 @@ CASES = {name: case(name) for name in ("stable_diffusion", "stable_diffusion_xl"
 CASES["flux"] = case("two_call_guidance", "calls")
 CASES["wan"] = case("wan", "calls", several="num_videos_per_prompt")
 _LUMINA = {"height": 32, "width": 32, "output_type": "pt", "guidance_scale": 4.0, "clean_caption": False}
-CASES["lumina"] = Case(lumina, "cond uncond", "transformer.layers.0", "text_encoder.layers.1", _LUMINA)
+CASES["lumina"] = Case(text_encoders.lumina, "cond uncond", "transformer.layers.0", "text_encoder.layers.1", _LUMINA)
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 _SIZES = [(name, 2) for name in CASES] + [("stable_diffusion", 1), ("flux", 1)]
@@ -78,17 +64,13 @@ branches = pytest.mark.parametrize("branch", ["cond", "uncond"])
 # By hand
 
 
-def first(value):
-    return value if isinstance(value, torch.Tensor) else value[0]
-
-
 def halve(value, places):
     tensor = first(value)
     tensor[places] = tensor[places] * 0.5
 
 
 @contextmanager
-def hooked(pipe, path, change):
+def changed_at(pipe, path, change):
     """`change(output, n)` at the n-th call of a module."""
     component, _, rest = path.partition(".")
     count = iter(range(1000))
@@ -100,12 +82,12 @@ def hooked(pipe, path, change):
         handle.remove()
 
 
-def draw(case, pictures=1, **changes):
+def draw_changed(case, pictures=1, **changes):
     """What the bare pipeline draws; `changes` are paths (with __ for dots) to what is done to the outputs there."""
     pipe = case.build()
     with ExitStack() as stack:
         for path, change in changes.items():
-            stack.enter_context(hooked(pipe, path.replace("__", "."), change))
+            stack.enter_context(changed_at(pipe, path.replace("__", "."), change))
         return pipe(**case.inputs(pictures), generator=generators(2 * pictures))[0]
 
 
@@ -115,23 +97,19 @@ def generators(count):
 
 @functools.cache
 def drawn_plainly(case, pictures=1):
-    return draw(case, pictures)
+    return draw_changed(case, pictures)
 
 
 @functools.cache
-def recorded(case, path, pictures=1):
+def outputs_at(case, path, pictures=1):
     """The outputs of a module in all its calls."""
     seen = []
-    draw(case, pictures, **{path.replace(".", "__"): lambda output, n: seen.append(first(output).clone())})
+    draw_changed(case, pictures, **{path.replace(".", "__"): lambda output, n: seen.append(first(output).clone())})
     return seen
 
 
 def generate(case, pictures=1, **changes):
     return DiffusionModel(case.build()).generate(**case.inputs(pictures, **changes), seed=SEED)
-
-
-def drawn(run):
-    return run.frames if "frames" in run.result else run.images
 
 
 # Denoisers
@@ -141,7 +119,7 @@ def drawn(run):
 @each_size
 def test_a_branch_reads_its_part(case, branch, pictures):
     calls = 2 if case.order == "calls" else 1
-    seen = recorded(case, case.block, pictures)
+    seen = outputs_at(case, case.block, pictures)
     expected = [
         seen[calls * step + call][places]
         for step in range(2)
@@ -165,7 +143,7 @@ def test_a_branch_of_a_row_is_edited_in_place(case, branch, pictures):
         row = getattr(run, branch).rows[1]
         for _ in run.steps:
             first(row[case.block].output)[:] *= 0.5
-    expected = draw(case, pictures, **{case.block.replace(".", "__"): change})
+    expected = draw_changed(case, pictures, **{case.block.replace(".", "__"): change})
     plain = drawn_plainly(case, pictures)
     assert torch.equal(drawn(run), expected)
     assert torch.equal(drawn(run)[:pictures], plain[:pictures])  # the other prompt's
@@ -183,12 +161,12 @@ def test_a_branch_is_assigned_ahead(name):
             places = case.places(branch, None, 1, n)
             output[places] = value[: len(places)]
 
-    shape = recorded(case, case.block)[0][case.places("cond", None, 1, 0)].shape
+    shape = outputs_at(case, case.block)[0][case.places("cond", None, 1, 0)].shape
     values = {"uncond": torch.full(shape, 0.5), "cond": torch.full(shape, 0.25)}
     with generate(case) as run:
         for branch, value in values.items():
             getattr(run, branch)[case.block].output = value
-    assert torch.equal(drawn(run), draw(case, **{case.block.replace(".", "__"): change}))
+    assert torch.equal(drawn(run), draw_changed(case, **{case.block.replace(".", "__"): change}))
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "lumina"])
@@ -216,7 +194,7 @@ def test_a_row_reaches_both_branches(name):
         source, sink = (case.places(None, prompt, 1, n % calls) for prompt in (0, 1))
         first(output)[sink] = first(output)[source]
 
-    assert torch.equal(drawn(run), draw(case, **{case.block.replace(".", "__"): change}))
+    assert torch.equal(drawn(run), draw_changed(case, **{case.block.replace(".", "__"): change}))
 
 
 def test_a_row_of_several_pictures_and_both_branches_is_no_view():
@@ -230,7 +208,7 @@ def test_a_row_of_several_pictures_and_both_branches_is_no_view():
 
 def test_the_untouched_branch_keeps_its_bits():
     case = CASES["stable_diffusion"]
-    (clean, *_) = recorded(case, "unet")
+    (clean, *_) = outputs_at(case, "unet")
     with generate(case) as run:
         for _ in run.steps[:1]:
             run.uncond.unet.mid_block.output[:] = 0
@@ -248,7 +226,7 @@ def test_branches_feed_each_other():
     def change(output, n):
         output[:2] = output[2:]
 
-    assert torch.equal(run.images, draw(case, unet__mid_block=change))
+    assert torch.equal(run.images, draw_changed(case, unet__mid_block=change))
 
 
 def test_inputs_and_output_objects_are_narrowed():
@@ -352,7 +330,7 @@ def test_guidance_that_ends_half_way():
 
 def test_calls_count_those_of_the_branch():
     case = CASES["wan"]
-    seen = recorded(case, case.block)
+    seen = outputs_at(case, case.block)
     with generate(case) as run:
         later = run.uncond[case.block].calls[1].output
         assert torch.equal(later, seen[3])
@@ -363,7 +341,7 @@ def test_calls_count_those_of_the_branch():
     def change(output, n):
         output[:] = {2: later * 0.25, 3: later * 0.5}.get(n, output)
 
-    assert torch.equal(drawn(run), draw(case, transformer__blocks__0=change))
+    assert torch.equal(drawn(run), draw_changed(case, transformer__blocks__0=change))
 
 
 def test_a_branch_that_lies_behind():
@@ -395,7 +373,7 @@ def test_a_branch_of_the_text_encoder(case):
     with generate(case) as run:
         first(run.cond.rows[0][case.layer].output)[:] *= 0.5
         first(run.uncond.rows[1][case.layer].output)[:] *= 0.5
-    expected = draw(case, **{case.layer.replace(".", "__"): change})
+    expected = draw_changed(case, **{case.layer.replace(".", "__"): change})
     assert torch.equal(drawn(run), expected)
     assert not torch.equal(drawn(run), drawn_plainly(case))
 
@@ -553,7 +531,7 @@ def test_each_over_rows_and_over_those_of_a_branch():
     def norms(row):
         return [first(row[case.block].output).norm() for _ in row.steps]
 
-    seen = recorded(case, case.block)
+    seen = outputs_at(case, case.block)
     with generate(case) as run:
         read = run.each(norms)
     assert torch.equal(torch.tensor(read), torch.tensor([[seen[n][i].norm() for n in (0, 2)] for i in (0, 1)]))
@@ -584,7 +562,7 @@ def test_bodies_in_different_branches():
             held[:] = [output[0].clone()]
 
     held = []
-    assert torch.equal(drawn(run), draw(case, transformer__blocks__0=change))
+    assert torch.equal(drawn(run), draw_changed(case, transformer__blocks__0=change))
 
 
 def test_gradients_reach_a_branch_of_a_row():
@@ -605,7 +583,7 @@ def test_unconditional_pipelines_have_rows_and_no_branches():
             run.rows[1].unet.mid_block.output[:] *= 0.5
             assert torch.equal(run.rows[2].scheduler.step.output[0], run.scheduler.step.output[0][2:])
     pipe = tested.build()
-    with hooked(pipe, "unet.mid_block", lambda output, n: halve(output, [1])):
+    with changed_at(pipe, "unet.mid_block", lambda output, n: halve(output, [1])):
         expected = pipe(**inputs, generator=generators(3))[0]
     assert torch.equal(run.images, expected) and len(run.rows[1].images) == 1
     for branch in ("cond", "uncond"):

@@ -13,18 +13,12 @@ from torch import nn
 
 from diffsight import DiffusionModel, OutOfOrderError
 from diffsight.errors import InputError, NoRunError, PointNotFoundError, RunClosedError
+from helpers import SEED, draw, drawn, first, hooked, pipeline_footprint, same, with_first
 from models import diffusion
-
-SEED = 3
-
-
-def with_second_order():
-    return diffusion.with_second_order(diffusion.stable_diffusion())
-
 
 # Heun's scheduler steps twice in every inference step but the last.
 SECOND_ORDER = diffusion.SmallPipeline(
-    with_second_order,
+    lambda: diffusion.with_second_order(diffusion.stable_diffusion()),
     diffusion.PIPELINES["stable_diffusion"].inputs,
     denoiser="unet",
     denoiser_block="unet.mid_block",
@@ -46,25 +40,10 @@ def pipe(kind):
     return kind.build()
 
 
-@pytest.fixture
-def sd():
-    return diffusion.stable_diffusion()
-
-
 SD = diffusion.PIPELINES["stable_diffusion"].inputs
 
 
 # By hand
-
-
-def draw(pipe, inputs, seed=SEED):
-    """What the bare pipeline draws."""
-    return pipe(**inputs, generator=torch.Generator().manual_seed(seed))[0]
-
-
-def drawn(run):
-    """What a run drew."""
-    return run.frames if "frames" in run.result else run.images
 
 
 @contextmanager
@@ -76,15 +55,6 @@ def patched(owner, name, around):
         yield
     finally:
         del owner.__dict__[name]
-
-
-@contextmanager
-def hooked(module, hook):
-    handle = module.register_forward_hook(hook, prepend=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -108,7 +78,7 @@ def module_at(pipe, path):
 
 
 @functools.cache
-def bare(kind):
+def bare_run(kind):
     """What the bare pipeline draws, and the calls of its parts meanwhile. One run of each kind is enough for all tests:
     it is built with the same weights each time."""
     pipe = kind.build()
@@ -120,46 +90,6 @@ def bare(kind):
     with ExitStack() as stack:
         calls = {name: stack.enter_context(recorded(*method)) for name, method in watched.items()}
         return draw(pipe, kind.inputs()), calls
-
-
-def first(value):
-    """The tensor in what a layer, a block or a scheduler returns."""
-    return value if isinstance(value, torch.Tensor) else value[0]
-
-
-def with_first(value, tensor):
-    """The same output with another tensor in its first place."""
-    if isinstance(value, torch.Tensor):
-        return tensor
-    if isinstance(value, tuple):
-        return (tensor, *value[1:])
-    return type(value)(**{**value, next(iter(value)): tensor})
-
-
-def same(a, b):
-    """Whether two values are bit for bit the same."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return type(a) is type(b) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a is b or bool(a == b)
-
-
-def state(pipe):
-    """Whatever a run could leave behind: classes, own attributes and hooks of every part."""
-    found = {}
-    for name, part in {"": pipe, **pipe.components}.items():
-        modules = part.named_modules() if isinstance(part, nn.Module) else [("", part)]
-        for path, owner in modules:
-            attributes = vars(owner) if hasattr(owner, "__dict__") else {}
-            # accelerate renews its own override of `forward` in every call, so that only its kind can be compared.
-            found[name, path] = type(owner), frozenset(attributes), type(attributes.get("forward"))
-            if isinstance(owner, nn.Module):
-                hooks = (vars(owner)[key].values() for key in vars(owner) if key.endswith("_hooks"))
-                found[name, path] += tuple(map(tuple, hooks))
-    return found
 
 
 # Unread runs
@@ -175,7 +105,7 @@ def test_an_unread_run_gives_the_bits_of_the_bare_pipeline(kind, pipe):
 
 
 def test_walking_through_the_steps_changes_nothing(kind, pipe):
-    want, _ = bare(kind)
+    want, _ = bare_run(kind)
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
         for _ in run.steps:
             pass
@@ -249,7 +179,7 @@ def test_an_error_of_the_pipeline_comes_out_as_it_is(sd):
 
 
 def test_there_is_a_step_for_every_call_of_the_scheduler(kind, pipe):
-    calls = bare(kind)[1]["step"]
+    calls = bare_run(kind)[1]["step"]
     told = [float(kwargs.get("timestep", args[1] if len(args) > 1 else None)) for (args, kwargs), _ in calls]
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
         steps = [(step.index, step.timestep, step.component) for step in run.steps]
@@ -274,7 +204,7 @@ def test_timesteps_near_the_end_of_the_schedule_are_not_mistaken(sigmas):
 
 
 def test_a_part_of_the_steps(kind, pipe):
-    want, calls = bare(kind)
+    want, calls = bare_run(kind)
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
         seen = [(step.index, first(run[kind.denoiser_block].output).clone()) for step in run.steps[1:3]]
     assert [index for index, _ in seen] == [1, 2]
@@ -298,7 +228,7 @@ def test_both_calls_of_two_call_guidance():
     for name in ("two_call_guidance", "wan"):
         kind = diffusion.PIPELINES[name]
         pipe = kind.build()
-        calls = bare(kind)[1]["block"]
+        calls = bare_run(kind)[1]["block"]
         assert len(calls) == 2 * kind.steps
         with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
             for step in run.steps:
@@ -429,7 +359,7 @@ def test_without_a_scheduler_a_step_is_a_call_of_the_denoiser():
 
 
 def test_reading_a_block_in_every_step(kind, pipe):
-    want, calls = bare(kind)
+    want, calls = bare_run(kind)
     inputs, outputs = [], []
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
         for _ in run.steps:
@@ -445,7 +375,7 @@ def test_reading_a_block_in_every_step(kind, pipe):
 
 
 def test_reading_latents_between_the_steps(kind, pipe):
-    want, calls = bare(kind)
+    want, calls = bare_run(kind)
     noise, latents = [], []
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
         for _ in run.steps:
@@ -458,7 +388,7 @@ def test_reading_latents_between_the_steps(kind, pipe):
 
 @pytest.mark.parametrize("kind", TEXT, indirect=True)
 def test_reading_a_layer_of_the_text_encoder(kind, pipe):
-    want, calls = bare(kind)
+    want, calls = bare_run(kind)
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
         seen = copy.deepcopy(run[kind.text_encoder_layer].output)
     assert same(seen, calls["layer"][0][1])
@@ -467,7 +397,7 @@ def test_reading_a_layer_of_the_text_encoder(kind, pipe):
 
 @pytest.mark.parametrize("kind", LATENT, indirect=True)
 def test_reading_at_the_vae(kind, pipe):
-    want, calls = bare(kind)
+    want, calls = bare_run(kind)
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
         latents = run.vae.decode.input.clone()
         decoded = copy.deepcopy(run.vae.decode.output)
@@ -501,7 +431,7 @@ def test_reading_what_the_prompt_became(sd):
 
 @pytest.mark.parametrize("kind", TEXT, indirect=True)
 def test_editing_a_layer_of_the_text_encoder(kind, pipe):
-    (plain, _), calls = bare(kind), []
+    (plain, _), calls = bare_run(kind), []
 
     def double(module, args, output):
         calls.append(None)
@@ -518,7 +448,7 @@ def test_editing_a_layer_of_the_text_encoder(kind, pipe):
 
 
 def test_editing_a_block_in_step_1_alone(kind, pipe):
-    (plain, _), calls = bare(kind), []
+    (plain, _), calls = bare_run(kind), []
 
     def negate(module, args, output):
         calls.append(None)
@@ -544,7 +474,7 @@ def test_editing_a_block_in_step_1_alone(kind, pipe):
 
 
 def test_editing_what_a_block_is_given_in_step_1(kind, pipe):
-    (plain, _), calls = bare(kind), []
+    (plain, _), calls = bare_run(kind), []
 
     def halve(original, *args, **kwargs):
         calls.append(None)
@@ -568,7 +498,7 @@ def test_editing_what_a_block_is_given_in_step_1(kind, pipe):
 
 @pytest.mark.parametrize("point", ["input", "output"])
 def test_editing_a_step_of_the_scheduler(kind, pipe, point):
-    (plain, _), calls = bare(kind), []
+    (plain, _), calls = bare_run(kind), []
 
     def scale(original, noise, *args, **kwargs):
         calls.append(None)
@@ -595,7 +525,7 @@ def test_editing_a_step_of_the_scheduler(kind, pipe, point):
 
 @pytest.mark.parametrize("kind", LATENT, indirect=True)
 def test_editing_what_the_vae_decodes(kind, pipe):
-    (plain, _), seen = bare(kind), []
+    (plain, _), seen = bare_run(kind), []
 
     def flip(original, latents, *args, **kwargs):
         seen.append(latents.flip(-1))
@@ -613,7 +543,7 @@ def test_editing_what_the_vae_decodes(kind, pipe):
 
 @pytest.mark.parametrize("kind", LATENT, indirect=True)
 def test_leaving_the_vae_out(kind, pipe):
-    want, calls = bare(kind)
+    want, calls = bare_run(kind)
     ((_, decoded),) = calls["decode"]
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED + 1) as run:
         run.vae.decode.skip(decoded)
@@ -774,7 +704,7 @@ def test_two_pipelines_that_share_their_parts(sd):
     other.set_progress_bar_config(disable=True)
     inputs, others = SD(), {**SD(), "prompt": "a green square"}
     wants = draw(sd, inputs, seed=0), draw(other, others, seed=1)
-    before = state(sd)
+    before = pipeline_footprint(sd)
     one, two = DiffusionModel(sd), DiffusionModel(other)
     with one.generate(**inputs, seed=0) as x, two.generate(**others, seed=1) as y:
         for _ in zip(x.steps, y.steps, strict=True):
@@ -782,7 +712,7 @@ def test_two_pipelines_that_share_their_parts(sd):
             assert not torch.equal(x.scheduler.step.output[0], y.scheduler.step.output[0])
     assert torch.equal(x.images, wants[0])
     assert torch.equal(y.images, wants[1])
-    assert state(sd) == before
+    assert pipeline_footprint(sd) == before
 
 
 def test_the_bare_pipeline_can_be_called_while_a_run_is_open(sd):
@@ -846,6 +776,13 @@ def test_casting(sd):
     assert not torch.equal(double.float(), single.float())
 
 
+def with_kinds_of_forward(found):
+    """Return a footprint that compares overrides of `forward` by type: accelerate renews its own in every call."""
+    return {
+        place: (cls, attributes, type(forward), hooks) for place, (cls, attributes, forward, hooks) in found.items()
+    }
+
+
 @pytest.mark.parametrize("name", ["stable_diffusion", "flux"])
 @pytest.mark.parametrize("setting", ["enable_model_cpu_offload", "enable_group_offload", "enable_attention_slicing"])
 def test_offload_and_other_settings_keep_working(name, setting):
@@ -860,7 +797,7 @@ def test_offload_and_other_settings_keep_working(name, setting):
     getattr(model, setting)(**arguments[setting])
     with recorded(module_at(pipe, kind.denoiser_block)) as calls:
         want = draw(pipe, kind.inputs())
-    before = state(pipe)
+    before = with_kinds_of_forward(pipeline_footprint(pipe))
     with model.generate(**kind.inputs(), seed=SEED) as run:
         _ = run.text_encoder.input
         _ = run[kind.text_encoder_layer].output
@@ -870,7 +807,7 @@ def test_offload_and_other_settings_keep_working(name, setting):
             if step.index == 2:
                 _ = run.vae.decode.output
     assert torch.equal(run.images, want)
-    assert state(pipe) == before
+    assert with_kinds_of_forward(pipeline_footprint(pipe)) == before
 
 
 @pytest.mark.parametrize("walk", [False, True], ids=["unread", "step_by_step"])
@@ -1047,11 +984,11 @@ ENDINGS = (
 
 def test_nothing_is_left_behind(kind, pipe):
     want = draw(pipe, kind.inputs())  # leaves what a bare call leaves: transformers keeps hooks of its own
-    before = state(pipe)
+    before = pipeline_footprint(pipe)
     model = DiffusionModel(pipe)
     for end in ENDINGS:
         end(model, kind)
-        assert state(pipe) == before, end.__name__
+        assert pipeline_footprint(pipe) == before, end.__name__
     assert torch.equal(draw(pipe, kind.inputs()), want)
     assert torch.equal(drawn(model.generate(**kind.inputs(), seed=SEED)), want)
 

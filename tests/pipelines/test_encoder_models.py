@@ -6,6 +6,7 @@ import transformers
 
 from diffsight import LanguageModel, logit_lens
 from diffsight.errors import InputError
+from models.building import build
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -32,17 +33,15 @@ ENCODERS = {
 WITHOUT_NORM = {"BertModel", "DistilBertModel"}
 
 
-def built(kind, config):
+def encoder_of(kind, config):
     cls = getattr(transformers, kind)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return cls(cls.config_class(**config)).eval()
+    return build(cls, cls.config_class(**config))
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_layers_and_the_final_norm(kind):
     config, given = ENCODERS[kind]
-    net = built(kind, config)
+    net = encoder_of(kind, config)
     expected = net(**given, output_hidden_states=True)
     model = LanguageModel(net)
     with model.trace(**given) as run:
@@ -62,7 +61,7 @@ def test_layers_and_the_final_norm(kind):
 @pytest.mark.parametrize("kind", ["CLIPModel", "SiglipModel"])
 def test_both_towers(kind):
     config = {"text_config": TEXT, "vision_config": PICTURE}
-    net = built(kind, config)
+    net = encoder_of(kind, config)
     model = LanguageModel(net)
     text, vision = net.text_model(input_ids=IDS), net.vision_model(pixel_values=PIXELS)
     with model.trace(input_ids=IDS, pixel_values=PIXELS) as run:
@@ -74,7 +73,7 @@ def test_both_towers(kind):
 
 
 def test_a_norm_within_the_head_is_not_the_final_one():
-    net = built("DistilBertForMaskedLM", DISTILBERT)
+    net = encoder_of("DistilBertForMaskedLM", DISTILBERT)
     model = LanguageModel(net)
     assert not hasattr(model, "ln_final")
     with model.trace(IDS) as run:
@@ -85,6 +84,6 @@ def test_a_norm_within_the_head_is_not_the_final_one():
 
 
 def test_a_classifier_is_no_language_head():
-    model = LanguageModel(built("BertForSequenceClassification", TEXT))
+    model = LanguageModel(encoder_of("BertForSequenceClassification", TEXT))
     with pytest.raises(InputError, match="has no lm_head that was found"):
         logit_lens(model, IDS[0])

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from diffsight import HFPipeline, OutOfOrderError
 from diffsight.errors import InputError, PointNotFoundError
+from helpers import first, replaced, with_first
 from models import huggingface
 
 TEXT = huggingface.TEXT
@@ -18,7 +19,7 @@ GENERATING = [task for task, case in huggingface.PIPELINES.items() if case.gener
 
 
 @pytest.fixture(autouse=True)
-def quiet():
+def no_warnings_about_depth():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a depth map of random weights may be even
         yield
@@ -48,23 +49,6 @@ def is_same(a, b):
     if isinstance(a, (torch.Tensor, np.ndarray, Image.Image)):
         return np.array_equal(np.asarray(a), np.asarray(b), equal_nan=np.asarray(a).dtype.kind == "f")
     return a == b
-
-
-def first(output):
-    return output[0] if isinstance(output, tuple) else output
-
-
-def hooked(module, change, function):
-    """What `function` gives while the first of what `module` gives is what `change` makes of it."""
-
-    def hook(module, args, output):
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    handle = module.register_forward_hook(hook)
-    try:
-        return function()
-    finally:
-        handle.remove()
 
 
 # Every task
@@ -102,7 +86,8 @@ def test_an_edit_of_a_layer_is_what_a_hook_does(case):
     pipe = case.build()
     model = HFPipeline(pipe)
     layer = model.model[case.layer]._owner
-    expected = hooked(layer, lambda hidden: hidden * -3, lambda: pipe(*case.args, **case.kwargs))
+    with replaced(layer, lambda output: with_first(output, first(output) * -3)):
+        expected = pipe(*case.args, **case.kwargs)
     with model.trace(*case.args, **case.kwargs) as run:
         for _ in run.steps:
             first(run.model[case.layer].output).mul_(-3)
@@ -255,7 +240,8 @@ def test_edits_stay(classifier):
         run.model.layers[0].output[:] = 0
 
     layer = model.model.layers[0]._owner
-    expected = hooked(layer, torch.zeros_like, lambda: classifier(TEXT))
+    with replaced(layer, torch.zeros_like):
+        expected = classifier(TEXT)
     assert numb.trace(TEXT).result == expected
     assert model.trace(TEXT).result == classifier(TEXT) != expected
 

@@ -12,67 +12,11 @@ from diffsight import LanguageModel, OutOfOrderError
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.pipelines.language import smollm2
 from models import diffusion
+from models.language_kinds import SIZE, TOKENIZER, bart, bert, bloom, gpt2, ids, llama, mamba, opt, t5
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-TOKENIZER = diffusion.gemma_tokenizer()
-SIZE = len(TOKENIZER)
 PROMPT, LONGER = "a red circle", "a photo of a blue square above the red circle"
-SIZES = {"vocab_size": SIZE, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
-
-
-def seeded(build, *args):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build(*args).eval()
-
-
-def gpt2(**more):
-    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64} | SIZES | more
-    return seeded(transformers.GPT2LMHeadModel, transformers.GPT2Config(**sizes))
-
-
-def llama():
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(**SIZES, **sizes, num_key_value_heads=2, max_position_embeddings=64)
-    return seeded(transformers.LlamaForCausalLM, config)
-
-
-def opt():
-    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = transformers.OPTConfig(**SIZES, **sizes, word_embed_proj_dim=32, max_position_embeddings=64)
-    return seeded(transformers.OPTForCausalLM, config)
-
-
-def bloom():
-    return seeded(transformers.BloomForCausalLM, transformers.BloomConfig(**SIZES, hidden_size=32, n_layer=3, n_head=4))
-
-
-def mamba():
-    config = transformers.MambaConfig(**SIZES, hidden_size=32, state_size=8, num_hidden_layers=3)
-    return seeded(transformers.MambaForCausalLM, config)
-
-
-def t5():
-    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0}
-    return seeded(transformers.T5ForConditionalGeneration, transformers.T5Config(**SIZES, **sizes))
-
-
-def bart():
-    sizes = {"d_model": 32, "max_position_embeddings": 64, "decoder_start_token_id": 1, "forced_eos_token_id": None}
-    for half in ("encoder", "decoder"):
-        sizes |= {f"{half}_layers": 2, f"{half}_ffn_dim": 64, f"{half}_attention_heads": 4}
-    return seeded(transformers.BartForConditionalGeneration, transformers.BartConfig(**SIZES, **sizes))
-
-
-def bert():
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = transformers.BertConfig(**SIZES, **sizes, max_position_embeddings=64)
-    return seeded(transformers.BertForMaskedLM, config)
-
-
-def ids(text):
-    return TOKENIZER(text, return_tensors="pt")["input_ids"]
 
 
 @pytest.fixture
@@ -450,19 +394,11 @@ def test_writing_from_embeddings(model, net):
 # Where it comes from
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "gpt2"
-    gpt2().save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return folder
-
-
-def test_a_folder(saved, net):
-    model = LanguageModel(saved)
+def test_a_folder(saved_gpt2, net):
+    model = LanguageModel(saved_gpt2)
     assert type(model._owner) is transformers.GPT2LMHeadModel
     assert torch.equal(model.trace(PROMPT).result.logits, net(ids(PROMPT)).logits)
-    eager = LanguageModel(str(saved), attn_implementation="eager")
+    eager = LanguageModel(str(saved_gpt2), attn_implementation="eager")
     assert eager.config._attn_implementation == "eager"
 
 
@@ -505,7 +441,7 @@ def test_the_packaged_model(tmp_path, monkeypatch):
         assert model.token_id(" Paris") not in leading[:20]
 
 
-def test_what_is_converted_is_there_whole_or_not_at_all(tmp_path, monkeypatch, saved):
+def test_what_is_converted_is_there_whole_or_not_at_all(tmp_path, monkeypatch, saved_gpt2):
     """The folder appears under its name when all is in it."""
     seen, folder = [], tmp_path / "cache" / "model"
 

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffsight import DiffusionModel
 from diffsight.errors import InputError, ScanError
+from helpers import pipeline_footprint
 from models import diffusion
 
 SD = diffusion.PIPELINES["stable_diffusion"]
@@ -31,7 +32,7 @@ def shapes(value):
     return [(tuple(leaf.shape), leaf.dtype) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def read(run, kind):
+def read_shapes(run, kind):
     """Read shapes at the text encoder, the denoiser and the scheduler, step by step."""
     seen = [shapes(run[kind.text_encoder_layer].output)] if kind.text_encoder_layer else []
     for step in run.steps:
@@ -42,18 +43,6 @@ def read(run, kind):
         )
         seen.append(shapes(run.scheduler.step.output))
     return seen
-
-
-def state(pipe):
-    """Return what else a scan could leave behind: classes, own attributes and hooks of every part."""
-    found = {}
-    for name, part in pipe.components.items():
-        modules = part.named_modules() if isinstance(part, nn.Module) else [("", part)]
-        for path, owner in modules:
-            attributes = getattr(owner, "__dict__", {})
-            hooks = [list(value.values()) for key, value in attributes.items() if key.endswith("_hooks")]
-            found[name, path] = type(owner), set(attributes), hooks, attributes.get("forward")
-    return found
 
 
 def weights(pipe):
@@ -78,13 +67,13 @@ def without_weights(pipe):
 def real_run(kind):
     """Return what is read in a run with weights, and what it returns."""
     with DiffusionModel(kind.build()).generate(**kind.inputs(), seed=3) as run:
-        seen = read(run, kind)
+        seen = read_shapes(run, kind)
     return seen, type(run.result), shapes(dict(run.result))
 
 
 def test_shapes_are_those_of_a_real_run(kind):
     with DiffusionModel(without_weights(kind.build())).scan(**kind.inputs(), seed=3) as scan:
-        seen = read(scan, kind)
+        seen = read_shapes(scan, kind)
     assert (seen, type(scan.result), shapes(dict(scan.result))) == real_run(kind)
 
 
@@ -106,16 +95,16 @@ LOADED = [
 def test_a_scan_leaves_the_pipeline_as_it_was(kind):
     pipe = kind.build()
     draw = lambda: pipe(**kind.inputs(), generator=torch.Generator().manual_seed(3))[0]  # noqa: E731
-    want, clean, before = draw(), state(pipe), weights(pipe)
+    want, clean, before = draw(), pipeline_footprint(pipe), weights(pipe)
     with DiffusionModel(pipe).scan(**kind.inputs(), seed=3) as run:
-        seen = read(run, kind)
+        seen = read_shapes(run, kind)
     assert (seen, type(run.result), shapes(dict(run.result))) == real_run(kind)
     stopped = DiffusionModel(pipe).scan(**kind.inputs())
     stopped[kind.denoiser_block].output
     del stopped
     with pytest.raises(ScanError), DiffusionModel(pipe).scan(**kind.inputs()) as run:
         next(leaf for leaf in tree_leaves(run[kind.denoiser_block].output) if leaf is not None).sum().item()
-    assert state(pipe) == clean
+    assert pipeline_footprint(pipe) == clean
     for name, (value, copied) in weights(pipe).items():
         assert value is before[name][0] and torch.equal(copied, before[name][1])
     assert torch.equal(draw(), want)
@@ -271,12 +260,12 @@ def test_weights_that_a_pipeline_uses_itself(loaded):
     pipe.unet.register_buffer("some_table", torch.ones(3))
     if not loaded:
         without_weights(pipe)
-    clean, before = state(pipe), weights(pipe)
+    clean, before = pipeline_footprint(pipe), weights(pipe)
     with DiffusionModel(pipe).scan(seed=0) as run:
         for _ in run.steps:
             assert run.unet.mid_block.output.dtype == torch.float64
     assert run.images.shape == (1, 3, diffusion.SIDE, diffusion.SIDE)
-    assert state(pipe) == clean
+    assert pipeline_footprint(pipe) == clean
     assert all(value is before[name][0] for name, (value, _) in weights(pipe).items())
     assert pipe.unet.dtype == torch.float32
 

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from diffsight import VisionLanguageModel
 from diffsight.errors import InputError, PointNotFoundError, ScanError
 from diffsight.pipelines.vision_language.processors import placeholder
+from helpers import replaced
 from models import architectures, diffusion, vision_language
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -51,15 +52,6 @@ def bare_inputs(processor, text=TEXT, pictures=(PICTURE,), **more):
     return {name: value for name, value in values.items() if name != "labels"}  # PaliGemma's, for training
 
 
-def hooked(module, change, function):
-    """What `function` gives while `module` gives what `change` makes of its output."""
-    handle = module.register_forward_hook(lambda module, args, output: change(output))
-    try:
-        return function()
-    finally:
-        handle.remove()
-
-
 # Every kind of model
 
 
@@ -93,7 +85,8 @@ def test_goes_through_the_tokens_it_writes(both):
 def test_edits_a_layer_of_the_language_model_like_a_hook(both):
     net, processor = both
     values, model = bare_inputs(processor), VisionLanguageModel(both)
-    expected = hooked(model.layers[1]._owner, lambda hidden: hidden * -2, lambda: net(**values).logits)
+    with replaced(model.layers[1]._owner, lambda hidden: hidden * -2):
+        expected = net(**values).logits
     with model.trace(TEXT, PICTURE) as run:
         run.layers_output[1] = run.layers_output[1] * -2
     assert torch.equal(run.result.logits, expected)
@@ -107,7 +100,8 @@ def test_edits_a_layer_of_the_vision_tower_like_a_hook(both):
     def doubled(output):
         return (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2
 
-    expected = hooked(model.vision.layers[0]._owner, doubled, lambda: net(**values).logits)
+    with replaced(model.vision.layers[0]._owner, doubled):
+        expected = net(**values).logits
     with model.trace(TEXT, PICTURE) as run:
         run.vision.layers[0].output = doubled(run.vision.layers[0].output)
     assert torch.equal(run.result.logits, expected)

@@ -13,12 +13,6 @@ from compat.notebooks.cells import EIFFEL, GARDEN, LAYERS
 from diffsight.compat import LanguageModel
 
 
-@pytest.fixture
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
     plain = Tokenizer(models.BPE())

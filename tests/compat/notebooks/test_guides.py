@@ -6,7 +6,7 @@ import torch
 from compat.notebooks.cells import EIFFEL, GARDEN, LAYERS, TOKENS, run_cells
 from diffsight.compat import LanguageModel
 from diffsight.extending import owner_of
-from models.nets import outputs, replaced
+from helpers import outputs, replaced
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -6,7 +6,7 @@ import transformers
 
 from compat.notebooks.cells import EIFFEL, run_cells
 from diffsight.compat import CONFIG, LanguageModel
-from models.nets import outputs, replaced
+from helpers import outputs, replaced
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
