@@ -4,8 +4,10 @@ Expected values come from plain PyTorch: the bare pipeline (`draw`) or module, w
 `replaced`, `record`). `footprint` is all that a run could leave behind on a module.
 """
 
+import copy
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -130,6 +132,55 @@ def draw(pipe: Any, inputs: dict[str, Any], seed: int = SEED) -> Any:
 def drawn(run: Any) -> Any:
     """Return what a run drew: its images or its frames."""
     return run.frames if "frames" in run.result else run.images
+
+
+@contextmanager
+def patched(owner: Any, name: str, around: Callable) -> Iterator[None]:
+    """Replace a method of one object by `around(original, *args, **kwargs)` in the block."""
+    original = getattr(owner, name)
+    owner.__dict__[name] = functools.wraps(original)(functools.partial(around, original))
+    try:
+        yield
+    finally:
+        del owner.__dict__[name]
+
+
+@contextmanager
+def recorded(owner: Any, name: str = "forward") -> Iterator[list[tuple[Any, Any]]]:
+    """Record (inputs, output) of every call of a method, or of a module's forward, copied as they pass."""
+    calls = []
+
+    def keep(original, *args, **kwargs):
+        inputs = copy.deepcopy((args, {k: v for k, v in kwargs.items() if k != "generator"}))
+        output = original(*args, **kwargs)
+        calls.append((inputs, copy.deepcopy(output)))
+        return output
+
+    with patched(owner, name, keep):
+        yield calls
+
+
+def module_at(pipe: Any, path: str) -> nn.Module:
+    """Return the module of a pipeline at a path that begins with its component."""
+    component, _, rest = path.partition(".")
+    return getattr(pipe, component).get_submodule(rest)
+
+
+@functools.cache
+def bare_run(kind: Any) -> tuple[Any, dict[str, list]]:
+    """Return what a bare pipeline of `models.diffusion` draws, and the calls of its parts.
+
+    One run of each kind is enough for all tests, as it is built with the same weights each time.
+    """
+    pipe = kind.build()
+    watched = {"block": (module_at(pipe, kind.denoiser_block), "forward"), "step": (pipe.scheduler, "step")}
+    if kind.text_encoder_layer:
+        watched["layer"] = (module_at(pipe, kind.text_encoder_layer), "forward")
+    if kind.decode:
+        watched["decode"] = (pipe.vae, "decode")
+    with ExitStack() as stack:
+        calls = {name: stack.enter_context(recorded(*method)) for name, method in watched.items()}
+        return draw(pipe, kind.inputs()), calls
 
 
 # Errors

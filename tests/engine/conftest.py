@@ -35,3 +35,15 @@ def t5():
 def greedy() -> dict:
     """Arguments of `generate` for exactly four tokens."""
     return {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+
+
+@pytest.fixture(autouse=True)
+def no_mode_is_left():
+    yield
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+@pytest.fixture(params=["loaded", "never loaded"])
+def some(request):
+    """A net with its weights, or one without any."""
+    return Net() if request.param == "loaded" else Net().to("meta")

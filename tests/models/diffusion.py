@@ -475,3 +475,16 @@ def ltx() -> diffusers.LTXPipeline:
         transformer=dit(diffusers.LTXVideoTransformer3DModel, **sizes, seed=2),
         scheduler=flow_scheduler(),
     )
+
+
+# The same, with a scheduler of second order. Heun's steps twice in every inference step but the last.
+ALL_PIPELINES: dict[str, SmallPipeline] = {
+    **PIPELINES,
+    "second_order": SmallPipeline(
+        lambda: with_second_order(stable_diffusion()),
+        PIPELINES["stable_diffusion"].inputs,
+        text_encoder_layer=CLIP_LAYER,
+        steps=5,
+        **_UNET_FACTS,
+    ),
+}

@@ -4,6 +4,7 @@ import diffusers
 import pytest
 import transformers
 
+from models import diffusion
 from models.language_kinds import TOKENIZER, gpt2
 
 
@@ -29,3 +30,13 @@ def loads(monkeypatch):
 
         monkeypatch.setattr(cls, "from_pretrained", classmethod(from_pretrained))
     return read
+
+
+@pytest.fixture(params=diffusion.ALL_PIPELINES)
+def kind(request):
+    return diffusion.ALL_PIPELINES[request.param]
+
+
+@pytest.fixture
+def pipe(kind):
+    return kind.build()
