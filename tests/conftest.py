@@ -7,13 +7,13 @@ import pytest
 import torch
 
 matplotlib.use("Agg")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it says of random weights and of missing packages
-torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no warnings about random weights and missing packages
+torch.set_num_threads(1)  # the models are small: more threads would only wait for each other
 
 
 @pytest.fixture(autouse=True)
 def random_state():
-    """The same for every test, whichever ran before it."""
+    """Seed the global random state, so that no test depends on those that ran before it."""
     torch.manual_seed(2026)
 
 
@@ -29,7 +29,7 @@ def gpt2():
         model = GPT2LMHeadModel(config).eval()
         for p in model.parameters():  # larger than usual, so that tokens and edits make a difference
             torch.nn.init.normal_(p, std=0.3)
-    with torch.no_grad():  # transformers puts hooks of its own on at the first call that asks for hidden states
+    with torch.no_grad():  # transformers adds its own hooks in the first call that asks for hidden states
         model(torch.tensor([[1]]), output_hidden_states=True, output_attentions=True)
     return model
 
@@ -47,7 +47,7 @@ def no_gradients():
 
 @pytest.fixture
 def sd():
-    """A small Stable Diffusion pipeline."""
+    """Return a small Stable Diffusion pipeline."""
     from models import diffusion
 
     return diffusion.stable_diffusion()
@@ -55,7 +55,7 @@ def sd():
 
 @pytest.fixture(scope="session")
 def saved_pipeline(tmp_path_factory):
-    """A folder in the format of diffusers with a small Stable Diffusion, whose text encoder has three layers."""
+    """Return a folder with a small Stable Diffusion pipeline, whose text encoder has three layers."""
     from models import diffusion
 
     folder = tmp_path_factory.mktemp("saved") / "pipe"

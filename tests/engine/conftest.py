@@ -1,4 +1,4 @@
-"""Models with random weights, of real classes; built once, as building costs more than running."""
+"""Small nets and models with random weights, and what several files of these tests share."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def x() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def t5():
-    """T5 with one module for the embeddings of both sides, as in its paper."""
+    """Return a T5 whose encoder and decoder share one embedding module, as in the paper."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
@@ -33,7 +33,7 @@ def t5():
 
 @pytest.fixture
 def greedy() -> dict:
-    """Arguments of `generate` for exactly four tokens."""
+    """Return arguments of `generate` for exactly four tokens."""
     return {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 
 
@@ -45,5 +45,5 @@ def no_mode_is_left():
 
 @pytest.fixture(params=["loaded", "never loaded"])
 def some(request):
-    """A net with its weights, or one without any."""
+    """Return a net with its weights, and one without any."""
     return Net() if request.param == "loaded" else Net().to("meta")

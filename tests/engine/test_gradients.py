@@ -49,8 +49,8 @@ def test_generate_of_transformers_lifts_its_no_grad():
             assert run.lm_head.output.requires_grad is grad
 
 
-def test_a_loss_on_the_picture_reaches_the_text_encoder():
-    """Through the whole denoising loop, against a central difference; and the pictures come out as ever."""
+def test_a_loss_on_the_image_reaches_the_text_encoder():
+    """Through the whole denoising loop, against a central difference; and the images come out as ever."""
     chosen = diffusion.PIPELINES["stable_diffusion"]
     model = DiffusionModel(chosen.build())
     given = {name: value for name, value in chosen.inputs().items() if name != "output_type"}
@@ -72,7 +72,7 @@ def test_a_loss_on_the_picture_reaches_the_text_encoder():
 
 
 def test_runs_with_gradients_side_by_side():
-    """Two runs of one pipeline, both with pictures to be turned into PIL ones, fed from one to the other."""
+    """Two runs of one pipeline, both with images to be turned into PIL ones, fed from one to the other."""
     chosen = diffusion.PIPELINES["stable_diffusion"]
     model = DiffusionModel(chosen.build())
     given = {name: value for name, value in chosen.inputs().items() if name != "output_type"}

@@ -1,11 +1,11 @@
-"""Small random instances of real diffusers pipelines, built from configs without a model hub.
+"""Small diffusers pipelines with random weights, built from configurations without a model hub.
 
-    tiny = PIPELINES["stable_diffusion"]
-    pipe = diffusion.build()
-    image = pipe(**diffusion.inputs(), generator=torch.Generator().manual_seed(0)).images
+    small = PIPELINES["stable_diffusion"]
+    pipe = small.build()
+    image = pipe(**small.inputs(), generator=torch.Generator().manual_seed(0)).images
 
 Every builder returns the same weights each time and leaves torch's global random state alone. The
-pictures mean nothing, but prompt, seed and every layer named in the registry change them, and the
+images mean nothing, but prompt, seed and every layer named in the registry change them, and the
 structure (which module runs when, in which shape) is that of the full-size pipeline.
 """
 
@@ -27,7 +27,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 # Words that become one token each; anything else is spelled out in characters.
 WORDS = ("a", "the", "red", "green", "blue", "circle", "square", "above", "below", "photo", "of")
 
-SIDE = 32  # pixels of every picture
+SIDE = 32  # pixels of every image
 WIDTH = 32  # features of a token
 TOKENS = 16  # T5's length: the pipelines' defaults, up to 512, would only cost time
 
@@ -52,7 +52,7 @@ class SmallPipeline:
 
 PIPELINES: dict[str, SmallPipeline] = {}
 
-PICTURE = Image.linear_gradient("L").resize((SIDE, SIDE)).convert("RGB")
+IMAGE = Image.linear_gradient("L").resize((SIDE, SIDE)).convert("RGB")
 MASK = Image.linear_gradient("L").resize((SIDE, SIDE)).point(lambda p: 255 * (p < 128))
 
 STEPS = {"num_inference_steps": 3, "output_type": "pt"}
@@ -133,7 +133,7 @@ def gemma_tokenizer() -> transformers.GemmaTokenizer:
 
 
 def seeded(build: Callable[..., torch.nn.Module]) -> Callable[..., Any]:
-    """Give a model builder a random stream of its own, and switch the model's dropout off."""
+    """Wrap a function that builds a model: use a random stream of its own, and return the model in evaluation mode."""
 
     @functools.wraps(build)
     def seeded(*args: Any, seed: int = 0, **kwargs: Any) -> torch.nn.Module:
@@ -183,7 +183,7 @@ def gemma_encoder(tokenizer: transformers.GemmaTokenizer) -> transformers.Gemma2
 
 @seeded
 def vae(**config: Any) -> diffusers.AutoencoderKL:
-    """Pictures to four channels at half the size."""
+    """Images to four channels at half the size."""
     down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
     blocks = {"down_block_types": down, "up_block_types": up, "block_out_channels": (8, 16)}
     return diffusers.AutoencoderKL(**blocks, norm_num_groups=4, sample_size=SIDE, **config)
@@ -223,15 +223,15 @@ def dit(cls: type[torch.nn.Module], **config: Any) -> torch.nn.Module:
 
 @seeded
 def model(cls: type[torch.nn.Module], **config: Any) -> torch.nn.Module:
-    """A model that only one pipeline has."""
+    """Build a model that only one pipeline has."""
     return cls(**config)
 
 
-# Parts of pipelines. Where one has two models of a kind, their seeds differ: so must their weights.
+# Parts of pipelines. Two models of one kind in a pipeline have different seeds, and so different weights.
 
 
 def text_parts(build: Callable[..., Any], tokenizer: Any, suffix: str = "", **config: Any) -> dict:
-    """A tokenizer and its encoder, under the names that pipelines use."""
+    """Return a tokenizer and its encoder, under the names that pipelines use."""
     text_encoder = build(tokenizer, **config)
     return {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": text_encoder}
 
@@ -247,19 +247,20 @@ _UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safet
 
 
 def quiet_pipeline(cls: type[diffusers.DiffusionPipeline], /, **components: Any) -> Any:
+    """Return a pipeline without a progress bar."""
     pipe = cls(**components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def stable_diffusion_family(cls: type[diffusers.DiffusionPipeline], /, **changes: Any) -> Any:
-    """A pipeline of Stable Diffusion's family; `changes` replaces or adds to its parts."""
+    """Return a pipeline of Stable Diffusion's family. `changes` replaces or adds components."""
     scheduler = diffusers.DDIMScheduler(**DDIM)
     parts = {"vae": vae(seed=1), "unet": unet(seed=2), "scheduler": scheduler, **_UNCHECKED}
     return quiet_pipeline(cls, **{**parts, **text_parts(clip_encoder, clip_tokenizer()), **changes})
 
 
-# Pipelines for pictures
+# Pipelines for images
 
 
 @_register_unet(CALL)
@@ -275,21 +276,21 @@ def with_second_order(pipe: diffusers.StableDiffusionPipeline) -> diffusers.Stab
 
 
 # Of four steps, a strength of 0.75 leaves out the first.
-@_register_unet({**CALL, "image": PICTURE, "num_inference_steps": 4, "strength": 0.75})
+@_register_unet({**CALL, "image": IMAGE, "num_inference_steps": 4, "strength": 0.75})
 def img2img() -> diffusers.StableDiffusionImg2ImgPipeline:
-    """Stable Diffusion, from a picture."""
+    """Stable Diffusion, from an image."""
     return stable_diffusion_family(diffusers.StableDiffusionImg2ImgPipeline)
 
 
-@_register_unet({**CALL, "image": PICTURE, "mask_image": MASK})
+@_register_unet({**CALL, "image": IMAGE, "mask_image": MASK})
 def inpaint() -> diffusers.StableDiffusionInpaintPipeline:
-    """With an inpainting UNet, which also sees the mask and the masked picture."""
+    """With an inpainting UNet, which also sees the mask and the masked image."""
     return stable_diffusion_family(diffusers.StableDiffusionInpaintPipeline, unet=unet(seed=2, in_channels=9))
 
 
-@_register_unet({**CALL, "image": PICTURE})
+@_register_unet({**CALL, "image": IMAGE})
 def controlnet() -> diffusers.StableDiffusionControlNetPipeline:
-    """Stable Diffusion steered by a second picture."""
+    """Stable Diffusion steered by a second image."""
     cls = diffusers.StableDiffusionControlNetPipeline
     return stable_diffusion_family(cls, controlnet=controlnet_model(seed=3))
 
@@ -449,7 +450,7 @@ def wan() -> diffusers.WanPipeline:
 
 @_register({**SIZED, "num_frames": 9}, video=True)
 def cogvideox() -> diffusers.CogVideoXPipeline:
-    """Text and picture in one sequence."""
+    """Text and image in one sequence."""
     blocks = {"block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 2}
     sizes = {"text_embed_dim": WIDTH, "max_text_seq_length": TOKENS, "time_embed_dim": 8}
     return quiet_pipeline(

@@ -1,7 +1,9 @@
-"""Small random pipelines of transformers, one for each of many tasks, built from configurations without a model hub.
+"""Small transformers pipelines with random weights, one per task, built from configurations without a model hub.
 
-case = PIPELINES["image-classification"]
-diffusion.build()(*diffusion.args, **diffusion.kwargs)
+    case = PIPELINES["image-classification"]
+    case.build()(*case.args, **case.kwargs)
+
+The weights are the same each time.
 """
 
 import json
@@ -24,7 +26,7 @@ from transformers.models.yolos.image_processing_pil_yolos import YolosImageProce
 
 from models import diffusion, vision_language
 
-PICTURE, TEXT = diffusion.PICTURE, "a red circle above a blue square"
+IMAGE, TEXT = diffusion.IMAGE, "a red circle above a blue square"
 SOUND = {"raw": np.sin(np.linspace(0, 300, 1600)).astype(np.float32), "sampling_rate": 16000}
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -45,7 +47,7 @@ class TaskPipeline:
 
     @property
     def args(self) -> tuple:
-        """The positional arguments of a call; anew, since some pipelines take apart a dictionary that they get."""
+        """Return new positional arguments for a call, since some pipelines change a dictionary that they receive."""
         return tuple(dict(value) if isinstance(value, dict) else value for value in self.given)
 
 
@@ -53,7 +55,7 @@ PIPELINES: dict[str, TaskPipeline] = {}
 
 
 def _enter(task: str, layer: str, *args: Any, generates: bool = False, **kwargs: Any) -> Callable:
-    """Enter what builds the parts of a pipeline: a model, and the rest by name."""
+    """Register a function that builds the parts of a pipeline: its model, and the rest by name."""
 
     def enter(parts: Callable) -> Callable:
         def build() -> transformers.Pipeline:
@@ -118,17 +120,17 @@ def text_generation():
     return transformers.GPT2LMHeadModel(config), {"tokenizer": _tokenizer()}
 
 
-@_enter("image-classification", "layers[1]", PICTURE)
+@_enter("image-classification", "layers[1]", IMAGE)
 def image_classification():
     return _vit("ForImageClassification", num_labels=3), {"image_processor": _of_side(ViTImageProcessorPil)}
 
 
-@_enter("image-feature-extraction", "layers[1]", PICTURE)
+@_enter("image-feature-extraction", "layers[1]", IMAGE)
 def image_feature_extraction():
     return _vit("Model"), {"image_processor": _of_side(ViTImageProcessorPil)}
 
 
-@_enter("image-segmentation", "segformer.stages[0].blocks[0]", PICTURE)
+@_enter("image-segmentation", "segformer.stages[0].blocks[0]", IMAGE)
 def image_segmentation():
     sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_attention_heads": [1, 2], "num_encoder_blocks": 2}
     sizes |= {"sr_ratios": [2, 1], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]}
@@ -137,7 +139,7 @@ def image_segmentation():
     return model, {"image_processor": _of_side(SegformerImageProcessorPil)}
 
 
-@_enter("object-detection", "layers[1]", PICTURE, threshold=0.0)
+@_enter("object-detection", "layers[1]", IMAGE, threshold=0.0)
 def object_detection():
     sizes = {**_VISION, "image_size": [32, 32], "num_detection_tokens": 4, "num_labels": 3}
     model = transformers.YolosForObjectDetection(transformers.YolosConfig(**sizes))
@@ -146,7 +148,7 @@ def object_detection():
 
 
 @_enter(
-    "zero-shot-object-detection", "owlvit.vision_model.layers[1]", PICTURE, candidate_labels=["a", "the"], threshold=0.0
+    "zero-shot-object-detection", "owlvit.vision_model.layers[1]", IMAGE, candidate_labels=["a", "the"], threshold=0.0
 )
 def zero_shot_object_detection():
     tokenizer = diffusion.clip_tokenizer()
@@ -157,7 +159,7 @@ def zero_shot_object_detection():
     return model, {"tokenizer": tokenizer, "image_processor": _of_side(OwlViTImageProcessorPil)}
 
 
-@_enter("zero-shot-image-classification", "vision_model.layers[1]", PICTURE, candidate_labels=["circle", "square"])
+@_enter("zero-shot-image-classification", "vision_model.layers[1]", IMAGE, candidate_labels=["circle", "square"])
 def zero_shot_image_classification():
     tokenizer = diffusion.clip_tokenizer()
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
@@ -167,7 +169,7 @@ def zero_shot_image_classification():
     return transformers.CLIPModel(config), {"tokenizer": tokenizer, "image_processor": images}
 
 
-@_enter("depth-estimation", "layers[1]", PICTURE)
+@_enter("depth-estimation", "layers[1]", IMAGE)
 def depth_estimation():
     sizes = {**_VISION, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "fusion_hidden_size": 16}
     sizes |= {"neck_hidden_sizes": [8, 8, 8, 8], "reassemble_factors": [2, 1, 1, 0.5], "is_hybrid": False}
@@ -224,9 +226,7 @@ def text_to_audio():
     return transformers.VitsModel(config), {"tokenizer": tokenizer}
 
 
-@_enter(
-    "image-text-to-text", "layers[1]", generates=True, images=PICTURE, text="<image> a red circle", max_new_tokens=4
-)
+@_enter("image-text-to-text", "layers[1]", generates=True, images=IMAGE, text="<image> a red circle", max_new_tokens=4)
 def image_text_to_text():
     model, processor = vision_language.llava()
     return model, {"processor": processor}

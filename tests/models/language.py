@@ -1,4 +1,9 @@
-"""Small random language models that read text, for the tests of lenses."""
+"""Small language models with random weights that read text, for the tests of the lenses.
+
+    language.model().trace("A cat sat on the")
+
+The weights are the same each time.
+"""
 
 import torch
 import transformers
@@ -12,7 +17,7 @@ _TEXTS = [*PROMPTS, "Paris London Madrid Rome", "in Paris and London, in Madrid 
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Byte-level, trained on the spot: " Paris" is one token, "Paris" another."""
+    """Train a byte-level tokenizer, in which " Paris" is one token and "Paris" another."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -38,7 +43,7 @@ def llama() -> torch.nn.Module:
 
 
 def gemma2() -> torch.nn.Module:
-    """Caps its logits."""
+    """Return a Gemma 2, which caps its logits."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     heads = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 0.5}
     return build(transformers.Gemma2ForCausalLM, transformers.Gemma2Config(**SIZES, **sizes, **heads))
@@ -50,7 +55,7 @@ def model(net: torch.nn.Module | None = None) -> LanguageModel:
 
 @torch.no_grad()
 def hidden_states(net: torch.nn.Module, layers: torch.nn.ModuleList, ids: torch.Tensor) -> list[torch.Tensor]:
-    """What each layer gives, by plain hooks."""
+    """Return the output of each layer, (batch, tokens, features), from ordinary hooks."""
     kept = []
     hooks = [layer.register_forward_hook(lambda module, args, output: kept.append(output)) for layer in layers]
     net(ids)

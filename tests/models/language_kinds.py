@@ -1,7 +1,9 @@
 """Small language models of several kinds, which read with Gemma's tokenizer: decoders, encoders, both, a state space.
 
-net = gpt2()
-net(ids("a red circle")).logits
+    net = gpt2()
+    net(ids("a red circle")).logits
+
+The weights are the same each time.
 """
 
 from typing import Any

@@ -1,7 +1,9 @@
-"""Small nets for the tests of the engine, and what plain PyTorch says about them.
+"""Small modules for the tests of the engine.
 
-`record` and `replaced` are the hand-written hooks that expected values come from; `footprint` is all that a run could
-leave behind on a module.
+    net = Net()
+    net(inputs())  # (2, WIDTH)
+
+The weights depend on the seed alone.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ WIDTH = 4
 
 
 def inputs(seed: int = 0, rows: int = 2) -> torch.Tensor:
-    """Values (rows, WIDTH), the same for the same seed."""
+    """Return values, (rows, WIDTH), that depend on the seed alone."""
     return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
@@ -27,7 +29,7 @@ class Leaf(nn.Module):
 
 
 class Branch(nn.Module):
-    """Two children, one after the other; the first has a child of its own."""
+    """A module with two children that run one after the other; the first has a child of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,8 +41,10 @@ class Branch(nn.Module):
 
 
 class Net(nn.Module):
-    """first, layers[0..2], last; `log` says what ran. `generate` is `steps` forward passes, each on the last one's
-    result."""
+    """A net of `first`, `layers[0]` to `layers[2]` and `last`. `log` lists what has run.
+
+    `generate` is `steps` forward passes, each on the result of the one before.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -68,7 +72,7 @@ class Net(nn.Module):
 
 
 class Calling(nn.Module):
-    """Runs a function in the place of a forward pass; its children are given by keyword."""
+    """A module that runs a function as its forward pass. Children are passed by keyword."""
 
     def __init__(self, function: Callable, **children: nn.Module) -> None:
         super().__init__()

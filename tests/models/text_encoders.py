@@ -1,9 +1,9 @@
-"""More small random pipelines, for what reads text: every family of text encoder that diffusers has pipelines for.
+"""Small pipelines with random weights for every family of text encoder that diffusers supports.
 
-    kind = TEXT_PIPELINES["kandinsky5"]
-    kind.build()(**kind.inputs(), generator=torch.Generator().manual_seed(0))
+    small = TEXT_PIPELINES["kandinsky5"]
+    small.build()(**small.inputs(), generator=torch.Generator().manual_seed(0))
 
-They are built as those of `tiny.py`, which are among them.
+The pipelines of `models.diffusion` are among them.
 """
 
 import functools
@@ -25,20 +25,20 @@ SEED = 4
 
 @dataclass(frozen=True)
 class TextPipeline:
-    """How to build and call one pipeline; `output` is the name of what it makes."""
+    """How to build and call one pipeline. `output` is the name of its result."""
 
     build: Callable[[], diffusers.DiffusionPipeline]
     call: dict[str, Any]
     output: str = "images"
 
     def inputs(self, **changes: Any) -> dict[str, Any]:
-        """Keyword arguments of one call, without `generator` and with the output as users get it."""
+        """Return keyword arguments of one call, without `generator`, whose result has its default type."""
         given = {name: value for name, value in self.call.items() if name != "output_type"}
         return {"prompt": PROMPT, **given, "num_inference_steps": 2, **changes}
 
 
 def byte_tokenizer(cls: type, **special: str) -> Any:
-    """A token a byte, in the classes that read GPT-2's files."""
+    """Return a tokenizer with one token per byte, of a class that reads GPT-2's files."""
     tokens = [*special.values(), *sorted(ByteLevel.alphabet())]
     ids = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     return cls(vocab=ids, merges=[], model_max_length=77, **special)
@@ -142,7 +142,7 @@ def z_image() -> diffusers.ZImagePipeline:
 
 
 def kandinsky_prior() -> diffusers.KandinskyV22PriorPipeline:
-    """Draws no picture, but the embedding of one."""
+    """Draws no image, but the embedding of one."""
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "projection_dim": WIDTH, "num_hidden_layers": 2}
     config = transformers.CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=16, patch_size=8)
     processor = transformers.CLIPImageProcessorPil(size=16, crop_size=16)
@@ -307,7 +307,7 @@ TEXT_PIPELINES |= {
 
 @functools.cache
 def built(name: str) -> diffusers.DiffusionPipeline:
-    """One instance of the pipeline for all tests that leave it as it is."""
+    """Return one instance of the pipeline for all tests that do not change it."""
     return TEXT_PIPELINES[name].build()
 
 

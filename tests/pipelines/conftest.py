@@ -1,4 +1,4 @@
-"""What several files of these tests share."""
+"""Fixtures that several files of these tests share."""
 
 import diffusers
 import pytest
@@ -10,7 +10,7 @@ from models.language_kinds import TOKENIZER, gpt2
 
 @pytest.fixture(scope="session")
 def saved_gpt2(tmp_path_factory):
-    """A folder in the format of transformers with a small GPT-2 and its tokenizer."""
+    """Return a folder with a small GPT-2 and its tokenizer, in the format of transformers."""
     folder = tmp_path_factory.mktemp("saved") / "gpt2"
     gpt2().save_pretrained(folder)
     TOKENIZER.save_pretrained(folder)
@@ -19,7 +19,7 @@ def saved_gpt2(tmp_path_factory):
 
 @pytest.fixture
 def loads(monkeypatch):
-    """The classes whose weights have been read, in that order."""
+    """Return the list of the classes whose weights have been read so far, in order."""
     read = []
     for cls in (diffusers.ModelMixin, transformers.PreTrainedModel):
         plain = cls.from_pretrained.__func__

@@ -29,16 +29,16 @@ class Case:
     call: dict
     several: str = "num_images_per_prompt"
 
-    def inputs(self, pictures=1, steps=2, **changes):
-        prompts = {"prompt": PROMPTS, "negative_prompt": NEGATIVE, self.several: pictures}
+    def inputs(self, images=1, steps=2, **changes):
+        prompts = {"prompt": PROMPTS, "negative_prompt": NEGATIVE, self.several: images}
         return {**self.call, **prompts, "num_inference_steps": steps, **changes}
 
-    def places(self, branch, prompt, pictures, call):
+    def places(self, branch, prompt, images, call):
         """Where, in the batch of call number `call` of a step, the entries are."""
-        mine = [i for i in range(2 * pictures) if prompt in (None, i // pictures)]
+        mine = [i for i in range(2 * images) if prompt in (None, i // images)]
         if self.order == "calls":
             return mine if branch in (None, ("cond", "uncond")[call]) else []
-        starts = {name: 2 * pictures * i for i, name in enumerate(self.order.split())}
+        starts = {name: 2 * images * i for i, name in enumerate(self.order.split())}
         return [start + i for name, start in starts.items() if branch in (None, name) for i in mine]
 
 
@@ -55,9 +55,7 @@ CASES["lumina"] = Case(text_encoders.lumina, "cond uncond", "transformer.layers.
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 _SIZES = [(name, 2) for name in CASES] + [("stable_diffusion", 1), ("flux", 1)]
-each_size = pytest.mark.parametrize(
-    ("case", "pictures"), [(CASES[name], n) for name, n in _SIZES], ids=map(str, _SIZES)
-)
+each_size = pytest.mark.parametrize(("case", "images"), [(CASES[name], n) for name, n in _SIZES], ids=map(str, _SIZES))
 branches = pytest.mark.parametrize("branch", ["cond", "uncond"])
 
 
@@ -82,13 +80,13 @@ def changed_at(pipe, path, change):
         handle.remove()
 
 
-def draw_changed(case, pictures=1, **changes):
+def draw_changed(case, images=1, **changes):
     """What the bare pipeline draws; `changes` are paths (with __ for dots) to what is done to the outputs there."""
     pipe = case.build()
     with ExitStack() as stack:
         for path, change in changes.items():
             stack.enter_context(changed_at(pipe, path.replace("__", "."), change))
-        return pipe(**case.inputs(pictures), generator=generators(2 * pictures))[0]
+        return pipe(**case.inputs(images), generator=generators(2 * images))[0]
 
 
 def generators(count):
@@ -96,20 +94,20 @@ def generators(count):
 
 
 @functools.cache
-def drawn_plainly(case, pictures=1):
-    return draw_changed(case, pictures)
+def drawn_plainly(case, images=1):
+    return draw_changed(case, images)
 
 
 @functools.cache
-def outputs_at(case, path, pictures=1):
+def outputs_at(case, path, images=1):
     """The outputs of a module in all its calls."""
     seen = []
-    draw_changed(case, pictures, **{path.replace(".", "__"): lambda output, n: seen.append(first(output).clone())})
+    draw_changed(case, images, **{path.replace(".", "__"): lambda output, n: seen.append(first(output).clone())})
     return seen
 
 
-def generate(case, pictures=1, **changes):
-    return DiffusionModel(case.build()).generate(**case.inputs(pictures, **changes), seed=SEED)
+def generate(case, images=1, **changes):
+    return DiffusionModel(case.build()).generate(**case.inputs(images, **changes), seed=SEED)
 
 
 # Denoisers
@@ -117,37 +115,37 @@ def generate(case, pictures=1, **changes):
 
 @branches
 @each_size
-def test_a_branch_reads_its_part(case, branch, pictures):
+def test_a_branch_reads_its_part(case, branch, images):
     calls = 2 if case.order == "calls" else 1
-    seen = outputs_at(case, case.block, pictures)
+    seen = outputs_at(case, case.block, images)
     expected = [
         seen[calls * step + call][places]
         for step in range(2)
         for call in range(calls)
-        if (places := case.places(branch, None, pictures, call))
+        if (places := case.places(branch, None, images, call))
     ]
-    with generate(case, pictures) as run:
+    with generate(case, images) as run:
         read = [first(getattr(run, branch)[case.block].output).clone() for _ in run.steps]
     assert len(read) == len(expected) and all(map(torch.equal, read, expected))
 
 
 @branches
 @each_size
-def test_a_branch_of_a_row_is_edited_in_place(case, branch, pictures):
+def test_a_branch_of_a_row_is_edited_in_place(case, branch, images):
     calls = 2 if case.order == "calls" else 1
 
     def change(output, n):
-        halve(output, case.places(branch, 1, pictures, n % calls))
+        halve(output, case.places(branch, 1, images, n % calls))
 
-    with generate(case, pictures) as run:
+    with generate(case, images) as run:
         row = getattr(run, branch).rows[1]
         for _ in run.steps:
             first(row[case.block].output)[:] *= 0.5
-    expected = draw_changed(case, pictures, **{case.block.replace(".", "__"): change})
-    plain = drawn_plainly(case, pictures)
+    expected = draw_changed(case, images, **{case.block.replace(".", "__"): change})
+    plain = drawn_plainly(case, images)
     assert torch.equal(drawn(run), expected)
-    assert torch.equal(drawn(run)[:pictures], plain[:pictures])  # the other prompt's
-    assert not torch.equal(drawn(run)[pictures:], plain[pictures:])
+    assert torch.equal(drawn(run)[:images], plain[:images])  # the other prompt's
+    assert not torch.equal(drawn(run)[images:], plain[images:])
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "wan", "lumina"])
@@ -197,11 +195,11 @@ def test_a_row_reaches_both_branches(name):
     assert torch.equal(drawn(run), draw_changed(case, **{case.block.replace(".", "__"): change}))
 
 
-def test_a_row_of_several_pictures_and_both_branches_is_no_view():
+def test_a_row_of_several_images_and_both_branches_is_no_view():
     with pytest.raises(InputError, match=r"rows\[1\]\.unet\.mid_block\.output is in several places"):
-        with generate(CASES["stable_diffusion"], pictures=2) as run:
+        with generate(CASES["stable_diffusion"], images=2) as run:
             run.rows[1].unet.mid_block.output
-    with generate(CASES["stable_diffusion"], pictures=2) as run:
+    with generate(CASES["stable_diffusion"], images=2) as run:
         assert torch.equal(run.rows[1].cond.unet.mid_block.output, run.cond.rows[1].unet.mid_block.output)
         run.stop()
 
@@ -411,7 +409,7 @@ def test_words_that_are_not_the_prompts():
 
 
 def test_embeddings_given_as_lists():
-    """Z-Image gives its transformer lists of tensors, one a picture, each as long as its prompt."""
+    """Z-Image gives its transformer lists of tensors, one an image, each as long as its prompt."""
     sizes = {"in_channels": 16, "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
     ropes = {"axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32], "cap_feat_dim": diffusion.WIDTH}
     tokenizer = diffusion.gemma_tokenizer()
@@ -472,18 +470,18 @@ def test_a_prompt_given_as_embeddings():
 
 
 @each_size
-def test_rows_after_guidance(case, pictures):
-    with generate(case, pictures) as run:
+def test_rows_after_guidance(case, images):
+    with generate(case, images) as run:
         for _ in run.steps[:1]:
             kept = [row.scheduler.step.output[0] for row in run.rows]
             whole = run.scheduler.step.output[0]
-            assert torch.equal(torch.cat(kept), whole) and len(kept[1]) == pictures
+            assert torch.equal(torch.cat(kept), whole) and len(kept[1]) == images
         a, b = run.rows
         b.vae.decode.input = a.vae.decode.input
         latents = run.vae.decode.input
-        assert torch.equal(latents[:pictures], latents[pictures:])
-    assert torch.equal(drawn(run)[:pictures], drawn(run)[pictures:])
-    assert torch.equal(drawn(run)[:pictures], drawn_plainly(case, pictures)[:pictures])
+        assert torch.equal(latents[:images], latents[images:])
+    assert torch.equal(drawn(run)[:images], drawn(run)[images:])
+    assert torch.equal(drawn(run)[:images], drawn_plainly(case, images)[:images])
 
 
 @pytest.mark.parametrize(
@@ -511,12 +509,12 @@ def test_rows_of_one_prompt_and_of_several():
         assert row.unet.mid_block.output is run.unet.mid_block.output
         assert len(row.cond.unet.mid_block.output) == 3
     assert torch.equal(row.images, run.images) and len(row.images) == 3
-    run = generate(CASES["stable_diffusion"], pictures=2)
+    run = generate(CASES["stable_diffusion"], images=2)
     assert [row.index for row in run.rows] == [row.index for row in run.cond.rows] == [0, 1]
     assert torch.equal(run.rows[1].images, run.images[2:])
 
 
-def test_row_pictures_are_those_of_the_prompt_alone():
+def test_row_images_are_those_of_the_prompt_alone():
     case = CASES["stable_diffusion"]
     run = generate(case)
     alone = DiffusionModel(case.build()).generate(

@@ -78,7 +78,7 @@ def test_nothing_runs_before_it_is_asked_for(sd):
         assert (len(encoded), len(denoised)) == (2, 3)
 
 
-def test_pictures_and_videos_are_told_apart():
+def test_images_and_videos_are_told_apart():
     video = diffusion.PIPELINES["ltx"]
     with pytest.raises(InputError, match="no images, it has frames"):
         _ = DiffusionModel(video.build()).generate(**video.inputs(), seed=0).images

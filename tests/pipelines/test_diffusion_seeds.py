@@ -11,36 +11,36 @@ SD = diffusion.PIPELINES["stable_diffusion"].inputs
 
 
 def batch_of(kind):
-    """Inputs of two pictures, or of two prompts."""
+    """Inputs of two images, or of two prompts."""
     if "prompt" not in kind.inputs():
         return {**kind.inputs(), "batch_size": 2}
     return {**kind.inputs(), "prompt": ["a red circle", "a blue square above a green circle"]}
 
 
-# An inpainting pipeline encodes the masked picture once for a batch, with the first generator.
+# An inpainting pipeline encodes the masked image once for a batch, with the first generator.
 BATCHED = [name for name in diffusion.ALL_PIPELINES if name != "inpaint"]
 
 
 @pytest.mark.parametrize("kind", BATCHED, indirect=True)
-def test_each_picture_of_a_batch_has_a_seed_of_its_own(kind, pipe):
+def test_each_image_of_a_batch_has_a_seed_of_its_own(kind, pipe):
     inputs = batch_of(kind)
     batch = drawn(DiffusionModel(pipe).generate(**inputs, seed=5))
     assert len(batch) == 2
-    for i, picture in enumerate(batch):
+    for i, image in enumerate(batch):
         single = {**inputs, "prompt": inputs["prompt"][i]} if "prompt" in inputs else {**inputs, "batch_size": 1}
-        assert torch.allclose(picture, draw(pipe, single, 5 + i)[0], atol=1e-4)
+        assert torch.allclose(image, draw(pipe, single, 5 + i)[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("seeds", [[9, 4], (7, 7)], ids=str)
-def test_a_seed_for_each_picture(sd, seeds):
+def test_a_seed_for_each_image(sd, seeds):
     inputs = batch_of(diffusion.PIPELINES["stable_diffusion"])
     batch = DiffusionModel(sd).generate(**inputs, seed=seeds).images
     assert len(batch) == 2
-    for picture, prompt, seed in zip(batch, inputs["prompt"], seeds):
-        assert torch.allclose(picture, draw(sd, {**inputs, "prompt": prompt}, seed)[0], atol=1e-4)
+    for image, prompt, seed in zip(batch, inputs["prompt"], seeds):
+        assert torch.allclose(image, draw(sd, {**inputs, "prompt": prompt}, seed)[0], atol=1e-4)
 
 
-def test_several_pictures_of_each_prompt(sd):
+def test_several_images_of_each_prompt(sd):
     prompts = ["a red circle", "a blue square"]
     images = DiffusionModel(sd).generate(**{**SD(), "prompt": prompts}, num_images_per_prompt=2, seed=5).images
     assert len(images) == 4

@@ -1,4 +1,4 @@
-"""Encoders of text and pictures as models of their own: they load, and answer to the standard names."""
+"""Encoders of text and images as models of their own: they load, and answer to the standard names."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = {**SIZES, "vocab_size": 64, "max_position_embeddings": 64}
-PICTURE = {**SIZES, "image_size": 16, "patch_size": 8}
+IMAGE = {**SIZES, "image_size": 16, "patch_size": 8}
 T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
 DISTILBERT = {"vocab_size": 64, "dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4, "max_position_embeddings": 64}
 IDS = torch.arange(12).reshape(2, 6) + 3
@@ -26,9 +26,9 @@ ENCODERS = {
     "BertModel": (TEXT, {"input_ids": IDS}),
     "DistilBertModel": (DISTILBERT, {"input_ids": IDS}),
     "EsmModel": ({**TEXT, "pad_token_id": 1}, {"input_ids": IDS}),
-    "ViTModel": (PICTURE, {"pixel_values": PIXELS}),
-    "Dinov2Model": (PICTURE, {"pixel_values": PIXELS}),
-    "SiglipVisionModel": (PICTURE, {"pixel_values": PIXELS}),
+    "ViTModel": (IMAGE, {"pixel_values": PIXELS}),
+    "Dinov2Model": (IMAGE, {"pixel_values": PIXELS}),
+    "SiglipVisionModel": (IMAGE, {"pixel_values": PIXELS}),
 }
 WITHOUT_NORM = {"BertModel", "DistilBertModel"}
 
@@ -60,7 +60,7 @@ def test_layers_and_the_final_norm(kind):
 
 @pytest.mark.parametrize("kind", ["CLIPModel", "SiglipModel"])
 def test_both_towers(kind):
-    config = {"text_config": TEXT, "vision_config": PICTURE}
+    config = {"text_config": TEXT, "vision_config": IMAGE}
     net = encoder_of(kind, config)
     model = LanguageModel(net)
     text, vision = net.text_model(input_ids=IDS), net.vision_model(pixel_values=PIXELS)

@@ -192,7 +192,7 @@ def test_a_list_of_seeds_of_the_wrong_length(sd, call, images, seeds):
     assert f"{len(seeds)} seeds for {images} image" in message
 
 
-def test_a_list_of_seeds_of_the_wrong_length_for_unconditional_pictures():
+def test_a_list_of_seeds_of_the_wrong_length_for_unconditional_images():
     assert "3 seeds for 2 images" in refusal_before_running(diffusion.ddpm(), batch_size=2, seed=[1, 2, 3])
 
 

@@ -115,7 +115,7 @@ def test_one_layer_is_enough():
 
 
 def test_a_language_model_that_sees_is_named_by_its_language_layers():
-    """Qwen-Image's text encoder has more layers for pictures (32) than for words (28)."""
+    """Qwen-Image's text encoder has more layers for images (32) than for words (28)."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     rope = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
     text = {"vocab_size": 32, "num_key_value_heads": 1, **sizes, **rope}

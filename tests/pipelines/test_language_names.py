@@ -174,7 +174,7 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_encoders_of_text_and_pictures(kind):
+def test_encoders_of_text_and_images(kind):
     cls, sizes, norm = ENCODERS[kind]
     common = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = cls.config_class(**(common if "d_model" not in sizes else {"num_heads": 4}) | sizes)
@@ -271,7 +271,7 @@ def test_the_check_changes_nothing(net):
 
 def test_a_model_that_cannot_run_on_tokens_alone_is_warned_of():
     class Needy(transformers.GPT2LMHeadModel):
-        def forward(self, input_ids=None, *, picture, **kwargs):
+        def forward(self, input_ids=None, *, image, **kwargs):
             return super().forward(input_ids, **kwargs)
 
     net = Needy(architectures.small_config("gpt2"))
