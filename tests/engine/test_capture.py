@@ -1,4 +1,4 @@
-"""Blocks that run later: how they are found, what names mean in them, what they leave behind."""
+"""Blocks that run later: how they are found, the meaning of names in them, and what they leave behind."""
 
 # ruff: noqa: E701, E702  (some of these tests are about blocks on one line)
 

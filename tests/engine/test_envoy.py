@@ -49,7 +49,7 @@ def test_a_model_that_is_a_list(x):
     assert torch.equal(values[0], net[0](x)) and torch.equal(values[1], net(x))
 
 
-def test_what_the_modules_have(model, net):
+def test_attributes_of_the_modules(model, net):
     assert model.first.weight is net.first.weight
     assert model.training is True
     assert model.layers[0].leaf.lin.in_features == 4

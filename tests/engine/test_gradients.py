@@ -50,7 +50,7 @@ def test_generate_of_transformers_lifts_its_no_grad():
 
 
 def test_a_loss_on_the_image_reaches_the_text_encoder():
-    """Through the whole denoising loop, against a central difference; and the images come out as ever."""
+    """Through the whole denoising loop, compared with a central difference. The images are unchanged."""
     chosen = diffusion.PIPELINES["stable_diffusion"]
     model = DiffusionModel(chosen.build())
     given = {name: value for name, value in chosen.inputs().items() if name != "output_type"}

@@ -1,4 +1,4 @@
-"""A run does nothing until it is asked, goes no further than it is asked, and costs nothing where it is not asked."""
+"""A run does nothing before a value is asked for, runs only as far as that value, and adds nothing elsewhere."""
 
 import torch
 

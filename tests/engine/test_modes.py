@@ -35,7 +35,7 @@ def modes():
 
 
 def switching(inside, log):
-    """A net that runs `b` and `c` within a context of its own and notes its modes everywhere."""
+    """Return a net that runs `b` and `c` within its own context and logs its modes everywhere."""
 
     def forward(self, x):
         log.append(modes())
@@ -56,7 +56,7 @@ def switching(inside, log):
 
 
 def bare_modes(net, log, around, x):
-    """The net's modes in the bare call, and its result."""
+    """Return the modes that the net logs in the bare call, and its result."""
     with around():
         result = net(x)
     kept = log[:]

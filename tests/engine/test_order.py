@@ -124,7 +124,7 @@ def test_a_module_that_is_never_called(net, x):
     assert issubclass(NeverReachedError, OutOfOrderError)
 
 
-def test_a_call_that_does_not_come(net, x):
+def test_a_call_that_is_never_made(net, x):
     with Model(net).trace(x) as run, pytest.raises(NeverReachedError, match=r"first\..*output"):
         run.first.calls[1].output
     assert torch.equal(run.result, net(x))

@@ -1,4 +1,4 @@
-"""Records: many points kept in one go, as hand-written hooks would keep them."""
+"""Records of many points, compared with hand-written hooks."""
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from models.nets import Net, inputs
 
 @pytest.fixture
 def logits(gpt2, ids, greedy):
-    """What lm_head returned in each of the four passes."""
+    """Return the outputs of `lm_head` in each of the four passes."""
     return outputs(gpt2.lm_head, gpt2.generate, ids, **greedy)
 
 

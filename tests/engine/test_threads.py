@@ -13,7 +13,7 @@ from models.nets import Net, inputs
 
 
 def in_a_thread(function):
-    """What `function` gives or raises in a thread of its own."""
+    """Return what `function` returns or raises in a new thread."""
     box = {}
 
     def target():

@@ -1,4 +1,4 @@
-"""Modules whose forward pass is not an ordinary one, and what calls it past `__call__`."""
+"""Modules with an unusual forward pass, and code that calls it without `__call__`."""
 
 import contextlib
 import copy

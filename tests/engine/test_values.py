@@ -1,4 +1,4 @@
-"""What `.input`, `.inputs` and `.output` give, and what assigning to them does."""
+"""The values of `.input`, `.inputs` and `.output`, and assigning to them."""
 
 from types import SimpleNamespace
 

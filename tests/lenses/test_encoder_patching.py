@@ -235,7 +235,7 @@ def test_one_encoder_alone():
 
 
 def with_other_text_encoder(name="stable_diffusion"):
-    """Another fine-tune: the same pipeline with other weights in its text encoder."""
+    """Return the same pipeline with other weights in its text encoder, like another fine-tuned model."""
     pipe = TEXT_PIPELINES[name].build()
     pipe.text_encoder = diffusion.clip_encoder(pipe.tokenizer, seed=9)
     return pipe

@@ -351,7 +351,7 @@ def test_inputs_stay_as_they_are_and_the_same_grid_comes_back():
     assert image_grid(given, titles=titles, title=LONG) == first
 
 
-def test_the_grid_is_a_image_of_its_own():
+def test_the_grid_is_an_image_of_its_own():
     image = plain_image(RED, (192, 192))
     image_grid([image], padding=0).putpixel((0, 0), (0, 0, 0))
     assert image.getcolors() == [(192 * 192, RED)]

@@ -46,7 +46,7 @@ def pipe():
 
 
 def point_of(layers, layer):
-    """The layer, and which of its values is meant."""
+    """Return the layer and the name of its value."""
     return (layers[0], "input") if layer == "embedding" else (layers[layer], "output")
 
 
@@ -55,7 +55,7 @@ def value_of(layers, layer):
 
 
 def draw_layer(model, layer, prompt=TARGET, seed=3, **arguments):
-    """The image from a layer, by hand: its value goes into the final norm."""
+    """Return the image of a layer drawn by hand: the layer's value goes into the final norm."""
     with model.generate(prompt, seed=seed, **STEPS, **arguments) as run:
         encoder = run.cond.text_encoder
         encoder.ln_final.input = value_of(encoder.layers, layer)

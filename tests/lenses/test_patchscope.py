@@ -18,7 +18,7 @@ SHORT = TargetPrompt("cat -> cat ?")
 
 @torch.no_grad()
 def logits_by_hand(net, hidden, layer, target):
-    """The logits of the token after the target prompt, with `hidden` put into it."""
+    """Return the logits after the target prompt, (vocabulary,), with `hidden` put into it."""
 
     def put(module, args, output):
         output[0, target.position] = hidden

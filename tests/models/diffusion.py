@@ -61,7 +61,7 @@ SIZED = {**CALL, "height": SIDE, "width": SIDE, "max_sequence_length": TOKENS}
 
 
 def _register(call: dict[str, Any], **facts: Any) -> Callable[[Callable], Callable]:
-    """Enter a builder in `PIPELINES` under its own name."""
+    """Register a builder in `PIPELINES` under its own name."""
 
     def enter(build: Callable[[], diffusers.DiffusionPipeline]) -> Callable:
         PIPELINES[build.__name__] = SmallPipeline(build, functools.partial(dict, call), **facts)
@@ -79,7 +79,7 @@ _register_unet = functools.partial(_register, text_encoder_layer=CLIP_LAYER, **_
 
 
 def _merges(words: list[list[str]]) -> list[tuple[str, str]]:
-    """BPE merges, in order, that make one token of each word; a word is a list of symbols."""
+    """Return BPE merges, in order, that make one token of each word; a word is a list of symbols."""
     merges = []
     while unfinished := [word for word in words if len(word) > 1]:
         merges.append((unfinished[0][0], unfinished[0][1]))
@@ -99,7 +99,7 @@ def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def _numbered(tokens: list[str]) -> dict[str, int]:
-    """A vocabulary. Two merges may spell the same token, which must have only one number."""
+    """Return a vocabulary. Two merges may spell the same token, which must have only one number."""
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
 
 

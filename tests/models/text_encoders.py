@@ -46,7 +46,7 @@ def byte_tokenizer(cls: type, **special: str) -> Any:
 
 @diffusion.seeded
 def qwen_encoder(tokenizer: Any) -> transformers.Qwen2_5_VLForConditionalGeneration:
-    """A language model that sees."""
+    """A vision-language model."""
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 2}
     rope = {"rope_type": "default", "type": "default", "mrope_section": [2, 2, 4], "rope_theta": 1e6}
     text = {**sizes, "num_key_value_heads": 2, "rope_parameters": rope, "vocab_size": len(tokenizer)}
@@ -71,7 +71,7 @@ def wide_clip_encoder(tokenizer: Any) -> transformers.CLIPTextModel:
 
 
 def stable_diffusion_2() -> diffusers.StableDiffusionPipeline:
-    """The last but one layer of OpenCLIP: its encoder comes without the last."""
+    """The last but one layer of OpenCLIP, whose encoder is published without the last one."""
     scheduler = diffusers.DDIMScheduler(**diffusion.DDIM, prediction_type="v_prediction")
     text = diffusion.text_parts(wide_clip_encoder, diffusion.clip_tokenizer())
     return diffusion.stable_diffusion_family(diffusers.StableDiffusionPipeline, scheduler=scheduler, **text)
@@ -160,7 +160,7 @@ def kandinsky_prior() -> diffusers.KandinskyV22PriorPipeline:
 
 
 def kandinsky3() -> diffusers.Kandinsky3Pipeline:
-    """T5, whose padding is blanked."""
+    """T5, whose padding is set to zero."""
     movq = {"block_out_channels": [32, 32], "down_block_types": ["DownEncoderBlock2D"] * 2, "latent_channels": 4}
     movq |= {"up_block_types": ["UpDecoderBlock2D"] * 2, "norm_num_groups": 4, "norm_type": "spatial"}
     movq |= {"num_vq_embeddings": 12, "vq_embed_dim": 4}
@@ -176,7 +176,7 @@ def kandinsky3() -> diffusers.Kandinsky3Pipeline:
 
 
 def kandinsky5() -> diffusers.Kandinsky5T2IPipeline:
-    """A language model that sees, behind a template, and CLIP's pooled vector."""
+    """A vision-language model that reads the prompt in a template, and CLIP's pooled vector."""
     sizes = {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": WIDTH, "in_text_dim2": 16, "time_dim": 16}
     sizes |= {"patch_size": (1, 2, 2), "model_dim": 16, "ff_dim": 32, "num_text_blocks": 1, "num_visual_blocks": 2}
     pipe = diffusion.quiet_pipeline(
@@ -235,7 +235,7 @@ _CLIP_TO_AUDIO = {"projection_dim": 16, "hidden_size": 16, "intermediate_size": 
 
 @diffusion.seeded
 def clap(tokenizer: Any) -> transformers.ClapModel:
-    """CLIP for sounds."""
+    """CLIP for sound."""
     text = {**_CLIP_TO_AUDIO, "num_attention_heads": 2, "vocab_size": len(tokenizer), "num_hidden_layers": 3}
     audio = {"spec_size": 64, "window_size": 4, "num_mel_bins": 64, "depths": [2, 2], "num_attention_heads": [2, 2]}
     audio |= {**_CLIP_TO_AUDIO, "hidden_size": 192, "patch_size": 2, "patch_stride": 2, "patch_embed_input_channels": 4}

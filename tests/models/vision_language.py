@@ -52,7 +52,7 @@ def _tokenizer(*special: str) -> Any:
 
 
 def llava(strategy: str = "default") -> tuple[Any, Any]:
-    """16 tokens an image, 4 x 4; with strategy "full" also the class token, first."""
+    """16 tokens per image, 4 x 4. With strategy "full" the class token comes first."""
     tokenizer = _tokenizer("<image>")
     processor = transformers.LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
@@ -71,7 +71,7 @@ def llava(strategy: str = "default") -> tuple[Any, Any]:
 
 
 def llava_next() -> tuple[Any, Any]:
-    """An image as a whole, 4 x 4, then in two or four tiles of 4 x 4, without padding, a token behind each line."""
+    """The whole image, 4 x 4 tokens, then two or four tiles of 4 x 4 without padding; a token follows each line."""
     tokenizer = _tokenizer("<image>")
     tiles = [[32, 64], [64, 32], [64, 64]]
     images = LlavaNextImageProcessorPil(
@@ -98,7 +98,7 @@ class _WithoutVideos(transformers.Qwen2VLProcessor):
 
 
 def qwen2_vl() -> tuple[Any, Any]:
-    """Tokens of 16 x 16 pixels, as many as the image has."""
+    """One token per 16 x 16 pixels of the image."""
     tokenizer = _tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     sizes = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
     images = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=sizes)
@@ -117,7 +117,7 @@ def qwen2_vl() -> tuple[Any, Any]:
 
 
 def idefics2() -> tuple[Any, Any]:
-    """4 tokens an image, mixed by a resampler."""
+    """4 tokens per image, mixed by a resampler."""
     tokenizer = _tokenizer()
     images = Idefics2ImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 32}, do_image_splitting=False)
     processor = transformers.Idefics2Processor(images, tokenizer, image_seq_len=4)
@@ -132,7 +132,7 @@ def idefics2() -> tuple[Any, Any]:
 
 
 def idefics3(splits: bool = True) -> tuple[Any, Any]:
-    """4 tokens a tile, 2 x 2; images are looked at in tiles of 32 pixels, and as a whole."""
+    """4 tokens per tile, 2 x 2. Images are read in tiles of 32 pixels and as a whole."""
     tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     tokenizer = _tokenizer("<global-img>", *tiles)
     edges = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
@@ -149,7 +149,7 @@ def idefics3(splits: bool = True) -> tuple[Any, Any]:
 
 
 def paligemma() -> tuple[Any, Any]:
-    """16 tokens an image, 4 x 4, before the text."""
+    """16 tokens per image, 4 x 4, before the text."""
     tokenizer = _tokenizer("<image>")
     images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
     images.image_seq_length = 16
@@ -164,7 +164,7 @@ def paligemma() -> tuple[Any, Any]:
 
 
 def gemma3() -> tuple[Any, Any]:
-    """4 tokens an image, 2 x 2, each of 4 patches; in a text another token stands for them."""
+    """4 tokens per image, 2 x 2, of 4 patches each. The text has another token in their place."""
     tokenizer = _tokenizer("<start_of_image>", "<end_of_image>", "<image_soft_token>")
     for name, token in (("image", "<image_soft_token>"), ("boi", "<start_of_image>"), ("eoi", "<end_of_image>")):
         setattr(tokenizer, f"{name}_token", token)

@@ -1,4 +1,4 @@
-"""Rows and branches of diffusion runs, against hooks written by hand on the bare pipeline that know where each is."""
+"""Rows and branches of diffusion runs, against hand-written hooks on the bare pipeline that know where each is."""
 
 import functools
 from contextlib import ExitStack, contextmanager
@@ -20,7 +20,7 @@ SEED = 5
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A pipeline, and where its branches are: in one batch ("uncond cond", "cond uncond"), or in two "calls"."""
+    """A pipeline and the places of its branches: in one batch ("uncond cond", "cond uncond") or in two "calls"."""
 
     build: object
     order: str
@@ -34,7 +34,7 @@ class Case:
         return {**self.call, **prompts, "num_inference_steps": steps, **changes}
 
     def places(self, branch, prompt, images, call):
-        """Where, in the batch of call number `call` of a step, the entries are."""
+        """Return the places of the entries in the batch of call number `call` of a step."""
         mine = [i for i in range(2 * images) if prompt in (None, i // images)]
         if self.order == "calls":
             return mine if branch in (None, ("cond", "uncond")[call]) else []
@@ -69,7 +69,7 @@ def halve(value, places):
 
 @contextmanager
 def changed_at(pipe, path, change):
-    """`change(output, n)` at the n-th call of a module."""
+    """Call `change(output, n)` at the n-th call of a module in the block."""
     component, _, rest = path.partition(".")
     count = iter(range(1000))
     module = getattr(pipe, component).get_submodule(rest)
@@ -81,7 +81,7 @@ def changed_at(pipe, path, change):
 
 
 def draw_changed(case, images=1, **changes):
-    """What the bare pipeline draws; `changes` are paths (with __ for dots) to what is done to the outputs there."""
+    """Return what the bare pipeline draws. `changes` maps paths, with __ for dots, to functions that change outputs."""
     pipe = case.build()
     with ExitStack() as stack:
         for path, change in changes.items():
@@ -100,7 +100,7 @@ def drawn_plainly(case, images=1):
 
 @functools.cache
 def outputs_at(case, path, images=1):
-    """The outputs of a module in all its calls."""
+    """Return the outputs of a module in all its calls."""
     seen = []
     draw_changed(case, images, **{path.replace(".", "__"): lambda output, n: seen.append(first(output).clone())})
     return seen
@@ -252,7 +252,7 @@ def test_a_negative_prompt_that_is_the_prompt(name):
 
 
 def test_edited_text_is_recognised():
-    """What the body makes of the text is what the denoiser is compared with."""
+    """The branches are found by comparison with the text as the body has edited it."""
     case = CASES["stable_diffusion"]
     with generate(case) as run:
         cond, uncond = run.encode_prompt.output
@@ -593,7 +593,7 @@ def test_unconditional_pipelines_have_rows_and_no_branches():
 # What cannot be told
 
 
-def test_three_branches_cannot_be_told():
+def test_three_branches_are_an_error():
     """Perturbed-attention guidance adds a third."""
     pipe = diffusion.stable_diffusion_family(diffusers.StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
     inputs = {**CASES["stable_diffusion"].inputs(), "pag_scale": 2.0}

@@ -1,4 +1,4 @@
-"""Weights come when they are needed: what works without them, what brings them, and that nothing is lost on the way."""
+"""Weights are loaded when they are needed: what works without them, what loads them, and that nothing is lost."""
 
 import shutil
 
@@ -71,7 +71,7 @@ def test_the_tree_is_that_of_the_loaded_pipeline(model):
 
 
 def test_opening_the_packaged_pipeline_reads_no_weights(loads):
-    """Of a pipeline of 6 million parameters nothing is in memory."""
+    """None of its 6 million parameters is in memory."""
     model = DiffusionModel(CLIP)
     parameters = [parameter for name in MODULES for parameter in model[name]._owner.parameters()]
     assert loads == []
@@ -80,7 +80,7 @@ def test_opening_the_packaged_pipeline_reads_no_weights(loads):
 
 
 def test_a_repository_of_the_hub(saved_pipeline, tmp_path, loads):
-    """As it lies in the hub's cache on disk."""
+    """In the layout of the hub's cache on disk."""
     revision = "a" * 40
     repository = tmp_path / "models--owner--name"
     shutil.copytree(saved_pipeline, repository / "snapshots" / revision)
@@ -228,7 +228,7 @@ def test_arguments_that_only_loading_needs(saved_pipeline):
 # Errors
 
 
-def test_what_is_missing_is_missed_at_once(saved_pipeline, tmp_path, loads):
+def test_missing_files_are_reported_at_once(saved_pipeline, tmp_path, loads):
     for missing in ("unet/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         folder = tmp_path / missing.replace("/", "_")
         shutil.copytree(saved_pipeline, folder)

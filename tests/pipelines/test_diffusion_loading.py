@@ -1,4 +1,4 @@
-"""Where a DiffusionModel comes from: a packaged name, a folder, a hub id, a live pipeline; and where it cannot."""
+"""Sources of a DiffusionModel: a packaged name, a folder, a hub id, a live pipeline; and invalid ones."""
 
 import json
 import logging

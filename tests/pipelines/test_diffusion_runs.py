@@ -38,7 +38,7 @@ def test_without_a_seed_the_global_generator_is_drawn_from(sd):
     assert torch.equal(DiffusionModel(sd).generate(**SD()).images, want)
 
 
-def test_a_generator_of_ones_own_is_passed_on(sd):
+def test_a_given_generator_is_passed_on(sd):
     model = DiffusionModel(sd)
     run = model.generate(**SD(), generator=torch.Generator().manual_seed(SEED))
     assert torch.equal(run.images, draw(sd, SD()))
@@ -86,7 +86,7 @@ def test_images_and_videos_are_told_apart():
         _ = DiffusionModel(diffusion.stable_diffusion()).generate(**SD(), seed=0).frames
 
 
-def test_an_error_of_the_pipeline_comes_out_as_it_is(sd):
+def test_an_error_in_the_pipeline_is_raised_unchanged(sd):
     with pytest.raises(ValueError) as bare:
         sd(**SD(), height=33, width=33)
     with pytest.raises(ValueError) as error:

@@ -11,7 +11,7 @@ SD = diffusion.PIPELINES["stable_diffusion"].inputs
 
 
 def batch_of(kind):
-    """Inputs of two images, or of two prompts."""
+    """Return inputs for two images of one prompt, or for two prompts."""
     if "prompt" not in kind.inputs():
         return {**kind.inputs(), "batch_size": 2}
     return {**kind.inputs(), "prompt": ["a red circle", "a blue square above a green circle"]}
@@ -57,7 +57,7 @@ def test_several_videos_of_a_prompt():
         assert torch.allclose(frames[i], draw(pipe, kind.inputs(), seed=5 + i)[0], atol=1e-4)
 
 
-def test_prompts_that_are_encoded_already_are_counted_too(sd):
+def test_encoded_prompts_are_counted(sd):
     inputs = SD()
     encoded, negative = sd.encode_prompt(["a red circle", "a blue square"], "cpu", 1, True)
     del inputs["prompt"]
@@ -67,7 +67,7 @@ def test_prompts_that_are_encoded_already_are_counted_too(sd):
         assert torch.allclose(images[i], draw(sd, {**SD(), "prompt": prompt}, 5 + i)[0], atol=1e-4)
 
 
-def test_a_seed_draws_the_same_again_and_another_something_else(sd):
+def test_the_same_seed_draws_the_same_and_another_does_not(sd):
     model = DiffusionModel(sd)
     once = model.generate(**SD(), seed=5).images
     assert torch.equal(model.generate(**SD(), seed=5).images, once)

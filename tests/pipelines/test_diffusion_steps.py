@@ -37,7 +37,7 @@ def test_there_is_a_step_for_every_call_of_the_scheduler(kind, pipe):
 
 
 @pytest.mark.parametrize("sigmas", [[1.0, 0.5, 1e-3], [1.0, 0.6, 2e-4]])
-def test_timesteps_near_the_end_of_the_schedule_are_not_mistaken(sigmas):
+def test_timesteps_near_the_end_of_the_schedule(sigmas):
     kind = diffusion.PIPELINES["flux"]  # tells its transformer t / 1000: 1.0 at the beginning
     pipe, inputs = kind.build(), {**kind.inputs(), "sigmas": sigmas}
     with recorded(pipe.scheduler, "step") as calls:

@@ -87,7 +87,7 @@ def test_reading_what_the_vae_encodes(kind, pipe):
             assert torch.equal(run.vae.encode.calls[call].output.latent_dist.mean, output.latent_dist.mean)
 
 
-def test_reading_what_the_prompt_became(sd):
+def test_reading_the_prompt_embeddings(sd):
     want = sd.encode_prompt("a red circle", "cpu", 1, True)
     ids = sd.tokenizer("a red circle", padding="max_length", max_length=77, return_tensors="pt").input_ids
     with DiffusionModel(sd).generate("a red circle", num_inference_steps=1, seed=SEED) as run:
@@ -144,7 +144,7 @@ def test_editing_a_block_in_step_1_alone(kind, pipe):
         assert torch.equal(drawn(run), want), edit.__name__
 
 
-def test_editing_what_a_block_is_given_in_step_1(kind, pipe):
+def test_editing_the_inputs_of_a_block_in_step_1(kind, pipe):
     (plain, _), calls = bare_run(kind), []
 
     def halve(original, *args, **kwargs):
@@ -213,7 +213,7 @@ def test_editing_what_the_vae_decodes(kind, pipe):
 
 
 @pytest.mark.parametrize("kind", LATENT, indirect=True)
-def test_leaving_the_vae_out(kind, pipe):
+def test_skipping_the_vae(kind, pipe):
     want, calls = bare_run(kind)
     ((_, decoded),) = calls["decode"]
     with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED + 1) as run:
@@ -221,7 +221,7 @@ def test_leaving_the_vae_out(kind, pipe):
     assert torch.equal(drawn(run), want)  # decoded in another run
 
 
-def test_editing_what_the_prompt_became(sd):
+def test_editing_the_prompt_embeddings(sd):
     inputs = SD()
     other = {**inputs, "prompt": "a green square"}
     want, encoded = draw(sd, other), sd.encode_prompt(other["prompt"], "cpu", 1, True)

@@ -1,4 +1,4 @@
-"""Encoders of text and images as models of their own: they load, and answer to the standard names."""
+"""Text and image encoders as models on their own: they load and have the standard names."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_both_towers(kind):
         assert torch.equal(states["vision_model.ln_final.output"], vision.last_hidden_state)
 
 
-def test_a_norm_within_the_head_is_not_the_final_one():
+def test_a_norm_inside_the_head_is_not_the_final_norm():
     net = encoder_of("DistilBertForMaskedLM", DISTILBERT)
     model = LanguageModel(net)
     assert not hasattr(model, "ln_final")

@@ -1,4 +1,4 @@
-"""Standard names: every text encoder has `layers` and `ln_final`, wherever they really are."""
+"""Standard names: every text encoder has `layers` and `ln_final`, whatever their real names are."""
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ TEXT = {name: kind for name, kind in diffusion.PIPELINES.items() if kind.text_en
 
 
 @pytest.mark.parametrize("kind", TEXT.values(), ids=TEXT)
-def test_every_text_encoder_of_a_pipeline_answers_to_them(kind):
+def test_every_text_encoder_of_a_pipeline_has_the_names(kind):
     pipe = kind.build()
     model = DiffusionModel(pipe)
     for name, encoder in pipe.components.items():
@@ -87,19 +87,19 @@ def test_a_standard_name_and_the_real_one_are_the_same_point(kind):
         run.stop()
 
 
-def test_only_encoders_have_them():
+def test_only_encoders_have_the_names():
     model = DiffusionModel(diffusion.stable_diffusion())
     assert "layers" not in dir(model.unet)
     assert not hasattr(model.vae, "layers")
     assert not hasattr(model.unet, "ln_final")
 
 
-def test_what_has_no_layers_has_no_names():
+def test_a_model_without_layers_has_no_names():
     assert standard_names(nn.Linear(2, 2)) == {}
     assert standard_names(nn.ModuleList([nn.Linear(2, 2), nn.ReLU()])) == {}
 
 
-def test_what_has_no_norm_behind_has_layers_alone():
+def test_an_encoder_without_a_final_norm_has_layers_only():
     config = transformers.BertConfig(
         vocab_size=32, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16
     )
@@ -114,7 +114,7 @@ def test_one_layer_is_enough():
     assert names == {"layers": "encoder.layers", "ln_final": "final_layer_norm"}
 
 
-def test_a_language_model_that_sees_is_named_by_its_language_layers():
+def test_layers_of_a_vision_language_model_are_those_of_its_language_model():
     """Qwen-Image's text encoder has more layers for images (32) than for words (28)."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     rope = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}

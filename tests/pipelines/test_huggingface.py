@@ -1,4 +1,4 @@
-"""HFPipeline: pipelines of transformers for many tasks, called as ever; against the bare pipelines and plain hooks."""
+"""HFPipeline: transformers pipelines for many tasks, compared with the bare pipelines and plain hooks."""
 
 import warnings
 
@@ -41,7 +41,7 @@ def writer():
 
 
 def is_same(a, b):
-    """Whether two results are the same to the bit, whatever they hold."""
+    """Return whether two results are the same to the bit, whatever they contain."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(is_same(a[name], b[name]) for name in a)
     if isinstance(a, (list, tuple)):
@@ -145,7 +145,7 @@ def test_the_tokens_of_a_step_and_its_text(task):
 
 
 def test_texts_one_after_the_other_and_two_runs_at_once(writer):
-    """Each run is told its own tokens; each text begins anew."""
+    """Each run has its own tokens, and each text begins anew."""
     model, given = HFPipeline(writer), {"max_new_tokens": 3, "min_new_tokens": 3}
     texts = [TEXT, f"{TEXT} above the square"]
     alone = [[step.tokens.tolist() for step in model.generate(text, seed=3, **given).steps] for text in texts]
@@ -193,7 +193,7 @@ def test_a_pipeline_that_draws_is_seeded():
 # Batches
 
 
-def test_a_list_goes_through_one_by_one(classifier):
+def test_a_list_is_processed_one_by_one(classifier):
     texts = [TEXT, "the green square", "a photo"]
     with HFPipeline(classifier).trace(texts) as run:
         seen = [run.model.layers[1].output.shape for _ in run.steps]
@@ -221,7 +221,7 @@ def test_rows_of_one_batch(classifier):
     assert run.result[1] != plain[1]
 
 
-def test_what_comes_from_a_generator(classifier):
+def test_inputs_from_a_generator(classifier):
     texts = [TEXT, "the green square"]
     with HFPipeline(classifier).trace(text for text in texts) as run:
         steps = len(list(run.steps))
@@ -232,7 +232,7 @@ def test_what_comes_from_a_generator(classifier):
 # The engine's ways
 
 
-def test_edits_stay(classifier):
+def test_edits_persist(classifier):
     model = HFPipeline(classifier)
 
     @model.edit
@@ -307,7 +307,7 @@ def test_gradients(classifier):
     assert not {"get_inference_context", "forward"} & vars(classifier).keys()
 
 
-def test_gradients_through_writing(writer):
+def test_gradients_through_generation(writer):
     with HFPipeline(writer).generate(TEXT, max_new_tokens=2, do_sample=False, grad=True) as run:
         hidden = run.model.layers[1].output
         hidden.retain_grad()
@@ -368,7 +368,7 @@ def test_a_task_and_a_folder(classifier, tmp_path):
         (torch.nn.Linear(1, 1), {}, "HFPipeline takes transformers.pipeline"),
     ],
 )
-def test_what_is_no_pipeline(source, given, match):
+def test_sources_that_are_not_pipelines(source, given, match):
     with pytest.raises(InputError, match=match):
         HFPipeline(source, **given)
 

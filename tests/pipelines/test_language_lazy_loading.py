@@ -1,4 +1,4 @@
-"""A language model's weights come when they are needed: what works without, what brings them, that nothing is lost."""
+"""A language model's weights are loaded when they are needed: what works without them, and that nothing is lost."""
 
 import shutil
 import warnings
@@ -245,7 +245,7 @@ def test_the_generation_settings_of_the_folder(saved_gpt2, tmp_path):
 
 
 def test_a_repository_of_the_hub(saved_gpt2, tmp_path, loads, net):
-    """As it lies in the hub's cache on disk."""
+    """In the layout of the hub's cache on disk."""
     revision = "a" * 40
     repository = tmp_path / "models--owner--name"
     shutil.copytree(saved_gpt2, repository / "snapshots" / revision)
@@ -259,7 +259,7 @@ def test_a_repository_of_the_hub(saved_gpt2, tmp_path, loads, net):
 # Errors
 
 
-def test_what_is_missing_is_missed_at_once(saved_gpt2, tmp_path):
+def test_missing_files_are_reported_at_once(saved_gpt2, tmp_path):
     shutil.copytree(saved_gpt2, tmp_path / "gpt2")
     (tmp_path / "gpt2" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="there are no weights in"):

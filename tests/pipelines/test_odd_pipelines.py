@@ -1,4 +1,4 @@
-"""Pipelines that do things their own way: no scheduler step, methods put on the object, times told to each token."""
+"""Unusual pipelines: no scheduler step, methods set on the object, a timestep per token."""
 
 import functools
 import json

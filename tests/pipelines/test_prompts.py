@@ -1,4 +1,4 @@
-"""Prompts, seeds and arguments that cannot be drawn are refused before anything runs."""
+"""Invalid prompts, seeds and arguments raise an error before anything runs."""
 
 import warnings
 
@@ -17,7 +17,7 @@ EMPTY = ["", "  \n", [""], ["a red circle", " "], []]
 
 
 def watched(pipe):
-    """A model, and the list of the components that have run."""
+    """Return a model and the list of the components that have run."""
     ran = []
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
@@ -51,11 +51,11 @@ def test_an_empty_prompt(name, prompt):
 
 
 @pytest.mark.parametrize("prompt", [3, ["a red circle", None], b"a red circle"], ids=repr)
-def test_a_prompt_that_is_no_text(sd, prompt):
+def test_a_prompt_that_is_not_text(sd, prompt):
     assert "a prompt is a string, not" in refusal_before_running(sd, prompt, seed=0)
 
 
-def test_an_empty_negative_prompt_is_none_of_these(sd):
+def test_an_empty_negative_prompt_is_accepted(sd):
     call = {"num_inference_steps": 1, "output_type": "pt"}
     images = DiffusionModel(sd).generate("a red circle", negative_prompt="", seed=0, **call).images
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +71,7 @@ def test_no_prompt_at_all_is_left_to_the_pipeline(sd):
 
 
 def words(count):
-    """So many words, each of them one token of every tokenizer in these pipelines."""
+    """Return a number of words, each of which is one token in every tokenizer of these pipelines."""
     return " ".join(["red"] * count)
 
 
@@ -110,7 +110,7 @@ def test_the_default_length_of_the_pipeline_counts():
     DiffusionModel(pipe).generate(words(225), seed=0)
 
 
-def test_one_tokenizer_that_takes_all_of_it_is_enough():
+def test_one_tokenizer_that_fits_the_prompt_is_enough():
     pipe = diffusion.PIPELINES["stable_diffusion_3"].build()
     assert "77" in refusal_before_running(pipe, words(100), seed=0)
     pipe.tokenizer_3.model_max_length = 512  # T5's real length
@@ -126,7 +126,7 @@ def test_a_prompt_that_is_encoded_already_is_not_checked(sd):
 # Words that the model does not know
 
 
-def test_unknown_words_are_warned_of_at_the_users_line():
+def test_unknown_words_give_a_warning_at_the_users_line():
     model = DiffusionModel(CLIP)
     with pytest.warns(PromptWarning) as seen:
         model.generate("a pink circle above a dragon", seed=0)
@@ -148,7 +148,7 @@ def test_unknown_characters_of_another_tokenizer():
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "flux", "pixart_sigma", "sana"])
-def test_known_words_are_not_warned_of(name):
+def test_known_words_give_no_warning(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error", PromptWarning)
         DiffusionModel(diffusion.PIPELINES[name].build()).generate("a red circle above a blue square", seed=0)
@@ -166,7 +166,7 @@ def test_the_words_of_the_scenes_are_known():
 
 
 @pytest.mark.parametrize("seed", [-1, [-1], True, 1.5, "3", [0.5], [None]], ids=repr)
-def test_a_seed_that_is_none(sd, seed):
+def test_a_seed_of_the_wrong_type(sd, seed):
     bad = seed[0] if isinstance(seed, list) else seed
     message = refusal_before_running(sd, "a red circle", seed=seed)
     assert "a seed is a whole number from 0 to" in message

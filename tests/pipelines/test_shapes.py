@@ -38,7 +38,7 @@ def scenes(count, seed=0, **kind):
 
 
 def middle(image, color):
-    """Row and column around which the pixels of a colour lie."""
+    """Return the mean row and column of the pixels of a colour."""
     pixels = np.asarray(image).astype(int)
     return np.argwhere(np.abs(pixels - COLORS[color]).max(-1) < 8).mean(0)
 
@@ -218,7 +218,7 @@ def pipe(name):
 
 @pytest.fixture(scope="module")
 def asked():
-    """Two things in each of 24 captions, every relation six times."""
+    """Return 24 captions of two things each, with every relation six times."""
     rng, wanted = random.Random(11), []
     while len(wanted) < 24:
         scene = sample_scene(rng, two=1.0)
@@ -228,7 +228,7 @@ def asked():
 
 
 def faithful(asked, images):
-    """The share of images whose colours, shapes and relation are those asked for."""
+    """Return the share of images whose colours, shapes and relation match the captions."""
     right = 0
     for scene, image in zip(asked, images, strict=True):
         want, seen = scene.canonical(), read_scene(image)

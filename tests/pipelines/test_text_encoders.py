@@ -1,4 +1,4 @@
-"""What is found about the text encoders of a pipeline, compared with hooks written by hand."""
+"""What is found about the text encoders of a pipeline, compared with hand-written hooks."""
 
 import pytest
 import torch
@@ -53,12 +53,12 @@ WANTED = {
 
 
 def found_in(name):
-    """What is found of a pipeline in a call with arguments of its own."""
+    """Return what is found about a pipeline in a call with its own arguments."""
     return find_encoders(DiffusionModel(text_encoders.built(name)), **TEXT_PIPELINES[name].inputs())
 
 
 @pytest.mark.parametrize("name", WANTED)
-def test_what_a_pipeline_takes_of_its_encoders(name):
+def test_what_a_pipeline_uses_of_its_encoders(name):
     found = found_in(name)
     assert list(found) == list(WANTED[name])
     for path, (used, pooled, place) in WANTED[name].items():
@@ -121,7 +121,7 @@ def test_encode_tells_the_prompt_from_the_negative_prompt():
 # Looking them up
 
 
-def test_print_tells_what_was_found():
+def test_print_shows_what_was_found():
     text = str(DiffusionModel(text_encoders.built("stable_diffusion_xl")).encoders)
     assert text.splitlines() == [
         "StableDiffusionXLPipeline",
@@ -162,14 +162,14 @@ def test_a_pipeline_without_text_has_none():
         found.choose()
 
 
-def test_a_pipeline_whose_defaults_do_not_do():
+def test_a_pipeline_whose_defaults_fail():
     model = DiffusionModel(text_encoders.built("flux2"))  # it uses layer 27 of four
     with pytest.raises(InputError, match=r"Flux2KleinPipeline cannot be called with a prompt and its defaults alone"):
         model.encoders
     assert find_encoders(model, **TEXT_PIPELINES["flux2"].inputs())["text_encoder"].used_layers == (0, 2)
 
 
-def test_an_encoder_that_is_not_there():
+def test_an_encoder_that_does_not_exist():
     found = DiffusionModel(text_encoders.built("flux")).encoders
     with pytest.raises(InputError, match=r"no text encoder 'text_encoder_3'.*: it has text_encoder, text_encoder_2"):
         found.choose("text_encoder_3")

@@ -1,4 +1,4 @@
-"""What a model does between its last layer and its logits: `project_on_vocab` does the same."""
+"""`project_on_vocab` does what a model does between its last layer and its logits."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def kind(request):
 
 
 def last_hidden(net, ids, layers):
-    """What the last layer gives, by a plain hook."""
+    """Return the output of the last layer, from a plain hook."""
     seen = []
     hook = net.get_submodule(layers)[-1].register_forward_hook(lambda module, args, output: seen.append(output))
     logits = net(ids).logits

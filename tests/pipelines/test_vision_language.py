@@ -1,4 +1,4 @@
-"""VisionLanguageModel: images and texts in, image tokens out, on models of transformers; against the bare ones."""
+"""VisionLanguageModel: images, texts and image tokens, compared with the bare models of transformers."""
 
 import base64
 import io
@@ -36,7 +36,7 @@ def kind(request):
 
 @pytest.fixture
 def both(kind):
-    """A model, and its processor."""
+    """Return a model and its processor."""
     return vision_language.MODELS[kind]()
 
 
@@ -46,7 +46,7 @@ def llava():
 
 
 def bare_inputs(processor, text=TEXT, images=(IMAGE,), **more):
-    """What a user gives to the model by hand."""
+    """Return the inputs that a user would pass to the bare model."""
     text = placeholder(processor) * len(images) + text
     values = processor(images=[list(images)], text=[text], return_tensors="pt", **more)
     return {name: value for name, value in values.items() if name != "labels"}  # PaliGemma's, for training
@@ -64,7 +64,7 @@ def test_runs_like_the_bare_model(both):
     assert not torch.equal(run.result.logits, model.trace(TEXT, OTHER).result.logits[:, : run.tokens.shape[1]])
 
 
-def test_writes_like_the_bare_model(both):
+def test_generates_like_the_bare_model(both):
     net, processor = both
     expected = net.generate(**bare_inputs(processor), **FOUR)
     run = VisionLanguageModel(both).generate(TEXT, images=IMAGE, **FOUR)
@@ -73,7 +73,7 @@ def test_writes_like_the_bare_model(both):
     assert run.text == processor.tokenizer.decode(expected[0, start:], skip_special_tokens=True)
 
 
-def test_goes_through_the_tokens_it_writes(both):
+def test_steps_through_the_generated_tokens(both):
     net, processor = both
     values = bare_inputs(processor)
     with VisionLanguageModel(both).generate(TEXT, IMAGE, **FOUR) as run:
@@ -108,7 +108,7 @@ def test_edits_a_layer_of_the_vision_tower_like_a_hook(both):
     assert not torch.equal(expected, net(**values).logits)
 
 
-def test_answers_to_the_standard_names(both):
+def test_has_the_standard_names(both):
     net, _ = both
     model = VisionLanguageModel(both)
     assert model.lm_head._owner is net.get_output_embeddings()
@@ -276,14 +276,14 @@ def test_several_images_have_a_grid_each():
         assert first.max() < second.min()
 
 
-def test_tokens_of_a_resampler_lie_on_no_grid():
+def test_tokens_of_a_resampler_have_no_grid():
     run = VisionLanguageModel(vision_language.idefics2()).trace(TEXT, IMAGE)
     with pytest.raises(InputError, match="lie on no grid, because Idefics2PerceiverResampler"):
         run.image_grids
     assert len(run.image_tokens[0]) == 4
 
 
-def test_a_grid_that_cannot_be_told(llava):
+def test_an_ambiguous_grid(llava):
     values = bare_inputs(llava.processor)
     with llava.trace(values) as run:
         run.stop()
@@ -301,7 +301,7 @@ def as_png(image):
     return file.getvalue()
 
 
-def test_images_of_every_form(llava, tmp_path):
+def test_images_in_every_form(llava, tmp_path):
     path = tmp_path / "image.png"
     IMAGE.save(path)
     whole = torch.as_tensor(np.array(IMAGE))
@@ -332,7 +332,7 @@ def test_one_image_goes_with_every_text(llava):
     assert torch.equal(run.result.logits, expected)
 
 
-def test_images_are_dealt_out_by_their_placeholders(llava):
+def test_images_are_distributed_by_their_placeholders(llava):
     texts = ["<image> a <image> red", "circle", "the <image>"]
     dealt = llava.trace(texts, [IMAGE, OTHER, IMAGE])
     nested = llava.trace(texts, [[IMAGE, OTHER], None, [IMAGE]])
@@ -348,7 +348,7 @@ def test_a_text_alone(llava):
     assert run.image_grids == [[]]
 
 
-def test_what_a_processor_has_made(llava):
+def test_inputs_made_by_a_processor(llava):
     values = bare_inputs(llava.processor)
     expected = llava.trace(TEXT, IMAGE)
     for run in (llava.trace(values), llava.trace(**values)):
@@ -512,7 +512,7 @@ def test_a_folder_without_a_processor(tmp_path):
         VisionLanguageModel(tmp_path).trace(TEXT, IMAGE)
 
 
-def test_names_of_ones_own(llava):
+def test_names_chosen_by_the_user(llava):
     net, processor = vision_language.llava()
     model = VisionLanguageModel(net, processor, names={"vision": "model.vision_tower.encoder"})
     assert model.vision._owner is net.model.vision_tower.encoder
@@ -553,14 +553,14 @@ def test_bad_input(llava, inputs, images, match):
         llava.trace(inputs, images)
 
 
-def test_a_file_that_is_no_image(llava, tmp_path):
+def test_a_file_that_is_not_an_image(llava, tmp_path):
     path = tmp_path / "image.png"
     path.write_text("no image")
     with pytest.raises(InputError, match="cannot be read: "):
         llava.trace(TEXT, path)
 
 
-def test_images_in_messages_and_besides(llava):
+def test_images_in_messages_and_as_an_argument(llava):
     llava.processor.chat_template = CHAT
     chat = [{"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": TEXT}]}]
     with pytest.raises(InputError, match="part of the messages or passed with images="):
@@ -569,7 +569,7 @@ def test_images_in_messages_and_besides(llava):
         llava.trace([{"role": "user", "content": [{"type": "image"}]}])
 
 
-def test_what_the_processor_refuses():
+def test_an_error_of_the_processor():
     model = VisionLanguageModel(vision_language.paligemma())
     with pytest.raises(InputError, match="PaliGemmaProcessor cannot take this input: `images` are expected"):
         model.trace(TEXT)

@@ -1,4 +1,4 @@
-"""Words and their tokens, with a real tokenizer of each kind, built on the spot."""
+"""Words and their tokens, with a real tokenizer of each kind, built here."""
 
 import functools
 
@@ -14,7 +14,7 @@ PROMPT = "A red hexagon, above the café: 北京 (blue)"
 
 
 def word_level():
-    """A list of words, as the packaged pipeline has."""
+    """Return a tokenizer with a list of words, like that of the packaged pipelines."""
     words = ["<unk>", "<s>", "</s>", "<pad>", "a", "red", "above", "the", "blue"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
@@ -89,7 +89,7 @@ def test_case_and_accents_do_not_matter(kind):
     assert aligned["Cafe"] == aligned["café"]
 
 
-def test_a_word_is_no_part_of_another(kind):
+def test_a_word_inside_another_does_not_count(kind):
     aligned = align_words(tokenizer_of(kind), "a red cared")
     assert len(aligned.find("red")) == 1
 
@@ -108,7 +108,7 @@ def test_words_that_do_not_occur(kind):
 
 
 @pytest.mark.parametrize("text", ["", " ", "red hexagon"])
-def test_what_no_words_are(text):
+def test_invalid_words(text):
     with pytest.raises(InputError, match="does not occur"):
         align_words(diffusion.clip_tokenizer(), "a red circle")[text]
 
@@ -126,7 +126,7 @@ def test_words_that_were_cut_off(kind):
             aligned[word]
 
 
-def test_padding_that_is_a_mark():
+def test_padding_with_a_punctuation_mark():
     """SDXL's second tokenizer pads with exclamation marks."""
     tokenizer = diffusion.clip_tokenizer("!")
     aligned = align_words(tokenizer, "a red square!", tokenizer("a red square!", padding="max_length").input_ids)
