@@ -85,5 +85,5 @@ def test_a_norm_inside_the_head_is_not_the_final_norm():
 
 def test_a_classifier_is_no_language_head():
     model = LanguageModel(encoder_of("BertForSequenceClassification", TEXT))
-    with pytest.raises(InputError, match="has no lm_head that was found"):
+    with pytest.raises(InputError, match="no lm_head was found in BertForSequenceClassification"):
         logit_lens(model, IDS[0])
