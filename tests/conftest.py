@@ -7,13 +7,14 @@ import pytest
 import torch
 
 matplotlib.use("Agg")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it says of random weights and of missing packages
-torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no warnings about random weights and missing packages
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and waiting for it takes 20 s each time
+torch.set_num_threads(1)  # the models are small: more threads would only wait for each other
 
 
 @pytest.fixture(autouse=True)
 def random_state():
-    """The same for every test, whichever ran before it."""
+    """Seed the global random state, so that no test depends on those that ran before it."""
     torch.manual_seed(2026)
 
 
@@ -29,7 +30,7 @@ def gpt2():
         model = GPT2LMHeadModel(config).eval()
         for p in model.parameters():  # larger than usual, so that tokens and edits make a difference
             torch.nn.init.normal_(p, std=0.3)
-    with torch.no_grad():  # transformers puts hooks of its own on at the first call that asks for hidden states
+    with torch.no_grad():  # transformers adds its own hooks in the first call that asks for hidden states
         model(torch.tensor([[1]]), output_hidden_states=True, output_attentions=True)
     return model
 
@@ -37,3 +38,27 @@ def gpt2():
 @pytest.fixture
 def ids() -> torch.Tensor:
     return torch.tensor([[5, 17, 42]])
+
+
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def sd():
+    """Return a small Stable Diffusion pipeline."""
+    from models import diffusion
+
+    return diffusion.stable_diffusion()
+
+
+@pytest.fixture(scope="session")
+def saved_pipeline(tmp_path_factory):
+    """Return a folder with a small Stable Diffusion pipeline, whose text encoder has three layers."""
+    from models import diffusion
+
+    folder = tmp_path_factory.mktemp("saved") / "pipe"
+    diffusion.stable_diffusion().save_pretrained(folder)
+    return folder

@@ -1,4 +1,4 @@
-"""The house: how the files stand to each other. Contracts over the syntax trees, imports for annotations included."""
+"""The structure of the repository: contracts over the syntax trees, imports for annotations included."""
 
 import ast
 from collections import defaultdict
@@ -71,7 +71,7 @@ SHARED_NAMES = {"__init__", "model", "loading", "attention", "run"}
 
 @cache
 def modules() -> dict[str, tuple[Path, ast.Module]]:
-    """Every module of the repository, by its installed name."""
+    """Return every module of the repository by its installed name."""
     found = {}
     for folder, package in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -83,7 +83,7 @@ def modules() -> dict[str, tuple[Path, ast.Module]]:
 
 @cache
 def imported(name: str) -> frozenset[str]:
-    """The modules of the repository that a module imports, anywhere in it."""
+    """Return the modules of the repository that a module imports, anywhere in it."""
     found = set()
     for node in ast.walk(modules()[name][1]):
         if isinstance(node, ast.Import):
@@ -96,12 +96,12 @@ def imported(name: str) -> frozenset[str]:
 
 
 def folder_of(name: str) -> str:
-    """The folder that a module is in; the engine's for what is in none of the others."""
+    """Return the folder of a module, which is the engine's if it is in none of the others."""
     return next((folder for folder, package in list(FOLDERS.items())[1:] if name.startswith(package)), "diffsight")
 
 
 def circles() -> Iterator[list[str]]:
-    """The groups of modules that import each other, directly or not (Tarjan's strongly connected components)."""
+    """Yield the groups of modules that import each other, directly or not (Tarjan's strongly connected components)."""
     numbers: dict[str, int] = {}
     lowest: dict[str, int] = {}
     stack: list[str] = []
@@ -172,7 +172,7 @@ def test_wrappers_and_lenses_use_the_interface():
 
 
 def defined_in(tree: ast.Module) -> set[str]:
-    """The names with an underscore that a module defines: functions, classes, class attributes and slots, and what it
+    """Return the private names that a module defines: functions, classes, class attributes, slots, and those that it
     sets on `self`, directly or through `__dict__`."""
     found: set[str] = set()
     for node in ast.walk(tree):
@@ -192,14 +192,14 @@ def defined_in(tree: ast.Module) -> set[str]:
 
 
 def is_own(value: ast.expr) -> bool:
-    """Whether an attribute is taken of `self`, `cls` or `super()`."""
+    """Return whether an attribute belongs to `self`, `cls` or `super()`."""
     if isinstance(value, ast.Call):
         return isinstance(value.func, ast.Name) and value.func.id == "super"
     return isinstance(value, ast.Name) and value.id in ("self", "cls")
 
 
 def of_third_party(value: ast.expr, tree: ast.Module) -> bool:
-    """Whether an attribute is taken of a module of Python's or of another package: `torch._C`, `sys._getframe`."""
+    """Return whether an attribute belongs to a module of Python or of another package: `torch._C`, `sys._getframe`."""
     others = {
         alias.asname or alias.name.split(".")[0]
         for node in ast.walk(tree)

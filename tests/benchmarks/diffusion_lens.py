@@ -71,7 +71,7 @@ def hooks(pipeline: diffusers.StableDiffusionPipeline, steps: int) -> Callable[[
 
 
 def tutorial(folder: str, steps: int, **arguments: object) -> Callable[[], Images]:
-    """The loop of nnsight's tutorial `diffusion_lens.ipynb`, with the embedding before the first layer."""
+    """Return the loop of nnsight's tutorial `diffusion_lens.ipynb`, with the embedding before the first layer."""
     model = nnsight.DiffusionModel(folder, dispatch=True, **arguments)
     model.pipeline.set_progress_bar_config(disable=True)
     if torch.cuda.is_available() and arguments:
@@ -95,7 +95,7 @@ def tutorial(folder: str, steps: int, **arguments: object) -> Callable[[], Image
 
 
 def large() -> diffusers.StableDiffusionPipeline:
-    """A pipeline of the size of Stable Diffusion 1.5, with random weights in half precision."""
+    """Return a pipeline of the size of Stable Diffusion 1.5, with random weights in half precision."""
     tokenizer = DiffusionModel("diffsight/shapes-clip").pipeline.tokenizer
     tokenizer.model_max_length = 77
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

@@ -127,7 +127,7 @@ def peer(gpt2: GPT2LMHeadModel) -> dict[str, Callable[[], object]]:
 
 
 def denoising(model: DiffusionModel) -> dict[str, Callable[[], object]]:
-    """One UNet block read in each of the denoising steps of a picture."""
+    """Return runs that read one UNet block in each denoising step of an image."""
 
     def bare() -> None:
         model.pipeline(PROMPT, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))

@@ -77,7 +77,7 @@ def texts_for(tokenizer: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def hooked(modules: Iterator[torch.nn.Module], hook: Callable) -> Iterator[None]:
+def hooks_on(modules: Iterator[torch.nn.Module], hook: Callable) -> Iterator[None]:
     handles = [module.register_forward_hook(hook) for module in modules]
     try:
         yield
@@ -95,7 +95,7 @@ def plain(model: LanguageModel, given: dict[str, Any]) -> dict[str, Callable[[],
     @torch.no_grad()
     def states(texts: list[str]) -> list[torch.Tensor]:
         kept = []
-        with hooked(layers, lambda module, args, output: kept.append(output[:, -1])):
+        with hooks_on(layers, lambda module, args, output: kept.append(output[:, -1])):
             trunk(**tokenizer(texts, return_tensors="pt"), use_cache=False)
         return kept
 
@@ -117,7 +117,7 @@ def plain(model: LanguageModel, given: dict[str, Any]) -> dict[str, Callable[[],
             def put(module: torch.nn.Module, args: tuple, output: torch.Tensor, hidden: Any = hidden) -> None:
                 output[:, -1] = hidden
 
-            with hooked([layer], put):
+            with hooks_on([layer], put):
                 top.append(net(**target, logits_to_keep=1, use_cache=False).logits[:, -1].softmax(-1).topk(TOP))
         return torch.stack([t.indices for t in top], 1), torch.stack([t.values for t in top], 1)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def measured(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """What a call gives, and its seconds (`wall`, `cpu`) and peak memory above what the process held before, in MiB."""
+    """Return the result of a call, its seconds (`wall`, `cpu`) and the peak memory that it added in MiB."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak

@@ -8,9 +8,9 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from compat.constants import HIDDEN_DIMS, INPUT_SIZE, OUTPUT_SIZE
 from torch import nn
 
+from compat.constants import HIDDEN_DIMS, INPUT_SIZE, OUTPUT_SIZE
 from diffsight.compat import NNsight
 
 

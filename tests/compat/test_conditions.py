@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from compat.constants import HIDDEN_DIMS
 
 import diffsight.compat as nnsight
+from compat.constants import HIDDEN_DIMS
 
 
 @pytest.mark.parametrize("number", [-3, 4, 5])

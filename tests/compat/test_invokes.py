@@ -5,10 +5,10 @@ LanguageModel and Batching in nnsight's walkthrough; getting, setting, operation
 
 import pytest
 import torch
-from compat.constants import TOKENS
-from engine.nets import outputs, replaced
 
+from compat.constants import TOKENS
 from diffsight.errors import InputError
+from helpers import outputs, replaced
 
 
 def test_language_model(llm, gpt2, ids):

@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
-from compat.constants import TOKENS
-from engine.nets import outputs, replaced
 from torch import nn
 
 import diffsight.compat as nnsight
+from compat.constants import TOKENS
 from diffsight.compat import NNsight
 from diffsight.errors import InputError, NoRunError, SourceError
+from helpers import outputs, replaced
 
 
 def test_generated_tokens(llm, gpt2, ids):

@@ -4,12 +4,12 @@ Model Editing in nnsight's walkthrough and in the guide to 0.3; model_editing.ip
 """
 
 import torch
-from compat.constants import HIDDEN_DIMS
-from engine.nets import outputs, replaced
 from torch import nn
 
 import diffsight.compat as nnsight
+from compat.constants import HIDDEN_DIMS
 from diffsight.compat import NNsight
+from helpers import outputs, replaced
 
 
 def test_model_editing(llm, gpt2, ids, other):

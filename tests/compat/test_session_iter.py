@@ -6,11 +6,11 @@ Iterative Interventions in nnsight's walkthrough; iterator.ipynb; Iterator Conte
 
 import pytest
 import torch
-from compat.constants import INPUT_SIZE, TOKENS
-from engine.nets import outputs, replaced
 
 import diffsight.compat as nnsight
+from compat.constants import INPUT_SIZE, TOKENS
 from diffsight.extending import flow_of
+from helpers import outputs, replaced
 
 
 def test_iterative_interventions(tiny_model):

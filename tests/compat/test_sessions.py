@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from engine.nets import Net, footprint, inputs, outputs, replaced
 
 from diffsight import Model
 from diffsight.compat import NNsight
 from diffsight.errors import AssignmentError, RunClosedError, SourceError
 from diffsight.extending import flow_of
+from helpers import footprint, outputs, replaced
+from models.nets import Net, inputs
 
 
 @pytest.fixture

@@ -2,19 +2,19 @@
 
 import pytest
 import torch
-from compat.constants import TOKENS
-from engine.nets import outputs
 from torch import nn
 
 import diffsight.compat as nnsight
-import tiny
+from compat.constants import TOKENS
+from helpers import outputs
+from models import diffusion
 
 
 @pytest.fixture
 def text_model():
     import transformers
 
-    tokenizer = tiny.gemma_tokenizer()
+    tokenizer = diffusion.gemma_tokenizer()
     config = transformers.GPT2Config(
         n_layer=3, n_head=2, n_embd=16, n_positions=64, vocab_size=len(tokenizer), bos_token_id=2, eos_token_id=1
     )

@@ -5,12 +5,12 @@ The sections are those of nnsight's walkthrough.
 
 import pytest
 import torch
-from compat.constants import HIDDEN_DIMS, OUTPUT_SIZE
-from engine.nets import footprint, outputs
 
 import diffsight.compat as nnsight
+from compat.constants import HIDDEN_DIMS, OUTPUT_SIZE
 from diffsight.compat import Envoy, NNsight
 from diffsight.errors import NoRunError, OutOfOrderError
+from helpers import footprint, outputs
 
 # ---- Tracing Context, Getting
 

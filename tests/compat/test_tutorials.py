@@ -2,13 +2,13 @@
 
 import numpy
 import torch
-from compat.constants import TOKENS
-from engine.nets import outputs, replaced
 from torch import nn
 
 import diffsight.compat as nnsight
-import tiny
+from compat.constants import TOKENS
 from diffsight.compat import DiffusionModel, Envoy
+from helpers import outputs, replaced
+from models import diffusion
 
 
 def test_logit_lens(llm, gpt2, ids):
@@ -165,7 +165,7 @@ def test_training_a_lora(llm, gpt2, ids):
 
 def test_diffusion_lens():
     """diffusion_lens.ipynb, Stable Diffusion: each layer of the text encoder into its last norm."""
-    pipe, kind = tiny.stable_diffusion(), tiny.PIPELINES["stable_diffusion"]
+    pipe, kind = diffusion.stable_diffusion(), diffusion.PIPELINES["stable_diffusion"]
     arguments = kind.inputs() | {"output_type": "pil"}
     model = DiffusionModel(pipe)
     encoder = pipe.text_encoder

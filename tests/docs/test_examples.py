@@ -13,13 +13,11 @@ import matplotlib.pyplot
 import pytest
 import sybil
 import transformers
-import writers
 from PIL import Image
 from sybil.parsers.myst import CodeBlockParser, SkipParser
 
-import tiny
-import tiny_vision
 from diffsight.gallery.cli import main
+from models import diffusion, language, vision_language
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
@@ -29,19 +27,19 @@ STEPS = 2  # of a pipeline that is called without `num_inference_steps`
 def llama(folder):
     """A language model of as many layers as SmolLM2 has."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 30, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(**writers.SIZES, **sizes)
-    writers.build(transformers.LlamaForCausalLM, config).save_pretrained(folder)
-    writers.TOKENIZER.save_pretrained(folder)
+    config = transformers.LlamaConfig(**language.SIZES, **sizes)
+    language.build(transformers.LlamaForCausalLM, config).save_pretrained(folder)
+    language.TOKENIZER.save_pretrained(folder)
 
 
 def llava(folder):
-    for part in tiny_vision.llava():
+    for part in vision_language.llava():
         part.save_pretrained(folder)
 
 
 STAND_INS = {
     "diffsight/smollm2": llama,
-    "stabilityai/stable-diffusion-xl-base-1.0": lambda folder: tiny.stable_diffusion_xl().save_pretrained(folder),
+    "stabilityai/stable-diffusion-xl-base-1.0": lambda folder: diffusion.stable_diffusion_xl().save_pretrained(folder),
     "llava-hf/llava-1.5-7b-hf": llava,
 }
 

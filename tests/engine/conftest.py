@@ -1,8 +1,9 @@
-"""Models with random weights, of real classes; built once, as building costs more than running."""
+"""Small nets and models with random weights, and what several files of these tests share."""
 
 import pytest
 import torch
-from engine.nets import Net, inputs
+
+from models.nets import Net, inputs
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def x() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def t5():
-    """T5 with one module for the embeddings of both sides, as in its paper."""
+    """Return a T5 whose encoder and decoder share one embedding module, as in the paper."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
@@ -32,5 +33,17 @@ def t5():
 
 @pytest.fixture
 def greedy() -> dict:
-    """Arguments of `generate` for exactly four tokens."""
+    """Return arguments of `generate` for exactly four tokens."""
     return {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+
+
+@pytest.fixture(autouse=True)
+def no_mode_is_left():
+    yield
+    assert torch.overrides._get_current_function_mode_stack() == []
+
+
+@pytest.fixture(params=["loaded", "never loaded"])
+def some(request):
+    """Return a net with its weights, and one without any."""
+    return Net() if request.param == "loaded" else Net().to("meta")

@@ -7,9 +7,12 @@ import textwrap
 
 import pytest
 import torch
-from engine.nets import Net, footprint, inputs, outputs, replaced
 
+import helpers
 from diffsight import Model
+from helpers import footprint, outputs, replaced
+from models import nets
+from models.nets import Net, inputs
 
 SCRIPT = """
 import torch
@@ -146,7 +149,7 @@ def test_under_tracing(net, x):
     seen = {}
 
     def tracer(frame, event, arg):
-        if frame.f_code.co_filename not in (__file__, sys.modules["engine.nets"].__file__):
+        if frame.f_code.co_filename not in (__file__, nets.__file__, helpers.__file__):
             return None
         seen.setdefault(frame.f_code, set()).add(frame.f_lineno)
         return tracer

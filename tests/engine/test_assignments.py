@@ -4,10 +4,11 @@ import inspect
 
 import pytest
 import torch
-from engine.nets import Calling, footprint, inputs, linear, outputs, replaced, with_input
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import AssignmentError, NeverReachedError
+from helpers import footprint, outputs, replaced, with_input
+from models.nets import Calling, inputs, linear
 
 
 def test_assignments_in_any_order(net, x):
@@ -56,7 +57,7 @@ def test_the_last_of_several_counts(net, x):
         assert torch.equal(run.result, net(x))
 
 
-def test_what_waits_is_read_when_the_model_comes_there(net, x):
+def test_a_waiting_value_is_read_at_its_point(net, x):
     with Model(net).trace(x) as run:
         run.layers[1].output = new = inputs(1)
         run.layers[1].input = given = inputs(2)
@@ -84,21 +85,21 @@ def test_an_assignment_to_a_later_call():
     assert torch.equal(first, net.step(x)) and torch.equal(run.result, net.step(inputs(1)))
 
 
-def test_a_value_from_one_place_to_another(net, x):
+def test_a_value_of_one_layer_assigned_to_another(net, x):
     with Model(net).trace(x) as run:
         run.last.input = run.layers[0].output
     assert torch.equal(run.result, net.last(net.layers[0](net.first(x))))
 
 
 def line_of(text):
-    """`file:line` of the only line of the calling test that ends with `# text`."""
+    """Return `file:line` of the only line of the calling test that ends with `# text`."""
     frame = inspect.currentframe().f_back
     lines, start = inspect.getsourcelines(frame.f_code)
     (offset,) = (i for i, line in enumerate(lines) if line.rstrip().endswith(f"# {text}"))
     return f"{__file__}:{start + offset}"
 
 
-def test_one_that_is_never_reached_names_its_line(net, x):
+def test_an_unreached_assignment_names_its_line(net, x):
     before = footprint(net)
     with pytest.raises(NeverReachedError) as caught, Model(net).trace(x) as run:
         run.unused.output = x  # here
@@ -108,7 +109,7 @@ def test_one_that_is_never_reached_names_its_line(net, x):
     assert net.log[-1] == "last" and footprint(net) == before
 
 
-def test_all_that_are_never_reached_are_named(net, x):
+def test_all_unreached_assignments_are_named(net, x):
     run = Model(net).trace(x)
     run.unused.input = x  # one
     run.first.calls[1].output = x  # two
@@ -129,7 +130,7 @@ def test_the_line_is_the_users_in_a_helper(net, x):
     assert f"{__file__}:{start + 1}" in str(caught.value)
 
 
-def test_one_that_a_step_never_reaches(net, x):
+def test_an_assignment_that_a_step_never_reaches(net, x):
     with pytest.raises(NeverReachedError) as caught, Model(net).generate(x) as run:
         for step in run.steps:
             if step.index == 1:
@@ -156,13 +157,13 @@ def test_too_late_after_a_read_is_an_error_and_changes_nothing(net, x):
     assert torch.equal(run.result, net(x))
 
 
-def test_an_error_of_the_body_comes_before_what_was_not_reached(net, x):
+def test_an_error_in_the_body_takes_precedence_over_unreached_assignments(net, x):
     with pytest.raises(KeyError), Model(net).trace(x) as run:
         run.unused.output = x
         raise KeyError("mine")
 
 
-def test_a_value_of_other_dimensions_is_an_error(net, x):
+def test_a_value_with_other_dimensions_is_an_error(net, x):
     before = footprint(net)
     with pytest.raises(AssignmentError, match=r"layers\[1\].output .*\(2, 4\), but \(4,\) was assigned"):
         with Model(net).trace(x) as run:
@@ -198,7 +199,7 @@ def test_a_value_of_a_type_that_breaks_the_model_is_named(net, x, told, value):
             run.layers[1].output = value
 
 
-def test_a_value_of_another_shape_that_fits_is_taken(net, x):
+def test_a_value_of_another_shape_that_fits_is_accepted(net, x):
     with Model(net).trace(x) as run:
         run.layers[0].input = inputs(3, rows=5)
     assert torch.equal(run.result, with_input(net.layers[0], inputs(3, rows=5), lambda: net(x)))

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from engine.nets import WIDTH, Calling, inputs, linear, outputs, record, replaced
 from torch import nn
 
 from diffsight import Model, OutOfOrderError
+from helpers import outputs, record, replaced
+from models.nets import WIDTH, Calling, inputs, linear
 
 
 @pytest.fixture
@@ -58,17 +59,17 @@ def test_an_earlier_call_is_too_late(four, x):
 
 
 @pytest.mark.parametrize("wrong", [-1, 1.0, "0", slice(None)])
-def test_calls_take_numbers_from_0_on(four, x, wrong):
+def test_calls_are_numbered_from_0(four, x, wrong):
     with Model(four).trace(x) as run, pytest.raises(IndexError):
         run.step.calls[wrong]
 
 
-def test_calls_cannot_be_walked_through(four, x):
+def test_calls_cannot_be_iterated(four, x):
     with Model(four).trace(x) as run, pytest.raises(TypeError):
         list(run.step.calls)
 
 
-def test_in_a_step_calls_are_counted_from_its_beginning(x):
+def test_calls_are_counted_from_the_beginning_of_a_step(x):
     net = Calling(lambda self, x: self.part(self.part(x)), part=linear())
 
     def generate(x):
@@ -129,7 +130,7 @@ def test_a_module_that_calls_itself(wrapped, x):
 
 
 def test_a_recursive_module_asked_for_while_it_runs(x):
-    """The calls that have begun are counted though nobody asked for them."""
+    """Calls that have begun are counted even if nobody asked for them."""
     tree = Recursive()
     net = Calling(lambda self, x: self.after(self.tree(x, 2)), tree=tree, after=linear(1))
     inner_to_outer = outputs(tree, net, x)

@@ -1,4 +1,4 @@
-"""Blocks that run later: how they are found, what names mean in them, what they leave behind."""
+"""Blocks that run later: how they are found, the meaning of names in them, and what they leave behind."""
 
 # ruff: noqa: E701, E702  (some of these tests are about blocks on one line)
 
@@ -13,10 +13,10 @@ from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
-from engine.nets import outputs, replaced
 
 from diffsight import Model
 from diffsight.errors import InputError, SourceError
+from helpers import outputs, replaced
 
 FACTOR = 3
 LATER = None

@@ -1,12 +1,12 @@
-"""Modules that `torch.compile` has compiled: their points, what lies in them, and what is left behind."""
+"""Modules that `torch.compile` has compiled: their points, the points inside them, and what is left behind."""
 
 import pytest
 import torch
-from engine.nets import Net as Logging
-from engine.nets import footprint, outputs
 from torch._dynamo.testing import CompileCounter
 
 from diffsight import Model
+from helpers import footprint, outputs
+from models.nets import Net as Logging
 
 
 class Net(Logging):
@@ -54,7 +54,7 @@ def counter():
     params=[compile_layer, compile_whole, compile_forward, wrap_layer, wrap_whole], ids=lambda way: way.__name__
 )
 def compiled(request, counter, x):
-    """The net compiled in one of five ways, which has run once; and the same one as it was."""
+    """Return a net compiled in one of five ways, which has run once, and the same net uncompiled."""
     net = request.param(Net(), counter)
     net(x)
     return net
@@ -81,7 +81,7 @@ def test_its_own_points(compiled, counter, x):
     assert torch.allclose(run.result, expected) and left(compiled, counter) == before
 
 
-def test_what_lies_within(compiled, counter, x):
+def test_points_inside_a_compiled_module(compiled, counter, x):
     plain, expected = Net(), compiled(x)
     before = left(compiled, counter)
     with Model(compiled).trace(x) as run:
@@ -105,7 +105,7 @@ def test_edits_and_skips(compiled, counter, x):
     assert left(compiled, counter) == before and torch.equal(compiled(x), expected)
 
 
-def test_a_run_that_comes_before_the_first_call_compiles_nothing_of_its_own(counter, x):
+def test_a_run_before_the_first_call_compiles_nothing_extra(counter, x):
     net = compile_layer(Net(), counter)
     with Model(net).trace(x) as run:
         run.layers[1].output

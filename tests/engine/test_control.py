@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from engine.nets import Calling, Net, footprint, inputs, linear, replaced
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import NeverReachedError, RunClosedError
+from helpers import footprint, replaced
+from models.nets import Calling, Net, inputs, linear
 
 # ---- skip
 
@@ -18,7 +19,7 @@ def test_skip_ahead(net, x):
 
 
 def test_skip_at_the_inputs(net, x):
-    """A layer is left out: what it was given is what it gives."""
+    """A layer is skipped: its input becomes its output."""
     with Model(net).trace(x) as run:
         for layer in run.layers:
             layer.skip(layer.input)
@@ -131,7 +132,7 @@ def test_stop_before_anything(net, x):
     assert net.log == []
 
 
-def test_stop_twice_and_after_the_end(net, x):
+def test_stopping_twice_and_after_the_end(net, x):
     with Model(net).trace(x) as run:
         run.first.output
         run.stop()
@@ -193,7 +194,7 @@ def test_modules_called_from_the_body_do_not_fire(net, x):
     assert torch.equal(run.result, inputs(1))
 
 
-def test_they_do_not_count(net, x):
+def test_calls_from_the_body_do_not_count(net, x):
     with Model(net).trace(x) as run:
         hidden = run.layers[0].output
         for _ in range(3):
@@ -229,7 +230,7 @@ def test_the_bodys_call_of_a_skipped_module(net, x):
 
 
 def test_stop_in_an_invoke(net, x):
-    """It ends its own pass; the others go on."""
+    """It ends its own pass only."""
     with Model(net).trace() as run:
         with run.invoke(x) as first:
             early = first.layers[0].output

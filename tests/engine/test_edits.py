@@ -1,17 +1,18 @@
-"""Edits: interventions that stay on a model. What they should give comes from ordinary hooks on the bare module."""
+"""Edits: interventions that stay on a model. Expected values come from ordinary hooks on the bare module."""
 
 import gc
 import weakref
 
 import pytest
 import torch
-from engine.nets import footprint, inputs, linear, outputs, replaced
 from torch import nn
 
-import tiny
 from diffsight import DiffusionModel, Model, OutOfOrderError
 from diffsight.errors import InputError, NeverReachedError, RunClosedError
 from diffsight.extending import owner_of, tree_of
+from helpers import footprint, outputs, replaced
+from models import diffusion
+from models.nets import inputs, linear
 
 
 class SAE(nn.Module):
@@ -31,7 +32,7 @@ def model(net):
 
 
 def double(net, x, *layers):
-    """What the net gives when the outputs of these layers are doubled, by ordinary hooks."""
+    """Return the result of the net with the outputs of these layers doubled, by ordinary hooks."""
     handles = [net.layers[index].register_forward_hook(lambda _, args, out: out * 2) for index in layers]
     try:
         return net(x)
@@ -87,7 +88,7 @@ async def later(run):
 
 
 @pytest.mark.parametrize("wrong", [5, "layers[0]", lambda run, more: None, later, lambda run: (yield)])
-def test_what_is_no_edit(model, wrong):
+def test_values_that_are_not_edits(model, wrong):
     with pytest.raises(InputError, match="takes"):
         model.edit(wrong)
     assert model.edits == []
@@ -280,7 +281,7 @@ def test_edits_in_generated_text(gpt2, ids, greedy):
 
 
 def test_pipeline():
-    pipe, call = tiny.stable_diffusion(), tiny.PIPELINES["stable_diffusion"].inputs()
+    pipe, call = diffusion.stable_diffusion(), diffusion.PIPELINES["stable_diffusion"].inputs()
     model = DiffusionModel(pipe)
     with model.edit() as once:
         once.unet.mid_block.output[:] = 0
@@ -308,7 +309,7 @@ def test_pipeline():
 
 
 def test_branches_in_an_edit():
-    pipe, call = tiny.stable_diffusion(), tiny.PIPELINES["stable_diffusion"].inputs()
+    pipe, call = diffusion.stable_diffusion(), diffusion.PIPELINES["stable_diffusion"].inputs()
     with DiffusionModel(pipe).edit() as edited:
         for _ in edited.steps:
             edited.uncond.unet.mid_block.output[:] = 0
@@ -327,7 +328,7 @@ def test_branches_in_an_edit():
 
 def test_pipeline_edit_behind_its_steps():
     """What follows the loop in an edit comes when the model has ended: the decoder lies behind."""
-    pipe, call = tiny.stable_diffusion(), tiny.PIPELINES["stable_diffusion"].inputs()
+    pipe, call = diffusion.stable_diffusion(), diffusion.PIPELINES["stable_diffusion"].inputs()
     with DiffusionModel(pipe).edit() as edited:
         for _ in edited.steps:
             pass
@@ -455,7 +456,7 @@ def test_a_copy_of_a_copy_has_what_was_attached(model, net, x):
     assert not hasattr(second.layers[0], "sae") and hasattr(edited.layers[0], "sae")
 
 
-def test_called_far_from_where_it_hangs(model, net, x):
+def test_an_attached_module_is_called_elsewhere(model, net, x):
     """Attached to the first layer, called behind the last one, and asked for before and after the model has moved."""
     with model.edit() as edited:
         edited.layers[2].output = edited.layers[0].sae(edited.layers[2].output, hook=True)
@@ -467,7 +468,7 @@ def test_called_far_from_where_it_hangs(model, net, x):
             assert torch.equal(run.layers[0].sae.output, SAE()(outputs(net.layers[2], net, x)[0]))
 
 
-def test_a_name_that_is_there(model):
+def test_a_name_that_is_taken(model):
     with model.edit() as edited:
         edited.layers[0].output
     for name in ("leaf", "weight_of_nothing", "training"):
@@ -492,7 +493,7 @@ def test_an_attached_module_learns(model, net, x):
 
 
 def test_on_a_pipeline():
-    pipe, call = tiny.stable_diffusion(), tiny.PIPELINES["stable_diffusion"].inputs()
+    pipe, call = diffusion.stable_diffusion(), diffusion.PIPELINES["stable_diffusion"].inputs()
     model = DiffusionModel(pipe)
     names = list(pipe.unet.state_dict())
     with model.edit() as edited:
@@ -553,7 +554,7 @@ def test_order_holds_within_each_edit(model, net, x):
     assert any(frame.name == "wrong" for frame in caught.traceback) and footprint(net) == before
 
 
-def test_a_point_that_never_comes(model, net, x):
+def test_a_point_that_is_never_reached(model, net, x):
     with model.edit() as edited:
         edited.layers[0].output = edited.layers[0].output * 2
         edited.unused.output
@@ -561,7 +562,7 @@ def test_a_point_that_never_comes(model, net, x):
     assert torch.equal(edited.trace(x).result, double(net, x, 0))
 
 
-def test_an_edit_that_comes_to_nothing(model, net, x):
+def test_an_edit_that_has_no_effect(model, net, x):
     for edit in (
         lambda run: setattr(run.unused, "output", x),
         lambda run: run.unused.output,
@@ -571,7 +572,7 @@ def test_an_edit_that_comes_to_nothing(model, net, x):
 
 
 @pytest.mark.filterwarnings("error")
-def test_no_word_where_the_run_ends_early(model, net, x):
+def test_no_warning_if_the_run_ends_early(model, net, x):
     with model.edit() as edited:
         edited.last.output[:] = 0
     with edited.trace(x) as run:
@@ -632,7 +633,7 @@ def test_an_error_in_the_body_ends_the_edits(model, net, x):
     assert log == ["left"] and footprint(net) == before
 
 
-def test_an_error_behind_the_end_leaves_no_other_edit(model, net, x):
+def test_an_error_after_the_end_leaves_no_other_edit(model, net, x):
     log, before = [], footprint(net)
 
     def waits_for_more(run):

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from engine.nets import Net, inputs, linear
 from torch import nn
 
 from diffsight import Model
 from diffsight.envoy import Envoy
 from diffsight.errors import PointNotFoundError
+from models.nets import Net, inputs, linear
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_model_that_is_a_list(x):
     assert torch.equal(values[0], net[0](x)) and torch.equal(values[1], net(x))
 
 
-def test_what_the_modules_have(model, net):
+def test_attributes_of_the_modules(model, net):
     assert model.first.weight is net.first.weight
     assert model.training is True
     assert model.layers[0].leaf.lin.in_features == 4

@@ -6,7 +6,6 @@ import traceback
 
 import pytest
 import torch
-from engine.nets import Calling, Net, footprint, inputs, linear
 
 from diffsight import DiffsightError, Model, OutOfOrderError
 from diffsight.errors import (
@@ -17,10 +16,12 @@ from diffsight.errors import (
     PointNotFoundError,
     RunClosedError,
 )
+from helpers import footprint
+from models.nets import Calling, Net, inputs, linear
 
 
 def last_line(error):
-    """The source line at which the traceback ends, if it is in this file."""
+    """Return the source line at which the traceback ends, if it is in this file."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return frame.line if frame.filename == __file__ else f"{frame.filename}:{frame.lineno}"
 
@@ -56,7 +57,7 @@ def test_an_error_in_a_step(net, x):
 
 
 def test_an_error_while_the_model_handles_one(net, x):
-    """What the model is busy with is no context of the body's error."""
+    """An exception that the model is handling is not the context of an error in the body."""
 
     def forward(self, x):
         try:
@@ -96,7 +97,7 @@ USES = {
 
 
 @pytest.mark.parametrize(("error", "use"), USES.values(), ids=USES)
-def test_what_is_refused_in_a_helper(net, x, error, use):
+def test_an_invalid_assignment_in_a_helper(net, x, error, use):
     with pytest.raises(error) as caught, Model(net).trace(x) as run:
         run.last.output
         use(run)
@@ -117,7 +118,7 @@ def test_never_reached_in_a_step(net, x):
 
 
 def test_an_assignment_that_turns_out_impossible(x):
-    """Only the model's call shows that there is no input; the message has the line that assigned it."""
+    """Only the model's call shows that there is no input. The message names the line that assigned it."""
     net = Calling(lambda self, x: self.last(x + self.silent()), silent=Calling(lambda self: 1), last=linear())
     with pytest.raises(AssignmentError, match=r"silent\.input") as caught, Model(net).trace(x) as run:
         run.silent.input = x
@@ -126,7 +127,7 @@ def test_an_assignment_that_turns_out_impossible(x):
     assert_ends(caught.value, "here")
 
 
-def test_no_step_that_far_back(net, x):
+def test_a_step_that_has_ended(net, x):
     with pytest.raises(InputError) as caught, Model(net).generate(x) as run:
         for _ in run.steps[-1:]:  # here
             pass
@@ -136,7 +137,7 @@ def test_no_step_that_far_back(net, x):
 # ---- errors of the model
 
 
-def failing(error):
+def net_raising(error):
     def fail(self, x):
         raise error  # in the model
 
@@ -165,7 +166,7 @@ WAYS = {
 @pytest.mark.parametrize("kind", [AttributeError, ValueError, KeyboardInterrupt], ids=lambda kind: kind.__name__)
 def test_the_models_own_error_surfaces_as_itself(kind, way, x):
     error = kind("the model's")
-    net = failing(error)
+    net = net_raising(error)
     clean = footprint(net)
     with pytest.raises(kind) as caught, Model(net).trace(x) as run:
         run.first.output
@@ -179,7 +180,7 @@ def test_the_models_own_error_surfaces_as_itself(kind, way, x):
 def test_an_attribute_error_of_an_unread_run(x):
     error = AttributeError("the model's")
     with pytest.raises(AttributeError) as caught:
-        Model(failing(error)).trace(x).result
+        Model(net_raising(error)).trace(x).result
     assert caught.value is error
 
 
@@ -188,7 +189,7 @@ def test_a_stop_iteration_of_the_model_ends_no_loop_silently(way, x):
     """`next(self.parameters())` in a module without any is how it comes about; a generator turns it to RuntimeError."""
     with (
         pytest.raises((StopIteration, RuntimeError)) as caught,
-        Model(failing(StopIteration("the model's"))).trace(x) as run,
+        Model(net_raising(StopIteration("the model's"))).trace(x) as run,
     ):
         run.first.output
         way(run)
@@ -196,7 +197,7 @@ def test_a_stop_iteration_of_the_model_ends_no_loop_silently(way, x):
 
 
 def test_after_an_error_of_the_model(x):
-    with Model(failing(ValueError("the model's"))).trace(x) as run:
+    with Model(net_raising(ValueError("the model's"))).trace(x) as run:
         value = run.first.output
         with pytest.raises(ValueError, match="the model's"):
             run.last.output
@@ -207,7 +208,7 @@ def test_after_an_error_of_the_model(x):
 
 
 def test_a_value_asked_for_from_within_the_model(net, x):
-    """A callback or a hook of the user's own runs on the model's side, where the run cannot be waited for."""
+    """A user's callback or hook runs inside the model, where it cannot wait for the run."""
     clean = footprint(net)
     model = Model(net)
     handle = net.layers[0].register_forward_hook(lambda *_: model.last.output and None)
@@ -294,7 +295,7 @@ def test_outside_any_run(net, x):
         run.first.output
 
 
-def test_what_is_no_module():
+def test_a_model_must_be_a_module():
     with pytest.raises(InputError, match="int"):
         Model(5)
     with pytest.raises(PointNotFoundError, match="encode"):

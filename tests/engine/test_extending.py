@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engine.nets import Net, footprint, inputs, outputs
 
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.extending import (
@@ -29,6 +28,8 @@ from diffsight.extending import (
     target_of,
     tree_of,
 )
+from helpers import footprint, outputs
+from models.nets import Net, inputs
 
 
 class Pipeline:
@@ -100,7 +101,7 @@ def pipeline():
     return Pipeline()
 
 
-def test_what_it_returns(pipeline, x):
+def test_the_result(pipeline, x):
     before = [footprint(net) for net in pipeline.components.values()]
     with AudioModel(pipeline).generate(x) as run:
         hidden = run.encoder.layers[1].output
@@ -126,7 +127,7 @@ def test_names(pipeline, x):
         model.encoder.heat
 
 
-def test_what_can_be_asked(pipeline, x):
+def test_checks_of_arguments(pipeline, x):
     model = AudioModel(pipeline)
     with model.generate(x) as run:
         layer = run.decoder.layers[0]

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from engine.nets import footprint, inputs, outputs
 
 from diffsight import LanguageModel, Model, OutOfOrderError
 from diffsight.errors import InputError, NoRunError, PointNotFoundError
+from helpers import footprint, outputs
+from models.nets import inputs
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def test_every_call_of_a_run(model, net, x):
     assert len(seen) == 3 and all(map(torch.equal, seen, expected))
 
 
-def test_the_output_is_meant(model, net, x):
+def test_a_path_means_the_output(model, net, x):
     seen = []
     with model.trace(x) as run:
         run.follow("layers[0].leaf", seen.append)
@@ -45,7 +46,7 @@ def test_edits_are_seen(model, x):
     assert torch.equal(seen[0], torch.ones_like(x))
 
 
-def test_what_it_returns_is_ignored(model, net, x):
+def test_the_return_value_is_ignored(model, net, x):
     before = footprint(net)
     with model.trace(x) as run:
         run.follow("layers[1]", lambda hidden: hidden * 0)
@@ -85,10 +86,10 @@ def test_arguments_of_a_language_model(gpt2):
 
 
 def test_arguments_of_a_pipeline():
-    import tiny
     from diffsight import DiffusionModel
+    from models import diffusion
 
-    model = DiffusionModel(tiny.stable_diffusion())
+    model = DiffusionModel(diffusion.stable_diffusion())
     model.check("a red circle", seed=3)
     with pytest.raises(InputError, match="has no argument 'promt'"):
         model.check(promt="a red circle")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from engine.nets import Calling, linear
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from diffsight import Model
+from models.nets import Calling, linear
 
 X = torch.ones(1, 4)
 
@@ -21,7 +21,7 @@ class Counting(TorchFunctionMode):
 
 
 def within(mode):
-    """A net that runs `b` inside a mode of its own."""
+    """Return a net that runs `b` inside its own mode."""
 
     def forward(self, x):
         x = self.a(x)
@@ -33,7 +33,7 @@ def within(mode):
 
 
 def making():
-    """A net that makes a tensor of its own in every part."""
+    """Return a net that creates a tensor in every part."""
 
     def forward(self, x):
         x = self.a(x) + torch.zeros(4)
@@ -92,7 +92,7 @@ def test_two_runs_in_modes_of_their_own():
 
 
 @pytest.mark.parametrize("how", ["error", "stop", "drop"])
-def test_no_mode_stays_behind(how):
+def test_no_mode_is_left_behind(how):
     mode = Counting()
     run = Model(within(mode)).trace(X)
     run.b.output
@@ -109,7 +109,7 @@ def test_no_mode_stays_behind(how):
 
 
 def test_without_a_seed_the_random_state_is_shared():
-    """As in the bare call: nothing is put aside unless the run has a random stream of its own."""
+    """As in the bare call: the random state is saved only if the run has its own random stream."""
     net = Calling(lambda self, x: self.b(self.a(x) + torch.rand(4)), a=linear(1), b=linear(2))
     with torch.random.fork_rng():
         torch.manual_seed(3)

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import tiny
 from diffsight import DiffusionModel, Model
+from models import diffusion
 
 
 def test_a_loss_reaches_any_point():
@@ -49,9 +49,9 @@ def test_generate_of_transformers_lifts_its_no_grad():
             assert run.lm_head.output.requires_grad is grad
 
 
-def test_a_loss_on_the_picture_reaches_the_text_encoder():
-    """Through the whole denoising loop, against a central difference; and the pictures come out as ever."""
-    chosen = tiny.PIPELINES["stable_diffusion"]
+def test_a_loss_on_the_image_reaches_the_text_encoder():
+    """Through the whole denoising loop, compared with a central difference. The images are unchanged."""
+    chosen = diffusion.PIPELINES["stable_diffusion"]
     model = DiffusionModel(chosen.build())
     given = {name: value for name, value in chosen.inputs().items() if name != "output_type"}
 
@@ -72,8 +72,8 @@ def test_a_loss_on_the_picture_reaches_the_text_encoder():
 
 
 def test_runs_with_gradients_side_by_side():
-    """Two runs of one pipeline, both with pictures to be turned into PIL ones, fed from one to the other."""
-    chosen = tiny.PIPELINES["stable_diffusion"]
+    """Two runs of one pipeline, both with images to be turned into PIL ones, fed from one to the other."""
+    chosen = diffusion.PIPELINES["stable_diffusion"]
     model = DiffusionModel(chosen.build())
     given = {name: value for name, value in chosen.inputs().items() if name != "output_type"}
     with model.generate(**given, seed=0, grad=True) as first, model.generate(**given, seed=1, grad=True) as second:

@@ -2,24 +2,25 @@
 
 import pytest
 import torch
-from engine.nets import Branch, footprint, linear, outputs, replaced
 from torch import nn
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import NoRunError
 from diffsight.extending import run_of
+from helpers import footprint, outputs, replaced
+from models.nets import Branch, linear
 
 
 @pytest.fixture
 def probed(net):
-    """The net with a module that its own forward pass never calls."""
+    """Return the net with a module that its forward pass never calls."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         net.probe = Branch()
     return net
 
 
-def test_a_plain_call_passes_the_points_by(probed, x):
+def test_a_plain_call_fires_no_points(probed, x):
     with Model(probed).trace(x) as run:
         seen = run.record("probe.leaf")
         run.probe(run.first.output)
@@ -90,7 +91,7 @@ def test_an_error_in_it_is_the_bodys(probed, x):
     assert torch.equal(run.result, probed(x)) and footprint(probed) == before
 
 
-def test_its_points_lie_behind_when_it_is_over(probed, x):
+def test_points_of_a_finished_call_are_too_late(probed, x):
     with pytest.raises(OutOfOrderError), Model(probed).trace(x) as run:
         run.probe.leaf.lin  # asking for a handle is not asking for a value
         run.probe(run.first.output, hook=True)
@@ -140,7 +141,7 @@ def test_rows_see_each_others_calls(probed, x):
 
 
 def test_the_body_reads_inside_a_rows_call(probed, x):
-    """The same the other way round, call within call."""
+    """The reverse: the body reads inside a call made by a row's function."""
 
     def outer(row):
         return row.probe(row.first.output, hook=True)

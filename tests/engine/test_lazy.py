@@ -1,9 +1,10 @@
-"""A run does nothing until it is asked, goes no further than it is asked, and costs nothing where it is not asked."""
+"""A run does nothing before a value is asked for, runs only as far as that value, and adds nothing elsewhere."""
 
 import torch
-from engine.nets import Net, footprint, inputs
 
 from diffsight import Model
+from helpers import footprint
+from models.nets import Net, inputs
 
 
 def test_nothing_runs_before_the_first_value(net, x):

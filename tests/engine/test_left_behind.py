@@ -1,4 +1,4 @@
-"""However a run ends, nothing of it stays on the model or in memory."""
+"""A run leaves nothing on the model or in memory, however it ends."""
 
 import copy
 import gc
@@ -9,10 +9,11 @@ import weakref
 
 import pytest
 import torch
-from engine.nets import Calling, Net, footprint, inputs, linear
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import AssignmentError, NeverReachedError
+from helpers import footprint
+from models.nets import Calling, Net, inputs, linear
 
 
 class Interrupted(Net):
@@ -245,7 +246,7 @@ def test_hooks_of_the_users_stay_in_their_order(net, x):
         handle.remove()
 
 
-def test_a_forward_pass_of_the_instances_own_comes_back(net, x):
+def test_a_forward_method_set_on_the_instance_is_restored(net, x):
     net.first.forward = own = lambda x: x * 3
     with Model(net).trace(x) as run:
         assert run.first.input is x
@@ -336,7 +337,7 @@ def test_an_error_on_the_way_out_does_not_hide_the_bodys(x):
 
 
 def test_values_go_with_the_run(net, x):
-    """At once, not with the next garbage collection: they may be large."""
+    """Values may be large, so they are freed at once, not in the next garbage collection."""
     gc.collect()
     gc.disable()
     try:

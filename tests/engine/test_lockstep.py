@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from engine.nets import Net, footprint, inputs, outputs, replaced
 
 from diffsight import Model
 from diffsight.errors import NoRunError
+from helpers import footprint, outputs, replaced
+from models.nets import Net, inputs
 
 
 def test_two_models_feed_each_other():
@@ -186,7 +187,7 @@ def test_a_run_for_every_layer_within_a_run(net):
     assert torch.equal(outer.result, net(inputs(1)))
 
 
-def test_two_wrappers_of_one_net_know_nothing_of_each_other(net, x):
+def test_two_wrappers_of_one_net_are_independent(net, x):
     one, two = Model(net), Model(net)
     with one.trace(x):
         with pytest.raises(NoRunError):

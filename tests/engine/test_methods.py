@@ -6,11 +6,12 @@ import pickle
 
 import pytest
 import torch
-from engine.nets import Calling, Net, footprint, inputs, linear
 from torch import nn
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import NeverReachedError, PointNotFoundError
+from helpers import footprint
+from models.nets import Calling, Net, inputs, linear
 
 
 class Coder(nn.Module):
@@ -51,7 +52,7 @@ def coder():
 
 @pytest.fixture
 def net():
-    """Uses its coder by methods alone, twice."""
+    """Return a net that uses its coder only through methods, twice."""
     return Calling(
         lambda self, x: self.coder.decode(self.last(self.coder.encode(self.coder.encode(x, 2.0), shift=1.0))),
         coder=Coder(),
@@ -95,7 +96,7 @@ def test_edits(net, x):
 
 
 def test_an_output_can_be_none(coder, x):
-    """There is no hook in the way of a method that would take None for 'unchanged'."""
+    """A hook would take None for 'unchanged', but methods have no hooks."""
     net = Calling(lambda self, x: self.part.decode(x) is None, part=coder)
     with Model(net, methods=["part.decode"]).trace(x) as run:
         assert run.part.decode.output is not None
@@ -144,7 +145,7 @@ def test_calls_from_the_body_do_not_fire(net, x):
     assert torch.equal(run.result, net.last(net.coder.encode(inputs(1), shift=1.0)) - 1)
 
 
-def test_the_method_stays_what_it_is(net, x):
+def test_the_method_is_unchanged_after_a_run(net, x):
     coder, seen, forward = net.coder, [], net.function
     plain = inspect.signature(coder.encode)
 
@@ -164,7 +165,7 @@ def test_the_method_stays_what_it_is(net, x):
     assert seen == [plain] and type(coder) is Coder
 
 
-def test_the_forward_pass_stays_what_it_is(gpt2, ids):
+def test_the_forward_pass_is_unchanged_after_a_run(gpt2, ids):
     plain = inspect.signature(gpt2.forward)
     with Model(gpt2).trace(ids) as run:
         run.input, run.transformer.h[0].input
@@ -203,7 +204,7 @@ def test_the_methods_of_an_autoencoder():
 
 
 @pytest.mark.parametrize("method", ["double", "name"], ids=["static", "of the class"])
-def test_methods_that_take_no_self_are_refused(method):
+def test_methods_without_self_are_rejected(method):
     net = Calling(lambda self, x: getattr(self.coder, method)(x), coder=Coder())
     with pytest.raises(PointNotFoundError, match=rf"coder\.{method}.*not called on a Coder"):
         Model(net, methods=[f"coder.{method}"])
@@ -213,7 +214,7 @@ def test_methods_that_take_no_self_are_refused(method):
 
 
 class Counter(nn.Module):
-    """A scheduler, as seen by a pipeline that steps copies of it."""
+    """A scheduler of a pipeline that steps copies of it."""
 
     def __init__(self):
         super().__init__()
@@ -276,7 +277,7 @@ def test_unknown_methods(coder):
         Model(coder, methods=["nowhere.encode"])
 
 
-def test_they_are_shown(net):
+def test_print_shows_the_methods(net):
     model = Model(net, methods=METHODS)
     assert "coder.encode()" in repr(model) and "coder.decode()" in repr(model)
     assert "coder.encode()" in repr(model.coder) and "coder.encode" not in repr(model.last)

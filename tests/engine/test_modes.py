@@ -5,10 +5,11 @@ from contextvars import ContextVar
 
 import pytest
 import torch
-from engine.nets import Calling, footprint, linear
 
 from diffsight import Model
 from diffsight.errors import AssignmentError
+from helpers import footprint
+from models.nets import Calling, linear
 
 CONTEXTS = {
     "nothing": nullcontext,
@@ -34,7 +35,7 @@ def modes():
 
 
 def switching(inside, log):
-    """A net that runs `b` and `c` within a context of its own and notes its modes everywhere."""
+    """Return a net that runs `b` and `c` within its own context and logs its modes everywhere."""
 
     def forward(self, x):
         log.append(modes())
@@ -54,8 +55,8 @@ def switching(inside, log):
     return Calling(forward, a=linear(1), b=linear(2), c=linear(3), d=linear(4))
 
 
-def bare(net, log, around, x):
-    """The net's modes in the bare call, and its result."""
+def bare_modes(net, log, around, x):
+    """Return the modes that the net logs in the bare call, and its result."""
     with around():
         result = net(x)
     kept = log[:]
@@ -76,7 +77,7 @@ def outside(request):
 def test_a_context_of_the_model_does_not_reach_the_body(inside, outside, x):
     log = []
     net = switching(inside, log)
-    expected, result = bare(net, log, outside, x)
+    expected, result = bare_modes(net, log, outside, x)
     before = modes()
     with outside():
         own = modes()
@@ -95,7 +96,7 @@ def test_a_context_of_the_model_does_not_reach_the_body(inside, outside, x):
 def test_a_context_of_the_body_does_not_reach_the_model(inside, outside, x):
     log = []
     net = switching(inside, log)
-    expected, result = bare(net, log, nullcontext, x)
+    expected, result = bare_modes(net, log, nullcontext, x)
     with Model(net).trace(x) as run:
         for name in "abcd":
             before = modes()
@@ -142,7 +143,7 @@ def test_contexts_that_cross(inside, outside, x):
     """The body enters before the model does, and leaves while the model is still within."""
     log = []
     net = switching(inside, log)
-    expected, result = bare(net, log, nullcontext, x)
+    expected, result = bare_modes(net, log, nullcontext, x)
     before = modes()
     with Model(net).trace(x) as run:
         context = outside()
@@ -160,7 +161,7 @@ def test_contexts_that_cross(inside, outside, x):
 def test_a_run_keeps_the_modes_it_was_opened_in(outside, x):
     log = []
     net = switching(nullcontext, log)
-    expected, result = bare(net, log, outside, x)
+    expected, result = bare_modes(net, log, outside, x)
     with outside():
         unread, read = Model(net).trace(x), Model(net).trace(x)
     before = modes()

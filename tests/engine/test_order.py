@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from engine.nets import Calling, Net, inputs, linear, outputs
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import NeverReachedError, PointNotFoundError
+from helpers import outputs
+from models.nets import Calling, Net, inputs, linear
 
 # where the model stands, and what lies behind it
 BEHIND = [
@@ -123,7 +124,7 @@ def test_a_module_that_is_never_called(net, x):
     assert issubclass(NeverReachedError, OutOfOrderError)
 
 
-def test_a_call_that_does_not_come(net, x):
+def test_a_call_that_is_never_made(net, x):
     with Model(net).trace(x) as run, pytest.raises(NeverReachedError, match=r"first\..*output"):
         run.first.calls[1].output
     assert torch.equal(run.result, net(x))

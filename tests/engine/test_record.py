@@ -1,11 +1,12 @@
-"""Records: many points kept in one go, as hand-written hooks would keep them."""
+"""Records of many points, compared with hand-written hooks."""
 
 import pytest
 import torch
-from engine.nets import Calling, footprint, linear, outputs
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import InputError, PointNotFoundError, RunClosedError
+from helpers import footprint, outputs
+from models.nets import Calling, linear
 
 
 def test_keeps_every_layer(net, x):

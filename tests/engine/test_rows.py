@@ -1,4 +1,4 @@
-"""Rows, a body a row, and passes inside a run: what reaches one input and not the others."""
+"""Rows, one body per row, and passes inside a run: an edit of one input does not reach the others."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from diffsight.errors import AssignmentError, InputError, NeverReachedError, Run
 
 
 class Net(nn.Module):
-    """A stack whose middle gives a tuple, and which also adds something that all inputs share."""
+    """A stack whose middle layer returns a tuple, and which adds a value that all inputs share."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Runs take over the stacks of runs that have ended, and nothing of those stays in them."""
+"""Runs reuse the stacks of runs that have ended, and nothing of those runs remains on them."""
 
 import contextvars
 import ctypes
@@ -10,10 +10,11 @@ import weakref
 
 import pytest
 import torch
-from engine.nets import Calling, linear, outputs
 from greenlet import greenlet
 
 from diffsight import Model
+from helpers import outputs
+from models.nets import Calling, linear
 
 
 class Box:
@@ -29,7 +30,7 @@ def without_collector():
 
 @pytest.fixture
 def new_stack(net, x):
-    """The next run begins on a new stack, which the ones after it take over: those that were idle are in use."""
+    """Use all idle stacks, so that the next run begins on a new one, which later runs take over."""
     runs = [Model(net).trace(x) for _ in range(101)]
     for run in runs:
         run.first.output

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from engine.nets import Net, footprint, inputs, outputs, replaced
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import InputError, NeverReachedError, RunClosedError
+from helpers import footprint, outputs, replaced
+from models.nets import Net, inputs
 
 
 @pytest.fixture
 def logits(gpt2, ids, greedy):
-    """What lm_head returned in each of the four passes."""
+    """Return the outputs of `lm_head` in each of the four passes."""
     return outputs(gpt2.lm_head, gpt2.generate, ids, **greedy)
 
 

@@ -6,14 +6,15 @@ import weakref
 
 import pytest
 import torch
-from engine.nets import Net, footprint, inputs
 
 from diffsight import DiffsightError, Model
 from diffsight.extending import tree_of
+from helpers import footprint
+from models.nets import Net, inputs
 
 
 def one_run(model: Model, x: torch.Tensor, turn: int) -> None:
-    """A run that reads, assigns, records, calls, and ends in one of five ways."""
+    """Open a run that reads, assigns, records and calls, and end it in one of five ways."""
     run = model.trace([x, x + 1])
     first, second = run.rows
     kept = run.record("layers[*]")

@@ -5,14 +5,15 @@ import threading
 
 import pytest
 import torch
-from engine.nets import Net, footprint, inputs, outputs
 
 from diffsight import DiffsightError, Model
 from diffsight.errors import WrongThreadError
+from helpers import footprint, outputs
+from models.nets import Net, inputs
 
 
 def in_a_thread(function):
-    """What `function` gives or raises in a thread of its own."""
+    """Return what `function` returns or raises in a new thread."""
     box = {}
 
     def target():

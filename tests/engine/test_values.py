@@ -1,14 +1,15 @@
-"""What `.input`, `.inputs` and `.output` give, and what assigning to them does."""
+"""The values of `.input`, `.inputs` and `.output`, and assigning to them."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from engine.nets import Calling, footprint, inputs, linear, outputs, record, replaced, with_input
 from torch import nn
 
 from diffsight import DiffsightError, Model
 from diffsight.errors import AssignmentError, PointNotFoundError
+from helpers import footprint, outputs, record, replaced, with_input
+from models.nets import Calling, inputs, linear
 
 
 def test_values_are_the_models_own(net, x):

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from engine.nets import WIDTH, Calling, Net, linear, replaced
 from torch import nn
 
 from diffsight import DiffsightError, Model
 from diffsight.extending import FORWARD, Target, Tree
 from diffsight.pipelines.weights import adopt
+from helpers import replaced
+from models.nets import WIDTH, Calling, Net, linear
 
 
 class Later(Model):

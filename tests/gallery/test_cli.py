@@ -12,21 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-import tiny
 from diffsight import DiffusionModel, diffusion_lens
 from diffsight.gallery.cli import main, parse_layers
 from diffsight.pipelines.language import smollm2
+from models import diffusion
 
 CLIP = "diffsight/shapes-clip"
 PROMPT = "a red circle above a blue square"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A pipeline on disk, whose text encoder has three layers."""
-    folder = tmp_path_factory.mktemp("saved") / "pipe"
-    tiny.stable_diffusion().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +28,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(*argv):
+def run_command(*argv):
     """Run a command and return its exit status."""
     try:
         return main([str(word) for word in argv])
@@ -44,10 +36,10 @@ def run(*argv):
         return end.code
 
 
-def refusal(capsys, here, *argv):
+def command_error(capsys, here, *argv):
     """Return the error of an invalid command: one line at the end of stderr, no traceback, no file."""
     before = sorted(here.rglob("*"))
-    status = run(*argv)
+    status = run_command(*argv)
     out, err = capsys.readouterr()
     assert status == 2
     assert out == ""
@@ -65,20 +57,20 @@ def pixels(path):
 # lens
 
 
-def test_the_lens_writes_the_files_that_it_prints(folder, here, capsys):
-    assert run("lens", PROMPT, "--model", folder, "--steps", 2, "--seed", 3, "--out", "out") == 0
+def test_the_lens_writes_the_files_that_it_prints(saved_pipeline, here, capsys):
+    assert run_command("lens", PROMPT, "--model", saved_pipeline, "--steps", 2, "--seed", 3, "--out", "out") == 0
     out, _ = capsys.readouterr()
     names = ["embedding", "layer_00", "layer_01", "layer_02"]
     files = ["out/grid.png", *(f"out/{name}.png" for name in names), "out/lens.json"]
     assert sorted(out.split()) == sorted(files)
     assert {path.relative_to(here).as_posix() for path in here.rglob("*.*")} == set(files)
 
-    model = DiffusionModel(folder)
+    model = DiffusionModel(saved_pipeline)
     want = diffusion_lens(model, PROMPT, seed=3, num_inference_steps=2, progress=False)
     for name, image in zip(names, want.images, strict=True):
         assert np.array_equal(pixels(f"out/{name}.png"), image)
     record = json.loads(Path("out/lens.json").read_text(encoding="utf-8"))
-    assert (record["model"], record["prompt"], record["seed"]) == (str(folder), PROMPT, 3)
+    assert (record["model"], record["prompt"], record["seed"]) == (str(saved_pipeline), PROMPT, 3)
     assert (record["layers"], record["arguments"]) == (["embedding", 0, 1, 2], {"num_inference_steps": 2})
 
 
@@ -98,8 +90,10 @@ def test_the_lens_writes_the_files_that_it_prints(folder, here, capsys):
         ("embedding,0:2,-1", ["embedding", 0, 1, 2]),
     ],
 )
-def test_layers(folder, layers, numbers):
-    assert run("lens", PROMPT, "--model", folder, "--steps", 1, f"--layers={layers}", "--out", "out") == 0
+def test_layers(saved_pipeline, layers, numbers):
+    assert (
+        run_command("lens", PROMPT, "--model", saved_pipeline, "--steps", 1, f"--layers={layers}", "--out", "out") == 0
+    )
     assert json.loads(Path("out/lens.json").read_text(encoding="utf-8"))["layers"] == numbers
     names = {f"layer_{number:02}.png" if number != "embedding" else "embedding.png" for number in numbers}
     assert {path.name for path in Path("out").iterdir()} == names | {"grid.png", "lens.json"}
@@ -111,23 +105,26 @@ def test_layers_in_words():
     assert parse_layers("embedding, 0:4, -1") == ["embedding", slice(0, 4), -1]
 
 
-def test_the_folder_has_a_default(folder, here, capsys):
-    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", "-1") == 0
+def test_the_folder_has_a_default(saved_pipeline, here, capsys):
+    assert run_command("lens", PROMPT, "--model", saved_pipeline, "--steps", 1, "--layers", "-1") == 0
     paths = capsys.readouterr().out.split()
     assert len(paths) == 3
     assert all((here / path).is_file() for path in paths)
 
 
-def test_an_existing_folder_is_used(folder, here):
+def test_an_existing_folder_is_used(saved_pipeline, here):
     (here / "out").mkdir()
     (here / "out" / "notes.txt").write_text("mine")
-    assert run("lens", PROMPT, "--model", folder, "--steps", 1, "--layers", "2", "--out", here / "out") == 0
+    assert (
+        run_command("lens", PROMPT, "--model", saved_pipeline, "--steps", 1, "--layers", "2", "--out", here / "out")
+        == 0
+    )
     assert {path.name for path in (here / "out").iterdir()} == {"notes.txt", "grid.png", "layer_02.png", "lens.json"}
 
 
 def test_the_lens_draws_with_the_packaged_pipeline(here):
     prompt = "a red circle below a blue square on a gray background"
-    assert run("lens", prompt, "--steps", 2, "--layers", "0,11", "--out", "out") == 0
+    assert run_command("lens", prompt, "--steps", 2, "--layers", "0,11", "--out", "out") == 0
     record = json.loads((here / "out" / "lens.json").read_text(encoding="utf-8"))
     assert (record["model"], record["layers"], record["seed"]) == (CLIP, [0, 11], 0)
     assert pixels("out/layer_11.png").shape == (64, 64, 3)
@@ -136,31 +133,34 @@ def test_the_lens_draws_with_the_packaged_pipeline(here):
 # generate
 
 
-def test_generate_writes_the_image_of_the_bare_pipeline(folder, here, capsys):
-    assert run("generate", PROMPT, "--model", folder, "--seed", 5, "--steps", 2, "--out", "out") == 0
+def test_generate_writes_the_image_of_the_bare_pipeline(saved_pipeline, here, capsys):
+    assert run_command("generate", PROMPT, "--model", saved_pipeline, "--seed", 5, "--steps", 2, "--out", "out") == 0
     (path,) = capsys.readouterr().out.split()
     assert [file for file in here.rglob("*") if file.is_file()] == [here / path]
     generator = torch.Generator().manual_seed(5)
-    (want,) = tiny.stable_diffusion()(PROMPT, generator=generator, num_inference_steps=2).images
+    (want,) = diffusion.stable_diffusion()(PROMPT, generator=generator, num_inference_steps=2).images
     assert np.array_equal(pixels(path), want)
 
 
-def test_seeds_are_kept_apart(folder, capsys):
+def test_seeds_are_kept_apart(saved_pipeline, capsys):
     for seed in (0, 1):
-        assert run("generate", PROMPT, "--model", folder, "--steps", 1, "--seed", seed, "--out", "out") == 0
+        assert (
+            run_command("generate", PROMPT, "--model", saved_pipeline, "--steps", 1, "--seed", seed, "--out", "out")
+            == 0
+        )
     first, second = capsys.readouterr().out.split()
     assert not np.array_equal(pixels(first), pixels(second))
 
 
-def test_steps_default_to_those_of_the_pipeline(folder, capsys):
-    assert run("generate", PROMPT, "--model", folder, "--out", "out") == 0
+def test_steps_default_to_those_of_the_pipeline(saved_pipeline, capsys):
+    assert run_command("generate", PROMPT, "--model", saved_pipeline, "--out", "out") == 0
     (path,) = capsys.readouterr().out.split()
-    (want,) = tiny.stable_diffusion()(PROMPT, generator=torch.Generator().manual_seed(0)).images
+    (want,) = diffusion.stable_diffusion()(PROMPT, generator=torch.Generator().manual_seed(0)).images
     assert np.array_equal(pixels(path), want)
 
 
 def test_unknown_words_are_warned_of(capsys):
-    assert run("generate", "a pink circle", "--steps", 1, "--out", "out") == 0
+    assert run_command("generate", "a pink circle", "--steps", 1, "--out", "out") == 0
     out, err = capsys.readouterr()
     (warning,) = [line for line in err.splitlines() if "warning" in line]
     assert warning.startswith("diffsight: warning: the model does not know 'pink'")
@@ -169,7 +169,7 @@ def test_unknown_words_are_warned_of(capsys):
 
 
 def test_unknown_words_are_warned_of_once_by_the_lens(capsys):
-    assert run("lens", "a pink circle", "--steps", 1, "--layers", "0,1,2", "--out", "out") == 0
+    assert run_command("lens", "a pink circle", "--steps", 1, "--layers", "0,1,2", "--out", "out") == 0
     assert capsys.readouterr().err.count("does not know 'pink'") == 1
 
 
@@ -180,7 +180,7 @@ def test_unknown_words_are_warned_of_once_by_the_lens(capsys):
 def test_models_are_listed(capsys, monkeypatch, there):
     """Including models of an extra, with what to install if it is missing."""
     monkeypatch.setattr(smollm2, "find_spec", lambda name: there or None)
-    assert run("models") == 0
+    assert run_command("models") == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith(f"{CLIP} ") and len(line) > len(CLIP) + 10 for line in lines)
     told = next(line for line in lines if line.startswith("diffsight/smollm2 "))
@@ -189,7 +189,7 @@ def test_models_are_listed(capsys, monkeypatch, there):
 
 @pytest.mark.parametrize("command", [(), ("lens",), ("generate",), ("models",)], ids=" ".join)
 def test_help_shows_an_example_that_is_accepted(capsys, command, here):
-    assert run(*command, "--help") == 0
+    assert run_command(*command, "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     example = shlex.split(text.split("example: ")[1])
     assert example[0] == "diffsight"
@@ -197,11 +197,11 @@ def test_help_shows_an_example_that_is_accepted(capsys, command, here):
     assert command in ((), (example[1],))
     if len(example) > 2:
         example += ["--model", "no-such-model"]  # this is the error if everything before is valid
-        assert "no-such-model" in refusal(capsys, here, *example[1:])
+        assert "no-such-model" in command_error(capsys, here, *example[1:])
 
 
 def test_help_names_the_options(capsys):
-    assert run("lens", "--help") == 0
+    assert run_command("lens", "--help") == 0
     text = capsys.readouterr().out
     for option in ("PROMPT", "--model", "--seed", "--layers", "--steps", "--out"):
         assert option in text
@@ -212,35 +212,37 @@ def test_help_names_the_options(capsys):
 
 @pytest.mark.parametrize("argv", [(), ("paint", PROMPT), ("lens",), ("generate",), ("lens", PROMPT, "--sed", "3")])
 def test_invalid_commands(capsys, here, argv):
-    refusal(capsys, here, *argv)
+    command_error(capsys, here, *argv)
 
 
 @pytest.mark.parametrize("command", ["lens", "generate"])
 @pytest.mark.parametrize("prompt", ["", "   "])
-def test_an_empty_prompt(capsys, here, folder, command, prompt):
-    assert "the prompt is empty" in refusal(capsys, here, command, prompt, "--model", folder, "--out", "out")
+def test_an_empty_prompt(capsys, here, saved_pipeline, command, prompt):
+    assert "the prompt is empty" in command_error(
+        capsys, here, command, prompt, "--model", saved_pipeline, "--out", "out"
+    )
 
 
 @pytest.mark.parametrize("command", ["lens", "generate"])
-def test_a_prompt_that_is_too_long(capsys, here, folder, command):
+def test_a_prompt_that_is_too_long(capsys, here, saved_pipeline, command):
     prompt = "red " * 75 + "blue square"
-    message = refusal(capsys, here, command, prompt, "--model", folder, "--out", "out")
+    message = command_error(capsys, here, command, prompt, "--model", saved_pipeline, "--out", "out")
     assert "too long" in message
     assert "'blue square'" in message
 
 
 @pytest.mark.parametrize("command", ["lens", "generate"])
 @pytest.mark.parametrize("seed", ["-1", "x", "1.5", str(2**64)])
-def test_an_invalid_seed(capsys, here, folder, command, seed):
-    message = refusal(capsys, here, command, PROMPT, "--model", folder, "--seed", seed, "--out", "out")
+def test_an_invalid_seed(capsys, here, saved_pipeline, command, seed):
+    message = command_error(capsys, here, command, PROMPT, "--model", saved_pipeline, "--seed", seed, "--out", "out")
     assert "seed" in message
     assert seed in message
 
 
 @pytest.mark.parametrize("command", ["lens", "generate"])
 @pytest.mark.parametrize("steps", ["0", "-3", "x", "2.5", "1001"])
-def test_invalid_steps(capsys, here, folder, command, steps):
-    message = refusal(capsys, here, command, PROMPT, "--model", folder, "--steps", steps, "--out", "out")
+def test_invalid_steps(capsys, here, saved_pipeline, command, steps):
+    message = command_error(capsys, here, command, PROMPT, "--model", saved_pipeline, "--steps", steps, "--out", "out")
     assert "steps" in message
     assert steps in message
 
@@ -248,22 +250,24 @@ def test_invalid_steps(capsys, here, folder, command, steps):
 @pytest.mark.parametrize(
     "layers", ["3", "0,9", "-4", "0:3:0", "1:2:3:4", "x", "", "1,,2", "one:two", "4:9", "1.5"], ids=repr
 )
-def test_invalid_layers(capsys, here, folder, layers):
-    message = refusal(capsys, here, "lens", PROMPT, "--model", folder, f"--layers={layers}", "--out", "out")
+def test_invalid_layers(capsys, here, saved_pipeline, layers):
+    message = command_error(
+        capsys, here, "lens", PROMPT, "--model", saved_pipeline, f"--layers={layers}", "--out", "out"
+    )
     assert "layer" in message
 
 
 @pytest.mark.parametrize("command", ["lens", "generate"])
 @pytest.mark.parametrize("name", ["diffsight/shape-clip", "shapes-clip"])
 def test_a_model_that_does_not_exist(capsys, here, command, name):
-    message = refusal(capsys, here, command, PROMPT, "--model", name, "--out", "out")
+    message = command_error(capsys, here, command, PROMPT, "--model", name, "--out", "out")
     assert repr(name) in message
     assert f"did you mean {CLIP!r}" in message
 
 
 def test_a_model_that_is_not_found_on_the_hub(capsys, here, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "'someone/something'" in refusal(capsys, here, "lens", PROMPT, "--model", "someone/something")
+    assert "'someone/something'" in command_error(capsys, here, "lens", PROMPT, "--model", "someone/something")
 
 
 @pytest.mark.parametrize("command", ["lens", "generate"])
@@ -272,64 +276,66 @@ def test_a_folder_that_is_not_a_pipeline(capsys, here, command, index):
     (here / "rubbish").mkdir()
     if index is not None:
         (here / "rubbish" / "model_index.json").write_text(index)
-    message = refusal(capsys, here, command, PROMPT, "--model", "rubbish", "--out", "out")
+    message = command_error(capsys, here, command, PROMPT, "--model", "rubbish", "--out", "out")
     assert "rubbish" in message
 
 
 @pytest.mark.parametrize("command", ["lens", "generate"])
 def test_a_model_that_takes_no_prompt(capsys, here, tmp_path_factory, command):
     folder = tmp_path_factory.mktemp("saved") / "ddpm"
-    tiny.ddpm().save_pretrained(folder)
-    message = refusal(capsys, here, command, PROMPT, "--model", folder, "--out", "out")
+    diffusion.ddpm().save_pretrained(folder)
+    message = command_error(capsys, here, command, PROMPT, "--model", folder, "--out", "out")
     assert "DDPMPipeline" in message
 
 
 def test_the_lens_on_another_encoder(capsys, here, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "sdxl"
-    tiny.stable_diffusion_xl().save_pretrained(folder)
+    diffusion.stable_diffusion_xl().save_pretrained(folder)
     options = ("--model", folder, "--layers", "embedding,2", "--steps", 1, "--out", "out")
-    assert run("lens", PROMPT, *options, "--encoder", "text_encoder_2", "--batch-size", 1) == 0
+    assert run_command("lens", PROMPT, *options, "--encoder", "text_encoder_2", "--batch-size", 1) == 0
     record = json.loads(Path("out/lens.json").read_text(encoding="utf-8"))
     assert (record["encoder"], record["layers"]) == ("text_encoder_2", ["embedding", 2])
     capsys.readouterr()
-    message = refusal(capsys, here, "lens", PROMPT, *options, "--encoder", "text_encoder_3")
+    message = command_error(capsys, here, "lens", PROMPT, *options, "--encoder", "text_encoder_3")
     assert "it has text_encoder, text_encoder_2" in message
 
 
 def test_a_model_without_a_text_encoder(capsys, here, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "ddpm"
-    tiny.ddpm().save_pretrained(folder)
-    message = refusal(capsys, here, "lens", PROMPT, "--model", folder, "--layers", "1", "--steps", 1, "--out", "out")
+    diffusion.ddpm().save_pretrained(folder)
+    message = command_error(
+        capsys, here, "lens", PROMPT, "--model", folder, "--layers", "1", "--steps", 1, "--out", "out"
+    )
     assert "needs a text encoder, but" in message
 
 
 @pytest.mark.parametrize("command", ["lens", "generate"])
 @pytest.mark.parametrize("place", ["file", "file/out"])
-def test_a_folder_that_cannot_be_written(capsys, here, folder, command, place):
+def test_a_folder_that_cannot_be_written(capsys, here, saved_pipeline, command, place):
     (here / "file").write_text("mine")
-    message = refusal(capsys, here, command, PROMPT, "--model", folder, "--out", place)
+    message = command_error(capsys, here, command, PROMPT, "--model", saved_pipeline, "--out", place)
     assert f"the folder {place} cannot be written" in message
     assert (here / "file").read_text() == "mine"
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write")
-def test_a_folder_on_a_file_system_that_cannot_be_written(capsys, here, folder):
-    message = refusal(capsys, here, "generate", PROMPT, "--model", folder, "--out", "/proc/diffsight/out")
+def test_a_folder_on_a_file_system_that_cannot_be_written(capsys, here, saved_pipeline):
+    message = command_error(capsys, here, "generate", PROMPT, "--model", saved_pipeline, "--out", "/proc/diffsight/out")
     assert "/proc/diffsight/out cannot be written" in message
 
 
 def test_the_folder_is_looked_at_before_the_model(capsys, here):
     (here / "file").write_text("mine")
-    message = refusal(capsys, here, "lens", PROMPT, "--model", "no-such-model", "--out", "file")
+    message = command_error(capsys, here, "lens", PROMPT, "--model", "no-such-model", "--out", "file")
     assert "cannot be written" in message
 
 
 # The installed script
 
 
-def test_the_script(folder, here):
+def test_the_script(saved_pipeline, here):
     script = Path(sys.executable).with_name("diffsight")
-    words = [script, "generate", PROMPT, "--model", folder, "--steps", "1", "--out", "out"]
+    words = [script, "generate", PROMPT, "--model", saved_pipeline, "--steps", "1", "--out", "out"]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert (here / done.stdout.strip()).is_file()

@@ -32,7 +32,7 @@ def code_cells(notebook):
     return [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
-def run(source, names):
+def run_cell(source, names):
     """Run a cell, and return the value of its last line, if that is an expression."""
     body = ast.parse(source).body
     last = ast.Expression(body.pop().value) if isinstance(body[-1], ast.Expr) else None
@@ -43,7 +43,7 @@ def run(source, names):
 def test_it_runs_from_top_to_bottom(notebook):
     names, short = {"__name__": "__main__"}, {}
     for cell in code_cells(notebook):
-        value = run("".join(cell["source"]), names)
+        value = run_cell("".join(cell["source"]), names)
         if "parameters" in cell["metadata"].get("tags", ()):
             short = {name: SHORT[name] for name in names if name.isupper()}
             names |= short

@@ -1,14 +1,15 @@
 """A small language model for the lenses on language models."""
 
 import pytest
-import writers
+
+from models import language
 
 
 @pytest.fixture(scope="module")
 def net():
-    return writers.gpt2()
+    return language.gpt2()
 
 
 @pytest.fixture(scope="module")
 def model(net):
-    return writers.model(net)
+    return language.model(net)

@@ -6,22 +6,22 @@ from importlib.metadata import version
 
 import pytest
 import torch
-import writers
 
 from diffsight import collect_activations, load_activations
 from diffsight.errors import InputError
+from models import language
 
-PROMPTS = [*writers.PROMPTS, "hello king", "in Paris and London"]
+PROMPTS = [*language.PROMPTS, "hello king", "in Paris and London"]
 
 
-def states(net, text, part=None):
+def layer_states(net, text, part=None):
     layers = net.transformer.h if part is None else [getattr(layer, part) for layer in net.transformer.h]
-    return torch.stack([hidden[0] for hidden in writers.hidden_states(net, layers, writers.ids(text))])
+    return torch.stack([hidden[0] for hidden in language.hidden_states(net, layers, language.ids(text))])
 
 
 def test_the_last_token_of_each_prompt(net, model):
     found = collect_activations(model, PROMPTS, batch_size=2, progress=False)
-    expected = torch.stack([states(net, text)[:, -1] for text in PROMPTS], 1)
+    expected = torch.stack([layer_states(net, text)[:, -1] for text in PROMPTS], 1)
     assert found.values.shape == (4, 5, 32)
     assert torch.allclose(found.values, expected, atol=1e-5)
     assert found.prompts.tolist() == [0, 1, 2, 3, 4]
@@ -31,7 +31,7 @@ def test_the_last_token_of_each_prompt(net, model):
 def test_all_tokens(net, model):
     found = collect_activations(model, PROMPTS, layers=[1, 3], positions=None, batch_size=2, progress=False)
     for i, text in enumerate(PROMPTS):
-        expected = states(net, text)[[1, 3]]
+        expected = layer_states(net, text)[[1, 3]]
         assert torch.allclose(found.of_prompt(i), expected, atol=1e-5)
         assert found.positions[found.prompts == i].tolist() == list(range(expected.shape[1]))
 
@@ -39,7 +39,7 @@ def test_all_tokens(net, model):
 @pytest.mark.parametrize(("of", "part"), [("attentions_output", "attn"), ("mlps_output", "mlp")])
 def test_parts_of_layers(net, model, of, part):
     found = collect_activations(model, PROMPTS, of=of, positions=0)
-    expected = torch.stack([states(net, text, part)[:, 0] for text in PROMPTS], 1)
+    expected = torch.stack([layer_states(net, text, part)[:, 0] for text in PROMPTS], 1)
     assert torch.allclose(found.values, expected, atol=1e-5)
 
 
@@ -110,7 +110,7 @@ def test_bad_input(model, tmp_path):
     with pytest.raises(InputError, match=r"there is no activations\.json in it"):
         load_activations(tmp_path / "full")
     with pytest.raises(InputError, match="takes a LanguageModel, not GPT2LMHeadModel"):
-        collect_activations(writers.gpt2(), PROMPTS)
+        collect_activations(language.gpt2(), PROMPTS)
     found = collect_activations(model, PROMPTS, layers=[1, 2])
     with pytest.raises(InputError, match="does not have layer 0: it has 1, 2"):
         found[0]

@@ -4,18 +4,17 @@ import json
 
 import numpy as np
 import pytest
-import text_pipelines
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from text_pipelines import TEXT_PIPELINES
 from torch.nn import functional
 
-import tiny
 from diffsight import DiffusionModel, compare_encoders, diffusion_lens
 from diffsight.errors import InputError
 from diffsight.lenses.compare_encoders import EncoderComparison
 from diffsight.lenses.linear_cka import linear_cka
+from models import diffusion, text_encoders
+from models.text_encoders import TEXT_PIPELINES
 
 PROMPTS = ["a red circle above a blue square", "a photo of a cat", "a blue cat", "a green square on a red circle"]
 SD = {"num_inference_steps": 2, "guidance_scale": 4.0}
@@ -24,17 +23,17 @@ QUIET = {"progress": False, **SD}
 
 @pytest.fixture(scope="module")
 def sd():
-    return DiffusionModel(tiny.stable_diffusion())
+    return DiffusionModel(diffusion.stable_diffusion())
 
 
 @pytest.fixture(scope="module")
 def if_():
-    return DiffusionModel(tiny.deepfloyd_if())
+    return DiffusionModel(diffusion.deepfloyd_if())
 
 
 @pytest.fixture(scope="module")
 def sdxl():
-    return DiffusionModel(text_pipelines.built("stable_diffusion_xl"))
+    return DiffusionModel(text_encoders.built("stable_diffusion_xl"))
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +41,13 @@ def both(sd, if_):
     return compare_encoders({"CLIP": sd, "T5": if_}, PROMPTS, images=2, seed=3, **QUIET)
 
 
-def by_hand(model, prompt, name="", **settings):
+def states_by_hand(model, prompt, name="", **settings):
     """Return the hidden states of a prompt's own tokens, (layers, tokens, features), and these tokens as text."""
     tokenizer, encoder = (getattr(model.pipeline, part + name) for part in ("tokenizer", "text_encoder"))
     given = tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-    settings = {"attention_mask": given.attention_mask} if isinstance(encoder, tiny.transformers.T5EncoderModel) else {}
+    settings = (
+        {"attention_mask": given.attention_mask} if isinstance(encoder, diffusion.transformers.T5EncoderModel) else {}
+    )
     with torch.no_grad():
         hidden = encoder(given.input_ids, output_hidden_states=True, **settings).hidden_states
     own = tokenizer(prompt, add_special_tokens=False).input_ids
@@ -115,7 +116,7 @@ def test_vectors_are_the_means_of_the_prompts_own_tokens(both, sd, if_):
         found = both[name]
         assert found.layers == ("embedding", 0, 1, 2)
         for i, prompt in enumerate(PROMPTS):
-            states, words = by_hand(model, prompt)
+            states, words = states_by_hand(model, prompt)
             if name == "T5":
                 states = states[:-1]  # transformers applies the norm to the last
             assert list(found.words[i]) == words
@@ -149,7 +150,7 @@ def test_nearest_prompts(both):
 
 
 def test_drift_of_tokens(both, sd):
-    states, words = by_hand(sd, PROMPTS[0])
+    states, words = states_by_hand(sd, PROMPTS[0])
     for to, end in (("last", -1), ("first", 0)):
         drift = both.drift("CLIP", prompt=0, to=to)
         assert drift.shape == (4, len(words))
@@ -176,7 +177,7 @@ def test_the_encoders_of_one_pipeline(sdxl):
     result = compare_encoders(sdxl, PROMPTS, images=0, **QUIET)
     assert list(result) == ["text_encoder", "text_encoder_2"]
     for name, suffix in (("text_encoder", ""), ("text_encoder_2", "_2")):
-        states, words = by_hand(sdxl, PROMPTS[2], suffix)
+        states, words = states_by_hand(sdxl, PROMPTS[2], suffix)
         layers = result[name].layers
         assert layers == ("embedding", *range(sdxl.encoders[name].used_count))
         assert list(result[name].words[2]) == words
@@ -199,7 +200,7 @@ def test_settings_of_the_lens_and_layers(sdxl):
 
 def test_own_tokens_after_a_template():
     """Qwen-Image puts an instruction before its prompts."""
-    model = DiffusionModel(text_pipelines.built("qwen_image"))
+    model = DiffusionModel(text_encoders.built("qwen_image"))
     inputs = TEXT_PIPELINES["qwen_image"].inputs()
     del inputs["prompt"]
     result = compare_encoders([model, model], PROMPTS[:3], images=0, progress=False, **inputs)
@@ -209,7 +210,11 @@ def test_own_tokens_after_a_template():
 
 def test_names_tell_encoders_apart(sd, sdxl):
     two = compare_encoders(
-        [sd, DiffusionModel(tiny.stable_diffusion())], PROMPTS, images=0, layers=["embedding", 0], **QUIET
+        [sd, DiffusionModel(diffusion.stable_diffusion())],
+        PROMPTS,
+        images=0,
+        layers=["embedding", 0],
+        **QUIET,
     )
     assert list(two) == ["StableDiffusionPipeline (1)", "StableDiffusionPipeline (2)"]
     mixed = compare_encoders({"XL": sdxl, "SD": sd}, PROMPTS, images=0, layers=0, **QUIET)
@@ -300,7 +305,7 @@ def test_invalid_models_and_models_without_text_encoder():
     with pytest.raises(InputError, match="DiffusionModels, not str"):
         compare_encoders("diffsight/shapes-clip", PROMPTS)
     with pytest.raises(InputError, match="no text encoder"):
-        compare_encoders(DiffusionModel(tiny.ddpm()), PROMPTS)
+        compare_encoders(DiffusionModel(diffusion.ddpm()), PROMPTS)
 
 
 def test_questions_that_have_no_answer(both):

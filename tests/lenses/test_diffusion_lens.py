@@ -16,11 +16,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-import tiny
 from diffsight import DiffusionModel, diffusion_lens
 from diffsight.errors import InputError
 from diffsight.lenses.diffusion_lens import DiffusionLensResult
 from diffsight.pipelines.diffusion.prompts import PromptWarning
+from helpers import close_image, draw, refusal, same_image
+from models import diffusion
 
 PROMPT = "a red circle above a blue square"
 CLIP = ("encoder.layers", "final_layer_norm")
@@ -43,7 +44,7 @@ LAST = 2
 def arguments_of(name):
     """Return the arguments of a call without the prompt, for a pipeline that draws PIL images."""
     drop = ("prompt", "output_type")
-    return {key: value for key, value in tiny.PIPELINES[name].inputs().items() if key not in drop}
+    return {key: value for key, value in diffusion.PIPELINES[name].inputs().items() if key not in drop}
 
 
 SD = arguments_of("stable_diffusion")
@@ -54,13 +55,8 @@ def name(request):
     return request.param
 
 
-@pytest.fixture
-def sd():
-    return tiny.stable_diffusion()
-
-
-def draw(pipe, seed, **arguments):
-    return pipe(PROMPT, generator=torch.Generator().manual_seed(seed), **arguments).images[0]
+def draw_image(pipe, seed, **arguments):
+    return draw(pipe, {"prompt": PROMPT, **arguments}, seed)[0]
 
 
 def draw_by_hand(pipe, paths, layer, seed, **arguments):
@@ -85,20 +81,10 @@ def draw_by_hand(pipe, paths, layer, seed, **arguments):
     else:
         hooks.append(layers[layer].register_forward_hook(take_output, prepend=True))
     try:
-        return draw(pipe, seed, **arguments)
+        return draw_image(pipe, seed, **arguments)
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def same(image, other):
-    return image.mode == other.mode and np.array_equal(np.asarray(image), np.asarray(other))
-
-
-def close(image, other):
-    """Return whether no pixel differs by more than 2 of 255, as computing in a batch may change it."""
-    a, b = (np.asarray(one, dtype=int) for one in (image, other))
-    return a.shape == b.shape and np.abs(a - b).max() <= 2
 
 
 def watched(pipe):
@@ -110,35 +96,34 @@ def watched(pipe):
     return DiffusionModel(pipe), ran
 
 
-def refusal(pipe, *args, **kwargs):
+def lens_refusal(pipe, *args, **kwargs):
     """Return the message of an invalid call of the lens, and check that the denoiser has not run."""
     model, ran = watched(pipe)
-    with pytest.raises(InputError) as error:
-        diffusion_lens(model, *args, progress=False, **kwargs)
+    message = refusal(diffusion_lens, model, *args, progress=False, **kwargs)
     assert not {"unet", "transformer", "vae"} & set(ran)
-    return str(error.value)
+    return message
 
 
 # Images
 
 
 def test_every_layer_as_by_hand(name):
-    pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
+    pipe, arguments = diffusion.PIPELINES[name].build(), arguments_of(name)
     wanted = [draw_by_hand(pipe, KINDS[name], layer, 3, **arguments) for layer in LAYERS]
     model = DiffusionModel(pipe)
-    for size, alike in ((1, same), (None, close)):
+    for size, alike in ((1, same_image), (None, close_image)):
         result = diffusion_lens(model, PROMPT, seed=3, batch_size=size, progress=False, **arguments)
         assert result.layers == LAYERS
         assert len(result.images) == 4
         for image, wanted_image in zip(result.images, wanted, strict=True):
             assert alike(image, wanted_image)
-    assert not close(wanted[1], wanted[-1])  # the layer makes a difference
+    assert not close_image(wanted[1], wanted[-1])  # the layer makes a difference
 
 
 def test_the_last_layer_is_the_plain_image(name):
-    pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
+    pipe, arguments = diffusion.PIPELINES[name].build(), arguments_of(name)
     result = diffusion_lens(DiffusionModel(pipe), PROMPT, layers=LAST, seed=4, progress=False, **arguments)
-    assert same(result.images[0], draw(pipe, 4, **arguments))
+    assert same_image(result.images[0], draw_image(pipe, 4, **arguments))
 
 
 def test_a_seed_is_the_same_for_all_layers(sd):
@@ -146,34 +131,34 @@ def test_a_seed_is_the_same_for_all_layers(sd):
     both = diffusion_lens(model, PROMPT, layers=[0, 1], seed=5, progress=False, **SD)
     alone = diffusion_lens(model, PROMPT, layers=[1], seed=5, progress=False, **SD)
     other = diffusion_lens(model, PROMPT, layers=[1], seed=6, progress=False, **SD)
-    assert close(both.images[1], alone.images[0])
-    assert not close(other.images[0], alone.images[0])
+    assert close_image(both.images[1], alone.images[0])
+    assert not close_image(other.images[0], alone.images[0])
 
 
 def test_a_negative_prompt_is_encoded_in_full(sd):
     arguments = {**SD, "negative_prompt": "a green square"}
     wanted = draw_by_hand(sd, CLIP, 0, 0, **arguments)
-    assert not same(wanted, draw_by_hand(sd, CLIP, 0, 0, **SD))
+    assert not same_image(wanted, draw_by_hand(sd, CLIP, 0, 0, **SD))
     result = diffusion_lens(DiffusionModel(sd), PROMPT, layers=0, progress=False, **arguments)
-    assert same(result.images[0], wanted)
+    assert same_image(result.images[0], wanted)
 
 
 def test_a_prompt_before_an_instruction():
     """Sana puts an instruction before its prompt, and removes its encoding."""
-    pipe, arguments = tiny.PIPELINES["sana"].build(), arguments_of("sana")
+    pipe, arguments = diffusion.PIPELINES["sana"].build(), arguments_of("sana")
     arguments |= {"complex_human_instruction": ["a photo of the"]}
     wanted = [draw_by_hand(pipe, GEMMA, layer, 0, **arguments) for layer in (0, LAST)]
-    assert not close(*wanted)
+    assert not close_image(*wanted)
     result = diffusion_lens(DiffusionModel(pipe), PROMPT, layers=[0, LAST], progress=False, **arguments)
-    assert all(map(close, result.images, wanted))
+    assert all(map(close_image, result.images, wanted))
 
 
 # Layers
 
 
 @pytest.fixture(scope="module")
-def by_hand():
-    pipe = tiny.stable_diffusion()
+def drawn_by_hand():
+    pipe = diffusion.stable_diffusion()
     return {layer: draw_by_hand(pipe, CLIP, layer, 0, **SD) for layer in LAYERS}
 
 
@@ -197,29 +182,29 @@ def by_hand():
         (["embedding", slice(1, None), 0], ("embedding", 1, 2, 0)),
     ],
 )
-def test_layers_are_chosen(sd, by_hand, layers, numbers):
+def test_layers_are_chosen(sd, drawn_by_hand, layers, numbers):
     result = diffusion_lens(DiffusionModel(sd), PROMPT, layers=layers, progress=False, **SD)
     assert result.layers == numbers
     for layer, image in zip(numbers, result.images, strict=True):
-        assert close(image, by_hand[layer])
+        assert close_image(image, drawn_by_hand[layer])
 
 
 @pytest.mark.parametrize("layers", [3, -4, [0, 3], [1.0], ["1"], [True], range(2, 5), "1,2", "embeddings"], ids=repr)
 def test_layers_that_do_not_exist(sd, layers):
-    message = refusal(sd, PROMPT, layers=layers, **SD)
+    message = lens_refusal(sd, PROMPT, layers=layers, **SD)
     assert "there is no layer" in message
     assert 'choose from "embedding" and 0 to 2' in message
 
 
 @pytest.mark.parametrize("layers", [[], slice(4, 9), slice(2, 2), range(0)], ids=repr)
 def test_no_layers(sd, layers):
-    message = refusal(sd, PROMPT, layers=layers, **SD)
+    message = lens_refusal(sd, PROMPT, layers=layers, **SD)
     assert "no layers" in message
     assert 'choose from "embedding" and 0 to 2' in message
 
 
 def test_a_slice_with_a_step_of_zero(sd):
-    assert "step" in refusal(sd, PROMPT, layers=slice(0, 3, 0), **SD)
+    assert "step" in lens_refusal(sd, PROMPT, layers=slice(0, 3, 0), **SD)
 
 
 # What cannot be drawn
@@ -227,32 +212,32 @@ def test_a_slice_with_a_step_of_zero(sd):
 
 @pytest.mark.parametrize("prompt", ["", " \n"])
 def test_an_empty_prompt(sd, prompt):
-    assert "empty" in refusal(sd, prompt, **SD)
+    assert "empty" in lens_refusal(sd, prompt, **SD)
 
 
 @pytest.mark.parametrize("prompt", [[PROMPT], None, 3], ids=repr)
 def test_a_prompt_that_is_not_a_string(sd, prompt):
-    assert f"not {type(prompt).__name__}" in refusal(sd, prompt, **SD)
+    assert f"not {type(prompt).__name__}" in lens_refusal(sd, prompt, **SD)
 
 
 def test_a_prompt_that_is_too_long(sd):
-    assert "'blue square'" in refusal(sd, "red " * 75 + "blue square", **SD)
+    assert "'blue square'" in lens_refusal(sd, "red " * 75 + "blue square", **SD)
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, "1"], ids=repr)
 def test_an_invalid_seed(sd, seed):
-    assert repr(seed) in refusal(sd, PROMPT, seed=seed, **SD)
+    assert repr(seed) in lens_refusal(sd, PROMPT, seed=seed, **SD)
 
 
 def test_arguments_that_do_not_fit(sd):
-    assert "num_images_per_prompt" in refusal(sd, PROMPT, num_images_per_prompt=2, **SD)
-    assert "generator" in refusal(sd, PROMPT, generator=torch.Generator(), **SD)
-    flux = tiny.PIPELINES["flux"].build()
-    assert "did you mean 'guidance_scale'" in refusal(flux, PROMPT, layers=[1], guidance_scal=3.0)
+    assert "num_images_per_prompt" in lens_refusal(sd, PROMPT, num_images_per_prompt=2, **SD)
+    assert "generator" in lens_refusal(sd, PROMPT, generator=torch.Generator(), **SD)
+    flux = diffusion.PIPELINES["flux"].build()
+    assert "did you mean 'guidance_scale'" in lens_refusal(flux, PROMPT, layers=[1], guidance_scal=3.0)
 
 
 def test_a_pipeline_without_a_text_encoder():
-    message = refusal(tiny.ddpm(), PROMPT)
+    message = lens_refusal(diffusion.ddpm(), PROMPT)
     assert "needs a text encoder, but DDPMPipeline has none" in message
 
 
@@ -262,7 +247,7 @@ def test_an_invalid_model(sd):
 
 
 def test_unknown_words_are_warned_of_once_at_the_users_line():
-    model = DiffusionModel(tiny.PIPELINES["pixart_sigma"].build())
+    model = DiffusionModel(diffusion.PIPELINES["pixart_sigma"].build())
     with pytest.warns(PromptWarning) as seen:
         diffusion_lens(model, "a red 北京", layers=[0, 1, -1], progress=False, **arguments_of("pixart_sigma"))
     assert [warning.filename for warning in seen if warning.category is PromptWarning] == [__file__]
@@ -273,8 +258,8 @@ def test_unknown_words_are_warned_of_once_at_the_users_line():
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl"])
 def test_nothing_is_left_on_the_pipeline(name, capsys):  # after an image, and after an error half way
-    pipe, arguments = tiny.PIPELINES[name].build(), arguments_of(name)
-    draw(pipe, 0, **arguments)
+    pipe, arguments = diffusion.PIPELINES[name].build(), arguments_of(name)
+    draw_image(pipe, 0, **arguments)
     pipe.set_progress_bar_config(desc="denoising", leave=False)
     attributes = set(vars(pipe))
     with suppress(InputError):
@@ -283,7 +268,7 @@ def test_nothing_is_left_on_the_pipeline(name, capsys):  # after an image, and a
     assert set(vars(pipe)) == attributes
     assert "denoising" not in capsys.readouterr().err
     assert all(not module._forward_pre_hooks for module in pipe.text_encoder.modules())
-    draw(pipe, 0, **arguments)
+    draw_image(pipe, 0, **arguments)
     assert "denoising" in capsys.readouterr().err
 
 
@@ -291,7 +276,7 @@ def test_a_pipeline_whose_progress_bar_was_never_set_shows_it_afterwards(sd, cap
     del sd._progress_bar_config
     diffusion_lens(DiffusionModel(sd), PROMPT, layers=[1], progress=False, **SD)
     assert "it/s" not in capsys.readouterr().err
-    draw(sd, 0, **SD)
+    draw_image(sd, 0, **SD)
     assert "3/3" in capsys.readouterr().err
 
 
@@ -306,30 +291,24 @@ def test_a_progress_bar_over_the_layers(sd, capsys):
 def test_the_model_can_be_used_on(sd):
     model = DiffusionModel(sd)
     diffusion_lens(model, PROMPT, progress=False, **SD)
-    assert same(model.generate(PROMPT, seed=1, **SD).images[0], draw(sd, 1, **SD))
+    assert same_image(model.generate(PROMPT, seed=1, **SD).images[0], draw_image(sd, 1, **SD))
 
 
 # The result
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A pipeline on disk, which the record of a result can name."""
-    folder = tmp_path_factory.mktemp("saved") / "pipe"
-    tiny.stable_diffusion().save_pretrained(folder)
-    return folder
+def result(saved_pipeline):
+    return diffusion_lens(
+        DiffusionModel(saved_pipeline), PROMPT, layers=["embedding", 0, -1], seed=7, progress=False, **SD
+    )
 
 
-@pytest.fixture(scope="module")
-def result(folder):
-    return diffusion_lens(DiffusionModel(folder), PROMPT, layers=["embedding", 0, -1], seed=7, progress=False, **SD)
-
-
-def test_the_result_records_its_inputs(folder, result):
+def test_the_result_records_its_inputs(saved_pipeline, result):
     assert isinstance(result, DiffusionLensResult)
     assert all(isinstance(image, Image.Image) and image.size == (32, 32) for image in result.images)
     assert (result.layers, result.prompt, result.seed) == (("embedding", 0, 2), PROMPT, 7)
-    assert (result.model, result.arguments) == (str(folder), SD)
+    assert (result.model, result.arguments) == (str(saved_pipeline), SD)
     with pytest.raises(AttributeError):
         result.seed = 8
     assert PROMPT in repr(result)
@@ -375,7 +354,7 @@ def test_the_plot_of_many_images_has_rows():
 def test_notebooks_show_the_grid(result):
     data = result._repr_png_()
     assert data.startswith(b"\x89PNG")
-    assert same(Image.open(io.BytesIO(data)), result.grid())
+    assert same_image(Image.open(io.BytesIO(data)), result.grid())
 
 
 # Saving
@@ -389,8 +368,8 @@ def test_exactly_these_files_are_written(result, tmp_path):
     assert {path.relative_to(tmp_path / "deep" / "lens").name for path in paths} == FILES
     assert all(path.is_file() for path in paths)
     for name, image in zip(("embedding", "layer_00", "layer_02"), result.images, strict=True):
-        assert same(Image.open(tmp_path / "deep" / "lens" / f"{name}.png"), image)
-    assert same(Image.open(tmp_path / "deep" / "lens" / "grid.png"), result.grid())
+        assert same_image(Image.open(tmp_path / "deep" / "lens" / f"{name}.png"), image)
+    assert same_image(Image.open(tmp_path / "deep" / "lens" / "grid.png"), result.grid())
 
 
 def test_the_run_is_repeated_from_its_record(result, tmp_path):
@@ -409,7 +388,7 @@ def test_the_run_is_repeated_from_its_record(result, tmp_path):
         **record["arguments"],
     )
     assert again.layers == result.layers
-    assert all(map(same, again.images, result.images))
+    assert all(map(same_image, again.images, result.images))
 
 
 def test_a_prompt_in_another_script_is_recorded_verbatim(result, tmp_path):
@@ -426,7 +405,7 @@ def test_saving_again_replaces_the_files(result, tmp_path):
     (tmp_path / "grid.png").write_bytes(b"old")
     result.save(str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {*FILES, "notes.txt"}
-    assert same(Image.open(tmp_path / "grid.png"), result.grid())
+    assert same_image(Image.open(tmp_path / "grid.png"), result.grid())
 
 
 class Unwritable(Image.Image):
@@ -436,7 +415,7 @@ class Unwritable(Image.Image):
         raise OSError(28, "No space left on device")
 
 
-def failing(result):
+def unwritable(result):
     images = [copy.copy(image) for image in result.images]
     images[-1].__class__ = Unwritable
     return DiffusionLensResult(tuple(images), result.layers, PROMPT, 7, result.model, SD)
@@ -444,7 +423,7 @@ def failing(result):
 
 def test_a_save_that_fails_leaves_no_folder(result, tmp_path):
     with pytest.raises((OSError, InputError), match="No space left"):
-        failing(result).save(tmp_path / "deep" / "lens")
+        unwritable(result).save(tmp_path / "deep" / "lens")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -453,7 +432,7 @@ def test_a_save_that_fails_leaves_the_files_of_before(result, tmp_path):
     (tmp_path / "grid.png").write_bytes(b"old")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises((OSError, InputError), match="No space left"):
-        failing(result).save(tmp_path)
+        unwritable(result).save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -489,7 +468,7 @@ def test_all_layers_of_the_packaged_pipeline_in_one_call():
     result = diffusion_lens(model, PROMPT, seed=2, progress=False, num_inference_steps=6)
     assert result.layers == ("embedding", *range(12))
     for layer, image in zip(result.layers, result.images, strict=True):
-        assert close(image, draw_by_hand(model.pipeline, CLIP, layer, 2, num_inference_steps=6))
+        assert close_image(image, draw_by_hand(model.pipeline, CLIP, layer, 2, num_inference_steps=6))
 
 
 def test_the_lens_on_the_packaged_pipeline(tmp_path):
@@ -502,7 +481,7 @@ def test_the_lens_on_the_packaged_pipeline(tmp_path):
         )
     model.set_progress_bar_config(disable=True)
     plain = model.generate(prompt, seed=1, num_inference_steps=4).images[0]
-    assert same(result.images[2], plain)  # bit for bit
-    assert not close(result.images[0], plain)
+    assert same_image(result.images[2], plain)  # bit for bit
+    assert not close_image(result.images[0], plain)
     result.save(tmp_path)
     assert json.loads(Path(tmp_path, "lens.json").read_text(encoding="utf-8"))["model"] == "diffsight/shapes-clip"

@@ -7,17 +7,16 @@ import wave
 
 import numpy as np
 import pytest
-import text_pipelines
 import torch
 from PIL import Image, ImageSequence
-from text_pipelines import PROMPT, TEXT_PIPELINES
 
-import tiny
 from diffsight import DiffusionModel, diffusion_lens
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.drawing import LensWarning
+from helpers import first, largest_difference, not_called, refusal
+from models import diffusion, text_encoders
+from models.text_encoders import PROMPT, SEED, TEXT_PIPELINES, denoiser_of, draw_first
 
-SEED = 4
 ENCODERS = [
     ("stable_diffusion_2", "text_encoder"),
     ("clip_skip", "text_encoder"),
@@ -59,10 +58,6 @@ def parts(pipe, name):
     return [encoder.get_submodule(path) for path in lists[type(encoder).__name__]]
 
 
-def first(value):
-    return value[0] if isinstance(value, tuple) else value
-
-
 def hook(module, function, before=False):
     """Call `function(value, n)` at the n-th call. What it returns, if anything, replaces the value."""
     count = iter(range(1000))
@@ -98,11 +93,6 @@ def leaving(layers, layer):
             handle.remove()
 
 
-def draw(name, pipe, **changes):
-    kind = TEXT_PIPELINES[name]
-    return pipe(**kind.inputs(**changes), generator=text_pipelines.generator(SEED))[0][0]
-
-
 def lens(name, pipe, **settings):
     arguments = TEXT_PIPELINES[name].inputs()
     arguments.pop("prompt")
@@ -110,14 +100,8 @@ def lens(name, pipe, **settings):
     return diffusion_lens(DiffusionModel(pipe), prompt, seed=SEED, progress=False, **settings, **arguments)
 
 
-def difference(a, b):
-    """Return the largest difference: in 255ths for images, as it is for sounds and for videos of floats."""
-    a, b = (np.asarray(one if not isinstance(one, list) else np.stack(list(map(np.asarray, one)))) for one in (a, b))
-    return np.abs(a.astype(float) - b.astype(float)).max()
-
-
 def close(a, b):
-    return difference(a, b) <= (2 if np.asarray(a).dtype == np.uint8 else 1e-4)
+    return largest_difference(a, b) <= (2 if np.asarray(a).dtype == np.uint8 else 1e-4)
 
 
 # Every encoder
@@ -125,7 +109,7 @@ def close(a, b):
 
 @pytest.mark.parametrize(("name", "encoder"), ENCODERS)
 def test_every_layer_as_with_hooks_by_hand(name, encoder):
-    pipe = text_pipelines.built(name)
+    pipe = text_encoders.built(name)
     layers, _ = parts(pipe, encoder)
     with warnings.catch_warnings():
         warnings.simplefilter("error", LensWarning)
@@ -133,14 +117,14 @@ def test_every_layer_as_with_hooks_by_hand(name, encoder):
         alone = lens(name, pipe, encoder=encoder, layers=0, batch_size=1)
     assert together.layers == ("embedding", *range(len(together.layers) - 1))
     assert len(together.layers) in (len(layers), len(layers) + 1)
-    plain = draw(name, pipe)
+    plain = draw_first(name, pipe)
     for layer, output in zip(together.layers, together.outputs, strict=True):
         with leaving(layers, layer):
-            wanted = draw(name, pipe)
+            wanted = draw_first(name, pipe)
         assert close(output, wanted)
         if layer == 0:
-            assert difference(alone.outputs[0], wanted) == 0
-            assert difference(wanted, plain) > 0  # the layer makes a difference
+            assert largest_difference(alone.outputs[0], wanted) == 0
+            assert largest_difference(wanted, plain) > 0  # the layer makes a difference
     assert close(together.outputs[-1], plain)
 
 
@@ -151,7 +135,7 @@ def test_the_encoders_run_once_for_all_layers(name):
     for path in (path for path in pipe.components if path.startswith("text_encoder")):
         layer = parts(pipe, path)[0][0].self_attn if path != "text_encoder_3" else parts(pipe, path)[0][0].layer[0]
         layer.register_forward_hook(lambda module, args, output, path=path: counts.setdefault(path, []).append(1))
-    draw(name, pipe)
+    draw_first(name, pipe)
     plain = {path: len(calls) for path, calls in counts.items()}
     counts.clear()
     lens(name, pipe, batch_size=2)
@@ -169,7 +153,7 @@ def test_batch_size_bounds_the_rows_of_a_call(size, rows):
 
 @pytest.mark.parametrize("given", ["a photo of the blue", ["a photo of the blue"]], ids=["text", "list"])
 def test_a_negative_prompt_keeps_its_effect(given):
-    pipe = text_pipelines.built("stable_diffusion_xl")
+    pipe = text_encoders.built("stable_diffusion_xl")
     arguments = TEXT_PIPELINES["stable_diffusion_xl"].inputs(negative_prompt=given)
     del arguments["prompt"]
     with warnings.catch_warnings():
@@ -179,24 +163,24 @@ def test_a_negative_prompt_keeps_its_effect(given):
         )
     for layer, image in zip(result.layers, result.images, strict=True):
         with leaving(parts(pipe, "text_encoder")[0], layer):
-            assert close(image, draw("stable_diffusion_xl", pipe, negative_prompt="a photo of the blue"))
+            assert close(image, draw_first("stable_diffusion_xl", pipe, negative_prompt="a photo of the blue"))
     assert not close(result.images[0], lens("stable_diffusion_xl", pipe, layers="embedding").images[0])
 
 
 def test_a_negative_prompt_that_is_the_prompt():
-    pipe = text_pipelines.built("stable_diffusion")
+    pipe = text_encoders.built("stable_diffusion")
     arguments = TEXT_PIPELINES["stable_diffusion"].inputs(negative_prompt=PROMPT)
     del arguments["prompt"]
     result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=SEED, layers=[0, -1], progress=False, **arguments)
     with leaving(parts(pipe, "text_encoder")[0], 0):
-        assert close(result.images[0], draw("stable_diffusion", pipe, negative_prompt=PROMPT))
-    assert close(result.images[1], draw("stable_diffusion", pipe, negative_prompt=PROMPT))
+        assert close(result.images[0], draw_first("stable_diffusion", pipe, negative_prompt=PROMPT))
+    assert close(result.images[1], draw_first("stable_diffusion", pipe, negative_prompt=PROMPT))
 
 
 # The tutorial's settings
 
 
-def tokens(tokenizer, text, **settings):
+def token_ids(tokenizer, text, **settings):
     settings = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"} | settings
     return tokenizer([text], **settings).input_ids
 
@@ -204,7 +188,7 @@ def tokens(tokenizer, text, **settings):
 @contextlib.contextmanager
 def empty_prompt_for(pipe, name, **settings):
     """Pass the tokens of an empty prompt to the first call of an encoder."""
-    ids = tokens(getattr(pipe, name.replace("text_encoder", "tokenizer")), "", **settings)
+    ids = token_ids(getattr(pipe, name.replace("text_encoder", "tokenizer")), "", **settings)
     count = iter(range(1000))
 
     def put(module, args, kwargs):
@@ -220,7 +204,7 @@ def empty_prompt_for(pipe, name, **settings):
 @pytest.mark.parametrize("norm", [False, True])
 def test_the_second_encoder_of_sdxl_alone(norm):
     """As in the tutorial: the layer replaces the last but one, and the pooled vector stays."""
-    pipe = text_pipelines.built("stable_diffusion_xl")
+    pipe = text_encoders.built("stable_diffusion_xl")
     layers, final = parts(pipe, "text_encoder_2")
     result = lens(
         "stable_diffusion_xl", pipe, encoder="text_encoder_2", isolate=True, norm=norm, pooled="full", layers=[0, 1]
@@ -236,7 +220,7 @@ def test_the_second_encoder_of_sdxl_alone(norm):
             hook(pipe.text_encoder_2, lambda output, call, taken=taken: put_state(output, call, taken[0])),
         ]
         with empty_prompt_for(pipe, "text_encoder"), torch.no_grad():
-            wanted = draw("stable_diffusion_xl", pipe)
+            wanted = draw_first("stable_diffusion_xl", pipe)
         for handle in handles:
             handle.remove()
         assert close(image, wanted)
@@ -252,18 +236,18 @@ def put_state(output, call, state):
 
 
 def test_t5_of_flux_alone():
-    pipe = text_pipelines.built("flux")
+    pipe = text_encoders.built("flux")
     result = lens("flux", pipe, encoder="text_encoder_2", isolate=True)
     for layer, image in zip(result.layers, result.images, strict=True):
         with empty_prompt_for(pipe, "text_encoder"), leaving(parts(pipe, "text_encoder_2")[0], layer):
-            assert close(image, draw("flux", pipe))
-    assert not close(result.images[-1], draw("flux", pipe))
+            assert close(image, draw_first("flux", pipe))
+    assert not close(result.images[-1], draw_first("flux", pipe))
 
 
 def test_isolating_the_only_encoder_changes_nothing():
-    pipe = text_pipelines.built("stable_diffusion")
+    pipe = text_encoders.built("stable_diffusion")
     both = [lens("stable_diffusion", pipe, layers=0, isolate=isolate).images[0] for isolate in (False, True)]
-    assert difference(*both) == 0
+    assert largest_difference(*both) == 0
 
 
 def test_isolating_leaves_the_templates_of_others():
@@ -288,32 +272,32 @@ def test_a_tokenizer_that_two_encoders_share():
 
 @pytest.mark.parametrize("name", ["stable_diffusion_xl", "lumina"])
 def test_norm_where_the_pipeline_takes_states_without_it(name):
-    pipe = text_pipelines.built(name)
+    pipe = text_encoders.built(name)
     layers, final = parts(pipe, "text_encoder")
     result = lens(name, pipe, norm=True, layers=[0, 1])
     for layer, image in zip(result.layers, result.images, strict=True):
         normed = hook(pipe.text_encoder, lambda output, call: put_state(output, call, final(output.hidden_states[-2])))
         with leaving(layers, layer), torch.no_grad():
-            wanted = draw(name, pipe)
+            wanted = draw_first(name, pipe)
         normed.remove()
         assert close(image, wanted)
     assert not close(result.images[1], lens(name, pipe, layers=1).images[0])
 
 
 def test_norm_where_the_pipeline_applies_it():
-    pipe = text_pipelines.built("stable_diffusion")
+    pipe = text_encoders.built("stable_diffusion")
     both = [lens("stable_diffusion", pipe, layers=0, norm=norm).images[0] for norm in (False, True)]
-    assert difference(*both) == 0
+    assert largest_difference(*both) == 0
 
 
 def test_the_pooled_vector_of_the_layer_or_of_all():
-    pipe = text_pipelines.built("flux")
+    pipe = text_encoders.built("flux")
     of_layer, full = (
         lens("flux", pipe, encoder="text_encoder", layers=0, pooled=p).images[0] for p in ("layer", "full")
     )
     with leaving(parts(pipe, "text_encoder")[0], 0):
-        assert difference(of_layer, draw("flux", pipe)) == 0
-    assert difference(full, draw("flux", pipe)) == 0  # CLIP's layers only affect its pooled vector
+        assert largest_difference(of_layer, draw_first("flux", pipe)) == 0
+    assert largest_difference(full, draw_first("flux", pipe)) == 0  # CLIP's layers only affect its pooled vector
     assert not close(of_layer, full)
 
 
@@ -321,7 +305,7 @@ def test_the_pooled_vector_of_the_layer_or_of_all():
 
 
 def test_edits_of_the_model_are_kept():
-    pipe = text_pipelines.built("stable_diffusion")
+    pipe = text_encoders.built("stable_diffusion")
 
     @DiffusionModel(pipe).edit
     def edited(run):
@@ -340,13 +324,13 @@ def test_edits_of_the_model_are_kept():
             halved_again = hook(pipe.unet.mid_block, lambda output, call: output * 0.5)
             stack.callback(halved.remove)
             stack.callback(halved_again.remove)
-            assert close(image, draw("stable_diffusion", pipe))
+            assert close(image, draw_first("stable_diffusion", pipe))
 
 
 # Where a pipeline cannot draw them together
 
 
-class OneByOne(tiny.diffusers.StableDiffusionPipeline):
+class OneByOne(diffusion.diffusers.StableDiffusionPipeline):
     """Accepts a single prompt only."""
 
     def check_inputs(self, prompt, *args, **kwargs):
@@ -355,7 +339,7 @@ class OneByOne(tiny.diffusers.StableDiffusionPipeline):
         super().check_inputs(prompt, *args, **kwargs)
 
 
-class Loops(tiny.diffusers.StableDiffusionPipeline):
+class Loops(diffusion.diffusers.StableDiffusionPipeline):
     """Encodes one prompt after the other."""
 
     def encode_prompt(self, prompt, *args, **kwargs):
@@ -376,7 +360,7 @@ def test_a_pipeline_that_takes_one_prompt_at_a_time(cls):
         result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=SEED, progress=False, **arguments)
     assert [warning.filename for warning in seen if warning.category is LensWarning] == [__file__]
     wanted = lens("stable_diffusion", whole, batch_size=1)
-    assert [difference(a, b) for a, b in zip(result.images, wanted.images, strict=True)] == [0] * 4
+    assert [largest_difference(a, b) for a, b in zip(result.images, wanted.images, strict=True)] == [0] * 4
 
 
 def test_an_error_of_the_pipeline_is_its_own():
@@ -389,25 +373,21 @@ def test_an_error_of_the_pipeline_is_its_own():
 # What cannot be drawn
 
 
-def refusal(name, **settings):
+def lens_refusal(name, **settings):
     """Return the message of an invalid call of the lens, and check that the denoiser has not run."""
-    pipe, ran = TEXT_PIPELINES[name].build(), []
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    denoiser.register_forward_hook(lambda module, args, output: ran.append(module))
-    with pytest.raises(InputError) as error:
-        lens(name, pipe, **settings)
-    assert not ran
-    return str(error.value)
+    pipe = TEXT_PIPELINES[name].build()
+    with not_called(denoiser_of(pipe)):
+        return refusal(lens, name, pipe, **settings)
 
 
 def test_an_encoder_that_does_not_exist():
-    message = refusal("flux", encoder="text_encoder_3")
+    message = lens_refusal("flux", encoder="text_encoder_3")
     assert "no text encoder 'text_encoder_3'" in message
     assert "it has text_encoder, text_encoder_2" in message
 
 
 def test_layers_that_the_pipeline_does_not_use():
-    message = refusal("lumina", layers=-1)
+    message = lens_refusal("lumina", layers=-1)
     assert "layer -1 has no effect" in message
     assert 'choose from "embedding" and 0 to 1' in message
 
@@ -428,27 +408,27 @@ def test_a_prompt_that_this_encoder_cuts():
 
 @pytest.mark.parametrize("name", ["audioldm2", "stable_diffusion", "sana"])
 def test_a_prompt_that_ends_as_it_begins_is_not_truncated(name):
-    result = lens(name, text_pipelines.built(name), prompt="a red circle a red", layers=0)
+    result = lens(name, text_encoders.built(name), prompt="a red circle a red", layers=0)
     assert result.layers == (0,)
 
 
 def test_an_encoder_without_a_final_norm():
-    message = refusal("audioldm2", encoder="text_encoder", norm=True)
+    message = lens_refusal("audioldm2", encoder="text_encoder", norm=True)
     assert "text_encoder has no final norm" in message
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "2"], ids=repr)
 def test_an_invalid_batch_size(size):
-    assert "batch_size" in refusal("stable_diffusion", batch_size=size)
+    assert "batch_size" in lens_refusal("stable_diffusion", batch_size=size)
 
 
 def test_a_pooled_vector_of_another_kind():
-    assert '"layer" or "full", not \'empty\'' in refusal("flux", pooled="empty")
+    assert '"layer" or "full", not \'empty\'' in lens_refusal("flux", pooled="empty")
 
 
 def test_a_pipeline_that_makes_no_images():
     with pytest.raises(InputError, match="KandinskyV22PriorPipeline returns image_embeds: there is no image"):
-        lens("kandinsky_prior", text_pipelines.built("kandinsky_prior"))
+        lens("kandinsky_prior", text_encoders.built("kandinsky_prior"))
 
 
 def test_an_encoder_whose_use_is_not_found():
@@ -472,7 +452,7 @@ def test_the_result_says_how_it_was_made(tmp_path):
         "pooled": "full",
         "layers": ["embedding", 1],
     }
-    result = lens("stable_diffusion_xl", text_pipelines.built("stable_diffusion_xl"), **settings)
+    result = lens("stable_diffusion_xl", text_encoders.built("stable_diffusion_xl"), **settings)
     assert {name: getattr(result, name) for name in settings} == settings | {"layers": ("embedding", 1)}
     result.save(tmp_path)
     record = json.loads((tmp_path / "lens.json").read_text(encoding="utf-8"))
@@ -480,9 +460,11 @@ def test_the_result_says_how_it_was_made(tmp_path):
 
 
 def test_a_video_is_shown_by_its_middle_frame_and_saved_whole(tmp_path):
-    result = lens("cogvideox", text_pipelines.built("cogvideox"), layers=[0, -1])
+    result = lens("cogvideox", text_encoders.built("cogvideox"), layers=[0, -1])
     assert [len(frames) for frames in result.outputs] == [9, 9]
-    assert all(difference(image, frames[4]) == 0 for image, frames in zip(result.images, result.outputs, strict=True))
+    assert all(
+        largest_difference(image, frames[4]) == 0 for image, frames in zip(result.images, result.outputs, strict=True)
+    )
     names = {path.name for path in result.save(tmp_path)}
     assert names == {"grid.png", "layer_00.png", "layer_00.gif", "layer_02.png", "layer_02.gif", "lens.json"}
     with Image.open(tmp_path / "layer_02.gif") as film:
@@ -490,14 +472,14 @@ def test_a_video_is_shown_by_its_middle_frame_and_saved_whole(tmp_path):
 
 
 def test_a_video_of_numbers_becomes_images():
-    result = lens("wan", text_pipelines.built("wan"), layers=-1)
+    result = lens("wan", text_encoders.built("wan"), layers=-1)
     frames = result.outputs[0]
     assert frames.shape == (5, 32, 32, 3)
     assert np.array_equal(np.asarray(result.images[0]), (frames[2] * 255).round().astype(np.uint8))
 
 
 def test_a_sound_is_shown_as_a_wave_and_saved_as_one(tmp_path):
-    result = lens("audioldm2", text_pipelines.built("audioldm2"), layers=["embedding"])
+    result = lens("audioldm2", text_encoders.built("audioldm2"), layers=["embedding"])
     assert result.rate == 16000
     assert result.outputs[0].shape == (256,)
     assert isinstance(result.images[0], Image.Image)

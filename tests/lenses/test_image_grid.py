@@ -11,7 +11,7 @@ RED, GREEN, BLUE, GOLD = (220, 0, 0), (0, 180, 0), (0, 0, 230), (230, 200, 0)
 LONG = "a red circle above a blue square on a gray background, seen through every layer"
 
 
-def plain(color, size=(64, 64)):
+def plain_image(color, size=(64, 64)):
     return Image.new("RGB", size, color)
 
 
@@ -39,7 +39,7 @@ def ink(grid):
 
 
 def test_images_are_in_reading_order():
-    grid = image_grid([plain(RED), plain(GREEN), plain(BLUE)], columns=2, cell=100, padding=10)
+    grid = image_grid([plain_image(RED), plain_image(GREEN), plain_image(BLUE)], columns=2, cell=100, padding=10)
     assert grid.mode == "RGB"
     assert grid.size == (10 + 2 * 110, 10 + 2 * 110)
     assert place(grid, RED) == (10, 10, 110, 110)
@@ -50,17 +50,17 @@ def test_images_are_in_reading_order():
 
 @pytest.mark.parametrize("number, columns, rows", [(1, 1, 1), (2, 2, 1), (4, 2, 2), (5, 3, 2), (12, 4, 3), (13, 5, 3)])
 def test_flat_images_are_laid_out_near_square(number, columns, rows):
-    grid = image_grid([plain(RED)] * number, cell=20, padding=0)
+    grid = image_grid([plain_image(RED)] * number, cell=20, padding=0)
     assert grid.size == (20 * columns, 20 * rows)
 
 
 def test_columns_are_as_many_as_asked_for():
-    assert image_grid([plain(RED)] * 3, columns=1, cell=20, padding=0).size == (20, 60)
-    assert image_grid([plain(RED)] * 3, columns=5, cell=20, padding=0).size == (100, 20)
+    assert image_grid([plain_image(RED)] * 3, columns=1, cell=20, padding=0).size == (20, 60)
+    assert image_grid([plain_image(RED)] * 3, columns=5, cell=20, padding=0).size == (100, 20)
 
 
 def test_rows_may_be_ragged_and_cells_empty():
-    rows = [[plain(RED), None, plain(GREEN)], [], (None, plain(BLUE)), [None]]
+    rows = [[plain_image(RED), None, plain_image(GREEN)], [], (None, plain_image(BLUE)), [None]]
     grid = image_grid(rows, cell=50, padding=10)
     assert grid.size == (10 + 3 * 60, 10 + 4 * 60)
     assert place(grid, RED) == (10, 10, 60, 60)
@@ -71,7 +71,7 @@ def test_rows_may_be_ragged_and_cells_empty():
 
 
 def test_flat_images_may_leave_cells_empty():
-    grid = image_grid([None, plain(RED), plain(GREEN), None], cell=50, padding=0)
+    grid = image_grid([None, plain_image(RED), plain_image(GREEN), None], cell=50, padding=0)
     assert place(grid, RED) == (50, 0, 100, 50)
     assert place(grid, GREEN) == (0, 50, 50, 100)
 
@@ -89,14 +89,14 @@ def test_flat_images_may_leave_cells_empty():
     ],
 )
 def test_images_keep_their_aspect_ratio_and_are_centred(size, width, height):
-    grid = image_grid([plain(RED, size), plain(GREEN)], cell=120, padding=10)
+    grid = image_grid([plain_image(RED, size), plain_image(GREEN)], cell=120, padding=10)
     assert grid.size == (270, 140)
     left, top = 10 + (120 - width) // 2, 10 + (120 - height) // 2
     assert place(grid, RED) == (left, top, left + width, top + height)
 
 
 def test_a_row_and_a_column_are_no_larger_than_their_images():
-    wide, tall = plain(RED, (100, 50)), plain(GREEN, (25, 50))
+    wide, tall = plain_image(RED, (100, 50)), plain_image(GREEN, (25, 50))
     assert image_grid([[wide, wide], [wide, wide]], cell=100, padding=10).size == (230, 130)
     assert image_grid([[wide], [tall]], cell=100, padding=10).size == (120, 180)
     assert image_grid([[tall, tall]], cell=100, padding=10).size == (130, 120)
@@ -128,7 +128,7 @@ def test_larger_images_are_resampled_by_lanczos(side):
     [
         (Image.new("L", (8, 8), 90), (90, 90, 90)),
         (Image.new("1", (8, 8), 0), (0, 0, 0)),
-        (plain(RED).quantize(4), RED),
+        (plain_image(RED).quantize(4), RED),
         (Image.new("RGBA", (8, 8), (*RED, 255)), RED),
         (Image.new("RGBA", (8, 8), (*RED, 0)), (255, 255, 255)),
         (Image.new("RGBA", (8, 8), (0, 0, 0, 51)), (204, 204, 204)),
@@ -141,7 +141,7 @@ def test_every_mode_is_shown_on_white(image, color):
 
 
 def test_a_caption_is_centred_below_its_image():
-    images = [plain(RED), plain(GREEN)]
+    images = [plain_image(RED), plain_image(GREEN)]
     grid = image_grid(images, titles=["layer 0", None])
     left, top, right, bottom = extent(ink(grid))
     red = place(grid, RED)
@@ -152,7 +152,7 @@ def test_a_caption_is_centred_below_its_image():
 
 
 def test_captions_follow_the_rows_of_the_images():
-    rows = [[plain(RED), plain(GREEN)], [plain(BLUE)]]
+    rows = [[plain_image(RED), plain_image(GREEN)], [plain_image(BLUE)]]
     grid = image_grid(rows, titles=[None, ["layer 7"]])
     left, top, right, _ = extent(ink(grid))
     blue = place(grid, BLUE)
@@ -161,7 +161,7 @@ def test_captions_follow_the_rows_of_the_images():
 
 
 def test_titles_stand_left_of_rows_and_above_columns():
-    rows = [[plain(RED), plain(GREEN)], [plain(BLUE), plain(GOLD)]]
+    rows = [[plain_image(RED), plain_image(GREEN)], [plain_image(BLUE), plain_image(GOLD)]]
     bare = image_grid(rows)
     red, blue = place(bare, RED), place(bare, BLUE)
 
@@ -183,13 +183,13 @@ def test_titles_stand_left_of_rows_and_above_columns():
 
 
 def test_a_caption_is_nearer_to_its_own_image_than_to_the_next():
-    grid = image_grid([plain(RED), plain(BLUE)], columns=1, titles=["layer 0", None])
+    grid = image_grid([plain_image(RED), plain_image(BLUE)], columns=1, titles=["layer 0", None])
     _, top, _, bottom = extent(ink(grid))
     assert top - place(grid, RED)[3] < 0.7 * (place(grid, BLUE)[1] - bottom)
 
 
 def test_titles_of_different_length_all_end_at_their_images():
-    rows = [[plain(RED), plain(GREEN)], [plain(BLUE), plain(GOLD)]]
+    rows = [[plain_image(RED), plain_image(GREEN)], [plain_image(BLUE), plain_image(GOLD)]]
     grid = image_grid(rows, row_titles=["one", "four\nand\nmore words"])
     red, blue = place(grid, RED), place(grid, BLUE)
     for image in (red, blue):
@@ -205,14 +205,14 @@ def test_titles_of_different_length_all_end_at_their_images():
 
 @pytest.mark.parametrize("kind, share", [("row_titles", 1.0), ("titles", 0.5)])
 def test_lines_of_row_titles_end_together_and_those_of_captions_are_centred(kind, share):
-    dark = ink(image_grid([plain(RED)], **{kind: ["m\nmmmmmmmm"]}))
+    dark = ink(image_grid([plain_image(RED)], **{kind: ["m\nmmmmmmmm"]}))
     left, top, right, bottom = extent(dark)
     start, _, end, _ = extent(dark[: (top + bottom) // 2])
     assert start - left == pytest.approx(share * (right - left - end + start), abs=1)
 
 
 def test_the_heading_is_above_everything():
-    images = [plain(RED), plain(GREEN)]
+    images = [plain_image(RED), plain_image(GREEN)]
     grid = image_grid(images, title="Diffusion lens", column_titles=["a", "b"])
     rows = np.nonzero(ink(grid).any(1))[0]
     gap = np.nonzero(np.diff(rows) > 8)[0]
@@ -225,7 +225,7 @@ def test_the_heading_is_above_everything():
 @pytest.mark.parametrize("text", [LONG, "m" * 99], ids=["words", "one word"])
 @pytest.mark.parametrize("kind", ["titles", "column_titles"])
 def test_long_titles_make_the_grid_taller_and_stay_in_their_column(kind, text):
-    images = [plain(RED), plain(GREEN), plain(BLUE)]
+    images = [plain_image(RED), plain_image(GREEN), plain_image(BLUE)]
     short = image_grid(images, columns=3, **{kind: ["a", "a", "a"]})
     grid = image_grid(images, columns=3, **{kind: [None, text, None]})
     assert grid.width == short.width
@@ -238,8 +238,8 @@ def test_long_titles_make_the_grid_taller_and_stay_in_their_column(kind, text):
 
 
 def test_a_long_heading_makes_the_grid_taller_and_not_wider():
-    short = image_grid([plain(RED)], title="a")
-    grid = image_grid([plain(RED)], title=LONG)
+    short = image_grid([plain_image(RED)], title="a")
+    grid = image_grid([plain_image(RED)], title=LONG)
     assert grid.width == short.width
     left, top, right, bottom = extent(ink(grid))
     assert left >= 16 and right <= grid.width - 16
@@ -247,7 +247,7 @@ def test_a_long_heading_makes_the_grid_taller_and_not_wider():
 
 
 def test_a_long_row_title_is_wrapped_and_makes_its_row_taller():
-    rows = [[plain(RED)], [plain(BLUE)]]
+    rows = [[plain_image(RED)], [plain_image(BLUE)]]
     grid = image_grid(rows, row_titles=[LONG * 3, "short"])
     left, top, right, bottom = extent(ink(grid)[: place(grid, BLUE)[1]])
     red, blue = place(grid, RED), place(grid, BLUE)
@@ -261,7 +261,7 @@ def test_a_long_row_title_is_wrapped_and_makes_its_row_taller():
 @pytest.mark.parametrize("word", ["prompt ", "W"])
 def test_no_letter_of_a_long_text_is_lost(kind, word):
     def darkness(text):
-        return ink(image_grid([plain(RED)], **{kind: text if kind == "title" else [text]})).sum()
+        return ink(image_grid([plain_image(RED)], **{kind: text if kind == "title" else [text]})).sum()
 
     assert darkness(word * 60) == 60 * darkness(word) > 0
 
@@ -272,20 +272,20 @@ def test_letters_that_reach_far_are_whole_without_padding(letter):
     font = ImageFont.truetype(file, 31, layout_engine=ImageFont.Layout.BASIC)
     free = Image.new("RGB", (200, 200), "white")
     ImageDraw.Draw(free).text((100, 100), letter, "#202020", font)
-    grid = image_grid([plain(RED)], titles=[letter], cell=400, padding=0)
+    grid = image_grid([plain_image(RED)], titles=[letter], cell=400, padding=0)
     assert ink(grid).sum() == ink(free).sum()
 
 
 def test_lines_of_letters_that_reach_far_do_not_overlap():
     def darkness(text):
-        return ink(image_grid([plain(RED)], titles=[text])).sum()
+        return ink(image_grid([plain_image(RED)], titles=[text])).sum()
 
     assert darkness("ې\nẲ\nې") == 2 * darkness("ې") + darkness("Ẳ")
 
 
 def test_words_are_wrapped_whole_and_line_breaks_kept():
     def captioned(text):
-        return image_grid([plain(RED)], titles=[text])
+        return image_grid([plain_image(RED)], titles=[text])
 
     word = "m" * 8
     assert captioned(f"{word} {word}") == captioned(f"{word}\n{word}")
@@ -295,14 +295,14 @@ def test_words_are_wrapped_whole_and_line_breaks_kept():
 
 def test_a_module_path_is_broken_after_a_dot():
     def captioned(text):
-        return image_grid([plain(RED)], titles=[text])
+        return image_grid([plain_image(RED)], titles=[text])
 
     word = "m" * 8
     assert captioned(f"{word}.{word}") == captioned(f"{word}.\n{word}")
 
 
 def test_texts_have_room_beside_narrow_images():
-    narrow = plain(RED, (2, 64))
+    narrow = plain_image(RED, (2, 64))
     grid = image_grid([narrow, narrow], columns=2, titles=["narrow"] * 2, cell=32, padding=4)
     red = place(grid, RED)
     assert red[3] - red[1] == 32
@@ -311,7 +311,7 @@ def test_texts_have_room_beside_narrow_images():
 
 def test_the_font_grows_with_the_cell():
     def height(cell):
-        _, top, _, bottom = extent(ink(image_grid([plain(RED)], titles=["H"], cell=cell)))
+        _, top, _, bottom = extent(ink(image_grid([plain_image(RED)], titles=["H"], cell=cell)))
         return bottom - top
 
     assert height(384) == pytest.approx(2 * height(192), abs=1)
@@ -319,14 +319,14 @@ def test_the_font_grows_with_the_cell():
 
 
 def test_texts_may_be_empty():
-    images = [plain(RED), plain(GREEN)]
+    images = [plain_image(RED), plain_image(GREEN)]
     bare = image_grid(images)
     assert bare == image_grid(images, titles=["", None], row_titles=[" "], title="\n")
 
 
 def test_each_of_many_images_is_in_its_row_and_column():
     colors = [[(255 - 9 * row, 9 * column, 128) for column in range(8)] for row in range(13)]
-    rows = [[plain(color) for color in line] for line in colors]
+    rows = [[plain_image(color) for color in line] for line in colors]
     layers = [f"layer {row}" for row in range(13)]
     grid = image_grid(rows, row_titles=layers, column_titles=[LONG] * 8, title=LONG, cell=96)
     left, top, _, _ = place(grid, colors[0][0])
@@ -351,13 +351,13 @@ def test_inputs_stay_as_they_are_and_the_same_grid_comes_back():
     assert image_grid(given, titles=titles, title=LONG) == first
 
 
-def test_the_grid_is_a_image_of_its_own():
-    image = plain(RED, (192, 192))
+def test_the_grid_is_an_image_of_its_own():
+    image = plain_image(RED, (192, 192))
     image_grid([image], padding=0).putpixel((0, 0), (0, 0, 0))
     assert image.getcolors() == [(192 * 192, RED)]
 
 
-A = plain(RED)
+A = plain_image(RED)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-import writers
 from matplotlib.figure import Figure
 from PIL import Image
 
-import tiny_vision
 from diffsight import VisionLanguageModel, collect_activations, image_token_lens, logit_lens
 from diffsight.errors import InputError
+from models import language, vision_language
 
 IMAGE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
 PROMPT = "a red circle"
@@ -18,7 +17,7 @@ SHAPES = {"llava": (4, 4), "qwen2_vl": (3, 4), "idefics3": (4, 4), "paligemma": 
 
 
 def model_of(kind):
-    return VisionLanguageModel(tiny_vision.MODELS[kind]())
+    return VisionLanguageModel(vision_language.MODELS[kind]())
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -76,7 +75,7 @@ def test_it_shows_itself(tmp_path):
 
 def test_bad_input():
     with pytest.raises(InputError, match="takes a VisionLanguageModel, not LanguageModel"):
-        image_token_lens(writers.model(), PROMPT, IMAGE)
+        image_token_lens(language.model(), PROMPT, IMAGE)
     model = model_of("llava")
     with pytest.raises(InputError, match="takes one image, not a list of 2"):
         image_token_lens(model, PROMPT, [IMAGE, IMAGE])

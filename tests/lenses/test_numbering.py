@@ -8,10 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-import writers
 
-import tiny
-import tiny_vision
 from diffsight import (
     DiffusionModel,
     VisionLanguageModel,
@@ -33,6 +30,8 @@ from diffsight.lenses.linear_map import LinearMap
 from diffsight.lenses.patchscope import TargetPrompt
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import Scene, Thing
+from helpers import close_image, same_image
+from models import diffusion, language, vision_language
 
 SOURCE, TARGET = "a red circle above a blue square", "a red square above a blue square"
 CIRCLE = 3  # the token in which they differ
@@ -43,11 +42,11 @@ LAYERS = [("embedding", "embedding"), (0, 0), (1, 1), (-1, COUNT - 1)]  # as the
 
 @pytest.fixture(scope="module")
 def pipe():
-    return DiffusionModel(tiny.stable_diffusion())
+    return DiffusionModel(diffusion.stable_diffusion())
 
 
 def point_of(layers, layer):
-    """The layer, and which of its values is meant."""
+    """Return the layer and the name of its value."""
     return (layers[0], "input") if layer == "embedding" else (layers[layer], "output")
 
 
@@ -55,17 +54,8 @@ def value_of(layers, layer):
     return getattr(*point_of(layers, layer))
 
 
-def same(image, other):
-    return np.array_equal(np.asarray(image), np.asarray(other))
-
-
-def close(image, other):
-    a, b = (np.asarray(one, dtype=int) for one in (image, other))
-    return np.abs(a - b).max() <= 2
-
-
-def draw(model, layer, prompt=TARGET, seed=3, **arguments):
-    """The image from a layer, by hand: its value goes into the final norm."""
+def draw_layer(model, layer, prompt=TARGET, seed=3, **arguments):
+    """Return the image of a layer drawn by hand: the layer's value goes into the final norm."""
     with model.generate(prompt, seed=seed, **STEPS, **arguments) as run:
         encoder = run.cond.text_encoder
         encoder.ln_final.input = value_of(encoder.layers, layer)
@@ -79,25 +69,25 @@ def draw(model, layer, prompt=TARGET, seed=3, **arguments):
 def test_diffusion_lens(pipe, asked, layer):
     result = diffusion_lens(pipe, TARGET, layers=asked, seed=3, progress=False, **STEPS)
     assert result.layers == (layer,)
-    assert same(result.images[0], draw(pipe, asked))
+    assert same_image(result.images[0], draw_layer(pipe, asked))
 
 
 def test_diffusion_lens_without_layers(pipe):
     result = diffusion_lens(pipe, TARGET, seed=3, progress=False, **STEPS)
     assert result.layers == ("embedding", 0, 1, 2)
     for layer, image in zip(result.layers, result.images, strict=True):
-        assert close(image, draw(pipe, layer))
-    assert same(result.images[-1], pipe.generate(TARGET, seed=3, **STEPS).images[0])
+        assert close_image(image, draw_layer(pipe, layer))
+    assert same_image(result.images[-1], pipe.generate(TARGET, seed=3, **STEPS).images[0])
 
 
 def test_the_last_layer_that_sdxl_uses():
     """The last but one of both encoders; the pooled vector of the second needs its last."""
-    model = DiffusionModel(tiny.stable_diffusion_xl())
+    model = DiffusionModel(diffusion.stable_diffusion_xl())
     plain = model.generate(TARGET, seed=3, **STEPS).images[0]
     count = model.encoders["text_encoder"].count
     result = diffusion_lens(model, TARGET, encoder="text_encoder", seed=3, progress=False, **STEPS)
     assert result.layers == ("embedding", *range(count - 1))
-    assert same(result.images[-1], plain)
+    assert same_image(result.images[-1], plain)
     last = diffusion_lens(model, TARGET, encoder="text_encoder", layers=-2, seed=3, progress=False, **STEPS)
     assert last.layers == (count - 2,)
     with pytest.raises(InputError, match=f'layer -1 has no effect, .*: choose from "embedding" and 0 to {count - 2}'):
@@ -113,7 +103,7 @@ def test_encoder_patching(pipe, asked, layer):
         taken = value_of(x.cond.text_encoder.layers, asked)[:, CIRCLE].clone()
         value_of(y.cond.text_encoder.layers, asked)[:, CIRCLE] = taken
         x.stop()
-    assert same(result.images[0][0], y.images[0])
+    assert same_image(result.images[0][0], y.images[0])
 
 
 @pytest.mark.parametrize(("asked", "layer"), LAYERS)
@@ -143,7 +133,7 @@ def test_compare_encoders(pipe, asked, layer):
     result = compare_encoders([pipe, pipe], prompts, layers=asked, images=1, seed=3, progress=False, **STEPS)
     for encoded in result.values():
         assert encoded.layers == encoded.lens[0].layers == (layer,)
-        assert same(encoded.lens[0].images[0], draw(pipe, asked, SOURCE))
+        assert same_image(encoded.lens[0].images[0], draw_layer(pipe, asked, SOURCE))
         for i, prompt in enumerate(prompts):
             with pipe.generate(prompt, seed=0, **STEPS) as run:
                 wanted = value_of(run.cond.text_encoder.layers, asked)[0, 1:8].mean(0)
@@ -167,7 +157,7 @@ def test_layer_fidelity(asked, layer):
 
 # Language models
 
-PROMPTS = writers.PROMPTS
+PROMPTS = language.PROMPTS
 TARGET_PROMPT = TargetPrompt("cat -> cat ?")
 WRITER_LAYERS = [("embedding", "embedding"), (0, 0), (2, 2), (-1, 3)]
 
@@ -269,7 +259,10 @@ def test_steering_the_embedding_of_several_prompts(model):
 def test_image_token_lens(tmp_path, asked, layer):
     from PIL import Image
 
-    model, image = VisionLanguageModel(tiny_vision.MODELS["llava"]()), Image.linear_gradient("L").convert("RGB")
+    model, image = (
+        VisionLanguageModel(vision_language.MODELS["llava"]()),
+        Image.linear_gradient("L").convert("RGB"),
+    )
     result = image_token_lens(model, "a red circle", image, layers=[asked, 1], tokens=[7])
     assert layer in result.layers
     with model.trace("a red circle", images=image) as run:

@@ -5,42 +5,42 @@ import json
 import pytest
 import torch
 import transformers
-import writers
 
 from diffsight import patchscope_generate, patchscope_lens, run_prompts
 from diffsight.errors import InputError
 from diffsight.lenses.patchscope import DESCRIPTION, IDENTITY, TargetPrompt, repeat_prompt
 from diffsight.lenses.target_probabilities import Prompt
+from models import language
 
-PROMPTS = writers.PROMPTS
+PROMPTS = language.PROMPTS
 SHORT = TargetPrompt("cat -> cat ?")
 
 
 @torch.no_grad()
-def by_hand(net, hidden, layer, target):
-    """The logits of the token after the target prompt, with `hidden` put into it."""
+def logits_by_hand(net, hidden, layer, target):
+    """Return the logits after the target prompt, (vocabulary,), with `hidden` put into it."""
 
     def put(module, args, output):
         output[0, target.position] = hidden
         return output
 
     hook = net.transformer.h[layer].register_forward_hook(put)
-    logits = net(writers.ids(target.text)).logits[0, -1]
+    logits = net(language.ids(target.text)).logits[0, -1]
     hook.remove()
     return logits
 
 
-def states(net, text, position=-1):
-    return [hidden[0, position] for hidden in writers.hidden_states(net, net.transformer.h, writers.ids(text))]
+def states_at(net, text, position=-1):
+    return [hidden[0, position] for hidden in language.hidden_states(net, net.transformer.h, language.ids(text))]
 
 
 @pytest.mark.parametrize("batch_size", [32, 3])
 def test_every_prompt_at_every_layer(net, model, batch_size):
     result = patchscope_lens(model, PROMPTS, target=SHORT, keep_logits=True, batch_size=batch_size, progress=False)
-    assert result.logits.shape == (3, 4, 1, len(writers.TOKENIZER))
+    assert result.logits.shape == (3, 4, 1, len(language.TOKENIZER))
     for i, text in enumerate(PROMPTS):
-        for layer, hidden in enumerate(states(net, text)):
-            expected = by_hand(net, hidden, layer, SHORT)
+        for layer, hidden in enumerate(states_at(net, text)):
+            expected = logits_by_hand(net, hidden, layer, SHORT)
             assert torch.allclose(result.logits[i, layer, 0], expected, atol=1e-5)
     assert result.prompts == tuple(PROMPTS)
     assert result.lens == "patchscope_lens"
@@ -52,13 +52,13 @@ def test_another_layer_position_and_target(net, model):
     result = patchscope_lens(model, PROMPTS, keep_logits=True, **options)
     for i, (text, position) in enumerate(zip(PROMPTS, (0, 2, -2))):
         for j, layer in enumerate((1, 3)):
-            expected = by_hand(net, states(net, text, position)[layer], 0, targets[i])
+            expected = logits_by_hand(net, states_at(net, text, position)[layer], 0, targets[i])
             assert torch.allclose(result.logits[i, j, 0], expected, atol=1e-5)
     assert [words[0] for words in result.inputs][:2] == ["T" if len(result.inputs[0][0]) == 1 else "The", " sat"]
 
 
 def test_hidden_states_in_the_place_of_prompts(net, model):
-    given = torch.stack(states(net, PROMPTS[0]))[:, None]
+    given = torch.stack(states_at(net, PROMPTS[0]))[:, None]
     result = patchscope_lens(model, given, target=SHORT, keep_logits=True)
     expected = patchscope_lens(model, PROMPTS[0], target=SHORT, keep_logits=True)
     assert torch.allclose(result.logits, expected.logits, atol=1e-6)
@@ -66,12 +66,12 @@ def test_hidden_states_in_the_place_of_prompts(net, model):
 
 
 def test_a_model_that_caps_its_logits():
-    net = writers.gemma2()
-    result = patchscope_lens(writers.model(net), PROMPTS[1], target=SHORT, layers=-1, keep_logits=True)
+    net = language.gemma2()
+    result = patchscope_lens(language.model(net), PROMPTS[1], target=SHORT, layers=-1, keep_logits=True)
     assert 0.1 < result.logits.abs().max() < 0.5
     # In the last layer the hidden state decides alone: the model predicts what it predicts after the prompt.
     with torch.no_grad():
-        assert torch.allclose(result.logits[0, 0, 0], net(writers.ids(PROMPTS[1])).logits[0, -1], atol=1e-5)
+        assert torch.allclose(result.logits[0, 0, 0], net(language.ids(PROMPTS[1])).logits[0, -1], atol=1e-5)
 
 
 def test_generation(net, model):
@@ -79,16 +79,16 @@ def test_generation(net, model):
     assert result.layers == (0, 2)
     for i, text in enumerate(PROMPTS[:2]):
         for j, layer in enumerate((0, 2)):
-            hidden = states(net, text)[layer]
-            first = by_hand(net, hidden, layer, SHORT).argmax()
-            assert result.texts[i][j].startswith(writers.TOKENIZER.decode(first))
+            hidden = states_at(net, text)[layer]
+            first = logits_by_hand(net, hidden, layer, SHORT).argmax()
+            assert result.texts[i][j].startswith(language.TOKENIZER.decode(first))
     assert str(result).splitlines()[0] == PROMPTS[0]
     assert str(result).splitlines()[2] == f"   2  {result.texts[0][1]!r}"
 
 
 def test_generation_goes_through_the_layers_that_were_patched(net, model):
     hidden = torch.zeros(1, 2, 32)
-    hidden[0, 0], hidden[0, 1] = states(net, PROMPTS[0])[1], states(net, PROMPTS[1])[1]
+    hidden[0, 0], hidden[0, 1] = states_at(net, PROMPTS[0])[1], states_at(net, PROMPTS[1])[1]
     result = patchscope_generate(model, hidden, target=SHORT, layers=1, max_new_tokens=5)
     with model.generate(SHORT.text, max_new_tokens=5) as run:
         run.layers_output[1][0, -1] = hidden[0, 1]
@@ -148,11 +148,11 @@ def test_bad_input_is_an_error_before_anything_runs(net, model, given, words):
 
 def test_a_model_that_does_not_write():
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    bert = writers.build(transformers.BertForMaskedLM, transformers.BertConfig(vocab_size=330, **sizes))
+    bert = language.build(transformers.BertForMaskedLM, transformers.BertConfig(vocab_size=330, **sizes))
     with pytest.raises(
         InputError, match="a patchscope needs a decoder that generates text, but BertForMaskedLM is not one"
     ):
-        patchscope_lens(writers.model(bert), PROMPTS[0])
+        patchscope_lens(language.model(bert), PROMPTS[0])
 
 
 def test_nothing_stays_behind(net, model):

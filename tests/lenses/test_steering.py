@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-import writers
 
 from diffsight import steer
 from diffsight.errors import InputError
+from models import language
 
-PROMPTS = writers.PROMPTS
+PROMPTS = language.PROMPTS
 VECTOR = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 3
 
 
@@ -22,7 +22,7 @@ def with_hooks(net, layers, edit, call):
 
 
 def test_a_forward_pass(net, model):
-    ids = writers.ids(PROMPTS[0])
+    ids = language.ids(PROMPTS[0])
     steered = steer(model, [1, 2], VECTOR, factor=2)
     expected = with_hooks(net, [1, 2], lambda out: out + VECTOR * 2, lambda: net(ids).logits)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def test_a_forward_pass(net, model):
 
 
 def test_every_token_it_writes(net, model):
-    ids = writers.ids(PROMPTS[0])
+    ids = language.ids(PROMPTS[0])
     arguments = {"max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
     expected = with_hooks(net, [1], lambda out: out + VECTOR, lambda: net.generate(ids, **arguments))
     steered = steer(model, 1, VECTOR).generate(PROMPTS[0], **arguments)
@@ -49,7 +49,7 @@ def test_positions_are_those_of_each_prompt(net, model):
                 out[:, [0, -2]] += VECTOR
                 return out
 
-            expected = with_hooks(net, [0], edit, lambda text=text: net(writers.ids(text)).logits)
+            expected = with_hooks(net, [0], edit, lambda text=text: net(language.ids(text)).logits)
             assert torch.allclose(row[-expected.shape[1] :], expected[0], atol=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_copies_stack_and_are_cleared(net, model):
         expected = steer(model, 1, VECTOR, factor=2).trace(PROMPTS[0]).result.logits
         assert torch.allclose(twice.trace(PROMPTS[0]).result.logits, expected, atol=1e-5)
         twice.clear_edits()
-        assert torch.equal(twice.trace(PROMPTS[0]).result.logits, net(writers.ids(PROMPTS[0])).logits)
+        assert torch.equal(twice.trace(PROMPTS[0]).result.logits, net(language.ids(PROMPTS[0])).logits)
 
 
 @pytest.mark.parametrize(
@@ -92,4 +92,4 @@ def test_a_position_that_a_prompt_does_not_have(model):
     with pytest.raises(InputError, match="there is no position 50 in prompt 0"):
         steer(model, 0, VECTOR, positions=50).trace(PROMPTS[0]).result
     with pytest.raises(InputError, match="steer takes a LanguageModel"):
-        steer(writers.gpt2(), 0, VECTOR)
+        steer(language.gpt2(), 0, VECTOR)

@@ -5,15 +5,14 @@ import json
 import pytest
 import torch
 import transformers
-import writers
 from matplotlib.figure import Figure
 
-import tiny
 from diffsight import LanguageModel, logit_lens, run_prompts
 from diffsight.errors import InputError
 from diffsight.lenses.target_probabilities import Prompt, first_tokens
+from models import diffusion, language
 
-PROMPTS = writers.PROMPTS
+PROMPTS = language.PROMPTS
 TARGETS = {"right": "Paris", "traps": ["London", "Madrid"], "long": "the city of Paris"}
 
 
@@ -23,7 +22,7 @@ def pieces(model, words):
 
 def test_first_tokens_with_and_without_a_space(model):
     def first(text):
-        return writers.TOKENIZER(text)["input_ids"][0]
+        return language.TOKENIZER(text)["input_ids"][0]
 
     assert first_tokens("Paris", model) == (first(" Paris"), first("Paris"))
     assert first_tokens(["London", "Madrid", "London"], model) == tuple(
@@ -35,9 +34,9 @@ def test_first_tokens_with_and_without_a_space(model):
 
 def test_a_tokenizer_that_adds_a_space_itself():
     """SentencePiece starts every text with a space, so the two forms differ only within a text."""
-    tokenizer = tiny.gemma_tokenizer()
+    tokenizer = diffusion.gemma_tokenizer()
     config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4)
-    model = LanguageModel((writers.build(transformers.GPT2LMHeadModel, config), tokenizer))
+    model = LanguageModel((language.build(transformers.GPT2LMHeadModel, config), tokenizer))
     found = pieces(model, "circle")
     assert found[0].startswith("▁")
     assert not found[1].startswith("▁")
@@ -49,7 +48,7 @@ def test_a_tokenizer_without_spaces():
     config = transformers.BertConfig(
         vocab_size=7, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
     )
-    model = LanguageModel((writers.build(transformers.BertForMaskedLM, config), tokenizer))
+    model = LanguageModel((language.build(transformers.BertForMaskedLM, config), tokenizer))
     assert first_tokens("paris", model) == (5,)
 
 
@@ -58,7 +57,7 @@ def test_the_output_of_the_model(net, model):
     result = run_prompts(model, prompts, batch_size=2, progress=False)
     for i, text in enumerate(PROMPTS):
         with torch.no_grad():
-            probabilities = net(writers.ids(text)).logits[0, -1].softmax(-1)
+            probabilities = net(language.ids(text)).logits[0, -1].softmax(-1)
         for name, tokens in prompts[i].targets.items():
             assert torch.allclose(result[name][i], probabilities[list(tokens)].sum(), atol=1e-6)
     assert list(result) == ["right", "traps", "long"]
@@ -72,7 +71,7 @@ def test_by_layer(net, model):
     result = run_prompts(model, [first, second], lens=logit_lens)
     assert result["target"].shape == (2, 4)
     for i, prompt in enumerate((first, second)):
-        states = writers.hidden_states(net, net.transformer.h, writers.ids(prompt.text))
+        states = language.hidden_states(net, net.transformer.h, language.ids(prompt.text))
         with torch.no_grad():
             said = torch.stack([net.lm_head(net.transformer.ln_f(h[0, -1])) for h in states]).softmax(-1)
         expected = said[:, list(prompt.targets["target"])].sum(-1)

@@ -1,4 +1,4 @@
-"""Rows and branches of diffusion runs, against hooks written by hand on the bare pipeline that know where each is."""
+"""Rows and branches of diffusion runs, against hand-written hooks on the bare pipeline that know where each is."""
 
 import functools
 from contextlib import ExitStack, contextmanager
@@ -8,33 +8,19 @@ import diffusers
 import pytest
 import torch
 
-import tiny
 from diffsight import DiffusionModel, OutOfOrderError
 from diffsight.errors import AssignmentError, InputError, NeverReachedError
+from helpers import drawn, first
+from models import diffusion, text_encoders
 
 PROMPTS = ["a red circle", "a green square below"]
 NEGATIVE = ["a photo", "the blue"]
 SEED = 5
 
 
-def lumina():
-    """Gives its transformer the conditional branch first."""
-    sizes = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 8}
-    sizes |= {"sample_size": tiny.SIDE // 8, "cross_attention_dim": tiny.WIDTH}
-    tokenizer = tiny.gemma_tokenizer()
-    return tiny._pipeline(
-        diffusers.LuminaPipeline,
-        tokenizer=tokenizer,
-        text_encoder=tiny.gemma_encoder(tokenizer),
-        vae=tiny.vae(seed=1),
-        transformer=tiny.model(diffusers.LuminaNextDiT2DModel, **sizes, seed=2),
-        scheduler=tiny._flow(),
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A pipeline, and where its branches are: in one batch ("uncond cond", "cond uncond"), or in two "calls"."""
+    """A pipeline and the places of its branches: in one batch ("uncond cond", "cond uncond") or in two "calls"."""
 
     build: object
     order: str
@@ -43,21 +29,21 @@ class Case:
     call: dict
     several: str = "num_images_per_prompt"
 
-    def inputs(self, pictures=1, steps=2, **changes):
-        prompts = {"prompt": PROMPTS, "negative_prompt": NEGATIVE, self.several: pictures}
+    def inputs(self, images=1, steps=2, **changes):
+        prompts = {"prompt": PROMPTS, "negative_prompt": NEGATIVE, self.several: images}
         return {**self.call, **prompts, "num_inference_steps": steps, **changes}
 
-    def places(self, branch, prompt, pictures, call):
-        """Where, in the batch of call number `call` of a step, the entries are."""
-        mine = [i for i in range(2 * pictures) if prompt in (None, i // pictures)]
+    def places(self, branch, prompt, images, call):
+        """Return the places of the entries in the batch of call number `call` of a step."""
+        mine = [i for i in range(2 * images) if prompt in (None, i // images)]
         if self.order == "calls":
             return mine if branch in (None, ("cond", "uncond")[call]) else []
-        starts = {name: 2 * pictures * i for i, name in enumerate(self.order.split())}
+        starts = {name: 2 * images * i for i, name in enumerate(self.order.split())}
         return [start + i for name, start in starts.items() if branch in (None, name) for i in mine]
 
 
 def case(name, order="uncond cond", **changes):
-    kind = tiny.PIPELINES[name]
+    kind = diffusion.PIPELINES[name]
     return Case(kind.build, order, kind.denoiser_block, kind.text_encoder_layer, kind.inputs(), **changes)
 
 
@@ -65,21 +51,15 @@ CASES = {name: case(name) for name in ("stable_diffusion", "stable_diffusion_xl"
 CASES["flux"] = case("two_call_guidance", "calls")
 CASES["wan"] = case("wan", "calls", several="num_videos_per_prompt")
 _LUMINA = {"height": 32, "width": 32, "output_type": "pt", "guidance_scale": 4.0, "clean_caption": False}
-CASES["lumina"] = Case(lumina, "cond uncond", "transformer.layers.0", "text_encoder.layers.1", _LUMINA)
+CASES["lumina"] = Case(text_encoders.lumina, "cond uncond", "transformer.layers.0", "text_encoder.layers.1", _LUMINA)
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 _SIZES = [(name, 2) for name in CASES] + [("stable_diffusion", 1), ("flux", 1)]
-each_size = pytest.mark.parametrize(
-    ("case", "pictures"), [(CASES[name], n) for name, n in _SIZES], ids=map(str, _SIZES)
-)
+each_size = pytest.mark.parametrize(("case", "images"), [(CASES[name], n) for name, n in _SIZES], ids=map(str, _SIZES))
 branches = pytest.mark.parametrize("branch", ["cond", "uncond"])
 
 
 # By hand
-
-
-def first(value):
-    return value if isinstance(value, torch.Tensor) else value[0]
 
 
 def halve(value, places):
@@ -88,8 +68,8 @@ def halve(value, places):
 
 
 @contextmanager
-def hooked(pipe, path, change):
-    """`change(output, n)` at the n-th call of a module."""
+def changed_at(pipe, path, change):
+    """Call `change(output, n)` at the n-th call of a module in the block."""
     component, _, rest = path.partition(".")
     count = iter(range(1000))
     module = getattr(pipe, component).get_submodule(rest)
@@ -100,13 +80,13 @@ def hooked(pipe, path, change):
         handle.remove()
 
 
-def draw(case, pictures=1, **changes):
-    """What the bare pipeline draws; `changes` are paths (with __ for dots) to what is done to the outputs there."""
+def draw_changed(case, images=1, **changes):
+    """Return what the bare pipeline draws. `changes` maps paths, with __ for dots, to functions that change outputs."""
     pipe = case.build()
     with ExitStack() as stack:
         for path, change in changes.items():
-            stack.enter_context(hooked(pipe, path.replace("__", "."), change))
-        return pipe(**case.inputs(pictures), generator=generators(2 * pictures))[0]
+            stack.enter_context(changed_at(pipe, path.replace("__", "."), change))
+        return pipe(**case.inputs(images), generator=generators(2 * images))[0]
 
 
 def generators(count):
@@ -114,24 +94,20 @@ def generators(count):
 
 
 @functools.cache
-def drawn_plainly(case, pictures=1):
-    return draw(case, pictures)
+def drawn_plainly(case, images=1):
+    return draw_changed(case, images)
 
 
 @functools.cache
-def recorded(case, path, pictures=1):
-    """The outputs of a module in all its calls."""
+def outputs_at(case, path, images=1):
+    """Return the outputs of a module in all its calls."""
     seen = []
-    draw(case, pictures, **{path.replace(".", "__"): lambda output, n: seen.append(first(output).clone())})
+    draw_changed(case, images, **{path.replace(".", "__"): lambda output, n: seen.append(first(output).clone())})
     return seen
 
 
-def generate(case, pictures=1, **changes):
-    return DiffusionModel(case.build()).generate(**case.inputs(pictures, **changes), seed=SEED)
-
-
-def drawn(run):
-    return run.frames if "frames" in run.result else run.images
+def generate(case, images=1, **changes):
+    return DiffusionModel(case.build()).generate(**case.inputs(images, **changes), seed=SEED)
 
 
 # Denoisers
@@ -139,37 +115,37 @@ def drawn(run):
 
 @branches
 @each_size
-def test_a_branch_reads_its_part(case, branch, pictures):
+def test_a_branch_reads_its_part(case, branch, images):
     calls = 2 if case.order == "calls" else 1
-    seen = recorded(case, case.block, pictures)
+    seen = outputs_at(case, case.block, images)
     expected = [
         seen[calls * step + call][places]
         for step in range(2)
         for call in range(calls)
-        if (places := case.places(branch, None, pictures, call))
+        if (places := case.places(branch, None, images, call))
     ]
-    with generate(case, pictures) as run:
+    with generate(case, images) as run:
         read = [first(getattr(run, branch)[case.block].output).clone() for _ in run.steps]
     assert len(read) == len(expected) and all(map(torch.equal, read, expected))
 
 
 @branches
 @each_size
-def test_a_branch_of_a_row_is_edited_in_place(case, branch, pictures):
+def test_a_branch_of_a_row_is_edited_in_place(case, branch, images):
     calls = 2 if case.order == "calls" else 1
 
     def change(output, n):
-        halve(output, case.places(branch, 1, pictures, n % calls))
+        halve(output, case.places(branch, 1, images, n % calls))
 
-    with generate(case, pictures) as run:
+    with generate(case, images) as run:
         row = getattr(run, branch).rows[1]
         for _ in run.steps:
             first(row[case.block].output)[:] *= 0.5
-    expected = draw(case, pictures, **{case.block.replace(".", "__"): change})
-    plain = drawn_plainly(case, pictures)
+    expected = draw_changed(case, images, **{case.block.replace(".", "__"): change})
+    plain = drawn_plainly(case, images)
     assert torch.equal(drawn(run), expected)
-    assert torch.equal(drawn(run)[:pictures], plain[:pictures])  # the other prompt's
-    assert not torch.equal(drawn(run)[pictures:], plain[pictures:])
+    assert torch.equal(drawn(run)[:images], plain[:images])  # the other prompt's
+    assert not torch.equal(drawn(run)[images:], plain[images:])
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "wan", "lumina"])
@@ -183,12 +159,12 @@ def test_a_branch_is_assigned_ahead(name):
             places = case.places(branch, None, 1, n)
             output[places] = value[: len(places)]
 
-    shape = recorded(case, case.block)[0][case.places("cond", None, 1, 0)].shape
+    shape = outputs_at(case, case.block)[0][case.places("cond", None, 1, 0)].shape
     values = {"uncond": torch.full(shape, 0.5), "cond": torch.full(shape, 0.25)}
     with generate(case) as run:
         for branch, value in values.items():
             getattr(run, branch)[case.block].output = value
-    assert torch.equal(drawn(run), draw(case, **{case.block.replace(".", "__"): change}))
+    assert torch.equal(drawn(run), draw_changed(case, **{case.block.replace(".", "__"): change}))
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "lumina"])
@@ -216,21 +192,21 @@ def test_a_row_reaches_both_branches(name):
         source, sink = (case.places(None, prompt, 1, n % calls) for prompt in (0, 1))
         first(output)[sink] = first(output)[source]
 
-    assert torch.equal(drawn(run), draw(case, **{case.block.replace(".", "__"): change}))
+    assert torch.equal(drawn(run), draw_changed(case, **{case.block.replace(".", "__"): change}))
 
 
-def test_a_row_of_several_pictures_and_both_branches_is_no_view():
+def test_a_row_of_several_images_and_both_branches_is_no_view():
     with pytest.raises(InputError, match=r"rows\[1\]\.unet\.mid_block\.output is in several places"):
-        with generate(CASES["stable_diffusion"], pictures=2) as run:
+        with generate(CASES["stable_diffusion"], images=2) as run:
             run.rows[1].unet.mid_block.output
-    with generate(CASES["stable_diffusion"], pictures=2) as run:
+    with generate(CASES["stable_diffusion"], images=2) as run:
         assert torch.equal(run.rows[1].cond.unet.mid_block.output, run.cond.rows[1].unet.mid_block.output)
         run.stop()
 
 
 def test_the_untouched_branch_keeps_its_bits():
     case = CASES["stable_diffusion"]
-    (clean, *_) = recorded(case, "unet")
+    (clean, *_) = outputs_at(case, "unet")
     with generate(case) as run:
         for _ in run.steps[:1]:
             run.uncond.unet.mid_block.output[:] = 0
@@ -248,7 +224,7 @@ def test_branches_feed_each_other():
     def change(output, n):
         output[:2] = output[2:]
 
-    assert torch.equal(run.images, draw(case, unet__mid_block=change))
+    assert torch.equal(run.images, draw_changed(case, unet__mid_block=change))
 
 
 def test_inputs_and_output_objects_are_narrowed():
@@ -276,7 +252,7 @@ def test_a_negative_prompt_that_is_the_prompt(name):
 
 
 def test_edited_text_is_recognised():
-    """What the body makes of the text is what the denoiser is compared with."""
+    """The branches are found by comparison with the text as the body has edited it."""
     case = CASES["stable_diffusion"]
     with generate(case) as run:
         cond, uncond = run.encode_prompt.output
@@ -352,7 +328,7 @@ def test_guidance_that_ends_half_way():
 
 def test_calls_count_those_of_the_branch():
     case = CASES["wan"]
-    seen = recorded(case, case.block)
+    seen = outputs_at(case, case.block)
     with generate(case) as run:
         later = run.uncond[case.block].calls[1].output
         assert torch.equal(later, seen[3])
@@ -363,7 +339,7 @@ def test_calls_count_those_of_the_branch():
     def change(output, n):
         output[:] = {2: later * 0.25, 3: later * 0.5}.get(n, output)
 
-    assert torch.equal(drawn(run), draw(case, transformer__blocks__0=change))
+    assert torch.equal(drawn(run), draw_changed(case, transformer__blocks__0=change))
 
 
 def test_a_branch_that_lies_behind():
@@ -395,7 +371,7 @@ def test_a_branch_of_the_text_encoder(case):
     with generate(case) as run:
         first(run.cond.rows[0][case.layer].output)[:] *= 0.5
         first(run.uncond.rows[1][case.layer].output)[:] *= 0.5
-    expected = draw(case, **{case.layer.replace(".", "__"): change})
+    expected = draw_changed(case, **{case.layer.replace(".", "__"): change})
     assert torch.equal(drawn(run), expected)
     assert not torch.equal(drawn(run), drawn_plainly(case))
 
@@ -433,19 +409,21 @@ def test_words_that_are_not_the_prompts():
 
 
 def test_embeddings_given_as_lists():
-    """Z-Image gives its transformer lists of tensors, one a picture, each as long as its prompt."""
+    """Z-Image gives its transformer lists of tensors, one an image, each as long as its prompt."""
     sizes = {"in_channels": 16, "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
-    ropes = {"axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32], "cap_feat_dim": tiny.WIDTH}
-    tokenizer = tiny.gemma_tokenizer()
-    pipe = tiny._pipeline(
+    ropes = {"axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32], "cap_feat_dim": diffusion.WIDTH}
+    tokenizer = diffusion.gemma_tokenizer()
+    pipe = diffusion.quiet_pipeline(
         diffusers.ZImagePipeline,
         tokenizer=tokenizer,
-        text_encoder=tiny.gemma_encoder(tokenizer),
-        vae=tiny.vae(latent_channels=16, shift_factor=0.1, seed=1),
-        transformer=tiny.model(diffusers.ZImageTransformer2DModel, **sizes, **ropes, seed=2),
-        scheduler=tiny._flow(),
+        text_encoder=diffusion.gemma_encoder(tokenizer),
+        vae=diffusion.vae(latent_channels=16, shift_factor=0.1, seed=1),
+        transformer=diffusion.model(diffusers.ZImageTransformer2DModel, **sizes, **ropes, seed=2),
+        scheduler=diffusion.flow_scheduler(),
     )
-    texts = {name: [torch.randn(n, tiny.WIDTH) for n in (5, 6)] for name in ("prompt_embeds", "negative_prompt_embeds")}
+    texts = {
+        name: [torch.randn(n, diffusion.WIDTH) for n in (5, 6)] for name in ("prompt_embeds", "negative_prompt_embeds")
+    }
     inputs = {**_LUMINA, **texts, "num_inference_steps": 1, "num_images_per_prompt": 2}
     del inputs["clean_caption"]
     with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
@@ -457,14 +435,14 @@ def test_embeddings_given_as_lists():
 def test_videos_with_an_entry_a_frame():
     """AnimateDiff's UNet folds the frames into the batch."""
     motion = {"motion_layers_per_block": 1, "motion_norm_num_groups": 4, "motion_num_attention_heads": 2}
-    adapter = tiny.model(diffusers.MotionAdapter, block_out_channels=(16, 32), **motion, seed=3)
-    pipe = tiny._pipeline(
+    adapter = diffusion.model(diffusers.MotionAdapter, block_out_channels=(16, 32), **motion, seed=3)
+    pipe = diffusion.quiet_pipeline(
         diffusers.AnimateDiffPipeline,
-        vae=tiny.vae(seed=1),
-        unet=diffusers.UNetMotionModel.from_unet2d(tiny.unet(seed=2), adapter).eval(),
+        vae=diffusion.vae(seed=1),
+        unet=diffusers.UNetMotionModel.from_unet2d(diffusion.unet(seed=2), adapter).eval(),
         motion_adapter=adapter,
-        scheduler=diffusers.DDIMScheduler(**tiny._DDIM),
-        **tiny._text(tiny.clip_encoder, tiny.clip_tokenizer()),
+        scheduler=diffusers.DDIMScheduler(**diffusion.DDIM),
+        **diffusion.text_parts(diffusion.clip_encoder, diffusion.clip_tokenizer()),
     )
     inputs = {**CASES["stable_diffusion"].inputs(steps=1), "num_frames": 3}
     del inputs["num_images_per_prompt"]
@@ -492,18 +470,18 @@ def test_a_prompt_given_as_embeddings():
 
 
 @each_size
-def test_rows_after_guidance(case, pictures):
-    with generate(case, pictures) as run:
+def test_rows_after_guidance(case, images):
+    with generate(case, images) as run:
         for _ in run.steps[:1]:
             kept = [row.scheduler.step.output[0] for row in run.rows]
             whole = run.scheduler.step.output[0]
-            assert torch.equal(torch.cat(kept), whole) and len(kept[1]) == pictures
+            assert torch.equal(torch.cat(kept), whole) and len(kept[1]) == images
         a, b = run.rows
         b.vae.decode.input = a.vae.decode.input
         latents = run.vae.decode.input
-        assert torch.equal(latents[:pictures], latents[pictures:])
-    assert torch.equal(drawn(run)[:pictures], drawn(run)[pictures:])
-    assert torch.equal(drawn(run)[:pictures], drawn_plainly(case, pictures)[:pictures])
+        assert torch.equal(latents[:images], latents[images:])
+    assert torch.equal(drawn(run)[:images], drawn(run)[images:])
+    assert torch.equal(drawn(run)[:images], drawn_plainly(case, images)[:images])
 
 
 @pytest.mark.parametrize(
@@ -524,19 +502,19 @@ def test_branches_are_only_where_they_part(path):
 
 
 def test_rows_of_one_prompt_and_of_several():
-    model = DiffusionModel(tiny.stable_diffusion())
-    one = {**tiny.PIPELINES["stable_diffusion"].inputs(), "num_images_per_prompt": 3, "seed": 0}
+    model = DiffusionModel(diffusion.stable_diffusion())
+    one = {**diffusion.PIPELINES["stable_diffusion"].inputs(), "num_images_per_prompt": 3, "seed": 0}
     with model.generate(**one) as run:
         (row,) = run.rows
         assert row.unet.mid_block.output is run.unet.mid_block.output
         assert len(row.cond.unet.mid_block.output) == 3
     assert torch.equal(row.images, run.images) and len(row.images) == 3
-    run = generate(CASES["stable_diffusion"], pictures=2)
+    run = generate(CASES["stable_diffusion"], images=2)
     assert [row.index for row in run.rows] == [row.index for row in run.cond.rows] == [0, 1]
     assert torch.equal(run.rows[1].images, run.images[2:])
 
 
-def test_row_pictures_are_those_of_the_prompt_alone():
+def test_row_images_are_those_of_the_prompt_alone():
     case = CASES["stable_diffusion"]
     run = generate(case)
     alone = DiffusionModel(case.build()).generate(
@@ -551,7 +529,7 @@ def test_each_over_rows_and_over_those_of_a_branch():
     def norms(row):
         return [first(row[case.block].output).norm() for _ in row.steps]
 
-    seen = recorded(case, case.block)
+    seen = outputs_at(case, case.block)
     with generate(case) as run:
         read = run.each(norms)
     assert torch.equal(torch.tensor(read), torch.tensor([[seen[n][i].norm() for n in (0, 2)] for i in (0, 1)]))
@@ -582,7 +560,7 @@ def test_bodies_in_different_branches():
             held[:] = [output[0].clone()]
 
     held = []
-    assert torch.equal(drawn(run), draw(case, transformer__blocks__0=change))
+    assert torch.equal(drawn(run), draw_changed(case, transformer__blocks__0=change))
 
 
 def test_gradients_reach_a_branch_of_a_row():
@@ -596,14 +574,14 @@ def test_gradients_reach_a_branch_of_a_row():
 
 
 def test_unconditional_pipelines_have_rows_and_no_branches():
-    tested = tiny.PIPELINES["ddpm"]
+    tested = diffusion.PIPELINES["ddpm"]
     inputs = {**tested.inputs(), "batch_size": 3}
     with DiffusionModel(tested.build()).generate(**inputs, seed=SEED) as run:
         for _ in run.steps:
             run.rows[1].unet.mid_block.output[:] *= 0.5
             assert torch.equal(run.rows[2].scheduler.step.output[0], run.scheduler.step.output[0][2:])
     pipe = tested.build()
-    with hooked(pipe, "unet.mid_block", lambda output, n: halve(output, [1])):
+    with changed_at(pipe, "unet.mid_block", lambda output, n: halve(output, [1])):
         expected = pipe(**inputs, generator=generators(3))[0]
     assert torch.equal(run.images, expected) and len(run.rows[1].images) == 1
     for branch in ("cond", "uncond"):
@@ -615,9 +593,9 @@ def test_unconditional_pipelines_have_rows_and_no_branches():
 # What cannot be told
 
 
-def test_three_branches_cannot_be_told():
+def test_three_branches_are_an_error():
     """Perturbed-attention guidance adds a third."""
-    pipe = tiny._family(diffusers.StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
+    pipe = diffusion.stable_diffusion_family(diffusers.StableDiffusionPAGPipeline, pag_applied_layers=["mid"])
     inputs = {**CASES["stable_diffusion"].inputs(), "pag_scale": 2.0}
     for branch in ("cond", "uncond"):
         with pytest.raises(InputError, match="unet was given text that differs from what encode_prompt returned"):
@@ -654,9 +632,9 @@ def test_wrong_shapes_and_skips():
 
 
 def test_rows_and_branches_of_the_last_pass():
-    given = {**tiny.PIPELINES["stable_diffusion"].inputs(), "num_inference_steps": 2, "seed": SEED}
+    given = {**diffusion.PIPELINES["stable_diffusion"].inputs(), "num_inference_steps": 2, "seed": SEED}
     del given["prompt"]
-    model = DiffusionModel(tiny.stable_diffusion())
+    model = DiffusionModel(diffusion.stable_diffusion())
     with model.generate(**given) as run:
         with run.invoke(PROMPTS):
             shapes = [run.cond.rows[1].unet.mid_block.output.shape for _ in run.steps]

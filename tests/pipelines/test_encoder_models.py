@@ -1,4 +1,4 @@
-"""Encoders of text and pictures as models of their own: they load, and answer to the standard names."""
+"""Text and image encoders as models on their own: they load and have the standard names."""
 
 import pytest
 import torch
@@ -6,12 +6,13 @@ import transformers
 
 from diffsight import LanguageModel, logit_lens
 from diffsight.errors import InputError
+from models.building import build
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = {**SIZES, "vocab_size": 64, "max_position_embeddings": 64}
-PICTURE = {**SIZES, "image_size": 16, "patch_size": 8}
+IMAGE = {**SIZES, "image_size": 16, "patch_size": 8}
 T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
 DISTILBERT = {"vocab_size": 64, "dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4, "max_position_embeddings": 64}
 IDS = torch.arange(12).reshape(2, 6) + 3
@@ -25,24 +26,22 @@ ENCODERS = {
     "BertModel": (TEXT, {"input_ids": IDS}),
     "DistilBertModel": (DISTILBERT, {"input_ids": IDS}),
     "EsmModel": ({**TEXT, "pad_token_id": 1}, {"input_ids": IDS}),
-    "ViTModel": (PICTURE, {"pixel_values": PIXELS}),
-    "Dinov2Model": (PICTURE, {"pixel_values": PIXELS}),
-    "SiglipVisionModel": (PICTURE, {"pixel_values": PIXELS}),
+    "ViTModel": (IMAGE, {"pixel_values": PIXELS}),
+    "Dinov2Model": (IMAGE, {"pixel_values": PIXELS}),
+    "SiglipVisionModel": (IMAGE, {"pixel_values": PIXELS}),
 }
 WITHOUT_NORM = {"BertModel", "DistilBertModel"}
 
 
-def built(kind, config):
+def encoder_of(kind, config):
     cls = getattr(transformers, kind)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return cls(cls.config_class(**config)).eval()
+    return build(cls, cls.config_class(**config))
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
 def test_layers_and_the_final_norm(kind):
     config, given = ENCODERS[kind]
-    net = built(kind, config)
+    net = encoder_of(kind, config)
     expected = net(**given, output_hidden_states=True)
     model = LanguageModel(net)
     with model.trace(**given) as run:
@@ -61,8 +60,8 @@ def test_layers_and_the_final_norm(kind):
 
 @pytest.mark.parametrize("kind", ["CLIPModel", "SiglipModel"])
 def test_both_towers(kind):
-    config = {"text_config": TEXT, "vision_config": PICTURE}
-    net = built(kind, config)
+    config = {"text_config": TEXT, "vision_config": IMAGE}
+    net = encoder_of(kind, config)
     model = LanguageModel(net)
     text, vision = net.text_model(input_ids=IDS), net.vision_model(pixel_values=PIXELS)
     with model.trace(input_ids=IDS, pixel_values=PIXELS) as run:
@@ -73,8 +72,8 @@ def test_both_towers(kind):
         assert torch.equal(states["vision_model.ln_final.output"], vision.last_hidden_state)
 
 
-def test_a_norm_within_the_head_is_not_the_final_one():
-    net = built("DistilBertForMaskedLM", DISTILBERT)
+def test_a_norm_inside_the_head_is_not_the_final_norm():
+    net = encoder_of("DistilBertForMaskedLM", DISTILBERT)
     model = LanguageModel(net)
     assert not hasattr(model, "ln_final")
     with model.trace(IDS) as run:
@@ -85,6 +84,6 @@ def test_a_norm_within_the_head_is_not_the_final_one():
 
 
 def test_a_classifier_is_no_language_head():
-    model = LanguageModel(built("BertForSequenceClassification", TEXT))
-    with pytest.raises(InputError, match="has no lm_head that was found"):
+    model = LanguageModel(encoder_of("BertForSequenceClassification", TEXT))
+    with pytest.raises(InputError, match="no lm_head was found in BertForSequenceClassification"):
         logit_lens(model, IDS[0])

@@ -1,4 +1,4 @@
-"""HFPipeline: pipelines of transformers for many tasks, called as ever; against the bare pipelines and plain hooks."""
+"""HFPipeline: transformers pipelines for many tasks, compared with the bare pipelines and plain hooks."""
 
 import warnings
 
@@ -9,38 +9,39 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
-import tiny_pipelines
 from diffsight import HFPipeline, OutOfOrderError
 from diffsight.errors import InputError, PointNotFoundError
+from helpers import first, replaced, with_first
+from models import huggingface
 
-TEXT = tiny_pipelines.TEXT
-GENERATING = [task for task, tiny in tiny_pipelines.PIPELINES.items() if tiny.generates]
+TEXT = huggingface.TEXT
+GENERATING = [task for task, case in huggingface.PIPELINES.items() if case.generates]
 
 
 @pytest.fixture(autouse=True)
-def quiet():
+def no_warnings_about_depth():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a depth map of random weights may be even
         yield
 
 
-@pytest.fixture(params=tiny_pipelines.PIPELINES)
-def tiny(request):
-    return tiny_pipelines.PIPELINES[request.param]
+@pytest.fixture(params=huggingface.PIPELINES)
+def case(request):
+    return huggingface.PIPELINES[request.param]
 
 
 @pytest.fixture
 def classifier():
-    return tiny_pipelines.PIPELINES["text-classification"].build()
+    return huggingface.PIPELINES["text-classification"].build()
 
 
 @pytest.fixture
 def writer():
-    return tiny_pipelines.PIPELINES["text-generation"].build()
+    return huggingface.PIPELINES["text-generation"].build()
 
 
 def is_same(a, b):
-    """Whether two results are the same to the bit, whatever they hold."""
+    """Return whether two results are the same to the bit, whatever they contain."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(is_same(a[name], b[name]) for name in a)
     if isinstance(a, (list, tuple)):
@@ -50,44 +51,27 @@ def is_same(a, b):
     return a == b
 
 
-def first(output):
-    return output[0] if isinstance(output, tuple) else output
-
-
-def hooked(module, change, function):
-    """What `function` gives while the first of what `module` gives is what `change` makes of it."""
-
-    def hook(module, args, output):
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    handle = module.register_forward_hook(hook)
-    try:
-        return function()
-    finally:
-        handle.remove()
-
-
 # Every task
 
 
 def test_there_are_many_tasks():
-    assert len(tiny_pipelines.PIPELINES) >= 15
+    assert len(huggingface.PIPELINES) >= 15
 
 
-def test_an_unread_run_is_the_bare_call(tiny):
-    pipe = tiny.build()
-    expected = pipe(*tiny.args, **tiny.kwargs)
-    assert is_same(HFPipeline(pipe).trace(*tiny.args, **tiny.kwargs).result, expected)
+def test_an_unread_run_is_the_bare_call(case):
+    pipe = case.build()
+    expected = pipe(*case.args, **case.kwargs)
+    assert is_same(HFPipeline(pipe).trace(*case.args, **case.kwargs).result, expected)
 
 
-def test_a_read_run_has_the_same_result_and_leaves_nothing(tiny):
-    pipe = tiny.build()
-    expected = pipe(*tiny.args, **tiny.kwargs)
+def test_a_read_run_has_the_same_result_and_leaves_nothing(case):
+    pipe = case.build()
+    expected = pipe(*case.args, **case.kwargs)
     classes = {name: type(part) for name, part in vars(pipe).items()}
     modules = [module for part in vars(pipe).values() if isinstance(part, nn.Module) for module in part.modules()]
-    with HFPipeline(pipe).trace(*tiny.args, **tiny.kwargs) as run:
+    with HFPipeline(pipe).trace(*case.args, **case.kwargs) as run:
         inputs = run.preprocess.output
-        hidden = first(run.model[tiny.layer].output)
+        hidden = first(run.model[case.layer].output)
         outputs = run.forward.output
         answer = run.postprocess.output
     assert is_same(run.result, expected)
@@ -98,30 +82,31 @@ def test_a_read_run_has_the_same_result_and_leaves_nothing(tiny):
     assert not any("forward" in vars(module) for module in modules)
 
 
-def test_an_edit_of_a_layer_is_what_a_hook_does(tiny):
-    pipe = tiny.build()
+def test_an_edit_of_a_layer_is_what_a_hook_does(case):
+    pipe = case.build()
     model = HFPipeline(pipe)
-    layer = model.model[tiny.layer]._owner
-    expected = hooked(layer, lambda hidden: hidden * -3, lambda: pipe(*tiny.args, **tiny.kwargs))
-    with model.trace(*tiny.args, **tiny.kwargs) as run:
+    layer = model.model[case.layer]._owner
+    with replaced(layer, lambda output: with_first(output, first(output) * -3)):
+        expected = pipe(*case.args, **case.kwargs)
+    with model.trace(*case.args, **case.kwargs) as run:
         for _ in run.steps:
-            first(run.model[tiny.layer].output).mul_(-3)
+            first(run.model[case.layer].output).mul_(-3)
     assert is_same(run.result, expected)
-    assert not is_same(expected, pipe(*tiny.args, **tiny.kwargs))
+    assert not is_same(expected, pipe(*case.args, **case.kwargs))
 
 
-def test_a_step_is_a_call_of_the_model(tiny):
-    pipe, calls = tiny.build(), []
+def test_a_step_is_a_call_of_the_model(case):
+    pipe, calls = case.build(), []
     handle = pipe.model.register_forward_hook(lambda *call: calls.append(call))
-    pipe(*tiny.args, **tiny.kwargs)
+    pipe(*case.args, **case.kwargs)
     handle.remove()
-    steps = [step.index for step in HFPipeline(pipe).trace(*tiny.args, **tiny.kwargs).steps]
+    steps = [step.index for step in HFPipeline(pipe).trace(*case.args, **case.kwargs).steps]
     assert steps == list(range(len(calls))) != []
 
 
-def test_parts_are_envoys(tiny):
-    pipe = tiny.build()
-    with HFPipeline(pipe).trace(*tiny.args, **tiny.kwargs) as run:
+def test_parts_are_envoys(case):
+    pipe = case.build()
+    with HFPipeline(pipe).trace(*case.args, **case.kwargs) as run:
         name = next(n for n in ("processor", "image_processor", "feature_extractor", "tokenizer") if getattr(pipe, n))
         prepared = run[name].output
         inputs, kwargs = run.model.inputs
@@ -134,10 +119,10 @@ def test_parts_are_envoys(tiny):
 
 @pytest.mark.parametrize("task", GENERATING)
 def test_generating(task):
-    tiny = tiny_pipelines.PIPELINES[task]
-    pipe = tiny.build()
-    expected = pipe(*tiny.args, **tiny.kwargs)
-    with HFPipeline(pipe).generate(*tiny.args, **tiny.kwargs) as run:
+    case = huggingface.PIPELINES[task]
+    pipe = case.build()
+    expected = pipe(*case.args, **case.kwargs)
+    with HFPipeline(pipe).generate(*case.args, **case.kwargs) as run:
         chosen = [int(run.model.lm_head.output[0, -1].argmax()) for _ in run.steps]
     assert is_same(run.result, expected)
     tokenizer = pipe.tokenizer or pipe.processor.tokenizer
@@ -147,20 +132,20 @@ def test_generating(task):
 
 @pytest.mark.parametrize("task", GENERATING)
 def test_the_tokens_of_a_step_and_its_text(task):
-    tiny = tiny_pipelines.PIPELINES[task]
-    pipe = tiny.build()
+    case = huggingface.PIPELINES[task]
+    pipe = case.build()
     model, tokenizer = HFPipeline(pipe), pipe.tokenizer or pipe.processor.tokenizer
-    with model.generate(*tiny.args, **tiny.kwargs) as run:
+    with model.generate(*case.args, **case.kwargs) as run:
         steps = [(int(run.model.lm_head.output[0, -1].argmax()), step.tokens.tolist(), step.text) for step in run.steps]
     assert all(tokens == [said] for said, tokens, _ in steps)
     written = tokenizer.decode([said for said, _, _ in steps], skip_special_tokens=True)
     assert "".join(text for *_, text in steps) == written.rstrip("\ufffd")
-    assert "".join(model.generate(*tiny.args, **tiny.kwargs).stream()) == written.rstrip("\ufffd")
+    assert "".join(model.generate(*case.args, **case.kwargs).stream()) == written.rstrip("\ufffd")
     assert "generate" not in vars(pipe.model)
 
 
 def test_texts_one_after_the_other_and_two_runs_at_once(writer):
-    """Each run is told its own tokens; each text begins anew."""
+    """Each run has its own tokens, and each text begins anew."""
     model, given = HFPipeline(writer), {"max_new_tokens": 3, "min_new_tokens": 3}
     texts = [TEXT, f"{TEXT} above the square"]
     alone = [[step.tokens.tolist() for step in model.generate(text, seed=3, **given).steps] for text in texts]
@@ -198,8 +183,8 @@ def test_seeds(writer):
 
 
 def test_a_pipeline_that_draws_is_seeded():
-    tiny = tiny_pipelines.PIPELINES["text-to-audio"]
-    pipe = tiny.build()
+    case = huggingface.PIPELINES["text-to-audio"]
+    pipe = case.build()
     pipe.model.noise_scale = pipe.model.noise_scale_duration = 0.7
     one, again, other = (HFPipeline(pipe).trace(TEXT, seed=seed).result["audio"] for seed in (0, 0, 1))
     assert np.array_equal(one, again) and not np.array_equal(one, other)
@@ -208,7 +193,7 @@ def test_a_pipeline_that_draws_is_seeded():
 # Batches
 
 
-def test_a_list_goes_through_one_by_one(classifier):
+def test_a_list_is_processed_one_by_one(classifier):
     texts = [TEXT, "the green square", "a photo"]
     with HFPipeline(classifier).trace(texts) as run:
         seen = [run.model.layers[1].output.shape for _ in run.steps]
@@ -236,7 +221,7 @@ def test_rows_of_one_batch(classifier):
     assert run.result[1] != plain[1]
 
 
-def test_what_comes_from_a_generator(classifier):
+def test_inputs_from_a_generator(classifier):
     texts = [TEXT, "the green square"]
     with HFPipeline(classifier).trace(text for text in texts) as run:
         steps = len(list(run.steps))
@@ -247,7 +232,7 @@ def test_what_comes_from_a_generator(classifier):
 # The engine's ways
 
 
-def test_edits_stay(classifier):
+def test_edits_persist(classifier):
     model = HFPipeline(classifier)
 
     @model.edit
@@ -255,7 +240,8 @@ def test_edits_stay(classifier):
         run.model.layers[0].output[:] = 0
 
     layer = model.model.layers[0]._owner
-    expected = hooked(layer, torch.zeros_like, lambda: classifier(TEXT))
+    with replaced(layer, torch.zeros_like):
+        expected = classifier(TEXT)
     assert numb.trace(TEXT).result == expected
     assert model.trace(TEXT).result == classifier(TEXT) != expected
 
@@ -292,13 +278,13 @@ def test_methods_are_assigned(classifier):
 
 def test_scans():
     for task in ("text-classification", "image-classification", "object-detection", "text-generation"):
-        tiny = tiny_pipelines.PIPELINES[task]
-        model = HFPipeline(tiny.build())
-        with model.scan(*tiny.args, **tiny.kwargs) as run:
-            hidden = first(run.model[tiny.layer].output)
+        case = huggingface.PIPELINES[task]
+        model = HFPipeline(case.build())
+        with model.scan(*case.args, **case.kwargs) as run:
+            hidden = first(run.model[case.layer].output)
             assert is_fake(hidden)
-        with model.trace(*tiny.args, **tiny.kwargs) as run:
-            assert first(run.model[tiny.layer].output).shape == hidden.shape
+        with model.trace(*case.args, **case.kwargs) as run:
+            assert first(run.model[case.layer].output).shape == hidden.shape
 
 
 def test_gradients(classifier):
@@ -321,7 +307,7 @@ def test_gradients(classifier):
     assert not {"get_inference_context", "forward"} & vars(classifier).keys()
 
 
-def test_gradients_through_writing(writer):
+def test_gradients_through_generation(writer):
     with HFPipeline(writer).generate(TEXT, max_new_tokens=2, do_sample=False, grad=True) as run:
         hidden = run.model.layers[1].output
         hidden.retain_grad()
@@ -335,16 +321,16 @@ def test_gradients_through_writing(writer):
 
 
 def test_standard_names():
-    pipe = tiny_pipelines.PIPELINES["zero-shot-image-classification"].build()
+    pipe = huggingface.PIPELINES["zero-shot-image-classification"].build()
     model = HFPipeline(pipe)
     net = pipe.model
     assert model.model.vision_model.layers[0]._owner is net.vision_model.encoder.layers[0]
     assert model.model.text_model.ln_final._owner is net.text_model.final_layer_norm
     assert model.model.vision_model.layers[0].mlp._owner is net.vision_model.encoder.layers[0].mlp
-    writer = HFPipeline(tiny_pipelines.PIPELINES["text-generation"].build())
+    writer = HFPipeline(huggingface.PIPELINES["text-generation"].build())
     assert writer.model.lm_head._owner is writer.pipeline.model.lm_head
     assert writer.model.embed_tokens._owner is writer.pipeline.model.transformer.wte
-    bert = HFPipeline(tiny_pipelines.PIPELINES["text-classification"].build())
+    bert = HFPipeline(huggingface.PIPELINES["text-classification"].build())
     assert bert.model.layers[0].self_attn.path == "model.layers[0].self_attn"
     with pytest.raises(PointNotFoundError):
         bert.model.lm_head
@@ -382,7 +368,7 @@ def test_a_task_and_a_folder(classifier, tmp_path):
         (torch.nn.Linear(1, 1), {}, "HFPipeline takes transformers.pipeline"),
     ],
 )
-def test_what_is_no_pipeline(source, given, match):
+def test_sources_that_are_not_pipelines(source, given, match):
     with pytest.raises(InputError, match=match):
         HFPipeline(source, **given)
 

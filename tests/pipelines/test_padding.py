@@ -1,11 +1,11 @@
-"""Texts of several lengths in one batch: each row is computed as it would be alone, in every kind of architecture."""
+"""Texts of several lengths in one batch: each row is computed as if it were alone, in every kind of architecture."""
 
-import architectures
 import pytest
 import torch
 
 from diffsight import LanguageModel, logit_lens
 from diffsight.errors import InputError
+from models import architectures
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -33,7 +33,7 @@ ON_THE_RIGHT = ["bart", "pegasus", "marian", "rwkv", "xlstm", "deepseek_v32"]
 
 
 @pytest.mark.parametrize("kind", ON_THE_LEFT + ON_THE_RIGHT)
-def test_a_row_is_what_it_would_be_alone(kind):
+def test_a_row_is_computed_as_if_it_were_alone(kind):
     net = architectures.build_causal(kind)
     model = LanguageModel(net)
     with model.trace(BATCH) as run:
@@ -51,7 +51,7 @@ def test_a_row_is_what_it_would_be_alone(kind):
     assert torch.allclose(both[1, -1, 0], net(SHORT[None]).logits[0, -1], atol=1e-5)
 
 
-def test_writing_where_padding_cannot_be_left_out():
+def test_generating_where_padding_cannot_be_ignored():
     model = LanguageModel(architectures.build_causal("rwkv"))
     with pytest.raises(InputError, match="RwkvForCausalLM cannot ignore padding"):
         model.generate(BATCH, max_new_tokens=2)
@@ -59,7 +59,7 @@ def test_writing_where_padding_cannot_be_left_out():
     assert len(model.generate(alike, max_new_tokens=2).result) == 2
 
 
-def test_roberta_writes_to_several_lengths():
+def test_roberta_generates_from_several_lengths():
     model = LanguageModel(architectures.build_causal("roberta"))
     arguments = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 1}
     both = model.generate(BATCH, **arguments).result[:, -3:]

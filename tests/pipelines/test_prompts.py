@@ -1,4 +1,4 @@
-"""Prompts, seeds and arguments that cannot be drawn are refused before anything runs."""
+"""Invalid prompts, seeds and arguments raise an error before anything runs."""
 
 import warnings
 
@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-import tiny
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.prompts import PromptWarning
+from helpers import refusal
+from models import diffusion
 
 CLIP = "diffsight/shapes-clip"
 EMPTY = ["", "  \n", [""], ["a red circle", " "], []]
 
 
 def watched(pipe):
-    """A model, and the list of the components that have run."""
+    """Return a model and the list of the components that have run."""
     ran = []
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
@@ -31,18 +32,12 @@ def watched(pipe):
     return DiffusionModel(pipe), ran
 
 
-@pytest.fixture
-def sd():
-    return tiny.stable_diffusion()
-
-
-def refusal(pipe, *args, **kwargs):
-    """The message that a call is refused with, before any component has run."""
+def refusal_before_running(pipe, *args, **kwargs):
+    """Return the message of the error that a call raises, and check that no component has run."""
     model, ran = watched(pipe)
-    with pytest.raises(InputError) as error:
-        model.generate(*args, **kwargs)
+    message = refusal(model.generate, *args, **kwargs)
     assert ran == []
-    return str(error.value)
+    return message
 
 
 # Empty prompts
@@ -51,16 +46,16 @@ def refusal(pipe, *args, **kwargs):
 @pytest.mark.parametrize("prompt", EMPTY, ids=repr)
 @pytest.mark.parametrize("name", ["stable_diffusion", "flux", "pixart_sigma", "sana", "wan"])
 def test_an_empty_prompt(name, prompt):
-    message = refusal(tiny.PIPELINES[name].build(), prompt, seed=0)
+    message = refusal_before_running(diffusion.PIPELINES[name].build(), prompt, seed=0)
     assert "empty" in message
 
 
 @pytest.mark.parametrize("prompt", [3, ["a red circle", None], b"a red circle"], ids=repr)
-def test_a_prompt_that_is_no_text(sd, prompt):
-    assert "a prompt is a string, not" in refusal(sd, prompt, seed=0)
+def test_a_prompt_that_is_not_text(sd, prompt):
+    assert "a prompt is a string, not" in refusal_before_running(sd, prompt, seed=0)
 
 
-def test_an_empty_negative_prompt_is_none_of_these(sd):
+def test_an_empty_negative_prompt_is_accepted(sd):
     call = {"num_inference_steps": 1, "output_type": "pt"}
     images = DiffusionModel(sd).generate("a red circle", negative_prompt="", seed=0, **call).images
     generator = torch.Generator().manual_seed(0)
@@ -76,12 +71,14 @@ def test_no_prompt_at_all_is_left_to_the_pipeline(sd):
 
 
 def words(count):
-    """So many words, each of them one token of every tokenizer in these pipelines."""
+    """Return a number of words, each of which is one token in every tokenizer of these pipelines."""
     return " ".join(["red"] * count)
 
 
 def test_words_that_the_tokenizer_drops_are_named(sd):
-    message = refusal(sd, words(75) + " blue circle above", seed=0)  # 77 tokens, two of them start and end
+    message = refusal_before_running(
+        sd, words(75) + " blue circle above", seed=0
+    )  # 77 tokens, two of them start and end
     assert "77" in message
     assert "'blue circle above'" in message
     assert "red" not in message
@@ -89,31 +86,33 @@ def test_words_that_the_tokenizer_drops_are_named(sd):
 
 def test_the_longest_prompt_that_fits(sd):
     DiffusionModel(sd).generate(words(75), seed=0)
-    assert "'red'" in refusal(sd, words(76), seed=0)
+    assert "'red'" in refusal_before_running(sd, words(76), seed=0)
 
 
 def test_one_of_several_prompts_is_too_long(sd):
-    assert "'blue circle'" in refusal(sd, ["a red circle", words(75) + " blue circle"], seed=0)
+    assert "'blue circle'" in refusal_before_running(sd, ["a red circle", words(75) + " blue circle"], seed=0)
 
 
 def test_an_encoder_without_a_start_token():
-    pipe = tiny.PIPELINES["pixart_sigma"].build()
-    message = refusal(pipe, words(15) + " blue circle", seed=0, max_sequence_length=16)  # the 16th is the end
+    pipe = diffusion.PIPELINES["pixart_sigma"].build()
+    message = refusal_before_running(
+        pipe, words(15) + " blue circle", seed=0, max_sequence_length=16
+    )  # the 16th is the end
     assert "16" in message
     assert "'blue circle'" in message
     DiffusionModel(pipe).generate(words(15), seed=0, max_sequence_length=16)
 
 
 def test_the_default_length_of_the_pipeline_counts():
-    pipe = tiny.PIPELINES["cogvideox"].build()
+    pipe = diffusion.PIPELINES["cogvideox"].build()
     pipe.tokenizer.model_max_length = 512
-    assert "226" in refusal(pipe, words(225) + " blue circle", seed=0)  # CogVideoX reads 226 tokens
+    assert "226" in refusal_before_running(pipe, words(225) + " blue circle", seed=0)  # CogVideoX reads 226 tokens
     DiffusionModel(pipe).generate(words(225), seed=0)
 
 
-def test_one_tokenizer_that_takes_all_of_it_is_enough():
-    pipe = tiny.PIPELINES["stable_diffusion_3"].build()
-    assert "77" in refusal(pipe, words(100), seed=0)
+def test_one_tokenizer_that_fits_the_prompt_is_enough():
+    pipe = diffusion.PIPELINES["stable_diffusion_3"].build()
+    assert "77" in refusal_before_running(pipe, words(100), seed=0)
     pipe.tokenizer_3.model_max_length = 512  # T5's real length
     DiffusionModel(pipe).generate(words(100), seed=0, max_sequence_length=256)
 
@@ -127,7 +126,7 @@ def test_a_prompt_that_is_encoded_already_is_not_checked(sd):
 # Words that the model does not know
 
 
-def test_unknown_words_are_warned_of_at_the_users_line():
+def test_unknown_words_give_a_warning_at_the_users_line():
     model = DiffusionModel(CLIP)
     with pytest.warns(PromptWarning) as seen:
         model.generate("a pink circle above a dragon", seed=0)
@@ -143,16 +142,16 @@ def test_unknown_words_are_warned_of_at_the_users_line():
 
 
 def test_unknown_characters_of_another_tokenizer():
-    pipe = tiny.PIPELINES["pixart_sigma"].build()
+    pipe = diffusion.PIPELINES["pixart_sigma"].build()
     with pytest.warns(PromptWarning, match="does not know '北京'. It knows: .*▁red"):
         DiffusionModel(pipe).generate("a red 北京", seed=0)
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "flux", "pixart_sigma", "sana"])
-def test_known_words_are_not_warned_of(name):
+def test_known_words_give_no_warning(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error", PromptWarning)
-        DiffusionModel(tiny.PIPELINES[name].build()).generate("a red circle above a blue square", seed=0)
+        DiffusionModel(diffusion.PIPELINES[name].build()).generate("a red circle above a blue square", seed=0)
 
 
 def test_the_words_of_the_scenes_are_known():
@@ -167,15 +166,15 @@ def test_the_words_of_the_scenes_are_known():
 
 
 @pytest.mark.parametrize("seed", [-1, [-1], True, 1.5, "3", [0.5], [None]], ids=repr)
-def test_a_seed_that_is_none(sd, seed):
+def test_a_seed_of_the_wrong_type(sd, seed):
     bad = seed[0] if isinstance(seed, list) else seed
-    message = refusal(sd, "a red circle", seed=seed)
+    message = refusal_before_running(sd, "a red circle", seed=seed)
     assert "a seed is a whole number from 0 to" in message
     assert repr(bad) in message
 
 
 def test_a_seed_that_is_too_large(sd):
-    assert str(2**64) in refusal(sd, "a red circle", seed=2**64)
+    assert str(2**64) in refusal_before_running(sd, "a red circle", seed=2**64)
 
 
 @pytest.mark.parametrize(
@@ -189,16 +188,16 @@ def test_a_seed_that_is_too_large(sd):
 )
 @pytest.mark.parametrize("seeds", [[], [0, 1, 2]], ids=repr)
 def test_a_list_of_seeds_of_the_wrong_length(sd, call, images, seeds):
-    message = refusal(sd, **call, seed=seeds)
+    message = refusal_before_running(sd, **call, seed=seeds)
     assert f"{len(seeds)} seeds for {images} image" in message
 
 
-def test_a_list_of_seeds_of_the_wrong_length_for_unconditional_pictures():
-    assert "3 seeds for 2 images" in refusal(tiny.ddpm(), batch_size=2, seed=[1, 2, 3])
+def test_a_list_of_seeds_of_the_wrong_length_for_unconditional_images():
+    assert "3 seeds for 2 images" in refusal_before_running(diffusion.ddpm(), batch_size=2, seed=[1, 2, 3])
 
 
 def test_seed_and_generator_exclude_each_other(sd):
-    message = refusal(sd, "a red circle", seed=0, generator=torch.Generator())
+    message = refusal_before_running(sd, "a red circle", seed=0, generator=torch.Generator())
     assert "seed" in message
     assert "generator" in message
 
@@ -207,22 +206,22 @@ def test_seed_and_generator_exclude_each_other(sd):
 
 
 def test_an_argument_that_the_pipeline_does_not_have():
-    message = refusal(tiny.PIPELINES["flux"].build(), "a red circle", num_inference_step=3)
+    message = refusal_before_running(diffusion.PIPELINES["flux"].build(), "a red circle", num_inference_step=3)
     assert "FluxPipeline" in message
     assert "did you mean 'num_inference_steps'" in message
 
 
 def test_an_argument_that_is_given_twice(sd):
-    assert "prompt" in refusal(sd, "a red circle", prompt="a red circle")
+    assert "prompt" in refusal_before_running(sd, "a red circle", prompt="a red circle")
 
 
 def test_a_prompt_for_a_pipeline_that_takes_none():
-    assert "prompt" in refusal(tiny.ddpm(), prompt="a red circle", seed=0)
-    assert "DDPMPipeline" in refusal(tiny.ddpm(), "a red circle", seed=0)
+    assert "prompt" in refusal_before_running(diffusion.ddpm(), prompt="a red circle", seed=0)
+    assert "DDPMPipeline" in refusal_before_running(diffusion.ddpm(), "a red circle", seed=0)
 
 
 @pytest.mark.parametrize("name", ["stable_diffusion", "flux"])
 def test_a_mistyped_argument_is_refused_even_where_the_pipeline_would_ignore_it(name):
-    model = DiffusionModel(tiny.PIPELINES[name].build())
+    model = DiffusionModel(diffusion.PIPELINES[name].build())
     with pytest.raises(InputError, match=r"'num_inference_step'.*did you mean 'num_inference_steps'"):
         model.generate("a red circle", num_inference_step=3)

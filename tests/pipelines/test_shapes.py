@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes, the reader that turns pictures back into them, and the pipeline trained on them."""
+"""Scenes of coloured shapes, the reader that turns images back into them, and the pipeline trained on them."""
 
 import itertools
 import random
@@ -38,7 +38,7 @@ def scenes(count, seed=0, **kind):
 
 
 def middle(image, color):
-    """Row and column around which the pixels of a colour lie."""
+    """Return the mean row and column of the pixels of a colour."""
     pixels = np.asarray(image).astype(int)
     return np.argwhere(np.abs(pixels - COLORS[color]).max(-1) < 8).mean(0)
 
@@ -89,21 +89,21 @@ def test_the_canonical_spelling_has_no_nouns():
 @pytest.mark.parametrize(
     "relation, axis, first", [("above", 0, "red"), ("below", 0, "blue"), ("left of", 1, "red"), ("right of", 1, "blue")]
 )
-def test_the_picture_shows_the_relation(relation, axis, first):
+def test_the_image_shows_the_relation(relation, axis, first):
     for seed in range(10):
         image = render(Scene((RED, BLUE), relation, "gray"), random.Random(seed))
         other = "blue" if first == "red" else "red"
         assert middle(image, first)[axis] + 10 < middle(image, other)[axis]
 
 
-def test_a_picture_is_64_by_64_of_the_colours_named():
+def test_an_image_is_64_by_64_of_the_colours_named():
     image = render(Scene((RED,), None, "gray"), random.Random(0))
     assert (image.size, image.mode) == ((64, 64), "RGB")
     colors = [color for _, color in sorted(image.getcolors(), reverse=True)]
     assert colors[:2] == [BACKGROUNDS["gray"], COLORS["red"]]
 
 
-def test_a_seed_makes_the_same_scenes_and_pictures_again():
+def test_a_seed_makes_the_same_scenes_and_images_again():
     assert scenes(50, seed=5, noun_rate=0.3) == scenes(50, seed=5, noun_rate=0.3)
     assert scenes(50, seed=5) != scenes(50, seed=6)
     one, other = (render(Scene((RED, BLUE), "above", "gray"), random.Random(seed)) for seed in (1, 2))
@@ -175,7 +175,7 @@ def test_the_reader_reads_other_sizes():
     assert read_scene(image.resize((128, 128), Image.NEAREST)) == scene
 
 
-def test_the_reader_sees_nothing_in_an_empty_picture_or_a_crowd():
+def test_the_reader_sees_nothing_in_an_empty_image_or_a_crowd():
     assert read_scene(Image.new("RGB", (64, 64))) is None
     crowd = Image.new("RGB", (64, 64))
     for corner in ((4, 4), (4, 40), (40, 4)):
@@ -218,7 +218,7 @@ def pipe(name):
 
 @pytest.fixture(scope="module")
 def asked():
-    """Two things in each of 24 captions, every relation six times."""
+    """Return 24 captions of two things each, with every relation six times."""
     rng, wanted = random.Random(11), []
     while len(wanted) < 24:
         scene = sample_scene(rng, two=1.0)
@@ -228,7 +228,7 @@ def asked():
 
 
 def faithful(asked, images):
-    """The share of pictures whose colours, shapes and relation are those asked for."""
+    """Return the share of images whose colours, shapes and relation match the captions."""
     right = 0
     for scene, image in zip(asked, images, strict=True):
         want, seen = scene.canonical(), read_scene(image)

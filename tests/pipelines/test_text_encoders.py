@@ -1,15 +1,14 @@
-"""What is found about the text encoders of a pipeline, compared with hooks written by hand."""
+"""What is found about the text encoders of a pipeline, compared with hand-written hooks."""
 
 import pytest
-import text_pipelines
 import torch
-from text_pipelines import PROMPT, TEXT_PIPELINES
 
-import tiny
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.encoding import encode_prompt
 from diffsight.pipelines.diffusion.text_encoders import find_encoders
+from models import diffusion, text_encoders
+from models.text_encoders import PROMPT, TEXT_PIPELINES
 
 # For each encoder: the layer whose output the pipeline uses (and whether through the final norm), whether it uses a
 # pooled vector, and an argument of the denoiser, or of a component before it, where these end up.
@@ -54,12 +53,12 @@ WANTED = {
 
 
 def found_in(name):
-    """What is found of a pipeline in a call with arguments of its own."""
-    return find_encoders(DiffusionModel(text_pipelines.built(name)), **TEXT_PIPELINES[name].inputs())
+    """Return what is found about a pipeline in a call with its own arguments."""
+    return find_encoders(DiffusionModel(text_encoders.built(name)), **TEXT_PIPELINES[name].inputs())
 
 
 @pytest.mark.parametrize("name", WANTED)
-def test_what_a_pipeline_takes_of_its_encoders(name):
+def test_what_a_pipeline_uses_of_its_encoders(name):
     found = found_in(name)
     assert list(found) == list(WANTED[name])
     for path, (used, pooled, place) in WANTED[name].items():
@@ -76,7 +75,7 @@ def test_every_text_pipeline_is_checked():
 
 @pytest.mark.parametrize("name", WANTED)
 def test_the_layers_and_the_norm_are_modules_of_the_pipeline(name):
-    pipe = text_pipelines.built(name)
+    pipe = text_encoders.built(name)
     for path, encoder in found_in(name).items():
         layers = pipe.components[path].get_submodule(encoder.layers.partition(".")[2])
         assert len(layers) == encoder.count
@@ -89,7 +88,7 @@ def test_the_layers_and_the_norm_are_modules_of_the_pipeline(name):
 
 def test_the_used_hidden_state_is_what_encode_prompt_returns():
     """SDXL, by hand: the last but one hidden states side by side, and the projected vector of the second."""
-    pipe = text_pipelines.built("stable_diffusion_xl")
+    pipe = text_encoders.built("stable_diffusion_xl")
     embeds, _, pooled, _ = pipe.encode_prompt(PROMPT, device="cpu", do_classifier_free_guidance=False)
     encoded = encode_prompt(DiffusionModel(pipe), PROMPT, num_inference_steps=1, guidance_scale=1.0)
     first, second = encoded["text_encoder"], encoded["text_encoder_2"]
@@ -98,7 +97,7 @@ def test_the_used_hidden_state_is_what_encode_prompt_returns():
 
 
 def test_encode_prompt_returns_the_hidden_states_of_the_bare_encoder():
-    pipe = text_pipelines.built("flux")
+    pipe = text_encoders.built("flux")
     encoded = encode_prompt(DiffusionModel(pipe), PROMPT, max_sequence_length=16)["text_encoder_2"]
     given = pipe.tokenizer_2([PROMPT], padding="max_length", max_length=16, return_tensors="pt")
     with torch.no_grad():
@@ -113,7 +112,7 @@ def test_encode_prompt_returns_the_hidden_states_of_the_bare_encoder():
 
 
 def test_encode_tells_the_prompt_from_the_negative_prompt():
-    pipe = text_pipelines.built("stable_diffusion")
+    pipe = text_encoders.built("stable_diffusion")
     encoded = encode_prompt(DiffusionModel(pipe), PROMPT, negative_prompt="a blue photo")["text_encoder"]
     given = pipe.tokenizer([PROMPT], padding="max_length", return_tensors="pt")
     assert torch.equal(encoded.ids, given.input_ids[0])
@@ -122,8 +121,8 @@ def test_encode_tells_the_prompt_from_the_negative_prompt():
 # Looking them up
 
 
-def test_print_tells_what_was_found():
-    text = str(DiffusionModel(text_pipelines.built("stable_diffusion_xl")).encoders)
+def test_print_shows_what_was_found():
+    text = str(DiffusionModel(text_encoders.built("stable_diffusion_xl")).encoders)
     assert text.splitlines() == [
         "StableDiffusionXLPipeline",
         "text_encoder: CLIPTextModel, 3 layers, 16 features, tokens from tokenizer",
@@ -143,7 +142,7 @@ def test_print_tells_what_was_found():
 
 
 def test_notebooks_show_a_table():
-    shown = DiffusionModel(text_pipelines.built("stable_diffusion_xl")).encoders._repr_html_()
+    shown = DiffusionModel(text_encoders.built("stable_diffusion_xl")).encoders._repr_html_()
     assert shown.count("<tr>") == 4  # a head, and a row for each of three uses
     assert "layer 1 (the last but one)" in shown
     assert "added_cond_kwargs[&#x27;text_embeds&#x27;]" in shown
@@ -151,27 +150,27 @@ def test_notebooks_show_a_table():
 
 @pytest.mark.parametrize("name", ["img2img", "inpaint", "controlnet"])
 def test_a_pipeline_that_requires_images(name):
-    encoder = DiffusionModel(tiny.PIPELINES[name].build()).encoders["text_encoder"]
+    encoder = DiffusionModel(diffusion.PIPELINES[name].build()).encoders["text_encoder"]
     assert encoder.used_layers == (2,)
     assert encoder.used_count == 3
 
 
 def test_a_pipeline_without_text_has_none():
-    found = DiffusionModel(tiny.ddpm()).encoders
+    found = DiffusionModel(diffusion.ddpm()).encoders
     assert len(found) == 0
-    with pytest.raises(InputError, match="DDPMPipeline has no text encoder"):
+    with pytest.raises(InputError, match="needs a text encoder, but DDPMPipeline has none"):
         found.choose()
 
 
-def test_a_pipeline_whose_defaults_do_not_do():
-    model = DiffusionModel(text_pipelines.built("flux2"))  # it uses layer 27 of four
+def test_a_pipeline_whose_defaults_fail():
+    model = DiffusionModel(text_encoders.built("flux2"))  # it uses layer 27 of four
     with pytest.raises(InputError, match=r"Flux2KleinPipeline cannot be called with a prompt and its defaults alone"):
         model.encoders
     assert find_encoders(model, **TEXT_PIPELINES["flux2"].inputs())["text_encoder"].used_layers == (0, 2)
 
 
-def test_an_encoder_that_is_not_there():
-    found = DiffusionModel(text_pipelines.built("flux")).encoders
+def test_an_encoder_that_does_not_exist():
+    found = DiffusionModel(text_encoders.built("flux")).encoders
     with pytest.raises(InputError, match=r"no text encoder 'text_encoder_3'.*: it has text_encoder, text_encoder_2"):
         found.choose("text_encoder_3")
     assert found.choose("text_encoder").name == "text_encoder"
@@ -179,19 +178,19 @@ def test_an_encoder_that_is_not_there():
 
 
 def test_they_are_found_once_until_a_component_is_exchanged():
-    model = DiffusionModel(text_pipelines.TEXT_PIPELINES["stable_diffusion"].build())
+    model = DiffusionModel(text_encoders.TEXT_PIPELINES["stable_diffusion"].build())
     calls = []
     model.pipeline.text_encoder.register_forward_hook(lambda module, args, output: calls.append(module))
     assert model.encoders is model.encoders
     once = len(calls)
     assert model.encoders.choose().count == 3
     assert len(calls) == once
-    model.text_encoder = text_pipelines.built("stable_diffusion_2").text_encoder
+    model.text_encoder = text_encoders.built("stable_diffusion_2").text_encoder
     assert model.encoders.choose().count == 4
 
 
 def test_looking_leaves_nothing_behind():
-    pipe = text_pipelines.TEXT_PIPELINES["stable_diffusion"].build()
+    pipe = text_encoders.TEXT_PIPELINES["stable_diffusion"].build()
     model = DiffusionModel(pipe)
 
     @model.edit

@@ -20,12 +20,12 @@ def precision():
     torch.set_float32_matmul_precision(before)
 
 
-def test_the_things_in_each_place_are_those_of_the_picture():
-    pictures, captions, things = make_data(40, seed=0)
-    assert len(captions) == 2 * len(pictures)
+def test_the_things_in_each_place_are_those_of_the_image():
+    images, captions, things = make_data(40, seed=0)
+    assert len(captions) == 2 * len(images)
     nothing = (len(COLORS), len(SHAPES))
-    for picture, told in zip(pictures, things.tolist(), strict=True):
-        seen = read_scene(Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy()))).things
+    for image, told in zip(images, things.tolist(), strict=True):
+        seen = read_scene(Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).numpy()))).things
         found = [(list(COLORS).index(thing.color), SHAPES.index(thing.shape)) for thing in seen]
         assert list(map(tuple, told)) == [*found, nothing][:2]
     assert things[:, 1, 0].eq(nothing[0]).any()  # scenes of one thing are among them

@@ -1,12 +1,12 @@
-"""What a model does between its last layer and its logits: `project_on_vocab` does the same."""
+"""`project_on_vocab` does what a model does between its last layer and its logits."""
 
-import architectures
 import pytest
 import torch
 import transformers
 
 from diffsight import LanguageModel
 from diffsight.extending import tree_of
+from models import architectures
 
 # A norm and a head alone; a cap, a scale, a divisor, a scale before the head, several streams, another layout.
 KINDS = ("gpt2", "gemma2", "cohere", "granite", "minicpm3", "deepseek_v4", "xlnet")
@@ -19,7 +19,7 @@ def kind(request):
 
 
 def last_hidden(net, ids, layers):
-    """What the last layer gives, by a plain hook."""
+    """Return the output of the last layer, from a plain hook."""
     seen = []
     hook = net.get_submodule(layers)[-1].register_forward_hook(lambda module, args, output: seen.append(output))
     logits = net(ids).logits

@@ -1,9 +1,8 @@
-"""VisionLanguageModel: pictures and texts in, image tokens out, on models of transformers; against the bare ones."""
+"""VisionLanguageModel: images, texts and image tokens, compared with the bare models of transformers."""
 
 import base64
 import io
 
-import architectures
 import numpy as np
 import pytest
 import torch
@@ -11,15 +10,15 @@ import transformers
 from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-import tiny
-import tiny_vision
 from diffsight import VisionLanguageModel
 from diffsight.errors import InputError, PointNotFoundError, ScanError
 from diffsight.pipelines.vision_language.processors import placeholder
+from helpers import replaced
+from models import architectures, diffusion, vision_language
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-PICTURE = tiny.PICTURE
+IMAGE = diffusion.IMAGE
 OTHER = Image.radial_gradient("L").resize((48, 32)).convert("RGB")
 TEXT, LONGER = "a red circle", "a photo of a blue square above the red circle"
 FOUR = {"max_new_tokens": 4, "do_sample": False}
@@ -30,36 +29,27 @@ CHAT = (
 )
 
 
-@pytest.fixture(params=tiny_vision.MODELS)
+@pytest.fixture(params=vision_language.MODELS)
 def kind(request):
     return request.param
 
 
 @pytest.fixture
 def both(kind):
-    """A model, and its processor."""
-    return tiny_vision.MODELS[kind]()
+    """Return a model and its processor."""
+    return vision_language.MODELS[kind]()
 
 
 @pytest.fixture
 def llava():
-    return VisionLanguageModel(tiny_vision.llava())
+    return VisionLanguageModel(vision_language.llava())
 
 
-def bare_inputs(processor, text=TEXT, pictures=(PICTURE,), **more):
-    """What a user gives to the model by hand."""
-    text = placeholder(processor) * len(pictures) + text
-    values = processor(images=[list(pictures)], text=[text], return_tensors="pt", **more)
+def bare_inputs(processor, text=TEXT, images=(IMAGE,), **more):
+    """Return the inputs that a user would pass to the bare model."""
+    text = placeholder(processor) * len(images) + text
+    values = processor(images=[list(images)], text=[text], return_tensors="pt", **more)
     return {name: value for name, value in values.items() if name != "labels"}  # PaliGemma's, for training
-
-
-def hooked(module, change, function):
-    """What `function` gives while `module` gives what `change` makes of its output."""
-    handle = module.register_forward_hook(lambda module, args, output: change(output))
-    try:
-        return function()
-    finally:
-        handle.remove()
 
 
 # Every kind of model
@@ -68,25 +58,25 @@ def hooked(module, change, function):
 def test_runs_like_the_bare_model(both):
     net, processor = both
     model, values = VisionLanguageModel(both), bare_inputs(processor)
-    run = model.trace(TEXT, images=PICTURE)
+    run = model.trace(TEXT, images=IMAGE)
     assert torch.equal(run.result.logits, net(**values).logits)
     assert torch.equal(run.tokens, values["input_ids"])
     assert not torch.equal(run.result.logits, model.trace(TEXT, OTHER).result.logits[:, : run.tokens.shape[1]])
 
 
-def test_writes_like_the_bare_model(both):
+def test_generates_like_the_bare_model(both):
     net, processor = both
     expected = net.generate(**bare_inputs(processor), **FOUR)
-    run = VisionLanguageModel(both).generate(TEXT, images=PICTURE, **FOUR)
+    run = VisionLanguageModel(both).generate(TEXT, images=IMAGE, **FOUR)
     assert torch.equal(run.result, expected)
     start = run.tokens.shape[1]
     assert run.text == processor.tokenizer.decode(expected[0, start:], skip_special_tokens=True)
 
 
-def test_goes_through_the_tokens_it_writes(both):
+def test_steps_through_the_generated_tokens(both):
     net, processor = both
     values = bare_inputs(processor)
-    with VisionLanguageModel(both).generate(TEXT, PICTURE, **FOUR) as run:
+    with VisionLanguageModel(both).generate(TEXT, IMAGE, **FOUR) as run:
         chosen = [(step.index, int(run.logits[0, -1].argmax()), int(step.tokens)) for step in run.steps]
     written = net.generate(**values, **FOUR)[0, values["input_ids"].shape[1] :].tolist()
     assert chosen == [(i, token, token) for i, token in enumerate(written)]
@@ -95,8 +85,9 @@ def test_goes_through_the_tokens_it_writes(both):
 def test_edits_a_layer_of_the_language_model_like_a_hook(both):
     net, processor = both
     values, model = bare_inputs(processor), VisionLanguageModel(both)
-    expected = hooked(model.layers[1]._owner, lambda hidden: hidden * -2, lambda: net(**values).logits)
-    with model.trace(TEXT, PICTURE) as run:
+    with replaced(model.layers[1]._owner, lambda hidden: hidden * -2):
+        expected = net(**values).logits
+    with model.trace(TEXT, IMAGE) as run:
         run.layers_output[1] = run.layers_output[1] * -2
     assert torch.equal(run.result.logits, expected)
     assert not torch.equal(expected, net(**values).logits)
@@ -109,14 +100,15 @@ def test_edits_a_layer_of_the_vision_tower_like_a_hook(both):
     def doubled(output):
         return (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2
 
-    expected = hooked(model.vision.layers[0]._owner, doubled, lambda: net(**values).logits)
-    with model.trace(TEXT, PICTURE) as run:
+    with replaced(model.vision.layers[0]._owner, doubled):
+        expected = net(**values).logits
+    with model.trace(TEXT, IMAGE) as run:
         run.vision.layers[0].output = doubled(run.vision.layers[0].output)
     assert torch.equal(run.result.logits, expected)
     assert not torch.equal(expected, net(**values).logits)
 
 
-def test_answers_to_the_standard_names(both):
+def test_has_the_standard_names(both):
     net, _ = both
     model = VisionLanguageModel(both)
     assert model.lm_head._owner is net.get_output_embeddings()
@@ -128,34 +120,34 @@ def test_answers_to_the_standard_names(both):
 
 def test_a_row_is_computed_as_it_would_be_alone(both):
     model = VisionLanguageModel(both)
-    together = model.trace([TEXT, LONGER], [PICTURE, OTHER])
-    for text, picture, logits in zip([TEXT, LONGER], [PICTURE, OTHER], together.result.logits):
-        alone = model.trace(text, picture).result.logits[0]
+    together = model.trace([TEXT, LONGER], [IMAGE, OTHER])
+    for text, image, logits in zip([TEXT, LONGER], [IMAGE, OTHER], together.result.logits):
+        alone = model.trace(text, image).result.logits[0]
         assert torch.allclose(logits[-len(alone) :], alone, atol=1e-5)
-    written = [model.generate(text, picture, **FOUR).text for text, picture in ((TEXT, PICTURE), (LONGER, OTHER))]
-    assert model.generate([TEXT, LONGER], [PICTURE, OTHER], **FOUR).text == written
+    written = [model.generate(text, image, **FOUR).text for text, image in ((TEXT, IMAGE), (LONGER, OTHER))]
+    assert model.generate([TEXT, LONGER], [IMAGE, OTHER], **FOUR).text == written
 
 
-def test_rows_have_their_own_pictures(both):
+def test_rows_have_their_own_images(both):
     model = VisionLanguageModel(both)
     if isinstance(both[0], transformers.LlavaNextForConditionalGeneration):  # whose tiles are not told apart
         with pytest.raises(InputError, match=r"rows\[0\]\.vision\.layers\[0\]\.output cannot be cut into rows"):
-            model.trace([TEXT, LONGER], [PICTURE, OTHER]).rows[0].vision.layers[0].output
+            model.trace([TEXT, LONGER], [IMAGE, OTHER]).rows[0].vision.layers[0].output
         return
-    with model.trace([TEXT, LONGER], [PICTURE, OTHER]) as run:
+    with model.trace([TEXT, LONGER], [IMAGE, OTHER]) as run:
         seen = [row.vision.layers[0].output for row in run.rows]
         whole = run.vision.layers[0].output
         hidden = [row.layers_output[1] for row in run.rows]
-    alone = [model.trace(*one).vision.layers[0].output for one in ((TEXT, PICTURE), (LONGER, OTHER))]
+    alone = [model.trace(*one).vision.layers[0].output for one in ((TEXT, IMAGE), (LONGER, OTHER))]
     assert torch.equal(torch.cat(seen), whole)
     for own, expected in zip(seen, alone):
         assert torch.allclose(own, expected, atol=1e-5)
     assert [len(one) for one in hidden] == [1, 1]
 
 
-def test_image_tokens_are_where_the_picture_is(both):
+def test_image_tokens_are_where_the_image_is(both):
     model = VisionLanguageModel(both)
-    with model.trace([TEXT, LONGER], [PICTURE, OTHER]) as run:
+    with model.trace([TEXT, LONGER], [IMAGE, OTHER]) as run:
         embedded = run.layers_input[0].clone()
         words = model.embed_tokens(run.tokens)
     words *= (embedded[0, -1] / words[0, -1]).mean()  # PaliGemma scales them
@@ -191,9 +183,9 @@ def test_names_of_other_architectures(kind, layers, head, vision):
 
 def test_layers_between_are_not_the_layers():
     net = transformers.IdeficsForVisionText2Text(architectures.small_config("idefics"))
-    with pytest.warns(UserWarning, match="could not be verified"):  # it has no pass without pictures
+    with pytest.warns(UserWarning, match="could not be verified"):  # it has no pass without images
         model = VisionLanguageModel(net)
-    assert model.layers._owner is net.model.layers  # not those that look at the picture, beside them
+    assert model.layers._owner is net.model.layers  # not those that look at the image, beside them
     assert model.vision.layers._owner is net.model.vision_model.encoder.layers
 
 
@@ -203,14 +195,14 @@ def test_layers_between_are_not_the_layers():
 @pytest.mark.parametrize(
     ("build", "side", "shape"),
     [
-        (tiny_vision.llava, 32, (4, 4)),
-        (lambda: tiny_vision.llava("full"), 32, (4, 4)),
-        (tiny_vision.llava_next, 64, (8, 8)),
-        (tiny_vision.paligemma, 32, (4, 4)),
-        (tiny_vision.gemma3, 32, (2, 2)),
-        (tiny_vision.qwen2_vl, 64, (4, 4)),
-        (tiny_vision.idefics3, 64, (4, 4)),
-        (lambda: tiny_vision.idefics3(splits=False), 32, (2, 2)),
+        (vision_language.llava, 32, (4, 4)),
+        (lambda: vision_language.llava("full"), 32, (4, 4)),
+        (vision_language.llava_next, 64, (8, 8)),
+        (vision_language.paligemma, 32, (4, 4)),
+        (vision_language.gemma3, 32, (2, 2)),
+        (vision_language.qwen2_vl, 64, (4, 4)),
+        (vision_language.idefics3, 64, (4, 4)),
+        (lambda: vision_language.idefics3(splits=False), 32, (2, 2)),
     ],
     ids=[
         "llava",
@@ -223,14 +215,14 @@ def test_layers_between_are_not_the_layers():
         "idefics3 without tiles",
     ],
 )
-def test_the_grid_lies_on_the_picture(build, side, shape):
+def test_the_grid_lies_on_the_image(build, side, shape):
     """Without the layers of the vision tower a token knows its own patches only: a spot changes the token under it."""
     model = VisionLanguageModel(build())
     rows, columns = shape
     plain = Image.new("RGB", (side, side), "gray")
 
-    def embedded(picture):
-        with model.trace(TEXT, picture) as run:
+    def embedded(image):
+        with model.trace(TEXT, image) as run:
             for layer in run.vision.layers:
                 layer.skip(layer.input)
             hidden = run.layers_input[0]
@@ -248,8 +240,8 @@ def test_the_grid_lies_on_the_picture(build, side, shape):
         assert changed.max() < there / 4  # a processor that resizes blurs the spot's edges
 
 
-def test_pictures_of_another_shape_have_another_grid():
-    model = VisionLanguageModel(tiny_vision.qwen2_vl())
+def test_images_of_another_shape_have_another_grid():
+    model = VisionLanguageModel(vision_language.qwen2_vl())
     wide, high = Image.new("RGB", (64, 32), "red"), Image.new("RGB", (16, 48), "blue")
     run = model.trace([TEXT, LONGER], [[wide, high], [high]])
     assert [[tuple(grid.shape) for grid in row] for row in run.image_grids] == [[(2, 4), (3, 1)], [(3, 1)]]
@@ -260,8 +252,8 @@ def test_pictures_of_another_shape_have_another_grid():
 
 @torch.no_grad()
 def test_the_grid_of_tiles_without_their_padding():
-    """LLaVA-NeXT has tokens of the picture as a whole, of its tiles, and of the ends of lines."""
-    model = VisionLanguageModel(tiny_vision.llava_next())
+    """LLaVA-NeXT has tokens of the image as a whole, of its tiles, and of the ends of lines."""
+    model = VisionLanguageModel(vision_language.llava_next())
     wide, high = Image.new("RGB", (64, 32), "red"), Image.new("RGB", (40, 60), "blue")
     run = model.trace([TEXT, LONGER], [[wide, high], [Image.new("RGB", (100, 30))]])
     assert [[tuple(grid.shape) for grid in row] for row in run.image_grids] == [[(4, 8), (8, 6)], [(2, 8)]]
@@ -276,22 +268,22 @@ def test_the_grid_of_tiles_without_their_padding():
         assert len(between) == sum(16 + len(grid) for grid in grids)
 
 
-def test_several_pictures_have_a_grid_each():
-    for build in (tiny_vision.llava, tiny_vision.idefics3):
-        run = VisionLanguageModel(build()).trace([TEXT, LONGER, TEXT], [[PICTURE, OTHER], [PICTURE], None])
+def test_several_images_have_a_grid_each():
+    for build in (vision_language.llava, vision_language.idefics3):
+        run = VisionLanguageModel(build()).trace([TEXT, LONGER, TEXT], [[IMAGE, OTHER], [IMAGE], None])
         assert [len(row) for row in run.image_grids] == [2, 1, 0]
         first, second = run.image_grids[0]
         assert first.max() < second.min()
 
 
-def test_tokens_of_a_resampler_lie_on_no_grid():
-    run = VisionLanguageModel(tiny_vision.idefics2()).trace(TEXT, PICTURE)
+def test_tokens_of_a_resampler_have_no_grid():
+    run = VisionLanguageModel(vision_language.idefics2()).trace(TEXT, IMAGE)
     with pytest.raises(InputError, match="lie on no grid, because Idefics2PerceiverResampler"):
         run.image_grids
     assert len(run.image_tokens[0]) == 4
 
 
-def test_a_grid_that_cannot_be_told(llava):
+def test_an_ambiguous_grid(llava):
     values = bare_inputs(llava.processor)
     with llava.trace(values) as run:
         run.stop()
@@ -300,50 +292,50 @@ def test_a_grid_that_cannot_be_told(llava):
         run.image_grids
 
 
-# Pictures
+# Images
 
 
-def as_png(picture):
+def as_png(image):
     file = io.BytesIO()
-    picture.save(file, "png")
+    image.save(file, "png")
     return file.getvalue()
 
 
-def test_pictures_of_every_form(llava, tmp_path):
-    path = tmp_path / "picture.png"
-    PICTURE.save(path)
-    whole = torch.as_tensor(np.array(PICTURE))
+def test_images_in_every_form(llava, tmp_path):
+    path = tmp_path / "image.png"
+    IMAGE.save(path)
+    whole = torch.as_tensor(np.array(IMAGE))
     forms = {
-        "PIL": PICTURE,
+        "PIL": IMAGE,
         "path": path,
         "text": str(path),
-        "list": [PICTURE],
+        "list": [IMAGE],
         "tensor": whole.permute(2, 0, 1),
         "fractions": whole.permute(2, 0, 1) / 255,
         "height first": whole,
-        "array": np.array(PICTURE),
-        "float array": np.array(PICTURE, dtype=np.float64) / 255,
+        "array": np.array(IMAGE),
+        "float array": np.array(IMAGE, dtype=np.float64) / 255,
         "batch": whole.permute(2, 0, 1)[None],
-        "gray": PICTURE.convert("L"),
-        "gray tensor": torch.as_tensor(np.array(PICTURE.convert("L"))),
-        "one channel": torch.as_tensor(np.array(PICTURE.convert("L")))[None],
-        "with alpha": PICTURE.convert("RGBA"),
+        "gray": IMAGE.convert("L"),
+        "gray tensor": torch.as_tensor(np.array(IMAGE.convert("L"))),
+        "one channel": torch.as_tensor(np.array(IMAGE.convert("L")))[None],
+        "with alpha": IMAGE.convert("RGBA"),
     }
-    expected = llava.trace(TEXT, PICTURE).result.logits
+    expected = llava.trace(TEXT, IMAGE).result.logits
     for name, form in forms.items():
         assert torch.equal(llava.trace(TEXT, form).result.logits, expected), name
 
 
-def test_one_picture_goes_with_every_text(llava):
-    run = llava.trace([TEXT, LONGER], PICTURE)
-    expected = llava.trace([TEXT, LONGER], [PICTURE, PICTURE]).result.logits
+def test_one_image_goes_with_every_text(llava):
+    run = llava.trace([TEXT, LONGER], IMAGE)
+    expected = llava.trace([TEXT, LONGER], [IMAGE, IMAGE]).result.logits
     assert torch.equal(run.result.logits, expected)
 
 
-def test_pictures_are_dealt_out_by_their_placeholders(llava):
+def test_images_are_distributed_by_their_placeholders(llava):
     texts = ["<image> a <image> red", "circle", "the <image>"]
-    dealt = llava.trace(texts, [PICTURE, OTHER, PICTURE])
-    nested = llava.trace(texts, [[PICTURE, OTHER], None, [PICTURE]])
+    dealt = llava.trace(texts, [IMAGE, OTHER, IMAGE])
+    nested = llava.trace(texts, [[IMAGE, OTHER], None, [IMAGE]])
     assert torch.equal(dealt.result.logits, nested.result.logits)
     assert [len(positions) for positions in dealt.image_tokens] == [32, 0, 16]
 
@@ -356,9 +348,9 @@ def test_a_text_alone(llava):
     assert run.image_grids == [[]]
 
 
-def test_what_a_processor_has_made(llava):
+def test_inputs_made_by_a_processor(llava):
     values = bare_inputs(llava.processor)
-    expected = llava.trace(TEXT, PICTURE)
+    expected = llava.trace(TEXT, IMAGE)
     for run in (llava.trace(values), llava.trace(**values)):
         assert torch.equal(run.result.logits, expected.result.logits)
         assert torch.equal(run.image_tokens[0], expected.image_tokens[0])
@@ -369,19 +361,19 @@ def test_what_a_processor_has_made(llava):
 
 
 def test_placeholders_are_those_of_the_chat_template():
-    _, processor = tiny_vision.llava()
+    _, processor = vision_language.llava()
     assert placeholder(processor) == "<image>"
     processor.chat_template = CHAT
     assert placeholder(processor) == "<image>\n"
     processor.chat_template = "{{ messages[0]['role'] }}"
     assert placeholder(processor) == "<image>"
-    assert placeholder(tiny_vision.qwen2_vl()[1]) == "<|vision_start|><|image_pad|><|vision_end|>"
+    assert placeholder(vision_language.qwen2_vl()[1]) == "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 def test_a_placeholder_in_the_text_stays_where_it_is(llava):
-    run = llava.trace("a red <image> circle", PICTURE)
+    run = llava.trace("a red <image> circle", IMAGE)
     assert run.image_tokens[0].tolist() == list(range(4, 20))
-    both = llava.trace(["a red <image> circle", LONGER], [PICTURE, OTHER])
+    both = llava.trace(["a red <image> circle", LONGER], [IMAGE, OTHER])
     assert [len(positions) for positions in both.image_tokens] == [16, 16]
 
 
@@ -390,43 +382,43 @@ def test_a_placeholder_in_the_text_stays_where_it_is(llava):
 
 def test_chats(llava, tmp_path):
     llava.processor.chat_template = CHAT
-    path = tmp_path / "picture.png"
-    PICTURE.save(path)
-    data = "data:image/png;base64," + base64.b64encode(as_png(PICTURE)).decode()
+    path = tmp_path / "image.png"
+    IMAGE.save(path)
+    data = "data:image/png;base64," + base64.b64encode(as_png(IMAGE)).decode()
 
-    def chat(**picture):
-        return [{"role": "user", "content": [picture, {"type": "text", "text": TEXT}]}]
+    def chat(**image):
+        return [{"role": "user", "content": [image, {"type": "text", "text": TEXT}]}]
 
     values = llava.processor.apply_chat_template(
-        chat(type="image", image=PICTURE),
+        chat(type="image", image=IMAGE),
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
     )
     forms = [
-        (chat(type="image", image=PICTURE), None),
+        (chat(type="image", image=IMAGE), None),
         (chat(type="image", path=str(path)), None),
         (chat(type="image", url=str(path)), None),
         (chat(type="image_url", image_url={"url": data}), None),
-        (chat(type="image"), PICTURE),
-        ([{"role": "user", "content": TEXT}], PICTURE),
-        ({"role": "user", "content": TEXT}, PICTURE),
-        ([chat(type="image", image=PICTURE)], None),
+        (chat(type="image"), IMAGE),
+        ([{"role": "user", "content": TEXT}], IMAGE),
+        ({"role": "user", "content": TEXT}, IMAGE),
+        ([chat(type="image", image=IMAGE)], None),
     ]
     for form, images in forms:
         run = llava.trace(form, images)
         assert torch.equal(run.tokens, values["input_ids"]), form
         assert torch.equal(run.result.logits, llava._owner(**values).logits), form
-    assert forms[0][0][0]["content"][0]["image"] is PICTURE, "the messages are left as they are"
+    assert forms[0][0][0]["content"][0]["image"] is IMAGE, "the messages are left as they are"
 
 
 def test_several_chats(llava):
     llava.processor.chat_template = CHAT
     chats = [[{"role": "user", "content": TEXT}], [{"role": "user", "content": LONGER}]]
-    run = llava.trace(chats, [PICTURE, OTHER])
-    for chat, picture, logits in zip(chats, (PICTURE, OTHER), run.result.logits):
-        alone = llava.trace(chat, picture).result.logits[0]
+    run = llava.trace(chats, [IMAGE, OTHER])
+    for chat, image, logits in zip(chats, (IMAGE, OTHER), run.result.logits):
+        alone = llava.trace(chat, image).result.logits[0]
         assert torch.allclose(logits[-len(alone) :], alone, atol=1e-5)
 
 
@@ -434,7 +426,7 @@ def test_several_chats(llava):
 
 
 def test_seeds(llava):
-    given = {"images": PICTURE, "max_new_tokens": 6, "do_sample": True}
+    given = {"images": IMAGE, "max_new_tokens": 6, "do_sample": True}
     before = torch.get_rng_state()
     texts = [llava.generate(TEXT, seed=seed, **given).text for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
@@ -443,13 +435,13 @@ def test_seeds(llava):
 
 def test_invokes(llava):
     with llava.trace() as run:
-        with run.invoke(TEXT, images=PICTURE) as first:
+        with run.invoke(TEXT, images=IMAGE) as first:
             hidden = run.layers_output[1]
         with run.invoke(TEXT, images=OTHER) as second:
             run.layers_output[1] = hidden
     assert torch.equal(first.result.logits, second.result.logits)
     assert len(first.image_tokens[0]) == 16
-    assert torch.equal(hidden, llava.trace(TEXT, PICTURE).layers_output[1])
+    assert torch.equal(hidden, llava.trace(TEXT, IMAGE).layers_output[1])
 
 
 def test_edits(llava):
@@ -457,30 +449,30 @@ def test_edits(llava):
     def blind(run):
         run.vision.layers[1].output[:] = 0
 
-    def of(model, picture):
-        return model.trace(TEXT, picture).result.logits
+    def of(model, image):
+        return model.trace(TEXT, image).result.logits
 
-    assert torch.equal(of(blind, PICTURE), of(blind, OTHER))
-    assert not torch.equal(of(llava, PICTURE), of(llava, OTHER))
+    assert torch.equal(of(blind, IMAGE), of(blind, OTHER))
+    assert not torch.equal(of(llava, IMAGE), of(llava, OTHER))
 
 
-@pytest.mark.parametrize("build", [tiny_vision.llava, tiny_vision.qwen2_vl, tiny_vision.paligemma])
+@pytest.mark.parametrize("build", [vision_language.llava, vision_language.qwen2_vl, vision_language.paligemma])
 def test_scans(build):
     model = VisionLanguageModel(build())
 
     def shapes(run):
         return [tuple(run.vision.layers[1].output.shape), tuple(run.layers_output[1].shape), tuple(run.logits.shape)]
 
-    with model.scan(TEXT, images=PICTURE) as run:
+    with model.scan(TEXT, images=IMAGE) as run:
         scanned = shapes(run)
-    with model.trace(TEXT, images=PICTURE) as run:
+    with model.trace(TEXT, images=IMAGE) as run:
         assert scanned == shapes(run)
 
 
-def test_a_scan_does_not_see_which_pictures_are_padding():
+def test_a_scan_does_not_see_which_images_are_padding():
     with (
         pytest.raises(ScanError, match="asks for the values"),
-        VisionLanguageModel(tiny_vision.idefics3()).scan(TEXT, images=PICTURE) as run,
+        VisionLanguageModel(vision_language.idefics3()).scan(TEXT, images=IMAGE) as run,
     ):
         run.logits
 
@@ -498,30 +490,30 @@ def test_gradients_reach_the_pixels(llava):
 
 
 def test_a_folder(tmp_path):
-    net, processor = tiny_vision.llava()
+    net, processor = vision_language.llava()
     net.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     model = VisionLanguageModel(tmp_path)
-    assert torch.equal(model.trace(TEXT, PICTURE).result.logits, net(**bare_inputs(processor)).logits)
+    assert torch.equal(model.trace(TEXT, IMAGE).result.logits, net(**bare_inputs(processor)).logits)
     assert type(model.processor) is transformers.LlavaProcessor
     other = VisionLanguageModel(net, str(tmp_path))
-    assert torch.equal(other.trace(TEXT, PICTURE).result.logits, net(**bare_inputs(processor)).logits)
+    assert torch.equal(other.trace(TEXT, IMAGE).result.logits, net(**bare_inputs(processor)).logits)
 
 
 def test_a_folder_without_a_processor(tmp_path):
-    net, processor = tiny_vision.llava()
+    net, processor = vision_language.llava()
     net.save_pretrained(tmp_path)
     model = VisionLanguageModel(tmp_path)
     with pytest.raises(InputError, match=r"text needs a processor, and the model has none: .*\(source, processor\)"):
-        model.trace(TEXT, PICTURE)
+        model.trace(TEXT, IMAGE)
     assert torch.equal(model.trace(bare_inputs(processor)).result.logits, net(**bare_inputs(processor)).logits)
     processor.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="has no processor that can be loaded: OSError"):
-        VisionLanguageModel(tmp_path).trace(TEXT, PICTURE)
+        VisionLanguageModel(tmp_path).trace(TEXT, IMAGE)
 
 
-def test_names_of_ones_own(llava):
-    net, processor = tiny_vision.llava()
+def test_names_chosen_by_the_user(llava):
+    net, processor = vision_language.llava()
     model = VisionLanguageModel(net, processor, names={"vision": "model.vision_tower.encoder"})
     assert model.vision._owner is net.model.vision_tower.encoder
     with pytest.raises(InputError, match="no module 'nowhere'"):
@@ -535,25 +527,25 @@ def test_names_of_ones_own(llava):
 @pytest.mark.parametrize(
     ("inputs", "images", "match"),
     [
-        ("", PICTURE, "the prompt is empty"),
-        ("   ", PICTURE, "the prompt is empty"),
-        ([TEXT, ""], PICTURE, "the prompt is empty"),
-        (None, PICTURE, "images go with a string, .*, not with nothing"),
-        (torch.tensor([[3, 4]]), PICTURE, "images go with a string, .*, not with Tensor"),
-        ("<image> a <image>", PICTURE, "has 2 placeholders '<image>', but 1 image was passed"),
-        ("<image> a", [PICTURE, OTHER], "has 1 placeholder '<image>', but 2 images were passed"),
+        ("", IMAGE, "the prompt is empty"),
+        ("   ", IMAGE, "the prompt is empty"),
+        ([TEXT, ""], IMAGE, "the prompt is empty"),
+        (None, IMAGE, "images go with a string, .*, not with nothing"),
+        (torch.tensor([[3, 4]]), IMAGE, "images go with a string, .*, not with Tensor"),
+        ("<image> a <image>", IMAGE, "has 2 placeholders '<image>', but 1 image was passed"),
+        ("<image> a", [IMAGE, OTHER], "has 1 placeholder '<image>', but 2 images were passed"),
         ("<image> a", None, "has 1 placeholder '<image>', but no images were passed"),
         (TEXT, "nowhere.png", "there is no image 'nowhere.png'"),
         (TEXT, [], "the list is empty"),
         (TEXT, 3, "an image is a PIL image, .*, not int"),
-        (TEXT, [PICTURE, object()], "an image is a PIL image, .*, not object"),
+        (TEXT, [IMAGE, object()], "an image is a PIL image, .*, not object"),
         (TEXT, torch.zeros(2, 8, 8), "has the shape .channels, height, width., not .2, 8, 8."),
         (TEXT, torch.full((3, 8, 8), 2.0), "floats between 0 and 1"),
         (TEXT, torch.full((3, 8, 8), -1), "floats between 0 and 1"),
-        ([TEXT, LONGER], [PICTURE] * 3, "3 images for 2 texts"),
-        ([TEXT, LONGER], [[PICTURE]], "images were passed for 1 texts, but there are 2"),
-        ([{"role": "user", "content": TEXT}], PICTURE, "has no chat template"),
-        ({"words": 3}, PICTURE, "not with dict"),
+        ([TEXT, LONGER], [IMAGE] * 3, "3 images for 2 texts"),
+        ([TEXT, LONGER], [[IMAGE]], "images were passed for 1 texts, but there are 2"),
+        ([{"role": "user", "content": TEXT}], IMAGE, "has no chat template"),
+        ({"words": 3}, IMAGE, "not with dict"),
     ],
 )
 def test_bad_input(llava, inputs, images, match):
@@ -561,24 +553,24 @@ def test_bad_input(llava, inputs, images, match):
         llava.trace(inputs, images)
 
 
-def test_a_file_that_is_no_picture(llava, tmp_path):
-    path = tmp_path / "picture.png"
-    path.write_text("no picture")
+def test_a_file_that_is_not_an_image(llava, tmp_path):
+    path = tmp_path / "image.png"
+    path.write_text("no image")
     with pytest.raises(InputError, match="cannot be read: "):
         llava.trace(TEXT, path)
 
 
-def test_pictures_in_messages_and_besides(llava):
+def test_images_in_messages_and_as_an_argument(llava):
     llava.processor.chat_template = CHAT
-    chat = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": TEXT}]}]
+    chat = [{"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": TEXT}]}]
     with pytest.raises(InputError, match="part of the messages or passed with images="):
         llava.trace(chat, OTHER)
     with pytest.raises(InputError, match="1 placeholder '<image>', but no images"):
         llava.trace([{"role": "user", "content": [{"type": "image"}]}])
 
 
-def test_what_the_processor_refuses():
-    model = VisionLanguageModel(tiny_vision.paligemma())
+def test_an_error_of_the_processor():
+    model = VisionLanguageModel(vision_language.paligemma())
     with pytest.raises(InputError, match="PaliGemmaProcessor cannot take this input: `images` are expected"):
         model.trace(TEXT)
 
@@ -586,13 +578,13 @@ def test_what_the_processor_refuses():
 def test_texts_without_a_padding_token(llava):
     llava.processor.tokenizer.pad_token = None
     with pytest.raises(InputError, match=r"model.tokenizer.pad_token = model.tokenizer.eos_token"):
-        llava.trace([TEXT, LONGER], PICTURE)
-    assert llava.trace(TEXT, PICTURE).result is not None
+        llava.trace([TEXT, LONGER], IMAGE)
+    assert llava.trace(TEXT, IMAGE).result is not None
 
 
 def test_a_prompt_longer_than_the_context(llava):
     with pytest.raises(InputError, match=r"the prompt is too long: .* context is 256"):
-        llava.trace(TEXT, [PICTURE] * 16)
+        llava.trace(TEXT, [IMAGE] * 16)
 
 
 @pytest.mark.parametrize("source", ["no/such model", "diffsight/nothing", 3])
@@ -602,9 +594,9 @@ def test_no_model(source):
 
 
 def test_no_processor():
-    net, processor = tiny_vision.llava()
+    net, processor = vision_language.llava()
     with pytest.raises(InputError, match=r"the model has none: VisionLanguageModel\(\(model, processor\)\)"):
-        VisionLanguageModel(net).trace(TEXT, PICTURE)
+        VisionLanguageModel(net).trace(TEXT, IMAGE)
     with pytest.raises(
         InputError, match="a processor has a tokenizer and an image processor; this is a GemmaTokenizer"
     ):

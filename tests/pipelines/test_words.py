@@ -1,21 +1,20 @@
-"""Words and their tokens, with a real tokenizer of each kind, built on the spot."""
+"""Words and their tokens, with a real tokenizer of each kind, built here."""
 
 import functools
 
 import pytest
-import text_pipelines
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-import tiny
 from diffsight.errors import InputError
 from diffsight.pipelines import align_words
+from models import diffusion, text_encoders
 
 PROMPT = "A red hexagon, above the café: 北京 (blue)"
 
 
 def word_level():
-    """A list of words, as the packaged pipeline has."""
+    """Return a tokenizer with a list of words, like that of the packaged pipelines."""
     words = ["<unk>", "<s>", "</s>", "<pad>", "a", "red", "above", "the", "blue"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
@@ -31,10 +30,10 @@ def word_piece():
 
 # Of each, the tokens of "hexagon", "café" and "blue", as the tokenizer writes them.
 KINDS = {
-    "clip": (tiny.clip_tokenizer, "h e x a g o n</w>", "c a f Ã ©</w>", "blue</w>"),
-    "sentencepiece": (tiny.t5_tokenizer, "▁ h e x a g o n", "▁ c a f <unk>", "b l u e"),
-    "byte fallback": (tiny.gemma_tokenizer, "▁ h e x a g o n", "▁ c a f <0xC3> <0xA9>", "blue"),
-    "byte level": (text_pipelines.qwen_tokenizer, "Ġ h e x a g o n", "Ġ c a f Ã ©", "b l u e"),
+    "clip": (diffusion.clip_tokenizer, "h e x a g o n</w>", "c a f Ã ©</w>", "blue</w>"),
+    "sentencepiece": (diffusion.t5_tokenizer, "▁ h e x a g o n", "▁ c a f <unk>", "b l u e"),
+    "byte fallback": (diffusion.gemma_tokenizer, "▁ h e x a g o n", "▁ c a f <0xC3> <0xA9>", "blue"),
+    "byte level": (text_encoders.qwen_tokenizer, "Ġ h e x a g o n", "Ġ c a f Ã ©", "b l u e"),
     "words": (word_level, "<unk>", "<unk>", "blue"),
     "word pieces": (word_piece, "hex ##ag ##on", "cafe", "b ##lue"),
 }
@@ -74,7 +73,7 @@ def test_words_that_follow_each_other(kind):
 
 def test_the_offsets_of_the_tokenizer_agree():
     """The tokens that start within a word, told by the tokenizer's own offsets."""
-    tokenizer = tiny.clip_tokenizer()
+    tokenizer = diffusion.clip_tokenizer()
     prompt = "a bored dog above a red hexagon"
     given = tokenizer(prompt, return_offsets_mapping=True)
     aligned = align_words(tokenizer, prompt)
@@ -90,7 +89,7 @@ def test_case_and_accents_do_not_matter(kind):
     assert aligned["Cafe"] == aligned["café"]
 
 
-def test_a_word_is_no_part_of_another(kind):
+def test_a_word_inside_another_does_not_count(kind):
     aligned = align_words(tokenizer_of(kind), "a red cared")
     assert len(aligned.find("red")) == 1
 
@@ -109,9 +108,9 @@ def test_words_that_do_not_occur(kind):
 
 
 @pytest.mark.parametrize("text", ["", " ", "red hexagon"])
-def test_what_no_words_are(text):
+def test_invalid_words(text):
     with pytest.raises(InputError, match="does not occur"):
-        align_words(tiny.clip_tokenizer(), "a red circle")[text]
+        align_words(diffusion.clip_tokenizer(), "a red circle")[text]
 
 
 @pytest.mark.parametrize("kind", ["clip", "sentencepiece"])
@@ -127,16 +126,16 @@ def test_words_that_were_cut_off(kind):
             aligned[word]
 
 
-def test_padding_that_is_a_mark():
+def test_padding_with_a_punctuation_mark():
     """SDXL's second tokenizer pads with exclamation marks."""
-    tokenizer = tiny.clip_tokenizer("!")
+    tokenizer = diffusion.clip_tokenizer("!")
     aligned = align_words(tokenizer, "a red square!", tokenizer("a red square!", padding="max_length").input_ids)
     assert list(aligned["!"]) == [4]
     assert aligned.tokens == range(1, 5)
 
 
 def test_a_template_around_the_prompt():
-    tokenizer = tiny.gemma_tokenizer()
+    tokenizer = diffusion.gemma_tokenizer()
     text = "Describe a red circle.\nPrompt: a red circle above a square\nassistant"
     ids = tokenizer(text, padding="max_length", max_length=70).input_ids
     aligned = align_words(tokenizer, "a red circle above a square", ids)

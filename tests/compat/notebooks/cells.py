@@ -22,7 +22,7 @@ def run_cells(*cells, **names):
     return names
 
 
-def failing(model, cell, kind):
+def cell_error(model, cell, kind):
     with pytest.raises(kind) as caught:
         run_cells(cell, model=model, torch=torch, nnsight=nnsight)
     return "\n".join([str(caught.value), *getattr(caught.value, "__notes__", [])])

@@ -7,16 +7,10 @@ transformers returned tuples. Expected values come from ordinary hooks.
 import pytest
 import torch
 import transformers
-from compat.notebooks.cells import EIFFEL, GARDEN, LAYERS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from compat.notebooks.cells import EIFFEL, GARDEN, LAYERS
 from diffsight.compat import LanguageModel
-
-
-@pytest.fixture
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="session")

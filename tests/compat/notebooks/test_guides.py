@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from compat.notebooks.cells import EIFFEL, GARDEN, LAYERS, TOKENS, run_cells
-from engine.nets import outputs, replaced
 
+from compat.notebooks.cells import EIFFEL, GARDEN, LAYERS, TOKENS, run_cells
 from diffsight.compat import LanguageModel
 from diffsight.extending import owner_of
+from helpers import outputs, replaced
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -1,9 +1,9 @@
 """Errors in a cell say what to write instead."""
 
 import pytest
-from compat.notebooks.cells import EIFFEL, TOKENS, failing
 
 import diffsight.compat as nnsight
+from compat.notebooks.cells import EIFFEL, TOKENS, cell_error
 from diffsight.errors import InputError, OutOfOrderError, SourceError
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -17,7 +17,7 @@ with torch.enable_grad(), model.trace({EIFFEL!r}):
     {line}
     model.output.logits.sum().backward()
 """
-    told = failing(model, cell, (AttributeError, TypeError))
+    told = cell_error(model, cell, (AttributeError, TypeError))
     assert "x.retain_grad() before it and read x.grad after it" in told and "x.register_hook(" in told
 
 
@@ -42,11 +42,11 @@ with torch.enable_grad(), model.trace({EIFFEL!r}):
     ],
 )
 def test_errors_say_what_to_write(model, body, kind, words):
-    assert words in failing(model, f"with model.trace({EIFFEL!r}) as tracer:\n    {body}\n", kind)
+    assert words in cell_error(model, f"with model.trace({EIFFEL!r}) as tracer:\n    {body}\n", kind)
     # the same in the block of a session
     if "tracer" not in body:
         nested = f"with model.session() as session:\n    with model.trace({EIFFEL!r}):\n        {body}\n"
-        assert failing(model, nested, kind).count(words) == 1
+        assert cell_error(model, nested, kind).count(words) == 1
 
 
 def test_all_statement_without_source(model):
@@ -56,9 +56,9 @@ def test_all_statement_without_source(model):
 
 
 def test_remote(model):
-    told = failing(model, f"with model.trace({EIFFEL!r}, remote=True):\n    pass\n", InputError)
+    told = cell_error(model, f"with model.trace({EIFFEL!r}, remote=True):\n    pass\n", InputError)
     assert "Leave it out, and the model runs in this process" in told
-    told = failing(model, "with model.session(remote=True):\n    pass\n", InputError)
+    told = cell_error(model, "with model.session(remote=True):\n    pass\n", InputError)
     assert "Leave it out" in told
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
-from compat.notebooks.cells import EIFFEL, run_cells
-from engine.nets import outputs, replaced
 
+from compat.notebooks.cells import EIFFEL, run_cells
 from diffsight.compat import CONFIG, LanguageModel
+from helpers import outputs, replaced
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

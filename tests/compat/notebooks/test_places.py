@@ -1,9 +1,9 @@
 """Imports as in code written for nnsight."""
 
 import pytest
-from compat.notebooks.cells import run_cells
 
 import diffsight.compat as nnsight
+from compat.notebooks.cells import run_cells
 
 
 @pytest.mark.parametrize(

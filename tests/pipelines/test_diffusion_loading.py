@@ -1,4 +1,4 @@
-"""Where a DiffusionModel comes from: a packaged name, a folder, a hub id, a live pipeline; and where it cannot."""
+"""Sources of a DiffusionModel: a packaged name, a folder, a hub id, a live pipeline; and invalid ones."""
 
 import json
 import logging
@@ -10,17 +10,13 @@ import huggingface_hub
 import pytest
 import torch
 
-import tiny
 from diffsight import DiffusionModel
-from diffsight.errors import InputError
 from diffsight.pipelines.packaged import FOLDERS, PIPELINES
+from helpers import draw, refusal
+from models import diffusion
 
 CLIP = "diffsight/shapes-clip"
-CALL = tiny.PIPELINES["stable_diffusion"].inputs
-
-
-def draw(pipe):
-    return pipe(**CALL(), generator=torch.Generator().manual_seed(3)).images
+CALL = diffusion.PIPELINES["stable_diffusion"].inputs
 
 
 @pytest.fixture
@@ -32,34 +28,34 @@ def offline(monkeypatch):
 
 
 def test_a_live_pipeline_is_taken_as_it_is():
-    pipe = tiny.stable_diffusion()
+    pipe = diffusion.stable_diffusion()
     model = DiffusionModel(pipe)
     assert model.pipeline is pipe
-    assert torch.equal(model.generate(**CALL(), seed=3).images, draw(pipe))
+    assert torch.equal(model.generate(**CALL(), seed=3).images, draw(pipe, CALL()))
 
 
 @pytest.mark.parametrize("kind", [str, Path])
-def test_a_folder(saved, kind):
-    model = DiffusionModel(kind(saved))
+def test_a_folder(saved_pipeline, kind):
+    model = DiffusionModel(kind(saved_pipeline))
     assert type(model.pipeline) is diffusers.StableDiffusionPipeline
-    assert model.source == str(saved)
+    assert model.source == str(saved_pipeline)
     model.set_progress_bar_config(disable=True)
-    assert torch.equal(model.generate(**CALL(), seed=3).images, draw(tiny.stable_diffusion()))
+    assert torch.equal(model.generate(**CALL(), seed=3).images, draw(diffusion.stable_diffusion(), CALL()))
 
 
 @pytest.mark.parametrize("name", ["pipe", "./pipe", "deeper/pipe", "~/pipe"])
-def test_a_folder_in_other_words(saved, tmp_path, monkeypatch, name):
+def test_a_folder_in_other_words(saved_pipeline, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "deeper").mkdir()
     for place in ("pipe", "deeper/pipe"):  # "deeper/pipe" might be a hub id: the folder comes first
-        (tmp_path / place).symlink_to(saved)
+        (tmp_path / place).symlink_to(saved_pipeline)
     assert type(DiffusionModel(name).pipeline) is diffusers.StableDiffusionPipeline
 
 
-def test_arguments_go_to_from_pretrained(saved):
+def test_arguments_go_to_from_pretrained(saved_pipeline):
     scheduler = diffusers.EulerDiscreteScheduler()
-    model = DiffusionModel(saved, torch_dtype=torch.float64, scheduler=scheduler)
+    model = DiffusionModel(saved_pipeline, torch_dtype=torch.float64, scheduler=scheduler)
     assert model.unet.dtype == torch.float64
     assert model.pipeline.scheduler is scheduler
 
@@ -90,45 +86,38 @@ def test_a_packaged_pipeline_loads_without_a_warning(name, caplog):
 # What can not
 
 
-def refusal(source, **arguments):
-    """The message that a source is refused with."""
-    with pytest.raises(InputError) as error:
-        DiffusionModel(source, **arguments)
-    return str(error.value)
-
-
 @pytest.mark.parametrize("name", ["diffsight/shape-clip", "diffsight/shapes_clip", "shapes-clip", "Shapes-Clip"])
 def test_an_unknown_name_near_a_known_one(offline, name):
-    message = refusal(name)
+    message = refusal(DiffusionModel, name)
     assert repr(name) in message
     assert f"did you mean {CLIP!r}" in message
 
 
 def test_an_unknown_name_near_to_none():
-    message = refusal("zzzzzz")
+    message = refusal(DiffusionModel, "zzzzzz")
     assert "'zzzzzz'" in message
     assert "did you mean" not in message
     assert f"Known: {CLIP}" in message
 
 
 def test_a_hub_id_that_is_not_found(offline):
-    message = refusal("someone/some-pipeline")
+    message = refusal(DiffusionModel, "someone/some-pipeline")
     assert "'someone/some-pipeline'" in message
     assert "hub" in message
     assert CLIP in message
 
 
 def test_a_hub_id_is_not_taken_for_a_packaged_name(offline):
-    assert "did you mean" not in refusal("someone/quite-another-pipeline")
+    assert "did you mean" not in refusal(DiffusionModel, "someone/quite-another-pipeline")
 
 
 def test_a_near_miss_of_a_packaged_name_that_looks_like_a_hub_id(offline):
-    assert f"did you mean {CLIP!r}" in refusal("difsight/shapes-clip")
+    assert f"did you mean {CLIP!r}" in refusal(DiffusionModel, "difsight/shapes-clip")
 
 
 def test_a_folder_that_is_not_a_pipeline(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing")
-    message = refusal(tmp_path)
+    message = refusal(DiffusionModel, tmp_path)
     assert str(tmp_path) in message
     assert "model_index.json" in message
 
@@ -136,38 +125,38 @@ def test_a_folder_that_is_not_a_pipeline(tmp_path):
 def test_a_file(tmp_path):
     file = tmp_path / "weights.safetensors"
     file.write_bytes(b"")
-    message = refusal(file)
+    message = refusal(DiffusionModel, file)
     assert str(file) in message
     assert "is a file" in message
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    assert str(tmp_path / "missing") in refusal(tmp_path / "missing")
+    assert str(tmp_path / "missing") in refusal(DiffusionModel, tmp_path / "missing")
 
 
 @pytest.mark.parametrize("index", ["{", "{}", "[]", json.dumps({"_class_name": "NoSuchPipeline"})])
 def test_a_folder_with_a_damaged_index(tmp_path, index):
     (tmp_path / "model_index.json").write_text(index)
-    assert str(tmp_path) in refusal(tmp_path)
+    assert str(tmp_path) in refusal(DiffusionModel, tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["unet", "vae/diffusion_pytorch_model.safetensors", "text_encoder"])
-def test_a_folder_that_lacks_a_part(saved, tmp_path, missing):
+def test_a_folder_that_lacks_a_part(saved_pipeline, tmp_path, missing):
     folder = tmp_path / "pipe"
-    shutil.copytree(saved, folder)
+    shutil.copytree(saved_pipeline, folder)
     lacking = folder / missing
     shutil.rmtree(lacking) if lacking.is_dir() else lacking.unlink()
-    assert str(folder) in refusal(folder)
+    assert str(folder) in refusal(DiffusionModel, folder)
 
 
 @pytest.mark.parametrize("source", [3, None, torch.nn.Linear(1, 1), diffusers.StableDiffusionPipeline])
 def test_something_that_names_no_pipeline(source):
-    assert f"not {type(source).__name__}" in refusal(source)
+    assert f"not {type(source).__name__}" in refusal(DiffusionModel, source)
 
 
 def test_a_live_pipeline_takes_no_arguments():
-    assert "torch_dtype" in refusal(tiny.ddpm(), torch_dtype=torch.float16)
+    assert "torch_dtype" in refusal(DiffusionModel, diffusion.ddpm(), torch_dtype=torch.float16)
 
 
 def test_an_empty_name():
-    assert "''" in refusal("")
+    assert "''" in refusal(DiffusionModel, "")

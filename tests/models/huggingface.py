@@ -1,7 +1,9 @@
-"""Small random pipelines of transformers, one for each of many tasks, built from configurations without a model hub.
+"""Small transformers pipelines with random weights, one per task, built from configurations without a model hub.
 
-tiny = PIPELINES["image-classification"]
-tiny.build()(*tiny.args, **tiny.kwargs)
+    case = PIPELINES["image-classification"]
+    case.build()(*case.args, **case.kwargs)
+
+The weights are the same each time.
 """
 
 import json
@@ -22,10 +24,9 @@ from transformers.models.segformer.image_processing_pil_segformer import Segform
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
-import tiny
-import tiny_vision
+from models import diffusion, vision_language
 
-PICTURE, TEXT = tiny.PICTURE, "a red circle above a blue square"
+IMAGE, TEXT = diffusion.IMAGE, "a red circle above a blue square"
 SOUND = {"raw": np.sin(np.linspace(0, 300, 1600)).astype(np.float32), "sampling_rate": 16000}
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -35,7 +36,7 @@ _SPEECH |= {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "m
 
 
 @dataclass(frozen=True)
-class Tiny:
+class TaskPipeline:
     """How to build and call a pipeline."""
 
     build: Callable[[], transformers.Pipeline]
@@ -46,15 +47,15 @@ class Tiny:
 
     @property
     def args(self) -> tuple:
-        """The positional arguments of a call; anew, since some pipelines take apart a dictionary that they get."""
+        """Return new positional arguments for a call, since some pipelines change a dictionary that they receive."""
         return tuple(dict(value) if isinstance(value, dict) else value for value in self.given)
 
 
-PIPELINES: dict[str, Tiny] = {}
+PIPELINES: dict[str, TaskPipeline] = {}
 
 
 def _enter(task: str, layer: str, *args: Any, generates: bool = False, **kwargs: Any) -> Callable:
-    """Enter what builds the parts of a pipeline: a model, and the rest by name."""
+    """Register a function that builds the parts of a pipeline: its model, and the rest by name."""
 
     def enter(parts: Callable) -> Callable:
         def build() -> transformers.Pipeline:
@@ -63,14 +64,14 @@ def _enter(task: str, layer: str, *args: Any, generates: bool = False, **kwargs:
                 model, rest = parts()
             return transformers.pipeline(task.split("/")[0], model=model.eval(), device="cpu", **rest)
 
-        PIPELINES[task] = Tiny(build, layer, args, kwargs, generates)
+        PIPELINES[task] = TaskPipeline(build, layer, args, kwargs, generates)
         return parts
 
     return enter
 
 
 def _tokenizer() -> Any:
-    return tiny.gemma_tokenizer()
+    return diffusion.gemma_tokenizer()
 
 
 def _bert(kind: str, **more: Any) -> Any:
@@ -119,17 +120,17 @@ def text_generation():
     return transformers.GPT2LMHeadModel(config), {"tokenizer": _tokenizer()}
 
 
-@_enter("image-classification", "layers[1]", PICTURE)
+@_enter("image-classification", "layers[1]", IMAGE)
 def image_classification():
     return _vit("ForImageClassification", num_labels=3), {"image_processor": _of_side(ViTImageProcessorPil)}
 
 
-@_enter("image-feature-extraction", "layers[1]", PICTURE)
+@_enter("image-feature-extraction", "layers[1]", IMAGE)
 def image_feature_extraction():
     return _vit("Model"), {"image_processor": _of_side(ViTImageProcessorPil)}
 
 
-@_enter("image-segmentation", "segformer.stages[0].blocks[0]", PICTURE)
+@_enter("image-segmentation", "segformer.stages[0].blocks[0]", IMAGE)
 def image_segmentation():
     sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_attention_heads": [1, 2], "num_encoder_blocks": 2}
     sizes |= {"sr_ratios": [2, 1], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]}
@@ -138,7 +139,7 @@ def image_segmentation():
     return model, {"image_processor": _of_side(SegformerImageProcessorPil)}
 
 
-@_enter("object-detection", "layers[1]", PICTURE, threshold=0.0)
+@_enter("object-detection", "layers[1]", IMAGE, threshold=0.0)
 def object_detection():
     sizes = {**_VISION, "image_size": [32, 32], "num_detection_tokens": 4, "num_labels": 3}
     model = transformers.YolosForObjectDetection(transformers.YolosConfig(**sizes))
@@ -147,10 +148,10 @@ def object_detection():
 
 
 @_enter(
-    "zero-shot-object-detection", "owlvit.vision_model.layers[1]", PICTURE, candidate_labels=["a", "the"], threshold=0.0
+    "zero-shot-object-detection", "owlvit.vision_model.layers[1]", IMAGE, candidate_labels=["a", "the"], threshold=0.0
 )
 def zero_shot_object_detection():
-    tokenizer = tiny.clip_tokenizer()
+    tokenizer = diffusion.clip_tokenizer()
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     text = {**_SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 16, **ends}
     config = transformers.OwlViTConfig(text_config=text, vision_config=_VISION, projection_dim=32)
@@ -158,9 +159,9 @@ def zero_shot_object_detection():
     return model, {"tokenizer": tokenizer, "image_processor": _of_side(OwlViTImageProcessorPil)}
 
 
-@_enter("zero-shot-image-classification", "vision_model.layers[1]", PICTURE, candidate_labels=["circle", "square"])
+@_enter("zero-shot-image-classification", "vision_model.layers[1]", IMAGE, candidate_labels=["circle", "square"])
 def zero_shot_image_classification():
-    tokenizer = tiny.clip_tokenizer()
+    tokenizer = diffusion.clip_tokenizer()
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     text = {**_SIZES, "vocab_size": len(tokenizer), "max_position_embeddings": 77, **ends}
     config = transformers.CLIPConfig(text_config=text, vision_config=_VISION, projection_dim=16)
@@ -168,7 +169,7 @@ def zero_shot_image_classification():
     return transformers.CLIPModel(config), {"tokenizer": tokenizer, "image_processor": images}
 
 
-@_enter("depth-estimation", "layers[1]", PICTURE)
+@_enter("depth-estimation", "layers[1]", IMAGE)
 def depth_estimation():
     sizes = {**_VISION, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "fusion_hidden_size": 16}
     sizes |= {"neck_hidden_sizes": [8, 8, 8, 8], "reassemble_factors": [2, 1, 1, 0.5], "is_hybrid": False}
@@ -225,9 +226,7 @@ def text_to_audio():
     return transformers.VitsModel(config), {"tokenizer": tokenizer}
 
 
-@_enter(
-    "image-text-to-text", "layers[1]", generates=True, images=PICTURE, text="<image> a red circle", max_new_tokens=4
-)
+@_enter("image-text-to-text", "layers[1]", generates=True, images=IMAGE, text="<image> a red circle", max_new_tokens=4)
 def image_text_to_text():
-    model, processor = tiny_vision.llava()
+    model, processor = vision_language.llava()
     return model, {"processor": processor}

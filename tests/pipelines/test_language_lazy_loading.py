@@ -1,32 +1,23 @@
-"""A language model's weights come when they are needed: what works without, what brings them, that nothing is lost."""
+"""A language model's weights are loaded when they are needed: what works without them, and that nothing is lost."""
 
 import shutil
 import warnings
 
-import architectures
 import pytest
 import torch
 import transformers
 
-import tiny
 from diffsight import LanguageModel
 from diffsight.errors import InputError
 from diffsight.extending import tree_of
 from diffsight.pipelines.language.name_check import NamesWarning
+from models import architectures
+from models.language_kinds import TOKENIZER, gpt2
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
-TOKENIZER = tiny.gemma_tokenizer()
 PROMPT = "a red circle"
 IDS = TOKENIZER(PROMPT, return_tensors="pt")["input_ids"]
-SIZES = {"vocab_size": len(TOKENIZER), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
-
-
-def gpt2():
-    config = transformers.GPT2Config(**SIZES, n_embd=32, n_layer=3, n_head=4, n_positions=64)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return transformers.GPT2LMHeadModel(config).eval()
 
 
 def is_empty(model):
@@ -38,30 +29,9 @@ def net():
     return gpt2()
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "gpt2"
-    gpt2().save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def loads(monkeypatch):
-    """The classes of which weights have been read, as they come."""
-    read, plain = [], transformers.PreTrainedModel.from_pretrained.__func__
-
-    def from_pretrained(cls, *args, **kwargs):
-        read.append(cls.__name__)
-        return plain(cls, *args, **kwargs)
-
-    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(from_pretrained))
-    return read
-
-
-@pytest.fixture
-def model(saved, loads):
-    return LanguageModel(saved)
+def model(saved_gpt2, loads):
+    return LanguageModel(saved_gpt2)
 
 
 # Without weights
@@ -124,9 +94,9 @@ def test_opening_reads_no_weights(model, net, loads):
     assert [p.shape for p in model._owner.parameters()] == [p.shape for p in net.parameters()]
 
 
-def test_names_are_checked_at_once(saved, loads):
+def test_names_are_checked_at_once(saved_gpt2, loads):
     with pytest.raises(InputError, match=r"'ln_final' was taken to be 'transformer\.wpe'"):
-        LanguageModel(saved, names={"ln_final": "transformer.wpe"})
+        LanguageModel(saved_gpt2, names={"ln_final": "transformer.wpe"})
     assert loads == []
 
 
@@ -188,8 +158,8 @@ def test_passes_of_their_own(model, loads, net):
     assert torch.equal(net.lm_head(net.transformer.ln_f(hidden)), model.project_on_vocab(hidden))
 
 
-def test_at_once(saved, loads):
-    model = LanguageModel(saved, dispatch=True)
+def test_at_once(saved_gpt2, loads):
+    model = LanguageModel(saved_gpt2, dispatch=True)
     assert loads == ["GPT2LMHeadModel"]
     assert "not loaded" not in repr(model)
 
@@ -257,28 +227,28 @@ def test_types_are_known_beforehand(tmp_path, arguments, stored):
     assert before == plain.dtype == model.to("cpu").dtype
 
 
-def test_arguments_go_to_from_pretrained(saved):
-    model = LanguageModel(saved, attn_implementation="eager", device_map="cpu", resid_pdrop=0.25)
+def test_arguments_go_to_from_pretrained(saved_gpt2):
+    model = LanguageModel(saved_gpt2, attn_implementation="eager", device_map="cpu", resid_pdrop=0.25)
     assert (model.config._attn_implementation, model.config.resid_pdrop) == ("eager", 0.25)
     with model.trace(PROMPT) as run:
         assert run.attention_probs[0].shape == (1, 4, IDS.shape[1], IDS.shape[1])
     assert (model.config._attn_implementation, model.config.resid_pdrop) == ("eager", 0.25)
-    config = transformers.GPT2Config.from_pretrained(saved, resid_pdrop=0.5)
-    assert LanguageModel(saved, config=config, dispatch=True).config.resid_pdrop == 0.5
+    config = transformers.GPT2Config.from_pretrained(saved_gpt2, resid_pdrop=0.5)
+    assert LanguageModel(saved_gpt2, config=config, dispatch=True).config.resid_pdrop == 0.5
 
 
-def test_the_generation_settings_of_the_folder(saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "beams")
+def test_the_generation_settings_of_the_folder(saved_gpt2, tmp_path):
+    shutil.copytree(saved_gpt2, tmp_path / "beams")
     transformers.GenerationConfig(num_beams=3, max_new_tokens=4, pad_token_id=0).save_pretrained(tmp_path / "beams")
     with LanguageModel(tmp_path / "beams").generate(PROMPT) as run:
         assert run.rows[0].layers_output[0].shape[0] == 3
 
 
-def test_a_repository_of_the_hub(saved, tmp_path, loads, net):
-    """As it lies in the hub's cache on disk."""
+def test_a_repository_of_the_hub(saved_gpt2, tmp_path, loads, net):
+    """In the layout of the hub's cache on disk."""
     revision = "a" * 40
     repository = tmp_path / "models--owner--name"
-    shutil.copytree(saved, repository / "snapshots" / revision)
+    shutil.copytree(saved_gpt2, repository / "snapshots" / revision)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     model = LanguageModel("owner/name", cache_dir=str(tmp_path), local_files_only=True)
@@ -289,15 +259,15 @@ def test_a_repository_of_the_hub(saved, tmp_path, loads, net):
 # Errors
 
 
-def test_what_is_missing_is_missed_at_once(saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "gpt2")
+def test_missing_files_are_reported_at_once(saved_gpt2, tmp_path):
+    shutil.copytree(saved_gpt2, tmp_path / "gpt2")
     (tmp_path / "gpt2" / "model.safetensors").unlink()
     with pytest.raises(InputError, match="there are no weights in"):
         LanguageModel(tmp_path / "gpt2")
 
 
-def test_weights_that_cannot_be_read(saved, tmp_path, net):
-    shutil.copytree(saved, tmp_path / "gpt2")
+def test_weights_that_cannot_be_read(saved_gpt2, tmp_path, net):
+    shutil.copytree(saved_gpt2, tmp_path / "gpt2")
     file = tmp_path / "gpt2" / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:1000])

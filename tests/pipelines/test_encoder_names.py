@@ -1,25 +1,29 @@
-"""Standard names: every text encoder has `layers` and `ln_final`, wherever they really are."""
+"""Standard names: every text encoder has `layers` and `ln_final`, whatever their real names are."""
 
 import pytest
 import torch
 import transformers
 from torch import nn
 
-import tiny
 from diffsight import DiffusionModel
 from diffsight.pipelines.standard_names import standard_names
+from models import diffusion
 
 TOKENS = torch.arange(5)[None] + 3
 
 
 def encoders():
-    clip, t5, gemma = tiny.clip_tokenizer(), tiny.t5_tokenizer(), tiny.gemma_tokenizer()
+    clip, t5, gemma = (
+        diffusion.clip_tokenizer(),
+        diffusion.t5_tokenizer(),
+        diffusion.gemma_tokenizer(),
+    )
     return {
-        "clip": tiny.clip_encoder(clip),
-        "clip_with_projection": tiny.clip_encoder(clip, projection=True),
-        "t5": tiny.t5_encoder(t5),
-        "umt5": tiny.t5_encoder(t5, family="UMT5"),
-        "gemma": tiny.gemma_encoder(gemma),
+        "clip": diffusion.clip_encoder(clip),
+        "clip_with_projection": diffusion.clip_encoder(clip, projection=True),
+        "t5": diffusion.t5_encoder(t5),
+        "umt5": diffusion.t5_encoder(t5, family="UMT5"),
+        "gemma": diffusion.gemma_encoder(gemma),
     }
 
 
@@ -57,11 +61,11 @@ def test_the_final_norm_gives_the_last_hidden_state(encoder):
     assert torch.equal(seen[0], last)
 
 
-TEXT = {name: kind for name, kind in tiny.PIPELINES.items() if kind.text_encoder_layer}
+TEXT = {name: kind for name, kind in diffusion.PIPELINES.items() if kind.text_encoder_layer}
 
 
 @pytest.mark.parametrize("kind", TEXT.values(), ids=TEXT)
-def test_every_text_encoder_of_a_pipeline_answers_to_them(kind):
+def test_every_text_encoder_of_a_pipeline_has_the_names(kind):
     pipe = kind.build()
     model = DiffusionModel(pipe)
     for name, encoder in pipe.components.items():
@@ -83,19 +87,19 @@ def test_a_standard_name_and_the_real_one_are_the_same_point(kind):
         run.stop()
 
 
-def test_only_encoders_have_them():
-    model = DiffusionModel(tiny.stable_diffusion())
+def test_only_encoders_have_the_names():
+    model = DiffusionModel(diffusion.stable_diffusion())
     assert "layers" not in dir(model.unet)
     assert not hasattr(model.vae, "layers")
     assert not hasattr(model.unet, "ln_final")
 
 
-def test_what_has_no_layers_has_no_names():
+def test_a_model_without_layers_has_no_names():
     assert standard_names(nn.Linear(2, 2)) == {}
     assert standard_names(nn.ModuleList([nn.Linear(2, 2), nn.ReLU()])) == {}
 
 
-def test_what_has_no_norm_behind_has_layers_alone():
+def test_an_encoder_without_a_final_norm_has_layers_only():
     config = transformers.BertConfig(
         vocab_size=32, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16
     )
@@ -110,8 +114,8 @@ def test_one_layer_is_enough():
     assert names == {"layers": "encoder.layers", "ln_final": "final_layer_norm"}
 
 
-def test_a_language_model_that_sees_is_named_by_its_language_layers():
-    """Qwen-Image's text encoder has more layers for pictures (32) than for words (28)."""
+def test_layers_of_a_vision_language_model_are_those_of_its_language_model():
+    """Qwen-Image's text encoder has more layers for images (32) than for words (28)."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     rope = {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
     text = {"vocab_size": 32, "num_key_value_heads": 1, **sizes, **rope}

@@ -1,4 +1,4 @@
-"""Modules whose forward pass is not an ordinary one, and what calls it past `__call__`."""
+"""Modules with an unusual forward pass, and code that calls it without `__call__`."""
 
 import contextlib
 import copy
@@ -7,10 +7,11 @@ import inspect
 from types import MethodType
 
 import torch
-from engine.nets import Net, footprint, outputs
 from torch import nn
 
 from diffsight import Model
+from helpers import footprint, outputs
+from models.nets import Net
 
 
 def test_a_fused_transformer_layer_is_taken_apart_where_something_in_it_is_read():

@@ -1,10 +1,11 @@
-"""Scans of pipelines: every tiny pipeline, loaded or not, and one as large as Stable Diffusion XL."""
+"""Scans of pipelines: every small pipeline, loaded or not, and one as large as Stable Diffusion XL."""
 
 import functools
 import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -13,24 +14,25 @@ from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.utils._pytree import tree_leaves
 
-import tiny
 from diffsight import DiffusionModel
 from diffsight.errors import InputError, ScanError
+from helpers import pipeline_footprint
+from models import diffusion
 
-SD = tiny.PIPELINES["stable_diffusion"]
+SD = diffusion.PIPELINES["stable_diffusion"]
 UNSCANNABLE: dict[str, str] = {}  # name to reason, of pipelines that need values inside a component; none do
 
 
-@pytest.fixture(params=[name for name in tiny.PIPELINES if name not in UNSCANNABLE])
+@pytest.fixture(params=[name for name in diffusion.PIPELINES if name not in UNSCANNABLE])
 def kind(request):
-    return tiny.PIPELINES[request.param]
+    return diffusion.PIPELINES[request.param]
 
 
 def shapes(value):
     return [(tuple(leaf.shape), leaf.dtype) for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def read(run, kind):
+def read_shapes(run, kind):
     """Read shapes at the text encoder, the denoiser and the scheduler, step by step."""
     seen = [shapes(run[kind.text_encoder_layer].output)] if kind.text_encoder_layer else []
     for step in run.steps:
@@ -41,18 +43,6 @@ def read(run, kind):
         )
         seen.append(shapes(run.scheduler.step.output))
     return seen
-
-
-def state(pipe):
-    """Return what else a scan could leave behind: classes, own attributes and hooks of every part."""
-    found = {}
-    for name, part in pipe.components.items():
-        modules = part.named_modules() if isinstance(part, nn.Module) else [("", part)]
-        for path, owner in modules:
-            attributes = getattr(owner, "__dict__", {})
-            hooks = [list(value.values()) for key, value in attributes.items() if key.endswith("_hooks")]
-            found[name, path] = type(owner), set(attributes), hooks, attributes.get("forward")
-    return found
 
 
 def weights(pipe):
@@ -77,13 +67,13 @@ def without_weights(pipe):
 def real_run(kind):
     """Return what is read in a run with weights, and what it returns."""
     with DiffusionModel(kind.build()).generate(**kind.inputs(), seed=3) as run:
-        seen = read(run, kind)
+        seen = read_shapes(run, kind)
     return seen, type(run.result), shapes(dict(run.result))
 
 
 def test_shapes_are_those_of_a_real_run(kind):
     with DiffusionModel(without_weights(kind.build())).scan(**kind.inputs(), seed=3) as scan:
-        seen = read(scan, kind)
+        seen = read_shapes(scan, kind)
     assert (seen, type(scan.result), shapes(dict(scan.result))) == real_run(kind)
 
 
@@ -105,16 +95,16 @@ LOADED = [
 def test_a_scan_leaves_the_pipeline_as_it_was(kind):
     pipe = kind.build()
     draw = lambda: pipe(**kind.inputs(), generator=torch.Generator().manual_seed(3))[0]  # noqa: E731
-    want, clean, before = draw(), state(pipe), weights(pipe)
+    want, clean, before = draw(), pipeline_footprint(pipe), weights(pipe)
     with DiffusionModel(pipe).scan(**kind.inputs(), seed=3) as run:
-        seen = read(run, kind)
+        seen = read_shapes(run, kind)
     assert (seen, type(run.result), shapes(dict(run.result))) == real_run(kind)
     stopped = DiffusionModel(pipe).scan(**kind.inputs())
     stopped[kind.denoiser_block].output
     del stopped
     with pytest.raises(ScanError), DiffusionModel(pipe).scan(**kind.inputs()) as run:
         next(leaf for leaf in tree_leaves(run[kind.denoiser_block].output) if leaf is not None).sum().item()
-    assert state(pipe) == clean
+    assert pipeline_footprint(pipe) == clean
     for name, (value, copied) in weights(pipe).items():
         assert value is before[name][0] and torch.equal(copied, before[name][1])
     assert torch.equal(draw(), want)
@@ -125,19 +115,20 @@ def test_a_scan_leaves_the_pipeline_as_it_was(kind):
 
 @pytest.fixture
 def model():
-    return DiffusionModel(without_weights(tiny.stable_diffusion()))
+    return DiffusionModel(without_weights(diffusion.stable_diffusion()))
 
 
 def test_inside_is_fake_and_between_are_zeros(model):
     with model.scan(**SD.inputs(), seed=3) as run:
         ids = run.tokenizer.output.input_ids
         assert torch.equal(
-            ids[0], tiny.clip_tokenizer()(SD.inputs()["prompt"], padding="max_length", return_tensors="pt").input_ids[0]
+            ids[0],
+            diffusion.clip_tokenizer()(SD.inputs()["prompt"], padding="max_length", return_tensors="pt").input_ids[0],
         )
         assert is_fake(run.text_encoder.layers[0].output)
         assert not run.text_encoder.output[0].any()
         embeds, _ = run.encode_prompt.output
-        assert embeds.shape == (1, 77, tiny.WIDTH) and not embeds.any()
+        assert embeds.shape == (1, 77, diffusion.WIDTH) and not embeds.any()
         for _ in run.steps[:3]:
             latents = run.unet.input
             assert latents.device == torch.device("cpu")
@@ -146,13 +137,13 @@ def test_inside_is_fake_and_between_are_zeros(model):
         latents = run.vae.decode.input
         assert not is_fake(latents)
         assert is_fake(run.vae.decoder.mid_block.output)
-    assert run.images.shape == (1, 3, tiny.SIDE, tiny.SIDE)
+    assert run.images.shape == (1, 3, diffusion.SIDE, diffusion.SIDE)
     assert (run.images == 0.5).all(), "zeros, as the pipeline shows them"
 
 
 def test_the_images_are_images(model):
     image = model.scan("a red circle", num_inference_steps=1).images[0]
-    assert image.size == (tiny.SIDE, tiny.SIDE) and image.getextrema() == ((128, 128),) * 3
+    assert image.size == (diffusion.SIDE, diffusion.SIDE) and image.getextrema() == ((128, 128),) * 3
 
 
 def test_arguments_are_checked_as_for_a_real_run(model):
@@ -168,7 +159,7 @@ def test_arguments_are_checked_as_for_a_real_run(model):
 def test_the_same_latents_as_in_a_real_run(model):
     with (
         model.scan(**SD.inputs(), seed=3) as scan,
-        DiffusionModel(tiny.stable_diffusion()).generate(**SD.inputs(), seed=3) as run,
+        DiffusionModel(diffusion.stable_diffusion()).generate(**SD.inputs(), seed=3) as run,
     ):
         assert torch.equal(scan.unet.input, run.unet.input)
 
@@ -184,7 +175,7 @@ def test_values_of_the_inside_can_go_anywhere(model):
             run.scheduler.step.input = run.unet.conv_out.output[:1]  # fake, into a scheduler that computes for real
         run.vae.decode.input = torch.zeros(1, 4, 16, 16, device="meta")
         run.vae.decode.output = (run.vae.decoder.output,)
-    assert run.images.shape == (1, 3, tiny.SIDE, tiny.SIDE)
+    assert run.images.shape == (1, 3, diffusion.SIDE, diffusion.SIDE)
 
 
 def test_calling_parts_in_the_body(model):
@@ -194,21 +185,26 @@ def test_calling_parts_in_the_body(model):
         decoded = model.vae.decode(run.unet.input[:1]).sample
         run.stop()
     assert [tuple(value.shape) for value in (embeds, negative, hidden, decoded)] == [
-        (1, 77, tiny.WIDTH),
-        (1, 77, tiny.WIDTH),
-        (1, 2, tiny.WIDTH),
-        (1, 3, tiny.SIDE, tiny.SIDE),
+        (1, 77, diffusion.WIDTH),
+        (1, 77, diffusion.WIDTH),
+        (1, 2, diffusion.WIDTH),
+        (1, 3, diffusion.SIDE, diffusion.SIDE),
     ]
 
 
 def test_rows_and_branches(model):
     with model.scan(**SD.inputs() | {"prompt": ["a red circle", "a blue square"]}, seed=3) as run:
         a, b = run.rows
-        assert a.text_encoder.layers[0].output.shape == (1, 77, tiny.WIDTH)
+        assert a.text_encoder.layers[0].output.shape == (1, 77, diffusion.WIDTH)
         hidden = b.unet.mid_block.output
         a.unet.mid_block.output = hidden * 2
-        assert run.cond.unet.conv_out.output.shape == (2, 4, tiny.SIDE // 2, tiny.SIDE // 2)
-    assert run.images.shape == (2, 3, tiny.SIDE, tiny.SIDE)
+        assert run.cond.unet.conv_out.output.shape == (
+            2,
+            4,
+            diffusion.SIDE // 2,
+            diffusion.SIDE // 2,
+        )
+    assert run.images.shape == (2, 3, diffusion.SIDE, diffusion.SIDE)
 
 
 def test_gradients_from_the_image_to_the_prompt(model):
@@ -216,11 +212,11 @@ def test_gradients_from_the_image_to_the_prompt(model):
         hidden = run.text_encoder.layers[0].output
         hidden.retain_grad()
         run.vae.decode.output[0].mean().backward()
-    assert hidden.grad.shape == hidden.shape == (1, 77, tiny.WIDTH)
+    assert hidden.grad.shape == hidden.shape == (1, 77, diffusion.WIDTH)
 
 
 def test_in_lockstep_with_a_real_run(model):
-    pipe = tiny.stable_diffusion()
+    pipe = diffusion.stable_diffusion()
     want = pipe(**SD.inputs(), generator=torch.Generator().manual_seed(3)).images
     with model.scan(**SD.inputs(), seed=3) as scan, DiffusionModel(pipe).generate(**SD.inputs(), seed=3) as run:
         for _ in zip(scan.steps, run.steps):
@@ -238,9 +234,17 @@ class Direct(diffusers.DDPMPipeline):
     def __call__(self, generator=None, num_inference_steps=2):
         device, dtype = self.unet.conv_in.weight.device, self.unet.dtype
         self.unet.to(dtype=torch.float64)
-        sample = torch.randn(1, 3, tiny.SIDE, tiny.SIDE, generator=generator, device=device, dtype=self.unet.dtype)
+        sample = torch.randn(
+            1,
+            3,
+            diffusion.SIDE,
+            diffusion.SIDE,
+            generator=generator,
+            device=device,
+            dtype=self.unet.dtype,
+        )
         scale = self.unet.conv_in.bias.mean() * self.unet.some_table.sum()
-        assert self.unet.conv_in(sample).shape == (1, 16, tiny.SIDE, tiny.SIDE)
+        assert self.unet.conv_in(sample).shape == (1, 16, diffusion.SIDE, diffusion.SIDE)
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
             noise = self.unet(sample * (1 + scale), t).sample
@@ -251,23 +255,23 @@ class Direct(diffusers.DDPMPipeline):
 
 @pytest.mark.parametrize("loaded", [True, False], ids=["loaded", "never loaded"])
 def test_weights_that_a_pipeline_uses_itself(loaded):
-    whole = tiny.ddpm()
+    whole = diffusion.ddpm()
     pipe = Direct(unet=whole.unet, scheduler=whole.scheduler)
     pipe.unet.register_buffer("some_table", torch.ones(3))
     if not loaded:
         without_weights(pipe)
-    clean, before = state(pipe), weights(pipe)
+    clean, before = pipeline_footprint(pipe), weights(pipe)
     with DiffusionModel(pipe).scan(seed=0) as run:
         for _ in run.steps:
             assert run.unet.mid_block.output.dtype == torch.float64
-    assert run.images.shape == (1, 3, tiny.SIDE, tiny.SIDE)
-    assert state(pipe) == clean
+    assert run.images.shape == (1, 3, diffusion.SIDE, diffusion.SIDE)
+    assert pipeline_footprint(pipe) == clean
     assert all(value is before[name][0] for name, (value, _) in weights(pipe).items())
     assert pipe.unet.dtype == torch.float32
 
 
 def test_a_half_precision_pipeline_that_casts_its_vae():
-    tested = tiny.PIPELINES["stable_diffusion_xl"]
+    tested = diffusion.PIPELINES["stable_diffusion_xl"]
     pipe = tested.build().to(torch.float16)
     pipe.vae.register_to_config(force_upcast=True)
     before = weights(pipe)
@@ -281,7 +285,7 @@ def test_a_half_precision_pipeline_that_casts_its_vae():
 
 def test_a_safety_checker():
     """It looks at the image, which no scan can see through; all images pass."""
-    config = tiny.transformers.CLIPConfig(
+    config = diffusion.transformers.CLIPConfig(
         vision_config={
             "hidden_size": 8,
             "intermediate_size": 8,
@@ -293,11 +297,13 @@ def test_a_safety_checker():
         projection_dim=8,
     )
     checker = diffusers.pipelines.stable_diffusion.StableDiffusionSafetyChecker(config)
-    extractor = tiny.transformers.CLIPImageProcessorPil(size=8, crop_size=8)
-    pipe = tiny._family(diffusers.StableDiffusionPipeline, safety_checker=checker, feature_extractor=extractor)
+    extractor = diffusion.transformers.CLIPImageProcessorPil(size=8, crop_size=8)
+    pipe = diffusion.stable_diffusion_family(
+        diffusers.StableDiffusionPipeline, safety_checker=checker, feature_extractor=extractor
+    )
     with DiffusionModel(pipe).scan("a red circle", num_inference_steps=1) as run:
         run.unet.output
-    assert run.images[0].size == (tiny.SIDE, tiny.SIDE)
+    assert run.images[0].size == (diffusion.SIDE, diffusion.SIDE)
 
 
 # Size
@@ -307,7 +313,7 @@ SDXL = """
     from pathlib import Path
     import diffusers, torch, transformers
     from accelerate import init_empty_weights
-    import tiny
+    from models import diffusion
     from diffsight import DiffusionModel
 
     def encoder(cls, width, layers, heads, **config):
@@ -315,7 +321,7 @@ SDXL = """
         return cls(transformers.CLIPTextConfig(
             **sizes, num_hidden_layers=layers, num_attention_heads=heads, eos_token_id=257, **config))
 
-    tokenizer, began = tiny.clip_tokenizer(), time.process_time()
+    tokenizer, began = diffusion.clip_tokenizer(), time.process_time()
     with init_empty_weights():
         parts = {
             "text_encoder": encoder(transformers.CLIPTextModel, 768, 12, 12),
@@ -332,7 +338,7 @@ SDXL = """
                 block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=1024, scaling_factor=0.13025),
         }
     pipe = diffusers.StableDiffusionXLPipeline(
-        **parts, tokenizer=tokenizer, tokenizer_2=tiny.clip_tokenizer("!"), add_watermarker=False,
+        **parts, tokenizer=tokenizer, tokenizer_2=diffusion.clip_tokenizer("!"), add_watermarker=False,
         scheduler=diffusers.EulerDiscreteScheduler())
     seen = {}
     with DiffusionModel(pipe).scan("a red circle above a blue square", num_inference_steps=2, seed=0) as run:
@@ -353,7 +359,7 @@ def test_the_size_of_stable_diffusion_xl():
         [sys.executable, "-c", textwrap.dedent(SDXL)],
         capture_output=True,
         text=True,
-        cwd=tiny.__file__.rpartition("/")[0],
+        cwd=Path(__file__).parents[1],  # where the package `models` is
     )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)

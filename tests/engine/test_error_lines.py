@@ -1,4 +1,4 @@
-"""Where errors come out: at the user's line, whoever's body it stands in, with nothing of the engine below it."""
+"""Errors surface at the user's line, in whichever body it is, with nothing of the engine below it."""
 
 import traceback
 
@@ -10,7 +10,7 @@ from diffsight.errors import AssignmentError, NeverReachedError, NoRunError, Run
 
 
 def last_lines(error):
-    """The source lines that a traceback ends with, the last one first."""
+    """Return the source lines that a traceback ends with, the last one first."""
     return [frame.line for frame in reversed(traceback.extract_tb(error.__traceback__))]
 
 
@@ -34,7 +34,7 @@ def test_in_the_function_of_a_row(net, x, opens, body):
 
 
 @pytest.mark.parametrize("value", ["text", torch.zeros(4), torch.zeros(2, 5)])
-def test_of_what_was_assigned_ahead(net, x, value):
+def test_an_assignment_made_ahead(net, x, value):
     with pytest.raises(AssignmentError, match=rf"first\.output \({__file__}") as caught:
         with Model(net).trace(x) as run:
             run.first.output = value
@@ -51,7 +51,7 @@ def test_of_what_was_assigned_ahead(net, x, value):
     assert len(last_lines(caught.value)) <= 3
 
 
-def test_of_what_never_came(net, x):
+def test_a_point_that_is_never_reached(net, x):
     with pytest.raises(NeverReachedError) as caught:
         with Model(net).trace(x) as run:
             run.unused.output = x

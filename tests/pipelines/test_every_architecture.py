@@ -1,10 +1,9 @@
 """Every causal language model that transformers can build from a small configuration: names, accessors, bit-identity.
 
-Each is built from its default configuration, made small by the names of its fields (`architectures.py`)."""
+Each is built from its default configuration, reduced by the names of its fields (`models/architectures.py`)."""
 
 import warnings
 
-import architectures
 import pytest
 import torch
 
@@ -12,6 +11,7 @@ from diffsight import LanguageModel
 from diffsight.errors import InputError, NeverReachedError, PointNotFoundError
 from diffsight.extending import tree_of
 from diffsight.pipelines.language.name_check import NamesWarning
+from models import architectures
 
 # What transformers itself cannot make of a small configuration alone.
 NOT_CONSTRUCTED = {
@@ -70,7 +70,7 @@ def test_a_causal_language_model(kind):
 
 
 def check_hidden_states(model, net, ids, logits):
-    """Layers in their order, read and set; the same as plain hooks see."""
+    """Check that layers are read in order and set, as by plain hooks."""
     seen, hooks = [], []
     for layer in net.get_submodule(tree_of(model).names_of(net)["layers"]):
         hooks.append(layer.register_forward_hook(lambda m, args, output: seen.append(output)))
@@ -96,8 +96,7 @@ def check_hidden_states(model, net, ids, logits):
 
 
 def check_parts(model, ids, logits):
-    """Attention, its projections and heads, and the MLP, of every layer that has them: put back as they were, they
-    change nothing."""
+    """Check that assigning the present values of attention, projections, heads and MLP changes nothing."""
     assert any(hasattr(layer, "self_attn") for layer in model.layers)
     for name, part in PARTS.items():
         with model.trace(ids) as run:
@@ -120,7 +119,7 @@ def put_back(values, index, may_fail):
 
 
 def check_probabilities(model, net, ids, logits, kind):
-    """As transformers gives them, and with an effect when they are set."""
+    """Check that the probabilities are those of transformers, and that setting them has an effect."""
     found = {}
     for index in range(len(model.layers)):
         with model.trace(ids) as run:

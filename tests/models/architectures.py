@@ -1,10 +1,10 @@
-"""Small random instances of every language model that transformers knows, built from its default configurations.
+"""Small language models of every architecture in transformers, built from its default configurations.
 
     for name in causal_types():
         model = build_causal(name)
         model(tokens())
 
-A default configuration is made small by the names of its fields, so that one rule serves all architectures; the few
+Default configurations are reduced by the names of their fields, so one rule serves all architectures. The few
 that need more are in `_MORE`.
 """
 
@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 VOCABULARY = 64
 
-# What a field is cut down to, by its name: the first pattern that fits. What is smaller already stays as it is.
+# The size that a field is reduced to: that of the first pattern that matches its name. Smaller values are kept.
 _SIZES = [
     (r"kv_lora_rank|q_lora_rank|o_lora_rank|hc_lowrank|.*_rank", 8),
     (r".*vocab_size.*|.*vocabulary.*|.*_vocab|hash_byte_group_vocab", VOCABULARY),
@@ -40,9 +40,9 @@ _SIZES = [
     (r"patch_size", 8),
     (r".*chunk_length", 16),
 ]
-_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types", "attn_layers")  # one entry a layer
+_KINDS = ("layer_types", "layers_block_type", "mlp_layer_types", "block_types", "attn_layers")  # one entry per layer
 
-# What an architecture needs beyond that.
+# What an architecture needs in addition.
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _INDEXER = {
     "indexer_n_heads": 2,
@@ -86,20 +86,20 @@ _MORE: dict[str, dict[str, Any]] = {
 
 
 def causal_types() -> list[str]:
-    """The model types that have a causal language model."""
+    """Return the model types that have a causal language model."""
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def small_config(kind: str) -> Any:
-    """The default configuration of a model type, made small."""
+    """Return the default configuration of a model type, reduced in size."""
     return _small(CONFIG_MAPPING[kind], _MORE.get(kind, {}))
 
 
 def build_causal(kind: str, **changes: Any) -> torch.nn.Module:
-    """A causal language model with the same random weights each time."""
+    """Return a causal language model with the same random weights each time."""
     config = small_config(kind)
     cls = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
-    if not isinstance(config, cls.config_class):  # the model is one half of what the configuration describes
+    if not isinstance(config, cls.config_class):  # the configuration describes more than this model
         config = next((part for part in vars(config).values() if isinstance(part, cls.config_class)), config)
     for name, value in changes.items():
         setattr(config, name, value)
@@ -109,12 +109,12 @@ def build_causal(kind: str, **changes: Any) -> torch.nn.Module:
 
 
 def tokens(rows: int = 1, length: int = 6) -> torch.Tensor:
-    """Token ids past the special ones."""
+    """Return token ids, (rows, length), without special tokens."""
     return torch.arange(rows * length).reshape(rows, length) % (VOCABULARY - 20) + 5
 
 
 def inputs_of(model: torch.nn.Module, **sizes: int) -> torch.Tensor:
-    """What a model reads: tokens; where it writes sound, one row of them a codebook."""
+    """Return the input of a model: tokens, or for a model of sound one row of tokens per codebook."""
     return tokens(getattr(model, "num_codebooks", 1), **sizes)
 
 
@@ -150,13 +150,13 @@ def _cut(name: str, value: Any) -> Any:
 
 
 def _small_part(cls: type, name: str, sub: type, more: dict[str, Any]) -> Any:
-    """The part of a configuration that describes a tower of the model."""
+    """Return the reduced configuration of one tower of a model."""
     known = getattr(cls(), name)
     return _small(type(known), more) if known is not None else None
 
 
 def _kinds_of_layers(cls: type, changes: dict[str, Any]) -> dict[str, Any]:
-    """One layer of each kind, where the default has several kinds."""
+    """Return changes that keep one layer of each kind where the default has several kinds."""
     default, found = cls(), {}
     for name in _KINDS:
         kinds = list(dict.fromkeys(getattr(default, name, None) or ()))

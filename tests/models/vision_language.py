@@ -1,7 +1,9 @@
-"""Small random vision-language models with their processors, built from configurations without a model hub.
+"""Small vision-language models with random weights and their processors, built without a model hub.
 
-net, processor = MODELS["llava"]()
-net(**processor(images=[PICTURE], text="<image> a red circle", return_tensors="pt"))
+    net, processor = MODELS["llava"]()
+    net(**processor(images=[IMAGE], text="<image> a red circle", return_tensors="pt"))
+
+The weights are the same each time.
 """
 
 from collections.abc import Callable
@@ -17,9 +19,10 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-import tiny
+from models import diffusion
+from models.building import build
 
-# With torchvision the image processors of transformers are others: those named here (PIL) work without.
+# transformers has other image processors if torchvision is installed. These (PIL) work without it.
 
 _TEXT = {
     "hidden_size": 32,
@@ -43,19 +46,13 @@ _VISION = {
 
 
 def _tokenizer(*special: str) -> Any:
-    tokenizer = tiny.gemma_tokenizer()
+    tokenizer = diffusion.gemma_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     return tokenizer
 
 
-def _built(cls: type, config: Any) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return cls(config).eval()
-
-
 def llava(strategy: str = "default") -> tuple[Any, Any]:
-    """16 tokens a picture, 4 x 4; with strategy "full" also the class token, first."""
+    """16 tokens per image, 4 x 4. With strategy "full" the class token comes first."""
     tokenizer = _tokenizer("<image>")
     processor = transformers.LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
@@ -70,11 +67,11 @@ def llava(strategy: str = "default") -> tuple[Any, Any]:
         image_token_index=processor.image_token_id,
         vision_feature_select_strategy=strategy,
     )
-    return _built(transformers.LlavaForConditionalGeneration, config), processor
+    return build(transformers.LlavaForConditionalGeneration, config), processor
 
 
 def llava_next() -> tuple[Any, Any]:
-    """A picture as a whole, 4 x 4, then in two or four tiles of 4 x 4, without padding, a token behind each line."""
+    """The whole image, 4 x 4 tokens, then two or four tiles of 4 x 4 without padding; a token follows each line."""
     tokenizer = _tokenizer("<image>")
     tiles = [[32, 64], [64, 32], [64, 64]]
     images = LlavaNextImageProcessorPil(
@@ -90,7 +87,7 @@ def llava_next() -> tuple[Any, Any]:
         image_grid_pinpoints=tiles,
         vision_feature_select_strategy="default",
     )
-    return _built(transformers.LlavaNextForConditionalGeneration, config), processor
+    return build(transformers.LlavaNextForConditionalGeneration, config), processor
 
 
 class _WithoutVideos(transformers.Qwen2VLProcessor):
@@ -101,7 +98,7 @@ class _WithoutVideos(transformers.Qwen2VLProcessor):
 
 
 def qwen2_vl() -> tuple[Any, Any]:
-    """Tokens of 16 x 16 pixels, as many as the picture has."""
+    """One token per 16 x 16 pixels of the image."""
     tokenizer = _tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     sizes = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
     images = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=sizes)
@@ -116,11 +113,11 @@ def qwen2_vl() -> tuple[Any, Any]:
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
-    return _built(transformers.Qwen2VLForConditionalGeneration, config), processor
+    return build(transformers.Qwen2VLForConditionalGeneration, config), processor
 
 
 def idefics2() -> tuple[Any, Any]:
-    """4 tokens a picture, mixed by a resampler."""
+    """4 tokens per image, mixed by a resampler."""
     tokenizer = _tokenizer()
     images = Idefics2ImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 32}, do_image_splitting=False)
     processor = transformers.Idefics2Processor(images, tokenizer, image_seq_len=4)
@@ -131,11 +128,11 @@ def idefics2() -> tuple[Any, Any]:
         text_config={"model_type": "mistral", "vocab_size": len(tokenizer), **_TEXT},
         image_token_id=processor.image_token_id,
     )
-    return _built(transformers.Idefics2ForConditionalGeneration, config), processor
+    return build(transformers.Idefics2ForConditionalGeneration, config), processor
 
 
 def idefics3(splits: bool = True) -> tuple[Any, Any]:
-    """4 tokens a tile, 2 x 2; pictures are looked at in tiles of 32 pixels, and as a whole."""
+    """4 tokens per tile, 2 x 2. Images are read in tiles of 32 pixels and as a whole."""
     tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     tokenizer = _tokenizer("<global-img>", *tiles)
     edges = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
@@ -148,11 +145,11 @@ def idefics3(splits: bool = True) -> tuple[Any, Any]:
         text_config={"model_type": "llama", "vocab_size": len(tokenizer), **_TEXT},
         image_token_id=processor.image_token_id,
     )
-    return _built(transformers.Idefics3ForConditionalGeneration, config), processor
+    return build(transformers.Idefics3ForConditionalGeneration, config), processor
 
 
 def paligemma() -> tuple[Any, Any]:
-    """16 tokens a picture, 4 x 4, before the text."""
+    """16 tokens per image, 4 x 4, before the text."""
     tokenizer = _tokenizer("<image>")
     images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
     images.image_seq_length = 16
@@ -163,11 +160,11 @@ def paligemma() -> tuple[Any, Any]:
         projection_dim=32,
         image_token_index=processor.image_token_id,
     )
-    return _built(transformers.PaliGemmaForConditionalGeneration, config), processor
+    return build(transformers.PaliGemmaForConditionalGeneration, config), processor
 
 
 def gemma3() -> tuple[Any, Any]:
-    """4 tokens a picture, 2 x 2, each of 4 patches; in a text another token stands for them."""
+    """4 tokens per image, 2 x 2, of 4 patches each. The text has another token in their place."""
     tokenizer = _tokenizer("<start_of_image>", "<end_of_image>", "<image_soft_token>")
     for name, token in (("image", "<image_soft_token>"), ("boi", "<start_of_image>"), ("eoi", "<end_of_image>")):
         setattr(tokenizer, f"{name}_token", token)
@@ -181,7 +178,7 @@ def gemma3() -> tuple[Any, Any]:
         boi_token_index=tokenizer.boi_token_id,
     )
     processor = transformers.Gemma3Processor(images, tokenizer, image_seq_length=4)
-    net = _built(transformers.Gemma3ForConditionalGeneration, config)
+    net = build(transformers.Gemma3ForConditionalGeneration, config)
     projection = net.model.multi_modal_projector.mm_input_projection_weight  # made of zeros
     torch.nn.init.normal_(projection, generator=torch.Generator().manual_seed(0))
     return net, processor

@@ -1,4 +1,4 @@
-"""The README's table of nnterp's names: it has all of them, and every name on the right is there."""
+"""The tables of nnterp's names in the documentation: they hold every name, and every replacement exists."""
 
 import builtins
 import re
@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import writers
 
 import diffsight
 from diffsight import logit_lens
 from diffsight.lenses.patchscope import TargetPrompt, repeat_prompt
 from diffsight.lenses.target_probabilities import Prompt, first_tokens
-from diffsight.pipelines.standard_names import standard_names
+from diffsight.pipelines.standard_names import model_names
+from models import language
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-TABLE = README.split("## Coming from nnterp\n")[1].split("\n## ")[0]
-ROWS = [tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in TABLE.splitlines() if "|" in line][2:]
+PAGE = (Path(__file__).parents[2] / "docs" / "coming_from_nnterp.md").read_text(encoding="utf-8")
+LINES = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith(("| nnterp |", "| ---"))]
+ROWS = [tuple(cell.strip() for cell in line.strip("| ").split(" | ")) for line in LINES]
 
 # The public surface of nnterp 1.3.0, read off its modules.
 SURFACE = re.findall(
@@ -44,7 +44,7 @@ SURFACE = re.findall(
 @pytest.fixture(scope="module")
 def known():
     """What the names on the right stand for."""
-    model = writers.model()
+    model = language.model()
     prompt = Prompt.from_strings("A cat", "Paris", model)
     return {"model": model, "prompt": prompt, "result": logit_lens(model, "A cat"), "net": model.module}
 
@@ -62,7 +62,7 @@ def test_every_row_has_two_cells():
 
 
 def test_every_name_on_the_right_exists(known):
-    names = {**vars(builtins), **known, "model_names": standard_names.model_names, "pandas": None, "pytest": None}
+    names = {**vars(builtins), **known, "model_names": model_names, "pandas": None, "pytest": None}
     names |= {value.__name__: value for value in (Prompt, first_tokens, TargetPrompt, repeat_prompt)}
     names |= {name: getattr(diffsight, name) for name in diffsight.__all__}
     checked = 0
@@ -78,7 +78,7 @@ def test_every_name_on_the_right_exists(known):
 
 def check(known, holder, path, code):
     if holder == "run":
-        with known["model"].trace(writers.PROMPTS[1]) as run:
+        with known["model"].trace(language.PROMPTS[1]) as run:
             follow(run, path, code)
             run.stop()
     else:
@@ -99,12 +99,12 @@ def follow(value, path, code):
 
 def test_the_lines_of_the_table_do_what_they_say(known):
     model, net = known["model"], known["net"]
-    with model.trace(writers.PROMPTS[0]) as run:
+    with model.trace(language.PROMPTS[0]) as run:
         assert torch.equal(run.embed_tokens.output, net.transformer.wte(run.tokens))
         run.attentions_input[2][:, 0] = 0
         assert (run.attentions_input[2][:, 0] == 0).all()
-    assert net.get_submodule(standard_names.model_names(net)["layers"]) is net.transformer.h
+    assert net.get_submodule(model_names(net)["layers"]) is net.transformer.h
     assert model.config.get_text_config().hidden_size == 32
     assert len(model.layers) == 4
     assert not known["prompt"].shared_tokens
-    assert model.trace("A cat").next_token_probs.shape == (1, len(writers.TOKENIZER))
+    assert model.trace("A cat").next_token_probs.shape == (1, len(language.TOKENIZER))

@@ -1,8 +1,7 @@
-"""Standard names and accessors: the same words on every model, the same values as plain hooks give."""
+"""Standard names and accessors: the same on every model, with the values of plain hooks."""
 
 import warnings
 
-import architectures
 import pytest
 import torch
 import transformers
@@ -12,6 +11,7 @@ from diffsight import LanguageModel, OutOfOrderError
 from diffsight.errors import AssignmentError, InputError, PointNotFoundError
 from diffsight.pipelines.language.name_check import NamesWarning
 from diffsight.pipelines.standard_names import layer_names, model_names, standard_names
+from models import architectures
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -40,7 +40,7 @@ def gpt2(nets):
 
 
 def seen(net, path, ids=IDS, inputs=False, edit=None):
-    """What a module gives (or takes) in a bare pass, and the logits of that pass."""
+    """Return the output (or the input) of a module in a bare pass, and the logits of that pass."""
     values = []
 
     def note(module, args, output=None):
@@ -112,7 +112,7 @@ def test_layers_of_both_halves_by_any_path():
 
 
 def test_a_compiled_model(nets):
-    """`torch.compile` wraps a model; what lies in it keeps its names."""
+    """`torch.compile` wraps a model, and the modules inside keep their names."""
     model = LanguageModel(torch.compile(nets["gpt2"]))
     with model.trace(IDS) as run:
         assert torch.equal(run.layers_output[1], seen(nets["gpt2"], "transformer.h.1")[0][0])
@@ -131,7 +131,7 @@ def test_a_part_that_is_exchanged():
         assert torch.equal(run.attentions_output[0], seen(net, "transformer.h.0.attn")[0][0])
 
 
-def test_an_mlp_that_is_no_module(nets):
+def test_an_mlp_that_is_not_a_module(nets):
     """OPT's layers call fc1 and fc2 themselves."""
     net, model = nets["opt"], LanguageModel(nets["opt"])
     path = "model.decoder.layers.1"
@@ -174,7 +174,7 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_encoders_of_text_and_pictures(kind):
+def test_encoders_of_text_and_images(kind):
     cls, sizes, norm = ENCODERS[kind]
     common = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = cls.config_class(**(common if "d_model" not in sizes else {"num_heads": 4}) | sizes)
@@ -200,7 +200,7 @@ def test_encoders_of_text_and_pictures(kind):
 
 
 def odd():
-    """GPT-2 with its parts under names and in an order that say nothing."""
+    """Return a GPT-2 whose parts have meaningless names, in another order."""
     net = architectures.build_causal("gpt2")
     decoy, net.transformer.ln_f.real = nn.LayerNorm(32), None
     net.transformer.add_module("norm_of_nothing", decoy)
@@ -249,7 +249,7 @@ def test_a_model_without_layers_says_how_to_name_them(nets):
             run.layers_output[0]
 
 
-def test_lists_that_are_no_layers_are_found_out():
+def test_lists_that_are_not_layers_are_rejected():
     """XLM has a list of attentions and a list of MLPs, each of which the residual goes past."""
     with pytest.raises(
         InputError, match=r"'layers' was taken to be 'transformer\.ffns', but .* without passing through"
@@ -269,9 +269,9 @@ def test_the_check_changes_nothing(net):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
-def test_a_model_that_cannot_run_on_tokens_alone_is_warned_of():
+def test_a_model_that_cannot_run_on_tokens_alone_gives_a_warning():
     class Needy(transformers.GPT2LMHeadModel):
-        def forward(self, input_ids=None, *, picture, **kwargs):
+        def forward(self, input_ids=None, *, image, **kwargs):
             return super().forward(input_ids, **kwargs)
 
     net = Needy(architectures.small_config("gpt2"))
@@ -326,7 +326,7 @@ def test_parts_of_a_layer(model, net):
 
 
 @pytest.mark.parametrize("accessor, part", [("attentions_input", "self_attn"), ("mlps_input", "mlp")])
-def test_what_parts_of_a_layer_are_given(model, net, accessor, part):
+def test_inputs_of_parts_of_a_layer(model, net, accessor, part):
     """Read and assigned, whether the layer passes it by position or by name."""
     layers = model_names(net)["layers"]
     first = layer_names(net.get_submodule(layers)[1])[part].partition(":")[0]
@@ -458,7 +458,7 @@ def test_attention_probabilities(model, net):
 
 
 def test_attention_to_the_first_token_alone(gpt2, nets):
-    """All weight on one token: each head gives that token's value."""
+    """With all weight on one token, each head returns that token's value."""
     with gpt2.trace(IDS) as run:
         values = run.v[1]
         probs = torch.zeros_like(run.attention_probs[1])
@@ -523,7 +523,7 @@ def test_probabilities_need_eager_attention():
 
 
 def queries_keys_values(net, layer):
-    """What meets in the attention, as transformers hands it to its attention function: keys and values of each head."""
+    """Return the queries, keys and values of each head that transformers passes to its attention function."""
     block = net.get_submodule(model_names(net)["layers"])[layer]
     module = block.get_submodule(layer_names(block)["self_attn"].partition(":")[0])
     found = {}
@@ -570,7 +570,7 @@ def test_setting_the_values_of_one_head(model):
     assert silent.tolist() == [head < share for head in range(4)]
 
 
-def test_a_head_that_says_nothing(model, net):
+def test_a_head_whose_values_are_zero(model, net):
     with model.trace(IDS) as run:
         heads = run.heads_output[1]
         run.heads_output[1][:, :, 2] = 0
@@ -585,7 +585,7 @@ def test_a_head_that_says_nothing(model, net):
 
 
 @pytest.mark.parametrize("index", [2, -3, "1", 1.0, True])
-def test_a_layer_that_is_not_there(gpt2, index):
+def test_a_layer_that_does_not_exist(gpt2, index):
     with pytest.raises(InputError, match=r"there is no layer .*, the model has 2"):
         with gpt2.trace(IDS) as run:
             run.layers_output[index]
@@ -627,7 +627,7 @@ def test_a_layer_without_such_a_part():
             run.q[0]
 
 
-def test_what_is_no_value_cannot_be_assigned(gpt2):
+def test_only_values_can_be_assigned(gpt2):
     with gpt2.trace(IDS) as run:
         with pytest.raises(PointNotFoundError):
             run.layers_output = 1

@@ -1,19 +1,23 @@
-"""Small random language models that read text, for the tests of lenses."""
+"""Small language models with random weights that read text, for the tests of the lenses.
 
-from typing import Any
+    language.model().trace("A cat sat on the")
+
+The weights are the same each time.
+"""
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from diffsight import LanguageModel
+from models.building import build
 
 PROMPTS = ["The Eiffel Tower is in the city of", "A cat sat on the", "The capital of France is"]
 _TEXTS = [*PROMPTS, "Paris London Madrid Rome", "in Paris and London, in Madrid and Rome", "cat hello king -> ?"]
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Byte-level, trained on the spot: " Paris" is one token, "Paris" another."""
+    """Train a byte-level tokenizer, in which " Paris" is one token and "Paris" another."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -28,12 +32,6 @@ TOKENIZER = tokenizer()
 SIZES = {"vocab_size": len(TOKENIZER), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
-def build(cls: Any, config: Any) -> torch.nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return cls(config).eval()
-
-
 def gpt2() -> torch.nn.Module:
     config = transformers.GPT2Config(**SIZES, n_embd=32, n_layer=4, n_head=4, n_positions=64)
     return build(transformers.GPT2LMHeadModel, config)
@@ -45,7 +43,7 @@ def llama() -> torch.nn.Module:
 
 
 def gemma2() -> torch.nn.Module:
-    """Caps its logits."""
+    """Return a Gemma 2, which caps its logits."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     heads = {"num_key_value_heads": 2, "head_dim": 8, "final_logit_softcapping": 0.5}
     return build(transformers.Gemma2ForCausalLM, transformers.Gemma2Config(**SIZES, **sizes, **heads))
@@ -57,7 +55,7 @@ def model(net: torch.nn.Module | None = None) -> LanguageModel:
 
 @torch.no_grad()
 def hidden_states(net: torch.nn.Module, layers: torch.nn.ModuleList, ids: torch.Tensor) -> list[torch.Tensor]:
-    """What each layer gives, by plain hooks."""
+    """Return the output of each layer, (batch, tokens, features), from ordinary hooks."""
     kept = []
     hooks = [layer.register_forward_hook(lambda module, args, output: kept.append(output)) for layer in layers]
     net(ids)

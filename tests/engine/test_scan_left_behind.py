@@ -1,0 +1,233 @@
+"""A scan leaves the model as it was, however it ends."""
+
+import gc
+import weakref
+from threading import Thread
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import is_fake
+
+from diffsight import Model
+from diffsight.errors import ScanError
+from helpers import footprint
+from models.nets import WIDTH, Calling, Net, inputs, linear
+
+pytestmark = pytest.mark.usefixtures("no_mode_is_left")
+
+
+class Keeping(nn.Module):
+    """A module that keeps tables, counts its calls and updates what it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.register_buffer("table", torch.zeros(2))
+        self.register_buffer("later", None)
+        self.rows, self.tables, self.calls, self.cache = 2, {}, 0, [None]
+
+    def forward(self, x):
+        self.calls += 1
+        if self.rows < len(x) + 2:
+            self.rows = len(x) + 2
+            self.register_buffer("table", torch.arange(float(self.rows), device=x.device))
+        self.later = x.mean(0)
+        self.extra = x.sum()
+        self.tables[len(x)] = x * 2
+        self.cache[0] = x
+        self.norm.weight.data.add_(1)
+        self.to(torch.float64).to(torch.float32)
+        return self.norm(x) + self.table[: len(x), None]
+
+
+def held(module):
+    """Return everything that a module and its submodules hold, by identity and by value."""
+    return {
+        name: (
+            footprint(inner)[""],
+            {key: id(value) for key, value in vars(inner).items()},
+            {
+                key: (id(v), v.clone())
+                for key, v in (*inner._parameters.items(), *inner._buffers.items())
+                if v is not None
+            },
+            [dict(v) if isinstance(v, dict) else list(v) for v in vars(inner).values() if type(v) in (dict, list)],
+        )
+        for name, inner in module.named_modules()
+    }
+
+
+def test_what_a_model_keeps_is_what_it_kept_before(x):
+    net = Keeping()
+    net(x)
+    before = held(net)
+    for rows in (2, 5):
+        with Model(net).scan(inputs(0, rows)) as run:
+            assert run.norm.output.shape == (rows, WIDTH)
+        assert str(held(net)) == str(before)
+    fresh = Keeping()
+    fresh(x)
+    assert torch.equal(net(x), fresh(x))
+
+
+def test_casting_a_module_leaves_its_parameters_in_place(x):
+    """Another run of the same model may use them meanwhile."""
+    net = Calling(lambda self, x: self.part.to(torch.float64)(x.double()), part=nn.BatchNorm1d(WIDTH).eval())
+    before = dict(net.named_parameters()) | dict(net.named_buffers())
+    with Model(net).scan(x) as run:
+        assert run.part.output.dtype == torch.float64
+        now = dict(net.named_parameters()) | dict(net.named_buffers())
+        assert all(value is before[name] for name, value in now.items())
+        assert run.part.weight.dtype == torch.float64
+    assert run.result.dtype == torch.float64 and net.part.weight.dtype == torch.float32
+
+
+def test_tied_weights(x):
+    net = nn.Sequential(linear(), linear())
+    net[1].weight = net[0].weight
+    want = net(x)
+    with Model(net).scan(x) as run:
+        assert run[0].weight is run[1].weight
+    assert net[1].weight is net[0].weight and torch.equal(net(x), want)
+
+
+def test_compiled_modules(x):
+    net, compiled = Net(), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    net.layers[1] = torch.compile(net.layers[1], backend=backend)
+    net.last.compile(backend=backend)
+    with Model(net).scan(x) as run:
+        assert is_fake(run.layers[1].output)
+        assert net.last(x).shape == run.last.output.shape == (2, WIDTH)
+    assert compiled == []
+    net(x)
+    assert compiled, "afterwards it is compiled as usual"
+
+
+def error_in_the_body(model, x):
+    with pytest.raises(KeyError), model.scan(x) as run:
+        run.layers[0].leaf.input
+        raise KeyError
+
+
+def interrupt_in_the_body(model, x):
+    with pytest.raises(KeyboardInterrupt), model.scan(x) as run:
+        run.layers[0].leaf.input
+        raise KeyboardInterrupt
+
+
+def error_in_the_model(model, x):
+    with pytest.raises(RuntimeError), model.scan(x[:, :1]) as run:
+        run.layers[0].input
+
+
+def values_asked_for(model, x):
+    with pytest.raises(ScanError), model.scan(x) as run:
+        run.layers[0].output.item()
+
+
+def stopped(model, x):
+    with model.scan(x) as run:
+        run.layers[0].leaf.lin.input
+        run.stop()
+
+
+def dropped(model, x):
+    run = model.scan(x)
+    run.layers[0].leaf.input
+    del run
+
+
+def dropped_before_it_began(model, x):
+    model.scan(x)
+
+
+def dropped_in_another_thread(model, x):
+    runs = [model.scan(x)]
+    runs[0].layers[0].leaf.input
+    thread = Thread(target=runs.clear)
+    thread.start()
+    thread.join()
+
+
+def left_by_return(model, x):
+    def body():
+        with model.scan(x) as run:
+            return run.layers[0].input
+
+    assert is_fake(body())
+
+
+def finished(model, x):
+    with model.scan(x) as run:
+        run.layers[0].skip(run.first.output)
+    assert run.result.shape == (2, WIDTH)
+
+
+ENDS = [
+    error_in_the_body,
+    interrupt_in_the_body,
+    error_in_the_model,
+    values_asked_for,
+    stopped,
+    dropped,
+    dropped_before_it_began,
+    dropped_in_another_thread,
+    left_by_return,
+    finished,
+]
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
+def test_however_it_ends_the_model_is_what_it_was(end, x):
+    net = Net()
+    want, clean = net(x), footprint(net)
+    weights = {name: (id(value), value.clone()) for name, value in net.state_dict(keep_vars=True).items()}
+    end(Model(net), x)
+    assert footprint(net) == clean
+    assert all(value is not None and not value.is_meta for value in net.parameters())
+    for name, value in net.state_dict(keep_vars=True).items():
+        assert weights[name][0] == id(value) and torch.equal(weights[name][1], value)
+    assert torch.equal(net(x), want)
+    with Model(net).trace(x) as run:
+        run.layers[0].output
+    assert torch.equal(run.result, want)
+
+
+def test_a_real_run_beside_a_scan_of_the_same_model(net, x):
+    want, model = net(x), Model(net)
+    with model.scan(x) as shapes, model.trace(x) as real:
+        for index in range(3):
+            assert is_fake(shapes.layers[index].output)
+            assert not is_fake(real.layers[index].output)
+    assert torch.equal(real.result, want) and not shapes.result.any()
+
+
+def test_a_real_run_in_another_thread(net, x):
+    want, model, seen = net(x), Model(net), []
+    with model.scan(x) as run:
+        assert is_fake(run.layers[0].leaf.output)
+        thread = Thread(target=lambda: seen.append(Model(net).trace(x).result))
+        thread.start()
+        thread.join()
+        assert is_fake(run.layers[1].output)
+    assert torch.equal(seen[0], want)
+
+
+def test_a_scan_that_is_dropped_needs_no_garbage_collection(net, x):
+    clean = footprint(net)
+    gc.disable()
+    try:
+        x = x.clone()
+        run = Model(net).scan(x)
+        run.layers[1].input
+        gone = weakref.ref(run), weakref.ref(x)
+        del run, x
+        assert [ref() for ref in gone] == [None, None] and footprint(net) == clean
+    finally:
+        gc.enable()

@@ -1,0 +1,90 @@
+"""Seeds: each image of a batch is the image of a run of its own."""
+
+import pytest
+import torch
+
+from diffsight import DiffusionModel
+from helpers import SEED, draw, drawn
+from models import diffusion
+
+SD = diffusion.PIPELINES["stable_diffusion"].inputs
+
+
+def batch_of(kind):
+    """Return inputs for two images of one prompt, or for two prompts."""
+    if "prompt" not in kind.inputs():
+        return {**kind.inputs(), "batch_size": 2}
+    return {**kind.inputs(), "prompt": ["a red circle", "a blue square above a green circle"]}
+
+
+# An inpainting pipeline encodes the masked image once for a batch, with the first generator.
+BATCHED = [name for name in diffusion.ALL_PIPELINES if name != "inpaint"]
+
+
+@pytest.mark.parametrize("kind", BATCHED, indirect=True)
+def test_each_image_of_a_batch_has_a_seed_of_its_own(kind, pipe):
+    inputs = batch_of(kind)
+    batch = drawn(DiffusionModel(pipe).generate(**inputs, seed=5))
+    assert len(batch) == 2
+    for i, image in enumerate(batch):
+        single = {**inputs, "prompt": inputs["prompt"][i]} if "prompt" in inputs else {**inputs, "batch_size": 1}
+        assert torch.allclose(image, draw(pipe, single, 5 + i)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("seeds", [[9, 4], (7, 7)], ids=str)
+def test_a_seed_for_each_image(sd, seeds):
+    inputs = batch_of(diffusion.PIPELINES["stable_diffusion"])
+    batch = DiffusionModel(sd).generate(**inputs, seed=seeds).images
+    assert len(batch) == 2
+    for image, prompt, seed in zip(batch, inputs["prompt"], seeds):
+        assert torch.allclose(image, draw(sd, {**inputs, "prompt": prompt}, seed)[0], atol=1e-4)
+
+
+def test_several_images_of_each_prompt(sd):
+    prompts = ["a red circle", "a blue square"]
+    images = DiffusionModel(sd).generate(**{**SD(), "prompt": prompts}, num_images_per_prompt=2, seed=5).images
+    assert len(images) == 4
+    for i, image in enumerate(images):
+        want = draw(sd, {**SD(), "prompt": prompts[i // 2]}, seed=5 + i)[0]
+        assert torch.allclose(image, want, atol=1e-4)
+
+
+def test_several_videos_of_a_prompt():
+    kind = diffusion.PIPELINES["ltx"]
+    pipe = kind.build()
+    frames = DiffusionModel(pipe).generate(**kind.inputs(), num_videos_per_prompt=2, seed=5).frames
+    for i in range(2):
+        assert torch.allclose(frames[i], draw(pipe, kind.inputs(), seed=5 + i)[0], atol=1e-4)
+
+
+def test_encoded_prompts_are_counted(sd):
+    inputs = SD()
+    encoded, negative = sd.encode_prompt(["a red circle", "a blue square"], "cpu", 1, True)
+    del inputs["prompt"]
+    inputs |= {"prompt_embeds": encoded, "negative_prompt_embeds": negative}
+    images = DiffusionModel(sd).generate(**inputs, seed=5).images
+    for i, prompt in enumerate(["a red circle", "a blue square"]):
+        assert torch.allclose(images[i], draw(sd, {**SD(), "prompt": prompt}, 5 + i)[0], atol=1e-4)
+
+
+def test_the_same_seed_draws_the_same_and_another_does_not(sd):
+    model = DiffusionModel(sd)
+    once = model.generate(**SD(), seed=5).images
+    assert torch.equal(model.generate(**SD(), seed=5).images, once)
+    assert not torch.equal(model.generate(**SD(), seed=6).images, once)
+
+
+def test_a_seed_does_not_touch_the_global_generator(sd):
+    before = torch.get_rng_state()
+    _ = DiffusionModel(sd).generate(**SD(), seed=5).images
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_call_that_hides_its_arguments_can_be_seeded(sd):
+    class Hiding(type(sd)):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    model = DiffusionModel(Hiding(**sd.components, requires_safety_checker=False))
+    model.set_progress_bar_config(disable=True)
+    assert torch.equal(model.generate(**SD(), seed=SEED).images, draw(sd, SD()))
