@@ -96,6 +96,7 @@ class Flow:
         self.result: Any = None
         self._scope = Scope()
         self._edits_begun = False
+        self._is_cleared = False  # whether nothing of it is left anywhere
         self._stands: Point | str = "before its first call"  # where the model is, or last was
 
     @property
@@ -280,6 +281,12 @@ class Flow:
         holder = self if self.coroutine is None else self.coroutine
         holder.state = holder.state.with_mode(mode)
 
+    def enter_body(self) -> None:
+        """The block of the `with` statement begins."""
+
+    def leave_body(self) -> None:
+        """The block of the `with` statement ends. May be called again."""
+
     def raise_unreached(self) -> None:
         """Raise NeverReachedError if there are assignments that the model did not reach."""
         missed, self.unreached = [a for a in self.unreached if a.order == LAST], []
@@ -288,7 +295,14 @@ class Flow:
 
     def close(self, outcome: str) -> None:
         """End the run where it stands: unwind the model, remove every hook. May be called again."""
-        if self.outcome is not None:
+        try:
+            self._close(outcome)
+        except BaseException:  # an interrupt may come between any two lines
+            self._close(outcome)
+            raise
+
+    def _close(self, outcome: str) -> None:
+        if self._is_cleared:
             return
         try:
             self.taps.remove()  # what the model still does while it is unwound passes untouched
@@ -297,7 +311,7 @@ class Flow:
         except Exception:
             pass  # raised while unwinding; what led to the end is what matters
         finally:
-            self._end(outcome)
+            self._end(self.outcome or outcome)
 
     # ---- what is allowed
 
@@ -482,8 +496,11 @@ class Flow:
     # ---- how the run ends
 
     def _fail(self, error: BaseException) -> None:
-        """The model has ended with an error."""
-        self._end(f"its model failed with {type(error).__name__}")
+        """The model has ended with an error, or the exchange with it was interrupted."""
+        failed = f"its model failed with {type(error).__name__}"
+        if self.coroutine is not None and self.coroutine.has_begun:
+            self.close(failed)
+        self._end(failed)
         if self.misshapen and isinstance(error, (RuntimeError, ValueError, IndexError)):
             assigned = "\n".join(self.misshapen)
             raise AssignmentError(f"{assigned}\nWith that value the model failed: {error}") from error
@@ -498,7 +515,8 @@ class Flow:
                 body.wake()
 
     def _end(self, outcome: str) -> None:
-        self.taps.remove()  # first: if this is interrupted, the run can still be closed
+        self.taps.remove()
+        self._put_back()
         self.outcome = outcome
         self.parked = self.coroutine = None
         self._stands = outcome  # so that no value is held
@@ -508,10 +526,14 @@ class Flow:
         self.bodies.calls.clear()
         if self.observer is not None:
             self.observer.ended()
+        self._is_cleared = True  # if an interrupt came before, the run is closed again
         if edits and get_ident() == self.thread:
             with ExitStack() as ends:  # each is ended, whatever the others raise
                 for edit in reversed(edits):
                     ends.callback(edit.end, outcome in (ENDED, STOPPED))
+
+    def _put_back(self) -> None:
+        """Put back what the run has changed besides putting its taps on the model."""
 
     # ---- from the model's side, see `diffsight.engine.taps.Host`
 

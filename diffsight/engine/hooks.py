@@ -14,7 +14,6 @@ signatures remain those of the original. If several runs are open at once, the l
 import copy
 import functools
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable
 from threading import RLock
 from types import FrameType, FunctionType, MethodType
@@ -148,32 +147,44 @@ class Override:
     Subclasses define `put_on` and `take_off`. If several runs override the same method, only the first override is put
     on, and it is taken off with the last `remove`."""
 
-    _users: Counter = Counter()
-    _first: dict = {}  # of the overrides of one method, the one that was put on
+    _users: dict = {}  # the overrides of one method
+    _first: dict = {}  # of those, the one that was put on
 
     def __init__(self, target: Any, name: str) -> None:
         self.target, self.name = target, name
         self.key = (id(target), name)
-        with _lock:
-            Override._users[self.key] += 1
-            if Override._users[self.key] == 1:
-                self.put_on()
-                Override._first[self.key] = self
+        try:
+            with _lock:
+                users = Override._users.setdefault(self.key, [])
+                users.append(self)
+                if len(users) == 1:
+                    Override._first[self.key] = self
+                    self.put_on()
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
-        """Restore the method, if no other run overrides it."""
+        """Restore the method, if no other run overrides it. May be called again."""
         with _lock:
-            Override._users[self.key] -= 1
-            if not Override._users[self.key]:
+            users = Override._users.get(self.key, [])
+            if self not in users:
+                return
+            if len(users) == 1:  # it counts as removed at the end: if this is interrupted, it is done again
+                first = Override._first.get(self.key)
+                if first is not None:
+                    first.take_off()
+                Override._first.pop(self.key, None)
                 del Override._users[self.key]
-                Override._first.pop(self.key).take_off()
+            else:
+                users.remove(self)
 
     def put_on(self) -> None:
         """Put the function in place of the method."""
         raise NotImplementedError
 
     def take_off(self) -> None:
-        """Restore the method."""
+        """Restore the method. May be called again."""
         raise NotImplementedError
 
 
@@ -189,18 +200,23 @@ class ChangedMethod(Override):
         self._change = change
         super().__init__(target, name)
 
+    _own: Any = None
+
     def put_on(self) -> None:
         self._own = self.target.__dict__.get(self.name)
         self.target.__dict__[self.name] = self._change(getattr(self.target, self.name))
 
     def take_off(self) -> None:
-        del self.target.__dict__[self.name]
         if self._own is not None:
             self.target.__dict__[self.name] = self._own
+        else:
+            self.target.__dict__.pop(self.name, None)
 
 
 class TappedMethod(Override):
     """Sends the calls of one method, of an object and of its copies, through the taps of the run that makes them."""
+
+    own: Any = None
 
     def put_on(self) -> None:
         self.own = own = self.target.__dict__.get(self.name)
@@ -216,7 +232,7 @@ class TappedMethod(Override):
             return
         cls = type(self.target)
         names = frozenset({self.name, *getattr(cls, "_diffsight_names", ())})
-        self._become(getattr(cls, "_diffsight_class", cls), names)
+        self._become(self.target, getattr(cls, "_diffsight_class", cls), names)
         self.target.__dict__[_OWNER] = id(self.target)
 
     def take_off(self) -> None:
@@ -224,15 +240,18 @@ class TappedMethod(Override):
             if self.target.__dict__.get(self.name) is self.put:
                 self.target.__dict__[self.name] = self.own
             return
-        for target in (self.target, *_copies.pop(id(self.target), ())):
-            self.target = target
+        number = id(self.target)
+        for target in (self.target, *_copies.get(number, ())):
             cls = type(target)
-            self._become(cls._diffsight_class, cls._diffsight_names - {self.name})
+            if self.name in getattr(cls, "_diffsight_names", ()):
+                self._become(target, cls._diffsight_class, cls._diffsight_names - {self.name})
             if not hasattr(type(target), "_diffsight_class"):
                 target.__dict__.pop(_OWNER, None)
+        if not hasattr(type(self.target), "_diffsight_class"):
+            _copies.pop(number, None)
 
-    def _become(self, cls: type, names: frozenset[str]) -> None:
-        object.__setattr__(self.target, "__class__", _tapped_class(cls, names) if names else cls)
+    def _become(self, target: Any, cls: type, names: frozenset[str]) -> None:
+        object.__setattr__(target, "__class__", _tapped_class(cls, names) if names else cls)
 
 
 _copies: dict[int, weakref.WeakSet] = {}  # id of a tapped object: the copies that were made of it meanwhile
