@@ -3,11 +3,12 @@
     python tests/fuzz.py --seconds 60               # a line for each finding, then the counts
     python tests/fuzz.py --seed 1234 --show         # one program, as code
 
-A case is a small model (nested and shared modules, modules that are called several times, tuples, dictionaries,
-in-place operations, several arguments) and a program: what a user may write in the body of a run. The oracle knows in
+A case is a small model (nested and shared modules, modules that are called several times, tuples, dictionaries, in-
+place operations, several arguments) and a program: what a user may write in the body of a run. The oracle knows in
 which order the model passes its points, so it knows which lines succeed; it performs the same operations in plain
-forward hooks at the same moments. A finding is a value that differs, an error that is missing or unexpected, or anything that is left behind
-on the model. Findings are shrunk: operations are removed for as long as the finding stays.
+forward hooks at the same moments. A finding is a value that differs, an error that is missing or unexpected, or
+anything that is left behind on the model. Findings are shrunk: operations are removed for as long as the finding
+stays.
 """
 
 import argparse

@@ -207,7 +207,7 @@ class Coroutine:
         body.restore(self.state)
 
     def _settle(self, body: TorchState) -> None:
-        """Switch back to the body's state, in whatever state things are: an interrupt may come between any two lines."""
+        """Switch back to the body's state after an error, which may be an interrupt between any two lines."""
         if self._bodys_random is not None or self._inner_guard is not None or body.now() != body:
             self._go_back(body)
             body.restore(TorchState.capture())

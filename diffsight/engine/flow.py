@@ -459,6 +459,7 @@ class Flow:
             self.coroutine.random = None if self.seed is None else seeded_random_state(self.seed)
         while True:
             self.parked = None
+            self.taps.renew()
             try:
                 value = self.coroutine.resume(call)
             except BaseException as error:

@@ -11,7 +11,6 @@ instance, this follows copies of the object (pipelines step a copy of their sche
 signatures remain those of the original. If several runs are open at once, the last one restores everything.
 """
 
-import copy
 import functools
 import weakref
 from collections.abc import Callable, Iterable
@@ -26,6 +25,7 @@ from diffsight.engine.coroutine import current_owner
 
 FORWARD = "forward"
 COMPILED = "_compiled_call_impl"  # on a module after `module.compile()`: what its calls go to
+_GETSTATE = "__getstate__"  # what copies of an object are made from; looked up on the instance too
 _OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; copies carry it along
 
 _lock = RLock()
@@ -48,16 +48,11 @@ def hook_modules(modules: Iterable[nn.Module], hooked: list) -> None:
             if number in _hooked:
                 _hooked[number][3] += 1
             else:
-                held, forward = module.__dict__, getattr(type(module), FORWARD, None)
-                if type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None:
-                    name, own, function = FORWARD, None, _through_taps(forward)
-                else:
-                    name, own, function = _of_its_own(module)
-                put = MethodType(function, module)
-                if own is not None:
-                    put = functools.update_wrapper(_InPlaceOf(function, module), own)
+                put, name, own = _made_for(module)
+                state, held = MethodType(_state_without_hook, module), module.__dict__
                 _hooked[number] = [put, name, own, 1]
                 held[name] = put
+                held[_GETSTATE] = state
             hooked.append(module)
 
 
@@ -77,13 +72,48 @@ def unhook_modules(hooked: list) -> None:
                     del held[name]
                 elif is_ours:
                     held[name] = own
+                if _GETSTATE in held:
+                    del held[_GETSTATE]
 
 
-class _InPlaceOf(functools.partial):
-    """Stands in place of an instance's own forward pass. A copy of the instance gets a copy of the original."""
+def renew_hooks(hooked: list) -> list[tuple[dict, Callable]]:
+    """Hook those modules again whose forward pass has been replaced meanwhile. Return what to compare for that: what
+    each module holds, and what of it is the hook."""
+    for module in hooked:
+        known, held = _hooked[id(module)], module.__dict__
+        if held.get(known[1]) is not known[0]:
+            with _lock:
+                put, name, own = _made_for(module)
+                known[0], known[1], known[2] = put, name, own
+                held[name] = put
+    found = [(module.__dict__, _hooked[id(module)]) for module in hooked]
+    return [(held, known[0]) for held, known in found if known[1] == FORWARD]
 
-    def __deepcopy__(self, memo: dict) -> Any:
-        return copy.deepcopy(self.__wrapped__, memo)
+
+def _made_for(module: nn.Module) -> tuple[Callable, str, Any]:
+    """What is put in place of a module's forward pass, under which name, and what is there now."""
+    held, forward = module.__dict__, getattr(type(module), FORWARD, None)
+    is_plain = type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None
+    if is_plain and type(module.forward) is MethodType:  # otherwise it is a static method
+        return MethodType(_through_taps(forward), module), FORWARD, None
+    name, own, function = _of_its_own(module)
+    put = MethodType(function, module)
+    return (put if own is None else functools.update_wrapper(functools.partial(function, module), own)), name, own
+
+
+def _state_without_hook(module: nn.Module) -> Any:
+    """What a copy of a hooked module gets (`copy`, `deepcopy`, `pickle`): the state of the module without the hook."""
+    state = type(module).__getstate__(module)
+    known = _hooked.get(id(module))
+    state, *slots = state if isinstance(state, tuple) else (state,)
+    if isinstance(state, dict) and known is not None:
+        put, name, own, _ = known
+        state = {key: value for key, value in state.items() if key != _GETSTATE}
+        if state.get(name) is put:
+            del state[name]
+            if own is not None:
+                state[name] = own
+    return (state, *slots) if slots else state
 
 
 @functools.cache

@@ -13,18 +13,21 @@ unknown, and the point counts as passed. A module that nobody asks for is only c
 to nothing, and most modules of a run are of this kind.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
 from diffsight.engine.coroutine import Coroutine, current_owner
-from diffsight.engine.hooks import COMPILED, FORWARD, count_running, hook_modules, unhook_modules
+from diffsight.engine.hooks import COMPILED, FORWARD, count_running, hook_modules, renew_hooks, unhook_modules
 from diffsight.engine.points import INPUTS, OUTPUT, Assignment, Point, PointKey
 from diffsight.engine.steps import Clock
 from diffsight.engine.target import Target
 from diffsight.engine.tree import Key, Places
 from diffsight.errors import PointNotFoundError
+
+_forward_of = operator.itemgetter(FORWARD)
 
 
 class Host(Protocol):
@@ -248,6 +251,9 @@ class Taps(dict[Key, Tap]):
         self._origins: dict[int, Origin] = {}  # of the modules that are only counted
         self._counts_before: dict[int, int] = {}  # their calls before the current step
         self._hooked: list = []  # all hooked modules, including those with taps
+        self._held: list[dict] = []  # what the hooked modules hold, and of it what the hooks are
+        self._hooks: list[Callable] = []
+        self._watched = 0  # how many of the hooked modules these are of
         self._opened: set[Target] = set()  # what was asked for
         self._around: dict[Target, Tap | None] = {}  # what lies around that, to its own tap or that of what it lies in
 
@@ -280,6 +286,18 @@ class Taps(dict[Key, Tap]):
         self._opened.add(target)
         return tap
 
+    def renew(self) -> None:
+        """Hook those modules again whose `forward` the body has replaced, before the model moves."""
+        if self._watched == len(self._hooked):
+            try:
+                if [*map(_forward_of, self._held)] == self._hooks:
+                    return
+            except KeyError:  # it has been deleted
+                pass
+        found = renew_hooks(self._hooked)
+        self._watched = len(self._hooked)
+        self._held, self._hooks = [held for held, _ in found], [hook for _, hook in found]
+
     def begin_step(self) -> list[Assignment]:
         """A step begins. Return what was assigned within the last one and not reached."""
         self._counts_before = dict(self.counts)
@@ -307,6 +325,7 @@ class Taps(dict[Key, Tap]):
         self.clear()
         for held in (self.counts, self._origins, self._counts_before, self._hooked, self._opened, self._around):
             held.clear()
+        self._held, self._hooks, self._watched = [], [], 0
         self._host = None  # so that nothing of a run that has ended waits for the garbage collector
 
     def _tap_component(self, target: Target) -> None:

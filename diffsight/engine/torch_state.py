@@ -102,7 +102,7 @@ def enter_inference_mode(enabled: bool) -> Any:
     try:
         guard.__enter__()
         return guard
-    except BaseException:  # interrupted: otherwise the traceback would keep the guard, and end the mode at some other time
+    except BaseException:  # interrupted: otherwise the mode would end when the traceback is dropped
         guard.__exit__(None, None, None)
         raise
 
