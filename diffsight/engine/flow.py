@@ -77,7 +77,7 @@ class Flow:
         self.tree = tree
         self.load: Callable[[], None] = tree.weights.load  # called before anything runs
         self.clock: Clock = tree.clock()
-        self.taps = Taps(self, [*tree.components(), *tree.attached.targets.values()], tree.places)
+        self.taps = Taps(self, [*tree.components(), *tree.attached.targets.values()], tree.layout)
         self.state = TorchState.capture()
         self.seed: int | None = None  # of the model's own random state; None: it uses the global one
         self.modes: list = []  # function modes that the model runs in, besides the caller's
@@ -509,6 +509,7 @@ class Flow:
     def _end_with(self, result: Any) -> None:
         """The model has ended."""
         self.result, self.has_result = result, True
+        self.taps.note_learned()
         self.unreached += [a for tap in self.taps.values() if tap.pending or tap.skips for a in tap.waiting()]
         self._end(ENDED)
         for body in self.bodies.functions:
