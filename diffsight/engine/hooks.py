@@ -48,8 +48,13 @@ def hook_modules(modules: Iterable[nn.Module], hooked: list) -> None:
             if number in _hooked:
                 _hooked[number][3] += 1
             else:
-                put, name, own = _made_for(module)
-                state, held = MethodType(_state_without_hook, module), module.__dict__
+                held, forward = module.__dict__, getattr(type(module), FORWARD, None)
+                is_plain = type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None
+                if is_plain and type(module.forward) is MethodType:  # otherwise it is a static method, for example
+                    put, name, own = MethodType(_through_taps(forward), module), FORWARD, None
+                else:
+                    put, name, own = _of_its_own(module)
+                state = MethodType(_state_without_hook, module)
                 _hooked[number] = [put, name, own, 1]
                 held[name] = put
                 held[_GETSTATE] = state
@@ -83,22 +88,10 @@ def renew_hooks(hooked: list) -> list[tuple[dict, Callable]]:
         known, held = _hooked[id(module)], module.__dict__
         if held.get(known[1]) is not known[0]:
             with _lock:
-                put, name, own = _made_for(module)
-                known[0], known[1], known[2] = put, name, own
-                held[name] = put
+                known[:3] = _of_its_own(module)
+                held[known[1]] = known[0]
     found = [(module.__dict__, _hooked[id(module)]) for module in hooked]
     return [(held, known[0]) for held, known in found if known[1] == FORWARD]
-
-
-def _made_for(module: nn.Module) -> tuple[Callable, str, Any]:
-    """What is put in place of a module's forward pass, under which name, and what is there now."""
-    held, forward = module.__dict__, getattr(type(module), FORWARD, None)
-    is_plain = type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None
-    if is_plain and type(module.forward) is MethodType:  # otherwise it is a static method
-        return MethodType(_through_taps(forward), module), FORWARD, None
-    name, own, function = _of_its_own(module)
-    put = MethodType(function, module)
-    return (put if own is None else functools.update_wrapper(functools.partial(function, module), own)), name, own
 
 
 def _state_without_hook(module: nn.Module) -> Any:
@@ -122,14 +115,17 @@ def _through_taps(forward: Callable) -> Callable:
     return functools.wraps(forward)(_through(forward))
 
 
-def _of_its_own(module: nn.Module) -> tuple[str, Any, Callable]:
-    """What the calls of a module go to if that is stored on the instance: its name, its value, and the function that
-    sends it through the taps. Compiled code is called through them and otherwise left alone."""
+def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any]:
+    """What is put in place of a module's forward pass, under which name, and what is there now. Compiled code is called
+    through the taps and otherwise left alone."""
     held = module.__dict__
     name = FORWARD if held.get(COMPILED) is None else COMPILED
     own = held.get(name)
     target = module.forward if own is None else own  # a TorchScript module looks its own up when it is asked
-    return name, own, _through(lambda module, /, *args, **kwargs: target(*args, **kwargs))
+    function = _through(lambda module, /, *args, **kwargs: target(*args, **kwargs))
+    if own is None:
+        return MethodType(function, module), name, None
+    return functools.update_wrapper(functools.partial(function, module), own), name, own
 
 
 def _through(original: Callable) -> Callable:

@@ -14,7 +14,7 @@ to nothing, and most modules of a run are of this kind.
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
@@ -27,7 +27,7 @@ from diffsight.engine.steps import Clock
 from diffsight.engine.target import Target
 from diffsight.errors import PointNotFoundError
 
-_forward_of = operator.itemgetter(FORWARD)
+_forward_of, _has_forward = operator.itemgetter(FORWARD), operator.methodcaller("__contains__", FORWARD)
 
 
 class Host(Protocol):
@@ -264,7 +264,6 @@ class Taps(dict[Key, Tap]):
         self._hooked: list = []  # all hooked modules, including those with taps
         self._held: list[dict] = []  # what the hooked modules hold, and of it what the hooks are
         self._hooks: list[Callable] = []
-        self._watched = 0  # how many of the hooked modules these are of
         self._opened: set[Target] = set()  # what was asked for
         self._around: dict[Target, Tap | None] = {}  # what lies around that, to its own tap or that of what it lies in
 
@@ -308,15 +307,21 @@ class Taps(dict[Key, Tap]):
 
     def renew(self) -> None:
         """Hook those modules again whose `forward` the body has replaced, before the model moves."""
-        if self._watched == len(self._hooked):
-            try:
-                if [*map(_forward_of, self._held)] == self._hooks:
-                    return
-            except KeyError:  # it has been deleted
-                pass
+        try:
+            if [*map(_forward_of, self._held)] == self._hooks:
+                return
+        except KeyError:  # it has been deleted
+            pass
         found = renew_hooks(self._hooked)
-        self._watched = len(self._hooked)
         self._held, self._hooks = [held for held, _ in found], [hook for _, hook in found]
+
+    def _hook(self, modules: Collection[nn.Module]) -> None:
+        hook_modules(modules, self._hooked)
+        held = [module.__dict__ for module in modules]
+        if not all(map(_has_forward, held)):  # a compiled module is hooked elsewhere
+            held = [known for known in held if FORWARD in known]
+        self._held += held
+        self._hooks += map(_forward_of, held)
 
     def note_call(self, target: Target) -> None:
         """Learn from a call of a module whether it is a stray."""
@@ -353,7 +358,7 @@ class Taps(dict[Key, Tap]):
         self.clear()
         for held in (self.counts, self._origins, self._counts_before, self._hooked, self._opened, self._around):
             held.clear()
-        self._held, self._hooks, self._watched = [], [], 0
+        self._held, self._hooks = [], []
         self._host = None  # so that nothing of a run that has ended waits for the garbage collector
 
     def _tap_component(self, target: Target) -> None:
@@ -384,7 +389,7 @@ class Taps(dict[Key, Tap]):
     def _count(self, modules: dict[int, nn.Module], origin: Origin) -> None:
         """Count the calls of modules from now on, unless they are counted or tapped already."""
         new = {n: module for n, module in modules.items() if n not in self.counts and (n, FORWARD) not in self}
-        hook_modules(new.values(), self._hooked)
+        self._hook(new.values())
         self._origins.update(dict.fromkeys(new, origin))
         self.counts.update(dict.fromkeys(new, 0))
 
@@ -392,7 +397,7 @@ class Taps(dict[Key, Tap]):
         new = {target.key: target for target in inside(component) if target.name == FORWARD and target.key not in self}
         origin = Origin(step=self._host.clock.index)
         self.update({key: LearningTap(self._host, target, origin) for key, target in new.items()})
-        hook_modules((target.owner for target in new.values()), self._hooked)
+        self._hook([target.owner for target in new.values()])
 
     def _tap(self, target: Target, around: Tap | None) -> Tap:
         tap = self.get(target.key)
@@ -402,7 +407,7 @@ class Taps(dict[Key, Tap]):
         if target.name != FORWARD or number not in self.counts:
             tap = self[target.key] = Tap(self._host, target, self._origin(around))
             if target.name == FORWARD:
-                hook_modules([owner], self._hooked)
+                self._hook([owner])
             else:
                 tap.hooks.append(target.attach(tap))
             return tap
