@@ -104,8 +104,7 @@ class Model(Envoy):
         tensors as well.
 
         Raises ScanError where the values themselves are needed: `.item()`, `if tensor:`, a boolean mask."""
-        with scanning():
-            return getattr(self, self._tree.opens_with)(*args, **kwargs)
+        return scanning(getattr(self, self._tree.opens_with), *args, **kwargs)
 
     def _generating(self) -> Callable[..., Any]:
         function = getattr(self._owner, "generate", None)
@@ -127,7 +126,7 @@ class Model(Envoy):
         kind = Flow
         if is_scanning():
             kind = partial(ScanFlow, stand_ins=self._tree.stand_ins())
-            again = again and scanning()(again)
+            again = again and partial(scanning, again)
         flow = kind(function, self._tree)
         if grad:
             flow.state = flow.state.with_grad()

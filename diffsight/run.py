@@ -198,15 +198,20 @@ class Run(InRun):
 
     def __enter__(self) -> "Run":
         flow = self._flow
-        flow.is_entered = True
-        flow.tree.open_runs.add(flow)
-        flow.body_mode.__enter__()
+        try:
+            flow.is_entered = True
+            flow.tree.open_runs.add(flow)
+            flow.enter_body()
+        except BaseException:  # interrupted: the block does not begin, so nobody would call __exit__
+            self._close_all([flow])
+            raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._flow.body_mode.__exit__(None, None, None)
-        flows = [flow_of(run) for run in self._invoked] if self._invoked else [self._flow]
+        flows = [self._flow]
         try:
+            self._flow.leave_body()
+            flows = [flow_of(run) for run in self._invoked] if self._invoked else flows
             for flow in flows if error is None else ():
                 if flow.outcome is None:
                     flow.run_on()  # perhaps until an edit stops it
@@ -215,12 +220,20 @@ class Run(InRun):
         except DiffsightError as problem:
             raise from_the_asking_line(problem) from problem.__cause__
         finally:
-            self._flow.is_entered = False
-            for flow in flows:
-                if flow.thread == get_ident():  # otherwise it is still open for the thread that it belongs to
-                    flow.close("an error ended its body")
+            try:
+                self._close_all(flows)
+            except BaseException:  # an interrupt may come between any two lines
+                self._close_all(flows)
+                raise
         if isinstance(error, DiffsightError) and not is_from_edit(error):
             _end_at_users_line(trace)
+
+    def _close_all(self, flows: list[Flow]) -> None:
+        self._flow.leave_body()
+        self._flow.is_entered = False
+        for flow in flows:
+            if flow.thread == get_ident():  # otherwise it is still open for the thread that it belongs to
+                flow.close("an error ended its body")
 
     # ---- for wrappers, see `diffsight.extending`
 
@@ -290,7 +303,16 @@ class Run(InRun):
     def __del__(self) -> None:
         flow = self.__dict__.get("_flow")
         if flow is not None and not self.__dict__.get("_is_view"):
-            flow.close("the run was dropped")
+            try:
+                self._drop(flow)
+            except BaseException:  # an interrupt may come between any two lines
+                self._drop(flow)
+                raise
+
+    def _drop(self, flow: Flow) -> None:
+        if flow.is_entered and flow.thread == get_ident():
+            flow.leave_body()
+        flow.close("the run was dropped")
 
 
 class Step:

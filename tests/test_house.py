@@ -27,6 +27,7 @@ ENGINE = [
     "engine.open_runs",
     "engine.late_weights",
     "engine.steps",
+    "engine.layout",
     "engine.tree",
     "engine.taps",
     "engine.order",

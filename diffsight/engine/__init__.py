@@ -11,6 +11,7 @@ The files in order; each imports only from those above it:
     open_runs       which run `model.<path>` means
     late_weights    weights that are loaded later
     steps           when a step begins
+    layout          where modules stand, and which are called past the modules around them
     tree            everything that can be tapped in a model, and its names
     taps            the calls of one module, and all the taps of a run
     order           passed, too late, never reached

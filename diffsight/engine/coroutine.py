@@ -122,6 +122,8 @@ class Coroutine:
         self._stack: Stack | None = None  # from start to end
         self._unwinds = False  # whether it was told to end
         self._guard: Any = None  # keeps the body out of an inference mode that the function has parked inside
+        self._inner_guard: Any = None  # the function's own inference mode, while it runs
+        self._bodys_random: list[torch.Tensor] | None = None  # the body's random state, while the function has its own
 
     @property
     def has_begun(self) -> bool:
@@ -156,46 +158,61 @@ class Coroutine:
             self._stack = Stack.take(self)
         stack = self._stack
         stack.parent = getcurrent()  # where control goes when the function ends or raises
-        alike = body == self.state and self._guard is None and self.random is None
-        guard, random = (None, None) if alike else self._enter(body)
         try:
-            return stack.switch(call) if error is None else stack.throw(error)
-        finally:
-            self.state = body.now()
-            if not alike or body != self.state:
-                self._leave(body, guard, random)
-            if self.dead or stack.dead:
-                self._stack, self.dead = None, True
-                stack.give_back()
+            alike = body == self.state and self._guard is None and self.random is None
+            if not alike:
+                self._enter(body)
+            try:
+                return stack.switch(call) if error is None else stack.throw(error)
+            finally:
+                self.state = body.now()
+                if not alike or body != self.state:
+                    self._leave(body)
+                if self.dead or stack.dead:
+                    self._stack, self.dead = None, True
+                    stack.give_back()
+        except BaseException:
+            self._settle(body)
+            raise
 
-    def _enter(self, body: TorchState) -> tuple[Any, list[torch.Tensor] | None]:
-        """Switch from the body's state to the function's. Return the guard, if there is one, and the random state, for
-        `_leave` to go back to."""
+    def _enter(self, body: TorchState) -> None:
+        """Switch from the body's state to the function's."""
         # Inference mode is changed by guards, each of which puts back everything it found. No guard is used where none
         # is needed: under a guard every operation takes longer.
-        guard = None
         if self._guard is not None:
-            self._guard.__exit__(None, None, None)
-            self._guard = None
-        elif self.state.inference != body.inference:
-            guard = enter_inference_mode(self.state.inference)
-        self.state.restore(body)
-        if self.random is None:
-            return guard, None
-        random = random_state()
-        set_random_state(self.random)
-        return guard, random
-
-    def _leave(self, body: TorchState, guard: Any, random: list[torch.Tensor] | None) -> None:
-        """Switch back to the body's state."""
-        if random is not None:
-            self.random = random_state()
-            set_random_state(random)
-        if guard is not None:
+            guard, self._guard = self._guard, None
             guard.__exit__(None, None, None)
-        elif self.state.inference != body.inference:  # the function has parked inside a mode it entered itself
+        elif self.state.inference != body.inference:
+            self._inner_guard = enter_inference_mode(self.state.inference)
+        self.state.restore(body)
+        if self.random is not None:
+            self._bodys_random = random_state()
+            set_random_state(self.random)
+
+    def _leave(self, body: TorchState) -> None:
+        """Switch back to the body's state."""
+        if self._bodys_random is not None:
+            self.random = random_state()
+        self._go_back(body)
+
+    def _go_back(self, body: TorchState) -> None:
+        if self._bodys_random is not None:
+            set_random_state(self._bodys_random)
+            self._bodys_random = None
+        if self._inner_guard is not None:
+            guard, self._inner_guard = self._inner_guard, None
+            guard.__exit__(None, None, None)
+        elif torch.is_inference_mode_enabled() != body.inference:  # the function has parked inside its own mode
             self._guard = enter_inference_mode(body.inference)
         body.restore(self.state)
+
+    def _settle(self, body: TorchState) -> None:
+        """Switch back to the body's state after an error, which may be an interrupt between any two lines."""
+        if self._bodys_random is not None or self._inner_guard is not None or body.now() != body:
+            self._go_back(body)
+            body.restore(TorchState.capture())
+        if self._stack is not None and (self.dead or self._stack.dead):
+            self._stack, self.dead = None, True
 
     def park(self, value: Any) -> None:
         """Hand `value` to the body and wait to be resumed. Called from the function."""

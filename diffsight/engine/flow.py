@@ -77,7 +77,7 @@ class Flow:
         self.tree = tree
         self.load: Callable[[], None] = tree.weights.load  # called before anything runs
         self.clock: Clock = tree.clock()
-        self.taps = Taps(self, [*tree.components(), *tree.attached.targets.values()], tree.places)
+        self.taps = Taps(self, [*tree.components(), *tree.attached.targets.values()], tree.layout)
         self.state = TorchState.capture()
         self.seed: int | None = None  # of the model's own random state; None: it uses the global one
         self.modes: list = []  # function modes that the model runs in, besides the caller's
@@ -96,6 +96,7 @@ class Flow:
         self.result: Any = None
         self._scope = Scope()
         self._edits_begun = False
+        self._is_cleared = False  # whether nothing of it is left anywhere
         self._stands: Point | str = "before its first call"  # where the model is, or last was
 
     @property
@@ -280,6 +281,12 @@ class Flow:
         holder = self if self.coroutine is None else self.coroutine
         holder.state = holder.state.with_mode(mode)
 
+    def enter_body(self) -> None:
+        """The block of the `with` statement begins."""
+
+    def leave_body(self) -> None:
+        """The block of the `with` statement ends. May be called again."""
+
     def raise_unreached(self) -> None:
         """Raise NeverReachedError if there are assignments that the model did not reach."""
         missed, self.unreached = [a for a in self.unreached if a.order == LAST], []
@@ -288,7 +295,14 @@ class Flow:
 
     def close(self, outcome: str) -> None:
         """End the run where it stands: unwind the model, remove every hook. May be called again."""
-        if self.outcome is not None:
+        try:
+            self._close(outcome)
+        except BaseException:  # an interrupt may come between any two lines
+            self._close(outcome)
+            raise
+
+    def _close(self, outcome: str) -> None:
+        if self._is_cleared:
             return
         try:
             self.taps.remove()  # what the model still does while it is unwound passes untouched
@@ -297,7 +311,7 @@ class Flow:
         except Exception:
             pass  # raised while unwinding; what led to the end is what matters
         finally:
-            self._end(outcome)
+            self._end(self.outcome or outcome)
 
     # ---- what is allowed
 
@@ -447,6 +461,7 @@ class Flow:
             self.coroutine.random = None if self.seed is None else seeded_random_state(self.seed)
         while True:
             self.parked = None
+            self.taps.renew()
             try:
                 value = self.coroutine.resume(call)
             except BaseException as error:
@@ -484,8 +499,11 @@ class Flow:
     # ---- how the run ends
 
     def _fail(self, error: BaseException) -> None:
-        """The model has ended with an error."""
-        self._end(f"its model failed with {type(error).__name__}")
+        """The model has ended with an error, or the exchange with it was interrupted."""
+        failed = f"its model failed with {type(error).__name__}"
+        if self.coroutine is not None and self.coroutine.has_begun:
+            self.close(failed)
+        self._end(failed)
         if self.misshapen and isinstance(error, (RuntimeError, ValueError, IndexError)):
             assigned = "\n".join(self.misshapen)
             raise AssignmentError(f"{assigned}\nWith that value the model failed: {error}") from error
@@ -493,6 +511,7 @@ class Flow:
     def _end_with(self, result: Any) -> None:
         """The model has ended."""
         self.result, self.has_result = result, True
+        self.taps.note_learned()
         self.unreached += [a for tap in self.taps.values() if tap.pending or tap.skips for a in tap.waiting()]
         self._end(ENDED)
         for body in self.bodies.functions:
@@ -500,7 +519,8 @@ class Flow:
                 body.wake()
 
     def _end(self, outcome: str) -> None:
-        self.taps.remove()  # first: if this is interrupted, the run can still be closed
+        self.taps.remove()
+        self._put_back()
         self.outcome = outcome
         self.parked = self.coroutine = None
         self._stands = outcome  # so that no value is held
@@ -510,10 +530,14 @@ class Flow:
         self.bodies.calls.clear()
         if self.observer is not None:
             self.observer.ended()
+        self._is_cleared = True  # if an interrupt came before, the run is closed again
         if edits and get_ident() == self.thread:
             with ExitStack() as ends:  # each is ended, whatever the others raise
                 for edit in reversed(edits):
                     ends.callback(edit.end, outcome in (ENDED, STOPPED))
+
+    def _put_back(self) -> None:
+        """Put back what the run has changed besides putting its taps on the model."""
 
     # ---- from the model's side, see `diffsight.engine.taps.Host`
 

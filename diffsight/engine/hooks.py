@@ -11,10 +11,8 @@ the instance, this follows copies of the object (pipelines step a copy of their 
 and signatures remain those of the original. If several runs are open at once, the last one restores everything.
 """
 
-import copy
 import functools
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable
 from threading import RLock
 from types import FrameType, FunctionType, MethodType
@@ -27,6 +25,7 @@ from diffsight.engine.coroutine import current_owner
 
 FORWARD = "forward"
 COMPILED = "_compiled_call_impl"  # on a module after `module.compile()`: what its calls go to
+_GETSTATE = "__getstate__"  # what copies of an object are made from; looked up on the instance too
 _OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; copies carry it along
 
 _lock = RLock()
@@ -50,15 +49,15 @@ def hook_modules(modules: Iterable[nn.Module], hooked: list) -> None:
                 _hooked[number][3] += 1
             else:
                 held, forward = module.__dict__, getattr(type(module), FORWARD, None)
-                if type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None:
-                    name, own, function = FORWARD, None, _through_taps(forward)
+                is_plain = type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None
+                if is_plain and type(module.forward) is MethodType:  # otherwise it is a static method, for example
+                    put, name, own = MethodType(_through_taps(forward), module), FORWARD, None
                 else:
-                    name, own, function = _of_its_own(module)
-                put = MethodType(function, module)
-                if own is not None:
-                    put = functools.update_wrapper(_InPlaceOf(function, module), own)
+                    put, name, own = _of_its_own(module)
+                state = MethodType(_state_without_hook, module)
                 _hooked[number] = [put, name, own, 1]
                 held[name] = put
+                held[_GETSTATE] = state
             hooked.append(module)
 
 
@@ -78,13 +77,36 @@ def unhook_modules(hooked: list) -> None:
                     del held[name]
                 elif is_ours:
                     held[name] = own
+                if _GETSTATE in held:
+                    del held[_GETSTATE]
 
 
-class _InPlaceOf(functools.partial):
-    """Stands in place of an instance's own forward pass. A copy of the instance gets a copy of the original."""
+def renew_hooks(hooked: list) -> list[tuple[dict, Callable]]:
+    """Hook those modules again whose forward pass has been replaced meanwhile. Return what to compare for that: what
+    each module holds, and what of it is the hook."""
+    for module in hooked:
+        known, held = _hooked[id(module)], module.__dict__
+        if held.get(known[1]) is not known[0]:
+            with _lock:
+                known[:3] = _of_its_own(module)
+                held[known[1]] = known[0]
+    found = [(module.__dict__, _hooked[id(module)]) for module in hooked]
+    return [(held, known[0]) for held, known in found if known[1] == FORWARD]
 
-    def __deepcopy__(self, memo: dict) -> Any:
-        return copy.deepcopy(self.__wrapped__, memo)
+
+def _state_without_hook(module: nn.Module) -> Any:
+    """What a copy of a hooked module gets (`copy`, `deepcopy`, `pickle`): the state of the module without the hook."""
+    state = type(module).__getstate__(module)
+    known = _hooked.get(id(module))
+    state, *slots = state if isinstance(state, tuple) else (state,)
+    if isinstance(state, dict) and known is not None:
+        put, name, own, _ = known
+        state = {key: value for key, value in state.items() if key != _GETSTATE}
+        if state.get(name) is put:
+            del state[name]
+            if own is not None:
+                state[name] = own
+    return (state, *slots) if slots else state
 
 
 @functools.cache
@@ -93,14 +115,17 @@ def _through_taps(forward: Callable) -> Callable:
     return functools.wraps(forward)(_through(forward))
 
 
-def _of_its_own(module: nn.Module) -> tuple[str, Any, Callable]:
-    """What the calls of a module go to if that is stored on the instance: its name, its value, and the function that
-    sends it through the taps. Compiled code is called through them and otherwise left alone."""
+def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any]:
+    """What is put in place of a module's forward pass, under which name, and what is there now. Compiled code is called
+    through the taps and otherwise left alone."""
     held = module.__dict__
     name = FORWARD if held.get(COMPILED) is None else COMPILED
     own = held.get(name)
     target = module.forward if own is None else own  # a TorchScript module looks its own up when it is asked
-    return name, own, _through(lambda module, /, *args, **kwargs: target(*args, **kwargs))
+    function = _through(lambda module, /, *args, **kwargs: target(*args, **kwargs))
+    if own is None:
+        return MethodType(function, module), name, None
+    return functools.update_wrapper(functools.partial(function, module), own), name, own
 
 
 def _through(original: Callable) -> Callable:
@@ -148,32 +173,44 @@ class Override:
     Subclasses define `put_on` and `take_off`. If several runs override the same method, only the first override is put
     on, and it is taken off with the last `remove`."""
 
-    _users: Counter = Counter()
-    _first: dict = {}  # of the overrides of one method, the one that was put on
+    _users: dict = {}  # the overrides of one method
+    _first: dict = {}  # of those, the one that was put on
 
     def __init__(self, target: Any, name: str) -> None:
         self.target, self.name = target, name
         self.key = (id(target), name)
-        with _lock:
-            Override._users[self.key] += 1
-            if Override._users[self.key] == 1:
-                self.put_on()
-                Override._first[self.key] = self
+        try:
+            with _lock:
+                users = Override._users.setdefault(self.key, [])
+                users.append(self)
+                if len(users) == 1:
+                    Override._first[self.key] = self
+                    self.put_on()
+        except BaseException:
+            self.remove()
+            raise
 
     def remove(self) -> None:
-        """Restore the method, if no other run overrides it."""
+        """Restore the method, if no other run overrides it. May be called again."""
         with _lock:
-            Override._users[self.key] -= 1
-            if not Override._users[self.key]:
+            users = Override._users.get(self.key, [])
+            if self not in users:
+                return
+            if len(users) == 1:  # it counts as removed at the end: if this is interrupted, it is done again
+                first = Override._first.get(self.key)
+                if first is not None:
+                    first.take_off()
+                Override._first.pop(self.key, None)
                 del Override._users[self.key]
-                Override._first.pop(self.key).take_off()
+            else:
+                users.remove(self)
 
     def put_on(self) -> None:
         """Put the function in place of the method."""
         raise NotImplementedError
 
     def take_off(self) -> None:
-        """Restore the method."""
+        """Restore the method. May be called again."""
         raise NotImplementedError
 
 
@@ -189,18 +226,23 @@ class ChangedMethod(Override):
         self._change = change
         super().__init__(target, name)
 
+    _own: Any = None
+
     def put_on(self) -> None:
         self._own = self.target.__dict__.get(self.name)
         self.target.__dict__[self.name] = self._change(getattr(self.target, self.name))
 
     def take_off(self) -> None:
-        del self.target.__dict__[self.name]
         if self._own is not None:
             self.target.__dict__[self.name] = self._own
+        else:
+            self.target.__dict__.pop(self.name, None)
 
 
 class TappedMethod(Override):
     """Sends the calls of one method, of an object and of its copies, through the taps of the run that makes them."""
+
+    own: Any = None
 
     def put_on(self) -> None:
         self.own = own = self.target.__dict__.get(self.name)
@@ -216,7 +258,7 @@ class TappedMethod(Override):
             return
         cls = type(self.target)
         names = frozenset({self.name, *getattr(cls, "_diffsight_names", ())})
-        self._become(getattr(cls, "_diffsight_class", cls), names)
+        self._become(self.target, getattr(cls, "_diffsight_class", cls), names)
         self.target.__dict__[_OWNER] = id(self.target)
 
     def take_off(self) -> None:
@@ -224,15 +266,18 @@ class TappedMethod(Override):
             if self.target.__dict__.get(self.name) is self.put:
                 self.target.__dict__[self.name] = self.own
             return
-        for target in (self.target, *_copies.pop(id(self.target), ())):
-            self.target = target
+        number = id(self.target)
+        for target in (self.target, *_copies.get(number, ())):
             cls = type(target)
-            self._become(cls._diffsight_class, cls._diffsight_names - {self.name})
+            if self.name in getattr(cls, "_diffsight_names", ()):
+                self._become(target, cls._diffsight_class, cls._diffsight_names - {self.name})
             if not hasattr(type(target), "_diffsight_class"):
                 target.__dict__.pop(_OWNER, None)
+        if not hasattr(type(self.target), "_diffsight_class"):
+            _copies.pop(number, None)
 
-    def _become(self, cls: type, names: frozenset[str]) -> None:
-        object.__setattr__(self.target, "__class__", _tapped_class(cls, names) if names else cls)
+    def _become(self, target: Any, cls: type, names: frozenset[str]) -> None:
+        object.__setattr__(target, "__class__", _tapped_class(cls, names) if names else cls)
 
 
 _copies: dict[int, weakref.WeakSet] = {}  # id of a tapped object: the copies that were made of it meanwhile

@@ -12,9 +12,8 @@ Weights stay where they are, loaded or not: `ScanMode` lets functions see fake t
 writes to its own attributes meanwhile is undone at the end.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar, copy_context
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -25,18 +24,20 @@ from torch import nn
 from diffsight.engine.flow import Flow
 from diffsight.engine.scan_mode import ScanMode
 from diffsight.engine.scan_state import ModuleState
+from diffsight.engine.torch_state import TorchState
 
 _scanning: ContextVar[bool] = ContextVar("diffsight_scanning", default=False)
 
 
-@contextmanager
-def scanning() -> Iterator[None]:
-    """Make scans of the runs that are opened inside this context."""
-    token = _scanning.set(True)
-    try:
-        yield
-    finally:
-        _scanning.reset(token)
+def scanning(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function, and make scans of the runs that it opens."""
+    # In a context of its own, which ends with the call however that ends.
+    return copy_context().run(_call_scanning, function, args, kwargs)
+
+
+def _call_scanning(function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    _scanning.set(True)
+    return function(*args, **kwargs)
 
 
 def is_scanning() -> bool:
@@ -84,13 +85,22 @@ class ScanFlow(Flow):
         self._start()  # a scan in which nothing was asked for is tapped as well
         return super()._resume(*args)
 
-    def _end(self, outcome: str) -> None:
-        super()._end(outcome)
-        while self._states:
-            self._states.pop().restore()
+    def enter_body(self) -> None:
+        self._mode.__enter__()
+
+    def leave_body(self) -> None:
+        state = TorchState.capture()
+        if self._mode in state.modes:
+            without = tuple(mode for mode in state.modes if mode is not self._mode)
+            state._replace(modes=without).restore(state)
+
+    def _put_back(self) -> None:
+        while self._states:  # what is interrupted is done again
+            self._states[-1].restore()
+            del self._states[-1]
         if self._eager is not None:
-            self._eager.leave()
-            self._eager = None
+            eager, self._eager = self._eager, None
+            eager.leave()
 
 
 def _call_in_mode(mode: ScanMode, function: Callable[[], Any]) -> Any:

@@ -32,9 +32,20 @@ class ModuleState:
             del held[name]
         held.update({name: value for name, value in self._attributes.items() if held.get(name) is not value})
         for name, content in self._contents.items():
-            value = held[name]
-            value.clear()
-            value.extend(content) if isinstance(value, list) else value.update(content)
+            _refill(held[name], content)
+
+
+def _refill(container: dict | list, content: dict | list) -> None:
+    """Give a container its content back. What was in it is never missing, not even between two lines."""
+    if isinstance(container, list):
+        container[:] = content
+        return
+    container.update(content)
+    for name in container.keys() - content.keys():
+        del container[name]
+    if list(container) != list(content):  # the order counts too: it is that of the parameters
+        container.clear()
+        container.update(content)
 
 
 class ModuleHooks:

@@ -13,18 +13,21 @@ well. So a module is usually hooked before the module around it is entered, and 
 in a dictionary. That costs next to nothing, and most modules of a run are of this kind.
 """
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
 from diffsight.engine.coroutine import Coroutine, current_owner
-from diffsight.engine.hooks import COMPILED, FORWARD, count_running, hook_modules, unhook_modules
+from diffsight.engine.hooks import COMPILED, FORWARD, count_running, hook_modules, renew_hooks, unhook_modules
+from diffsight.engine.layout import Key, Layout, inside
 from diffsight.engine.points import INPUTS, OUTPUT, Assignment, Point, PointKey
 from diffsight.engine.steps import Clock
 from diffsight.engine.target import Target
-from diffsight.engine.tree import Key, Places
 from diffsight.errors import PointNotFoundError
+
+_forward_of, _has_forward = operator.itemgetter(FORWARD), operator.methodcaller("__contains__", FORWARD)
 
 
 class Host(Protocol):
@@ -228,33 +231,57 @@ class Tap:
             hook.remove()
 
 
+class LearningTap(Tap):
+    """A tap in the first run of a model, which notes whether the module is called past the module around it."""
+
+    __slots__ = ()
+
+    def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self.host.taps.note_call(self.target)
+        return super().enter(args, kwargs)
+
+
 class Taps(dict[Key, Tap]):
     """All taps of a run, by the key of their target, and the counts of the modules beside them.
 
     Args:
         host: The run.
         components: What is tapped from the start.
-        find_places: Returns the targets of modules that stand in several places of the model, by key.
+        find_layout: Returns where the modules below the components stand.
     """
 
-    def __init__(self, host: Host, components: Sequence[Target], find_places: Callable[[list[Target]], Places]) -> None:
+    def __init__(self, host: Host, components: Sequence[Target], find_layout: Callable[[list[Target]], Layout]) -> None:
         super().__init__()
         self.components = list(components)
         self.counts: dict[int, int] = {}  # id of a module that is only counted: its calls so far
         self._host: Host | None = host
-        self._find_places = find_places
-        self._places: Places | None = None
+        self._find_layout = find_layout
+        self._layout: Layout | None = None
+        self._learns = False  # whether it taps everything, to learn which modules are strays
         self._methods = [target for target in components if target.name != FORWARD]
         self._origins: dict[int, Origin] = {}  # of the modules that are only counted
         self._counts_before: dict[int, int] = {}  # their calls before the current step
         self._hooked: list = []  # all hooked modules, including those with taps
+        self._held: list[dict] = []  # what the hooked modules hold, and of it what the hooks are
+        self._hooks: list[Callable] = []
         self._opened: set[Target] = set()  # what was asked for
         self._around: dict[Target, Tap | None] = {}  # what lies around that, to its own tap or that of what it lies in
 
     def start(self) -> None:
         """Tap the components, before anything moves."""
+        layout = self._layout = self._find_layout(self.components)
+        self._learns = not layout.is_known
+        for component in self.components if self._learns else ():
+            self._tap_everything(component)
         for component in self.components:
             self._tap_component(component)
+        if layout.counted:
+            self._count(layout.counted, Origin(step=self._host.clock.index))
+
+    def note_learned(self) -> None:
+        """The model has run to its end."""
+        if self._learns:
+            self._layout.is_known = True
 
     def add(self, target: Target) -> None:
         """Tap one more component, in a run that has started."""
@@ -271,14 +298,38 @@ class Taps(dict[Key, Tap]):
                 f"{target.path} has no values: {type(target.owner).__name__} is not called by the model, it only "
                 "holds other modules. Ask for one of those"
             )
-        if self._places is None:
-            self._places = self._find_places(self.components)
-        for place in self._places.get(target.key, ()):
+        for place in self._layout.places.get(target.key, ()):
             self._tap_around(place)
         around = self._around.get(target.outer) or self._tap_around(target)
         tap = self._tap(target, around)
         self._opened.add(target)
         return tap
+
+    def renew(self) -> None:
+        """Hook those modules again whose `forward` the body has replaced, before the model moves."""
+        try:
+            if [*map(_forward_of, self._held)] == self._hooks:
+                return
+        except KeyError:  # it has been deleted
+            pass
+        found = renew_hooks(self._hooked)
+        self._held, self._hooks = [held for held, _ in found], [hook for _, hook in found]
+
+    def _hook(self, modules: Collection[nn.Module]) -> None:
+        hook_modules(modules, self._hooked)
+        held = [module.__dict__ for module in modules]
+        if not all(map(_has_forward, held)):  # a compiled module is hooked elsewhere
+            held = [known for known in held if FORWARD in known]
+        self._held += held
+        self._hooks += map(_forward_of, held)
+
+    def note_call(self, target: Target) -> None:
+        """Learn from a call of a module whether it is a stray."""
+        layout = self._layout
+        if target.key[0] not in layout.counted:
+            around = [self.get(outer.key) for outer in layout.around(target)]
+            if around and not any(tap is None or tap.active for tap in around):
+                layout.note_stray(target)
 
     def begin_step(self) -> list[Assignment]:
         """A step begins. Return what was assigned within the last one and not reached."""
@@ -307,6 +358,7 @@ class Taps(dict[Key, Tap]):
         self.clear()
         for held in (self.counts, self._origins, self._counts_before, self._hooked, self._opened, self._around):
             held.clear()
+        self._held, self._hooks = [], []
         self._host = None  # so that nothing of a run that has ended waits for the garbage collector
 
     def _tap_component(self, target: Target) -> None:
@@ -331,15 +383,21 @@ class Taps(dict[Key, Tap]):
             return tap
         tap.children_counted = True
         tap.look_inside()
-        children = {
-            id(child.owner): child.owner
-            for child in target.called_children()
-            if child.key not in self and child.key[0] not in self.counts
-        }
-        hook_modules(children.values(), self._hooked)
-        self._origins.update(dict.fromkeys(children, self._origin(tap)))
-        self.counts.update(dict.fromkeys(children, 0))
+        self._count({child.key[0]: child.owner for child in target.called_children()}, self._origin(tap))
         return tap
+
+    def _count(self, modules: dict[int, nn.Module], origin: Origin) -> None:
+        """Count the calls of modules from now on, unless they are counted or tapped already."""
+        new = {n: module for n, module in modules.items() if n not in self.counts and (n, FORWARD) not in self}
+        self._hook(new.values())
+        self._origins.update(dict.fromkeys(new, origin))
+        self.counts.update(dict.fromkeys(new, 0))
+
+    def _tap_everything(self, component: Target) -> None:
+        new = {target.key: target for target in inside(component) if target.name == FORWARD and target.key not in self}
+        origin = Origin(step=self._host.clock.index)
+        self.update({key: LearningTap(self._host, target, origin) for key, target in new.items()})
+        self._hook([target.owner for target in new.values()])
 
     def _tap(self, target: Target, around: Tap | None) -> Tap:
         tap = self.get(target.key)
@@ -349,7 +407,7 @@ class Taps(dict[Key, Tap]):
         if target.name != FORWARD or number not in self.counts:
             tap = self[target.key] = Tap(self._host, target, self._origin(around))
             if target.name == FORWARD:
-                hook_modules([owner], self._hooked)
+                self._hook([owner])
             else:
                 tap.hooks.append(target.attach(tap))
             return tap

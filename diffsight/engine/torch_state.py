@@ -68,7 +68,7 @@ class TorchState(NamedTuple):
 
         Inference mode needs a guard, see `Coroutine.resume`."""
         switches = self.modes != before.modes
-        for _ in before.modes if switches else ():  # removed first and added last: a mode also sees what is set here
+        while switches and _len_torch_function_stack():  # first, and added last: a mode also sees what is set here
             _pop_torch_function_stack()
         torch._C._set_grad_enabled(self.grad)
         if self.autocast != before.autocast:
@@ -84,8 +84,8 @@ class TorchState(NamedTuple):
     def active(self) -> Iterator[None]:
         """Make this the current state within the block, except for inference mode."""
         before = TorchState.capture()
-        self.restore(before)
         try:
+            self.restore(before)
             yield
         finally:
             before.restore(TorchState.capture())
@@ -99,8 +99,12 @@ def _plain_state(grad: bool, inference: bool, settings: tuple) -> TorchState:
 def enter_inference_mode(enabled: bool) -> Any:
     """Switch inference mode on or off; return the guard that puts everything back when it is exited."""
     guard = torch._C._InferenceMode(enabled)
-    guard.__enter__()
-    return guard
+    try:
+        guard.__enter__()
+        return guard
+    except BaseException:  # interrupted: otherwise the mode would end when the traceback is dropped
+        guard.__exit__(None, None, None)
+        raise
 
 
 def call_in(state: TorchState, seed: int | None, function: Callable[[], Any]) -> Any:

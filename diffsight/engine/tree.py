@@ -9,13 +9,13 @@ from torch import nn
 
 from diffsight.engine.hooks import FORWARD
 from diffsight.engine.late_weights import LateWeights, needs_weights
+from diffsight.engine.layout import Layout
 from diffsight.engine.open_runs import OpenRuns
 from diffsight.engine.steps import Clock
 from diffsight.engine.target import Target, join
 from diffsight.errors import DiffsightError, InputError, PointNotFoundError
 
 Key = tuple[int, str]
-Places = dict[Key, list[Target]]
 
 
 class Tree:
@@ -38,7 +38,7 @@ class Tree:
         self.attached = AttachedModules()
         self.weights = LateWeights(load, self._check_no_scan, self.weights_loaded)
         self._methods: dict[int, dict[str, str]] = {}  # id of an object: names of its methods to their paths
-        self._known_places: tuple[tuple, Places] | None = None
+        self._known_layout: tuple[tuple, Layout] | None = None
 
     @property
     def title(self) -> str:
@@ -127,18 +127,12 @@ class Tree:
         children = dict.fromkeys((*self.children_of(target), *self.attached.names_on(target.owner)))
         return [*children, *self.methods_of(target.owner), *self.names_of(target.owner)]
 
-    def places(self, components: list[Target]) -> Places:
-        """Return the targets of the modules that stand in several places of the model, by key."""
+    def layout(self, components: list[Target]) -> Layout:
+        """Return where the modules below the components stand."""
         known_for = ([target.owner for target in components], self.weights.are_loaded)
-        if self._known_places is None or self._known_places[0] != known_for:
-            places: Places = {}
-            waiting = [*components]
-            while waiting:
-                target = waiting.pop()
-                places.setdefault(target.key, []).append(target)
-                waiting += target.children().values() if target.name == FORWARD else ()
-            self._known_places = (known_for, {key: found for key, found in places.items() if len(found) > 1})
-        return self._known_places[1]
+        if self._known_layout is None or self._known_layout[0] != known_for:
+            self._known_layout = (known_for, Layout(components))
+        return self._known_layout[1]
 
     def add_method(self, owner: Any, name: str, path: str) -> None:
         """Let a method be tapped that code calls directly, past the forward pass."""
