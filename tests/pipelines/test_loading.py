@@ -210,6 +210,7 @@ def test_a_module_that_a_folder_names_is_not_imported(tmp_path, monkeypatch):
     with_part(tmp_path / "pipe", ["of_the_folder", "Checker"])
     (tmp_path / "pipe/of_the_folder.py").write_text("raise SystemExit('the code of the folder ran')")
     monkeypatch.syspath_prepend(tmp_path / "pipe")
-    with pytest.raises(InputError, match=r"'safety_checker' is a Checker of 'of_the_folder', .* trust_remote_code=True"):
+    refused = r"'safety_checker' is a Checker of 'of_the_folder', .* trust_remote_code=True"
+    with pytest.raises(InputError, match=refused):
         DiffusionModel(tmp_path / "pipe")
     assert "of_the_folder" not in sys.modules
