@@ -13,7 +13,6 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -30,6 +29,7 @@ from diffsight.extending import (
     flow_of,
     with_gradients,
 )
+from diffsight.pipelines.arguments import check_arguments, named_arguments
 from diffsight.pipelines.diffusion.components import DiffusionTree, components
 from diffsight.pipelines.diffusion.guidance import BatchLayouts
 from diffsight.pipelines.diffusion.loading import open_pipeline
@@ -75,6 +75,11 @@ class DiffusionModel(Model):
     def pipeline(self) -> DiffusionPipeline:
         """The wrapped pipeline, with its weights."""
         return self.module
+
+    @property
+    def argument_names(self) -> set[str]:
+        """The names of the arguments of the pipeline, with those that it reads from its `**kwargs`."""
+        return named_arguments(self._owner.__call__)
 
     @property
     def encoders(self) -> Encoders:
@@ -156,24 +161,20 @@ class DiffusionModel(Model):
         """Return the arguments that were passed, by name."""
         name = type(self._owner).__name__
         signature = inspect.signature(self._owner.__call__)
-        takes_more = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        for given in kwargs:
-            mistyped = bool(get_close_matches(given, signature.parameters, cutoff=0.85))  # else it would be ignored
-            if given not in signature.parameters and (mistyped or not takes_more):
-                raise InputError(f"{name} has no argument {given!r}{suggest(given, signature.parameters)}")
+        check_arguments(name, kwargs, self.argument_names, near={"seed", "grad"})
         if args and isinstance(args[0], str) and not any("prompt" in known for known in signature.parameters):
             raise InputError(f"{name} takes no prompt")
         try:
-            return signature.bind_partial(*args, **kwargs).arguments
+            bound = signature.bind_partial(*args, **kwargs)
         except TypeError as error:
             raise InputError(f"{name}: {error}") from None
+        return bound.arguments
 
     def _seeds(self, seed: int | Sequence[int], arguments: dict[str, Any]) -> list[int]:
         name = type(self._owner).__name__
         if "generator" in arguments:
             raise InputError("pass either seed or generator, not both")
-        parameters = inspect.signature(self._owner.__call__).parameters
-        if "generator" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        if "generator" not in self.argument_names:
             raise InputError(f"{name} takes no generator, so it cannot be seeded")
         count = _inputs(arguments) * _images_each(arguments)
         return seeds_of_images(seed, count)

@@ -183,9 +183,7 @@ def _explained(name: str, place: str) -> Iterator[None]:
 
 def _why(name: str, place: str, error: Exception) -> str:
     if isinstance(error, MissingWeightsError):
-        return (
-            f"the model {name} cannot be loaded: {error}. If that is intended, pass a live model instead"
-        )
+        return f"the model {name} cannot be loaded: {error}. If that is intended, pass a live model instead"
     what = "file" if Path(name).expanduser().is_file() else "folder"
     if name in PACKAGED or Path(place).exists():
         return f"the {what} {name} cannot be loaded as a language model: {type(error).__name__}: {_first_line(error)}"
