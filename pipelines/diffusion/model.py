@@ -12,7 +12,7 @@ run.images
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -33,8 +33,9 @@ from diffsight.pipelines.arguments import check_arguments, named_arguments
 from diffsight.pipelines.diffusion.components import DiffusionTree, components
 from diffsight.pipelines.diffusion.guidance import BatchLayouts
 from diffsight.pipelines.diffusion.loading import open_pipeline
+from diffsight.pipelines.diffusion.pipeline_of_run import PipelineOfRun, seeded_noise
 from diffsight.pipelines.diffusion.prompts import check_prompts
-from diffsight.pipelines.diffusion.run import DiffusionRun
+from diffsight.pipelines.diffusion.run import DiffusionRun, set_pipeline
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders
 from diffsight.pipelines.seeds import generators, seeds_of_images
 
@@ -121,16 +122,22 @@ class DiffusionModel(Model):
         arguments, seeds = self._checked(args, seed, kwargs)
         again = None if args or "prompt" in kwargs else partial(self.generate, seed=seed, grad=grad, **kwargs)
 
+        own = PipelineOfRun(self._owner)
+
         def call() -> Any:
             given = dict(kwargs)
-            if seeds is not None:
-                given["generator"] = generators(seeds)
-            if not grad:
-                return self._owner(*args, **given)
-            with _detached_images(self._owner):
-                return with_gradients(self._owner.__call__)(*args, **given)
+            with own.in_use() as pipeline, ExitStack() as changes:
+                if seeds is not None:
+                    given["generator"] = generators(seeds)
+                    changes.enter_context(seeded_noise(pipeline, seeds))
+                if not grad:
+                    return pipeline(*args, **given)
+                changes.enter_context(_detached_images(pipeline))
+                return with_gradients(pipeline.__call__)(*args, **given)
 
         run = self._new_run(call, again=again, grad=grad)
+        set_pipeline(run, own)
+        flow_of(run).seed = None if seeds is None else seeds[0]  # for noise that is drawn without a generator
         flow_of(run).observer = BatchLayouts(self._owner, arguments, _inputs(arguments), _images_each(arguments))
         return run
 

@@ -48,7 +48,9 @@ def test_old_keywords_that_a_pipeline_reads_from_its_kwargs_are_known():
     assert {"prompt", "callback", "callback_steps"} <= named_arguments(pipe.__call__)
     steps = []
     call = tiny.PIPELINES["stable_diffusion"].inputs()
-    DiffusionModel(pipe).generate(**call, seed=0, callback=lambda i, t, latents: steps.append(i), callback_steps=1).images
+    DiffusionModel(pipe).generate(
+        **call, seed=0, callback=lambda i, t, latents: steps.append(i), callback_steps=1
+    ).images
     assert steps
 
 
