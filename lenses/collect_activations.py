@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from diffsight.errors import InputError, suggest
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, find_layer
+from diffsight.lenses.options import check_options
 from diffsight.lenses.results.result import write_record
 from diffsight.lenses.results.saving import check_writable
 from diffsight.lenses.tokens.batches import Batch, Positions, open_batches
@@ -110,8 +111,11 @@ def collect_activations(
     """
     if not isinstance(model, LanguageModel):
         raise InputError(f"collect_activations takes a LanguageModel, not {type(model).__name__}")
+    check_options(collect_activations, model, inputs)
     if of not in _POINTS:
         raise InputError(f"{of!r} cannot be collected{suggest(of, _POINTS)}: choose from {', '.join(_POINTS)}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise InputError(f"dtype is a torch.dtype, such as torch.float32, not {dtype!r}")
     if dtype is not None and not dtype.is_floating_point:
         raise InputError(f"activations are floating point numbers: dtype cannot be {dtype}")
     chosen = layers_to_read(model, layers)

@@ -34,6 +34,7 @@ from diffsight.errors import InputError, suggest
 from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
 from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_title
 from diffsight.lenses.linear_cka import normed_gram
+from diffsight.lenses.options import check_options
 from diffsight.lenses.results.encoder_plots import Map, block_map, map_panels
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.image_grid import image_grid
@@ -282,6 +283,8 @@ def compare_encoders(
     named, prompts = _named(models), _checked_prompts(prompts)
     if not hasattr(images, "__index__") or isinstance(images, bool) or not 0 <= images <= len(prompts):
         raise InputError(f"images is the number of prompts to draw, from 0 to {len(prompts)}, not {images!r}")
+    for model in named.values():
+        check_options(compare_encoders, model, arguments)
     chosen = _choose(named, prompts[0], encoders, layers, images > 0, arguments, seed)
     encoded: dict[str, list[tuple[PromptEncoding, list[int]]]] = {one.name: [] for one in chosen}
     for prompt in tqdm(prompts, desc="encoding", disable=not progress):

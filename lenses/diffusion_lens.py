@@ -23,6 +23,7 @@ from diffsight.lenses.encoders.drawing import Drawing
 from diffsight.lenses.encoders.exits import Exits
 from diffsight.lenses.encoders.isolating import isolated
 from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_file, layer_title
+from diffsight.lenses.options import check_options
 from diffsight.lenses.results.figure import Plot
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import files_of, image_of, rate_of
@@ -165,6 +166,7 @@ def diffusion_lens(
             encoder or a layer does not exist, the seed is invalid, or no use of the encoder was found.
     """
     check_call("diffusion_lens", model, prompt, seed, batch_size, arguments)
+    check_options(diffusion_lens, model, arguments)
     if pooled not in ("layer", "full"):
         raise InputError(f'pooled must be "layer" or "full", not {pooled!r}')
     model.check(prompt=prompt, seed=seed, **arguments)  # before anything runs, and warns once

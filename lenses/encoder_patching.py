@@ -35,6 +35,7 @@ from diffsight.lenses.encoders.isolating import isolated
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, in_model_order, layer_file, layer_title
 from diffsight.lenses.linear_map import LinearMap
+from diffsight.lenses.options import check_options
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import files_of, image_of, rate_of
 from diffsight.lenses.results.result import LensResult
@@ -216,6 +217,7 @@ def encoder_patching(
     """
     origin = model if source_model is None else source_model
     _check_arguments(model, origin, source, target, seed, batch_size, align, mapping, arguments)
+    check_options(encoder_patching, model, arguments)
     given = arguments if origin is model else known_to(origin, arguments)
     model.check(prompt=target, seed=seed, **arguments)  # before anything runs, and warns once
     origin.check(prompt=source, seed=seed, **given)

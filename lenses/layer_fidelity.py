@@ -12,6 +12,7 @@ prompts, and of the order of objects, in Toker et al., "Diffusion Lens: Interpre
 Pipelines", ACL 2024, section 4, with a program in place of human judges.
 """
 
+import inspect
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +28,7 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError
 from diffsight.lenses.diffusion_lens import diffusion_lens
 from diffsight.lenses.layers import Layer, layer_title, state_of
+from diffsight.lenses.options import check_options
 from diffsight.lenses.results.encoder_plots import Curve, curve_panels
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.result import LensResult
@@ -201,6 +203,7 @@ def layer_fidelity(
     """
     if not isinstance(model, DiffusionModel):
         raise InputError(f"layer_fidelity takes a DiffusionModel, not {type(model).__name__}")
+    check_options(layer_fidelity, model, arguments, also=inspect.signature(diffusion_lens).parameters)
     asked = _scenes(scenes)
     captions = [scene.caption() for scene in asked]
     check_prompts(model.pipeline, captions, arguments)

@@ -21,6 +21,7 @@ from diffsight.errors import InputError
 from diffsight.lenses.encoders.checks import check_diffusion_model, check_prompt, check_whole
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
 from diffsight.lenses.layers import Layer, Layers, choose_layer, layer_title
+from diffsight.lenses.options import check_options
 from diffsight.pipelines.diffusion.encoder_calls import EncoderCall
 from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -90,6 +91,7 @@ class LinearMap:
             check_diffusion_model("LinearMap", one)
         for prompt in prompts:
             check_prompt("LinearMap", prompt)
+        check_options(self.fit, model, arguments)
         if not prompts:
             raise InputError("LinearMap needs prompts to be fitted on, but the list is empty")
         taken: dict[Pair, list[tuple[torch.Tensor, torch.Tensor]]] = {}

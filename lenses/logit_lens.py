@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffsight.lenses.layers import Layers
+from diffsight.lenses.options import check_options
 from diffsight.lenses.tokens.batches import Positions, join, open_batches
 from diffsight.lenses.tokens.choosing import Tokens, hidden_states, layers_and_tokens
 from diffsight.lenses.tokens.prediction_reader import PredictionReader
@@ -64,6 +65,7 @@ def logit_lens(
             or the model is not a language model with a head.
     """
     chosen, ids = layers_and_tokens("logit_lens", model, layers, tokens, top_k)
+    check_options(logit_lens, model, inputs)
     batches = open_batches(model, prompts, positions, batch_size, **inputs)
     reader, read = PredictionReader(model, top_k, ids, keep_logits), []
     for batch in tqdm(batches, desc="logit lens", disable=not progress or len(batches) == 1):

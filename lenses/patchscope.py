@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import Layer, Layers, choose_layer
+from diffsight.lenses.options import check_options
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.tokens.batches import Batch, as_prompts, open_batches
 from diffsight.lenses.tokens.choosing import (
@@ -178,6 +179,7 @@ def patchscope_generate(
         InputError: Before anything runs, if a layer or position does not exist.
     """
     check_language_model("patchscope_generate", model)
+    check_options(patchscope_generate, model, arguments, also={"seed", *model.generation_argument_names})
     chosen = layers_to_read(model, layers)
     arguments["max_new_tokens"] = check_count("max_new_tokens", max_new_tokens)
     patches = _Patches(model, prompts, positions, chosen, target, target_layer, batch_size)

@@ -51,6 +51,8 @@ def steer(
     if not isinstance(vector, torch.Tensor) or vector.ndim != 1:
         given = tuple(vector.shape) if isinstance(vector, torch.Tensor) else type(vector).__name__
         raise InputError(f"steer takes a tensor of shape (features,), not {given}")
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+        raise InputError(f"factor is a number, not {factor!r}")
     width = getattr(model.config.get_text_config(), "hidden_size", len(vector))
     if len(vector) != width:
         raise InputError(f"the vector has {len(vector)} features, but hidden states have {width}")
@@ -58,19 +60,33 @@ def steer(
     def steered(run: LanguageRun) -> None:
         for step in run.steps:
             if positions is None:
-                _add(run, chosen, vector * factor, None)
+                _add(run, chosen, vector * factor)
             elif step.index == 0:
-                columns = batch_of(model, run, positions).where
-                for row, where in zip(run.rows, columns.tolist()):
-                    _add(row, chosen, vector * factor, where)
+                batch = batch_of(model, run, positions)
+                for row, where, own in zip(run.rows, batch.where.tolist(), batch.positions.tolist()):
+                    _add(row, chosen, vector * factor, where, own)
 
     return model.edit(steered)
 
 
-def _add(handle: Any, layers: Sequence[Layer], vector: torch.Tensor, positions: list[int] | None) -> None:
-    """Add a vector to what layers return in a run or a row."""
+def _add(
+    handle: Any,
+    layers: Sequence[Layer],
+    vector: torch.Tensor,
+    places: list[int] | None = None,
+    positions: list[int] | None = None,
+) -> None:
+    """Add a vector to what layers return in a run or a row: at all tokens, or at some.
+
+    Args:
+        handle: The run or the row.
+        layers: The layers.
+        vector: What to add, (features,).
+        places: The places of the tokens in the padded batch.
+        positions: Their positions in the input, without padding.
+    """
     if EMBEDDING in layers:
         hidden = handle.layers_input[0].clone()
-        hidden[..., slice(None) if positions is None else positions, :] += vector.to(hidden)
+        hidden[..., slice(None) if places is None else places, :] += vector.to(hidden)
         handle.layers_input[0] = hidden
     handle.steer([layer for layer in layers if layer != EMBEDDING], vector, positions=positions)

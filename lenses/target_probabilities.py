@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import Layer
+from diffsight.lenses.options import check_options
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.token_plots import bars, curves
@@ -198,6 +199,7 @@ def run_prompts(
     ids = _check(model, prompts)
     texts = [prompt.text for prompt in prompts]
     if lens is None:
+        check_options(run_prompts, None, arguments)
         read = _output(model, texts, ids, 32 if batch_size is None else batch_size, progress)[:, None]
         layers = None
     else:

@@ -1,10 +1,17 @@
-"""Load weights later: a model built without weights adopts those of a loaded one."""
+"""Load weights later, and all of them: a model built without weights adopts those of a loaded one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock, get_ident
+from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 _FILES = (".bin", ".ckpt", ".gguf", ".h5", ".msgpack", ".pt", ".pth", ".safetensors")
+
+_loading = RLock()
 
 
 def check_weights(folder: Path, part: str = "") -> None:
@@ -13,6 +20,43 @@ def check_weights(folder: Path, part: str = "") -> None:
     If `folder` is not a folder but the name of a repository, nothing is checked."""
     if folder.is_dir() and not any(file.suffix in _FILES for file in (folder / part).iterdir()):
         raise OSError(f"there are no weights in {folder / part}")
+
+
+class MissingWeightsError(OSError):
+    """The files of a model do not hold all of its weights."""
+
+
+@contextmanager
+def requiring_all_weights() -> Iterator[None]:
+    """Raise MissingWeightsError if a transformers model is loaded in the block whose files lack weights.
+
+    transformers would draw them at random, and say so in a notice that is easily overlooked. What a model declares as
+    optional, or ties to other weights, is not missing."""
+    lacking: dict[str, list[str]] = {}
+    thread = get_ident()
+    with _loading:
+        name = "_finalize_model_loading"
+        finalize = vars(PreTrainedModel)[name]
+
+        def recording(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
+            found = finalize.__func__(model, load_config, loading_info)
+            if found.missing_keys and get_ident() == thread:
+                lacking[type(model).__name__] = sorted(found.missing_keys)
+            return found
+
+        setattr(PreTrainedModel, name, staticmethod(recording))
+        try:
+            yield
+        finally:
+            setattr(PreTrainedModel, name, finalize)
+    if lacking:
+        raise MissingWeightsError(
+            "; ".join(f"{model} lacks the weights {_listed(keys)}" for model, keys in lacking.items())
+        )
+
+
+def _listed(keys: list[str]) -> str:
+    return ", ".join(keys[:20]) + (f" and {len(keys) - 20} more" if len(keys) > 20 else "")
 
 
 def adopt(module: nn.Module, loaded: nn.Module) -> None:

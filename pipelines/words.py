@@ -14,7 +14,7 @@ list of words. The tokens may be truncated, have padding, or contain a template 
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -125,6 +125,11 @@ def align_words(tokenizer: Any, prompt: str, ids: Sequence[int] | None = None) -
         ids: The token ids of the prompt, or of a text that contains it. `tokenizer(prompt)` by default.
     """
     ids = [int(i) for i in (tokenizer(prompt, verbose=False)["input_ids"] if ids is None else ids)]
+    added = _vectors_of_a_token(tokenizer, ids)
+    if added:
+        return _with_vectors(
+            tokenizer, align_words(tokenizer, prompt, [ids[n] for n in added]), ids, list(added.values())
+        )
     words = _split(prompt)
     characters = [(character, number) for number, word in enumerate(words) for character in _key(word)]
     decoded = _decode(tokenizer, ids)
@@ -146,6 +151,30 @@ def align_words(tokenizer: Any, prompt: str, ids: Sequence[int] | None = None) -
     spans = tuple(_with_mark(span, marked) for span in spans)
     pieces = (tokenizer.decode([i]).strip() or mark for i, mark in zip(ids, marked))
     return PromptWords(prompt, tuple(ids), tuple(words), spans, tuple(pieces))
+
+
+def _vectors_of_a_token(tokenizer: Any, ids: list[int]) -> dict[int, range]:
+    """Return the tokens of a prompt, each with the indices of its vectors, which are several with textual inversion.
+
+    A pipeline reads `<cat>` of three vectors as `<cat> <cat>_1 <cat>_2`. Empty if there is no such token."""
+    known = getattr(tokenizer, "get_added_vocab", dict)()
+    spans: dict[int, range] = {}
+    first = 0
+    for n, piece in enumerate(tokenizer.convert_ids_to_tokens(ids)):
+        if n and piece in known and piece == f"{tokenizer.convert_ids_to_tokens(ids[first])}_{n - first}":
+            spans[first] = range(first, n + 1)
+        else:
+            first = n
+            spans[n] = range(n, n + 1)
+    return spans if len(spans) < len(ids) else {}
+
+
+def _with_vectors(tokenizer: Any, aligned: PromptWords, ids: list[int], vectors: list[range]) -> PromptWords:
+    """Return the alignment of a prompt in which token *i* of `aligned` stands for the tokens `vectors[i]` of `ids`."""
+    spans = (span and range(vectors[span.start].start, vectors[span.stop - 1].stop) for span in aligned.spans)
+    marked = tokenizer.convert_ids_to_tokens(ids)
+    pieces = (tokenizer.decode([i]).strip() or mark for i, mark in zip(ids, marked))
+    return replace(aligned, ids=tuple(ids), spans=tuple(spans), pieces=tuple(pieces))
 
 
 class _Character(NamedTuple):

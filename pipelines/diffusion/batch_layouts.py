@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from diffsight.extending import FORWARD, Tap, Target
+from diffsight.pipelines.diffusion.prompts import as_read
 
 COND, UNCOND = "cond", "uncond"
 
@@ -40,17 +41,22 @@ class BatchLayouts:
         self._seen: dict[tuple[int, int], tuple[Embeddings, list[BatchLayout]]] = {}
 
     def layout(self, tap: Tap, index: int) -> BatchLayout | None:
-        """Return what the batch holds in call `index` of a tapped module, which has begun, or None if unknown."""
-        for call in reversed(self._calls.get(id(_component(tap).owner), ())):
-            if call.bases.get(tap.target.key, 0) <= index:
-                return call.layout
-        return None
+        """Return what the batch holds in call `index` of a tapped module, which has begun, or None if unknown.
+
+        If both branches have the same text, this is one of the layouts that fit: see `is_certain`."""
+        call = self._call(tap, index)
+        return None if call is None or not call.layouts else call.layouts[0]
+
+    def is_certain(self, tap: Tap, index: int) -> bool:
+        """Return whether a single layout fits call `index` of a tapped module."""
+        call = self._call(tap, index)
+        return call is not None and len(call.layouts) == 1
 
     def entries(self, component: Any, branch: str) -> list[int] | None:
         """Return the places of a branch in the batch that a component is running on, or None if unknown."""
         calls = self._calls.get(id(component))
-        layout = calls[-1].layout if calls else None
-        return None if layout is None else [place for place, (of, _) in enumerate(layout) if of == branch]
+        layouts = calls[-1].layouts if calls else []
+        return [place for place, (of, _) in enumerate(layouts[0]) if of == branch] if layouts else None
 
     def has_branches(self, tap: Tap) -> bool:
         """Return whether a point can belong to a branch. Methods such as `scheduler.step` and VAEs cannot."""
@@ -66,6 +72,8 @@ class BatchLayouts:
                 "Read it on the run itself"
             )
         unknown = f"belongs to an unknown branch: {component.path} was given"
+        if any(len(call.layouts) > 1 for call in self._calls[id(component.owner)]):
+            return f"{unknown} the same text for the prompt and the negative prompt. Read it on the run itself"
         if component.key not in tap.host.clock.starts:
             return f"{unknown} words that match neither the prompt alone nor the negative prompt alone"
         if not self._embeddings:
@@ -108,7 +116,12 @@ class BatchLayouts:
         self._embeddings.clear()
         self._seen.clear()
 
-    def _add(self, tap: Tap, look: "Callable[[], BatchLayout | None]") -> None:
+    def _call(self, tap: Tap, index: int) -> "_RecordedCall | None":
+        """Return the call of a component in which call `index` of a tapped module began."""
+        calls = reversed(self._calls.get(id(_component(tap).owner), ()))
+        return next((call for call in calls if call.bases.get(tap.target.key, 0) <= index), None)
+
+    def _add(self, tap: Tap, look: Callable[[], list[BatchLayout]]) -> None:
         self._calls.setdefault(id(tap.target.owner), []).append(_RecordedCall(tap.host.taps.entered(), look))
 
     def _branch_of(self, pipeline: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
@@ -169,7 +182,7 @@ class BatchLayouts:
             return []
         texts = [_words(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
         known = {branch: self._known_words(tokenizer, branch) for branch in (COND, UNCOND)}
-        follows = any(call.layout is not None and call.layout[0][0] == COND for call in earlier)
+        follows = any(call.layouts and call.layouts[0][0][0] == COND for call in earlier)
 
         def fits(position: int, entry: tuple[str, int]) -> bool:
             branch, prompt = entry
@@ -197,6 +210,7 @@ class BatchLayouts:
         for name in (name for name in parameters if re.fullmatch(rf"{prefix}prompt(_\d+)?", name)):
             given = self._arguments.get(name, parameters[name].default)
             for words, text in zip(known, [given] * self.prompts if isinstance(given, str) else given or ()):
+                text = as_read(self._pipeline, text, tokenizer)
                 ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
                 words.append(_words(tokenizer.decode(ids, skip_special_tokens=True)))
         return known if branch == COND else [texts or [""] for texts in known]
@@ -205,11 +219,11 @@ class BatchLayouts:
 class _RecordedCall:
     """A call of a text encoder or denoiser. `bases` counts the calls of every other point that had begun before it."""
 
-    def __init__(self, bases: dict[tuple[int, str], int], look: Callable[[], BatchLayout | None]) -> None:
+    def __init__(self, bases: dict[tuple[int, str], int], look: Callable[[], list[BatchLayout]]) -> None:
         self.bases, self._look = bases, look
 
     @cached_property
-    def layout(self) -> BatchLayout | None:
+    def layouts(self) -> list[BatchLayout]:
         return self._look()
 
 
@@ -218,12 +232,12 @@ def _component(tap: Tap) -> Target:
     return (tap.target.around() or [tap.target])[0]
 
 
-def _in_turn(found: list[BatchLayout], turn: int) -> BatchLayout | None:
-    """Return the layout of call `turn` of a component, out of those that fit.
+def _in_turn(found: list[BatchLayout], turn: int) -> list[BatchLayout]:
+    """Return the layouts that call `turn` of a component may have, out of those that fit, the likeliest first.
 
-    Where both branches have the same prompt and each has a call of its own, the conditional one comes first."""
+    Where both branches have the same prompt and each has a call of its own, the conditional one mostly comes first."""
     alone = [layout for layout in found if len({branch for branch, _ in layout}) == 1]
-    return alone[turn % len(alone)] if alone else next(iter(found), None)
+    return alone[turn % len(alone) :] + alone[: turn % len(alone)] if alone else found
 
 
 def _pairs(layout: BatchLayout) -> tuple[range, BatchLayout]:

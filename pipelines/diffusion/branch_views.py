@@ -56,7 +56,7 @@ class GuidancePart(Part):
             raise InputError(f"{path} {self.layouts.why_unknown(tap)}")
         for index in range(first, tap.entered):
             layout = self.layouts.layout(tap, index)
-            if layout is None:
+            if not self.layouts.is_certain(tap, index):
                 raise InputError(f"{path} {self.layouts.why_unknown(tap)}")
             if self._entries(layout):
                 if not number:

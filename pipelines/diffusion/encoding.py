@@ -30,7 +30,7 @@ from diffsight.errors import InputError
 from diffsight.extending import Model, open_run, owner_of
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, follow_encoder
-from diffsight.pipelines.diffusion.prompts import PromptWarning
+from diffsight.pipelines.diffusion.prompts import PromptWarning, as_read
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
 
@@ -143,6 +143,7 @@ def cut_off(model: Model, encoder: EncoderRecord, prompt: str) -> str | None:
         return None
     tokenizer = getattr(model.pipeline, encoder.tokenizer)
     ids = encoder.prompt.ids[encoder.prompt.rows[0]].tolist()
+    prompt = as_read(model.pipeline, prompt, tokenizer)
     texts = dict.fromkeys((prompt, prompt.lower().strip()))  # some pipelines clean it
     contents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     if any(ids[at : at + len(content)] == content for content in contents for at in range(len(ids))):

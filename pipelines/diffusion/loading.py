@@ -6,6 +6,7 @@ device, which takes no time. The weights are loaded when they are first needed.
 
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -21,9 +22,10 @@ from transformers import PreTrainedModel
 
 from diffsight.errors import InputError, suggest_packaged
 from diffsight.pipelines.packaged import FOLDERS
-from diffsight.pipelines.weights import adopt, check_weights
+from diffsight.pipelines.weights import MissingWeightsError, adopt, check_weights, requiring_all_weights
 
 _OF_WEIGHTS = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
+_LIBRARIES = ("diffusers", "transformers")  # that parts may come from
 _OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -58,7 +60,8 @@ def open_pipeline(
     with explained(name):
         empty = _build_empty(place, arguments)
         now = {key: value for key, value in arguments.items() if key not in _OF_WEIGHTS}
-        pipeline = DiffusionPipeline.from_pretrained(place, **now, **empty)
+        with requiring_all_weights():
+            pipeline = DiffusionPipeline.from_pretrained(place, **now, **empty)
     if not empty:
         return pipeline, None
 
@@ -66,7 +69,7 @@ def open_pipeline(
         parts = {part: getattr(pipeline, part) for part in pipeline.components}
         lacking = [part for part, module in empty.items() if parts.get(part) is module]
         present = {part: value for part, value in parts.items() if part not in lacking}
-        with explained(name):
+        with explained(name), requiring_all_weights():
             loaded = DiffusionPipeline.from_pretrained(place, **{**arguments, **present})
         for part in lacking:
             adopt(empty[part], getattr(loaded, part))
@@ -85,24 +88,33 @@ def _build_empty(place: str, arguments: dict[str, Any]) -> dict[str, nn.Module]:
     These are the modules that diffusers and transformers build from a configuration, except those that `arguments`
     contain.
 
-    Raises OSError if a configuration is missing, or a weight file in a folder."""
+    Raises OSError if a configuration is missing, or a weight file in a folder, and ValueError if a part needs code that
+    may not be run."""
     of_hub = {name: arguments[name] for name in _OF_HUB if name in arguments}
     modules = {}
     for name, entry in DiffusionPipeline.load_config(place, **of_hub).items():
         if name.startswith("_") or name in arguments or not isinstance(entry, (list, tuple)) or None in entry:
             continue
-        cls = _class(*entry)
+        cls = _class(name, *entry, bool(arguments.get("trust_remote_code")))
         if cls is not None:
             modules[name] = _build(cls, place, name, _dtype(arguments, name), of_hub)
     return modules
 
 
-def _class(library: str, name: str) -> type[nn.Module] | None:
-    """Return the class of a component, if it is built from a configuration."""
-    try:
-        found = getattr(getattr(diffusers.pipelines, library, None) or import_module(library), name, None)
-    except ImportError:  # the component's code is in its folder
-        return None
+def _class(part: str, library: str, name: str, trusts_code: bool) -> type[nn.Module] | None:
+    """Return the class of a component, if it is built from a configuration.
+
+    Importing a module runs its code, so a module is not imported because a folder or repository names it."""
+    if library in _LIBRARIES:
+        module = import_module(library)
+    else:
+        module = getattr(diffusers.pipelines, library, sys.modules.get(library))
+    if module is None and not trusts_code:
+        raise ValueError(
+            f"its part {part!r} is a {name} of {library!r}, which is neither diffusers nor transformers, and opening "
+            "the pipeline would run that code. If you trust it, pass trust_remote_code=True, or import the module first"
+        )
+    found = getattr(module, name, None)
     return found if isinstance(found, type) and issubclass(found, (ModelMixin, PreTrainedModel)) else None
 
 
@@ -165,6 +177,8 @@ def _is_not_about_types(record: logging.LogRecord) -> bool:
 def _explained_hub(name: str) -> Iterator[None]:
     try:
         yield
+    except MissingWeightsError as error:
+        raise InputError(f"the model {name} cannot be loaded: {error}") from error
     except OSError as error:  # huggingface_hub finds nothing, or no network
         raise InputError(f"{_unknown(name)}. The hub: {str(error).split('. ')[0].splitlines()[0]}") from error
 

@@ -12,8 +12,7 @@ run.images
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from difflib import get_close_matches
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -30,12 +29,14 @@ from diffsight.extending import (
     flow_of,
     with_gradients,
 )
+from diffsight.pipelines.arguments import check_arguments, named_arguments
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.loading import open_pipeline
+from diffsight.pipelines.diffusion.pipeline_of_run import PipelineOfRun, seeded_noise
 from diffsight.pipelines.diffusion.prompts import check_prompts
-from diffsight.pipelines.diffusion.run import DiffusionRun
+from diffsight.pipelines.diffusion.run import DiffusionRun, set_pipeline
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders
 from diffsight.pipelines.seeds import generators, seeds_of_images
 
@@ -78,6 +79,11 @@ class DiffusionModel(Model):
         return self.module
 
     @property
+    def argument_names(self) -> set[str]:
+        """The names of the arguments of the pipeline, with those that it reads from its `**kwargs`."""
+        return named_arguments(self._owner.__call__)
+
+    @property
     def encoders(self) -> Encoders:
         """The text encoders by name, and what the pipeline uses of each. The first access encodes a prompt to find
         out."""
@@ -117,16 +123,22 @@ class DiffusionModel(Model):
         arguments, seeds = self._checked(args, seed, kwargs)
         again = None if args or "prompt" in kwargs else partial(self.generate, seed=seed, grad=grad, **kwargs)
 
+        own = PipelineOfRun(self._owner)
+
         def call() -> Any:
             given = dict(kwargs)
-            if seeds is not None:
-                given["generator"] = generators(seeds)
-            if not grad:
-                return self._owner(*args, **given)
-            with _detached_images(self._owner):
-                return with_gradients(self._owner.__call__)(*args, **given)
+            with own.in_use() as pipeline, ExitStack() as changes:
+                if seeds is not None:
+                    given["generator"] = generators(seeds)
+                    changes.enter_context(seeded_noise(pipeline, seeds))
+                if not grad:
+                    return pipeline(*args, **given)
+                changes.enter_context(_detached_images(pipeline))
+                return with_gradients(pipeline.__call__)(*args, **given)
 
         run = self._new_run(call, again=again, grad=grad)
+        set_pipeline(run, own)
+        flow_of(run).seed = None if seeds is None else seeds[0]  # for noise that is drawn without a generator
         flow_of(run).observer = BatchLayouts(self._owner, arguments, _inputs(arguments), _images_each(arguments))
         return run
 
@@ -157,24 +169,20 @@ class DiffusionModel(Model):
         """Return the arguments that were passed, by name."""
         name = type(self._owner).__name__
         signature = inspect.signature(self._owner.__call__)
-        takes_more = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        for given in kwargs:
-            mistyped = bool(get_close_matches(given, signature.parameters, cutoff=0.85))  # else it would be ignored
-            if given not in signature.parameters and (mistyped or not takes_more):
-                raise InputError(f"{name} has no argument {given!r}{suggest(given, signature.parameters)}")
+        check_arguments(name, kwargs, self.argument_names, near={"seed", "grad"})
         if args and isinstance(args[0], str) and not any("prompt" in known for known in signature.parameters):
             raise InputError(f"{name} takes no prompt")
         try:
-            return signature.bind_partial(*args, **kwargs).arguments
+            bound = signature.bind_partial(*args, **kwargs)
         except TypeError as error:
             raise InputError(f"{name}: {error}") from None
+        return bound.arguments
 
     def _seeds(self, seed: int | Sequence[int], arguments: dict[str, Any]) -> list[int]:
         name = type(self._owner).__name__
         if "generator" in arguments:
             raise InputError("pass either seed or generator, not both")
-        parameters = inspect.signature(self._owner.__call__).parameters
-        if "generator" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        if "generator" not in self.argument_names:
             raise InputError(f"{name} takes no generator, so it cannot be seeded")
         count = _inputs(arguments) * _images_each(arguments)
         return seeds_of_images(seed, count)

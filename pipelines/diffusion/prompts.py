@@ -41,9 +41,16 @@ def check_prompts(pipeline: Any, prompts: str | Sequence[str], arguments: dict[s
             _warn_of_unknown_words(tokenizer, prompt)
 
 
+def as_read(pipeline: Any, prompt: str, tokenizer: Any) -> str:
+    """Return the prompt as the pipeline passes it to a tokenizer: with all vectors of tokens of textual inversion."""
+    convert = getattr(pipeline, "maybe_convert_prompt", None)
+    return prompt if convert is None or not hasattr(tokenizer, "tokenize") else convert(prompt, tokenizer)
+
+
 def _check_length(pipeline: Any, tokenizers: list, prompt: str, arguments: dict[str, Any]) -> None:
     dropped = []
     for tokenizer in tokenizers:
+        prompt = as_read(pipeline, prompt, tokenizer)
         ids = tokenizer(prompt, verbose=False).input_ids
         limit = _limit(pipeline, tokenizer, arguments)
         if limit is None or len(ids) <= limit:

@@ -8,6 +8,7 @@ from diffsight.errors import InputError
 from diffsight.extending import Run, Step, flow_of, keeping_attribute_errors, tree_of
 from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND
 from diffsight.pipelines.diffusion.branch_views import BranchView, DiffusionRow, GeneratedOutputs, rows_of
+from diffsight.pipelines.diffusion.pipeline_of_run import PipelineOfRun
 from diffsight.pipelines.diffusion.timesteps import scheduler_timestep
 
 
@@ -30,6 +31,8 @@ class DiffusionStep(Step):
 class DiffusionRun(GeneratedOutputs, Run):
     """A run of a diffusion pipeline."""
 
+    _called: PipelineOfRun | None = None  # None if the run calls something else than the pipeline
+
     @property
     def rows(self) -> tuple[DiffusionRow, ...]:
         """One view per prompt: `a, b = run.rows`. Each has `num_images_per_prompt` images."""
@@ -46,7 +49,8 @@ class DiffusionRun(GeneratedOutputs, Run):
         return BranchView(self._pass, flow_of(self._pass).observer, UNCOND)
 
     def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> DiffusionStep:
-        return DiffusionStep(index, path, call, tree_of(self).root.owner)
+        pipeline = tree_of(self).root.owner if self._called is None else self._called.pipeline
+        return DiffusionStep(index, path, call, pipeline)
 
     def _of_result(self, name: str) -> Any:
         self._check_one_pass(name)
@@ -57,6 +61,11 @@ class DiffusionRun(GeneratedOutputs, Run):
         if name not in result:
             raise InputError(f"{type(result).__name__} has no {name}, it has {', '.join(result)}")
         return result[name]
+
+
+def set_pipeline(run: DiffusionRun, called: PipelineOfRun) -> None:
+    """Let a run know the pipeline that it calls."""
+    run._called = called
 
 
 @contextmanager

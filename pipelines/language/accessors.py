@@ -179,14 +179,16 @@ class Accessors:
             layers: The number of a layer, or several.
             vector: `(features,)`, or any shape that can be added to `(batch, tokens, features)`.
             factor: A scale.
-            positions: The positions of the tokens to steer. None stands for all.
+            positions: The positions of the tokens to steer in each input: 0 is its first token, -1 its last. Padding
+                does not count. None stands for all.
         """
         if not isinstance(vector, torch.Tensor):
             raise InputError(f"steer takes a tensor, not {type(vector).__name__}")
         places = None if positions is None else [operator.index(p) for p in _listed(positions)]
+        mask = None if places is None else self._padding_mask()
         for index in _listed(layers):
             layer = self._layer(index, "steer")
-            _part_of_value(layer, FIRST, Added(places)).output = vector * factor
+            _part_of_value(layer, FIRST, Added(places, mask)).output = vector * factor
 
     def project_on_vocab(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits that the model would compute if `hidden` were the output of its last layer.
@@ -219,6 +221,17 @@ class Accessors:
         return HiddenLayout() if structure is None else structure.layout
 
     # ---- parts
+
+    def _padding_mask(self) -> torch.Tensor | None:
+        """Return which of the tokens that the layers read are real, `(rows, tokens)`, or None if all are."""
+        run = run_meant_by(self, "steer")
+        inputs, part = run.model_inputs, part_of(self)
+        if inputs is None or not inputs.is_padded or self._tree.root.owner.config.is_encoder_decoder:
+            return None
+        if part is None:
+            return inputs.mask
+        every = inputs.mask.repeat_interleave(part.total // len(inputs.mask), 0)
+        return every[part.start : part.stop : part.stride]
 
     def _layers(self) -> Envoy:
         layers = child_of(self, "layers")

@@ -19,7 +19,7 @@ from diffsight.errors import InputError, suggest_packaged
 from diffsight.pipelines.language.gguf import load_gguf
 from diffsight.pipelines.language.smollm2 import packaged_folder
 from diffsight.pipelines.packaged import LANGUAGE_MODELS
-from diffsight.pipelines.weights import adopt, check_weights
+from diffsight.pipelines.weights import MissingWeightsError, adopt, check_weights, requiring_all_weights
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -68,7 +68,7 @@ def open_language_model(
         empty = _build_empty(place, arguments)
 
     def load() -> None:
-        with _explained(name, place):
+        with _explained(name, place), requiring_all_weights():
             loaded = _load_model(place, arguments)
         adopt(empty, loaded)
 
@@ -184,6 +184,8 @@ def _explained(name: str, place: str) -> Iterator[None]:
 
 
 def _why(name: str, place: str, error: Exception) -> str:
+    if isinstance(error, MissingWeightsError):
+        return f"the model {name} cannot be loaded: {error}. If that is intended, pass a live model instead"
     what = "file" if Path(name).expanduser().is_file() else "folder"
     if name in LANGUAGE_MODELS or Path(place).exists():
         return f"the {what} {name} cannot be loaded as a language model: {type(error).__name__}: {_first_line(error)}"

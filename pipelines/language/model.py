@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.utils import TransformersKwargs
 
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.extending import (
@@ -36,6 +38,7 @@ from diffsight.extending import (
     owner_of,
     with_gradients,
 )
+from diffsight.pipelines.arguments import check_arguments, named_arguments
 from diffsight.pipelines.language.accessors import Accessors, LanguageEnvoy
 from diffsight.pipelines.language.generation import (
     GeneratedTokens,
@@ -49,6 +52,8 @@ from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, open_language_model
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import embeddings
+
+_FOR_ANY_MODEL = {"return_dict", "cache_position", *TransformersKwargs.__annotations__}
 
 
 class LanguageRun(GenerationRun):
@@ -165,6 +170,7 @@ class LanguageModel(Accessors, Model):
             grad: Whether gradients are enabled.
             kwargs: Passed to the model's forward pass.
         """
+        check_arguments(type(self._owner).__name__, kwargs, self.argument_names, near={"inputs", "grad"})
         if inputs is None and not self._has_input(kwargs):
             return self._new_run(_no_input, again=partial(self.trace, grad=grad, **kwargs))
         encoded = self._on_device(self._encode(inputs, kwargs))
@@ -195,6 +201,9 @@ class LanguageModel(Accessors, Model):
         function = getattr(self._owner, "generate", None)
         if function is None or not self._owner.can_generate():
             raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; trace() runs its forward pass")
+        if type(self._owner).generate is GenerationMixin.generate:  # otherwise it may take anything
+            near = {"inputs", "seed", "grad"}
+            check_arguments(f"{type(self._owner).__name__}.generate", kwargs, self.generation_argument_names, near)
         if inputs is None and not self._has_input(kwargs):
             return self._new_run(_no_input, again=partial(self.generate, seed=seed, grad=grad, **kwargs))
         if seed is not None:
@@ -244,6 +253,22 @@ class LanguageModel(Accessors, Model):
         """The class of the model and the name it was loaded from, such as "LlamaForCausalLM (smollm2-0.1.2)"."""
         source = getattr(self._owner.config, "name_or_path", "")
         return type(self._owner).__name__ + (f" ({Path(source).name})" if source else "")
+
+    @cached_property
+    def argument_names(self) -> set[str]:
+        """The names of the arguments of the forward pass, with those that the models in the model take."""
+        forward = self._owner.forward
+        named = named_arguments(forward)
+        if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values()):
+            return named
+        inner = (module for module in self._owner.modules() if isinstance(module, PreTrainedModel))
+        return named.union(_FOR_ANY_MODEL, *(named_arguments(module.forward) for module in inner))
+
+    @cached_property
+    def generation_argument_names(self) -> set[str]:
+        """The names of the arguments of the model's `generate`, with those of its forward pass."""
+        takes = {*vars(GenerationConfig()), *named_arguments(self._owner.generate), *self.argument_names}
+        return takes | named_arguments(self._owner.prepare_inputs_for_generation)
 
     def takes_argument(self, name: str) -> bool:
         """Return whether the model's forward pass has an argument, such as "use_cache"."""

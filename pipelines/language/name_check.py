@@ -8,18 +8,16 @@ and the logits must come from the head alone.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError
-from diffsight.extending import ModuleHooks
+from diffsight.pipelines.language.structural_copy import structural_copy
 from diffsight.pipelines.language.unembedding import HiddenLayout
 from diffsight.pipelines.spans import module_at
 from diffsight.pipelines.standard_names import layer_names
@@ -84,10 +82,10 @@ def check_names(
     inputs: Mapping[str, torch.Tensor],
     parts: Callable[[nn.Module], Mapping[str, str]] = layer_names,
 ) -> Structure | None:
-    """Verify standard names with one forward pass. Warn if the pass fails.
+    """Verify standard names with one forward pass of a copy of the model. Warn if the pass fails.
 
     Args:
-        model: The model.
+        model: The model. It is not called.
         names: Its standard names, as returned by `model_names`.
         inputs: The inputs of the pass.
         parts: A function that returns the standard names in a layer.
@@ -98,22 +96,21 @@ def check_names(
     Raises:
         InputError: A name refers to the wrong part. The message says which, and how to name the right one.
     """
-    trace = _NameTrace(model, names, parts)
+    trace = None
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), _unchanged(model), trace:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             try:
-                fake = _fake(model)
-                with _without_reading_values(model):
-                    trace.run(
-                        lambda **kwargs: functional_call(model, fake, kwargs=kwargs),
-                        {name: tensor.to("meta") for name, tensor in inputs.items()},
-                    )
+                empty = structural_copy(model)
+                _avoid_reading_values(empty)
+                trace = _NameTrace(empty, names, parts)
+                trace.run({name: tensor.to("meta") for name, tensor in inputs.items()})
             except _Wrong:
                 raise
             except Exception:  # control flow that depends on data, such as choosing experts, needs real tensors
                 if any(parameter.is_meta for parameter in model.parameters()):
                     return None
-                trace.run(model, inputs)
+                trace = _NameTrace(structural_copy(model, with_weights=True), names, parts)
+                trace.run(inputs)
     except _Wrong as wrong:
         raise InputError(_explained(model, names, parts, *wrong.args)) from None
     except Exception as error:
@@ -124,7 +121,7 @@ def check_names(
             NamesWarning,
             stacklevel=4,
         )
-    return trace.structure
+    return trace.structure if trace is not None else Structure()
 
 
 class _Wrong(Exception):
@@ -132,23 +129,23 @@ class _Wrong(Exception):
 
 
 class _NameTrace:
-    """Follows the named parts of a model through forward passes."""
+    """Follows the named parts of a model through a forward pass. The model is a copy, and has no use afterwards."""
 
     def __init__(self, model: nn.Module, names: Mapping[str, str], parts: Callable) -> None:
         self.model, self.names, self.parts = model, names, parts
-        self.layers = list(model.get_submodule(names["layers"])) if "layers" in names else []
+        self.layers = _separate(model.get_submodule(names["layers"])) if "layers" in names else []
         self.structure = Structure([0] * len(self.layers))
-        self.hooks: list[Any] = []
+        self.watch_parts()
 
-    def run(self, model: Callable, inputs: Mapping[str, torch.Tensor]) -> None:
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> None:
         self.seen: set[str] = set()
         self.into_norm: frozenset[str] = frozenset()
         self.passed: dict[tuple[str, str], _Passed] = {}  # the inputs and outputs of parts
         self.shape = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
         with Provenance() as self.origin:
-            self.finish(model(**inputs))
+            self.finish(self.model(**inputs))
 
-    def __enter__(self) -> "_NameTrace":
+    def watch_parts(self) -> None:
         names = self.names
         if "embed_tokens" in names:
             self.watch("embed_tokens", self.model, names["embed_tokens"])
@@ -160,11 +157,6 @@ class _NameTrace:
             self.watch("ln_final", self.model, names["ln_final"], self.enter_norm)
         if "lm_head" in names:
             self.watch("lm_head", self.model, names["lm_head"], self.enter_head)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
 
     def watch(
         self, name: str, outer: nn.Module, real: str, enter: Callable | None = None, leave: Callable | None = None
@@ -183,8 +175,8 @@ class _NameTrace:
             self.seen.add(name)
             self.origin.name(output, name, alone="." not in name)  # a part of a layer may also return the residual
 
-        self.hooks.append(first.register_forward_pre_hook(before, with_kwargs=True))
-        self.hooks.append(last.register_forward_hook(after))
+        first.register_forward_pre_hook(before, with_kwargs=True)
+        last.register_forward_hook(after)
 
     # ---- what must hold
 
@@ -286,30 +278,25 @@ def _explained(model: nn.Module, names: Mapping[str, str], parts: Callable, name
     )
 
 
-def _fake(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters and buffers of a model on the meta device."""
-    return {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-@contextmanager
-def _without_reading_values(model: nn.Module) -> Iterator[None]:
-    """Make a model of transformers avoid reading values where possible.
+def _avoid_reading_values(model: nn.Module) -> None:
+    """Make a copy of a transformers model avoid reading values where possible.
 
     Experts are called in a way that does not depend on the number of tokens each gets, and a warning that reads the
-    token ids is removed (until `_unchanged` ends)."""
+    token ids is removed."""
     warns, experts = "warn_if_padding_and_no_attention_mask", "_experts_implementation"
-    configs = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), experts)]
-    before = [getattr(config, experts) for config in configs]
     for module in model.modules():
         if hasattr(module, warns):
             setattr(module, warns, lambda *args, **kwargs: None)
-    try:
-        for config in configs:
-            setattr(config, experts, "batched_mm")
-        yield
-    finally:
-        for config, chosen in zip(configs, before):
-            setattr(config, experts, chosen)
+        if hasattr(getattr(module, "config", None), experts):
+            setattr(module.config, experts, "batched_mm")
+
+
+def _separate(layers: nn.ModuleList) -> list[nn.Module]:
+    """Let each place in a list of layers have a module of its own, and return them."""
+    for index, layer in enumerate(layers):
+        if any(layer is earlier for earlier in layers[:index]):
+            layers[index] = structural_copy(layer, with_weights=True)
+    return list(layers)
 
 
 def _first(value: Any) -> Any:
@@ -323,18 +310,3 @@ def _hidden(args: tuple, kwargs: dict) -> Any:
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
-
-
-@contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore what modules store during a pass, such as tables of positions: here they are fake."""
-    before = [(module, ModuleHooks(module), dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, hooks, attributes, buffers in before:
-            hooks.restore()
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)

@@ -121,24 +121,45 @@ class Within(ValuePart):
 
 
 class Added(ValuePart):
-    """Adds what is assigned to the value instead of replacing it, at some positions or at all of them."""
+    """Adds what is assigned to the value instead of replacing it, at some positions or at all of them.
 
-    def __init__(self, positions: list[int] | None) -> None:
-        self.positions = positions
+    Args:
+        positions: The positions, or None for all.
+        mask: 1 for real tokens and 0 for padding, `(rows, tokens)`. Positions in a value with as many tokens count the
+            real tokens of each row. None if there is no padding.
+    """
+
+    def __init__(self, positions: list[int] | None, mask: torch.Tensor | None = None) -> None:
+        self.positions, self.mask = positions, mask
 
     def put(self, whole: torch.Tensor, value: torch.Tensor, path: object, copies: set[int]) -> torch.Tensor:
         value = value.to(whole.device, whole.dtype)
-        length = whole.shape[-2]
-        for position in self.positions or ():
-            if not -length <= position < length:
-                raise InputError(f"{path}: there is no position {position}, the sequence has {length} tokens")
         if value.shape[-1] != whole.shape[-1]:
             raise AssignmentError(f"{path} has {whole.shape[-1]} features per token, the vector {value.shape[-1]}")
         whole = whole.clone()
         if self.positions is None:
             return whole + value
-        whole[..., self.positions, :] += value
+        if whole.ndim < 3:  # (tokens, features)
+            whole[self._in_row([*range(whole.shape[-2])], path)] += value
+            return whole
+        for row, places in enumerate(self._places(whole, path)):
+            whole[row, ..., places, :] += value if value.ndim < whole.ndim else value[row if len(value) > 1 else 0]
         return whole
+
+    def _places(self, whole: torch.Tensor, path: object) -> list[list[int]]:
+        """Return the places of the positions in each row of a value, where padding counts."""
+        rows, length = len(whole), whole.shape[-2]
+        mask = self.mask
+        if mask is None or mask.shape[-1] != length or rows % len(mask):
+            mask = torch.ones(rows, length)
+        mask = mask.repeat_interleave(rows // len(mask), 0)  # a row for each beam
+        return [self._in_row(row.nonzero().flatten().tolist(), path) for row in mask]
+
+    def _in_row(self, real: list[int], path: object) -> list[int]:
+        for position in self.positions:
+            if not -len(real) <= position < len(real):
+                raise InputError(f"{path}: there is no position {position}, the sequence has {len(real)} tokens")
+        return [real[position] for position in self.positions]
 
 
 class Heads(ValuePart):

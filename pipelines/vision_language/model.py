@@ -106,6 +106,10 @@ class VisionLanguageModel(LanguageModel):
     ) -> "VisionLanguageTree":
         return VisionLanguageTree(root, load, names)
 
+    @property
+    def argument_names(self) -> set[str]:
+        return super().argument_names | {"images"}
+
     def trace(self, inputs: Any = None, images: Any = None, *, grad: bool = False, **kwargs: Any) -> VisionLanguageRun:
         """Open a run of one forward pass: `with model.trace("What is this?", images=image) as run:`.
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import transformers
 
-from diffsight import steer
+from diffsight import LanguageModel, steer
 from diffsight.errors import InputError
 from models import language
 
@@ -93,3 +94,51 @@ def test_a_position_that_a_prompt_does_not_have(model):
         steer(model, 0, VECTOR, positions=50).trace(PROMPTS[0]).result
     with pytest.raises(InputError, match="steer takes a LanguageModel"):
         steer(language.gpt2(), 0, VECTOR)
+
+
+def of_tokens(cls, config, **more):
+    torch.manual_seed(0)
+    return LanguageModel(cls(config(vocab_size=64, **more)).eval())
+
+
+def gpt2():
+    return of_tokens(
+        transformers.GPT2LMHeadModel, transformers.GPT2Config, n_embd=32, n_layer=2, n_head=2, eos_token_id=0
+    )
+
+
+def bert():
+    more = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return of_tokens(transformers.BertForMaskedLM, transformers.BertConfig, **more)
+
+
+@pytest.mark.parametrize("build", [gpt2, bert])
+@pytest.mark.parametrize("position", [0, -1])
+@pytest.mark.parametrize("by", ["lens", "run", "row"])
+def test_positions_do_not_count_padding(build, position, by):
+    model, vector = build(), torch.randn(32)
+    long, short = [2, 3, 4, 5, 6], [7, 8, 9]
+
+    def logits(inputs):
+        if by == "lens":
+            return steer(model, 0, vector, 5, positions=position).trace(inputs).result.logits
+        with model.trace(inputs) as run:
+            for handle in [run] if by == "run" else run.rows:
+                handle.steer(0, vector, 5, positions=position)
+        return run.result.logits
+
+    together, mask = logits([long, short]), model.trace([long, short]).mask
+    for row, ids in enumerate([long, short]):
+        torch.testing.assert_close(together[row][mask[row].bool()], logits([ids])[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_position_beyond_the_end_of_a_row_is_an_error():
+    model = gpt2()
+    with pytest.raises(InputError, match="there is no position 3, the sequence has 3 tokens"):
+        with model.trace([[2, 3, 4, 5, 6], [7, 8, 9]]) as run:
+            run.steer(0, torch.randn(32), positions=3)
+
+
+def test_a_factor_that_is_not_a_number():
+    with pytest.raises(InputError, match="factor is a number, not 'x'"):
+        steer(gpt2(), 0, torch.randn(32), factor="x")

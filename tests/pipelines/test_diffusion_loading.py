@@ -3,14 +3,18 @@
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import diffusers
 import huggingface_hub
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
-from diffsight import DiffusionModel
+from diffsight import DiffusionModel, LanguageModel
+from diffsight.errors import InputError
 from diffsight.pipelines.packaged import FOLDERS, PIPELINES
 from helpers import draw, refusal
 from models import diffusion
@@ -160,3 +164,43 @@ def test_a_live_pipeline_takes_no_arguments():
 
 def test_an_empty_name():
     assert "''" in refusal(DiffusionModel, "")
+
+
+# What must not happen without a word
+
+
+def without_layer(file, layer):
+    weights = load_file(file)
+    save_file({name: tensor for name, tensor in weights.items() if f".{layer}." not in name}, file, {"format": "pt"})
+
+
+def test_weights_that_are_missing_are_listed(tmp_path):
+    shutil.copytree(FOLDERS[CLIP], tmp_path / "pipe")
+    without_layer(tmp_path / "pipe/text_encoder/model.safetensors", "layers.3")
+    model = DiffusionModel(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"CLIPTextModel lacks the weights encoder\.layers\.3\.layer_norm1\.bias, "):
+        model.generate("a red circle", seed=0, num_inference_steps=1).finish()
+
+
+def test_weights_that_are_missing_from_a_language_model_are_listed(tmp_path):
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    without_layer(tmp_path / "model.safetensors", "h.1")
+    with pytest.raises(InputError, match=r"GPT2LMHeadModel lacks the weights transformer\.h\.1\.attn\.c_attn\.bias, "):
+        LanguageModel(tmp_path, dispatch=True)
+
+
+def with_part(folder, entry):
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"safety_checker": entry}))
+
+
+def test_a_module_that_a_folder_names_is_not_imported(tmp_path, monkeypatch):
+    shutil.copytree(FOLDERS[CLIP], tmp_path / "pipe")
+    with_part(tmp_path / "pipe", ["of_the_folder", "Checker"])
+    (tmp_path / "pipe/of_the_folder.py").write_text("raise SystemExit('the code of the folder ran')")
+    monkeypatch.syspath_prepend(tmp_path / "pipe")
+    refused = r"'safety_checker' is a Checker of 'of_the_folder', .* trust_remote_code=True"
+    with pytest.raises(InputError, match=refused):
+        DiffusionModel(tmp_path / "pipe")
+    assert "of_the_folder" not in sys.modules

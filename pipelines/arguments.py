@@ -1,0 +1,79 @@
+"""The keyword arguments that a call takes, also where it declares `**kwargs` and would accept any without a word.
+
+    named_arguments(pipeline.__call__)      # {"prompt", "num_inference_steps", …, "callback", "callback_steps"}
+
+The old keywords that a function reads from its `**kwargs` are found in its source code.
+"""
+
+import ast
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable
+
+from diffsight.errors import InputError, suggest
+
+
+def check_arguments(title: str, given: Iterable[str], known: Iterable[str], near: Iterable[str] = ()) -> None:
+    """Raise InputError if an argument is not known.
+
+    Args:
+        title: What takes the arguments.
+        given: The names that were passed.
+        known: The names that it takes.
+        near: Other names that may have been meant. The message suggests them as well.
+    """
+    known = set(known)
+    for name in given:
+        if name not in known:
+            raise InputError(f"{title} has no argument {name!r}{suggest(name, sorted({*known, *near}))}")
+
+
+def named_arguments(function: Callable) -> set[str]:
+    """Return the names that a function or method takes as keywords, including those that it reads from `**kwargs`.
+
+    Where it passes all of them on to another method of its object, those of that method are included."""
+    parameters = inspect.signature(function).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    rest = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
+    if rest is None:
+        return named
+    keys = getattr(next(iter(typing.get_args(rest.annotation)), None), "__annotations__", {})  # Unpack[SomeKwargs]
+    own = inspect.unwrap(function.__func__ if isinstance(function, types.MethodType) else function)
+    try:
+        code = ast.parse(textwrap.dedent(inspect.getsource(own)))
+    except (OSError, SyntaxError, TypeError):  # the source is not available: any text in the code may be a name
+        constants = getattr(getattr(own, "__code__", None), "co_consts", ())
+        return named | set(keys) | {text for text in constants if isinstance(text, str) and text.isidentifier()}
+    named |= set(keys) | {name for node in ast.walk(code) for name in _read(node, rest.name)}
+    owner = getattr(function, "__self__", None)
+    for node in ast.walk(code) if owner is not None else ():
+        other = getattr(owner, _passed_on(node, rest.name) or "", None)
+        named |= named_arguments(getattr(other, "__call__", other)) if other is not None else set()  # noqa: B004
+    return named
+
+
+def _read(node: ast.AST, rest: str) -> Iterable[str]:
+    """Yield the name that a piece of code reads from `**rest`: `rest.pop("a")`, `rest["a"]`, `"a" in rest`."""
+    key = None
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_name(node.func.value, rest):
+        key = next(iter(node.args), None)
+    elif isinstance(node, ast.Subscript) and _is_name(node.value, rest):
+        key = node.slice
+    elif isinstance(node, ast.Compare) and any(_is_name(other, rest) for other in node.comparators):
+        key = node.left
+    if isinstance(key, ast.Constant) and isinstance(key.value, str):
+        yield key.value
+
+
+def _passed_on(node: ast.AST, rest: str) -> str | None:
+    """Return the attribute of `self` that a piece of code calls with `**rest`, or None."""
+    if not isinstance(node, ast.Call) or not any(k.arg is None and _is_name(k.value, rest) for k in node.keywords):
+        return None
+    called = node.func
+    return called.attr if isinstance(called, ast.Attribute) and _is_name(called.value, "self") else None
+
+
+def _is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name

@@ -1,0 +1,83 @@
+"""The pipeline that a run calls.
+
+A pipeline and its schedulers change while they run: the scheduler counts its steps, and the pipeline holds the guidance
+scale. A run calls the user's own pipeline. If another run stands in the middle of it, such as in lockstep, it calls a
+copy that shares the modules and has schedulers of its own.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any
+
+from diffusers import ConfigMixin, DiffusionPipeline
+from torch import nn
+
+_in_use: set[int] = set()  # ids of pipelines and components that a run is calling
+_lock = Lock()
+
+
+class PipelineOfRun:
+    """The pipeline that one run calls: `pipeline`, a copy from the time on when the run needs one."""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self.pipeline = pipeline
+
+    @contextmanager
+    def in_use(self) -> Iterator[DiffusionPipeline]:
+        """Return the pipeline to call, which no other run uses within the block."""
+        parts = {id(part) for part in _stateful_parts(self.pipeline)}
+        with _lock:
+            is_free = _in_use.isdisjoint(parts)
+            if is_free:
+                _in_use.update(parts)
+        try:
+            if not is_free:
+                self.pipeline = _copied(self.pipeline)
+            yield self.pipeline
+        finally:
+            if is_free:
+                _in_use.difference_update(parts)
+
+
+@contextmanager
+def seeded_noise(pipeline: DiffusionPipeline, seeds: Sequence[int]) -> Iterator[None]:
+    """Seed the noise of schedulers that take no generator, such as that of DPMSolverSDEScheduler, one seed an image."""
+    unseeded = [part for part in _stateful_parts(pipeline) if getattr(part, "noise_sampler_seed", 0) is None]
+    for part in unseeded:
+        part.noise_sampler_seed = list(seeds) if len(seeds) > 1 else seeds[0]
+    try:
+        yield
+    finally:
+        for part in unseeded:
+            part.noise_sampler_seed = None
+
+
+def _stateful_parts(pipeline: DiffusionPipeline) -> list[Any]:
+    """Return a pipeline, the pipelines in it, and their components that change in a run."""
+    parts = [pipeline]
+    for held in parts:
+        parts += [part for part in vars(held).values() if _is_stateful(part)] if _is_pipeline(held) else []
+    return parts
+
+
+def _copied(pipeline: DiffusionPipeline, copies: dict[int, Any] | None = None) -> DiffusionPipeline:
+    """Return a copy that shares everything with the pipeline, except for what changes in a run."""
+    copies = {} if copies is None else copies  # of what is held in several places
+    copied = copies[id(pipeline)] = object.__new__(type(pipeline))
+    vars(copied).update(vars(pipeline))
+    for name, part in vars(pipeline).items():
+        if _is_stateful(part):
+            if id(part) not in copies:
+                copies[id(part)] = _copied(part, copies) if _is_pipeline(part) else copy.deepcopy(part)
+            vars(copied)[name] = copies[id(part)]
+    return copied
+
+
+def _is_stateful(part: Any) -> bool:
+    return isinstance(part, ConfigMixin) and not isinstance(part, nn.Module)
+
+
+def _is_pipeline(part: Any) -> bool:
+    return isinstance(part, DiffusionPipeline)

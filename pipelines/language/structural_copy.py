@@ -1,0 +1,84 @@
+"""Copy the structure of a model: modules of the same classes, without the weights and without anyone's hooks.
+
+    empty = structural_copy(model)                      # its weights are on the meta device
+    same = structural_copy(model, with_weights=True)    # its weights are those of the model
+
+A pass through the copy leaves the model as it is, whatever it is made of: a layer that stands in two places, sharded
+or quantized weights, hooks and replaced forward methods of the user.
+"""
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+_CALLED = ("forward", "_old_forward", "_compiled_call_impl", "_hf_hook")  # what libraries put on a module to be called
+
+
+def structural_copy(model: nn.Module, with_weights: bool = False) -> nn.Module:
+    """Return a copy of a model's structure.
+
+    Args:
+        model: The model.
+        with_weights: Whether the copy shares the parameters of the model and has copies of its buffers. Otherwise both
+            are on the meta device.
+    """
+    memo: dict[int, Any] = {}  # as for `copy.deepcopy`: id of an original to its copy
+    modules = list(model.modules())
+    for module in modules:
+        memo[id(module)] = object.__new__(_plain_class(type(module)))
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *_tensors_in(vars(module))):
+            memo.setdefault(id(tensor), _copied(tensor, with_weights))
+    for module in modules:
+        _fill(memo[id(module)], module, memo)
+    return memo[id(model)]
+
+
+def _fill(copied: nn.Module, module: nn.Module, memo: dict[int, Any]) -> None:
+    """Give a copied module what the original holds, copied as well."""
+    held = {}
+    for name, value in vars(module).items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            held[name] = {key: memo.get(id(one)) for key, one in value.items()}
+        elif name.endswith("_hooks") or "_hooks_" in name:
+            held[name] = OrderedDict() if isinstance(value, dict) else copy.copy(value)
+        elif name not in _CALLED:
+            held[name] = _deep_copied(value, memo)
+    vars(copied).update(held)
+    wrapped = held["_modules"].get("_orig_mod")
+    if wrapped is not None:  # torch.compile wraps the module
+        vars(copied)["forward"] = wrapped.__call__
+        vars(copied)["_compiled_call_impl"] = None
+
+
+def _plain_class(cls: type) -> type:
+    """Return the class of a copy. That of a wrapper by `torch.compile` compiles whatever is called."""
+    from torch._dynamo import OptimizedModule
+
+    return nn.Module if issubclass(cls, OptimizedModule) else cls
+
+
+def _copied(tensor: torch.Tensor | None, with_weights: bool) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    if with_weights:
+        return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _tensors_in(held: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors that a module holds as plain attributes, except single numbers."""
+    found = (leaf for name, value in held.items() if name[0] != "_" for leaf in tree_leaves(value))
+    return [leaf for leaf in found if isinstance(leaf, torch.Tensor) and leaf.ndim]
+
+
+def _deep_copied(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a deep copy, or the value itself if it cannot be copied, such as a lock or a process group."""
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:
+        return value

@@ -1,0 +1,91 @@
+"""An argument that a call does not name is an error with near names, also where `**kwargs` would swallow it."""
+
+import pytest
+import torch
+import transformers
+
+from diffsight import DiffusionModel, LanguageModel, collect_activations, diffusion_lens, logit_lens
+from diffsight.errors import InputError
+from diffsight.lenses import patchscope_generate
+from diffsight.pipelines.arguments import named_arguments
+from models import diffusion
+
+CLIP = "diffsight/shapes-clip"
+IDS = torch.arange(2, 12)[None]
+
+
+def llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        eos_token_id=None,
+    )
+    return LanguageModel(transformers.LlamaForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ({"sed": 0}, r"'sed' \(did you mean 'seed'"),
+        ({"num_images": 4}, r"'num_images' \(did you mean 'num_images_per_prompt'"),
+        ({"banana": 3}, "'banana'"),
+        ({"remote": True}, "'remote'"),
+    ],
+)
+@pytest.mark.parametrize("call", ["generate", "trace", "check"])
+def test_a_pipeline_that_takes_any_keyword(call, given, hint):
+    with pytest.raises(InputError, match=f"StableDiffusionPipeline has no argument {hint}"):
+        getattr(DiffusionModel(CLIP), call)("a red circle", **given)
+
+
+def test_old_keywords_that_a_pipeline_reads_from_its_kwargs_are_known():
+    pipe = diffusion.stable_diffusion()
+    assert {"prompt", "callback", "callback_steps"} <= named_arguments(pipe.__call__)
+    steps = []
+    call = diffusion.PIPELINES["stable_diffusion"].inputs()
+    DiffusionModel(pipe).generate(
+        **call, seed=0, callback=lambda i, t, latents: steps.append(i), callback_steps=1
+    ).images
+    assert steps
+
+
+@pytest.mark.parametrize("given", [{"remote": True}, {"topk": 3}, {"images": None}])
+def test_a_forward_pass_that_takes_any_keyword(given):
+    with pytest.raises(InputError, match=f"LlamaForCausalLM has no argument '{next(iter(given))}'"):
+        llama().trace(IDS, **given)
+
+
+def test_generation_names_near_arguments():
+    with pytest.raises(InputError, match=r"no argument 'max_new_token' \(did you mean 'max_new_tokens'"):
+        llama().generate(IDS, max_new_token=3)
+
+
+def test_what_a_forward_pass_reads_from_its_kwargs_is_taken():
+    result = llama().trace(IDS, output_hidden_states=True, return_dict=True).result
+    assert len(result.hidden_states) == 3
+
+
+@pytest.mark.parametrize(
+    ("lens", "given", "hint"),
+    [
+        (logit_lens, {"topk": 3}, r"logit_lens has no argument 'topk' \(did you mean 'top_k'"),
+        (logit_lens, {"layer": 1}, r"logit_lens has no argument 'layer' \(did you mean 'layers'"),
+        (logit_lens, {"images": []}, "logit_lens has no argument 'images'"),
+        (collect_activations, {"batchsize": 1}, r"no argument 'batchsize' \(did you mean 'batch_size'"),
+        (patchscope_generate, {"max_new_token": 1}, r"no argument 'max_new_token' \(did you mean 'max_new_tokens'"),
+    ],
+)
+def test_options_of_lenses_of_language_models(lens, given, hint):
+    with pytest.raises(InputError, match=hint):
+        lens(llama(), [2, 3, 4], **given)
+
+
+@pytest.mark.parametrize(("name", "near"), [("layer", "layers"), ("batchsize", "batch_size"), ("sed", "seed")])
+def test_options_of_lenses_of_pipelines(name, near):
+    with pytest.raises(InputError, match=rf"diffusion_lens has no argument '{name}' \(did you mean '{near}'"):
+        diffusion_lens(DiffusionModel(CLIP), "a red circle", **{name: 1})

@@ -1,0 +1,99 @@
+"""Runs of one pipeline that are open at the same time, and noise that no generator seeds."""
+
+import diffusers
+import pytest
+import torch
+
+from diffsight import DiffusionModel
+
+CALL = {"prompt": "a red circle above a blue square", "num_inference_steps": 5, "output_type": "pt"}
+SCHEDULERS = [
+    diffusers.PNDMScheduler,
+    diffusers.EulerDiscreteScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.UniPCMultistepScheduler,
+]
+
+
+@pytest.fixture
+def pipe():
+    pipe = DiffusionModel("diffsight/shapes-clip").pipeline
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def bare(pipe, seed=0, **more):
+    return pipe(**CALL, **more, generator=torch.Generator().manual_seed(seed)).images
+
+
+@pytest.mark.parametrize("cls", SCHEDULERS)
+def test_lockstep(pipe, cls):
+    pipe.scheduler = cls.from_config(pipe.scheduler.config)
+    want, model = bare(pipe), DiffusionModel(pipe)
+    with model.generate(**CALL, seed=0) as x, model.generate(**CALL, seed=0) as y:
+        for here, there in zip(x.steps, y.steps):
+            assert here.timestep == there.timestep
+            y.unet.mid_block.output = x.unet.mid_block.output
+    assert torch.equal(x.images, want)
+    assert torch.equal(y.images, want)
+
+
+@pytest.mark.parametrize("cls", SCHEDULERS)
+def test_a_run_in_the_body_of_another_with_other_settings(pipe, cls):
+    pipe.scheduler = cls.from_config(pipe.scheduler.config)
+    want, other = bare(pipe, guidance_scale=7.5), bare(pipe, seed=1, guidance_scale=2.0)
+    model, scheduler = DiffusionModel(pipe), pipe.scheduler
+    with model.generate(**CALL, guidance_scale=7.5, seed=0) as x:
+        for step in x.steps:
+            if step.index == 2:
+                inner = DiffusionModel(pipe).generate(**CALL, guidance_scale=2.0, seed=1).images
+    assert torch.equal(inner, other)
+    assert torch.equal(x.images, want)
+    assert pipe.scheduler is scheduler
+
+
+def test_pipelines_that_share_a_scheduler(pipe):
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    want, other = bare(pipe), type(pipe)(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    with DiffusionModel(pipe).generate(**CALL, seed=0) as x, DiffusionModel(other).generate(**CALL, seed=0) as y:
+        for _ in zip(x.steps, y.steps):
+            pass
+    assert torch.equal(x.images, want)
+    assert torch.equal(y.images, want)
+
+
+def test_after_a_run_the_next_one_uses_the_pipeline_itself(pipe):
+    model = DiffusionModel(pipe)
+    run = model.generate(**CALL, seed=0)
+    run.unet.mid_block.output
+    del run
+    with model.generate(**CALL, seed=0):
+        pass
+    assert len(pipe.scheduler.timesteps) == 5
+
+
+class Noisy(diffusers.EulerDiscreteScheduler):
+    """Draws noise without a generator, and has a seed for it, as DPMSolverSDEScheduler does."""
+
+    noise_sampler_seed = None
+
+    def step(self, *args, **kwargs):
+        self.seeds_seen = self.noise_sampler_seed
+        out = super().step(*args, **kwargs)
+        noise = 0.1 * torch.randn_like(out[0])
+        return (out[0] + noise, *out[1:]) if isinstance(out, tuple) else type(out)(prev_sample=out.prev_sample + noise)
+
+
+def test_noise_without_a_generator_has_the_seed_of_the_run(pipe):
+    pipe.scheduler = Noisy.from_config(pipe.scheduler.config)
+    model, state = DiffusionModel(pipe), torch.get_rng_state()
+    first = model.generate(**CALL, seed=0).images
+    torch.randn(3)
+    assert torch.equal(first, model.generate(**CALL, seed=0).images)
+    assert not torch.equal(first, model.generate(**CALL, seed=1).images)
+    torch.set_rng_state(state)
+    model.generate(**CALL, seed=3, num_images_per_prompt=2).finish()
+    assert pipe.scheduler.seeds_seen == [3, 4]
+    assert pipe.scheduler.noise_sampler_seed is None
+    assert torch.equal(torch.get_rng_state(), state)
