@@ -601,7 +601,9 @@ def test_three_branches_are_an_error():
         with pytest.raises(InputError, match="unet was given text that differs from what encode_prompt returned"):
             with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
                 getattr(run, branch).unet.mid_block.output
-    with pytest.raises(InputError, match=r"cond\.unet\.conv_in\.output \(.*test_branches.py:\d+\) is of an unknown"):
+    with pytest.raises(
+        InputError, match=r"cond\.unet\.conv_in\.output \(.*test_branches.py:\d+\) belongs to an unknown"
+    ):
         with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
             run.cond.unet.conv_in.output = torch.zeros(1)
     with pytest.raises(InputError, match=r"shape is \(6, .*2 prompts make 2 images"):
