@@ -97,7 +97,7 @@ def _view(run: InRun) -> InRun:
 def check_no_edit() -> None:
     """Raise InputError if an edit is running now."""
     if current_edit() is not None:
-        raise InputError("an edit cannot be made within an edit: make one after the other, they stack")
+        raise InputError("an edit cannot be made within an edit: make them one after another; they stack")
 
 
 def _taking_run(function: Callable[..., Any]) -> Callable[[Any], Any]:

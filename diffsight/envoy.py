@@ -34,7 +34,7 @@ VALUES = ("input", "inputs", "output")
 
 @contextmanager
 def keeping_attribute_errors(holder: Any) -> Iterator[None]:
-    """Keep an AttributeError that is raised in the block for `raise_kept`.
+    """Keep, for `raise_kept`, an AttributeError that the block raises.
 
     If a property raises AttributeError, Python takes the attribute to be missing and calls `__getattr__`, which then
     hides the model's own error. So a property puts its code into this block, and `__getattr__` calls `raise_kept`."""
@@ -213,7 +213,9 @@ class MethodEnvoy(Points):
         return Calls(self)
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
-        """Call the method, without its points firing. With `hook=True` they fire, within the run."""
+        """Call the method outside the run: nothing there is read or replaced.
+
+        With `hook=True` the call goes through the run's points."""
         plain = type(self._target) is Target
         method = self._tree.attribute(self._target.owner, self._target.name) if plain else self._target.call
         return self._within(method, args, kwargs) if hook else method(*args, **kwargs)
@@ -223,8 +225,7 @@ class MethodEnvoy(Points):
 
 
 class Envoy(Points):
-    """The handle on a module, or on another part of a pipeline. Calling it calls the part, without its points
-    firing."""
+    """The handle on a module, or on another part of a pipeline. Calling it calls the part, outside the run."""
 
     @property
     def calls(self) -> Calls:
@@ -232,10 +233,10 @@ class Envoy(Points):
         return Calls(self)
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
-        """Call the part, without its points firing.
+        """Call the part outside the run: nothing there is read or replaced.
 
-        With `hook=True` they fire, within the run: what was assigned to them ahead is used, and other bodies (edits,
-        functions of rows) can read them."""
+        With `hook=True` the call goes through the run's points: what was assigned ahead is used, and other bodies
+        (edits, functions of rows) can read the values."""
         if isinstance(self._owner, nn.Module) or self._owner is self._tree.root.owner:
             self._tree.load_unless_scanning()
         return self._within(self._owner, args, kwargs) if hook else self._owner(*args, **kwargs)

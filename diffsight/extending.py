@@ -68,7 +68,7 @@ differs from call to call) and use it with `narrowed(points, selection)`, or in 
 **Targets of another kind**, such as attention probabilities, subclass `Target` and define `attach(tap)`. It arranges
 for `tap.enter(args, kwargs)` and `tap.leave(output)`, or `tap.call(function, args, kwargs)`, to be called on every
 passage, and returns an object with `remove()`. Check `current_owner() is tap.host`: calls from outside the run must
-pass untouched. To change a method for the time of a run, use `ChangedMethod(owner, name, change)`.
+pass untouched. To change a method for the duration of a run, use `ChangedMethod(owner, name, change)`.
 
 **Envoys.** An attribute of an envoy may be a part of the model, so everything about the envoy itself is asked with a
 function: `tree_of`, `target_of`, `owner_of`, `run_of`, `part_of`, `child_of(envoy, name)`, `handle_on(envoy, target)`,

@@ -317,8 +317,8 @@ class Steps:
         for bound, least in ((chosen.start, 0), (chosen.stop, 0), (chosen.step, 1)):
             if bound is not None and (not isinstance(bound, int) or bound < least):
                 raise InputError(
-                    f"run.steps is sliced by numbers from {least} on, not {bound!r}: how many steps there will be is "
-                    "not known"
+                    f"run.steps is sliced by numbers of {least} or more, not {bound!r}: the number of steps is not "
+                    "known in advance"
                 )
         self._run, self._chosen = run, chosen
 

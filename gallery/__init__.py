@@ -1,1 +1,1 @@
-"""Showing what lenses find: image grids and the command line."""
+"""The command line, and notebooks that show what the lenses find."""

@@ -79,7 +79,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
     parser.add_argument("--model", default=_MODEL, help="packaged name, folder or hub id (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="0 or more (default: %(default)s)")
-    parser.add_argument("--steps", type=_positive, help="denoising steps (default: that of the pipeline)")
+    parser.add_argument("--steps", type=_positive, help="denoising steps (default: the pipeline's own number)")
     parser.add_argument(
         "--out", type=Path, default=Path("diffsight-out"), metavar="DIR", help="folder to write (default: %(default)s)"
     )
@@ -105,7 +105,7 @@ def _parse_layer(text: str) -> int | str | slice:
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
@@ -144,7 +144,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, dict[str, int]]:
     if not options.prompt.strip():
         raise InputError(f'the prompt is empty: say what to draw, such as "{_PROMPT}"')
     if options.seed < 0:
-        raise InputError(f"a seed must be an integer from 0 on, not {options.seed}")
+        raise InputError(f"a seed must be 0 or greater, not {options.seed}")
     import diffusers
     import transformers
 

@@ -2,8 +2,8 @@
 
     from diffsight.lenses import logit_lens
 
-Each name is imported when it is first used. A lens shares its name with the file it is in; here the name always means
-the lens.
+Each name is imported when it is first used. Many lenses share their name with the file they are in; here such a name
+always means the lens.
 """
 
 import sys
@@ -70,7 +70,7 @@ __all__ = [
     "steer",
 ]
 
-_PLACES = {
+_NAMES_IN = {
     "collect_activations": ("Activations", "collect_activations", "load_activations"),
     "compare_encoders": ("EncoderComparison", "compare_encoders"),
     "diffusion_lens": ("DiffusionLensResult", "diffusion_lens"),
@@ -95,7 +95,7 @@ _PLACES = {
     "target_probabilities": ("Prompt", "TargetProbabilities", "first_tokens", "run_prompts"),
     "tokens.predictions": ("LensPredictions",),
 }
-_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _PLACES.items() for name in names}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES_IN.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

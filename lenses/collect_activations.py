@@ -38,7 +38,7 @@ class Activations:
     Attributes:
         of: What was collected, such as "layers_output".
         model: The name of the model.
-        layers: Integers from 0 on, and "embedding" for the input of the first layer.
+        layers: Non-negative integers, and "embedding" for the input of the first layer.
         num_layers: The number of layers of the model.
         values: The activations, (layers, tokens, ...), such as (layers, tokens, features).
         prompts: The number of the prompt of each token, (tokens,).
@@ -85,7 +85,7 @@ def collect_activations(
 ) -> Activations | Path:
     """Collect the activations of `layers` at `positions` of the prompts, on the CPU.
 
-    The model runs no further than to the last of the layers.
+    The model stops after the last of these layers.
 
     Args:
         model: The model.
@@ -170,7 +170,7 @@ def _read(batch: Batch, of: str, layers: tuple[Layer, ...]) -> Iterator[tuple[in
 
 def _tokens(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the number of the prompt of each token, and its position in the prompt, both (tokens,)."""
-    rows = torch.cat([batch.places[0] + batch.start for batch in batches])
+    rows = torch.cat([batch.indices[0] + batch.start for batch in batches])
     return rows, torch.cat([batch.positions[batch.chosen] for batch in batches])
 
 

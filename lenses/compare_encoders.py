@@ -57,7 +57,7 @@ class EncodedPrompts:
     """All prompts, as one text encoder encodes them.
 
     Attributes:
-        layers: Integers from 0 on, and "embedding" for the input of the first layer.
+        layers: Non-negative integers, and "embedding" for the input of the first layer.
         vectors: The mean hidden state of each prompt's own tokens, (layers, prompts, features).
         words: For each prompt its own tokens as text.
         drifts: For each prompt the cosine similarity of each token's hidden state with that at the first and at the
@@ -117,7 +117,7 @@ class EncoderComparison(LensResult, Mapping):
 
         Args:
             name: The text encoder.
-            prompt: The number of the prompt, from 0 on.
+            prompt: The number of the prompt, counted from 0.
             count: The number of prompts to return.
         """
         values, order = self._cosines(name, prompt).sort(descending=True, stable=True)
@@ -130,7 +130,7 @@ class EncoderComparison(LensResult, Mapping):
 
         Args:
             name: The text encoder.
-            prompt: The number of the prompt, from 0 on.
+            prompt: The number of the prompt, counted from 0.
             to: "last" or "first".
 
         Returns:
@@ -304,10 +304,10 @@ def _summary(
     layers: tuple[Layer, ...], encoded: Sequence[tuple[PromptEncoding, list[int]]], drawn: Sequence[DiffusionLensResult]
 ) -> EncodedPrompts:
     vectors, words, drifts = [], [], []
-    for one, places in encoded:
-        states = torch.stack([one.hidden(layer)[places].float().cpu() for layer in layers])
+    for one, positions in encoded:
+        states = torch.stack([one.hidden(layer)[positions].float().cpu() for layer in layers])
         vectors.append(states.mean(1))
-        words.append(tuple(one.words[place] for place in places) or tuple(str(int(one.ids[place])) for place in places))
+        words.append(tuple(one.words[at] for at in positions) or tuple(str(int(one.ids[at])) for at in positions))
         drifts.append(torch.stack([functional.cosine_similarity(states, states[end], dim=-1) for end in (0, -1)]))
     return EncodedPrompts(layers, torch.stack(vectors, 1), tuple(words), tuple(drifts), tuple(drawn))
 
@@ -386,8 +386,8 @@ def _choose(
     for name, encoder in pairs:
         if draws and not encoder.uses:
             raise InputError(
-                f"no output of {encoder.name} was found unchanged in what {name} uses, so its layers cannot be "
-                "drawn: images=0 compares without images"
+                f"{name} does not seem to use any output of {encoder.name} unchanged, so the layers of this encoder "
+                "cannot be drawn: images=0 compares without images"
             )
         try:
             numbers = choose_layers(layers, encoder.count, encoder.used_count)

@@ -43,7 +43,7 @@ class DiffusionLensResult(LensResult):
     Attributes:
         images: `images[i]` was drawn from layer `layers[i]`. For a video it is the middle frame, for a sound the
             waveform.
-        layers: Integers from 0 on, and "embedding" for the input of the first layer.
+        layers: Non-negative integers, and "embedding" for the input of the first layer.
         prompt: The prompt.
         seed: The seed of every image.
         model: The name of the model.

@@ -30,7 +30,7 @@ from PIL import Image
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.checks import check_call, check_diffusion_model, check_prompt, check_used, check_whole
 from diffsight.lenses.encoders.columns import Column, WordOrTokens, find_columns
-from diffsight.lenses.encoders.drawing import Drawing, calls_in, places, with_state
+from diffsight.lenses.encoders.drawing import Drawing, calls_in, rows_of_call, with_state
 from diffsight.lenses.encoders.isolating import isolated
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, in_model_order, layer_file, layer_title
@@ -61,7 +61,7 @@ class EncoderPatchingResult(LensResult):
     Attributes:
         images: `images[i][j]` was drawn with the source's hidden states of `words[j]`, its tokens `source_tokens[j]`,
             at layer `source_layers[i]`, in place of the target's tokens `tokens[j]` at layer `layers[i]`.
-        layers: Layers of the target's encoder: integers from 0 on, and "embedding" for the input of the first layer.
+        layers: Layers of the target's encoder: non-negative integers, and "embedding" for the input of the first layer.
         words: The columns.
         source: The source prompt.
         target: The target prompt.
@@ -210,9 +210,9 @@ def encoder_patching(
         The images by layer and word.
 
     Raises:
-        InputError: Before anything is drawn, for what `diffusion_lens` raises it for; and if words do not occur in
-            their prompt or occur several times, a prompt is truncated, words have different numbers of tokens, the
-            encoders have different widths and there is no map, or the map was not fitted for these layers.
+        InputError: Before anything is drawn, in any case in which `diffusion_lens` raises it; and if words do not
+            occur in their prompt or occur several times, a prompt is truncated, words have different numbers of tokens,
+            the encoders have different widths and there is no map, or the map was not fitted for these layers.
     """
     origin = model if source_model is None else source_model
     _check_arguments(model, origin, source, target, seed, batch_size, align, mapping, arguments)
@@ -370,7 +370,7 @@ def _put(reading: EncoderRecord, run: DiffusionRun, cells: Sequence[_Cell]) -> N
     """Put the cells' states into the rows of a batch, wherever the encoder reads the prompt."""
     part, ids = run[reading.name], reading.prompt.ids[reading.prompt.rows[0]]
     for number, call in calls_in(run, reading, len(cells)):
-        rows = [(place, cell) for place, row, cell in places(call, cells) if torch.equal(call.ids[row], ids)]
+        rows = [(place, cell) for place, row, cell in rows_of_call(call, cells) if torch.equal(call.ids[row], ids)]
         for layer in in_model_order({cell.layer for _, cell in rows if cell.state is not None}):
             point = part.layers[0 if layer == EMBEDDING else layer].calls[number]
             value = point.input if layer == EMBEDDING else point.output

@@ -52,7 +52,7 @@ class ImageTokenPredictions(LensResult):
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """Integers from 0 on, and "embedding" for the input of the first layer."""
+        """Non-negative integers, and "embedding" for the input of the first layer."""
         return self.predictions.layers
 
     def words(self, layer: int | str) -> list[list[str]]:
@@ -64,7 +64,7 @@ class ImageTokenPredictions(LensResult):
         """Return probabilities by layer and patch, (layers, rows, columns).
 
         Args:
-            token: The number of a chosen token, from 0 on. Default: the most likely token of each patch.
+            token: The number of a chosen token, counted from 0. Default: the most likely token of each patch.
         """
         found = self.predictions
         if token is None:
@@ -89,10 +89,10 @@ class ImageTokenPredictions(LensResult):
             layers: Layers of the model. Default: up to six of those in the result.
         """
         self._check_tokens()
-        places = _spaced(len(self.layers), _MAPS) if layers is None else [self._find(layer) for layer in layers]
+        indices = _spaced(len(self.layers), _MAPS) if layers is None else [self._find(layer) for layer in layers]
         names = self.predictions.token_names
-        shown = {name: self.probabilities(i)[places] for i, name in enumerate(names)}
-        return maps_on_image(self.image, shown, [self.layers[i] for i in places], self.predictions.prompts[0])
+        shown = {name: self.probabilities(i)[indices] for i, name in enumerate(names)}
+        return maps_on_image(self.image, shown, [self.layers[i] for i in indices], self.predictions.prompts[0])
 
     def preview(self) -> Figure:
         return self.plot()
@@ -149,8 +149,8 @@ def image_token_lens(
         The predictions by layer and patch.
 
     Raises:
-        InputError: Before anything runs, if the model takes no images or its image tokens form no grid, and for what
-            `logit_lens` raises it for.
+        InputError: Before anything runs, if the model takes no images or its image tokens form no grid, or in any
+            case in which `logit_lens` raises it.
     """
     if not isinstance(model, VisionLanguageModel):
         raise InputError(f"image_token_lens takes a VisionLanguageModel, not {type(model).__name__}")
@@ -169,7 +169,7 @@ def image_token_lens(
 
 
 def _spaced(count: int, most: int) -> list[int]:
-    """Return `count` places, or `most` of them at equal distances."""
+    """Return `count` indices, or `most` of them at equal distances."""
     if count <= most:
         return list(range(count))
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]

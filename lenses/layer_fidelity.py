@@ -49,7 +49,7 @@ class LayerFidelity(LensResult):
     Attributes:
         model: The name of the model.
         encoder: The name of the text encoder.
-        layers: Integers from 0 on, and "embedding" for the input of the first layer.
+        layers: Non-negative integers, and "embedding" for the input of the first layer.
         scenes: The scenes whose captions were drawn.
         seen: `seen[i][j]` is the scene that was drawn for `scenes[i]` from layer `layers[j]`, or None if the image
             shows no scene.
@@ -89,7 +89,7 @@ class LayerFidelity(LensResult):
 
     @property
     def order(self) -> dict[str, int]:
-        """In how many prompts with two objects each of them is right at an earlier layer than the other.
+        """For prompts with two objects: how often each object is right at an earlier layer than the other.
 
         The keys are "first object", "second object", "same layer", and "neither" if none of them is ever right.
         """
@@ -197,7 +197,7 @@ def layer_fidelity(
 
     Raises:
         InputError: Before anything is drawn, if there is no scene, one is not a Scene or has a caption that is too
-            long, and for what `diffusion_lens` raises it for.
+            long, or in any case in which `diffusion_lens` raises it.
     """
     if not isinstance(model, DiffusionModel):
         raise InputError(f"layer_fidelity takes a DiffusionModel, not {type(model).__name__}")

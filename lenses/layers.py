@@ -5,7 +5,7 @@
     diffusion_lens(model, prompt, layers=["embedding", 0, -1])      # "embedding": the input of the first layer
     diffusion_lens(model, prompt, layers=slice(None, None, 3))      # every third layer
 
-A lens accepts an integer, "embedding", a slice, or a list that mixes them. Results hold integers from 0 on, and
+A lens accepts an integer, "embedding", a slice, or a list that mixes them. Results hold non-negative integers and
 "embedding".
 """
 
@@ -49,7 +49,7 @@ def choose_layers(layers: Layers, count: int, used: int | None = None) -> tuple[
 
 
 def choose_layer(layer: Any, count: int, used: int | None = None) -> Layer:
-    """Return one layer as an integer from 0 on, or "embedding". See `choose_layers` for the arguments.
+    """Return one layer as a non-negative integer, or "embedding". See `choose_layers` for the arguments.
 
     Raises:
         InputError: The layer does not exist or has no effect.

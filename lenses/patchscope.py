@@ -69,7 +69,7 @@ class PatchscopeTexts(LensResult):
     Attributes:
         model: The name of the model.
         prompts: The source prompts.
-        layers: Integers from 0 on, and "embedding" for the input of the first layer.
+        layers: Non-negative integers, and "embedding" for the input of the first layer.
         targets: The target prompt of each source prompt.
         texts: `texts[i][j]` was generated with the hidden state of prompt i at `layers[j]`.
     """
@@ -234,8 +234,9 @@ class _Patches:
     ) -> Iterator[LanguageRun]:
         """Yield the runs over the target prompts, each with its hidden states put in."""
         rows = self.targets * len(self._layers)
-        texts, places = [row.text for row in rows], [[row.position] for row in rows]
-        batches = open_batches(self._model, texts, places, self._size, open_run, **arguments)  # checks before any runs
+        texts, positions = [row.text for row in rows], [[row.position] for row in rows]
+        # checks before any runs
+        batches = open_batches(self._model, texts, positions, self._size, open_run, **arguments)
         self._collect()
         for batch in tqdm(batches, desc="patchscope", disable=not progress or len(batches) == 1):
             with torch.no_grad(), batch.run as run:

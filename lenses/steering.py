@@ -28,7 +28,7 @@ def steer(
 ) -> LanguageModel:
     """Return a copy of the model, sharing its weights, that is steered in every run.
 
-    A copy can be steered again. `edited.clear_edits()` removes all steering from it.
+    A copy can be steered again. `cheerful.clear_edits()` removes every edit and attached module from it.
 
     Args:
         model: The model.
@@ -60,8 +60,8 @@ def steer(
             if positions is None:
                 _add(run, chosen, vector * factor, None)
             elif step.index == 0:
-                places = batch_of(model, run, positions).where
-                for row, where in zip(run.rows, places.tolist()):
+                columns = batch_of(model, run, positions).where
+                for row, where in zip(run.rows, columns.tolist()):
                     _add(row, chosen, vector * factor, where)
 
     return model.edit(steered)

@@ -1,4 +1,4 @@
-"""Target probabilities: how likely a model finds some words as what comes next.
+"""Target probabilities: how likely a model thinks certain words are to come next.
 
     targets = {"right": "Paris", "traps": ["London", "Madrid"], "long": "the country of France"}
     prompt = Prompt.from_strings("The capital of France (not England or Spain) is", targets, model)
@@ -116,7 +116,7 @@ class TargetProbabilities(LensResult, Mapping):
     Attributes:
         model: The name of the model.
         prompts: The prompts.
-        layers: Integers from 0 on, and "embedding" for the input of the first layer. None without a lens.
+        layers: Non-negative integers, and "embedding" for the input of the first layer. None without a lens.
         probabilities: Names to probabilities.
         tokens: Names to the tokens of all prompts, as text.
     """
@@ -242,7 +242,7 @@ def _output(model: LanguageModel, texts: list[str], ids: tuple[int, ...], size: 
     batches, reader = open_batches(model, texts, -1, size), PredictionReader(model, 1, ids, keep_logits=False)
     for batch in tqdm(batches, desc="prompts", disable=not progress or len(batches) == 1):
         with torch.no_grad(), batch.run as run:
-            rows, where = batch.places
+            rows, where = batch.indices
             logits = run.logits
             reader.add_logits(logits[rows.to(logits.device), where.to(logits.device)])
             run.stop()

@@ -37,7 +37,7 @@ __all__ = [
     "find_encoders",
 ]
 
-_PLACES = {
+_NAMES_IN = {
     "diffusion.encoding": ("PromptEncoding", "encode_prompt"),
     "diffusion.model": ("DiffusionModel",),
     "diffusion.run": ("DiffusionRun", "DiffusionStep"),
@@ -48,7 +48,7 @@ _PLACES = {
     "vision_language.model": ("VisionLanguageModel", "VisionLanguageRun"),
     "words": ("PromptWords", "align_words"),
 }
-_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _PLACES.items() for name in names}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES_IN.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

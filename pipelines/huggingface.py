@@ -225,7 +225,7 @@ def _tokenizer(pipeline: Pipeline) -> Any:
 
 @contextmanager
 def _changed_methods(pipeline: Pipeline, generates: bool, grad: bool) -> Iterator[None]:
-    """Change methods for the time of a run.
+    """Change methods for the duration of a run.
 
     If the model generates tokens, `generate` reports them. With `grad`, the forward pass has gradients, and its result
     is detached for `postprocess`, which converts it to numbers."""

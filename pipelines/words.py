@@ -97,7 +97,7 @@ class PromptWords:
         there = [span for span in spans if span is not None]
         if not there or (self.cut and None in spans):
             why = "the prompt is truncated before it" if self.cut else "the tokenizer drops it"
-            left_out = f": these words are left out: {self.cut!r}" if self.cut else ""
+            left_out = f" (left out: {self.cut!r})" if self.cut else ""
             raise InputError(f"{' '.join(self.words[start:stop])!r} has no tokens, because {why}{left_out}")
         return range(there[0].start, there[-1].stop)
 

@@ -21,7 +21,7 @@ class CompatEnvoy(Envoy):
     """An envoy with the names of nnsight's."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module. In an edit, the points of an attached module fire, as with `hook=True`."""
+        """Call the module. In an edit, an attached module is called through the run's points, as with `hook=True`."""
         if current_edit() is not None and any(self._owner is module for module in self._tree.attached.ever):
             kwargs.setdefault("hook", True)
         return self._as_tuple(super().__call__(*args, **kwargs))

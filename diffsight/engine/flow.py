@@ -2,8 +2,8 @@
 
 The body asks for a point (`fetch`). The flow taps it, tells the tap that the body waits for it, and resumes the model.
 When the model reaches the point, the tap reports it (`arrive`), the flow parks the model, and the body has the value.
-If instead the model ends, or the step ends that the body is in, or the surrounding module returns that was running when
-the tap was made, the point lies behind: an `OutOfOrderError`, never the value of a later call.
+If instead the model ends, the step that the body is in ends, or the module that was running when the tap was made
+returns, the point has passed: an `OutOfOrderError`, never the value of a later call.
 """
 
 from collections.abc import Callable, Sequence
@@ -317,11 +317,13 @@ class Flow:
         if current() is None:
             return
         if self._edit() is not None:
-            raise InputError(f"{path}: an edit goes along with its run. It can read and assign, but not run the model")
+            raise InputError(
+                f"{path}: an edit runs alongside the model: it can read and assign, but cannot drive the run"
+            )
         if self.scope is not self._scope:
             raise InputError(
-                f"{path}: a function of run.each goes along with the run. It can read and assign, but not run the "
-                "model: ask after run.each has returned"
+                f"{path}: a function of run.each runs alongside the model: it can read and assign, but cannot drive "
+                "the run. Ask after run.each has returned"
             )
 
     def _check_open(self, path: object) -> None:

@@ -1,14 +1,14 @@
 """What a run puts on a model, so that its calls go through the run's taps; and how it is taken off again.
 
-For the time of a run, every module that the run counts or taps has a `forward` of its own, which counts its calls or
-sends them through a tap. Ordinary hooks would do the same at several times the cost: a module with any hook leaves
+For the duration of a run, every module that the run counts or taps has a `forward` of its own, which counts its calls
+or sends them through a tap. Ordinary hooks would do the same at several times the cost: a module with any hook leaves
 PyTorch's fast path. Relative to other people's hooks, this `forward` stands where the last hook before the call and the
 first hook after it would. That is where a run belongs: transformers captures hidden states in hooks, and these must
 contain what the run has edited.
 
-A method is tapped by giving its object a subclass of its class for the time of the run. Unlike a wrapper stored on the
-instance, this follows copies of the object (pipelines step a copy of their scheduler) and reaches `__call__`. Names and
-signatures remain those of the original. If several runs are open at once, the last one restores everything.
+A method is tapped by giving its object a subclass of its class for the duration of the run. Unlike a wrapper stored on
+the instance, this follows copies of the object (pipelines step a copy of their scheduler) and reaches `__call__`. Names
+and signatures remain those of the original. If several runs are open at once, the last one restores everything.
 """
 
 import copy

@@ -1,4 +1,7 @@
-"""Which run `model.<path>` means."""
+"""Which run `model.<path>` means.
+
+Runs in lockstep, several that are open at once, need no code of their own: each has its coroutine.
+"""
 
 import weakref
 from threading import get_ident
@@ -45,7 +48,8 @@ class OpenRuns:
         if edit is not None and edit.flow.tree.open_runs is self:
             runs.insert(0, edit.flow)
         if len(runs) > 1:
-            runs = [run for run in runs if run.is_entered or run.has_begun] or runs  # no future that is still untouched
+            # leave out runs that nobody has entered or begun
+            runs = [run for run in runs if run.is_entered or run.has_begun] or runs
             runs = [run for run in runs if run.tree is tree] or runs
         return runs[-1] if runs else None
 

@@ -102,8 +102,8 @@ def run_has_ended(path: object, outcome: str, has_steps: bool) -> RunClosedError
 def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError]) -> OutOfOrderError:
     """The error for a point that was waited for until something else happened."""
     return kind(
-        f"{asked} was asked for, but {until} without reaching it. Either the model had already passed it, or it does "
-        "not use it there"
+        f"{asked} was asked for, but {until} without reaching it. Either the model had already passed that "
+        "point, or it does not call that module there"
     )
 
 
@@ -111,6 +111,6 @@ def never_reached(missed: Iterable[Assignment]) -> NeverReachedError:
     """The error for assignments that the model did not reach."""
     lines = "\n".join(f"  {assignment}" for assignment in missed)
     return NeverReachedError(
-        f"assigned, but the model never reached it:\n{lines}\nThe model ran without the assignment. Does it use the "
-        "module in this run (or in this step), and as often as the number of the call says?"
+        f"these assignments were never reached:\n{lines}\nThe model ran without them. Does the model call the module "
+        "in this run (or in this step), and at least as often as `.calls[i]` asks?"
     )

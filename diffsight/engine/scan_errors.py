@@ -38,7 +38,7 @@ def values_needed(function: Callable, components: Sequence[Target]) -> ScanError
     instead = f", or skip this part: `run.{module}.skip(value)`" if module else ""
     return ScanError(
         f"{asks} asks for the values of a tensor ({name}, at {frame.f_code.co_filename}:{frame.f_lineno}), but a scan "
-        f"knows only its shape and cannot see through this. Use a real run{instead}"
+        f"knows only its shape, so it cannot go past this line. Use a real run{instead}"
     )
 
 

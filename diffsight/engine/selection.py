@@ -116,7 +116,7 @@ class Part(Selection):
         return whole
 
     def _is_batch(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor inside a container has an entry per row; a number, or what is the same for all, has not.
+        """Whether a tensor inside a container has an entry per row; a number, or a value shared by all rows, does not.
 
         If the batch may be the second dimension, as in the states of an LSTM, the answer is yes, and the tensor cannot
         be cut."""

@@ -10,8 +10,8 @@ class Clock:
     """Says when a step begins.
 
     A step begins at a call of one of `starts`, once one of `ends` has been called since the last step began; without
-    `ends`, at every call. Some samplers never step their scheduler: until the first call of an end, a step also begins
-    where the same start is called at another `moment` than before.
+    `ends`, at every call. Some samplers never step their scheduler: until one of `ends` is called for the first time,
+    a step also begins where the same start is called at a different `moment` than before.
 
     Args:
         starts: The calls that begin a step, such as the denoiser's.

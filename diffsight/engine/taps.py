@@ -7,10 +7,10 @@ run's own coroutine (by another run, by the body itself, in another thread) pass
 business of `hooks`.
 
 `Taps` are all taps of a run. To know what the model has passed, calls are counted. The model's components and their
-children are hooked from the start; with a point, all modules around it and their children. So a module is usually
-hooked before the module around it is entered, and its count is exact. If it is not (`Origin.unseen`), its past is
-unknown, and the point counts as passed. A module that nobody asks for is only counted, in a dictionary. That costs next
-to nothing, and most modules of a run are of this kind.
+children are hooked from the start. When a point is asked for, all modules around it and their children are hooked as
+well. So a module is usually hooked before the module around it is entered, and its count is exact. If it is not
+(`Origin.unseen`), its past is unknown, and the point counts as passed. A module that nobody asks for is only counted,
+in a dictionary. That costs next to nothing, and most modules of a run are of this kind.
 """
 
 from collections.abc import Callable, Sequence

@@ -120,7 +120,9 @@ class EditBody(Body):
             raise
 
     def end(self, continues: bool) -> None:
-        """The run is over. A loop over steps ends and, with `continues`, the code after it runs. A wait never ends."""
+        """The run is over. A loop over steps ends and, with `continues`, the code after it runs.
+
+        An edit that is still waiting for a point is unwound there."""
         if self is current():
             return
         if self.flow.has_result and not self.met and self.touches:

@@ -33,7 +33,7 @@ def check_diffusion_model(lens: str, model: Any) -> None:
     if not isinstance(model, DiffusionModel):
         raise InputError(f"{lens} takes a DiffusionModel, not {type(model).__name__}")
     if not text_encoder_names(model.pipeline):
-        raise InputError(f"{lens} needs a text encoder, but {type(model.pipeline).__name__} has no text encoder")
+        raise InputError(f"{lens} needs a text encoder, but {type(model.pipeline).__name__} has none")
 
 
 def check_prompt(lens: str, prompt: Any) -> None:
@@ -46,8 +46,8 @@ def check_used(model: DiffusionModel, encoder: Encoder) -> None:
     """Check that the pipeline uses the encoder in a way that was found, so that its layers affect the image."""
     if not encoder.uses:
         raise InputError(
-            f"no output of {encoder.name} was found unchanged in what {type(model.pipeline).__name__} uses, so "
-            "its layers cannot be drawn. print(model.encoders) shows what was found"
+            f"{type(model.pipeline).__name__} does not seem to use any output of {encoder.name} unchanged, so the "
+            "layers of this encoder cannot be drawn. print(model.encoders) shows what was found"
         )
 
 

@@ -53,7 +53,7 @@ def find_columns(
         if align == "each" and len(taken) != len(place):
             raise InputError(
                 f"{_shown(item)} has {len(taken)} tokens in the source, but replaces {len(place)} in the target, "
-                f'{target.text(place)!r}: use align="last" or "mean", or words with equally many tokens'
+                f'{target.text(place)!r}: use align="last" or "mean", or words with the same number of tokens'
             )
     return [Column(_title(source.text(taken), target.text(place)), taken, place) for _, taken, place in pairs]
 
@@ -64,12 +64,12 @@ def _pairs(
     """Yield what is taken, its tokens in the source, and the tokens in the target that they replace."""
     if words is None:
         if into is not None:
-            raise InputError("into names what words replace: name the words, too, with words=")
+            raise InputError("`into` says what `words` replace, so pass `words` as well")
         sizes = len(source.tokens), len(target.tokens)
         if sizes[0] != sizes[1]:
             raise InputError(
-                f"the prompts have {sizes[0]} and {sizes[1]} tokens, so there is no token for token replacement: name "
-                "what replaces what with words= and into="
+                f"the prompts have {sizes[0]} and {sizes[1]} tokens, so they cannot be replaced token by token: "
+                "name what replaces what with words= and into="
             )
         for a, b in zip(source.tokens, target.tokens):
             yield a, range(a, a + 1), range(b, b + 1)

@@ -106,7 +106,7 @@ class Drawing:
 
         Raises:
             BatchMismatchError: The pipeline does not encode a list of prompts as one batch.
-            NoImagesError: It returns something else than images, videos or sounds.
+            NoImagesError: It returns something other than images, videos or sounds.
         """
         edited = self.model.edit(lambda run: change(run, items))
         for name, other in self.reading.encoders.items():
@@ -125,7 +125,7 @@ class Drawing:
         return outputs
 
 
-def places(call: EncoderCall, items: Sequence[Item]) -> Iterator[tuple[int, int, Item]]:
+def rows_of_call(call: EncoderCall, items: Sequence[Item]) -> Iterator[tuple[int, int, Item]]:
     """Yield the prompt's rows in a batch for all `items`: the row in the batch, the row that was read, the item."""
     for row in call.rows:
         for i, item in enumerate(items):
@@ -147,7 +147,9 @@ def _same_call(reading: EncoderRecord, number: int, ids: torch.Tensor | None, ti
         known = repeated(reading.calls[number].ids, len(reading.calls[number].ids), times)
         if known.shape == ids.shape and torch.equal(known, ids.to(known)):
             return reading.calls[number]
-    raise BatchMismatchError(f"{reading.name} receives other tokens for {times} prompts than for each prompt alone")
+    raise BatchMismatchError(
+        f"{reading.name} receives different tokens for {times} prompts at once than for one prompt alone"
+    )
 
 
 def repeated(tensor: torch.Tensor, rows: int, times: int) -> torch.Tensor:

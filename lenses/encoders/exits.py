@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from diffsight.lenses.encoders.drawing import calls_in, places, repeated, with_state
+from diffsight.lenses.encoders.drawing import calls_in, repeated, rows_of_call, with_state
 from diffsight.lenses.layers import Layer, state_of
 from diffsight.pipelines.diffusion.encoder_calls import EncoderCall
 from diffsight.pipelines.diffusion.encoding import EncodingRecord
@@ -89,7 +89,7 @@ class _Rows:
         one."""
         output = self.call.hidden(layer)
         rows = repeated(output, len(output), len(self.exits))
-        for place, row, left in places(self.call, self.exits):
+        for place, row, left in rows_of_call(self.call, self.exits):
             has_left = state_of(left) <= state_of(layer)
             state = self.call.hidden(left if has_left else layer)[row]
             rows[place] = norm(state) if norm is not None and has_left else state
@@ -97,5 +97,5 @@ class _Rows:
 
     def restore(self, vectors: torch.Tensor, full: torch.Tensor) -> None:
         """Write the vectors of the whole encoder, (rows, features), into those of the rows that left it."""
-        for place, row, _ in places(self.call, self.exits):
+        for place, row, _ in rows_of_call(self.call, self.exits):
             vectors[place] = full[row]

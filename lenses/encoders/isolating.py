@@ -44,14 +44,17 @@ def isolated(
         if tokenizer is None or tokenizer == encoder.tokenizer:
             names = ", ".join(other.name for other in others if other.tokenizer == tokenizer)
             why = "its tokenizer was not found in the pipeline" if tokenizer is None else f"they share {tokenizer}"
-            raise InputError(f"isolate: {names} cannot get another prompt than {encoder.name}, because {why}")
+            raise InputError(f"isolate: {names} cannot be given a different prompt from {encoder.name}, because {why}")
         blank = partial(_blank, texts=[prompt, *filter(None, prompts)], keep=arguments.get("negative_prompt"))
         model = model.edit(lambda run, tokenizer=tokenizer, blank=blank: _change_texts(run, tokenizer, blank))
     alone = record_encoding(model, prompt, arguments, seed)
     for other in others:
         before, after = (one.encoders[other.name].prompt.ids for one in (reading, alone))
         if before.shape == after.shape and torch.equal(before, after):
-            raise InputError(f"isolate: {other.tokenizer} does not get the prompt of {other.name} as it was passed")
+            raise InputError(
+                f"isolate: the prompt did not reach {other.tokenizer} unchanged, so it could not be blanked for "
+                f"{other.name}"
+            )
     return model, alone
 
 

@@ -53,15 +53,15 @@ def curve_panels(panels: Mapping[str, tuple[Sequence[Layer], Mapping[str, Curve]
 
 
 def _draw_curve(axes: Axes, layers: Sequence[Layer], curve: Curve, name: str, color: str, marker: str) -> object:
-    places, shares = layer_positions(layers), np.asarray(curve.shares, dtype=float)
+    positions, shares = layer_positions(layers), np.asarray(curve.shares, dtype=float)
     error = np.sqrt(shares * (1 - shares) / curve.cases)
-    axes.fill_between(places, shares - error, shares + error, color=color, alpha=0.1, linewidth=0)
+    axes.fill_between(positions, shares - error, shares + error, color=color, alpha=0.1, linewidth=0)
     style = {"color": color, "marker": marker, "markersize": 3, "linewidth": 1.4, "label": name}
     style["zorder"] = 3 if curve.dashed else 2  # so that both are seen where two curves coincide
-    (handle,) = axes.plot(places, shares, "--" if curve.dashed else "-", **style)
+    (handle,) = axes.plot(positions, shares, "--" if curve.dashed else "-", **style)
     if curve.marked is not None:
         at = list(layers).index(curve.marked)
-        axes.plot(places[at], shares[at], "o", color=color, markersize=8, fillstyle="none", zorder=3)
+        axes.plot(positions[at], shares[at], "o", color=color, markersize=8, fillstyle="none", zorder=3)
     return handle
 
 

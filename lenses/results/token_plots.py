@@ -77,14 +77,14 @@ def curves(lines: Mapping[str, torch.Tensor], layers: Sequence[Layer], title: st
     """
     figure = Plot(figsize=(4.5, 2.8), layout="constrained")
     axes = figure.add_subplot()
-    places = layer_positions(layers)
+    positions = layer_positions(layers)
     for i, (name, values) in enumerate(lines.items()):
         values = values if values.ndim > 1 else values[None]
         color, dash = COLORS[i % len(COLORS)], _DASHES[i // len(COLORS) % len(_DASHES)]
         for one in values if len(values) > 1 else ():
-            axes.plot(places, one.numpy(), color=color, linewidth=0.5, alpha=0.3)
+            axes.plot(positions, one.numpy(), color=color, linewidth=0.5, alpha=0.3)
         mean = values.mean(0).numpy()
-        axes.plot(places, mean, dash, color=color, linewidth=1.6, marker=".", markersize=4, label=name)
+        axes.plot(positions, mean, dash, color=color, linewidth=1.6, marker=".", markersize=4, label=name)
     axes.set_ylim(-0.02, 1.02)
     axes.set_ylabel("probability", size=8)
     name_layers(axes, layers)

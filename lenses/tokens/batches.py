@@ -33,7 +33,8 @@ class Batch:
         tokens: The tokens that the layers read, (rows, tokens). In an encoder-decoder, those of the decoder.
         where: The chosen positions in the padded batch, (rows, positions).
         chosen: Which entries of `where` are valid, (rows, positions). Shorter prompts may have fewer positions.
-        positions: The chosen positions in each prompt, from 0 on and without padding, (rows, positions). -1 is none.
+        positions: The chosen positions in each prompt, counted from 0 and without padding, (rows, positions). -1 is
+            none.
     """
 
     model: LanguageModel
@@ -45,7 +46,7 @@ class Batch:
     positions: torch.Tensor
 
     @property
-    def places(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def indices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The row and the token of each chosen position, both (chosen positions,)."""
         rows, columns = self.chosen.nonzero(as_tuple=True)
         return rows, self.where[rows, columns]
@@ -62,7 +63,7 @@ class Batch:
                 f"the shape {tuple(values.shape)} does not have one value for each of {tuple(self.tokens.shape)} "
                 "tokens: choose another point of the layer"
             )
-        return values[*(place.to(values.device) for place in self.places)]
+        return values[*(place.to(values.device) for place in self.indices)]
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
         """Return values of the chosen positions, (layers, chosen positions, ...), as (rows, layers, positions, ...).
@@ -170,7 +171,7 @@ def _positions_of_each(positions: Positions, count: int) -> list[Any]:
         raise InputError("no positions are chosen: pass some, or None for all")
     if all(isinstance(place, (list, tuple, torch.Tensor, range)) for place in positions):
         if len(positions) != count:
-            raise InputError(f"there are positions for {len(positions)} prompts, but {count} prompts")
+            raise InputError(f"positions were passed for {len(positions)} prompts, but there are {count}")
         return [place.tolist() if isinstance(place, torch.Tensor) else list(place) for place in positions]
     return [positions] * count
 
@@ -182,22 +183,22 @@ def _batch(model: LanguageModel, run: LanguageRun, start: int, each: list[Any]) 
         raise InputError("the lens needs to know the tokens: pass strings or token ids, not embeddings or labels")
     mask = torch.ones_like(tokens) if decodes or run.mask is None else run.mask
     real = [row.nonzero().flatten().cpu() for row in mask.cpu()]
-    own = [_own_positions(places, len(row), start + i) for i, (places, row) in enumerate(zip(each, real))]
-    longest = max(len(places) for places in own)
+    own = [_own_positions(positions, len(row), start + i) for i, (positions, row) in enumerate(zip(each, real))]
+    longest = max(len(found) for found in own)
     where = torch.zeros(len(own), longest, dtype=torch.long)
     positions, chosen = torch.full_like(where, -1), torch.zeros_like(where, dtype=torch.bool)
-    for i, (places, row) in enumerate(zip(own, real)):
-        positions[i, : len(places)] = torch.tensor(places)
-        where[i, : len(places)], chosen[i, : len(places)] = row[places], True
+    for i, (found, row) in enumerate(zip(own, real)):
+        positions[i, : len(found)] = torch.tensor(found)
+        where[i, : len(found)], chosen[i, : len(found)] = row[found], True
     return Batch(model, run, start, tokens, where, chosen, positions)
 
 
-def _own_positions(places: Any, length: int, prompt: int) -> list[int]:
-    """Return the chosen positions in a prompt of `length` tokens, from 0 on."""
-    if places is None or isinstance(places, slice):
-        found = list(range(length)[places or slice(None)])
+def _own_positions(positions: Any, length: int, prompt: int) -> list[int]:
+    """Return the chosen positions in a prompt of `length` tokens, counted from 0."""
+    if positions is None or isinstance(positions, slice):
+        found = list(range(length)[positions or slice(None)])
     else:
-        found = list(places) if isinstance(places, Iterable) else [places]
+        found = list(positions) if isinstance(positions, Iterable) else [positions]
     for place in found:
         if isinstance(place, bool) or not hasattr(place, "__index__") or not -length <= place < length:
             raise InputError(

@@ -19,7 +19,8 @@ def layers_and_tokens(
     """Return the layers and the token ids that a lens reads.
 
     Raises:
-        InputError: The lens cannot read this model, a layer or token does not exist, or there are no `top_k` tokens.
+        InputError: The lens cannot read this model, a layer or token does not exist, or there are fewer than
+            `top_k` tokens.
     """
     check_language_model(lens, model)
     check_count("top_k", top_k, model.vocabulary_size)
@@ -75,11 +76,12 @@ def choose_tokens(model: LanguageModel, tokens: Tokens) -> tuple[int, ...]:
 
 
 def check_count(name: str, value: Any, most: int | None = None) -> int:
-    """Return `value` as an integer from 1 on, up to `most`.
+    """Return `value` as a positive integer, at most `most`.
 
     Raises:
         InputError: It is not one.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1 or (most and value > most):
-        raise InputError(f"{name} must be an integer from 1{f' to {most}' if most else ' on'}, not {value!r}")
+        wanted = f"an integer from 1 to {most}" if most else "a positive integer"
+        raise InputError(f"{name} must be {wanted}, not {value!r}")
     return index(value)

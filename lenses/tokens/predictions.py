@@ -34,9 +34,9 @@ class LensPredictions(LensResult):
         lens: The name of the lens.
         model: The name of the model.
         prompts: The prompts.
-        layers: Integers from 0 on, and "embedding" for the input of the first layer.
+        layers: Non-negative integers, and "embedding" for the input of the first layer.
         num_layers: The number of layers of the model.
-        positions: Positions in each prompt, from 0 on, (prompts, positions). If a prompt has fewer positions than
+        positions: Positions in each prompt, counted from 0, (prompts, positions). If a prompt has fewer positions than
             others, the rest are -1, and their probabilities NaN.
         inputs: The tokens at these positions, for each prompt.
         ids: The ids of the k most likely tokens, (prompts, layers, positions, k).

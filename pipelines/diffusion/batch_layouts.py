@@ -62,10 +62,10 @@ class BatchLayouts:
         component = _component(tap)
         if not self.has_branches(tap) or id(component.owner) not in self._calls:
             return (
-                "belongs to no branch: branches exist only from the text encoders to the last denoiser call of a step. "
+                "belongs to no branch: only the text encoders and the denoisers have branches. "
                 "Read it on the run itself"
             )
-        unknown = f"is of an unknown branch: {component.path} was given"
+        unknown = f"belongs to an unknown branch: {component.path} was given"
         if component.key not in tap.host.clock.starts:
             return f"{unknown} words that match neither the prompt alone nor the negative prompt alone"
         if not self._embeddings:

@@ -23,6 +23,8 @@ from diffsight.errors import InputError
 from diffsight.extending import Part, Row, Run, Tap, View, each, keeping_attribute_errors, raise_kept
 from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND, BatchLayout, BatchLayouts
 
+_WORDS = {COND: "conditional", UNCOND: "unconditional"}
+
 
 class GuidancePart(Part):
     """The part of a batch that belongs to a prompt, to a branch, or to a branch of a prompt."""
@@ -32,9 +34,11 @@ class GuidancePart(Part):
 
     @property
     def missing(self) -> str:
+        if self.branch is None:
+            return super().missing
         return (
-            f"the {self.branch}itional branch does not come there: guidance is off, or the pipeline does not encode a "
-            "negative prompt"
+            f"there is no {_WORDS[self.branch]} branch at that point: guidance is off, or the pipeline does not encode "
+            "a negative prompt"
         )
 
     def of_prompt(self, prompt: int) -> "GuidancePart":

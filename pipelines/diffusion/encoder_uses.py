@@ -45,7 +45,7 @@ class Use:
         return f"{which}, {'through' if self.normed else 'without'} the final norm"
 
 
-def find_uses(encoder: EncoderRecord, places: "Places") -> tuple[Use, ...]:
+def find_uses(encoder: EncoderRecord, possible: "PossibleUses") -> tuple[Use, ...]:
     """Return what the pipeline uses of one encoder."""
     call = encoder.prompt
     row, uses, taken = call.rows[0], [], set()
@@ -56,14 +56,14 @@ def find_uses(encoder: EncoderRecord, places: "Places") -> tuple[Use, ...]:
         found = [layer for layer, state in zip(layers, call.hidden_states) if is_same(into, state)]
         states += [(found[-1], True, out)] if found else []
     for layer, normed, state in states:
-        found = places.of_tokens(state[row], tokens)
+        found = possible.of_tokens(state[row], tokens)
         taken |= found.keys()
         uses += [Use(layer, normed, None, tuple(found.values()))] if found else []
     known: set[str] = set()
     vectors = [(name, made) for name, made in call.pooled.items()]
     vectors += [(name, functional.normalize(made, dim=-1)) for name, made in vectors]
     for name, made in vectors:
-        found = {path: place for path, place in places.of_vector(made[row]).items() if path not in taken | known}
+        found = {path: place for path, place in possible.of_vector(made[row]).items() if path not in taken | known}
         known |= found.keys()
         uses += [Use(None, True, name, tuple(found.values()))] if found else []
     return tuple(uses)
@@ -78,11 +78,11 @@ def _telling_tokens(encoder: EncoderRecord) -> list[int]:
     row = call.rows[0]
     ids = call.ids[row].tolist()
     start, stop = _padding(ids), len(ids) - _padding(ids[::-1])
-    places = range(start, stop)[-_TOKENS:]
+    positions = range(start, stop)[-_TOKENS:]
     last = call.hidden(-1)
     others = [other.hidden(-1) for other in encoder.calls if not other.rows and other.ids.shape[1] == len(ids)]
-    changed = [t for t in places if not any(torch.equal(other[0, t], last[row, t]) for other in others)]
-    return changed or list(places)  # the negative prompt may be the prompt
+    changed = [t for t in positions if not any(torch.equal(other[0, t], last[row, t]) for other in others)]
+    return changed or list(positions)  # the negative prompt may be the prompt
 
 
 def _padding(ids: list[int]) -> int:
@@ -91,7 +91,7 @@ def _padding(ids: list[int]) -> int:
     return length if length > 1 else 0
 
 
-class Places:
+class PossibleUses:
     """The tensors in which the outputs of encoders may end up, by path."""
 
     def __init__(self, record: EncodingRecord) -> None:

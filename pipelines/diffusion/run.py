@@ -61,7 +61,7 @@ class DiffusionRun(GeneratedOutputs, Run):
 
 @contextmanager
 def progress_bar(pipeline: Any, **settings: Any) -> Iterator[None]:
-    """Change the settings of a pipeline's progress bar for the length of a block.
+    """Change the settings of a pipeline's progress bar for the duration of a block.
 
     The settings are those of tqdm: `with progress_bar(pipeline, disable=True):`."""
     shown = getattr(pipeline, "_progress_bar_config", {})

@@ -1,4 +1,4 @@
-"""The text encoders of a pipeline, where their layers are, and what the pipeline uses of them.
+"""The text encoders of a pipeline, and what the pipeline takes from them.
 
     print(model.encoders)                   # everything that was found
     encoder = model.encoders["text_encoder_2"]
@@ -8,7 +8,7 @@
     encoder.uses[0].places                  # ("encode_prompt[0][..., 768:2048]", "unet.encoder_hidden_states[..., …")
 
 Nothing is looked up by the name of a pipeline: `encoder_uses.py` compares what the encoders compute with what the
-pipeline goes on with.
+pipeline goes on with. `standard_names.py` finds where the layers of an encoder are.
 """
 
 import html
@@ -20,7 +20,7 @@ from diffsight.errors import InputError, suggest
 from diffsight.extending import Model, owner_of
 from diffsight.pipelines.diffusion.components import component_names
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
-from diffsight.pipelines.diffusion.encoder_uses import Places, Use, find_uses
+from diffsight.pipelines.diffusion.encoder_uses import PossibleUses, Use, find_uses
 from diffsight.pipelines.diffusion.encoding import EncodingRecord, record_encoding
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
 
@@ -159,12 +159,12 @@ def find_encoders(model: Model, prompt: str | None = None, **arguments: Any) -> 
 
 def encoders_in(model: Model, record: EncodingRecord) -> Encoders:
     """Return the text encoders of a `DiffusionModel`, from a record of an encoding."""
-    places = Places(record)
-    found = {name: _encoder(model, encoder, places) for name, encoder in record.encoders.items()}
+    possible = PossibleUses(record)
+    found = {name: _encoder(model, encoder, possible) for name, encoder in record.encoders.items()}
     return Encoders(type(model.pipeline).__name__, found)
 
 
-def _encoder(model: Model, record: EncoderRecord, places: Places) -> Encoder:
+def _encoder(model: Model, record: EncoderRecord, possible: PossibleUses) -> Encoder:
     name, call = record.name, record.prompt
     module = owner_of(model[name])
     names = component_names(module)
@@ -176,5 +176,5 @@ def _encoder(model: Model, record: EncoderRecord, places: Places) -> Encoder:
         call.hidden_states[0].shape[-1],
         f"{name}.{names['ln_final']}" if "ln_final" in names else None,
         record.tokenizer,
-        find_uses(record, places),
+        find_uses(record, possible),
     )

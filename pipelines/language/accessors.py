@@ -191,7 +191,8 @@ class Accessors:
     def project_on_vocab(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits that the model would compute if `hidden` were the output of its last layer.
 
-        This applies `ln_final` and `lm_head`, with any scales and caps that the model has there. No point fires.
+        This applies `ln_final` and `lm_head`, with any scales and caps that the model has there, outside the run:
+        nothing there is read or replaced.
 
         Args:
             hidden: `(..., features)`.

@@ -27,7 +27,7 @@ class GeneratedTokens(StoppingCriteria):
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.steps: list[torch.Tensor] = []  # after each step, all token ids so far, (sequences, tokens)
-        self.starts: list[int] = []  # for each step, where in these ids the text begins that it continues
+        self.starts: list[int] = []  # for each step, the index in these ids at which the text it continues begins
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         self.starts.append(self.start_of(input_ids))
@@ -35,7 +35,7 @@ class GeneratedTokens(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def start_of(self, ids: torch.Tensor) -> int:
-        """Return where, in the token ids after the next step, the text begins that the step continues.
+        """Return the index, in the ids after the next step, at which the text continued by that step begins.
 
         This stays the same until a pipeline begins another text."""
         goes_on = self.steps and self.steps[-1].shape[-1] == ids.shape[-1] - 1

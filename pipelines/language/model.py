@@ -119,8 +119,9 @@ class LanguageModel(Accessors, Model):
         source: A packaged name (`diffsight/smollm2`), a folder, a GGUF file, a hub id, a live model, or
             `(model, tokenizer)`.
         tokenizer: A tokenizer, live or by name, that replaces the model's own.
-        names: Where parts are that are not found, or not found correctly: `names={"ln_final": "model.norm"}`. The path
-            of a part of a layer starts at the layer. None leaves a name out.
+        names: Paths of parts that are not found automatically, or are found in the wrong place:
+            `names={"ln_final": "model.norm"}`. The path of a part of a layer starts at the layer. None leaves a name
+            out.
         dispatch: Whether to load the weights immediately.
         arguments: Passed to the model's `from_pretrained`.
 

@@ -17,8 +17,8 @@ It runs on a GPU if there is one (minutes), otherwise on the CPU (one to two hou
   in ten timesteps are sampled from 750 to 999, where the layout is decided.
 - Every scene has two captions, "A above B" and "B below A". At first nine in ten are of the first kind, so that the
   thing named first is a hint for its place. After two fifths of the training both kinds are equally frequent. If they
-  are so from the start, neither the order of the names nor the relation is informative on its own, and for thousands
-  of steps the right things appear at swapped places.
+  are equally frequent from the start, neither the order of the names nor the relation is informative on its own, and
+  for thousands of steps the right things appear in swapped places.
 - T5 has no positions, only distances, and in 4,000 steps with images alone it did not learn which thing goes where.
   Like other T5 encoders it is therefore trained on text before images (`--text-steps`): two queries, discarded
   afterwards, read the colour and the shape of the thing in each place from its output.

@@ -37,7 +37,7 @@ def images_of(given: Any, texts: int, placeholders: Sequence[int] = ()) -> list[
     if any(item is None or not _is_one(item) for item in items):
         if len(items) != texts:
             raise InputError(
-                f"there are images for {len(items)} texts, but {texts} texts: pass one list of images per text"
+                f"images were passed for {len(items)} texts, but there are {texts}: pass one list of images per text"
             )
         return [_one_or_several(item) for item in items]
     images = [read_image(item) for item in items]

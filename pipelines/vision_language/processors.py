@@ -3,7 +3,7 @@
     values = process(processor, ["What is this?"], "cat.png", left=True)
     values["input_ids"], values["pixel_values"]
 
-A text without placeholders for its images gets them at its beginning. The processor replaces a placeholder by image
+A text without placeholders for its images gets them at its beginning. The processor replaces a placeholder with image
 tokens.
 """
 

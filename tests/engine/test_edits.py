@@ -610,7 +610,7 @@ def test_stop_before_the_model_moves(model, net, x):
 
 def test_an_edit_cannot_run_the_model(model, x):
     for edit in (lambda run: run.result, lambda run: run.each(lambda row: 0), lambda run: run.finish()):
-        with pytest.raises(InputError, match="but not run the model"):
+        with pytest.raises(InputError, match="but cannot drive the run"):
             model.edit(edit).trace(x).result
 
 

@@ -1,4 +1,4 @@
-"""Calls that a body makes itself: without their points firing, and with `hook=True` within the run."""
+"""Calls that a body makes itself: outside the run, and with `hook=True` through the points of the run."""
 
 import pytest
 import torch

@@ -350,7 +350,7 @@ def test_an_error_closes_all_passes(net, inputs):
 
 @pytest.mark.parametrize("ask", [lambda run: run.result, lambda run: run.finish(), lambda run: run.each(id)])
 def test_the_function_of_a_row_cannot_run_the_model(net, inputs, ask):
-    with pytest.raises(InputError, match="goes along with the run"):
+    with pytest.raises(InputError, match=r"a function of run\.each runs alongside the model"):
         with Model(net).trace(inputs) as run:
             run.each(lambda row: ask(run))
     assert not net._forward_hooks

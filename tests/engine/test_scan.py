@@ -367,7 +367,7 @@ def test_the_model_asks_for_values(x, ask):
     with pytest.raises(ScanError, match=r"inner\[1\] asks for the values of a tensor") as caught:
         Model(net).scan(x).result
     assert f"{__file__}:{ask.__code__.co_firstlineno}" in str(caught.value)
-    assert "cannot see through" in str(caught.value)
+    assert "cannot go past this line" in str(caught.value)
     net(x)
 
 

@@ -300,7 +300,7 @@ def test_a_model_without_a_text_encoder(capsys, here, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "ddpm"
     tiny.ddpm().save_pretrained(folder)
     message = refusal(capsys, here, "lens", PROMPT, "--model", folder, "--layers", "1", "--steps", 1, "--out", "out")
-    assert "has no text encoder" in message
+    assert "needs a text encoder, but" in message
 
 
 @pytest.mark.parametrize("command", ["lens", "generate"])

@@ -103,7 +103,7 @@ def test_bad_input(model, tmp_path):
         ({"prompts": ["a", ""]}, "the prompt is empty"),
         ({"dtype": torch.int8}, "floating point numbers: dtype cannot be torch.int8"),
         ({"folder": tmp_path / "full"}, "already exists"),
-        ({"batch_size": -1}, "batch_size must be an integer from 1 on, not -1"),
+        ({"batch_size": -1}, "batch_size must be a positive integer, not -1"),
     ):
         with pytest.raises(InputError, match=words):
             collect_activations(model, **{"prompts": PROMPTS, **given})

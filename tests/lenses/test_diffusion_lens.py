@@ -253,7 +253,7 @@ def test_arguments_that_do_not_fit(sd):
 
 def test_a_pipeline_without_a_text_encoder():
     message = refusal(tiny.ddpm(), PROMPT)
-    assert "DDPMPipeline has no text encoder" in message
+    assert "needs a text encoder, but DDPMPipeline has none" in message
 
 
 def test_an_invalid_model(sd):

@@ -456,7 +456,7 @@ def test_an_encoder_whose_use_is_not_found():
     encode = pipe.encode_prompt
     pipe.encode_prompt = lambda *args, **kwargs: tuple(2 * embeds for embeds in encode(*args, **kwargs))
     with pytest.raises(
-        InputError, match="no output of text_encoder was found unchanged in what StableDiffusionPipeline uses"
+        InputError, match="StableDiffusionPipeline does not seem to use any output of text_encoder unchanged"
     ):
         lens("stable_diffusion", pipe)
 

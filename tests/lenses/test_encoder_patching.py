@@ -348,7 +348,7 @@ LONG = "a red circle " * 26
         ({"words": "circle", "into": "circle"}, "'circle' does not occur in the prompt 'a red square above"),
         ({"words": "a"}, "'a' occurs 2 times in the prompt 'a red circle above a blue square'"),
         ({"words": "circle", "into": ["red", "blue"]}, "into has 2 items for 1 words"),
-        ({"into": "red"}, "name the words, too, with words="),
+        ({"into": "red"}, "`into` says what `words` replace, so pass `words` as well"),
         ({"words": []}, "words is empty"),
         ({"words": [1.5]}, "not 1.5"),
         ({"words": 77}, "there are no tokens 77: 'a red circle above a blue square' has the tokens 0 to 76"),
@@ -417,7 +417,7 @@ def test_a_map_that_was_never_fitted():
 
 
 def test_a_pipeline_without_a_text_encoder():
-    with pytest.raises(InputError, match="DDPMPipeline has no text encoder"):
+    with pytest.raises(InputError, match="needs a text encoder, but DDPMPipeline has none"):
         encoder_patching(DiffusionModel(tiny.ddpm()), SOURCE, TARGET)
 
 

@@ -184,13 +184,13 @@ def test_the_words_of_one_prompt(model):
         ({"positions": 1.5}, "there is no position 1.5 in prompt 0"),
         ({"prompts": PROMPTS, "positions": 7}, "there is no position 7 in prompt 1"),
         ({"positions": []}, "no positions are chosen"),
-        ({"positions": [[0], [1]]}, "there are positions for 2 prompts, but 1 prompts"),
+        ({"positions": [[0], [1]]}, "positions were passed for 2 prompts, but there are 1"),
         ({"tokens": " Berlin"}, "' Berlin' is not one token but"),
         ({"tokens": []}, "no tokens are chosen"),
         ({"tokens": 4000}, "there is no token 4000: the model knows 0 to"),
         ({"tokens": [1.5]}, "a token must be a string such as ' Paris', or an id, not 1.5"),
         ({"top_k": 0}, "top_k must be an integer from 1 to"),
-        ({"batch_size": 0}, "batch_size must be an integer from 1 on, not 0"),
+        ({"batch_size": 0}, "batch_size must be a positive integer, not 0"),
     ],
 )
 def test_bad_input_is_an_error_before_anything_runs(net, model, given, words):

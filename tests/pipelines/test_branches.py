@@ -314,11 +314,11 @@ def test_without_guidance_there_is_no_unconditional_branch(name, path):
         tested, changes = CASES[name], {"guidance_scale": 1.0}
         inputs = {**tested.inputs(), **changes}
     model, point = DiffusionModel(tested.build()), getattr(tested, path)
-    with pytest.raises(NeverReachedError, match=r"uncond\..*the unconditional branch does not come there"):
+    with pytest.raises(NeverReachedError, match=r"uncond\..*there is no unconditional branch at that point"):
         with model.generate(**inputs, seed=SEED) as run:
             run.uncond[point].output
     assert run._flow.clock.index <= 1  # it did not have to run to its end
-    with pytest.raises(NeverReachedError, match="the unconditional branch does not come there"):
+    with pytest.raises(NeverReachedError, match="there is no unconditional branch at that point"):
         with model.generate(**inputs, seed=SEED) as run:
             run.cond[point].output
             run.uncond[point].output
@@ -344,7 +344,7 @@ def test_guidance_that_ends_half_way():
     with generate(CASES["stable_diffusion"], **callback) as run:
         sizes = [(len(run.unet.mid_block.output), len(run.cond.unet.mid_block.output)) for _ in run.steps]
     assert sizes == [(4, 2), (2, 2)]
-    with pytest.raises(NeverReachedError, match="unconditional branch does not come"):
+    with pytest.raises(NeverReachedError, match="there is no unconditional branch at that point"):
         with generate(CASES["stable_diffusion"], **callback, steps=3) as run:
             for _ in run.steps:
                 assert len(run.uncond.unet.mid_block.output) == 2
@@ -426,7 +426,7 @@ def test_the_second_encoder_and_its_own_prompt():
 
 
 def test_words_that_are_not_the_prompts():
-    with pytest.raises(InputError, match=r"uncond\.text_encoder\.input is of an unknown branch: text_encoder"):
+    with pytest.raises(InputError, match=r"uncond\.text_encoder\.input belongs to an unknown branch: text_encoder"):
         with generate(CASES["stable_diffusion"]) as run:
             run.tokenizer.output.input_ids[0, 1:3] = 17
             run.uncond.text_encoder.input
@@ -607,7 +607,7 @@ def test_unconditional_pipelines_have_rows_and_no_branches():
         expected = pipe(**inputs, generator=generators(3))[0]
     assert torch.equal(run.images, expected) and len(run.rows[1].images) == 1
     for branch in ("cond", "uncond"):
-        with pytest.raises(InputError, match=rf"{branch}\.unet\.mid_block\.output is of an unknown branch"):
+        with pytest.raises(InputError, match=rf"{branch}\.unet\.mid_block\.output belongs to an unknown branch"):
             with DiffusionModel(tested.build()).generate(**inputs, seed=0) as run:
                 getattr(run, branch).unet.mid_block.output
 
@@ -623,7 +623,9 @@ def test_three_branches_cannot_be_told():
         with pytest.raises(InputError, match="unet was given text that differs from what encode_prompt returned"):
             with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
                 getattr(run, branch).unet.mid_block.output
-    with pytest.raises(InputError, match=r"cond\.unet\.conv_in\.output \(.*test_branches.py:\d+\) is of an unknown"):
+    with pytest.raises(
+        InputError, match=r"cond\.unet\.conv_in\.output \(.*test_branches.py:\d+\) belongs to an unknown"
+    ):
         with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
             run.cond.unet.conv_in.output = torch.zeros(1)
     with pytest.raises(InputError, match=r"shape is \(6, .*2 prompts make 2 images"):

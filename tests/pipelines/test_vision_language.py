@@ -551,7 +551,7 @@ def test_names_of_ones_own(llava):
         (TEXT, torch.full((3, 8, 8), 2.0), "floats between 0 and 1"),
         (TEXT, torch.full((3, 8, 8), -1), "floats between 0 and 1"),
         ([TEXT, LONGER], [PICTURE] * 3, "3 images for 2 texts"),
-        ([TEXT, LONGER], [[PICTURE]], "images for 1 texts, but 2 texts"),
+        ([TEXT, LONGER], [[PICTURE]], "images were passed for 1 texts, but there are 2"),
         ([{"role": "user", "content": TEXT}], PICTURE, "has no chat template"),
         ({"words": 3}, PICTURE, "not with dict"),
     ],
