@@ -76,15 +76,15 @@ function: `tree_of`, `target_of`, `owner_of`, `run_of`, `part_of`, `child_of(env
 for the run whose values `model.<path>` has.
 """
 
+from diffsight.engine.batch_parts import Part, Selection
 from diffsight.engine.coroutine import current_owner
 from diffsight.engine.flow import Observer
 from diffsight.engine.hooks import FORWARD, ChangedMethod
 from diffsight.engine.points import INPUTS, OUTPUT, Asked, first_input
 from diffsight.engine.scan import is_scanning
 from diffsight.engine.scan_state import ModuleHooks
-from diffsight.engine.selection import Part, Selection
 from diffsight.engine.steps import Clock
-from diffsight.engine.taps import Tap
+from diffsight.engine.tapped_calls import Tap
 from diffsight.engine.target import Target, join, part_targets
 from diffsight.engine.tree import Tree
 from diffsight.envoy import (

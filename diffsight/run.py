@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from diffsight.engine.bodies import is_from_edit
 from diffsight.engine.flow import STOPPED, Flow
 from diffsight.engine.points import Asked, first_input
-from diffsight.engine.turns import is_from_edit
 from diffsight.envoy import (
     Envoy,
     InRun,

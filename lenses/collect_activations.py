@@ -22,8 +22,7 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError, suggest
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, find_layer
 from diffsight.lenses.options import check_options
-from diffsight.lenses.results.result import write_record
-from diffsight.lenses.results.saving import check_writable
+from diffsight.lenses.results.saving import check_writable, write_record
 from diffsight.lenses.tokens.batches import Batch, Positions, open_batches
 from diffsight.lenses.tokens.choosing import hidden_states, layers_to_read
 from diffsight.pipelines.language.model import LanguageModel

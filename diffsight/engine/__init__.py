@@ -6,16 +6,16 @@ The files in order; each imports only from those above it:
     coroutine       a stack that parks and resumes
     hooks           what a run puts on the model, and takes off again
     target          one thing that can be tapped, and its path
-    selection       a part of a value, such as the rows of a batch
+    batch_parts     a part of a value, such as the rows of a batch
     points          a point as it is asked for, a value that passes there, an assignment
     open_runs       which run `model.<path>` means
     late_weights    weights that are loaded later
     steps           when a step begins
     layout          where modules stand, and which are called past the modules around them
     tree            everything that can be tapped in a model, and its names
-    taps            the calls of one module, and all the taps of a run
+    tapped_calls    the calls of one module, and all the taps of a run
     order           passed, too late, never reached
-    turns           edits and the functions of `run.each`, and whose turn it is
+    bodies          edits and the functions of `run.each`, and whose turn it is
     flow            moves the model
     scan_errors     the error of a scan that needs values
     scan_fakes      fake tensors, and zeros

@@ -67,6 +67,6 @@ class OpenRuns:
 
 
 def current_edit() -> Any:
-    """Return the edit that is running now (see `diffsight.engine.turns.EditBody`); None outside an edit."""
+    """Return the edit that is running now (see `diffsight.engine.bodies.EditBody`); None outside an edit."""
     body = current()
     return body if body is not None and body.is_edit else None

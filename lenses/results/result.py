@@ -5,20 +5,15 @@ result                          # in a notebook: the preview
 result.save("lens")             # the record as JSON, and the other files
 """
 
-import json
-import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffsight.lenses.results.saving import save_files
-
-_VERSIONS = ("diffsight", "torch", "diffusers", "transformers")
+from diffsight.lenses.results.saving import save_files, write_record
 
 
 class LensResult:
@@ -49,10 +44,3 @@ class LensResult:
     def _repr_png_(self) -> bytes | None:
         preview = self.preview()
         return None if preview is None else preview._repr_png_()
-
-
-def write_record(record: Mapping[str, Any], path: Path) -> None:
-    """Write a record as JSON, together with the versions of the libraries that produced the result."""
-    versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
-    text = json.dumps({**record, "versions": versions}, indent=2, default=repr, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")

@@ -1,11 +1,24 @@
 """Writes the files of a result into a folder: all of them, or none."""
 
+import json
 import os
+import platform
 import tempfile
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from diffsight.errors import InputError
+
+_VERSIONS = ("diffsight", "torch", "diffusers", "transformers")
+
+
+def write_record(record: Mapping[str, Any], path: Path) -> None:
+    """Write a record as JSON, together with the versions of the libraries that produced the result."""
+    versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
+    text = json.dumps({**record, "versions": versions}, indent=2, default=repr, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def check_writable(folder: str | Path) -> Path:
