@@ -24,23 +24,23 @@ PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.m
 STEPS = 2  # of a pipeline that is called without `num_inference_steps`
 
 
-def llama(folder):
-    """A language model of as many layers as SmolLM2 has."""
+def save_llama(folder):
+    """Save a language model with as many layers as SmolLM2 has."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 30, "num_attention_heads": 4}
     config = transformers.LlamaConfig(**language.SIZES, **sizes)
     language.build(transformers.LlamaForCausalLM, config).save_pretrained(folder)
     language.TOKENIZER.save_pretrained(folder)
 
 
-def llava(folder):
+def save_llava(folder):
     for part in vision_language.llava():
         part.save_pretrained(folder)
 
 
 STAND_INS = {
-    "diffsight/smollm2": llama,
+    "diffsight/smollm2": save_llama,
     "stabilityai/stable-diffusion-xl-base-1.0": lambda folder: diffusion.stable_diffusion_xl().save_pretrained(folder),
-    "llava-hf/llava-1.5-7b-hf": llava,
+    "llava-hf/llava-1.5-7b-hf": save_llava,
 }
 
 

@@ -21,12 +21,12 @@ def t5():
     """Return a T5 whose encoder and decoder share one embedding module, as in the paper."""
     from transformers import T5Config, T5ForConditionalGeneration
 
+    from models.building import build
+
     config = T5Config(
         vocab_size=61, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = T5ForConditionalGeneration(config).eval()
+    model = build(T5ForConditionalGeneration, config)
     model.set_input_embeddings(model.shared)
     return model
 

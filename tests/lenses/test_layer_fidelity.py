@@ -28,7 +28,7 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def drawn(model):
+def fidelity(model):
     return layer_fidelity(model, 4, layers=[11, "embedding"], seed=3, progress=False, **FEW_STEPS)
 
 
@@ -177,28 +177,32 @@ def test_layers_in_any_order():
 # On the packaged pipeline
 
 
-def test_images_are_those_of_plain_diffusers(model, drawn):
+def test_images_are_those_of_plain_diffusers(model, fidelity):
     asked = sample_prompts(4)
-    assert drawn.scenes == asked
-    assert (drawn.layers, drawn.encoder, drawn.model) == ((11, "embedding"), "text_encoder", "diffsight/shapes-clip")
+    assert fidelity.scenes == asked
+    assert (fidelity.layers, fidelity.encoder, fidelity.model) == (
+        (11, "embedding"),
+        "text_encoder",
+        "diffsight/shapes-clip",
+    )
     model.pipeline.set_progress_bar_config(disable=True)
-    for column, layer in enumerate(drawn.layers):
+    for column, layer in enumerate(fidelity.layers):
         for i, scene in enumerate(asked):
             image = draw_layer(model.pipeline, scene, layer, seed=3 + i)
-            assert drawn.seen[i][column] == read_scene(image)
+            assert fidelity.seen[i][column] == read_scene(image)
             if len(scene.things) == 2:
-                seen = drawn.seen[i][column]
+                seen = fidelity.seen[i][column]
                 is_right = seen is not None and replace(seen, background=scene.background) == scene.canonical()
                 assert score(scene, seen)["scene"] == is_right
 
 
-def test_save_records_scenes_and_what_was_seen(drawn, tmp_path):
-    paths = drawn.save(tmp_path)
+def test_save_records_scenes_and_what_was_seen(fidelity, tmp_path):
+    paths = fidelity.save(tmp_path)
     record = json.loads((tmp_path / "fidelity.json").read_text())
     assert [path.name for path in paths] == ["fidelity.json", "fidelity.png"]
-    assert [one["prompt"] for one in record["prompts"]] == [scene.caption() for scene in drawn.scenes]
-    assert record["shares"]["compound"] == drawn.shares["compound"].tolist()
-    assert (record["first_layers"], record["order"]) == (drawn.first_layers(), drawn.order)
+    assert [one["prompt"] for one in record["prompts"]] == [scene.caption() for scene in fidelity.scenes]
+    assert record["shares"]["compound"] == fidelity.shares["compound"].tolist()
+    assert (record["first_layers"], record["order"]) == (fidelity.first_layers(), fidelity.order)
     assert (record["layers"], record["seed"]) == ([11, "embedding"], 3)
     Image.open(tmp_path / "fidelity.png").verify()
 

@@ -8,14 +8,7 @@ import torch
 
 from diffsight import DiffusionModel
 from diffsight.errors import RunClosedError
-from helpers import (
-    SEED,
-    draw,
-    drawn,
-    hooked,
-    module_at,
-    pipeline_footprint,
-)
+from helpers import SEED, draw, drawn, hooked, module_at, pipeline_footprint
 from models import diffusion
 
 SD = diffusion.PIPELINES["stable_diffusion"].inputs

@@ -8,16 +8,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffsight import DiffusionModel
-from helpers import (
-    SEED,
-    bare_run,
-    draw,
-    drawn,
-    first,
-    recorded,
-    same,
-    with_first,
-)
+from helpers import SEED, bare_run, draw, drawn, first, recorded, same, with_first
 from models import diffusion
 
 SD = diffusion.PIPELINES["stable_diffusion"].inputs

@@ -6,19 +6,7 @@ import pytest
 import torch
 
 from diffsight import DiffusionModel, OutOfOrderError
-from helpers import (
-    SEED,
-    bare_run,
-    draw,
-    drawn,
-    first,
-    hooked,
-    module_at,
-    patched,
-    recorded,
-    same,
-    with_first,
-)
+from helpers import SEED, bare_run, draw, drawn, first, hooked, module_at, patched, recorded, same, with_first
 from models import diffusion
 
 SD = diffusion.PIPELINES["stable_diffusion"].inputs

@@ -634,7 +634,7 @@ def test_only_values_can_be_assigned(gpt2):
 
 
 def test_an_error_names_the_users_line(gpt2):
-    with pytest.raises(AssignmentError, match=r"layers\[0\]\.output \(.*test_names\.py:\d+\)"):
+    with pytest.raises(AssignmentError, match=r"layers\[0\]\.output \(.*test_language_names\.py:\d+\)"):
         with gpt2.trace(IDS) as run:
             run.layers_output[0] = torch.ones(3)
 

@@ -35,7 +35,7 @@ def kind(request):
 
 
 @pytest.fixture
-def both(kind):
+def net_and_processor(kind):
     """Return a model and its processor."""
     return vision_language.MODELS[kind]()
 
@@ -55,36 +55,36 @@ def bare_inputs(processor, text=TEXT, images=(IMAGE,), **more):
 # Every kind of model
 
 
-def test_runs_like_the_bare_model(both):
-    net, processor = both
-    model, values = VisionLanguageModel(both), bare_inputs(processor)
+def test_runs_like_the_bare_model(net_and_processor):
+    net, processor = net_and_processor
+    model, values = VisionLanguageModel(net_and_processor), bare_inputs(processor)
     run = model.trace(TEXT, images=IMAGE)
     assert torch.equal(run.result.logits, net(**values).logits)
     assert torch.equal(run.tokens, values["input_ids"])
     assert not torch.equal(run.result.logits, model.trace(TEXT, OTHER).result.logits[:, : run.tokens.shape[1]])
 
 
-def test_generates_like_the_bare_model(both):
-    net, processor = both
+def test_generates_like_the_bare_model(net_and_processor):
+    net, processor = net_and_processor
     expected = net.generate(**bare_inputs(processor), **FOUR)
-    run = VisionLanguageModel(both).generate(TEXT, images=IMAGE, **FOUR)
+    run = VisionLanguageModel(net_and_processor).generate(TEXT, images=IMAGE, **FOUR)
     assert torch.equal(run.result, expected)
     start = run.tokens.shape[1]
     assert run.text == processor.tokenizer.decode(expected[0, start:], skip_special_tokens=True)
 
 
-def test_steps_through_the_generated_tokens(both):
-    net, processor = both
+def test_steps_through_the_generated_tokens(net_and_processor):
+    net, processor = net_and_processor
     values = bare_inputs(processor)
-    with VisionLanguageModel(both).generate(TEXT, IMAGE, **FOUR) as run:
+    with VisionLanguageModel(net_and_processor).generate(TEXT, IMAGE, **FOUR) as run:
         chosen = [(step.index, int(run.logits[0, -1].argmax()), int(step.tokens)) for step in run.steps]
     written = net.generate(**values, **FOUR)[0, values["input_ids"].shape[1] :].tolist()
     assert chosen == [(i, token, token) for i, token in enumerate(written)]
 
 
-def test_edits_a_layer_of_the_language_model_like_a_hook(both):
-    net, processor = both
-    values, model = bare_inputs(processor), VisionLanguageModel(both)
+def test_edits_a_layer_of_the_language_model_like_a_hook(net_and_processor):
+    net, processor = net_and_processor
+    values, model = bare_inputs(processor), VisionLanguageModel(net_and_processor)
     with replaced(model.layers[1]._owner, lambda hidden: hidden * -2):
         expected = net(**values).logits
     with model.trace(TEXT, IMAGE) as run:
@@ -93,9 +93,9 @@ def test_edits_a_layer_of_the_language_model_like_a_hook(both):
     assert not torch.equal(expected, net(**values).logits)
 
 
-def test_edits_a_layer_of_the_vision_tower_like_a_hook(both):
-    net, processor = both
-    values, model = bare_inputs(processor), VisionLanguageModel(both)
+def test_edits_a_layer_of_the_vision_tower_like_a_hook(net_and_processor):
+    net, processor = net_and_processor
+    values, model = bare_inputs(processor), VisionLanguageModel(net_and_processor)
 
     def doubled(output):
         return (output[0] * 2, *output[1:]) if isinstance(output, tuple) else output * 2
@@ -108,9 +108,9 @@ def test_edits_a_layer_of_the_vision_tower_like_a_hook(both):
     assert not torch.equal(expected, net(**values).logits)
 
 
-def test_has_the_standard_names(both):
-    net, _ = both
-    model = VisionLanguageModel(both)
+def test_has_the_standard_names(net_and_processor):
+    net, _ = net_and_processor
+    model = VisionLanguageModel(net_and_processor)
     assert model.lm_head._owner is net.get_output_embeddings()
     assert model.embed_tokens._owner is net.get_input_embeddings()
     assert model.vision._owner is net.get_encoder(modality="image")
@@ -118,8 +118,8 @@ def test_has_the_standard_names(both):
     assert "vision = " in repr(model)
 
 
-def test_a_row_is_computed_as_it_would_be_alone(both):
-    model = VisionLanguageModel(both)
+def test_a_row_is_computed_as_it_would_be_alone(net_and_processor):
+    model = VisionLanguageModel(net_and_processor)
     together = model.trace([TEXT, LONGER], [IMAGE, OTHER])
     for text, image, logits in zip([TEXT, LONGER], [IMAGE, OTHER], together.result.logits):
         alone = model.trace(text, image).result.logits[0]
@@ -128,9 +128,11 @@ def test_a_row_is_computed_as_it_would_be_alone(both):
     assert model.generate([TEXT, LONGER], [IMAGE, OTHER], **FOUR).text == written
 
 
-def test_rows_have_their_own_images(both):
-    model = VisionLanguageModel(both)
-    if isinstance(both[0], transformers.LlavaNextForConditionalGeneration):  # whose tiles are not told apart
+def test_rows_have_their_own_images(net_and_processor):
+    model = VisionLanguageModel(net_and_processor)
+    if isinstance(
+        net_and_processor[0], transformers.LlavaNextForConditionalGeneration
+    ):  # whose tiles are not told apart
         with pytest.raises(InputError, match=r"rows\[0\]\.vision\.layers\[0\]\.output cannot be cut into rows"):
             model.trace([TEXT, LONGER], [IMAGE, OTHER]).rows[0].vision.layers[0].output
         return
@@ -145,8 +147,8 @@ def test_rows_have_their_own_images(both):
     assert [len(one) for one in hidden] == [1, 1]
 
 
-def test_image_tokens_are_where_the_image_is(both):
-    model = VisionLanguageModel(both)
+def test_image_tokens_are_where_the_image_is(net_and_processor):
+    model = VisionLanguageModel(net_and_processor)
     with model.trace([TEXT, LONGER], [IMAGE, OTHER]) as run:
         embedded = run.layers_input[0].clone()
         words = model.embed_tokens(run.tokens)
@@ -373,8 +375,8 @@ def test_placeholders_are_those_of_the_chat_template():
 def test_a_placeholder_in_the_text_stays_where_it_is(llava):
     run = llava.trace("a red <image> circle", IMAGE)
     assert run.image_tokens[0].tolist() == list(range(4, 20))
-    both = llava.trace(["a red <image> circle", LONGER], [IMAGE, OTHER])
-    assert [len(positions) for positions in both.image_tokens] == [16, 16]
+    run = llava.trace(["a red <image> circle", LONGER], [IMAGE, OTHER])
+    assert [len(positions) for positions in run.image_tokens] == [16, 16]
 
 
 # Chats
