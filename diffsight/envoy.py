@@ -15,6 +15,7 @@ The functions at the end are for code outside this module that works with envoys
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -30,6 +31,7 @@ from diffsight.engine.tree import Tree
 from diffsight.errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
 
 VALUES = ("input", "inputs", "output")
+_RAW = ("modules", "named_modules", "children", "named_children", "get_submodule")  # methods that return modules
 
 
 @contextmanager
@@ -300,7 +302,7 @@ class Envoy(Points):
         if child is not None:
             return child
         try:
-            return self._tree.attribute(self._owner, name)
+            value = self._tree.attribute(self._owner, name)
         except AttributeError:
             if self._start_edits():
                 return getattr(self, name)
@@ -308,6 +310,36 @@ class Envoy(Points):
             raise PointNotFoundError(
                 f"{self.path or type(self._owner).__name__} has no {name!r}{suggest(name, known)}"
             ) from None
+        is_raw = isinstance(value, nn.Module) or (name in _RAW and isinstance(self._owner, nn.Module))
+        if not (is_raw and self._is_in_run()):
+            return value
+        # In a run, an assignment to the `.output` of a module itself would be in vain.
+        if isinstance(value, nn.Module):
+            return self._envoy_of(value)
+        return partial(self._envoys, name) if name != "get_submodule" else lambda path: self._envoy_of(value(path))
+
+    def _envoys(self, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """What a method of the module that lists modules returns, with envoys in place of the modules."""
+        known = self._targets_inside()
+        for found in getattr(self._owner, name)(*args, **kwargs):
+            path, module = found if isinstance(found, tuple) else ("", found)
+            envoy = self._handle(known[id(module)]) if id(module) in known else module
+            yield (path, envoy) if isinstance(found, tuple) else envoy
+
+    def _envoy_of(self, module: nn.Module) -> Any:
+        """The envoy of a module inside this one; the module itself if it is not inside."""
+        target = self._targets_inside().get(id(module))
+        return module if target is None else self._handle(target)
+
+    def _targets_inside(self) -> dict[int, Target]:
+        found, waiting = {}, [self._target]
+        for target in waiting:
+            found.setdefault(id(target.owner), target)
+            waiting += target.children().values()
+        return found
+
+    def _is_in_run(self) -> bool:
+        return self._run is not None or self._tree.open_runs.innermost(self._tree) is not None
 
     def __getitem__(self, key: int | str | slice) -> Any:
         if isinstance(key, str):

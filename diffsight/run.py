@@ -65,8 +65,8 @@ class Run(InRun):
         flow = self._flow
         try:
             result = flow.run_to_end()
-            if flow.unreached:
-                flow.raise_unreached()
+            if flow.unreached or flow.refused:
+                flow.check_assignments()
         except Exception as error:
             keep_attribute_error(self, error)
             if isinstance(error, DiffsightError):
@@ -215,8 +215,8 @@ class Run(InRun):
             for flow in flows if error is None else ():
                 if flow.outcome is None:
                     flow.run_on()  # perhaps until an edit stops it
-                if flow.has_result and flow.unreached:
-                    flow.raise_unreached()
+                if flow.has_result and (flow.unreached or flow.refused):
+                    flow.check_assignments()
         except DiffsightError as problem:
             raise from_the_asking_line(problem) from problem.__cause__
         finally:

@@ -1,7 +1,7 @@
 """Selections: the part of a value that is meant, such as the rows of a batch that belong to one input.
 
     hidden = part.take(output, path)                        # views of the tensors in `output`
-    output = part.put(output, hidden * 2, path, set())      # the rest stays
+    output = part.put(output, hidden * 2, path, {})         # the rest stays
 
 A point can be asked for with a selection. What is read is then taken from the value, and what is assigned is put into
 it. Which call is meant may depend on the selection too: one branch of guidance is only in every second call, for
@@ -49,12 +49,17 @@ class Selection:
         """Return this part of `value`."""
         raise NotImplementedError
 
-    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
+    def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         """Return `whole` with `value` as this part of it.
 
-        The tensors in `whole` are not changed, except those whose ids are in `copies`: they are copies already. Ids of
-        new copies are added to it."""
+        The tensors in `whole` are not changed, except those in `copies`, by id: they are copies already, which nobody
+        has read. New copies are added to it."""
         raise NotImplementedError
+
+
+def _one_level(value: Any) -> tuple[list, Any]:
+    """What a container holds directly, and its structure."""
+    return tree_flatten(value, is_leaf=lambda node: node is not value)
 
 
 class Part(Selection):
@@ -71,18 +76,30 @@ class Part(Selection):
             return value[self._slice(value, path)]
         return tree_map(lambda leaf: self._take(leaf, path), value)
 
-    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
+    def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
             raise AssignmentError(f"{path} is a {type(whole).__name__}; it cannot take a {type(value).__name__}")
         if isinstance(whole, torch.Tensor):
             return self._put_in_tensor(whole, value, path, copies)
-        wholes, tree = tree_flatten(whole)
-        values, _ = tree_flatten(value)
+        return self._put_in_container(whole, value, path, copies)
+
+    def _put_in_container(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
+        wholes, tree = _one_level(whole)
+        if tree.is_leaf():
+            return self._put(whole, value, path, copies)
+        if isinstance(whole, Mapping) and isinstance(value, Mapping):
+            if set(whole) != set(value):
+                raise AssignmentError(f"{path} holds {sorted(whole)}; it cannot take {sorted(value)}")
+            value = {name: value[name] for name in whole}  # in the order of the model's own
+        elif isinstance(value, Mapping):
+            raise AssignmentError(f"{path} is a {type(whole).__name__}; it cannot take a {type(value).__name__}")
+        values, _ = _one_level(value)
         if len(wholes) != len(values):
             raise AssignmentError(
                 f"{path} holds {len(wholes)} values; it cannot take a {type(value).__name__} of {len(values)}"
             )
-        return tree_unflatten([self._put(w, v, path, copies) for w, v in zip(wholes, values)], tree)
+        put = [self._put_in_container(w, v, path, copies) for w, v in zip(wholes, values)]
+        return tree_unflatten(put, tree)
 
     def _take(self, leaf: Any, path: object) -> Any:
         if isinstance(leaf, torch.Tensor):
@@ -95,23 +112,25 @@ class Part(Selection):
             )
         return leaf
 
-    def _put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
+    def _put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
             raise AssignmentError(f"{path} holds a {type(whole).__name__} where a {type(value).__name__} was assigned")
         if not isinstance(whole, torch.Tensor) or not self._is_batch(whole):
             return whole
         return self._put_in_tensor(whole, value, path, copies)
 
-    def _put_in_tensor(self, whole: torch.Tensor, value: torch.Tensor, path: object, copies: set[int]) -> torch.Tensor:
+    def _put_in_tensor(
+        self, whole: torch.Tensor, value: torch.Tensor, path: object, copies: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
         part = self._slice(whole, path)
         if value.shape != whole[part].shape:
             raise AssignmentError(f"{path} has the shape {tuple(whole[part].shape)}, not {tuple(value.shape)}")
         # Gradients flow through the rest whatever the body's grad mode, and autograd may hold what a copy was read for.
         tracked = whole.requires_grad or value.requires_grad
         with torch.set_grad_enabled(tracked):
-            if tracked or id(whole) not in copies:
+            if tracked or copies.get(id(whole)) is not whole:
                 whole = whole.clone()
-                copies.add(id(whole))
+                copies[id(whole)] = whole
             whole[part] = value
         return whole
 

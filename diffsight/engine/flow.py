@@ -83,6 +83,7 @@ class Flow:
         self.modes: list = []  # function modes that the model runs in, besides the caller's
         self.thread = get_ident()
         self.opened_in = current_edit()  # the edit that opened the run
+        self.task: Any = None  # see `open_runs`
         self.is_entered = False  # whether a `with` statement's block is inside it
         self.run: Callable[[], Any] = lambda: None  # a weak reference to the `Run`
         self.coroutine: Coroutine | None = None
@@ -90,6 +91,7 @@ class Flow:
         self.bodies = Bodies()
         self.unreached: list[Assignment] = []
         self.observer: Observer | None = None
+        self.refused: list[Exception] = []  # why values could not be assigned that were assigned ahead
         self.misshapen: list[str] = []  # assigned values whose shape or type differs from the model's own, in words
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
         self.has_result = False
@@ -135,6 +137,8 @@ class Flow:
             point = self._point(tap, (asked.kind, first + asked.call), asked, scope)
         else:
             point = self._find(tap, first, asked, scope)
+        if point.copies:
+            point.copies.clear()  # somebody has them now
         value = point.value if asked.part != "input" else first_input(point.value, asked)
         if asked.selection is None:
             return value
@@ -287,8 +291,11 @@ class Flow:
     def leave_body(self) -> None:
         """The block of the `with` statement ends. May be called again."""
 
-    def raise_unreached(self) -> None:
-        """Raise NeverReachedError if there are assignments that the model did not reach."""
+    def check_assignments(self) -> None:
+        """Raise the error of an assignment that the model's own `except` has swallowed, or NeverReachedError if there
+        are assignments that the model did not reach."""
+        if self.refused:
+            raise self.refused.pop()
         missed, self.unreached = [a for a in self.unreached if a.order == LAST], []
         if missed:
             raise order.never_reached(missed)
@@ -501,6 +508,7 @@ class Flow:
     def _fail(self, error: BaseException) -> None:
         """The model has ended with an error, or the exchange with it was interrupted."""
         failed = f"its model failed with {type(error).__name__}"
+        self.refused.clear()
         if self.coroutine is not None and self.coroutine.has_begun:
             self.close(failed)
         self._end(failed)

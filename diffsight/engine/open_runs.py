@@ -3,8 +3,10 @@
 Runs in lockstep, several that are open at once, need no code of their own: each has its coroutine.
 """
 
+import asyncio
 import weakref
-from threading import get_ident
+from contextvars import ContextVar
+from threading import Lock, get_ident
 from typing import Any, Protocol
 
 from diffsight.engine.coroutine import current
@@ -18,9 +20,14 @@ class OpenRun(Protocol):
     outcome: str | None
     opened_in: Any
     is_entered: bool
+    task: Any  # a weak reference to the task of asyncio that opened it; None outside tasks
 
     @property
     def has_begun(self) -> bool: ...
+
+
+# The runs that were opened in this context: in this task of asyncio, or in the one that started it.
+_here: ContextVar[tuple] = ContextVar("diffsight_runs", default=())
 
 
 class OpenRuns:
@@ -28,11 +35,21 @@ class OpenRuns:
 
     def __init__(self) -> None:
         self._known: list[weakref.ref[Any]] = []
+        self._lock = Lock()
 
     def add(self, run: OpenRun) -> None:
         """Make `run` the one opened last."""
-        if not self._known or self._known[-1]() is not run:
-            self._known[:] = [weakref.ref(known) for known in self.open() if known is not run] + [weakref.ref(run)]
+        known = self._known
+        if known and known[-1]() is run:
+            return
+        new = weakref.ref(run)
+        with self._lock:  # threads share it; it is never changed, only replaced
+            self._known = [weakref.ref(known) for known in self.open() if known is not run] + [new]
+        task = _current_task()
+        if task is not None:
+            here = [known for known in _here.get() if (found := known()) is not None and found.outcome is None]
+            _here.set((*here, new))
+            run.task = weakref.ref(task)
 
     def open(self) -> list[Any]:
         """Return the runs that have not ended."""
@@ -45,6 +62,10 @@ class OpenRuns:
         of a copy. Inside an edit, it is the edit's own run, unless the edit has opened another."""
         edit = current_edit()
         runs = [run for run in self.open() if run.thread == get_ident() and run.opened_in is edit]
+        if any(run.task is not None for run in runs):  # none of another task
+            here = [known() for known in _here.get()]
+            now = _current_task()
+            runs = [run for run in runs if run in here or _is_task_of(run, now)]
         if edit is not None and edit.flow.tree.open_runs is self:
             runs.insert(0, edit.flow)
         if len(runs) > 1:
@@ -55,8 +76,8 @@ class OpenRuns:
 
     def ended(self) -> Any:
         """Return the run whose block this thread is in, if the run has ended before the block; else None."""
-        runs = [known() for known in reversed(self._known)]
-        return next((run for run in runs if run and run.is_entered and run.thread == get_ident()), None)
+        runs = [run for known in reversed(self._known) if (run := known()) is not None and run.outcome is not None]
+        return next((run for run in runs if run.is_entered and run.thread == get_ident()), None)
 
     def is_open_elsewhere(self) -> bool:
         """Whether another thread has a run open."""
@@ -64,6 +85,16 @@ class OpenRuns:
 
     def __len__(self) -> int:
         return len(self._known)
+
+
+def _is_task_of(run: OpenRun, now: Any) -> bool:
+    task = run.task and run.task()
+    return task is None or task is now or task.done()
+
+
+def _current_task() -> Any:
+    """The task of asyncio that is running in this thread, if there is one."""
+    return None if asyncio._get_running_loop() is None else asyncio.current_task()
 
 
 def current_edit() -> Any:

@@ -53,7 +53,7 @@ class Point:
     changed: bool = False
     turn: float = LAST  # whose turn it is at the point: edits come first, by number
     read_by: tuple[float, ...] = ()  # whose turn it was when it was read
-    copies: set[int] = field(default_factory=set)  # ids of the tensors in it that are the run's own copies
+    copies: dict[int, torch.Tensor] = field(default_factory=dict)  # by id: the run's own copies, which nobody has read
 
     @property
     def index(self) -> int:
@@ -94,6 +94,8 @@ class Assignment:
             difference = _difference(before, value)
             if difference and before.ndim != value.ndim:  # it would be broadcast to something nobody meant
                 raise AssignmentError(f"{self} {difference}. Assign a value of {before.ndim} dimensions")
+            if before.shape != value.shape and _is_broadcast(value, before):
+                raise AssignmentError(f"{self} {difference}. If it is to be repeated, write that: value.expand(...)")
         if part == "input":
             args, kwargs = point.value
             value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
@@ -137,6 +139,11 @@ def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:
     if before.device != value.device:
         return f"is on {before.device}, but a tensor on {value.device} was assigned"
     return None
+
+
+def _is_broadcast(value: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether `value` has 1 wherever its shape differs from that of `before`."""
+    return all(size in (1, own) for size, own in zip(value.shape, before.shape))
 
 
 def users_line() -> str:

@@ -37,6 +37,7 @@ class Host(Protocol):
     clock: Clock
     coroutine: Coroutine | None  # the one that the model runs in, once it has started
     parked: Point | None  # where the model stands, if it waits at a point
+    refused: list[Exception]  # why values could not be assigned that were assigned ahead
     misshapen: list[str]  # assigned values whose shape or type differs from the model's own, in words
 
     def arrive(self, point: Point) -> None:
@@ -196,7 +197,11 @@ class Tap:
             if assignment.order <= point.turn:
                 call = assignment.call_of(self)
                 if call == index:
-                    difference = assignment.apply_to(point)
+                    try:
+                        difference = assignment.apply_to(point)
+                    except Exception as error:
+                        self.host.refused.append(error)  # the model may have an `except` of its own
+                        raise
                     if difference is not None:
                         self.host.misshapen.append(difference)
                     assigned = True

@@ -1,0 +1,90 @@
+"""A value that cannot stand at a point is an error at the user's line, and rows leave alone what was read."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffsight import Model
+from diffsight.errors import AssignmentError
+
+
+class Fallback(nn.Module):
+    """Goes another way if the first one fails, whatever the reason."""
+
+    def __init__(self):
+        super().__init__()
+        self.fast, self.slow = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        try:
+            return self.fast(x)
+        except Exception:
+            return self.slow(x)
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return {"key": x, "more": ({"value": 2 * x},)}
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair = Pair()
+
+    def forward(self, x):
+        pair = self.pair(x)
+        return pair["key"] + 10 * pair["more"][0]["value"]
+
+
+@pytest.mark.parametrize("value", [[1.0], 0.5, torch.zeros(4), torch.zeros(1, 4), torch.zeros(2, 4).numpy()], ids=repr)
+def test_a_refusal_that_the_model_swallows_is_raised_at_the_end(value):
+    net, x = Fallback(), torch.randn(2, 4)
+    with (
+        pytest.raises(AssignmentError, match=r"fast.output \(.*test_refused_values.py:\d+\)"),
+        Model(net).trace(x) as run,
+    ):
+        run.fast.output = value
+    run = Model(net).trace([x[:1], x[1:]])
+    run.rows[0].fast.output = torch.zeros(3, 4)
+    with pytest.raises(AssignmentError, match=r"rows\[0\].fast.output .* has the shape \(1, 4\), not \(3, 4\)"):
+        run.result
+
+
+def test_what_would_only_fit_by_broadcasting():
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(2, 4)
+    with pytest.raises(AssignmentError, match=r"\(1, 4\) was assigned. If it is to be repeated, write that: .*expand"):
+        with Model(net).trace(x) as run:
+            run[0].output = torch.ones(1, 4)
+    with Model(net).trace(x) as run:
+        run[0].output = torch.ones(1, 4).expand(2, 4)
+    assert torch.equal(run.result, torch.ones(2, 4).tanh())
+    with Model(net).trace(x) as run:
+        run[0].output = torch.ones(3, 4)  # another batch is the model's own affair
+    assert torch.equal(run.result, torch.ones(3, 4).tanh())
+
+
+def test_a_dictionary_assigned_to_a_row_is_matched_by_its_keys():
+    inputs = [torch.zeros(1, 4), torch.zeros(1, 4)]
+    with torch.no_grad(), Model(Sum()).trace(inputs) as run:
+        one, two = torch.full((1, 4), 1.0), torch.full((1, 4), 2.0)
+        run.rows[1].pair.output = {"more": ({"value": two},), "key": one}
+    assert torch.equal(run.result, torch.tensor([[0.0], [21.0]]).expand(2, 4))
+    with pytest.raises(
+        AssignmentError, match=r"rows\[1\].pair.output .* holds \['key', 'more'\]; .* \['key', 'value'\]"
+    ):
+        with torch.no_grad(), Model(Sum()).trace(inputs) as run:
+            run.rows[1].pair.output = {"value": two, "key": one}
+
+
+def test_a_value_that_was_read_stays_when_another_row_is_assigned():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    with torch.no_grad(), Model(net).trace([torch.randn(1, 4), torch.randn(1, 4)]) as run:
+        x, y = run.rows
+        x[0].output = torch.zeros(1, 4)
+        before, row = run[0].output, x[0].output
+        kept = before.clone()
+        y[0].output = torch.ones(1, 4)
+        x[0].output = torch.ones(1, 4)
+        assert torch.equal(before, kept) and torch.equal(row, torch.zeros(1, 4))
+        assert torch.equal(run[0].output, torch.ones(2, 4))
