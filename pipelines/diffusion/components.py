@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from diffsight.extending import FORWARD, Clock, Target, Tree, join
 from diffsight.pipelines.standard_names import standard_names, word_embeddings
 from diffsight.pipelines.targets import component_targets
+from diffsight.pipelines.wrapped_modules import children_in, unwrapped
 
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
 _PLAIN = (bool, int, float, str, list, tuple, dict)
@@ -41,14 +42,14 @@ class DiffusionTree(Tree):
 
     def children_of(self, target: Target) -> dict[str, Target]:
         if target.owner is not self.root.owner:
-            return target.named_children()
+            return children_in(target)
         return component_targets(components(self.root.owner), self._component_targets)
 
     def methods_of(self, owner: Any) -> Mapping[str, str]:
         return traceable_methods(self.root.owner, owner)
 
     def names_of(self, owner: Any) -> Mapping[str, str]:
-        if not isinstance(owner, PreTrainedModel):
+        if not isinstance(unwrapped(owner), PreTrainedModel):
             return {}
         if owner not in self._standard_names:
             is_component = any(part is owner for part in components(self.root.owner).values())
@@ -62,9 +63,16 @@ class DiffusionTree(Tree):
             targets += self.method_targets(target)
         return targets
 
+    def target_named(self, outer: Target, name: str) -> Target | None:
+        inner = unwrapped(outer.owner)
+        if inner is not outer.owner and name in self.methods_of(inner):  # what wraps a VAE passes `decode` on to it
+            return Target(inner, name, join(outer.path, name), outer)
+        return super().target_named(outer, name)
+
     def method_targets(self, target: Target) -> list[Target]:
         """Return targets for the traceable methods of a component."""
-        return [Target(target.owner, name, path) for name, path in self.methods_of(target.owner).items()]
+        owner = unwrapped(target.owner)
+        return [Target(owner, name, path) for name, path in self.methods_of(owner).items()]
 
     def stand_ins(self) -> Mapping[tuple[int, str], Callable]:
         """Let a scan accept all images, since a safety checker reads their values."""
@@ -107,6 +115,7 @@ def traceable_methods(pipeline: DiffusionPipeline, owner: Any) -> Mapping[str, s
     if owner is pipeline:
         return {name: name for name in ("encode_prompt",) if _has_method(owner, name)}
     for path, component in components(pipeline).items():
+        component = unwrapped(component)
         if component is owner:
             return {name: join(path, name) for name in _direct_methods(component) if _has_method(component, name)}
     return {}
@@ -114,7 +123,7 @@ def traceable_methods(pipeline: DiffusionPipeline, owner: Any) -> Mapping[str, s
 
 def component_names(component: Any) -> dict[str, str]:
     """Return the standard names of a component, name to real path. Only models of transformers have any."""
-    return standard_names(component) if isinstance(component, PreTrainedModel) else {}
+    return standard_names(component) if isinstance(unwrapped(component), PreTrainedModel) else {}
 
 
 def text_encoder_names(pipeline: DiffusionPipeline) -> list[str]:
@@ -138,7 +147,7 @@ def _has_method(component: Any, name: str) -> bool:
 
 def time_parameter(module: nn.Module) -> str | None:
     """Return the parameter through which a denoiser receives the timestep. Other components have none."""
-    names = list(inspect.signature(module.forward).parameters)
+    names = list(inspect.signature(unwrapped(module).forward).parameters)
     return next((n for n in names if "timestep" in n), next((n for n in names[:3] if n in ("t", "r")), None))
 
 
@@ -147,7 +156,7 @@ def time_argument(module: nn.Module, args: tuple, kwargs: dict) -> tuple[float, 
 
     Where each token has a time of its own, this is the latest: tokens that are given rather than drawn get 0."""
     name = time_parameter(module)
-    given = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
+    given = dict(zip(inspect.signature(unwrapped(module).forward).parameters, args)) | kwargs
     if given.get(name) is None:
         return None
     time = torch.as_tensor(given[name])
