@@ -36,6 +36,7 @@ from diffsight.pipelines.language.generation import GeneratedTokens, GenerationR
 from diffsight.pipelines.named_tree import NamedTree
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
+from diffsight.pipelines.wrapped_modules import children_in, unwrapped
 
 _PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # besides modules
 _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "postprocess"}
@@ -153,7 +154,7 @@ class PipelineTree(NamedTree):
 
     def children_of(self, target: Target) -> dict[str, Target]:
         if target.owner is not self.root.owner:
-            return target.named_children()
+            return children_in(target)
         return part_targets(self.parts(), self._component_targets)
 
     def components(self) -> list[Target]:
@@ -179,7 +180,7 @@ class PipelineTree(NamedTree):
         stacks = (stack for own in modules for stack in own.modules() if is_list(stack) and are_layers(stack))
         if any(part is layer for stack in stacks for layer in stack):
             return layer_names(part)
-        if not isinstance(part, PreTrainedModel):
+        if not isinstance(unwrapped(part), PreTrainedModel):
             return {}
         return model_names(part) if part.get_output_embeddings() is not None else standard_names(part)
 

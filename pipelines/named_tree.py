@@ -8,6 +8,7 @@ from torch import nn
 
 from diffsight.extending import Target, Tree
 from diffsight.pipelines.spans import is_at, target_at
+from diffsight.pipelines.wrapped_modules import children_in
 
 
 class NamedTree(Tree):
@@ -21,6 +22,9 @@ class NamedTree(Tree):
     def find_names(self, part: nn.Module) -> dict[str, str]:
         """Return the standard names below a part, name to real path."""
         raise NotImplementedError
+
+    def children_of(self, target: Target) -> Mapping[str, Target]:
+        return children_in(target)
 
     def names_of(self, owner: Any) -> Mapping[str, str]:
         if not isinstance(owner, nn.Module):

@@ -20,6 +20,8 @@ from typing import Literal
 
 from torch import nn
 
+from diffsight.pipelines.wrapped_modules import unwrapped, wrapped_path
+
 EMBEDDING = "embedding"  # stands for the input of the first layer wherever a layer is named
 Layer = int | Literal["embedding"]
 
@@ -42,9 +44,8 @@ def model_names(model: nn.Module) -> dict[str, str]:
 
     In an encoder-decoder model these are the decoder's, and `encoder` and `decoder` are named too. Parts that are not
     found are left out."""
-    compiled = model._modules.get("_orig_mod")
-    if compiled is not None:  # torch.compile wraps the model
-        return {name: _below("_orig_mod", real) for name, real in model_names(compiled).items()}
+    if wrapped_path(model):
+        return {name: _below(wrapped_path(model), real) for name, real in model_names(unwrapped(model)).items()}
     halves = {half: path for half in ("encoder", "decoder") if (path := _half(model, half))}
     trunk = halves.get("decoder", "") if len(halves) == 2 else ""
     found = standard_names(model.get_submodule(trunk))
@@ -65,6 +66,8 @@ def standard_names(encoder: nn.Module) -> dict[str, str]:
 
     For example `{"layers": "encoder.layers", "ln_final": "final_layer_norm"}`. Parts that are not found are left
     out."""
+    if wrapped_path(encoder):
+        return {name: _below(wrapped_path(encoder), real) for name, real in standard_names(unwrapped(encoder)).items()}
     lists = {path: module for path, module in encoder.named_modules() if path and is_list(module)}
     if not lists:
         return {}
@@ -81,6 +84,8 @@ def layer_names(layer: nn.Module) -> dict[str, str]:
     """Return the standard names within a layer, name to real path: `self_attn` and `mlp`.
 
     `self_attn` is whatever mixes the positions: an attention module, or Mamba or a convolution in its place."""
+    if wrapped_path(layer):
+        return {name: _below(wrapped_path(layer), real) for name, real in layer_names(unwrapped(layer)).items()}
     names = {}
     attention = _part(layer, _ATTENTION, _MIXER_CLASS)
     if attention:

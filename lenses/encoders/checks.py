@@ -40,6 +40,8 @@ def check_prompt(lens: str, prompt: Any) -> None:
     """Check that `prompt` is one text."""
     if not isinstance(prompt, str):
         raise InputError(f"{lens} takes one prompt, a string, not {type(prompt).__name__}")
+    if not prompt.strip():
+        raise InputError('the prompt is empty: describe an image, such as "a red circle above a blue square"')
 
 
 def check_used(model: DiffusionModel, encoder: Encoder) -> None:

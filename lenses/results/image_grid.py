@@ -9,9 +9,9 @@ depends on system libraries. So a grid looks the same on every machine.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from itertools import chain, count
+from itertools import chain
 from operator import index
 from pathlib import Path
 
@@ -166,13 +166,26 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
                 continue
             if line:
                 yield line
-            while not fits(word):
-                end = next(n for n in count(1) if not fits(word[: n + 1]))
+            start = 0
+            while not fits(word[start : start + width + 1]) or not fits(word[start:]):
+                end = _longest(word, fits)
                 end = max(word.rfind(mark, 0, end) for mark in _BREAKS) + 1 or end
                 yield word[:end]
                 word = word[end:]
             line = word
         yield line
+
+
+def _longest(word: str, fits: Callable[[str], bool]) -> int:
+    """Return how many of the first characters of a word that does not fit do."""
+    least, most = 1, 2  # fits, perhaps not
+    while most < len(word) and fits(word[:most]):
+        least, most = most, 2 * most
+    most = min(most, len(word))
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if fits(word[:middle]) else (least, middle)
+    return least
 
 
 @cache

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from diffsight.extending import join
 from diffsight.pipelines.standard_names import standard_names, word_embeddings
+from diffsight.pipelines.wrapped_modules import unwrapped
 
 _PLAIN = (bool, int, float, str, list, tuple, dict)
 
@@ -35,6 +36,7 @@ def traceable_methods(pipeline: DiffusionPipeline, owner: Any) -> Mapping[str, s
     if owner is pipeline:
         return {name: name for name in ("encode_prompt",) if _has_method(owner, name)}
     for path, component in components(pipeline).items():
+        component = unwrapped(component)
         if component is owner:
             return {name: join(path, name) for name in _direct_methods(component) if _has_method(component, name)}
     return {}
@@ -42,7 +44,7 @@ def traceable_methods(pipeline: DiffusionPipeline, owner: Any) -> Mapping[str, s
 
 def component_names(component: Any) -> dict[str, str]:
     """Return the standard names of a component, name to real path. Only models of transformers have any."""
-    return standard_names(component) if isinstance(component, PreTrainedModel) else {}
+    return standard_names(component) if isinstance(unwrapped(component), PreTrainedModel) else {}
 
 
 def text_encoder_names(pipeline: DiffusionPipeline) -> list[str]:

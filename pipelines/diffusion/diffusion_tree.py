@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from diffsight.extending import FORWARD, Clock, Target, Tree, part_targets
+from diffsight.extending import FORWARD, Clock, Target, Tree, join, part_targets
 from diffsight.pipelines.diffusion.components import component_names, components, traceable_methods
 from diffsight.pipelines.diffusion.timesteps import time_argument, time_parameter
+from diffsight.pipelines.wrapped_modules import children_in, unwrapped
 
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
 
@@ -31,14 +32,14 @@ class DiffusionTree(Tree):
 
     def children_of(self, target: Target) -> dict[str, Target]:
         if target.owner is not self.root.owner:
-            return target.named_children()
+            return children_in(target)
         return part_targets(components(self.root.owner), self._component_targets)
 
     def methods_of(self, owner: Any) -> Mapping[str, str]:
         return traceable_methods(self.root.owner, owner)
 
     def names_of(self, owner: Any) -> Mapping[str, str]:
-        if not isinstance(owner, PreTrainedModel):
+        if not isinstance(unwrapped(owner), PreTrainedModel):
             return {}
         if owner not in self._standard_names:
             is_component = any(part is owner for part in components(self.root.owner).values())
@@ -52,9 +53,16 @@ class DiffusionTree(Tree):
             targets += self.method_targets(target)
         return targets
 
+    def target_named(self, outer: Target, name: str) -> Target | None:
+        inner = unwrapped(outer.owner)
+        if inner is not outer.owner and name in self.methods_of(inner):  # what wraps a VAE passes `decode` on to it
+            return Target(inner, name, join(outer.path, name), outer)
+        return super().target_named(outer, name)
+
     def method_targets(self, target: Target) -> list[Target]:
         """Return targets for the traceable methods of a component."""
-        return [Target(target.owner, name, path) for name, path in self.methods_of(target.owner).items()]
+        owner = unwrapped(target.owner)
+        return [Target(owner, name, path) for name, path in self.methods_of(owner).items()]
 
     def stand_ins(self) -> Mapping[tuple[int, str], Callable]:
         """Let a scan accept all images, since a safety checker reads their values."""

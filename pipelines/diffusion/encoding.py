@@ -33,6 +33,7 @@ from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, follow_en
 from diffsight.pipelines.diffusion.prompts import PromptWarning, as_read
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
+from diffsight.pipelines.wrapped_modules import unwrapped
 
 _PLAIN_PROMPT = "a red circle above a blue square"
 
@@ -89,7 +90,7 @@ def encode_prompt(model: Model, prompt: str, **arguments: Any) -> dict[str, Prom
         arguments: Other arguments of the pipeline.
 
     Raises:
-        InputError: The prompt is empty, or too long for every tokenizer.
+        InputError: The prompt is too long for every tokenizer.
     """
     return encodings_in(model, prompt, record_encoding(model, prompt, arguments))
 
@@ -263,7 +264,7 @@ def _add_returned(record: EncodingRecord, name: str, calls: Iterator[int], outpu
 
 def _add_arguments(record: EncodingRecord, name: str, module: nn.Module, inputs: tuple) -> None:
     args, kwargs = inputs
-    given = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
+    given = dict(zip(inspect.signature(unwrapped(module).forward).parameters, args)) | kwargs
     for argument, value in given.items():
         _add(record, _tensors(f"{name}.{argument}", value))
 

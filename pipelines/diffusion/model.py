@@ -117,7 +117,7 @@ class DiffusionModel(Model):
             grad: Whether gradients can flow from the images to any value in the run.
 
         Raises:
-            InputError: The pipeline has no such argument, a prompt is empty or too long for every tokenizer, or a seed
+            InputError: The pipeline has no such argument, a prompt is too long for every tokenizer, or a seed
                 is not valid. Nothing has run yet.
         """
         arguments, seeds = self._checked(args, seed, kwargs)

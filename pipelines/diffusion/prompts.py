@@ -1,4 +1,4 @@
-"""Check prompts before a pipeline runs: empty prompts, prompts that are too long, and unknown words."""
+"""Check prompts before a pipeline runs: no prompts, prompts that are too long, and unknown words."""
 
 import inspect
 import sys
@@ -24,7 +24,7 @@ def check_prompts(pipeline: Any, prompts: str | Sequence[str], arguments: dict[s
         arguments: The arguments of the call, which may limit the number of tokens.
 
     Raises:
-        InputError: A prompt is empty, or every tokenizer would truncate it.
+        InputError: There is no prompt, or every tokenizer would truncate one. An empty prompt is allowed.
     """
     prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
     if not prompts:
@@ -32,8 +32,6 @@ def check_prompts(pipeline: Any, prompts: str | Sequence[str], arguments: dict[s
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise InputError(f"a prompt is a string, not {type(prompt).__name__}: {prompt!r}")
-        if not prompt.strip():
-            raise InputError('the prompt is empty: describe an image, such as "a red circle above a blue square"')
     tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
     for prompt in prompts:
         _check_length(pipeline, tokenizers, prompt, arguments)

@@ -34,6 +34,20 @@ class DiffusionRun(GeneratedOutputs, Run):
     _called: PipelineOfRun | None = None  # None if the run calls something else than the pipeline
 
     @property
+    def steps(self) -> Any:
+        """The denoising steps, as the pipeline enters them.
+
+        Raises:
+            InputError: Nothing in the pipeline is known to begin a step.
+        """
+        if not flow_of(self._pass).clock.starts:
+            raise InputError(
+                f"{tree_of(self).title} has no steps that can be counted: none of its components is passed a timestep. "
+                "Read values on the run itself, and .calls[i] for later calls"
+            )
+        return super().steps
+
+    @property
     def rows(self) -> tuple[DiffusionRow, ...]:
         """One view per prompt: `a, b = run.rows`. Each has `num_images_per_prompt` images."""
         return rows_of(self._pass, flow_of(self._pass).observer)

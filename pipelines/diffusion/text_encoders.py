@@ -23,6 +23,7 @@ from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
 from diffsight.pipelines.diffusion.encoder_uses import PossibleUses, Use, find_uses
 from diffsight.pipelines.diffusion.encoding import EncodingRecord, record_encoding
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
+from diffsight.pipelines.wrapped_modules import unwrapped
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def _encoder(model: Model, record: EncoderRecord, possible: PossibleUses) -> Enc
     names = component_names(module)
     return Encoder(
         name,
-        type(module).__name__,
+        type(unwrapped(module)).__name__,
         f"{name}.{names['layers']}",
         len(call.returned),
         call.hidden_states[0].shape[-1],

@@ -20,6 +20,7 @@ from torch import nn
 
 from diffsight.errors import InputError, suggest
 from diffsight.pipelines.standard_names import embeddings
+from diffsight.pipelines.wrapped_modules import unwrapped
 
 _IGNORE_MASKS = {"rwkv", "xlstm"}  # recurrent, and every token counts
 _TABLES = ("embed_positions", "position_embeddings")  # of learned or fixed vectors, one per position
@@ -99,7 +100,7 @@ def sees_padding(model: nn.Module, layers: str) -> bool:
 
     This is so if the model counts positions from the padding on and does not take others, or if it ignores masks.
     `layers` is the path of its layers."""
-    known = inspect.signature(model.forward).parameters
+    known = inspect.signature(unwrapped(model).forward).parameters
     if "attention_mask" not in known or getattr(model.config, "model_type", "") in _IGNORE_MASKS:
         return True
     tables = (path for path, _ in model.named_modules() if path.endswith(_TABLES))
@@ -241,7 +242,7 @@ def _check_not_empty(ids: torch.Tensor, text: str) -> None:
 
 
 def _check_known(model: nn.Module, values: Mapping[str, Any]) -> None:
-    known = inspect.signature(model.forward).parameters
+    known = inspect.signature(unwrapped(model).forward).parameters
     if "input_ids" in known and values.keys().isdisjoint(known):
         hints = "".join(f"{name!r}{suggest(name, known)}" for name in list(values)[:1])
         raise InputError(f"{type(model).__name__} takes none of the arguments in the dictionary: {hints}")
@@ -277,4 +278,4 @@ def _first_position(model: nn.Module) -> int:
 
 
 def _takes(model: nn.Module, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters
+    return name in inspect.signature(unwrapped(model).forward).parameters

@@ -21,6 +21,7 @@ from diffsight.pipelines.standard_names import (
     model_names,
     standard_names,
 )
+from diffsight.pipelines.wrapped_modules import unwrapped
 
 _OF_MODEL = ("layers", "ln_final", "lm_head", "embed_tokens", "encoder", "decoder")
 _OF_LAYER = ("self_attn", "mlp")
@@ -64,7 +65,7 @@ class LanguageTree(NamedTree):
         """Return the standard names in a layer of any stack, or in a model inside the model, such as an encoder."""
         if any(part is layer for layers in self.stacks for layer in layers):
             return self._of_layer(part)
-        return standard_names(part) if isinstance(part, PreTrainedModel) else {}
+        return standard_names(part) if isinstance(unwrapped(part), PreTrainedModel) else {}
 
     def _of_layer(self, layer: nn.Module) -> dict[str, str]:
         found = layer_names(layer) | {name: path for name, path in self._given.items() if name in _OF_LAYER}
@@ -100,7 +101,7 @@ def _is_there(module: nn.Module, real: str) -> bool:
 
 def _trial_inputs(net: nn.Module) -> dict[str, torch.Tensor]:
     """Return the inputs of the pass that verifies the names: three tokens."""
-    parameters = inspect.signature(net.forward).parameters
+    parameters = inspect.signature(unwrapped(net).forward).parameters
     words = getattr(embeddings(net), "num_embeddings", None)
     if "input_ids" not in parameters or not words:
         return {}

@@ -52,6 +52,7 @@ from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, open_language_model
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import embeddings
+from diffsight.pipelines.wrapped_modules import unwrapped
 
 _FOR_ANY_MODEL = {"return_dict", "cache_position", *TransformersKwargs.__annotations__}
 
@@ -201,9 +202,10 @@ class LanguageModel(Accessors, Model):
         function = getattr(self._owner, "generate", None)
         if function is None or not self._owner.can_generate():
             raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; trace() runs its forward pass")
-        if type(self._owner).generate is GenerationMixin.generate:  # otherwise it may take anything
+        kind = type(unwrapped(self._owner))
+        if getattr(kind, "generate", None) is GenerationMixin.generate:  # otherwise it may take anything
             near = {"inputs", "seed", "grad"}
-            check_arguments(f"{type(self._owner).__name__}.generate", kwargs, self.generation_argument_names, near)
+            check_arguments(f"{kind.__name__}.generate", kwargs, self.generation_argument_names, near)
         if inputs is None and not self._has_input(kwargs):
             return self._new_run(_no_input, again=partial(self.generate, seed=seed, grad=grad, **kwargs))
         if seed is not None:
@@ -257,7 +259,7 @@ class LanguageModel(Accessors, Model):
     @cached_property
     def argument_names(self) -> set[str]:
         """The names of the arguments of the forward pass, with those that the models in the model take."""
-        forward = self._owner.forward
+        forward = unwrapped(self._owner).forward
         named = named_arguments(forward)
         if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values()):
             return named
@@ -272,7 +274,7 @@ class LanguageModel(Accessors, Model):
 
     def takes_argument(self, name: str) -> bool:
         """Return whether the model's forward pass has an argument, such as "use_cache"."""
-        return name in inspect.signature(self._owner.forward).parameters
+        return name in inspect.signature(unwrapped(self._owner).forward).parameters
 
     def token_id(self, text: str) -> int:
         """Return the id of a text that is a single token, such as " Paris". Raise InputError if it is not."""

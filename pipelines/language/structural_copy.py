@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from diffsight.pipelines.wrapped_modules import unwrapped, wrapped_path
+
 _CALLED = ("forward", "_old_forward", "_compiled_call_impl", "_hf_hook")  # what libraries put on a module to be called
 
 
@@ -29,7 +31,7 @@ def structural_copy(model: nn.Module, with_weights: bool = False) -> nn.Module:
     memo: dict[int, Any] = {}  # as for `copy.deepcopy`: id of an original to its copy
     modules = list(model.modules())
     for module in modules:
-        memo[id(module)] = object.__new__(_plain_class(type(module)))
+        memo[id(module)] = object.__new__(_plain_class(module))
         for tensor in (*module._parameters.values(), *module._buffers.values(), *_tensors_in(vars(module))):
             memo.setdefault(id(tensor), _copied(tensor, with_weights))
     for module in modules:
@@ -48,17 +50,14 @@ def _fill(copied: nn.Module, module: nn.Module, memo: dict[int, Any]) -> None:
         elif name not in _CALLED:
             held[name] = _deep_copied(value, memo)
     vars(copied).update(held)
-    wrapped = held["_modules"].get("_orig_mod")
-    if wrapped is not None:  # torch.compile wraps the module
-        vars(copied)["forward"] = wrapped.__call__
+    if type(copied) is not type(module):
+        vars(copied)["forward"] = memo[id(unwrapped(module))].__call__
         vars(copied)["_compiled_call_impl"] = None
 
 
-def _plain_class(cls: type) -> type:
-    """Return the class of a copy. That of a wrapper by `torch.compile` compiles whatever is called."""
-    from torch._dynamo import OptimizedModule
-
-    return nn.Module if issubclass(cls, OptimizedModule) else cls
+def _plain_class(module: nn.Module) -> type:
+    """Return the class of a copy. What wraps a module, to compile or to distribute it, only passes calls on."""
+    return nn.Module if wrapped_path(module) else type(module)
 
 
 def _copied(tensor: torch.Tensor | None, with_weights: bool) -> torch.Tensor | None:
