@@ -79,6 +79,7 @@ for the run whose values `model.<path>` has.
 from diffsight.engine.batch_parts import Part, Selection
 from diffsight.engine.coroutine import current_owner
 from diffsight.engine.flow import Observer
+from diffsight.engine.gradients import with_gradients
 from diffsight.engine.hooks import FORWARD, ChangedMethod
 from diffsight.engine.points import INPUTS, OUTPUT, Asked, first_input
 from diffsight.engine.scan import is_scanning
@@ -105,7 +106,7 @@ from diffsight.envoy import (
     target_of,
     tree_of,
 )
-from diffsight.model import Model, open_run, with_gradients
+from diffsight.model import Model, open_run
 from diffsight.rows import Row, View, each, part_of, run_of
 from diffsight.run import Run, Step
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from diffsight.edits import Edit, Editing, check_no_edit, start_edit
 from diffsight.engine.flow import Flow
+from diffsight.engine.gradients import with_gradients
 from diffsight.engine.hooks import FORWARD
 from diffsight.engine.scan import ScanFlow, is_scanning, scanning
 from diffsight.engine.target import Target
@@ -202,12 +203,6 @@ class Model(Envoy):
 def open_run(model: Model, function: Callable[[], Any]) -> Run:
     """Open a run of any function that calls the model or a part of it: `open_run(model, lambda: net.encode(x))`."""
     return model._new_run(function)
-
-
-def with_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a bound method without the `torch.no_grad()` that it is decorated with."""
-    wrapped = getattr(method.__func__, "__wrapped__", None)
-    return method if wrapped is None else partial(wrapped, method.__self__)
 
 
 def _batch(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:

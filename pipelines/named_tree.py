@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from diffsight.extending import Target, Tree
-from diffsight.pipelines.spans import is_at, target_at
+from diffsight.pipelines.module_spans import is_at, target_at
 from diffsight.pipelines.wrapped_modules import children_in
 
 

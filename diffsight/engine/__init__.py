@@ -4,6 +4,7 @@ The files in order; each imports only from those above it:
 
     torch_state     grad mode, inference mode, autocast, function modes, random state
     coroutine       a stack that parks and resumes
+    gradients       methods that disable gradients, called with them
     hooks           what a run puts on the model, and takes off again
     target          one thing that can be tapped, and its path
     batch_parts     a part of a value, such as the rows of a batch
@@ -11,6 +12,7 @@ The files in order; each imports only from those above it:
     open_runs       which run `model.<path>` means
     late_weights    weights that are loaded later
     steps           when a step begins
+    attached_modules    modules of the user's own on parts of a model
     layout          where modules stand, and which are called past the modules around them
     tree            everything that can be tapped in a model, and its names
     tapped_calls    the calls of one module, and all the taps of a run

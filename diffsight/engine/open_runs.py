@@ -1,6 +1,7 @@
 """Which run `model.<path>` means.
 
-Runs in lockstep, several that are open at once, need no code of their own: each has its coroutine.
+The engine needs no code for runs in lockstep: each run has its own coroutine. Pipelines, which have state, need copies
+of it: see `pipelines/diffusion/pipeline_of_run.py`.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What can be traced in a diffusers pipeline, under which names, and when a denoising step begins."""
+"""What can be traced in a diffusers pipeline, and under which names."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from diffsight.extending import FORWARD, Clock, Target, Tree, join, part_targets
+from diffsight.extending import Clock, Target, Tree, join, part_targets
 from diffsight.pipelines.diffusion.components import component_names, components, traceable_methods
-from diffsight.pipelines.diffusion.timesteps import time_argument, time_parameter
+from diffsight.pipelines.diffusion.denoising_steps import denoising_clock
 from diffsight.pipelines.wrapped_modules import children_in, unwrapped
 
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
@@ -70,11 +70,8 @@ class DiffusionTree(Tree):
         return {target.key: partial(pass_safety_check, target.owner) for target in checkers}
 
     def clock(self) -> Clock:
-        """A step begins when a component is passed the timestep, once the scheduler has stepped since the last."""
-        parts = self.children_of(self.root).values()
-        denoisers = [target for target in parts if target.name == FORWARD and time_parameter(target.owner)]
-        steps = [target for part in parts for target in self.method_targets(part) if target.name == "step"]
-        return Clock(denoisers, steps, lambda target, *call: time_argument(target.owner, *call))
+        parts = list(self.children_of(self.root).values())
+        return denoising_clock(parts, [method for part in parts for method in self.method_targets(part)])
 
     def describe(self, owner: Any) -> str:
         if owner is not self.root.owner:

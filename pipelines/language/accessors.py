@@ -37,7 +37,7 @@ from diffsight.extending import (
 from diffsight.pipelines.language.attention import count_heads, output_projection, probabilities, projection
 from diffsight.pipelines.language.unembedding import HiddenLayout, norm_and_head, run_tail
 from diffsight.pipelines.language.value_parts import FIRST, Added, Heads, HiddenInput, Logits, NextLogits, Within
-from diffsight.pipelines.spans import Span
+from diffsight.pipelines.module_spans import Span
 
 
 class PerLayer:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from diffsight.errors import AssignmentError, InputError
 from diffsight.extending import Tap, Target
 from diffsight.pipelines.language.value_parts import Heads
-from diffsight.pipelines.spans import HookHandle
+from diffsight.pipelines.module_spans import HookHandle
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum", "baddbmm"}
 _KEEPS_PROBS = {"dropout", "to", "type", "type_as", "float", "half", "bfloat16", "clone", "contiguous", "__getitem__"}

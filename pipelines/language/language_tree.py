@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from diffsight.errors import InputError, suggest
 from diffsight.extending import Target
 from diffsight.pipelines.language.name_check import Structure, check_names
+from diffsight.pipelines.module_spans import module_at
 from diffsight.pipelines.named_tree import NamedTree
-from diffsight.pipelines.spans import module_at
 from diffsight.pipelines.standard_names import (
     are_layers,
     embeddings,

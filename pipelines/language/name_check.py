@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from diffsight.errors import InputError
 from diffsight.pipelines.language.structural_copy import structural_copy
 from diffsight.pipelines.language.unembedding import HiddenLayout
-from diffsight.pipelines.spans import module_at
+from diffsight.pipelines.module_spans import module_at
 from diffsight.pipelines.standard_names import layer_names
 
 

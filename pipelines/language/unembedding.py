@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from diffsight.extending import Target
-from diffsight.pipelines.spans import Span
+from diffsight.pipelines.module_spans import Span
 
 
 @dataclass(frozen=True)

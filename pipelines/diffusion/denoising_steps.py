@@ -1,13 +1,27 @@
-"""The timestep that a pipeline passes to its denoiser, in the units of the scheduler."""
+"""When a denoising step begins, and at which timestep."""
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
+from diffsight.extending import FORWARD, Clock, Target
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.wrapped_modules import unwrapped
+
+
+def denoising_clock(parts: Sequence[Target], methods: Sequence[Target]) -> Clock:
+    """Return when a denoising step begins: at a denoiser's first call, and at its first after each `scheduler.step`.
+
+    Args:
+        parts: The components of the pipeline. The denoisers are those that are passed a timestep.
+        methods: The traceable methods of the components.
+    """
+    denoisers = [target for target in parts if target.name == FORWARD and time_parameter(target.owner)]
+    steps = [target for target in methods if target.name == "step"]
+    return Clock(denoisers, steps, lambda target, *call: time_argument(target.owner, *call))
 
 
 def time_parameter(module: nn.Module) -> str | None:
