@@ -252,7 +252,7 @@ def test_two_fine_tunes_as_two_runs_in_lockstep():
             y.cond.text_encoder.layers[layer].output[:, 3] = taken
             x.stop()
         assert largest_difference(image, y.images[0]) == 0
-    assert largest_difference(result.source_image, draw_first("stable_diffusion", a.pipeline, SOURCE)) == 0
+    assert largest_difference(result.source_image, draw_first("stable_diffusion", a.pipeline, prompt=SOURCE)) == 0
 
 
 def same_width():
