@@ -10,7 +10,7 @@ returns another. This mode decides what is fake, depending on where the code run
 - In the body of the `with` statement, tensors are real except for weights and the values inside components.
 
 Running the model inside `FakeTensorMode(allow_non_fake_inputs=True)` is not enough (PyTorch 2.13). The tests named here
-are in tests/engine/test_scan.py:
+are in tests/engine/test_scan*.py:
 
 - It is a dispatch mode, below autograd, so operations are recorded with the real parameters: `backward()` fills their
   `.grad` with fake tensors (test_gradients), and with no fake tensor taking part, `weight.zero_()` in the body changes
