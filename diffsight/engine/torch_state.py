@@ -1,4 +1,4 @@
-"""The state that PyTorch keeps per thread: grad mode, inference mode, autocast, function modes, random generators.
+"""The state that PyTorch keeps per thread: grad mode, inference mode, autocast, modes, hooks, random generators.
 
 The body of a run and its model each have their own. `Coroutine.resume` exchanges them whenever control changes sides.
 """
@@ -10,11 +10,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._C import (
+    _get_dispatch_stack_at,
     _get_function_stack_at,
     _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
     _len_torch_function_stack,
+    _pop_torch_dispatch_stack,
     _pop_torch_function_stack,
+    _push_on_torch_dispatch_stack,
     _push_on_torch_function_stack,
+)
+from torch._C._autograd import (
+    _pop_saved_tensors_default_hooks,
+    _push_saved_tensors_default_hooks,
+    _top_saved_tensors_default_hooks,
 )
 
 _ACCELERATOR = torch.accelerator.current_accelerator()
@@ -25,31 +34,43 @@ class TorchState(NamedTuple):
     """What a user sets with a `with` statement and PyTorch keeps per thread.
 
     `autocast` holds the settings of each device, and whether casts are cached. `modes` are the active function modes,
-    such as `torch.device(...)`. `is_plain` is True if neither autocast nor a function mode is active."""
+    such as `torch.device(...)`, and `dispatch_modes` the active dispatch modes. `saved_tensor_hooks` are those in which
+    autograd packs what it saves; gradient checkpointing sets them. `is_plain` is True if nothing of all this is active.
+
+    Not exchanged: levels of functorch (`vmap`, `grad`)."""
 
     grad: bool
     inference: bool
     autocast: tuple
     modes: tuple
     is_plain: bool
+    dispatch_modes: tuple = ()
+    saved_tensor_hooks: tuple = ()
 
     @classmethod
     def capture(cls) -> "TorchState":
         """Return the current state."""
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         settings = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES)), torch.is_autocast_cache_enabled()
-        if not (_is_any_autocast_enabled() or _len_torch_function_stack()):
+        if not (
+            _is_any_autocast_enabled()
+            or _len_torch_function_stack()
+            or _len_torch_dispatch_stack()
+            or _top_saved_tensors_default_hooks(True)
+        ):
             return _plain_state(grad, inference, settings)
         enabled = tuple(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))
         modes = tuple(map(_get_function_stack_at, range(_len_torch_function_stack())))
-        return cls(grad, inference, (enabled, *settings), modes, False)
+        dispatch_modes = tuple(map(_get_dispatch_stack_at, range(_len_torch_dispatch_stack())))
+        return cls(grad, inference, (enabled, *settings), modes, False, dispatch_modes, _saved_tensor_hooks())
 
     def now(self) -> "TorchState":
         """Return the current state: this object if nothing differs, which is quick to check for a plain state."""
         if (
             self.is_plain
             and torch.is_grad_enabled() is self.grad
-            and not (_is_any_autocast_enabled() or _len_torch_function_stack())
+            and not (_is_any_autocast_enabled() or _len_torch_function_stack() or _len_torch_dispatch_stack())
+            and not _top_saved_tensors_default_hooks(True)
             and torch.is_inference_mode_enabled() is self.inference
         ):
             return self
@@ -68,19 +89,28 @@ class TorchState(NamedTuple):
         return self._replace(modes=tuple(other for other in self.modes if other is not mode))
 
     def restore(self, before: "TorchState") -> None:
-        """Set grad mode, and autocast and function modes where they differ from `before`, the current state.
+        """Set grad mode, and everything else where it differs from `before`, the current state.
 
         Inference mode needs a guard, see `Coroutine.resume`."""
         switches = self.modes != before.modes
         while switches and _len_torch_function_stack():  # first, and added last: a mode also sees what is set here
             _pop_torch_function_stack()
+        while self.dispatch_modes != before.dispatch_modes and _len_torch_dispatch_stack():
+            _pop_torch_dispatch_stack(None)
         torch._C._set_grad_enabled(self.grad)
+        if self.saved_tensor_hooks != before.saved_tensor_hooks:
+            while _top_saved_tensors_default_hooks(True):
+                _pop_saved_tensors_default_hooks()
+            for hooks in self.saved_tensor_hooks:
+                _push_saved_tensors_default_hooks(*hooks)
         if self.autocast != before.autocast:
             *devices, cache = self.autocast
             for device, enabled, dtype in zip(_AUTOCAST_DEVICES, *devices):
                 torch.set_autocast_enabled(device, enabled)
                 torch.set_autocast_dtype(device, dtype)
             torch.set_autocast_cache_enabled(cache)
+        for mode in self.dispatch_modes if self.dispatch_modes != before.dispatch_modes else ():
+            _push_on_torch_dispatch_stack(mode)
         for mode in self.modes if switches else ():
             _push_on_torch_function_stack(mode)
 
@@ -93,6 +123,18 @@ class TorchState(NamedTuple):
             yield
         finally:
             before.restore(TorchState.capture())
+
+
+def _saved_tensor_hooks() -> tuple:
+    """The pairs of hooks that are set now, outermost first. They can only be looked at one by one."""
+    found = []
+    while hooks := _top_saved_tensors_default_hooks(True):
+        found.append(hooks)
+        _pop_saved_tensors_default_hooks()
+    found.reverse()
+    for hooks in found:
+        _push_saved_tensors_default_hooks(*hooks)
+    return tuple(found)
 
 
 @cache
