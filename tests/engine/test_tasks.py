@@ -5,11 +5,11 @@ import threading
 
 import pytest
 import torch
-from engine.nets import Net, inputs
 from torch import nn
 
 from diffsight import Model
 from diffsight.errors import NoRunError
+from models.nets import Net, inputs
 
 
 def test_each_task_has_its_own_run():
