@@ -27,6 +27,7 @@ ENGINE = [
     "engine.open_runs",
     "engine.loading",
     "engine.steps",
+    "engine.layout",
     "engine.tree",
     "engine.taps",
     "engine.order",

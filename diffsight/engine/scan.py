@@ -91,8 +91,7 @@ class ScanFlow(Flow):
     def leave_body(self) -> None:
         state = TorchState.capture()
         if self._mode in state.modes:
-            without = tuple(mode for mode in state.modes if mode is not self._mode)
-            state._replace(modes=without).restore(state)
+            state.without_mode(self._mode).restore(state)
 
     def _put_back(self) -> None:
         while self._states:  # what is interrupted is done again

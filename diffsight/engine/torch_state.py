@@ -84,6 +84,10 @@ class TorchState(NamedTuple):
         """Return the same state with one more function mode, outside the others."""
         return self._replace(modes=(mode, *self.modes), is_plain=False)
 
+    def without_mode(self, mode: Any) -> "TorchState":
+        """Return the same state without a function mode."""
+        return self._replace(modes=tuple(other for other in self.modes if other is not mode))
+
     def restore(self, before: "TorchState") -> None:
         """Set grad mode, and everything else where it differs from `before`, the current state.
 
