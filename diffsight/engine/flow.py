@@ -11,6 +11,9 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from threading import get_ident
 from typing import Any, Protocol
 
+import torch
+from torch.utils._pytree import tree_leaves
+
 from diffsight.engine import order
 from diffsight.engine.bodies import Bodies, Body
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
@@ -98,6 +101,7 @@ class Flow:
         self.result: Any = None
         self._scope = Scope()
         self._edits_begun = False
+        self._read_late: list = []  # what was read after the model had passed it, with the versions of its tensors
         self._is_cleared = False  # whether nothing of it is left anywhere
         self._stands: Point | str = "before its first call"  # where the model is, or last was
 
@@ -139,6 +143,8 @@ class Flow:
             point = self._find(tap, first, asked, scope)
         if point.copies:
             point.copies.clear()  # somebody has them now
+        if point is not self.parked:
+            self._read_late.append((asked, [(tensor, tensor._version) for tensor in _versioned(point.value)]))
         value = point.value if asked.part != "input" else first_input(point.value, asked)
         if asked.selection is None:
             return value
@@ -467,6 +473,8 @@ class Flow:
             self.coroutine = Coroutine(self.function, self, self.state)
             self.coroutine.random = None if self.seed is None else seeded_random_state(self.seed)
         while True:
+            if self._read_late:
+                self._check_late_edits()
             self.parked = None
             self.taps.renew()
             try:
@@ -492,6 +500,15 @@ class Flow:
                 return None
             if call is None and not continues:
                 return self.parked
+
+    def _check_late_edits(self) -> None:
+        """Raise OutOfOrderError if the body has changed a value in place that the model had passed."""
+        read, self._read_late = self._read_late, []
+        stands_at = {tensor.untyped_storage().data_ptr() for tensor in _versioned(self.parked and self.parked.value)}
+        for asked, versions in read:
+            for tensor, version in versions:
+                if tensor._version != version and tensor.untyped_storage().data_ptr() not in stands_at:
+                    raise order.edited_too_late(asked, self.where)
 
     def _call_plainly(self) -> Any:
         """Call the model without a coroutine."""
@@ -533,6 +550,7 @@ class Flow:
         self.parked = self.coroutine = None
         self._stands = outcome  # so that no value is held
         self.clock.call = None
+        self._read_late.clear()
         edits, self.bodies.edits = self.bodies.edits, []
         self.bodies.turn = None
         self.bodies.calls.clear()
@@ -583,3 +601,9 @@ class Flow:
         self.clock.note_end(tap.target)
         if self.observer is not None:
             self.observer.returned(tap, output)
+
+
+def _versioned(value: Any) -> list[torch.Tensor]:
+    """The tensors in a value whose changes in place PyTorch counts: none of inference mode, and no fake ones."""
+    tensors = [leaf for leaf in tree_leaves(value) if type(leaf) in (torch.Tensor, torch.nn.Parameter)]
+    return [tensor for tensor in tensors if not tensor.is_inference()]

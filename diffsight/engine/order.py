@@ -85,6 +85,14 @@ def too_late(asked: Asked, what: str, where: str) -> OutOfOrderError:
     )
 
 
+def edited_too_late(asked: Asked, where: str) -> OutOfOrderError:
+    """The error for a value that was changed in place after the model had passed it."""
+    return OutOfOrderError(
+        f"{asked} was read again and changed in place too late: the model is {where}, past that point, and has "
+        "used the value. Change it where the model stands at it, or change a copy: .clone()"
+    )
+
+
 def step_has_ended(asked: Asked, step: int) -> OutOfOrderError:
     """The error for a point of a step that the model has left."""
     return OutOfOrderError(f"{asked.whole} was asked for too late: step {step} has ended")
