@@ -50,7 +50,9 @@ def named_arguments(function: Callable) -> set[str]:
     owner = getattr(function, "__self__", None)
     for node in ast.walk(code) if owner is not None else ():
         other = _method(owner, own, _passed_on(node, rest.name))
-        named |= named_arguments(getattr(other, "__call__", other)) if other is not None else set()  # noqa: B004
+        if other is not None:
+            is_method = isinstance(other, types.MethodType)
+            named |= named_arguments(other if is_method else types.MethodType(type(other).__call__, other))
     return named
 
 
