@@ -143,6 +143,10 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, dict[str, int]]:
     """Return the model and the arguments of the pipeline. Whatever needs no model is checked before it is loaded."""
     if not options.prompt.strip():
         raise InputError(f'the prompt is empty: say what to draw, such as "{_PROMPT}"')
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError("the prompt has a character that is not valid Unicode text") from None
     if options.seed < 0:
         raise InputError(f"a seed must be 0 or greater, not {options.seed}")
     import diffusers

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -148,6 +148,15 @@ def load_activations(folder: str | Path, layers: int | str | Sequence[int | str]
     folder = Path(folder).expanduser()
     if not (folder / _RECORD).is_file():
         raise InputError(f"the folder {folder} has no activations: there is no {_RECORD} in it")
+    try:
+        return _loaded(folder, layers)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"the activations in {folder} are damaged: {type(error).__name__}: {error}") from error
+
+
+def _loaded(folder: Path, layers: int | str | Sequence[int | str] | None) -> Activations:
     record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
     known, count = tuple(record["layers"]), record["num_layers"]
     wanted = known if layers is None else [layers] if isinstance(layers, int | str) else layers

@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 
 from diffsight.errors import InputError, suggest
 from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
+from diffsight.lenses.encoders.checks import check_prompt
 from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_title
 from diffsight.lenses.linear_cka import normed_gram
 from diffsight.lenses.options import check_options
@@ -283,6 +284,8 @@ def compare_encoders(
     named, prompts = _named(models), _checked_prompts(prompts)
     if not hasattr(images, "__index__") or isinstance(images, bool) or not 0 <= images <= len(prompts):
         raise InputError(f"images is the number of prompts to draw, from 0 to {len(prompts)}, not {images!r}")
+    for prompt in prompts:
+        check_prompt("compare_encoders", prompt)
     for model in named.values():
         check_options(compare_encoders, model, arguments)
     chosen = _choose(named, prompts[0], encoders, layers, images > 0, arguments, seed)

@@ -49,8 +49,10 @@ def named_arguments(function: Callable) -> set[str]:
     named |= set(keys) | {name for node in ast.walk(code) for name in _read(node, rest.name)}
     owner = getattr(function, "__self__", None)
     for node in ast.walk(code) if owner is not None else ():
-        other = getattr(owner, _passed_on(node, rest.name) or "", None)
-        named |= named_arguments(getattr(other, "__call__", other)) if other is not None else set()  # noqa: B004
+        other = _method(owner, own, _passed_on(node, rest.name))
+        if other is not None:
+            is_method = isinstance(other, types.MethodType)
+            named |= named_arguments(other if is_method else types.MethodType(type(other).__call__, other))
     return named
 
 
@@ -67,12 +69,26 @@ def _read(node: ast.AST, rest: str) -> Iterable[str]:
         yield key.value
 
 
-def _passed_on(node: ast.AST, rest: str) -> str | None:
-    """Return the attribute of `self` that a piece of code calls with `**rest`, or None."""
+def _passed_on(node: ast.AST, rest: str) -> ast.Attribute | None:
+    """Return the attribute that a piece of code calls with `**rest`, or None."""
     if not isinstance(node, ast.Call) or not any(k.arg is None and _is_name(k.value, rest) for k in node.keywords):
         return None
-    called = node.func
-    return called.attr if isinstance(called, ast.Attribute) and _is_name(called.value, "self") else None
+    return node.func if isinstance(node.func, ast.Attribute) else None
+
+
+def _method(owner: object, function: Callable, called: ast.Attribute | None) -> Callable | None:
+    """Return what `self.name` or `super().name` in a method of `owner` is, or None."""
+    if called is None:
+        return None
+    if _is_name(called.value, "self"):
+        return getattr(owner, called.attr, None)
+    if isinstance(called.value, ast.Call) and _is_name(called.value.func, "super"):
+        order = type(owner).__mro__
+        defining = next(
+            (c for c in order if inspect.unwrap(vars(c).get(function.__name__, int)) is function), order[-1]
+        )
+        return getattr(super(defining, owner), called.attr, None)
+    return None
 
 
 def _is_name(node: ast.AST, name: str) -> bool:

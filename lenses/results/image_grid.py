@@ -155,6 +155,8 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
     """Yield the lines of `text`, at most `width` pixels wide and at least one character long."""
 
     def fits(line: str) -> bool:
+        if len(line) > 4 * width:  # measuring takes time with the length
+            return False
         left, _, right, _ = font.getbbox(line, anchor="ls")
         return right - left <= width or len(line) == 1
 
@@ -166,8 +168,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
                 continue
             if line:
                 yield line
-            start = 0
-            while not fits(word[start : start + width + 1]) or not fits(word[start:]):
+            while not fits(word):
                 end = _longest(word, fits)
                 end = max(word.rfind(mark, 0, end) for mark in _BREAKS) + 1 or end
                 yield word[:end]

@@ -27,14 +27,15 @@ def check_writable(folder: str | Path) -> Path:
     Raises:
         InputError: The folder cannot be created or written.
     """
-    folder = Path(folder).expanduser()
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
     try:
-        tempfile.TemporaryDirectory(dir=existing).cleanup()
-    except OSError as error:
-        raise InputError(f"the folder {folder} cannot be written: {error.strerror or error}") from None
+        folder = existing = Path(folder).expanduser()
+        while not os.path.lexists(existing) and existing != existing.parent:
+            existing = existing.parent
+        with tempfile.TemporaryDirectory(dir=existing) as trial:  # has room for the names of the folder
+            (Path(trial) / folder.relative_to(existing)).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a home that is not known
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"the folder {folder} cannot be written: {reason}") from None
     return folder
 
 

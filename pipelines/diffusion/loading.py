@@ -11,22 +11,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
 from diffsight.errors import InputError, suggest_packaged
-from diffsight.pipelines.packaged import FOLDERS
-from diffsight.pipelines.weights import MissingWeightsError, adopt, check_weights, requiring_all_weights
+from diffsight.pipelines.packaged import FOLDERS, LANGUAGE_MODELS
+from diffsight.pipelines.weights import (
+    MissingWeightsError,
+    adopt,
+    check_weights,
+    find_path,
+    requiring_all_weights,
+    shortened,
+)
 
 _OF_WEIGHTS = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
 _LIBRARIES = ("diffusers", "transformers")  # that parts may come from
 _OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+_FAILURES = (
+    *(OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError),
+    *(SafetensorError, UnpicklingError, StrictDataclassError),
+)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -53,7 +67,7 @@ def open_pipeline(
     if not isinstance(source, (str, Path)):
         raise InputError(f"a pipeline is a name, a folder or a diffusers pipeline, not {type(source).__name__}")
     name = str(source)
-    is_local = name.startswith("diffsight/") or Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name)
+    is_local = name.startswith("diffsight/") or find_path(name) is not None or not _HUB_ID.fullmatch(name)
     place = str(_folder(name)) if is_local else name
     explained = _explained_packaged if name in FOLDERS else _explained_folder if is_local else _explained_hub
 
@@ -150,8 +164,8 @@ def _dtype(arguments: dict[str, Any], name: str) -> torch.dtype | None:
 def _explained_folder(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+    except _FAILURES as error:
+        reason = next(iter(str(error).splitlines()), "")
         raise InputError(
             f"the folder {name} cannot be loaded as a pipeline: {type(error).__name__}: {reason}"
         ) from error
@@ -187,8 +201,10 @@ def _folder(name: str) -> Path:
     """Return the folder of a packaged name or of a path."""
     if name in FOLDERS:
         return FOLDERS[name]
-    folder = Path(name).expanduser()
-    if name.startswith("diffsight/") or not folder.exists():
+    if name in LANGUAGE_MODELS:
+        raise InputError(f"{name} is a language model, not a pipeline: open it with LanguageModel({name!r})")
+    folder = find_path(name)
+    if name.startswith("diffsight/") or folder is None:
         raise InputError(_unknown(name))
     if not folder.is_dir():
         raise InputError(f"{name} is a file, but a pipeline is a folder with a model_index.json, or a name")
@@ -199,6 +215,6 @@ def _folder(name: str) -> Path:
 
 def _unknown(name: str) -> str:
     return (
-        f"there is no model {name!r}{suggest_packaged(name, FOLDERS)}. "
+        f"there is no model {shortened(name)!r}{suggest_packaged(name, FOLDERS)}. "
         f"Known: {', '.join(FOLDERS)}, a folder, or a hub id such as 'owner/name'"
     )

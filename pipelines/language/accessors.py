@@ -204,6 +204,9 @@ class Accessors:
         """
         tree = self._tree
         tree.load_unless_scanning()
+        width = getattr(tree.root.owner.config.get_text_config(), "hidden_size", None)
+        if isinstance(width, int) and hidden.shape[-1] != width:
+            raise InputError(f"project_on_vocab takes hidden states of {width} features, not {hidden.shape[-1]}")
         if tree.target_named(tree.root, "lm_head") is None:
             raise PointNotFoundError(f"no lm_head was found in {tree.title}")
         structure = tree.structure

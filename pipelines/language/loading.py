@@ -8,19 +8,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 
 from diffsight.errors import InputError, suggest_packaged
 from diffsight.pipelines.language.gguf import load_gguf
 from diffsight.pipelines.language.smollm2 import packaged_folder
 from diffsight.pipelines.packaged import LANGUAGE_MODELS
-from diffsight.pipelines.weights import MissingWeightsError, adopt, check_weights, requiring_all_weights
+from diffsight.pipelines.weights import MissingWeightsError, adopt, check_weights, find_path, requiring_all_weights
 
+_FAILURES = (
+    *(OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError),
+    *(SafetensorError, UnpicklingError, StrictDataclassError),
+)
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 Source = str | Path | nn.Module | tuple[nn.Module, Any]
@@ -156,12 +163,12 @@ def _place(name: str) -> tuple[str, dict[str, str]]:
     """Return the folder or hub id that a name stands for, and the GGUF file in it as an argument."""
     if name in LANGUAGE_MODELS:
         return str(packaged_folder()), {}
-    path = Path(name).expanduser()
-    if path.is_file():
+    path = find_path(name) or Path(name)
+    if find_path(name) is not None and path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"{name} is a file, but a language model is a folder, a .gguf file, or a name")
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
+    if find_path(name) is not None and path.is_dir():
         if not (path / "config.json").is_file():
             found = sorted(path.glob("*.gguf"))
             hint = f"; it has {found[0].name}: name that file" if found else ""
@@ -179,15 +186,15 @@ def _place(name: str) -> tuple[str, dict[str, str]]:
 def _explained(name: str, place: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _FAILURES as error:
         raise InputError(_why(name, place, error)) from error
 
 
 def _why(name: str, place: str, error: Exception) -> str:
     if isinstance(error, MissingWeightsError):
         return f"the model {name} cannot be loaded: {error}. If that is intended, pass a live model instead"
-    what = "file" if Path(name).expanduser().is_file() else "folder"
-    if name in LANGUAGE_MODELS or Path(place).exists():
+    what = "file" if (path := find_path(name)) is not None and path.is_file() else "folder"
+    if name in LANGUAGE_MODELS or find_path(place) is not None:
         return f"the {what} {name} cannot be loaded as a language model: {type(error).__name__}: {_first_line(error)}"
     return f"{_unknown(name)}. The hub: {_first_line(error).split('. ')[0]}"
 

@@ -15,6 +15,7 @@ run.text
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -61,6 +62,7 @@ class LanguageRun(GenerationRun):
     """A run of a language model."""
 
     _inputs: Inputs | None = None
+    _streamer: Any = None  # that it was given, if any
     _decoded: torch.Tensor | None = None  # the token ids that the decoder of an encoder-decoder model begins with
 
     @property
@@ -106,6 +108,17 @@ class LanguageRun(GenerationRun):
             has_prompt = self.tokens is not None and not owner_of(self._model).config.is_encoder_decoder
             start = self.tokens.shape[-1] if has_prompt else 0
             return one_or_many([decoded(self._model.tokenizer, row) for row in ids[:, start:]])
+
+    def __del__(self) -> None:
+        if self._streamer is not None and not flow_of(self).has_begun and flow_of(self).outcome is None:
+            warnings.warn(
+                "a run with a streamer was dropped before anything ran, because nothing asked for a value: call "
+                "model.generate(..., streamer=streamer).finish()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self._streamer.end()  # otherwise whoever reads it waits forever
+        super().__del__()
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *(name for name in vars(Accessors) if not name.startswith("_"))})
@@ -222,6 +235,7 @@ class LanguageModel(Accessors, Model):
         sizes = [_sequences(self._owner, kwargs)] * (encoded.rows or 0)
         run = self._run_of(encoded, lambda: function(**given), sizes, grad)
         set_generated(run, generated)
+        run._streamer = kwargs.get("streamer")
         flow_of(run).seed = seed
         if self._owner.config.is_encoder_decoder:
             run._decoded = given.get("decoder_input_ids", self._first_token(encoded))

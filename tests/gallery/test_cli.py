@@ -343,3 +343,29 @@ def test_the_script(saved_pipeline, here):
     assert bad.returncode == 2
     assert bad.stderr.startswith("diffsight: the prompt is empty")
     assert len(bad.stderr.splitlines()) == 1
+
+
+# Places that cannot be used, and models that are something else
+
+
+@pytest.fixture
+def odd_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+
+
+@pytest.mark.parametrize("out", ["dangling", "loop", "loop/x", "a\0b", "x" * 300, "~nosuchuser/x"])
+def test_a_place_that_cannot_be_written(odd_places, capsys, out):
+    assert main(["generate", "a red circle", "--steps", "1", "--out", out]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_not_unicode(capsys):
+    assert main(["generate", "a \ud800 circle"]) == 2
+    assert "not valid Unicode" in capsys.readouterr().err
+
+
+def test_a_language_model_is_no_pipeline(capsys):
+    assert main(["generate", "a red circle", "--model", "diffsight/smollm2"]) == 2
+    assert "diffsight/smollm2 is a language model, not a pipeline" in capsys.readouterr().err

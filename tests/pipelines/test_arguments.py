@@ -89,3 +89,25 @@ def test_options_of_lenses_of_language_models(lens, given, hint):
 def test_options_of_lenses_of_pipelines(name, near):
     with pytest.raises(InputError, match=rf"diffusion_lens has no argument '{name}' \(did you mean '{near}'"):
         diffusion_lens(DiffusionModel(CLIP), "a red circle", **{name: 1})
+
+
+class Streamer:
+    """Counts what it is given, as a streamer of transformers."""
+
+    def __init__(self):
+        self.ended = 0
+
+    def put(self, tokens):
+        pass
+
+    def end(self):
+        self.ended += 1
+
+
+def test_a_run_with_a_streamer_that_is_dropped_unread():
+    model, streamer = llama(), Streamer()
+    with pytest.warns(RuntimeWarning, match="a run with a streamer was dropped before anything ran"):
+        model.generate(IDS, max_new_tokens=2, streamer=streamer)
+    assert streamer.ended == 1
+    model.generate(IDS, max_new_tokens=2, streamer=streamer).finish()
+    assert streamer.ended == 2
