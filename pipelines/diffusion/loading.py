@@ -15,13 +15,15 @@ from diffusers import DiffusionPipeline
 
 from diffsight.errors import InputError, suggest_packaged
 from diffsight.pipelines.diffusion.empty import build_empty
+from diffsight.pipelines.shapes.flux_defaults import set_defaults
 from diffsight.pipelines.weights import adopt
 
 _SHAPES = Path(__file__).parents[1] / "shapes"
-PACKAGED = {"diffsight/shapes-clip": _SHAPES / "clip", "diffsight/shapes-t5": _SHAPES / "t5"}
+PACKAGED = {f"diffsight/shapes-{name}": _SHAPES / name for name in ("clip", "t5", "flux")}
 DESCRIPTIONS = {
     "diffsight/shapes-clip": "64 x 64 scenes of coloured shapes; CLIP text encoder, UNet, 6 M parameters",
     "diffsight/shapes-t5": "the same scenes; T5 text encoder, UNet, 6 M parameters",
+    "diffsight/shapes-flux": "the same scenes; CLIP and T5 text encoders, FLUX transformer, 8 M parameters",
 }
 _OF_WEIGHTS = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -51,6 +53,8 @@ def open_pipeline(
         empty = build_empty(place, arguments)
         now = {key: value for key, value in arguments.items() if key not in _OF_WEIGHTS}
         pipeline = DiffusionPipeline.from_pretrained(place, **now, **empty)
+    if name == "diffsight/shapes-flux":
+        set_defaults(pipeline)
     if not empty:
         return pipeline, None
 

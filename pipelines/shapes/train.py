@@ -52,7 +52,7 @@ from transformers import (
 )
 
 from diffsight.pipelines.shapes.evaluate import report
-from diffsight.pipelines.shapes.flux_training import make_flux_pipeline, train_transformer
+from diffsight.pipelines.shapes.flux_training import make_flux_pipeline, train_decoder, train_transformer
 from diffsight.pipelines.shapes.scenes import COLORS, SHAPES, SIZE, WORDS, render, sample_scene
 
 TOKENS = 16  # positions of the text encoders: the longest caption has 12 words, and a start and an end
@@ -370,9 +370,10 @@ def train_flux(
             train_vae(pipe.vae.train(), crop(images, SIZE // 2), vae_steps, device)
         latents = encode(pipe.vae.eval(), images, device).float()
     if vae_steps:
+        train_decoder(pipe.vae, images, latents, vae_steps // 2)
         pipe.vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
     latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-    train_transformer(pipe, latents, captions, steps, save=lambda: save_in_half(pipe, out))
+    train_transformer(pipe, latents, captions, steps, save=lambda: save_in_half(pipe, out), fresh=resume is None)
     save_in_half(pipe, out)
     return pipe
 
