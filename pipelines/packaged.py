@@ -11,6 +11,7 @@ _SHAPES = Path(__file__).parent / "shapes"
 PIPELINES = {
     "diffsight/shapes-clip": "64 x 64 scenes of coloured shapes; CLIP text encoder, UNet, 6 M parameters",
     "diffsight/shapes-t5": "the same scenes; T5 text encoder, UNet, 6 M parameters",
+    "diffsight/shapes-flux": "the same scenes; CLIP and T5 text encoders, FLUX transformer, 8 M parameters",
 }
 LANGUAGE_MODELS = {
     "diffsight/smollm2": "SmolLM2-135M-Instruct, a language model; Llama-like, 30 layers, 135 M parameters",

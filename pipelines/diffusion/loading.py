@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from diffsight.errors import InputError, suggest_packaged
 from diffsight.pipelines.packaged import FOLDERS, LANGUAGE_MODELS
+from diffsight.pipelines.shapes.flux_defaults import set_defaults
 from diffsight.pipelines.weights import (
     MissingWeightsError,
     adopt,
@@ -76,6 +77,8 @@ def open_pipeline(
         now = {key: value for key, value in arguments.items() if key not in _OF_WEIGHTS}
         with requiring_all_weights():
             pipeline = DiffusionPipeline.from_pretrained(place, **now, **empty)
+    if name == "diffsight/shapes-flux":
+        set_defaults(pipeline)
     if not empty:
         return pipeline, None
 

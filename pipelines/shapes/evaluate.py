@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 
+from diffsight.pipelines.shapes.flux_defaults import CALL
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import Scene, render, sample_scene
 from diffsight.pipelines.shapes.scoring import score
@@ -50,22 +51,36 @@ def draw_scenes(pipe, asked: Sequence[Scene], layer: Layer | None = None, batch:
     """Draw the captions of the scenes `asked`, with the seeds 0, 1, 2 …
 
     With `layer`, draw from the output of that layer of the text encoder, through the final norm; "embedding" is the
-    input of the first layer."""
+    input of the first layer. In a FluxPipeline these are T5's layers; the pooled output of CLIP stays."""
     images = []
-    norm = getattr(pipe.text_encoder, "final_layer_norm", None) or pipe.text_encoder.encoder.final_layer_norm
+    if isinstance(pipe, FluxPipeline):
+        arguments = CALL | arguments
     for start in range(0, len(asked), batch):
         captions = [scene.caption() for scene in asked[start : start + batch]]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(captions))]
         prompt = {"prompt": captions}
         if layer is not None:
-            ids = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(pipe.device)
-            hidden = pipe.text_encoder(ids, output_hidden_states=True).hidden_states
-            count = pipe.text_encoder.config.num_hidden_layers
-            index = 0 if layer == EMBEDDING else layer % count + 1  # transformers counts the embedding as state 0
-            last = index == count
-            prompt = {"prompt_embeds": pipe.text_encoder(ids)[0] if last else norm(hidden[index])}
+            prompt = encode_at(pipe, captions, layer)
+        if "true_cfg_scale" in arguments:  # which has no effect without a negative prompt
+            prompt["negative_prompt"] = [""] * len(captions)
         images += pipe(**prompt, generator=generators, **arguments).images
     return images
+
+
+def encode_at(pipe, captions: Sequence[str], layer: Layer) -> dict[str, torch.Tensor]:
+    """Return the arguments that stand for captions as they leave a layer of the text encoder, see `draw_scenes`."""
+    encoder, tokenizer, prompt = pipe.text_encoder, pipe.tokenizer, {}
+    if isinstance(pipe, FluxPipeline):
+        encoder, tokenizer = pipe.text_encoder_2, pipe.tokenizer_2
+        pooled = pipe.encode_prompt(captions, None, max_sequence_length=CALL["max_sequence_length"])[1]
+        prompt["pooled_prompt_embeds"] = pooled
+    ids = tokenizer(captions, padding="max_length", return_tensors="pt").input_ids.to(pipe.device)
+    count = encoder.config.num_hidden_layers
+    index = 0 if layer == EMBEDDING else layer % count + 1  # transformers counts the embedding as state 0
+    if index == count:
+        return prompt | {"prompt_embeds": encoder(ids)[0]}
+    norm = getattr(encoder, "final_layer_norm", None) or encoder.encoder.final_layer_norm
+    return prompt | {"prompt_embeds": norm(encoder(ids, output_hidden_states=True).hidden_states[index])}
 
 
 def report(pipe, layers: bool = True) -> str:
@@ -79,6 +94,12 @@ def report(pipe, layers: bool = True) -> str:
         "20 steps, guidance 3": dict(num_inference_steps=20, guidance_scale=3.0),
         "pipeline defaults": {},
     }
+    if isinstance(pipe, FluxPipeline):
+        settings = {
+            "20 steps": dict(num_inference_steps=20),
+            "20 steps, true guidance 2": dict(num_inference_steps=20, true_cfg_scale=2.0),
+            "pipeline defaults": {},
+        }
     lines = [f"Reader on 500 rendered scenes: {reader_accuracy():.1%} right.", ""]
     lines += ["| 200 images of two things | settings | " + " | ".join(_PARTS) + " |"]
     lines += ["|---" * (2 + len(_PARTS)) + "|"]
@@ -88,8 +109,9 @@ def report(pipe, layers: bool = True) -> str:
             cells = [f"{right[part]:.1%}" for part in _PARTS]
             lines.append(f"| {name} | {setting} | " + " | ".join(cells) + " |")
     if layers:
-        arguments = settings["20 steps, guidance 3"]
-        chosen = [EMBEDDING, *range(pipe.text_encoder.config.num_hidden_layers)]
+        arguments = next(iter(settings.values()))
+        encoder = pipe.text_encoder_2 if isinstance(pipe, FluxPipeline) else pipe.text_encoder
+        chosen = [EMBEDDING, *range(encoder.config.num_hidden_layers)]
         lines += ["", "| layer | " + " | ".join(map(str, chosen)) + " |"]
         lines += ["|---" * (len(chosen) + 1) + "|"]
         for name in ("plain captions", "invented nouns"):
@@ -101,9 +123,9 @@ def report(pipe, layers: bool = True) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="'clip', 't5', or the folder of a pipeline")
+    parser.add_argument("folder", help="'clip', 't5', 'flux', or the folder of a pipeline")
     name = parser.parse_args().folder
-    folder = Path(__file__).parent / name if name in ("clip", "t5") else Path(name)
+    folder = Path(__file__).parent / name if name in ("clip", "t5", "flux") else Path(name)
     pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,6 +3,8 @@
     python -m diffsight.pipelines.shapes.train --encoder clip --out shapes-clip
     python -m diffsight.pipelines.shapes.train --encoder t5 --resume shapes-clip --vae-steps 0 --text-steps 1500 \
         --steps 3800 --out shapes-t5
+    python -m diffsight.pipelines.shapes.train --encoder flux --out shapes-flux --scenes 16000 --vae-steps 500 \
+        --steps 4000
 
 One command trains one pipeline, writes it in the standard diffusers folder format, and prints its measured fidelity.
 It runs on a GPU if there is one (minutes), otherwise on the CPU (one to two hours, on one or two cores).
@@ -36,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, FluxPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -50,6 +52,7 @@ from transformers import (
 )
 
 from diffsight.pipelines.shapes.evaluate import report
+from diffsight.pipelines.shapes.flux_training import make_flux_pipeline, train_decoder, train_transformer
 from diffsight.pipelines.shapes.scenes import COLORS, SHAPES, SIZE, WORDS, render, sample_scene
 
 TOKENS = 16  # positions of the text encoders: the longest caption has 12 words, a start and an end token
@@ -332,7 +335,7 @@ def make_pipeline(encoder: str) -> StableDiffusionPipeline:
 
 def train(
     encoder: str, out: Path, resume: Path | None, seed: int, scenes: int, vae_steps: int, text_steps: int, steps: int
-) -> StableDiffusionPipeline:
+) -> StableDiffusionPipeline | FluxPipeline:
     """Train a pipeline and write it to the folder `out`.
 
     With `resume`, continue with the pipeline in that folder; if it has the other kind of encoder, with its VAE and its
@@ -341,6 +344,8 @@ def train(
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(seed)
     images, captions, things = make_data(scenes, seed)
+    if encoder == "flux":
+        return train_flux(out, resume, images, captions, vae_steps, steps, device)
     pipe = make_pipeline(encoder)
     if resume:
         known = StableDiffusionPipeline.from_pretrained(resume)
@@ -359,9 +364,42 @@ def train(
     return pipe
 
 
+def train_flux(
+    out: Path,
+    resume: Path | None,
+    images: torch.Tensor,
+    captions: list[str],
+    vae_steps: int,
+    steps: int,
+    device: str,
+) -> FluxPipeline:
+    """Train shapes-flux and write it to the folder `out`; with the folder `resume`, go on with the pipeline there.
+
+    Its text encoders are those of the other two pipelines. `images` and `captions` are as `make_data` returns them."""
+    pipe = FluxPipeline.from_pretrained(resume) if resume else make_flux_pipeline()
+    pipe.to(device)
+    with torch.autocast(device, torch.bfloat16, cache_enabled=False):  # a cache would keep the weights as they begin
+        if vae_steps:
+            train_vae(pipe.vae.train(), crop(images, SIZE // 2), vae_steps, device)
+        latents = encode_images(pipe.vae.eval(), images, device).float()
+    if vae_steps:
+        train_decoder(pipe.vae, images, latents, vae_steps // 2)
+        pipe.vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+    latents = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    train_transformer(pipe, latents, captions, steps, save=lambda: save_in_half(pipe, out), fresh=resume is None)
+    save_in_half(pipe, out)
+    return pipe
+
+
+def crop(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut a window of `size` x `size` pixels out of each image, `(images, 3, height, width)`, at a random place."""
+    corners = (torch.randint(side - size + 1, (len(images),)).tolist() for side in images.shape[-2:])
+    return torch.stack([image[:, y : y + size, x : x + size] for image, y, x in zip(images, *corners, strict=True)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--encoder", choices=("clip", "t5"), default="clip")
+    parser.add_argument("--encoder", choices=("clip", "t5", "flux"), default="clip")
     parser.add_argument("--out", type=Path, required=True, help="folder for the pipeline")
     parser.add_argument(
         "--resume",

@@ -14,6 +14,7 @@ from PIL import Image
 from diffsight import DiffusionModel
 from diffsight.pipelines.packaged import FOLDERS
 from diffsight.pipelines.shapes.evaluate import draw_scenes, shares
+from diffsight.pipelines.shapes.flux_defaults import CALL
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import (
     BACKGROUNDS,
@@ -201,6 +202,7 @@ def test_shares_count_each_part():
 
 
 ENCODERS = {"diffsight/shapes-clip": transformers.CLIPTextModel, "diffsight/shapes-t5": transformers.T5EncoderModel}
+FLUX = "diffsight/shapes-flux"
 SETTINGS = {"num_inference_steps": 20, "guidance_scale": 3.0}
 
 
@@ -237,9 +239,9 @@ def faithful(asked, images):
 
 
 def test_the_packaged_pipelines_are_small():
-    assert FOLDERS.keys() == ENCODERS.keys()
-    files = [file for folder in FOLDERS.values() for file in folder.rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 32e6
+    assert FOLDERS.keys() == {*ENCODERS, FLUX}
+    for folder in FOLDERS.values():
+        assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 16e6
 
 
 def test_a_packaged_pipeline_is_an_ordinary_one_in_single_precision(name, pipe):
@@ -321,3 +323,67 @@ def test_a_packaged_model_draws_the_bits_of_the_bare_pipeline(name, pipe):
         steps = [step.index for step in run.steps]
     assert steps == [0, 1, 2, 3]
     assert torch.equal(run.images, want)
+
+
+# The packaged FluxPipeline
+
+
+@pytest.fixture(scope="module")
+def flux():
+    pipe = diffusers.FluxPipeline.from_pretrained(FOLDERS[FLUX])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_packaged_flux_is_an_ordinary_one_in_single_precision(flux):
+    assert type(flux) is diffusers.FluxPipeline
+    assert type(flux.text_encoder) is transformers.CLIPTextModel
+    assert type(flux.text_encoder_2) is transformers.T5EncoderModel
+    assert type(flux.transformer) is diffusers.FluxTransformer2DModel
+    assert type(flux.vae) is diffusers.AutoencoderKL
+    assert type(flux.scheduler) is diffusers.FlowMatchEulerDiscreteScheduler
+    for part in (flux.text_encoder, flux.text_encoder_2, flux.transformer, flux.vae):
+        assert {parameter.dtype for parameter in part.parameters()} == {torch.float32}
+    assert len(flux.transformer.transformer_blocks) >= 3
+    assert len(flux.transformer.single_transformer_blocks) >= 3
+    assert flux.vae_scale_factor == 4
+
+
+def test_the_packaged_flux_pools_clip_at_the_end_token(flux):
+    ids = flux.tokenizer(
+        ["a red circle", "a white ring above a zuva"], padding="max_length", return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        hidden, pooled = flux.text_encoder(ids)[:2]
+    ends = ids.eq(flux.tokenizer.eos_token_id).int().argmax(-1)
+    assert ends.tolist() == [4, 7]
+    assert torch.equal(pooled, hidden[[0, 1], ends])
+
+
+def test_the_packaged_flux_draws_what_is_asked_for(flux, asked):
+    generators = [torch.Generator().manual_seed(i) for i in range(len(asked))]
+    captions = [scene.caption() for scene in asked]
+    guidance = {"negative_prompt": [""] * len(asked), "true_cfg_scale": 2.0}
+    images = flux(captions, generator=generators, num_inference_steps=20, **guidance, **CALL).images
+    assert faithful(asked, images) >= 0.9
+
+
+def test_a_call_of_the_packaged_flux_needs_no_size_and_no_length(flux):
+    prompt = "a red circle below a blue square on a gray background"
+    call = {"num_inference_steps": 4, "output_type": "pt"}
+    want = flux(prompt, generator=torch.Generator().manual_seed(17), **call, **CALL).images
+    model = DiffusionModel(FLUX)
+    model.set_progress_bar_config(disable=True)
+    assert torch.equal(model.generate(prompt, seed=17, **call).images, want)
+    with model.generate(prompt, seed=17, **call) as run:
+        tokens = model.text_encoder_2.input.shape[-1]
+        steps = [step.index for step in run.steps]
+    assert (tokens, steps) == (16, [0, 1, 2, 3])
+    assert torch.equal(run.images, want)
+
+
+def test_the_packaged_flux_can_be_saved_and_loaded_by_diffusers(tmp_path):
+    DiffusionModel(FLUX).pipeline.save_pretrained(tmp_path)
+    again = diffusers.FluxPipeline.from_pretrained(tmp_path)
+    image = again("a red circle", num_inference_steps=1, **CALL).images[0]
+    assert image.size == (64, 64)

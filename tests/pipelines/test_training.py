@@ -8,6 +8,8 @@ import transformers
 from PIL import Image
 
 from diffsight.pipelines.packaged import FOLDERS
+from diffsight.pipelines.shapes.flux_defaults import CALL
+from diffsight.pipelines.shapes.flux_training import make_flux_pipeline
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import COLORS, SHAPES
 from diffsight.pipelines.shapes.train import PlaceReader, make_data, make_text_encoder, make_tokenizer, train
@@ -51,3 +53,28 @@ def test_training_goes_on_with_another_encoder(tmp_path):
     assert alike == [True, False]
     assert not any("_name_or_path" in file.read_text() for file in out.rglob("*.json"))
     assert np.asarray(after("a red circle", num_inference_steps=1).images[0]).shape == (64, 64, 3)
+
+
+def test_training_goes_on_with_shapes_flux(tmp_path):
+    out, known = tmp_path / "flux", FOLDERS["diffsight/shapes-flux"]
+    train("flux", out, known, seed=0, scenes=4, vae_steps=4, text_steps=0, steps=2)
+    before = diffusers.FluxPipeline.from_pretrained(known)
+    after = diffusers.FluxPipeline.from_pretrained(out)
+    alike = [
+        all(torch.equal(a, b) for a, b in zip(getattr(before, part).parameters(), getattr(after, part).parameters()))
+        for part in ("text_encoder", "text_encoder_2", "vae", "transformer")
+    ]
+    assert alike == [True, True, False, False]
+    assert not any("_name_or_path" in file.read_text() for file in out.rglob("*.json"))
+    assert after("a red circle", num_inference_steps=1, **CALL).images[0].size == (64, 64)
+
+
+def test_a_new_shapes_flux_begins_with_the_text_encoders_of_the_others():
+    pipe, clip = (
+        make_flux_pipeline(),
+        diffusers.StableDiffusionPipeline.from_pretrained(FOLDERS["diffsight/shapes-clip"]),
+    )
+    ids = [p.tokenizer("a red circle", padding="max_length", return_tensors="pt").input_ids for p in (pipe, clip)]
+    assert ids[0][0, 4] == len(pipe.tokenizer) - 1 != ids[1][0, 4]
+    with torch.no_grad():
+        assert torch.equal(pipe.text_encoder(ids[0])[0], clip.text_encoder(ids[1])[0])
