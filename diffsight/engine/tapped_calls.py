@@ -34,6 +34,7 @@ class Host(Protocol):
     """The run, as its taps see it; see `diffsight.engine.flow.Flow`."""
 
     taps: "Taps"
+    is_scan: bool  # whether it computes shapes alone
     clock: Clock
     coroutine: Coroutine | None  # the one that the model runs in, once it has started
     parked: Point | None  # where the model stands, if it waits at a point

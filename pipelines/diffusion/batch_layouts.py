@@ -48,9 +48,11 @@ class BatchLayouts:
         return None if call is None or not call.layouts else call.layouts[0]
 
     def is_certain(self, tap: Tap, index: int) -> bool:
-        """Return whether a single layout fits call `index` of a tapped module."""
+        """Return whether a single layout fits call `index` of a tapped module, or it makes no difference which one.
+
+        In a scan the embeddings are zeros, so that several fit, but they all have the same shapes."""
         call = self._call(tap, index)
-        return call is not None and len(call.layouts) == 1
+        return call is not None and (len(call.layouts) == 1 or (tap.host.is_scan and bool(call.layouts)))
 
     def entries(self, component: Any, branch: str) -> list[int] | None:
         """Return the places of a branch in the batch that a component is running on, or None if unknown."""

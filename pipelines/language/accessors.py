@@ -204,15 +204,15 @@ class Accessors:
         """
         tree = self._tree
         tree.load_unless_scanning()
-        width = getattr(tree.root.owner.config.get_text_config(), "hidden_size", None)
-        if isinstance(width, int) and hidden.shape[-1] != width:
-            raise InputError(f"project_on_vocab takes hidden states of {width} features, not {hidden.shape[-1]}")
         if tree.target_named(tree.root, "lm_head") is None:
             raise PointNotFoundError(f"no lm_head was found in {tree.title}")
         structure = tree.structure
         if structure is not None and not structure.has_plain_tail and structure.layout is not None:
             layers = [owner_of(layer) for layer in self._layers()]
             return run_tail(tree.root.owner, layers, structure.tuples, structure.layout, hidden)
+        width = getattr(tree.root.owner.config.get_text_config(), "hidden_size", None)
+        if isinstance(width, int) and hidden.shape[-1] != width:
+            raise InputError(f"project_on_vocab takes hidden states of {width} features, not {hidden.shape[-1]}")
         return norm_and_head([tree.target_named(tree.root, name) for name in ("ln_final", "lm_head")], hidden)
 
     @property

@@ -148,7 +148,7 @@ def test_the_images_are_images(model):
 
 def test_arguments_are_checked_as_for_a_real_run(model):
     for arguments, told in [
-        ({"prompt": ""}, "empty"),
+        ({"prompt": []}, "empty"),
         ({"prompt": "a", "num_inference_stepps": 3}, "stepps"),
         ({"prompt": "a", "seed": -1}, "seed"),
     ]:

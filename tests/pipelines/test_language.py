@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from diffsight import LanguageModel, OutOfOrderError
 from diffsight.errors import InputError, PointNotFoundError
-from diffsight.pipelines.language import smollm2
+from diffsight.pipelines.language import gguf, smollm2
 from models import diffusion
 from models.language_kinds import SIZE, TOKENIZER, bart, bert, bloom, gpt2, ids, llama, mamba, opt, t5
 
@@ -449,9 +449,9 @@ def test_a_conversion_is_complete_or_absent(tmp_path, monkeypatch, saved_gpt2):
         seen.append(folder.exists())
         return gpt2()
 
-    monkeypatch.setattr(smollm2, "load_gguf", load)
+    monkeypatch.setattr(gguf, "load_gguf", load)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **kwargs: TOKENIZER)
-    smollm2.convert_gguf(tmp_path / "weights.gguf", folder)
+    gguf.convert_gguf(tmp_path / "weights.gguf", folder)
     monkeypatch.undo()
     assert seen == [False]
     assert [path.name for path in folder.parent.iterdir()] == ["model"]

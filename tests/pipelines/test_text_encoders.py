@@ -158,7 +158,7 @@ def test_a_pipeline_that_requires_images(name):
 def test_a_pipeline_without_text_has_none():
     found = DiffusionModel(diffusion.ddpm()).encoders
     assert len(found) == 0
-    with pytest.raises(InputError, match="needs a text encoder, but DDPMPipeline has none"):
+    with pytest.raises(InputError, match="DDPMPipeline has no text encoder, so there is nothing to look through"):
         found.choose()
 
 
