@@ -24,9 +24,9 @@ from typing import Any
 
 from torch import nn
 
-from diffsight.engine.bodies import EditBody
 from diffsight.engine.capture import Block, Deferred
 from diffsight.engine.open_runs import current_edit
+from diffsight.engine.user_bodies import EditBody
 from diffsight.envoy import InRun, flow_of
 from diffsight.errors import InputError
 

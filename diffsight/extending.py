@@ -77,6 +77,7 @@ for the run whose values `model.<path>` has.
 """
 
 from diffsight.engine.batch_parts import Part, Selection
+from diffsight.engine.calls import Tap
 from diffsight.engine.coroutine import current_owner
 from diffsight.engine.flow import Observer
 from diffsight.engine.gradients import with_gradients
@@ -85,7 +86,6 @@ from diffsight.engine.points import INPUTS, OUTPUT, Asked, first_input
 from diffsight.engine.scan import is_scanning
 from diffsight.engine.scan_state import ModuleHooks
 from diffsight.engine.steps import Clock
-from diffsight.engine.tapped_calls import Tap
 from diffsight.engine.target import Target, join, part_targets
 from diffsight.engine.tree import Tree
 from diffsight.envoy import (

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from diffsight.engine.bodies import is_from_edit
 from diffsight.engine.flow import STOPPED, Flow
 from diffsight.engine.points import Asked, first_input
+from diffsight.engine.user_bodies import is_from_edit
 from diffsight.envoy import (
     Envoy,
     InRun,
@@ -32,7 +32,7 @@ from diffsight.envoy import (
     tree_of,
 )
 from diffsight.errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
-from diffsight.record import Record, find_points, record
+from diffsight.recorded_values import Record, find_points, record
 from diffsight.rows import Row, call_body, each, make_rows
 
 

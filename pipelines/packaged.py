@@ -1,7 +1,7 @@
 """The models that come with diffsight, or with an extra of it, by name.
 
 DESCRIPTIONS["diffsight/shapes-clip"]       # what `diffsight models` prints
-FOLDERS["diffsight/shapes-clip"]            # where its files are
+FOLDERS["diffsight/shapes-clip"]            # where the files of a pipeline are
 """
 
 from pathlib import Path

@@ -29,7 +29,7 @@ from torch import nn
 import diffsight
 from diffsight import Model
 from diffsight.errors import DiffsightError, OutOfOrderError
-from diffsight.record import Record
+from diffsight.recorded_values import Record
 
 WIDTH, ROWS, TIMES = 3, 2, 3
 LAST = float("inf")

@@ -3,7 +3,7 @@
 The files in order; each imports only from those above it:
 
     torch_state     grad mode, inference mode, autocast, function modes, random state
-    coroutine       a stack that parks and resumes
+    coroutine       a stack that parks and resumes; runs in lockstep need nothing else
     gradients       methods that disable gradients, called with them
     hooks           what a run puts on the model, and takes off again
     target          one thing that can be tapped, and its path
@@ -15,9 +15,9 @@ The files in order; each imports only from those above it:
     attached_modules    modules of the user's own on parts of a model
     layout          where modules stand, and which are called past the modules around them
     tree            everything that can be tapped in a model, and its names
-    tapped_calls    the calls of one module, and all the taps of a run
+    calls           the calls of one module: counted, changed or skipped; and all the taps of a run
     order           passed, too late, never reached
-    bodies          edits and the functions of `run.each`, and whose turn it is
+    user_bodies     edits and the functions of `run.each`, and whose turn it is
     flow            moves the model
     scan_errors     the error of a scan that needs values
     scan_fakes      fake tensors, and zeros

@@ -15,7 +15,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from diffsight.engine import order
-from diffsight.engine.bodies import Bodies, Body
+from diffsight.engine.calls import Tap, Taps
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
 from diffsight.engine.open_runs import current_edit
 from diffsight.engine.order import Scope
@@ -33,10 +33,10 @@ from diffsight.engine.points import (
     users_line,
 )
 from diffsight.engine.steps import Clock
-from diffsight.engine.tapped_calls import Tap, Taps
 from diffsight.engine.target import Target, join
 from diffsight.engine.torch_state import TorchState, call_in, seeded_random_state
 from diffsight.engine.tree import Tree
+from diffsight.engine.user_bodies import Bodies, Body
 from diffsight.errors import (
     AssignmentError,
     DiffsightError,
@@ -565,7 +565,7 @@ class Flow:
     def _put_back(self) -> None:
         """Put back what the run has changed besides putting its taps on the model."""
 
-    # ---- from the model's side, see `diffsight.engine.tapped_calls.Host`
+    # ---- from the model's side, see `diffsight.engine.calls.Host`
 
     def arrive(self, point: Point) -> None:
         """The model has reached a point: every body has its turn, and sees what those before it did."""

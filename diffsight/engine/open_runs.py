@@ -1,7 +1,7 @@
 """Which run `model.<path>` means.
 
 The engine needs no code for runs in lockstep: each run has its own coroutine. Pipelines, which have state, need copies
-of it: see `pipelines/diffusion/pipeline_of_run.py`.
+of it: see `pipelines/diffusion/pipeline_copies.py`.
 """
 
 import asyncio
@@ -99,6 +99,6 @@ def _current_task() -> Any:
 
 
 def current_edit() -> Any:
-    """Return the edit that is running now (see `diffsight.engine.bodies.EditBody`); None outside an edit."""
+    """Return the edit that is running now (see `diffsight.engine.user_bodies.EditBody`); None outside an edit."""
     body = current()
     return body if body is not None and body.is_edit else None

@@ -8,7 +8,7 @@ import torch
 from diffsight.lenses.layers import Layer
 from diffsight.lenses.tokens.batches import Batch, join
 from diffsight.lenses.tokens.predictions import LensPredictions
-from diffsight.lenses.tokens.spelling import Spelling
+from diffsight.lenses.tokens.token_text import Spelling
 from diffsight.pipelines.language.model import LanguageModel
 
 
