@@ -60,7 +60,7 @@ THIRD_PARTY = {
     *("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_call_impl"),
     *("_compiled_call_impl", "_apply", "_version", "_cdata", "_schema"),
     # diffusers
-    *("_execution_device", "_progress_bar_config"),
+    *("_execution_device", "_progress_bar_config", "_pack_latents", "_unpack_latents", "_prepare_latent_image_ids"),
     # transformers
     *("_num_workers", "_batch_size", "_pipeline_calls_generate", "_from_config", "_model_mapping"),
     *("_attn_implementation",),

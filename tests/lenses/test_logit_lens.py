@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from diffsight import LanguageModel, logit_lens, run_prompts
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.lenses.target_probabilities import Prompt
-from diffsight.lenses.tokens import prediction_reader
+from diffsight.lenses.tokens import prediction_batches
 from models import architectures, language
 
 PROMPTS = language.PROMPTS
@@ -110,7 +110,7 @@ def test_the_model_goes_no_further_than_it_must(net, model):
 
 def test_the_vocabulary_is_held_in_chunks(net, model, monkeypatch):
     whole = logit_lens(model, PROMPTS[0])
-    monkeypatch.setattr(prediction_reader, "_CHUNK", 3 * len(language.TOKENIZER))
+    monkeypatch.setattr(prediction_batches, "_CHUNK", 3 * len(language.TOKENIZER))
     sizes = []
     hook = net.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
     cut = logit_lens(model, PROMPTS[0])
