@@ -21,9 +21,9 @@ from typing import Any
 from torch import nn
 
 from diffsight.engine.batch_parts import Selection
+from diffsight.engine.current_run import current_edit
 from diffsight.engine.flow import Flow
 from diffsight.engine.hooks import FORWARD
-from diffsight.engine.open_runs import current_edit
 from diffsight.engine.points import Asked
 from diffsight.engine.target import Target, join
 from diffsight.engine.tree import Tree

@@ -25,7 +25,7 @@ ENGINE = [
     "engine.target",
     "engine.batch_parts",
     "engine.points",
-    "engine.open_runs",
+    "engine.current_run",
     "engine.late_weights",
     "engine.steps",
     "engine.attached_modules",

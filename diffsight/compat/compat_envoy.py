@@ -12,7 +12,7 @@ import torch
 from diffsight.compat.config import CONFIG
 from diffsight.compat.iterations import Iterations
 from diffsight.compat.tracer import iterations_of, move_to_next, repeat_all
-from diffsight.engine.open_runs import current_edit
+from diffsight.engine.current_run import current_edit
 from diffsight.errors import DiffsightError
 from diffsight.extending import Envoy, Run, Target, run_meant_by
 

@@ -9,7 +9,7 @@ The files in order; each imports only from those above it:
     target          one thing that can be tapped, and its path
     batch_parts     a part of a value, such as the rows of a batch
     points          a point as it is asked for, a value that passes there, an assignment
-    open_runs       which run `model.<path>` means
+    current_run     which run `model.<path>` means
     late_weights    weights that are loaded later
     steps           when a step begins
     attached_modules    modules of the user's own on parts of a model

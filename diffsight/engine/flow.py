@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from diffsight.engine import order
 from diffsight.engine.calls import Tap, Taps
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
-from diffsight.engine.open_runs import current_edit
+from diffsight.engine.current_run import current_edit
 from diffsight.engine.order import Scope
 from diffsight.engine.points import (
     INPUTS,

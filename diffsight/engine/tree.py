@@ -8,9 +8,9 @@ from typing import Any, Self
 from torch import nn
 
 from diffsight.engine.attached_modules import AttachedModules
+from diffsight.engine.current_run import OpenRuns
 from diffsight.engine.late_weights import LateWeights, needs_weights
 from diffsight.engine.layout import Layout
-from diffsight.engine.open_runs import OpenRuns
 from diffsight.engine.steps import Clock
 from diffsight.engine.target import Target, join
 from diffsight.errors import DiffsightError, InputError, PointNotFoundError
