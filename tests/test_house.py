@@ -38,7 +38,7 @@ ENGINE = [
     "engine.scan_errors",
     "engine.scan_fakes",
     "engine.scan_state",
-    "engine.scan_mode",
+    "engine.scan_substitution",
     "engine.scan",
     "engine.capture",
     "envoy",

@@ -22,7 +22,7 @@ The files in order; each imports only from those above it:
     scan_errors     the error of a scan that needs values
     scan_fakes      fake tensors, and zeros
     scan_state      what a scan restores on the modules
-    scan_mode       what functions compute in a scan
+    scan_substitution    what functions compute in a scan
     scan            runs on shapes alone
     capture         the blocks of `with` statements that run later
 """

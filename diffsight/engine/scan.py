@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from diffsight.engine.flow import Flow
-from diffsight.engine.scan_mode import ScanMode
 from diffsight.engine.scan_state import ModuleState
+from diffsight.engine.scan_substitution import ScanMode
 from diffsight.engine.torch_state import TorchState
 
 _scanning: ContextVar[bool] = ContextVar("diffsight_scanning", default=False)
