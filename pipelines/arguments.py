@@ -6,6 +6,7 @@ The old keywords that a function reads from its `**kwargs` are found in its sour
 """
 
 import ast
+import functools
 import inspect
 import textwrap
 import types
@@ -41,19 +42,28 @@ def named_arguments(function: Callable) -> set[str]:
         return named
     keys = getattr(next(iter(typing.get_args(rest.annotation)), None), "__annotations__", {})  # Unpack[SomeKwargs]
     own = inspect.unwrap(function.__func__ if isinstance(function, types.MethodType) else function)
-    try:
-        code = ast.parse(textwrap.dedent(inspect.getsource(own)))
-    except (OSError, SyntaxError, TypeError):  # the source is not available: any text in the code may be a name
-        constants = getattr(getattr(own, "__code__", None), "co_consts", ())
-        return named | set(keys) | {text for text in constants if isinstance(text, str) and text.isidentifier()}
-    named |= set(keys) | {name for node in ast.walk(code) for name in _read(node, rest.name)}
+    read, passed_on = _keywords_in_source(own, rest.name)
+    named |= set(keys) | read
     owner = getattr(function, "__self__", None)
-    for node in ast.walk(code) if owner is not None else ():
-        other = _method(owner, own, _passed_on(node, rest.name))
+    for called in passed_on if owner is not None else ():
+        other = _method(owner, own, called)
         if other is not None:
             is_method = isinstance(other, types.MethodType)
             named |= named_arguments(other if is_method else types.MethodType(type(other).__call__, other))
     return named
+
+
+@functools.cache
+def _keywords_in_source(function: Callable, rest: str) -> tuple[frozenset[str], tuple[ast.Attribute, ...]]:
+    """Return the names that a function reads from its `**rest`, and what it calls with all of them."""
+    try:
+        code = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError, TypeError):  # the source is not available: any text in the code may be a name
+        constants = getattr(getattr(function, "__code__", None), "co_consts", ())
+        return frozenset(text for text in constants if isinstance(text, str) and text.isidentifier()), ()
+    nodes = list(ast.walk(code))
+    read = frozenset(name for node in nodes for name in _read(node, rest))
+    return read, tuple(called for node in nodes if (called := _passed_on(node, rest)) is not None)
 
 
 def _read(node: ast.AST, rest: str) -> Iterable[str]:
