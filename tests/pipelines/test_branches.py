@@ -587,7 +587,7 @@ def test_unconditional_pipelines_have_rows_and_no_branches():
                 getattr(run, branch).unet.mid_block.output
 
 
-# What cannot be told
+# What is ambiguous
 
 
 def test_three_branches_are_an_error():
