@@ -259,7 +259,7 @@ def test_a_forward_method_set_on_the_instance_is_restored(net, x):
 
 
 def test_a_forward_pass_that_is_replaced_during_the_run(net, x):
-    """accelerate, for example, puts forward passes on modules and takes them off, also at the end of a pipeline's call."""
+    """accelerate, for example, puts forward passes on modules and removes them, also at the end of a pipeline call."""
     clean = footprint(net)
     with Model(net).trace(x) as run:
         run.first.input, run.layers[0].input
