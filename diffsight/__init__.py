@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from diffsight.edits import Edit
 from diffsight.errors import DiffsightError, OutOfOrderError, WrongThreadError
 from diffsight.model import Model
-from diffsight.run import Run, Step
+from diffsight.run import Run
+from diffsight.steps import Step
 
 if TYPE_CHECKING:
     from diffsight.lenses import (

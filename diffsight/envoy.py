@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from diffsight.engine.batch_parts import Selection
+from diffsight.engine.batch_slicing import Selection
 from diffsight.engine.current_run import current_edit
 from diffsight.engine.flow import Flow
 from diffsight.engine.hooks import FORWARD

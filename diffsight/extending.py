@@ -76,8 +76,7 @@ function: `tree_of`, `target_of`, `owner_of`, `run_of`, `part_of`, `child_of(env
 for the run whose values `model.<path>` has.
 """
 
-from diffsight.engine.batch_parts import Part, Selection
-from diffsight.engine.calls import Tap
+from diffsight.engine.batch_slicing import Part, Selection
 from diffsight.engine.coroutine import current_owner
 from diffsight.engine.flow import Observer
 from diffsight.engine.gradients import with_gradients
@@ -85,7 +84,8 @@ from diffsight.engine.hooks import FORWARD, ChangedMethod
 from diffsight.engine.points import INPUTS, OUTPUT, Asked, first_input
 from diffsight.engine.scan import is_scanning
 from diffsight.engine.scan_state import ModuleHooks
-from diffsight.engine.steps import Clock
+from diffsight.engine.step_clock import Clock
+from diffsight.engine.taps import Tap
 from diffsight.engine.target import Target, join, part_targets
 from diffsight.engine.tree import Tree
 from diffsight.envoy import (
@@ -108,7 +108,8 @@ from diffsight.envoy import (
 )
 from diffsight.model import Model, open_run
 from diffsight.rows import Row, View, each, part_of, run_of
-from diffsight.run import Run, Step
+from diffsight.run import Run
+from diffsight.steps import Step
 
 __all__ = [
     "FORWARD",

@@ -21,8 +21,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from diffsight.engine.calls import Tap
 from diffsight.engine.points import Asked, first_input
+from diffsight.engine.taps import Tap
 from diffsight.engine.target import join
 from diffsight.envoy import VALUES, Envoy, InRun, Points, child_of, flow_of, root_of, target_of, tree_of
 from diffsight.errors import InputError, PointNotFoundError

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from diffsight.engine.batch_parts import Part, Selection
+from diffsight.engine.batch_slicing import Part, Selection
 from diffsight.envoy import InRun, Points, bound_run, flow_of, root_of, selection_of, tree_of
 from diffsight.errors import InputError
 

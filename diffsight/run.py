@@ -31,9 +31,10 @@ from diffsight.envoy import (
     target_of,
     tree_of,
 )
-from diffsight.errors import DiffsightError, InputError, OutOfOrderError, PointNotFoundError, suggest
+from diffsight.errors import DiffsightError, InputError, PointNotFoundError, suggest
 from diffsight.recorded_values import Record, find_points, record
 from diffsight.rows import Row, call_body, each, make_rows
+from diffsight.steps import Step, Steps
 
 
 class Run(InRun):
@@ -85,9 +86,10 @@ class Run(InRun):
         flow.close(STOPPED)
 
     @property
-    def steps(self) -> "Steps":
+    def steps(self) -> Steps:
         """The run's steps, as the model enters them: `for step in run.steps:`, or some, `run.steps[10:20]`."""
-        return Steps(self._pass)
+        run = self._pass
+        return Steps(flow_of(run), run._make_step)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -237,7 +239,7 @@ class Run(InRun):
 
     # ---- for wrappers, see `diffsight.extending`
 
-    def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> "Step":
+    def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> Step:
         """Return what `run.steps` yields; wrappers override it.
 
         `path` is that of the component whose call began the step, `call` are the args and kwargs of that call."""
@@ -313,61 +315,6 @@ class Run(InRun):
         if flow.is_entered and flow.thread == get_ident():
             flow.leave_body()
         flow.close("the run was dropped")
-
-
-class Step:
-    """One step of a run.
-
-    Attributes:
-        index: The number of the step, from 0.
-        component: The path of the part of the model whose call began the step.
-    """
-
-    def __init__(self, index: int, component: str, call: tuple[tuple, dict]) -> None:
-        self.index = index
-        self.component = component
-        self._call = call
-
-    def __repr__(self) -> str:
-        return f"<step {self.index} of {self.component}>"
-
-
-class Steps:
-    """The steps of a run, in order. A slice of them is a `Steps` too."""
-
-    def __init__(self, run: Run, chosen: slice = slice(None)) -> None:
-        for bound, least in ((chosen.start, 0), (chosen.stop, 0), (chosen.step, 1)):
-            if bound is not None and (not isinstance(bound, int) or bound < least):
-                raise InputError(
-                    f"run.steps is sliced by numbers of {least} or more, not {bound!r}: the number of steps is not "
-                    "known in advance"
-                )
-        self._run, self._chosen = run, chosen
-
-    def __getitem__(self, chosen: slice) -> "Steps":
-        if not isinstance(chosen, slice):
-            raise TypeError(f"run.steps has no single step: write `for step in run.steps[{chosen}:{chosen}+1]`")
-        if self._chosen != slice(None):
-            raise TypeError("run.steps can be sliced only once")
-        return Steps(self._run, chosen)
-
-    def __iter__(self) -> Iterator[Step]:
-        flow, chosen = flow_of(self._run), self._chosen
-        first, last, stride = chosen.start or 0, chosen.stop, chosen.step or 1
-        if chosen != slice(None) and (flow.clock.index > first or flow.scope.step >= first):
-            raise OutOfOrderError(
-                f"run.steps[{first}:] was asked for too late: the model is in step {flow.clock.index}"
-            )
-        try:
-            while last is None or max(flow.scope.step + 1, first) < last:
-                if not flow.next_step():
-                    return
-                index = flow.scope.step
-                if index >= first and (index - first) % stride == 0 and (last is None or index < last):
-                    target, args, kwargs = flow.clock.call
-                    yield self._run._make_step(index, target.path, (args, kwargs))
-        finally:
-            flow.leave_steps()
 
 
 def _end_at_users_line(trace: TracebackType) -> None:

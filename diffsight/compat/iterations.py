@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from diffsight.compat.repeated_blocks import Loop
-from diffsight.run import Steps
+from diffsight.steps import Steps
 
 WRITE_A_LOOP = "Write a loop: `for step in tracer.iter[:]:`"
 

@@ -3,19 +3,19 @@
 The files in order; each imports only from those above it:
 
     torch_state     grad mode, inference mode, autocast, function modes, random state
-    coroutine       a stack that parks and resumes; runs in lockstep need nothing else
+    coroutine       a stack that parks and resumes; each run has its own, so two can be open in lockstep
     gradients       methods that disable gradients, called with them
     hooks           what a run puts on the model, and takes off again
     target          one thing that can be tapped, and its path
-    batch_parts     a part of a value, such as the rows of a batch
+    batch_slicing   a part of a value, such as the rows of a batch
     points          a point as it is asked for, a value that passes there, an assignment
     current_run     which run `model.<path>` means
     late_weights    weights that are loaded later
-    steps           when a step begins
+    step_clock      when a step begins
     attached_modules    modules of the user's own on parts of a model
     layout          where modules stand, and which are called past the modules around them
     tree            everything that can be tapped in a model, and its names
-    calls           the calls of one module: counted, changed or skipped; and all the taps of a run
+    taps            the calls of one module: counted, changed or skipped; and all the taps of a run
     order           passed, too late, never reached
     user_bodies     edits and the functions of `run.each`, and whose turn it is
     flow            moves the model

@@ -15,7 +15,6 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from diffsight.engine import order
-from diffsight.engine.calls import Tap, Taps
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
 from diffsight.engine.current_run import current_edit
 from diffsight.engine.order import Scope
@@ -32,7 +31,8 @@ from diffsight.engine.points import (
     first_input,
     users_line,
 )
-from diffsight.engine.steps import Clock
+from diffsight.engine.step_clock import Clock
+from diffsight.engine.taps import Tap, Taps
 from diffsight.engine.target import Target, join
 from diffsight.engine.torch_state import TorchState, call_in, seeded_random_state
 from diffsight.engine.tree import Tree
@@ -565,7 +565,7 @@ class Flow:
     def _put_back(self) -> None:
         """Put back what the run has changed besides putting its taps on the model."""
 
-    # ---- from the model's side, see `diffsight.engine.calls.Host`
+    # ---- from the model's side, see `diffsight.engine.taps.Host`
 
     def arrive(self, point: Point) -> None:
         """The model has reached a point: every body has its turn, and sees what those before it did."""

@@ -1,14 +1,14 @@
 """The order of a run: what the model has passed, what lies ahead, and what errors say about it.
 
 A value asked for too late is an error at that line, never a later call's value. Whether it is too late follows from the
-counts of calls, see `calls`. What cannot be known counts as passed.
+counts of calls, see `taps`. What cannot be known counts as passed.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from diffsight.engine.calls import Tap
 from diffsight.engine.points import INPUTS, LAST, OUTPUT, Asked, Assignment, Point, PointKey
+from diffsight.engine.taps import Tap
 from diffsight.errors import NeverReachedError, OutOfOrderError, RunClosedError
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from diffsight.engine.batch_parts import Selection, Tapped
+from diffsight.engine.batch_slicing import Selection, Tapped
 from diffsight.engine.target import Target, join
 from diffsight.errors import AssignmentError
 

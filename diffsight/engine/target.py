@@ -40,7 +40,7 @@ class Target:
         """Send every call through `tap` from now on; return an object whose `remove()` undoes it.
 
         This is for methods; forward passes are hooked by `Taps`. Subclasses call `tap.enter` and `tap.leave`, or
-        `tap.call`, see `diffsight.engine.calls.Tap`."""
+        `tap.call`, see `diffsight.engine.taps.Tap`."""
         return TappedMethod(self.owner, self.name)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:

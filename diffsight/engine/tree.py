@@ -11,7 +11,7 @@ from diffsight.engine.attached_modules import AttachedModules
 from diffsight.engine.current_run import OpenRuns
 from diffsight.engine.late_weights import LateWeights, needs_weights
 from diffsight.engine.layout import Layout
-from diffsight.engine.steps import Clock
+from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target, join
 from diffsight.errors import DiffsightError, InputError, PointNotFoundError
 

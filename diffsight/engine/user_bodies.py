@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from diffsight.engine.calls import Tap
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
 from diffsight.engine.order import Scope
 from diffsight.engine.points import Point, PointKey
-from diffsight.engine.steps import Clock
+from diffsight.engine.step_clock import Clock
+from diffsight.engine.taps import Tap
 from diffsight.engine.torch_state import TorchState
 
 _FROM_EDIT = "_diffsight_edit"  # set on an error that was raised in an edit

@@ -34,7 +34,7 @@ from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.loading import open_pipeline
-from diffsight.pipelines.diffusion.pipeline_copies import PipelineOfRun, seeded_noise
+from diffsight.pipelines.diffusion.lockstep import PipelineOfRun, seeded_noise
 from diffsight.pipelines.diffusion.prompts import check_prompts
 from diffsight.pipelines.diffusion.run import DiffusionRun, set_pipeline
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders

@@ -9,7 +9,7 @@ from diffsight.extending import Run, Step, flow_of, keeping_attribute_errors, tr
 from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND
 from diffsight.pipelines.diffusion.branch_views import BranchView, DiffusionRow, GeneratedOutputs, rows_of
 from diffsight.pipelines.diffusion.denoising_steps import scheduler_timestep
-from diffsight.pipelines.diffusion.pipeline_copies import PipelineOfRun
+from diffsight.pipelines.diffusion.lockstep import PipelineOfRun
 
 
 class DiffusionStep(Step):

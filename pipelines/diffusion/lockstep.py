@@ -1,8 +1,12 @@
-"""The pipeline that a run calls.
+"""Several runs of one pipeline at the same time, such as two in lockstep: the pipeline that each of them calls.
 
-A pipeline and its schedulers change while they run: the scheduler counts its steps, and the pipeline holds the guidance
-scale. A run calls the user's own pipeline. If another run stands in the middle of it, such as in lockstep, it calls a
-copy that shares the modules and has schedulers of its own.
+    with model.generate(p, seed=0) as x, model.generate(q, seed=0) as y:
+        y.unet.mid_block.output = x.unet.mid_block.output
+
+Each run has a coroutine of its own (`diffsight.engine.coroutine`), so either can wait while the other moves on. But a
+pipeline and its schedulers change while they run: the scheduler counts its steps, and the pipeline holds the guidance
+scale. A run calls the user's own pipeline. If another run stands in the middle of it, the run calls a copy that shares
+the modules and has schedulers of its own.
 """
 
 import copy

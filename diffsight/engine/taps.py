@@ -23,7 +23,7 @@ from diffsight.engine.coroutine import Coroutine, current_owner
 from diffsight.engine.hooks import COMPILED, FORWARD, count_running, hook_modules, renew_hooks, unhook_modules
 from diffsight.engine.layout import Key, Layout, inside
 from diffsight.engine.points import INPUTS, OUTPUT, Assignment, Point, PointKey
-from diffsight.engine.steps import Clock
+from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
 from diffsight.errors import PointNotFoundError
 

@@ -19,7 +19,7 @@ from diffsight.errors import AssignmentError, InputError
 
 
 class Tapped(Protocol):
-    """What a selection may look at in the calls of what is tapped; see `diffsight.engine.calls.Tap`."""
+    """What a selection may look at in the calls of what is tapped; see `diffsight.engine.taps.Tap`."""
 
     target: Target
     entered: int  # calls begun so far

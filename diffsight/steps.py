@@ -1,0 +1,69 @@
+"""The steps of a run: denoising steps, generated tokens, forward passes.
+
+for step in run.steps:                   # or some of them: run.steps[10:20]
+    print(step.index, run.unet.output.norm())
+
+When a step begins is decided by the run's `Clock`, see `diffsight.engine.step_clock`.
+"""
+
+from collections.abc import Callable, Iterator
+
+from diffsight.engine.flow import Flow
+from diffsight.errors import InputError, OutOfOrderError
+
+
+class Step:
+    """One step of a run.
+
+    Attributes:
+        index: The number of the step, from 0.
+        component: The path of the part of the model whose call began the step.
+    """
+
+    def __init__(self, index: int, component: str, call: tuple[tuple, dict]) -> None:
+        self.index = index
+        self.component = component
+        self._call = call
+
+    def __repr__(self) -> str:
+        return f"<step {self.index} of {self.component}>"
+
+
+class Steps:
+    """The steps of a run, in order. A slice of them is a `Steps` too."""
+
+    def __init__(
+        self, flow: Flow, make_step: Callable[[int, str, tuple[tuple, dict]], Step], chosen: slice = slice(None)
+    ) -> None:
+        for bound, least in ((chosen.start, 0), (chosen.stop, 0), (chosen.step, 1)):
+            if bound is not None and (not isinstance(bound, int) or bound < least):
+                raise InputError(
+                    f"run.steps is sliced by numbers of {least} or more, not {bound!r}: the number of steps is not "
+                    "known in advance"
+                )
+        self._flow, self._make_step, self._chosen = flow, make_step, chosen
+
+    def __getitem__(self, chosen: slice) -> "Steps":
+        if not isinstance(chosen, slice):
+            raise TypeError(f"run.steps has no single step: write `for step in run.steps[{chosen}:{chosen}+1]`")
+        if self._chosen != slice(None):
+            raise TypeError("run.steps can be sliced only once")
+        return Steps(self._flow, self._make_step, chosen)
+
+    def __iter__(self) -> Iterator[Step]:
+        flow, chosen = self._flow, self._chosen
+        first, last, stride = chosen.start or 0, chosen.stop, chosen.step or 1
+        if chosen != slice(None) and (flow.clock.index > first or flow.scope.step >= first):
+            raise OutOfOrderError(
+                f"run.steps[{first}:] was asked for too late: the model is in step {flow.clock.index}"
+            )
+        try:
+            while last is None or max(flow.scope.step + 1, first) < last:
+                if not flow.next_step():
+                    return
+                index = flow.scope.step
+                if index >= first and (index - first) % stride == 0 and (last is None or index < last):
+                    target, args, kwargs = flow.clock.call
+                    yield self._make_step(index, target.path, (args, kwargs))
+        finally:
+            flow.leave_steps()
