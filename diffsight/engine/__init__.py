@@ -6,6 +6,7 @@ The files in order; each imports only from those above it:
     coroutine       a stack that parks and resumes; each run has its own, so two can be open in lockstep
     gradients       methods that disable gradients, called with them
     hooks           what a run puts on the model, and takes off again
+    users_hooks     forward hooks of others, and which of them may change an output
     target          one thing that can be tapped, and its path
     batch_slicing   a part of a value, such as the rows of a batch
     points          a point as it is asked for, a value that passes there, an assignment

@@ -25,6 +25,7 @@ from diffsight.engine.layout import Key, Layout, inside
 from diffsight.engine.points import INPUTS, OUTPUT, Assignment, Point, PointKey
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
+from diffsight.engine.users_hooks import has_forward_hooks, output_hooks
 from diffsight.errors import PointNotFoundError
 
 _forward_of, _has_forward = operator.itemgetter(FORWARD), operator.methodcaller("__contains__", FORWARD)
@@ -71,6 +72,7 @@ class Tap:
         "border",  # in a scan, for a component: what its calls are made through
         "children_counted",
         "entered",  # number of calls begun so far, as far as the run has seen
+        "given",  # the inputs of the call at whose output the model stands
         "heeded",  # whether the run wants to know when its calls begin and end
         "hooks",  # what else the run has put on the module
         "host",
@@ -99,6 +101,7 @@ class Tap:
         self.points: dict[PointKey, Point] = {}
         self.skips: dict[int, Assignment] = {}
         self.border: Callable[[Callable, tuple, dict], Any] | None = None
+        self.given: tuple[tuple, dict] | None = None
         self.begun = self.children_counted = self.inside = self.takes_inputs = False
         self.heeded = target.outer is None or target.key in host.clock.starts or target.key in host.clock.ends
         self.hooks: list[Any] = []
@@ -114,15 +117,16 @@ class Tap:
         index = self.active[-1]
         skip = self.skips.pop(index, None) if self.skips else None
         if skip is not None:
-            return self.leave(skip.value)
+            return self.leave(skip.value, (args, kwargs))
         if self.inside:
             function = self.target.uncompiled()
+        has_hooks = self._has_hooks()  # PyTorch also looks for them before the call
         try:
             output = function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
         except BaseException:
             self.active.remove(index)
             raise
-        return self.leave(output)
+        return self.leave(output, (args, kwargs), has_hooks)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A call begins. Return new inputs, or None if they stay as they are."""
@@ -139,18 +143,50 @@ class Tap:
         point = self._pass(key, (args, kwargs))
         return point.value if point is not None and point.changed else None
 
-    def leave(self, output: Any) -> Any:
-        """A call ends. Return the output, replaced or as it was."""
-        if not self.active:  # a call that began before the tap was made
+    def leave(self, output: Any, given: tuple[tuple, dict] | None = None, has_hooks: bool = True) -> Any:
+        """A call ends. Return the output, replaced or as it was.
+
+        `given` are its inputs. If hooks of others may still replace the output (never if `has_hooks` is False), the
+        call ends after them."""
+        if not self.active or (has_hooks and self._leave_after_hooks(given)):  # inactive: it began before the tap
             return output
         index = self.active.pop()
         key = (OUTPUT, index)
         if key in self.awaited or key in self.pending or self.keepers:
-            point = self._pass(key, output)
+            self.given = given
+            try:
+                point = self._pass(key, output)
+            finally:
+                self.given = None
             output = output if point is None else point.value
         if self.heeded:
             self.host.end_call(self, output)
         return output
+
+    def _has_hooks(self) -> bool:
+        """Whether others have put forward hooks on the module that run outside `call`."""
+        owner = self.target.owner
+        return self.target.name == FORWARD and has_forward_hooks(owner) and vars(owner).get(COMPILED) is None
+
+    def _leave_after_hooks(self, given: tuple[tuple, dict] | None) -> bool:
+        """Let the call end in a hook of its own, after those that may change the output; return False if none may."""
+        owner, index = self.target.owner, self.active[-1]
+        before = output_hooks(owner) if self._has_hooks() else []
+        if not before:
+            return False
+
+        def after(module: nn.Module, args: tuple, output: Any) -> Any:
+            if module is not owner or current_owner() is not self.host or self.active[-1:] != [index]:
+                return None
+            hook.remove()
+            self.hooks.remove(hook)
+            return self.leave(output, given, has_hooks=False)
+
+        hook = owner.register_forward_hook(after)
+        self.hooks.append(hook)
+        for number in [number for number in owner._forward_hooks if number not in (*before, hook.id)]:
+            owner._forward_hooks.move_to_end(number)
+        return True
 
     def _pass(self, key: PointKey, value: Any) -> Point | None:
         point = None
