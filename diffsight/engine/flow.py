@@ -50,7 +50,7 @@ ENDED, STOPPED = "the run has ended", "the run was stopped"  # the outcomes of r
 
 
 class Observer(Protocol):
-    """Looks on at the calls of a run's components, for example to know what their batches hold. Observers change
+    """Watches the calls of a run's components, for example to learn what their batches hold. Observers change
     nothing. Calls that begin or end a step are observed too."""
 
     def called(self, tap: Tap, args: tuple, kwargs: dict) -> None:
@@ -169,7 +169,7 @@ class Flow:
             tap.pending.setdefault(key, []).append(assignment)
 
     def skip(self, asked: Asked, value: Any) -> None:
-        """Leave a call out: it returns `value`. Possible until the call runs, at its inputs at the latest."""
+        """Skip a call (see `Tap.call`), which then returns `value`. Ask before it runs, at its inputs at the latest."""
         self._check_open(asked)
         self._touch(asked)
         scope = self.scope
@@ -528,7 +528,7 @@ class Flow:
     # ---- how the run ends
 
     def _fail(self, error: BaseException) -> None:
-        """The model has ended with an error, or the exchange with it was interrupted."""
+        """The model has ended with an error, or switching to or from it was interrupted."""
         failed = f"its model failed with {type(error).__name__}"
         self.refused.clear()
         if self.coroutine is not None and self.coroutine.has_begun:
@@ -591,7 +591,7 @@ class Flow:
             self.coroutine.park(point)
 
     def begin_call(self, tap: Tap, args: tuple, kwargs: dict) -> None:
-        """A call that the run heeds begins, and perhaps a step with it."""
+        """A call that the run watches begins, and perhaps a step with it."""
         if self.clock.begins(tap.target, args, kwargs):
             self.unreached += self.taps.begin_step()
             beside = [*self.bodies.edits, *self.bodies.functions]
@@ -602,7 +602,7 @@ class Flow:
             self.observer.called(tap, args, kwargs)
 
     def end_call(self, tap: Tap, output: Any) -> None:
-        """A call that the run heeds has ended."""
+        """A call that the run watches has ended."""
         self.clock.note_end(tap.target)
         if self.observer is not None:
             self.observer.returned(tap, output)

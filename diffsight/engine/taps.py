@@ -46,10 +46,10 @@ class Host(Protocol):
         """The model has reached a point that a body waits for or has assigned: give every body its turn."""
 
     def begin_call(self, tap: "Tap", args: tuple, kwargs: dict) -> None:
-        """A call that the run heeds begins: one of a component, or one that begins or ends a step."""
+        """A call that the run watches begins: one of a component, or one that begins or ends a step."""
 
     def end_call(self, tap: "Tap", output: Any) -> None:
-        """A call that the run heeds has ended; the model continues with `output`."""
+        """A call that the run watches has ended; the model continues with `output`."""
 
 
 class Origin(NamedTuple):
@@ -73,7 +73,6 @@ class Tap:
         "children_counted",
         "entered",  # number of calls begun so far, as far as the run has seen
         "given",  # the inputs of the call at whose output the model stands
-        "heeded",  # whether the run wants to know when its calls begin and end
         "hooks",  # what else the run has put on the module
         "host",
         "inside",  # whether a compiled module runs uncompiled
@@ -87,6 +86,7 @@ class Tap:
         "target",
         "unseen",
         "unseen_in_step",
+        "watched",  # whether the run wants to know when its calls begin and end
     )
 
     def __init__(self, host: Host, target: Target, origin: Origin, entered: int = 0, step_base: int = 0) -> None:
@@ -103,7 +103,7 @@ class Tap:
         self.border: Callable[[Callable, tuple, dict], Any] | None = None
         self.given: tuple[tuple, dict] | None = None
         self.begun = self.children_counted = self.inside = self.takes_inputs = False
-        self.heeded = target.outer is None or target.key in host.clock.starts or target.key in host.clock.ends
+        self.watched = target.outer is None or target.key in host.clock.starts or target.key in host.clock.ends
         self.hooks: list[Any] = []
 
     # ---- from the model's side
@@ -130,11 +130,11 @@ class Tap:
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A call begins. Return new inputs, or None if they stay as they are."""
-        if self.heeded:
+        if self.watched:
             self.host.begin_call(self, args, kwargs)
         around, index = self.origin.around, self.entered
         if not index and around is not None and not around.active and not self.host.taps.is_in_method(around):
-            self.unseen = self.unseen_in_step = 1  # called past the module around it: who knows how often before
+            self.unseen = self.unseen_in_step = 1  # called directly: earlier calls may have been missed
         self.entered = index + 1
         self.active.append(index)
         key = (INPUTS, index)
@@ -159,7 +159,7 @@ class Tap:
             finally:
                 self.given = None
             output = output if point is None else point.value
-        if self.heeded:
+        if self.watched:
             self.host.end_call(self, output)
         return output
 
@@ -274,7 +274,7 @@ class Tap:
 
 
 class LearningTap(Tap):
-    """A tap in the first run of a model, which notes whether the module is called past the module around it."""
+    """A tap in the first run of a model, which notes whether the module is called directly, not by one around it."""
 
     __slots__ = ()
 
@@ -337,7 +337,7 @@ class Taps(dict[Key, Tap]):
             return self[target.key]
         if not target.is_called:
             raise PointNotFoundError(
-                f"{target.path} has no values: {type(target.owner).__name__} is not called by the model, it only "
+                f"{target.path} has no values: {type(target.owner).__name__} is never called by the model; it only "
                 "holds other modules. Ask for one of those"
             )
         for place in self._layout.places.get(target.key, ()):
