@@ -19,19 +19,22 @@ import builtins
 from importlib import import_module
 from typing import Any
 
+from diffsight.compat.backward_blocks import add_backward_blocks
 from diffsight.compat.compat_envoy import CompatEnvoy as Envoy
 from diffsight.compat.conditions import Cond, cond
 from diffsight.compat.config import CONFIG, remote_logger
 from diffsight.compat.functions import apply, local, log, trace
 from diffsight.compat.import_paths import Proxy, WrapperModule, add_places
 from diffsight.compat.iterations import Iterations
+from diffsight.compat.renames import get_rename_dict
 from diffsight.compat.sessions import Session
 from diffsight.compat.stopping import stop
 from diffsight.compat.tracer import Tracer
 from diffsight.compat.values import add_methods, save
 from diffsight.compat.wrappers import NNsight, wrapper_named
+from diffsight.errors import OutOfOrderError
 
-_WRAPPERS = ("DiffusionModel", "LanguageModel", "VisionLanguageModel")
+_WRAPPERS = ("DiffusionModel", "LanguageModel", "TransformersModel", "VisionLanguageModel")
 
 __all__ = [
     "CONFIG",
@@ -39,6 +42,8 @@ __all__ = [
     "Envoy",
     "Iterations",
     "NNsight",
+    "NNsightDeprecationWarning",
+    "OutOfOrderError",
     "Proxy",
     "Session",
     "Tracer",
@@ -51,6 +56,7 @@ __all__ = [
     "cond",
     "dict",
     "float",
+    "get_rename_dict",
     "int",
     "list",
     "local",
@@ -63,6 +69,11 @@ __all__ = [
     "trace",
     "tuple",
 ]
+
+
+class NNsightDeprecationWarning(FutureWarning):
+    """nnsight's warnings of old names, for code that filters them. None is given here."""
+
 
 # nnsight.list() and the like
 list, tuple, dict, set = builtins.list, builtins.tuple, builtins.dict, builtins.set
@@ -80,3 +91,4 @@ def __getattr__(name: str) -> Any:
 
 add_places()
 add_methods()
+add_backward_blocks()

@@ -1,0 +1,50 @@
+"""The inputs of several invokes as one batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from diffsight.errors import InputError
+
+_TOKENS = {"input_ids", "attention_mask"}
+
+
+def joined_inputs(invoked_with: Sequence[tuple[tuple, dict[str, Any]]]) -> list[Any]:
+    """Return one list with the inputs of all invokes.
+
+    Args:
+        invoked_with: The arguments of each invoke: a text, a list or a tensor, or token ids by name.
+    """
+    rows = [row for args, kwargs in invoked_with for row in _rows(args, kwargs)]
+    is_plain = all(isinstance(row, torch.Tensor) and row.is_floating_point() for row in rows)
+    return [row[None] for row in rows] if is_plain else rows
+
+
+def _rows(args: tuple, kwargs: Mapping[str, Any]) -> Sequence[Any]:
+    (given,) = args if len(args) == 1 and not kwargs else (None,)
+    named = given if isinstance(given, Mapping) else kwargs
+    if isinstance(given, str):
+        return [given]
+    if isinstance(given, (list, torch.Tensor)) and len(given):
+        return [given] if isinstance(given[0], int) or getattr(given, "ndim", 2) < 2 else list(given)
+    if (
+        not args
+        and "input_ids" in named
+        and named.keys() <= _TOKENS
+        or isinstance(given, Mapping)
+        and given.keys() <= _TOKENS
+    ):
+        return _tokens(torch.as_tensor(named["input_ids"]), named.get("attention_mask"))
+    raise InputError(
+        "invoke() without an input joins texts, lists, tensors and token ids, and an invoke before it has something "
+        "else: trace all inputs at once"
+    )
+
+
+def _tokens(ids: torch.Tensor, mask: Any) -> list[torch.Tensor]:
+    """Return the token ids of each row without padding."""
+    ids = ids if ids.ndim == 2 else ids[None]
+    if mask is None:
+        return list(ids)
+    return [row[own.bool()] for row, own in zip(ids, torch.as_tensor(mask).reshape(ids.shape))]
