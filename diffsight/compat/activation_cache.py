@@ -47,6 +47,10 @@ class ActivationCache:
         firsts = [None if one.get("inputs") is None else _first(*one["inputs"]) for one in self._of_module()]
         return firsts[0] if len(firsts) == 1 else firsts
 
+    def save(self) -> "ActivationCache":
+        """Return itself: a name bound in a run stays bound after it."""
+        return self
+
     def keys(self) -> list[str]:
         """Return the paths of the modules that were kept here."""
         inside = (None,) if self._path is None else (self._path, f"{self._path}.")

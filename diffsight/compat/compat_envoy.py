@@ -19,15 +19,17 @@ from diffsight.compat.old_names import old_name
 from diffsight.compat.tracer import end_visits, iterations_of, move_to_next, note_change, note_read, repeat_all
 from diffsight.engine.current_run import current_edit
 from diffsight.errors import DiffsightError, OutOfOrderError
-from diffsight.extending import FORWARD, Envoy, Run, Target, assign, fetch, join, open_run, run_meant_by
+from diffsight.extending import FORWARD, Envoy, Model, Run, Target, assign, fetch, join, open_run, owner_of, run_meant_by
+
+TAKEN = ("output", "input", "inputs", "source", "iter")  # names of modules that envoys have themselves
+_MOVED = "E_"
 
 
 class CompatEnvoy(Envoy):
     """An envoy with the names of nnsight's. `Envoy(module)` wraps a module, as `NNsight(module)` does."""
 
     def __new__(cls, first: Any = None, *args: Any, **kwargs: Any) -> "CompatEnvoy":
-        wraps = cls is CompatEnvoy and isinstance(first, nn.Module)
-        return object.__new__(import_module("diffsight.compat").NNsight if wraps else cls)
+        return object.__new__(_wrapping(cls) if isinstance(first, nn.Module) and not issubclass(cls, Model) else cls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module. In an edit, an attached module is called through the run's points, as with `hook=True`."""
@@ -145,6 +147,8 @@ class CompatEnvoy(Envoy):
     def _child(self, name: str) -> Any:
         renames = self._tree.__dict__.get("renames")
         target = None if renames is None else renames.target_named(self._target, name)
+        if target is None and name.startswith(_MOVED) and name.removeprefix(_MOVED) in TAKEN:
+            return super()._child(name.removeprefix(_MOVED))  # `attention.E_output`, a module called `output`
         child = super()._child(name) if target is None else self._handle(target)
         return self if child is None and old_name(self._owner) == name else child
 
@@ -168,7 +172,7 @@ class CompatEnvoy(Envoy):
             return self.root
         known = self._family["handles"] if is_models else {}
         handle = known.get(target.key)
-        if handle is None or handle._owner is not target.owner:
+        if handle is None or owner_of(handle) is not target.owner:
             handle = known[target.key] = _converted(super()._handle(target), self._family)
         return handle
 
@@ -225,6 +229,13 @@ def _converted(envoy: Any, family: dict[str, Any]) -> Any:
             object.__setattr__(envoy, "__class__", _with_compat_names(type(envoy)))
         envoy.__dict__["_family"] = family
     return envoy
+
+
+@cache
+def _wrapping(cls: type[CompatEnvoy]) -> type[Model]:
+    """Return what `Envoy(module)` makes; for a subclass of the user's own, the same with what that defines."""
+    wrapper = import_module("diffsight.compat").NNsight
+    return wrapper if cls is CompatEnvoy else type(cls.__name__, (cls, wrapper), {})
 
 
 @cache

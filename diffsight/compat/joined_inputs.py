@@ -4,19 +4,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
 from diffsight.errors import InputError
 
 _TOKENS = {"input_ids", "attention_mask"}
 
 
-def joined_inputs(invoked_with: Sequence[tuple[tuple, dict[str, Any]]]) -> list[Any]:
+def joined_inputs(invoked_with: Sequence[tuple[tuple, dict[str, Any]]], tokenizer: Any) -> list[Any]:
     """Return one list with the inputs of all invokes.
 
     Args:
         invoked_with: The arguments of each invoke: a text, a list or a tensor, or token ids by name.
+        tokenizer: What makes texts into token ids where some inputs are texts and others token ids; None if nothing.
     """
     rows = [row for args, kwargs in invoked_with for row in _rows(args, kwargs)]
+    if tokenizer is not None and len({isinstance(row, str) for row in rows}) == 2:
+        rows = [torch.tensor(tokenizer(row)["input_ids"]) if isinstance(row, str) else row for row in rows]
     is_plain = all(isinstance(row, torch.Tensor) and row.is_floating_point() for row in rows)
     return [row[None] for row in rows] if is_plain else rows
 
@@ -24,16 +28,12 @@ def joined_inputs(invoked_with: Sequence[tuple[tuple, dict[str, Any]]]) -> list[
 def _rows(args: tuple, kwargs: Mapping[str, Any]) -> Sequence[Any]:
     (given,) = args if len(args) == 1 and not kwargs else (None,)
     named = given if isinstance(given, Mapping) else kwargs
-    if isinstance(given, str):
+    if isinstance(given, (str, Image)):
         return [given]
     if isinstance(given, (list, torch.Tensor)) and len(given):
         return [given] if isinstance(given[0], int) or getattr(given, "ndim", 2) < 2 else list(given)
-    if (
-        not args
-        and "input_ids" in named
-        and named.keys() <= _TOKENS
-        or isinstance(given, Mapping)
-        and given.keys() <= _TOKENS
+    if (not args and "input_ids" in named and named.keys() <= _TOKENS) or (
+        isinstance(given, Mapping) and given.keys() <= _TOKENS
     ):
         return _tokens(torch.as_tensor(named["input_ids"]), named.get("attention_mask"))
     raise InputError(

@@ -20,6 +20,7 @@ from threading import Lock
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -47,7 +48,7 @@ class LaterGradient:
     def __init__(self, tensor: torch.Tensor | None = None, operands: tuple["LaterGradient", ...] = ()) -> None:
         self._known: Any = None
         self._is_known = False
-        self._like = tensor
+        self._like = None if tensor is None else tensor.detach().to("meta")  # which has its shape and type
         self._programs = {id(p): p for o in operands for p in o._programs.values()}
 
     @property
@@ -79,7 +80,7 @@ class LaterGradient:
             raise AttributeError(f"a gradient has no {name!r}")
         if self._is_known:
             return getattr(self._known, name)
-        if self._like is not None and name in ("shape", "dtype", "device", "ndim", "size", "dim", "numel"):
+        if self._like is not None and name in ("shape", "dtype", "ndim", "size", "dim", "numel"):
             return getattr(self._like, name)
         if not callable(getattr(torch.Tensor, name)):
             return _applied(getattr, (self, name), {}) if name in ("T", "mT", "data") else self.value
@@ -169,6 +170,7 @@ class Program:
 
 _programs: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _reader: ContextVar[Any] = ContextVar("diffsight_gradient_reader", default=None)
+_held: ContextVar[list[torch.Tensor]] = ContextVar("diffsight_held_tensors")
 _lock, _users = Lock(), [0]
 
 
@@ -183,9 +185,11 @@ def reading_gradients(reader: Any = None) -> Iterator[None]:
         _users[0] += 1
         torch.Tensor.grad = property(_get, _set, _PLAIN_GRAD.__delete__)
     token = _reader.set(reader) if reader is not None else None
+    held = _held.set([])
     try:
         yield
     finally:
+        _held.reset(held)
         if token is not None:
             _reader.reset(token)
         with _lock:
@@ -198,22 +202,27 @@ def _get(tensor: torch.Tensor) -> Any:
     reader = _reader.get()
     if reader is not None and tensor.requires_grad:
         return reader.read(tensor)
-    if tensor.is_leaf or not tensor.requires_grad or tensor.retains_grad:
-        return _PLAIN_GRAD.__get__(tensor)
-    return _program_of(tensor).current
+    known = None if not tensor.is_leaf and not tensor.retains_grad else _PLAIN_GRAD.__get__(tensor)
+    return known if known is not None or _has_own(tensor) else _program_of(tensor).current
 
 
 def _set(tensor: torch.Tensor, value: Any) -> None:
     reader = _reader.get()
     if reader is not None and tensor.requires_grad:
         reader.write(tensor, value)
-    elif tensor.is_leaf or not tensor.requires_grad or tensor.retains_grad:
+    elif value is None or _has_own(tensor):
         _PLAIN_GRAD.__set__(tensor, value)
     else:
         _program_of(tensor).replace(tensor, value)
 
 
+def _has_own(tensor: torch.Tensor) -> bool:
+    """Return whether `.grad` of a tensor means what it means in PyTorch."""
+    return isinstance(tensor, nn.Parameter) or not tensor.requires_grad or tensor.retains_grad
+
+
 def _program_of(tensor: torch.Tensor) -> Program:
     if tensor not in _programs:
         _programs[tensor] = Program(tensor)
+        _held.get().append(tensor)  # it can be asked for again as long as the block lasts
     return _programs[tensor]

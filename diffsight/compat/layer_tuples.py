@@ -12,10 +12,15 @@ from diffsight.extending import Tree
 class LayerOutput(tuple):
     """The output of a layer as a tuple. What a tensor alone can do raises an error that names the switch."""
 
+    __slots__ = ()
+
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, tuple):
             raise InputError(f"{_IS_TUPLE} Write `.output[0][...]` for `.output[...]`, {_OR_SWITCH}")
         return super().__getitem__(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise InputError(f"{_IS_TUPLE} Write `.output[0][...] = ` for `.output[...] = `, {_OR_SWITCH}")
 
     def __getattr__(self, name: str) -> Any:
         if hasattr(torch.Tensor, name) and not name.startswith("__"):

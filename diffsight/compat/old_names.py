@@ -11,5 +11,5 @@ _FLATTENED = {  # the class of a model: the name of the module in it that now is
 
 
 def old_name(owner: Any) -> str | None:
-    """Return the name of the module that a model contained in transformers 4 and is itself now; None if there is none."""
+    """Return the name of the module that a model contained in transformers 4 and is itself now, or None."""
     return _FLATTENED.get(type(owner).__name__)

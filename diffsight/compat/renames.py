@@ -4,8 +4,8 @@
     model.layers[0].ffn
 
 A key is a path from any module (`mlp` renames the `mlp` of each layer), in which `*` stands for any one child, or a
-class of modules. A dotted name, as in `{"attn.c_proj": "attn.o_proj"}`, renames what is inside the module that it begins
-with.
+class of modules. A dotted name, as in `{"attn.c_proj": "attn.o_proj"}`, renames what is inside the module that its path
+begins with.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -112,7 +112,8 @@ class Tracer(TracerFunctions, Run):
     def _joined_inputs(self) -> Any:
         """Return the inputs of all invokes as one batch."""
         if not self._invoked_with:
-            raise InputError("invoke() without an input has the inputs of the invokes before it, and there are none")
+            raise InputError("invoke() without an input has the inputs of the invokes before it, and there are none. For the rows "
+                "of one pass, use run.rows")
         for tracer in self._invoked:
             tracer._find_changes()
             if tracer._changed:
@@ -121,7 +122,7 @@ class Tracer(TracerFunctions, Run):
                     f"{tracer._changed}, which that pass would not have: read what you need in that invoke, or trace "
                     "all inputs at once and use run.rows"
                 )
-        return joined_inputs(self._invoked_with)
+        return joined_inputs(self._invoked_with, self._model.__dict__.get("tokenizer"))
 
     def _find_changes(self) -> None:
         """Note whether values that the block has read were changed in place."""
@@ -137,6 +138,7 @@ class Tracer(TracerFunctions, Run):
         detach: bool = True,
         include_output: bool = True,
         include_inputs: bool = False,
+        non_blocking: bool = False,
     ) -> ActivationCache:
         """Keep the outputs, and inputs, of many modules, see `ActivationCache`.
 
@@ -150,6 +152,7 @@ class Tracer(TracerFunctions, Run):
             detach: Whether to detach them.
             include_output: Whether to keep outputs.
             include_inputs: Whether to keep inputs.
+            non_blocking: Without an effect: copies are complete when they are kept.
 
         Raises:
             InputError: Something was already read or changed.

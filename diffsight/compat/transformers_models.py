@@ -10,14 +10,15 @@ with model.pipe(image) as tracer:
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from typing import Any
 
 from torch import nn
 
+from diffsight.compat.tracer import describe_opening
 from diffsight.errors import InputError
-from diffsight.extending import Run, open_run
+from diffsight.extending import Run, owner_of
 
 _OF_TOKENIZER = ("truncation", "max_length", "padding", "add_special_tokens")
 _IMAGES_AND_TEXT = "image-text-to-text"
@@ -42,7 +43,8 @@ class TransformersNames:
     _task: str | None = None
 
     def __new__(cls, *args: Any, task: str | None = None, **kwargs: Any) -> Any:
-        sees = import_module("diffsight.compat").VisionLanguageModel if task == _IMAGES_AND_TEXT else cls
+        is_named = task == _IMAGES_AND_TEXT and cls._task is None
+        sees = import_module("diffsight.compat.wrappers").vision_transformers_model() if is_named else cls
         return object.__new__(sees if issubclass(sees, cls) else cls)
 
     def __init__(
@@ -98,7 +100,8 @@ class TransformersNames:
 
     def pipe(self, *args: Any, **kwargs: Any) -> Run:
         """Open a run of the pipeline, from its input to its result: texts, labels and so on."""
-        return open_run(self, lambda: self.pipeline(*args, **kwargs))
+        again = None if args else partial(self.pipe, **kwargs)
+        return describe_opening(self._new_run(lambda: self.pipeline(*args, **kwargs), (), again), True, bool(args))
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """Open a run of one forward pass. With `trace=False`, return its result."""
@@ -167,7 +170,7 @@ def _task_of(net: nn.Module) -> str:
 def _image_processor(transformers: Any, source: Any, model: Any) -> Any:
     """Return what turns images into tensors: that of the processor, or that of a model which takes only images."""
     own = getattr(model.__dict__.get("processor"), "image_processor", None)
-    if own is not None or not isinstance(source, str) or getattr(model._owner, "main_input_name", "") != "pixel_values":
+    if own is not None or not isinstance(source, str) or getattr(owner_of(model), "main_input_name", "") != "pixel_values":
         return own
     try:
         return transformers.AutoImageProcessor.from_pretrained(source)

@@ -1,7 +1,8 @@
 """`NNsight`, `LanguageModel`, `VisionLanguageModel` and `DiffusionModel` with the arguments of nnsight's models."""
 
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffsight.compat.compat_envoy import CompatEnvoy
+from diffsight.compat.compat_envoy import TAKEN, CompatEnvoy
+from diffsight.compat.edit_blocks import with_pair
 from diffsight.compat.renames import Rename, Renames
 from diffsight.compat.sessions import Session
+from diffsight.compat.standardized_transformer import StandardizedNames
 from diffsight.compat.tracer import Tracer, describe_opening, entered_tracers
 from diffsight.compat.transformers_models import TransformersNames
 from diffsight.errors import InputError
@@ -27,7 +30,7 @@ class CompatModel(CompatEnvoy):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if not issubclass(cls._run_class, Tracer):
+        if not issubclass(getattr(cls, "_run_class", Tracer), Tracer):
             cls._run_class = type("Tracer", (Tracer, cls._run_class), {"__doc__": Tracer.__doc__})
 
     def __init__(
@@ -42,11 +45,25 @@ class CompatModel(CompatEnvoy):
         super().__init__(*args, **kwargs, **({} if is_live or device_map is None else {"device_map": device_map}))
         self._be_root()
         self._tree.blocks_give_tuples = self._gives_tuples
+        self._warn_of_hidden_modules()
         if rename:
             self._tree.renames = Renames(self._tree, rename, dir(CompatEnvoy))
         device = device_map if device is None and is_live and device_map != "auto" else device
         if device is not None:
             self.to(device)
+
+    def _warn_of_hidden_modules(self) -> None:
+        """Warn of modules that cannot be reached by their own names, since envoys have values of those names."""
+        hidden = [p for p, _ in self._modules_here() if p.rpartition(".")[2] in TAKEN and p]
+        if hidden:
+            warnings.warn(
+                f"the model has modules named as values that nnsight already serves ({hidden[0]}, {len(hidden)} in "
+                "all): write `.E_output` for a module `output`, and so on",
+                stacklevel=4,
+            )
+
+    def _modules_here(self) -> Iterator[tuple[str, nn.Module]]:
+        return self._owner.named_modules() if isinstance(self._owner, nn.Module) else iter(())
 
     def _be_root(self) -> None:
         self.__dict__["_family"] = {"root": weakref.ref(self), "handles": {}}
@@ -89,7 +106,8 @@ class CompatModel(CompatEnvoy):
         """Edit a copy of the model. The older form, `with model.edit(""):`, edits the model itself."""
         _check_empty("edit", _known_here(kwargs))
         functions = [argument for argument in args if callable(argument)]
-        return super().edit(*functions, inplace=inplace or len(functions) < len(args))
+        editing = super().edit(*functions, inplace=inplace or len(functions) < len(args))
+        return editing if functions else with_pair(editing)
 
     def session(self, **kwargs: Any) -> Session:
         """Group runs, of this model and of others: `with model.session() as session:`."""
@@ -143,12 +161,50 @@ def wrapper_named(name: str) -> type[Model]:
     They are imported by name when they are first asked for: they stand above the engine, and take long to import."""
     if name == "TransformersModel":
         return _named(name, TransformersNames, CompatModel, import_module("diffsight").LanguageModel)
+    if name == "StandardizedTransformer":
+        return _named(name, StandardizedNames, wrapper_named("LanguageModel"))
     wrapper = getattr(import_module("diffsight"), name)
     if name == "LanguageModel":
         return _named(name, wrapper_named("TransformersModel"), wrapper, _task="text-generation", _gives_tuples=True)
     if name == "VisionLanguageModel":
-        return _named(name, wrapper_named("TransformersModel"), wrapper, _task="image-text-to-text", _gives_tuples=True)
-    return _named(name, CompatModel, wrapper, _gives_tuples=True)
+        return _named(name, vision_transformers_model(), _gives_tuples=True)
+    return _named(name, DiffusionNames, wrapper)
+
+
+@cache
+def vision_transformers_model() -> type[Model]:
+    """Return what `TransformersModel(name, task="image-text-to-text")` is."""
+    wrapper = import_module("diffsight").VisionLanguageModel
+    return _named("TransformersModel", wrapper_named("TransformersModel"), wrapper, _task="image-text-to-text")
+
+
+class DiffusionNames(CompatModel):
+    """What nnsight's `DiffusionModel` accepts beyond that of diffsight.
+
+    Args:
+        source: As for `diffsight.DiffusionModel`.
+        automodel: The class of pipeline to load, or its name: `"StableDiffusionImg2ImgPipeline"`. It is loaded at once.
+    """
+
+    _gives_tuples = True
+
+    def __init__(self, source: Any, *, automodel: Any = None, **kwargs: Any) -> None:
+        if automodel is not None:
+            if not isinstance(source, str):
+                raise InputError("automodel= chooses the class to load: a live pipeline has one already")
+            kind = getattr(import_module("diffusers"), automodel) if isinstance(automodel, str) else automodel
+            loading = {name: kwargs.pop(name) for name in list(kwargs) if name not in _OF_MODEL}
+            source = kind.from_pretrained(source, **loading)
+        super().__init__(source, **kwargs)
+
+    def trace(self, *args: Any, trace: bool = True, **kwargs: Any) -> Any:
+        """Open a run of the pipeline with one denoising step, unless `num_inference_steps` is passed."""
+        if "num_inference_steps" in self.argument_names:
+            kwargs.setdefault("num_inference_steps", 1)
+        return super().trace(*args, trace=trace, **kwargs)
+
+
+_OF_MODEL = ("rename", "device", "dispatch")
 
 
 def _named(name: str, *bases: type, **facts: Any) -> type[Model]:
