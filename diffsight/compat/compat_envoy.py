@@ -19,7 +19,19 @@ from diffsight.compat.old_names import old_name
 from diffsight.compat.tracer import end_visits, iterations_of, move_to_next, note_change, note_read, repeat_all
 from diffsight.engine.current_run import current_edit
 from diffsight.errors import DiffsightError, OutOfOrderError
-from diffsight.extending import FORWARD, Envoy, Model, Run, Target, assign, fetch, join, open_run, owner_of, run_meant_by
+from diffsight.extending import (
+    FORWARD,
+    Envoy,
+    Model,
+    Run,
+    Target,
+    assign,
+    fetch,
+    join,
+    open_run,
+    owner_of,
+    run_meant_by,
+)
 
 TAKEN = ("output", "input", "inputs", "source", "iter")  # names of modules that envoys have themselves
 _MOVED = "E_"

@@ -21,8 +21,7 @@ def joined_inputs(invoked_with: Sequence[tuple[tuple, dict[str, Any]]], tokenize
     rows = [row for args, kwargs in invoked_with for row in _rows(args, kwargs)]
     if tokenizer is not None and len({isinstance(row, str) for row in rows}) == 2:
         rows = [torch.tensor(tokenizer(row)["input_ids"]) if isinstance(row, str) else row for row in rows]
-    is_plain = all(isinstance(row, torch.Tensor) and row.is_floating_point() for row in rows)
-    return [row[None] for row in rows] if is_plain else rows
+    return [row[None] if isinstance(row, torch.Tensor) else row for row in rows]
 
 
 def _rows(args: tuple, kwargs: Mapping[str, Any]) -> Sequence[Any]:

@@ -82,6 +82,8 @@ class LaterGradient:
             return getattr(self._known, name)
         if self._like is not None and name in ("shape", "dtype", "ndim", "size", "dim", "numel"):
             return getattr(self._like, name)
+        if name in ("item", "tolist", "numpy"):
+            return getattr(self.value, name)
         if not callable(getattr(torch.Tensor, name)):
             return _applied(getattr, (self, name), {}) if name in ("T", "mT", "data") else self.value
         return partial(_applied_to, lambda own, *args, **kwargs: getattr(own, name)(*args, **kwargs), self)

@@ -112,8 +112,10 @@ class Tracer(TracerFunctions, Run):
     def _joined_inputs(self) -> Any:
         """Return the inputs of all invokes as one batch."""
         if not self._invoked_with:
-            raise InputError("invoke() without an input has the inputs of the invokes before it, and there are none. For the rows "
-                "of one pass, use run.rows")
+            raise InputError(
+                "invoke() without an input has the inputs of the invokes before it, and there are none. For the rows "
+                "of one pass, use run.rows"
+            )
         for tracer in self._invoked:
             tracer._find_changes()
             if tracer._changed:

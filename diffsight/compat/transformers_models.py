@@ -170,7 +170,11 @@ def _task_of(net: nn.Module) -> str:
 def _image_processor(transformers: Any, source: Any, model: Any) -> Any:
     """Return what turns images into tensors: that of the processor, or that of a model which takes only images."""
     own = getattr(model.__dict__.get("processor"), "image_processor", None)
-    if own is not None or not isinstance(source, str) or getattr(owner_of(model), "main_input_name", "") != "pixel_values":
+    if (
+        own is not None
+        or not isinstance(source, str)
+        or getattr(owner_of(model), "main_input_name", "") != "pixel_values"
+    ):
         return own
     try:
         return transformers.AutoImageProcessor.from_pretrained(source)
