@@ -115,6 +115,7 @@ class TransformersNames:
 
     def _given(self, args: tuple, kwargs: dict[str, Any], settings_of: Sequence[str]) -> tuple[tuple, dict[str, Any]]:
         """Return arguments with what the tokenizer, or another preprocessor, makes of them where it is asked to."""
+        kwargs = {**(kwargs.pop("invoker_args", None) or {}), **kwargs}
         if "text" in kwargs and not args:
             args = (kwargs.pop("text"),)
         settings = {name: kwargs.pop(name) for name in settings_of if name in kwargs and self._are_texts(args)}

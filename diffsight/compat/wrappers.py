@@ -236,8 +236,6 @@ def _known_here(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments without those that have no effect here. Raise InputError for `remote=True`."""
     if kwargs.get("remote") not in (None, False, "local"):
         raise InputError("remote: there is no server here. Leave it out, and the model runs in this process")
-    for name, value in (kwargs.pop("invoker_args", None) or {}).items():
-        kwargs.setdefault(name, value)
     return {name: value for name, value in kwargs.items() if name not in _IGNORED}
 
 
