@@ -15,7 +15,17 @@ from functools import partial
 from typing import Any
 
 from diffsight.engine.batch_slicing import Part, Selection
-from diffsight.envoy import InRun, Points, bound_run, flow_of, root_of, selection_of, tree_of
+from diffsight.envoy import (
+    InRun,
+    Points,
+    bound_run,
+    child_of,
+    flow_of,
+    look_at_children_first,
+    root_of,
+    selection_of,
+    tree_of,
+)
 from diffsight.errors import InputError
 
 
@@ -24,6 +34,12 @@ class View:
 
     def __init__(self, run: InRun, part: Selection) -> None:
         self.__dict__.update(_run=run, _part=part)
+        if tree_of(run).has_private_names:
+            look_at_children_first(self)
+
+    def _child(self, name: str) -> Any:
+        """The child of the whole model called `name`, if there is one."""
+        return child_of(root_of(self._run, self._part), name)
 
     @property
     def steps(self) -> Any:
