@@ -125,7 +125,7 @@ class Tree:
             modules = [part for part in parts if isinstance(part, nn.Module)] if owner is self.root.owner else []
         else:
             modules = [owner]
-        return {name for module in modules for inner in module.modules() for name in inner._modules.keys()}
+        return {name for module in modules for inner in module.modules() for name, _ in inner._modules.items()}
 
     def child_of(self, target: Target, name: str) -> Target | None:
         """Return the child, method or standard name called `name` in a part; None if there is none."""

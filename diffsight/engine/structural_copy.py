@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from diffsight.pipelines.wrapped_modules import unwrapped, wrapped_path
+from diffsight.engine.wrapped_modules import unwrapped, wrapped_path
 
 _CALLED = ("forward", "_old_forward", "_compiled_call_impl", "_hf_hook")  # what libraries put on a module to be called
 
