@@ -5,8 +5,8 @@
         y.layers[2].output = x.layers[2].output      # reaches the second input only
 
 A row has the model's envoys, narrowed to its part: reading returns views of the batch, and assigning changes only the
-row's own entries. Tuples and output objects are narrowed element by element. A tensor whose batch dimension is
-ambiguous raises an error.
+row's own entries. Tuples and output objects are narrowed element by element. A tensor whose first dimension is not the
+batch, even if it has its size, raises an error: see `engine.batch_dimensions`.
 """
 
 import inspect

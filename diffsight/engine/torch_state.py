@@ -84,6 +84,10 @@ class TorchState(NamedTuple):
         """Return the same state with one more function mode, outside the others."""
         return self._replace(modes=(mode, *self.modes), is_plain=False)
 
+    def bare(self) -> "TorchState":
+        """Return the same state with gradients disabled, outside all modes and hooks."""
+        return self._replace(grad=False, modes=(), dispatch_modes=(), saved_tensor_hooks=(), is_plain=False)
+
     def without_mode(self, mode: Any) -> "TorchState":
         """Return the same state outside a function mode."""
         return self._replace(modes=tuple(other for other in self.modes if other is not mode))
