@@ -8,6 +8,7 @@ The files in order; each imports only from those above it:
     hooks           what a run puts on the model, and takes off again
     target          one thing that can be tapped, and its path
     batch_slicing   a part of a value, such as the rows of a batch
+    weak_values     values that are there as long as somebody else holds them
     points          a point as it is asked for, a value that passes there, an assignment
     current_run     which run `model.<path>` means
     late_weights    weights that are loaded later

@@ -136,8 +136,8 @@ class Tap:
         key = (INPUTS, index)
         if not (key in self.awaited or key in self.pending or self.keepers):
             return None
-        point = self._pass(key, (args, kwargs))
-        return point.value if point is not None and point.changed else None
+        inputs, changed = self._pass(key, (args, kwargs))
+        return inputs if changed else None
 
     def leave(self, output: Any) -> Any:
         """A call ends. Return the output, replaced or as it was."""
@@ -146,20 +146,25 @@ class Tap:
         index = self.active.pop()
         key = (OUTPUT, index)
         if key in self.awaited or key in self.pending or self.keepers:
-            point = self._pass(key, output)
-            output = output if point is None else point.value
+            output, _ = self._pass(key, output)
         if self.heeded:
             self.host.end_call(self, output)
         return output
 
-    def _pass(self, key: PointKey, value: Any) -> Point | None:
+    def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
+        """A value passes a point. Return what the model continues with, and whether it was replaced."""
         point = None
         if key in self.pending or key in self.awaited:
             point = Point(self, key, value, all(self.awaited.get(key, ())))
             self.host.arrive(point)
+            value = point.value
         for keep in self.keepers.get(key[0], ()):
-            keep(self, key[1], value if point is None else point.value)
-        return point
+            keep(self, key[1], value)
+        if point is None:
+            return value, False
+        if key in self.points:
+            point.let_go()
+        return value, point.changed
 
     # ---- from the run's side
 
