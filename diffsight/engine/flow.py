@@ -142,9 +142,10 @@ class Flow:
             point = self._find(tap, first, asked, scope)
         if point.copies:
             point.copies.clear()  # somebody has them now
-        if point is not self.parked:
-            self._read_late.append((asked, [(tensor, tensor._version) for tensor in _versioned(point.value)]))
-        value = point.value if asked.part != "input" else first_input(point.value, asked)
+        if point is self.parked:
+            value = point.value if asked.part != "input" else first_input(point.value, asked)
+        else:
+            value = self._read_again(point, asked)
         if asked.selection is None:
             return value
         return asked.selection.at(tap, point.index, asked).take(value, asked)
@@ -368,6 +369,15 @@ class Flow:
         edit = self._edit()
         if edit is not None:
             edit.touches[asked.whole] = None
+
+    def _read_again(self, point: Point, asked: Asked) -> Any:
+        """The value at a point that the model has left."""
+        try:
+            value = point.read(asked.part)
+        except LookupError:
+            raise order.let_go(asked, self.where) from None
+        self._read_late.append((asked, [(tensor, tensor._version) for tensor in _versioned(value)]))
+        return value
 
     # ---- moving the model to a point
 

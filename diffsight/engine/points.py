@@ -9,6 +9,7 @@ import torch
 
 from diffsight.engine.batch_slicing import Selection, Tapped
 from diffsight.engine.target import Target, join
+from diffsight.engine.weak_values import WeakValue
 from diffsight.errors import AssignmentError
 
 INPUTS, OUTPUT = "inputs", "output"
@@ -44,7 +45,10 @@ class Asked:
 
 @dataclass(eq=False, slots=True)
 class Point:
-    """A value that passes a point: the inputs or the output of one call. `value` contains all edits made so far."""
+    """A value that passes a point: the inputs or the output of one call.
+
+    `value` contains all edits made so far. It is there while the model stands at the point. Afterwards the value is
+    held weakly: what the body has let go takes no memory."""
 
     tap: Tapped
     key: PointKey
@@ -54,11 +58,35 @@ class Point:
     turn: float = LAST  # whose turn it is at the point: edits come first, by number
     read_by: tuple[float, ...] = ()  # whose turn it was when it was read
     copies: dict[int, torch.Tensor] = field(default_factory=dict)  # by id: the run's own copies, which nobody has read
+    weak: Any = None  # the value once the model has moved on: a `WeakValue`; of inputs, one for each argument
 
     @property
     def index(self) -> int:
         """The number of the call."""
         return self.key[1]
+
+    def let_go(self) -> None:
+        """The model moves on."""
+        if self.key[0] == INPUTS:
+            args, kwargs = self.value
+            self.weak = [WeakValue(arg) for arg in args], {name: WeakValue(arg) for name, arg in kwargs.items()}
+        else:
+            self.weak = WeakValue(self.value)
+        self.value = None
+        self.copies.clear()
+
+    def read(self, part: str) -> Any:
+        """Return the value, or its first argument if `part` is "input".
+
+        Raises LookupError if the model has moved on and nobody holds the value any more."""
+        if self.weak is None:
+            return first_input(self.value, part) if part == "input" else self.value
+        if part == "input":
+            return first_input(self.weak, part).get()
+        if part == "output":
+            return self.weak.get()
+        args, kwargs = self.weak
+        return tuple(arg.get() for arg in args), {name: arg.get() for name, arg in kwargs.items()}
 
 
 @dataclass(eq=False, slots=True)

@@ -146,8 +146,8 @@ class Tap:
         key = (INPUTS, index)
         if not (key in self.awaited or key in self.pending or self.keepers):
             return None
-        point = self._pass(key, (args, kwargs))
-        return point.value if point is not None and point.changed else None
+        inputs, changed = self._pass(key, (args, kwargs))
+        return inputs if changed else None
 
     def leave(self, output: Any, given: tuple[tuple, dict] | None = None, has_hooks: bool = True) -> Any:
         """A call ends. Return the output, replaced or as it was.
@@ -161,10 +161,9 @@ class Tap:
         if key in self.awaited or key in self.pending or self.keepers:
             self.given = given
             try:
-                point = self._pass(key, output)
+                output, _ = self._pass(key, output)
             finally:
                 self.given = None
-            output = output if point is None else point.value
         if self.watched:
             self.host.end_call(self, output)
         return output
@@ -194,15 +193,21 @@ class Tap:
             owner._forward_hooks.move_to_end(number)
         return True
 
-    def _pass(self, key: PointKey, value: Any) -> Point | None:
+    def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
+        """A value passes a point. Return what the model continues with, and whether it was replaced."""
         point = None
         self._keep_gradients(key)
         if key in self.pending or key in self.awaited:
             point = Point(self, key, value, all(self.awaited.get(key, ())))
             self.host.arrive(point)
+            value = point.value
         for keep in self.keepers.get(key[0], ()):
-            keep(self, key[1], value if point is None else point.value)
-        return point
+            keep(self, key[1], value)
+        if point is None:
+            return value, False
+        if key in self.points:
+            point.let_go()
+        return value, point.changed
 
     def _keep_gradients(self, here: PointKey | str) -> None:
         """What the run does here must not be left out of what `backward()` computes."""
