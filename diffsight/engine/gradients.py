@@ -1,4 +1,4 @@
-"""Gradients through methods that disable them, such as the calls of pipelines."""
+"""Enable gradients in methods that disable them, such as a pipeline's `__call__`."""
 
 from collections.abc import Callable
 from functools import partial
