@@ -9,7 +9,7 @@ import torch
 
 from diffsight.engine.batch_slicing import Selection, Tapped
 from diffsight.engine.target import Target, join
-from diffsight.engine.weak_values import WeakValue
+from diffsight.engine.weak_values import alive, weakly
 from diffsight.errors import AssignmentError
 
 INPUTS, OUTPUT = "inputs", "output"
@@ -58,7 +58,8 @@ class Point:
     turn: float = LAST  # whose turn it is at the point: edits come first, by number
     read_by: tuple[float, ...] = ()  # whose turn it was when it was read
     copies: dict[int, torch.Tensor] = field(default_factory=dict)  # by id: the run's own copies, which nobody has read
-    weak: Any = None  # the value once the model has moved on: a `WeakValue`; of inputs, one for each argument
+    is_unread: bool = False  # the model was let past it on the way to another call; held until somebody reads it
+    weak: Any = None  # the value once the model has moved on, see `weakly`; of inputs, each argument
 
     @property
     def index(self) -> int:
@@ -67,26 +68,27 @@ class Point:
 
     def let_go(self) -> None:
         """The model moves on."""
-        if self.key[0] == INPUTS:
-            args, kwargs = self.value
-            self.weak = [WeakValue(arg) for arg in args], {name: WeakValue(arg) for name, arg in kwargs.items()}
+        value = self.value
+        if self.key[0] == OUTPUT:
+            self.weak = weakly(value)
         else:
-            self.weak = WeakValue(self.value)
+            self.weak = [weakly(arg) for arg in value[0]], {name: weakly(arg) for name, arg in value[1].items()}
         self.value = None
-        self.copies.clear()
+        if self.copies:
+            self.copies.clear()
 
     def read(self, part: str) -> Any:
-        """Return the value, or its first argument if `part` is "input".
+        """Return the value; of inputs, the first if `part` is "input".
 
         Raises LookupError if the model has moved on and nobody holds the value any more."""
         if self.weak is None:
             return first_input(self.value, part) if part == "input" else self.value
-        if part == "input":
-            return first_input(self.weak, part).get()
         if part == "output":
-            return self.weak.get()
+            return alive(self.weak)
+        if part == "input":
+            return alive(first_input(self.weak, part))
         args, kwargs = self.weak
-        return tuple(arg.get() for arg in args), {name: arg.get() for name, arg in kwargs.items()}
+        return tuple(map(alive, args)), {name: alive(arg) for name, arg in kwargs.items()}
 
 
 @dataclass(eq=False, slots=True)

@@ -7,25 +7,28 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
-class WeakValue:
-    """A tensor, or a tuple, dictionary or output object that holds tensors.
-
-    Containers are rebuilt when they are asked for. What cannot be held weakly, such as a number, is held."""
+class WeakContainer:
+    """A tuple, a dictionary or an output object, by the tensors that it holds."""
 
     __slots__ = ("_leaves", "_structure")
 
     def __init__(self, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            self._leaves, self._structure = ref(value), None
-        else:
-            leaves, self._structure = tree_flatten(value)
-            self._leaves = [_weak_leaf(leaf) for leaf in leaves]
+        leaves, self._structure = tree_flatten(value)
+        self._leaves = [_weak_leaf(leaf) for leaf in leaves]
 
     def get(self) -> Any:
-        """Return the value. Raises LookupError if part of it is gone."""
-        if self._structure is None:
-            return _alive(self._leaves)
+        """Return a container of the same kind. Raises LookupError if one of its tensors is gone."""
         return tree_unflatten([_alive(leaf) for leaf in self._leaves], self._structure)
+
+
+def weakly(value: Any) -> Any:
+    """Return what `alive` returns a value for. What cannot be held weakly, such as a number, is held."""
+    return ref(value) if isinstance(value, torch.Tensor) else WeakContainer(value)
+
+
+def alive(weak: Any) -> Any:
+    """Return the value that `weakly` was called with. Raises LookupError if nobody else holds it any more."""
+    return weak.get() if type(weak) is WeakContainer else _alive(weak)
 
 
 def _weak_leaf(leaf: Any) -> Any:
