@@ -20,16 +20,17 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._functorch import get_dynamic_layer_stack_depth
 
 from diffsight.engine.coroutine import Coroutine, current_owner
-from diffsight.engine.gradients import check_not_computed_again, end_checkpoints
+from diffsight.engine.gradients import end_checkpoints, is_computed_again
 from diffsight.engine.hooks import COMPILED, FORWARD, count_running, hook_modules, renew_hooks, unhook_modules
 from diffsight.engine.layout import Key, Layout, inside
 from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState
-from diffsight.errors import PointNotFoundError
+from diffsight.errors import DiffsightError, PointNotFoundError
 
 _forward_of, _has_forward = operator.itemgetter(FORWARD), operator.methodcaller("__contains__", FORWARD)
 
@@ -119,7 +120,7 @@ class Tap:
         index = self.active[-1]
         skip = self.skips.pop(index, None) if self.skips else None
         if skip is not None:
-            self._keep_gradients(f"{self.target.path}.skip ({skip.where})")
+            self._check_region((INPUTS, index), skip)
             return self.leave(skip.value)
         if self.inside:
             function = self.target.uncompiled()
@@ -160,7 +161,7 @@ class Tap:
 
     def _pass(self, key: PointKey, value: Any) -> Point | None:
         point = None
-        self._keep_gradients(key)
+        self._check_region(key)
         if key in self.pending or key in self.awaited:
             point = Point(self, key, value, all(self.awaited.get(key, ())))
             self.host.arrive(point)
@@ -168,23 +169,35 @@ class Tap:
             keep(self, key[1], value if point is None else point.value)
         return point
 
-    def _keep_gradients(self, here: PointKey | str) -> None:
-        """What the run does here must not be left out of what `backward()` computes."""
+    def _check_region(self, key: PointKey, skip: Assignment | None = None) -> None:
+        """Refuse a point where its value is not what it seems. Let `backward()` compute what the run does there."""
+        if get_dynamic_layer_stack_depth() > len(self.host.state.levels):
+            self._refuse(
+                key,
+                skip,
+                "is inside torch.func (vmap, grad, jvp …), and its value ends with that call. Ask for a value outside "
+                "of it, such as the output of a module around it",
+            )
         if torch.is_grad_enabled():
             if _top_saved_tensors_default_hooks(True):
                 end_checkpoints()
-        elif self.host.state.grad:
-            try:
-                check_not_computed_again(here if isinstance(here, str) else self._describe(here))
-            except Exception as error:
-                self.host.refused.append(error)  # the model may have an `except` of its own
-                raise
+        elif self.host.state.grad and is_computed_again():
+            self._refuse(
+                key,
+                skip,
+                "lies in a region that backward() computes again, without what a run reads or changes there. Use "
+                'checkpointing with use_reentrant=False (gradient_checkpointing_enable({"use_reentrant": False}) in '
+                "transformers), turn it off for this run, or open the run under torch.no_grad() if you need no "
+                "gradients",
+            )
 
-    def _describe(self, key: PointKey) -> str:
-        """A point, in words, with the lines at which values were assigned to it."""
+    def _refuse(self, key: PointKey, skip: Assignment | None, why: str) -> None:
         kind, index = key
-        assigned = ", ".join(map(str, self.pending.get(key, ())))
-        return assigned or str(Asked(self.target, "output" if kind == OUTPUT else "input", index))
+        assigned = ", ".join(map(str, self.pending.get(key, ()) if skip is None else [skip]))
+        point = assigned or str(Asked(self.target, "output" if kind == OUTPUT else "input", index))
+        error = DiffsightError(f"{point} {why}")
+        self.host.refused.append(error)  # the model may have an `except` of its own
+        raise error
 
     # ---- from the run's side
 
