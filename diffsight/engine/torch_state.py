@@ -22,12 +22,12 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import get_default_dtype, is_grad_enabled, is_inference_mode_enabled
 from torch._C import (
     _get_dispatch_stack_at,
     _get_flash_sdp_enabled,
     _get_function_stack_at,
     _get_math_sdp_enabled,
-    _get_mem_efficient_sdp_enabled,
     _get_torch_function_state,
     _is_any_autocast_enabled,
     _is_torch_function_enabled,
@@ -57,8 +57,8 @@ class TorchState(NamedTuple):
 
     `autocast` holds the settings of each device, whether casts are cached, and the nesting of blocks. `modes` are the
     active function modes and `dispatch_modes` the active dispatch modes. `saved_tensor_hooks` are those in which
-    autograd packs what it saves. `levels` are those of functorch. `flags` are the default dtype, whether the flash,
-    mathematical and memory-efficient kernels of attention are enabled, and the stream of CUDA. `is_plain` is True if
+    autograd packs what it saves. `levels` are those of functorch. `flags` are the default dtype, whether the flash
+    and mathematical kernels of attention are enabled, and the stream of CUDA. `is_plain` is True if
     nothing is active besides `flags`."""
 
     grad: bool
@@ -75,7 +75,7 @@ class TorchState(NamedTuple):
     @classmethod
     def capture(cls) -> "TorchState":
         """Return the current state."""
-        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        grad, inference = is_grad_enabled(), is_inference_mode_enabled()
         settings = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES)), torch.is_autocast_cache_enabled()
         if _is_nothing_active():
             return _plain_state(grad, inference, settings, _flags())
@@ -92,10 +92,13 @@ class TorchState(NamedTuple):
         """Return the current state: this object if nothing differs, which is quick to check for a plain state."""
         if (
             self.is_plain
-            and torch.is_grad_enabled() is self.grad
-            and _is_nothing_active()
-            and torch.is_inference_mode_enabled() is self.inference
-            and _flags() == self.flags
+            and is_grad_enabled() is self.grad
+            and not (_is_any_autocast_enabled() or _len_torch_function_stack() or _len_torch_dispatch_stack())
+            and not (_top_saved_tensors_default_hooks(True) or get_dynamic_layer_stack_depth())
+            and is_inference_mode_enabled() is self.inference
+            and _is_torch_function_enabled()
+            and (get_default_dtype(), _get_flash_sdp_enabled(), _get_math_sdp_enabled()) == self.flags[:3]
+            and not (_HAS_CUDA and _stream() != self.flags[3])
         ):
             return self
         return TorchState.capture()
@@ -167,21 +170,23 @@ def _is_nothing_active() -> bool:
 
 
 def _flags() -> tuple:
-    flash, math, efficient = _get_flash_sdp_enabled(), _get_math_sdp_enabled(), _get_mem_efficient_sdp_enabled()
-    stream = None
-    if _HAS_CUDA and torch.cuda.is_initialized():
-        stream = torch._C._cuda_getCurrentStream(torch._C._cuda_getDevice())
-    return torch.get_default_dtype(), flash, math, efficient, stream
+    return get_default_dtype(), _get_flash_sdp_enabled(), _get_math_sdp_enabled(), _stream()
 
 
-def _restore_flags(dtype: torch.dtype, flash: bool, math: bool, efficient: bool, stream: tuple | None) -> None:
+def _restore_flags(dtype: torch.dtype, flash: bool, math: bool, stream: tuple | None) -> None:
     torch.set_default_dtype(dtype)
     torch._C._set_sdp_use_flash(flash)
     torch._C._set_sdp_use_math(math)
-    torch._C._set_sdp_use_mem_efficient(efficient)
     if stream is not None:
         number, device, kind = stream
         torch._C._cuda_setStream(stream_id=number, device_index=device, device_type=kind)  # sets the device as well
+
+
+def _stream() -> tuple | None:
+    """The current stream of CUDA, and with it the device; None as long as CUDA is not in use."""
+    if not (_HAS_CUDA and torch.cuda.is_initialized()):
+        return None
+    return torch._C._cuda_getCurrentStream(torch._C._cuda_getDevice())
 
 
 def _restore_autocast(enabled: tuple, dtypes: tuple, is_cached: bool, nesting: int) -> None:
@@ -251,7 +256,7 @@ def call_in(state: TorchState, seed: int | None, function: Callable[[], Any]) ->
         with kept_random_state():
             torch.manual_seed(seed)
             return call_in(state, None, function)
-    changes = state.inference != torch.is_inference_mode_enabled()
+    changes = state.inference != is_inference_mode_enabled()
     with torch.inference_mode(state.inference) if changes else nullcontext(), state.active():
         return function()
 
