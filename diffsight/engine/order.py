@@ -115,10 +115,19 @@ def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError]) -> OutOfO
     )
 
 
+def called_in_thread(asked: Asked, until: str, kind: type[OutOfOrderError]) -> OutOfOrderError:
+    """The error for a point that was waited for, and that the model passes in a thread of its own."""
+    return kind(
+        f"{asked} was asked for, but {until} without reaching it in the run's thread. The model calls the module in a "
+        "thread of its own, where a run does not see it"
+    )
+
+
 def never_reached(missed: Iterable[Assignment]) -> NeverReachedError:
     """The error for assignments that the model did not reach."""
     lines = "\n".join(f"  {assignment}" for assignment in missed)
     return NeverReachedError(
         f"these assignments were never reached:\n{lines}\nThe model ran without them. Does the model call the module "
-        "in this run (or in this step), and at least as often as `.calls[i]` asks?"
+        "in this run (or in this step), and at least as often as `.calls[i]` asks? Calls in threads that the model "
+        "starts are not seen"
     )

@@ -24,7 +24,17 @@ from torch._C._functorch import get_dynamic_layer_stack_depth
 
 from diffsight.engine.coroutine import Coroutine, current_owner
 from diffsight.engine.gradients import end_checkpoints, is_computed_again
-from diffsight.engine.hooks import COMPILED, FORWARD, count_running, hook_modules, renew_hooks, unhook_modules
+from diffsight.engine.hooks import (
+    COMPILED,
+    FORWARD,
+    are_threads_seen,
+    count_running,
+    hook_modules,
+    is_called_in_thread,
+    note_run_of_thread,
+    renew_hooks,
+    unhook_modules,
+)
 from diffsight.engine.layout import Key, Layout, inside
 from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.step_clock import Clock
@@ -41,6 +51,7 @@ class Host(Protocol):
     taps: "Taps"
     is_scan: bool  # whether it computes shapes alone
     clock: Clock
+    thread: int
     coroutine: Coroutine | None  # the one that the model runs in, once it has started
     parked: Point | None  # where the model stands, if it waits at a point
     state: TorchState  # in which the run was opened
@@ -171,6 +182,13 @@ class Tap:
 
     def _check_region(self, key: PointKey, skip: Assignment | None = None) -> None:
         """Refuse a point where its value is not what it seems. Let `backward()` compute what the run does there."""
+        if are_threads_seen() and self.host.taps.is_called_in_thread(self.target):
+            self._refuse(
+                key,
+                skip,
+                "cannot be told from other calls: the model also calls the module in a thread of its own, where a run "
+                "does not see it. Ask for a value of a module that is called in the run's thread alone",
+            )
         if get_dynamic_layer_stack_depth() > len(self.host.state.levels):
             self._refuse(
                 key,
@@ -313,6 +331,7 @@ class Taps(dict[Key, Tap]):
 
     def start(self) -> None:
         """Tap the components, before anything moves."""
+        note_run_of_thread()
         layout = self._layout = self._find_layout(self.components)
         self._learns = not layout.is_known
         for component in self.components if self._learns else ():
@@ -387,6 +406,12 @@ class Taps(dict[Key, Tap]):
     def entered(self) -> dict[Key, int]:
         """Return how many calls have begun, for everything that is counted or tapped."""
         return {key: tap.entered for key, tap in self.items()} | {(i, FORWARD): n for i, n in self.counts.items()}
+
+    def is_called_in_thread(self, target: Target) -> bool:
+        """Whether the model has called a module, or one around it, in a thread of its own."""
+        own, components = self._host.thread, {component.key[0] for component in self.components}
+        inside = (module.owner for module in (target, *target.around()) if module.key[0] not in components)
+        return any(is_called_in_thread(module, own, components) for module in inside if isinstance(module, nn.Module))
 
     def is_in_method(self, around: Tap) -> bool:
         """Whether a tapped method of a module is running."""
