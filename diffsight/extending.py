@@ -35,7 +35,7 @@ A wrapper consists of a model, a tree, and usually a run of its own:
 owner, the name of the method, and the path as users write it. Override:
 
 - `children_of(target)`: the parts directly in a part, by name. They become envoys.
-- `methods_of(owner)`: methods that code calls directly, past `forward`.
+- `methods_of(owner)`: methods that code calls directly instead of `forward`.
 - `names_of(owner)` and `target_named(outer, name)`: standard names, such as `layers` and `ln_final`.
 - `components()`: what is tapped from the start of every run. What lies in a component is tapped when it is asked for.
 - `clock()`: when a step begins, a `Clock`.

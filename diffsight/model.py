@@ -32,7 +32,7 @@ class Model(Envoy):
 
     Args:
         module: The module.
-        methods: Methods that code calls directly, past `forward`, and that you want to trace as well:
+        methods: Methods that code calls directly instead of `forward`, and that you want to trace as well:
             `Model(vae, methods=["encode", "decoder.up"])`.
     """
 
@@ -111,7 +111,9 @@ class Model(Envoy):
     def _generating(self) -> Callable[..., Any]:
         function = getattr(self._owner, "generate", None)
         if function is None:
-            raise PointNotFoundError(f"{type(self._owner).__name__} has no generate method; trace() runs its forward")
+            raise PointNotFoundError(
+                f"{type(self._owner).__name__} has no generate method; use trace() to run its forward pass"
+            )
         return function
 
     def _new_run(

@@ -5,7 +5,7 @@
         for step in run.steps:
             pass
     kept["text_encoder.layers[3].output"]               # a tensor
-    kept["unet.mid_block.attentions[0]...output"]       # before a loop over steps: a list, one value a step
+    kept["unet.mid_block.attentions[0]...output"]       # before a loop over steps: a list, one value per step
     kept                                                # <record of 31 points: 412 tensors, 6.3 MB on cpu>
 
 In a pattern, `*` matches any name and `**` any number of names. A pattern that does not end with `.input`, `.inputs` or

@@ -11,12 +11,12 @@ run.finish()
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from threading import get_ident
 from types import TracebackType
 from typing import Any
 
 import torch
 
+from diffsight.engine.coroutine import THIS_THREAD
 from diffsight.engine.flow import STOPPED, Flow
 from diffsight.engine.points import Asked, first_input
 from diffsight.engine.user_bodies import is_from_edit
@@ -234,7 +234,7 @@ class Run(InRun):
         self._flow.leave_body()
         self._flow.is_entered = False
         for flow in flows:
-            if flow.thread == get_ident():  # otherwise it is still open for the thread that it belongs to
+            if flow.thread == THIS_THREAD.number:  # otherwise it is still open for the thread that it belongs to
                 flow.close("an error ended its body")
 
     # ---- for wrappers, see `diffsight.extending`
@@ -312,7 +312,7 @@ class Run(InRun):
                 raise
 
     def _drop(self, flow: Flow) -> None:
-        if flow.is_entered and flow.thread == get_ident():
+        if flow.is_entered and flow.thread == THIS_THREAD.number:
             flow.leave_body()
         flow.close("the run was dropped")
 

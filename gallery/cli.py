@@ -148,7 +148,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, dict[str, int]]:
     except UnicodeEncodeError:
         raise InputError("the prompt has a character that is not valid Unicode text") from None
     if options.seed < 0:
-        raise InputError(f"a seed must be 0 or greater, not {options.seed}")
+        raise InputError(f"a seed is an integer from 0 on, not {options.seed}")
     import diffusers
     import transformers
 

@@ -121,7 +121,7 @@ class ImageTokenPredictions(LensResult):
 
     def _check_tokens(self) -> None:
         if not self.predictions.tokens:
-            raise InputError("there are no maps, because no tokens were chosen: pass the lens tokens=[' cat', …]")
+            raise InputError("there are no maps, because no tokens were chosen: pass tokens=[' cat', …] to the lens")
 
 
 def image_token_lens(

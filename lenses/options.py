@@ -15,7 +15,7 @@ def check_options(
     options: Mapping[str, Any],
     also: Iterable[str] = (),
 ) -> None:
-    """Raise InputError, with near names, if neither a lens nor the model that it runs has an option.
+    """Raise InputError, suggesting similar names, for an option that neither a lens nor its model accepts.
 
     Args:
         lens: The lens.

@@ -226,7 +226,9 @@ def _check(model: LanguageModel, prompts: list[Prompt]) -> tuple[int, ...]:
         raise InputError("there is no prompt: the list is empty")
     for prompt in prompts:
         if not isinstance(prompt, Prompt):
-            raise InputError(f"run_prompts takes Prompts, as Prompt.from_strings(text, targets, model), not {prompt!r}")
+            raise InputError(
+                f"run_prompts takes Prompt objects, Prompt.from_strings(text, targets, model), not {prompt!r}"
+            )
         if prompt.targets.keys() != prompts[0].targets.keys():
             raise InputError(
                 f"all prompts must have the same names of targets: {', '.join(prompts[0].targets)} in the first, "

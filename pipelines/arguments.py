@@ -1,4 +1,4 @@
-"""The keyword arguments that a call takes, also where it declares `**kwargs` and would accept any without a word.
+"""The keyword arguments that a call takes, even where it declares `**kwargs` and would accept anything.
 
     named_arguments(pipeline.__call__)      # {"prompt", "num_inference_steps", …, "callback", "callback_steps"}
 

@@ -1,6 +1,7 @@
 """Seeds: integers that select the random stream a model draws from."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from diffsight.errors import InputError
 def check_seed(seed: Any) -> None:
     """Raise InputError unless `seed` is an integer from 0 to 2**64 - 1."""
     if isinstance(seed, bool) or not hasattr(seed, "__index__") or not 0 <= seed < 2**64:
-        raise InputError(f"a seed is a whole number from 0 to 2**64 - 1, not {seed!r}")
+        raise InputError(f"a seed is an integer from 0 to 2**64 - 1, not {seed!r}")
 
 
 def seeds_of_images(seed: int | Sequence[int], count: int) -> list[int]:
@@ -35,3 +36,18 @@ def generators(seeds: Sequence[int]) -> torch.Generator | list[torch.Generator]:
     They live on the CPU, so that a seed means the same image on every device."""
     made = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return made if len(made) > 1 else made[0]
+
+
+@contextmanager
+def seeded_noise(parts: Iterable[Any], seeds: Sequence[int]) -> Iterator[None]:
+    """Seed the noise of schedulers among `parts` that take no generator, such as DPMSolverSDEScheduler.
+
+    `seeds` has one seed per image."""
+    unseeded = [part for part in parts if getattr(part, "noise_sampler_seed", 0) is None]
+    for part in unseeded:
+        part.noise_sampler_seed = list(seeds) if len(seeds) > 1 else seeds[0]
+    try:
+        yield
+    finally:
+        for part in unseeded:
+            part.noise_sampler_seed = None

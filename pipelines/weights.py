@@ -1,4 +1,7 @@
-"""Load weights later, and all of them: a model built without weights adopts those of a loaded one."""
+"""Load weights on demand, and make sure that none are missing.
+
+A model built without weights adopts those of a loaded one.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ _loading = RLock()
 
 
 def check_weights(folder: Path, part: str = "") -> None:
-    """Raise OSError if a part of a model folder has no weight files, so that they are missed before they are needed.
+    """Raise OSError if a part of a model folder has no weight files, before they are needed.
 
     If `folder` is not a folder but the name of a repository, nothing is checked."""
     if folder.is_dir() and not any(file.suffix in _FILES for file in (folder / part).iterdir()):

@@ -22,6 +22,7 @@ ENGINE = [
     "engine.coroutine",
     "engine.gradients",
     "engine.hooks",
+    "engine.users_hooks",
     "engine.target",
     "engine.wrapped_modules",
     "engine.structural_copy",
@@ -61,7 +62,15 @@ FOR_WRAPPERS = {"diffsight", "diffsight.errors", "diffsight.extending"}
 # Attributes of other people's objects, whose names begin with an underscore.
 THIRD_PARTY = {
     # torch
-    *("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_call_impl"),
+    *(
+        "_modules",
+        "_parameters",
+        "_buffers",
+        "_forward_hooks",
+        "_global_forward_hooks",
+        "_forward_pre_hooks",
+        "_call_impl",
+    ),
     *("_compiled_call_impl", "_apply", "_version", "_cdata", "_schema"),
     # diffusers
     *("_execution_device", "_progress_bar_config", "_pack_latents", "_unpack_latents", "_prepare_latent_image_ids"),

@@ -4,8 +4,9 @@ The files in order; each imports only from those above it:
 
     torch_state     grad mode, inference mode, autocast, function modes, random state
     coroutine       a stack that parks and resumes; each run has its own, so two can be open in lockstep
-    gradients       methods that disable gradients, called with them; gradient checkpointing
+    gradients       calls methods that disable gradients with gradients enabled; gradient checkpointing
     hooks           what a run puts on the model, and takes off again
+    users_hooks     forward hooks of others, and which of them may change an output
     target          one thing that can be tapped, and its path
     wrapped_modules     sees through modules that wrap another
     structural_copy     a model without its weights and hooks
@@ -16,7 +17,7 @@ The files in order; each imports only from those above it:
     late_weights    weights that are loaded later
     step_clock      when a step begins
     attached_modules    modules of the user's own on parts of a model
-    layout          where modules stand, and which are called past the modules around them
+    layout          where modules stand, and which are called directly, bypassing those around them
     tree            everything that can be tapped in a model, and its names
     taps            the calls of one module: counted, changed or skipped; and all the taps of a run
     order           passed, too late, never reached

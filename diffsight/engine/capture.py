@@ -3,7 +3,7 @@
     with model.edit() as edited:                # runs in every later run, not here
         edited.layers[2].output[:] = 0
 
-This is the only module that reads source code. Everything built on it also accepts a plain function.
+This is the only module of the engine that reads source code. Everything built on it also accepts a plain function.
 
 How it works: On entry, the statement is found in the source of the frame that enters it, from the position of the
 instruction being executed. Its block is compiled to a function with the same file name and line numbers. Where it is

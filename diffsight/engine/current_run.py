@@ -7,10 +7,10 @@ of it: see `pipelines/diffusion/lockstep.py`.
 import asyncio
 import weakref
 from contextvars import ContextVar
-from threading import Lock, get_ident
+from threading import Lock
 from typing import Any, Protocol
 
-from diffsight.engine.coroutine import current
+from diffsight.engine.coroutine import THIS_THREAD, current
 
 
 class OpenRun(Protocol):
@@ -62,7 +62,7 @@ class OpenRuns:
         It is the run opened last in this thread. A run of the model itself (whose tree is `tree`) is preferred to one
         of a copy. Inside an edit, it is the edit's own run, unless the edit has opened another."""
         edit = current_edit()
-        runs = [run for run in self.open() if run.thread == get_ident() and run.opened_in is edit]
+        runs = [run for run in self.open() if run.thread == THIS_THREAD.number and run.opened_in is edit]
         if any(run.task is not None for run in runs):  # none of another task
             here = [known() for known in _here.get()]
             now = _current_task()
@@ -78,11 +78,11 @@ class OpenRuns:
     def ended(self) -> Any:
         """Return the run whose block this thread is in, if the run has ended before the block; else None."""
         runs = [run for known in reversed(self._known) if (run := known()) is not None and run.outcome is not None]
-        return next((run for run in runs if run.is_entered and run.thread == get_ident()), None)
+        return next((run for run in runs if run.is_entered and run.thread == THIS_THREAD.number), None)
 
     def is_open_elsewhere(self) -> bool:
         """Whether another thread has a run open."""
-        return any(run.thread != get_ident() for run in self.open())
+        return any(run.thread != THIS_THREAD.number for run in self.open())
 
     def __len__(self) -> int:
         return len(self._known)

@@ -8,14 +8,13 @@ returns, the point has passed: an `OutOfOrderError`, never the value of a later 
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from threading import get_ident
 from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from diffsight.engine import order
-from diffsight.engine.coroutine import Coroutine, InnerCall, current
+from diffsight.engine.coroutine import THIS_THREAD, Coroutine, InnerCall, current
 from diffsight.engine.current_run import current_edit
 from diffsight.engine.hooks import are_threads_seen
 from diffsight.engine.order import Scope
@@ -52,7 +51,7 @@ ENDED, STOPPED = "the run has ended", "the run was stopped"  # the outcomes of r
 
 
 class Observer(Protocol):
-    """Looks on at the calls of a run's components, for example to know what their batches hold. Observers change
+    """Watches the calls of a run's components, for example to learn what their batches hold. Observers change
     nothing. Calls that begin or end a step are observed too."""
 
     def called(self, tap: Tap, args: tuple, kwargs: dict) -> None:
@@ -85,7 +84,7 @@ class Flow:
         self.state = TorchState.capture()
         self.seed: int | None = None  # of the model's own random state; None: it uses the global one
         self.modes: list = []  # function modes that the model runs in, besides the caller's
-        self.thread = get_ident()
+        self.thread = THIS_THREAD.number
         self.opened_in = current_edit()  # the edit that opened the run
         self.task: Any = None  # see `open_runs`
         self.is_entered = False  # whether a `with` statement's block is inside it
@@ -134,7 +133,7 @@ class Flow:
         """Return the value at a point."""
         body = current()
         is_models = body is not None and self.coroutine is not None and self.coroutine.is_running
-        if self.bodies.edits or self.outcome is not None or get_ident() != self.thread or is_models:
+        if self.bodies.edits or self.outcome is not None or THIS_THREAD.number != self.thread or is_models:
             self._check_open(asked)
             self._touch(asked)
         scope = self._scope if body is None else self.scope
@@ -172,7 +171,7 @@ class Flow:
             tap.pending.setdefault(key, []).append(assignment)
 
     def skip(self, asked: Asked, value: Any) -> None:
-        """Leave a call out: it returns `value`. Possible until the call runs, at its inputs at the latest."""
+        """Skip a call (see `Tap.call`), which then returns `value`. Ask before it runs, at its inputs at the latest."""
         self._check_open(asked)
         self._touch(asked)
         scope = self.scope
@@ -278,7 +277,7 @@ class Flow:
 
     def start_edits(self) -> bool:
         """Start the edits, before anything else is asked for. Return False if they have started, or there are none."""
-        if not self.bodies.edits or self._edits_begun or get_ident() != self.thread:
+        if not self.bodies.edits or self._edits_begun or THIS_THREAD.number != self.thread:
             return False
         self._edits_begun = True
         self._start()
@@ -321,7 +320,7 @@ class Flow:
             return
         try:
             self.taps.remove()  # what the model still does while it is unwound passes untouched
-            if self.coroutine is not None and get_ident() == self.thread:
+            if self.coroutine is not None and THIS_THREAD.number == self.thread:
                 self.coroutine.unwind()
         except Exception:
             pass  # raised while unwinding; what led to the end is what matters
@@ -332,7 +331,7 @@ class Flow:
 
     def check_thread(self, path: object) -> None:
         """Raise an error if this is not the run's thread, or if the model itself is running."""
-        if get_ident() != self.thread:
+        if THIS_THREAD.number != self.thread:
             raise WrongThreadError(
                 f"{path}: a run belongs to the thread that opened it. Open one run in each thread, or hand values over"
             )
@@ -415,12 +414,18 @@ class Flow:
         """A point, known already or as soon as the model reaches it. What one edit has read counts as passed for all
         other bodies: each keeps its own order."""
         point = tap.points.get(key)
+        if point is None and key[0] == INPUTS and tap.given is not None and self._is_at(tap, (OUTPUT, key[1])):
+            return Point(tap, key, tap.given, scope.in_step)
         if not self.bodies.edits:
             return point or self._advance_to(tap, key, asked, scope)
         if point is None or (scope.order not in point.read_by and point is not self.parked):
             point = self._advance_to(tap, key, asked, scope)
         point.read_by += (scope.order,)
         return point
+
+    def _is_at(self, tap: Tap, key: PointKey) -> bool:
+        """Whether the model stands at a point."""
+        return self.parked is not None and self.parked.tap is tap and self.parked.key == key
 
     def _advance_to(self, tap: Tap, key: PointKey, asked: Asked, scope: Scope) -> Point:
         """Let the model run until it parks at the point."""
@@ -532,7 +537,7 @@ class Flow:
     # ---- how the run ends
 
     def _fail(self, error: BaseException) -> None:
-        """The model has ended with an error, or the exchange with it was interrupted."""
+        """The model has ended with an error, or switching to or from it was interrupted."""
         failed = f"its model failed with {type(error).__name__}"
         self.refused.clear()
         if self.coroutine is not None and self.coroutine.has_begun:
@@ -569,7 +574,7 @@ class Flow:
         if self.observer is not None:
             self.observer.ended()
         self._is_cleared = True  # if an interrupt came before, the run is closed again
-        if edits and get_ident() == self.thread:
+        if edits and THIS_THREAD.number == self.thread:
             with ExitStack() as ends:  # each is ended, whatever the others raise
                 for edit in reversed(edits):
                     ends.callback(edit.end, outcome in (ENDED, STOPPED))
@@ -598,7 +603,7 @@ class Flow:
             self.coroutine.park(point)
 
     def begin_call(self, tap: Tap, args: tuple, kwargs: dict) -> None:
-        """A call that the run heeds begins, and perhaps a step with it."""
+        """A call that the run watches begins, and perhaps a step with it."""
         if self.clock.begins(tap.target, args, kwargs):
             self.unreached += self.taps.begin_step()
             beside = [*self.bodies.edits, *self.bodies.functions]
@@ -609,7 +614,7 @@ class Flow:
             self.observer.called(tap, args, kwargs)
 
     def end_call(self, tap: Tap, output: Any) -> None:
-        """A call that the run heeds has ended."""
+        """A call that the run watches has ended."""
         self.clock.note_end(tap.target)
         if self.observer is not None:
             self.observer.returned(tap, output)

@@ -151,7 +151,7 @@ def _through(original: Callable) -> Callable:
         if number in taps.counts:
             return output
         tap = taps.get((number, FORWARD))  # it was asked for while it was running
-        return output if tap is None else tap.leave(output)
+        return output if tap is None else tap.leave(output, (args, kwargs))
 
     return forward
 

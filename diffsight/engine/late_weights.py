@@ -14,7 +14,7 @@ class LateWeights:
     Args:
         load: Puts the weights into the model; None if they are already there.
         check: Called before the weights are loaded; raises an error if that is not possible now.
-        done: Called after they have been loaded; again by the next `load` if it raises an error.
+        done: Called after they have been loaded. If it raises an error, the next `load` calls it again.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class LateWeights:
         self._is_settled = load is None
 
     def load(self) -> None:
-        """Load the weights, unless they are there."""
+        """Load the weights, unless they have been loaded."""
         if self._is_settled:
             return
         with self._lock:

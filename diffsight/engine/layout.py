@@ -1,4 +1,4 @@
-"""Where the modules of a model stand, and which of them are called past the modules around them.
+"""Where the modules of a model stand, and which of them are called directly, bypassing the modules around them.
 
 A module is usually called by the module around it. So it is enough to count its calls from the moment that the model
 enters the module around it. Two kinds of modules have to be counted from the start of every run: those that stand in

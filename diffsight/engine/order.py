@@ -89,7 +89,7 @@ def edited_too_late(asked: Asked, where: str) -> OutOfOrderError:
     """The error for a value that was changed in place after the model had passed it."""
     return OutOfOrderError(
         f"{asked} was read again and changed in place too late: the model is {where}, past that point, and has "
-        "used the value. Change it where the model stands at it, or change a copy: .clone()"
+        "used the value. Change it while the model stands there, or change a copy: .clone()"
     )
 
 
@@ -108,7 +108,7 @@ def run_has_ended(path: object, outcome: str, has_steps: bool) -> RunClosedError
 
 
 def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError]) -> OutOfOrderError:
-    """The error for a point that was waited for until something else happened."""
+    """The error for a wait that ended before the model reached the point."""
     return kind(
         f"{asked} was asked for, but {until} without reaching it. Either the model had already passed that "
         "point, or it does not call that module there"

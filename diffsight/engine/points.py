@@ -127,7 +127,9 @@ def check_value(asked: Asked, value: Any) -> None:
     ):
         raise AssignmentError(f"{asked} takes (args, kwargs), a tuple and a dictionary, not {type(value).__name__}")
     if asked.part == "output" and value is None:
-        raise AssignmentError(f"{asked} cannot be None: for a PyTorch hook, None means 'unchanged'")
+        raise AssignmentError(
+            f"None cannot be assigned to {asked}: PyTorch takes None to mean 'leave the output unchanged'"
+        )
 
 
 def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:

@@ -94,7 +94,7 @@ class ScanFlow(Flow):
             state.without_mode(self._mode).restore(state)
 
     def _put_back(self) -> None:
-        while self._states:  # what is interrupted is done again
+        while self._states:  # each is dropped once it is restored, so an interrupted one is restored again
             self._states[-1].restore()
             del self._states[-1]
         if self._eager is not None:
@@ -112,7 +112,7 @@ def _call_instead(stand_in: Callable, function: Callable, args: tuple, kwargs: d
 
 
 class EagerStance:
-    """Keeps `torch.compile` from compiling anything in this process until every scan that made one has left it."""
+    """Keeps `torch.compile` from compiling anything in this process until every scan that created one has left it."""
 
     _count = 0
     _stance: Any = None

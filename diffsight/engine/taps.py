@@ -40,6 +40,7 @@ from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, Po
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState
+from diffsight.engine.users_hooks import has_forward_hooks, output_hooks
 from diffsight.errors import DiffsightError, PointNotFoundError
 
 _forward_of, _has_forward = operator.itemgetter(FORWARD), operator.methodcaller("__contains__", FORWARD)
@@ -62,10 +63,10 @@ class Host(Protocol):
         """The model has reached a point that a body waits for or has assigned: give every body its turn."""
 
     def begin_call(self, tap: "Tap", args: tuple, kwargs: dict) -> None:
-        """A call that the run heeds begins: one of a component, or one that begins or ends a step."""
+        """A call that the run watches begins: one of a component, or one that begins or ends a step."""
 
     def end_call(self, tap: "Tap", output: Any) -> None:
-        """A call that the run heeds has ended; the model continues with `output`."""
+        """A call that the run watches has ended; the model continues with `output`."""
 
 
 class Origin(NamedTuple):
@@ -88,7 +89,7 @@ class Tap:
         "border",  # in a scan, for a component: what its calls are made through
         "children_counted",
         "entered",  # number of calls begun so far, as far as the run has seen
-        "heeded",  # whether the run wants to know when its calls begin and end
+        "given",  # the inputs of the call at whose output the model stands
         "hooks",  # what else the run has put on the module
         "host",
         "inside",  # whether a compiled module runs uncompiled
@@ -102,6 +103,7 @@ class Tap:
         "target",
         "unseen",
         "unseen_in_step",
+        "watched",  # whether the run wants to know when its calls begin and end
     )
 
     def __init__(self, host: Host, target: Target, origin: Origin, entered: int = 0, step_base: int = 0) -> None:
@@ -116,8 +118,9 @@ class Tap:
         self.points: dict[PointKey, Point] = {}
         self.skips: dict[int, Assignment] = {}
         self.border: Callable[[Callable, tuple, dict], Any] | None = None
+        self.given: tuple[tuple, dict] | None = None
         self.begun = self.children_counted = self.inside = self.takes_inputs = False
-        self.heeded = target.outer is None or target.key in host.clock.starts or target.key in host.clock.ends
+        self.watched = target.outer is None or target.key in host.clock.starts or target.key in host.clock.ends
         self.hooks: list[Any] = []
 
     # ---- from the model's side
@@ -132,23 +135,24 @@ class Tap:
         skip = self.skips.pop(index, None) if self.skips else None
         if skip is not None:
             self._check_region((INPUTS, index), skip)
-            return self.leave(skip.value)
+            return self.leave(skip.value, (args, kwargs))
         if self.inside:
             function = self.target.uncompiled()
+        has_hooks = self._has_hooks()  # PyTorch also looks for them before the call
         try:
             output = function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
         except BaseException:
             self.active.remove(index)
             raise
-        return self.leave(output)
+        return self.leave(output, (args, kwargs), has_hooks)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A call begins. Return new inputs, or None if they stay as they are."""
-        if self.heeded:
+        if self.watched:
             self.host.begin_call(self, args, kwargs)
         around, index = self.origin.around, self.entered
         if not index and around is not None and not around.active and not self.host.taps.is_in_method(around):
-            self.unseen = self.unseen_in_step = 1  # called past the module around it: who knows how often before
+            self.unseen = self.unseen_in_step = 1  # called directly: earlier calls may have been missed
         self.entered = index + 1
         self.active.append(index)
         key = (INPUTS, index)
@@ -157,18 +161,50 @@ class Tap:
         point = self._pass(key, (args, kwargs))
         return point.value if point is not None and point.changed else None
 
-    def leave(self, output: Any) -> Any:
-        """A call ends. Return the output, replaced or as it was."""
-        if not self.active:  # a call that began before the tap was made
+    def leave(self, output: Any, given: tuple[tuple, dict] | None = None, has_hooks: bool = True) -> Any:
+        """A call ends. Return the output, replaced or as it was.
+
+        `given` are its inputs. If hooks of others may still replace the output (never if `has_hooks` is False), the
+        call ends after them."""
+        if not self.active or (has_hooks and self._leave_after_hooks(given)):  # inactive: it began before the tap
             return output
         index = self.active.pop()
         key = (OUTPUT, index)
         if key in self.awaited or key in self.pending or self.keepers:
-            point = self._pass(key, output)
+            self.given = given
+            try:
+                point = self._pass(key, output)
+            finally:
+                self.given = None
             output = output if point is None else point.value
-        if self.heeded:
+        if self.watched:
             self.host.end_call(self, output)
         return output
+
+    def _has_hooks(self) -> bool:
+        """Whether others have put forward hooks on the module that run outside `call`."""
+        owner = self.target.owner
+        return self.target.name == FORWARD and has_forward_hooks(owner) and vars(owner).get(COMPILED) is None
+
+    def _leave_after_hooks(self, given: tuple[tuple, dict] | None) -> bool:
+        """Let the call end in a hook of its own, after those that may change the output; return False if none may."""
+        owner, index = self.target.owner, self.active[-1]
+        before = output_hooks(owner) if self._has_hooks() else []
+        if not before:
+            return False
+
+        def after(module: nn.Module, args: tuple, output: Any) -> Any:
+            if module is not owner or current_owner() is not self.host or self.active[-1:] != [index]:
+                return None
+            hook.remove()
+            self.hooks.remove(hook)
+            return self.leave(output, given, has_hooks=False)
+
+        hook = owner.register_forward_hook(after)
+        self.hooks.append(hook)
+        for number in [number for number in owner._forward_hooks if number not in (*before, hook.id)]:
+            owner._forward_hooks.move_to_end(number)
+        return True
 
     def _pass(self, key: PointKey, value: Any) -> Point | None:
         point = None
@@ -294,7 +330,7 @@ class Tap:
 
 
 class LearningTap(Tap):
-    """A tap in the first run of a model, which notes whether the module is called past the module around it."""
+    """A tap in the first run of a model, which notes whether the module is called directly, not by one around it."""
 
     __slots__ = ()
 
@@ -358,7 +394,7 @@ class Taps(dict[Key, Tap]):
             return self[target.key]
         if not target.is_called:
             raise PointNotFoundError(
-                f"{target.path} has no values: {type(target.owner).__name__} is not called by the model, it only "
+                f"{target.path} has no values: {type(target.owner).__name__} is never called by the model; it only "
                 "holds other modules. Ask for one of those"
             )
         for place in self._layout.places.get(target.key, ()):

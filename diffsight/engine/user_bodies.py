@@ -83,7 +83,7 @@ class EditBody(Body):
         state: The PyTorch state in which the run was opened.
         order: The number of the edit, which says when its turn is.
         where: The line that the edit was written at.
-        touches: Gets the paths of the points that the edit reads and assigns.
+        touches: Collects the paths of the points that the edit reads and assigns.
         attached: The modules that the edit has attached so far, in any run, by owner and name.
     """
 

@@ -68,7 +68,7 @@ def _pairs(
         sizes = len(source.tokens), len(target.tokens)
         if sizes[0] != sizes[1]:
             raise InputError(
-                f"the prompts have {sizes[0]} and {sizes[1]} tokens, so they cannot be replaced token by token: "
+                f"the prompts have {sizes[0]} and {sizes[1]} tokens, so their tokens cannot be paired one by one: "
                 "name what replaces what with words= and into="
             )
         for a, b in zip(source.tokens, target.tokens):

@@ -71,6 +71,6 @@ def _blank(given: Any, texts: list[str], keep: str | None) -> Any:
         return [_blank(text, texts, keep) for text in given]
     if not isinstance(given, str) or given == keep:
         return given
-    for text in texts:  # in any case, since some pipelines clean the prompt
+    for text in texts:  # ignoring case, since some pipelines change the prompt to lower case
         given = re.sub(re.escape(text.strip()), "", given, flags=re.IGNORECASE)
     return given

@@ -178,7 +178,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
 
 
 def _longest(word: str, fits: Callable[[str], bool]) -> int:
-    """Return how many of the first characters of a word that does not fit do."""
+    """Return how many leading characters of a word fit; the whole word does not."""
     least, most = 1, 2  # fits, perhaps not
     while most < len(word) and fits(word[:most]):
         least, most = most, 2 * most

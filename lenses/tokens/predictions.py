@@ -117,7 +117,9 @@ class LensPredictions(LensResult):
             InputError: No tokens were chosen.
         """
         if self.token_probabilities is None:
-            raise InputError("there are no curves, because no tokens were chosen: pass the lens tokens=[' Paris', …]")
+            raise InputError(
+                "there are no curves, because no tokens were chosen: pass tokens=[' Paris', …] to the lens"
+            )
         one = self[prompt]
         lines = {name: one.token_probabilities[0, :, -1, i] for i, name in enumerate(self.token_names)}
         return curves(lines, self.layers, one.prompts[0])

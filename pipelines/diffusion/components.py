@@ -1,4 +1,4 @@
-"""The components of a diffusers pipeline: which there are, and what of them a run can follow.
+"""The components of a diffusers pipeline: which ones there are, and which of their calls a run can follow.
 
 components(pipeline)                        # {"text_encoder": CLIPTextModel, "unet": …, "scheduler": …}
 traceable_methods(pipeline, pipeline.vae)   # {"encode": "vae.encode", "decode": "vae.decode"}

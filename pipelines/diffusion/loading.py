@@ -210,7 +210,7 @@ def _folder(name: str) -> Path:
     if name.startswith("diffsight/") or folder is None:
         raise InputError(_unknown(name))
     if not folder.is_dir():
-        raise InputError(f"{name} is a file, but a pipeline is a folder with a model_index.json, or a name")
+        raise InputError(f"{name} is a file; pass the folder that holds model_index.json, or a name")
     if not (folder / "model_index.json").is_file():
         raise InputError(f"the folder {name!r} is not a pipeline, because it has no model_index.json")
     return folder

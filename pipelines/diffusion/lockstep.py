@@ -10,7 +10,7 @@ the modules and has schedulers of its own.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
@@ -23,7 +23,7 @@ _lock = Lock()
 
 
 class PipelineOfRun:
-    """The pipeline that one run calls: `pipeline`, a copy from the time on when the run needs one."""
+    """The pipeline that one run calls: the user's own, or a copy once the run needs one."""
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline = pipeline
@@ -31,7 +31,7 @@ class PipelineOfRun:
     @contextmanager
     def in_use(self) -> Iterator[DiffusionPipeline]:
         """Return the pipeline to call, which no other run uses within the block."""
-        parts = {id(part) for part in _stateful_parts(self.pipeline)}
+        parts = {id(part) for part in stateful_parts(self.pipeline)}
         with _lock:
             is_free = _in_use.isdisjoint(parts)
             if is_free:
@@ -45,20 +45,7 @@ class PipelineOfRun:
                 _in_use.difference_update(parts)
 
 
-@contextmanager
-def seeded_noise(pipeline: DiffusionPipeline, seeds: Sequence[int]) -> Iterator[None]:
-    """Seed the noise of schedulers that take no generator, such as that of DPMSolverSDEScheduler, one seed an image."""
-    unseeded = [part for part in _stateful_parts(pipeline) if getattr(part, "noise_sampler_seed", 0) is None]
-    for part in unseeded:
-        part.noise_sampler_seed = list(seeds) if len(seeds) > 1 else seeds[0]
-    try:
-        yield
-    finally:
-        for part in unseeded:
-            part.noise_sampler_seed = None
-
-
-def _stateful_parts(pipeline: DiffusionPipeline) -> list[Any]:
+def stateful_parts(pipeline: DiffusionPipeline) -> list[Any]:
     """Return a pipeline, the pipelines in it, and their components that change in a run."""
     parts = [pipeline]
     for held in parts:

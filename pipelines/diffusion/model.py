@@ -34,11 +34,11 @@ from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.loading import open_pipeline
-from diffsight.pipelines.diffusion.lockstep import PipelineOfRun, seeded_noise
+from diffsight.pipelines.diffusion.lockstep import PipelineOfRun, stateful_parts
 from diffsight.pipelines.diffusion.prompts import check_prompts
 from diffsight.pipelines.diffusion.run import DiffusionRun, set_pipeline
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders
-from diffsight.pipelines.seeds import generators, seeds_of_images
+from diffsight.pipelines.seeds import generators, seeded_noise, seeds_of_images
 
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_images_per_caption")
 
@@ -130,7 +130,7 @@ class DiffusionModel(Model):
             with own.in_use() as pipeline, ExitStack() as changes:
                 if seeds is not None:
                     given["generator"] = generators(seeds)
-                    changes.enter_context(seeded_noise(pipeline, seeds))
+                    changes.enter_context(seeded_noise(stateful_parts(pipeline), seeds))
                 if not grad:
                     return pipeline(*args, **given)
                 changes.enter_context(_detached_images(pipeline))

@@ -13,7 +13,7 @@ from diffsight.pipelines.diffusion.lockstep import PipelineOfRun
 
 
 class DiffusionStep(Step):
-    """One denoising step: from one `scheduler.step` to the next."""
+    """One denoising step: from the first call of the denoiser after a `scheduler.step` to the next such call."""
 
     def __init__(self, index: int, component: str, call: tuple[tuple, dict], pipeline: Any) -> None:
         super().__init__(index, component, call)
@@ -73,7 +73,7 @@ class DiffusionRun(GeneratedOutputs, Run):
         if isinstance(result, tuple):  # the pipeline was called with return_dict=False
             return result[0]
         if name not in result:
-            raise InputError(f"{type(result).__name__} has no {name}, it has {', '.join(result)}")
+            raise InputError(f"{type(result).__name__} has no {name}; it has {', '.join(result)}")
         return result[name]
 
 

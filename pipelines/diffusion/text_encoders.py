@@ -8,7 +8,7 @@
     encoder.uses[0].places                  # ("encode_prompt[0][..., 768:2048]", "unet.encoder_hidden_states[..., …")
 
 Nothing is looked up by the name of a pipeline: `encoder_uses.py` compares what the encoders compute with what the
-pipeline goes on with. `standard_names.py` finds where the layers of an encoder are.
+pipeline uses afterwards. `standard_names.py` finds where the layers of an encoder are.
 """
 
 import html

@@ -248,7 +248,7 @@ class Accessors:
     def _index(self, index: int, path: str) -> int:
         count = len(self._layers())
         if isinstance(index, bool) or not hasattr(index, "__index__") or not -count <= index < count:
-            raise InputError(f"{path}: there is no layer {index!r}, the model has {count} (0 to {count - 1})")
+            raise InputError(f"{path}: there is no layer {index!r}; the model has {count} (0 to {count - 1})")
         return operator.index(index) % count
 
     def _layer(self, index: int, path: str) -> Envoy:

@@ -53,7 +53,7 @@ class LanguageTree(NamedTree):
         self.check_names()
 
     def check_names(self) -> None:
-        """Verify the standard names, or do it once the weights are loaded if the check needs them."""
+        """Verify the standard names. If the check needs weights that are not loaded yet, it is made once they are."""
         net = self.root.owner
         inputs = _trial_inputs(net)
         if inputs and not self._checks:

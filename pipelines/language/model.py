@@ -214,7 +214,9 @@ class LanguageModel(Accessors, Model):
         """
         function = getattr(self._owner, "generate", None)
         if function is None or not self._owner.can_generate():
-            raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; trace() runs its forward pass")
+            raise PointNotFoundError(
+                f"{type(self._owner).__name__} does not generate; use trace() to run its forward pass"
+            )
         kind = type(unwrapped(self._owner))
         if getattr(kind, "generate", None) is GenerationMixin.generate:  # otherwise it may take anything
             near = {"inputs", "seed", "grad"}

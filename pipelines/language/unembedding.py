@@ -31,7 +31,7 @@ class HiddenLayout:
 
     @classmethod
     def of(cls, shape: torch.Size, batch: int, tokens: int) -> "HiddenLayout | None":
-        """Return the layout of a shape that `batch` inputs of `tokens` tokens result in, or None if it is unclear.
+        """Return the layout of hidden states of `batch` inputs with `tokens` tokens each; None if it is unclear.
 
         No other dimension may have the size `tokens`."""
         known = list(shape[:-1])

@@ -100,7 +100,7 @@ def _reported_sizes(net: nn.Module, values: Mapping) -> list[tuple[int, int]] | 
 
 
 def _sizes(net: nn.Module, values: Mapping, tokens: int, extra: int) -> list[tuple[int, int]] | None:
-    """Return the sizes in tokens that follow from those in pixels, if all images together have `tokens`."""
+    """Return each image's size in tokens, computed from its size in pixels; None unless they add up to `tokens`."""
     pixels, patch = values.get("pixel_values"), _patch(net)
     if patch is None or not isinstance(pixels, torch.Tensor) or pixels.ndim != 4:
         return None

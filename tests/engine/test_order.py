@@ -5,14 +5,12 @@ import torch
 
 from diffsight import Model, OutOfOrderError
 from diffsight.errors import NeverReachedError, PointNotFoundError
-from helpers import outputs
+from helpers import outputs, replaced
 from models.nets import Calling, Net, inputs, linear
 
 # where the model stands, and what lies behind it
 BEHIND = [
     ("layers[0].output", "first.output"),
-    ("first.output", "first.input"),
-    ("layers[0].output", "layers[0].input"),
     ("last.output", "layers[2].output"),
     ("last.input", "layers[2].output"),
     ("layers[1].out.output", "layers[1].leaf.output"),  # its parent is still running
@@ -363,3 +361,26 @@ def test_a_module_whose_call_failed_and_was_caught(x):
     with Model(net).trace(x) as run, pytest.raises(OutOfOrderError, match=r"fast\.output"):
         run.fast.output
     assert torch.equal(run.result, net.slow(x))
+
+
+def test_the_inputs_of_the_call_at_whose_output_the_model_stands(net, x):
+    lora = linear(7)
+    with torch.no_grad(), Model(net).trace(x) as run:
+        layer = run.layers[1]
+        given = (layer.output, layer.input)[1]
+        assert layer.inputs[0][0] is layer.input is given
+        layer.output = layer.output + lora(layer.input)
+    assert torch.equal(given, outputs(net.layers[0], net, x)[0])
+    with replaced(net.layers[1], lambda output: output + lora(given)):
+        assert torch.equal(run.result, net(x))
+
+
+@pytest.mark.parametrize("use", [assign, skip], ids=lambda use: use.__name__)
+def test_those_inputs_can_no_longer_be_changed(net, x, use):
+    with Model(net).trace(x) as run:
+        run.layers[1].output
+        with pytest.raises(OutOfOrderError, match=r"layers\[1\].* was a.* too late"):
+            use(run, "layers[1].input")
+        run.layers[2].output
+        with pytest.raises(OutOfOrderError, match=r"layers\[1\].input was asked for too late"):
+            run.layers[1].input

@@ -155,3 +155,22 @@ def test_a_run_whose_last_name_goes_away_in_another_thread(net, x):
     gc.collect()
     assert footprint(net) == clean
     assert torch.equal(Model(net).trace(x).result, net(x))
+
+
+def test_a_thread_with_the_number_of_an_ended_one_is_another_thread(net, x):
+    opened, numbers, errors = [], [], []
+
+    def read():
+        if numbers and threading.get_ident() != numbers[0]:
+            return  # wait until the number comes again
+        numbers.append(threading.get_ident())
+        try:
+            opened.append(Model(net).trace(x)) if not opened else opened[0].first.output
+        except Exception as error:
+            errors.append(error)
+
+    for _ in range(1000):
+        if len(numbers) < 2:
+            in_a_thread(read)
+    assert len(numbers) == 2
+    assert [type(error) for error in errors] == [WrongThreadError]

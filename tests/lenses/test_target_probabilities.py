@@ -120,7 +120,7 @@ def test_bad_input(net, model):
     prompt = Prompt.from_strings(PROMPTS[0], "Paris", model)
     for given, words in (
         ([], "there is no prompt"),
-        (["a text"], "run_prompts takes Prompts"),
+        (["a text"], "run_prompts takes Prompt objects"),
         ([prompt, Prompt("a", {"other": [1]})], "the same names of targets: target in the first, other in 'a'"),
         ([Prompt("a", {"target": []})], "'a' has no tokens to track under 'target'"),
         ([Prompt("a", {})], "'a' has no tokens to track"),

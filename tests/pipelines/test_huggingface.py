@@ -379,7 +379,7 @@ def test_bad_input(classifier):
         HFPipeline(classifier, device="cpu")
     with pytest.raises(PointNotFoundError, match="TextClassificationPipeline does not generate"):
         model.generate(TEXT)
-    with pytest.raises(InputError, match="a seed is a whole number"):
+    with pytest.raises(InputError, match="a seed is an integer"):
         model.trace(TEXT, seed=-1)
     with pytest.raises(InputError, match="num_workers"):
         model.trace([TEXT], num_workers=2)

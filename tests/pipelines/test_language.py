@@ -517,7 +517,7 @@ def test_invalid_inputs(model, given, words):
 
 @pytest.mark.parametrize("seed", [-1, 2**64, "1", True, 1.5])
 def test_invalid_seeds(model, seed):
-    with pytest.raises(InputError, match="a seed is a whole number"):
+    with pytest.raises(InputError, match="a seed is an integer"):
         model.generate(PROMPT, seed=seed)
 
 

@@ -67,7 +67,7 @@ def test_bad_input_is_refused_before_weights_are_read(model, loads):
             model.trace(wrong)
         with pytest.raises(InputError):
             model.generate(wrong)
-    with pytest.raises(InputError, match="a seed is a whole number"):
+    with pytest.raises(InputError, match="a seed is an integer"):
         model.generate(PROMPT, seed=-1)
     assert loads == []
 

@@ -176,7 +176,7 @@ def test_the_words_of_the_scenes_are_known():
 def test_a_seed_of_the_wrong_type(sd, seed):
     bad = seed[0] if isinstance(seed, list) else seed
     message = refusal_before_running(sd, "a red circle", seed=seed)
-    assert "a seed is a whole number from 0 to" in message
+    assert "a seed is an integer from 0 to" in message
     assert repr(bad) in message
 
 
