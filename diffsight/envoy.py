@@ -381,6 +381,10 @@ class Envoy(Points):
     def __getitem__(self, key: int | str | slice) -> Any:
         if isinstance(key, str):
             return self._at(key)
+        if type(self._owner) is nn.ModuleList and type(key) is int:
+            target = self._target.item(key)
+            if target is not None:
+                return self._handle(target)
         children = list(self._tree.children_of(self._target).values())
         if isinstance(key, slice):
             return [self._handle(target) for target in children[key]]

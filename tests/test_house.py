@@ -28,6 +28,7 @@ ENGINE = [
     "engine.structural_copy",
     "engine.batch_dimensions",
     "engine.batch_slicing",
+    "engine.weak_values",
     "engine.points",
     "engine.current_run",
     "engine.late_weights",

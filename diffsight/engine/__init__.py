@@ -12,6 +12,7 @@ The files in order; each imports only from those above it:
     structural_copy     a model without its weights and hooks
     batch_dimensions    which values have the batch as their first dimension
     batch_slicing   a part of a value, such as the rows of a batch
+    weak_values     values that are there as long as somebody else holds them
     points          a point as it is asked for, a value that passes there, an assignment
     current_run     which run `model.<path>` means
     late_weights    weights that are loaded later

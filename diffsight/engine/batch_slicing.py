@@ -131,10 +131,9 @@ class Part(Selection):
         part = self._slice(whole, path)
         if value.shape != whole[part].shape:
             raise AssignmentError(f"{path} has the shape {tuple(whole[part].shape)}, not {tuple(value.shape)}")
-        # Gradients flow through the rest whatever the body's grad mode, and autograd may hold what a copy was read for.
-        tracked = whole.requires_grad or value.requires_grad
-        with torch.set_grad_enabled(tracked):
-            if tracked or copies.get(id(whole)) is not whole:
+        # Gradients flow through the rest whatever the body's grad mode.
+        with torch.set_grad_enabled(whole.requires_grad or value.requires_grad):
+            if copies.get(id(whole)) is not whole:
                 whole = whole.clone()
                 copies[id(whole)] = whole
             whole[part] = value

@@ -61,6 +61,13 @@ class Target:
             self._children = (dict(modules), made)
         return self._children[1]
 
+    def item(self, index: int) -> "Target | None":
+        """Return an entry of a `ModuleList`; None if it has none there. It takes no longer in a long list."""
+        modules = self.owner._modules
+        name = str(index + len(modules) if index < 0 else index)
+        module, known = modules.get(name), self._children and self._children[1].get(name)
+        return known if known and known.owner is module else self.children().get(name)
+
     def named_children(self) -> dict[str, "Target"]:
         """Return the children as a user names them. A module wrapped by `torch.compile` has those of the original."""
         children = self.children()

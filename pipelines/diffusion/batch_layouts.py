@@ -6,7 +6,6 @@ guidance it gets one. The inputs show which it is: the entries of a denoiser's t
 recognised by its name. What this comparison cannot settle stays unknown, and asking for it raises an error.
 """
 
-import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from diffsight.extending import FORWARD, Tap, Target
+from diffsight.pipelines.arguments import signature
 from diffsight.pipelines.diffusion.prompts import as_read
 
 COND, UNCOND = "cond", "uncond"
@@ -136,7 +136,7 @@ class BatchLayouts:
         """Return the branch whose prompt encode_prompt is called with.
 
         Some pipelines call it once for each branch, others once for both, with the prompt of the conditional one."""
-        given = inspect.signature(pipeline.encode_prompt).bind_partial(*args, **kwargs).arguments
+        given = signature(pipeline.encode_prompt).bind_partial(*args, **kwargs).arguments
         names = ("prompt", "prompt_embeds")
         cond, uncond = (
             any(_is_same(given.get(name), self._arguments.get(prefix + name)) for name in names)
@@ -213,7 +213,7 @@ class BatchLayouts:
         """Return the words of every prompt (`prompt`, `prompt_2` …) or negative prompt, as the tokenizer decodes
         them."""
         prefix = "" if branch == COND else "negative_"
-        parameters = inspect.signature(self._pipeline.__call__).parameters
+        parameters = signature(self._pipeline.__call__).parameters
         known: list[list[str]] = [[] for _ in range(self.prompts)]
         for name in (name for name in parameters if re.fullmatch(rf"{prefix}prompt(_\d+)?", name)):
             given = self._arguments.get(name, parameters[name].default)

@@ -6,7 +6,6 @@ component_names(pipeline.text_encoder)      # {"layers": "encoder.layers", "ln_f
 text_encoder_names(pipeline)                # ["text_encoder"]
 """
 
-import inspect
 from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
@@ -59,4 +58,5 @@ def _direct_methods(component: Any) -> tuple[str, ...]:
 
 
 def _has_method(component: Any, name: str) -> bool:
-    return isinstance(inspect.getattr_static(type(component), name, None), FunctionType)
+    defined = (vars(cls)[name] for cls in type(component).__mro__ if name in vars(cls))
+    return isinstance(next(defined, None), FunctionType)

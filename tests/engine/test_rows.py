@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from diffsight import Model, OutOfOrderError
@@ -130,6 +131,35 @@ def test_gradients_flow_through_every_row_that_is_assigned(net, inputs):
     net.zero_grad()
     net.last(net.pair(net.second(net.first(torch.cat(inputs)) ** 2 + net.place()))[0]).sum().backward()
     assert torch.allclose(got, net.first.weight.grad, atol=1e-6)
+
+
+class Clones(TorchDispatchMode):
+    """Counts the tensors of a shape that are cloned."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.clone.default and tuple(args[0].shape) == self.shape
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_batch_is_copied_once_for_all_rows_that_are_assigned(net, inputs):
+    with Model(net).trace(inputs) as run:
+        before, rows = run.first.output, run.rows
+        with Clones((3, 4)) as clones:
+            for number, row in enumerate(rows):
+                row.first.output = torch.full((1, 4), float(number))
+        middle = run.first.output.square().sum()  # autograd holds the copy for this
+        with Clones((3, 4)) as more:
+            for row in rows[:2]:
+                row.first.output = torch.zeros(1, 4, requires_grad=True)
+    assert (clones.count, more.count) == (1, 1)
+    (middle + run.result.sum()).backward()
+    expected = torch.tensor([0.0, 0.0, 2.0]).view(3, 1).expand(3, 4)
+    assert torch.allclose(run.result, net.last(net.pair(net.second(expected + net.place()))[0]), atol=1e-6)
+    assert before.grad_fn is not None and middle == (0 + 1 + 4) * 4
 
 
 def test_a_row_assigned_without_gradients_leaves_those_of_the_others(net, inputs):
