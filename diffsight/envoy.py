@@ -324,7 +324,7 @@ class Envoy(Points):
             module = edit.attached.setdefault((id(owner), name), module)
             if tree.attached.find(owner, name) is not None:
                 return
-        tree.attach(owner, name, join(self.path, name), module)
+        tree.attach(owner, name, join(self._target.path, name), module)
 
     def _start_edits(self) -> bool:
         """Start the edits of the run at hand if they have not started: perhaps they attach what is looked for."""
