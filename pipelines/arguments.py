@@ -37,7 +37,7 @@ _signatures: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of metho
 
 def signature(function: Callable) -> inspect.Signature:
     """Return what `inspect.signature` does. Every run of a pipeline asks, so that of a method is computed once."""
-    if not isinstance(function, types.MethodType):
+    if not isinstance(getattr(function, "__func__", None), types.FunctionType):
         return inspect.signature(function)
     if function.__func__ not in _signatures:
         _signatures[function.__func__] = inspect.signature(function)

@@ -25,6 +25,7 @@ ENGINE = [
     "engine.users_hooks",
     "engine.target",
     "engine.batch_slicing",
+    "engine.weak_values",
     "engine.points",
     "engine.current_run",
     "engine.late_weights",

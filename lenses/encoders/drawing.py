@@ -114,7 +114,7 @@ class Drawing:
                 edited = edited.edit(lambda run, other=other: _replay(run, other, len(items)))
         arguments, seed = {"prompt": self.prompt, **self.arguments}, self.seed
         if len(items) > 1:
-            arguments, seed = _for_each_row(arguments, len(items)), [seed] * len(items)
+            arguments, seed = for_each_row(arguments, len(items)), [seed] * len(items)
         result = edited.generate(**arguments, seed=seed).result
         name = next(iter(result), None) if isinstance(result, Mapping) else None
         if name is not None and name not in _OUTPUTS:
@@ -177,7 +177,7 @@ def _are_ids(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.ndim == 2 and not leaf.is_floating_point()
 
 
-def _for_each_row(arguments: Mapping[str, Any], times: int) -> dict[str, Any]:
+def for_each_row(arguments: Mapping[str, Any], times: int) -> dict[str, Any]:
     """Return the arguments of one prompt as those of as many prompts as `times`."""
     return {name: _repeat_argument(name, value, times) for name, value in arguments.items()}
 
