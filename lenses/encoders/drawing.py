@@ -25,7 +25,6 @@ from diffsight.pipelines.diffusion.encoding import EncodingRecord
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
-_LONG = 60  # characters of names up to which a progress bar lists them
 _OUTPUTS = ("images", "image", "frames", "audios")
 Item = TypeVar("Item")
 Change = Callable[[DiffusionRun, Sequence[Item]], None]
@@ -83,8 +82,7 @@ class Drawing:
         return tuple(outputs)
 
     def _draw_batch(self, change: Change, items: Sequence[Item]) -> Sequence[Any]:
-        names = ", ".join(map(str, items))
-        desc = f"{self.noun} {names}" if len(names) <= _LONG else f"{len(items)} {self.noun}"
+        desc = f"{len(items)} {self.noun}" if len(items) > 1 else f"{self.noun.removesuffix('s')} {items[0]}"
         try:
             with progress_bar(self.model.pipeline, desc=desc, disable=not self.progress):
                 return self._call(change, items)
