@@ -16,7 +16,7 @@ The pipeline runs up to the first call of its denoiser and is stopped there.
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -114,13 +114,13 @@ def encodings_in(model: Model, prompt: str, record: EncodingRecord) -> dict[str,
 
 
 def record_encoding(
-    model: Model, prompt: str | None, arguments: Mapping[str, Any], seed: int | None = None
+    model: Model, prompt: str | Sequence[str] | None, arguments: Mapping[str, Any], seed: int | None = None
 ) -> EncodingRecord:
     """Run `model` up to its denoiser and return what its text encoders did.
 
     Args:
         model: A `DiffusionModel`.
-        prompt: The prompt. None stands for a plain prompt, with whatever else the pipeline requires.
+        prompt: The prompt, or several. None stands for a plain prompt, with whatever else the pipeline requires.
         arguments: Other arguments of the pipeline.
         seed: The seed of the run.
     """
@@ -137,12 +137,14 @@ def record_encoding(
     return record
 
 
-def cut_off(model: Model, encoder: EncoderRecord, prompt: str) -> str | None:
-    """Return the end of the prompt that the encoder's tokenizer cuts off, as text, or None if it cuts nothing."""
+def cut_off(model: Model, encoder: EncoderRecord, prompt: str, number: int = 0) -> str | None:
+    """Return the end of the prompt that the encoder's tokenizer cuts off, as text, or None if it cuts nothing.
+
+    `number` is that of the prompt in the record, if it is one of several prompts."""
     if encoder.tokenizer is None:
         return None
     tokenizer = getattr(model.pipeline, encoder.tokenizer)
-    ids = encoder.prompt.ids[encoder.prompt.rows[0]].tolist()
+    ids = encoder.prompt.ids[encoder.prompt.rows[number]].tolist()
     prompt = as_read(model.pipeline, prompt, tokenizer)
     texts = dict.fromkeys((prompt, prompt.lower().strip()))  # some pipelines clean it
     contents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]

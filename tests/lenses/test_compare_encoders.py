@@ -315,3 +315,24 @@ def test_questions_that_have_no_answer(both):
         both.nearest("CLIP", prompt=4)
     with pytest.raises(InputError, match='to must be "first" or "last", not'):
         both.drift("CLIP", prompt=0, to="middle")
+
+
+# Batches
+
+
+def test_prompts_are_encoded_in_batches(sd, if_):
+    calls = []
+    hooks = [model.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1)) for model in (sd, if_)]
+    prompts = [f"a {color} {shape}" for color in ("red", "green", "blue") for shape in ("circle", "square", "cat")]
+    try:
+        result = compare_encoders({"CLIP": sd, "T5": if_}, prompts, images=0, **QUIET)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(calls) <= 2 * 2 * 2, "for each encoder one prompt and one batch, with their negative prompts"
+    for number, prompt in enumerate(prompts):
+        states, words = states_by_hand(sd, prompt)
+        assert torch.allclose(
+            result["CLIP"].vectors[:, number], states.mean(1)[: len(result["CLIP"].layers)], atol=1e-5
+        )
+        assert result["CLIP"].words[number] == tuple(words)
