@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         patchscope_lens,
         run_prompts,
         steer,
+        trajectory_lens,
     )
     from diffsight.pipelines import DiffusionModel, HFPipeline, LanguageModel, VisionLanguageModel
 
@@ -68,6 +69,7 @@ __all__ = [
     "patchscope_lens",
     "run_prompts",
     "steer",
+    "trajectory_lens",
 ]
 
 _WRAPPERS = {"DiffusionModel", "HFPipeline", "LanguageModel", "VisionLanguageModel"}
