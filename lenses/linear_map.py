@@ -25,6 +25,7 @@ from diffsight.lenses.options import check_options
 from diffsight.pipelines.diffusion.encoder_calls import EncoderCall
 from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.run import is_silenced
 from diffsight.pipelines.diffusion.text_encoders import encoders_in
 
 _UNSEEN = 5  # every fifth prompt is left out to measure the error on unseen prompts
@@ -95,7 +96,7 @@ class LinearMap:
         if not prompts:
             raise InputError("LinearMap needs prompts to be fitted on, but the list is empty")
         taken: dict[Pair, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for prompt in tqdm(prompts, desc="prompts", disable=not progress):
+        for prompt in tqdm(prompts, desc="prompts", disable=not progress or is_silenced(model.pipeline)):
             reading = record_encoding(model, prompt, arguments)
             origin_reading = (
                 reading if origin is model else record_encoding(origin, prompt, known_to(origin, arguments))
