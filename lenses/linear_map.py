@@ -22,6 +22,7 @@ from diffsight.lenses.encoders.checks import check_diffusion_model, check_prompt
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
 from diffsight.lenses.layers import Layer, Layers, choose_layer, layer_title
 from diffsight.lenses.options import check_options
+from diffsight.lenses.results.call_values import FittedWith
 from diffsight.pipelines.diffusion.encoder_calls import EncoderCall
 from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -53,6 +54,7 @@ class LinearMap:
     def __init__(self) -> None:
         self.source: tuple[str, str] | None = None
         self.target: tuple[str, str] | None = None
+        self.fitted_with: FittedWith | None = None  # for the records of lenses
         self._counts = (0, 0)  # the numbers of layers of source and target
         self._fits: dict[Pair, _Fit] = {}
         self._error: dict[Pair, float] = {}
@@ -113,6 +115,10 @@ class LinearMap:
                 taken.setdefault((source_layer, layer), []).append(
                     tuple(_means(encoded.prompt, number, of) for (_, encoded), number, of in chosen)
                 )
+        self.fitted_with = FittedWith.of(
+            model=model, prompts=prompts, encoder=encoder, source_encoder=source_encoder, source_model=source_model,
+            layers=layers, source_layers=source_layers, **arguments,
+        )  # fmt: skip
         self.source, self.target = (origin.source, source.name), (model.source, found.name)
         self._counts = source.count, found.count
         for pair, states in taken.items():

@@ -11,7 +11,7 @@ anything else. What has no such form, such as a function of the user's, is store
 
 import importlib
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,26 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
 _LENSES = "diffsight.lenses"
+
+
+class UnknownValueError(InputError):
+    """An argument was of a kind that a record cannot hold."""
+
+
+@dataclass(frozen=True)
+class FittedWith:
+    """What an object such as a LinearMap was fitted with, for records of calls that it is passed to: the arguments of
+    its `fit` as JSON stores them, and the models among them."""
+
+    arguments: Mapping[str, Any]
+    models: Mapping[str, ModelRecord]
+
+    @classmethod
+    def of(cls, **arguments: Any) -> "FittedWith":
+        """Return the record of the arguments of `fit`, without those that are None."""
+        encoder = ArgumentEncoder()
+        given = {name: value for name, value in arguments.items() if value is not None}
+        return cls({name: encoder.encode(f"fitted_{name}", value) for name, value in given.items()}, encoder.models)
 
 
 class ArgumentEncoder:
@@ -72,6 +92,9 @@ class ArgumentEncoder:
         if is_dataclass(value) and type(value).__module__.startswith("diffsight."):
             given = {one.name: self.encode(f"{name}.{one.name}", getattr(value, one.name)) for one in fields(value)}
             return {"$object": [f"{type(value).__module__}.{type(value).__name__}", given]}
+        if isinstance(fitted := getattr(value, "fitted_with", None), FittedWith):
+            self.models |= fitted.models
+            return {"$fitted": [f"{type(value).__module__}.{type(value).__name__}", fitted.arguments]}
         if hasattr(value, "__index__"):
             return int(value)
         return {"$unknown": repr(value)}
@@ -87,7 +110,7 @@ class ArgumentEncoder:
     def _model(self, name: str, model: DiffusionModel | LanguageModel) -> str:
         if id(model) not in self._names:
             self._names[id(model)] = name
-            self.models[name] = ModelRecord.of(model)
+            self.models[name] = ModelRecord.of(model, self.encode)
         return self._names[id(model)]
 
     def _tensor(self, name: str, value: torch.Tensor) -> str:
@@ -110,7 +133,8 @@ class ArgumentDecoder:
         """Return the value that `ArgumentEncoder.encode` stored.
 
         Raises:
-            InputError: The value could not be stored, or this version of diffsight does not know its form.
+            UnknownValueError: The value could not be stored.
+            InputError: This version of diffsight does not know its form.
         """
         if isinstance(value, list):
             return list(map(self.decode, value))
@@ -149,8 +173,10 @@ class ArgumentDecoder:
                 return named(inner)
             case "$object":
                 return named(inner[0])(**self.decode(inner[1]))
+            case "$fitted":
+                return named(inner[0])().fit(**self.decode(inner[1]), progress=False)
             case "$unknown":
-                raise InputError(f"a record cannot hold {inner}")
+                raise UnknownValueError(f"a record cannot hold {inner}")
         raise InputError(f"the record has a value of an unknown kind, {kind!r}: it is of a newer version of diffsight")
 
 
@@ -207,6 +233,10 @@ def source_of(value: Any, imports: set[str]) -> str:
             module, _, name = inner[0].rpartition(".")
             imports.add(f"from {module} import {name}")
             return f"{name}({', '.join(f'{key}={source_of(one, imports)}' for key, one in inner[1].items())})"
+        case "$fitted":
+            module, _, name = inner[0].rpartition(".")
+            imports.add(f"from {module} import {name}")
+            return f"{name}().fit({', '.join(f'{key}={source_of(one, imports)}' for key, one in inner[1].items())})"
         case "$tensor" | "$array" | "$image":
             imports.add("from safetensors.torch import load_file")
             return f'load_file("arguments.safetensors")[{inner!r}]'

@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from diffsight.lenses.results.call_values import ArgumentEncoder, source_of
+from diffsight.lenses.results.literals import literal
 from diffsight.lenses.results.model_records import ModelRecord
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
@@ -57,7 +58,7 @@ class Call:
         for place, (key, value) in enumerate(self.arguments.items()):
             written = source_of(value, imports)
             words.append(f"{key}={written}" if place >= self.positional else written)
-        lines = [f"{variable} = {model.code()}" for variable, model in self.models.items()]
+        lines = [f"{variable} = {_loading(model, imports)}" for variable, model in self.models.items()]
         one_line = f"result = {name}({', '.join(words)})"
         call = [one_line] if len(one_line) <= _WIDTH else [f"result = {name}(", *(f"    {w}," for w in words), ")"]
         return "\n".join([*sorted(imports), "", *lines, *call])
@@ -86,3 +87,12 @@ def _call_of(function: Callable, positional: int, bound: inspect.BoundArguments)
     date = datetime.now(UTC).isoformat(timespec="seconds")
     name = f"diffsight.lenses.{function.__name__}"
     return Call(name, arguments, encoder.models, encoder.tensors, date, positional)
+
+
+def _loading(model: ModelRecord, imports: set[str]) -> str:
+    """Return Python code that loads a model. What no code can say stands in a comment."""
+    options = "".join(f", {name}={source_of(value, imports)}" for name, value in model.options.items())
+    written = (
+        f"{model.kind}({literal(model.source)}{options})" if model.source else f"{model.kind}(...)  # a live model"
+    )
+    return f"{written}  # with the edits in the record" if model.edits else written

@@ -5,8 +5,7 @@ values at equal distances. It takes no time even for large models, and differs b
 """
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +13,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from diffsight.lenses.results.literals import literal
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -31,7 +29,7 @@ class ModelRecord:
     Attributes:
         kind: The class, such as "LanguageModel".
         source: What it was loaded from: a name or a folder. None for a live model.
-        options: The other arguments it was loaded with.
+        options: The other arguments it was loaded with, as JSON stores them (see `call_values.py`).
         revision: The commit that a model hub named, if any.
         weights: The fingerprint of the weights.
         edits: The edits on the model: where each was written, and its source.
@@ -45,10 +43,10 @@ class ModelRecord:
     edits: tuple[Mapping[str, str | None], ...] = field(default=(), repr=False)
 
     @classmethod
-    def of(cls, model: Model) -> "ModelRecord":
-        """Return the record of a model."""
+    def of(cls, model: Model, encode: Callable[[str, Any], Any]) -> "ModelRecord":
+        """Return the record of a model. `encode(name, value)` returns an option as JSON stores it."""
         loaded = getattr(model, "loaded_from", None) or {}
-        options = {name: _plain(value) for name, value in loaded.items() if name != "source"}
+        options = {name: encode(name, value) for name, value in loaded.items() if name != "source"}
         source = None if "source" not in loaded else str(loaded["source"])
         return cls(
             type(model).__name__, source, options, _revision(model), fingerprint(model), tuple(map(_edit, model.edits))
@@ -57,15 +55,6 @@ class ModelRecord:
     def record(self) -> dict[str, Any]:
         """Return it as JSON stores it."""
         return asdict(self)
-
-    def code(self) -> str:
-        """Return Python code that loads the model; what no code can say stands in a comment."""
-        options = "".join(f", {name}={literal(value)}" for name, value in self.options.items())
-        written = (
-            f"{self.kind}({literal(self.source)}{options})" if self.source else f"{self.kind}(...)  # a live model"
-        )
-        more = f"  # and {len(self.edits)} edit{'s' * (len(self.edits) > 1)}, see the record" if self.edits else ""
-        return written + more
 
 
 def fingerprint(model: Model) -> str:
@@ -114,12 +103,3 @@ def _revision(model: Model) -> str | None:
 
 def _edit(edit: Any) -> dict[str, str | None]:
     return {"where": edit.where, "source": edit.source}
-
-
-def _plain(value: Any) -> Any:
-    """Return an option as JSON stores it; what JSON cannot store, as its `repr`."""
-    try:
-        json.dumps(value)
-    except TypeError:
-        return repr(value)
-    return value

@@ -96,12 +96,12 @@ def test_the_model_of_a_record(saved_models):
 
     @model.edit
     def edited(run):
-        run.text_encoder.layers[0].output[:] = 0
+        run.text_encoder.layers[0].output[:] *= 0.5
 
     result = diffusion_lens(edited, "a red circle", layers=2, **lens_results.FAST)
     (other,) = result.call.models.values()
     assert other.weights == record.weights
-    assert "run.text_encoder.layers[0].output[:] = 0" in other.edits[0]["source"]
+    assert "run.text_encoder.layers[0].output[:] *= 0.5" in other.edits[0]["source"]
     assert __file__ in other.edits[0]["where"]
 
 
@@ -148,7 +148,7 @@ def test_the_code_of_a_call(saved_models):
         "    model,",
         f"    {json.dumps(language.PROMPTS[:2])},",
         "    layers=range(0, 4, 2),",
-        '    tokens=" Paris",',
         "    top_k=2,",
+        '    tokens=" Paris",',
         ")",
     ]
