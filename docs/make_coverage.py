@@ -54,11 +54,11 @@ def check_images(build: Callable) -> ModelCheck:
 
 
 def checked(check: Callable[[], ModelCheck]) -> ModelCheck | str:
-    """Return the check, or why the model cannot be wrapped."""
+    """Return the check, or why the model cannot be built or wrapped."""
     try:
         return check()
-    except DiffsightError as error:
-        return str(error).splitlines()[0]
+    except (DiffsightError, ImportError) as error:
+        return str(error).strip().splitlines()[0]
 
 
 def table(title: str, found: dict[str, ModelCheck | str]) -> str:
@@ -69,7 +69,7 @@ def table(title: str, found: dict[str, ModelCheck | str]) -> str:
     for name, check in checks.items():
         lines.append(f"| `{name}` | " + " | ".join(SIGNS[row.status] for row in check.rows) + " |")
     failed = [f"- `{name}`, {r.name}: {r.detail}" for name, c in checks.items() for r in c.rows if r.status == "failed"]
-    failed += [f"- `{name}` cannot be wrapped: {check}" for name, check in found.items() if isinstance(check, str)]
+    failed += [f"- `{name}`: {check}" for name, check in found.items() if isinstance(check, str)]
     return "\n".join([*lines, *(["", "What failed:", "", *failed] if failed else [])]) + "\n"
 
 

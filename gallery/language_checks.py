@@ -1,12 +1,13 @@
 """What is checked of a language or vision-language model: see `checking.py`."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffsight.errors import InputError, PointNotFoundError
+from diffsight.errors import InputError, OutOfOrderError, PointNotFoundError
 from diffsight.gallery.diffusion_checks import same_bits
 from diffsight.gallery.nothing_of_the_kind import NothingOfTheKind
 from diffsight.lenses.logit_lens import logit_lens
@@ -43,9 +44,8 @@ class _Language:
         self._model, self._prompt, self._more = model, prompt, more
 
     def unread_run(self) -> str:
-        run = self._trace()
         with torch.no_grad():
-            logits = run.logits
+            logits = self._trace().result["logits"]
             bare = self._model.module(**self._inputs())["logits"]
         assert same_bits(logits, bare), "the logits of a run differ from those of the bare model"
         return "the logits of a run have the bits of the bare call"
@@ -54,10 +54,11 @@ class _Language:
         """Compare what every layer returns with what ordinary hooks see."""
         count = len(self._model.layers_output)
         hooked: dict[int, torch.Tensor] = {}
-        handles = [
-            self._module_of(i).register_forward_hook(lambda m, a, output, i=i: hooked.setdefault(i, _first(output)))
-            for i in range(count)
-        ]
+
+        def keep(layer: int, module: nn.Module, args: tuple, output: Any) -> None:
+            hooked.setdefault(layer, _first(output).clone())
+
+        handles = [self._module_of(i).register_forward_hook(partial(keep, i)) for i in range(count)]
         try:
             with torch.no_grad():
                 self._model.module(**self._inputs())
@@ -82,16 +83,20 @@ class _Language:
         return f"{steps}, for at most {_TOKENS} tokens"
 
     def attention(self) -> str:
-        """Look at the attention probabilities, whose rows must sum to 1."""
-        try:
-            with torch.no_grad(), self._trace() as run:
-                probabilities = run.attention_probs[0].clone()
-                run.stop()
-        except (InputError, PointNotFoundError) as error:
-            raise NothingOfTheKind(str(error).splitlines()[0]) from None
-        sums = probabilities.float().sum(-1)
-        assert ((sums - 1).abs() < 1e-2).logical_or(sums.abs() < 1e-2).all(), "rows of probabilities do not sum to 1"
-        return f"probabilities of layer 0: {tuple(probabilities.shape)}"
+        """Look at the attention probabilities of the first layer that has any. Their rows must sum to 1."""
+        reasons = []
+        for layer in range(len(self._model.layers_output)):
+            try:
+                with torch.no_grad(), self._trace() as run:
+                    probabilities = run.attention_probs[layer].clone()
+                    run.stop()
+            except (InputError, PointNotFoundError, OutOfOrderError) as error:
+                reasons.append(str(error).splitlines()[0])
+                continue
+            sums = probabilities.float().sum(-1)
+            assert ((sums - 1).abs() < 1e-2).logical_or(sums.abs() < 1e-2).all(), "rows do not sum to 1"
+            return f"probabilities of layer {layer}: {tuple(probabilities.shape)}"
+        raise NothingOfTheKind(reasons[0])
 
     def image_tokens(self) -> str:
         if not isinstance(self._model, VisionLanguageModel) or "images" not in self._more:

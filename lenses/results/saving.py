@@ -68,6 +68,6 @@ def save_files(folder: str | Path, files: Mapping[str, Callable[[Path], None]]) 
         for name, write in files.items():
             write(Path(temporary) / name)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in files:
+        for name in reversed(files):  # the record is the first, so where it is, all files are
             os.replace(Path(temporary) / name, folder / name)
     return [folder / name for name in files]

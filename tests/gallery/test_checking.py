@@ -1,5 +1,6 @@
 """`check_model` and `diffsight check`: what they find, and that they notice what is wrong."""
 
+import itertools
 import json
 
 import pytest
@@ -59,15 +60,13 @@ def test_a_vision_language_model_shows_its_image_tokens():
 
 def test_a_pipeline_that_does_not_repeat_fails():
     pipe = diffusion.stable_diffusion()
-    forward = pipe.unet.forward
-    pipe.unet.forward = lambda sample, *args, **kwargs: forward(sample * torch.rand(()), *args, **kwargs)
-    torch.manual_seed(1)
-    model = DiffusionModel(pipe)
-    model.generate = lambda *args, seed=None, **kwargs: DiffusionModel.generate(model, *args, **kwargs)
-    check = check_model(model, **FAST)
+    forward, calls = pipe.unet.forward, itertools.count()
+    pipe.unet.forward = lambda sample, *args, **kwargs: forward(sample + next(calls), *args, **kwargs)
+    check = check_model(DiffusionModel(pipe), **FAST)
     assert not check.is_ok
-    assert states(check)["unread run"] == "failed"
     assert details(check)["unread run"] == "a run in which nothing is read differs from the bare call"
+    assert details(check)["components"] == "values of unet differ from those of hooks"
+    assert details(check)["seeds"] == "the same seed gave another result"
 
 
 def test_an_error_in_a_model_is_what_the_check_found():
@@ -112,14 +111,14 @@ def test_the_command_opens_models_of_every_kind(saved_models, folder, capsys):
 
 
 def test_a_check_that_fails_has_exit_status_1(saved_models, capsys):
-    assert main(["check", str(saved_models / "pipeline"), "num_inference_steps=2", "height=31"]) == 1
+    assert main(["check", str(saved_models / "pipeline"), "num_inference_steps=2", "prompt_embeds=3"]) == 1
     assert "failed" in capsys.readouterr().out
 
 
 def test_bad_input(saved_models, tmp_path, capsys):
     pipeline = str(saved_models / "pipeline")
     for argv, message in [
-        (["check", str(tmp_path)], "cannot"),
+        (["check", str(tmp_path)], "is not a pipeline"),
         (["check", "diffsight/nothing"], "diffsight/nothing"),
         (["check", pipeline, "steps"], "NAME=VALUE"),
         (["check", str(saved_models / "language"), "height=3"], "takes prompt"),
