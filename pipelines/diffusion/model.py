@@ -67,8 +67,9 @@ class DiffusionModel(Model):
     def __init__(self, source: str | Path | DiffusionPipeline, dispatch: bool = False, **arguments: Any) -> None:
         pipeline, loader = open_pipeline(source, dispatch, **arguments)
         self._wrap(DiffusionTree(Target(pipeline, "__call__", ""), loader))
-        name = type(pipeline).__name__ if isinstance(source, DiffusionPipeline) else str(source)
-        self.__dict__["source"] = name
+        is_live = isinstance(source, DiffusionPipeline)
+        self.__dict__["source"] = type(pipeline).__name__ if is_live else str(source)
+        self.__dict__["loaded_from"] = None if is_live else {"source": str(source), **arguments}
 
     @property
     def pipeline(self) -> DiffusionPipeline:
