@@ -26,12 +26,12 @@ from diffsight.pipelines.attention_product import AttentionProduct, HeadsLayout,
 
 VALUES = ("q", "k", "v", "attention_product", "attention_probs", "heads_output")
 
-_FUSED = "scaled_dot_product_attention"
+SCALED_DOT_PRODUCT = "scaled_dot_product_attention"
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "einsum", "baddbmm"}
 _KEEPS_PROBS = {"dropout", "to", "type", "type_as", "float", "half", "bfloat16", "clone", "contiguous", "__getitem__"}
 _KEEPS_PROBS |= {"reshape", "view", "flatten", "unflatten", "unsqueeze", "squeeze", "transpose", "permute", "expand"}
 _KEEPS_PROBS |= {"masked_fill"}
-_WATCHED = {_FUSED, "softmax", "multi_head_attention_forward", *_PRODUCTS}
+WATCHED = {SCALED_DOT_PRODUCT, "softmax", "multi_head_attention_forward", *_PRODUCTS}
 
 
 class Watched:
@@ -109,13 +109,13 @@ class AttentionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if name not in _WATCHED and self._written.is_empty:
+        if name not in WATCHED and self._written.is_empty:
             return func(*args, **kwargs)
         running = [watched for watched in self._watched.values() if watched.is_running]
         if not running:
             self._written.clear()
             return func(*args, **kwargs)
-        if name == _FUSED:
+        if name == SCALED_DOT_PRODUCT:
             return FusedCall.of(running, args, kwargs).run(func)
         if name == "multi_head_attention_forward":
             with self:

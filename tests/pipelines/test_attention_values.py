@@ -254,24 +254,9 @@ def test_gradients_through_the_pipeline(sd):
     assert torch.allclose((losses[0] - losses[1]) / 2e-4, (probs.grad * direction).sum(), rtol=1e-4)
 
 
-def with_image_prompt(pipe):
-    """Give the UNet an IP-Adapter of four tokens, with random weights; return what it is called with."""
-    state, generator = {}, torch.Generator().manual_seed(5)
-    names = [name for name in pipe.unet.attn_processors if "attn2" in name]
-    for number, name in enumerate(names):
-        width = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
-        for part in ("k", "v"):
-            state[f"{2 * number + 1}.to_{part}_ip.weight"] = torch.randn(width, diffusion.WIDTH, generator=generator)
-    projection = {"proj.weight": torch.randn(4 * diffusion.WIDTH, 8, generator=generator)}
-    projection |= {"proj.bias": torch.zeros(4 * diffusion.WIDTH)}
-    projection |= {"norm.weight": torch.ones(diffusion.WIDTH), "norm.bias": torch.zeros(diffusion.WIDTH)}
-    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": state}])
-    return {"ip_adapter_image_embeds": [torch.randn(2, 1, 8, generator=generator)]}
-
-
 def test_a_module_with_several_products(sd):
     inputs = diffusion.PIPELINES["stable_diffusion"].inputs()
-    inputs |= with_image_prompt(sd)
+    inputs |= diffusion.add_image_prompt(sd)
     model = DiffusionModel(sd)
     with model.generate(**inputs, seed=SEED) as run:
         products = run[ATTN].products
