@@ -26,7 +26,7 @@ from diffsight.compat.config import CONFIG, remote_logger
 from diffsight.compat.functions import apply, local, log, trace
 from diffsight.compat.import_paths import Proxy, WrapperModule, add_places
 from diffsight.compat.iterations import Iterations
-from diffsight.compat.literals import List, literal_of
+from diffsight.compat.proxy_types import List, literal_of
 from diffsight.compat.renames import get_rename_dict
 from diffsight.compat.sessions import Session
 from diffsight.compat.stopping import stop
