@@ -451,6 +451,8 @@ class Flow:
         guard = tap.origin.guard and order.guard_of(tap, scope, self.clock.index)
         if guard is not None:
             waits.append((guard[0], (OUTPUT, guard[1])))
+        elif asked.target.is_value:  # it passes before the call ends, or not at all
+            waits.append((self.taps[asked.target.outer.key], (OUTPUT, key[1])))
         in_step = scope.in_step
         for other, other_key in waits:
             other.awaited.setdefault(other_key, []).append(in_step)

@@ -119,7 +119,7 @@ def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError]) -> OutOfO
     """The error for a wait that ended before the model reached the point."""
     return kind(
         f"{asked} was asked for, but {until} without reaching it. Either the model had already passed that "
-        "point, or it does not call that module there"
+        f"point, or {asked.target.if_missing or 'it does not call that module there'}"
     )
 
 
