@@ -77,9 +77,9 @@ class HFPipeline(Model):
     def trace(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> GenerationRun:
         """Open a run of the pipeline: `with model.trace("a text") as run:`, or `model.trace("a text").result`.
 
-        A step is one call of `model`. If the model generates text, this is one token, with `step.tokens` and
-        `step.text`, and `run.stream()` yields the pieces of text. If a list of inputs is processed in several batches,
-        a step is one batch. If a list makes one batch (`batch_size=`), `run.rows` are the inputs.
+        A step is one call of `model`. If the model generates text, it lies between two choices of tokens, with
+        `step.tokens` and `step.text`, and `run.stream()` yields the pieces of text. If a list of inputs is processed in
+        several batches, a step is one batch. If a list makes one batch (`batch_size=`), `run.rows` are the inputs.
 
         Args:
             args, kwargs: The arguments of the pipeline.
@@ -100,7 +100,7 @@ class HFPipeline(Model):
         run = self._new_run(call, self._sizes(args, kwargs), again, grad)
         flow_of(run).seed = seed
         if generated is not None:
-            set_generated(run, generated)
+            set_generated(run, generated, self._tree.children_of(self._target)["model"])
         return run
 
     def check(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> None:
@@ -232,7 +232,7 @@ def _changed_methods(pipeline: Pipeline, generates: bool, grad: bool) -> Iterato
     is detached for `postprocess`, which converts it to numbers."""
     changes: list[tuple[Any, str, Callable[[Callable], Callable]]] = []
     if generates or (grad and hasattr(pipeline.model, "generate")):
-        changes.append((pipeline.model, "generate", _reporting))
+        changes.append((pipeline.model, "generate", partial(_reporting, pipeline)))
     if grad:
         changes.append((pipeline, "get_inference_context", lambda own: lambda: nullcontext))
         changes.append((pipeline, "forward", _detaching))
@@ -242,7 +242,7 @@ def _changed_methods(pipeline: Pipeline, generates: bool, grad: bool) -> Iterato
         yield
 
 
-def _reporting(generate: Callable) -> Callable:
+def _reporting(pipeline: Pipeline, generate: Callable) -> Callable:
     """Return a `generate` that reports its tokens to the run that calls it, and has gradients if the run asks for
     them."""
     lifted = with_gradients(generate)
@@ -250,8 +250,13 @@ def _reporting(generate: Callable) -> Callable:
     def reporting(*args: Any, **kwargs: Any) -> Any:
         generated, grad = _generating.get()
         if generated is not None:
-            kwargs["stopping_criteria"] = generated.along_with(kwargs.get("stopping_criteria"))
-        return (lifted if grad else generate)(*args, **kwargs)
+            given = {"inputs": args[0], **kwargs} if args else kwargs
+            kwargs["stopping_criteria"] = generated.along_with(pipeline.model, given)
+        drafting = _generating.set((None, grad))  # the model may call its own `generate`, to draft tokens
+        try:
+            return (lifted if grad else generate)(*args, **kwargs)
+        finally:
+            _generating.reset(drafting)
 
     return reporting
 

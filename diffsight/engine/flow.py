@@ -593,13 +593,21 @@ class Flow:
     def begin_call(self, tap: Tap, args: tuple, kwargs: dict) -> None:
         """A call that the run watches begins, and perhaps a step with it."""
         if self.clock.begins(tap.target, args, kwargs):
-            self.unreached += self.taps.begin_step()
-            beside = [*self.bodies.edits, *self.bodies.functions]
-            if self._scope.stop_at_steps or (beside and any(body.scope.stop_at_steps for body in beside)):
-                self._stands = f"before {tap.target.path or 'the forward pass'}"
-                self.coroutine.park(None)
+            self._begin_step(f"before {tap.target.path or 'the forward pass'}")
         if self.observer is not None:
             self.observer.called(tap, args, kwargs)
+
+    def begin_empty_step(self) -> None:
+        """A step begins in which the model makes no call."""
+        self.clock.index += 1
+        self._begin_step("after all calls of the step")
+
+    def _begin_step(self, stands: str) -> None:
+        self.unreached += self.taps.begin_step()
+        beside = [*self.bodies.edits, *self.bodies.functions]
+        if self._scope.stop_at_steps or (beside and any(body.scope.stop_at_steps for body in beside)):
+            self._stands = stands
+            self.coroutine.park(None)
 
     def end_call(self, tap: Tap, output: Any) -> None:
         """A call that the run watches has ended."""

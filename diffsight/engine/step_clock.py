@@ -38,6 +38,14 @@ class Clock:
         """Whether a step has begun and not ended."""
         return self.index >= 0 and not (self.ends and self._due)
 
+    @property
+    def has_ended_one(self) -> bool:
+        """Whether one of `ends` has been called."""
+        return self._ended
+
+    def check_counted(self, title: str) -> None:
+        """Called after the last step of a model called `title`. Raises InputError if the steps cannot be counted."""
+
     def begins(self, target: Target, args: tuple, kwargs: dict) -> bool:
         """Take note of a call that begins; return whether a step begins with it."""
         if target.key not in self.starts or not (self._due or self._has_moved_on(target, args, kwargs)):
