@@ -10,7 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from diffsight.extending import Clock, Target, Tree, join, part_targets
-from diffsight.pipelines.diffusion.components import component_names, components, traceable_methods
+from diffsight.pipelines.diffusion.components import (
+    component_names,
+    components,
+    text_block_targets,
+    traceable_methods,
+)
 from diffsight.pipelines.diffusion.denoising_steps import denoising_clock
 from diffsight.pipelines.wrapped_modules import children_in, unwrapped
 
@@ -47,7 +52,7 @@ class DiffusionTree(Tree):
         return self._standard_names[owner]
 
     def components(self) -> list[Target]:
-        targets = self.method_targets(self.root)
+        targets = self.method_targets(self.root) + text_block_targets(self.root.owner)
         for target in self.children_of(self.root).values():
             targets += [target] if target.is_called else []
             targets += self.method_targets(target)

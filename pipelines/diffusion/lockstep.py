@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
-from diffusers import ConfigMixin, DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline, ModularPipeline
 from torch import nn
 
 _in_use: set[int] = set()  # ids of pipelines and components that a run is calling
@@ -71,4 +71,4 @@ def _is_stateful(part: Any) -> bool:
 
 
 def _is_pipeline(part: Any) -> bool:
-    return isinstance(part, DiffusionPipeline)
+    return isinstance(part, (DiffusionPipeline, ModularPipeline))
