@@ -4,28 +4,36 @@ import json
 
 import diffusers
 import pytest
-import tiny
 import torch
+from diffusers.guiders import ClassifierFreeGuidance
+from torch.utils._pytree import tree_leaves
 
 from diffsight import DiffusionModel
 from diffsight.errors import InputError, NeverReachedError
 from diffsight.lenses import diffusion_lens
+from models.diffusion import PIPELINES
+from models.text_encoders import TEXT_PIPELINES
 
 PROMPT, NEGATIVE = "a red circle", "blue"
 GIVEN = {"prompt": PROMPT, "num_inference_steps": 2, "output_type": "pt", "height": 32, "width": 32}
 
 
+SMALL = {**PIPELINES, **TEXT_PIPELINES}
+
+
 class Case:
     """How to build and call one modular pipeline from the components of a small one that is not modular."""
 
-    def __init__(self, blocks, small, denoiser="transformer", output="images", **call):
+    def __init__(self, blocks, small, denoiser="transformer", output="images", same=(), guider=dict, **call):
         self.blocks, self.small, self.denoiser, self.output, self.call = blocks, small, denoiser, output, GIVEN | call
+        self.same, self.guider = dict(same), guider
 
     def components(self):
-        source = tiny.PIPELINES[self.small].build()
+        source = SMALL[self.small].build()
         names = getattr(diffusers, self.blocks)().component_names
         parts = {name: getattr(source, name, None) for name in names if name not in ("image_processor", "guider")}
-        return {name: part for name, part in parts.items() if part is not None}
+        parts |= {name: parts[other] for name, other in self.same.items()}
+        return {name: part for name, part in parts.items() if part is not None} | self.guider()
 
     def build(self):
         pipe = getattr(diffusers, self.blocks)().init_pipeline()
@@ -37,11 +45,20 @@ class Case:
         return torch.as_tensor(pipe(**(self.call | more), generator=generator, output=self.output))
 
 
+def guider():
+    return {"guider": ClassifierFreeGuidance(guidance_scale=3.0)}
+
+
 CASES = {
     "stable diffusion xl": Case("StableDiffusionXLAutoBlocks", "stable_diffusion_xl", "unet", negative_prompt=NEGATIVE),
     "stable diffusion 3": Case("StableDiffusion3AutoBlocks", "stable_diffusion_3", negative_prompt=NEGATIVE),
     "flux": Case("FluxAutoBlocks", "flux"),
     "wan": Case("WanBlocks", "wan", output="videos", num_frames=5, height=16, width=16, negative_prompt=NEGATIVE),
+    "qwen image": Case("QwenImageAutoBlocks", "qwen_image", negative_prompt=NEGATIVE),
+    "z image": Case("ZImageAutoBlocks", "z_image", guider=guider, negative_prompt=NEGATIVE),
+    "wan 2.2": Case(
+        "Wan22Blocks", "wan", output="videos", same={"transformer_2": "transformer"}, num_frames=5, height=16, width=16
+    ),
     "ltx": Case("LTXAutoBlocks", "ltx", output="videos", num_frames=9, negative_prompt=NEGATIVE),
 }
 
@@ -56,6 +73,10 @@ def sdxl():
     return CASES["stable diffusion xl"]
 
 
+def first(output):
+    return tree_leaves(output)[0]
+
+
 def outputs(run, case):
     return torch.as_tensor(run.images if case.output == "images" else run.frames)
 
@@ -63,7 +84,7 @@ def outputs(run, case):
 def calls_of(module):
     """Return a list that a hook fills with what the module returns."""
     kept = []
-    hook = module.register_forward_hook(lambda module, args, output: kept.append(output[0].clone()))
+    hook = module.register_forward_hook(lambda module, args, output: kept.append(first(output).clone()))
     return kept, hook
 
 
@@ -90,17 +111,17 @@ def test_steps_and_branches(case):
         steps, conds, unconds = [], [], []
         for step in run.steps:
             steps.append(step.timestep)
-            conds.append(run.cond[case.denoiser].output[0].clone())
+            conds.append(first(run.cond[case.denoiser].output).clone())
             if case.blocks.startswith("Flux"):
                 with pytest.raises(NeverReachedError, match="no unconditional branch"):
                     run.uncond[case.denoiser].output
                 break
-            unconds.append(run.uncond[case.denoiser].output[0].clone())
+            unconds.append(first(run.uncond[case.denoiser].output).clone())
     assert steps == pytest.approx(timesteps[: len(steps)])
     if unconds:
         assert len(kept) == 4
-        for a, b, first, second in zip(conds, unconds, kept[::2], kept[1::2]):
-            assert torch.equal(a, first) and torch.equal(b, second)
+        for a, b, one, two in zip(conds, unconds, kept[::2], kept[1::2]):
+            assert torch.equal(a, one) and torch.equal(b, two)
             assert not torch.equal(a, b)
     else:
         assert torch.equal(conds[0], kept[0])
@@ -135,6 +156,18 @@ def test_two_runs_at_once(case):
     assert torch.equal(outputs(y, case), expected[1])
 
 
+def test_a_guider_that_starts_later_is_not_at_its_step_in_another_run(sdxl):
+    pipe = sdxl.build()
+    pipe.update_components(guider=ClassifierFreeGuidance(guidance_scale=5.0, start=0.5))
+    expected = sdxl.bare(pipe)
+    model = DiffusionModel(pipe)
+    with model.generate(**sdxl.call, seed=0) as x, model.generate(**sdxl.call, seed=0) as y:
+        for _ in zip(x.steps, y.steps):
+            pass
+    assert torch.equal(x.images, expected)
+    assert torch.equal(y.images, expected)
+
+
 def test_seeds_of_several_images(sdxl):
     model = DiffusionModel(sdxl.build())
     both = model.generate(**sdxl.call, num_images_per_prompt=2, seed=4).images
@@ -145,7 +178,7 @@ def test_seeds_of_several_images(sdxl):
 def test_encoders_and_the_diffusion_lens(sdxl):
     model = DiffusionModel(sdxl.build())
     assert list(model.encoders) == ["text_encoder", "text_encoder_2"]
-    plain = DiffusionModel(tiny.PIPELINES["stable_diffusion_xl"].build())
+    plain = DiffusionModel(SMALL["stable_diffusion_xl"].build())
     assert [e.used_layers for e in model.encoders.values()] == [e.used_layers for e in plain.encoders.values()]
     size = {"num_inference_steps": 2, "height": 32, "width": 32}
     result, same = (diffusion_lens(lensed, PROMPT, seed=0, **size) for lensed in (model, plain))
