@@ -34,6 +34,7 @@ from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.extending import ChangedMethod, Clock, Model, Target, flow_of, part_targets, with_gradients
 from diffsight.pipelines.language.generation import GeneratedTokens, GenerationRun, set_generated
 from diffsight.pipelines.named_tree import NamedTree
+from diffsight.pipelines.pipeline_options import check_options_of_call
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
 from diffsight.pipelines.wrapped_modules import children_in, unwrapped
@@ -111,6 +112,7 @@ class HFPipeline(Model):
         """
         if seed is not None:
             check_seed(seed)
+        check_options_of_call(self._owner, kwargs, near={"seed", "grad"})
         if kwargs.get("num_workers") or self._owner._num_workers:
             raise InputError("num_workers: worker processes cannot be traced. Leave it out")
 

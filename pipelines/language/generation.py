@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from diffsight.errors import InputError, suggest
 from diffsight.extending import (
@@ -32,6 +32,8 @@ from diffsight.extending import (
     raise_kept,
     tree_of,
 )
+from diffsight.pipelines.arguments import named_arguments
+from diffsight.pipelines.wrapped_modules import unwrapped
 
 _INCOMPLETE = "\ufffd"  # how a tokenizer decodes bytes that are not a whole character yet
 _SEVERAL = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -210,6 +212,12 @@ def decoded(tokenizer: Any, ids: torch.Tensor) -> str:
 def one_or_many(texts: list[str]) -> str | list[str]:
     """Return the only text, or the list of them."""
     return texts[0] if len(texts) == 1 else texts
+
+
+def generation_argument_names(net: nn.Module) -> set[str]:
+    """Return the names of the arguments of a model's `generate`, with those of its forward pass."""
+    functions = (net.generate, net.prepare_inputs_for_generation, unwrapped(net).forward)
+    return set(vars(GenerationConfig())).union(*map(named_arguments, functions))
 
 
 def setting(net: nn.Module, arguments: Mapping[str, Any], name: str) -> Any:

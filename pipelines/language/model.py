@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import TransformersKwargs
 
 from diffsight.errors import InputError, PointNotFoundError
@@ -45,6 +45,7 @@ from diffsight.pipelines.language.generation import (
     GeneratedTokens,
     GenerationRun,
     decoded,
+    generation_argument_names,
     one_or_many,
     set_generated,
     setting,
@@ -294,8 +295,7 @@ class LanguageModel(Accessors, Model):
     @cached_property
     def generation_argument_names(self) -> set[str]:
         """The names of the arguments of the model's `generate`, with those of its forward pass."""
-        takes = {*vars(GenerationConfig()), *named_arguments(self._owner.generate), *self.argument_names}
-        return takes | named_arguments(self._owner.prepare_inputs_for_generation)
+        return generation_argument_names(self._owner) | self.argument_names
 
     def takes_argument(self, name: str) -> bool:
         """Return whether the model's forward pass has an argument, such as "use_cache"."""
