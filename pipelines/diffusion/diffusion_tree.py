@@ -16,7 +16,7 @@ from diffsight.pipelines.diffusion.components import (
     text_block_targets,
     traceable_methods,
 )
-from diffsight.pipelines.diffusion.denoising_steps import denoising_clock
+from diffsight.pipelines.diffusion.denoising_steps import decodes_last, denoising_clock
 from diffsight.pipelines.wrapped_modules import children_in, unwrapped
 
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
@@ -31,6 +31,7 @@ class DiffusionTree(Tree):
         super().__init__(root, load)
         self._standard_names: WeakKeyDictionary = WeakKeyDictionary()
         self._component_targets: dict[str, Target] = {}
+        self._decodes_last = decodes_last(root.owner)
 
     def attribute(self, owner: Any, name: str) -> Any:
         return getattr(owner, name) if name in _WITHOUT_WEIGHTS else super().attribute(owner, name)
@@ -76,7 +77,8 @@ class DiffusionTree(Tree):
 
     def clock(self) -> Clock:
         parts = list(self.children_of(self.root).values())
-        return denoising_clock(parts, [method for part in parts for method in self.method_targets(part)])
+        methods = [method for part in parts for method in self.method_targets(part)]
+        return denoising_clock(parts, methods, self._decodes_last)
 
     def describe(self, owner: Any) -> str:
         if owner is not self.root.owner:

@@ -31,6 +31,7 @@ from diffsight.extending import (
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.call_arguments import argument_names, arguments_by_name
 from diffsight.pipelines.diffusion.components import components
+from diffsight.pipelines.diffusion.denoising_steps import is_last_step
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.loading import Source, open_pipeline
 from diffsight.pipelines.diffusion.lockstep import PipelineOfRun, stateful_parts
@@ -146,6 +147,7 @@ class DiffusionModel(Model):
 
         run = self._new_run(call, again=again, grad=grad)
         set_pipeline(run, own, arguments.get("output") if is_modular else None)
+        flow_of(run).clock.is_last = lambda target, *call: is_last_step(own.pipeline, target.owner, *call)
         flow_of(run).seed = None if seeds is None else seeds[0]  # for noise that is drawn without a generator
         flow_of(run).observer = BatchLayouts(self._owner, arguments, _inputs(arguments), _images_each(arguments))
         return run
