@@ -37,6 +37,8 @@ owner, the name of the method, and the path as users write it. Override:
 - `children_of(target)`: the parts directly in a part, by name. They become envoys.
 - `methods_of(owner)`: methods that code calls directly instead of `forward`.
 - `names_of(owner)` and `target_named(outer, name)`: standard names, such as `layers` and `ln_final`.
+- `named_value(points, name)` and `value_names(target)`: values inside the calls of a module that are neither its inputs
+  nor its output, such as attention probabilities.
 - `components()`: what is tapped from the start of every run. What lies in a component is tapped when it is asked for.
 - `clock()`: when a step begins, a `Clock`.
 - `stand_ins()`: what a scan calls in place of components that look at values.
@@ -67,13 +69,17 @@ differs from call to call) and use it with `narrowed(points, selection)`, or in 
 
 **Targets of another kind**, such as attention probabilities, subclass `Target` and define `attach(tap)`. It arranges
 for `tap.enter(args, kwargs)` and `tap.leave(output)`, or `tap.call(function, args, kwargs)`, to be called on every
-passage, and returns an object with `remove()`. Check `current_owner() is tap.host`: calls from outside the run must
+passage, and returns an object with `remove()`. A value inside the calls of a module has `is_value = True`, and a
+`point(part, call)` that says how users write it. Check `current_owner() is tap.host`: calls from outside the run must
 pass untouched. To change a method for the duration of a run, use `ChangedMethod(owner, name, change)`.
 
 **Envoys.** An attribute of an envoy may be a part of the model, so everything about the envoy itself is asked with a
 function: `tree_of`, `target_of`, `owner_of`, `run_of`, `part_of`, `child_of(envoy, name)`, `handle_on(envoy, target)`,
 `narrowed(points, selection)`, `fetch(points, part)`, `assign(points, part, value)`, and `run_meant_by(points, what)`
 for the run whose values `model.<path>` has.
+
+**Modules.** `unwrapped(module)`, `wrapped_path(module)` and `children_in(target)` see through what wraps a module, such
+as `torch.compile`. `structural_copy(module)` is a copy without weights and hooks, to try something on.
 """
 
 from diffsight.engine.batch_slicing import Part, Selection
@@ -85,9 +91,11 @@ from diffsight.engine.points import INPUTS, OUTPUT, Asked, first_input
 from diffsight.engine.scan import is_scanning
 from diffsight.engine.scan_state import ModuleHooks
 from diffsight.engine.step_clock import Clock
+from diffsight.engine.structural_copy import structural_copy
 from diffsight.engine.taps import Tap
 from diffsight.engine.target import Target, join, part_targets
 from diffsight.engine.tree import Tree
+from diffsight.engine.wrapped_modules import children_in, unwrapped, wrapped_path
 from diffsight.envoy import (
     Envoy,
     MethodEnvoy,
@@ -101,6 +109,7 @@ from diffsight.envoy import (
     model_of,
     narrowed,
     owner_of,
+    points_on,
     raise_kept,
     run_meant_by,
     target_of,
@@ -135,6 +144,7 @@ __all__ = [
     "View",
     "assign",
     "child_of",
+    "children_in",
     "current_owner",
     "each",
     "fetch",
@@ -150,10 +160,14 @@ __all__ = [
     "owner_of",
     "part_of",
     "part_targets",
+    "points_on",
     "raise_kept",
     "run_meant_by",
     "run_of",
+    "structural_copy",
     "target_of",
     "tree_of",
+    "unwrapped",
     "with_gradients",
+    "wrapped_path",
 ]

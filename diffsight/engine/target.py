@@ -7,7 +7,7 @@ from torch import nn
 
 from diffsight.engine.hooks import COMPILED, FORWARD, TappedMethod
 
-_WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the module itself
+WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the module itself
 _UNCOMPILED = "_torchdynamo_orig_callable"  # on a function that `torch.compile(function)` makes: the function itself
 
 
@@ -24,6 +24,8 @@ class Target:
     """
 
     __slots__ = ("_children", "is_called", "key", "name", "outer", "owner", "path")
+    is_value = False  # whether it is a value inside the calls of `outer`, and has their numbers
+    if_missing = ""  # what an error adds if the model does not reach it
 
     def __init__(self, owner: Any, name: str, path: str, outer: "Target | None" = None) -> None:
         self.owner, self.name, self.path, self.outer = owner, name, path, outer
@@ -47,6 +49,10 @@ class Target:
         """Call what is tapped."""
         return getattr(self.owner, self.name)(*args, **kwargs)
 
+    def point(self, part: str, call: int) -> str:
+        """Return the path of a point as the user writes it: `unet.mid_block.calls[1].output`."""
+        return join(join(self.path, f"calls[{call}]") if call else self.path, part)
+
     def around(self) -> list["Target"]:
         """Return the targets of the modules around this one, outermost first."""
         return [*self.outer.around(), self.outer] if self.outer else []
@@ -61,10 +67,17 @@ class Target:
             self._children = (dict(modules), made)
         return self._children[1]
 
+    def item(self, index: int) -> "Target | None":
+        """Return an entry of a `ModuleList`; None if it has none there. It takes no longer in a long list."""
+        modules = self.owner._modules
+        name = str(index + len(modules) if index < 0 else index)
+        module, known = modules.get(name), self._children and self._children[1].get(name)
+        return known if known and known.owner is module else self.children().get(name)
+
     def named_children(self) -> dict[str, "Target"]:
         """Return the children as a user names them. A module wrapped by `torch.compile` has those of the original."""
         children = self.children()
-        wrapped = children.get(_WRAPPED)
+        wrapped = children.get(WRAPPED)
         return children if wrapped is None else {**wrapped.children(), **children}
 
     def called_children(self) -> list["Target"]:
@@ -79,7 +92,7 @@ class Target:
     def is_compiled(self) -> bool:
         """Whether `torch.compile` made it, or what it calls: nothing inside can be seen then."""
         known = vars(self.owner)
-        if _WRAPPED in known.get("_modules", ()) or known.get(COMPILED) is not None:
+        if WRAPPED in known.get("_modules", ()) or known.get(COMPILED) is not None:
             return True
         return _UNCOMPILED in getattr(known.get(FORWARD), "__dict__", ())
 
@@ -88,7 +101,7 @@ class Target:
         known = vars(self.owner)
         if known.get(COMPILED) is not None:
             return self.owner._call_impl
-        return known["_modules"].get(_WRAPPED) or getattr(known[FORWARD], _UNCOMPILED)
+        return known["_modules"].get(WRAPPED) or getattr(known[FORWARD], _UNCOMPILED)
 
 
 def join(path: str, name: str | int) -> str:

@@ -4,21 +4,20 @@ call_defaults(pipeline)                             # {"prompt": None, "num_infe
 arguments_by_name(pipeline, ("a red circle",), {})  # {"prompt": "a red circle"}
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from diffusers import ModularPipeline
 
 from diffsight.errors import InputError
-from diffsight.pipelines.arguments import check_arguments, named_arguments
+from diffsight.pipelines.arguments import check_arguments, named_arguments, signature
 
 
 def call_defaults(pipeline: Any) -> dict[str, Any]:
     """Return the arguments that a pipeline declares, name to default. Those without a default have None."""
     if isinstance(pipeline, ModularPipeline):
         return {given.name: given.default for given in pipeline._blocks.inputs if given.name is not None}
-    parameters = inspect.signature(pipeline.__call__).parameters.values()
+    parameters = signature(pipeline.__call__).parameters.values()
     return {p.name: None if p.default is p.empty else p.default for p in parameters}
 
 
@@ -50,6 +49,6 @@ def arguments_by_name(pipeline: Any, args: tuple, kwargs: Mapping[str, Any]) -> 
             raise InputError(f"{name} takes a prompt, and everything else by name: num_inference_steps=20")
         return {**dict(zip(["prompt"], args)), **kwargs}
     try:
-        return inspect.signature(pipeline.__call__).bind_partial(*args, **kwargs).arguments
+        return signature(pipeline.__call__).bind_partial(*args, **kwargs).arguments
     except TypeError as error:
         raise InputError(f"{name}: {error}") from None

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from diffsight.extending import Clock, Target, Tree, join, part_targets
+from diffsight.extending import Clock, Target, children_in, join, part_targets, unwrapped
+from diffsight.pipelines.attention import AttentionTree
 from diffsight.pipelines.diffusion.components import (
     component_names,
     components,
@@ -17,12 +18,11 @@ from diffsight.pipelines.diffusion.components import (
     traceable_methods,
 )
 from diffsight.pipelines.diffusion.denoising_steps import decodes_last, denoising_clock
-from diffsight.pipelines.wrapped_modules import children_in, unwrapped
 
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
 
 
-class DiffusionTree(Tree):
+class DiffusionTree(AttentionTree):
     """What can be traced in a diffusers pipeline: its components, and the methods that pipelines call directly."""
 
     opens_with = "generate"

@@ -10,7 +10,7 @@ run.images
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import zip_longest
@@ -28,6 +28,7 @@ from diffsight.extending import (
     flow_of,
     with_gradients,
 )
+from diffsight.pipelines.diffusion.attention import Attentions, find_attentions
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.call_arguments import argument_names, arguments_by_name
 from diffsight.pipelines.diffusion.components import components
@@ -67,12 +68,11 @@ class DiffusionModel(Model):
     _run_class = DiffusionRun
 
     def __init__(self, source: Source, dispatch: bool = False, **arguments: Any) -> None:
-        pipeline, loader = open_pipeline(source, **arguments)
+        pipeline, loader = open_pipeline(source, dispatch, **arguments)
         self._wrap(DiffusionTree(Target(pipeline, "__call__", ""), loader))
-        if dispatch:
-            self._tree.weights.load()
-        is_name = isinstance(source, (str, Path))
-        self.__dict__["source"] = str(source) if is_name else type(pipeline).__name__
+        is_live = not isinstance(source, (str, Path))
+        self.__dict__["source"] = type(pipeline).__name__ if is_live else str(source)
+        self.__dict__["loaded_from"] = None if is_live else {"source": str(source), **arguments}
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -88,13 +88,23 @@ class DiffusionModel(Model):
     def encoders(self) -> Encoders:
         """The text encoders by name, and what the pipeline uses of each. The first access encodes a prompt to find
         out."""
+        return self._found("_known_encoders", find_encoders)
+
+    @property
+    def attentions(self) -> Attentions:
+        """The attention modules of the denoiser by name, and what attends to what in each. The first access runs the
+        pipeline up to its denoiser some twenty times to find out, see `find_attentions`."""
+        return self._found("_known_attentions", find_attentions)
+
+    def _found(self, name: str, find: Callable[[Model], Any]) -> Any:
+        """What a function finds out about the model without its edits, once for its present components."""
         parts = tuple(self._owner.components.values())
-        known = self.__dict__.get("_known_encoders")
+        known = self.__dict__.get(name)
         if known is None or any(a is not b for a, b in zip_longest(known[0], parts)):
             plain = self._copy()
             plain.clear_edits()
-            found = find_encoders(plain)
-            known = self.__dict__["_known_encoders"] = (tuple(self._owner.components.values()), found)
+            found = find(plain)
+            known = self.__dict__[name] = (tuple(self._owner.components.values()), found)
         return known[1]
 
     def to(self, *args: Any, **kwargs: Any) -> "DiffusionModel":

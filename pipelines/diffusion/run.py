@@ -92,14 +92,22 @@ def set_pipeline(run: DiffusionRun, called: PipelineOfRun, output: str | list[st
     run._called, run._output = called, output
 
 
+def is_silenced(pipeline: Any) -> bool:
+    """Return whether the user turned progress bars off: `model.set_progress_bar_config(disable=True)`."""
+    bars = _with_progress_bars(pipeline)
+    return bool(bars) and all(getattr(part, "_progress_bar_config", {}).get("disable") for part in bars)
+
+
 @contextmanager
 def progress_bar(pipeline: Any, **settings: Any) -> Iterator[None]:
     """Change the settings of a pipeline's progress bar for the duration of a block.
 
-    The settings are those of tqdm: `with progress_bar(pipeline, disable=True):`."""
+    The settings are those of tqdm: `with progress_bar(pipeline, disable=True):`. A bar that the user turned off stays
+    off."""
     shown = [(part, getattr(part, "_progress_bar_config", {})) for part in _with_progress_bars(pipeline)]
     for part, before in shown:
-        part.set_progress_bar_config(**{**before, **settings})
+        kept = {"disable": True} if before.get("disable") else {}
+        part.set_progress_bar_config(**{**before, **settings, **kept})
     try:
         yield
     finally:

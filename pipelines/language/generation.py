@@ -31,9 +31,9 @@ from diffsight.extending import (
     keeping_attribute_errors,
     raise_kept,
     tree_of,
+    unwrapped,
 )
 from diffsight.pipelines.arguments import named_arguments
-from diffsight.pipelines.wrapped_modules import unwrapped
 
 _INCOMPLETE = "\ufffd"  # how a tokenizer decodes bytes that are not a whole character yet
 _SEVERAL = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")

@@ -37,6 +37,7 @@ from diffsight.extending import (
     is_scanning,
     keeping_attribute_errors,
     owner_of,
+    unwrapped,
     with_gradients,
 )
 from diffsight.pipelines.arguments import check_arguments, named_arguments
@@ -55,7 +56,6 @@ from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, open_language_model
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import embeddings
-from diffsight.pipelines.wrapped_modules import unwrapped
 
 _FOR_ANY_MODEL = {"return_dict", "cache_position", *TransformersKwargs.__annotations__}
 
@@ -164,9 +164,11 @@ class LanguageModel(Accessors, Model):
         dispatch: bool = False,
         **arguments: Any,
     ) -> None:
+        given = tokenizer
         net, tokenizer, loader = open_language_model(source, tokenizer, **arguments)
         self._wrap(self._make_tree(Target(net, FORWARD, ""), loader, names or {}))
         self.__dict__["tokenizer"] = tokenizer
+        self.__dict__["loaded_from"] = loaded_from(source, tokenizer=given, names=names, **arguments)
         self._tree.check_names()
         if dispatch:
             self._tree.weights.load()
@@ -379,3 +381,10 @@ def _sequences(net: nn.Module, kwargs: Mapping[str, Any]) -> int:
 
 def _no_input() -> Any:
     raise InputError("the run was opened without input: pass an input, or open passes in it with run.invoke(text)")
+
+
+def loaded_from(source: Source, **options: Any) -> dict[str, Any] | None:
+    """Return the arguments that a model was loaded with, for records; None for a live model."""
+    if not isinstance(source, (str, Path)):
+        return None
+    return {"source": str(source)} | {name: value for name, value in options.items() if value is not None}
