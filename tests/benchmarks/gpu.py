@@ -40,7 +40,7 @@ def clip(tokenizer: object, width: int, layers: int, projected: bool = False) ->
 
 
 def made(cls: type[torch.nn.Module], *args: object, **config: object) -> torch.nn.Module:
-    """Return a module that is built where it is used, and in its type: random numbers for FLUX take minutes on a CPU."""
+    """Return a module that is built where it is used, in its type: the random weights of FLUX take long on a CPU."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPE)
     try:
