@@ -376,6 +376,9 @@ class Flow:
             value = point.read(asked.part)
         except LookupError:
             raise order.let_go(asked, self.where) from None
+        if point.is_unread:
+            point.is_unread = False
+            point.let_go()
         self._read_late.append((asked, [(tensor, tensor._version) for tensor in _versioned(value)]))
         return value
 
@@ -403,9 +406,12 @@ class Flow:
 
         Which calls these are is known when they begin. So the model is run to the next that may be it, and the
         selection is asked again there."""
-        index, point = -1, None
+        index, point, is_new = -1, None, False
         while (found := find_call(tap, first, asked, asked)) != index:
             index = found
+            if is_new:
+                point.is_unread = True
+            is_new = (asked.kind, index) not in tap.points
             # If no call so far was it, and a step goes by without it, the model is not run to its end for it.
             in_vain = not asked.call and first < index == tap.entered
             if not in_vain:

@@ -183,6 +183,21 @@ def count_running(frame: FrameType | None, module: nn.Module) -> int:
     return running
 
 
+def running_call(frame: FrameType | None, module: nn.Module) -> tuple[tuple, dict] | None:
+    """Return the arguments of the innermost call of a hooked module on the stack that ends with `frame`."""
+    while frame is not None:
+        if frame.f_code is _CODE and frame.f_locals["module"] is module:
+            return frame.f_locals["args"], frame.f_locals["kwargs"]
+        frame = frame.f_back
+    return None
+
+
+def has_forward_of_its_own(module: nn.Module) -> bool:
+    """Whether a module has a forward pass that is not that of its class."""
+    known = _hooked.get(id(module))
+    return module.__dict__.get(FORWARD) is not None if known is None else known[2] is not None and known[1] == FORWARD
+
+
 # ---- methods
 
 

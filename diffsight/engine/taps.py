@@ -18,14 +18,18 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from diffsight.engine.coroutine import Coroutine, current_owner
+from diffsight.engine.gradients import check_not_computed_again, end_checkpoints
 from diffsight.engine.hooks import COMPILED, FORWARD, HookedModules, count_running
 from diffsight.engine.layout import Key, Layout, inside
-from diffsight.engine.points import INPUTS, OUTPUT, Assignment, Point, PointKey
+from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
+from diffsight.engine.torch_state import TorchState
 from diffsight.engine.users_hooks import has_forward_hooks, output_hooks
 from diffsight.errors import PointNotFoundError
 
@@ -40,6 +44,7 @@ class Host(Protocol):
     clock: Clock
     coroutine: Coroutine | None  # the one that the model runs in, once it has started
     parked: Point | None  # where the model stands, if it waits at a point
+    state: TorchState  # in which the run was opened
     refused: list[Exception]  # why values could not be assigned that were assigned ahead
     misshapen: list[str]  # assigned values whose shape or type differs from the model's own, in words
 
@@ -118,6 +123,7 @@ class Tap:
         index = self.active[-1]
         skip = self.skips.pop(index, None) if self.skips else None
         if skip is not None:
+            self._keep_gradients(f"{self.target.path}.skip ({skip.where})")
             return self.leave(skip.value, (args, kwargs))
         if self.inside:
             function = self.target.uncompiled()
@@ -191,6 +197,7 @@ class Tap:
     def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
         """A value passes a point. Return what the model continues with, and whether it was replaced."""
         point = None
+        self._keep_gradients(key)
         if key in self.pending or key in self.awaited:
             point = Point(self, key, value, all(self.awaited.get(key, ())))
             self.host.arrive(point)
@@ -199,9 +206,27 @@ class Tap:
             keep(self, key[1], value)
         if point is None:
             return value, False
-        if key in self.points:
+        if key in self.points and not point.is_unread:
             point.let_go()
         return value, point.changed
+
+    def _keep_gradients(self, here: PointKey | str) -> None:
+        """What the run does here must not be left out of what `backward()` computes."""
+        if torch.is_grad_enabled():
+            if _top_saved_tensors_default_hooks(True):
+                end_checkpoints()
+        elif self.host.state.grad:
+            try:
+                check_not_computed_again(here if isinstance(here, str) else self._describe(here))
+            except Exception as error:
+                self.host.refused.append(error)  # the model may have an `except` of its own
+                raise
+
+    def _describe(self, key: PointKey) -> str:
+        """A point, in words, with the lines at which values were assigned to it."""
+        kind, index = key
+        assigned = ", ".join(map(str, self.pending.get(key, ())))
+        return assigned or str(Asked(self.target, "output" if kind == OUTPUT else "input", index))
 
     # ---- from the run's side
 

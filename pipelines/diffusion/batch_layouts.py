@@ -38,6 +38,7 @@ class BatchLayouts:
         given = {branch: texts for branch, texts in given.items() if texts is not None}
         self._embeddings: list[dict[str, Embeddings]] = [given] if given else []  # by branch; encode_prompt adds some
         self._encoding: list[str | None] = []  # the branch of each running call of encode_prompt
+        self.latent_dimensions = 0  # of the latents that the scheduler returned, once it has
         self._seen: dict[tuple[int, int], tuple[Embeddings, list[BatchLayout]]] = {}
 
     def layout(self, tap: Tap, index: int) -> BatchLayout | None:
@@ -60,10 +61,13 @@ class BatchLayouts:
         layouts = calls[-1].layouts if calls else []
         return [place for place, (of, _) in enumerate(layouts[0]) if of == branch] if layouts else None
 
+    def is_in_vae(self, tap: Tap) -> bool:
+        """Return whether a point belongs to a VAE."""
+        return hasattr(_component(tap).owner, "decode")
+
     def has_branches(self, tap: Tap) -> bool:
         """Return whether a point can belong to a branch. Methods such as `scheduler.step` and VAEs cannot."""
-        component = _component(tap)
-        return component.name == FORWARD and not hasattr(component.owner, "decode")
+        return _component(tap).name == FORWARD and not self.is_in_vae(tap)
 
     def why_unknown(self, tap: Tap) -> str:
         """Return why the branches at a point are unknown, as the end of an error message."""
@@ -99,10 +103,12 @@ class BatchLayouts:
             self._add(tap, lambda: _in_turn(self._read(target, ids, earlier), len(earlier)))
 
     def returned(self, tap: Tap, output: Any) -> None:
+        if tap.target.key in tap.host.clock.ends:
+            self.latent_dimensions = next((v.ndim for v in _items(output) if isinstance(v, torch.Tensor)), 0)
         if tap.target.name != "encode_prompt":
             return
         branch = self._encoding.pop()
-        values = [v for v in (output if isinstance(output, (tuple, list)) else [output]) if _are_embeddings(v)]
+        values = [v for v in _items(output) if _are_embeddings(v)]
         if branch is None or not values:
             return
         texts = next((known for known in self._embeddings if branch not in known), {})
@@ -250,6 +256,13 @@ def _values(args: tuple, kwargs: dict[str, Any]) -> Iterator[Embeddings]:
     """Yield the arguments of a denoiser that may be text embeddings."""
     for value in (*args, *kwargs.values()):
         yield from (v for v in (value.values() if isinstance(value, dict) else [value]) if _are_embeddings(v))
+
+
+def _items(output: Any) -> list[Any]:
+    """Return what a method returned, one by one."""
+    if isinstance(output, dict):
+        return list(output.values())
+    return list(output) if isinstance(output, (tuple, list)) else [output]
 
 
 def _are_embeddings(value: Any) -> bool:

@@ -14,9 +14,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 from transformers import PreTrainedModel
 
-from diffsight.extending import join
+from diffsight.extending import join, unwrapped
 from diffsight.pipelines.standard_names import standard_names, word_embeddings
-from diffsight.pipelines.wrapped_modules import unwrapped
 
 _PLAIN = (bool, int, float, str, list, tuple, dict)
 

@@ -6,10 +6,9 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
-from diffsight.extending import FORWARD, Clock, Target
+from diffsight.extending import FORWARD, Clock, Target, unwrapped
 from diffsight.pipelines.arguments import signature
 from diffsight.pipelines.diffusion.components import components
-from diffsight.pipelines.wrapped_modules import unwrapped
 
 
 def denoising_clock(parts: Sequence[Target], methods: Sequence[Target]) -> Clock:
