@@ -20,6 +20,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import index
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,18 +38,23 @@ from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_title
 from diffsight.lenses.linear_cka import normed_gram
 from diffsight.lenses.options import check_options
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.encoder_plots import Map, block_map, map_panels
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import Cell, HeatMapSection, ImageSection, Section, TableSection
+from diffsight.lenses.results.token_plots import shorten
 from diffsight.pipelines.diffusion.components import text_encoder_names
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
 from diffsight.pipelines.diffusion.encoding import EncodingRecord, cut_off, record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.run import is_silenced
 from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
 
 _ENDS = ("first", "last")
 _MOST_PROMPTS, _BATCH_BYTES = 32, 2**28  # in a batch, and of its hidden states
+_NAMED, _LONGEST = 12, 24  # prompts that a figure names by their texts, and characters of these
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ class EncoderComparison(LensResult, Mapping):
     """The same prompts in several text encoders: `result[name]` are its EncodedPrompts, `list(result)` the names.
 
     `save(folder)` writes `comparison.json`, `comparison.safetensors` (vectors, drifts and CKA), `cka.png`, and for each
-    prompt that the diffusion lens drew `grid_00.png`, `drift_00.png` and `nearest_00.png`.
+    prompt that the diffusion lens drew `grid_00.png`, `drift_00.png` and `nearest_00.png`. The record has the nearest
+    prompts of all prompts.
 
     Attributes:
         prompts: The prompts.
@@ -111,25 +118,26 @@ class EncoderComparison(LensResult, Mapping):
         one, other = (torch.stack([normed_gram(x) for x in self[name].vectors]).flatten(1) for name in (one, other))
         return one @ other.T
 
-    def nearest(self, name: str, prompt: int, count: int = 3) -> list[list[tuple[str, float]]]:
+    def nearest(self, name: str, prompt: int | str, count: int = 3) -> list[list[tuple[str, float]]]:
         """Return for each layer the `count` prompts nearest to a prompt, nearest first, with their cosine similarity.
 
         Args:
             name: The text encoder.
-            prompt: The number of the prompt, counted from 0.
+            prompt: The prompt: its number, counted from 0, or its text.
             count: The number of prompts to return.
         """
+        prompt = self._number(prompt)
         values, order = self._cosines(name, prompt).sort(descending=True, stable=True)
         rows = zip(order[:, :count].tolist(), values[:, :count].tolist())
         others = self._others(prompt)
         return [[(self.prompts[others[place]], value) for place, value in zip(*row)] for row in rows]
 
-    def drift(self, name: str, prompt: int, to: str = "last") -> torch.Tensor:
+    def drift(self, name: str, prompt: int | str, to: str = "last") -> torch.Tensor:
         """Return the cosine similarity of each token's hidden state with that at the last (or first) of the layers.
 
         Args:
             name: The text encoder.
-            prompt: The number of the prompt, counted from 0.
+            prompt: The prompt: its number, counted from 0, or its text.
             to: "last" or "first".
 
         Returns:
@@ -137,7 +145,7 @@ class EncoderComparison(LensResult, Mapping):
         """
         if to not in _ENDS:
             raise InputError(f'to must be "first" or "last", not {to!r}')
-        return self[name].drifts[self._checked(prompt)][_ENDS.index(to)]
+        return self[name].drifts[self._number(prompt)][_ENDS.index(to)]
 
     def plot(self) -> Figure:
         """Plot the linear CKA of all pairs of layers, the layers of one encoder after those of the other."""
@@ -145,30 +153,35 @@ class EncoderComparison(LensResult, Mapping):
         blocks = {name: [str(layer) for layer in encoded.layers] for name, encoded in self.encoders.items()}
         return block_map(values.numpy(), blocks, f"{len(self.prompts)} prompts", "linear CKA")
 
-    def plot_nearest(self, prompt: int) -> Figure:
-        """Plot how near the other prompts are to one, by layer. A dot marks the nearest."""
-        numbers = self._others(self._checked(prompt))
+    def plot_nearest(self, prompt: int | str) -> Figure:
+        """Plot how near the other prompts are to one, by layer. A dot marks the nearest.
+
+        The columns are the prompts, up to a dozen with their texts."""
+        prompt = self._number(prompt)
+        others = self._others(prompt)
+        names = [shorten(self._title(n), _LONGEST) if len(others) <= _NAMED else str(n) for n in others]
         shown = {}
         for name in self:
             values = self._cosines(name, prompt)
             layers = [str(layer) for layer in self[name].layers]
-            shown[name] = Map(values.numpy(), layers, [str(n) for n in numbers], marks=values.argmax(1).tolist())
+            shown[name] = Map(values.numpy(), layers, names, marks=values.argmax(1).tolist())
         low = min(float(panel.values.min()) for panel in shown.values())
         return map_panels(shown, self._title(prompt), "cosine", low, "prompt")
 
-    def plot_drift(self, prompt: int, to: str = "last") -> Figure:
+    def plot_drift(self, prompt: int | str, to: str = "last") -> Figure:
         """Plot how near each token is to what it is at the last (or first) of the layers."""
+        prompt = self._number(prompt)
         shown = {}
         for name in self:
-            layers, words = [str(layer) for layer in self[name].layers], self[name].words[self._checked(prompt)]
+            layers, words = [str(layer) for layer in self[name].layers], self[name].words[prompt]
             shown[name] = Map(self.drift(name, prompt, to).numpy(), layers, [word.strip() for word in words])
         low = min(0.0, *(float(panel.values.min()) for panel in shown.values()))
         return map_panels(shown, self._title(prompt), f"cosine with {to} layer", low, "")
 
-    def grid(self, prompt: int = 0) -> Image.Image:
+    def grid(self, prompt: int | str = 0) -> Image.Image:
         """Return what the diffusion lens drew for a prompt: a row for each encoder, a column for each layer."""
-        drawn = self._drawn()
-        if self._checked(prompt) >= drawn:
+        prompt, drawn = self._number(prompt), self._drawn()
+        if prompt >= drawn:
             which = f"only the first {drawn} prompts" if drawn else "no prompt"
             raise InputError(f"the lens drew {which}: compare_encoders(…, images={prompt + 1}) draws more")
         lenses = [encoded.lens[prompt] for encoded in self.encoders.values()]
@@ -179,6 +192,34 @@ class EncoderComparison(LensResult, Mapping):
 
     def preview(self) -> Figure:
         return self.plot()
+
+    def sections(self) -> list[Section]:
+        found: list[Section] = []
+        for one, other in itertools.combinations_with_replacement(self, 2):
+            names = [[str(layer) for layer in self[name].layers] for name in (one, other)]
+            title = f"Linear CKA of {one} and {other}, {len(self.prompts)} prompts"
+            axes = f"{one}, layer", f"{other}, layer"
+            found.append(HeatMapSection(title, *names, self.cka(one, other), "linear CKA", axes))
+        for i in range(self._drawn()):
+            rows = {n: dict(zip(map(layer_title, e.lens[i].layers), e.lens[i].images)) for n, e in self.items()}
+            found.append(ImageSection(f"Drawn from each layer: {self.prompts[i]}", rows))
+        for i, prompt in enumerate(self.prompts[: max(1, self._drawn())]):
+            found += [self._nearest_table(name, i, prompt) for name in self]
+            found += [self._drift_map(name, i, prompt) for name in self]
+        return found
+
+    def _nearest_table(self, name: str, number: int, prompt: str) -> TableSection:
+        rows = {
+            str(layer): [Cell(text, value, [(text, value)]) for text, value in nearest]
+            for layer, nearest in zip(self[name].layers, self.nearest(name, number))
+        }
+        columns = [f"{i + 1}." for i in range(min(3, len(self.prompts) - 1))]
+        return TableSection(f"Nearest to {prompt!r} in {name}", "layer", columns, rows, "cosine similarity")
+
+    def _drift_map(self, name: str, number: int, prompt: str) -> HeatMapSection:
+        words, layers = [word.strip() for word in self[name].words[number]], [str(one) for one in self[name].layers]
+        title, values = f"Drift of {prompt!r} in {name}", self.drift(name, number)
+        return HeatMapSection(title, layers, words, values, "cosine similarity with the last layer", ("layer", "token"))
 
     def files(self) -> dict[str, Callable[[Path], None]]:
         files: dict[str, Callable[[Path], None]] = {
@@ -198,6 +239,7 @@ class EncoderComparison(LensResult, Mapping):
             "seed": self.seed,
             "arguments": dict(self.arguments),
             "encoders": {n: {"layers": list(e.layers), "words": e.words} for n, e in self.encoders.items()},
+            "nearest": {n: [self.nearest(n, i) for i in range(len(self.prompts))] for n in self},
         }
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -214,16 +256,22 @@ class EncoderComparison(LensResult, Mapping):
     def _cosines(self, name: str, prompt: int) -> torch.Tensor:
         """Return the cosine similarity of a prompt's vector with those of all others, (layers, prompts - 1)."""
         vectors = functional.normalize(self[name].vectors, dim=-1)
-        self._checked(prompt)
         return torch.einsum("lf,lpf->lp", vectors[:, prompt], vectors[:, self._others(prompt)])
 
     def _others(self, prompt: int) -> list[int]:
         return [number for number in range(len(self.prompts)) if number != prompt]
 
-    def _checked(self, prompt: int) -> int:
+    def _number(self, prompt: int | str) -> int:
+        """Return the number of a prompt that is named by its number or its text."""
+        if isinstance(prompt, str):
+            if prompt not in self.prompts:
+                raise InputError(f"there is no prompt {prompt!r}{suggest(prompt, self.prompts)}")
+            return self.prompts.index(prompt)
         if not hasattr(prompt, "__index__") or isinstance(prompt, bool) or not 0 <= prompt < len(self.prompts):
-            raise InputError(f"there is no prompt {prompt!r}: choose from 0 to {len(self.prompts) - 1}")
-        return prompt
+            raise InputError(
+                f"there is no prompt {prompt!r}: choose from 0 to {len(self.prompts) - 1}, or pass the text of a prompt"
+            )
+        return index(prompt)
 
     def _title(self, prompt: int) -> str:
         return f"{prompt}: {self.prompts[prompt]}"
@@ -243,6 +291,7 @@ class _Chosen:
     size: int
 
 
+@repeatable
 def compare_encoders(
     models: DiffusionModel | Mapping[str, DiffusionModel] | Sequence[DiffusionModel],
     prompts: Iterable[str],
@@ -287,9 +336,10 @@ def compare_encoders(
     for model in named.values():
         check_options(compare_encoders, model, arguments)
     chosen = _choose(named, prompts[0], encoders, layers, images > 0, arguments, seed)
-    encoded = _encode(chosen, prompts, arguments, seed, progress)
+    is_quiet = not progress or any(is_silenced(model.pipeline) for model in named.values())
+    encoded = _encode(chosen, prompts, arguments, seed, not is_quiet)
     drawn: dict[str, list[DiffusionLensResult]] = {one.name: [] for one in chosen}
-    for prompt, one in tqdm([*itertools.product(prompts[:images], chosen)], desc="lenses", disable=not progress):
+    for prompt, one in tqdm([*itertools.product(prompts[:images], chosen)], desc="lenses", disable=is_quiet):
         settings = {"encoder": one.encoder.name, "layers": one.layers, "seed": seed, "progress": False, **(lens or {})}
         drawn[one.name].append(diffusion_lens(one.model, prompt, **settings, **arguments))
     found = {one.name: _summary(one, encoded[one.name], drawn[one.name]) for one in chosen}

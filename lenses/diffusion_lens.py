@@ -24,10 +24,12 @@ from diffsight.lenses.encoders.exits import Exits
 from diffsight.lenses.encoders.isolating import isolated
 from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_file, layer_title
 from diffsight.lenses.options import check_options
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.figure import Plot
 from diffsight.lenses.results.image_grid import image_grid
-from diffsight.lenses.results.outputs import files_of, image_of, rate_of
+from diffsight.lenses.results.outputs import files_of, image_of, media_of, rate_of
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import ImageSection, Section
 from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import PromptWarning
@@ -92,6 +94,10 @@ class DiffusionLensResult(LensResult):
     def preview(self) -> Image.Image:
         return self.grid()
 
+    def sections(self) -> list[Section]:
+        shown = zip(map(layer_title, self.layers), self.images, self.outputs or self.images)
+        return [ImageSection("", {"": {title: media_of(image, output, self.rate) for title, image, output in shown}})]
+
     def files(self) -> dict[str, Callable[[Path], None]]:
         files: dict[str, Callable[[Path], None]] = {"grid.png": self.grid().save}
         files |= {f"{layer_file(layer)}.png": image.save for layer, image in zip(self.layers, self.images)}
@@ -114,6 +120,7 @@ class DiffusionLensResult(LensResult):
         }
 
 
+@repeatable
 def diffusion_lens(
     model: DiffusionModel,
     prompt: str,

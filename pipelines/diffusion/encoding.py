@@ -34,7 +34,7 @@ from diffsight.pipelines.diffusion.prompts import PromptWarning, as_read
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
 
-_PLAIN_PROMPT = "a red circle above a blue square"
+PLAIN_PROMPT = "a red circle above a blue square"
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _record_plain_prompt(model: Model, record: EncodingRecord) -> None:
     if not text_encoder_names(pipeline):
         return
     try:
-        _record_run(model.generate(prompt=_PLAIN_PROMPT, **_required(pipeline)), pipeline, record)
+        _record_run(model.generate(prompt=PLAIN_PROMPT, **required_arguments(pipeline)), pipeline, record)
     except Exception as error:  # it needs more than a prompt: then what encode_prompt does has to suffice
         record.__dict__.update(vars(EncodingRecord()))
         try:
@@ -200,12 +200,12 @@ def _open_encode_prompt(model: Model) -> DiffusionRun:
     required = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     required |= {name: 1 for name in required if name.startswith("num_")}
     device = model.pipeline._execution_device
-    known = {"prompt": _PLAIN_PROMPT, "device": device, "do_classifier_free_guidance": False}
+    known = {"prompt": PLAIN_PROMPT, "device": device, "do_classifier_free_guidance": False}
     given = required | {p.name: known[p.name] for p in parameters if p.name in known}
     return open_run(model, lambda: torch.no_grad()(model.pipeline.encode_prompt)(**given))
 
 
-def _required(pipeline: Any) -> dict[str, Any]:
+def required_arguments(pipeline: Any) -> dict[str, Any]:
     """Return stand-ins for the images that a pipeline requires, and turn its preference for image sizes off."""
     known = dict.fromkeys(("image", "mask_image", "control_image"), Image.new("RGB", (64, 64), "gray"))
     known["use_resolution_binning"] = False

@@ -237,7 +237,11 @@ def test_plots_show_all_layers_and_tokens(both):
     assert [tick.get_text() for tick in drift.get_xticklabels()] == [word.strip() for word in both["CLIP"].words[0]]
     near = both.plot_nearest(1).axes[0]
     assert near.images[0].get_array().shape == (4, 3)
-    assert [tick.get_text() for tick in near.get_xticklabels()] == ["0", "2", "3"]
+    assert [tick.get_text() for tick in near.get_xticklabels()] == [
+        "0: a red circle above a…",
+        "2: a blue cat",
+        "3: a green square on a …",
+    ]
 
 
 def test_save_writes_everything(both, tmp_path):
@@ -315,6 +319,34 @@ def test_questions_that_have_no_answer(both):
         both.nearest("CLIP", prompt=4)
     with pytest.raises(InputError, match='to must be "first" or "last", not'):
         both.drift("CLIP", prompt=0, to="middle")
+
+
+def test_prompts_are_named_by_number_or_text(both):
+    for i, prompt in enumerate(PROMPTS):
+        assert both.nearest("T5", prompt) == both.nearest("T5", i)
+        assert torch.equal(both.drift("CLIP", prompt), both.drift("CLIP", i))
+    with pytest.raises(InputError, match="there is no prompt 'a violet circle'"):
+        both.nearest("T5", "a violet circle")
+
+
+def test_the_record_has_the_nearest_of_every_prompt(both, tmp_path):
+    both.save(tmp_path)
+    record = json.loads((tmp_path / "comparison.json").read_text())
+    for name in both:
+        for i in range(len(PROMPTS)):
+            nearest = [[list(pair) for pair in layer] for layer in both.nearest(name, i)]
+            assert record["nearest"][name][i] == nearest
+
+
+def test_a_progress_bar_that_is_turned_off_stays_off(capfd):
+    pipes = {"one": diffusion.stable_diffusion(), "two": diffusion.stable_diffusion()}
+    models = {name: DiffusionModel(pipe) for name, pipe in pipes.items()}
+    compare_encoders(models, PROMPTS[:2], num_inference_steps=1)
+    assert "%" in capfd.readouterr().err
+    for model in models.values():
+        model.set_progress_bar_config(disable=True)
+    compare_encoders(models, PROMPTS[:2], num_inference_steps=1)
+    assert "%" not in capfd.readouterr().err
 
 
 # Batches
