@@ -158,7 +158,7 @@ def _prepare(options: argparse.Namespace) -> tuple[Any, dict[str, int]]:
     check_writable(options.out)
     diffusers.logging.disable_progress_bar()  # that of loading: drawing has its own
     transformers.logging.disable_progress_bar()
-    model = DiffusionModel(options.model)
+    model = DiffusionModel(options.model, dispatch=True)
     scheduler = getattr(model.pipeline, "scheduler", None)
     most = scheduler.config.get("num_train_timesteps") if scheduler else None
     if options.steps and most and options.steps > most:

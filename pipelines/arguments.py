@@ -11,6 +11,7 @@ import inspect
 import textwrap
 import types
 import typing
+import weakref
 from collections.abc import Callable, Iterable
 
 from diffsight.errors import InputError, suggest
@@ -31,11 +32,23 @@ def check_arguments(title: str, given: Iterable[str], known: Iterable[str], near
             raise InputError(f"{title} has no argument {name!r}{suggest(name, sorted({*known, *near}))}")
 
 
+_signatures: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of methods, by their function
+
+
+def signature(function: Callable) -> inspect.Signature:
+    """Return what `inspect.signature` does. Every run of a pipeline asks, so that of a method is computed once."""
+    if not isinstance(getattr(function, "__func__", None), types.FunctionType):
+        return inspect.signature(function)
+    if function.__func__ not in _signatures:
+        _signatures[function.__func__] = inspect.signature(function)
+    return _signatures[function.__func__]
+
+
 def named_arguments(function: Callable) -> set[str]:
     """Return the names that a function or method takes as keywords, including those that it reads from `**kwargs`.
 
     Where it passes all of them on to another method of its object, those of that method are included."""
-    parameters = inspect.signature(function).parameters.values()
+    parameters = signature(function).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     rest = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
     if rest is None:

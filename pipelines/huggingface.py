@@ -31,12 +31,21 @@ from transformers.pipelines.base import ChunkPipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
 from diffsight.errors import InputError, PointNotFoundError, suggest
-from diffsight.extending import ChangedMethod, Clock, Model, Target, flow_of, part_targets, with_gradients
+from diffsight.extending import (
+    ChangedMethod,
+    Clock,
+    Model,
+    Target,
+    children_in,
+    flow_of,
+    part_targets,
+    unwrapped,
+    with_gradients,
+)
 from diffsight.pipelines.language.generation import GeneratedTokens, GenerationRun, set_generated
 from diffsight.pipelines.named_tree import NamedTree
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
-from diffsight.pipelines.wrapped_modules import children_in, unwrapped
 
 _PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # besides modules
 _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "postprocess"}

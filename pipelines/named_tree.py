@@ -6,9 +6,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from diffsight.extending import Target, Tree
+from diffsight.extending import Target, Tree, children_in
 from diffsight.pipelines.module_spans import is_at, target_at
-from diffsight.pipelines.wrapped_modules import children_in
 
 
 class NamedTree(Tree):

@@ -4,11 +4,15 @@ The files in order; each imports only from those above it:
 
     torch_state     grad mode, inference mode, autocast, function modes, random state
     coroutine       a stack that parks and resumes; each run has its own, so two can be open in lockstep
-    gradients       calls methods that disable gradients with gradients enabled
+    gradients       calls methods that disable gradients with gradients enabled; gradient checkpointing
     hooks           what a run puts on the model, and takes off again
     users_hooks     forward hooks of others, and which of them may change an output
     target          one thing that can be tapped, and its path
+    wrapped_modules     sees through modules that wrap another
+    structural_copy     a model without its weights and hooks
+    batch_dimensions    which values have the batch as their first dimension
     batch_slicing   a part of a value, such as the rows of a batch
+    weak_values     values that are there as long as somebody else holds them
     points          a point as it is asked for, a value that passes there, an assignment
     current_run     which run `model.<path>` means
     late_weights    weights that are loaded later

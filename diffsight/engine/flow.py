@@ -142,9 +142,10 @@ class Flow:
             point = self._find(tap, first, asked, scope)
         if point.copies:
             point.copies.clear()  # somebody has them now
-        if point is not self.parked:
-            self._read_late.append((asked, [(tensor, tensor._version) for tensor in _versioned(point.value)]))
-        value = point.value if asked.part != "input" else first_input(point.value, asked)
+        if point is self.parked:
+            value = point.value if asked.part != "input" else first_input(point.value, asked)
+        else:
+            value = self._read_again(point, asked)
         if asked.selection is None:
             return value
         return asked.selection.at(tap, point.index, asked).take(value, asked)
@@ -369,6 +370,18 @@ class Flow:
         if edit is not None:
             edit.touches[asked.whole] = None
 
+    def _read_again(self, point: Point, asked: Asked) -> Any:
+        """The value at a point that the model has left."""
+        try:
+            value = point.read(asked.part)
+        except LookupError:
+            raise order.let_go(asked, self.where) from None
+        if point.is_unread:
+            point.is_unread = False
+            point.let_go()
+        self._read_late.append((asked, [(tensor, tensor._version) for tensor in _versioned(value)]))
+        return value
+
     # ---- moving the model to a point
 
     def _start(self) -> None:
@@ -393,9 +406,12 @@ class Flow:
 
         Which calls these are is known when they begin. So the model is run to the next that may be it, and the
         selection is asked again there."""
-        index, point = -1, None
+        index, point, is_new = -1, None, False
         while (found := find_call(tap, first, asked, asked)) != index:
             index = found
+            if is_new:
+                point.is_unread = True
+            is_new = (asked.kind, index) not in tap.points
             # If no call so far was it, and a step goes by without it, the model is not run to its end for it.
             in_vain = not asked.call and first < index == tap.entered
             if not in_vain:

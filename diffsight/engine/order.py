@@ -85,6 +85,14 @@ def too_late(asked: Asked, what: str, where: str) -> OutOfOrderError:
     )
 
 
+def let_go(asked: Asked, where: str) -> OutOfOrderError:
+    """The error for a value that was read before and that nobody has kept."""
+    return OutOfOrderError(
+        f"{asked} was read before and let go: the model is {where}, past that point, and a run keeps no value that "
+        f"your code does not hold. Bind it to a name where you read it first, and use the name: value = run.{asked}"
+    )
+
+
 def edited_too_late(asked: Asked, where: str) -> OutOfOrderError:
     """The error for a value that was changed in place after the model had passed it."""
     return OutOfOrderError(

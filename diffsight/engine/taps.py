@@ -13,22 +13,27 @@ well. So a module is usually hooked before the module around it is entered, and 
 in a dictionary. That costs next to nothing, and most modules of a run are of this kind.
 """
 
-import operator
-from collections.abc import Callable, Collection, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 
 from diffsight.engine.coroutine import Coroutine, current_owner
-from diffsight.engine.hooks import COMPILED, FORWARD, count_running, hook_modules, renew_hooks, unhook_modules
+from diffsight.engine.gradients import check_not_computed_again, end_checkpoints
+from diffsight.engine.hooks import COMPILED, FORWARD, HookedModules, count_running
 from diffsight.engine.layout import Key, Layout, inside
-from diffsight.engine.points import INPUTS, OUTPUT, Assignment, Point, PointKey
+from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
+from diffsight.engine.torch_state import TorchState
 from diffsight.engine.users_hooks import has_forward_hooks, output_hooks
 from diffsight.errors import PointNotFoundError
 
-_forward_of, _has_forward = operator.itemgetter(FORWARD), operator.methodcaller("__contains__", FORWARD)
+_known_compiled: weakref.WeakSet = weakref.WeakSet()  # compiled modules that have been warned about
 
 
 class Host(Protocol):
@@ -39,6 +44,7 @@ class Host(Protocol):
     clock: Clock
     coroutine: Coroutine | None  # the one that the model runs in, once it has started
     parked: Point | None  # where the model stands, if it waits at a point
+    state: TorchState  # in which the run was opened
     refused: list[Exception]  # why values could not be assigned that were assigned ahead
     misshapen: list[str]  # assigned values whose shape or type differs from the model's own, in words
 
@@ -117,6 +123,7 @@ class Tap:
         index = self.active[-1]
         skip = self.skips.pop(index, None) if self.skips else None
         if skip is not None:
+            self._keep_gradients(f"{self.target.path}.skip ({skip.where})")
             return self.leave(skip.value, (args, kwargs))
         if self.inside:
             function = self.target.uncompiled()
@@ -140,8 +147,8 @@ class Tap:
         key = (INPUTS, index)
         if not (key in self.awaited or key in self.pending or self.keepers):
             return None
-        point = self._pass(key, (args, kwargs))
-        return point.value if point is not None and point.changed else None
+        inputs, changed = self._pass(key, (args, kwargs))
+        return inputs if changed else None
 
     def leave(self, output: Any, given: tuple[tuple, dict] | None = None, has_hooks: bool = True) -> Any:
         """A call ends. Return the output, replaced or as it was.
@@ -155,10 +162,9 @@ class Tap:
         if key in self.awaited or key in self.pending or self.keepers:
             self.given = given
             try:
-                point = self._pass(key, output)
+                output, _ = self._pass(key, output)
             finally:
                 self.given = None
-            output = output if point is None else point.value
         if self.watched:
             self.host.end_call(self, output)
         return output
@@ -188,14 +194,39 @@ class Tap:
             owner._forward_hooks.move_to_end(number)
         return True
 
-    def _pass(self, key: PointKey, value: Any) -> Point | None:
+    def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
+        """A value passes a point. Return what the model continues with, and whether it was replaced."""
         point = None
+        self._keep_gradients(key)
         if key in self.pending or key in self.awaited:
             point = Point(self, key, value, all(self.awaited.get(key, ())))
             self.host.arrive(point)
+            value = point.value
         for keep in self.keepers.get(key[0], ()):
-            keep(self, key[1], value if point is None else point.value)
-        return point
+            keep(self, key[1], value)
+        if point is None:
+            return value, False
+        if key in self.points and not point.is_unread:
+            point.let_go()
+        return value, point.changed
+
+    def _keep_gradients(self, here: PointKey | str) -> None:
+        """What the run does here must not be left out of what `backward()` computes."""
+        if torch.is_grad_enabled():
+            if _top_saved_tensors_default_hooks(True):
+                end_checkpoints()
+        elif self.host.state.grad:
+            try:
+                check_not_computed_again(here if isinstance(here, str) else self._describe(here))
+            except Exception as error:
+                self.host.refused.append(error)  # the model may have an `except` of its own
+                raise
+
+    def _describe(self, key: PointKey) -> str:
+        """A point, in words, with the lines at which values were assigned to it."""
+        kind, index = key
+        assigned = ", ".join(map(str, self.pending.get(key, ())))
+        return assigned or str(Asked(self.target, "output" if kind == OUTPUT else "input", index))
 
     # ---- from the run's side
 
@@ -222,6 +253,11 @@ class Tap:
     def look_inside(self) -> None:
         """Run a compiled module uncompiled, and PyTorch's transformer layer unfused, so that its parts can be seen."""
         self.inside = self.target.is_compiled()
+        if self.inside and self.target.owner not in _known_compiled:
+            _known_compiled.add(self.target.owner)
+            path = self.target.path or type(self.target.owner).__name__
+            message = f"{path} is compiled: a run that reads or changes values inside it runs it uncompiled, slower"
+            warnings.warn(message, stacklevel=2)
         if isinstance(self.target.owner, nn.TransformerEncoderLayer):  # it is not fused if it has any hook
             self.hooks.append(self.target.owner.register_forward_pre_hook(lambda *_: None))
 
@@ -268,7 +304,7 @@ class Tap:
         return missed
 
     def remove(self) -> None:
-        """Remove the hooks that the run has put on the module, besides those of `hook_modules`."""
+        """Remove the hooks that the run has put on the module, besides those of `HookedModules`."""
         for hook in self.hooks:
             hook.remove()
 
@@ -303,9 +339,7 @@ class Taps(dict[Key, Tap]):
         self._methods = [target for target in components if target.name != FORWARD]
         self._origins: dict[int, Origin] = {}  # of the modules that are only counted
         self._counts_before: dict[int, int] = {}  # their calls before the current step
-        self._hooked: list = []  # all hooked modules, including those with taps
-        self._held: list[dict] = []  # what the hooked modules hold, and of it what the hooks are
-        self._hooks: list[Callable] = []
+        self._hooked = HookedModules()  # including those with taps
         self._opened: set[Target] = set()  # what was asked for
         self._around: dict[Target, Tap | None] = {}  # what lies around that, to its own tap or that of what it lies in
 
@@ -349,21 +383,7 @@ class Taps(dict[Key, Tap]):
 
     def renew(self) -> None:
         """Hook those modules again whose `forward` the body has replaced, before the model moves."""
-        try:
-            if [*map(_forward_of, self._held)] == self._hooks:
-                return
-        except KeyError:  # it has been deleted
-            pass
-        found = renew_hooks(self._hooked)
-        self._held, self._hooks = [held for held, _ in found], [hook for _, hook in found]
-
-    def _hook(self, modules: Collection[nn.Module]) -> None:
-        hook_modules(modules, self._hooked)
-        held = [module.__dict__ for module in modules]
-        if not all(map(_has_forward, held)):  # a compiled module is hooked elsewhere
-            held = [known for known in held if FORWARD in known]
-        self._held += held
-        self._hooks += map(_forward_of, held)
+        self._hooked.renew()
 
     def note_call(self, target: Target) -> None:
         """Learn from a call of a module whether it is a stray."""
@@ -392,15 +412,14 @@ class Taps(dict[Key, Tap]):
 
     def remove(self) -> None:
         """Take everything off the model."""
-        unhook_modules(self._hooked)
+        self._hooked.unhook()
         for tap in self.values():
             if tap.hooks:
                 tap.remove()
             tap.points.clear()  # points refer to their tap
         self.clear()
-        for held in (self.counts, self._origins, self._counts_before, self._hooked, self._opened, self._around):
+        for held in (self.counts, self._origins, self._counts_before, self._opened, self._around):
             held.clear()
-        self._held, self._hooks = [], []
         self._host = None  # so that nothing of a run that has ended waits for the garbage collector
 
     def _tap_component(self, target: Target) -> None:
@@ -431,7 +450,7 @@ class Taps(dict[Key, Tap]):
     def _count(self, modules: dict[int, nn.Module], origin: Origin) -> None:
         """Count the calls of modules from now on, unless they are counted or tapped already."""
         new = {n: module for n, module in modules.items() if n not in self.counts and (n, FORWARD) not in self}
-        self._hook(new.values())
+        self._hooked.hook(new.values())
         self._origins.update(dict.fromkeys(new, origin))
         self.counts.update(dict.fromkeys(new, 0))
 
@@ -439,7 +458,7 @@ class Taps(dict[Key, Tap]):
         new = {target.key: target for target in inside(component) if target.name == FORWARD and target.key not in self}
         origin = Origin(step=self._host.clock.index)
         self.update({key: LearningTap(self._host, target, origin) for key, target in new.items()})
-        self._hook([target.owner for target in new.values()])
+        self._hooked.hook([target.owner for target in new.values()])
 
     def _tap(self, target: Target, around: Tap | None) -> Tap:
         tap = self.get(target.key)
@@ -449,7 +468,7 @@ class Taps(dict[Key, Tap]):
         if target.name != FORWARD or number not in self.counts:
             tap = self[target.key] = Tap(self._host, target, self._origin(around))
             if target.name == FORWARD:
-                self._hook([owner])
+                self._hooked.hook([owner])
             else:
                 tap.hooks.append(target.attach(tap))
             return tap

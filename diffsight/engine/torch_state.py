@@ -3,7 +3,7 @@
 The body of a run and its model each have their own. `Coroutine.resume` exchanges them whenever control changes sides.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ class TorchState(NamedTuple):
         enabled = tuple(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))
         modes = tuple(map(_get_function_stack_at, range(_len_torch_function_stack())))
         dispatch_modes = tuple(map(_get_dispatch_stack_at, range(_len_torch_dispatch_stack())))
-        return cls(grad, inference, (enabled, *settings), modes, False, dispatch_modes, _saved_tensor_hooks())
+        return cls(grad, inference, (enabled, *settings), modes, False, dispatch_modes, saved_tensor_hooks())
 
     def now(self) -> "TorchState":
         """Return the current state: this object if nothing differs, which is quick to check for a plain state."""
@@ -84,6 +84,10 @@ class TorchState(NamedTuple):
         """Return the same state with one more function mode, outside the others."""
         return self._replace(modes=(mode, *self.modes), is_plain=False)
 
+    def bare(self) -> "TorchState":
+        """Return the same state with gradients disabled, outside all modes and hooks."""
+        return self._replace(grad=False, modes=(), dispatch_modes=(), saved_tensor_hooks=(), is_plain=False)
+
     def without_mode(self, mode: Any) -> "TorchState":
         """Return the same state outside a function mode."""
         return self._replace(modes=tuple(other for other in self.modes if other is not mode))
@@ -99,10 +103,7 @@ class TorchState(NamedTuple):
             _pop_torch_dispatch_stack(None)
         torch._C._set_grad_enabled(self.grad)
         if self.saved_tensor_hooks != before.saved_tensor_hooks:
-            while _top_saved_tensors_default_hooks(True):
-                _pop_saved_tensors_default_hooks()
-            for hooks in self.saved_tensor_hooks:
-                _push_saved_tensors_default_hooks(*hooks)
+            restore_saved_tensor_hooks(self.saved_tensor_hooks)
         if self.autocast != before.autocast:
             *devices, cache = self.autocast
             for device, enabled, dtype in zip(_AUTOCAST_DEVICES, *devices):
@@ -125,16 +126,23 @@ class TorchState(NamedTuple):
             before.restore(TorchState.capture())
 
 
-def _saved_tensor_hooks() -> tuple:
-    """The pairs of hooks that are set now, outermost first. They can only be looked at one by one."""
+def saved_tensor_hooks() -> tuple:
+    """Return the pairs of hooks that are set now, outermost first. They can only be looked at one by one."""
     found = []
     while hooks := _top_saved_tensors_default_hooks(True):
         found.append(hooks)
         _pop_saved_tensors_default_hooks()
-    found.reverse()
-    for hooks in found:
+    for hooks in reversed(found):
         _push_saved_tensors_default_hooks(*hooks)
-    return tuple(found)
+    return tuple(reversed(found))
+
+
+def restore_saved_tensor_hooks(pairs: Iterable[tuple]) -> None:
+    """Set these pairs of hooks in place of those that are set now, outermost first."""
+    while _top_saved_tensors_default_hooks(True):
+        _pop_saved_tensors_default_hooks()
+    for hooks in pairs:
+        _push_saved_tensors_default_hooks(*hooks)
 
 
 @cache

@@ -12,7 +12,7 @@ from diffsight.engine.current_run import OpenRuns
 from diffsight.engine.late_weights import LateWeights, needs_weights
 from diffsight.engine.layout import Layout
 from diffsight.engine.step_clock import Clock
-from diffsight.engine.target import Target, join
+from diffsight.engine.target import WRAPPED, Target, join
 from diffsight.errors import DiffsightError, InputError, PointNotFoundError
 
 Key = tuple[int, str]
@@ -30,6 +30,7 @@ class Tree:
     """
 
     opens_with = "trace"  # the method of the model that opens a run, for error messages
+    has_private_names = False  # whether modules have names that begin with "_", such as those that handles may use
 
     def __init__(self, root: Target, load: Callable[[], None] | None = None) -> None:
         self.root = root
@@ -111,6 +112,20 @@ class Tree:
         """Called once, after weights that are loaded later have been loaded."""
 
     # ---- what can be asked of a tree
+
+    def look_for_private_names(self) -> None:
+        """Note whether modules have names that handles may use for themselves."""
+        names = self.module_names(self.root.owner)
+        self.has_private_names = any(name.startswith("_") and name != WRAPPED for name in names)
+
+    def module_names(self, owner: Any) -> set[str]:
+        """Return the names that modules have anywhere inside a part."""
+        if not isinstance(owner, nn.Module):
+            parts = [target.owner for target in self.children_of(self.root).values()]
+            modules = [part for part in parts if isinstance(part, nn.Module)] if owner is self.root.owner else []
+        else:
+            modules = [owner]
+        return {name for module in modules for inner in module.modules() for name, _ in inner._modules.items()}
 
     def child_of(self, target: Target, name: str) -> Target | None:
         """Return the child, method or standard name called `name` in a part; None if there is none."""

@@ -6,7 +6,6 @@ guidance it gets one. The inputs show which it is: the entries of a denoiser's t
 recognised by its name. What this comparison cannot settle stays unknown, and asking for it raises an error.
 """
 
-import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from diffsight.extending import FORWARD, Tap, Target
+from diffsight.pipelines.arguments import signature
 from diffsight.pipelines.diffusion.prompts import as_read
 
 COND, UNCOND = "cond", "uncond"
@@ -38,6 +38,7 @@ class BatchLayouts:
         given = {branch: texts for branch, texts in given.items() if texts is not None}
         self._embeddings: list[dict[str, Embeddings]] = [given] if given else []  # by branch; encode_prompt adds some
         self._encoding: list[str | None] = []  # the branch of each running call of encode_prompt
+        self.latent_dimensions = 0  # of the latents that the scheduler returned, once it has
         self._seen: dict[tuple[int, int], tuple[Embeddings, list[BatchLayout]]] = {}
 
     def layout(self, tap: Tap, index: int) -> BatchLayout | None:
@@ -60,10 +61,13 @@ class BatchLayouts:
         layouts = calls[-1].layouts if calls else []
         return [place for place, (of, _) in enumerate(layouts[0]) if of == branch] if layouts else None
 
+    def is_in_vae(self, tap: Tap) -> bool:
+        """Return whether a point belongs to a VAE."""
+        return hasattr(_component(tap).owner, "decode")
+
     def has_branches(self, tap: Tap) -> bool:
         """Return whether a point can belong to a branch. Methods such as `scheduler.step` and VAEs cannot."""
-        component = _component(tap)
-        return component.name == FORWARD and not hasattr(component.owner, "decode")
+        return _component(tap).name == FORWARD and not self.is_in_vae(tap)
 
     def why_unknown(self, tap: Tap) -> str:
         """Return why the branches at a point are unknown, as the end of an error message."""
@@ -99,10 +103,12 @@ class BatchLayouts:
             self._add(tap, lambda: _in_turn(self._read(target, ids, earlier), len(earlier)))
 
     def returned(self, tap: Tap, output: Any) -> None:
+        if tap.target.key in tap.host.clock.ends:
+            self.latent_dimensions = next((v.ndim for v in _items(output) if isinstance(v, torch.Tensor)), 0)
         if tap.target.name != "encode_prompt":
             return
         branch = self._encoding.pop()
-        values = [v for v in (output if isinstance(output, (tuple, list)) else [output]) if _are_embeddings(v)]
+        values = [v for v in _items(output) if _are_embeddings(v)]
         if branch is None or not values:
             return
         texts = next((known for known in self._embeddings if branch not in known), {})
@@ -130,7 +136,7 @@ class BatchLayouts:
         """Return the branch whose prompt encode_prompt is called with.
 
         Some pipelines call it once for each branch, others once for both, with the prompt of the conditional one."""
-        given = inspect.signature(pipeline.encode_prompt).bind_partial(*args, **kwargs).arguments
+        given = signature(pipeline.encode_prompt).bind_partial(*args, **kwargs).arguments
         names = ("prompt", "prompt_embeds")
         cond, uncond = (
             any(_is_same(given.get(name), self._arguments.get(prefix + name)) for name in names)
@@ -207,7 +213,7 @@ class BatchLayouts:
         """Return the words of every prompt (`prompt`, `prompt_2` …) or negative prompt, as the tokenizer decodes
         them."""
         prefix = "" if branch == COND else "negative_"
-        parameters = inspect.signature(self._pipeline.__call__).parameters
+        parameters = signature(self._pipeline.__call__).parameters
         known: list[list[str]] = [[] for _ in range(self.prompts)]
         for name in (name for name in parameters if re.fullmatch(rf"{prefix}prompt(_\d+)?", name)):
             given = self._arguments.get(name, parameters[name].default)
@@ -250,6 +256,13 @@ def _values(args: tuple, kwargs: dict[str, Any]) -> Iterator[Embeddings]:
     """Yield the arguments of a denoiser that may be text embeddings."""
     for value in (*args, *kwargs.values()):
         yield from (v for v in (value.values() if isinstance(value, dict) else [value]) if _are_embeddings(v))
+
+
+def _items(output: Any) -> list[Any]:
+    """Return what a method returned, one by one."""
+    if isinstance(output, dict):
+        return list(output.values())
+    return list(output) if isinstance(output, (tuple, list)) else [output]
 
 
 def _are_embeddings(value: Any) -> bool:

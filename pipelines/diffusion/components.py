@@ -6,7 +6,6 @@ component_names(pipeline.text_encoder)      # {"layers": "encoder.layers", "ln_f
 text_encoder_names(pipeline)                # ["text_encoder"]
 """
 
-import inspect
 from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
@@ -15,9 +14,8 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 from transformers import PreTrainedModel
 
-from diffsight.extending import join
+from diffsight.extending import join, unwrapped
 from diffsight.pipelines.standard_names import standard_names, word_embeddings
-from diffsight.pipelines.wrapped_modules import unwrapped
 
 _PLAIN = (bool, int, float, str, list, tuple, dict)
 
@@ -60,4 +58,5 @@ def _direct_methods(component: Any) -> tuple[str, ...]:
 
 
 def _has_method(component: Any, name: str) -> bool:
-    return isinstance(inspect.getattr_static(type(component), name, None), FunctionType)
+    defined = (vars(cls)[name] for cls in type(component).__mro__ if name in vars(cls))
+    return isinstance(next(defined, None), FunctionType)

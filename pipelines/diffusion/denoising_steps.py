@@ -1,15 +1,14 @@
 """When a denoising step begins, and at which timestep."""
 
-import inspect
 from collections.abc import Sequence
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
-from diffsight.extending import FORWARD, Clock, Target
+from diffsight.extending import FORWARD, Clock, Target, unwrapped
+from diffsight.pipelines.arguments import signature
 from diffsight.pipelines.diffusion.components import components
-from diffsight.pipelines.wrapped_modules import unwrapped
 
 
 def denoising_clock(parts: Sequence[Target], methods: Sequence[Target]) -> Clock:
@@ -26,7 +25,7 @@ def denoising_clock(parts: Sequence[Target], methods: Sequence[Target]) -> Clock
 
 def time_parameter(module: nn.Module) -> str | None:
     """Return the parameter through which a denoiser receives the timestep. Other components have none."""
-    names = list(inspect.signature(unwrapped(module).forward).parameters)
+    names = list(signature(unwrapped(module).forward).parameters)
     return next((n for n in names if "timestep" in n), next((n for n in names[:3] if n in ("t", "r")), None))
 
 
@@ -35,7 +34,7 @@ def time_argument(module: nn.Module, args: tuple, kwargs: dict) -> tuple[float, 
 
     Where each token has a time of its own, this is the latest: tokens that are given rather than drawn get 0."""
     name = time_parameter(module)
-    given = dict(zip(inspect.signature(unwrapped(module).forward).parameters, args)) | kwargs
+    given = dict(zip(signature(unwrapped(module).forward).parameters, args)) | kwargs
     if given.get(name) is None:
         return None
     time = torch.as_tensor(given[name])

@@ -9,10 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from diffsight.extending import Clock, Target, Tree, join, part_targets
+from diffsight.extending import Clock, Target, Tree, children_in, join, part_targets, unwrapped
 from diffsight.pipelines.diffusion.components import component_names, components, traceable_methods
 from diffsight.pipelines.diffusion.denoising_steps import denoising_clock
-from diffsight.pipelines.wrapped_modules import children_in, unwrapped
 
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
 

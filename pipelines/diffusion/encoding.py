@@ -27,13 +27,12 @@ from PIL import Image
 from torch import nn
 
 from diffsight.errors import InputError
-from diffsight.extending import Model, open_run, owner_of
+from diffsight.extending import Model, open_run, owner_of, unwrapped
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, follow_encoder
 from diffsight.pipelines.diffusion.prompts import PromptWarning, as_read
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
-from diffsight.pipelines.wrapped_modules import unwrapped
 
 _PLAIN_PROMPT = "a red circle above a blue square"
 

@@ -46,13 +46,14 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def open_pipeline(
-    source: str | Path | DiffusionPipeline, **arguments: Any
+    source: str | Path | DiffusionPipeline, dispatch: bool = False, **arguments: Any
 ) -> tuple[DiffusionPipeline, Callable[[], None] | None]:
     """Open a pipeline.
 
     Args:
         source: A packaged name (`diffsight/shapes-clip`), a folder in the diffusers format, a hub id, or a live
             pipeline, which is returned as it is.
+        dispatch: Whether to load the weights immediately.
         arguments: Passed to `DiffusionPipeline.from_pretrained`.
 
     Returns:
@@ -73,8 +74,9 @@ def open_pipeline(
     explained = _explained_packaged if name in FOLDERS else _explained_folder if is_local else _explained_hub
 
     with explained(name):
-        empty = _build_empty(place, arguments)
-        now = {key: value for key, value in arguments.items() if key not in _OF_WEIGHTS}
+        classes = _module_classes(place, arguments)
+        empty = {} if dispatch else _build_empty(classes, place, arguments)
+        now = {key: value for key, value in arguments.items() if dispatch or key not in _OF_WEIGHTS}
         with requiring_all_weights():
             pipeline = DiffusionPipeline.from_pretrained(place, **now, **empty)
     if name == "diffsight/shapes-flux":
@@ -99,23 +101,32 @@ def open_pipeline(
 # ---- modules without weights
 
 
-def _build_empty(place: str, arguments: dict[str, Any]) -> dict[str, nn.Module]:
-    """Return the modules of the pipeline in a folder or hub repository, by name, without weights.
+def _module_classes(place: str, arguments: dict[str, Any]) -> dict[str, type[nn.Module]]:
+    """Return the classes of the modules of the pipeline in a folder or hub repository, by name.
 
     These are the modules that diffusers and transformers build from a configuration, except those that `arguments`
     contain.
 
-    Raises OSError if a configuration is missing, or a weight file in a folder, and ValueError if a part needs code that
-    may not be run."""
-    of_hub = {name: arguments[name] for name in _OF_HUB if name in arguments}
-    modules = {}
-    for name, entry in DiffusionPipeline.load_config(place, **of_hub).items():
+    Raises OSError if a weight file is missing in a folder, and ValueError if a part needs code that may not be run."""
+    classes = {}
+    for name, entry in DiffusionPipeline.load_config(place, **_for_hub(arguments)).items():
         if name.startswith("_") or name in arguments or not isinstance(entry, (list, tuple)) or None in entry:
             continue
         cls = _class(name, *entry, bool(arguments.get("trust_remote_code")))
         if cls is not None:
-            modules[name] = _build(cls, place, name, _dtype(arguments, name), of_hub)
-    return modules
+            check_weights(Path(place), name)
+            classes[name] = cls
+    return classes
+
+
+def _build_empty(classes: dict[str, type[nn.Module]], place: str, arguments: dict[str, Any]) -> dict[str, nn.Module]:
+    """Return modules of these classes without weights. Raises OSError if a configuration is missing."""
+    of_hub = _for_hub(arguments)
+    return {name: _build(cls, place, name, _dtype(arguments, name), of_hub) for name, cls in classes.items()}
+
+
+def _for_hub(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: arguments[name] for name in _OF_HUB if name in arguments}
 
 
 def _class(part: str, library: str, name: str, trusts_code: bool) -> type[nn.Module] | None:
@@ -136,7 +147,6 @@ def _class(part: str, library: str, name: str, trusts_code: bool) -> type[nn.Mod
 
 
 def _build(cls: type[nn.Module], place: str, name: str, dtype: torch.dtype | None, of_hub: dict) -> nn.Module:
-    check_weights(Path(place), name)
     if issubclass(cls, PreTrainedModel):
         config = cls.config_class.from_pretrained(place, subfolder=name, **of_hub)
         with init_empty_weights():

@@ -9,7 +9,6 @@ with model.generate("a red circle above a blue square", seed=17) as run:
 run.images
 """
 
-import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,7 +28,7 @@ from diffsight.extending import (
     flow_of,
     with_gradients,
 )
-from diffsight.pipelines.arguments import check_arguments, named_arguments
+from diffsight.pipelines.arguments import check_arguments, named_arguments, signature
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
@@ -66,10 +65,8 @@ class DiffusionModel(Model):
     _run_class = DiffusionRun
 
     def __init__(self, source: str | Path | DiffusionPipeline, dispatch: bool = False, **arguments: Any) -> None:
-        pipeline, loader = open_pipeline(source, **arguments)
+        pipeline, loader = open_pipeline(source, dispatch, **arguments)
         self._wrap(DiffusionTree(Target(pipeline, "__call__", ""), loader))
-        if dispatch:
-            self._tree.weights.load()
         name = type(pipeline).__name__ if isinstance(source, DiffusionPipeline) else str(source)
         self.__dict__["source"] = name
 
@@ -168,12 +165,12 @@ class DiffusionModel(Model):
     def _bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments that were passed, by name."""
         name = type(self._owner).__name__
-        signature = inspect.signature(self._owner.__call__)
+        taken = signature(self._owner.__call__)
         check_arguments(name, kwargs, self.argument_names, near={"seed", "grad"})
-        if args and isinstance(args[0], str) and not any("prompt" in known for known in signature.parameters):
+        if args and isinstance(args[0], str) and not any("prompt" in known for known in taken.parameters):
             raise InputError(f"{name} takes no prompt")
         try:
-            bound = signature.bind_partial(*args, **kwargs)
+            bound = taken.bind_partial(*args, **kwargs)
         except TypeError as error:
             raise InputError(f"{name}: {error}") from None
         return bound.arguments

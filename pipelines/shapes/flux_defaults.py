@@ -9,7 +9,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerFast
 
-TOKENS = 16  # positions of the text encoders: the longest caption has 12 words, and a start and an end
+from diffsight.pipelines.shapes.word_tokenizer import TOKENS
+
 CALL = {"height": 64, "width": 64, "max_sequence_length": TOKENS}  # what a call needs where the defaults are not set
 
 

@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import EMAModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from diffsight.pipelines.shapes.evaluate import draw_scenes, sample_scenes, shares
-from diffsight.pipelines.shapes.flux_defaults import CALL, TOKENS
+from diffsight.pipelines.shapes.flux_defaults import CALL
 from diffsight.pipelines.shapes.scenes import SIZE
+from diffsight.pipelines.shapes.word_tokenizer import TOKENS, make_word_tokenizer
 
 SHIFT = 2.0  # of the times in training, towards noise
 BATCH = 32
@@ -120,22 +120,7 @@ def _with_end_last(tokenizer: PreTrainedTokenizerFast, encoder: CLIPTextModel) -
     vocabulary = {words[old]: new for new, old in enumerate(order)}
     embedding = encoder.get_input_embeddings()
     embedding.weight.data = embedding.weight.data[order]
-
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
-    backend.normalizer = normalizers.Lowercase()
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[(word, vocabulary[word]) for word in ("<start>", "<end>")]
-    )
-    moved = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_max_length=TOKENS,
-        padding_side="right",
-        bos_token="<start>",
-        eos_token="<end>",
-        pad_token="<pad>",
-        unk_token="<unknown>",
-    )
+    moved = make_word_tokenizer(vocabulary, "<start> $A <end>")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(encoder.config, name, getattr(moved, name))
     encoder.eos_token_id = moved.eos_token_id  # CLIPTextModel keeps its own copy

@@ -41,7 +41,6 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, FluxPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from tqdm.auto import tqdm
 from transformers import (
     CLIPTextConfig,
@@ -54,8 +53,8 @@ from transformers import (
 from diffsight.pipelines.shapes.evaluate import report
 from diffsight.pipelines.shapes.flux_training import make_flux_pipeline, train_decoder, train_transformer
 from diffsight.pipelines.shapes.scenes import COLORS, SHAPES, SIZE, WORDS, render, sample_scene
+from diffsight.pipelines.shapes.word_tokenizer import TOKENS, make_word_tokenizer
 
-TOKENS = 16  # positions of the text encoders: the longest caption has 12 words, a start and an end token
 LATENT_NOISE = 0.5  # the most noise in training the VAE's decoder, in standard deviations of a latent channel
 
 
@@ -63,22 +62,7 @@ def make_tokenizer(encoder: str) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token per word: start (CLIP only), words, end, padding."""
     special = ["<pad>", "<start>", "<end>", "<unknown>"]
     vocabulary = {word: i for i, word in enumerate(special + WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    template = "<start> $A <end>" if encoder == "clip" else "$A <end>"
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=template, special_tokens=[(word, vocabulary[word]) for word in ("<start>", "<end>")]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=TOKENS,
-        padding_side="right",
-        bos_token="<start>",
-        eos_token="<end>",
-        pad_token="<pad>",
-        unk_token="<unknown>",
-    )
+    return make_word_tokenizer(vocabulary, "<start> $A <end>" if encoder == "clip" else "$A <end>")
 
 
 def make_text_encoder(encoder: str, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
