@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError, suggest
 from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
 from diffsight.lenses.encoders.checks import check_prompt
+from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_title
 from diffsight.lenses.linear_cka import normed_gram
 from diffsight.lenses.options import check_options
@@ -45,18 +46,14 @@ from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import Cell, HeatMapSection, ImageSection, Section, TableSection
 from diffsight.lenses.results.token_plots import shorten
 from diffsight.pipelines.diffusion.components import text_encoder_names
-from diffsight.pipelines.diffusion.encoding import (
-    EncodingRecord,
-    PromptEncoding,
-    cut_off,
-    encodings_in,
-    record_encoding,
-)
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
+from diffsight.pipelines.diffusion.encoding import EncodingRecord, cut_off, record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import is_silenced
 from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
 
 _ENDS = ("first", "last")
+_MOST_PROMPTS, _BATCH_BYTES = 32, 2**28  # in a batch, and of its hidden states
 _NAMED, _LONGEST = 12, 24  # prompts that a figure names by their texts, and characters of these
 
 
@@ -285,12 +282,13 @@ class EncoderComparison(LensResult, Mapping):
 
 @dataclass(frozen=True)
 class _Chosen:
-    """A text encoder that takes part, and its layers."""
+    """A text encoder that takes part, and its layers. `size` is that of what is recorded of a prompt, in bytes."""
 
     name: str
     model: DiffusionModel
     encoder: Encoder
     layers: tuple[Layer, ...]
+    size: int
 
 
 @repeatable
@@ -338,49 +336,124 @@ def compare_encoders(
     for model in named.values():
         check_options(compare_encoders, model, arguments)
     chosen = _choose(named, prompts[0], encoders, layers, images > 0, arguments, seed)
-    encoded: dict[str, list[tuple[PromptEncoding, list[int]]]] = {one.name: [] for one in chosen}
     is_quiet = not progress or any(is_silenced(model.pipeline) for model in named.values())
-    for prompt in tqdm(prompts, desc="encoding", disable=is_quiet):
-        for model in dict.fromkeys(one.model for one in chosen):
-            reading = record_encoding(model, prompt, arguments, seed)
-            by_encoder = encodings_in(model, prompt, reading)
-            for one in (one for one in chosen if one.model is model):
-                _check_length(one, reading, prompt)
-                value = by_encoder[one.encoder.name]
-                encoded[one.name].append((value, _own_tokens(one, value)))
+    encoded = _encode(chosen, prompts, arguments, seed, not is_quiet)
     drawn: dict[str, list[DiffusionLensResult]] = {one.name: [] for one in chosen}
     for prompt, one in tqdm([*itertools.product(prompts[:images], chosen)], desc="lenses", disable=is_quiet):
         settings = {"encoder": one.encoder.name, "layers": one.layers, "seed": seed, "progress": False, **(lens or {})}
         drawn[one.name].append(diffusion_lens(one.model, prompt, **settings, **arguments))
-    found = {one.name: _summary(one.layers, encoded[one.name], drawn[one.name]) for one in chosen}
+    found = {one.name: _summary(one, encoded[one.name], drawn[one.name]) for one in chosen}
     return EncoderComparison(tuple(prompts), found, seed, arguments)
 
 
-def _summary(
-    layers: tuple[Layer, ...], encoded: Sequence[tuple[PromptEncoding, list[int]]], drawn: Sequence[DiffusionLensResult]
-) -> EncodedPrompts:
-    vectors, words, drifts = [], [], []
-    for one, positions in encoded:
-        states = torch.stack([one.hidden(layer)[positions].float().cpu() for layer in layers])
-        vectors.append(states.mean(1))
-        words.append(tuple(one.words[at] for at in positions) or tuple(str(int(one.ids[at])) for at in positions))
-        drifts.append(torch.stack([functional.cosine_similarity(states, states[end], dim=-1) for end in (0, -1)]))
-    return EncodedPrompts(layers, torch.stack(vectors, 1), tuple(words), tuple(drifts), tuple(drawn))
+@dataclass(frozen=True)
+class _Encoded:
+    """One prompt in one text encoder, without anything but its own tokens.
+
+    Attributes:
+        vector: Their mean hidden state, (layers, features).
+        words: The tokens as text.
+        drift: As in EncodedPrompts, (2, layers, tokens).
+    """
+
+    vector: torch.Tensor
+    words: tuple[str, ...]
+    drift: torch.Tensor
+
+    @classmethod
+    def of(cls, one: _Chosen, reading: EncodingRecord, prompt: str, number: int) -> "_Encoded":
+        """Return what is kept of prompt number `number` of a record."""
+        encoder = reading.encoders[one.encoder.name]
+        row, tokenizer = encoder.prompt.rows[number], _tokenizer(one.model, encoder)
+        ids = encoder.prompt.ids[row].tolist()
+        positions = _own_tokens(tokenizer, prompt, ids)
+        states = [encoder.prompt.hidden(layer)[row][positions] for layer in one.layers]
+        states = torch.stack(states).float().cpu()
+        words = tuple(str(ids[at]) if tokenizer is None else tokenizer.decode([ids[at]]) for at in positions)
+        drift = torch.stack([functional.cosine_similarity(states, states[end], dim=-1) for end in (0, -1)])
+        return cls(states.mean(1), words, drift)
 
 
-def _own_tokens(one: _Chosen, encoded: PromptEncoding) -> list[int]:
+def _encode(
+    chosen: Sequence[_Chosen], prompts: Sequence[str], arguments: Mapping[str, Any], seed: int, progress: bool
+) -> dict[str, list[_Encoded]]:
+    """Encode the prompts in batches. Return them by the name of the text encoder."""
+    encoded: dict[str, list[_Encoded]] = {one.name: [] for one in chosen}
+    sizes = {one.model: one.size for one in chosen}
+    with tqdm(total=len(prompts) * len(sizes), desc="encoding", disable=not progress) as shown:
+        for model in sizes:
+            size = max(1, min(_MOST_PROMPTS, _BATCH_BYTES // max(1, sizes[model])))
+            for start in range(0, len(prompts), size):
+                some = prompts[start : start + size]
+                for prompt, (reading, number) in zip(some, _read(model, some, arguments, seed)):
+                    for one in (one for one in chosen if one.model is model):
+                        _check_length(one, reading, prompt, number)
+                        encoded[one.name].append(_Encoded.of(one, reading, prompt, number))
+                shown.update(len(some))
+    return encoded
+
+
+def _read(
+    model: DiffusionModel, prompts: Sequence[str], arguments: Mapping[str, Any], seed: int
+) -> list[tuple[EncodingRecord, int]]:
+    """Return for each prompt the record that it is in, and its number there.
+
+    A pipeline that does not encode a list of prompts in one batch, in order, encodes each on its own."""
+    if len(prompts) > 1:
+        try:
+            reading = record_encoding(model, list(prompts), for_each_row(arguments, len(prompts)), seed)
+        except Exception:  # it takes one prompt, or one of them is wrong: the error is that of the prompt's own run
+            reading = EncodingRecord()
+        if reading.encoders and all(_has_all(model, encoder, prompts) for encoder in reading.encoders.values()):
+            return [(reading, number) for number in range(len(prompts))]
+    return [(record_encoding(model, prompt, arguments, seed), 0) for prompt in prompts]
+
+
+def _has_all(model: DiffusionModel, encoder: EncoderRecord, prompts: Sequence[str]) -> bool:
+    """Return whether a text encoder has read all prompts in one call, one row each, in order."""
+    call = encoder.prompt
+    if len(call.rows) != len(prompts) or encoder.tokenizer is None:
+        return False
+    tokenizer = _tokenizer(model, encoder)
+    found = (_place(tokenizer, prompt, call.ids[row].tolist()) for prompt, row in zip(prompts, call.rows))
+    return all(place is not None for place in found)
+
+
+def _size_of(reading: EncodingRecord) -> int:
+    """Return the size of the hidden states in a record, in bytes."""
+    calls = [call for encoder in reading.encoders.values() for call in encoder.calls]
+    return sum(state.nbytes for call in calls for state in call.hidden_states)
+
+
+def _summary(one: _Chosen, encoded: Sequence[_Encoded], drawn: Sequence[DiffusionLensResult]) -> EncodedPrompts:
+    vectors = torch.stack([prompt.vector for prompt in encoded], 1)
+    words, drifts = tuple(prompt.words for prompt in encoded), tuple(prompt.drift for prompt in encoded)
+    return EncodedPrompts(one.layers, vectors, words, drifts, tuple(drawn))
+
+
+def _tokenizer(model: DiffusionModel, encoder: EncoderRecord) -> Any:
+    return None if encoder.tokenizer is None else getattr(model.pipeline, encoder.tokenizer)
+
+
+def _own_tokens(tokenizer: Any, prompt: str, ids: list[int]) -> list[int]:
     """Return the positions of the prompt's own tokens: where they appear in a row, else all but the special tokens."""
-    ids = encoded.ids.tolist()
-    if one.encoder.tokenizer is None:
+    if tokenizer is None:
         return list(range(len(ids)))
-    tokenizer = getattr(one.model.pipeline, one.encoder.tokenizer)
-    for text in dict.fromkeys((encoded.prompt, encoded.prompt.lower().strip())):  # some pipelines clean the prompt
+    own = _place(tokenizer, prompt, ids)
+    if own is not None:
+        return list(own)
+    special = set(tokenizer.all_special_ids)
+    return [place for place, token in enumerate(ids) if token not in special]
+
+
+def _place(tokenizer: Any, prompt: str, ids: list[int]) -> range | None:
+    """Return where the tokens of a prompt appear in a row of tokens, or None if they do not."""
+    for text in dict.fromkeys((prompt, prompt.lower().strip())):  # some pipelines clean the prompt
         own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for start in range(len(ids) - len(own) + 1):
             if ids[start : start + len(own)] == own:
-                return list(range(start, start + len(own)))
-    special = set(tokenizer.all_special_ids)
-    return [place for place, token in enumerate(ids) if token not in special]
+                return range(start, start + len(own))
+    return None
 
 
 # ---- what takes part
@@ -426,9 +499,8 @@ def _choose(
     arguments: Mapping[str, Any],
     seed: int,
 ) -> list[_Chosen]:
-    found = {
-        name: encoders_in(model, record_encoding(model, prompt, arguments, seed)) for name, model in models.items()
-    }
+    readings = {name: record_encoding(model, prompt, arguments, seed) for name, model in models.items()}
+    found = {name: encoders_in(models[name], reading) for name, reading in readings.items()}
     known = "; ".join(f"{name} has {', '.join(of)}" for name, of in found.items())
     wanted = [encoders] if isinstance(encoders, str) else None if encoders is None else list(encoders)
     everywhere = {encoder for of in found.values() for encoder in of}
@@ -449,7 +521,8 @@ def _choose(
             numbers = choose_layers(layers, encoder.count, encoder.used_count)
         except InputError as error:
             raise InputError(f"{name}, {encoder.name}: {error}") from None
-        chosen.append(_Chosen(_label(name, encoder, pairs), models[name], encoder, numbers))
+        size = _size_of(readings[name])
+        chosen.append(_Chosen(_label(name, encoder, pairs), models[name], encoder, numbers, size))
     return chosen
 
 
@@ -461,7 +534,7 @@ def _label(model: str, encoder: Encoder, pairs: Sequence[tuple[str, Encoder]]) -
     return model if names.count(model) == 1 else f"{model} {encoder.name}"
 
 
-def _check_length(one: _Chosen, reading: EncodingRecord, prompt: str) -> None:
-    cut = cut_off(one.model, reading.encoders[one.encoder.name], prompt)
+def _check_length(one: _Chosen, reading: EncodingRecord, prompt: str, number: int) -> None:
+    cut = cut_off(one.model, reading.encoders[one.encoder.name], prompt, number)
     if cut is not None:
         raise InputError(f"the prompt {prompt!r} is too long for {one.name}: these words would be dropped: {cut!r}")

@@ -143,8 +143,8 @@ def diffusion_lens(
     The text encoders run once. Then the layers are rows of one call of the pipeline, or of several calls with
     `batch_size` rows each. If a pipeline cannot draw them together, each layer gets a call of its own, with a
     LensWarning. An image from a batch equals that of a call of its own up to rounding, at most 2 of 255 per pixel; with
-    `batch_size=1` bit for bit. The last layer that the pipeline uses always gets a call of its own, except with
-    `isolate`: its image is that of `model.generate(prompt)`, bit for bit.
+    `batch_size=1` bit for bit. So the image of the last layer that the pipeline uses is that of
+    `model.generate(prompt)`, unless `isolate` is set.
 
     Args:
         model: The pipeline.
@@ -190,12 +190,7 @@ def diffusion_lens(
             model, reading = isolated(model, found, reading, prompt, arguments, seed)
         exits = Exits(model, found, reading, norm, pooled)
         drawing = Drawing(model, reading, found.name, prompt, seed, arguments, progress=progress)
-        # The last layer's image is the plain one, bit for bit. Not in a batch, where sums are rounded differently.
-        alone = [layer for layer in chosen if layer == found.last_used_layer and not isolate]
-        others = [layer for layer in chosen if layer not in alone]
-        drawn = dict(zip(others, drawing.draw(exits.leave, others, batch_size)))
-        drawn |= zip(alone, drawing.draw(exits.leave, alone))
-    outputs = tuple(drawn[layer] for layer in chosen)
+        outputs = drawing.draw(exits.leave, chosen, batch_size)
     return DiffusionLensResult(
         images=tuple(map(image_of, outputs)),
         layers=chosen,

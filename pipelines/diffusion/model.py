@@ -10,7 +10,7 @@ run.images
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import zip_longest
@@ -29,6 +29,7 @@ from diffsight.extending import (
     with_gradients,
 )
 from diffsight.pipelines.arguments import check_arguments, named_arguments, signature
+from diffsight.pipelines.diffusion.attention import Attentions, find_attentions
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
@@ -85,13 +86,23 @@ class DiffusionModel(Model):
     def encoders(self) -> Encoders:
         """The text encoders by name, and what the pipeline uses of each. The first access encodes a prompt to find
         out."""
+        return self._found("_known_encoders", find_encoders)
+
+    @property
+    def attentions(self) -> Attentions:
+        """The attention modules of the denoiser by name, and what attends to what in each. The first access runs the
+        pipeline up to its denoiser some twenty times to find out, see `find_attentions`."""
+        return self._found("_known_attentions", find_attentions)
+
+    def _found(self, name: str, find: Callable[[Model], Any]) -> Any:
+        """What a function finds out about the model without its edits, once for its present components."""
         parts = tuple(self._owner.components.values())
-        known = self.__dict__.get("_known_encoders")
+        known = self.__dict__.get(name)
         if known is None or any(a is not b for a, b in zip_longest(known[0], parts)):
             plain = self._copy()
             plain.clear_edits()
-            found = find_encoders(plain)
-            known = self.__dict__["_known_encoders"] = (tuple(self._owner.components.values()), found)
+            found = find(plain)
+            known = self.__dict__[name] = (tuple(self._owner.components.values()), found)
         return known[1]
 
     def to(self, *args: Any, **kwargs: Any) -> "DiffusionModel":

@@ -347,3 +347,24 @@ def test_a_progress_bar_that_is_turned_off_stays_off(capfd):
         model.set_progress_bar_config(disable=True)
     compare_encoders(models, PROMPTS[:2], num_inference_steps=1)
     assert "%" not in capfd.readouterr().err
+
+
+# Batches
+
+
+def test_prompts_are_encoded_in_batches(sd, if_):
+    calls = []
+    hooks = [model.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1)) for model in (sd, if_)]
+    prompts = [f"a {color} {shape}" for color in ("red", "green", "blue") for shape in ("circle", "square", "cat")]
+    try:
+        result = compare_encoders({"CLIP": sd, "T5": if_}, prompts, images=0, **QUIET)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(calls) <= 2 * 2 * 2, "for each encoder one prompt and one batch, with their negative prompts"
+    for number, prompt in enumerate(prompts):
+        states, words = states_by_hand(sd, prompt)
+        assert torch.allclose(
+            result["CLIP"].vectors[:, number], states.mean(1)[: len(result["CLIP"].layers)], atol=1e-5
+        )
+        assert result["CLIP"].words[number] == tuple(words)
