@@ -75,6 +75,21 @@ def parse_layers(text: str) -> list[int | str | slice]:
         ) from None
 
 
+def parse_steps(text: str) -> list[int] | slice:
+    """Parse steps as the command line writes them: `0,5,-1` becomes `[0, 5, -1]`, and `0:20:5` a slice."""
+    try:
+        found = [_parse_layer(part.strip()) for part in text.split(",")]
+    except (ValueError, TypeError):
+        found = []
+    if len(found) == 1 and isinstance(found[0], slice):
+        return found[0]
+    if not found or not all(isinstance(step, int) for step in found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not name steps: write numbers such as 0,5,-1, or a range 0:20:5"
+        )
+    return found
+
+
 def parse_seeds(text: str) -> list[int]:
     """Parse seeds as the command line writes them: `0:3,7` becomes `[0, 1, 2, 7]`."""
     try:

@@ -20,6 +20,7 @@ from diffsight.gallery.command_options import (
     add_model,
     add_prompts,
     check_prompt_text,
+    parse_steps,
     positive,
 )
 
@@ -30,6 +31,7 @@ def add_lens_commands(commands: Any) -> None:
     """Add the commands to those of the command line."""
     _add_lens(commands)
     _add_patch(commands)
+    _add_trajectory(commands)
     _add_fidelity(commands)
     _add_compare(commands)
     _add_logit_lens(commands)
@@ -74,6 +76,33 @@ def _add_patch(commands: Any) -> None:
     add_layers(patch, "the embedding and all layers")
     _add_encoder(patch)
     patch.set_defaults(command=_patch)
+
+
+def _add_trajectory(commands: Any) -> None:
+    trajectory = commands.add_parser(
+        "trajectory",
+        help="draw what the denoiser predicts at each step",
+        description="The trajectory lens: draw the image that the denoiser predicts at each step. Writes the images, a "
+        "grid of them, a page, and a record of all settings.",
+        epilog=f'example: diffsight trajectory "{PROMPT}" --steps 20 --at 0:20:5 --show prediction,guidance',
+    )
+    add_prompts(trajectory, "what to draw")
+    add_model(trajectory, IMAGE_MODEL)
+    add_drawing(trajectory)
+    trajectory.add_argument(
+        "--at", type=parse_steps, metavar="STEPS", help="steps to draw, such as 0,5,-1 or 0:20:5 (default: all)"
+    )
+    trajectory.add_argument(
+        "--show",
+        default="noisy,prediction",
+        metavar="IMAGES",
+        help='what to draw, separated by commas: noisy, prediction, cond, uncond, guidance, "guidance map" '
+        "(default: %(default)s)",
+    )
+    trajectory.add_argument(
+        "--batch-size", type=positive, metavar="N", help="images to draw in one call (default: all)"
+    )
+    trajectory.set_defaults(command=_trajectory)
 
 
 def _add_fidelity(commands: Any) -> None:
@@ -170,6 +199,17 @@ def _patch(options: argparse.Namespace) -> None:
     words = {name: _listed(getattr(options, name)) for name in ("words", "into")}
     arguments |= {**_encoder_options(options), **words, "seed": options.seed}
     _print(encoder_patching(model, options.source, options.target, **arguments).save(options.out))
+
+
+def _trajectory(options: argparse.Namespace) -> None:
+    def load() -> Make:
+        from diffsight.lenses.trajectory_lens import trajectory_lens
+
+        model, arguments = _pipeline(options)
+        arguments |= {"steps": options.at, "show": _listed(options.show), "batch_size": options.batch_size}
+        return lambda prompt, seed, out: trajectory_lens(model, prompt, seed=seed, **arguments).save(out)
+
+    _one_or_study(options, load, PROMPT)
 
 
 def _fidelity(options: argparse.Namespace) -> None:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffsight import compare_encoders, encoder_patching, logit_lens
+from diffsight import compare_encoders, encoder_patching, logit_lens, trajectory_lens
 from diffsight.errors import InputError
 from diffsight.gallery import repeat
 from diffsight.gallery.cli import main
-from diffsight.gallery.command_options import parse_seeds, parse_setting
+from diffsight.gallery.command_options import parse_seeds, parse_setting, parse_steps
 from diffsight.gallery.prompt_files import read_prompts
 from models import language, lens_results
 
@@ -56,6 +56,17 @@ def test_patch(saved_models):
     )
     assert np.array_equal(Image.open("out/layer_02_02.png"), want.images[1][1])
     assert repeat("out").is_identical
+
+
+def test_trajectory(saved_models):
+    pipeline = saved_models / "pipeline"
+    options = ("--steps", 3, "--at", "0,-1", "--show", "prediction", "--model", pipeline, "--seed", 2, "--out", "out")
+    assert run("trajectory", RED, *options) == 0
+    want = trajectory_lens(
+        lens_results.load(pipeline), RED, steps=[0, -1], show="prediction", seed=2, num_inference_steps=3
+    )
+    assert np.array_equal(Image.open("out/step_02_prediction.png"), want.images["prediction"][1])
+    assert parse_steps("0:20:5") == slice(0, 20, 5)
 
 
 def test_fidelity(capsys):
