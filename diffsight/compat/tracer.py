@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 from diffsight.compat.activation_cache import ActivationCache, cache_of
 from diffsight.compat.error_notes import add_hint
 from diffsight.compat.functions import TracerFunctions
-from diffsight.compat.iterations import WRITE_A_LOOP, Iterations, steps_in, warn_of_end
+from diffsight.compat.iterations import WRITE_A_LOOP, Iterations, IterationsOfInvokes, steps_in, warn_of_end
 from diffsight.compat.joined_inputs import joined_inputs
 from diffsight.compat.later_gradients import reading_gradients
-from diffsight.compat.repeated_blocks import RepeatedBlock, rest_of_block
+from diffsight.compat.repeated_blocks import OWN_STEPS, RepeatedBlock, rest_of_block
 from diffsight.compat.sessions import join_sessions
 from diffsight.compat.stopping import BlockStopped
 from diffsight.engine.capture import advising
@@ -48,6 +48,8 @@ class Tracer(TracerFunctions, Run):
     @property
     def result(self) -> Any:
         """What the model returned. In the block of an invoke, that of its pass; after several, a list of them."""
+        if self._rest is not None and self._flow.outcome is None:
+            self._repeat_rest()
         is_open = bool(self._invoked) and any(tracer is self.invoker for tracer in _entered.get())
         return self.invoker.result if is_open else super().result
 
@@ -236,16 +238,9 @@ def describe_opening(tracer: Tracer, generates: bool, has_input: bool) -> Tracer
 
 
 def iterations_of(tracer: Tracer) -> Iterations:
-    """Return the steps of a run, to choose from.
-
-    Raises:
-        InputError: The run has no steps of its own, since each of its invokes has.
-    """
+    """Return the steps of a run, to choose from; around invokes, those of each invoke."""
     if not tracer._has_own_steps():
-        raise InputError(
-            "each invoke has its own steps: write `with tracer.all():` (or `tracer.iter[...]`) inside "
-            "`with tracer.invoke(...):`"
-        )
+        return IterationsOfInvokes(lambda: iterations_of(tracer._current_pass()))
     if tracer._generates or current_edit() is not None:
         return Iterations(steps_in(tracer.steps))
     return Iterations(partial(visits_in, tracer))
@@ -316,6 +311,8 @@ def repeat_all(tracer: Tracer, frame: FrameType) -> Iterations:
         rest = rest_of_block(frame)
     if rest is None:
         return steps
+    if not tracer._has_own_steps():
+        raise InputError(OWN_STEPS)
     if current_edit() is not None:
         raise InputError("in an edit, write `with model.all():` around what to do at each step")
     tracer._rest = rest
