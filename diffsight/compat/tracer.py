@@ -39,6 +39,7 @@ class Tracer(TracerFunctions, Run):
     _is_invoke = False
     _is_of_all = False  # whether it is an invoke without input, of the inputs of all before it
     _changed = ""  # where the block has changed a value, if anywhere
+    _reads_unseen = False  # whether it has read values whose changes in place cannot be seen
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -127,6 +128,11 @@ class Tracer(TracerFunctions, Run):
                     f"{tracer._changed}, which that pass would not have: read what you need in that invoke, or trace "
                     "all inputs at once and use run.rows"
                 )
+        if torch.is_inference_mode_enabled() or any(tracer._reads_unseen for tracer in self._invoked):
+            raise InputError(
+                "invoke() without an input can only be read, and so can the invokes before it. Under "
+                "torch.inference_mode() nothing tells whether a value was changed in place: write torch.no_grad()"
+            )
         return joined_inputs(self._invoked_with, self._model.__dict__.get("tokenizer"))
 
     def _find_changes(self) -> None:
@@ -189,7 +195,7 @@ class Tracer(TracerFunctions, Run):
             self._flow.close(STOPPED)
         elif error is None and self._rest is not None and self._flow.outcome is None:
             self._repeat_rest()
-        add_hint(error, trace)
+        add_hint(error, trace, self._is_invoke)
         super().__exit__(kind, error, trace)
         self._find_changes()
         if error is None:
@@ -271,7 +277,9 @@ def end_visits(tracer: Tracer, error: Exception) -> None:
 def note_read(tracer: Any, value: Any) -> None:
     """Note what an invoke reads, to find out whether it changes it in place."""
     if isinstance(tracer, Tracer) and tracer._is_invoke:
-        tracer._read += [(leaf, leaf._version) for leaf in tree_leaves(value) if is_versioned(leaf)]
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        tracer._read += [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+        tracer._reads_unseen |= any(tensor.is_inference() for tensor in tensors)
 
 
 def watch_changes(tracer: Tracer) -> None:
@@ -296,11 +304,6 @@ def check_read_only(tracer: Tracer) -> None:
             f"an invoke without input can only be read, but this one changes {tracer._changed}: the invokes before it "
             "have ended. Trace all inputs at once to change all of them"
         )
-
-
-def is_versioned(value: Any) -> bool:
-    """Return whether changes of a value in place can be seen."""
-    return isinstance(value, torch.Tensor) and not value.is_inference()
 
 
 def repeat_all(tracer: Tracer, frame: FrameType) -> Iterations:

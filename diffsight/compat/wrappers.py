@@ -41,6 +41,8 @@ class CompatModel(CompatEnvoy):
         device_map: Any = None,
         **kwargs: Any,
     ) -> None:
+        if "envoys" in kwargs:
+            raise InputError("envoys= is not supported: write functions of a module, and rename= for names of your own")
         is_live = bool(args) and isinstance(args[0], (nn.Module, tuple))
         super().__init__(*args, **kwargs, **({} if is_live or device_map is None else {"device_map": device_map}))
         self._be_root()
