@@ -17,7 +17,7 @@ _SIZES = re.compile(r"size of (the )?tensor .*must match|shape mismatch")
 _UPDATE = "Values are real objects here, not proxies: write x = ... instead of x.update(...)"
 
 
-def add_hint(error: BaseException | None, trace: TracebackType | None, is_invoke: bool) -> None:
+def add_hint(error: BaseException | None, trace: TracebackType | None, is_invoke: bool = False) -> None:
     """Add a note to an error raised in a block, if it is one that nnsight would not have raised."""
     if not isinstance(error, (AttributeError, TypeError, RuntimeError)) or trace is None:
         return

@@ -17,7 +17,7 @@ from diffsight.compat.sessions import Session
 from diffsight.compat.standardized_transformer import StandardizedNames
 from diffsight.compat.tracer import Tracer, describe_opening, entered_tracers
 from diffsight.compat.transformers_models import TransformersNames
-from diffsight.errors import InputError
+from diffsight.errors import InputError, PointNotFoundError
 from diffsight.extending import Model, Run, flow_of, run_meant_by
 
 _IGNORED = ("remote", "backend", "scan", "validate", "blocking")  # arguments without an effect here
@@ -74,6 +74,14 @@ class CompatModel(CompatEnvoy):
         copy = super()._copy()
         copy._be_root()
         return copy
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except PointNotFoundError:
+            if name == "_model":  # what older releases call the module
+                return self._module
+            raise
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or isinstance(getattr(type(self), name, None), property):
