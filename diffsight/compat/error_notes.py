@@ -10,8 +10,8 @@ _GRADIENT = (
 )
 _SAVE = "Write nnsight.save(x), or nothing: a name bound in a block stays bound"
 _PADDING = (
-    "Each invoke is a pass of its own here, without the padding that all inputs in one batch have in nnsight, so values "
-    "of invokes may differ in length: choose the positions, or trace all inputs at once and use run.rows"
+    "Each invoke is a pass of its own here, and not padded to the length of the longest, as in nnsight: choose the "
+    "positions that both have, or trace all inputs at once and use run.rows"
 )
 _SIZES = re.compile(r"size of (the )?tensor .*must match|shape mismatch")
 _UPDATE = "Values are real objects here, not proxies: write x = ... instead of x.update(...)"
