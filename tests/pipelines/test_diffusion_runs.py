@@ -82,7 +82,7 @@ def test_images_and_videos_are_told_apart():
     video = diffusion.PIPELINES["ltx"]
     with pytest.raises(InputError, match="no images; it has frames"):
         _ = DiffusionModel(video.build()).generate(**video.inputs(), seed=0).images
-    with pytest.raises(InputError, match="no frames, it has images"):
+    with pytest.raises(InputError, match="no frames; it has images"):
         _ = DiffusionModel(diffusion.stable_diffusion()).generate(**SD(), seed=0).frames
 
 
