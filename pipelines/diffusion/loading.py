@@ -18,14 +18,17 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline, ModularPipelineBlocks
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from diffsight.errors import InputError, suggest_packaged
 from diffsight.pipelines.arguments import check_arguments
 from diffsight.pipelines.packaged import FOLDERS, LANGUAGE_MODELS
+from diffsight.pipelines.quiet_loading import quiet_loading
 from diffsight.pipelines.shapes.flux_defaults import set_defaults
 from diffsight.pipelines.weights import (
     MissingWeightsError,
@@ -84,7 +87,8 @@ def open_pipeline(
     if is_local and not (Path(place) / "model_index.json").is_file():
         with explained(name):
             return _load_modular(place, arguments), None
-    with explained(name):
+    is_quick = name in FOLDERS or not dispatch
+    with explained(name), quiet_loading(transformers_logging, *([diffusers_logging] if is_quick else [])):
         classes = _module_classes(place, arguments)
         empty = {} if dispatch else _build_empty(classes, place, arguments)
         now = {key: value for key, value in arguments.items() if dispatch or key not in _OF_WEIGHTS}
@@ -99,7 +103,8 @@ def open_pipeline(
         parts = {part: getattr(pipeline, part) for part in pipeline.components}
         lacking = [part for part, module in empty.items() if parts.get(part) is module]
         present = {part: value for part, value in parts.items() if part not in lacking}
-        with explained(name), requiring_all_weights():
+        bars = [transformers_logging, *([diffusers_logging] if name in FOLDERS else [])]
+        with explained(name), requiring_all_weights(), quiet_loading(*bars):
             loaded = DiffusionPipeline.from_pretrained(place, **{**arguments, **present})
         for part in lacking:
             adopt(empty[part], getattr(loaded, part))
