@@ -34,8 +34,9 @@ def load(folder: Path) -> Any:
     return kinds.get(folder.name, DiffusionModel)(folder)
 
 
+@cache
 def make(name: str, folder: Path) -> Any:
-    """Return a result of a lens, on the models that `save_models` saved into a folder."""
+    """Return a result of a lens, on the models that `save_models` saved into a folder. It is made once."""
     return MADE[name](folder)
 
 
