@@ -41,7 +41,12 @@ def pipelines() -> Iterator[tuple[str, ModelCheck | str]]:
 
 def language_models() -> Iterator[tuple[str, ModelCheck | str]]:
     for name in architectures.causal_types():
-        yield name, checked(lambda name=name: check_model(LanguageModel(architectures.build_causal(name))))
+        yield name, checked(partial(check_language, name))
+
+
+def check_language(name: str) -> ModelCheck:
+    net = architectures.build_causal(name)
+    return check_model(LanguageModel(net), prompt=architectures.inputs_of(net))
 
 
 def vision_language_models() -> Iterator[tuple[str, ModelCheck | str]]:
