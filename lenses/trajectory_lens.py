@@ -186,7 +186,7 @@ def trajectory_lens(
     _check_exits(model, exits)
     call = {**arguments, "seed": int(seed)}
     model.check(**call)
-    reading = _Reading(model, call, steps, shown, exits is not None)
+    reading = _StepReading(model, call, steps, shown, exits is not None)
     with progress_bar(model.pipeline, desc="steps", disable=not progress):
         finished = reading.run()
     latents, order = reading.latents(), []
@@ -214,7 +214,7 @@ def trajectory_lens(
     )
 
 
-class _Reading:
+class _StepReading:
     """One run of the pipeline, and what was read at the chosen steps."""
 
     def __init__(

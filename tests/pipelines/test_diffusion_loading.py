@@ -1,5 +1,6 @@
 """Sources of a DiffusionModel: a packaged name, a folder, a hub id, a live pipeline; and invalid ones."""
 
+import functools
 import json
 import logging
 import os
@@ -31,6 +32,19 @@ def offline(monkeypatch):
 
 
 # What can be loaded
+
+
+def test_a_pipeline_whose_weights_are_needed_at_once_is_built_once(monkeypatch):
+    built, build = [], diffusers.UNet2DConditionModel.__init__
+
+    def counting(self, *args, **kwargs):
+        built.append(self)
+        build(self, *args, **kwargs)
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "__init__", functools.wraps(build)(counting))
+    model = DiffusionModel(CLIP, dispatch=True)
+    assert len(built) == 1 and model.pipeline.unet is built[0]
+    assert not any(weight.is_meta for weight in built[0].parameters())
 
 
 def test_a_live_pipeline_is_taken_as_it_is():
