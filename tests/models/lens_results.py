@@ -115,6 +115,13 @@ MADE = {
     "layer_fidelity": _shapes,
     "compare_encoders": _comparison,
     "logit_lens": _logits,
+    "attention_maps": lambda folder: lenses.attention_maps(
+        load(folder / "pipeline"), PROMPT, words=["circle", "square"], keep="steps", seed=3, num_inference_steps=2
+    ),
+    "attention_from": lambda folder: lenses.attention_from(
+        load(folder / "pipeline"), PROMPT, position=(0.5, 0.2), seed=3, num_inference_steps=1
+    ),
+    "invert": lambda folder: lenses.invert(load(folder / "pipeline"), diffusion.IMAGE, PROMPT, **FAST),
     "trajectory_lens": lambda folder: lenses.trajectory_lens(
         load(folder / "pipeline"), PROMPT, show=["noisy", "prediction", "guidance map"], seed=3, **FAST
     ),
