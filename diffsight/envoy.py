@@ -30,6 +30,7 @@ from diffsight.engine.target import Target, join
 from diffsight.engine.tree import Tree
 from diffsight.engine.user_bodies import is_from_edit
 from diffsight.errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
+from diffsight.folding import folded
 
 VALUES = ("input", "inputs", "output")
 _RAW = ("modules", "named_modules", "children", "named_children", "get_submodule")  # methods that return modules
@@ -447,6 +448,9 @@ class Envoy(Points):
         hidden = ", ".join(f'["{name}"]' for name in self._hidden_names())
         hint = f"\nmodules whose names mean something else here: {hidden}" if hidden else ""
         return f"{self._tree.describe(self._owner)}{hint}"
+
+    def _repr_html_(self) -> str:
+        return folded(repr(self))
 
 
 # ---- for code outside this module, see `diffsight.extending`

@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return options.command(options) or 0
     except (DiffsightError, argparse.ArgumentTypeError) as error:
         print(f"diffsight: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:  # such as a full disk
+        print(f"diffsight: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
