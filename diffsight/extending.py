@@ -50,7 +50,8 @@ State that belongs to the model's structure is kept on the tree, where edited co
 **The run** (`Run`). Override `_make_step` to yield steps of your own class; add properties for parts of the result. In
 a property, put `keeping_attribute_errors(self)` around code that may raise AttributeError. `self._pass` is the run that
 a name refers to when there are several passes (`run.invoke`); `self._check_one_pass(name)` refuses names that refer to
-no single one. `self._model` is the model.
+no single one, and `self._check_no_scan(name)` refuses results that a scan would make of zeros. `self._model` is the
+model.
 
 **The model** (`Model`). Set `_run_class`, call `_wrap(tree)` in `__init__`, and open runs with `_new_run(function,
 sizes, again, grad)`. Override `_bound(run, part)` if the handle on the whole model has a class of its own.

@@ -100,10 +100,10 @@ class Model(Envoy):
         It takes the arguments of `trace` (of `generate` for a pipeline) and is used like any other run, but needs no
         weights and computes next to nothing.
 
-        Values inside the model (in a pipeline, inside each of its modules) are fake tensors. They have a shape, a dtype
-        and a device. What the model returns is zeros on the same device. Integer and boolean inputs stay real. In the
-        body of the `with` statement, computing with such values, with weights or with other tensors returns fake
-        tensors as well.
+        Values inside the model (in a pipeline, inside each of its modules) and what it returns are fake tensors. They
+        have a shape, a dtype and a device. What a module of a pipeline returns to it is zeros on the same device, so
+        the pipeline's images are refused. Integer and boolean inputs stay real. In the body of the `with` statement,
+        computing with such values, with weights or with other tensors returns fake tensors as well.
 
         Raises ScanError where the values themselves are needed: `.item()`, `if tensor:`, a boolean mask."""
         return scanning(getattr(self, self._tree.opens_with), *args, **kwargs)

@@ -31,7 +31,7 @@ from diffsight.envoy import (
     target_of,
     tree_of,
 )
-from diffsight.errors import DiffsightError, InputError, PointNotFoundError, suggest
+from diffsight.errors import DiffsightError, InputError, PointNotFoundError, ScanError, suggest
 from diffsight.recorded_values import Record, find_points, record
 from diffsight.rows import Row, call_body, each, make_rows
 from diffsight.steps import Step, Steps
@@ -160,7 +160,7 @@ class Run(InRun):
 
         Returns:
             A dictionary of path to value, see `Record`; before a loop over steps, path to a list with one value per
-            step. Objects that hold tensors, such as a cache of keys and values, are copied with their tensors.
+            step. Without such a loop, the value of the first call. Objects that hold tensors, such as a cache of keys and values, are copied with their tensors.
 
         Raises:
             PointNotFoundError: A pattern matches nothing.
@@ -256,6 +256,14 @@ class Run(InRun):
             raise InputError(
                 f"run.{name}: each pass of this run has its own. Ask the pass, `with run.invoke(...) as part:` and "
                 f"part.{name}, or use run.result, a list with one result per pass"
+            )
+
+    def _check_no_scan(self, name: str) -> None:
+        """Raise ScanError if the run is a scan, in which a value called `name` would be made of zeros."""
+        if self._flow.is_scan:
+            raise ScanError(
+                f"run.{name}: a scan computes shapes only, so there is nothing to show. Use a real run, or read the "
+                "shape of a value in the scan"
             )
 
     # ---- the model's envoys

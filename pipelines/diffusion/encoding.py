@@ -63,8 +63,15 @@ class PromptEncoding:
     def hidden(self, layer: Layer) -> torch.Tensor:
         """Return the output of `layers[layer]`, or for "embedding" the input of the first layer.
 
-        The shape is `(tokens, features)`."""
-        return self.hidden_states[0] if layer == EMBEDDING else self.hidden_states[1:][layer]
+        The shape is `(tokens, features)`. Raises InputError if there is no such layer."""
+        outputs = self.hidden_states[1:]
+        if layer == EMBEDDING:
+            return self.hidden_states[0]
+        if isinstance(layer, bool) or not isinstance(layer, int) or not -len(outputs) <= layer < len(outputs):
+            raise InputError(
+                f'{self.encoder} has no layer {layer!r}: it has {len(outputs)} (0 to {len(outputs) - 1}), and "embedding"'
+            )
+        return outputs[layer]
 
 
 @dataclass(eq=False)
@@ -89,8 +96,13 @@ def encode_prompt(model: Model, prompt: str, **arguments: Any) -> dict[str, Prom
         arguments: Other arguments of the pipeline.
 
     Raises:
-        InputError: The prompt is too long for every tokenizer.
+        InputError: The prompt is not one string, or too long for every tokenizer.
     """
+    if not isinstance(prompt, str):
+        raise InputError(
+            f"encode_prompt takes one prompt, a string, not {prompt!r}: for several, "
+            "[encode_prompt(model, prompt) for prompt in prompts]"
+        )
     return encodings_in(model, prompt, record_encoding(model, prompt, arguments))
 
 
