@@ -54,8 +54,8 @@ no single one, and `self._check_no_scan(name)` refuses results that a scan would
 model.
 
 **The model** (`Model`). Set `_run_class`, call `_wrap(tree)` in `__init__`, and open runs with `_new_run(function,
-sizes, again, grad)`. Override `_bound(run, part)` if the handle on the whole model has a class of its own.
-`open_run(model, function)` does the same as `_new_run` from outside.
+sizes, again, grad)`. Override `_bound(run, part)` if the handle on the whole model has a class of its own, and
+`_handle(target)` if those on its parts have. `open_run(model, function)` does the same as `_new_run` from outside.
 
 **A flow** (`flow_of(run)`) moves the model. A wrapper may set `flow.seed` (the model then draws random numbers from a
 state of its own) and `flow.observer` (it sees the calls of the components: `called`, `returned`, `ended`), add a

@@ -94,7 +94,11 @@ class ScanMode(TorchFunctionMode):
 
     def without_values(self, result: Any) -> Any:
         """Return what a pipeline has made of zeros, with fake tensors in place of its tensors."""
-        return tree_map(lambda leaf: self._fake_if_float(leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
+        if not isinstance(result, dict):
+            return _each(result, self._fake_if_float)
+        for name, value in list(result.items()):  # in place: not every output object can be made from its items
+            result[name] = _each(value, self._fake_if_float)
+        return result
 
     def _enter(self, value: Any) -> Any:
         """Return what a component gets in place of a value. Integers are copied, since it may write to them."""

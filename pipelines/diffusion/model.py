@@ -24,6 +24,8 @@ from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.extending import (
     ChangedMethod,
     Model,
+    Run,
+    Selection,
     Target,
     flow_of,
     with_gradients,
@@ -32,6 +34,7 @@ from diffsight.pipelines.arguments import check_arguments, named_arguments, sign
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
+from diffsight.pipelines.diffusion.encoder_accessors import HasEncoders, PipelineEnvoy
 from diffsight.pipelines.diffusion.loading import open_pipeline
 from diffsight.pipelines.diffusion.lockstep import PipelineOfRun, stateful_parts
 from diffsight.pipelines.diffusion.prompts import check_prompts
@@ -42,12 +45,12 @@ from diffsight.pipelines.seeds import generators, seeded_noise, seeds_of_images
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_images_per_caption")
 
 
-class DiffusionModel(Model):
+class DiffusionModel(HasEncoders, Model):
     """Wraps a diffusers pipeline.
 
     Every component is an envoy under its own name. So are the tokenizers and the methods that pipelines call directly:
     `encode_prompt`, `vae.encode`, `vae.decode`, `scheduler.step`. Text encoders have the standard names `.layers[i]`
-    and `.ln_final`. All other attributes are those of the pipeline (`model.device`,
+    and `.ln_final`, and `.layers_input[i]` and `.layers_output[i]`, the hidden states of a layer. All other attributes are those of the pipeline (`model.device`,
     `model.enable_model_cpu_offload()`, `model.set_progress_bar_config(disable=True)`).
 
     Weights are loaded when they are first needed: by a run, a call, `.pipeline` or `.to(...)`. Until then the model can
@@ -184,7 +187,10 @@ class DiffusionModel(Model):
         count = _inputs(arguments) * _images_each(arguments)
         return seeds_of_images(seed, count)
 
-    # ---- setting
+    # ---- envoys
+
+    def _bound(self, run: Run, part: Selection | None = None) -> PipelineEnvoy:
+        return PipelineEnvoy(self._tree, self._target, run, part=part)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in components(self._owner):
