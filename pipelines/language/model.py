@@ -30,6 +30,7 @@ from diffsight.errors import InputError, PointNotFoundError
 from diffsight.extending import (
     FORWARD,
     Model,
+    Row,
     Run,
     Selection,
     Target,
@@ -37,6 +38,8 @@ from diffsight.extending import (
     is_scanning,
     keeping_attribute_errors,
     owner_of,
+    part_of,
+    run_of,
     unwrapped,
     with_gradients,
 )
@@ -58,12 +61,34 @@ from diffsight.pipelines.standard_names import embeddings
 _FOR_ANY_MODEL = {"return_dict", "cache_position", *TransformersKwargs.__annotations__}
 
 
+class LanguageRow(Row):
+    """One input's part of a run."""
+
+    @property
+    def tokens(self) -> torch.Tensor | None:
+        """The token ids of the input, `(1, tokens)`, with padding."""
+        return self._part_of_input(run_of(self).tokens)
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """1 for real tokens of the input and 0 for padding, `(1, tokens)`, or None if the inputs have no mask."""
+        return self._part_of_input(run_of(self).mask)
+
+    def _part_of_input(self, inputs: torch.Tensor | None) -> torch.Tensor | None:
+        return None if inputs is None else inputs[self.index : self.index + 1]
+
+
 class LanguageRun(GenerationRun):
     """A run of a language model."""
 
     _inputs: Inputs | None = None
     _streamer: Any = None  # that it was given, if any
     _decoded: torch.Tensor | None = None  # the token ids that the decoder of an encoder-decoder model begins with
+
+    @property
+    def rows(self) -> tuple[LanguageRow, ...]:
+        """One view per input: `x, y, z = run.rows`."""
+        return tuple(LanguageRow(run_of(row), row.index, part_of(row)) for row in super().rows)
 
     @property
     def tokens(self) -> torch.Tensor | None:
