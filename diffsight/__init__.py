@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         patchscope_lens,
         run_prompts,
         steer,
+        trajectory_lens,
     )
     from diffsight.model import Model
     from diffsight.pipelines import DiffusionModel, HFPipeline, LanguageModel, VisionLanguageModel
@@ -66,6 +67,7 @@ __all__ = [
     "patchscope_lens",
     "run_prompts",
     "steer",
+    "trajectory_lens",
 ]
 
 _MODULE_OF = {  # of all but the lenses

@@ -19,7 +19,6 @@ from PIL import Image
 
 from diffsight import (
     DiffusionModel,
-    InputError,
     LanguageModel,
     compare_encoders,
     diffusion_lens,
@@ -28,7 +27,9 @@ from diffsight import (
     layer_fidelity,
     logit_lens,
     run_prompts,
+    trajectory_lens,
 )
+from diffsight.errors import InputError
 from diffsight.lenses import Prompt
 from diffsight.lenses.layer_fidelity import sample_prompts
 
@@ -58,6 +59,16 @@ def packaged() -> Image.Image:
 
 def lens_grid() -> Image.Image:
     return diffusion_lens(shapes("clip"), SCENE, seed=0, progress=False).grid()
+
+
+def trajectory() -> Image.Image:
+    show = ["noisy", "prediction", "cond", "uncond", "guidance", "guidance map"]
+    return trajectory_lens(shapes("clip"), SCENE, steps=slice(None, None, 3), show=show, seed=0, **DRAWING).grid()
+
+
+def block_exits() -> Image.Image:
+    steps = {"steps": slice(None, None, 4), "num_inference_steps": 20}
+    return trajectory_lens(shapes("flux"), SCENE, exits="blocks", seed=0, progress=False, **steps).grid()
 
 
 def patching() -> Image.Image:
@@ -91,6 +102,8 @@ def targets() -> Figure:
 IMAGES: dict[str, Callable[[], Image.Image | Figure]] = {
     "packaged": packaged,
     "lens-grid": lens_grid,
+    "trajectory": trajectory,
+    "block-exits": block_exits,
     "encoder-patching": patching,
     "layer-fidelity": fidelity,
     "cka": cka,

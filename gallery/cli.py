@@ -1,4 +1,4 @@
-"""The command line: `diffsight lens`, `diffsight generate`, `diffsight models`.
+"""The command line: `diffsight lens`, `diffsight generate`, `diffsight models`, and those of `commands.py`.
 
 Libraries that are slow to import are imported by the commands that need them, so that help and bad input are quick.
 """
@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from diffsight.errors import DiffsightError, InputError
+from diffsight.gallery.commands import add_commands
 
 _MODEL = "diffsight/shapes-clip"
 _PROMPT = "a red circle below a blue square on a gray background"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, or 2 if the input is invalid.
+    """Run a command and return its exit status: 0, 1 if a check fails, or 2 if the input is invalid.
 
     Args:
         argv: The arguments. Default: those of the process.
@@ -27,11 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notices about packages that are not needed
     warnings.showwarning = _show_warning
     try:
-        options.command(options)
+        return options.command(options) or 0
     except (DiffsightError, argparse.ArgumentTypeError) as error:
         print(f"diffsight: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(command=_generate)
     models = commands.add_parser("models", help="list the packaged models", epilog="example: diffsight models")
     models.set_defaults(command=_models)
+    add_commands(commands)
     return parser
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from diffsight.lenses.steering import steer
     from diffsight.lenses.target_probabilities import Prompt, TargetProbabilities, first_tokens, run_prompts
     from diffsight.lenses.tokens.predictions import LensPredictions
+    from diffsight.lenses.trajectory_lens import TrajectoryLensResult, trajectory_lens
 
 __all__ = [
     "DESCRIPTION",
@@ -52,6 +53,7 @@ __all__ = [
     "Prompt",
     "TargetProbabilities",
     "TargetPrompt",
+    "TrajectoryLensResult",
     "collect_activations",
     "compare_encoders",
     "diffusion_lens",
@@ -68,6 +70,7 @@ __all__ = [
     "repeat_prompt",
     "run_prompts",
     "steer",
+    "trajectory_lens",
 ]
 
 _NAMES_IN = {
@@ -94,6 +97,7 @@ _NAMES_IN = {
     "steering": ("steer",),
     "target_probabilities": ("Prompt", "TargetProbabilities", "first_tokens", "run_prompts"),
     "tokens.predictions": ("LensPredictions",),
+    "trajectory_lens": ("TrajectoryLensResult", "trajectory_lens"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES_IN.items() for name in names}
 

@@ -6,7 +6,7 @@ If instead the model ends, the step that the body is in ends, or the module that
 returns, the point has passed: an `OutOfOrderError`, never the value of a later call.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from diffsight.engine import order
 from diffsight.engine.coroutine import THIS_THREAD, Coroutine, InnerCall, current
 from diffsight.engine.current_run import current_edit
+from diffsight.engine.hooks import are_threads_seen
 from diffsight.engine.order import Scope
 from diffsight.engine.points import (
     INPUTS,
@@ -100,6 +101,7 @@ class Flow:
         self.result: Any = None
         self._scope = Scope()
         self._edits_begun = False
+        self._in_threads: Collection[tuple[int, str]] = ()  # what the model has called in threads of its own
         self._read_late: list = []  # what was read after the model had passed it, with the versions of its tensors
         self._is_cleared = False  # whether nothing of it is left anywhere
         self._stands: Point | str = "before its first call"  # where the model is, or last was
@@ -449,6 +451,8 @@ class Flow:
         guard = tap.origin.guard and order.guard_of(tap, scope, self.clock.index)
         if guard is not None:
             waits.append((guard[0], (OUTPUT, guard[1])))
+        elif asked.target.is_value:  # it passes before the call ends, or not at all
+            waits.append((self.taps[asked.target.outer.key], (OUTPUT, key[1])))
         in_step = scope.in_step
         for other, other_key in waits:
             other.awaited.setdefault(other_key, []).append(in_step)
@@ -474,12 +478,19 @@ class Flow:
 
     def _not_reached(self, asked: Asked, point: Point | None, scope: Scope) -> OutOfOrderError:
         """The error for a wait that ended at `point`, or without one."""
+        error = order.called_in_thread if self._is_in_thread(asked.target) else order.not_reached
         if point is not None:
-            return order.not_reached(asked, f"{point.tap.target.path} returned", OutOfOrderError)
+            return error(asked, f"{point.tap.target.path} returned", OutOfOrderError)
         if self.outcome is not None:
             until = "the model ended" if self.has_result else self.outcome
-            return order.not_reached(asked, until, NeverReachedError)
-        return order.not_reached(asked, f"step {scope.step} ended", OutOfOrderError)
+            return error(asked, until, NeverReachedError)
+        return error(asked, f"step {scope.step} ended", OutOfOrderError)
+
+    def _is_in_thread(self, target: Target) -> bool:
+        """Whether the model calls a module in a thread of its own."""
+        return target.key in self._in_threads or (
+            self.outcome is None and are_threads_seen() and self.taps.is_called_in_thread(target)
+        )
 
     def _resume(self, call: InnerCall | None = None) -> Point | InnerCall | None:
         """Let the model run until it parks at a point (returned), at a step (None), or ends (None); or make `call`
@@ -558,6 +569,9 @@ class Flow:
         """The model has ended."""
         self.result, self.has_result = result, True
         self.taps.note_learned()
+        if are_threads_seen():
+            taps = [*self.taps.values()]
+            self._in_threads = {tap.target.key for tap in taps if self.taps.is_called_in_thread(tap.target)}
         self.unreached += [a for tap in self.taps.values() if tap.pending or tap.skips for a in tap.waiting()]
         self._end(ENDED)
         for body in self.bodies.functions:

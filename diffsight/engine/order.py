@@ -119,7 +119,15 @@ def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError]) -> OutOfO
     """The error for a wait that ended before the model reached the point."""
     return kind(
         f"{asked} was asked for, but {until} without reaching it. Either the model had already passed that "
-        "point, or it does not call that module there"
+        f"point, or {asked.target.if_missing or 'it does not call that module there'}"
+    )
+
+
+def called_in_thread(asked: Asked, until: str, kind: type[OutOfOrderError]) -> OutOfOrderError:
+    """The error for a point that was waited for, and that the model passes in a thread of its own."""
+    return kind(
+        f"{asked} was asked for, but {until} without reaching it in the run's thread. The model calls the module in a "
+        "thread of its own, where a run does not see it"
     )
 
 
@@ -128,5 +136,6 @@ def never_reached(missed: Iterable[Assignment]) -> NeverReachedError:
     lines = "\n".join(f"  {assignment}" for assignment in missed)
     return NeverReachedError(
         f"these assignments were never reached:\n{lines}\nThe model ran without them. Does the model call the module "
-        "in this run (or in this step), and at least as often as `.calls[i]` asks?"
+        "in this run (or in this step), and at least as often as `.calls[i]` asks? Calls in threads that the model "
+        "starts are not seen"
     )

@@ -21,17 +21,26 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._functorch import get_dynamic_layer_stack_depth
 
 from diffsight.engine.coroutine import Coroutine, current_owner
-from diffsight.engine.gradients import check_not_computed_again, end_checkpoints
-from diffsight.engine.hooks import COMPILED, FORWARD, HookedModules, count_running
+from diffsight.engine.gradients import end_checkpoints, is_computed_again
+from diffsight.engine.hooks import (
+    COMPILED,
+    FORWARD,
+    HookedModules,
+    are_threads_seen,
+    count_running,
+    is_called_in_thread,
+    note_run_of_thread,
+)
 from diffsight.engine.layout import Key, Layout, inside
 from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState
 from diffsight.engine.users_hooks import has_forward_hooks, output_hooks
-from diffsight.errors import PointNotFoundError
+from diffsight.errors import DiffsightError, PointNotFoundError
 
 _known_compiled: weakref.WeakSet = weakref.WeakSet()  # compiled modules that have been warned about
 
@@ -42,6 +51,7 @@ class Host(Protocol):
     taps: "Taps"
     is_scan: bool  # whether it computes shapes alone
     clock: Clock
+    thread: int
     coroutine: Coroutine | None  # the one that the model runs in, once it has started
     parked: Point | None  # where the model stands, if it waits at a point
     state: TorchState  # in which the run was opened
@@ -123,7 +133,7 @@ class Tap:
         index = self.active[-1]
         skip = self.skips.pop(index, None) if self.skips else None
         if skip is not None:
-            self._keep_gradients(f"{self.target.path}.skip ({skip.where})")
+            self._check_region((INPUTS, index), skip)
             return self.leave(skip.value, (args, kwargs))
         if self.inside:
             function = self.target.uncompiled()
@@ -197,7 +207,7 @@ class Tap:
     def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
         """A value passes a point. Return what the model continues with, and whether it was replaced."""
         point = None
-        self._keep_gradients(key)
+        self._check_region(key)
         if key in self.pending or key in self.awaited:
             point = Point(self, key, value, all(self.awaited.get(key, ())))
             self.host.arrive(point)
@@ -210,23 +220,42 @@ class Tap:
             point.let_go()
         return value, point.changed
 
-    def _keep_gradients(self, here: PointKey | str) -> None:
-        """What the run does here must not be left out of what `backward()` computes."""
+    def _check_region(self, key: PointKey, skip: Assignment | None = None) -> None:
+        """Refuse a point where its value is not what it seems. Let `backward()` compute what the run does there."""
+        if are_threads_seen() and self.host.taps.is_called_in_thread(self.target):
+            self._refuse(
+                key,
+                skip,
+                "cannot be told from other calls: the model also calls the module in a thread of its own, where a run "
+                "does not see it. Ask for a value of a module that is called in the run's thread alone",
+            )
+        if get_dynamic_layer_stack_depth() > len(self.host.state.levels):
+            self._refuse(
+                key,
+                skip,
+                "is inside torch.func (vmap, grad, jvp …), and its value ends with that call. Ask for a value outside "
+                "of it, such as the output of a module around it",
+            )
         if torch.is_grad_enabled():
             if _top_saved_tensors_default_hooks(True):
                 end_checkpoints()
-        elif self.host.state.grad:
-            try:
-                check_not_computed_again(here if isinstance(here, str) else self._describe(here))
-            except Exception as error:
-                self.host.refused.append(error)  # the model may have an `except` of its own
-                raise
+        elif self.host.state.grad and is_computed_again():
+            self._refuse(
+                key,
+                skip,
+                "lies in a region that backward() computes again, without what a run reads or changes there. Use "
+                'checkpointing with use_reentrant=False (gradient_checkpointing_enable({"use_reentrant": False}) in '
+                "transformers), turn it off for this run, or open the run under torch.no_grad() if you need no "
+                "gradients",
+            )
 
-    def _describe(self, key: PointKey) -> str:
-        """A point, in words, with the lines at which values were assigned to it."""
+    def _refuse(self, key: PointKey, skip: Assignment | None, why: str) -> None:
         kind, index = key
-        assigned = ", ".join(map(str, self.pending.get(key, ())))
-        return assigned or str(Asked(self.target, "output" if kind == OUTPUT else "input", index))
+        assigned = ", ".join(map(str, self.pending.get(key, ()) if skip is None else [skip]))
+        point = assigned or str(Asked(self.target, "output" if kind == OUTPUT else "input", index))
+        error = DiffsightError(f"{point} {why}")
+        self.host.refused.append(error)  # the model may have an `except` of its own
+        raise error
 
     # ---- from the run's side
 
@@ -345,6 +374,7 @@ class Taps(dict[Key, Tap]):
 
     def start(self) -> None:
         """Tap the components, before anything moves."""
+        note_run_of_thread()
         layout = self._layout = self._find_layout(self.components)
         self._learns = not layout.is_known
         for component in self.components if self._learns else ():
@@ -405,6 +435,12 @@ class Taps(dict[Key, Tap]):
     def entered(self) -> dict[Key, int]:
         """Return how many calls have begun, for everything that is counted or tapped."""
         return {key: tap.entered for key, tap in self.items()} | {(i, FORWARD): n for i, n in self.counts.items()}
+
+    def is_called_in_thread(self, target: Target) -> bool:
+        """Whether the model has called a module, or one around it, in a thread of its own."""
+        own, components = self._host.thread, {component.key[0] for component in self.components}
+        inside = (module.owner for module in (target, *target.around()) if module.key[0] not in components)
+        return any(is_called_in_thread(module, own, components) for module in inside if isinstance(module, nn.Module))
 
     def is_in_method(self, around: Tap) -> bool:
         """Whether a tapped method of a module is running."""

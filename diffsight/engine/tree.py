@@ -77,6 +77,16 @@ class Tree:
             found = found.children()[step]
         return Target(found.owner, found.name, join(outer.path, name), found.outer)
 
+    def named_value(self, points: Any, name: str) -> Any:
+        """Return what a name on the envoy of a module (`points`) means beyond the module's own attributes: the points
+        of a value inside its calls, such as `attention_probs`, or an object whose `named(name)` finds such points. None
+        if it means nothing."""
+        return None
+
+    def value_names(self, target: Target) -> tuple[str, ...]:
+        """Return the names of the values inside the calls of a module that patterns match."""
+        return ()
+
     def components(self) -> list[Target]:
         """Return what is tapped from the start of every run: the model, and the methods that are called directly."""
         if not self._methods:

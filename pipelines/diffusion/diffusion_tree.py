@@ -9,14 +9,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from diffsight.extending import Clock, Target, Tree, children_in, join, part_targets, unwrapped
+from diffsight.extending import Clock, Target, children_in, join, part_targets, unwrapped
+from diffsight.pipelines.attention import AttentionTree
 from diffsight.pipelines.diffusion.components import component_names, components, traceable_methods
 from diffsight.pipelines.diffusion.denoising_steps import denoising_clock
 
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
 
 
-class DiffusionTree(Tree):
+class DiffusionTree(AttentionTree):
     """What can be traced in a diffusers pipeline: its components, and the methods that pipelines call directly."""
 
     opens_with = "generate"

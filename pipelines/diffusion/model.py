@@ -10,7 +10,7 @@ run.images
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import zip_longest
@@ -31,6 +31,7 @@ from diffsight.extending import (
     with_gradients,
 )
 from diffsight.pipelines.arguments import check_arguments, named_arguments, signature
+from diffsight.pipelines.diffusion.attention import Attentions, find_attentions
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
@@ -70,8 +71,9 @@ class DiffusionModel(HasEncoders, Model):
     def __init__(self, source: str | Path | DiffusionPipeline, dispatch: bool = False, **arguments: Any) -> None:
         pipeline, loader = open_pipeline(source, dispatch, **arguments)
         self._wrap(DiffusionTree(Target(pipeline, "__call__", ""), loader))
-        name = type(pipeline).__name__ if isinstance(source, DiffusionPipeline) else str(source)
-        self.__dict__["source"] = name
+        is_live = isinstance(source, DiffusionPipeline)
+        self.__dict__["source"] = type(pipeline).__name__ if is_live else str(source)
+        self.__dict__["loaded_from"] = None if is_live else {"source": str(source), **arguments}
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -87,13 +89,23 @@ class DiffusionModel(HasEncoders, Model):
     def encoders(self) -> Encoders:
         """The text encoders by name, and what the pipeline uses of each. The first access encodes a prompt to find
         out."""
+        return self._found("_known_encoders", find_encoders)
+
+    @property
+    def attentions(self) -> Attentions:
+        """The attention modules of the denoiser by name, and what attends to what in each. The first access runs the
+        pipeline up to its denoiser some twenty times to find out, see `find_attentions`."""
+        return self._found("_known_attentions", find_attentions)
+
+    def _found(self, name: str, find: Callable[[Model], Any]) -> Any:
+        """What a function finds out about the model without its edits, once for its present components."""
         parts = tuple(self._owner.components.values())
-        known = self.__dict__.get("_known_encoders")
+        known = self.__dict__.get(name)
         if known is None or any(a is not b for a, b in zip_longest(known[0], parts)):
             plain = self._copy()
             plain.clear_edits()
-            found = find_encoders(plain)
-            known = self.__dict__["_known_encoders"] = (tuple(self._owner.components.values()), found)
+            found = find(plain)
+            known = self.__dict__[name] = (tuple(self._owner.components.values()), found)
         return known[1]
 
     def to(self, *args: Any, **kwargs: Any) -> "DiffusionModel":

@@ -83,13 +83,19 @@ def set_pipeline(run: DiffusionRun, called: PipelineOfRun) -> None:
     run._called = called
 
 
+def is_silenced(pipeline: Any) -> bool:
+    """Return whether the user turned progress bars off: `model.set_progress_bar_config(disable=True)`."""
+    return bool(getattr(pipeline, "_progress_bar_config", {}).get("disable"))
+
+
 @contextmanager
 def progress_bar(pipeline: Any, **settings: Any) -> Iterator[None]:
     """Change the settings of a pipeline's progress bar for the duration of a block.
 
-    The settings are those of tqdm: `with progress_bar(pipeline, disable=True):`."""
+    The settings are those of tqdm: `with progress_bar(pipeline, disable=True):`. A bar that the user turned off stays
+    off."""
     shown = getattr(pipeline, "_progress_bar_config", {})
-    pipeline.set_progress_bar_config(**{**shown, **settings})
+    pipeline.set_progress_bar_config(**{**shown, **settings} | ({"disable": True} if is_silenced(pipeline) else {}))
     try:
         yield
     finally:

@@ -184,9 +184,11 @@ class LanguageModel(Accessors, Model):
         dispatch: bool = False,
         **arguments: Any,
     ) -> None:
+        given = tokenizer
         net, tokenizer, loader = open_language_model(source, tokenizer, **arguments)
         self._wrap(self._make_tree(Target(net, FORWARD, ""), loader, names or {}))
         self.__dict__["tokenizer"] = tokenizer
+        self.__dict__["loaded_from"] = loaded_from(source, tokenizer=given, names=names, **arguments)
         self._tree.check_names()
         if dispatch:
             self._tree.weights.load()
@@ -397,3 +399,10 @@ def _sequences(net: nn.Module, kwargs: Mapping[str, Any]) -> int:
 
 def _no_input() -> Any:
     raise InputError("the run was opened without input: pass an input, or open passes in it with run.invoke(text)")
+
+
+def loaded_from(source: Source, **options: Any) -> dict[str, Any] | None:
+    """Return the arguments that a model was loaded with, for records; None for a live model."""
+    if not isinstance(source, (str, Path)):
+        return None
+    return {"source": str(source)} | {name: value for name, value in options.items() if value is not None}

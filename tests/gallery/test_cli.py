@@ -61,7 +61,7 @@ def test_the_lens_writes_the_files_that_it_prints(saved_pipeline, here, capsys):
     assert run_command("lens", PROMPT, "--model", saved_pipeline, "--steps", 2, "--seed", 3, "--out", "out") == 0
     out, _ = capsys.readouterr()
     names = ["embedding", "layer_00", "layer_01", "layer_02"]
-    files = ["out/grid.png", *(f"out/{name}.png" for name in names), "out/lens.json"]
+    files = ["out/grid.png", *(f"out/{name}.png" for name in names), "out/lens.json", "out/page.html"]
     assert sorted(out.split()) == sorted(files)
     assert {path.relative_to(here).as_posix() for path in here.rglob("*.*")} == set(files)
 
@@ -96,7 +96,7 @@ def test_layers(saved_pipeline, layers, numbers):
     )
     assert json.loads(Path("out/lens.json").read_text(encoding="utf-8"))["layers"] == numbers
     names = {f"layer_{number:02}.png" if number != "embedding" else "embedding.png" for number in numbers}
-    assert {path.name for path in Path("out").iterdir()} == names | {"grid.png", "lens.json"}
+    assert {path.name for path in Path("out").iterdir()} == names | {"grid.png", "lens.json", "page.html"}
 
 
 def test_layers_in_words():
@@ -108,7 +108,7 @@ def test_layers_in_words():
 def test_the_folder_has_a_default(saved_pipeline, here, capsys):
     assert run_command("lens", PROMPT, "--model", saved_pipeline, "--steps", 1, "--layers", "-1") == 0
     paths = capsys.readouterr().out.split()
-    assert len(paths) == 3
+    assert len(paths) == 4
     assert all((here / path).is_file() for path in paths)
 
 
@@ -119,7 +119,13 @@ def test_an_existing_folder_is_used(saved_pipeline, here):
         run_command("lens", PROMPT, "--model", saved_pipeline, "--steps", 1, "--layers", "2", "--out", here / "out")
         == 0
     )
-    assert {path.name for path in (here / "out").iterdir()} == {"notes.txt", "grid.png", "layer_02.png", "lens.json"}
+    assert {path.name for path in (here / "out").iterdir()} == {
+        "notes.txt",
+        "grid.png",
+        "layer_02.png",
+        "lens.json",
+        "page.html",
+    }
 
 
 def test_the_lens_draws_with_the_packaged_pipeline(here):

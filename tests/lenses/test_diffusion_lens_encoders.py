@@ -466,7 +466,15 @@ def test_a_video_is_shown_by_its_middle_frame_and_saved_whole(tmp_path):
         largest_difference(image, frames[4]) == 0 for image, frames in zip(result.images, result.outputs, strict=True)
     )
     names = {path.name for path in result.save(tmp_path)}
-    assert names == {"grid.png", "layer_00.png", "layer_00.gif", "layer_02.png", "layer_02.gif", "lens.json"}
+    assert names == {
+        "grid.png",
+        "layer_00.png",
+        "layer_00.gif",
+        "layer_02.png",
+        "layer_02.gif",
+        "lens.json",
+        "page.html",
+    }
     with Image.open(tmp_path / "layer_02.gif") as film:
         assert len(list(ImageSequence.Iterator(film))) == 9
 
@@ -483,6 +491,12 @@ def test_a_sound_is_shown_as_a_wave_and_saved_as_one(tmp_path):
     assert result.rate == 16000
     assert result.outputs[0].shape == (256,)
     assert isinstance(result.images[0], Image.Image)
-    assert {path.name for path in result.save(tmp_path)} == {"grid.png", "embedding.png", "embedding.wav", "lens.json"}
+    assert {path.name for path in result.save(tmp_path)} == {
+        "grid.png",
+        "embedding.png",
+        "embedding.wav",
+        "lens.json",
+        "page.html",
+    }
     with wave.open(str(tmp_path / "embedding.wav")) as file:
         assert (file.getframerate(), file.getnchannels(), file.getnframes()) == (16000, 1, 256)

