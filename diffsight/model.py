@@ -6,6 +6,7 @@ with model.trace(x) as run:
 run.result
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Self, overload
@@ -70,6 +71,8 @@ class Model(Envoy):
             **kwargs: Keyword arguments of the module.
         """
         again = None if args else partial(self.trace, grad=grad, **kwargs)
+        if not args and not kwargs and _requires_input(self._owner):
+            return self._new_run(_no_input, again=again)
         args, sizes = _batch(args, kwargs)
         return self._new_run(lambda: self._owner(*args, **kwargs), sizes, again, grad)
 
@@ -212,6 +215,20 @@ class Model(Envoy):
 def open_run(model: Model, function: Callable[[], Any]) -> Run:
     """Open a run of any function that calls the model or a part of it: `open_run(model, lambda: net.encode(x))`."""
     return model._new_run(function)
+
+
+def _requires_input(module: nn.Module) -> bool:
+    try:
+        inspect.signature(module.forward).bind()
+    except TypeError:
+        return True
+    except ValueError:  # it has no signature
+        pass
+    return False
+
+
+def _no_input() -> Any:
+    raise InputError("the run was opened without input: pass an input, or open passes in it with run.invoke(x)")
 
 
 def _batch(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:
