@@ -70,8 +70,11 @@ class Steps:
         try:
             while last is None or max(flow.scope.step + 1, first) < last:
                 if not flow.next_step():
-                    if chosen != slice(None) and not entered and flow.has_result and current_edit() is None:
+                    has_ended = flow.outcome is None or flow.has_result
+                    if has_ended and chosen != slice(None) and not entered and current_edit() is None:
                         self._warn_of_missed(first)
+                    if flow.has_result:
+                        flow.clock.check_counted(flow.tree.title)
                     return
                 index = flow.scope.step
                 if index >= first and (index - first) % stride == 0 and (last is None or index < last):

@@ -18,7 +18,7 @@ import transformers
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from diffsight import DiffsightError, DiffusionModel, LanguageModel, VisionLanguageModel  # noqa: E402
+from diffsight import DiffusionModel, LanguageModel, VisionLanguageModel  # noqa: E402
 from diffsight.gallery import ModelCheck, check_model  # noqa: E402
 from models import architectures, diffusion, vision_language  # noqa: E402
 
@@ -54,11 +54,11 @@ def check_images(build: Callable) -> ModelCheck:
 
 
 def checked(check: Callable[[], ModelCheck]) -> ModelCheck | str:
-    """Return the check, or why the model cannot be built or wrapped."""
+    """Return the check, or why the small model cannot be built or wrapped."""
     try:
         return check()
-    except (DiffsightError, ImportError) as error:
-        return str(error).strip().splitlines()[0]
+    except Exception as error:  # of any library: it is what the page says of the model
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1].strip()}"
 
 
 def table(title: str, found: dict[str, ModelCheck | str]) -> str:
@@ -70,7 +70,7 @@ def table(title: str, found: dict[str, ModelCheck | str]) -> str:
         lines.append(f"| `{name}` | " + " | ".join(SIGNS[row.status] for row in check.rows) + " |")
     failed = [f"- `{name}`, {r.name}: {r.detail}" for name, c in checks.items() for r in c.rows if r.status == "failed"]
     failed += [f"- `{name}`: {check}" for name, check in found.items() if isinstance(check, str)]
-    return "\n".join([*lines, *(["", "What failed:", "", *failed] if failed else [])]) + "\n"
+    return "\n".join([*lines, *(["", "Not checked, or failed:", "", *failed] if failed else [])]) + "\n"
 
 
 def sums(columns: list[str], checks: dict[str, ModelCheck]) -> str:

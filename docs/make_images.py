@@ -8,6 +8,7 @@ the extra `smollm2`, and are left as they are without it.
 """
 
 import argparse
+import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from diffsight import (
     diffusion_lens,
     encoder_patching,
     image_grid,
+    invert,
     layer_fidelity,
     logit_lens,
     run_prompts,
@@ -32,6 +34,7 @@ from diffsight import (
 from diffsight.errors import InputError
 from diffsight.lenses import Prompt
 from diffsight.lenses.layer_fidelity import sample_prompts
+from diffsight.pipelines.shapes.scenes import Scene, Thing, render
 
 FOLDER = Path(__file__).parent / "images"
 SCENE = "a red circle below a blue square on a gray background"
@@ -71,6 +74,12 @@ def block_exits() -> Image.Image:
     return trajectory_lens(shapes("flux"), SCENE, exits="blocks", seed=0, progress=False, **steps).grid()
 
 
+def inverted() -> Image.Image:
+    scene = Scene((Thing("red", "circle"), Thing("blue", "square")), "below", "gray")
+    image = render(scene, random.Random(0))
+    return invert(shapes("clip"), image, SCENE, num_inference_steps=20, fixed_point=3, progress=False).grid()
+
+
 def patching() -> Image.Image:
     source = "a red circle above a blue square on a gray background"
     target = "a green ring above a blue square on a gray background"
@@ -104,6 +113,7 @@ IMAGES: dict[str, Callable[[], Image.Image | Figure]] = {
     "lens-grid": lens_grid,
     "trajectory": trajectory,
     "block-exits": block_exits,
+    "inverted": inverted,
     "encoder-patching": patching,
     "layer-fidelity": fidelity,
     "cka": cka,

@@ -4,10 +4,11 @@ Libraries that are slow to import are imported by the commands themselves.
 """
 
 import argparse
-import ast
 import time
 from pathlib import Path
 from typing import Any
+
+from diffsight.gallery.command_options import parse_setting
 
 _SECONDS = 2.0  # between two looks for new results
 
@@ -45,17 +46,6 @@ def add_commands(commands: Any) -> None:
     )
     check.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON as well")
     check.set_defaults(command=_check)
-
-
-def parse_setting(text: str) -> tuple[str, Any]:
-    """Parse a setting as the command line writes it: `guidance_scale=3` becomes `("guidance_scale", 3)`."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a setting: write NAME=VALUE, such as guidance_scale=3")
-    try:
-        return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return name, value
 
 
 def _gallery(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diffsight.lenses.encoder_patching import EncoderPatchingResult, encoder_patching
     from diffsight.lenses.encoders.drawing import LensWarning
     from diffsight.lenses.image_token_lens import ImageTokenPredictions, image_token_lens
+    from diffsight.lenses.inversion import Inversion, invert
     from diffsight.lenses.layer_fidelity import LayerFidelity, layer_fidelity
     from diffsight.lenses.linear_cka import linear_cka
     from diffsight.lenses.linear_map import LinearMap
@@ -45,6 +46,7 @@ __all__ = [
     "EncoderComparison",
     "EncoderPatchingResult",
     "ImageTokenPredictions",
+    "Inversion",
     "LayerFidelity",
     "LensPredictions",
     "LensWarning",
@@ -61,6 +63,7 @@ __all__ = [
     "first_tokens",
     "image_grid",
     "image_token_lens",
+    "invert",
     "layer_fidelity",
     "linear_cka",
     "load_activations",
@@ -80,6 +83,7 @@ _NAMES_IN = {
     "encoder_patching": ("EncoderPatchingResult", "encoder_patching"),
     "encoders.drawing": ("LensWarning",),
     "image_token_lens": ("ImageTokenPredictions", "image_token_lens"),
+    "inversion": ("Inversion", "invert"),
     "layer_fidelity": ("LayerFidelity", "layer_fidelity"),
     "linear_cka": ("linear_cka",),
     "linear_map": ("LinearMap",),

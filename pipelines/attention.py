@@ -11,7 +11,7 @@ The values are watched by a function mode while the module computes, see `attent
 
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
@@ -20,11 +20,17 @@ from torch import nn
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.extending import FORWARD, Points, Tap, Target, Tree, assign, fetch, join, points_on, target_of
 from diffsight.pipelines.attention_mode import VALUES, AttentionMode
-from diffsight.pipelines.module_spans import HookHandle
 
 _PRODUCTS = "products"
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _SEEN = re.compile(r"eager|sdpa|native(?!_(npu|xla|flex))", re.IGNORECASE)  # backends whose products can be seen
+
+
+class _Watching:
+    """Undoes that a mode watches a module for a value."""
+
+    def __init__(self, mode: AttentionMode, undo: Callable[[], None]) -> None:
+        self.mode, self.remove = mode, undo
 
 
 class AttentionValue(Target):
@@ -47,15 +53,14 @@ class AttentionValue(Target):
     def point(self, part: str, call: int) -> str:
         return join(join(self.outer.path, f"calls[{call}]") if call else self.outer.path, self.name)
 
-    def attach(self, tap: Tap) -> HookHandle:
+    def attach(self, tap: Tap) -> _Watching:
         """Watch the module from now on."""
         flow, calls = tap.host, tap.host.taps[self.outer.key]
         tap.entered, tap.step_base = calls.entered - len(calls.active), calls.step_base
-        mode = next((mode for mode in flow.modes if isinstance(mode, AttentionMode)), None)
-        if mode is None:
-            mode = AttentionMode()
-            flow.add_mode(mode)
-        return HookHandle(mode.add(tap, calls, (self.number, self.value)))
+        values = (other for other in flow.taps.values() if isinstance(other.target, AttentionValue) and other.hooks)
+        first = next(values, None)
+        mode = AttentionMode() if first is None else first.hooks[0].mode
+        return _Watching(mode, mode.add(tap, calls, (self.number, self.value)))
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         raise InputError(f"{self.path} is a value and cannot be called")

@@ -21,7 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from diffsight.errors import AssignmentError, InputError
-from diffsight.extending import INPUTS, OUTPUT, Tap
+from diffsight.extending import INPUTS, OUTPUT, Tap, current_owner
 from diffsight.pipelines.attention_product import AttentionProduct, HeadsLayout, WithValueOf
 
 VALUES = ("q", "k", "v", "attention_product", "attention_probs", "heads_output")
@@ -39,10 +39,11 @@ class Watched:
 
     Args:
         calls: The tap of the module.
+        handles: The hooks that make the mode active.
     """
 
-    def __init__(self, calls: Tap) -> None:
-        self.calls = calls
+    def __init__(self, calls: Tap, handles: list[Any]) -> None:
+        self.calls, self.handles = calls, handles
         self.taps: dict[tuple[int | None, str], Tap] = {}  # number of the product (None: the only one) and value
         self._call, self._count = -1, 0  # the call in progress, and how many products it has made
         self._only: Tap | None = None  # a value that was taken as that of the only product of this call
@@ -100,12 +101,49 @@ class AttentionMode(TorchFunctionMode):
         super().__init__()
         self._watched: dict[int, Watched] = {}
         self._written = WrittenOut()
+        self._inside: list[nn.Module] = []  # the watched modules whose calls have made the mode active, outermost first
+        self._is_always_active = False
 
     def add(self, tap: Tap, calls: Tap, key: tuple[int | None, str]) -> Callable[[], None]:
         """Watch the module that `calls` taps for one of its values; return what undoes it."""
-        watched = self._watched.setdefault(calls.target.key[0], Watched(calls))
+        number = calls.target.key[0]
+        if number not in self._watched:
+            self._watched[number] = Watched(calls, self._active_in(calls))
+        watched = self._watched[number]
         watched.taps[key] = tap
-        return lambda: watched.taps.pop(key, None)
+
+        def undo() -> None:
+            watched.taps.pop(key, None)
+            if not watched.taps and self._watched.pop(number, None) is not None:
+                for handle in watched.handles:
+                    handle.remove()
+
+        return undo
+
+    def _active_in(self, calls: Tap) -> list[Any]:
+        """Make the mode active in the calls of a module, because it slows down every function that is called in it. If
+        the module is being called already, the mode is active from now on."""
+        host, module = calls.host, calls.target.owner
+        if calls.active and not (self._is_always_active or self._inside):
+            self._is_always_active = True
+            host.add_mode(self)
+
+        def is_ours(called: nn.Module) -> bool:  # a copy of the module has the hooks too
+            return called is module and current_owner() is host and bool(host.taps)
+
+        def before(called: nn.Module, args: tuple) -> None:
+            if is_ours(called) and not self._is_always_active:
+                if not self._inside:
+                    self.__enter__()
+                self._inside.append(module)
+
+        def after(called: nn.Module, args: tuple, output: Any) -> None:
+            if is_ours(called) and self._inside and self._inside[-1] is module:
+                self._inside.pop()
+                if not self._inside:
+                    self.__exit__(None, None, None)
+
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}

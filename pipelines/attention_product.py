@@ -47,6 +47,16 @@ class AttentionProduct:
         """The shape of the probabilities."""
         return (*self.q.shape[:-1], self.k.shape[-2])
 
+    def part(self, entries: Sequence[int]) -> "AttentionProduct":
+        """Return the product of some entries of the batch."""
+        size = len(self.q)
+        if len(entries) == size:
+            return self
+        start, stop = entries[0], entries[-1] + 1
+        at = slice(start, stop) if stop - start == len(entries) else list(entries)
+        cut = {name: getattr(self, name) for name in ("q", "k", "v", "mask", "computed")}
+        return replace(self, **{n: x if x is None or len(x) != size else x[at] for n, x in cut.items()})
+
     def probabilities(self, heads: Sequence[int] | None = None) -> torch.Tensor:
         """Return all probabilities, (batch, heads, queries, keys), in the type of the queries."""
         if self.computed is not None:
@@ -55,12 +65,17 @@ class AttentionProduct:
         return part._probabilities(slice(0, self.q.shape[-2])).to(self.q.dtype)
 
     def blocks(
-        self, keys: Sequence[int] | torch.Tensor | slice, heads: Sequence[int] | None = None, size: int = _BLOCK
+        self,
+        keys: Sequence[int] | torch.Tensor | slice,
+        queries: range | None = None,
+        heads: Sequence[int] | None = None,
+        size: int = _BLOCK,
     ) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield the probabilities of some keys, a block of queries at a time.
 
         Args:
             keys: The keys that are wanted.
+            queries: The queries that are wanted, side by side. Default: all.
             heads: The heads that are wanted. Default: all.
             size: How many scores are in memory at a time.
 
@@ -68,10 +83,11 @@ class AttentionProduct:
             Which queries they are, and (batch, heads, queries of the block, keys) in float32.
         """
         part = self if heads is None else self._of_heads(heads)
-        batch, count, queries, total = part.shape
+        batch, count, length, total = part.shape
+        queries = range(length) if queries is None else queries
         step = max(1, size // (batch * count * total))
-        for start in range(0, queries, step):
-            block = slice(start, min(start + step, queries))
+        for start in range(queries.start, queries.stop, step):
+            block = slice(start, min(start + step, queries.stop))
             yield block, part._probabilities(block)[..., keys]
 
     def _of_heads(self, heads: Sequence[int]) -> "AttentionProduct":
@@ -113,6 +129,17 @@ class AttentionProduct:
         """Repeat keys or values that several heads share."""
         heads, own = self.q.shape[1], tensor.shape[1]
         return tensor if own == heads or own == 1 else tensor.repeat_interleave(heads // own, 1)
+
+
+# So that rows and branches of a product are products.
+torch.utils._pytree.register_pytree_node(
+    AttentionProduct,
+    lambda product: (
+        [product.q, product.k, product.v, product.mask, product.computed],
+        (product.scale, product.is_causal, product.dropout),
+    ),
+    lambda tensors, rest: AttentionProduct(*list(tensors)[:4], *rest, list(tensors)[4]),
+)
 
 
 class HeadsLayout:

@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffsight.errors import DiffsightError
 
-_PLAIN_GRAD = torch._C.TensorBase.grad
+_PLAIN_GRAD, _PLAIN_REQUIRES_GRAD = torch._C.TensorBase.grad, torch._C.TensorBase.requires_grad
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")}
 _SPECIAL = {
     *(f"__{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "neg", "abs")),
@@ -49,6 +49,7 @@ class LaterGradient:
         self._known: Any = None
         self._is_known = False
         self._like = None if tensor is None else tensor.detach().to("meta")  # which has its shape and type
+        self._device = None if tensor is None else tensor.device
         self._programs = {id(p): p for o in operands for p in o._programs.values()}
 
     @property
@@ -80,6 +81,8 @@ class LaterGradient:
             raise AttributeError(f"a gradient has no {name!r}")
         if self._is_known:
             return getattr(self._known, name)
+        if self._like is not None and name == "device":
+            return self._device
         if self._like is not None and name in ("shape", "dtype", "ndim", "size", "dim", "numel"):
             return getattr(self._like, name)
         if name in ("item", "tolist", "numpy"):
@@ -186,6 +189,7 @@ def reading_gradients(reader: Any = None) -> Iterator[None]:
     with _lock:
         _users[0] += 1
         torch.Tensor.grad = property(_get, _set, _PLAIN_GRAD.__delete__)
+        torch.Tensor.requires_grad = property(_PLAIN_REQUIRES_GRAD.__get__, _set_requires_grad)
     token = _reader.set(reader) if reader is not None else None
     held = _held.set([])
     try:
@@ -197,7 +201,7 @@ def reading_gradients(reader: Any = None) -> Iterator[None]:
         with _lock:
             _users[0] -= 1
             if not _users[0]:
-                del torch.Tensor.grad
+                del torch.Tensor.grad, torch.Tensor.requires_grad
 
 
 def _get(tensor: torch.Tensor) -> Any:
@@ -216,6 +220,12 @@ def _set(tensor: torch.Tensor, value: Any) -> None:
         _PLAIN_GRAD.__set__(tensor, value)
     else:
         _program_of(tensor).replace(tensor, value)
+
+
+def _set_requires_grad(tensor: torch.Tensor, value: bool) -> None:
+    """Set `requires_grad`. PyTorch refuses it for computed tensors, also where it is True already."""
+    if not (value and _PLAIN_REQUIRES_GRAD.__get__(tensor)):
+        _PLAIN_REQUIRES_GRAD.__set__(tensor, value)
 
 
 def _has_own(tensor: torch.Tensor) -> bool:

@@ -201,7 +201,8 @@ class Flow:
         tap.keepers.setdefault(asked.kind, []).append(function)
 
     def next_step(self) -> bool:
-        """Run the model to the beginning of the next step that the body has not entered. Return False if it ends."""
+        """Run the model to the beginning of the next step that the body has not entered. Return False if it ends,
+        or stands before a call that comes after the last step."""
         self.check_thread("run.steps")
         self.start_edits()
         if self.outcome is not None:
@@ -209,9 +210,9 @@ class Flow:
         self._start()
         scope = self.scope
         scope.stop_at_steps = True
-        while self.outcome is None and self.clock.index <= scope.step:
+        while self.outcome is None and self.clock.index <= scope.step and not self.clock.is_over:
             self._resume() if scope is self._scope else self._beside().wait([])
-        if self.outcome is not None:
+        if self.outcome is not None or self.clock.index <= scope.step:
             return False
         scope.step, scope.in_step = self.clock.index, True
         return True
@@ -623,13 +624,31 @@ class Flow:
     def begin_call(self, tap: Tap, args: tuple, kwargs: dict) -> None:
         """A call that the run watches begins, and perhaps a step with it."""
         if self.clock.begins(tap.target, args, kwargs):
-            self.unreached += self.taps.begin_step()
-            beside = [*self.bodies.edits, *self.bodies.functions]
-            if self._scope.stop_at_steps or (beside and any(body.scope.stop_at_steps for body in beside)):
-                self._stands = f"before {tap.target.path or 'the forward pass'}"
-                self.coroutine.park(None)
+            if self.clock.is_over:
+                raise order.step_after_the_last(tap.target.path, self.clock.index)
+            self._begin_step(f"before {tap.target.path or 'the forward pass'}")
+        elif self.clock.is_behind(tap.target) and self._has_loops() and not self.clock.is_over:
+            self.clock.is_over = True
+            self._stands = f"before {tap.target.path}"
+            self.coroutine.park(None)
         if self.observer is not None:
             self.observer.called(tap, args, kwargs)
+
+    def begin_empty_step(self) -> None:
+        """A step begins in which the model makes no call."""
+        self.clock.index += 1
+        self._begin_step("after all calls of the step")
+
+    def _begin_step(self, stands: str) -> None:
+        self.unreached += self.taps.begin_step()
+        if self._has_loops():
+            self._stands = stands
+            self.coroutine.park(None)
+
+    def _has_loops(self) -> bool:
+        """Whether a body is in a loop over the steps."""
+        beside = [*self.bodies.edits, *self.bodies.functions]
+        return self._scope.stop_at_steps or any(body.scope.stop_at_steps for body in beside)
 
     def end_call(self, tap: Tap, output: Any) -> None:
         """A call that the run watches has ended."""

@@ -23,7 +23,7 @@ from typing import Any
 from greenlet import getcurrent
 from torch import nn
 
-from diffsight.engine.coroutine import current_owner
+from diffsight.engine.coroutine import THIS_THREAD, current_owner
 
 FORWARD = "forward"
 COMPILED = "_compiled_call_impl"  # on a module after `module.compile()`: what its calls go to
@@ -197,7 +197,7 @@ def _note_thread(module: nn.Module) -> None:
         if frame.f_code is _CODE:
             outermost = frame.f_locals["module"]
         frame = frame.f_back
-    _in_threads.setdefault(id(module), set()).add((get_ident(), id(outermost)))
+    _in_threads.setdefault(id(module), set()).add((THIS_THREAD.number, id(outermost)))
 
 
 def are_threads_seen() -> bool:

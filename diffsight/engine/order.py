@@ -106,6 +106,14 @@ def step_has_ended(asked: Asked, step: int) -> OutOfOrderError:
     return OutOfOrderError(f"{asked.whole} was asked for too late: step {step} has ended")
 
 
+def step_after_the_last(path: str, step: int) -> OutOfOrderError:
+    """The error for a step that begins after the loops over the steps have ended."""
+    return OutOfOrderError(
+        f"the loop over run.steps ended after step {step - 1}, which seemed to be the last one, but {path} began "
+        "another one. Write run.steps[:n] with the number of steps"
+    )
+
+
 def run_has_ended(path: object, outcome: str, has_steps: bool) -> RunClosedError:
     """The error for what is asked for after the end of a run."""
     loop = " (a loop over run.steps runs the model to its end)" if has_steps else ""

@@ -65,6 +65,7 @@ class Body(Coroutine):
         flow, parked = self.flow, self.flow.parked
         here = parked is not None and (parked.tap, parked.key) in self.waits
         late = (self.scope.in_step or not self.waits) and flow.clock.index > self.scope.step
+        late = late or (not self.waits and flow.clock.is_over)
         if here or late or flow.outcome is not None:
             self.point = parked if here else None
             self.go()

@@ -16,6 +16,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 import torch
+from diffusers.modular_pipelines import PipelineState
 from PIL import Image
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -26,6 +27,7 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
 _OUTPUTS = ("images", "image", "frames", "audios")
+_OUTPUTS_OF_BLOCKS = ("images", "videos", "frames", "audios")
 Item = TypeVar("Item")
 Change = Callable[[DiffusionRun, Sequence[Item]], None]
 
@@ -117,10 +119,18 @@ class Drawing:
         name = next(iter(result), None) if isinstance(result, Mapping) else None
         if name is not None and name not in _OUTPUTS:
             raise NoImagesError(f"{type(self.model.pipeline).__name__} returns {name}: there is no image to look at")
-        outputs = result[0]
+        outputs = _outputs_in(result.values) if isinstance(result, PipelineState) else result[0]
         if len(outputs) != len(items):
             raise BatchMismatchError(f"it returned {len(outputs)} images for {len(items)} prompts")
         return outputs
+
+
+def _outputs_in(state: Mapping[str, Any]) -> Sequence[Any]:
+    """Return the images, videos or sounds in the final state of a modular pipeline."""
+    name = next((name for name in _OUTPUTS_OF_BLOCKS if state.get(name) is not None), None)
+    if name is None:
+        raise NoImagesError("the modular pipeline has made no images to look at")
+    return state[name]
 
 
 def rows_of_call(call: EncoderCall, items: Sequence[Item]) -> Iterator[tuple[int, int, Item]]:

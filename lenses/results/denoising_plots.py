@@ -10,13 +10,16 @@ from PIL import Image
 from diffsight.lenses.results.figure import COLORS, Plot, set_heading
 
 
-def step_curves(curves: Mapping[str, Sequence[float]], steps: Sequence[int], label: str, title: str) -> Figure:
-    """Draw a curve by step for each name."""
+def step_curves(
+    curves: Mapping[str, Sequence[float]], steps: Sequence[int], label: str, title: str, axis: str = "step"
+) -> Figure:
+    """Draw a curve by step for each name. `label` is what the values are, `axis` what the steps are."""
     figure = Plot(figsize=(5.2, 2.9), layout="constrained")
     axes = figure.add_subplot()
+    style = "o-" if len(steps) <= 60 else "-"
     for i, (name, values) in enumerate(curves.items()):
-        axes.plot(steps, values, "o-", color=COLORS[i % len(COLORS)], markersize=3, linewidth=1.4, label=name)
-    axes.set_xlabel("step", size=8)
+        axes.plot(steps, values, style, color=COLORS[i % len(COLORS)], markersize=3, linewidth=1.4, label=name)
+    axes.set_xlabel(axis, size=8)
     axes.set_ylabel(label, size=8)
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from diffsight.errors import InputError
 from diffsight.lenses.results.calls import Call
 from diffsight.lenses.results.page import framed, page_of
-from diffsight.lenses.results.saving import save_files, write_record
+from diffsight.lenses.results.saving import HTML, names_a_file, save_files, write_record
 from diffsight.lenses.results.sections import ImageSection, Section
 from diffsight.lenses.results.settings import subject_of
 from diffsight.lenses.results.terminal import lines_of, text_of
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 PAGE = "page.html"
 ARGUMENTS = "arguments.safetensors"
-_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # a path that ends so is one image
 
 
 @dataclass(frozen=True)
@@ -84,11 +83,9 @@ class LensResult:
             InputError: The folder cannot be written, or the result has no image.
         """
         path = Path(path).expanduser()
-        suffix = path.suffix.lower()
-        if suffix == ".html" and not path.is_dir():
-            return save_files(path.parent, {path.name: self._write_page})
-        if suffix in _IMAGES and not path.is_dir():
-            return save_files(path.parent, {path.name: self._write_image})
+        if names_a_file(path):
+            write = self._write_page if path.suffix.lower() == HTML else self._write_image
+            return save_files(path.parent, {path.name: write})
         files = {self.record_file: partial(write_record, self._whole_record()), PAGE: self._write_page, **self.files()}
         if self.call is not None and self.call.tensors:
             files[ARGUMENTS] = partial(save_file, dict(self.call.tensors))

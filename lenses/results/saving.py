@@ -11,6 +11,8 @@ from typing import Any
 
 from diffsight.errors import InputError
 
+HTML = ".html"  # a path that ends so is a page
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # and one that ends so is one image
 _VERSIONS = ("diffsight", "torch", "diffusers", "transformers")
 
 
@@ -27,6 +29,18 @@ def as_json(record: Mapping[str, Any]) -> str:
 def write_record(record: Mapping[str, Any], path: Path) -> None:
     """Write a record as JSON, see `as_json`."""
     path.write_text(as_json(record), encoding="utf-8")
+
+
+def names_a_file(path: Path) -> bool:
+    """Return whether a path means one file, an image or a page, and not a folder: whether it ends like one, and no
+    folder is there."""
+    return path.suffix.lower() in (*IMAGES, HTML) and not path.is_dir()
+
+
+def check_place(path: Path) -> None:
+    """Raise InputError if a result cannot be saved to a path, a folder or a file."""
+    path = path.expanduser()
+    check_writable(path.parent if names_a_file(path) else path)
 
 
 def check_writable(folder: str | Path) -> Path:

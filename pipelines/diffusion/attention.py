@@ -10,21 +10,24 @@ Nothing is looked up by the name of a pipeline. Tokens and positions are changed
 denoiser, and found again among the queries and keys, see `attention_tracing.py`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from itertools import product, starmap
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
 from torch import nn
 
 from diffsight.errors import InputError, UnknownKeyError, suggest
-from diffsight.extending import Model, join, owner_of
+from diffsight.extending import Model, Run, flow_of, join, model_of, owner_of
 from diffsight.pipelines.attention import attentions_in
 from diffsight.pipelines.attention_mode import count_heads
+from diffsight.pipelines.attention_product import AttentionProduct
 from diffsight.pipelines.diffusion.attention_tracing import AttentionTracer, Key, Trace, difference
+from diffsight.pipelines.diffusion.batch_layouts import COND
 from diffsight.pipelines.diffusion.encoding import PLAIN_PROMPT, required_arguments
 from diffsight.pipelines.diffusion.run import progress_bar
 
@@ -113,7 +116,8 @@ class Attentions(Mapping[str, Attention]):
 def find_attentions(model: Model, prompt: str | None = None, **arguments: Any) -> Attentions:
     """Return the attention products of the denoiser of a `DiffusionModel`.
 
-    The pipeline runs up to its denoiser some twenty times, and once or twice for a few steps.
+    The pipeline runs up to its denoiser some twenty times, and once or twice for a few steps. What was found for a
+    pipeline is kept: later calls with inputs of the same length and size run up to the denoiser once.
 
     Args:
         model: The model.
@@ -129,8 +133,21 @@ def find_attentions(model: Model, prompt: str | None = None, **arguments: Any) -
         return _found(model, arguments)
 
 
+_known: WeakKeyDictionary = WeakKeyDictionary()  # for each pipeline: what was found, by the shapes that were seen
+
+
 def _found(model: Model, arguments: Mapping[str, Any]) -> Attentions:
     tracer, plain = _started(model, arguments)
+    module = owner_of(model[tracer.denoiser])
+    shapes = tuple((key, trace.shape[1:]) for key, trace in plain.items())
+    seen = (tracer.denoiser, id(module), shapes, tuple(tracer.tokens.items()))
+    known = _known.setdefault(model.pipeline, {})
+    if seen not in known:
+        known[seen] = _searched(model, tracer, plain)
+    return known[seen]
+
+
+def _searched(model: Model, tracer: AttentionTracer, plain: Mapping[Key, Trace]) -> Attentions:
     image = _ImageSearch(tracer, plain)
     text = {name: _text_keys(tracer, name, plain, image.keys) for name in tracer.tokens}
     several = {path for path, number in plain if number}
@@ -139,6 +156,26 @@ def _found(model: Model, arguments: Mapping[str, Any]) -> Attentions:
     others = attentions_in(owner_of(model[tracer.denoiser])).items()
     found += [_without_product(tracer.denoiser, path, module) for path, module in others if path not in paths]
     return Attentions(type(model.pipeline).__name__, tracer.denoiser, found)
+
+
+def follow_products(
+    run: Run, attentions: Sequence[Attention], function: Callable[[Attention, int, AttentionProduct], None]
+) -> None:
+    """Call `function` with the conditional branch of every product that the model makes from now on.
+
+    It gets the attention, the number of the denoising step, and the product."""
+    flow = flow_of(run)
+
+    def follow(attention: Attention, value: AttentionProduct) -> None:
+        denoiser = owner_of(model_of(run)[attention.name.partition(".")[0]])
+        entries = flow.observer.entries(denoiser, COND)
+        if entries is None or (entries and entries[-1] >= len(value.q)):
+            raise InputError(f"{attention.name}: it is not known which part of the batch is the conditional branch")
+        if entries:
+            function(attention, flow.clock.index, value.part(entries))
+
+    for attention in attentions:
+        run.follow(f"{attention.name}.attention_product", partial(follow, attention))
 
 
 def _started(model: Model, arguments: Mapping[str, Any]) -> tuple[AttentionTracer, dict[Key, Trace]]:

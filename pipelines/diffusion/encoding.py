@@ -23,11 +23,13 @@ from itertools import count
 from typing import Any
 
 import torch
+from diffusers import ModularPipeline
 from PIL import Image
 from torch import nn
 
 from diffsight.errors import InputError
 from diffsight.extending import Model, open_run, owner_of, unwrapped
+from diffsight.pipelines.diffusion.call_arguments import call_defaults, required_inputs
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, follow_encoder
 from diffsight.pipelines.diffusion.prompts import PromptWarning, as_read
@@ -221,7 +223,7 @@ def required_arguments(pipeline: Any) -> dict[str, Any]:
     """Return stand-ins for the images that a pipeline requires, and turn its preference for image sizes off."""
     known = dict.fromkeys(("image", "mask_image", "control_image"), Image.new("RGB", (64, 64), "gray"))
     known["use_resolution_binning"] = False
-    names = inspect.signature(pipeline.__call__).parameters
+    names = required_inputs(pipeline) if isinstance(pipeline, ModularPipeline) else call_defaults(pipeline)
     return {name: value for name, value in known.items() if name in names}
 
 

@@ -30,6 +30,7 @@ def by_hand(gpt2, ids, changes=()):
 
 def test_saved_before_backward(llm, gpt2, ids):
     with llm.trace(ids):
+        llm.transformer.wpe.output.requires_grad = True  # already is; PyTorch alone refuses to be told again
         grads = [layer.output.grad.save() for layer in llm.transformer.h]
         norms = [grad.norm() for grad in grads]
         llm.output.logits.sum().backward()
@@ -39,7 +40,7 @@ def test_saved_before_backward(llm, gpt2, ids):
         assert torch.equal(grad, expected[index]) and torch.equal(norms[index].value, expected[index].norm())
         assert grad.shape == expected[index].shape and torch.equal(grad * 2, expected[index] * 2)
         assert grad.detach().tolist() == expected[index].tolist()
-    assert "grad" not in torch.Tensor.__dict__
+    assert torch.Tensor.__dict__.keys().isdisjoint({"grad", "requires_grad"})
 
 
 def test_changed_before_backward(llm, gpt2, ids):
@@ -52,6 +53,7 @@ def test_changed_before_backward(llm, gpt2, ids):
         first = llm.transformer.h[0].output.grad.save()
         middle = llm.transformer.h[1].output
         middle.grad[:, 0] = 0
+        assert middle.grad.device == middle.device
         middle.grad = middle.grad * 3
         llm.output.logits.sum().backward()
     gpt2.zero_grad()

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from diffsight import DiffusionModel, diffusion_lens
-from diffsight.gallery.cli import main, parse_layers
+from diffsight.gallery.cli import main
+from diffsight.gallery.command_options import parse_layers
 from diffsight.pipelines.language import smollm2
 from models import diffusion
 
@@ -375,3 +376,22 @@ def test_a_prompt_that_is_not_unicode(capsys):
 def test_a_language_model_is_no_pipeline(capsys):
     assert main(["generate", "a red circle", "--model", "diffsight/smollm2"]) == 2
     assert "diffsight/smollm2 is a language model, not a pipeline" in capsys.readouterr().err
+
+
+# start
+
+
+@pytest.mark.parametrize("command", [["--help"], ["lens", "--steps", "0", "a cat"], ["nothing"], ["models"]])
+def test_help_bad_options_and_the_list_of_models_import_no_libraries(command):
+    slow = ("torch", "diffusers", "transformers", "matplotlib", "numpy")
+    script = f"""
+import sys
+from diffsight.gallery.cli import main
+try:
+    main({command!r})
+except SystemExit:
+    pass
+print([name for name in {slow!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr

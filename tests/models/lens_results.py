@@ -114,6 +114,9 @@ MADE = {
     "layer_fidelity": _shapes,
     "compare_encoders": _comparison,
     "logit_lens": _logits,
+    "trajectory_lens": lambda folder: lenses.trajectory_lens(
+        load(folder / "pipeline"), PROMPT, show=["noisy", "prediction", "guidance map"], seed=3, **FAST
+    ),
     "image_token_lens": _image_tokens,
     "patchscope_lens": _repeated,
     "patchscope_lens of hidden states": _from_states,
