@@ -72,7 +72,9 @@ class UnknownKeyError(InputError, KeyError):
 
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return ` (did you mean 'mid_block'?)` if there are similar names, else an empty string."""
-    near = get_close_matches(name, list(known), n=count, cutoff=0.5)
+    known = list(known)
+    with_word = [one for one in known if name in one.split("_")]  # "num_inference_steps" for "steps"
+    near = list(dict.fromkeys([*with_word, *get_close_matches(name, known, n=count, cutoff=0.5)]))[:count]
     return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
 
 

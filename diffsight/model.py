@@ -41,7 +41,7 @@ class Model(Envoy):
 
     def __init__(self, module: nn.Module, methods: Iterable[str] = ()) -> None:
         if not isinstance(module, nn.Module):
-            raise InputError(f"Model wraps a torch.nn.Module, not a {type(module).__name__}")
+            raise InputError(f"Model wraps a torch.nn.Module, not {type(module).__name__}")
         self._wrap(Tree(Target(module, FORWARD, "")))
         for path in methods:
             outer, _, name = path.rpartition(".")

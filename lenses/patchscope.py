@@ -57,7 +57,10 @@ Target = TargetPrompt | Sequence[TargetPrompt]
 
 
 def repeat_prompt(
-    words: str | Sequence[str] = ("king", "1135", "hello"), between: str = " ", separator: str = "\n", placeholder: str = "?"
+    words: str | Sequence[str] = ("king", "1135", "hello"),
+    between: str = " ",
+    separator: str = "\n",
+    placeholder: str = "?",
 ) -> TargetPrompt:
     """Return a target prompt that makes the model repeat: each word twice, then the placeholder.
 

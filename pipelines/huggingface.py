@@ -42,7 +42,7 @@ from diffsight.extending import (
     unwrapped,
     with_gradients,
 )
-from diffsight.pipelines.language.generation import GeneratedTokens, GenerationRun, set_generated
+from diffsight.pipelines.language.generation import Choice, GeneratedTokens, GenerationRun, set_generated
 from diffsight.pipelines.named_tree import NamedTree
 from diffsight.pipelines.pipeline_options import check_options_of_call
 from diffsight.pipelines.seeds import check_seed
@@ -65,9 +65,9 @@ class HFRun(GenerationRun):
         self._check_no_scan("result")
         return super().result
 
-    def _tokens_after(self, step: int) -> torch.Tensor:
+    def _choice(self, step: int) -> Choice:
         self._check_no_scan(f"steps[{step}].tokens")
-        return super()._tokens_after(step)
+        return super()._choice(step)
 
 
 class HFPipeline(Model):

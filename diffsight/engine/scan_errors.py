@@ -24,7 +24,10 @@ from diffsight.errors import ScanError
 
 def is_about_values(error: Exception) -> bool:
     """Return whether PyTorch raised an error because a fake tensor has no values."""
-    return isinstance(error, (ScanError, UnsupportedOperatorException, NotImplementedError)) or _ABOUT_DATA.search(str(error)) is not None
+    return (
+        isinstance(error, (ScanError, UnsupportedOperatorException, NotImplementedError))
+        or _ABOUT_DATA.search(str(error)) is not None
+    )
 
 
 def values_needed(function: Callable, components: Sequence[Target]) -> ScanError:

@@ -27,7 +27,7 @@ from diffusers import ModularPipeline
 from PIL import Image
 from torch import nn
 
-from diffsight.errors import InputError
+from diffsight.errors import DiffsightError, InputError
 from diffsight.extending import Model, open_run, owner_of, unwrapped
 from diffsight.pipelines.diffusion.call_arguments import call_defaults, required_inputs
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
@@ -71,7 +71,8 @@ class PromptEncoding:
             return self.hidden_states[0]
         if isinstance(layer, bool) or not isinstance(layer, int) or not -len(outputs) <= layer < len(outputs):
             raise InputError(
-                f'{self.encoder} has no layer {layer!r}: it has {len(outputs)} (0 to {len(outputs) - 1}), and "embedding"'
+                f"{self.encoder} has no layer {layer!r}: it has {len(outputs)} (0 to {len(outputs) - 1}), and "
+                '"embedding"'
             )
         return outputs[layer]
 
@@ -145,7 +146,14 @@ def record_encoding(
         if prompt is None:
             _record_plain_prompt(model, record)
         else:
-            _record_run(model.generate(prompt=prompt, seed=seed, **arguments), pipeline, record)
+            run = model.generate(prompt=prompt, seed=seed, **arguments)
+            try:
+                _record_run(run, pipeline, record)
+            except (AttributeError, TypeError, ValueError) as error:
+                if isinstance(error, DiffsightError):
+                    raise
+                given = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "its defaults"
+                raise InputError(f"{type(pipeline).__name__} cannot be called with {given}: {error}") from error
     encoders = record.encoders.items()
     record.encoders = {name: encoder for name, encoder in encoders if encoder.calls and encoder.prompt.returned}
     return record

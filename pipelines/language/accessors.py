@@ -46,7 +46,9 @@ from diffsight.pipelines.standard_names import EMBEDDING
 class PerLayer:
     """One value per layer: read with `[i]` or a slice, assigned with `[i] = tensor`."""
 
-    def __init__(self, root: "LayerAccessors", name: str, point: Callable[[Envoy, str], tuple[Points, str, Any]]) -> None:
+    def __init__(
+        self, root: "LayerAccessors", name: str, point: Callable[[Envoy, str], tuple[Points, str, Any]]
+    ) -> None:
         self._root, self._name, self._point = root, name, point
 
     def __getitem__(self, index: int | slice) -> Any:
@@ -97,6 +99,8 @@ class LayerAccessors:
 
     def _index(self, index: int, path: str) -> int:
         count = len(self._layers())
+        if isinstance(index, (list, tuple, range)):
+            raise InputError(f"{path} takes the number of a layer, not {index!r}")
         if isinstance(index, bool) or not hasattr(index, "__index__") or not -count <= index < count:
             instead = "; the input of the first layer is layers_input[0]" if index == EMBEDDING else ""
             raise InputError(f"{path}: there is no layer {index!r}; the model has {count} (0 to {count - 1}){instead}")
@@ -328,4 +332,4 @@ def _result(layer: Envoy, path: str) -> tuple[Points, str, Any]:
 def _listed(value: Any) -> list:
     if isinstance(value, torch.Tensor):
         return value.flatten().tolist()
-    return list(value) if isinstance(value, (Sequence, range)) else [value]
+    return list(value) if isinstance(value, (Sequence, range)) and not isinstance(value, str) else [value]

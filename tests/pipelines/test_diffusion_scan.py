@@ -144,7 +144,7 @@ def test_there_are_no_images(model):
     with model.scan(["a red circle", "a blue square"], num_inference_steps=1) as run:
         row = run.rows[1]
     for part in (run, row):
-        with pytest.raises(ScanError, match="run.images: a scan computes shapes only"):
+        with pytest.raises(ScanError, match=r"run\.images: a scan computes shapes only"):
             part.images
     assert run.result.images[0].size == (diffusion.SIDE, diffusion.SIDE)
 

@@ -118,7 +118,9 @@ def test_hidden_states_are_assigned_in_a_row(name):
         row.text_encoder.layers_output[2] = row.text_encoder.layers_output[0]
         embeds = run.text_encoder.output[0]
         run.stop()
-    hooks = [pipe.text_encoder.get_submodule(f"{layers}.{i}").register_forward_hook(f) for i, f in ((0, keep), (2, put))]
+    hooks = [
+        pipe.text_encoder.get_submodule(f"{layers}.{i}").register_forward_hook(f) for i, f in ((0, keep), (2, put))
+    ]
     expected = outputs(pipe.text_encoder, lambda: DiffusionModel(pipe).generate(**arguments, seed=0).result)[0][0]
     for hook in hooks:
         hook.remove()

@@ -283,7 +283,7 @@ def test_scans():
         with model.scan(*case.args, **case.kwargs) as run:
             hidden = first(run.model[case.layer].output)
             assert is_fake(hidden)
-        with pytest.raises(ScanError, match="run.result: a scan computes shapes only"):
+        with pytest.raises(ScanError, match=r"run\.result: a scan computes shapes only"):
             run.result
         with model.trace(*case.args, **case.kwargs) as run:
             assert first(run.model[case.layer].output).shape == hidden.shape

@@ -467,6 +467,7 @@ def test_a_conversion_is_complete_or_absent(tmp_path, monkeypatch, saved_gpt2):
 
 
 WRONG_SOURCES = [
+    ("diffsight/shapes-clip", r"open it with DiffusionModel\('diffsight/shapes-clip'\)"),
     ("diffsight/smolm2", r"there is no language model 'diffsight/smolm2' \(did you mean 'diffsight/smollm2'\?\)"),
     ("nowhere/at-all", "there is no language model 'nowhere/at-all'.*The hub"),
     ("no such thing", "there is no language model 'no such thing'"),

@@ -214,3 +214,13 @@ def test_looking_leaves_nothing_behind():
     assert torch.equal(torch.get_rng_state(), state)
     hooks = [h for m in pipe.text_encoder.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
     assert hooks == []
+
+
+def test_arguments_that_the_pipeline_cannot_take():
+    """Diffusers looks for the final norm where transformers 5 no longer has it."""
+    model = DiffusionModel(text_encoders.built("stable_diffusion"))
+    with pytest.raises(InputError, match="StableDiffusionPipeline cannot be called with clip_skip=1"):
+        find_encoders(model, "a red circle", clip_skip=1)
+    with pytest.raises(InputError, match="has no text encoder 'text_encoder_2'"):
+        model.encoders["text_encoder_2"]
+    assert "text_encoder_2" not in model.encoders
