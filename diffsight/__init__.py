@@ -25,6 +25,8 @@ from diffsight.steps import Step
 
 if TYPE_CHECKING:
     from diffsight.lenses import (
+        attention_from,
+        attention_maps,
         collect_activations,
         compare_encoders,
         diffusion_lens,
@@ -55,6 +57,8 @@ __all__ = [
     "Step",
     "VisionLanguageModel",
     "WrongThreadError",
+    "attention_from",
+    "attention_maps",
     "collect_activations",
     "compare_encoders",
     "diffusion_lens",

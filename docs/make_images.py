@@ -21,6 +21,7 @@ from diffsight import (
     DiffusionModel,
     InputError,
     LanguageModel,
+    attention_maps,
     compare_encoders,
     diffusion_lens,
     encoder_patching,
@@ -54,6 +55,11 @@ def packaged() -> Image.Image:
     rows = [shapes(name).generate(SCENE, num_images_per_prompt=4, seed=0).images for name in ("clip", "t5")]
     titles = [f"seed {seed}" for seed in range(4)]
     return image_grid(rows, row_titles=["shapes-clip", "shapes-t5"], column_titles=titles, title=SCENE, cell=128)
+
+
+def attention() -> Image.Image:
+    prompt, words = "a red circle above a blue square on a gray background", ["circle", "square", "gray background"]
+    return attention_maps(shapes("clip"), prompt, words, seed=1).grid()
 
 
 def lens_grid() -> Image.Image:
@@ -90,6 +96,7 @@ def targets() -> Figure:
 
 IMAGES: dict[str, Callable[[], Image.Image | Figure]] = {
     "packaged": packaged,
+    "attention-maps": attention,
     "lens-grid": lens_grid,
     "encoder-patching": patching,
     "layer-fidelity": fidelity,

@@ -1,4 +1,4 @@
-"""The command line: `diffsight lens`, `diffsight generate`, `diffsight models`.
+"""The command line: `diffsight lens`, `diffsight attention`, `diffsight generate`, `diffsight models`.
 
 Libraries that are slow to import are imported by the commands that need them, so that help and bad input are quick.
 """
@@ -62,6 +62,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     lens.add_argument("--batch-size", type=_positive, metavar="N", help="layers to draw in one call (default: all)")
     lens.set_defaults(command=_lens)
+    attention = commands.add_parser(
+        "attention",
+        help="show where in the image each word is attended to",
+        description="Draw a prompt, and show where in the image each word is attended to. Writes the image, an overlay "
+        "for each word, a grid of them, the maps, and a record of all settings.",
+        epilog=f'example: diffsight attention "{_PROMPT}" --words circle "blue square" --out attention',
+    )
+    _add_common(attention)
+    attention.add_argument(
+        "--words",
+        nargs="+",
+        metavar="WORD",
+        help="words of the prompt, in quotes where several belong together (default: all words)",
+    )
+    attention.set_defaults(command=_attention)
     generate = commands.add_parser(
         "generate",
         help="draw a prompt",
@@ -115,6 +130,15 @@ def _lens(options: argparse.Namespace) -> None:
 
     chosen = {"encoder": options.encoder, "layers": options.layers, "batch_size": options.batch_size}
     result = diffusion_lens(model, options.prompt, seed=options.seed, **chosen, **arguments)
+    for path in result.save(options.out):
+        print(path)
+
+
+def _attention(options: argparse.Namespace) -> None:
+    model, arguments = _prepare(options)
+    from diffsight.lenses.attention_maps import attention_maps
+
+    result = attention_maps(model, options.prompt, options.words, seed=options.seed, **arguments)
     for path in result.save(options.out):
         print(path)
 

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffsight.lenses.attention_maps import AttentionMaps, attention_from, attention_maps
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
     from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders
     from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
@@ -40,6 +41,7 @@ __all__ = [
     "DESCRIPTION",
     "IDENTITY",
     "Activations",
+    "AttentionMaps",
     "DiffusionLensResult",
     "EncoderComparison",
     "EncoderPatchingResult",
@@ -52,6 +54,8 @@ __all__ = [
     "Prompt",
     "TargetProbabilities",
     "TargetPrompt",
+    "attention_from",
+    "attention_maps",
     "collect_activations",
     "compare_encoders",
     "diffusion_lens",
@@ -71,6 +75,7 @@ __all__ = [
 ]
 
 _NAMES_IN = {
+    "attention_maps": ("AttentionMaps", "attention_from", "attention_maps"),
     "collect_activations": ("Activations", "collect_activations", "load_activations"),
     "compare_encoders": ("EncoderComparison", "compare_encoders"),
     "diffusion_lens": ("DiffusionLensResult", "diffusion_lens"),
