@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         logit_lens,
         patchscope_generate,
         patchscope_lens,
+        prompt_to_prompt,
         run_prompts,
         steer,
     )
@@ -70,6 +71,7 @@ __all__ = [
     "logit_lens",
     "patchscope_generate",
     "patchscope_lens",
+    "prompt_to_prompt",
     "run_prompts",
     "steer",
 ]

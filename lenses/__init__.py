@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         patchscope_lens,
         repeat_prompt,
     )
+    from diffsight.lenses.prompt_to_prompt import PromptToPromptResult, prompt_to_prompt
     from diffsight.lenses.results.image_grid import image_grid
     from diffsight.lenses.steering import steer
     from diffsight.lenses.target_probabilities import Prompt, TargetProbabilities, first_tokens, run_prompts
@@ -52,6 +53,7 @@ __all__ = [
     "LinearMap",
     "PatchscopeTexts",
     "Prompt",
+    "PromptToPromptResult",
     "TargetProbabilities",
     "TargetPrompt",
     "attention_from",
@@ -69,6 +71,7 @@ __all__ = [
     "logit_lens",
     "patchscope_generate",
     "patchscope_lens",
+    "prompt_to_prompt",
     "repeat_prompt",
     "run_prompts",
     "steer",
@@ -95,6 +98,7 @@ _NAMES_IN = {
         "patchscope_lens",
         "repeat_prompt",
     ),
+    "prompt_to_prompt": ("PromptToPromptResult", "prompt_to_prompt"),
     "results.image_grid": ("image_grid",),
     "steering": ("steer",),
     "target_probabilities": ("Prompt", "TargetProbabilities", "first_tokens", "run_prompts"),
