@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from diffsight.edits import Edit
     from diffsight.errors import DiffsightError, OutOfOrderError, WrongThreadError
     from diffsight.lenses import (
+        attention_from,
+        attention_maps,
         collect_activations,
         compare_encoders,
         diffusion_lens,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
         logit_lens,
         patchscope_generate,
         patchscope_lens,
+        prompt_to_prompt,
         run_prompts,
         steer,
         trajectory_lens,
@@ -55,6 +58,8 @@ __all__ = [
     "Step",
     "VisionLanguageModel",
     "WrongThreadError",
+    "attention_from",
+    "attention_maps",
     "collect_activations",
     "compare_encoders",
     "diffusion_lens",
@@ -67,6 +72,7 @@ __all__ = [
     "logit_lens",
     "patchscope_generate",
     "patchscope_lens",
+    "prompt_to_prompt",
     "run_prompts",
     "steer",
     "trajectory_lens",

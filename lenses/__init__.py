@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         patchscope_lens,
         repeat_prompt,
     )
+    from diffsight.lenses.prompt_to_prompt import PromptToPromptResult, prompt_to_prompt
     from diffsight.lenses.results.image_grid import image_grid
     from diffsight.lenses.steering import steer
     from diffsight.lenses.target_probabilities import Prompt, TargetProbabilities, first_tokens, run_prompts
@@ -55,6 +56,7 @@ __all__ = [
     "LinearMap",
     "PatchscopeTexts",
     "Prompt",
+    "PromptToPromptResult",
     "TargetProbabilities",
     "TargetPrompt",
     "TrajectoryLensResult",
@@ -74,6 +76,7 @@ __all__ = [
     "logit_lens",
     "patchscope_generate",
     "patchscope_lens",
+    "prompt_to_prompt",
     "repeat_prompt",
     "run_prompts",
     "steer",
@@ -102,6 +105,7 @@ _NAMES_IN = {
         "patchscope_lens",
         "repeat_prompt",
     ),
+    "prompt_to_prompt": ("PromptToPromptResult", "prompt_to_prompt"),
     "results.image_grid": ("image_grid",),
     "steering": ("steer",),
     "target_probabilities": ("Prompt", "TargetProbabilities", "first_tokens", "run_prompts"),
