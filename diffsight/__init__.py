@@ -20,10 +20,15 @@ if TYPE_CHECKING:
     from diffsight.edits import Edit
     from diffsight.errors import DiffsightError, OutOfOrderError, WrongThreadError
     from diffsight.lenses import (
+        SAE,
+        attach_sae,
         collect_activations,
         compare_encoders,
+        concept_features,
         diffusion_lens,
         encoder_patching,
+        evaluate_sae,
+        feature_effect,
         image_grid,
         image_token_lens,
         invert,
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
         patchscope_lens,
         run_prompts,
         steer,
+        top_examples,
+        train_sae,
         trajectory_lens,
     )
     from diffsight.model import Model
@@ -44,6 +51,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "SAE",
     "DiffsightError",
     "DiffusionModel",
     "Edit",
@@ -55,10 +63,14 @@ __all__ = [
     "Step",
     "VisionLanguageModel",
     "WrongThreadError",
+    "attach_sae",
     "collect_activations",
     "compare_encoders",
+    "concept_features",
     "diffusion_lens",
     "encoder_patching",
+    "evaluate_sae",
+    "feature_effect",
     "image_grid",
     "image_token_lens",
     "invert",
@@ -69,6 +81,8 @@ __all__ = [
     "patchscope_lens",
     "run_prompts",
     "steer",
+    "top_examples",
+    "train_sae",
     "trajectory_lens",
 ]
 
