@@ -82,6 +82,7 @@ def test_the_packaged_ones():
     sae = SAE.load("diffsight/shapes-clip-unet")
     assert (sae.point, sae.width, sae.count, sae.k) == ("unet.up_blocks.0", 128, 1024, 16)
     assert sae.encode(torch.randn(3, 128)).count_nonzero(-1).tolist() == [16, 16, 16]
+    assert SAE.load("diffsight/shapes-clip-text-encoder").point == "text_encoder.layers[6]"
 
 
 def test_files_that_are_no_sae(tmp_path):
