@@ -17,6 +17,7 @@ FOLDERS = {
 # Within `diffsight/`, each line imports only from the lines above it.
 ENGINE = [
     "errors",
+    "folding",
     "engine",
     "engine.torch_state",
     "engine.coroutine",
@@ -34,8 +35,9 @@ ENGINE = [
     "engine.late_weights",
     "engine.step_clock",
     "engine.attached_modules",
-    "engine.layout",
+    "engine.module_places",
     "engine.tree",
+    "engine.tapped_call",
     "engine.taps",
     "engine.order",
     "engine.user_bodies",

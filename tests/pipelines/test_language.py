@@ -29,6 +29,14 @@ def model(net):
     return LanguageModel((net, TOKENIZER))
 
 
+def test_a_row_knows_its_tokens(model):
+    with model.trace([PROMPT, LONGER]) as run:
+        row = run.rows[0]
+        assert torch.equal(row.tokens, run.tokens[:1]) and torch.equal(row.mask, run.mask[:1])
+        with pytest.raises(PointNotFoundError, match=r"rows\[0\] has no 'result' of its own: ask the run, run.result"):
+            row.result
+
+
 # What can be given
 
 
@@ -459,6 +467,7 @@ def test_a_conversion_is_complete_or_absent(tmp_path, monkeypatch, saved_gpt2):
 
 
 WRONG_SOURCES = [
+    ("diffsight/shapes-clip", r"open it with DiffusionModel\('diffsight/shapes-clip'\)"),
     ("diffsight/smolm2", r"there is no language model 'diffsight/smolm2' \(did you mean 'diffsight/smollm2'\?\)"),
     ("nowhere/at-all", "there is no language model 'nowhere/at-all'.*The hub"),
     ("no such thing", "there is no language model 'no such thing'"),
@@ -586,3 +595,24 @@ def test_attributes_of_the_model():
 def test_a_model_from_a_folder_has_its_name(tmp_path):
     gpt2().save_pretrained(tmp_path / "tiny")
     assert LanguageModel(tmp_path / "tiny").label == "GPT2LMHeadModel (tiny)"
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"factor": "x"}, "the factor of steer is a number, not 'x'"),
+        ({"factor": None}, "the factor of steer is a number, not None"),
+        ({"positions": 1.5}, "the positions of steer are integers, not 1.5"),
+        ({"positions": ["x"]}, "the positions of steer are integers"),
+        ({"vector": [1.0]}, "steer takes a tensor, not list"),
+    ],
+)
+def test_what_steering_takes(model, given, match):
+    with pytest.raises(InputError, match=match), model.trace(PROMPT) as run:
+        run.steer(**{"layers": 0, "vector": torch.ones(32), **given})
+
+
+@pytest.mark.parametrize("hidden", [[1.0], torch.tensor(1.0), torch.ones(32, dtype=torch.long), torch.ones(1, 7)])
+def test_what_is_projected_on_the_vocabulary(model, hidden):
+    with pytest.raises(InputError, match="project_on_vocab takes"):
+        model.project_on_vocab(hidden)
