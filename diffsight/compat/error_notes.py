@@ -10,9 +10,10 @@ _GRADIENT = (
 )
 _SAVE = "Write nnsight.save(x), or nothing: a name bound in a block stays bound"
 _PADDING = (
-    "Each invoke is a pass of its own here, where nnsight pads the inputs of all to one length: choose the positions that "
-    "both have, or trace all inputs at once and use run.rows"
+    "Each invoke is a pass of its own here, where nnsight pads the inputs of all to one length: choose the positions "
+    "that both have, or trace all inputs at once and use run.rows"
 )
+_ITEM = "To change a value in a tuple in place, give it a name: hidden = layer.output[0], and then hidden += x"
 _SIZES = re.compile(r"size of (the )?tensor .*must match|shape mismatch")
 _UPDATE = "Values are real objects here, not proxies: write x = ... instead of x.update(...)"
 
@@ -31,6 +32,8 @@ def _hint(message: str, line: str, is_invoke: bool) -> str | None:
         return _PADDING
     if "NoneType" in message and ".grad" in line:
         return _GRADIENT
+    if message.startswith("'tuple' object does not support item assignment"):
+        return _ITEM
     if message.endswith("no attribute 'save'"):
         return _SAVE
     if message.endswith("no attribute 'update'"):

@@ -20,6 +20,8 @@ class LayerOutput(tuple):
         return super().__getitem__(key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
+        if key == 0 and value is super().__getitem__(0):  # `output[0] += x`, which has changed the value in place
+            return
         raise InputError(f"{_IS_TUPLE} Write `.output[0][...] = ` for `.output[...] = `, {_OR_SWITCH}")
 
     def __getattr__(self, name: str) -> Any:

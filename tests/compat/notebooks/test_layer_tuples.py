@@ -6,6 +6,7 @@ import transformers
 
 from compat.notebooks.cells import EIFFEL, run_cells
 from diffsight.compat import CONFIG, LanguageModel
+from diffsight.errors import InputError
 from helpers import outputs, replaced
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
@@ -49,6 +50,21 @@ def test_setting_a_layer_ahead_and_in_place(model, net, ids):
         model.transformer.h[3].output[0][:] = 0
         in_place = model.lm_head.output
     assert torch.equal(ahead, expected) and torch.equal(in_place, expected)
+
+
+def test_adding_to_a_layer(model, net, ids):
+    """function_vectors.ipynb, `output[0] += h`, which assigns the sum to the item once it is added in place."""
+    layer = model.transformer.h[3]
+    with model.trace(EIFFEL):
+        layer.output[0] += 1
+        added = model.lm_head.output
+    with replaced(net.transformer.h[3], lambda out: out + 1):
+        assert torch.equal(added, net(ids[EIFFEL]).logits)
+    with pytest.raises(InputError, match=r"Write `\.output\[0\]\["), model.trace(EIFFEL):
+        layer.output[0] = layer.output[0] + 1
+    with pytest.raises(TypeError) as caught, model.trace(EIFFEL):
+        (layer.output[0],)[0] += 1
+    assert "hidden += x" in caught.value.__notes__[0]
 
 
 def test_a_layer_that_is_called(model, net, ids):
