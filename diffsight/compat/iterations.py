@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 from diffsight.compat.repeated_blocks import OWN_STEPS, BlockOfInvokes, Loop, StepsBlock
+from diffsight.engine.flow import Flow
 from diffsight.errors import InputError
 from diffsight.steps import Steps
 
@@ -70,9 +71,21 @@ def _refuse(chosen: slice) -> Iterator[int]:
     raise InputError(OWN_STEPS)
 
 
-def steps_in(steps: Steps) -> Callable[[slice], Iterator[int]]:
-    """Return what counts the steps of a run that generates."""
-    return lambda chosen: (step.index for step in (steps if chosen == slice(None) else steps[chosen]))
+def steps_in(steps: Steps, flow: Flow, chosen: slice) -> Iterator[int]:
+    """Count the steps of a run that generates.
+
+    Raises:
+        InputError: The body has run the model to its end at one step, and others were to follow.
+    """
+    for step in steps if chosen == slice(None) else steps[chosen]:
+        yield step.index
+        following = step.index + (chosen.step or 1)
+        is_wanted = chosen.stop is None or following < chosen.stop
+        if flow.has_result and is_wanted and following <= flow.clock.index:
+            raise InputError(
+                f"the block has run the model to its end at step {step.index}, so step {following} is past: read the "
+                "result, or model.generator.output, after the steps"
+            )
 
 
 def warn_of_end(turn: int, error: Exception) -> None:

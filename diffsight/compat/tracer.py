@@ -248,7 +248,7 @@ def iterations_of(tracer: Tracer) -> Iterations:
     if not tracer._has_own_steps():
         return IterationsOfInvokes(lambda: iterations_of(tracer._current_pass()))
     if tracer._generates or current_edit() is not None:
-        return Iterations(steps_in(tracer.steps))
+        return Iterations(partial(steps_in, tracer.steps, flow_of(tracer)))
     return Iterations(partial(visits_in, tracer))
 
 

@@ -181,6 +181,24 @@ def test_results_in_a_block_that_is_repeated(llm, gpt2, ids, other):
     assert torch.equal(inside, expected[0]) and torch.equal(below, expected[0])
 
 
+def test_result_in_a_loop(llm, gpt2, ids):
+    """The result ends the run, so that the steps that follow would be left out in silence."""
+    for chosen in (slice(None), slice(2), [0, 2]):
+        with (
+            pytest.raises(InputError, match="run the model to its end at step 0"),
+            llm.generate(ids, **TOKENS) as tracer,
+        ):
+            for _ in tracer.iter[chosen]:
+                tracer.result
+    expected = gpt2.generate(ids, **TOKENS)
+    for chosen in (slice(None), 0, slice(0, 1), [2]):  # at the last step that was asked for
+        with llm.generate(ids, **TOKENS) as tracer:
+            for step in tracer.iter[chosen]:
+                if chosen != slice(None) or step == 2:
+                    out = llm.generator.output
+        assert torch.equal(out, expected)
+
+
 def test_steps_of_an_invoke(llm, gpt2, ids, other):
     """`tracer` can be used in the block of an invoke, too."""
     expected = [outputs(gpt2.lm_head, gpt2.generate, given, **TOKENS) for given in (ids, other)]
