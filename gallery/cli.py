@@ -8,9 +8,9 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any, NoReturn
 
-from diffsight import __version__
 from diffsight.errors import DiffsightError
 from diffsight.gallery.command_options import PROMPT
 from diffsight.gallery.commands import add_commands
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Open diffusion pipelines and language models for interpretability research.",
         epilog=f'example: diffsight lens "{PROMPT}"',
     )
-    parser.add_argument("--version", action="version", version=f"diffsight {__version__}")
+    parser.add_argument("--version", action="version", version=f"diffsight {version('diffsight')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_lens_commands(commands)
     models = commands.add_parser("models", help="list the packaged models", epilog="example: diffsight models")
