@@ -139,7 +139,7 @@ def test_bad_input(net, model):
 def test_names_and_targets_that_do_not_exist(model):
     result = run_prompts(model, Prompt.from_strings(PROMPTS[0], TARGETS, model), progress=False)
     assert "wrong" not in result and result.get("wrong") is None
-    with pytest.raises(InputError, match="there is no target 'trap'.*the result has right, traps, long"):
+    with pytest.raises(InputError, match=r"there is no target 'trap'.*the result has right, traps, long"):
         result["trap"]
     for tokens in (17, "Paris"):
         with pytest.raises(InputError, match="must be token ids"):
