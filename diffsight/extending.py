@@ -92,7 +92,7 @@ from diffsight.engine.scan import is_scanning
 from diffsight.engine.scan_state import ModuleHooks
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.structural_copy import structural_copy
-from diffsight.engine.taps import Tap
+from diffsight.engine.tapped_call import Tap
 from diffsight.engine.target import Target, join, part_targets
 from diffsight.engine.tree import Tree
 from diffsight.engine.wrapped_modules import children_in, unwrapped, wrapped_path

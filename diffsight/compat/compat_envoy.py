@@ -16,7 +16,7 @@ from torch import nn
 from diffsight.compat.iterations import Iterations
 from diffsight.compat.layer_tuples import LayerOutput, gives_tuple
 from diffsight.compat.old_names import old_name
-from diffsight.compat.tracer import end_visits, iterations_of, move_to_next, note_change, note_read, repeat_all
+from diffsight.compat.tracer import end_visits, iterations_of, move_to_next, note_read, repeat_all
 from diffsight.engine.current_run import current_edit
 from diffsight.errors import DiffsightError, OutOfOrderError
 from diffsight.extending import (
@@ -205,7 +205,6 @@ class CompatEnvoy(Envoy):
         return self._as_tuple(value) if part == "output" else value
 
     def _assign(self, part: str, value: Any) -> None:
-        note_change(self._run_at(part), self.path)
         if part == "output" and isinstance(value, tuple) and len(value) == 1 and self._gives_tuple():
             value = value[0]
         points = self._visited(part)
@@ -215,7 +214,6 @@ class CompatEnvoy(Envoy):
 
     def skip(self, value: Any) -> None:
         """Leave the call out: the model continues with `value` as its output."""
-        note_change(self._run_at("skip"), self.path)
         is_tuple = isinstance(value, tuple) and len(value) == 1 and self._gives_tuple()
         super().skip(value[0] if is_tuple else value)
 

@@ -105,6 +105,7 @@ class Tracer(TracerFunctions, Run):
             args = (self._joined_inputs(),)
         tracer = super().invoke(*args, **kwargs)
         tracer._is_invoke, tracer._is_of_all = True, is_of_all
+        watch_changes(tracer)
         if not is_of_all:
             self._invoked_with = (*self._invoked_with, (args, kwargs))
         return describe_opening(tracer, self._generates, has_input=True)
@@ -160,7 +161,7 @@ class Tracer(TracerFunctions, Run):
             InputError: Something was already read or changed.
         """
         run = self._current_pass()
-        if flow_of(run).coroutine is not None or run._changed:
+        if flow_of(run).coroutine is not None:
             raise InputError("tracer.cache() must come before reading or modifying a value of the model")
         return cache_of(run, self._model, modules, (device, dtype, detach), include_output, include_inputs)
 
@@ -188,8 +189,8 @@ class Tracer(TracerFunctions, Run):
             self._repeat_rest()
         add_hint(error, trace)
         super().__exit__(kind, error, trace)
-        if error is None and self._is_of_all:
-            self._find_changes()
+        self._find_changes()
+        if error is None:
             check_read_only(self)
         return is_stopped
 
@@ -278,15 +279,19 @@ def note_read(tracer: Any, value: Any) -> None:
         tracer._read += [(leaf, leaf._version) for leaf in tree_leaves(value) if is_versioned(leaf)]
 
 
-def note_change(tracer: Any, path: str) -> None:
-    """Note that a block changes a value.
+def watch_changes(tracer: Tracer) -> None:
+    """Note where the block of an invoke assigns values or skips modules, in whatever way."""
+    flow = flow_of(tracer)
 
-    Raises:
-        InputError: It is an invoke without input.
-    """
-    if isinstance(tracer, Tracer):
-        tracer._changed = path
-        check_read_only(tracer)
+    def noting(method: Callable[[Asked, Any], None]) -> Callable[[Asked, Any], None]:
+        def call(asked: Asked, value: Any) -> None:
+            tracer._changed = asked.target.path
+            check_read_only(tracer)
+            method(asked, value)
+
+        return call
+
+    flow.assign, flow.skip = noting(flow.assign), noting(flow.skip)
 
 
 def check_read_only(tracer: Tracer) -> None:

@@ -32,7 +32,8 @@ from diffsight.engine.points import (
     users_line,
 )
 from diffsight.engine.step_clock import Clock
-from diffsight.engine.taps import Tap, Taps
+from diffsight.engine.tapped_call import Tap
+from diffsight.engine.taps import Taps
 from diffsight.engine.target import Target, join
 from diffsight.engine.torch_state import TorchState, call_in, seeded_random_state
 from diffsight.engine.tree import Tree
@@ -80,7 +81,7 @@ class Flow:
         self.tree = tree
         self.load: Callable[[], None] = tree.weights.load  # called before anything runs
         self.clock: Clock = tree.clock()
-        self.taps = Taps(self, [*tree.components(), *tree.attached.targets.values()], tree.layout)
+        self.taps = Taps(self, [*tree.components(), *tree.attached.targets.values()], tree.module_places)
         self.state = TorchState.capture()
         self.seed: int | None = None  # of the model's own random state; None: it uses the global one
         self.modes: list = []  # function modes that the model runs in, besides the caller's

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from diffsight.engine.points import INPUTS, LAST, OUTPUT, Asked, Assignment, Point, PointKey
-from diffsight.engine.taps import Tap
+from diffsight.engine.tapped_call import Tap
 from diffsight.errors import NeverReachedError, OutOfOrderError, RunClosedError
 
 

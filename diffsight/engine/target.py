@@ -42,7 +42,7 @@ class Target:
         """Send every call through `tap` from now on; return an object whose `remove()` undoes it.
 
         This is for methods; forward passes are hooked by `Taps`. Subclasses call `tap.enter` and `tap.leave`, or
-        `tap.call`, see `diffsight.engine.taps.Tap`."""
+        `tap.call`, see `diffsight.engine.tapped_call.Tap`."""
         return TappedMethod(self.owner, self.name)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,7 @@ from diffsight.engine.coroutine import Coroutine, InnerCall, current
 from diffsight.engine.order import Scope
 from diffsight.engine.points import Point, PointKey
 from diffsight.engine.step_clock import Clock
-from diffsight.engine.taps import Tap
+from diffsight.engine.tapped_call import Tap
 from diffsight.engine.torch_state import TorchState
 
 _FROM_EDIT = "_diffsight_edit"  # set on an error that was raised in an edit

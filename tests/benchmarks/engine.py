@@ -166,7 +166,7 @@ def denoising(model: DiffusionModel) -> dict[str, Task]:
 
 def compare(task: str, runs: dict[str, Task], sides: list[str], most: int) -> None:
     """Print a line: what each of `runs` takes longer than the one called bare."""
-    quick, noise = interleaved(runs, most, of="diffsight")
+    quick, noise = interleaved(runs, most, of="diffsight" if "diffsight" in runs else "hook")
 
     def cell(side: str) -> str:
         added = (quick[side] - quick["bare"]) * 1e3 if side in quick else None

@@ -13,9 +13,7 @@ _LEAST, _BLOCK = 20, 20  # rounds
 _CLAIM = 0.1  # the noise that is sought, as a share of what is added
 
 
-def interleaved(
-    calls: Mapping[str, Callable[[], Any]], most: int, of: str | None = None
-) -> tuple[dict[str, float], float]:
+def interleaved(calls: Mapping[str, Callable[[], Any]], most: int, of: str) -> tuple[dict[str, float], float]:
     """Return the processor time of each call in seconds, and the noise of these figures.
 
     All are called once in each round, in an order that is shuffled, and the one called "bare" twice. The figures are
@@ -35,7 +33,7 @@ def interleaved(
             times[name].append(time.process_time() - started)
         if turn >= _LEAST and turn % _BLOCK == 0:
             quick, noise = _figures(times)
-            if noise <= _CLAIM * (quick.get(of, quick["bare"]) - quick["bare"]):
+            if noise <= _CLAIM * (quick[of] - quick["bare"]):
                 break
     return _figures(times)
 

@@ -79,6 +79,24 @@ def test_class_of_a_task(bert_folder):
         TransformersModel(model._module, automodel="AutoModel")
 
 
+def test_invoke_of_all_texts(net):
+    model = TransformersModel(net, tokenizer=language.TOKENIZER)
+    ids = language.ids(TEXT)
+    with model.trace() as tracer:
+        with tracer.invoke(TEXT):
+            pass
+        with tracer.invoke({"input_ids": ids}):
+            pass
+        with tracer.invoke():
+            logits = model.lm_head.output
+    assert torch.equal(logits, net(ids.repeat(2, 1)).logits)
+    with pytest.raises(InputError, match="an invoke before it has changed"), model.trace() as tracer:
+        with tracer.invoke(TEXT):
+            model.layers_output[1] = model.layers_output[1] * 2
+        with tracer.invoke():
+            pass
+
+
 def test_pipelines(net):
     model = TransformersModel(net, tokenizer=language.TOKENIZER, task="text-generation")
     arguments = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}

@@ -341,6 +341,8 @@ def test_the_record_has_the_nearest_of_every_prompt(both, tmp_path):
 def test_a_progress_bar_that_is_turned_off_stays_off(capfd):
     pipes = {"one": diffusion.stable_diffusion(), "two": diffusion.stable_diffusion()}
     models = {name: DiffusionModel(pipe) for name, pipe in pipes.items()}
+    for model in models.values():
+        model.set_progress_bar_config(disable=False)
     compare_encoders(models, PROMPTS[:2], num_inference_steps=1)
     assert "%" in capfd.readouterr().err
     for model in models.values():

@@ -22,7 +22,7 @@ from diffsight.engine.target import Target
 Key = tuple[int, str]
 
 
-class Layout:
+class ModulePlaces:
     """The modules below some components of a model.
 
     `places` are the targets of the modules that stand in several places, by key. `counted` are the modules, by id,
