@@ -10,20 +10,15 @@
 Here is what you need most: the wrappers, the runs, three errors to catch, the lenses and `image_grid`. Everything else
 is in the package that it belongs to: `diffsight.errors`, `diffsight.pipelines`, `diffsight.lenses`.
 
-Importing diffsight needs PyTorch alone. Whatever is built on diffusers and transformers is imported when it is first
-used.
+Each name is imported when it is first used, and so are PyTorch, diffusers and transformers.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from diffsight.edits import Edit
-from diffsight.errors import DiffsightError, OutOfOrderError, WrongThreadError
-from diffsight.model import Model
-from diffsight.run import Run
-from diffsight.steps import Step
-
 if TYPE_CHECKING:
+    from diffsight.edits import Edit
+    from diffsight.errors import DiffsightError, OutOfOrderError, WrongThreadError
     from diffsight.lenses import (
         attention_from,
         attention_maps,
@@ -33,6 +28,7 @@ if TYPE_CHECKING:
         encoder_patching,
         image_grid,
         image_token_lens,
+        invert,
         layer_fidelity,
         load_activations,
         logit_lens,
@@ -41,8 +37,12 @@ if TYPE_CHECKING:
         prompt_to_prompt,
         run_prompts,
         steer,
+        trajectory_lens,
     )
+    from diffsight.model import Model
     from diffsight.pipelines import DiffusionModel, HFPipeline, LanguageModel, VisionLanguageModel
+    from diffsight.run import Run
+    from diffsight.steps import Step
 
 __version__ = "0.1.0"
 
@@ -66,6 +66,7 @@ __all__ = [
     "encoder_patching",
     "image_grid",
     "image_token_lens",
+    "invert",
     "layer_fidelity",
     "load_activations",
     "logit_lens",
@@ -74,15 +75,30 @@ __all__ = [
     "prompt_to_prompt",
     "run_prompts",
     "steer",
+    "trajectory_lens",
 ]
 
-_WRAPPERS = {"DiffusionModel", "HFPipeline", "LanguageModel", "VisionLanguageModel"}
+_MODULE_OF = {  # of all but the lenses
+    "DiffsightError": "errors",
+    "DiffusionModel": "pipelines",
+    "Edit": "edits",
+    "HFPipeline": "pipelines",
+    "LanguageModel": "pipelines",
+    "Model": "model",
+    "OutOfOrderError": "errors",
+    "Run": "run",
+    "Step": "steps",
+    "VisionLanguageModel": "pipelines",
+    "WrongThreadError": "errors",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("diffsight.pipelines" if name in _WRAPPERS else "diffsight.lenses"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF.get(name, 'lenses')}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

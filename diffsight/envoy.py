@@ -13,9 +13,10 @@ The functions at the end are for code outside this module that works with envoys
 """
 
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -60,11 +61,40 @@ def raise_kept(holder: Any) -> None:
         raise error
 
 
+class ChildrenFirst:
+    """A handle on a model in which modules are called `_model`, `_flow` or the like: outside diffsight, such a name
+    means the module, not what diffsight keeps under it."""
+
+    def __getattribute__(self, name: str) -> Any:
+        asker = sys._getframe(1).f_globals.get("__name__", "")
+        if name.startswith("_") and not name.startswith("__") and not asker.startswith(f"{__package__}."):
+            child = object.__getattribute__(self, "_child")(name)
+            if child is not None:
+                return child
+        return super().__getattribute__(name)
+
+
+@cache
+def _children_first(cls: type) -> type:
+    return type(cls.__name__, (ChildrenFirst, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def look_at_children_first(handle: Any) -> None:
+    """Make `handle` one that looks at private names among the modules first, see `ChildrenFirst`."""
+    object.__setattr__(handle, "__class__", _children_first(type(handle)))
+
+
 class InRun:
     """A run, as its envoys see it: the handle on the model that it runs, and the flow that moves the model."""
 
     def __init__(self, model: "Envoy", flow: Flow) -> None:
         self.__dict__.update(_model=model, _flow=flow)
+        if flow.tree.has_private_names:
+            look_at_children_first(self)
+
+    def _child(self, name: str) -> "Envoy | MethodEnvoy | None":
+        """The child of the whole model called `name`, if there is one."""
+        return root_of(self)._child(name)
 
 
 class Points:
@@ -82,6 +112,8 @@ class Points:
         self, tree: Tree, target: Target, run: InRun | None = None, call: int = 0, part: Selection | None = None
     ) -> None:
         self.__dict__.update(_tree=tree, _target=target, _run=run, _call=call, _part=part)
+        if tree.has_private_names and isinstance(self, Envoy):
+            look_at_children_first(self)
 
     @property
     def output(self) -> Any:
@@ -152,6 +184,11 @@ class Points:
             "what it wraps, Model(copy.deepcopy(module))"
         )
 
+    def _hint_at_child(self, name: str) -> str:
+        """How to get at the module called `name`, if there is one, in words."""
+        is_child = name in self._tree.children_of(self._target)
+        return f'. The module of that name is {self.path}["{name}"]' if is_child else ""
+
     def _fetch(self, part: str) -> Any:
         try:
             flow = self._run._flow if self._run is not None else self._flow(part)
@@ -188,7 +225,7 @@ class Points:
         if flow is None:
             raise NoRunError(
                 f"{join(self.path, part)} has a value only while the model runs: write it inside "
-                f"`with model.{self._tree.opens_with}(...) as run:`"
+                f"`with model.{self._tree.opens_with}(...) as run:`{self._hint_at_child(part)}"
             )
         return flow
 
@@ -298,7 +335,7 @@ class Envoy(Points):
             module = edit.attached.setdefault((id(owner), name), module)
             if tree.attached.find(owner, name) is not None:
                 return
-        tree.attach(owner, name, join(self.path, name), module)
+        tree.attach(owner, name, join(self._target.path, name), module)
 
     def _start_edits(self) -> bool:
         """Start the edits of the run at hand if they have not started: perhaps they attach what is looked for."""
@@ -358,6 +395,10 @@ class Envoy(Points):
     def __getitem__(self, key: int | str | slice) -> Any:
         if isinstance(key, str):
             return self._at(key)
+        if type(self._owner) is nn.ModuleList and type(key) is int:
+            target = self._target.item(key)
+            if target is not None:
+                return self._handle(target)
         children = list(self._tree.children_of(self._target).values())
         if isinstance(key, slice):
             return [self._handle(target) for target in children[key]]
@@ -398,8 +439,14 @@ class Envoy(Points):
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._names(), *dir(self._owner)})
 
+    def _hidden_names(self) -> list[str]:
+        """The names of modules inside that mean something else on an envoy, such as `output`."""
+        return sorted(name for name in self._tree.module_names(self._owner) if hasattr(Envoy, name))
+
     def __repr__(self) -> str:
-        return self._tree.describe(self._owner)
+        hidden = ", ".join(f'["{name}"]' for name in self._hidden_names())
+        hint = f"\nmodules whose names mean something else here: {hidden}" if hidden else ""
+        return f"{self._tree.describe(self._owner)}{hint}"
 
 
 # ---- for code outside this module, see `diffsight.extending`

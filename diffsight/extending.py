@@ -77,6 +77,9 @@ pass untouched. To change a method for the duration of a run, use `ChangedMethod
 function: `tree_of`, `target_of`, `owner_of`, `run_of`, `part_of`, `child_of(envoy, name)`, `handle_on(envoy, target)`,
 `narrowed(points, selection)`, `fetch(points, part)`, `assign(points, part, value)`, and `run_meant_by(points, what)`
 for the run whose values `model.<path>` has.
+
+**Modules.** `unwrapped(module)`, `wrapped_path(module)` and `children_in(target)` see through what wraps a module, such
+as `torch.compile`. `structural_copy(module)` is a copy without weights and hooks, to try something on.
 """
 
 from diffsight.engine.batch_slicing import Part, Selection
@@ -88,9 +91,11 @@ from diffsight.engine.points import INPUTS, OUTPUT, Asked, first_input
 from diffsight.engine.scan import is_scanning
 from diffsight.engine.scan_state import ModuleHooks
 from diffsight.engine.step_clock import Clock
-from diffsight.engine.taps import Tap
+from diffsight.engine.structural_copy import structural_copy
+from diffsight.engine.tapped_call import Tap
 from diffsight.engine.target import Target, join, part_targets
 from diffsight.engine.tree import Tree
+from diffsight.engine.wrapped_modules import children_in, unwrapped, wrapped_path
 from diffsight.envoy import (
     Envoy,
     MethodEnvoy,
@@ -139,6 +144,7 @@ __all__ = [
     "View",
     "assign",
     "child_of",
+    "children_in",
     "current_owner",
     "each",
     "fetch",
@@ -158,7 +164,10 @@ __all__ = [
     "raise_kept",
     "run_meant_by",
     "run_of",
+    "structural_copy",
     "target_of",
     "tree_of",
+    "unwrapped",
     "with_gradients",
+    "wrapped_path",
 ]

@@ -49,6 +49,7 @@ class Model(Envoy):
     def _wrap(self, tree: Tree) -> None:
         """Wrap what a tree describes. Wrappers call it in place of `super().__init__`."""
         self.__dict__["_edits"] = []
+        tree.look_for_private_names()
         super().__init__(tree, tree.root)
 
     @property
@@ -194,6 +195,12 @@ class Model(Envoy):
             f"a {name} cannot be copied or pickled, since it has runs and edits: wrap a copy of what it wraps, "
             f"{name}(copy.deepcopy(module)); or use model.edit(), which returns a copy that shares the weights and has "
             "edits of its own"
+        )
+
+    def _hidden_names(self) -> list[str]:
+        run_class = self._run_class
+        return sorted(
+            n for n in self._tree.module_names(self._owner) if hasattr(type(self), n) or hasattr(run_class, n)
         )
 
     def __repr__(self) -> str:

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from diffsight.engine.points import Asked, first_input
-from diffsight.engine.taps import Tap
+from diffsight.engine.tapped_call import Tap
 from diffsight.envoy import VALUES, Envoy, InRun, Points, child_of, flow_of, inside, root_of, target_of, tree_of
 from diffsight.errors import InputError, PointNotFoundError
 

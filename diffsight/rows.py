@@ -5,8 +5,8 @@
         y.layers[2].output = x.layers[2].output      # reaches the second input only
 
 A row has the model's envoys, narrowed to its part: reading returns views of the batch, and assigning changes only the
-row's own entries. Tuples and output objects are narrowed element by element. A tensor whose batch dimension is
-ambiguous raises an error.
+row's own entries. Tuples and output objects are narrowed element by element. A tensor whose first dimension is not the
+batch, even if it has its size, raises an error: see `engine.batch_dimensions`.
 """
 
 import inspect
@@ -15,7 +15,17 @@ from functools import partial
 from typing import Any
 
 from diffsight.engine.batch_slicing import Part, Selection
-from diffsight.envoy import InRun, Points, bound_run, flow_of, root_of, selection_of, tree_of
+from diffsight.envoy import (
+    InRun,
+    Points,
+    bound_run,
+    child_of,
+    flow_of,
+    look_at_children_first,
+    root_of,
+    selection_of,
+    tree_of,
+)
 from diffsight.errors import InputError
 
 
@@ -24,6 +34,12 @@ class View:
 
     def __init__(self, run: InRun, part: Selection) -> None:
         self.__dict__.update(_run=run, _part=part)
+        if tree_of(run).has_private_names:
+            look_at_children_first(self)
+
+    def _child(self, name: str) -> Any:
+        """The child of the whole model called `name`, if there is one."""
+        return child_of(root_of(self._run, self._part), name)
 
     @property
     def steps(self) -> Any:

@@ -8,6 +8,7 @@ the extra `smollm2`, and are left as they are without it.
 """
 
 import argparse
+import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,19 +20,22 @@ from PIL import Image
 
 from diffsight import (
     DiffusionModel,
-    InputError,
     LanguageModel,
     attention_maps,
     compare_encoders,
     diffusion_lens,
     encoder_patching,
     image_grid,
+    invert,
     layer_fidelity,
     logit_lens,
     run_prompts,
+    trajectory_lens,
 )
+from diffsight.errors import InputError
 from diffsight.lenses import Prompt
 from diffsight.lenses.layer_fidelity import sample_prompts
+from diffsight.pipelines.shapes.scenes import Scene, Thing, render
 
 FOLDER = Path(__file__).parent / "images"
 SCENE = "a red circle below a blue square on a gray background"
@@ -66,6 +70,22 @@ def lens_grid() -> Image.Image:
     return diffusion_lens(shapes("clip"), SCENE, seed=0, progress=False).grid()
 
 
+def trajectory() -> Image.Image:
+    show = ["noisy", "prediction", "cond", "uncond", "guidance", "guidance map"]
+    return trajectory_lens(shapes("clip"), SCENE, steps=slice(None, None, 3), show=show, seed=0, **DRAWING).grid()
+
+
+def block_exits() -> Image.Image:
+    steps = {"steps": slice(None, None, 4), "num_inference_steps": 20}
+    return trajectory_lens(shapes("flux"), SCENE, exits="blocks", seed=0, progress=False, **steps).grid()
+
+
+def inverted() -> Image.Image:
+    scene = Scene((Thing("red", "circle"), Thing("blue", "square")), "below", "gray")
+    image = render(scene, random.Random(0))
+    return invert(shapes("clip"), image, SCENE, num_inference_steps=20, fixed_point=3, progress=False).grid()
+
+
 def patching() -> Image.Image:
     source = "a red circle above a blue square on a gray background"
     target = "a green ring above a blue square on a gray background"
@@ -98,6 +118,9 @@ IMAGES: dict[str, Callable[[], Image.Image | Figure]] = {
     "packaged": packaged,
     "attention-maps": attention,
     "lens-grid": lens_grid,
+    "trajectory": trajectory,
+    "block-exits": block_exits,
+    "inverted": inverted,
     "encoder-patching": patching,
     "layer-fidelity": fidelity,
     "cka": cka,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffsight.lenses.encoder_patching import EncoderPatchingResult, encoder_patching
     from diffsight.lenses.encoders.drawing import LensWarning
     from diffsight.lenses.image_token_lens import ImageTokenPredictions, image_token_lens
+    from diffsight.lenses.inversion import Inversion, invert
     from diffsight.lenses.layer_fidelity import LayerFidelity, layer_fidelity
     from diffsight.lenses.linear_cka import linear_cka
     from diffsight.lenses.linear_map import LinearMap
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from diffsight.lenses.steering import steer
     from diffsight.lenses.target_probabilities import Prompt, TargetProbabilities, first_tokens, run_prompts
     from diffsight.lenses.tokens.predictions import LensPredictions
+    from diffsight.lenses.trajectory_lens import TrajectoryLensResult, trajectory_lens
 
 __all__ = [
     "DESCRIPTION",
@@ -47,6 +49,7 @@ __all__ = [
     "EncoderComparison",
     "EncoderPatchingResult",
     "ImageTokenPredictions",
+    "Inversion",
     "LayerFidelity",
     "LensPredictions",
     "LensWarning",
@@ -56,6 +59,7 @@ __all__ = [
     "PromptToPromptResult",
     "TargetProbabilities",
     "TargetPrompt",
+    "TrajectoryLensResult",
     "attention_from",
     "attention_maps",
     "collect_activations",
@@ -65,6 +69,7 @@ __all__ = [
     "first_tokens",
     "image_grid",
     "image_token_lens",
+    "invert",
     "layer_fidelity",
     "linear_cka",
     "load_activations",
@@ -75,6 +80,7 @@ __all__ = [
     "repeat_prompt",
     "run_prompts",
     "steer",
+    "trajectory_lens",
 ]
 
 _NAMES_IN = {
@@ -85,6 +91,7 @@ _NAMES_IN = {
     "encoder_patching": ("EncoderPatchingResult", "encoder_patching"),
     "encoders.drawing": ("LensWarning",),
     "image_token_lens": ("ImageTokenPredictions", "image_token_lens"),
+    "inversion": ("Inversion", "invert"),
     "layer_fidelity": ("LayerFidelity", "layer_fidelity"),
     "linear_cka": ("linear_cka",),
     "linear_map": ("LinearMap",),
@@ -103,6 +110,7 @@ _NAMES_IN = {
     "steering": ("steer",),
     "target_probabilities": ("Prompt", "TargetProbabilities", "first_tokens", "run_prompts"),
     "tokens.predictions": ("LensPredictions",),
+    "trajectory_lens": ("TrajectoryLensResult", "trajectory_lens"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES_IN.items() for name in names}
 

@@ -38,6 +38,7 @@ from diffsight.lenses.attention.word_keys import WordKeys
 from diffsight.lenses.encoders.checks import check_call
 from diffsight.lenses.layers import Layers, choose_layers
 from diffsight.lenses.options import check_options
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.figure import Plot, set_heading, write_figure
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import frames_of, image_of
@@ -174,6 +175,7 @@ class AttentionMaps(LensResult):
         }
 
 
+@repeatable
 def attention_maps(
     model: DiffusionModel,
     prompt: str,
@@ -241,6 +243,7 @@ def attention_maps(
     return _result(run, reading, named.names, prompt, seed, model, arguments, method)
 
 
+@repeatable
 def attention_from(
     model: DiffusionModel,
     prompt: str,

@@ -6,10 +6,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from diffsight.extending import Target
+from diffsight.extending import Target, children_in
 from diffsight.pipelines.attention import AttentionTree
 from diffsight.pipelines.module_spans import is_at, target_at
-from diffsight.pipelines.wrapped_modules import children_in
 
 
 class NamedTree(AttentionTree):

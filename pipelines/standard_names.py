@@ -20,7 +20,7 @@ from typing import Literal
 
 from torch import nn
 
-from diffsight.pipelines.wrapped_modules import unwrapped, wrapped_path
+from diffsight.extending import unwrapped, wrapped_path
 
 EMBEDDING = "embedding"  # stands for the input of the first layer wherever a layer is named
 Layer = int | Literal["embedding"]

@@ -4,19 +4,24 @@ The files in order; each imports only from those above it:
 
     torch_state     grad mode, inference mode, autocast, function modes, random state
     coroutine       a stack that parks and resumes; each run has its own, so two can be open in lockstep
-    gradients       calls methods that disable gradients with gradients enabled
+    gradients       calls methods that disable gradients with gradients enabled; gradient checkpointing
     hooks           what a run puts on the model, and takes off again
     users_hooks     forward hooks of others, and which of them may change an output
     target          one thing that can be tapped, and its path
+    wrapped_modules     sees through modules that wrap another
+    structural_copy     a model without its weights and hooks
+    batch_dimensions    which values have the batch as their first dimension
     batch_slicing   a part of a value, such as the rows of a batch
+    weak_values     values that are there as long as somebody else holds them
     points          a point as it is asked for, a value that passes there, an assignment
     current_run     which run `model.<path>` means
     late_weights    weights that are loaded later
     step_clock      when a step begins
     attached_modules    modules of the user's own on parts of a model
-    layout          where modules stand, and which are called directly, bypassing those around them
+    module_places   where modules stand, and which are called directly, bypassing those around them
     tree            everything that can be tapped in a model, and its names
-    taps            the calls of one module: counted, changed or skipped; and all the taps of a run
+    tapped_call     the calls of one module or method: counted, changed or skipped
+    taps            all taps of a run, and from when on they count
     order           passed, too late, never reached
     user_bodies     edits and the functions of `run.each`, and whose turn it is
     flow            moves the model

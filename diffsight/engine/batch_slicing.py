@@ -12,16 +12,19 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from diffsight.engine.batch_dimensions import batch_dimensions
+from diffsight.engine.hooks import FORWARD
 from diffsight.engine.target import Target
 from diffsight.errors import AssignmentError, InputError
 
 
 class Tapped(Protocol):
-    """What a selection may look at in the calls of what is tapped; see `diffsight.engine.taps.Tap`."""
+    """What a selection may look at in the calls of what is tapped; see `diffsight.engine.tapped_call.Tap`."""
 
     target: Target
+    host: Any  # the run
     entered: int  # calls begun so far
     step_base: int  # calls begun before the current step
 
@@ -69,6 +72,9 @@ class Part(Selection):
 
     def __init__(self, start: int, stop: int, total: int, stride: int = 1, name: str = "") -> None:
         self.start, self.stop, self.total, self.stride, self.name = start, stop, total, stride, name
+
+    def at(self, tap: Tapped, index: int, path: object) -> Selection:
+        return self if self.total == 1 or tap.target.name != FORWARD else TracedPart(self, tap, path)
 
     def take(self, value: Any, path: object) -> Any:
         """Return this part of `value`: a view of a tensor; containers element by element."""
@@ -125,10 +131,9 @@ class Part(Selection):
         part = self._slice(whole, path)
         if value.shape != whole[part].shape:
             raise AssignmentError(f"{path} has the shape {tuple(whole[part].shape)}, not {tuple(value.shape)}")
-        # Gradients flow through the rest whatever the body's grad mode, and autograd may hold what a copy was read for.
-        tracked = whole.requires_grad or value.requires_grad
-        with torch.set_grad_enabled(tracked):
-            if tracked or copies.get(id(whole)) is not whole:
+        # Gradients flow through the rest whatever the body's grad mode.
+        with torch.set_grad_enabled(whole.requires_grad or value.requires_grad):
+            if copies.get(id(whole)) is not whole:
                 whole = whole.clone()
                 copies[id(whole)] = whole
             whole[part] = value
@@ -149,3 +154,41 @@ class Part(Selection):
                 f"the batch of {self.total}. Read or assign it on the run itself"
             )
         return slice(self.start, self.stop, self.stride)
+
+
+class TracedPart(Part):
+    """A part of a batch at one point, where larger batches have shown which dimensions are the batch."""
+
+    def __init__(self, part: Part, tap: Tapped, path: Any) -> None:
+        super().__init__(part.start, part.stop, part.total, part.stride, part.name)
+        self._tap = tap
+        self._part = getattr(path, "asked", path).part  # of a point, or of what was assigned to one
+        self._found: dict[int, bool | None] | None = None  # by the id of a tensor: whether its first dimension is it
+
+    def take(self, value: Any, path: object) -> Any:
+        self._look_at(value)
+        return super().take(value, path)
+
+    def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
+        self._look_at(whole)
+        return super().put(whole, value, path, copies)
+
+    def _look_at(self, value: Any) -> None:
+        found = batch_dimensions(self._tap.host, self._tap.target, self._part, value, self.total)
+        self._found = None if found is None else {id(leaf): is_it for leaf, is_it in zip(tree_leaves(value), found)}
+
+    def _is_batch(self, tensor: torch.Tensor) -> bool:
+        return super()._is_batch(tensor) if self._found is None else self._found[id(tensor)] is not False
+
+    def _slice(self, tensor: torch.Tensor, path: object) -> slice:
+        if self._found is None and tensor.shape.count(self.total) > 1:
+            raise InputError(
+                f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and which dimension is the batch "
+                f"of {self.total} cannot be known. Read or assign it on the run itself"
+            )
+        if self._found is not None and not self._found[id(tensor)]:
+            raise InputError(
+                f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and its first dimension is not "
+                f"the batch of {self.total}. Read or assign it on the run itself"
+            )
+        return super()._slice(tensor, path)

@@ -1,11 +1,66 @@
-"""Enable gradients in methods that disable them, such as a pipeline's `__call__`."""
+"""Gradients in runs: methods that disable them, and regions of the model that `backward()` computes again.
 
+Gradient checkpointing drops what autograd saves in a region of the model, and `backward()` computes the region again.
+That second computation would leave out everything that a run has changed in the region. So from the first point there
+that a run reads or changes, autograd keeps what it saves. Because the second computation ends with the last value that
+was dropped, it ends before that point, and all gradients are exact.
+
+A region whose forward pass runs without gradients, as that of reentrant checkpointing does, is computed again as a
+whole. Points in it are refused.
+"""
+
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+
+import torch
+from torch.autograd.function import FunctionCtx
+
+from diffsight.engine.torch_state import restore_saved_tensor_hooks, saved_tensor_hooks
+
+_PACKS_FOR_CHECKPOINT = "_checkpoint_hook.__init__.<locals>.pack_hook"  # in torch.utils.checkpoint
 
 
 def with_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
     """Return a bound method without the `torch.no_grad()` that it is decorated with."""
     wrapped = getattr(method.__func__, "__wrapped__", None)
     return method if wrapped is None else partial(wrapped, method.__self__)
+
+
+def end_checkpoints() -> None:
+    """Keep what autograd saves from now on, in all regions of gradient checkpointing that the model is in."""
+    hooks = saved_tensor_hooks()
+    regions = [pack for pack, _ in hooks if pack.__qualname__ == _PACKS_FOR_CHECKPOINT]
+    if regions:
+        for pack in regions:
+            region = pack.__closure__[pack.__code__.co_freevars.index("frame")].cell_contents
+            region.early_stop = True  # the second computation ends with the last value that was dropped
+        restore_saved_tensor_hooks([(_keep, _kept) if pack in regions else (pack, unpack) for pack, unpack in hooks])
+
+
+def is_computed_again() -> bool:
+    """Whether the model is in a function of autograd that hides from it what it calls, and that needs gradients."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
+            context = frame.f_locals["ctx"]
+            if isinstance(context, FunctionCtx) and any(context.needs_input_grad):
+                return True
+        frame = frame.f_back
+    return False
+
+
+def _keep(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return tensor.detach(), tensor._version  # detached: the tensor itself may hold the graph that it is saved in
+
+
+def _kept(saved: tuple[torch.Tensor, int]) -> torch.Tensor:
+    tensor, version = saved
+    if tensor._version != version:  # autograd does not compare them where hooks are set
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} that is needed for the gradient has been modified in place: it "
+            f"is at version {tensor._version}, and was saved at version {version}"
+        )
+    return tensor

@@ -12,16 +12,18 @@ and signatures remain those of the original. If several runs are open at once, t
 """
 
 import functools
+import operator
+import sys
 import weakref
-from collections.abc import Callable, Iterable
-from threading import RLock
+from collections.abc import Callable, Collection, Iterable
+from threading import RLock, get_ident, local, main_thread
 from types import FrameType, FunctionType, MethodType
 from typing import Any
 
 from greenlet import getcurrent
 from torch import nn
 
-from diffsight.engine.coroutine import current_owner
+from diffsight.engine.coroutine import THIS_THREAD, current_owner
 
 FORWARD = "forward"
 COMPILED = "_compiled_call_impl"  # on a module after `module.compile()`: what its calls go to
@@ -29,6 +31,7 @@ _GETSTATE = "__getstate__"  # what copies of an object are made from; looked up 
 _OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; copies carry it along
 
 _lock = RLock()
+_forward_of = operator.itemgetter(FORWARD)
 
 
 # ---- the forward passes of modules
@@ -38,60 +41,78 @@ _hooked: dict[int, list] = {}  # id of a module: what overrides its calls, where
 # always either hooked or not, whatever comes in between, everything that says so is changed without a call.
 
 
-def hook_modules(modules: Iterable[nn.Module], hooked: list) -> None:
-    """Send the calls of `modules` through the taps of the run that makes them, and add each module to `hooked`.
+class HookedModules:
+    """The modules that a run has hooked: their calls go through the taps of the run that makes them.
 
-    Nested: each module stays hooked until `unhook_modules` has been called for it as often as this function."""
-    for module in modules:
-        with _lock:  # inside the loop: Python 3.13 would not release it if an interrupt came between two iterations
-            number = id(module)
-            if number in _hooked:
-                _hooked[number][3] += 1
-            else:
-                held, forward = module.__dict__, getattr(type(module), FORWARD, None)
-                is_plain = type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None
-                if is_plain and type(module.forward) is MethodType:  # otherwise it is a static method, for example
-                    put, name, own = MethodType(_through_taps(forward), module), FORWARD, None
+    Nested: each module stays hooked until as many runs have unhooked it as have hooked it."""
+
+    def __init__(self) -> None:
+        self._modules: list[nn.Module] = []
+        self._held: list[dict] = []  # what each module holds, and of it what the hook is
+        self._hooks: list[Callable] = []
+
+    def hook(self, modules: Iterable[nn.Module]) -> None:
+        """Hook more modules."""
+        for module in modules:
+            with _lock:  # inside the loop: Python 3.13 would not release it if an interrupt came between two iterations
+                number, held = id(module), module.__dict__
+                if number in _hooked:
+                    known = _hooked[number]
+                    known[3] += 1
                 else:
-                    put, name, own = _of_its_own(module)
-                state = MethodType(_state_without_hook, module)
-                _hooked[number] = [put, name, own, 1]
-                held[name] = put
-                held[_GETSTATE] = state
-            hooked.append(module)
+                    forward = getattr(type(module), FORWARD, None)
+                    is_plain = type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None
+                    if is_plain and type(module.forward) is MethodType:  # otherwise it is a static method, for example
+                        put, name, own = MethodType(_through_taps(forward), module), FORWARD, None
+                    else:
+                        put, name, own = _of_its_own(module)
+                    state = MethodType(_state_without_hook, module)
+                    known = _hooked[number] = [put, name, own, 1]
+                    held[name] = put
+                    held[_GETSTATE] = state
+                self._modules.append(module)
+            if known[1] is FORWARD:
+                self._held.append(held)
+                self._hooks.append(known[0])
 
+    def renew(self) -> None:
+        """Hook those modules again whose `forward` the body has replaced, before the model moves."""
+        try:
+            if [*map(_forward_of, self._held)] == self._hooks:
+                return
+        except KeyError:  # it has been deleted
+            pass
+        for module in self._modules:
+            known, held = _hooked[id(module)], module.__dict__
+            if held.get(known[1]) is not known[0]:
+                with _lock:
+                    known[:3] = _of_its_own(module)
+                    held[known[1]] = known[0]
+        found = [(module.__dict__, _hooked[id(module)]) for module in self._modules]
+        self._held = [held for held, known in found if known[1] == FORWARD]
+        self._hooks = [known[0] for _, known in found if known[1] == FORWARD]
 
-def unhook_modules(hooked: list) -> None:
-    """Undo `hook_modules`, and remove every module from the list `hooked`."""
-    while hooked:
-        with _lock:  # inside the loop, as above
-            module = hooked[-1]
-            number, held = id(module), module.__dict__
-            put, name, own, _ = known = _hooked[number]
-            is_ours = held.get(name) is put  # otherwise someone has put something else there meanwhile
-            known[3] -= 1
-            del hooked[-1]
-            if not known[3]:
-                del _hooked[number]
-                if is_ours and own is None:
-                    del held[name]
-                elif is_ours:
-                    held[name] = own
-                if _GETSTATE in held:
-                    del held[_GETSTATE]
-
-
-def renew_hooks(hooked: list) -> list[tuple[dict, Callable]]:
-    """Hook those modules again whose forward pass has been replaced meanwhile. Return what to compare for that: what
-    each module holds, and what of it is the hook."""
-    for module in hooked:
-        known, held = _hooked[id(module)], module.__dict__
-        if held.get(known[1]) is not known[0]:
-            with _lock:
-                known[:3] = _of_its_own(module)
-                held[known[1]] = known[0]
-    found = [(module.__dict__, _hooked[id(module)]) for module in hooked]
-    return [(held, known[0]) for held, known in found if known[1] == FORWARD]
+    def unhook(self) -> None:
+        """Unhook all of them. May be called again."""
+        modules = self._modules
+        while modules:
+            with _lock:  # inside the loop, as above
+                module = modules[-1]
+                number, held = id(module), module.__dict__
+                put, name, own, _ = known = _hooked[number]
+                is_ours = held.get(name) is put  # otherwise someone has put something else there meanwhile
+                known[3] -= 1
+                del modules[-1]
+                if not known[3]:
+                    del _hooked[number]
+                    if is_ours and own is None:
+                        del held[name]
+                    elif is_ours:
+                        held[name] = own
+                    if _GETSTATE in held:
+                        del held[_GETSTATE]
+                    _in_threads.pop(number, None)  # last: see above
+        self._held, self._hooks = [], []
 
 
 def _state_without_hook(module: nn.Module) -> Any:
@@ -134,6 +155,8 @@ def _through(original: Callable) -> Callable:
     def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         host = getattr(getcurrent(), "owner", None)
         if host is None:
+            if get_ident() != _MAIN_THREAD:
+                _note_thread(module)
             return original(module, *args, **kwargs)
         taps, number = host.taps, id(module)
         calls = taps.counts.get(number)
@@ -153,6 +176,41 @@ def _through(original: Callable) -> Callable:
 
 
 _CODE = _through(nn.Module.forward).__code__
+_MAIN_THREAD = main_thread().ident
+
+# Calls that belong to no run, in other threads than the main one: the id of a module to the thread and, by its id, the
+# outermost hooked module that the thread has called. Those that begin further out than here are calls of somebody else.
+_in_threads: dict[int, set[tuple[int, int]]] = {}
+_this_thread = local()
+
+
+def note_run_of_thread() -> None:
+    """A run is open in this thread: calls here are those of its body."""
+    _this_thread.has_runs = True
+
+
+def _note_thread(module: nn.Module) -> None:
+    if hasattr(_this_thread, "has_runs"):
+        return
+    frame, outermost = sys._getframe(1), module
+    while frame is not None:
+        if frame.f_code is _CODE:
+            outermost = frame.f_locals["module"]
+        frame = frame.f_back
+    _in_threads.setdefault(id(module), set()).add((THIS_THREAD.number, id(outermost)))
+
+
+def are_threads_seen() -> bool:
+    """Whether any hooked module was called in a thread of its own, by a model or by somebody else."""
+    return bool(_in_threads)
+
+
+def is_called_in_thread(module: nn.Module, own: int, components: Collection[int]) -> bool:
+    """Whether a hooked module was called by a thread that one of the `components`, by id, has started.
+
+    `own` is the thread of the run."""
+    calls = _in_threads.get(id(module), ())
+    return any(thread != own and outermost not in components for thread, outermost in calls)
 
 
 def count_running(frame: FrameType | None, module: nn.Module) -> int:
@@ -162,6 +220,21 @@ def count_running(frame: FrameType | None, module: nn.Module) -> int:
         running += frame.f_code is _CODE and frame.f_locals["module"] is module
         frame = frame.f_back
     return running
+
+
+def running_call(frame: FrameType | None, module: nn.Module) -> tuple[tuple, dict] | None:
+    """Return the arguments of the innermost call of a hooked module on the stack that ends with `frame`."""
+    while frame is not None:
+        if frame.f_code is _CODE and frame.f_locals["module"] is module:
+            return frame.f_locals["args"], frame.f_locals["kwargs"]
+        frame = frame.f_back
+    return None
+
+
+def has_forward_of_its_own(module: nn.Module) -> bool:
+    """Whether a module has a forward pass that is not that of its class."""
+    known = _hooked.get(id(module))
+    return module.__dict__.get(FORWARD) is not None if known is None else known[2] is not None and known[1] == FORWARD
 
 
 # ---- methods

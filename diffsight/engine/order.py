@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from diffsight.engine.points import INPUTS, LAST, OUTPUT, Asked, Assignment, Point, PointKey
-from diffsight.engine.taps import Tap
+from diffsight.engine.tapped_call import Tap
 from diffsight.errors import NeverReachedError, OutOfOrderError, RunClosedError
 
 
@@ -85,6 +85,14 @@ def too_late(asked: Asked, what: str, where: str) -> OutOfOrderError:
     )
 
 
+def let_go(asked: Asked, where: str) -> OutOfOrderError:
+    """The error for a value that was read before and that nobody has kept."""
+    return OutOfOrderError(
+        f"{asked} was read before and let go: the model is {where}, past that point, and a run keeps no value that "
+        f"your code does not hold. Bind it to a name where you read it first, and use the name: value = run.{asked}"
+    )
+
+
 def edited_too_late(asked: Asked, where: str) -> OutOfOrderError:
     """The error for a value that was changed in place after the model had passed it."""
     return OutOfOrderError(
@@ -96,6 +104,14 @@ def edited_too_late(asked: Asked, where: str) -> OutOfOrderError:
 def step_has_ended(asked: Asked, step: int) -> OutOfOrderError:
     """The error for a point of a step that the model has left."""
     return OutOfOrderError(f"{asked.whole} was asked for too late: step {step} has ended")
+
+
+def step_after_the_last(path: str, step: int) -> OutOfOrderError:
+    """The error for a step that begins after the loops over the steps have ended."""
+    return OutOfOrderError(
+        f"the loop over run.steps ended after step {step - 1}, which seemed to be the last one, but {path} began "
+        "another one. Write run.steps[:n] with the number of steps"
+    )
 
 
 def run_has_ended(path: object, outcome: str, has_steps: bool) -> RunClosedError:
@@ -115,10 +131,19 @@ def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError]) -> OutOfO
     )
 
 
+def called_in_thread(asked: Asked, until: str, kind: type[OutOfOrderError]) -> OutOfOrderError:
+    """The error for a point that was waited for, and that the model passes in a thread of its own."""
+    return kind(
+        f"{asked} was asked for, but {until} without reaching it in the run's thread. The model calls the module in a "
+        "thread of its own, where a run does not see it"
+    )
+
+
 def never_reached(missed: Iterable[Assignment]) -> NeverReachedError:
     """The error for assignments that the model did not reach."""
     lines = "\n".join(f"  {assignment}" for assignment in missed)
     return NeverReachedError(
         f"these assignments were never reached:\n{lines}\nThe model ran without them. Does the model call the module "
-        "in this run (or in this step), and at least as often as `.calls[i]` asks?"
+        "in this run (or in this step), and at least as often as `.calls[i]` asks? Calls in threads that the model "
+        "starts are not seen"
     )

@@ -9,6 +9,7 @@ import torch
 
 from diffsight.engine.batch_slicing import Selection, Tapped
 from diffsight.engine.target import Target, join
+from diffsight.engine.weak_values import alive, weakly
 from diffsight.errors import AssignmentError
 
 INPUTS, OUTPUT = "inputs", "output"
@@ -44,7 +45,10 @@ class Asked:
 
 @dataclass(eq=False, slots=True)
 class Point:
-    """A value that passes a point: the inputs or the output of one call. `value` contains all edits made so far."""
+    """A value that passes a point: the inputs or the output of one call.
+
+    `value` contains all edits made so far. It is there while the model stands at the point. Afterwards the value is
+    held weakly: what the body has let go takes no memory."""
 
     tap: Tapped
     key: PointKey
@@ -54,11 +58,37 @@ class Point:
     turn: float = LAST  # whose turn it is at the point: edits come first, by number
     read_by: tuple[float, ...] = ()  # whose turn it was when it was read
     copies: dict[int, torch.Tensor] = field(default_factory=dict)  # by id: the run's own copies, which nobody has read
+    is_unread: bool = False  # the model was let past it on the way to another call; held until somebody reads it
+    weak: Any = None  # the value once the model has moved on, see `weakly`; of inputs, each argument
 
     @property
     def index(self) -> int:
         """The number of the call."""
         return self.key[1]
+
+    def let_go(self) -> None:
+        """The model moves on."""
+        value = self.value
+        if self.key[0] == OUTPUT:
+            self.weak = weakly(value)
+        else:
+            self.weak = [weakly(arg) for arg in value[0]], {name: weakly(arg) for name, arg in value[1].items()}
+        self.value = None
+        if self.copies:
+            self.copies.clear()
+
+    def read(self, part: str) -> Any:
+        """Return the value; of inputs, the first if `part` is "input".
+
+        Raises LookupError if the model has moved on and nobody holds the value any more."""
+        if self.weak is None:
+            return first_input(self.value, part) if part == "input" else self.value
+        if part == "output":
+            return alive(self.weak)
+        if part == "input":
+            return alive(first_input(self.weak, part))
+        args, kwargs = self.weak
+        return tuple(map(alive, args)), {name: alive(arg) for name, arg in kwargs.items()}
 
 
 @dataclass(eq=False, slots=True)

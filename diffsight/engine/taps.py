@@ -1,286 +1,28 @@
-"""Taps: where a run touches the model.
+"""All taps of a run: what is tapped or counted, and from when on.
 
-A `Tap` belongs to one run and one callable of the model: a module's forward pass, or a method that code calls directly
-(`vae.decode`, `scheduler.step`). Every call of it goes through `Tap.call`. There the tap counts the call and hands its
-inputs and its output to the run (the `Host`) if a body waits for them or has assigned them. Calls made outside the
-run's own coroutine (by another run, by the body itself, in another thread) pass untouched. How calls get here is the
-business of `hooks`.
-
-`Taps` are all taps of a run. To know what the model has passed, calls are counted. The model's components and their
-children are hooked from the start. When a point is asked for, all modules around it and their children are hooked as
-well. So a module is usually hooked before the module around it is entered, and its count is exact. If it is not
-(`Origin.unseen`), its past is unknown, and the point counts as passed. A module that nobody asks for is only counted,
-in a dictionary. That costs next to nothing, and most modules of a run are of this kind.
+To know what the model has passed, calls are counted. The model's components and their children are hooked from the
+start. When a point is asked for, all modules around it and their children are hooked as well. So a module is usually
+hooked before the module around it is entered, and its count is exact. If it is not (`Origin.unseen`), its past is
+unknown, and the point counts as passed. A module that nobody asks for is only counted, in a dictionary. That costs next
+to nothing, and most modules of a run are of this kind. What happens at a call is in `tapped_call`.
 """
 
-import operator
-from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from diffsight.engine.coroutine import Coroutine, current_owner
-from diffsight.engine.hooks import COMPILED, FORWARD, count_running, hook_modules, renew_hooks, unhook_modules
-from diffsight.engine.layout import Key, Layout, inside
-from diffsight.engine.points import INPUTS, OUTPUT, Assignment, Point, PointKey
-from diffsight.engine.step_clock import Clock
+from diffsight.engine.hooks import (
+    FORWARD,
+    HookedModules,
+    count_running,
+    is_called_in_thread,
+    note_run_of_thread,
+)
+from diffsight.engine.module_places import Key, ModulePlaces, inside
+from diffsight.engine.points import INPUTS, Assignment
+from diffsight.engine.tapped_call import Host, LearningTap, Origin, Tap
 from diffsight.engine.target import Target
-from diffsight.engine.users_hooks import has_forward_hooks, output_hooks
 from diffsight.errors import PointNotFoundError
-
-_forward_of, _has_forward = operator.itemgetter(FORWARD), operator.methodcaller("__contains__", FORWARD)
-
-
-class Host(Protocol):
-    """The run, as its taps see it; see `diffsight.engine.flow.Flow`."""
-
-    taps: "Taps"
-    is_scan: bool  # whether it computes shapes alone
-    clock: Clock
-    coroutine: Coroutine | None  # the one that the model runs in, once it has started
-    parked: Point | None  # where the model stands, if it waits at a point
-    refused: list[Exception]  # why values could not be assigned that were assigned ahead
-    misshapen: list[str]  # assigned values whose shape or type differs from the model's own, in words
-
-    def arrive(self, point: Point) -> None:
-        """The model has reached a point that a body waits for or has assigned: give every body its turn."""
-
-    def begin_call(self, tap: "Tap", args: tuple, kwargs: dict) -> None:
-        """A call that the run watches begins: one of a component, or one that begins or ends a step."""
-
-    def end_call(self, tap: "Tap", output: Any) -> None:
-        """A call that the run watches has ended; the model continues with `output`."""
-
-
-class Origin(NamedTuple):
-    """What was known of a module's calls when the run began to count them."""
-
-    around: "Tap | None" = None  # the surrounding tap, if the model had moved by then
-    step: int = -1  # the step that the model was in
-    unseen: int = 0  # calls of the surrounding module that had begun: calls of this one may have been missed
-    unseen_in_step: int = 0  # the same, within that step
-    guard: "tuple[Tap, int] | None" = None  # a surrounding tap, and the number of its call that was running
-
-
-class Tap:
-    """The calls of one module or method in one run."""
-
-    __slots__ = (
-        "active",  # numbers of the calls in progress, outermost first
-        "awaited",  # the points that bodies wait for; for each body, whether it waits within a step
-        "begun",  # whether a hook has already begun the call that reaches the forward pass now
-        "border",  # in a scan, for a component: what its calls are made through
-        "children_counted",
-        "entered",  # number of calls begun so far, as far as the run has seen
-        "given",  # the inputs of the call at whose output the model stands
-        "hooks",  # what else the run has put on the module
-        "host",
-        "inside",  # whether a compiled module runs uncompiled
-        "keepers",  # kind of point to the functions that are shown every value
-        "origin",
-        "pending",  # point to what was assigned to it
-        "points",  # point to what was read there
-        "skips",  # number of a call to what it returns without running
-        "step_base",  # calls begun before the current step
-        "takes_inputs",  # whether inputs are taken in a hook
-        "target",
-        "unseen",
-        "unseen_in_step",
-        "watched",  # whether the run wants to know when its calls begin and end
-    )
-
-    def __init__(self, host: Host, target: Target, origin: Origin, entered: int = 0, step_base: int = 0) -> None:
-        """`entered` calls were counted before, `step_base` of them before the current step."""
-        self.host, self.target, self.origin = host, target, origin
-        self.entered, self.step_base = entered, step_base
-        self.unseen, self.unseen_in_step = origin.unseen, origin.unseen_in_step
-        self.active: list[int] = []
-        self.awaited: dict[PointKey, list[bool]] = {}
-        self.keepers: dict[str, list[Callable[[Tap, int, Any], None]]] = {}
-        self.pending: dict[PointKey, list[Assignment]] = {}
-        self.points: dict[PointKey, Point] = {}
-        self.skips: dict[int, Assignment] = {}
-        self.border: Callable[[Callable, tuple, dict], Any] | None = None
-        self.given: tuple[tuple, dict] | None = None
-        self.begun = self.children_counted = self.inside = self.takes_inputs = False
-        self.watched = target.outer is None or target.key in host.clock.starts or target.key in host.clock.ends
-        self.hooks: list[Any] = []
-
-    # ---- from the model's side
-
-    def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Make one call of what is tapped, `function`."""
-        if self.begun:
-            self.begun = False
-        else:
-            args, kwargs = self.enter(args, kwargs) or (args, kwargs)
-        index = self.active[-1]
-        skip = self.skips.pop(index, None) if self.skips else None
-        if skip is not None:
-            return self.leave(skip.value, (args, kwargs))
-        if self.inside:
-            function = self.target.uncompiled()
-        has_hooks = self._has_hooks()  # PyTorch also looks for them before the call
-        try:
-            output = function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
-        except BaseException:
-            self.active.remove(index)
-            raise
-        return self.leave(output, (args, kwargs), has_hooks)
-
-    def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """A call begins. Return new inputs, or None if they stay as they are."""
-        if self.watched:
-            self.host.begin_call(self, args, kwargs)
-        around, index = self.origin.around, self.entered
-        if not index and around is not None and not around.active and not self.host.taps.is_in_method(around):
-            self.unseen = self.unseen_in_step = 1  # called directly: earlier calls may have been missed
-        self.entered = index + 1
-        self.active.append(index)
-        key = (INPUTS, index)
-        if not (key in self.awaited or key in self.pending or self.keepers):
-            return None
-        point = self._pass(key, (args, kwargs))
-        return point.value if point is not None and point.changed else None
-
-    def leave(self, output: Any, given: tuple[tuple, dict] | None = None, has_hooks: bool = True) -> Any:
-        """A call ends. Return the output, replaced or as it was.
-
-        `given` are its inputs. If hooks of others may still replace the output (never if `has_hooks` is False), the
-        call ends after them."""
-        if not self.active or (has_hooks and self._leave_after_hooks(given)):  # inactive: it began before the tap
-            return output
-        index = self.active.pop()
-        key = (OUTPUT, index)
-        if key in self.awaited or key in self.pending or self.keepers:
-            self.given = given
-            try:
-                point = self._pass(key, output)
-            finally:
-                self.given = None
-            output = output if point is None else point.value
-        if self.watched:
-            self.host.end_call(self, output)
-        return output
-
-    def _has_hooks(self) -> bool:
-        """Whether others have put forward hooks on the module that run outside `call`."""
-        owner = self.target.owner
-        return self.target.name == FORWARD and has_forward_hooks(owner) and vars(owner).get(COMPILED) is None
-
-    def _leave_after_hooks(self, given: tuple[tuple, dict] | None) -> bool:
-        """Let the call end in a hook of its own, after those that may change the output; return False if none may."""
-        owner, index = self.target.owner, self.active[-1]
-        before = output_hooks(owner) if self._has_hooks() else []
-        if not before:
-            return False
-
-        def after(module: nn.Module, args: tuple, output: Any) -> Any:
-            if module is not owner or current_owner() is not self.host or self.active[-1:] != [index]:
-                return None
-            hook.remove()
-            self.hooks.remove(hook)
-            return self.leave(output, given, has_hooks=False)
-
-        hook = owner.register_forward_hook(after)
-        self.hooks.append(hook)
-        for number in [number for number in owner._forward_hooks if number not in (*before, hook.id)]:
-            owner._forward_hooks.move_to_end(number)
-        return True
-
-    def _pass(self, key: PointKey, value: Any) -> Point | None:
-        point = None
-        if key in self.pending or key in self.awaited:
-            point = Point(self, key, value, all(self.awaited.get(key, ())))
-            self.host.arrive(point)
-        for keep in self.keepers.get(key[0], ()):
-            keep(self, key[1], value if point is None else point.value)
-        return point
-
-    # ---- from the run's side
-
-    def take_inputs(self) -> None:
-        """From now on, take the inputs of a module in a hook, the last one before its forward pass.
-
-        What the body puts in their place is then shown to the hooks after the call too, among them those with which
-        transformers captures hidden states."""
-        module = self.target.owner
-        if self.takes_inputs or self.target.name != FORWARD or vars(module).get(COMPILED) is not None:
-            return
-        self.takes_inputs = True
-
-        def before(called: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
-            # A copy of the module has the hook too. And a hook that another one has removed is called without kwargs.
-            if called is not module or kwargs is None or current_owner() is not self.host or not self.host.taps:
-                return None
-            new = self.enter(args, kwargs)
-            self.begun = True
-            return new
-
-        self.hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-
-    def look_inside(self) -> None:
-        """Run a compiled module uncompiled, and PyTorch's transformer layer unfused, so that its parts can be seen."""
-        self.inside = self.target.is_compiled()
-        if isinstance(self.target.owner, nn.TransformerEncoderLayer):  # it is not fused if it has any hook
-            self.hooks.append(self.target.owner.register_forward_pre_hook(lambda *_: None))
-
-    def assign_pending(self, point: Point) -> bool:
-        """Assign what those whose turn it is have assigned to a point; return whether there was anything."""
-        waiting, assigned = self.pending.pop(point.key, ()), False
-        for assignment in waiting:
-            kind, index = point.key
-            call = index
-            if assignment.order <= point.turn:
-                call = assignment.call_of(self)
-                if call == index:
-                    try:
-                        difference = assignment.apply_to(point)
-                    except Exception as error:
-                        self.host.refused.append(error)  # the model may have an `except` of its own
-                        raise
-                    if difference is not None:
-                        self.host.misshapen.append(difference)
-                    assigned = True
-                    continue
-                # This call turned out not to have the part that is meant; it is not looked at again.
-                assignment.first = assignment.first if assignment.asked.call else call
-            self.pending.setdefault((kind, call), []).append(assignment)
-        return assigned
-
-    def waiting(self) -> list[Assignment]:
-        """Return what was assigned and not reached."""
-        return [a for waiting in self.pending.values() for a in waiting] + list(self.skips.values())
-
-    def drop_step(self) -> list[Assignment]:
-        """A step ends: drop what was read within it. Return what was assigned within it and not reached."""
-        self.step_base = self.entered
-        missed: list[Assignment] = []
-        if self.points:
-            self.points = {key: point for key, point in self.points.items() if not point.in_step}
-        for key, waiting in list(self.pending.items()):
-            missed += [a for a in waiting if a.in_step]
-            self.pending[key] = [a for a in waiting if not a.in_step]
-            if not self.pending[key]:
-                del self.pending[key]
-        for index in [i for i, skip in self.skips.items() if skip.in_step]:
-            missed.append(self.skips.pop(index))
-        return missed
-
-    def remove(self) -> None:
-        """Remove the hooks that the run has put on the module, besides those of `hook_modules`."""
-        for hook in self.hooks:
-            hook.remove()
-
-
-class LearningTap(Tap):
-    """A tap in the first run of a model, which notes whether the module is called directly, not by one around it."""
-
-    __slots__ = ()
-
-    def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        self.host.taps.note_call(self.target)
-        return super().enter(args, kwargs)
 
 
 class Taps(dict[Key, Tap]):
@@ -289,41 +31,42 @@ class Taps(dict[Key, Tap]):
     Args:
         host: The run.
         components: What is tapped from the start.
-        find_layout: Returns where the modules below the components stand.
+        find_places: Returns where the modules below the components stand.
     """
 
-    def __init__(self, host: Host, components: Sequence[Target], find_layout: Callable[[list[Target]], Layout]) -> None:
+    def __init__(
+        self, host: Host, components: Sequence[Target], find_places: Callable[[list[Target]], ModulePlaces]
+    ) -> None:
         super().__init__()
         self.components = list(components)
         self.counts: dict[int, int] = {}  # id of a module that is only counted: its calls so far
         self._host: Host | None = host
-        self._find_layout = find_layout
-        self._layout: Layout | None = None
+        self._find_places = find_places
+        self._places: ModulePlaces | None = None
         self._learns = False  # whether it taps everything, to learn which modules are strays
         self._methods = [target for target in components if target.name != FORWARD]
         self._origins: dict[int, Origin] = {}  # of the modules that are only counted
         self._counts_before: dict[int, int] = {}  # their calls before the current step
-        self._hooked: list = []  # all hooked modules, including those with taps
-        self._held: list[dict] = []  # what the hooked modules hold, and of it what the hooks are
-        self._hooks: list[Callable] = []
+        self._hooked = HookedModules()  # including those with taps
         self._opened: set[Target] = set()  # what was asked for
         self._around: dict[Target, Tap | None] = {}  # what lies around that, to its own tap or that of what it lies in
 
     def start(self) -> None:
         """Tap the components, before anything moves."""
-        layout = self._layout = self._find_layout(self.components)
-        self._learns = not layout.is_known
+        note_run_of_thread()
+        places = self._places = self._find_places(self.components)
+        self._learns = not places.is_known
         for component in self.components if self._learns else ():
             self._tap_everything(component)
         for component in self.components:
             self._tap_component(component)
-        if layout.counted:
-            self._count(layout.counted, Origin(step=self._host.clock.index))
+        if places.counted:
+            self._count(places.counted, Origin(step=self._host.clock.index))
 
     def note_learned(self) -> None:
         """The model has run to its end."""
         if self._learns:
-            self._layout.is_known = True
+            self._places.is_known = True
 
     def add(self, target: Target) -> None:
         """Tap one more component, in a run that has started."""
@@ -340,7 +83,7 @@ class Taps(dict[Key, Tap]):
                 f"{target.path} has no values: {type(target.owner).__name__} is never called by the model; it only "
                 "holds other modules. Ask for one of those"
             )
-        for place in self._layout.places.get(target.key, ()):
+        for place in self._places.places.get(target.key, ()):
             self._tap_around(place)
         around = self._around.get(target.outer) or self._tap_around(target)
         tap = self._tap(target, around)
@@ -349,29 +92,15 @@ class Taps(dict[Key, Tap]):
 
     def renew(self) -> None:
         """Hook those modules again whose `forward` the body has replaced, before the model moves."""
-        try:
-            if [*map(_forward_of, self._held)] == self._hooks:
-                return
-        except KeyError:  # it has been deleted
-            pass
-        found = renew_hooks(self._hooked)
-        self._held, self._hooks = [held for held, _ in found], [hook for _, hook in found]
-
-    def _hook(self, modules: Collection[nn.Module]) -> None:
-        hook_modules(modules, self._hooked)
-        held = [module.__dict__ for module in modules]
-        if not all(map(_has_forward, held)):  # a compiled module is hooked elsewhere
-            held = [known for known in held if FORWARD in known]
-        self._held += held
-        self._hooks += map(_forward_of, held)
+        self._hooked.renew()
 
     def note_call(self, target: Target) -> None:
         """Learn from a call of a module whether it is a stray."""
-        layout = self._layout
-        if target.key[0] not in layout.counted:
-            around = [self.get(outer.key) for outer in layout.around(target)]
+        places = self._places
+        if target.key[0] not in places.counted:
+            around = [self.get(outer.key) for outer in places.around(target)]
             if around and not any(tap is None or tap.active for tap in around):
-                layout.note_stray(target)
+                places.note_stray(target)
 
     def begin_step(self) -> list[Assignment]:
         """A step begins. Return what was assigned within the last one and not reached."""
@@ -386,21 +115,26 @@ class Taps(dict[Key, Tap]):
         """Return how many calls have begun, for everything that is counted or tapped."""
         return {key: tap.entered for key, tap in self.items()} | {(i, FORWARD): n for i, n in self.counts.items()}
 
+    def is_called_in_thread(self, target: Target) -> bool:
+        """Whether the model has called a module, or one around it, in a thread of its own."""
+        own, components = self._host.thread, {component.key[0] for component in self.components}
+        inside = (module.owner for module in (target, *target.around()) if module.key[0] not in components)
+        return any(is_called_in_thread(module, own, components) for module in inside if isinstance(module, nn.Module))
+
     def is_in_method(self, around: Tap) -> bool:
         """Whether a tapped method of a module is running."""
         return any(self[method.key].active for method in self._methods if method.owner is around.target.owner)
 
     def remove(self) -> None:
         """Take everything off the model."""
-        unhook_modules(self._hooked)
+        self._hooked.unhook()
         for tap in self.values():
             if tap.hooks:
                 tap.remove()
             tap.points.clear()  # points refer to their tap
         self.clear()
-        for held in (self.counts, self._origins, self._counts_before, self._hooked, self._opened, self._around):
+        for held in (self.counts, self._origins, self._counts_before, self._opened, self._around):
             held.clear()
-        self._held, self._hooks = [], []
         self._host = None  # so that nothing of a run that has ended waits for the garbage collector
 
     def _tap_component(self, target: Target) -> None:
@@ -431,7 +165,7 @@ class Taps(dict[Key, Tap]):
     def _count(self, modules: dict[int, nn.Module], origin: Origin) -> None:
         """Count the calls of modules from now on, unless they are counted or tapped already."""
         new = {n: module for n, module in modules.items() if n not in self.counts and (n, FORWARD) not in self}
-        self._hook(new.values())
+        self._hooked.hook(new.values())
         self._origins.update(dict.fromkeys(new, origin))
         self.counts.update(dict.fromkeys(new, 0))
 
@@ -439,7 +173,7 @@ class Taps(dict[Key, Tap]):
         new = {target.key: target for target in inside(component) if target.name == FORWARD and target.key not in self}
         origin = Origin(step=self._host.clock.index)
         self.update({key: LearningTap(self._host, target, origin) for key, target in new.items()})
-        self._hook([target.owner for target in new.values()])
+        self._hooked.hook([target.owner for target in new.values()])
 
     def _tap(self, target: Target, around: Tap | None) -> Tap:
         tap = self.get(target.key)
@@ -449,7 +183,7 @@ class Taps(dict[Key, Tap]):
         if target.name != FORWARD or number not in self.counts:
             tap = self[target.key] = Tap(self._host, target, self._origin(around))
             if target.name == FORWARD:
-                self._hook([owner])
+                self._hooked.hook([owner])
             else:
                 tap.hooks.append(target.attach(tap))
             return tap

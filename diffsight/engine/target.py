@@ -7,7 +7,7 @@ from torch import nn
 
 from diffsight.engine.hooks import COMPILED, FORWARD, TappedMethod
 
-_WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the module itself
+WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the module itself
 _UNCOMPILED = "_torchdynamo_orig_callable"  # on a function that `torch.compile(function)` makes: the function itself
 
 
@@ -42,7 +42,7 @@ class Target:
         """Send every call through `tap` from now on; return an object whose `remove()` undoes it.
 
         This is for methods; forward passes are hooked by `Taps`. Subclasses call `tap.enter` and `tap.leave`, or
-        `tap.call`, see `diffsight.engine.taps.Tap`."""
+        `tap.call`, see `diffsight.engine.tapped_call.Tap`."""
         return TappedMethod(self.owner, self.name)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -67,10 +67,17 @@ class Target:
             self._children = (dict(modules), made)
         return self._children[1]
 
+    def item(self, index: int) -> "Target | None":
+        """Return an entry of a `ModuleList`; None if it has none there. It takes no longer in a long list."""
+        modules = self.owner._modules
+        name = str(index + len(modules) if index < 0 else index)
+        module, known = modules.get(name), self._children and self._children[1].get(name)
+        return known if known and known.owner is module else self.children().get(name)
+
     def named_children(self) -> dict[str, "Target"]:
         """Return the children as a user names them. A module wrapped by `torch.compile` has those of the original."""
         children = self.children()
-        wrapped = children.get(_WRAPPED)
+        wrapped = children.get(WRAPPED)
         return children if wrapped is None else {**wrapped.children(), **children}
 
     def called_children(self) -> list["Target"]:
@@ -85,7 +92,7 @@ class Target:
     def is_compiled(self) -> bool:
         """Whether `torch.compile` made it, or what it calls: nothing inside can be seen then."""
         known = vars(self.owner)
-        if _WRAPPED in known.get("_modules", ()) or known.get(COMPILED) is not None:
+        if WRAPPED in known.get("_modules", ()) or known.get(COMPILED) is not None:
             return True
         return _UNCOMPILED in getattr(known.get(FORWARD), "__dict__", ())
 
@@ -94,7 +101,7 @@ class Target:
         known = vars(self.owner)
         if known.get(COMPILED) is not None:
             return self.owner._call_impl
-        return known["_modules"].get(_WRAPPED) or getattr(known[FORWARD], _UNCOMPILED)
+        return known["_modules"].get(WRAPPED) or getattr(known[FORWARD], _UNCOMPILED)
 
 
 def join(path: str, name: str | int) -> str:

@@ -10,9 +10,9 @@ from torch import nn
 from diffsight.engine.attached_modules import AttachedModules
 from diffsight.engine.current_run import OpenRuns
 from diffsight.engine.late_weights import LateWeights, needs_weights
-from diffsight.engine.layout import Layout
+from diffsight.engine.module_places import ModulePlaces
 from diffsight.engine.step_clock import Clock
-from diffsight.engine.target import Target, join
+from diffsight.engine.target import WRAPPED, Target, join
 from diffsight.errors import DiffsightError, InputError, PointNotFoundError
 
 Key = tuple[int, str]
@@ -30,6 +30,7 @@ class Tree:
     """
 
     opens_with = "trace"  # the method of the model that opens a run, for error messages
+    has_private_names = False  # whether modules have names that begin with "_", such as those that handles may use
 
     def __init__(self, root: Target, load: Callable[[], None] | None = None) -> None:
         self.root = root
@@ -38,7 +39,7 @@ class Tree:
         self.attached = AttachedModules()
         self.weights = LateWeights(load, self._check_no_scan, self.weights_loaded)
         self._methods: dict[int, dict[str, str]] = {}  # id of an object: names of its methods to their paths
-        self._known_layout: tuple[tuple, Layout] | None = None
+        self._known_places: tuple[tuple, ModulePlaces] | None = None
 
     @property
     def title(self) -> str:
@@ -122,6 +123,20 @@ class Tree:
 
     # ---- what can be asked of a tree
 
+    def look_for_private_names(self) -> None:
+        """Note whether modules have names that handles may use for themselves."""
+        names = self.module_names(self.root.owner)
+        self.has_private_names = any(name.startswith("_") and name != WRAPPED for name in names)
+
+    def module_names(self, owner: Any) -> set[str]:
+        """Return the names that modules have anywhere inside a part."""
+        if not isinstance(owner, nn.Module):
+            parts = [target.owner for target in self.children_of(self.root).values()]
+            modules = [part for part in parts if isinstance(part, nn.Module)] if owner is self.root.owner else []
+        else:
+            modules = [owner]
+        return {name for module in modules for inner in module.modules() for name, _ in inner._modules.items()}
+
     def child_of(self, target: Target, name: str) -> Target | None:
         """Return the child, method or standard name called `name` in a part; None if there is none."""
         child = self.children_of(target).get(name)
@@ -137,12 +152,12 @@ class Tree:
         children = dict.fromkeys((*self.children_of(target), *self.attached.names_on(target.owner)))
         return [*children, *self.methods_of(target.owner), *self.names_of(target.owner)]
 
-    def layout(self, components: list[Target]) -> Layout:
+    def module_places(self, components: list[Target]) -> ModulePlaces:
         """Return where the modules below the components stand."""
         known_for = ([target.owner for target in components], self.weights.are_loaded)
-        if self._known_layout is None or self._known_layout[0] != known_for:
-            self._known_layout = (known_for, Layout(components))
-        return self._known_layout[1]
+        if self._known_places is None or self._known_places[0] != known_for:
+            self._known_places = (known_for, ModulePlaces(components))
+        return self._known_places[1]
 
     def add_method(self, owner: Any, name: str, path: str) -> None:
         """Let a method be tapped that code calls directly, past the forward pass."""

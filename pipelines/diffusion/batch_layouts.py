@@ -6,7 +6,6 @@ guidance it gets one. The inputs show which it is: the entries of a denoiser's t
 recognised by its name. What this comparison cannot settle stays unknown, and asking for it raises an error.
 """
 
-import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
@@ -14,8 +13,14 @@ from itertools import product
 from typing import Any
 
 import torch
+from diffusers import ModularPipelineBlocks
+from diffusers.guiders import BaseGuidance
+from diffusers.modular_pipelines import PipelineState
 
 from diffsight.extending import FORWARD, Tap, Target
+from diffsight.pipelines.arguments import signature
+from diffsight.pipelines.diffusion.call_arguments import call_defaults
+from diffsight.pipelines.diffusion.components import GUIDERS_METHODS, TEXT_EMBEDDINGS
 from diffsight.pipelines.diffusion.prompts import as_read
 
 COND, UNCOND = "cond", "uncond"
@@ -38,6 +43,7 @@ class BatchLayouts:
         given = {branch: texts for branch, texts in given.items() if texts is not None}
         self._embeddings: list[dict[str, Embeddings]] = [given] if given else []  # by branch; encode_prompt adds some
         self._encoding: list[str | None] = []  # the branch of each running call of encode_prompt
+        self.latent_dimensions = 0  # of the latents that the scheduler returned, once it has
         self._seen: dict[tuple[int, int], tuple[Embeddings, list[BatchLayout]]] = {}
 
     def layout(self, tap: Tap, index: int) -> BatchLayout | None:
@@ -60,10 +66,13 @@ class BatchLayouts:
         layouts = calls[-1].layouts if calls else []
         return [place for place, (of, _) in enumerate(layouts[0]) if of == branch] if layouts else None
 
+    def is_in_vae(self, tap: Tap) -> bool:
+        """Return whether a point belongs to a VAE."""
+        return hasattr(_component(tap).owner, "decode")
+
     def has_branches(self, tap: Tap) -> bool:
         """Return whether a point can belong to a branch. Methods such as `scheduler.step` and VAEs cannot."""
-        component = _component(tap)
-        return component.name == FORWARD and not hasattr(component.owner, "decode")
+        return _component(tap).name == FORWARD and not self.is_in_vae(tap)
 
     def why_unknown(self, tap: Tap) -> str:
         """Return why the branches at a point are unknown, as the end of an error message."""
@@ -99,10 +108,16 @@ class BatchLayouts:
             self._add(tap, lambda: _in_turn(self._read(target, ids, earlier), len(earlier)))
 
     def returned(self, tap: Tap, output: Any) -> None:
+        if tap.target.key in tap.host.clock.ends:
+            self.latent_dimensions = next((v.ndim for v in _items(output) if isinstance(v, torch.Tensor)), 0)
+        if tap.target.name in GUIDERS_METHODS:
+            self._embeddings = _embeddings_of_guider(output)
+        elif isinstance(tap.target.owner, ModularPipelineBlocks):
+            self._embeddings += _embeddings_of_block(output)
         if tap.target.name != "encode_prompt":
             return
         branch = self._encoding.pop()
-        values = [v for v in (output if isinstance(output, (tuple, list)) else [output]) if _are_embeddings(v)]
+        values = [v for v in _items(output) if _are_embeddings(v)]
         if branch is None or not values:
             return
         texts = next((known for known in self._embeddings if branch not in known), {})
@@ -130,7 +145,7 @@ class BatchLayouts:
         """Return the branch whose prompt encode_prompt is called with.
 
         Some pipelines call it once for each branch, others once for both, with the prompt of the conditional one."""
-        given = inspect.signature(pipeline.encode_prompt).bind_partial(*args, **kwargs).arguments
+        given = signature(pipeline.encode_prompt).bind_partial(*args, **kwargs).arguments
         names = ("prompt", "prompt_embeds")
         cond, uncond = (
             any(_is_same(given.get(name), self._arguments.get(prefix + name)) for name in names)
@@ -207,10 +222,10 @@ class BatchLayouts:
         """Return the words of every prompt (`prompt`, `prompt_2` …) or negative prompt, as the tokenizer decodes
         them."""
         prefix = "" if branch == COND else "negative_"
-        parameters = inspect.signature(self._pipeline.__call__).parameters
+        defaults = call_defaults(self._pipeline)
         known: list[list[str]] = [[] for _ in range(self.prompts)]
-        for name in (name for name in parameters if re.fullmatch(rf"{prefix}prompt(_\d+)?", name)):
-            given = self._arguments.get(name, parameters[name].default)
+        for name in (name for name in defaults if re.fullmatch(rf"{prefix}prompt(_\d+)?", name)):
+            given = self._arguments.get(name, defaults[name])
             for words, text in zip(known, [given] * self.prompts if isinstance(given, str) else given or ()):
                 text = as_read(self._pipeline, text, tokenizer)
                 ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -227,6 +242,29 @@ class _RecordedCall:
     @cached_property
     def layouts(self) -> list[BatchLayout]:
         return self._look()
+
+
+def _embeddings_of_block(output: tuple[Any, PipelineState]) -> list[dict[str, Embeddings]]:
+    """Return the text embeddings by branch that a block of a modular pipeline has put into the state."""
+    given = {COND: output[1].get(TEXT_EMBEDDINGS), UNCOND: output[1].get(f"negative_{TEXT_EMBEDDINGS}")}
+    texts = {branch: value for branch, value in given.items() if value is not None and _are_embeddings(value)}
+    return [texts] if texts else []
+
+
+def _embeddings_of_guider(batches: Sequence[Any]) -> list[dict[str, Embeddings]]:
+    """Return the text embeddings by branch from the batches that a guider of a modular pipeline prepares.
+
+    These are the inputs that differ between the branches, if any do. The batches are called "pred_cond", "pred_uncond"
+    and so on."""
+    found: dict[str, dict[str, Embeddings]] = {}
+    for batch in batches:
+        inputs = batch.as_dict()
+        branch = UNCOND if inputs.pop(BaseGuidance._identifier_key).startswith("pred_uncond") else COND
+        for name, value in inputs.items():
+            if _are_embeddings(value):
+                found.setdefault(name, {}).setdefault(branch, value)
+    different = [texts for texts in found.values() if texts.get(COND) is not texts.get(UNCOND)]
+    return different or [*found.values()]  # without a negative prompt, both branches may have the same text
 
 
 def _component(tap: Tap) -> Target:
@@ -250,6 +288,13 @@ def _values(args: tuple, kwargs: dict[str, Any]) -> Iterator[Embeddings]:
     """Yield the arguments of a denoiser that may be text embeddings."""
     for value in (*args, *kwargs.values()):
         yield from (v for v in (value.values() if isinstance(value, dict) else [value]) if _are_embeddings(v))
+
+
+def _items(output: Any) -> list[Any]:
+    """Return what a method returned, one by one."""
+    if isinstance(output, dict):
+        return list(output.values())
+    return list(output) if isinstance(output, (tuple, list)) else [output]
 
 
 def _are_embeddings(value: Any) -> bool:

@@ -23,6 +23,7 @@ from diffsight.errors import InputError
 from diffsight.extending import Part, Row, Run, Tap, View, each, keeping_attribute_errors, raise_kept
 from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND, BatchLayout, BatchLayouts
 
+VIDEO = 5  # dimensions of the latents of videos: batch, channels, frames, height, width
 _WORDS = {COND: "conditional", UNCOND: "unconditional"}
 
 
@@ -69,7 +70,8 @@ class GuidancePart(Part):
             return WholeBatch(self.name)
         layout = self.layouts.layout(tap, index)
         if layout is None:
-            return PromptPart(self.layouts, self.prompt, self.name)
+            latents = self.layouts.latent_dimensions if self.layouts.is_in_vae(tap) else 0
+            return PromptPart(self.layouts, self.prompt, self.name, latents)
         entries = self._entries(layout)
         if len(entries) == len(layout):
             return WholeBatch(self.name)
@@ -123,14 +125,22 @@ class FramesPart(Part):
 
 
 class PromptPart(Part):
-    """One prompt's part of a batch that holds every prompt or image once, in order, such as the scheduler's."""
+    """One prompt's part of a batch that holds every prompt or image once, in order, such as the scheduler's.
 
-    def __init__(self, layouts: BatchLayouts, prompt: int, name: str) -> None:
-        self.layouts, self.prompt, self.name = layouts, prompt, name
+    `latents` is the number of dimensions of a VAE's latents. A VAE of images gets the frames of videos in chunks, which
+    have fewer."""
+
+    def __init__(self, layouts: BatchLayouts, prompt: int, name: str, latents: int = 0) -> None:
+        self.layouts, self.prompt, self.name, self.latents = layouts, prompt, name, latents
         self.total = layouts.prompts * layouts.images
 
     def _slice(self, tensor: torch.Tensor, path: object) -> slice:
         size = len(tensor) if tensor.ndim else 0
+        if self.latents == VIDEO and tensor.ndim < VIDEO:
+            raise InputError(
+                f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and its first dimension is "
+                "frames of the videos. Read or assign it on the run itself"
+            )
         if size not in (self.layouts.prompts, self.total):
             raise InputError(
                 f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and {self.layouts.prompts} "

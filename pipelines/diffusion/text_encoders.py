@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffsight.errors import InputError, suggest
-from diffsight.extending import Model, owner_of
+from diffsight.extending import Model, owner_of, unwrapped
 from diffsight.pipelines.diffusion.components import component_names
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
 from diffsight.pipelines.diffusion.encoder_uses import PossibleUses, Use, find_uses
 from diffsight.pipelines.diffusion.encoding import EncodingRecord, record_encoding
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
-from diffsight.pipelines.wrapped_modules import unwrapped
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ runs the model up to it, like any other read.
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -195,6 +196,10 @@ class Accessors:
         """
         if not isinstance(vector, torch.Tensor):
             raise InputError(f"steer takes a tensor, not {type(vector).__name__}")
+        if isinstance(factor, bool) or not isinstance(factor, (Real, torch.Tensor)):
+            raise InputError(f"the factor of steer is a number, not {factor!r}")
+        if positions is not None and not all(hasattr(place, "__index__") for place in _listed(positions)):
+            raise InputError(f"the positions of steer are integers, not {positions!r}")
         places = None if positions is None else [operator.index(p) for p in _listed(positions)]
         mask = None if places is None else self._padding_mask()
         for index in _listed(layers):
@@ -213,6 +218,8 @@ class Accessors:
         Returns:
             Logits, `(..., vocabulary)`.
         """
+        if not isinstance(hidden, torch.Tensor) or not hidden.ndim or not hidden.is_floating_point():
+            raise InputError("project_on_vocab takes a tensor of hidden states, (..., features), in floating point")
         tree = self._tree
         tree.load_unless_scanning()
         if tree.target_named(tree.root, "lm_head") is None:

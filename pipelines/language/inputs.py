@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from diffsight.errors import InputError, suggest
+from diffsight.extending import unwrapped
 from diffsight.pipelines.standard_names import embeddings
-from diffsight.pipelines.wrapped_modules import unwrapped
 
 _IGNORE_MASKS = {"rwkv", "xlstm"}  # recurrent, and every token counts
 _TABLES = ("embed_positions", "position_embeddings")  # of learned or fixed vectors, one per position

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from diffsight.errors import InputError, suggest
-from diffsight.extending import Target
+from diffsight.extending import Target, unwrapped
 from diffsight.pipelines.language.name_check import Structure, check_names
 from diffsight.pipelines.module_spans import module_at
 from diffsight.pipelines.named_tree import NamedTree
@@ -21,7 +21,6 @@ from diffsight.pipelines.standard_names import (
     model_names,
     standard_names,
 )
-from diffsight.pipelines.wrapped_modules import unwrapped
 
 _OF_MODEL = ("layers", "ln_final", "lm_head", "embed_tokens", "encoder", "decoder")
 _OF_LAYER = ("self_attn", "mlp")

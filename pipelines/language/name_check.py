@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError
-from diffsight.pipelines.language.structural_copy import structural_copy
+from diffsight.extending import structural_copy
 from diffsight.pipelines.language.unembedding import HiddenLayout
 from diffsight.pipelines.module_spans import module_at
 from diffsight.pipelines.standard_names import layer_names

@@ -1,5 +1,7 @@
 """Modules that `torch.compile` has compiled: their points, the points inside them, and what is left behind."""
 
+import warnings
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -111,3 +113,16 @@ def test_a_run_before_the_first_call_compiles_nothing_extra(counter, x):
         run.layers[1].output
     assert counter.frame_count == 1
     assert torch.equal(net(x), run.result) and counter.frame_count == 1
+
+
+def test_what_runs_uncompiled_is_named_once(compiled, x):
+    model = Model(compiled)
+    with pytest.warns(UserWarning, match="is compiled: a run that reads or changes values inside it") as seen:
+        for _ in range(2):
+            with model.trace(x) as run:
+                run.layers[1].leaf.output
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with model.trace(x) as run:
+            run.layers[1].output

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from diffsight import Model, OutOfOrderError
@@ -132,6 +133,35 @@ def test_gradients_flow_through_every_row_that_is_assigned(net, inputs):
     assert torch.allclose(got, net.first.weight.grad, atol=1e-6)
 
 
+class Clones(TorchDispatchMode):
+    """Counts the tensors of a shape that are cloned."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.clone.default and tuple(args[0].shape) == self.shape
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_batch_is_copied_once_for_all_rows_that_are_assigned(net, inputs):
+    with Model(net).trace(inputs) as run:
+        before, rows = run.first.output, run.rows
+        with Clones((3, 4)) as clones:
+            for number, row in enumerate(rows):
+                row.first.output = torch.full((1, 4), float(number))
+        middle = run.first.output.square().sum()  # autograd holds the copy for this
+        with Clones((3, 4)) as more:
+            for row in rows[:2]:
+                row.first.output = torch.zeros(1, 4, requires_grad=True)
+    assert (clones.count, more.count) == (1, 1)
+    (middle + run.result.sum()).backward()
+    expected = torch.tensor([0.0, 0.0, 2.0]).view(3, 1).expand(3, 4)
+    assert torch.allclose(run.result, net.last(net.pair(net.second(expected + net.place()))[0]), atol=1e-6)
+    assert before.grad_fn is not None and middle == (0 + 1 + 4) * 4
+
+
 def test_a_row_assigned_without_gradients_leaves_those_of_the_others(net, inputs):
     with torch.no_grad(), Model(net).trace(inputs, grad=True) as run:
         whole = run.first.output
@@ -187,6 +217,184 @@ def test_wrong_shapes_and_types_for_a_row(net, inputs):
     with pytest.raises(InputError, match="for all rows"):
         with Model(net).trace(inputs) as run:
             run.rows[0].first.skip(torch.zeros(1, 4))
+
+
+# ---- dimensions that have the size of the batch and are something else
+
+
+class TimeFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.rnn, self.last = nn.Linear(4, 4), nn.GRU(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(self.rnn(self.first(x).transpose(0, 1))[0]).transpose(0, 1)
+
+
+class Experts(nn.Module):
+    """Which tokens an expert gets depends on their values."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.all, self.last = nn.Linear(4, 3), nn.Identity(), nn.Linear(4, 4)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        chosen, together = self.first(x).argmax(-1), torch.zeros_like(x)
+        outputs = self.all(torch.stack([expert(x) for expert in self.experts]))
+        for number, output in enumerate(outputs):
+            together[(chosen == number).nonzero(as_tuple=True)] = output[(chosen == number).nonzero(as_tuple=True)]
+        return self.last(together)
+
+
+class InChunks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.chunk, self.last = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        chunks = [self.chunk(part) for part in self.first(x).flatten(0, 1).split(3)]
+        return self.last(torch.cat(chunks).view_as(x))
+
+
+class Mixed(nn.Module):
+    """The values of its middle: one with the batch, one for all inputs, one with the time first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.rnn, self.last = nn.Linear(4, 4), Several(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.last(self.rnn(self.first(x))["hidden"])
+
+
+class Several(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        return {"table": self.table * 2, "hidden": x, "count": 3}
+
+
+class ByName(nn.Module):
+    def __init__(self, crossed):
+        super().__init__()
+        self.first, self.rnn, self.last, self.crossed = nn.Linear(4, 4), nn.Identity(), nn.Linear(4, 4), crossed
+
+    def forward(self, x):
+        hidden = self.first(x)
+        together = self.rnn({"time": hidden.transpose(0, 1), "hidden": hidden} if self.crossed else (hidden, None))
+        return self.last(together["hidden"] if self.crossed else together[0])
+
+
+def cut(net, path, call=0):
+    x = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), Model(net).trace(x) as run:
+        whole = run[path].calls[call].output
+        return whole, [row[path].calls[call].output for row in run.rows]
+
+
+@pytest.mark.parametrize("path", ["first", "last"])
+@pytest.mark.parametrize("kind", [Experts, InChunks, Mixed])
+def test_the_batch_is_found_where_it_is(kind, path):
+    whole, rows = cut(kind(), path)
+    assert torch.equal(torch.cat(rows), whole) and len(rows) == 3
+
+
+@pytest.mark.parametrize("kind, path", [(TimeFirst, "rnn"), (TimeFirst, "last"), (Experts, "all"), (InChunks, "chunk")])
+def test_another_dimension_of_the_same_size_is_an_error(kind, path):
+    with pytest.raises(InputError, match=rf"rows\[0\].{path}.*cannot be cut into rows: its shape is \(3, [34]"):
+        cut(kind(), path)
+
+
+def test_what_all_rows_share_is_left_whole_in_containers():
+    net = Mixed()
+    whole, rows = cut(net, "rnn")
+    assert all(torch.equal(row["table"], whole["table"]) and row["count"] == 3 for row in rows)
+    assert torch.equal(torch.cat([row["hidden"] for row in rows]), whole["hidden"])
+    x = torch.randn(3, 3, 4)
+    with torch.no_grad(), Model(net).trace(x) as run:
+        run.rows[1].rnn.output = {"table": whole["table"], "hidden": torch.ones(1, 3, 4), "count": 3}
+    expected = net(x)
+    expected[1] = net.last(torch.ones(3, 4))
+    assert torch.allclose(run.result, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["", "rnn"])
+def test_time_that_is_taken_for_the_batch_is_an_error(path):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(4, 5)
+
+        def forward(self, x):
+            return self.rnn(x)[0]
+
+    with pytest.raises(InputError, match="cannot be cut into rows"):
+        cut(Around(), path) if path else cut_root(nn.LSTM(4, 5))
+
+
+def cut_root(net):
+    with Model(net).trace(torch.randn(3, 3, 4)) as run:
+        return run.rows[0].output
+
+
+def test_the_inputs_of_a_model_that_are_asked_for_first():
+    x = torch.randn(3, 3, 4)
+    with torch.no_grad(), Model(Experts()).trace(x) as run:
+        assert torch.equal(run.rows[1].input, x[1:2]) and torch.equal(run.rows[1].inputs[0][0], x[1:2])
+        with pytest.raises(InputError, match="cannot be cut into rows"):
+            run.rows[1].all.output
+
+
+def test_one_value_of_a_dictionary_without_rows_is_an_error():
+    assert len(cut(ByName(False), "rnn")[1]) == 3
+    with pytest.raises(InputError, match="cannot be cut into rows"):
+        cut(ByName(True), "rnn")
+
+
+def test_a_sequence_as_long_as_the_batch():
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=30)).eval()
+    ids = torch.arange(9).view(3, 3)
+    with torch.no_grad(), Model(gpt2).generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0) as run:
+        for _ in run.steps[1:]:
+            whole = run.transformer.h[1].output
+            rows = [row.transformer.h[1].output for row in run.rows]
+            assert torch.equal(torch.cat(rows), whole)
+    expected = gpt2.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert torch.equal(run.result, expected)
+
+
+def test_windows_of_swin_are_no_rows():
+    from transformers import SwinConfig, SwinModel
+
+    config = SwinConfig(image_size=8, patch_size=1, embed_dim=8, depths=[1], num_heads=[2], window_size=4)
+    net, images = SwinModel(config).eval(), torch.randn(4, 3, 8, 8)
+    with torch.no_grad(), Model(net).trace(images) as run:
+        block = run.encoder.layers[0].blocks[0]
+        with pytest.raises(InputError, match="cannot be cut into rows"):
+            run.rows[1].encoder.layers[0].blocks[0].attention.output
+        row, whole = run.rows[1].encoder.layers[0].blocks[0].output, block.output
+        assert torch.equal(row[0], whole[0][1:2])
+
+
+def test_looking_for_the_batch_leaves_nothing_behind():
+    """The calls on copies touch neither the weights, the buffers, the random state nor the user's hooks."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    seen, x = [], torch.randn(3, 4)
+    net[0].register_forward_hook(lambda *_: seen.append(1))
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    torch.manual_seed(0)
+    expected = net(x)
+    after = net.state_dict()
+    after = {name: value.clone() for name, value in after.items()}
+    net.load_state_dict(state)
+    torch.manual_seed(0)
+    with Model(net).trace(x) as run:
+        run.rows[1][0].output
+    assert torch.equal(run.result, expected) and len(seen) == 2
+    assert all(torch.equal(value, after[name]) for name, value in net.state_dict().items())
 
 
 # ---- a body a row

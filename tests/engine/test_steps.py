@@ -34,9 +34,10 @@ def test_one_step_a_token(gpt2, ids, greedy, logits, generate):
 
 def test_without_steps_the_scope_is_the_whole_run(logits, generate):
     with generate() as run:
-        assert torch.equal(run.lm_head.output, logits[0])
+        kept = run.lm_head.output
+        assert torch.equal(kept, logits[0])
         assert torch.equal(run.lm_head.calls[2].output, logits[2])
-        assert torch.equal(run.lm_head.output, logits[0]), "read before, so it is there"
+        assert run.lm_head.output is kept, "read before and held, so it is there"
         with pytest.raises(OutOfOrderError):
             run.lm_head.calls[1].output
 

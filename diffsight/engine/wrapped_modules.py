@@ -9,7 +9,7 @@ A part that is wrapped keeps its names, its arguments and its place in a pipelin
 
 from torch import nn
 
-from diffsight.extending import Target
+from diffsight.engine.target import Target
 
 _INSIDE = {  # the name of a class: the name of the wrapped module in it
     "OptimizedModule": "_orig_mod",

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from diffsight.pipelines.wrapped_modules import unwrapped, wrapped_path
+from diffsight.engine.wrapped_modules import unwrapped, wrapped_path
 
-_CALLED = ("forward", "_old_forward", "_compiled_call_impl", "_hf_hook")  # what libraries put on a module to be called
+# What libraries put on a module to be called, and what a run puts there to be copied.
+_CALLED = ("forward", "_old_forward", "_compiled_call_impl", "_hf_hook", "__getstate__")
 
 
 def structural_copy(model: nn.Module, with_weights: bool = False) -> nn.Module:

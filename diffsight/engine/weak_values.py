@@ -1,0 +1,47 @@
+"""Values that are held weakly: they are there as long as somebody else holds their tensors."""
+
+from typing import Any
+from weakref import ref
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+class WeakContainer:
+    """A tuple, a dictionary or an output object, by the tensors that it holds."""
+
+    __slots__ = ("_leaves", "_structure")
+
+    def __init__(self, value: Any) -> None:
+        leaves, self._structure = tree_flatten(value)
+        self._leaves = [_weak_leaf(leaf) for leaf in leaves]
+
+    def get(self) -> Any:
+        """Return a container of the same kind. Raises LookupError if one of its tensors is gone."""
+        return tree_unflatten([_alive(leaf) for leaf in self._leaves], self._structure)
+
+
+def weakly(value: Any) -> Any:
+    """Return what `alive` returns a value for. What cannot be held weakly, such as a number, is held."""
+    return ref(value) if isinstance(value, torch.Tensor) else WeakContainer(value)
+
+
+def alive(weak: Any) -> Any:
+    """Return the value that `weakly` was called with. Raises LookupError if nobody else holds it any more."""
+    return weak.get() if type(weak) is WeakContainer else _alive(weak)
+
+
+def _weak_leaf(leaf: Any) -> Any:
+    try:
+        return ref(leaf)
+    except TypeError:
+        return leaf
+
+
+def _alive(leaf: Any) -> Any:
+    if type(leaf) is not ref:
+        return leaf
+    value = leaf()
+    if value is None:
+        raise LookupError
+    return value

@@ -1,0 +1,1 @@
+"""Shared by lenses on the denoising of a diffusion pipeline: scheduler calls, exits, and drawing latents."""

@@ -1,0 +1,69 @@
+"""What lenses on the denoising check before anything runs. Every function raises InputError."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from diffusers import SchedulerMixin
+
+from diffsight.errors import InputError
+from diffsight.lenses.options import check_options
+from diffsight.pipelines.diffusion.components import components
+from diffsight.pipelines.diffusion.model import DiffusionModel
+
+_SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+
+Steps = int | slice | Iterable[int | slice] | None
+
+
+def check_one_image(
+    lens: Callable, model: Any, prompt: Any, seed: Any, batch_size: Any, arguments: Mapping[str, Any]
+) -> None:
+    """Check that a lens draws one image from one prompt, or from none, with a pipeline that has one scheduler."""
+    name = lens.__name__
+    if not isinstance(model, DiffusionModel):
+        raise InputError(f"{name} takes a DiffusionModel, not {type(model).__name__}")
+    check_options(lens, model, arguments)
+    if prompt is not None and not isinstance(prompt, str):
+        raise InputError(f"{name} takes one prompt, a string, not {type(prompt).__name__}")
+    if not _is_integer(seed):
+        raise InputError(f"{name} takes one seed, an integer, not {seed!r}")
+    if batch_size is not None and (not _is_integer(batch_size) or batch_size < 1):
+        raise InputError(f"batch_size must be 1 or more, or None for all in one call, not {batch_size!r}")
+    if arguments.get("output_type", "pil") != "pil":
+        raise InputError(f"{name} needs PIL images: omit output_type")
+    for several in _SEVERAL:
+        if arguments.get(several, 1) != 1:
+            raise InputError(f"{name} draws one image: omit {several}")
+    found = [part for part, value in components(model.pipeline).items() if isinstance(value, SchedulerMixin)]
+    if found != ["scheduler"]:
+        raise InputError(
+            f"{name} needs a pipeline with one scheduler, but {type(model.pipeline).__name__} has "
+            f"{', '.join(found) or 'none'}"
+        )
+
+
+def choose_steps(steps: Steps, count: int) -> tuple[int, ...]:
+    """Return the chosen steps in order, each of them once, as non-negative integers.
+
+    Args:
+        steps: What the user passed: an integer, a slice, or a list of them. None means all.
+        count: The number of steps of the run.
+    """
+    items = [slice(None)] if steps is None else [steps] if isinstance(steps, slice) or _is_integer(steps) else steps
+    if not isinstance(items, Iterable) or isinstance(items, str):
+        raise InputError(f"steps are integers or slices, not {steps!r}")
+    chosen: set[int] = set()
+    for item in items:
+        if isinstance(item, slice):
+            chosen.update(range(count)[item])
+        elif _is_integer(item) and -count <= item < count:
+            chosen.add(item % count)
+        else:
+            raise InputError(f"there is no step {item!r}: the run has {count} steps, 0 to {count - 1}")
+    if not chosen:
+        raise InputError(f"no steps are chosen: the run has {count} steps, 0 to {count - 1}")
+    return tuple(sorted(chosen))
+
+
+def _is_integer(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)

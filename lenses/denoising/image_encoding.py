@@ -1,0 +1,68 @@
+"""Encode an image as the latents from which a pipeline draws it."""
+
+from typing import Any
+
+import torch
+from PIL import Image
+
+from diffsight.errors import InputError
+
+
+def check_image(pipeline: Any, image: Any) -> Image.Image:
+    """Return an image as PIL, whose size the pipeline can draw.
+
+    Args:
+        pipeline: The pipeline.
+        image: A PIL image in mode RGB, or a float tensor (3, height, width) from 0 to 1.
+
+    Raises:
+        InputError: It is neither, or its size is not one that the pipeline can draw.
+    """
+    if isinstance(image, torch.Tensor):
+        image = _from_tensor(image)
+    if not isinstance(image, Image.Image):
+        raise InputError(f"the image must be a PIL image or a tensor, not {type(image).__name__}")
+    if image.mode != "RGB":
+        raise InputError(f'the image has the mode {image.mode}: pass image.convert("RGB")')
+    multiple = pipeline.vae_scale_factor * (2 if hasattr(pipeline, "_pack_latents") else 1)
+    if any(side % multiple for side in image.size):
+        width, height = (max(multiple, round(side / multiple) * multiple) for side in image.size)
+        raise InputError(
+            f"the image has {image.width} x {image.height} pixels, but both sides must be multiples of {multiple}: "
+            f"pass image.resize(({width}, {height}))"
+        )
+    return image
+
+
+def check_can_encode(pipeline: Any) -> None:
+    """Raise InputError unless the pipeline draws from latents of an autoencoder for images that it accepts."""
+    vae, processor = getattr(pipeline, "vae", None), getattr(pipeline, "image_processor", None)
+    config = getattr(vae, "config", {})
+    if processor is None or "scaling_factor" not in config or not hasattr(vae, "encode"):
+        raise InputError(
+            f"{type(pipeline).__name__} has no autoencoder for images, so there are no latents of an image"
+        )
+
+
+@torch.no_grad()
+def encode_image(pipeline: Any, image: Image.Image) -> tuple[torch.Tensor, Image.Image]:
+    """Return the latents of an image as its scheduler has them, (1, ...), and the image decoded from them."""
+    vae = pipeline.vae
+    pixels = pipeline.image_processor.preprocess(image).to(vae.device, vae.dtype)
+    encoded = vae.encode(pixels)
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+    decoded = pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0])[0]
+    latents = (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+    pack = getattr(pipeline, "_pack_latents", None)
+    return (latents if pack is None else pack(latents, *latents.shape)), decoded
+
+
+def _from_tensor(image: torch.Tensor) -> Image.Image:
+    if image.ndim != 3 or len(image) != 3 or not image.is_floating_point():
+        raise InputError(
+            f"the image must be a float tensor of shape (3, height, width), not {image.dtype} of shape "
+            f"{tuple(image.shape)}"
+        )
+    if image.amin() < 0 or image.amax() > 1:
+        raise InputError(f"the image must have values from 0 to 1, not {image.amin():.3g} to {image.amax():.3g}")
+    return Image.fromarray((image.detach().cpu().permute(1, 2, 0) * 255).round().byte().numpy())

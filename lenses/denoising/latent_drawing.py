@@ -1,0 +1,127 @@
+"""Draw latents as a pipeline draws those of its last step: unpacked, decoded and postprocessed by its own code.
+
+    recorder = CallRecorder(model)
+    with model.generate(prompt, seed=0) as run:
+        recorder.follow(run)
+        for step in run.steps:
+            recorder.note_step()
+    draw_latents(model, recorder, latents, {"prompt": prompt, "seed": 0})
+
+The call of the pipeline is repeated without its components: each of them is skipped and returns what it returned
+before. The last `scheduler.step` then returns all latents as one batch, and the pipeline draws this batch. Edits of the
+model do not act in this call.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffsight.errors import InputError
+from diffsight.pipelines.diffusion.components import components
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
+
+_OUTPUTS = ("images", "image", "frames", "audios")
+
+
+class CallRecorder:
+    """What the components of a pipeline return in one run, and how often each is called up to its last step."""
+
+    def __init__(self, model: DiffusionModel) -> None:
+        parts = components(model.pipeline)
+        self._names = [name for name, part in parts.items() if isinstance(part, nn.Module)]
+        self._outputs: dict[str, list[Any]] = {name: [] for name in self._names}
+        self._calls = dict.fromkeys(self._names, 0)
+        self._before_last_step: dict[str, int] = {}
+        self.steps = 0
+
+    def follow(self, run: DiffusionRun) -> None:
+        """Record a run from its beginning."""
+        for name in self._names:
+            run.follow(name, lambda output, name=name: self._keep(name, output))
+
+    def note_step(self) -> None:
+        """Say that the run stands at a `scheduler.step`."""
+        self.steps += 1
+        self._before_last_step = dict(self._calls)
+
+    def skip(self, run: DiffusionRun) -> None:
+        """Skip all calls up to the last step in another run of the same call."""
+        for name, count in self._before_last_step.items():
+            outputs = self._outputs[name]
+            for number in range(count):
+                run[name].calls[number].skip(outputs[min(number, len(outputs) - 1)])
+
+    def _keep(self, name: str, output: Any) -> None:
+        """Keep an output. Of a component that is called in the steps, the last one stands for all."""
+        self._calls[name] += 1
+        if self.steps and self._outputs[name]:
+            self._outputs[name][-1] = output
+        else:
+            self._outputs[name].append(output)
+
+
+def draw_latents(
+    model: DiffusionModel,
+    recorder: CallRecorder,
+    latents: Sequence[torch.Tensor],
+    call: Mapping[str, Any],
+    batch_size: int | None = None,
+) -> list[Any]:
+    """Return what the pipeline draws from each of the latents: images, frames or sounds.
+
+    Args:
+        model: The pipeline.
+        recorder: What its components returned in a run of the same call.
+        latents: What to draw, each (1, ...) as the scheduler returns them.
+        call: The arguments of `generate`.
+        batch_size: The number of latents in a call. Default: all.
+    """
+    size, outputs = batch_size or max(1, len(latents)), []
+    plain = model.edit(lambda run: None)
+    plain.clear_edits()
+    with progress_bar(model.pipeline, disable=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they came in the first call
+        for start in range(0, len(latents), size):
+            outputs.extend(_draw(plain, recorder, latents[start : start + size], call))
+    return outputs
+
+
+def check_drawn(model: DiffusionModel, result: Any) -> Sequence[Any]:
+    """Return the images, frames or sounds in the result of a pipeline."""
+    name = next(iter(result), None) if isinstance(result, Mapping) else None
+    if name is not None and name not in _OUTPUTS:
+        raise InputError(f"{type(model.pipeline).__name__} returns {name}: there is no image to look at")
+    return result[0]
+
+
+def _draw(
+    model: DiffusionModel, recorder: CallRecorder, latents: Sequence[torch.Tensor], call: Mapping[str, Any]
+) -> Sequence[Any]:
+    with model.generate(**call) as run:
+        recorder.skip(run)
+        last = run.scheduler.step.calls[recorder.steps - 1]
+        last.output = _with_batch(last.output, torch.cat(list(latents)))
+    drawn = check_drawn(model, run.result)
+    if len(drawn) != len(latents):
+        raise InputError(
+            f"{type(model.pipeline).__name__} drew {len(drawn)} images from {len(latents)} latents: pass batch_size=1"
+        )
+    return drawn
+
+
+def _with_batch(output: Any, batch: torch.Tensor) -> Any:
+    """Return the output of `scheduler.step` with a batch in place of each sample in it."""
+    items = list(output.values()) if isinstance(output, Mapping) else list(output)
+    sample = items[0]
+    batch = batch.to(sample)
+
+    def replaced(value: Any) -> Any:
+        return batch if isinstance(value, torch.Tensor) and value.shape == sample.shape else value
+
+    if isinstance(output, Mapping):
+        return type(output)(**{name: replaced(value) for name, value in output.items()})
+    return tuple(map(replaced, items))

@@ -1,0 +1,96 @@
+"""Modules whose names are also those of attributes of handles and runs."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffsight import Model
+from diffsight.errors import NoRunError
+
+PRIVATE = [
+    "_model",
+    "_target",
+    "_flow",
+    "_run",
+    "_part",
+    "_tree",
+    "_call",
+    "_pass",
+    "_child",
+    "_fetch",
+    "_root",
+    "_sizes",
+]
+
+
+class Inner(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.add_module(name, nn.Linear(4, 4))
+        self.name = name
+
+    def forward(self, x):
+        return getattr(self, self.name)(x)
+
+
+class Outer(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.add_module(name, Inner(name))
+        self.proj = nn.Linear(4, 4)
+        self.name = name
+
+    def forward(self, x):
+        return self.proj(getattr(self, self.name)(x))
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield torch.randn(2, 4)
+
+
+@pytest.mark.parametrize("name", PRIVATE)
+def test_private_names_mean_the_module(name, x):
+    net = Outer(name)
+    model, inner = Model(net), getattr(net, name)
+    with model.trace(x) as run:
+        value = getattr(getattr(run, name), name).output
+        getattr(run, name).output = value * 2
+        run.proj.output
+    assert torch.equal(value, inner(x)) and torch.equal(run.result, net.proj(inner(x) * 2))
+    with model.trace(x):
+        assert torch.equal(getattr(getattr(model, name), name).output, inner(x))
+    with model.trace(x) as run:
+        assert torch.equal(getattr(run.rows[1], name).output, inner(x)[1:])
+        assert torch.equal(getattr(run, name).calls[0].output, inner(x))
+
+
+def test_private_names_in_edits_steps_and_copies(x):
+    net = Outer("_model")
+
+    def edit(run):
+        run._model.output = run._model.output * 2
+
+    edited = Model(net).edit(edit)
+    assert torch.equal(edited.trace(x).result, net.proj(net._model(x) * 2))
+    with edited.trace(x) as run:
+        for _ in run.steps:
+            assert torch.equal(run._model._model.output, net._model(x))
+
+
+@pytest.mark.parametrize("name", ["output", "input", "skip", "steps", "rows", "result"])
+def test_public_names_are_reached_by_index(name, x):
+    net = Outer(name)
+    model, inner = Model(net), getattr(net, name)
+    assert f'modules whose names mean something else here: ["{name}"]' in repr(model)
+    with model.trace(x) as run:
+        value = run[name][name].output
+        model[name].output = value * 2
+    assert torch.equal(value, inner(x)) and torch.equal(run.result, net.proj(inner(x) * 2))
+
+
+def test_the_error_outside_a_run_names_the_module():
+    with pytest.raises(NoRunError, match=r'module of that name is output\["output"\]'):
+        Model(Outer("output"))["output"].output.weight
