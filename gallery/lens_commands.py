@@ -1,4 +1,4 @@
-"""The commands that run lenses: `diffsight lens`, `patch`, `attention`, `fidelity`, `logit-lens`, `generate` and others.
+"""The commands that run lenses: `diffsight lens`, `patch`, `attention`, `fidelity`, `logit-lens`, `generate`, ….
 
 Each checks what needs no model first, then loads the model and calls the lens of Python with the same names. With
 `--prompts` or `--seeds`, a command makes a study (`studies.py`).
