@@ -1,4 +1,4 @@
-"""The commands that run lenses: `diffsight lens`, `patch`, `attention`, `fidelity`, `logit-lens`, `generate`, ….
+"""The commands that run lenses: `diffsight lens`, `patch`, `fidelity`, `compare`, `logit-lens`, and `generate`.
 
 Each checks what needs no model first, then loads the model and calls the lens of Python with the same names. With
 `--prompts` or `--seeds`, a command makes a study (`studies.py`).
@@ -31,8 +31,8 @@ def add_lens_commands(commands: Any) -> None:
     """Add the commands to those of the command line."""
     _add_lens(commands)
     _add_patch(commands)
-    _add_trajectory(commands)
     _add_attention(commands)
+    _add_trajectory(commands)
     _add_fidelity(commands)
     _add_compare(commands)
     _add_logit_lens(commands)
@@ -79,6 +79,22 @@ def _add_patch(commands: Any) -> None:
     patch.set_defaults(command=_patch)
 
 
+def _add_attention(commands: Any) -> None:
+    attention = commands.add_parser(
+        "attention",
+        help="show where in the image each word is attended to",
+        description="Attention maps: draw a prompt, and show where in the image each of its words is attended to. "
+        "Writes the image, an overlay for each word, a page, and a record of all settings.",
+        epilog=f'example: diffsight attention "{PROMPT}" --words circle,square --steps 20 --out attention',
+    )
+    add_prompts(attention, "what to draw")
+    add_model(attention, IMAGE_MODEL)
+    add_drawing(attention)
+    attention.add_argument("--words", metavar="WORDS", help="words of the prompt, separated by commas (default: all)")
+    attention.add_argument("--keep", choices=("steps", "layers", "heads"), help="keep the maps of each apart too")
+    attention.set_defaults(command=_attention)
+
+
 def _add_trajectory(commands: Any) -> None:
     trajectory = commands.add_parser(
         "trajectory",
@@ -104,23 +120,6 @@ def _add_trajectory(commands: Any) -> None:
         "--batch-size", type=positive, metavar="N", help="images to draw in one call (default: all)"
     )
     trajectory.set_defaults(command=_trajectory)
-
-
-def _add_attention(commands: Any) -> None:
-    attention = commands.add_parser(
-        "attention",
-        help="show where in the image each word is attended to",
-        description="Attention maps: draw a prompt, and show where in the image each word is attended to. Writes the "
-        "image, an overlay for each word, a grid of them, the maps, and a record of all settings.",
-        epilog=f'example: diffsight attention "{PROMPT}" --words "circle,blue square" --out attention',
-    )
-    add_prompts(attention, "what to draw")
-    add_model(attention, IMAGE_MODEL)
-    add_drawing(attention)
-    attention.add_argument(
-        "--words", metavar="WORDS", help="words of the prompt, separated by commas (default: all words)"
-    )
-    attention.set_defaults(command=_attention)
 
 
 def _add_fidelity(commands: Any) -> None:
@@ -219,6 +218,17 @@ def _patch(options: argparse.Namespace) -> None:
     _print(encoder_patching(model, options.source, options.target, **arguments).save(options.out))
 
 
+def _attention(options: argparse.Namespace) -> None:
+    def load() -> Make:
+        from diffsight.lenses.attention_maps import attention_maps
+
+        model, arguments = _pipeline(options)
+        arguments |= {"words": _listed(options.words), "keep": options.keep}
+        return lambda prompt, seed, out: attention_maps(model, prompt, seed=seed, **arguments).save(out)
+
+    _one_or_study(options, load, PROMPT)
+
+
 def _trajectory(options: argparse.Namespace) -> None:
     def load() -> Make:
         from diffsight.lenses.trajectory_lens import trajectory_lens
@@ -226,17 +236,6 @@ def _trajectory(options: argparse.Namespace) -> None:
         model, arguments = _pipeline(options)
         arguments |= {"steps": options.at, "show": _listed(options.show), "batch_size": options.batch_size}
         return lambda prompt, seed, out: trajectory_lens(model, prompt, seed=seed, **arguments).save(out)
-
-    _one_or_study(options, load, PROMPT)
-
-
-def _attention(options: argparse.Namespace) -> None:
-    def load() -> Make:
-        from diffsight.lenses.attention_maps import attention_maps
-
-        model, arguments = _pipeline(options)
-        words = _listed(options.words)
-        return lambda prompt, seed, out: attention_maps(model, prompt, words, seed=seed, **arguments).save(out)
 
     _one_or_study(options, load, PROMPT)
 

@@ -44,6 +44,7 @@ from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import frames_of, image_of
 from diffsight.lenses.results.overlays import at_size, overlay
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import OverlaySection, Section, distinct
 from diffsight.pipelines.attention_product import AttentionProduct
 from diffsight.pipelines.diffusion.attention import Attention, find_attentions, follow_products
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -150,6 +151,20 @@ class AttentionMaps(LensResult):
 
     def preview(self) -> Image.Image:
         return self.grid()
+
+    def sections(self) -> list[Section]:
+        words = distinct(self.words)
+        found: list[Section] = [self._section("Attention by word", dict(zip(words, self.maps)))]
+        for number, word in enumerate(words):
+            if self.parts:
+                maps = {name: part[number] for name, part in self.parts.items()}
+                found.append(self._section(f"“{word}” by {self.kept.removesuffix('s')}", maps))
+        return found
+
+    def _section(self, title: str, maps: Mapping[str, torch.Tensor]) -> OverlaySection:
+        """Return maps on the image; of a video, those of its middle frame."""
+        shown = {name: heat if heat.ndim == 2 else heat[len(heat) // 2] for name, heat in maps.items()}
+        return OverlaySection(title, self.image, shown, label="attention")
 
     def files(self) -> dict[str, Callable[[Path], None]]:
         files: dict[str, Callable[[Path], None]] = {"image.png": self.image.save, "grid.png": self.grid().save}

@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,30 @@ def test_help_shows_an_example_that_is_accepted(capsys, command, here):
     if len(example) > 2:
         example += ["--model", "no-such-model"]  # this is the error if everything before is valid
         assert "no-such-model" in command_error(capsys, here, *example[1:])
+
+
+def test_errors_of_the_parser_are_one_line(capsys):
+    for command, told in [
+        (["lens", "a", "red", "circle"], "needs quotes"),
+        (["lens", PROMPT, "--layers", "-1,embedding"], "write --layers=-1"),
+        (["lens", PROMPT, "--steps", "0"], "'0' is not a positive integer"),
+        ([], "COMMAND"),
+    ]:
+        assert run_command(*command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("diffsight") and told in line
+
+
+def test_the_version(capsys):
+    assert run_command("--version") == 0
+    assert capsys.readouterr().out == f"diffsight {version('diffsight')}\n"
+
+
+def test_the_list_of_models_lines_up(capsys):
+    assert run_command("models") == 0
+    lines = capsys.readouterr().out.splitlines()
+    (width,) = {len(line) - len(line.partition(" ")[2].lstrip()) for line in lines}
+    assert width > len(CLIP)
 
 
 def test_help_names_the_options(capsys):
