@@ -22,17 +22,21 @@ from diffsight import (
     DiffusionModel,
     LanguageModel,
     compare_encoders,
+    concept_features,
     diffusion_lens,
     encoder_patching,
+    feature_effect,
     image_grid,
     invert,
     layer_fidelity,
     logit_lens,
     run_prompts,
+    top_examples,
     trajectory_lens,
 )
 from diffsight.errors import InputError
-from diffsight.lenses import Prompt
+from diffsight.lenses import SAE, Prompt
+from diffsight.lenses.features.train_shapes import captions
 from diffsight.lenses.layer_fidelity import sample_prompts
 from diffsight.pipelines.shapes.scenes import Scene, Thing, render
 
@@ -80,6 +84,24 @@ def inverted() -> Image.Image:
     return invert(shapes("clip"), image, SCENE, num_inference_steps=20, fixed_point=3, progress=False).grid()
 
 
+def captions_of(relation: str) -> list[str]:
+    pairs = [("red circle", "blue square"), ("green ring", "white triangle"), ("blue circle", "red ring")]
+    return [f"a {a} {relation} a {b} on a gray background" for a, b in [*pairs, ("white square", "green circle")]]
+
+
+def effect() -> Image.Image:
+    sae = SAE.load("diffsight/shapes-clip-text-encoder")
+    features = concept_features(shapes("clip"), sae, captions_of("above"), captions_of("below")).topk(8).indices
+    return feature_effect(
+        shapes("clip"), sae, captions_of("above")[0], features.tolist(), amounts=[0.5, 0], seed=0, **DRAWING
+    ).grid()
+
+
+def top_features() -> Image.Image:
+    sae, texts = SAE.load("diffsight/shapes-clip-unet"), captions(24, seed=5)
+    return top_examples(shapes("clip"), sae, texts, [643, 867, 269, 880], count=5, **DRAWING).grid()
+
+
 def patching() -> Image.Image:
     source = "a red circle above a blue square on a gray background"
     target = "a green ring above a blue square on a gray background"
@@ -114,6 +136,8 @@ IMAGES: dict[str, Callable[[], Image.Image | Figure]] = {
     "trajectory": trajectory,
     "block-exits": block_exits,
     "inverted": inverted,
+    "feature-effect": effect,
+    "top-features": top_features,
     "encoder-patching": patching,
     "layer-fidelity": fidelity,
     "cka": cka,
