@@ -17,6 +17,7 @@ their turn first, in the order in which they were made; then the body that opene
 """
 
 import inspect
+import textwrap
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,6 +41,16 @@ class Edit:
     where: str
     touches: dict[str, None] = field(default_factory=dict)
     attached: dict[tuple[int, str], nn.Module] = field(default_factory=dict, repr=False)  # by owner and name
+
+    @property
+    def source(self) -> str | None:
+        """The source of the block or the function, or None if it is not available."""
+        if isinstance(self.function, Block):
+            return self.function.source
+        try:
+            return textwrap.dedent(inspect.getsource(inspect.unwrap(self.function)))
+        except (OSError, TypeError):
+            return None
 
     def __repr__(self) -> str:
         touches = f", touches {', '.join(self.touches)}" if self.touches else ""

@@ -159,8 +159,19 @@ class Points:
         """The path from the model, as you write it."""
         return self._target.path
 
+    def __getattr__(self, name: str) -> Any:
+        raise_kept(self)
+        found = None if name.startswith("_") else self._tree.named_value(self, name)
+        if found is None:
+            raise AttributeError(f"{self.path} has no {name!r}")
+        return found.output if isinstance(found, Points) else found
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in VALUES:
+            found = self._tree.named_value(self, name)
+            if isinstance(found, Points):
+                found._assign("output", value)
+                return
             raise PointNotFoundError(
                 f"{join(self.path, name)} cannot be assigned: only .input, .inputs and .output can"
                 + suggest(name, VALUES)
@@ -324,7 +335,7 @@ class Envoy(Points):
             module = edit.attached.setdefault((id(owner), name), module)
             if tree.attached.find(owner, name) is not None:
                 return
-        tree.attach(owner, name, join(self.path, name), module)
+        tree.attach(owner, name, join(self._target.path, name), module)
 
     def _start_edits(self) -> bool:
         """Start the edits of the run at hand if they have not started: perhaps they attach what is looked for."""
@@ -341,6 +352,9 @@ class Envoy(Points):
         try:
             value = self._tree.attribute(self._owner, name)
         except AttributeError:
+            found = self._tree.named_value(self, name)
+            if found is not None:
+                return found.output if isinstance(found, Points) else found
             if self._start_edits():
                 return getattr(self, name)
             known = [known for known in dir(self) if not known.startswith("_")]
@@ -491,6 +505,18 @@ def root_of(run: InRun, part: Selection | None = None) -> Envoy:
 def child_of(envoy: Points, name: str) -> Envoy | MethodEnvoy | None:
     """Return the child, method or standard name called `name` in an envoy; None if there is none. A method has none."""
     return envoy._child(name) if isinstance(envoy, Envoy) else None
+
+
+def inside(holder: Any, name: str) -> Any:
+    """Return what a name in an envoy, or in what `Tree.named_value` has returned, refers to; None if it is unknown."""
+    if not isinstance(holder, Points):
+        return holder.named(name)
+    return child_of(holder, name) or holder._tree.named_value(holder, name)
+
+
+def points_on(points: Points, target: Target) -> Points:
+    """Return the points of a value inside the calls of a module, for the same run, call and part."""
+    return Points(points._tree, target, points._run, points._call, points._part)
 
 
 def handle_on(envoy: Points, target: Target, part: Selection | None = None) -> Envoy | MethodEnvoy:

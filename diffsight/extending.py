@@ -37,6 +37,8 @@ owner, the name of the method, and the path as users write it. Override:
 - `children_of(target)`: the parts directly in a part, by name. They become envoys.
 - `methods_of(owner)`: methods that code calls directly instead of `forward`.
 - `names_of(owner)` and `target_named(outer, name)`: standard names, such as `layers` and `ln_final`.
+- `named_value(points, name)` and `value_names(target)`: values inside the calls of a module that are neither its inputs
+  nor its output, such as attention probabilities.
 - `components()`: what is tapped from the start of every run. What lies in a component is tapped when it is asked for.
 - `clock()`: when a step begins, a `Clock`.
 - `stand_ins()`: what a scan calls in place of components that look at values.
@@ -67,7 +69,8 @@ differs from call to call) and use it with `narrowed(points, selection)`, or in 
 
 **Targets of another kind**, such as attention probabilities, subclass `Target` and define `attach(tap)`. It arranges
 for `tap.enter(args, kwargs)` and `tap.leave(output)`, or `tap.call(function, args, kwargs)`, to be called on every
-passage, and returns an object with `remove()`. Check `current_owner() is tap.host`: calls from outside the run must
+passage, and returns an object with `remove()`. A value inside the calls of a module has `is_value = True`, and a
+`point(part, call)` that says how users write it. Check `current_owner() is tap.host`: calls from outside the run must
 pass untouched. To change a method for the duration of a run, use `ChangedMethod(owner, name, change)`.
 
 **Envoys.** An attribute of an envoy may be a part of the model, so everything about the envoy itself is asked with a
@@ -89,7 +92,7 @@ from diffsight.engine.scan import is_scanning
 from diffsight.engine.scan_state import ModuleHooks
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.structural_copy import structural_copy
-from diffsight.engine.taps import Tap
+from diffsight.engine.tapped_call import Tap
 from diffsight.engine.target import Target, join, part_targets
 from diffsight.engine.tree import Tree
 from diffsight.engine.wrapped_modules import children_in, unwrapped, wrapped_path
@@ -106,6 +109,7 @@ from diffsight.envoy import (
     model_of,
     narrowed,
     owner_of,
+    points_on,
     raise_kept,
     run_meant_by,
     target_of,
@@ -156,6 +160,7 @@ __all__ = [
     "owner_of",
     "part_of",
     "part_targets",
+    "points_on",
     "raise_kept",
     "run_meant_by",
     "run_of",

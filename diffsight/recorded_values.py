@@ -22,9 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from diffsight.engine.points import Asked, first_input
-from diffsight.engine.taps import Tap
-from diffsight.engine.target import join
-from diffsight.envoy import VALUES, Envoy, InRun, Points, child_of, flow_of, root_of, target_of, tree_of
+from diffsight.engine.tapped_call import Tap
+from diffsight.envoy import VALUES, Envoy, InRun, Points, child_of, flow_of, inside, root_of, target_of, tree_of
 from diffsight.errors import InputError, PointNotFoundError
 
 
@@ -147,29 +146,42 @@ def find_points(root: Envoy, pattern: str) -> dict[str, tuple[Points, str]]:
     names = pattern.replace("[", ".").replace("]", "").split(".")
     part = names.pop() if names[-1] in VALUES else "output"
     if "*" not in pattern:
-        envoys = [root[".".join(names)] if names else root]
+        envoys = [_at(root, names)]
     else:
         envoys = [root]
         for name in names:
             envoys = [inner for envoy in envoys for inner in _inside(envoy, name)]
-        envoys = [envoy for envoy in envoys if target_of(envoy).is_called]
+        envoys = [envoy for envoy in envoys if isinstance(envoy, Points) and target_of(envoy).is_called]
     if not envoys:
         raise PointNotFoundError(
             f"no part of the model matches {pattern!r}: * matches one name, as in layers[*].mlp, and ** any number"
         )
-    return {join(envoy.path, part): (envoy, part) for envoy in envoys}
+    return {target_of(envoy).point(part, 0): (envoy, part) for envoy in envoys}
+
+
+def _at(root: Envoy, names: list[str]) -> Points:
+    """The envoy, or the value inside the calls of a module, at a path."""
+    found = root
+    for name in names:
+        found = inside(found, name)
+        if found is None:
+            break
+    return found if isinstance(found, Points) else root[".".join(names)]
 
 
 def _inside(envoy: Points, name: str) -> list[Points]:
     """The parts of an envoy that match one name of a pattern."""
     if not isinstance(envoy, Envoy):  # a method has no parts
-        return []
+        found = None if "*" in name else inside(envoy, name)
+        return [] if found is None else [found]
     tree, target = tree_of(envoy), target_of(envoy)
     children = list(tree.children_of(target))
     if name == "**":
         return [envoy, *(inner for child in children for inner in _inside(child_of(envoy, child), "**"))]
     if "*" not in name:
         child = child_of(envoy, name)
+        if child is None and name in tree.value_names(target):
+            child = inside(envoy, name)
         return [] if child is None else [child]
     known = [*children, *tree.methods_of(target.owner)]
     return [child_of(envoy, child) for child in known if fnmatchcase(child, name)]

@@ -60,6 +60,8 @@ class Steps:
         try:
             while last is None or max(flow.scope.step + 1, first) < last:
                 if not flow.next_step():
+                    if flow.has_result:
+                        flow.clock.check_counted(flow.tree.title)
                     return
                 index = flow.scope.step
                 if index >= first and (index - first) % stride == 0 and (last is None or index < last):

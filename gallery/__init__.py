@@ -1,1 +1,33 @@
-"""The command line, and notebooks that show what the lenses find."""
+"""What is made of results: galleries, repetitions, checks of models; the command line and notebooks.
+
+    from diffsight.gallery import check_model, repeat, write_gallery
+
+Each name is imported when it is first used, so that the command line starts quickly.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffsight.gallery.checking import ModelCheck, check_model
+    from diffsight.gallery.gallery_index import write_gallery
+    from diffsight.gallery.repeating import Repetition, repeat
+
+_MODULE_OF = {
+    "ModelCheck": "checking",
+    "Repetition": "repeating",
+    "check_model": "checking",
+    "repeat": "repeating",
+    "write_gallery": "gallery_index",
+}
+__all__ = ["ModelCheck", "Repetition", "check_model", "repeat", "write_gallery"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,6 +20,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import index
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,25 +34,27 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError, suggest
 from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
 from diffsight.lenses.encoders.checks import check_prompt
+from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_title
 from diffsight.lenses.linear_cka import normed_gram
 from diffsight.lenses.options import check_options
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.encoder_plots import Map, block_map, map_panels
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import Cell, HeatMapSection, ImageSection, Section, TableSection
+from diffsight.lenses.results.token_plots import shorten
 from diffsight.pipelines.diffusion.components import text_encoder_names
-from diffsight.pipelines.diffusion.encoding import (
-    EncodingRecord,
-    PromptEncoding,
-    cut_off,
-    encodings_in,
-    record_encoding,
-)
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
+from diffsight.pipelines.diffusion.encoding import EncodingRecord, cut_off, record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.run import is_silenced
 from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
 
 _ENDS = ("first", "last")
+_MOST_PROMPTS, _BATCH_BYTES = 32, 2**28  # in a batch, and of its hidden states
+_NAMED, _LONGEST = 12, 24  # prompts that a figure names by their texts, and characters of these
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class EncoderComparison(LensResult, Mapping):
     """The same prompts in several text encoders: `result[name]` are its EncodedPrompts, `list(result)` the names.
 
     `save(folder)` writes `comparison.json`, `comparison.safetensors` (vectors, drifts and CKA), `cka.png`, and for each
-    prompt that the diffusion lens drew `grid_00.png`, `drift_00.png` and `nearest_00.png`.
+    prompt that the diffusion lens drew `grid_00.png`, `drift_00.png` and `nearest_00.png`. The record has the nearest
+    prompts of all prompts.
 
     Attributes:
         prompts: The prompts.
@@ -114,25 +118,26 @@ class EncoderComparison(LensResult, Mapping):
         one, other = (torch.stack([normed_gram(x) for x in self[name].vectors]).flatten(1) for name in (one, other))
         return one @ other.T
 
-    def nearest(self, name: str, prompt: int, count: int = 3) -> list[list[tuple[str, float]]]:
+    def nearest(self, name: str, prompt: int | str, count: int = 3) -> list[list[tuple[str, float]]]:
         """Return for each layer the `count` prompts nearest to a prompt, nearest first, with their cosine similarity.
 
         Args:
             name: The text encoder.
-            prompt: The number of the prompt, counted from 0.
+            prompt: The prompt: its number, counted from 0, or its text.
             count: The number of prompts to return.
         """
+        prompt = self._number(prompt)
         values, order = self._cosines(name, prompt).sort(descending=True, stable=True)
         rows = zip(order[:, :count].tolist(), values[:, :count].tolist())
         others = self._others(prompt)
         return [[(self.prompts[others[place]], value) for place, value in zip(*row)] for row in rows]
 
-    def drift(self, name: str, prompt: int, to: str = "last") -> torch.Tensor:
+    def drift(self, name: str, prompt: int | str, to: str = "last") -> torch.Tensor:
         """Return the cosine similarity of each token's hidden state with that at the last (or first) of the layers.
 
         Args:
             name: The text encoder.
-            prompt: The number of the prompt, counted from 0.
+            prompt: The prompt: its number, counted from 0, or its text.
             to: "last" or "first".
 
         Returns:
@@ -140,7 +145,7 @@ class EncoderComparison(LensResult, Mapping):
         """
         if to not in _ENDS:
             raise InputError(f'to must be "first" or "last", not {to!r}')
-        return self[name].drifts[self._checked(prompt)][_ENDS.index(to)]
+        return self[name].drifts[self._number(prompt)][_ENDS.index(to)]
 
     def plot(self) -> Figure:
         """Plot the linear CKA of all pairs of layers, the layers of one encoder after those of the other."""
@@ -148,30 +153,35 @@ class EncoderComparison(LensResult, Mapping):
         blocks = {name: [str(layer) for layer in encoded.layers] for name, encoded in self.encoders.items()}
         return block_map(values.numpy(), blocks, f"{len(self.prompts)} prompts", "linear CKA")
 
-    def plot_nearest(self, prompt: int) -> Figure:
-        """Plot how near the other prompts are to one, by layer. A dot marks the nearest."""
-        numbers = self._others(self._checked(prompt))
+    def plot_nearest(self, prompt: int | str) -> Figure:
+        """Plot how near the other prompts are to one, by layer. A dot marks the nearest.
+
+        The columns are the prompts, up to a dozen with their texts."""
+        prompt = self._number(prompt)
+        others = self._others(prompt)
+        names = [shorten(self._title(n), _LONGEST) if len(others) <= _NAMED else str(n) for n in others]
         shown = {}
         for name in self:
             values = self._cosines(name, prompt)
             layers = [str(layer) for layer in self[name].layers]
-            shown[name] = Map(values.numpy(), layers, [str(n) for n in numbers], marks=values.argmax(1).tolist())
+            shown[name] = Map(values.numpy(), layers, names, marks=values.argmax(1).tolist())
         low = min(float(panel.values.min()) for panel in shown.values())
         return map_panels(shown, self._title(prompt), "cosine", low, "prompt")
 
-    def plot_drift(self, prompt: int, to: str = "last") -> Figure:
+    def plot_drift(self, prompt: int | str, to: str = "last") -> Figure:
         """Plot how near each token is to what it is at the last (or first) of the layers."""
+        prompt = self._number(prompt)
         shown = {}
         for name in self:
-            layers, words = [str(layer) for layer in self[name].layers], self[name].words[self._checked(prompt)]
+            layers, words = [str(layer) for layer in self[name].layers], self[name].words[prompt]
             shown[name] = Map(self.drift(name, prompt, to).numpy(), layers, [word.strip() for word in words])
         low = min(0.0, *(float(panel.values.min()) for panel in shown.values()))
         return map_panels(shown, self._title(prompt), f"cosine with {to} layer", low, "")
 
-    def grid(self, prompt: int = 0) -> Image.Image:
+    def grid(self, prompt: int | str = 0) -> Image.Image:
         """Return what the diffusion lens drew for a prompt: a row for each encoder, a column for each layer."""
-        drawn = self._drawn()
-        if self._checked(prompt) >= drawn:
+        prompt, drawn = self._number(prompt), self._drawn()
+        if prompt >= drawn:
             which = f"only the first {drawn} prompts" if drawn else "no prompt"
             raise InputError(f"the lens drew {which}: compare_encoders(…, images={prompt + 1}) draws more")
         lenses = [encoded.lens[prompt] for encoded in self.encoders.values()]
@@ -182,6 +192,34 @@ class EncoderComparison(LensResult, Mapping):
 
     def preview(self) -> Figure:
         return self.plot()
+
+    def sections(self) -> list[Section]:
+        found: list[Section] = []
+        for one, other in itertools.combinations_with_replacement(self, 2):
+            names = [[str(layer) for layer in self[name].layers] for name in (one, other)]
+            title = f"Linear CKA of {one} and {other}, {len(self.prompts)} prompts"
+            axes = f"{one}, layer", f"{other}, layer"
+            found.append(HeatMapSection(title, *names, self.cka(one, other), "linear CKA", axes))
+        for i in range(self._drawn()):
+            rows = {n: dict(zip(map(layer_title, e.lens[i].layers), e.lens[i].images)) for n, e in self.items()}
+            found.append(ImageSection(f"Drawn from each layer: {self.prompts[i]}", rows))
+        for i, prompt in enumerate(self.prompts[: max(1, self._drawn())]):
+            found += [self._nearest_table(name, i, prompt) for name in self]
+            found += [self._drift_map(name, i, prompt) for name in self]
+        return found
+
+    def _nearest_table(self, name: str, number: int, prompt: str) -> TableSection:
+        rows = {
+            str(layer): [Cell(text, value, [(text, value)]) for text, value in nearest]
+            for layer, nearest in zip(self[name].layers, self.nearest(name, number))
+        }
+        columns = [f"{i + 1}." for i in range(min(3, len(self.prompts) - 1))]
+        return TableSection(f"Nearest to {prompt!r} in {name}", "layer", columns, rows, "cosine similarity")
+
+    def _drift_map(self, name: str, number: int, prompt: str) -> HeatMapSection:
+        words, layers = [word.strip() for word in self[name].words[number]], [str(one) for one in self[name].layers]
+        title, values = f"Drift of {prompt!r} in {name}", self.drift(name, number)
+        return HeatMapSection(title, layers, words, values, "cosine similarity with the last layer", ("layer", "token"))
 
     def files(self) -> dict[str, Callable[[Path], None]]:
         files: dict[str, Callable[[Path], None]] = {
@@ -201,6 +239,7 @@ class EncoderComparison(LensResult, Mapping):
             "seed": self.seed,
             "arguments": dict(self.arguments),
             "encoders": {n: {"layers": list(e.layers), "words": e.words} for n, e in self.encoders.items()},
+            "nearest": {n: [self.nearest(n, i) for i in range(len(self.prompts))] for n in self},
         }
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -217,16 +256,22 @@ class EncoderComparison(LensResult, Mapping):
     def _cosines(self, name: str, prompt: int) -> torch.Tensor:
         """Return the cosine similarity of a prompt's vector with those of all others, (layers, prompts - 1)."""
         vectors = functional.normalize(self[name].vectors, dim=-1)
-        self._checked(prompt)
         return torch.einsum("lf,lpf->lp", vectors[:, prompt], vectors[:, self._others(prompt)])
 
     def _others(self, prompt: int) -> list[int]:
         return [number for number in range(len(self.prompts)) if number != prompt]
 
-    def _checked(self, prompt: int) -> int:
+    def _number(self, prompt: int | str) -> int:
+        """Return the number of a prompt that is named by its number or its text."""
+        if isinstance(prompt, str):
+            if prompt not in self.prompts:
+                raise InputError(f"there is no prompt {prompt!r}{suggest(prompt, self.prompts)}")
+            return self.prompts.index(prompt)
         if not hasattr(prompt, "__index__") or isinstance(prompt, bool) or not 0 <= prompt < len(self.prompts):
-            raise InputError(f"there is no prompt {prompt!r}: choose from 0 to {len(self.prompts) - 1}")
-        return prompt
+            raise InputError(
+                f"there is no prompt {prompt!r}: choose from 0 to {len(self.prompts) - 1}, or pass the text of a prompt"
+            )
+        return index(prompt)
 
     def _title(self, prompt: int) -> str:
         return f"{prompt}: {self.prompts[prompt]}"
@@ -237,14 +282,16 @@ class EncoderComparison(LensResult, Mapping):
 
 @dataclass(frozen=True)
 class _Chosen:
-    """A text encoder that takes part, and its layers."""
+    """A text encoder that takes part, and its layers. `size` is that of what is recorded of a prompt, in bytes."""
 
     name: str
     model: DiffusionModel
     encoder: Encoder
     layers: tuple[Layer, ...]
+    size: int
 
 
+@repeatable
 def compare_encoders(
     models: DiffusionModel | Mapping[str, DiffusionModel] | Sequence[DiffusionModel],
     prompts: Iterable[str],
@@ -289,48 +336,124 @@ def compare_encoders(
     for model in named.values():
         check_options(compare_encoders, model, arguments)
     chosen = _choose(named, prompts[0], encoders, layers, images > 0, arguments, seed)
-    encoded: dict[str, list[tuple[PromptEncoding, list[int]]]] = {one.name: [] for one in chosen}
-    for prompt in tqdm(prompts, desc="encoding", disable=not progress):
-        for model in dict.fromkeys(one.model for one in chosen):
-            reading = record_encoding(model, prompt, arguments, seed)
-            by_encoder = encodings_in(model, prompt, reading)
-            for one in (one for one in chosen if one.model is model):
-                _check_length(one, reading, prompt)
-                value = by_encoder[one.encoder.name]
-                encoded[one.name].append((value, _own_tokens(one, value)))
+    is_quiet = not progress or any(is_silenced(model.pipeline) for model in named.values())
+    encoded = _encode(chosen, prompts, arguments, seed, not is_quiet)
     drawn: dict[str, list[DiffusionLensResult]] = {one.name: [] for one in chosen}
-    for prompt, one in tqdm([*itertools.product(prompts[:images], chosen)], desc="lenses", disable=not progress):
+    for prompt, one in tqdm([*itertools.product(prompts[:images], chosen)], desc="lenses", disable=is_quiet):
         settings = {"encoder": one.encoder.name, "layers": one.layers, "seed": seed, "progress": False, **(lens or {})}
         drawn[one.name].append(diffusion_lens(one.model, prompt, **settings, **arguments))
-    found = {one.name: _summary(one.layers, encoded[one.name], drawn[one.name]) for one in chosen}
+    found = {one.name: _summary(one, encoded[one.name], drawn[one.name]) for one in chosen}
     return EncoderComparison(tuple(prompts), found, seed, arguments)
 
 
-def _summary(
-    layers: tuple[Layer, ...], encoded: Sequence[tuple[PromptEncoding, list[int]]], drawn: Sequence[DiffusionLensResult]
-) -> EncodedPrompts:
-    vectors, words, drifts = [], [], []
-    for one, positions in encoded:
-        states = torch.stack([one.hidden(layer)[positions].float().cpu() for layer in layers])
-        vectors.append(states.mean(1))
-        words.append(tuple(one.words[at] for at in positions) or tuple(str(int(one.ids[at])) for at in positions))
-        drifts.append(torch.stack([functional.cosine_similarity(states, states[end], dim=-1) for end in (0, -1)]))
-    return EncodedPrompts(layers, torch.stack(vectors, 1), tuple(words), tuple(drifts), tuple(drawn))
+@dataclass(frozen=True)
+class _Encoded:
+    """One prompt in one text encoder, without anything but its own tokens.
+
+    Attributes:
+        vector: Their mean hidden state, (layers, features).
+        words: The tokens as text.
+        drift: As in EncodedPrompts, (2, layers, tokens).
+    """
+
+    vector: torch.Tensor
+    words: tuple[str, ...]
+    drift: torch.Tensor
+
+    @classmethod
+    def of(cls, one: _Chosen, reading: EncodingRecord, prompt: str, number: int) -> "_Encoded":
+        """Return what is kept of prompt number `number` of a record."""
+        encoder = reading.encoders[one.encoder.name]
+        row, tokenizer = encoder.prompt.rows[number], _tokenizer(one.model, encoder)
+        ids = encoder.prompt.ids[row].tolist()
+        positions = _own_tokens(tokenizer, prompt, ids)
+        states = [encoder.prompt.hidden(layer)[row][positions] for layer in one.layers]
+        states = torch.stack(states).float().cpu()
+        words = tuple(str(ids[at]) if tokenizer is None else tokenizer.decode([ids[at]]) for at in positions)
+        drift = torch.stack([functional.cosine_similarity(states, states[end], dim=-1) for end in (0, -1)])
+        return cls(states.mean(1), words, drift)
 
 
-def _own_tokens(one: _Chosen, encoded: PromptEncoding) -> list[int]:
+def _encode(
+    chosen: Sequence[_Chosen], prompts: Sequence[str], arguments: Mapping[str, Any], seed: int, progress: bool
+) -> dict[str, list[_Encoded]]:
+    """Encode the prompts in batches. Return them by the name of the text encoder."""
+    encoded: dict[str, list[_Encoded]] = {one.name: [] for one in chosen}
+    sizes = {one.model: one.size for one in chosen}
+    with tqdm(total=len(prompts) * len(sizes), desc="encoding", disable=not progress) as shown:
+        for model in sizes:
+            size = max(1, min(_MOST_PROMPTS, _BATCH_BYTES // max(1, sizes[model])))
+            for start in range(0, len(prompts), size):
+                some = prompts[start : start + size]
+                for prompt, (reading, number) in zip(some, _read(model, some, arguments, seed)):
+                    for one in (one for one in chosen if one.model is model):
+                        _check_length(one, reading, prompt, number)
+                        encoded[one.name].append(_Encoded.of(one, reading, prompt, number))
+                shown.update(len(some))
+    return encoded
+
+
+def _read(
+    model: DiffusionModel, prompts: Sequence[str], arguments: Mapping[str, Any], seed: int
+) -> list[tuple[EncodingRecord, int]]:
+    """Return for each prompt the record that it is in, and its number there.
+
+    A pipeline that does not encode a list of prompts in one batch, in order, encodes each on its own."""
+    if len(prompts) > 1:
+        try:
+            reading = record_encoding(model, list(prompts), for_each_row(arguments, len(prompts)), seed)
+        except Exception:  # it takes one prompt, or one of them is wrong: the error is that of the prompt's own run
+            reading = EncodingRecord()
+        if reading.encoders and all(_has_all(model, encoder, prompts) for encoder in reading.encoders.values()):
+            return [(reading, number) for number in range(len(prompts))]
+    return [(record_encoding(model, prompt, arguments, seed), 0) for prompt in prompts]
+
+
+def _has_all(model: DiffusionModel, encoder: EncoderRecord, prompts: Sequence[str]) -> bool:
+    """Return whether a text encoder has read all prompts in one call, one row each, in order."""
+    call = encoder.prompt
+    if len(call.rows) != len(prompts) or encoder.tokenizer is None:
+        return False
+    tokenizer = _tokenizer(model, encoder)
+    found = (_place(tokenizer, prompt, call.ids[row].tolist()) for prompt, row in zip(prompts, call.rows))
+    return all(place is not None for place in found)
+
+
+def _size_of(reading: EncodingRecord) -> int:
+    """Return the size of the hidden states in a record, in bytes."""
+    calls = [call for encoder in reading.encoders.values() for call in encoder.calls]
+    return sum(state.nbytes for call in calls for state in call.hidden_states)
+
+
+def _summary(one: _Chosen, encoded: Sequence[_Encoded], drawn: Sequence[DiffusionLensResult]) -> EncodedPrompts:
+    vectors = torch.stack([prompt.vector for prompt in encoded], 1)
+    words, drifts = tuple(prompt.words for prompt in encoded), tuple(prompt.drift for prompt in encoded)
+    return EncodedPrompts(one.layers, vectors, words, drifts, tuple(drawn))
+
+
+def _tokenizer(model: DiffusionModel, encoder: EncoderRecord) -> Any:
+    return None if encoder.tokenizer is None else getattr(model.pipeline, encoder.tokenizer)
+
+
+def _own_tokens(tokenizer: Any, prompt: str, ids: list[int]) -> list[int]:
     """Return the positions of the prompt's own tokens: where they appear in a row, else all but the special tokens."""
-    ids = encoded.ids.tolist()
-    if one.encoder.tokenizer is None:
+    if tokenizer is None:
         return list(range(len(ids)))
-    tokenizer = getattr(one.model.pipeline, one.encoder.tokenizer)
-    for text in dict.fromkeys((encoded.prompt, encoded.prompt.lower().strip())):  # some pipelines clean the prompt
+    own = _place(tokenizer, prompt, ids)
+    if own is not None:
+        return list(own)
+    special = set(tokenizer.all_special_ids)
+    return [place for place, token in enumerate(ids) if token not in special]
+
+
+def _place(tokenizer: Any, prompt: str, ids: list[int]) -> range | None:
+    """Return where the tokens of a prompt appear in a row of tokens, or None if they do not."""
+    for text in dict.fromkeys((prompt, prompt.lower().strip())):  # some pipelines clean the prompt
         own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for start in range(len(ids) - len(own) + 1):
             if ids[start : start + len(own)] == own:
-                return list(range(start, start + len(own)))
-    special = set(tokenizer.all_special_ids)
-    return [place for place, token in enumerate(ids) if token not in special]
+                return range(start, start + len(own))
+    return None
 
 
 # ---- what takes part
@@ -376,9 +499,8 @@ def _choose(
     arguments: Mapping[str, Any],
     seed: int,
 ) -> list[_Chosen]:
-    found = {
-        name: encoders_in(model, record_encoding(model, prompt, arguments, seed)) for name, model in models.items()
-    }
+    readings = {name: record_encoding(model, prompt, arguments, seed) for name, model in models.items()}
+    found = {name: encoders_in(models[name], reading) for name, reading in readings.items()}
     known = "; ".join(f"{name} has {', '.join(of)}" for name, of in found.items())
     wanted = [encoders] if isinstance(encoders, str) else None if encoders is None else list(encoders)
     everywhere = {encoder for of in found.values() for encoder in of}
@@ -399,7 +521,8 @@ def _choose(
             numbers = choose_layers(layers, encoder.count, encoder.used_count)
         except InputError as error:
             raise InputError(f"{name}, {encoder.name}: {error}") from None
-        chosen.append(_Chosen(_label(name, encoder, pairs), models[name], encoder, numbers))
+        size = _size_of(readings[name])
+        chosen.append(_Chosen(_label(name, encoder, pairs), models[name], encoder, numbers, size))
     return chosen
 
 
@@ -411,7 +534,7 @@ def _label(model: str, encoder: Encoder, pairs: Sequence[tuple[str, Encoder]]) -
     return model if names.count(model) == 1 else f"{model} {encoder.name}"
 
 
-def _check_length(one: _Chosen, reading: EncodingRecord, prompt: str) -> None:
-    cut = cut_off(one.model, reading.encoders[one.encoder.name], prompt)
+def _check_length(one: _Chosen, reading: EncodingRecord, prompt: str, number: int) -> None:
+    cut = cut_off(one.model, reading.encoders[one.encoder.name], prompt, number)
     if cut is not None:
         raise InputError(f"the prompt {prompt!r} is too long for {one.name}: these words would be dropped: {cut!r}")

@@ -24,10 +24,12 @@ from diffsight.lenses.encoders.exits import Exits
 from diffsight.lenses.encoders.isolating import isolated
 from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_file, layer_title
 from diffsight.lenses.options import check_options
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.figure import Plot
 from diffsight.lenses.results.image_grid import image_grid
-from diffsight.lenses.results.outputs import files_of, image_of, rate_of
+from diffsight.lenses.results.outputs import files_of, image_of, media_of, rate_of
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import ImageSection, Section
 from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import PromptWarning
@@ -92,6 +94,10 @@ class DiffusionLensResult(LensResult):
     def preview(self) -> Image.Image:
         return self.grid()
 
+    def sections(self) -> list[Section]:
+        shown = zip(map(layer_title, self.layers), self.images, self.outputs or self.images)
+        return [ImageSection("", {"": {title: media_of(image, output, self.rate) for title, image, output in shown}})]
+
     def files(self) -> dict[str, Callable[[Path], None]]:
         files: dict[str, Callable[[Path], None]] = {"grid.png": self.grid().save}
         files |= {f"{layer_file(layer)}.png": image.save for layer, image in zip(self.layers, self.images)}
@@ -114,6 +120,7 @@ class DiffusionLensResult(LensResult):
         }
 
 
+@repeatable
 def diffusion_lens(
     model: DiffusionModel,
     prompt: str,
@@ -136,8 +143,8 @@ def diffusion_lens(
     The text encoders run once. Then the layers are rows of one call of the pipeline, or of several calls with
     `batch_size` rows each. If a pipeline cannot draw them together, each layer gets a call of its own, with a
     LensWarning. An image from a batch equals that of a call of its own up to rounding, at most 2 of 255 per pixel; with
-    `batch_size=1` bit for bit. The last layer that the pipeline uses always gets a call of its own, except with
-    `isolate`: its image is that of `model.generate(prompt)`, bit for bit.
+    `batch_size=1` bit for bit. So the image of the last layer that the pipeline uses is that of
+    `model.generate(prompt)`, unless `isolate` is set.
 
     Args:
         model: The pipeline.
@@ -183,12 +190,7 @@ def diffusion_lens(
             model, reading = isolated(model, found, reading, prompt, arguments, seed)
         exits = Exits(model, found, reading, norm, pooled)
         drawing = Drawing(model, reading, found.name, prompt, seed, arguments, progress=progress)
-        # The last layer's image is the plain one, bit for bit. Not in a batch, where sums are rounded differently.
-        alone = [layer for layer in chosen if layer == found.last_used_layer and not isolate]
-        others = [layer for layer in chosen if layer not in alone]
-        drawn = dict(zip(others, drawing.draw(exits.leave, others, batch_size)))
-        drawn |= zip(alone, drawing.draw(exits.leave, alone))
-    outputs = tuple(drawn[layer] for layer in chosen)
+        outputs = drawing.draw(exits.leave, chosen, batch_size)
     return DiffusionLensResult(
         images=tuple(map(image_of, outputs)),
         layers=chosen,

@@ -36,9 +36,11 @@ from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, in_model_order, layer_file, layer_title
 from diffsight.lenses.linear_map import LinearMap
 from diffsight.lenses.options import check_options
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
-from diffsight.lenses.results.outputs import files_of, image_of, rate_of
+from diffsight.lenses.results.outputs import files_of, image_of, media_of, rate_of
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import ImageSection, Section
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, hidden_in
 from diffsight.pipelines.diffusion.encoding import EncodingRecord, record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -106,12 +108,17 @@ class EncoderPatchingResult(LensResult):
     outputs: tuple[tuple[Any, ...], ...] = field(default=(), repr=False)
     rate: int | None = field(default=None, repr=False)
 
-    def grid(self) -> Image.Image:
-        """Return all images in one: a row for each layer, a column for each word, and the images of both prompts."""
-        names = [
+    @property
+    def row_titles(self) -> list[str]:
+        """The layers as titles name them: "layer 4", or "layer 2 → 4" if the source's layer is another."""
+        return [
             layer_title(layer) if layer == origin else f"{layer_title(origin)} → {layer}"
             for layer, origin in zip(self.layers, self.source_layers)
         ]
+
+    def grid(self) -> Image.Image:
+        """Return all images in one: a row for each layer, a column for each word, and the images of both prompts."""
+        names = self.row_titles
         title = f"“{self.source}” into “{self.target}” (seed {self.seed})"
         plain, captions = [self.target_image, self.source_image], ["target, unpatched", "source, unpatched"]
         if len(self.words) == 1:
@@ -130,6 +137,13 @@ class EncoderPatchingResult(LensResult):
 
     def preview(self) -> Image.Image:
         return self.grid()
+
+    def sections(self) -> list[Section]:
+        rows = {"unpatched": {"target": self.target_image, "source": self.source_image}}
+        for title, images, outputs in zip(self.row_titles, self.images, self.outputs or self.images):
+            shown = zip(_numbered(self.words), images, outputs)
+            rows[title] = {word: media_of(image, output, self.rate) for word, image, output in shown}
+        return [ImageSection(f"“{self.source}” into “{self.target}”", rows)]
 
     def files(self) -> dict[str, Callable[[Path], None]]:
         files: dict[str, Callable[[Path], None]] = {"grid.png": self.grid().save}
@@ -150,6 +164,7 @@ class EncoderPatchingResult(LensResult):
         return record
 
 
+@repeatable
 def encoder_patching(
     model: DiffusionModel,
     source: str,
@@ -264,6 +279,11 @@ def encoder_patching(
         outputs=outputs,
         rate=rate_of(model),
     )
+
+
+def _numbered(words: Sequence[str]) -> list[str]:
+    """Return the words, with their place where one occurs several times."""
+    return [f"{word} ({i})" if words.count(word) > 1 else word for i, word in enumerate(words, 1)]
 
 
 def _check_arguments(

@@ -23,8 +23,11 @@ from safetensors.torch import save_file
 from diffsight.errors import InputError
 from diffsight.lenses.layers import Layer, Layers, find_layer, layer_file, layer_title
 from diffsight.lenses.logit_lens import logit_lens
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.figure import write_figure
+from diffsight.lenses.results.marked_text import marked
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import OverlaySection, Section
 from diffsight.lenses.results.token_plots import maps_on_image, words_on_image
 from diffsight.lenses.tokens.choosing import Tokens
 from diffsight.lenses.tokens.predictions import LensPredictions
@@ -97,6 +100,16 @@ class ImageTokenPredictions(LensResult):
     def preview(self) -> Figure:
         return self.plot()
 
+    def sections(self) -> list[Section]:
+        titles, likeliest = [layer_title(layer) for layer in self.layers], self.probabilities()
+        words = {t: [[marked(w) for w in row] for row in self.words(one)] for t, one in zip(titles, self.layers)}
+        found = [OverlaySection("The most likely token of each patch", self.image, dict(zip(titles, likeliest)), words)]
+        for i, name in enumerate(self.predictions.token_names):
+            found.append(
+                OverlaySection(f"Where “{name}” is likely", self.image, dict(zip(titles, self.probabilities(i))))
+            )
+        return found
+
     def files(self) -> dict[str, Callable[[Path], None]]:
         files: dict[str, Callable[[Path], None]] = {"image.png": self.image.save}
         files |= {f"{layer_file(one)}.png": partial(write_figure, partial(self.plot, one)) for one in self.layers}
@@ -124,6 +137,7 @@ class ImageTokenPredictions(LensResult):
             raise InputError("there are no maps, because no tokens were chosen: pass tokens=[' cat', …] to the lens")
 
 
+@repeatable
 def image_token_lens(
     model: VisionLanguageModel,
     prompt: Any,

@@ -29,11 +29,14 @@ from diffsight.errors import InputError
 from diffsight.lenses.diffusion_lens import diffusion_lens
 from diffsight.lenses.layers import Layer, layer_title, state_of
 from diffsight.lenses.options import check_options
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.encoder_plots import Curve, curve_panels
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import Cell, CurveSection, Section, TableSection
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import check_prompts
+from diffsight.pipelines.diffusion.run import is_silenced
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import Scene, sample_scene
 from diffsight.pipelines.shapes.scoring import score
@@ -117,6 +120,19 @@ class LayerFidelity(LensResult):
     def preview(self) -> Figure:
         return self.plot()
 
+    def sections(self) -> list[Section]:
+        places, lines = [str(one) for one in self.layers], {n: v.tolist() for n, v in self.shares.items()}
+        seen = {
+            f"{i}. {asked.caption()}": [Cell(one.caption() if one else "no scene", _share(asked, one)) for one in row]
+            for i, (asked, row) in enumerate(zip(self.scenes, self.seen))
+        }
+        return [
+            CurveSection("Prompts for which it is right", "layer", places, lines, "share of prompts"),
+            TableSection(
+                "What was drawn, by prompt and layer", "prompt", places, seen, "share of parts that are right"
+            ),
+        ]
+
     def files(self) -> dict[str, Callable[[Path], None]]:
         return {"fidelity.png": partial(write_figure, self.plot)}
 
@@ -175,6 +191,7 @@ class LayerFidelity(LensResult):
         }
 
 
+@repeatable
 def layer_fidelity(
     model: DiffusionModel,
     scenes: int | Iterable[Scene] = 64,
@@ -208,7 +225,7 @@ def layer_fidelity(
     captions = [scene.caption() for scene in asked]
     check_prompts(model.pipeline, captions, arguments)
     results = []
-    for i, caption in enumerate(tqdm(captions, desc="prompts", disable=not progress)):
+    for i, caption in enumerate(tqdm(captions, desc="prompts", disable=not progress or is_silenced(model.pipeline))):
         result = diffusion_lens(model, caption, seed=seed + i, progress=False, **arguments)
         results.append((result.encoder, result.layers, tuple(map(read_scene, result.images))))
     encoder, layers, _ = results[0]
@@ -226,6 +243,12 @@ def sample_prompts(count: int, seed: int = 0) -> tuple[Scene, ...]:
         if len({t.color for t in scene.things}) == len({t.shape for t in scene.things}) == len(scene.things):
             found.append(scene)
     return tuple(found)
+
+
+def _share(asked: Scene, seen: Scene | None) -> float:
+    """Return the share of the parts of a scene that are right."""
+    right = score(asked, seen)
+    return sum(map(bool, right.values())) / len(right)
 
 
 def _scenes(scenes: Any) -> Sequence[Scene]:

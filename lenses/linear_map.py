@@ -22,9 +22,11 @@ from diffsight.lenses.encoders.checks import check_diffusion_model, check_prompt
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
 from diffsight.lenses.layers import Layer, Layers, choose_layer, layer_title
 from diffsight.lenses.options import check_options
+from diffsight.lenses.results.call_values import FittedWith
 from diffsight.pipelines.diffusion.encoder_calls import EncoderCall
 from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.run import is_silenced
 from diffsight.pipelines.diffusion.text_encoders import encoders_in
 
 _UNSEEN = 5  # every fifth prompt is left out to measure the error on unseen prompts
@@ -52,6 +54,7 @@ class LinearMap:
     def __init__(self) -> None:
         self.source: tuple[str, str] | None = None
         self.target: tuple[str, str] | None = None
+        self.fitted_with: FittedWith | None = None  # for the records of lenses
         self._counts = (0, 0)  # the numbers of layers of source and target
         self._fits: dict[Pair, _Fit] = {}
         self._error: dict[Pair, float] = {}
@@ -95,7 +98,7 @@ class LinearMap:
         if not prompts:
             raise InputError("LinearMap needs prompts to be fitted on, but the list is empty")
         taken: dict[Pair, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for prompt in tqdm(prompts, desc="prompts", disable=not progress):
+        for prompt in tqdm(prompts, desc="prompts", disable=not progress or is_silenced(model.pipeline)):
             reading = record_encoding(model, prompt, arguments)
             origin_reading = (
                 reading if origin is model else record_encoding(origin, prompt, known_to(origin, arguments))
@@ -112,6 +115,10 @@ class LinearMap:
                 taken.setdefault((source_layer, layer), []).append(
                     tuple(_means(encoded.prompt, number, of) for (_, encoded), number, of in chosen)
                 )
+        self.fitted_with = FittedWith.of(
+            model=model, prompts=prompts, encoder=encoder, source_encoder=source_encoder, source_model=source_model,
+            layers=layers, source_layers=source_layers, **arguments,
+        )  # fmt: skip
         self.source, self.target = (origin.source, source.name), (model.source, found.name)
         self._counts = source.count, found.count
         for pair, states in taken.items():

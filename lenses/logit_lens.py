@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.options import check_options
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.tokens.batches import Positions, join, open_batches
 from diffsight.lenses.tokens.choosing import Tokens, hidden_states, layers_and_tokens
 from diffsight.lenses.tokens.prediction_batches import PredictionReader
@@ -24,6 +25,7 @@ from diffsight.lenses.tokens.sources import Sources
 from diffsight.pipelines.language.model import LanguageModel
 
 
+@repeatable
 def logit_lens(
     model: LanguageModel,
     prompts: Any,

@@ -19,7 +19,10 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError
 from diffsight.lenses.layers import Layer, Layers, choose_layer
 from diffsight.lenses.options import check_options
+from diffsight.lenses.results.calls import repeatable
+from diffsight.lenses.results.marked_text import marked
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import Cell, Section, TableSection
 from diffsight.lenses.tokens.batches import Batch, as_prompts, open_batches
 from diffsight.lenses.tokens.choosing import (
     Tokens,
@@ -89,6 +92,12 @@ class PatchscopeTexts(LensResult):
             blocks += [f"{layer:>{width}}  {text!r}" for layer, text in zip(self.layers, texts)]
         return "\n".join(blocks)
 
+    def sections(self) -> list[Section]:
+        return [
+            TableSection(prompt, "layer", ["text"], {str(one): [Cell(marked(t))] for one, t in zip(self.layers, texts)})
+            for prompt, texts in zip(self.prompts, self.texts)
+        ]
+
     def record(self) -> dict[str, Any]:
         return {
             "lens": "patchscope_generate",
@@ -100,6 +109,7 @@ class PatchscopeTexts(LensResult):
         }
 
 
+@repeatable
 def patchscope_lens(
     model: LanguageModel,
     prompts: Any,
@@ -149,6 +159,7 @@ def patchscope_lens(
     return patches.sources.predictions("patchscope_lens", model, chosen, ids, read)
 
 
+@repeatable
 def patchscope_generate(
     model: LanguageModel,
     prompts: Any,

@@ -23,8 +23,10 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError
 from diffsight.lenses.layers import Layer
 from diffsight.lenses.options import check_options
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import Cell, CurveSection, Section, TableSection
 from diffsight.lenses.results.token_plots import bars, curves
 from diffsight.lenses.tokens.batches import open_batches
 from diffsight.lenses.tokens.choosing import check_language_model, choose_tokens
@@ -148,6 +150,19 @@ class TargetProbabilities(LensResult, Mapping):
     def preview(self) -> Figure:
         return self.plot()
 
+    def sections(self) -> list[Section]:
+        if self.layers is None:
+            columns = [values.tolist() for values in self.probabilities.values()]
+            rows = {f"{i}. {p.text}": [_cell(c[i]) for c in columns] for i, p in enumerate(self.prompts)}
+            return [TableSection("", "prompt", list(self), rows)]
+        places, means = [str(one) for one in self.layers], {n: v.mean(0).tolist() for n, v in self.items()}
+        found: list[Section] = [CurveSection("Mean over prompts", "layer", places, means)]
+        if len(self.prompts) > 1:
+            for i, prompt in enumerate(self.prompts):
+                lines = {name: values[i].tolist() for name, values in self.items()}
+                found.append(CurveSection(prompt.text, "layer", places, lines))
+        return found
+
     def files(self) -> dict[str, Callable[[Path], None]]:
         tensors = {name: values.contiguous() for name, values in self.probabilities.items()}
         return {
@@ -168,6 +183,11 @@ class TargetProbabilities(LensResult, Mapping):
         }
 
 
+def _cell(probability: float) -> Cell:
+    return Cell(f"{probability:.3f}", probability)
+
+
+@repeatable
 def run_prompts(
     model: LanguageModel,
     prompts: Prompt | Sequence[Prompt],

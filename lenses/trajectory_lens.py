@@ -24,11 +24,13 @@ from diffsight.lenses.denoising.block_exits import block_names, exit_outputs
 from diffsight.lenses.denoising.call_checks import Steps, check_one_image, choose_steps
 from diffsight.lenses.denoising.latent_drawing import CallRecorder, check_drawn, draw_latents
 from diffsight.lenses.denoising.scheduler_calls import SchedulerCall, prediction_type
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import difference_image, difference_maps, step_curves
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import CurveSection, ImageSection, Section
 from diffsight.pipelines.diffusion.components import components, text_encoder_names
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
@@ -94,6 +96,16 @@ class TrajectoryLensResult(LensResult):
     def preview(self) -> Image.Image:
         return self.grid()
 
+    def sections(self) -> list[Section]:
+        steps = [f"step {step}" for step in self.steps]
+        rows = {column: dict(zip(steps, images)) for column, images in self.images.items()}
+        norms = {name: values.tolist() for name, values in self.norms.items()}
+        places = [str(step) for step in self.steps]
+        return [
+            ImageSection("", rows | {"finished": {"image": self.image}}),
+            CurveSection("Norms", "step", places, norms, "root mean square of the latents"),
+        ]
+
     def files(self) -> dict[str, Callable[[Path], None]]:
         files: dict[str, Callable[[Path], None]] = {"grid.png": self.grid().save, "image.png": self.image.save}
         files["norms.png"] = partial(write_figure, self.plot)
@@ -119,6 +131,7 @@ class TrajectoryLensResult(LensResult):
         }
 
 
+@repeatable
 def trajectory_lens(
     model: DiffusionModel,
     prompt: str | None = None,
@@ -173,7 +186,7 @@ def trajectory_lens(
     _check_exits(model, exits)
     call = {**arguments, "seed": int(seed)}
     model.check(**call)
-    reading = _Reading(model, call, steps, shown, exits is not None)
+    reading = _StepReading(model, call, steps, shown, exits is not None)
     with progress_bar(model.pipeline, desc="steps", disable=not progress):
         finished = reading.run()
     latents, order = reading.latents(), []
@@ -201,7 +214,7 @@ def trajectory_lens(
     )
 
 
-class _Reading:
+class _StepReading:
     """One run of the pipeline, and what was read at the chosen steps."""
 
     def __init__(

@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffsight.pipelines.attention_product import AttentionProduct
+    from diffsight.pipelines.diffusion.attention import Attention, Attentions, find_attentions
     from diffsight.pipelines.diffusion.encoding import PromptEncoding, encode_prompt
     from diffsight.pipelines.diffusion.model import DiffusionModel
     from diffsight.pipelines.diffusion.run import DiffusionRun, DiffusionStep
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from diffsight.pipelines.words import PromptWords, align_words
 
 __all__ = [
+    "Attention",
+    "AttentionProduct",
+    "Attentions",
     "DiffusionModel",
     "DiffusionRun",
     "DiffusionStep",
@@ -34,10 +39,13 @@ __all__ = [
     "VisionLanguageRun",
     "align_words",
     "encode_prompt",
+    "find_attentions",
     "find_encoders",
 ]
 
 _NAMES_IN = {
+    "attention_product": ("AttentionProduct",),
+    "diffusion.attention": ("Attention", "Attentions", "find_attentions"),
     "diffusion.encoding": ("PromptEncoding", "encode_prompt"),
     "diffusion.model": ("DiffusionModel",),
     "diffusion.run": ("DiffusionRun", "DiffusionStep"),

@@ -47,7 +47,8 @@ def signature(function: Callable) -> inspect.Signature:
 def named_arguments(function: Callable) -> set[str]:
     """Return the names that a function or method takes as keywords, including those that it reads from `**kwargs`.
 
-    Where it passes all of them on to another method of its object, those of that method are included."""
+    Where it passes all of them on to another method of its object, those of that method are included, and where it
+    hands them over as a dictionary, those that the method reads from it."""
     parameters = signature(function).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     rest = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
@@ -55,7 +56,7 @@ def named_arguments(function: Callable) -> set[str]:
         return named
     keys = getattr(next(iter(typing.get_args(rest.annotation)), None), "__annotations__", {})  # Unpack[SomeKwargs]
     own = inspect.unwrap(function.__func__ if isinstance(function, types.MethodType) else function)
-    read, passed_on = _keywords_in_source(own, rest.name)
+    read, passed_on, handed_over = _keywords_in_source(own, rest.name)
     named |= set(keys) | read
     owner = getattr(function, "__self__", None)
     for called in passed_on if owner is not None else ():
@@ -63,20 +64,32 @@ def named_arguments(function: Callable) -> set[str]:
         if other is not None:
             is_method = isinstance(other, types.MethodType)
             named |= named_arguments(other if is_method else types.MethodType(type(other).__call__, other))
+    for called, place in handed_over if owner is not None else ():
+        other = _method(owner, own, called)
+        if isinstance(other, types.MethodType):
+            named |= _keywords_in_source(inspect.unwrap(other.__func__), [*inspect.signature(other).parameters][place])[
+                0
+            ]
     return named
 
 
 @functools.cache
-def _keywords_in_source(function: Callable, rest: str) -> tuple[frozenset[str], tuple[ast.Attribute, ...]]:
-    """Return the names that a function reads from its `**rest`, and what it calls with all of them."""
+def _keywords_in_source(
+    function: Callable, rest: str
+) -> tuple[frozenset[str], tuple[ast.Attribute, ...], tuple[tuple[ast.Attribute, int], ...]]:
+    """Return the names that a function reads from its `**rest`, what it calls with all of them, and to what it hands
+    the dictionary over, with the place among the arguments."""
     try:
         code = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError, TypeError):  # the source is not available: any text in the code may be a name
         constants = getattr(getattr(function, "__code__", None), "co_consts", ())
-        return frozenset(text for text in constants if isinstance(text, str) and text.isidentifier()), ()
+        return frozenset(text for text in constants if isinstance(text, str) and text.isidentifier()), (), ()
     nodes = list(ast.walk(code))
     read = frozenset(name for node in nodes for name in _read(node, rest))
-    return read, tuple(called for node in nodes if (called := _passed_on(node, rest)) is not None)
+    passed_on = tuple(called for node in nodes if (called := _passed_on(node, rest)) is not None)
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    handed = ((call.func, place) for call in calls for place, arg in enumerate(call.args) if _is_name(arg, rest))
+    return read, passed_on, tuple(handed)
 
 
 def _read(node: ast.AST, rest: str) -> Iterable[str]:

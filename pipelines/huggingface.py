@@ -44,6 +44,7 @@ from diffsight.extending import (
 )
 from diffsight.pipelines.language.generation import GeneratedTokens, GenerationRun, set_generated
 from diffsight.pipelines.named_tree import NamedTree
+from diffsight.pipelines.pipeline_options import check_options_of_call
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
 
@@ -86,9 +87,9 @@ class HFPipeline(Model):
     def trace(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> GenerationRun:
         """Open a run of the pipeline: `with model.trace("a text") as run:`, or `model.trace("a text").result`.
 
-        A step is one call of `model`. If the model generates text, this is one token, with `step.tokens` and
-        `step.text`, and `run.stream()` yields the pieces of text. If a list of inputs is processed in several batches,
-        a step is one batch. If a list makes one batch (`batch_size=`), `run.rows` are the inputs.
+        A step is one call of `model`. If the model generates text, it lies between two choices of tokens, with
+        `step.tokens` and `step.text`, and `run.stream()` yields the pieces of text. If a list of inputs is processed in
+        several batches, a step is one batch. If a list makes one batch (`batch_size=`), `run.rows` are the inputs.
 
         Args:
             args, kwargs: The arguments of the pipeline.
@@ -109,7 +110,7 @@ class HFPipeline(Model):
         run = self._new_run(call, self._sizes(args, kwargs), again, grad)
         flow_of(run).seed = seed
         if generated is not None:
-            set_generated(run, generated)
+            set_generated(run, generated, self._tree.children_of(self._target)["model"])
         return run
 
     def check(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> None:
@@ -120,6 +121,7 @@ class HFPipeline(Model):
         """
         if seed is not None:
             check_seed(seed)
+        check_options_of_call(self._owner, kwargs, near={"seed", "grad"})
         if kwargs.get("num_workers") or self._owner._num_workers:
             raise InputError("num_workers: worker processes cannot be traced. Leave it out")
 
@@ -241,7 +243,7 @@ def _changed_methods(pipeline: Pipeline, generates: bool, grad: bool) -> Iterato
     is detached for `postprocess`, which converts it to numbers."""
     changes: list[tuple[Any, str, Callable[[Callable], Callable]]] = []
     if generates or (grad and hasattr(pipeline.model, "generate")):
-        changes.append((pipeline.model, "generate", _reporting))
+        changes.append((pipeline.model, "generate", partial(_reporting, pipeline)))
     if grad:
         changes.append((pipeline, "get_inference_context", lambda own: lambda: nullcontext))
         changes.append((pipeline, "forward", _detaching))
@@ -251,7 +253,7 @@ def _changed_methods(pipeline: Pipeline, generates: bool, grad: bool) -> Iterato
         yield
 
 
-def _reporting(generate: Callable) -> Callable:
+def _reporting(pipeline: Pipeline, generate: Callable) -> Callable:
     """Return a `generate` that reports its tokens to the run that calls it, and has gradients if the run asks for
     them."""
     lifted = with_gradients(generate)
@@ -259,8 +261,13 @@ def _reporting(generate: Callable) -> Callable:
     def reporting(*args: Any, **kwargs: Any) -> Any:
         generated, grad = _generating.get()
         if generated is not None:
-            kwargs["stopping_criteria"] = generated.along_with(kwargs.get("stopping_criteria"))
-        return (lifted if grad else generate)(*args, **kwargs)
+            given = {"inputs": args[0], **kwargs} if args else kwargs
+            kwargs["stopping_criteria"] = generated.along_with(pipeline.model, given)
+        drafting = _generating.set((None, grad))  # the model may call its own `generate`, to draft tokens
+        try:
+            return (lifted if grad else generate)(*args, **kwargs)
+        finally:
+            _generating.reset(drafting)
 
     return reporting
 

@@ -6,11 +6,12 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from diffsight.extending import Target, Tree, children_in
+from diffsight.extending import Target, children_in
+from diffsight.pipelines.attention import AttentionTree
 from diffsight.pipelines.module_spans import is_at, target_at
 
 
-class NamedTree(Tree):
+class NamedTree(AttentionTree):
     """A tree that finds the standard names of its parts with `find_names`, once per part."""
 
     def __init__(self, root: Target, load: Callable[[], None] | None = None) -> None:

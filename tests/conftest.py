@@ -62,3 +62,13 @@ def saved_pipeline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "pipe"
     diffusion.stable_diffusion().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def saved_models(tmp_path_factory):
+    """Return a folder with the small models that `lens_results` uses."""
+    from models import lens_results
+
+    folder = tmp_path_factory.mktemp("models")
+    lens_results.save_models(folder)
+    return folder

@@ -311,6 +311,7 @@ class Oracle:
         self.value: Any = None
         self.missed = self.edited_late = False
         self.values: list[list[Any]] = [[] for _ in case.programs]
+        self.given: dict[tuple[int, int], Any] = {}  # by module and call: its input
         self.held: dict[tuple, Any] = {}  # what was read: by program and point
 
     def key(self, point: Point, body: Body) -> tuple:
@@ -351,6 +352,14 @@ class Oracle:
             if self.here != key:
                 if (body.group, key) in self.held:
                     value = self.held[body.group, key]
+                    if op.kind == "edit":
+                        self.edited_late = True
+                        edit_in_place(cut(value, op.row), op.seed)
+                    else:
+                        self.values[program].append(copied(cut(value, op.row)))
+                    continue
+                if op.point.part == "input" and self.here == (number, "output", call):
+                    value = self.given[number, call]  # can still be read
                     if op.kind == "edit":
                         self.edited_late = True
                         edit_in_place(cut(value, op.row), op.seed)
@@ -421,7 +430,7 @@ class Oracle:
         self.running.setdefault(number, []).append(call)
         key = (number, "input", call)
         first = args[0] if args else next(iter(kwargs.values()))
-        new = self.at(key, first)
+        new = self.given[number, call] = self.at(key, first)
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): new})
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> Any:
@@ -727,8 +736,8 @@ def interrupted(case: Case, rng: random.Random) -> str | None:
 
 def in_a_scan(net: Block, case: Case, x: torch.Tensor) -> None:
     with Model(net).scan(x) as run:
-        run.inner[0].output.shape
-        run.output.shape
+        run.inner[0].output
+        run.output
 
 
 def thread_state() -> tuple:

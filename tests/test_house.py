@@ -34,8 +34,9 @@ ENGINE = [
     "engine.late_weights",
     "engine.step_clock",
     "engine.attached_modules",
-    "engine.layout",
+    "engine.module_places",
     "engine.tree",
+    "engine.tapped_call",
     "engine.taps",
     "engine.order",
     "engine.user_bodies",
@@ -74,9 +75,11 @@ THIRD_PARTY = {
     ),
     *("_compiled_call_impl", "_apply", "_version", "_cdata", "_schema"),
     # diffusers
+    "_sanitize_parameters",
+    *("_blocks", "_identifier_key"),  # diffusers' modular pipelines and guiders
     *("_execution_device", "_progress_bar_config", "_pack_latents", "_unpack_latents", "_prepare_latent_image_ids"),
     # transformers
-    *("_num_workers", "_batch_size", "_pipeline_calls_generate", "_from_config", "_model_mapping"),
+    *("_tqdm_active", "_num_workers", "_batch_size", "_pipeline_calls_generate", "_from_config", "_model_mapping"),
     *("_attn_implementation",),
     # Python's ast, IPython
     *("_attributes", "_repr_png_"),

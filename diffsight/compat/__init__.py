@@ -9,7 +9,7 @@
 Runs are live here: a value is the real object as soon as the line that reads it has run. So `.save()` returns its
 object, `nnsight.apply` calls a function, `nnsight.log` prints, and `scan=True` and `validate=True` have no effect.
 Values have to be read in the order in which the model computes them. What cannot work in a live run raises an error
-that says what to write instead: `.grad` before `backward()`, `.source`, `tracer.cache`, `remote=True`.
+that says what to write instead: `.source`, `envoys=`, `remote=True`.
 
 Importing this package adds `save` to tensors, arrays, lists, tuples, dicts, sets, numbers, strings, bytes and images,
 `stop` to tensors, tuples and dicts, and `value` to tensors.
@@ -19,19 +19,23 @@ import builtins
 from importlib import import_module
 from typing import Any
 
+from diffsight.compat.backward_blocks import add_backward_blocks
 from diffsight.compat.compat_envoy import CompatEnvoy as Envoy
 from diffsight.compat.conditions import Cond, cond
 from diffsight.compat.config import CONFIG, remote_logger
 from diffsight.compat.functions import apply, local, log, trace
 from diffsight.compat.import_paths import Proxy, WrapperModule, add_places
 from diffsight.compat.iterations import Iterations
+from diffsight.compat.proxy_types import List, literal_of
+from diffsight.compat.renames import get_rename_dict
 from diffsight.compat.sessions import Session
 from diffsight.compat.stopping import stop
 from diffsight.compat.tracer import Tracer
 from diffsight.compat.values import add_methods, save
 from diffsight.compat.wrappers import NNsight, wrapper_named
+from diffsight.errors import OutOfOrderError
 
-_WRAPPERS = ("DiffusionModel", "LanguageModel", "VisionLanguageModel")
+_WRAPPERS = ("DiffusionModel", "LanguageModel", "StandardizedTransformer", "TransformersModel", "VisionLanguageModel")
 
 __all__ = [
     "CONFIG",
@@ -39,6 +43,8 @@ __all__ = [
     "Envoy",
     "Iterations",
     "NNsight",
+    "NNsightDeprecationWarning",
+    "OutOfOrderError",
     "Proxy",
     "Session",
     "Tracer",
@@ -51,6 +57,7 @@ __all__ = [
     "cond",
     "dict",
     "float",
+    "get_rename_dict",
     "int",
     "list",
     "local",
@@ -64,13 +71,19 @@ __all__ = [
     "tuple",
 ]
 
+
+class NNsightDeprecationWarning(FutureWarning):
+    """nnsight's warnings of old names, for code that filters them. None is given here."""
+
+
 # nnsight.list() and the like
-list, tuple, dict, set = builtins.list, builtins.tuple, builtins.dict, builtins.set
-int, float, complex, bool = builtins.int, builtins.float, builtins.complex, builtins.bool
-str, bytes, bytearray = builtins.str, builtins.bytes, builtins.bytearray
+list, tuple, dict, set = List, builtins.tuple, builtins.dict, builtins.set
+bool, bytearray = builtins.bool, builtins.bytearray
+int, float, complex = literal_of(builtins.int), literal_of(builtins.float), literal_of(builtins.complex)
+str, bytes = literal_of(builtins.str), literal_of(builtins.bytes)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: builtins.str) -> Any:
     if name in _WRAPPERS:
         return wrapper_named(name)
     if name == "__version__":
@@ -80,3 +93,4 @@ def __getattr__(name: str) -> Any:
 
 add_places()
 add_methods()
+add_backward_blocks()

@@ -1,30 +1,59 @@
 """The handles on modules, with nnsight's methods: `layer.next()`, `layers.all()`, `model.iter[0:3]`.
 
-The output of a layer of a language model is a tuple here, as code written for nnsight expects: `layer.output[0]`.
+The output of a layer is a tuple here where transformers 4 returned one, as code written for nnsight expects:
+`layer.output[0]`.
 """
 
 import sys
+from collections.abc import Callable, Iterator
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
+from torch import nn
 
-from diffsight.compat.config import CONFIG
 from diffsight.compat.iterations import Iterations
-from diffsight.compat.tracer import iterations_of, move_to_next, repeat_all
+from diffsight.compat.layer_tuples import LayerOutput, gives_tuple
+from diffsight.compat.old_names import old_name
+from diffsight.compat.tracer import end_visits, iterations_of, move_to_next, note_read, repeat_all
 from diffsight.engine.current_run import current_edit
-from diffsight.errors import DiffsightError
-from diffsight.extending import Envoy, Run, Target, run_meant_by
+from diffsight.errors import DiffsightError, OutOfOrderError
+from diffsight.extending import (
+    FORWARD,
+    Envoy,
+    Model,
+    Run,
+    Target,
+    assign,
+    fetch,
+    join,
+    open_run,
+    owner_of,
+    run_meant_by,
+)
+
+TAKEN = ("output", "input", "inputs", "source", "iter")  # names of modules that envoys have themselves
+_MOVED = "E_"
 
 
 class CompatEnvoy(Envoy):
-    """An envoy with the names of nnsight's."""
+    """An envoy with the names of nnsight's. `Envoy(module)` wraps a module, as `NNsight(module)` does."""
+
+    def __new__(cls, first: Any = None, *args: Any, **kwargs: Any) -> "CompatEnvoy":
+        return object.__new__(_wrapping(cls) if isinstance(first, nn.Module) and not issubclass(cls, Model) else cls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module. In an edit, an attached module is called through the run's points, as with `hook=True`."""
         if current_edit() is not None and any(self._owner is module for module in self._tree.attached.ever):
             kwargs.setdefault("hook", True)
         return self._as_tuple(super().__call__(*args, **kwargs))
+
+    # ---- runs
+
+    def trace(self, *args: Any, **kwargs: Any) -> Run:
+        """Open a run of this module alone: `with model.unet.trace(sample, timestep, states):`."""
+        return open_run(self.root, lambda: self._owner(*args, **kwargs))
 
     def next(self) -> Any:
         """Move to the next token; in a run of one pass, to the next call of the module.
@@ -52,34 +81,171 @@ class CompatEnvoy(Envoy):
             "methods. Use the module that the line calls, or name a method with Model(net, methods=[...])"
         )
 
+    # ---- the tree of modules
+
+    @property
+    def path(self) -> str:
+        """The path as nnsight writes it, from the model: `model.layers.0.mlp`."""
+        return f"model.{self._target.path}".replace("[", ".").replace("]", "").rstrip(".")
+
+    @property
+    def root(self) -> "CompatEnvoy":
+        """The model."""
+        return self._family["root"]()
+
+    @property
+    def parent(self) -> "CompatEnvoy | None":
+        """The module around this one; None for the model itself."""
+        outer = self._target.outer
+        if self._target is self._tree.root:
+            return None
+        return self.root if outer is None or outer is self._tree.root else self._handle(outer)
+
+    def get(self, path: str) -> Any:
+        """Return what stands at a path from here, such as "layers.0.mlp" or "layers.0.output"."""
+        found = self
+        for name in path.split("."):
+            found = getattr(found, name)
+        return found
+
+    def modules(self, include_fn: Callable[["CompatEnvoy"], bool] | None = None, names: bool = False) -> list[Any]:
+        """Return this module and all inside it, innermost first; with `names`, as pairs of path and module."""
+        found = [envoy for envoy in self._inside(set()) if include_fn is None or include_fn(envoy)]
+        return [(envoy.path, envoy) for envoy in found] if names else found
+
+    def named_modules(self, include_fn: Callable[["CompatEnvoy"], bool] | None = None) -> list[Any]:
+        """Return this module and all inside it, innermost first, as pairs of path and module."""
+        return self.modules(include_fn, names=True)
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the first parameter; None if there is none."""
+        return next((parameter.device for parameter in self._parameters_here()), None)
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """The devices of all parameters."""
+        return {parameter.device for parameter in self._parameters_here()}
+
+    def to(self, *args: Any, **kwargs: Any) -> "CompatEnvoy":
+        """Move or cast the module itself, and return the envoy."""
+        self._tree.attribute(self._owner, "to")(*args, **kwargs)
+        return self
+
+    def cpu(self) -> "CompatEnvoy":
+        """Move the module itself to the CPU, and return the envoy."""
+        return self.to("cpu")
+
+    def cuda(self, *args: Any) -> "CompatEnvoy":
+        """Move the module itself to a GPU, and return the envoy."""
+        return self.to(torch.device("cuda", *args))
+
+    @property
+    def _module(self) -> nn.Module:
+        return self._owner
+
+    def _parameters_here(self) -> Iterator[nn.Parameter]:
+        return self._owner.parameters() if isinstance(self._owner, nn.Module) else iter(())
+
+    def _inside(self, seen: set[int]) -> Iterator["CompatEnvoy"]:
+        if id(self._owner) in seen:
+            return
+        seen.add(id(self._owner))
+        for target in self._tree.children_of(self._target).values():
+            if isinstance(target.owner, nn.Module):
+                yield from self._handle(target)._inside(seen)
+        yield self
+
+    def _child(self, name: str) -> Any:
+        renames = self._tree.__dict__.get("renames")
+        target = None if renames is None else renames.target_named(self._target, name)
+        if target is None and name.startswith(_MOVED) and name.removeprefix(_MOVED) in TAKEN:
+            return super()._child(name.removeprefix(_MOVED))  # `attention.E_output`, a module called `output`
+        child = super()._child(name) if target is None else self._handle(target)
+        return self if child is None and old_name(self._owner) == name else child
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if not isinstance(value, nn.Module):
+            return value
+        known = self._targets_inside().get(id(value))  # not a child of its own: transformers' `base_model`
+        return self._handle(known or Target(value, FORWARD, join(self._target.path, name), self._target))
+
+    def _attach(self, name: str, module: nn.Module) -> None:
+        if self._owner is not module and name in self._tree.children_of(self._target) and not self._is_in_run():
+            self._tree.weights.load()
+            setattr(self._owner, name, module)  # replaces it in the model itself, as in nnsight
+        else:
+            super()._attach(name, module)
+
+    def _handle(self, target: Target) -> Any:
+        is_models = self._run is None and self._part is None
+        if is_models and target is self._tree.root and self.root is not None:
+            return self.root
+        known = self._family["handles"] if is_models else {}
+        handle = known.get(target.key)
+        if handle is None or owner_of(handle) is not target.owner:
+            handle = known[target.key] = _converted(super()._handle(target), self._family)
+        return handle
+
+    def _bound(self, run: Run, part: Any = None) -> Any:
+        return _converted(super()._bound(run, part), self._family)
+
+    # ---- values
+
     def _fetch(self, part: str) -> Any:
-        value = super()._fetch(part)
+        points, run = self._visited(part), self._run_at(part)
+        try:
+            value = super()._fetch(part) if points is self else fetch(points, part)
+        except OutOfOrderError as error:
+            if run.__dict__.get("_visit") is not None:
+                end_visits(run, error)
+            raise
+        note_read(run, value)
         return self._as_tuple(value) if part == "output" else value
 
     def _assign(self, part: str, value: Any) -> None:
-        is_tuple = part == "output" and isinstance(value, tuple) and len(value) == 1 and self._is_layer()
-        super()._assign(part, value[0] if is_tuple else value)
+        if part == "output" and isinstance(value, tuple) and len(value) == 1 and self._gives_tuple():
+            value = value[0]
+        points = self._visited(part)
+        if self._run_at(part).__dict__.get("_visit") is not None:
+            self._fetch(part)  # the model comes to the call now, so that the loop cannot run ahead of it
+        super()._assign(part, value) if points is self else assign(points, part, value)
+
+    def skip(self, value: Any) -> None:
+        """Leave the call out: the model continues with `value` as its output."""
+        is_tuple = isinstance(value, tuple) and len(value) == 1 and self._gives_tuple()
+        super().skip(value[0] if is_tuple else value)
+
+    def _run_at(self, part: str) -> Run:
+        return run_meant_by(self, part)
+
+    def _visited(self, part: str) -> Any:
+        """The points of the call that a loop over `tracer.iter` in a run of one pass stands at."""
+        visit = self._run_at(part).__dict__.get("_visit", 0)
+        return self.calls[visit] if visit else self
 
     def _as_tuple(self, value: Any) -> Any:
-        return (value,) if isinstance(value, torch.Tensor) and self._is_layer() else value
+        return LayerOutput((value,)) if isinstance(value, torch.Tensor) and self._gives_tuple() else value
 
-    def _is_layer(self) -> bool:
-        """Return whether the output of this module is a tuple in code written for nnsight."""
-        stacks = getattr(self._tree, "stacks", ()) if CONFIG.APP.BLOCKS_GIVE_TUPLES else ()
-        return self._part is None and any(self._owner is layer for stack in stacks for layer in stack)
-
-    def _handle(self, target: Target) -> Any:
-        return _converted(super()._handle(target))
-
-    def _bound(self, run: Run, part: Any = None) -> Any:
-        return _converted(super()._bound(run, part))
+    def _gives_tuple(self) -> bool:
+        return self._part is None and gives_tuple(self._tree, self._owner)
 
 
-def _converted(envoy: Any) -> Any:
+def _converted(envoy: Any, family: dict[str, Any]) -> Any:
     """Turn an envoy of the engine, or of a wrapper, into one with nnsight's names."""
-    if isinstance(envoy, Envoy) and not isinstance(envoy, CompatEnvoy):
-        object.__setattr__(envoy, "__class__", _with_compat_names(type(envoy)))
+    if isinstance(envoy, Envoy):
+        if not isinstance(envoy, CompatEnvoy):
+            object.__setattr__(envoy, "__class__", _with_compat_names(type(envoy)))
+        envoy.__dict__["_family"] = family
     return envoy
+
+
+@cache
+def _wrapping(cls: type[CompatEnvoy]) -> type[Model]:
+    """Return what `Envoy(module)` makes; for a subclass of the user's own, the same with what that defines."""
+    wrapper = import_module("diffsight.compat").NNsight
+    return wrapper if cls is CompatEnvoy else type(cls.__name__, (cls, wrapper), {})
 
 
 @cache

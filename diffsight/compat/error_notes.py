@@ -4,8 +4,8 @@ import traceback
 from types import TracebackType
 
 _GRADIENT = (
-    "A gradient exists only after backward(). Call x.retain_grad() before it and read x.grad after it. To change a "
-    "gradient, use x.register_hook(lambda gradient: ...)"
+    "This value has no gradient: the model runs without gradients (torch.no_grad(), generate), or nothing that it was "
+    "computed from requires one. Leave out torch.no_grad(), or open the run with grad=True"
 )
 _SAVE = "Write nnsight.save(x), or nothing: a name bound in a block stays bound"
 _UPDATE = "Values are real objects here, not proxies: write x = ... instead of x.update(...)"

@@ -1,11 +1,11 @@
 """The modules that code imports from in nnsight, such as `from nnsight.util import WrapperModule`."""
 
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 _PLACES = (
     "util",
@@ -21,6 +21,12 @@ _PLACES = (
     "modeling",
     "modeling.language",
     "modeling.diffusion",
+    "modeling.base",
+    "modeling.transformers",
+    "modeling.vlm",
+    "intervention.interleaver",
+    "intervention.tracer",
+    "intervention.iterator",
 )
 
 
@@ -48,4 +54,35 @@ def add_places() -> None:
         outer, _, name = f"{__package__}.{path}".rpartition(".")
         place = sys.modules[f"{outer}.{name}"] = Place(f"{outer}.{name}")
         setattr(sys.modules[outer], name, place)
-    sys.modules[f"{__package__}.util"].apply = lambda data, function, cls: tree_map_only(cls, function, data)
+    sys.modules[f"{__package__}.util"].apply = apply_to_each
+
+
+def apply_to_each(data: Any, fn: Callable[[Any], Any], cls: type, n: int = 0) -> Any:
+    """Return `data` with `fn` applied to each value of a type, in tuples, lists, dicts, sets and slices.
+
+    Args:
+        data: The values.
+        fn: The function.
+        cls: The type.
+        n: How many levels of other objects to go into, whose attributes are set.
+    """
+
+    def inside(value: Any) -> Any:
+        return apply_to_each(value, fn, cls, n)
+
+    if isinstance(data, cls):
+        return fn(data)
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*map(inside, data))
+    if isinstance(data, (list, tuple, set, frozenset)):
+        return type(data)(map(inside, data))
+    if isinstance(data, dict):
+        copied = data.copy()
+        copied.update({key: inside(value) for key, value in data.items()})
+        return copied
+    if isinstance(data, slice):
+        return slice(inside(data.start), inside(data.stop), inside(data.step))
+    if n > 0 and hasattr(data, "__dict__"):
+        for name, value in vars(data).items():
+            setattr(data, name, apply_to_each(value, fn, cls, n - 1))
+    return data

@@ -1,34 +1,58 @@
-"""`tracer.iter[...]` and `tracer.all()`: the steps of a run, for a loop or for a block that is repeated."""
+"""`tracer.iter[...]` and `tracer.all()`: the steps of a run, for a loop or for a block that is repeated.
 
-from collections.abc import Iterable, Iterator
+In a run of one pass there is one step. There a turn of the loop means a call of each module, as in nnsight: in turn 1,
+`layer.output` is what the layer returned when it was called for the second time.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 
 from diffsight.compat.repeated_blocks import Loop
+from diffsight.errors import InputError
 from diffsight.steps import Steps
 
 WRITE_A_LOOP = "Write a loop: `for step in tracer.iter[:]:`"
 
 
 class Iterations(Loop):
-    """Steps of a run, chosen by number. Each turn of the loop gets the number of its step.
+    """Turns of a loop, chosen by number. Each gets its number.
 
     Args:
-        steps: The steps of the run.
+        turns: Returns the numbers of the turns in a slice, as the model comes to them.
         chosen: A slice, a number or several numbers.
     """
 
     _instead = WRITE_A_LOOP
 
-    def __init__(self, steps: Steps, chosen: slice | int | Iterable[int] = slice(None)) -> None:
-        self._steps, self._chosen = steps, chosen
+    def __init__(
+        self, turns: Callable[[slice], Iterator[int]], chosen: slice | int | Iterable[int] = slice(None)
+    ) -> None:
+        self._turns, self._chosen = turns, chosen
 
     def __getitem__(self, chosen: slice | int | Iterable[int]) -> "Iterations":
-        return Iterations(self._steps, chosen)
+        bounds = [chosen.start, chosen.stop] if isinstance(chosen, slice) else [chosen]
+        if any(isinstance(bound, int) and bound < 0 for bound in bounds):
+            raise InputError(f"tracer.iter cannot count from the end: {chosen!r} is negative, and steps begin at 0")
+        return Iterations(self._turns, chosen)
 
     def __iter__(self) -> Iterator[int]:
         chosen = [self._chosen] if isinstance(self._chosen, int) else self._chosen
         if isinstance(chosen, slice):
-            steps = self._steps if chosen == slice(None) else self._steps[chosen]
-            yield from (step.index for step in steps)
+            yield from self._turns(chosen)
         else:
             wanted = set(chosen)
-            yield from (step.index for step in self._steps[: max(wanted) + 1] if step.index in wanted)
+            yield from (turn for turn in self._turns(slice(None, max(wanted) + 1)) if turn in wanted)
+
+
+def steps_in(steps: Steps) -> Callable[[slice], Iterator[int]]:
+    """Return what counts the steps of a run that generates."""
+    return lambda chosen: (step.index for step in (steps if chosen == slice(None) else steps[chosen]))
+
+
+def warn_of_end(turn: int, error: Exception) -> None:
+    """Warn that a loop asked for more calls than the model makes."""
+    warnings.warn(
+        f"turn {turn} of tracer.iter was never reached: {error}. What was read before stays valid; the rest of the "
+        "block was left out",
+        stacklevel=2,
+    )

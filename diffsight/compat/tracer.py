@@ -1,14 +1,22 @@
 """`with model.trace(x) as tracer:`: a run with the methods of nnsight's tracer."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
+from itertools import count
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+from torch.utils._pytree import tree_leaves
+
+from diffsight.compat.activation_cache import ActivationCache, cache_of
 from diffsight.compat.error_notes import add_hint
 from diffsight.compat.functions import TracerFunctions
-from diffsight.compat.iterations import WRITE_A_LOOP, Iterations
+from diffsight.compat.iterations import WRITE_A_LOOP, Iterations, steps_in, warn_of_end
+from diffsight.compat.joined_inputs import joined_inputs
+from diffsight.compat.later_gradients import reading_gradients
 from diffsight.compat.repeated_blocks import RepeatedBlock, rest_of_block
 from diffsight.compat.sessions import join_sessions
 from diffsight.compat.stopping import BlockStopped
@@ -26,10 +34,22 @@ class Tracer(TracerFunctions, Run):
     _has_input = False  # False where the inputs come from `invoke`
     _first_inputs: Sequence[tuple] = ()  # the arguments of the model's first call, once it has begun
     _rest: Callable[[], RepeatedBlock] | None = None  # what follows `layers.all()` in the block
+    _visit: int | None = None  # in a loop over `tracer.iter` in a run of one pass: which call of each module is meant
+    _invoked_with: Sequence[tuple] = ()  # the inputs of its invokes
+    _is_invoke = False
+    _is_of_all = False  # whether it is an invoke without input, of the inputs of all before it
+    _changed = ""  # where the block has changed a value, if anywhere
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._read: list[tuple[torch.Tensor, int]] = []  # tensors that an invoke has read, and their versions
         join_sessions(self)
+
+    @property
+    def result(self) -> Any:
+        """What the model returned. In the block of an invoke, that of its pass; after several, a list of them."""
+        is_open = bool(self._invoked) and any(tracer is self.invoker for tracer in _entered.get())
+        return self.invoker.result if is_open else super().result
 
     @property
     def invoker(self) -> "Tracer":
@@ -78,21 +98,78 @@ class Tracer(TracerFunctions, Run):
         return lambda: None
 
     def invoke(self, *args: Any, **kwargs: Any) -> "Tracer":
-        """Open a forward pass with its own input, see `Run.invoke`."""
-        if not args and not kwargs:
-            raise InputError("invoke() opens a forward pass and needs an input. For the whole batch, use run.rows")
-        return super().invoke(*args, **kwargs)
+        """Open a forward pass with its own input, see `Run.invoke`. Without input, it has the inputs of all invokes
+        before it as one batch, and can only be read."""
+        is_of_all = not args and not kwargs
+        if is_of_all:
+            args = (self._joined_inputs(),)
+        tracer = super().invoke(*args, **kwargs)
+        tracer._is_invoke, tracer._is_of_all = True, is_of_all
+        watch_changes(tracer)
+        if not is_of_all:
+            self._invoked_with = (*self._invoked_with, (args, kwargs))
+        return describe_opening(tracer, self._generates, has_input=True)
 
-    def cache(self, *args: Any, **kwargs: Any) -> None:
-        """Raise an error that names the method to use instead."""
-        raise InputError(
-            'tracer.cache() is not supported: write `kept = tracer.record("transformer.h[*]")`, a dictionary of paths '
-            "and values"
-        )
+    def _joined_inputs(self) -> Any:
+        """Return the inputs of all invokes as one batch."""
+        if not self._invoked_with:
+            raise InputError(
+                "invoke() without an input has the inputs of the invokes before it, and there are none. For the rows "
+                "of one pass, use run.rows"
+            )
+        for tracer in self._invoked:
+            tracer._find_changes()
+            if tracer._changed:
+                raise InputError(
+                    f"invoke() without an input runs all inputs again, but an invoke before it has changed "
+                    f"{tracer._changed}, which that pass would not have: read what you need in that invoke, or trace "
+                    "all inputs at once and use run.rows"
+                )
+        return joined_inputs(self._invoked_with, self._model.__dict__.get("tokenizer"))
+
+    def _find_changes(self) -> None:
+        """Note whether values that the block has read were changed in place."""
+        if any(tensor._version != version for tensor, version in self._read):
+            self._changed = self._changed or "a value in place"
+        self._read = []
+
+    def cache(
+        self,
+        modules: Sequence[Any] | None = None,
+        device: torch.device | str | None = "cpu",
+        dtype: torch.dtype | None = None,
+        detach: bool = True,
+        include_output: bool = True,
+        include_inputs: bool = False,
+        non_blocking: bool = False,
+    ) -> ActivationCache:
+        """Keep the outputs, and inputs, of many modules, see `ActivationCache`.
+
+            cache = tracer.cache(modules=[model.transformer.h[0]])
+            cache["model.transformer.h.0"].output, cache.transformer.h[0].output        # after the block
+
+        Args:
+            modules: Modules or their paths; None for all.
+            device: The device to copy tensors to; None to leave them.
+            dtype: The type to convert them to.
+            detach: Whether to detach them.
+            include_output: Whether to keep outputs.
+            include_inputs: Whether to keep inputs.
+            non_blocking: Without an effect: copies are complete when they are kept.
+
+        Raises:
+            InputError: Something was already read or changed.
+        """
+        run = self._current_pass()
+        if flow_of(run).coroutine is not None:
+            raise InputError("tracer.cache() must come before reading or modifying a value of the model")
+        return cache_of(run, self._model, modules, (device, dtype, detach), include_output, include_inputs)
 
     def __enter__(self) -> "Tracer":
         super().__enter__()
         _entered.set((*_entered.get(), self))
+        self._gradients = reading_gradients()
+        self._gradients.__enter__()
         if self._has_input:
             self._keep_first_inputs()
         return self
@@ -101,6 +178,7 @@ class Tracer(TracerFunctions, Run):
         try:
             return self._leave(kind, error, trace)
         finally:
+            self._gradients.__exit__(None, None, None)
             _entered.set(tuple(tracer for tracer in _entered.get() if tracer is not self))
 
     def _leave(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
@@ -111,6 +189,9 @@ class Tracer(TracerFunctions, Run):
             self._repeat_rest()
         add_hint(error, trace)
         super().__exit__(kind, error, trace)
+        self._find_changes()
+        if error is None:
+            check_read_only(self)
         return is_stopped
 
     def _keep_first_inputs(self) -> None:
@@ -165,7 +246,66 @@ def iterations_of(tracer: Tracer) -> Iterations:
             "each invoke has its own steps: write `with tracer.all():` (or `tracer.iter[...]`) inside "
             "`with tracer.invoke(...):`"
         )
-    return Iterations(tracer.steps)
+    if tracer._generates or current_edit() is not None:
+        return Iterations(steps_in(tracer.steps))
+    return Iterations(partial(visits_in, tracer))
+
+
+def visits_in(tracer: Tracer, chosen: slice) -> Iterator[int]:
+    """Count the calls of modules in a run of one pass. Without an end, the loop ends with the model."""
+    before, flow = tracer._visit, flow_of(tracer)
+    turns = range(chosen.stop) if chosen.stop is not None else count()
+    try:
+        for turn in turns:
+            if chosen.stop is None and flow.outcome is not None:
+                return
+            if turn >= (chosen.start or 0) and (turn - (chosen.start or 0)) % (chosen.step or 1) == 0:
+                tracer._visit = turn
+                yield turn
+    finally:
+        tracer._visit = before
+
+
+def end_visits(tracer: Tracer, error: Exception) -> None:
+    """Leave the block with a warning if it asks for a call that the model does not make, as in nnsight."""
+    if flow_of(tracer).outcome is not None:
+        warn_of_end(tracer._visit, error)
+        raise BlockStopped from error
+
+
+def note_read(tracer: Any, value: Any) -> None:
+    """Note what an invoke reads, to find out whether it changes it in place."""
+    if isinstance(tracer, Tracer) and tracer._is_invoke:
+        tracer._read += [(leaf, leaf._version) for leaf in tree_leaves(value) if is_versioned(leaf)]
+
+
+def watch_changes(tracer: Tracer) -> None:
+    """Note where the block of an invoke assigns values or skips modules, in whatever way."""
+    flow = flow_of(tracer)
+
+    def noting(method: Callable[[Asked, Any], None]) -> Callable[[Asked, Any], None]:
+        def call(asked: Asked, value: Any) -> None:
+            tracer._changed = asked.target.path
+            check_read_only(tracer)
+            method(asked, value)
+
+        return call
+
+    flow.assign, flow.skip = noting(flow.assign), noting(flow.skip)
+
+
+def check_read_only(tracer: Tracer) -> None:
+    """Raise InputError if an invoke without input has changed something."""
+    if tracer._is_of_all and tracer._changed:
+        raise InputError(
+            f"an invoke without input can only be read, but this one changes {tracer._changed}: the invokes before it "
+            "have ended. Trace all inputs at once to change all of them"
+        )
+
+
+def is_versioned(value: Any) -> bool:
+    """Return whether changes of a value in place can be seen."""
+    return isinstance(value, torch.Tensor) and not value.is_inference()
 
 
 def repeat_all(tracer: Tracer, frame: FrameType) -> Iterations:

@@ -1,38 +1,98 @@
 """`NNsight`, `LanguageModel`, `VisionLanguageModel` and `DiffusionModel` with the arguments of nnsight's models."""
 
-from collections.abc import Callable
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch import nn
 
-from diffsight.compat.compat_envoy import CompatEnvoy
+from diffsight.compat.compat_envoy import TAKEN, CompatEnvoy
+from diffsight.compat.edit_blocks import with_pair
+from diffsight.compat.renames import Rename, Renames
 from diffsight.compat.sessions import Session
+from diffsight.compat.standardized_transformer import StandardizedNames
 from diffsight.compat.tracer import Tracer, describe_opening, entered_tracers
+from diffsight.compat.transformers_models import TransformersNames
 from diffsight.errors import InputError
 from diffsight.extending import Model, Run, flow_of, run_meant_by
 
-_IGNORED = ("remote", "backend", "scan", "validate", "invoker_args", "blocking")  # arguments without an effect here
+_IGNORED = ("remote", "backend", "scan", "validate", "blocking")  # arguments without an effect here
 
 
 class CompatModel(CompatEnvoy):
     """What nnsight's models accept and have, on top of one of diffsight's wrappers."""
 
+    _gives_tuples = False  # whether the output of a layer is a tuple, as code for transformers 4 expects
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        if not issubclass(cls._run_class, Tracer):
+        if not issubclass(getattr(cls, "_run_class", Tracer), Tracer):
             cls._run_class = type("Tracer", (Tracer, cls._run_class), {"__doc__": Tracer.__doc__})
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        tokenizer = self.__dict__.get("tokenizer")
-        if tokenizer is not None and getattr(tokenizer, "pad_token", "") is None:  # code calls it with padding=True
-            tokenizer.pad_token = tokenizer.eos_token
+    def __init__(
+        self,
+        *args: Any,
+        rename: Rename | None = None,
+        device: torch.device | str | None = None,
+        device_map: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        is_live = bool(args) and isinstance(args[0], (nn.Module, tuple))
+        super().__init__(*args, **kwargs, **({} if is_live or device_map is None else {"device_map": device_map}))
+        self._be_root()
+        self._tree.blocks_give_tuples = self._gives_tuples
+        self._warn_of_hidden_modules()
+        if rename:
+            self._tree.renames = Renames(self._tree, rename, dir(CompatEnvoy))
+        device = device_map if device is None and is_live and device_map != "auto" else device
+        if device is not None:
+            self.to(device)
+
+    def _warn_of_hidden_modules(self) -> None:
+        """Warn of modules that cannot be reached by their own names, since envoys have values of those names."""
+        hidden = [p for p, _ in self._modules_here() if p.rpartition(".")[2] in TAKEN and p]
+        if hidden:
+            warnings.warn(
+                f"the model has modules named as values that nnsight already serves ({hidden[0]}, {len(hidden)} in "
+                "all): write `.E_output` for a module `output`, and so on",
+                stacklevel=4,
+            )
+
+    def _modules_here(self) -> Iterator[tuple[str, nn.Module]]:
+        return self._owner.named_modules() if isinstance(self._owner, nn.Module) else iter(())
+
+    def _be_root(self) -> None:
+        self.__dict__["_family"] = {"root": weakref.ref(self), "handles": {}}
+
+    def _copy(self) -> "CompatModel":
+        copy = super()._copy()
+        copy._be_root()
+        return copy
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def dispatched(self) -> bool:
+        """Whether the weights are loaded."""
+        return self._tree.weights.are_loaded
+
+    def dispatch(self) -> "CompatModel":
+        """Load the weights now, and return the model."""
+        self._tree.weights.load()
+        return self
 
     def trace(self, *args: Any, trace: bool = True, **kwargs: Any) -> Any:
         """Open a run of one forward pass. With `trace=False`, return its result."""
-        return _opened(super().trace, args, _known_here(kwargs), trace, generates=False)
+        opens = super(CompatEnvoy, self).trace
+        return _opened(opens, args, _known_here(kwargs), trace, generates=self._tree.opens_with == "generate")
 
     def generate(self, *args: Any, trace: bool = True, **kwargs: Any) -> Any:
         """Open a run that generates. With `trace=False`, return its result."""
@@ -46,7 +106,8 @@ class CompatModel(CompatEnvoy):
         """Edit a copy of the model. The older form, `with model.edit(""):`, edits the model itself."""
         _check_empty("edit", _known_here(kwargs))
         functions = [argument for argument in args if callable(argument)]
-        return super().edit(*functions, inplace=inplace or len(functions) < len(args))
+        editing = super().edit(*functions, inplace=inplace or len(functions) < len(args))
+        return editing if functions else with_pair(editing)
 
     def session(self, **kwargs: Any) -> Session:
         """Group runs, of this model and of others: `with model.session() as session:`."""
@@ -72,26 +133,101 @@ class Generator:
         """What the run returns in the end. Runs the model to its end first."""
         return self._run.result
 
+    @property
+    def streamer(self) -> "Streamer":
+        """The tokens of each step."""
+        return Streamer(self._run)
+
+
+class Streamer:
+    """The tokens of a step under nnsight's name for them, `model.generator.streamer.output`."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def output(self) -> torch.Tensor:
+        """The tokens that the step begins with: those of the prompt, later the one that was generated last."""
+        flow = flow_of(self._run)
+        args, kwargs = self._run.inputs
+        tokens = (args[0] if args else kwargs)["input_ids"]
+        return tokens if flow.scope.step <= 0 else tokens[:, -1:]
+
 
 @cache
-def with_compat_names(wrapper: type[Model]) -> type[Model]:
-    """Return a wrapper of diffsight as one with the names of nnsight's."""
-    return type(wrapper.__name__, (CompatModel, wrapper), {"__doc__": wrapper.__doc__, "__module__": __package__})
-
-
 def wrapper_named(name: str) -> type[Model]:
     """Return `DiffusionModel` and the like with nnsight's names.
 
     They are imported by name when they are first asked for: they stand above the engine, and take long to import."""
-    return with_compat_names(getattr(import_module("diffsight"), name))
+    if name == "TransformersModel":
+        return _named(name, TransformersNames, CompatModel, import_module("diffsight").LanguageModel)
+    if name == "StandardizedTransformer":
+        return _named(name, StandardizedNames, wrapper_named("LanguageModel"))
+    wrapper = getattr(import_module("diffsight"), name)
+    if name == "LanguageModel":
+        return _named(name, wrapper_named("TransformersModel"), wrapper, _task="text-generation", _gives_tuples=True)
+    if name == "VisionLanguageModel":
+        return _named(name, vision_transformers_model(), _gives_tuples=True)
+    return _named(name, DiffusionNames, wrapper)
 
 
-NNsight = with_compat_names(Model)
+@cache
+def vision_transformers_model() -> type[Model]:
+    """Return what `TransformersModel(name, task="image-text-to-text")` is."""
+    wrapper = import_module("diffsight").VisionLanguageModel
+    return _named("TransformersModel", wrapper_named("TransformersModel"), wrapper, _task="image-text-to-text")
+
+
+class DiffusionNames(CompatModel):
+    """What nnsight's `DiffusionModel` accepts beyond that of diffsight.
+
+    Args:
+        source: As for `diffsight.DiffusionModel`.
+        automodel: The class of pipeline to load, or its name: `"StableDiffusionImg2ImgPipeline"`. It is loaded at once.
+    """
+
+    _gives_tuples = True
+
+    def __init__(self, source: Any, *, automodel: Any = None, **kwargs: Any) -> None:
+        if automodel is not None:
+            if not isinstance(source, str):
+                raise InputError("automodel= chooses the class to load: a live pipeline has one already")
+            kind = getattr(import_module("diffusers"), automodel) if isinstance(automodel, str) else automodel
+            loading = {name: kwargs.pop(name) for name in list(kwargs) if name not in _OF_MODEL}
+            source = kind.from_pretrained(source, **loading)
+        super().__init__(source, **kwargs)
+
+    def trace(self, *args: Any, trace: bool = True, **kwargs: Any) -> Any:
+        """Open a run of the pipeline with one denoising step, unless `num_inference_steps` is passed."""
+        if "num_inference_steps" in self.argument_names:
+            kwargs.setdefault("num_inference_steps", 1)
+        return super().trace(*args, trace=trace, **kwargs)
+
+
+_OF_MODEL = ("rename", "device", "dispatch")
+
+
+def _named(name: str, *bases: type, **facts: Any) -> type[Model]:
+    return type(name, bases, {"__doc__": bases[-1].__doc__, "__module__": __package__, **facts})
+
+
+class NNsight(CompatModel, Model):
+    """Wraps any module, see `diffsight.Model`.
+
+    Args:
+        module: The module.
+        rename: Further names for modules, see `diffsight.compat.renames`.
+        device: Where to move the module.
+    """
 
 
 def _opened(opens: Callable[..., Tracer], args: tuple, kwargs: dict[str, Any], trace: bool, generates: bool) -> Any:
     """Open a run; without `trace`, return its result."""
-    has_input = bool(args) or "prompt" in kwargs or any(isinstance(v, torch.Tensor) for v in kwargs.values())
+    has_input = (
+        bool(args)
+        or not kwargs.keys().isdisjoint(("prompt", "text", "images"))
+        or any(isinstance(v, torch.Tensor) for v in kwargs.values())
+    )
     tracer = describe_opening(opens(*args, **kwargs), generates, has_input)
     return tracer if trace else tracer.result
 

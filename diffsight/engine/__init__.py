@@ -18,9 +18,10 @@ The files in order; each imports only from those above it:
     late_weights    weights that are loaded later
     step_clock      when a step begins
     attached_modules    modules of the user's own on parts of a model
-    layout          where modules stand, and which are called directly, bypassing those around them
+    module_places   where modules stand, and which are called directly, bypassing those around them
     tree            everything that can be tapped in a model, and its names
-    taps            the calls of one module: counted, changed or skipped; and all the taps of a run
+    tapped_call     the calls of one module or method: counted, changed or skipped
+    taps            all taps of a run, and from when on they count
     order           passed, too late, never reached
     user_bodies     edits and the functions of `run.each`, and whose turn it is
     flow            moves the model

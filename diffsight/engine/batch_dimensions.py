@@ -55,24 +55,31 @@ def batch_dimensions(host: Running, target: Target, part: str, value: Any, total
         is. None for all if it cannot be known."""
     if target.name != FORWARD:
         return None
-    key = part, len(tree_leaves(value))
+    leaves = tree_leaves(value)
+    component = target.around()[0] if target.outer else target
+    if target is component and part != "output":  # what the batch is, is said of these
+        return [_length(leaf) == total for leaf in leaves]
+    key = part, len(leaves)
     found = _known.get(target.owner, {}).get(key)
-    if found is None:
-        component = target.around()[0] if target.outer else target
-        if total not in _tried.setdefault(component.owner, set()):
-            _find(host, component.owner, total)
-            found = _known.get(target.owner, {}).get(key)
-            if found is None:
-                _tried[component.owner].add(total)
+    if found is None and total not in _tried.setdefault(component.owner, set()):
+        if _find(host, component.owner, total):
+            _tried[component.owner].add(total)
+        found = _known.get(target.owner, {}).get(key)
     return found
 
 
-def _find(host: Running, component: nn.Module, total: int) -> None:
-    """Call a copy of a component that is running, and note what grows with the batch."""
+def _length(leaf: Any) -> int | None:
+    return leaf.shape[0] if isinstance(leaf, torch.Tensor) and leaf.ndim else None
+
+
+def _find(host: Running, component: nn.Module, total: int) -> bool:
+    """Call a copy of a component, and note what grows with the batch. Return False if the component is not running."""
     frame = sys._getframe() if host.coroutine.is_running else host.coroutine.frame
     call = running_call(frame, component)
-    if call is None or any(map(has_forward_of_its_own, component.modules())):
-        return
+    if call is None:
+        return False
+    if any(map(has_forward_of_its_own, component.modules())):
+        return True
     state = TorchState.capture().bare()
     is_small = sum(parameter.numel() for parameter in component.parameters()) < _SMALL
     for with_weights in (True, False) if is_small else (False, True):
@@ -86,7 +93,18 @@ def _find(host: Running, component: nn.Module, total: int) -> None:
             continue
         for module, calls in larger[0].items():
             _note(module, calls, larger[1].get(module, {}), total)
-        return
+        if any(map(_has_time_first, larger[0])):
+            for module in larger[0]:
+                _known[module] = {key: [None] * len(sizes) for key, sizes in _known.get(module, {}).items()}
+        return True
+    return True
+
+
+def _has_time_first(module: nn.Module) -> bool:
+    """Whether what was taken to be the batch is the time of a recurrent layer or of attention."""
+    if getattr(module, "batch_first", True):
+        return False
+    return any(sizes[:1] == [True] for (part, _), sizes in _known.get(module, {}).items() if part == "input")
 
 
 def _note(module: nn.Module, calls: dict[str, list[Shapes]], larger: dict[str, list[Shapes]], total: int) -> None:

@@ -21,7 +21,7 @@ from diffsight.errors import AssignmentError, InputError
 
 
 class Tapped(Protocol):
-    """What a selection may look at in the calls of what is tapped; see `diffsight.engine.taps.Tap`."""
+    """What a selection may look at in the calls of what is tapped; see `diffsight.engine.tapped_call.Tap`."""
 
     target: Target
     host: Any  # the run

@@ -67,7 +67,7 @@ class Block:
         target: ast.expr | None = None,
     ) -> None:
         self.where = f"{frame.f_code.co_filename}:{statement.lineno}"
-        self._frame = frame
+        self._frame, self._statement = frame, statement
         self._head: list[Span] = []
         self._target = None if target is None else span_of(target)
         self._name = target.id if isinstance(target, ast.Name) else None
@@ -84,6 +84,11 @@ class Block:
         self._function, self._assigned = _compile(body, tree, statement, frame, variables.keys())
         code = self._function.__code__
         self._names = {name: variables[name] for name in code.co_varnames[1 : code.co_argcount]}
+
+    @property
+    def source(self) -> str:
+        """The source of the statement, as Python writes it from its syntax tree."""
+        return ast.unparse(self._statement)
 
     @classmethod
     def of_with(cls, frame: FrameType) -> "Block":

@@ -6,7 +6,7 @@ If instead the model ends, the step that the body is in ends, or the module that
 returns, the point has passed: an `OutOfOrderError`, never the value of a later call.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from diffsight.engine import order
 from diffsight.engine.coroutine import THIS_THREAD, Coroutine, InnerCall, current
 from diffsight.engine.current_run import current_edit
+from diffsight.engine.hooks import are_threads_seen
 from diffsight.engine.order import Scope
 from diffsight.engine.points import (
     INPUTS,
@@ -31,7 +32,8 @@ from diffsight.engine.points import (
     users_line,
 )
 from diffsight.engine.step_clock import Clock
-from diffsight.engine.taps import Tap, Taps
+from diffsight.engine.tapped_call import Tap
+from diffsight.engine.taps import Taps
 from diffsight.engine.target import Target, join
 from diffsight.engine.torch_state import TorchState, call_in, seeded_random_state
 from diffsight.engine.tree import Tree
@@ -79,7 +81,7 @@ class Flow:
         self.tree = tree
         self.load: Callable[[], None] = tree.weights.load  # called before anything runs
         self.clock: Clock = tree.clock()
-        self.taps = Taps(self, [*tree.components(), *tree.attached.targets.values()], tree.layout)
+        self.taps = Taps(self, [*tree.components(), *tree.attached.targets.values()], tree.module_places)
         self.state = TorchState.capture()
         self.seed: int | None = None  # of the model's own random state; None: it uses the global one
         self.modes: list = []  # function modes that the model runs in, besides the caller's
@@ -100,6 +102,7 @@ class Flow:
         self.result: Any = None
         self._scope = Scope()
         self._edits_begun = False
+        self._in_threads: Collection[tuple[int, str]] = ()  # what the model has called in threads of its own
         self._read_late: list = []  # what was read after the model had passed it, with the versions of its tensors
         self._is_cleared = False  # whether nothing of it is left anywhere
         self._stands: Point | str = "before its first call"  # where the model is, or last was
@@ -199,7 +202,8 @@ class Flow:
         tap.keepers.setdefault(asked.kind, []).append(function)
 
     def next_step(self) -> bool:
-        """Run the model to the beginning of the next step that the body has not entered. Return False if it ends."""
+        """Run the model to the beginning of the next step that the body has not entered. Return False if it ends,
+        or stands before a call that comes after the last step."""
         self.check_thread("run.steps")
         self.start_edits()
         if self.outcome is not None:
@@ -207,9 +211,9 @@ class Flow:
         self._start()
         scope = self.scope
         scope.stop_at_steps = True
-        while self.outcome is None and self.clock.index <= scope.step:
+        while self.outcome is None and self.clock.index <= scope.step and not self.clock.is_over:
             self._resume() if scope is self._scope else self._beside().wait([])
-        if self.outcome is not None:
+        if self.outcome is not None or self.clock.index <= scope.step:
             return False
         scope.step, scope.in_step = self.clock.index, True
         return True
@@ -449,6 +453,8 @@ class Flow:
         guard = tap.origin.guard and order.guard_of(tap, scope, self.clock.index)
         if guard is not None:
             waits.append((guard[0], (OUTPUT, guard[1])))
+        elif asked.target.is_value:  # it passes before the call ends, or not at all
+            waits.append((self.taps[asked.target.outer.key], (OUTPUT, key[1])))
         in_step = scope.in_step
         for other, other_key in waits:
             other.awaited.setdefault(other_key, []).append(in_step)
@@ -474,12 +480,19 @@ class Flow:
 
     def _not_reached(self, asked: Asked, point: Point | None, scope: Scope) -> OutOfOrderError:
         """The error for a wait that ended at `point`, or without one."""
+        error = order.called_in_thread if self._is_in_thread(asked.target) else order.not_reached
         if point is not None:
-            return order.not_reached(asked, f"{point.tap.target.path} returned", OutOfOrderError)
+            return error(asked, f"{point.tap.target.path} returned", OutOfOrderError)
         if self.outcome is not None:
             until = "the model ended" if self.has_result else self.outcome
-            return order.not_reached(asked, until, NeverReachedError)
-        return order.not_reached(asked, f"step {scope.step} ended", OutOfOrderError)
+            return error(asked, until, NeverReachedError)
+        return error(asked, f"step {scope.step} ended", OutOfOrderError)
+
+    def _is_in_thread(self, target: Target) -> bool:
+        """Whether the model calls a module in a thread of its own."""
+        return target.key in self._in_threads or (
+            self.outcome is None and are_threads_seen() and self.taps.is_called_in_thread(target)
+        )
 
     def _resume(self, call: InnerCall | None = None) -> Point | InnerCall | None:
         """Let the model run until it parks at a point (returned), at a step (None), or ends (None); or make `call`
@@ -558,6 +571,9 @@ class Flow:
         """The model has ended."""
         self.result, self.has_result = result, True
         self.taps.note_learned()
+        if are_threads_seen():
+            taps = [*self.taps.values()]
+            self._in_threads = {tap.target.key for tap in taps if self.taps.is_called_in_thread(tap.target)}
         self.unreached += [a for tap in self.taps.values() if tap.pending or tap.skips for a in tap.waiting()]
         self._end(ENDED)
         for body in self.bodies.functions:
@@ -609,13 +625,31 @@ class Flow:
     def begin_call(self, tap: Tap, args: tuple, kwargs: dict) -> None:
         """A call that the run watches begins, and perhaps a step with it."""
         if self.clock.begins(tap.target, args, kwargs):
-            self.unreached += self.taps.begin_step()
-            beside = [*self.bodies.edits, *self.bodies.functions]
-            if self._scope.stop_at_steps or (beside and any(body.scope.stop_at_steps for body in beside)):
-                self._stands = f"before {tap.target.path or 'the forward pass'}"
-                self.coroutine.park(None)
+            if self.clock.is_over:
+                raise order.step_after_the_last(tap.target.path, self.clock.index)
+            self._begin_step(f"before {tap.target.path or 'the forward pass'}")
+        elif self.clock.is_behind(tap.target) and self._has_loops() and not self.clock.is_over:
+            self.clock.is_over = True
+            self._stands = f"before {tap.target.path}"
+            self.coroutine.park(None)
         if self.observer is not None:
             self.observer.called(tap, args, kwargs)
+
+    def begin_empty_step(self) -> None:
+        """A step begins in which the model makes no call."""
+        self.clock.index += 1
+        self._begin_step("after all calls of the step")
+
+    def _begin_step(self, stands: str) -> None:
+        self.unreached += self.taps.begin_step()
+        if self._has_loops():
+            self._stands = stands
+            self.coroutine.park(None)
+
+    def _has_loops(self) -> bool:
+        """Whether a body is in a loop over the steps."""
+        beside = [*self.bodies.edits, *self.bodies.functions]
+        return self._scope.stop_at_steps or any(body.scope.stop_at_steps for body in beside)
 
     def end_call(self, tap: Tap, output: Any) -> None:
         """A call that the run watches has ended."""

@@ -18,7 +18,6 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from diffsight.engine.torch_state import restore_saved_tensor_hooks, saved_tensor_hooks
-from diffsight.errors import DiffsightError
 
 _PACKS_FOR_CHECKPOINT = "_checkpoint_hook.__init__.<locals>.pack_hook"  # in torch.utils.checkpoint
 
@@ -40,21 +39,17 @@ def end_checkpoints() -> None:
         restore_saved_tensor_hooks([(_keep, _kept) if pack in regions else (pack, unpack) for pack, unpack in hooks])
 
 
-def check_not_computed_again(path: object) -> None:
-    """Raise DiffsightError if the model is in a function of autograd that hides from it what it calls."""
+def is_computed_again() -> bool:
+    """Whether the model is in a function of autograd that hides from it what it calls, and that needs gradients."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
             context = frame.f_locals["ctx"]
             if isinstance(context, FunctionCtx) and any(context.needs_input_grad):
-                raise DiffsightError(
-                    f"{path} lies in a region that backward() computes again, without what a run reads or changes "
-                    "there. Use checkpointing with use_reentrant=False "
-                    '(gradient_checkpointing_enable({"use_reentrant": False}) in transformers), turn it off for this '
-                    "run, or open the run under torch.no_grad() if you need no gradients"
-                )
+                return True
         frame = frame.f_back
+    return False
 
 
 def _keep(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:

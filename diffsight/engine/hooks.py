@@ -13,16 +13,17 @@ and signatures remain those of the original. If several runs are open at once, t
 
 import functools
 import operator
+import sys
 import weakref
-from collections.abc import Callable, Iterable
-from threading import RLock
+from collections.abc import Callable, Collection, Iterable
+from threading import RLock, get_ident, local, main_thread
 from types import FrameType, FunctionType, MethodType
 from typing import Any
 
 from greenlet import getcurrent
 from torch import nn
 
-from diffsight.engine.coroutine import current_owner
+from diffsight.engine.coroutine import THIS_THREAD, current_owner
 
 FORWARD = "forward"
 COMPILED = "_compiled_call_impl"  # on a module after `module.compile()`: what its calls go to
@@ -110,6 +111,7 @@ class HookedModules:
                         held[name] = own
                     if _GETSTATE in held:
                         del held[_GETSTATE]
+                    _in_threads.pop(number, None)  # last: see above
         self._held, self._hooks = [], []
 
 
@@ -153,6 +155,8 @@ def _through(original: Callable) -> Callable:
     def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         host = getattr(getcurrent(), "owner", None)
         if host is None:
+            if get_ident() != _MAIN_THREAD:
+                _note_thread(module)
             return original(module, *args, **kwargs)
         taps, number = host.taps, id(module)
         calls = taps.counts.get(number)
@@ -172,6 +176,41 @@ def _through(original: Callable) -> Callable:
 
 
 _CODE = _through(nn.Module.forward).__code__
+_MAIN_THREAD = main_thread().ident
+
+# Calls that belong to no run, in other threads than the main one: the id of a module to the thread and, by its id, the
+# outermost hooked module that the thread has called. Those that begin further out than here are calls of somebody else.
+_in_threads: dict[int, set[tuple[int, int]]] = {}
+_this_thread = local()
+
+
+def note_run_of_thread() -> None:
+    """A run is open in this thread: calls here are those of its body."""
+    _this_thread.has_runs = True
+
+
+def _note_thread(module: nn.Module) -> None:
+    if hasattr(_this_thread, "has_runs"):
+        return
+    frame, outermost = sys._getframe(1), module
+    while frame is not None:
+        if frame.f_code is _CODE:
+            outermost = frame.f_locals["module"]
+        frame = frame.f_back
+    _in_threads.setdefault(id(module), set()).add((THIS_THREAD.number, id(outermost)))
+
+
+def are_threads_seen() -> bool:
+    """Whether any hooked module was called in a thread of its own, by a model or by somebody else."""
+    return bool(_in_threads)
+
+
+def is_called_in_thread(module: nn.Module, own: int, components: Collection[int]) -> bool:
+    """Whether a hooked module was called by a thread that one of the `components`, by id, has started.
+
+    `own` is the thread of the run."""
+    calls = _in_threads.get(id(module), ())
+    return any(thread != own and outermost not in components for thread, outermost in calls)
 
 
 def count_running(frame: FrameType | None, module: nn.Module) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from diffsight.engine.points import INPUTS, LAST, OUTPUT, Asked, Assignment, Point, PointKey
-from diffsight.engine.taps import Tap
+from diffsight.engine.tapped_call import Tap
 from diffsight.errors import NeverReachedError, OutOfOrderError, RunClosedError
 
 
@@ -106,6 +106,14 @@ def step_has_ended(asked: Asked, step: int) -> OutOfOrderError:
     return OutOfOrderError(f"{asked.whole} was asked for too late: step {step} has ended")
 
 
+def step_after_the_last(path: str, step: int) -> OutOfOrderError:
+    """The error for a step that begins after the loops over the steps have ended."""
+    return OutOfOrderError(
+        f"the loop over run.steps ended after step {step - 1}, which seemed to be the last one, but {path} began "
+        "another one. Write run.steps[:n] with the number of steps"
+    )
+
+
 def run_has_ended(path: object, outcome: str, has_steps: bool) -> RunClosedError:
     """The error for what is asked for after the end of a run."""
     loop = " (a loop over run.steps runs the model to its end)" if has_steps else ""
@@ -119,7 +127,15 @@ def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError]) -> OutOfO
     """The error for a wait that ended before the model reached the point."""
     return kind(
         f"{asked} was asked for, but {until} without reaching it. Either the model had already passed that "
-        "point, or it does not call that module there"
+        f"point, or {asked.target.if_missing or 'it does not call that module there'}"
+    )
+
+
+def called_in_thread(asked: Asked, until: str, kind: type[OutOfOrderError]) -> OutOfOrderError:
+    """The error for a point that was waited for, and that the model passes in a thread of its own."""
+    return kind(
+        f"{asked} was asked for, but {until} without reaching it in the run's thread. The model calls the module in a "
+        "thread of its own, where a run does not see it"
     )
 
 
@@ -128,5 +144,6 @@ def never_reached(missed: Iterable[Assignment]) -> NeverReachedError:
     lines = "\n".join(f"  {assignment}" for assignment in missed)
     return NeverReachedError(
         f"these assignments were never reached:\n{lines}\nThe model ran without them. Does the model call the module "
-        "in this run (or in this step), and at least as often as `.calls[i]` asks?"
+        "in this run (or in this step), and at least as often as `.calls[i]` asks? Calls in threads that the model "
+        "starts are not seen"
     )

@@ -37,7 +37,7 @@ class Asked:
     @property
     def whole(self) -> str:
         """The text of the same point without the selection."""
-        return join(join(self.target.path, f"calls[{self.call}]") if self.call else self.target.path, self.part)
+        return self.target.point(self.part, self.call)
 
     def __str__(self) -> str:
         return self.whole if self.selection is None else join(self.selection.name, self.whole)

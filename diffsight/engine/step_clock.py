@@ -17,6 +17,11 @@ class Clock:
         starts: The calls that begin a step, such as the denoiser's.
         ends: The calls that end one, such as `scheduler.step`.
         moment: The moment of a call of a start, from its target, args and kwargs; such as the timestep.
+        behind: Calls that come after the last step, if it is known that a step is the last one.
+
+    Attributes:
+        is_last: Whether the step that a call began is the last one, from its target, args and kwargs.
+        is_over: Whether the loops over the steps have been told that the last step has ended.
     """
 
     def __init__(
@@ -24,12 +29,16 @@ class Clock:
         starts: Sequence[Target],
         ends: Sequence[Target] = (),
         moment: Callable[[Target, tuple, dict], Any] | None = None,
+        behind: Sequence[Target] = (),
     ) -> None:
         self.starts = {target.key for target in starts}
         self.ends = {target.key for target in ends}
         self.index = -1  # number of the step that the model is in
         self.call: tuple[Target, tuple, dict] | None = None  # the call that began it
+        self.is_last: Callable[[Target, tuple, dict], bool] = lambda target, args, kwargs: False
+        self.is_over = False
         self._moment = moment
+        self._behind = {target.key for target in behind}
         self._due = True
         self._ended = False
 
@@ -37,6 +46,14 @@ class Clock:
     def is_in_step(self) -> bool:
         """Whether a step has begun and not ended."""
         return self.index >= 0 and not (self.ends and self._due)
+
+    @property
+    def has_ended_one(self) -> bool:
+        """Whether one of `ends` has been called."""
+        return self._ended
+
+    def check_counted(self, title: str) -> None:
+        """Called after the last step of a model called `title`. Raises InputError if the steps cannot be counted."""
 
     def begins(self, target: Target, args: tuple, kwargs: dict) -> bool:
         """Take note of a call that begins; return whether a step begins with it."""
@@ -46,6 +63,10 @@ class Clock:
         self.index += 1
         self.call = (target, args, kwargs)
         return True
+
+    def is_behind(self, target: Target) -> bool:
+        """Return whether a call that begins comes after the last step."""
+        return target.key in self._behind and self._ended and self._due and self.is_last(*self.call)
 
     def note_end(self, target: Target) -> None:
         """Take note of a call that has ended."""

@@ -1,322 +1,28 @@
-"""Taps: where a run touches the model.
+"""All taps of a run: what is tapped or counted, and from when on.
 
-A `Tap` belongs to one run and one callable of the model: a module's forward pass, or a method that code calls directly
-(`vae.decode`, `scheduler.step`). Every call of it goes through `Tap.call`. There the tap counts the call and hands its
-inputs and its output to the run (the `Host`) if a body waits for them or has assigned them. Calls made outside the
-run's own coroutine (by another run, by the body itself, in another thread) pass untouched. How calls get here is the
-business of `hooks`.
-
-`Taps` are all taps of a run. To know what the model has passed, calls are counted. The model's components and their
-children are hooked from the start. When a point is asked for, all modules around it and their children are hooked as
-well. So a module is usually hooked before the module around it is entered, and its count is exact. If it is not
-(`Origin.unseen`), its past is unknown, and the point counts as passed. A module that nobody asks for is only counted,
-in a dictionary. That costs next to nothing, and most modules of a run are of this kind.
+To know what the model has passed, calls are counted. The model's components and their children are hooked from the
+start. When a point is asked for, all modules around it and their children are hooked as well. So a module is usually
+hooked before the module around it is entered, and its count is exact. If it is not (`Origin.unseen`), its past is
+unknown, and the point counts as passed. A module that nobody asks for is only counted, in a dictionary. That costs next
+to nothing, and most modules of a run are of this kind. What happens at a call is in `tapped_call`.
 """
 
-import warnings
-import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import nn
-from torch._C._autograd import _top_saved_tensors_default_hooks
 
-from diffsight.engine.coroutine import Coroutine, current_owner
-from diffsight.engine.gradients import check_not_computed_again, end_checkpoints
-from diffsight.engine.hooks import COMPILED, FORWARD, HookedModules, count_running
-from diffsight.engine.layout import Key, Layout, inside
-from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey
-from diffsight.engine.step_clock import Clock
+from diffsight.engine.hooks import (
+    FORWARD,
+    HookedModules,
+    count_running,
+    is_called_in_thread,
+    note_run_of_thread,
+)
+from diffsight.engine.module_places import Key, ModulePlaces, inside
+from diffsight.engine.points import INPUTS, Assignment
+from diffsight.engine.tapped_call import Host, LearningTap, Origin, Tap
 from diffsight.engine.target import Target
-from diffsight.engine.torch_state import TorchState
-from diffsight.engine.users_hooks import has_forward_hooks, output_hooks
 from diffsight.errors import PointNotFoundError
-
-_known_compiled: weakref.WeakSet = weakref.WeakSet()  # compiled modules that have been warned about
-
-
-class Host(Protocol):
-    """The run, as its taps see it; see `diffsight.engine.flow.Flow`."""
-
-    taps: "Taps"
-    is_scan: bool  # whether it computes shapes alone
-    clock: Clock
-    coroutine: Coroutine | None  # the one that the model runs in, once it has started
-    parked: Point | None  # where the model stands, if it waits at a point
-    state: TorchState  # in which the run was opened
-    refused: list[Exception]  # why values could not be assigned that were assigned ahead
-    misshapen: list[str]  # assigned values whose shape or type differs from the model's own, in words
-
-    def arrive(self, point: Point) -> None:
-        """The model has reached a point that a body waits for or has assigned: give every body its turn."""
-
-    def begin_call(self, tap: "Tap", args: tuple, kwargs: dict) -> None:
-        """A call that the run watches begins: one of a component, or one that begins or ends a step."""
-
-    def end_call(self, tap: "Tap", output: Any) -> None:
-        """A call that the run watches has ended; the model continues with `output`."""
-
-
-class Origin(NamedTuple):
-    """What was known of a module's calls when the run began to count them."""
-
-    around: "Tap | None" = None  # the surrounding tap, if the model had moved by then
-    step: int = -1  # the step that the model was in
-    unseen: int = 0  # calls of the surrounding module that had begun: calls of this one may have been missed
-    unseen_in_step: int = 0  # the same, within that step
-    guard: "tuple[Tap, int] | None" = None  # a surrounding tap, and the number of its call that was running
-
-
-class Tap:
-    """The calls of one module or method in one run."""
-
-    __slots__ = (
-        "active",  # numbers of the calls in progress, outermost first
-        "awaited",  # the points that bodies wait for; for each body, whether it waits within a step
-        "begun",  # whether a hook has already begun the call that reaches the forward pass now
-        "border",  # in a scan, for a component: what its calls are made through
-        "children_counted",
-        "entered",  # number of calls begun so far, as far as the run has seen
-        "given",  # the inputs of the call at whose output the model stands
-        "hooks",  # what else the run has put on the module
-        "host",
-        "inside",  # whether a compiled module runs uncompiled
-        "keepers",  # kind of point to the functions that are shown every value
-        "origin",
-        "pending",  # point to what was assigned to it
-        "points",  # point to what was read there
-        "skips",  # number of a call to what it returns without running
-        "step_base",  # calls begun before the current step
-        "takes_inputs",  # whether inputs are taken in a hook
-        "target",
-        "unseen",
-        "unseen_in_step",
-        "watched",  # whether the run wants to know when its calls begin and end
-    )
-
-    def __init__(self, host: Host, target: Target, origin: Origin, entered: int = 0, step_base: int = 0) -> None:
-        """`entered` calls were counted before, `step_base` of them before the current step."""
-        self.host, self.target, self.origin = host, target, origin
-        self.entered, self.step_base = entered, step_base
-        self.unseen, self.unseen_in_step = origin.unseen, origin.unseen_in_step
-        self.active: list[int] = []
-        self.awaited: dict[PointKey, list[bool]] = {}
-        self.keepers: dict[str, list[Callable[[Tap, int, Any], None]]] = {}
-        self.pending: dict[PointKey, list[Assignment]] = {}
-        self.points: dict[PointKey, Point] = {}
-        self.skips: dict[int, Assignment] = {}
-        self.border: Callable[[Callable, tuple, dict], Any] | None = None
-        self.given: tuple[tuple, dict] | None = None
-        self.begun = self.children_counted = self.inside = self.takes_inputs = False
-        self.watched = target.outer is None or target.key in host.clock.starts or target.key in host.clock.ends
-        self.hooks: list[Any] = []
-
-    # ---- from the model's side
-
-    def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Make one call of what is tapped, `function`."""
-        if self.begun:
-            self.begun = False
-        else:
-            args, kwargs = self.enter(args, kwargs) or (args, kwargs)
-        index = self.active[-1]
-        skip = self.skips.pop(index, None) if self.skips else None
-        if skip is not None:
-            self._keep_gradients(f"{self.target.path}.skip ({skip.where})")
-            return self.leave(skip.value, (args, kwargs))
-        if self.inside:
-            function = self.target.uncompiled()
-        has_hooks = self._has_hooks()  # PyTorch also looks for them before the call
-        try:
-            output = function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
-        except BaseException:
-            self.active.remove(index)
-            raise
-        return self.leave(output, (args, kwargs), has_hooks)
-
-    def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """A call begins. Return new inputs, or None if they stay as they are."""
-        if self.watched:
-            self.host.begin_call(self, args, kwargs)
-        around, index = self.origin.around, self.entered
-        if not index and around is not None and not around.active and not self.host.taps.is_in_method(around):
-            self.unseen = self.unseen_in_step = 1  # called directly: earlier calls may have been missed
-        self.entered = index + 1
-        self.active.append(index)
-        key = (INPUTS, index)
-        if not (key in self.awaited or key in self.pending or self.keepers):
-            return None
-        inputs, changed = self._pass(key, (args, kwargs))
-        return inputs if changed else None
-
-    def leave(self, output: Any, given: tuple[tuple, dict] | None = None, has_hooks: bool = True) -> Any:
-        """A call ends. Return the output, replaced or as it was.
-
-        `given` are its inputs. If hooks of others may still replace the output (never if `has_hooks` is False), the
-        call ends after them."""
-        if not self.active or (has_hooks and self._leave_after_hooks(given)):  # inactive: it began before the tap
-            return output
-        index = self.active.pop()
-        key = (OUTPUT, index)
-        if key in self.awaited or key in self.pending or self.keepers:
-            self.given = given
-            try:
-                output, _ = self._pass(key, output)
-            finally:
-                self.given = None
-        if self.watched:
-            self.host.end_call(self, output)
-        return output
-
-    def _has_hooks(self) -> bool:
-        """Whether others have put forward hooks on the module that run outside `call`."""
-        owner = self.target.owner
-        return self.target.name == FORWARD and has_forward_hooks(owner) and vars(owner).get(COMPILED) is None
-
-    def _leave_after_hooks(self, given: tuple[tuple, dict] | None) -> bool:
-        """Let the call end in a hook of its own, after those that may change the output; return False if none may."""
-        owner, index = self.target.owner, self.active[-1]
-        before = output_hooks(owner) if self._has_hooks() else []
-        if not before:
-            return False
-
-        def after(module: nn.Module, args: tuple, output: Any) -> Any:
-            if module is not owner or current_owner() is not self.host or self.active[-1:] != [index]:
-                return None
-            hook.remove()
-            self.hooks.remove(hook)
-            return self.leave(output, given, has_hooks=False)
-
-        hook = owner.register_forward_hook(after)
-        self.hooks.append(hook)
-        for number in [number for number in owner._forward_hooks if number not in (*before, hook.id)]:
-            owner._forward_hooks.move_to_end(number)
-        return True
-
-    def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
-        """A value passes a point. Return what the model continues with, and whether it was replaced."""
-        point = None
-        self._keep_gradients(key)
-        if key in self.pending or key in self.awaited:
-            point = Point(self, key, value, all(self.awaited.get(key, ())))
-            self.host.arrive(point)
-            value = point.value
-        for keep in self.keepers.get(key[0], ()):
-            keep(self, key[1], value)
-        if point is None:
-            return value, False
-        if key in self.points and not point.is_unread:
-            point.let_go()
-        return value, point.changed
-
-    def _keep_gradients(self, here: PointKey | str) -> None:
-        """What the run does here must not be left out of what `backward()` computes."""
-        if torch.is_grad_enabled():
-            if _top_saved_tensors_default_hooks(True):
-                end_checkpoints()
-        elif self.host.state.grad:
-            try:
-                check_not_computed_again(here if isinstance(here, str) else self._describe(here))
-            except Exception as error:
-                self.host.refused.append(error)  # the model may have an `except` of its own
-                raise
-
-    def _describe(self, key: PointKey) -> str:
-        """A point, in words, with the lines at which values were assigned to it."""
-        kind, index = key
-        assigned = ", ".join(map(str, self.pending.get(key, ())))
-        return assigned or str(Asked(self.target, "output" if kind == OUTPUT else "input", index))
-
-    # ---- from the run's side
-
-    def take_inputs(self) -> None:
-        """From now on, take the inputs of a module in a hook, the last one before its forward pass.
-
-        What the body puts in their place is then shown to the hooks after the call too, among them those with which
-        transformers captures hidden states."""
-        module = self.target.owner
-        if self.takes_inputs or self.target.name != FORWARD or vars(module).get(COMPILED) is not None:
-            return
-        self.takes_inputs = True
-
-        def before(called: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
-            # A copy of the module has the hook too. And a hook that another one has removed is called without kwargs.
-            if called is not module or kwargs is None or current_owner() is not self.host or not self.host.taps:
-                return None
-            new = self.enter(args, kwargs)
-            self.begun = True
-            return new
-
-        self.hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-
-    def look_inside(self) -> None:
-        """Run a compiled module uncompiled, and PyTorch's transformer layer unfused, so that its parts can be seen."""
-        self.inside = self.target.is_compiled()
-        if self.inside and self.target.owner not in _known_compiled:
-            _known_compiled.add(self.target.owner)
-            path = self.target.path or type(self.target.owner).__name__
-            message = f"{path} is compiled: a run that reads or changes values inside it runs it uncompiled, slower"
-            warnings.warn(message, stacklevel=2)
-        if isinstance(self.target.owner, nn.TransformerEncoderLayer):  # it is not fused if it has any hook
-            self.hooks.append(self.target.owner.register_forward_pre_hook(lambda *_: None))
-
-    def assign_pending(self, point: Point) -> bool:
-        """Assign what those whose turn it is have assigned to a point; return whether there was anything."""
-        waiting, assigned = self.pending.pop(point.key, ()), False
-        for assignment in waiting:
-            kind, index = point.key
-            call = index
-            if assignment.order <= point.turn:
-                call = assignment.call_of(self)
-                if call == index:
-                    try:
-                        difference = assignment.apply_to(point)
-                    except Exception as error:
-                        self.host.refused.append(error)  # the model may have an `except` of its own
-                        raise
-                    if difference is not None:
-                        self.host.misshapen.append(difference)
-                    assigned = True
-                    continue
-                # This call turned out not to have the part that is meant; it is not looked at again.
-                assignment.first = assignment.first if assignment.asked.call else call
-            self.pending.setdefault((kind, call), []).append(assignment)
-        return assigned
-
-    def waiting(self) -> list[Assignment]:
-        """Return what was assigned and not reached."""
-        return [a for waiting in self.pending.values() for a in waiting] + list(self.skips.values())
-
-    def drop_step(self) -> list[Assignment]:
-        """A step ends: drop what was read within it. Return what was assigned within it and not reached."""
-        self.step_base = self.entered
-        missed: list[Assignment] = []
-        if self.points:
-            self.points = {key: point for key, point in self.points.items() if not point.in_step}
-        for key, waiting in list(self.pending.items()):
-            missed += [a for a in waiting if a.in_step]
-            self.pending[key] = [a for a in waiting if not a.in_step]
-            if not self.pending[key]:
-                del self.pending[key]
-        for index in [i for i, skip in self.skips.items() if skip.in_step]:
-            missed.append(self.skips.pop(index))
-        return missed
-
-    def remove(self) -> None:
-        """Remove the hooks that the run has put on the module, besides those of `HookedModules`."""
-        for hook in self.hooks:
-            hook.remove()
-
-
-class LearningTap(Tap):
-    """A tap in the first run of a model, which notes whether the module is called directly, not by one around it."""
-
-    __slots__ = ()
-
-    def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        self.host.taps.note_call(self.target)
-        return super().enter(args, kwargs)
 
 
 class Taps(dict[Key, Tap]):
@@ -325,16 +31,18 @@ class Taps(dict[Key, Tap]):
     Args:
         host: The run.
         components: What is tapped from the start.
-        find_layout: Returns where the modules below the components stand.
+        find_places: Returns where the modules below the components stand.
     """
 
-    def __init__(self, host: Host, components: Sequence[Target], find_layout: Callable[[list[Target]], Layout]) -> None:
+    def __init__(
+        self, host: Host, components: Sequence[Target], find_places: Callable[[list[Target]], ModulePlaces]
+    ) -> None:
         super().__init__()
         self.components = list(components)
         self.counts: dict[int, int] = {}  # id of a module that is only counted: its calls so far
         self._host: Host | None = host
-        self._find_layout = find_layout
-        self._layout: Layout | None = None
+        self._find_places = find_places
+        self._places: ModulePlaces | None = None
         self._learns = False  # whether it taps everything, to learn which modules are strays
         self._methods = [target for target in components if target.name != FORWARD]
         self._origins: dict[int, Origin] = {}  # of the modules that are only counted
@@ -345,19 +53,20 @@ class Taps(dict[Key, Tap]):
 
     def start(self) -> None:
         """Tap the components, before anything moves."""
-        layout = self._layout = self._find_layout(self.components)
-        self._learns = not layout.is_known
+        note_run_of_thread()
+        places = self._places = self._find_places(self.components)
+        self._learns = not places.is_known
         for component in self.components if self._learns else ():
             self._tap_everything(component)
         for component in self.components:
             self._tap_component(component)
-        if layout.counted:
-            self._count(layout.counted, Origin(step=self._host.clock.index))
+        if places.counted:
+            self._count(places.counted, Origin(step=self._host.clock.index))
 
     def note_learned(self) -> None:
         """The model has run to its end."""
         if self._learns:
-            self._layout.is_known = True
+            self._places.is_known = True
 
     def add(self, target: Target) -> None:
         """Tap one more component, in a run that has started."""
@@ -374,7 +83,7 @@ class Taps(dict[Key, Tap]):
                 f"{target.path} has no values: {type(target.owner).__name__} is never called by the model; it only "
                 "holds other modules. Ask for one of those"
             )
-        for place in self._layout.places.get(target.key, ()):
+        for place in self._places.places.get(target.key, ()):
             self._tap_around(place)
         around = self._around.get(target.outer) or self._tap_around(target)
         tap = self._tap(target, around)
@@ -387,11 +96,11 @@ class Taps(dict[Key, Tap]):
 
     def note_call(self, target: Target) -> None:
         """Learn from a call of a module whether it is a stray."""
-        layout = self._layout
-        if target.key[0] not in layout.counted:
-            around = [self.get(outer.key) for outer in layout.around(target)]
+        places = self._places
+        if target.key[0] not in places.counted:
+            around = [self.get(outer.key) for outer in places.around(target)]
             if around and not any(tap is None or tap.active for tap in around):
-                layout.note_stray(target)
+                places.note_stray(target)
 
     def begin_step(self) -> list[Assignment]:
         """A step begins. Return what was assigned within the last one and not reached."""
@@ -405,6 +114,12 @@ class Taps(dict[Key, Tap]):
     def entered(self) -> dict[Key, int]:
         """Return how many calls have begun, for everything that is counted or tapped."""
         return {key: tap.entered for key, tap in self.items()} | {(i, FORWARD): n for i, n in self.counts.items()}
+
+    def is_called_in_thread(self, target: Target) -> bool:
+        """Whether the model has called a module, or one around it, in a thread of its own."""
+        own, components = self._host.thread, {component.key[0] for component in self.components}
+        inside = (module.owner for module in (target, *target.around()) if module.key[0] not in components)
+        return any(is_called_in_thread(module, own, components) for module in inside if isinstance(module, nn.Module))
 
     def is_in_method(self, around: Tap) -> bool:
         """Whether a tapped method of a module is running."""

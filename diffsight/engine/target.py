@@ -24,6 +24,8 @@ class Target:
     """
 
     __slots__ = ("_children", "is_called", "key", "name", "outer", "owner", "path")
+    is_value = False  # whether it is a value inside the calls of `outer`, and has their numbers
+    if_missing = ""  # what an error adds if the model does not reach it
 
     def __init__(self, owner: Any, name: str, path: str, outer: "Target | None" = None) -> None:
         self.owner, self.name, self.path, self.outer = owner, name, path, outer
@@ -40,12 +42,16 @@ class Target:
         """Send every call through `tap` from now on; return an object whose `remove()` undoes it.
 
         This is for methods; forward passes are hooked by `Taps`. Subclasses call `tap.enter` and `tap.leave`, or
-        `tap.call`, see `diffsight.engine.taps.Tap`."""
+        `tap.call`, see `diffsight.engine.tapped_call.Tap`."""
         return TappedMethod(self.owner, self.name)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Call what is tapped."""
         return getattr(self.owner, self.name)(*args, **kwargs)
+
+    def point(self, part: str, call: int) -> str:
+        """Return the path of a point as the user writes it: `unet.mid_block.calls[1].output`."""
+        return join(join(self.path, f"calls[{call}]") if call else self.path, part)
 
     def around(self) -> list["Target"]:
         """Return the targets of the modules around this one, outermost first."""

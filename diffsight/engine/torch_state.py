@@ -1,6 +1,19 @@
-"""The state that PyTorch keeps per thread: grad mode, inference mode, autocast, modes, hooks, random generators.
+"""The state that a `with` statement changes for what runs inside it, which PyTorch keeps per thread or process.
 
-The body of a run and its model each have their own. `Coroutine.resume` exchanges them whenever control changes sides.
+The body of a run and its model each have their own. `Coroutine.resume` exchanges them whenever control changes sides:
+
+    grad mode, inference mode
+    autocast on each device, its cache, and how deep its blocks are nested
+    function modes (`torch.device(...)`, `DeviceContext`), dispatch modes, whether either is disabled
+    saved-tensor hooks: gradient checkpointing, `save_on_cpu`
+    levels of functorch: `vmap`, `grad`, `jvp`
+    the default dtype, and which kernels attention may use (`sdpa_kernel`)
+    the current device and stream of CUDA
+    the global random generators, if the run has a seed
+
+Not exchanged: what changes no value (anomaly detection, the profiler, view replay, multithreaded backward passes,
+`torch.compiler.set_stance`); flags of cuDNN, MKL-DNN and of reduced precision, which change speed and rounding; and
+levels of forward-mode differentiation, of which PyTorch allows only one at a time, so that a second is an error.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -9,69 +22,83 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import get_default_dtype, is_grad_enabled, is_inference_mode_enabled
 from torch._C import (
     _get_dispatch_stack_at,
+    _get_flash_sdp_enabled,
     _get_function_stack_at,
+    _get_math_sdp_enabled,
+    _get_torch_function_state,
     _is_any_autocast_enabled,
+    _is_torch_function_enabled,
     _len_torch_dispatch_stack,
     _len_torch_function_stack,
     _pop_torch_dispatch_stack,
     _pop_torch_function_stack,
     _push_on_torch_dispatch_stack,
     _push_on_torch_function_stack,
+    _set_torch_function_state,
 )
 from torch._C._autograd import (
     _pop_saved_tensors_default_hooks,
     _push_saved_tensors_default_hooks,
     _top_saved_tensors_default_hooks,
 )
+from torch._C._functorch import get_dynamic_layer_stack_depth, pop_dynamic_layer_stack, push_dynamic_layer_stack
 
 _ACCELERATOR = torch.accelerator.current_accelerator()
+_HAS_CUDA = _ACCELERATOR is not None and _ACCELERATOR.type == "cuda"
+_ENABLED = _get_torch_function_state()
 _AUTOCAST_DEVICES = ("cpu", *([_ACCELERATOR.type] if _ACCELERATOR else []))
 
 
 class TorchState(NamedTuple):
-    """What a user sets with a `with` statement and PyTorch keeps per thread.
+    """What a user sets with a `with` statement, see above.
 
-    `autocast` holds the settings of each device, and whether casts are cached. `modes` are the active function modes,
-    such as `torch.device(...)`, and `dispatch_modes` the active dispatch modes. `saved_tensor_hooks` are those in which
-    autograd packs what it saves; gradient checkpointing sets them. `is_plain` is True if nothing of all this is active.
-
-    Not exchanged: levels of functorch (`vmap`, `grad`)."""
+    `autocast` holds the settings of each device, whether casts are cached, and the nesting of blocks. `modes` are the
+    active function modes and `dispatch_modes` the active dispatch modes. `saved_tensor_hooks` are those in which
+    autograd packs what it saves. `levels` are those of functorch. `flags` are the default dtype, whether the flash
+    and mathematical kernels of attention are enabled, and the stream of CUDA. `is_plain` is True if
+    nothing is active besides `flags`."""
 
     grad: bool
     inference: bool
     autocast: tuple
     modes: tuple
     is_plain: bool
+    flags: tuple
     dispatch_modes: tuple = ()
     saved_tensor_hooks: tuple = ()
+    levels: tuple = ()
+    functions: Any = None  # whether function modes and tensor subclasses see functions; None if they do
 
     @classmethod
     def capture(cls) -> "TorchState":
         """Return the current state."""
-        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        grad, inference = is_grad_enabled(), is_inference_mode_enabled()
         settings = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES)), torch.is_autocast_cache_enabled()
-        if not (
-            _is_any_autocast_enabled()
-            or _len_torch_function_stack()
-            or _len_torch_dispatch_stack()
-            or _top_saved_tensors_default_hooks(True)
-        ):
-            return _plain_state(grad, inference, settings)
+        if _is_nothing_active():
+            return _plain_state(grad, inference, settings, _flags())
+        levels = _functorch_levels()  # while there are any, they see what is done to the rest
         enabled = tuple(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))
         modes = tuple(map(_get_function_stack_at, range(_len_torch_function_stack())))
         dispatch_modes = tuple(map(_get_dispatch_stack_at, range(_len_torch_dispatch_stack())))
-        return cls(grad, inference, (enabled, *settings), modes, False, dispatch_modes, saved_tensor_hooks())
+        functions = None if _is_torch_function_enabled() else _get_torch_function_state()
+        autocast = (enabled, *settings, _autocast_nesting())
+        hooks = saved_tensor_hooks()
+        return cls(grad, inference, autocast, modes, False, _flags(), dispatch_modes, hooks, levels, functions)
 
     def now(self) -> "TorchState":
         """Return the current state: this object if nothing differs, which is quick to check for a plain state."""
         if (
             self.is_plain
-            and torch.is_grad_enabled() is self.grad
+            and is_grad_enabled() is self.grad
             and not (_is_any_autocast_enabled() or _len_torch_function_stack() or _len_torch_dispatch_stack())
-            and not _top_saved_tensors_default_hooks(True)
-            and torch.is_inference_mode_enabled() is self.inference
+            and not (_top_saved_tensors_default_hooks(True) or get_dynamic_layer_stack_depth())
+            and is_inference_mode_enabled() is self.inference
+            and _is_torch_function_enabled()
+            and (get_default_dtype(), _get_flash_sdp_enabled(), _get_math_sdp_enabled()) == self.flags[:3]
+            and not (_HAS_CUDA and _stream() != self.flags[3])
         ):
             return self
         return TorchState.capture()
@@ -86,7 +113,7 @@ class TorchState(NamedTuple):
 
     def bare(self) -> "TorchState":
         """Return the same state with gradients disabled, outside all modes and hooks."""
-        return self._replace(grad=False, modes=(), dispatch_modes=(), saved_tensor_hooks=(), is_plain=False)
+        return self._replace(grad=False, modes=(), dispatch_modes=(), saved_tensor_hooks=(), levels=(), is_plain=False)
 
     def without_mode(self, mode: Any) -> "TorchState":
         """Return the same state outside a function mode."""
@@ -96,6 +123,11 @@ class TorchState(NamedTuple):
         """Set grad mode, and everything else where it differs from `before`, the current state.
 
         Inference mode needs a guard, see `Coroutine.resume`."""
+        if before.levels or self.levels:
+            while get_dynamic_layer_stack_depth():
+                pop_dynamic_layer_stack()
+        if self.functions != before.functions:
+            _set_torch_function_state(self.functions or _ENABLED)
         switches = self.modes != before.modes
         while switches and _len_torch_function_stack():  # first, and added last: a mode also sees what is set here
             _pop_torch_function_stack()
@@ -105,15 +137,15 @@ class TorchState(NamedTuple):
         if self.saved_tensor_hooks != before.saved_tensor_hooks:
             restore_saved_tensor_hooks(self.saved_tensor_hooks)
         if self.autocast != before.autocast:
-            *devices, cache = self.autocast
-            for device, enabled, dtype in zip(_AUTOCAST_DEVICES, *devices):
-                torch.set_autocast_enabled(device, enabled)
-                torch.set_autocast_dtype(device, dtype)
-            torch.set_autocast_cache_enabled(cache)
+            _restore_autocast(*self.autocast)
+        if self.flags != before.flags:
+            _restore_flags(*self.flags)
         for mode in self.dispatch_modes if self.dispatch_modes != before.dispatch_modes else ():
             _push_on_torch_dispatch_stack(mode)
         for mode in self.modes if switches else ():
             _push_on_torch_function_stack(mode)
+        for level in self.levels:
+            push_dynamic_layer_stack(level)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -124,6 +156,63 @@ class TorchState(NamedTuple):
             yield
         finally:
             before.restore(TorchState.capture())
+
+
+def _is_nothing_active() -> bool:
+    return not (
+        _is_any_autocast_enabled()
+        or _len_torch_function_stack()
+        or _len_torch_dispatch_stack()
+        or _top_saved_tensors_default_hooks(True)
+        or get_dynamic_layer_stack_depth()
+        or not _is_torch_function_enabled()
+    )
+
+
+def _flags() -> tuple:
+    return get_default_dtype(), _get_flash_sdp_enabled(), _get_math_sdp_enabled(), _stream()
+
+
+def _restore_flags(dtype: torch.dtype, flash: bool, math: bool, stream: tuple | None) -> None:
+    torch.set_default_dtype(dtype)
+    torch._C._set_sdp_use_flash(flash)
+    torch._C._set_sdp_use_math(math)
+    if stream is not None:
+        number, device, kind = stream
+        torch._C._cuda_setStream(stream_id=number, device_index=device, device_type=kind)  # sets the device as well
+
+
+def _stream() -> tuple | None:
+    """The current stream of CUDA, and with it the device; None as long as CUDA is not in use."""
+    if not (_HAS_CUDA and torch.cuda.is_initialized()):
+        return None
+    return torch._C._cuda_getCurrentStream(torch._C._cuda_getDevice())
+
+
+def _restore_autocast(enabled: tuple, dtypes: tuple, is_cached: bool, nesting: int) -> None:
+    torch.clear_autocast_cache()  # it is cleared where the outermost block ends, and each side has blocks of its own
+    for device, is_enabled, dtype in zip(_AUTOCAST_DEVICES, enabled, dtypes):
+        torch.set_autocast_enabled(device, is_enabled)
+        torch.set_autocast_dtype(device, dtype)
+    torch.set_autocast_cache_enabled(is_cached)
+    while _autocast_nesting() < nesting:
+        torch.autocast_increment_nesting()
+    while _autocast_nesting() > nesting:
+        torch.autocast_decrement_nesting()
+
+
+def _autocast_nesting() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def _functorch_levels() -> tuple:
+    found = []
+    while get_dynamic_layer_stack_depth():
+        found.append(pop_dynamic_layer_stack())
+    for level in reversed(found):
+        push_dynamic_layer_stack(level)
+    return tuple(reversed(found))
 
 
 def saved_tensor_hooks() -> tuple:
@@ -146,8 +235,8 @@ def restore_saved_tensor_hooks(pairs: Iterable[tuple]) -> None:
 
 
 @cache
-def _plain_state(grad: bool, inference: bool, settings: tuple) -> TorchState:
-    return TorchState(grad, inference, ((False,) * len(_AUTOCAST_DEVICES), *settings), (), True)
+def _plain_state(grad: bool, inference: bool, settings: tuple, flags: tuple) -> TorchState:
+    return TorchState(grad, inference, ((False,) * len(_AUTOCAST_DEVICES), *settings, 0), (), True, flags)
 
 
 def enter_inference_mode(enabled: bool) -> Any:
@@ -167,7 +256,7 @@ def call_in(state: TorchState, seed: int | None, function: Callable[[], Any]) ->
         with kept_random_state():
             torch.manual_seed(seed)
             return call_in(state, None, function)
-    changes = state.inference != torch.is_inference_mode_enabled()
+    changes = state.inference != is_inference_mode_enabled()
     with torch.inference_mode(state.inference) if changes else nullcontext(), state.active():
         return function()
 

@@ -10,7 +10,7 @@ from torch import nn
 from diffsight.engine.attached_modules import AttachedModules
 from diffsight.engine.current_run import OpenRuns
 from diffsight.engine.late_weights import LateWeights, needs_weights
-from diffsight.engine.layout import Layout
+from diffsight.engine.module_places import ModulePlaces
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import WRAPPED, Target, join
 from diffsight.errors import DiffsightError, InputError, PointNotFoundError
@@ -39,7 +39,7 @@ class Tree:
         self.attached = AttachedModules()
         self.weights = LateWeights(load, self._check_no_scan, self.weights_loaded)
         self._methods: dict[int, dict[str, str]] = {}  # id of an object: names of its methods to their paths
-        self._known_layout: tuple[tuple, Layout] | None = None
+        self._known_places: tuple[tuple, ModulePlaces] | None = None
 
     @property
     def title(self) -> str:
@@ -76,6 +76,16 @@ class Tree:
         for step in real.split("."):
             found = found.children()[step]
         return Target(found.owner, found.name, join(outer.path, name), found.outer)
+
+    def named_value(self, points: Any, name: str) -> Any:
+        """Return what a name on the envoy of a module (`points`) means beyond the module's own attributes: the points
+        of a value inside its calls, such as `attention_probs`, or an object whose `named(name)` finds such points. None
+        if it means nothing."""
+        return None
+
+    def value_names(self, target: Target) -> tuple[str, ...]:
+        """Return the names of the values inside the calls of a module that patterns match."""
+        return ()
 
     def components(self) -> list[Target]:
         """Return what is tapped from the start of every run: the model, and the methods that are called directly."""
@@ -142,12 +152,12 @@ class Tree:
         children = dict.fromkeys((*self.children_of(target), *self.attached.names_on(target.owner)))
         return [*children, *self.methods_of(target.owner), *self.names_of(target.owner)]
 
-    def layout(self, components: list[Target]) -> Layout:
+    def module_places(self, components: list[Target]) -> ModulePlaces:
         """Return where the modules below the components stand."""
         known_for = ([target.owner for target in components], self.weights.are_loaded)
-        if self._known_layout is None or self._known_layout[0] != known_for:
-            self._known_layout = (known_for, Layout(components))
-        return self._known_layout[1]
+        if self._known_places is None or self._known_places[0] != known_for:
+            self._known_places = (known_for, ModulePlaces(components))
+        return self._known_places[1]
 
     def add_method(self, owner: Any, name: str, path: str) -> None:
         """Let a method be tapped that code calls directly, past the forward pass."""

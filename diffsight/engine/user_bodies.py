@@ -13,7 +13,7 @@ from diffsight.engine.coroutine import Coroutine, InnerCall, current
 from diffsight.engine.order import Scope
 from diffsight.engine.points import Point, PointKey
 from diffsight.engine.step_clock import Clock
-from diffsight.engine.taps import Tap
+from diffsight.engine.tapped_call import Tap
 from diffsight.engine.torch_state import TorchState
 
 _FROM_EDIT = "_diffsight_edit"  # set on an error that was raised in an edit
@@ -65,6 +65,7 @@ class Body(Coroutine):
         flow, parked = self.flow, self.flow.parked
         here = parked is not None and (parked.tap, parked.key) in self.waits
         late = (self.scope.in_step or not self.waits) and flow.clock.index > self.scope.step
+        late = late or (not self.waits and flow.clock.is_over)
         if here or late or flow.outcome is not None:
             self.point = parked if here else None
             self.go()

@@ -16,6 +16,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 import torch
+from diffusers.modular_pipelines import PipelineState
 from PIL import Image
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -25,8 +26,8 @@ from diffsight.pipelines.diffusion.encoding import EncodingRecord
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
-_LONG = 60  # characters of names up to which a progress bar lists them
 _OUTPUTS = ("images", "image", "frames", "audios")
+_OUTPUTS_OF_BLOCKS = ("images", "videos", "frames", "audios")
 Item = TypeVar("Item")
 Change = Callable[[DiffusionRun, Sequence[Item]], None]
 
@@ -83,8 +84,7 @@ class Drawing:
         return tuple(outputs)
 
     def _draw_batch(self, change: Change, items: Sequence[Item]) -> Sequence[Any]:
-        names = ", ".join(map(str, items))
-        desc = f"{self.noun} {names}" if len(names) <= _LONG else f"{len(items)} {self.noun}"
+        desc = f"{len(items)} {self.noun}" if len(items) > 1 else f"{self.noun.removesuffix('s')} {items[0]}"
         try:
             with progress_bar(self.model.pipeline, desc=desc, disable=not self.progress):
                 return self._call(change, items)
@@ -98,7 +98,7 @@ class Drawing:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             name = type(self.model.pipeline).__name__
             message = f"{name} cannot draw {len(items)} {self.noun} in one call, so each has its own: {reason}"
-            warnings.warn(message, LensWarning, stacklevel=4)
+            warnings.warn(message, LensWarning, stacklevel=5)
         return [self._draw_batch(change, [item])[0] for item in items]
 
     def _call(self, change: Change, items: Sequence[Item]) -> Sequence[Any]:
@@ -114,15 +114,23 @@ class Drawing:
                 edited = edited.edit(lambda run, other=other: _replay(run, other, len(items)))
         arguments, seed = {"prompt": self.prompt, **self.arguments}, self.seed
         if len(items) > 1:
-            arguments, seed = _for_each_row(arguments, len(items)), [seed] * len(items)
+            arguments, seed = for_each_row(arguments, len(items)), [seed] * len(items)
         result = edited.generate(**arguments, seed=seed).result
         name = next(iter(result), None) if isinstance(result, Mapping) else None
         if name is not None and name not in _OUTPUTS:
             raise NoImagesError(f"{type(self.model.pipeline).__name__} returns {name}: there is no image to look at")
-        outputs = result[0]
+        outputs = _outputs_in(result.values) if isinstance(result, PipelineState) else result[0]
         if len(outputs) != len(items):
             raise BatchMismatchError(f"it returned {len(outputs)} images for {len(items)} prompts")
         return outputs
+
+
+def _outputs_in(state: Mapping[str, Any]) -> Sequence[Any]:
+    """Return the images, videos or sounds in the final state of a modular pipeline."""
+    name = next((name for name in _OUTPUTS_OF_BLOCKS if state.get(name) is not None), None)
+    if name is None:
+        raise NoImagesError("the modular pipeline has made no images to look at")
+    return state[name]
 
 
 def rows_of_call(call: EncoderCall, items: Sequence[Item]) -> Iterator[tuple[int, int, Item]]:
@@ -177,7 +185,7 @@ def _are_ids(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.ndim == 2 and not leaf.is_floating_point()
 
 
-def _for_each_row(arguments: Mapping[str, Any], times: int) -> dict[str, Any]:
+def for_each_row(arguments: Mapping[str, Any], times: int) -> dict[str, Any]:
     """Return the arguments of one prompt as those of as many prompts as `times`."""
     return {name: _repeat_argument(name, value, times) for name, value in arguments.items()}
 

@@ -1,7 +1,6 @@
 """Pairs of text encoders, where hidden states of one go into the other: the encoders, their layers, their words."""
 
 from collections.abc import Iterable, Mapping
-from inspect import signature
 from typing import Any
 
 from diffsight.errors import InputError
@@ -67,5 +66,4 @@ def words_read(model: DiffusionModel, reading: EncoderRecord, prompt: str) -> Pr
 
 def known_to(model: DiffusionModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the arguments that the pipeline of `model` accepts."""
-    known = signature(model.pipeline.__call__).parameters
-    return {name: value for name, value in arguments.items() if name in known}
+    return {name: value for name, value in arguments.items() if name in model.argument_names}

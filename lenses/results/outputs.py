@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from diffsight.lenses.results.sections import Media
 from diffsight.pipelines.diffusion.model import DiffusionModel
 
 _FRAMES_PER_SECOND = 8
@@ -44,10 +45,25 @@ def files_of(name: str, output: Any, rate: int | None) -> dict[str, Callable[[Pa
     if isinstance(output, Image.Image):
         return {}
     if _is_sound(output):
-        return {f"{name}.wav": lambda path: _write_sound(path, _samples(output), rate or 16000)}
-    first, *rest = frames_of(output)
-    duration = 1000 // _FRAMES_PER_SECOND
-    return {f"{name}.gif": lambda path: first.save(path, save_all=True, append_images=rest, duration=duration, loop=0)}
+        return {f"{name}.wav": lambda path: path.write_bytes(_wave_file(_samples(output), rate or 16000))}
+    return {f"{name}.gif": lambda path: _write_video(path, output)}
+
+
+def media_of(image: Image.Image, output: Any, rate: int | None) -> Image.Image | Media:
+    """Return what a page shows of an output: an image as it is, a video or a sound with its image and its file.
+
+    Args:
+        image: The image of the output.
+        output: The output.
+        rate: The sampling rate of a sound, in Hz. Default: 16000.
+    """
+    if isinstance(output, Image.Image):
+        return image
+    if _is_sound(output):
+        return Media(image, "audio/wav", _wave_file(_samples(output), rate or 16000))
+    data = io.BytesIO()
+    _write_video(data, output)
+    return Media(image, "image/gif", data.getvalue())
 
 
 def rate_of(model: DiffusionModel) -> int | None:
@@ -79,11 +95,17 @@ def _waveform(samples: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels).convert("RGB")
 
 
-def _write_sound(path: Path, samples: np.ndarray, rate: int) -> None:
+def _write_video(file: Path | io.BytesIO, video: Any) -> None:
+    first, *rest = frames_of(video)
+    duration = 1000 // _FRAMES_PER_SECOND
+    first.save(file, "gif", save_all=True, append_images=rest, duration=duration, loop=0)
+
+
+def _wave_file(samples: np.ndarray, rate: int) -> bytes:
     data = io.BytesIO()
     with wave.open(data, "wb") as file:
         file.setnchannels(len(samples))
         file.setsampwidth(2)
         file.setframerate(rate)
         file.writeframes((samples.T.clip(-1, 1) * 32767).round().astype("<i2").tobytes())
-    path.write_bytes(data.getvalue())
+    return data.getvalue()

@@ -1,46 +1,148 @@
-"""What the results of all lenses have in common: saving, the record, and the preview in a notebook.
+"""What the results of all lenses have in common: files, the record, the HTML page, and how they show themselves.
 
 result = logit_lens(model, "The Eiffel Tower is in the city of")
-result                          # in a notebook: the preview
-result.save("lens")             # the record as JSON, and the other files
+print(result)                   # tables in a terminal
+result                          # in a notebook: the page
+result.save("lens")             # the record as JSON, the page, and the other files
+result.save("lens.png")         # one image
+result.to_html("lens.html")     # the page alone
 """
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors.torch import save_file
 
-from diffsight.lenses.results.saving import save_files, write_record
+from diffsight.errors import InputError
+from diffsight.lenses.results.calls import Call
+from diffsight.lenses.results.page import framed, page_of
+from diffsight.lenses.results.saving import HTML, names_a_file, save_files, write_record
+from diffsight.lenses.results.sections import ImageSection, Section
+from diffsight.lenses.results.settings import subject_of
+from diffsight.lenses.results.terminal import lines_of, text_of
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+PAGE = "page.html"
+ARGUMENTS = "arguments.safetensors"
 
 
+@dataclass(frozen=True)
 class LensResult:
-    """The result of a lens. A result defines `record`, and `files` and `preview` where it has any."""
+    """The result of a lens. A result defines `record`, and `sections`, `files` and `preview` where it has any.
+
+    Attributes:
+        call: The call that made the result.
+    """
 
     record_file: ClassVar[str] = "lens.json"
+    call: Call | None = field(default=None, kw_only=True, repr=False, compare=False)
+
+    # ---- what a result defines
 
     def record(self) -> dict[str, Any]:
         """Return what the result was made from, as `save` records it."""
         raise NotImplementedError
 
     def files(self) -> dict[str, Callable[[Path], None]]:
-        """Return the files that `save` writes besides the record: names to functions that write them to a path."""
+        """Return the files that `save` writes besides record and page: names to functions that write them to a path."""
         return {}
 
     def preview(self) -> Image.Image | Figure | None:
-        """Return the image or figure that a notebook shows."""
+        """Return the image or figure that stands for the result."""
         return None
 
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write all files of the result into `folder`, or none of them, and return their paths.
+    def sections(self) -> Sequence[Section]:
+        """Return what the page shows. Default: the preview."""
+        preview = self.preview()
+        if preview is None:
+            return []
+        image = preview if isinstance(preview, Image.Image) else Image.open(io.BytesIO(preview._repr_png_()))
+        return [ImageSection("", {"": {"preview": image}})]
+
+    # ---- what all results do
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write all files of the result into a folder, or none of them, and return their paths.
+
+            result.save("lens")             # a folder
+            result.save("lens.png")         # one image: what `preview` returns
+            result.save("lens.html")        # the page alone
+
+        Args:
+            path: A folder, or a file that ends with .png, .jpg, .jpeg, .webp, .pdf, .svg or .html.
 
         Raises:
-            InputError: The folder cannot be written.
+            InputError: The folder cannot be written, or the result has no image.
         """
-        return save_files(folder, {self.record_file: partial(write_record, self.record()), **self.files()})
+        path = Path(path).expanduser()
+        if names_a_file(path):
+            write = self._write_page if path.suffix.lower() == HTML else self._write_image
+            return save_files(path.parent, {path.name: write})
+        files = {self.record_file: partial(write_record, self._whole_record()), PAGE: self._write_page, **self.files()}
+        if self.call is not None and self.call.tensors:
+            files[ARGUMENTS] = partial(save_file, dict(self.call.tensors))
+        return save_files(path, files)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the page, which needs no other file and no network, and return its path.
+
+        Args:
+            path: The file to write.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
+        path = Path(path).expanduser()
+        return save_files(path.parent, {path.name: self._write_page})[0]
+
+    def __str__(self) -> str:
+        return text_of(self._heading(), self.record(), self.sections())
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> Iterator["RenderableType"]:
+        yield from lines_of(self._heading(), self.record(), self.sections(), options.max_width)
+
+    def _repr_html_(self) -> str:
+        return framed(self._page(), self._heading())
 
     def _repr_png_(self) -> bytes | None:
         preview = self.preview()
         return None if preview is None else preview._repr_png_()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(str(self))
+
+    # ---- the record and the page
+
+    def _whole_record(self) -> dict[str, Any]:
+        return self.record() | ({} if self.call is None else {"call": self.call.record()})
+
+    def _heading(self) -> str:
+        record = self.record()
+        return f"{record['lens']}: {subject}" if (subject := subject_of(record)) else str(record["lens"])
+
+    def _page(self) -> str:
+        record = self._whole_record()
+        code = "" if self.call is None else self.call.code()
+        return page_of(self._heading(), self.sections(), record, code)
+
+    def _write_page(self, path: Path) -> None:
+        path.write_text(self._page(), encoding="utf-8")
+
+    def _write_image(self, path: Path) -> None:
+        preview = self.preview()
+        if preview is None:
+            raise InputError(f"{type(self).__name__} has no image: save(folder) writes its files")
+        if isinstance(preview, Figure):
+            preview.savefig(path)
+        elif path.suffix.lower() == ".svg":
+            raise InputError(f"{path.name}: an image of pixels cannot be an SVG file: write a .png file")
+        else:
+            preview.convert("RGB").save(path)

@@ -11,14 +11,36 @@ from typing import Any
 
 from diffsight.errors import InputError
 
+HTML = ".html"  # a path that ends so is a page
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # and one that ends so is one image
 _VERSIONS = ("diffsight", "torch", "diffusers", "transformers")
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of the libraries that produce results."""
+    return {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
+
+
+def as_json(record: Mapping[str, Any]) -> str:
+    """Return a record as JSON, together with the versions of the libraries that produced the result."""
+    return json.dumps({**record, "versions": versions()}, indent=2, default=repr, ensure_ascii=False) + "\n"
+
+
 def write_record(record: Mapping[str, Any], path: Path) -> None:
-    """Write a record as JSON, together with the versions of the libraries that produced the result."""
-    versions = {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
-    text = json.dumps({**record, "versions": versions}, indent=2, default=repr, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    """Write a record as JSON, see `as_json`."""
+    path.write_text(as_json(record), encoding="utf-8")
+
+
+def names_a_file(path: Path) -> bool:
+    """Return whether a path means one file, an image or a page, and not a folder: whether it ends like one, and no
+    folder is there."""
+    return path.suffix.lower() in (*IMAGES, HTML) and not path.is_dir()
+
+
+def check_place(path: Path) -> None:
+    """Raise InputError if a result cannot be saved to a path, a folder or a file."""
+    path = path.expanduser()
+    check_writable(path.parent if names_a_file(path) else path)
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -60,6 +82,6 @@ def save_files(folder: str | Path, files: Mapping[str, Callable[[Path], None]]) 
         for name, write in files.items():
             write(Path(temporary) / name)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in files:
+        for name in reversed(files):  # the record is the first, so where it is, all files are
             os.replace(Path(temporary) / name, folder / name)
     return [folder / name for name in files]

@@ -20,6 +20,7 @@ from diffsight.lenses.results.figure import (
     name_layers,
     set_heading,
 )
+from diffsight.lenses.results.marked_text import marked
 
 _DASHES = ("-", "--", "-.", ":")
 _LONGEST = 12  # characters of a token that a cell shows
@@ -162,20 +163,14 @@ def maps_on_image(image: Image.Image, shown: Mapping[str, torch.Tensor], layers:
 
 
 def visible(text: str) -> str:
-    """Return a token as text in which everything can be seen: a leading space, line breaks, characters without a
+    """Return a token as text in which a figure shows everything: as `marked`, and "□" for characters without a
     glyph."""
-    text = text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-    text = "␣" + text[1:] if text.startswith(" ") else text
-    return "".join(character if _has_glyph(character) else "□" for character in text) or "∅"
+    return "".join(character if ord(character) in _glyphs() else "□" for character in marked(text))
 
 
-def shorten(text: str) -> str:
-    """Return a text cut to the length that a cell has room for."""
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
-
-
-def _has_glyph(character: str) -> bool:
-    return character.isprintable() and ord(character) in _glyphs()
+def shorten(text: str, longest: int = _LONGEST) -> str:
+    """Return a text cut to a number of characters, by default those that a cell has room for."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 @cache

@@ -30,21 +30,27 @@ class PredictionReader:
 
     def add(self, hidden: torch.Tensor) -> None:
         """Add hidden states as a layer returns them, (rows, features)."""
-        self._waiting.append(hidden)
-        if sum(map(len, self._waiting)) >= self._limit:
+        if self._waiting and sum(map(len, self._waiting)) + len(hidden) > self._limit:
             self._flush()
+        self._waiting.append(hidden)
 
     def add_logits(self, logits: torch.Tensor) -> None:
         """Add logits, (rows, vocabulary)."""
-        logits = logits.float()
+        self._add(logits.float(), is_own=False)
+
+    def _add(self, logits: torch.Tensor, is_own: bool) -> None:
+        """Add logits. If they are the reader's own, they are written over: a pass over the vocabulary takes long."""
         top = logits.topk(self._top_k)
-        total = logits.logsumexp(-1, keepdim=True)
+        chosen = logits[:, self._tokens]
+        if self._keep_logits:
+            self._keep("logits", logits)
+        most = top.values[:, :1]
+        shares = logits.sub_(most).exp_() if is_own and not self._keep_logits else (logits - most).exp_()
+        total = most + shares.sum(-1, keepdim=True).log()
         self._keep("ids", top.indices)
         self._keep("probabilities", (top.values - total).exp())
         if self._tokens:
-            self._keep("token_probabilities", (logits[:, self._tokens] - total).exp())
-        if self._keep_logits:
-            self._keep("logits", logits)
+            self._keep("token_probabilities", (chosen - total).exp())
 
     def take(self, layers: int) -> dict[str, torch.Tensor]:
         """Return what was read since the last time, on the CPU: tensors (layers, rows of a layer, ...) by name."""
@@ -59,8 +65,9 @@ class PredictionReader:
         rows = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
         self._waiting.clear()
         layout = self._model.hidden_layout
-        for chunk in rows.split(self._limit):
-            self.add_logits(self._model.project_on_vocab(layout.as_given(chunk[:, None]))[:, 0])
+        for chunk in rows.chunk(-(-len(rows) // self._limit)):  # of one size, since the head is slow on a few rows
+            logits = self._model.project_on_vocab(layout.as_given(chunk[:, None]))[:, 0]
+            self._add(logits.float(), is_own=True)
 
     def _keep(self, name: str, values: torch.Tensor) -> None:
         self._read.setdefault(name, []).append(values.cpu())

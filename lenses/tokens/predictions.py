@@ -19,7 +19,9 @@ from safetensors.torch import save_file
 from diffsight.errors import InputError
 from diffsight.lenses.layers import Layer
 from diffsight.lenses.results.figure import write_figure
+from diffsight.lenses.results.marked_text import marked
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import Cell, CurveSection, Section, TableSection
 from diffsight.lenses.results.token_plots import curves, table, visible
 
 
@@ -131,6 +133,31 @@ class LensPredictions(LensResult):
 
     def preview(self) -> Figure:
         return self.plot()
+
+    def sections(self) -> list[Section]:
+        found: list[Section] = []
+        for i, prompt in enumerate(self.prompts):
+            found.append(self._table(i, prompt if len(self) > 1 else ""))
+            if self.tokens:
+                read = self[i].token_probabilities[0, :, -1].T.tolist()
+                title = "Chosen tokens, at the last position" + (f": {prompt}" if len(self) > 1 else "")
+                lines = dict(zip(self.token_names, read))
+                found.append(CurveSection(title, "layer", [str(layer) for layer in self.layers], lines))
+        return found
+
+    def _table(self, prompt: int, title: str) -> TableSection:
+        """Return the table of a prompt: a row for each layer, the last on top, and a column for each position. If there
+        is a single position, the columns are its k most likely tokens."""
+        one = self[prompt]
+        columns = [marked(text) for text in one.inputs[0]]
+        rows = {}
+        for layer, ids, shares in zip(self.layers, one.ids[0].tolist(), one.probabilities[0].tolist()):
+            tops = [[(marked(self.texts[token]), p) for token, p in zip(*place)] for place in zip(ids, shares)]
+            shown = [[top] for top in tops[0]] if len(columns) == 1 else tops
+            rows[str(layer)] = [Cell(*top[0], details=top) for top in shown]
+        if len(columns) == 1:
+            columns = [f"{k + 1}." for k in range(one.ids.shape[-1])]
+        return TableSection(title, "layer", columns, dict(reversed(rows.items())))
 
     def files(self) -> dict[str, Callable[[Path], None]]:
         files: dict[str, Callable[[Path], None]] = {"lens.safetensors": partial(save_file, self.tensors())}

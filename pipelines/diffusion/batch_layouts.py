@@ -13,9 +13,14 @@ from itertools import product
 from typing import Any
 
 import torch
+from diffusers import ModularPipelineBlocks
+from diffusers.guiders import BaseGuidance
+from diffusers.modular_pipelines import PipelineState
 
 from diffsight.extending import FORWARD, Tap, Target
 from diffsight.pipelines.arguments import signature
+from diffsight.pipelines.diffusion.call_arguments import call_defaults
+from diffsight.pipelines.diffusion.components import GUIDERS_METHODS, TEXT_EMBEDDINGS
 from diffsight.pipelines.diffusion.prompts import as_read
 
 COND, UNCOND = "cond", "uncond"
@@ -105,6 +110,10 @@ class BatchLayouts:
     def returned(self, tap: Tap, output: Any) -> None:
         if tap.target.key in tap.host.clock.ends:
             self.latent_dimensions = next((v.ndim for v in _items(output) if isinstance(v, torch.Tensor)), 0)
+        if tap.target.name in GUIDERS_METHODS:
+            self._embeddings = _embeddings_of_guider(output)
+        elif isinstance(tap.target.owner, ModularPipelineBlocks):
+            self._embeddings += _embeddings_of_block(output)
         if tap.target.name != "encode_prompt":
             return
         branch = self._encoding.pop()
@@ -213,10 +222,10 @@ class BatchLayouts:
         """Return the words of every prompt (`prompt`, `prompt_2` …) or negative prompt, as the tokenizer decodes
         them."""
         prefix = "" if branch == COND else "negative_"
-        parameters = signature(self._pipeline.__call__).parameters
+        defaults = call_defaults(self._pipeline)
         known: list[list[str]] = [[] for _ in range(self.prompts)]
-        for name in (name for name in parameters if re.fullmatch(rf"{prefix}prompt(_\d+)?", name)):
-            given = self._arguments.get(name, parameters[name].default)
+        for name in (name for name in defaults if re.fullmatch(rf"{prefix}prompt(_\d+)?", name)):
+            given = self._arguments.get(name, defaults[name])
             for words, text in zip(known, [given] * self.prompts if isinstance(given, str) else given or ()):
                 text = as_read(self._pipeline, text, tokenizer)
                 ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -233,6 +242,29 @@ class _RecordedCall:
     @cached_property
     def layouts(self) -> list[BatchLayout]:
         return self._look()
+
+
+def _embeddings_of_block(output: tuple[Any, PipelineState]) -> list[dict[str, Embeddings]]:
+    """Return the text embeddings by branch that a block of a modular pipeline has put into the state."""
+    given = {COND: output[1].get(TEXT_EMBEDDINGS), UNCOND: output[1].get(f"negative_{TEXT_EMBEDDINGS}")}
+    texts = {branch: value for branch, value in given.items() if value is not None and _are_embeddings(value)}
+    return [texts] if texts else []
+
+
+def _embeddings_of_guider(batches: Sequence[Any]) -> list[dict[str, Embeddings]]:
+    """Return the text embeddings by branch from the batches that a guider of a modular pipeline prepares.
+
+    These are the inputs that differ between the branches, if any do. The batches are called "pred_cond", "pred_uncond"
+    and so on."""
+    found: dict[str, dict[str, Embeddings]] = {}
+    for batch in batches:
+        inputs = batch.as_dict()
+        branch = UNCOND if inputs.pop(BaseGuidance._identifier_key).startswith("pred_uncond") else COND
+        for name, value in inputs.items():
+            if _are_embeddings(value):
+                found.setdefault(name, {}).setdefault(branch, value)
+    different = [texts for texts in found.values() if texts.get(COND) is not texts.get(UNCOND)]
+    return different or [*found.values()]  # without a negative prompt, both branches may have the same text
 
 
 def _component(tap: Tap) -> Target:

@@ -10,27 +10,32 @@ from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, ModularPipeline, ModularPipelineBlocks, SchedulerMixin
+from diffusers.guiders import BaseGuidance
 from torch import nn
 from transformers import PreTrainedModel
 
-from diffsight.extending import join, unwrapped
+from diffsight.extending import Target, join, unwrapped
 from diffsight.pipelines.standard_names import standard_names, word_embeddings
 
+TEXT_EMBEDDINGS = "prompt_embeds"  # as the blocks of modular pipelines call them
+GUIDERS_METHODS = ("prepare_inputs", "prepare_inputs_from_block_state")  # return the inputs of each branch
 _PLAIN = (bool, int, float, str, list, tuple, dict)
 
 
 def components(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Return the components of a pipeline by name, without those that are unset or plain values."""
     held = vars(pipeline)
-    found = ((name, held.get(name)) for name in pipeline.config if not name.startswith("_"))
+    names = pipeline.components if isinstance(pipeline, ModularPipeline) else pipeline.config
+    found = ((name, held.get(name)) for name in names if not name.startswith("_"))
     return {name: part for name, part in found if part is not None and not isinstance(part, _PLAIN)}
 
 
 def traceable_methods(pipeline: DiffusionPipeline, owner: Any) -> Mapping[str, str]:
     """Return the methods of the pipeline or of a component that pipelines call directly, name to path.
 
-    These are `encode_prompt` of the pipeline, `encode` and `decode` of a VAE, and `step` of a scheduler."""
+    These are `encode_prompt` of the pipeline, `encode` and `decode` of a VAE, `step` of a scheduler, and those with
+    which the guider of a modular pipeline prepares inputs."""
     if owner is pipeline:
         return {name: name for name in ("encode_prompt",) if _has_method(owner, name)}
     for path, component in components(pipeline).items():
@@ -38,6 +43,23 @@ def traceable_methods(pipeline: DiffusionPipeline, owner: Any) -> Mapping[str, s
         if component is owner:
             return {name: join(path, name) for name in _direct_methods(component) if _has_method(component, name)}
     return {}
+
+
+def text_block_targets(pipeline: Any) -> list[Target]:
+    """Return targets for the blocks of a modular pipeline that encode the prompt. Other pipelines have `encode_prompt`.
+
+    They are the innermost blocks that have text embeddings among their outputs, but not among their inputs."""
+    blocks = [("blocks", pipeline._blocks)] if isinstance(pipeline, ModularPipeline) else []
+    for path, block in blocks:
+        blocks += [(join(path, name), inner) for name, inner in block.sub_blocks.items()]
+    return [Target(block, "__call__", path) for path, block in blocks if _encodes_text(block)]
+
+
+def _encodes_text(block: ModularPipelineBlocks) -> bool:
+    if block.sub_blocks:
+        return False
+    made = {output.name for output in block.intermediate_outputs}
+    return TEXT_EMBEDDINGS in made and TEXT_EMBEDDINGS not in {given.name for given in block.inputs}
 
 
 def component_names(component: Any) -> dict[str, str]:
@@ -54,6 +76,8 @@ def text_encoder_names(pipeline: DiffusionPipeline) -> list[str]:
 def _direct_methods(component: Any) -> tuple[str, ...]:
     if isinstance(component, nn.Module):
         return "encode", "decode"
+    if isinstance(component, BaseGuidance):
+        return GUIDERS_METHODS
     return ("step",) if isinstance(component, SchedulerMixin) else ()
 
 

@@ -1,9 +1,13 @@
 """When a denoising step begins, and at which timestep."""
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, ModularPipeline, SchedulerMixin
 from torch import nn
 
 from diffsight.extending import FORWARD, Clock, Target, unwrapped
@@ -11,16 +15,39 @@ from diffsight.pipelines.arguments import signature
 from diffsight.pipelines.diffusion.components import components
 
 
-def denoising_clock(parts: Sequence[Target], methods: Sequence[Target]) -> Clock:
+def denoising_clock(parts: Sequence[Target], methods: Sequence[Target], decodes_last: bool) -> Clock:
     """Return when a denoising step begins: at a denoiser's first call, and at its first after each `scheduler.step`.
 
     Args:
         parts: The components of the pipeline. The denoisers are those that are passed a timestep.
         methods: The traceable methods of the components.
+        decodes_last: Whether what is decoded after the last step of a scheduler is the result.
     """
     denoisers = [target for target in parts if target.name == FORWARD and time_parameter(target.owner)]
     steps = [target for target in methods if target.name == "step"]
-    return Clock(denoisers, steps, lambda target, *call: time_argument(target.owner, *call))
+    decoders = [target for target in methods if target.name == "decode"] if decodes_last else []
+    return Clock(denoisers, steps, lambda target, *call: time_argument(target.owner, *call), decoders)
+
+
+def decodes_last(pipeline: Any) -> bool:
+    """Return whether a pipeline decodes latents after all its steps: not within a loop, as for parts of a video."""
+    if isinstance(pipeline, ModularPipeline):  # its loops are those of its blocks
+        return False
+    try:
+        code = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(pipeline).__call__))))
+    except (OSError, SyntaxError, TypeError):  # the source is not available
+        return False
+    loops = (node for node in ast.walk(code) if isinstance(node, (ast.For, ast.While)))
+    called = (node.func for loop in loops for node in ast.walk(loop) if isinstance(node, ast.Call))
+    return not any(isinstance(function, ast.Attribute) and "decode" in function.attr for function in called)
+
+
+def is_last_step(pipeline: Any, denoiser: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Return whether a denoiser is called at the last timestep of a scheduler."""
+    time = scheduler_timestep(pipeline, denoiser, args, kwargs)
+    schedulers = (part for part in components(pipeline).values() if isinstance(part, SchedulerMixin))
+    known = (torch.as_tensor(getattr(scheduler, "timesteps", [])).flatten() for scheduler in schedulers)
+    return any(timesteps.numel() and timesteps[-1].item() == time for timesteps in known)
 
 
 def time_parameter(module: nn.Module) -> str | None:

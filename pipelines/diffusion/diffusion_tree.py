@@ -9,14 +9,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from diffsight.extending import Clock, Target, Tree, children_in, join, part_targets, unwrapped
-from diffsight.pipelines.diffusion.components import component_names, components, traceable_methods
-from diffsight.pipelines.diffusion.denoising_steps import denoising_clock
+from diffsight.extending import Clock, Target, children_in, join, part_targets, unwrapped
+from diffsight.pipelines.attention import AttentionTree
+from diffsight.pipelines.diffusion.components import (
+    component_names,
+    components,
+    text_block_targets,
+    traceable_methods,
+)
+from diffsight.pipelines.diffusion.denoising_steps import decodes_last, denoising_clock
 
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
 
 
-class DiffusionTree(Tree):
+class DiffusionTree(AttentionTree):
     """What can be traced in a diffusers pipeline: its components, and the methods that pipelines call directly."""
 
     opens_with = "generate"
@@ -25,6 +31,7 @@ class DiffusionTree(Tree):
         super().__init__(root, load)
         self._standard_names: WeakKeyDictionary = WeakKeyDictionary()
         self._component_targets: dict[str, Target] = {}
+        self._decodes_last = decodes_last(root.owner)
 
     def attribute(self, owner: Any, name: str) -> Any:
         return getattr(owner, name) if name in _WITHOUT_WEIGHTS else super().attribute(owner, name)
@@ -46,7 +53,7 @@ class DiffusionTree(Tree):
         return self._standard_names[owner]
 
     def components(self) -> list[Target]:
-        targets = self.method_targets(self.root)
+        targets = self.method_targets(self.root) + text_block_targets(self.root.owner)
         for target in self.children_of(self.root).values():
             targets += [target] if target.is_called else []
             targets += self.method_targets(target)
@@ -70,7 +77,8 @@ class DiffusionTree(Tree):
 
     def clock(self) -> Clock:
         parts = list(self.children_of(self.root).values())
-        return denoising_clock(parts, [method for part in parts for method in self.method_targets(part)])
+        methods = [method for part in parts for method in self.method_targets(part)]
+        return denoising_clock(parts, methods, self._decodes_last)
 
     def describe(self, owner: Any) -> str:
         if owner is not self.root.owner:

@@ -16,25 +16,27 @@ The pipeline runs up to the first call of its denoiser and is stopped there.
 
 import inspect
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import Any
 
 import torch
+from diffusers import ModularPipeline
 from PIL import Image
 from torch import nn
 
 from diffsight.errors import InputError
 from diffsight.extending import Model, open_run, owner_of, unwrapped
+from diffsight.pipelines.diffusion.call_arguments import call_defaults, required_inputs
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, follow_encoder
 from diffsight.pipelines.diffusion.prompts import PromptWarning, as_read
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
 
-_PLAIN_PROMPT = "a red circle above a blue square"
+PLAIN_PROMPT = "a red circle above a blue square"
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,13 @@ def encodings_in(model: Model, prompt: str, record: EncodingRecord) -> dict[str,
 
 
 def record_encoding(
-    model: Model, prompt: str | None, arguments: Mapping[str, Any], seed: int | None = None
+    model: Model, prompt: str | Sequence[str] | None, arguments: Mapping[str, Any], seed: int | None = None
 ) -> EncodingRecord:
     """Run `model` up to its denoiser and return what its text encoders did.
 
     Args:
         model: A `DiffusionModel`.
-        prompt: The prompt. None stands for a plain prompt, with whatever else the pipeline requires.
+        prompt: The prompt, or several. None stands for a plain prompt, with whatever else the pipeline requires.
         arguments: Other arguments of the pipeline.
         seed: The seed of the run.
     """
@@ -137,12 +139,14 @@ def record_encoding(
     return record
 
 
-def cut_off(model: Model, encoder: EncoderRecord, prompt: str) -> str | None:
-    """Return the end of the prompt that the encoder's tokenizer cuts off, as text, or None if it cuts nothing."""
+def cut_off(model: Model, encoder: EncoderRecord, prompt: str, number: int = 0) -> str | None:
+    """Return the end of the prompt that the encoder's tokenizer cuts off, as text, or None if it cuts nothing.
+
+    `number` is that of the prompt in the record, if it is one of several prompts."""
     if encoder.tokenizer is None:
         return None
     tokenizer = getattr(model.pipeline, encoder.tokenizer)
-    ids = encoder.prompt.ids[encoder.prompt.rows[0]].tolist()
+    ids = encoder.prompt.ids[encoder.prompt.rows[number]].tolist()
     prompt = as_read(model.pipeline, prompt, tokenizer)
     texts = dict.fromkeys((prompt, prompt.lower().strip()))  # some pipelines clean it
     contents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
@@ -178,7 +182,7 @@ def _record_plain_prompt(model: Model, record: EncodingRecord) -> None:
     if not text_encoder_names(pipeline):
         return
     try:
-        _record_run(model.generate(prompt=_PLAIN_PROMPT, **_required(pipeline)), pipeline, record)
+        _record_run(model.generate(prompt=PLAIN_PROMPT, **required_arguments(pipeline)), pipeline, record)
     except Exception as error:  # it needs more than a prompt: then what encode_prompt does has to suffice
         record.__dict__.update(vars(EncodingRecord()))
         try:
@@ -198,16 +202,16 @@ def _open_encode_prompt(model: Model) -> DiffusionRun:
     required = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     required |= {name: 1 for name in required if name.startswith("num_")}
     device = model.pipeline._execution_device
-    known = {"prompt": _PLAIN_PROMPT, "device": device, "do_classifier_free_guidance": False}
+    known = {"prompt": PLAIN_PROMPT, "device": device, "do_classifier_free_guidance": False}
     given = required | {p.name: known[p.name] for p in parameters if p.name in known}
     return open_run(model, lambda: torch.no_grad()(model.pipeline.encode_prompt)(**given))
 
 
-def _required(pipeline: Any) -> dict[str, Any]:
+def required_arguments(pipeline: Any) -> dict[str, Any]:
     """Return stand-ins for the images that a pipeline requires, and turn its preference for image sizes off."""
     known = dict.fromkeys(("image", "mask_image", "control_image"), Image.new("RGB", (64, 64), "gray"))
     known["use_resolution_binning"] = False
-    names = inspect.signature(pipeline.__call__).parameters
+    names = required_inputs(pipeline) if isinstance(pipeline, ModularPipeline) else call_defaults(pipeline)
     return {name: value for name, value in known.items() if name in names}
 
 

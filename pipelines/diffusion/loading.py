@@ -17,14 +17,18 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline, ModularPipelineBlocks
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from diffsight.errors import InputError, suggest_packaged
+from diffsight.pipelines.arguments import check_arguments
 from diffsight.pipelines.packaged import FOLDERS, LANGUAGE_MODELS
+from diffsight.pipelines.quiet_loading import quiet_loading
 from diffsight.pipelines.shapes.flux_defaults import set_defaults
 from diffsight.pipelines.weights import (
     MissingWeightsError,
@@ -37,24 +41,29 @@ from diffsight.pipelines.weights import (
 
 _OF_WEIGHTS = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
 _LIBRARIES = ("diffusers", "transformers")  # that parts may come from
+_OF_MODULAR = ("trust_remote_code", "components_manager", "collection", "workflow")
 _OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _FAILURES = (
     *(OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError),
     *(SafetensorError, UnpicklingError, StrictDataclassError),
 )
+_MODULAR_INDEX = "modular_model_index.json"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
+Source = str | Path | DiffusionPipeline | ModularPipeline | ModularPipelineBlocks
+
+
 def open_pipeline(
-    source: str | Path | DiffusionPipeline, dispatch: bool = False, **arguments: Any
-) -> tuple[DiffusionPipeline, Callable[[], None] | None]:
+    source: Source, dispatch: bool = False, **arguments: Any
+) -> tuple[DiffusionPipeline | ModularPipeline, Callable[[], None] | None]:
     """Open a pipeline.
 
     Args:
-        source: A packaged name (`diffsight/shapes-clip`), a folder in the diffusers format, a hub id, or a live
-            pipeline, which is returned as it is.
+        source: A packaged name (`diffsight/shapes-clip`), a folder in the diffusers format, a hub id, a live pipeline,
+            which is returned as it is, or the blocks of a modular one.
         dispatch: Whether to load the weights immediately.
-        arguments: Passed to `DiffusionPipeline.from_pretrained`.
+        arguments: Passed to `DiffusionPipeline.from_pretrained`. For blocks, the components by name.
 
     Returns:
         The pipeline, and a function that loads its weights, or None if they are loaded.
@@ -62,7 +71,9 @@ def open_pipeline(
     Raises:
         InputError: There is no such pipeline (the message suggests similar names), or a part of it is missing.
     """
-    if isinstance(source, DiffusionPipeline):
+    if isinstance(source, ModularPipelineBlocks):
+        return _of_blocks(source, arguments), None
+    if isinstance(source, (DiffusionPipeline, ModularPipeline)):
         if arguments:
             raise InputError(f"a live pipeline is already loaded; it takes no {', '.join(arguments)}")
         return source, None
@@ -73,7 +84,11 @@ def open_pipeline(
     place = str(_folder(name)) if is_local else name
     explained = _explained_packaged if name in FOLDERS else _explained_folder if is_local else _explained_hub
 
-    with explained(name):
+    if is_local and not (Path(place) / "model_index.json").is_file():
+        with explained(name):
+            return _load_modular(place, arguments), None
+    is_quick = name in FOLDERS or not dispatch
+    with explained(name), quiet_loading(transformers_logging, *([diffusers_logging] if is_quick else [])):
         classes = _module_classes(place, arguments)
         empty = {} if dispatch else _build_empty(classes, place, arguments)
         now = {key: value for key, value in arguments.items() if dispatch or key not in _OF_WEIGHTS}
@@ -88,7 +103,8 @@ def open_pipeline(
         parts = {part: getattr(pipeline, part) for part in pipeline.components}
         lacking = [part for part, module in empty.items() if parts.get(part) is module]
         present = {part: value for part, value in parts.items() if part not in lacking}
-        with explained(name), requiring_all_weights():
+        bars = [transformers_logging, *([diffusers_logging] if name in FOLDERS else [])]
+        with explained(name), requiring_all_weights(), quiet_loading(*bars):
             loaded = DiffusionPipeline.from_pretrained(place, **{**arguments, **present})
         for part in lacking:
             adopt(empty[part], getattr(loaded, part))
@@ -96,6 +112,41 @@ def open_pipeline(
             vars(pipeline).setdefault(attribute, value)
 
     return pipeline, load
+
+
+# ---- modular pipelines
+
+
+def _of_blocks(blocks: ModularPipelineBlocks, components: dict[str, Any]) -> ModularPipeline:
+    """Return the pipeline that consists of blocks, with the components that are passed."""
+    pipeline = blocks.init_pipeline()
+    check_arguments(type(blocks).__name__, components, pipeline.components)
+    pipeline.update_components(**components)
+    if not any(isinstance(part, nn.Module) for part in pipeline.components.values()):
+        raise InputError(
+            f"{type(blocks).__name__} has no components yet. Pass them by name, as in DiffusionModel(blocks, vae=vae): "
+            f"{', '.join(pipeline.components)}"
+        )
+    return pipeline
+
+
+def _load_modular(place: str, arguments: dict[str, Any]) -> ModularPipeline:
+    """Load a modular pipeline from a folder, with its weights."""
+    trusts_code = bool(arguments.get("trust_remote_code"))
+    for name, entry in ModularPipeline.load_config(place).items():
+        if isinstance(entry, (list, tuple)) and len(entry) == 3:
+            library, kind = entry[2].get("type_hint") or entry[:2]
+            if library is not None:
+                _class(name, library, kind, trusts_code)
+    of_loading = {key: arguments[key] for key in arguments if key not in _OF_MODULAR}
+    pipeline = ModularPipeline.from_pretrained(place, **{k: arguments[k] for k in _OF_MODULAR if k in arguments})
+    with requiring_all_weights():
+        pipeline.load_components(**of_loading)
+    specs = [pipeline.get_component_spec(name) for name in pipeline.null_component_names]
+    missing = [spec.name for spec in specs if spec.pretrained_model_name_or_path]  # diffusers only logs a warning
+    if missing:
+        raise ValueError(f"these components could not be loaded: {', '.join(missing)}. The log says why")
+    return pipeline
 
 
 # ---- modules without weights
@@ -221,7 +272,7 @@ def _folder(name: str) -> Path:
         raise InputError(_unknown(name))
     if not folder.is_dir():
         raise InputError(f"{name} is a file; pass the folder that holds model_index.json, or a name")
-    if not (folder / "model_index.json").is_file():
+    if not any((folder / index).is_file() for index in ("model_index.json", _MODULAR_INDEX)):
         raise InputError(f"the folder {name!r} is not a pipeline, because it has no model_index.json")
     return folder
 

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
-from diffusers import ConfigMixin, DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline, ModularPipeline
+from diffusers.guiders import BaseGuidance
 from torch import nn
 
 _in_use: set[int] = set()  # ids of pipelines and components that a run is calling
@@ -61,8 +62,16 @@ def _copied(pipeline: DiffusionPipeline, copies: dict[int, Any] | None = None) -
     for name, part in vars(pipeline).items():
         if _is_stateful(part):
             if id(part) not in copies:
-                copies[id(part)] = _copied(part, copies) if _is_pipeline(part) else copy.deepcopy(part)
+                copies[id(part)] = _copied(part, copies) if _is_pipeline(part) else _unused(part)
             vars(copied)[name] = copies[id(part)]
+    return copied
+
+
+def _unused(part: Any) -> Any:
+    """Return a deep copy that stands at no step. A scheduler goes to its first step when it is given timesteps."""
+    copied = copy.deepcopy(part)
+    if isinstance(copied, BaseGuidance):
+        copied.set_state(None, None, None)
     return copied
 
 
@@ -71,4 +80,4 @@ def _is_stateful(part: Any) -> bool:
 
 
 def _is_pipeline(part: Any) -> bool:
-    return isinstance(part, DiffusionPipeline)
+    return isinstance(part, (DiffusionPipeline, ModularPipeline))

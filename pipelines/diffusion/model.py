@@ -10,7 +10,7 @@ run.images
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import zip_longest
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.extending import (
@@ -28,11 +28,13 @@ from diffsight.extending import (
     flow_of,
     with_gradients,
 )
-from diffsight.pipelines.arguments import check_arguments, named_arguments, signature
+from diffsight.pipelines.diffusion.attention import Attentions, find_attentions
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
+from diffsight.pipelines.diffusion.call_arguments import argument_names, arguments_by_name
 from diffsight.pipelines.diffusion.components import components
+from diffsight.pipelines.diffusion.denoising_steps import is_last_step
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
-from diffsight.pipelines.diffusion.loading import open_pipeline
+from diffsight.pipelines.diffusion.loading import Source, open_pipeline
 from diffsight.pipelines.diffusion.lockstep import PipelineOfRun, stateful_parts
 from diffsight.pipelines.diffusion.prompts import check_prompts
 from diffsight.pipelines.diffusion.run import DiffusionRun, set_pipeline
@@ -54,7 +56,8 @@ class DiffusionModel(Model):
     be printed, browsed and scanned.
 
     Args:
-        source: A packaged name (`diffsight/shapes-clip`), a folder, a hub id, or a live pipeline.
+        source: A packaged name (`diffsight/shapes-clip`), a folder, a hub id, or a live pipeline. Modular pipelines can
+            also be passed as blocks, with their components as `arguments`.
         dispatch: Whether to load the weights immediately.
         arguments: Passed to `DiffusionPipeline.from_pretrained`.
 
@@ -64,11 +67,12 @@ class DiffusionModel(Model):
 
     _run_class = DiffusionRun
 
-    def __init__(self, source: str | Path | DiffusionPipeline, dispatch: bool = False, **arguments: Any) -> None:
+    def __init__(self, source: Source, dispatch: bool = False, **arguments: Any) -> None:
         pipeline, loader = open_pipeline(source, dispatch, **arguments)
         self._wrap(DiffusionTree(Target(pipeline, "__call__", ""), loader))
-        name = type(pipeline).__name__ if isinstance(source, DiffusionPipeline) else str(source)
-        self.__dict__["source"] = name
+        is_live = not isinstance(source, (str, Path))
+        self.__dict__["source"] = type(pipeline).__name__ if is_live else str(source)
+        self.__dict__["loaded_from"] = None if is_live else {"source": str(source), **arguments}
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -78,19 +82,29 @@ class DiffusionModel(Model):
     @property
     def argument_names(self) -> set[str]:
         """The names of the arguments of the pipeline, with those that it reads from its `**kwargs`."""
-        return named_arguments(self._owner.__call__)
+        return argument_names(self._owner)
 
     @property
     def encoders(self) -> Encoders:
         """The text encoders by name, and what the pipeline uses of each. The first access encodes a prompt to find
         out."""
+        return self._found("_known_encoders", find_encoders)
+
+    @property
+    def attentions(self) -> Attentions:
+        """The attention modules of the denoiser by name, and what attends to what in each. The first access runs the
+        pipeline up to its denoiser some twenty times to find out, see `find_attentions`."""
+        return self._found("_known_attentions", find_attentions)
+
+    def _found(self, name: str, find: Callable[[Model], Any]) -> Any:
+        """What a function finds out about the model without its edits, once for its present components."""
         parts = tuple(self._owner.components.values())
-        known = self.__dict__.get("_known_encoders")
+        known = self.__dict__.get(name)
         if known is None or any(a is not b for a, b in zip_longest(known[0], parts)):
             plain = self._copy()
             plain.clear_edits()
-            found = find_encoders(plain)
-            known = self.__dict__["_known_encoders"] = (tuple(self._owner.components.values()), found)
+            found = find(plain)
+            known = self.__dict__[name] = (tuple(self._owner.components.values()), found)
         return known[1]
 
     def to(self, *args: Any, **kwargs: Any) -> "DiffusionModel":
@@ -118,6 +132,14 @@ class DiffusionModel(Model):
                 is not valid. Nothing has run yet.
         """
         arguments, seeds = self._checked(args, seed, kwargs)
+        is_modular = isinstance(self._owner, ModularPipeline)
+        if is_modular:
+            args, kwargs = (), arguments
+            if grad:
+                raise InputError(
+                    f"grad=True: the blocks of {type(self._owner).__name__} disable gradients themselves. Use the "
+                    "pipeline that is not modular"
+                )
         again = None if args or "prompt" in kwargs else partial(self.generate, seed=seed, grad=grad, **kwargs)
 
         own = PipelineOfRun(self._owner)
@@ -134,7 +156,8 @@ class DiffusionModel(Model):
                 return with_gradients(pipeline.__call__)(*args, **given)
 
         run = self._new_run(call, again=again, grad=grad)
-        set_pipeline(run, own)
+        set_pipeline(run, own, arguments.get("output") if is_modular else None)
+        flow_of(run).clock.is_last = lambda target, *call: is_last_step(own.pipeline, target.owner, *call)
         flow_of(run).seed = None if seeds is None else seeds[0]  # for noise that is drawn without a generator
         flow_of(run).observer = BatchLayouts(self._owner, arguments, _inputs(arguments), _images_each(arguments))
         return run
@@ -157,23 +180,10 @@ class DiffusionModel(Model):
         self, args: tuple, seed: int | Sequence[int] | None, kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], list[int] | None]:
         """Return the arguments that were passed, by name, and the seed of each image."""
-        arguments = self._bind(args, kwargs)
+        arguments = arguments_by_name(self._owner, args, kwargs)
         if arguments.get("prompt") is not None:
             check_prompts(self._owner, arguments["prompt"], arguments)
         return arguments, None if seed is None else self._seeds(seed, arguments)
-
-    def _bind(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments that were passed, by name."""
-        name = type(self._owner).__name__
-        taken = signature(self._owner.__call__)
-        check_arguments(name, kwargs, self.argument_names, near={"seed", "grad"})
-        if args and isinstance(args[0], str) and not any("prompt" in known for known in taken.parameters):
-            raise InputError(f"{name} takes no prompt")
-        try:
-            bound = taken.bind_partial(*args, **kwargs)
-        except TypeError as error:
-            raise InputError(f"{name}: {error}") from None
-        return bound.arguments
 
     def _seeds(self, seed: int | Sequence[int], arguments: dict[str, Any]) -> list[int]:
         name = type(self._owner).__name__

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffsight.errors import InputError
-from diffsight.pipelines.arguments import signature
+from diffsight.pipelines.diffusion.call_arguments import call_defaults
 
 _SMALL_VOCABULARY = 500  # tokens; a vocabulary up to this size is listed in full
 
@@ -65,8 +65,7 @@ def _check_length(pipeline: Any, tokenizers: list, prompt: str, arguments: dict[
 
 def _limit(pipeline: Any, tokenizer: Any, arguments: dict[str, Any]) -> int | None:
     """Return how many tokens the pipeline accepts from this tokenizer."""
-    parameter = signature(pipeline.__call__).parameters.get("max_sequence_length")
-    asked = arguments.get("max_sequence_length", parameter.default if parameter else None)
+    asked = arguments.get("max_sequence_length", call_defaults(pipeline).get("max_sequence_length"))
     limits = [n for n in (tokenizer.model_max_length, asked) if isinstance(n, int) and n < 1_000_000]
     return min(limits, default=None)
 

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from diffusers import ModularPipeline
+from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, PipelineState
+
 from diffsight.errors import InputError
 from diffsight.extending import Run, Step, flow_of, keeping_attribute_errors, tree_of
 from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND
@@ -32,6 +35,7 @@ class DiffusionRun(GeneratedOutputs, Run):
     """A run of a diffusion pipeline."""
 
     _called: PipelineOfRun | None = None  # None if the run calls something else than the pipeline
+    _output: str | None = None  # the only value that a modular pipeline was asked to return
 
     @property
     def steps(self) -> Any:
@@ -72,24 +76,50 @@ class DiffusionRun(GeneratedOutputs, Run):
             result = self.result
         if isinstance(result, tuple):  # the pipeline was called with return_dict=False
             return result[0]
+        if isinstance(result, PipelineState):
+            result = result.values
+        elif isinstance(self._output, str):
+            result = {self._output: result}
+        if name == "frames" and "videos" in result:  # of modular pipelines
+            name = "videos"
         if name not in result:
-            raise InputError(f"{type(result).__name__} has no {name}; it has {', '.join(result)}")
+            raise InputError(f"{type(self.result).__name__} has no {name}; it has {', '.join(result)}")
         return result[name]
 
 
-def set_pipeline(run: DiffusionRun, called: PipelineOfRun) -> None:
-    """Let a run know the pipeline that it calls."""
-    run._called = called
+def set_pipeline(run: DiffusionRun, called: PipelineOfRun, output: str | list[str] | None) -> None:
+    """Let a run know the pipeline that it calls, and what a modular one was asked to return."""
+    run._called, run._output = called, output
+
+
+def is_silenced(pipeline: Any) -> bool:
+    """Return whether the user turned progress bars off: `model.set_progress_bar_config(disable=True)`."""
+    bars = _with_progress_bars(pipeline)
+    return bool(bars) and all(getattr(part, "_progress_bar_config", {}).get("disable") for part in bars)
 
 
 @contextmanager
 def progress_bar(pipeline: Any, **settings: Any) -> Iterator[None]:
     """Change the settings of a pipeline's progress bar for the duration of a block.
 
-    The settings are those of tqdm: `with progress_bar(pipeline, disable=True):`."""
-    shown = getattr(pipeline, "_progress_bar_config", {})
-    pipeline.set_progress_bar_config(**{**shown, **settings})
+    The settings are those of tqdm: `with progress_bar(pipeline, disable=True):`. A bar that the user turned off stays
+    off."""
+    shown = [(part, getattr(part, "_progress_bar_config", {})) for part in _with_progress_bars(pipeline)]
+    for part, before in shown:
+        kept = {"disable": True} if before.get("disable") else {}
+        part.set_progress_bar_config(**{**before, **settings, **kept})
     try:
         yield
     finally:
-        pipeline.set_progress_bar_config(**shown)
+        for part, before in shown:
+            part.set_progress_bar_config(**before)
+
+
+def _with_progress_bars(pipeline: Any) -> list[Any]:
+    """Return the pipeline, or the blocks of a modular one that loop over timesteps."""
+    if not isinstance(pipeline, ModularPipeline):
+        return [pipeline]
+    blocks = [pipeline._blocks]
+    for block in blocks:
+        blocks += block.sub_blocks.values()
+    return [block for block in blocks if isinstance(block, LoopSequentialPipelineBlocks)]

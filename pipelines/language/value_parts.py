@@ -1,4 +1,4 @@
-"""Parts of the values that pass a point: the first item of a tuple, the logits of an output, the heads of a tensor.
+"""Parts of the values that pass a point: the first item of a tuple, the logits of an output.
 
     hidden = FIRST.take(output, path)                    # from the tuple that a layer returns
     output = FIRST.put(output, hidden * 2, path, set())  # the rest of the tuple stays
@@ -160,34 +160,6 @@ class Added(ValuePart):
             if not -len(real) <= position < len(real):
                 raise InputError(f"{path}: there is no position {position}, the sequence has {len(real)} tokens")
         return [real[position] for position in self.positions]
-
-
-class Heads(ValuePart):
-    """The last dimension of a tensor viewed as heads.
-
-    Args:
-        groups: The number of groups, and how many heads each has.
-        pick: Which heads of each group are meant.
-    """
-
-    def __init__(self, groups: tuple[int, int], pick: slice = slice(None)) -> None:
-        self.groups, self.pick = groups, pick
-
-    def take(self, value: torch.Tensor, path: object) -> torch.Tensor:
-        return self._picked(value).flatten(-3, -2)
-
-    def put(self, whole: torch.Tensor, value: torch.Tensor, path: object, copies: set[int]) -> torch.Tensor:
-        whole = whole.clone()
-        picked = self._picked(whole)
-        shape = picked.flatten(-3, -2).shape
-        if not isinstance(value, torch.Tensor) or value.shape != shape:
-            given = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise AssignmentError(f"{path} has the shape {tuple(shape)}, not {given}")
-        picked.copy_(value.reshape(picked.shape))
-        return whole
-
-    def _picked(self, value: torch.Tensor) -> torch.Tensor:
-        return value.unflatten(-1, (*self.groups, -1))[..., self.pick, :]
 
 
 def _check_tensor(before: torch.Tensor, value: Any, path: str) -> None:

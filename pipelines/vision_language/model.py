@@ -23,7 +23,7 @@ from diffsight.extending import Row, Target, owner_of, part_of, run_of, tree_of
 from diffsight.pipelines.language.inputs import Inputs
 from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, hub_arguments, place_of
-from diffsight.pipelines.language.model import LanguageModel, LanguageRun
+from diffsight.pipelines.language.model import LanguageModel, LanguageRun, loaded_from
 from diffsight.pipelines.standard_names import path_of, standard_names
 from diffsight.pipelines.vision_language.image_tokens import ImageRowPart, image_grids, vision_modules
 from diffsight.pipelines.vision_language.processors import (
@@ -97,9 +97,11 @@ class VisionLanguageModel(LanguageModel):
             if len(source) != 2 or processor is not None:
                 raise InputError("a live model comes with one processor: (model, processor)")
             source, processor = source
+        given = processor
         processor, lacking = _processor(source, processor, arguments)
         super().__init__(source, getattr(processor, "tokenizer", None), names=names, **arguments)
         self.__dict__.update(processor=processor, _lacking=lacking)
+        self.__dict__["loaded_from"] = loaded_from(source, processor=given, names=names, **arguments)
 
     def _make_tree(
         self, root: Target, load: Callable[[], None] | None, names: Mapping[str, str | None]

@@ -2,17 +2,17 @@
 
     pip install nnsight==0.8.1 && python tests/benchmarks/engine.py      # nnsight's columns are left out without it
 
-On a 12-layer GPT-2 of width 64 and on `diffsight/shapes-clip`, in one process, interleaved: what each way adds to the
-bare call in milliseconds, and what diffsight adds as a share of what nnsight adds. One thread, processor time, and the
-lower quartile of the rounds: whatever else the machine does only ever adds to it.
+On a GPT-2 of width 64 with 12 layers (48 in one row) and on `diffsight/shapes-clip`: what each way adds to the bare
+call in milliseconds, and what diffsight adds as a share of what nnsight adds. See README.md for how to read it.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import diffusers
 import torch
+import transformers
+from measuring import interleaved
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from diffsight import DiffusionModel, Model
@@ -24,41 +24,49 @@ except ImportError:
     nnsight = None
 
 ROWS, LAYER, STEPS = 64, 5, 20
+Task = Callable[[], object]
 PROMPT = "a red circle below a blue square"
 IDS = torch.randint(0, 1000, (1, 10), generator=torch.Generator().manual_seed(0))
 BATCH = IDS.expand(ROWS, -1).contiguous()
 
 
-def build() -> GPT2LMHeadModel:
+def build(layers: int = 12) -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    config = GPT2Config(n_layer=12, n_embd=64, n_head=4, vocab_size=1000, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(n_layer=layers, n_embd=64, n_head=4, vocab_size=1000, bos_token_id=0, eos_token_id=0)
     return GPT2LMHeadModel(config).eval()
 
 
-def plain(gpt2: GPT2LMHeadModel) -> dict[str, Callable[[], object]]:
-    def hooked(layers: list[int], edit: Callable | None = None, ids: torch.Tensor = IDS) -> None:
-        kept = []
-
-        def hook(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            kept.append(output)
-            if edit:
-                edit(output)
-
-        handles = [gpt2.transformer.h[layer].register_forward_hook(hook) for layer in layers]
+def plain(gpt2: GPT2LMHeadModel) -> dict[str, Task]:
+    def with_hooks(hooks: list[tuple[int, Callable]], ids: torch.Tensor = IDS) -> None:
+        handles = [gpt2.transformer.h[layer].register_forward_hook(hook) for layer, hook in hooks]
         gpt2(ids)
         for handle in handles:
             handle.remove()
 
+    def keeping(kept: list[torch.Tensor]) -> Callable:
+        return lambda module, inputs, output: kept.append(output)
+
+    def zero(rows: slice) -> Callable:
+        def hook(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            output[rows, -1] = 0
+
+        return hook
+
+    def read(layers: Iterable[int]) -> None:
+        kept: list[torch.Tensor] = []
+        with_hooks([(layer, keeping(kept)) for layer in layers])
+
     return {
-        "nothing": lambda: gpt2(IDS),
-        "read 1 layer": lambda: hooked([LAYER]),
-        "read 12 layers": lambda: hooked(list(range(12))),
-        "edit 1 layer": lambda: hooked([LAYER], lambda output: output.zero_()),
-        "patch 64 rows": lambda: hooked([LAYER], lambda output: output[:, -1].zero_(), BATCH),
+        "nothing read": lambda: gpt2(IDS),
+        "1 layer read": lambda: read([LAYER]),
+        "all layers read": lambda: read(range(len(gpt2.transformer.h))),
+        "1 layer edited": lambda: with_hooks([(LAYER, zero(slice(None)))]),
+        "64 rows patched": lambda: with_hooks([(LAYER, zero(slice(row, row + 1))) for row in range(ROWS)], BATCH),
+        "64 rows patched in one operation": lambda: with_hooks([(LAYER, zero(slice(None)))], BATCH),
     }
 
 
-def live(gpt2: GPT2LMHeadModel) -> dict[str, Callable[[], object]]:
+def live(gpt2: GPT2LMHeadModel) -> dict[str, Task]:
     model = Model(gpt2)
 
     def nothing() -> None:
@@ -85,10 +93,10 @@ def live(gpt2: GPT2LMHeadModel) -> dict[str, Callable[[], object]]:
         with model.trace(BATCH) as run:
             run.each(patch)
 
-    return dict(zip(plain(gpt2), (nothing, read_one, read_all, edit, sweep), strict=True))
+    return dict(zip(plain(gpt2), (nothing, read_one, read_all, edit, sweep)))
 
 
-def peer(gpt2: GPT2LMHeadModel) -> dict[str, Callable[[], object]]:
+def peer(gpt2: GPT2LMHeadModel) -> dict[str, Task]:
     class Batching(nnsight.NNsight):
         """What nnsight asks of a model whose invokes share a pass."""
 
@@ -123,10 +131,10 @@ def peer(gpt2: GPT2LMHeadModel) -> dict[str, Callable[[], object]]:
                 with tracer.invoke(IDS):
                     model.transformer.h[LAYER].output[:, -1] = 0
 
-    return dict(zip(plain(gpt2), (nothing, read_one, read_all, edit, sweep), strict=True))
+    return dict(zip(plain(gpt2), (nothing, read_one, read_all, edit, sweep)))
 
 
-def denoising(model: DiffusionModel) -> dict[str, Callable[[], object]]:
+def denoising(model: DiffusionModel) -> dict[str, Task]:
     """Return runs that read one UNet block in each denoising step of an image."""
 
     def bare() -> None:
@@ -156,39 +164,47 @@ def denoising(model: DiffusionModel) -> dict[str, Callable[[], object]]:
     return {"bare": bare, "hook": hooked, "diffsight": live, "nnsight": peer}
 
 
-def compare(task: str, runs: dict[str, Callable[[], object]], rounds: int, sides: list[str]) -> None:
-    """Prints a line: what each of `runs` takes longer than the one called bare."""
-    times: dict[str, list[float]] = {side: [] for side in runs}
-    for turn in range(rounds + 5):
-        for side, function in runs.items():
-            started = time.process_time()
-            function()
-            if turn >= 5:  # the first rounds warm up
-                times[side].append(time.process_time() - started)
-    quick = {side: statistics.quantiles(measured, n=4)[0] * 1e3 for side, measured in times.items()}
-    added = {side: quick[side] - quick["bare"] for side in runs}
-    cells = [f"{added[side]:12.3f}" if side in added else f"{'-':>12}" for side in sides]
-    share = f"{added['diffsight'] / added['nnsight']:12.2f}" if "nnsight" in added else ""
-    name = f"{task} (bare {quick['bare']:.2f})"
-    print(f"{name:36}" + "".join(cells) + share, flush=True)
+def compare(task: str, runs: dict[str, Task], sides: list[str], most: int) -> None:
+    """Print a line: what each of `runs` takes longer than the one called bare."""
+    quick, noise = interleaved(runs, most, of="diffsight" if "diffsight" in runs else "hook")
+
+    def cell(side: str) -> str:
+        added = (quick[side] - quick["bare"]) * 1e3 if side in quick else None
+        return "-" if added is None else f"{added:.3f}" if added > noise * 1e3 else "< noise"
+
+    share = ""
+    if "nnsight" in quick and min(quick["nnsight"], quick["diffsight"]) - quick["bare"] > noise:
+        share = f"{(quick['diffsight'] - quick['bare']) / (quick['nnsight'] - quick['bare']):.2f}"
+    name, figures = f"{task} (bare {quick['bare'] * 1e3:.2f})", [cell(side) for side in sides]
+    print(f"{name:46}" + "".join(f"{text:>11}" for text in [*figures, share, f"{noise * 1e3:.3f}"]), flush=True)
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=200)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--rounds", type=int, default=1000, help="at most (default: %(default)s)")
+    most = parser.parse_args().rounds
     torch.set_num_threads(1)
-    gpt2 = build()
-    sides = {"hook": plain(gpt2), "diffsight": live(gpt2)} | ({"nnsight": peer(build())} if nnsight else {})
-    print(f"{'added to the bare call, ms':36}" + "".join(f"{side:>12}" for side in sides) + f"{'share':>12}")
-    for task in plain(gpt2):
-        ids = BATCH if task == "patch 64 rows" else IDS
-        bare = {"bare": lambda ids=ids: gpt2(ids)}
-        compare(task, bare | {side: tasks[task] for side, tasks in sides.items()}, rounds, list(sides))
+    diffusers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    small, large = build(), build(48)
+    sides = ["hook", "diffsight", *(["nnsight"] if nnsight else [])]
+    print(f"{'added to the bare call, ms':46}" + "".join(f"{side:>11}" for side in [*sides, "share", "noise"]))
+
+    def ways(gpt2: GPT2LMHeadModel) -> dict[str, dict[str, Task]]:
+        own = {"nnsight": peer(build(len(gpt2.transformer.h)))} if nnsight else {}  # it leaves hooks on what it wraps
+        return {"hook": plain(gpt2), "diffsight": live(gpt2), **own}
+
+    of_small, of_large = ways(small), ways(large)
+    for task in plain(small):
+        ids = BATCH if task.startswith("64 rows") else IDS
+        own = {side: tasks[task] for side, tasks in of_small.items() if task in tasks}
+        compare(task.replace("all", "12"), {"bare": lambda ids=ids: small(ids), **own}, sides, most)
+    own = {side: tasks["all layers read"] for side, tasks in of_large.items()}
+    compare("48 layers read", {"bare": lambda: large(IDS), **own}, sides, most)
     model = DiffusionModel("diffsight/shapes-clip")
     model.set_progress_bar_config(disable=True)
-    compare(f"read in {STEPS} denoising steps", denoising(model), max(10, rounds // 10), list(sides))
+    compare(f"read in {STEPS} denoising steps", denoising(model), sides, max(10, most // 10))
 
 
 if __name__ == "__main__":

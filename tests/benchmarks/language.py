@@ -100,9 +100,14 @@ def plain(model: LanguageModel, given: dict[str, Any]) -> dict[str, Callable[[],
         return kept
 
     @torch.no_grad()
+    def all_logits() -> torch.Tensor:
+        return net.lm_head(norm(torch.stack(states(given["few"]), 1)))  # one product with the head for all layers
+
+    @torch.no_grad()
     def lens() -> tuple[torch.Tensor, torch.Tensor]:
-        top = [net.lm_head(norm(hidden)).softmax(-1).topk(TOP) for hidden in states(given["few"])]
-        return torch.stack([t.indices for t in top], 1), torch.stack([t.values for t in top], 1)
+        logits = all_logits()
+        top = logits.topk(TOP)
+        return top.indices, (top.values - logits.logsumexp(-1, keepdim=True)).exp()
 
     def collect() -> torch.Tensor:
         starts = range(0, MANY, BATCH)
@@ -121,13 +126,16 @@ def plain(model: LanguageModel, given: dict[str, Any]) -> dict[str, Callable[[],
                 top.append(net(**target, logits_to_keep=1, use_cache=False).logits[:, -1].softmax(-1).topk(TOP))
         return torch.stack([t.indices for t in top], 1), torch.stack([t.values for t in top], 1)
 
-    return {"logit_lens": lens, "collect": collect, "patchscope": scope}
+    return {"logit_lens": lens, "all logits": all_logits, "collect": collect, "patchscope": scope}
 
 
 def live(model: LanguageModel, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
     def lens() -> tuple[torch.Tensor, torch.Tensor]:
         found = logit_lens(model, given["few"], positions=-1, top_k=TOP)
         return found.ids[:, :, 0], found.probabilities[:, :, 0]
+
+    def all_logits() -> torch.Tensor:
+        return logit_lens(model, given["few"], positions=-1, top_k=TOP, keep_logits=True).logits[:, :, 0]
 
     def collect() -> torch.Tensor:
         return collect_activations(model, given["many"], batch_size=BATCH, progress=False).values
@@ -136,7 +144,7 @@ def live(model: LanguageModel, given: dict[str, Any]) -> dict[str, Callable[[], 
         found = patchscope_lens(model, given["sources"], top_k=TOP, progress=False)
         return found.ids[:, :, 0], found.probabilities[:, :, 0]
 
-    return {"logit_lens": lens, "collect": collect, "patchscope": scope}
+    return {"logit_lens": lens, "all logits": all_logits, "collect": collect, "patchscope": scope}
 
 
 class Peer:
@@ -185,18 +193,21 @@ def compare(name: str, folder: Path, python: str | None, rounds: int) -> None:
     peer = Peer(python, folder, given) if python else None
     tokens = len(model.tokenizer(given["few"][0])["input_ids"])
     print(f"\n{name}: {len(model.layers)} layers, {tokens} tokens in a prompt")
-    for task in ("logit_lens", "collect", "patchscope"):
+    for task in ("logit_lens", "all logits", "collect", "patchscope"):
         figures: dict[str, list[dict[str, float]]] = {}
         results = {way: known[task]() for way, known in ways.items()}  # warm
         far = {"plain": apart(results["diffsight"], results["plain"])}
-        if peer:
+        has_peer = peer is not None and task != "logit_lens"  # nnterp's always keeps the whole vocabulary
+        if has_peer:
+            ours = results["diffsight"].softmax(-1) if task == "all logits" else results["diffsight"]
             with tempfile.TemporaryDirectory() as place:
                 peer.run(task, Path(place) / "result.safetensors")
-                far["nnterp"] = apart(results["diffsight"], load_file(Path(place) / "result.safetensors")["result"])
-        del results
-        for turn in range(rounds):
-            order = [*ways, *(["nnterp"] if peer else [])]
-            for way in order[turn % len(order) :] + order[: turn % len(order)]:
+                far["nnterp"] = apart(ours, load_file(Path(place) / "result.safetensors")["result"])
+        results = ours = None
+        for _ in range(rounds):
+            order = [*ways, *(["nnterp"] if has_peer else [])]
+            random.shuffle(order)
+            for way in order:
                 found = peer.run(task) if way == "nnterp" else measured(ways[way][task])[1]
                 figures.setdefault(way, []).append(found)
         show(task, figures, far)

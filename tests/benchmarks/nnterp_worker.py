@@ -1,6 +1,6 @@
 """nnterp's side of `language.py`, for an environment with nnterp. Each task is a line of JSON in and a line out.
 
-{"task": "logit_lens", "result": "a.safetensors"}  ->  {"wall": 1.3, "cpu": 1.3, "peak": 310.0}
+{"task": "collect", "result": "a.safetensors"}  ->  {"wall": 1.3, "cpu": 1.3, "peak": 310.0}
 """
 
 import json
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 def tasks(model: StandardizedTransformer, given: dict) -> dict[str, Callable[[], torch.Tensor]]:
     target = TargetPrompt(given["target"], -1)
     return {
-        "logit_lens": lambda: logit_lens(model, given["few"]),
+        "all logits": lambda: logit_lens(model, given["few"]),  # it always returns the whole vocabulary
         "collect": lambda: collect_token_activations_batched(model, given["many"], given["batch"]),
         "patchscope": lambda: patchscope_lens(model, given["sources"], target),
     }

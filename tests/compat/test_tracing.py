@@ -129,17 +129,39 @@ def test_gradients(tiny_model, net, input):
     assert torch.equal(layer2_output_grad, torch.ones(1, OUTPUT_SIZE))
 
 
-@pytest.mark.parametrize("ask", ["save", "clone", "set"])
-def test_gradients_before_backward(tiny_model, input, ask):
-    with pytest.raises((AttributeError, TypeError)) as caught, tiny_model.trace(input):
+def test_gradients_before_backward(tiny_model, net, input):
+    """Walkthrough: Gradients, both cells."""
+    with tiny_model.trace(input):
         tiny_model.layer1.output.requires_grad = True
-        if ask == "save":
-            tiny_model.layer1.output.grad.save()
-        elif ask == "clone":
-            tiny_model.layer1.output.grad.clone()
+        layer1_output_grad = tiny_model.layer1.output.grad.save()
+        layer2_output_grad = tiny_model.layer2.output.grad.save()
+        loss = tiny_model.output.sum()
+        loss.backward()
+    assert torch.equal(layer1_output_grad.value, net.layer2.weight.sum(0, keepdim=True))
+    assert torch.equal(layer2_output_grad, torch.ones(1, OUTPUT_SIZE))
+    with tiny_model.trace(input):
+        tiny_model.layer1.output.requires_grad = True
+        tiny_model.layer1.output.grad[:] = 0
+        tiny_model.layer2.output.grad = tiny_model.layer2.output.grad * 2
+        layer1_output_grad = tiny_model.layer1.output.grad.save()
+        layer2_output_grad = tiny_model.layer2.output.grad.save()
+        loss = tiny_model.output.sum()
+        loss.backward()
+    assert torch.equal(layer1_output_grad, torch.zeros(1, HIDDEN_DIMS))
+    assert torch.equal(layer2_output_grad, torch.full((1, OUTPUT_SIZE), 2.0))
+
+
+@pytest.mark.parametrize("line", ["hidden.grad.save()", "hidden.grad.clone()", "hidden.grad[:] = 0"])
+def test_values_without_gradients(tiny_model, input, line):
+    with pytest.raises((AttributeError, TypeError)) as caught, tiny_model.trace(input):
+        hidden = tiny_model.layer1.output
+        if line == "hidden.grad.save()":
+            hidden.grad.save()
+        elif line == "hidden.grad.clone()":
+            hidden.grad.clone()
         else:
-            tiny_model.layer1.output.grad[:] = 0
-    assert "A gradient exists only after backward()" in caught.value.__notes__[0]
+            hidden.grad[:] = 0
+    assert "This value has no gradient" in caught.value.__notes__[0]
 
 
 def test_setting_gradients(llm, gpt2, ids):

@@ -172,8 +172,8 @@ def test_diffusion_lens():
     images = []
     for layer in range(encoder.config.num_hidden_layers):
         with model.generate(**arguments, seed=17):
-            hidden_state = model.text_encoder.encoder.layers[layer].output
-            model.text_encoder.final_layer_norm.input = hidden_state
+            hidden_state = model.text_encoder.text_model.encoder.layers[layer].output[0]
+            model.text_encoder.text_model.final_layer_norm.input = hidden_state
             image = model.output.images[0].save()
             images.append(image)
     for layer, image in enumerate(images):

@@ -29,7 +29,18 @@ def test_save_on_values():
         RED = "red"
 
     assert Color.RED.value == "red" and Color.RED.save() is Color.RED
-    assert (nnsight.list, nnsight.dict, nnsight.int, nnsight.str) == (list, dict, int, str)
+    assert (nnsight.dict, nnsight.tuple, nnsight.bool) == (dict, tuple, bool)
+
+
+def test_updating_values():
+    """Walkthrough: Proxy Update; the sessions' `all_tokens.append(token).save()`."""
+    text = nnsight.str("I am a ").save()
+    text.update(text + "Transformer")
+    total = nnsight.int(1)
+    total.update(total + 2)
+    assert str(text) == "I am a Transformer" and total == 3 and f"{total:02}" == "03" and [0, 1, 2, 3][total] == 3
+    tokens = nnsight.list()
+    assert tokens.append(5).save() is tokens == [5] and isinstance(tokens, list)
 
 
 def test_images_are_still_saved_to_files(tmp_path):

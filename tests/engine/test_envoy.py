@@ -141,6 +141,18 @@ def test_modules_that_change_between_runs(model, net, x):
         model.layers[3]
 
 
+def test_a_number_means_what_the_list_holds_now(model, net, x):
+    last = net.layers[-1]
+    assert model.layers[2]._owner is model.layers[-1]._owner is last
+    net.layers.append(linear(7))
+    net.layers[0] = linear(8)
+    assert model.layers[-1]._owner is net.layers[3] and model.layers[0]._owner is net.layers[0]
+    assert model.layers[2]._owner is last
+    for number in (4, -5):
+        with pytest.raises(PointNotFoundError, match=r"layers has 4 children"):
+            model.layers[number]
+
+
 def test_the_same_module_under_two_names(x):
     net = Net()
     net.last = net.first

@@ -321,6 +321,33 @@ def test_what_all_rows_share_is_left_whole_in_containers():
     assert torch.allclose(run.result, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("path", ["", "rnn"])
+def test_time_that_is_taken_for_the_batch_is_an_error(path):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = nn.LSTM(4, 5)
+
+        def forward(self, x):
+            return self.rnn(x)[0]
+
+    with pytest.raises(InputError, match="cannot be cut into rows"):
+        cut(Around(), path) if path else cut_root(nn.LSTM(4, 5))
+
+
+def cut_root(net):
+    with Model(net).trace(torch.randn(3, 3, 4)) as run:
+        return run.rows[0].output
+
+
+def test_the_inputs_of_a_model_that_are_asked_for_first():
+    x = torch.randn(3, 3, 4)
+    with torch.no_grad(), Model(Experts()).trace(x) as run:
+        assert torch.equal(run.rows[1].input, x[1:2]) and torch.equal(run.rows[1].inputs[0][0], x[1:2])
+        with pytest.raises(InputError, match="cannot be cut into rows"):
+            run.rows[1].all.output
+
+
 def test_one_value_of_a_dictionary_without_rows_is_an_error():
     assert len(cut(ByName(False), "rnn")[1]) == 3
     with pytest.raises(InputError, match="cannot be cut into rows"):

@@ -105,3 +105,59 @@ def test_a_module_inside_one_that_is_called_again():
         with Model(net).trace(x) as run:
             run.block.calls[1].input
             assert torch.equal(run.block[0].calls[1].output, seen[1])
+
+
+class Sometimes(nn.Module):
+    """Calls parts of its blocks itself, if it is told to; `way` says how."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.way = nn.Linear(4, 4), way
+        self.outer = nn.ModuleList([nn.Sequential(Block(), nn.Tanh()) if way == "index" else Outer()])
+
+    def forward(self, x, past=False):
+        x = self.first(x)
+        if past and self.way == "name":
+            x = self.outer[0].block.norm(x) + 1
+        elif past and self.way == "index":
+            for sequence in self.outer:
+                x = sequence[1](x) + 1
+        elif past:
+            x = self.normalised(self.outer[0].block, x)
+        for block in self.outer:
+            x = block(x)
+        return x
+
+    def normalised(self, block, x):
+        return block.norm(x) + 1
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        return self.block(x)
+
+
+@pytest.mark.parametrize(
+    "way, path", [("name", "outer[0].block.norm"), ("method", "outer[0].block.norm"), ("index", "outer[0][1]")]
+)
+def test_a_call_past_the_module_around_it_that_only_a_later_run_makes(way, path):
+    torch.manual_seed(0)
+    net, x = Sometimes(way), torch.randn(2, 4)
+    model, module = Model(net), net.get_submodule(path.replace("[", ".").replace("]", ""))
+    with torch.no_grad():
+        with model.trace(x) as run:
+            run.outer[0].output
+        with model.trace(x, past=True) as run:
+            run.outer[0].input
+            with pytest.raises(OutOfOrderError, match="too late"):
+                run[path].output
+            second = run[path].calls[1].output
+        seen = []
+        hook = module.register_forward_hook(lambda module, args, output: seen.append(output))
+        net(x, past=True)
+        hook.remove()
+        assert len(seen) == 2 and torch.equal(second, seen[1])

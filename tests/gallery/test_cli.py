@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from diffsight import DiffusionModel, diffusion_lens
-from diffsight.gallery.cli import main, parse_layers
+from diffsight.gallery.cli import main
+from diffsight.gallery.command_options import parse_layers
 from diffsight.pipelines.language import smollm2
 from models import diffusion
 
@@ -61,7 +62,7 @@ def test_the_lens_writes_the_files_that_it_prints(saved_pipeline, here, capsys):
     assert run_command("lens", PROMPT, "--model", saved_pipeline, "--steps", 2, "--seed", 3, "--out", "out") == 0
     out, _ = capsys.readouterr()
     names = ["embedding", "layer_00", "layer_01", "layer_02"]
-    files = ["out/grid.png", *(f"out/{name}.png" for name in names), "out/lens.json"]
+    files = ["out/grid.png", *(f"out/{name}.png" for name in names), "out/lens.json", "out/page.html"]
     assert sorted(out.split()) == sorted(files)
     assert {path.relative_to(here).as_posix() for path in here.rglob("*.*")} == set(files)
 
@@ -96,7 +97,7 @@ def test_layers(saved_pipeline, layers, numbers):
     )
     assert json.loads(Path("out/lens.json").read_text(encoding="utf-8"))["layers"] == numbers
     names = {f"layer_{number:02}.png" if number != "embedding" else "embedding.png" for number in numbers}
-    assert {path.name for path in Path("out").iterdir()} == names | {"grid.png", "lens.json"}
+    assert {path.name for path in Path("out").iterdir()} == names | {"grid.png", "lens.json", "page.html"}
 
 
 def test_layers_in_words():
@@ -108,7 +109,7 @@ def test_layers_in_words():
 def test_the_folder_has_a_default(saved_pipeline, here, capsys):
     assert run_command("lens", PROMPT, "--model", saved_pipeline, "--steps", 1, "--layers", "-1") == 0
     paths = capsys.readouterr().out.split()
-    assert len(paths) == 3
+    assert len(paths) == 4
     assert all((here / path).is_file() for path in paths)
 
 
@@ -119,7 +120,13 @@ def test_an_existing_folder_is_used(saved_pipeline, here):
         run_command("lens", PROMPT, "--model", saved_pipeline, "--steps", 1, "--layers", "2", "--out", here / "out")
         == 0
     )
-    assert {path.name for path in (here / "out").iterdir()} == {"notes.txt", "grid.png", "layer_02.png", "lens.json"}
+    assert {path.name for path in (here / "out").iterdir()} == {
+        "notes.txt",
+        "grid.png",
+        "layer_02.png",
+        "lens.json",
+        "page.html",
+    }
 
 
 def test_the_lens_draws_with_the_packaged_pipeline(here):
@@ -369,3 +376,22 @@ def test_a_prompt_that_is_not_unicode(capsys):
 def test_a_language_model_is_no_pipeline(capsys):
     assert main(["generate", "a red circle", "--model", "diffsight/smollm2"]) == 2
     assert "diffsight/smollm2 is a language model, not a pipeline" in capsys.readouterr().err
+
+
+# start
+
+
+@pytest.mark.parametrize("command", [["--help"], ["lens", "--steps", "0", "a cat"], ["nothing"], ["models"]])
+def test_help_bad_options_and_the_list_of_models_import_no_libraries(command):
+    slow = ("torch", "diffusers", "transformers", "matplotlib", "numpy")
+    script = f"""
+import sys
+from diffsight.gallery.cli import main
+try:
+    main({command!r})
+except SystemExit:
+    pass
+print([name for name in {slow!r} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr

@@ -1,7 +1,10 @@
 """The notebooks of the gallery run from top to bottom, in a shortened form, and are stored with their outputs."""
 
 import ast
+import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import diffusers
@@ -62,3 +65,18 @@ def test_it_was_run_from_top_to_bottom(notebook):
 
 def test_there_is_a_notebook():
     assert NOTEBOOKS
+
+
+def test_the_first_cells_are_a_title_and_the_installation(notebook, monkeypatch):
+    """The second cell installs the clone that the notebook is in, if diffsight is not installed."""
+    title, install = json.loads(notebook.read_text())["cells"][:2]
+    assert (title["cell_type"], title["source"][0][:2]) == ("markdown", "# ")
+    monkeypatch.chdir(notebook.parent)
+    commands = []
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    run_cell("".join(install["source"]), {})
+    assert commands == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    run_cell("".join(install["source"]), {})
+    root = str(notebook.parents[2])
+    assert commands == [[sys.executable, "-m", "pip", "install", "-q", "-c", f"{root}/constraints.txt", root]]

@@ -237,7 +237,11 @@ def test_plots_show_all_layers_and_tokens(both):
     assert [tick.get_text() for tick in drift.get_xticklabels()] == [word.strip() for word in both["CLIP"].words[0]]
     near = both.plot_nearest(1).axes[0]
     assert near.images[0].get_array().shape == (4, 3)
-    assert [tick.get_text() for tick in near.get_xticklabels()] == ["0", "2", "3"]
+    assert [tick.get_text() for tick in near.get_xticklabels()] == [
+        "0: a red circle above a…",
+        "2: a blue cat",
+        "3: a green square on a …",
+    ]
 
 
 def test_save_writes_everything(both, tmp_path):
@@ -315,3 +319,54 @@ def test_questions_that_have_no_answer(both):
         both.nearest("CLIP", prompt=4)
     with pytest.raises(InputError, match='to must be "first" or "last", not'):
         both.drift("CLIP", prompt=0, to="middle")
+
+
+def test_prompts_are_named_by_number_or_text(both):
+    for i, prompt in enumerate(PROMPTS):
+        assert both.nearest("T5", prompt) == both.nearest("T5", i)
+        assert torch.equal(both.drift("CLIP", prompt), both.drift("CLIP", i))
+    with pytest.raises(InputError, match="there is no prompt 'a violet circle'"):
+        both.nearest("T5", "a violet circle")
+
+
+def test_the_record_has_the_nearest_of_every_prompt(both, tmp_path):
+    both.save(tmp_path)
+    record = json.loads((tmp_path / "comparison.json").read_text())
+    for name in both:
+        for i in range(len(PROMPTS)):
+            nearest = [[list(pair) for pair in layer] for layer in both.nearest(name, i)]
+            assert record["nearest"][name][i] == nearest
+
+
+def test_a_progress_bar_that_is_turned_off_stays_off(capfd):
+    pipes = {"one": diffusion.stable_diffusion(), "two": diffusion.stable_diffusion()}
+    models = {name: DiffusionModel(pipe) for name, pipe in pipes.items()}
+    for model in models.values():
+        model.set_progress_bar_config(disable=False)
+    compare_encoders(models, PROMPTS[:2], num_inference_steps=1)
+    assert "%" in capfd.readouterr().err
+    for model in models.values():
+        model.set_progress_bar_config(disable=True)
+    compare_encoders(models, PROMPTS[:2], num_inference_steps=1)
+    assert "%" not in capfd.readouterr().err
+
+
+# Batches
+
+
+def test_prompts_are_encoded_in_batches(sd, if_):
+    calls = []
+    hooks = [model.pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1)) for model in (sd, if_)]
+    prompts = [f"a {color} {shape}" for color in ("red", "green", "blue") for shape in ("circle", "square", "cat")]
+    try:
+        result = compare_encoders({"CLIP": sd, "T5": if_}, prompts, images=0, **QUIET)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(calls) <= 2 * 2 * 2, "for each encoder one prompt and one batch, with their negative prompts"
+    for number, prompt in enumerate(prompts):
+        states, words = states_by_hand(sd, prompt)
+        assert torch.allclose(
+            result["CLIP"].vectors[:, number], states.mean(1)[: len(result["CLIP"].layers)], atol=1e-5
+        )
+        assert result["CLIP"].words[number] == tuple(words)

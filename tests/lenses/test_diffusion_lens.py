@@ -126,6 +126,16 @@ def test_the_last_layer_is_the_plain_image(name):
     assert same_image(result.images[0], draw_image(pipe, 4, **arguments))
 
 
+def test_all_layers_are_rows_of_one_call(sd):
+    model, calls = DiffusionModel(sd), []
+    hook = sd.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    try:
+        diffusion_lens(model, PROMPT, seed=0, progress=False, **{**SD, "guidance_scale": 1.0})
+    finally:
+        hook.remove()
+    assert set(calls[1:]) == {len(LAYERS)}, "after the encoding, which stops at the first call"
+
+
 def test_a_seed_is_the_same_for_all_layers(sd):
     model = DiffusionModel(sd)
     both = diffusion_lens(model, PROMPT, layers=[0, 1], seed=5, progress=False, **SD)
@@ -283,7 +293,7 @@ def test_a_pipeline_whose_progress_bar_was_never_set_shows_it_afterwards(sd, cap
 def test_a_progress_bar_over_the_layers(sd, capsys):
     diffusion_lens(DiffusionModel(sd), PROMPT, layers=["embedding", 1], **SD)
     shown = capsys.readouterr().err
-    assert "layers embedding, 1" in shown  # one bar for both, which counts the denoising steps
+    assert "2 layers" in shown  # one bar for both, which counts the denoising steps
     assert shown.count(" 0/3 ") == 1
     assert "3/3" in shown
 
@@ -359,7 +369,7 @@ def test_notebooks_show_the_grid(result):
 
 # Saving
 
-FILES = {"grid.png", "embedding.png", "layer_00.png", "layer_02.png", "lens.json"}
+FILES = {"grid.png", "embedding.png", "layer_00.png", "layer_02.png", "lens.json", "page.html"}
 
 
 def test_exactly_these_files_are_written(result, tmp_path):
@@ -481,7 +491,8 @@ def test_the_lens_on_the_packaged_pipeline(tmp_path):
         )
     model.set_progress_bar_config(disable=True)
     plain = model.generate(prompt, seed=1, num_inference_steps=4).images[0]
-    assert same_image(result.images[2], plain)  # bit for bit
-    assert not close_image(result.images[0], plain)
+    assert close_image(result.images[2], plain) and not close_image(result.images[0], plain)
+    alone = diffusion_lens(model, prompt, layers=11, batch_size=1, seed=1, progress=False, num_inference_steps=4)
+    assert same_image(alone.images[0], plain)  # bit for bit
     result.save(tmp_path)
     assert json.loads(Path(tmp_path, "lens.json").read_text(encoding="utf-8"))["model"] == "diffsight/shapes-clip"

@@ -142,7 +142,7 @@ def test_the_encoders_run_once_for_all_layers(name):
     assert {path: len(calls) for path, calls in counts.items()} == plain  # the prompt, and the negative prompt
 
 
-@pytest.mark.parametrize(("size", "rows"), [(None, [3, 1]), (4, [3, 1]), (2, [2, 1, 1]), (1, [1, 1, 1, 1])])
+@pytest.mark.parametrize(("size", "rows"), [(None, [4]), (4, [4]), (3, [3, 1]), (2, [2, 2]), (1, [1, 1, 1, 1])])
 def test_batch_size_bounds_the_rows_of_a_call(size, rows):
     pipe = TEXT_PIPELINES["stable_diffusion"].build()
     seen = []
@@ -356,7 +356,7 @@ def test_a_pipeline_that_takes_one_prompt_at_a_time(cls):
     pipe.set_progress_bar_config(disable=True)
     arguments = TEXT_PIPELINES["stable_diffusion"].inputs()
     del arguments["prompt"]
-    with pytest.warns(LensWarning, match=f"{cls.__name__} cannot draw 3 layers in one call") as seen:
+    with pytest.warns(LensWarning, match=f"{cls.__name__} cannot draw 4 layers in one call") as seen:
         result = diffusion_lens(DiffusionModel(pipe), PROMPT, seed=SEED, progress=False, **arguments)
     assert [warning.filename for warning in seen if warning.category is LensWarning] == [__file__]
     wanted = lens("stable_diffusion", whole, batch_size=1)
@@ -466,7 +466,15 @@ def test_a_video_is_shown_by_its_middle_frame_and_saved_whole(tmp_path):
         largest_difference(image, frames[4]) == 0 for image, frames in zip(result.images, result.outputs, strict=True)
     )
     names = {path.name for path in result.save(tmp_path)}
-    assert names == {"grid.png", "layer_00.png", "layer_00.gif", "layer_02.png", "layer_02.gif", "lens.json"}
+    assert names == {
+        "grid.png",
+        "layer_00.png",
+        "layer_00.gif",
+        "layer_02.png",
+        "layer_02.gif",
+        "lens.json",
+        "page.html",
+    }
     with Image.open(tmp_path / "layer_02.gif") as film:
         assert len(list(ImageSequence.Iterator(film))) == 9
 
@@ -483,6 +491,12 @@ def test_a_sound_is_shown_as_a_wave_and_saved_as_one(tmp_path):
     assert result.rate == 16000
     assert result.outputs[0].shape == (256,)
     assert isinstance(result.images[0], Image.Image)
-    assert {path.name for path in result.save(tmp_path)} == {"grid.png", "embedding.png", "embedding.wav", "lens.json"}
+    assert {path.name for path in result.save(tmp_path)} == {
+        "grid.png",
+        "embedding.png",
+        "embedding.wav",
+        "lens.json",
+        "page.html",
+    }
     with wave.open(str(tmp_path / "embedding.wav")) as file:
         assert (file.getframerate(), file.getnchannels(), file.getnframes()) == (16000, 1, 256)

@@ -65,7 +65,7 @@ def test_it_shows_itself(tmp_path):
     assert result._repr_png_().startswith(b"\x89PNG")
     paths = result.save(tmp_path / "out")
     assert {path.name for path in paths} == {
-        *("image.png", "lens.json", "lens.safetensors", "maps.png"),
+        *("image.png", "lens.json", "lens.safetensors", "maps.png", "page.html"),
         *(f"layer_{i:02}.png" for i in range(3)),
     }
     record = json.loads((tmp_path / "out" / "lens.json").read_text())

@@ -199,7 +199,7 @@ def test_images_are_those_of_plain_diffusers(model, fidelity):
 def test_save_records_scenes_and_what_was_seen(fidelity, tmp_path):
     paths = fidelity.save(tmp_path)
     record = json.loads((tmp_path / "fidelity.json").read_text())
-    assert [path.name for path in paths] == ["fidelity.json", "fidelity.png"]
+    assert [path.name for path in paths] == ["fidelity.json", "page.html", "fidelity.png"]
     assert [one["prompt"] for one in record["prompts"]] == [scene.caption() for scene in fidelity.scenes]
     assert record["shares"]["compound"] == fidelity.shares["compound"].tolist()
     assert (record["first_layers"], record["order"]) == (fidelity.first_layers(), fidelity.order)

@@ -38,6 +38,19 @@ def test_all_layers_and_positions(net, model):
     assert result.positions.tolist() == [list(range(expected.shape[1]))]
 
 
+@pytest.mark.parametrize("positions, rows", [(-1, [2, 2]), (None, [3, 3])])
+def test_the_head_gets_even_chunks(net, model, monkeypatch, positions, rows):
+    monkeypatch.setattr(prediction_batches, "_CHUNK", 3 * model.vocabulary_size)
+    seen, text = [], torch.tensor([[5, 6, 7, 8, 9, 10]])
+    ids = text if positions is None else text.expand(2, -1)
+    hook = net.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
+    try:
+        logit_lens(model, ids, layers=0 if positions is None else [0, 1], positions=positions, progress=False)
+    finally:
+        hook.remove()
+    assert seen == rows, "two layers of two rows, or six rows, where three fit"
+
+
 def test_each_prompt_of_a_padded_batch_as_if_alone(net, model):
     result = logit_lens(model, PROMPTS, batch_size=2, progress=False)
     for i, text in enumerate(PROMPTS):
@@ -149,6 +162,7 @@ def test_it_shows_itself(model, tmp_path):
     assert {path.name for path in paths} == {
         "lens.json",
         "lens.safetensors",
+        "page.html",
         *(f"{kind}_{i:02}.png" for kind in ("table", "curves") for i in range(3)),
     }
     record = json.loads((tmp_path / "lens" / "lens.json").read_text())

@@ -99,7 +99,8 @@ def test_seeded_generation_and_its_record(model, tmp_path):
     options = {"target": SHORT, "layers": [0, 1], "do_sample": True, "max_new_tokens": 3, "seed": 3}
     result = patchscope_generate(model, PROMPTS[0], **options)
     assert result.texts == patchscope_generate(model, PROMPTS[0], **options).texts
-    [path] = result.save(tmp_path / "out")
+    path, page = result.save(tmp_path / "out")
+    assert page.name == "page.html"
     record = json.loads(path.read_text())
     assert record["texts"] == [list(result.texts[0])]
     assert record["targets"] == [{"text": SHORT.text, "position": -1}]

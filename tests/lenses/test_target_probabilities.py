@@ -110,7 +110,7 @@ def test_it_shows_itself(model, tmp_path, lens):
     assert isinstance(result.plot(), Figure)
     assert result._repr_png_().startswith(b"\x89PNG")
     paths = result.save(tmp_path / "out")
-    assert {path.name for path in paths} == {"targets.json", "targets.png", "targets.safetensors"}
+    assert {path.name for path in paths} == {"targets.json", "targets.png", "targets.safetensors", "page.html"}
     record = json.loads((tmp_path / "out" / "targets.json").read_text())
     assert record["prompts"][0]["words"] == TARGETS
     assert record["tokens"]["right"] == [" Paris", "Paris"]

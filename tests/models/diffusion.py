@@ -269,6 +269,21 @@ def stable_diffusion() -> diffusers.StableDiffusionPipeline:
     return stable_diffusion_family(diffusers.StableDiffusionPipeline)
 
 
+def add_image_prompt(pipe: diffusers.StableDiffusionPipeline) -> dict[str, Any]:
+    """Give the UNet an IP-Adapter of four tokens, with random weights; return what it is called with."""
+    state, generator = {}, torch.Generator().manual_seed(5)
+    names = [name for name in pipe.unet.attn_processors if "attn2" in name]
+    for number, name in enumerate(names):
+        width = pipe.unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        for part in ("k", "v"):
+            state[f"{2 * number + 1}.to_{part}_ip.weight"] = torch.randn(width, WIDTH, generator=generator)
+    projection = {"proj.weight": torch.randn(4 * WIDTH, 8, generator=generator)}
+    projection |= {"proj.bias": torch.zeros(4 * WIDTH)}
+    projection |= {"norm.weight": torch.ones(WIDTH), "norm.bias": torch.zeros(WIDTH)}
+    pipe.unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": state}])
+    return {"ip_adapter_image_embeds": [torch.randn(2, 1, 8, generator=generator)]}
+
+
 def with_second_order(pipe: diffusers.StableDiffusionPipeline) -> diffusers.StableDiffusionPipeline:
     """Swap in Heun's scheduler: n steps are 2n - 1 calls of denoiser and `scheduler.step`."""
     pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)

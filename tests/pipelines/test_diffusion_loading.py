@@ -1,8 +1,11 @@
 """Sources of a DiffusionModel: a packaged name, a folder, a hub id, a live pipeline; and invalid ones."""
 
+import functools
 import json
 import logging
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +32,19 @@ def offline(monkeypatch):
 
 
 # What can be loaded
+
+
+def test_a_pipeline_whose_weights_are_needed_at_once_is_built_once(monkeypatch):
+    built, build = [], diffusers.UNet2DConditionModel.__init__
+
+    def counting(self, *args, **kwargs):
+        built.append(self)
+        build(self, *args, **kwargs)
+
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "__init__", functools.wraps(build)(counting))
+    model = DiffusionModel(CLIP, dispatch=True)
+    assert len(built) == 1 and model.pipeline.unet is built[0]
+    assert not any(weight.is_meta for weight in built[0].parameters())
 
 
 def test_a_live_pipeline_is_taken_as_it_is():
@@ -204,3 +220,27 @@ def test_a_module_that_a_folder_names_is_not_imported(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=refused):
         DiffusionModel(tmp_path / "pipe")
     assert "of_the_folder" not in sys.modules
+
+
+def test_loading_shows_one_bar_at_most_and_no_notice(saved_pipeline):
+    """In a process of its own, as the notice is given once."""
+    code = (
+        "import logging, sys; from diffsight import DiffusionModel; model = DiffusionModel(sys.argv[1])\n"
+        "print('opened', file=sys.stderr); model.pipeline\n"
+        "from diffusers.utils import logging as ours; from transformers.utils import logging as theirs\n"
+        "assert ours.is_progress_bar_enabled() and theirs.is_progress_bar_enabled()\n"
+        "assert not logging.getLogger('transformers.utils.import_utils').filters"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    words = [sys.executable, "-c", code, saved_pipeline]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=True)
+    opening, loading = done.stderr.split("opened\n")
+    assert "torchvision" not in done.stderr
+    assert opening.strip() == ""
+    assert "components" in loading
+    assert "Loading weights" not in loading
+
+
+def test_the_packaged_pipelines_load_without_a_bar(capfd):
+    DiffusionModel("diffsight/shapes-clip").pipeline
+    assert capfd.readouterr().err.strip() == ""

@@ -80,9 +80,9 @@ def test_nothing_runs_before_it_is_asked_for(sd):
 
 def test_images_and_videos_are_told_apart():
     video = diffusion.PIPELINES["ltx"]
-    with pytest.raises(InputError, match="no images, it has frames"):
+    with pytest.raises(InputError, match="no images; it has frames"):
         _ = DiffusionModel(video.build()).generate(**video.inputs(), seed=0).images
-    with pytest.raises(InputError, match="no frames, it has images"):
+    with pytest.raises(InputError, match="no frames; it has images"):
         _ = DiffusionModel(diffusion.stable_diffusion()).generate(**SD(), seed=0).frames
 
 

@@ -12,6 +12,7 @@ from helpers import SEED, bare_run, draw, drawn, first, recorded, same, with_fir
 from models import diffusion
 
 SD = diffusion.PIPELINES["stable_diffusion"].inputs
+STEPS = diffusion.PIPELINES["stable_diffusion"].steps
 
 
 def test_there_is_a_step_for_every_call_of_the_scheduler(kind, pipe):
@@ -189,3 +190,53 @@ def test_without_a_scheduler_a_step_is_a_call_of_the_denoiser():
             assert torch.equal(run.unet.mid_block.output, calls[step.index][1])
     assert step.index == 2
     assert torch.equal(run.images, want)
+
+
+def test_what_comes_after_the_last_step_can_be_read_and_edited():
+    pipe, kwargs = diffusion.PIPELINES["stable_diffusion"].build(), SD(output_type="pt")
+    bare = pipe(**kwargs, generator=torch.Generator().manual_seed(0)).images
+    model = DiffusionModel(pipe)
+    with model.generate(**kwargs, seed=0) as run:
+        indices = [step.index for step in run.steps]
+        latents = run.vae.decode.input
+    assert indices == [*range(STEPS)]
+    assert torch.equal(run.images, bare)
+    with torch.no_grad():
+        flipped = pipe.vae.decode(-latents, return_dict=False)[0]
+    with model.generate(**kwargs, seed=0) as run:
+        for _ in run.steps:
+            pass
+        run.vae.decode.input = -run.vae.decode.input
+    assert torch.equal(run.images, (flipped / 2 + 0.5).clamp(0, 1))
+
+
+def test_previews_do_not_end_a_loop():
+    """A preview of each step is decoded by a callback, which is not the end of the steps."""
+    pipe, kwargs = diffusion.PIPELINES["stable_diffusion"].build(), SD(output_type="pt")
+    previews = []
+
+    def preview(pipeline, index, timestep, values):
+        previews.append(pipeline.vae.decode(values["latents"], return_dict=False)[0])
+        return values
+
+    with DiffusionModel(pipe).generate(**kwargs, seed=0, callback_on_step_end=preview) as run:
+        indices = [step.index for step in run.steps]
+    assert indices == [*range(STEPS)]
+    assert len(previews) == STEPS
+
+
+def test_edits_and_a_loop_end_together():
+    pipe, kwargs = diffusion.PIPELINES["stable_diffusion"].build(), SD(output_type="pt")
+    seen = []
+
+    def edit(run):
+        for step in run.steps:
+            seen.append(step.index)
+        run.vae.decode.input = run.vae.decode.input * 0
+
+    edited = DiffusionModel(pipe).edit(edit)
+    with edited.generate(**kwargs, seed=0) as run:
+        for _ in run.steps:
+            pass
+        assert not run.vae.decode.input.any()
+    assert seen == [*range(STEPS)]

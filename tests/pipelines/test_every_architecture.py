@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffsight import LanguageModel
-from diffsight.errors import InputError, NeverReachedError, PointNotFoundError
+from diffsight.errors import InputError, OutOfOrderError, PointNotFoundError
 from diffsight.extending import tree_of
 from diffsight.pipelines.language.name_check import NamesWarning
 from models import architectures
@@ -29,6 +29,11 @@ UNSUPPORTED = {
     "xlm": "no layers: a list of attentions and a list of MLPs side by side",
 }
 SUPPORTED = [kind for kind in architectures.causal_types() if kind not in NOT_CONSTRUCTED | UNSUPPORTED]
+
+# Attention that makes several products in one call.
+SEVERAL_PRODUCTS = {
+    "diffllama": "the same probabilities times each half of the values",
+}
 
 # Attention in which no probabilities are multiplied with the values, in some layers or in all.
 NO_PROBABILITIES = {
@@ -65,6 +70,9 @@ def test_a_causal_language_model(kind):
         bare = net(ids)
         assert torch.equal(model.trace(ids).result.logits, bare.logits)  # nothing is read
         check_hidden_states(model, net, ids, bare.logits)
+        if kind in SEVERAL_PRODUCTS:
+            check_several_products(model, ids, bare.logits)
+            return
         check_parts(model, ids, bare.logits)
         check_probabilities(model, net, ids, bare.logits, kind)
 
@@ -112,10 +120,21 @@ PARTS = dict.fromkeys(("attentions_output", "heads_output", "q", "k", "v"), "sel
 def put_back(values, index, may_fail):
     try:
         value = values[index]
-    except InputError:  # an attention without such a projection, or without heads, says so
+    except (InputError, OutOfOrderError):  # what makes no product of queries, keys and values says so
         assert may_fail
     else:
         values[index] = value.clone()
+
+
+def check_several_products(model, ids, logits):
+    """Check that none is taken for the only one, and that each can be read by its number."""
+    with pytest.raises(InputError, match="several products in one call"):
+        with model.trace(ids) as run:
+            run.attention_probs[0]
+    with model.trace(ids) as run:
+        products = run.layers[0].self_attn.products
+        assert torch.equal(products[0].attention_probs, products[1].attention_probs)
+    assert torch.equal(run.result.logits, logits)
 
 
 def check_probabilities(model, net, ids, logits, kind):
@@ -125,7 +144,7 @@ def check_probabilities(model, net, ids, logits, kind):
         with model.trace(ids) as run:
             try:
                 found[index] = run.attention_probs[index]
-            except (InputError, NeverReachedError, PointNotFoundError):
+            except (InputError, OutOfOrderError, PointNotFoundError):
                 assert kind in NO_PROBABILITIES
                 continue
         assert torch.equal(run.result.logits, logits)

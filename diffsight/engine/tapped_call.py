@@ -1,0 +1,347 @@
+"""The calls of one module or method in one run: counted, changed or skipped.
+
+A `Tap` belongs to one run and one callable of the model: a module's forward pass, or a method that code calls directly
+(`vae.decode`, `scheduler.step`). Every call of it goes through `Tap.call`. There the tap counts the call, leaves it out
+if a body has skipped it, and hands its inputs and its output to the run (the `Host`) if a body waits for them or has
+assigned them. Calls made outside the run's own coroutine (by another run, by the body itself, in another thread) pass
+untouched. How calls get here is the business of `hooks`.
+"""
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._functorch import get_dynamic_layer_stack_depth
+
+from diffsight.engine.coroutine import Coroutine, current_owner
+from diffsight.engine.gradients import end_checkpoints, is_computed_again
+from diffsight.engine.hooks import (
+    COMPILED,
+    FORWARD,
+    are_threads_seen,
+)
+from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey
+from diffsight.engine.step_clock import Clock
+from diffsight.engine.target import Target
+from diffsight.engine.torch_state import TorchState
+from diffsight.engine.users_hooks import has_forward_hooks, output_hooks
+from diffsight.errors import DiffsightError
+
+_known_compiled: weakref.WeakSet = weakref.WeakSet()  # compiled modules that have been warned about
+
+
+class OtherTaps(Protocol):
+    """All taps of a run, as one of them sees them; see `diffsight.engine.taps.Taps`."""
+
+    def note_call(self, target: Target) -> None:
+        """Learn from a call of a module whether it is a stray."""
+
+    def is_in_method(self, around: "Tap") -> bool:
+        """Whether a tapped method of a module is running."""
+
+
+class Host(Protocol):
+    """The run, as its taps see it; see `diffsight.engine.flow.Flow`."""
+
+    taps: OtherTaps
+    is_scan: bool  # whether it computes shapes alone
+    clock: Clock
+    thread: int
+    coroutine: Coroutine | None  # the one that the model runs in, once it has started
+    parked: Point | None  # where the model stands, if it waits at a point
+    state: TorchState  # in which the run was opened
+    refused: list[Exception]  # why values could not be assigned that were assigned ahead
+    misshapen: list[str]  # assigned values whose shape or type differs from the model's own, in words
+
+    def arrive(self, point: Point) -> None:
+        """The model has reached a point that a body waits for or has assigned: give every body its turn."""
+
+    def begin_call(self, tap: "Tap", args: tuple, kwargs: dict) -> None:
+        """A call that the run watches begins: one of a component, or one that begins or ends a step."""
+
+    def end_call(self, tap: "Tap", output: Any) -> None:
+        """A call that the run watches has ended; the model continues with `output`."""
+
+
+class Origin(NamedTuple):
+    """What was known of a module's calls when the run began to count them."""
+
+    around: "Tap | None" = None  # the surrounding tap, if the model had moved by then
+    step: int = -1  # the step that the model was in
+    unseen: int = 0  # calls of the surrounding module that had begun: calls of this one may have been missed
+    unseen_in_step: int = 0  # the same, within that step
+    guard: "tuple[Tap, int] | None" = None  # a surrounding tap, and the number of its call that was running
+
+
+class Tap:
+    """The calls of one module or method in one run."""
+
+    __slots__ = (
+        "active",  # numbers of the calls in progress, outermost first
+        "awaited",  # the points that bodies wait for; for each body, whether it waits within a step
+        "begun",  # whether a hook has already begun the call that reaches the forward pass now
+        "border",  # in a scan, for a component: what its calls are made through
+        "children_counted",
+        "entered",  # number of calls begun so far, as far as the run has seen
+        "given",  # the inputs of the call at whose output the model stands
+        "hooks",  # what else the run has put on the module
+        "host",
+        "inside",  # whether a compiled module runs uncompiled
+        "keepers",  # kind of point to the functions that are shown every value
+        "origin",
+        "pending",  # point to what was assigned to it
+        "points",  # point to what was read there
+        "skips",  # number of a call to what it returns without running
+        "step_base",  # calls begun before the current step
+        "takes_inputs",  # whether inputs are taken in a hook
+        "target",
+        "unseen",
+        "unseen_in_step",
+        "watched",  # whether the run wants to know when its calls begin and end
+    )
+
+    def __init__(self, host: Host, target: Target, origin: Origin, entered: int = 0, step_base: int = 0) -> None:
+        """`entered` calls were counted before, `step_base` of them before the current step."""
+        self.host, self.target, self.origin = host, target, origin
+        self.entered, self.step_base = entered, step_base
+        self.unseen, self.unseen_in_step = origin.unseen, origin.unseen_in_step
+        self.active: list[int] = []
+        self.awaited: dict[PointKey, list[bool]] = {}
+        self.keepers: dict[str, list[Callable[[Tap, int, Any], None]]] = {}
+        self.pending: dict[PointKey, list[Assignment]] = {}
+        self.points: dict[PointKey, Point] = {}
+        self.skips: dict[int, Assignment] = {}
+        self.border: Callable[[Callable, tuple, dict], Any] | None = None
+        self.given: tuple[tuple, dict] | None = None
+        self.begun = self.children_counted = self.inside = self.takes_inputs = False
+        self.watched = target.outer is None or target.key in host.clock.starts or target.key in host.clock.ends
+        self.hooks: list[Any] = []
+
+    # ---- from the model's side
+
+    def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Make one call of what is tapped, `function`."""
+        if self.begun:
+            self.begun = False
+        else:
+            args, kwargs = self.enter(args, kwargs) or (args, kwargs)
+        index = self.active[-1]
+        skip = self.skips.pop(index, None) if self.skips else None
+        if skip is not None:
+            self._check_region((INPUTS, index), skip)
+            return self.leave(skip.value, (args, kwargs))
+        if self.inside:
+            function = self.target.uncompiled()
+        has_hooks = self._has_hooks()  # PyTorch also looks for them before the call
+        try:
+            output = function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
+        except BaseException:
+            self.active.remove(index)
+            raise
+        return self.leave(output, (args, kwargs), has_hooks)
+
+    def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """A call begins. Return new inputs, or None if they stay as they are."""
+        if self.watched:
+            self.host.begin_call(self, args, kwargs)
+        around, index = self.origin.around, self.entered
+        if not index and around is not None and not around.active and not self.host.taps.is_in_method(around):
+            self.unseen = self.unseen_in_step = 1  # called directly: earlier calls may have been missed
+        self.entered = index + 1
+        self.active.append(index)
+        key = (INPUTS, index)
+        if not (key in self.awaited or key in self.pending or self.keepers):
+            return None
+        inputs, changed = self._pass(key, (args, kwargs))
+        return inputs if changed else None
+
+    def leave(self, output: Any, given: tuple[tuple, dict] | None = None, has_hooks: bool = True) -> Any:
+        """A call ends. Return the output, replaced or as it was.
+
+        `given` are its inputs. If hooks of others may still replace the output (never if `has_hooks` is False), the
+        call ends after them."""
+        if not self.active or (has_hooks and self._leave_after_hooks(given)):  # inactive: it began before the tap
+            return output
+        index = self.active.pop()
+        key = (OUTPUT, index)
+        if key in self.awaited or key in self.pending or self.keepers:
+            self.given = given
+            try:
+                output, _ = self._pass(key, output)
+            finally:
+                self.given = None
+        if self.watched:
+            self.host.end_call(self, output)
+        return output
+
+    def _has_hooks(self) -> bool:
+        """Whether others have put forward hooks on the module that run outside `call`."""
+        owner = self.target.owner
+        return self.target.name == FORWARD and has_forward_hooks(owner) and vars(owner).get(COMPILED) is None
+
+    def _leave_after_hooks(self, given: tuple[tuple, dict] | None) -> bool:
+        """Let the call end in a hook of its own, after those that may change the output; return False if none may."""
+        owner, index = self.target.owner, self.active[-1]
+        before = output_hooks(owner) if self._has_hooks() else []
+        if not before:
+            return False
+
+        def after(module: nn.Module, args: tuple, output: Any) -> Any:
+            if module is not owner or current_owner() is not self.host or self.active[-1:] != [index]:
+                return None
+            hook.remove()
+            self.hooks.remove(hook)
+            return self.leave(output, given, has_hooks=False)
+
+        hook = owner.register_forward_hook(after)
+        self.hooks.append(hook)
+        for number in [number for number in owner._forward_hooks if number not in (*before, hook.id)]:
+            owner._forward_hooks.move_to_end(number)
+        return True
+
+    def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
+        """A value passes a point. Return what the model continues with, and whether it was replaced."""
+        point = None
+        self._check_region(key)
+        if key in self.pending or key in self.awaited:
+            point = Point(self, key, value, all(self.awaited.get(key, ())))
+            self.host.arrive(point)
+            value = point.value
+        for keep in self.keepers.get(key[0], ()):
+            keep(self, key[1], value)
+        if point is None:
+            return value, False
+        if key in self.points and not point.is_unread:
+            point.let_go()
+        return value, point.changed
+
+    def _check_region(self, key: PointKey, skip: Assignment | None = None) -> None:
+        """Refuse a point where its value is not what it seems. Let `backward()` compute what the run does there."""
+        if are_threads_seen() and self.host.taps.is_called_in_thread(self.target):
+            self._refuse(
+                key,
+                skip,
+                "cannot be told from other calls: the model also calls the module in a thread of its own, where a run "
+                "does not see it. Ask for a value of a module that is called in the run's thread alone",
+            )
+        if get_dynamic_layer_stack_depth() > len(self.host.state.levels):
+            self._refuse(
+                key,
+                skip,
+                "is inside torch.func (vmap, grad, jvp …), and its value ends with that call. Ask for a value outside "
+                "of it, such as the output of a module around it",
+            )
+        if torch.is_grad_enabled():
+            if _top_saved_tensors_default_hooks(True):
+                end_checkpoints()
+        elif self.host.state.grad and is_computed_again():
+            self._refuse(
+                key,
+                skip,
+                "lies in a region that backward() computes again, without what a run reads or changes there. Use "
+                'checkpointing with use_reentrant=False (gradient_checkpointing_enable({"use_reentrant": False}) in '
+                "transformers), turn it off for this run, or open the run under torch.no_grad() if you need no "
+                "gradients",
+            )
+
+    def _refuse(self, key: PointKey, skip: Assignment | None, why: str) -> None:
+        kind, index = key
+        assigned = ", ".join(map(str, self.pending.get(key, ()) if skip is None else [skip]))
+        point = assigned or str(Asked(self.target, "output" if kind == OUTPUT else "input", index))
+        error = DiffsightError(f"{point} {why}")
+        self.host.refused.append(error)  # the model may have an `except` of its own
+        raise error
+
+    # ---- from the run's side
+
+    def take_inputs(self) -> None:
+        """From now on, take the inputs of a module in a hook, the last one before its forward pass.
+
+        What the body puts in their place is then shown to the hooks after the call too, among them those with which
+        transformers captures hidden states."""
+        module = self.target.owner
+        if self.takes_inputs or self.target.name != FORWARD or vars(module).get(COMPILED) is not None:
+            return
+        self.takes_inputs = True
+
+        def before(called: nn.Module, args: tuple, kwargs: dict | None = None) -> Any:
+            # A copy of the module has the hook too. And a hook that another one has removed is called without kwargs.
+            if called is not module or kwargs is None or current_owner() is not self.host or not self.host.taps:
+                return None
+            new = self.enter(args, kwargs)
+            self.begun = True
+            return new
+
+        self.hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+
+    def look_inside(self) -> None:
+        """Run a compiled module uncompiled, and PyTorch's transformer layer unfused, so that its parts can be seen."""
+        self.inside = self.target.is_compiled()
+        if self.inside and self.target.owner not in _known_compiled:
+            _known_compiled.add(self.target.owner)
+            path = self.target.path or type(self.target.owner).__name__
+            message = f"{path} is compiled: a run that reads or changes values inside it runs it uncompiled, slower"
+            warnings.warn(message, stacklevel=2)
+        if isinstance(self.target.owner, nn.TransformerEncoderLayer):  # it is not fused if it has any hook
+            self.hooks.append(self.target.owner.register_forward_pre_hook(lambda *_: None))
+
+    def assign_pending(self, point: Point) -> bool:
+        """Assign what those whose turn it is have assigned to a point; return whether there was anything."""
+        waiting, assigned = self.pending.pop(point.key, ()), False
+        for assignment in waiting:
+            kind, index = point.key
+            call = index
+            if assignment.order <= point.turn:
+                call = assignment.call_of(self)
+                if call == index:
+                    try:
+                        difference = assignment.apply_to(point)
+                    except Exception as error:
+                        self.host.refused.append(error)  # the model may have an `except` of its own
+                        raise
+                    if difference is not None:
+                        self.host.misshapen.append(difference)
+                    assigned = True
+                    continue
+                # This call turned out not to have the part that is meant; it is not looked at again.
+                assignment.first = assignment.first if assignment.asked.call else call
+            self.pending.setdefault((kind, call), []).append(assignment)
+        return assigned
+
+    def waiting(self) -> list[Assignment]:
+        """Return what was assigned and not reached."""
+        return [a for waiting in self.pending.values() for a in waiting] + list(self.skips.values())
+
+    def drop_step(self) -> list[Assignment]:
+        """A step ends: drop what was read within it. Return what was assigned within it and not reached."""
+        self.step_base = self.entered
+        missed: list[Assignment] = []
+        if self.points:
+            self.points = {key: point for key, point in self.points.items() if not point.in_step}
+        for key, waiting in list(self.pending.items()):
+            missed += [a for a in waiting if a.in_step]
+            self.pending[key] = [a for a in waiting if not a.in_step]
+            if not self.pending[key]:
+                del self.pending[key]
+        for index in [i for i, skip in self.skips.items() if skip.in_step]:
+            missed.append(self.skips.pop(index))
+        return missed
+
+    def remove(self) -> None:
+        """Remove the hooks that the run has put on the module, besides those of `HookedModules`."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+class LearningTap(Tap):
+    """A tap in the first run of a model, which notes whether the module is called directly, not by one around it."""
+
+    __slots__ = ()
+
+    def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self.host.taps.note_call(self.target)
+        return super().enter(args, kwargs)

@@ -1,0 +1,131 @@
+"""Check on this machine that diffsight does with a model what it promises.
+
+    check = check_model(DiffusionModel("my/pipeline"), num_inference_steps=4)
+    print(check)                    # a table
+    check.save("check.json")
+    check.is_ok
+
+Each row compares a run with the bare model, to the bit. A row is "ok", "failed", or "none" where the model has nothing
+of the kind; its detail says what was found.
+"""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from diffsight.errors import InputError
+from diffsight.gallery.diffusion_checks import diffusion_checks
+from diffsight.gallery.language_checks import language_checks
+from diffsight.gallery.nothing_of_the_kind import NothingOfTheKind
+from diffsight.lenses.results.saving import save_files, versions
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.language.model import LanguageModel
+
+_STYLES = {"ok": "green", "failed": "bold red", "none": "dim"}
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """One thing that was checked: "ok", "failed" or "none", and what was found."""
+
+    name: str
+    status: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """What was checked of a model.
+
+    Attributes:
+        model: The name of the model.
+        kind: The class of the pipeline or of the module.
+        rows: What was checked.
+    """
+
+    model: str
+    kind: str
+    rows: tuple[CheckRow, ...]
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether nothing failed."""
+        return all(row.status != "failed" for row in self.rows)
+
+    def record(self) -> dict[str, Any]:
+        """Return the check as JSON stores it."""
+        return {"check": self.model, "kind": self.kind, "ok": self.is_ok, "rows": [asdict(row) for row in self.rows]}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the check as JSON, with the versions of all libraries, and return the path.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
+        path = Path(path).expanduser()
+        text = json.dumps(self.record() | {"versions": versions()}, indent=2, ensure_ascii=False) + "\n"
+        return save_files(path.parent, {path.name: partial(_write, text)})[0]
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=110, color_system=None)
+        console.print(self)
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+    def __rich__(self) -> Table:
+        table = Table(box=None, pad_edge=False, title=f"{self.model} ({self.kind})", title_justify="left")
+        table.add_column("checked", no_wrap=True)
+        table.add_column("")
+        table.add_column("found", overflow="fold")
+        for row in self.rows:
+            table.add_row(row.name, Text(row.status, style=_STYLES[row.status]), Text(row.detail))
+        return table
+
+
+def check_model(model: DiffusionModel | LanguageModel, **arguments: Any) -> ModelCheck:
+    """Check that diffsight does with a model what it promises.
+
+        check_model(model, prompt="a cat", num_inference_steps=4)
+        check_model(language_model, prompt="Once upon a time")
+
+    Args:
+        model: A pipeline, a language model or a vision-language model.
+        arguments: Arguments of the pipeline; `prompt` for a language model, `prompt` and `images` for a vision-language
+            model. Those that are left out have short defaults. A check calls the model about ten times, so choose few
+            steps for a large pipeline.
+
+    Returns:
+        A row for each check.
+
+    Raises:
+        InputError: The model is of another kind.
+    """
+    if isinstance(model, DiffusionModel):
+        checks, name, kind = diffusion_checks(model, arguments), model.source, type(model.pipeline).__name__
+    elif isinstance(model, LanguageModel):
+        checks, name, kind = language_checks(model, arguments), model.label, type(model.module).__name__
+    else:
+        raise InputError(f"check_model takes a DiffusionModel or a LanguageModel, not {type(model).__name__}")
+    return ModelCheck(name, kind, tuple(_row(check, function) for check, function in checks.items()))
+
+
+def _row(name: str, check: Callable[[], str]) -> CheckRow:
+    try:
+        return CheckRow(name, "ok", check())
+    except NothingOfTheKind as reason:
+        return CheckRow(name, "none", str(reason))
+    except Exception as error:  # whatever happens in a model of the user's is what the check found
+        first = next(iter(str(error).strip().splitlines()), "")
+        detail = first if isinstance(error, AssertionError) else f"{type(error).__name__}: {first}"
+        return CheckRow(name, "failed", detail)
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,80 @@
+"""The commands that work on results and models: `diffsight gallery`, `diffsight repeat`, `diffsight check`.
+
+Libraries that are slow to import are imported by the commands themselves.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from diffsight.gallery.command_options import parse_setting
+
+_SECONDS = 2.0  # between two looks for new results
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands to those of the command line."""
+    gallery = commands.add_parser(
+        "gallery",
+        help="show all results in a folder on one page",
+        description="Write an index of all results in a folder, with filters, a contact sheet and comparisons.",
+        epilog="example: diffsight gallery diffsight-out",
+    )
+    gallery.add_argument("folder", metavar="FOLDER", type=Path, help="a folder with results, in folders of any depth")
+    gallery.add_argument("--watch", action="store_true", help="keep running, and add results as they are saved")
+    gallery.set_defaults(command=_gallery)
+    repeat = commands.add_parser(
+        "repeat",
+        help="make a result again from its record, and compare",
+        description="Make a result again from its record, and say whether it is identical or how far off it is. "
+        "The exit status is 0 if it is identical, and 1 if it is not.",
+        epilog="example: diffsight repeat diffsight-out/lens.json",
+    )
+    repeat.add_argument("record", metavar="RECORD", type=Path, help="the record, or the folder of the result")
+    repeat.set_defaults(command=_repeat)
+    check = commands.add_parser(
+        "check",
+        help="verify that diffsight works with a model",
+        description="Compare runs of a model with the bare model, and print a table. The exit status is 0 if nothing "
+        "failed, and 1 if something did.",
+        epilog="example: diffsight check diffsight/shapes-clip num_inference_steps=2",
+    )
+    check.add_argument("source", metavar="SOURCE", help="packaged name, folder, hub id or GGUF file")
+    check.add_argument(
+        "arguments", nargs="*", type=parse_setting, metavar="NAME=VALUE", help="arguments of the pipeline"
+    )
+    check.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON as well")
+    check.set_defaults(command=_check)
+
+
+def _gallery(options: argparse.Namespace) -> int:
+    from diffsight.gallery.gallery_index import write_gallery
+
+    print(write_gallery(options.folder), flush=True)
+    try:
+        while options.watch:
+            time.sleep(_SECONDS)
+            write_gallery(options.folder)
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _repeat(options: argparse.Namespace) -> int:
+    from diffsight.gallery.repeating import repeat
+
+    repetition = repeat(options.record)
+    print(repetition)
+    return 0 if repetition.is_identical else 1
+
+
+def _check(options: argparse.Namespace) -> int:
+    from diffsight.gallery.checking import check_model
+    from diffsight.gallery.opening import open_model
+
+    check = check_model(open_model(options.source), **dict(options.arguments))
+    print(check)
+    if options.out:
+        print(check.save(options.out))
+    return 0 if check.is_ok else 1

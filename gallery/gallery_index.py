@@ -1,0 +1,148 @@
+"""The gallery of a folder: a page that shows all results in it, to filter and to compare.
+
+    write_gallery("study")          # study/index.html
+
+The results are in `gallery_data.js` beside the page, which looks there for new ones every few seconds. Thumbnails of
+large images are in the folder `thumbnails`, and are made once.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from PIL import Image
+
+from diffsight.errors import InputError
+from diffsight.lenses.results.saving import check_writable, save_files
+from diffsight.lenses.results.settings import settings_of, subject_of
+
+PAGE, DATA, THUMBNAILS = "index.html", "gallery_data.js", "thumbnails"
+_IMAGES = (".png", ".gif", ".jpg", ".webp")
+_SIZE = (480, 360)  # of a thumbnail, in pixels
+_SMALL = 200_000  # bytes up to which an image is shown itself
+_PARTS = Path(__file__).parent / "gallery_parts"
+
+
+@dataclass(frozen=True)
+class FoundResult:
+    """A result in a folder: its record and the file that holds it."""
+
+    path: Path
+    record: Mapping[str, Any]
+
+
+def write_gallery(folder: str | Path) -> Path:
+    """Write the gallery of a folder, and return the path of its page.
+
+    Args:
+        folder: A folder with results in it, in folders of any depth.
+
+    Raises:
+        InputError: The folder does not exist, has no results, or cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
+    found = list(find_results(folder))
+    if not found:
+        raise InputError(f"there are no results in {folder}: save some with result.save(folder)")
+    check_writable(folder)
+    with ThreadPoolExecutor() as workers:
+        shown = list(workers.map(lambda one: _entry(folder, one), found))
+    data = f"galleryData({json.dumps(shown, ensure_ascii=True)});\n"
+    page = _page(folder.resolve().name)
+    writes = {DATA: data, PAGE: page}
+    save_files(folder, {name: _writer(text) for name, text in writes.items()})
+    return folder / PAGE
+
+
+def find_results(folder: Path) -> Iterator[FoundResult]:
+    """Yield the results in a folder and in those within it, in the order of their paths."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name != THUMBNAILS and not name.startswith("."))
+        for name in sorted(files):
+            if name.endswith(".json"):
+                record = read_record(Path(place, name))
+                if record is not None:
+                    yield FoundResult(Path(place, name), record)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Return the record in a file, or None if the file holds none."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("lens"), str) else None
+
+
+def _entry(folder: Path, found: FoundResult) -> dict[str, Any]:
+    """Return what the page shows of a result."""
+    record, place = found.record, found.path.parent
+    names = sorted(path.name for path in place.iterdir() if path.suffix.lower() in _IMAGES)
+    page = place / "page.html"
+    settings = settings_of(record)
+    date = record.get("call", {}).get("date") or datetime.fromtimestamp(found.path.stat().st_mtime, UTC).isoformat()
+    return {
+        "folder": place.relative_to(folder).as_posix(),
+        "lens": record["lens"],
+        "model": settings.get("model", ""),
+        "prompt": subject_of(record) or (f"{len(record['prompts'])} prompts" if record.get("prompts") else "no prompt"),
+        "seed": record.get("seed"),
+        "date": date[:19],
+        "settings": settings,
+        "base": _address(place, folder),
+        "record": quote(found.path.name),
+        "page": page.name if page.is_file() else "",
+        "images": {Path(name).stem: quote(name) for name in names if name != "grid.png"},
+        "cover": _cover(folder, place, names),
+    }
+
+
+def _cover(folder: Path, place: Path, names: list[str]) -> str:
+    """Return the address of the image that stands for a result: itself if it is small, else a thumbnail."""
+    if not names:
+        return ""
+    name = "grid.png" if "grid.png" in names else names[0]
+    path = place / name
+    state = path.stat()
+    if state.st_size <= _SMALL:
+        return f"{_address(place, folder)}{quote(name)}"
+    key = hashlib.sha256(f"{path.relative_to(folder)} {state.st_mtime_ns} {state.st_size}".encode()).hexdigest()[:20]
+    thumbnail = folder / THUMBNAILS / f"{key}.jpg"
+    if not thumbnail.exists():
+        thumbnail.parent.mkdir(exist_ok=True)
+        _write_thumbnail(path, thumbnail)
+    return f"{THUMBNAILS}/{thumbnail.name}"
+
+
+def _write_thumbnail(path: Path, thumbnail: Path) -> None:
+    unfinished = thumbnail.with_suffix(f".{os.getpid()}.jpg")
+    with Image.open(path) as image:
+        image.thumbnail(_SIZE, Image.Resampling.BILINEAR, reducing_gap=1.5)
+        image.convert("RGB").save(unfinished, "jpeg", quality=85)
+    unfinished.replace(thumbnail)
+
+
+def _address(place: Path, folder: Path) -> str:
+    relative = place.relative_to(folder).as_posix()
+    return "" if relative == "." else f"{quote(relative)}/"
+
+
+def _page(title: str) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(_PARTS)
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    return pages.get_template("gallery.html.jinja").render(title=title, data=DATA)
+
+
+def _writer(text: str) -> Any:
+    return lambda path: path.write_text(text, encoding="utf-8")

@@ -1,0 +1,353 @@
+"""The commands that run lenses: `diffsight lens`, `patch`, `fidelity`, `compare`, `logit-lens`, and `generate`.
+
+Each checks what needs no model first, then loads the model and calls the lens of Python with the same names. With
+`--prompts` or `--seeds`, a command makes a study (`studies.py`).
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffsight.errors import InputError
+from diffsight.gallery.command_options import (
+    FACT,
+    IMAGE_MODEL,
+    LANGUAGE_MODEL,
+    PROMPT,
+    add_drawing,
+    add_layers,
+    add_model,
+    add_prompts,
+    check_prompt_text,
+    parse_steps,
+    positive,
+)
+
+Make = Callable[[str, int, Path], list[Path]]  # of a prompt and a seed, into a folder
+
+
+def add_lens_commands(commands: Any) -> None:
+    """Add the commands to those of the command line."""
+    _add_lens(commands)
+    _add_patch(commands)
+    _add_trajectory(commands)
+    _add_fidelity(commands)
+    _add_compare(commands)
+    _add_logit_lens(commands)
+    _add_generate(commands)
+
+
+# ---- the options of each command
+
+
+def _add_lens(commands: Any) -> None:
+    lens = commands.add_parser(
+        "lens",
+        help="draw a prompt from each layer of a text encoder",
+        description="The diffusion lens: draw a prompt from each layer of a text encoder. Writes the images, a grid of "
+        "them, a page, and a record of all settings.",
+        epilog=f'example: diffsight lens "{PROMPT}" --layers embedding,0:12:3,-1 --seed 1 --out lens',
+    )
+    add_prompts(lens, "what to draw")
+    add_model(lens, IMAGE_MODEL)
+    add_drawing(lens)
+    add_layers(lens, "the embedding and all layers")
+    _add_encoder(lens)
+    lens.set_defaults(command=_lens)
+
+
+def _add_patch(commands: Any) -> None:
+    patch = commands.add_parser(
+        "patch",
+        help="put words of one prompt into the encoding of another",
+        description="Cross-encoder patching: draw a target prompt with hidden states of a source prompt put into its "
+        "text encoder, an image for each layer and word.",
+        epilog='example: diffsight patch "a red circle" "a blue circle" --words red --layers 0,5,-1 --out patch',
+    )
+    patch.add_argument("source", metavar="SOURCE", help="the prompt that hidden states are taken from")
+    patch.add_argument("target", metavar="TARGET", help="the prompt that they are put into")
+    patch.add_argument(
+        "--words", metavar="WORDS", help="words of the source, separated by commas (default: all tokens)"
+    )
+    patch.add_argument("--into", metavar="WORDS", help="words of the target that they replace (default: same places)")
+    add_model(patch, IMAGE_MODEL)
+    add_drawing(patch, several_seeds=False)
+    add_layers(patch, "the embedding and all layers")
+    _add_encoder(patch)
+    patch.set_defaults(command=_patch)
+
+
+def _add_trajectory(commands: Any) -> None:
+    trajectory = commands.add_parser(
+        "trajectory",
+        help="draw what the denoiser predicts at each step",
+        description="The trajectory lens: draw the image that the denoiser predicts at each step. Writes the images, a "
+        "grid of them, a page, and a record of all settings.",
+        epilog=f'example: diffsight trajectory "{PROMPT}" --steps 20 --at 0:20:5 --show prediction,guidance',
+    )
+    add_prompts(trajectory, "what to draw")
+    add_model(trajectory, IMAGE_MODEL)
+    add_drawing(trajectory)
+    trajectory.add_argument(
+        "--at", type=parse_steps, metavar="STEPS", help="steps to draw, such as 0,5,-1 or 0:20:5 (default: all)"
+    )
+    trajectory.add_argument(
+        "--show",
+        default="noisy,prediction",
+        metavar="IMAGES",
+        help='what to draw, separated by commas: noisy, prediction, cond, uncond, guidance, "guidance map" '
+        "(default: %(default)s)",
+    )
+    trajectory.add_argument(
+        "--batch-size", type=positive, metavar="N", help="images to draw in one call (default: all)"
+    )
+    trajectory.set_defaults(command=_trajectory)
+
+
+def _add_fidelity(commands: Any) -> None:
+    fidelity = commands.add_parser(
+        "fidelity",
+        help="measure which parts of a scene each layer knows",
+        description="Layer fidelity: draw scenes from each layer of a text encoder and read what is right in them. "
+        "Works with pipelines that draw the scenes of diffsight's packaged pipelines.",
+        epilog="example: diffsight fidelity --scenes 16 --steps 10 --out fidelity",
+    )
+    fidelity.add_argument("--scenes", type=positive, default=64, help="number of scenes (default: %(default)s)")
+    add_model(fidelity, IMAGE_MODEL)
+    add_drawing(fidelity, several_seeds=False)
+    add_layers(fidelity, "the embedding and all layers")
+    _add_encoder(fidelity)
+    fidelity.set_defaults(command=_fidelity)
+
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare",
+        help="compare the text encoders of one or several pipelines",
+        description="Compare text encoders over the prompts of a file: how similar their layers are, which prompts are "
+        "near to each other, and how tokens drift.",
+        epilog="example: diffsight compare --prompts prompts.txt --models diffsight/shapes-clip,diffsight/shapes-t5",
+    )
+    compare.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="a prompt in each line, or a table"
+    )
+    compare.add_argument("--models", metavar="NAMES", help="several models, separated by commas, in place of --model")
+    compare.add_argument("--images", type=int, default=1, help="prompts that the lens draws (default: %(default)s)")
+    add_model(compare, "diffsight/shapes-flux")
+    add_drawing(compare, several_seeds=False)
+    add_layers(compare, "the embedding and all layers")
+    compare.set_defaults(command=_compare)
+
+
+def _add_logit_lens(commands: Any) -> None:
+    logits = commands.add_parser(
+        "logit-lens",
+        help="show what a language model would predict at each layer",
+        description="The logit lens: what a language model would predict if it stopped at each of its layers. Prints a "
+        "table, and writes it with a page and a record of all settings.",
+        epilog=f'example: diffsight logit-lens "{FACT}" --layers=-4: --tokens " Paris"',
+    )
+    add_prompts(logits, "what to read")
+    add_model(logits, LANGUAGE_MODEL)
+    add_layers(logits, "all layers")
+    logits.add_argument("--tokens", metavar="TOKENS", help='tokens to follow, separated by commas, such as " Paris"')
+    logits.add_argument("--top-k", type=positive, default=5, metavar="N", help="tokens to keep (default: %(default)s)")
+    logits.set_defaults(command=_logit_lens)
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="draw a prompt",
+        description="Draw a prompt and write the image.",
+        epilog=f'example: diffsight generate "{PROMPT}" --seed 7 --out images',
+    )
+    add_prompts(generate, "what to draw")
+    add_model(generate, IMAGE_MODEL)
+    add_drawing(generate)
+    generate.set_defaults(command=_generate)
+
+
+def _add_encoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--encoder", metavar="NAME", help="text encoder (default: the first whose tokens the pipeline uses)"
+    )
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="rows to draw in one call (default: all)")
+
+
+# ---- what each command does
+
+
+def _lens(options: argparse.Namespace) -> None:
+    def load() -> Make:
+        from diffsight.lenses.diffusion_lens import diffusion_lens
+
+        model, arguments = _pipeline(options)
+        arguments |= _encoder_options(options)
+        return lambda prompt, seed, out: diffusion_lens(model, prompt, seed=seed, **arguments).save(out)
+
+    _one_or_study(options, load, PROMPT)
+
+
+def _patch(options: argparse.Namespace) -> None:
+    for prompt in (options.source, options.target):
+        check_prompt_text(prompt, PROMPT)
+    model, arguments = _pipeline(options)
+    from diffsight.lenses.encoder_patching import encoder_patching
+
+    words = {name: _listed(getattr(options, name)) for name in ("words", "into")}
+    arguments |= {**_encoder_options(options), **words, "seed": options.seed}
+    _print(encoder_patching(model, options.source, options.target, **arguments).save(options.out))
+
+
+def _trajectory(options: argparse.Namespace) -> None:
+    def load() -> Make:
+        from diffsight.lenses.trajectory_lens import trajectory_lens
+
+        model, arguments = _pipeline(options)
+        arguments |= {"steps": options.at, "show": _listed(options.show), "batch_size": options.batch_size}
+        return lambda prompt, seed, out: trajectory_lens(model, prompt, seed=seed, **arguments).save(out)
+
+    _one_or_study(options, load, PROMPT)
+
+
+def _fidelity(options: argparse.Namespace) -> None:
+    model, arguments = _pipeline(options)
+    from diffsight.lenses.layer_fidelity import layer_fidelity
+
+    result = layer_fidelity(model, options.scenes, seed=options.seed, **_encoder_options(options), **arguments)
+    print(result)
+    _print(result.save(options.out))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from diffsight.gallery.prompt_files import read_prompts
+
+    prompts = list(dict.fromkeys(read_prompts(options.prompts)))
+    names = _listed(options.models) or [options.model]
+    models = {}
+    for name in names:
+        models[name], arguments = _pipeline(argparse.Namespace(**{**vars(options), "model": name}))
+    from diffsight.lenses.compare_encoders import compare_encoders
+
+    result = compare_encoders(
+        models, prompts, layers=options.layers, images=options.images, seed=options.seed, **arguments
+    )
+    _print(result.save(options.out))
+
+
+def _logit_lens(options: argparse.Namespace) -> None:
+    options.seeds, options.seed = None, 0
+
+    def load() -> Make:
+        from diffsight.lenses.logit_lens import logit_lens
+        from diffsight.lenses.results.saving import check_place
+        from diffsight.pipelines.language.model import LanguageModel
+
+        check_place(options.out)
+        _load_quietly()
+        model = LanguageModel(options.model)
+        chosen = {"layers": options.layers, "tokens": _listed(options.tokens), "top_k": options.top_k}
+
+        def make(prompt: str, seed: int, out: Path) -> list[Path]:
+            result = logit_lens(model, prompt, **chosen)
+            if options.prompts is None:
+                print(result)
+            return result.save(out)
+
+        return make
+
+    _one_or_study(options, load, FACT)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    def load() -> Make:
+        from diffsight.lenses.results.outputs import image_of
+        from diffsight.lenses.results.saving import names_a_file, save_files
+
+        model, arguments = _pipeline(options)
+
+        def make(prompt: str, seed: int, out: Path) -> list[Path]:
+            image = image_of(model.generate(prompt, seed=seed, **arguments).images[0])
+            out = out.expanduser()
+            if names_a_file(out):
+                return save_files(out.parent, {out.name: image.save})
+            return save_files(out, {f"seed_{seed}.png": image.save})
+
+        return make
+
+    _one_or_study(options, load, PROMPT)
+
+
+def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example: str) -> None:
+    """Make one result, or a study if there is a file of prompts or are several seeds.
+
+    Args:
+        options: The options of the command.
+        load: Loads the model, and returns the function that makes a result.
+        example: A prompt for error messages.
+    """
+    if (options.prompt is None) == (options.prompts is None):
+        raise InputError("pass a prompt, or a file with --prompts" + (", not both" if options.prompt else ""))
+    if options.prompts is None:
+        check_prompt_text(options.prompt, example)
+    if options.prompts is None and not options.seeds:
+        if options.dry_run:
+            print(f"1 result in {options.out}")
+            return
+        _print(load()(options.prompt, options.seed, options.out))
+        return
+    from diffsight.gallery.prompt_files import read_prompts
+    from diffsight.gallery.studies import Study
+
+    prompts = [options.prompt] if options.prompts is None else read_prompts(options.prompts)
+    for prompt in prompts:
+        check_prompt_text(prompt, example)
+    left_out = ("command", "prompt", "prompts", "seed", "seeds", "out", "dry_run")
+    settings = {name: repr(value) for name, value in vars(options).items() if name not in left_out}
+    settings["lens"] = options.command.__name__.strip("_")
+    study = Study(options.out, prompts, options.seeds or [options.seed], settings)
+    study.check()
+    print(study)
+    if not options.dry_run:
+        print(study.run(load() if study.missing() else None))
+
+
+def _pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the model and the arguments of the pipeline. Whatever needs no model is checked before it is loaded."""
+    if options.seed < 0:
+        raise InputError(f"a seed is an integer from 0 on, not {options.seed}")
+    from diffsight.lenses.results.saving import check_place
+    from diffsight.pipelines.diffusion.model import DiffusionModel
+
+    check_place(options.out)
+    _load_quietly()
+    model = DiffusionModel(options.model)
+    scheduler = getattr(model.pipeline, "scheduler", None)
+    most = scheduler.config.get("num_train_timesteps") if scheduler else None
+    if options.steps and most and options.steps > most:
+        raise InputError(f"{options.steps} steps are too many: the scheduler has {most}")
+    return model, {**({"num_inference_steps": options.steps} if options.steps else {}), **dict(options.settings)}
+
+
+def _load_quietly() -> None:
+    """Turn off the progress bars of loading: lenses have their own."""
+    import diffusers
+    import transformers
+
+    diffusers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
+
+
+def _encoder_options(options: argparse.Namespace) -> dict[str, Any]:
+    return {"encoder": options.encoder, "layers": options.layers, "batch_size": options.batch_size}
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else text.split(",")
+
+
+def _print(paths: list[Path]) -> None:
+    for path in paths:
+        print(path)

@@ -1,0 +1,38 @@
+"""Open a model of any kind by its name, for commands that take all of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffsight.errors import InputError
+from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
+
+
+def open_model(source: str) -> Any:
+    """Return the model that a name stands for: a packaged name, a folder, a GGUF file or a hub id.
+
+    Raises:
+        InputError: The name does not stand for a model.
+    """
+    from diffsight import DiffusionModel, LanguageModel, VisionLanguageModel
+
+    path = Path(source).expanduser()
+    if source in PIPELINES or (path / "model_index.json").is_file():
+        return DiffusionModel(source)
+    if source in LANGUAGE_MODELS or path.suffix == ".gguf":
+        return LanguageModel(source)
+    if (path / "config.json").is_file():
+        return VisionLanguageModel(source) if _sees_images(path / "config.json") else LanguageModel(source)
+    try:
+        return DiffusionModel(source)
+    except InputError:
+        if path.exists() or source.startswith("diffsight/"):
+            raise
+    return LanguageModel(source)
+
+
+def _sees_images(config: Path) -> bool:
+    try:
+        return "vision_config" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,59 @@
+"""Read prompts from a file: a prompt in each line, or the tables of benchmarks.
+
+read_prompts(Path("PartiPrompts.tsv"))      # a column called "Prompt"
+read_prompts(Path("geneval.jsonl"))         # an object in each line, with a key "prompt"
+read_prompts(Path("color_val.txt"))         # T2I-CompBench: a prompt in each line
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffsight.errors import InputError
+
+_NAMES = ("prompt", "text", "caption")  # of a column or a key, in upper or lower case
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts in a file. Empty lines are left out.
+
+    Raises:
+        InputError: The file cannot be read, is not UTF-8 text, or has no prompts.
+    """
+    try:
+        text = path.expanduser().read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"the prompts cannot be read: {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text, from byte {error.start} on: convert it first") from None
+    lines = [line for line in text.splitlines() if line.strip()]
+    kinds = {".tsv": _of_table, ".csv": _of_table, ".jsonl": _of_objects, ".ndjson": _of_objects}
+    found = [prompt.strip() for prompt in kinds.get(path.suffix.lower(), iter)(lines) if prompt.strip()]
+    if not found:
+        raise InputError(f"{path} has no prompts")
+    return found
+
+
+def _of_table(lines: list[str]) -> Iterator[str]:
+    dialect = "excel-tab" if lines and "\t" in lines[0] else "excel"
+    rows = csv.DictReader(lines, dialect=dialect)
+    column = _known(rows.fieldnames or [], "no column")
+    return ((row[column] or "") for row in rows)
+
+
+def _of_objects(lines: list[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            raise InputError(f"object {number} of the prompts is not JSON: {line[:60]!r}") from None
+        yield found if isinstance(found, str) else str(found[_known(found, f"object {number} has no key")])
+
+
+def _known(names: object, missing: str) -> str:
+    """Return the first name that means a prompt."""
+    found = next((name for wanted in _NAMES for name in names if str(name).lower() == wanted), None)
+    if found is None:
+        raise InputError(f"{missing} `prompt`: there are {', '.join(map(str, names))}")
+    return found

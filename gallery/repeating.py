@@ -1,0 +1,242 @@
+"""Make a result again from its record, and compare.
+
+    repetition = repeat("diffsight-out")
+    print(repetition)                   # identical, or how far off, with the versions then and now
+    repetition.is_identical
+
+Every file is compared with what the lens writes now: images by their pixels, numbers by their values, the record by
+its entries. The page is left out, since it holds the same.
+"""
+
+import importlib
+import inspect
+import io
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageSequence
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from diffsight.errors import InputError
+from diffsight.gallery.gallery_index import read_record
+from diffsight.lenses.results.call_values import ArgumentDecoder, UnknownValueError, named
+from diffsight.lenses.results.result import ARGUMENTS, PAGE, LensResult
+from diffsight.lenses.results.saving import versions
+
+_NOT_COMPARED = ("versions", "call")  # entries of a record
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """What a result looks like when it is made again.
+
+    Attributes:
+        record: The file of the record.
+        result: The result, made again.
+        compared: The names of the files that were compared.
+        differences: What differs, by the name of the file.
+        notes: What has changed about the models.
+        then: The versions of the libraries in the record.
+        now: The versions of the libraries that are installed.
+    """
+
+    record: Path
+    result: LensResult = field(repr=False)
+    compared: tuple[str, ...]
+    differences: Mapping[str, str]
+    notes: tuple[str, ...]
+    then: Mapping[str, str]
+    now: Mapping[str, str]
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether nothing differs, to the bit."""
+        return not self.differences
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=110, color_system=None)
+        files = f"{len(self.compared)} file{'s' * (len(self.compared) > 1)}"
+        console.print("identical" if self.is_identical else "different", f"({files} compared with {self.record})")
+        for name, difference in self.differences.items():
+            console.print(f"  {name}: {difference}", markup=False, highlight=False)
+        for note in self.notes:
+            console.print(f"  note: {note}", markup=False, highlight=False)
+        table = Table("", "then", "now", box=None, pad_edge=False)
+        for name in {**self.then, **self.now}:
+            then, now = self.then.get(name, "-"), self.now.get(name, "-")
+            table.add_row(name, then, now, "" if then == now else "changed")
+        console.print(table)
+        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def repeat(path: str | Path, **replaced: Any) -> Repetition:
+    """Make a result again from its record, and compare it with the saved files.
+
+        repeat("diffsight-out")
+        repeat("steered", model=steered)        # a live or edited model must be passed
+
+    Args:
+        path: The record of a result, or the folder with it.
+        replaced: Arguments to use in place of those in the record.
+
+    Raises:
+        InputError: There is no record, or it does not say enough to make the result again.
+    """
+    path = _find(Path(path).expanduser())
+    record = read_record(path)
+    if record is None:
+        raise InputError(f"{path} is not the record of a result")
+    call = record.get("call")
+    if not isinstance(call, dict):
+        raise InputError(f"{path} does not say how the result was made: a result that a lens returned can be repeated")
+    result = _call_again(path, call, replaced)
+    with tempfile.TemporaryDirectory() as folder:
+        names = [one.name for one in result.save(folder) if one.name not in (PAGE, ARGUMENTS)]
+        differences = {}
+        for name in names:
+            old = path if name == result.record_file else path.parent / name
+            difference = _difference(old, Path(folder) / name)
+            differences |= {name: difference} if difference else {}
+    notes = tuple(_notes(call, result.call.record()))
+    return Repetition(path, result, tuple(names), differences, notes, record.get("versions", {}), versions())
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise InputError(f"there is no {path}")
+    found = [one for one in sorted(path.glob("*.json")) if read_record(one) is not None]
+    if len(found) != 1:
+        what = f"several results ({', '.join(one.name for one in found)}): name one of them" if found else "no result"
+        raise InputError(f"{path} has {what}")
+    return found[0]
+
+
+class _Models(dict):
+    """The models of a call by name, each loaded when it is first asked for."""
+
+    def __init__(self, records: Mapping[str, Any], passed: Mapping[str, Any]) -> None:
+        super().__init__(passed)
+        self._records = records
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = model = _load(name, self._records[name])
+        return model
+
+
+def _load(name: str, record: Mapping[str, Any]) -> Any:
+    if not record["source"]:
+        raise InputError(f"{name} was a live model: pass it, repeat(path, {name}={name})")
+    if record["edits"]:
+        raise InputError(
+            f"{name} had edits, which the record shows: pass the edited model, repeat(path, {name}={name})"
+        )
+    kind = getattr(importlib.import_module("diffsight"), record["kind"])
+    return kind(record["source"], **ArgumentDecoder({}, {}).decode(record["options"]))
+
+
+def _call_again(path: Path, call: Mapping[str, Any], replaced: Mapping[str, Any]) -> Any:
+    """Call the function of a record again and return its result."""
+    function = named(call["function"])
+    models = _Models(call["models"], replaced)
+    decoder = ArgumentDecoder(_tensors(path.parent / ARGUMENTS), models)
+    arguments = {key: value for key, value in replaced.items() if key not in call["models"]}
+    for key, value in call["arguments"].items():
+        try:
+            arguments[key] = replaced[key] if key in replaced else decoder.decode(value)
+        except LookupError:
+            raise InputError(f"{path.parent / ARGUMENTS} does not have {key}: pass it, repeat(path, {key}=…)") from None
+        except UnknownValueError as error:
+            raise InputError(f"{key} cannot be repeated, because {error}: pass it, repeat(path, {key}=…)") from None
+    if "progress" in inspect.signature(function).parameters:
+        arguments["progress"] = False
+    return function(**arguments)
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        return {}
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+
+
+# ---- comparing
+
+
+def _notes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what has changed about the models."""
+    for name, model in old["models"].items():
+        now = new["models"].get(name)
+        if now is None:
+            continue
+        for what in ("weights", "revision"):
+            if model[what] != now[what]:
+                yield f"{name} has other {what} than then: {now[what]} instead of {model[what]}"
+
+
+def _difference(old: Path, new: Path) -> str:
+    """Return how two files differ, or "" if they do not."""
+    if not old.is_file():
+        return "missing"
+    try:
+        return _COMPARE.get(new.suffix, _of_bytes)(old, new)
+    except (OSError, ValueError, SafetensorError) as error:
+        return f"damaged: {error}"
+
+
+def _of_images(old: Path, new: Path) -> str:
+    a, b = (_pixels(path) for path in (old, new))
+    if a.shape != b.shape:
+        return f"another size: {_size(b)} instead of {_size(a)}"
+    most, share = int(np.abs(a - b).max()), float((a != b).mean())
+    return f"up to {most} of 255, in {share:.2%} of the values" if most else ""
+
+
+def _pixels(path: Path) -> np.ndarray:
+    """Return the frames of an image, (frames, height, width, channels)."""
+    with Image.open(path) as image:
+        return np.stack([np.asarray(frame.convert("RGBA"), dtype=int) for frame in ImageSequence.Iterator(image)])
+
+
+def _size(pixels: np.ndarray) -> str:
+    frames, height, width, _ = pixels.shape
+    return f"{width} x {height}" + (f", {frames} frames" if frames > 1 else "")
+
+
+def _of_tensors(old: Path, new: Path) -> str:
+    a, b = load_file(old), load_file(new)
+    found = [f"{name} is only in one of them" for name in a.keys() ^ b.keys()]
+    for name in sorted(a.keys() & b.keys()):
+        one, other = a[name], b[name]
+        if one.shape != other.shape or one.dtype != other.dtype:
+            found.append(f"{name} has the shape {tuple(other.shape)} instead of {tuple(one.shape)}")
+        elif not torch.equal(one.nan_to_num(), other.nan_to_num()) or not torch.equal(one.isnan(), other.isnan()):
+            off = (one.double() - other.double()).abs().masked_fill(one.isnan() & other.isnan(), 0)
+            most = off.nan_to_num(torch.inf).max().item()
+            found.append(f"{name} by up to {most:.3g}")
+    return "; ".join(found)
+
+
+def _of_records(old: Path, new: Path) -> str:
+    a, b = (json.loads(path.read_text(encoding="utf-8")) for path in (old, new))
+    names = [name for name in {**a, **b} if name not in _NOT_COMPARED and a.get(name) != b.get(name)]
+    return f"other {', '.join(names)}" if names else ""
+
+
+def _of_bytes(old: Path, new: Path) -> str:
+    return "" if old.read_bytes() == new.read_bytes() else "other content"
+
+
+_COMPARE = {".png": _of_images, ".gif": _of_images, ".safetensors": _of_tensors, ".json": _of_records}

@@ -1,0 +1,1 @@
+"""Helpers of lenses on attention."""

@@ -1,0 +1,95 @@
+"""Concepts: words that look at the image without being seen by it (Helbling et al., ConceptAttention, ICML 2025).
+
+Two rows are drawn from the same noise. The first has the prompt. In the second the words take the place of the prompt
+in the text stream, and wherever the image attends in it, it goes on with what it got in the first row. So the image is
+the same in both, and the words attend to themselves and to it.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from diffsight.errors import InputError
+from diffsight.lenses.attention.word_keys import WordKeys
+from diffsight.pipelines.diffusion.attention import Attention
+from diffsight.pipelines.diffusion.model import DiffusionModel
+
+_SAME = 1e-3  # of the length of a query: what computing in a batch may change
+
+
+class Concepts:
+    """Words in the place of the prompt of one text encoder.
+
+    Args:
+        model: The model.
+        prompt: The prompt of the image.
+        words: The words.
+        encoder: The text encoder that reads them. None: the last one with a prompt of its own.
+        joint: The products of text and image.
+        arguments: The arguments of the pipeline.
+
+    Raises:
+        InputError: The pipeline has no joint attention, or the words cannot be given to the encoder alone.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        prompt: str,
+        words: Sequence[str] | str | None,
+        encoder: str | None,
+        joint: Sequence[Attention],
+        arguments: Mapping[str, Any],
+    ) -> None:
+        if not joint:
+            raise InputError(
+                f'method="concept" needs joint attention of text and image, and {type(model.pipeline).__name__} has '
+                'none that was found: use method="cross"'
+            )
+        self._joint = joint
+        named = [words] if isinstance(words, str) else words
+        if named is None:
+            named = WordKeys(model, prompt, None, encoder, arguments).names
+        if not named or not all(isinstance(word, str) and word.strip() for word in named):
+            raise InputError("words: write one word or several")
+        encoder = encoder or [name for name in joint[0].text if _argument(name) in model.argument_names][-1]
+        text, argument = " ".join(named), _argument(encoder)
+        self._words = WordKeys(model, prompt, named, encoder, arguments, (argument, text))
+        self.arguments = {"prompt": [prompt, prompt], **arguments, argument: [prompt, text]}
+        self.names = self._words.names
+
+    def tokens(self, attention: Attention) -> list[list[int]]:
+        """Return the queries of each word in the second row."""
+        return self._words.keys(attention)
+
+    def read(
+        self, run: Any, is_read: Callable[[Attention], bool], add: Callable[[Attention, torch.Tensor], None]
+    ) -> None:
+        """Run one step. Let the image of the second row go on with what it got in the first, and call `add` with the
+        products of the outputs, (heads, words, positions of the image)."""
+        first, second = run.cond.rows
+        for number, attention in enumerate(self._joint):
+            image = slice(attention.image.start, attention.image.stop)
+            if number == 0:
+                _check_same(*(row[attention.path].q[:, image] for row in (first, second)))
+            seen, words = (row[attention.path].heads_output for row in (first, second))
+            if is_read(attention):
+                spoken = [words[0, tokens].mean(0) for tokens in self.tokens(attention)]
+                add(attention, torch.einsum("whf,nhf->hwn", torch.stack(spoken).float(), seen[0, image].float()))
+            words[:, image] = seen[:, image]
+
+
+def _argument(encoder: str) -> str:
+    """Return the argument of a pipeline that a text encoder reads: `prompt_2` for `text_encoder_2`."""
+    number = re.search(r"_\d+$", encoder)
+    return f"prompt{number.group()}" if number else "prompt"
+
+
+def _check_same(a: torch.Tensor, b: torch.Tensor) -> None:
+    if (a - b).norm() > _SAME * a.norm():
+        raise InputError(
+            'method="concept" cannot be used with this pipeline: what the image computes depends on the words in '
+            "another way too, such as a pooled vector of the same text encoder"
+        )

@@ -1,0 +1,50 @@
+"""Sums of attention maps, in memory that depends on neither the number of steps nor that of layers.
+
+sums = MapSums()
+sums.add("", attention, values)         # (words, positions of the image)
+maps = sums.mean("")                    # (words, rows, columns): the mean of all, each in the size of the largest
+"""
+
+import torch
+from torch.nn import functional as F
+
+from diffsight.pipelines.diffusion.attention import Attention
+
+
+class MapSums:
+    """Sums of maps, one for each group and size."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
+        self._counts: dict[str, int] = {}
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups, in the order in which they were first added to."""
+        return tuple(self._sums)
+
+    def add(self, group: str, attention: Attention, values: torch.Tensor) -> None:
+        """Add the maps of one product, (words, positions of the image)."""
+        maps = values.detach().float().cpu().unflatten(-1, attention.grid)
+        sums = self._sums.setdefault(group, {})
+        if attention.grid in sums:
+            sums[attention.grid] += maps
+        else:
+            sums[attention.grid] = maps.clone()
+        self._counts[group] = self._counts.get(group, 0) + 1
+
+    def mean(self, group: str | None = None) -> torch.Tensor:
+        """Return the mean of the maps of a group, or of all, (words, rows, columns), with frames before the rows."""
+        groups = self.groups if group is None else (group,)
+        size = max((grid for one in self._sums.values() for grid in one), key=lambda grid: grid[-1])
+        total = sum(_resized(maps, size) for one in groups for maps in self._sums[one].values())
+        return total / sum(self._counts[one] for one in groups)
+
+
+def _resized(maps: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    """Return maps in another size, bicubic."""
+    if maps.shape[1:] == size:
+        return maps
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    resized = F.interpolate(flat, size=size[-2:], mode="bicubic", align_corners=False)
+    return resized.reshape(*maps.shape[:-2], *size[-2:])

@@ -1,0 +1,76 @@
+"""Which keys of the attention modules belong to the words of a prompt.
+
+words = WordKeys(model, prompt, None, None, arguments)
+words.names                             # ("red", "circle"): the words that were asked for, or all of the prompt
+words.keys(attention)                   # the keys of each word in a product, a list for each word
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffsight.errors import InputError, suggest
+from diffsight.pipelines.diffusion.attention import Attention
+from diffsight.pipelines.diffusion.encoding import record_encoding
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.words import PromptWords, align_words
+
+
+class WordKeys:
+    """The words of a prompt, and their keys.
+
+    Args:
+        model: The model.
+        prompt: The prompt.
+        words: The words that are asked for, each of one or several words of the prompt. None: all of the prompt.
+        encoder: The text encoder whose tokens count. None: those of every text encoder.
+        arguments: The arguments of the pipeline.
+        other: The name of an argument that holds another text, and the text: the words are looked for in that.
+
+    Raises:
+        InputError: A word is not in the prompt, or the encoder does not exist.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        prompt: str,
+        words: Sequence[str] | str | None,
+        encoder: str | None,
+        arguments: Mapping[str, Any],
+        other: tuple[str, str] | None = None,
+    ) -> None:
+        given = {"prompt": prompt, **arguments} | (dict([other]) if other else {})
+        records = record_encoding(model, given.pop("prompt"), given).encoders
+        prompt = other[1] if other else prompt
+        if encoder is not None and encoder not in records:
+            raise InputError(f"there is no text encoder {encoder!r}{suggest(encoder, records)}: {', '.join(records)}")
+        self._aligned: dict[str, PromptWords] = {}
+        for name, record in records.items():
+            if record.tokenizer is not None and encoder in (None, name):
+                ids = record.prompt.ids[record.prompt.rows[0]].tolist()
+                self._aligned[name] = align_words(getattr(model.pipeline, record.tokenizer), prompt, ids)
+        if not self._aligned:
+            raise InputError(f"{type(model.pipeline).__name__} has no text encoder whose tokens are known")
+        first = next(iter(self._aligned.values()))
+        words = [words] if isinstance(words, str) else words
+        self.names = tuple(words or dict.fromkeys(word for word in first.words if word[0].isalnum()))
+        for word in self.names:
+            first.find(word)
+
+    def keys(self, attention: Attention) -> list[list[int]]:
+        """Return the keys of each word in a product.
+
+        Raises:
+            InputError: None of the tokens of a word is among the keys.
+        """
+        return [self._of_word(attention, word) for word in self.names]
+
+    def _of_word(self, attention: Attention, word: str) -> list[int]:
+        found = set()
+        for encoder, keys in attention.text.items():
+            if encoder in self._aligned:
+                tokens = [token for span in self._aligned[encoder].find(word) for token in span]
+                found |= {keys[token] for token in tokens if token < len(keys) and keys[token] is not None}
+        if not found:
+            raise InputError(f"{word!r} has no key in {attention.name}: its tokens are not among the text there")
+        return sorted(found)

@@ -1,0 +1,105 @@
+"""What a record says about a model, so that a result can be made again and another model is noticed.
+
+Weights are recorded as a fingerprint: a hash over the name, shape and dtype of every weight, and over up to 1024 of its
+values at equal distances. It takes no time even for large models, and differs between checkpoints and fine-tunes.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.language.model import LanguageModel
+
+Model = DiffusionModel | LanguageModel
+
+_VALUES = 1024  # of each weight
+_known: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = WeakKeyDictionary()  # versions of weights, and their hash
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """A model, as a record describes it.
+
+    Attributes:
+        kind: The class, such as "LanguageModel".
+        source: What it was loaded from: a name or a folder. None for a live model.
+        options: The other arguments it was loaded with, as JSON stores them (see `call_values.py`).
+        revision: The commit that a model hub named, if any.
+        weights: The fingerprint of the weights.
+        edits: The edits on the model: where each was written, and its source.
+    """
+
+    kind: str
+    source: str | None
+    options: Mapping[str, Any]
+    revision: str | None
+    weights: str
+    edits: tuple[Mapping[str, str | None], ...] = field(default=(), repr=False)
+
+    @classmethod
+    def of(cls, model: Model, encode: Callable[[str, Any], Any]) -> "ModelRecord":
+        """Return the record of a model. `encode(name, value)` returns an option as JSON stores it."""
+        loaded = getattr(model, "loaded_from", None) or {}
+        options = {name: encode(name, value) for name, value in loaded.items() if name != "source"}
+        source = None if "source" not in loaded else str(loaded["source"])
+        return cls(
+            type(model).__name__, source, options, _revision(model), fingerprint(model), tuple(map(_edit, model.edits))
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON stores it."""
+        return asdict(self)
+
+
+def fingerprint(model: Model) -> str:
+    """Return the fingerprint of a model's weights, see above."""
+    digest = hashlib.sha256()
+    for name, module in _modules(model):
+        digest.update(f"{name} {_hash(module)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
+    root = model.module
+    parts = {"": root} if isinstance(root, nn.Module) else root.components
+    return ((name, part) for name, part in parts.items() if isinstance(part, nn.Module))
+
+
+def _hash(module: nn.Module) -> str:
+    weights = dict(module.state_dict(keep_vars=True))
+    versions = tuple(
+        (value.data_ptr(), value._version) for value in weights.values() if isinstance(value, nn.Parameter)
+    )
+    known = _known.get(module)
+    if known is None or known[0] != versions:
+        digest = hashlib.sha256()
+        for name, value in weights.items():
+            if isinstance(value, torch.Tensor):
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(_sample(value.detach()))
+        known = _known[module] = versions, digest.hexdigest()
+    return known[1]
+
+
+def _sample(value: torch.Tensor) -> bytes:
+    if value.is_meta or not value.numel() or value.layout is not torch.strided:
+        return b""
+    flat = value.reshape(-1) if value.is_contiguous() else value.flatten()
+    few = flat[:: max(1, len(flat) // _VALUES)]
+    return few.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _revision(model: Model) -> str | None:
+    config = getattr(model.module, "config", None)
+    found = getattr(config, "_commit_hash", None)
+    return found if isinstance(found, str) else None
+
+
+def _edit(edit: Any) -> dict[str, str | None]:
+    return {"where": edit.where, "source": edit.source}

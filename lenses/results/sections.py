@@ -1,0 +1,84 @@
+"""What a result shows, as data: images, tables of words, curves, heat maps, and maps on an image.
+
+A result lists its sections in `sections()`. The HTML page (`page.py`) and the terminal (`terminal.py`) draw them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Media:
+    """A video or a sound: an image that stands for it, and the file that plays it."""
+
+    image: Image.Image
+    mime: str
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ImageSection:
+    """Images in rows: names of rows to names of cells to images. A single row may have the name ""."""
+
+    title: str
+    rows: Mapping[str, Mapping[str, Image.Image | Media]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table. `value`, from 0 to 1, colours it, and `details` are the texts and values behind it."""
+
+    text: str
+    value: float | None = None
+    details: Sequence[tuple[str, float]] = ()
+
+
+@dataclass(frozen=True)
+class TableSection:
+    """A table: names of rows to their cells, one for each of `columns`. `corner` says what the rows are."""
+
+    title: str
+    corner: str
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[Cell]]
+    label: str = "probability"
+
+
+@dataclass(frozen=True)
+class CurveSection:
+    """Curves by name over the same places, such as layers. `axis` says what the places are, `label` the values."""
+
+    title: str
+    axis: str
+    places: Sequence[str]
+    lines: Mapping[str, Sequence[float]]
+    label: str = "probability"
+
+
+@dataclass(frozen=True)
+class HeatMapSection:
+    """A heat map of values, (rows, columns)."""
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: torch.Tensor
+    label: str
+    axes: tuple[str, str] = ("layer", "layer")  # what rows and columns are
+
+
+@dataclass(frozen=True)
+class OverlaySection:
+    """Maps by name, (rows, columns) each, on an image, and the words of their cells if there are any."""
+
+    title: str
+    image: Image.Image
+    maps: Mapping[str, torch.Tensor]
+    words: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
+    label: str = "probability"
+
+
+Section = ImageSection | TableSection | CurveSection | HeatMapSection | OverlaySection

@@ -1,0 +1,215 @@
+"""Attention modules: their probabilities, queries, keys and values, and the output of each head, in every wrapper.
+
+    attn = run.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    attn.attention_probs                    # (batch, heads, queries, keys)
+    attn.q, attn.k, attn.v                  # (batch, tokens, heads, features), as they meet in the product
+    attn.heads_output[:, :, 3] = 0          # (batch, tokens, heads, features): remove head 3
+    attn.products[1].attention_probs        # of the second product, where a module makes several in one call
+
+The values are watched by a function mode while the module computes, see `attention_mode.py`.
+"""
+
+import operator
+import re
+from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import Any
+
+from torch import nn
+
+from diffsight.errors import InputError, PointNotFoundError, suggest
+from diffsight.extending import FORWARD, Points, Tap, Target, Tree, assign, fetch, join, points_on, target_of
+from diffsight.pipelines.attention_mode import VALUES, AttentionMode
+
+_PRODUCTS = "products"
+_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+_SEEN = re.compile(r"eager|sdpa|native(?!_(npu|xla|flex))", re.IGNORECASE)  # backends whose products can be seen
+
+
+class _Watching:
+    """Undoes that a mode watches a module for a value."""
+
+    def __init__(self, mode: AttentionMode, undo: Callable[[], None]) -> None:
+        self.mode, self.remove = mode, undo
+
+
+class AttentionValue(Target):
+    """A value in a product of an attention module.
+
+    Args:
+        attention: The target of the module.
+        value: One of `VALUES`.
+        number: The number of the product in a call. None: the only one.
+    """
+
+    __slots__ = ("number", "value")
+    is_value = True
+
+    def __init__(self, attention: Target, value: str, number: int | None = None) -> None:
+        name = value if number is None else f"{_PRODUCTS}[{number}].{value}"
+        super().__init__(attention.owner, name, join(attention.path, name), attention)
+        self.value, self.number = value, number
+
+    def point(self, part: str, call: int) -> str:
+        return join(join(self.outer.path, f"calls[{call}]") if call else self.outer.path, self.name)
+
+    def attach(self, tap: Tap) -> _Watching:
+        """Watch the module from now on."""
+        flow, calls = tap.host, tap.host.taps[self.outer.key]
+        tap.entered, tap.step_base = calls.entered - len(calls.active), calls.step_base
+        values = (other for other in flow.taps.values() if isinstance(other.target, AttentionValue) and other.hooks)
+        first = next(values, None)
+        mode = AttentionMode() if first is None else first.hooks[0].mode
+        return _Watching(mode, mode.add(tap, calls, (self.number, self.value)))
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        raise InputError(f"{self.path} is a value and cannot be called")
+
+    @property
+    def if_missing(self) -> str:
+        return f"{type(self.outer.owner).__name__} makes no product of attention there that diffsight can see"
+
+
+class AttentionTree(Tree):
+    """A tree in which attention modules have the values of their products."""
+
+    def named_value(self, points: Points, name: str) -> "Points | Products | None":
+        target = target_of(points)
+        if name not in (*VALUES, _PRODUCTS) or target.name != FORWARD:
+            return None
+        if not can_attend(target.owner) or hasattr(target.owner, name):
+            return None
+        if name == _PRODUCTS:
+            _check_attention(target, name)
+            return Products(points)
+        return points_on(points, attention_value(target, name))
+
+    def value_names(self, target: Target) -> tuple[str, ...]:
+        return (*VALUES, _PRODUCTS) if is_attention(target.owner) else ()
+
+
+def attention_value(attention: Target, name: str) -> AttentionValue:
+    """Return the target of a value of an attention module, such as "attention_probs".
+
+    Raises:
+        InputError: The module contains several attention modules, or computes with a kernel that shows nothing.
+    """
+    _check_attention(attention, name)
+    return AttentionValue(attention, name)
+
+
+class Products:
+    """The products that an attention module makes in one call, by number: `attn.products[1].attention_probs`."""
+
+    __iter__ = None  # it is not known how many there will be
+
+    def __init__(self, points: Points) -> None:
+        self._points = points
+
+    def __getitem__(self, index: int) -> "Product":
+        if isinstance(index, bool) or not hasattr(index, "__index__") or operator.index(index) < 0:
+            raise IndexError(f".products takes the number of a product, 0 for the first, not {index!r}")
+        return Product(self._points, operator.index(index))
+
+    def named(self, name: str) -> "Product | None":
+        """Return the product with a number, as a path writes it."""
+        return self[int(name)] if name.isdigit() else None
+
+    def __repr__(self) -> str:
+        return f"<products of {target_of(self._points).path}>"
+
+
+class Product:
+    """One product of an attention module: its values can be read and assigned."""
+
+    def __init__(self, points: Points, number: int) -> None:
+        self.__dict__.update(_points=points, _number=number)
+
+    def named(self, name: str) -> Points | None:
+        """Return the points of a value of the product."""
+        if name not in VALUES:
+            return None
+        return points_on(self._points, AttentionValue(target_of(self._points), name, self._number))
+
+    def __getattr__(self, name: str) -> Any:
+        found = None if name.startswith("__") else self.named(name)
+        if found is None:
+            raise AttributeError(f"{self!r} has no {name!r}{suggest(name, VALUES)}")
+        return fetch(found, "output")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        found = self.named(name)
+        if found is None:
+            raise PointNotFoundError(f"{self!r} has no {name!r}{suggest(name, VALUES)}")
+        assign(found, "output", value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *VALUES})
+
+    def __repr__(self) -> str:
+        return f"<{target_of(self._points).path}.{_PRODUCTS}[{self._number}]>"
+
+
+# ---- which modules are attention modules
+
+
+def is_attention(module: Any) -> bool:
+    """Return whether a module is called an attention by its class, and contains no other."""
+    return isinstance(module, nn.Module) and _is_named(module) and not any(map(_is_named, _inside(module)))
+
+
+def can_attend(module: Any) -> bool:
+    """Return whether a module may make a product itself: PyTorch's own layers do not, except for its attention."""
+    if not isinstance(module, nn.Module) or type(module).forward is nn.Module.forward:
+        return False
+    return not type(module).__module__.startswith("torch.nn.") or isinstance(module, nn.MultiheadAttention)
+
+
+def attentions_in(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the attention modules in a module, by path."""
+    return {path: part for path, part in module.named_modules() if path and is_attention(part)}
+
+
+def _is_named(module: nn.Module) -> bool:
+    name = type(module).__name__
+    return bool(_ATTENTION.search(name)) and "Processor" not in name
+
+
+def _inside(module: nn.Module) -> Iterator[nn.Module]:
+    modules = iter(module.modules())
+    next(modules)
+    return modules
+
+
+def _check_attention(target: Target, name: str) -> None:
+    """Raise InputError if a module contains several attention modules, or computes with a kernel that shows nothing."""
+    inside = attentions_in(target.owner)
+    path = join(target.path, name)
+    if len(inside) > 1:
+        paths = [reduce(join, inner.split("."), target.path) for inner in [*inside][:4]]
+        shown = ", ".join(paths) + (" …" if len(inside) > 4 else "")
+        raise InputError(f"{path} is ambiguous, because there are {len(inside)} attention modules in it: ask {shown}")
+    for part in (target.owner, *inside.values()):
+        backend, advice = backend_of(part)
+        if not _SEEN.search(backend):
+            raise InputError(
+                f"{path} cannot be seen: {type(part).__name__} computes its attention with {backend!r}, a kernel that "
+                f"shows none of its values. {advice} before the run"
+            )
+
+
+def backend_of(attention: nn.Module) -> tuple[str, str]:
+    """Return the name of what an attention module computes with, and how to switch to another."""
+    config = getattr(attention, "config", None)
+    used = getattr(config, "_attn_implementation", None)
+    if isinstance(used, str):
+        return used, 'Load the model with attn_implementation="sdpa", or call model.set_attn_implementation("sdpa")'
+    processor = getattr(attention, "processor", None)
+    if "XFormers" in type(processor).__name__:
+        return "xformers", "Call pipeline.disable_xformers_memory_efficient_attention()"
+    used = getattr(processor, "_attention_backend", None)
+    if used is None and hasattr(processor, "_attention_backend"):  # then the one that diffusers is set to
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+        used = _AttentionBackendRegistry.get_active_backend()[0]
+    return str(getattr(used, "value", used) or "native"), 'Call set_attention_backend("native") on the component'

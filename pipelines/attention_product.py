@@ -1,0 +1,183 @@
+"""One attention product: softmax(q kᵀ · scale + mask) v, and its probabilities, in whole or in part.
+
+    product.probabilities()                                     # (batch, heads, queries, keys)
+    for queries, probs in product.blocks(keys=[2, 5]):          # (batch, heads, queries, 2), a few queries at a time
+        total[:, queries] += probs.mean(1)
+
+Everything is computed from the queries, keys and mask that the fused kernel is given, so that the kernel itself stays
+in place.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+_BLOCK = 2**24  # scores in a block: 64 MB in float32
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionProduct:
+    """The arguments of one product of queries, keys and values.
+
+    Attributes:
+        q: The queries, (batch, heads, queries, features).
+        k: The keys, (batch, heads or key heads, keys, features).
+        v: The values, (batch, heads or key heads, keys, features).
+        mask: True where a key may be attended to, or numbers that are added to the scores; None without a mask.
+        scale: The factor of the scores. None stands for one over the root of the number of features.
+        is_causal: Whether a query attends to no later key.
+        dropout: The share of probabilities that is dropped.
+        computed: The probabilities, where the module has computed them itself, (batch, heads, queries, keys).
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor | None = None
+    scale: float | None = None
+    is_causal: bool = False
+    dropout: float = 0.0
+    computed: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the probabilities."""
+        return (*self.q.shape[:-1], self.k.shape[-2])
+
+    def part(self, entries: Sequence[int]) -> "AttentionProduct":
+        """Return the product of some entries of the batch."""
+        size = len(self.q)
+        if len(entries) == size:
+            return self
+        start, stop = entries[0], entries[-1] + 1
+        at = slice(start, stop) if stop - start == len(entries) else list(entries)
+        cut = {name: getattr(self, name) for name in ("q", "k", "v", "mask", "computed")}
+        return replace(self, **{n: x if x is None or len(x) != size else x[at] for n, x in cut.items()})
+
+    def probabilities(self, heads: Sequence[int] | None = None) -> torch.Tensor:
+        """Return all probabilities, (batch, heads, queries, keys), in the type of the queries."""
+        if self.computed is not None:
+            return self.computed if heads is None else self.computed[:, heads]
+        part = self if heads is None else self._of_heads(heads)
+        return part._probabilities(slice(0, self.q.shape[-2])).to(self.q.dtype)
+
+    def blocks(
+        self,
+        keys: Sequence[int] | torch.Tensor | slice,
+        queries: range | None = None,
+        heads: Sequence[int] | None = None,
+        size: int = _BLOCK,
+    ) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yield the probabilities of some keys, a block of queries at a time.
+
+        Args:
+            keys: The keys that are wanted.
+            queries: The queries that are wanted, side by side. Default: all.
+            heads: The heads that are wanted. Default: all.
+            size: How many scores are in memory at a time.
+
+        Yields:
+            Which queries they are, and (batch, heads, queries of the block, keys) in float32.
+        """
+        part = self if heads is None else self._of_heads(heads)
+        batch, count, length, total = part.shape
+        queries = range(length) if queries is None else queries
+        step = max(1, size // (batch * count * total))
+        for start in range(queries.start, queries.stop, step):
+            block = slice(start, min(start + step, queries.stop))
+            yield block, part._probabilities(block)[..., keys]
+
+    def _of_heads(self, heads: Sequence[int]) -> "AttentionProduct":
+        heads = list(heads)
+        every = self.mask is None or self.mask.ndim < 4 or self.mask.shape[1] == 1
+        return replace(
+            self,
+            q=self.q[:, heads],
+            k=self._for_every_head(self.k)[:, heads],
+            v=self._for_every_head(self.v)[:, heads],
+            mask=self.mask if every else self.mask[:, heads],
+            computed=None if self.computed is None else self.computed[:, heads],
+        )
+
+    def _probabilities(self, queries: slice) -> torch.Tensor:
+        """Return the probabilities of some queries in float32."""
+        if self.computed is not None:
+            return self.computed[..., queries, :].float()
+        scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scores = self.q[..., queries, :] * scale @ self._for_every_head(self.k).transpose(-1, -2)
+        mask = self._mask(queries)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
+        return torch._safe_softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+    def _mask(self, queries: slice) -> torch.Tensor | None:
+        if self.is_causal:
+            places = torch.arange(self.q.shape[-2], device=self.q.device)[queries]
+            return places[:, None] >= torch.arange(self.k.shape[-2], device=self.q.device)
+        if self.mask is None or self.mask.shape[-2] == 1:
+            return self.mask
+        return self.mask[..., queries, :]
+
+    def times_values(self, probs: torch.Tensor) -> torch.Tensor:
+        """Return the product of probabilities with the values, (batch, heads, queries, features)."""
+        return F.dropout(probs, self.dropout) @ self._for_every_head(self.v).to(probs.dtype)
+
+    def _for_every_head(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Repeat keys or values that several heads share."""
+        heads, own = self.q.shape[1], tensor.shape[1]
+        return tensor if own == heads or own == 1 else tensor.repeat_interleave(heads // own, 1)
+
+
+# So that rows and branches of a product are products.
+torch.utils._pytree.register_pytree_node(
+    AttentionProduct,
+    lambda product: (
+        [product.q, product.k, product.v, product.mask, product.computed],
+        (product.scale, product.is_causal, product.dropout),
+    ),
+    lambda tensors, rest: AttentionProduct(*list(tensors)[:4], *rest, list(tensors)[4]),
+)
+
+
+class HeadsLayout:
+    """Views a tensor with heads as (batch, heads, tokens, features), and back.
+
+    Args:
+        order: The dimensions of the tensor in that order, for a tensor of four dimensions.
+        heads: The number of heads in the first dimension of a tensor of three dimensions.
+        packed: How many queries of a tensor of four dimensions are really heads, see `FusedCall`.
+    """
+
+    def __init__(self, order: Sequence[int] = (0, 1, 2, 3), heads: int = 1, packed: int = 1) -> None:
+        self.order, self.heads, self.packed = tuple(order), heads, packed
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensor as (batch, heads, tokens, features)."""
+        if tensor.ndim == 3:
+            return tensor.unflatten(0, (-1, self.heads))
+        tensor = tensor.permute(self.order)
+        return tensor if self.packed == 1 else tensor.flatten(1, 2).unsqueeze(2)
+
+    def back(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Return what `view` of a tensor like `like` has become, in the layout of `like`."""
+        if like.ndim == 3:
+            return tensor.flatten(0, 1)
+        if self.packed > 1:
+            tensor = tensor.squeeze(2).unflatten(1, (-1, self.packed))
+        return tensor.permute([self.order.index(i) for i in range(4)])
+
+
+class WithValueOf(torch.autograd.Function):
+    """Continues with a value that a fused kernel has computed, while gradients go through the same value computed by
+    hand: `WithValueOf.apply(by_hand, fused)`."""
+
+    @staticmethod
+    def forward(ctx: Any, by_hand: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
+        return fused.view_as(fused)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None

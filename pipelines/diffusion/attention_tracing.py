@@ -1,0 +1,246 @@
+"""Follow tokens and positions of the image into the attention modules of a denoiser.
+
+Parts of what goes into the denoiser are changed, and the queries and keys that change with them are the same tokens and
+positions. So that a change reaches nothing else, whatever mixes places is cut in the denoiser: attention adds
+nothing, a convolution sees the middle of its kernel alone, and a norm over groups of channels each place alone.
+
+    tracer = AttentionTracer(model, prompt, arguments)
+    plain = tracer.trace()                                  # {("blocks.0.attn", 0): Trace}
+    changed = tracer.trace(text=("text_encoder", [3]))      # with token 3 of a text encoder changed
+    difference(changed[key].keys, plain[key].keys)          # how much each key has changed, (keys,)
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from diffsight.errors import InputError
+from diffsight.extending import Model, Run, flow_of, owner_of
+from diffsight.pipelines.attention_mode import SCALED_DOT_PRODUCT, WATCHED, FusedCall, WrittenOut
+from diffsight.pipelines.attention_product import AttentionProduct
+from diffsight.pipelines.diffusion.batch_layouts import COND
+from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
+from diffsight.pipelines.diffusion.denoising_steps import time_parameter
+
+_FEATURES = 16  # that are kept of a query or key
+Key = tuple[str, int]  # the path of a module in the denoiser, and the number of its product in a call
+
+
+@dataclass(eq=False)
+class Trace:
+    """A product in one call of the denoiser.
+
+    Attributes:
+        shape: (batch, heads, queries, keys).
+        queries: A random projection of the queries of the conditional branch, (queries, features).
+        keys: The same of the keys.
+    """
+
+    shape: tuple[int, ...]
+    queries: torch.Tensor = field(repr=False)
+    keys: torch.Tensor = field(repr=False)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return how much each token differs, (tokens,), relative to its length."""
+    return (a - b).norm(dim=-1) / b.norm(dim=-1).clamp_min(1e-12)
+
+
+class AttentionTracer:
+    """Runs a pipeline up to its denoiser's first call, with parts of what goes into it changed.
+
+    Args:
+        model: A `DiffusionModel`.
+        arguments: The arguments of the pipeline, with the prompt.
+    """
+
+    def __init__(self, model: Model, arguments: Mapping[str, Any]) -> None:
+        self._model, self._arguments = model, dict(arguments)
+        denoisers = _denoisers(model)
+        if not denoisers:
+            raise InputError(f"{type(model.pipeline).__name__} has no component that is passed a timestep")
+        self.denoiser = max(denoisers, key=lambda name: sum(p.numel() for p in denoisers[name].parameters()))
+        self.image: tuple[int, ...] = ()  # the shape of what goes into the denoiser for one image
+        self.latents: tuple[int, ...] = ()  # the shape of what is decoded for one image; () if not known
+        self.tokens: dict[str, int] = {}  # the length of what each text encoder returns
+
+    def trace(
+        self,
+        text: tuple[str, Sequence[int]] | None = None,
+        image: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> dict[Key, Trace]:
+        """Return the products of the first call of the denoiser.
+
+        Args:
+            text: The name of a text encoder, and which of its tokens are changed.
+            image: Returns where what goes into the denoiser is changed, for the tensor of one or several images.
+        """
+        run, mode = self._opened(text, image)
+        with run:
+            run[self.denoiser].output
+            run.stop()
+        return mode.traces
+
+    def decoded(self, image: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """Return what is decoded to the image, (batch, channels, …), after a few steps; None if nothing is."""
+        pipeline = self._model.pipeline
+        decoders = [
+            name for name, part in components(pipeline).items() if "decode" in traceable_methods(pipeline, part)
+        ]
+        arguments = {"num_inference_steps": 2} if "num_inference_steps" in self._model.argument_names else {}
+        run, _ = self._opened(None, image, **arguments)
+        with run:
+            value = None
+            if decoders:
+                value = run[f"{decoders[0]}.decode"].input.detach().float().cpu()
+            run.stop()
+        self.latents = () if value is None else tuple(value.shape[1:])
+        return value
+
+    def _opened(self, text: Any, image: Any, **more: Any) -> tuple[Run, "CutAttention"]:
+        run = self._model.generate(**{**self._arguments, **more}, seed=0)
+        module = owner_of(self._model[self.denoiser])
+        mode = CutAttention(module, lambda: flow_of(run).observer.entries(module, COND))
+        flow_of(run).add_mode(mode)
+        for name in text_encoder_names(self._model.pipeline):
+            run.follow(f"{name}.output", lambda output, name=name: self._change_text(name, output, text))
+        run.follow(f"{self.denoiser}.input", lambda value: self._change_image(value, image))
+        return run, mode
+
+    def _change_text(self, name: str, output: Any, text: tuple[str, Sequence[int]] | None) -> None:
+        hidden = [tensor for tensor in _tensors(output) if tensor.ndim == 3]
+        self.tokens.setdefault(name, hidden[0].shape[1] if hidden else 0)
+        if text is None or text[0] != name:
+            return
+        for tensor in hidden:
+            tokens = [token for token in text[1] if token < tensor.shape[1]]
+            tensor[:, tokens] = -tensor[:, tokens].roll(tensor.shape[-1] // 2 + 1, -1)
+
+    def _change_image(self, value: Any, where: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+        tensors = _tensors(value)
+        self.image = self.image or tuple(tensors[0].shape if isinstance(value, (list, tuple)) else tensors[0].shape[1:])
+        for tensor in tensors if where is not None else ():
+            noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor)
+            place = where(tensor).to(tensor.device)
+            tensor.copy_(torch.where(place, 3 * noise, tensor))
+
+
+def _denoisers(model: Model) -> dict[str, nn.Module]:
+    parts = components(model.pipeline).items()
+    return {name: part for name, part in parts if isinstance(part, nn.Module) and time_parameter(part)}
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Return the floating-point tensors in a value, each once."""
+    leaves = value.values() if isinstance(value, Mapping) else [value]
+    found = [leaf for leaf in tree_leaves(list(leaves)) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    return list({(tensor.data_ptr(), tensor.shape): tensor for tensor in found}.values())
+
+
+class CutAttention(TorchFunctionMode):
+    """Records the queries and keys of every product in a module, and cuts whatever mixes places in it.
+
+    A product belongs to the innermost module that is running, without processors and softmax layers.
+
+    Args:
+        module: The denoiser.
+        entries: Returns the places of the conditional branch in its batch, or None if they are not known.
+    """
+
+    def __init__(self, module: nn.Module, entries: Callable[[], list[int] | None]) -> None:
+        super().__init__()
+        self._entries = entries
+        self.traces: dict[Key, Trace] = {}
+        self._paths = {id(part): path for path, part in module.named_modules()}
+        self._root = module
+        self._written = WrittenOut()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name not in WATCHED and name not in _PLACE_BY_PLACE and self._written.is_empty:
+            return func(*args, **kwargs)
+        running = [*_running(sys._getframe(1))]
+        if self._root not in running:
+            return func(*args, **kwargs)
+        if name in _PLACE_BY_PLACE:
+            return _PLACE_BY_PLACE[name](func, *args, **kwargs)
+        owner = next(m for m in running if not isinstance(m, nn.Softmax) and "Processor" not in type(m).__name__)
+        probe = _Probe(self, owner, self._paths[id(owner)])
+        if name == SCALED_DOT_PRODUCT:
+            return FusedCall.of([probe], args, kwargs).run(func)
+        return self._written.run([probe], name, func, args, kwargs)
+
+    def keep(self, path: str, product: AttentionProduct) -> None:
+        """Record a product of the module at a path."""
+        number = sum(known == path for known, _ in self.traces)
+        entries = self._entries()
+        entry = entries[0] if entries and entries[-1] < len(product.q) else -1
+        q, k = (_projected(tensor[entry]) for tensor in (product.q, product.k))
+        self.traces[path, number] = Trace(product.shape, q, k)
+
+
+def _convolution(func: Callable, tensor: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """A convolution with the middle of its kernel alone. One that looks at each place once is left as it is."""
+    stride = args[1] if len(args) > 1 else kwargs.get("stride", 1)
+    if tuple(weight.shape[2:]) == tuple(stride if isinstance(stride, (tuple, list)) else [stride] * (weight.ndim - 2)):
+        return func(tensor, weight, *args, **kwargs)
+    middle = (..., *(size // 2 for size in weight.shape[2:]))
+    alone = torch.zeros_like(weight)
+    alone[middle] = weight[middle]
+    return func(tensor, alone, *args, **kwargs)
+
+
+def _group_norm(
+    func: Callable,
+    tensor: torch.Tensor,
+    num_groups: int,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """A norm of each place alone, in place of one over all places."""
+    return nn.functional.layer_norm(tensor.movedim(1, -1), tensor.shape[1:2], weight, bias, eps).movedim(-1, 1)
+
+
+_PLACE_BY_PLACE = {"conv1d": _convolution, "conv2d": _convolution, "conv3d": _convolution, "group_norm": _group_norm}
+
+
+class _Probe:
+    """Stands in for the watched modules of a run, see `attention_mode.Watched`."""
+
+    def __init__(self, mode: CutAttention, owner: nn.Module, path: str) -> None:
+        self.calls = SimpleNamespace(target=SimpleNamespace(owner=owner, path=path))
+        self._mode, self._path = mode, path
+
+    def wants(self, *values: str) -> bool:
+        return "attention_product" in values or "heads_output" in values
+
+    def through(self, value: str, current: Any) -> Any:
+        if value == "attention_product":
+            self._mode.keep(self._path, current)
+        return torch.zeros_like(current) if value == "heads_output" else current
+
+    def end_product(self) -> None:
+        pass
+
+
+def _running(frame: FrameType | None) -> Iterator[nn.Module]:
+    """Yield the modules whose calls are in progress, innermost first."""
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__:
+            yield frame.f_locals["self"]
+        frame = frame.f_back
+
+
+def _projected(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a random projection of (heads, tokens, features) to (tokens, 16), on the CPU."""
+    flat = tensor.transpose(0, 1).flatten(1).detach().float().cpu()
+    matrix = torch.randn(flat.shape[-1], _FEATURES, generator=torch.Generator().manual_seed(0))
+    return flat @ matrix

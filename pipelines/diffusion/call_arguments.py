@@ -1,0 +1,54 @@
+"""The arguments of a pipeline's call: those of its signature, or for a modular pipeline the inputs of its blocks.
+
+call_defaults(pipeline)                             # {"prompt": None, "num_inference_steps": 50, …}
+arguments_by_name(pipeline, ("a red circle",), {})  # {"prompt": "a red circle"}
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import ModularPipeline
+
+from diffsight.errors import InputError
+from diffsight.pipelines.arguments import check_arguments, named_arguments, signature
+
+
+def call_defaults(pipeline: Any) -> dict[str, Any]:
+    """Return the arguments that a pipeline declares, name to default. Those without a default have None."""
+    if isinstance(pipeline, ModularPipeline):
+        return {given.name: given.default for given in pipeline._blocks.inputs if given.name is not None}
+    parameters = signature(pipeline.__call__).parameters.values()
+    return {p.name: None if p.default is p.empty else p.default for p in parameters}
+
+
+def required_inputs(pipeline: ModularPipeline) -> list[str]:
+    """Return the names of the inputs without which none of the workflows of a modular pipeline runs."""
+    return [given.name for given in pipeline._blocks.inputs if given.required]
+
+
+def argument_names(pipeline: Any) -> set[str]:
+    """Return the names of all arguments that a pipeline takes, with those that it reads from its `**kwargs`."""
+    if not isinstance(pipeline, ModularPipeline):
+        return named_arguments(pipeline.__call__)
+    dictionaries = {given.kwargs_type for given in pipeline._blocks.inputs if given.kwargs_type is not None}
+    return {"state", "output", *call_defaults(pipeline), *dictionaries}
+
+
+def arguments_by_name(pipeline: Any, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name.
+
+    Raises:
+        InputError: The pipeline has no such argument.
+    """
+    name, known = type(pipeline).__name__, argument_names(pipeline)
+    check_arguments(name, kwargs, known, near={"seed", "grad"})
+    if args and isinstance(args[0], str) and not any("prompt" in argument for argument in known):
+        raise InputError(f"{name} takes no prompt")
+    if isinstance(pipeline, ModularPipeline):
+        if len(args) > 1 or (args and "prompt" in kwargs):
+            raise InputError(f"{name} takes a prompt, and everything else by name: num_inference_steps=20")
+        return {**dict(zip(["prompt"], args)), **kwargs}
+    try:
+        return signature(pipeline.__call__).bind_partial(*args, **kwargs).arguments
+    except TypeError as error:
+        raise InputError(f"{name}: {error}") from None

@@ -1,0 +1,93 @@
+"""`tracer.cache()`, and invokes without an input."""
+
+import pytest
+import torch
+from torch import nn
+
+from diffsight.compat import NNsight
+from diffsight.errors import InputError
+from helpers import outputs
+
+
+def test_cache(llm, gpt2, ids):
+    with torch.no_grad(), llm.trace(ids) as tracer:
+        cache = tracer.cache(include_inputs=True).save()
+        llm.transformer.h[1].output[:, 0] = 0
+    for index, layer in enumerate(gpt2.transformer.h[:1]):
+        value = outputs(layer, gpt2, ids)[0]
+        assert torch.equal(cache[f"model.transformer.h.{index}"].output, value)
+        assert torch.equal(cache.model.transformer.h[index].output, value)
+        assert torch.equal(cache.transformer.h[1].input, value)
+    assert not cache.transformer.h[1].output[:, 0].any()
+    assert "model.lm_head" in cache and "model.absent" not in cache
+    assert cache.transformer.h[0].mlp.keys()[0].startswith("model.transformer.h.0.mlp")
+
+
+def test_cache_of_some_modules(llm, ids):
+    with torch.no_grad(), llm.trace(ids) as tracer:
+        cache = tracer.cache(modules=[llm.lm_head, "model.transformer.ln_f"], dtype=torch.float64)
+    assert sorted(cache.keys()) == ["model.lm_head", "model.transformer.ln_f"]
+    assert cache.lm_head.output.dtype == torch.float64 and cache.lm_head.inputs is None
+    with pytest.raises(InputError, match="before reading or modifying"), llm.trace(ids) as tracer:
+        llm.lm_head.output
+        tracer.cache()
+
+
+def test_cache_of_several_calls():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Linear(4, 4)
+
+        def forward(self, x):
+            for _ in range(3):
+                x = self.block(x)
+            return x
+
+    net, x = Net(), torch.ones(1, 4)
+    with NNsight(net).trace(x) as tracer:
+        cache = tracer.cache()
+    assert len(cache["model.block"]) == 3
+    assert torch.equal(cache.block.output[2], net(x)) and torch.equal(cache.block.output[0], net.block(x))
+
+
+def test_invoke_of_all_inputs(llm, gpt2, ids, other):
+    with torch.no_grad(), llm.trace() as tracer:
+        with tracer.invoke(ids):
+            first = llm.transformer.h[1].output
+            inner = tracer.result
+        with tracer.invoke(other):
+            pass
+        with tracer.invoke():
+            both = llm.transformer.h[1].output
+    expected = outputs(gpt2.transformer.h[1], gpt2, torch.cat([ids, other]))[0]
+    assert torch.equal(both, expected) and torch.equal(first, outputs(gpt2.transformer.h[1], gpt2, ids)[0])
+    assert torch.equal(inner.logits, gpt2(ids).logits)  # that of the invoke, not a list of all
+    assert len(tracer.result) == 3
+
+
+@pytest.mark.parametrize("change", ["assigned", "in place", "skipped"])
+def test_invoke_of_all_inputs_after_a_change(llm, ids, change):
+    with torch.no_grad(), pytest.raises(InputError, match="an invoke before it has changed"), llm.trace() as tracer:
+        with tracer.invoke(ids):
+            layer = llm.transformer.h[0]
+            if change == "assigned":
+                layer.output = layer.output * 2
+            elif change == "skipped":
+                layer.skip(layer.input)
+            else:
+                layer.output[:] = 0
+        with tracer.invoke():
+            pass
+
+
+def test_invoke_of_all_inputs_is_read_only(llm, ids):
+    for in_place in (False, True):
+        with torch.no_grad(), pytest.raises(InputError, match="can only be read"), llm.trace() as tracer:
+            with tracer.invoke(ids):
+                pass
+            with tracer.invoke():
+                if in_place:
+                    llm.transformer.h[0].output[:] = 0
+                else:
+                    llm.transformer.h[0].output = llm.transformer.h[0].output * 0

@@ -1,0 +1,170 @@
+"""`TransformersModel`, `VisionLanguageModel`, `DiffusionModel` and `StandardizedTransformer`."""
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from diffsight.compat import (
+    DiffusionModel,
+    LanguageModel,
+    StandardizedTransformer,
+    TransformersModel,
+    VisionLanguageModel,
+)
+from diffsight.errors import InputError
+from helpers import outputs
+from models import diffusion, language, vision_language
+from models.building import build
+
+TEXT = "The Eiffel Tower is in the city of"
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+@pytest.fixture(scope="module")
+def net():
+    return language.gpt2()
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("bert"))
+    config = transformers.BertConfig(
+        vocab_size=400, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
+    )
+    build(transformers.BertForSequenceClassification, config).save_pretrained(folder)
+    language.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_layers_give_what_they_return(net):
+    model = TransformersModel(net, tokenizer=language.TOKENIZER, task="text-generation", device="cpu")
+    ids = language.ids(TEXT)
+    with model.trace(TEXT):
+        hidden = model.transformer.h[1].output
+    assert torch.equal(hidden, outputs(net.transformer.h[1], net, ids)[0])
+    old = LanguageModel(net, tokenizer=language.TOKENIZER)
+    with old.trace(TEXT):
+        assert torch.equal(old.transformer.h[1].output[0], hidden)
+    assert isinstance(old, TransformersModel) and old.task == model.task == "text-generation"
+
+
+def test_tokens_of_each_step(net):
+    model = TransformersModel(net, tokenizer=language.TOKENIZER)
+    with model.generate(TEXT, max_new_tokens=3, min_new_tokens=3, do_sample=False) as tracer:
+        steps = [model.generator.streamer.output for _ in tracer.iter[:]]
+    expected = net.generate(language.ids(TEXT), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert torch.equal(torch.cat(steps, -1), expected[:, :-1])
+
+
+def test_arguments_of_the_tokenizer(net):
+    model = TransformersModel(net, tokenizer=language.TOKENIZER)
+    for arguments in ({"truncation": True, "max_length": 3}, {"invoker_args": {"truncation": True, "max_length": 3}}):
+        with model.trace(TEXT, **arguments):
+            logits = model.lm_head.output
+        assert torch.equal(logits, net(language.ids(TEXT)[:, :3]).logits)
+    with pytest.raises(InputError, match="has no argument 'banana'"):
+        model.trace(TEXT, banana=True)
+
+
+def test_class_of_a_task(bert_folder):
+    model = TransformersModel(bert_folder, task="text-classification")
+    assert not model.dispatched and isinstance(model._module, transformers.BertForSequenceClassification)
+    assert type(TransformersModel(bert_folder, automodel="AutoModelForSequenceClassification")._module) is type(
+        model._module
+    )
+    with pytest.raises(InputError, match="image-classification"):
+        TransformersModel(bert_folder, task="image-classification")
+    with pytest.raises(InputError, match="automodel"):
+        TransformersModel(model._module, automodel="AutoModel")
+
+
+def test_invoke_of_all_texts(net):
+    model = TransformersModel(net, tokenizer=language.TOKENIZER)
+    ids = language.ids(TEXT)
+    with model.trace() as tracer:
+        with tracer.invoke(TEXT):
+            pass
+        with tracer.invoke({"input_ids": ids}):
+            pass
+        with tracer.invoke():
+            logits = model.lm_head.output
+    assert torch.equal(logits, net(ids.repeat(2, 1)).logits)
+    with pytest.raises(InputError, match="an invoke before it has changed"), model.trace() as tracer:
+        with tracer.invoke(TEXT):
+            model.layers_output[1] = model.layers_output[1] * 2
+        with tracer.invoke():
+            pass
+
+
+def test_pipelines(net):
+    model = TransformersModel(net, tokenizer=language.TOKENIZER, task="text-generation")
+    arguments = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    with model.pipe(TEXT, **arguments) as tracer:
+        hidden = model.transformer.h[0].output
+        result = tracer.result
+    assert result == model.pipeline(TEXT, **arguments)
+    assert torch.equal(hidden, outputs(net.transformer.h[0], net, language.ids(TEXT))[0])
+
+
+def test_images_and_text():
+    net, processor = vision_language.llava()
+    image = Image.new("RGB", (32, 32), "red")
+    encoded = processor(images=[image], text="<image> a red circle", return_tensors="pt")
+    for kind in (
+        VisionLanguageModel(net, processor=processor),
+        TransformersModel(net, processor=processor, task="image-text-to-text"),
+    ):
+        with kind.trace(text="<image> a red circle", images=[image]):
+            logits = kind.lm_head.output
+        assert torch.equal(logits, net(**encoded).logits)
+
+
+def test_edits_bind_two_names(net):
+    model = TransformersModel(net, tokenizer=language.TOKENIZER)
+    with model.edit() as (_, edited):
+        edited.transformer.h[0].output[:] = 0
+    with edited.trace(TEXT):
+        hidden = edited.transformer.h[0].output
+    with model.trace(TEXT):
+        plain = model.transformer.h[0].output
+    assert not hidden.any() and plain.any()
+
+
+def test_names_of_nnterp(net):
+    model = StandardizedTransformer(net, tokenizer=language.TOKENIZER)
+    ids = language.ids(TEXT)
+    with model.trace(TEXT):
+        tokens, mask, embedded = model.input_ids, model.attention_mask, model.token_embeddings
+        hidden = model.layers_output[1]
+        logits, size = model.logits, model.input_size
+    assert torch.equal(tokens, ids) and mask.all() and size == ids.shape
+    assert torch.equal(embedded, net.transformer.wte(ids))
+    assert torch.equal(hidden, outputs(net.transformer.h[1], net, ids)[0]) and torch.equal(logits, net(ids).logits)
+    assert (model.num_layers, model.hidden_size) == (net.config.n_layer, net.config.n_embd)
+    assert len(model.attentions) == len(model.mlps) == model.num_layers and model.vocab_size == net.config.vocab_size
+    with model.trace(TEXT):
+        model.skip_layer(1)
+        skipped = model.layers_input[2]
+    assert torch.equal(skipped, outputs(net.transformer.h[0], net, ids)[0])
+    (closest,) = model.get_topk_closest_tokens(hidden[0, -1:], k=2)
+    probabilities = net.lm_head(net.transformer.ln_f(hidden[0, -1:])).softmax(-1)[0]
+    assert [p for _, p in closest] == pytest.approx(probabilities.topk(2).values.tolist())
+
+
+def test_diffusion_models(tmp_path):
+    pipe, kind = diffusion.stable_diffusion(), diffusion.PIPELINES["stable_diffusion"]
+    model = DiffusionModel(pipe)
+    arguments = {name: value for name, value in kind.inputs().items() if name != "num_inference_steps"}
+    with model.trace(**arguments, seed=0) as tracer:
+        steps = [model.unet.output for _ in tracer.iter[:]]
+    assert len(steps) == 1  # as in nnsight, unless it is told otherwise
+    pipe.save_pretrained(tmp_path)
+    other = DiffusionModel(str(tmp_path), automodel="StableDiffusionImg2ImgPipeline")
+    assert type(other.pipeline).__name__ == "StableDiffusionImg2ImgPipeline"
+    with pytest.raises(InputError, match="automodel"):
+        DiffusionModel(pipe, automodel="StableDiffusionImg2ImgPipeline")
+    layer = pipe.text_encoder.encoder.layers[0]
+    with model.generate(**kind.inputs(), seed=0):
+        output = model.text_encoder.text_model.encoder.layers[0].output
+    assert isinstance(output, tuple) and output[0].shape[-1] == layer.embed_dim

@@ -1,0 +1,138 @@
+"""`check_model` and `diffsight check`: what they find, and that they notice what is wrong."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from diffsight import DiffusionModel, Model, VisionLanguageModel
+from diffsight.errors import InputError
+from diffsight.gallery import check_model
+from diffsight.gallery.cli import main
+from models import diffusion, language, lens_results, vision_language
+
+FAST = {"num_inference_steps": 2}
+
+
+def states(check):
+    return {row.name: row.status for row in check.rows}
+
+
+def details(check):
+    return {row.name: row.detail for row in check.rows}
+
+
+def test_a_pipeline_passes_every_check():
+    check = check_model(DiffusionModel(diffusion.stable_diffusion()), **FAST)
+    assert set(states(check).values()) == {"ok"}
+    assert check.is_ok
+    found = details(check)
+    assert found["steps"] == "2, as many as calls of scheduler.step"
+    assert found["components"] == "text_encoder (calls: 2), unet (calls: 2); not called: vae"
+    assert found["guidance"] == "conditional and unconditional, 1 and 1 of 2 rows"
+
+
+def test_what_a_pipeline_does_not_have_is_none():
+    check = check_model(DiffusionModel(diffusion.ddpm()), **FAST)
+    assert states(check) == {
+        **dict.fromkeys(("unread run", "components", "steps", "seeds"), "ok"),
+        **dict.fromkeys(("guidance", "text encoders", "diffusion lens"), "none"),
+    }
+    assert check.is_ok
+
+
+def test_a_language_model_passes_every_check():
+    check = check_model(language.model(), prompt=language.PROMPTS[0])
+    assert {name for name, status in states(check).items() if status == "ok"} >= {
+        *("unread run", "layers", "steps", "logit lens", "seeds")
+    }
+    assert check.is_ok
+    assert details(check)["layers"].startswith("4, each with the bits")
+
+
+def test_a_vision_language_model_shows_its_image_tokens():
+    model = VisionLanguageModel(vision_language.llava())
+    check = check_model(model, prompt="what is this", images=diffusion.IMAGE)
+    assert check.is_ok
+    assert details(check)["image tokens"] == "1 grid, the first (4, 4)"
+
+
+def test_a_pipeline_that_does_not_repeat_fails():
+    pipe = diffusion.stable_diffusion()
+    forward, calls = pipe.unet.forward, itertools.count()
+    pipe.unet.forward = lambda sample, *args, **kwargs: forward(sample + next(calls), *args, **kwargs)
+    check = check_model(DiffusionModel(pipe), **FAST)
+    assert not check.is_ok
+    assert details(check)["unread run"] == "a run in which nothing is read differs from the bare call"
+    assert details(check)["components"] == "values of unet differ from those of hooks"
+    assert details(check)["seeds"] == "the same seed gave another result"
+
+
+def test_an_error_in_a_model_is_what_the_check_found():
+    pipe = diffusion.stable_diffusion()
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("the device is on fire")
+
+    pipe.unet.forward = broken
+    check = check_model(DiffusionModel(pipe), **FAST)
+    assert states(check)["unread run"] == "failed"
+    assert details(check)["unread run"] == "RuntimeError: the device is on fire"
+
+
+def test_nothing_is_left_behind():
+    pipe = diffusion.stable_diffusion()
+    step, bar = type(pipe.scheduler).step, dict(getattr(pipe, "_progress_bar_config", {}))
+    check_model(DiffusionModel(pipe), **FAST)
+    assert type(pipe.scheduler).step is step
+    assert dict(getattr(pipe, "_progress_bar_config", {})) == bar
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
+
+
+def test_the_command_prints_a_table_and_writes_it(saved_models, tmp_path, capsys):
+    out = tmp_path / "deep" / "check.json"
+    assert main(["check", str(saved_models / "pipeline"), "num_inference_steps=2", "--out", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "unread run" in "\n".join(lines)
+    assert lines[-1] == str(out)
+    record = json.loads(out.read_text())
+    assert record["ok"] is True
+    assert record["kind"] == "StableDiffusionPipeline"
+    assert {row["status"] for row in record["rows"]} == {"ok"}
+    assert "torch" in record["versions"]
+
+
+@pytest.mark.parametrize("folder", ["language", "vision"])
+def test_the_command_opens_models_of_every_kind(saved_models, folder, capsys):
+    assert main(["check", str(saved_models / folder), "prompt=A cat"]) == 0
+    kinds = {"language": "GPT2LMHeadModel", "vision": "LlavaForConditionalGeneration"}
+    assert kinds[folder] in capsys.readouterr().out
+
+
+def test_a_check_that_fails_has_exit_status_1(saved_models, capsys):
+    assert main(["check", str(saved_models / "pipeline"), "num_inference_steps=2", "prompt_embeds=3"]) == 1
+    assert "failed" in capsys.readouterr().out
+
+
+def test_bad_input(saved_models, tmp_path, capsys):
+    pipeline = str(saved_models / "pipeline")
+    for argv, message in [
+        (["check", str(tmp_path)], "is not a pipeline"),
+        (["check", "diffsight/nothing"], "diffsight/nothing"),
+        (["check", pipeline, "steps"], "NAME=VALUE"),
+        (["check", str(saved_models / "language"), "height=3"], "takes prompt"),
+    ]:
+        try:
+            status = main(argv)
+        except SystemExit as end:
+            status = end.code
+        assert status == 2, argv
+        assert message in capsys.readouterr().err
+    with pytest.raises(InputError, match="check_model takes a DiffusionModel or a LanguageModel, not Model"):
+        check_model(Model(torch.nn.Linear(2, 2)))
+
+
+def test_misspelled_arguments_fail_every_row_that_needs_them(saved_models):
+    check = check_model(lens_results.load(saved_models / "pipeline"), num_inference_step=2)
+    assert "num_inference_step" in details(check)["unread run"]

@@ -1,0 +1,125 @@
+"""The gallery of a folder: what it lists, what it writes, and what it refuses."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffsight.errors import InputError
+from diffsight.gallery import write_gallery
+from diffsight.gallery.cli import main
+from models import lens_results
+
+NASTY = "</script><script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def study(saved_models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gallery") / "study"
+    for name in ("diffusion_lens", "logit_lens", "run_prompts", "layer_fidelity"):
+        lens_results.make(name, saved_models).save(folder / "deep" / name)
+    return folder
+
+
+def data_of(folder):
+    text = (folder / "gallery_data.js").read_text(encoding="utf-8")
+    return json.loads(text.removeprefix("galleryData(").removesuffix(");\n"))
+
+
+def test_every_result_is_listed_with_files_that_exist(study):
+    assert write_gallery(study) == study / "index.html"
+    found = data_of(study)
+    assert [one["folder"] for one in found] == [
+        f"deep/{name}" for name in ("diffusion_lens", "layer_fidelity", "logit_lens", "run_prompts")
+    ]
+    for one in found:
+        for name in (one["record"], one["page"], *one["images"].values()):
+            assert (study / (one["base"] + name)).is_file()
+        assert (study / one["cover"]).is_file()
+    lens = found[0]
+    assert (lens["lens"], lens["prompt"], lens["seed"]) == ("diffusion_lens", lens_results.PROMPT, 3)
+    assert list(lens["images"]) == ["embedding", "layer_00", "layer_01", "layer_02"]
+    assert lens["date"] == json.loads((study / lens["base"] / "lens.json").read_text())["call"]["date"][:19]
+
+
+def test_the_command_prints_the_page(study, capsys):
+    assert main(["gallery", str(study)]) == 0
+    assert capsys.readouterr().out == f"{study / 'index.html'}\n"
+
+
+def test_new_results_are_added(study, tmp_path, saved_models):
+    folder = tmp_path / "study"
+    shutil.copytree(study, folder)
+    write_gallery(folder)
+    before = data_of(folder)
+    lens_results.make("patchscope_generate", saved_models).save(folder / "new")
+    write_gallery(folder)
+    assert [one for one in data_of(folder) if one["folder"] != "new"] == before
+    assert {one["folder"] for one in data_of(folder)} - {one["folder"] for one in before} == {"new"}
+    shutil.rmtree(folder / "new")
+    write_gallery(folder)
+    assert data_of(folder) == before
+
+
+def test_large_images_have_thumbnails_that_are_made_once(study, tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(study / "deep" / "diffusion_lens", folder / "a b#c")
+    noise = np.random.default_rng(0).integers(0, 255, (600, 900, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "a b#c" / "grid.png")
+    write_gallery(folder)
+    (one,) = data_of(folder)
+    assert one["base"] == "a%20b%23c/"
+    (thumbnail,) = (folder / "thumbnails").iterdir()
+    assert one["cover"] == f"thumbnails/{thumbnail.name}"
+    assert max(Image.open(thumbnail).size) == 480
+    made = thumbnail.stat().st_mtime_ns
+    write_gallery(folder)
+    assert thumbnail.stat().st_mtime_ns == made
+
+
+def test_texts_of_records_cannot_become_markup(tmp_path):
+    place = tmp_path / "<b>x"
+    place.mkdir()
+    (place / "lens.json").write_text(json.dumps({"lens": NASTY, "prompt": NASTY, "model": NASTY, "seed": NASTY}))
+    write_gallery(tmp_path)
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert NASTY not in page
+    assert "innerHTML" not in page
+    (one,) = data_of(tmp_path)
+    assert (one["prompt"], one["base"], one["page"]) == (NASTY, "%3Cb%3Ex/", "")
+    assert one["date"]  # from the file
+
+
+def test_what_is_no_result_is_left_out(study, tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(study / "deep" / "run_prompts", folder / "good")
+    (folder / "good" / "other.json").write_text('{"a": 1}')
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "lens.json").write_text('{"lens": ')
+    (folder / ".hidden").mkdir()
+    shutil.copy(folder / "good" / "targets.json", folder / ".hidden")
+    write_gallery(folder)
+    assert [one["folder"] for one in data_of(folder)] == ["good"]
+
+
+def test_a_result_in_the_folder_itself(study, tmp_path):
+    shutil.copytree(study / "deep" / "run_prompts", tmp_path / "one")
+    write_gallery(tmp_path / "one")
+    (one,) = data_of(tmp_path / "one")
+    assert (one["base"], one["page"]) == ("", "page.html")
+
+
+def test_folders_that_cannot_be_shown(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for folder, message in [
+        (tmp_path, "no results in"),
+        (tmp_path / "no", "not a folder"),
+        (tmp_path / "file", "not a"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            write_gallery(folder)
+        assert main(["gallery", str(folder)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,0 +1,165 @@
+"""`repeat`: every lens of the package, made again from its record, bit for bit; and what it says where it is not."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from diffsight import diffusion_lens, lenses, logit_lens
+from diffsight.errors import InputError
+from diffsight.gallery import repeat
+from diffsight.gallery.cli import main
+from models import language, lens_results
+
+
+@pytest.mark.parametrize("name", lens_results.MADE)
+def test_every_lens_is_repeated_from_its_record_bit_for_bit(name, saved_models, tmp_path):
+    lens_results.make(name, saved_models).save(tmp_path)
+    repetition = repeat(tmp_path)
+    assert repetition.differences == {}
+    assert repetition.is_identical
+    kept = {path.name for path in tmp_path.iterdir()} - {"page.html", "arguments.safetensors"}
+    assert set(repetition.compared) == kept
+    assert repetition.notes == ()
+    assert repetition.then == repetition.now
+
+
+def test_every_lens_that_returns_a_result_is_repeated():
+    results = {name for name in lenses.__all__ if hasattr(getattr(lenses, name), "__wrapped__")}
+    assert results == {name.split()[0] for name in lens_results.MADE}
+
+
+@pytest.fixture
+def saved(saved_models, tmp_path):
+    lens_results.make("diffusion_lens", saved_models).save(tmp_path / "lens")
+    return tmp_path / "lens"
+
+
+def test_the_command_says_that_it_is_identical(saved, capsys):
+    assert main(["repeat", str(saved / "lens.json")]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("identical (6 files compared")
+    assert "torch" in out
+
+
+def test_an_image_that_differs_is_named_with_how_far_off_it_is(saved, capsys):
+    pixels = np.array(Image.open(saved / "layer_01.png"))
+    pixels[0, 0, 0] ^= 4
+    Image.fromarray(pixels).save(saved / "layer_01.png")
+    (saved / "layer_02.png").unlink()
+    Image.new("RGB", (9, 5)).save(saved / "embedding.png")
+    assert main(["repeat", str(saved)]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("different")
+    assert "layer_01.png: up to 4 of 255" in out
+    assert "layer_02.png: missing" in out
+    assert "embedding.png: another size: " in out
+    assert "instead of 9 x 5" in out
+
+
+def test_numbers_and_words_that_differ_are_named(saved_models, tmp_path):
+    lens_results.make("logit_lens", saved_models).save(tmp_path)
+    tensors = load_file(tmp_path / "lens.safetensors")
+    tensors["probabilities"][0, 0, 0, 0] += 0.25
+    save_file(tensors, tmp_path / "lens.safetensors")
+    record = json.loads((tmp_path / "lens.json").read_text())
+    record["words"][0][0][0] = "other"
+    record["versions"]["torch"] = "1.0"
+    (tmp_path / "lens.json").write_text(json.dumps(record))
+    repetition = repeat(tmp_path)
+    assert repetition.differences == {
+        "lens.json": "other words",
+        "lens.safetensors": "probabilities by up to 0.25",
+    }
+    (line,) = [line for line in str(repetition).splitlines() if line.startswith("torch")]
+    assert line.split() == ["torch", "1.0", repetition.now["torch"], "changed"]
+
+
+def test_other_weights_are_noted(saved_models, tmp_path):
+    net = language.gpt2()
+    net.save_pretrained(tmp_path / "model")
+    language.TOKENIZER.save_pretrained(tmp_path / "model")
+    logit_lens(lens_results.LanguageModel(tmp_path / "model"), "A cat").save(tmp_path / "lens")
+    with torch.no_grad():
+        net.transformer.h[0].mlp.c_fc.weight.mul_(2)
+    net.save_pretrained(tmp_path / "model")
+    repetition = repeat(tmp_path / "lens")
+    assert not repetition.is_identical
+    (note,) = repetition.notes
+    assert note.startswith("model has other weights than then")
+
+
+def test_a_live_or_edited_model_is_passed(saved_models, tmp_path):
+    live = language.model()
+    logit_lens(live, "A cat").save(tmp_path / "live")
+    with pytest.raises(InputError, match=r"model was a live model: pass it, repeat\(path, model=model\)"):
+        repeat(tmp_path / "live")
+    assert repeat(tmp_path / "live", model=live).is_identical
+
+    @lens_results.load(saved_models / "pipeline").edit
+    def edited(run):
+        run.text_encoder.layers[0].output[:] *= 0.5
+
+    diffusion_lens(edited, "a red circle", layers=1, **lens_results.FAST).save(tmp_path / "edited")
+    with pytest.raises(InputError, match="model had edits, which the record shows: pass the edited model"):
+        repeat(tmp_path / "edited")
+    assert repeat(tmp_path / "edited", model=edited).is_identical
+
+
+def test_an_argument_can_be_replaced(saved):
+    assert set(repeat(saved, seed=4).differences) >= {"layer_00.png", "lens.json"}
+
+
+def test_options_of_the_model_are_used_again(saved_models, tmp_path):
+    model = lens_results.LanguageModel(saved_models / "language", dtype=torch.float64)
+    result = logit_lens(model, "A cat", layers=0)
+    assert result.call.models["model"].options == {"dtype": {"$dtype": "float64"}}
+    result.save(tmp_path)
+    assert repeat(tmp_path).is_identical
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "has no result"),
+        ("{", "has no result"),
+        ('{"a": 1}', "has no result"),
+        ('{"lens": "diffusion_lens"}', "does not say how the result was made"),
+        ('{"lens": "x", "call": {"function": "os.system", "arguments": {}, "models": {}}}', "not a part of diffsight"),
+        (
+            '{"lens": "x", "call": {"function": "diffsight.lenses.dream_lens", "arguments": {}, "models": {}}}',
+            "this version of diffsight has no diffsight.lenses.dream_lens",
+        ),
+    ],
+    ids=str,
+)
+def test_records_that_cannot_be_repeated(tmp_path, content, message, capsys):
+    if content is not None:
+        (tmp_path / "lens.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        repeat(tmp_path)
+    assert main(["repeat", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_model_that_is_gone(saved, saved_models):
+    record = json.loads((saved / "lens.json").read_text())
+    record["call"]["models"]["model"]["source"] = str(saved / "nothing")
+    (saved / "lens.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="nothing"):
+        repeat(saved)
+
+
+def test_several_results_in_one_folder(saved, saved_models):
+    lens_results.make("run_prompts", saved_models).save(saved)
+    with pytest.raises(InputError, match=r"several results \(lens\.json, targets\.json\): name one of them"):
+        repeat(saved)
+    assert repeat(saved / "targets.json").is_identical
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="there is no"):
+        repeat(tmp_path / "nothing.json")

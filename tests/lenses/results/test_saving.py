@@ -1,0 +1,75 @@
+"""Where a result is saved: a folder, or one file, as its path says."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffsight.errors import InputError
+from models import lens_results
+
+
+@pytest.fixture
+def images(saved_models):
+    return lens_results.make("diffusion_lens", saved_models)
+
+
+@pytest.fixture
+def figure(saved_models):
+    return lens_results.make("run_prompts", saved_models)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".webp", ".pdf"])
+@pytest.mark.parametrize("name", ["images", "figure"])
+def test_a_path_with_an_image_suffix_is_one_image(request, tmp_path, name, suffix):
+    path = tmp_path / "deep" / f"lens{suffix}"
+    assert request.getfixturevalue(name).save(path) == [path]
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
+    if suffix == ".pdf":
+        assert path.read_bytes().startswith(b"%PDF")
+    else:
+        Image.open(path).load()
+
+
+def test_the_image_is_the_grid(images, tmp_path):
+    images.save(str(tmp_path / "lens.png"))
+    assert np.array_equal(Image.open(tmp_path / "lens.png"), images.grid())
+
+
+def test_svg_is_for_figures(images, figure, tmp_path):
+    assert "<svg" in figure.save(tmp_path / "a.svg")[0].read_text()
+    with pytest.raises(InputError, match=r"b\.svg.*cannot be an SVG file: write a \.png file"):
+        images.save(tmp_path / "b.svg")
+    assert not (tmp_path / "b.svg").exists()
+
+
+def test_a_path_that_ends_with_html_is_the_page(images, tmp_path):
+    assert images.save(tmp_path / "lens.html") == [tmp_path / "lens.html"]
+    images.to_html(tmp_path / "same.html")
+    assert (tmp_path / "lens.html").read_text() == (tmp_path / "same.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["lens", "v1.2", "lens.png.d"])
+def test_any_other_path_is_a_folder(figure, tmp_path, name):
+    assert {path.parent for path in figure.save(tmp_path / name)} == {tmp_path / name}
+
+
+def test_a_folder_with_the_name_of_an_image_stays_a_folder(figure, tmp_path):
+    (tmp_path / "old.png").mkdir()
+    assert tmp_path / "old.png" / "targets.json" in figure.save(tmp_path / "old.png")
+
+
+def test_a_result_without_an_image(saved_models, tmp_path):
+    texts = lens_results.make("patchscope_generate", saved_models)
+    with pytest.raises(InputError, match="PatchscopeTexts has no image"):
+        texts.save(tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_that_are_tensors_are_saved_with_the_record(saved_models, tmp_path):
+    result = lens_results.make("patchscope_lens of hidden states", saved_models)
+    assert tmp_path / "arguments.safetensors" in result.save(tmp_path)
+    record = json.loads((tmp_path / "lens.json").read_text())
+    assert record["call"]["arguments"]["prompts"] == {"$tensor": "prompts"}
+    assert record["call"]["models"]["model"]["source"] == str(saved_models / "language")

@@ -1,0 +1,126 @@
+"""A result of every lens of the package, on small models in folders, for tests of pages, records and the gallery.
+
+lens_results.make("logit_lens", folder)
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from diffsight import DiffusionModel, LanguageModel, VisionLanguageModel, lenses
+from models import diffusion, language, vision_language
+
+PROMPT = "a red circle above a blue square"
+FAST = {"num_inference_steps": 1, "progress": False}
+
+
+def save_models(folder: Path) -> None:
+    """Save the models that the lenses run on into a folder."""
+    diffusion.stable_diffusion().save_pretrained(folder / "pipeline")
+    diffusion.stable_diffusion_xl().save_pretrained(folder / "xl")
+    language.gpt2().save_pretrained(folder / "language")
+    language.TOKENIZER.save_pretrained(folder / "language")
+    for part in vision_language.llava():
+        part.save_pretrained(folder / "vision")
+
+
+@cache
+def load(folder: Path) -> Any:
+    """Return the model in a folder, loaded once."""
+    kinds = {"language": LanguageModel, "vision": VisionLanguageModel}
+    return kinds.get(folder.name, DiffusionModel)(folder)
+
+
+def make(name: str, folder: Path) -> Any:
+    """Return a result of a lens, on the models that `save_models` saved into a folder."""
+    return MADE[name](folder)
+
+
+def _shapes(folder: Path) -> Any:
+    return lenses.layer_fidelity(load_packaged(), 2, layers=[0, -1], **FAST)
+
+
+@cache
+def load_packaged() -> DiffusionModel:
+    return DiffusionModel("diffsight/shapes-clip")
+
+
+def _patching(folder: Path) -> Any:
+    model = load(folder / "pipeline")
+    words = {"words": ["circle", range(2, 4)], "layers": slice(0, 3, 2)}
+    return lenses.encoder_patching(model, PROMPT, "a blue circle above a blue square", **words, **FAST)
+
+
+def _mapped(folder: Path) -> Any:
+    model = load(folder / "xl")
+    ends = {"encoder": "text_encoder", "source_encoder": "text_encoder_2", "layers": [0]}
+    mapping = lenses.LinearMap().fit(model, [PROMPT, "a green ring"], **ends, progress=False)
+    return lenses.encoder_patching(model, PROMPT, PROMPT, words="red", mapping=mapping, **ends, **FAST)
+
+
+def _comparison(folder: Path) -> Any:
+    models = {"SD": load(folder / "pipeline"), "XL": load(folder / "xl")}
+    prompts = [PROMPT, "a green ring", "a square"]
+    return lenses.compare_encoders(models, prompts, encoders="text_encoder", layers=[0, 1], **FAST)
+
+
+def _logits(folder: Path) -> Any:
+    model = load(folder / "language")
+    return lenses.logit_lens(model, language.PROMPTS[:2], layers=range(0, 4, 2), tokens=" Paris", top_k=2)
+
+
+def _image_tokens(folder: Path) -> Any:
+    image = Image.linear_gradient("L").resize((32, 32)).convert("RGB")
+    return lenses.image_token_lens(load(folder / "vision"), "what is this", image, tokens=[5])
+
+
+def _repeated(folder: Path) -> Any:
+    target = lenses.repeat_prompt(["cat", "hello"], between=" -> ")
+    return lenses.patchscope_lens(load(folder / "language"), language.PROMPTS[0], target=target, progress=False)
+
+
+def _from_states(folder: Path) -> Any:
+    states = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(0))
+    return lenses.patchscope_lens(load(folder / "language"), states, layers=[0, 1], progress=False)
+
+
+def _texts(folder: Path) -> Any:
+    settings = {
+        "target": lenses.repeat_prompt(),
+        "layers": ["embedding", -1],
+        "max_new_tokens": 3,
+        "do_sample": True,
+        "seed": 5,
+    }
+    return lenses.patchscope_generate(load(folder / "language"), language.PROMPTS[:2], **settings, progress=False)
+
+
+def _targets(folder: Path, **options: Any) -> Any:
+    model = load(folder / "language")
+    prompts = [
+        lenses.Prompt.from_strings(text, {"right": "Paris", "traps": ["London", "Madrid"]}, model)
+        for text in language.PROMPTS[:2]
+    ]
+    return lenses.run_prompts(model, prompts, **options)
+
+
+MADE = {
+    "diffusion_lens": lambda folder: lenses.diffusion_lens(load(folder / "pipeline"), PROMPT, seed=3, **FAST),
+    "encoder_patching": _patching,
+    "encoder_patching with a map": _mapped,
+    "layer_fidelity": _shapes,
+    "compare_encoders": _comparison,
+    "logit_lens": _logits,
+    "trajectory_lens": lambda folder: lenses.trajectory_lens(
+        load(folder / "pipeline"), PROMPT, show=["noisy", "prediction", "guidance map"], seed=3, **FAST
+    ),
+    "image_token_lens": _image_tokens,
+    "patchscope_lens": _repeated,
+    "patchscope_lens of hidden states": _from_states,
+    "patchscope_generate": _texts,
+    "run_prompts": _targets,
+    "run_prompts by layer": lambda folder: _targets(folder, lens=lenses.logit_lens, layers=[0, -1]),
+}

@@ -1,0 +1,222 @@
+"""Steps of generation: one per generated token, however many forward passes a choice of tokens takes.
+
+Compared with the bare `generate`, given a stopping criterion and a forward hook written by hand.
+"""
+
+import pytest
+import torch
+import transformers
+
+from diffsight import HFPipeline, LanguageModel
+from diffsight.errors import InputError, OutOfOrderError
+from models.building import build
+from models.language_kinds import SIZE, TOKENIZER, ids, llama, t5
+
+PROMPT = "a red circle above a red circle above a red"
+LENGTH = 8
+SEED = 0  # of a text in which no byte that is not a character changes how those before it are decoded
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+def draft() -> torch.nn.Module:
+    """Return a model of one layer, with the weights of `llama()`: some of its drafts are right, some are not."""
+    net = llama()
+    config = transformers.LlamaConfig(**{**net.config.to_dict(), "num_hidden_layers": 1})
+    small = build(transformers.LlamaForCausalLM, config)
+    small.load_state_dict(net.state_dict(), strict=False)
+    return small
+
+
+class Passes(transformers.StoppingCriteria):
+    """Counts the forward passes before each choice of tokens, and the tokens in each choice."""
+
+    def __init__(self, net):
+        self.passes, self.lengths, self._count = [], [], 0
+        self._hook = net.register_forward_hook(self._note)
+
+    def _note(self, module, args, output):
+        self._count += 1
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.passes.append(self._count)
+        self.lengths.append(input_ids.shape[-1])
+        self._count = 0
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def remove(self):
+        self._hook.remove()
+
+    def of_tokens(self, prompt: int) -> list[int]:
+        """Return how many passes each token has: the first of those chosen at once has them all."""
+        counts = []
+        for passes, before, after in zip(self.passes, [prompt, *self.lengths], self.lengths):
+            counts += [passes] + [0] * (after - before - 1)
+        return counts
+
+
+def passes_in_each_step(run) -> list[int]:
+    counts = []
+    for _ in run.steps:
+        counts.append(0)
+        try:
+            while True:
+                run.lm_head.calls[counts[-1]].output
+                counts[-1] += 1
+        except OutOfOrderError:
+            pass
+    return counts
+
+
+MODES = {
+    "greedy": {},
+    "guidance": {"guidance_scale": 2.0},
+    "chunks": {"prefill_chunk_size": 4},
+    "chunks and guidance": {"prefill_chunk_size": 4, "guidance_scale": 2.0},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "of a configuration": {"generation_config": transformers.GenerationConfig(prompt_lookup_num_tokens=3)},
+    "an assistant": {"assistant_model": draft},
+    "sampling with an assistant": {"assistant_model": draft, "do_sample": True, "top_k": 0},
+    "early exit": {"assistant_early_exit": 1},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_is_a_token_in_every_mode(mode):
+    net = llama()
+
+    def options():  # an assistant remembers how many of its drafts were right
+        made = {name: value() if callable(value) else value for name, value in MODES[mode].items()}
+        return made | {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH}
+
+    given = {"input_ids": ids(PROMPT), "attention_mask": torch.ones_like(ids(PROMPT))}
+    seen = Passes(net)
+    torch.manual_seed(SEED)
+    expected = net.generate(**given, **options(), stopping_criteria=[seen])[0, given["input_ids"].shape[1] :]
+    seen.remove()
+    model = LanguageModel((net, TOKENIZER))
+    with model.generate(PROMPT, seed=SEED, **options()) as run:
+        steps = [(step.index, step.tokens.tolist(), step.text) for step in run.steps]
+    assert [index for index, *_ in steps] == list(range(LENGTH))
+    assert [tokens for _, tokens, _ in steps] == [[token] for token in expected.tolist()]
+    assert "".join(text for *_, text in steps) == run.text
+    assert "".join(model.generate(PROMPT, seed=SEED, **options()).stream()) == run.text
+    with model.generate(PROMPT, seed=SEED, **options()) as run:
+        assert passes_in_each_step(run) == seen.of_tokens(given["input_ids"].shape[1])
+
+
+def test_several_tokens_at_once_are_in_the_modes_above():
+    net = llama()
+    seen = Passes(net)
+    net.generate(ids(PROMPT), assistant_early_exit=1, max_new_tokens=LENGTH, stopping_criteria=[seen])
+    seen.remove()
+    assert 0 in seen.of_tokens(ids(PROMPT).shape[1])
+
+
+def test_an_assistant_with_another_tokenizer():
+    config = transformers.LlamaConfig(**{**draft().config.to_dict(), "vocab_size": SIZE + 3})
+    small = build(transformers.LlamaForCausalLM, config)
+    options = {"assistant_model": small, "tokenizer": TOKENIZER, "assistant_tokenizer": TOKENIZER}
+    model = LanguageModel((llama(), TOKENIZER))
+    with model.generate(PROMPT, max_new_tokens=LENGTH, **options) as run:
+        tokens = [step.tokens.item() for step in run.steps]
+    assert tokens == run.result[0, ids(PROMPT).shape[1] :].tolist()
+
+
+def test_assisted_decoding_of_an_encoder_with_a_decoder():
+    net, options = t5(), {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH}
+    for more in ({}, {"decoder_input_ids": ids(PROMPT)[:, :3]}):
+        expected = net.generate(ids(PROMPT), assistant_model=t5(), **options, **more)
+        with LanguageModel((net, TOKENIZER)).generate(PROMPT, assistant_model=t5(), **options, **more) as run:
+            tokens = [step.tokens.item() for step in run.steps]
+        assert tokens == expected[0, -LENGTH:].tolist()
+
+
+def test_a_token_without_a_pass_of_its_own_has_no_values():
+    net, options = llama(), {"assistant_early_exit": 1, "max_new_tokens": LENGTH, "min_new_tokens": LENGTH}
+    seen = Passes(net)
+    net.generate(ids(PROMPT), **options, stopping_criteria=[seen])
+    seen.remove()
+    empty = seen.of_tokens(ids(PROMPT).shape[1]).index(0)
+    with pytest.raises(OutOfOrderError, match="ended without reaching it"):
+        with LanguageModel((net, TOKENIZER)).generate(PROMPT, **options) as run:
+            for step in run.steps:
+                if step.index == empty:
+                    run.layers[1].output
+
+
+def test_beam_search_decides_in_the_end():
+    model = LanguageModel((llama(), TOKENIZER))
+    options = {"num_beams": 2, "max_new_tokens": 3}
+    with model.generate(PROMPT, **options) as run:
+        for step in run.steps:
+            with pytest.raises(InputError, match="beam search follows several texts"):
+                step.text
+    assert isinstance(run.text, str)
+    with pytest.raises(InputError, match=r"stream\(\): beam search"):
+        model.generate(PROMPT, **options).stream()
+    with model.generate(PROMPT, **options) as run:
+        next(iter(run.steps)).tokens
+        run.stop()
+    with pytest.raises(InputError, match="beam search"):
+        run.text
+
+
+def by_two(model, input_ids, logits_processor, stopping_criteria, generation_config, extra=1, **model_kwargs):
+    """Generate two tokens at a time."""
+    while True:
+        for _ in range(2):
+            for _ in range(extra):
+                logits = model(input_ids).logits
+            input_ids = torch.cat([input_ids, logits[:, -1:].argmax(-1)], -1)
+        if stopping_criteria(input_ids, None).all():
+            return input_ids
+
+
+def deaf(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    """Generate without asking the stopping criteria."""
+    for _ in range(3):
+        input_ids = torch.cat([input_ids, model(input_ids).logits[:, -1:].argmax(-1)], -1)
+    return input_ids
+
+
+def test_a_loop_of_the_users_own():
+    net, options = llama(), {"custom_generate": by_two, "extra": 3, "max_new_tokens": 6}
+    texts = [PROMPT, PROMPT.replace("red", "blue")]
+    both = torch.cat([ids(text) for text in texts])
+    expected = net.generate(both, **options)[:, both.shape[1] :]
+    with LanguageModel((net, TOKENIZER)).generate(both, **options) as run:
+        tokens = [step.tokens for step in run.steps]
+    assert torch.equal(torch.stack(tokens, 1), expected)
+
+
+def test_a_loop_of_the_users_own_that_tells_nothing_has_no_steps():
+    net = llama()
+    model = LanguageModel((net, TOKENIZER))
+    expected = net.generate(ids(PROMPT), custom_generate=deaf)
+    with pytest.raises(InputError, match=r"cannot be counted, because .* did not call its stopping criteria"):
+        with model.generate(PROMPT, custom_generate=deaf) as run:
+            for _ in run.steps:
+                pass
+    with model.generate(PROMPT, custom_generate=deaf) as run:
+        assert run.lm_head.calls[2].output.shape[1] == ids(PROMPT).shape[1] + 2
+    assert torch.equal(run.result, expected)
+    with model.generate(PROMPT, custom_generate=deaf) as run:
+        for _ in run.steps:
+            run.stop()
+            break
+
+
+def test_a_pipeline_with_an_assistant():
+    pipe = transformers.pipeline(
+        "text-generation", model=llama(), tokenizer=TOKENIZER, assistant_model=draft(), return_full_text=False
+    )
+    options = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH, "do_sample": False}
+    texts = [PROMPT, "a blue square"]
+    model = HFPipeline(pipe)
+    for more in ({}, {"assistant_early_exit": 1}):
+        expected = [pipe.model.generate(ids(text), **options, **more)[0, -LENGTH:].tolist() for text in texts]
+        steps = [step.tokens.item() for step in model.generate(texts, **options, **more).steps]
+        assert [steps[:LENGTH], steps[LENGTH:]] == expected
+    assert "".join(model.generate(PROMPT, **options).stream()) == pipe(PROMPT, **options)[0]["generated_text"]
