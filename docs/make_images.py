@@ -86,14 +86,21 @@ def inverted() -> Image.Image:
 
 def captions_of(relation: str) -> list[str]:
     pairs = [("red circle", "blue square"), ("green ring", "white triangle"), ("blue circle", "red ring")]
-    return [f"a {a} {relation} a {b} on a gray background" for a, b in [*pairs, ("white square", "green circle")]]
+    pairs.append(("white square", "green circle"))
+    return [f"a {a} {relation} a {b} on a {c} background" for a, b in pairs for c in ("gray", "black")]
 
 
 def effect() -> Image.Image:
     sae = SAE.load("diffsight/shapes-clip-text-encoder")
     features = concept_features(shapes("clip"), sae, captions_of("above"), captions_of("below")).topk(8).indices
     return feature_effect(
-        shapes("clip"), sae, captions_of("above")[0], features.tolist(), amounts=[0.5, 0], seed=0, **DRAWING
+        shapes("clip"),
+        sae,
+        captions_of("above")[0],
+        features.tolist(),
+        amounts=[0.5, 0],
+        seed=0,
+        **DRAWING | {"num_inference_steps": 10},
     ).grid()
 
 

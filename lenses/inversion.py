@@ -29,6 +29,7 @@ from diffsight.lenses.denoising.call_checks import check_one_image
 from diffsight.lenses.denoising.image_encoding import check_can_encode, check_image, encode_image
 from diffsight.lenses.denoising.inverse_schedulers import inverse_of
 from diffsight.lenses.denoising.scheduler_calls import prediction_type
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import difference_image, step_curves
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.image_grid import image_grid
@@ -132,6 +133,7 @@ class Inversion(LensResult):
         }
 
 
+@repeatable
 def invert(
     model: DiffusionModel,
     image: Any,
