@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from diffsight.lenses import (
         SAE,
         attach_sae,
+        attention_from,
+        attention_maps,
         collect_activations,
         compare_encoders,
         concept_features,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
         logit_lens,
         patchscope_generate,
         patchscope_lens,
+        prompt_to_prompt,
         run_prompts,
         steer,
         top_examples,
@@ -64,6 +67,8 @@ __all__ = [
     "VisionLanguageModel",
     "WrongThreadError",
     "attach_sae",
+    "attention_from",
+    "attention_maps",
     "collect_activations",
     "compare_encoders",
     "concept_features",
@@ -79,6 +84,7 @@ __all__ = [
     "logit_lens",
     "patchscope_generate",
     "patchscope_lens",
+    "prompt_to_prompt",
     "run_prompts",
     "steer",
     "top_examples",
@@ -110,4 +116,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

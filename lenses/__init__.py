@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffsight.lenses.attention_maps import AttentionMaps, attention_from, attention_maps
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
     from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders
     from diffsight.lenses.concept_features import concept_features
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         patchscope_lens,
         repeat_prompt,
     )
+    from diffsight.lenses.prompt_to_prompt import PromptToPromptResult, prompt_to_prompt
     from diffsight.lenses.results.image_grid import image_grid
     from diffsight.lenses.sae import attach_sae, train_sae
     from diffsight.lenses.steering import steer
@@ -50,6 +52,7 @@ __all__ = [
     "IDENTITY",
     "SAE",
     "Activations",
+    "AttentionMaps",
     "DiffusionLensResult",
     "EncoderComparison",
     "EncoderPatchingResult",
@@ -63,6 +66,7 @@ __all__ = [
     "LinearMap",
     "PatchscopeTexts",
     "Prompt",
+    "PromptToPromptResult",
     "SAEEvaluation",
     "SAESettings",
     "TargetProbabilities",
@@ -70,6 +74,8 @@ __all__ = [
     "TopExamples",
     "TrajectoryLensResult",
     "attach_sae",
+    "attention_from",
+    "attention_maps",
     "collect_activations",
     "compare_encoders",
     "concept_features",
@@ -87,6 +93,7 @@ __all__ = [
     "logit_lens",
     "patchscope_generate",
     "patchscope_lens",
+    "prompt_to_prompt",
     "repeat_prompt",
     "run_prompts",
     "steer",
@@ -96,6 +103,7 @@ __all__ = [
 ]
 
 _NAMES_IN = {
+    "attention_maps": ("AttentionMaps", "attention_from", "attention_maps"),
     "concept_features": ("concept_features",),
     "evaluate_sae": (
         "SAEEvaluation",
@@ -136,6 +144,7 @@ _NAMES_IN = {
         "patchscope_lens",
         "repeat_prompt",
     ),
+    "prompt_to_prompt": ("PromptToPromptResult", "prompt_to_prompt"),
     "results.image_grid": ("image_grid",),
     "steering": ("steer",),
     "target_probabilities": ("Prompt", "TargetProbabilities", "first_tokens", "run_prompts"),
