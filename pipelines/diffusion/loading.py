@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from diffsight.errors import DiffsightError, InputError, suggest_packaged
 from diffsight.pipelines.arguments import check_arguments
+from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
 from diffsight.pipelines.packaged import FOLDERS, LANGUAGE_MODELS
 from diffsight.pipelines.quiet_loading import quiet_loading
 from diffsight.pipelines.shapes.flux_defaults import set_defaults
@@ -79,14 +80,19 @@ def open_pipeline(
 
     if is_local and not (Path(place) / "model_index.json").is_file():
         with explained(name):
+            check_configurations(Path(place))
             return _load_modular(place, arguments), None
     is_quick = name in FOLDERS or not dispatch
     with explained(name), quiet_loading(transformers_logging, *([diffusers_logging] if is_quick else [])):
+        check_configurations(Path(place))
         classes = _module_classes(place, arguments)
         empty = {} if dispatch else _build_empty(classes, place, arguments)
         now = {key: value for key, value in arguments.items() if dispatch or key not in _OF_WEIGHTS}
         with requiring_all_weights():
             pipeline = DiffusionPipeline.from_pretrained(place, **now, **empty)
+        for part, component in pipeline.components.items():
+            if part not in arguments:
+                check_vocabulary(Path(place) / part, component)
     if name == "diffsight/shapes-flux":
         set_defaults(pipeline)
     if not empty:
@@ -156,6 +162,8 @@ def _module_classes(place: str, arguments: dict[str, Any]) -> dict[str, type[nn.
     for name, entry in DiffusionPipeline.load_config(place, **_for_hub(arguments)).items():
         if name.startswith("_") or name in arguments or not isinstance(entry, (list, tuple)) or None in entry:
             continue
+        if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+            raise ValueError(f"its index says {entry} of {name!r}, where a library and a class are expected")
         cls = _class(name, *entry, bool(arguments.get("trust_remote_code")))
         if cls is not None:
             check_weights(Path(place), name)

@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from diffsight.errors import DiffsightError, InputError, suggest_packaged
+from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
 from diffsight.pipelines.language.gguf import load_gguf
 from diffsight.pipelines.language.smollm2 import packaged_folder
 from diffsight.pipelines.packaged import LANGUAGE_MODELS
@@ -71,6 +72,7 @@ def open_language_model(
     place, gguf = _place(name)
     arguments = gguf | arguments
     with _explained(name, place):
+        check_configurations(Path(place))
         check_weights(Path(place), arguments.get("subfolder", ""))
         empty = _build_empty(place, arguments)
 
@@ -129,7 +131,10 @@ def _kind(config: Any) -> Any:
 def _own_tokenizer(place: str, gguf: dict[str, str], arguments: dict[str, Any]) -> Any:
     """Return the tokenizer saved with the model, or None if there is none."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(place, **gguf, **hub_arguments(arguments))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **gguf, **hub_arguments(arguments))
+        if not gguf:
+            check_vocabulary(Path(place), tokenizer)
+        return tokenizer
     except Exception as error:  # the library for damaged files raises plain exceptions
         if any(Path(place).glob("tokenizer*")):
             raise InputError(
