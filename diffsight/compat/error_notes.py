@@ -10,8 +10,8 @@ _GRADIENT = (
 )
 _SAVE = "Write nnsight.save(x), or nothing: a name bound in a block stays bound"
 _PADDING = (
-    "Each invoke is a pass of its own here, where nnsight pads the inputs of all to one length: choose the positions that "
-    "both have, or trace all inputs at once and use run.rows"
+    "Each invoke is a pass of its own here, where nnsight pads the inputs of all to one length: choose the positions "
+    "that both have, or trace all inputs at once and use run.rows"
 )
 _SIZES = re.compile(r"size of (the )?tensor .*must match|shape mismatch")
 _UPDATE = "Values are real objects here, not proxies: write x = ... instead of x.update(...)"
