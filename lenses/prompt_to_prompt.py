@@ -28,6 +28,7 @@ from diffsight.lenses.attention.token_mapping import TokenMapping, map_tokens
 from diffsight.lenses.attention.word_keys import WordKeys
 from diffsight.lenses.encoders.checks import check_call, check_prompt
 from diffsight.lenses.options import check_options
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.overlays import scaled
@@ -89,6 +90,7 @@ class PromptToPromptResult(LensResult):
         }
 
 
+@repeatable
 def prompt_to_prompt(
     model: DiffusionModel,
     source: str,

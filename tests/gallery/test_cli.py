@@ -185,7 +185,7 @@ def test_unknown_words_are_warned_of_once_by_the_lens(capsys):
 
 
 def test_attention_writes_the_files_that_it_prints(saved_pipeline, here, capsys):
-    argv = ("attention", PROMPT, "--words", "circle", "blue square", "--model", saved_pipeline, "--steps", "2")
+    argv = ("attention", PROMPT, "--words", "circle,blue square", "--model", saved_pipeline, "--steps", "2")
     assert run_command(*argv, "--seed", "3", "--out", "maps") == 0
     printed = capsys.readouterr().out.split()
     assert {Path(path).name for path in printed} >= {"grid.png", "word_00.png", "word_01.png", "lens.json"}

@@ -125,6 +125,14 @@ MADE = {
     "trajectory_lens": lambda folder: lenses.trajectory_lens(
         load(folder / "pipeline"), PROMPT, show=["noisy", "prediction", "guidance map"], seed=3, **FAST
     ),
+    "prompt_to_prompt": lambda folder: lenses.prompt_to_prompt(
+        load(folder / "pipeline"),
+        PROMPT,
+        PROMPT.replace("blue", "green"),
+        reweight={"red": 2.0},
+        seed=3,
+        num_inference_steps=2,
+    ),
     "image_token_lens": _image_tokens,
     "patchscope_lens": _repeated,
     "patchscope_lens of hidden states": _from_states,
