@@ -71,7 +71,7 @@ class PerLayer:
         return f"<{self._name} of {len(self)} layers>"
 
     def _at(self, index: int) -> tuple[Points, str]:
-        path = join(self._root.path, f"{self._name}[{index}]")
+        path = join(target_of(self._root).path, f"{self._name}[{index}]")
         points, name, part = self._point(self._root._layer(index, path), path)
         return _part_of_value(points, part), name
 
@@ -328,7 +328,7 @@ def _attention(layer: Envoy, path: str) -> Target:
 
 
 def _of_attention(layer: Envoy, path: str) -> tuple[Points, str, Any]:
-    target = attention_value(_attention(layer, path), path.partition("[")[0])
+    target = attention_value(_attention(layer, path), path.rpartition("[")[0].rpartition(".")[2])
     return handle_on(layer, target), "output", None
 
 

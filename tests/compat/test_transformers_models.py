@@ -13,7 +13,7 @@ from diffsight.compat import (
     VisionLanguageModel,
 )
 from diffsight.errors import InputError
-from helpers import outputs
+from helpers import outputs, replaced
 from models import diffusion, language, vision_language
 from models.building import build
 
@@ -150,6 +150,30 @@ def test_names_of_nnterp(net):
     (closest,) = model.get_topk_closest_tokens(hidden[0, -1:], k=2)
     probabilities = net.lm_head(net.transformer.ln_f(hidden[0, -1:])).softmax(-1)[0]
     assert [p for _, p in closest] == pytest.approx(probabilities.topk(2).values.tolist())
+
+
+def test_attention_probabilities_of_nnterp():
+    """nnterp's guide to advanced features, the first cell: no attention to the first token."""
+    net = language.gpt2()
+    net.set_attn_implementation("eager")
+    ids = language.ids(TEXT)
+
+    def edited(probs):
+        probs = probs.clone()
+        probs[:, :, 1:, 0] = 0
+        return probs / probs.sum(dim=-1, keepdim=True)
+
+    model = StandardizedTransformer(net, tokenizer=language.TOKENIZER)
+    with model.trace(TEXT):
+        probs = model.attention_probabilities[1].save()
+        read = probs.clone()
+        probs[:, :, 1:, 0] = 0
+        probs /= probs.sum(dim=-1, keepdim=True)
+        logits = model.logits.save()
+    assert torch.equal(read, net(ids, output_attentions=True).attentions[1])
+    with replaced(net.transformer.h[1].attn.attn_dropout, edited):
+        expected = net(ids).logits
+    assert torch.allclose(logits, expected, atol=1e-6) and not torch.allclose(logits, net(ids).logits, atol=1e-3)
 
 
 def test_diffusion_models(tmp_path):
