@@ -13,7 +13,7 @@ from diffsight.compat import (
     VisionLanguageModel,
 )
 from diffsight.errors import InputError
-from helpers import outputs, replaced
+from helpers import outputs, with_input
 from models import diffusion, language, vision_language
 from models.building import build
 
@@ -156,13 +156,7 @@ def test_attention_probabilities_of_nnterp():
     """nnterp's guide to advanced features, the first cell: no attention to the first token."""
     net = language.gpt2()
     net.set_attn_implementation("eager")
-    ids = language.ids(TEXT)
-
-    def edited(probs):
-        probs = probs.clone()
-        probs[:, :, 1:, 0] = 0
-        return probs / probs.sum(dim=-1, keepdim=True)
-
+    attention, ids = net.transformer.h[1].attn, language.ids(TEXT)
     model = StandardizedTransformer(net, tokenizer=language.TOKENIZER)
     with model.trace(TEXT):
         probs = model.attention_probabilities[1].save()
@@ -170,9 +164,12 @@ def test_attention_probabilities_of_nnterp():
         probs[:, :, 1:, 0] = 0
         probs /= probs.sum(dim=-1, keepdim=True)
         logits = model.logits.save()
-    assert torch.equal(read, net(ids, output_attentions=True).attentions[1])
-    with replaced(net.transformer.h[1].attn.attn_dropout, edited):
-        expected = net(ids).logits
+    given = net(ids, output_attentions=True).attentions[1]
+    assert torch.equal(read, given)
+    given[:, :, 1:, 0] = 0
+    values = outputs(attention.c_attn, net, ids)[0].chunk(3, dim=-1)[2].unflatten(-1, (net.config.n_head, -1))
+    heads = given / given.sum(dim=-1, keepdim=True) @ values.transpose(1, 2)
+    expected = with_input(attention.c_proj, heads.transpose(1, 2).flatten(2), lambda: net(ids).logits)
     assert torch.allclose(logits, expected, atol=1e-6) and not torch.allclose(logits, net(ids).logits, atol=1e-3)
 
 
