@@ -21,6 +21,7 @@ from PIL import Image
 from diffsight import (
     DiffusionModel,
     LanguageModel,
+    attention_maps,
     compare_encoders,
     diffusion_lens,
     encoder_patching,
@@ -58,6 +59,11 @@ def packaged() -> Image.Image:
     rows = [shapes(name).generate(SCENE, num_images_per_prompt=4, seed=0).images for name in ("clip", "t5")]
     titles = [f"seed {seed}" for seed in range(4)]
     return image_grid(rows, row_titles=["shapes-clip", "shapes-t5"], column_titles=titles, title=SCENE, cell=128)
+
+
+def attention() -> Image.Image:
+    prompt, words = "a red circle above a blue square on a gray background", ["circle", "square", "gray background"]
+    return attention_maps(shapes("clip"), prompt, words, seed=1).grid()
 
 
 def lens_grid() -> Image.Image:
@@ -110,6 +116,7 @@ def targets() -> Figure:
 
 IMAGES: dict[str, Callable[[], Image.Image | Figure]] = {
     "packaged": packaged,
+    "attention-maps": attention,
     "lens-grid": lens_grid,
     "trajectory": trajectory,
     "block-exits": block_exits,

@@ -120,7 +120,7 @@ class AttentionMaps(LensResult):
             axes.set_axis_off()
             if number < len(heats):
                 name, heat = heats[number]
-                axes.imshow(heat if heat.ndim == 2 else heat.mean(0), cmap="inferno", vmin=0, vmax=most)
+                axes.imshow((heat if heat.ndim == 2 else heat.mean(0)).numpy(), cmap="inferno", vmin=0, vmax=most)
                 axes.set_title(name if len(name) < 24 else f"…{name[-23:]}", fontsize=7)
         return figure
 
@@ -296,7 +296,8 @@ def attention_from(
     """
     _check("attention_from", model, prompt, seed, keep, arguments)
     check_options(attention_from, model, arguments)
-    if len(position) != 2 or not all(0 <= share <= 1 for share in position):
+    shares = [share for share in position if isinstance(share, (int, float)) and 0 <= share <= 1]
+    if len(position) != 2 or len(shares) != 2:
         raise InputError(f"position is (x, y), shares of width and height from 0 to 1, not {position!r}")
     found = find_attentions(model, prompt, **arguments)
     chosen = _chosen(found.of_kind("self", "joint"), layers, "attention from the image to itself", model)

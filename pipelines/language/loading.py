@@ -21,7 +21,7 @@ from torch import nn
 from diffsight.errors import InputError, suggest_packaged
 from diffsight.pipelines.language.gguf import load_gguf
 from diffsight.pipelines.language.smollm2 import packaged_folder
-from diffsight.pipelines.packaged import LANGUAGE_MODELS
+from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
 from diffsight.pipelines.weights import MissingWeightsError, adopt, check_weights, find_path, requiring_all_weights
 
 _FAILURES = (
@@ -200,6 +200,8 @@ def _why(name: str, place: str, error: Exception) -> str:
 
 
 def _unknown(name: str) -> str:
+    if name in PIPELINES:
+        return f"{name} is a diffusion pipeline, not a language model: open it with DiffusionModel({name!r})"
     return (
         f"there is no language model {name!r}{suggest_packaged(name, LANGUAGE_MODELS)}. "
         f"Known: {', '.join(LANGUAGE_MODELS)}, a folder, a .gguf file, a live "
