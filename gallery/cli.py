@@ -6,6 +6,7 @@ Libraries that are slow to import are imported by the commands that need them, s
 import argparse
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -16,23 +17,31 @@ from diffsight.gallery.command_options import PROMPT
 from diffsight.gallery.commands import add_commands
 from diffsight.gallery.completion import script
 from diffsight.gallery.lens_commands import add_lens_commands
+from diffsight.pipelines.valid_text import check_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 1 if a check fails, or 2 if the input is invalid.
+    """Run a command and return its exit status: 0, 1 if a check fails, or 2 if the input is invalid or a model fails.
 
     Args:
         argv: The arguments. Default: those of the process.
     """
-    options = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notices about packages that are not needed
     warnings.showwarning = _show_warning
     try:
+        check_text("an argument", words)
+        options = _parser().parse_args(words)
         return options.command(options) or 0
     except (DiffsightError, argparse.ArgumentTypeError) as error:
-        print(f"diffsight: {error}", file=sys.stderr)
+        message = str(error)
     except OSError as error:  # such as a full disk
-        print(f"diffsight: {error.strerror or error}{f': {error.filename}' if error.filename else ''}", file=sys.stderr)
+        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    except Exception as error:  # of the model: Python raises it unchanged, a command says what it is and where
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        first = next(iter(str(error).strip().splitlines()), "")
+        message = f"{type(error).__name__}: {first} ({place.filename}, line {place.lineno})"
+    print(f"diffsight: {message}", file=sys.stderr)
     return 2
 
 

@@ -23,6 +23,7 @@ from PIL import Image
 from diffsight.errors import InputError
 from diffsight.lenses.results.saving import check_writable, save_files
 from diffsight.lenses.results.settings import settings_of, subject_of
+from diffsight.pipelines.weights import find_path, shortened
 
 PAGE, DATA, THUMBNAILS = "index.html", "gallery_data.js", "thumbnails"
 _IMAGES = (".png", ".gif", ".jpg", ".webp")
@@ -48,9 +49,9 @@ def write_gallery(folder: str | Path) -> Path:
     Raises:
         InputError: The folder does not exist, has no results, or cannot be written.
     """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder")
+    given, folder = folder, find_path(folder)
+    if folder is None or not folder.is_dir():
+        raise InputError(f"{shortened(str(given))} is not a folder")
     found = list(find_results(folder))
     if not found:
         raise InputError(f"there are no results in {folder}: save some with result.save(folder)")

@@ -50,7 +50,6 @@ from diffsight.pipelines.standard_names import are_layers, is_list, layer_names,
 
 _PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # besides modules
 _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "postprocess"}
-_FAILURES = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError)
 
 
 _generating: ContextVar[tuple[GeneratedTokens | None, bool]] = ContextVar("diffsight_generating", default=(None, False))
@@ -233,7 +232,7 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
     is_task = str(source) in tasks or "model" in arguments
     try:
         return transformers.pipeline(**{"task" if is_task else "model": str(source)}, **arguments)
-    except _FAILURES as error:
+    except Exception as error:  # a damaged file fails anywhere in the libraries
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         hint = "" if str(source) in tasks else suggest(str(source), tasks)
         raise InputError(

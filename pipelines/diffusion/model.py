@@ -43,6 +43,7 @@ from diffsight.pipelines.diffusion.prompts import check_prompts
 from diffsight.pipelines.diffusion.run import DiffusionRun, set_pipeline
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders
 from diffsight.pipelines.seeds import generators, seeded_noise, seeds_of_images
+from diffsight.pipelines.valid_text import check_text
 
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_images_per_caption")
 
@@ -185,6 +186,8 @@ class DiffusionModel(HasEncoders, Model):
     ) -> tuple[dict[str, Any], list[int] | None]:
         """Return the arguments that were passed, by name, and the seed of each image."""
         arguments = arguments_by_name(self._owner, args, kwargs)
+        for name, value in arguments.items():
+            check_text(name, value)
         if arguments.get("prompt") is not None:
             check_prompts(self._owner, arguments["prompt"], arguments)
         steps = arguments.get("num_inference_steps")

@@ -104,7 +104,7 @@ class LayerAccessors:
             raise InputError(f"{path} takes the number of a layer, not {index!r}")
         if isinstance(index, bool) or not hasattr(index, "__index__") or not -count <= index < count:
             instead = "; the input of the first layer is layers_input[0]" if index == EMBEDDING else ""
-            raise InputError(f"{path}: there is no layer {index!r}; the model has {count} (0 to {count - 1}){instead}")
+            raise InputError(f"{path}: there is no layer {index!r}, the model has {count} (0 to {count - 1}){instead}")
         return operator.index(index) % count
 
     def _layer(self, index: int, path: str) -> Envoy:

@@ -130,7 +130,7 @@ def test_hidden_states_are_assigned_in_a_row(name):
 def test_a_layer_that_does_not_exist():
     model = DiffusionModel(diffusion.stable_diffusion())
     assert len(model.text_encoder.layers_output) == 3
-    with pytest.raises(InputError, match=r"text_encoder.layers_output\[3\]: there is no layer 3; the model has 3"):
+    with pytest.raises(InputError, match=r"text_encoder.layers_output\[3\]: there is no layer 3, the model has 3"):
         model.generate("a red circle").text_encoder.layers_output[3]
     with pytest.raises(InputError, match=r"the input of the first layer is layers_input\[0\]"):
         model.generate("a red circle").text_encoder.layers_output["embedding"]

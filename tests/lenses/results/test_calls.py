@@ -155,6 +155,7 @@ def test_the_code_of_a_call(saved_models):
     ]
 
 
+@pytest.mark.filterwarnings("ignore:the names found in GPT2LMHeadModel could not be verified")
 def test_weights_of_every_kind_have_a_fingerprint():
     """Made in inference mode, of no element, sparse, on the meta device, of one byte."""
     with torch.inference_mode():
