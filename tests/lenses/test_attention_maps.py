@@ -186,7 +186,16 @@ def test_what_is_saved(model, tmp_path):
     result = attention_maps(model, PROMPT, ["circle", "square"], seed=3, keep="steps", **SHORT)
     paths = result.save(tmp_path / "maps")
     assert {path.name for path in paths} == {
-        *("lens.json", "image.png", "grid.png", "word_00.png", "word_01.png", "maps.png", "maps.safetensors"),
+        *(
+            "lens.json",
+            "image.png",
+            "grid.png",
+            "word_00.png",
+            "word_01.png",
+            "maps.png",
+            "page.html",
+            "maps.safetensors",
+        ),
     }
     tensors = load_file(tmp_path / "maps" / "maps.safetensors")
     assert torch.equal(tensors["maps"], result.maps) and torch.equal(tensors["steps.step 1"], result.parts["step 1"])

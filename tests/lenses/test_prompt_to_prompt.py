@@ -180,4 +180,4 @@ def test_bad_input(sd, given, words):
 def test_what_is_saved(sd, tmp_path):
     result = prompt_to_prompt(DiffusionModel(sd), SOURCE, TARGET, seed=3, **CALL)
     paths = result.save(tmp_path / "edit")
-    assert {path.name for path in paths} == {"lens.json", "source.png", "target.png", "grid.png"}
+    assert {path.name for path in paths} == {"lens.json", "page.html", "source.png", "target.png", "grid.png"}
