@@ -19,12 +19,13 @@ their turn first, in the order in which they were made; then the body that opene
 import inspect
 import textwrap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from diffsight.engine.attached_modules import AttachedModules
 from diffsight.engine.capture import Block, Deferred
 from diffsight.engine.current_run import current_edit
 from diffsight.engine.user_bodies import EditBody
@@ -57,6 +58,19 @@ class Edit:
         return f"<edit at {self.where}{touches}>"
 
 
+class Edits(list[Edit]):
+    """The edits of a model, in the order in which they were made, and the modules that were attached for them."""
+
+    def __init__(self, attached: AttachedModules, edits: Iterable[Edit] = ()) -> None:
+        super().__init__(edits)
+        self._attached = attached
+
+    def clear(self) -> None:
+        """Remove all edits, and the modules that were attached."""
+        super().clear()
+        self._attached.clear()
+
+
 class Editing(Deferred):
     """What `model.edit(...)` returns: a context manager around the edit's block, or a decorator of its function.
 
@@ -67,7 +81,7 @@ class Editing(Deferred):
 
     _instead = "Write the block as a function that takes the run, and pass that: `edited = model.edit(function)`"
 
-    def __init__(self, model: Any, edits: list[Edit]) -> None:
+    def __init__(self, model: Any, edits: Edits) -> None:
         self._model, self._edits = model, edits
 
     def __call__(self, function: Callable[..., Any]) -> Any:

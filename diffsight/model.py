@@ -14,7 +14,7 @@ from typing import Any, Self, overload
 import torch
 from torch import nn
 
-from diffsight.edits import Edit, Editing, check_no_edit, start_edit
+from diffsight.edits import Edit, Editing, Edits, check_no_edit, start_edit
 from diffsight.engine.flow import Flow
 from diffsight.engine.gradients import with_gradients
 from diffsight.engine.hooks import FORWARD
@@ -49,7 +49,7 @@ class Model(Envoy):
 
     def _wrap(self, tree: Tree) -> None:
         """Wrap what a tree describes. Wrappers call it in place of `super().__init__`."""
-        self.__dict__["_edits"] = []
+        self.__dict__["_edits"] = Edits(tree.attached)
         tree.look_for_private_names()
         super().__init__(tree, tree.root)
 
@@ -183,13 +183,13 @@ class Model(Envoy):
     def clear_edits(self) -> None:
         """Remove all edits, and the modules that were attached."""
         self._edits.clear()
-        self._tree.attached.clear()
 
     def _copy(self) -> Self:
         """A model of the same modules, whose edits begin with those here. Both know of each other's runs: in a run of
         the copy, `model.<path>` is a value too."""
         copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__, _tree=self._tree.copy(), _edits=list(self._edits))
+        tree = self._tree.copy()
+        copy.__dict__.update(self.__dict__, _tree=tree, _edits=Edits(tree.attached, self._edits))
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -69,10 +69,14 @@ class Steps:
         entered = False
         try:
             while last is None or max(flow.scope.step + 1, first) < last:
+                has_ended_before = flow.outcome is not None
                 if not flow.next_step():
                     has_ended = flow.outcome is None or flow.has_result
-                    if has_ended and chosen != slice(None) and not entered and current_edit() is None:
-                        self._warn_of_missed(first)
+                    if has_ended and current_edit() is None:
+                        if has_ended_before and (flow.clock.index > flow.scope.step or flow.scope.step < 0):
+                            self._warn_of_early_end()
+                        elif chosen != slice(None) and not entered:
+                            self._warn_of_missed(first)
                     if flow.has_result:
                         flow.clock.check_counted(flow.tree.title)
                     return
@@ -83,6 +87,13 @@ class Steps:
                     yield self._make_step(index, target.path, (args, kwargs))
         finally:
             flow.leave_steps()
+
+    def _warn_of_early_end(self) -> None:
+        message = (
+            f"the loop over run.steps ended after {self._flow.scope.step + 1} steps, because something else had run "
+            "the model to its end, such as run.result: ask for that after the loop"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def _warn_of_missed(self, first: int) -> None:
         count = self._flow.clock.index + 1

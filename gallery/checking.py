@@ -22,9 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from diffsight.errors import InputError
+from diffsight.gallery.check_does_not_apply import NothingOfTheKind
 from diffsight.gallery.diffusion_checks import diffusion_checks
 from diffsight.gallery.language_checks import language_checks
-from diffsight.gallery.nothing_of_the_kind import NothingOfTheKind
 from diffsight.lenses.results.saving import check_file, expanded, save_files, versions
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel

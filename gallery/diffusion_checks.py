@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError, NeverReachedError
-from diffsight.gallery.nothing_of_the_kind import NothingOfTheKind
+from diffsight.gallery.check_does_not_apply import NothingOfTheKind
 from diffsight.lenses.diffusion_lens import diffusion_lens
 from diffsight.lenses.results.outputs import image_of
 from diffsight.pipelines.diffusion.model import DiffusionModel

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from diffsight.errors import InputError, OutOfOrderError, PointNotFoundError
+from diffsight.gallery.check_does_not_apply import NothingOfTheKind
 from diffsight.gallery.diffusion_checks import same_bits
-from diffsight.gallery.nothing_of_the_kind import NothingOfTheKind
 from diffsight.lenses.logit_lens import logit_lens
 from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.vision_language.model import VisionLanguageModel

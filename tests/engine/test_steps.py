@@ -294,3 +294,20 @@ def test_no_generate(x):
     net = torch.nn.Linear(4, 4)
     with pytest.raises(AttributeError, match="generate"):
         Model(net).generate(x)
+
+
+def test_a_loop_that_the_model_has_left_behind(generate):
+    with generate() as run:
+        with pytest.warns(RuntimeWarning, match=r"ended after 2 steps, because something else had run"):
+            for step in run.steps:
+                if step.index == 1:
+                    run.result
+    with generate() as run:
+        run.result
+        with pytest.warns(RuntimeWarning, match=r"ended after 0 steps"):
+            assert list(run.steps) == []
+    with generate() as run, warnings.catch_warnings(action="error"):
+        for step in run.steps:
+            if step.index == 3:
+                run.result
+        assert list(run.steps) == []
