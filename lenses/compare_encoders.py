@@ -503,6 +503,8 @@ def _choose(
     readings = {name: record_encoding(model, prompt, arguments, seed) for name, model in models.items()}
     found = {name: encoders_in(models[name], reading) for name, reading in readings.items()}
     known = "; ".join(f"{name} has {', '.join(of)}" for name, of in found.items())
+    if encoders is not None and not isinstance(encoders, Iterable):
+        raise InputError(f"encoders are names of text encoders, not {encoders!r}: {known}")
     wanted = [encoders] if isinstance(encoders, str) else None if encoders is None else list(encoders)
     everywhere = {encoder for of in found.values() for encoder in of}
     for name in wanted or ():

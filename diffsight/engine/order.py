@@ -134,8 +134,8 @@ def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError], ending: s
 def called_in_thread(asked: Asked, until: str, kind: type[OutOfOrderError], ending: str = "") -> OutOfOrderError:
     """The error for a point that was waited for, and that the model passes in a thread of its own."""
     return kind(
-        f"{asked} was asked for, but {until} without reaching it in the run's thread{ending}. The model calls the module in a "
-        "thread of its own, where a run does not see it"
+        f"{asked} was asked for, but {until} without reaching it in the run's thread{ending}. The model calls the "
+        "module in a thread of its own, where a run does not see it"
     )
 
 

@@ -108,7 +108,7 @@ class Encoders(Mapping[str, Encoder]):
             raise InputError(f"{self._pipeline} has no text encoder, so there is nothing to look through")
         if name is None:
             return next((encoder for encoder in self.values() if encoder.used_layers), next(iter(self.values())))
-        if name not in self:
+        if not isinstance(name, str) or name not in self:
             raise InputError(
                 f"{self._pipeline} has no text encoder {name!r}{suggest(str(name), self)}: it has {', '.join(self)}"
             )
