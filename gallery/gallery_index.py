@@ -9,6 +9,7 @@ large images are in the folder `thumbnails`, and are made once.
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -125,11 +126,10 @@ def _cover(folder: Path, place: Path, names: list[str]) -> str:
 
 
 def _write_thumbnail(path: Path, thumbnail: Path) -> None:
-    unfinished = thumbnail.with_suffix(f".{os.getpid()}.jpg")
-    with Image.open(path) as image:
+    with tempfile.TemporaryDirectory(dir=thumbnail.parent) as place, Image.open(path) as image:
         image.thumbnail(_SIZE, Image.Resampling.BILINEAR, reducing_gap=1.5)
-        image.convert("RGB").save(unfinished, "jpeg", quality=85)
-    unfinished.replace(thumbnail)
+        image.convert("RGB").save(Path(place) / thumbnail.name, "jpeg", quality=85)
+        (Path(place) / thumbnail.name).replace(thumbnail)
 
 
 def _address(place: Path, folder: Path) -> str:

@@ -59,8 +59,13 @@ class Activations:
         return self.values[find_layer(layer, self.layers, self.num_layers)]
 
     def of_prompt(self, prompt: int) -> torch.Tensor:
-        """Return the activations of one prompt, (layers, its tokens, ...)."""
-        return self.values[:, self.prompts == prompt]
+        """Return the activations of one prompt, (layers, its tokens, ...). -1 is the last prompt.
+
+        Raises InputError if there is no such prompt."""
+        count = int(self.prompts.max()) + 1
+        if isinstance(prompt, bool) or not hasattr(prompt, "__index__") or not -count <= prompt < count:
+            raise InputError(f"there is no prompt {prompt!r}: there are {count} (0 to {count - 1})")
+        return self.values[:, self.prompts == prompt % count]
 
 
 @overload

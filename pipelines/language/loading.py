@@ -19,7 +19,7 @@ from diffsight.errors import DiffsightError, InputError, suggest_packaged
 from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
 from diffsight.pipelines.language.gguf import load_gguf
 from diffsight.pipelines.language.smollm2 import packaged_folder
-from diffsight.pipelines.packaged import LANGUAGE_MODELS
+from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
 from diffsight.pipelines.weights import (
     MissingWeightsError,
     adopt,
@@ -214,6 +214,8 @@ def _why(name: str, place: str, error: Exception) -> str:
 
 
 def _unknown(name: str) -> str:
+    if name in PIPELINES:
+        return f"{name} is a diffusion pipeline, not a language model: open it with DiffusionModel({name!r})"
     return (
         f"there is no language model {shortened(name)!r}{suggest_packaged(name, LANGUAGE_MODELS)}. "
         f"Known: {', '.join(LANGUAGE_MODELS)}, a folder, a .gguf file, a live "
