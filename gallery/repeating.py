@@ -33,6 +33,7 @@ from diffsight.lenses.results.result import ARGUMENTS, PAGE, LensResult
 from diffsight.lenses.results.saving import versions
 from diffsight.pipelines.weights import find_path, shortened
 
+_PARTS = ("arguments", "models")  # of a call
 _NOT_COMPARED = ("versions", "call")  # entries of a record
 
 
@@ -99,6 +100,8 @@ def repeat(path: str | Path, **replaced: Any) -> Repetition:
     call = record.get("call")
     if not isinstance(call, dict):
         raise InputError(f"{path} does not say how the result was made: a result that a lens returned can be repeated")
+    if not isinstance(call.get("function"), str) or not all(isinstance(call.get(key), dict) for key in _PARTS):
+        raise InputError(f"{path} is damaged: its call does not have a function, arguments and models")
     result = _call_again(path, call, replaced)
     with tempfile.TemporaryDirectory() as folder:
         names = [one.name for one in result.save(folder) if one.name not in (PAGE, ARGUMENTS)]

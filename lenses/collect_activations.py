@@ -118,7 +118,7 @@ def collect_activations(
         raise InputError(f"collect_activations takes a LanguageModel, not {type(model).__name__}")
     check_options(collect_activations, model, inputs)
     if of not in _POINTS:
-        raise InputError(f"{of!r} cannot be collected{suggest(of, _POINTS)}: choose from {', '.join(_POINTS)}")
+        raise InputError(f"{of!r} cannot be collected{suggest(str(of), _POINTS)}: choose from {', '.join(_POINTS)}")
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise InputError(f"dtype is a torch.dtype, such as torch.float32, not {dtype!r}")
     if dtype is not None and not dtype.is_floating_point:

@@ -49,6 +49,7 @@ from diffsight.pipelines.diffusion.components import text_encoder_names
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
 from diffsight.pipelines.diffusion.encoding import EncodingRecord, cut_off, record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.prompts import text_tokenizer
 from diffsight.pipelines.diffusion.run import is_silenced
 from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
 
@@ -432,7 +433,7 @@ def _summary(one: _Chosen, encoded: Sequence[_Encoded], drawn: Sequence[Diffusio
 
 
 def _tokenizer(model: DiffusionModel, encoder: EncoderRecord) -> Any:
-    return None if encoder.tokenizer is None else getattr(model.pipeline, encoder.tokenizer)
+    return None if encoder.tokenizer is None else text_tokenizer(getattr(model.pipeline, encoder.tokenizer))
 
 
 def _own_tokens(tokenizer: Any, prompt: str, ids: list[int]) -> list[int]:
@@ -502,6 +503,8 @@ def _choose(
     readings = {name: record_encoding(model, prompt, arguments, seed) for name, model in models.items()}
     found = {name: encoders_in(models[name], reading) for name, reading in readings.items()}
     known = "; ".join(f"{name} has {', '.join(of)}" for name, of in found.items())
+    if encoders is not None and not isinstance(encoders, Iterable):
+        raise InputError(f"encoders are names of text encoders, not {encoders!r}: {known}")
     wanted = [encoders] if isinstance(encoders, str) else None if encoders is None else list(encoders)
     everywhere = {encoder for of in found.values() for encoder in of}
     for name in wanted or ():

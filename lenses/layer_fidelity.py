@@ -37,6 +37,7 @@ from diffsight.lenses.results.sections import Cell, CurveSection, Section, Table
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import check_prompts
 from diffsight.pipelines.diffusion.run import is_silenced
+from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import Scene, sample_scene
 from diffsight.pipelines.shapes.scoring import score
@@ -221,6 +222,7 @@ def layer_fidelity(
     if not isinstance(model, DiffusionModel):
         raise InputError(f"layer_fidelity takes a DiffusionModel, not {type(model).__name__}")
     check_options(layer_fidelity, model, arguments, also=inspect.signature(diffusion_lens).parameters)
+    check_seed(seed)
     asked = _scenes(scenes)
     captions = [scene.caption() for scene in asked]
     check_prompts(model.pipeline, captions, arguments)

@@ -8,7 +8,7 @@ from both (`denoising/scheduler_calls.py`) are drawn in one batch by the pipelin
 (`denoising/latent_drawing.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.block_exits import block_names, exit_outputs
-from diffsight.lenses.denoising.call_checks import Steps, check_one_image, choose_steps
+from diffsight.lenses.denoising.call_checks import Steps, check_one_image, check_steps, choose_steps
 from diffsight.lenses.denoising.latent_drawing import CallRecorder, check_drawn, draw_latents
 from diffsight.lenses.denoising.scheduler_calls import SchedulerCall, prediction_type
 from diffsight.lenses.results.calls import repeatable
@@ -182,6 +182,7 @@ def trajectory_lens(
     arguments = {**arguments, "prompt": prompt} if prompt is not None else arguments
     check_one_image(trajectory_lens, model, prompt, seed, batch_size, arguments)
     shown = _check_columns(show)
+    check_steps(steps)
     prediction_type(model.pipeline.scheduler)
     _check_exits(model, exits)
     call = {**arguments, "seed": int(seed)}
@@ -338,6 +339,8 @@ def _sign_of_branches(output: torch.Tensor, cond: torch.Tensor, uncond: torch.Te
 
 
 def _check_columns(show: Any) -> tuple[str, ...]:
+    if not isinstance(show, Iterable):
+        raise InputError(f"show names images to draw, not {show!r}: choose from {', '.join(_COLUMNS)}")
     shown = (show,) if isinstance(show, str) else tuple(show)
     unknown = [column for column in shown if column not in _COLUMNS]
     if unknown or not shown:

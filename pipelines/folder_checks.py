@@ -5,7 +5,6 @@ for the name of a model on the hub.
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ def check_vocabulary(folder: Path, tokenizer: Any) -> None:
     If `folder` is not a folder but the name of a repository, nothing is checked."""
     if not folder.is_dir() or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
-    files: Iterable[str] = type(tokenizer).vocab_files_names.values()  # none if the tokens are bytes
-    if files and not any((folder / file).is_file() for file in files):
+    own = type(tokenizer).vocab_files_names.values()  # none if the tokens are bytes
+    files = dict.fromkeys(("tokenizer.json", *own))  # any tokenizer can be saved as the first
+    if own and not any((folder / file).is_file() for file in files):
         raise OSError(f"the tokenizer in {folder} has no vocabulary: there is none of {', '.join(files)}")

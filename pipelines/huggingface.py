@@ -47,6 +47,7 @@ from diffsight.pipelines.named_tree import NamedTree
 from diffsight.pipelines.pipeline_options import check_options_of_call
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
+from diffsight.pipelines.valid_text import check_text
 
 _PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # besides modules
 _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "postprocess"}
@@ -134,6 +135,8 @@ class HFPipeline(Model):
         """
         if seed is not None:
             check_seed(seed)
+        for given in (*args, *kwargs.values()):
+            check_text("the input", given)
         check_options_of_call(self._owner, kwargs, near={"seed", "grad"})
         if kwargs.get("num_workers") or self._owner._num_workers:
             raise InputError("num_workers: worker processes cannot be traced. Leave it out")

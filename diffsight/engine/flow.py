@@ -308,7 +308,7 @@ class Flow:
             raise self.refused.pop()
         missed, self.unreached = [a for a in self.unreached if a.order == LAST], []
         if missed:
-            raise order.never_reached(missed)
+            raise order.never_reached(missed, self.clock.ending)
 
     def close(self, outcome: str) -> None:
         """End the run where it stands: unwind the model, remove every hook. May be called again."""
@@ -361,7 +361,7 @@ class Flow:
         self.check_thread(path)
         self.start_edits()
         if self.outcome is not None:
-            raise order.run_has_ended(path, self.outcome, self.clock.index > 0)
+            raise order.run_has_ended(path, f"{self.outcome}{self.clock.ending}", self.clock.index > 0)
 
     def _edit(self) -> Any:
         """The edit of this run that is running now."""
@@ -485,7 +485,7 @@ class Flow:
             return error(asked, f"{point.tap.target.path} returned", OutOfOrderError)
         if self.outcome is not None:
             until = "the model ended" if self.has_result else self.outcome
-            return error(asked, until, NeverReachedError)
+            return error(asked, until, NeverReachedError, self.clock.ending)
         return error(asked, f"step {scope.step} ended", OutOfOrderError)
 
     def _is_in_thread(self, target: Target) -> bool:

@@ -7,8 +7,9 @@ first hook after it would. That is where a run belongs: transformers captures hi
 contain what the run has edited.
 
 A method is tapped by giving its object a subclass of its class for the duration of the run. Unlike a wrapper stored on
-the instance, this follows copies of the object (pipelines step a copy of their scheduler) and reaches `__call__`. Names
-and signatures remain those of the original. If several runs are open at once, the last one restores everything.
+the instance, this follows copies of the object (pipelines step a copy of their scheduler) and reaches `__call__`. The
+subclass has the name and the signatures of the original, and equals it. If several runs are open at once, the last one
+restores everything.
 """
 
 import functools
@@ -387,4 +388,18 @@ def _tapped_class(cls: type, names: frozenset[str]) -> type:
     body |= {"_diffsight_class": cls, "_diffsight_names": names}
     if not hasattr(cls, "__dict__") or "__slots__" in cls.__dict__:
         body["__slots__"] = ()
-    return type(cls)(cls.__name__, (cls,), body)
+    return _equal_kind(type(cls))(cls.__name__, (cls,), body)
+
+
+@functools.cache
+def _equal_kind(kind: type) -> type:
+    """A metaclass for tapped classes, each of which equals the class that it stands for: Bria, for one, compares
+    `type(scheduler)` with the classes of schedulers."""
+
+    def __eq__(cls: type, other: object) -> bool:
+        return getattr(cls, "_diffsight_class", cls) is getattr(other, "_diffsight_class", other)
+
+    def __hash__(cls: type) -> int:
+        return kind.__hash__(cls._diffsight_class)
+
+    return type(kind.__name__, (kind,), {"__eq__": __eq__, "__hash__": __hash__})

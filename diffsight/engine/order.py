@@ -123,27 +123,28 @@ def run_has_ended(path: object, outcome: str, has_steps: bool) -> RunClosedError
     )
 
 
-def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError]) -> OutOfOrderError:
-    """The error for a wait that ended before the model reached the point."""
+def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError], ending: str = "") -> OutOfOrderError:
+    """The error for a wait that ended before the model reached the point. `ending` says how, if that is known."""
     return kind(
-        f"{asked} was asked for, but {until} without reaching it. Either the model had already passed that "
-        f"point, or {asked.target.if_missing or 'it does not call that module there'}"
+        f"{asked} was asked for, but {until} without reaching it{ending}. Either the model had already passed "
+        f"that point, or {asked.target.if_missing or 'it does not call that module there'}"
     )
 
 
-def called_in_thread(asked: Asked, until: str, kind: type[OutOfOrderError]) -> OutOfOrderError:
+def called_in_thread(asked: Asked, until: str, kind: type[OutOfOrderError], ending: str = "") -> OutOfOrderError:
     """The error for a point that was waited for, and that the model passes in a thread of its own."""
     return kind(
-        f"{asked} was asked for, but {until} without reaching it in the run's thread. The model calls the module in a "
-        "thread of its own, where a run does not see it"
+        f"{asked} was asked for, but {until} without reaching it in the run's thread{ending}. The model calls the "
+        "module in a thread of its own, where a run does not see it"
     )
 
 
-def never_reached(missed: Iterable[Assignment]) -> NeverReachedError:
-    """The error for assignments that the model did not reach."""
+def never_reached(missed: Iterable[Assignment], ending: str) -> NeverReachedError:
+    """The error for assignments that the model did not reach. `ending` says how it ended, if that is known."""
     lines = "\n".join(f"  {assignment}" for assignment in missed)
+    ended = f", and ended{ending}" if ending else ""
     return NeverReachedError(
-        f"these assignments were never reached:\n{lines}\nThe model ran without them. Does the model call the module "
-        "in this run (or in this step), and at least as often as `.calls[i]` asks? Calls in threads that the model "
-        "starts are not seen"
+        f"these assignments were never reached:\n{lines}\nThe model ran without them{ended}. Does the model call the "
+        "module in this run (or in this step), and at least as often as `.calls[i]` asks? Calls in threads that the "
+        "model starts are not seen"
     )

@@ -52,6 +52,11 @@ class Clock:
         """Whether one of `ends` has been called."""
         return self._ended
 
+    @property
+    def ending(self) -> str:
+        """What else there is to say about how the model ended, in words that follow "ended"."""
+        return ""
+
     def check_counted(self, title: str) -> None:
         """Called after the last step of a model called `title`. Raises InputError if the steps cannot be counted."""
 

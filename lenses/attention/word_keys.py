@@ -12,6 +12,7 @@ from diffsight.errors import InputError, suggest
 from diffsight.pipelines.diffusion.attention import Attention
 from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.prompts import text_tokenizer
 from diffsight.pipelines.words import PromptWords, align_words
 
 
@@ -48,7 +49,8 @@ class WordKeys:
         for name, record in records.items():
             if record.tokenizer is not None and encoder in (None, name):
                 ids = record.prompt.ids[record.prompt.rows[0]].tolist()
-                self._aligned[name] = align_words(getattr(model.pipeline, record.tokenizer), prompt, ids)
+                tokenizer = text_tokenizer(getattr(model.pipeline, record.tokenizer))
+                self._aligned[name] = align_words(tokenizer, prompt, ids)
         if not self._aligned:
             raise InputError(f"{type(model.pipeline).__name__} has no text encoder whose tokens are known")
         first = next(iter(self._aligned.values()))

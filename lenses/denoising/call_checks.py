@@ -42,6 +42,17 @@ def check_one_image(
         )
 
 
+def check_steps(steps: Steps) -> list[int | slice]:
+    """Return the items of what the user passed as steps, of which it is not known yet how many the run has."""
+    items = [slice(None)] if steps is None else [steps] if isinstance(steps, slice) or _is_integer(steps) else steps
+    if not isinstance(items, Iterable) or isinstance(items, str):
+        raise InputError(f"steps are integers or slices, not {steps!r}")
+    for item in items:
+        if not isinstance(item, slice) and not _is_integer(item):
+            raise InputError(f"steps are integers or slices, not {item!r}")
+    return list(items)
+
+
 def choose_steps(steps: Steps, count: int) -> tuple[int, ...]:
     """Return the chosen steps in order, each of them once, as non-negative integers.
 
@@ -49,14 +60,11 @@ def choose_steps(steps: Steps, count: int) -> tuple[int, ...]:
         steps: What the user passed: an integer, a slice, or a list of them. None means all.
         count: The number of steps of the run.
     """
-    items = [slice(None)] if steps is None else [steps] if isinstance(steps, slice) or _is_integer(steps) else steps
-    if not isinstance(items, Iterable) or isinstance(items, str):
-        raise InputError(f"steps are integers or slices, not {steps!r}")
     chosen: set[int] = set()
-    for item in items:
+    for item in check_steps(steps):
         if isinstance(item, slice):
             chosen.update(range(count)[item])
-        elif _is_integer(item) and -count <= item < count:
+        elif -count <= item < count:
             chosen.add(item % count)
         else:
             raise InputError(f"there is no step {item!r}: the run has {count} steps, 0 to {count - 1}")

@@ -8,6 +8,7 @@ from diffsight.lenses.layers import Layer, Layers, choose_layer, choose_layers
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
 from diffsight.pipelines.diffusion.encoding import EncodingRecord
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.prompts import text_tokenizer
 from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
 from diffsight.pipelines.words import PromptWords, align_words
 
@@ -58,8 +59,7 @@ def words_read(model: DiffusionModel, reading: EncoderRecord, prompt: str) -> Pr
     """
     if reading.tokenizer is None:
         raise InputError(f"the tokenizer of {reading.name} was not found in the pipeline, so its words are unknown")
-    tokenizer = getattr(model.pipeline, reading.tokenizer)
-    tokenizer = tokenizer.tokenizer if reading.tokenizer == "processor" else tokenizer
+    tokenizer = text_tokenizer(getattr(model.pipeline, reading.tokenizer))
     call = reading.prompt
     return align_words(tokenizer, prompt, call.ids[call.rows[0]].tolist())
 

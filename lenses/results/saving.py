@@ -38,7 +38,9 @@ def names_a_file(path: Path) -> bool:
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path to write to, with `~` expanded. Raise InputError if that home is not known."""
+    """Return a path to write to, with `~` expanded. Raise InputError if it is none, or that home is not known."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"a place to write to is a string or a Path, not {type(path).__name__}")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

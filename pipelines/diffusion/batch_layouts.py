@@ -21,7 +21,7 @@ from diffsight.extending import FORWARD, Tap, Target
 from diffsight.pipelines.arguments import signature
 from diffsight.pipelines.diffusion.call_arguments import call_defaults
 from diffsight.pipelines.diffusion.components import GUIDERS_METHODS, TEXT_EMBEDDINGS
-from diffsight.pipelines.diffusion.prompts import as_read
+from diffsight.pipelines.diffusion.prompts import as_read, text_tokenizer
 
 COND, UNCOND = "cond", "uncond"
 
@@ -216,7 +216,7 @@ class BatchLayouts:
         parts = self._pipeline.components
         tokenizers = {name: part for name, part in parts.items() if name.startswith("tokenizer") and part is not None}
         only = next(iter(tokenizers.values())) if len(tokenizers) == 1 else None
-        return tokenizers.get(encoder.replace("text_encoder", "tokenizer"), only)
+        return text_tokenizer(tokenizers.get(encoder.replace("text_encoder", "tokenizer"), only))
 
     def _known_words(self, tokenizer: Any, branch: str) -> list[list[str]]:
         """Return the words of every prompt (`prompt`, `prompt_2` …) or negative prompt, as the tokenizer decodes

@@ -32,7 +32,7 @@ from diffsight.extending import Model, open_run, owner_of, unwrapped
 from diffsight.pipelines.diffusion.call_arguments import call_defaults, required_inputs
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, follow_encoder
-from diffsight.pipelines.diffusion.prompts import PromptWarning, as_read
+from diffsight.pipelines.diffusion.prompts import PromptWarning, as_read, text_tokenizer
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
 
@@ -165,7 +165,7 @@ def cut_off(model: Model, encoder: EncoderRecord, prompt: str, number: int = 0) 
     `number` is that of the prompt in the record, if it is one of several prompts."""
     if encoder.tokenizer is None:
         return None
-    tokenizer = getattr(model.pipeline, encoder.tokenizer)
+    tokenizer = text_tokenizer(getattr(model.pipeline, encoder.tokenizer))
     ids = encoder.prompt.ids[encoder.prompt.rows[number]].tolist()
     prompt = as_read(model.pipeline, prompt, tokenizer)
     texts = dict.fromkeys((prompt, prompt.lower().strip()))  # some pipelines clean it
@@ -190,8 +190,10 @@ def is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def _words(model: Model, encoder: EncoderRecord, ids: torch.Tensor) -> tuple[str, ...]:
     """Return each token as text."""
-    tokenizer = getattr(model.pipeline, encoder.tokenizer) if encoder.tokenizer else None
-    return () if tokenizer is None else tuple(tokenizer.decode([i]) for i in ids.tolist())
+    if encoder.tokenizer is None:
+        return ()
+    tokenizer = text_tokenizer(getattr(model.pipeline, encoder.tokenizer))
+    return tuple(tokenizer.decode([i]) for i in ids.tolist())
 
 
 # ---- the run that is recorded

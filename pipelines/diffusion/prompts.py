@@ -5,6 +5,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import ProcessorMixin
+
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.call_arguments import call_defaults
 from diffsight.pipelines.shapes.scenes import NOUNS
@@ -33,11 +35,17 @@ def check_prompts(pipeline: Any, prompts: str | Sequence[str], arguments: dict[s
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise InputError(f"a prompt is a string, not {type(prompt).__name__}: {prompt!r}")
-    tokenizers = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
+    parts = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
+    tokenizers = [text_tokenizer(part) for part in parts]
     for prompt in prompts:
         _check_length(pipeline, tokenizers, prompt, arguments)
         for tokenizer in tokenizers:
             _warn_of_unknown_words(tokenizer, prompt)
+
+
+def text_tokenizer(part: Any) -> Any:
+    """Return what turns text into tokens in a tokenizer of a pipeline, which may be a processor of text and images."""
+    return part.tokenizer if isinstance(part, ProcessorMixin) else part
 
 
 def as_read(pipeline: Any, prompt: str, tokenizer: Any) -> str:

@@ -111,7 +111,7 @@ class Encoders(Mapping[str, Encoder]):
         return self[name]
 
     def __getitem__(self, name: str) -> Encoder:
-        if name not in self._encoders:
+        if not isinstance(name, str) or name not in self._encoders:
             known = ", ".join(self) or "none"
             raise UnknownKeyError(
                 f"{self._pipeline} has no text encoder {name!r}{suggest(str(name), self)}: it has {known}"

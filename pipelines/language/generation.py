@@ -12,7 +12,7 @@ the tokens and ends the step, so a step lies between two choices, however many f
 yields several tokens, as in assisted decoding, each of them has a step, and the pass belongs to that of the first.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,27 @@ class Choice(NamedTuple):
 
 
 class TokenClock(Clock):
-    """A step begins at the first forward pass after a choice of tokens, and for each further token of a choice."""
+    """A step begins at the first forward pass after a choice of tokens, and for each further token of a choice.
+
+    Args:
+        starts, ends: As in `Clock`.
+        choices: The choices of tokens, as they are made.
+        end_tokens: The tokens that end a text.
+    """
+
+    def __init__(
+        self, starts: Sequence[Target], ends: Sequence[Target], choices: list[Choice], end_tokens: set[int]
+    ) -> None:
+        super().__init__(starts, ends)
+        self._choices, self._end_tokens = choices, end_tokens
+
+    @property
+    def ending(self) -> str:
+        if not self._choices:
+            return ""
+        count, last = len(self._choices), self._choices[-1]
+        is_end = all(self._end_tokens.intersection(row) for row in last.ids[:, last.start :].tolist())
+        return f" after {count} token{'s' * (count > 1)}{' (at the end-of-text token)' * is_end}"
 
     def check_counted(self, title: str) -> None:
         if self.index >= 0 and not self.has_ended_one:
@@ -70,6 +90,7 @@ class GeneratedTokens(StoppingCriteria):
         self.tokenizer = tokenizer
         self.choices: list[Choice] = []
         self.has_beams = False
+        self._end_tokens: set[int] = set()
         self._clock = Clock([])
         self._prompt: int | None = None  # how many tokens come before the first choice, if several may be chosen in it
         self._is_new = True  # whether the next choice is the first of a text
@@ -104,12 +125,14 @@ class GeneratedTokens(StoppingCriteria):
         self._is_new = True
         several = any(setting(net, arguments, name) for name in _SEVERAL)
         self._prompt = _prompt_length(net, arguments) if several else None
+        ends = setting(net, arguments, "eos_token_id")
+        self._end_tokens.update([] if ends is None else torch.as_tensor(ends).flatten().tolist())
         self.has_beams = setting(net, arguments, "num_beams") not in (None, 1)
         return StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), self])
 
     def clock_from(self, model: Target) -> Clock:
         """Return a clock whose steps begin at a forward pass of `model` and end with a choice of tokens."""
-        self._clock = TokenClock([model], [self.target])
+        self._clock = TokenClock([model], [self.target], self.choices, self._end_tokens)
         return self._clock
 
     def _continues(self, ids: torch.Tensor) -> bool:

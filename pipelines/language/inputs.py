@@ -197,6 +197,8 @@ def _of_chats(tokenizer: Any, chats: list, left: bool) -> dict[str, Any]:
     tokenizer = _required(tokenizer, "a chat")
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError("the tokenizer has no chat template: pass text instead, or use a chat model")
+    for chat in chats:
+        check_text("a message", [message.get("content") for message in chat])
     ids = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
     return _padded([torch.tensor(one) for one in ids], _padding(tokenizer), left)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -410,9 +411,104 @@ def test_a_place_that_cannot_be_written(odd_places, capsys, out):
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_a_prompt_that_is_not_unicode(capsys):
-    assert main(["generate", "a \ud800 circle"]) == 2
-    assert "not valid Unicode" in capsys.readouterr().err
+@pytest.mark.parametrize("out", ["a\0b.png", "x" * 300 + ".html", "~nosuchuser/x.png", "loop/x.png"])
+def test_a_file_that_cannot_be_written(odd_places, capsys, out):
+    assert main(["lens", "a red circle", "--steps", "1", "--out", out]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["dangling", "loop", "a\0b", "x" * 300, "~nosuchuser/x"])
+def test_places_that_cannot_be_read(odd_places, capsys, here, monkeypatch, place):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for argv in (
+        ("repeat", place),
+        ("gallery", place),
+        ("check", place),
+        ("compare", "--prompts", place),
+        ("lens", PROMPT, "--model", place),
+        ("logit-lens", PROMPT, "--model", place),
+    ):
+        command_error(capsys, here, *argv)
+
+
+@pytest.mark.parametrize(
+    "argv", [("a \ud800 circle",), (PROMPT, "--out", "\udcff"), (PROMPT, "--set", "negative_prompt=\ud800")]
+)
+@pytest.mark.parametrize("command", ["generate", "lens", "trajectory", "logit-lens"])
+def test_text_that_is_not_unicode(capsys, here, command, argv):
+    assert "not valid Unicode" in command_error(capsys, here, command, *argv)
+
+
+def test_prompts_in_a_file_that_are_not_unicode(capsys, here, saved_pipeline):
+    (here / "prompts.jsonl").write_text('{"prompt": "a \\ud800 circle"}\n{"prompt": "a red circle"}')
+    for command in ("generate", "compare"):
+        message = command_error(capsys, here, command, "--prompts", "prompts.jsonl", "--model", saved_pipeline)
+        assert "not valid Unicode" in message
+
+
+def put(part, content):
+    def damage(folder):
+        (folder / part).write_bytes(content)
+
+    return damage
+
+
+def truncated(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"{" * 1000)
+
+
+def pickled(folder):
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    (folder / "text_encoder" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+
+
+def without_vocabulary(folder):
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+
+
+def looped(folder):
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.unlink()
+    config.symlink_to(config.name)
+
+
+def without_heads(folder):
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 0}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (put("model_index.json", b"{}"), "_class_name"),
+        (put("scheduler/scheduler_config.json", b"[]"), "scheduler_config.json holds a list, not a dictionary"),
+        (put("text_encoder/config.json", b"{"), "config.json is not valid JSON"),
+        (put("tokenizer/tokenizer.json", b"[]"), "TypeError"),
+        (truncated, "diffusion_pytorch_model.safetensors"),
+        (pickled, "UnpicklingError"),
+        (without_vocabulary, "has no vocabulary"),
+        (looped, "no file named scheduler_config.json"),
+        (without_heads, "ZeroDivisionError"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_damaged_pipeline(capsys, here, saved_pipeline, tmp_path_factory, damage, told):
+    folder = tmp_path_factory.mktemp("damaged") / "pipeline"
+    shutil.copytree(saved_pipeline, folder)
+    damage(folder)
+    message = command_error(capsys, here, "generate", PROMPT, "--model", folder, "--steps", "1", "--out", "out")
+    assert f"the folder {folder} cannot be loaded as a pipeline" in message
+    assert told in message
+
+
+def test_a_model_that_fails_while_it_runs(capsys, here, saved_pipeline, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damaged") / "pipeline"
+    shutil.copytree(saved_pipeline, folder)
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "nonsense"}))
+    message = command_error(capsys, here, "generate", PROMPT, "--model", folder, "--steps", "1", "--out", "out")
+    assert message.startswith("diffsight: ValueError: prediction_type given as nonsense")
+    assert "scheduling_ddim.py, line" in message
 
 
 def test_a_language_model_is_no_pipeline(capsys):

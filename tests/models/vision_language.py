@@ -97,12 +97,15 @@ class _WithoutVideos(transformers.Qwen2VLProcessor):
         return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
 
 
+def qwen2_vl_processor(tokenizer: Any) -> transformers.Qwen2VLProcessor:
+    sizes = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
+    return _WithoutVideos(Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=sizes), tokenizer, None)
+
+
 def qwen2_vl() -> tuple[Any, Any]:
     """One token per 16 x 16 pixels of the image."""
     tokenizer = _tokenizer("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    sizes = {"shortest_edge": 16 * 16, "longest_edge": 64 * 64}
-    images = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size=sizes)
-    processor = _WithoutVideos(images, tokenizer, None)
+    processor = qwen2_vl_processor(tokenizer)
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 8}
     config = transformers.Qwen2VLConfig(

@@ -4,7 +4,15 @@ import pytest
 import torch
 import transformers
 
-from diffsight import DiffusionModel, LanguageModel, collect_activations, diffusion_lens, logit_lens
+from diffsight import (
+    DiffusionModel,
+    LanguageModel,
+    collect_activations,
+    diffusion_lens,
+    layer_fidelity,
+    logit_lens,
+    trajectory_lens,
+)
 from diffsight.errors import InputError
 from diffsight.lenses import patchscope_generate
 from diffsight.pipelines.arguments import named_arguments
@@ -115,6 +123,32 @@ def test_options_of_lenses_of_language_models(lens, given, hint):
 def test_options_of_lenses_of_pipelines(name, near):
     with pytest.raises(InputError, match=rf"diffusion_lens has no argument '{name}' \(did you mean '{near}'"):
         diffusion_lens(DiffusionModel(CLIP), "a red circle", **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("lens", "options", "told"),
+    [
+        (diffusion_lens, {"encoder": ["text_encoder"]}, "has no text encoder"),
+        (trajectory_lens, {"steps": "x"}, "steps are integers or slices"),
+        (trajectory_lens, {"steps": [0, None]}, "steps are integers or slices"),
+        (trajectory_lens, {"show": 3}, "show names images to draw"),
+        (layer_fidelity, {"seed": "x"}, "a seed is an integer"),
+    ],
+)
+def test_options_of_the_wrong_type_are_refused_before_anything_is_drawn(lens, options, told):
+    model, drawn = DiffusionModel(diffusion.stable_diffusion()), []
+    model.pipeline.unet.register_forward_hook(lambda module, args, output: drawn.append(output))
+    with pytest.raises(InputError, match=told):
+        lens(model, 2 if lens is layer_fidelity else "a red circle", **options)
+    assert not drawn
+
+
+@pytest.mark.parametrize(
+    ("options", "told"), [({"of": 3}, "cannot be collected"), ({"folder": 3}, "a string or a Path")]
+)
+def test_options_of_the_wrong_type_of_collect_activations(options, told):
+    with pytest.raises(InputError, match=told):
+        collect_activations(llama(), IDS, **options)
 
 
 class Streamer:

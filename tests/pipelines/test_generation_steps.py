@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from diffsight import HFPipeline, LanguageModel
-from diffsight.errors import InputError, OutOfOrderError
+from diffsight.errors import InputError, NeverReachedError, OutOfOrderError, RunClosedError
 from models.building import build
 from models.language_kinds import SIZE, TOKENIZER, ids, llama, t5
 
@@ -220,3 +220,27 @@ def test_a_pipeline_with_an_assistant():
         steps = [step.tokens.item() for step in model.generate(texts, **options, **more).steps]
         assert [steps[:LENGTH], steps[LENGTH:]] == expected
     assert "".join(model.generate(PROMPT, **options).stream()) == pipe(PROMPT, **options)[0]["generated_text"]
+
+
+# ---- how it ended
+
+
+@pytest.mark.parametrize(
+    ("stops", "told"), [(True, r"after 1 token \(at the end-of-text token\)"), (False, "after 3 tokens")]
+)
+def test_errors_say_after_how_many_tokens_generation_ended(stops, told):
+    net, options = llama(), {"max_new_tokens": 3, "do_sample": False}
+    first = net.generate(ids(PROMPT), **options)[0, ids(PROMPT).shape[1]].item()
+    options |= {"eos_token_id": first if stops else None}
+    model = LanguageModel((net, TOKENIZER))
+    with pytest.raises(RunClosedError, match=rf"the run has ended {told}"):
+        with model.generate(PROMPT, **options) as run:
+            for _ in run.steps:
+                pass
+            run.layers[0].output
+    with pytest.raises(NeverReachedError, match=rf"the model ended without reaching it {told}"):
+        with model.generate(PROMPT, **options) as run:
+            run.layers[0].calls[5].output
+    with pytest.raises(NeverReachedError, match=rf"The model ran without them, and ended {told}"):
+        with model.generate(PROMPT, **options) as run:
+            run.layers[0].calls[5].output = torch.zeros(1)

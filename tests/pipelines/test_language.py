@@ -616,3 +616,32 @@ def test_what_steering_takes(model, given, match):
 def test_what_is_projected_on_the_vocabulary(model, hidden):
     with pytest.raises(InputError, match="project_on_vocab takes"):
         model.project_on_vocab(hidden)
+
+
+# What cannot be read
+
+
+def test_text_that_is_not_unicode(model):
+    for given in ("a \ud800 circle", [PROMPT, "\udcff"]):
+        with pytest.raises(InputError, match="not valid Unicode"):
+            model.trace(given)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("config.json", "[]", "config.json holds a list, not a dictionary"),
+        ("tokenizer.json", "[]", "the tokenizer in .* cannot be loaded"),
+        ("tokenizer.json", None, "the tokenizer in .* cannot be loaded"),
+        ("model.safetensors", "{", "SafetensorError"),
+    ],
+)
+def test_a_damaged_folder(model, tmp_path, file, content, told):
+    model.module.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(InputError, match=told):
+        LanguageModel(tmp_path, dispatch=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import BriaPipeline, BriaTransformer2DModel, DDPMPipeline
 
 import diffsight
 from diffsight import DiffusionModel
@@ -177,3 +177,27 @@ def test_the_lens_takes_one_seed(seed):
     model = DiffusionModel(diffusion.PIPELINES["stable_diffusion"].build())
     with pytest.raises(InputError, match="one seed"):
         diffsight.diffusion_lens(model, "a red circle", seed=seed)
+
+
+def test_a_pipeline_that_compares_the_class_of_its_scheduler():
+    """Bria does, at every step."""
+    sizes = {"in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 8}
+    sizes |= {"num_attention_heads": 2, "joint_attention_dim": diffusion.WIDTH, "axes_dims_rope": [0, 4, 4]}
+    pipe = diffusion.quiet_pipeline(
+        BriaPipeline,
+        **diffusion.text_parts(diffusion.t5_encoder, diffusion.t5_tokenizer()),
+        vae=diffusion.vae(seed=1, shift_factor=0.0),
+        transformer=diffusion.model(BriaTransformer2DModel, **sizes, pooled_projection_dim=None, seed=2),
+        scheduler=diffusion.flow_scheduler(),
+    )
+    inputs = {"prompt": "a red circle", "height": 64, "width": 64, "num_inference_steps": 3, "output_type": "np"}
+    inputs |= {"guidance_scale": 3.0, "max_sequence_length": 32}
+    expected = pipe(**inputs, generator=torch.Generator().manual_seed(0)).images
+    latents = []
+    with DiffusionModel(pipe).generate(**inputs, seed=0) as run:
+        for _ in run.steps:
+            latents.append(run.scheduler.step.output[0])
+            assert type(pipe.scheduler) == type(diffusion.flow_scheduler()), "in the middle of the run"  # noqa: E721
+    assert len(latents) == 3
+    assert (run.images == expected).all()
+    assert type(pipe.scheduler) is type(diffusion.flow_scheduler())
