@@ -20,10 +20,17 @@ if TYPE_CHECKING:
     from diffsight.edits import Edit
     from diffsight.errors import DiffsightError, OutOfOrderError, WrongThreadError
     from diffsight.lenses import (
+        SAE,
+        attach_sae,
+        attention_from,
+        attention_maps,
         collect_activations,
         compare_encoders,
+        concept_features,
         diffusion_lens,
         encoder_patching,
+        evaluate_sae,
+        feature_effect,
         image_grid,
         image_token_lens,
         invert,
@@ -32,8 +39,11 @@ if TYPE_CHECKING:
         logit_lens,
         patchscope_generate,
         patchscope_lens,
+        prompt_to_prompt,
         run_prompts,
         steer,
+        top_examples,
+        train_sae,
         trajectory_lens,
     )
     from diffsight.model import Model
@@ -44,6 +54,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "SAE",
     "DiffsightError",
     "DiffusionModel",
     "Edit",
@@ -55,10 +66,16 @@ __all__ = [
     "Step",
     "VisionLanguageModel",
     "WrongThreadError",
+    "attach_sae",
+    "attention_from",
+    "attention_maps",
     "collect_activations",
     "compare_encoders",
+    "concept_features",
     "diffusion_lens",
     "encoder_patching",
+    "evaluate_sae",
+    "feature_effect",
     "image_grid",
     "image_token_lens",
     "invert",
@@ -67,8 +84,11 @@ __all__ = [
     "logit_lens",
     "patchscope_generate",
     "patchscope_lens",
+    "prompt_to_prompt",
     "run_prompts",
     "steer",
+    "top_examples",
+    "train_sae",
     "trajectory_lens",
 ]
 
@@ -96,4 +116,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -14,7 +14,7 @@ The functions at the end are for code outside this module that works with envoys
 
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -30,8 +30,10 @@ from diffsight.engine.target import Target, join
 from diffsight.engine.tree import Tree
 from diffsight.engine.user_bodies import is_from_edit
 from diffsight.errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
+from diffsight.folding import folded
 
 VALUES = ("input", "inputs", "output")
+_FEW = 12  # parts; up to this many are listed in an error message
 _RAW = ("modules", "named_modules", "children", "named_children", "get_submodule")  # methods that return modules
 
 
@@ -364,9 +366,8 @@ class Envoy(Points):
                 return found.output if isinstance(found, Points) else found
             if self._start_edits():
                 return getattr(self, name)
-            known = [known for known in dir(self) if not known.startswith("_")]
             raise PointNotFoundError(
-                f"{self.path or type(self._owner).__name__} has no {name!r}{suggest(name, known)}"
+                f"{self.path or type(self._owner).__name__} has no {name!r}{self._hint(name, dir(self))}"
             ) from None
         is_raw = isinstance(value, nn.Module) or (name in _RAW and isinstance(self._owner, nn.Module))
         if not (is_raw and self._is_in_run()):
@@ -375,6 +376,14 @@ class Envoy(Points):
         if isinstance(value, nn.Module):
             return self._envoy_of(value)
         return partial(self._envoys, name) if name != "get_submodule" else lambda path: self._envoy_of(value(path))
+
+    def _hint(self, name: str, known: Iterable[str]) -> str:
+        """What else may have been meant by a name that does not exist, in words."""
+        if hasattr(vars(self._owner).get("config"), name):
+            return f"; its configuration has one: .config.{name}"
+        hint, children = suggest(name, [one for one in known if not one.startswith("_")]), self._names()
+        is_short = 0 < len(children) <= _FEW and not any(child.isdigit() for child in children)
+        return hint + (f"; its parts are {', '.join(children)}" if is_short else "")
 
     def _envoys(self, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """What a method of the module that lists modules returns, with envoys in place of the modules."""
@@ -455,6 +464,9 @@ class Envoy(Points):
         hint = f"\nmodules whose names mean something else here: {hidden}" if hidden else ""
         return f"{self._tree.describe(self._owner)}{hint}"
 
+    def _repr_html_(self) -> str:
+        return folded(repr(self))
+
 
 # ---- for code outside this module, see `diffsight.extending`
 
@@ -524,6 +536,11 @@ def inside(holder: Any, name: str) -> Any:
 def points_on(points: Points, target: Target) -> Points:
     """Return the points of a value inside the calls of a module, for the same run, call and part."""
     return Points(points._tree, target, points._run, points._call, points._part)
+
+
+def hint_at(envoy: Envoy, name: str, known: Iterable[str]) -> str:
+    """Return what else may have been meant by a name that an envoy does not have, in words."""
+    return envoy._hint(name, known)
 
 
 def handle_on(envoy: Points, target: Target, part: Selection | None = None) -> Envoy | MethodEnvoy:

@@ -11,6 +11,7 @@
     ├── ScanError                   a scan needed the values of a tensor (also a RuntimeError)
     ├── SourceError                 the block of a `with` statement cannot be deferred
     └── InputError                  a wrong argument: a prompt, a seed, a layer, a source (also a ValueError)
+        └── UnknownKeyError         a result or a table has nothing under a name (also a KeyError)
 
 Errors of the model itself, and errors in your own code inside a run, are raised unchanged.
 """
@@ -63,9 +64,17 @@ class InputError(DiffsightError, ValueError):
     """An argument cannot be used: a prompt, a seed, a layer, a source."""
 
 
+class UnknownKeyError(InputError, KeyError):
+    """A result or a table has nothing under a name."""
+
+    __str__ = Exception.__str__  # that of KeyError would quote the message
+
+
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return ` (did you mean 'mid_block'?)` if there are similar names, else an empty string."""
-    near = get_close_matches(name, list(known), n=count, cutoff=0.5)
+    known = list(known)
+    with_word = [one for one in known if name in one.split("_")]  # "num_inference_steps" for "steps"
+    near = list(dict.fromkeys([*with_word, *get_close_matches(name, known, n=count, cutoff=0.5)]))[:count]
     return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
 
 

@@ -52,11 +52,12 @@ State that belongs to the model's structure is kept on the tree, where edited co
 **The run** (`Run`). Override `_make_step` to yield steps of your own class; add properties for parts of the result. In
 a property, put `keeping_attribute_errors(self)` around code that may raise AttributeError. `self._pass` is the run that
 a name refers to when there are several passes (`run.invoke`); `self._check_one_pass(name)` refuses names that refer to
-no single one. `self._model` is the model.
+no single one, and `self._check_no_scan(name)` refuses results that a scan would make of zeros. `self._model` is the
+model.
 
 **The model** (`Model`). Set `_run_class`, call `_wrap(tree)` in `__init__`, and open runs with `_new_run(function,
-sizes, again, grad)`. Override `_bound(run, part)` if the handle on the whole model has a class of its own.
-`open_run(model, function)` does the same as `_new_run` from outside.
+sizes, again, grad)`. Override `_bound(run, part)` if the handle on the whole model has a class of its own, and
+`_handle(target)` if those on its parts have. `open_run(model, function)` does the same as `_new_run` from outside.
 
 **A flow** (`flow_of(run)`) moves the model. A wrapper may set `flow.seed` (the model then draws random numbers from a
 state of its own) and `flow.observer` (it sees the calls of the components: `called`, `returned`, `ended`), add a

@@ -6,6 +6,7 @@ with model.trace(x) as run:
 run.result
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Self, overload
@@ -40,7 +41,7 @@ class Model(Envoy):
 
     def __init__(self, module: nn.Module, methods: Iterable[str] = ()) -> None:
         if not isinstance(module, nn.Module):
-            raise InputError(f"Model wraps a torch.nn.Module, not a {type(module).__name__}")
+            raise InputError(f"Model wraps a torch.nn.Module, not {type(module).__name__}")
         self._wrap(Tree(Target(module, FORWARD, "")))
         for path in methods:
             outer, _, name = path.rpartition(".")
@@ -70,6 +71,8 @@ class Model(Envoy):
             **kwargs: Keyword arguments of the module.
         """
         again = None if args else partial(self.trace, grad=grad, **kwargs)
+        if not args and not kwargs and _requires_input(self._owner):
+            return self._new_run(_no_input, again=again)
         args, sizes = _batch(args, kwargs)
         return self._new_run(lambda: self._owner(*args, **kwargs), sizes, again, grad)
 
@@ -100,10 +103,10 @@ class Model(Envoy):
         It takes the arguments of `trace` (of `generate` for a pipeline) and is used like any other run, but needs no
         weights and computes next to nothing.
 
-        Values inside the model (in a pipeline, inside each of its modules) are fake tensors. They have a shape, a dtype
-        and a device. What the model returns is zeros on the same device. Integer and boolean inputs stay real. In the
-        body of the `with` statement, computing with such values, with weights or with other tensors returns fake
-        tensors as well.
+        Values inside the model (in a pipeline, inside each of its modules) and what it returns are fake tensors. They
+        have a shape, a dtype and a device. What a module of a pipeline returns to it is zeros on the same device, so
+        the pipeline's images are refused. Integer and boolean inputs stay real. In the body of the `with` statement,
+        computing with such values, with weights or with other tensors returns fake tensors as well.
 
         Raises ScanError where the values themselves are needed: `.item()`, `if tensor:`, a boolean mask."""
         return scanning(getattr(self, self._tree.opens_with), *args, **kwargs)
@@ -212,6 +215,20 @@ class Model(Envoy):
 def open_run(model: Model, function: Callable[[], Any]) -> Run:
     """Open a run of any function that calls the model or a part of it: `open_run(model, lambda: net.encode(x))`."""
     return model._new_run(function)
+
+
+def _requires_input(module: nn.Module) -> bool:
+    try:
+        inspect.signature(module.forward).bind()
+    except TypeError:
+        return True
+    except ValueError:  # it has no signature
+        pass
+    return False
+
+
+def _no_input() -> Any:
+    raise InputError("the run was opened without input: pass an input, or open passes in it with run.invoke(x)")
 
 
 def _batch(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:

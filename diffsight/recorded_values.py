@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from diffsight.engine.points import Asked, first_input
 from diffsight.engine.tapped_call import Tap
 from diffsight.envoy import VALUES, Envoy, InRun, Points, child_of, flow_of, inside, root_of, target_of, tree_of
-from diffsight.errors import InputError, PointNotFoundError
+from diffsight.errors import InputError, PointNotFoundError, UnknownKeyError, suggest
 
 
 class Record(dict[str, Any]):
@@ -48,6 +48,11 @@ class Record(dict[str, Any]):
     def nbytes(self) -> int:
         """The size of its tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    def __missing__(self, path: str) -> Any:
+        if f"{path}.output" in self:
+            return self[f"{path}.output"]
+        raise UnknownKeyError(f"there is no {path!r} in the record{suggest(str(path), self)}")
 
     def __repr__(self) -> str:
         devices = ", ".join(sorted({str(tensor.device) for tensor in self.tensors}))
@@ -84,7 +89,7 @@ def record(
             kept._held[id(copied)] = held
         return copied
 
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    patterns = [patterns] if isinstance(patterns, (str, Points)) else list(patterns)
     found = {path: place for pattern in patterns for path, place in find_points(root_of(run), pattern).items()}
     kept, flow = Record(), flow_of(run)
     scope, step = flow.scope, flow.clock.index if flow.scope.in_step else None
@@ -143,6 +148,9 @@ def find_points(root: Envoy, pattern: str) -> dict[str, tuple[Points, str]]:
     """Return the points that a path or pattern names, by path: the envoy, and the name of the value.
 
     Raises PointNotFoundError if there are none."""
+    if not isinstance(pattern, str):
+        path = pattern.path if isinstance(pattern, Points) else "layers[4].output"
+        raise InputError(f"a point is named by its path, such as {path!r}, not by {type(pattern).__name__}")
     names = pattern.replace("[", ".").replace("]", "").split(".")
     part = names.pop() if names[-1] in VALUES else "output"
     if "*" not in pattern:
@@ -150,13 +158,22 @@ def find_points(root: Envoy, pattern: str) -> dict[str, tuple[Points, str]]:
     else:
         envoys = [root]
         for name in names:
-            envoys = [inner for envoy in envoys for inner in _inside(envoy, name)]
+            around, envoys = envoys, [inner for envoy in envoys for inner in _inside(envoy, name)]
+            if not envoys:
+                known = {known for one in around if isinstance(one, Envoy) for known in _names_in(one)}
+                raise PointNotFoundError(
+                    f"no part of the model matches {pattern!r}: there is no {name!r}{suggest(name, sorted(known))}"
+                )
         envoys = [envoy for envoy in envoys if isinstance(envoy, Points) and target_of(envoy).is_called]
     if not envoys:
         raise PointNotFoundError(
             f"no part of the model matches {pattern!r}: * matches one name, as in layers[*].mlp, and ** any number"
         )
     return {target_of(envoy).point(part, 0): (envoy, part) for envoy in envoys}
+
+
+def _names_in(envoy: Envoy) -> list[str]:
+    return [*tree_of(envoy).names_in(target_of(envoy)), *VALUES]
 
 
 def _at(root: Envoy, names: list[str]) -> Points:

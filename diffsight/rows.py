@@ -26,7 +26,7 @@ from diffsight.envoy import (
     selection_of,
     tree_of,
 )
-from diffsight.errors import InputError
+from diffsight.errors import InputError, PointNotFoundError
 
 
 class View:
@@ -47,7 +47,14 @@ class View:
         return self._run.steps
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(root_of(self._run, self._part), name)
+        try:
+            return getattr(root_of(self._run, self._part), name)
+        except PointNotFoundError:
+            if not hasattr(type(self._run), name):
+                raise
+            raise PointNotFoundError(
+                f"{self._part.name} has no {name!r} of its own: ask the run, run.{name}, and take what belongs to it"
+            ) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(root_of(self._run, self._part), name, value)

@@ -25,13 +25,14 @@ from diffsight.envoy import (
     InRun,
     flow_of,
     from_the_asking_line,
+    hint_at,
     keep_attribute_error,
     raise_kept,
     root_of,
     target_of,
     tree_of,
 )
-from diffsight.errors import DiffsightError, InputError, PointNotFoundError, suggest
+from diffsight.errors import DiffsightError, InputError, PointNotFoundError, ScanError
 from diffsight.recorded_values import Record, find_points, record
 from diffsight.rows import Row, call_body, each, make_rows
 from diffsight.steps import Step, Steps
@@ -160,7 +161,8 @@ class Run(InRun):
 
         Returns:
             A dictionary of path to value, see `Record`; before a loop over steps, path to a list with one value per
-            step. Objects that hold tensors, such as a cache of keys and values, are copied with their tensors.
+            step. Without such a loop, the value of the first call. Objects that hold tensors, such as a cache of keys
+            and values, are copied with their tensors.
 
         Raises:
             PointNotFoundError: A pattern matches nothing.
@@ -258,6 +260,14 @@ class Run(InRun):
                 f"part.{name}, or use run.result, a list with one result per pass"
             )
 
+    def _check_no_scan(self, name: str) -> None:
+        """Raise ScanError if the run is a scan, in which a value called `name` would be made of zeros."""
+        if self._flow.is_scan:
+            raise ScanError(
+                f"run.{name}: a scan computes shapes only, so there is nothing to show. Use a real run, or read the "
+                "shape of a value in the scan"
+            )
+
     # ---- the model's envoys
 
     def _root(self) -> Envoy:
@@ -273,8 +283,8 @@ class Run(InRun):
         except PointNotFoundError:
             if name in ("input", "inputs", "output"):
                 raise
-            names = [n for n in dir(self) if not n.startswith("_")]
-            raise PointNotFoundError(f"{tree_of(self).title} has no {name!r}{suggest(name, names)}") from None
+            hint = hint_at(root_of(self._pass), name, dir(self))
+            raise PointNotFoundError(f"{tree_of(self).title} has no {name!r}{hint}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_"):

@@ -6,8 +6,10 @@ for step in run.steps:                   # or some of them: run.steps[10:20]
 When a step begins is decided by the run's `Clock`, see `diffsight.engine.step_clock`.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 
+from diffsight.engine.current_run import current_edit
 from diffsight.engine.flow import Flow
 from diffsight.errors import InputError, OutOfOrderError
 
@@ -45,10 +47,17 @@ class Steps:
 
     def __getitem__(self, chosen: slice) -> "Steps":
         if not isinstance(chosen, slice):
-            raise TypeError(f"run.steps has no single step: write `for step in run.steps[{chosen}:{chosen}+1]`")
+            end = f"{chosen + 1}" if isinstance(chosen, int) else f"{chosen} + 1"
+            raise TypeError(f"run.steps has no single step: write `for step in run.steps[{chosen}:{end}]`")
         if self._chosen != slice(None):
             raise TypeError("run.steps can be sliced only once")
         return Steps(self._flow, self._make_step, chosen)
+
+    def __len__(self) -> int:
+        raise TypeError("run.steps has no length: how many steps there are is known when the model has ended")
+
+    def __bool__(self) -> bool:
+        return True
 
     def __iter__(self) -> Iterator[Step]:
         flow, chosen = self._flow, self._chosen
@@ -57,15 +66,25 @@ class Steps:
             raise OutOfOrderError(
                 f"run.steps[{first}:] was asked for too late: the model is in step {flow.clock.index}"
             )
+        entered = False
         try:
             while last is None or max(flow.scope.step + 1, first) < last:
                 if not flow.next_step():
+                    has_ended = flow.outcome is None or flow.has_result
+                    if has_ended and chosen != slice(None) and not entered and current_edit() is None:
+                        self._warn_of_missed(first)
                     if flow.has_result:
                         flow.clock.check_counted(flow.tree.title)
                     return
                 index = flow.scope.step
                 if index >= first and (index - first) % stride == 0 and (last is None or index < last):
+                    entered = True
                     target, args, kwargs = flow.clock.call
                     yield self._make_step(index, target.path, (args, kwargs))
         finally:
             flow.leave_steps()
+
+    def _warn_of_missed(self, first: int) -> None:
+        count = self._flow.clock.index + 1
+        message = f"the loop over run.steps[{first}:] has run for no step: the model ended after {count} steps"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -17,6 +17,8 @@ exclude_patterns = ["_build", "jupyter_execute"]  # the second is written by mys
 html_theme = "furo"
 html_title = "diffsight"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["code.css"]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3

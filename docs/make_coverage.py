@@ -41,7 +41,12 @@ def pipelines() -> Iterator[tuple[str, ModelCheck | str]]:
 
 def language_models() -> Iterator[tuple[str, ModelCheck | str]]:
     for name in architectures.causal_types():
-        yield name, checked(lambda name=name: check_model(LanguageModel(architectures.build_causal(name))))
+        yield name, checked(partial(check_language, name))
+
+
+def check_language(name: str) -> ModelCheck:
+    net = architectures.build_causal(name)
+    return check_model(LanguageModel(net), prompt=architectures.inputs_of(net))
 
 
 def vision_language_models() -> Iterator[tuple[str, ModelCheck | str]]:
@@ -63,22 +68,24 @@ def checked(check: Callable[[], ModelCheck]) -> ModelCheck | str:
 
 def table(title: str, found: dict[str, ModelCheck | str]) -> str:
     checks = {name: check for name, check in found.items() if not isinstance(check, str)}
-    columns = [row.name for row in next(iter(checks.values())).rows]
-    lines = [f"## {title}", "", sums(columns, checks), ""]
+    states = {name: {row.name: row.status for row in check.rows} for name, check in checks.items()}
+    names = dict.fromkeys(name for of_model in states.values() for name in of_model)
+    columns = [name for name in names if any(of_model[name] != "none" for of_model in states.values())]
+    lines = [f"## {title}", "", sums(columns, states), ""]
     lines += ["| | " + " | ".join(columns) + " |", "| --- |" + " :-: |" * len(columns)]
-    for name, check in checks.items():
-        lines.append(f"| `{name}` | " + " | ".join(SIGNS[row.status] for row in check.rows) + " |")
+    for name, of_model in states.items():
+        lines.append(f"| `{name}` | " + " | ".join(SIGNS[of_model[column]] for column in columns) + " |")
     failed = [f"- `{name}`, {r.name}: {r.detail}" for name, c in checks.items() for r in c.rows if r.status == "failed"]
     failed += [f"- `{name}`: {check}" for name, check in found.items() if isinstance(check, str)]
     return "\n".join([*lines, *(["", "Not checked, or failed:", "", *failed] if failed else [])]) + "\n"
 
 
-def sums(columns: list[str], checks: dict[str, ModelCheck]) -> str:
+def sums(columns: list[str], states: dict[str, dict[str, str]]) -> str:
     parts = []
-    for i, column in enumerate(columns):
-        states = [check.rows[i].status for check in checks.values()]
-        parts.append(f"{column} {states.count('ok')} of {len(states) - states.count('none')}")
-    return f"{len(checks)} models: " + ", ".join(parts) + "."
+    for column in columns:
+        found = [of_model[column] for of_model in states.values()]
+        parts.append(f"{column} {found.count('ok')} of {len(found) - found.count('none')}")
+    return f"{len(states)} models: " + ", ".join(parts) + "."
 
 
 def main() -> None:

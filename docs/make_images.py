@@ -21,18 +21,23 @@ from PIL import Image
 from diffsight import (
     DiffusionModel,
     LanguageModel,
+    attention_maps,
     compare_encoders,
+    concept_features,
     diffusion_lens,
     encoder_patching,
+    feature_effect,
     image_grid,
     invert,
     layer_fidelity,
     logit_lens,
     run_prompts,
+    top_examples,
     trajectory_lens,
 )
 from diffsight.errors import InputError
-from diffsight.lenses import Prompt
+from diffsight.lenses import SAE, Prompt
+from diffsight.lenses.features.train_shapes import captions
 from diffsight.lenses.layer_fidelity import sample_prompts
 from diffsight.pipelines.shapes.scenes import Scene, Thing, render
 
@@ -60,6 +65,11 @@ def packaged() -> Image.Image:
     return image_grid(rows, row_titles=["shapes-clip", "shapes-t5"], column_titles=titles, title=SCENE, cell=128)
 
 
+def attention() -> Image.Image:
+    prompt, words = "a red circle above a blue square on a gray background", ["circle", "square", "gray background"]
+    return attention_maps(shapes("clip"), prompt, words, seed=1).grid()
+
+
 def lens_grid() -> Image.Image:
     return diffusion_lens(shapes("clip"), SCENE, seed=0, progress=False).grid()
 
@@ -78,6 +88,31 @@ def inverted() -> Image.Image:
     scene = Scene((Thing("red", "circle"), Thing("blue", "square")), "below", "gray")
     image = render(scene, random.Random(0))
     return invert(shapes("clip"), image, SCENE, num_inference_steps=20, fixed_point=3, progress=False).grid()
+
+
+def captions_of(relation: str) -> list[str]:
+    pairs = [("red circle", "blue square"), ("green ring", "white triangle"), ("blue circle", "red ring")]
+    pairs.append(("white square", "green circle"))
+    return [f"a {a} {relation} a {b} on a {c} background" for a, b in pairs for c in ("gray", "black")]
+
+
+def effect() -> Image.Image:
+    sae = SAE.load("diffsight/shapes-clip-text-encoder")
+    features = concept_features(shapes("clip"), sae, captions_of("above"), captions_of("below")).topk(8).indices
+    return feature_effect(
+        shapes("clip"),
+        sae,
+        captions_of("above")[0],
+        features.tolist(),
+        amounts=[0.5, 0],
+        seed=0,
+        **DRAWING | {"num_inference_steps": 10},
+    ).grid()
+
+
+def top_features() -> Image.Image:
+    sae, texts = SAE.load("diffsight/shapes-clip-unet"), captions(24, seed=5)
+    return top_examples(shapes("clip"), sae, texts, [643, 867, 269, 880], count=5, **DRAWING).grid()
 
 
 def patching() -> Image.Image:
@@ -110,10 +145,13 @@ def targets() -> Figure:
 
 IMAGES: dict[str, Callable[[], Image.Image | Figure]] = {
     "packaged": packaged,
+    "attention-maps": attention,
     "lens-grid": lens_grid,
     "trajectory": trajectory,
     "block-exits": block_exits,
     "inverted": inverted,
+    "feature-effect": effect,
+    "top-features": top_features,
     "encoder-patching": patching,
     "layer-fidelity": fidelity,
     "cka": cka,

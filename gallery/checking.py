@@ -25,7 +25,7 @@ from diffsight.errors import InputError
 from diffsight.gallery.diffusion_checks import diffusion_checks
 from diffsight.gallery.language_checks import language_checks
 from diffsight.gallery.nothing_of_the_kind import NothingOfTheKind
-from diffsight.lenses.results.saving import save_files, versions
+from diffsight.lenses.results.saving import check_file, expanded, save_files, versions
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -70,7 +70,8 @@ class ModelCheck:
         Raises:
             InputError: The file cannot be written.
         """
-        path = Path(path).expanduser()
+        path = expanded(path)
+        check_file(path)
         text = json.dumps(self.record() | {"versions": versions()}, indent=2, ensure_ascii=False) + "\n"
         return save_files(path.parent, {path.name: partial(_write, text)})[0]
 

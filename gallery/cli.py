@@ -6,39 +6,65 @@ Libraries that are slow to import are imported by the commands that need them, s
 import argparse
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from importlib.metadata import version
+from typing import Any, NoReturn
 
 from diffsight.errors import DiffsightError
 from diffsight.gallery.command_options import PROMPT
 from diffsight.gallery.commands import add_commands
 from diffsight.gallery.completion import script
 from diffsight.gallery.lens_commands import add_lens_commands
+from diffsight.pipelines.valid_text import check_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 1 if a check fails, or 2 if the input is invalid.
+    """Run a command and return its exit status: 0, 1 if a check fails, or 2 if the input is invalid or a model fails.
 
     Args:
         argv: The arguments. Default: those of the process.
     """
-    options = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notices about packages that are not needed
     warnings.showwarning = _show_warning
     try:
+        check_text("an argument", words)
+        options = _parser().parse_args(words)
         return options.command(options) or 0
     except (DiffsightError, argparse.ArgumentTypeError) as error:
-        print(f"diffsight: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
+    except OSError as error:  # such as a full disk
+        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    except Exception as error:  # of the model: Python raises it unchanged, a command says what it is and where
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        first = next(iter(str(error).strip().splitlines()), "")
+        message = f"{type(error).__name__}: {first} ({place.filename}, line {place.lineno})"
+    print(f"diffsight: {message}", file=sys.stderr)
+    return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, with a hint where the shell has read something else than was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = ""
+        if message.startswith("unrecognized arguments:") and " -" not in message:
+            hint = ". A text of several words needs quotes"
+        elif message.endswith("expected one argument"):
+            option = message.removeprefix("argument ").partition(":")[0].split("/")[-1]
+            hint = f". If the value starts with a minus sign, write {option}=-1"
+        self.exit(2, f"{self.prog}: {message}{hint}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="diffsight",
         description="Open diffusion pipelines and language models for interpretability research.",
         epilog=f'example: diffsight lens "{PROMPT}"',
     )
+    parser.add_argument("--version", action="version", version=f"diffsight {version('diffsight')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_lens_commands(commands)
     models = commands.add_parser("models", help="list the packaged models", epilog="example: diffsight models")
@@ -60,10 +86,11 @@ def _models(options: argparse.Namespace) -> None:
     from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
 
     missing = to_install()
+    width = max(map(len, PIPELINES | LANGUAGE_MODELS))
     for name, description in PIPELINES.items():
-        print(f"{name}  {description}")
+        print(f"{name:{width}}  {description}")
     for name, description in LANGUAGE_MODELS.items():
-        print(f"{name}  {description}" + (f" (not installed: {missing})" if missing else ""))
+        print(f"{name:{width}}  {description}" + (f" (not installed: {missing})" if missing else ""))
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsight.errors import InputError
+from diffsight.pipelines.valid_text import check_text
 
 IMAGE_MODEL, LANGUAGE_MODEL = "diffsight/shapes-clip", "diffsight/smollm2"
 PROMPT = "a red circle below a blue square on a gray background"
@@ -126,10 +127,7 @@ def check_prompt_text(prompt: str, example: str) -> None:
     """Raise InputError for a prompt that is empty or no text."""
     if not prompt.strip():
         raise InputError(f'the prompt is empty: write one, such as "{example}"')
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise InputError("the prompt has a character that is not valid Unicode text") from None
+    check_text("the prompt", prompt)
 
 
 def _parse_layer(text: str) -> int | str | slice:

@@ -72,7 +72,10 @@ def _repeat(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     from diffsight.gallery.checking import check_model
     from diffsight.gallery.opening import open_model
+    from diffsight.lenses.results.saving import check_file
 
+    if options.out:
+        check_file(options.out)
     check = check_model(open_model(options.source), **dict(options.arguments))
     print(check)
     if options.out:

@@ -4,6 +4,7 @@ Each check returns what it found, and raises AssertionError with the reason wher
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -40,6 +41,7 @@ def diffusion_checks(model: DiffusionModel, arguments: Mapping[str, Any]) -> dic
         "steps": seen.steps,
         "guidance": seen.guidance,
         "text encoders": seen.text_encoders,
+        "attention": seen.attention,
         "diffusion lens": seen.lens,
         "seeds": seen.seeds,
     }
@@ -111,13 +113,23 @@ class _Pipeline:
         assert not lost, f"no use of {', '.join(lost)} was found"
         return ", ".join(f"{name} ({encoder.count} layers)" for name, encoder in found.items())
 
+    def attention(self) -> str:
+        found = self._model.attentions
+        if not found:
+            raise NothingOfTheKind("the denoiser has no attention")
+        kinds = Counter(attention.kind for attention in found.values())
+        unplaced = [attention.name for attention in found.values() if attention.unplaced is not None]
+        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        return listed + (f"; no grid of image positions in {', '.join(unplaced)}" if unplaced else "")
+
     def lens(self) -> str:
         if not self._model.encoders or "prompt" not in self._arguments:
             raise NothingOfTheKind("there is no text encoder, or no prompt")
         found = self._model.encoders.choose()
         last = found.last_used_layer
-        given = {**self._arguments, "output_type": "pil"} if "output_type" in self._model.argument_names else {}
-        given = given or self._arguments
+        given = dict(self._arguments)
+        if "output_type" in self._model.argument_names:
+            given["output_type"] = "pil"
         result = diffusion_lens(self._model, **given, layers=last, seed=_SEED, progress=False)
         with progress_bar(self._model.pipeline, disable=True):
             plain = self._model.generate(**given, seed=_SEED).result[0][0]

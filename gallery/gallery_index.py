@@ -9,6 +9,7 @@ large images are in the folder `thumbnails`, and are made once.
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from PIL import Image
 from diffsight.errors import InputError
 from diffsight.lenses.results.saving import check_writable, save_files
 from diffsight.lenses.results.settings import settings_of, subject_of
+from diffsight.pipelines.weights import find_path, shortened
 
 PAGE, DATA, THUMBNAILS = "index.html", "gallery_data.js", "thumbnails"
 _IMAGES = (".png", ".gif", ".jpg", ".webp")
@@ -47,9 +49,9 @@ def write_gallery(folder: str | Path) -> Path:
     Raises:
         InputError: The folder does not exist, has no results, or cannot be written.
     """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder")
+    given, folder = folder, find_path(folder)
+    if folder is None or not folder.is_dir():
+        raise InputError(f"{shortened(str(given))} is not a folder")
     found = list(find_results(folder))
     if not found:
         raise InputError(f"there are no results in {folder}: save some with result.save(folder)")
@@ -124,11 +126,10 @@ def _cover(folder: Path, place: Path, names: list[str]) -> str:
 
 
 def _write_thumbnail(path: Path, thumbnail: Path) -> None:
-    unfinished = thumbnail.with_suffix(f".{os.getpid()}.jpg")
-    with Image.open(path) as image:
+    with tempfile.TemporaryDirectory(dir=thumbnail.parent) as place, Image.open(path) as image:
         image.thumbnail(_SIZE, Image.Resampling.BILINEAR, reducing_gap=1.5)
-        image.convert("RGB").save(unfinished, "jpeg", quality=85)
-    unfinished.replace(thumbnail)
+        image.convert("RGB").save(Path(place) / thumbnail.name, "jpeg", quality=85)
+        (Path(place) / thumbnail.name).replace(thumbnail)
 
 
 def _address(place: Path, folder: Path) -> str:

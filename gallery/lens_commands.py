@@ -31,6 +31,7 @@ def add_lens_commands(commands: Any) -> None:
     """Add the commands to those of the command line."""
     _add_lens(commands)
     _add_patch(commands)
+    _add_attention(commands)
     _add_trajectory(commands)
     _add_fidelity(commands)
     _add_compare(commands)
@@ -76,6 +77,22 @@ def _add_patch(commands: Any) -> None:
     add_layers(patch, "the embedding and all layers")
     _add_encoder(patch)
     patch.set_defaults(command=_patch)
+
+
+def _add_attention(commands: Any) -> None:
+    attention = commands.add_parser(
+        "attention",
+        help="show where in the image each word is attended to",
+        description="Attention maps: draw a prompt, and show where in the image each of its words is attended to. "
+        "Writes the image, an overlay for each word, a page, and a record of all settings.",
+        epilog=f'example: diffsight attention "{PROMPT}" --words circle,square --steps 20 --out attention',
+    )
+    add_prompts(attention, "what to draw")
+    add_model(attention, IMAGE_MODEL)
+    add_drawing(attention)
+    attention.add_argument("--words", metavar="WORDS", help="words of the prompt, separated by commas (default: all)")
+    attention.add_argument("--keep", choices=("steps", "layers", "heads"), help="keep the maps of each apart too")
+    attention.set_defaults(command=_attention)
 
 
 def _add_trajectory(commands: Any) -> None:
@@ -199,6 +216,17 @@ def _patch(options: argparse.Namespace) -> None:
     words = {name: _listed(getattr(options, name)) for name in ("words", "into")}
     arguments |= {**_encoder_options(options), **words, "seed": options.seed}
     _print(encoder_patching(model, options.source, options.target, **arguments).save(options.out))
+
+
+def _attention(options: argparse.Namespace) -> None:
+    def load() -> Make:
+        from diffsight.lenses.attention_maps import attention_maps
+
+        model, arguments = _pipeline(options)
+        arguments |= {"words": _listed(options.words), "keep": options.keep}
+        return lambda prompt, seed, out: attention_maps(model, prompt, seed=seed, **arguments).save(out)
+
+    _one_or_study(options, load, PROMPT)
 
 
 def _trajectory(options: argparse.Namespace) -> None:

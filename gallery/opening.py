@@ -6,6 +6,7 @@ from typing import Any
 
 from diffsight.errors import InputError
 from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
+from diffsight.pipelines.weights import find_path
 
 
 def open_model(source: str) -> Any:
@@ -16,17 +17,17 @@ def open_model(source: str) -> Any:
     """
     from diffsight import DiffusionModel, LanguageModel, VisionLanguageModel
 
-    path = Path(source).expanduser()
-    if source in PIPELINES or (path / "model_index.json").is_file():
+    path = find_path(source)
+    if source in PIPELINES or (path is not None and (path / "model_index.json").is_file()):
         return DiffusionModel(source)
-    if source in LANGUAGE_MODELS or path.suffix == ".gguf":
+    if source in LANGUAGE_MODELS or source.endswith(".gguf"):
         return LanguageModel(source)
-    if (path / "config.json").is_file():
+    if path is not None and (path / "config.json").is_file():
         return VisionLanguageModel(source) if _sees_images(path / "config.json") else LanguageModel(source)
     try:
         return DiffusionModel(source)
     except InputError:
-        if path.exists() or source.startswith("diffsight/"):
+        if path is not None or source.startswith("diffsight/"):
             raise
     return LanguageModel(source)
 

@@ -23,10 +23,11 @@ def read_prompts(path: Path) -> list[str]:
     """
     try:
         text = path.expanduser().read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"the prompts cannot be read: {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text, from byte {error.start} on: convert it first") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a home that is not known
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"the prompts cannot be read: {path}: {reason}") from None
     lines = [line for line in text.splitlines() if line.strip()]
     kinds = {".tsv": _of_table, ".csv": _of_table, ".jsonl": _of_objects, ".ndjson": _of_objects}
     found = [prompt.strip() for prompt in kinds.get(path.suffix.lower(), iter)(lines) if prompt.strip()]

@@ -31,6 +31,7 @@ from diffsight.gallery.gallery_index import read_record
 from diffsight.lenses.results.call_values import ArgumentDecoder, UnknownValueError, named
 from diffsight.lenses.results.result import ARGUMENTS, PAGE, LensResult
 from diffsight.lenses.results.saving import versions
+from diffsight.pipelines.weights import find_path, shortened
 
 _NOT_COMPARED = ("versions", "call")  # entries of a record
 
@@ -91,7 +92,7 @@ def repeat(path: str | Path, **replaced: Any) -> Repetition:
     Raises:
         InputError: There is no record, or it does not say enough to make the result again.
     """
-    path = _find(Path(path).expanduser())
+    path = _find(path)
     record = read_record(path)
     if record is None:
         raise InputError(f"{path} is not the record of a result")
@@ -110,11 +111,12 @@ def repeat(path: str | Path, **replaced: Any) -> Repetition:
     return Repetition(path, result, tuple(names), differences, notes, record.get("versions", {}), versions())
 
 
-def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
+def _find(given: str | Path) -> Path:
+    path = find_path(given)
+    if path is None:
+        raise InputError(f"there is no {shortened(str(given))}")
     if not path.is_dir():
-        raise InputError(f"there is no {path}")
+        return path
     found = [one for one in sorted(path.glob("*.json")) if read_record(one) is not None]
     if len(found) != 1:
         what = f"several results ({', '.join(one.name for one in found)}): name one of them" if found else "no result"

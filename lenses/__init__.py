@@ -12,11 +12,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffsight.lenses.attention_maps import AttentionMaps, attention_from, attention_maps
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
     from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders
+    from diffsight.lenses.concept_features import concept_features
     from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
     from diffsight.lenses.encoder_patching import EncoderPatchingResult, encoder_patching
     from diffsight.lenses.encoders.drawing import LensWarning
+    from diffsight.lenses.evaluate_sae import SAEEvaluation, evaluate_sae
+    from diffsight.lenses.feature_effect import FeatureEffect, feature_effect
+    from diffsight.lenses.features.autoencoder import SAE
+    from diffsight.lenses.features.sae_training import SAESettings
     from diffsight.lenses.image_token_lens import ImageTokenPredictions, image_token_lens
     from diffsight.lenses.inversion import Inversion, invert
     from diffsight.lenses.layer_fidelity import LayerFidelity, layer_fidelity
@@ -32,19 +38,26 @@ if TYPE_CHECKING:
         patchscope_lens,
         repeat_prompt,
     )
+    from diffsight.lenses.prompt_to_prompt import PromptToPromptResult, prompt_to_prompt
     from diffsight.lenses.results.image_grid import image_grid
+    from diffsight.lenses.sae import attach_sae, train_sae
     from diffsight.lenses.steering import steer
     from diffsight.lenses.target_probabilities import Prompt, TargetProbabilities, first_tokens, run_prompts
     from diffsight.lenses.tokens.predictions import LensPredictions
+    from diffsight.lenses.top_examples import Example, TopExamples, top_examples
     from diffsight.lenses.trajectory_lens import TrajectoryLensResult, trajectory_lens
 
 __all__ = [
     "DESCRIPTION",
     "IDENTITY",
+    "SAE",
     "Activations",
+    "AttentionMaps",
     "DiffusionLensResult",
     "EncoderComparison",
     "EncoderPatchingResult",
+    "Example",
+    "FeatureEffect",
     "ImageTokenPredictions",
     "Inversion",
     "LayerFidelity",
@@ -53,13 +66,23 @@ __all__ = [
     "LinearMap",
     "PatchscopeTexts",
     "Prompt",
+    "PromptToPromptResult",
+    "SAEEvaluation",
+    "SAESettings",
     "TargetProbabilities",
     "TargetPrompt",
+    "TopExamples",
     "TrajectoryLensResult",
+    "attach_sae",
+    "attention_from",
+    "attention_maps",
     "collect_activations",
     "compare_encoders",
+    "concept_features",
     "diffusion_lens",
     "encoder_patching",
+    "evaluate_sae",
+    "feature_effect",
     "first_tokens",
     "image_grid",
     "image_token_lens",
@@ -70,13 +93,37 @@ __all__ = [
     "logit_lens",
     "patchscope_generate",
     "patchscope_lens",
+    "prompt_to_prompt",
     "repeat_prompt",
     "run_prompts",
     "steer",
+    "top_examples",
+    "train_sae",
     "trajectory_lens",
 ]
 
 _NAMES_IN = {
+    "attention_maps": ("AttentionMaps", "attention_from", "attention_maps"),
+    "concept_features": ("concept_features",),
+    "evaluate_sae": (
+        "SAEEvaluation",
+        "evaluate_sae",
+    ),
+    "feature_effect": (
+        "FeatureEffect",
+        "feature_effect",
+    ),
+    "features.autoencoder": ("SAE",),
+    "features.sae_training": ("SAESettings",),
+    "sae": (
+        "attach_sae",
+        "train_sae",
+    ),
+    "top_examples": (
+        "Example",
+        "TopExamples",
+        "top_examples",
+    ),
     "collect_activations": ("Activations", "collect_activations", "load_activations"),
     "compare_encoders": ("EncoderComparison", "compare_encoders"),
     "diffusion_lens": ("DiffusionLensResult", "diffusion_lens"),
@@ -97,6 +144,7 @@ _NAMES_IN = {
         "patchscope_lens",
         "repeat_prompt",
     ),
+    "prompt_to_prompt": ("PromptToPromptResult", "prompt_to_prompt"),
     "results.image_grid": ("image_grid",),
     "steering": ("steer",),
     "target_probabilities": ("Prompt", "TargetProbabilities", "first_tokens", "run_prompts"),

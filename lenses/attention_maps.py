@@ -38,11 +38,13 @@ from diffsight.lenses.attention.word_keys import WordKeys
 from diffsight.lenses.encoders.checks import check_call
 from diffsight.lenses.layers import Layers, choose_layers
 from diffsight.lenses.options import check_options
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.figure import Plot, set_heading, write_figure
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import frames_of, image_of
 from diffsight.lenses.results.overlays import at_size, overlay
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import OverlaySection, Section, distinct
 from diffsight.pipelines.attention_product import AttentionProduct
 from diffsight.pipelines.diffusion.attention import Attention, find_attentions, follow_products
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -118,7 +120,7 @@ class AttentionMaps(LensResult):
             axes.set_axis_off()
             if number < len(heats):
                 name, heat = heats[number]
-                axes.imshow(heat if heat.ndim == 2 else heat.mean(0), cmap="inferno", vmin=0, vmax=most)
+                axes.imshow((heat if heat.ndim == 2 else heat.mean(0)).numpy(), cmap="inferno", vmin=0, vmax=most)
                 axes.set_title(name if len(name) < 24 else f"…{name[-23:]}", fontsize=7)
         return figure
 
@@ -150,6 +152,20 @@ class AttentionMaps(LensResult):
     def preview(self) -> Image.Image:
         return self.grid()
 
+    def sections(self) -> list[Section]:
+        words = distinct(self.words)
+        found: list[Section] = [self._section("Attention by word", dict(zip(words, self.maps)))]
+        for number, word in enumerate(words):
+            if self.parts:
+                maps = {name: part[number] for name, part in self.parts.items()}
+                found.append(self._section(f"“{word}” by {self.kept.removesuffix('s')}", maps))
+        return found
+
+    def _section(self, title: str, maps: Mapping[str, torch.Tensor]) -> OverlaySection:
+        """Return maps on the image; of a video, those of its middle frame."""
+        shown = {name: heat if heat.ndim == 2 else heat[len(heat) // 2] for name, heat in maps.items()}
+        return OverlaySection(title, self.image, shown, label="attention")
+
     def files(self) -> dict[str, Callable[[Path], None]]:
         files: dict[str, Callable[[Path], None]] = {"image.png": self.image.save, "grid.png": self.grid().save}
         files |= {f"word_{number:02}.png": self.overlay(word).save for number, word in enumerate(self.words)}
@@ -174,6 +190,7 @@ class AttentionMaps(LensResult):
         }
 
 
+@repeatable
 def attention_maps(
     model: DiffusionModel,
     prompt: str,
@@ -241,6 +258,7 @@ def attention_maps(
     return _result(run, reading, named.names, prompt, seed, model, arguments, method)
 
 
+@repeatable
 def attention_from(
     model: DiffusionModel,
     prompt: str,
@@ -278,7 +296,8 @@ def attention_from(
     """
     _check("attention_from", model, prompt, seed, keep, arguments)
     check_options(attention_from, model, arguments)
-    if len(position) != 2 or not all(0 <= share <= 1 for share in position):
+    shares = [share for share in position if isinstance(share, (int, float)) and 0 <= share <= 1]
+    if len(position) != 2 or len(shares) != 2:
         raise InputError(f"position is (x, y), shares of width and height from 0 to 1, not {position!r}")
     found = find_attentions(model, prompt, **arguments)
     chosen = _chosen(found.of_kind("self", "joint"), layers, "attention from the image to itself", model)

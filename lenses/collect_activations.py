@@ -26,6 +26,7 @@ from diffsight.lenses.results.saving import check_writable, write_record
 from diffsight.lenses.tokens.batches import Batch, Positions, open_batches
 from diffsight.lenses.tokens.choosing import hidden_states, layers_to_read
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.weights import find_path, shortened
 
 _POINTS = ("layers_output", "layers_input", "attentions_output", "mlps_output", "heads_output", "q", "k", "v")
 _RECORD = "activations.json"
@@ -58,8 +59,13 @@ class Activations:
         return self.values[find_layer(layer, self.layers, self.num_layers)]
 
     def of_prompt(self, prompt: int) -> torch.Tensor:
-        """Return the activations of one prompt, (layers, its tokens, ...)."""
-        return self.values[:, self.prompts == prompt]
+        """Return the activations of one prompt, (layers, its tokens, ...). -1 is the last prompt.
+
+        Raises InputError if there is no such prompt."""
+        count = int(self.prompts.max()) + 1
+        if isinstance(prompt, bool) or not hasattr(prompt, "__index__") or not -count <= prompt < count:
+            raise InputError(f"there is no prompt {prompt!r}: there are {count} (0 to {count - 1})")
+        return self.values[:, self.prompts == prompt % count]
 
 
 @overload
@@ -145,9 +151,9 @@ def load_activations(folder: str | Path, layers: int | str | Sequence[int | str]
     Raises:
         InputError: The folder has no activations, or not those of a layer.
     """
-    folder = Path(folder).expanduser()
-    if not (folder / _RECORD).is_file():
-        raise InputError(f"the folder {folder} has no activations: there is no {_RECORD} in it")
+    given, folder = folder, find_path(folder)
+    if folder is None or not (folder / _RECORD).is_file():
+        raise InputError(f"the folder {shortened(str(given))} has no activations: there is no {_RECORD} in it")
     try:
         return _loaded(folder, layers)
     except InputError:

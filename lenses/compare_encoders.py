@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from diffsight.errors import InputError, suggest
+from diffsight.errors import InputError, UnknownKeyError, suggest
 from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
 from diffsight.lenses.encoders.checks import check_prompt
 from diffsight.lenses.encoders.drawing import for_each_row
@@ -100,7 +100,7 @@ class EncoderComparison(LensResult, Mapping):
 
     def __getitem__(self, name: str) -> EncodedPrompts:
         if name not in self.encoders:
-            raise InputError(
+            raise UnknownKeyError(
                 f"there is no encoder {name!r}{suggest(str(name), self)}: the result has {', '.join(self)}"
             )
         return self.encoders[name]

@@ -22,7 +22,7 @@ from diffsight.lenses.encoders.checks import check_call, check_used, check_whole
 from diffsight.lenses.encoders.drawing import Drawing
 from diffsight.lenses.encoders.exits import Exits
 from diffsight.lenses.encoders.isolating import isolated
-from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_file, layer_title
+from diffsight.lenses.layers import Layer, Layers, choose_layers, find_layer, layer_file, layer_title
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.figure import Plot
@@ -72,6 +72,10 @@ class DiffusionLensResult(LensResult):
     pooled: str = "layer"
     outputs: tuple[Any, ...] = field(default=(), repr=False)
     rate: int | None = field(default=None, repr=False)
+
+    def __getitem__(self, layer: Layer) -> Image.Image:
+        """Return the image drawn from a layer, by its number from 0, or "embedding"."""
+        return self.images[find_layer(layer, self.layers, 0)]
 
     def grid(self) -> Image.Image:
         """Return all images in one, with their layers."""

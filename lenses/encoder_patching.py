@@ -40,7 +40,7 @@ from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import files_of, image_of, media_of, rate_of
 from diffsight.lenses.results.result import LensResult
-from diffsight.lenses.results.sections import ImageSection, Section
+from diffsight.lenses.results.sections import ImageSection, Section, distinct
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, hidden_in
 from diffsight.pipelines.diffusion.encoding import EncodingRecord, record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -141,7 +141,7 @@ class EncoderPatchingResult(LensResult):
     def sections(self) -> list[Section]:
         rows = {"unpatched": {"target": self.target_image, "source": self.source_image}}
         for title, images, outputs in zip(self.row_titles, self.images, self.outputs or self.images):
-            shown = zip(_numbered(self.words), images, outputs)
+            shown = zip(distinct(self.words), images, outputs)
             rows[title] = {word: media_of(image, output, self.rate) for word, image, output in shown}
         return [ImageSection(f"“{self.source}” into “{self.target}”", rows)]
 
@@ -279,11 +279,6 @@ def encoder_patching(
         outputs=outputs,
         rate=rate_of(model),
     )
-
-
-def _numbered(words: Sequence[str]) -> list[str]:
-    """Return the words, with their place where one occurs several times."""
-    return [f"{word} ({i})" if words.count(word) > 1 else word for i, word in enumerate(words, 1)]
 
 
 def _check_arguments(

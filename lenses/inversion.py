@@ -29,10 +29,12 @@ from diffsight.lenses.denoising.call_checks import check_one_image
 from diffsight.lenses.denoising.image_encoding import check_can_encode, check_image, encode_image
 from diffsight.lenses.denoising.inverse_schedulers import inverse_of
 from diffsight.lenses.denoising.scheduler_calls import prediction_type
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import difference_image, step_curves
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import CurveSection, ImageSection, Section
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
@@ -103,11 +105,25 @@ class Inversion(LensResult):
 
     def plot(self) -> Figure:
         """Plot the root mean square of the latents by step, which is that of noise in the end."""
-        norms = self.latents.double().square().flatten(1).mean(1).sqrt().tolist()
+        norms = self._norms()
         return step_curves({"latents": norms}, range(len(norms)), "root mean square of the latents", self.scheduler)
+
+    def _norms(self) -> list[float]:
+        return self.latents.double().square().flatten(1).mean(1).sqrt().tolist()
 
     def preview(self) -> Image.Image:
         return self.grid()
+
+    def sections(self) -> list[Section]:
+        images = {
+            "image": self.image,
+            f"autoencoder, {self.decoded_psnr:.1f} dB": self.decoded,
+            f"reconstruction, {self.psnr:.1f} dB": self.reconstruction,
+            "difference": difference_image(self.reconstruction, self.image),
+        }
+        norms, label = self._norms(), "root mean square of the latents"
+        places = [str(i) for i in range(len(norms))]
+        return [ImageSection("", {"": images}), CurveSection("Norms", "step", places, {"latents": norms}, label)]
 
     def files(self) -> dict[str, Callable[[Path], None]]:
         return {
@@ -132,6 +148,7 @@ class Inversion(LensResult):
         }
 
 
+@repeatable
 def invert(
     model: DiffusionModel,
     image: Any,

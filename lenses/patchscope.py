@@ -57,12 +57,20 @@ Target = TargetPrompt | Sequence[TargetPrompt]
 
 
 def repeat_prompt(
-    words: Sequence[str] = ("king", "1135", "hello"), between: str = " ", separator: str = "\n", placeholder: str = "?"
+    words: str | Sequence[str] = ("king", "1135", "hello"),
+    between: str = " ",
+    separator: str = "\n",
+    placeholder: str = "?",
 ) -> TargetPrompt:
     """Return a target prompt that makes the model repeat: each word twice, then the placeholder.
 
     repeat_prompt(["cat", "1135", "hello"], between=" -> ") == IDENTITY
+
+    Raises InputError if there are no words.
     """
+    words = [words] if isinstance(words, str) else list(words)
+    if not words:
+        raise InputError("repeat_prompt needs at least one word that the prompt repeats, such as repeat_prompt('cat')")
     return TargetPrompt(separator.join([*(f"{word}{between}{word}" for word in words), placeholder]))
 
 

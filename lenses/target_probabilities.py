@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from diffsight.errors import InputError
+from diffsight.errors import InputError, UnknownKeyError, suggest
 from diffsight.lenses.layers import Layer
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
@@ -132,6 +132,10 @@ class TargetProbabilities(LensResult, Mapping):
     record_file: ClassVar[str] = "targets.json"
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.probabilities:
+            raise UnknownKeyError(
+                f"there is no target {name!r}{suggest(str(name), self)}: the result has {', '.join(self)}"
+            )
         return self.probabilities[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -217,6 +221,8 @@ def run_prompts(
     """
     prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
     ids = _check(model, prompts)
+    if lens is not None and not callable(lens):
+        raise InputError(f"lens takes a function, such as lens=logit_lens, not {lens!r}")
     texts = [prompt.text for prompt in prompts]
     if lens is None:
         check_options(run_prompts, None, arguments)
@@ -254,6 +260,12 @@ def _check(model: LanguageModel, prompts: list[Prompt]) -> tuple[int, ...]:
                 f"all prompts must have the same names of targets: {', '.join(prompts[0].targets)} in the first, "
                 f"{', '.join(prompt.targets)} in {prompt.text!r}"
             )
+        for name, tokens in prompt.targets.items():
+            if isinstance(tokens, (str, int)):
+                raise InputError(
+                    f"the target {name!r} of {prompt.text!r} must be token ids, such as [17], not {tokens!r}. For "
+                    "words, use Prompt.from_strings(text, targets, model)"
+                )
         empty = [name for name, tokens in prompt.targets.items() if not len(tokens)]
         if empty or not prompt.targets:
             raise InputError(f"{prompt.text!r} has no tokens to track{f' under {empty[0]!r}' if empty else ''}")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-_BLOCK = 2**24  # scores in a block: 64 MB in float32
+_BLOCK = 2**23  # scores in a block: 32 MB in float32
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,7 +42,7 @@ from diffsight.extending import (
     unwrapped,
     with_gradients,
 )
-from diffsight.pipelines.language.generation import GeneratedTokens, GenerationRun, set_generated
+from diffsight.pipelines.language.generation import Choice, GeneratedTokens, GenerationRun, set_generated
 from diffsight.pipelines.named_tree import NamedTree
 from diffsight.pipelines.pipeline_options import check_options_of_call
 from diffsight.pipelines.seeds import check_seed
@@ -50,10 +50,23 @@ from diffsight.pipelines.standard_names import are_layers, is_list, layer_names,
 
 _PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # besides modules
 _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "postprocess"}
-_FAILURES = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError)
 
 
 _generating: ContextVar[tuple[GeneratedTokens | None, bool]] = ContextVar("diffsight_generating", default=(None, False))
+
+
+class HFRun(GenerationRun):
+    """A run of a pipeline of transformers."""
+
+    @property
+    def result(self) -> Any:
+        """What the pipeline returned. Reading it runs the pipeline to its end. Raises ScanError in a scan."""
+        self._check_no_scan("result")
+        return super().result
+
+    def _choice(self, step: int) -> Choice:
+        self._check_no_scan(f"steps[{step}].tokens")
+        return super()._choice(step)
 
 
 class HFPipeline(Model):
@@ -73,7 +86,7 @@ class HFPipeline(Model):
         InputError: `source` is not a pipeline.
     """
 
-    _run_class = GenerationRun
+    _run_class = HFRun
 
     def __init__(self, source: Pipeline | str | Path, **arguments: Any) -> None:
         pipeline = _opened(source, arguments)
@@ -84,7 +97,7 @@ class HFPipeline(Model):
         """The wrapped pipeline."""
         return self._owner
 
-    def trace(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> GenerationRun:
+    def trace(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> HFRun:
         """Open a run of the pipeline: `with model.trace("a text") as run:`, or `model.trace("a text").result`.
 
         A step is one call of `model`. If the model generates text, it lies between two choices of tokens, with
@@ -125,7 +138,7 @@ class HFPipeline(Model):
         if kwargs.get("num_workers") or self._owner._num_workers:
             raise InputError("num_workers: worker processes cannot be traced. Leave it out")
 
-    def generate(self, *args: Any, **kwargs: Any) -> GenerationRun:
+    def generate(self, *args: Any, **kwargs: Any) -> HFRun:
         """The same as `trace`, for a pipeline that generates."""
         if not self._generates():
             raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; trace() calls it")
@@ -219,7 +232,7 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
     is_task = str(source) in tasks or "model" in arguments
     try:
         return transformers.pipeline(**{"task" if is_task else "model": str(source)}, **arguments)
-    except _FAILURES as error:
+    except Exception as error:  # a damaged file fails anywhere in the libraries
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         hint = "" if str(source) in tasks else suggest(str(source), tasks)
         raise InputError(

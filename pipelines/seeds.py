@@ -26,7 +26,8 @@ def seeds_of_images(seed: int | Sequence[int], count: int) -> list[int]:
         check_seed(one)
     seeds = [int(one) for one in seed] if several else [int(seed) + i for i in range(count)]
     if len(seeds) != count:
-        raise InputError(f"{len(seeds)} seeds for {count} images: pass one seed per image, or a single number")
+        images = "image" if count == 1 else "images"
+        raise InputError(f"{len(seeds)} seeds for {count} {images}: pass one seed per image, or a single number")
     return seeds
 
 

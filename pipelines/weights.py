@@ -78,7 +78,7 @@ def adopt(module: nn.Module, loaded: nn.Module) -> None:
             loaded._modules[name] = own[name]
 
 
-def find_path(name: str) -> Path | None:
+def find_path(name: str | Path) -> Path | None:
     """Return what a name stands for on this machine, or None: it may also be no path at all."""
     try:
         path = Path(name).expanduser()

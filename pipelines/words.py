@@ -123,7 +123,15 @@ def align_words(tokenizer: Any, prompt: str, ids: Sequence[int] | None = None) -
         tokenizer: The tokenizer.
         prompt: The prompt.
         ids: The token ids of the prompt, or of a text that contains it. `tokenizer(prompt)` by default.
+
+    Raises:
+        InputError: `tokenizer` is not a tokenizer.
     """
+    if not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise InputError(
+            f"align_words takes a tokenizer, such as model.tokenizer or model.pipeline.tokenizer, not a "
+            f"{type(tokenizer).__name__}"
+        )
     ids = [int(i) for i in (tokenizer(prompt, verbose=False)["input_ids"] if ids is None else ids)]
     added = _vectors_of_a_token(tokenizer, ids)
     if added:

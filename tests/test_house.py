@@ -17,6 +17,7 @@ FOLDERS = {
 # Within `diffsight/`, each line imports only from the lines above it.
 ENGINE = [
     "errors",
+    "folding",
     "engine",
     "engine.torch_state",
     "engine.coroutine",

@@ -172,7 +172,10 @@ class CompatEnvoy(Envoy):
         return self._handle(known or Target(value, FORWARD, join(self._target.path, name), self._target))
 
     def _attach(self, name: str, module: nn.Module) -> None:
-        if self._owner is not module and name in self._tree.children_of(self._target) and not self._is_in_run():
+        is_models_own = (
+            name in self._tree.children_of(self._target) and self._tree.attached.find(self._owner, name) is None
+        )
+        if self._owner is not module and is_models_own and not self._is_in_run():
             self._tree.weights.load()
             setattr(self._owner, name, module)  # replaces it in the model itself, as in nnsight
         else:

@@ -1,5 +1,6 @@
 """Notes on Python's own errors that come from writing for nnsight: what to write instead."""
 
+import re
 import traceback
 from types import TracebackType
 
@@ -8,19 +9,26 @@ _GRADIENT = (
     "computed from requires one. Leave out torch.no_grad(), or open the run with grad=True"
 )
 _SAVE = "Write nnsight.save(x), or nothing: a name bound in a block stays bound"
+_PADDING = (
+    "Each invoke is a pass of its own here, where nnsight pads the inputs of all to one length: choose the positions "
+    "that both have, or trace all inputs at once and use run.rows"
+)
+_SIZES = re.compile(r"size of (the )?tensor .*must match|shape mismatch")
 _UPDATE = "Values are real objects here, not proxies: write x = ... instead of x.update(...)"
 
 
-def add_hint(error: BaseException | None, trace: TracebackType | None) -> None:
-    """Add a note to an error raised in a block, if it is one that a proxy of nnsight would not have raised."""
-    if not isinstance(error, (AttributeError, TypeError)) or trace is None:
+def add_hint(error: BaseException | None, trace: TracebackType | None, is_invoke: bool = False) -> None:
+    """Add a note to an error raised in a block, if it is one that nnsight would not have raised."""
+    if not isinstance(error, (AttributeError, TypeError, RuntimeError)) or trace is None:
         return
-    hint = _hint(str(error), traceback.extract_tb(trace)[-1].line or "")
+    hint = _hint(str(error), traceback.extract_tb(trace)[-1].line or "", is_invoke)
     if hint is not None and hint not in getattr(error, "__notes__", ()):  # it may leave several blocks
         error.add_note(hint)
 
 
-def _hint(message: str, line: str) -> str | None:
+def _hint(message: str, line: str, is_invoke: bool) -> str | None:
+    if is_invoke and _SIZES.search(message):
+        return _PADDING
     if "NoneType" in message and ".grad" in line:
         return _GRADIENT
     if message.endswith("no attribute 'save'"):

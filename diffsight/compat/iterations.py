@@ -7,7 +7,7 @@ In a run of one pass there is one step. There a turn of the loop means a call of
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
-from diffsight.compat.repeated_blocks import Loop
+from diffsight.compat.repeated_blocks import OWN_STEPS, BlockOfInvokes, Loop, StepsBlock
 from diffsight.errors import InputError
 from diffsight.steps import Steps
 
@@ -23,6 +23,7 @@ class Iterations(Loop):
     """
 
     _instead = WRITE_A_LOOP
+    _block_class = StepsBlock
 
     def __init__(
         self, turns: Callable[[slice], Iterator[int]], chosen: slice | int | Iterable[int] = slice(None)
@@ -42,6 +43,31 @@ class Iterations(Loop):
         else:
             wanted = set(chosen)
             yield from (turn for turn in self._turns(slice(None, max(wanted) + 1)) if turn in wanted)
+
+
+class IterationsOfInvokes(Iterations):
+    """Turns for a block around invokes, where each invoke has steps of its own.
+
+    Args:
+        open_steps: Returns the steps of the invoke that is open.
+        chosen: As for `Iterations`.
+    """
+
+    _block_class = BlockOfInvokes
+
+    def __init__(self, open_steps: Callable[[], Iterations], chosen: slice | int | Iterable[int] = slice(None)) -> None:
+        super().__init__(_refuse, chosen)
+        self._open_steps = open_steps
+
+    def __getitem__(self, chosen: slice | int | Iterable[int]) -> "IterationsOfInvokes":
+        return IterationsOfInvokes(self._open_steps, super().__getitem__(chosen)._chosen)
+
+    def _take(self, block: BlockOfInvokes) -> None:
+        block.run(lambda: self._open_steps()[self._chosen])
+
+
+def _refuse(chosen: slice) -> Iterator[int]:
+    raise InputError(OWN_STEPS)
 
 
 def steps_in(steps: Steps) -> Callable[[slice], Iterator[int]]:

@@ -2,16 +2,24 @@
 
 They are loops in the form of a `with` statement. Python runs such a block only once, so it is captured from source, see
 `engine.capture`, and run as the body of a `for` loop. What the block assigns is bound in the frame that it is written
-in, as after a loop.
+in, as after a loop. In a block that is repeated for every step, what reads `model.generator.output` or `tracer.result`
+comes after the loop, with all that follows it: a run has its result when all steps are done.
 """
 
 import ast
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from types import FrameType
 from typing import Any
 
 from diffsight.engine.capture import ARGUMENT, Block, Deferred, parse_source, span_of
+from diffsight.errors import InputError
+from diffsight.run import Run
+
+OWN_STEPS = (
+    "each invoke has its own steps: write `with tracer.all():` (or `tracer.iter[...]`) inside "
+    "`with tracer.invoke(...):`"
+)
 
 
 class RepeatedBlock(Block):
@@ -38,11 +46,41 @@ class RepeatedBlock(Block):
             self._bind({name: names[name] for name in self._assigned if name in names})
 
     def _function_body(self, body: list[ast.stmt], target: ast.expr | None) -> list[ast.stmt]:
-        # for item in argument[0]: body, and finally argument[1](argument[2]()). The built-in `locals` is handed over as
+        # the loop over argument[0], and finally argument[1](argument[2]()). The built-in `locals` is handed over as
         # well, since the block may use its name for something else.
-        loop = ast.For(self._item or ast.Name("_", ast.Store()), _argument(0), body, [])
         keep = ast.Call(_argument(1), [ast.Call(_argument(2), [], [])], [])
-        return [ast.Try([loop], [], [], [ast.Expr(keep)])]
+        return [ast.Try(self._repeated(body), [], [], [ast.Expr(keep)])]
+
+    def _repeated(self, body: list[ast.stmt]) -> list[ast.stmt]:
+        return [self._loop(_argument(0), body)]
+
+    def _loop(self, items: ast.expr, body: list[ast.stmt]) -> ast.stmt:
+        return ast.For(self._item or ast.Name("_", ast.Store()), items, body or [ast.Pass()], [])
+
+
+class StepsBlock(RepeatedBlock):
+    """A block that is repeated for every step. What reads the result of the run comes once, after the last step."""
+
+    def _repeated(self, body: list[ast.stmt]) -> list[ast.stmt]:
+        body, after = _split(body, self._frame)
+        return [*super()._repeated(body), *after]
+
+
+class BlockOfInvokes(StepsBlock):
+    """A block around `with tracer.invoke(...):`. Each block of an invoke is repeated for the steps of that invoke."""
+
+    def run(self, steps: Callable[[], Iterable[Any]]) -> None:
+        """Run the block once. `steps` returns the steps of the invoke that is open."""
+        super().run(steps)
+
+    def _repeated(self, body: list[ast.stmt]) -> list[ast.stmt]:
+        invokes = [node for part in body for node in ast.walk(part) if _is_invoke(node)]
+        if not invokes:
+            raise InputError(OWN_STEPS)
+        for invoke in invokes:
+            inner, after = _split(invoke.body, self._frame, _bound_by(invoke))
+            invoke.body = [*([self._loop(ast.Call(_argument(0), [], []), inner)] if inner else []), *after]
+        return body
 
 
 class Loop(Deferred):
@@ -72,8 +110,38 @@ def rest_of_block(frame: FrameType) -> Callable[[], RepeatedBlock] | None:
         for index, statement in enumerate(node.body):
             is_call = isinstance(statement, ast.Expr) and span_of(statement.value) == span
             if is_call and statement is not node.body[-1]:
-                return partial(RepeatedBlock, frame, tree, statement, node.body[index + 1 :])
+                return partial(RepeatedBlock, frame, tree, statement, _split(node.body[index + 1 :], frame)[0])
     return None
+
+
+def _is_invoke(node: ast.AST) -> bool:
+    """Return whether a node is `with tracer.invoke(...):`."""
+    opened = [item.context_expr for item in node.items] if isinstance(node, ast.With) else []
+    called = [value.func for value in opened if isinstance(value, ast.Call)]
+    return any(isinstance(function, ast.Attribute) and function.attr == "invoke" for function in called)
+
+
+def _split(body: list[ast.stmt], frame: FrameType, runs: Collection[str] = ()) -> tuple[list[ast.stmt], list[ast.stmt]]:
+    """Split a block at the first statement that reads the result of a run. `runs` are names of runs that the frame does
+    not have yet."""
+    for index, statement in enumerate(body):
+        if any(_is_result(node, frame, runs) for node in ast.walk(statement)):
+            return body[:index], body[index:]
+    return body, []
+
+
+def _is_result(node: ast.AST, frame: FrameType, runs: Collection[str]) -> bool:
+    """Return whether a node is `model.generator.output` or `tracer.result`."""
+    outer = node.value if isinstance(node, ast.Attribute) else None
+    if isinstance(outer, ast.Attribute):
+        return (outer.attr, node.attr) == ("generator", "output")
+    if not isinstance(outer, ast.Name) or node.attr != "result":
+        return False
+    return outer.id in runs or isinstance(frame.f_locals.get(outer.id, frame.f_globals.get(outer.id)), Run)
+
+
+def _bound_by(statement: ast.With) -> set[str]:
+    return {item.optional_vars.id for item in statement.items if isinstance(item.optional_vars, ast.Name)}
 
 
 def _argument(index: int) -> ast.expr:

@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 from diffsight.compat.activation_cache import ActivationCache, cache_of
 from diffsight.compat.error_notes import add_hint
 from diffsight.compat.functions import TracerFunctions
-from diffsight.compat.iterations import WRITE_A_LOOP, Iterations, steps_in, warn_of_end
+from diffsight.compat.iterations import WRITE_A_LOOP, Iterations, IterationsOfInvokes, steps_in, warn_of_end
 from diffsight.compat.joined_inputs import joined_inputs
 from diffsight.compat.later_gradients import reading_gradients
-from diffsight.compat.repeated_blocks import RepeatedBlock, rest_of_block
+from diffsight.compat.repeated_blocks import OWN_STEPS, RepeatedBlock, rest_of_block
 from diffsight.compat.sessions import join_sessions
 from diffsight.compat.stopping import BlockStopped
 from diffsight.engine.capture import advising
@@ -39,6 +39,7 @@ class Tracer(TracerFunctions, Run):
     _is_invoke = False
     _is_of_all = False  # whether it is an invoke without input, of the inputs of all before it
     _changed = ""  # where the block has changed a value, if anywhere
+    _reads_unseen = False  # whether it has read values whose changes in place cannot be seen
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -48,6 +49,8 @@ class Tracer(TracerFunctions, Run):
     @property
     def result(self) -> Any:
         """What the model returned. In the block of an invoke, that of its pass; after several, a list of them."""
+        if self._rest is not None and self._flow.outcome is None:
+            self._repeat_rest()
         is_open = bool(self._invoked) and any(tracer is self.invoker for tracer in _entered.get())
         return self.invoker.result if is_open else super().result
 
@@ -125,6 +128,11 @@ class Tracer(TracerFunctions, Run):
                     f"{tracer._changed}, which that pass would not have: read what you need in that invoke, or trace "
                     "all inputs at once and use run.rows"
                 )
+        if torch.is_inference_mode_enabled() or any(tracer._reads_unseen for tracer in self._invoked):
+            raise InputError(
+                "invoke() without an input can only be read, and so can the invokes before it. Under "
+                "torch.inference_mode() nothing tells whether a value was changed in place: write torch.no_grad()"
+            )
         return joined_inputs(self._invoked_with, self._model.__dict__.get("tokenizer"))
 
     def _find_changes(self) -> None:
@@ -187,7 +195,7 @@ class Tracer(TracerFunctions, Run):
             self._flow.close(STOPPED)
         elif error is None and self._rest is not None and self._flow.outcome is None:
             self._repeat_rest()
-        add_hint(error, trace)
+        add_hint(error, trace, self._is_invoke)
         super().__exit__(kind, error, trace)
         self._find_changes()
         if error is None:
@@ -236,16 +244,9 @@ def describe_opening(tracer: Tracer, generates: bool, has_input: bool) -> Tracer
 
 
 def iterations_of(tracer: Tracer) -> Iterations:
-    """Return the steps of a run, to choose from.
-
-    Raises:
-        InputError: The run has no steps of its own, since each of its invokes has.
-    """
+    """Return the steps of a run, to choose from; around invokes, those of each invoke."""
     if not tracer._has_own_steps():
-        raise InputError(
-            "each invoke has its own steps: write `with tracer.all():` (or `tracer.iter[...]`) inside "
-            "`with tracer.invoke(...):`"
-        )
+        return IterationsOfInvokes(lambda: iterations_of(tracer._current_pass()))
     if tracer._generates or current_edit() is not None:
         return Iterations(steps_in(tracer.steps))
     return Iterations(partial(visits_in, tracer))
@@ -276,7 +277,9 @@ def end_visits(tracer: Tracer, error: Exception) -> None:
 def note_read(tracer: Any, value: Any) -> None:
     """Note what an invoke reads, to find out whether it changes it in place."""
     if isinstance(tracer, Tracer) and tracer._is_invoke:
-        tracer._read += [(leaf, leaf._version) for leaf in tree_leaves(value) if is_versioned(leaf)]
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        tracer._read += [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+        tracer._reads_unseen |= any(tensor.is_inference() for tensor in tensors)
 
 
 def watch_changes(tracer: Tracer) -> None:
@@ -303,11 +306,6 @@ def check_read_only(tracer: Tracer) -> None:
         )
 
 
-def is_versioned(value: Any) -> bool:
-    """Return whether changes of a value in place can be seen."""
-    return isinstance(value, torch.Tensor) and not value.is_inference()
-
-
 def repeat_all(tracer: Tracer, frame: FrameType) -> Iterations:
     """Repeat a block for every step of a run: that of the `with` statement which `frame` enters, or else the rest of
     the block that `frame` is in."""
@@ -316,6 +314,8 @@ def repeat_all(tracer: Tracer, frame: FrameType) -> Iterations:
         rest = rest_of_block(frame)
     if rest is None:
         return steps
+    if not tracer._has_own_steps():
+        raise InputError(OWN_STEPS)
     if current_edit() is not None:
         raise InputError("in an edit, write `with model.all():` around what to do at each step")
     tracer._rest = rest

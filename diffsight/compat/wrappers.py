@@ -17,7 +17,7 @@ from diffsight.compat.sessions import Session
 from diffsight.compat.standardized_transformer import StandardizedNames
 from diffsight.compat.tracer import Tracer, describe_opening, entered_tracers
 from diffsight.compat.transformers_models import TransformersNames
-from diffsight.errors import InputError
+from diffsight.errors import InputError, PointNotFoundError
 from diffsight.extending import Model, Run, flow_of, run_meant_by
 
 _IGNORED = ("remote", "backend", "scan", "validate", "blocking")  # arguments without an effect here
@@ -41,6 +41,8 @@ class CompatModel(CompatEnvoy):
         device_map: Any = None,
         **kwargs: Any,
     ) -> None:
+        if "envoys" in kwargs:
+            raise InputError("envoys= is not supported: write functions of a module, and rename= for names of your own")
         is_live = bool(args) and isinstance(args[0], (nn.Module, tuple))
         super().__init__(*args, **kwargs, **({} if is_live or device_map is None else {"device_map": device_map}))
         self._be_root()
@@ -72,6 +74,14 @@ class CompatModel(CompatEnvoy):
         copy = super()._copy()
         copy._be_root()
         return copy
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except PointNotFoundError:
+            if name == "_model":  # what older releases call the module
+                return self._module
+            raise
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or isinstance(getattr(type(self), name, None), property):

@@ -122,7 +122,9 @@ class Assignment:
         if selection is not None:
             value = selection.at(point.tap, point.index, self).put(before, value, self, point.copies)
         elif before is not None and isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
-            raise AssignmentError(f"{self} is a {type(before).__name__}; it cannot take a {type(value).__name__}")
+            raise AssignmentError(
+                f"{self} is a {type(before).__name__}; it cannot take a {type(value).__name__}{_hint_at_tuple(value)}"
+            )
         elif isinstance(before, torch.Tensor):
             difference = _difference(before, value)
             if difference and before.ndim != value.ndim:  # it would be broadcast to something nobody meant
@@ -163,6 +165,16 @@ def check_value(asked: Asked, value: Any) -> None:
         raise AssignmentError(
             f"None cannot be assigned to {asked}: PyTorch takes None to mean 'leave the output unchanged'"
         )
+
+
+def _hint_at_tuple(value: Any) -> str:
+    """How to get at the hidden state in the tuple that a layer returned, in words."""
+    if not isinstance(value, tuple) or not value or not isinstance(value[0], torch.Tensor):
+        return ""
+    return (
+        ". If a layer returned it, its hidden state is value[0]; in language models and text encoders, read "
+        "layers_output[i] in place of layers[i].output"
+    )
 
 
 def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:

@@ -4,9 +4,9 @@
         width = run.unet.mid_block.output.shape[1]
 
 The model's code runs as usual, but inside a component (the model; in a pipeline, each of its modules) tensors are
-PyTorch's fake tensors, which have a shape, a dtype and a device and no values. Where a component returns, its fake
-tensors are replaced with zeros. What runs between components, such as tokenizers, schedulers and post-processing,
-therefore computes for real, on zeros.
+PyTorch's fake tensors, which have a shape, a dtype and a device and no values. Where a component of a pipeline returns,
+its fake tensors are replaced with zeros. What runs between components, such as tokenizers, schedulers and
+post-processing, therefore computes for real, on zeros.
 
 Weights stay where they are, loaded or not: `ScanMode` lets functions see fake tensors in their place. What the model
 writes to its own attributes meanwhile is undone at the end.
@@ -63,7 +63,9 @@ class ScanFlow(Flow):
         components = [target for target in self.taps.components if isinstance(target.owner, nn.Module)]
         self._modules = list(dict.fromkeys(module for part in components for module in part.owner.modules()))
         self.body_mode = self._mode = ScanMode(components, self._modules)
-        self.function = partial(_call_in_mode, self._mode, self.function)
+        is_pipeline = not isinstance(self.tree.root.owner, nn.Module)
+        self._border = self._mode.call_between if is_pipeline else self._mode.call_on_shapes
+        self.function = partial(_call_in_mode, self._mode, self.function, is_pipeline)
         self._components = components
         self._states: list[ModuleState] = []
         self._eager: EagerStance | None = None
@@ -78,7 +80,7 @@ class ScanFlow(Flow):
         super()._start()
         for component in self._components:
             stand_in = self._stand_ins.get(component.key)
-            border = partial(_call_instead, stand_in) if stand_in else self._mode.call_component
+            border = partial(_call_instead, stand_in) if stand_in else self._border
             self.taps[component.key].border = border
 
     def _resume(self, *args: Any) -> Any:
@@ -102,9 +104,9 @@ class ScanFlow(Flow):
             eager.leave()
 
 
-def _call_in_mode(mode: ScanMode, function: Callable[[], Any]) -> Any:
+def _call_in_mode(mode: ScanMode, function: Callable[[], Any], is_pipeline: bool) -> Any:
     with mode:
-        return function()
+        return mode.without_values(function()) if is_pipeline else function()
 
 
 def _call_instead(stand_in: Callable, function: Callable, args: tuple, kwargs: dict) -> Any:

@@ -24,7 +24,10 @@ from diffsight.errors import ScanError
 
 def is_about_values(error: Exception) -> bool:
     """Return whether PyTorch raised an error because a fake tensor has no values."""
-    return isinstance(error, _UNKNOWN) or _ABOUT_DATA.search(str(error)) is not None
+    return (
+        isinstance(error, (ScanError, UnsupportedOperatorException, NotImplementedError))
+        or _ABOUT_DATA.search(str(error)) is not None
+    )
 
 
 def values_needed(function: Callable, components: Sequence[Target]) -> ScanError:
@@ -69,11 +72,6 @@ class Unreported(logging.Filter):
 
 
 _MODULE_CALL = nn.Module._call_impl.__code__
-_UNKNOWN = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-    NotImplementedError,
-)
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 _ABOUT_DATA = re.compile(r"data pointer|data is not allocated|(?<![a-z])meta(?![a-z])", re.IGNORECASE)
 _HERE, _TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)

@@ -13,6 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from diffsight.engine.scan_errors import NEEDS_VALUES
+from diffsight.errors import ScanError
+
 
 class Fakes:
     """The fake tensors of one scan.
@@ -23,7 +26,7 @@ class Fakes:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         # A fallback kernel would run an operation for real, on zeros of full size.
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
+        self._mode = _ShapeMode(allow_non_fake_inputs=True, allow_fallback_kernels=False)
 
     def of(self, tensor: torch.Tensor) -> FakeTensor:
         """Return a fake tensor in place of a tensor; a fake one is returned as it is."""
@@ -48,6 +51,16 @@ class Fakes:
         """Call a function that creates a tensor, and return a fake one."""
         with self._mode:
             return function(*args, **kwargs)
+
+
+class _ShapeMode(FakeTensorMode):
+    """The mode of fake tensors. Where values are needed after a scan, it raises an error that speaks of the scan."""
+
+    def __torch_dispatch__(self, *call: Any) -> Any:
+        try:
+            return super().__torch_dispatch__(*call)
+        except NEEDS_VALUES as error:
+            raise ScanError("this tensor comes from a scan, which computes shapes only: use a real run") from error
 
 
 class Zeros:

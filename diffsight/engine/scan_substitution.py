@@ -72,19 +72,33 @@ class ScanMode(TorchFunctionMode):
         loaded = (tensor.device for tensor in self._unknown.values() if not tensor.is_meta)
         self._fakes.device = next(loaded, self._fakes.device)
 
-    def call_component(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Call a component with fake tensors, and return zeros in place of those it returns."""
+    def call_on_shapes(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Call a component with fake tensors, and return those that it returns."""
         if self._depth:
             return function(*args, **kwargs)
         fake_args, fake_kwargs = tree_map(self._enter, (args, kwargs))
         self._depth += 1
         try:
-            output = function(*fake_args, **fake_kwargs)
+            return function(*fake_args, **fake_kwargs)
         finally:
             self._depth -= 1
+
+    def call_between(self, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Call a component of a pipeline, and return zeros in place of the fake tensors that it returns."""
+        if self._depth:
+            return function(*args, **kwargs)
+        output = self.call_on_shapes(function, args, kwargs)
         zeros = Zeros(self._fakes)
         zeros((args, kwargs))  # in objects that the component has written to, such as caches
         return zeros(output)
+
+    def without_values(self, result: Any) -> Any:
+        """Return what a pipeline has made of zeros, with fake tensors in place of its tensors."""
+        if not isinstance(result, dict):
+            return _each(result, self._fake_if_float)
+        for name, value in list(result.items()):  # in place: not every output object can be made from its items
+            result[name] = _each(value, self._fake_if_float)
+        return result
 
     def _enter(self, value: Any) -> Any:
         """Return what a component gets in place of a value. Integers are copied, since it may write to them."""

@@ -69,7 +69,9 @@ class Clock:
 
     def is_behind(self, target: Target) -> bool:
         """Return whether a call that begins comes after the last step."""
-        return target.key in self._behind and self._ended and self._due and self.is_last(*self.call)
+        if target.key not in self._behind or not (self._ended and self._due) or self.call is None:
+            return False
+        return self.is_last(*self.call)
 
     def note_end(self, target: Target) -> None:
         """Take note of a call that has ended."""

@@ -261,7 +261,10 @@ def _listed(name: str, items: Iterable, each: str, needed: int | None = None) ->
         raise TypeError(f"{name} has type {kind}: write a list with one item for each {each}")
     items = list(items)
     if needed is not None and len(items) != needed:
-        raise ValueError(f"{name} has {len(items)} items, but needs {needed}: one for each {each} (None for no text)")
+        raise ValueError(
+            f"{name} has {len(items)} item{'s' * (len(items) != 1)}, but needs {needed}: one for each {each} (None for "
+            "no text)"
+        )
     return items
 
 

@@ -72,27 +72,36 @@ def _modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _hash(module: nn.Module) -> str:
-    weights = dict(module.state_dict(keep_vars=True))
-    versions = tuple(
-        (value.data_ptr(), value._version) for value in weights.values() if isinstance(value, nn.Parameter)
-    )
+    weights = dict(module.named_parameters())  # not state_dict(), whose hooks may gather weights from other machines
+    versions = tuple(map(_state, weights.values()))
     known = _known.get(module)
     if known is None or known[0] != versions:
         digest = hashlib.sha256()
         for name, value in weights.items():
-            if isinstance(value, torch.Tensor):
-                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-                digest.update(_sample(value.detach()))
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(_sample(value.detach()))
         known = _known[module] = versions, digest.hexdigest()
     return known[1]
 
 
+def _state(value: torch.Tensor) -> tuple[int, int]:
+    """Return what changes when a weight is changed or replaced."""
+    try:
+        return value.data_ptr(), value._version
+    except RuntimeError:  # it has no storage of its own, or was made in inference mode
+        return id(value), 0
+
+
 def _sample(value: torch.Tensor) -> bytes:
-    if value.is_meta or not value.numel() or value.layout is not torch.strided:
+    """Return some values of a weight as bytes. One that has none, such as a sparse one, counts without its values."""
+    if value.is_meta:
         return b""
-    flat = value.reshape(-1) if value.is_contiguous() else value.flatten()
-    few = flat[:: max(1, len(flat) // _VALUES)]
-    return few.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    try:
+        flat = value.flatten()
+        few = flat[:: max(1, len(flat) // _VALUES)]
+        return few.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    except (RuntimeError, TypeError, NotImplementedError):
+        return b""
 
 
 def _revision(model: Model) -> str | None:

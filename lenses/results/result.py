@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from diffsight.errors import InputError
 from diffsight.lenses.results.calls import Call
 from diffsight.lenses.results.page import framed, page_of
-from diffsight.lenses.results.saving import HTML, names_a_file, save_files, write_record
+from diffsight.lenses.results.saving import HTML, check_file, expanded, names_a_file, save_files, write_record
 from diffsight.lenses.results.sections import ImageSection, Section
 from diffsight.lenses.results.settings import subject_of
 from diffsight.lenses.results.terminal import lines_of, text_of
@@ -82,8 +82,9 @@ class LensResult:
         Raises:
             InputError: The folder cannot be written, or the result has no image.
         """
-        path = Path(path).expanduser()
+        path = expanded(path)
         if names_a_file(path):
+            check_file(path)
             write = self._write_page if path.suffix.lower() == HTML else self._write_image
             return save_files(path.parent, {path.name: write})
         files = {self.record_file: partial(write_record, self._whole_record()), PAGE: self._write_page, **self.files()}
@@ -100,7 +101,8 @@ class LensResult:
         Raises:
             InputError: The file cannot be written.
         """
-        path = Path(path).expanduser()
+        path = expanded(path)
+        check_file(path)
         return save_files(path.parent, {path.name: self._write_page})[0]
 
     def __str__(self) -> str:

@@ -34,13 +34,29 @@ def write_record(record: Mapping[str, Any], path: Path) -> None:
 def names_a_file(path: Path) -> bool:
     """Return whether a path means one file, an image or a page, and not a folder: whether it ends like one, and no
     folder is there."""
-    return path.suffix.lower() in (*IMAGES, HTML) and not path.is_dir()
+    return path.suffix.lower() in (*IMAGES, HTML) and not os.path.isdir(path)
 
 
-def check_place(path: Path) -> None:
+def expanded(path: str | Path) -> Path:
+    """Return a path to write to, with `~` expanded. Raise InputError if that home is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"the folder {path} cannot be written: {error}") from None
+
+
+def check_place(path: str | Path) -> None:
     """Raise InputError if a result cannot be saved to a path, a folder or a file."""
-    path = path.expanduser()
-    check_writable(path.parent if names_a_file(path) else path)
+    path = expanded(path)
+    (check_file if names_a_file(path) else check_writable)(path)
+
+
+def check_file(path: str | Path) -> None:
+    """Raise InputError if a file cannot be written."""
+    path = expanded(path)
+    if os.path.isdir(path):
+        raise InputError(f"{path} is a folder, so the file cannot be written")
+    check_writable(path.parent if os.path.lexists(path) else path)  # a new name is tried as that of a folder
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -49,13 +65,13 @@ def check_writable(folder: str | Path) -> Path:
     Raises:
         InputError: The folder cannot be created or written.
     """
+    folder = existing = expanded(folder)
     try:
-        folder = existing = Path(folder).expanduser()
         while not os.path.lexists(existing) and existing != existing.parent:
             existing = existing.parent
         with tempfile.TemporaryDirectory(dir=existing) as trial:  # has room for the names of the folder
             (Path(trial) / folder.relative_to(existing)).mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a home that is not known
+    except (OSError, ValueError) as error:  # ValueError: a null byte
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"the folder {folder} cannot be written: {reason}") from None
     return folder

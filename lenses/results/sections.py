@@ -81,4 +81,9 @@ class OverlaySection:
     label: str = "probability"
 
 
+def distinct(names: Sequence[str]) -> list[str]:
+    """Return names, with their place where one occurs several times."""
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
+
+
 Section = ImageSection | TableSection | CurveSection | HeatMapSection | OverlaySection

@@ -164,7 +164,7 @@ def _positions_of_each(positions: Positions, count: int) -> list[Any]:
     """Return the positions of each of `count` prompts, as the user wrote them."""
     if isinstance(positions, torch.Tensor):
         positions = positions.tolist()
-    if not isinstance(positions, Iterable):
+    if not isinstance(positions, Iterable) or isinstance(positions, str):
         return [positions] * count
     positions = list(positions)
     if not positions:
@@ -198,11 +198,13 @@ def _own_positions(positions: Any, length: int, prompt: int) -> list[int]:
     if positions is None or isinstance(positions, slice):
         found = list(range(length)[positions or slice(None)])
     else:
-        found = list(positions) if isinstance(positions, Iterable) else [positions]
+        several = isinstance(positions, Iterable) and not isinstance(positions, str)
+        found = list(positions) if several else [positions]
     for place in found:
         if isinstance(place, bool) or not hasattr(place, "__index__") or not -length <= place < length:
             raise InputError(
-                f"there is no position {place!r} in prompt {prompt}: it has {length} tokens (0 to {length - 1})"
+                f"there is no position {place!r} in prompt {prompt}: it has {length} token{'s' * (length != 1)} "
+                f"(0 to {length - 1})"
             )
     if not found:
         raise InputError(f"no positions are chosen in prompt {prompt}, which has {length} tokens")

@@ -82,6 +82,8 @@ class LensPredictions(LensResult):
 
     def __getitem__(self, prompt: int) -> "LensPredictions":
         """Return the predictions of one prompt."""
+        if isinstance(prompt, bool) or not hasattr(prompt, "__index__"):
+            raise InputError(f"a result is indexed by the number of a prompt, such as result[0], not {prompt!r}")
         if not -len(self) <= prompt < len(self):
             raise IndexError(f"there is no prompt {prompt} in {len(self)}")
         i, length = prompt % len(self), len(self.inputs[prompt])

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from diffsight.errors import InputError, suggest
+from diffsight.errors import InputError, UnknownKeyError, suggest
 from diffsight.extending import Model, Run, flow_of, join, model_of, owner_of
 from diffsight.pipelines.attention import attentions_in
 from diffsight.pipelines.attention_mode import count_heads
@@ -100,7 +100,7 @@ class Attentions(Mapping[str, Attention]):
 
     def __getitem__(self, name: str) -> Attention:
         if name not in self._attentions:
-            raise InputError(f"{self._pipeline} has no attention {name!r}{suggest(str(name), self._attentions)}")
+            raise UnknownKeyError(f"{self._pipeline} has no attention {name!r}{suggest(str(name), self._attentions)}")
         return self._attentions[name]
 
     def __iter__(self) -> Iterator[str]:

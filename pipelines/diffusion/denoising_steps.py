@@ -52,8 +52,17 @@ def is_last_step(pipeline: Any, denoiser: nn.Module, args: tuple, kwargs: dict) 
 
 def time_parameter(module: nn.Module) -> str | None:
     """Return the parameter through which a denoiser receives the timestep. Other components have none."""
-    names = list(signature(unwrapped(module).forward).parameters)
+    names = _parameters(module)
     return next((n for n in names if "timestep" in n), next((n for n in names[:3] if n in ("t", "r")), None))
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    """The names of what a denoiser takes; those of its class if its `forward` was replaced by a function of `*args`."""
+    denoiser = unwrapped(module)
+    own = signature(denoiser.forward).parameters
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in own.values()):
+        return list(signature(type(denoiser).forward).parameters)[1:]
+    return list(own)
 
 
 def time_argument(module: nn.Module, args: tuple, kwargs: dict) -> tuple[float, float] | None:
@@ -61,7 +70,7 @@ def time_argument(module: nn.Module, args: tuple, kwargs: dict) -> tuple[float, 
 
     Where each token has a time of its own, this is the latest: tokens that are given rather than drawn get 0."""
     name = time_parameter(module)
-    given = dict(zip(signature(unwrapped(module).forward).parameters, args)) | kwargs
+    given = dict(zip(_parameters(module), args)) | kwargs
     if given.get(name) is None:
         return None
     time = torch.as_tensor(given[name])

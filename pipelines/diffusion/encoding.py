@@ -27,7 +27,7 @@ from diffusers import ModularPipeline
 from PIL import Image
 from torch import nn
 
-from diffsight.errors import InputError
+from diffsight.errors import DiffsightError, InputError
 from diffsight.extending import Model, open_run, owner_of, unwrapped
 from diffsight.pipelines.diffusion.call_arguments import call_defaults, required_inputs
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
@@ -65,8 +65,16 @@ class PromptEncoding:
     def hidden(self, layer: Layer) -> torch.Tensor:
         """Return the output of `layers[layer]`, or for "embedding" the input of the first layer.
 
-        The shape is `(tokens, features)`."""
-        return self.hidden_states[0] if layer == EMBEDDING else self.hidden_states[1:][layer]
+        The shape is `(tokens, features)`. Raises InputError if there is no such layer."""
+        outputs = self.hidden_states[1:]
+        if layer == EMBEDDING:
+            return self.hidden_states[0]
+        if isinstance(layer, bool) or not isinstance(layer, int) or not -len(outputs) <= layer < len(outputs):
+            raise InputError(
+                f"{self.encoder} has no layer {layer!r}: it has {len(outputs)} (0 to {len(outputs) - 1}), and "
+                '"embedding"'
+            )
+        return outputs[layer]
 
 
 @dataclass(eq=False)
@@ -91,8 +99,13 @@ def encode_prompt(model: Model, prompt: str, **arguments: Any) -> dict[str, Prom
         arguments: Other arguments of the pipeline.
 
     Raises:
-        InputError: The prompt is too long for every tokenizer.
+        InputError: The prompt is not one string, or too long for every tokenizer.
     """
+    if not isinstance(prompt, str):
+        raise InputError(
+            f"encode_prompt takes one prompt, a string, not {prompt!r}: for several, "
+            "[encode_prompt(model, prompt) for prompt in prompts]"
+        )
     return encodings_in(model, prompt, record_encoding(model, prompt, arguments))
 
 
@@ -133,7 +146,14 @@ def record_encoding(
         if prompt is None:
             _record_plain_prompt(model, record)
         else:
-            _record_run(model.generate(prompt=prompt, seed=seed, **arguments), pipeline, record)
+            run = model.generate(prompt=prompt, seed=seed, **arguments)
+            try:
+                _record_run(run, pipeline, record)
+            except (AttributeError, TypeError, ValueError) as error:
+                if isinstance(error, DiffsightError):
+                    raise
+                given = ", ".join(f"{name}={value!r}" for name, value in arguments.items()) or "its defaults"
+                raise InputError(f"{type(pipeline).__name__} cannot be called with {given}: {error}") from error
     encoders = record.encoders.items()
     record.encoders = {name: encoder for name, encoder in encoders if encoder.calls and encoder.prompt.returned}
     return record

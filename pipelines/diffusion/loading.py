@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import diffusers
@@ -19,14 +18,13 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline, ModularPipelineBlocks
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from diffsight.errors import InputError, suggest_packaged
+from diffsight.errors import DiffsightError, InputError, suggest_packaged
 from diffsight.pipelines.arguments import check_arguments
+from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
 from diffsight.pipelines.packaged import FOLDERS, LANGUAGE_MODELS
 from diffsight.pipelines.quiet_loading import quiet_loading
 from diffsight.pipelines.shapes.flux_defaults import set_defaults
@@ -43,10 +41,6 @@ _OF_WEIGHTS = ("device_map", "max_memory", "offload_folder", "offload_state_dict
 _LIBRARIES = ("diffusers", "transformers")  # that parts may come from
 _OF_MODULAR = ("trust_remote_code", "components_manager", "collection", "workflow")
 _OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
-_FAILURES = (
-    *(OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError),
-    *(SafetensorError, UnpicklingError, StrictDataclassError),
-)
 _MODULAR_INDEX = "modular_model_index.json"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -86,14 +80,19 @@ def open_pipeline(
 
     if is_local and not (Path(place) / "model_index.json").is_file():
         with explained(name):
+            check_configurations(Path(place))
             return _load_modular(place, arguments), None
     is_quick = name in FOLDERS or not dispatch
     with explained(name), quiet_loading(transformers_logging, *([diffusers_logging] if is_quick else [])):
+        check_configurations(Path(place))
         classes = _module_classes(place, arguments)
         empty = {} if dispatch else _build_empty(classes, place, arguments)
         now = {key: value for key, value in arguments.items() if dispatch or key not in _OF_WEIGHTS}
         with requiring_all_weights():
             pipeline = DiffusionPipeline.from_pretrained(place, **now, **empty)
+        for part, component in pipeline.components.items():
+            if part not in arguments:
+                check_vocabulary(Path(place) / part, component)
     if name == "diffsight/shapes-flux":
         set_defaults(pipeline)
     if not empty:
@@ -163,6 +162,8 @@ def _module_classes(place: str, arguments: dict[str, Any]) -> dict[str, type[nn.
     for name, entry in DiffusionPipeline.load_config(place, **_for_hub(arguments)).items():
         if name.startswith("_") or name in arguments or not isinstance(entry, (list, tuple)) or None in entry:
             continue
+        if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+            raise ValueError(f"its index says {entry} of {name!r}, where a library and a class are expected")
         cls = _class(name, *entry, bool(arguments.get("trust_remote_code")))
         if cls is not None:
             check_weights(Path(place), name)
@@ -228,10 +229,11 @@ def _dtype(arguments: dict[str, Any], name: str) -> torch.dtype | None:
 def _explained_folder(name: str) -> Iterator[None]:
     try:
         yield
-    except _FAILURES as error:
-        reason = next(iter(str(error).splitlines()), "")
+    except DiffsightError:
+        raise
+    except Exception as error:  # a damaged file or configuration fails anywhere in the libraries
         raise InputError(
-            f"the folder {name} cannot be loaded as a pipeline: {type(error).__name__}: {reason}"
+            f"the folder {name} cannot be loaded as a pipeline: {type(error).__name__}: {_first_line(error)}"
         ) from error
 
 
@@ -258,7 +260,11 @@ def _explained_hub(name: str) -> Iterator[None]:
     except MissingWeightsError as error:
         raise InputError(f"the model {name} cannot be loaded: {error}") from error
     except OSError as error:  # huggingface_hub finds nothing, or no network
-        raise InputError(f"{_unknown(name)}. The hub: {str(error).split('. ')[0].splitlines()[0]}") from error
+        raise InputError(f"{_unknown(name)}. The hub: {_first_line(error).split('. ')[0]}") from error
+    except DiffsightError:
+        raise
+    except Exception as error:
+        raise InputError(f"the model {name} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
 
 
 def _folder(name: str) -> Path:
@@ -282,3 +288,7 @@ def _unknown(name: str) -> str:
         f"there is no model {shortened(name)!r}{suggest_packaged(name, FOLDERS)}. "
         f"Known: {', '.join(FOLDERS)}, a folder, or a hub id such as 'owner/name'"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 
-from diffsight.errors import InputError, PointNotFoundError, suggest
+from diffsight.errors import DiffsightError, InputError, PointNotFoundError, suggest
 from diffsight.extending import (
     ChangedMethod,
     Model,
+    Run,
+    Selection,
     Target,
     flow_of,
     with_gradients,
@@ -34,23 +36,26 @@ from diffsight.pipelines.diffusion.call_arguments import argument_names, argumen
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.denoising_steps import is_last_step
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
+from diffsight.pipelines.diffusion.encoder_accessors import HasEncoders, PipelineEnvoy
 from diffsight.pipelines.diffusion.loading import Source, open_pipeline
 from diffsight.pipelines.diffusion.lockstep import PipelineOfRun, stateful_parts
 from diffsight.pipelines.diffusion.prompts import check_prompts
 from diffsight.pipelines.diffusion.run import DiffusionRun, set_pipeline
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders
 from diffsight.pipelines.seeds import generators, seeded_noise, seeds_of_images
+from diffsight.pipelines.valid_text import check_text
 
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_images_per_caption")
 
 
-class DiffusionModel(Model):
+class DiffusionModel(HasEncoders, Model):
     """Wraps a diffusers pipeline.
 
     Every component is an envoy under its own name. So are the tokenizers and the methods that pipelines call directly:
     `encode_prompt`, `vae.encode`, `vae.decode`, `scheduler.step`. Text encoders have the standard names `.layers[i]`
-    and `.ln_final`. All other attributes are those of the pipeline (`model.device`,
-    `model.enable_model_cpu_offload()`, `model.set_progress_bar_config(disable=True)`).
+    and `.ln_final`, and `.layers_input[i]` and `.layers_output[i]`, the hidden states of a layer. All other attributes
+    are those of the pipeline (`model.device`, `model.enable_model_cpu_offload()`,
+    `model.set_progress_bar_config(disable=True)`).
 
     Weights are loaded when they are first needed: by a run, a call, `.pipeline` or `.to(...)`. Until then the model can
     be printed, browsed and scanned.
@@ -146,7 +151,7 @@ class DiffusionModel(Model):
 
         def call() -> Any:
             given = dict(kwargs)
-            with own.in_use() as pipeline, ExitStack() as changes:
+            with own.in_use() as pipeline, ExitStack() as changes, _naming_the_prompt(is_missing=again is not None):
                 if seeds is not None:
                     given["generator"] = generators(seeds)
                     changes.enter_context(seeded_noise(stateful_parts(pipeline), seeds))
@@ -181,8 +186,13 @@ class DiffusionModel(Model):
     ) -> tuple[dict[str, Any], list[int] | None]:
         """Return the arguments that were passed, by name, and the seed of each image."""
         arguments = arguments_by_name(self._owner, args, kwargs)
+        for name, value in arguments.items():
+            check_text(name, value)
         if arguments.get("prompt") is not None:
             check_prompts(self._owner, arguments["prompt"], arguments)
+        steps = arguments.get("num_inference_steps")
+        if isinstance(steps, int) and steps < 1:
+            raise InputError(f"num_inference_steps must be 1 or more, not {steps}")
         return arguments, None if seed is None else self._seeds(seed, arguments)
 
     def _seeds(self, seed: int | Sequence[int], arguments: dict[str, Any]) -> list[int]:
@@ -194,16 +204,34 @@ class DiffusionModel(Model):
         count = _inputs(arguments) * _images_each(arguments)
         return seeds_of_images(seed, count)
 
-    # ---- setting
+    # ---- envoys
+
+    def _bound(self, run: Run, part: Selection | None = None) -> PipelineEnvoy:
+        return PipelineEnvoy(self._tree, self._target, run, part=part)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in components(self._owner):
+            if isinstance(value, (bool, int, float, str, list, tuple, dict)):
+                raise InputError(f"{name} is a component of the pipeline, which cannot be {value!r}")
             setattr(self._owner, name, value)  # replaces a component: model.scheduler = DDIMScheduler(...)
         else:
             try:
                 super().__setattr__(name, value)
             except PointNotFoundError as error:
                 raise PointNotFoundError(f"{error}{suggest(name, components(self._owner))}") from None
+
+
+@contextmanager
+def _naming_the_prompt(is_missing: bool) -> Iterator[None]:
+    """Let a pipeline's complaint about a prompt say that the run was opened without one."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if not is_missing or isinstance(error, DiffsightError) or "prompt" not in str(error):
+            raise
+        raise InputError(
+            f"the run was opened without a prompt: pass one, or open passes in it with run.invoke(prompt) ({error})"
+        ) from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.call_arguments import call_defaults
+from diffsight.pipelines.shapes.scenes import NOUNS
 
 _SMALL_VOCABULARY = 500  # tokens; a vocabulary up to this size is listed in full
 
@@ -79,8 +80,11 @@ def _warn_of_unknown_words(tokenizer: Any, prompt: str) -> None:
         return
     message = f"the model does not know {', '.join(map(repr, words))}"
     if len(tokenizer) <= _SMALL_VOCABULARY:
-        special = set(tokenizer.all_special_tokens)
-        message += f". It knows: {', '.join(sorted(w for w in tokenizer.get_vocab() if w not in special))}"
+        left_out = {*tokenizer.all_special_tokens, *NOUNS}
+        known = sorted(tokenizer.get_vocab())
+        message += f". It knows: {', '.join(word for word in known if word not in left_out)}"
+        invented = [word for word in known if word in NOUNS]
+        message += f"; and {len(invented)} invented nouns, such as {invented[0]!r}" if invented else ""
     depth, frame = 1, sys._getframe(0)  # so that the warning shows the user's line
     while frame.f_back is not None and frame.f_globals["__name__"].startswith("diffsight."):
         depth, frame = depth + 1, frame.f_back

@@ -72,6 +72,7 @@ class DiffusionRun(GeneratedOutputs, Run):
 
     def _of_result(self, name: str) -> Any:
         self._check_one_pass(name)
+        self._check_no_scan(name)
         with keeping_attribute_errors(self):
             result = self.result
         if isinstance(result, tuple):  # the pipeline was called with return_dict=False

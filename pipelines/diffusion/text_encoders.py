@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffsight.errors import InputError, suggest
+from diffsight.errors import InputError, UnknownKeyError, suggest
 from diffsight.extending import Model, owner_of, unwrapped
 from diffsight.pipelines.diffusion.components import component_names
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
@@ -108,13 +108,14 @@ class Encoders(Mapping[str, Encoder]):
             raise InputError(f"{self._pipeline} has no text encoder, so there is nothing to look through")
         if name is None:
             return next((encoder for encoder in self.values() if encoder.used_layers), next(iter(self.values())))
-        if name not in self:
-            raise InputError(
-                f"{self._pipeline} has no text encoder {name!r}{suggest(str(name), self)}: it has {', '.join(self)}"
-            )
         return self[name]
 
     def __getitem__(self, name: str) -> Encoder:
+        if name not in self._encoders:
+            known = ", ".join(self) or "none"
+            raise UnknownKeyError(
+                f"{self._pipeline} has no text encoder {name!r}{suggest(str(name), self)}: it has {known}"
+            )
         return self._encoders[name]
 
     def __iter__(self) -> Iterator[str]:

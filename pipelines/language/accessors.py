@@ -27,6 +27,7 @@ from diffsight.extending import (
     child_of,
     fetch,
     handle_on,
+    join,
     keeping_attribute_errors,
     narrowed,
     owner_of,
@@ -40,12 +41,15 @@ from diffsight.pipelines.language.attention import heads_result
 from diffsight.pipelines.language.unembedding import HiddenLayout, norm_and_head, run_tail
 from diffsight.pipelines.language.value_parts import FIRST, Added, HiddenInput, Logits, NextLogits, Within
 from diffsight.pipelines.module_spans import Span
+from diffsight.pipelines.standard_names import EMBEDDING
 
 
 class PerLayer:
     """One value per layer: read with `[i]` or a slice, assigned with `[i] = tensor`."""
 
-    def __init__(self, root: "Accessors", name: str, point: Callable[[Envoy, str], tuple[Points, str, Any]]) -> None:
+    def __init__(
+        self, root: "LayerAccessors", name: str, point: Callable[[Envoy, str], tuple[Points, str, Any]]
+    ) -> None:
         self._root, self._name, self._point = root, name, point
 
     def __getitem__(self, index: int | slice) -> Any:
@@ -67,13 +71,13 @@ class PerLayer:
         return f"<{self._name} of {len(self)} layers>"
 
     def _at(self, index: int) -> tuple[Points, str]:
-        path = f"{self._name}[{index}]"
+        path = join(self._root.path, f"{self._name}[{index}]")
         points, name, part = self._point(self._root._layer(index, path), path)
         return _part_of_value(points, part), name
 
 
-class Accessors:
-    """What the envoy of a language model has besides its modules."""
+class LayerAccessors:
+    """What the envoy of a language model or a text encoder has besides its modules."""
 
     @property
     def layers_input(self) -> PerLayer:
@@ -84,6 +88,31 @@ class Accessors:
     def layers_output(self) -> PerLayer:
         """The hidden states that each layer returns, `(batch, tokens, features)`. Assignable."""
         return PerLayer(self, "layers_output", lambda layer, path: (layer, "output", FIRST))
+
+    def _layers(self) -> Envoy:
+        layers = child_of(self, "layers")
+        if layers is None:
+            raise PointNotFoundError(
+                f"no layers were found in {self._tree.title}: name them, as in "
+                "LanguageModel(source, names={'layers': 'path.of.the.list'})"
+            )
+        return layers
+
+    def _index(self, index: int, path: str) -> int:
+        count = len(self._layers())
+        if isinstance(index, (list, tuple, range)):
+            raise InputError(f"{path} takes the number of a layer, not {index!r}")
+        if isinstance(index, bool) or not hasattr(index, "__index__") or not -count <= index < count:
+            instead = "; the input of the first layer is layers_input[0]" if index == EMBEDDING else ""
+            raise InputError(f"{path}: there is no layer {index!r}, the model has {count} (0 to {count - 1}){instead}")
+        return operator.index(index) % count
+
+    def _layer(self, index: int, path: str) -> Envoy:
+        return self._layers()[self._index(index, path)]
+
+
+class Accessors(LayerAccessors):
+    """What the envoy of a language model has as well."""
 
     @property
     def attentions_input(self) -> PerLayer:
@@ -254,24 +283,6 @@ class Accessors:
         every = inputs.mask.repeat_interleave(part.total // len(inputs.mask), 0)
         return every[part.start : part.stop : part.stride]
 
-    def _layers(self) -> Envoy:
-        layers = child_of(self, "layers")
-        if layers is None:
-            raise PointNotFoundError(
-                f"no layers were found in {self._tree.title}: name them, as in "
-                "LanguageModel(source, names={'layers': 'path.of.the.list'})"
-            )
-        return layers
-
-    def _index(self, index: int, path: str) -> int:
-        count = len(self._layers())
-        if isinstance(index, bool) or not hasattr(index, "__index__") or not -count <= index < count:
-            raise InputError(f"{path}: there is no layer {index!r}; the model has {count} (0 to {count - 1})")
-        return operator.index(index) % count
-
-    def _layer(self, index: int, path: str) -> Envoy:
-        return self._layers()[self._index(index, path)]
-
     def _logits(self) -> Points:
         return _part_of_value(self, Logits())
 
@@ -328,4 +339,4 @@ def _result(layer: Envoy, path: str) -> tuple[Points, str, Any]:
 def _listed(value: Any) -> list:
     if isinstance(value, torch.Tensor):
         return value.flatten().tolist()
-    return list(value) if isinstance(value, (Sequence, range)) else [value]
+    return list(value) if isinstance(value, (Sequence, range)) and not isinstance(value, str) else [value]

@@ -87,7 +87,7 @@ class GeneratedTokens(StoppingCriteria):
     @property
     def target(self) -> Target:
         """A choice of tokens, as a run can ask for it."""
-        return Target(self, "__call__", "tokens")
+        return ChoiceTarget(self, "__call__", "tokens")
 
     def choices_of(self, ids: torch.Tensor) -> list[Choice]:
         """Return what is chosen, token by token, if all token ids are `ids` after it."""
@@ -119,6 +119,13 @@ class GeneratedTokens(StoppingCriteria):
         before = self.choices[-1].ids
         added = ids.shape[-1] - before.shape[-1]
         return added == 1 or (added > 1 and torch.equal(ids[:, :-added], before))
+
+
+class ChoiceTarget(Target):
+    """The choice of tokens with which a step ends."""
+
+    def point(self, part: str, call: int) -> str:
+        return f"{self.path}, the end of the step, to which step.text and step.tokens run the model,"
 
 
 class GenerationStep(Step):
@@ -191,7 +198,7 @@ class GenerationRun(Run):
         generated = self._generated
         if step < len(generated.choices):
             return generated.choices[step]
-        target = Target(generated, "__call__", f"steps[{step}].tokens")
+        target = ChoiceTarget(generated, "__call__", f"steps[{step}].tokens")
         return generated.choices_of(Points(tree_of(self), target, self).input)[0]
 
     def _text_added_in(self, step: int) -> str | list[str]:

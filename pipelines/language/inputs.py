@@ -21,6 +21,7 @@ from torch import nn
 from diffsight.errors import InputError, suggest
 from diffsight.extending import unwrapped
 from diffsight.pipelines.standard_names import embeddings
+from diffsight.pipelines.valid_text import check_text
 
 _IGNORE_MASKS = {"rwkv", "xlstm"}  # recurrent, and every token counts
 _TABLES = ("embed_positions", "position_embeddings")  # of learned or fixed vectors, one per position
@@ -175,6 +176,7 @@ def _kind(item: Any) -> str:
 
 def _of_texts(tokenizer: Any, texts: list[str], left: bool) -> dict[str, Any]:
     tokenizer = _required(tokenizer, "text")
+    check_text("the prompt", texts)
     for text in texts:
         if not text:
             raise InputError("the prompt is empty: pass at least one word, or token ids")

@@ -8,26 +8,27 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 
-from diffsight.errors import InputError, suggest_packaged
+from diffsight.errors import DiffsightError, InputError, suggest_packaged
+from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
 from diffsight.pipelines.language.gguf import load_gguf
 from diffsight.pipelines.language.smollm2 import packaged_folder
-from diffsight.pipelines.packaged import LANGUAGE_MODELS
-from diffsight.pipelines.weights import MissingWeightsError, adopt, check_weights, find_path, requiring_all_weights
-
-_FAILURES = (
-    *(OSError, ValueError, KeyError, AttributeError, TypeError, ImportError, RuntimeError),
-    *(SafetensorError, UnpicklingError, StrictDataclassError),
+from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
+from diffsight.pipelines.weights import (
+    MissingWeightsError,
+    adopt,
+    check_weights,
+    find_path,
+    requiring_all_weights,
+    shortened,
 )
+
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 Source = str | Path | nn.Module | tuple[nn.Module, Any]
@@ -71,6 +72,7 @@ def open_language_model(
     place, gguf = _place(name)
     arguments = gguf | arguments
     with _explained(name, place):
+        check_configurations(Path(place))
         check_weights(Path(place), arguments.get("subfolder", ""))
         empty = _build_empty(place, arguments)
 
@@ -127,10 +129,18 @@ def _kind(config: Any) -> Any:
 
 
 def _own_tokenizer(place: str, gguf: dict[str, str], arguments: dict[str, Any]) -> Any:
-    """Return the tokenizer saved with the model, or None."""
+    """Return the tokenizer saved with the model, or None if there is none."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(place, **gguf, **hub_arguments(arguments))
-    except (OSError, ValueError, KeyError):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **gguf, **hub_arguments(arguments))
+        if not gguf:
+            check_vocabulary(Path(place), tokenizer)
+        return tokenizer
+    except Exception as error:  # the library for damaged files raises plain exceptions
+        if any(Path(place).glob("tokenizer*")):
+            raise InputError(
+                f"the tokenizer in {place} cannot be loaded: {type(error).__name__}: {_first_line(error)}. "
+                "Pass another one, as in LanguageModel(place, tokenizer=tokenizer)"
+            ) from error
         return None
 
 
@@ -144,7 +154,7 @@ def _tokenizer(given: Any) -> Any:
     if isinstance(given, (str, Path)):
         try:
             return transformers.AutoTokenizer.from_pretrained(given)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:
             raise InputError(f"there is no tokenizer {str(given)!r}: {_first_line(error)}") from error
     if given is not None and not callable(given):
         raise InputError(f"a tokenizer is a name, a folder or a transformers tokenizer, not {type(given).__name__}")
@@ -186,7 +196,9 @@ def _place(name: str) -> tuple[str, dict[str, str]]:
 def _explained(name: str, place: str) -> Iterator[None]:
     try:
         yield
-    except _FAILURES as error:
+    except DiffsightError:
+        raise
+    except Exception as error:  # a damaged file or configuration fails anywhere in the libraries
         raise InputError(_why(name, place, error)) from error
 
 
@@ -196,12 +208,16 @@ def _why(name: str, place: str, error: Exception) -> str:
     what = "file" if (path := find_path(name)) is not None and path.is_file() else "folder"
     if name in LANGUAGE_MODELS or find_path(place) is not None:
         return f"the {what} {name} cannot be loaded as a language model: {type(error).__name__}: {_first_line(error)}"
+    if not isinstance(error, OSError):  # it is there
+        return f"the model {name} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
     return f"{_unknown(name)}. The hub: {_first_line(error).split('. ')[0]}"
 
 
 def _unknown(name: str) -> str:
+    if name in PIPELINES:
+        return f"{name} is a diffusion pipeline, not a language model: open it with DiffusionModel({name!r})"
     return (
-        f"there is no language model {name!r}{suggest_packaged(name, LANGUAGE_MODELS)}. "
+        f"there is no language model {shortened(name)!r}{suggest_packaged(name, LANGUAGE_MODELS)}. "
         f"Known: {', '.join(LANGUAGE_MODELS)}, a folder, a .gguf file, a live "
         "(model, tokenizer), or a hub id such as 'openai-community/gpt2'"
     )

@@ -30,6 +30,7 @@ from diffsight.errors import InputError, PointNotFoundError
 from diffsight.extending import (
     FORWARD,
     Model,
+    Row,
     Run,
     Selection,
     Target,
@@ -37,6 +38,8 @@ from diffsight.extending import (
     is_scanning,
     keeping_attribute_errors,
     owner_of,
+    part_of,
+    run_of,
     unwrapped,
     with_gradients,
 )
@@ -60,12 +63,34 @@ from diffsight.pipelines.standard_names import embeddings
 _FOR_ANY_MODEL = {"return_dict", "cache_position", *TransformersKwargs.__annotations__}
 
 
+class LanguageRow(Row):
+    """One input's part of a run."""
+
+    @property
+    def tokens(self) -> torch.Tensor | None:
+        """The token ids of the input, `(1, tokens)`, with padding."""
+        return self._part_of_input(run_of(self).tokens)
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """1 for real tokens of the input and 0 for padding, `(1, tokens)`, or None if the inputs have no mask."""
+        return self._part_of_input(run_of(self).mask)
+
+    def _part_of_input(self, inputs: torch.Tensor | None) -> torch.Tensor | None:
+        return None if inputs is None else inputs[self.index : self.index + 1]
+
+
 class LanguageRun(GenerationRun):
     """A run of a language model."""
 
     _inputs: Inputs | None = None
     _streamer: Any = None  # that it was given, if any
     _decoded: torch.Tensor | None = None  # the token ids that the decoder of an encoder-decoder model begins with
+
+    @property
+    def rows(self) -> tuple[LanguageRow, ...]:
+        """One view per input: `x, y, z = run.rows`."""
+        return tuple(LanguageRow(run_of(row), row.index, part_of(row)) for row in super().rows)
 
     @property
     def tokens(self) -> torch.Tensor | None:
@@ -191,7 +216,7 @@ class LanguageModel(Accessors, Model):
             grad: Whether gradients are enabled.
             kwargs: Passed to the model's forward pass.
         """
-        check_arguments(type(self._owner).__name__, kwargs, self.argument_names, near={"inputs", "grad"})
+        self._check_trace_arguments(kwargs)
         if inputs is None and not self._has_input(kwargs):
             return self._new_run(_no_input, again=partial(self.trace, grad=grad, **kwargs))
         encoded = self._on_device(self._encode(inputs, kwargs))
@@ -315,6 +340,13 @@ class LanguageModel(Accessors, Model):
             raise InputError(f"{text!r} is not one token but {len(ids)}: {pieces or 'none'}")
         return ids[0]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model itself, with token ids. For a text, use `trace` or `generate`."""
+        texts = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]
+        if any(isinstance(text, str) for text in texts):
+            raise InputError("calling the model takes token ids: for a text, use model.trace(text).result")
+        return super().__call__(*args, **kwargs)
+
     def to(self, *args: Any, **kwargs: Any) -> "LanguageModel":
         """Move or cast the model, as `module.to(...)` does, and return it."""
         self._tree.weights.load()
@@ -322,6 +354,16 @@ class LanguageModel(Accessors, Model):
         return self
 
     # ---- inputs
+
+    def _check_trace_arguments(self, kwargs: Mapping[str, Any]) -> None:
+        unknown = next((name for name in kwargs if name not in self.argument_names), None)
+        if unknown is None:
+            return
+        if getattr(self._owner, "can_generate", bool)() and unknown in self.generation_argument_names:
+            raise InputError(
+                f"trace runs one forward pass, without {unknown!r}: use model.generate(..., {unknown}=...)"
+            )
+        check_arguments(type(self._owner).__name__, kwargs, self.argument_names, near={"inputs", "grad"})
 
     _left_out_of_generate = ("position_ids", "token_type_ids")  # computed by `generate`, or not accepted
 

@@ -24,12 +24,11 @@ def read_scene(image: Image.Image) -> Scene | None:
     The image may have any size and is read at its own resolution. The relation is always "above" or "left of", as in
     `Scene.canonical`."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    ground = np.median(border, axis=0)
-    regions = _regions(np.linalg.norm(pixels - ground, axis=-1) > _CONTRAST)
-    if not 1 <= len(regions) <= 2:
+    ground = _ground(pixels)
+    found = find_things(image)
+    if not 1 <= len(found) <= 2:
         return None
-    things = [Thing(_color(pixels[region]), _shape(region)) for region in regions]
+    things, regions = ([*one] for one in zip(*found))
     background = _nearest(ground, BACKGROUNDS)
     if len(things) == 1:
         return Scene(tuple(things), None, background)
@@ -38,6 +37,19 @@ def read_scene(image: Image.Image) -> Scene | None:
     if (y0 > y1) if vertical else (x0 > x1):
         things.reverse()
     return Scene(tuple(things), "above" if vertical else "left of", background)
+
+
+def find_things(image: Image.Image) -> list[tuple[Thing, np.ndarray]]:
+    """Return the things in an image, each with where it is, bool `(height, width)`."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    regions = _regions(np.linalg.norm(pixels - _ground(pixels), axis=-1) > _CONTRAST)
+    return [(Thing(_color(pixels[region]), _shape(region)), region) for region in regions]
+
+
+def _ground(pixels: np.ndarray) -> np.ndarray:
+    """Return the colour of the background."""
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    return np.median(border, axis=0)
 
 
 def _regions(mask: np.ndarray) -> list[np.ndarray]:

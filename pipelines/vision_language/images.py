@@ -15,6 +15,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from diffsight.errors import InputError
+from diffsight.pipelines.weights import find_path, shortened
 
 
 def images_of(given: Any, texts: int, placeholders: Sequence[int] = ()) -> list[list[Image.Image]]:
@@ -71,9 +72,9 @@ def read_image(given: Any) -> Image.Image:
 def _loaded(place: str | Path) -> Image.Image:
     name = str(place)
     if not name.startswith(("http://", "https://", "data:")):
-        place = Path(name).expanduser()
-        if not place.is_file():
-            raise InputError(f"there is no image {name!r}: the file does not exist")
+        place = find_path(name)
+        if place is None or not place.is_file():
+            raise InputError(f"there is no image {shortened(name)!r}: the file does not exist")
         name = str(place)
     try:
         return load_image(name)

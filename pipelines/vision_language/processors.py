@@ -14,9 +14,9 @@ from typing import Any
 import transformers
 
 from diffsight.errors import InputError
+from diffsight.pipelines.valid_text import check_text
 from diffsight.pipelines.vision_language.images import images_of
 
-_FAILURES = (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError)
 _IN_MESSAGES = ("image", "url", "path", "base64")  # the keys of an image in a message
 _ONLY_FOR_TRAINING = ("labels",)
 
@@ -25,7 +25,7 @@ def load_processor(place: str | Path, **of_hub: Any) -> Any:
     """Load the processor in a folder or hub repository. Raise InputError, with the reason, if there is none."""
     try:
         found = transformers.AutoProcessor.from_pretrained(place, **of_hub)
-    except _FAILURES as error:
+    except Exception as error:  # a damaged file fails anywhere in the libraries
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise InputError(f"{place} has no processor that can be loaded: {type(error).__name__}: {reason}") from error
     return checked_processor(found, str(place))
@@ -69,6 +69,7 @@ def process(processor: Any, texts: Sequence[str], images: Any, left: bool, **mor
     Raises:
         InputError: A text is empty, or the number of its placeholders differs from the number of its images.
     """
+    check_text("the prompt", list(texts))
     for text in texts:
         if not text.strip():
             raise InputError("the prompt is empty: pass at least one word")

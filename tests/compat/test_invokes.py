@@ -50,6 +50,16 @@ def test_cross_prompt(llm, gpt2, ids, other):
         tracer.invoke()
 
 
+def test_values_of_invokes_of_other_lengths(llm, ids, other):
+    """start_remote_access.ipynb, where nnsight pads both prompts to one length."""
+    with pytest.raises(RuntimeError) as caught, torch.no_grad(), llm.trace() as tracer:
+        with tracer.invoke(ids):
+            hidden = llm.transformer.h[1].output
+        with tracer.invoke(other[:, :2]):
+            llm.transformer.h[1].output[:] = hidden
+    assert "Each invoke is a pass of its own here" in "".join(caught.value.__notes__)
+
+
 def test_readme_style_of_invokes(llm, gpt2, ids):
     """As in the first releases: `generator.invoke(...) as invoker`, `generator.output`."""
     with llm.generate(**TOKENS) as generator:

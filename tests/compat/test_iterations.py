@@ -121,16 +121,64 @@ def test_generator_output_after_all_steps(llm, gpt2, ids, other):
     assert torch.equal(outer.output[0], expected) and torch.equal(outer.output[1], gpt2.generate(other, **TOKENS))
 
 
-@pytest.mark.parametrize(
-    "steps", [lambda run, llm: run.iter[:2], lambda run, llm: run.all(), lambda run, llm: llm.all()]
-)
-def test_steps_around_invokes(llm, ids, steps):
-    """function_vectors.ipynb nests them in this order, but each invoke has its own steps."""
+STEPS = [lambda run, llm: run.iter[:2], lambda run, llm: run.all(), lambda run, llm: llm.all()]
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_steps_around_invokes(llm, gpt2, ids, other, steps):
+    """function_vectors.ipynb nests them in this order: the block of each invoke is repeated for its own steps."""
+    with llm.generate(**TOKENS) as tracer:
+        seen = []
+        with steps(tracer, llm) as step:
+            for given in (ids, other):
+                with tracer.invoke(given):
+                    seen.append((given, step, llm.lm_head.output))
+    number = len(seen) // 2
+    assert number == (2 if steps is STEPS[0] else 3) and [step for _, step, _ in seen] == [*range(number)] * 2
+    expected = [
+        logits for given in (ids, other) for logits in outputs(gpt2.lm_head, gpt2.generate, given, **TOKENS)[:number]
+    ]
+    assert all(torch.equal(logits, value) for (_, _, logits), value in zip(seen, expected, strict=True))
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_steps_around_invokes_that_cannot_be_repeated(llm, ids, steps):
     with pytest.raises(InputError, match=r"inside `with tracer\.invoke\(\.\.\.\):`"):
         with llm.generate(**TOKENS) as tracer:
-            with steps(tracer, llm):
+            for _ in steps(tracer, llm):
                 with tracer.invoke(ids):
                     llm.lm_head.output
+    with pytest.raises(InputError, match=r"inside `with tracer\.invoke\(\.\.\.\):`"):
+        with llm.generate(**TOKENS) as tracer, steps(tracer, llm):
+            llm.lm_head.output
+
+
+def test_results_in_a_block_that_is_repeated(llm, gpt2, ids, other):
+    """function_vectors.ipynb, `intervene_with_fn_vector`: the output of the generator is that after all steps."""
+    layer = llm.transformer.h[0]
+    with replaced(gpt2.transformer.h[0], torch.zeros_like):
+        expected = [gpt2.generate(given, **TOKENS) for given in (ids, other)]
+    with llm.generate(**TOKENS) as tracer:
+        with llm.all():
+            with tracer.invoke(ids):
+                bare = llm.generator.output.save()
+            with tracer.invoke(ids) as invoker:
+                layer.output[:] = 0
+                first = invoker.result
+            with tracer.invoke(other):
+                layer.output[:] = 0
+                second = llm.generator.output.save()
+    assert torch.equal(bare, gpt2.generate(ids, **TOKENS))
+    assert torch.equal(first, expected[0]) and torch.equal(second, expected[1])
+    with llm.generate(ids, **TOKENS) as tracer:
+        with tracer.all():
+            layer.output[:] = 0
+            inside = tracer.result
+    with llm.generate(ids, **TOKENS):
+        llm.all()
+        layer.output[:] = 0
+        below = llm.generator.output.save()
+    assert torch.equal(inside, expected[0]) and torch.equal(below, expected[0])
 
 
 def test_steps_of_an_invoke(llm, gpt2, ids, other):

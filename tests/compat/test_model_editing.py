@@ -86,6 +86,35 @@ def test_points_of_an_attached_module_fire_in_an_edit(llm, gpt2, ids, other):
         llm.clear_edits()
 
 
+def test_an_attached_module_is_replaced_by_the_next(llm, gpt2, ids):
+    """editing_tutorial.ipynb attaches a plain module first, and then one with an encoder under the same name."""
+
+    class Coders(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = SAE()
+
+        def forward(self, x):
+            return self.encoder(x) + 1
+
+    submodule = llm.transformer.h[0]
+    submodule.sae = SAE()
+    try:
+        with llm.trace(ids):
+            plain = submodule.sae(submodule.output).save()
+        submodule.sae = Coders()
+        with llm.edit(""):
+            submodule.sae(submodule.output, hook=True)
+        with llm.trace(ids):
+            acts = submodule.sae.encoder.output.save()
+            out = submodule.sae.output.save()
+        state = outputs(gpt2.transformer.h[0], gpt2, ids)[0]
+        assert torch.equal(plain, acts) and torch.equal(acts, SAE()(state)) and torch.equal(out, acts + 1)
+    finally:
+        llm.clear_edits()
+    assert not hasattr(gpt2.transformer.h[0], "sae")
+
+
 def test_editing_with_an_attachment(llm, gpt2, ids):
     """Guide to 0.3: Model Editing, the second cell."""
 

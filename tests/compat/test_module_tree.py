@@ -17,6 +17,19 @@ def test_paths_and_parents(llm, gpt2):
     assert layer._module is gpt2.transformer.h[1]
 
 
+def test_old_name_of_the_module(llm, gpt2):
+    """function_vectors.ipynb, the last cell. A child of that name comes first."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._model = gpt2
+
+    hidden = torch.ones(1, 16)
+    assert llm._model is gpt2 and torch.equal(llm._model.lm_head(hidden), gpt2.lm_head(hidden))
+    assert NNsight(Outer())._model._module is gpt2
+
+
 def test_modules_are_envoys(llm, gpt2):
     names = dict(llm.named_modules())
     assert {path.removeprefix("model").lstrip(".") for path in names} == dict(gpt2.named_modules()).keys()

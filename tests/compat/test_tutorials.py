@@ -187,3 +187,33 @@ def test_diffusion_lens():
             expected = pipe(**arguments, generator=torch.Generator().manual_seed(17)).images[0]
         handle.remove()
         assert numpy.array_equal(numpy.asarray(image), numpy.asarray(expected))
+
+
+def test_diffusion_lens_of_the_second_text_encoder():
+    """diffusion_lens.ipynb, SDXL: a layer of the second encoder, normed, in the place of the last layer but one."""
+    pipe, kind = diffusion.stable_diffusion_xl(), diffusion.PIPELINES["stable_diffusion_xl"]
+    arguments = kind.inputs() | {"num_inference_steps": 1, "output_type": "pil"}
+    model = DiffusionModel(pipe)
+    empty = pipe.tokenizer("", padding="max_length", max_length=77, return_tensors="pt")["input_ids"]
+    with model.generate(**arguments, seed=17):
+        model.text_encoder.input = empty
+        encoder = model.text_encoder_2.text_model
+        hidden_state = encoder.encoder.layers[0].output[0]
+        encoder.encoder.layers[-2].output[0][:] = encoder.final_layer_norm(hidden_state)[0][:]
+        vectors = encoder.encoder.layers[-2].output[0].clone()
+        image = model.output.images[0].save()
+    plain, states, calls = pipe.text_encoder_2.text_model, [], []
+    handles = [
+        plain.encoder.layers[0].register_forward_hook(lambda _, args, out: states.append(out)),
+        pipe.text_encoder.register_forward_pre_hook(
+            lambda _, args: calls.append(args) or ((empty, *args[1:]) if len(calls) == 1 else args)
+        ),
+    ]
+    norm = plain.final_layer_norm
+    # In place, since the pipeline takes what transformers has kept of the layer. Call 0 is for the prompt.
+    with replaced(plain.encoder.layers[-2], lambda out: out.copy_(norm.forward(states[0])), only=0):
+        expected = pipe(**arguments, generator=torch.Generator().manual_seed(17)).images[0]
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(vectors, norm(states[0])) and len(vectors[0].unique(dim=0)) > 5  # no token has that of another
+    assert numpy.array_equal(numpy.asarray(image), numpy.asarray(expected))

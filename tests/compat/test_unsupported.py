@@ -38,6 +38,12 @@ def test_remote(tiny_model, input):
             opened()
 
 
+@pytest.mark.parametrize("name", ["NNsight", "LanguageModel", "TransformersModel", "DiffusionModel"])
+def test_classes_of_envoys(name):
+    with pytest.raises(InputError, match="envoys= is not supported"):
+        getattr(nnsight, name)("openai-community/gpt2", envoys={})
+
+
 def test_unsupported_names(llm, ids):
     with pytest.raises(DiffsightError, match="methods="):
         llm.transformer.h[0].source

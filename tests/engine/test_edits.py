@@ -326,15 +326,28 @@ def test_branches_in_an_edit():
     assert all(torch.equal(torch.cat([uncond, cond]), out) for (cond, uncond), out in zip(found, expected))
 
 
-def test_pipeline_edit_behind_its_steps():
-    """What follows the loop in an edit comes when the model has ended: the decoder lies behind."""
-    pipe, call = diffusion.stable_diffusion(), diffusion.PIPELINES["stable_diffusion"].inputs()
+def test_pipeline_edit_behind_its_steps(monkeypatch):
+    """What follows the loop in an edit can be read and edited: the latents that are decoded."""
+    pipe, call = diffusion.stable_diffusion(), diffusion.PIPELINES["stable_diffusion"].inputs(output_type="pt")
+    steps, seen = [], []
     with DiffusionModel(pipe).edit() as edited:
-        for _ in edited.steps:
-            pass
-        edited.vae.decode.input
-    with pytest.raises(RunClosedError, match=r"loop over run\.steps runs the model to its end"):
-        edited.generate(**call, seed=3).images
+        for step in edited.steps:
+            steps.append(step.index)
+        seen.append(edited.vae.decode.input)
+        edited.vae.decode.input = edited.vae.decode.input.flip(-1)
+    images = edited.generate(**call, seed=3).images
+    assert steps == [*range(diffusion.PIPELINES["stable_diffusion"].steps)]
+
+    decode, latents = pipe.vae.decode, []
+
+    def flipped(z, *args, **kwargs):
+        latents.append(z)
+        return decode(z.flip(-1), *args, **kwargs)
+
+    monkeypatch.setattr(pipe.vae, "decode", flipped)
+    expected = pipe(**call, generator=torch.Generator().manual_seed(3)).images
+    assert torch.equal(images, expected)
+    assert torch.equal(seen[0], latents[0])
 
 
 def test_a_run_of_each_at_once(model, net, x):

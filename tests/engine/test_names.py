@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from diffsight import Model
-from diffsight.errors import NoRunError
+from diffsight.errors import InputError, NoRunError, PointNotFoundError
 
 PRIVATE = [
     "_model",
@@ -94,3 +94,22 @@ def test_public_names_are_reached_by_index(name, x):
 def test_the_error_outside_a_run_names_the_module():
     with pytest.raises(NoRunError, match=r'module of that name is output\["output"\]'):
         Model(Outer("output"))["output"].output.weight
+
+
+def test_names_that_do_not_exist(gpt2, ids):
+    model = Model(gpt2)
+    with model.trace(ids) as run:
+        for handle in (run, model):
+            with pytest.raises(PointNotFoundError, match=r"has no 'n_embd'; its configuration has one: .config.n_embd"):
+                handle.n_embd
+            with pytest.raises(PointNotFoundError, match=r"has no 'nothing'.*; its parts are transformer, lm_head"):
+                handle.nothing
+
+
+def test_a_run_without_input(net, x):
+    model = Model(net)
+    with pytest.raises(InputError, match=r"run.invoke\(x\)"), model.trace() as run:
+        run.layers[0].output
+    with model.trace() as run, run.invoke(x):
+        hidden = model.layers[0].output
+    assert torch.equal(hidden, net.layers[0](net.first(x)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffsight import Model, OutOfOrderError
-from diffsight.errors import InputError, PointNotFoundError, RunClosedError
+from diffsight.errors import InputError, PointNotFoundError, RunClosedError, UnknownKeyError
 from helpers import footprint, outputs
 from models.nets import Calling, linear
 
@@ -181,3 +181,26 @@ def test_objects_without_tensors_are_kept_as_they_are(net, x):
     (_, *others), _ = kept["inputs"]
     assert others[0] is thing and others[1] is generator and others[2] is net
     assert len(kept.tensors) == 1
+
+
+def test_a_path_in_the_record_that_is_a_pattern(net, x):
+    with Model(net).trace(x) as run:
+        kept = run.record("layers[*]")
+    assert torch.equal(kept["layers[1]"], kept["layers[1].output"])
+    assert "layers[7]" not in kept and kept.get("layers[7]") is None
+    with pytest.raises(UnknownKeyError, match=r"there is no 'layers\[2\].input' in the record \(did you mean"):
+        kept["layers[2].input"]
+
+
+def test_paths_that_are_no_paths(net, x):
+    model = Model(net)
+    with model.trace(x) as run:
+        for pattern in (run.layers[0], [run.layers[0]]):
+            with pytest.raises(InputError, match=r"named by its path, such as 'layers\[0\]'"):
+                run.record(pattern)
+        with pytest.raises(InputError, match=r"named by its path, such as 'layers\[0\]'"):
+            run.follow(run.layers[0], print)
+        with pytest.raises(PointNotFoundError, match=r"there is no 'outptu' \(did you mean 'output'"):
+            run.record("layers[*].outptu")
+        with pytest.raises(PointNotFoundError, match=r"there is no 'layer' \(did you mean 'layers'"):
+            run.record("layer[*]")

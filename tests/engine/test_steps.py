@@ -1,5 +1,7 @@
 """Steps: in a run of `generate`, one a forward pass."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -98,8 +100,10 @@ def test_slices_count_from_the_beginning(generate, cut):
 
 def test_steps_are_walked_through(generate):
     with generate() as run:
-        with pytest.raises(TypeError, match=r"run\.steps\[2"):
+        with pytest.raises(TypeError, match=r"run\.steps\[2:3\]`"):
             run.steps[2]
+        with pytest.raises(TypeError, match="known when the model has ended"):
+            len(run.steps)
         with pytest.raises(TypeError):
             run.steps[1:][1:]
 
@@ -111,6 +115,27 @@ def test_a_slice_that_lies_behind(generate):
             for _ in run.steps[1:3]:
                 pass
         assert [step.index for step in run.steps[3:]] == [3]
+
+
+def test_a_slice_behind_the_last_step_warns(generate):
+    with generate() as run, pytest.warns(RuntimeWarning, match=r"run\.steps\[5:\].*ended after 4 steps") as caught:
+        for _ in run.steps[5:7]:
+            run.lm_head.output[:] = 0
+    assert caught[0].filename == __file__
+    with generate() as run, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [step.index for step in run.steps[3:7]] == [3]
+
+
+def test_an_edit_of_later_steps_does_not_warn(gpt2, ids, greedy):
+    def later(run):
+        for _ in run.steps[5:7]:
+            run.lm_head.output[:] = 0
+
+    model = Model(gpt2).edit(later)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model.generate(ids, **greedy).result, gpt2.generate(ids, **greedy))
 
 
 def test_a_step_that_was_left_is_not_left_out_silently(generate):

@@ -30,6 +30,7 @@ def test_a_pipeline_passes_every_check():
     found = details(check)
     assert found["steps"] == "2, as many as calls of scheduler.step"
     assert found["components"] == "text_encoder (calls: 2), unet (calls: 2); not called: vae"
+    assert found["attention"] == "4 cross, 4 self"
     assert found["guidance"] == "conditional and unconditional, 1 and 1 of 2 rows"
 
 
@@ -38,6 +39,7 @@ def test_what_a_pipeline_does_not_have_is_none():
     assert states(check) == {
         **dict.fromkeys(("unread run", "components", "steps", "seeds"), "ok"),
         **dict.fromkeys(("guidance", "text encoders", "diffusion lens"), "none"),
+        "attention": "ok",
     }
     assert check.is_ok
 
@@ -60,8 +62,8 @@ def test_a_vision_language_model_shows_its_image_tokens():
 
 def test_a_pipeline_that_does_not_repeat_fails():
     pipe = diffusion.stable_diffusion()
-    forward, calls = pipe.unet.forward, itertools.count()
-    pipe.unet.forward = lambda sample, *args, **kwargs: forward(sample + next(calls), *args, **kwargs)
+    calls = itertools.count()
+    pipe.unet.register_forward_pre_hook(lambda module, args: (args[0] + next(calls), *args[1:]))
     check = check_model(DiffusionModel(pipe), **FAST)
     assert not check.is_ok
     assert details(check)["unread run"] == "a run in which nothing is read differs from the bare call"

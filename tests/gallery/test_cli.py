@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,23 @@ def test_unknown_words_are_warned_of_once_by_the_lens(capsys):
 # models and help
 
 
+def test_attention_writes_the_files_that_it_prints(saved_pipeline, here, capsys):
+    argv = ("attention", PROMPT, "--words", "circle,blue square", "--model", saved_pipeline, "--steps", "2")
+    assert run_command(*argv, "--seed", "3", "--out", "maps") == 0
+    printed = capsys.readouterr().out.split()
+    assert {Path(path).name for path in printed} >= {"grid.png", "word_00.png", "word_01.png", "lens.json"}
+    assert all(Path(path).is_file() for path in printed)
+    record = json.loads(Path("maps", "lens.json").read_text())
+    assert (record["lens"], record["words"], record["seed"]) == ("attention_maps", ["circle", "blue square"], 3)
+
+
+def test_words_that_are_not_in_the_prompt(capsys, here, saved_pipeline):
+    message = command_error(
+        capsys, here, "attention", PROMPT, "--words", "circl", "--model", saved_pipeline, "--out", "out"
+    )
+    assert "'circl' does not occur in the prompt" in message
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_models_are_listed(capsys, monkeypatch, there):
     """Including models of an extra, with what to install if it is missing."""
@@ -194,17 +212,41 @@ def test_models_are_listed(capsys, monkeypatch, there):
     assert ("pip install 'diffsight[smollm2]'" in told) != there
 
 
-@pytest.mark.parametrize("command", [(), ("lens",), ("generate",), ("models",)], ids=" ".join)
+@pytest.mark.parametrize("command", [(), ("lens",), ("attention",), ("generate",), ("models",)], ids=" ".join)
 def test_help_shows_an_example_that_is_accepted(capsys, command, here):
     assert run_command(*command, "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     example = shlex.split(text.split("example: ")[1])
     assert example[0] == "diffsight"
-    assert example[1] in ("lens", "generate", "models")
+    assert example[1] in ("lens", "attention", "generate", "models")
     assert command in ((), (example[1],))
     if len(example) > 2:
         example += ["--model", "no-such-model"]  # this is the error if everything before is valid
         assert "no-such-model" in command_error(capsys, here, *example[1:])
+
+
+def test_errors_of_the_parser_are_one_line(capsys):
+    for command, told in [
+        (["lens", "a", "red", "circle"], "needs quotes"),
+        (["lens", PROMPT, "--layers", "-1,embedding"], "write --layers=-1"),
+        (["lens", PROMPT, "--steps", "0"], "'0' is not a positive integer"),
+        ([], "COMMAND"),
+    ]:
+        assert run_command(*command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("diffsight") and told in line
+
+
+def test_the_version(capsys):
+    assert run_command("--version") == 0
+    assert capsys.readouterr().out == f"diffsight {version('diffsight')}\n"
+
+
+def test_the_list_of_models_lines_up(capsys):
+    assert run_command("models") == 0
+    lines = capsys.readouterr().out.splitlines()
+    (width,) = {len(line) - len(line.partition(" ")[2].lstrip()) for line in lines}
+    assert width > len(CLIP)
 
 
 def test_help_names_the_options(capsys):
@@ -222,7 +264,7 @@ def test_invalid_commands(capsys, here, argv):
     command_error(capsys, here, *argv)
 
 
-@pytest.mark.parametrize("command", ["lens", "generate"])
+@pytest.mark.parametrize("command", ["lens", "attention", "generate"])
 @pytest.mark.parametrize("prompt", ["", "   "])
 def test_an_empty_prompt(capsys, here, saved_pipeline, command, prompt):
     assert "the prompt is empty" in command_error(
@@ -230,7 +272,7 @@ def test_an_empty_prompt(capsys, here, saved_pipeline, command, prompt):
     )
 
 
-@pytest.mark.parametrize("command", ["lens", "generate"])
+@pytest.mark.parametrize("command", ["lens", "attention", "generate"])
 def test_a_prompt_that_is_too_long(capsys, here, saved_pipeline, command):
     prompt = "red " * 75 + "blue square"
     message = command_error(capsys, here, command, prompt, "--model", saved_pipeline, "--out", "out")
@@ -238,7 +280,7 @@ def test_a_prompt_that_is_too_long(capsys, here, saved_pipeline, command):
     assert "'blue square'" in message
 
 
-@pytest.mark.parametrize("command", ["lens", "generate"])
+@pytest.mark.parametrize("command", ["lens", "attention", "generate"])
 @pytest.mark.parametrize("seed", ["-1", "x", "1.5", str(2**64)])
 def test_an_invalid_seed(capsys, here, saved_pipeline, command, seed):
     message = command_error(capsys, here, command, PROMPT, "--model", saved_pipeline, "--seed", seed, "--out", "out")
@@ -246,7 +288,7 @@ def test_an_invalid_seed(capsys, here, saved_pipeline, command, seed):
     assert seed in message
 
 
-@pytest.mark.parametrize("command", ["lens", "generate"])
+@pytest.mark.parametrize("command", ["lens", "attention", "generate"])
 @pytest.mark.parametrize("steps", ["0", "-3", "x", "2.5", "1001"])
 def test_invalid_steps(capsys, here, saved_pipeline, command, steps):
     message = command_error(capsys, here, command, PROMPT, "--model", saved_pipeline, "--steps", steps, "--out", "out")
@@ -264,7 +306,7 @@ def test_invalid_layers(capsys, here, saved_pipeline, layers):
     assert "layer" in message
 
 
-@pytest.mark.parametrize("command", ["lens", "generate"])
+@pytest.mark.parametrize("command", ["lens", "attention", "generate"])
 @pytest.mark.parametrize("name", ["diffsight/shape-clip", "shapes-clip"])
 def test_a_model_that_does_not_exist(capsys, here, command, name):
     message = command_error(capsys, here, command, PROMPT, "--model", name, "--out", "out")
@@ -277,7 +319,7 @@ def test_a_model_that_is_not_found_on_the_hub(capsys, here, monkeypatch):
     assert "'someone/something'" in command_error(capsys, here, "lens", PROMPT, "--model", "someone/something")
 
 
-@pytest.mark.parametrize("command", ["lens", "generate"])
+@pytest.mark.parametrize("command", ["lens", "attention", "generate"])
 @pytest.mark.parametrize("index", [None, "{", "{}"], ids=["none", "cut_off", "empty"])
 def test_a_folder_that_is_not_a_pipeline(capsys, here, command, index):
     (here / "rubbish").mkdir()
@@ -287,7 +329,7 @@ def test_a_folder_that_is_not_a_pipeline(capsys, here, command, index):
     assert "rubbish" in message
 
 
-@pytest.mark.parametrize("command", ["lens", "generate"])
+@pytest.mark.parametrize("command", ["lens", "attention", "generate"])
 def test_a_model_that_takes_no_prompt(capsys, here, tmp_path_factory, command):
     folder = tmp_path_factory.mktemp("saved") / "ddpm"
     diffusion.ddpm().save_pretrained(folder)
@@ -316,7 +358,7 @@ def test_a_model_without_a_text_encoder(capsys, here, tmp_path_factory):
     assert "needs a text encoder, but" in message
 
 
-@pytest.mark.parametrize("command", ["lens", "generate"])
+@pytest.mark.parametrize("command", ["lens", "attention", "generate"])
 @pytest.mark.parametrize("place", ["file", "file/out"])
 def test_a_folder_that_cannot_be_written(capsys, here, saved_pipeline, command, place):
     (here / "file").write_text("mine")

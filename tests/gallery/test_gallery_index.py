@@ -1,7 +1,9 @@
 """The gallery of a folder: what it lists, what it writes, and what it refuses."""
 
+import errno
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,3 +125,18 @@ def test_folders_that_cannot_be_shown(tmp_path, capsys):
         assert main(["gallery", str(folder)]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_that_is_full_leaves_nothing_half_written(study, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "study"
+    shutil.copytree(study / "deep" / "run_prompts", folder / "one")
+    before = sorted(folder.rglob("*"))
+
+    def full(path, text, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["gallery", str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("diffsight: No space left on device")
+    assert sorted(folder.rglob("*")) == before

@@ -15,6 +15,7 @@ from diffsight.gallery import repeat
 from diffsight.gallery.cli import main
 from diffsight.gallery.command_options import parse_seeds, parse_setting, parse_steps
 from diffsight.gallery.prompt_files import read_prompts
+from diffsight.lenses import attention_maps
 from models import language, lens_results
 
 RED, BLUE = "a red circle above a blue square", "a blue circle above a blue square"
@@ -67,6 +68,14 @@ def test_trajectory(saved_models):
     )
     assert np.array_equal(Image.open("out/step_02_prediction.png"), want.images["prediction"][1])
     assert parse_steps("0:20:5") == slice(0, 20, 5)
+
+
+def test_attention(saved_models):
+    pipeline = saved_models / "pipeline"
+    options = ("--words", "circle,square", "--steps", 1, "--model", pipeline, "--seed", 2, "--out", "out")
+    assert run("attention", RED, *options) == 0
+    want = attention_maps(lens_results.load(pipeline), RED, ["circle", "square"], seed=2, num_inference_steps=1)
+    assert np.array_equal(Image.open("out/word_01.png"), want.overlay("square"))
 
 
 def test_fidelity(capsys):

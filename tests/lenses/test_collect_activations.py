@@ -36,6 +36,14 @@ def test_all_tokens(net, model):
         assert found.positions[found.prompts == i].tolist() == list(range(expected.shape[1]))
 
 
+def test_prompts_by_number(net, model):
+    found = collect_activations(model, PROMPTS, positions=None, batch_size=2, progress=False)
+    assert torch.allclose(found.of_prompt(-1), layer_states(net, PROMPTS[-1]), atol=1e-5)
+    for prompt in (5, -6, "0", True):
+        with pytest.raises(InputError, match="there are 5"):
+            found.of_prompt(prompt)
+
+
 @pytest.mark.parametrize(("of", "part"), [("attentions_output", "attn"), ("mlps_output", "mlp")])
 def test_parts_of_layers(net, model, of, part):
     found = collect_activations(model, PROMPTS, of=of, positions=0)

@@ -496,3 +496,11 @@ def test_the_lens_on_the_packaged_pipeline(tmp_path):
     assert same_image(alone.images[0], plain)  # bit for bit
     result.save(tmp_path)
     assert json.loads(Path(tmp_path, "lens.json").read_text(encoding="utf-8"))["model"] == "diffsight/shapes-clip"
+
+
+def test_an_image_by_its_layer():
+    model = DiffusionModel(diffusion.stable_diffusion())
+    result = diffusion_lens(model, PROMPT, layers=["embedding", 1], num_inference_steps=1, progress=False)
+    assert result["embedding"] is result.images[0] and result[1] is result.images[1]
+    with pytest.raises(InputError, match="the result does not have layer 0: it has embedding, 1"):
+        result[0]

@@ -377,7 +377,7 @@ A = plain_image(RED)
         ([Image.new("F", (4, 4))], {}, ValueError, r"images\[0\] has mode F.* mode L"),
         ([Image.new("I;16", (4, 4))], {}, ValueError, r"images\[0\] has mode I;16"),
         ([A] * 4, {"titles": ["a"] * 3}, ValueError, "titles has 3 items, but needs 4"),
-        ([[A], [A]], {"titles": ["a"]}, ValueError, "titles has 1 items, but needs 2"),
+        ([[A], [A]], {"titles": ["a"]}, ValueError, "titles has 1 item, but needs 2"),
         ([[A], [A]], {"titles": [["a"], []]}, ValueError, r"titles\[1\] has 0 .* needs 1"),
         (
             [[A], [A]],

@@ -274,3 +274,10 @@ def test_the_packaged_model_thinks_of_paris():
     assert [layer for layer, words in zip(result.layers, result.words[0]) if words == [" Paris"]] == [28, 29]
     paris, london = result.token_probabilities[0, -1, 0]
     assert paris > 0.5 > london
+
+
+def test_words_in_place_of_numbers(model):
+    with pytest.raises(InputError, match="there is no position 'last' in prompt 0"):
+        logit_lens(model, language.PROMPTS, positions="last")
+    with pytest.raises(InputError, match="indexed by the number of a prompt"):
+        logit_lens(model, language.PROMPTS, progress=False)["x"]

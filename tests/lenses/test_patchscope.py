@@ -34,6 +34,12 @@ def states_at(net, text, position=-1):
     return [hidden[0, position] for hidden in language.hidden_states(net, net.transformer.h, language.ids(text))]
 
 
+def test_words_to_repeat():
+    assert repeat_prompt("cat") == repeat_prompt(["cat"]) == TargetPrompt("cat cat\n?")
+    with pytest.raises(InputError, match="at least one word"):
+        repeat_prompt([])
+
+
 @pytest.mark.parametrize("batch_size", [32, 3])
 def test_every_prompt_at_every_layer(net, model, batch_size):
     result = patchscope_lens(model, PROMPTS, target=SHORT, keep_logits=True, batch_size=batch_size, progress=False)

@@ -134,3 +134,15 @@ def test_bad_input(net, model):
             first_tokens(words, model)
     with pytest.raises(InputError, match="words need a tokenizer"):
         first_tokens("Paris", LanguageModel(net))
+
+
+def test_names_and_targets_that_do_not_exist(model):
+    result = run_prompts(model, Prompt.from_strings(PROMPTS[0], TARGETS, model), progress=False)
+    assert "wrong" not in result and result.get("wrong") is None
+    with pytest.raises(InputError, match=r"there is no target 'trap'.*the result has right, traps, long"):
+        result["trap"]
+    for tokens in (17, "Paris"):
+        with pytest.raises(InputError, match="must be token ids"):
+            run_prompts(model, Prompt(PROMPTS[0], {"right": tokens}))
+    with pytest.raises(InputError, match="lens=logit_lens"):
+        run_prompts(model, Prompt(PROMPTS[0], {"right": [17]}), lens="logit")

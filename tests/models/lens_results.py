@@ -34,8 +34,9 @@ def load(folder: Path) -> Any:
     return kinds.get(folder.name, DiffusionModel)(folder)
 
 
+@cache
 def make(name: str, folder: Path) -> Any:
-    """Return a result of a lens, on the models that `save_models` saved into a folder."""
+    """Return a result of a lens, on the models that `save_models` saved into a folder. It is made once."""
     return MADE[name](folder)
 
 
@@ -114,8 +115,23 @@ MADE = {
     "layer_fidelity": _shapes,
     "compare_encoders": _comparison,
     "logit_lens": _logits,
+    "attention_maps": lambda folder: lenses.attention_maps(
+        load(folder / "pipeline"), PROMPT, words=["circle", "square"], keep="steps", seed=3, num_inference_steps=2
+    ),
+    "attention_from": lambda folder: lenses.attention_from(
+        load(folder / "pipeline"), PROMPT, position=(0.5, 0.2), seed=3, num_inference_steps=1
+    ),
+    "invert": lambda folder: lenses.invert(load(folder / "pipeline"), diffusion.IMAGE, PROMPT, **FAST),
     "trajectory_lens": lambda folder: lenses.trajectory_lens(
         load(folder / "pipeline"), PROMPT, show=["noisy", "prediction", "guidance map"], seed=3, **FAST
+    ),
+    "prompt_to_prompt": lambda folder: lenses.prompt_to_prompt(
+        load(folder / "pipeline"),
+        PROMPT,
+        PROMPT.replace("blue", "green"),
+        reweight={"red": 2.0},
+        seed=3,
+        num_inference_steps=2,
     ),
     "image_token_lens": _image_tokens,
     "patchscope_lens": _repeated,

@@ -43,6 +43,32 @@ def test_a_pipeline_that_takes_any_keyword(call, given, hint):
         getattr(DiffusionModel(CLIP), call)("a red circle", **given)
 
 
+def test_words_of_a_name_and_arguments_of_another_call():
+    with pytest.raises(InputError, match=r"'steps' \(did you mean .*'num_inference_steps'"):
+        DiffusionModel(CLIP).generate("a red circle", steps=3)
+    with pytest.raises(InputError, match=r"without 'max_new_tokens': use model.generate\(..., max_new_tokens=...\)"):
+        llama().trace(IDS, max_new_tokens=3)
+    with pytest.raises(InputError, match=r"model.trace\(text\)"):
+        llama()("The Eiffel Tower")
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_number_of_steps_that_draws_nothing(steps):
+    with pytest.raises(InputError, match=f"num_inference_steps must be 1 or more, not {steps}"):
+        DiffusionModel(CLIP).check("a red circle", num_inference_steps=steps)
+
+
+def test_a_run_without_a_prompt():
+    with pytest.raises(InputError, match="opened without a prompt"):
+        DiffusionModel(CLIP).generate(seed=0).images
+
+
+def test_a_component_that_is_none():
+    model = DiffusionModel(CLIP)
+    with pytest.raises(InputError, match="scheduler is a component of the pipeline"):
+        model.scheduler = 3
+
+
 def test_old_keywords_that_a_pipeline_reads_from_its_kwargs_are_known():
     pipe = diffusion.stable_diffusion()
     assert {"prompt", "callback", "callback_steps"} <= named_arguments(pipe.__call__)

@@ -52,7 +52,7 @@ def test_opening_a_pipeline_reads_no_weights(model, loads):
         lambda model: model.scheduler.set_timesteps(3),
         lambda model: model.vae_scale_factor,
         without_progress_bar,
-        lambda model: model.scan(**SD.inputs(), seed=0).images,
+        lambda model: model.scan(**SD.inputs(), seed=0).result,
         lambda model: model.generate(**SD.inputs(), seed=0),  # nothing runs before it is asked for
     ],
     ids=lambda look: getattr(look, "__name__", None),
@@ -87,7 +87,7 @@ def test_a_repository_of_the_hub(saved_pipeline, tmp_path, loads):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     model = without_progress_bar(DiffusionModel("owner/name", cache_dir=str(tmp_path), local_files_only=True))
-    assert model.scan(**SD.inputs(), seed=3).images.shape == (1, 3, diffusion.SIDE, diffusion.SIDE)
+    assert model.scan(**SD.inputs(), seed=3).result.images.shape == (1, 3, diffusion.SIDE, diffusion.SIDE)
     assert loads == []
     assert torch.equal(model.generate(**SD.inputs(), seed=3).images, draw(diffusion.stable_diffusion(), SD.inputs()))
     assert len(loads) == 3

@@ -137,13 +137,16 @@ def test_inside_is_fake_and_between_are_zeros(model):
         latents = run.vae.decode.input
         assert not is_fake(latents)
         assert is_fake(run.vae.decoder.mid_block.output)
-    assert run.images.shape == (1, 3, diffusion.SIDE, diffusion.SIDE)
-    assert (run.images == 0.5).all(), "zeros, as the pipeline shows them"
+    assert is_fake(run.result.images) and run.result.images.shape == (1, 3, diffusion.SIDE, diffusion.SIDE)
 
 
-def test_the_images_are_images(model):
-    image = model.scan("a red circle", num_inference_steps=1).images[0]
-    assert image.size == (diffusion.SIDE, diffusion.SIDE) and image.getextrema() == ((128, 128),) * 3
+def test_there_are_no_images(model):
+    with model.scan(["a red circle", "a blue square"], num_inference_steps=1) as run:
+        row = run.rows[1]
+    for part in (run, row):
+        with pytest.raises(ScanError, match=r"run\.images: a scan computes shapes only"):
+            part.images
+    assert run.result.images[0].size == (diffusion.SIDE, diffusion.SIDE)
 
 
 def test_arguments_are_checked_as_for_a_real_run(model):
@@ -175,7 +178,7 @@ def test_values_of_the_inside_can_go_anywhere(model):
             run.scheduler.step.input = run.unet.conv_out.output[:1]  # fake, into a scheduler that computes for real
         run.vae.decode.input = torch.zeros(1, 4, 16, 16, device="meta")
         run.vae.decode.output = (run.vae.decoder.output,)
-    assert run.images.shape == (1, 3, diffusion.SIDE, diffusion.SIDE)
+    assert run.result.images.shape == (1, 3, diffusion.SIDE, diffusion.SIDE)
 
 
 def test_calling_parts_in_the_body(model):
@@ -204,7 +207,7 @@ def test_rows_and_branches(model):
             diffusion.SIDE // 2,
             diffusion.SIDE // 2,
         )
-    assert run.images.shape == (2, 3, diffusion.SIDE, diffusion.SIDE)
+    assert run.result.images.shape == (2, 3, diffusion.SIDE, diffusion.SIDE)
 
 
 def test_gradients_from_the_image_to_the_prompt(model):
@@ -264,7 +267,7 @@ def test_weights_that_a_pipeline_uses_itself(loaded):
     with DiffusionModel(pipe).scan(seed=0) as run:
         for _ in run.steps:
             assert run.unet.mid_block.output.dtype == torch.float64
-    assert run.images.shape == (1, 3, diffusion.SIDE, diffusion.SIDE)
+    assert run.result.images.shape == (1, 3, diffusion.SIDE, diffusion.SIDE)
     assert pipeline_footprint(pipe) == clean
     assert all(value is before[name][0] for name, (value, _) in weights(pipe).items())
     assert pipe.unet.dtype == torch.float32
@@ -303,7 +306,7 @@ def test_a_safety_checker():
     )
     with DiffusionModel(pipe).scan("a red circle", num_inference_steps=1) as run:
         run.unet.output
-    assert run.images[0].size == (diffusion.SIDE, diffusion.SIDE)
+    assert run.result.images[0].size == (diffusion.SIDE, diffusion.SIDE)
 
 
 # Size
@@ -344,7 +347,7 @@ SDXL = """
     with DiffusionModel(pipe).scan("a red circle above a blue square", num_inference_steps=2, seed=0) as run:
         seen["text"] = list(run.text_encoder_2.layers[30].output.shape)
         seen["steps"] = [list(run.unet.mid_block.output.shape) for step in run.steps]
-    seen["image"] = run.images[0].size
+    seen["image"] = run.result.images[0].size
     seen["weights"] = sum(p.numel() for name in parts for p in parts[name].parameters())
     seen["seconds"] = time.process_time() - began
     # Of this program alone: getrusage would count the process that started it.

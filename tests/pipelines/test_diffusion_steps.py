@@ -240,3 +240,16 @@ def test_edits_and_a_loop_end_together():
             pass
         assert not run.vae.decode.input.any()
     assert seen == [*range(STEPS)]
+
+
+def test_a_denoiser_whose_forward_was_replaced():
+    pipe, kwargs = diffusion.PIPELINES["stable_diffusion"].build(), SD(output_type="pt")
+    own, norms, seen = pipe.unet.forward, [], []
+    pipe.unet.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    with DiffusionModel(pipe).generate(**kwargs, seed=0) as run:
+        run.follow("unet.mid_block", lambda output: seen.append(output.norm()))
+        for step in run.steps:
+            assert step.timestep is not None
+            norms.append(run.unet.mid_block.output.norm())
+    assert len(norms) == STEPS
+    assert torch.equal(torch.stack(norms), torch.stack(seen)[:: len(seen) // STEPS])

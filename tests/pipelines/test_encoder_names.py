@@ -6,7 +6,9 @@ import transformers
 from torch import nn
 
 from diffsight import DiffusionModel
+from diffsight.errors import AssignmentError, InputError
 from diffsight.pipelines.standard_names import standard_names
+from helpers import first, outputs
 from models import diffusion
 
 TOKENS = torch.arange(5)[None] + 3
@@ -87,11 +89,66 @@ def test_a_standard_name_and_the_real_one_are_the_same_point(kind):
         run.stop()
 
 
+@pytest.mark.parametrize("kind", TEXT.values(), ids=TEXT)
+def test_hidden_states_are_tensors_on_every_text_encoder(kind):
+    with DiffusionModel(kind.build()).generate(**kind.inputs(), seed=0) as run:
+        embedding = run.text_encoder.layers_input[0]
+        hidden = run.text_encoder.layers_output[-1]
+        assert hidden is first(run.text_encoder.layers[-1].output)
+        assert embedding.shape == hidden.shape
+        run.stop()
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "pixart_sigma"])
+def test_hidden_states_are_assigned_in_a_row(name):
+    """Passing an earlier layer on, as a hand-written hook does: T5's layers return tuples."""
+    kind = diffusion.PIPELINES[name]
+    pipe, arguments = kind.build(), kind.inputs() | {"prompt": ["a red circle", "a blue square"]}
+    layers = standard_names(pipe.text_encoder)["layers"]
+    seen = {}
+
+    def keep(module, args, output):
+        seen["early"] = first(output)[1].clone()
+
+    def put(module, args, output):
+        first(output)[1] = seen["early"]
+
+    with DiffusionModel(pipe).generate(**arguments, seed=0) as run:
+        row = run.rows[1]
+        row.text_encoder.layers_output[2] = row.text_encoder.layers_output[0]
+        embeds = run.text_encoder.output[0]
+        run.stop()
+    hooks = [
+        pipe.text_encoder.get_submodule(f"{layers}.{i}").register_forward_hook(f) for i, f in ((0, keep), (2, put))
+    ]
+    expected = outputs(pipe.text_encoder, lambda: DiffusionModel(pipe).generate(**arguments, seed=0).result)[0][0]
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(embeds, expected)
+
+
+def test_a_layer_that_does_not_exist():
+    model = DiffusionModel(diffusion.stable_diffusion())
+    assert len(model.text_encoder.layers_output) == 3
+    with pytest.raises(InputError, match=r"text_encoder.layers_output\[3\]: there is no layer 3, the model has 3"):
+        model.generate("a red circle").text_encoder.layers_output[3]
+    with pytest.raises(InputError, match=r"the input of the first layer is layers_input\[0\]"):
+        model.generate("a red circle").text_encoder.layers_output["embedding"]
+
+
+def test_a_tuple_does_not_go_into_the_final_norm():
+    kind = diffusion.PIPELINES["pixart_sigma"]
+    with pytest.raises(AssignmentError, match=r"read layers_output\[i\]"):
+        with DiffusionModel(kind.build()).generate(**kind.inputs()) as run:
+            run.text_encoder.ln_final.input = run.text_encoder.layers[0].output
+
+
 def test_only_encoders_have_the_names():
     model = DiffusionModel(diffusion.stable_diffusion())
     assert "layers" not in dir(model.unet)
     assert not hasattr(model.vae, "layers")
     assert not hasattr(model.unet, "ln_final")
+    assert not hasattr(model.unet, "layers_output")
 
 
 def test_a_model_without_layers_has_no_names():

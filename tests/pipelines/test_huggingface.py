@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
 from diffsight import HFPipeline, OutOfOrderError
-from diffsight.errors import InputError, PointNotFoundError
+from diffsight.errors import InputError, PointNotFoundError, ScanError
 from helpers import first, replaced, with_first
 from models import huggingface
 
@@ -283,6 +283,8 @@ def test_scans():
         with model.scan(*case.args, **case.kwargs) as run:
             hidden = first(run.model[case.layer].output)
             assert is_fake(hidden)
+        with pytest.raises(ScanError, match=r"run\.result: a scan computes shapes only"):
+            run.result
         with model.trace(*case.args, **case.kwargs) as run:
             assert first(run.model[case.layer].output).shape == hidden.shape
 

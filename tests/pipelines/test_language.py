@@ -29,6 +29,14 @@ def model(net):
     return LanguageModel((net, TOKENIZER))
 
 
+def test_a_row_knows_its_tokens(model):
+    with model.trace([PROMPT, LONGER]) as run:
+        row = run.rows[0]
+        assert torch.equal(row.tokens, run.tokens[:1]) and torch.equal(row.mask, run.mask[:1])
+        with pytest.raises(PointNotFoundError, match=r"rows\[0\] has no 'result' of its own: ask the run, run.result"):
+            row.result
+
+
 # What can be given
 
 
@@ -459,6 +467,7 @@ def test_a_conversion_is_complete_or_absent(tmp_path, monkeypatch, saved_gpt2):
 
 
 WRONG_SOURCES = [
+    ("diffsight/shapes-clip", r"open it with DiffusionModel\('diffsight/shapes-clip'\)"),
     ("diffsight/smolm2", r"there is no language model 'diffsight/smolm2' \(did you mean 'diffsight/smollm2'\?\)"),
     ("nowhere/at-all", "there is no language model 'nowhere/at-all'.*The hub"),
     ("no such thing", "there is no language model 'no such thing'"),

@@ -11,7 +11,7 @@ from diffsight import LanguageModel, OutOfOrderError
 from diffsight.errors import AssignmentError, InputError, PointNotFoundError
 from diffsight.pipelines.language.name_check import NamesWarning
 from diffsight.pipelines.standard_names import layer_names, model_names, standard_names
-from models import architectures
+from models import architectures, language_kinds
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -749,3 +749,21 @@ def test_fused_projections_are_told_apart(kind):
             values[:, :, -1] *= 2
             changed = (run.heads_output[layer] - plain).abs().amax((0, 1, 3)) > 1e-6
         assert changed[-1] and (values.shape[2] == 1 or not changed[0])
+
+
+def test_what_is_not_the_number_of_a_layer():
+    run = LanguageModel((language_kinds.gpt2(), language_kinds.TOKENIZER)).trace("a red circle")
+    with pytest.raises(InputError, match=r"the input of the first layer is layers_input\[0\]"):
+        run.steer("embedding", torch.zeros(4))
+    with pytest.raises(InputError, match=r"skip_layers takes the number of a layer, not \[1, 2\]"):
+        run.skip_layers([1, 2])
+
+
+def test_a_value_after_the_text_of_a_step():
+    with pytest.raises(OutOfOrderError, match=r"the end of the step, to which step.text and step.tokens run the model"):
+        with LanguageModel((language_kinds.gpt2(), language_kinds.TOKENIZER)).generate(
+            "a red circle", max_new_tokens=2
+        ) as run:
+            for step in run.steps:
+                step.text
+                run.layers_output[0]

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from diffsight import LanguageModel
+from diffsight.errors import ScanError
 from models import architectures
 
 IDS = architectures.tokens(2, 6)
@@ -22,6 +23,17 @@ def test_shapes_are_those_of_a_real_run(kind):
     with torch.no_grad(), model.trace(IDS) as run:
         assert found == [run.layers_output[0].shape, run.mlps_output[1].shape, run.logits.shape]
         assert dtype == run.logits.dtype
+
+
+def test_logits_have_no_values():
+    model = LanguageModel(architectures.build_causal("llama"))
+    with model.scan(IDS) as run:
+        best = run.next_token_probs.topk(3)
+        assert best.indices.shape == (2, 3)
+        with pytest.raises(ScanError):
+            best.indices.tolist()
+    with pytest.raises(ScanError, match="shapes only"):
+        run.result.logits.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("kind", ["T5", "Bart", "M2M100"])

@@ -111,6 +111,17 @@ def test_encode_prompt_returns_the_hidden_states_of_the_bare_encoder():
     assert encoded.words[:4] == ("a", "red", "circle", "above")
 
 
+def test_encode_prompt_takes_one_prompt_and_layers_that_exist():
+    model = DiffusionModel(text_encoders.built("stable_diffusion"))
+    with pytest.raises(InputError, match="one prompt, a string"):
+        encode_prompt(model, ["a red circle", "a blue ring"])
+    encoding = encode_prompt(model, "a red circle")["text_encoder"]
+    assert torch.equal(encoding.hidden(-1), encoding.hidden(2))
+    for layer in (3, -4, "embeddings", None):
+        with pytest.raises(InputError, match="text_encoder has no layer"):
+            encoding.hidden(layer)
+
+
 def test_encode_tells_the_prompt_from_the_negative_prompt():
     pipe = text_encoders.built("stable_diffusion")
     encoded = encode_prompt(DiffusionModel(pipe), PROMPT, negative_prompt="a blue photo")["text_encoder"]
@@ -203,3 +214,13 @@ def test_looking_leaves_nothing_behind():
     assert torch.equal(torch.get_rng_state(), state)
     hooks = [h for m in pipe.text_encoder.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks)]
     assert hooks == []
+
+
+def test_arguments_that_the_pipeline_cannot_take():
+    """Diffusers looks for the final norm where transformers 5 no longer has it."""
+    model = DiffusionModel(text_encoders.built("stable_diffusion"))
+    with pytest.raises(InputError, match="StableDiffusionPipeline cannot be called with clip_skip=1"):
+        find_encoders(model, "a red circle", clip_skip=1)
+    with pytest.raises(InputError, match="has no text encoder 'text_encoder_2'"):
+        model.encoders["text_encoder_2"]
+    assert "text_encoder_2" not in model.encoders

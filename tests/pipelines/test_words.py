@@ -141,3 +141,8 @@ def test_a_template_around_the_prompt():
     aligned = align_words(tokenizer, "a red circle above a square", ids)
     assert tokenizer.decode(ids[: aligned["red"].stop]).endswith("Prompt: a red")
     assert tokenizer.decode(ids[: aligned.tokens.stop]).endswith("above a square")
+
+
+def test_it_takes_a_tokenizer():
+    with pytest.raises(InputError, match="align_words takes a tokenizer"):
+        align_words(diffusion.stable_diffusion(), "a red circle")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from diffsight import diffusion_lens, logit_lens, patchscope_lens
 from diffsight.errors import InputError
@@ -152,3 +153,24 @@ def test_the_code_of_a_call(saved_models):
         '    tokens=" Paris",',
         ")",
     ]
+
+
+@pytest.mark.filterwarnings("ignore:the names found in GPT2LMHeadModel could not be verified")
+def test_weights_of_every_kind_have_a_fingerprint():
+    """Made in inference mode, of no element, sparse, on the meta device, of one byte."""
+    with torch.inference_mode():
+        net = language.gpt2()
+        model = language.model(net)
+        first = logit_lens(model, "A cat", layers=0).call.models["model"].weights
+    assert first == logit_lens(language.model(), "A cat", layers=0).call.models["model"].weights
+    net = language.gpt2()
+    for name, value in {
+        "none": torch.zeros(0),
+        "scalar": torch.tensor(2.0),
+        "sparse": torch.eye(3).to_sparse(),
+        "meta": torch.zeros(3, device="meta"),
+        "flags": torch.tensor([True, False]),
+    }.items():
+        net.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    other = logit_lens(language.model(net), "A cat", layers=0).call.models["model"].weights
+    assert other != first

@@ -1,0 +1,65 @@
+"""Which features of a sparse autoencoder stand for a concept: those that are stronger where it is asked for.
+
+    score = concept_features(model, sae, ["a red circle", "a red square"], ["a blue circle", "a green square"])
+    score.topk(5).indices
+
+With the mean of each feature over all vectors and steps, as a share of all features' means, the score is the share with
+the concept minus the share without it (Cywiński and Deja, "SAeUron: Interpretable Concept Unlearning in Diffusion
+Models with Sparse Autoencoders", 2025, section 4.2).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from diffsight.errors import InputError
+from diffsight.lenses.denoising.call_checks import Steps
+from diffsight.lenses.features.activation_stream import PointReader
+from diffsight.lenses.features.autoencoder import SAE
+from diffsight.lenses.features.sae_checks import point_of
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.language.model import LanguageModel
+
+
+@torch.no_grad()
+def concept_features(
+    model: DiffusionModel | LanguageModel,
+    sae: SAE,
+    prompts: Sequence[str],
+    others: Sequence[str],
+    *,
+    steps: Steps = None,
+    point: str | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    **arguments: Any,
+) -> torch.Tensor:
+    """Return a score for each feature, (features,): how much stronger it is with a concept than without.
+
+    Args:
+        model: The model.
+        sae: The SAE.
+        prompts: Prompts with the concept.
+        others: Prompts without it, which are best alike in all else.
+        steps: The denoising steps, for a point in a denoiser. Default: all.
+        point: The path of the module. Default: the point that the SAE was trained at.
+        batch_size: How many prompts are run together.
+        seed: The seed of the first image.
+        arguments: Further arguments of the model.
+
+    Raises:
+        InputError: The prompts are not lists of strings, or the SAE does not say where it was trained.
+    """
+    reader = PointReader(model, point_of(sae, point), sae.of, steps, arguments)
+    reader.check()
+    shares = []
+    for texts in (prompts, others):
+        if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
+            raise InputError("prompts and others must be lists of strings, with and without the concept")
+        total = torch.zeros(sae.count, dtype=torch.double)
+        for start in range(0, len(texts), batch_size):
+            vectors = reader.read(list(texts[start : start + batch_size]), seed=seed + start).vectors()
+            total += sae.encode(vectors).double().sum(0)
+        shares.append(total / total.sum().clamp(min=1e-12))
+    return (shares[0] - shares[1]).float()

@@ -1,0 +1,151 @@
+"""How good a sparse autoencoder is: what it explains, and what the model does with its reconstruction.
+
+print(evaluate_sae(model, sae, captions, num_inference_steps=20))
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from diffsight.errors import InputError
+from diffsight.lenses.denoising.call_checks import Steps
+from diffsight.lenses.features.activation_stream import PointReader, channels_last, tensor_in, value_at
+from diffsight.lenses.features.autoencoder import SAE
+from diffsight.lenses.features.sae_checks import point_of
+from diffsight.lenses.features.sae_training import figures
+from diffsight.lenses.results.outputs import image_of
+from diffsight.lenses.results.result import LensResult
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.run import progress_bar
+from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.shapes.reader import read_scene
+from diffsight.pipelines.shapes.scenes import Scene
+from diffsight.pipelines.shapes.scoring import score
+
+
+@dataclass(frozen=True)
+class SAEEvaluation(LensResult):
+    """The figures of an SAE. `save(folder)` writes `evaluation.json`.
+
+    Attributes:
+        point: Where the SAE was evaluated.
+        features: The number of features.
+        explained_variance: The share of the variance of the vectors that the reconstruction explains.
+        active: The mean number of active features of a vector (L0).
+        dead: The share of features that are never active.
+        effect: What the model does with the reconstruction in place of the value. "loss" and "loss with the SAE" of a
+            language model; "image distance", the root mean square of the difference of pixels from 0 to 255, of a
+            pipeline; "right" and "right with the SAE", the share of scenes that the reader of the shapes sees right.
+    """
+
+    point: str
+    features: int
+    explained_variance: float
+    active: float
+    dead: float
+    effect: dict[str, float]
+    record_file: ClassVar[str] = "evaluation.json"
+
+    def record(self) -> dict[str, Any]:
+        return {"lens": "evaluate_sae", **vars(self)}
+
+
+@torch.no_grad()
+def evaluate_sae(
+    model: DiffusionModel | LanguageModel,
+    sae: SAE,
+    prompts: Sequence[str] | Sequence[Scene],
+    *,
+    steps: Steps = None,
+    point: str | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    **arguments: Any,
+) -> SAEEvaluation:
+    """Evaluate an SAE on prompts.
+
+    Args:
+        model: The model.
+        sae: The SAE.
+        prompts: Prompts, or scenes of the packaged pipelines, whose images are then read.
+        steps: The denoising steps at which vectors are compared, for a point in a denoiser. Default: all. The
+            reconstruction is put in place at every step, in the conditional branch.
+        point: The path of the module. Default: the point that the SAE was trained at.
+        batch_size: How many prompts are run together.
+        seed: Image i has `seed + i`.
+        arguments: Further arguments of the model.
+
+    Raises:
+        InputError: An argument is not valid.
+    """
+    point = point_of(sae, point)
+    scenes = [one for one in prompts if isinstance(one, Scene)]
+    texts = [one.caption() if isinstance(one, Scene) else one for one in prompts]
+    if not texts or (scenes and len(scenes) < len(texts)) or not all(isinstance(text, str) for text in texts):
+        raise InputError("prompts must be a list of strings, or a list of scenes")
+    reader = PointReader(model, point, sae.of, steps, arguments)
+    reader.check()
+    starts = range(0, len(texts), batch_size)
+    batches = (reader.read(texts[start : start + batch_size], seed + start).vectors() for start in starts)
+    found = figures(sae, batches)
+    parts = [(texts[start : start + batch_size], seed + start) for start in starts]
+    edited = _with_reconstruction(model, sae, point, reader.is_in_denoiser)
+    effect = _losses if isinstance(model, LanguageModel) else _images
+    return SAEEvaluation(point, sae.count, **found, effect=effect(model, edited, parts, scenes, arguments))
+
+
+def _with_reconstruction(model: Any, sae: SAE, point: str, is_in_denoiser: bool) -> Any:
+    """Return a copy of the model in which the reconstruction is in place of the value at the point."""
+
+    def put(points: Any) -> None:
+        value = value_at(points, sae.of)
+        vectors = channels_last(value)
+        change = (sae(vectors) - vectors).to(value.dtype)
+        target = tensor_in(points.output)
+        target += change.movedim(-1, 1) if value.ndim >= 4 else change
+
+    def replaced(run: Any) -> None:
+        if is_in_denoiser:
+            for _ in run.steps:
+                put(run.cond[point])
+        elif isinstance(model, DiffusionModel):
+            put(run.cond[point])
+        else:
+            for number in count():
+                put(run[point].calls[number])
+
+    return model.edit(replaced)
+
+
+def _losses(model: Any, edited: Any, parts: Sequence, scenes: Sequence, arguments: dict[str, Any]) -> dict[str, float]:
+    """Return the mean loss of the next token, without and with the reconstruction."""
+    sums, tokens = [0.0, 0.0], 0
+    for texts, _ in parts:
+        for i, one in enumerate((model, edited)):
+            run = one.trace(list(texts), **arguments)
+            logits, ids, mask = run.result.logits, run.tokens, run.mask.bool()
+            keep = mask[:, 1:] & mask[:, :-1]
+            losses = torch.nn.functional.cross_entropy(logits[:, :-1][keep].float(), ids[:, 1:][keep], reduction="sum")
+            sums[i] += losses.item()
+        tokens += int(keep.sum())
+    return {"loss": sums[0] / tokens, "loss with the SAE": sums[1] / tokens}
+
+
+def _images(model: Any, edited: Any, parts: Sequence, scenes: Sequence, arguments: dict[str, Any]) -> dict[str, float]:
+    """Return how far images with the reconstruction are from those without, and which scenes are right in both."""
+    drawn: list[list] = [[], []]
+    for texts, seed in parts:
+        for images, one in zip(drawn, (model, edited)):
+            with progress_bar(one.pipeline, disable=True):
+                images += map(image_of, one.generate(list(texts), seed=seed, **arguments).result[0])
+    errors = [np.asarray(a, dtype=float) - np.asarray(b, dtype=float) for a, b in zip(*drawn)]
+    found = {"image distance": float(np.sqrt(np.mean(np.square(errors))))}
+    if scenes:
+        for name, images in zip(("right", "right with the SAE"), drawn):
+            right = [score(scene, read_scene(image))["scene"] for scene, image in zip(scenes, images)]
+            found[name] = sum(right) / len(right)
+    return found

@@ -1,0 +1,1 @@
+"""Shared by everything about sparse autoencoders: their activations, files, activation streams, and training."""

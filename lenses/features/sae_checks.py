@@ -1,0 +1,26 @@
+"""What functions that take an SAE check before anything runs. Every function raises InputError."""
+
+from collections.abc import Sequence
+
+from diffsight.errors import InputError
+from diffsight.lenses.features.autoencoder import SAE
+
+
+def point_of(sae: SAE, point: str | None) -> str:
+    """Return the point that was asked for, or the one that the SAE was trained at."""
+    if not isinstance(sae, SAE):
+        raise InputError(f"this is no SAE but {type(sae).__name__}: SAE.load(folder) loads one")
+    if point is None and sae.point is None:
+        raise InputError('the SAE does not say at which point it was trained: pass point="unet.mid_block" or another')
+    return point or sae.point
+
+
+def check_features(sae: SAE, features: int | Sequence[int]) -> tuple[int, ...]:
+    """Return features as a tuple."""
+    chosen = tuple(features) if isinstance(features, Sequence) else (features,)
+    for feature in chosen:
+        if not hasattr(feature, "__index__") or isinstance(feature, bool) or not 0 <= feature < sae.count:
+            raise InputError(f"there is no feature {feature!r}: the SAE has {sae.count}, 0 to {sae.count - 1}")
+    if not chosen:
+        raise InputError("no features are chosen")
+    return tuple(int(feature) for feature in chosen)

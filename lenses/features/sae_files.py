@@ -1,0 +1,176 @@
+"""The files of sparse autoencoders: SAELens's folder, which is also ours, and those of other projects.
+
+    cfg.json, sae_weights.safetensors       SAELens: W_enc, b_enc, W_dec, b_dec, threshold
+    config.json, ae.pt                      dictionary_learning: encoder.weight, decoder.weight, ...
+    config.json, state_dict.pth             sdxl-unbox: latent_bias, pre_bias, encoder.weight, decoder.weight
+
+Files of PyTorch are read with `weights_only=True`, which does not execute code.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from diffsight.errors import InputError
+from diffsight.lenses.results.saving import save_files
+
+_PACKAGED = Path(__file__).parent / "packaged"
+_NAMES = {"W_enc": "encoder", "b_enc": "encoder_bias", "W_dec": "decoder", "b_dec": "decoder_bias"}
+_ARCHITECTURES = {"topk": "topk", "relu": "standard", "jumprelu": "jumprelu", "batch_topk": "jumprelu"}
+
+
+def write_sae(sae: Any, folder: str | Path) -> list[Path]:
+    """Write an SAE as SAELens does, and return the paths."""
+    state = {name: getattr(sae, own).detach().cpu().contiguous() for name, own in _NAMES.items()}
+    if hasattr(sae, "threshold"):
+        state["threshold"] = sae.threshold.detach().cpu().expand(sae.count).contiguous()
+    facts = {"point": sae.point, "of": sae.of, "kind": sae.kind, **sae.facts}
+    config = {
+        "architecture": _ARCHITECTURES[sae.kind],
+        "d_in": sae.width,
+        "d_sae": sae.count,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"hook_name": sae.point, "diffsight": facts},
+    }
+    if sae.kind == "topk":
+        config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    text = json.dumps(config, indent=2, default=repr) + "\n"
+    return save_files(
+        folder,
+        {
+            "cfg.json": lambda path: path.write_text(text, encoding="utf-8"),
+            "sae_weights.safetensors": partial(save_file, state),
+        },
+    )
+
+
+def read_sae(source: str | Path, subfolder: str | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the arguments and the state of the SAE in a folder, a packaged name or a hub id."""
+    folder = _folder(source, subfolder)
+    try:
+        if (folder / "cfg.json").is_file():
+            return _of_saelens(_json(folder / "cfg.json"), load_file(folder / "sae_weights.safetensors"))
+        if (folder / "ae.pt").is_file():
+            return _of_dictionary_learning(_json(folder / "config.json"), _torch_file(folder / "ae.pt"))
+        if (folder / "state_dict.pth").is_file():
+            return _of_unbox(_json(folder / "config.json"), _torch_file(folder / "state_dict.pth"))
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"the SAE in {folder} cannot be read: {type(error).__name__}: {error}") from error
+    raise InputError(f"{folder} has no SAE: there is neither cfg.json nor ae.pt nor state_dict.pth in it")
+
+
+def _folder(source: str | Path, subfolder: str | None) -> Path:
+    folder = Path(source).expanduser()
+    packaged = _PACKAGED / str(source).removeprefix("diffsight/")
+    if str(source).startswith("diffsight/"):
+        if not packaged.is_dir():
+            known = ", ".join(sorted(f"diffsight/{path.name}" for path in _PACKAGED.glob("*")))
+            raise InputError(f"no packaged SAE is called {source}: there are {known}")
+        folder = packaged
+    elif folder.is_file():
+        raise InputError(f"{source} is a file: pass the folder of an SAE, with cfg.json and sae_weights.safetensors")
+    elif not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=f"{subfolder}/*" if subfolder else None))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            raise InputError(f"{source} is neither a folder nor an SAE on the hub: {error}") from None
+    return folder / subfolder if subfolder else folder
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _torch_file(path: Path) -> Mapping[str, torch.Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} holds more than tensors, and reading it could execute code, so it is not read. Convert it where "
+            "you trust it: safetensors.torch.save_file(module.state_dict(), 'sae_weights.safetensors')"
+        ) from error
+
+
+def _of_saelens(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
+    architecture = config.get("architecture", "standard")
+    kinds = {"topk": "topk", "standard": "relu", "jumprelu": "jumprelu"}
+    if architecture not in kinds:
+        raise InputError(f"SAEs of the architecture {architecture!r} are not supported: {', '.join(kinds)} are")
+    for option, plain in {"normalize_activations": "none", "reshape_activations": "none"}.items():
+        if config.get(option, plain) not in (plain, None):
+            raise InputError(f"SAEs with {option}={config[option]!r} are not supported: fold it into the weights first")
+    if config.get("rescale_acts_by_decoder_norm"):
+        raise InputError("SAEs with rescale_acts_by_decoder_norm are not supported: fold it into the weights first")
+    metadata = config.get("metadata") or {}
+    own = dict(metadata.get("diffsight") or {})
+    own.pop("kind", None)
+    point = own.pop("point", None) or metadata.get("hook_name") or config.get("hook_name")
+    arguments = {"point": point, "of": own.pop("of", "output"), "facts": own, "kind": kinds[architecture]}
+    state = {own_name: tensors[name].float() for name, own_name in _NAMES.items()}
+    if arguments["kind"] == "jumprelu":
+        state["threshold"] = tensors["threshold"].float()
+    if not config.get("apply_b_dec_to_input", True):
+        state["encoder_bias"] = state["encoder_bias"] + state["decoder_bias"] @ state["encoder"]
+    return _complete(arguments | {"k": config.get("k")}, state)
+
+
+def _of_dictionary_learning(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
+    trainer = config.get("trainer", config)
+    name = trainer.get("dict_class", "AutoEncoder")
+    point = trainer.get("submodule_name")
+    if name in ("AutoEncoderTopK", "BatchTopKSAE"):
+        state = {
+            "encoder": tensors["encoder.weight"].T,
+            "encoder_bias": tensors["encoder.bias"],
+            "decoder": tensors["decoder.weight"].T,
+            "decoder_bias": tensors["b_dec"],
+        }
+        if name == "BatchTopKSAE" or float(tensors.get("threshold", -1)) > 0:
+            state["threshold"] = tensors["threshold"].expand(len(tensors["encoder.bias"]))
+            return _complete({"kind": "jumprelu", "k": None, "point": point}, state)
+        return _complete({"kind": "topk", "k": int(tensors["k"]), "point": point}, state)
+    if name == "AutoEncoder":
+        state = {
+            "encoder": tensors["encoder.weight"].T,
+            "encoder_bias": tensors["encoder.bias"],
+            "decoder": tensors["decoder.weight"].T,
+            "decoder_bias": tensors["bias"],
+        }
+        return _complete({"kind": "relu", "k": None, "point": point}, state)
+    raise InputError(f"SAEs of the class {name} of dictionary_learning are not supported")
+
+
+def _of_unbox(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
+    state = {
+        "encoder": tensors["encoder.weight"].T,
+        "encoder_bias": tensors["latent_bias"],
+        "decoder": tensors["decoder.weight"].T,
+        "decoder_bias": tensors["pre_bias"],
+    }
+    return _complete({"kind": "topk", "k": int(config["k"]), "of": "difference"}, state)
+
+
+def _complete(arguments: dict[str, Any], state: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
+    """Return the arguments and the state, after a check that their shapes fit."""
+    width, features = state["encoder"].shape
+    shapes = {"encoder_bias": (features,), "decoder": (features, width), "decoder_bias": (width,)}
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != shape:
+            raise InputError(f"the SAE is damaged: {name} has the shape {tuple(state[name].shape)}, not {shape}")
+    own = {"width": width, "features": features, **arguments}
+    return own, {name: tensor.float().contiguous() for name, tensor in state.items()}

@@ -1,0 +1,221 @@
+"""Train a sparse autoencoder: the loss, one update, and checkpoints.
+
+The loss is the share of variance that is not explained, plus a penalty for the kinds that need one, plus, for TopK and
+BatchTopK, how well dead features explain what is left (Gao et al., 2024, appendix A.2). The decoder bias starts at the
+geometric median, the decoder in random directions and the encoder as its transpose.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffsight.errors import InputError
+from diffsight.lenses.features.autoencoder import SAE
+from diffsight.lenses.features.sparsity import ActiveCount, JumpReLU, batch_topk, topk
+from diffsight.lenses.results.saving import save_files
+
+_CHECKPOINT_SECONDS = 20
+_AUXILIARY = 1 / 32  # the weight of the loss of dead features
+
+
+@dataclass(frozen=True)
+class SAESettings:
+    """How an SAE is trained.
+
+    Attributes:
+        updates: The number of updates.
+        batch_size: The number of vectors in an update.
+        learning_rate: That of Adam. It falls to 0 in the last fifth of the updates.
+        penalty: The weight of the L1 norm of the features ("relu"), or of their number ("jumprelu").
+        dead_after: A feature is dead when it was not active for this many vectors.
+        bandwidth: Of the gradient of thresholds, for "jumprelu".
+    """
+
+    updates: int = 2000
+    batch_size: int = 2048
+    learning_rate: float = 1e-3
+    penalty: float = 1e-3
+    dead_after: int = 200_000
+    bandwidth: float = 0.05
+
+
+class SAETrainer:
+    """An SAE in training.
+
+    Args:
+        sae: The SAE.
+        settings: How it is trained.
+    """
+
+    def __init__(self, sae: SAE, settings: SAESettings) -> None:
+        self.sae, self.settings, self.done = sae.train(), settings, 0
+        self.curve: list[dict[str, float]] = []
+        self._adam = torch.optim.Adam(sae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.999))
+        self._unused = torch.zeros(sae.count, dtype=torch.long)  # vectors since each feature was last active
+        self._saved_at = time.monotonic()
+
+    def start(self, vectors: torch.Tensor) -> None:
+        """Set the decoder bias to the geometric median of some vectors."""
+        with torch.no_grad():
+            self.sae.decoder_bias.copy_(geometric_median(vectors))
+
+    def update(self, x: torch.Tensor) -> dict[str, float]:
+        """Make one update for vectors, (vectors, width), and return its figures."""
+        sae, settings = self.sae, self.settings
+        self._set_learning_rate()
+        before = sae.before_activation(x)
+        features, penalty = self._features(before)
+        left = x - sae.decode(features)
+        variance = (x - x.mean(0)).square().sum().clamp(min=1e-12)
+        unexplained = left.square().sum() / variance
+        self._count(features.detach(), len(x))
+        loss = unexplained + settings.penalty * penalty + _AUXILIARY * self._auxiliary(before, left.detach())
+        self._adam.zero_grad(set_to_none=True)
+        loss.backward()
+        self._keep_directions()
+        self._adam.step()
+        self._normalize()
+        self.done += 1
+        active = (features.detach() > 0).sum(-1).float().mean().item()
+        return {
+            "update": self.done,
+            "explained_variance": 1 - unexplained.item(),
+            "active": active,
+            "dead": (self._unused >= settings.dead_after).float().mean().item(),
+        }
+
+    # ---- the loss
+
+    def _features(self, before: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Return the active features and the penalty on them."""
+        sae = self.sae
+        if sae.kind == "topk":
+            return topk(before, sae.k), 0
+        if sae.kind == "batch_topk":
+            features = batch_topk(before, sae.k)
+            least = features.detach()[features.detach() > 0].amin() if features.any() else sae.threshold
+            with torch.no_grad():
+                sae.threshold.copy_(least if self.done == 0 else 0.99 * sae.threshold + 0.01 * least)
+            return features, 0
+        if sae.kind == "relu":
+            features = before.relu()
+            return features, features.sum(-1).mean()
+        bandwidth = self.settings.bandwidth
+        active = ActiveCount.apply(before, sae.threshold, bandwidth).mean()
+        return JumpReLU.apply(before, sae.threshold, bandwidth), active
+
+    def _auxiliary(self, before: torch.Tensor, left: torch.Tensor) -> torch.Tensor | int:
+        """Return how much of what is left the dead features do not explain."""
+        dead = (self._unused >= self.settings.dead_after).nonzero().flatten()
+        if self.sae.k is None or len(dead) == 0:
+            return 0
+        features = topk(before[:, dead], min(len(dead), max(1, self.sae.width // 2)))
+        variance = (left - left.mean(0)).square().sum().clamp(min=1e-12)
+        return ((features @ self.sae.decoder[dead] - left).square().sum() / variance).nan_to_num()
+
+    def _count(self, features: torch.Tensor, vectors: int) -> None:
+        used = (features > 0).any(0)
+        self._unused += vectors
+        self._unused[used] = 0
+
+    # ---- the decoder has rows of length one
+
+    @torch.no_grad()
+    def _keep_directions(self) -> None:
+        """Take out of the gradient what would only change the length of rows."""
+        decoder = self.sae.decoder
+        decoder.grad -= (decoder.grad * decoder).sum(-1, keepdim=True) * decoder
+
+    @torch.no_grad()
+    def _normalize(self) -> None:
+        self.sae.decoder.copy_(nn.functional.normalize(self.sae.decoder, dim=-1))
+        if self.sae.kind == "jumprelu":
+            self.sae.threshold.clamp_(min=0)
+
+    def _set_learning_rate(self) -> None:
+        settings = self.settings
+        share = min(1.0, 5 * (settings.updates - self.done) / settings.updates)
+        for group in self._adam.param_groups:
+            group["lr"] = settings.learning_rate * share
+
+    # ---- checkpoints
+
+    def is_due(self) -> bool:
+        """Return whether the last checkpoint is some time ago."""
+        return time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS
+
+    def save(self, folder: Path, position: int, generator: torch.Generator) -> None:
+        """Write a checkpoint, from which `resume` goes on."""
+        tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        names = [name for name, _ in self.sae.named_parameters()]
+        for name, state in zip(names, self._adam.state_dict()["state"].values()):
+            tensors |= {f"adam.{name}.{key}": value for key, value in state.items()}
+        tensors |= {"unused": self._unused, "generator": generator.get_state()}
+        facts = {"done": self.done, "position": position, "curve": self.curve, "settings": asdict(self.settings)}
+        copies = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+        save_files(
+            folder,
+            {
+                "checkpoint.safetensors": lambda path: save_file(copies, path),
+                "checkpoint.json": lambda path: path.write_text(json.dumps(facts), encoding="utf-8"),
+            },
+        )
+        self._saved_at = time.monotonic()
+
+    def resume(self, folder: Path, generator: torch.Generator) -> int:
+        """Go on from a checkpoint, and return the position in the data.
+
+        Raises:
+            InputError: The checkpoint is of another training.
+        """
+        facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        tensors = load_file(folder / "checkpoint.safetensors")
+        own = {name.removeprefix("sae."): value for name, value in tensors.items() if name.startswith("sae.")}
+        same = {name: value.shape for name, value in own.items()} == {
+            name: value.shape for name, value in self.sae.state_dict().items()
+        }
+        if facts["settings"] != asdict(self.settings) or not same:
+            raise InputError(f"{folder} has the checkpoint of another training: choose another folder, or its settings")
+        self.sae.load_state_dict(own)
+        names = [name for name, _ in self.sae.named_parameters()]
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        state = {i: {key: tensors[f"adam.{name}.{key}"] for key in keys} for i, name in enumerate(names)}
+        self._adam.load_state_dict({**self._adam.state_dict(), "state": state})
+        self._unused, self.done, self.curve = tensors["unused"], facts["done"], facts["curve"]
+        generator.set_state(tensors["generator"])
+        return facts["position"]
+
+
+def geometric_median(vectors: torch.Tensor, rounds: int = 50) -> torch.Tensor:
+    """Return the point with the smallest sum of distances to vectors, (vectors, width), by Weiszfeld's iteration."""
+    found = vectors.mean(0)
+    for _ in range(rounds):
+        weights = 1 / (vectors - found).norm(dim=-1, keepdim=True).clamp(min=1e-8)
+        found = (weights * vectors).sum(0) / weights.sum()
+    return found
+
+
+def figures(sae: SAE, batches: Iterator[torch.Tensor]) -> dict[str, float]:
+    """Return how well an SAE explains vectors: the explained variance, the number of active features, and the share of
+    features that are never active."""
+    left = total = active = count = 0.0
+    used = torch.zeros(sae.count, dtype=torch.bool)
+    sums, squares = torch.zeros(sae.width, dtype=torch.double), 0.0
+    with torch.no_grad():
+        for x in batches:
+            features = sae.encode(x)
+            left += (x - sae.decode(features)).double().square().sum().item()
+            active += (features > 0).sum().item()
+            used |= (features > 0).flatten(0, -2).any(0)
+            count += x.numel() // sae.width
+            sums += x.double().flatten(0, -2).sum(0)
+            squares += x.double().square().sum().item()
+    total = squares - (sums.square().sum() / count).item()
+    return {"explained_variance": 1 - left / total, "active": active / count, "dead": 1 - used.float().mean().item()}

@@ -1,0 +1,248 @@
+"""Sparse autoencoders: train them at any point of a model, and read and change their features in every run.
+
+    sae = train_sae(model, "unet.up_blocks.0", captions, features=1024, k=16, folder="sae", num_inference_steps=20)
+    sae = SAE.load("sae")
+
+    opened = attach_sae(model, sae)
+    with opened.generate("a red circle", seed=0) as run:
+        for step in run.steps:
+            run.unet.up_blocks[0].sae.features.output[..., 7] = 0
+
+A model with an SAE attached keeps what the SAE does not explain: only changes of features reach the model, so that an
+SAE whose features are read alone changes no bit.
+"""
+
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from diffsight.errors import InputError
+from diffsight.lenses.denoising.call_checks import Steps
+from diffsight.lenses.features.activation_stream import (
+    PointReader,
+    ShuffledBuffer,
+    channels_last,
+    difference,
+    stored,
+    tensor_in,
+)
+from diffsight.lenses.features.autoencoder import SAE
+from diffsight.lenses.features.sae_checks import point_of
+from diffsight.lenses.features.sae_training import SAESettings, SAETrainer
+from diffsight.lenses.results.denoising_plots import step_curves
+from diffsight.lenses.results.saving import check_writable, save_files, write_record
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.language.model import LanguageModel
+
+Wrapper = TypeVar("Wrapper", DiffusionModel, LanguageModel)
+
+_FIGURES_SHOWN = {"explained_variance": "explained", "active": "L0", "dead": "dead"}
+
+
+def train_sae(
+    model: DiffusionModel | LanguageModel | None,
+    point: str,
+    data: Sequence[str] | torch.Tensor,
+    *,
+    features: int,
+    kind: str = "topk",
+    k: int | None = 32,
+    of: str = "output",
+    steps: Steps = None,
+    settings: SAESettings | None = None,
+    buffer: int = 65536,
+    prompts_per_run: int = 16,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **arguments: Any,
+) -> SAE:
+    """Train a sparse autoencoder on the vectors at a point of a model: tokens, or positions of a feature map.
+
+        train_sae(model, "text_encoder.layers[6]", captions, features=512, k=8, folder="sae")
+        train_sae(model, "unet.mid_block", captions, features=1024, of="difference", num_inference_steps=20)
+        train_sae(None, "layers[3]", vectors, features=4096, kind="jumprelu", k=None)
+
+    Args:
+        model: The model. It may be None if `data` are vectors.
+        point: The path of a module of the model.
+        data: Prompts, which are run again and again, or vectors, (vectors, width).
+        features: The number of features.
+        kind: "topk", "batch_topk", "jumprelu" or "relu".
+        k: The number of active features, for "topk" and "batch_topk".
+        of: "output" of the point, or its "difference": output minus input.
+        steps: The denoising steps to take, for a point in a denoiser, whose conditional branch is read. Default: all.
+        settings: The number of updates, the batch size, and so on.
+        buffer: How many vectors are in memory, in random order.
+        prompts_per_run: How many prompts are run together.
+        folder: Where to write checkpoints, every 20 seconds, and in the end the SAE, `training.json` with the record
+            and the learning curve, and `curve.png`. If it has a checkpoint, the training goes on from there.
+        seed: The seed of the weights, the order, and the images.
+        progress: Whether to show a progress bar.
+        arguments: Further arguments of the model.
+
+    Returns:
+        The SAE.
+
+    Raises:
+        InputError: Before anything runs, if an argument is not valid or the folder has the checkpoint of another
+            training.
+        PointNotFoundError: The point does not exist.
+    """
+    settings = settings or SAESettings()
+    refill = _refill(model, point, data, of, steps, prompts_per_run, arguments)
+    folder = None if folder is None else check_writable(folder)
+    generator = torch.Generator().manual_seed(seed)
+    sample, _ = refill(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sae = SAE(sample.shape[-1], features, kind, k, point, of)
+    trainer, position = SAETrainer(sae, settings), 0
+    if folder is not None and (folder / "checkpoint.json").is_file():
+        position = trainer.resume(folder, generator)
+    else:
+        trainer.start(sample)
+    source = ShuffledBuffer(refill, buffer, position, generator)
+    _train(trainer, source, folder, generator, progress)
+    sae.facts |= {"model": None if model is None else getattr(model, "source", str(model)), "updates": trainer.done}
+    sae.eval().requires_grad_(False)
+    if folder is not None:
+        _finish(trainer, folder, {"point": point, "of": of, "kind": kind, "k": k, "seed": seed, "arguments": arguments})
+    return sae
+
+
+def attach_sae(model: Wrapper, sae: SAE, point: str | None = None) -> Wrapper:
+    """Return a copy of the model, sharing its weights, in which the features of an SAE are points of every run.
+
+        opened = attach_sae(model, SAE.load("sae"))
+        with opened.trace("The Eiffel Tower") as run:
+            run.layers[3].sae.features.output[..., 7] *= 2
+
+    The features are at `sae.features.output` of the module at the point, (..., features); for feature maps (batch,
+    height, width, features). They can be read, changed in place and assigned in each call of the module.
+
+    Args:
+        model: The model.
+        sae: The SAE.
+        point: The path of the module. Default: the point that the SAE was trained at.
+
+    Raises:
+        InputError: The SAE does not say where it was trained.
+        PointNotFoundError: The point does not exist.
+    """
+    point = point_of(sae, point)
+
+    def attached(run: Any) -> None:
+        for number in count():
+            call = run[point].calls[number]
+            given = call.input if sae.of == "difference" else None
+            output = call.output
+            value = run[point].sae(tensor_in(output), None if given is None else tensor_in(given), hook=True)
+            call.output = _with_tensor(output, value)
+
+    model[point]  # raises an error if it does not exist
+    copy = model.edit(attached)
+    copy[point].sae = FeatureTap(sae, point)
+    return copy
+
+
+class FeatureTap(nn.Module):
+    """What `attach_sae` attaches: it returns its input, plus what changes of the features add to it.
+
+    Args:
+        sae: The SAE.
+        point: Where it is attached.
+    """
+
+    def __init__(self, sae: SAE, point: str) -> None:
+        super().__init__()
+        self.sae, self.features = sae, nn.Identity()
+        self._point = point
+
+    def forward(self, value: torch.Tensor, given: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the value of the point, (..., width), with what changes of the features add."""
+        vectors = channels_last(value if given is None else difference(value, given, self._point))
+        if vectors.shape[-1] != self.sae.width:
+            raise InputError(
+                f"the SAE is for vectors of width {self.sae.width}, but {self._point} has width {vectors.shape[-1]}"
+            )
+        features = self.sae.encode(vectors)
+        changed = self.features(features.clone())
+        if torch.equal(changed, features):
+            return value
+        added = ((changed - features) @ self.sae.decoder).to(value.dtype)
+        return value + (added.movedim(-1, 1) if value.ndim >= 4 else added)
+
+
+def _with_tensor(output: Any, tensor: torch.Tensor) -> Any:
+    """Return what a module returned with another first tensor."""
+    if isinstance(output, torch.Tensor):
+        return tensor
+    if isinstance(output, tuple):
+        at = next(i for i, item in enumerate(output) if isinstance(item, torch.Tensor))
+        return (*output[:at], tensor, *output[at + 1 :])
+    first = next(name for name, item in output.items() if isinstance(item, torch.Tensor))
+    return type(output)(**{**output, first: tensor})
+
+
+# ---- training
+
+
+def _refill(
+    model: Any, point: str, data: Any, of: str, steps: Steps, prompts_per_run: int, arguments: dict[str, Any]
+) -> Any:
+    if isinstance(data, torch.Tensor):
+        if data.ndim != 2 or not data.is_floating_point() or len(data) == 0:
+            raise InputError(f"vectors are a float tensor (vectors, width), not {data.dtype} {tuple(data.shape)}")
+        return stored(data)
+    if not isinstance(model, (DiffusionModel, LanguageModel)):
+        raise InputError(f"train_sae takes a DiffusionModel or a LanguageModel, not {type(model).__name__}")
+    prompts = [data] if isinstance(data, str) else list(data)
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError("data must be prompts, a list of strings, or vectors, a tensor (vectors, width)")
+    reader = PointReader(model, point, of, steps, arguments)
+    reader.check()
+    return reader.stream(prompts, prompts_per_run)
+
+
+def _train(
+    trainer: SAETrainer, source: ShuffledBuffer, folder: Path | None, generator: torch.Generator, progress: bool
+) -> None:
+    settings = trainer.settings
+    every = max(1, settings.updates // 200)
+    with tqdm(desc="SAE", total=settings.updates, initial=trainer.done, disable=not progress) as bar:
+        for batch in source.batches(settings.batch_size):
+            if trainer.done >= settings.updates:
+                break
+            found = trainer.update(batch)
+            if trainer.done % every == 0 or trainer.done == settings.updates:
+                trainer.curve.append(found)
+                bar.set_postfix({name: f"{found[key]:.3g}" for key, name in _FIGURES_SHOWN.items()})
+            bar.update()
+            if folder is not None and trainer.is_due():
+                trainer.save(folder, source.position, generator)
+
+
+def _finish(trainer: SAETrainer, folder: Path, record: dict[str, Any]) -> None:
+    """Write the SAE, the record and the learning curve, and remove the checkpoint."""
+    curve, sae = trainer.curve, trainer.sae
+    shares = {"explained variance": [one["explained_variance"] for one in curve]}
+    shares["dead features"] = [one["dead"] for one in curve]
+    updates = [one["update"] for one in curve]
+    facts = {"lens": "train_sae", **record, "settings": vars(trainer.settings), "curve": curve}
+    figure = step_curves(shares, updates, "share", f"{sae.point}, {sae.count} features", axis="update")
+    sae.save(folder)
+    save_files(
+        folder,
+        {
+            "training.json": lambda path: write_record(facts, path),
+            "curve.png": lambda path: figure.savefig(path, dpi=200),
+        },
+    )
+    for name in ("checkpoint.json", "checkpoint.safetensors"):
+        (folder / name).unlink(missing_ok=True)

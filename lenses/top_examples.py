@@ -1,0 +1,240 @@
+"""Where features of a sparse autoencoder are strongest: the images or texts, and the places in them.
+
+result = top_examples(model, sae, captions, features=[417, 88], num_inference_steps=20)
+result.grid()           # a row for each feature; warm colours where it is active
+result.plot()           # each feature by denoising step
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from tqdm.auto import tqdm
+
+from diffsight.errors import InputError
+from diffsight.lenses.denoising.call_checks import Steps, choose_steps
+from diffsight.lenses.features.activation_stream import PointReader, channels_last, value_at
+from diffsight.lenses.features.autoencoder import SAE
+from diffsight.lenses.features.sae_checks import check_features, point_of
+from diffsight.lenses.results.denoising_plots import step_curves
+from diffsight.lenses.results.figure import write_figure
+from diffsight.lenses.results.image_grid import image_grid
+from diffsight.lenses.results.outputs import image_of
+from diffsight.lenses.results.result import LensResult
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.run import progress_bar
+from diffsight.pipelines.language.model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt in which a feature is strong.
+
+    Attributes:
+        prompt: The prompt.
+        strength: The largest activation.
+        activations: By place: (tokens,), or (height, width) at the step of the largest.
+        tokens: The tokens, for a point in a text encoder or a language model.
+        image: The image, for a point in a denoiser.
+    """
+
+    prompt: str
+    strength: float
+    activations: torch.Tensor = field(repr=False)
+    tokens: tuple[str, ...] = ()
+    image: Image.Image | None = field(default=None, repr=False)
+
+    def shown(self) -> Image.Image:
+        """Return the image with the activations as a heat map over it."""
+        if self.image is None:
+            raise InputError("the example is a text: print it")
+        heat = (self.activations / max(self.strength, 1e-12)).clamp(0, 1).numpy()
+        heat = np.asarray(Image.fromarray((heat * 255).astype(np.uint8)).resize(self.image.size)) / 255
+        gray = np.asarray(self.image.convert("L").convert("RGB"), dtype=float)
+        color = matplotlib.colormaps["inferno"](heat)[..., :3] * 255
+        mixed = gray * (1 - 0.8 * heat[..., None]) + color * 0.8 * heat[..., None]
+        return Image.fromarray(mixed.round().astype(np.uint8))
+
+    def __str__(self) -> str:
+        if not self.tokens:
+            return f"{self.strength:.2f}  {self.prompt}"
+        values = self.activations.tolist()
+        marked = (f"[{token} {value:.1f}]" if value > 0 else token for token, value in zip(self.tokens, values))
+        return f"{self.strength:.2f}  {' '.join(marked)}"
+
+
+@dataclass(frozen=True)
+class TopExamples(LensResult):
+    """The strongest examples of features.
+
+    `save(folder)` writes `examples.txt` and `lens.json`, and for a point in a denoiser `grid.png` and `steps.png`.
+
+    Attributes:
+        examples: By feature, the strongest first.
+        by_step: By feature, the mean activation at each step, (steps,).
+        steps: The denoising steps.
+        point: Where.
+        model: The name of the model.
+    """
+
+    examples: Mapping[int, tuple[Example, ...]] = field(repr=False)
+    by_step: Mapping[int, torch.Tensor] = field(repr=False)
+    steps: tuple[int, ...]
+    point: str
+    model: str
+
+    def grid(self) -> Image.Image:
+        """Return the images with their heat maps: a row for each feature, and below it the images alone."""
+        rows, titles, names = [], [], []
+        for feature, examples in self.examples.items():
+            rows += [[one.shown() for one in examples], [one.image for one in examples]]
+            titles += [[f"{one.strength:.1f}" for one in examples], [one.prompt for one in examples]]
+            names += [f"feature {feature}", ""]
+        return image_grid(rows, titles=titles, row_titles=names, cell=128)
+
+    def plot(self) -> Figure:
+        """Plot the mean activation of each feature by denoising step."""
+        curves = {f"feature {feature}": values.tolist() for feature, values in self.by_step.items()}
+        return step_curves(curves, self.steps, "mean activation", self.point)
+
+    def preview(self) -> Image.Image | None:
+        return self.grid() if self._has_images else None
+
+    def files(self) -> dict[str, Callable[[Path], None]]:
+        files: dict[str, Callable[[Path], None]] = {
+            "examples.txt": lambda path: path.write_text(f"{self}\n", encoding="utf-8")
+        }
+        if self._has_images:
+            files |= {"grid.png": self.grid().save, "steps.png": partial(write_figure, self.plot)}
+        return files
+
+    def record(self) -> dict[str, Any]:
+        examples = {
+            str(feature): [{"prompt": one.prompt, "strength": one.strength} for one in found]
+            for feature, found in self.examples.items()
+        }
+        return {"lens": "top_examples", "model": self.model, "point": self.point, "examples": examples}
+
+    def __str__(self) -> str:
+        lines = []
+        for feature, examples in self.examples.items():
+            lines += [f"feature {feature}", *(f"  {one}" for one in examples)]
+        return "\n".join(lines)
+
+    @property
+    def _has_images(self) -> bool:
+        return any(one.image is not None for examples in self.examples.values() for one in examples)
+
+
+@torch.no_grad()
+def top_examples(
+    model: DiffusionModel | LanguageModel,
+    sae: SAE,
+    prompts: Sequence[str],
+    features: int | Sequence[int],
+    *,
+    count: int = 6,
+    steps: Steps = None,
+    point: str | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+    **arguments: Any,
+) -> TopExamples:
+    """Find the prompts in which features are strongest, and where.
+
+    Args:
+        model: The model.
+        sae: The SAE.
+        prompts: The prompts to look at.
+        features: One feature or several.
+        count: How many examples to return for each feature.
+        steps: The denoising steps, for a point in a denoiser. Default: all.
+        point: The path of the module. Default: the point that the SAE was trained at.
+        batch_size: How many prompts are run together.
+        seed: Image i has `seed + i`.
+        progress: Whether to show a progress bar.
+        arguments: Further arguments of the model.
+
+    Raises:
+        InputError: Before anything runs, if an argument is not valid.
+    """
+    point, chosen = point_of(sae, point), check_features(sae, features)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError("prompts must be a list of strings")
+    reader = PointReader(model, point, sae.of, steps, arguments)
+    reader.check()
+    found: dict[int, list[Example]] = {feature: [] for feature in chosen}
+    sums, read = torch.zeros(0), ()
+    look = _images if reader.is_in_denoiser else _tokens
+    for start in tqdm(range(0, len(texts), batch_size), desc="prompts", disable=not progress):
+        part = texts[start : start + batch_size]
+        means, read, examples = look(reader, sae, part, chosen, seed + start)
+        sums = means if not len(sums) else sums + means
+        for feature, new in zip(chosen, examples):
+            found[feature] = sorted([*found[feature], *new], key=lambda one: -one.strength)[:count]
+    by_step = dict(zip(chosen, (sums / len(texts)).T))
+    return TopExamples(
+        {f: tuple(some) for f, some in found.items()}, by_step, read, point, getattr(model, "source", "")
+    )
+
+
+def _images(
+    reader: PointReader, sae: SAE, prompts: Sequence[str], features: tuple[int, ...], seed: int
+) -> tuple[torch.Tensor, tuple[int, ...], list[list[Example]]]:
+    """Return the activations summed over prompts, (steps, features), the steps, and an example for each prompt."""
+    model, kept, chosen = reader.model, [], None
+    with (
+        progress_bar(model.pipeline, disable=True),
+        model.generate(list(prompts), seed=seed, **dict(reader.arguments or {})) as run,
+    ):
+        for step in run.steps:
+            chosen = chosen or choose_steps(reader.steps, len(run.scheduler.timesteps))
+            if step.index in chosen:
+                vectors = channels_last(value_at(run.cond[reader.point], sae.of))
+                kept.append(sae.encode(vectors)[..., list(features)].cpu())
+    maps = torch.stack(kept, 1)  # (prompts, steps, height, width, features)
+    images = list(map(image_of, run.result[0]))
+    means = maps.mean(tuple(range(2, maps.ndim - 1))).sum(0)
+    examples = []
+    for i in range(len(features)):
+        strongest = maps[..., i].flatten(2).amax(-1)  # (prompts, steps)
+        at = strongest.argmax(1)
+        examples.append(
+            [
+                Example(prompt, strongest[row, at[row]].item(), maps[row, at[row], ..., i], image=image)
+                for row, (prompt, image) in enumerate(zip(prompts, images))
+            ]
+        )
+    return means, chosen, examples
+
+
+def _tokens(
+    reader: PointReader, sae: SAE, prompts: Sequence[str], features: tuple[int, ...], seed: int
+) -> tuple[torch.Tensor, tuple[int, ...], list[list[Example]]]:
+    """The same for texts, which have no steps."""
+    values = reader.read(prompts, seed)
+    activations = sae.encode(values.steps[0])[..., list(features)].cpu()
+    mask = torch.ones_like(values.tokens, dtype=torch.bool) if values.mask is None else values.mask
+    tokenizer = _tokenizer(reader)
+    texts = [tuple(tokenizer.convert_ids_to_tokens(ids[keep].tolist())) for ids, keep in zip(values.tokens, mask)]
+    examples = []
+    for i in range(len(features)):
+        rows = [own[keep.cpu()][:, i] for own, keep in zip(activations, mask)]
+        examples.append([Example(p, row.max().item(), row, t) for p, row, t in zip(prompts, rows, texts)])
+    return activations.mean(1).sum(0)[None], (0,), examples
+
+
+def _tokenizer(reader: PointReader) -> Any:
+    if isinstance(reader.model, LanguageModel):
+        return reader.model.tokenizer
+    name = reader.point.split(".")[0].replace("text_encoder", "tokenizer")
+    return reader.model.pipeline.components[name]

@@ -1,0 +1,27 @@
+"""Accessors of text encoders: the hidden states of their layers as plain tensors, even if the layers return tuples.
+
+    hidden = run.text_encoder.layers_output[4]          # (batch, tokens, features)
+    run.text_encoder.layers_output[4] = hidden * 2      # the rest of the tuple stays as it is
+    run.text_encoder.layers_input[0]                    # the embedding
+
+They are those of language models, see `diffsight.pipelines.language.accessors`.
+"""
+
+from diffsight.extending import Envoy, Target, tree_of
+from diffsight.pipelines.language.accessors import LayerAccessors
+
+
+class EncoderEnvoy(LayerAccessors, Envoy):
+    """The envoy of a text encoder, or of any component with layers under the standard name."""
+
+
+class HasEncoders:
+    """What the envoy of a pipeline has besides its components: text encoders with accessors."""
+
+    def _handle(self, target: Target) -> Envoy:
+        kind = EncoderEnvoy if "layers" in tree_of(self).names_of(target.owner) else Envoy
+        return kind(self._tree, target, self._run, part=self._part)
+
+
+class PipelineEnvoy(HasEncoders, Envoy):
+    """The envoy of a pipeline in one run, or in a row or branch of it."""

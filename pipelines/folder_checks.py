@@ -1,0 +1,39 @@
+"""Check the small files of a model's folder where the libraries would tell another story, or none.
+
+transformers replaces a vocabulary that is missing with an empty one, and takes a configuration that is no dictionary
+for the name of a model on the hub.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+_CONFIGURATIONS = ("config.json", "*_config.json", "*model_index.json")
+
+
+def check_configurations(folder: Path) -> None:
+    """Raise ValueError if a configuration in a folder, or in the folders in it, does not hold a dictionary.
+
+    If `folder` is not a folder but the name of a repository, nothing is checked."""
+    for place in (folder, *(part for part in folder.glob("*") if part.is_dir())):
+        for file in sorted({file for pattern in _CONFIGURATIONS for file in place.glob(pattern) if file.is_file()}):
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError:
+                raise ValueError(f"{file} is not valid JSON") from None
+            if not isinstance(found, dict):
+                raise ValueError(f"{file} holds a {type(found).__name__}, not a dictionary")
+
+
+def check_vocabulary(folder: Path, tokenizer: Any) -> None:
+    """Raise OSError if a tokenizer was loaded from a folder that has none of the files of its vocabulary.
+
+    If `folder` is not a folder but the name of a repository, nothing is checked."""
+    if not folder.is_dir() or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    files: Iterable[str] = type(tokenizer).vocab_files_names.values()  # none if the tokens are bytes
+    if files and not any((folder / file).is_file() for file in files):
+        raise OSError(f"the tokenizer in {folder} has no vocabulary: there is none of {', '.join(files)}")

@@ -1,0 +1,237 @@
+"""Attention maps, against sums of probabilities that a hand-written processor or a plain function mode keeps."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from diffsight import DiffusionModel, LanguageModel
+from diffsight.errors import InputError
+from diffsight.lenses import attention_from, attention_maps
+from helpers import same_image
+from models import diffusion, text_encoders
+
+PROMPT = "a red circle above a blue square"  # one token each, after the token that begins the prompt
+SHORT = {"num_inference_steps": 2}
+
+
+class Keeping(AttnProcessor):
+    """Keeps the probabilities of the conditional half, (heads, queries, keys)."""
+
+    def __init__(self, kept):
+        self.kept = kept
+
+    def __call__(self, attn, *args, **kwargs):
+        def keep(*given):
+            probs = type(attn).get_attention_scores(attn, *given)
+            self.kept.append(probs.unflatten(0, (-1, attn.heads))[-1].detach())
+            return probs
+
+        attn.get_attention_scores = keep
+        try:
+            return super().__call__(attn, *args, **kwargs)
+        finally:
+            del attn.get_attention_scores
+
+
+@pytest.fixture
+def model(sd):
+    return DiffusionModel(sd)
+
+
+def kept_by_processors(pipe, of, **given):
+    """Return the probabilities of every module whose name ends with `of`, in the order of the calls."""
+    kept = {}
+    for name, module in pipe.unet.named_modules():
+        if name.endswith(of):
+            module.set_processor(Keeping(kept.setdefault(name, [])))
+    pipe(PROMPT, generator=torch.Generator().manual_seed(3), **SHORT, **given)
+    return kept
+
+
+def enlarged(maps):
+    """Return maps (words, positions) as squares of 16 rows."""
+    side = int(maps.shape[-1] ** 0.5)
+    squares = maps.unflatten(-1, (side, side))[None]
+    return squares[0] if side == 16 else F.interpolate(squares, size=(16, 16), mode="bicubic")[0]
+
+
+def test_maps_of_words(model, sd):
+    result = attention_maps(model, PROMPT, ["circle", "blue square"], seed=3, **SHORT)
+    kept = kept_by_processors(sd, "attn2")
+    tokens = [[3], [6, 7]]
+    every = [probs for of in kept.values() for probs in of]
+    maps = [enlarged(torch.stack([probs[..., word].mean((0, -1)) for word in tokens])) for probs in every]
+    assert len(maps) == 8
+    assert result.maps.shape == (2, 16, 16)
+    assert torch.allclose(result.maps, torch.stack(maps).mean(0), atol=1e-5)
+    assert result.words == ("circle", "blue square")
+    assert same_image(result.image, sd(PROMPT, generator=torch.Generator().manual_seed(3), **SHORT).images[0])
+
+
+def test_some_layers_heads_and_steps(model, sd):
+    result = attention_maps(model, PROMPT, "circle", seed=3, layers=[1, -1], heads=[1], steps=[1], **SHORT)
+    kept = kept_by_processors(sd, "attn2")
+    names = ["mid_block.attentions.0.transformer_blocks.0.attn2", "up_blocks.1.attentions.1.transformer_blocks.0.attn2"]
+    maps = [enlarged(kept[name][1][1, :, 3][None]) for name in names]
+    assert torch.allclose(result.maps, torch.stack(maps).mean(0), atol=1e-5)
+    assert result.layers == (
+        "unet.mid_block.attentions[0].transformer_blocks[0].attn2",
+        "unet.up_blocks[1].attentions[1].transformer_blocks[0].attn2",
+    )
+
+
+@pytest.mark.parametrize("keep, count", [("steps", 2), ("layers", 4), ("heads", 2)])
+def test_what_is_kept_apart(model, keep, count):
+    result = attention_maps(model, PROMPT, ["circle", "square"], seed=3, keep=keep, **SHORT)
+    plain = attention_maps(model, PROMPT, ["circle", "square"], seed=3, **SHORT)
+    assert len(result.parts) == count
+    assert torch.allclose(torch.stack(list(result.parts.values())).mean(0), plain.maps, atol=1e-6)
+    assert len(result.plot("circle").axes) >= count
+    with pytest.raises(InputError, match="nothing was kept apart"):
+        plain.plot("circle")
+
+
+class Joint(TorchFunctionMode):
+    """Keeps the mean over heads of the probabilities of every attention over 80 tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention and "query" in kwargs and kwargs["query"].shape[-2] == 80:
+            q, k = kwargs["query"], kwargs["key"]
+            self.kept.append(torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1)[0].mean(0))
+        return output
+
+
+def test_maps_in_joint_attention():
+    pipe = diffusion.flux()
+    inputs = {"height": 32, "width": 32, "max_sequence_length": 16, **SHORT}
+    result = attention_maps(DiffusionModel(pipe), PROMPT, ["circle", "square"], seed=3, **inputs)
+    with Joint() as joint:
+        pipe(PROMPT, generator=torch.Generator().manual_seed(3), **inputs)
+    probs = torch.stack(joint.kept).mean(0)
+    assert len(joint.kept) == 8
+    expected = probs[16:, [2, 6]].T.unflatten(-1, (8, 8))  # text first; T5 has no token that begins a prompt
+    assert torch.allclose(result.maps, expected, atol=1e-5)
+
+
+def test_where_a_place_looks(model, sd):
+    result = attention_from(model, PROMPT, (0.2, 0.7), seed=3, **SHORT)
+    kept = kept_by_processors(sd, "attn1")
+    maps = []
+    for probs in (probs for of in kept.values() for probs in of):
+        side = int(probs.shape[-1] ** 0.5)
+        maps.append(enlarged(probs[:, int(0.7 * side) * side + int(0.2 * side)].mean(0)[None]))
+    assert torch.allclose(result.maps, torch.stack(maps).mean(0).clamp_min(0), atol=1e-5)
+
+
+def test_concepts():
+    """The image is that of the prompt, whatever the words; and the words see the image."""
+    pipe = diffusion.flux()
+    inputs = {"height": 32, "width": 32, "max_sequence_length": 16, **SHORT}
+    model = DiffusionModel(pipe)
+    given = {"method": "concept", "seed": 3, **inputs}
+    result = attention_maps(model, PROMPT, ["photo", "green"], **given)
+    plain = model.generate(PROMPT, seed=3, **inputs).images[0]
+    assert np.abs(np.asarray(plain, float) - np.asarray(result.image, float)).max() <= 2
+    assert result.maps.shape == (2, 8, 8)
+    assert torch.allclose(result.maps.sum(0), torch.ones(8, 8), atol=1e-5)
+    other = attention_maps(model, PROMPT, ["photo", "circle"], **given)
+    assert same_image(result.image, other.image)
+    assert not torch.allclose(result.maps[0], other.maps[0], atol=1e-3)
+
+
+def test_concepts_need_joint_attention(model):
+    with pytest.raises(InputError, match=r'needs joint attention.*StableDiffusionPipeline.*method="cross"'):
+        attention_maps(model, PROMPT, ["cat"], method="concept", **SHORT)
+
+
+def test_videos():
+    pipe, inputs = diffusion.ltx(), dict(diffusion.PIPELINES["ltx"].inputs())
+    prompt = inputs.pop("prompt")
+    inputs |= {"num_inference_steps": 2, "output_type": "pil"}
+    result = attention_maps(DiffusionModel(pipe), prompt, ["circle"], seed=3, **inputs)
+    assert result.maps.shape == (1, 2, 4, 4)
+    assert result.overlay("circle", frame=0).size == result.image.size
+    assert result.mask("circle", 0.5, frame=-1).shape == result.image.size[::-1]
+
+
+def test_masks_and_overlays(model):
+    result = attention_maps(model, PROMPT, ["circle"], seed=3, **SHORT)
+    mask = result.mask("circle", 0.5)
+    assert mask.shape == result.image.size[::-1] and mask.dtype == bool
+    heat = F.interpolate(result.maps[None], size=mask.shape, mode="bicubic")[0, 0]
+    heat = (heat - heat.min()) / (heat.max() - heat.min())
+    assert np.array_equal(mask, (heat >= 0.5).numpy())
+    assert result.mask("circle", 0).all() and result.mask("circle", 1).sum() == 1
+    assert result.overlay("circle").size == result.image.size
+    for threshold in (-0.1, 1.1, True, "half"):
+        with pytest.raises(InputError, match="a threshold is a number between 0 and 1"):
+            result.mask("circle", threshold)
+    with pytest.raises(InputError, match=r"no map of 'circl' \(did you mean 'circle'\?\)"):
+        result.overlay("circl")
+
+
+def test_what_is_saved(model, tmp_path):
+    result = attention_maps(model, PROMPT, ["circle", "square"], seed=3, keep="steps", **SHORT)
+    paths = result.save(tmp_path / "maps")
+    assert {path.name for path in paths} == {
+        *(
+            "lens.json",
+            "image.png",
+            "grid.png",
+            "word_00.png",
+            "word_01.png",
+            "maps.png",
+            "page.html",
+            "maps.safetensors",
+        ),
+    }
+    tensors = load_file(tmp_path / "maps" / "maps.safetensors")
+    assert torch.equal(tensors["maps"], result.maps) and torch.equal(tensors["steps.step 1"], result.parts["step 1"])
+    record = json.loads((tmp_path / "maps" / "lens.json").read_text())
+    assert (record["words"], record["seed"], record["arguments"]) == (["circle", "square"], 3, SHORT)
+    assert same_image(Image.open(tmp_path / "maps" / "image.png"), result.image)
+
+
+WRONG = [
+    ({"words": ["circl"]}, r"'circl' does not occur in the prompt .*did you mean 'circle'"),
+    ({"method": "daam"}, "method: there is no 'daam'"),
+    ({"keep": "words"}, "keep: there is no 'words'"),
+    ({"layers": 4}, "there is no layer 4"),
+    ({"layers": "embedding"}, '"embedding" is no attention module'),
+    ({"heads": [2]}, r"there is no head 2, the modules have 2"),
+    ({"heads": []}, "heads: none is chosen"),
+    ({"steps": [-1]}, "write numbers of steps from 0"),
+    ({"encoder": "text_encoder_2"}, "no text encoder 'text_encoder_2'"),
+    ({"num_images_per_prompt": 2}, "draws one image in each row"),
+    ({"stepz": 2}, "stepz"),
+]
+
+
+@pytest.mark.parametrize("given, words", WRONG)
+def test_bad_input(model, given, words):
+    with pytest.raises(InputError, match=words):
+        attention_maps(model, PROMPT, **{**SHORT, **given})
+
+
+def test_models_without_such_an_attention(model):
+    with pytest.raises(InputError, match="takes a DiffusionModel"):
+        attention_maps(LanguageModel(text_encoders.built("flux2").text_encoder), PROMPT)
+    with pytest.raises(InputError, match="needs a text encoder"):
+        attention_maps(DiffusionModel(diffusion.ddpm()), PROMPT)
+    with pytest.raises(InputError, match="no attention from the image to itself"):
+        attention_from(DiffusionModel(diffusion.sana()), PROMPT, (0.5, 0.5), height=32, width=32, **SHORT)
+    for position in ((1.5, 0), (0.5,), ("a", "b")):
+        with pytest.raises(InputError, match="position"):
+            attention_from(model, PROMPT, position, **SHORT)

@@ -1,0 +1,259 @@
+"""Sparse autoencoders: their features by hand, their files, training, and attached to models, compared with hooks."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffsight import DiffusionModel, attach_sae, train_sae
+from diffsight.errors import InputError, PointNotFoundError
+from diffsight.lenses import SAE, SAESettings
+from helpers import SEED, draw, drawn, module_at, outputs, refusal
+from models import language
+
+WIDTH, FEATURES, K = 32, 64, 4
+KINDS = ("topk", "batch_topk", "jumprelu", "relu")
+SD = {"prompt": "a red circle", "num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "pt"}
+
+
+def an_sae(kind="topk", width=WIDTH, **facts):
+    torch.manual_seed(1)
+    sae = SAE(width, FEATURES, kind, K if "topk" in kind else None, **facts)
+    with torch.no_grad():
+        sae.encoder_bias.normal_(std=0.1)
+        sae.decoder_bias.normal_(std=0.1)
+        if hasattr(sae, "threshold"):
+            sae.threshold.fill_(0.5)
+    return sae.eval().requires_grad_(False)
+
+
+def by_hand(sae, x):
+    values = (x - sae.decoder_bias) @ sae.encoder + sae.encoder_bias
+    if sae.kind == "relu":
+        return values.clamp(min=0)
+    if sae.kind == "topk":
+        least = values.sort(-1).values[..., -K, None]
+        return values * (values >= least) * (values > 0)
+    return values * (values > 0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_and_reconstruction(kind):
+    sae, x = an_sae(kind), torch.randn(3, 5, WIDTH)
+    expected = by_hand(sae, x)
+    torch.testing.assert_close(sae.encode(x), expected)
+    torch.testing.assert_close(sae(x), expected @ sae.decoder + sae.decoder_bias)
+    assert torch.allclose(sae.decoder.norm(dim=-1), torch.ones(FEATURES))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_saved_as_saelens_does(kind, tmp_path):
+    sae, x = an_sae(kind, point="unet.mid_block", of="difference"), torch.randn(7, WIDTH)
+    sae.save(tmp_path)
+    config, state = json.loads((tmp_path / "cfg.json").read_text()), load_file(tmp_path / "sae_weights.safetensors")
+    assert config["architecture"] == {"relu": "standard", "batch_topk": "jumprelu"}.get(kind, kind)
+    assert (config["d_in"], config["d_sae"], config["metadata"]["hook_name"]) == (WIDTH, FEATURES, "unet.mid_block")
+    assert torch.equal(state["W_enc"], sae.encoder) and torch.equal(state["W_dec"], sae.decoder)
+    loaded = SAE.load(tmp_path)
+    assert (loaded.point, loaded.of) == ("unet.mid_block", "difference")
+    assert torch.equal(loaded.encode(x), sae.encode(x))
+
+
+def test_other_files(tmp_path):
+    """The files of dictionary_learning and of sdxl-unbox, written by hand."""
+    sae, x = an_sae(), torch.randn(7, WIDTH)
+    weights = {"encoder.weight": sae.encoder.T.contiguous(), "decoder.weight": sae.decoder.T.contiguous()}
+    learned, unbox = tmp_path / "learned", tmp_path / "unbox"
+    learned.mkdir(), unbox.mkdir()
+    more = {"encoder.bias": sae.encoder_bias, "b_dec": sae.decoder_bias, "k": torch.tensor(K)}
+    torch.save({**weights, **more}, learned / "ae.pt")
+    trainer = {"dict_class": "AutoEncoderTopK", "submodule_name": "layers[3]"}
+    (learned / "config.json").write_text(json.dumps({"trainer": trainer}))
+    torch.save({**weights, "latent_bias": sae.encoder_bias, "pre_bias": sae.decoder_bias}, unbox / "state_dict.pth")
+    (unbox / "config.json").write_text(json.dumps({"k": K}))
+    for folder in (learned, unbox):
+        torch.testing.assert_close(SAE.load(folder).encode(x), sae.encode(x))
+    assert SAE.load(learned).point == "layers[3]"
+    assert SAE.load(unbox).of == "difference"
+
+
+def test_the_packaged_ones():
+    sae = SAE.load("diffsight/shapes-clip-unet")
+    assert (sae.point, sae.width, sae.count, sae.k) == ("unet.up_blocks.0", 128, 1024, 16)
+    assert sae.encode(torch.randn(3, 128)).count_nonzero(-1).tolist() == [16, 16, 16]
+    assert SAE.load("diffsight/shapes-clip-text-encoder").point == "text_encoder.layers[6]"
+
+
+def test_files_that_are_no_sae(tmp_path):
+    assert "has no SAE" in refusal(SAE.load, tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "ae.pt")
+    assert "could execute code" in refusal(SAE.load, tmp_path)
+    an_sae().save(tmp_path / "own")
+    state = load_file(tmp_path / "own" / "sae_weights.safetensors")
+    save_file({**state, "b_dec": torch.zeros(3)}, tmp_path / "own" / "sae_weights.safetensors")
+    assert "decoder_bias has the shape (3,)" in refusal(SAE.load, tmp_path / "own")
+    (tmp_path / "own" / "sae_weights.safetensors").write_bytes(b"none")
+    assert "cannot be read" in refusal(SAE.load, tmp_path / "own")
+    assert "no packaged SAE is called diffsight/none" in refusal(SAE.load, "diffsight/none")
+
+
+# ---- training
+
+
+def sparse_vectors(count=4096, directions=24):
+    """Return vectors that are sums of few of some directions, and the directions."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.nn.functional.normalize(torch.randn(directions, WIDTH, generator=generator), dim=-1)
+    active = (torch.rand(count, directions, generator=generator) < 0.1) * torch.rand(
+        count, directions, generator=generator
+    )
+    return active @ basis, basis
+
+
+@pytest.mark.parametrize(("kind", "penalty"), [("topk", 0), ("batch_topk", 0), ("jumprelu", 1e-3), ("relu", 1e-2)])
+def test_training_finds_the_directions(kind, penalty):
+    vectors, basis = sparse_vectors()
+    settings = SAESettings(updates=120, batch_size=512, learning_rate=1e-2, penalty=penalty, dead_after=20_000)
+    k = K if "topk" in kind else None
+    sae = train_sae(None, "layers[0]", vectors, features=FEATURES, kind=kind, k=k, settings=settings, progress=False)
+    explained = 1 - (sae(vectors) - vectors).square().sum() / (vectors - vectors.mean(0)).square().sum()
+    assert explained > 0.8
+    assert torch.allclose(sae.decoder.norm(dim=-1), torch.ones(FEATURES), atol=1e-5)
+    assert (basis @ sae.decoder.T).amax(1).median() > 0.8  # a feature for most directions
+
+
+def test_training_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffsight.lenses.features.sae_training._CHECKPOINT_SECONDS", 0)
+    vectors, _ = sparse_vectors(1024)
+    settings = SAESettings(updates=20, batch_size=128)
+    call = {"features": FEATURES, "k": K, "settings": settings, "progress": False, "folder": tmp_path / "sae"}
+    from diffsight.lenses.features import sae_training
+
+    update, made = sae_training.SAETrainer.update, []
+
+    def interrupted(self, x):
+        made.append(self.done)
+        if len(made) == 12:
+            raise KeyboardInterrupt
+        return update(self, x)
+
+    monkeypatch.setattr(sae_training.SAETrainer, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(None, "layers[0]", vectors, **call)
+    assert sorted(path.name for path in (tmp_path / "sae").iterdir()) == ["checkpoint.json", "checkpoint.safetensors"]
+    other = {**call, "settings": SAESettings(updates=21, batch_size=128)}
+    assert "checkpoint of another training" in refusal(train_sae, None, "layers[0]", vectors, **other)
+    train_sae(None, "layers[0]", vectors, **call)
+    assert made == [*range(12), *range(11, 20)]
+    names = {path.name for path in (tmp_path / "sae").iterdir()}
+    assert names == {"cfg.json", "sae_weights.safetensors", "training.json", "curve.png"}
+    assert len(json.loads((tmp_path / "sae" / "training.json").read_text())["curve"]) == 20
+
+
+@pytest.mark.parametrize("point", ["unet.mid_block", "text_encoder.layers[1]"])
+def test_training_from_prompts(sd, point):
+    settings = SAESettings(updates=3, batch_size=64)
+    call = {"num_inference_steps": 2} if "unet" in point else {}
+    sae = train_sae(
+        DiffusionModel(sd), point, ["a red circle", "a blue square"], features=FEATURES, k=K, settings=settings,
+        buffer=128, prompts_per_run=2, progress=False, **call,
+    )  # fmt: skip
+    assert (sae.point, sae.width, sae.count) == (point, 32, FEATURES)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": []}, "data must be prompts"),
+        ({"data": torch.zeros(3)}, "vectors are a float tensor"),
+        ({"kind": "top"}, "'top' is no kind of SAE"),
+        ({"k": 65}, "k must be from 1 to 64"),
+        ({"of": "input"}, '"output" or the "difference"'),
+        ({"model": None}, "takes a DiffusionModel or a LanguageModel, not NoneType"),
+    ],
+)
+def test_bad_input(sd, change, words):
+    given = {"model": DiffusionModel(sd), "point": "text_encoder.layers[0]", "data": ["a red circle"], "k": K, **change}
+    call = (given.pop("model"), given.pop("point"), given.pop("data"))
+    assert words in refusal(train_sae, *call, features=FEATURES, progress=False, **given)
+
+
+# ---- attached
+
+
+POINTS = ("unet.mid_block", "unet.up_blocks.0", "text_encoder.layers[1]")
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_an_untouched_sae_changes_no_bit(sd, point):
+    opened, seen = attach_sae(DiffusionModel(sd), an_sae(point=point)), []
+    block = module_at(sd, point.replace("[", ".").replace("]", "").replace("encoder.layers", "encoder.encoder.layers"))
+    values = outputs(block, draw, sd, SD)
+    with opened.generate(**SD, seed=SEED) as run:
+        if point.startswith("unet"):
+            for _ in run.steps:
+                seen.append(run[point].sae.features.output.clone())
+        else:
+            seen.append(run[point].sae.features.output.clone())
+    assert torch.equal(drawn(run), draw(sd, SD))
+    for features, value in zip(seen, values):
+        value = value if isinstance(value, torch.Tensor) else value[0]
+        vectors = value.movedim(1, -1) if value.ndim == 4 else value
+        torch.testing.assert_close(features, an_sae().encode(vectors))
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_changed_feature_is_added_to_the_value(sd, in_place):
+    sae = an_sae(point="unet.mid_block", of="difference")
+    opened = attach_sae(DiffusionModel(sd), sae)
+    with opened.generate(**SD, seed=SEED) as run:
+        for _ in run.steps:
+            features = run.unet.mid_block.sae.features
+            if in_place:
+                features.output[..., 7] += 3
+            else:
+                changed = features.output.clone()
+                changed[..., 7] += 3
+                features.output = changed
+
+    hook = sd.unet.mid_block.register_forward_hook(lambda m, args, out: out + 3 * sae.decoder[7][:, None, None])
+    expected = draw(sd, SD)
+    hook.remove()
+    torch.testing.assert_close(drawn(run), expected, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(expected, draw(sd, SD))
+
+
+def test_a_language_model():
+    net = language.gpt2()
+    model, sae = language.model(net), an_sae(point="layers[1]")
+    plain = model.trace(language.PROMPTS[0]).result.logits
+    opened = attach_sae(model, sae)
+    with torch.no_grad():
+        with opened.trace(language.PROMPTS[0]) as run:
+            assert run.layers[1].sae.features.output.shape[-1] == FEATURES
+        assert torch.equal(run.result.logits, plain)
+        with opened.trace(language.PROMPTS[0]) as run:
+            run.layers[1].sae.features.output = torch.zeros_like(run.layers[1].sae.features.output)
+        hook = net.transformer.h[1].register_forward_hook(lambda m, args, out: out - sae.encode(out) @ sae.decoder)
+        expected = net(language.ids(language.PROMPTS[0])).logits
+        hook.remove()
+    torch.testing.assert_close(run.result.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_attached(sd):
+    model = DiffusionModel(sd)
+    assert "does not say at which point" in refusal(attach_sae, model, an_sae())
+    with pytest.raises(PointNotFoundError):
+        attach_sae(model, an_sae(), "unet.middle_block")
+    opened = attach_sae(model, an_sae(width=16), "unet.mid_block")
+    with pytest.raises(InputError, match=r"vectors of width 16, but unet.mid_block has width 32"):
+        opened.generate(**SD, seed=0).images
+    assert "this is no SAE but Linear" in refusal(attach_sae, model, torch.nn.Linear(2, 2), "unet.mid_block")
+
+
+def test_a_difference_where_there_is_none(sd):
+    opened = attach_sae(DiffusionModel(sd), an_sae(width=16, of="difference"), "unet.conv_in")
+    with pytest.raises(InputError, match=r"unet\.conv_in has no difference of output and input"):
+        opened.generate(**SD, seed=0).images
