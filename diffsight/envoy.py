@@ -110,10 +110,17 @@ class Points:
         part: The part of each value that is meant, such as a row; None for all of it.
     """
 
+    _tree: Tree
+    _target: Target
+    _run: InRun | None
+    _call: int
+    _part: Selection | None
+
     def __init__(
         self, tree: Tree, target: Target, run: InRun | None = None, call: int = 0, part: Selection | None = None
     ) -> None:
-        self.__dict__.update(_tree=tree, _target=target, _run=run, _call=call, _part=part)
+        own = self.__dict__  # quicker than its `update`: a run makes many of these
+        own["_tree"], own["_target"], own["_run"], own["_call"], own["_part"] = tree, target, run, call, part
         if tree.has_private_names and isinstance(self, Envoy):
             look_at_children_first(self)
 

@@ -55,17 +55,17 @@ def batch_dimensions(host: Running, target: Target, part: str, value: Any, total
         is. None for all if it cannot be known."""
     if target.name != FORWARD:
         return None
-    leaves = tree_leaves(value)
-    component = target.around()[0] if target.outer else target
-    if target is component and part != "output":  # what the batch is, is said of these
+    leaves = [value] if type(value) is torch.Tensor else tree_leaves(value)
+    if target.outer is None and part != "output":  # what the batch is, is said of these
         return [_length(leaf) == total for leaf in leaves]
     key = part, len(leaves)
     found = _known.get(target.owner, {}).get(key)
-    if found is None and total not in _tried.setdefault(component.owner, set()):
-        if _find(host, component.owner, total):
-            _tried[component.owner].add(total)
-        found = _known.get(target.owner, {}).get(key)
-    return found
+    if found is not None:
+        return found
+    component = target.around()[0] if target.outer else target
+    if total not in _tried.setdefault(component.owner, set()) and _find(host, component.owner, total):
+        _tried[component.owner].add(total)
+    return _known.get(target.owner, {}).get(key)
 
 
 def _length(leaf: Any) -> int | None:

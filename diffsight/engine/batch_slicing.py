@@ -175,7 +175,12 @@ class TracedPart(Part):
 
     def _look_at(self, value: Any) -> None:
         found = batch_dimensions(self._tap.host, self._tap.target, self._part, value, self.total)
-        self._found = None if found is None else {id(leaf): is_it for leaf, is_it in zip(tree_leaves(value), found)}
+        if found is None:
+            self._found = None
+        elif type(value) is torch.Tensor:
+            self._found = {id(value): found[0]}
+        else:
+            self._found = {id(leaf): is_it for leaf, is_it in zip(tree_leaves(value), found)}
 
     def _is_batch(self, tensor: torch.Tensor) -> bool:
         return super()._is_batch(tensor) if self._found is None else self._found[id(tensor)] is not False

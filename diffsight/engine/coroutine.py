@@ -172,14 +172,14 @@ class Coroutine:
         stack = self._stack
         stack.parent = getcurrent()  # where control goes when the function ends or raises
         try:
-            alike = body == self.state and self._guard is None and self.random is None
+            alike = (body is self.state or body == self.state) and self._guard is None and self.random is None
             if not alike:
                 self._enter(body)
             try:
                 return stack.switch(call) if error is None else stack.throw(error)
             finally:
                 self.state = body.now()
-                if not alike or body != self.state:
+                if not alike or (body is not self.state and body != self.state):
                     self._leave(body)
                 if self.dead or stack.dead:
                     self._stack, self.dead = None, True

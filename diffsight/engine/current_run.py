@@ -45,7 +45,11 @@ class OpenRuns:
             return
         new = weakref.ref(run)
         with self._lock:  # threads share it; it is never changed, only replaced
-            self._known = [weakref.ref(known) for known in self.open() if known is not run] + [new]
+            self._known = [
+                known
+                for known in self._known
+                if (found := known()) is not None and found is not run and found.outcome is None
+            ] + [new]
         task = _current_task()
         if task is not None:
             here = [known for known in _here.get() if (found := known()) is not None and found.outcome is None]

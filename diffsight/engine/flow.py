@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from diffsight.engine import order
 from diffsight.engine.coroutine import THIS_THREAD, Coroutine, InnerCall, current
 from diffsight.engine.current_run import current_edit
-from diffsight.engine.hooks import are_threads_seen
+from diffsight.engine.hooks import calls_in_threads
 from diffsight.engine.order import Scope
 from diffsight.engine.points import (
     INPUTS,
@@ -312,6 +312,8 @@ class Flow:
 
     def close(self, outcome: str) -> None:
         """End the run where it stands: unwind the model, remove every hook. May be called again."""
+        if self._is_cleared:
+            return
         try:
             self._close(outcome)
         except BaseException:  # an interrupt may come between any two lines
@@ -491,7 +493,7 @@ class Flow:
     def _is_in_thread(self, target: Target) -> bool:
         """Whether the model calls a module in a thread of its own."""
         return target.key in self._in_threads or (
-            self.outcome is None and are_threads_seen() and self.taps.is_called_in_thread(target)
+            self.outcome is None and bool(calls_in_threads) and self.taps.is_called_in_thread(target)
         )
 
     def _resume(self, call: InnerCall | None = None) -> Point | InnerCall | None:
@@ -510,7 +512,7 @@ class Flow:
             if self._read_late:
                 self._check_late_edits()
             self.parked = None
-            self.taps.renew()
+            self.taps.hooked.renew()  # before the model moves
             try:
                 value = self.coroutine.resume(call)
             except BaseException as error:
@@ -571,7 +573,7 @@ class Flow:
         """The model has ended."""
         self.result, self.has_result = result, True
         self.taps.note_learned()
-        if are_threads_seen():
+        if calls_in_threads:
             taps = [*self.taps.values()]
             self._in_threads = {tap.target.key for tap in taps if self.taps.is_called_in_thread(tap.target)}
         self.unreached += [a for tap in self.taps.values() if tap.pending or tap.skips for a in tap.waiting()]

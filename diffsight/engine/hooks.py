@@ -13,6 +13,7 @@ restores everything.
 """
 
 import functools
+import inspect
 import operator
 import sys
 import weakref
@@ -63,8 +64,9 @@ class HookedModules:
                 else:
                     forward = getattr(type(module), FORWARD, None)
                     is_plain = type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None
-                    if is_plain and type(module.forward) is MethodType:  # otherwise it is a static method, for example
-                        put, name, own = MethodType(_through_taps(forward), module), FORWARD, None
+                    function = _through_taps(type(module), forward) if is_plain else None
+                    if function is not None:
+                        put, name, own = MethodType(function, module), FORWARD, None
                     else:
                         put, name, own = _of_its_own(module)
                     state = MethodType(_state_without_hook, module)
@@ -112,7 +114,8 @@ class HookedModules:
                         held[name] = own
                     if _GETSTATE in held:
                         del held[_GETSTATE]
-                    _in_threads.pop(number, None)  # last: see above
+                    if calls_in_threads:
+                        calls_in_threads.pop(number, None)  # last: see above
         self._held, self._hooks = [], []
 
 
@@ -132,9 +135,10 @@ def _state_without_hook(module: nn.Module) -> Any:
 
 
 @functools.cache
-def _through_taps(forward: Callable) -> Callable:
-    """The forward pass of a class of modules, sent through the taps."""
-    return functools.wraps(forward)(_through(forward))
+def _through_taps(kind: type[nn.Module], forward: FunctionType) -> Callable | None:
+    """The forward pass of a class of modules, sent through the taps; None if it is a static method, for example."""
+    is_method = inspect.getattr_static(kind, FORWARD) is forward
+    return functools.wraps(forward)(_through(forward)) if is_method else None
 
 
 def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any]:
@@ -179,9 +183,10 @@ def _through(original: Callable) -> Callable:
 _CODE = _through(nn.Module.forward).__code__
 _MAIN_THREAD = main_thread().ident
 
-# Calls that belong to no run, in other threads than the main one: the id of a module to the thread and, by its id, the
-# outermost hooked module that the thread has called. Those that begin further out than here are calls of somebody else.
-_in_threads: dict[int, set[tuple[int, int]]] = {}
+# Calls of hooked modules that belong to no run, in other threads than the main one: the id of a module to the thread
+# and, by its id, the outermost hooked module that the thread has called. Those that begin further out than here are
+# calls of somebody else.
+calls_in_threads: dict[int, set[tuple[int, int]]] = {}
 _this_thread = local()
 
 
@@ -198,19 +203,14 @@ def _note_thread(module: nn.Module) -> None:
         if frame.f_code is _CODE:
             outermost = frame.f_locals["module"]
         frame = frame.f_back
-    _in_threads.setdefault(id(module), set()).add((THIS_THREAD.number, id(outermost)))
-
-
-def are_threads_seen() -> bool:
-    """Whether any hooked module was called in a thread of its own, by a model or by somebody else."""
-    return bool(_in_threads)
+    calls_in_threads.setdefault(id(module), set()).add((THIS_THREAD.number, id(outermost)))
 
 
 def is_called_in_thread(module: nn.Module, own: int, components: Collection[int]) -> bool:
     """Whether a hooked module was called by a thread that one of the `components`, by id, has started.
 
     `own` is the thread of the run."""
-    calls = _in_threads.get(id(module), ())
+    calls = calls_in_threads.get(id(module), ())
     return any(thread != own and outermost not in components for thread, outermost in calls)
 
 

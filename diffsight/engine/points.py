@@ -2,8 +2,11 @@
 
 import math
 import sys
+import warnings
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
+from weakref import ref
 
 import torch
 
@@ -70,7 +73,7 @@ class Point:
         """The model moves on."""
         value = self.value
         if self.key[0] == OUTPUT:
-            self.weak = weakly(value)
+            self.weak = ref(value) if type(value) is torch.Tensor else weakly(value)
         else:
             self.weak = [weakly(arg) for arg in value[0]], {name: weakly(arg) for name, arg in value[1].items()}
         self.value = None
@@ -192,7 +195,19 @@ def _is_broadcast(value: torch.Tensor, before: torch.Tensor) -> bool:
 
 def users_line() -> str:
     """Return the line of the user's code that called into diffsight, as `file:line`."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and (frame.f_globals.get("__package__") or "").split(".")[0] == "diffsight":
-        frame = frame.f_back
+    frame, _ = _users_frame()
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def warn_user(message: str) -> None:
+    """Warn at the line of the user's code that called into diffsight."""
+    _, depth = _users_frame()
+    warnings.warn(message, stacklevel=depth + 1)
+
+
+def _users_frame() -> tuple[FrameType, int]:
+    """The innermost frame outside diffsight, and how far it is from the function that asks."""
+    frame, depth = sys._getframe(1), 0
+    while frame.f_back is not None and (frame.f_globals.get("__package__") or "").split(".")[0] == "diffsight":
+        frame, depth = frame.f_back, depth + 1
+    return frame, depth

@@ -1,9 +1,12 @@
 """Counts the steps of a run: denoising steps, generated tokens, forward passes."""
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from diffsight.engine.target import Target
+
+_key = attrgetter("key")
 
 
 class Clock:
@@ -31,14 +34,14 @@ class Clock:
         moment: Callable[[Target, tuple, dict], Any] | None = None,
         behind: Sequence[Target] = (),
     ) -> None:
-        self.starts = {target.key for target in starts}
-        self.ends = {target.key for target in ends}
+        self.starts = set(map(_key, starts))
+        self.ends = set(map(_key, ends))
         self.index = -1  # number of the step that the model is in
         self.call: tuple[Target, tuple, dict] | None = None  # the call that began it
         self.is_last: Callable[[Target, tuple, dict], bool] = lambda target, args, kwargs: False
         self.is_over = False
         self._moment = moment
-        self._behind = {target.key for target in behind}
+        self._behind = set(map(_key, behind))
         self._due = True
         self._ended = False
 

@@ -7,24 +7,19 @@ assigned them. Calls made outside the run's own coroutine (by another run, by th
 untouched. How calls get here is the business of `hooks`.
 """
 
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import torch
-from torch import nn
+from torch import is_grad_enabled, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import get_dynamic_layer_stack_depth
+from torch.nn.modules.module import _global_forward_hooks
 
 from diffsight.engine.coroutine import Coroutine, current_owner
 from diffsight.engine.gradients import end_checkpoints, is_computed_again
-from diffsight.engine.hooks import (
-    COMPILED,
-    FORWARD,
-    are_threads_seen,
-)
-from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey
+from diffsight.engine.hooks import COMPILED, FORWARD, calls_in_threads
+from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey, warn_user
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState
@@ -91,6 +86,7 @@ class Tap:
         "hooks",  # what else the run has put on the module
         "host",
         "inside",  # whether a compiled module runs uncompiled
+        "is_module",  # whether what is tapped is the forward pass of a module
         "keepers",  # kind of point to the functions that are shown every value
         "origin",
         "pending",  # point to what was assigned to it
@@ -117,6 +113,7 @@ class Tap:
         self.skips: dict[int, Assignment] = {}
         self.border: Callable[[Callable, tuple, dict], Any] | None = None
         self.given: tuple[tuple, dict] | None = None
+        self.is_module = target.name == FORWARD
         self.begun = self.children_counted = self.inside = self.takes_inputs = False
         self.watched = target.outer is None or target.key in host.clock.starts or target.key in host.clock.ends
         self.hooks: list[Any] = []
@@ -136,7 +133,8 @@ class Tap:
             return self.leave(skip.value, (args, kwargs))
         if self.inside:
             function = self.target.uncompiled()
-        has_hooks = self._has_hooks()  # PyTorch also looks for them before the call
+        # PyTorch also looks for them before the call.
+        has_hooks = bool(self.is_module and (self.target.owner._forward_hooks or _global_forward_hooks))
         try:
             output = function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
         except BaseException:
@@ -181,7 +179,7 @@ class Tap:
     def _has_hooks(self) -> bool:
         """Whether others have put forward hooks on the module that run outside `call`."""
         owner = self.target.owner
-        return self.target.name == FORWARD and has_forward_hooks(owner) and vars(owner).get(COMPILED) is None
+        return self.is_module and has_forward_hooks(owner) and vars(owner).get(COMPILED) is None
 
     def _leave_after_hooks(self, given: tuple[tuple, dict] | None) -> bool:
         """Let the call end in a hook of its own, after those that may change the output; return False if none may."""
@@ -206,7 +204,9 @@ class Tap:
     def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
         """A value passes a point. Return what the model continues with, and whether it was replaced."""
         point = None
-        self._check_region(key)
+        packs = _top_saved_tensors_default_hooks(True) if is_grad_enabled() else self.host.state.grad
+        if packs or get_dynamic_layer_stack_depth() or calls_in_threads:  # rarely
+            self._check_region(key)
         if key in self.pending or key in self.awaited:
             point = Point(self, key, value, all(self.awaited.get(key, ())))
             self.host.arrive(point)
@@ -221,7 +221,7 @@ class Tap:
 
     def _check_region(self, key: PointKey, skip: Assignment | None = None) -> None:
         """Refuse a point where its value is not what it seems. Let `backward()` compute what the run does there."""
-        if are_threads_seen() and self.host.taps.is_called_in_thread(self.target):
+        if calls_in_threads and self.host.taps.is_called_in_thread(self.target):
             self._refuse(
                 key,
                 skip,
@@ -235,7 +235,7 @@ class Tap:
                 "is inside torch.func (vmap, grad, jvp …), and its value ends with that call. Ask for a value outside "
                 "of it, such as the output of a module around it",
             )
-        if torch.is_grad_enabled():
+        if is_grad_enabled():
             if _top_saved_tensors_default_hooks(True):
                 end_checkpoints()
         elif self.host.state.grad and is_computed_again():
@@ -264,7 +264,7 @@ class Tap:
         What the body puts in their place is then shown to the hooks after the call too, among them those with which
         transformers captures hidden states."""
         module = self.target.owner
-        if self.takes_inputs or self.target.name != FORWARD or vars(module).get(COMPILED) is not None:
+        if self.takes_inputs or not self.is_module or vars(module).get(COMPILED) is not None:
             return
         self.takes_inputs = True
 
@@ -284,8 +284,7 @@ class Tap:
         if self.inside and self.target.owner not in _known_compiled:
             _known_compiled.add(self.target.owner)
             path = self.target.path or type(self.target.owner).__name__
-            message = f"{path} is compiled: a run that reads or changes values inside it runs it uncompiled, slower"
-            warnings.warn(message, stacklevel=2)
+            warn_user(f"{path} is compiled: a run that reads or changes values inside it runs it uncompiled, slower")
         if isinstance(self.target.owner, nn.TransformerEncoderLayer):  # it is not fused if it has any hook
             self.hooks.append(self.target.owner.register_forward_pre_hook(lambda *_: None))
 

@@ -47,7 +47,7 @@ class Taps(dict[Key, Tap]):
         self._methods = [target for target in components if target.name != FORWARD]
         self._origins: dict[int, Origin] = {}  # of the modules that are only counted
         self._counts_before: dict[int, int] = {}  # their calls before the current step
-        self._hooked = HookedModules()  # including those with taps
+        self.hooked = HookedModules()  # including those with taps
         self._opened: set[Target] = set()  # what was asked for
         self._around: dict[Target, Tap | None] = {}  # what lies around that, to its own tap or that of what it lies in
 
@@ -90,10 +90,6 @@ class Taps(dict[Key, Tap]):
         self._opened.add(target)
         return tap
 
-    def renew(self) -> None:
-        """Hook those modules again whose `forward` the body has replaced, before the model moves."""
-        self._hooked.renew()
-
     def note_call(self, target: Target) -> None:
         """Learn from a call of a module whether it is a stray."""
         places = self._places
@@ -127,7 +123,7 @@ class Taps(dict[Key, Tap]):
 
     def remove(self) -> None:
         """Take everything off the model."""
-        self._hooked.unhook()
+        self.hooked.unhook()
         for tap in self.values():
             if tap.hooks:
                 tap.remove()
@@ -165,7 +161,7 @@ class Taps(dict[Key, Tap]):
     def _count(self, modules: dict[int, nn.Module], origin: Origin) -> None:
         """Count the calls of modules from now on, unless they are counted or tapped already."""
         new = {n: module for n, module in modules.items() if n not in self.counts and (n, FORWARD) not in self}
-        self._hooked.hook(new.values())
+        self.hooked.hook(new.values())
         self._origins.update(dict.fromkeys(new, origin))
         self.counts.update(dict.fromkeys(new, 0))
 
@@ -173,7 +169,7 @@ class Taps(dict[Key, Tap]):
         new = {target.key: target for target in inside(component) if target.name == FORWARD and target.key not in self}
         origin = Origin(step=self._host.clock.index)
         self.update({key: LearningTap(self._host, target, origin) for key, target in new.items()})
-        self._hooked.hook([target.owner for target in new.values()])
+        self.hooked.hook([target.owner for target in new.values()])
 
     def _tap(self, target: Target, around: Tap | None) -> Tap:
         tap = self.get(target.key)
@@ -183,7 +179,7 @@ class Taps(dict[Key, Tap]):
         if target.name != FORWARD or number not in self.counts:
             tap = self[target.key] = Tap(self._host, target, self._origin(around))
             if target.name == FORWARD:
-                self._hooked.hook([owner])
+                self.hooked.hook([owner])
             else:
                 tap.hooks.append(target.attach(tap))
             return tap

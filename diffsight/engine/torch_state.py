@@ -170,7 +170,8 @@ def _is_nothing_active() -> bool:
 
 
 def _flags() -> tuple:
-    return get_default_dtype(), _get_flash_sdp_enabled(), _get_math_sdp_enabled(), _stream()
+    stream = _stream() if _HAS_CUDA else None
+    return get_default_dtype(), _get_flash_sdp_enabled(), _get_math_sdp_enabled(), stream
 
 
 def _restore_flags(dtype: torch.dtype, flash: bool, math: bool, stream: tuple | None) -> None:
@@ -184,7 +185,7 @@ def _restore_flags(dtype: torch.dtype, flash: bool, math: bool, stream: tuple | 
 
 def _stream() -> tuple | None:
     """The current stream of CUDA, and with it the device; None as long as CUDA is not in use."""
-    if not (_HAS_CUDA and torch.cuda.is_initialized()):
+    if not torch.cuda.is_initialized():
         return None
     return torch._C._cuda_getCurrentStream(torch._C._cuda_getDevice())
 

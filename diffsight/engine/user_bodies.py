@@ -57,7 +57,7 @@ class Body(Coroutine):
 
     def wake(self) -> None:
         """Run the body if it has not started, or if what it waits for is there or will not come."""
-        if not self.has_begun:
+        if self._stack is None:
             self.go()
             return
         if self.asks:
