@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from diffsight.errors import InputError
-from diffsight.gallery.check_does_not_apply import NothingOfTheKind
+from diffsight.gallery.check_does_not_apply import CheckDoesNotApply
 from diffsight.gallery.diffusion_checks import diffusion_checks
 from diffsight.gallery.language_checks import language_checks
 from diffsight.lenses.results.saving import check_file, expanded, save_files, versions
@@ -120,7 +120,7 @@ def check_model(model: DiffusionModel | LanguageModel, **arguments: Any) -> Mode
 def _row(name: str, check: Callable[[], str]) -> CheckRow:
     try:
         return CheckRow(name, "ok", check())
-    except NothingOfTheKind as reason:
+    except CheckDoesNotApply as reason:
         return CheckRow(name, "none", str(reason))
     except Exception as error:  # whatever happens in a model of the user's is what the check found
         first = next(iter(str(error).strip().splitlines()), "")

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError, NeverReachedError
-from diffsight.gallery.check_does_not_apply import NothingOfTheKind
+from diffsight.gallery.check_does_not_apply import CheckDoesNotApply
 from diffsight.lenses.diffusion_lens import diffusion_lens
 from diffsight.lenses.results.outputs import image_of
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -83,14 +83,14 @@ class _Pipeline:
             try:
                 steps = sum(1 for _ in run.steps)
             except InputError as error:
-                raise NothingOfTheKind(str(error).split(": ")[-1]) from None
+                raise CheckDoesNotApply(str(error).split(": ")[-1]) from None
         assert counted in (0, steps), f"run.steps has {steps}, but scheduler.step was called {counted} times"
         return f"{steps}, as many as calls of scheduler.step" if counted else f"{steps} (scheduler.step is not called)"
 
     def guidance(self) -> str:
         denoiser = next((name for name in _DENOISERS if name in self._model.pipeline.components), None)
         if denoiser is None:
-            raise NothingOfTheKind(f"there is no {', '.join(_DENOISERS)}")
+            raise CheckDoesNotApply(f"there is no {', '.join(_DENOISERS)}")
         sizes = {}
         with progress_bar(self._model.pipeline, disable=True), self._run() as run:
             whole = tree_leaves(getattr(run, denoiser).output)[0]
@@ -101,14 +101,14 @@ class _Pipeline:
                     sizes[name] = str(error).splitlines()[0]
             run.stop()
         if isinstance(sizes["uncond"], str):
-            raise NothingOfTheKind(f"no unconditional branch: {sizes['uncond']}")
+            raise CheckDoesNotApply(f"no unconditional branch: {sizes['uncond']}")
         assert isinstance(sizes["cond"], int), sizes["cond"]
         return f"conditional and unconditional, {sizes['cond']} and {sizes['uncond']} of {len(whole)} rows"
 
     def text_encoders(self) -> str:
         found = self._model.encoders
         if not found:
-            raise NothingOfTheKind("there is no text encoder")
+            raise CheckDoesNotApply("there is no text encoder")
         lost = [name for name, encoder in found.items() if not encoder.uses]
         assert not lost, f"no use of {', '.join(lost)} was found"
         return ", ".join(f"{name} ({encoder.count} layers)" for name, encoder in found.items())
@@ -116,7 +116,7 @@ class _Pipeline:
     def attention(self) -> str:
         found = self._model.attentions
         if not found:
-            raise NothingOfTheKind("the denoiser has no attention")
+            raise CheckDoesNotApply("the denoiser has no attention")
         kinds = Counter(attention.kind for attention in found.values())
         unplaced = [attention.name for attention in found.values() if attention.unplaced is not None]
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -124,7 +124,7 @@ class _Pipeline:
 
     def lens(self) -> str:
         if not self._model.encoders or "prompt" not in self._arguments:
-            raise NothingOfTheKind("there is no text encoder, or no prompt")
+            raise CheckDoesNotApply("there is no text encoder, or no prompt")
         found = self._model.encoders.choose()
         last = found.last_used_layer
         given = dict(self._arguments)
@@ -138,7 +138,7 @@ class _Pipeline:
 
     def seeds(self) -> str:
         if not self._takes_generator:
-            raise NothingOfTheKind("the pipeline takes no generator")
+            raise CheckDoesNotApply("the pipeline takes no generator")
         first, again, other = (self._drawn(seed) for seed in (_SEED, _SEED, _SEED + 1))
         assert same_bits(first, again), "the same seed gave another result"
         return "the same seed repeats the result" + ("" if same_bits(first, other) else ", another seed changes it")

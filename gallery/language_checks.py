@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffsight.errors import InputError, OutOfOrderError, PointNotFoundError
-from diffsight.gallery.check_does_not_apply import NothingOfTheKind
+from diffsight.gallery.check_does_not_apply import CheckDoesNotApply
 from diffsight.gallery.diffusion_checks import same_bits
 from diffsight.lenses.logit_lens import logit_lens
 from diffsight.pipelines.language.model import LanguageModel
@@ -74,7 +74,7 @@ class _Language:
 
     def steps(self) -> str:
         if not self._model.module.can_generate():
-            raise NothingOfTheKind("the model does not generate")
+            raise CheckDoesNotApply("the model does not generate")
         with self._generate() as run:
             steps = sum(1 for _ in run.steps)
         config = self._model.module.generation_config
@@ -98,15 +98,15 @@ class _Language:
             assert probabilities.min() >= 0, "some probabilities are negative"
             assert sums.max() < 1.01, f"a row of probabilities sums to {sums.max():.3g}"
             return f"probabilities of layer {layer}: {tuple(probabilities.shape)}"
-        raise NothingOfTheKind(reasons[0])
+        raise CheckDoesNotApply(reasons[0])
 
     def image_tokens(self) -> str:
         if not isinstance(self._model, VisionLanguageModel) or "images" not in self._more:
-            raise NothingOfTheKind("no images were passed")
+            raise CheckDoesNotApply("no images were passed")
         try:
             grids = self._trace().image_grids[0]
         except InputError as error:
-            raise NothingOfTheKind(str(error).splitlines()[0]) from None
+            raise CheckDoesNotApply(str(error).splitlines()[0]) from None
         assert grids, "no image tokens were found"
         return f"{len(grids)} grid{'s' * (len(grids) > 1)}, the first {tuple(grids[0].shape)}"
 
@@ -121,7 +121,7 @@ class _Language:
 
     def seeds(self) -> str:
         if not self._model.module.can_generate():
-            raise NothingOfTheKind("the model does not generate")
+            raise CheckDoesNotApply("the model does not generate")
         first, again = (self._generate(do_sample=True, seed=3).result for _ in range(2))
         assert same_bits(first, again), "the same seed gave another text"
         return "the same seed repeats the text"
