@@ -70,6 +70,10 @@ def test_the_face_holds_what_its_packages_hold():
     for name in diffsight.__all__:
         inner = next((face for face in (lenses, pipelines) if name in face.__all__), diffsight)
         assert getattr(diffsight, name) is getattr(inner, name)
+    classes = {name for name in diffsight.__all__ if isinstance(getattr(diffsight, name), type)}
+    wrappers = {"DiffusionModel", "HFPipeline", "LanguageModel", "Model", "VisionLanguageModel"}
+    errors = {"DiffsightError", "OutOfOrderError", "WrongThreadError"}
+    assert classes == wrappers | errors | {"Edit", "Run", "Step"}
 
 
 @pytest.mark.parametrize(
