@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from diffsight.edits import Edit
     from diffsight.errors import DiffsightError, OutOfOrderError, WrongThreadError
     from diffsight.lenses import (
-        SAE,
         attach_sae,
         attention_from,
         attention_maps,
@@ -54,7 +53,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "SAE",
     "DiffsightError",
     "DiffusionModel",
     "Edit",

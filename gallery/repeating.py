@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from diffsight.errors import InputError
 from diffsight.gallery.gallery_index import read_record
+from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.results.call_values import ArgumentDecoder, UnknownValueError, named
 from diffsight.lenses.results.result import ARGUMENTS, PAGE, LensResult
 from diffsight.lenses.results.saving import versions
@@ -141,13 +142,16 @@ class _Models(dict):
 
 def _load(name: str, record: Mapping[str, Any]) -> Any:
     if not record["source"]:
-        raise InputError(f"{name} was a live model: pass it, repeat(path, {name}={name})")
+        what = "an SAE that was not loaded from a folder" if record["kind"] == "SAE" else "a live model"
+        raise InputError(f"{name} was {what}: pass it, repeat(path, {name}={name})")
     if record["edits"]:
         raise InputError(
             f"{name} had edits, which the record shows: pass the edited model, repeat(path, {name}={name})"
         )
-    kind = getattr(importlib.import_module("diffsight"), record["kind"])
-    return kind(record["source"], **ArgumentDecoder({}, {}).decode(record["options"]))
+    options = ArgumentDecoder({}, {}).decode(record["options"])
+    if record["kind"] == "SAE":
+        return SAE.load(record["source"], **options)
+    return getattr(importlib.import_module("diffsight"), record["kind"])(record["source"], **options)
 
 
 def _call_again(path: Path, call: Mapping[str, Any], replaced: Mapping[str, Any]) -> Any:

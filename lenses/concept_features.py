@@ -22,7 +22,6 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
 
-@torch.no_grad()
 def concept_features(
     model: DiffusionModel | LanguageModel,
     sae: SAE,
@@ -59,7 +58,8 @@ def concept_features(
             raise InputError("prompts and others must be lists of strings, with and without the concept")
         total = torch.zeros(sae.count, dtype=torch.double)
         for start in range(0, len(texts), batch_size):
-            vectors = reader.read(list(texts[start : start + batch_size]), seed=seed + start).vectors()
-            total += sae.encode(vectors).double().sum(0)
+            with torch.no_grad():
+                vectors = reader.read(list(texts[start : start + batch_size]), seed=seed + start).vectors()
+                total += sae.encode(vectors).double().sum(0)
         shares.append(total / total.sum().clamp(min=1e-12))
     return (shares[0] - shares[1]).float()

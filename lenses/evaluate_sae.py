@@ -17,8 +17,10 @@ from diffsight.lenses.features.activation_stream import PointReader, channels_la
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sae_checks import point_of
 from diffsight.lenses.features.sae_training import figures
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import Cell, Section, TableSection
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 from diffsight.pipelines.language.model import LanguageModel
@@ -40,6 +42,7 @@ class SAEEvaluation(LensResult):
         effect: What the model does with the reconstruction in place of the value. "loss" and "loss with the SAE" of a
             language model; "image distance", the root mean square of the difference of pixels from 0 to 255, of a
             pipeline; "right" and "right with the SAE", the share of scenes that the reader of the shapes sees right.
+        model: The name of the model.
     """
 
     point: str
@@ -48,12 +51,33 @@ class SAEEvaluation(LensResult):
     active: float
     dead: float
     effect: dict[str, float]
+    model: str
     record_file: ClassVar[str] = "evaluation.json"
 
+    def sections(self) -> list[Section]:
+        figures = {
+            "explained variance": self.explained_variance,
+            "active features (L0)": self.active,
+            "dead features": self.dead,
+            **self.effect,
+        }
+        rows = {name: [Cell(f"{value:.4g}")] for name, value in figures.items()}
+        return [TableSection("", "figure", ["value"], rows)]
+
     def record(self) -> dict[str, Any]:
-        return {"lens": "evaluate_sae", **vars(self)}
+        return {
+            "lens": "evaluate_sae",
+            "model": self.model,
+            "point": self.point,
+            "features": self.features,
+            "explained_variance": self.explained_variance,
+            "active": self.active,
+            "dead": self.dead,
+            "effect": dict(self.effect),
+        }
 
 
+@repeatable
 @torch.no_grad()
 def evaluate_sae(
     model: DiffusionModel | LanguageModel,
@@ -95,7 +119,9 @@ def evaluate_sae(
     parts = [(texts[start : start + batch_size], seed + start) for start in starts]
     edited = _with_reconstruction(model, sae, point, reader.is_in_denoiser)
     effect = _losses if isinstance(model, LanguageModel) else _images
-    return SAEEvaluation(point, sae.count, **found, effect=effect(model, edited, parts, scenes, arguments))
+    measured = effect(model, edited, parts, scenes, arguments)
+    name = model.source if isinstance(model, DiffusionModel) else model.label
+    return SAEEvaluation(point, sae.count, **found, effect=measured, model=name)
 
 
 def _with_reconstruction(model: Any, sae: SAE, point: str, is_in_denoiser: bool) -> Any:

@@ -19,9 +19,11 @@ from diffsight.lenses.denoising.call_checks import Steps, check_one_image, choos
 from diffsight.lenses.features.activation_stream import PointReader, channels_last, tensor_in, value_at
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sae_checks import check_features, point_of
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import ImageSection, Section, distinct
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
@@ -58,14 +60,19 @@ class FeatureEffect(LensResult):
 
     def grid(self) -> Image.Image:
         """Return all images in one, with their amounts."""
-        names = {"scale": "times {:g}", "set": "= {:g}", "add": "+ {:g}"}
-        titles = ["unchanged", *(names[self.change].format(amount) for amount in self.amounts)]
         features = ", ".join(map(str, self.features[:8])) + (", …" if len(self.features) > 8 else "")
         heading = f"{self.prompt}\nfeatures {features} of {self.point}"
-        return image_grid(self.images, columns=len(self.images), titles=titles, title=heading, cell=128)
+        return image_grid(self.images, columns=len(self.images), titles=self._titles(), title=heading, cell=128)
+
+    def _titles(self) -> list[str]:
+        names = {"scale": "times {:g}", "set": "= {:g}", "add": "+ {:g}"}
+        return ["unchanged", *(names[self.change].format(amount) for amount in self.amounts)]
 
     def preview(self) -> Image.Image:
         return self.grid()
+
+    def sections(self) -> list[Section]:
+        return [ImageSection("", {"": dict(zip(distinct(self._titles()), self.images))})]
 
     def files(self) -> dict[str, Callable[[Path], None]]:
         files: dict[str, Callable[[Path], None]] = {"grid.png": self.grid().save}
@@ -85,6 +92,7 @@ class FeatureEffect(LensResult):
         }
 
 
+@repeatable
 def feature_effect(
     model: DiffusionModel,
     sae: SAE,

@@ -33,6 +33,7 @@ from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.overlays import scaled
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import ImageSection, Section, distinct
 from diffsight.pipelines.diffusion.attention import Attention, find_attentions
 from diffsight.pipelines.diffusion.encoding import encode_prompt
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -73,6 +74,10 @@ class PromptToPromptResult(LensResult):
 
     def preview(self) -> Image.Image:
         return self.grid()
+
+    def sections(self) -> list[Section]:
+        names = distinct([self.source, self.target])
+        return [ImageSection("", {"": dict(zip(names, (self.source_image, self.target_image)))})]
 
     def files(self) -> dict[str, Callable[[Path], None]]:
         images = {"source.png": self.source_image, "target.png": self.target_image, "grid.png": self.grid()}

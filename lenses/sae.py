@@ -237,6 +237,7 @@ def _finish(trainer: SAETrainer, folder: Path, record: dict[str, Any]) -> None:
     facts = {"lens": "train_sae", **record, "settings": vars(trainer.settings), "curve": curve}
     figure = step_curves(shares, updates, "share", f"{sae.point}, {sae.count} features", axis="update")
     sae.save(folder)
+    sae.loaded_from = {"source": str(folder)}
     save_files(
         folder,
         {

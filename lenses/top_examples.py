@@ -23,11 +23,13 @@ from diffsight.lenses.denoising.call_checks import Steps, choose_steps
 from diffsight.lenses.features.activation_stream import PointReader, channels_last, value_at
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sae_checks import check_features, point_of
+from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import step_curves
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.result import LensResult
+from diffsight.lenses.results.sections import Cell, CurveSection, ImageSection, Section, TableSection, distinct
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 from diffsight.pipelines.language.model import LanguageModel
@@ -107,6 +109,27 @@ class TopExamples(LensResult):
     def preview(self) -> Image.Image | None:
         return self.grid() if self._has_images else None
 
+    def sections(self) -> list[Section]:
+        return self._sections_of_images() if self._has_images else [self._table()]
+
+    def _sections_of_images(self) -> list[Section]:
+        rows = {}
+        for feature, examples in self.examples.items():
+            names = distinct([f"{one.prompt}, {one.strength:.1f}" for one in examples])
+            rows[f"feature {feature}"] = dict(zip(names, (one.shown() for one in examples)))
+            rows[f"feature {feature}, images"] = dict(zip(names, (one.image for one in examples)))
+        curves = {f"feature {feature}": values.tolist() for feature, values in self.by_step.items()}
+        steps = [str(step) for step in self.steps]
+        return [ImageSection("", rows), CurveSection("Steps", "step", steps, curves, "mean activation")]
+
+    def _table(self) -> TableSection:
+        rows = {}
+        for feature, examples in self.examples.items():
+            most = max(max(one.strength for one in examples), 1e-12)
+            rows[f"feature {feature}"] = [Cell(str(one), one.strength / most) for one in examples]
+        columns = [str(place) for place in range(1, len(next(iter(rows.values()))) + 1)]
+        return TableSection("", "", columns, rows, "share of the largest activation")
+
     def files(self) -> dict[str, Callable[[Path], None]]:
         files: dict[str, Callable[[Path], None]] = {
             "examples.txt": lambda path: path.write_text(f"{self}\n", encoding="utf-8")
@@ -133,6 +156,7 @@ class TopExamples(LensResult):
         return any(one.image is not None for examples in self.examples.values() for one in examples)
 
 
+@repeatable
 @torch.no_grad()
 def top_examples(
     model: DiffusionModel | LanguageModel,
@@ -182,9 +206,8 @@ def top_examples(
         for feature, new in zip(chosen, examples):
             found[feature] = sorted([*found[feature], *new], key=lambda one: -one.strength)[:count]
     by_step = dict(zip(chosen, (sums / len(texts)).T))
-    return TopExamples(
-        {f: tuple(some) for f, some in found.items()}, by_step, read, point, getattr(model, "source", "")
-    )
+    name = model.source if isinstance(model, DiffusionModel) else model.label
+    return TopExamples({f: tuple(some) for f, some in found.items()}, by_step, read, point, name)
 
 
 def _images(

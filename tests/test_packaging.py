@@ -25,16 +25,24 @@ def wheel(tmp_path_factory):
     return zipfile.ZipFile(next(out.glob("*.whl")))
 
 
+def is_data(path):
+    """Whether a file belongs to the package, other than its modules. The notebooks are documentation."""
+    left_out = {"__pycache__", "notebooks"}
+    return path.is_file() and path.suffix != ".py" and not left_out & set(path.parts)
+
+
 def test_the_wheel_installs_diffsight_alone(wheel):
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"diffsight"}
 
 
-def test_the_wheel_carries_every_module_and_the_packaged_pipelines(wheel):
+def test_the_wheel_carries_every_module_and_data_file(wheel):
     modules = [path for folder in CARRIED[:4] for path in (ROOT / folder).rglob("*.py")]
     parts = [path for name in ("clip", "t5") for path in (ROOT / "pipelines/shapes" / name).rglob("*.*")]
     assert len([path for path in parts if path.suffix == ".safetensors"]) == 6
-    for path in [*modules, *parts]:
+    data = [path for folder in CARRIED[:4] for path in (ROOT / folder).rglob("*.*") if is_data(path)]
+    assert {path.parent.name for path in data} >= {"gallery_parts", "page_parts", "shapes-clip-unet", "flux"}
+    for path in [*modules, *parts, *data]:
         place = path.relative_to(ROOT).as_posix()
         assert (place if place.startswith("diffsight/") else f"diffsight/{place}") in wheel.namelist()
     assert sum(item.file_size for item in wheel.infolist()) < 40 * 2**20
@@ -70,6 +78,10 @@ def test_the_face_holds_what_its_packages_hold():
     for name in diffsight.__all__:
         inner = next((face for face in (lenses, pipelines) if name in face.__all__), diffsight)
         assert getattr(diffsight, name) is getattr(inner, name)
+    classes = {name for name in diffsight.__all__ if isinstance(getattr(diffsight, name), type)}
+    wrappers = {"DiffusionModel", "HFPipeline", "LanguageModel", "Model", "VisionLanguageModel"}
+    errors = {"DiffsightError", "OutOfOrderError", "WrongThreadError"}
+    assert classes == wrappers | errors | {"Edit", "Run", "Step"}
 
 
 @pytest.mark.parametrize(

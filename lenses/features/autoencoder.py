@@ -33,6 +33,9 @@ class SAE(nn.Module):
         point: Where the vectors come from, such as "unet.mid_block".
         of: "output" of the point, or its "difference": output minus input.
         facts: What else is known of it, such as how it was trained.
+
+    Attributes:
+        loaded_from: The arguments of `load`, for records of results. None if it was not loaded from a folder.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class SAE(nn.Module):
         self.width, self.kind, self.point, self.of = width, kind, point, of
         self.k = k if kind in ("topk", "batch_topk") else None
         self.facts = dict(facts or {})
+        self.loaded_from: dict[str, str] | None = None
         decoder = nn.functional.normalize(torch.randn(features, width), dim=-1)
         self.decoder, self.decoder_bias = nn.Parameter(decoder), nn.Parameter(torch.zeros(width))
         self.encoder, self.encoder_bias = nn.Parameter(decoder.T.clone()), nn.Parameter(torch.zeros(features))
@@ -121,4 +125,5 @@ class SAE(nn.Module):
         arguments, tensors = read_sae(source, subfolder)
         sae = cls(**arguments)
         sae.load_state_dict(tensors)
+        sae.loaded_from = {"source": str(source)} | ({"subfolder": subfolder} if subfolder else {})
         return sae.eval().requires_grad_(False)

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from diffsight.errors import InputError
+from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.results.literals import literal
 from diffsight.lenses.results.model_records import ModelRecord
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -60,7 +61,7 @@ class ArgumentEncoder:
         """Return an argument as JSON stores it. `name` is what its tensors and models are called."""
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        if isinstance(value, (DiffusionModel, LanguageModel)):
+        if isinstance(value, (DiffusionModel, LanguageModel, SAE)):
             return {"$model": self._model(name, value)}
         if isinstance(value, list):
             return self._list(name, value)
@@ -107,7 +108,7 @@ class ArgumentEncoder:
             return {key: self.encode(f"{name}_{i}", value) for i, (key, value) in enumerate(values.items())}
         return {"$map": [self._list(f"{name}_{i}", pair) for i, pair in enumerate(values.items())]}
 
-    def _model(self, name: str, model: DiffusionModel | LanguageModel) -> str:
+    def _model(self, name: str, model: DiffusionModel | LanguageModel | SAE) -> str:
         if id(model) not in self._names:
             self._names[id(model)] = name
             self.models[name] = ModelRecord.of(model, self.encode)

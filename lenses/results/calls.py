@@ -31,7 +31,7 @@ class Call:
     Attributes:
         function: The name of the function, such as "diffsight.lenses.logit_lens".
         arguments: The arguments that were passed, by name, as JSON stores them (see `call_values.py`).
-        models: What is known of the models among them, by the name of the argument.
+        models: What is known of the models and SAEs among them, by the name of the argument.
         tensors: The tensors and images among the arguments, which `arguments` refers to by their names here.
         date: When the call was made, in UTC.
         positional: How many of the arguments, the first ones, were passed without their names.
@@ -53,7 +53,7 @@ class Call:
         """Return the call as Python code."""
         name = self.function.rpartition(".")[2]
         imports = {f"from diffsight.lenses import {name}"}
-        imports |= {f"from diffsight import {model.kind}" for model in self.models.values()}
+        imports |= {f"from {_package(model)} import {model.kind}" for model in self.models.values()}
         words = []
         for place, (key, value) in enumerate(self.arguments.items()):
             written = source_of(value, imports)
@@ -89,9 +89,16 @@ def _call_of(function: Callable, positional: int, bound: inspect.BoundArguments)
     return Call(name, arguments, encoder.models, encoder.tensors, date, positional)
 
 
+def _package(model: ModelRecord) -> str:
+    """Return where the class of a model is imported from."""
+    return "diffsight.lenses" if model.kind == "SAE" else "diffsight"
+
+
 def _loading(model: ModelRecord, imports: set[str]) -> str:
     """Return Python code that loads a model. What no code can say stands in a comment."""
     options = "".join(f", {name}={source_of(value, imports)}" for name, value in model.options.items())
+    if model.kind == "SAE":
+        return f"SAE.load({literal(model.source)}{options})" if model.source else "SAE(...)  # not loaded from a folder"
     written = (
         f"{model.kind}({literal(model.source)}{options})" if model.source else f"{model.kind}(...)  # a live model"
     )

@@ -1,4 +1,4 @@
-"""What a record says about a model, so that a result can be made again and another model is noticed.
+"""What a record says about a model or an SAE, so that a result can be made again and another one is noticed.
 
 Weights are recorded as a fingerprint: a hash over the name, shape and dtype of every weight, and over up to 1024 of its
 values at equal distances. It takes no time even for large models, and differs between checkpoints and fine-tunes.
@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from diffsight.lenses.features.autoencoder import SAE
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -24,11 +25,12 @@ _known: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = WeakKeyDictionary()  #
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """A model, as a record describes it.
+    """A model or an SAE, as a record describes it.
 
     Attributes:
         kind: The class, such as "LanguageModel".
-        source: What it was loaded from: a name or a folder. None for a live model.
+        source: What it was loaded from: a name or a folder. None for a live model, and for an SAE that was
+            not loaded from a folder.
         options: The other arguments it was loaded with, as JSON stores them (see `call_values.py`).
         revision: The commit that a model hub named, if any.
         weights: The fingerprint of the weights.
@@ -43,11 +45,13 @@ class ModelRecord:
     edits: tuple[Mapping[str, str | None], ...] = field(default=(), repr=False)
 
     @classmethod
-    def of(cls, model: Model, encode: Callable[[str, Any], Any]) -> "ModelRecord":
+    def of(cls, model: Model | SAE, encode: Callable[[str, Any], Any]) -> "ModelRecord":
         """Return the record of a model. `encode(name, value)` returns an option as JSON stores it."""
         loaded = getattr(model, "loaded_from", None) or {}
         options = {name: encode(name, value) for name, value in loaded.items() if name != "source"}
         source = None if "source" not in loaded else str(loaded["source"])
+        if isinstance(model, SAE):
+            return cls("SAE", source, options, None, fingerprint(model))
         return cls(
             type(model).__name__, source, options, _revision(model), fingerprint(model), tuple(map(_edit, model.edits))
         )
@@ -57,16 +61,16 @@ class ModelRecord:
         return asdict(self)
 
 
-def fingerprint(model: Model) -> str:
-    """Return the fingerprint of a model's weights, see above."""
+def fingerprint(model: Model | SAE) -> str:
+    """Return the fingerprint of the weights of a model or an SAE, see above."""
     digest = hashlib.sha256()
     for name, module in _modules(model):
         digest.update(f"{name} {_hash(module)}".encode())
     return digest.hexdigest()[:16]
 
 
-def _modules(model: Model) -> Iterator[tuple[str, nn.Module]]:
-    root = model.module
+def _modules(model: Model | SAE) -> Iterator[tuple[str, nn.Module]]:
+    root = model if isinstance(model, SAE) else model.module
     parts = {"": root} if isinstance(root, nn.Module) else root.components
     return ((name, part) for name, part in parts.items() if isinstance(part, nn.Module))
 

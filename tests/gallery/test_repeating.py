@@ -1,6 +1,8 @@
 """`repeat`: every lens of the package, made again from its record, bit for bit; and what it says where it is not."""
 
 import json
+from inspect import isclass, isfunction
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from diffsight import diffusion_lens, lenses, logit_lens
 from diffsight.errors import InputError
 from diffsight.gallery import repeat
 from diffsight.gallery.cli import main
+from diffsight.lenses.results.result import LensResult
 from models import language, lens_results
 
 
@@ -28,8 +31,11 @@ def test_every_lens_is_repeated_from_its_record_bit_for_bit(name, saved_models, 
 
 
 def test_every_lens_that_returns_a_result_is_repeated():
-    results = {name for name in lenses.__all__ if hasattr(getattr(lenses, name), "__wrapped__")}
+    functions = {name: value for name in lenses.__all__ if isfunction(value := getattr(lenses, name))}
+    returned = {name: get_type_hints(value).get("return") for name, value in functions.items()}
+    results = {name for name, kind in returned.items() if isclass(kind) and issubclass(kind, LensResult)}
     assert results == {name.split()[0] for name in lens_results.MADE}
+    assert results == {name for name, function in functions.items() if hasattr(function, "__wrapped__")}
 
 
 @pytest.fixture
@@ -107,6 +113,47 @@ def test_a_live_or_edited_model_is_passed(saved_models, tmp_path):
     with pytest.raises(InputError, match="model had edits, which the record shows: pass the edited model"):
         repeat(tmp_path / "edited")
     assert repeat(tmp_path / "edited", model=edited).is_identical
+
+
+@pytest.fixture
+def sae():
+    torch.manual_seed(2)
+    return lenses.SAE(32, 64, k=4, point="layers[1]").eval().requires_grad_(False)
+
+
+def evaluate(saved_models, sae):
+    return lenses.evaluate_sae(lens_results.load(saved_models / "language"), sae, ["A cat"])
+
+
+def test_an_sae_in_memory_is_passed(saved_models, sae, tmp_path):
+    evaluate(saved_models, sae).save(tmp_path)
+    with pytest.raises(InputError, match=r"sae was an SAE that was not loaded .*: pass it, repeat\(path, sae=sae\)"):
+        repeat(tmp_path)
+    assert repeat(tmp_path, sae=sae).is_identical
+
+
+def test_another_sae_in_the_same_folder_is_noted(saved_models, sae, tmp_path):
+    sae.save(tmp_path / "sae")
+    evaluate(saved_models, lenses.SAE.load(tmp_path / "sae")).save(tmp_path / "lens")
+    assert repeat(tmp_path / "lens").notes == ()
+    sae.encoder *= 2
+    sae.save(tmp_path / "sae")
+    repetition = repeat(tmp_path / "lens")
+    assert not repetition.is_identical
+    (note,) = repetition.notes
+    assert note.startswith("sae has other weights than then")
+
+
+def test_a_trained_sae_is_repeated_from_its_folder(saved_models, tmp_path):
+    model = lens_results.load(saved_models / "language")
+    settings = lenses.SAESettings(updates=2, batch_size=4)
+    trained = lenses.train_sae(
+        model, "layers[1]", ["A cat"], features=8, k=2, settings=settings, folder=tmp_path / "sae", progress=False
+    )
+    evaluate(saved_models, trained).save(tmp_path / "lens")
+    repetition = repeat(tmp_path / "lens")
+    assert repetition.is_identical
+    assert repetition.notes == ()
 
 
 def test_an_argument_can_be_replaced(saved):

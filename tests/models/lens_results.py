@@ -25,6 +25,10 @@ def save_models(folder: Path) -> None:
     language.TOKENIZER.save_pretrained(folder / "language")
     for part in vision_language.llava():
         part.save_pretrained(folder / "vision")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for point in ("unet.mid_block", "layers[1]"):
+            lenses.SAE(32, 64, k=4, point=point).save(folder / "sae" / point)
 
 
 @cache
@@ -108,6 +112,10 @@ def _targets(folder: Path, **options: Any) -> Any:
     return lenses.run_prompts(model, prompts, **options)
 
 
+def _sae(folder: Path, point: str) -> lenses.SAE:
+    return lenses.SAE.load(folder / "sae", point)
+
+
 MADE = {
     "diffusion_lens": lambda folder: lenses.diffusion_lens(load(folder / "pipeline"), PROMPT, seed=3, **FAST),
     "encoder_patching": _patching,
@@ -132,6 +140,21 @@ MADE = {
         reweight={"red": 2.0},
         seed=3,
         num_inference_steps=2,
+    ),
+    "evaluate_sae": lambda folder: lenses.evaluate_sae(
+        load(folder / "pipeline"), _sae(folder, "unet.mid_block"), [PROMPT, "a green ring"], num_inference_steps=1
+    ),
+    "evaluate_sae of a language model": lambda folder: lenses.evaluate_sae(
+        load(folder / "language"), _sae(folder, "layers[1]"), language.PROMPTS[:2]
+    ),
+    "feature_effect": lambda folder: lenses.feature_effect(
+        load(folder / "pipeline"), _sae(folder, "unet.mid_block"), PROMPT, [3, 7], amounts=[0, 4], seed=3, **FAST
+    ),
+    "top_examples": lambda folder: lenses.top_examples(
+        load(folder / "pipeline"), _sae(folder, "unet.mid_block"), [PROMPT, "a green ring"], [3, 7], seed=3, **FAST
+    ),
+    "top_examples of a language model": lambda folder: lenses.top_examples(
+        load(folder / "language"), _sae(folder, "layers[1]"), language.PROMPTS, 7, count=2, progress=False
     ),
     "image_token_lens": _image_tokens,
     "patchscope_lens": _repeated,

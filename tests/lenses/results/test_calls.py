@@ -137,6 +137,14 @@ def test_a_live_model_has_no_source():
     assert record.source is None
 
 
+def test_the_code_of_a_call_with_an_sae(saved_models):
+    lines = lens_results.make("feature_effect", saved_models).call.code().splitlines()
+    folder = json.dumps(str(saved_models / "sae"))
+    assert lines[:2] == ["from diffsight import DiffusionModel", "from diffsight.lenses import SAE"]
+    assert f'sae = SAE.load({folder}, subfolder="unet.mid_block")' in lines
+    assert "    sae," in lines
+
+
 def test_the_code_of_a_call(saved_models):
     result = lens_results.make("logit_lens", saved_models)
     folder = json.dumps(str(saved_models / "language"))
