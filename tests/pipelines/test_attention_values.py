@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffsight import DiffusionModel
 from diffsight.errors import AssignmentError, InputError, OutOfOrderError, PointNotFoundError
-from diffsight.pipelines.attention import attentions_in
+from diffsight.pipelines.attention.attention_modules import attentions_in
 from helpers import SEED, draw, footprint
 from models import diffusion, text_encoders
 

@@ -1,0 +1,102 @@
+"""Watches attention modules while they compute, whatever they compute with.
+
+A PyTorch function mode, active only in the coroutine of a run that asks for attention, sees
+`F.scaled_dot_product_attention`, which transformers ("sdpa") and diffusers' dispatch call, and attention that is
+written out. No processor is replaced.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from diffsight.extending import Tap, current_owner
+from diffsight.pipelines.attention.fused_attention import SCALED_DOT_PRODUCT, FusedCall
+from diffsight.pipelines.attention.matrix_factors import MATRIX_PRODUCTS
+from diffsight.pipelines.attention.watched_modules import Watched
+from diffsight.pipelines.attention.written_out_attention import WrittenOut
+
+WATCHED = {SCALED_DOT_PRODUCT, "softmax", "multi_head_attention_forward", *MATRIX_PRODUCTS}
+
+
+class AttentionMode(TorchFunctionMode):
+    """Sends what happens in the watched modules through their taps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watched: dict[int, Watched] = {}
+        self._written = WrittenOut()
+        self._inside: list[nn.Module] = []  # the watched modules whose calls have made the mode active, outermost first
+        self._is_always_active = False
+
+    def add(self, tap: Tap, calls: Tap, key: tuple[int | None, str]) -> Callable[[], None]:
+        """Watch the module that `calls` taps for one of its values; return what undoes it."""
+        number = calls.target.key[0]
+        if number not in self._watched:
+            self._watched[number] = Watched(calls, self._active_in(calls))
+        watched = self._watched[number]
+        watched.taps[key] = tap
+
+        def undo() -> None:
+            watched.taps.pop(key, None)
+            if not watched.taps and self._watched.pop(number, None) is not None:
+                for handle in watched.handles:
+                    handle.remove()
+
+        return undo
+
+    def _active_in(self, calls: Tap) -> list[Any]:
+        """Make the mode active in the calls of a module, because it slows down every function that is called in it. If
+        the module is being called already, the mode is active from now on."""
+        host, module = calls.host, calls.target.owner
+        if calls.active and not (self._is_always_active or self._inside):
+            self._is_always_active = True
+            host.add_mode(self)
+
+        def is_ours(called: nn.Module) -> bool:  # a copy of the module has the hooks too
+            return called is module and current_owner() is host and bool(host.taps)
+
+        def before(called: nn.Module, args: tuple) -> None:
+            if is_ours(called) and not self._is_always_active:
+                if not self._inside:
+                    self.__enter__()
+                self._inside.append(module)
+
+        def after(called: nn.Module, args: tuple, output: Any) -> None:
+            if is_ours(called) and self._inside and self._inside[-1] is module:
+                self._inside.pop()
+                if not self._inside:
+                    self.__exit__(None, None, None)
+
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name not in WATCHED and self._written.is_empty:
+            return func(*args, **kwargs)
+        running = [watched for watched in self._watched.values() if watched.is_running]
+        if not running:
+            self._written.clear()
+            return func(*args, **kwargs)
+        if name == SCALED_DOT_PRODUCT:
+            return FusedCall.of(running, args, kwargs).run(func)
+        if name == "multi_head_attention_forward":
+            with self:
+                return _without_dispatch(func)(*args, **kwargs)
+        return self._written.run(running, name, func, args, kwargs)
+
+
+@cache
+def _without_dispatch(func: FunctionType) -> FunctionType:
+    """Return a function of `torch.nn.functional` that calls other functions, without its own dispatch to modes: so that
+    a mode sees what it calls."""
+    return FunctionType(
+        func.__code__,
+        {**func.__globals__, "has_torch_function": lambda _: False},
+        func.__name__,
+        func.__defaults__,
+        func.__closure__,
+    )
