@@ -6,20 +6,25 @@ written out. No processor is replaced.
 """
 
 from collections.abc import Callable
-from functools import cache
-from types import FunctionType
 from typing import Any
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from diffsight.extending import Tap, current_owner
-from diffsight.pipelines.attention.fused_attention import SCALED_DOT_PRODUCT, FusedCall
+from diffsight.errors import InputError
+from diffsight.extending import INPUTS, Tap, current_owner
+from diffsight.pipelines.attention.fused_attention import (
+    MULTI_HEAD_ATTENTION,
+    SCALED_DOT_PRODUCT,
+    FusedCall,
+    without_dispatch,
+)
 from diffsight.pipelines.attention.matrix_factors import MATRIX_PRODUCTS
+from diffsight.pipelines.attention.product_count import count_products
 from diffsight.pipelines.attention.watched_modules import Watched
 from diffsight.pipelines.attention.written_out_attention import WrittenOut
 
-WATCHED = {SCALED_DOT_PRODUCT, "softmax", "multi_head_attention_forward", *MATRIX_PRODUCTS}
+WATCHED = {SCALED_DOT_PRODUCT, "softmax", MULTI_HEAD_ATTENTION, *MATRIX_PRODUCTS}
 
 
 class AttentionMode(TorchFunctionMode):
@@ -32,10 +37,16 @@ class AttentionMode(TorchFunctionMode):
         self._inside: list[nn.Module] = []  # the watched modules whose calls have made the mode active, outermost first
         self._is_always_active = False
 
+    def watched(self, calls: Tap) -> Watched:
+        """Return the watched module that `calls` taps."""
+        return self._watched[calls.target.key[0]]
+
     def add(self, tap: Tap, calls: Tap, key: tuple[int | None, str]) -> Callable[[], None]:
         """Watch the module that `calls` taps for one of its values; return what undoes it."""
         number = calls.target.key[0]
         if number not in self._watched:
+            if calls.active:
+                _check_first(tap, calls)
             self._watched[number] = Watched(calls, self._active_in(calls))
         watched = self._watched[number]
         watched.taps[key] = tap
@@ -83,20 +94,20 @@ class AttentionMode(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == SCALED_DOT_PRODUCT:
             return FusedCall.of(running, args, kwargs).run(func)
-        if name == "multi_head_attention_forward":
+        if name == MULTI_HEAD_ATTENTION:
             with self:
-                return _without_dispatch(func)(*args, **kwargs)
+                return without_dispatch(func)(*args, **kwargs)
         return self._written.run(running, name, func, args, kwargs)
 
 
-@cache
-def _without_dispatch(func: FunctionType) -> FunctionType:
-    """Return a function of `torch.nn.functional` that calls other functions, without its own dispatch to modes: so that
-    a mode sees what it calls."""
-    return FunctionType(
-        func.__code__,
-        {**func.__globals__, "has_torch_function": lambda _: False},
-        func.__name__,
-        func.__defaults__,
-        func.__closure__,
-    )
+def _check_first(tap: Tap, calls: Tap) -> None:
+    """Raise InputError if a product may have been made already in the call in progress of a module."""
+    parked = calls.host.parked
+    if parked is not None and parked.tap is calls and parked.key == (INPUTS, calls.active[-1]):
+        return
+    if count_products(calls.target.owner, calls.host.coroutine.frame) != 1:
+        raise InputError(
+            f"{tap.target.path} is asked for in the middle of a call of {calls.target.path}, which may make several "
+            f"products in one call: it is not known which of them come next. Ask for it before any value inside "
+            f"{calls.target.path}"
+        )

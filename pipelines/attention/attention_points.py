@@ -61,6 +61,13 @@ class AttentionValue(Target):
         mode = AttentionMode() if first is None else first.hooks[0].mode
         return _Watching(mode, mode.add(tap, calls, (self.number, self.value)))
 
+    def decided_by(self, tap: Tap) -> Tap | None:
+        """Only at the end of the call is it known that its first product is the only one."""
+        if self.number is not None or not tap.hooks:
+            return None
+        calls = tap.host.taps[self.outer.key]
+        return calls if tap.hooks[0].mode.watched(calls).has_taken(tap) else None
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
         raise InputError(f"{self.path} is a value and cannot be called")
 

@@ -6,6 +6,8 @@ were changed.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from diffsight.pipelines.attention.passing_values import WithValueOf, is_unchang
 from diffsight.pipelines.attention.watched_modules import VALUES, Watched, let_through
 
 SCALED_DOT_PRODUCT = "scaled_dot_product_attention"
+MULTI_HEAD_ATTENTION = "multi_head_attention_forward"
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,3 +109,16 @@ def _sdpa_arguments(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]]:
     rest = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
     return query, key, value, rest | {"scale": scale, "enable_gqa": enable_gqa}
+
+
+@cache
+def without_dispatch(func: FunctionType) -> FunctionType:
+    """Return a function of `torch.nn.functional` that calls other functions, without its own dispatch to modes: so that
+    a mode sees what it calls."""
+    return FunctionType(
+        func.__code__,
+        {**func.__globals__, "has_torch_function": lambda _: False},
+        func.__name__,
+        func.__defaults__,
+        func.__closure__,
+    )

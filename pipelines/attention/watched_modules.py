@@ -35,6 +35,10 @@ class Watched:
         """Whether the module is being called."""
         return bool(self.calls.active)
 
+    def has_taken(self, tap: Tap) -> bool:
+        """Whether a value has been taken as that of the only product of the call in progress."""
+        return self._only is tap and self.calls.active[-1:] == [self._call]
+
     def wants(self, *values: str) -> bool:
         """Whether the run needs any of these values of the next product."""
         self._enter()
