@@ -371,7 +371,7 @@ def test_a_value_asked_for_between_two_products(sd):
     inputs = with_image_prompt(sd)
     model = DiffusionModel(sd)
     for ask in (lambda attn: attn.attention_probs, lambda attn: attn.products[0].attention_probs):
-        with pytest.raises(InputError, match="in the middle of a call of .*attn2, which may make several products"):
+        with pytest.raises(InputError, match=r"in the middle of a call of .*attn2, which may make several products"):
             with model.generate(**inputs, seed=SEED) as run:
                 run[ATTN].processor.to_k_ip[0].output
                 ask(run[ATTN])
