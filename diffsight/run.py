@@ -81,9 +81,13 @@ class Run(InRun):
         return self.result
 
     def stop(self) -> None:
-        """End the model where it stands. Values that were read stay valid."""
+        """End the model where it stands. Values that were read stay valid.
+
+        Where it is known only at the end of a call whether a value in it was meant, such as the attention probabilities
+        of a module that may make several products, the model ends after that call."""
         flow = flow_of(self._pass)
         flow.check_thread("run.stop")
+        flow.finish_undecided()
         flow.close(STOPPED)
 
     @property

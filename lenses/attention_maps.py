@@ -45,7 +45,7 @@ from diffsight.lenses.results.outputs import frames_of, image_of
 from diffsight.lenses.results.overlays import at_size, overlay
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import OverlaySection, Section, distinct
-from diffsight.pipelines.attention_product import AttentionProduct
+from diffsight.pipelines.attention.attention_product import AttentionProduct
 from diffsight.pipelines.diffusion.attention import Attention, find_attentions, follow_products
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun

@@ -310,6 +310,15 @@ class Flow:
         if missed:
             raise order.never_reached(missed, self.clock.ending)
 
+    def finish_undecided(self) -> None:
+        """Run the model to the end of the calls that decide whether a value that was read in them was meant."""
+        for tap in [*self.taps.values()]:
+            calls = tap.target.decided_by(tap)
+            if calls is not None and self.outcome is None:
+                index = calls.active[-1]
+                scope = self._scope if current() is None else self.scope
+                self._point(calls, (OUTPUT, index), Asked(calls.target, "output", index), scope)
+
     def close(self, outcome: str) -> None:
         """End the run where it stands: unwind the model, remove every hook. May be called again."""
         if self._is_cleared:

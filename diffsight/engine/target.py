@@ -45,6 +45,11 @@ class Target:
         `tap.call`, see `diffsight.engine.tapped_call.Tap`."""
         return TappedMethod(self.owner, self.name)
 
+    def decided_by(self, tap: Any) -> Any:
+        """Return the tap of the call in progress that has to end before it is certain that a value read from `tap` was
+        meant; None if there is none."""
+        return None
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Call what is tapped."""
         return getattr(self.owner, self.name)(*args, **kwargs)

@@ -23,8 +23,11 @@ from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError
 from diffsight.extending import Model, Run, flow_of, owner_of
-from diffsight.pipelines.attention_mode import SCALED_DOT_PRODUCT, WATCHED, FusedCall, WrittenOut
-from diffsight.pipelines.attention_product import AttentionProduct
+from diffsight.pipelines.attention.attention_mode import WATCHED
+from diffsight.pipelines.attention.attention_modules import is_named_attention
+from diffsight.pipelines.attention.attention_product import AttentionProduct
+from diffsight.pipelines.attention.fused_attention import SCALED_DOT_PRODUCT, FusedCall
+from diffsight.pipelines.attention.written_out_attention import WrittenOut
 from diffsight.pipelines.diffusion.batch_layouts import COND
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
 from diffsight.pipelines.diffusion.denoising_steps import time_parameter
@@ -161,6 +164,7 @@ class CutAttention(TorchFunctionMode):
         self._paths = {id(part): path for path, part in module.named_modules()}
         self._root = module
         self._written = WrittenOut()
+        self._attention: nn.Module | None = None  # the module whose products are followed now
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
@@ -168,14 +172,24 @@ class CutAttention(TorchFunctionMode):
             return func(*args, **kwargs)
         running = [*_running(sys._getframe(1))]
         if self._root not in running:
+            self._written.clear()
             return func(*args, **kwargs)
         if name in _PLACE_BY_PLACE:
             return _PLACE_BY_PLACE[name](func, *args, **kwargs)
         owner = next(m for m in running if not isinstance(m, nn.Softmax) and "Processor" not in type(m).__name__)
+        self._forget_others(owner, running)
         probe = _Probe(self, owner, self._paths[id(owner)])
         if name == SCALED_DOT_PRODUCT:
             return FusedCall.of([probe], args, kwargs).run(func)
         return self._written.run([probe], name, func, args, kwargs)
+
+    def _forget_others(self, owner: nn.Module, running: list[nn.Module]) -> None:
+        """Forget what other modules have multiplied, because everything that is computed from it would stay alive: a
+        product without a softmax, as in linear attention, is never used up."""
+        attention = next(filter(is_named_attention, running), None)
+        if self._attention not in running or attention not in (None, self._attention):
+            self._written.clear()
+            self._attention = owner if attention is None else attention
 
     def keep(self, path: str, product: AttentionProduct) -> None:
         """Record a product of the module at a path."""
@@ -213,7 +227,7 @@ _PLACE_BY_PLACE = {"conv1d": _convolution, "conv2d": _convolution, "conv3d": _co
 
 
 class _Probe:
-    """Stands in for the watched modules of a run, see `attention_mode.Watched`."""
+    """Stands in for the watched modules of a run, see `watched_modules.Watched`."""
 
     def __init__(self, mode: CutAttention, owner: nn.Module, path: str) -> None:
         self.calls = SimpleNamespace(target=SimpleNamespace(owner=owner, path=path))

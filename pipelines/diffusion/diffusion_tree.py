@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from diffsight.extending import Clock, Target, children_in, join, part_targets, unwrapped
-from diffsight.pipelines.attention import AttentionTree
+from diffsight.pipelines.attention.attention_points import AttentionTree
 from diffsight.pipelines.diffusion.components import (
     component_names,
     components,

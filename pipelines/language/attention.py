@@ -5,7 +5,7 @@
 
 A head's result is its output times its columns of the output projection. The sum over the heads, plus the bias of the
 projection, is the output of the attention. All other values of an attention are those of every attention module, see
-`pipelines/attention.py`.
+`pipelines/attention/`.
 """
 
 import re
@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from diffsight.errors import InputError
 from diffsight.extending import Tap, Target, current_owner, join
-from diffsight.pipelines.attention_mode import count_heads, is_unchanged, is_wanted, pass_value, state_of
-from diffsight.pipelines.attention_product import WithValueOf
+from diffsight.pipelines.attention.attention_modules import count_heads
+from diffsight.pipelines.attention.passing_values import WithValueOf, is_unchanged, is_wanted, pass_value, state_of
 from diffsight.pipelines.module_spans import HookHandle
 
 _OUTPUT = re.compile(

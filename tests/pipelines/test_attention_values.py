@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from diffsight import DiffusionModel
 from diffsight.errors import AssignmentError, InputError, OutOfOrderError, PointNotFoundError
-from diffsight.pipelines.attention import attentions_in
+from diffsight.pipelines.attention.attention_modules import attentions_in
 from helpers import SEED, draw, footprint
 from models import diffusion, text_encoders
 
@@ -347,3 +347,45 @@ def test_a_scan(sd):
     inputs = diffusion.PIPELINES["stable_diffusion"].inputs()
     with DiffusionModel(sd).scan(**inputs) as run:
         assert run[ATTN].attention_probs.shape == (2, 2, 64, 77)
+
+
+def with_image_prompt(sd):
+    inputs = diffusion.PIPELINES["stable_diffusion"].inputs()
+    return inputs | diffusion.add_image_prompt(sd)
+
+
+@pytest.mark.parametrize("value", ["q", "attention_probs", "heads_output"])
+def test_a_run_that_is_stopped_does_not_take_the_first_of_several_products(sd, value):
+    inputs = with_image_prompt(sd)
+    with pytest.raises(InputError, match=r"attn2 makes several products in one call\. Write .*\.products\[0\]"):
+        with DiffusionModel(sd).generate(**inputs, seed=SEED) as run:
+            getattr(run[ATTN], value)
+            run.stop()
+    with DiffusionModel(sd).generate(**inputs, seed=SEED) as run:
+        getattr(run[ATTN].products[0], value)
+        run.stop()
+
+
+def test_a_value_asked_for_between_two_products(sd):
+    """The image prompt's keys are projected after the product with those of the text."""
+    inputs = with_image_prompt(sd)
+    model = DiffusionModel(sd)
+    for ask in (lambda attn: attn.attention_probs, lambda attn: attn.products[0].attention_probs):
+        with pytest.raises(InputError, match=r"in the middle of a call of .*attn2, which may make several products"):
+            with model.generate(**inputs, seed=SEED) as run:
+                run[ATTN].processor.to_k_ip[0].output
+                ask(run[ATTN])
+    with model.generate(**inputs, seed=SEED) as run:
+        run[ATTN].input
+        assert run[ATTN].products[0].attention_probs.shape == (2, 2, 64, 77)
+
+
+def test_a_value_asked_for_inside_a_module_with_one_product(sd):
+    inputs = diffusion.PIPELINES["stable_diffusion"].inputs()
+    model = DiffusionModel(sd)
+    with model.generate(**inputs, seed=SEED) as run:
+        expected = run[ATTN].attention_probs
+    with model.generate(**inputs, seed=SEED) as run:
+        run[ATTN].to_k.output
+        assert torch.equal(run[ATTN].attention_probs, expected)
+        run.stop()

@@ -1,5 +1,7 @@
 """What attends to what in the denoisers of diffusion pipelines, as the code of diffusers lays it out."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -126,3 +128,15 @@ def test_a_pipeline_that_needs_more():
     model = DiffusionModel(text_encoders.built("stable_audio"))
     with pytest.raises(InputError, match="cannot be called"):
         find_attentions(model, "a bell", audio_end_in_s=-1)
+
+
+def test_what_follows_a_linear_attention_is_not_kept():
+    """Its products have no softmax, and what is computed from them lives no longer than in a bare call."""
+    pipe = diffusion.PIPELINES["sana"].build()
+    inputs = dict(diffusion.PIPELINES["sana"].inputs())
+    first, second = pipe.transformer.transformer_blocks
+    outputs, alive = [], []
+    first.attn1.to_out[0].register_forward_hook(lambda module, args, output: outputs.append(weakref.ref(output)))
+    second.attn1.register_forward_pre_hook(lambda module, args: alive.append(outputs[-1]() is not None))
+    find_attentions(DiffusionModel(pipe), **inputs)
+    assert alive and not any(alive)

@@ -59,6 +59,17 @@ def test_at_least_95_of_100_are_supported():
     assert len(SUPPORTED) / constructed >= 0.95
 
 
+def test_a_layer_with_two_attentions():
+    net = architectures.build_causal("longcat_flash", _attn_implementation="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NamesWarning)
+        model = LanguageModel(net)
+    for name in ("attention_probs", "q", "heads_output"):
+        with pytest.raises(InputError, match=r"self_attn is a ModuleList, .*Ask .*self_attn\[0\], .*self_attn\[1\]"):
+            with model.trace(architectures.inputs_of(net)) as run:
+                getattr(run, name)[0]
+
+
 @pytest.mark.parametrize("kind", SUPPORTED)
 def test_a_causal_language_model(kind):
     net = architectures.build_causal(kind, _attn_implementation="eager")

@@ -11,18 +11,17 @@ The values are watched by a function mode while the module computes, see `attent
 
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-from torch import nn
-
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.extending import FORWARD, Points, Tap, Target, Tree, assign, fetch, join, points_on, target_of
-from diffsight.pipelines.attention_mode import VALUES, AttentionMode
+from diffsight.pipelines.attention.attention_mode import AttentionMode
+from diffsight.pipelines.attention.attention_modules import attentions_in, backend_of, can_attend, is_attention
+from diffsight.pipelines.attention.watched_modules import VALUES
 
 _PRODUCTS = "products"
-_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _SEEN = re.compile(r"eager|sdpa|native(?!_(npu|xla|flex))", re.IGNORECASE)  # backends whose products can be seen
 
 
@@ -62,6 +61,13 @@ class AttentionValue(Target):
         mode = AttentionMode() if first is None else first.hooks[0].mode
         return _Watching(mode, mode.add(tap, calls, (self.number, self.value)))
 
+    def decided_by(self, tap: Tap) -> Tap | None:
+        """Only at the end of the call is it known that its first product is the only one."""
+        if self.number is not None or not tap.hooks:
+            return None
+        calls = tap.host.taps[self.outer.key]
+        return calls if tap.hooks[0].mode.watched(calls).has_taken(tap) else None
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
         raise InputError(f"{self.path} is a value and cannot be called")
 
@@ -92,7 +98,8 @@ def attention_value(attention: Target, name: str) -> AttentionValue:
     """Return the target of a value of an attention module, such as "attention_probs".
 
     Raises:
-        InputError: The module contains several attention modules, or computes with a kernel that shows nothing.
+        InputError: The module makes no product itself, contains several attention modules, or computes with a kernel
+            that shows nothing.
     """
     _check_attention(attention, name)
     return AttentionValue(attention, name)
@@ -150,41 +157,18 @@ class Product:
         return f"<{target_of(self._points).path}.{_PRODUCTS}[{self._number}]>"
 
 
-# ---- which modules are attention modules
-
-
-def is_attention(module: Any) -> bool:
-    """Return whether a module is called an attention by its class, and contains no other."""
-    return isinstance(module, nn.Module) and _is_named(module) and not any(map(_is_named, _inside(module)))
-
-
-def can_attend(module: Any) -> bool:
-    """Return whether a module may make a product itself: PyTorch's own layers do not, except for its attention."""
-    if not isinstance(module, nn.Module) or type(module).forward is nn.Module.forward:
-        return False
-    return not type(module).__module__.startswith("torch.nn.") or isinstance(module, nn.MultiheadAttention)
-
-
-def attentions_in(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the attention modules in a module, by path."""
-    return {path: part for path, part in module.named_modules() if path and is_attention(part)}
-
-
-def _is_named(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return bool(_ATTENTION.search(name)) and "Processor" not in name
-
-
-def _inside(module: nn.Module) -> Iterator[nn.Module]:
-    modules = iter(module.modules())
-    next(modules)
-    return modules
-
-
 def _check_attention(target: Target, name: str) -> None:
-    """Raise InputError if a module contains several attention modules, or computes with a kernel that shows nothing."""
-    inside = attentions_in(target.owner)
+    """Raise InputError if a module makes no product itself, contains several attention modules, or computes with a
+    kernel that shows nothing."""
     path = join(target.path, name)
+    if not can_attend(target.owner):
+        parts = ", ".join(part.path for part in target.children().values())
+        kind = type(target.owner).__name__
+        raise InputError(
+            f"{path}: {target.path} is a {kind}, which makes no attention product itself"
+            + (f". Ask for the value of a module in it: {parts}" if parts else "")
+        )
+    inside = attentions_in(target.owner)
     if len(inside) > 1:
         paths = [reduce(join, inner.split("."), target.path) for inner in [*inside][:4]]
         shown = ", ".join(paths) + (" …" if len(inside) > 4 else "")
@@ -196,20 +180,3 @@ def _check_attention(target: Target, name: str) -> None:
                 f"{path} cannot be seen: {type(part).__name__} computes its attention with {backend!r}, a kernel that "
                 f"shows none of its values. {advice} before the run"
             )
-
-
-def backend_of(attention: nn.Module) -> tuple[str, str]:
-    """Return the name of what an attention module computes with, and how to switch to another."""
-    config = getattr(attention, "config", None)
-    used = getattr(config, "_attn_implementation", None)
-    if isinstance(used, str):
-        return used, 'Load the model with attn_implementation="sdpa", or call model.set_attn_implementation("sdpa")'
-    processor = getattr(attention, "processor", None)
-    if "XFormers" in type(processor).__name__:
-        return "xformers", "Call pipeline.disable_xformers_memory_efficient_attention()"
-    used = getattr(processor, "_attention_backend", None)
-    if used is None and hasattr(processor, "_attention_backend"):  # then the one that diffusers is set to
-        from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-
-        used = _AttentionBackendRegistry.get_active_backend()[0]
-    return str(getattr(used, "value", used) or "native"), 'Call set_attention_backend("native") on the component'
