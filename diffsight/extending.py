@@ -72,8 +72,9 @@ differs from call to call) and use it with `narrowed(points, selection)`, or in 
 for `tap.enter(args, kwargs)` and `tap.leave(output)`, or `tap.call(function, args, kwargs)`, to be called on every
 passage, and returns an object with `remove()`. A value inside the calls of a module has `is_value = True`, and a
 `point(part, call)` that says how users write it. If it is known only at the end of a call whether a value was meant,
-`decided_by(tap)` returns the tap of that call: `run.stop()` runs the model so far. Check `current_owner() is tap.host`: calls from outside the run must
-pass untouched. To change a method for the duration of a run, use `ChangedMethod(owner, name, change)`.
+`decided_by(tap)` returns the tap of that call: `run.stop()` runs the model so far. Check `current_owner() is tap.host`:
+calls from outside the run must pass untouched. To change a method for the duration of a run, use
+`ChangedMethod(owner, name, change)`.
 
 **Envoys.** An attribute of an envoy may be a part of the model, so everything about the envoy itself is asked with a
 function: `tree_of`, `target_of`, `owner_of`, `run_of`, `part_of`, `child_of(envoy, name)`, `handle_on(envoy, target)`,
