@@ -41,7 +41,7 @@ def there_and_back(value):
         *[range(2, 9, 3), slice(None, None, -1), Path("a/b"), torch.float16, torch.device("cpu"), {}, []],
         *[torch.tensor([[1.5, 2]]), torch.tensor(True), TargetPrompt("x", 2), logit_lens],
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", None) or repr(value),
 )
 def test_arguments_come_back_as_they_were(value):
     assert same(there_and_back(value), value)
