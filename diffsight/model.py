@@ -201,10 +201,10 @@ class Model(Envoy):
         )
 
     def _hidden_names(self) -> list[str]:
-        run_class = self._run_class
-        return sorted(
-            n for n in self._tree.module_names(self._owner) if hasattr(type(self), n) or hasattr(run_class, n)
-        )
+        """Also the modules directly in the model whose names mean something else on the model or a run."""
+        parts = self._tree.children_of(self._target)
+        hidden = (name for name in parts if hasattr(type(self), name) or hasattr(self._run_class, name))
+        return sorted({*super()._hidden_names(), *hidden})
 
     def __repr__(self) -> str:
         targets = self._tree.attached.targets.values()

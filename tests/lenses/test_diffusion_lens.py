@@ -290,7 +290,8 @@ def test_a_pipeline_whose_progress_bar_was_never_set_shows_it_afterwards(sd, cap
     assert "3/3" in capsys.readouterr().err
 
 
-def test_a_progress_bar_over_the_layers(sd, capsys):
+def test_a_progress_bar_over_the_layers(sd, capsys, monkeypatch):
+    monkeypatch.setattr(sd, "_progress_bar_config", {}, raising=False)  # other tests have turned it off
     diffusion_lens(DiffusionModel(sd), PROMPT, layers=["embedding", 1], **SD)
     shown = capsys.readouterr().err
     assert "2 layers" in shown  # one bar for both, which counts the denoising steps

@@ -77,7 +77,10 @@ def test_diffusion_lens_without_layers(pipe):
     assert result.layers == ("embedding", 0, 1, 2)
     for layer, image in zip(result.layers, result.images, strict=True):
         assert close_image(image, draw_layer(pipe, layer))
-    assert same_image(result.images[-1], pipe.generate(TARGET, seed=3, **STEPS).images[0])
+    plain = pipe.generate(TARGET, seed=3, **STEPS).images[0]
+    assert close_image(result.images[-1], plain)
+    one_by_one = diffusion_lens(pipe, TARGET, seed=3, progress=False, batch_size=1, **STEPS)
+    assert same_image(one_by_one.images[-1], plain)
 
 
 def test_the_last_layer_that_sdxl_uses():
