@@ -3,6 +3,7 @@
 attention_points           what is asked of a module: `attn.attention_probs`, `attn.products[1].q`
 attention_modules          which modules are attention modules
 attention_mode             the function mode that sees what they compute
+product_dispatch           which functions make products, and what becomes of their calls
 product_count              how many products a module makes in a call
 watched_modules            which of them are watched, and the products of a call
 fused_attention            products in a fused kernel

@@ -13,18 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from diffsight.errors import InputError
 from diffsight.extending import INPUTS, Tap, current_owner
-from diffsight.pipelines.attention.fused_attention import (
-    MULTI_HEAD_ATTENTION,
-    SCALED_DOT_PRODUCT,
-    FusedCall,
-    without_dispatch,
-)
-from diffsight.pipelines.attention.matrix_factors import MATRIX_PRODUCTS
 from diffsight.pipelines.attention.product_count import count_products
+from diffsight.pipelines.attention.product_dispatch import WATCHED, call_watched
 from diffsight.pipelines.attention.watched_modules import Watched
 from diffsight.pipelines.attention.written_out_attention import WrittenOut
-
-WATCHED = {SCALED_DOT_PRODUCT, "softmax", MULTI_HEAD_ATTENTION, *MATRIX_PRODUCTS}
 
 
 class AttentionMode(TorchFunctionMode):
@@ -92,12 +84,7 @@ class AttentionMode(TorchFunctionMode):
         if not running:
             self._written.clear()
             return func(*args, **kwargs)
-        if name == SCALED_DOT_PRODUCT:
-            return FusedCall.of(running, args, kwargs).run(func)
-        if name == MULTI_HEAD_ATTENTION:
-            with self:
-                return without_dispatch(func)(*args, **kwargs)
-        return self._written.run(running, name, func, args, kwargs)
+        return call_watched(self, running, self._written, func, args, kwargs)
 
 
 def _check_first(tap: Tap, calls: Tap) -> None:

@@ -10,12 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from diffsight.extending import structural_copy
-from diffsight.pipelines.attention.fused_attention import (
-    MULTI_HEAD_ATTENTION,
-    SCALED_DOT_PRODUCT,
-    FusedCall,
-    without_dispatch,
-)
+from diffsight.pipelines.attention.product_dispatch import call_watched
 from diffsight.pipelines.attention.written_out_attention import WrittenOut
 
 
@@ -56,13 +51,7 @@ class _Counting(TorchFunctionMode):
         self._written = WrittenOut()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if name == SCALED_DOT_PRODUCT:
-            return FusedCall.of([self], args, kwargs).run(func)
-        if name == MULTI_HEAD_ATTENTION:
-            with self:
-                return without_dispatch(func)(*args, **kwargs)
-        return self._written.run([self], name, func, args, kwargs)
+        return call_watched(self, [self], self._written, func, args, kwargs or {})
 
     def wants(self, *values: str) -> bool:
         return False

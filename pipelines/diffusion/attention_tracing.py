@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError
 from diffsight.extending import Model, Run, flow_of, owner_of
-from diffsight.pipelines.attention.attention_mode import WATCHED
 from diffsight.pipelines.attention.attention_modules import is_named_attention
 from diffsight.pipelines.attention.attention_product import AttentionProduct
 from diffsight.pipelines.attention.fused_attention import SCALED_DOT_PRODUCT, FusedCall
+from diffsight.pipelines.attention.product_dispatch import WATCHED
 from diffsight.pipelines.attention.written_out_attention import WrittenOut
 from diffsight.pipelines.diffusion.batch_layouts import COND
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods

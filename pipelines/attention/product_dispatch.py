@@ -1,0 +1,39 @@
+"""Which functions make the products of attention, and what becomes of their calls in watched modules."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+from diffsight.pipelines.attention.fused_attention import (
+    MULTI_HEAD_ATTENTION,
+    SCALED_DOT_PRODUCT,
+    FusedCall,
+    without_dispatch,
+)
+from diffsight.pipelines.attention.matrix_factors import MATRIX_PRODUCTS
+from diffsight.pipelines.attention.written_out_attention import WrittenOut
+
+WATCHED = {SCALED_DOT_PRODUCT, "softmax", MULTI_HEAD_ATTENTION, *MATRIX_PRODUCTS}
+
+
+def call_watched(
+    mode: TorchFunctionMode, running: Sequence[Any], written: WrittenOut, func: Callable, args: tuple, kwargs: dict
+) -> Any:
+    """Call a function inside the modules that are `running`, so that they see the products that it makes.
+
+    Args:
+        mode: The function mode that has seen the call.
+        running: The watched modules, see `watched_modules.Watched`.
+        written: What is known of products that are written out.
+        func: The function.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+    """
+    name = getattr(func, "__name__", "")
+    if name == SCALED_DOT_PRODUCT:
+        return FusedCall.of(running, args, kwargs).run(func)
+    if name == MULTI_HEAD_ATTENTION:
+        with mode:
+            return without_dispatch(func)(*args, **kwargs)
+    return written.run(running, name, func, args, kwargs)
