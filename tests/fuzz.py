@@ -350,16 +350,10 @@ class Oracle:
                 self.ahead.setdefault(key, []).append((body.order, op, body.step))
                 continue
             if self.here != key:
-                if (body.group, key) in self.held:
-                    value = self.held[body.group, key]
-                    if op.kind == "edit":
-                        self.edited_late = True
-                        edit_in_place(cut(value, op.row), op.seed)
-                    else:
-                        self.values[program].append(copied(cut(value, op.row)))
-                    continue
-                if op.point.part == "input" and self.here == (number, "output", call):
+                value = self.held.get((body.group, key))
+                if value is None and op.point.part == "input" and self.here == (number, "output", call):
                     value = self.given[number, call]  # can still be read
+                if value is not None:
                     if op.kind == "edit":
                         self.edited_late = True
                         edit_in_place(cut(value, op.row), op.seed)
