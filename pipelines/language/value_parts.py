@@ -1,7 +1,7 @@
 """Parts of the values that pass a point: the first item of a tuple, the logits of an output.
 
     hidden = FIRST.take(output, path)                    # from the tuple that a layer returns
-    output = FIRST.put(output, hidden * 2, path, set())  # the rest of the tuple stays
+    output = FIRST.put(output, hidden * 2, path, {})  # the rest of the tuple stays
 
 They have the interface of `Part` in `diffsight.extending` and can be combined with the part of a batch, for example a
 row of the first item of a tuple.
@@ -41,7 +41,7 @@ class FirstTensor(ValuePart):
             return value[0]
         raise InputError(f"{path} is a {type(value).__name__} that does not begin with a tensor")
 
-    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
+    def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         _check_tensor(self.take(whole, path), value, path)
         if isinstance(whole, torch.Tensor):
             return value
@@ -60,7 +60,7 @@ class Logits(ValuePart):
             raise InputError(f"the model returns no logits: its {type(value).__name__} has {', '.join(value)}")
         return value["logits"]
 
-    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
+    def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         if not isinstance(whole, Mapping):
             return FIRST.put(whole, value, path, copies)
         _check_tensor(self.take(whole, path), value, path)
@@ -87,7 +87,7 @@ class HiddenInput(ValuePart):
         args, kwargs = value
         return FIRST.take(args[0] if args else kwargs[_hidden_name(kwargs, path)], path)
 
-    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
+    def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         args, kwargs = whole
         if args:
             return (FIRST.put(args[0], value, path, copies), *args[1:]), kwargs
@@ -115,7 +115,7 @@ class Within(ValuePart):
     def take(self, value: Any, path: object) -> Any:
         return self.inner.take(self.outer.take(value, path), path)
 
-    def put(self, whole: Any, value: Any, path: object, copies: set[int]) -> Any:
+    def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         part = self.outer.take(whole, path)
         return self.outer.put(whole, self.inner.put(part, value, path, copies), path, copies)
 
@@ -132,7 +132,9 @@ class Added(ValuePart):
     def __init__(self, positions: list[int] | None, mask: torch.Tensor | None = None) -> None:
         self.positions, self.mask = positions, mask
 
-    def put(self, whole: torch.Tensor, value: torch.Tensor, path: object, copies: set[int]) -> torch.Tensor:
+    def put(
+        self, whole: torch.Tensor, value: torch.Tensor, path: object, copies: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
         value = value.to(whole.device, whole.dtype)
         if value.shape[-1] != whole.shape[-1]:
             raise AssignmentError(f"{path} has {whole.shape[-1]} features per token, the vector {value.shape[-1]}")
