@@ -102,7 +102,7 @@ class Prompt:
 
     @property
     def shared_tokens(self) -> dict[int, tuple[str, ...]]:
-        """The tokens that belong to several targets, with these targets. They cannot be told apart."""
+        """The tokens that belong to several targets, with these targets, which such a token does not distinguish."""
         names: dict[int, tuple[str, ...]] = {}
         for name, tokens in self.targets.items():
             for token in tokens:

@@ -393,8 +393,8 @@ def _tapped_class(cls: type, names: frozenset[str]) -> type:
 
 @functools.cache
 def _equal_kind(kind: type) -> type:
-    """A metaclass for tapped classes, each of which equals the class that it stands for: Bria, for one, compares
-    `type(scheduler)` with the classes of schedulers."""
+    """A metaclass for tapped classes, each of which equals the class that it stands for. Bria's pipeline, for example,
+    compares `type(scheduler)` with the classes of schedulers."""
 
     def __eq__(cls: type, other: object) -> bool:
         return getattr(cls, "_diffsight_class", cls) is getattr(other, "_diffsight_class", other)

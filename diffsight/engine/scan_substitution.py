@@ -162,7 +162,7 @@ class ScanMode(TorchFunctionMode):
 
     def _create(self, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Call a function that takes no fake tensor. What it creates is real, since it may become a mask, unless it is
-        too large for one."""
+        larger than any mask."""
         if function in _CREATING:
             created = self._fakes.created_by(function, args, kwargs)
             if created.numel() > _LARGEST_MASK:
