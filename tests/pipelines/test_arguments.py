@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 
 from diffsight import (
     DiffusionModel,
@@ -17,23 +16,10 @@ from diffsight.errors import InputError
 from diffsight.lenses import patchscope_generate
 from diffsight.pipelines.arguments import named_arguments
 from models import diffusion
+from models.llama import llama
 
 CLIP = "diffsight/shapes-clip"
 IDS = torch.arange(2, 12)[None]
-
-
-def llama():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        eos_token_id=None,
-    )
-    return LanguageModel(transformers.LlamaForCausalLM(config).eval())
 
 
 @pytest.mark.parametrize(
@@ -55,9 +41,9 @@ def test_words_of_a_name_and_arguments_of_another_call():
     with pytest.raises(InputError, match=r"'steps' \(did you mean .*'num_inference_steps'"):
         DiffusionModel(CLIP).generate("a red circle", steps=3)
     with pytest.raises(InputError, match=r"without 'max_new_tokens': use model.generate\(..., max_new_tokens=...\)"):
-        llama().trace(IDS, max_new_tokens=3)
+        LanguageModel(llama(num_hidden_layers=2)).trace(IDS, max_new_tokens=3)
     with pytest.raises(InputError, match=r"model.trace\(text\)"):
-        llama()("The Eiffel Tower")
+        LanguageModel(llama(num_hidden_layers=2))("The Eiffel Tower")
 
 
 @pytest.mark.parametrize("steps", [0, -1])
@@ -91,16 +77,16 @@ def test_old_keywords_that_a_pipeline_reads_from_its_kwargs_are_known():
 @pytest.mark.parametrize("given", [{"remote": True}, {"topk": 3}, {"images": None}])
 def test_a_forward_pass_that_takes_any_keyword(given):
     with pytest.raises(InputError, match=f"LlamaForCausalLM has no argument '{next(iter(given))}'"):
-        llama().trace(IDS, **given)
+        LanguageModel(llama(num_hidden_layers=2)).trace(IDS, **given)
 
 
 def test_generation_names_near_arguments():
     with pytest.raises(InputError, match=r"no argument 'max_new_token' \(did you mean 'max_new_tokens'"):
-        llama().generate(IDS, max_new_token=3)
+        LanguageModel(llama(num_hidden_layers=2)).generate(IDS, max_new_token=3)
 
 
 def test_what_a_forward_pass_reads_from_its_kwargs_is_taken():
-    result = llama().trace(IDS, output_hidden_states=True, return_dict=True).result
+    result = LanguageModel(llama(num_hidden_layers=2)).trace(IDS, output_hidden_states=True, return_dict=True).result
     assert len(result.hidden_states) == 3
 
 
@@ -116,7 +102,7 @@ def test_what_a_forward_pass_reads_from_its_kwargs_is_taken():
 )
 def test_options_of_lenses_of_language_models(lens, given, hint):
     with pytest.raises(InputError, match=hint):
-        lens(llama(), [2, 3, 4], **given)
+        lens(LanguageModel(llama(num_hidden_layers=2)), [2, 3, 4], **given)
 
 
 @pytest.mark.parametrize(("name", "near"), [("layer", "layers"), ("batchsize", "batch_size"), ("sed", "seed")])
@@ -148,7 +134,7 @@ def test_options_of_the_wrong_type_are_refused_before_anything_is_drawn(lens, op
 )
 def test_options_of_the_wrong_type_of_collect_activations(options, told):
     with pytest.raises(InputError, match=told):
-        collect_activations(llama(), IDS, **options)
+        collect_activations(LanguageModel(llama(num_hidden_layers=2)), IDS, **options)
 
 
 class Streamer:
@@ -165,7 +151,7 @@ class Streamer:
 
 
 def test_a_run_with_a_streamer_that_is_dropped_unread():
-    model, streamer = llama(), Streamer()
+    model, streamer = LanguageModel(llama(num_hidden_layers=2)), Streamer()
     with pytest.warns(RuntimeWarning, match="a run with a streamer was dropped before anything ran"):
         model.generate(IDS, max_new_tokens=2, streamer=streamer)
     assert streamer.ended == 1

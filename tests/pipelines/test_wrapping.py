@@ -10,23 +10,9 @@ import transformers
 from torch.distributed.fsdp import fully_shard
 
 from diffsight import LanguageModel
+from models.llama import llama
 
 IDS = torch.arange(2, 12)[None]
-
-
-def llama(**more):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        eos_token_id=None,
-        **more,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 def mixtral():
