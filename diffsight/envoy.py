@@ -30,7 +30,7 @@ from diffsight.engine.target import Target, join
 from diffsight.engine.tree import Tree
 from diffsight.engine.user_bodies import is_from_edit
 from diffsight.errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
-from diffsight.folding import folded
+from diffsight.notebook_tree import folded
 
 VALUES = ("input", "inputs", "output")
 _FEW = 12  # parts; up to this many are listed in an error message
@@ -82,7 +82,7 @@ def _children_first(cls: type) -> type:
 
 
 def look_at_children_first(handle: Any) -> None:
-    """Make `handle` one that looks at private names among the modules first, see `ChildrenFirst`."""
+    """Make a handle look up private names among the modules first; see `ChildrenFirst`."""
     object.__setattr__(handle, "__class__", _children_first(type(handle)))
 
 

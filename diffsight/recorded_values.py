@@ -1,4 +1,4 @@
-"""Records: keep the values of many points of a run.
+"""Recorded values: keep the values of many points of a run.
 
     with model.generate("a red circle", seed=0) as run:
         kept = run.record(["text_encoder.layers[*]", "unet.**.attn2.output", "vae.decode.input"], device="cpu")

@@ -1,4 +1,4 @@
-"""Check on this machine that diffsight does with a model what it promises.
+"""Check on this machine that diffsight works correctly with a model.
 
     check = check_model(DiffusionModel("my/pipeline"), num_inference_steps=4)
     print(check)                    # a table

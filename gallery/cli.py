@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, with a hint where the shell has read something else than was meant."""
+    """A parser whose errors are one line, with a hint where the shell probably split or expanded an argument."""
 
     def error(self, message: str) -> NoReturn:
         hint = ""

@@ -309,7 +309,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 
 def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example: str) -> None:
-    """Make one result, or a study if there is a file of prompts or are several seeds.
+    """Make one result, or a study if there is a file of prompts or more than one seed.
 
     Args:
         options: The options of the command.

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from diffsight.errors import InputError
+from diffsight.pipelines.local_paths import find_path
 from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
-from diffsight.pipelines.weights import find_path
 
 
 def open_model(source: str) -> Any:

@@ -32,7 +32,7 @@ from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.results.call_values import ArgumentDecoder, UnknownValueError, named
 from diffsight.lenses.results.result import ARGUMENTS, PAGE, LensResult
 from diffsight.lenses.results.saving import versions
-from diffsight.pipelines.weights import find_path, shortened
+from diffsight.pipelines.local_paths import find_path, shortened
 
 _PARTS = ("arguments", "models")  # of a call
 _NOT_COMPARED = ("versions", "call")  # entries of a record
@@ -192,7 +192,7 @@ def _notes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
             continue
         for what in ("weights", "revision"):
             if model[what] != now[what]:
-                yield f"{name} has other {what} than then: {now[what]} instead of {model[what]}"
+                yield f"the {what} of {name} changed: {now[what]} now, {model[what]} in the record"
 
 
 def _difference(old: Path, new: Path) -> str:

@@ -85,7 +85,7 @@ class Study:
         mine = json.loads(json.dumps(self._record()))
         other = [name for name in {**known, **mine} if known.get(name) != mine.get(name)]
         if other:
-            raise InputError(f"{self.folder} has a study with other {', '.join(other)}: choose another --out")
+            raise InputError(f"{self.folder} has a study with different {', '.join(other)}: choose another --out")
 
     def _record(self) -> dict[str, Any]:
         return {**self.settings, "prompts": list(self.prompts)}

@@ -436,7 +436,7 @@ def _chosen(found: Sequence[Attention], layers: Layers, what: str, model: Diffus
         raise InputError(f"{type(model.pipeline).__name__} has no {what} that was found{reasons}")
     numbers = range(len(placed)) if layers is None else choose_layers(layers, len(placed))
     if "embedding" in numbers:
-        raise InputError('layers: "embedding" is no attention module, write numbers')
+        raise InputError('layers: "embedding" is not an attention module. Write numbers')
     return [placed[number] for number in sorted(numbers)]
 
 
@@ -446,9 +446,9 @@ def _picked_heads(chosen: Sequence[Attention], heads: Iterable[int] | None) -> l
     picked, count = list(heads), min(attention.heads for attention in chosen)
     for head in picked:
         if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < count:
-            raise InputError(f"heads: there is no head {head!r}, the modules have {count} (0 to {count - 1})")
+            raise InputError(f"heads: there is no head {head!r}. The modules have {count} heads, 0 to {count - 1}")
     if not picked:
-        raise InputError("heads: none is chosen")
+        raise InputError("heads: the selection is empty")
     return picked
 
 

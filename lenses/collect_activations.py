@@ -26,7 +26,7 @@ from diffsight.lenses.results.saving import check_writable, write_record
 from diffsight.lenses.tokens.batches import Batch, Positions, open_batches
 from diffsight.lenses.tokens.choosing import hidden_states, layers_to_read
 from diffsight.pipelines.language.model import LanguageModel
-from diffsight.pipelines.weights import find_path, shortened
+from diffsight.pipelines.local_paths import find_path, shortened
 
 _POINTS = ("layers_output", "layers_input", "attentions_output", "mlps_output", "heads_output", "q", "k", "v")
 _RECORD = "activations.json"

@@ -1,7 +1,7 @@
-"""Check the small files of a model's folder where the libraries would tell another story, or none.
+"""Check the small files of a model's folder whose faults the libraries report misleadingly, or not at all.
 
-transformers replaces a vocabulary that is missing with an empty one, and takes a configuration that is no dictionary
-for the name of a model on the hub.
+transformers replaces a missing vocabulary with an empty one, and takes a configuration that is not a dictionary for
+the name of a model on the hub.
 """
 
 import json

@@ -17,7 +17,7 @@ FOLDERS = {
 # Within `diffsight/`, each line imports only from the lines above it.
 ENGINE = [
     "errors",
-    "folding",
+    "notebook_tree",
     "engine",
     "engine.torch_state",
     "engine.coroutine",

@@ -22,7 +22,7 @@ from diffsight.engine.torch_state import TorchState, enter_inference_mode, rando
 
 
 class _Thread(local):
-    """The thread that looks at it. Its number is never used again, unlike that of `threading.get_ident`."""
+    """The current thread. Its number is never reused, unlike that of `threading.get_ident`."""
 
     _numbers = count()
 

@@ -1,4 +1,4 @@
-"""Turns: the bodies of a run, and whose turn it is where the model parks.
+"""User bodies: the code that reads and changes values in a run, and whose turn it is where the model parks.
 
 A run has one body that opened it, the user's own code. Beside it there may be others, each in a coroutine of its own:
 the edits of the model, and the functions of `run.each`. Where the model parks, edits have their turn first, in the

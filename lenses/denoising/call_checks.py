@@ -1,4 +1,4 @@
-"""What lenses on the denoising check before anything runs. Every function raises InputError."""
+"""The checks that denoising lenses make before anything runs. Every function raises InputError."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

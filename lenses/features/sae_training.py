@@ -32,10 +32,10 @@ class SAESettings:
     Attributes:
         updates: The number of updates.
         batch_size: The number of vectors in an update.
-        learning_rate: That of Adam. It falls to 0 in the last fifth of the updates.
-        penalty: The weight of the L1 norm of the features ("relu"), or of their number ("jumprelu").
+        learning_rate: The learning rate of Adam. It falls to 0 in the last fifth of the updates.
+        penalty: The weight of the L1 norm of the features ("relu"), or of the number of active ones ("jumprelu").
         dead_after: A feature is dead when it was not active for this many vectors.
-        bandwidth: Of the gradient of thresholds, for "jumprelu".
+        bandwidth: The bandwidth of the kernel that estimates the gradient of the thresholds ("jumprelu").
     """
 
     updates: int = 2000
@@ -112,7 +112,7 @@ class SAETrainer:
         return JumpReLU.apply(before, sae.threshold, bandwidth), active
 
     def _auxiliary(self, before: torch.Tensor, left: torch.Tensor) -> torch.Tensor | int:
-        """Return how much of what is left the dead features do not explain."""
+        """Return the auxiliary loss: how badly the dead features reconstruct the remaining error."""
         dead = (self._unused >= self.settings.dead_after).nonzero().flatten()
         if self.sae.k is None or len(dead) == 0:
             return 0
@@ -148,7 +148,7 @@ class SAETrainer:
     # ---- checkpoints
 
     def is_due(self) -> bool:
-        """Return whether the last checkpoint is some time ago."""
+        """Return whether it is time for another checkpoint."""
         return time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS
 
     def save(self, folder: Path, position: int, generator: torch.Generator) -> None:
@@ -182,7 +182,10 @@ class SAETrainer:
             name: value.shape for name, value in self.sae.state_dict().items()
         }
         if facts["settings"] != asdict(self.settings) or not same:
-            raise InputError(f"{folder} has the checkpoint of another training: choose another folder, or its settings")
+            raise InputError(
+                f"{folder} has a checkpoint that was trained with other settings: use those settings, or choose another"
+                " folder"
+            )
         self.sae.load_state_dict(own)
         names = [name for name, _ in self.sae.named_parameters()]
         keys = ("step", "exp_avg", "exp_avg_sq")

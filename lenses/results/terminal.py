@@ -1,6 +1,6 @@
 """Draws a result in a terminal, with `rich`: `print(result)` without colours, `rich.print(result)` with them.
 
-Tables are cut into blocks of columns that fit the terminal. At most three tables are drawn; the rest is named.
+Tables are cut into blocks of columns that fit the terminal. At most three tables are drawn. The others are only listed.
 """
 
 import io

@@ -25,17 +25,11 @@ from transformers.utils import logging as transformers_logging
 from diffsight.errors import DiffsightError, InputError, suggest_packaged
 from diffsight.pipelines.arguments import check_arguments
 from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
+from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.packaged import FOLDERS, LANGUAGE_MODELS
 from diffsight.pipelines.quiet_loading import quiet_loading
 from diffsight.pipelines.shapes.flux_defaults import set_defaults
-from diffsight.pipelines.weights import (
-    MissingWeightsError,
-    adopt,
-    check_weights,
-    find_path,
-    requiring_all_weights,
-    shortened,
-)
+from diffsight.pipelines.weights import MissingWeightsError, adopt, check_weights, requiring_all_weights
 
 _OF_WEIGHTS = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
 _LIBRARIES = ("diffusers", "transformers")  # that parts may come from

@@ -19,15 +19,9 @@ from diffsight.errors import DiffsightError, InputError, suggest_packaged
 from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
 from diffsight.pipelines.language.gguf import load_gguf
 from diffsight.pipelines.language.smollm2 import packaged_folder
+from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
-from diffsight.pipelines.weights import (
-    MissingWeightsError,
-    adopt,
-    check_weights,
-    find_path,
-    requiring_all_weights,
-    shortened,
-)
+from diffsight.pipelines.weights import MissingWeightsError, adopt, check_weights, requiring_all_weights
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 

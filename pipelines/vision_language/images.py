@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from diffsight.errors import InputError
-from diffsight.pipelines.weights import find_path, shortened
+from diffsight.pipelines.local_paths import find_path, shortened
 
 
 def images_of(given: Any, texts: int, placeholders: Sequence[int] = ()) -> list[list[Image.Image]]:

@@ -95,7 +95,7 @@ def test_other_weights_are_noted(saved_models, tmp_path):
     repetition = repeat(tmp_path / "lens")
     assert not repetition.is_identical
     (note,) = repetition.notes
-    assert note.startswith("model has other weights than then")
+    assert note.startswith("the weights of model changed")
 
 
 def test_a_live_or_edited_model_is_passed(saved_models, tmp_path):
@@ -141,7 +141,7 @@ def test_another_sae_in_the_same_folder_is_noted(saved_models, sae, tmp_path):
     repetition = repeat(tmp_path / "lens")
     assert not repetition.is_identical
     (note,) = repetition.notes
-    assert note.startswith("sae has other weights than then")
+    assert note.startswith("the weights of sae changed")
 
 
 def test_a_trained_sae_is_repeated_from_its_folder(saved_models, tmp_path):

@@ -211,7 +211,7 @@ WRONG = [
     ({"layers": 4}, "there is no layer 4"),
     ({"layers": "embedding"}, '"embedding" is no attention module'),
     ({"heads": [2]}, r"there is no head 2, the modules have 2"),
-    ({"heads": []}, "heads: none is chosen"),
+    ({"heads": []}, "heads: the selection is empty"),
     ({"steps": [-1]}, "write numbers of steps from 0"),
     ({"encoder": "text_encoder_2"}, "no text encoder 'text_encoder_2'"),
     ({"num_images_per_prompt": 2}, "draws one image in each row"),

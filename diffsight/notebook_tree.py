@@ -1,4 +1,4 @@
-"""A printed tree of modules as HTML, in which every part with parts of its own folds. Notebooks show models so."""
+"""The tree of a model as HTML for notebooks, in which every module with children folds."""
 
 import html
 import re
