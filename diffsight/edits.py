@@ -8,12 +8,13 @@
     def edited(run):
         run.layers[2].output[:] = 0
 
-    edited.layers[0].sae = SAE()                       # a module of its own, for edits to use:
+    edited.layers[0].sae = SAE()                       # a module attached to the copy, for edits to use:
     with edited.edit(inplace=True):
         edited.layers[0].output = edited.layers[0].sae(edited.layers[0].output, hook=True)
 
-In a run, every edit is a body of its own, with its own place in the model. When the model reaches a point, edits have
-their turn first, in the order in which they were made; then the body that opened the run, which sees what they did.
+In a run, every edit is a body of its own, with its own position in the model's execution. When the model reaches a
+point, edits have their turn first, in the order in which they were made; then the body that opened the run, which sees
+what they did.
 """
 
 import inspect
@@ -122,11 +123,11 @@ def _view(run: InRun) -> InRun:
 def check_no_edit() -> None:
     """Raise InputError if an edit is running now."""
     if current_edit() is not None:
-        raise InputError("an edit cannot be made within an edit: make them one after another; they stack")
+        raise InputError("edits cannot be nested: make them one after another, and all of them will apply")
 
 
 def _taking_run(function: Callable[..., Any]) -> Callable[[Any], Any]:
-    """`function` as a function of the run, whether it takes the run or not."""
+    """`function` so that it can be called with the run, even if it takes no arguments."""
     if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
         raise InputError(f"an edit takes a plain function: calling {_place(function)} (yield, async) does not run it")
     try:

@@ -48,13 +48,13 @@ class Steps:
     def __getitem__(self, chosen: slice) -> "Steps":
         if not isinstance(chosen, slice):
             end = f"{chosen + 1}" if isinstance(chosen, int) else f"{chosen} + 1"
-            raise TypeError(f"run.steps has no single step: write `for step in run.steps[{chosen}:{end}]`")
+            raise TypeError(f"run.steps takes a slice, not a number: write `for step in run.steps[{chosen}:{end}]`")
         if self._chosen != slice(None):
             raise TypeError("run.steps can be sliced only once")
         return Steps(self._flow, self._make_step, chosen)
 
     def __len__(self) -> int:
-        raise TypeError("run.steps has no length: how many steps there are is known when the model has ended")
+        raise TypeError("run.steps has no length: the number of steps is known only once the model has finished")
 
     def __bool__(self) -> bool:
         return True

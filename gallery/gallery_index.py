@@ -28,7 +28,7 @@ from diffsight.pipelines.local_paths import find_path, shortened
 PAGE, DATA, THUMBNAILS = "index.html", "gallery_data.js", "thumbnails"
 _IMAGES = (".png", ".gif", ".jpg", ".webp")
 _SIZE = (480, 360)  # of a thumbnail, in pixels
-_SMALL = 200_000  # bytes up to which an image is shown itself
+_SMALL = 200_000  # images up to this many bytes are shown directly, without a thumbnail
 _PARTS = Path(__file__).parent / "gallery_parts"
 
 
@@ -66,7 +66,7 @@ def write_gallery(folder: str | Path) -> Path:
 
 
 def find_results(folder: Path) -> Iterator[FoundResult]:
-    """Yield the results in a folder and in those within it, in the order of their paths."""
+    """Yield the results in a folder and its subfolders, in the order of their paths."""
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name != THUMBNAILS and not name.startswith("."))
         for name in sorted(files):
@@ -109,7 +109,8 @@ def _entry(folder: Path, found: FoundResult) -> dict[str, Any]:
 
 
 def _cover(folder: Path, place: Path, names: list[str]) -> str:
-    """Return the address of the image that stands for a result: itself if it is small, else a thumbnail."""
+    """Return the address of the image that stands for a result: the image itself if it is small, otherwise a
+    thumbnail."""
     if not names:
         return ""
     name = "grid.png" if "grid.png" in names else names[0]

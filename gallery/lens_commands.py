@@ -1,6 +1,7 @@
-"""The commands that run lenses: `diffsight lens`, `patch`, `fidelity`, `compare`, `logit-lens`, and `generate`.
+"""The commands that run a lens, such as `diffsight lens`, `attention` and `logit-lens`; and `diffsight generate`.
 
-Each checks what needs no model first, then loads the model and calls the lens of Python with the same names. With
+Each first checks whatever can be checked without a model, then loads the model and calls the Python lens with
+arguments of the same names. With
 `--prompts` or `--seeds`, a command makes a study (`studies.py`).
 """
 
@@ -24,11 +25,11 @@ from diffsight.gallery.command_options import (
     positive,
 )
 
-Make = Callable[[str, int, Path], list[Path]]  # of a prompt and a seed, into a folder
+Make = Callable[[str, int, Path], list[Path]]  # makes a result from a prompt and a seed, and writes it to a folder
 
 
 def add_lens_commands(commands: Any) -> None:
-    """Add the commands to those of the command line."""
+    """Add these commands to the command line."""
     _add_lens(commands)
     _add_patch(commands)
     _add_attention(commands)
@@ -91,7 +92,7 @@ def _add_attention(commands: Any) -> None:
     add_model(attention, IMAGE_MODEL)
     add_drawing(attention)
     attention.add_argument("--words", metavar="WORDS", help="words of the prompt, separated by commas (default: all)")
-    attention.add_argument("--keep", choices=("steps", "layers", "heads"), help="keep the maps of each apart too")
+    attention.add_argument("--keep", choices=("steps", "layers", "heads"), help="also keep maps by step, layer or head")
     attention.set_defaults(command=_attention)
 
 
@@ -150,7 +151,7 @@ def _add_compare(commands: Any) -> None:
         "--prompts", type=Path, required=True, metavar="FILE", help="a prompt in each line, or a table"
     )
     compare.add_argument("--models", metavar="NAMES", help="several models, separated by commas, in place of --model")
-    compare.add_argument("--images", type=int, default=1, help="prompts that the lens draws (default: %(default)s)")
+    compare.add_argument("--images", type=int, default=1, help="prompts to draw with the lens (default: %(default)s)")
     add_model(compare, "diffsight/shapes-flux")
     add_drawing(compare, several_seeds=False)
     add_layers(compare, "the embedding and all layers")

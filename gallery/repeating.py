@@ -5,7 +5,7 @@
     repetition.is_identical
 
 Every file is compared with what the lens writes now: images by their pixels, numbers by their values, the record by
-its entries. The page is left out, since it holds the same.
+its entries. The page is left out, since it holds the same data.
 """
 
 import importlib
@@ -40,7 +40,7 @@ _NOT_COMPARED = ("versions", "call")  # entries of a record
 
 @dataclass(frozen=True)
 class Repetition:
-    """What a result looks like when it is made again.
+    """A result made again, and how it compares with the saved one.
 
     Attributes:
         record: The file of the record.
@@ -146,7 +146,7 @@ def _load(name: str, record: Mapping[str, Any]) -> Any:
         raise InputError(f"{name} was {what}: pass it, repeat(path, {name}={name})")
     if record["edits"]:
         raise InputError(
-            f"{name} had edits, which the record shows: pass the edited model, repeat(path, {name}={name})"
+            f"{name} had edits, which the record only lists: pass the edited model, repeat(path, {name}={name})"
         )
     options = ArgumentDecoder({}, {}).decode(record["options"])
     if record["kind"] == "SAE":
@@ -208,7 +208,7 @@ def _difference(old: Path, new: Path) -> str:
 def _of_images(old: Path, new: Path) -> str:
     a, b = (_pixels(path) for path in (old, new))
     if a.shape != b.shape:
-        return f"another size: {_size(b)} instead of {_size(a)}"
+        return f"a different size: {_size(b)} instead of {_size(a)}"
     most, share = int(np.abs(a - b).max()), float((a != b).mean())
     return f"up to {most} of 255, in {share:.2%} of the values" if most else ""
 
@@ -245,7 +245,7 @@ def _of_records(old: Path, new: Path) -> str:
 
 
 def _of_bytes(old: Path, new: Path) -> str:
-    return "" if old.read_bytes() == new.read_bytes() else "other content"
+    return "" if old.read_bytes() == new.read_bytes() else "different content"
 
 
 _COMPARE = {".png": _of_images, ".gif": _of_images, ".safetensors": _of_tensors, ".json": _of_records}

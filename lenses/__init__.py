@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffsight.lenses.attach_sae import attach_sae
     from diffsight.lenses.attention_maps import AttentionMaps, attention_from, attention_maps
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
     from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from diffsight.lenses.evaluate_sae import SAEEvaluation, evaluate_sae
     from diffsight.lenses.feature_effect import FeatureEffect, feature_effect
     from diffsight.lenses.features.autoencoder import SAE
-    from diffsight.lenses.features.sae_training import SAESettings
+    from diffsight.lenses.features.sae_trainer import SAESettings
     from diffsight.lenses.image_token_lens import ImageTokenPredictions, image_token_lens
     from diffsight.lenses.inversion import Inversion, invert
     from diffsight.lenses.layer_fidelity import LayerFidelity, layer_fidelity
@@ -40,11 +41,11 @@ if TYPE_CHECKING:
     )
     from diffsight.lenses.prompt_to_prompt import PromptToPromptResult, prompt_to_prompt
     from diffsight.lenses.results.image_grid import image_grid
-    from diffsight.lenses.sae import attach_sae, train_sae
     from diffsight.lenses.steering import steer
     from diffsight.lenses.target_probabilities import Prompt, TargetProbabilities, first_tokens, run_prompts
     from diffsight.lenses.tokens.predictions import LensPredictions
     from diffsight.lenses.top_examples import Example, TopExamples, top_examples
+    from diffsight.lenses.train_sae import train_sae
     from diffsight.lenses.trajectory_lens import TrajectoryLensResult, trajectory_lens
 
 __all__ = [
@@ -114,11 +115,9 @@ _NAMES_IN = {
         "feature_effect",
     ),
     "features.autoencoder": ("SAE",),
-    "features.sae_training": ("SAESettings",),
-    "sae": (
-        "attach_sae",
-        "train_sae",
-    ),
+    "attach_sae": ("attach_sae",),
+    "train_sae": ("train_sae",),
+    "features.sae_trainer": ("SAESettings",),
     "top_examples": (
         "Example",
         "TopExamples",

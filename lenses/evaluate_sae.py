@@ -16,7 +16,7 @@ from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.features.activation_stream import PointReader, channels_last, tensor_in, value_at
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sae_checks import point_of
-from diffsight.lenses.features.sae_training import figures
+from diffsight.lenses.features.sae_trainer import figures
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.result import LensResult

@@ -107,7 +107,7 @@ def _sliced(layers: slice, count: int, used: int) -> list[int]:
         raise InputError("the step of a slice of layers cannot be 0: write 1 or more")
     beyond = [bound for bound in (layers.start, layers.stop) if bound is not None and bound > used]
     if beyond:
-        raise InputError(f"there are no layers up to {beyond[-1]}: {_known(used)}")
+        raise InputError(f"the layers do not reach up to {beyond[-1]}: {_known(used)}")
     return [layer for layer in range(count)[layers] if layer < used]
 
 

@@ -150,8 +150,8 @@ def trajectory_lens(
         trajectory_lens(model, "a red circle", show=["prediction", "cond", "uncond", "guidance"], guidance_scale=3.0)
         trajectory_lens(model, "a red circle", steps=[5, 10], exits="blocks")
 
-    The pipeline runs once. Then all latents are drawn in one batch, in which every component but the decoder is left
-    out. Edits of the model act on the run, but not on how its latents are drawn.
+    The pipeline runs once. Then all latents are drawn in one batch, in which only the decoder runs. Edits of the model
+    act on the run, but not on how its latents are drawn.
 
     Args:
         model: The pipeline. It has one scheduler.
@@ -163,7 +163,7 @@ def trajectory_lens(
             - "noisy": the latents that the denoiser is given
             - "prediction": the clean latents that it predicts, after guidance
             - "cond", "uncond": the predictions of the branches of guidance
-            - "guidance": the difference of these two images, around medium gray
+            - "guidance": the difference between these two images, centred on medium gray
             - "guidance map": the norm of this difference at each pixel, dark for 0, with one scale for all steps
         exits: "blocks" also draws what the conditional branch would predict if the denoiser ended at each of its
             blocks, see `denoising/block_exits.py`.
@@ -340,7 +340,7 @@ def _sign_of_branches(output: torch.Tensor, cond: torch.Tensor, uncond: torch.Te
 
 def _check_columns(show: Any) -> tuple[str, ...]:
     if not isinstance(show, Iterable):
-        raise InputError(f"show names images to draw, not {show!r}: choose from {', '.join(_COLUMNS)}")
+        raise InputError(f"show must name the images to draw, not {show!r}: choose from {', '.join(_COLUMNS)}")
     shown = (show,) if isinstance(show, str) else tuple(show)
     unknown = [column for column in shown if column not in _COLUMNS]
     if unknown or not shown:

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from diffsight.extending import Target, children_in
-from diffsight.pipelines.attention.attention_points import AttentionTree
+from diffsight.pipelines.attention.attention_values import AttentionTree
 from diffsight.pipelines.module_spans import is_at, target_at
 
 

@@ -1,4 +1,4 @@
-"""The models that come with diffsight, or with an extra of it, by name.
+"""The models that come with diffsight or with one of its extras, by name.
 
 DESCRIPTIONS["diffsight/shapes-clip"]       # what `diffsight models` prints
 FOLDERS["diffsight/shapes-clip"]            # where the files of a pipeline are

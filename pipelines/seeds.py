@@ -34,14 +34,14 @@ def seeds_of_images(seed: int | Sequence[int], count: int) -> list[int]:
 def generators(seeds: Sequence[int]) -> torch.Generator | list[torch.Generator]:
     """Return the generators for a call of a pipeline, one per seed; a single one for a single seed.
 
-    They live on the CPU, so that a seed means the same image on every device."""
+    They live on the CPU, so that a seed gives the same image on every device."""
     made = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     return made if len(made) > 1 else made[0]
 
 
 @contextmanager
 def seeded_noise(parts: Iterable[Any], seeds: Sequence[int]) -> Iterator[None]:
-    """Seed the noise of schedulers among `parts` that take no generator, such as DPMSolverSDEScheduler.
+    """Seed the noise of those schedulers among `parts` that take no generator, such as DPMSolverSDEScheduler.
 
     `seeds` has one seed per image."""
     unseeded = [part for part in parts if getattr(part, "noise_sampler_seed", 0) is None]

@@ -8,11 +8,11 @@
 
 The parts are found by structure, not in a table of architectures. The layers are the outermost and largest list of
 modules next to the word embeddings. The final norm is the norm beside that list, searched from the layers outwards. The
-head is everything from the trunk to the output embeddings. Where no single module is what a name means, the real path
+head is everything from the trunk to the output embeddings. Where no single module corresponds to a name, its real path
 is a span, `first:last`: two modules that together have the meaning.
 
-Layers are numbered as `layers[i]`: layer *i* is its output, -1 the last one, and the input of the first layer is
-"embedding".
+Layers are numbered as in `layers[i]`: layer *i* is the output of `layers[i]`, -1 the last one's, and the input of the
+first layer is "embedding".
 """
 
 import re
@@ -103,7 +103,7 @@ def layer_names(layer: nn.Module) -> dict[str, str]:
 
 
 def _below(outer: str, real: str) -> str:
-    """Return a real path or span below the module at `outer` as a path from further up."""
+    """Prefix a real path or span, relative to the module at `outer`, with `outer`."""
     return ":".join(f"{outer}.{path}" if outer else path for path in real.split(":"))
 
 
@@ -199,7 +199,7 @@ def _is_within(model: nn.Module, path: str, span: str) -> bool:
 
 
 def _beside_words(encoder: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
-    """Return the lists next to the word embeddings, so not the vision tower's in a vision-language encoder."""
+    """Return the lists next to the word embeddings. This leaves out the vision tower's in a vision-language encoder."""
     words = embeddings(encoder)
     path = path_of(encoder, words) if words is not None else next(iter(word_embeddings(encoder)), "")
     near = path.rpartition(".")[0]
@@ -229,7 +229,8 @@ def _norm_beside(encoder: nn.Module, path: str) -> str | None:
 
 
 def _part(layer: nn.Module, name: re.Pattern, cls: re.Pattern) -> str | None:
-    """Return the path of the child that matches `name`, or else whose class matches `cls`, without its wrappers."""
+    """Return the path of the child whose name matches `name`, or else whose class matches `cls`, without its
+    wrappers."""
     children = [(child, module) for child, module in layer.named_children() if _may_be_meant(child)]
     fitting = [child for child, _ in children if name.fullmatch(child)]
     fitting += [child for child, module in children if child not in fitting and cls.search(type(module).__name__)]

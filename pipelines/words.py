@@ -152,7 +152,7 @@ def align_words(tokenizer: Any, prompt: str, ids: Sequence[int] | None = None) -
             start, stop = (n * len(unknown) // len(lacking) for n in (k, k + 1))
             tokens[number] |= set(unknown[start : max(stop, start + 1)])
         if not unknown and gap.stop == len(characters) and any(words[number].isalnum() for number in lacking):
-            for number in lacking:  # cut off, or the end of it is
+            for number in lacking:  # the word is cut off, in whole or at its end
                 tokens[number].clear()
     marked = tokenizer.convert_ids_to_tokens(ids)
     spans = (range(min(some), max(some) + 1) if some else None for some in tokens)
@@ -197,7 +197,7 @@ def _match(prompt: str, decoded: list[_Character]) -> list[int | None]:
     """Return, for each character of the prompt, its index in the decoded characters."""
     stream = "".join(character.text for character in decoded)
     whole = [match.start() for match in re.finditer(f"(?={re.escape(prompt)})", stream)] if prompt else []
-    if whole:  # the last one that is not part of another word, since a template may contain the prompt before
+    if whole:  # the last one that is not part of another word, since a template may also contain the prompt earlier
         start = max(whole, key=lambda at: (_begins(decoded, at) and _begins(decoded, at + len(prompt)), at))
         return list(range(start, start + len(prompt)))
     places: list[int | None] = [None] * len(prompt)
@@ -253,7 +253,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> list[_Character]:
 
 def _content(tokenizer: Any, ids: list[int]) -> tuple[list[int], int | None]:
     """Return the indices of the tokens that may belong to a prompt, without padding and tokens that the tokenizer adds,
-    and the unknown token. Byte-level tokenizers have none and name their end token instead."""
+    and the unknown token. Byte-level tokenizers have no unknown token, and report their end token as one."""
     names = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
     added = {getattr(tokenizer, name, None) for name in names}
     padding, unknown = (getattr(tokenizer, name, None) for name in ("pad_token_id", "unk_token_id"))

@@ -1,11 +1,11 @@
-"""Selections: the part of a value that is meant, such as the rows of a batch that belong to one input.
+"""Selections: which part of a value is meant, such as the rows of a batch that belong to one input.
 
     hidden = part.take(output, path)                        # views of the tensors in `output`
     output = part.put(output, hidden * 2, path, {})         # the rest stays
 
-A point can be asked for with a selection. What is read is then taken from the value, and what is assigned is put into
-it. Which call is meant may depend on the selection too: one branch of guidance is only in every second call, for
-example.
+When a point is accessed with a selection, a read takes only that part of the value, and an assignment replaces only
+that part. The selection may also decide which call is meant: for example, a guidance branch may appear only in every
+second call.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from diffsight.errors import AssignmentError, InputError
 
 
 class Tapped(Protocol):
-    """What a selection may look at in the calls of what is tapped; see `diffsight.engine.tapped_call.Tap`."""
+    """What a selection may see of the calls of a tapped target; see `diffsight.engine.tapped_call.Tap`."""
 
     target: Target
     host: Any  # the run
@@ -39,9 +39,10 @@ class Selection:
     missing = "no call of it has that part"
 
     def call(self, tap: Tapped, first: int, number: int, path: object) -> int:
-        """Return which call is number `number`, from call `first` on, of those that have this part.
+        """Among the calls from `first` on that have this part, return the index of number `number`.
 
-        Whether a call has it is known once the call has begun. Until then, return the earliest that may be it."""
+        Whether a call has it is known once the call has begun. Until then, return the earliest call that could be the
+        one."""
         return first + number
 
     def at(self, tap: Tapped, index: int, path: object) -> "Selection":
@@ -55,8 +56,8 @@ class Selection:
     def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         """Return `whole` with `value` as this part of it.
 
-        The tensors in `whole` are not changed, except those in `copies`, by id: they are copies already, which nobody
-        has read. New copies are added to it."""
+        Tensors in `whole` are not changed in place, except those listed in `copies` (keyed by id): these are private
+        copies that nobody has read. New copies are added to `copies`."""
         raise NotImplementedError
 
 
@@ -96,7 +97,7 @@ class Part(Selection):
         if isinstance(whole, Mapping) and isinstance(value, Mapping):
             if set(whole) != set(value):
                 raise AssignmentError(f"{path} holds {sorted(whole)}; it cannot take {sorted(value)}")
-            value = {name: value[name] for name in whole}  # in the order of the model's own
+            value = {name: value[name] for name in whole}  # in the model's own order
         elif isinstance(value, Mapping):
             raise AssignmentError(f"{path} is a {type(whole).__name__}; it cannot take a {type(value).__name__}")
         values, _ = _one_level(value)
@@ -142,8 +143,8 @@ class Part(Selection):
     def _is_batch(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor inside a container has an entry per row; a number, or a value shared by all rows, does not.
 
-        If the batch may be the second dimension, as in the states of an LSTM, the answer is yes, and the tensor cannot
-        be cut."""
+        If the batch may be the second dimension, as in the states of an LSTM, the answer is yes, so that cutting it
+        raises an error."""
         is_second = tensor.ndim == 3 and tensor.shape[1] == self.total
         return tensor.ndim > 0 and (tensor.shape[0] > 1 or self.total == 1 or is_second)
 
@@ -157,13 +158,13 @@ class Part(Selection):
 
 
 class TracedPart(Part):
-    """A part of a batch at one point, where larger batches have shown which dimensions are the batch."""
+    """A part of a batch at one point. Calls with larger batches have shown which dimension is the batch."""
 
     def __init__(self, part: Part, tap: Tapped, path: Any) -> None:
         super().__init__(part.start, part.stop, part.total, part.stride, part.name)
         self._tap = tap
         self._part = getattr(path, "asked", path).part  # of a point, or of what was assigned to one
-        self._found: dict[int, bool | None] | None = None  # by the id of a tensor: whether its first dimension is it
+        self._found: dict[int, bool | None] | None = None  # by tensor id: whether its first dimension is the batch
 
     def take(self, value: Any, path: object) -> Any:
         self._look_at(value)

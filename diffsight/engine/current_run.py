@@ -1,7 +1,7 @@
 """Which run `model.<path>` means.
 
 The engine needs no code for runs in lockstep: each run has its own coroutine. Pipelines, which have state, need copies
-of it: see `pipelines/diffusion/lockstep.py`.
+of it: see `pipelines/diffusion/pipeline_copies.py`.
 """
 
 import asyncio

@@ -9,7 +9,7 @@ output o, with c = sqrt(a² + b²), the predicted clean sample is
     sample              x0 = o
     flow                x0 = (x - b o) / (a + b)
 
-and in the schedulers of EDM what their `precondition_outputs` returns. Some schedulers clip or threshold this
+and for EDM schedulers what their `precondition_outputs` returns. Some schedulers clip or threshold this
 afterwards, which is left out here.
 """
 
@@ -35,8 +35,8 @@ class SchedulerCall:
         kwargs: The keyword arguments of the call.
 
     Raises:
-        InputError: The scheduler's prediction type is unknown, or the call is not one of this scheduler, as when the
-            pipeline steps a copy of it.
+        InputError: The scheduler's prediction type is unknown, or the call was made on another scheduler, for example
+            because the pipeline steps a copy of it.
     """
 
     def __init__(self, scheduler: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ class SchedulerCall:
 
     @property
     def steps_left(self) -> int:
-        """The number of calls from this one to the last."""
+        """The number of calls left, including this one."""
         index = getattr(self._scheduler, "step_index", None)
         if index is None:
             index = int((self._scheduler.timesteps.cpu() == _time(self.timestep)).nonzero()[0])
@@ -74,7 +74,7 @@ class SchedulerCall:
         """Return the clean sample that the denoiser predicts, in float32 or more.
 
         Args:
-            output: The output of the denoiser. Default: that which the scheduler was given, after guidance.
+            output: The output of the denoiser. Default: the output that the scheduler was given, after guidance.
         """
         output = self.output if output is None else self.shaped(output)
         if output.shape != self.sample.shape:
@@ -101,7 +101,7 @@ class SchedulerCall:
         return output[:, :channels] if output.shape[1] == 2 * channels else output
 
     def _at_this_step(self, scheduler: Any) -> Any:
-        """Return a copy whose `add_noise` takes the noise level of this step."""
+        """Return a copy whose `add_noise` uses the noise level of this step."""
         known = scheduler.timesteps.cpu()
         time, index = _time(self.timestep), getattr(scheduler, "step_index", None)
         if not (known == time).any() if index is None else not (index < len(known) and known[index] == time):
@@ -129,7 +129,7 @@ def prediction_type(scheduler: Any) -> str:
     found = scheduler.config.get("prediction_type", _FLOW if hasattr(scheduler, "scale_noise") else None)
     if found not in _TYPES or not (hasattr(scheduler, "scale_noise") or hasattr(scheduler, "add_noise")):
         raise InputError(
-            f"{type(scheduler).__name__} has the prediction type {found!r}, from which no clean sample follows: choose "
+            f"{type(scheduler).__name__} has the prediction type {found!r}, which gives no clean sample: choose "
             f"a scheduler with one of {', '.join(_TYPES)}"
         )
     return found

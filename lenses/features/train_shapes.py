@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.features.activation_stream import PointReader
-from diffsight.lenses.features.sae_training import SAESettings
-from diffsight.lenses.sae import train_sae
+from diffsight.lenses.features.sae_trainer import SAESettings
+from diffsight.lenses.train_sae import train_sae
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.shapes.scenes import sample_scene
 

@@ -2,7 +2,7 @@
 
     page_of("diffusion_lens: a red circle", sections, record, code)
 
-The page works from disk and offline. A content security policy forbids every request, and all texts are escaped, so a
+The page works from disk and offline. A content security policy forbids every request, and all text is escaped, so a
 prompt with markup in it is shown as it was written.
 """
 
@@ -67,7 +67,7 @@ def framed(page: str, title: str) -> str:
     return _environment().get_template("frame.html.jinja").render(page=page, title=title)
 
 
-# ---- what the template gets of each kind of section
+# ---- what each kind of section gives the template
 
 
 def _images(section: ImageSection) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def _share(value: float | None) -> float | None:
 
 
 def _rounded(values: np.ndarray) -> list:
-    """Return values as nested lists with four digits, and None for those that are not finite."""
+    """Return values as nested lists with four significant digits, and None for those that are not finite."""
     if values.ndim > 1:
         return [_rounded(line) for line in values]
     return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values.tolist()]

@@ -1,6 +1,6 @@
 """Attention modules and the products that they make.
 
-attention_points           what is asked of a module: `attn.attention_probs`, `attn.products[1].q`
+attention_values           what is asked of a module: `attn.attention_probs`, `attn.products[1].q`
 attention_modules          which modules are attention modules
 attention_mode             the function mode that sees what they compute
 product_dispatch           which functions make products, and what becomes of their calls

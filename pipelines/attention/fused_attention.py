@@ -1,7 +1,7 @@
 """Attention in one call of a fused kernel, `F.scaled_dot_product_attention`.
 
-The kernel stays in place: probabilities are computed beside it, and multiplied with the values by hand only where they
-were changed.
+The kernel stays in place: probabilities are computed alongside it, and multiplied by the values outside the kernel only
+where they were changed.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ class FusedCall:
         return cls(modules, product, layout, rest)
 
     def run(self, func: Callable) -> torch.Tensor:
-        """Make the call, with what the run changes in it."""
+        """Make the call with the run's changes applied."""
         product, plain = self.product, HeadsLayout()
         if not any(module.wants(*VALUES) for module in self.modules):
             for module in self.modules:
@@ -59,7 +59,7 @@ class FusedCall:
             return func(product.q, product.k, product.v, **self.rest)
         if product.q.ndim not in (3, 4):
             path, shape = self.modules[-1].calls.target.path, tuple(product.q.shape)
-            raise InputError(f"{path}: the queries have the shape {shape}, in which diffsight finds no heads")
+            raise InputError(f"{path}: the queries have the shape {shape}, which does not tell the heads apart")
         q = let_through(self.modules, "q", product.q, self.layout)
         k = let_through(self.modules, "k", product.k, plain)
         v = let_through(self.modules, "v", product.v, plain)
@@ -73,7 +73,8 @@ class FusedCall:
         return output
 
     def _output(self, product: AttentionProduct, fused: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Return the output of the fused kernel, or with probabilities that the run has changed."""
+        """Return the output of the fused kernel, or the output recomputed from probabilities that the run has
+        changed."""
         if not any(module.wants("attention_probs") for module in self.modules):
             for module in self.modules:
                 module.through("attention_probs", None)
@@ -113,8 +114,8 @@ def _sdpa_arguments(
 
 @cache
 def without_dispatch(func: FunctionType) -> FunctionType:
-    """Return a function of `torch.nn.functional` that calls other functions, without its own dispatch to modes: so that
-    a mode sees what it calls."""
+    """Return a copy of a `torch.nn.functional` function that does not dispatch to modes itself, so that a mode sees the
+    functions it calls."""
     return FunctionType(
         func.__code__,
         {**func.__globals__, "has_torch_function": lambda _: False},

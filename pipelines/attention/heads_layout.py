@@ -6,7 +6,7 @@ import torch
 
 
 class HeadsLayout:
-    """Views a tensor with heads as (batch, heads, tokens, features), and back.
+    """Converts a tensor with heads to (batch, heads, tokens, features), and back.
 
     Args:
         order: The dimensions of the tensor in that order, for a tensor of four dimensions.
@@ -25,7 +25,7 @@ class HeadsLayout:
         return tensor if self.packed == 1 else tensor.flatten(1, 2).unsqueeze(2)
 
     def back(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Return what `view` of a tensor like `like` has become, in the layout of `like`."""
+        """Undo `view`: return a tensor that `view` returned, possibly changed since, in the layout of `like`."""
         if like.ndim == 3:
             return tensor.flatten(0, 1)
         if self.packed > 1:
@@ -34,7 +34,7 @@ class HeadsLayout:
 
 
 class TransposedLayout(HeadsLayout):
-    """The layout of a factor whose last two dimensions are the other way round."""
+    """The layout of a tensor in a matrix product whose last two dimensions are swapped."""
 
     def __init__(self, layout: HeadsLayout) -> None:
         super().__init__(layout.order, layout.heads)

@@ -30,7 +30,7 @@ from diffsight.pipelines.attention.product_dispatch import WATCHED
 from diffsight.pipelines.attention.written_out_attention import WrittenOut
 from diffsight.pipelines.diffusion.batch_layouts import COND
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
-from diffsight.pipelines.diffusion.denoising_steps import time_parameter
+from diffsight.pipelines.diffusion.denoising_clock import time_parameter
 
 _FEATURES = 16  # that are kept of a query or key
 Key = tuple[str, int]  # the path of a module in the denoiser, and the number of its product in a call

@@ -1,4 +1,4 @@
-"""Find the branches of classifier-free guidance: to which prompt and branch each entry of a batch belongs.
+"""Find the branches of classifier-free guidance: which prompt and which branch each entry of a batch belongs to.
 
 Under guidance a denoiser gets both branches in one batch, in either order, or each in a call of its own. Without
 guidance it gets one. The inputs show which it is: the entries of a denoiser's text input are compared with what
@@ -41,7 +41,7 @@ class BatchLayouts:
         self._calls: dict[int, list[_RecordedCall]] = {}  # of text encoders and denoisers, by component id
         given = {COND: arguments.get("prompt_embeds"), UNCOND: arguments.get("negative_prompt_embeds")}
         given = {branch: texts for branch, texts in given.items() if texts is not None}
-        self._embeddings: list[dict[str, Embeddings]] = [given] if given else []  # by branch; encode_prompt adds some
+        self._embeddings: list[dict[str, Embeddings]] = [given] if given else []  # by branch
         self._encoding: list[str | None] = []  # the branch of each running call of encode_prompt
         self.latent_dimensions = 0  # of the latents that the scheduler returned, once it has
         self._seen: dict[tuple[int, int], tuple[Embeddings, list[BatchLayout]]] = {}
@@ -56,7 +56,7 @@ class BatchLayouts:
     def is_certain(self, tap: Tap, index: int) -> bool:
         """Return whether a single layout fits call `index` of a tapped module, or it makes no difference which one.
 
-        In a scan the embeddings are zeros, so that several fit, but they all have the same shapes."""
+        In a scan the embeddings are zeros, so several layouts fit, but they all have the same shapes."""
         call = self._call(tap, index)
         return call is not None and (len(call.layouts) == 1 or (tap.host.is_scan and bool(call.layouts)))
 
@@ -123,7 +123,7 @@ class BatchLayouts:
         texts = next((known for known in self._embeddings if branch not in known), {})
         if not texts:
             self._embeddings.append(texts)
-        texts[branch] = values[0]  # the prompt's comes first in all pipelines
+        texts[branch] = values[0]  # in all pipelines the prompt's embeddings come first
         alike = next((value for value in values[1:] if _look_alike(value, values[0])), None)
         if branch == COND and alike is not None:
             texts[UNCOND] = alike
@@ -144,7 +144,7 @@ class BatchLayouts:
     def _branch_of(self, pipeline: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
         """Return the branch whose prompt encode_prompt is called with.
 
-        Some pipelines call it once for each branch, others once for both, with the prompt of the conditional one."""
+        Some pipelines call it once per branch; others call it once for both, with the conditional branch's prompt."""
         given = signature(pipeline.encode_prompt).bind_partial(*args, **kwargs).arguments
         names = ("prompt", "prompt_embeds")
         cond, uncond = (
@@ -159,7 +159,7 @@ class BatchLayouts:
     # ---- the text embeddings passed to a denoiser
 
     def _compare(self, component: int, turn: int, values: list[Embeddings]) -> list[BatchLayout]:
-        """Return the layouts in which one of a denoiser's inputs consists of what encode_prompt returned."""
+        """Return the layouts under which one of a denoiser's inputs equals what encode_prompt returned."""
         seen, found = self._seen.get((component, turn), (None, []))
         if any(value is seen for value in values):  # usually the same in every step
             return found
@@ -234,7 +234,8 @@ class BatchLayouts:
 
 
 class _RecordedCall:
-    """A call of a text encoder or denoiser. `bases` counts the calls of every other point that had begun before it."""
+    """A call of a text encoder or denoiser. `bases` holds, for every other point, how many of its calls had begun
+    before this one."""
 
     def __init__(self, bases: dict[tuple[int, str], int], look: Callable[[], list[BatchLayout]]) -> None:
         self.bases, self._look = bases, look
@@ -275,7 +276,7 @@ def _component(tap: Tap) -> Target:
 def _in_turn(found: list[BatchLayout], turn: int) -> list[BatchLayout]:
     """Return the layouts that call `turn` of a component may have, out of those that fit, the likeliest first.
 
-    Where both branches have the same prompt and each has a call of its own, the conditional one mostly comes first."""
+    Where both branches have the same prompt and each has a call of its own, the conditional one usually comes first."""
     alone = [layout for layout in found if len({branch for branch, _ in layout}) == 1]
     return alone[turn % len(alone) :] + alone[: turn % len(alone)] if alone else found
 
@@ -291,7 +292,7 @@ def _values(args: tuple, kwargs: dict[str, Any]) -> Iterator[Embeddings]:
 
 
 def _items(output: Any) -> list[Any]:
-    """Return what a method returned, one by one."""
+    """Return what a method returned, as a list of items."""
     if isinstance(output, dict):
         return list(output.values())
     return list(output) if isinstance(output, (tuple, list)) else [output]
@@ -321,7 +322,8 @@ def _words(text: str) -> str:
 
 
 def _fit(text: str, known: list[str]) -> tuple[int, int] | None:
-    """Return how well a text matches one of several prompts: it contains the prompt (longer is better), or was cut."""
+    """Return how well a text matches one of several prompts: it contains the prompt (longer is better), or is a
+    truncated prompt."""
     whole = [(1, len(words)) for words in known if words in text]
     cut = [(0, len(text)) for words in known if text and words.startswith(text)]
     return max(whole + cut, default=None)

@@ -9,8 +9,8 @@
     a.images                                                 # the two images of the first prompt
 
 Under classifier-free guidance the denoiser may get both branches in one batch, in two calls, or only one of them. A
-branch hides which: `.output` and `.calls[i]` count the calls that hold the branch. `batch_layouts.py` finds out
-what the batch of each call holds.
+branch view hides the difference: its `.output` and `.calls[i]` count only the calls that contain the branch.
+`batch_layouts.py` finds out what the batch of each call holds.
 """
 
 from collections.abc import Callable, Sequence
@@ -78,7 +78,7 @@ class GuidancePart(Part):
         strides = {after - before for before, after in pairwise(entries)} or {1}
         if len(strides) > 1:
             raise InputError(
-                f"{path} is in several places of the batch, one for each branch, and no single view reaches them all: "
+                f"{path} occupies several places in the batch, one for each branch, and no view reaches them all: "
                 f"write {self.name}.cond or {self.name}.uncond"
             )
         frames = max(1, len(layout) // (len(set(layout)) * self.layouts.images))
@@ -112,7 +112,7 @@ class WholeBatch(Part):
 class FramesPart(Part):
     """Entries of a batch in a video model.
 
-    Inside, a batch has one entry per frame; some tensors have one entry for all frames together."""
+    Inside the model, a batch has one entry per frame; some tensors have one entry for all frames together."""
 
     def __init__(self, start: int, stop: int, total: int, stride: int, name: str, frames: int) -> None:
         super().__init__(start, stop, total, stride, name)
@@ -127,8 +127,8 @@ class FramesPart(Part):
 class PromptPart(Part):
     """One prompt's part of a batch that holds every prompt or image once, in order, such as the scheduler's.
 
-    `latents` is the number of dimensions of a VAE's latents. A VAE of images gets the frames of videos in chunks, which
-    have fewer."""
+    `latents` is the number of dimensions of a VAE's latents. An image VAE receives the frames of a video in chunks,
+    which have fewer dimensions."""
 
     def __init__(self, layouts: BatchLayouts, prompt: int, name: str, latents: int = 0) -> None:
         self.layouts, self.prompt, self.name, self.latents = layouts, prompt, name, latents

@@ -10,14 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from diffsight.extending import Clock, Target, children_in, join, part_targets, unwrapped
-from diffsight.pipelines.attention.attention_points import AttentionTree
+from diffsight.pipelines.attention.attention_values import AttentionTree
 from diffsight.pipelines.diffusion.components import (
     component_names,
     components,
     text_block_targets,
     traceable_methods,
 )
-from diffsight.pipelines.diffusion.denoising_steps import decodes_last, denoising_clock
+from diffsight.pipelines.diffusion.denoising_clock import decodes_last, denoising_clock
 
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
 

@@ -34,11 +34,11 @@ from diffsight.pipelines.diffusion.attention import Attentions, find_attentions
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.call_arguments import argument_names, arguments_by_name
 from diffsight.pipelines.diffusion.components import components
-from diffsight.pipelines.diffusion.denoising_steps import is_last_step
+from diffsight.pipelines.diffusion.denoising_clock import is_last_step
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.encoder_accessors import HasEncoders, PipelineEnvoy
 from diffsight.pipelines.diffusion.loading import Source, open_pipeline
-from diffsight.pipelines.diffusion.lockstep import PipelineOfRun, stateful_parts
+from diffsight.pipelines.diffusion.pipeline_copies import PipelineOfRun, stateful_parts
 from diffsight.pipelines.diffusion.prompts import check_prompts
 from diffsight.pipelines.diffusion.run import DiffusionRun, set_pipeline
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders

@@ -11,8 +11,8 @@ from diffsight.errors import InputError
 from diffsight.extending import Run, Step, flow_of, keeping_attribute_errors, tree_of
 from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND
 from diffsight.pipelines.diffusion.branch_views import BranchView, DiffusionRow, GeneratedOutputs, rows_of
-from diffsight.pipelines.diffusion.denoising_steps import scheduler_timestep
-from diffsight.pipelines.diffusion.lockstep import PipelineOfRun
+from diffsight.pipelines.diffusion.denoising_clock import scheduler_timestep
+from diffsight.pipelines.diffusion.pipeline_copies import PipelineOfRun
 
 
 class DiffusionStep(Step):

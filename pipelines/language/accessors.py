@@ -36,7 +36,7 @@ from diffsight.extending import (
     target_of,
     tree_of,
 )
-from diffsight.pipelines.attention.attention_points import attention_value
+from diffsight.pipelines.attention.attention_values import attention_value
 from diffsight.pipelines.language.heads_result import heads_result
 from diffsight.pipelines.language.unembedding import HiddenLayout, norm_and_head, run_tail
 from diffsight.pipelines.language.value_parts import FIRST, Added, HiddenInput, Logits, NextLogits, Within

@@ -9,7 +9,7 @@
 transformers calls its stopping criteria whenever tokens have been chosen. A run adds one that never stops. It records
 the tokens and ends the step, so a step lies between two choices, however many forward passes that takes: two with
 `guidance_scale`, several for a long prompt with `prefill_chunk_size`, drafts in assisted decoding. Where one pass
-yields several tokens, as in assisted decoding, each of them has a step, and the pass belongs to that of the first.
+yields several tokens, as in assisted decoding, each token gets a step, and the pass belongs to the step of the first.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,7 +92,7 @@ class GeneratedTokens(StoppingCriteria):
         self.has_beams = False
         self._end_tokens: set[int] = set()
         self._clock = Clock([])
-        self._prompt: int | None = None  # how many tokens come before the first choice, if several may be chosen in it
+        self._prompt: int | None = None  # tokens before the first choice, where one choice may add several
         self._is_new = True  # whether the next choice is the first of a text
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -212,7 +212,7 @@ class GenerationRun(Run):
     def _check_no_beams(self, what: str) -> None:
         if self._generated.has_beams:
             raise InputError(
-                f"{what}: beam search follows several texts, and chooses one of them in the end. Read run.text after "
+                f"{what}: beam search follows several texts, and chooses one only at the end. Read run.text after "
                 "the run, or step.tokens, the tokens of all candidates"
             )
 

@@ -25,7 +25,9 @@ from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, hub_arguments, place_of
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun, loaded_from
 from diffsight.pipelines.standard_names import path_of, standard_names
-from diffsight.pipelines.vision_language.image_tokens import ImageRowPart, image_grids, vision_modules
+from diffsight.pipelines.vision_language.image_grids import image_grids
+from diffsight.pipelines.vision_language.image_rows import ImageRowPart, vision_modules
+from diffsight.pipelines.vision_language.image_tokens import image_tokens
 from diffsight.pipelines.vision_language.processors import (
     chats_in,
     checked_processor,
@@ -53,10 +55,7 @@ class VisionLanguageRun(LanguageRun):
     @property
     def image_tokens(self) -> list[torch.Tensor]:
         """For each input, the positions of its image tokens in the sequence, in order."""
-        tokens, marks = self.tokens, self._model._image_token_id()
-        if tokens is None:
-            raise InputError("run.image_tokens needs token ids as inputs, since image tokens are found by their id")
-        return [(row == marks).nonzero().flatten() for row in tokens]
+        return image_tokens(owner_of(self._model).config, self._model.processor, self.tokens)
 
     @property
     def image_grids(self) -> list[list[torch.Tensor]]:
@@ -174,15 +173,6 @@ class VisionLanguageModel(LanguageModel):
         if "position_ids" not in given and _has_own_positions(self._owner):
             encoded.values.pop("position_ids", None)
         return encoded
-
-    def _image_token_id(self) -> int:
-        config = self._owner.config
-        known = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
-        known.append(getattr(self.processor, "image_token_id", None))
-        found = next((mark for mark in known if mark is not None), None)
-        if found is None:
-            raise InputError(f"{type(self._owner).__name__} has no image tokens in its sequence")
-        return found
 
 
 class VisionLanguageTree(LanguageTree):

@@ -15,7 +15,7 @@ import torch
 
 from diffsight import DiffusionModel, trajectory_lens
 from diffsight.lenses import SAE
-from diffsight.lenses.sae import FeatureTap
+from diffsight.lenses.attach_sae import FeatureTap
 
 PROMPT = "a red circle below a blue square on a gray background"
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0}

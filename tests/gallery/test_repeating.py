@@ -62,7 +62,7 @@ def test_an_image_that_differs_is_named_with_how_far_off_it_is(saved, capsys):
     assert out.startswith("different")
     assert "layer_01.png: up to 4 of 255" in out
     assert "layer_02.png: missing" in out
-    assert "embedding.png: another size: " in out
+    assert "embedding.png: a different size: " in out
     assert "instead of 9 x 5" in out
 
 
@@ -110,7 +110,7 @@ def test_a_live_or_edited_model_is_passed(saved_models, tmp_path):
         run.text_encoder.layers[0].output[:] *= 0.5
 
     diffusion_lens(edited, "a red circle", layers=1, **lens_results.FAST).save(tmp_path / "edited")
-    with pytest.raises(InputError, match="model had edits, which the record shows: pass the edited model"):
+    with pytest.raises(InputError, match="model had edits, which the record only lists: pass the edited model"):
         repeat(tmp_path / "edited")
     assert repeat(tmp_path / "edited", model=edited).is_identical
 

@@ -125,13 +125,13 @@ def test_training_finds_the_directions(kind, penalty):
 
 
 def test_training_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffsight.lenses.features.sae_training._CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr("diffsight.lenses.features.sae_trainer._CHECKPOINT_SECONDS", 0)
     vectors, _ = sparse_vectors(1024)
     settings = SAESettings(updates=20, batch_size=128)
     call = {"features": FEATURES, "k": K, "settings": settings, "progress": False, "folder": tmp_path / "sae"}
-    from diffsight.lenses.features import sae_training
+    from diffsight.lenses.features import sae_trainer
 
-    update, made = sae_training.SAETrainer.update, []
+    update, made = sae_trainer.SAETrainer.update, []
 
     def interrupted(self, x):
         made.append(self.done)
@@ -139,7 +139,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return update(self, x)
 
-    monkeypatch.setattr(sae_training.SAETrainer, "update", interrupted)
+    monkeypatch.setattr(sae_trainer.SAETrainer, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_sae(None, "layers[0]", vectors, **call)
     assert sorted(path.name for path in (tmp_path / "sae").iterdir()) == ["checkpoint.json", "checkpoint.safetensors"]

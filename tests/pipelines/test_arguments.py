@@ -117,7 +117,7 @@ def test_options_of_lenses_of_pipelines(name, near):
         (diffusion_lens, {"encoder": ["text_encoder"]}, "has no text encoder"),
         (trajectory_lens, {"steps": "x"}, "steps are integers or slices"),
         (trajectory_lens, {"steps": [0, None]}, "steps are integers or slices"),
-        (trajectory_lens, {"show": 3}, "show names images to draw"),
+        (trajectory_lens, {"show": 3}, "show must name the images to draw"),
         (layer_fidelity, {"seed": "x"}, "a seed is an integer"),
     ],
 )

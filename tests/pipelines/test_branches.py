@@ -196,7 +196,7 @@ def test_a_row_reaches_both_branches(name):
 
 
 def test_a_row_of_several_images_and_both_branches_is_no_view():
-    with pytest.raises(InputError, match=r"rows\[1\]\.unet\.mid_block\.output is in several places"):
+    with pytest.raises(InputError, match=r"rows\[1\]\.unet\.mid_block\.output occupies several places"):
         with generate(CASES["stable_diffusion"], images=2) as run:
             run.rows[1].unet.mid_block.output
     with generate(CASES["stable_diffusion"], images=2) as run:

@@ -1,11 +1,11 @@
-"""Several runs of one pipeline at the same time, such as two in lockstep: the pipeline that each of them calls.
+"""Which pipeline each run calls when several runs of one pipeline are open at once, for example in lockstep.
 
     with model.generate(p, seed=0) as x, model.generate(q, seed=0) as y:
         y.unet.mid_block.output = x.unet.mid_block.output
 
 Each run has a coroutine of its own (`diffsight.engine.coroutine`), so either can wait while the other moves on. But a
 pipeline and its schedulers change while they run: the scheduler counts its steps, and the pipeline holds the guidance
-scale. A run calls the user's own pipeline. If another run stands in the middle of it, the run calls a copy that shares
+scale. A run calls the user's own pipeline. If another run is in the middle of it, the run calls a copy that shares
 the modules and has schedulers of its own.
 """
 
@@ -31,7 +31,7 @@ class PipelineOfRun:
 
     @contextmanager
     def in_use(self) -> Iterator[DiffusionPipeline]:
-        """Return the pipeline to call, which no other run uses within the block."""
+        """Yield the pipeline to call. No other run uses it while the block is open."""
         parts = {id(part) for part in stateful_parts(self.pipeline)}
         with _lock:
             is_free = _in_use.isdisjoint(parts)
@@ -68,7 +68,8 @@ def _copied(pipeline: DiffusionPipeline, copies: dict[int, Any] | None = None) -
 
 
 def _unused(part: Any) -> Any:
-    """Return a deep copy that stands at no step. A scheduler goes to its first step when it is given timesteps."""
+    """Return a deep copy that has not begun any step. A scheduler resets itself to its first step when its timesteps
+    are set."""
     copied = copy.deepcopy(part)
     if isinstance(copied, BaseGuidance):
         copied.set_state(None, None, None)

@@ -1,7 +1,7 @@
 """Train a sparse autoencoder: the loss, one update, and checkpoints.
 
 The loss is the share of variance that is not explained, plus a penalty for the kinds that need one, plus, for TopK and
-BatchTopK, how well dead features explain what is left (Gao et al., 2024, appendix A.2). The decoder bias starts at the
+BatchTopK, how badly dead features explain what is left (Gao et al., 2024, appendix A.2). The decoder bias starts at the
 geometric median, the decoder in random directions and the encoder as its transpose.
 """
 
@@ -34,7 +34,7 @@ class SAESettings:
         batch_size: The number of vectors in an update.
         learning_rate: The learning rate of Adam. It falls to 0 in the last fifth of the updates.
         penalty: The weight of the L1 norm of the features ("relu"), or of the number of active ones ("jumprelu").
-        dead_after: A feature is dead when it was not active for this many vectors.
+        dead_after: A feature is dead when it has not been active for this many vectors.
         bandwidth: The bandwidth of the kernel that estimates the gradient of the thresholds ("jumprelu").
     """
 
@@ -67,7 +67,7 @@ class SAETrainer:
             self.sae.decoder_bias.copy_(geometric_median(vectors))
 
     def update(self, x: torch.Tensor) -> dict[str, float]:
-        """Make one update for vectors, (vectors, width), and return its figures."""
+        """Make one update on a batch of vectors, (vectors, width), and return its metrics."""
         sae, settings = self.sae, self.settings
         self._set_learning_rate()
         before = sae.before_activation(x)
@@ -129,7 +129,7 @@ class SAETrainer:
 
     @torch.no_grad()
     def _keep_directions(self) -> None:
-        """Take out of the gradient what would only change the length of rows."""
+        """Remove the part of the gradient that would only change the lengths of the rows."""
         decoder = self.sae.decoder
         decoder.grad -= (decoder.grad * decoder).sum(-1, keepdim=True) * decoder
 
@@ -152,7 +152,7 @@ class SAETrainer:
         return time.monotonic() - self._saved_at > _CHECKPOINT_SECONDS
 
     def save(self, folder: Path, position: int, generator: torch.Generator) -> None:
-        """Write a checkpoint, from which `resume` goes on."""
+        """Write a checkpoint that `resume` can continue from."""
         tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         names = [name for name, _ in self.sae.named_parameters()]
         for name, state in zip(names, self._adam.state_dict()["state"].values()):
@@ -170,10 +170,10 @@ class SAETrainer:
         self._saved_at = time.monotonic()
 
     def resume(self, folder: Path, generator: torch.Generator) -> int:
-        """Go on from a checkpoint, and return the position in the data.
+        """Continue from a checkpoint, and return the position in the data.
 
         Raises:
-            InputError: The checkpoint is of another training.
+            InputError: The checkpoint belongs to a different training run.
         """
         facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "checkpoint.safetensors")

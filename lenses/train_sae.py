@@ -1,24 +1,16 @@
-"""Sparse autoencoders: train them at any point of a model, and read and change their features in every run.
+"""Train a sparse autoencoder (SAE) on the values at a point of a model, or on vectors that were collected before.
 
     sae = train_sae(model, "unet.up_blocks.0", captions, features=1024, k=16, folder="sae", num_inference_steps=20)
     sae = SAE.load("sae")
 
-    opened = attach_sae(model, sae)
-    with opened.generate("a red circle", seed=0) as run:
-        for step in run.steps:
-            run.unet.up_blocks[0].sae.features.output[..., 7] = 0
-
-A model with an SAE attached keeps what the SAE does not explain: only changes of features reach the model, so that an
-SAE whose features are read alone changes no bit.
+Prompts are run again and again. The vectors at the point go through a buffer that shuffles them.
 """
 
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
@@ -26,20 +18,14 @@ from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.features.activation_stream import (
     PointReader,
     ShuffledBuffer,
-    channels_last,
-    difference,
     stored,
-    tensor_in,
 )
 from diffsight.lenses.features.autoencoder import SAE
-from diffsight.lenses.features.sae_checks import point_of
-from diffsight.lenses.features.sae_training import SAESettings, SAETrainer
+from diffsight.lenses.features.sae_trainer import SAESettings, SAETrainer
 from diffsight.lenses.results.denoising_plots import step_curves
 from diffsight.lenses.results.saving import check_writable, save_files, write_record
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
-
-Wrapper = TypeVar("Wrapper", DiffusionModel, LanguageModel)
 
 _FIGURES_SHOWN = {"explained_variance": "explained", "active": "L0", "dead": "dead"}
 
@@ -114,83 +100,6 @@ def train_sae(
     if folder is not None:
         _finish(trainer, folder, {"point": point, "of": of, "kind": kind, "k": k, "seed": seed, "arguments": arguments})
     return sae
-
-
-def attach_sae(model: Wrapper, sae: SAE, point: str | None = None) -> Wrapper:
-    """Return a copy of the model, sharing its weights, in which the features of an SAE are points of every run.
-
-        opened = attach_sae(model, SAE.load("sae"))
-        with opened.trace("The Eiffel Tower") as run:
-            run.layers[3].sae.features.output[..., 7] *= 2
-
-    The features are at `sae.features.output` of the module at the point, (..., features); for feature maps (batch,
-    height, width, features). They can be read, changed in place and assigned in each call of the module.
-
-    Args:
-        model: The model.
-        sae: The SAE.
-        point: The path of the module. Default: the point that the SAE was trained at.
-
-    Raises:
-        InputError: The SAE does not say where it was trained.
-        PointNotFoundError: The point does not exist.
-    """
-    point = point_of(sae, point)
-
-    def attached(run: Any) -> None:
-        for number in count():
-            call = run[point].calls[number]
-            given = call.input if sae.of == "difference" else None
-            output = call.output
-            value = run[point].sae(tensor_in(output), None if given is None else tensor_in(given), hook=True)
-            call.output = _with_tensor(output, value)
-
-    model[point]  # raises an error if it does not exist
-    copy = model.edit(attached)
-    copy[point].sae = FeatureTap(sae, point)
-    return copy
-
-
-class FeatureTap(nn.Module):
-    """What `attach_sae` attaches: it returns its input, plus what changes of the features add to it.
-
-    Args:
-        sae: The SAE.
-        point: Where it is attached.
-    """
-
-    def __init__(self, sae: SAE, point: str) -> None:
-        super().__init__()
-        self.sae, self.features = sae, nn.Identity()
-        self._point = point
-
-    def forward(self, value: torch.Tensor, given: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the value of the point, (..., width), with what changes of the features add."""
-        vectors = channels_last(value if given is None else difference(value, given, self._point))
-        if vectors.shape[-1] != self.sae.width:
-            raise InputError(
-                f"the SAE is for vectors of width {self.sae.width}, but {self._point} has width {vectors.shape[-1]}"
-            )
-        features = self.sae.encode(vectors)
-        changed = self.features(features.clone())
-        if torch.equal(changed, features):
-            return value
-        added = ((changed - features) @ self.sae.decoder).to(value.dtype)
-        return value + (added.movedim(-1, 1) if value.ndim >= 4 else added)
-
-
-def _with_tensor(output: Any, tensor: torch.Tensor) -> Any:
-    """Return what a module returned with another first tensor."""
-    if isinstance(output, torch.Tensor):
-        return tensor
-    if isinstance(output, tuple):
-        at = next(i for i, item in enumerate(output) if isinstance(item, torch.Tensor))
-        return (*output[:at], tensor, *output[at + 1 :])
-    first = next(name for name, item in output.items() if isinstance(item, torch.Tensor))
-    return type(output)(**{**output, first: tensor})
-
-
-# ---- training
 
 
 def _refill(

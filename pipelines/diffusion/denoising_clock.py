@@ -16,12 +16,14 @@ from diffsight.pipelines.diffusion.components import components
 
 
 def denoising_clock(parts: Sequence[Target], methods: Sequence[Target], decodes_last: bool) -> Clock:
-    """Return when a denoising step begins: at a denoiser's first call, and at its first after each `scheduler.step`.
+    """Return the clock of the denoising steps.
+
+    A step begins at a denoiser's first call, and at its first call after each `scheduler.step`.
 
     Args:
         parts: The components of the pipeline. The denoisers are those that are passed a timestep.
         methods: The traceable methods of the components.
-        decodes_last: Whether what is decoded after the last step of a scheduler is the result.
+        decodes_last: Whether the pipeline decodes its result only after the scheduler's last step.
     """
     denoisers = [target for target in parts if target.name == FORWARD and time_parameter(target.owner)]
     steps = [target for target in methods if target.name == "step"]
@@ -30,7 +32,8 @@ def denoising_clock(parts: Sequence[Target], methods: Sequence[Target], decodes_
 
 
 def decodes_last(pipeline: Any) -> bool:
-    """Return whether a pipeline decodes latents after all its steps: not within a loop, as for parts of a video."""
+    """Return whether a pipeline decodes latents only after all its steps, not inside a loop, as pipelines that draw a
+    video in parts do."""
     if isinstance(pipeline, ModularPipeline):  # its loops are those of its blocks
         return False
     try:
@@ -81,7 +84,7 @@ def time_argument(module: nn.Module, args: tuple, kwargs: dict) -> tuple[float, 
 def scheduler_timestep(pipeline: DiffusionPipeline, denoiser: nn.Module, args: tuple, kwargs: dict) -> float | None:
     """Return the timestep of a denoiser call in the scheduler's own units.
 
-    Some pipelines divide the timestep by 1000 before they pass it to the denoiser, or pass 1 minus that."""
+    Some pipelines divide the timestep by 1000 before they pass it to the denoiser, or pass 1 minus the quotient."""
     found = time_argument(denoiser, args, kwargs)
     if found is None:
         return None
