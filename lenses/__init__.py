@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffsight.lenses.activation_patching import activation_patching
     from diffsight.lenses.attention_maps import AttentionMaps, attention_from, attention_maps
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
     from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     )
     from diffsight.lenses.prompt_to_prompt import PromptToPromptResult, prompt_to_prompt
     from diffsight.lenses.results.image_grid import image_grid
+    from diffsight.lenses.results.site_effects import EffectComparison, SiteEffects
     from diffsight.lenses.sae import attach_sae, train_sae
     from diffsight.lenses.steering import steer
     from diffsight.lenses.target_probabilities import Prompt, TargetProbabilities, first_tokens, run_prompts
@@ -57,6 +59,7 @@ __all__ = [
     "Activations",
     "AttentionMaps",
     "DiffusionLensResult",
+    "EffectComparison",
     "EncoderComparison",
     "EncoderPatchingResult",
     "Example",
@@ -73,10 +76,12 @@ __all__ = [
     "PromptToPromptResult",
     "SAEEvaluation",
     "SAESettings",
+    "SiteEffects",
     "TargetProbabilities",
     "TargetPrompt",
     "TopExamples",
     "TrajectoryLensResult",
+    "activation_patching",
     "attach_sae",
     "attention_from",
     "attention_maps",
@@ -114,6 +119,7 @@ __all__ = [
 ]
 
 _NAMES_IN = {
+    "activation_patching": ("activation_patching",),
     "attention_maps": ("AttentionMaps", "attention_from", "attention_maps"),
     "concept_features": ("concept_features",),
     "evaluate_sae": (
@@ -160,6 +166,7 @@ _NAMES_IN = {
     "metrics.outcome": ("Outcome",),
     "metrics.token_metrics": ("kl_divergence", "logit_difference", "token_probability"),
     "results.image_grid": ("image_grid",),
+    "results.site_effects": ("EffectComparison", "SiteEffects"),
     "steering": ("steer",),
     "target_probabilities": ("Prompt", "TargetProbabilities", "first_tokens", "run_prompts"),
     "tokens.predictions": ("LensPredictions",),
