@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffsight.edits import Edit
     from diffsight.errors import DiffsightError, OutOfOrderError, WrongThreadError
     from diffsight.lenses import (
+        activation_patching,
         attach_sae,
         attention_from,
         attention_maps,
@@ -64,6 +65,7 @@ __all__ = [
     "Step",
     "VisionLanguageModel",
     "WrongThreadError",
+    "activation_patching",
     "attach_sae",
     "attention_from",
     "attention_maps",

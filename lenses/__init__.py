@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffsight.lenses.activation_patching import activation_patching
     from diffsight.lenses.attach_sae import attach_sae
     from diffsight.lenses.attention_maps import AttentionMaps, attention_from, attention_maps
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from diffsight.lenses.linear_cka import linear_cka
     from diffsight.lenses.linear_map import LinearMap
     from diffsight.lenses.logit_lens import logit_lens
+    from diffsight.lenses.metrics.image_metrics import clip_score, latent_distance, pixel_distance, shapes_verdict
+    from diffsight.lenses.metrics.outcome import Outcome
+    from diffsight.lenses.metrics.token_metrics import kl_divergence, logit_difference, token_probability
     from diffsight.lenses.patchscope import (
         DESCRIPTION,
         IDENTITY,
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     )
     from diffsight.lenses.prompt_to_prompt import PromptToPromptResult, prompt_to_prompt
     from diffsight.lenses.results.image_grid import image_grid
+    from diffsight.lenses.results.site_effects import EffectComparison, SiteEffects
     from diffsight.lenses.steering import steer
     from diffsight.lenses.target_probabilities import Prompt, TargetProbabilities, first_tokens, run_prompts
     from diffsight.lenses.tokens.predictions import LensPredictions
@@ -55,6 +60,7 @@ __all__ = [
     "Activations",
     "AttentionMaps",
     "DiffusionLensResult",
+    "EffectComparison",
     "EncoderComparison",
     "EncoderPatchingResult",
     "Example",
@@ -65,18 +71,22 @@ __all__ = [
     "LensPredictions",
     "LensWarning",
     "LinearMap",
+    "Outcome",
     "PatchscopeTexts",
     "Prompt",
     "PromptToPromptResult",
     "SAEEvaluation",
     "SAESettings",
+    "SiteEffects",
     "TargetProbabilities",
     "TargetPrompt",
     "TopExamples",
     "TrajectoryLensResult",
+    "activation_patching",
     "attach_sae",
     "attention_from",
     "attention_maps",
+    "clip_score",
     "collect_activations",
     "compare_encoders",
     "concept_features",
@@ -88,22 +98,29 @@ __all__ = [
     "image_grid",
     "image_token_lens",
     "invert",
+    "kl_divergence",
+    "latent_distance",
     "layer_fidelity",
     "linear_cka",
     "load_activations",
+    "logit_difference",
     "logit_lens",
     "patchscope_generate",
     "patchscope_lens",
+    "pixel_distance",
     "prompt_to_prompt",
     "repeat_prompt",
     "run_prompts",
+    "shapes_verdict",
     "steer",
+    "token_probability",
     "top_examples",
     "train_sae",
     "trajectory_lens",
 ]
 
 _NAMES_IN = {
+    "activation_patching": ("activation_patching",),
     "attention_maps": ("AttentionMaps", "attention_from", "attention_maps"),
     "concept_features": ("concept_features",),
     "evaluate_sae": (
@@ -144,7 +161,11 @@ _NAMES_IN = {
         "repeat_prompt",
     ),
     "prompt_to_prompt": ("PromptToPromptResult", "prompt_to_prompt"),
+    "metrics.image_metrics": ("clip_score", "latent_distance", "pixel_distance", "shapes_verdict"),
+    "metrics.outcome": ("Outcome",),
+    "metrics.token_metrics": ("kl_divergence", "logit_difference", "token_probability"),
     "results.image_grid": ("image_grid",),
+    "results.site_effects": ("EffectComparison", "SiteEffects"),
     "steering": ("steer",),
     "target_probabilities": ("Prompt", "TargetProbabilities", "first_tokens", "run_prompts"),
     "tokens.predictions": ("LensPredictions",),
