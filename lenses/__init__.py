@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from diffsight.lenses.results.image_grid import image_grid
     from diffsight.lenses.sae import attach_sae, train_sae
     from diffsight.lenses.steering import steer
+    from diffsight.lenses.steering_sweep import SteeringSweep, steering_sweep
+    from diffsight.lenses.steering_vector import SteeringVectors, steering_vector
     from diffsight.lenses.target_probabilities import Prompt, TargetProbabilities, first_tokens, run_prompts
     from diffsight.lenses.tokens.predictions import LensPredictions
     from diffsight.lenses.top_examples import Example, TopExamples, top_examples
@@ -69,6 +71,8 @@ __all__ = [
     "PromptToPromptResult",
     "SAEEvaluation",
     "SAESettings",
+    "SteeringSweep",
+    "SteeringVectors",
     "TargetProbabilities",
     "TargetPrompt",
     "TopExamples",
@@ -97,6 +101,8 @@ __all__ = [
     "repeat_prompt",
     "run_prompts",
     "steer",
+    "steering_sweep",
+    "steering_vector",
     "top_examples",
     "train_sae",
     "trajectory_lens",
@@ -147,6 +153,8 @@ _NAMES_IN = {
     "prompt_to_prompt": ("PromptToPromptResult", "prompt_to_prompt"),
     "results.image_grid": ("image_grid",),
     "steering": ("steer",),
+    "steering_sweep": ("SteeringSweep", "steering_sweep"),
+    "steering_vector": ("SteeringVectors", "steering_vector"),
     "target_probabilities": ("Prompt", "TargetProbabilities", "first_tokens", "run_prompts"),
     "tokens.predictions": ("LensPredictions",),
     "trajectory_lens": ("TrajectoryLensResult", "trajectory_lens"),
