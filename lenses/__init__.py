@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from diffsight.lenses.results.image_grid import image_grid
     from diffsight.lenses.results.site_effects import EffectComparison, SiteEffects
     from diffsight.lenses.steering import steer
+    from diffsight.lenses.steering_sweep import SteeringSweep, steering_sweep
+    from diffsight.lenses.steering_vector import SteeringVectors, steering_vector
     from diffsight.lenses.target_probabilities import Prompt, TargetProbabilities, first_tokens, run_prompts
     from diffsight.lenses.tokens.predictions import LensPredictions
     from diffsight.lenses.top_examples import Example, TopExamples, top_examples
@@ -78,6 +80,8 @@ __all__ = [
     "SAEEvaluation",
     "SAESettings",
     "SiteEffects",
+    "SteeringSweep",
+    "SteeringVectors",
     "TargetProbabilities",
     "TargetPrompt",
     "TopExamples",
@@ -113,6 +117,8 @@ __all__ = [
     "run_prompts",
     "shapes_verdict",
     "steer",
+    "steering_sweep",
+    "steering_vector",
     "token_probability",
     "top_examples",
     "train_sae",
@@ -167,6 +173,8 @@ _NAMES_IN = {
     "results.image_grid": ("image_grid",),
     "results.site_effects": ("EffectComparison", "SiteEffects"),
     "steering": ("steer",),
+    "steering_sweep": ("SteeringSweep", "steering_sweep"),
+    "steering_vector": ("SteeringVectors", "steering_vector"),
     "target_probabilities": ("Prompt", "TargetProbabilities", "first_tokens", "run_prompts"),
     "tokens.predictions": ("LensPredictions",),
     "trajectory_lens": ("TrajectoryLensResult", "trajectory_lens"),

@@ -1,92 +1,81 @@
-"""Steering: add a direction to hidden states in everything that a model does.
+"""Steering: add a direction to hidden states, or remove it from them, in everything that a model does.
 
     direction = happy.mean(0) - sad.mean(0)                 # from collect_activations(...), (features,)
     cheerful = steer(model, [10, 11, 12], direction, factor=4)
     cheerful.generate("I think that", max_new_tokens=20).text
 
-Within a single run, use `run.steer(layers, direction)`.
+    red = steering_vector(pipeline, red_prompts, other_prompts, layers="unet.**.attn2", num_inference_steps=20)
+    redder = steer(pipeline, vector=red, factor=10, keep_norm=True)
+    redder.generate("a circle", seed=0, num_inference_steps=20).images
+
+With x a hidden state, v the vector, f the factor and u = v / |v|, x becomes
+
+    x + f v                 mode="add"
+    x - f (x · u) u         mode="remove": f = 1 removes the direction, f = 2 reflects x
+
+Within a single run of a language model, use `run.steer(layers, direction)`.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 
 from diffsight.errors import InputError
-from diffsight.lenses.layers import EMBEDDING, Layer, Layers
-from diffsight.lenses.tokens.batches import batch_of
-from diffsight.lenses.tokens.choosing import layers_to_read
-from diffsight.pipelines.language.model import LanguageModel, LanguageRun
+from diffsight.lenses.denoising.call_checks import Steps
+from diffsight.lenses.layers import Layers
+from diffsight.lenses.steering_vector import SteeringVectors
+from diffsight.lenses.visits.steered import Positions, find_steering
+from diffsight.lenses.visits.visiting import visiting
+
+Wrapper = TypeVar("Wrapper")
 
 
 def steer(
-    model: LanguageModel,
-    layers: Layers,
-    vector: torch.Tensor,
+    model: Wrapper,
+    layers: Layers = None,
+    vector: torch.Tensor | SteeringVectors | None = None,
     factor: float = 1.0,
-    positions: int | Sequence[int] | None = None,
-) -> LanguageModel:
+    positions: Positions = None,
+    *,
+    mode: str = "add",
+    steps: Steps = None,
+    branch: str | None = None,
+    keep_norm: bool = False,
+) -> Wrapper:
     """Return a copy of the model, sharing its weights, that is steered in every run.
+
+        steer(model, 15, direction, factor=4)
+        steer(model, [10, 11], direction, mode="remove")
+        steer(pipeline, "unet.mid_block", direction, factor=20, steps=slice(0, 10))
+        steer(pipeline, vector=vectors, factor=10, keep_norm=True)              # at the points of the vectors
 
     A copy can be steered again. `cheerful.clear_edits()` removes every edit and attached module from it.
 
     Args:
         model: The model.
-        layers: The layers to whose output `factor * vector` is added. Layer i is `layers[i]`, -1 the last, and
-            "embedding" the input of the first. None means all layers.
-        vector: The direction, (features,).
-        factor: Multiplies the direction.
-        positions: Positions in each prompt: 0 is its first token, -1 its last. Default: all tokens, including generated
-            ones.
+        layers: Where to steer. In a language model: layer i is the output of `layers[i]`, -1 the last, and "embedding"
+            the input of the first. In any model: paths or patterns of modules, such as "layers[3].mlp",
+            "unet.**.attn2" or "unet.mid_block.input". Default: the points of the vectors, or all layers of a language
+            model.
+        vector: The direction, (features,), or the result of `steering_vector`, which has one for each point.
+        factor: Multiplies the direction; with "remove", the component along it.
+        positions: In a language model, positions in each prompt: 0 is its first token, -1 its last. Elsewhere,
+            positions in the sequence, or in a feature map row by row; or a mask over the image, (rows, columns), for
+            feature maps and attention modules. Default: all, including generated tokens.
+        mode: "add" the direction, or "remove" it.
+        steps: The denoising steps, or the generated tokens, in which to steer. The prompt is token 0. Default: all.
+        branch: The branch of guidance to steer: "cond", "uncond" or "both". Default: "cond".
+        keep_norm: Whether each hidden state keeps the length that it had.
 
     Returns:
         The steered copy.
 
     Raises:
-        InputError: A layer does not exist, or the vector does not have as many features as a hidden state.
+        InputError: A layer does not exist, the vector does not have as many features as a hidden state, or another
+            argument is not valid.
+        PointNotFoundError: A path does not exist.
     """
-    if not isinstance(model, LanguageModel):
-        raise InputError(f"steer takes a LanguageModel, not {type(model).__name__}")
-    chosen = layers_to_read(model, layers)
-    if not isinstance(vector, torch.Tensor) or vector.ndim != 1:
-        given = tuple(vector.shape) if isinstance(vector, torch.Tensor) else type(vector).__name__
-        raise InputError(f"steer takes a tensor of shape (features,), not {given}")
     if isinstance(factor, bool) or not isinstance(factor, (int, float)):
         raise InputError(f"factor is a number, not {factor!r}")
-    width = getattr(model.config.get_text_config(), "hidden_size", len(vector))
-    if len(vector) != width:
-        raise InputError(f"the vector has {len(vector)} features, but hidden states have {width}")
-
-    def steered(run: LanguageRun) -> None:
-        for step in run.steps:
-            if positions is None:
-                _add(run, chosen, vector * factor)
-            elif step.index == 0:
-                batch = batch_of(model, run, positions)
-                for row, where, own in zip(run.rows, batch.where.tolist(), batch.positions.tolist()):
-                    _add(row, chosen, vector * factor, where, own)
-
-    return model.edit(steered)
-
-
-def _add(
-    handle: Any,
-    layers: Sequence[Layer],
-    vector: torch.Tensor,
-    places: list[int] | None = None,
-    positions: list[int] | None = None,
-) -> None:
-    """Add a vector to what layers return in a run or a row: at all tokens, or at some.
-
-    Args:
-        handle: The run or the row.
-        layers: The layers.
-        vector: What to add, (features,).
-        places: The places of the tokens in the padded batch.
-        positions: Their positions in the input, without padding.
-    """
-    if EMBEDDING in layers:
-        hidden = handle.layers_input[0].clone()
-        hidden[..., slice(None) if places is None else places, :] += vector.to(hidden)
-        handle.layers_input[0] = hidden
-    handle.steer([layer for layer in layers if layer != EMBEDDING], vector, positions=positions)
+    steering = find_steering(model, layers, vector, factor, positions, mode, steps, keep_norm)
+    return visiting(model, steering.points, steering.change, branch)

@@ -80,7 +80,7 @@ def test_copies_stack_and_are_cleared(net, model):
     [
         ({"layers": 7}, "there is no layer 7"),
         ({"vector": torch.zeros(31)}, "the vector has 31 features, but hidden states have 32"),
-        ({"vector": torch.zeros(2, 32)}, r"a tensor of shape \(features,\), not \(2, 32\)"),
+        ({"vector": torch.zeros(2, 32)}, r"a float tensor \(features,\) or .*, not torch.float32 \(2, 32\)"),
         ({"vector": [0.0] * 32}, "not list"),
     ],
 )
@@ -92,7 +92,7 @@ def test_bad_input(model, given, words):
 def test_a_position_that_a_prompt_does_not_have(model):
     with pytest.raises(InputError, match="there is no position 50 in prompt 0"):
         steer(model, 0, VECTOR, positions=50).trace(PROMPTS[0]).result
-    with pytest.raises(InputError, match="steer takes a LanguageModel"):
+    with pytest.raises(InputError, match="steer takes a DiffusionModel, LanguageModel or Model, not GPT2LMHeadModel"):
         steer(language.gpt2(), 0, VECTOR)
 
 

@@ -112,6 +112,11 @@ def _targets(folder: Path, **options: Any) -> Any:
     return lenses.run_prompts(model, prompts, **options)
 
 
+def _direction(folder: Path) -> Any:
+    texts = language.PROMPTS[:2], language.PROMPTS[2:]
+    return lenses.steering_vector(load(folder / "language"), *texts, layers=[0, -1], progress=False)
+
+
 def _sae(folder: Path, point: str) -> lenses.SAE:
     return lenses.SAE.load(folder / "sae", point)
 
@@ -155,6 +160,21 @@ MADE = {
     ),
     "top_examples of a language model": lambda folder: lenses.top_examples(
         load(folder / "language"), _sae(folder, "layers[1]"), language.PROMPTS, 7, count=2, progress=False
+    ),
+    "steering_vector": _direction,
+    "steering_vector of a denoiser": lambda folder: lenses.steering_vector(
+        load(folder / "pipeline"), ["a red circle"], ["a blue circle"], layers="unet.**.attn2", seed=3, **FAST
+    ),
+    "steering_sweep": lambda folder: lenses.steering_sweep(
+        load(folder / "pipeline"), PROMPT, "unet.mid_block", torch.ones(32), factors=[0, 4], seed=3, **FAST
+    ),
+    "steering_sweep of a language model": lambda folder: lenses.steering_sweep(
+        load(folder / "language"),
+        language.PROMPTS[:2],
+        vector=_direction(folder),
+        factors=[0, 2],
+        max_new_tokens=3,
+        progress=False,
     ),
     "image_token_lens": _image_tokens,
     "patchscope_lens": _repeated,

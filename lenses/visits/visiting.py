@@ -1,0 +1,173 @@
+"""Call a function with every value that passes a point, in a copy of the model. What it returns replaces the value.
+
+    norms = []
+    copy = visiting(pipeline, named_points(pipeline, "unet.**.attn2"), lambda visit: norms.append(visit.value.norm()))
+    copy.generate("a red circle", seed=0).result
+
+The copy is an edited model: it shares the weights, and the visits go on until its edits are cleared.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from diffsight.errors import InputError, OutOfOrderError
+from diffsight.lenses.features.activation_stream import channels_last
+from diffsight.lenses.visits.named_points import NamedPoint
+from diffsight.pipelines.diffusion.components import components, text_encoder_names
+from diffsight.pipelines.diffusion.denoising_steps import time_parameter
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.language.model import LanguageModel
+
+Wrapper = TypeVar("Wrapper")
+BRANCHES = ("cond", "uncond", "both")
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A value as the model passes a point.
+
+    Attributes:
+        point: The point.
+        value: The value, (batch, ..., features). The features of a feature map are in the last dimension too.
+        run: The run.
+        step: The denoising step, or the generated token. None where the point is not passed in steps.
+        call: Which call of the module it is, counted in the step if there is one.
+    """
+
+    point: NamedPoint
+    value: torch.Tensor
+    run: Any
+    step: Any | None
+    call: int
+
+
+def visiting(
+    model: Wrapper,
+    points: Sequence[NamedPoint],
+    function: Callable[[Visit], torch.Tensor | None],
+    branch: str | None = None,
+) -> Wrapper:
+    """Return a copy of the model that calls `function` at every passage of the points.
+
+    Args:
+        model: The model.
+        points: The points.
+        function: Takes the visit. If it returns a tensor, (batch, ..., features), the model continues with that.
+        branch: "cond", "uncond" or "both" branches of guidance. None means the conditional branch where there are
+            branches: in the denoisers and text encoders of a pipeline.
+
+    Raises:
+        InputError: There are no branches at a point.
+    """
+    visitors = [
+        _visitor(point, function, _branch_at(model, point, branch), is_in_steps(model, point)) for point in points
+    ]
+    copy = model.edit(visitors[0])
+    for visitor in visitors[1:]:
+        copy.edit(visitor, inplace=True)
+    return copy
+
+
+def is_in_steps(model: Any, point: NamedPoint) -> bool:
+    """Return whether a point is passed in steps: in a language model, or in a denoiser."""
+    if isinstance(model, LanguageModel):
+        return True
+    if not isinstance(model, DiffusionModel):
+        return False
+    part = components(model.pipeline).get(point.component)
+    return isinstance(part, nn.Module) and time_parameter(part) is not None
+
+
+def has_branches(model: Any, point: NamedPoint) -> bool:
+    """Return whether guidance may have two branches at a point."""
+    if not isinstance(model, DiffusionModel):
+        return False
+    return is_in_steps(model, point) or point.component in text_encoder_names(model.pipeline)
+
+
+def _branch_at(model: Any, point: NamedPoint, branch: str | None) -> str:
+    if branch is not None and branch not in BRANCHES:
+        raise InputError(f"branch must be one of {', '.join(map(repr, BRANCHES))}, not {branch!r}")
+    if has_branches(model, point):
+        return branch or "cond"
+    if branch is not None:
+        raise InputError(f"there are no branches of guidance at {point.name}: omit branch")
+    return "both"
+
+
+def _visitor(
+    point: NamedPoint, function: Callable[[Visit], torch.Tensor | None], branch: str, steps: bool
+) -> Callable[[Any], None]:
+    """Return an edit that visits a point."""
+
+    def visit(run: Any) -> None:
+        handle = run if branch == "both" else getattr(run, branch)
+        for step in run.steps if steps else [None]:
+            for number in count():
+                call = handle[point.path].calls[number]
+                try:
+                    whole = call.input if point.is_input else call.output
+                except OutOfOrderError:  # the step has ended
+                    break
+                value = value_in(whole, point)
+                is_map = value.ndim >= 4
+                new = function(Visit(point, channels_last(value), run, step, number))
+                if new is None:
+                    continue
+                whole = with_value(whole, new.movedim(-1, 1) if is_map else new, point)
+                if point.is_input:
+                    call.input = whole
+                else:
+                    call.output = whole
+
+    return visit
+
+
+def value_in(whole: Any, point: NamedPoint) -> torch.Tensor:
+    """Return the tensor at a point in what a module returned or was passed.
+
+    Raises:
+        InputError: It has several such tensors, and the point does not say which; or none.
+    """
+    return _items(whole)[_place(whole, point)]
+
+
+def with_value(whole: Any, tensor: torch.Tensor, point: NamedPoint) -> Any:
+    """Return what a module returned or was passed, with another tensor at a point."""
+    if isinstance(whole, torch.Tensor):
+        return tensor
+    place = _place(whole, point)
+    if isinstance(whole, Mapping):
+        return type(whole)(**{**whole, list(whole)[place]: tensor})
+    return type(whole)([*whole[:place], tensor, *whole[place + 1 :]])
+
+
+def _items(whole: Any) -> list[Any]:
+    if isinstance(whole, torch.Tensor):
+        return [whole]
+    if isinstance(whole, Mapping):
+        return list(whole.values())
+    return list(whole) if isinstance(whole, (tuple, list)) else []
+
+
+def _place(whole: Any, point: NamedPoint) -> int:
+    """Return which item of a value is the tensor of a point."""
+    items = _items(whole)
+    tensors = [i for i, item in enumerate(items) if isinstance(item, torch.Tensor) and item.is_floating_point()]
+    path = f"{point.path}.{'input' if point.is_input else 'output'}"
+    if point.item is not None and (isinstance(whole, torch.Tensor) or point.item not in tensors):
+        raise InputError(f"{path} has no tensor {point.item}: it has {len(tensors) if len(items) > 1 else 'a single'}")
+    if point.item is not None:
+        return point.item
+    if not tensors:
+        raise InputError(f"{path} is a {type(whole).__name__} without a tensor of numbers: choose another module")
+    first = items[tensors[0]]
+    alike = [i for i in tensors if items[i].ndim == first.ndim and items[i].shape[-1] == first.shape[-1]]
+    if len(alike) > 1:
+        raise InputError(f"{path} has several tensors: write {' or '.join(f'{path}[{i}]' for i in alike)}")
+    return tensors[0]
