@@ -18,7 +18,7 @@ import torch
 
 from diffsight.engine.coroutine import THIS_THREAD
 from diffsight.engine.flow import STOPPED, Flow
-from diffsight.engine.points import Asked, first_input
+from diffsight.engine.points import Asked, first_input, warn_user
 from diffsight.engine.user_bodies import is_from_edit
 from diffsight.envoy import (
     Envoy,
@@ -326,9 +326,15 @@ class Run(InRun):
                 raise
 
     def _drop(self, flow: Flow) -> None:
+        undecided = flow.undecided()
         if flow.is_entered and flow.thread == THIS_THREAD.number:
             flow.leave_body()
         flow.close("the run was dropped")
+        for value, calls in undecided:
+            warn_user(
+                f"the run was dropped in the call of {calls} in which {value} was read, so it is not known whether "
+                f"this call would have made another product. Call run.stop() or run.finish()"
+            )
 
 
 def _end_at_users_line(trace: TracebackType) -> None:

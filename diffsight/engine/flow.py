@@ -312,12 +312,20 @@ class Flow:
 
     def finish_undecided(self) -> None:
         """Run the model to the end of the calls that decide whether a value that was read in them was meant."""
-        for tap in [*self.taps.values()]:
-            calls = tap.target.decided_by(tap)
-            if calls is not None and self.outcome is None:
+        for _, calls in self._undecided():
+            if self.outcome is None:
                 index = calls.active[-1]
                 scope = self._scope if current() is None else self.scope
                 self._point(calls, (OUTPUT, index), Asked(calls.target, "output", index), scope)
+
+    def undecided(self) -> list[tuple[str, str]]:
+        """Return the paths of values that were read in a call whose end decides whether they were meant, with that of
+        what was called."""
+        return [(value.target.path, calls.target.path) for value, calls in self._undecided()]
+
+    def _undecided(self) -> list[tuple[Tap, Tap]]:
+        decided = [(tap, tap.target.decided_by(tap)) for tap in self.taps.values()]
+        return [(tap, calls) for tap, calls in decided if calls is not None]
 
     def close(self, outcome: str) -> None:
         """End the run where it stands: unwind the model, remove every hook. May be called again."""

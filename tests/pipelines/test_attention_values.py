@@ -2,6 +2,9 @@
 
 The expected values are computed by hand, from what a plain function mode or a hand-written processor sees."""
 
+import gc
+import warnings
+
 import diffusers
 import pytest
 import torch
@@ -364,6 +367,21 @@ def test_a_run_that_is_stopped_does_not_take_the_first_of_several_products(sd, v
     with DiffusionModel(sd).generate(**inputs, seed=SEED) as run:
         getattr(run[ATTN].products[0], value)
         run.stop()
+
+
+def test_a_run_that_is_dropped_tells_that_there_may_be_several_products(sd):
+    inputs = with_image_prompt(sd)
+    run = DiffusionModel(sd).generate(**inputs, seed=SEED)
+    run[ATTN].attention_probs
+    with pytest.warns(UserWarning, match=r"dropped in the call of .*attn2 in which .*attention_probs was read"):
+        del run
+        gc.collect()
+    run = DiffusionModel(sd).generate(**inputs, seed=SEED)
+    run[ATTN].products[0].attention_probs
+    with warnings.catch_warnings(record=True) as warned:
+        del run
+        gc.collect()
+    assert not warned
 
 
 def test_a_value_asked_for_between_two_products(sd):
