@@ -164,8 +164,8 @@ class Run(InRun):
                 own.
 
         Returns:
-            A dictionary of path to value, see `Record`; before a loop over steps, path to a list with one value per
-            step. Without such a loop, the value of the first call. Objects that hold tensors, such as a cache of keys
+            A dictionary of path to value, see `Record`. A point that the model passes more than once has a list with
+            one value per call; in a loop over steps, one per step. Objects that hold tensors, such as a cache of keys
             and values, are copied with their tensors.
 
         Raises:
