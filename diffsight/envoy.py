@@ -25,7 +25,7 @@ from diffsight.engine.batch_slicing import Selection
 from diffsight.engine.current_run import current_edit
 from diffsight.engine.flow import Flow
 from diffsight.engine.hooks import FORWARD
-from diffsight.engine.points import Asked
+from diffsight.engine.points import Asked, line_of
 from diffsight.engine.target import Target, join
 from diffsight.engine.tree import Tree
 from diffsight.engine.user_bodies import is_from_edit
@@ -240,9 +240,12 @@ class Points:
 
 
 def from_the_asking_line(error: DiffsightError) -> DiffsightError:
-    """Return the error without diffsight's own frames, so that its traceback ends at the line that asked. An error that
-    was raised in an edit keeps the edit's line."""
-    return error if is_from_edit(error) else error.with_traceback(None)
+    """Return the error without diffsight's own frames, so that its traceback ends at the line that asked, or at the one
+    that assigned what is wrong. An error that was raised in an edit keeps the edit's line."""
+    if is_from_edit(error):
+        return error
+    line = line_of(error)
+    return error.with_traceback(line and line.traceback())
 
 
 class Calls:

@@ -5,7 +5,7 @@
         for step in run.steps:
             pass
     kept["text_encoder.layers[3].output"]               # a tensor
-    kept["unet.mid_block.attentions[0]...output"]       # before a loop over steps: a list, one value per step
+    kept["unet.mid_block.attentions[0]...output"]       # passed more than once: a list
     kept                                                # <record of 31 points: 412 tensors, 6.3 MB on cpu>
 
 In a pattern, `*` matches any name and `**` any number of names. A pattern that does not end with `.input`, `.inputs` or
@@ -30,8 +30,9 @@ from diffsight.errors import InputError, PointNotFoundError, UnknownKeyError, su
 class Record(dict[str, Any]):
     """Maps the path of a point to the value that passed there, with every edit. It is filled as the model runs.
 
-    If the body loops over `run.steps`, what passes within steps is a list with one value per step. A point that the
-    model has not reached is missing. Of several calls in the run (or in the step), the first is kept."""
+    A point that the model passes more than once has a list, one value per call, and a point that it has not reached is
+    missing. If the body loops over `run.steps`, what passes within steps is a list with one value per step: that of the
+    first call in the step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,21 +94,20 @@ def record(
     found = {path: place for pattern in patterns for path, place in find_points(root_of(run), pattern).items()}
     kept, flow = Record(), flow_of(run)
     scope, step = flow.scope, flow.clock.index if flow.scope.in_step else None
-    listed: set[str] = set()
+    values: dict[str, list[Any]] = {path: [] for path in found}
+    in_steps: set[str] = set()  # what has one value per step
 
     def keep(path: str, part: str, tap: Tap, index: int, value: Any) -> None:
-        in_loop = scope.stop_at_steps and step is None and flow.clock.is_in_step
-        wanted = index == (tap.step_base if in_loop or step is not None else 0)
-        if not wanted or step not in (None, flow.clock.index):
+        has_loop = step is None and (scope.stop_at_steps or scope.step >= 0)
+        if has_loop and flow.clock.is_in_step:
+            if index != tap.step_base:
+                return
+            in_steps.add(path)
+        elif path in in_steps or step not in (None, flow.clock.index):
             return
-        value = tree_map(own_leaf, first_input(value, path) if part == "input" else value)
-        if in_loop:
-            if path not in listed:  # the model may have passed in the first step, before the loop began
-                kept[path] = [kept[path]] if path in kept else []
-                listed.add(path)
-            kept[path].append(value)
-        else:
-            kept[path] = value
+        values[path].append(tree_map(own_leaf, first_input(value, path) if part == "input" else value))
+        is_listed = path in in_steps or len(values[path]) > 1
+        kept[path] = values[path] if is_listed else values[path][0]
 
     for path, (points, part) in found.items():
         flow.keep(Asked(target_of(points), part), lambda *call, path=path, part=part: keep(path, part, *call))

@@ -164,8 +164,8 @@ class Run(InRun):
                 own.
 
         Returns:
-            A dictionary of path to value, see `Record`; before a loop over steps, path to a list with one value per
-            step. Without such a loop, the value of the first call. Objects that hold tensors, such as a cache of keys
+            A dictionary of path to value, see `Record`. A point that the model passes more than once has a list with
+            one value per call; in a loop over steps, one per step. Objects that hold tensors, such as a cache of keys
             and values, are copied with their tensors.
 
         Raises:
@@ -338,12 +338,14 @@ class Run(InRun):
 
 
 def _end_at_users_line(trace: TracebackType) -> None:
-    """Cut a traceback that begins in the user's code after the line that asked: that of the innermost body."""
-    asked, is_users = trace, True
+    """Take diffsight's own frames from a traceback that begins in the user's code: it ends at the line that asked, that
+    of the innermost body, or at the line that assigned what is wrong."""
+    asked, assigned, is_users = trace, None, True
     while trace is not None:
         frame = trace.tb_frame
         is_engines = (frame.f_globals.get("__package__") or "").split(".")[0] == __package__
         is_users = frame.f_code is call_body.__code__ or (is_users and not is_engines)
         asked = trace if is_users and not is_engines else asked
+        assigned = None if is_users or is_engines else trace
         trace = trace.tb_next
-    asked.tb_next = None
+    asked.tb_next = assigned

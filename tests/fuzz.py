@@ -306,7 +306,7 @@ class Oracle:
         self.step = -1
         self.ahead: dict[tuple, list[tuple[float, Op, int | None]]] = {}  # by point: order, line, step
         self.skips: dict[tuple[int, int], tuple[int, int | None, float]] = {}
-        self.records: dict[tuple, list[tuple[int, int]]] = {}
+        self.records: dict[tuple, list[tuple[int, int]]] = {}  # by module and part
         self.here: tuple | None = None  # the point at which the model stands
         self.value: Any = None
         self.missed = self.edited_late = False
@@ -342,7 +342,7 @@ class Oracle:
                 if self.here != key and self.passed(key):
                     raise Refused
                 self.values[program].append([])
-                self.records.setdefault(key, []).append((program, len(self.values[program]) - 1))
+                self.records.setdefault(key[:2], []).append((program, len(self.values[program]) - 1))
                 continue
             if op.kind == "assign" and self.here != key:
                 if self.passed(key):
@@ -392,8 +392,8 @@ class Oracle:
                 if body.order == order and not body.done and body.wait == key:
                     self.resume(body)
         self.hold(key)
-        for program, place in self.records.get(key, ()):
-            self.values[program][place] = copied(self.value)
+        for program, place in self.records.get(key[:2], ()):
+            self.values[program][place].append(copied(self.value))
         value, self.here, self.value = self.value, None, None
         return value
 
@@ -541,6 +541,12 @@ def perform(run: Any, net: Block, ops: list[Op], values: list[Any]) -> None:
             values.append(copied(getattr(point, op.point.part)))
 
 
+def recorded(record: Record) -> list[Any]:
+    """Return every value of the only point of a record."""
+    value = next(iter(record.values()), [])
+    return value if isinstance(value, list) else [value]
+
+
 def in_a_run(net: Block, case: Case, x: torch.Tensor) -> Outcome:
     values: list[list[Any]] = [[] for _ in case.programs]
     model: Any = Model(net)
@@ -576,7 +582,7 @@ def in_a_run(net: Block, case: Case, x: torch.Tensor) -> Outcome:
     except DiffsightError as raised:
         error, note = type(raised).__name__, str(raised)
     for kept in values:
-        kept[:] = [next(iter(value.values()), []) if isinstance(value, Record) else value for value in kept]
+        kept[:] = [recorded(value) if isinstance(value, Record) else value for value in kept]
     if error is None and result is not None and case.mode == "grad":
         return Outcome(values, None, result, gradients(net, result))
     return Outcome(values, error, result, None, note)

@@ -85,7 +85,7 @@ class Part(Selection):
 
     def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
         if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
-            raise AssignmentError(f"{path} is a {type(whole).__name__}; it cannot take a {type(value).__name__}")
+            raise wrong_type(path, whole, value)
         if isinstance(whole, torch.Tensor):
             return self._put_in_tensor(whole, value, path, copies)
         return self._put_in_container(whole, value, path, copies)
@@ -99,7 +99,7 @@ class Part(Selection):
                 raise AssignmentError(f"{path} holds {sorted(whole)}; it cannot take {sorted(value)}")
             value = {name: value[name] for name in whole}  # in the model's own order
         elif isinstance(value, Mapping):
-            raise AssignmentError(f"{path} is a {type(whole).__name__}; it cannot take a {type(value).__name__}")
+            raise wrong_type(path, whole, value)
         values, _ = _one_level(value)
         if len(wholes) != len(values):
             raise AssignmentError(
@@ -198,3 +198,19 @@ class TracedPart(Part):
                 f"the batch of {self.total}. Read or assign it on the run itself"
             )
         return super()._slice(tensor, path)
+
+
+def wrong_type(path: object, before: Any, value: Any) -> AssignmentError:
+    """Return the error for a value that cannot take the place of `before`; it says what to write instead."""
+    if isinstance(before, torch.Tensor) and isinstance(value, (bool, int, float)):
+        name = str(path).partition(" ")[0]
+        return AssignmentError(
+            f"{path} is a Tensor; it cannot take the number {value}. To fill it, write {name}[:] = {value}"
+        )
+    hint = ""
+    if isinstance(value, tuple) and value and isinstance(value[0], torch.Tensor):
+        hint = (
+            ". If a layer returned it, its hidden state is value[0]; in language models and text encoders, read "
+            "layers_output[i] in place of layers[i].output"
+        )
+    return AssignmentError(f"{path} is a {type(before).__name__}; it cannot take a {type(value).__name__}{hint}")

@@ -26,9 +26,11 @@ from diffsight.engine.points import (
     Assignment,
     Point,
     PointKey,
+    UsersLine,
     check_value,
     find_call,
     first_input,
+    set_line,
     users_line,
 )
 from diffsight.engine.step_clock import Clock
@@ -96,7 +98,7 @@ class Flow:
         self.unreached: list[Assignment] = []
         self.observer: Observer | None = None
         self.refused: list[Exception] = []  # why values could not be assigned that were assigned ahead
-        self.misshapen: list[str] = []  # assigned values whose shape or type differs from the model's own, in words
+        self.misshapen: dict[str, UsersLine] = {}  # assigned values of another shape or type than the model's own
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
         self.has_result = False
         self.result: Any = None
@@ -166,7 +168,7 @@ class Flow:
         if self.parked is not None and self.parked is tap.points.get(key):
             difference = assignment.apply_to(self.parked)
             if difference is not None:
-                self.misshapen.append(difference)
+                self.misshapen[difference] = assignment.where
         elif order.has_passed(tap, key, scope, self.clock.index) and not order.is_ahead(tap, key, scope):
             raise order.too_late(asked, "assigned", self.where)
         else:
@@ -584,7 +586,9 @@ class Flow:
         self._end(failed)
         if self.misshapen and isinstance(error, (RuntimeError, ValueError, IndexError)):
             assigned = "\n".join(self.misshapen)
-            raise AssignmentError(f"{assigned}\nWith that value the model failed: {error}") from error
+            refusal = AssignmentError(f"{assigned}\nWith that value the model failed: {error}")
+            set_line(refusal, next(iter(self.misshapen.values())))
+            raise refusal from error
 
     def _end_with(self, result: Any) -> None:
         """The model has ended."""

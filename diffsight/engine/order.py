@@ -4,10 +4,10 @@ A value asked for too late is an error at that line, never a later call's value.
 counts of calls, see `taps`. What cannot be known counts as passed.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from diffsight.engine.points import INPUTS, LAST, OUTPUT, Asked, Assignment, Point, PointKey
+from diffsight.engine.points import INPUTS, LAST, OUTPUT, Asked, Assignment, Point, PointKey, set_line
 from diffsight.engine.tapped_call import Tap
 from diffsight.errors import NeverReachedError, OutOfOrderError, RunClosedError
 
@@ -139,12 +139,14 @@ def called_in_thread(asked: Asked, until: str, kind: type[OutOfOrderError], endi
     )
 
 
-def never_reached(missed: Iterable[Assignment], ending: str) -> NeverReachedError:
+def never_reached(missed: Sequence[Assignment], ending: str) -> NeverReachedError:
     """The error for assignments that the model did not reach. `ending` says how it ended, if that is known."""
     lines = "\n".join(f"  {assignment}" for assignment in missed)
     ended = f", and ended{ending}" if ending else ""
-    return NeverReachedError(
+    error = NeverReachedError(
         f"these assignments were never reached:\n{lines}\nThe model ran without them{ended}. Does the model call the "
         "module in this run (or in this step), and at least as often as `.calls[i]` asks? Calls in threads that the "
         "model starts are not seen"
     )
+    set_line(error, missed[0].where)
+    return error

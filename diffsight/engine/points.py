@@ -4,18 +4,19 @@ import math
 import sys
 import warnings
 from dataclasses import dataclass, field
-from types import FrameType
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 from weakref import ref
 
 import torch
 
-from diffsight.engine.batch_slicing import Selection, Tapped
+from diffsight.engine.batch_slicing import Selection, Tapped, wrong_type
 from diffsight.engine.target import Target, join
 from diffsight.engine.weak_values import alive, weakly
 from diffsight.errors import AssignmentError
 
 INPUTS, OUTPUT = "inputs", "output"
+_LINE = "_diffsight_line"  # set on an error: the line of the user's code that is its cause
 LAST = math.inf  # the turn of every body that is not an edit
 
 PointKey = tuple[str, int]  # the kind (INPUTS or OUTPUT) and the number of the call
@@ -100,7 +101,7 @@ class Assignment:
 
     asked: Asked
     value: Any
-    where: str
+    where: "UsersLine"
     in_step: bool
     first: int = 0  # the call that is meant is counted from here
     order: float = LAST  # whose turn it is to assign it: the number of an edit, or LAST
@@ -122,9 +123,7 @@ class Assignment:
         if selection is not None:
             value = selection.at(point.tap, point.index, self).put(before, value, self, point.copies)
         elif before is not None and isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
-            raise AssignmentError(
-                f"{self} is a {type(before).__name__}; it cannot take a {type(value).__name__}{_hint_at_tuple(value)}"
-            )
+            raise wrong_type(self, before, value)
         elif isinstance(before, torch.Tensor):
             difference = _difference(before, value)
             if difference and before.ndim != value.ndim:  # it would be broadcast to something nobody meant
@@ -167,16 +166,6 @@ def check_value(asked: Asked, value: Any) -> None:
         )
 
 
-def _hint_at_tuple(value: Any) -> str:
-    """How to get at the hidden state in the tuple that a layer returned, in words."""
-    if not isinstance(value, tuple) or not value or not isinstance(value[0], torch.Tensor):
-        return ""
-    return (
-        ". If a layer returned it, its hidden state is value[0]; in language models and text encoders, read "
-        "layers_output[i] in place of layers[i].output"
-    )
-
-
 def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:
     """What a model may fail at if `value` takes the place of `before`, in words."""
     if before.shape != value.shape:
@@ -193,10 +182,39 @@ def _is_broadcast(value: torch.Tensor, before: torch.Tensor) -> bool:
     return all(size in (1, own) for size, own in zip(value.shape, before.shape))
 
 
-def users_line() -> str:
-    """Return the line of the user's code that called into diffsight, as `file:line`."""
+@dataclass(frozen=True, slots=True)
+class UsersLine:
+    """A line of the user's code. Its text is `file:line`."""
+
+    code: CodeType
+    number: int
+    instruction: int
+
+    def __str__(self) -> str:
+        return f"{self.code.co_filename}:{self.number}"
+
+    def traceback(self) -> TracebackType | None:
+        """Return a traceback of the line alone, or None if its function has returned."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not self.code:
+            frame = frame.f_back
+        return frame and TracebackType(None, frame, self.instruction, self.number)
+
+
+def users_line() -> UsersLine:
+    """Return the line of the user's code that called into diffsight."""
     frame, _ = _users_frame()
-    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return UsersLine(frame.f_code, frame.f_lineno, frame.f_lasti)
+
+
+def set_line(error: BaseException, line: UsersLine) -> None:
+    """Say which line of the user's code is the cause of an error that is raised later."""
+    setattr(error, _LINE, line)
+
+
+def line_of(error: BaseException) -> UsersLine | None:
+    """Return the line that `set_line` has noted; None if there is none."""
+    return getattr(error, _LINE, None)
 
 
 def warn_user(message: str) -> None:

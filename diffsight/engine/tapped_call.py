@@ -19,7 +19,7 @@ from torch.nn.modules.module import _global_forward_hooks
 from diffsight.engine.coroutine import Coroutine, current_owner
 from diffsight.engine.gradients import end_checkpoints, is_computed_again
 from diffsight.engine.hooks import COMPILED, FORWARD, calls_in_threads
-from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey, warn_user
+from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey, UsersLine, set_line, warn_user
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState
@@ -50,7 +50,7 @@ class Host(Protocol):
     parked: Point | None  # where the model stands, if it waits at a point
     state: TorchState  # in which the run was opened
     refused: list[Exception]  # why values could not be assigned that were assigned ahead
-    misshapen: list[str]  # assigned values whose shape or type differs from the model's own, in words
+    misshapen: dict[str, UsersLine]  # assigned values whose shape or type differs from the model's own, in words
 
     def arrive(self, point: Point) -> None:
         """The model has reached a point that a body waits for or has assigned: give every body its turn."""
@@ -300,10 +300,11 @@ class Tap:
                     try:
                         difference = assignment.apply_to(point)
                     except Exception as error:
+                        set_line(error, assignment.where)
                         self.host.refused.append(error)  # the model may have an `except` of its own
                         raise
                     if difference is not None:
-                        self.host.misshapen.append(difference)
+                        self.host.misshapen[difference] = assignment.where
                     assigned = True
                     continue
                 # This call turned out not to have the part that is meant; it is not looked at again.

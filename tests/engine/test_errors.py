@@ -121,8 +121,8 @@ def test_an_assignment_that_turns_out_impossible(x):
     """Only the model's call shows that there is no input. The message names the line that assigned it."""
     net = Calling(lambda self, x: self.last(x + self.silent()), silent=Calling(lambda self: 1), last=linear())
     with pytest.raises(AssignmentError, match=r"silent\.input") as caught, Model(net).trace(x) as run:
-        run.silent.input = x
-        run.last.output  # here
+        run.silent.input = x  # here
+        run.last.output
     assert f"{__file__}:" in str(caught.value)
     assert_ends(caught.value, "here")
 

@@ -94,10 +94,30 @@ def test_what_the_model_passes_before_the_loop_begins(net, x):
     assert all(torch.equal(a, b) for a, b in zip(kept["first.output"], expected)) and len(expected) == 3
 
 
-def test_the_first_call_outside_of_a_loop(net, x):
+def test_every_call_without_a_loop(net, x):
+    """A point that is passed more than once has a list; one that is passed once has its value."""
+    expected = outputs(net.layers[1], net.generate, x)
     with Model(net).generate(x) as run:
         kept = run.record("layers[1]")
-    assert torch.equal(kept["layers[1].output"], outputs(net.layers[1], net.generate, x)[0])
+    assert len(kept["layers[1].output"]) == len(expected) == 3
+    assert all(torch.equal(a, b) for a, b in zip(kept["layers[1].output"], expected))
+    shared = linear()
+    with Model(Calling(lambda m, x: m.last(m.shared(m.shared(x))), shared=shared, last=linear())).trace(x) as run:
+        kept = run.record(["shared", "last.input"])
+    first, second = kept["shared.output"]
+    assert torch.equal(first, shared(x)) and torch.equal(second, shared(shared(x)))
+    assert torch.equal(kept["last.input"], second)
+
+
+def test_one_value_per_step_before_and_after_a_loop(net, x):
+    expected = outputs(net.layers[1], net.generate, x)
+    with Model(net).generate(x) as run:
+        kept = run.record(["layers[1]", "first"])
+        run.first.output
+        for _ in run.steps[:2]:
+            pass
+    assert len(kept["layers[1].output"]) == len(kept["first.output"]) == 3
+    assert all(torch.equal(a, b) for a, b in zip(kept["layers[1].output"], expected))
 
 
 def test_of_one_step(net, x):
