@@ -248,7 +248,7 @@ def encoder_patching(
         from_side = _Side(origin, taken, origin_reading, source, given, seed)
         _check_states_fit(from_side, into_side, mapping, pairs)
         columns = find_columns(from_side.words(), into_side.words(), words, into, align)
-        cells = [_Cell("target"), *_cells(from_side, pairs, columns, mapping, align)]
+        cells = [_PatchedWord("target"), *_cells(from_side, pairs, columns, mapping, align)]
         change = partial(_put, into_side.encoding)
         if isolate:
             into_side, from_side = into_side.isolated(), from_side.isolated()
@@ -355,7 +355,7 @@ def _check_states_fit(
 
 
 @dataclass(frozen=True)
-class _Cell:
+class _PatchedWord:
     """A row of the call: `state`, (tokens, features), replaces `tokens` at `layer`. None leaves the row unpatched."""
 
     title: str
@@ -373,17 +373,17 @@ def _cells(
     columns: Sequence[Column],
     mapping: LinearMap | None,
     align: str,
-) -> Iterator[_Cell]:
+) -> Iterator[_PatchedWord]:
     """Yield a cell for each pair of layers and each column."""
     call = source.encoding.prompt
     for layer, source_layer in pairs:
         state = call.hidden(source_layer)[call.rows[0]]
         state = state if mapping is None else mapping(state, source_layer, layer)
         for column in columns:
-            yield _Cell(f"{column.title} at {layer}", layer, *column.aligned(state, align))
+            yield _PatchedWord(f"{column.title} at {layer}", layer, *column.aligned(state, align))
 
 
-def _put(reading: EncoderRecord, run: DiffusionRun, cells: Sequence[_Cell]) -> None:
+def _put(reading: EncoderRecord, run: DiffusionRun, cells: Sequence[_PatchedWord]) -> None:
     """Put the cells' states into the rows of a batch, wherever the encoder reads the prompt."""
     part, ids = run[reading.name], reading.prompt.ids[reading.prompt.rows[0]]
     for number, call in calls_in(run, reading, len(cells)):
