@@ -6,8 +6,8 @@ attention_mode             the function mode that sees what they compute
 product_dispatch           which functions make products, and what becomes of their calls
 product_count              how many products a module makes in a call
 watched_modules            which of them are watched, and the products of a call
-fused_attention            products in a fused kernel
-written_out_attention      products and softmax written out
+sdpa_attention             products in a fused kernel
+eager_attention            products and softmax written out
 matrix_factors             the two factors of a product of matrices
 heads_layout               where the heads are in a tensor
 passing_values             reading and changing a value while it passes

@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 
 from diffsight.errors import InputError
 from diffsight.extending import INPUTS, Tap, current_owner
+from diffsight.pipelines.attention.eager_attention import EagerAttention
 from diffsight.pipelines.attention.product_count import count_products
 from diffsight.pipelines.attention.product_dispatch import WATCHED, call_watched
 from diffsight.pipelines.attention.watched_modules import Watched
-from diffsight.pipelines.attention.written_out_attention import WrittenOut
 
 
 class AttentionMode(TorchFunctionMode):
@@ -25,7 +25,7 @@ class AttentionMode(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._watched: dict[int, Watched] = {}
-        self._written = WrittenOut()
+        self._written = EagerAttention()
         self._inside: list[nn.Module] = []  # the watched modules whose calls have made the mode active, outermost first
         self._is_always_active = False
 

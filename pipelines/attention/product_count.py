@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from diffsight.extending import structural_copy
+from diffsight.pipelines.attention.eager_attention import EagerAttention
 from diffsight.pipelines.attention.product_dispatch import call_watched
-from diffsight.pipelines.attention.written_out_attention import WrittenOut
 
 
 def count_products(module: nn.Module, frame: FrameType | None) -> int | None:
@@ -48,7 +48,7 @@ class _Counting(TorchFunctionMode):
         super().__init__()
         self.calls = SimpleNamespace(target=SimpleNamespace(owner=owner, path=""))
         self.count = 0
-        self._written = WrittenOut()
+        self._written = EagerAttention()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return call_watched(self, [self], self._written, func, args, kwargs or {})

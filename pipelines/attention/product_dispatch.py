@@ -5,20 +5,20 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from diffsight.pipelines.attention.fused_attention import (
+from diffsight.pipelines.attention.eager_attention import EagerAttention
+from diffsight.pipelines.attention.matrix_factors import MATRIX_PRODUCTS
+from diffsight.pipelines.attention.sdpa_attention import (
     MULTI_HEAD_ATTENTION,
     SCALED_DOT_PRODUCT,
     FusedCall,
     without_dispatch,
 )
-from diffsight.pipelines.attention.matrix_factors import MATRIX_PRODUCTS
-from diffsight.pipelines.attention.written_out_attention import WrittenOut
 
 WATCHED = {SCALED_DOT_PRODUCT, "softmax", MULTI_HEAD_ATTENTION, *MATRIX_PRODUCTS}
 
 
 def call_watched(
-    mode: TorchFunctionMode, running: Sequence[Any], written: WrittenOut, func: Callable, args: tuple, kwargs: dict
+    mode: TorchFunctionMode, running: Sequence[Any], written: EagerAttention, func: Callable, args: tuple, kwargs: dict
 ) -> Any:
     """Call a function inside the modules that are `running`, so that they see the products that it makes.
 

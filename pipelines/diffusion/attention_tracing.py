@@ -25,9 +25,9 @@ from diffsight.errors import InputError
 from diffsight.extending import Model, Run, flow_of, owner_of
 from diffsight.pipelines.attention.attention_modules import is_named_attention
 from diffsight.pipelines.attention.attention_product import AttentionProduct
-from diffsight.pipelines.attention.fused_attention import SCALED_DOT_PRODUCT, FusedCall
+from diffsight.pipelines.attention.eager_attention import EagerAttention
 from diffsight.pipelines.attention.product_dispatch import WATCHED
-from diffsight.pipelines.attention.written_out_attention import WrittenOut
+from diffsight.pipelines.attention.sdpa_attention import SCALED_DOT_PRODUCT, FusedCall
 from diffsight.pipelines.diffusion.batch_layouts import COND
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
 from diffsight.pipelines.diffusion.denoising_clock import time_parameter
@@ -163,7 +163,7 @@ class CutAttention(TorchFunctionMode):
         self.traces: dict[Key, Trace] = {}
         self._paths = {id(part): path for path, part in module.named_modules()}
         self._root = module
-        self._written = WrittenOut()
+        self._written = EagerAttention()
         self._attention: nn.Module | None = None  # the module whose products are followed now
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

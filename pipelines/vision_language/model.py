@@ -25,8 +25,8 @@ from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, hub_arguments, place_of
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun, loaded_from
 from diffsight.pipelines.standard_names import path_of, standard_names
-from diffsight.pipelines.vision_language.image_grids import image_grids
 from diffsight.pipelines.vision_language.image_rows import ImageRowPart, vision_modules
+from diffsight.pipelines.vision_language.image_token_grids import image_grids
 from diffsight.pipelines.vision_language.image_tokens import image_tokens
 from diffsight.pipelines.vision_language.processors import (
     chats_in,

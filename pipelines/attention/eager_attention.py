@@ -1,4 +1,4 @@
-"""Attention that is written out: a product of queries and keys, a softmax, and a product with the values."""
+"""Eager attention, which is written out in PyTorch: a product of queries and keys, a softmax, and a product with the values."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class _Operation:
     output: torch.Tensor
 
 
-class WrittenOut:
+class EagerAttention:
     """Follows an attention whose probabilities are visible, from the product of queries and keys to that with values.
 
     Queries and keys are known as such only once the softmax is reached. If the run changes them there, what was
