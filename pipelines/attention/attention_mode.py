@@ -25,7 +25,7 @@ class AttentionMode(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._watched: dict[int, Watched] = {}
-        self._written = EagerAttention()
+        self._eager = EagerAttention()
         self._inside: list[nn.Module] = []  # the watched modules whose calls have made the mode active, outermost first
         self._is_always_active = False
 
@@ -78,13 +78,13 @@ class AttentionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if name not in WATCHED and self._written.is_empty:
+        if name not in WATCHED and self._eager.is_empty:
             return func(*args, **kwargs)
         running = [watched for watched in self._watched.values() if watched.is_running]
         if not running:
-            self._written.clear()
+            self._eager.clear()
             return func(*args, **kwargs)
-        return call_watched(self, running, self._written, func, args, kwargs)
+        return call_watched(self, running, self._eager, func, args, kwargs)
 
 
 def _check_first(tap: Tap, calls: Tap) -> None:

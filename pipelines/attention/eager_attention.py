@@ -1,4 +1,4 @@
-"""Eager attention, which is written out in PyTorch: a product of queries and keys, a softmax, and a product with the values."""
+"""Eager attention: a product of queries and keys, a softmax, and a product with the values, written out in PyTorch."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

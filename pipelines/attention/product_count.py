@@ -48,10 +48,10 @@ class _Counting(TorchFunctionMode):
         super().__init__()
         self.calls = SimpleNamespace(target=SimpleNamespace(owner=owner, path=""))
         self.count = 0
-        self._written = EagerAttention()
+        self._eager = EagerAttention()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return call_watched(self, [self], self._written, func, args, kwargs or {})
+        return call_watched(self, [self], self._eager, func, args, kwargs or {})
 
     def wants(self, *values: str) -> bool:
         return False

@@ -163,16 +163,16 @@ class CutAttention(TorchFunctionMode):
         self.traces: dict[Key, Trace] = {}
         self._paths = {id(part): path for path, part in module.named_modules()}
         self._root = module
-        self._written = EagerAttention()
+        self._eager = EagerAttention()
         self._attention: nn.Module | None = None  # the module whose products are followed now
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if name not in WATCHED and name not in _PLACE_BY_PLACE and self._written.is_empty:
+        if name not in WATCHED and name not in _PLACE_BY_PLACE and self._eager.is_empty:
             return func(*args, **kwargs)
         running = [*_running(sys._getframe(1))]
         if self._root not in running:
-            self._written.clear()
+            self._eager.clear()
             return func(*args, **kwargs)
         if name in _PLACE_BY_PLACE:
             return _PLACE_BY_PLACE[name](func, *args, **kwargs)
@@ -181,14 +181,14 @@ class CutAttention(TorchFunctionMode):
         probe = _Probe(self, owner, self._paths[id(owner)])
         if name == SCALED_DOT_PRODUCT:
             return FusedCall.of([probe], args, kwargs).run(func)
-        return self._written.run([probe], name, func, args, kwargs)
+        return self._eager.run([probe], name, func, args, kwargs)
 
     def _forget_others(self, owner: nn.Module, running: list[nn.Module]) -> None:
         """Forget what other modules have multiplied, because everything that is computed from it would stay alive: a
         product without a softmax, as in linear attention, is never used up."""
         attention = next(filter(is_named_attention, running), None)
         if self._attention not in running or attention not in (None, self._attention):
-            self._written.clear()
+            self._eager.clear()
             self._attention = owner if attention is None else attention
 
     def keep(self, path: str, product: AttentionProduct) -> None:
