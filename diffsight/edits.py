@@ -36,8 +36,8 @@ from diffsight.errors import InputError
 
 @dataclass(eq=False)
 class Edit:
-    """One edit. `function` takes the run, `where` is the line it was written at, and `touches` are the paths of the
-    points that it has read and assigned so far."""
+    """One edit. `function` takes the run, `where` is the line on which it was written, and `touches` has the paths of
+    the points that it has read or assigned so far."""
 
     function: Callable[[Any], Any] = field(repr=False)
     where: str
@@ -73,7 +73,7 @@ class Edits(list[Edit]):
 
 
 class Editing(Deferred):
-    """What `model.edit(...)` returns: a context manager around the edit's block, or a decorator of its function.
+    """What `model.edit(...)` returns: a context manager around the edit's block, or a decorator for its function.
 
     Args:
         model: The model that is edited, or its copy.
@@ -88,7 +88,9 @@ class Editing(Deferred):
     def __call__(self, function: Callable[..., Any]) -> Any:
         """Add a function as an edit; return the edited model."""
         if not callable(function):
-            raise InputError(f"model.edit takes a function, or is used in a `with` statement: not {function!r}")
+            raise InputError(
+                f"model.edit takes a function, or is used in a `with` statement; it was given {function!r}"
+            )
         self._edits.append(Edit(_taking_run(function), _place(function)))
         return self._model
 
@@ -127,9 +129,11 @@ def check_no_edit() -> None:
 
 
 def _taking_run(function: Callable[..., Any]) -> Callable[[Any], Any]:
-    """`function` so that it can be called with the run, even if it takes no arguments."""
+    """Return a function that can be called with the run, even if `function` takes no arguments."""
     if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
-        raise InputError(f"an edit takes a plain function: calling {_place(function)} (yield, async) does not run it")
+        raise InputError(
+            f"an edit takes a plain function: {_place(function)} has `yield` or `async`, so calling it does not run it"
+        )
     try:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # written in C

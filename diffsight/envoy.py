@@ -194,7 +194,7 @@ class Points:
         )
 
     def _hint_at_child(self, name: str) -> str:
-        """How to get at the module called `name`, if there is one, in words."""
+        """How to reach the module called `name`, if there is one, in words."""
         is_child = name in self._tree.children_of(self._target)
         return f'. The module of that name is {self.path}["{name}"]' if is_child else ""
 
@@ -375,7 +375,7 @@ class Envoy(Points):
         is_raw = isinstance(value, nn.Module) or (name in _RAW and isinstance(self._owner, nn.Module))
         if not (is_raw and self._is_in_run()):
             return value
-        # In a run, an assignment to the `.output` of a module itself would be in vain.
+        # In a run, an assignment to the `.output` of a module itself would have no effect.
         if isinstance(value, nn.Module):
             return self._envoy_of(value)
         return partial(self._envoys, name) if name != "get_submodule" else lambda path: self._envoy_of(value(path))

@@ -30,7 +30,7 @@ from diffsight.errors import InputError, PointNotFoundError
 
 
 class View:
-    """A part of a run: `view.<path>` are the model's envoys, narrowed to it."""
+    """A part of a run. `view.<path>` is an envoy of the model, narrowed to that part."""
 
     def __init__(self, run: InRun, part: Selection) -> None:
         self.__dict__.update(_run=run, _part=part)

@@ -3,7 +3,7 @@
 for step in run.steps:                   # or some of them: run.steps[10:20]
     print(step.index, run.unet.output.norm())
 
-When a step begins is decided by the run's `Clock`, see `diffsight.engine.step_clock`.
+The run's `Clock` decides when a step begins, see `diffsight.engine.step_clock`.
 """
 
 import warnings
@@ -40,8 +40,8 @@ class Steps:
         for bound, least in ((chosen.start, 0), (chosen.stop, 0), (chosen.step, 1)):
             if bound is not None and (not isinstance(bound, int) or bound < least):
                 raise InputError(
-                    f"run.steps is sliced by numbers of {least} or more, not {bound!r}: the number of steps is not "
-                    "known in advance"
+                    f"run.steps is sliced with whole numbers from {least} up, not {bound!r}: the number of steps is "
+                    "not known in advance"
                 )
         self._flow, self._make_step, self._chosen = flow, make_step, chosen
 
@@ -90,12 +90,12 @@ class Steps:
 
     def _warn_of_early_end(self) -> None:
         message = (
-            f"the loop over run.steps ended after {self._flow.scope.step + 1} steps, because something else had run "
-            "the model to its end, such as run.result: ask for that after the loop"
+            f"the loop over run.steps ended after {self._flow.scope.step + 1} steps, because something else, such as "
+            "run.result, had run the model to its end: ask for that after the loop"
         )
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def _warn_of_missed(self, first: int) -> None:
         count = self._flow.clock.index + 1
-        message = f"the loop over run.steps[{first}:] has run for no step: the model ended after {count} steps"
+        message = f"the loop over run.steps[{first}:] never ran: the model ended after {count} steps"
         warnings.warn(message, RuntimeWarning, stacklevel=3)

@@ -44,7 +44,7 @@ def write_gallery(folder: str | Path) -> Path:
     """Write the gallery of a folder, and return the path of its page.
 
     Args:
-        folder: A folder with results in it, in folders of any depth.
+        folder: A folder that has results in it, or in subfolders at any depth.
 
     Raises:
         InputError: The folder does not exist, has no results, or cannot be written.

@@ -1,4 +1,4 @@
-"""Make a result again from its record, and compare.
+"""Make a result again from its record, and compare the two.
 
     repetition = repeat("diffsight-out")
     print(repetition)                   # identical, or how far off, with the versions then and now
@@ -62,7 +62,7 @@ class Repetition:
 
     @property
     def is_identical(self) -> bool:
-        """Whether nothing differs, to the bit."""
+        """Whether nothing differs, bit for bit."""
         return not self.differences
 
     def __str__(self) -> str:
@@ -100,7 +100,9 @@ def repeat(path: str | Path, **replaced: Any) -> Repetition:
         raise InputError(f"{path} is not the record of a result")
     call = record.get("call")
     if not isinstance(call, dict):
-        raise InputError(f"{path} does not say how the result was made: a result that a lens returned can be repeated")
+        raise InputError(
+            f"{path} does not say how the result was made: only a result that a lens returned can be repeated"
+        )
     if not isinstance(call.get("function"), str) or not all(isinstance(call.get(key), dict) for key in _PARTS):
         raise InputError(f"{path} is damaged: its call does not have a function, arguments and models")
     result = _call_again(path, call, replaced)
@@ -143,10 +145,10 @@ class _Models(dict):
 def _load(name: str, record: Mapping[str, Any]) -> Any:
     if not record["source"]:
         what = "an SAE that was not loaded from a folder" if record["kind"] == "SAE" else "a live model"
-        raise InputError(f"{name} was {what}: pass it, repeat(path, {name}={name})")
+        raise InputError(f"{name} was {what}: pass it, as in repeat(path, {name}={name})")
     if record["edits"]:
         raise InputError(
-            f"{name} had edits, which the record only lists: pass the edited model, repeat(path, {name}={name})"
+            f"{name} had edits, which the record only lists: pass the edited model, as in repeat(path, {name}={name})"
         )
     options = ArgumentDecoder({}, {}).decode(record["options"])
     if record["kind"] == "SAE":
@@ -164,9 +166,13 @@ def _call_again(path: Path, call: Mapping[str, Any], replaced: Mapping[str, Any]
         try:
             arguments[key] = replaced[key] if key in replaced else decoder.decode(value)
         except LookupError:
-            raise InputError(f"{path.parent / ARGUMENTS} does not have {key}: pass it, repeat(path, {key}=…)") from None
+            raise InputError(
+                f"{path.parent / ARGUMENTS} does not have {key}: pass it, as in repeat(path, {key}=…)"
+            ) from None
         except UnknownValueError as error:
-            raise InputError(f"{key} cannot be repeated, because {error}: pass it, repeat(path, {key}=…)") from None
+            raise InputError(
+                f"{key} cannot be repeated, because {error}: pass it, as in repeat(path, {key}=…)"
+            ) from None
     if "progress" in inspect.signature(function).parameters:
         arguments["progress"] = False
     return function(**arguments)
@@ -241,7 +247,7 @@ def _of_tensors(old: Path, new: Path) -> str:
 def _of_records(old: Path, new: Path) -> str:
     a, b = (json.loads(path.read_text(encoding="utf-8")) for path in (old, new))
     names = [name for name in {**a, **b} if name not in _NOT_COMPARED and a.get(name) != b.get(name)]
-    return f"other {', '.join(names)}" if names else ""
+    return f"different {', '.join(names)}" if names else ""
 
 
 def _of_bytes(old: Path, new: Path) -> str:

@@ -7,9 +7,9 @@
     {"self_attn": "self_attn", "mlp": "fc1:fc2"}
 
 The parts are found by structure, not in a table of architectures. The layers are the outermost and largest list of
-modules next to the word embeddings. The final norm is the norm beside that list, searched from the layers outwards. The
-head is everything from the trunk to the output embeddings. Where no single module corresponds to a name, its real path
-is a span, `first:last`: two modules that together have the meaning.
+modules next to the word embeddings. The final norm is the nearest norm beside that list, searching outwards from the
+layers. The head is everything from the trunk to the output embeddings. Where no single module corresponds to a name,
+its real path is a span, `first:last`: two modules that together are what the name means.
 
 Layers are numbered as in `layers[i]`: layer *i* is the output of `layers[i]`, -1 the last one's, and the input of the
 first layer is "embedding".
@@ -35,7 +35,7 @@ _NOT_SELF = re.compile(r"cross|encoder_attn|crossattention|EncDec|norm|hc$|_inpu
 _SPANS = (("fc1", "fc2"), ("linear1", "linear2"), ("lin1", "lin2"), ("intermediate", "output.dense"))
 # Exceptions: names that mean the opposite of what they mean elsewhere.
 _FINAL_NORMS_NAMED_EMBEDDING = {"embedding_norm", "emb_layer_norm_after"}  # LFM2, ESM: at the end
-_FINAL_NORM_OF = {"BigBirdPegasusDecoder": "layernorm_embedding"}  # elsewhere it norms the embeddings
+_FINAL_NORM_OF = {"BigBirdPegasusDecoder": "layernorm_embedding"}  # elsewhere it normalizes the embeddings
 _ATTENTIONS_NAMED_NORM = {"norm_attn_norm"}  # DBRX: contains the attention and the norms around it
 
 
@@ -113,7 +113,7 @@ def is_list(module: nn.Module) -> bool:
 
 
 def are_layers(modules: nn.ModuleList) -> bool:
-    """Return whether each module contains an attention (or what takes its place) and is not one itself."""
+    """Return whether each module contains an attention module (or what takes its place) and is not one itself."""
     return all(any(_MIXER_CLASS.search(type(m).__name__) for m in list(layer.modules())[1:]) for layer in modules)
 
 
@@ -199,7 +199,8 @@ def _is_within(model: nn.Module, path: str, span: str) -> bool:
 
 
 def _beside_words(encoder: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
-    """Return the lists next to the word embeddings. This leaves out the vision tower's in a vision-language encoder."""
+    """Return the lists next to the word embeddings. This leaves out those in the vision tower of a
+    vision-language encoder."""
     words = embeddings(encoder)
     path = path_of(encoder, words) if words is not None else next(iter(word_embeddings(encoder)), "")
     near = path.rpartition(".")[0]

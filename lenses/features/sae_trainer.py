@@ -22,7 +22,7 @@ from diffsight.lenses.features.sparsity import ActiveCount, JumpReLU, batch_topk
 from diffsight.lenses.results.saving import save_files
 
 _CHECKPOINT_SECONDS = 20
-_AUXILIARY = 1 / 32  # the weight of the loss of dead features
+_AUXILIARY = 1 / 32  # the weight of the loss on dead features
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class SAETrainer:
         self._unused += vectors
         self._unused[used] = 0
 
-    # ---- the decoder has rows of length one
+    # ---- the rows of the decoder keep length one
 
     @torch.no_grad()
     def _keep_directions(self) -> None:
@@ -183,8 +183,8 @@ class SAETrainer:
         }
         if facts["settings"] != asdict(self.settings) or not same:
             raise InputError(
-                f"{folder} has a checkpoint that was trained with other settings: use those settings, or choose another"
-                " folder"
+                f"{folder} has the checkpoint of a training run with other settings: use those settings, or choose "
+                "another folder"
             )
         self.sae.load_state_dict(own)
         names = [name for name, _ in self.sae.named_parameters()]

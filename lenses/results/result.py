@@ -1,4 +1,4 @@
-"""What the results of all lenses have in common: files, the record, the HTML page, and how they show themselves.
+"""What the results of all lenses have in common: files, the record, the HTML page, and how they are displayed.
 
 result = logit_lens(model, "The Eiffel Tower is in the city of")
 print(result)                   # tables in a terminal
@@ -36,7 +36,7 @@ ARGUMENTS = "arguments.safetensors"
 
 @dataclass(frozen=True)
 class LensResult:
-    """The result of a lens. A result defines `record`, and `sections`, `files` and `preview` where it has any.
+    """The result of a lens. Subclasses define `record`, and those of `sections`, `files` and `preview` that they have.
 
     Attributes:
         call: The call that made the result.
@@ -80,7 +80,7 @@ class LensResult:
             path: A folder, or a file that ends with .png, .jpg, .jpeg, .webp, .pdf, .svg or .html.
 
         Raises:
-            InputError: The folder cannot be written, or the result has no image.
+            InputError: The folder cannot be written to, or the result has no image.
         """
         path = expanded(path)
         if names_a_file(path):
@@ -145,6 +145,6 @@ class LensResult:
         if isinstance(preview, Figure):
             preview.savefig(path)
         elif path.suffix.lower() == ".svg":
-            raise InputError(f"{path.name}: an image of pixels cannot be an SVG file: write a .png file")
+            raise InputError(f"{path.name}: a pixel image cannot be an SVG file: write a .png file")
         else:
             preview.convert("RGB").save(path)

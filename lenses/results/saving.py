@@ -11,8 +11,8 @@ from typing import Any
 
 from diffsight.errors import InputError
 
-HTML = ".html"  # a path that ends so is a page
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # and one that ends so is one image
+HTML = ".html"  # a path with this ending is a page
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # one with any of these endings is an image
 _VERSIONS = ("diffsight", "torch", "diffusers", "transformers")
 
 
@@ -32,19 +32,19 @@ def write_record(record: Mapping[str, Any], path: Path) -> None:
 
 
 def names_a_file(path: Path) -> bool:
-    """Return whether a path means one file, an image or a page, and not a folder: whether it ends like one, and no
+    """Return whether a path means one file, an image or a page, rather than a folder: it has the ending of one, and no
     folder is there."""
     return path.suffix.lower() in (*IMAGES, HTML) and not os.path.isdir(path)
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path to write to, with `~` expanded. Raise InputError if it is none, or that home is not known."""
+    """Return a path to write to, with `~` expanded. Raise InputError if it is not a path, or the home is not known."""
     if not isinstance(path, (str, os.PathLike)):
-        raise InputError(f"a place to write to is a string or a Path, not {type(path).__name__}")
+        raise InputError(f"a path to write to is a string or a Path, not {type(path).__name__}")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise InputError(f"the folder {path} cannot be written: {error}") from None
+        raise InputError(f"the folder {path} cannot be written to: {error}") from None
 
 
 def check_place(path: str | Path) -> None:
@@ -58,24 +58,24 @@ def check_file(path: str | Path) -> None:
     path = expanded(path)
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder, so the file cannot be written")
-    check_writable(path.parent if os.path.lexists(path) else path)  # a new name is tried as that of a folder
+    check_writable(path.parent if os.path.lexists(path) else path)  # a new file's name is tried out as a folder's
 
 
 def check_writable(folder: str | Path) -> Path:
-    """Return `folder` as a path, with `~` expanded. Leave nothing behind.
+    """Return `folder` as a path, with `~` expanded, if it can be written to. The check leaves nothing behind.
 
     Raises:
-        InputError: The folder cannot be created or written.
+        InputError: The folder cannot be created or written to.
     """
     folder = existing = expanded(folder)
     try:
         while not os.path.lexists(existing) and existing != existing.parent:
             existing = existing.parent
-        with tempfile.TemporaryDirectory(dir=existing) as trial:  # has room for the names of the folder
+        with tempfile.TemporaryDirectory(dir=existing) as trial:  # the folder's own names are tried out in it
             (Path(trial) / folder.relative_to(existing)).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a null byte
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"the folder {folder} cannot be written: {reason}") from None
+        raise InputError(f"the folder {folder} cannot be written to: {reason}") from None
     return folder
 
 
@@ -89,7 +89,7 @@ def save_files(folder: str | Path, files: Mapping[str, Callable[[Path], None]]) 
         files: Names to functions that write a file to a path.
 
     Raises:
-        InputError: The folder cannot be written, or has a folder with the name of a file.
+        InputError: The folder cannot be written to, or a folder in it has the name of a file.
     """
     folder = check_writable(folder)
     for name in files:
@@ -100,6 +100,6 @@ def save_files(folder: str | Path, files: Mapping[str, Callable[[Path], None]]) 
         for name, write in files.items():
             write(Path(temporary) / name)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in reversed(files):  # the record is the first, so where it is, all files are
+        for name in reversed(files):  # the record, first in `files`, comes last: once it is there, all are
             os.replace(Path(temporary) / name, folder / name)
     return [folder / name for name in files]

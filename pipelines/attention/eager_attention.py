@@ -1,4 +1,7 @@
-"""Eager attention: a product of queries and keys, a softmax, and a product with the values, written out in PyTorch."""
+"""Eager attention: a product of queries and keys, a softmax, and a product with the values, written out in PyTorch.
+
+Attention in one call of a fused kernel is in `sdpa_attention`.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ class _Operation:
 
 
 class EagerAttention:
-    """Follows an attention whose probabilities are visible, from the product of queries and keys to that with values.
+    """Follows attention whose probabilities can be seen, from the product of queries and keys to that with the values.
 
     Queries and keys are known as such only once the softmax is reached. If the run changes them there, what was
     computed from them in between is computed again."""
@@ -48,7 +51,7 @@ class EagerAttention:
         self._scores = []
 
     def run(self, modules: list[Watched], name: str, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Make one call of a function, with what the run changes in it."""
+        """Make one call of a function with the run's changes applied."""
         if name in MATRIX_PRODUCTS:
             factors = Factors.of(name, args, kwargs, modules)
             if factors is not None and self._are_probs(factors.first):
@@ -101,7 +104,7 @@ class EagerAttention:
         return _computed_again(found, dict(zip(map(id, before), given)))
 
     def _values(self, modules: list[Watched], factors: "Factors", func: Callable) -> torch.Tensor:
-        """Make the product with the values, with what the run changes in it."""
+        """Make the product with the values, with the run's changes applied."""
         v = let_through(modules, "v", factors.second, factors.second_layout)
         if any(module.wants("attention_product") for module in modules):
             product = self._product(modules, factors, v)

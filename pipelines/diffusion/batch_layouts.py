@@ -2,8 +2,8 @@
 
 Under guidance a denoiser gets both branches in one batch, in either order, or each in a call of its own. Without
 guidance it gets one. The inputs show which it is: the entries of a denoiser's text input are compared with what
-`encode_prompt` returned, and the token ids of a text encoder, decoded to words, with the prompts. No pipeline is
-recognised by its name. What this comparison cannot settle stays unknown, and asking for it raises an error.
+`encode_prompt` returned, and the token ids of a text encoder are decoded to words and compared with the prompts. No
+pipeline is recognised by its name. What this comparison cannot settle stays unknown, and asking for it raises an error.
 """
 
 import re
@@ -54,7 +54,7 @@ class BatchLayouts:
         return None if call is None or not call.layouts else call.layouts[0]
 
     def is_certain(self, tap: Tap, index: int) -> bool:
-        """Return whether a single layout fits call `index` of a tapped module, or it makes no difference which one.
+        """Return whether only one layout fits call `index` of a tapped module, or it does not matter which one does.
 
         In a scan the embeddings are zeros, so several layouts fit, but they all have the same shapes."""
         call = self._call(tap, index)
@@ -322,8 +322,9 @@ def _words(text: str) -> str:
 
 
 def _fit(text: str, known: list[str]) -> tuple[int, int] | None:
-    """Return how well a text matches one of several prompts: it contains the prompt (longer is better), or is a
-    truncated prompt."""
+    """Return how well a text matches one of several prompts, or None if it matches none.
+
+    It contains the prompt (the longer the prompt, the better), or is a truncated prompt."""
     whole = [(1, len(words)) for words in known if words in text]
     cut = [(0, len(text)) for words in known if text and words.startswith(text)]
     return max(whole + cut, default=None)

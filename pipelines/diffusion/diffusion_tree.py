@@ -71,7 +71,7 @@ class DiffusionTree(AttentionTree):
         return [Target(owner, name, path) for name, path in self.methods_of(owner).items()]
 
     def stand_ins(self) -> Mapping[tuple[int, str], Callable]:
-        """Let a scan accept all images, since a safety checker reads their values."""
+        """Let a scan accept all images: a safety checker would read their values, and a scan computes none."""
         checkers = (target for target in self.children_of(self.root).values() if "safety_checker" in target.path)
         return {target.key: partial(pass_safety_check, target.owner) for target in checkers}
 
@@ -96,7 +96,7 @@ class DiffusionTree(AttentionTree):
 
 
 def pass_safety_check(checker: nn.Module, clip_input: torch.Tensor, images: Any) -> tuple:
-    """Return what a safety checker returns where it finds nothing: the images, `(batch, …)`, and a flag for each.
+    """Return what a safety checker returns if it finds nothing: the images, `(batch, …)`, and a flag for each.
 
     The checker of DeepFloyd IF also returns flags for watermarks."""
     nothing = [False] * len(images)

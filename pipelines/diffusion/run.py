@@ -89,7 +89,7 @@ class DiffusionRun(GeneratedOutputs, Run):
 
 
 def set_pipeline(run: DiffusionRun, called: PipelineOfRun, output: str | list[str] | None) -> None:
-    """Let a run know the pipeline that it calls, and what a modular one was asked to return."""
+    """Tell a run which pipeline it calls, and what a modular one was asked to return."""
     run._called, run._output = called, output
 
 

@@ -46,7 +46,7 @@ class LanguageTree(NamedTree):
 
     @property
     def structure(self) -> Structure | None:
-        """What the check of the names has found out, or None until it could be made."""
+        """What the check of the names has found out, or None until it has been made."""
         return self._checks[0] if self._checks else None
 
     def weights_loaded(self) -> None:

@@ -204,7 +204,7 @@ class _NameTrace:
                 raise _Wrong(inner, f"the output of {inner} does not reach the output of {name}")
 
     def enter_norm(self, name: str, origin: frozenset[str]) -> None:
-        self.into_norm = origin  # in the last call: some models norm the embeddings with the same module
+        self.into_norm = origin  # in the last call: some models normalize the embeddings with the same module
 
     def enter_head(self, name: str, origin: frozenset[str]) -> None:
         last = f"layers[{len(self.layers) - 1}]"
@@ -292,7 +292,7 @@ def _avoid_reading_values(model: nn.Module) -> None:
 
 
 def _separate(layers: nn.ModuleList) -> list[nn.Module]:
-    """Let each place in a list of layers have a module of its own, and return them."""
+    """Give each place in a list of layers a module of its own, and return these modules."""
     for index, layer in enumerate(layers):
         if any(layer is earlier for earlier in layers[:index]):
             layers[index] = structural_copy(layer, with_weights=True)

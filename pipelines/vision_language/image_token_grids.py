@@ -56,7 +56,7 @@ def image_grids(
     if found is None:
         raise InputError(
             f"the places of the image tokens of {type(net).__name__} on the image are unknown: their number does not "
-            "follow from the size of the image and of its patches. run.image_tokens are their positions"
+            "follow from the size of the image and of its patches. run.image_tokens has their positions"
         )
     return found
 
@@ -107,7 +107,7 @@ def _sizes(net: nn.Module, values: Mapping, tokens: int, extra: int) -> list[tup
 
 
 def _merged(patches: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Yield the sizes in tokens when each token stands for a square of 1, 4, 9 … patches are one token."""
+    """Yield the sizes in tokens if each token stands for a square of 1, 4, 9 … patches."""
     for side in takewhile(lambda side: side <= min(min(size) for size in patches), count(1)):
         if all(height % side == 0 and width % side == 0 for height, width in patches):
             yield [(height // side, width // side) for height, width in patches]

@@ -298,7 +298,7 @@ def test_no_generate(x):
 
 def test_a_loop_that_the_model_has_left_behind(generate):
     with generate() as run:
-        with pytest.warns(RuntimeWarning, match=r"ended after 2 steps, because something else had run"):
+        with pytest.warns(RuntimeWarning, match=r"ended after 2 steps, because something else, such as run"):
             for step in run.steps:
                 if step.index == 1:
                     run.result

@@ -77,7 +77,7 @@ def test_numbers_and_words_that_differ_are_named(saved_models, tmp_path):
     (tmp_path / "lens.json").write_text(json.dumps(record))
     repetition = repeat(tmp_path)
     assert repetition.differences == {
-        "lens.json": "other words",
+        "lens.json": "different words",
         "lens.safetensors": "probabilities by up to 0.25",
     }
     (line,) = [line for line in str(repetition).splitlines() if line.startswith("torch")]
@@ -101,7 +101,7 @@ def test_other_weights_are_noted(saved_models, tmp_path):
 def test_a_live_or_edited_model_is_passed(saved_models, tmp_path):
     live = language.model()
     logit_lens(live, "A cat").save(tmp_path / "live")
-    with pytest.raises(InputError, match=r"model was a live model: pass it, repeat\(path, model=model\)"):
+    with pytest.raises(InputError, match=r"model was a live model: pass it, as in repeat\(path, model=model\)"):
         repeat(tmp_path / "live")
     assert repeat(tmp_path / "live", model=live).is_identical
 
@@ -127,7 +127,9 @@ def evaluate(saved_models, sae):
 
 def test_an_sae_in_memory_is_passed(saved_models, sae, tmp_path):
     evaluate(saved_models, sae).save(tmp_path)
-    with pytest.raises(InputError, match=r"sae was an SAE that was not loaded .*: pass it, repeat\(path, sae=sae\)"):
+    with pytest.raises(
+        InputError, match=r"sae was an SAE that was not loaded .*: pass it, as in repeat\(path, sae=sae\)"
+    ):
         repeat(tmp_path)
     assert repeat(tmp_path, sae=sae).is_identical
 

@@ -144,7 +144,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
         train_sae(None, "layers[0]", vectors, **call)
     assert sorted(path.name for path in (tmp_path / "sae").iterdir()) == ["checkpoint.json", "checkpoint.safetensors"]
     other = {**call, "settings": SAESettings(updates=21, batch_size=128)}
-    assert "trained with other settings" in refusal(train_sae, None, "layers[0]", vectors, **other)
+    assert "a training run with other settings" in refusal(train_sae, None, "layers[0]", vectors, **other)
     train_sae(None, "layers[0]", vectors, **call)
     assert made == [*range(12), *range(11, 20)]
     names = {path.name for path in (tmp_path / "sae").iterdir()}
