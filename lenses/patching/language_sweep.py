@@ -29,7 +29,7 @@ _FEW = 8  # rows; with fewer, a pass takes those of the next layer too
 
 
 @dataclass(frozen=True)
-class _Cell:
+class _Row:
     """A row: the source's values at a site take the place of the target's, at the tokens of a column.
 
     Attributes:
@@ -97,15 +97,15 @@ class LanguageSweep:
         self._inputs = prefix.inputs
         return prefix
 
-    def _chunks(self, columns: Sequence[Column], order: list[str], prefix: SharedPrefix) -> Iterator[list[_Cell]]:
+    def _chunks(self, columns: Sequence[Column], order: list[str], prefix: SharedPrefix) -> Iterator[list[_Row]]:
         """Yield the rows of each pass, in the order in which the model comes to their sites."""
         cells = [
-            _Cell(site, column, (i, j), start if prefix.inputs else None)
+            _Row(site, column, (i, j), start if prefix.inputs else None)
             for i, (site, start) in enumerate(zip(self._pairs.sites, self._starts))
             for j, column in enumerate(columns)
         ]
         cells.sort(key=lambda cell: (-1 if cell.start is None else cell.start, order.index(cell.site.point)))
-        chunk: list[_Cell] = []
+        chunk: list[_Row] = []
         for _, group in groupby(cells, key=lambda cell: cell.start):
             for cell in group:
                 is_other = chunk and chunk[-1].start != cell.start and (len(chunk) >= _FEW or chunk[-1].start is None)
@@ -115,7 +115,7 @@ class LanguageSweep:
                 chunk.append(cell)
         yield chunk
 
-    def _run_cells(self, cells: Sequence[_Cell], pair: LanguagePair, source: Passed, prefix: SharedPrefix) -> Outcome:
+    def _run_cells(self, cells: Sequence[_Row], pair: LanguagePair, source: Passed, prefix: SharedPrefix) -> Outcome:
         """Run rows together."""
         start, states, begun = cells[0].start, None, range(0)
         if start is not None:
@@ -172,7 +172,7 @@ def _check_values(pair: LanguagePair, values: Mapping[str, torch.Tensor], sites:
             )
 
 
-def _patch_at_point(run: LanguageRun, cells: Sequence[tuple[int, _Cell]], source: Passed, pair: LanguagePair) -> None:
+def _patch_at_point(run: LanguageRun, cells: Sequence[tuple[int, _Row]], source: Passed, pair: LanguagePair) -> None:
     """Patch the rows at one point of a run."""
     site = cells[0][1].site
     patched = site.read(run).clone()
@@ -180,7 +180,7 @@ def _patch_at_point(run: LanguageRun, cells: Sequence[tuple[int, _Cell]], source
     site.write(run, patched)
 
 
-def _patch(value: torch.Tensor, cells: Sequence[tuple[int, _Cell]], source: Passed, pair: LanguagePair) -> None:
+def _patch(value: torch.Tensor, cells: Sequence[tuple[int, _Row]], source: Passed, pair: LanguagePair) -> None:
     """Put the source's values into rows of a value, (rows, ...)."""
     for row, cell in cells:
         site, (taken, place) = cell.site, pair.spans(cell.column)

@@ -191,7 +191,7 @@ def test_the_divergence_is_from_the_clean_run(model):
     result = activation_patching(model, *PAIR, kl_divergence(), into="clean", **QUIET)
     assert abs(float(result.clean_metric)) < 1e-6
     assert float(result.corrupted_metric) > 1e-5
-    assert torch.allclose(result.effect[-1, -1], torch.tensor(1.0), atol=1e-3)
+    assert torch.allclose(result.effect[-1, -1], torch.tensor(1.0), atol=0.05)
 
 
 def test_all_tokens_of_a_layer_are_the_other_run(model):
