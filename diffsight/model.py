@@ -23,6 +23,7 @@ from diffsight.engine.target import Target
 from diffsight.engine.tree import Tree
 from diffsight.envoy import Envoy, owner_of
 from diffsight.errors import InputError, PointNotFoundError
+from diffsight.recorded_values import find_points
 from diffsight.run import Run
 
 
@@ -96,6 +97,18 @@ class Model(Envoy):
 
         Raises InputError if they cannot be used."""
         _batch(args, kwargs)
+
+    def find_points(self, pattern: str) -> list[str]:
+        """Return the paths of the points that a path or a pattern names, in the order of the tree.
+
+            model.find_points("layers[*].mlp")          # ["layers[0].mlp.output", "layers[1].mlp.output", ...]
+            model.find_points("unet.**.attn2.input")
+
+        In a pattern, `*` matches any name and `**` any number of names. A path or pattern without `.input`, `.inputs`
+        or `.output` at its end means the output.
+
+        Raises PointNotFoundError if there are none."""
+        return list(find_points(self, pattern))
 
     def scan(self, *args: Any, **kwargs: Any) -> Run:
         """Open a run on shapes alone: `with model.scan(x) as run: width = run.layers[2].output.shape[-1]`.

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from diffsight.lenses.linear_cka import linear_cka
     from diffsight.lenses.linear_map import LinearMap
     from diffsight.lenses.logit_lens import logit_lens
+    from diffsight.lenses.metrics.image_metrics import clip_score, latent_distance, pixel_distance, shapes_verdict
+    from diffsight.lenses.metrics.outcome import Outcome
+    from diffsight.lenses.metrics.token_metrics import kl_divergence, logit_difference, token_probability
     from diffsight.lenses.patchscope import (
         DESCRIPTION,
         IDENTITY,
@@ -66,6 +69,7 @@ __all__ = [
     "LensPredictions",
     "LensWarning",
     "LinearMap",
+    "Outcome",
     "PatchscopeTexts",
     "Prompt",
     "PromptToPromptResult",
@@ -80,6 +84,7 @@ __all__ = [
     "attach_sae",
     "attention_from",
     "attention_maps",
+    "clip_score",
     "collect_activations",
     "compare_encoders",
     "concept_features",
@@ -91,18 +96,24 @@ __all__ = [
     "image_grid",
     "image_token_lens",
     "invert",
+    "kl_divergence",
+    "latent_distance",
     "layer_fidelity",
     "linear_cka",
     "load_activations",
+    "logit_difference",
     "logit_lens",
     "patchscope_generate",
     "patchscope_lens",
+    "pixel_distance",
     "prompt_to_prompt",
     "repeat_prompt",
     "run_prompts",
+    "shapes_verdict",
     "steer",
     "steering_sweep",
     "steering_vector",
+    "token_probability",
     "top_examples",
     "train_sae",
     "trajectory_lens",
@@ -151,6 +162,9 @@ _NAMES_IN = {
         "repeat_prompt",
     ),
     "prompt_to_prompt": ("PromptToPromptResult", "prompt_to_prompt"),
+    "metrics.image_metrics": ("clip_score", "latent_distance", "pixel_distance", "shapes_verdict"),
+    "metrics.outcome": ("Outcome",),
+    "metrics.token_metrics": ("kl_divergence", "logit_difference", "token_probability"),
     "results.image_grid": ("image_grid",),
     "steering": ("steer",),
     "steering_sweep": ("SteeringSweep", "steering_sweep"),

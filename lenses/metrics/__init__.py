@@ -1,0 +1,1 @@
+"""Helpers on metrics: numbers that say how a run went."""

@@ -1,0 +1,117 @@
+"""What a metric reads: the outcome of a run, and that of the run it is compared with.
+
+    def brightness(result):                     # any function of the result of one row that returns a number
+        return np.asarray(result.images[0]).mean()
+
+    activation_patching(model, clean, corrupted, brightness, sites="unet.**.attn2")
+
+The metrics that come with diffsight are in `token_metrics.py` and `image_metrics.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from diffsight.errors import InputError
+
+LAST_LOGITS, LOGITS, IMAGES, LATENTS = "last logits", "logits", "images", "latents"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model returned for some rows.
+
+    Attributes:
+        logits: The logits of a language model, (rows, tokens, vocabulary). Where a metric reads the last token only,
+            those of the last token, (rows, 1, vocabulary).
+        images: The images that a pipeline drew, one for each row.
+        latents: The last latents of the denoising, (rows, ...).
+    """
+
+    logits: torch.Tensor | None = field(default=None, repr=False)
+    images: Sequence[Image.Image] | None = field(default=None, repr=False)
+    latents: torch.Tensor | None = field(default=None, repr=False)
+
+    def row(self, number: int) -> "Outcome":
+        """Return the outcome of one row."""
+        at = slice(number, number + 1)
+        parts = (self.logits, self.images, self.latents)
+        return Outcome(*(None if part is None else part[at] for part in parts))
+
+    def __len__(self) -> int:
+        return len(next(part for part in (self.logits, self.images, self.latents) if part is not None))
+
+
+class Metric:
+    """A number for each row of an outcome. A metric of diffsight defines `values`, and `bound` if models matter.
+
+    Attributes:
+        name: What figures and tables call it.
+        reads: What it reads of an outcome: "last logits", "logits", "images", "latents".
+    """
+
+    name: str
+    reads: tuple[str, ...] = (LOGITS,)
+
+    def bound(self, model: Any, pairs: int) -> "Metric":
+        """Return the metric for a model and a number of prompt pairs, checked before anything runs.
+
+        Raises:
+            InputError: It does not fit them.
+        """
+        return self
+
+    def values(self, outcome: Outcome, clean: Outcome, pair: int) -> torch.Tensor:
+        """Return a number for each row, (rows,), with gradients where the outcome has them.
+
+        Args:
+            outcome: The outcome of the rows.
+            clean: The outcome of the clean run, one row.
+            pair: The number of the prompt pair.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FunctionMetric(Metric):
+    """A function of the user's: it takes the outcome of one row and returns a number."""
+
+    function: Callable[[Outcome], Any]
+    reads: tuple[str, ...] = (LOGITS, IMAGES, LATENTS)
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def values(self, outcome: Outcome, clean: Outcome, pair: int) -> torch.Tensor:
+        return torch.stack([self._number(self.function(outcome.row(i))) for i in range(len(outcome))])
+
+    def _number(self, value: Any) -> torch.Tensor:
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            return value.reshape(()).float()
+        if hasattr(value, "__float__") and not isinstance(value, torch.Tensor):
+            return torch.tensor(float(value))
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+        raise InputError(
+            f"a metric must return a number, but {self.name} returned {type(value).__name__}{shape}: return a float, "
+            "or a tensor with one element"
+        )
+
+
+def as_metric(metric: Any) -> Metric:
+    """Return a metric of diffsight as it is, and a function as one.
+
+    Raises:
+        InputError: It is neither.
+    """
+    if isinstance(metric, Metric):
+        return metric
+    if isinstance(metric, type) or not callable(metric):
+        raise InputError(
+            f"a metric is logit_difference(…), token_probability(…), kl_divergence() or the like, or a function of the "
+            f"result that returns a number, not {metric!r}"
+        )
+    return FunctionMetric(metric)

@@ -1,0 +1,1 @@
+"""Helpers on sites: where in a model a lens patches, ablates or steers."""

@@ -1,0 +1,110 @@
+"""A site: a point of a model, and the head in it that is meant, if it is one.
+
+    site = Site("layers[3].self_attn.heads_output", layer=3, head=2)
+    value = site.read(run)                      # (batch, tokens, heads, features)
+    site.write(run, value * 0)                  # the model continues with it
+    site.part(value, range(4, 6))               # a view of head 2 at these tokens, (batch, 2, features)
+
+`find_sites` returns the sites that a user's names and patterns stand for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffsight.lenses.features.activation_stream import tensor_in
+from diffsight.lenses.layers import EMBEDDING, Layer
+
+_PARTS = ("input", "output")
+_BY_HEAD = {"q": 2, "k": 2, "v": 2, "heads_output": 2, "heads_result": 2, "attention_probs": 1}  # value: dim of heads
+
+
+@dataclass(frozen=True)
+class Site:
+    """A point of a model.
+
+    Attributes:
+        point: The path of the point, such as "layers[3].output" or "unet.mid_block.attentions[0].q".
+        layer: The number of the layer of a language model that the point is in, or "embedding".
+        head: The number of the head. None stands for all heads, or a point without heads.
+    """
+
+    point: str
+    layer: Layer | None = None
+    head: int | None = None
+
+    @property
+    def module(self) -> str:
+        """The path of the module."""
+        return self.point.rpartition(".")[0]
+
+    @property
+    def value(self) -> str:
+        """The name of the value: "input", "output", "q", "heads_output" and so on."""
+        return self.point.rpartition(".")[2]
+
+    @property
+    def head_dim(self) -> int | None:
+        """The dimension of the value that counts heads, or None if it has none."""
+        return _BY_HEAD.get(self.value)
+
+    @property
+    def token_dim(self) -> int:
+        """The dimension of the value that counts tokens. Of attention probabilities, it is that of the queries."""
+        return 2 if self.value == "attention_probs" else 1
+
+    @property
+    def name(self) -> str:
+        """The site as figures and tables name it."""
+        module, _, value = self.point.rpartition(".")
+        place = module if value == "output" else self.point
+        if self.layer == EMBEDDING:
+            place = EMBEDDING
+        return place if self.head is None else f"{place} head {self.head}"
+
+    def read(self, handle: Any, call: int = 0) -> torch.Tensor:
+        """Return the tensor at the point: the value, or the first tensor in it.
+
+        Args:
+            handle: A run, or a row or branch of it.
+            call: The number of the call of the module in the current scope.
+        """
+        return tensor_in(self.read_all(handle, call))
+
+    def read_all(self, handle: Any, call: int = 0) -> Any:
+        """Return all that the module takes or returns at the point, such as a tuple."""
+        return getattr(self._points(handle, call), self.value)
+
+    def write(self, handle: Any, tensor: torch.Tensor, call: int = 0) -> None:
+        """Let the model continue with another tensor at the point. The rest of a tuple stays as it is.
+
+        For arguments, see `read`."""
+        points = self._points(handle, call)
+        whole = tensor if self.value != "output" else with_tensor(getattr(points, self.value), tensor)
+        setattr(points, self.value, whole)
+
+    def part(self, tensor: torch.Tensor, tokens: range | None = None) -> torch.Tensor:
+        """Return a view of the site's head in a tensor of the point, at some tokens (None: all)."""
+        index: list[Any] = [slice(None)] * tensor.ndim
+        if tokens is not None:
+            index[self.token_dim] = slice(tokens.start, tokens.stop)
+        if self.head is not None:
+            index[self.head_dim] = self.head
+        return tensor[tuple(index)]
+
+    def _points(self, handle: Any, call: int) -> Any:
+        points = handle[self.module]
+        return points.calls[call] if call else points
+
+
+def with_tensor(value: Any, tensor: torch.Tensor) -> Any:
+    """Return what a module returned with another tensor in place of its first one."""
+    if isinstance(value, torch.Tensor):
+        return tensor
+    if isinstance(value, Mapping):
+        first = next(name for name, item in value.items() if isinstance(item, torch.Tensor))
+        return type(value)(**{**value, first: tensor})
+    place = next(i for i, item in enumerate(value) if isinstance(item, torch.Tensor))
+    return type(value)((*value[:place], tensor, *value[place + 1 :]))
