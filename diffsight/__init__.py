@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffsight.edits import Edit
     from diffsight.errors import DiffsightError, OutOfOrderError, WrongThreadError
     from diffsight.lenses import (
+        activation_patching,
         attach_sae,
         attention_from,
         attention_maps,
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
         concept_features,
         diffusion_lens,
         encoder_patching,
+        evaluate_function_vector,
         evaluate_sae,
         feature_effect,
+        function_vector,
         image_grid,
         image_token_lens,
         invert,
@@ -66,6 +69,7 @@ __all__ = [
     "Step",
     "VisionLanguageModel",
     "WrongThreadError",
+    "activation_patching",
     "attach_sae",
     "attention_from",
     "attention_maps",
@@ -74,8 +78,10 @@ __all__ = [
     "concept_features",
     "diffusion_lens",
     "encoder_patching",
+    "evaluate_function_vector",
     "evaluate_sae",
     "feature_effect",
+    "function_vector",
     "image_grid",
     "image_token_lens",
     "invert",

@@ -12,17 +12,21 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffsight.lenses.activation_patching import activation_patching
     from diffsight.lenses.attention_maps import AttentionMaps, attention_from, attention_maps
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
     from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders
     from diffsight.lenses.concept_features import concept_features
+    from diffsight.lenses.demonstrations.few_shot_prompts import few_shot_prompts
     from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
     from diffsight.lenses.encoder_patching import EncoderPatchingResult, encoder_patching
     from diffsight.lenses.encoders.drawing import LensWarning
+    from diffsight.lenses.evaluate_function_vector import FunctionVectorScores, evaluate_function_vector
     from diffsight.lenses.evaluate_sae import SAEEvaluation, evaluate_sae
     from diffsight.lenses.feature_effect import FeatureEffect, feature_effect
     from diffsight.lenses.features.autoencoder import SAE
     from diffsight.lenses.features.sae_training import SAESettings
+    from diffsight.lenses.function_vectors import FunctionVector, function_vector
     from diffsight.lenses.image_token_lens import ImageTokenPredictions, image_token_lens
     from diffsight.lenses.inversion import Inversion, invert
     from diffsight.lenses.layer_fidelity import LayerFidelity, layer_fidelity
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from diffsight.lenses.metrics.image_metrics import clip_score, latent_distance, pixel_distance, shapes_verdict
     from diffsight.lenses.metrics.outcome import Outcome
     from diffsight.lenses.metrics.token_metrics import kl_divergence, logit_difference, token_probability
+    from diffsight.lenses.patch_object_attn_lens import patch_object_attn_lens
     from diffsight.lenses.patchscope import (
         DESCRIPTION,
         IDENTITY,
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
     )
     from diffsight.lenses.prompt_to_prompt import PromptToPromptResult, prompt_to_prompt
     from diffsight.lenses.results.image_grid import image_grid
+    from diffsight.lenses.results.site_effects import EffectComparison, SiteEffects
     from diffsight.lenses.sae import attach_sae, train_sae
     from diffsight.lenses.steering import steer
     from diffsight.lenses.steering_sweep import SteeringSweep, steering_sweep
@@ -59,10 +65,13 @@ __all__ = [
     "Activations",
     "AttentionMaps",
     "DiffusionLensResult",
+    "EffectComparison",
     "EncoderComparison",
     "EncoderPatchingResult",
     "Example",
     "FeatureEffect",
+    "FunctionVector",
+    "FunctionVectorScores",
     "ImageTokenPredictions",
     "Inversion",
     "LayerFidelity",
@@ -75,12 +84,14 @@ __all__ = [
     "PromptToPromptResult",
     "SAEEvaluation",
     "SAESettings",
+    "SiteEffects",
     "SteeringSweep",
     "SteeringVectors",
     "TargetProbabilities",
     "TargetPrompt",
     "TopExamples",
     "TrajectoryLensResult",
+    "activation_patching",
     "attach_sae",
     "attention_from",
     "attention_maps",
@@ -90,9 +101,12 @@ __all__ = [
     "concept_features",
     "diffusion_lens",
     "encoder_patching",
+    "evaluate_function_vector",
     "evaluate_sae",
     "feature_effect",
+    "few_shot_prompts",
     "first_tokens",
+    "function_vector",
     "image_grid",
     "image_token_lens",
     "invert",
@@ -103,6 +117,7 @@ __all__ = [
     "load_activations",
     "logit_difference",
     "logit_lens",
+    "patch_object_attn_lens",
     "patchscope_generate",
     "patchscope_lens",
     "pixel_distance",
@@ -120,6 +135,7 @@ __all__ = [
 ]
 
 _NAMES_IN = {
+    "activation_patching": ("activation_patching",),
     "attention_maps": ("AttentionMaps", "attention_from", "attention_maps"),
     "concept_features": ("concept_features",),
     "evaluate_sae": (
@@ -130,7 +146,11 @@ _NAMES_IN = {
         "FeatureEffect",
         "feature_effect",
     ),
+    "demonstrations.few_shot_prompts": ("few_shot_prompts",),
+    "evaluate_function_vector": ("FunctionVectorScores", "evaluate_function_vector"),
     "features.autoencoder": ("SAE",),
+    "function_vectors": ("FunctionVector", "function_vector"),
+    "patch_object_attn_lens": ("patch_object_attn_lens",),
     "features.sae_training": ("SAESettings",),
     "sae": (
         "attach_sae",
@@ -166,6 +186,7 @@ _NAMES_IN = {
     "metrics.outcome": ("Outcome",),
     "metrics.token_metrics": ("kl_divergence", "logit_difference", "token_probability"),
     "results.image_grid": ("image_grid",),
+    "results.site_effects": ("EffectComparison", "SiteEffects"),
     "steering": ("steer",),
     "steering_sweep": ("SteeringSweep", "steering_sweep"),
     "steering_vector": ("SteeringVectors", "steering_vector"),

@@ -13,7 +13,7 @@ prompt whose examples have shuffled answers. The vector is the sum of what the s
 stream on average (Todd et al., "Function Vectors in Large Language Models", 2024, section 2).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path

@@ -72,6 +72,8 @@ def for_each_head(
         InputError: A head does not exist.
     """
     chosen = None if heads is None else [heads] if hasattr(heads, "__index__") else list(heads)
+    if chosen is not None and not counts:
+        raise InputError("none of the sites has heads: omit `heads`")
     found = []
     for site in sites:
         if site.point not in counts:

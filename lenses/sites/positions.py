@@ -28,10 +28,12 @@ class PromptTokens:
     """The tokens of a prompt.
 
     Attributes:
+        text: The prompt, without special tokens.
         texts: Each token as text.
         words: The words of the prompt and the tokens of each; None if the model has no tokenizer.
     """
 
+    text: str
     texts: tuple[str, ...]
     words: PromptWords | None = field(default=None, repr=False)
 
@@ -39,8 +41,9 @@ class PromptTokens:
     def of(cls, model: LanguageModel, ids: Sequence[int]) -> "PromptTokens":
         """Return the tokens with these ids."""
         spell, ids = Spelling(model), list(map(int, ids))
-        words = None if model.tokenizer is None else align_words(model.tokenizer, spell.text(ids), ids)
-        return cls(tuple(map(spell, ids)), words)
+        text = spell.text(ids)
+        words = None if model.tokenizer is None else align_words(model.tokenizer, text, ids)
+        return cls(text, tuple(map(spell, ids)), words)
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -56,6 +56,11 @@ class Site:
         return 2 if self.value == "attention_probs" else 1
 
     @property
+    def token_dim_of_part(self) -> int:
+        """The dimension that counts tokens in what `part` returns."""
+        return 1 if self.head is not None else self.token_dim
+
+    @property
     def name(self) -> str:
         """The site as figures and tables name it."""
         module, _, value = self.point.rpartition(".")

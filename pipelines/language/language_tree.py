@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from diffsight.errors import InputError, suggest
-from diffsight.extending import Target, unwrapped
+from diffsight.extending import Points, Target, points_on, target_of, unwrapped
 from diffsight.pipelines.language.name_check import Structure, check_names
-from diffsight.pipelines.module_spans import module_at
+from diffsight.pipelines.module_spans import Span, module_at
 from diffsight.pipelines.named_tree import NamedTree
 from diffsight.pipelines.standard_names import (
     are_layers,
@@ -69,6 +69,10 @@ class LanguageTree(NamedTree):
     def _of_layer(self, layer: nn.Module) -> dict[str, str]:
         found = layer_names(layer) | {name: path for name, path in self._given.items() if name in _OF_LAYER}
         return {name: path for name, path in found.items() if path is not None and _is_there(layer, path)}
+
+    def named_value(self, points: Points, name: str) -> Any:
+        target = target_of(points)
+        return super().named_value(points_on(points, target.first) if isinstance(target, Span) else points, name)
 
     def describe(self, owner: Any) -> str:
         names = ", ".join(f"{name} = {real}" for name, real in self.names_of(owner).items() if name != real)

@@ -1,0 +1,127 @@
+"""Activation patching: put one run's values into another run, one site at a time, and measure what changes.
+
+    result = activation_patching(
+        model,
+        clean="The Eiffel Tower is in the city of",
+        corrupted="The Colosseum is in the city of",
+        metric=logit_difference(" Paris", " Rome"),
+        positions=[("Eiffel Tower", "Colosseum"), -1],
+        align="last",
+    )
+    result.effect                   # (layers, positions): 1 where the patch alone makes the model say Paris
+    result.plot()
+
+The clean run's value at a site takes the place of the corrupted run's, and the rest of the model continues with it
+(Vig et al., "Investigating Gender Bias in Language Models Using Causal Mediation Analysis", NeurIPS 2020; Meng et al.,
+"Locating and Editing Factual Associations in GPT", NeurIPS 2022). For one layer and one token it is this pair of runs:
+
+    with model.trace(clean) as x, model.trace(corrupted) as y:
+        y.layers[4].output[:, 3] = x.layers[4].output[:, 3]
+        x.stop()
+
+The lens does it for all sites and positions. Rows that are patched in the same layer share a pass, which starts from
+the stored hidden state before that layer.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from diffsight.errors import InputError
+from diffsight.lenses.layers import Layers
+from diffsight.lenses.metrics.outcome import Metric, Outcome
+from diffsight.lenses.patching.language_pairs import LanguagePairs
+from diffsight.lenses.patching.language_sweep import LanguageSweep
+from diffsight.lenses.results.calls import repeatable
+from diffsight.lenses.results.site_effects import SiteEffects
+from diffsight.lenses.sites.find_sites import Sites
+from diffsight.lenses.sites.positions import Positions
+from diffsight.lenses.tokens.choosing import check_count
+from diffsight.pipelines.language.model import LanguageModel
+
+
+@repeatable
+def activation_patching(
+    model: LanguageModel,
+    clean: Any,
+    corrupted: Any,
+    metric: Metric | Callable[[Outcome], Any],
+    *,
+    sites: Sites = "layers",
+    positions: Positions = None,
+    layers: Layers = None,
+    heads: int | Iterable[int] | None = None,
+    into: str = "corrupted",
+    align: str = "each",
+    batch_size: int = 32,
+    max_rows: int = 20_000,
+    progress: bool = True,
+    **inputs: Any,
+) -> SiteEffects:
+    """Put the clean run's values into the corrupted run, one site and one position at a time, and measure each.
+
+        activation_patching(model, clean, corrupted, logit_difference(" Paris", " Rome"))       # layers by tokens
+        activation_patching(model, clean, corrupted, metric, sites="heads")                     # layers by heads
+        activation_patching(model, clean, corrupted, metric, sites="layers[*].mlp.act", positions=["Tower", -1])
+
+    Args:
+        model: The model.
+        clean: The prompt whose values are put into the other run: a string, token ids or a chat. A list of prompts is
+            several pairs.
+        corrupted: The other prompt of each pair.
+        metric: A metric such as `logit_difference`, `token_probability` or `kl_divergence`, or a function of the
+            result of one row (see `Outcome`) that returns a number.
+        sites: What is patched, one thing at a time: "layers" (the hidden state after a layer), "attentions", "mlps"
+            (their outputs), "heads" (the output of a head before the output projection), "q", "k", "v",
+            "attention_probs" (of a head), or paths and patterns of points. Several may be given as a list.
+        positions: "each" token, "words", "all" tokens together, or a list: words, numbers of tokens (-1 is the last),
+            ranges of numbers, or pairs of these, one for each prompt. Default: "each" for "layers", "attentions" and
+            "mlps", "all" for other sites.
+        layers: The layers of named sites. Default: all.
+        heads: The heads of sites that have heads. Default: each of them.
+        into: "corrupted": the clean run's values go into the corrupted run. "clean": the other way round.
+        align: What to do if a position has different numbers of tokens in the two prompts. "each": raise an error;
+            "last": patch the last token; "mean": put the mean of the one's tokens into each of the other's.
+        batch_size: The largest number of rows in a pass.
+        max_rows: The largest number of rows in the sweep over a pair. A larger sweep is refused before it starts.
+        progress: Whether to show a progress bar.
+        inputs: Further inputs of the model, for both prompts.
+
+    Returns:
+        The metric and the effect by site and position.
+
+    Raises:
+        InputError: Before anything runs: a site, layer, position or token does not exist, prompts have different
+            numbers of tokens where these are compared, or the sweep is too large. After the runs without patching: the
+            model does not come to a site, or the metric returns no number.
+        PointNotFoundError: A pattern matches nothing.
+    """
+    pairs = LanguagePairs.of(
+        activation_patching,
+        model,
+        clean,
+        corrupted,
+        metric,
+        sites=sites,
+        positions=positions,
+        layers=layers,
+        heads=heads,
+        into=into,
+        align=align,
+        inputs=inputs,
+    )
+    check_count("batch_size", batch_size)
+    _check_size(pairs.rows, max_rows)
+    with tqdm(total=pairs.rows * len(pairs.pairs), desc="patching", disable=not progress) as bar:
+        sweep = LanguageSweep(pairs, batch_size, bar)
+        swept = [sweep.run(number) for number in range(len(pairs.pairs))]
+    return pairs.effects("activation_patching", swept, sweep.passes)
+
+
+def _check_size(rows: int, most: int) -> None:
+    if rows > check_count("max_rows", most):
+        raise InputError(
+            f"the sweep has {rows} rows, one for each site and position, and max_rows is {most}: choose fewer sites or "
+            f"positions, or pass max_rows={rows}"
+        )

@@ -1,0 +1,185 @@
+"""A pair of prompts of a language model: the source's run gives values, the target's run gets them.
+
+pair = LanguagePair.of(model, "The capital of France is", "The capital of Italy is", sites, "each", "each", {})
+pair.columns                                # which tokens of the one take the place of which of the other
+run_side(pair.source, metric, points)       # the outcome, and the values at points
+run_side(pair.target, metric, states=True)  # the outcome, and the hidden states between the layers
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutput
+
+from diffsight.errors import InputError
+from diffsight.lenses.encoders.columns import Column
+from diffsight.lenses.features.activation_stream import tensor_in
+from diffsight.lenses.metrics.outcome import LAST_LOGITS, Metric, Outcome
+from diffsight.lenses.sites.positions import Positions, PromptTokens, pair_positions
+from diffsight.lenses.sites.site import Site
+from diffsight.pipelines.language.model import LanguageModel, LanguageRun
+
+_ENCODER = ("encoder", "model.encoder")
+
+
+@dataclass(frozen=True)
+class LanguageSide:
+    """One prompt of a pair, as the model reads it.
+
+    Attributes:
+        model: The model.
+        values: The arguments of the forward pass, one row.
+        tokens: The tokens that the sites of the sweep see.
+        is_patched_in_encoder: Whether the sites are in the encoder of an encoder-decoder.
+    """
+
+    model: LanguageModel
+    values: Mapping[str, Any] = field(repr=False)
+    tokens: PromptTokens
+    is_patched_in_encoder: bool = False
+
+    @classmethod
+    def of(cls, model: LanguageModel, prompt: Any, sites: Sequence[Site], inputs: Mapping[str, Any]) -> "LanguageSide":
+        """Return a prompt as the model reads it. Nothing runs.
+
+        Raises:
+            InputError: The prompt is not one that the model takes, or there are several.
+        """
+        run = model.trace(prompt, **inputs)
+        values = {**run.model_inputs.values, **{n: v for n, v in inputs.items() if n != "images"}}
+        ids, is_patched_in_encoder = run.tokens, False
+        if model.is_encoder_decoder:
+            values["decoder_input_ids"] = run.decoder_tokens
+            is_patched_in_encoder = in_encoder(sites)
+            ids = ids if is_patched_in_encoder else run.decoder_tokens
+        if ids is None:
+            raise InputError("patching needs to know the tokens: pass strings or token ids, not embeddings")
+        if len(ids) != 1:
+            raise InputError(f"a prompt of a pair is one input, not {len(ids)}: pass a list of prompts")
+        if model.takes_argument("use_cache"):
+            values["use_cache"] = False
+        return cls(model, values, PromptTokens.of(model, ids[0].tolist()), is_patched_in_encoder)
+
+    def scan(self) -> LanguageRun:
+        """Open a run on shapes alone."""
+        return self.model.scan(dict(self.values))
+
+    def open(
+        self, metric: Metric, rows: int = 1, encoded: torch.Tensor | None = None, grad: bool = False
+    ) -> LanguageRun:
+        """Open a run of copies of the prompt.
+
+        Args:
+            metric: What the outcome is for: if it reads the last token only, the head computes no others.
+            rows: The number of copies.
+            encoded: What the encoder of an encoder-decoder returned, (1, tokens, features), in place of the encoder.
+            grad: Whether gradients are enabled.
+        """
+        values = {n: torch.cat([v] * rows) if isinstance(v, torch.Tensor) else v for n, v in self.values.items()}
+        if encoded is not None:
+            values.pop("input_ids")
+            values["encoder_outputs"] = BaseModelOutput(torch.cat([encoded] * rows))
+        if LAST_LOGITS in metric.reads and self.model.takes_argument("logits_to_keep"):
+            values["logits_to_keep"] = 1
+        return self.model.trace(values, grad=grad)
+
+
+@dataclass(frozen=True)
+class LanguagePair:
+    """Two prompts, and which tokens of the first take the place of which of the second."""
+
+    source: LanguageSide
+    target: LanguageSide
+    columns: tuple[Column, ...]
+    align: str
+
+    @classmethod
+    def of(
+        cls,
+        model: LanguageModel,
+        source: Any,
+        target: Any,
+        sites: Sequence[Site],
+        positions: Positions,
+        align: str,
+        inputs: Mapping[str, Any],
+    ) -> "LanguagePair":
+        """Return a pair of prompts.
+
+        Raises:
+            InputError: A prompt or position is invalid.
+        """
+        sides = [LanguageSide.of(model, prompt, sites, inputs) for prompt in (source, target)]
+        columns = pair_positions(*(side.tokens for side in sides), positions, align)
+        return cls(*sides, tuple(columns), align)
+
+    def is_whole(self, column: Column) -> bool:
+        """Return whether a column has all tokens of both prompts."""
+        return len(column.source) == len(self.source.tokens) == len(self.target.tokens) == len(column.target)
+
+    def spans(self, column: Column) -> tuple[range | None, range | None]:
+        """Return the tokens that are taken and the tokens that they replace. None stands for the whole value."""
+        if self.is_whole(column):
+            return None, None
+        last = slice(-1, None) if self.align == "last" else slice(None)
+        return column.source[last], column.target[last]
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What is kept of a run of one prompt.
+
+    Attributes:
+        outcome: The outcome, one row.
+        values: The values at points, by their paths, in the order in which the model came to them, (1, ...).
+        states: The hidden states before each layer and after the last, (1, tokens, features).
+        encoded: What the encoder of an encoder-decoder returned.
+    """
+
+    outcome: Outcome
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    states: Sequence[torch.Tensor] = field(default=(), repr=False)
+    encoded: torch.Tensor | None = field(default=None, repr=False)
+
+
+def in_encoder(sites: Iterable[Site]) -> bool:
+    """Return whether sites of an encoder-decoder are in its encoder.
+
+    Raises:
+        InputError: Some are, and some are not.
+    """
+    found = {site.module.startswith(_ENCODER) for site in sites}
+    if len(found) > 1:
+        raise InputError("some sites are in the encoder and some in the decoder, which read other tokens: choose one")
+    return found.pop()
+
+
+@torch.no_grad()
+def run_side(side: LanguageSide, metric: Metric, points: Sequence[str] = (), states: bool = False) -> Passed:
+    """Run a prompt once.
+
+    Args:
+        side: The prompt.
+        metric: What the outcome is for.
+        points: The paths of the points whose values are kept.
+        states: Whether to keep the hidden states between the layers.
+
+    Raises:
+        InputError: The model does not come to one of the points.
+    """
+    values: dict[str, torch.Tensor] = {}
+    between = []
+    with side.open(metric) as run:
+        for point in points:
+            run.follow(point, lambda value, point=point: values.setdefault(point, tensor_in(value).clone()))
+        if states:
+            between = [run.layers_input[0].clone()]
+            between += [run.layers_output[i].clone() for i in range(len(side.model.layers))]
+        result = run.result
+    missing = next((point for point in points if point not in values), None)
+    if missing is not None:
+        raise InputError(f"the model never comes to {missing} with this prompt, so nothing can be patched there")
+    encoded = None if side.is_patched_in_encoder else getattr(result, "encoder_last_hidden_state", None)
+    return Passed(Outcome(logits=result.logits), values, between, encoded)

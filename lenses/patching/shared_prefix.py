@@ -1,0 +1,106 @@
+"""What the rows of a sweep share: they start from the stored hidden state before the first layer that is patched.
+
+    prefix = SharedPrefix.of(pair.target, passed, metric, starts=[0, 3])
+    with prefix.open(rows=8, start=3, states=hidden) as run:     # layers 0 to 2 are skipped
+        ...
+
+Whether a layer can start from a stored state alone is found out by trying, as some models hand more from layer to layer
+than hidden states (T5: the position bias; others: keys and values). So is whether one row of the other arguments
+(masks, positions, an image) serves several rows of hidden states. What fails is not used: the rows then run in full.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from diffsight.lenses.metrics.outcome import Metric
+from diffsight.lenses.patching.language_pair import LanguageSide, Passed
+from diffsight.pipelines.language.model import LanguageRun
+
+_ONE_ROW, _EVERY_ROW = "one row", "every row"
+
+
+@dataclass(frozen=True)
+class SharedPrefix:
+    """How the rows of a sweep over one prompt start.
+
+    Attributes:
+        side: The prompt.
+        passed: Its run without patching.
+        metric: What the outcome is for.
+        inputs: "one row" if one row of the model's arguments serves all rows, "every row" if each row needs its own,
+            None if rows cannot start from a stored state.
+        passes: How many forward passes it took to find out.
+    """
+
+    side: LanguageSide
+    passed: Passed = field(repr=False)
+    metric: Metric
+    inputs: str | None
+    passes: int = 0
+
+    @classmethod
+    def of(cls, side: LanguageSide, passed: Passed, metric: Metric, starts: Iterable[int]) -> "SharedPrefix":
+        """Find out how rows can start.
+
+        Args:
+            side: The prompt.
+            passed: Its run without patching.
+            metric: What the outcome is for.
+            starts: The layers at which rows are going to start. The number of layers stands for the final norm.
+        """
+        passes, starts = 0, sorted(set(starts))
+        for inputs in (_ONE_ROW, _EVERY_ROW):
+            prefix = cls(side, passed, metric, inputs)
+            for start in starts:
+                passes += 1
+                if not prefix._is_right(start):
+                    break
+            else:
+                return cls(side, passed, metric, inputs, passes)
+        return cls(side, passed, metric, None, passes)
+
+    def open(self, rows: int, start: int | None, states: torch.Tensor | None = None) -> LanguageRun:
+        """Open a run of several rows.
+
+        Args:
+            rows: The number of rows.
+            start: The first layer that is computed. None stands for the whole model.
+            states: The hidden states before this layer, (rows, tokens, features). Default: those of the prompt.
+        """
+        if start is None:
+            return self.side.open(self.metric, rows, self.passed.encoded)
+        run = self.side.open(self.metric, 1 if self.inputs == _ONE_ROW else rows, self.passed.encoded)
+        states = self.states(rows, start) if states is None else states
+        if start:
+            run.skip_layers(0, start - 1, states)
+        else:
+            run.layers_input[0] = states
+        return run
+
+    def states(self, rows: int, start: int) -> torch.Tensor:
+        """Return copies of the prompt's hidden states before a layer, (rows, tokens, features)."""
+        return self.passed.states[start].repeat(rows, 1, 1)
+
+    @torch.no_grad()
+    def _is_right(self, start: int) -> bool:
+        """Return whether two rows that start at a layer leave it as the prompt's own run did."""
+        try:
+            with self.open(2, start) as run:
+                if start == len(self.passed.states) - 1:
+                    found, expected = run.result.logits, self.passed.outcome.logits
+                else:
+                    found, expected = run.layers_output[start], self.passed.states[start + 1]
+                    run.stop()
+        except Exception:  # whatever a model does with other numbers of rows, or without what it has skipped
+            return False
+        return _same(found, torch.cat([expected] * 2))
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether values agree up to rounding."""
+    if found.shape != expected.shape:
+        return False
+    tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 2e-2
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
