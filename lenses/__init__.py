@@ -18,13 +18,17 @@ if TYPE_CHECKING:
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
     from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders
     from diffsight.lenses.concept_features import concept_features
+    from diffsight.lenses.demonstrations.few_shot_prompts import few_shot_prompts
     from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
     from diffsight.lenses.encoder_patching import EncoderPatchingResult, encoder_patching
     from diffsight.lenses.encoders.drawing import LensWarning
+    from diffsight.lenses.evaluate_function_vector import FunctionVectorScores, evaluate_function_vector
     from diffsight.lenses.evaluate_sae import SAEEvaluation, evaluate_sae
     from diffsight.lenses.feature_effect import FeatureEffect, feature_effect
     from diffsight.lenses.features.autoencoder import SAE
     from diffsight.lenses.features.sae_trainer import SAESettings
+    from diffsight.lenses.features.sae_training import SAESettings
+    from diffsight.lenses.function_vectors import FunctionVector, function_vector
     from diffsight.lenses.image_token_lens import ImageTokenPredictions, image_token_lens
     from diffsight.lenses.inversion import Inversion, invert
     from diffsight.lenses.layer_fidelity import LayerFidelity, layer_fidelity
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from diffsight.lenses.metrics.image_metrics import clip_score, latent_distance, pixel_distance, shapes_verdict
     from diffsight.lenses.metrics.outcome import Outcome
     from diffsight.lenses.metrics.token_metrics import kl_divergence, logit_difference, token_probability
+    from diffsight.lenses.patch_object_attn_lens import patch_object_attn_lens
     from diffsight.lenses.patchscope import (
         DESCRIPTION,
         IDENTITY,
@@ -67,6 +72,8 @@ __all__ = [
     "EncoderPatchingResult",
     "Example",
     "FeatureEffect",
+    "FunctionVector",
+    "FunctionVectorScores",
     "ImageTokenPredictions",
     "Inversion",
     "LayerFidelity",
@@ -96,9 +103,12 @@ __all__ = [
     "concept_features",
     "diffusion_lens",
     "encoder_patching",
+    "evaluate_function_vector",
     "evaluate_sae",
     "feature_effect",
+    "few_shot_prompts",
     "first_tokens",
+    "function_vector",
     "image_grid",
     "image_token_lens",
     "invert",
@@ -109,6 +119,7 @@ __all__ = [
     "load_activations",
     "logit_difference",
     "logit_lens",
+    "patch_object_attn_lens",
     "patchscope_generate",
     "patchscope_lens",
     "pixel_distance",
@@ -137,10 +148,19 @@ _NAMES_IN = {
         "FeatureEffect",
         "feature_effect",
     ),
+    "demonstrations.few_shot_prompts": ("few_shot_prompts",),
+    "evaluate_function_vector": ("FunctionVectorScores", "evaluate_function_vector"),
     "features.autoencoder": ("SAE",),
     "attach_sae": ("attach_sae",),
     "train_sae": ("train_sae",),
     "features.sae_trainer": ("SAESettings",),
+    "function_vectors": ("FunctionVector", "function_vector"),
+    "patch_object_attn_lens": ("patch_object_attn_lens",),
+    "features.sae_training": ("SAESettings",),
+    "sae": (
+        "attach_sae",
+        "train_sae",
+    ),
     "top_examples": (
         "Example",
         "TopExamples",

@@ -12,10 +12,9 @@ with `.input`.
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
-from diffsight.errors import InputError, PointNotFoundError
+from diffsight.errors import InputError
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -84,35 +83,6 @@ def _matching(model: Any, pattern: str) -> Iterator[NamedPoint]:
     path = pattern[: ending.start()] if ending else pattern
     is_input = ending is not None and ending[1] == "input"
     item = int(ending[2]) if ending and ending[2] else None
-    if "*" not in path:
-        envoys = [model[path]]
-    else:
-        envoys = list(_below(model, path.replace("[", ".").replace("]", "").split(".")))
-    if not envoys:
-        raise PointNotFoundError(
-            f"no module of the model matches {pattern!r}: * matches one name, as in layers[*].mlp, and ** any number"
-        )
-    for envoy in envoys:
-        own = re.sub(r"^\[(\d+)\]", r"\1", envoy.path)
+    for found in model.find_points(path):
+        own = re.sub(r"^\[(\d+)\]", r"\1", found.removesuffix(".output"))
         yield NamedPoint(own + (ending[0] if ending else ""), own, is_input, item)
-
-
-def _below(envoy: Any, names: list[str]) -> Iterator[Any]:
-    """Yield the modules that the names of a pattern lead to."""
-    if not names:
-        yield envoy
-        return
-    name, *rest = names
-    if name == "**":
-        yield from _below(envoy, rest)
-    if "*" in name:
-        for child in envoy:
-            own = re.split(r"[.\[]", child.path.removesuffix("]"))[-1]
-            if name == "**" or fnmatchcase(own, name):
-                yield from _below(child, names if name == "**" else rest)
-        return
-    try:
-        child = envoy[name]
-    except PointNotFoundError:
-        return
-    yield from _below(child, rest)

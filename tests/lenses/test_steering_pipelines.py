@@ -212,7 +212,7 @@ def test_bad_input(model, given, words):
 def test_a_path_that_does_not_exist(model):
     with pytest.raises(PointNotFoundError, match="did you mean 'mid_block'"):
         steer(model, "unet.midblock", vector(32))
-    with pytest.raises(PointNotFoundError, match="no module of the model matches"):
+    with pytest.raises(PointNotFoundError, match="no part of the model matches"):
         steer(model, "unet.**.attn9", vector(32))
 
 

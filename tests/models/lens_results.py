@@ -14,6 +14,8 @@ from diffsight import DiffusionModel, LanguageModel, VisionLanguageModel, lenses
 from models import diffusion, language, vision_language
 
 PROMPT = "a red circle above a blue square"
+PAIRS = [("Paris", "London"), ("cat", "hello"), ("king", "Rome"), ("Madrid", "the")]
+FEW = {"shots": 2, "heads": 2, "progress": False}
 FAST = {"num_inference_steps": 1, "progress": False}
 
 
@@ -175,6 +177,10 @@ MADE = {
         factors=[0, 2],
         max_new_tokens=3,
         progress=False,
+    ),
+    "function_vector": lambda folder: lenses.function_vector(load(folder / "language"), PAIRS, **FEW),
+    "evaluate_function_vector": lambda folder: lenses.evaluate_function_vector(
+        load(folder / "language"), PAIRS, torch.ones(32), layer=1
     ),
     "image_token_lens": _image_tokens,
     "patchscope_lens": _repeated,

@@ -1,0 +1,1 @@
+"""Helpers of the lens on function vectors: prompts with demonstrations of a task."""
