@@ -109,6 +109,10 @@ class Tree:
         methods = "\ntraceable besides modules: " + ", ".join(f"{path}()" for path in paths) if paths else ""
         return f"{owner!r}{methods}{self.describe_weights()}"
 
+    def note_on_values(self, path: str) -> str:
+        """Return what users should know about the values of the part at a path, in a sentence; "" if nothing."""
+        return ""
+
     def attribute(self, owner: Any, name: str) -> Any:
         """Return an attribute of a part of the model. Weights that are loaded later are loaded if it concerns them."""
         value = getattr(owner, name)
