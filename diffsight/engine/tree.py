@@ -154,7 +154,7 @@ class Tree:
     def names_in(self, target: Target) -> list[str]:
         """Return the names of everything in a part: children, attached modules, methods, standard names."""
         children = dict.fromkeys((*self.children_of(target), *self.attached.names_on(target.owner)))
-        return [*children, *self.methods_of(target.owner), *self.names_of(target.owner)]
+        return list(dict.fromkeys([*children, *self.methods_of(target.owner), *self.names_of(target.owner)]))
 
     def module_places(self, components: list[Target]) -> ModulePlaces:
         """Return where the modules below the components stand."""
