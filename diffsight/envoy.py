@@ -168,6 +168,10 @@ class Points:
         """The path from the model, as you write it."""
         return self._target.path
 
+    def __repr__(self) -> str:
+        note = self._tree.note_on_values(self.path)
+        return f"<call {self._call} of {self.path}: .input, .inputs and .output{f'. {note}' if note else ''}>"
+
     def __getattr__(self, name: str) -> Any:
         raise_kept(self)
         found = None if name.startswith("_") else self._tree.named_value(self, name)
@@ -465,7 +469,8 @@ class Envoy(Points):
     def __repr__(self) -> str:
         hidden = ", ".join(f'["{name}"]' for name in self._hidden_names())
         hint = f"\nmodules whose names mean something else here: {hidden}" if hidden else ""
-        return f"{self._tree.describe(self._owner)}{hint}"
+        note = self._tree.note_on_values(self.path)
+        return f"{self._tree.describe(self._owner)}{hint}" + (f"\n{note}" if note else "")
 
     def _repr_html_(self) -> str:
         return folded(repr(self))

@@ -42,8 +42,9 @@ owner, the name of the method, and the path as users write it. Override:
 - `components()`: what is tapped from the start of every run. What lies in a component is tapped when it is asked for.
 - `clock()`: when a step begins, a `Clock`.
 - `stand_ins()`: what a scan calls in place of components that look at values.
-- `describe(owner)`, `attribute(owner, name)`, `title`, `opens_with`: what `print` shows, how attributes are read, and
-  what error messages call the model and the method that opens a run.
+- `describe(owner)`, `note_on_values(path)`, `attribute(owner, name)`, `title`, `opens_with`: what `print` shows of a
+  part and of its values, how attributes are read, and what error messages call the model and the method that opens a
+  run.
 - `weights_loaded()`: called after weights that are loaded later have been loaded. Pass the function that loads them to
   `Tree(root, load)`.
 

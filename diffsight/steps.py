@@ -59,6 +59,13 @@ class Steps:
     def __bool__(self) -> bool:
         return True
 
+    def __repr__(self) -> str:
+        bounds = [self._chosen.start, self._chosen.stop, self._chosen.step]
+        end = 3 if bounds[2] is not None else 2
+        part = "" if bounds == [None] * 3 else f"[{':'.join('' if b is None else str(b) for b in bounds[:end])}]"
+        where = self._flow.outcome or f"open, the model is {self._flow.where}"
+        return f"<steps{part} of {self._flow.tree.title}: {where}>"
+
     def __iter__(self) -> Iterator[Step]:
         flow, chosen = self._flow, self._chosen
         first, last, stride = chosen.start or 0, chosen.stop, chosen.step or 1

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from diffsight.lenses.feature_effect import FeatureEffect, feature_effect
     from diffsight.lenses.features.autoencoder import SAE
     from diffsight.lenses.features.sae_trainer import SAESettings
-    from diffsight.lenses.features.sae_training import SAESettings
     from diffsight.lenses.function_vectors import FunctionVector, function_vector
     from diffsight.lenses.image_token_lens import ImageTokenPredictions, image_token_lens
     from diffsight.lenses.inversion import Inversion, invert
@@ -156,7 +155,6 @@ _NAMES_IN = {
     "features.sae_trainer": ("SAESettings",),
     "function_vectors": ("FunctionVector", "function_vector"),
     "patch_object_attn_lens": ("patch_object_attn_lens",),
-    "features.sae_training": ("SAESettings",),
     "sae": (
         "attach_sae",
         "train_sae",

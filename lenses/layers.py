@@ -58,7 +58,8 @@ def choose_layer(layer: Any, count: int, used: int | None = None) -> Layer:
     if isinstance(layer, str) and layer == EMBEDDING:
         return EMBEDDING
     if not _is_integer(layer) or not -count <= layer < count:
-        raise InputError(f"there is no layer {layer!r}: {_known(used)}")
+        hint = ". All layers are meant where the argument is omitted" if layer == "all" else ""
+        raise InputError(f"there is no layer {layer!r}: {_known(used)}{hint}")
     number = index(layer) % count
     if number >= used:
         raise InputError(f"layer {layer} has no effect, since the pipeline does not use its output: {_known(used)}")

@@ -109,6 +109,10 @@ class Tree:
         methods = "\ntraceable besides modules: " + ", ".join(f"{path}()" for path in paths) if paths else ""
         return f"{owner!r}{methods}{self.describe_weights()}"
 
+    def note_on_values(self, path: str) -> str:
+        """Return what users should know about the values of the part at a path, in a sentence; "" if nothing."""
+        return ""
+
     def attribute(self, owner: Any, name: str) -> Any:
         """Return an attribute of a part of the model. Weights that are loaded later are loaded if it concerns them."""
         value = getattr(owner, name)
@@ -150,7 +154,7 @@ class Tree:
     def names_in(self, target: Target) -> list[str]:
         """Return the names of everything in a part: children, attached modules, methods, standard names."""
         children = dict.fromkeys((*self.children_of(target), *self.attached.names_on(target.owner)))
-        return [*children, *self.methods_of(target.owner), *self.names_of(target.owner)]
+        return list(dict.fromkeys([*children, *self.methods_of(target.owner), *self.names_of(target.owner)]))
 
     def module_places(self, components: list[Target]) -> ModulePlaces:
         """Return where the modules below the components stand."""

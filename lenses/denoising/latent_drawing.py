@@ -21,6 +21,7 @@ from torch import nn
 
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.components import components
+from diffsight.pipelines.diffusion.latents import with_sample
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
@@ -104,24 +105,10 @@ def _draw(
     with model.generate(**call) as run:
         recorder.skip(run)
         last = run.scheduler.step.calls[recorder.steps - 1]
-        last.output = _with_batch(last.output, torch.cat(list(latents)))
+        last.output = with_sample(last.output, torch.cat(list(latents)))
     drawn = check_drawn(model, run.result)
     if len(drawn) != len(latents):
         raise InputError(
             f"{type(model.pipeline).__name__} drew {len(drawn)} images from {len(latents)} latents: pass batch_size=1"
         )
     return drawn
-
-
-def _with_batch(output: Any, batch: torch.Tensor) -> Any:
-    """Return the output of `scheduler.step` with a batch in place of each sample in it."""
-    items = list(output.values()) if isinstance(output, Mapping) else list(output)
-    sample = items[0]
-    batch = batch.to(sample)
-
-    def replaced(value: Any) -> Any:
-        return batch if isinstance(value, torch.Tensor) and value.shape == sample.shape else value
-
-    if isinstance(output, Mapping):
-        return type(output)(**{name: replaced(value) for name, value in output.items()})
-    return tuple(map(replaced, items))

@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+from diffusers import DiffusionPipeline
+
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.components import text_encoder_names
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
 from diffsight.pipelines.diffusion.encoding import cut_off
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.text_encoders import Encoder
+
+_SEVERAL = ". For several, call it for each, or use diffsight.gallery.sweep"
 
 
 def check_call(
@@ -18,7 +22,7 @@ def check_call(
     check_diffusion_model(lens, model)
     check_prompt(lens, prompt)
     if not hasattr(seed, "__index__") or isinstance(seed, bool):
-        raise InputError(f"{lens} takes one seed for all images, an integer, not {seed!r}")
+        raise InputError(f"{lens} takes one seed for all images, an integer, not {seed!r}{_SEVERAL}")
     if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
         raise InputError(f"batch_size must be 1 or more rows, or None for all rows in one call, not {batch_size!r}")
     if arguments.get("output_type", "pil") != "pil":
@@ -31,7 +35,9 @@ def check_call(
 def check_diffusion_model(lens: str, model: Any) -> None:
     """Check that `model` is a pipeline with a text encoder."""
     if not isinstance(model, DiffusionModel):
-        raise InputError(f"{lens} takes a DiffusionModel, not {type(model).__name__}")
+        given = repr(model) if isinstance(model, str) else "pipeline" if isinstance(model, DiffusionPipeline) else ""
+        hint = f": write DiffusionModel({given})" if given else ""
+        raise InputError(f"{lens} takes a DiffusionModel, not {type(model).__name__}{hint}")
     if not text_encoder_names(model.pipeline):
         raise InputError(f"{lens} needs a text encoder, but {type(model.pipeline).__name__} has none")
 
@@ -39,7 +45,7 @@ def check_diffusion_model(lens: str, model: Any) -> None:
 def check_prompt(lens: str, prompt: Any) -> None:
     """Check that `prompt` is one text."""
     if not isinstance(prompt, str):
-        raise InputError(f"{lens} takes one prompt, a string, not {type(prompt).__name__}")
+        raise InputError(f"{lens} takes one prompt, a string, not {type(prompt).__name__}{_SEVERAL}")
     if not prompt.strip():
         raise InputError('the prompt is empty: describe an image, such as "a red circle above a blue square"')
 

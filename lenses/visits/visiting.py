@@ -19,7 +19,7 @@ from diffsight.errors import InputError, OutOfOrderError
 from diffsight.lenses.features.activation_stream import channels_last
 from diffsight.lenses.visits.named_points import NamedPoint
 from diffsight.pipelines.diffusion.components import components, text_encoder_names
-from diffsight.pipelines.diffusion.denoising_steps import time_parameter
+from diffsight.pipelines.diffusion.denoising_clock import time_parameter
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 

@@ -11,14 +11,16 @@ from transformers import PreTrainedModel
 
 from diffsight.extending import Clock, Target, children_in, join, part_targets, unwrapped
 from diffsight.pipelines.attention.attention_values import AttentionTree
+from diffsight.pipelines.diffusion.call_arguments import call_defaults
 from diffsight.pipelines.diffusion.components import (
     component_names,
     components,
     text_block_targets,
     traceable_methods,
 )
-from diffsight.pipelines.diffusion.denoising_clock import decodes_last, denoising_clock
+from diffsight.pipelines.diffusion.denoising_clock import decodes_last, denoising_clock, time_parameter
 
+_GUIDANCE = {"guidance_scale", "true_cfg_scale"}  # arguments of pipelines that may have two branches
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
 
 
@@ -79,6 +81,17 @@ class DiffusionTree(AttentionTree):
         parts = list(self.children_of(self.root).values())
         methods = [method for part in parts for method in self.method_targets(part)]
         return denoising_clock(parts, methods, self._decodes_last)
+
+    def note_on_values(self, path: str) -> str:
+        name = path.partition(".")[0]
+        part = components(self.root.owner).get(name)
+        is_denoiser = isinstance(part, nn.Module) and time_parameter(part) is not None
+        if not is_denoiser or _GUIDANCE.isdisjoint(call_defaults(self.root.owner)):
+            return ""
+        return (
+            "Under classifier-free guidance, its values hold both branches, the conditional and the unconditional: "
+            f"run.cond.{path} and run.uncond.{path} have one of them each"
+        )
 
     def describe(self, owner: Any) -> str:
         if owner is not self.root.owner:

@@ -34,13 +34,14 @@ from diffsight.pipelines.diffusion.attention import Attentions, find_attentions
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.call_arguments import argument_names, arguments_by_name
 from diffsight.pipelines.diffusion.components import components
+from diffsight.pipelines.diffusion.decoding import draw
 from diffsight.pipelines.diffusion.denoising_clock import is_last_step
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.encoder_accessors import HasEncoders, PipelineEnvoy
 from diffsight.pipelines.diffusion.loading import Source, open_pipeline
 from diffsight.pipelines.diffusion.pipeline_copies import PipelineOfRun, stateful_parts
 from diffsight.pipelines.diffusion.prompts import check_prompts
-from diffsight.pipelines.diffusion.run import DiffusionRun, set_pipeline
+from diffsight.pipelines.diffusion.run import DiffusionRun, abandoned_bars_removed, progress_bar, set_pipeline
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders
 from diffsight.pipelines.seeds import generators, seeded_noise, seeds_of_images
 from diffsight.pipelines.valid_text import check_text
@@ -152,6 +153,7 @@ class DiffusionModel(HasEncoders, Model):
         def call() -> Any:
             given = dict(kwargs)
             with own.in_use() as pipeline, ExitStack() as changes, _naming_the_prompt(is_missing=again is not None):
+                changes.enter_context(abandoned_bars_removed(pipeline))
                 if seeds is not None:
                     given["generator"] = generators(seeds)
                     changes.enter_context(seeded_noise(stateful_parts(pipeline), seeds))
@@ -166,6 +168,52 @@ class DiffusionModel(HasEncoders, Model):
         flow_of(run).seed = None if seeds is None else seeds[0]  # for noise that is drawn without a generator
         flow_of(run).observer = BatchLayouts(self._owner, arguments, _inputs(arguments), _images_each(arguments))
         return run
+
+    def encode(self, prompt: str | Sequence[str], **arguments: Any) -> Any:
+        """Return what the pipeline makes of a prompt.
+
+            embeddings, negative = model.encode("a red circle")     # of Stable Diffusion
+
+        Args:
+            prompt: The prompt, or several.
+            arguments: Other arguments of the pipeline, such as `negative_prompt`.
+
+        Returns:
+            What the pipeline's `encode_prompt` returns: tensors of `(prompts, tokens, features)`, pooled vectors of
+            `(prompts, features)` and others, in the order that its documentation gives.
+
+        Raises:
+            InputError: The pipeline has no `encode_prompt`, or the prompt is not valid.
+        """
+        if "encode_prompt" not in self._tree.methods_of(self._owner):
+            raise InputError(
+                f"{type(self._owner).__name__} has no encode_prompt: read what its text encoders return in a run"
+            )
+        with torch.no_grad(), progress_bar(self.pipeline, disable=True), self.generate(prompt, **arguments) as run:
+            encoded = run.encode_prompt.output
+            run.stop()
+        return encoded
+
+    def decode(self, latents: torch.Tensor | Sequence[torch.Tensor], **arguments: Any) -> Sequence[Any]:
+        """Return the images that the pipeline draws from latents, as from those of its last step.
+
+            latents = [step.latents for step in run.steps]
+            images = model.decode(latents)
+
+        The pipeline makes one denoising step, and unpacks, scales and decodes the latents that replace its result.
+
+        Args:
+            latents: Latents as `step.latents` returns them, `(batch, …)`, or a list of such tensors.
+            arguments: Arguments of the call that made them: `height` and `width` if they are not the pipeline's
+                defaults, and `output_type`.
+
+        Returns:
+            One image for each of the latents, or a video, as `run.images` or `run.frames` would have.
+
+        Raises:
+            InputError: The latents have another shape than the pipeline's.
+        """
+        return draw(self, latents, arguments)
 
     def trace(self, *args: Any, **kwargs: Any) -> DiffusionRun:
         """The same as `generate`."""

@@ -1,26 +1,31 @@
 """The runs of a diffusion pipeline, and their steps."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffusers import ModularPipeline
+import torch
+from diffusers import ModularPipeline, SchedulerMixin
 from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, PipelineState
+from greenlet import GreenletExit
 
-from diffsight.errors import InputError
-from diffsight.extending import Run, Step, flow_of, keeping_attribute_errors, tree_of
+from diffsight.errors import InputError, OutOfOrderError
+from diffsight.extending import ChangedMethod, Points, Run, Step, flow_of, keeping_attribute_errors, tree_of
 from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND
 from diffsight.pipelines.diffusion.branch_views import BranchView, DiffusionRow, GeneratedOutputs, rows_of
+from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.denoising_clock import scheduler_timestep
+from diffsight.pipelines.diffusion.latents import sample_of, with_sample
 from diffsight.pipelines.diffusion.pipeline_copies import PipelineOfRun
 
 
 class DiffusionStep(Step):
     """One denoising step: from the first call of the denoiser after a `scheduler.step` to the next such call."""
 
-    def __init__(self, index: int, component: str, call: tuple[tuple, dict], pipeline: Any) -> None:
+    def __init__(self, index: int, component: str, call: tuple[tuple, dict], run: Run, pipeline: Any) -> None:
         super().__init__(index, component, call)
-        self._pipeline = pipeline
+        self._run, self._pipeline = run, pipeline
 
     @property
     def timestep(self) -> float | None:
@@ -29,6 +34,38 @@ class DiffusionStep(Step):
         None where the denoiser is not passed a timestep."""
         denoiser = getattr(self._pipeline, self.component)
         return scheduler_timestep(self._pipeline, denoiser, *self._call)
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """The latents that the step ends with: what `scheduler.step` returns. Assignable.
+
+        Reading them runs the model up to there. Some pipelines pack latents: `model.decode` draws them.
+
+        Raises:
+            OutOfOrderError: The model has passed them, or the loop is not in this step any more.
+            InputError: The pipeline has several schedulers, or none.
+        """
+        return sample_of(self._scheduler_call().output)
+
+    @latents.setter
+    def latents(self, value: torch.Tensor) -> None:
+        call = self._scheduler_call()
+        call.output = with_sample(call.output, value)
+
+    def _scheduler_call(self) -> Points:
+        """Return the call of `scheduler.step` that ends this step."""
+        scope = flow_of(self._run).scope
+        if not scope.in_step or scope.step != self.index:
+            raise OutOfOrderError(
+                f"the latents of step {self.index} were asked for too late: the loop has left the step"
+            )
+        names = [name for name, part in components(self._pipeline).items() if isinstance(part, SchedulerMixin)]
+        if len(names) != 1:
+            raise InputError(
+                f"{tree_of(self._run).title} has {', '.join(names) or 'no scheduler'}: read latents where they pass, "
+                "such as run.scheduler.step.output"
+            )
+        return self._run[names[0]].step
 
 
 class DiffusionRun(GeneratedOutputs, Run):
@@ -68,7 +105,7 @@ class DiffusionRun(GeneratedOutputs, Run):
 
     def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> DiffusionStep:
         pipeline = tree_of(self).root.owner if self._called is None else self._called.pipeline
-        return DiffusionStep(index, path, call, pipeline)
+        return DiffusionStep(index, path, call, self, pipeline)
 
     def _of_result(self, name: str) -> Any:
         self._check_one_pass(name)
@@ -114,6 +151,35 @@ def progress_bar(pipeline: Any, **settings: Any) -> Iterator[None]:
     finally:
         for part, before in shown:
             part.set_progress_bar_config(**before)
+
+
+@contextmanager
+def abandoned_bars_removed(pipeline: Any) -> Iterator[None]:
+    """Let the progress bars of a run that is stopped or dropped disappear, instead of standing at less than 100 %."""
+    changed = [ChangedMethod(part, "progress_bar", _removing) for part in _with_progress_bars(pipeline)]
+    try:
+        yield
+    finally:
+        for method in changed:
+            method.remove()
+
+
+def _removing(progress_bar: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the `progress_bar` method of a pipeline, whose bars are removed if the run is unwound."""
+
+    def removing(*args: Any, **kwargs: Any) -> Any:
+        bar = progress_bar(*args, **kwargs)
+        close = bar.close
+
+        def closing() -> None:
+            if isinstance(sys.exc_info()[1], (GreenletExit, GeneratorExit)):
+                bar.leave = False
+            close()
+
+        bar.close = closing
+        return bar
+
+    return removing
 
 
 def _with_progress_bars(pipeline: Any) -> list[Any]:

@@ -12,7 +12,7 @@ runs the model up to it, like any other read.
 """
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from numbers import Real
 from typing import Any
 
@@ -88,6 +88,13 @@ class LayerAccessors:
     def layers_output(self) -> PerLayer:
         """The hidden states that each layer returns, `(batch, tokens, features)`. Assignable."""
         return PerLayer(self, "layers_output", lambda layer, path: (layer, "output", FIRST))
+
+    def _hint(self, name: str, known: Iterable[str]) -> str:
+        if name in ("hidden_states", "hidden_state", "last_hidden_state"):
+            return "; hidden states are .layers_output[i], and .layers_input[0] before the first layer"
+        if name in ("num_layers", "n_layers", "n_layer"):
+            return f"; it has {len(self._layers())} layers: len(model.layers)"
+        return super()._hint(name, known)
 
     def _layers(self) -> Envoy:
         layers = child_of(self, "layers")

@@ -311,3 +311,13 @@ def test_a_loop_that_the_model_has_left_behind(generate):
             if step.index == 3:
                 run.result
         assert list(run.steps) == []
+
+
+def test_print_shows_where_the_steps_stand(generate):
+    with generate() as run:
+        assert repr(run.steps) == "<steps of GPT2LMHeadModel: open, the model is before its first call>"
+        for _ in run.steps:
+            break
+        assert repr(run.steps[1:4:2]).startswith("<steps[1:4:2] of GPT2LMHeadModel: open, the model is ")
+        run.stop()
+    assert repr(run.steps[2:]) == "<steps[2:] of GPT2LMHeadModel: the run was stopped>"

@@ -107,6 +107,31 @@ def test_the_progress_bar_shows(sd, capsys, walk):
     assert "3/3" in shown
 
 
+@pytest.mark.parametrize("end", [lambda run: run.stop(), lambda run: None])
+def test_the_progress_bar_of_a_run_that_is_not_finished_disappears(sd, capsys, end):
+    sd.set_progress_bar_config(disable=False)
+    run = DiffusionModel(sd).generate(**SD(), seed=SEED)
+    run.unet.output
+    end(run)
+    del run
+    shown = capsys.readouterr().err
+    assert "0/3" in shown and "\n" not in shown
+    assert shown.split("\r")[-2:] == [" " * len(shown.split("\r")[-2]), ""]  # overwritten
+    assert "progress_bar" not in vars(sd)
+
+
+def test_handles_on_a_denoiser_say_that_its_values_hold_both_branches(sd):
+    model = DiffusionModel(sd)
+    for shown in (repr(model.unet), repr(model.unet.calls[1])):
+        assert "run.cond.unet and run.uncond.unet" in shown
+    assert "run.cond.unet.mid_block" in repr(model.unet.mid_block)
+    assert "branch" not in repr(model.vae) + repr(model.text_encoder.calls[0])
+    with model.generate(**SD(), seed=SEED) as run:
+        assert len(run.unet.output[0]) == 2 * len(run.cond.unet.output[0]) == 2
+        run.stop()
+    assert "branch" not in repr(DiffusionModel(diffusion.PIPELINES["ddpm"].build()).unet)
+
+
 def test_print_shows_the_parts(kind, pipe):
     shown = repr(DiffusionModel(pipe))
     assert shown.startswith(f"{type(pipe).__name__}(")

@@ -1,0 +1,65 @@
+"""Draw latents as the pipeline draws those of its last step: unpacked, scaled and decoded by its own code.
+
+draw(model, latents, {"height": 64})        # what `model.decode(latents, height=64)` returns
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.modular_pipelines import PipelineState
+
+from diffsight.errors import InputError
+from diffsight.extending import Model
+from diffsight.pipelines.diffusion.call_arguments import argument_names, call_defaults
+from diffsight.pipelines.diffusion.encoding import PLAIN_PROMPT, required_arguments
+from diffsight.pipelines.diffusion.run import progress_bar
+
+
+def draw(model: Model, latents: torch.Tensor | Sequence[torch.Tensor], arguments: Mapping[str, Any]) -> Sequence[Any]:
+    """Return what a pipeline draws from latents: images, frames or sounds.
+
+    Args:
+        model: A `DiffusionModel`. It makes one denoising step, whose result the latents replace.
+        latents: A batch, as `scheduler.step` returns it, or a list of batches.
+        arguments: Arguments of the pipeline.
+
+    Raises:
+        InputError: The latents have another shape than the pipeline's, or it does not draw them after one step.
+    """
+    batch, pipeline = _joined(latents), model.pipeline
+    name, call = type(pipeline).__name__, _one_step(pipeline) | arguments
+    with torch.no_grad(), progress_bar(pipeline, disable=True), model.generate(**call) as run:
+        for step in run.steps:
+            if step.index:
+                raise InputError(f"{name} makes more than one step: pass the arguments with which it makes one")
+            own = step.latents
+            if batch.shape[1:] != own.shape[1:]:
+                raise InputError(
+                    f"the latents have the shape {tuple(batch.shape)}, but those of {name} have {tuple(own.shape)}: "
+                    "pass the arguments of the call that made them, such as height and width"
+                )
+            step.latents = batch
+    drawn = run.images if isinstance(run.result, PipelineState) else run.result[0]
+    if len(drawn) != len(batch):
+        raise InputError(f"{name} drew {len(drawn)} images from {len(batch)} latents: pass them one at a time")
+    return drawn
+
+
+def _one_step(pipeline: Any) -> dict[str, Any]:
+    """Return the arguments of a call that makes one step."""
+    arguments = {"prompt": PLAIN_PROMPT, "num_inference_steps": 1}
+    known = call_defaults(pipeline)
+    found = {name: value for name, value in arguments.items() if name in known} | required_arguments(pipeline)
+    return found | ({"seed": 0} if "generator" in argument_names(pipeline) else {})
+
+
+def _joined(latents: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return latents as one batch."""
+    listed = [latents] if isinstance(latents, torch.Tensor) else latents if isinstance(latents, Sequence) else []
+    shapes = {tuple(one.shape[1:]) if isinstance(one, torch.Tensor) and one.ndim else None for one in listed}
+    if len(shapes) != 1 or None in shapes:
+        raise InputError(
+            "latents are a tensor, (batch, …) as step.latents returns it, or a list of such tensors of one shape"
+        )
+    return torch.cat(list(listed))

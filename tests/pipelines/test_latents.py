@@ -1,0 +1,90 @@
+"""Latents of a step, images drawn from latents, and what a pipeline makes of a prompt, against the bare pipeline."""
+
+import pytest
+import torch
+
+from diffsight import DiffusionModel, OutOfOrderError
+from helpers import SEED, bare_run, drawn, first, refusal, same, same_image, with_first
+from models import diffusion
+
+SD = diffusion.PIPELINES["stable_diffusion"].inputs
+
+
+def test_latents_are_what_the_scheduler_returns(kind, pipe):
+    want, calls = bare_run(kind)
+    with DiffusionModel(pipe).generate(**kind.inputs(), seed=SEED) as run:
+        latents = [step.latents.clone() for step in run.steps]
+    assert len(latents) == len(calls["step"])
+    assert all(torch.equal(a, first(output)) for a, (_, output) in zip(latents, calls["step"]))
+    assert same(want, drawn(run))
+
+
+def test_latents_can_be_assigned(sd):
+    step = sd.scheduler.step
+    halved = lambda output: with_first(output, first(output) / 2)  # noqa: E731
+    sd.scheduler.step = lambda *args, **kwargs: halved(step(*args, **kwargs))
+    want = sd(**SD(), generator=torch.Generator().manual_seed(SEED)).images
+    del sd.scheduler.step
+    with DiffusionModel(sd).generate(**SD(), seed=SEED) as run:
+        for at in run.steps:
+            at.latents = at.latents / 2
+    assert same(want, run.images)
+
+
+def test_latents_of_a_step_that_the_loop_has_left(sd):
+    with pytest.raises(OutOfOrderError, match="latents of step 1 were asked for too late"):
+        with DiffusionModel(sd).generate(**SD(), seed=SEED) as run:
+            run.scheduler.step.output  # of step 0, which is another value
+            (step,) = run.steps[1:2]
+            step.latents
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl", "flux", "pixart_sigma", "wan"])
+def test_decoding_draws_what_the_pipeline_draws(name):
+    kind = diffusion.PIPELINES[name]
+    model, inputs = DiffusionModel(kind.build()), kind.inputs()
+    with model.generate(**inputs, seed=SEED) as run:
+        latents = [step.latents for step in run.steps]
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    images = model.decode(latents[-1], **inputs | {"num_inference_steps": 1})
+    assert torch.equal(before, torch.get_rng_state())
+    assert same(torch.as_tensor(images), torch.as_tensor(drawn(run)))
+    assert len(model.decode(latents, **inputs | {"num_inference_steps": 1})) == len(latents)
+
+
+def test_the_packaged_pipelines_need_no_arguments(capsys):
+    for name in ("clip", "flux"):
+        model = DiffusionModel(f"diffsight/shapes-{name}")
+        model.set_progress_bar_config(disable=True)
+        with model.generate("a red circle", seed=SEED, num_inference_steps=2) as run:
+            (*_, latents) = [step.latents for step in run.steps]
+            assert not capsys.readouterr().err
+        assert same_image(model.decode(latents)[0], run.images[0])
+
+
+def test_latents_that_cannot_be_drawn(sd):
+    model = DiffusionModel(sd)
+    assert "pass the arguments of the call that made them" in refusal(model.decode, torch.zeros(1, 4, 3, 3), **SD())
+    for wrong in ("latents", [], [torch.zeros(1, 4, 3, 3), torch.zeros(1, 4, 4, 4)], None):
+        assert refusal(model.decode, wrong).startswith("latents are a tensor")
+
+
+def test_a_prompt_is_encoded_as_the_pipeline_does_it(sd):
+    model = DiffusionModel(sd)
+    embeddings, negative = model.encode("a red circle", guidance_scale=5.0)
+    assert not embeddings.requires_grad
+    with torch.no_grad():
+        wanted = sd.encode_prompt("a red circle", "cpu", 1, do_classifier_free_guidance=True)
+    assert torch.equal(embeddings, wanted[0]) and torch.equal(negative, wanted[1])
+    inputs = {**SD(), "guidance_scale": 5.0}
+    again = {**inputs, "prompt": None, "prompt_embeds": embeddings, "negative_prompt_embeds": negative}
+    assert same(
+        model.generate(**inputs | {"prompt": "a red circle"}, seed=SEED).images,
+        model.generate(**{k: v for k, v in again.items() if k != "negative_prompt"}, seed=SEED).images,
+    )
+
+
+def test_a_pipeline_without_prompts_encodes_none():
+    model = DiffusionModel(diffusion.PIPELINES["ddpm"].build())
+    assert refusal(model.encode, "a red circle").startswith("DDPMPipeline has no encode_prompt")
