@@ -282,6 +282,8 @@ class MethodEnvoy(Points):
         """Call the method outside the run: nothing there is read or replaced.
 
         With `hook=True` the call goes through the run's points."""
+        if self._tree.elsewhere is not None:
+            return self._tree.elsewhere.call(self, args, kwargs, hook)
         plain = type(self._target) is Target
         method = self._tree.attribute(self._target.owner, self._target.name) if plain else self._target.call
         return self._within(method, args, kwargs) if hook else method(*args, **kwargs)
@@ -303,6 +305,8 @@ class Envoy(Points):
 
         With `hook=True` the call goes through the run's points: what was assigned ahead is used, and other bodies
         (edits, functions of rows) can read the values."""
+        if self._tree.elsewhere is not None and self._is_elsewhere():
+            return self._tree.elsewhere.call(self, args, kwargs, hook)
         if isinstance(self._owner, nn.Module) or self._owner is self._tree.root.owner:
             self._tree.load_unless_scanning()
         return self._within(self._owner, args, kwargs) if hook else self._owner(*args, **kwargs)
@@ -316,6 +320,11 @@ class Envoy(Points):
     @property
     def _owner(self) -> Any:
         return self._target.owner
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the weights of the part are on a server: not if it was attached here, or is a tokenizer."""
+        is_attached = any(target.owner is self._owner for target in self._tree.attached.targets.values())
+        return isinstance(self._owner, nn.Module) and not is_attached
 
     def _bound(self, run: InRun | None, part: Selection | None = None) -> "Envoy":
         """The same handle for `run` alone, and for a part of its batch."""

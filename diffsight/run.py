@@ -16,19 +16,24 @@ from typing import Any
 
 import torch
 
+from diffsight.engine.batch_slicing import Indexed
 from diffsight.engine.coroutine import THIS_THREAD
 from diffsight.engine.flow import STOPPED, Flow
 from diffsight.engine.points import Asked, first_input, warn_user
+from diffsight.engine.target import Target
 from diffsight.engine.user_bodies import is_from_edit
 from diffsight.envoy import (
     Envoy,
     InRun,
+    fetch,
     flow_of,
     from_the_asking_line,
     hint_at,
     keep_attribute_error,
+    narrowed,
     raise_kept,
     root_of,
+    selection_of,
     target_of,
     tree_of,
 )
@@ -204,6 +209,27 @@ class Run(InRun):
         except DiffsightError as error:
             raise from_the_asking_line(error) from error.__cause__
 
+    def at(self, path: str, index: Any) -> torch.Tensor:
+        """Return `tensor[index]` of the tensor at a point: a view of it, to read or to change in place.
+
+            last = run.at("layers[4].output", (slice(None), -1))     # the same as run.layers[4].output[:, -1]
+            last += direction
+
+        In a remote run only this part is sent.
+
+        Args:
+            path: The path of a point. Without `.input`, `.inputs` or `.output` at its end it means the output.
+            index: An index, a slice, a mask, or a tuple of them.
+
+        Raises:
+            PointNotFoundError: The path does not exist.
+            InputError: The value is not a tensor, or the index does not fit its shape.
+        """
+        if "*" in path:
+            raise InputError(f"run.at takes the path of one point, not a pattern: {path!r}")
+        ((points, part),) = find_points(root_of(self._pass), path).values()
+        return fetch(narrowed(points, Indexed(index, selection_of(points))), part)
+
     def __enter__(self) -> "Run":
         flow = self._flow
         try:
@@ -250,6 +276,10 @@ class Run(InRun):
 
         `path` is that of the component whose call began the step, `call` are the args and kwargs of that call."""
         return Step(index, path or tree_of(self).title, call)
+
+    def _own_target(self, path: str) -> Target | None:
+        """Return what a path means that belongs to the run and not to the model, such as the choice of a token."""
+        return None
 
     @property
     def _pass(self) -> "Run":
@@ -335,6 +365,16 @@ class Run(InRun):
                 f"the run was dropped in the call of {calls} in which {value} was read, so it is not known whether "
                 f"this call would have made another product. Call run.stop() or run.finish()"
             )
+
+
+def own_target(run: Run, path: str) -> Target | None:
+    """Return what a path means that belongs to a run and not to the model; None if it is nothing of the kind."""
+    return run._own_target(path)
+
+
+def make_step(run: Run, index: int, path: str, call: tuple[tuple, dict]) -> Step:
+    """Return the step of a run that a call has begun, as `run.steps` yields it."""
+    return run._make_step(index, path, call)
 
 
 def _end_at_users_line(trace: TracebackType) -> None:

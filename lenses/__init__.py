@@ -155,10 +155,6 @@ _NAMES_IN = {
     "features.sae_trainer": ("SAESettings",),
     "function_vectors": ("FunctionVector", "function_vector"),
     "patch_object_attn_lens": ("patch_object_attn_lens",),
-    "sae": (
-        "attach_sae",
-        "train_sae",
-    ),
     "top_examples": (
         "Example",
         "TopExamples",

@@ -56,11 +56,22 @@ ENGINE = [
     "run",
     "model",
     "extending",
+    "remote.wire_values",
+    "remote.wire_errors",
+    "remote.frames",
+    "remote.protocol",
+    "remote.connection",
+    "remote.selections",
+    "remote.run_session",
+    "remote.remote_flow",
+    "remote.served_model",
+    "remote.on_server",
+    "remote",
     "compat",
 ]
 
 # What a wrapper may import from `diffsight/`; lenses and the gallery use the public face instead of `extending`.
-FOR_WRAPPERS = {"diffsight", "diffsight.errors", "diffsight.extending"}
+FOR_WRAPPERS = {"diffsight", "diffsight.errors", "diffsight.extending", "diffsight.remote"}
 
 # Attributes of other people's objects, whose names begin with an underscore.
 THIRD_PARTY = {

@@ -214,3 +214,40 @@ def wrong_type(path: object, before: Any, value: Any) -> AssignmentError:
             "layers_output[i] in place of layers[i].output"
         )
     return AssignmentError(f"{path} is a {type(before).__name__}; it cannot take a {type(value).__name__}{hint}")
+
+
+class Indexed(Selection):
+    """What an index takes of a tensor, such as `[:, -1]`; of `of` if the value is narrowed already.
+
+    Reading returns `tensor[index]`: a view of the tensor, if the index makes one."""
+
+    def __init__(self, index: Any, of: Any = None) -> None:
+        self.index, self.of = index, of
+
+    @property
+    def name(self) -> str:
+        return self.of.name if self.of is not None else ""
+
+    @property
+    def missing(self) -> str:
+        return self.of.missing if self.of is not None else Selection.missing
+
+    def call(self, tap: Tapped, first: int, number: int, path: object) -> int:
+        return first + number if self.of is None else self.of.call(tap, first, number, path)
+
+    def at(self, tap: Tapped, index: int, path: object) -> "Indexed":
+        return self if self.of is None else Indexed(self.index, self.of.at(tap, index, path))
+
+    def take(self, value: Any, path: object) -> Any:
+        value = value if self.of is None else self.of.take(value, path)
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"{path} is a {type(value).__name__}, and run.at takes a part of a tensor")
+        try:
+            return value[self.index]
+        except (IndexError, TypeError) as error:
+            raise InputError(
+                f"{path} has the shape {tuple(value.shape)}, which the index does not fit: {error}"
+            ) from None
+
+    def put(self, whole: Any, value: Any, path: object, copies: dict[int, torch.Tensor]) -> Any:
+        raise AssignmentError(f"{path}: change what run.at returns in place, run.at(...)[:] = value")

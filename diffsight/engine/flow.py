@@ -6,7 +6,7 @@ If instead the model ends, the step that the body is in ends, or the module that
 returns, the point has passed: an `OutOfOrderError`, never the value of a later call.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Protocol
 
@@ -75,6 +75,7 @@ class Flow:
         tree: What can be tapped in the model.
     """
 
+    known_of_step: Mapping[str, Any] = {}  # what a server says of the step that has begun
     body_mode: AbstractContextManager = nullcontext()  # what the body of the `with` statement runs in
     is_scan = False
 
@@ -155,8 +156,9 @@ class Flow:
             return value
         return asked.selection.at(tap, point.index, asked).take(value, asked)
 
-    def assign(self, asked: Asked, value: Any) -> None:
-        """Put `value` in place of a point: now if the model stands there, else when it gets there."""
+    def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
+        """Put `value` in place of a point: now if the model stands there, else when it gets there. `where` is the line
+        that assigns it; by default, the line that called into diffsight."""
         self._check_open(asked)
         self._touch(asked)
         if asked.selection is None:
@@ -164,7 +166,7 @@ class Flow:
         scope = self.scope
         tap, first = self._locate(asked, scope)
         key = (asked.kind, find_call(tap, first, asked, asked))
-        assignment = Assignment(asked, value, users_line(), scope.in_step, first, scope.order)
+        assignment = Assignment(asked, value, where or users_line(), scope.in_step, first, scope.order)
         if self.parked is not None and self.parked is tap.points.get(key):
             difference = assignment.apply_to(self.parked)
             if difference is not None:
@@ -174,7 +176,7 @@ class Flow:
         else:
             tap.pending.setdefault(key, []).append(assignment)
 
-    def skip(self, asked: Asked, value: Any) -> None:
+    def skip(self, asked: Asked, value: Any, where: str | None = None) -> None:
         """Skip a call (see `Tap.call`), which then returns `value`. Ask before it runs, at its inputs at the latest."""
         self._check_open(asked)
         self._touch(asked)
@@ -186,7 +188,7 @@ class Flow:
             raise order.too_late(asked, "asked for", self.where)
         known = tap.skips.get(index)
         if known is None or known.order <= scope.order:
-            tap.skips[index] = Assignment(asked, value, users_line(), scope.in_step, order=scope.order)
+            tap.skips[index] = Assignment(asked, value, where or users_line(), scope.in_step, order=scope.order)
         edit = self._edit()
         if edit is not None:
             edit.met = True
@@ -202,6 +204,10 @@ class Flow:
         if not stands_there and order.has_passed(tap, key, scope, self.clock.index):
             raise order.too_late(asked, "asked for", self.where)
         tap.keepers.setdefault(asked.kind, []).append(function)
+
+    def mirror(self, asked: Asked, function: Callable[[Any], None]) -> None:
+        """If the model runs on a server, call `function` here with what passes a point. A model that runs here calls it
+        itself, so this does nothing."""
 
     def next_step(self) -> bool:
         """Run the model to the beginning of the next step that the body has not entered. Return False if it ends,

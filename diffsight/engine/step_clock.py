@@ -72,6 +72,10 @@ class Clock:
         self.call = (target, args, kwargs)
         return True
 
+    def set(self, index: int, is_in_step: bool, is_over: bool) -> None:
+        """Stand where a clock on a server stands."""
+        self.index, self._due, self.is_over = index, not is_in_step, is_over
+
     def is_behind(self, target: Target) -> bool:
         """Return whether a call that begins comes after the last step."""
         if target.key not in self._behind or not (self._ended and self._due) or self.call is None:

@@ -30,6 +30,7 @@ class Tree:
     """
 
     opens_with = "trace"  # the method of the model that opens a run, for error messages
+    elsewhere: Any = None  # calls parts of a model whose weights are on a server, see `diffsight.remote`
     has_private_names = False  # whether modules have names that begin with "_", such as those that handles may use
 
     def __init__(self, root: Target, load: Callable[[], None] | None = None) -> None:

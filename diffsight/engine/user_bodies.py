@@ -70,9 +70,9 @@ class Body(Coroutine):
             self.point = parked if here else None
             self.go()
 
-    def go(self) -> None:
-        """Start the body, or let it continue."""
-        self.resume()
+    def go(self) -> Any:
+        """Start the body, or let it continue. Return what it parks with."""
+        return self.resume()
 
 
 class EditBody(Body):
@@ -110,9 +110,9 @@ class EditBody(Body):
         """Whether the edit waits for a point."""
         return not self.dead and (tap, key) in self.waits
 
-    def go(self) -> None:
+    def go(self) -> Any:
         try:
-            super().go()
+            return super().go()
         except BaseException as error:
             if not is_from_edit(error):
                 setattr(error, _FROM_EDIT, True)

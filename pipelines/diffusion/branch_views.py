@@ -20,13 +20,15 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
-from diffsight.extending import Part, Row, Run, Tap, View, each, keeping_attribute_errors, raise_kept
+from diffsight.extending import Part, Row, Run, Tap, View, each, flow_of, keeping_attribute_errors, raise_kept
 from diffsight.pipelines.diffusion.batch_layouts import COND, UNCOND, BatchLayout, BatchLayouts
+from diffsight.remote import sent_as
 
 VIDEO = 5  # dimensions of the latents of videos: batch, channels, frames, height, width
 _WORDS = {COND: "conditional", UNCOND: "unconditional"}
 
 
+@sent_as("guidance", "name", "prompt", "branch", layouts=lambda run: flow_of(run).observer)
 class GuidancePart(Part):
     """The part of a batch that belongs to a prompt, to a branch, or to a branch of a prompt."""
 

@@ -43,7 +43,7 @@ Source = str | Path | DiffusionPipeline | ModularPipeline | ModularPipelineBlock
 
 
 def open_pipeline(
-    source: Source, dispatch: bool = False, **arguments: Any
+    source: Source, dispatch: bool = False, *, weights: bool = True, **arguments: Any
 ) -> tuple[DiffusionPipeline | ModularPipeline, Callable[[], None] | None]:
     """Open a pipeline.
 
@@ -51,6 +51,7 @@ def open_pipeline(
         source: A packaged name (`diffsight/shapes-clip`), a folder in the diffusers format, a hub id, a live pipeline,
             which is returned as it is, or the blocks of a modular one.
         dispatch: Whether to load the weights immediately.
+        weights: Whether there are weights. If not, the modules stay empty.
         arguments: Passed to `DiffusionPipeline.from_pretrained`. For blocks, the components by name.
 
     Returns:
@@ -79,7 +80,7 @@ def open_pipeline(
     is_quick = name in FOLDERS or not dispatch
     with explained(name), quiet_loading(transformers_logging, *([diffusers_logging] if is_quick else [])):
         check_configurations(Path(place))
-        classes = _module_classes(place, arguments)
+        classes = _module_classes(place, arguments, weights)
         empty = {} if dispatch else _build_empty(classes, place, arguments)
         now = {key: value for key, value in arguments.items() if dispatch or key not in _OF_WEIGHTS}
         with requiring_all_weights():
@@ -89,7 +90,7 @@ def open_pipeline(
                 check_vocabulary(Path(place) / part, component)
     if name == "diffsight/shapes-flux":
         set_defaults(pipeline)
-    if not empty:
+    if not empty or not weights:
         return pipeline, None
 
     def load() -> None:
@@ -145,13 +146,13 @@ def _load_modular(place: str, arguments: dict[str, Any]) -> ModularPipeline:
 # ---- modules without weights
 
 
-def _module_classes(place: str, arguments: dict[str, Any]) -> dict[str, type[nn.Module]]:
+def _module_classes(place: str, arguments: dict[str, Any], weights: bool) -> dict[str, type[nn.Module]]:
     """Return the classes of the modules of the pipeline in a folder or hub repository, by name.
 
     These are the modules that diffusers and transformers build from a configuration, except those that `arguments`
-    contain.
+    contain. `weights` is whether there are weight files.
 
-    Raises OSError if a weight file is missing in a folder, and ValueError if a part needs code that may not be run."""
+    Raises OSError if one of them is missing in a folder, and ValueError if a part needs code that may not be run."""
     classes = {}
     for name, entry in DiffusionPipeline.load_config(place, **_for_hub(arguments)).items():
         if name.startswith("_") or name in arguments or not isinstance(entry, (list, tuple)) or None in entry:
@@ -160,7 +161,8 @@ def _module_classes(place: str, arguments: dict[str, Any]) -> dict[str, type[nn.
             raise ValueError(f"its index says {entry} of {name!r}, where a library and a class are expected")
         cls = _class(name, *entry, bool(arguments.get("trust_remote_code")))
         if cls is not None:
-            check_weights(Path(place), name)
+            if weights:
+                check_weights(Path(place), name)
             classes[name] = cls
     return classes
 

@@ -45,6 +45,7 @@ from diffsight.pipelines.diffusion.run import DiffusionRun, abandoned_bars_remov
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders
 from diffsight.pipelines.seeds import generators, seeded_noise, seeds_of_images
 from diffsight.pipelines.valid_text import check_text
+from diffsight.remote import ServedModel, put_on_server
 
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_images_per_caption")
 
@@ -65,20 +66,43 @@ class DiffusionModel(HasEncoders, Model):
         source: A packaged name (`diffsight/shapes-clip`), a folder, a hub id, or a live pipeline. Modular pipelines can
             also be passed as blocks, with their components as `arguments`.
         dispatch: Whether to load the weights immediately.
+        remote: The address of a server that has the weights, such as "http://127.0.0.1:8000"; True takes it from the
+            environment variable DIFFSIGHT_REMOTE. `source` is then the name of the model there, and runs are sent
+            there, see [remote runs](../remote.md).
+        api_key: The key for the server. Default: the environment variable DIFFSIGHT_API_KEY.
         arguments: Passed to `DiffusionPipeline.from_pretrained`.
 
     Raises:
         InputError: `source` does not name a pipeline.
+        RemoteError: The server cannot be reached, or refuses.
     """
 
     _run_class = DiffusionRun
 
-    def __init__(self, source: Source, dispatch: bool = False, **arguments: Any) -> None:
+    def __init__(
+        self,
+        source: Source,
+        dispatch: bool = False,
+        *,
+        remote: str | bool | None = None,
+        api_key: str | None = None,
+        **arguments: Any,
+    ) -> None:
+        if remote:
+            self._open_remote(ServedModel.of(self, source, remote, api_key, dispatch, arguments))
+            return
         pipeline, loader = open_pipeline(source, dispatch, **arguments)
         self._wrap(DiffusionTree(Target(pipeline, "__call__", ""), loader))
         is_live = not isinstance(source, (str, Path))
         self.__dict__["source"] = type(pipeline).__name__ if is_live else str(source)
         self.__dict__["loaded_from"] = None if is_live else {"source": str(source), **arguments}
+
+    def _open_remote(self, server: ServedModel) -> None:
+        with server.configuration() as folder:
+            pipeline, _ = open_pipeline(folder, weights=False)
+        self._wrap(DiffusionTree(Target(pipeline, "__call__", "")))
+        self.__dict__.update(source=server.name, loaded_from={"source": server.name, "remote": str(server.address)})
+        put_on_server(self, server)
 
     @property
     def pipeline(self) -> DiffusionPipeline:

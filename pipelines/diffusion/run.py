@@ -1,7 +1,7 @@
 """The runs of a diffusion pipeline, and their steps."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,15 +23,19 @@ from diffsight.pipelines.diffusion.pipeline_copies import PipelineOfRun
 class DiffusionStep(Step):
     """One denoising step: from the first call of the denoiser after a `scheduler.step` to the next such call."""
 
-    def __init__(self, index: int, component: str, call: tuple[tuple, dict], run: Run, pipeline: Any) -> None:
+    def __init__(
+        self, index: int, component: str, call: tuple[tuple, dict], run: Run, pipeline: Any, known: Mapping[str, Any]
+    ) -> None:
         super().__init__(index, component, call)
-        self._run, self._pipeline = run, pipeline
+        self._run, self._pipeline, self._known = run, pipeline, known
 
     @property
     def timestep(self) -> float | None:
         """The scheduler's timestep, such as 981 at the beginning of a run of Stable Diffusion.
 
         None where the denoiser is not passed a timestep."""
+        if "timestep" in self._known:
+            return self._known["timestep"]
         denoiser = getattr(self._pipeline, self.component)
         return scheduler_timestep(self._pipeline, denoiser, *self._call)
 
@@ -105,7 +109,7 @@ class DiffusionRun(GeneratedOutputs, Run):
 
     def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> DiffusionStep:
         pipeline = tree_of(self).root.owner if self._called is None else self._called.pipeline
-        return DiffusionStep(index, path, call, self, pipeline)
+        return DiffusionStep(index, path, call, self, pipeline, flow_of(self).known_of_step)
 
     def _of_result(self, name: str) -> Any:
         self._check_one_pass(name)

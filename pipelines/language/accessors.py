@@ -257,6 +257,8 @@ class Accessors(LayerAccessors):
         if not isinstance(hidden, torch.Tensor) or not hidden.ndim or not hidden.is_floating_point():
             raise InputError("project_on_vocab takes a tensor of hidden states, (..., features), in floating point")
         tree = self._tree
+        if tree.elsewhere is not None:
+            return tree.elsewhere.call(self, (hidden,), {}, method="project_on_vocab")
         tree.load_unless_scanning()
         if tree.target_named(tree.root, "lm_head") is None:
             raise PointNotFoundError(f"no lm_head was found in {tree.title}")

@@ -12,6 +12,7 @@ the tokens and ends the step, so a step lies between two choices, however many f
 yields several tokens, as in assisted decoding, each token gets a step, and the pass belongs to the step of the first.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from diffsight.errors import InputError, suggest
 from diffsight.extending import (
+    Asked,
     Clock,
     Points,
     Run,
@@ -36,6 +38,7 @@ from diffsight.extending import (
 from diffsight.pipelines.arguments import named_arguments
 
 _INCOMPLETE = "\ufffd"  # how a tokenizer decodes bytes that are not a whole character yet
+_CHOICE = re.compile(r"tokens|steps\[\d+\]\.tokens")  # how a choice of tokens is called in a run
 _SEVERAL = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
@@ -203,6 +206,10 @@ class GenerationRun(Run):
             return super()._make_step(index, path, call)
         return GenerationStep(index, path or tree_of(self).title, call, self)
 
+    def _own_target(self, path: str) -> Target | None:
+        is_choice = self._generated is not None and _CHOICE.fullmatch(path)
+        return ChoiceTarget(self._generated, "__call__", path) if is_choice else super()._own_target(path)
+
     def _check_generates(self, what: str) -> None:
         if self._generated is None:
             raise InputError(
@@ -222,7 +229,9 @@ class GenerationRun(Run):
         if step < len(generated.choices):
             return generated.choices[step]
         target = ChoiceTarget(generated, "__call__", f"steps[{step}].tokens")
-        return generated.choices_of(Points(tree_of(self), target, self).input)[0]
+        ids = Points(tree_of(self), target, self).input
+        is_known = step < len(generated.choices)  # of a server, which has told before it answers
+        return generated.choices[step] if is_known else generated.choices_of(ids)[0]
 
     def _text_added_in(self, step: int) -> str | list[str]:
         self._check_no_beams("step.text")
@@ -280,3 +289,4 @@ def set_generated(run: GenerationRun, generated: GeneratedTokens, model: Target)
     """Make a run count and read its tokens from `generated`, one of the stopping criteria of `model`."""
     run._generated = generated
     flow_of(run).clock = generated.clock_from(model)
+    flow_of(run).mirror(Asked(generated.target, "input"), lambda ids: generated(ids, None))

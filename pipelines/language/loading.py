@@ -29,7 +29,7 @@ Source = str | Path | nn.Module | tuple[nn.Module, Any]
 
 
 def open_language_model(
-    source: Source, tokenizer: Any = None, **arguments: Any
+    source: Source, tokenizer: Any = None, *, weights: bool = True, **arguments: Any
 ) -> tuple[nn.Module, Any, Callable[[], None] | None]:
     """Open a language model.
 
@@ -37,10 +37,11 @@ def open_language_model(
         source: A packaged name (`diffsight/smollm2`), a folder, a GGUF file, a hub id, a live model, or a live
             `(model, tokenizer)`.
         tokenizer: A tokenizer, live or by name, that replaces the model's own.
+        weights: Whether there are weights. If not, the model stays empty.
         arguments: Passed to the model's `from_pretrained`.
 
     Returns:
-        The model, its tokenizer or None, and a function that loads the weights, or None for a live model.
+        The model, its tokenizer or None, and a function that loads the weights, or None if there is nothing to load.
 
     Raises:
         InputError: There is no such model. The message suggests similar names.
@@ -67,7 +68,8 @@ def open_language_model(
     arguments = gguf | arguments
     with _explained(name, place):
         check_configurations(Path(place))
-        check_weights(Path(place), arguments.get("subfolder", ""))
+        if weights:
+            check_weights(Path(place), arguments.get("subfolder", ""))
         empty = _build_empty(place, arguments)
 
     def load() -> None:
@@ -75,7 +77,8 @@ def open_language_model(
             loaded = _load_model(place, arguments)
         adopt(empty, loaded)
 
-    return empty, _tokenizer(tokenizer) if tokenizer is not None else _own_tokenizer(place, gguf, arguments), load
+    tokenizer = _tokenizer(tokenizer) if tokenizer is not None else _own_tokenizer(place, gguf, arguments)
+    return empty, tokenizer, load if weights else None
 
 
 def _build_empty(place: str, arguments: dict[str, Any]) -> nn.Module:

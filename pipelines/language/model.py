@@ -59,6 +59,7 @@ from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, open_language_model
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import embeddings
+from diffsight.remote import ServedModel, is_on_server, put_on_server
 
 _FOR_ANY_MODEL = {"return_dict", "cache_position", *TransformersKwargs.__annotations__}
 
@@ -172,10 +173,15 @@ class LanguageModel(Accessors, Model):
             `names={"ln_final": "model.norm"}`. The path of a part of a layer starts at the layer. None leaves a name
             out.
         dispatch: Whether to load the weights immediately.
+        remote: The address of a server that has the weights, such as "http://127.0.0.1:8000"; True takes it from the
+            environment variable DIFFSIGHT_REMOTE. `source` is then the name of the model there, and runs are sent
+            there, see [remote runs](../remote.md).
+        api_key: The key for the server. Default: the environment variable DIFFSIGHT_API_KEY.
         arguments: Passed to the model's `from_pretrained`.
 
     Raises:
         InputError: `source` does not name a model, or a standard name is wrong.
+        RemoteError: The server cannot be reached, or refuses.
     """
 
     _run_class = LanguageRun
@@ -187,8 +193,14 @@ class LanguageModel(Accessors, Model):
         *,
         names: Mapping[str, str | None] | None = None,
         dispatch: bool = False,
+        remote: str | bool | None = None,
+        api_key: str | None = None,
         **arguments: Any,
     ) -> None:
+        if remote:
+            given = {"tokenizer": tokenizer, "names": names, **arguments}
+            self._open_remote(ServedModel.of(self, source, remote, api_key, dispatch, given))
+            return
         given = tokenizer
         net, tokenizer, loader = open_language_model(source, tokenizer, **arguments)
         self._wrap(self._make_tree(Target(net, FORWARD, ""), loader, names or {}))
@@ -197,6 +209,15 @@ class LanguageModel(Accessors, Model):
         self._tree.check_names()
         if dispatch:
             self._tree.weights.load()
+
+    def _open_remote(self, server: ServedModel) -> None:
+        with server.configuration() as folder:
+            net, tokenizer, _ = open_language_model(folder, weights=False)
+        self._wrap(self._make_tree(Target(net, FORWARD, ""), None, server.description["names"]))
+        loaded = {"source": server.name, "remote": str(server.address)}
+        self.__dict__.update(tokenizer=tokenizer, loaded_from=loaded)
+        self._tree.check_names()
+        put_on_server(self, server)
 
     def _make_tree(
         self, root: Target, load: Callable[[], None] | None, names: Mapping[str, str | None]
@@ -384,6 +405,8 @@ class LanguageModel(Accessors, Model):
 
     def _on_device(self, inputs: Inputs) -> Inputs:
         """Return the inputs on the device of the model, whose weights this loads."""
+        if is_on_server(self):
+            return inputs
         if not is_scanning():
             self._tree.weights.load()
         return inputs.to(getattr(self._owner, "device", None))

@@ -14,6 +14,7 @@ import torch
 
 from diffsight.errors import AssignmentError, InputError
 from diffsight.extending import Tap
+from diffsight.remote import sent_as
 
 
 class ValuePart:
@@ -29,6 +30,7 @@ class ValuePart:
         return self
 
 
+@sent_as("first")
 class FirstTensor(ValuePart):
     """The first tensor of a tuple, a list or an output object. The rest is left as it is."""
 
@@ -50,6 +52,7 @@ class FirstTensor(ValuePart):
         return type(whole)((value, *whole[1:]))
 
 
+@sent_as("logits")
 class Logits(ValuePart):
     """The logits in what the model returns."""
 
@@ -67,6 +70,7 @@ class Logits(ValuePart):
         return type(whole)(**{**whole, "logits": value})
 
 
+@sent_as("next_logits", "last")
 class NextLogits(Logits):
     """The logits at the last token of each row: at position `last[row]`, or at -1 where `last` is None."""
 
@@ -80,6 +84,7 @@ class NextLogits(Logits):
         return logits[torch.arange(len(logits), device=logits.device), self.last.to(logits.device)]
 
 
+@sent_as("hidden_input")
 class HiddenInput(ValuePart):
     """The hidden states among the inputs of a layer, `(args, kwargs)`."""
 
@@ -98,6 +103,7 @@ class HiddenInput(ValuePart):
 FIRST = FirstTensor()
 
 
+@sent_as("within", "outer", "inner", "name", "missing")
 class Within(ValuePart):
     """A part of a part: `inner` of what `outer` takes. One of them may be the part of a batch."""
 
@@ -120,6 +126,7 @@ class Within(ValuePart):
         return self.outer.put(whole, self.inner.put(part, value, path, copies), path, copies)
 
 
+@sent_as("added", "positions", "mask")
 class Added(ValuePart):
     """Adds what is assigned to the value instead of replacing it, at some positions or at all of them.
 

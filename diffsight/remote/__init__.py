@@ -1,0 +1,31 @@
+"""Remote runs: the same lines on a model whose weights another machine holds.
+
+    model = DiffusionModel("diffsight/shapes-clip", remote="http://127.0.0.1:8000")
+    with model.generate("a red circle", seed=17) as run:
+        run.text_encoder.ln_final.input = run.text_encoder.layers[4].output
+    run.images
+
+The body runs here, the model there. No code travels: only points, values and errors do, see `protocol`. A server is
+started with `diffsight serve MODEL`.
+"""
+
+from diffsight.remote.on_server import is_on_server, put_on_server
+from diffsight.remote.run_session import RunEnded, RunSession, error_frame
+from diffsight.remote.selections import sent_as
+from diffsight.remote.served_model import Job, ServedModel
+from diffsight.remote.wire_errors import RemoteError
+from diffsight.remote.wire_values import Held, ProtocolError
+
+__all__ = [
+    "Held",
+    "Job",
+    "ProtocolError",
+    "RemoteError",
+    "RunEnded",
+    "RunSession",
+    "ServedModel",
+    "error_frame",
+    "is_on_server",
+    "put_on_server",
+    "sent_as",
+]

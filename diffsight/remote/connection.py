@@ -1,0 +1,145 @@
+"""The client's connection to a server: the address, the key, one WebSocket, and what they fail with, in words."""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.request import Request, urlopen
+
+from diffsight.errors import InputError
+from diffsight.remote.frames import Frame, pack, unpack
+from diffsight.remote.wire_errors import RemoteError, error_of
+
+ADDRESS, KEY = "DIFFSIGHT_REMOTE", "DIFFSIGHT_API_KEY"  # environment variables
+_PATIENCE = 30.0  # seconds until an answer to a plain request
+_QUEUE = 3600.0  # seconds to wait for a replica that is free
+
+
+class Address:
+    """The address of a server, and the key for it.
+
+    Args:
+        remote: Such as "https://host:8000". True takes it from the environment variable DIFFSIGHT_REMOTE.
+        api_key: The key; by default, from DIFFSIGHT_API_KEY.
+
+    Raises:
+        InputError: It is no address.
+    """
+
+    def __init__(self, remote: str | bool, api_key: str | None = None) -> None:
+        found = os.environ.get(ADDRESS) if remote is True else remote
+        if not isinstance(found, str) or not found:
+            raise InputError(f"remote=True takes the address of the server from {ADDRESS}, which is not set")
+        parts = urlsplit(found)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(f"remote= takes the address of a server, such as 'http://127.0.0.1:8000', not {found!r}")
+        self.parts = parts
+        self.key = os.environ.get(KEY) if api_key is None else api_key
+
+    def __str__(self) -> str:
+        return urlunsplit((self.parts.scheme, self.parts.netloc, self.parts.path.rstrip("/"), "", ""))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request carries."""
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def get(self, path: str, method: str = "GET", body: bytes | None = None) -> bytes:
+        """Return what the server answers to a plain request.
+
+        Raises:
+            RemoteError: There is no server, or it refuses. The message says why.
+        """
+        request = Request(f"{self}{quote(path, safe='/?=&')}", data=body, method=method, headers=self.headers)
+        try:
+            with urlopen(request, timeout=_PATIENCE) as answer:
+                return answer.read()
+        except HTTPError as error:
+            raise RemoteError(self._refusal(error.code, error.read())) from None
+        except (URLError, OSError) as error:
+            raise RemoteError(self._unreachable(getattr(error, "reason", error))) from None
+
+    def json(self, path: str) -> Any:
+        """Return the JSON that the server answers with."""
+        try:
+            return json.loads(self.get(path))
+        except ValueError:
+            raise RemoteError(f"{self} does not answer like a server of diffsight: it sent no JSON") from None
+
+    def connect(self, model: str, longest: int) -> "Connection":
+        """Open a WebSocket to a model. It waits in the queue of the server until a replica is free."""
+        return Connection(self, model, longest)
+
+    def websocket(self, model: str) -> str:
+        """Return the address of the runs of a model."""
+        scheme = "wss" if self.parts.scheme == "https" else "ws"
+        place = f"{self.parts.path.rstrip('/')}/models/{quote(model)}/run"
+        return urlunsplit((scheme, self.parts.netloc, place, "", ""))
+
+    def _refusal(self, status: int, body: bytes) -> str:
+        try:
+            why = json.loads(body)["error"]
+        except (ValueError, KeyError, TypeError):
+            why = f"it answers with status {status}"
+        if status in (401, 403):
+            return f"the server at {self} refuses the key: {why}. Pass api_key=, or set {KEY}"
+        return f"the server at {self}: {why}"
+
+    def _unreachable(self, why: object) -> str:
+        return f"there is no server at {self} ({why}). Start one with `diffsight serve MODEL`, or check the address"
+
+
+class Connection:
+    """One WebSocket to a model: messages, one after the other."""
+
+    def __init__(self, address: Address, model: str, longest: int) -> None:
+        try:
+            from websockets.exceptions import InvalidHandshake, InvalidStatus
+            from websockets.sync.client import connect
+        except ImportError:
+            raise RemoteError("remote runs need the package websockets: pip install 'diffsight[remote]'") from None
+        self._address, self._model = address, model
+        try:
+            self._socket: Any = connect(
+                address.websocket(model),
+                additional_headers=address.headers,
+                max_size=longest,
+                open_timeout=_QUEUE,
+                compression=None,
+                ping_interval=None,
+                proxy=None,
+            ).__enter__()
+        except InvalidStatus as error:
+            raise RemoteError(address._refusal(error.response.status_code, error.response.body or b"")) from None
+        except (OSError, InvalidHandshake, TimeoutError) as error:
+            raise RemoteError(address._unreachable(error)) from None
+
+    def send(self, message: dict[str, Any], tensors: dict[str, Any]) -> None:
+        """Send a message with its tensors."""
+        self._exchange(lambda: self._socket.send(pack(message, tensors)))
+
+    def receive(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the next message, and its tensors."""
+        return unpack(self._exchange(self._socket.recv))
+
+    def close(self) -> None:
+        """Close the WebSocket. A run that is open on the server ends. May be called again."""
+        self._socket.__exit__(None, None, None)
+
+    def _exchange(self, function: Callable[[], Frame | None]) -> Any:
+        from websockets.exceptions import ConnectionClosed
+
+        try:
+            return function()
+        except ConnectionClosed as error:
+            frame = error.rcvd
+            why = frame.reason if frame is not None and frame.reason else "the connection was lost"
+            raise RemoteError(f"the run on {self._address} has ended: {why}") from None
+
+
+def raise_from(reply: dict[str, Any]) -> None:
+    """Raise the error that an answer describes, if it does."""
+    if reply["say"] == "error":
+        raise error_of(reply["error"])

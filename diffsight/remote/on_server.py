@@ -1,0 +1,101 @@
+"""What is different in a model whose weights are on a server: runs are sent there."""
+
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+from diffsight.edits import start_edit
+from diffsight.engine.scan import is_scanning
+from diffsight.envoy import Points, flow_of, run_meant_by, target_of, tree_of
+from diffsight.errors import InputError, NoRunError
+from diffsight.model import Model
+from diffsight.remote.remote_flow import RemoteFlow
+from diffsight.remote.served_model import ServedModel
+from diffsight.run import Run
+
+# The call that opens the run which is being made: the method, its arguments and keyword arguments.
+_opening: ContextVar[tuple[str, tuple, dict] | None] = ContextVar("diffsight_opening", default=None)
+
+
+class OnServer:
+    """A model on a server. It is mixed into the class of the model, see `put_on_server`.
+
+    Attributes:
+        server: The server, see `ServedModel`.
+    """
+
+    server: ServedModel
+
+    def trace(self, *args: Any, **kwargs: Any) -> Run:
+        return _opened(super().trace, "trace", args, kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Run:
+        return _opened(super().generate, "generate", args, kwargs)
+
+    def _new_run(
+        self,
+        function: Callable[[], Any],
+        sizes: Sequence[int] = (),
+        again: Callable[..., Run] | None = None,
+        grad: bool = False,
+    ) -> Run:
+        if is_scanning():
+            return super()._new_run(function, sizes, again, grad)
+        call = _opening.get()
+        if call is None:
+            raise InputError(
+                "a server runs model.generate(...), model.trace(...) and lenses by name, and no other function"
+            )
+        flow = RemoteFlow(self._tree, self.server, *call)
+        run = self._run_class(self, flow, sizes, again)
+        flow.bodies.edits = [start_edit(edit, run, number) for number, edit in enumerate(self._edits)]
+        return run
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        raise InputError("the weights are on the server, whose start says on which device and in which type")
+
+
+def _opened(method: Callable[..., Run], name: str, args: tuple, kwargs: dict[str, Any]) -> Run:
+    """Open a run by a method of the model, with the call at hand for `_new_run`."""
+    before = _opening.set((name, args, kwargs))
+    try:
+        return method(*args, **kwargs)
+    finally:
+        _opening.reset(before)
+
+
+class Elsewhere:
+    """Calls parts of a model on its server: for `Tree.elsewhere`."""
+
+    def __init__(self, server: ServedModel) -> None:
+        self._server = server
+
+    def call(self, points: Points, args: tuple, kwargs: dict[str, Any], hook: bool = False, method: str = "") -> Any:
+        """Return what a part of the model, or its method, returns on the server."""
+        path = target_of(points).path
+        op = {"op": "call", "path": path, "method": method, "args": list(args), "kwargs": kwargs, "hook": hook}
+        try:
+            flow = flow_of(run_meant_by(points, path))
+        except NoRunError:
+            flow = None
+        if isinstance(flow, RemoteFlow) and flow.outcome is None:
+            return flow.call_there(op)
+        return self._server.ask(op)
+
+
+@cache
+def _class_on_server(cls: type) -> type:
+    return type(cls.__name__, (OnServer, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def put_on_server(model: Model, server: ServedModel) -> None:
+    """Make a model without weights one whose runs are sent to a server."""
+    tree_of(model).elsewhere = Elsewhere(server)
+    model.__dict__["server"] = server
+    object.__setattr__(model, "__class__", _class_on_server(type(model)))
+
+
+def is_on_server(model: Any) -> bool:
+    """Return whether the weights of a model are on a server."""
+    return isinstance(model, OnServer)

@@ -1,0 +1,107 @@
+"""The protocol of remote runs: what may be said over the WebSocket of a run.
+
+The client opens a run, then asks. Each message from it is a list of operations, of which only the last is answered:
+what needs no answer, such as an assignment, travels with the next question.
+
+    {"version": 1, "method": "generate", "args": …, "kwargs": …}    opens a run
+    {"do": [{"op": "assign", …}, {"op": "ask", "path": "layers[4]", "part": "output"}]}
+    {"say": "value", "value": …, "state": {…}}                      the answer
+    {"say": "passed", "number": 0, …}                               something that is followed, before the answer
+    {"say": "turn", "body": 1, …}                                   an edit or a function of `run.each` continues
+
+A message with an unknown operation, an unknown field, or a field of another type is refused, and ends the run.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from diffsight.remote.wire_values import ProtocolError
+
+VERSIONS = (1,)  # that this release speaks, best last
+_ANY = object
+
+# The fields of each operation, and their types.
+_POINT = {"path": str, "part": str, "call": int, "selection": (dict, type(None))}
+OPERATIONS: dict[str, dict[str, Any]] = {
+    "ask": _POINT,
+    "assign": _POINT | {"value": _ANY, "where": str},
+    "skip": {"path": str, "call": int, "value": _ANY, "where": str},
+    "write": {"number": int, "path": str, "value": dict},
+    "follow": _POINT | {"number": int},
+    "step": {},
+    "leave_steps": {},
+    "call": {"path": str, "method": str, "args": list, "kwargs": dict, "hook": bool},
+    "each": {"count": int},
+    "end_body": {"failed": bool},
+    "backward": {"numbers": list, "gradients": list},
+    "stop": {},
+    "close": {},
+    "finish": {},
+    "find": {"name": str},
+    "lens": {"name": str, "args": list, "kwargs": dict},
+}
+_OPENING = {
+    "version": int,
+    "method": (str, type(None)),
+    "args": list,
+    "kwargs": dict,
+    "edits": list,
+    "half": bool,
+    "grad": bool,
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of a message."""
+
+    op: str
+    fields: Mapping[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.fields[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def operations(message: Mapping[str, Any]) -> tuple[int | None, list[Operation]]:
+    """Return the body that a message is from, None for the one that leads, and its operations.
+
+    Raises:
+        ProtocolError: It has an unknown operation, or wrong fields.
+    """
+    _check("a message", {"body": (int, type(None)), "do": list}, message)
+    found = []
+    for given in message["do"]:
+        if not isinstance(given, dict) or given.get("op") not in OPERATIONS:
+            raise ProtocolError(f"there is no such operation: {str(given)[:80]}")
+        op = given["op"]
+        _check(op, {"op": str} | OPERATIONS[op], given)
+        found.append(Operation(op, given))
+    if not found:
+        raise ProtocolError("a message has at least one operation")
+    return message["body"], found
+
+
+def check_opening(message: Mapping[str, Any]) -> None:
+    """Check the message that opens a run. Raise ProtocolError if it is not one, or of a version not spoken here."""
+    if message.get("version") not in VERSIONS:
+        raise ProtocolError(
+            f"the server speaks version {' and '.join(map(str, VERSIONS))} of the protocol, not "
+            f"{message.get('version')!r}: install the same version of diffsight on both sides"
+        )
+    _check("the opening of a run", _OPENING, message)
+
+
+def _check(what: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ProtocolError unless exactly the known fields are given, each of its type."""
+    unknown, missing = sorted(given.keys() - known.keys()), sorted(known.keys() - given.keys())
+    if unknown or missing:
+        problem = f"has no {unknown[0]!r}" if unknown else f"needs {missing[0]!r}"
+        raise ProtocolError(f"{what} {problem}")
+    for name, kind in known.items():
+        value = given[name]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ProtocolError(f"{what}: {name!r} cannot be a {type(value).__name__}")

@@ -1,0 +1,348 @@
+"""The flow of a run whose model is on a server.
+
+It takes the place of `diffsight.engine.flow.Flow`, and everything above it is the same: envoys, rows, steps, edits,
+records. What a body asks for is sent, and the answer is a plain tensor. What needs no answer is sent with the next
+question: assignments, and tensors that were changed in place while the model stands where they were read.
+
+Edits and the functions of `run.each` run here, in coroutines as in a local run. The server says whose turn it is.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from diffsight.engine.coroutine import current
+from diffsight.engine.flow import ENDED, Flow
+from diffsight.engine.points import LAST, Asked, check_value, first_input, users_line
+from diffsight.engine.torch_state import TorchState
+from diffsight.engine.tree import Tree
+from diffsight.engine.user_bodies import Body
+from diffsight.errors import InputError
+from diffsight.remote.protocol import VERSIONS
+from diffsight.remote.selections import encode_selection
+from diffsight.remote.wire_errors import error_of
+from diffsight.remote.wire_values import ValueDecoder, ValueEncoder
+
+_BROKEN = "the connection to the server was closed"
+
+
+class Received:
+    """A tensor that was received while the model stands where it was read."""
+
+    def __init__(self, tensor: torch.Tensor, number: int, asked: object) -> None:
+        self.tensor: torch.Tensor | None = tensor  # held until the model moves, so that a change in place is seen
+        self.weak = weakref.ref(tensor)
+        self.number, self.asked, self.version = number, asked, tensor._version
+
+    def changed(self) -> torch.Tensor | None:
+        """Return the tensor if it has been changed in place since it was last looked at."""
+        tensor = self.weak()
+        if tensor is None or tensor._version == self.version:
+            return None
+        self.version = tensor._version
+        return tensor
+
+
+class RemoteFlow(Flow):
+    """One run on a server.
+
+    Args:
+        tree: The tree of the model, without weights.
+        link: Where the run is sent to, see `diffsight.remote.link.Link`.
+        method: The method of the model that opens the run there.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+    """
+
+    def __init__(self, tree: Tree, link: Any, method: str | None, args: tuple, kwargs: dict[str, Any]) -> None:
+        super().__init__(lambda: None, tree)
+        self._link, self._call = link, (method, args, kwargs)
+        self._connection: Any = None
+        self._waiting: list[dict[str, Any]] = []  # operations that need no answer, sent with the next that does
+        self._received: dict[int, Received] = {}
+        self._followed: list[tuple[Asked, Callable[..., None]]] = []
+        self._mirrored: list[tuple[Asked, Callable[..., None]]] = []
+        self._functions: list[Body] = []
+        self._answers: dict[Body, tuple] = {}
+        self._body_error: BaseException | None = None
+        self._missed: Exception | None = None
+        self._leaves: list[tuple[int, torch.Tensor]] = []  # with gradients: what was received, by number
+
+    @property
+    def has_begun(self) -> bool:
+        return self._connection is not None or bool(self._waiting)
+
+    @property
+    def where(self) -> str:
+        step = f", in step {self.clock.index}" if self.clock.index >= 0 else ""
+        return f"on the server at {self._link.address}{step}"
+
+    # ---- what a body asks for
+
+    def fetch(self, asked: Asked) -> Any:
+        self._check_open(asked)
+        self._touch(asked)
+        return self._ask({"op": "ask", **self._point(asked)}, asked)
+
+    def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
+        self._check_open(asked)
+        self._touch(asked)
+        if asked.selection is None:
+            check_value(asked, value)
+        self._note({"op": "assign", **self._point(asked), "value": value, "where": where or users_line()})
+
+    def skip(self, asked: Asked, value: Any, where: str | None = None) -> None:
+        self._check_open(asked)
+        self._touch(asked)
+        op = {"op": "skip", "path": asked.target.path, "call": asked.call, "value": value}
+        self._note(op | {"where": where or users_line()})
+
+    def keep(self, asked: Asked, function: Callable[[Any, int, Any], None]) -> None:
+        self._check_open(asked)
+        self._ask(self._following(asked, function), asked)
+
+    def mirror(self, asked: Asked, function: Callable[[Any], None]) -> None:
+        self._mirrored.append((asked, lambda tap, call, value: function(first_input(value, asked))))
+
+    def _following(self, asked: Asked, function: Callable[..., None]) -> dict[str, Any]:
+        self._followed.append((asked, function))
+        return {"op": "follow", **self._point(asked), "number": len(self._followed) - 1}
+
+    def next_step(self) -> bool:
+        self.check_thread("run.steps")
+        if self.outcome is not None:
+            return False
+        scope = self.scope
+        scope.stop_at_steps = True
+        answer = self._ask({"op": "step"}, "run.steps")
+        if not answer["more"]:
+            return False
+        scope.step, scope.in_step = self.clock.index, True
+        target = self.tree.children_of(self.tree.root).get(answer["component"], self.tree.root)
+        self.clock.call = (target, (), {})
+        self.known_of_step = {"timestep": answer["timestep"]}
+        return True
+
+    def leave_steps(self) -> None:
+        super().leave_steps()
+        if self.outcome is None and self._connection is not None:
+            self._waiting.append({"op": "leave_steps"})
+
+    def run_on(self) -> None:
+        self.check_thread("run.result")
+        self.check_leads("run.result")
+        self._scope.stop_at_steps = False
+        if self.outcome is None:
+            answer = self._ask({"op": "finish"}, "run.result")
+            self._missed = answer["missed"] and error_of(answer["missed"])
+            self.unreached = [SimpleNamespace(order=LAST)] if self._missed else []
+            self.result, self.has_result = answer["result"], True
+            self._end_here(ENDED)
+
+    def check_assignments(self) -> None:
+        error, self._missed, self.unreached = self._missed, None, []
+        if error is not None:
+            raise error
+
+    def each(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
+        self._check_open("run.each")
+        self.check_leads("run.each")
+        state = TorchState.capture()
+        bodies = self._functions = self.bodies.functions = [Body(function, self, state) for function in functions]
+        try:
+            self._ask({"op": "each", "count": len(bodies)}, "run.each")
+        finally:
+            self._functions = self.bodies.functions = []
+            for body in bodies:
+                if not body.dead:
+                    body.unwind()
+        return [body.result for body in bodies]
+
+    def call_there(self, op: dict[str, Any]) -> Any:
+        """Call a part of the model on the server, where the model stands."""
+        self._check_open(op["path"])
+        return self._ask(op, op["path"])
+
+    def backward(self, numbers: list[int], gradients: list[torch.Tensor]) -> list[Any]:
+        """Return the gradients of what was received, given those of some of it: pairs of number and gradient."""
+        return self._ask({"op": "backward", "numbers": numbers, "gradients": gradients}, "run.backward")
+
+    def start_edits(self) -> bool:
+        return False  # the server says when it is their turn
+
+    def add_mode(self, mode: Any) -> None:
+        raise InputError("a function mode cannot be sent to a server: use a local model, or a lens by name")
+
+    def finish_undecided(self) -> None:
+        if self.outcome is None and self._connection is not None:
+            self._ask({"op": "stop"}, "run.stop")
+
+    def close(self, outcome: str) -> None:
+        if self.outcome is None:
+            self._end_here(outcome)
+
+    # ---- messages
+
+    def _point(self, asked: Asked) -> dict[str, Any]:
+        return {"path": asked.target.path, "part": asked.part, "call": asked.call, "selection": asked.selection}
+
+    def _note(self, op: dict[str, Any]) -> None:
+        """Send an operation with the next question."""
+        self._waiting.append(op)
+
+    def _ask(self, op: dict[str, Any], asked: object) -> Any:
+        """Send an operation, with those that wait, and return the answer."""
+        body = self._beside()
+        is_bare = op["op"] == "finish" and self._connection is None
+        if self._mirrored and not is_bare:
+            mirrored, self._mirrored = self._mirrored, []
+            self._waiting += [self._following(*one) for one in mirrored]
+        reply, tensors = self._exchange(self._message(self._body_number(body), op), body)
+        decoder = ValueDecoder(tensors, None, lambda tensor, data: self._receive(tensor, data, asked))
+        self._take_state(reply["state"])
+        if reply["say"] == "error":
+            self._raise(reply)
+        return decoder.decode(reply["value"])
+
+    def _raise(self, reply: Mapping[str, Any]) -> None:
+        error, self._body_error = self._body_error, None
+        state = reply["state"]
+        if state["outcome"] is not None and not state["has_result"]:
+            self._end_here(state["outcome"])
+        raise error or error_of(reply["error"])
+
+    def _message(self, body: int | None, op: dict[str, Any] | None) -> tuple[dict, dict]:
+        """A message with everything that waits, and its tensors."""
+        encoder = ValueEncoder(dtype=self._link.dtype)
+        ops, self._waiting = [*self._writes(), *self._waiting, *([op] if op else [])], []
+        return {"body": body, "do": [self._encoded(one, encoder) for one in ops]}, encoder.tensors
+
+    def _encoded(self, op: dict[str, Any], encoder: ValueEncoder) -> dict[str, Any]:
+        encoded = {}
+        for name, value in op.items():
+            if name == "selection":
+                encoded[name] = encode_selection(value, encoder.encode)
+            else:
+                encoded[name] = encoder.encode(value)
+        return encoded
+
+    def _writes(self) -> list[dict[str, Any]]:
+        """The tensors that were changed in place since the last message."""
+        found = []
+        for number, received in [*self._received.items()]:
+            tensor = received.changed()
+            if tensor is not None:
+                found.append({"op": "write", "number": number, "path": str(received.asked), "value": tensor})
+            if received.weak() is None:
+                del self._received[number]
+            received.tensor = None
+        return found
+
+    def _receive(self, tensor: torch.Tensor, data: Mapping[str, Any], asked: object) -> torch.Tensor:
+        number = data.get("number")
+        if number is None:
+            return tensor
+        known = self._received.get(number)
+        same = known and known.weak()
+        if same is not None and same.shape == tensor.shape:
+            with torch.no_grad():
+                if not torch.equal(same, tensor):
+                    same.copy_(tensor)
+            tensor = same
+        elif data.get("grad"):
+            tensor.requires_grad_()
+            self._leaves.append((number, tensor))
+        self._received[number] = Received(tensor, number, asked)
+        return tensor
+
+    def _exchange(self, message: tuple[dict, dict], body: Body | None) -> tuple[dict, dict]:
+        """Send a message and return its answer. Meanwhile other bodies may have their turn."""
+        if body is not None:
+            body.park(message)
+            return self._answers.pop(body)
+        try:
+            self._open()
+            self._connection.send(*message)
+            while True:
+                reply, tensors = self._connection.receive()
+                if reply["say"] == "passed":
+                    self._passed(reply, tensors)
+                elif reply["body"] is None:
+                    return reply, tensors
+                else:
+                    self._connection.send(*self._continue(reply, tensors))
+        except BaseException:  # also an interrupt: what was answered cannot be told from what was not
+            self._end_here(_BROKEN)
+            raise
+
+    def _open(self) -> None:
+        """Connect, and send what opens the run."""
+        if self._connection is not None:
+            return
+        method, args, kwargs = self._call
+        encoder = ValueEncoder(dtype=self._link.dtype)
+        message = {
+            "version": VERSIONS[-1],
+            "method": method,
+            "args": encoder.encode(list(args)),
+            "kwargs": encoder.encode(dict(kwargs)),
+            "edits": [edit.where for edit in self.bodies.edits],
+            "half": self._link.dtype is not None,
+            "grad": bool(kwargs.get("grad", False)),
+        }
+        self._connection = self._link.open()
+        self._connection.send(message, encoder.tensors)
+
+    def _passed(self, reply: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Something that is followed has passed."""
+        self._take_state(reply["state"])
+        tap = SimpleNamespace(step_base=reply["base"], host=self)
+        asked, function = self._followed[reply["number"]]
+        value = ValueDecoder(tensors).decode(reply["value"])
+        function(tap, reply["call"], ((value,), {}) if asked.part == "input" else value)
+
+    def _take_state(self, state: Mapping[str, Any]) -> None:
+        self.clock.set(state["index"], state["in_step"], state["over"])
+
+    # ---- bodies
+
+    def _body_number(self, body: Body | None) -> int | None:
+        if body is None:
+            return None
+        bodies = [*self.bodies.edits, *self._functions]
+        return next(number for number, one in enumerate(bodies) if one is body)
+
+    def _continue(self, reply: dict[str, Any], tensors: dict[str, Any]) -> tuple[dict, dict]:
+        """Let a body continue with an answer, or start; return what it sends next."""
+        number = reply["body"]
+        body = [*self.bodies.edits, *self._functions][number]
+        self._take_state(reply["state"])
+        self._answers[body] = reply, tensors
+        failed = False
+        try:
+            message = body.go()
+        except Exception as error:
+            if self.outcome is not None:  # of an edit, which ends the run
+                raise
+            self._body_error, failed = error, True
+        if not failed and not body.dead:
+            return message
+        return self._message(number, {"op": "end_body", "failed": failed})
+
+    # ---- how it ends
+
+    def _end_here(self, outcome: str) -> None:
+        connection, self._connection = self._connection, None
+        if self.outcome is None:
+            self._waiting.clear()
+            self._received.clear()
+            edits, self.bodies.edits = self.bodies.edits, []
+            for edit in edits:
+                if edit.has_begun and edit is not current():
+                    edit.unwind()
+            self._end(outcome)
+        if connection is not None:
+            self._link.release(connection)

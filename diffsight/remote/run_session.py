@@ -1,0 +1,386 @@
+"""The server's side of a remote run: drives a run of a model with what a client asks.
+
+RunSession(model, receive, send).serve()        # until the client has gone
+
+It knows nothing of networks: `receive` returns the next frame or raises, `send` takes one. It runs in one thread, which
+is the thread of its runs. The model moves only while an operation is carried out, in the same coroutine as in any run;
+bodies beside the leading one (edits, functions of `run.each`) are those of the client, and each has a stand-in here.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from diffsight.edits import Edit, start_edit
+from diffsight.engine import order
+from diffsight.engine.points import Asked, first_input
+from diffsight.envoy import Envoy, Points, flow_of, inside, owner_of, root_of, target_of
+from diffsight.errors import DiffsightError, InputError, PointNotFoundError
+from diffsight.remote.frames import Frame, pack, unpack
+from diffsight.remote.protocol import Operation, check_opening, operations
+from diffsight.remote.selections import decode_selection
+from diffsight.remote.wire_errors import RemoteError, described
+from diffsight.remote.wire_values import ProtocolError, ValueDecoder, ValueEncoder
+from diffsight.run import Run, make_step, own_target
+
+_METHODS = ("generate", "trace")
+_PART_METHODS = ("project_on_vocab",)  # that compute with the weights of a model
+_REFUSED = ("trust_remote_code", "custom_generate", "streamer", "output", "callback_on_step_end")
+_PLACES = (
+    "url",
+    "path",
+    "image",
+    "images",
+    "video",
+    "videos",
+    "audio",
+)  # where text would be opened as a file or address
+_HALF = torch.float16
+_GONE = "the client has gone"
+_NO_RUN = {"index": -1, "in_step": False, "outcome": None, "has_result": False, "over": False}
+
+
+class RunEnded(BaseException):
+    """Raised in the thread of a session from outside: the client has gone, or a limit was reached."""
+
+
+class _BodyFailed(Exception):
+    """A body of the client has raised an error, which the client knows."""
+
+
+class RunSession:
+    """Carries out the runs of one client, one after the other.
+
+    Args:
+        model: The model.
+        receive: Returns the next frame from the client. Raises RunEnded when there will be none.
+        send: Sends a frame.
+        services: What may be asked for besides runs, by name, with their arguments: lenses, what is known of the model.
+        opened: Called when a run begins (True) and ends (False).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        receive: Callable[[], Frame],
+        send: Callable[[Frame], None],
+        services: Mapping[str, Callable[..., Any]] | None = None,
+        opened: Callable[[bool], None] = lambda begins: None,
+    ) -> None:
+        self._model, self._receive, self._send = model, receive, send
+        self._services, self._opened = services or {}, opened
+        self._run: Run | None = None
+        self._clear({})
+
+    def _clear(self, opening: Mapping[str, Any]) -> None:
+        self._opening = opening
+        self._fault: Exception | None = None  # why the run could not be opened
+        self._held: list[Any] = []  # objects that stay here
+        self._handed: dict[int, tuple[torch.Tensor, int]] = {}  # tensors that the client may change, and their versions
+        self._numbers: dict[tuple, int] = {}  # of these tensors, by where their data is
+        self._number = 0
+        self._stand: Any = None  # where the model stood when they were handed out
+
+    def serve(self) -> None:
+        """Carry out what the client asks, until it has gone or breaks the protocol."""
+        try:
+            while True:
+                message, tensors = unpack(self._receive())
+                if "do" not in message:
+                    self._open(message, tensors)
+                    continue
+                body, ops = operations(message)
+                if ops[-1].op == "close":
+                    self.close()
+                    self._say("closed", None)
+                    continue
+                if body is not None or not self._opening:
+                    raise ProtocolError("a run is opened before anything is asked of it, by its leading body")
+                self._answer(None, ops, tensors)
+        except ProtocolError as error:
+            self._send(error_frame(error))
+        finally:
+            self.close()
+
+    # ---- the run
+
+    def _open(self, message: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        check_opening(message)
+        self.close()
+        self._clear(message)
+        torch.set_grad_enabled(message["grad"])
+        self._opened(True)
+        if message["method"] is None:
+            return
+        try:
+            method = message["method"]
+            if method not in _METHODS or not hasattr(self._model, method):
+                raise InputError(f"a server runs {' and '.join(_METHODS)}, not {method!r}")
+            decode = ValueDecoder(tensors).decode
+            args, kwargs = decode(message["args"]), decode(message["kwargs"])
+            check_arguments(args, kwargs)
+            self._run = getattr(self._model, method)(*args, **kwargs)
+            edits = [Edit(partial(self._stand_in, number), str(where)) for number, where in enumerate(message["edits"])]
+            flow_of(self._run).bodies.edits = [start_edit(edit, self._run, n) for n, edit in enumerate(edits)]
+        except ProtocolError:
+            raise
+        except Exception as error:
+            self._fault = error
+
+    def close(self) -> None:
+        """End the run that is open. May be called again."""
+        run, self._run = self._run, None
+        if run is not None:
+            flow_of(run).close(_GONE)
+        if self._opening:
+            self._opened(False)
+        self._clear({})
+
+    # ---- messages
+
+    def _answer(self, body: int | None, ops: list[Operation], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Carry out operations and answer the last."""
+        decoder = ValueDecoder(tensors, self._held.__getitem__)
+        try:
+            if self._fault is not None:
+                raise self._fault
+            for op in ops:
+                value = getattr(self, f"_do_{op.op}")(op, decoder.decode)
+            self._say("value", body, value=value)
+        except ProtocolError:
+            raise
+        except Exception as error:
+            self._say("error", body, error=described(error))
+
+    def _say(self, what: str, body: int | None, value: Any = None, **fields: Any) -> None:
+        dtype = _HALF if self._opening.get("half") else None
+        encoder = ValueEncoder(self._hold, self._hand_out, dtype)
+        message = {"say": what, "body": body, **fields, "state": self._state()}
+        if what in ("value", "passed"):
+            message["value"] = encoder.encode(value)
+        self._send(pack(message, encoder.tensors))
+
+    def _state(self) -> dict[str, Any]:
+        """Where the run is, with every answer."""
+        if self._run is None:
+            return _NO_RUN
+        flow = flow_of(self._run)
+        return {
+            "index": flow.clock.index,
+            "in_step": flow.clock.is_in_step,
+            "outcome": flow.outcome,
+            "has_result": flow.has_result,
+            "over": flow.clock.is_over,
+        }
+
+    def _hold(self, thing: Any) -> int:
+        known = next((number for number, held in enumerate(self._held) if held is thing), None)
+        if known is None:
+            self._held.append(thing)
+        return len(self._held) - 1 if known is None else known
+
+    def _hand_out(self, tensor: torch.Tensor) -> dict[str, Any]:
+        """Give a tensor a number while the model stands where it is, so that the client can change it in place."""
+        if self._run is None or self._run_is_over():
+            return {}
+        grad = self._opening["grad"]
+        stand = flow_of(self._run).parked
+        if stand is not self._stand and not grad:
+            self._handed.clear()
+            self._numbers.clear()
+        self._stand = stand
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        known = self._numbers.get(key)
+        if known is None or self._handed[known][0] is not tensor:
+            known = self._numbers[key] = self._number
+            self._number += 1
+        self._handed[known] = tensor, _version(tensor)
+        return {"number": known} | ({"grad": True} if grad and tensor.requires_grad else {})
+
+    def _run_is_over(self) -> bool:
+        return flow_of(self._run).outcome is not None
+
+    # ---- operations
+
+    def _points(self, path: str) -> Points:
+        """What a path names in the run, or in the model if there is no run."""
+        root = self._model if self._run is None else root_of(self._run)
+        return points_at(root, path)
+
+    def _asked(self, op: Operation, decode: Callable[[Any], Any], part: str) -> Asked:
+        if self._run is None:
+            raise InputError(f"{op.path}: no run is open")
+        target = own_target(self._run, op.path)
+        target = target_of(self._points(op.path)) if target is None else target
+        if op.call < 0 or part not in ("input", "inputs", "output", "skip"):
+            raise ProtocolError(f"{op.path} has no {part} of call {op.call}")
+        selection = decode_selection(op.fields.get("selection"), decode, self._run)
+        return Asked(target, part, op.call, selection)
+
+    def _do_ask(self, op: Operation, decode: Callable[[Any], Any]) -> Any:
+        return flow_of(self._run).fetch(self._asked(op, decode, op.part))
+
+    def _do_assign(self, op: Operation, decode: Callable[[Any], Any]) -> None:
+        asked = self._asked(op, decode, op.part)
+        flow_of(self._run).assign(asked, self._on_device(decode(op.value)), op.where)
+
+    def _do_skip(self, op: Operation, decode: Callable[[Any], Any]) -> None:
+        asked = self._asked(op, decode, "skip")
+        flow_of(self._run).skip(asked, self._on_device(decode(op.value)), op.where)
+
+    def _do_write(self, op: Operation, decode: Callable[[Any], Any]) -> None:
+        """Change a tensor in place that was handed out."""
+        flow = flow_of(self._run)
+        tensor, version = self._handed.get(op.number, (None, 0))
+        if tensor is None or (flow.parked is not self._stand and not self._opening["grad"]):
+            raise order.edited_too_late(op.path, flow.where)
+        if _version(tensor) != version:
+            raise DiffsightError(
+                f"{op.path} was changed in place, and so was another part of the same tensor after it was read. Change "
+                "one part after the other, reading each before it is changed, or assign the whole"
+            )
+        tensor.copy_(decode(op.value))
+        self._handed[op.number] = tensor, _version(tensor)
+
+    def _do_follow(self, op: Operation, decode: Callable[[Any], Any]) -> None:
+        asked = self._asked(op, decode, op.part)
+        flow, number = flow_of(self._run), op.number
+
+        def passed(tap: Any, index: int, value: Any) -> None:
+            value = first_input(value, asked) if asked.part == "input" else value
+            self._say("passed", None, value=value, number=number, call=index, base=tap.step_base)
+
+        flow.keep(asked, passed)
+
+    def _do_step(self, op: Operation, decode: Callable[[Any], Any]) -> dict[str, Any]:
+        flow = flow_of(self._run)
+        if not flow.next_step():
+            return {"more": False}
+        target, args, kwargs = flow.clock.call
+        step = make_step(self._run, flow.scope.step, target.path, (args, kwargs))
+        return {"more": True, "component": target.path, "timestep": getattr(step, "timestep", None)}
+
+    def _do_leave_steps(self, op: Operation, decode: Callable[[Any], Any]) -> None:
+        flow_of(self._run).leave_steps()
+
+    def _do_call(self, op: Operation, decode: Callable[[Any], Any]) -> Any:
+        """Call a named part of the model, outside the run or through its points."""
+        args, kwargs = self._on_device(decode(op.args)), self._on_device(decode(op.kwargs))
+        check_arguments(args, kwargs)
+        part = self._points(op.path)
+        if op.method:
+            if op.method not in _PART_METHODS:
+                raise ProtocolError(f"{op.method} is not called by a server")
+            part = getattr(part, op.method)
+        return part(*args, **kwargs, **({"hook": True} if op.hook else {}))
+
+    def _do_each(self, op: Operation, decode: Callable[[Any], Any]) -> None:
+        first = len(self._opening["edits"])
+        flow_of(self._run).each([partial(self._stand_in, first + i) for i in range(op.count)])
+
+    def _do_backward(self, op: Operation, decode: Callable[[Any], Any]) -> list[Any]:
+        """Return the gradients of tensors that were handed out, given those of some of them."""
+        known = [self._handed[number][0] for number in op.numbers]
+        given = [self._on_device(decode(one)) for one in op.gradients]
+        inputs = {number: tensor for number, (tensor, _) in self._handed.items() if tensor.requires_grad}
+        found = torch.autograd.grad(known, [*inputs.values()], given, retain_graph=True, allow_unused=True)
+        return [[number, grad] for number, grad in zip(inputs, found) if grad is not None]
+
+    def _do_stop(self, op: Operation, decode: Callable[[Any], Any]) -> None:
+        self._run.stop()
+
+    def _do_finish(self, op: Operation, decode: Callable[[Any], Any]) -> dict[str, Any]:
+        """Run the model to its end; return its result, and the error of assignments that it did not reach."""
+        flow = flow_of(self._run)
+        result, missed = flow.run_to_end(), None
+        try:
+            flow.check_assignments()
+        except Exception as error:
+            missed = described(error)
+        return {"result": result, "missed": missed}
+
+    def _do_find(self, op: Operation, decode: Callable[[Any], Any]) -> Any:
+        return self._service(op.name)()
+
+    def _do_lens(self, op: Operation, decode: Callable[[Any], Any]) -> Any:
+        args, kwargs = decode(op.args), decode(op.kwargs)
+        check_arguments(args, kwargs)
+        return self._service(op.name)(*args, **kwargs)
+
+    def _service(self, name: str) -> Callable[..., Any]:
+        if name not in self._services:
+            raise RemoteError(f"the server does not run {name!r}; it runs {', '.join(self._services) or 'no lenses'}")
+        return self._services[name]
+
+    def _stand_in(self, number: int, *_: Any) -> None:
+        """Be an edit or a function of `run.each` of the client: do what it asks until it ends."""
+        self._say("turn", number)
+        while True:
+            message, tensors = unpack(self._receive())
+            body, ops = operations(message)
+            if body != number:
+                raise ProtocolError(f"it is the turn of body {number}, not of {body}")
+            last = ops.pop() if ops[-1].op == "end_body" else None
+            if ops:
+                self._answer(number, ops, tensors) if last is None else self._carry_out(ops, tensors)
+            if last is not None:
+                if last.failed:
+                    raise _BodyFailed(number)
+                return
+
+    def _carry_out(self, ops: list[Operation], tensors: Mapping[str, torch.Tensor]) -> None:
+        decoder = ValueDecoder(tensors, self._held.__getitem__)
+        for op in ops:
+            getattr(self, f"_do_{op.op}")(op, decoder.decode)
+
+    def _on_device(self, value: Any) -> Any:
+        """A value with its tensors on the device of the model."""
+        device = getattr(owner_of(self._model), "device", None)
+        if not isinstance(device, torch.device) or device.type in ("cpu", "meta"):
+            return value
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), value)
+
+
+def error_frame(error: Exception) -> Frame:
+    """Return the frame that tells a client of an error that ends the connection."""
+    return pack({"say": "error", "body": None, "error": described(error), "state": _NO_RUN}, {})
+
+
+def points_at(root: Envoy, path: str) -> Points:
+    """Return what a path from the model names, as `Target.path` writes it: "unet.mid_block", "layers[4]".
+
+    Raises PointNotFoundError if there is nothing."""
+    found: Any = root
+    for name in path.replace("[", ".").replace("]", "").split(".") if path else ():
+        outer, found = found, inside(found, name)
+        if found is None:
+            where = outer.path if isinstance(outer, Points) else path
+            raise PointNotFoundError(f"{where or 'the model'} has no {name!r}")
+    if not isinstance(found, Points):
+        raise PointNotFoundError(f"{path} is not a point")
+    return found
+
+
+def check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise InputError for arguments with which a client could run code or open files and addresses on the server."""
+    for name in kwargs:
+        if name in _REFUSED:
+            raise InputError(f"{name} is not taken by a server")
+    waiting = [args, kwargs]
+    for value in waiting:
+        if isinstance(value, (list, tuple)):
+            waiting += [one for one in value if isinstance(one, (list, tuple, dict))]
+        elif isinstance(value, dict):
+            waiting += [one for one in value.values() if isinstance(one, (list, tuple, dict))]
+            for name in _PLACES:
+                texts = value.get(name)
+                texts = texts if isinstance(texts, (list, tuple)) else [texts]
+                if any(isinstance(text, str) for text in texts):
+                    raise InputError(f"{name}: a server opens no files or addresses. Pass the image itself")
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; 0 where PyTorch does not count."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,217 @@
+"""A model on a server, as a client knows it: `model.server`.
+
+model = DiffusionModel("diffsight/shapes-clip", remote="http://127.0.0.1:8000")
+with model.server.session():                    # these runs follow each other on one replica
+    model.generate("a red circle", seed=0).images
+    model.generate("a blue square", seed=0).images
+model.server.lens("attention_maps", "a red circle", seed=0)         # runs there, the result comes back
+job = model.server.submit("diffusion_lens", "a red circle")         # returns at once
+job.status, job.result()
+"""
+
+import io
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffsight.errors import InputError
+from diffsight.remote.connection import Address, Connection
+from diffsight.remote.frames import pack, unpack
+from diffsight.remote.protocol import VERSIONS
+from diffsight.remote.wire_errors import RemoteError, error_of
+from diffsight.remote.wire_values import ValueDecoder, ValueEncoder
+
+_LONGEST = 1 << 31  # bytes of a frame
+_HALF = torch.float16
+
+
+class ServedModel:
+    """A model on a server: its connections, and what can be asked of it besides runs.
+
+    Args:
+        name: The name under which the server has the model.
+        remote: The address of the server, or True for that in DIFFSIGHT_REMOTE.
+        api_key: The key; by default, the one in DIFFSIGHT_API_KEY.
+
+    Raises:
+        InputError: The address is not valid.
+        RemoteError: There is no server, it refuses the key, or it does not have the model.
+    """
+
+    def __init__(self, name: str, remote: str | bool, api_key: str | None = None) -> None:
+        self.address = Address(remote, api_key)
+        self.dtype: torch.dtype | None = None
+        self._kept: Connection | None = None  # that of a session
+        self._is_busy = False
+        known = {one["name"]: one for one in self.address.json("/models")["models"]}
+        if name not in known:
+            raise InputError(f"the server at {self.address} has no model {name!r}: it has {', '.join(known) or 'none'}")
+        self.name = name
+        self.description: Mapping[str, Any] = known[name]
+
+    @classmethod
+    def of(
+        cls, model: Any, source: Any, remote: str | bool, api_key: str | None, dispatch: bool, given: Mapping[str, Any]
+    ) -> "ServedModel":
+        """Return the model on a server that a wrapper was asked to open: `source` with these arguments.
+
+        Raises:
+            InputError: It was asked for with arguments that only loading takes, or it is of another class.
+        """
+        kind = type(model).__name__
+        names = [name for name, value in (given | {"dispatch": dispatch or None}).items() if value is not None]
+        if names:
+            raise InputError(f"{names[0]}: a model on a server is loaded already, by `diffsight serve`. Leave it out")
+        if not isinstance(source, str):
+            raise InputError(f"remote=: a model on a server is named by text, not by a {type(source).__name__}")
+        server = cls(source, remote, api_key)
+        if server.description["kind"] != kind:
+            raise InputError(f"{source} is a {server.description['kind']}: open it with that class, not with {kind}")
+        return server
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether floating-point tensors are sent as float16, in both directions. Assignable. False by default."""
+        return self.dtype is not None
+
+    @half_precision.setter
+    def half_precision(self, value: bool) -> None:
+        self.dtype = _HALF if value else None
+
+    @contextmanager
+    def configuration(self) -> Iterator[Path]:
+        """Download the configuration of the model, without weights, into a folder that exists within the block."""
+        data = self.address.get(f"/models/{self.name}/configuration")
+        with tempfile.TemporaryDirectory(prefix="diffsight-") as place:
+            try:
+                with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                    archive.extractall(place)  # names that lead out of the folder are made to stay in it
+            except zipfile.BadZipFile:
+                raise RemoteError(f"{self.address} does not answer like a server of diffsight") from None
+            yield Path(place)
+
+    # ---- connections
+
+    def open(self) -> Connection:
+        """Return the connection for a run: that of the session if it is free, else a new one."""
+        if self._kept is not None:
+            if self._is_busy:
+                raise InputError("a session has one run at a time: end the run before, or open it outside the session")
+            self._is_busy = True
+            return self._kept
+        return self.address.connect(self.name, _LONGEST)
+
+    def release(self, connection: Connection) -> None:
+        """Take back the connection of a run that has ended."""
+        if connection is not self._kept:
+            connection.close()
+            return
+        self._is_busy = False
+        try:  # whatever is still to come belongs to that run
+            connection.send({"body": None, "do": [{"op": "close"}]}, {})
+            while connection.receive()[0]["say"] != "closed":
+                pass
+        except RemoteError:
+            self._kept = None
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Keep one replica of the server for the runs in the block, one after the other."""
+        if self._kept is not None:
+            raise InputError("a session is open already")
+        self._kept = self.address.connect(self.name, _LONGEST)
+        try:
+            yield
+        finally:
+            kept, self._kept, self._is_busy = self._kept, None, False
+            if kept is not None:
+                kept.close()
+
+    def ask(self, op: Mapping[str, Any]) -> Any:
+        """Return the answer to one operation outside a run."""
+        encoder = ValueEncoder(dtype=self.dtype)
+        opening = {"version": VERSIONS[-1], "method": None, "args": [], "kwargs": {}, "edits": []}
+        connection = self.open()
+        try:
+            connection.send(opening | {"half": self.half_precision, "grad": False}, {})
+            do = [{name: encoder.encode(value) for name, value in op.items()}]
+            connection.send({"body": None, "do": do}, encoder.tensors)
+            reply, tensors = connection.receive()
+        finally:
+            self.release(connection)
+        if reply["say"] == "error":
+            raise error_of(reply["error"])
+        return ValueDecoder(tensors).decode(reply["value"])
+
+    # ---- lenses
+
+    def lens(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Run a lens on the server and return its result.
+
+            model.server.lens("logit_lens", "The Eiffel Tower is in the city of", top_k=3)
+
+        Args:
+            name: The name of the lens, such as "logit_lens".
+            args, kwargs: Its arguments, without the model.
+
+        Raises:
+            RemoteError: The server does not run it.
+        """
+        return self.ask({"op": "lens", "name": name, "args": list(args), "kwargs": kwargs})
+
+    def submit(self, name: str, *args: Any, **kwargs: Any) -> "Job":
+        """Start a lens on the server and return at once. The arguments are those of `lens`."""
+        encoder = ValueEncoder(dtype=self.dtype)
+        message = {"lens": name, "args": encoder.encode(list(args)), "kwargs": encoder.encode(kwargs)}
+        frame = pack(message, encoder.tensors)
+        body = frame.encode() if isinstance(frame, str) else frame
+        answer, _ = unpack(self.address.get(f"/models/{self.name}/jobs", "POST", body).decode())
+        return Job(self.address, answer["job"])
+
+
+class Job:
+    """A lens that runs on a server.
+
+    Args:
+        address: The server.
+        number: The id of the job.
+    """
+
+    def __init__(self, address: Address, number: str) -> None:
+        self.address, self.id = address, number
+
+    @property
+    def status(self) -> str:
+        """ "waiting", "running", "done" or "failed"."""
+        return self.address.json(f"/jobs/{self.id}")["status"]
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for the job and return its result.
+
+        Args:
+            timeout: The seconds to wait; None for as long as it takes.
+
+        Raises:
+            TimeoutError: The job has not ended by then.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        pause = 0.05
+        while self.status in ("waiting", "running"):
+            if end is not None and time.monotonic() > end:
+                raise TimeoutError(f"the job {self.id} has not ended in {timeout} seconds; it is {self.status}")
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
+        data = self.address.get(f"/jobs/{self.id}/result")
+        message, tensors = unpack(data if data[:1] != b"{" else data.decode())
+        if message.get("error"):
+            raise error_of(message["error"])
+        return ValueDecoder(tensors).decode(message["value"])
+
+    def __repr__(self) -> str:
+        return f"<job {self.id} on {self.address}>"

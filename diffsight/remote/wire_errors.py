@@ -1,0 +1,42 @@
+"""Errors as remote runs send them: the same class, with the same text, at the line that asked.
+
+    raise error_of(described(error))
+
+Errors of diffsight and of Python keep their class. Any other, such as one of a library that only the server has,
+becomes a `RemoteError` that names it.
+"""
+
+import builtins
+from typing import Any
+
+from diffsight import errors
+from diffsight.remote.wire_values import ProtocolError
+
+
+class RemoteError(errors.DiffsightError):
+    """The server cannot be reached, refuses the run, or has ended it; or an error of a class that is not known here."""
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def described(error: BaseException) -> dict[str, Any]:
+    """Return an error as a message holds it."""
+    args = list(error.args) if all(type(one) in _PLAIN for one in error.args) else [str(error)]
+    return {"kind": type(error).__name__, "args": args, "notes": list(getattr(error, "__notes__", ()))}
+
+
+def error_of(data: dict[str, Any]) -> Exception:
+    """Return the error that a message describes."""
+    kind, args = data["kind"], data["args"]
+    known = {"ProtocolError": ProtocolError, "RemoteError": RemoteError}.get(kind)
+    found = known or getattr(errors, kind, None) or getattr(builtins, kind, None)
+    try:
+        if not (isinstance(found, type) and issubclass(found, Exception)):
+            raise TypeError(kind)
+        error = found(*args)
+    except TypeError:
+        error = RemoteError(f"{kind}: {' '.join(map(str, args))}")
+    for note in data["notes"]:
+        error.add_note(note)
+    return error

@@ -1,0 +1,266 @@
+"""Values as remote runs send them: JSON, with the tensors beside it.
+
+    encoder = ValueEncoder()
+    data = encoder.encode(([hidden], {"scale": 2.0}))       # what `json.dumps` takes
+    ValueDecoder(encoder.tensors).decode(data)              # ([hidden], {"scale": 2.0})
+
+What JSON has no form for is a dictionary with one key that begins with "$". Tensors, arrays and images are sent bit for
+bit. Output objects of diffusers and transformers are rebuilt from their fields, and only if their class is already
+imported: nothing that is received imports or runs anything. An object that cannot be sent, such as a cache of keys and
+values, stays on the server, and a `Held` takes its place.
+"""
+
+import math
+import sys
+from collections import OrderedDict, UserDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffsight.errors import DiffsightError, InputError
+
+_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_OUTPUTS_OF = ("diffusers", "transformers", "torch")  # packages whose output objects are sent
+_RESULTS_OF = ("diffsight.lenses", "diffsight.pipelines")
+
+
+class ProtocolError(DiffsightError):
+    """A message of a remote run is not what the protocol allows."""
+
+
+class Held:
+    """Stands for an object that stays on the server, such as a cache of keys and values.
+
+    It can be assigned back, in the same run; its contents can only be read there."""
+
+    def __init__(self, number: int, kind: str) -> None:
+        self.number, self.kind = number, kind
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise InputError(f".{name}: the {self.kind} stays on the server, and only tensors and plain values are sent")
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} on the server>"
+
+
+class ValueEncoder:
+    """Encodes the values of one message.
+
+    Args:
+        hold: Keeps an object that cannot be sent and returns its number. None if there is no such place.
+        hand_out: Returns what else to say about a tensor that is sent, such as the number by which it is known.
+        dtype: Send floating-point tensors in this type.
+
+    Attributes:
+        tensors: The tensors of the values, by name.
+    """
+
+    def __init__(
+        self,
+        hold: Callable[[Any], int] | None = None,
+        hand_out: Callable[[torch.Tensor], Mapping[str, Any]] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._hold, self._hand_out, self._dtype = hold, hand_out, dtype
+
+    def encode(self, value: Any) -> Any:
+        """Return a value as JSON stores it.
+
+        Raises:
+            InputError: It cannot be sent, and there is nowhere to keep it.
+        """
+        if value is None or type(value) in (bool, int, str):
+            return value
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if type(value) is float:
+            return value if math.isfinite(value) else {"$float": str(value)}
+        if type(value) is tuple:
+            return {"$tuple": self._list(value)}
+        if type(value) is list:
+            return self._list(value)
+        if isinstance(value, Mapping):
+            return self._mapping(value)
+        return self._special(value)
+
+    def _special(self, value: Any) -> Any:
+        if isinstance(value, (slice, range)):
+            return {f"${type(value).__name__}": self._list((value.start, value.stop, value.step))}
+        if value is Ellipsis:
+            return {"$ellipsis": None}
+        if isinstance(value, Held):
+            return {"$held": [value.number, value.kind]}
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+            return {"$array": self._add(torch.from_numpy(np.array(value, order="C")))}
+        if isinstance(value, np.generic) and value.dtype.kind in "biuf":
+            return self.encode(value.item())
+        if isinstance(value, Image.Image):
+            return self._image(value)
+        if isinstance(value, (torch.dtype, torch.device)):
+            return {f"${type(value).__name__}": str(value).removeprefix("torch.")}
+        if isinstance(value, tuple) and _name_of(value, _OUTPUTS_OF):  # torch.Size, a named tuple
+            return {"$named": [_name_of(value, _OUTPUTS_OF), self._list(value)]}
+        if is_dataclass(value) and not isinstance(value, type) and _name_of(value, _RESULTS_OF):
+            given = {one.name: self.encode(getattr(value, one.name)) for one in fields(value) if one.init}
+            return {"$object": [_name_of(value, _RESULTS_OF), given]}
+        if isinstance(value, (int, str)):  # a subclass, such as an enumeration
+            return value.__index__() if isinstance(value, int) else str.__str__(value)
+        if self._hold is None:
+            hint = ": paths mean nothing on another machine" if isinstance(value, Path) else ""
+            raise InputError(f"a {type(value).__name__} cannot be sent to a server{hint}")
+        return {"$held": [self._hold(value), type(value).__name__]}
+
+    def _list(self, values: Iterable[Any]) -> list[Any]:
+        return [self.encode(value) for value in values]
+
+    def _mapping(self, values: Mapping[Any, Any]) -> dict[str, Any]:
+        name = _name_of(values, _OUTPUTS_OF)
+        if name and (is_dataclass(values) or isinstance(values, UserDict)):
+            # The items of an output object lack the fields that are None.
+            held = {one.name: getattr(values, one.name) for one in fields(values)} if is_dataclass(values) else values
+            return {"$output": [name, {key: self.encode(value) for key, value in held.items()}]}
+        if all(isinstance(key, str) and not key.startswith("$") for key in values):
+            return {key: self.encode(value) for key, value in values.items()}
+        return {"$map": [self._list(pair) for pair in values.items()]}
+
+    def _image(self, image: Image.Image) -> dict[str, Any]:
+        shown = image.convert("RGBA") if image.mode in ("P", "PA") else image
+        pixels = torch.frombuffer(bytearray(shown.tobytes()), dtype=torch.uint8) if min(shown.size) else torch.empty(0)
+        return {"$image": [self._add(pixels), shown.mode, *shown.size]}
+
+    def _tensor(self, tensor: torch.Tensor) -> dict[str, Any]:
+        if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized:
+            kind = "meta tensor" if tensor.is_meta else "quantized or sparse tensor"
+            raise InputError(f"a {kind} cannot be sent: send one with its data, such as .to_dense()")
+        more = self._hand_out(tensor) if self._hand_out is not None else {}
+        sent = tensor.detach()
+        if self._dtype is not None and sent.is_floating_point() and sent.element_size() > self._dtype.itemsize:
+            more = {**more, "dtype": str(sent.dtype).removeprefix("torch.")}
+            sent = sent.to(self._dtype)
+        return {"$tensor": self._add(sent), **more}
+
+    def _add(self, tensor: torch.Tensor) -> str:
+        name = str(len(self.tensors))
+        self.tensors[name] = tensor.cpu().contiguous()
+        return name
+
+
+class ValueDecoder:
+    """Decodes the values of one message.
+
+    Args:
+        tensors: The tensors that came with it, by name.
+        held: Returns the object that was kept under a number. None makes a `Held` of it.
+        received: Called with every tensor and what was said about it; returns the tensor to use.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        held: Callable[[int], Any] | None = None,
+        received: Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor] | None = None,
+    ) -> None:
+        self._tensors, self._held, self._received = tensors, held, received
+
+    def decode(self, data: Any) -> Any:
+        """Return the value that was encoded as `data`.
+
+        Raises:
+            ProtocolError: `data` is not the form of any value.
+        """
+        if isinstance(data, list):
+            return list(map(self.decode, data))
+        if not isinstance(data, dict):
+            return data
+        kind = next(iter(data), "")
+        if not kind.startswith("$"):
+            return {key: self.decode(value) for key, value in data.items()}
+        try:
+            return self._tensor(data) if kind == "$tensor" else self._special(kind, data[kind])
+        except DiffsightError:
+            raise
+        except Exception as error:
+            raise ProtocolError(f"{kind} does not hold what it should: {type(error).__name__}: {error}") from None
+
+    def _tensor(self, data: dict[str, Any]) -> torch.Tensor:
+        tensor = self._tensors[data["$tensor"]]
+        if "dtype" in data:
+            tensor = tensor.to(_dtype(data["dtype"]))
+        return tensor if self._received is None else self._received(tensor, data)
+
+    def _special(self, kind: str, inner: Any) -> Any:
+        match kind:
+            case "$tuple":
+                return tuple(map(self.decode, inner))
+            case "$map":
+                return {self.decode(key): self.decode(value) for key, value in inner}
+            case "$float":
+                return _NUMBERS[inner]
+            case "$slice":
+                return slice(*map(self.decode, inner))
+            case "$range":
+                return range(*inner)
+            case "$ellipsis":
+                return ...
+            case "$array":
+                return self._tensors[inner].numpy()
+            case "$image":
+                name, mode, *size = inner
+                return Image.frombytes(mode, tuple(size), self._tensors[name].numpy().tobytes())
+            case "$dtype":
+                return _dtype(inner)
+            case "$device":
+                return torch.device(inner)
+            case "$held":
+                number, name = inner
+                return Held(number, name) if self._held is None else self._held(number)
+            case "$named":
+                return _named(*self._with_class(inner, _OUTPUTS_OF, tuple))
+            case "$output":
+                kind, values = self._with_class(inner, _OUTPUTS_OF, (OrderedDict, UserDict))
+                return kind(values) if issubclass(kind, UserDict) else kind(**values)
+            case "$object":
+                kind, values = self._with_class(inner, _RESULTS_OF, object)
+                if not is_dataclass(kind):
+                    raise ProtocolError(f"{kind.__name__} is not a class of results")
+                return kind(**values)
+        raise ProtocolError(f"{kind} is not the form of any value: it may be of a newer version of diffsight")
+
+    def _with_class(self, inner: list, packages: tuple[str, ...], base: Any) -> tuple[type, Any]:
+        """The class that was named, which must be imported already, and the decoded contents."""
+        name, values = inner
+        module, _, attribute = name.rpartition(".")
+        found = getattr(sys.modules.get(module), attribute, None) if _is_in(module, packages) else None
+        if not isinstance(found, type) or not issubclass(found, base):
+            raise ProtocolError(f"there is no class {name} here whose objects can be received")
+        return found, self.decode(values)
+
+
+def _named(kind: type, values: list) -> tuple:
+    return kind(*values) if hasattr(kind, "_fields") else kind(values)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ProtocolError(f"there is no type of tensors called {name!r}")
+    return found
+
+
+def _name_of(value: Any, packages: tuple[str, ...]) -> str:
+    """The full name of the class of a value, or an empty string if it is of none of these packages."""
+    kind = type(value)
+    is_there = _is_in(kind.__module__, packages) and kind.__qualname__ == kind.__name__
+    return f"{kind.__module__}.{kind.__name__}" if is_there else ""
+
+
+def _is_in(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)

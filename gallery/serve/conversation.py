@@ -1,0 +1,191 @@
+"""One client's connection to a model: its frames, and the thread in which its runs are carried out.
+
+The event loop only moves frames. Everything else happens in a thread of the connection, since a run belongs to the
+thread that opened it. When the client goes, or a limit is reached, an exception is raised in that thread: the model is
+unwound where it stands.
+"""
+
+import asyncio
+import ctypes
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from diffsight.remote import ProtocolError, RemoteError, RunEnded, RunSession, error_frame
+
+_log = logging.getLogger("diffsight.serve")
+_WAITING = 4  # frames of a client that may wait: it asks one question at a time
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one connection may take.
+
+    Attributes:
+        run_seconds: The time of a run, from its opening to its end.
+        idle_seconds: The time between an answer and the next question, and for a client to take an answer.
+        frame_bytes: The size of a frame from a client.
+        memory_bytes: The memory of the process, above which a run is ended. None for no limit.
+    """
+
+    run_seconds: float = 600.0
+    idle_seconds: float = 60.0
+    frame_bytes: int = 1 << 30
+    memory_bytes: int | None = None
+
+
+class Closed(Exception):
+    """The client has closed the connection."""
+
+
+class Socket(Protocol):
+    """A WebSocket, whichever library it is of. Both methods raise Closed."""
+
+    async def receive(self) -> str | bytes: ...
+
+    async def send(self, frame: str | bytes) -> None: ...
+
+
+class Conversation:
+    """Serves one connection.
+
+    Args:
+        model: The model.
+        services: What may be asked for besides runs, see `RunSession`.
+        limits: What the connection may take.
+        name: What the log calls the connection.
+    """
+
+    def __init__(self, model: Any, services: Mapping[str, Callable[..., Any]], limits: Limits, name: str) -> None:
+        self._limits, self._name = limits, name
+        self._frames: queue.Queue[str | bytes | None] = queue.Queue()
+        self._session = RunSession(model, self._next, self._send, services, self._opened)
+        self._thread = threading.Thread(target=self._serve, name=f"run {name}", daemon=True)
+        self._lock = threading.Lock()
+        self._is_over = False
+        self._why: Exception | None = None  # why the session was ended from outside
+        self._timer: asyncio.TimerHandle | None = None
+        self._began = 0.0
+
+    async def run(self, socket: Socket) -> str:
+        """Serve the connection until it ends. Return why it has ended, for the client."""
+        self._loop, self._socket = asyncio.get_running_loop(), socket
+        done = self._done = asyncio.Event()
+        self._thread.start()
+        reading = asyncio.create_task(self._read())
+        try:
+            await done.wait()
+        finally:
+            reading.cancel()
+            self._interrupt(None)
+            await asyncio.to_thread(self._thread.join)
+        return str(self._why or "")
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                frame = await self._socket.receive()
+                size = len(frame)
+                if size > self._limits.frame_bytes:
+                    raise ProtocolError(f"a frame of {size} bytes: the limit is {self._limits.frame_bytes}")
+                if self._frames.qsize() >= _WAITING:
+                    raise ProtocolError("one question at a time: the answer to the last is not there yet")
+                self._frames.put(frame)
+        except Closed:
+            self._interrupt(None)
+        except ProtocolError as error:
+            self._interrupt(error)
+
+    # ---- in the thread of the connection
+
+    def _serve(self) -> None:
+        try:
+            self._session.serve()
+        except RunEnded:
+            pass
+        except Exception as error:  # a bug, of which the client learns no more than that
+            _log.exception("run %s failed", self._name)
+            self._why = self._why or RemoteError(f"the server failed with {type(error).__name__}; its log says why")
+        finally:
+            with self._lock:
+                self._is_over = True
+            self._end()
+
+    def _end(self) -> None:
+        try:
+            self._session.close()
+            if self._why is not None:
+                self._send(error_frame(self._why))
+        except (Exception, RunEnded):  # the client has gone
+            pass
+        finally:
+            self._loop.call_soon_threadsafe(self._done.set)
+
+    def _next(self) -> str | bytes:
+        self._check_memory()
+        try:
+            frame = self._frames.get(timeout=self._limits.idle_seconds)
+        except queue.Empty:
+            self._why = RemoteError(
+                f"the run was ended, because nothing was asked of it for {self._limits.idle_seconds:g} seconds"
+            )
+            frame = None
+        if frame is None:
+            raise RunEnded
+        return frame
+
+    def _send(self, frame: str | bytes) -> None:
+        sending = asyncio.run_coroutine_threadsafe(self._socket.send(frame), self._loop)
+        try:
+            sending.result(self._limits.idle_seconds)
+        except (Closed, TimeoutError):
+            sending.cancel()
+            raise RunEnded from None
+
+    def _check_memory(self) -> None:
+        most = self._limits.memory_bytes
+        if most is not None and _memory() > most:
+            self._why = RemoteError(f"the run was ended: the process takes more than its limit of {most} bytes")
+            raise RunEnded
+
+    def _opened(self, begins: bool) -> None:
+        if begins:
+            self._began = time.monotonic()
+            _log.info("run %s begins", self._name)
+        else:
+            _log.info("run %s has ended after %.3f s", self._name, time.monotonic() - self._began)
+        self._loop.call_soon_threadsafe(self._set_timer, begins)
+
+    # ---- in the event loop
+
+    def _set_timer(self, begins: bool) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if begins:
+            seconds = self._limits.run_seconds
+            error = RemoteError(f"the run was ended, because it took longer than {seconds:g} seconds")
+            self._timer = self._loop.call_later(seconds, self._interrupt, error)
+
+    def _interrupt(self, why: Exception | None) -> None:
+        """End the session: raise an exception wherever its thread is."""
+        with self._lock:
+            if self._is_over:
+                return
+            self._why = self._why or why
+            self._frames.put(None)
+            number = ctypes.c_ulong(self._thread.ident)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(RunEnded))
+
+
+def _memory() -> int:
+    """The memory that the process takes, in bytes."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * 4096
+    except OSError:  # no Linux
+        return 0

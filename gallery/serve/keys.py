@@ -1,0 +1,104 @@
+"""API keys: who may use a server, and how many runs each may have open at once.
+
+A key is a random text of 256 bits. The file of keys holds a name, the SHA-256 hash of the key, and perhaps a number of
+runs a line; a key of that length needs no slower hash.
+
+    diffsight key keys.txt alice            # prints the new key once, and adds its hash to the file
+"""
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffsight.errors import InputError
+
+_PREFIX = "ds-"
+_DEFAULT_RUNS = 8
+
+
+@dataclass(frozen=True)
+class Key:
+    """One line of a file of keys."""
+
+    name: str
+    digest: str
+    runs: int = _DEFAULT_RUNS
+
+
+ANYONE = Key("anyone", "", 1 << 30)  # on a server without keys
+
+
+class Keys:
+    """The keys of a server.
+
+    Args:
+        file: The file. None for a server without keys, which anyone may use who can reach it.
+
+    Raises:
+        InputError: The file does not exist, or a line in it is wrong.
+    """
+
+    def __init__(self, file: str | Path | None) -> None:
+        self._keys: list[Key] | None = None if file is None else _read(Path(file))
+
+    def find(self, key: str | None) -> Key | None:
+        """Return the line of a key; None if there is none. It takes the same time for every wrong key."""
+        if self._keys is None:
+            return ANYONE
+        digest, found = _hash(key or ""), None
+        for known in self._keys:
+            if hmac.compare_digest(known.digest, digest):
+                found = known
+        return found
+
+
+def key_in(headers: Mapping[str, str]) -> str | None:
+    """Return the key that a request carries."""
+    kind, _, key = headers.get("authorization", headers.get("Authorization", "")).partition(" ")
+    return key.strip() if kind.lower() == "bearer" and key.strip() else None
+
+
+def add_key(file: str | Path, name: str, runs: int = _DEFAULT_RUNS) -> str:
+    """Add a new key to a file, which is created if need be, and return the key.
+
+    Raises:
+        InputError: The name is in the file already, or cannot be a name.
+    """
+    path = Path(file)
+    known = _read(path) if path.exists() else []
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        raise InputError(f"a key is named by letters, digits, and - _ . in between, not by {name!r}")
+    if any(key.name == name for key in known):
+        raise InputError(f"{file} has a key for {name!r} already: remove that line first, or choose another name")
+    if runs < 1:
+        raise InputError(f"a key allows 1 run or more at once, not {runs}")
+    key = _PREFIX + secrets.token_urlsafe(32)
+    lines = [*(f"{one.name} {one.digest} {one.runs}" for one in known), f"{name} {_hash(key)} {runs}"]
+    new = path.with_name(f"{path.name}.new")
+    new.touch(mode=0o600)
+    new.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    new.replace(path)
+    return key
+
+
+def _hash(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
+
+
+def _read(path: Path) -> list[Key]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the file of keys {path} cannot be read: {error}. `diffsight key` makes one") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not line.startswith("#"):
+            name, digest, *rest = [*line.split(), ""]
+            runs = rest[0] or str(_DEFAULT_RUNS)
+            if len(digest) != 64 or not runs.isdigit():
+                raise InputError(f"{path}, line {number}: a line is a name, a hash, and perhaps a number of runs")
+            found.append(Key(name, digest, int(runs)))
+    return found
