@@ -42,7 +42,7 @@ from diffsight.lenses.visits.named_points import NamedPoint, PointName, named_po
 from diffsight.lenses.visits.visiting import is_in_steps
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
-from diffsight.pipelines.weights import find_path, shortened
+from diffsight.pipelines.local_paths import find_path, shortened
 
 METHODS = ("mean", "pca", "probe")
 _TENSORS = "vectors.safetensors"
