@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffsight.lenses.activation_patching import activation_patching
     from diffsight.lenses.attach_sae import attach_sae
     from diffsight.lenses.attention_maps import AttentionMaps, attention_from, attention_maps
+    from diffsight.lenses.causal_tracing import CausalTrace, causal_tracing
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
     from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders
     from diffsight.lenses.concept_features import concept_features
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         patchscope_lens,
         repeat_prompt,
     )
+    from diffsight.lenses.prompt_swap import PromptSwap, prompt_swap
     from diffsight.lenses.prompt_to_prompt import PromptToPromptResult, prompt_to_prompt
     from diffsight.lenses.results.image_grid import image_grid
     from diffsight.lenses.results.site_effects import EffectComparison, SiteEffects
@@ -65,6 +67,7 @@ __all__ = [
     "SAE",
     "Activations",
     "AttentionMaps",
+    "CausalTrace",
     "DiffusionLensResult",
     "EffectComparison",
     "EncoderComparison",
@@ -82,6 +85,7 @@ __all__ = [
     "Outcome",
     "PatchscopeTexts",
     "Prompt",
+    "PromptSwap",
     "PromptToPromptResult",
     "SAEEvaluation",
     "SAESettings",
@@ -96,6 +100,7 @@ __all__ = [
     "attach_sae",
     "attention_from",
     "attention_maps",
+    "causal_tracing",
     "clip_score",
     "collect_activations",
     "compare_encoders",
@@ -122,6 +127,7 @@ __all__ = [
     "patchscope_generate",
     "patchscope_lens",
     "pixel_distance",
+    "prompt_swap",
     "prompt_to_prompt",
     "repeat_prompt",
     "run_prompts",
@@ -160,6 +166,7 @@ _NAMES_IN = {
         "TopExamples",
         "top_examples",
     ),
+    "causal_tracing": ("CausalTrace", "causal_tracing"),
     "collect_activations": ("Activations", "collect_activations", "load_activations"),
     "compare_encoders": ("EncoderComparison", "compare_encoders"),
     "diffusion_lens": ("DiffusionLensResult", "diffusion_lens"),
@@ -180,6 +187,7 @@ _NAMES_IN = {
         "patchscope_lens",
         "repeat_prompt",
     ),
+    "prompt_swap": ("PromptSwap", "prompt_swap"),
     "prompt_to_prompt": ("PromptToPromptResult", "prompt_to_prompt"),
     "metrics.image_metrics": ("clip_score", "latent_distance", "pixel_distance", "shapes_verdict"),
     "metrics.outcome": ("Outcome",),

@@ -39,6 +39,7 @@ from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import HeatMapSection, Section
 from diffsight.lenses.tokens.batches import open_batches
 from diffsight.lenses.tokens.choosing import check_count, check_language_model
+from diffsight.lenses.tracing.stored_starts import can_start_from
 from diffsight.pipelines.language.model import LanguageModel
 
 Head = tuple[int, int]
@@ -219,7 +220,8 @@ def head_effects(
     """Return the causal effect of every head on each prompt, (layers, heads, prompts), and the probability of the
     answer without a change, (prompts,).
 
-    The heads of a layer are rows of one pass, which begins at the stored input of that layer."""
+    The heads of a layer are rows of one pass, which begins at the stored input of that layer where the model allows
+    it."""
     layers, heads = means.outputs.shape[:2]
     size = max(1, batch_size // heads)
     effects, baselines = [], []
@@ -229,9 +231,10 @@ def head_effects(
             ids = torch.tensor(answers[start : start + size])
             inputs, plain = _inputs_of_layers(model, texts, ids)
             baselines.append(plain)
-            of_batch = []
+            of_batch, starts = [], can_start_from(model, texts, inputs[-1], plain, partial(_of_answers, answers=ids))
             for layer in range(layers):
-                found = _patched(model, texts, ids, layer, inputs[layer], means.outputs[layer])
+                given = inputs[layer] if starts else None
+                found = _patched(model, texts, ids, layer, given, means.outputs[layer])
                 of_batch.append(found - plain)
                 bar.update()
             effects.append(torch.stack(of_batch))
@@ -268,15 +271,22 @@ def _inputs_of_layers(
 
 
 def _patched(
-    model: LanguageModel, texts: list[str], answers: torch.Tensor, layer: int, given: torch.Tensor, means: torch.Tensor
+    model: LanguageModel,
+    texts: list[str],
+    answers: torch.Tensor,
+    layer: int,
+    given: torch.Tensor | None,
+    means: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the probability of each answer with the mean of one head in its place, (heads, prompts)."""
+    """Return the probability of each answer with the mean of one head in its place, (heads, prompts).
+
+    `given` is the input of the layer for each text. None runs the layers before it."""
     count = len(means)
     (batch,) = open_batches(model, [text for text in texts for _ in range(count)], -1, len(texts) * count)
     rows, where = batch.indices
     heads = torch.arange(count).repeat(len(texts))
     with batch.run as run:
-        if layer:
+        if layer and given is not None:
             run.skip_layers(0, layer - 1, given.repeat_interleave(count, 0))
         outputs = run.heads_output[layer].clone()
         outputs[rows, where, heads] = means[heads].to(outputs)

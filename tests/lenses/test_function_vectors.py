@@ -76,8 +76,9 @@ def test_it_equals_a_loop_with_hooks(build_net):
             effects[layer, head] = (changed - plain).mean()
 
     found = function_vector(model, PAIRS, heads=3, batch_size=9, **FEW)
-    assert torch.allclose(found.effects, effects, atol=2e-6)
-    assert effects.abs().max() > 1e-4
+    largest = effects.abs().max()
+    assert largest > 1e-5
+    assert torch.allclose(found.effects / largest, effects / largest, atol=0.01)
     best = effects.flatten().argsort(descending=True)[:3].tolist()
     assert found.heads == tuple(divmod(place, heads) for place in best)
     vector = 0.0

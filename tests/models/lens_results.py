@@ -182,6 +182,21 @@ MADE = {
     "evaluate_function_vector": lambda folder: lenses.evaluate_function_vector(
         load(folder / "language"), PAIRS, torch.ones(32), layer=1
     ),
+    "causal_tracing": lambda folder: lenses.causal_tracing(
+        load(folder / "language"), "A cat sat on the", "cat", layers=[0, -1], samples=2, progress=False
+    ),
+    "causal_tracing of a pipeline": lambda folder: lenses.causal_tracing(
+        load(folder / "pipeline"),
+        PROMPT,
+        "circle",
+        sites="unet.**.attn2",
+        metric=lenses.pixel_distance(),
+        samples=2,
+        **FAST,
+    ),
+    "prompt_swap": lambda folder: lenses.prompt_swap(
+        load(folder / "pipeline"), PROMPT, PROMPT.replace("blue", "green"), lenses.pixel_distance(), window=2, **FAST
+    ),
     "image_token_lens": _image_tokens,
     "patchscope_lens": _repeated,
     "patchscope_lens of hidden states": _from_states,

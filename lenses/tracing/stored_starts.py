@@ -1,0 +1,43 @@
+"""Whether the layers of a language model can start from a stored hidden state alone.
+
+Some models hand more than hidden states from layer to layer, such as keys and values. This is found out by trying.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from diffsight.lenses.tokens.batches import open_batches
+from diffsight.pipelines.language.model import LanguageModel
+
+_TOLERANCE = 1e-4
+
+
+@torch.no_grad()
+def can_start_from(
+    model: LanguageModel,
+    prompts: list,
+    last_input: torch.Tensor,
+    expected: torch.Tensor,
+    measure: Callable[[torch.Tensor], torch.Tensor],
+    inputs: Mapping[str, Any] | None = None,
+) -> bool:
+    """Return whether the last layer, from a stored input alone, leads to what the whole model computes.
+
+    Args:
+        model: The model.
+        prompts: The prompts, one for each row.
+        last_input: The input of the last layer.
+        expected: What `measure` returns for the logits of the whole model.
+        measure: Takes the logits at the last tokens, (rows, vocabulary).
+        inputs: Further inputs of the model.
+    """
+    (batch,) = open_batches(model, prompts, -1, len(prompts), **inputs or {})
+    try:
+        with batch.run as run:
+            run.skip_layers(0, len(model.layers_output) - 2, last_input)
+            logits = batch.pick(run.logits).float().cpu()
+    except Exception:  # whatever the model needs besides hidden states is missing
+        return False
+    return bool(torch.allclose(measure(logits), expected, atol=_TOLERANCE, rtol=_TOLERANCE))

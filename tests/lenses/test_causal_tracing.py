@@ -1,0 +1,239 @@
+"""Causal tracing and prompt swapping, compared with loops of plain hooks."""
+
+import pytest
+import torch
+
+from diffsight import DiffusionModel, LanguageModel, causal_tracing, prompt_swap
+from diffsight.lenses import pixel_distance
+from helpers import SEED, draw, module_at, refusal
+from models import diffusion, language
+
+PROMPT, SUBJECT = "The Eiffel Tower is in the city of", "Eiffel Tower"
+
+
+def blocks_of(net):
+    if hasattr(net, "transformer"):
+        return net.transformer.wte, net.transformer.h
+    return net.model.embed_tokens, net.model.layers
+
+
+def part_of(block, kind):
+    names = {"layers": "", "mlps": "mlp", "attentions": "attn" if hasattr(block, "attn") else "self_attn"}
+    return block.get_submodule(names[kind])
+
+
+def first(output):
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def with_first(output, value):
+    return value if isinstance(output, torch.Tensor) else (value, *output[1:])
+
+
+def noise_of(net, tokens, samples, width, seed=0):
+    embeddings, _ = blocks_of(net)
+    noise = torch.randn(samples, tokens, width, generator=torch.Generator().manual_seed(seed))
+    return noise * 3.0 * embeddings.weight.std()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["layers", "mlps", "attentions"])
+@pytest.mark.parametrize("build", [language.gpt2, language.llama, language.gemma2])
+def test_it_equals_a_loop_with_hooks(build, kind):
+    net, window, samples = build(), 1 if kind == "layers" else 2, 2
+    ids = language.ids(PROMPT)
+    embeddings, blocks = blocks_of(net)
+    part = {
+        "layers": lambda b: b,
+        "mlps": lambda b: b.mlp,
+        "attentions": lambda b: getattr(b, "attn", None) or b.self_attn,
+    }
+    places = [part[kind](block) for block in blocks]
+    pieces = [language.TOKENIZER.decode([token]) for token in ids[0]]
+    inside = [i for i, piece in enumerate(pieces) if piece.strip() and piece.strip() in SUBJECT.replace(" ", " ")]
+    subject = range(min(inside), max(inside) + 1)
+    clean = []
+
+    def keep(module, args, out):
+        clean.append(first(out).clone())
+
+    hooks = [place.register_forward_hook(keep) for place in places]
+    probabilities = net(ids).logits[0, -1].softmax(-1)
+    for hook in hooks:
+        hook.remove()
+    answer = int(probabilities.argmax())
+    noise = noise_of(net, len(subject), samples, 32)
+
+    def probability(sample, layers=(), token=None):
+        def corrupt(module, args, out):
+            out = out.clone()
+            out[:, subject.start : subject.stop] += noise[sample]
+            return out
+
+        hooks = [embeddings.register_forward_hook(corrupt)]
+        for layer in layers:
+
+            def restore(module, args, out, layer=layer):
+                value = first(out).clone()
+                value[0, token] = clean[layer][0, token]
+                return with_first(out, value)
+
+            hooks.append(places[layer].register_forward_hook(restore))
+        found = net(ids).logits[0, -1].softmax(-1)[answer]
+        for hook in hooks:
+            hook.remove()
+        return float(found)
+
+    corrupted = sum(probability(sample) for sample in range(samples)) / samples
+    trace = causal_tracing(
+        LanguageModel((net, language.TOKENIZER)), PROMPT, SUBJECT, sites=kind, window=window, samples=samples,
+        batch_size=5, progress=False,
+    )  # fmt: skip
+    expected = torch.zeros(4, ids.shape[1])
+    for layer in range(4):
+        around = range(max(0, layer - window // 2), min(4, layer + (window + 1) // 2))
+        for token in range(ids.shape[1]):
+            expected[layer, token] = sum(probability(sample, around, token) for sample in range(samples)) / samples
+    scale = abs(trace.clean - corrupted)
+    assert trace.clean == pytest.approx(float(probabilities[answer]), abs=1e-6)
+    assert trace.corrupted == pytest.approx(corrupted, abs=1e-6)
+    assert [name.endswith("*") for name in trace.columns] == [i in subject for i in range(len(trace.columns))]
+    assert torch.allclose((trace.values - corrupted) / scale, (expected - corrupted) / scale, atol=0.02)
+    if kind == "layers":  # the last layer at the last token is all there is
+        assert float(trace.values[-1, -1]) == pytest.approx(trace.clean, abs=1e-6)
+
+
+TEXT = "a red circle above a blue square"
+CALL = {"num_inference_steps": 2, "guidance_scale": 5.0}
+SIZES = {"height": 32, "width": 32, "max_sequence_length": 16, "use_resolution_binning": False, "clean_caption": False}
+
+
+def pixels(image):
+    return torch.tensor(list(image.convert("RGB").tobytes())).float() / 255
+
+
+SITES = ["unet.mid_block", "text_encoder.layers[1]"]
+
+
+@torch.no_grad()
+def test_a_pipeline_equals_runs_with_hooks():
+    pipe = diffusion.stable_diffusion()
+    trace = causal_tracing(
+        DiffusionModel(pipe), TEXT, "circle", sites=SITES, metric=pixel_distance(), samples=2, seed=SEED,
+        progress=False, **CALL,
+    )  # fmt: skip
+    tokens = pipe.tokenizer(TEXT)["input_ids"]
+    place = tokens.index(pipe.tokenizer("circle")["input_ids"][1])
+    noise = torch.randn(2, 1, 32, generator=torch.Generator().manual_seed(SEED)) * 3
+    noise *= pipe.text_encoder.get_input_embeddings().weight.std()
+    layers, mid = pipe.text_encoder.encoder.layers, pipe.unet.mid_block
+
+    def drawn(*hooks):
+        image = draw(pipe, {"prompt": TEXT, **CALL})[0]
+        for hook in hooks:
+            hook.remove()
+        return pixels(image)
+
+    kept, states = [], []
+    clean = drawn(
+        mid.register_forward_hook(lambda module, args, out: kept.append(out[1].clone())),
+        layers[1].register_forward_hook(lambda module, args, out: states.append(first(out).clone())),
+    )
+    measured = []
+    for sample in range(2):
+        calls = {"embedding": 0, "state": 0, "mid": 0}
+
+        def corrupt(module, args, sample=sample, calls=calls):
+            calls["embedding"] += 1
+            hidden = args[0].clone()
+            if calls["embedding"] == 1:  # the prompt; the second call encodes the negative prompt
+                hidden[0, place] += noise[sample, 0]
+            return (hidden, *args[1:])
+
+        def restore_mid(module, args, out, calls=calls):
+            out = out.clone()
+            out[1] = kept[calls["mid"]]
+            calls["mid"] += 1
+            return out
+
+        def restore_state(module, args, out, calls=calls):
+            calls["state"] += 1
+            return with_first(out, states[calls["state"] - 1])
+
+        corrupted = drawn(layers[0].register_forward_pre_hook(corrupt))
+        calls["embedding"] = 0
+        mids = drawn(layers[0].register_forward_pre_hook(corrupt), mid.register_forward_hook(restore_mid))
+        calls["embedding"] = 0
+        encoded = drawn(layers[0].register_forward_pre_hook(corrupt), layers[1].register_forward_hook(restore_state))
+        measured.append([float((image - clean).square().mean().sqrt()) for image in (corrupted, mids, encoded)])
+    values = [sum(pair) / 2 for pair in zip(*measured)]
+    assert trace.clean == 0
+    assert trace.corrupted == pytest.approx(values[0], abs=1e-3)
+    assert trace.values[:, 0].tolist() == pytest.approx(values[1:], abs=1e-3)
+    assert values[0] > 0.005
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["stable_diffusion", "pixart_sigma"])
+def test_a_prompt_swapped_in_windows_of_layers(kind):
+    pipe, other = diffusion.PIPELINES[kind].build(), TEXT.replace("blue", "green")
+    call = CALL if kind == "stable_diffusion" else {**CALL, **SIZES}
+    model = DiffusionModel(pipe)
+    found = prompt_swap(model, TEXT, other, pixel_distance(), window=2, seed=SEED, progress=False, **call)
+    modules = [module_at(pipe, path.replace("[", ".").replace("]", "")) for path in found.layers]
+    seen = []
+
+    def keep(module, args, out):
+        seen.append(args[0][1].clone())
+
+    hooks = [part.register_forward_hook(keep) for module in modules for part in (module.to_k,)]
+    assert torch.equal(pixels(draw(pipe, {"prompt": other, **call})[0]), pixels(found.other_image))
+    for hook in hooks:
+        hook.remove()
+    encoding = seen[0]  # the same at every layer and step
+
+    def swap(module, args):
+        hidden = args[0].clone()
+        hidden[1] = encoding
+        return (hidden, *args[1:])
+
+    assert [list(window) for window in found.windows] == [[i, i + 1] for i in range(len(modules) - 1)]
+    for window, image in zip(found.windows, found.images):
+        hooks = [part.register_forward_pre_hook(swap) for i in window for part in (modules[i].to_k, modules[i].to_v)]
+        expected = draw(pipe, {"prompt": TEXT, **call})[0]
+        for hook in hooks:
+            hook.remove()
+        assert (pixels(image) - pixels(expected)).abs().max() <= 2 / 255
+    assert found.values.max() > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"subject": "Colosseum"}, "'Colosseum' does not occur in the prompt"),
+        ({"sites": "heads"}, "sites must be one of layers, attentions, mlps"),
+        ({"layers": "embedding"}, "the embedding is what is noised"),
+        ({"answer": [1, 2]}, "answer must be one token"),
+        ({"metric": pixel_distance()}, "metric is for pipelines"),
+        ({"noise": 0}, "noise must be a number above 0"),
+        ({"samples": 0}, "samples must be a positive integer"),
+    ],
+)
+def test_bad_input(model, given, words):
+    call = {"prompt": PROMPT, "subject": SUBJECT, "progress": False} | given
+    assert words in refusal(causal_tracing, model, **call)
+
+
+def test_bad_input_for_a_pipeline():
+    model = DiffusionModel(diffusion.stable_diffusion())
+    call = {"sites": "unet.mid_block", "metric": pixel_distance(), **CALL}
+    assert "pass metric=" in refusal(causal_tracing, model, TEXT, "circle", **{**call, "metric": None})
+    assert "answer is for language models" in refusal(causal_tracing, model, TEXT, "circle", answer=1, **call)
+    assert "in no text encoder or denoiser" in refusal(
+        causal_tracing, model, TEXT, "circle", **{**call, "sites": "vae.decoder"}
+    )
+    assert "'ring' does not occur" in refusal(causal_tracing, model, TEXT, "ring", **call)
+    assert "window must be an integer from 1 to 4" in refusal(
+        prompt_swap, model, TEXT, TEXT, pixel_distance(), window=5, **CALL
+    )
+    assert "batch_size must be 3 or more" in refusal(prompt_swap, model, TEXT, TEXT, pixel_distance(), batch_size=2)
