@@ -25,7 +25,6 @@ from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, hub_arguments, place_of
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun, loaded_from
 from diffsight.pipelines.standard_names import path_of, standard_names
-from diffsight.pipelines.vision_language.image_rows import ImageRowPart, vision_modules
 from diffsight.pipelines.vision_language.image_token_grids import image_grids
 from diffsight.pipelines.vision_language.image_tokens import image_tokens
 from diffsight.pipelines.vision_language.processors import (
@@ -36,6 +35,7 @@ from diffsight.pipelines.vision_language.processors import (
     process_chats,
     texts_in,
 )
+from diffsight.pipelines.vision_language.vision_rows import ImageRowPart, vision_modules
 
 
 class VisionLanguageRun(LanguageRun):
