@@ -189,7 +189,9 @@ def main() -> None:
         print(f"{title}: {results['bound'].numel()} rows")
         for name in names:
             far = float((results[name] - results["bound"]).abs().max())
-            print(f"  {name:10} {quick[name]:7.2f} s  {quick[name] / quick['bound']:5.2f} x bound  differs by {far:.1e}")
+            print(
+                f"  {name:10} {quick[name]:7.2f} s  {quick[name] / quick['bound']:5.2f} x bound  differs by {far:.1e}"
+            )
 
 
 if __name__ == "__main__":
