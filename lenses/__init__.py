@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffsight.lenses.activation_patching import activation_patching
     from diffsight.lenses.attach_sae import attach_sae
     from diffsight.lenses.attention_maps import AttentionMaps, attention_from, attention_maps
+    from diffsight.lenses.attribution_patching import attribution_patching
     from diffsight.lenses.causal_tracing import CausalTrace, causal_tracing
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
     from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders
@@ -100,6 +101,7 @@ __all__ = [
     "attach_sae",
     "attention_from",
     "attention_maps",
+    "attribution_patching",
     "causal_tracing",
     "clip_score",
     "collect_activations",
@@ -144,6 +146,7 @@ __all__ = [
 _NAMES_IN = {
     "activation_patching": ("activation_patching",),
     "attention_maps": ("AttentionMaps", "attention_from", "attention_maps"),
+    "attribution_patching": ("attribution_patching",),
     "concept_features": ("concept_features",),
     "evaluate_sae": (
         "SAEEvaluation",
