@@ -1,6 +1,6 @@
-"""What is made of results: galleries, repetitions, checks of models; the command line and notebooks.
+"""What is made of results: galleries, repetitions, sweeps, checks of models; the command line and notebooks.
 
-    from diffsight.gallery import check_model, repeat, write_gallery
+    from diffsight.gallery import check_model, repeat, sweep, write_gallery
 
 Each name is imported when it is first used, so that the command line starts quickly.
 """
@@ -12,15 +12,17 @@ if TYPE_CHECKING:
     from diffsight.gallery.checking import ModelCheck, check_model
     from diffsight.gallery.gallery_index import write_gallery
     from diffsight.gallery.repeating import Repetition, repeat
+    from diffsight.gallery.sweeping import sweep
 
 _MODULE_OF = {
     "ModelCheck": "checking",
     "Repetition": "repeating",
     "check_model": "checking",
     "repeat": "repeating",
+    "sweep": "sweeping",
     "write_gallery": "gallery_index",
 }
-__all__ = ["ModelCheck", "Repetition", "check_model", "repeat", "write_gallery"]
+__all__ = ["ModelCheck", "Repetition", "check_model", "repeat", "sweep", "write_gallery"]
 
 
 def __getattr__(name: str) -> Any:

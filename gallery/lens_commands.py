@@ -327,6 +327,7 @@ def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example
             return
         _print(load()(options.prompt, options.seed, options.out))
         return
+    from diffsight.gallery.processes import Processes
     from diffsight.gallery.prompt_files import read_prompts
     from diffsight.gallery.studies import Study
 
@@ -338,21 +339,28 @@ def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example
     settings["lens"] = options.command.__name__.strip("_")
     study = Study(options.out, prompts, options.seeds or [options.seed], settings)
     study.check()
-    print(study)
+    is_main = Processes().is_main
+    if is_main:
+        print(study)
     if not options.dry_run:
-        print(study.run(load() if study.missing() else None))
+        page = study.run(load() if study.missing() else None)
+        if is_main:
+            print(page)
 
 
 def _pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Return the model and the arguments of the pipeline. Whatever needs no model is checked before it is loaded."""
     if options.seed < 0:
         raise InputError(f"a seed is an integer from 0 on, not {options.seed}")
+    from diffsight.gallery.processes import Processes
     from diffsight.lenses.results.saving import check_place
     from diffsight.pipelines.diffusion.model import DiffusionModel
 
     check_place(options.out)
     _load_quietly()
     model = DiffusionModel(options.model)
+    if device := Processes().device:
+        model.to(device)
     scheduler = getattr(model.pipeline, "scheduler", None)
     most = scheduler.config.get("num_train_timesteps") if scheduler else None
     if options.steps and most and options.steps > most:

@@ -7,6 +7,7 @@ result.call.code()              # 'model = LanguageModel("diffsight/smollm2")\nr
 """
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -84,9 +85,15 @@ def _call_of(function: Callable, positional: int, bound: inspect.BoundArguments)
     given |= given.pop(rest, {})
     encoder = ArgumentEncoder()
     arguments = {name: encoder.encode(name, value) for name, value in given.items() if name not in _NOT_RECORDED}
-    date = datetime.now(UTC).isoformat(timespec="seconds")
+    date = _now().isoformat(timespec="seconds")
     name = f"diffsight.lenses.{function.__name__}"
     return Call(name, arguments, encoder.models, encoder.tensors, date, positional)
+
+
+def _now() -> datetime:
+    """Return the time in UTC: that of SOURCE_DATE_EPOCH where it is set, so that files can be the same to the byte."""
+    fixed = os.environ.get("SOURCE_DATE_EPOCH")
+    return datetime.now(UTC) if fixed is None else datetime.fromtimestamp(int(fixed), UTC)
 
 
 def _package(model: ModelRecord) -> str:

@@ -188,7 +188,7 @@ def test_a_folder_never_mixes_two_studies(study, capsys):
     assert run(*study) == 0
     other = [word if word != "0,2" else "0" for word in study]
     capsys.readouterr()
-    assert "study has a study with other layers: choose another --out" in refusal(capsys, *other)
+    assert "study has a study with other layers: choose another folder" in refusal(capsys, *other)
     Path("prompts.txt").write_text("a green ring\n")
     assert "with other prompts" in refusal(capsys, *study)
 

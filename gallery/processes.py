@@ -1,0 +1,56 @@
+"""The processes that share the work of a study: one, or all that `accelerate launch` or `torchrun` has started.
+
+processes = Processes()
+for item in processes.share(missing):       # every process gets its own part
+    ...
+processes.wait()                            # until all are here
+"""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+Item = TypeVar("Item")
+_FOREVER = timedelta(days=30)  # one process may have much more to do than the others
+
+
+class Processes:
+    """The processes of this program. The variables that PyTorch's launchers set say how many there are.
+
+    Attributes:
+        number: The number of this process, from 0.
+        count: How many there are.
+        device: The device of this process; None if there is only one process.
+    """
+
+    def __init__(self) -> None:
+        self.number, self.count, self.device = 0, 1, None
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            import torch
+            from torch import distributed
+
+            if not distributed.is_initialized():
+                distributed.init_process_group("gloo", timeout=_FOREVER)
+            self.number, self.count = distributed.get_rank(), distributed.get_world_size()
+            kind = "cuda" if torch.cuda.is_available() else "cpu"
+            self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) if kind == "cuda" else None)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that does what is done once."""
+        return self.number == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this process's part of what there is to do, which must be the same list in all processes.
+
+        Nothing begins before all processes have their list."""
+        self.wait()
+        return items[self.number :: self.count]
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.count > 1:
+            from torch import distributed
+
+            distributed.barrier()

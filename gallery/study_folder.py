@@ -1,0 +1,102 @@
+"""The folder of a study: its settings, a folder for each result, and the gallery of all.
+
+`study.json` has the settings. A study that is started again makes what is missing; one with other settings is refused,
+so that a folder never mixes two. A result is written to a temporary folder and then renamed: where its folder is, it
+is whole.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from diffsight.errors import InputError
+from diffsight.gallery.gallery_index import PAGE, find_results, write_gallery
+from diffsight.gallery.processes import Processes
+from diffsight.lenses.results.saving import check_writable, names_a_file, save_files
+
+SETTINGS = "study.json"
+_UNFINISHED = ".unfinished"  # results that are being made; what is left there was interrupted
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """The folder of a study.
+
+    Attributes:
+        folder: Where it is.
+        settings: What all results depend on, as JSON stores it.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+
+    def check(self) -> None:
+        """Raise InputError if the folder cannot be used for this study."""
+        if names_a_file(self.folder):
+            raise InputError(f"a study is written into a folder, but {self.folder} is the name of a file")
+        check_writable(self.folder)
+        path = self.folder / SETTINGS
+        if not path.is_file():
+            return
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise InputError(f"{path} is damaged: remove it, or choose another folder") from None
+        mine = json.loads(json.dumps(self.settings))
+        other = [name for name in {**known, **mine} if known.get(name) != mine.get(name)]
+        if other:
+            raise InputError(f"{self.folder} has a study with other {', '.join(other)}: choose another folder")
+
+    def missing(self, places: Sequence[Path]) -> list[Path]:
+        """Return those of the places whose result has not been made yet."""
+        return [place for place in places if not (place.is_dir() and any(place.iterdir()))]
+
+    def fill(self, places: Sequence[Path], make: Callable[[Path, Path], Any]) -> Path:
+        """Make the results that are missing, and return the page of the gallery.
+
+        Processes that were started together share the work. All of them return when everything is there.
+
+        Args:
+            places: The folders of all results.
+            make: Makes the result of a place, and writes it into another folder, which then becomes the place.
+        """
+        processes = Processes()
+        self.check()
+        if processes.is_main:
+            shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
+            text = json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n"
+            save_files(self.folder, {SETTINGS: lambda path: path.write_text(text, encoding="utf-8")})
+        mine = processes.share(self.missing(places))
+        for place in tqdm(mine, desc="results", disable=not processes.is_main):
+            self._make(place, make)
+        processes.wait()
+        if processes.is_main:
+            shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
+            if any(find_results(self.folder)):
+                write_gallery(self.folder)
+        processes.wait()
+        page = self.folder / PAGE
+        return page if page.is_file() else self.folder
+
+    def _make(self, place: Path, make: Callable[[Path, Path], Any]) -> None:
+        unfinished = self.folder / _UNFINISHED
+        unfinished.mkdir(exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=unfinished)) / "result"
+        make(place, temporary)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, place)
+
+
+def place_name(number: int, count: int, text: str) -> str:
+    """Return the name of the folder of a result: its number, and words that say what it is."""
+    width = max(3, len(str(count - 1)))
+    words = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:40]
+    return f"{number:0{width}}_{words}" if words else f"{number:0{width}}"
