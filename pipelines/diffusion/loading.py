@@ -15,7 +15,6 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline, ModularPipelineBlocks
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
@@ -35,6 +34,7 @@ from diffsight.pipelines.weights import (
     find_path,
     requiring_all_weights,
     shortened,
+    without_weights,
 )
 
 _OF_WEIGHTS = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
@@ -203,10 +203,10 @@ def _class(part: str, library: str, name: str, trusts_code: bool) -> type[nn.Mod
 def _build(cls: type[nn.Module], place: str, name: str, dtype: torch.dtype | None, of_hub: dict) -> nn.Module:
     if issubclass(cls, PreTrainedModel):
         config = cls.config_class.from_pretrained(place, subfolder=name, **of_hub)
-        with init_empty_weights():
+        with without_weights():
             return cls._from_config(config, **({"dtype": dtype} if dtype else {})).eval()
     config = cls.load_config(place, subfolder=name, **of_hub)
-    with init_empty_weights():
+    with without_weights():
         module = cls.from_config(config).eval()
     if dtype:
         nn.Module.to(module, dtype)
