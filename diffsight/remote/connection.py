@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -11,7 +12,7 @@ from urllib.request import Request, urlopen
 from diffsight.errors import InputError
 from diffsight.remote.chunks import Chunks, split
 from diffsight.remote.frames import Frame, pack, unpack
-from diffsight.remote.wire_errors import RemoteError
+from diffsight.remote.wire_errors import RemoteError, error_of
 
 ADDRESS, KEY = "DIFFSIGHT_REMOTE", "DIFFSIGHT_API_KEY"  # environment variables
 _PATIENCE = 30.0  # seconds until an answer to a plain request
@@ -138,6 +139,18 @@ class Connection:
         try:
             return function()
         except ConnectionClosed as error:
+            self._raise_last_words()
             frame = error.rcvd
             why = frame.reason if frame is not None and frame.reason else "the connection was lost"
             raise RemoteError(f"the run on {self._address} has ended: {why}") from None
+
+    def _raise_last_words(self) -> None:
+        """Raise the error that the server has sent before it closed the connection, if it has."""
+        from websockets.exceptions import ConnectionClosed
+
+        with suppress(ConnectionClosed, TimeoutError):
+            while True:
+                frame = self._chunks.add(self._socket.recv(timeout=0))
+                message = {} if frame is None else unpack(frame)[0]
+                if message.get("say") == "error":
+                    raise error_of(message["error"])

@@ -11,7 +11,7 @@ import torch
 from websockets.sync.client import connect
 
 from diffsight import LanguageModel
-from diffsight.errors import InputError
+from diffsight.errors import DiffsightError, InputError
 from diffsight.extending import tree_of
 from diffsight.gallery.serve.conversation import Limits
 from diffsight.gallery.serve.keys import Keys, add_key
@@ -136,7 +136,7 @@ def test_garbage_disturbs_nobody(served, model, language):
 
 
 def test_a_frame_that_is_too_long(model, language):
-    with pytest.raises(RemoteError, match=r"ProtocolError|limit is 1048576"):
+    with pytest.raises(DiffsightError, match=r"limit is 1048576|the connection was lost"):
         with model.trace(IDS) as run:
             run.layers[1].output = torch.zeros(1, 4, 1 << 20)
             run.logits
