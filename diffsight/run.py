@@ -230,6 +230,27 @@ class Run(InRun):
         ((points, part),) = find_points(root_of(self._pass), path).values()
         return fetch(narrowed(points, Indexed(index, selection_of(points))), part)
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Compute the gradients of a loss, in a run that was opened with `grad=True`. It is `loss.backward()`, and also
+        works if the model is on a server.
+
+            with model.trace(x, grad=True) as run:
+                hidden = run.layers[2].output
+                hidden.retain_grad()
+                run.backward(run.logits[0, -1, 5])
+            hidden.grad
+
+        In a remote run, the part of the graph that is on the server is computed there. Call it in the block, on values
+        that were read there.
+
+        Args:
+            loss: A tensor with one element. Its graph is kept.
+        """
+        try:
+            flow_of(self._pass).backward(loss)
+        except DiffsightError as error:
+            raise from_the_asking_line(error) from error.__cause__
+
     def __enter__(self) -> "Run":
         flow = self._flow
         try:

@@ -17,6 +17,7 @@ from diffsight.gallery.command_options import PROMPT
 from diffsight.gallery.commands import add_commands
 from diffsight.gallery.completion import script
 from diffsight.gallery.lens_commands import add_lens_commands
+from diffsight.gallery.serve.serve_command import add_serve_commands
 from diffsight.pipelines.valid_text import check_text
 
 
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     models = commands.add_parser("models", help="list the packaged models", epilog="example: diffsight models")
     models.set_defaults(command=_models)
     add_commands(commands)
+    add_serve_commands(commands)
     completion = commands.add_parser(
         "completion",
         help="print a script that completes commands in a shell",

@@ -9,8 +9,10 @@ from diffsight.pipelines.local_paths import find_path
 from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
 
 
-def open_model(source: str) -> Any:
+def open_model(source: str, **options: Any) -> Any:
     """Return the model that a name stands for: a packaged name, a folder, a GGUF file or a hub id.
+
+    `options` are passed to the class that opens it.
 
     Raises:
         InputError: The name does not stand for a model.
@@ -19,17 +21,21 @@ def open_model(source: str) -> Any:
 
     path = find_path(source)
     if source in PIPELINES or (path is not None and (path / "model_index.json").is_file()):
-        return DiffusionModel(source)
+        return DiffusionModel(source, **options)
     if source in LANGUAGE_MODELS or source.endswith(".gguf"):
-        return LanguageModel(source)
+        return LanguageModel(source, **options)
     if path is not None and (path / "config.json").is_file():
-        return VisionLanguageModel(source) if _sees_images(path / "config.json") else LanguageModel(source)
+        return (
+            VisionLanguageModel(source, **options)
+            if _sees_images(path / "config.json")
+            else LanguageModel(source, **options)
+        )
     try:
-        return DiffusionModel(source)
+        return DiffusionModel(source, **options)
     except InputError:
         if path is not None or source.startswith("diffsight/"):
             raise
-    return LanguageModel(source)
+    return LanguageModel(source, **options)
 
 
 def _sees_images(config: Path) -> bool:

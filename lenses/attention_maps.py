@@ -45,6 +45,7 @@ from diffsight.lenses.results.outputs import frames_of, image_of
 from diffsight.lenses.results.overlays import at_size, overlay
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import OverlaySection, Section, distinct
+from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.attention.attention_product import AttentionProduct
 from diffsight.pipelines.diffusion.attention import Attention, find_attentions, follow_products
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -191,6 +192,7 @@ class AttentionMaps(LensResult):
 
 
 @repeatable
+@where_the_model_is
 def attention_maps(
     model: DiffusionModel,
     prompt: str,
@@ -259,6 +261,7 @@ def attention_maps(
 
 
 @repeatable
+@where_the_model_is
 def attention_from(
     model: DiffusionModel,
     prompt: str,

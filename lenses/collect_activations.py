@@ -25,6 +25,7 @@ from diffsight.lenses.options import check_options
 from diffsight.lenses.results.saving import check_writable, write_record
 from diffsight.lenses.tokens.batches import Batch, Positions, open_batches
 from diffsight.lenses.tokens.choosing import hidden_states, layers_to_read
+from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.local_paths import find_path, shortened
 
@@ -76,6 +77,7 @@ def collect_activations(model: LanguageModel, prompts: Any, *, folder: None = No
 def collect_activations(model: LanguageModel, prompts: Any, *, folder: str | Path, **options: Any) -> Path: ...
 
 
+@where_the_model_is
 def collect_activations(
     model: LanguageModel,
     prompts: Any,

@@ -30,6 +30,7 @@ from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import files_of, image_of, media_of, rate_of
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import ImageSection, Section
+from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import PromptWarning
@@ -125,6 +126,7 @@ class DiffusionLensResult(LensResult):
 
 
 @repeatable
+@where_the_model_is
 def diffusion_lens(
     model: DiffusionModel,
     prompt: str,

@@ -41,6 +41,7 @@ from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import files_of, image_of, media_of, rate_of
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import ImageSection, Section, distinct
+from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, hidden_in
 from diffsight.pipelines.diffusion.encoding import EncodingRecord, record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -165,6 +166,7 @@ class EncoderPatchingResult(LensResult):
 
 
 @repeatable
+@where_the_model_is
 def encoder_patching(
     model: DiffusionModel,
     source: str,

@@ -31,6 +31,7 @@ from diffsight.lenses.results.sections import OverlaySection, Section
 from diffsight.lenses.results.token_plots import maps_on_image, words_on_image
 from diffsight.lenses.tokens.choosing import Tokens
 from diffsight.lenses.tokens.predictions import LensPredictions
+from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.vision_language.model import VisionLanguageModel
 
 _MAPS = 6  # layers that `maps` shows by default
@@ -138,6 +139,7 @@ class ImageTokenPredictions(LensResult):
 
 
 @repeatable
+@where_the_model_is
 def image_token_lens(
     model: VisionLanguageModel,
     prompt: Any,

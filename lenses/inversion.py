@@ -35,6 +35,7 @@ from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import CurveSection, ImageSection, Section
+from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
@@ -149,6 +150,7 @@ class Inversion(LensResult):
 
 
 @repeatable
+@where_the_model_is
 def invert(
     model: DiffusionModel,
     image: Any,

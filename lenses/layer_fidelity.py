@@ -34,6 +34,7 @@ from diffsight.lenses.results.encoder_plots import Curve, curve_panels
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import Cell, CurveSection, Section, TableSection
+from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import check_prompts
 from diffsight.pipelines.diffusion.run import is_silenced
@@ -193,6 +194,7 @@ class LayerFidelity(LensResult):
 
 
 @repeatable
+@where_the_model_is
 def layer_fidelity(
     model: DiffusionModel,
     scenes: int | Iterable[Scene] = 64,

@@ -22,10 +22,12 @@ from diffsight.lenses.tokens.choosing import Tokens, hidden_states, layers_and_t
 from diffsight.lenses.tokens.prediction_batches import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
 from diffsight.lenses.tokens.sources import Sources
+from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.language.model import LanguageModel
 
 
 @repeatable
+@where_the_model_is
 def logit_lens(
     model: LanguageModel,
     prompts: Any,

@@ -35,6 +35,7 @@ from diffsight.lenses.tokens.choosing import (
 from diffsight.lenses.tokens.prediction_batches import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
 from diffsight.lenses.tokens.sources import Sources
+from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 
 
@@ -118,6 +119,7 @@ class PatchscopeTexts(LensResult):
 
 
 @repeatable
+@where_the_model_is
 def patchscope_lens(
     model: LanguageModel,
     prompts: Any,
@@ -168,6 +170,7 @@ def patchscope_lens(
 
 
 @repeatable
+@where_the_model_is
 def patchscope_generate(
     model: LanguageModel,
     prompts: Any,

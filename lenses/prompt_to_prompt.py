@@ -34,6 +34,7 @@ from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.overlays import scaled
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import ImageSection, Section, distinct
+from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.diffusion.attention import Attention, find_attentions
 from diffsight.pipelines.diffusion.encoding import encode_prompt
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -96,6 +97,7 @@ class PromptToPromptResult(LensResult):
 
 
 @repeatable
+@where_the_model_is
 def prompt_to_prompt(
     model: DiffusionModel,
     source: str,

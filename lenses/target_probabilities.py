@@ -33,6 +33,7 @@ from diffsight.lenses.tokens.choosing import check_language_model, choose_tokens
 from diffsight.lenses.tokens.prediction_batches import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
 from diffsight.lenses.tokens.token_text import Spelling
+from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.language.model import LanguageModel
 
 Words = str | Sequence[str]
@@ -192,6 +193,7 @@ def _cell(probability: float) -> Cell:
 
 
 @repeatable
+@where_the_model_is
 def run_prompts(
     model: LanguageModel,
     prompts: Prompt | Sequence[Prompt],

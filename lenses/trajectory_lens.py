@@ -31,6 +31,7 @@ from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import CurveSection, ImageSection, Section
+from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.diffusion.components import components, text_encoder_names
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
@@ -132,6 +133,7 @@ class TrajectoryLensResult(LensResult):
 
 
 @repeatable
+@where_the_model_is
 def trajectory_lens(
     model: DiffusionModel,
     prompt: str | None = None,

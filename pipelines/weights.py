@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import RLock, get_ident
 from typing import Any
 
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,6 +24,15 @@ def check_weights(folder: Path, part: str = "") -> None:
     If `folder` is not a folder but the name of a repository, nothing is checked."""
     if folder.is_dir() and not any(file.suffix in _FILES for file in (folder / part).iterdir()):
         raise OSError(f"there are no weights in {folder / part}")
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Build modules on the meta device in the block.
+
+    For that accelerate changes a method of all modules, so one thread does it at a time, and none loads weights."""
+    with _loading, init_empty_weights():
+        yield
 
 
 class MissingWeightsError(OSError):

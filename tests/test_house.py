@@ -59,6 +59,7 @@ ENGINE = [
     "remote.wire_values",
     "remote.wire_errors",
     "remote.frames",
+    "remote.chunks",
     "remote.protocol",
     "remote.connection",
     "remote.selections",

@@ -209,6 +209,11 @@ class Flow:
         """If the model runs on a server, call `function` here with what passes a point. A model that runs here calls it
         itself, so this does nothing."""
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Compute the gradients of a loss."""
+        self.check_thread("run.backward")
+        loss.backward(retain_graph=True)
+
     def next_step(self) -> bool:
         """Run the model to the beginning of the next step that the body has not entered. Return False if it ends,
         or stands before a call that comes after the last step."""

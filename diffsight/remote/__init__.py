@@ -9,7 +9,9 @@ The body runs here, the model there. No code travels: only points, values and er
 started with `diffsight serve MODEL`.
 """
 
+from diffsight.remote.chunks import Chunks, split
 from diffsight.remote.on_server import is_on_server, put_on_server
+from diffsight.remote.protocol import lens_frames
 from diffsight.remote.run_session import RunEnded, RunSession, error_frame
 from diffsight.remote.selections import sent_as
 from diffsight.remote.served_model import Job, ServedModel
@@ -17,6 +19,7 @@ from diffsight.remote.wire_errors import RemoteError
 from diffsight.remote.wire_values import Held, ProtocolError
 
 __all__ = [
+    "Chunks",
     "Held",
     "Job",
     "ProtocolError",
@@ -26,6 +29,8 @@ __all__ = [
     "ServedModel",
     "error_frame",
     "is_on_server",
+    "lens_frames",
     "put_on_server",
     "sent_as",
+    "split",
 ]

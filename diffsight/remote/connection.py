@@ -3,12 +3,14 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 from diffsight.errors import InputError
+from diffsight.remote.chunks import Chunks, split
 from diffsight.remote.frames import Frame, pack, unpack
 from diffsight.remote.wire_errors import RemoteError, error_of
 
@@ -61,10 +63,10 @@ class Address:
         except (URLError, OSError) as error:
             raise RemoteError(self._unreachable(getattr(error, "reason", error))) from None
 
-    def json(self, path: str) -> Any:
+    def json(self, path: str, method: str = "GET", body: bytes | None = None) -> Any:
         """Return the JSON that the server answers with."""
         try:
-            return json.loads(self.get(path))
+            return json.loads(self.get(path, method, body))
         except ValueError:
             raise RemoteError(f"{self} does not answer like a server of diffsight: it sent no JSON") from None
 
@@ -75,7 +77,7 @@ class Address:
     def websocket(self, model: str) -> str:
         """Return the address of the runs of a model."""
         scheme = "wss" if self.parts.scheme == "https" else "ws"
-        place = f"{self.parts.path.rstrip('/')}/models/{quote(model)}/run"
+        place = f"{self.parts.path.rstrip('/')}/runs/{quote(model)}/open"
         return urlunsplit((scheme, self.parts.netloc, place, "", ""))
 
     def _refusal(self, status: int, body: bytes) -> str:
@@ -100,7 +102,7 @@ class Connection:
             from websockets.sync.client import connect
         except ImportError:
             raise RemoteError("remote runs need the package websockets: pip install 'diffsight[remote]'") from None
-        self._address, self._model = address, model
+        self._address, self._chunks = address, Chunks(longest)
         try:
             self._socket: Any = connect(
                 address.websocket(model),
@@ -118,11 +120,14 @@ class Connection:
 
     def send(self, message: dict[str, Any], tensors: dict[str, Any]) -> None:
         """Send a message with its tensors."""
-        self._exchange(lambda: self._socket.send(pack(message, tensors)))
+        for part in split(pack(message, tensors)):
+            self._exchange(lambda part=part: self._socket.send(part))
 
     def receive(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the next message, and its tensors."""
-        return unpack(self._exchange(self._socket.recv))
+        while (frame := self._chunks.add(self._exchange(self._socket.recv))) is None:
+            pass
+        return unpack(frame)
 
     def close(self) -> None:
         """Close the WebSocket. A run that is open on the server ends. May be called again."""
@@ -134,12 +139,18 @@ class Connection:
         try:
             return function()
         except ConnectionClosed as error:
+            self._raise_last_words()
             frame = error.rcvd
             why = frame.reason if frame is not None and frame.reason else "the connection was lost"
             raise RemoteError(f"the run on {self._address} has ended: {why}") from None
 
+    def _raise_last_words(self) -> None:
+        """Raise the error that the server has sent before it closed the connection, if it has."""
+        from websockets.exceptions import ConnectionClosed
 
-def raise_from(reply: dict[str, Any]) -> None:
-    """Raise the error that an answer describes, if it does."""
-    if reply["say"] == "error":
-        raise error_of(reply["error"])
+        with suppress(ConnectionClosed, TimeoutError):
+            while True:
+                frame = self._chunks.add(self._socket.recv(timeout=0))
+                message = {} if frame is None else unpack(frame)[0]
+                if message.get("say") == "error":
+                    raise error_of(message["error"])

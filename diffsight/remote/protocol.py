@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diffsight.remote.frames import Frame, pack, unpack
 from diffsight.remote.wire_values import ProtocolError
 
 VERSIONS = (1,)  # that this release speaks, best last
@@ -83,6 +84,25 @@ def operations(message: Mapping[str, Any]) -> tuple[int | None, list[Operation]]
     if not found:
         raise ProtocolError("a message has at least one operation")
     return message["body"], found
+
+
+def opening_without_run(half: bool = False) -> dict[str, Any]:
+    """Return the message after which lenses and calls of parts can be asked for, without a run."""
+    return {"version": VERSIONS[-1], "method": None, "args": [], "kwargs": {}, "edits": [], "half": half, "grad": False}
+
+
+def lens_frames(frame: bytes) -> list[Frame]:
+    """Return the frames of a connection that runs the lens which `frame` asks for.
+
+    Raises:
+        ProtocolError: It asks for something else.
+    """
+    sent: Frame = frame.decode(errors="replace") if frame[:1] == b"{" else frame
+    message, _ = unpack(sent)
+    _, ops = operations(message)
+    if [one.op for one in ops] != ["lens"]:
+        raise ProtocolError("a job is one lens")
+    return [pack(opening_without_run(), {}), sent]
 
 
 def check_opening(message: Mapping[str, Any]) -> None:

@@ -70,6 +70,7 @@ class RemoteFlow(Flow):
         self._body_error: BaseException | None = None
         self._missed: Exception | None = None
         self._leaves: list[tuple[int, torch.Tensor]] = []  # with gradients: what was received, by number
+        self._assigned: list[torch.Tensor] = []  # with gradients: what was sent and depends on anything here
 
     @property
     def has_begun(self) -> bool:
@@ -166,9 +167,37 @@ class RemoteFlow(Flow):
         self._check_open(op["path"])
         return self._ask(op, op["path"])
 
-    def backward(self, numbers: list[int], gradients: list[torch.Tensor]) -> list[Any]:
-        """Return the gradients of what was received, given those of some of it: pairs of number and gradient."""
-        return self._ask({"op": "backward", "numbers": numbers, "gradients": gradients}, "run.backward")
+    def backward(self, loss: torch.Tensor) -> None:
+        self._check_open("run.backward")
+        if not self._call[2].get("grad"):
+            raise InputError("run.backward needs a run that was opened with grad=True")
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise InputError("run.backward takes a tensor with one element that depends on values read in the run")
+        outputs, gradients = [loss], [torch.ones_like(loss)]
+        while outputs:
+            given = self._backward_here(outputs, gradients)
+            if not given:
+                return
+            op = {"op": "backward", "numbers": [*given], "gradients": [*given.values()]}
+            answer = self._ask(op, "run.backward")
+            leaves = dict(self._leaves)
+            for number, gradient in answer["handed"]:
+                leaf = leaves[number]
+                leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+            outputs = [self._assigned[number] for number, _ in answer["assigned"]]
+            gradients = [gradient for _, gradient in answer["assigned"]]
+
+    def _backward_here(self, outputs: list[torch.Tensor], gradients: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Compute gradients in the part of the graph that is here. Return those that what was received has got."""
+        before = [leaf.grad for _, leaf in self._leaves]
+        for _, leaf in self._leaves:
+            leaf.grad = None
+        torch.autograd.backward(outputs, gradients, retain_graph=True)
+        found = {number: leaf.grad for number, leaf in self._leaves if leaf.grad is not None}
+        for (_, leaf), known in zip(self._leaves, before):
+            if known is not None:
+                leaf.grad = known if leaf.grad is None else known + leaf.grad
+        return found
 
     def start_edits(self) -> bool:
         return False  # the server says when it is their turn
@@ -216,7 +245,7 @@ class RemoteFlow(Flow):
 
     def _message(self, body: int | None, op: dict[str, Any] | None) -> tuple[dict, dict]:
         """A message with everything that waits, and its tensors."""
-        encoder = ValueEncoder(dtype=self._link.dtype)
+        encoder = ValueEncoder(None, self._sending, self._link.dtype)
         ops, self._waiting = [*self._writes(), *self._waiting, *([op] if op else [])], []
         return {"body": body, "do": [self._encoded(one, encoder) for one in ops]}, encoder.tensors
 
@@ -228,6 +257,13 @@ class RemoteFlow(Flow):
             else:
                 encoded[name] = encoder.encode(value)
         return encoded
+
+    def _sending(self, tensor: torch.Tensor) -> dict[str, int]:
+        """What else to say about a tensor that is sent: its number, if gradients flow through it."""
+        if not (tensor.requires_grad and self._call[2].get("grad")):
+            return {}
+        self._assigned.append(tensor)
+        return {"source": len(self._assigned) - 1}
 
     def _writes(self) -> list[dict[str, Any]]:
         """The tensors that were changed in place since the last message."""

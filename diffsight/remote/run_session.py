@@ -81,6 +81,7 @@ class RunSession:
         self._handed: dict[int, tuple[torch.Tensor, int]] = {}  # tensors that the client may change, and their versions
         self._numbers: dict[tuple, int] = {}  # of these tensors, by where their data is
         self._number = 0
+        self._sources: dict[int, torch.Tensor] = {}  # tensors from the client through which gradients flow
         self._stand: Any = None  # where the model stood when they were handed out
 
     def serve(self) -> None:
@@ -142,7 +143,7 @@ class RunSession:
 
     def _answer(self, body: int | None, ops: list[Operation], tensors: Mapping[str, torch.Tensor]) -> None:
         """Carry out operations and answer the last."""
-        decoder = ValueDecoder(tensors, self._held.__getitem__)
+        decoder = ValueDecoder(tensors, self._held.__getitem__, self._take_in)
         try:
             if self._fault is not None:
                 raise self._fault
@@ -198,6 +199,12 @@ class RunSession:
             self._number += 1
         self._handed[known] = tensor, _version(tensor)
         return {"number": known} | ({"grad": True} if grad and tensor.requires_grad else {})
+
+    def _take_in(self, tensor: torch.Tensor, data: Mapping[str, Any]) -> torch.Tensor:
+        """Note a tensor from the client through which gradients flow."""
+        if "source" in data and self._opening["grad"]:
+            self._sources[int(data["source"])] = tensor.requires_grad_()
+        return tensor
 
     def _run_is_over(self) -> bool:
         return flow_of(self._run).outcome is not None
@@ -280,13 +287,20 @@ class RunSession:
         first = len(self._opening["edits"])
         flow_of(self._run).each([partial(self._stand_in, first + i) for i in range(op.count)])
 
-    def _do_backward(self, op: Operation, decode: Callable[[Any], Any]) -> list[Any]:
-        """Return the gradients of tensors that were handed out, given those of some of them."""
-        known = [self._handed[number][0] for number in op.numbers]
-        given = [self._on_device(decode(one)) for one in op.gradients]
-        inputs = {number: tensor for number, (tensor, _) in self._handed.items() if tensor.requires_grad}
-        found = torch.autograd.grad(known, [*inputs.values()], given, retain_graph=True, allow_unused=True)
-        return [[number, grad] for number, grad in zip(inputs, found) if grad is not None]
+    def _do_backward(self, op: Operation, decode: Callable[[Any], Any]) -> dict[str, Any]:
+        """Return the gradients of what was handed out and of what was assigned, given those of what was handed out."""
+        given = {number: self._on_device(decode(one)) for number, one in zip(op.numbers, op.gradients)}
+        outputs = [self._handed[number][0] for number in given]
+        handed = {number: tensor for number, (tensor, _) in self._handed.items() if tensor.requires_grad}
+        inputs = [*handed.values(), *self._sources.values()]
+        found = torch.autograd.grad(outputs, inputs, [*given.values()], retain_graph=True, allow_unused=True)
+        own = [
+            [number, grad - given[number] if number in given else grad]  # the client has its own part already
+            for number, grad in zip(handed, found)
+            if grad is not None
+        ]
+        sources = zip(self._sources, found[len(handed) :])
+        return {"handed": own, "assigned": [[number, grad] for number, grad in sources if grad is not None]}
 
     def _do_stop(self, op: Operation, decode: Callable[[Any], Any]) -> None:
         self._run.stop()
@@ -331,7 +345,7 @@ class RunSession:
                 return
 
     def _carry_out(self, ops: list[Operation], tensors: Mapping[str, torch.Tensor]) -> None:
-        decoder = ValueDecoder(tensors, self._held.__getitem__)
+        decoder = ValueDecoder(tensors, self._held.__getitem__, self._take_in)
         for op in ops:
             getattr(self, f"_do_{op.op}")(op, decoder.decode)
 

@@ -23,7 +23,7 @@ import torch
 from diffsight.errors import InputError
 from diffsight.remote.connection import Address, Connection
 from diffsight.remote.frames import pack, unpack
-from diffsight.remote.protocol import VERSIONS
+from diffsight.remote.protocol import opening_without_run
 from diffsight.remote.wire_errors import RemoteError, error_of
 from diffsight.remote.wire_values import ValueDecoder, ValueEncoder
 
@@ -74,6 +74,15 @@ class ServedModel:
         if server.description["kind"] != kind:
             raise InputError(f"{source} is a {server.description['kind']}: open it with that class, not with {kind}")
         return server
+
+    @property
+    def services(self) -> list[str]:
+        """The names of the lenses, and of what else is found out about the model, that the server runs."""
+        return self.description["services"]
+
+    def find(self, name: str) -> Any:
+        """Return what the server finds out about the model, such as "encoders"."""
+        return self.ask({"op": "find", "name": name})
 
     @property
     def half_precision(self) -> bool:
@@ -136,10 +145,9 @@ class ServedModel:
     def ask(self, op: Mapping[str, Any]) -> Any:
         """Return the answer to one operation outside a run."""
         encoder = ValueEncoder(dtype=self.dtype)
-        opening = {"version": VERSIONS[-1], "method": None, "args": [], "kwargs": {}, "edits": []}
         connection = self.open()
         try:
-            connection.send(opening | {"half": self.half_precision, "grad": False}, {})
+            connection.send(opening_without_run(self.half_precision), {})
             do = [{name: encoder.encode(value) for name, value in op.items()}]
             connection.send({"body": None, "do": do}, encoder.tensors)
             reply, tensors = connection.receive()
@@ -168,10 +176,10 @@ class ServedModel:
     def submit(self, name: str, *args: Any, **kwargs: Any) -> "Job":
         """Start a lens on the server and return at once. The arguments are those of `lens`."""
         encoder = ValueEncoder(dtype=self.dtype)
-        message = {"lens": name, "args": encoder.encode(list(args)), "kwargs": encoder.encode(kwargs)}
-        frame = pack(message, encoder.tensors)
+        op = {"op": "lens", "name": name, "args": encoder.encode(list(args)), "kwargs": encoder.encode(kwargs)}
+        frame = pack({"body": None, "do": [op]}, encoder.tensors)
         body = frame.encode() if isinstance(frame, str) else frame
-        answer, _ = unpack(self.address.get(f"/models/{self.name}/jobs", "POST", body).decode())
+        answer = self.address.json(f"/models/{self.name}/jobs", "POST", body)
         return Job(self.address, answer["job"])
 
 
@@ -209,7 +217,7 @@ class Job:
             pause = min(2 * pause, 2.0)
         data = self.address.get(f"/jobs/{self.id}/result")
         message, tensors = unpack(data if data[:1] != b"{" else data.decode())
-        if message.get("error"):
+        if message["say"] == "error":
             raise error_of(message["error"])
         return ValueDecoder(tensors).decode(message["value"])
 

@@ -6,8 +6,8 @@
 
 What JSON has no form for is a dictionary with one key that begins with "$". Tensors, arrays and images are sent bit for
 bit. Output objects of diffusers and transformers are rebuilt from their fields, and only if their class is already
-imported: nothing that is received imports or runs anything. An object that cannot be sent, such as a cache of keys and
-values, stays on the server, and a `Held` takes its place.
+imported; so are the results of lenses. Nothing that is received runs code. An object that cannot be sent, such as a
+cache of keys and values, stays on the server, and a `Held` takes its place.
 """
 
 import math
@@ -15,6 +15,8 @@ import sys
 from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +237,12 @@ class ValueDecoder:
         raise ProtocolError(f"{kind} is not the form of any value: it may be of a newer version of diffsight")
 
     def _with_class(self, inner: list, packages: tuple[str, ...], base: Any) -> tuple[type, Any]:
-        """The class that was named, which must be imported already, and the decoded contents."""
+        """The class that was named, which must be imported already or be a part of diffsight, and the decoded
+        contents."""
         name, values = inner
         module, _, attribute = name.rpartition(".")
+        if packages is _RESULTS_OF and _is_in(module, packages) and find_spec(module) is not None:
+            import_module(module)
         found = getattr(sys.modules.get(module), attribute, None) if _is_in(module, packages) else None
         if not isinstance(found, type) or not issubclass(found, base):
             raise ProtocolError(f"there is no class {name} here whose objects can be received")

@@ -12,12 +12,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from diffsight.remote import ProtocolError, RemoteError, RunEnded, RunSession, error_frame
 
 _log = logging.getLogger("diffsight.serve")
+_AGAIN = 2.0  # seconds after which a thread that goes on is interrupted again
 _WAITING = 4  # frames of a client that may wait: it asks one question at a time
 
 
@@ -43,7 +45,8 @@ class Closed(Exception):
 
 
 class Socket(Protocol):
-    """A WebSocket, whichever library it is of. Both methods raise Closed."""
+    """A WebSocket, whichever library it is of. Both methods raise Closed, and `receive` ProtocolError for a frame that
+    is too long."""
 
     async def receive(self) -> str | bytes: ...
 
@@ -66,7 +69,7 @@ class Conversation:
         self._session = RunSession(model, self._next, self._send, services, self._opened)
         self._thread = threading.Thread(target=self._serve, name=f"run {name}", daemon=True)
         self._lock = threading.Lock()
-        self._is_over = False
+        self._waits = False  # whether the thread waits for a frame
         self._why: Exception | None = None  # why the session was ended from outside
         self._timer: asyncio.TimerHandle | None = None
         self._began = 0.0
@@ -74,24 +77,22 @@ class Conversation:
     async def run(self, socket: Socket) -> str:
         """Serve the connection until it ends. Return why it has ended, for the client."""
         self._loop, self._socket = asyncio.get_running_loop(), socket
-        done = self._done = asyncio.Event()
         self._thread.start()
         reading = asyncio.create_task(self._read())
         try:
-            await done.wait()
+            await asyncio.to_thread(self._thread.join)
         finally:
             reading.cancel()
-            self._interrupt(None)
-            await asyncio.to_thread(self._thread.join)
+            self._set_timer(False)
+        if self._why is not None:
+            with suppress(Closed, TimeoutError):
+                await asyncio.wait_for(socket.send(error_frame(self._why)), self._limits.idle_seconds)
         return str(self._why or "")
 
     async def _read(self) -> None:
         try:
             while True:
                 frame = await self._socket.receive()
-                size = len(frame)
-                if size > self._limits.frame_bytes:
-                    raise ProtocolError(f"a frame of {size} bytes: the limit is {self._limits.frame_bytes}")
                 if self._frames.qsize() >= _WAITING:
                     raise ProtocolError("one question at a time: the answer to the last is not there yet")
                 self._frames.put(frame)
@@ -103,37 +104,27 @@ class Conversation:
     # ---- in the thread of the connection
 
     def _serve(self) -> None:
-        try:
-            self._session.serve()
-        except RunEnded:
-            pass
-        except Exception as error:  # a bug, of which the client learns no more than that
-            _log.exception("run %s failed", self._name)
-            self._why = self._why or RemoteError(f"the server failed with {type(error).__name__}; its log says why")
-        finally:
-            with self._lock:
-                self._is_over = True
-            self._end()
-
-    def _end(self) -> None:
-        try:
-            self._session.close()
-            if self._why is not None:
-                self._send(error_frame(self._why))
-        except (Exception, RunEnded):  # the client has gone
-            pass
-        finally:
-            self._loop.call_soon_threadsafe(self._done.set)
+        with suppress(RunEnded):  # it may come between any two lines, also when the session is over
+            try:
+                self._session.serve()
+            except RunEnded:
+                self._session.close()
+            except Exception as error:  # a bug, of which the client learns no more than that
+                _log.exception("run %s failed", self._name)
+                self._why = self._why or RemoteError(f"the server failed with {type(error).__name__}; its log says why")
 
     def _next(self) -> str | bytes:
         self._check_memory()
+        with self._lock:
+            self._waits = True
         try:
             frame = self._frames.get(timeout=self._limits.idle_seconds)
         except queue.Empty:
-            self._why = RemoteError(
-                f"the run was ended, because nothing was asked of it for {self._limits.idle_seconds:g} seconds"
-            )
-            frame = None
+            seconds = self._limits.idle_seconds
+            error = RemoteError(f"the run was ended, because nothing was asked of it for {seconds:g} seconds")
+            self._why, frame = self._why or error, None
+        with self._lock:
+            self._waits = False
         if frame is None:
             raise RunEnded
         return frame
@@ -172,14 +163,16 @@ class Conversation:
             self._timer = self._loop.call_later(seconds, self._interrupt, error)
 
     def _interrupt(self, why: Exception | None) -> None:
-        """End the session: raise an exception wherever its thread is."""
+        """End the session: raise an exception wherever its thread is, unless it waits for a frame.
+
+        Python drops an exception that comes within a finalizer, so it is raised again until the thread has ended."""
         with self._lock:
-            if self._is_over:
-                return
             self._why = self._why or why
             self._frames.put(None)
-            number = ctypes.c_ulong(self._thread.ident)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(RunEnded))
+            if not self._waits and self._thread.is_alive():
+                number = ctypes.c_ulong(self._thread.ident)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(RunEnded))
+                self._loop.call_later(_AGAIN, self._interrupt, why)
 
 
 def _memory() -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
+from diffsight.gallery.serve.services import services_of
 
 
 def configuration(model: Any) -> bytes:
@@ -32,10 +33,8 @@ def description(name: str, model: Any) -> dict[str, Any]:
     if kind not in ("DiffusionModel", "LanguageModel"):
         raise InputError(f"{name}: a server has pipelines and language models, and no {kind}")
     found: dict[str, Any] = {"name": name, "kind": kind, "tree": repr(model)}
-    if isinstance(model, DiffusionModel):
-        return found | {"encoders": str(model.encoders), "names": {}}
-    names = (model.loaded_from or {}).get("names") or {}
-    return found | {"encoders": "", "names": dict(names)}
+    names = {} if kind == "DiffusionModel" else (model.loaded_from or {}).get("names") or {}
+    return found | {"names": dict(names), "services": sorted(services_of(model))}
 
 
 def _save_pipeline(pipeline: Any, folder: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import diffusers
 import torch
-from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline, ModularPipelineBlocks
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
@@ -29,7 +28,13 @@ from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.packaged import FOLDERS, LANGUAGE_MODELS
 from diffsight.pipelines.quiet_loading import quiet_loading
 from diffsight.pipelines.shapes.flux_defaults import set_defaults
-from diffsight.pipelines.weights import MissingWeightsError, adopt, check_weights, requiring_all_weights
+from diffsight.pipelines.weights import (
+    MissingWeightsError,
+    adopt,
+    check_weights,
+    requiring_all_weights,
+    without_weights,
+)
 
 _OF_WEIGHTS = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
 _LIBRARIES = ("diffusers", "transformers")  # that parts may come from
@@ -197,10 +202,10 @@ def _class(part: str, library: str, name: str, trusts_code: bool) -> type[nn.Mod
 def _build(cls: type[nn.Module], place: str, name: str, dtype: torch.dtype | None, of_hub: dict) -> nn.Module:
     if issubclass(cls, PreTrainedModel):
         config = cls.config_class.from_pretrained(place, subfolder=name, **of_hub)
-        with init_empty_weights():
+        with without_weights():
             return cls._from_config(config, **({"dtype": dtype} if dtype else {})).eval()
     config = cls.load_config(place, subfolder=name, **of_hub)
-    with init_empty_weights():
+    with without_weights():
         module = cls.from_config(config).eval()
     if dtype:
         nn.Module.to(module, dtype)

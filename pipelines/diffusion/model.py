@@ -45,7 +45,7 @@ from diffsight.pipelines.diffusion.run import DiffusionRun, abandoned_bars_remov
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders
 from diffsight.pipelines.seeds import generators, seeded_noise, seeds_of_images
 from diffsight.pipelines.valid_text import check_text
-from diffsight.remote import ServedModel, put_on_server
+from diffsight.remote import ServedModel, is_on_server, put_on_server
 
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_images_per_caption")
 
@@ -118,13 +118,13 @@ class DiffusionModel(HasEncoders, Model):
     def encoders(self) -> Encoders:
         """The text encoders by name, and what the pipeline uses of each. The first access encodes a prompt to find
         out."""
-        return self._found("_known_encoders", find_encoders)
+        return self._found("_known_encoders", _encoders_there if is_on_server(self) else find_encoders)
 
     @property
     def attentions(self) -> Attentions:
         """The attention modules of the denoiser by name, and what attends to what in each. The first access runs the
         pipeline up to its denoiser some twenty times to find out, see `find_attentions`."""
-        return self._found("_known_attentions", find_attentions)
+        return self._found("_known_attentions", _attentions_there if is_on_server(self) else find_attentions)
 
     def _found(self, name: str, find: Callable[[Model], Any]) -> Any:
         """What a function finds out about the model without its edits, once for its present components."""
@@ -291,6 +291,17 @@ class DiffusionModel(HasEncoders, Model):
                 super().__setattr__(name, value)
             except PointNotFoundError as error:
                 raise PointNotFoundError(f"{error}{suggest(name, components(self._owner))}") from None
+
+
+def _encoders_there(model: Model) -> Encoders:
+    """What the server of a model finds out about its text encoders."""
+    return Encoders(type(model.pipeline).__name__, {encoder.name: encoder for encoder in model.server.find("encoders")})
+
+
+def _attentions_there(model: Model) -> Attentions:
+    """What the server of a model finds out about its attention modules."""
+    denoiser, attentions = model.server.find("attentions")
+    return Attentions(type(model.pipeline).__name__, denoiser, attentions)
 
 
 @contextmanager

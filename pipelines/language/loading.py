@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from torch import nn
 
 from diffsight.errors import DiffsightError, InputError, suggest_packaged
@@ -21,7 +20,13 @@ from diffsight.pipelines.language.gguf import load_gguf
 from diffsight.pipelines.language.smollm2 import packaged_folder
 from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
-from diffsight.pipelines.weights import MissingWeightsError, adopt, check_weights, requiring_all_weights
+from diffsight.pipelines.weights import (
+    MissingWeightsError,
+    adopt,
+    check_weights,
+    requiring_all_weights,
+    without_weights,
+)
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -87,7 +92,7 @@ def _build_empty(place: str, arguments: dict[str, Any]) -> nn.Module:
     kind = _kind(config)
     build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
     code = {name: arguments[name] for name in ("trust_remote_code", "code_revision") if name in arguments}
-    with init_empty_weights():
+    with without_weights():
         model = build(config, **(code if hasattr(kind, "from_config") else {})).eval()
     model.tie_weights()
     return model

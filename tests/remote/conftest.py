@@ -7,7 +7,7 @@ pytest.importorskip("websockets", reason="remote runs need the package websocket
 from diffsight import DiffusionModel, LanguageModel
 from remote.serving import serving
 
-PIPELINES = ("diffsight/shapes-clip", "diffsight/shapes-t5", "diffsight/shapes-flux")
+PIPELINES = ("diffsight/shapes-clip", "diffsight/shapes-flux")
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +39,3 @@ def remote_language(address):
 @pytest.fixture(scope="session")
 def remote_pipelines(address):
     return {name: DiffusionModel(name, remote=address) for name in PIPELINES}
-
-
-@pytest.fixture(scope="session", params=["local", "remote"])
-def either(request):
-    return request.param

@@ -11,22 +11,26 @@ from contextlib import contextmanager
 from typing import Any
 
 from diffsight.gallery.serve.conversation import Closed, Conversation, Limits
+from diffsight.gallery.serve.descriptions import configuration, description
 from diffsight.gallery.serve.front import Front
 from diffsight.gallery.serve.keys import Keys, key_in
 from diffsight.gallery.serve.services import services_of
+from diffsight.remote import Chunks, split
 
 
 class PlainSocket:
     """A WebSocket of the library `websockets`."""
 
-    def __init__(self, socket: Any) -> None:
-        self._socket = socket
+    def __init__(self, socket: Any, frame_bytes: int) -> None:
+        self._socket, self._chunks = socket, Chunks(frame_bytes)
 
     async def receive(self) -> str | bytes:
         from websockets.exceptions import ConnectionClosed
 
         try:
-            return await self._socket.recv()
+            while (frame := self._chunks.add(await self._socket.recv())) is None:
+                pass
+            return frame
         except ConnectionClosed:
             raise Closed from None
 
@@ -34,9 +38,15 @@ class PlainSocket:
         from websockets.exceptions import ConnectionClosed
 
         try:
-            await self._socket.send(frame)
+            for part in split(frame):
+                await self._socket.send(part)
         except ConnectionClosed:
             raise Closed from None
+
+
+def model_of(path: str) -> str:
+    """Return the model whose runs a path names; an empty string if it names none."""
+    return path.removeprefix("/runs/").removesuffix("/open") if path.startswith("/runs/") else ""
 
 
 @contextmanager
@@ -46,29 +56,30 @@ def serving(models: Mapping[str, Any], limits: Limits = Limits(), keys: Any = No
     from websockets.datastructures import Headers
     from websockets.http11 import Response
 
-    front = Front(models, Keys(keys))
+    front, known = Front([(description(n, m), configuration(m)) for n, m in models.items()]), Keys(keys)
     loop = asyncio.new_event_loop()
     ready, ports, stopping = threading.Event(), [], asyncio.Event()
     locks = {name: asyncio.Lock() for name in models}
 
     def plain(connection: Any, request: Any) -> Any:
-        if (
-            request.path.endswith("/run")
-            and front.refusal(key_in(request.headers), front.model_of(request.path)) is None
-        ):
+        name = model_of(request.path)
+        if known.find(key_in(request.headers)) is None:
+            status, kind, body = front.error(401, "it is missing or unknown")
+        elif name in models:
             return None
-        status, kind, body = front.answer("GET", request.path, key_in(request.headers), b"")
+        else:
+            status, kind, body = front.answer(request.path)
         return Response(status, "", Headers([("Content-Type", kind), ("Content-Length", str(len(body)))]), body)
 
     async def handle(socket: Any) -> None:
-        name = front.model_of(socket.request.path)
+        name = model_of(socket.request.path)
         async with locks[name]:
             conversation = Conversation(models[name], services_of(models[name]), limits, "test")
-            reason = await conversation.run(PlainSocket(socket))
+            reason = await conversation.run(PlainSocket(socket, limits.frame_bytes))
         await socket.close(1000 if not reason else 1008, reason.encode()[:120].decode(errors="ignore"))
 
     async def main() -> None:
-        options = dict(process_request=plain, max_size=limits.frame_bytes, compression=None)
+        options = dict(process_request=plain, max_size=16 << 20, close_timeout=1, compression=None)
         async with serve(handle, "127.0.0.1", 0, **options) as server:
             ports.append(server.sockets[0].getsockname()[1])
             ready.set()

@@ -1,0 +1,78 @@
+"""Jobs: lenses that run on a server while nobody waits, and whose results are kept for a while."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffsight.errors import InputError
+from diffsight.gallery.serve.front import Answer, Front
+
+
+@dataclass
+class _Job:
+    key: str
+    since: float
+    status: str = "waiting"
+    ended: float | None = None
+    result: bytes = b""
+    task: Any = field(default=None, repr=False)
+
+
+class Jobs:
+    """The jobs of a server.
+
+    Args:
+        keep_seconds: How long a result is kept after its job has ended.
+    """
+
+    def __init__(self, keep_seconds: float) -> None:
+        self._keep, self._jobs = keep_seconds, dict[str, _Job]()
+
+    def start(self, key: str, most: int, work: Callable[[str], Awaitable[bytes]]) -> dict[str, str]:
+        """Start a job and return its id. `most` is how many jobs a key may have that have not ended.
+
+        Raises:
+            InputError: The key has as many already.
+        """
+        self._forget()
+        if sum(job.key == key and job.ended is None for job in self._jobs.values()) >= most:
+            raise InputError(f"the key has {most} jobs that have not ended, and may have no more")
+        number = uuid.uuid4().hex
+        job = self._jobs[number] = _Job(key, time.time())
+        job.task = asyncio.create_task(self._carry_out(job, work(number)))
+        return {"job": number}
+
+    def of(self, key: str) -> dict[str, str]:
+        """Return the status of each job of a key."""
+        self._forget()
+        return {number: job.status for number, job in self._jobs.items() if job.key == key}
+
+    def answer(self, path: str, key: str) -> Answer:
+        """Answer a request for a job ("ID") or its result ("ID/result")."""
+        self._forget()
+        number, _, what = path.partition("/")
+        job = self._jobs.get(number)
+        if job is None or job.key != key:
+            return Front.error(404, f"there is no job {number}: results are kept for {self._keep:g} seconds")
+        if not what:
+            return Front.json({"job": number, "status": job.status})
+        if what != "result" or job.ended is None:
+            return Front.error(409, f"the job {number} is {job.status}: it has no {what} yet")
+        return 200, "application/octet-stream", job.result
+
+    async def _carry_out(self, job: _Job, work: Awaitable[bytes]) -> None:
+        job.status = "running"
+        try:
+            job.result = await work
+            job.status = "done"
+        except Exception as error:  # the replica was lost
+            job.result = Front.error(500, f"{type(error).__name__}")[2]
+            job.status = "failed"
+        job.ended = time.time()
+
+    def _forget(self) -> None:
+        now = time.time()
+        self._jobs = {n: job for n, job in self._jobs.items() if job.ended is None or now - job.ended < self._keep}

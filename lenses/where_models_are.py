@@ -1,0 +1,27 @@
+"""Lenses run where the model is: on a server by name, if its weights are there, and only the result comes back."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+from diffsight.remote import is_on_server
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+
+
+def where_the_model_is(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a lens, whose first argument is the model, run on the model's server if that runs lenses of its name.
+
+    A lens that is told to write into a folder runs here, and reads from the server what it needs."""
+
+    @wraps(function)
+    def lens(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        model = args[0] if args else kwargs.get("model")
+        if not is_on_server(model) or kwargs.get("folder") is not None or model.edits:
+            return function(*args, **kwargs)
+        given: dict[str, Any] = {name: value for name, value in kwargs.items() if name not in ("model", "progress")}
+        if function.__name__ not in model.server.services:
+            return function(*args, **kwargs)
+        return model.server.lens(function.__name__, *args[1:], **given)
+
+    return lens

@@ -1,0 +1,75 @@
+"""Lenses of a model on a server run there, and their results are those of the model itself."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from diffsight import attention_maps, collect_activations, diffusion_lens, logit_lens
+from diffsight.errors import InputError
+from helpers import refusal, same, same_image
+
+CLIP = "diffsight/shapes-clip"
+IDS = [[5, 17, 42], [1, 2, 3]]
+
+
+def data(result):
+    """Return the tensors and images of a result, by the name of the attribute."""
+    found = {}
+    for one in dataclasses.fields(result):
+        value = getattr(result, one.name)
+        if isinstance(value, torch.Tensor):
+            found[one.name] = value
+        if isinstance(value, (list, tuple)) and value and hasattr(value[0], "tobytes"):
+            found[one.name] = [image.tobytes() for image in value]
+    return found
+
+
+def test_attention_maps(pipelines, remote_pipelines):
+    expected, found = (
+        attention_maps(one[CLIP], "a red circle", seed=0, num_inference_steps=2)
+        for one in (pipelines, remote_pipelines)
+    )
+    assert same_image(expected.image, found.image)
+    assert data(expected).keys() == data(found).keys() and same(data(expected), data(found))
+    assert found.call.models["model"].options["remote"].startswith("http://127.0.0.1")
+
+
+def test_diffusion_lens(pipelines, remote_pipelines):
+    def lens(model):
+        return diffusion_lens(model, "a red circle", seed=0, layers=[0, 2], num_inference_steps=2)
+
+    expected, found = lens(pipelines[CLIP]), lens(remote_pipelines[CLIP])
+    assert all(map(same_image, expected.images, found.images))
+
+
+def test_logit_lens(language, remote_language):
+    expected, found = (logit_lens(one, IDS, top_k=3) for one in (language, remote_language))
+    assert data(expected) and same(data(expected), data(found))
+
+
+def test_collect_activations(language, remote_language, tmp_path):
+    expected, found = (collect_activations(one, IDS) for one in (language, remote_language))
+    assert torch.equal(expected.values, found.values)
+    collect_activations(remote_language, IDS, folder=tmp_path / "states")  # runs here, and reads from the server
+    assert any((tmp_path / "states").iterdir())
+
+
+def test_a_server_writes_no_files(remote_language, tmp_path):
+    assert "writes no files" in refusal(remote_language.server.lens, "collect_activations", IDS, folder="states")
+    assert "paths mean nothing" in refusal(remote_language.server.lens, "logit_lens", tmp_path)
+
+
+def test_errors_are_those_of_the_lens(language, remote_language):
+    assert refusal(logit_lens, remote_language, IDS, layers=9) == refusal(logit_lens, language, IDS, layers=9)
+
+
+def test_only_lenses_run(remote_language):
+    with pytest.raises(Exception, match="does not run 'train_sae'; it runs attention_from"):
+        remote_language.server.lens("train_sae", IDS)
+
+
+@pytest.mark.parametrize("name", ["trust_remote_code", "custom_generate", "streamer"])
+def test_arguments_that_run_code_are_refused(remote_language, name):
+    with pytest.raises(InputError, match="is not taken by a server"):
+        remote_language.server.lens("logit_lens", IDS, **{name: "x"})

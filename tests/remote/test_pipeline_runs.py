@@ -1,0 +1,116 @@
+"""Runs of pipelines on a server return what the same lines return on the pipeline itself, bit for bit."""
+
+import pytest
+import torch
+
+from helpers import same, same_image
+
+PROMPT, OTHER = "a red circle above a blue square", "a green square"
+CLIP = "diffsight/shapes-clip"
+
+
+def steps(model):
+    with model.generate(PROMPT, seed=3, num_inference_steps=4) as run:
+        hidden = run.text_encoder.layers[1].output
+        run.text_encoder.ln_final.input = hidden
+        run.unet.conv_in.output[:, :2] *= 0.5
+        found = [hidden]
+        for step in run.steps[:3]:
+            found += [step.index, step.timestep, run.unet.mid_block.output, run.scheduler.step.input]
+        found.append(run.vae.decode.input)
+    return found, run.images[0]
+
+
+def branches(model):
+    with model.generate([PROMPT, OTHER], seed=3, num_inference_steps=2) as run:
+        for _ in run.steps[:2]:
+            run.uncond.unet.mid_block.output = run.cond.unet.mid_block.output * 0.9
+            found = [row.unet.up_blocks[0].output for row in run.cond.rows]
+        first = run.rows[0].vae.decode.input
+    return found, first, [run.rows[1].images[0], *run.images]
+
+
+def attention(model):
+    with model.generate(PROMPT, seed=3, num_inference_steps=2) as run:
+        attn = run.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+        found = [attn.attention_probs, attn.heads_output]
+        run.stop()
+    return found
+
+
+def record(model):
+    with model.generate(PROMPT, seed=3, num_inference_steps=3) as run:
+        kept = run.record(["text_encoder.layers[*]", "unet.mid_block.output", "vae.decode.input"])
+        for _ in run.steps:
+            pass
+    return dict(kept)
+
+
+def parts(model):
+    with model.generate(PROMPT, seed=3, num_inference_steps=2) as run:
+        latents = run.vae.decode.input
+        decoded = model.vae.decode(latents * 0.5).sample
+        inputs = run.vae.decode.inputs
+    return decoded, inputs[0][0], run.images[0]
+
+
+def two_at_once(model):
+    return [model.generate(prompt, seed=1, num_inference_steps=2).images[0] for prompt in (PROMPT, OTHER)]
+
+
+def compare(expected, found):
+    if hasattr(expected, "tobytes"):
+        return same_image(expected, found)
+    if isinstance(expected, (list, tuple)):
+        return len(expected) == len(found) and all(map(compare, expected, found))
+    return same(expected, found)
+
+
+@pytest.mark.parametrize("body", [steps, branches, attention, record, parts, two_at_once], ids=lambda one: one.__name__)
+def test_the_same_values(body, pipelines, remote_pipelines):
+    assert compare(body(pipelines[CLIP]), body(remote_pipelines[CLIP]))
+
+
+def test_the_same_values_of_flux(pipelines, remote_pipelines):
+    def body(model):
+        with model.generate(PROMPT, seed=3, num_inference_steps=2) as run:
+            found = [run.text_encoder_2.layers[1].output]
+            for step in run.steps:
+                found += [step.timestep, run.transformer.transformer_blocks[0].output[0]]
+        return found, run.images[0]
+
+    name = "diffsight/shapes-flux"
+    assert compare(body(pipelines[name]), body(remote_pipelines[name]))
+
+
+def test_what_is_known_of_the_encoders(pipelines, remote_pipelines):
+    model = remote_pipelines[CLIP]
+    assert repr(model.encoders) == repr(pipelines[CLIP].encoders)
+    assert repr(model) == repr(pipelines[CLIP])
+
+
+def test_half_precision_halves_what_is_sent(remote_pipelines):
+    model = remote_pipelines[CLIP]
+    with model.generate(PROMPT, seed=3) as run:
+        exact = run.text_encoder.layers[1].output
+        run.stop()
+    model.server.half_precision = True
+    try:
+        with model.generate(PROMPT, seed=3) as run:
+            half = run.text_encoder.layers[1].output
+            run.stop()
+    finally:
+        model.server.half_precision = False
+    assert half.dtype == torch.float32 and torch.equal(half, exact.half().float()) and not torch.equal(half, exact)
+
+
+def test_a_session_keeps_its_connection(pipelines, remote_pipelines):
+    model = remote_pipelines[CLIP]
+    with model.server.session():
+        first = model.generate(PROMPT, seed=3, num_inference_steps=2).images[0]
+        with model.generate(PROMPT, seed=3, num_inference_steps=2) as run:
+            run.text_encoder.ln_final.input = run.text_encoder.layers[1].output
+            run.stop()
+        again = model.generate(PROMPT, seed=3, num_inference_steps=2).images[0]
+    expected = pipelines[CLIP].generate(PROMPT, seed=3, num_inference_steps=2).images[0]
+    assert same_image(first, expected) and same_image(again, expected)
