@@ -97,7 +97,7 @@ class Part(Selection):
             if set(whole) != set(value):
                 raise AssignmentError(f"{path} holds {sorted(whole)}; it cannot take {sorted(value)}")
             value = {name: value[name] for name in whole}  # in the order of the model's own
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) or (isinstance(whole, Mapping) and not hasattr(whole, "to_tuple")):
             raise AssignmentError(f"{path} is a {type(whole).__name__}; it cannot take a {type(value).__name__}")
         values, _ = _one_level(value)
         if len(wholes) != len(values):
