@@ -22,6 +22,9 @@ from diffsight.pipelines.diffusion.denoising_steps import decodes_last, denoisin
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
 
 
+_DENOISERS = ("unet", "transformer")  # what pipelines call it
+
+
 class DiffusionTree(AttentionTree):
     """What can be traced in a diffusers pipeline: its components, and the methods that pipelines call directly."""
 
@@ -51,6 +54,10 @@ class DiffusionTree(AttentionTree):
             is_component = any(part is owner for part in components(self.root.owner).values())
             self._standard_names[owner] = component_names(owner) if is_component else {}
         return self._standard_names[owner]
+
+    def meant_by(self, target: Target, name: str) -> str:
+        denoiser = next((part for part in _DENOISERS if part in components(self.root.owner)), name)
+        return denoiser if target is self.root and name in _DENOISERS else name
 
     def components(self) -> list[Target]:
         targets = self.method_targets(self.root) + text_block_targets(self.root.owner)
