@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -34,7 +35,7 @@ from diffsight.notebook_tree import folded
 
 VALUES = ("input", "inputs", "output")
 _FEW = 12  # parts; up to this many are listed in an error message
-_RAW = ("modules", "named_modules", "children", "named_children", "get_submodule")  # methods that return modules
+_RAW = ("modules", "named_modules", "children", "named_children")  # methods that yield modules
 
 
 @contextmanager
@@ -385,19 +386,32 @@ class Envoy(Points):
             raise PointNotFoundError(
                 f"{self.path or type(self._owner).__name__} has no {name!r}{self._hint(name, dir(self))}"
             ) from None
-        is_raw = isinstance(value, nn.Module) or (name in _RAW and isinstance(self._owner, nn.Module))
-        if not (is_raw and self._is_in_run()):
-            return value
-        # In a run, an assignment to the `.output` of a module itself would have no effect.
+        if name in _RAW and isinstance(self._owner, nn.Module) and self._is_in_run():
+            return partial(self._envoys, name)
+        returns_modules = isinstance(value, MethodType) and name.startswith("get_")
+        if (returns_modules or _holds_modules(value)) and self._is_in_run():
+            return self._with_envoys(value)
+        return value
+
+    def _with_envoys(self, value: Any) -> Any:
+        """A value with envoys in place of modules: in a run, an assignment to the `.output` of a module itself would be
+        in vain."""
         if isinstance(value, nn.Module):
             return self._envoy_of(value)
-        return partial(self._envoys, name) if name != "get_submodule" else lambda path: self._envoy_of(value(path))
+        if isinstance(value, MethodType):
+            return lambda *args, **kwargs: self._with_envoys(value(*args, **kwargs))
+        if not _holds_modules(value):
+            return value
+        if type(value) is dict:
+            return {key: self._with_envoys(item) for key, item in value.items()}
+        return type(value)(map(self._with_envoys, value))
 
     def _hint(self, name: str, known: Iterable[str]) -> str:
         """What else may have been meant by a name that does not exist, in words."""
         if hasattr(vars(self._owner).get("config"), name):
             return f"; its configuration has one: .config.{name}"
-        hint, children = suggest(name, [one for one in known if not one.startswith("_")]), self._names()
+        known, children = [one for one in known if not one.startswith("_")], self._names()
+        hint = suggest(self._tree.meant_by(self._target, name), known)
         is_short = 0 < len(children) <= _FEW and not any(child.isdigit() for child in children)
         return hint + (f"; its parts are {', '.join(children)}" if is_short else "")
 
@@ -579,3 +593,9 @@ def fetch(points: Points, part: str) -> Any:
 def assign(points: Points, part: str, value: Any) -> None:
     """Assign a value by the name of its part: "output", "input" or "inputs"."""
     points._assign(part, value)
+
+
+def _holds_modules(value: Any) -> bool:
+    """Whether a value is a module, or a list, tuple or dictionary with modules in it."""
+    items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
+    return any(isinstance(item, nn.Module) for item in items)

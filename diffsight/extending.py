@@ -36,6 +36,7 @@ owner, the name of the method, and the path as users write it. Override:
 
 - `children_of(target)`: the parts directly in a part, by name. They become envoys.
 - `methods_of(owner)`: methods that code calls directly instead of `forward`.
+- `meant_by(target, name)`: what a part is called here that has another name in other models.
 - `names_of(owner)` and `target_named(outer, name)`: standard names, such as `layers` and `ln_final`.
 - `named_value(points, name)` and `value_names(target)`: values inside the calls of a module that are neither its inputs
   nor its output, such as attention probabilities.

@@ -384,7 +384,7 @@ class Run(InRun):
         for value, calls in undecided:
             warn_user(
                 f"the run was dropped in the call of {calls} in which {value} was read, so it is not known whether "
-                f"this call would have made another product. Call run.stop() or run.finish()"
+                "this call would have made another product. Call run.stop() or run.finish()"
             )
 
 

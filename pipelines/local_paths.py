@@ -2,14 +2,25 @@
 
 from pathlib import Path
 
+from diffsight.errors import InputError
+
 
 def find_path(name: str | Path) -> Path | None:
-    """Return what a name stands for on this machine, or None: it may also be no path at all."""
+    """Return what a name stands for on this machine, or None: it may also be no path at all.
+
+    Raises:
+        InputError: It is a link that leads nowhere.
+    """
     try:
         path = Path(name).expanduser()
-        return path if path.exists() else None
+        if path.exists():
+            return path
+        is_link = path.is_symlink()
     except (OSError, ValueError, RuntimeError):  # too long, a null byte, a home that is not known
         return None
+    if is_link:
+        raise InputError(f"{shortened(str(name))} is a link to {path.readlink()}, which does not exist")
+    return None
 
 
 def shortened(name: str) -> str:

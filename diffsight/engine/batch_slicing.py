@@ -98,7 +98,7 @@ class Part(Selection):
             if set(whole) != set(value):
                 raise AssignmentError(f"{path} holds {sorted(whole)}; it cannot take {sorted(value)}")
             value = {name: value[name] for name in whole}  # in the model's own order
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) or (isinstance(whole, Mapping) and not hasattr(whole, "to_tuple")):
             raise wrong_type(path, whole, value)
         values, _ = _one_level(value)
         if len(wholes) != len(values):

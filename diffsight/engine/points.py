@@ -3,6 +3,7 @@
 import math
 import sys
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CodeType, FrameType, TracebackType
 from typing import Any
@@ -122,19 +123,41 @@ class Assignment:
         before, difference = first_input(point.value, self) if part == "input" else point.value, None
         if selection is not None:
             value = selection.at(point.tap, point.index, self).put(before, value, self, point.copies)
-        elif before is not None and isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
-            raise wrong_type(self, before, value)
-        elif isinstance(before, torch.Tensor):
-            difference = _difference(before, value)
-            if difference and before.ndim != value.ndim:  # it would be broadcast to something nobody meant
-                raise AssignmentError(f"{self} {difference}. Assign a value of {before.ndim} dimensions")
-            if before.shape != value.shape and _is_broadcast(value, before):
-                raise AssignmentError(f"{self} {difference}. If it is to be repeated, write that: value.expand(...)")
+        elif before is not None:
+            difference = self._difference(before, value)
         if part == "input":
             args, kwargs = point.value
             value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
         point.value, point.changed = value, True
         return f"{self} {difference}" if difference else None
+
+    def _difference(self, before: Any, value: Any) -> str | None:
+        """Return how a value differs in shape or type from the model's own.
+
+        Raises AssignmentError if it can never stand there, or would be broadcast to something that nobody meant."""
+        if isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
+            raise wrong_type(self, before, value)
+        if not isinstance(before, torch.Tensor):
+            pairs = _parts_of_both(before, value) if self.asked.part == "output" else ()
+            return next(filter(None, [self._difference(*pair) for pair in pairs]), None)
+        difference = _difference(before, value)
+        if difference and before.ndim != value.ndim:
+            raise AssignmentError(f"{self} {difference}. Assign a value of {before.ndim} dimensions")
+        if before.shape != value.shape and _is_broadcast(value, before):
+            raise AssignmentError(f"{self} {difference}. If it is to be repeated, write that: value.expand(...)")
+        return difference
+
+
+def _parts_of_both(before: Any, value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the tensors and containers that a container holds, each with what is in its place in another one."""
+    pairs: Iterable[tuple[Any, Any]] = ()
+    if isinstance(before, Mapping) and isinstance(value, Mapping):
+        pairs = ((own, value.get(name)) for name, own in before.items())
+    elif isinstance(before, (tuple, list)) and isinstance(value, (tuple, list)):
+        pairs = zip(before, value)
+    for own, other in pairs:
+        if other is not None and isinstance(own, (torch.Tensor, Mapping, tuple, list)):
+            yield own, other
 
 
 def first_input(inputs: tuple[tuple, dict], path: object) -> Any:

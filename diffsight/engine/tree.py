@@ -64,6 +64,10 @@ class Tree:
         """Return the methods of a part that can be tapped besides its forward pass: name to path from the model."""
         return self._methods.get(id(owner), {})
 
+    def meant_by(self, target: Target, name: str) -> str:
+        """Return what the part is called here that is called `name` in other models."""
+        return name
+
     def names_of(self, owner: Any) -> Mapping[str, str]:
         """Return the standard names of what lies below a part: name to real path from the part."""
         return {}

@@ -98,7 +98,8 @@ def _tokens(prompt: PromptWords, item: WordOrTokens) -> range:
         return prompt[item]
     tokens = range(int(item), int(item) + 1) if not isinstance(item, range) else item
     if not tokens or tokens.step != 1 or tokens.start < 0 or tokens.stop > len(prompt.ids):
-        raise InputError(f"there are no tokens {item!r}: {prompt.prompt!r} has the tokens 0 to {len(prompt.ids) - 1}")
+        asked = f"are no tokens {item!r}" if isinstance(item, range) else f"is no token {item!r}"
+        raise InputError(f"there {asked}: {prompt.prompt!r} has the tokens 0 to {len(prompt.ids) - 1}")
     return tokens
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from diffusers import ModularPipeline
 
 from diffsight.errors import InputError
+from diffsight.pipelines.argument_types import is_number
 from diffsight.pipelines.arguments import check_arguments, named_arguments, signature
 
 
@@ -38,7 +39,7 @@ def arguments_by_name(pipeline: Any, args: tuple, kwargs: Mapping[str, Any]) -> 
     """Return the arguments of a call by name.
 
     Raises:
-        InputError: The pipeline has no such argument.
+        InputError: The pipeline has no such argument, or an argument is a text where a number is declared.
     """
     name, known = type(pipeline).__name__, argument_names(pipeline)
     check_arguments(name, kwargs, known, near={"seed", "grad"})
@@ -47,8 +48,20 @@ def arguments_by_name(pipeline: Any, args: tuple, kwargs: Mapping[str, Any]) -> 
     if isinstance(pipeline, ModularPipeline):
         if len(args) > 1 or (args and "prompt" in kwargs):
             raise InputError(f"{name} takes a prompt, and everything else by name: num_inference_steps=20")
-        return {**dict(zip(["prompt"], args)), **kwargs}
-    try:
-        return signature(pipeline.__call__).bind_partial(*args, **kwargs).arguments
-    except TypeError as error:
-        raise InputError(f"{name}: {error}") from None
+        arguments = {**dict(zip(["prompt"], args)), **kwargs}
+    else:
+        try:
+            arguments = signature(pipeline.__call__).bind_partial(*args, **kwargs).arguments
+        except TypeError as error:
+            raise InputError(f"{name}: {error}") from None
+    declared = _declared_types(pipeline)
+    for argument, value in arguments.items():
+        if isinstance(value, str) and is_number(declared.get(argument)):
+            raise InputError(f"{name}: {argument} must be a number, not {value!r}")
+    return arguments
+
+
+def _declared_types(pipeline: Any) -> dict[str, Any]:
+    if isinstance(pipeline, ModularPipeline):
+        return {given.name: given.type_hint for given in pipeline._blocks.inputs if given.name is not None}
+    return {name: p.annotation for name, p in signature(pipeline.__call__).parameters.items()}

@@ -24,6 +24,9 @@ _GUIDANCE = {"guidance_scale", "true_cfg_scale"}  # arguments of pipelines that 
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
 
 
+_DENOISERS = ("unet", "transformer")  # what pipelines call it
+
+
 class DiffusionTree(AttentionTree):
     """What can be traced in a diffusers pipeline: its components, and the methods that pipelines call directly."""
 
@@ -53,6 +56,10 @@ class DiffusionTree(AttentionTree):
             is_component = any(part is owner for part in components(self.root.owner).values())
             self._standard_names[owner] = component_names(owner) if is_component else {}
         return self._standard_names[owner]
+
+    def meant_by(self, target: Target, name: str) -> str:
+        denoiser = next((part for part in _DENOISERS if part in components(self.root.owner)), name)
+        return denoiser if target is self.root and name in _DENOISERS else name
 
     def components(self) -> list[Target]:
         targets = self.method_targets(self.root) + text_block_targets(self.root.owner)

@@ -17,6 +17,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline, ModularPipelineBlocks
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -24,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from diffsight.errors import DiffsightError, InputError, suggest_packaged
 from diffsight.pipelines.arguments import check_arguments
 from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
+from diffsight.pipelines.hub_access import hub_access, hub_says
 from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.packaged import FOLDERS, LANGUAGE_MODELS
 from diffsight.pipelines.quiet_loading import quiet_loading
@@ -78,7 +81,9 @@ def open_pipeline(
     place = str(_folder(name)) if is_local else name
     explained = _explained_packaged if name in FOLDERS else _explained_folder if is_local else _explained_hub
 
-    if is_local and not (Path(place) / "model_index.json").is_file():
+    if not is_local:
+        arguments = hub_access() | arguments
+    if _is_modular(place, is_local, arguments):
         with explained(name):
             check_configurations(Path(place))
             return _load_modular(place, arguments), None
@@ -129,16 +134,31 @@ def _of_blocks(blocks: ModularPipelineBlocks, components: dict[str, Any]) -> Mod
     return pipeline
 
 
+def _is_modular(place: str, is_local: bool, arguments: dict[str, Any]) -> bool:
+    """Return whether a folder or hub repository has the index of a modular pipeline alone."""
+    if is_local:
+        return not (Path(place) / "model_index.json").is_file()
+    given = {name: value for name, value in _for_hub(arguments).items() if name != "proxies"}
+    for index in ("model_index.json", _MODULAR_INDEX):
+        try:
+            hf_hub_download(place, index, **given)
+        except (OSError, HfHubHTTPError):
+            continue
+        return index == _MODULAR_INDEX
+    return False
+
+
 def _load_modular(place: str, arguments: dict[str, Any]) -> ModularPipeline:
-    """Load a modular pipeline from a folder, with its weights."""
+    """Load a modular pipeline from a folder or hub repository, with its weights."""
     trusts_code = bool(arguments.get("trust_remote_code"))
-    for name, entry in ModularPipeline.load_config(place).items():
+    for name, entry in ModularPipeline.load_config(place, **_for_hub(arguments)).items():
         if isinstance(entry, (list, tuple)) and len(entry) == 3:
             library, kind = entry[2].get("type_hint") or entry[:2]
             if library is not None:
                 _class(name, library, kind, trusts_code)
     of_loading = {key: arguments[key] for key in arguments if key not in _OF_MODULAR}
-    pipeline = ModularPipeline.from_pretrained(place, **{k: arguments[k] for k in _OF_MODULAR if k in arguments})
+    of_index = {key: arguments[key] for key in (*_OF_MODULAR, *_OF_HUB) if key in arguments}
+    pipeline = ModularPipeline.from_pretrained(place, **of_index)
     with requiring_all_weights():
         pipeline.load_components(**of_loading)
     specs = [pipeline.get_component_spec(name) for name in pipeline.null_component_names]
@@ -261,7 +281,7 @@ def _explained_hub(name: str) -> Iterator[None]:
     except MissingWeightsError as error:
         raise InputError(f"the model {name} cannot be loaded: {error}") from error
     except OSError as error:  # huggingface_hub finds nothing, or no network
-        raise InputError(f"{_unknown(name)}. The hub: {_first_line(error).split('. ')[0]}") from error
+        raise InputError(f"{_unknown(name)}. {hub_says(_first_line(error))}") from error
     except DiffsightError:
         raise
     except Exception as error:

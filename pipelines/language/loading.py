@@ -16,6 +16,7 @@ from torch import nn
 
 from diffsight.errors import DiffsightError, InputError, suggest_packaged
 from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
+from diffsight.pipelines.hub_access import hub_access, hub_says
 from diffsight.pipelines.language.gguf import load_gguf
 from diffsight.pipelines.language.smollm2 import packaged_folder
 from diffsight.pipelines.local_paths import find_path, shortened
@@ -70,7 +71,7 @@ def open_language_model(
         )
     name = str(source)
     place, gguf = _place(name)
-    arguments = gguf | arguments
+    arguments = gguf | ({} if find_path(place) else hub_access()) | arguments
     with _explained(name, place):
         check_configurations(Path(place))
         if weights:
@@ -155,7 +156,7 @@ def hub_arguments(arguments: Mapping[str, Any], *more: str) -> dict[str, Any]:
 def _tokenizer(given: Any) -> Any:
     if isinstance(given, (str, Path)):
         try:
-            return transformers.AutoTokenizer.from_pretrained(given)
+            return transformers.AutoTokenizer.from_pretrained(given, **({} if find_path(given) else hub_access()))
         except Exception as error:
             raise InputError(f"there is no tokenizer {str(given)!r}: {_first_line(error)}") from error
     if given is not None and not callable(given):
@@ -212,7 +213,7 @@ def _why(name: str, place: str, error: Exception) -> str:
         return f"the {what} {name} cannot be loaded as a language model: {type(error).__name__}: {_first_line(error)}"
     if not isinstance(error, OSError):  # it is there
         return f"the model {name} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
-    return f"{_unknown(name)}. The hub: {_first_line(error).split('. ')[0]}"
+    return f"{_unknown(name)}. {hub_says(_first_line(error))}"
 
 
 def _unknown(name: str) -> str:

@@ -64,6 +64,26 @@ def test_what_would_only_fit_by_broadcasting():
     assert torch.equal(run.result, torch.ones(3, 4).tanh())
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        (torch.zeros(1, 4), torch.zeros(2, 4), r"\(1, 4\) was assigned. If it is to be repeated"),
+        (torch.zeros(2, 4), torch.zeros(4), "Assign a value of 2 dimensions"),
+        (0.0, torch.zeros(2, 4), "cannot take a float"),
+    ],
+)
+def test_a_container_with_a_value_that_would_only_fit_by_broadcasting(key, value, told):
+    with pytest.raises(AssignmentError, match=told):
+        with torch.no_grad(), Model(Sum()).trace(torch.zeros(2, 4)) as run:
+            run.pair.output = {"key": key, "more": ({"value": value},)}
+
+
+def test_a_tuple_is_no_row_of_a_dictionary():
+    with pytest.raises(AssignmentError, match=r"rows\[1\].pair.output .* is a dict; it cannot take a tuple"):
+        with torch.no_grad(), Model(Sum()).trace([torch.zeros(1, 4), torch.zeros(1, 4)]) as run:
+            run.rows[1].pair.output = torch.zeros(1, 4), ({"value": torch.ones(1, 4)},)
+
+
 def test_a_dictionary_assigned_to_a_row_is_matched_by_its_keys():
     inputs = [torch.zeros(1, 4), torch.zeros(1, 4)]
     with torch.no_grad(), Model(Sum()).trace(inputs) as run:

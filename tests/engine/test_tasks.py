@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from types import MethodType
 
 import pytest
 import torch
@@ -98,5 +99,17 @@ def test_the_modules_of_a_run_are_envoys():
         run.get_submodule("last").input = torch.ones(2, 4)
         assert dict(model.named_modules())["layers.0"].path == "layers[0]"
     assert torch.equal(run.result, net.last(torch.ones(2, 4)))
+    net.parts, net.named, net.get_last = [net.first, 3], {"last": net.last}, MethodType(lambda self: self.last, net)
+    for get in (
+        lambda handle: handle.parts[0],
+        lambda handle: handle.named["last"],
+        lambda handle: handle.get_last(),
+        lambda handle: handle._modules["last"],
+    ):
+        assert isinstance(get(model), nn.Module)
+        with torch.no_grad(), model.trace(x) as run:
+            get(run).input = torch.zeros(2, 4)
+        assert not any("input" in vars(module) for module in net.modules())
+    assert torch.equal(run.result, net.last(torch.zeros(2, 4)))
     assert all(module is own for module, own in zip(model.modules(), net.modules()))  # outside a run, the module tree
     assert not any("output" in vars(module) for module in net.modules())

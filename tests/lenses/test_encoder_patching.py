@@ -347,7 +347,7 @@ LONG = "a red circle " * 26
         ({"into": "red"}, "`into` says what `words` replace, so pass `words` as well"),
         ({"words": []}, "words is empty"),
         ({"words": [1.5]}, "not 1.5"),
-        ({"words": 77}, "there are no tokens 77: 'a red circle above a blue square' has the tokens 0 to 76"),
+        ({"words": 77}, "there is no token 77: 'a red circle above a blue square' has the tokens 0 to 76"),
         ({"words": range(3, 3)}, "there are no tokens range(3, 3)"),
         ({"target": "a red square"}, "the prompts have 7 and 3 tokens"),
         ({"target": "a red square", "words": "circle"}, "the prompts have 7 and 3 words"),

@@ -5,8 +5,10 @@ import json
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import diffusers
@@ -133,6 +135,24 @@ def test_a_hub_id_is_not_taken_for_a_packaged_name(offline):
 
 def test_a_near_miss_of_a_packaged_name_that_looks_like_a_hub_id(offline):
     assert f"did you mean {CLIP!r}" in refusal(DiffusionModel, "difsight/shapes-clip")
+
+
+@pytest.mark.parametrize("kind", [DiffusionModel, LanguageModel])
+def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(monkeypatch, kind):
+    def unknown(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr("diffsight.pipelines.hub_access.getproxies", dict)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it was asked again"))
+    assert "The hub cannot be reached, and the model is not in the cache" in refusal(kind, "someone/some-model")
+
+
+@pytest.mark.parametrize("kind", [DiffusionModel, LanguageModel])
+def test_a_link_that_leads_nowhere(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    Path("model").symlink_to("moved")
+    assert refusal(kind, "model") == "model is a link to moved, which does not exist"
 
 
 def test_a_folder_that_is_not_a_pipeline(tmp_path):

@@ -1,6 +1,7 @@
 """Diffusers' modular pipelines, compared with the bare pipelines and plain hooks."""
 
 import json
+import shutil
 
 import diffusers
 import pytest
@@ -228,3 +229,16 @@ def test_from_a_folder(sdxl, tmp_path):
     index.write_text(json.dumps(entries))
     with pytest.raises(InputError, match="neither diffusers nor transformers"):
         DiffusionModel(tmp_path / "saved")
+
+
+def test_from_a_hub_repository_with_a_modular_index_alone(sdxl, tmp_path):
+    sdxl.build().save_pretrained(str(tmp_path / "saved"), overwrite_modular_index=True)
+    repository = tmp_path / "cache" / "models--owner--name"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copy(tmp_path / "saved" / "modular_model_index.json", snapshot)
+    model = DiffusionModel("owner/name", cache_dir=str(tmp_path / "cache"), local_files_only=True)
+    expected = DiffusionModel(tmp_path / "saved").generate(**sdxl.call, seed=0).images
+    assert torch.equal(model.generate(**sdxl.call, seed=0).images, expected)

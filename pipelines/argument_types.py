@@ -1,0 +1,73 @@
+"""Whether arguments are of the types that a function declares, before anything runs.
+
+    check_types(attention_maps, words=["circle"], encoder="text_encoder")
+    check_types(attention_maps, words=3)        # InputError: attention_maps: words must be Sequence[str] | str | …
+
+What can be used as a number is one: a NumPy float, an integer of any kind. A bool is none, and a text is no sequence of
+texts.
+"""
+
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from diffsight.errors import InputError
+
+_NUMBERS = {int: ["__index__"], float: ["__index__", "__float__"]}  # the methods that numbers have
+
+
+def check_types(function: Callable, **values: Any) -> None:
+    """Raise InputError for the first of the values that is not of the type that `function` declares for it."""
+    declared = _declared(function)
+    for name, value in values.items():
+        if name in declared and not fits(value, declared[name]):
+            title = function.__qualname__.removesuffix(".__init__")
+            raise InputError(f"{title}: {name} must be {_in_words(declared[name])}, not {value!r}")
+
+
+def is_number(declared: Any) -> bool:
+    """Return whether a declared type is that of numbers alone: `int`, `float | None`."""
+    kinds = {*(typing.get_args(declared) or [declared])} - {type(None)}
+    return bool(kinds) and kinds <= {int, float}
+
+
+def fits(value: Any, declared: Any) -> bool:
+    """Return whether a value is of a declared type. Types that are not looked at, such as callables, fit all values."""
+    if declared is Any:
+        return True
+    origin, inner = typing.get_origin(declared), typing.get_args(declared)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if declared in (None, type(None)):
+        return value is None
+    if declared in (int, float):
+        is_number = any(hasattr(value, name) for name in _NUMBERS[declared]) and not isinstance(value, bool)
+        return is_number and not getattr(value, "ndim", 0)
+    if origin is tuple and inner[-1:] != (...,):
+        return isinstance(value, (tuple, list)) and len(value) == len(inner) and all(map(fits, value, inner))
+    if origin in (Sequence, Iterable, list, tuple):
+        return _is_sequence_of(value, inner[0])
+    if origin in (Mapping, dict):
+        return isinstance(value, Mapping) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    return not isinstance(declared, type) or isinstance(value, declared)
+
+
+def _is_sequence_of(value: Any, declared: Any) -> bool:
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable) or getattr(value, "ndim", 1) == 0:
+        return False
+    return isinstance(value, Iterator) or all(fits(item, declared) for item in value)
+
+
+@cache
+def _declared(function: Callable) -> dict[str, Any]:
+    return typing.get_type_hints(function)
+
+
+def _in_words(declared: Any) -> str:
+    text = declared.__name__ if isinstance(declared, type) and not typing.get_args(declared) else str(declared)
+    return re.sub(r"\b[a-z_]+\.", "", text)
