@@ -37,6 +37,10 @@ class Selection:
 
     name = ""
     missing = "no call of it has that part"
+    is_in_every_call = True  # False for subclasses that override `call`
+
+    def __init_subclass__(cls) -> None:
+        cls.is_in_every_call = cls.call is Selection.call
 
     def call(self, tap: Tapped, first: int, number: int, path: object) -> int:
         """Among the calls from `first` on that have this part, return the index of number `number`.
@@ -161,7 +165,7 @@ class TracedPart(Part):
     """A part of a batch at one point. Calls with larger batches have shown which dimension is the batch."""
 
     def __init__(self, part: Part, tap: Tapped, path: Any) -> None:
-        super().__init__(part.start, part.stop, part.total, part.stride, part.name)
+        vars(self).update(vars(part))
         self._tap = tap
         self._part = getattr(path, "asked", path).part  # of a point, or of what was assigned to one
         self._found: dict[int, bool | None] | None = None  # by tensor id: whether its first dimension is the batch

@@ -158,17 +158,24 @@ class Coroutine:
         """The frame in which the function is parked."""
         return None if self._stack is None else self._stack.gr_frame
 
-    def resume(self, call: InnerCall | None = None, error: type[BaseException] | None = None) -> Any:
+    def resume(
+        self,
+        call: InnerCall | None = None,
+        error: type[BaseException] | None = None,
+        body: TorchState | None = None,
+    ) -> Any:
         """Let the function run until it parks or ends. Called from the body.
 
         Args:
             call: Make this call where the function is parked, instead of letting the function continue.
             error: Raise this error where the function is parked.
+            body: The current state, if it is known.
 
         Returns:
             What the function parked with, or the call once it has been made. If the function has ended, `dead` is
             True."""
-        body = self.state.now()
+        if body is None:
+            body = self.state.now()
         if self._stack is None:
             self._stack = Stack.take(self)
         stack = self._stack

@@ -118,13 +118,16 @@ class Flow:
     @property
     def scope(self) -> Scope:
         """The scope of the body that is running now."""
-        body = self._beside()
-        return self._scope if body is None else body.scope
+        return self._scope_of(current())
 
     @property
     def where(self) -> str:
         """Where the model stands, in words."""
         return order.position(self._stands, self.clock.index)
+
+    def _scope_of(self, body: Coroutine | None) -> Scope:
+        """The scope of a body; that of the one that opened the run for any other coroutine, or none."""
+        return body.scope if isinstance(body, Body) and body.flow is self else self._scope
 
     def _beside(self) -> Body | None:
         """The body that is running now, if it is not the one that opened the run."""
@@ -135,26 +138,27 @@ class Flow:
 
     def fetch(self, asked: Asked) -> Any:
         """Return the value at a point."""
-        body = current()
-        is_models = body is not None and self.coroutine is not None and self.coroutine.is_running
+        body, scope, selection = current(), self._scope, asked.selection
+        if body is not None:
+            scope = self._scope_of(body)
+        is_models = body is not None and scope is self._scope  # or that of another run
         if self.bodies.edits or self.outcome is not None or THIS_THREAD.number != self.thread or is_models:
             self._check_open(asked)
             self._touch(asked)
-        scope = self._scope if body is None else self.scope
         tap, first = self._locate(asked, scope)
-        if asked.selection is None:
+        if selection is None or selection.is_in_every_call:
             point = self._point(tap, (asked.kind, first + asked.call), asked, scope)
         else:
             point = self._find(tap, first, asked, scope)
         if point.copies:
             point.copies.clear()  # somebody has them now
-        if point is self.parked:
-            value = point.value if asked.part != "input" else first_input(point.value, asked)
-        else:
+        if point is not self.parked:
             value = self._read_again(point, asked)
-        if asked.selection is None:
-            return value
-        return asked.selection.at(tap, point.index, asked).take(value, asked)
+        elif asked.part == "input":
+            value = first_input(point.value, asked)
+        else:
+            value = point.value
+        return value if selection is None else selection.at(tap, point.index, asked).take(value, asked)
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
         """Put `value` in place of a point: now if the model stands there, else when it gets there. `where` is the line
@@ -494,7 +498,7 @@ class Flow:
         try:
             while self.outcome is None and not (in_step and self.clock.index > scope.step):
                 # The body that opened the run moves the model; others sleep until it is where they wait.
-                point = self._resume() if scope is self._scope else self._beside().wait(waits)
+                point = self._resume() if scope is self._scope else current().wait(waits)
                 if point is not None and (point.tap, point.key) in waits:
                     break
                 point = None
@@ -649,7 +653,7 @@ class Flow:
                 tap.points[key] = point
                 bodies.turn = edit
                 self.coroutine.park(point)
-        point.turn = LAST
+            point.turn = LAST
         if key in tap.pending:
             tap.assign_pending(point)
         if key in tap.awaited:

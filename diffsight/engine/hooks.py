@@ -17,7 +17,9 @@ import inspect
 import operator
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
+from itertools import repeat
 from threading import RLock, get_ident, local, main_thread
 from types import FrameType, FunctionType, MethodType
 from typing import Any
@@ -33,14 +35,85 @@ _GETSTATE = "__getstate__"  # what copies of an object are made from; looked up 
 _OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; copies carry it along
 
 _lock = RLock()
-_forward_of = operator.itemgetter(FORWARD)
+_forward_of, _runs_of = operator.itemgetter(FORWARD), operator.itemgetter(3)
+_run_all = deque(maxlen=0).extend  # runs an iterator to its end, in C
 
 
 # ---- the forward passes of modules
 
-_hooked: dict[int, list] = {}  # id of a module: what overrides its calls, where, what was there, and for how many runs
+# Id of a module: what overrides its calls, under which name, what was there, for how many runs, and the module.
+_hooked: dict[int, list] = {}
 # Python handles signals, and newer versions collect garbage, where a function has been called. So that a module is
 # always either hooked or not, whatever comes in between, everything that says so is changed without a call.
+
+
+class ModuleGroup:
+    """Modules that are hooked together, such as the children of one module.
+
+    What hooks them is made once. It is put on and taken off in a few calls of C functions, which are not interrupted,
+    and take little longer if there are thousands of modules. If a module is not as it was when the group was made, or
+    is hooked already, they are hooked one by one.
+
+    Args:
+        modules: The modules, by id.
+    """
+
+    def __init__(self, modules: dict[int, nn.Module]) -> None:
+        self.modules = modules
+        self.held = [module.__dict__ for module in modules.values()]
+        self.puts: list[Callable] = []
+        self.entries: dict[int, list] = {}  # those of `_hooked`, as long as nobody has changed one
+        self.user: HookedModules | None = None  # by whom they are hooked together
+        self._kinds = [*map(type, modules.values())]
+        self._forwards = {kind: getattr(kind, FORWARD, None) for kind in self._kinds}
+        functions = {kind: _hook_of(kind, forward) for kind, forward in self._forwards.items()}
+        self._is_plain = all(functions.values())
+        if self._is_plain:
+            self.puts = [MethodType(functions[type(module)], module) for module in modules.values()]
+            self._states = [MethodType(_state_without_hook, module) for module in modules.values()]
+
+    def hook(self, user: "HookedModules") -> bool:
+        """Hook the modules for `user`; return False if that has to be done one by one."""
+        is_as_it_was = (
+            self._is_plain
+            and _hooked.keys().isdisjoint(self.modules)
+            and self._has_same_dicts()
+            and [*map(type, self.modules.values())] == self._kinds
+            and all(getattr(kind, FORWARD, None) is forward for kind, forward in self._forwards.items())
+            and True not in map(operator.contains, self.held, repeat(FORWARD))
+            and True not in map(operator.contains, self.held, repeat(COMPILED))
+        )
+        if not is_as_it_was:
+            return False
+        if not self.entries:
+            entries = zip(self.modules.items(), self.puts)
+            self.entries = {number: [put, FORWARD, None, 1, module] for (number, module), put in entries}
+        user.groups.append(self)
+        self.user = user
+        _hooked.update(self.entries)
+        _run_all(map(dict.__setitem__, self.held, repeat(FORWARD), self.puts))
+        _run_all(map(dict.__setitem__, self.held, repeat(_GETSTATE), self._states))
+        return True
+
+    def unhook(self) -> bool:
+        """Unhook the modules; return False if that has to be done one by one."""
+        runs = [*map(_runs_of, self.entries.values())]
+        try:
+            is_as_it_was = runs.count(1) == len(runs) and [*map(_forward_of, self.held)] == self.puts
+        except KeyError:
+            return False
+        if not (is_as_it_was and self._has_same_dicts()):
+            return False
+        _run_all(map(dict.pop, self.held, repeat(FORWARD)))
+        _run_all(map(dict.pop, self.held, repeat(_GETSTATE), repeat(None)))
+        _run_all(map(_hooked.pop, self.entries))
+        if calls_in_threads:
+            _run_all(map(calls_in_threads.pop, self.entries, repeat(None)))
+        return True
+
+    def _has_same_dicts(self) -> bool:
+        """Whether the `__dict__` of every module is still the same object."""
+        return all(map(operator.is_, map(vars, self.modules.values()), self.held))
 
 
 class HookedModules:
@@ -49,73 +122,96 @@ class HookedModules:
     Nested: each module stays hooked until as many runs have unhooked it as have hooked it."""
 
     def __init__(self) -> None:
-        self._modules: list[nn.Module] = []
+        self.groups: list[ModuleGroup] = []  # those hooked together
+        self._known: list[list] = []  # of those hooked one by one, the entries of `_hooked`
         self._held: list[dict] = []  # what each module holds, and of it what the hook is
         self._hooks: list[Callable] = []
 
     def hook(self, modules: Iterable[nn.Module]) -> None:
         """Hook more modules."""
+        with _lock:  # the loop is elsewhere: Python 3.13 would not release it if an interrupt came between iterations
+            self._hook(modules)
+
+    def hook_together(self, group: ModuleGroup) -> None:
+        """Hook the modules of a group."""
+        with _lock:
+            if not group.hook(self):
+                self._hook(group.modules.values())
+                return
+            self._held += group.held
+            self._hooks += group.puts
+
+    def _hook(self, modules: Iterable[nn.Module]) -> None:
+        kind = function = None
         for module in modules:
-            with _lock:  # inside the loop: Python 3.13 would not release it if an interrupt came between two iterations
-                number, held = id(module), module.__dict__
-                if number in _hooked:
-                    known = _hooked[number]
-                    known[3] += 1
+            number, held = id(module), module.__dict__
+            known = _hooked.get(number)
+            if known is not None:
+                known[3] += 1
+            else:
+                if type(module) is not kind:
+                    kind = type(module)
+                    function = _hook_of(kind, getattr(kind, FORWARD, None))
+                if function is not None and FORWARD not in held and held.get(COMPILED) is None:
+                    put, name, own = MethodType(function, module), FORWARD, None
                 else:
-                    forward = getattr(type(module), FORWARD, None)
-                    is_plain = type(forward) is FunctionType and FORWARD not in held and held.get(COMPILED) is None
-                    function = _through_taps(type(module), forward) if is_plain else None
-                    if function is not None:
-                        put, name, own = MethodType(function, module), FORWARD, None
-                    else:
-                        put, name, own = _of_its_own(module)
-                    state = MethodType(_state_without_hook, module)
-                    known = _hooked[number] = [put, name, own, 1]
-                    held[name] = put
-                    held[_GETSTATE] = state
-                self._modules.append(module)
-            if known[1] is FORWARD:
-                self._held.append(held)
-                self._hooks.append(known[0])
+                    put, name, own = _of_its_own(module)
+                state = MethodType(_state_without_hook, module)
+                known = _hooked[number] = [put, name, own, 1, module]
+                held[name] = put
+                held[_GETSTATE] = state
+            self._known.append(known)
+            self._held.append(held)
+            self._hooks.append(known[0])
 
     def renew(self) -> None:
         """Hook those modules again whose `forward` the body has replaced, before the model moves."""
         try:
             if [*map(_forward_of, self._held)] == self._hooks:
                 return
-        except KeyError:  # it has been deleted
+        except KeyError:  # it has been deleted, or the module is compiled
             pass
-        for module in self._modules:
-            known, held = _hooked[id(module)], module.__dict__
-            if held.get(known[1]) is not known[0]:
+        entries = [*self._known, *(known for group in self.groups for known in group.entries.values())]
+        for known in entries:
+            put, name, _, _, module = known
+            held = module.__dict__
+            if held.get(name) is not put:
                 with _lock:
                     known[:3] = _of_its_own(module)
                     held[known[1]] = known[0]
-        found = [(module.__dict__, _hooked[id(module)]) for module in self._modules]
-        self._held = [held for held, known in found if known[1] == FORWARD]
-        self._hooks = [known[0] for _, known in found if known[1] == FORWARD]
+        self._held = [known[4].__dict__ for known in entries]
+        self._hooks = [known[0] for known in entries]
 
     def unhook(self) -> None:
         """Unhook all of them. May be called again."""
-        modules = self._modules
-        while modules:
-            with _lock:  # inside the loop, as above
-                module = modules[-1]
-                number, held = id(module), module.__dict__
-                put, name, own, _ = known = _hooked[number]
-                is_ours = held.get(name) is put  # otherwise someone has put something else there meanwhile
-                known[3] -= 1
-                del modules[-1]
-                if not known[3]:
-                    del _hooked[number]
-                    if is_ours and own is None:
-                        del held[name]
-                    elif is_ours:
-                        held[name] = own
-                    if _GETSTATE in held:
-                        del held[_GETSTATE]
-                    if calls_in_threads:
-                        calls_in_threads.pop(number, None)  # last: see above
+        if self.groups or self._known:
+            with _lock:  # as above
+                self._unhook()
+
+    def _unhook(self) -> None:
+        while self.groups:
+            group = self.groups[-1]
+            if group.user is self and not group.unhook():
+                self._known += [known for number, known in group.entries.items() if _hooked.get(number) is known]
+                group.entries = {}  # some are shared with other runs, or changed
+            group.user = None
+            del self.groups[-1]
+        while self._known:
+            put, name, own, runs, module = known = self._known[-1]
+            number, held = id(module), module.__dict__
+            is_ours = held.get(name) is put  # otherwise someone has put something else there meanwhile
+            known[3] = runs - 1
+            del self._known[-1]
+            if runs == 1:
+                del _hooked[number]
+                if is_ours and own is None:
+                    del held[name]
+                elif is_ours:
+                    held[name] = own
+                if _GETSTATE in held:
+                    del held[_GETSTATE]
+                if calls_in_threads:
+                    calls_in_threads.pop(number, None)  # last: see above
         self._held, self._hooks = [], []
 
 
@@ -125,13 +221,18 @@ def _state_without_hook(module: nn.Module) -> Any:
     known = _hooked.get(id(module))
     state, *slots = state if isinstance(state, tuple) else (state,)
     if isinstance(state, dict) and known is not None:
-        put, name, own, _ = known
+        put, name, own, *_ = known
         state = {key: value for key, value in state.items() if key != _GETSTATE}
         if state.get(name) is put:
             del state[name]
             if own is not None:
                 state[name] = own
     return (state, *slots) if slots else state
+
+
+def _hook_of(kind: type[nn.Module], forward: Any) -> Callable | None:
+    """What hooks the modules of a class whose forward pass is `forward`; None if each needs a hook of its own."""
+    return _through_taps(kind, forward) if type(forward) is FunctionType else None
 
 
 @functools.cache

@@ -113,5 +113,5 @@ def inside(component: Target) -> list[Target]:
         target = waiting.pop()
         found.append(target)
         if target.name == FORWARD and not target.is_compiled() and not isinstance(target.owner, ScriptModule):
-            waiting += target.called_children()
-    return found
+            waiting += target.children().values()
+    return [target for target in found if target.is_called or target is component]

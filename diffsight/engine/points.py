@@ -4,7 +4,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 from weakref import ref
@@ -62,7 +62,7 @@ class Point:
     changed: bool = False
     turn: float = LAST  # whose turn it is at the point: edits come first, by number
     read_by: tuple[float, ...] = ()  # whose turn it was when it was read
-    copies: dict[int, torch.Tensor] = field(default_factory=dict)  # by id: the run's own copies, which nobody has read
+    copies: dict[int, torch.Tensor] | None = None  # by id: the run's own copies, which nobody has read
     is_unread: bool = False  # the model was let past it on the way to another call; held until somebody reads it
     weak: Any = None  # the value once the model has moved on, see `weakly`; of inputs, each argument
 
@@ -74,8 +74,10 @@ class Point:
     def let_go(self) -> None:
         """The model moves on."""
         value = self.value
-        if self.key[0] == OUTPUT:
-            self.weak = ref(value) if type(value) is torch.Tensor else weakly(value)
+        if type(value) is torch.Tensor:
+            self.weak = ref(value)
+        elif self.key[0] == OUTPUT:
+            self.weak = weakly(value)
         else:
             self.weak = [weakly(arg) for arg in value[0]], {name: weakly(arg) for name, arg in value[1].items()}
         self.value = None
@@ -122,6 +124,7 @@ class Assignment:
         value, part, selection = self.value, self.asked.part, self.asked.selection
         before, difference = first_input(point.value, self) if part == "input" else point.value, None
         if selection is not None:
+            point.copies = {} if point.copies is None else point.copies
             value = selection.at(point.tap, point.index, self).put(before, value, self, point.copies)
         elif before is not None:
             difference = self._difference(before, value)

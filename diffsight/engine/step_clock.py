@@ -36,6 +36,7 @@ class Clock:
     ) -> None:
         self.starts = set(map(_key, starts))
         self.ends = set(map(_key, ends))
+        self.watched = self.starts | self.ends
         self.index = -1  # number of the step that the model is in
         self.call: tuple[Target, tuple, dict] | None = None  # the call that began it
         self.is_last: Callable[[Target, tuple, dict], bool] = lambda target, args, kwargs: False

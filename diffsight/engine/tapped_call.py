@@ -9,7 +9,8 @@ untouched. How calls get here is the business of `hooks`.
 
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import is_grad_enabled, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
@@ -62,7 +63,8 @@ class Host(Protocol):
         """A call that the run watches has ended; the model continues with `output`."""
 
 
-class Origin(NamedTuple):
+@dataclass(eq=False, slots=True)
+class Origin:
     """What was known of a module's calls when the run began to count them."""
 
     around: "Tap | None" = None  # the surrounding tap, if the model had moved by then
@@ -115,7 +117,7 @@ class Tap:
         self.given: tuple[tuple, dict] | None = None
         self.is_module = target.name == FORWARD
         self.begun = self.children_counted = self.inside = self.takes_inputs = False
-        self.watched = target.outer is None or target.key in host.clock.starts or target.key in host.clock.ends
+        self.watched = target.outer is None or target.key in host.clock.watched
         self.hooks: list[Any] = []
 
     # ---- from the model's side
@@ -124,8 +126,8 @@ class Tap:
         """Make one call of what is tapped, `function`."""
         if self.begun:
             self.begun = False
-        else:
-            args, kwargs = self.enter(args, kwargs) or (args, kwargs)
+        elif (new := self.enter(args, kwargs)) is not None:
+            args, kwargs = new
         index = self.active[-1]
         skip = self.skips.pop(index, None) if self.skips else None
         if skip is not None:
@@ -203,16 +205,17 @@ class Tap:
 
     def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
         """A value passes a point. Return what the model continues with, and whether it was replaced."""
-        point = None
+        point, waiting = None, self.awaited.get(key)
         packs = _top_saved_tensors_default_hooks(True) if is_grad_enabled() else self.host.state.grad
         if packs or get_dynamic_layer_stack_depth() or calls_in_threads:  # rarely
             self._check_region(key)
-        if key in self.pending or key in self.awaited:
-            point = Point(self, key, value, all(self.awaited.get(key, ())))
+        if waiting is not None or key in self.pending:
+            point = Point(self, key, value, all(waiting or ()))
             self.host.arrive(point)
             value = point.value
-        for keep in self.keepers.get(key[0], ()):
-            keep(self, key[1], value)
+        if self.keepers:
+            for keep in self.keepers.get(key[0], ()):
+                keep(self, key[1], value)
         if point is None:
             return value, False
         if key in self.points and not point.is_unread:

@@ -14,6 +14,7 @@ from torch import nn
 from diffsight.engine.hooks import (
     FORWARD,
     HookedModules,
+    ModuleGroup,
     count_running,
     is_called_in_thread,
     note_run_of_thread,
@@ -48,7 +49,8 @@ class Taps(dict[Key, Tap]):
         self._origins: dict[int, Origin] = {}  # of the modules that are only counted
         self._counts_before: dict[int, int] = {}  # their calls before the current step
         self.hooked = HookedModules()  # including those with taps
-        self._opened: set[Target] = set()  # what was asked for
+        self._hooked: set[int] = set()  # their ids
+        self._opened: dict[Target, Tap] = {}  # what was asked for
         self._around: dict[Target, Tap | None] = {}  # what lies around that, to its own tap or that of what it lies in
 
     def start(self) -> None:
@@ -76,18 +78,19 @@ class Taps(dict[Key, Tap]):
 
     def open(self, target: Target) -> Tap:
         """Return the tap of `target`; make it, and those of the modules around it, if there is none yet."""
-        if target in self._opened:
-            return self[target.key]
+        tap = self._opened.get(target)
+        if tap is not None:
+            return tap
         if not target.is_called:
             raise PointNotFoundError(
                 f"{target.path} has no values: {type(target.owner).__name__} is never called by the model; it only "
                 "holds other modules. Ask for one of those"
             )
-        for place in self._places.places.get(target.key, ()):
-            self._tap_around(place)
+        if self._places.places:
+            for place in self._places.places.get(target.key, ()):
+                self._tap_around(place)
         around = self._around.get(target.outer) or self._tap_around(target)
-        tap = self._tap(target, around)
-        self._opened.add(target)
+        tap = self._opened[target] = self._tap(target, around)
         return tap
 
     def note_call(self, target: Target) -> None:
@@ -129,7 +132,7 @@ class Taps(dict[Key, Tap]):
                 tap.remove()
             tap.points.clear()  # points refer to their tap
         self.clear()
-        for held in (self.counts, self._origins, self._counts_before, self._opened, self._around):
+        for held in (self.counts, self._origins, self._counts_before, self._hooked, self._opened, self._around):
             held.clear()
         self._host = None  # so that nothing of a run that has ended waits for the garbage collector
 
@@ -155,38 +158,49 @@ class Taps(dict[Key, Tap]):
             return tap
         tap.children_counted = True
         tap.look_inside()
-        self._count({child.key[0]: child.owner for child in target.called_children()}, self._origin(tap))
+        group = target.called_modules()
+        self._count(group.modules, self._origin(tap), group)
         return tap
 
-    def _count(self, modules: dict[int, nn.Module], origin: Origin) -> None:
-        """Count the calls of modules from now on, unless they are counted or tapped already."""
-        new = {n: module for n, module in modules.items() if n not in self.counts and (n, FORWARD) not in self}
-        self.hooked.hook(new.values())
-        self._origins.update(dict.fromkeys(new, origin))
-        self.counts.update(dict.fromkeys(new, 0))
+    def _count(self, modules: dict[int, nn.Module], origin: Origin, group: ModuleGroup | None = None) -> None:
+        """Count the calls of modules, by id, from now on, unless they are counted or tapped already.
+
+        `group` hooks all of them together."""
+        if not self._hooked.isdisjoint(modules):
+            modules = {number: module for number, module in modules.items() if number not in self._hooked}
+            group = None
+        if group is None:
+            self.hooked.hook(modules.values())
+        else:
+            self.hooked.hook_together(group)
+        self._origins.update(dict.fromkeys(modules, origin))
+        self.counts.update(dict.fromkeys(modules, 0))
+        self._hooked.update(modules)
 
     def _tap_everything(self, component: Target) -> None:
         new = {target.key: target for target in inside(component) if target.name == FORWARD and target.key not in self}
         origin = Origin(step=self._host.clock.index)
         self.update({key: LearningTap(self._host, target, origin) for key, target in new.items()})
         self.hooked.hook([target.owner for target in new.values()])
+        self._hooked.update(number for number, _ in new)
 
     def _tap(self, target: Target, around: Tap | None) -> Tap:
         tap = self.get(target.key)
         if tap is not None:
             return tap
-        number, owner = target.key[0], target.owner
-        if target.name != FORWARD or number not in self.counts:
+        number, name = target.key
+        if name != FORWARD:
             tap = self[target.key] = Tap(self._host, target, self._origin(around))
-            if target.name == FORWARD:
-                self.hooked.hook([owner])
-            else:
-                tap.hooks.append(target.attach(tap))
-            return tap
-        entered, origin = self.counts.pop(number), self._origins.pop(number)
-        tap = self[target.key] = Tap(self._host, target, origin, entered, self._counts_before.get(number, 0))
-        if entered and self._host.coroutine is not None:
-            tap.active += range(entered - count_running(self._host.coroutine.frame, owner), entered)
+            tap.hooks.append(target.attach(tap))
+        elif number not in self.counts:
+            tap = self[target.key] = Tap(self._host, target, self._origin(around))
+            self.hooked.hook([target.owner])
+            self._hooked.add(number)
+        else:
+            entered, before = self.counts.pop(number), self._counts_before.get(number, 0)
+            tap = self[target.key] = Tap(self._host, target, self._origins.pop(number), entered, before)
+            if entered and self._host.coroutine is not None:
+                tap.active += range(entered - count_running(self._host.coroutine.frame, target.owner), entered)
         return tap
 
     def _origin(self, around: Tap | None) -> Origin:

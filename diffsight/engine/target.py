@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from diffsight.engine.hooks import COMPILED, FORWARD, TappedMethod
+from diffsight.engine.hooks import COMPILED, FORWARD, ModuleGroup, TappedMethod
 
 WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the module itself
 _UNCOMPILED = "_torchdynamo_orig_callable"  # on a function that `torch.compile(function)` makes: the function itself
@@ -23,7 +23,7 @@ class Target:
         outer: The target of the module around it.
     """
 
-    __slots__ = ("_children", "is_called", "key", "name", "outer", "owner", "path")
+    __slots__ = ("_called", "_children", "is_called", "key", "name", "outer", "owner", "path")
     is_value = False  # whether it is a value inside the calls of `outer`, and has their numbers
     if_missing = ""  # what an error adds if the model does not reach it
 
@@ -37,6 +37,7 @@ class Target:
             forward = getattr(type(owner), FORWARD, None)
             self.is_called = forward is not nn.Module.forward or FORWARD in owner.__dict__
         self._children: tuple[dict, dict[str, Target]] | None = None
+        self._called: tuple[list[tuple[Target, dict]], ModuleGroup] | None = None
 
     def attach(self, tap: Any) -> Any:
         """Send every call through `tap` from now on; return an object whose `remove()` undoes it.
@@ -85,14 +86,18 @@ class Target:
         wrapped = children.get(WRAPPED)
         return children if wrapped is None else {**wrapped.children(), **children}
 
-    def called_children(self) -> list["Target"]:
-        """Return the children, with a list or dict, which is never called itself, replaced by what it holds."""
-        holders = [self]
-        found: list[Target] = []
-        for holder in holders:
-            for child in holder.children().values():
-                (found if child.is_called else holders).append(child)
-        return found
+    def called_modules(self) -> ModuleGroup:
+        """Return the modules directly in this one, with a list or dict, which is never called itself, replaced by what
+        it holds. They are kept as long as they stay the same."""
+        if self._called is None or any(holder.children() is not children for holder, children in self._called[0]):
+            holders = [self]
+            found: dict[int, nn.Module] = {}
+            for holder in holders:
+                children = holder.children().values()
+                found.update((child.key[0], child.owner) for child in children if child.is_called)
+                holders += [child for child in children if not child.is_called]
+            self._called = [(holder, holder.children()) for holder in holders], ModuleGroup(found)
+        return self._called[1]
 
     def is_compiled(self) -> bool:
         """Whether `torch.compile` made it, or what it calls: nothing inside can be seen then."""

@@ -18,8 +18,9 @@ levels of forward-mode differentiation, of which PyTorch allows only one at a ti
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import get_default_dtype, is_grad_enabled, is_inference_mode_enabled
@@ -52,7 +53,8 @@ _ENABLED = _get_torch_function_state()
 _AUTOCAST_DEVICES = ("cpu", *([_ACCELERATOR.type] if _ACCELERATOR else []))
 
 
-class TorchState(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TorchState:
     """What a user sets with a `with` statement, see above.
 
     `autocast` holds the settings of each device, whether casts are cached, and the nesting of blocks. `modes` are the
@@ -90,6 +92,7 @@ class TorchState(NamedTuple):
 
     def now(self) -> "TorchState":
         """Return the current state: this object if nothing differs, which is quick to check for a plain state."""
+        dtype, flash, math, stream = self.flags
         if (
             self.is_plain
             and is_grad_enabled() is self.grad
@@ -97,27 +100,29 @@ class TorchState(NamedTuple):
             and not (_top_saved_tensors_default_hooks(True) or get_dynamic_layer_stack_depth())
             and is_inference_mode_enabled() is self.inference
             and _is_torch_function_enabled()
-            and (get_default_dtype(), _get_flash_sdp_enabled(), _get_math_sdp_enabled()) == self.flags[:3]
-            and not (_HAS_CUDA and _stream() != self.flags[3])
+            and get_default_dtype() is dtype
+            and _get_flash_sdp_enabled() is flash
+            and _get_math_sdp_enabled() is math
+            and not (_HAS_CUDA and _stream() != stream)
         ):
             return self
         return TorchState.capture()
 
     def with_grad(self) -> "TorchState":
         """Return the same state with gradients enabled."""
-        return self._replace(grad=True, inference=False)
+        return replace(self, grad=True, inference=False)
 
     def with_mode(self, mode: Any) -> "TorchState":
         """Return the same state with one more function mode, outside the others."""
-        return self._replace(modes=(mode, *self.modes), is_plain=False)
+        return replace(self, modes=(mode, *self.modes), is_plain=False)
 
     def bare(self) -> "TorchState":
         """Return the same state with gradients disabled, outside all modes and hooks."""
-        return self._replace(grad=False, modes=(), dispatch_modes=(), saved_tensor_hooks=(), levels=(), is_plain=False)
+        return replace(self, grad=False, modes=(), dispatch_modes=(), saved_tensor_hooks=(), levels=(), is_plain=False)
 
     def without_mode(self, mode: Any) -> "TorchState":
         """Return the same state outside a function mode."""
-        return self._replace(modes=tuple(other for other in self.modes if other is not mode))
+        return replace(self, modes=tuple(other for other in self.modes if other is not mode))
 
     def restore(self, before: "TorchState") -> None:
         """Set grad mode, and everything else where it differs from `before`, the current state.

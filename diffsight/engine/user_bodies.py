@@ -55,10 +55,12 @@ class Body(Coroutine):
         self.park(None)
         self.asks = False
 
-    def wake(self) -> None:
-        """Run the body if it has not started, or if what it waits for is there or will not come."""
+    def wake(self, state: TorchState | None = None) -> None:
+        """Run the body if it has not started, or if what it waits for is there or will not come.
+
+        `state` is the current state, if it is known."""
         if self._stack is None:
-            self.go()
+            self.go(state)
             return
         if self.asks:
             return
@@ -68,11 +70,11 @@ class Body(Coroutine):
         late = late or (not self.waits and flow.clock.is_over)
         if here or late or flow.outcome is not None:
             self.point = parked if here else None
-            self.go()
+            self.go(state)
 
-    def go(self) -> Any:
+    def go(self, state: TorchState | None = None) -> Any:
         """Start the body, or let it continue. Return what it parks with."""
-        return self.resume()
+        return self.resume(body=state)
 
 
 class EditBody(Body):
@@ -110,9 +112,9 @@ class EditBody(Body):
         """Whether the edit waits for a point."""
         return not self.dead and (tap, key) in self.waits
 
-    def go(self) -> Any:
+    def go(self, state: TorchState | None = None) -> Any:
         try:
-            return super().go()
+            return super().go(state)
         except BaseException as error:
             if not is_from_edit(error):
                 setattr(error, _FROM_EDIT, True)
@@ -158,10 +160,11 @@ class Bodies:
 
     def wake(self, turns: list[Body], parked: Point | None, continues: bool = False) -> InnerCall | None:
         """Wake one body after the other; return the call that one of them asks for before the next has its turn."""
+        state = turns[0].state.now() if turns else None  # each body leaves it as it was
         while turns:
             body = turns[0]
             if not body.dead and body.call is None:
-                body.wake()
+                body.wake(state)
             if body.call is not None:
                 call, body.call = body.call, None
                 self.calls.append((parked, turns, continues))
