@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffsight.lenses.attention_maps import AttentionMaps, attention_from, attention_maps
     from diffsight.lenses.attribution_patching import attribution_patching
     from diffsight.lenses.causal_tracing import CausalTrace, causal_tracing
+    from diffsight.lenses.block_ablation import block_ablation
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
     from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders
     from diffsight.lenses.concept_features import concept_features
@@ -103,6 +104,7 @@ __all__ = [
     "attention_maps",
     "attribution_patching",
     "causal_tracing",
+    "block_ablation",
     "clip_score",
     "collect_activations",
     "compare_encoders",
@@ -147,6 +149,7 @@ _NAMES_IN = {
     "activation_patching": ("activation_patching",),
     "attention_maps": ("AttentionMaps", "attention_from", "attention_maps"),
     "attribution_patching": ("attribution_patching",),
+    "block_ablation": ("block_ablation",),
     "concept_features": ("concept_features",),
     "evaluate_sae": (
         "SAEEvaluation",

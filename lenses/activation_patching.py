@@ -23,80 +23,120 @@ The lens does it for all sites and positions. Rows that are patched in the same 
 the stored hidden state before that layer.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from diffsight.errors import InputError
+from diffsight.lenses.denoising.step_windows import Windows
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.outcome import Metric, Outcome
+from diffsight.lenses.patching.denoiser_patching import patch_denoiser
 from diffsight.lenses.patching.language_pairs import LanguagePairs
 from diffsight.lenses.patching.language_sweep import LanguageSweep
+from diffsight.lenses.patching.sweep_checks import check_omitted, check_rows
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.site_effects import SiteEffects
 from diffsight.lenses.sites.find_sites import Sites
 from diffsight.lenses.sites.positions import Positions
+from diffsight.lenses.sites.regions import Box
 from diffsight.lenses.tokens.choosing import check_count
+from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
 
 @repeatable
 def activation_patching(
-    model: LanguageModel,
+    model: LanguageModel | DiffusionModel,
     clean: Any,
     corrupted: Any,
     metric: Metric | Callable[[Outcome], Any],
     *,
     sites: Sites = "layers",
-    positions: Positions = None,
+    positions: Positions | Mapping[str, Box] | Sequence[Box] = None,
+    steps: Windows = None,
     layers: Layers = None,
     heads: int | Iterable[int] | None = None,
+    branch: str | None = None,
     into: str = "corrupted",
     align: str = "each",
     batch_size: int = 32,
     max_rows: int = 20_000,
+    seed: int | None = None,
     progress: bool = True,
-    **inputs: Any,
+    **arguments: Any,
 ) -> SiteEffects:
     """Put the clean run's values into the corrupted run, one site and one position at a time, and measure each.
 
         activation_patching(model, clean, corrupted, logit_difference(" Paris", " Rome"))       # layers by tokens
         activation_patching(model, clean, corrupted, metric, sites="heads")                     # layers by heads
         activation_patching(model, clean, corrupted, metric, sites="layers[*].mlp.act", positions=["Tower", -1])
+        activation_patching(pipeline, "a red circle", "a blue circle", shapes_verdict("red"), sites="unet.**.attn2",
+                            steps=[slice(0, 5), slice(5, 20)], seed=3)
 
     Args:
-        model: The model.
-        clean: The prompt whose values are put into the other run: a string, token ids or a chat. A list of prompts is
-            several pairs.
+        model: The model or the pipeline.
+        clean: The prompt whose values are put into the other run: a string, or for a language model also token ids or a
+            chat. A list of prompts is several pairs.
         corrupted: The other prompt of each pair.
-        metric: A metric such as `logit_difference`, `token_probability` or `kl_divergence`, or a function of the
-            result of one row (see `Outcome`) that returns a number.
-        sites: What is patched, one thing at a time: "layers" (the hidden state after a layer), "attentions", "mlps"
-            (their outputs), "heads" (the output of a head before the output projection), "q", "k", "v",
-            "attention_probs" (of a head), or paths and patterns of points. Several may be given as a list.
-        positions: "each" token, "words", "all" tokens together, or a list: words, numbers of tokens (-1 is the last),
-            ranges of numbers, or pairs of these, one for each prompt. Default: "each" for "layers", "attentions" and
-            "mlps", "all" for other sites.
+        metric: A metric such as `logit_difference`, `kl_divergence`, `latent_distance` or `shapes_verdict`, or a
+            function of the result of one row (see `Outcome`) that returns a number.
+        sites: What is patched, one thing at a time. Of a language model: "layers" (the hidden state after a layer),
+            "attentions", "mlps" (their outputs), "heads" (the output of a head before the output projection), "q", "k",
+            "v", "attention_probs" (of a head). Of any model: paths and patterns of points. Several may be given as a
+            list.
+        positions: Of a language model: "each" token, "words", "all" tokens together, or a list of words, numbers of
+            tokens (-1 is the last), ranges of numbers, or pairs of these, one for each prompt. Default: "each" for
+            "layers", "attentions" and "mlps", "all" for other sites. Of a pipeline: regions of the image, "left",
+            "right", "top", "bottom" or boxes (left, top, right, bottom) in shares of width and height, or names to
+            boxes. Default: the whole image.
+        steps: The denoising steps of a pipeline: "all" together, "each" by itself, or a list whose items are steps, or
+            slices or ranges of steps that are patched together. Default: "all".
         layers: The layers of named sites. Default: all.
         heads: The heads of sites that have heads. Default: each of them.
+        branch: The branch of guidance that is patched, "cond" or "uncond". Default: both.
         into: "corrupted": the clean run's values go into the corrupted run. "clean": the other way round.
         align: What to do if a position has different numbers of tokens in the two prompts. "each": raise an error;
             "last": patch the last token; "mean": put the mean of the one's tokens into each of the other's.
         batch_size: The largest number of rows in a pass.
         max_rows: The largest number of rows in the sweep over a pair. A larger sweep is refused before it starts.
+        seed: The seed of every image of a pipeline. Default: 0.
         progress: Whether to show a progress bar.
-        inputs: Further inputs of the model, for both prompts.
+        arguments: Further inputs of the model, for both prompts, or arguments of the pipeline.
 
     Returns:
         The metric and the effect by site and position.
 
     Raises:
         InputError: Before anything runs: a site, layer, position or token does not exist, prompts have different
-            numbers of tokens where these are compared, or the sweep is too large. After the runs without patching: the
-            model does not come to a site, or the metric returns no number.
+            numbers of tokens where these are compared, the sweep is too large, or an argument belongs to models of the
+            other kind. After the runs without patching: the model does not come to a site, a step or region does not
+            exist, or the metric returns no number.
         PointNotFoundError: A pattern matches nothing.
     """
+    check_count("batch_size", batch_size)
+    check_count("max_rows", max_rows)
+    if isinstance(model, DiffusionModel):
+        check_omitted("a language model", layers=layers, align=None if align == "each" else align)
+        return patch_denoiser(
+            activation_patching,
+            model,
+            clean,
+            corrupted,
+            metric,
+            sites=sites,
+            positions=positions,
+            steps=steps,
+            heads=heads,
+            branch=branch,
+            into=into,
+            batch_size=batch_size,
+            max_rows=max_rows,
+            seed=0 if seed is None else seed,
+            progress=progress,
+            arguments=arguments,
+        )
+    check_omitted("a pipeline", steps=steps, branch=branch, seed=seed)
     pairs = LanguagePairs.of(
         activation_patching,
         model,
@@ -109,19 +149,10 @@ def activation_patching(
         heads=heads,
         into=into,
         align=align,
-        inputs=inputs,
+        inputs=arguments,
     )
-    check_count("batch_size", batch_size)
-    _check_size(pairs.rows, max_rows)
+    check_rows(pairs.rows, max_rows)
     with tqdm(total=pairs.rows * len(pairs.pairs), desc="patching", disable=not progress) as bar:
         sweep = LanguageSweep(pairs, batch_size, bar)
         swept = [sweep.run(number) for number in range(len(pairs.pairs))]
     return pairs.effects("activation_patching", swept, sweep.passes)
-
-
-def _check_size(rows: int, most: int) -> None:
-    if rows > check_count("max_rows", most):
-        raise InputError(
-            f"the sweep has {rows} rows, one for each site and position, and max_rows is {most}: choose fewer sites or "
-            f"positions, or pass max_rows={rows}"
-        )

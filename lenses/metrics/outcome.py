@@ -37,9 +37,12 @@ class Outcome:
 
     def row(self, number: int) -> "Outcome":
         """Return the outcome of one row."""
-        at = slice(number, number + 1)
+        return self.part(slice(number, number + 1))
+
+    def part(self, rows: slice) -> "Outcome":
+        """Return the outcome of some rows."""
         parts = (self.logits, self.images, self.latents)
-        return Outcome(*(None if part is None else part[at] for part in parts))
+        return Outcome(*(None if part is None else part[rows] for part in parts))
 
     def __len__(self) -> int:
         return len(next(part for part in (self.logits, self.images, self.latents) if part is not None))

@@ -17,14 +17,12 @@ from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.outcome import Metric, as_metric
 from diffsight.lenses.options import check_options
 from diffsight.lenses.patching.language_pair import LanguagePair
+from diffsight.lenses.patching.sweep_checks import check_into, pair_prompts
 from diffsight.lenses.results.site_effects import SiteEffects
 from diffsight.lenses.sites.find_sites import BY_TOKEN, Sites, find_sites, for_each_head
 from diffsight.lenses.sites.positions import Positions
 from diffsight.lenses.sites.site import Site
-from diffsight.lenses.tokens.batches import as_prompts
 from diffsight.pipelines.language.model import LanguageModel
-
-INTO = ("corrupted", "clean")
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,8 @@ class LanguagePairs:
         if not isinstance(model, LanguageModel):
             raise InputError(f"{name} takes a LanguageModel or a DiffusionModel, not {type(model).__name__}")
         check_options(lens, model, inputs)
-        if into not in INTO:
-            raise InputError(f"into must be 'corrupted' or 'clean', not {into!r}")
-        prompts = as_prompts(clean), as_prompts(corrupted)
-        if len(prompts[0]) != len(prompts[1]):
-            raise InputError(f"there are {len(prompts[0])} clean and {len(prompts[1])} corrupted prompts: pass pairs")
+        check_into(into)
+        prompts = pair_prompts(clean, corrupted)
         sources, targets = prompts if into == "corrupted" else prompts[::-1]
         metric = as_metric(metric).bound(model, len(sources))
         points = find_sites(model, sites, layers)

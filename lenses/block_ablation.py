@@ -1,0 +1,170 @@
+"""Block ablation: leave parts of a denoiser out, one at a time, and measure how much the image changes.
+
+    result = block_ablation(model, "a red circle above a blue square", sites="transformer.transformer_blocks[*]")
+    result.effect                   # (sites, windows of steps): pixel distance from the plain image
+    result.plot()
+
+A part without which the image stays the same is not needed for it. Avrahami et al. ("Stable Flow: Vital Layers for
+Training-Free Image Editing", CVPR 2025, section 3.2) call one minus the similarity of the images the vitality of a
+layer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from diffsight.errors import InputError
+from diffsight.lenses.denoising.step_windows import Windows, check_windows
+from diffsight.lenses.encoders.checks import check_call
+from diffsight.lenses.metrics.image_metrics import pixel_distance
+from diffsight.lenses.metrics.outcome import Metric, Outcome, as_metric
+from diffsight.lenses.options import check_options
+from diffsight.lenses.patching.denoiser_patching import axis_of, changes_of, measured
+from diffsight.lenses.patching.denoiser_sweep import Change, DenoiserRows
+from diffsight.lenses.patching.sweep_checks import check_branch, check_rows
+from diffsight.lenses.results.calls import repeatable
+from diffsight.lenses.results.site_effects import SiteEffects
+from diffsight.lenses.sites.find_sites import Sites, find_sites
+from diffsight.lenses.tokens.batches import as_prompts
+from diffsight.lenses.tokens.choosing import check_count
+from diffsight.pipelines.diffusion.model import DiffusionModel
+
+MODES = ("skip", "zero", "mean")
+
+
+@repeatable
+def block_ablation(
+    model: DiffusionModel,
+    prompts: str | Sequence[str],
+    metric: Metric | Callable[[Outcome], Any] | None = None,
+    *,
+    sites: Sites,
+    mode: str = "skip",
+    steps: Windows = None,
+    branch: str | None = None,
+    batch_size: int = 32,
+    max_rows: int = 20_000,
+    seed: int = 0,
+    progress: bool = True,
+    **arguments: Any,
+) -> SiteEffects:
+    """Leave out one part of the denoiser in one window of steps at a time, and measure the image.
+
+        block_ablation(model, prompt, sites="unet.**.attentions[*]")
+        block_ablation(model, prompt, shapes_verdict("red circle"), sites="unet.**.attn2", mode="zero",
+                       steps=[slice(0, 5), slice(5, 20)])
+
+    Args:
+        model: The pipeline.
+        prompts: One prompt or several.
+        metric: A metric of images, or a function of the result of one row that returns a number. Distances are from the
+            image that is drawn without ablation. Default: `pixel_distance()`.
+        sites: Paths and patterns of modules.
+        mode: "skip": the module returns what it was given, so a block of a residual stream adds nothing. "zero": it
+            returns zeros, so a part that is added to the stream, such as an attention, adds nothing. "mean": it returns
+            the mean of its output over positions.
+        steps: The denoising steps: "all" together, "each" by itself, or a list whose items are steps, or slices or
+            ranges of steps in which the part is left out. Default: "all".
+        branch: The branch of guidance, "cond" or "uncond". Default: both.
+        batch_size: The largest number of rows in a call of the pipeline.
+        max_rows: The largest number of rows in the sweep over a prompt. A larger sweep is refused.
+        seed: The seed of every image.
+        progress: Whether to show a progress bar.
+        arguments: Arguments of the pipeline.
+
+    Returns:
+        The metric by prompt, site and window. The effect is its difference from the image without ablation.
+
+    Raises:
+        InputError: An argument is invalid; the model does not come to a site; or a module cannot be skipped, because it
+            returns something of another shape than it is given.
+        PointNotFoundError: A pattern matches nothing.
+    """
+    texts = as_prompts(prompts)
+    for prompt in texts:
+        check_call("block_ablation", model, prompt, seed, batch_size, arguments)
+        check_options(block_ablation, model, arguments)
+        model.check(prompt=prompt, seed=seed, **arguments)
+    if mode not in MODES:
+        raise InputError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
+    check_branch(branch)
+    check_count("max_rows", max_rows)
+    metric = as_metric(pixel_distance() if metric is None else metric).bound(model, len(texts))
+    points = find_sites(model, sites)
+    wrong = next((site.point for site in points if site.value != "output"), None)
+    if wrong is not None:
+        raise InputError(f"a module is left out by its path, not by that of a value in it: {wrong}")
+    check_windows(steps)
+    values, targets, passes = [], [], 0
+    for number, prompt in enumerate(texts):
+        rows = DenoiserRows(model, [prompt], seed, arguments, metric.reads, branch)
+        plain = rows.run_plain([site.point for site in points])
+        chosen, columns, changes = changes_of(plain, points, None, steps, {"": None})
+        check_rows(len(changes), max_rows)
+        measure = partial(measured, metric, plain.outcome, number)
+        targets.append(measure(plain.outcome).item())
+        values.append(rows.sweep(plain, changes, partial(_ablate, mode), measure, batch_size, progress))
+        passes += rows.passes
+    return SiteEffects(
+        lens="block_ablation",
+        model=model.source,
+        clean=tuple(texts),
+        corrupted=(),
+        into="clean",
+        metric=metric.name,
+        sites=chosen,
+        columns=columns,
+        axis=axis_of(steps, None),
+        values=torch.stack(values),
+        source=torch.zeros(len(texts)),
+        target=torch.tensor(targets),
+        passes=passes,
+        arguments={"mode": mode, "seed": seed, **arguments},
+    )
+
+
+def _ablate(mode: str, leading: Sequence[Any], row: Any, change: Change, call: int) -> None:
+    """Replace what a module returns in one row."""
+    points = row[change.site.module]
+    points = points.calls[call] if call else points
+    if mode == "skip":
+        given = [leaf for leaf in tree_leaves(points.inputs) if isinstance(leaf, torch.Tensor)]
+        points.output = _mapped(points.output, partial(_given_for, change.site.module, given))
+    else:
+        points.output = _mapped(points.output, torch.zeros_like if mode == "zero" else _mean)
+
+
+def _mapped(output: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return what a module returned with a function applied to each tensor that it returned directly."""
+    if isinstance(output, torch.Tensor):
+        return function(output)
+    if isinstance(output, Mapping):
+        return type(output)(**{name: _mapped(item, function) for name, item in output.items()})
+    if isinstance(output, (tuple, list)):
+        return type(output)(_mapped(item, function) if isinstance(item, torch.Tensor) else item for item in output)
+    return output
+
+
+def _given_for(path: str, given: Sequence[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    """Return the input that has the shape of an output.
+
+    Raises:
+        InputError: There is none, or there are several.
+    """
+    fitting = [tensor for tensor in given if tensor.shape == output.shape and tensor.dtype == output.dtype]
+    if len(fitting) != 1:
+        found = "none of its inputs has" if not fitting else f"{len(fitting)} of its inputs have"
+        raise InputError(
+            f"{path} cannot be skipped: it returns a tensor of the shape {tuple(output.shape)}, and {found} this "
+            'shape. Choose parts of it, or mode="zero"'
+        )
+    return fitting[0]
+
+
+def _mean(output: torch.Tensor) -> torch.Tensor:
+    """Return the mean over positions at each position of a feature map or of a sequence (batch, tokens, features)."""
+    dims = (2, 3) if output.ndim == 4 else (1,)
+    return output.mean(dims, keepdim=True).expand_as(output) if output.ndim > 2 else output

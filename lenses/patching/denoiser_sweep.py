@@ -1,0 +1,286 @@
+"""The rows of a sweep over a pipeline: in each of them, one site is changed in a window of steps.
+
+    rows = DenoiserRows(model, ["a red circle", "a blue circle"], seed=0, arguments={}, reads=("images",))
+    plain = rows.run_plain(points)              # both prompts, without a change
+    rows.run(plain, changes, apply)             # a row for each change: the outcome
+
+The rows of a pass are rows of one call of the pipeline. Before the first step that is changed, all rows are those of
+the plain run: the denoiser is not computed there, and its stored outputs take its place.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from diffsight.errors import InputError
+from diffsight.lenses.encoders.drawing import for_each_row
+from diffsight.lenses.features.activation_stream import tensor_in
+from diffsight.lenses.metrics.outcome import IMAGES, LATENTS, Outcome
+from diffsight.lenses.results.outputs import image_of
+from diffsight.lenses.sites.site import Site, with_tensor
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.diffusion.run import DiffusionRun, is_silenced, progress_bar
+
+_FEW = 8  # rows; with fewer, a pass takes those of the next first step too
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row of a sweep.
+
+    Attributes:
+        site: The site that is changed.
+        steps: The steps in which it is.
+        place: The numbers of the site and the column.
+        region: What part of the value is changed; None for all of it.
+    """
+
+    site: Site
+    steps: tuple[int, ...]
+    place: tuple[int, int]
+    region: Any = None
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """What is known of the run without a change.
+
+    Attributes:
+        outcome: The outcome, a row for each prompt.
+        calls: The calls of each point, in the order in which the model comes to them in a step: the path of the point,
+            and the number of the call.
+        early: The same of the points that it comes to before the first step.
+        shapes: The shape of the value at each point, for one row.
+        steps: The number of steps.
+        denoised: What the denoiser returned in each step and call; None if its rows cannot be told apart.
+        denoiser: The path of the denoiser.
+    """
+
+    outcome: Outcome
+    calls: Sequence[tuple[str, int]]
+    early: Sequence[tuple[str, int]]
+    shapes: Mapping[str, torch.Size]
+    steps: int
+    denoised: Sequence[Sequence[Any]] | None = field(repr=False)
+    denoiser: str
+
+
+Apply = Callable[[Sequence[Any], Any, Change, int], None]
+
+
+class DenoiserRows:
+    """Runs of a pipeline whose rows differ in one change.
+
+    Args:
+        model: The pipeline.
+        prompts: The prompts: those of leading rows, which are never changed, and last the one that is changed.
+        seed: The seed of every row.
+        arguments: Further arguments of the pipeline.
+        reads: What the metric reads of the outcome.
+        branch: "cond" or "uncond", the branch of guidance that is changed. None stands for both.
+
+    Attributes:
+        passes: The number of calls of the pipeline so far.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        prompts: Sequence[str],
+        seed: int,
+        arguments: Mapping[str, Any],
+        reads: Sequence[str],
+        branch: str | None = None,
+    ) -> None:
+        self.passes = 0
+        self._model, self._prompts, self._seed, self._branch = model, list(prompts), seed, branch
+        self._arguments, self._reads = dict(arguments), reads
+        if IMAGES not in reads:
+            self._arguments["output_type"] = "latent"
+
+    @torch.no_grad()
+    def run_plain(self, points: Sequence[str]) -> PlainRun:
+        """Run all prompts without a change, and find out in which order the model comes to points.
+
+        Raises:
+            InputError: The model does not come to one of the points.
+        """
+        log, denoisers = _Log(), []
+        with progress_bar(self._model.pipeline, disable=True), self._open(self._prompts) as run:
+            latents = _follow_latents(run)
+            for point in points:
+                run.follow(point, partial(log.see, point))
+            for step in run.steps:
+                log.step = step.index
+                denoisers.append(step.component)
+                if step.index == 0:
+                    run.follow(f"{step.component}.output", log.keep)
+                    last = tensor_in(run.rows[-1][step.component].output).clone()
+            outcome = self._outcome(run, latents)
+        self.passes += 1
+        missing = next((point for point in points if point not in log.shapes), None)
+        if missing is not None:
+            raise InputError(f"the pipeline never comes to {missing} with these arguments, so nothing is changed there")
+        is_told_apart = torch.equal(last, _by_branch(log.denoised[0][0], len(self._prompts))[:, -1])
+        kept = log.denoised if is_told_apart and len(set(denoisers)) == 1 else None
+        return PlainRun(outcome, log.calls(0), log.calls(None), log.shapes, len(denoisers), kept, denoisers[0])
+
+    @torch.no_grad()
+    def run(self, plain: PlainRun, changes: Sequence[Change], apply: Apply) -> Outcome:
+        """Run a row for each change; return the outcome of these rows.
+
+        Args:
+            plain: The run without a change.
+            changes: The changes.
+            apply: Makes a change in a run: it gets the leading rows, the row, the change and the number of the call.
+        """
+        leading, count = len(self._prompts) - 1, len(changes)
+        start = 0 if plain.denoised is None or self._changes_early(plain, changes) else _first_step(changes)
+        prompts = [*self._prompts[:-1], *self._prompts[-1:] * count]
+        with progress_bar(self._model.pipeline, disable=True), self._open(prompts) as run:
+            latents = _follow_latents(run)
+            rows = [self._branch_of(row) for row in run.rows]
+            self._apply(plain.early, enumerate(changes, leading), rows, apply)
+            for step in run.steps:
+                if step.index < start:
+                    for number, output in enumerate(plain.denoised[step.index]):
+                        run[plain.denoiser].calls[number].skip(_spread(output, leading, count))
+                    continue
+                active = [(row, one) for row, one in enumerate(changes, leading) if step.index in one.steps]
+                self._apply(plain.calls, active, rows, apply)
+            outcome = self._outcome(run, latents)
+        self.passes += 1
+        return outcome.part(slice(leading, None))
+
+    def sweep(
+        self,
+        plain: PlainRun,
+        changes: Sequence[Change],
+        apply: Apply,
+        measure: Callable[[Outcome], torch.Tensor],
+        batch_size: int,
+        progress: bool,
+    ) -> torch.Tensor:
+        """Run a row for each change; return the metric of each at its place, (sites, columns).
+
+        Args:
+            plain: The run without a change.
+            changes: The changes.
+            apply: Makes a change, as in `run`.
+            measure: Returns the metric of each row of an outcome.
+            batch_size: The largest number of changes in a pass.
+            progress: Whether to show a progress bar over rows.
+        """
+        values = torch.full([1 + max(place) for place in zip(*(change.place for change in changes))], torch.nan)
+        with tqdm(total=len(changes), desc="rows", disable=not progress or is_silenced(self._model.pipeline)) as bar:
+            for chunk in _chunks(changes, batch_size):
+                for change, value in zip(chunk, measure(self.run(plain, chunk, apply)).tolist()):
+                    values[change.place] = value
+                bar.update(len(chunk))
+        return values
+
+    def _open(self, prompts: Sequence[str]) -> DiffusionRun:
+        several = len(prompts) > 1
+        arguments = for_each_row(self._arguments, len(prompts)) if several else self._arguments
+        prompt, seed = (list(prompts), [self._seed] * len(prompts)) if several else (prompts[0], self._seed)
+        return self._model.generate(prompt, seed=seed, **arguments)
+
+    def _branch_of(self, row: Any) -> Any:
+        return row if self._branch is None else getattr(row, self._branch)
+
+    def _changes_early(self, plain: PlainRun, changes: Sequence[Change]) -> bool:
+        early = {point for point, _ in plain.early}
+        return any(change.site.point in early for change in changes)
+
+    def _apply(
+        self,
+        calls: Sequence[tuple[str, int]],
+        changes: Iterable[tuple[int, Change]],
+        rows: Sequence[Any],
+        apply: Apply,
+    ) -> None:
+        """Make changes at the points as the model comes to them."""
+        at: dict[str, list[tuple[int, Change]]] = {}
+        for row, change in changes:
+            at.setdefault(change.site.point, []).append((row, change))
+        leading = rows[: len(self._prompts) - 1]
+        for point, call in calls:
+            for row, change in at.get(point, ()):
+                apply(leading, rows[row], change, call)
+
+    def _outcome(self, run: DiffusionRun, latents: Sequence[torch.Tensor]) -> Outcome:
+        """Run the pipeline to its end; return its outcome."""
+        result = run.result
+        images = tuple(map(image_of, result[0])) if IMAGES in self._reads else None
+        if LATENTS in self._reads and not latents:
+            raise InputError(f"the latents of {type(self._model.pipeline).__name__} do not pass through scheduler.step")
+        return Outcome(images=images, latents=latents[-1] if latents else None)
+
+
+class _Log:
+    """What is seen in the run without a change."""
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.shapes: dict[str, torch.Size] = {}
+        self.denoised: list[list[Any]] = []
+        self._seen: dict[tuple[int | None, str], int] = {}
+        self._calls: dict[int | None, list[tuple[str, int]]] = {}
+
+    def see(self, point: str, value: Any) -> None:
+        """Note that the model comes to a point."""
+        number = self._seen.get((self.step, point), 0)
+        self._seen[self.step, point] = number + 1
+        self._calls.setdefault(self.step, []).append((point, number))
+        self.shapes.setdefault(point, tensor_in(value).shape)
+
+    def keep(self, output: Any) -> None:
+        """Keep what the denoiser returned."""
+        while len(self.denoised) <= self.step:
+            self.denoised.append([])
+        self.denoised[self.step].append(with_tensor(output, tensor_in(output).clone()))
+
+    def calls(self, step: int | None) -> list[tuple[str, int]]:
+        """Return the calls of points in a step, in order."""
+        return self._calls.get(step, [])
+
+
+def _first_step(changes: Sequence[Change]) -> int:
+    """Return the first step in which anything is changed."""
+    return min(change.steps[0] for change in changes)
+
+
+def _chunks(changes: Sequence[Change], size: int) -> Iterator[list[Change]]:
+    """Yield the changes of each pass: at most `size`, with the same first step unless they are few."""
+    chunk: list[Change] = []
+    for change in sorted(changes, key=lambda one: one.steps[0]):
+        is_other = chunk and chunk[-1].steps[0] != change.steps[0] and len(chunk) >= _FEW
+        if len(chunk) == size or is_other:
+            yield chunk
+            chunk = []
+        chunk.append(change)
+    yield chunk
+
+
+def _follow_latents(run: DiffusionRun) -> list[torch.Tensor]:
+    """Return a list that will hold the last latents of the denoising."""
+    kept: list[torch.Tensor] = []
+    if hasattr(run, "scheduler"):
+        run.follow("scheduler.step.output", lambda output: kept.__setitem__(slice(None), [tensor_in(output)]))
+    return kept
+
+
+def _by_branch(output: Any, rows: int) -> torch.Tensor:
+    """Return an output of the denoiser as (branches, rows, ...)."""
+    return tensor_in(output).unflatten(0, (-1, rows))
+
+
+def _spread(output: Any, leading: int, count: int) -> Any:
+    """Return an output of the denoiser with `count` copies of its last row after its leading rows."""
+    rows = _by_branch(output, leading + 1)
+    last = rows[:, leading:].expand(-1, count, *[-1] * (rows.ndim - 2))
+    return with_tensor(output, torch.cat([rows[:, :leading], last], 1).flatten(0, 1))

@@ -1,0 +1,232 @@
+"""Activation patching and ablation of pipelines, against a loop over bare pipelines with ordinary hooks."""
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from diffsight import DiffusionModel, activation_patching, block_ablation
+from diffsight.errors import InputError, PointNotFoundError
+from diffsight.lenses import latent_distance, pixel_distance
+from helpers import SEED, draw, first, module_at, outputs, pipeline_footprint, refusal, replaced, with_first
+from models import diffusion
+
+KINDS = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "pixart_sigma")
+CLEAN, CORRUPTED = "a red circle above a blue square", "a green ring"
+METRIC, QUIET = latent_distance(), {"progress": False, "seed": SEED}
+
+
+def arguments_of(kind):
+    given = {**kind.inputs(), "num_inference_steps": 3}
+    return {name: value for name, value in given.items() if name not in ("prompt", "output_type")}
+
+
+def latents(pipe, prompt, arguments):
+    return draw(pipe, {"prompt": prompt, **arguments, "output_type": "latent"})
+
+
+def distance(a, b):
+    return float((a - b).pow(2).mean().sqrt())
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request):
+    """A pipeline, its arguments, the path of a block, and the latents of both prompts."""
+    kind = diffusion.PIPELINES[request.param]
+    pipe, arguments = kind.build(), arguments_of(kind)
+    pipe.set_progress_bar_config(disable=True)
+    ends = [latents(pipe, prompt, arguments) for prompt in (CLEAN, CORRUPTED)]
+    return DiffusionModel(pipe), pipe, arguments, kind.denoiser_block, ends
+
+
+def test_equals_a_loop_with_hooks(case):
+    """A block in three windows of steps."""
+    model, pipe, arguments, block, (clean, corrupted) = case
+    before = pipeline_footprint(pipe)
+    windows = [0, slice(1, 3), slice(0, 3)]
+    result = activation_patching(model, CLEAN, CORRUPTED, METRIC, sites=block, steps=windows, **QUIET, **arguments)
+    module = module_at(pipe, block)
+    given = outputs(module, latents, pipe, CLEAN, arguments)
+    for column, steps in enumerate((range(1), range(1, 3), range(3))):
+        count = -1
+
+        def change(output, steps=steps):
+            nonlocal count
+            count += 1
+            return with_first(output, first(given[count])) if count * 3 // len(given) in steps else output
+
+        with replaced(module, change):
+            expected = distance(latents(pipe, CORRUPTED, arguments), clean)
+        assert float(result.values[0, 0, column]) == pytest.approx(expected, abs=2e-4)
+    assert float(result.corrupted_metric) == pytest.approx(distance(corrupted, clean), abs=2e-4)
+    assert float(result.clean_metric) == pytest.approx(0, abs=1e-4)
+    assert result.columns == ("0", "1-2", "0-2")
+    assert pipeline_footprint(pipe) == before
+
+
+def test_zeros_equal_a_loop_with_hooks(case):
+    model, pipe, arguments, block, ends = case
+    result = block_ablation(model, CLEAN, METRIC, sites=block, mode="zero", **QUIET, **arguments)
+
+    def zero(output):
+        items = [output] if isinstance(output, torch.Tensor) else list(output)
+        found = [item * 0 if isinstance(item, torch.Tensor) else item for item in items]
+        return found[0] if isinstance(output, torch.Tensor) else tuple(found)
+
+    with replaced(module_at(pipe, block), zero):
+        expected = distance(latents(pipe, CLEAN, arguments), ends[0])
+    assert float(result.values[0, 0, 0]) == pytest.approx(expected, rel=1e-3, abs=2e-4)
+    assert float(result.target) == pytest.approx(0, abs=1e-5)
+
+
+# ---- modes, regions, branches
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Stable Diffusion, as a model and as a pipeline, and its arguments."""
+    pipe = diffusion.PIPELINES["stable_diffusion"].build()
+    pipe.set_progress_bar_config(disable=True)
+    return DiffusionModel(pipe), pipe, arguments_of(diffusion.PIPELINES["stable_diffusion"])
+
+
+ATTENTION = "unet.mid_block.attentions[0].transformer_blocks[0].attn2"
+
+
+@pytest.mark.parametrize("mode", ["skip", "mean"])
+def test_modes_equal_a_loop_with_hooks(small, mode):
+    model, pipe, arguments = small
+    block = "unet.mid_block.attentions[0]"
+    result = block_ablation(model, CLEAN, METRIC, sites=block, mode=mode, steps=[1], **QUIET, **arguments)
+    module, count = pipe.unet.mid_block.attentions[0], -1
+
+    def hook(_, args, output):
+        nonlocal count
+        count += 1
+        value = args[0] if mode == "skip" else first(output).mean((2, 3), keepdim=True).expand_as(first(output))
+        return with_first(output, value) if count == 1 else output
+
+    handle = module.register_forward_hook(hook)
+    changed = latents(pipe, CLEAN, arguments)
+    handle.remove()
+    expected = distance(changed, latents(pipe, CLEAN, arguments))
+    assert expected > 1e-5
+    assert float(result.effect) == pytest.approx(expected, rel=1e-2, abs=1e-5)
+
+
+@pytest.mark.parametrize("branch", ["cond", "uncond"])
+def test_a_branch_and_a_region(small, branch):
+    """The left half of a cross-attention's output, in one branch: half of the batch, columns 0 and 1 of each row."""
+    model, pipe, arguments = small
+    result = activation_patching(
+        model, CLEAN, CORRUPTED, METRIC, sites=ATTENTION, positions="left", branch=branch, **QUIET, **arguments
+    )
+    module = module_at(pipe, ATTENTION.replace("[0]", ".0"))
+    given, count = outputs(module, latents, pipe, CLEAN, arguments), -1
+    side = int(given[0].shape[1] ** 0.5)
+
+    def change(output):
+        nonlocal count
+        count += 1
+        changed, row = output.clone(), 1 if branch == "cond" else 0
+        part, value = (x[row].unflatten(0, (side, side))[:, : side // 2] for x in (changed, given[count]))
+        part.copy_(value)
+        return changed
+
+    with replaced(module, change):
+        changed = latents(pipe, CORRUPTED, arguments)
+    clean, corrupted = (latents(pipe, prompt, arguments) for prompt in (CLEAN, CORRUPTED))
+    assert float(result.values) == pytest.approx(distance(changed, clean), abs=1e-5)
+    assert result.columns == ("left",)
+    assert distance(changed, corrupted) > 1e-6
+
+
+def test_the_text_encoder_and_the_heads(small):
+    """All of the text encoder's output makes the clean image; the heads of an attention are sites of their own."""
+    model, _, arguments = small
+    sites = {"sites": "text_encoder.final_layer_norm"}
+    result = activation_patching(model, CLEAN, CORRUPTED, METRIC, **sites, **QUIET, **arguments)
+    assert float(result.effect) == pytest.approx(1, abs=1e-3)
+    sites = {"sites": f"{ATTENTION}.heads_output", "heads": [1]}
+    result = activation_patching(model, CLEAN, CORRUPTED, METRIC, **sites, **QUIET, **arguments)
+    assert [site.head for site in result.sites] == [1]
+    assert result.values.shape == (1, 1, 1)
+
+
+def test_steps_before_the_patch_are_not_computed_again(small):
+    model, pipe, arguments = small
+    calls = []
+    handle = pipe.unet.conv_in.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    result = activation_patching(
+        model, CLEAN, CORRUPTED, METRIC, sites="unet.mid_block", steps=[2], **QUIET, **arguments
+    )
+    handle.remove()
+    assert calls == [4, 4, 4, 4]  # two rows of two branches in three steps, and once more in the last step
+    assert result.passes == 2
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_batches_change_nothing(small, batch_size):
+    model, _, arguments = small
+    options = {"sites": ["unet.mid_block", ATTENTION], "steps": "each", **QUIET, **arguments}
+    plain = activation_patching(model, CLEAN, CORRUPTED, METRIC, **options)
+    result = activation_patching(model, CLEAN, CORRUPTED, METRIC, batch_size=batch_size, **options)
+    assert plain.values.shape == (1, 2, 3)
+    assert torch.allclose(plain.values, result.values, atol=1e-5)
+
+
+def test_pairs_directions_and_what_a_result_shows(small, tmp_path):
+    model, _, arguments = small
+    options = {"sites": "unet.**.attn2", **QUIET, **arguments}
+    both = activation_patching(model, [CLEAN, CORRUPTED], [CORRUPTED, CLEAN], pixel_distance(), **options)
+    back = activation_patching(model, CORRUPTED, CLEAN, pixel_distance(), **options)
+    assert torch.allclose(both.values[1], back.values[0], atol=1e-4)
+    into = activation_patching(
+        model, CLEAN, CORRUPTED, lambda result: float(result.latents.mean()), into="clean", **options
+    )
+    assert into.values.shape == both.values[:1].shape
+    assert isinstance(both.plot(), Figure)
+    assert {path.name for path in both.save(tmp_path)} >= {"lens.json", "effects.png"}
+    assert CLEAN in str(into)
+
+
+def test_ablation_by_default_measures_pixels(small):
+    model, _, arguments = small
+    result = block_ablation(model, [CLEAN, CORRUPTED], sites="unet.**.attn1", mode="zero", **QUIET, **arguments)
+    assert result.metric == "pixel distance"
+    assert torch.equal(result.effect, result.values.mean(0))
+    assert isinstance(result.plot(), Figure)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sites": "layers"}, "write the paths"),
+        ({"sites": "unet.**.attn3"}, "attn3"),
+        ({"steps": [99]}, "there is no step 99"),
+        ({"steps": "early"}, "'early'"),
+        ({"positions": ["centre"]}, "there is no region 'centre'"),
+        ({"positions": (0, 0, 2, 1)}, "a region is a box"),
+        ({"branch": "both"}, "branch must be"),
+        ({"layers": 3}, "layers is an argument for a language model"),
+        ({"corrupted": [CLEAN, CLEAN]}, "1 clean and 2 corrupted"),
+        ({"sites": "vae.encoder"}, "never comes to vae.encoder"),
+        ({"heads": 0}, "none of the sites has heads"),
+        ({"max_rows": 1, "steps": "each"}, "the sweep has 3 rows"),
+        ({"metric": lambda result: None}, "must return a number"),
+        ({"num_inference_step": 3}, "num_inference_steps"),
+    ],
+)
+def test_refused(small, change, said):
+    model, _, arguments = small
+    given = {"clean": CLEAN, "corrupted": CORRUPTED, "metric": METRIC, "sites": "unet.mid_block"}
+    with pytest.raises((InputError, PointNotFoundError)) as error:
+        activation_patching(model, **{**given, **QUIET, **arguments, **change})
+    assert said in str(error.value)
+
+
+def test_refused_ablations(small):
+    model, _, arguments = small
+    given = {**QUIET, **arguments}
+    assert "mode must be" in refusal(block_ablation, model, CLEAN, sites="unet.mid_block", mode="drop", **given)
+    assert "cannot be skipped" in refusal(block_ablation, model, CLEAN, sites="unet.conv_in", **given)
+    assert "by its path" in refusal(block_ablation, model, CLEAN, sites="unet.mid_block.input", **given)
