@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffsight.lenses.attention_maps import AttentionMaps, attention_from, attention_maps
     from diffsight.lenses.causal_tracing import CausalTrace, causal_tracing
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
+    from diffsight.lenses.collecting.point_activations import PointActivations
     from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders
     from diffsight.lenses.concept_features import concept_features
     from diffsight.lenses.demonstrations.few_shot_prompts import few_shot_prompts
@@ -83,6 +84,7 @@ __all__ = [
     "LinearMap",
     "Outcome",
     "PatchscopeTexts",
+    "PointActivations",
     "Prompt",
     "PromptSwap",
     "PromptToPromptResult",
@@ -154,6 +156,7 @@ _NAMES_IN = {
     ),
     "demonstrations.few_shot_prompts": ("few_shot_prompts",),
     "evaluate_function_vector": ("FunctionVectorScores", "evaluate_function_vector"),
+    "collecting.point_activations": ("PointActivations",),
     "features.autoencoder": ("SAE",),
     "function_vectors": ("FunctionVector", "function_vector"),
     "patch_object_attn_lens": ("patch_object_attn_lens",),
