@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffsight.lenses.activation_patching import activation_patching
     from diffsight.lenses.attention_maps import AttentionMaps, attention_from, attention_maps
+    from diffsight.lenses.attribution_patching import attribution_patching
     from diffsight.lenses.causal_tracing import CausalTrace, causal_tracing
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
     from diffsight.lenses.collecting.point_activations import PointActivations
@@ -101,6 +102,7 @@ __all__ = [
     "attach_sae",
     "attention_from",
     "attention_maps",
+    "attribution_patching",
     "causal_tracing",
     "clip_score",
     "collect_activations",
@@ -145,6 +147,7 @@ __all__ = [
 _NAMES_IN = {
     "activation_patching": ("activation_patching",),
     "attention_maps": ("AttentionMaps", "attention_from", "attention_maps"),
+    "attribution_patching": ("attribution_patching",),
     "concept_features": ("concept_features",),
     "evaluate_sae": (
         "SAEEvaluation",

@@ -183,3 +183,25 @@ def run_side(side: LanguageSide, metric: Metric, points: Sequence[str] = (), sta
         raise InputError(f"the model never comes to {missing} with this prompt, so nothing can be patched there")
     encoded = None if side.is_patched_in_encoder else getattr(result, "encoder_last_hidden_state", None)
     return Passed(Outcome(logits=result.logits), values, between, encoded)
+
+
+def check_values(pair: LanguagePair, values: Mapping[str, torch.Tensor], sites: Sequence[Site]) -> None:
+    """Check that the values at the sites have the tokens of the columns.
+
+    Raises:
+        InputError: They do not.
+    """
+    lengths = len(pair.source.tokens), len(pair.target.tokens)
+    for site in {site.point: site for site in sites}.values():
+        shape = tuple(values[site.point].shape)
+        has_tokens = len(shape) > site.token_dim and shape[site.token_dim] == lengths[0]
+        if not has_tokens and not all(map(pair.is_whole, pair.columns)):
+            raise InputError(
+                f"{site.point} has the shape {shape}, without one value for each of the {lengths[0]} tokens: pass "
+                'positions="all"'
+            )
+        if site.value == "attention_probs" and lengths[0] != lengths[1]:
+            raise InputError(
+                f"the prompts have {lengths[0]} and {lengths[1]} tokens, so the attention probabilities of one cannot "
+                "take the place of those of the other"
+            )

@@ -7,7 +7,7 @@
 Rows that are patched in the same layer run together. They start from the stored state before that layer.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -18,7 +18,7 @@ from diffsight.errors import InputError
 from diffsight.lenses.encoders.columns import Column
 from diffsight.lenses.layers import EMBEDDING
 from diffsight.lenses.metrics.outcome import Outcome
-from diffsight.lenses.patching.language_pair import LanguagePair, Passed, run_side
+from diffsight.lenses.patching.language_pair import LanguagePair, Passed, check_values, run_side
 from diffsight.lenses.patching.language_pairs import LanguagePairs, Swept
 from diffsight.lenses.patching.shared_prefix import SharedPrefix
 from diffsight.lenses.sites.find_sites import layer_of
@@ -72,7 +72,7 @@ class LanguageSweep:
         source = run_side(pair.source, self._metric, self._pairs.points)
         target = run_side(pair.target, self._metric, states=any(start is not None for start in self._starts))
         self.passes += 2
-        _check_values(pair, source.values, sites)
+        check_values(pair, source.values, sites)
         clean = source.outcome if self._pairs.into == "corrupted" else target.outcome
         values = torch.full((len(sites), len(pair.columns)), torch.nan)
         baselines = [self._measure(passed.outcome, clean, number).item() for passed in (source, target)]
@@ -148,28 +148,6 @@ def _start(model: LanguageModel, site: Site) -> int | None:
 def _is_before(site: Site, start: int) -> bool:
     """Return whether a site is the hidden state before a layer."""
     return site.point == ("layers[0].input" if start == 0 else f"layers[{start - 1}].output")
-
-
-def _check_values(pair: LanguagePair, values: Mapping[str, torch.Tensor], sites: Sequence[Site]) -> None:
-    """Check that the values at the sites have the tokens of the columns.
-
-    Raises:
-        InputError: They do not.
-    """
-    lengths = len(pair.source.tokens), len(pair.target.tokens)
-    for site in {site.point: site for site in sites}.values():
-        shape = tuple(values[site.point].shape)
-        has_tokens = len(shape) > site.token_dim and shape[site.token_dim] == lengths[0]
-        if not has_tokens and not all(map(pair.is_whole, pair.columns)):
-            raise InputError(
-                f"{site.point} has the shape {shape}, without one value for each of the {lengths[0]} tokens: pass "
-                'positions="all"'
-            )
-        if site.value == "attention_probs" and lengths[0] != lengths[1]:
-            raise InputError(
-                f"the prompts have {lengths[0]} and {lengths[1]} tokens, so the attention probabilities of one cannot "
-                "take the place of those of the other"
-            )
 
 
 def _patch_at_point(run: LanguageRun, cells: Sequence[tuple[int, _Row]], source: Passed, pair: LanguagePair) -> None:

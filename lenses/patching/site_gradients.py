@@ -1,0 +1,153 @@
+"""Attribution of one pair of prompts: what patching would do to first order, for all sites from one backward pass.
+
+    attribute_pair(pairs, 0, qk_correction=False)           # Swept: an estimate for each site and column
+
+With x the target's value at a site, y the source's, and m the metric, the estimate is m + (y - x) · dm/dx.
+
+Queries and keys act through a softmax. Where it is saturated, the gradient is nearly 0 although a patch would change
+much. With the correction, the softmax is computed with the patched query or key, and only what follows it is linear:
+m + (softmax(patched) - softmax) · dm/dprobabilities (Kramár et al., "AtP*", 2024, section 3.1.1).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from diffsight.errors import InputError
+from diffsight.lenses.encoders.columns import Column
+from diffsight.lenses.metrics.outcome import Outcome
+from diffsight.lenses.patching.language_pair import LanguagePair, Passed, check_values, run_side
+from diffsight.lenses.patching.language_pairs import LanguagePairs, Swept
+from diffsight.lenses.sites.site import Site
+from diffsight.pipelines.attention.attention_product import AttentionProduct
+
+_CORRECTED = ("q", "k")
+PASSES = 2  # forward passes for each pair
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What is kept of the target's run.
+
+    Attributes:
+        outcome: The outcome.
+        values: The values at points, by their paths.
+        gradients: The gradients of the metric, of the same shapes.
+        products: The attention products, by the path of the module.
+    """
+
+    outcome: Outcome
+    values: Mapping[str, torch.Tensor] = field(repr=False)
+    gradients: Mapping[str, torch.Tensor] = field(repr=False)
+    products: Mapping[str, AttentionProduct] = field(repr=False)
+
+
+def attribute_pair(pairs: LanguagePairs, number: int, qk_correction: bool) -> Swept:
+    """Return the estimates for the pair of this number.
+
+    Args:
+        pairs: The pairs of prompts, the sites and the metric.
+        number: The number of the pair.
+        qk_correction: Whether queries and keys are corrected.
+
+    Raises:
+        InputError: The model does not come to a site, or the metric has no gradient.
+    """
+    pair = pairs.pairs[number]
+    corrected = {site.module for site in pairs.sites if qk_correction and site.value in _CORRECTED}
+    source = run_side(pair.source, pairs.metric, pairs.points)
+    check_values(pair, source.values, pairs.sites)
+    target = _backward(pairs, number, source, corrected)
+    clean = source.outcome if pairs.into == "corrupted" else target.outcome
+    ends = [float(pairs.metric.values(one.outcome, clean, number).detach()) for one in (source, target)]
+    values = torch.tensor(
+        [[_estimate(site, column, pair, source, target, corrected) for column in pair.columns] for site in pairs.sites]
+    )
+    return Swept(ends[1] + values, *ends)
+
+
+def _backward(pairs: LanguagePairs, number: int, source: Passed, corrected: set[str]) -> Backward:
+    """Run the target forwards and backwards."""
+    pair, metric = pairs.pairs[number], pairs.metric
+    probabilities = {module: Site(f"{module}.attention_probs") for module in corrected}
+    leaves: dict[str, torch.Tensor] = {}
+    products: dict[str, AttentionProduct] = {}
+    with torch.enable_grad(), pair.target.open(metric, grad=True) as run:
+        for module in corrected:
+            run.follow(f"{module}.attention_product", lambda product, m=module: products.setdefault(m, product))
+        for point in source.values:
+            site = Site(point)
+            leaves[point] = _tracked(run, site)
+            later = [other for other in source.values if other.startswith(f"{site.module}.") and other not in leaves]
+            if site.module in corrected and not any(Site(other).value in _CORRECTED for other in later):
+                leaves[f"{site.module}.attention_probs"] = _tracked(run, probabilities[site.module])
+        outcome = Outcome(logits=run.result.logits)
+        clean = source.outcome if pairs.into == "corrupted" else Outcome(logits=outcome.logits.detach())
+        measured = metric.values(outcome, clean, number).sum()
+        if not measured.requires_grad:
+            raise InputError(
+                f"the metric {metric.name} has no gradient: compute it from result.logits with PyTorch, and return a "
+                "tensor"
+            )
+        found = torch.autograd.grad(measured, list(leaves.values()), allow_unused=True)
+    gradients = {
+        point: torch.zeros_like(leaf) if gradient is None else gradient
+        for (point, leaf), gradient in zip(leaves.items(), found)
+    }
+    values = {point: leaf.detach() for point, leaf in leaves.items()}
+    again = {module: _computed_again(product, module) for module, product in products.items()}
+    return Backward(Outcome(logits=outcome.logits.detach()), values, gradients, again)
+
+
+@torch.no_grad()
+def _computed_again(product: AttentionProduct, module: str) -> AttentionProduct:
+    """Return a product whose probabilities follow from its queries and keys.
+
+    Raises:
+        InputError: The module computes them in a way that is not known.
+    """
+    if product.computed is None:
+        return product
+    again = replace(product, mask=product.computed > 0, computed=None)
+    if not torch.allclose(again.probabilities().float(), product.computed.float(), atol=1e-4):
+        raise InputError(
+            f"qk_correction: {module} changes the scores before the softmax, as with a cap, so the softmax "
+            "cannot be computed again: omit qk_correction"
+        )
+    return again
+
+
+def _tracked(run: object, site: Site) -> torch.Tensor:
+    """Return the tensor at a point that the model continues with, so that gradients reach it."""
+    value = site.read(run)
+    leaf = value.clone() if value.requires_grad else value.clone().requires_grad_()
+    site.write(run, leaf.clone())  # the model may change its own tensor in place
+    return leaf
+
+
+@torch.no_grad()
+def _estimate(
+    site: Site, column: Column, pair: LanguagePair, source: Passed, target: Backward, corrected: set[str]
+) -> float:
+    """Return the change of the metric that a patch is estimated to make."""
+    taken, place = pair.spans(column)
+    given = site.part(source.values[site.point], taken)
+    if pair.align == "mean" and taken is not None:
+        given = given.mean(site.token_dim_of_part, keepdim=True)
+    own = target.values[site.point]
+    if site.module in corrected and site.value in _CORRECTED:
+        patched = own.clone()
+        site.part(patched, place).copy_(given)
+        product = target.products[site.module]
+        changed = replace(product, **{site.value: patched.transpose(1, 2)})
+        change = changed.probabilities() - product.probabilities()
+        return float((change * target.gradients[f"{site.module}.attention_probs"]).float().sum())
+    change = given - site.part(own, place)
+    return float((change * site.part(target.gradients[site.point], place)).float().sum())
+
+
+def check_correction(sites: Sequence[Site], qk_correction: bool) -> None:
+    """Raise InputError if there is nothing to correct."""
+    if qk_correction and not any(site.value in _CORRECTED for site in sites):
+        raise InputError('qk_correction corrects queries and keys: choose sites=["q", "k"], or omit it')

@@ -1,0 +1,198 @@
+"""Activation patching of a 12-layer GPT-2 of real width: layers by positions, and layers by heads.
+
+    python tests/benchmarks/patching.py                     # with nnsight 0.8.1 installed, against it too
+    python tests/benchmarks/patching.py --rounds 5
+
+- bound: plain PyTorch that computes what cannot be avoided and nothing else: for each layer, the rows that are patched
+  there, from the stored state on, and the head at the last token.
+- loop: a forward pass with a hook for each site and position.
+- nnsight: an invoke for each, as many in a trace as diffsight has rows in a pass.
+
+All ways run in one process on one thread, in turn, in an order that is shuffled in each round. The figures are lower
+quartiles of the processor time. The results are compared.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+from diffsight import LanguageModel, activation_patching
+from diffsight.lenses import logit_difference
+
+LAYERS, HEADS, TOKENS, WIDTH = 12, 12, 15, 768
+RIGHT, WRONG = 1000, 2000
+BATCH = 32
+
+
+def build() -> transformers.GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
+
+
+def difference(logits: torch.Tensor) -> torch.Tensor:
+    """Return the metric from the logits of the last token, (rows, vocabulary)."""
+    return logits[:, RIGHT] - logits[:, WRONG]
+
+
+class Ways:
+    """Every way to fill both tables."""
+
+    def __init__(self) -> None:
+        self.net = build()
+        self.blocks, self.model = self.net.transformer.h, LanguageModel(self.net)
+        self.clean, self.corrupted = torch.randint(0, 50000, (2, 1, TOKENS), generator=torch.manual_seed(1))
+        self.peer = self._peer()
+
+    def _peer(self) -> Any:
+        try:
+            from nnsight import LanguageModel as Peer
+        except ImportError:
+            return None
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), pad_token="0")
+        return Peer(self.net, tokenizer=tokenizer)
+
+    # ---- diffsight
+
+    def diffsight(self, sites: str) -> torch.Tensor:
+        metric = logit_difference(RIGHT, WRONG)
+        result = activation_patching(
+            self.model, self.clean, self.corrupted, metric, sites=sites, batch_size=BATCH, progress=False
+        )
+        return result.values[0].reshape(LAYERS, -1)
+
+    # ---- what cannot be avoided
+
+    @torch.no_grad()
+    def bound(self, sites: str) -> torch.Tensor:
+        blocks = self.blocks
+        clean, heads = self._states(self.clean)
+        corrupted, own_heads = self._states(self.corrupted)
+        found = []
+        for layer, block in enumerate(blocks):
+            if sites == "layers":
+                rows = corrupted[layer + 1].repeat(TOKENS, 1, 1)
+                rows[range(TOKENS), range(TOKENS)] = clean[layer + 1][0]
+            else:
+                mixed = own_heads[layer].repeat(HEADS, 1, 1).unflatten(-1, (HEADS, -1))
+                mixed[range(HEADS), :, range(HEADS)] = heads[layer][0].unflatten(-1, (HEADS, -1)).transpose(0, 1)
+                rows = corrupted[layer] + block.attn.c_proj(mixed.flatten(2))
+                rows = rows + block.mlp(block.ln_2(rows))
+            for following in blocks[layer + 1 :]:
+                rows = following(rows)
+                rows = rows if isinstance(rows, torch.Tensor) else rows[0]
+            found.append(difference(self.net.lm_head(self.net.transformer.ln_f(rows[:, -1]))))
+        return torch.stack(found)
+
+    def _states(self, ids: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the hidden states between the layers, and what goes into each output projection."""
+        states, heads = [], []
+        handles = [block.register_forward_pre_hook(lambda _, args: states.append(args[0])) for block in self.blocks]
+        handles += [
+            block.attn.c_proj.register_forward_pre_hook(lambda _, args: heads.append(args[0])) for block in self.blocks
+        ]
+        last = self.net.transformer.ln_f.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+        self.net(ids, use_cache=False, logits_to_keep=1)
+        for handle in [*handles, last]:
+            handle.remove()
+        return states, heads
+
+    # ---- a loop with hooks
+
+    @torch.no_grad()
+    def loop(self, sites: str) -> torch.Tensor:
+        clean, heads = self._states(self.clean)
+        found = torch.zeros(LAYERS, TOKENS if sites == "layers" else HEADS)
+        for layer, block in enumerate(self.blocks):
+            for i in range(found.shape[1]):
+                if sites == "layers":
+
+                    def hook(_: Any, args: tuple, output: Any, layer: int = layer, i: int = i) -> Any:
+                        hidden = output if isinstance(output, torch.Tensor) else output[0]
+                        hidden[:, i] = clean[layer + 1][:, i]
+                        return output
+
+                    handle = block.register_forward_hook(hook)
+                else:
+
+                    def before(_: Any, args: tuple, layer: int = layer, i: int = i) -> Any:
+                        changed = args[0].clone()
+                        changed[..., 64 * i : 64 * i + 64] = heads[layer][..., 64 * i : 64 * i + 64]
+                        return (changed,)
+
+                    handle = block.attn.c_proj.register_forward_pre_hook(before)
+                found[layer, i] = difference(self.net(self.corrupted).logits[:, -1])
+                handle.remove()
+        return found
+
+    # ---- nnsight
+
+    @torch.no_grad()
+    def nnsight(self, sites: str) -> torch.Tensor:
+        model, clean, heads = self.peer, [], []
+        with model.trace(self.clean):
+            for layer in range(LAYERS):
+                heads.append(model.transformer.h[layer].attn.c_proj.input.save())
+                clean.append(model.transformer.h[layer].output.save())
+        across = TOKENS if sites == "layers" else HEADS
+        places = [(layer, i) for layer in range(LAYERS) for i in range(across)]
+        found = []
+        for start in range(0, len(places), BATCH):
+            with model.trace() as tracer:
+                for layer, i in places[start : start + BATCH]:
+                    with tracer.invoke(self.corrupted):
+                        if sites == "layers":
+                            model.transformer.h[layer].output[:, i] = clean[layer][:, i]
+                        else:
+                            part = slice(64 * i, 64 * i + 64)
+                            model.transformer.h[layer].attn.c_proj.input[..., part] = heads[layer][..., part]
+                        logits = model.lm_head.output[:, -1]
+                        found.append((logits[:, RIGHT] - logits[:, WRONG]).save())
+        return torch.cat(found).unflatten(0, (LAYERS, across))
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.WordLevel({str(i): i for i in range(50257)}, unk_token="0"))
+
+
+def figures(calls: dict[str, Callable[[], torch.Tensor]], rounds: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the processor time of each call, and what it returned."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    results, order = {}, list(calls)
+    for _ in range(rounds):
+        random.shuffle(order)
+        for name in order:
+            started = time.process_time()
+            results[name] = calls[name]()
+            times[name].append(time.process_time() - started)
+    quick = {name: statistics.quantiles(all_, n=4)[0] if len(all_) > 1 else all_[0] for name, all_ in times.items()}
+    return quick, results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    ways = Ways()
+    names = ["bound", "diffsight", "loop"] + (["nnsight"] if ways.peer is not None else [])
+    for sites, title in (("layers", "layers x positions"), ("heads", "layers x heads")):
+        calls = {name: lambda name=name, sites=sites: getattr(ways, name)(sites) for name in names}
+        quick, results = figures(calls, rounds)
+        print(f"{title}: {results['bound'].numel()} rows")
+        for name in names:
+            far = float((results[name] - results["bound"]).abs().max())
+            print(
+                f"  {name:10} {quick[name]:7.2f} s  {quick[name] / quick['bound']:5.2f} x bound  differs by {far:.1e}"
+            )
+
+
+if __name__ == "__main__":
+    main()
