@@ -31,12 +31,15 @@ from diffsight import (
     invert,
     layer_fidelity,
     logit_lens,
+    prompt_swap,
     run_prompts,
+    steering_sweep,
+    steering_vector,
     top_examples,
     trajectory_lens,
 )
 from diffsight.errors import InputError
-from diffsight.lenses import SAE, Prompt
+from diffsight.lenses import SAE, Prompt, shapes_verdict
 from diffsight.lenses.features.train_shapes import captions
 from diffsight.lenses.layer_fidelity import sample_prompts
 from diffsight.pipelines.shapes.scenes import Scene, Thing, render
@@ -133,6 +136,24 @@ def cka() -> Figure:
     return compare_encoders(models, dict.fromkeys(captions), images=0, progress=False).plot()
 
 
+def steering() -> Image.Image:
+    settings = {"num_inference_steps": 20, "progress": False}
+    red, others = ["circle", "square", "triangle"], ["a blue circle", "a green square", "a blue triangle"]
+    vectors = steering_vector(
+        shapes("clip"), [f"a red {shape}" for shape in red], others, layers="unet.**.attn2", **settings
+    )
+    prompts = ["a blue circle", "a green square above a blue circle"]
+    return steering_sweep(
+        shapes("clip"), prompts, vector=vectors, factors=[0, 1, 2, 4, 8], keep_norm=True, **settings
+    ).grid()
+
+
+def swapped() -> Image.Image:
+    prompts = [f"a {color} circle above a blue square" for color in ("red", "green")]
+    settings = {"num_inference_steps": 20, "progress": False}
+    return prompt_swap(shapes("clip"), *prompts, shapes_verdict("green circle"), window=3, **settings).grid()
+
+
 def logits() -> Figure:
     return logit_lens(smollm2(), FACT, progress=False).plot()
 
@@ -155,6 +176,8 @@ IMAGES: dict[str, Callable[[], Image.Image | Figure]] = {
     "encoder-patching": patching,
     "layer-fidelity": fidelity,
     "cka": cka,
+    "steering-sweep": steering,
+    "prompt-swap": swapped,
     "logit-lens": logits,
     "target-probabilities": targets,
 }

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from diffsight.lenses.attach_sae import attach_sae
     from diffsight.lenses.attention_maps import AttentionMaps, attention_from, attention_maps
     from diffsight.lenses.attribution_patching import attribution_patching
-    from diffsight.lenses.causal_tracing import CausalTrace, causal_tracing
     from diffsight.lenses.block_ablation import block_ablation
+    from diffsight.lenses.causal_tracing import CausalTrace, causal_tracing
     from diffsight.lenses.collect_activations import Activations, collect_activations, load_activations
+    from diffsight.lenses.collecting.point_activations import PointActivations
     from diffsight.lenses.compare_encoders import EncoderComparison, compare_encoders
     from diffsight.lenses.concept_features import concept_features
     from diffsight.lenses.demonstrations.few_shot_prompts import few_shot_prompts
@@ -86,6 +87,7 @@ __all__ = [
     "LinearMap",
     "Outcome",
     "PatchscopeTexts",
+    "PointActivations",
     "Prompt",
     "PromptSwap",
     "PromptToPromptResult",
@@ -103,8 +105,8 @@ __all__ = [
     "attention_from",
     "attention_maps",
     "attribution_patching",
-    "causal_tracing",
     "block_ablation",
+    "causal_tracing",
     "clip_score",
     "collect_activations",
     "compare_encoders",
@@ -161,6 +163,7 @@ _NAMES_IN = {
     ),
     "demonstrations.few_shot_prompts": ("few_shot_prompts",),
     "evaluate_function_vector": ("FunctionVectorScores", "evaluate_function_vector"),
+    "collecting.point_activations": ("PointActivations",),
     "features.autoencoder": ("SAE",),
     "attach_sae": ("attach_sae",),
     "train_sae": ("train_sae",),

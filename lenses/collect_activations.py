@@ -4,14 +4,19 @@ states = collect_activations(model, prompts)            # of the last tokens: .v
 states = collect_activations(model, prompts, layers=[8, 16], positions=None)            # of all tokens
 collect_activations(model, prompts, of="mlps_output", dtype=torch.float16, folder="states")
 load_activations("states", layers=[8]).values
+
+values = collect_activations(pipeline, prompts, layers="unet.**.attn2", sample=4, num_inference_steps=20)
+values["unet.mid_block.attentions[0].transformer_blocks[0].attn2"]                      # (vectors, features)
+collect_activations(pipeline, prompts, layers="unet.mid_block", folder="values")        # continued if interrupted
 """
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, overload
 
 import torch
@@ -20,17 +25,23 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from diffsight.errors import InputError, suggest
+from diffsight.lenses.collecting.image_collection import ImageCollection
+from diffsight.lenses.collecting.point_activations import PointActivations
+from diffsight.lenses.collecting.shards import INDEX, load_shards, write_shards
+from diffsight.lenses.denoising.call_checks import Steps, check_steps
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, find_layer
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.saving import check_writable, write_record
 from diffsight.lenses.tokens.batches import Batch, Positions, open_batches
-from diffsight.lenses.tokens.choosing import hidden_states, layers_to_read
+from diffsight.lenses.tokens.choosing import check_count, hidden_states, layers_to_read
+from diffsight.lenses.visits.named_points import named_points
+from diffsight.lenses.visits.visiting import BRANCHES, has_branches
 from diffsight.lenses.where_models_are import where_the_model_is
+from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.local_paths import find_path, shortened
 
 _POINTS = ("layers_output", "layers_input", "attentions_output", "mlps_output", "heads_output", "q", "k", "v")
-_RECORD = "activations.json"
 
 
 @dataclass(frozen=True)
@@ -74,41 +85,60 @@ def collect_activations(model: LanguageModel, prompts: Any, *, folder: None = No
 
 
 @overload
-def collect_activations(model: LanguageModel, prompts: Any, *, folder: str | Path, **options: Any) -> Path: ...
+def collect_activations(
+    model: DiffusionModel, prompts: Any, *, folder: None = None, **options: Any
+) -> PointActivations: ...
+
+
+@overload
+def collect_activations(
+    model: LanguageModel | DiffusionModel, prompts: Any, *, folder: str | Path, **options: Any
+) -> Path: ...
 
 
 @where_the_model_is
 def collect_activations(
-    model: LanguageModel,
+    model: LanguageModel | DiffusionModel,
     prompts: Any,
     *,
     layers: Layers = None,
-    positions: Positions = -1,
+    positions: Positions | EllipsisType = ...,
     of: str = "layers_output",
+    steps: Steps = None,
+    branch: str | None = None,
+    sample: int | None = None,
     batch_size: int = 32,
     dtype: torch.dtype | None = None,
     folder: str | Path | None = None,
+    seed: int | None = None,
     progress: bool = True,
     **inputs: Any,
-) -> Activations | Path:
+) -> Activations | PointActivations | Path:
     """Collect the activations of `layers` at `positions` of the prompts, on the CPU.
 
-    The model stops after the last of these layers.
+    The model stops after the last of these layers, or after the last of these steps.
 
     Args:
         model: The model.
         prompts: A string, several strings, or token ids.
-        layers: Layer i is the output of `layers[i]`, -1 the last, and "embedding" the input of the first: an integer, a
-            slice, or a list of them. Default: all layers, without the embedding.
-        positions: Positions in each prompt: 0 is its first token, -1 its last. None means all.
-        of: What to collect of each layer: layers_output, layers_input, attentions_output, mlps_output, heads_output, q,
-            k or v.
+        layers: In a language model, layer i is the output of `layers[i]`, -1 the last, and "embedding" the input of the
+            first: an integer, a slice, or a list of them. Default: all layers, without the embedding. In a pipeline,
+            paths or patterns of modules, such as "text_encoder.layers[4]" or "unet.**.attn2".
+        positions: Positions in each prompt: 0 is its first token, -1 its last. In a pipeline, positions in the sequence
+            or, row by row, in the feature map. None means all. Default: -1, and in a pipeline all.
+        of: What to collect of each layer of a language model: layers_output, layers_input, attentions_output,
+            mlps_output, heads_output, q, k or v.
+        steps: The denoising steps of a pipeline. Default: all.
+        branch: The branch of guidance in a pipeline: "cond", "uncond" or "both". Default: "cond".
+        sample: In a pipeline, how many of the positions are taken of each prompt in each step, at random. Default: all.
         batch_size: The number of prompts in a batch.
         dtype: The type of the activations. Default: that of the model.
-        folder: Write each batch into a file in this folder, so that no more than one batch is in memory. The folder
-            appears when everything is written. Default: return the activations.
+        folder: Write each batch into a file in this folder, so that no more than one batch is in memory. For a language
+            model the folder appears when everything is written. For a pipeline the files appear one by one; the same
+            call continues an interrupted one. Default: return the activations.
+        seed: The seed of the first prompt of a pipeline; later prompts have later seeds. Default: 0.
         progress: Whether to show a progress bar.
-        inputs: Further inputs of the model.
+        inputs: Further inputs of the language model, or arguments of the pipeline.
 
     Returns:
         The activations, or the path of the folder (see `load_activations`).
@@ -116,8 +146,8 @@ def collect_activations(
     Raises:
         InputError: Before anything runs, if a prompt, layer or position does not exist, or the folder is not empty.
     """
-    if not isinstance(model, LanguageModel):
-        raise InputError(f"collect_activations takes a LanguageModel, not {type(model).__name__}")
+    if not isinstance(model, (LanguageModel, DiffusionModel)):
+        raise InputError(f"collect_activations takes a LanguageModel or a DiffusionModel, not {type(model).__name__}")
     check_options(collect_activations, model, inputs)
     if of not in _POINTS:
         raise InputError(f"{of!r} cannot be collected{suggest(str(of), _POINTS)}: choose from {', '.join(_POINTS)}")
@@ -125,6 +155,19 @@ def collect_activations(
         raise InputError(f"dtype is a torch.dtype, such as torch.float32, not {dtype!r}")
     if dtype is not None and not dtype.is_floating_point:
         raise InputError(f"activations are floating point numbers: dtype cannot be {dtype}")
+    if isinstance(model, DiffusionModel):
+        if of != "layers_output":
+            raise InputError("of is for language models: in a pipeline, layers are paths such as 'unet.**.attn2.input'")
+        points = named_points(model, layers)
+        chosen_positions = None if positions is ... else positions
+        collection = ImageCollection(
+            model, points, chosen_positions, sample, steps, branch or "cond", dtype, seed or 0, inputs
+        )
+        return _collect_images(collection, prompts, batch_size, folder, progress, branch)
+    given = {"steps": steps, "branch": branch, "sample": sample, "seed": seed}
+    for name in (name for name, value in given.items() if value is not None):
+        raise InputError(f"{name} is for pipelines: a language model reads each prompt in one pass")
+    positions = -1 if positions is ... else positions
     chosen = layers_to_read(model, layers)
     if EMBEDDING in chosen and of != "layers_output":
         raise InputError(f'"embedding" is the input of the first layer, which has no {of}: use of="layers_output"')
@@ -143,19 +186,66 @@ def collect_activations(
     return Activations(of, model.label, chosen, len(model.layers_output), values, *_tokens(batches))
 
 
-def load_activations(folder: str | Path, layers: int | str | Sequence[int | str] | None = None) -> Activations:
+def _collect_images(
+    collection: ImageCollection,
+    prompts: Any,
+    batch_size: int,
+    folder: str | Path | None,
+    progress: bool,
+    branch: str | None,
+) -> PointActivations | Path:
+    """Collect the vectors of a pipeline in memory, or in a folder."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError("prompts must be a prompt, or a list of prompts")
+    if branch is not None and branch not in BRANCHES:
+        raise InputError(f"branch must be one of {', '.join(map(repr, BRANCHES))}, not {branch!r}")
+    if branch is not None and not all(has_branches(collection.model, point) for point in collection.points):
+        raise InputError("branches of guidance exist in text encoders and denoisers: omit branch for other modules")
+    if collection.sample is not None:
+        check_count("sample", collection.sample)
+    check_steps(collection.steps)
+    size = check_count("batch_size", batch_size)
+    batches = [(start, texts[start : start + size]) for start in range(0, len(texts), size)]
+    shown = tqdm(batches, desc="activations", disable=not progress or len(batches) == 1)
+    if folder is not None:
+        return write_shards(folder, _settings(collection, texts, size), shown, collection.read)
+    found = [collection.read(some, start) for start, some in shown]
+    joined = {name: tuple(map(torch.cat, zip(*(one[name] for one in found)))) for name in found[0]}
+    values, origins = ({name: both[i] for name, both in joined.items()} for i in range(2))
+    return PointActivations(collection.model.source, values, origins)
+
+
+def _settings(collection: ImageCollection, prompts: list[str], batch_size: int) -> dict[str, Any]:
+    """Return what the index of a folder records."""
+    kept: Mapping[str, Any] = {name: getattr(collection, name) for name in ("positions", "sample", "branch", "seed")}
+    return {
+        "model": collection.model.source,
+        "points": [str(point.name) for point in collection.points],
+        "prompts": prompts,
+        "batch_size": batch_size,
+        "steps": repr(collection.steps),
+        "dtype": str(collection.dtype),
+        "arguments": dict(collection.arguments),
+        **kept,
+    }
+
+
+def load_activations(
+    folder: str | Path, layers: int | str | Sequence[int | str] | None = None
+) -> Activations | PointActivations:
     """Load what `collect_activations` wrote into a folder.
 
     Args:
         folder: The folder.
-        layers: The layers to load. Default: all in the folder.
+        layers: The layers, or the points of a pipeline, to load. Default: all in the folder.
 
     Raises:
         InputError: The folder has no activations, or not those of a layer.
     """
     given, folder = folder, find_path(folder)
-    if folder is None or not (folder / _RECORD).is_file():
-        raise InputError(f"the folder {shortened(str(given))} has no activations: there is no {_RECORD} in it")
+    if folder is None or not (folder / INDEX).is_file():
+        raise InputError(f"the folder {shortened(str(given))} has no activations: there is no {INDEX} in it")
     try:
         return _loaded(folder, layers)
     except InputError:
@@ -164,8 +254,14 @@ def load_activations(folder: str | Path, layers: int | str | Sequence[int | str]
         raise InputError(f"the activations in {folder} are damaged: {type(error).__name__}: {error}") from error
 
 
-def _loaded(folder: Path, layers: int | str | Sequence[int | str] | None) -> Activations:
-    record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+def _loaded(folder: Path, layers: int | str | Sequence[int | str] | None) -> Activations | PointActivations:
+    record = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    if "points" in record:
+        points = record["points"] if layers is None else [layers] if isinstance(layers, str) else list(layers)
+        unknown = next((point for point in points if point not in record["points"]), None)
+        if unknown is not None:
+            raise InputError(f"the folder has no activations of {unknown!r}: it has {', '.join(record['points'])}")
+        return load_shards(folder, record, points)
     known, count = tuple(record["layers"]), record["num_layers"]
     wanted = known if layers is None else [layers] if isinstance(layers, int | str) else layers
     chosen = tuple(known[find_layer(layer, known, count)] for layer in wanted)
@@ -210,7 +306,7 @@ def _write(
             files.append(f"activations_{number:05}.safetensors")
             save_file({**found, "prompts": prompts, "positions": positions}, place / files[-1])
         record = {"of": of, "model": model.label, "layers": list(layers)}
-        write_record(record | {"num_layers": len(model.layers_output), "files": files}, place / _RECORD)
+        write_record(record | {"num_layers": len(model.layers_output), "files": files}, place / INDEX)
     return folder
 
 

@@ -469,6 +469,8 @@ class Flow:
         other bodies: each keeps its own order."""
         point = tap.points.get(key)
         if point is None and key[0] == INPUTS and tap.given is not None and self._is_at(tap, (OUTPUT, key[1])):
+            if tap.given_changed:
+                raise order.changed_by_its_call(asked)
             return Point(tap, key, tap.given, scope.in_step)
         if not self.bodies.edits:
             return point or self._advance_to(tap, key, asked, scope)

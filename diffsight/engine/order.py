@@ -101,6 +101,14 @@ def edited_too_late(asked: Asked, where: str) -> OutOfOrderError:
     )
 
 
+def changed_by_its_call(asked: Asked) -> OutOfOrderError:
+    """The error for an input that is read at the output of the call that has changed it in place."""
+    return OutOfOrderError(
+        f"{asked} was changed in place by the call at whose output the model stands, so what it was is lost. Read it "
+        "before the output"
+    )
+
+
 def step_has_ended(asked: Asked, step: int) -> OutOfOrderError:
     """The error for a point of a step that the model has left."""
     return OutOfOrderError(f"{asked.whole} was asked for too late: step {step} has ended")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import is_grad_enabled, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import get_dynamic_layer_stack_depth
 from torch.nn.modules.module import _global_forward_hooks
@@ -85,6 +85,7 @@ class Tap:
         "children_counted",
         "entered",  # number of calls begun so far, as far as the run has seen
         "given",  # the inputs of the call at whose output the model stands
+        "given_changed",  # whether the call has changed one of these in place
         "hooks",  # what else the run has put on the module
         "host",
         "inside",  # whether a compiled module runs uncompiled
@@ -115,6 +116,7 @@ class Tap:
         self.skips: dict[int, Assignment] = {}
         self.border: Callable[[Callable, tuple, dict], Any] | None = None
         self.given: tuple[tuple, dict] | None = None
+        self.given_changed = False
         self.is_module = target.name == FORWARD
         self.begun = self.children_counted = self.inside = self.takes_inputs = False
         self.watched = target.outer is None or target.key in host.clock.watched
@@ -135,6 +137,7 @@ class Tap:
             return self.leave(skip.value, (args, kwargs))
         if self.inside:
             function = self.target.uncompiled()
+        before = _versions(args, kwargs)
         # PyTorch also looks for them before the call.
         has_hooks = bool(self.is_module and (self.target.owner._forward_hooks or _global_forward_hooks))
         try:
@@ -142,6 +145,7 @@ class Tap:
         except BaseException:
             self.active.remove(index)
             raise
+        self.given_changed = any(tensor._version != version for tensor, version in before)
         return self.leave(output, (args, kwargs), has_hooks)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -348,3 +352,9 @@ class LearningTap(Tap):
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self.host.taps.note_call(self.target)
         return super().enter(args, kwargs)
+
+
+def _versions(args: tuple, kwargs: dict) -> list[tuple[Tensor, int]]:
+    """Return the tensors among the arguments of a call, and how often each was changed in place."""
+    tensors = (value for value in (*args, *kwargs.values()) if type(value) in (Tensor, nn.Parameter))
+    return [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]

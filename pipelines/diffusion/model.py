@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
+from torch import nn
 
 from diffsight.errors import DiffsightError, InputError, PointNotFoundError, suggest
 from diffsight.extending import (
@@ -140,6 +141,15 @@ class DiffusionModel(HasEncoders, Model):
     def to(self, *args: Any, **kwargs: Any) -> "DiffusionModel":
         """Move or cast the pipeline, as `pipeline.to(...)` does, and return the model."""
         self.pipeline.to(*args, **kwargs)
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> "DiffusionModel":
+        """Change whether gradients of the weights of all components are computed, and return the model.
+
+        `model.requires_grad_(False)` freezes the pipeline, as for training a module that is put into its runs."""
+        for part in self.pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(requires_grad)
         return self
 
     def generate(

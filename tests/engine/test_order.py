@@ -363,6 +363,20 @@ def test_a_module_whose_call_failed_and_was_caught(x):
     assert torch.equal(run.result, net.slow(x))
 
 
+def test_inputs_that_the_call_has_changed_in_place():
+    class InPlace(torch.nn.Module):
+        def forward(self, x):
+            return x.add_(1) * 2
+
+    model = Model(torch.nn.Sequential(torch.nn.Identity(), InPlace()))
+    with pytest.raises(OutOfOrderError, match=r"\[1\].input was changed in place by the call at whose output"):
+        with model.trace(torch.zeros(1, 3)) as run:
+            run[1].output + run[1].input
+    with model.trace(torch.zeros(1, 3)) as run:
+        given = run[1].input.clone()
+        assert torch.equal(run[1].output, 2 * (given + 1))
+
+
 def test_the_inputs_of_the_call_at_whose_output_the_model_stands(net, x):
     lora = linear(7)
     with torch.no_grad(), Model(net).trace(x) as run:

@@ -117,7 +117,7 @@ def test_bad_input(model, tmp_path):
             collect_activations(model, **{"prompts": PROMPTS, **given})
     with pytest.raises(InputError, match=r"there is no activations\.json in it"):
         load_activations(tmp_path / "full")
-    with pytest.raises(InputError, match="takes a LanguageModel, not GPT2LMHeadModel"):
+    with pytest.raises(InputError, match="takes a LanguageModel or a DiffusionModel, not GPT2LMHeadModel"):
         collect_activations(language.gpt2(), PROMPTS)
     found = collect_activations(model, PROMPTS, layers=[1, 2])
     with pytest.raises(InputError, match="does not have layer 0: it has 1, 2"):

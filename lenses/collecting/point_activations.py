@@ -1,0 +1,51 @@
+"""What `collect_activations` returns for a pipeline: vectors by point, and where each comes from."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from diffsight.errors import UnknownKeyError, suggest
+
+ORIGINS = ("prompts", "steps", "positions", "branches")  # of each vector, in the order of the columns of `origins`
+
+
+@dataclass(frozen=True)
+class PointActivations(Mapping):
+    """The vectors at points of a pipeline: `activations["unet.mid_block"]`, (vectors, features).
+
+    Attributes:
+        model: The name of the model.
+        values: The vectors by point, (vectors, features).
+        origins: Where each vector comes from, (vectors, 4): the number of its prompt, the denoising step (-1 in a text
+            encoder), the position in the sequence or in the feature map row by row, and the branch (0 conditional, 1
+            unconditional).
+    """
+
+    model: str
+    values: Mapping[str, torch.Tensor] = field(repr=False)
+    origins: Mapping[str, torch.Tensor] = field(repr=False)
+
+    def __getitem__(self, point: str) -> torch.Tensor:
+        if point not in self.values:
+            raise UnknownKeyError(
+                f"there are no activations of {point!r}{suggest(str(point), self)}: there are {', '.join(self)}"
+            )
+        return self.values[point]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def where(
+        self, point: str, *, prompt: int | None = None, step: int | None = None, branch: str | None = None
+    ) -> torch.Tensor:
+        """Return the vectors at a point for one prompt, step or branch, (vectors, features)."""
+        wanted = {0: prompt, 1: step, 3: None if branch is None else ("cond", "uncond").index(branch)}
+        chosen = torch.ones(len(self[point]), dtype=torch.bool)
+        for column, value in wanted.items():
+            if value is not None:
+                chosen &= self.origins[point][:, column] == value
+        return self[point][chosen]
