@@ -1,4 +1,4 @@
-"""The commands that work on results and models: `diffsight gallery`, `diffsight repeat`, `diffsight check`.
+"""The commands that work on results and models: `diffsight gallery`, `repeat`, `check` and `explore`.
 
 Libraries that are slow to import are imported by the commands themselves.
 """
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from diffsight.gallery.command_options import parse_setting
+from diffsight.gallery.command_options import LANGUAGE_MODEL, parse_setting, positive
 
 _SECONDS = 2.0  # between two looks for new results
 
@@ -46,6 +46,26 @@ def add_commands(commands: Any) -> None:
     )
     check.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON as well")
     check.set_defaults(command=_check)
+    explore = commands.add_parser(
+        "explore",
+        help="open the lenses in a browser",
+        description="Serve an app with the lenses for a browser, until it is interrupted. Needs the extra `app`.",
+        epilog="example: diffsight explore --model diffsight/shapes-flux --port 8000",
+    )
+    explore.add_argument("--model", help="a pipeline to choose besides the packaged ones: a folder or hub id")
+    explore.add_argument("--language-model", default=LANGUAGE_MODEL, help="language model (default: %(default)s)")
+    explore.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; others than the default can be reached from outside"
+    )
+    explore.add_argument("--port", type=positive, default=7860, help="port to listen on (default: %(default)s)")
+    explore.set_defaults(command=_explore)
+
+
+def _explore(options: argparse.Namespace) -> int:
+    from diffsight.gallery.explorer import explore
+
+    explore(options.model, options.language_model, host=options.host, port=options.port)
+    return 0
 
 
 def _gallery(options: argparse.Namespace) -> int:

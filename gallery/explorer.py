@@ -1,0 +1,81 @@
+"""The explorer: the lenses in a browser.
+
+    explore()                                   # http://127.0.0.1:7860
+    explore("my-pipeline", language_model="my-language-model", port=8000)
+
+It listens on this machine alone unless told otherwise. All visitors share the models, which work for one at a time.
+"""
+
+import socket
+from typing import Any
+
+from diffsight.errors import InputError
+from diffsight.pipelines.packaged import PIPELINES
+
+try:
+    import gradio as gr
+
+    from diffsight.gallery.explorer_views.image_views import add_image_views
+    from diffsight.gallery.explorer_views.language_views import add_language_views
+    from diffsight.gallery.explorer_views.workbench import Workbench
+except ModuleNotFoundError as error:
+    if error.name != "gradio":
+        raise
+    raise InputError(
+        'the explorer needs Gradio: install the extra `app`, pip install -c constraints.txt -e ".[app]"'
+    ) from None
+
+LANGUAGE_MODEL = "diffsight/smollm2"
+
+
+def explore(
+    model: str | None = None,
+    language_model: str = LANGUAGE_MODEL,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+) -> None:
+    """Serve the explorer until it is interrupted.
+
+    Args:
+        model: A pipeline to choose besides the packaged ones: a packaged name, a folder or a hub id.
+        language_model: A language model, likewise.
+        host: The address to listen on. The default can be reached from this machine only; others let anybody who can
+            reach the machine use the models.
+        port: The port.
+
+    Raises:
+        InputError: The port is in use, or the address is not one of this machine.
+    """
+    _check_free(host, port)
+    app = build_app(model, language_model)
+    print(f"http://{host}:{port}", flush=True)
+    app.launch(server_name=host, server_port=port, theme=_theme(), share=False, quiet=True, footer_links=[])
+
+
+def build_app(model: str | None = None, language_model: str = LANGUAGE_MODEL) -> Any:
+    """Return the app, which has loaded no model yet."""
+    pipelines = list(dict.fromkeys([*([model] if model else []), *PIPELINES]))
+    with gr.Blocks(analytics_enabled=False, title="diffsight", delete_cache=(3600, 3600)) as app:
+        gr.Markdown("# diffsight")
+        with gr.Tabs():
+            with gr.Tab("Images"):
+                add_image_views(Workbench(pipelines))
+            with gr.Tab("Language"):
+                add_language_views(Workbench([language_model]))
+    return app
+
+
+def _theme() -> Any:
+    """Return a theme with the fonts of the visitor's machine: nothing is loaded from elsewhere."""
+    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+def _check_free(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind((host, port))
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"the explorer cannot listen on port {port} of {host}: {reason}") from None

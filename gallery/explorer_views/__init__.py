@@ -1,0 +1,1 @@
+"""The views of the explorer, and the models that they share."""

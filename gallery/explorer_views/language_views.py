@@ -1,0 +1,149 @@
+"""The views of a language model: the logit lens, and steering."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+
+from diffsight.gallery.explorer_views.workbench import Workbench, archive_of, code_of, reporting
+from diffsight.lenses import logit_lens, steer
+from diffsight.pipelines.language.model import LanguageModel
+
+PROMPT = "The Eiffel Tower is in the city of"
+_FULL = {"show_progress": "minimal", "concurrency_id": "model", "concurrency_limit": 1}
+_STEERING = """import torch
+
+from diffsight import LanguageModel
+from diffsight.lenses import steer
+
+model = LanguageModel({model!r})
+
+
+def state(text):
+    with torch.no_grad(), model.trace(text) as run:
+        return run.layers_output[{layer}][0, -1].clone()
+
+
+steered = steer(model, {layer}, state({towards!r}) - state({away!r}), factor={factor})
+print(steered.generate({prompt!r}, max_new_tokens={tokens}, do_sample=False).text)
+"""
+
+
+def add_language_views(bench: Workbench) -> None:
+    """Add the views to the app, with what they all ask for above them."""
+    with gr.Row():
+        prompt = gr.Textbox(PROMPT, label="Prompt", scale=3, min_width=300)
+        model = gr.Dropdown(bench.names, value=bench.names[0], label="Model", scale=2)
+    with gr.Tabs():
+        with gr.Tab("Logit lens"):
+            _add_logit_lens(bench, prompt, model)
+        with gr.Tab("Steering"):
+            _add_steering(bench, prompt, model)
+
+
+def _buttons(action: str) -> tuple[gr.Button, gr.Button]:
+    with gr.Row():
+        return gr.Button(action, variant="primary"), gr.Button("Stop")
+
+
+def _code_and_save() -> tuple[gr.Code, gr.DownloadButton]:
+    with gr.Accordion("As code", open=False):
+        code = gr.Code(language="python", label="Copy as code", interactive=False)
+    return code, gr.DownloadButton("Save", interactive=False)
+
+
+def _add_logit_lens(bench: Workbench, prompt: gr.Textbox, model: gr.Dropdown) -> None:
+    result = gr.State()
+    gr.Markdown("What would the model predict if it stopped at each layer? Click a cell for its likeliest tokens.")
+    read, stop = _buttons("Read")
+    table = gr.Dataframe(label="Likeliest token by layer and position", interactive=False, wrap=False)
+    likeliest = gr.Label(label="Likeliest tokens")
+    code, save = _code_and_save()
+
+    @reporting
+    def run(
+        prompt: str,
+        name: str,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008
+    ) -> Any:
+        model = bench.model(name)
+        with bench.work(request.session_hash or "", model):
+            made = logit_lens(model, prompt)
+        rows = [[str(layer), *words] for layer, words in zip(made.layers, made.words[0])]
+        shown = gr.Dataframe(value=rows[::-1], headers=["layer", *made.inputs[0]])
+        return made, shown, code_of(made), gr.DownloadButton(value=archive_of(made), interactive=True)
+
+    def show(made: Any, event: gr.SelectData) -> Any:
+        row, column = event.index
+        if made is None or column == 0:
+            return gr.skip()
+        layer, position = len(made.layers) - 1 - row, column - 1
+        ids, shares = made.ids[0, layer, position].tolist(), made.probabilities[0, layer, position].tolist()
+        return {f"{made.texts[token]!r}": share for token, share in zip(ids, shares)}
+
+    event = read.click(run, [prompt, model], [result, table, code, save], **_FULL)
+    stop.click(bench.stop, cancels=[event], queue=False)
+    table.select(show, result, likeliest, show_progress="hidden")
+
+
+def _add_steering(bench: Workbench, prompt: gr.Textbox, model: gr.Dropdown) -> None:
+    gr.Markdown("What does the model write if the difference of two texts is added to a layer?")
+    with gr.Row():
+        towards = gr.Textbox("I love this", label="Towards")
+        away = gr.Textbox("I hate this", label="Away from")
+        layer = gr.Number(12, label="Layer", precision=0)
+        tokens = gr.Number(20, label="Tokens", precision=0, minimum=1)
+    factor = gr.Slider(-8, 8, 2, step=0.5, label="Factor")
+    write, stop = _buttons("Write")
+    with gr.Row():
+        plain, steered = gr.Textbox(label="Without", lines=3), gr.Textbox(label="Steered", lines=3)
+    code, save = _code_and_save()
+
+    @reporting
+    def run(
+        prompt: str,
+        name: str,
+        towards: str,
+        away: str,
+        layer: int,
+        tokens: int,
+        factor: float,
+        request: gr.Request,
+        progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008
+    ) -> Any:
+        model, layer, tokens = bench.model(name), int(layer), int(tokens)
+        with bench.work(request.session_hash or "", model):
+            direction = _state(model, towards, layer) - _state(model, away, layer)
+            models = model, steer(model, layer, direction, factor=factor)
+            texts = [one.generate(prompt, max_new_tokens=tokens, do_sample=False).text for one in models]
+        settings = {"prompt": prompt, "model": name, "towards": towards, "away": away, "layer": layer}
+        settings |= {"factor": factor, "tokens": tokens}
+        written = _STEERING.format(**settings)
+        archive = _archive({**settings, "without": texts[0], "steered": texts[1]}, written)
+        return *texts, written, gr.DownloadButton(value=archive, interactive=True)
+
+    asked = [prompt, model, towards, away, layer, tokens, factor]
+    event = write.click(run, asked, [plain, steered, code, save], **_FULL)
+    factor.release(run, asked, [plain, steered, code, save], **_FULL)
+    stop.click(bench.stop, cancels=[event], queue=False)
+
+
+def _state(model: LanguageModel, text: str, layer: int) -> torch.Tensor:
+    """Return what a layer returns at the last token of a text, (features,)."""
+    with torch.no_grad(), model.trace(text) as run:
+        state = run.layers_output[layer][0, -1].clone()
+        run.stop()
+    return state
+
+
+def _archive(record: dict[str, Any], code: str) -> str:
+    """Return the path of a ZIP file with a record and the code that repeats it."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "steering.json").write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
+        (Path(folder) / "steering.py").write_text(code, encoding="utf-8")
+        return shutil.make_archive(str(Path(tempfile.mkdtemp()) / "steering"), "zip", folder)

@@ -1,0 +1,103 @@
+"""The models that all views of the explorer share, and the work that is being done with them.
+
+bench = Workbench(["diffsight/shapes-clip"])
+model = bench.model("diffsight/shapes-clip")            # loaded once, for everybody
+with bench.work(session, model):                        # ended by bench.stop(session)
+    result = diffusion_lens(model, prompt)
+"""
+
+import html
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
+from threading import Event
+from typing import Any, ParamSpec, TypeVar
+
+import gradio as gr
+from torch import nn
+
+from diffsight.errors import DiffsightError, InputError
+from diffsight.gallery.opening import open_model
+from diffsight.lenses.results.result import LensResult
+from diffsight.pipelines.diffusion.components import components
+from diffsight.pipelines.diffusion.model import DiffusionModel
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+
+
+class StoppedError(DiffsightError):
+    """The user has stopped the work."""
+
+
+class Workbench:
+    """The models of the explorer by name, and what is being done with them.
+
+    Args:
+        names: The models that may be chosen. Visitors cannot load others.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._models: dict[str, Any] = {}
+        self._stops: dict[str, Event] = {}  # by session
+
+    def model(self, name: str) -> Any:
+        """Return a model, loaded when it is first asked for. Raises InputError if it may not be chosen."""
+        if name not in self.names:
+            raise InputError(f"choose one of {', '.join(self.names)}, not {name}")
+        if name not in self._models:
+            self._models[name] = open_model(name)
+        return self._models[name]
+
+    @contextmanager
+    def work(self, session: str, model: Any) -> Iterator[None]:
+        """Raise StoppedError in the block, at the next call of a module, once `stop` is called for the session."""
+        stop = self._stops[session] = Event()
+
+        def check(*_: Any) -> None:
+            if stop.is_set():
+                raise StoppedError("stopped")
+
+        is_pipeline = isinstance(model, DiffusionModel)
+        parts = components(model.pipeline).values() if is_pipeline else [model.module]
+        with ExitStack() as hooks:
+            for part in parts:
+                if isinstance(part, nn.Module):
+                    hooks.callback(part.register_forward_pre_hook(check).remove)
+            yield
+        del self._stops[session]
+
+    def stop(self, request: gr.Request) -> None:
+        """Stop what a session is doing."""
+        stop = self._stops.get(request.session_hash or "")
+        if stop is not None:
+            stop.set()
+
+
+def reporting(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a function of a view show errors of diffsight to the visitor as text."""
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except DiffsightError as error:
+            raise gr.Error(html.escape(str(error)), title="diffsight", print_exception=False) from error
+
+    return call
+
+
+def code_of(result: LensResult) -> str:
+    """Return the Python code that makes a result."""
+    return "" if result.call is None else result.call.code()
+
+
+def archive_of(result: LensResult) -> str:
+    """Return the path of a ZIP file with all files of a result."""
+    with tempfile.TemporaryDirectory() as folder:
+        result.save(Path(folder) / "result")
+        name = Path(tempfile.mkdtemp()) / str(result.record()["lens"])
+        return shutil.make_archive(str(name), "zip", Path(folder) / "result")
