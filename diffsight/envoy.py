@@ -23,9 +23,9 @@ from typing import Any
 from torch import nn
 
 from diffsight.engine.batch_slicing import Selection
-from diffsight.engine.current_run import current_edit
 from diffsight.engine.flow import Flow
 from diffsight.engine.hooks import FORWARD
+from diffsight.engine.open_runs import current_edit
 from diffsight.engine.points import Asked, line_of
 from diffsight.engine.target import Target, join
 from diffsight.engine.tree import Tree

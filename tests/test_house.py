@@ -31,7 +31,7 @@ ENGINE = [
     "engine.batch_slicing",
     "engine.weak_values",
     "engine.points",
-    "engine.current_run",
+    "engine.open_runs",
     "engine.late_weights",
     "engine.step_clock",
     "engine.attached_modules",

@@ -14,7 +14,7 @@ The files in order; each imports only from those above it:
     batch_slicing   a part of a value, such as the rows of a batch
     weak_values     values that are there as long as somebody else holds them
     points          a point as it is asked for, a value that passes there, an assignment
-    current_run     which run `model.<path>` means
+    open_runs       several runs open at once, and which of them `model.<path>` means
     late_weights    weights that are loaded later
     step_clock      when a step begins
     attached_modules    modules of the user's own on parts of a model

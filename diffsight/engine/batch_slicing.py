@@ -43,7 +43,7 @@ class Selection:
         cls.is_in_every_call = cls.call is Selection.call
 
     def call(self, tap: Tapped, first: int, number: int, path: object) -> int:
-        """Among the calls from `first` on that have this part, return the index of number `number`.
+        """Return the index of call `number` among the calls from `first` on that have this part.
 
         Whether a call has it is known once the call has begun. Until then, return the earliest call that could be the
         one."""

@@ -67,8 +67,8 @@ _DEEPER = (operator.call,) * 64
 class Stack(greenlet):
     """The stack that a coroutine runs on.
 
-    Creating one takes longer than most runs take. So a stack that was started near the bottom of the main thread is
-    kept for the next coroutine when its own has ended."""
+    Creating one takes longer than most runs take. So a stack that was started while few frames were open in the main
+    thread is kept for the next coroutine once its first has ended."""
 
     coroutine: "Coroutine | None" = None  # the one that runs here
     owner: Any = None  # the coroutine's
@@ -90,7 +90,7 @@ class Stack(greenlet):
         return stack
 
     def give_back(self) -> None:
-        """Keep the stack for another coroutine, if possible: its own has ended."""
+        """Keep the stack for another coroutine, if possible, now that its own has ended."""
         self.coroutine = self.owner = self.gr_context = None
         if not self.dead and self.parent.parent is None and len(_idle) < _MOST_IDLE:
             _idle.append(self)
@@ -136,7 +136,7 @@ class Coroutine:
         self.result: Any = None  # what the function returned
         self._stack: Stack | None = None  # from start to end
         self._unwinds = False  # whether it was told to end
-        self._guard: Any = None  # keeps the body out of an inference mode that the function has parked inside
+        self._guard: Any = None  # takes the body out of the inference mode in which the function parked
         self._inner_guard: Any = None  # the function's own inference mode, while it runs
         self._bodys_random: list[torch.Tensor] | None = None  # the body's random state, while the function has its own
 
@@ -147,7 +147,7 @@ class Coroutine:
 
     @property
     def is_running(self) -> bool:
-        """Whether it is running now, or something that it has started itself is."""
+        """Whether it, or a coroutine that it started, is running now."""
         stack = getcurrent()
         while stack is not None and stack is not self._stack:
             stack = stack.parent
@@ -199,7 +199,7 @@ class Coroutine:
 
     def _enter(self, body: TorchState) -> None:
         """Switch from the body's state to the function's."""
-        # Inference mode is changed by guards, each of which puts back everything it found. No guard is used where none
+        # Inference mode is changed by guards, each of which restores what it found. No guard is used where none
         # is needed: under a guard every operation takes longer.
         if self._guard is not None:
             guard, self._guard = self._guard, None
@@ -229,7 +229,7 @@ class Coroutine:
         body.restore(self.state)
 
     def _settle(self, body: TorchState) -> None:
-        """Switch back to the body's state after an error, which may be an interrupt between any two lines."""
+        """Switch back to the body's state after an error, which may be a KeyboardInterrupt between any two lines."""
         if self._bodys_random is not None or self._inner_guard is not None or body.now() != body:
             self._go_back(body)
             body.restore(TorchState.capture())

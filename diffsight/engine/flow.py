@@ -1,4 +1,4 @@
-"""The flow of one run: it moves the model, up to what the body asks for and on from there.
+"""The flow of one run: it moves the model up to what the body asks for, and on from there.
 
 The body asks for a point (`fetch`). The flow taps it, tells the tap that the body waits for it, and resumes the model.
 When the model reaches the point, the tap reports it (`arrive`), the flow parks the model, and the body has the value.
@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from diffsight.engine import order
 from diffsight.engine.coroutine import THIS_THREAD, Coroutine, InnerCall, current
-from diffsight.engine.current_run import current_edit
 from diffsight.engine.hooks import calls_in_threads
+from diffsight.engine.open_runs import current_edit
 from diffsight.engine.order import Scope
 from diffsight.engine.points import (
     INPUTS,
@@ -98,7 +98,7 @@ class Flow:
         self.bodies = Bodies()
         self.unreached: list[Assignment] = []
         self.observer: Observer | None = None
-        self.refused: list[Exception] = []  # why values could not be assigned that were assigned ahead
+        self.refused: list[Exception] = []  # why values that were assigned ahead could not be put in place
         self.misshapen: dict[str, UsersLine] = {}  # assigned values of another shape or type than the model's own
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
         self.has_result = False
@@ -328,7 +328,8 @@ class Flow:
             raise order.never_reached(missed, self.clock.ending)
 
     def finish_undecided(self) -> None:
-        """Run the model to the end of the calls that decide whether a value that was read in them was meant."""
+        """Run the model to the end of the calls around values that were read, where only this end decides whether they
+        are the ones that were meant."""
         for _, calls in self._undecided():
             if self.outcome is None:
                 index = calls.active[-1]
@@ -372,11 +373,11 @@ class Flow:
         """Raise an error if this is not the run's thread, or if the model itself is running."""
         if THIS_THREAD.number != self.thread:
             raise WrongThreadError(
-                f"{path}: a run belongs to the thread that opened it. Open one run in each thread, or hand values over"
+                f"{path}: a run belongs to the thread that opened it. Open a run in each thread, or pass on values"
             )
         if self.coroutine is not None and self.coroutine.is_running:
             raise DiffsightError(
-                f"{path} was asked for by a hook or callback that the model itself runs: it cannot wait for itself"
+                f"{path} was asked for by a hook or callback of the model: the model cannot wait for itself"
             )
 
     def check_leads(self, path: str) -> None:
@@ -538,7 +539,7 @@ class Flow:
         bodies = self.bodies
         if bodies.edits and self.start_edits() and self.outcome is not None:  # an edit has stopped the run
             return None
-        if not self.taps:  # nothing was read or assigned: the bare call, without a coroutine or any cost
+        if not self.taps:  # nothing was read or assigned: the bare call, without a coroutine and at no cost
             self.load()
             return self._end_with(self._call_plainly())
         if self.coroutine is None:
@@ -642,7 +643,7 @@ class Flow:
     def _put_back(self) -> None:
         """Put back what the run has changed besides putting its taps on the model."""
 
-    # ---- from the model's side, see `diffsight.engine.taps.Host`
+    # ---- from the model's side, see `diffsight.engine.tapped_call.Host`
 
     def arrive(self, point: Point) -> None:
         """The model has reached a point: every body has its turn, and sees what those before it did."""
@@ -699,6 +700,6 @@ class Flow:
 
 
 def _versioned(value: Any) -> list[torch.Tensor]:
-    """The tensors in a value whose changes in place PyTorch counts: none of inference mode, and no fake ones."""
+    """The tensors in a value whose in-place changes PyTorch counts: neither inference tensors nor fake ones."""
     tensors = [leaf for leaf in tree_leaves(value) if type(leaf) in (torch.Tensor, torch.nn.Parameter)]
     return [tensor for tensor in tensors if not tensor.is_inference()]

@@ -40,7 +40,7 @@ def end_checkpoints() -> None:
 
 
 def is_computed_again() -> bool:
-    """Whether the model is in a function of autograd that hides from it what it calls, and that needs gradients."""
+    """Whether the model is inside an autograd function that needs gradients and hides what it calls from autograd."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code

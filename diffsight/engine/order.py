@@ -1,7 +1,7 @@
 """The order of a run: what the model has passed, what lies ahead, and what errors say about it.
 
-A value asked for too late is an error at that line, never a later call's value. Whether it is too late follows from the
-counts of calls, see `taps`. What cannot be known counts as passed.
+Asking for a value too late is an error at that line; it never gives the value of a later call. Whether it is too late
+is worked out from the call counts; see `taps`. What cannot be known counts as passed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,21 +47,21 @@ def has_passed(tap: Tap, key: PointKey, scope: Scope, step: int) -> bool:
 
 
 def has_unseen_calls(tap: Tap, scope: Scope, step: int) -> bool:
-    """Whether there may have been calls in the scope before they were counted."""
+    """Whether there may have been calls in the scope before counting began."""
     if not scope.in_step:
         return tap.unseen > 0
     return tap.origin.step == step and tap.unseen_in_step > 0
 
 
 def guard_of(tap: Tap, scope: Scope, step: int) -> tuple[Tap, int] | None:
-    """Return the surrounding call that was running when the tap was made, if it is in the scope and no call was seen
-    since: calls may have been missed in it."""
+    """Return the enclosing call that was already running when the tap was made, if it is in scope and no call has been
+    seen since. Earlier calls within it may have been missed."""
     is_in_scope = not scope.in_step or tap.origin.step == step
     return tap.origin.guard if is_in_scope and not tap.entered else None
 
 
 def is_ahead(tap: Tap, key: PointKey, scope: Scope) -> bool:
-    """Whether the model stands at a point where the turn of the scope's body has not come yet."""
+    """Whether the model is waiting at this point, and it is not yet the turn of the scope's body."""
     point = tap.points.get(key)
     return point is not None and point.turn < scope.order
 
@@ -86,7 +86,7 @@ def too_late(asked: Asked, what: str, where: str) -> OutOfOrderError:
 
 
 def let_go(asked: Asked, where: str) -> OutOfOrderError:
-    """The error for a value that was read before and that nobody has kept."""
+    """The error for a value that was read earlier and not kept."""
     return OutOfOrderError(
         f"{asked} was read before and let go: the model is {where}, past that point, and a run keeps no value that "
         f"your code does not hold. Bind it to a name where you read it first, and use the name: value = run.{asked}"
@@ -140,7 +140,7 @@ def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError], ending: s
 
 
 def called_in_thread(asked: Asked, until: str, kind: type[OutOfOrderError], ending: str = "") -> OutOfOrderError:
-    """The error for a point that was waited for, and that the model passes in a thread of its own."""
+    """The error for a point that a body waited for but that the model passes in another thread."""
     return kind(
         f"{asked} was asked for, but {until} without reaching it in the run's thread{ending}. The model calls the "
         "module in a thread of its own, where a run does not see it"

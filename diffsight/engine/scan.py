@@ -30,8 +30,8 @@ _scanning: ContextVar[bool] = ContextVar("diffsight_scanning", default=False)
 
 
 def scanning(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function, and make scans of the runs that it opens."""
-    # In a context of its own, which ends with the call however that ends.
+    """Call a function; the runs that it opens are scans."""
+    # In a context of its own, which ends when the call does, however the call ends.
     return copy_context().run(_call_scanning, function, args, kwargs)
 
 

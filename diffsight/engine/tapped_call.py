@@ -1,10 +1,10 @@
 """The calls of one module or method in one run: counted, changed or skipped.
 
 A `Tap` belongs to one run and one callable of the model: a module's forward pass, or a method that code calls directly
-(`vae.decode`, `scheduler.step`). Every call of it goes through `Tap.call`. There the tap counts the call, leaves it out
-if a body has skipped it, and hands its inputs and its output to the run (the `Host`) if a body waits for them or has
-assigned them. Calls made outside the run's own coroutine (by another run, by the body itself, in another thread) pass
-untouched. How calls get here is the business of `hooks`.
+(`vae.decode`, `scheduler.step`). Every call of it goes through `Tap.call`. There the tap counts the call, does not make
+it if a body has asked to skip it, and hands its inputs and its output to the run (the `Host`) if a body waits for them
+or has assigned them. Calls made outside the run's own coroutine (by another run, by the body itself, in another thread)
+pass untouched. `hooks` routes the calls here.
 """
 
 import weakref
@@ -34,7 +34,7 @@ class OtherTaps(Protocol):
     """All taps of a run, as one of them sees them; see `diffsight.engine.taps.Taps`."""
 
     def note_call(self, target: Target) -> None:
-        """Learn from a call of a module whether it is a stray."""
+        """Note a call of a module, to learn whether the model calls it outside the modules around it."""
 
     def is_in_method(self, around: "Tap") -> bool:
         """Whether a tapped method of a module is running."""
@@ -44,13 +44,13 @@ class Host(Protocol):
     """The run, as its taps see it; see `diffsight.engine.flow.Flow`."""
 
     taps: OtherTaps
-    is_scan: bool  # whether it computes shapes alone
+    is_scan: bool  # whether it computes only shapes
     clock: Clock
     thread: int
     coroutine: Coroutine | None  # the one that the model runs in, once it has started
     parked: Point | None  # where the model stands, if it waits at a point
     state: TorchState  # in which the run was opened
-    refused: list[Exception]  # why values could not be assigned that were assigned ahead
+    refused: list[Exception]  # why values that were assigned ahead could not be put in place
     misshapen: dict[str, UsersLine]  # assigned values whose shape or type differs from the model's own, in words
 
     def arrive(self, point: Point) -> None:
@@ -80,7 +80,7 @@ class Tap:
     __slots__ = (
         "active",  # numbers of the calls in progress, outermost first
         "awaited",  # the points that bodies wait for; for each body, whether it waits within a step
-        "begun",  # whether a hook has already begun the call that reaches the forward pass now
+        "begun",  # whether a hook has already counted the call that is now reaching the forward pass
         "border",  # in a scan, for a component: what its calls are made through
         "children_counted",
         "entered",  # number of calls begun so far, as far as the run has seen
@@ -94,7 +94,7 @@ class Tap:
         "origin",
         "pending",  # point to what was assigned to it
         "points",  # point to what was read there
-        "skips",  # number of a call to what it returns without running
+        "skips",  # by number of a call: what it returns without running
         "step_base",  # calls begun before the current step
         "takes_inputs",  # whether inputs are taken in a hook
         "target",
@@ -227,7 +227,8 @@ class Tap:
         return value, point.changed
 
     def _check_region(self, key: PointKey, skip: Assignment | None = None) -> None:
-        """Refuse a point where its value is not what it seems. Let `backward()` compute what the run does there."""
+        """Refuse a point whose value is not what it seems. In a checkpointed region, keep what autograd saves from here
+        on, so that `backward()` uses what the run does there."""
         if calls_in_threads and self.host.taps.is_called_in_thread(self.target):
             self._refuse(
                 key,
@@ -249,7 +250,7 @@ class Tap:
             self._refuse(
                 key,
                 skip,
-                "lies in a region that backward() computes again, without what a run reads or changes there. Use "
+                "lies in a region that backward() recomputes without the run's reads and changes. Use "
                 'checkpointing with use_reentrant=False (gradient_checkpointing_enable({"use_reentrant": False}) in '
                 "transformers), turn it off for this run, or open the run under torch.no_grad() if you need no "
                 "gradients",
@@ -296,7 +297,7 @@ class Tap:
             self.hooks.append(self.target.owner.register_forward_pre_hook(lambda *_: None))
 
     def assign_pending(self, point: Point) -> bool:
-        """Assign what those whose turn it is have assigned to a point; return whether there was anything."""
+        """Put in place what the bodies whose turn it is have assigned to a point; return whether there was anything."""
         waiting, assigned = self.pending.pop(point.key, ()), False
         for assignment in waiting:
             kind, index = point.key
@@ -339,7 +340,7 @@ class Tap:
         return missed
 
     def remove(self) -> None:
-        """Remove the hooks that the run has put on the module, besides those of `HookedModules`."""
+        """Remove the hooks that the run has put on the module, except those of `HookedModules`."""
         for hook in self.hooks:
             hook.remove()
 

@@ -1,7 +1,8 @@
-"""Which run `model.<path>` means.
+"""Several runs open at once, for example in lockstep, and which of them `model.<path>` means.
 
-The engine needs no code for runs in lockstep: each run has its own coroutine. Pipelines, which have state, need copies
-of it: see `pipelines/diffusion/pipeline_copies.py`.
+In lockstep one body moves several runs: each run's model waits in a coroutine of its own while another one moves. That
+needs no code beyond `coroutine`. Pipelines have state, so each run calls a copy of that state; see
+`pipelines/diffusion/pipeline_copies.py`.
 """
 
 import asyncio
