@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError
-from diffsight.extending import structural_copy
+from diffsight.extending import structural_copy, without_global_hooks
 from diffsight.pipelines.language.unembedding import HiddenLayout
 from diffsight.pipelines.module_spans import module_at
 from diffsight.pipelines.standard_names import layer_names
@@ -98,7 +98,7 @@ def check_names(
     """
     trace = None
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), without_global_hooks():
             try:
                 empty = structural_copy(model)
                 _avoid_reading_values(empty)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from diffsight import LanguageModel
@@ -69,8 +70,14 @@ def test_hooks_and_forward_methods_of_the_user_are_not_called(build):
     layer.register_forward_hook(lambda module, args, output: called.append(output[0].norm().item()))
     layer.register_forward_pre_hook(lambda module, args: called.append(args))
     trunk.norm.forward = lambda hidden: called.append(hidden)
-    LanguageModel(net)
-    assert not called
+    of_all_modules = nn.modules.module.register_module_forward_hook(lambda *call: called.append(call))
+    try:
+        LanguageModel(net)
+        assert not called
+        net.lm_head(torch.zeros(1, net.config.hidden_size))
+        assert len(called) == 1
+    finally:
+        of_all_modules.remove()
 
 
 @pytest.mark.parametrize("build", [llama, mixtral])
