@@ -33,6 +33,7 @@ from diffsight.lenses.tokens.choosing import check_language_model, choose_tokens
 from diffsight.lenses.tokens.prediction_batches import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
 from diffsight.lenses.tokens.token_text import Spelling
+from diffsight.pipelines.argument_types import fits
 from diffsight.pipelines.language.model import LanguageModel
 
 Words = str | Sequence[str]
@@ -219,7 +220,7 @@ def run_prompts(
     Raises:
         InputError: Before anything runs, if the names of targets differ, or a target has no token.
     """
-    prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+    prompts = list(prompts) if fits(prompts, Sequence[Any]) else [prompts]
     ids = _check(model, prompts)
     if lens is not None and not callable(lens):
         raise InputError(f"lens takes a function, such as lens=logit_lens, not {lens!r}")

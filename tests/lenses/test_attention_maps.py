@@ -212,7 +212,7 @@ WRONG = [
     ({"layers": "embedding"}, '"embedding" is no attention module'),
     ({"heads": [2]}, r"there is no head 2, the modules have 2"),
     ({"heads": []}, "heads: none is chosen"),
-    ({"steps": [-1]}, "write numbers of steps from 0"),
+    ({"steps": [99]}, "there is no step 99: the run has"),
     ({"encoder": "text_encoder_2"}, "no text encoder 'text_encoder_2'"),
     ({"num_images_per_prompt": 2}, "draws one image in each row"),
     ({"stepz": 2}, "stepz"),
