@@ -266,9 +266,11 @@ class Accessors(LayerAccessors):
     def hidden_layout(self) -> HiddenLayout | None:
         """Which dimensions of `layers_output[i]` are the batch and the tokens: the first and second in most models.
 
-        None where the layers do not return one hidden state per token."""
+        None where the layers do not return one hidden state per token, or are called several times in a pass."""
         structure = self._tree.structure
-        return HiddenLayout() if structure is None else structure.layout
+        if structure is None:
+            return HiddenLayout()
+        return None if structure.has_cycles else structure.layout
 
     # ---- parts
 
