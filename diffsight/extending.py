@@ -83,8 +83,9 @@ function: `tree_of`, `target_of`, `owner_of`, `run_of`, `part_of`, `child_of(env
 `narrowed(points, selection)`, `fetch(points, part)`, `assign(points, part, value)`, and `run_meant_by(points, what)`
 for the run whose values `model.<path>` has.
 
-**Modules.** `unwrapped(module)`, `wrapped_path(module)` and `children_in(target)` see through what wraps a module, such
-as `torch.compile`. `structural_copy(module)` is a copy without weights and hooks, to try something on.
+**Modules.** `unwrapped(module)`, `wrapped_path(module)`, `wrapped_targets(target)` and `children_in(target)` see
+through what wraps a module, such as `torch.compile`. `structural_copy(module)` is a copy without weights and hooks, to
+try something on; PyTorch's hooks on all modules are not called within `without_global_hooks()`.
 """
 
 from diffsight.engine.batch_slicing import Part, Selection
@@ -96,11 +97,11 @@ from diffsight.engine.points import INPUTS, OUTPUT, Asked, first_input
 from diffsight.engine.scan import is_scanning
 from diffsight.engine.scan_state import ModuleHooks
 from diffsight.engine.step_clock import Clock
-from diffsight.engine.structural_copy import structural_copy
+from diffsight.engine.structural_copy import structural_copy, without_global_hooks
 from diffsight.engine.tapped_call import Tap
 from diffsight.engine.target import Target, join, part_targets
 from diffsight.engine.tree import Tree
-from diffsight.engine.wrapped_modules import children_in, unwrapped, wrapped_path
+from diffsight.engine.wrapped_modules import children_in, unwrapped, wrapped_path, wrapped_targets
 from diffsight.envoy import (
     Envoy,
     MethodEnvoy,
@@ -174,5 +175,7 @@ __all__ = [
     "tree_of",
     "unwrapped",
     "with_gradients",
+    "without_global_hooks",
     "wrapped_path",
+    "wrapped_targets",
 ]

@@ -18,7 +18,8 @@ from torch import nn
 from diffsight.errors import InputError
 from diffsight.lenses.features.activation_stream import channels_last, difference, tensor_in
 from diffsight.lenses.features.autoencoder import SAE
-from diffsight.lenses.features.sae_checks import point_of
+from diffsight.lenses.features.sae_checks import check_model, point_of
+from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -44,6 +45,8 @@ def attach_sae(model: Wrapper, sae: SAE, point: str | None = None) -> Wrapper:
         InputError: The SAE does not say where it was trained.
         PointNotFoundError: The point does not exist.
     """
+    check_model(attach_sae, model)
+    check_types(attach_sae, point=point)
     point = point_of(sae, point)
 
     def attached(run: Any) -> None:

@@ -35,7 +35,8 @@ from diffsight.errors import InputError, suggest
 from diffsight.lenses.attention.concepts import Concepts
 from diffsight.lenses.attention.map_sums import MapSums
 from diffsight.lenses.attention.word_keys import WordKeys
-from diffsight.lenses.encoders.checks import check_call
+from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, choose_steps
+from diffsight.lenses.encoders.checks import check_call, check_diffusion_model
 from diffsight.lenses.layers import Layers, choose_layers
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
@@ -46,6 +47,7 @@ from diffsight.lenses.results.overlays import at_size, overlay
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import OverlaySection, Section, distinct
 from diffsight.lenses.where_models_are import where_the_model_is
+from diffsight.pipelines.argument_types import check_types, fits
 from diffsight.pipelines.attention.attention_product import AttentionProduct
 from diffsight.pipelines.diffusion.attention import Attention, find_attentions, follow_products
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -201,7 +203,7 @@ def attention_maps(
     method: str = "cross",
     layers: Layers = None,
     heads: Iterable[int] | None = None,
-    steps: range | slice | Iterable[int] | None = None,
+    steps: Steps = None,
     keep: str | None = None,
     encoder: str | None = None,
     seed: int = 0,
@@ -225,7 +227,7 @@ def attention_maps(
         layers: Which of the attention modules, numbered in the order in which they run: an integer, a slice, or a list
             of them. `model.attentions.of_kind("cross", "joint")` lists them. Default: all.
         heads: Which heads. Default: all.
-        steps: Which denoising steps, a range, a slice or a list of numbers from 0. Default: all.
+        steps: Which denoising steps: an integer, a slice, or a list of them. Default: all.
         keep: Keep the maps of "steps", "layers" or "heads" apart too.
         encoder: The text encoder whose tokens count. Default: those of all.
         seed: The seed of the image.
@@ -238,14 +240,18 @@ def attention_maps(
         InputError: Before an image is drawn: a word is not in the prompt, a layer or head does not exist, or the
             pipeline has no attention between image and text.
     """
-    _check("attention_maps", model, prompt, seed, keep, arguments)
+    check_diffusion_model("attention_maps", model)
     check_options(attention_maps, model, arguments)
+    check_types(attention_maps, words=words, heads=heads, encoder=encoder)
+    _check("attention_maps", model, prompt, steps, seed, keep, arguments)
+    if words is not None and not words:
+        raise InputError("words: there are none. Write some, or omit them for all words of the prompt")
     if method not in _METHODS:
         raise InputError(f"method: there is no {method!r}{suggest(str(method), _METHODS)}, only 'cross' and 'concept'")
     found = find_attentions(model, prompt, **arguments)
     chosen = _chosen(found.of_kind("cross", "joint"), layers, "attention between image and text", model)
     picked = _picked_heads(chosen, heads)
-    reading = _Reading(_in(steps), keep, chosen)
+    reading = _Reading(steps, keep, chosen)
     if method == "concept":
         concepts = Concepts(model, prompt, words, encoder, found.of_kind("joint"), arguments)
         run = _run_concepts(model, concepts, reading, picked, seed)
@@ -269,7 +275,7 @@ def attention_from(
     *,
     layers: Layers = None,
     heads: Iterable[int] | None = None,
-    steps: range | slice | Iterable[int] | None = None,
+    steps: Steps = None,
     keep: str | None = None,
     seed: int = 0,
     **arguments: Any,
@@ -297,10 +303,11 @@ def attention_from(
         InputError: The position is not in the image, a layer or head does not exist, or the pipeline has no
             self-attention.
     """
-    _check("attention_from", model, prompt, seed, keep, arguments)
+    check_diffusion_model("attention_from", model)
     check_options(attention_from, model, arguments)
-    shares = [share for share in position if isinstance(share, (int, float)) and 0 <= share <= 1]
-    if len(position) != 2 or len(shares) != 2:
+    check_types(attention_from, heads=heads)
+    _check("attention_from", model, prompt, steps, seed, keep, arguments)
+    if not fits(position, tuple[float, float]) or not all(0 <= share <= 1 for share in position):
         raise InputError(f"position is (x, y), shares of width and height from 0 to 1, not {position!r}")
     found = find_attentions(model, prompt, **arguments)
     chosen = _chosen(found.of_kind("self", "joint"), layers, "attention from the image to itself", model)
@@ -314,7 +321,7 @@ def attention_from(
         ((_, probs),) = product.blocks(keys, range(place, place + 1), picked)
         return probs[0]  # (heads, 1, keys)
 
-    reading = _Reading(_in(steps), keep, chosen)
+    reading = _Reading(steps, keep, chosen)
     run = _run_prompt(model, prompt, reading, read, seed, arguments)
     name = f"from ({position[0]:g}, {position[1]:g})"
     return _result(run, reading, (name,), prompt, seed, model, arguments, "from")
@@ -339,9 +346,15 @@ class _Wanted:
 class _Reading:
     """What is read in a run: in which steps and modules, and the sums of it."""
 
-    def __init__(self, is_chosen: Callable[[int], bool], keep: str | None, chosen: Sequence[Attention]) -> None:
-        self.is_chosen, self.keep, self.chosen = is_chosen, keep, chosen
-        self.sums = MapSums()
+    def __init__(self, steps: Steps, keep: str | None, chosen: Sequence[Attention]) -> None:
+        self.keep, self.chosen, self.sums = keep, chosen, MapSums()
+        self._asked = steps
+        self._steps: tuple[int, ...] = ()
+
+    def is_in(self, run: DiffusionRun, step: int) -> bool:
+        """Return whether a step of a run is read. How many steps there are is known by then."""
+        self._steps = self._steps or choose_steps(self._asked, len(run.scheduler.timesteps))
+        return step in self._steps
 
     def add(self, step: int, attention: Attention, values: torch.Tensor) -> None:
         """Add what was read of a product, (heads, words, positions of the image)."""
@@ -364,7 +377,7 @@ def _run_prompt(
     """Draw the prompt, and add what is read of every product."""
 
     def add(attention: Attention, step: int, product: AttentionProduct) -> None:
-        if reading.is_chosen(step):
+        if reading.is_in(run, step):
             reading.add(step, attention, read(attention, product))
 
     with torch.no_grad(), model.generate(prompt=prompt, seed=seed, **arguments) as run:
@@ -381,7 +394,7 @@ def _run_concepts(
         for step in run.steps:
 
             def is_read(attention: Attention, index: int = step.index) -> bool:
-                return attention.name in chosen and reading.is_chosen(index)
+                return attention.name in chosen and reading.is_in(run, index)
 
             def add(attention: Attention, values: torch.Tensor, index: int = step.index) -> None:
                 values = values if heads is None else values[heads]
@@ -403,8 +416,6 @@ def _result(
     method: str,
 ) -> AttentionMaps:
     output, sums, keep = (run.frames if "frames" in run.result else run.images)[0], reading.sums, reading.keep
-    if not sums.groups:
-        raise InputError("steps: none of these steps was reached")
     lowest = -torch.inf if method == "concept" else 0.0  # enlarging may give probabilities below 0
     return AttentionMaps(
         maps=sums.mean().clamp_min(lowest),
@@ -425,11 +436,14 @@ def _result(
 # ---- what was chosen
 
 
-def _check(lens: str, model: Any, prompt: Any, seed: Any, keep: Any, arguments: Mapping[str, Any]) -> None:
+def _check(
+    lens: str, model: Any, prompt: Any, steps: Steps, seed: Any, keep: Any, arguments: Mapping[str, Any]
+) -> None:
     check_call(lens, model, prompt, seed, None, arguments)
     if keep is not None and keep not in _KEPT:
         raise InputError(f"keep: there is no {keep!r}{suggest(str(keep), _KEPT)}, only {', '.join(_KEPT)}")
     model.check(prompt=prompt, seed=seed, **arguments)
+    check_steps_ahead(steps, model, arguments)
 
 
 def _chosen(found: Sequence[Attention], layers: Layers, what: str, model: DiffusionModel) -> list[Attention]:
@@ -453,18 +467,3 @@ def _picked_heads(chosen: Sequence[Attention], heads: Iterable[int] | None) -> l
     if not picked:
         raise InputError("heads: the selection is empty")
     return picked
-
-
-def _in(steps: range | slice | Iterable[int] | None) -> Callable[[int], bool]:
-    """Return whether a step is among the chosen ones."""
-    if steps is None:
-        return lambda step: True
-    if isinstance(steps, slice):
-        bounds = (steps.start or 0, 10**9 if steps.stop is None else steps.stop, steps.step or 1)
-        if min(bounds) < 0:
-            raise InputError("steps: count from the first step, 0")
-        steps = range(*bounds)
-    steps = steps if isinstance(steps, range) else [steps] if isinstance(steps, int) else list(steps)
-    if not steps or any(isinstance(step, bool) or not isinstance(step, int) or step < 0 for step in steps[:1]):
-        raise InputError("steps: write numbers of steps from 0, such as range(10, 20)")
-    return lambda step: step in steps

@@ -17,7 +17,10 @@ from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.features.activation_stream import PointReader
 from diffsight.lenses.features.autoencoder import SAE
-from diffsight.lenses.features.sae_checks import point_of
+from diffsight.lenses.features.sae_checks import check_model, point_of
+from diffsight.lenses.options import check_options
+from diffsight.lenses.tokens.choosing import check_count
+from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -50,12 +53,16 @@ def concept_features(
     Raises:
         InputError: The prompts are not lists of strings, or the SAE does not say where it was trained.
     """
+    check_model(concept_features, model)
+    check_options(concept_features, model, arguments)
+    check_types(concept_features, prompts=prompts, others=others, point=point, seed=seed)
+    check_count("batch_size", batch_size)
+    if not prompts or not others:
+        raise InputError("prompts and others must be lists of strings, with and without the concept")
     reader = PointReader(model, point_of(sae, point), sae.of, steps, arguments)
     reader.check()
     shares = []
     for texts in (prompts, others):
-        if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
-            raise InputError("prompts and others must be lists of strings, with and without the concept")
         total = torch.zeros(sae.count, dtype=torch.double)
         for start in range(0, len(texts), batch_size):
             with torch.no_grad():

@@ -15,12 +15,15 @@ from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.features.activation_stream import PointReader, channels_last, tensor_in, value_at
 from diffsight.lenses.features.autoencoder import SAE
-from diffsight.lenses.features.sae_checks import point_of
+from diffsight.lenses.features.sae_checks import check_model, point_of
 from diffsight.lenses.features.sae_trainer import figures
+from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import Cell, Section, TableSection
+from diffsight.lenses.tokens.choosing import check_count
+from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 from diffsight.pipelines.language.model import LanguageModel
@@ -106,6 +109,10 @@ def evaluate_sae(
     Raises:
         InputError: An argument is not valid.
     """
+    check_model(evaluate_sae, model)
+    check_options(evaluate_sae, model, arguments)
+    check_types(evaluate_sae, prompts=prompts, point=point, seed=seed)
+    check_count("batch_size", batch_size)
     point = point_of(sae, point)
     scenes = [one for one in prompts if isinstance(one, Scene)]
     texts = [one.caption() if isinstance(one, Scene) else one for one in prompts]

@@ -24,6 +24,7 @@ from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import ImageSection, Section, distinct
+from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
@@ -133,10 +134,11 @@ def feature_effect(
     point, chosen = point_of(sae, point), check_features(sae, features)
     if change not in CHANGES:
         raise InputError(f"change must be one of {', '.join(CHANGES)}, not {change!r}")
+    check_types(feature_effect, amounts=amounts, point=point)
     amounts = tuple(float(amount) for amount in amounts)
     if not amounts:
         raise InputError("there are no amounts: pass amounts=[0, 2] or others")
-    reader = PointReader(model, point, sae.of, steps)
+    reader = PointReader(model, point, sae.of, steps, arguments)
     reader.check()
     rows = len(amounts) + 1
     call = {"prompt": [prompt] * rows, "seed": [seed] * rows, **arguments}

@@ -36,6 +36,7 @@ from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import CurveSection, ImageSection, Section
 from diffsight.lenses.where_models_are import where_the_model_is
+from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
@@ -195,6 +196,7 @@ def invert(
         own = {"prompt": prompt, "guidance_scale": guidance_scale}
         arguments |= {name: value for name, value in own.items() if name in model.argument_names}
     check_one_image(invert, model, prompt, seed, None, arguments)
+    check_types(invert, prompt=prompt, guidance_scale=guidance_scale)
     pipeline = model.pipeline
     _check(model, arguments, fixed_point, gamma, eta)
     image = check_image(pipeline, image)

@@ -36,6 +36,7 @@ from diffsight.lenses.tokens.prediction_batches import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
 from diffsight.lenses.tokens.sources import Sources
 from diffsight.lenses.where_models_are import where_the_model_is
+from diffsight.pipelines.argument_types import check_types, fits
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 
 
@@ -158,6 +159,7 @@ def patchscope_lens(
     Raises:
         InputError: Before anything runs, if a layer, position or token does not exist.
     """
+    check_types(patchscope_lens, positions=positions)
     chosen, ids = layers_and_tokens("patchscope_lens", model, layers, tokens, top_k)
     patches = _Patches(model, prompts, positions, chosen, target, target_layer, batch_size)
     keep = {"logits_to_keep": 1} if model.takes_argument("logits_to_keep") else {}
@@ -202,6 +204,7 @@ def patchscope_generate(
     """
     check_language_model("patchscope_generate", model)
     check_options(patchscope_generate, model, arguments, also={"seed", *model.generation_argument_names})
+    check_types(patchscope_generate, positions=positions)
     chosen = layers_to_read(model, layers)
     arguments["max_new_tokens"] = check_count("max_new_tokens", max_new_tokens)
     patches = _Patches(model, prompts, positions, chosen, target, target_layer, batch_size)
@@ -293,9 +296,9 @@ def _targets(target: Target, count: int) -> tuple[TargetPrompt, ...]:
     """Return one target prompt for each of `count` source prompts."""
     if isinstance(target, str):
         raise InputError(f"a target must be a TargetPrompt: TargetPrompt({target!r}, position=-1)")
-    targets = (target,) * count if isinstance(target, TargetPrompt) else tuple(target)
-    if not all(isinstance(one, TargetPrompt) for one in targets):
+    if not fits(target, Target):
         raise InputError("target must be a TargetPrompt, or one for each prompt: TargetPrompt(text, position=-1)")
+    targets = (target,) * count if isinstance(target, TargetPrompt) else tuple(target)
     if len(targets) != count:
         raise InputError(f"there are {len(targets)} target prompts for {count} prompts: pass one for each, or one")
     return targets

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from diffsight.errors import InputError
 from diffsight.lenses.attention.token_mapping import TokenMapping, map_tokens
 from diffsight.lenses.attention.word_keys import WordKeys
-from diffsight.lenses.encoders.checks import check_call, check_prompt
+from diffsight.lenses.encoders.checks import check_call, check_diffusion_model, check_prompt
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
@@ -35,6 +35,7 @@ from diffsight.lenses.results.overlays import scaled
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import ImageSection, Section, distinct
 from diffsight.lenses.where_models_are import where_the_model_is
+from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.attention import Attention, find_attentions
 from diffsight.pipelines.diffusion.encoding import encode_prompt
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -133,9 +134,11 @@ def prompt_to_prompt(
         InputError: Before anything is drawn: a word is not in the prompt, a share is not between 0 and 1, or the
             pipeline has no attention between image and text.
     """
+    check_diffusion_model("prompt_to_prompt", model)
+    check_options(prompt_to_prompt, model, arguments)
     check_call("prompt_to_prompt", model, source, seed, None, arguments)
     check_prompt("prompt_to_prompt", target)
-    check_options(prompt_to_prompt, model, arguments)
+    check_types(prompt_to_prompt, reweight=reweight, local=local)
     for name, share in (("cross_steps", cross_steps), ("self_steps", self_steps)):
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise InputError(f"{name} is a share of the steps, from 0 to 1, not {share!r}")

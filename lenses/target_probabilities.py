@@ -34,6 +34,7 @@ from diffsight.lenses.tokens.prediction_batches import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
 from diffsight.lenses.tokens.token_text import Spelling
 from diffsight.lenses.where_models_are import where_the_model_is
+from diffsight.pipelines.argument_types import fits
 from diffsight.pipelines.language.model import LanguageModel
 
 Words = str | Sequence[str]
@@ -221,7 +222,7 @@ def run_prompts(
     Raises:
         InputError: Before anything runs, if the names of targets differ, or a target has no token.
     """
-    prompts = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+    prompts = list(prompts) if fits(prompts, Sequence[Any]) else [prompts]
     ids = _check(model, prompts)
     if lens is not None and not callable(lens):
         raise InputError(f"lens takes a function, such as lens=logit_lens, not {lens!r}")

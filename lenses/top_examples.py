@@ -22,7 +22,8 @@ from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import Steps, choose_steps
 from diffsight.lenses.features.activation_stream import PointReader, channels_last, value_at
 from diffsight.lenses.features.autoencoder import SAE
-from diffsight.lenses.features.sae_checks import check_features, point_of
+from diffsight.lenses.features.sae_checks import check_features, check_model, point_of
+from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import step_curves
 from diffsight.lenses.results.figure import write_figure
@@ -30,6 +31,8 @@ from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import Cell, CurveSection, ImageSection, Section, TableSection, distinct
+from diffsight.lenses.tokens.choosing import check_count
+from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 from diffsight.pipelines.language.model import LanguageModel
@@ -190,10 +193,15 @@ def top_examples(
     Raises:
         InputError: Before anything runs, if an argument is not valid.
     """
+    check_model(top_examples, model)
+    check_options(top_examples, model, arguments)
+    check_types(top_examples, prompts=[prompts] if isinstance(prompts, str) else prompts, point=point, seed=seed)
+    check_count("count", count)
+    check_count("batch_size", batch_size)
     point, chosen = point_of(sae, point), check_features(sae, features)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise InputError("prompts must be a list of strings")
+    if not texts:
+        raise InputError("there is no prompt: the list is empty")
     reader = PointReader(model, point, sae.of, steps, arguments)
     reader.check()
     found: dict[int, list[Example]] = {feature: [] for feature in chosen}

@@ -20,10 +20,14 @@ from diffsight.lenses.features.activation_stream import (
     ShuffledBuffer,
     stored,
 )
-from diffsight.lenses.features.autoencoder import SAE
+from diffsight.lenses.features.autoencoder import SAE, check_sizes
+from diffsight.lenses.features.sae_checks import check_model
 from diffsight.lenses.features.sae_trainer import SAESettings, SAETrainer
+from diffsight.lenses.options import check_options
 from diffsight.lenses.results.denoising_plots import step_curves
 from diffsight.lenses.results.saving import check_writable, save_files, write_record
+from diffsight.lenses.tokens.choosing import check_count
+from diffsight.pipelines.argument_types import check_types, fits
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -80,6 +84,10 @@ def train_sae(
             training.
         PointNotFoundError: The point does not exist.
     """
+    check_types(train_sae, point=point, settings=settings, folder=folder, seed=seed)
+    check_sizes(features, kind, k, of)
+    check_count("buffer", buffer)
+    check_count("prompts_per_run", prompts_per_run)
     settings = settings or SAESettings()
     refill = _refill(model, point, data, of, steps, prompts_per_run, arguments)
     folder = None if folder is None else check_writable(folder)
@@ -105,18 +113,19 @@ def train_sae(
 def _refill(
     model: Any, point: str, data: Any, of: str, steps: Steps, prompts_per_run: int, arguments: dict[str, Any]
 ) -> Any:
+    if model is not None or not isinstance(data, torch.Tensor):
+        check_model(train_sae, model)
+    check_options(train_sae, model, arguments)
     if isinstance(data, torch.Tensor):
         if data.ndim != 2 or not data.is_floating_point() or len(data) == 0:
             raise InputError(f"vectors are a float tensor (vectors, width), not {data.dtype} {tuple(data.shape)}")
         return stored(data)
-    if not isinstance(model, (DiffusionModel, LanguageModel)):
-        raise InputError(f"train_sae takes a DiffusionModel or a LanguageModel, not {type(model).__name__}")
-    prompts = [data] if isinstance(data, str) else list(data)
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+    prompts = [data] if isinstance(data, str) else data
+    if not fits(prompts, Sequence[str]) or not prompts:
         raise InputError("data must be prompts, a list of strings, or vectors, a tensor (vectors, width)")
     reader = PointReader(model, point, of, steps, arguments)
     reader.check()
-    return reader.stream(prompts, prompts_per_run)
+    return reader.stream(list(prompts), prompts_per_run)
 
 
 def _train(

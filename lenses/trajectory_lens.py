@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.block_exits import block_names, exit_outputs
-from diffsight.lenses.denoising.call_checks import Steps, check_one_image, check_steps, choose_steps
+from diffsight.lenses.denoising.call_checks import Steps, check_one_image, check_steps_ahead, choose_steps
 from diffsight.lenses.denoising.latent_drawing import CallRecorder, check_drawn, draw_latents
 from diffsight.lenses.denoising.scheduler_calls import SchedulerCall, prediction_type
 from diffsight.lenses.results.calls import repeatable
@@ -184,11 +184,11 @@ def trajectory_lens(
     arguments = {**arguments, "prompt": prompt} if prompt is not None else arguments
     check_one_image(trajectory_lens, model, prompt, seed, batch_size, arguments)
     shown = _check_columns(show)
-    check_steps(steps)
     prediction_type(model.pipeline.scheduler)
     _check_exits(model, exits)
     call = {**arguments, "seed": int(seed)}
     model.check(**call)
+    check_steps_ahead(steps, model, call)
     reading = _StepReading(model, call, steps, shown, exits is not None)
     with progress_bar(model.pipeline, desc="steps", disable=not progress):
         finished = reading.run()

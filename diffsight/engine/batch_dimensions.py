@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.coroutine import Coroutine
 from diffsight.engine.hooks import FORWARD, has_forward_of_its_own, running_call
-from diffsight.engine.structural_copy import structural_copy
+from diffsight.engine.structural_copy import structural_copy, without_global_hooks
 from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState, call_in, kept_random_state
 
@@ -137,7 +137,8 @@ def _call(
         module.register_forward_hook(partial(_see, seen.setdefault(original, {})), with_kwargs=True)
     with _Larger(total, size, with_weights):
         args, kwargs = copy.deepcopy(call)
-    copied(*args, **kwargs)
+    with without_global_hooks():
+        copied(*args, **kwargs)
     return seen
 
 

@@ -9,10 +9,14 @@ or quantized weights, hooks and replaced forward methods of the user.
 
 import copy
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.wrapped_modules import unwrapped, wrapped_path
@@ -38,6 +42,26 @@ def structural_copy(model: nn.Module, with_weights: bool = False) -> nn.Module:
     for module in modules:
         _fill(memo[id(module)], module, memo)
     return memo[id(model)]
+
+
+@contextmanager
+def without_global_hooks() -> Iterator[None]:
+    """Let this thread's calls of modules in the block not reach the hooks that are registered for all modules."""
+    thread, silenced = get_ident(), []
+
+    def silent(hook: Callable) -> Callable:
+        return lambda *args, **kwargs: None if get_ident() == thread else hook(*args, **kwargs)
+
+    try:
+        for hooks in (_global_forward_pre_hooks, _global_forward_hooks):
+            for key, hook in list(hooks.items()):
+                silenced.append((hooks, key, hook))
+                hooks[key] = silent(hook)
+        yield
+    finally:
+        for hooks, key, hook in silenced:
+            if key in hooks:
+                hooks[key] = hook
 
 
 def _fill(copied: nn.Module, module: nn.Module, memo: dict[int, Any]) -> None:

@@ -39,11 +39,17 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def children_in(target: Target) -> dict[str, Target]:
     """Return the parts directly in a part of a model, by name, with those of the module that it wraps."""
-    children = target.named_children()
-    inner = target
+    children, wrapped = target.named_children(), wrapped_targets(target)
+    return {**wrapped[-1].named_children(), **children} if wrapped else children
+
+
+def wrapped_targets(target: Target) -> list[Target]:
+    """Return what a part wraps, from the outermost to the innermost."""
+    found, inner = [], target
     while (name := _wrapped_name(inner.owner)) is not None:
         inner = inner.children()[name]
-    return children if inner is target else {**inner.named_children(), **children}
+        found.append(inner)
+    return found
 
 
 def _wrapped_name(module: object) -> str | None:

@@ -1,5 +1,7 @@
 """The checks that denoising lenses make before anything runs. Every function raises InputError."""
 
+import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -7,10 +9,14 @@ from diffusers import SchedulerMixin
 
 from diffsight.errors import InputError
 from diffsight.lenses.options import check_options
+from diffsight.pipelines.diffusion.call_arguments import call_defaults
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.model import DiffusionModel
 
 _SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
+
+# Arguments with which a pipeline runs other steps than `num_inference_steps` alone would make.
+_OTHER_STEPS = ("timesteps", "sigmas", "strength", "denoising_start", "denoising_end", "original_inference_steps")
 
 Steps = int | slice | Iterable[int | slice] | None
 
@@ -51,6 +57,30 @@ def check_steps(steps: Steps) -> list[int | slice]:
         if not isinstance(item, slice) and not _is_integer(item):
             raise InputError(f"steps are integers or slices, not {item!r}")
     return list(items)
+
+
+def check_steps_ahead(steps: Steps, model: DiffusionModel, arguments: Mapping[str, Any]) -> None:
+    """Check what the user passed as steps, and whether the run has them where its arguments tell how many it has."""
+    check_steps(steps)
+    count = count_steps(model, arguments)
+    if count is not None:
+        choose_steps(steps, count)
+
+
+def count_steps(model: DiffusionModel, arguments: Mapping[str, Any]) -> int | None:
+    """Return how many steps the scheduler makes in a run with these arguments, or None if they do not tell."""
+    pipeline = model.pipeline
+    given = {**call_defaults(pipeline), **arguments}
+    asked, scheduler = given.get("num_inference_steps"), getattr(pipeline, "scheduler", None)
+    if not _is_integer(asked) or scheduler is None or any(given.get(name) is not None for name in _OTHER_STEPS):
+        return None
+    scheduler = copy.deepcopy(scheduler)
+    shift = {"mu": 0.0} if "mu" in inspect.signature(scheduler.set_timesteps).parameters else {}
+    try:
+        scheduler.set_timesteps(asked, **shift)
+    except Exception:  # the pipeline has its own way to set them
+        return None
+    return len(scheduler.timesteps)
 
 
 def choose_steps(steps: Steps, count: int) -> tuple[int, ...]:

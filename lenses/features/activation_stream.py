@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
-from diffsight.lenses.denoising.call_checks import Steps, choose_steps
+from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, choose_steps
 from diffsight.pipelines.diffusion.components import text_encoder_names
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
@@ -103,8 +103,19 @@ class PointReader:
         return isinstance(self.model, DiffusionModel) and component not in text_encoder_names(self.model.pipeline)
 
     def check(self) -> None:
-        """Raise PointNotFoundError if the point does not exist."""
+        """Check the point, the steps and the arguments before anything runs.
+
+        Raises:
+            InputError: The model has no such argument, or the run no such steps.
+            PointNotFoundError: The point does not exist.
+        """
         self.model[self.point]
+        if isinstance(self.model, DiffusionModel):
+            arguments = dict(self.arguments or {})
+            self.model.check("", seed=0, **arguments)
+            check_steps_ahead(self.steps if self.is_in_denoiser else None, self.model, arguments)
+        elif self.steps is not None:
+            raise InputError("steps are those of a denoiser: omit them for a language model")
 
     @torch.no_grad()
     def read(self, prompts: Sequence[str], seed: int = 0) -> "PointValues":
@@ -127,7 +138,7 @@ class PointReader:
 
     def _read_steps(self, prompts: Sequence[str], seed: int, arguments: Mapping[str, Any]) -> list[torch.Tensor]:
         values, chosen = [], None
-        with self.model.generate(list(prompts), seed=seed, output_type="latent", **arguments) as run:
+        with self.model.generate(list(prompts), seed=seed, **{"output_type": "latent", **arguments}) as run:
             for step in run.steps:
                 chosen = chosen or choose_steps(self.steps, len(run.scheduler.timesteps))
                 if step.index in chosen:

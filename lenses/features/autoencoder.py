@@ -16,6 +16,19 @@ from torch import nn
 from diffsight.errors import InputError, suggest
 from diffsight.lenses.features.sae_files import read_sae, write_sae
 from diffsight.lenses.features.sparsity import KINDS, above, batch_topk, topk
+from diffsight.pipelines.argument_types import fits
+
+
+def check_sizes(features: Any, kind: Any, k: Any, of: Any) -> None:
+    """Raise InputError if there is no SAE with these arguments, see `SAE`."""
+    if not fits(features, int) or features < 1:
+        raise InputError(f"features is a number of features, 1 or more, not {features!r}")
+    if kind not in KINDS:
+        raise InputError(f"{kind!r} is no kind of SAE{suggest(str(kind), KINDS)}: choose from {', '.join(KINDS)}")
+    if kind in ("topk", "batch_topk") and (not fits(k, int) or not 1 <= k <= features):
+        raise InputError(f"k must be from 1 to {features}, the number of features, not {k!r}")
+    if of not in ("output", "difference"):
+        raise InputError(f'an SAE is of the "output" or the "difference" of a point, not {of!r}')
 
 
 class SAE(nn.Module):
@@ -49,12 +62,9 @@ class SAE(nn.Module):
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise InputError(f"{kind!r} is no kind of SAE{suggest(kind, KINDS)}: choose from {', '.join(KINDS)}")
-        if kind in ("topk", "batch_topk") and (not isinstance(k, int) or not 1 <= k <= features):
-            raise InputError(f"k must be from 1 to {features}, the number of features, not {k!r}")
-        if of not in ("output", "difference"):
-            raise InputError(f'an SAE is of the "output" or the "difference" of a point, not {of!r}')
+        check_sizes(features, kind, k, of)
+        if not fits(width, int) or width < 1:
+            raise InputError(f"width is the number of dimensions of a vector, 1 or more, not {width!r}")
         self.width, self.kind, self.point, self.of = width, kind, point, of
         self.k = k if kind in ("topk", "batch_topk") else None
         self.facts = dict(facts or {})

@@ -1,9 +1,19 @@
 """What functions that take an SAE check before anything runs. Every function raises InputError."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from diffsight.errors import InputError
 from diffsight.lenses.features.autoencoder import SAE
+from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.pipelines.language.model import LanguageModel
+
+
+def check_model(function: Callable, model: Any) -> None:
+    """Check that a model is a pipeline or a language model."""
+    if not isinstance(model, (DiffusionModel, LanguageModel)):
+        kind = type(model).__name__
+        raise InputError(f"{function.__name__} takes a DiffusionModel or a LanguageModel, not {kind}")
 
 
 def point_of(sae: SAE, point: str | None) -> str:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from diffsight.errors import InputError
 from diffsight.lenses.results.saving import save_files
+from diffsight.pipelines.hub_access import hub_access
 
 _PACKAGED = Path(__file__).parent / "packaged"
 _NAMES = {"W_enc": "encoder", "b_enc": "encoder_bias", "W_dec": "decoder", "b_dec": "decoder_bias"}
@@ -85,8 +86,9 @@ def _folder(source: str | Path, subfolder: str | None) -> Path:
     elif folder.is_file():
         raise InputError(f"{source} is a file: pass the folder of an SAE, with cfg.json and sae_weights.safetensors")
     elif not folder.is_dir():
+        allowed = f"{subfolder}/*" if subfolder else None
         try:
-            folder = Path(snapshot_download(str(source), allow_patterns=f"{subfolder}/*" if subfolder else None))
+            folder = Path(snapshot_download(str(source), allow_patterns=allowed, **hub_access()))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise InputError(f"{source} is neither a folder nor an SAE on the hub: {error}") from None
     return folder / subfolder if subfolder else folder

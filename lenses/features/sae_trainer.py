@@ -20,6 +20,7 @@ from diffsight.errors import InputError
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sparsity import ActiveCount, JumpReLU, batch_topk, topk
 from diffsight.lenses.results.saving import save_files
+from diffsight.pipelines.argument_types import check_types
 
 _CHECKPOINT_SECONDS = 20
 _AUXILIARY = 1 / 32  # the weight of the loss on dead features
@@ -44,6 +45,13 @@ class SAESettings:
     penalty: float = 1e-3
     dead_after: int = 200_000
     bandwidth: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_types(SAESettings.__init__, **vars(self))
+        for name, value in vars(self).items():
+            least = 1 if name in ("updates", "batch_size", "dead_after") else 0
+            if value < least:
+                raise InputError(f"{name} must be {least} or more, not {value!r}")
 
 
 class SAETrainer:

@@ -38,7 +38,10 @@ def check_language_model(lens: str, model: Any) -> None:
     if not hasattr(model, "lm_head"):
         raise InputError(f"{lens}: no lm_head was found in {model.label}, so layers cannot be read as tokens")
     if model.hidden_layout is None:
-        raise InputError(f"{lens}: the layers of {model.label} do not return one hidden state for each token")
+        raise InputError(
+            f"{lens}: the layers of {model.label} do not return one hidden state for each token, or are called several "
+            "times in a pass"
+        )
 
 
 def layers_to_read(model: LanguageModel, layers: Layers) -> tuple[Layer, ...]:

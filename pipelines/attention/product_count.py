@@ -9,7 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from diffsight.extending import structural_copy
+from diffsight.extending import structural_copy, without_global_hooks
 from diffsight.pipelines.attention.eager_attention import EagerAttention
 from diffsight.pipelines.attention.product_dispatch import call_watched
 
@@ -30,7 +30,7 @@ def count_products(module: nn.Module, frame: FrameType | None) -> int | None:
     copied, counting = structural_copy(module, with_weights=True), _Counting(module)
     try:
         args, kwargs = tree_map(_copied, (frame.f_locals["args"], frame.f_locals["kwargs"]))
-        with torch.no_grad(), torch.random.fork_rng(), counting:
+        with torch.no_grad(), torch.random.fork_rng(), without_global_hooks(), counting:
             copied(*args, **kwargs)
     except Exception:  # what the module is given may be used up, such as a cache with the keys of this call in it
         return None

@@ -73,7 +73,7 @@ class PerLayer:
     def _at(self, index: int) -> tuple[Points, str]:
         path = join(target_of(self._root).path, f"{self._name}[{index}]")
         points, name, part = self._point(self._root._layer(index, path), path)
-        return _part_of_value(points, part), name
+        return _part_of_value(self._root._call_of_layer(points, index, path), part), name
 
 
 class LayerAccessors:
@@ -116,6 +116,12 @@ class LayerAccessors:
 
     def _layer(self, index: int, path: str) -> Envoy:
         return self._layers()[self._index(index, path)]
+
+    def _call_of_layer(self, points: Points, index: int, path: str) -> Points:
+        """Return the points of a layer in the call that is its own, if its module stands in the list more than once."""
+        layers, number = [*owner_of(self._layers())._modules.values()], self._index(index, path)
+        earlier = layers[:number].count(layers[number])
+        return points.calls[earlier] if earlier else points
 
 
 class Accessors(LayerAccessors):
@@ -239,7 +245,7 @@ class Accessors(LayerAccessors):
         places = None if positions is None else [operator.index(p) for p in _listed(positions)]
         mask = None if places is None else self._padding_mask()
         for index in _listed(layers):
-            layer = self._layer(index, "steer")
+            layer = self._call_of_layer(self._layer(index, "steer"), index, "steer")
             _part_of_value(layer, FIRST, Added(places, mask)).output = vector * factor
 
     def project_on_vocab(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -275,9 +281,11 @@ class Accessors(LayerAccessors):
     def hidden_layout(self) -> HiddenLayout | None:
         """Which dimensions of `layers_output[i]` are the batch and the tokens: the first and second in most models.
 
-        None where the layers do not return one hidden state per token."""
+        None where the layers do not return one hidden state per token, or are called several times in a pass."""
         structure = self._tree.structure
-        return HiddenLayout() if structure is None else structure.layout
+        if structure is None:
+            return HiddenLayout()
+        return None if structure.has_cycles else structure.layout
 
     # ---- parts
 

@@ -34,6 +34,7 @@ from diffsight.extending import (
     raise_kept,
     tree_of,
     unwrapped,
+    wrapped_targets,
 )
 from diffsight.pipelines.arguments import named_arguments
 
@@ -133,9 +134,9 @@ class GeneratedTokens(StoppingCriteria):
         self.has_beams = setting(net, arguments, "num_beams") not in (None, 1)
         return StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), self])
 
-    def clock_from(self, model: Target) -> Clock:
-        """Return a clock whose steps begin at a forward pass of `model` and end with a choice of tokens."""
-        self._clock = TokenClock([model], [self.target], self.choices, self._end_tokens)
+    def clock_from(self, models: Sequence[Target]) -> Clock:
+        """Return a clock whose steps begin at a forward pass of one of `models` and end with a choice of tokens."""
+        self._clock = TokenClock(models, [self.target], self.choices, self._end_tokens)
         return self._clock
 
     def _continues(self, ids: torch.Tensor) -> bool:
@@ -288,5 +289,8 @@ def _added(tokenizer: Any, ids: torch.Tensor) -> str:
 def set_generated(run: GenerationRun, generated: GeneratedTokens, model: Target) -> None:
     """Make a run count and read its tokens from `generated`, one of the stopping criteria of `model`."""
     run._generated = generated
-    flow_of(run).clock = generated.clock_from(model)
+    inside = wrapped_targets(model)  # what wraps a model passes `generate` on to it, which then calls itself
+    for target in inside:
+        flow_of(run).taps.add(target)
+    flow_of(run).clock = generated.clock_from([model, *inside])
     flow_of(run).mirror(Asked(generated.target, "input"), lambda ids: generated(ids, None))

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError
-from diffsight.extending import structural_copy
+from diffsight.extending import structural_copy, without_global_hooks
 from diffsight.pipelines.language.unembedding import HiddenLayout
 from diffsight.pipelines.module_spans import module_at
 from diffsight.pipelines.standard_names import layer_names
@@ -34,11 +34,13 @@ class Structure:
     Attributes:
         tuples: The size of the tuple that each layer returns, 0 for a tensor.
         layout: The layout of the hidden states that layers return, or None if they have no dimension of tokens.
+        has_cycles: Whether a layer is called several times in a pass, so that it has several outputs.
         has_plain_tail: Whether the final norm and the head are all there is between the last layer and the logits.
     """
 
     tuples: list[int] = field(default_factory=list)
     layout: HiddenLayout | None = field(default_factory=HiddenLayout)
+    has_cycles: bool = False
     has_plain_tail: bool = True
 
 
@@ -98,7 +100,7 @@ def check_names(
     """
     trace = None
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), without_global_hooks():
             try:
                 empty = structural_copy(model)
                 _avoid_reading_values(empty)
@@ -181,6 +183,7 @@ class _NameTrace:
     # ---- what must hold
 
     def enter_layer(self, name: str, origin: frozenset[str]) -> None:
+        self.structure.has_cycles |= name in self.seen
         index = int(name[len("layers[") : -1])
         before = f"layers[{index - 1}]"
         if index and before not in origin:

@@ -258,10 +258,11 @@ def test_models_that_cannot_be_looked_into():
         logit_lens(language.gpt2(), "a cat")
     with pytest.raises(InputError, match="no lm_head was found in GPT2Model"):
         logit_lens(language.model(language.gpt2().transformer), "a cat")
-    with pytest.raises(
-        InputError, match="layers of ProphetNetForCausalLM do not return one hidden state for each token"
-    ):
-        logit_lens(LanguageModel(architectures.build_causal("prophetnet")), architectures.tokens())
+    for kind in ("prophetnet", "hrm_text"):  # two streams of hidden states; layers that are called in cycles
+        net = architectures.build_causal(kind)
+        told = f"layers of {type(net).__name__} do not return one hidden state for each token, or are called several"
+        with pytest.raises(InputError, match=told):
+            logit_lens(LanguageModel(net), architectures.tokens())
     with pytest.raises(PointNotFoundError, match="no layers were found in GPT2LMHeadModel: name them"):
         logit_lens(LanguageModel(language.gpt2(), language.TOKENIZER, names={"layers": None}), "a cat")
     with pytest.raises(InputError, match="there are no curves"):

@@ -92,6 +92,17 @@ def test_a_language_model(wrap):
     torch.testing.assert_close(hidden[mask], expected[want.trace([[2, 3, 4, 5], [6, 7]]).mask.bool()])
 
 
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_the_steps_of_a_language_model(wrap):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, eos_token_id=None)
+    net = transformers.GPT2LMHeadModel(config).eval()
+    expected = net.generate(IDS, max_new_tokens=4, do_sample=False)
+    with LanguageModel(wrap(net)).generate(IDS, max_new_tokens=4, do_sample=False) as run:
+        tokens = [step.tokens.item() for step in run.steps]
+    assert tokens == expected[0, 10:].tolist()
+
+
 def test_a_pipeline_whose_steps_cannot_be_counted(pipe):
     class Blind(nn.Module):
         def __init__(self, unet):

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from diffsight import LanguageModel
+from diffsight import LanguageModel, collect_activations
+from helpers import first, outputs
 from models.llama import llama
 
 IDS = torch.arange(2, 12)[None]
@@ -69,8 +71,14 @@ def test_hooks_and_forward_methods_of_the_user_are_not_called(build):
     layer.register_forward_hook(lambda module, args, output: called.append(output[0].norm().item()))
     layer.register_forward_pre_hook(lambda module, args: called.append(args))
     trunk.norm.forward = lambda hidden: called.append(hidden)
-    LanguageModel(net)
-    assert not called
+    of_all_modules = nn.modules.module.register_module_forward_hook(lambda *call: called.append(call))
+    try:
+        LanguageModel(net)
+        assert not called
+        net.lm_head(torch.zeros(1, net.config.hidden_size))
+        assert len(called) == 1
+    finally:
+        of_all_modules.remove()
 
 
 @pytest.mark.parametrize("build", [llama, mixtral])
@@ -83,3 +91,21 @@ def test_nothing_changes_on_the_modules(build):
     assert after == before
     for path, known in buffers.items():
         assert all(buffers_after[path][name] is buffer for name, buffer in known.items())
+
+
+def test_a_layer_that_stands_in_the_list_twice():
+    """The values of its second place are those of its second call."""
+    net = llama()
+    one, two, three = net.model.layers
+    net.model.layers = nn.ModuleList([one, two, two, three])
+    net.config.num_hidden_layers, net.config.use_cache = 4, False
+    expected = [first(out) for layer in (one, two, three) for out in outputs(layer, net, IDS)]
+    model = LanguageModel(net)
+    with torch.no_grad(), model.trace(IDS) as run:
+        assert all(map(torch.equal, run.layers_output, expected))
+    with torch.no_grad(), model.trace(IDS) as run:
+        run.steer(2, torch.ones(32))
+        assert torch.equal(run.layers_output[1], expected[1])
+        assert torch.equal(run.layers_input[3], expected[2] + 1)
+    states = collect_activations(model, IDS, positions=None, layers=[1, 2])
+    assert torch.equal(states[2], expected[2][0])

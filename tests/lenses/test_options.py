@@ -1,0 +1,78 @@
+"""Options of lenses that are mistyped, of a wrong type or out of range: each is an error before the model runs."""
+
+import pytest
+
+from diffsight import lenses
+from helpers import not_called, refusal
+from models import diffusion, lens_results
+
+PROMPT = lens_results.PROMPT
+OTHER = PROMPT.replace("blue", "green")
+STEPS = {"num_inference_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return lens_results.load_packaged()
+
+
+@pytest.fixture(scope="module")
+def sae():
+    return lenses.SAE.load("diffsight/shapes-clip-unet")
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda m: lenses.trajectory_lens(m, PROMPT, steps=9, **STEPS), "there is no step 9: the run has 4 steps"),
+        (lambda m: lenses.attention_maps(m, PROMPT, steps=[0, 9], **STEPS), "there is no step 9: the run has 4 steps"),
+        (lambda m: lenses.attention_maps(m, PROMPT, steps=2.5), "steps are integers or slices, not 2.5"),
+        (lambda m: lenses.attention_maps(m, PROMPT, words=3), "words must be Sequence[str] | str | None, not 3"),
+        (lambda m: lenses.attention_maps(m, PROMPT, words=[]), "words: there are none"),
+        (lambda m: lenses.attention_maps(m, PROMPT, heads=2.5), "heads must be Iterable[int] | None, not 2.5"),
+        (lambda m: lenses.attention_maps(m, PROMPT, encoder=2), "encoder must be str | None, not 2"),
+        (lambda m: lenses.attention_maps(m, PROMPT, word="red"), "no argument 'word' (did you mean 'words'"),
+        (lambda m: lenses.attention_from(m, PROMPT, 2.5), "position is (x, y)"),
+        (lambda m: lenses.prompt_to_prompt(m, PROMPT, OTHER, local=3), "local must be str | Sequence[str] | None"),
+        (lambda m: lenses.prompt_to_prompt(m, PROMPT, OTHER, reweight={"red": "x"}), "reweight must be Mapping"),
+        (
+            lambda m: lenses.invert(m, diffusion.IMAGE, PROMPT, guidance_scale="x"),
+            "guidance_scale must be float, not 'x'",
+        ),
+        (lambda m: lenses.invert(m, diffusion.IMAGE, guidance_scale=None), "guidance_scale must be float, not None"),
+    ],
+)
+def test_a_lens_of_pipelines(model, call, told):
+    with not_called(model.pipeline.unet, model.pipeline.text_encoder):
+        assert told in refusal(call, model)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda m, sae: lenses.attach_sae("model", sae), "takes a DiffusionModel or a LanguageModel, not str"),
+        (lambda m, sae: lenses.train_sae(m, sae.point, [PROMPT], features=0), "features is a number of features"),
+        (lambda m, sae: lenses.train_sae(m, sae.point, [PROMPT], features=8, k=9), "k must be from 1 to 8"),
+        (lambda m, sae: lenses.train_sae(m, sae.point, [PROMPT], features=8, k=2, settings={}), "settings must be"),
+        (lambda m, sae: lenses.train_sae(m, sae.point, [PROMPT], features=8, k=2, buffer=0), "buffer must be"),
+        (lambda m, sae: lenses.train_sae(m, sae.point, [PROMPT], features=8, k=2, step=3), "no argument 'step'"),
+        (lambda m, sae: lenses.train_sae(m, sae.point, [3], features=8, k=2), "data must be prompts"),
+        (lambda m, sae: lenses.evaluate_sae(m, sae, PROMPT), "prompts must be Sequence[str]"),
+        (lambda m, sae: lenses.evaluate_sae(m, sae, [PROMPT], batch_size=0), "batch_size must be a positive integer"),
+        (lambda m, sae: lenses.evaluate_sae(m, sae, [PROMPT], steps=9, **STEPS), "there is no step 9"),
+        (lambda m, sae: lenses.top_examples(m, sae, [PROMPT], 1, count="x"), "count must be a positive integer"),
+        (lambda m, sae: lenses.top_examples(m, sae, [PROMPT], 1, steps=9, **STEPS), "there is no step 9"),
+        (lambda m, sae: lenses.concept_features(m, sae, [PROMPT], "red"), "others must be Sequence[str], not 'red'"),
+        (lambda m, sae: lenses.concept_features(m, sae, [PROMPT], []), "must be lists of strings"),
+        (lambda m, sae: lenses.feature_effect(m, sae, PROMPT, 1, amounts=["x"]), "amounts must be Sequence[float]"),
+        (lambda m, sae: lenses.feature_effect(m, sae, PROMPT, 1, steps=9, **STEPS), "there is no step 9"),
+    ],
+)
+def test_a_lens_of_features(model, sae, call, told):
+    with not_called(model.pipeline.unet, model.pipeline.text_encoder):
+        assert told in refusal(call, model, sae)
+
+
+@pytest.mark.parametrize(("name", "value"), [("updates", 0), ("batch_size", "x"), ("learning_rate", -1.0)])
+def test_the_settings_of_a_training(name, value):
+    assert name in refusal(lenses.SAESettings, **{name: value})
