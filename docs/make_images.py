@@ -21,7 +21,9 @@ from PIL import Image
 from diffsight import (
     DiffusionModel,
     LanguageModel,
+    activation_patching,
     attention_maps,
+    attribution_patching,
     compare_encoders,
     concept_features,
     diffusion_lens,
@@ -39,7 +41,7 @@ from diffsight import (
     trajectory_lens,
 )
 from diffsight.errors import InputError
-from diffsight.lenses import SAE, Prompt, shapes_verdict
+from diffsight.lenses import SAE, Prompt, SiteEffects, logit_difference, shapes_verdict
 from diffsight.lenses.features.train_shapes import captions
 from diffsight.lenses.layer_fidelity import sample_prompts
 from diffsight.pipelines.shapes.scenes import Scene, Thing, render
@@ -164,6 +166,22 @@ def targets() -> Figure:
     return run_prompts(smollm2(), prompt, lens=logit_lens, progress=False).plot()
 
 
+CAPITALS = "The capital of France is the city of", "The capital of Italy is the city of"
+
+
+@cache
+def heads(lens: Callable[..., SiteEffects]) -> SiteEffects:
+    return lens(smollm2(), *CAPITALS, logit_difference(" Paris", " Rome"), sites="heads", progress=False)
+
+
+def patched_heads() -> Figure:
+    return heads(activation_patching).plot()
+
+
+def estimated_heads() -> Figure:
+    return heads(attribution_patching).compare(heads(activation_patching)).plot()
+
+
 IMAGES: dict[str, Callable[[], Image.Image | Figure]] = {
     "packaged": packaged,
     "attention-maps": attention,
@@ -180,6 +198,8 @@ IMAGES: dict[str, Callable[[], Image.Image | Figure]] = {
     "prompt-swap": swapped,
     "logit-lens": logits,
     "target-probabilities": targets,
+    "activation-patching": patched_heads,
+    "attribution-patching": estimated_heads,
 }
 
 

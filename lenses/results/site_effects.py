@@ -7,8 +7,8 @@ result.plot()
 result.save("patching")
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from diffsight.errors import InputError
+from diffsight.lenses.layers import layer_title
 from diffsight.lenses.results.effect_plots import comparison, effect_bars, effect_map
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.result import LensResult
@@ -146,12 +147,13 @@ class SiteEffects(LensResult):
         effect, points = self.effect, list(dict.fromkeys(site.point for site in self.sites))
         heads = [[site.head for site in self.sites if site.point == point] for point in points]
         if len(self.columns) == 1 and None not in heads[0] and all(one == heads[0] for one in heads):
-            names = [Site(point).name for point in points]
-            return names, list(map(str, heads[0])), effect.reshape(len(points), -1), "head"
-        return [site.name for site in self.sites], list(self.columns), effect, self.axis
+            rows = [replace(site, head=None) for site in self.sites[:: len(heads[0])]]
+            return _names(rows), list(map(str, heads[0])), effect.reshape(len(points), -1), "head"
+        return _names(self.sites), list(self.columns), effect, self.axis
 
     def _title(self) -> str:
-        method = _LABELS[self.lens]
+        method, values = _LABELS[self.lens], {site.named_in_layer for site in self.sites}
+        method = f"{method} of {values.pop()}" if len(values) == 1 and None not in values else method
         if len(self.clean) > 1:
             return f"{method}: {len(self.clean)} prompts"
         if not self.corrupted:
@@ -199,6 +201,14 @@ class SiteEffects(LensResult):
             "top": [list(one) for one in self.top()],
             "arguments": dict(self.arguments),
         }
+
+
+def _names(sites: Sequence[Site]) -> list[str]:
+    """Return the sites as a figure names them: by their layers, if there is one in each."""
+    layers = [site.layer for site in sites]
+    if None in layers or len(set(layers)) < len(layers):
+        return [site.name for site in sites]
+    return [layer_title(layer) for layer in layers]
 
 
 @dataclass(frozen=True)

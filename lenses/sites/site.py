@@ -69,6 +69,14 @@ class Site:
             place = EMBEDDING
         return place if self.head is None else f"{place} head {self.head}"
 
+    @property
+    def named_in_layer(self) -> str | None:
+        """What the point is in its layer, such as "self_attn.heads_output"; None for a point that is in none."""
+        if self.layer is None:
+            return None
+        part = self.point.partition("].")[2]
+        return "layers" if part in _PARTS else part.removesuffix(".output")
+
     def read(self, handle: Any, call: int = 0) -> torch.Tensor:
         """Return the tensor at the point: the value, or the first tensor in it.
 

@@ -8,6 +8,8 @@
 - loop: a forward pass with a hook for each site and position.
 - nnsight: an invoke for each, as many in a trace as diffsight has rows in a pass.
 
+The third table is a sweep over a denoiser, rows in one call against a loop over the pipeline.
+
 All ways run in one process on one thread, in turn, in an order that is shuffled in each round. The figures are lower
 quartiles of the processor time. The results are compared.
 """
@@ -22,8 +24,8 @@ from typing import Any
 import torch
 import transformers
 
-from diffsight import LanguageModel, activation_patching
-from diffsight.lenses import logit_difference
+from diffsight import DiffusionModel, LanguageModel, activation_patching
+from diffsight.lenses import latent_distance, logit_difference
 
 LAYERS, HEADS, TOKENS, WIDTH = 12, 12, 15, 768
 RIGHT, WRONG = 1000, 2000
@@ -154,6 +156,56 @@ class Ways:
                         logits = model.lm_head.output[:, -1]
                         found.append((logits[:, RIGHT] - logits[:, WRONG]).save())
         return torch.cat(found).unflatten(0, (LAYERS, across))
+
+
+class Denoiser:
+    """Cross-attentions by windows of steps of shapes-clip: a call of the pipeline for each row, or rows in one call."""
+
+    prompts = "a red circle above a blue square", "a green circle above a blue square"
+    arguments = {"num_inference_steps": 8, "guidance_scale": 3.0}
+    windows = (slice(0, 4), slice(4, 8))
+
+    def __init__(self) -> None:
+        self.model = DiffusionModel("diffsight/shapes-clip")
+        self.model.set_progress_bar_config(disable=True)
+        self.pipe = self.model.pipeline
+        self.sites = [name for name, _ in self.pipe.unet.named_modules() if name.endswith("attn2")]
+
+    def diffsight(self) -> torch.Tensor:
+        sites = [f"unet.{name}" for name in self.sites]
+        options = {"sites": sites, "steps": self.windows, "seed": 0, "progress": False, **self.arguments}
+        return activation_patching(self.model, *self.prompts, latent_distance(), **options).values[0]
+
+    @torch.no_grad()
+    def loop(self) -> torch.Tensor:
+        kept: dict[str, list[torch.Tensor]] = {name: [] for name in self.sites}
+        modules = {name: self.pipe.unet.get_submodule(name) for name in self.sites}
+        handles = [
+            module.register_forward_hook(lambda _, args, output, name=name: kept[name].append(output))
+            for name, module in modules.items()
+        ]
+        clean = self._latents(self.prompts[0])
+        for handle in handles:
+            handle.remove()
+        found = torch.zeros(len(modules), len(self.windows))
+        for i, (name, module) in enumerate(modules.items()):
+            for j, window in enumerate(self.windows):
+                calls = iter(range(8))
+
+                def hook(
+                    _: Any, args: tuple, output: Any, name: str = name, calls: Any = calls, w: slice = window
+                ) -> Any:
+                    step = next(calls)
+                    return kept[name][step] if w.start <= step < w.stop else None
+
+                handle = module.register_forward_hook(hook)
+                found[i, j] = (self._latents(self.prompts[1]) - clean).square().mean().sqrt()
+                handle.remove()
+        return found
+
+    def _latents(self, prompt: str) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return self.pipe(prompt, generator=generator, output_type="latent", **self.arguments).images
 
 
 def _tokenizer() -> Any:

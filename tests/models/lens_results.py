@@ -119,6 +119,11 @@ def _direction(folder: Path) -> Any:
     return lenses.steering_vector(load(folder / "language"), *texts, layers=[0, -1], progress=False)
 
 
+def _effects(folder: Path, lens: Any, **options: Any) -> Any:
+    prompts = "The capital of France is", "The capital of Paris is"
+    return lens(load(folder / "language"), *prompts, lenses.logit_difference(" Paris", " London"), **options)
+
+
 def _sae(folder: Path, point: str) -> lenses.SAE:
     return lenses.SAE.load(folder / "sae", point)
 
@@ -127,6 +132,14 @@ MADE = {
     "diffusion_lens": lambda folder: lenses.diffusion_lens(load(folder / "pipeline"), PROMPT, seed=3, **FAST),
     "encoder_patching": _patching,
     "encoder_patching with a map": _mapped,
+    "activation_patching": lambda folder: _effects(folder, lenses.activation_patching, sites="heads", progress=False),
+    "activation_patching of a pipeline": lambda folder: lenses.activation_patching(
+        load(folder / "pipeline"), PROMPT, "a green ring", lenses.pixel_distance(), sites="unet.mid_block", **FAST
+    ),
+    "attribution_patching": lambda folder: _effects(folder, lenses.attribution_patching),
+    "block_ablation": lambda folder: lenses.block_ablation(
+        load(folder / "pipeline"), PROMPT, sites="unet.**.attn2", mode="zero", seed=3, **FAST
+    ),
     "layer_fidelity": _shapes,
     "compare_encoders": _comparison,
     "logit_lens": _logits,
