@@ -57,7 +57,7 @@ def patch_object_attn_lens(
     for batch in batches:
         with torch.no_grad(), batch.run as run:
             for layer in range(count):
-                found[layer].append(batch.pick(run.attentions_input[layer]).detach())
+                found[layer].append(batch.pick(run.attentions_input[layer]))
             run.stop()
     states = [torch.cat(parts).expand(len(targets), -1) for parts in found]
     rows = []
@@ -69,6 +69,6 @@ def patch_object_attn_lens(
                     hidden = run.attentions_input[layer].clone()
                     hidden[batch.indices] = states[layer][batch.start : batch.start + len(hidden)].to(hidden)
                     run.attentions_input[layer] = hidden
-                parts.append(run.next_token_probs.detach().cpu())
+                parts.append(run.next_token_probs.cpu())
         rows.append(torch.cat(parts))
     return torch.stack(rows, 1)
