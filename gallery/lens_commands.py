@@ -1,8 +1,7 @@
 """The commands that run a lens, such as `diffsight lens`, `attention` and `logit-lens`; and `diffsight generate`.
 
 Each first checks whatever can be checked without a model, then loads the model and calls the Python lens with
-arguments of the same names. With
-`--prompts` or `--seeds`, a command makes a study (`studies.py`).
+arguments of the same names. With `--prompts` or `--seeds`, a command makes a study (`studies.py`).
 """
 
 import argparse

@@ -18,7 +18,6 @@ from diffsight.lenses.tokens.choosing import check_count, check_language_model
 from diffsight.pipelines.language.model import LanguageModel
 
 
-@torch.no_grad()
 def patch_object_attn_lens(
     model: LanguageModel,
     source_prompts: str | Sequence[str],
@@ -56,7 +55,7 @@ def patch_object_attn_lens(
     open_batches(model, targets, position, batch_size)  # checks the positions
     found: list[list[torch.Tensor]] = [[] for _ in range(count)]
     for batch in batches:
-        with batch.run as run:
+        with torch.no_grad(), batch.run as run:
             for layer in range(count):
                 found[layer].append(batch.pick(run.attentions_input[layer]))
             run.stop()
@@ -65,7 +64,7 @@ def patch_object_attn_lens(
     for first in tqdm(range(count), desc="layers", disable=not progress):
         parts = []
         for batch in open_batches(model, targets, position, batch_size):
-            with batch.run as run:
+            with torch.no_grad(), batch.run as run:
                 for layer in range(first, min(first + num_patches, count)):
                     hidden = run.attentions_input[layer].clone()
                     hidden[batch.indices] = states[layer][batch.start : batch.start + len(hidden)].to(hidden)

@@ -22,7 +22,7 @@ from diffsight.pipelines.standard_names import word_embeddings
 
 
 @dataclass(frozen=True)
-class _TraceRow:
+class _NoisedRow:
     """A row with the noise of a sample. `site` is the number of the restored one, None for none."""
 
     sample: int
@@ -37,7 +37,7 @@ class _NoisedEncoder:
     tokens: range
     noise: torch.Tensor
 
-    def change(self, rows: Sequence[_TraceRow], visit: Visit) -> torch.Tensor:
+    def change(self, rows: Sequence[_NoisedRow], visit: Visit) -> torch.Tensor:
         """Return the embeddings with noise in all rows but the first."""
         check_rows(visit, len(rows) + 1)
         value = visit.value.clone()
@@ -69,7 +69,7 @@ def trace_images(
             raise InputError(f"{point.name} is in no text encoder or denoiser")
     model.check(prompt=prompt, seed=noise.seed, **arguments)
     encoders = _noised_encoders(model, prompt, subject, noise, arguments)
-    rows = [_TraceRow(sample, site) for sample in range(noise.samples) for site in (None, *range(len(points)))]
+    rows = [_NoisedRow(sample, site) for sample in range(noise.samples) for site in (None, *range(len(points)))]
     size, values = max(1, batch_size - 1), []
     with tqdm(desc="tracing", total=len(rows), disable=not progress) as bar:
         for start in range(0, len(rows), size):
@@ -95,7 +95,7 @@ def _draw(
     prompt: str,
     points: Sequence[NamedPoint],
     encoders: Sequence[_NoisedEncoder],
-    rows: Sequence[_TraceRow],
+    rows: Sequence[_NoisedRow],
     seed: int,
     metric: Metric,
     arguments: Mapping[str, Any],

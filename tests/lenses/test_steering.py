@@ -142,3 +142,48 @@ def test_a_position_beyond_the_end_of_a_row_is_an_error():
 def test_a_factor_that_is_not_a_number():
     with pytest.raises(InputError, match="factor is a number, not 'x'"):
         steer(gpt2(), 0, torch.randn(32), factor="x")
+
+
+def test_a_module_by_its_path(net, model):
+    steered = steer(model, "layers[2].mlp", VECTOR, factor=2)
+    handle = net.transformer.h[2].mlp.register_forward_hook(lambda module, args, out: out + VECTOR * 2)
+    with torch.no_grad():
+        expected = net(language.ids(PROMPTS[0])).logits
+        handle.remove()
+        assert torch.allclose(steered.trace(PROMPTS[0]).result.logits, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_removing_a_direction(net, model, factor):
+    unit = VECTOR / VECTOR.norm()
+    steered = steer(model, 1, VECTOR, factor, mode="remove")
+    with torch.no_grad(), steered.trace(PROMPTS[0]) as run:
+        left = run.layers_output[1] @ unit
+    with torch.no_grad(), model.trace(PROMPTS[0]) as run:
+        before = run.layers_output[1] @ unit
+    assert torch.allclose(left, (1 - factor) * before, atol=1e-4)
+    assert before.abs().min() > 1e-3
+
+
+def test_the_norm_is_kept(model):
+    steered = steer(model, 1, VECTOR, 3, positions=-1, keep_norm=True)
+    with torch.no_grad(), steered.trace(PROMPTS[0]) as run:
+        after = run.layers_output[1].clone()
+    with torch.no_grad(), model.trace(PROMPTS[0]) as run:
+        before = run.layers_output[1].clone()
+    assert torch.allclose(after.norm(dim=-1), before.norm(dim=-1), atol=1e-5)
+    assert torch.equal(after[:, :-1], before[:, :-1]) and not torch.allclose(after[:, -1], before[:, -1])
+
+
+@pytest.mark.parametrize(("steps", "changed"), [(0, [0]), (slice(1, None), [1, 2]), ([0, 2], [0, 2])])
+def test_generated_tokens_are_chosen(model, steps, changed):
+    call = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    steered = steer(model, 1, VECTOR, 100, steps=steps)
+    with torch.no_grad(), steered.generate(PROMPTS[0], **call) as run:
+        found = [step.index for step in run.steps if run.layers_output[1].norm(dim=-1).min() > 100]
+    assert found == changed
+
+
+def test_generated_tokens_are_not_counted_from_the_end(model):
+    with pytest.raises(InputError, match="counted from 0"):
+        steer(model, 0, VECTOR, steps=-1)
