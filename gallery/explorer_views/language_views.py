@@ -11,6 +11,7 @@ import torch
 
 from diffsight.gallery.explorer_views.workbench import Workbench, archive_of, code_of, reporting
 from diffsight.lenses import logit_lens, steer
+from diffsight.lenses.results.token_plots import visible
 from diffsight.pipelines.language.model import LanguageModel
 
 PROMPT = "The Eiffel Tower is in the city of"
@@ -74,8 +75,8 @@ def _add_logit_lens(bench: Workbench, prompt: gr.Textbox, model: gr.Dropdown) ->
         model = bench.model(name)
         with bench.work(request.session_hash or "", model):
             made = logit_lens(model, prompt)
-        rows = [[str(layer), *words] for layer, words in zip(made.layers, made.words[0])]
-        shown = gr.Dataframe(value=rows[::-1], headers=["layer", *made.inputs[0]])
+        rows = [[str(layer), *map(visible, words)] for layer, words in zip(made.layers, made.words[0])]
+        shown = gr.Dataframe(value=rows[::-1], headers=["layer", *map(visible, made.inputs[0])])
         return made, shown, code_of(made), gr.DownloadButton(value=archive_of(made), interactive=True)
 
     def show(made: Any, event: gr.SelectData) -> Any:
@@ -98,7 +99,7 @@ def _add_steering(bench: Workbench, prompt: gr.Textbox, model: gr.Dropdown) -> N
         away = gr.Textbox("I hate this", label="Away from")
         layer = gr.Number(12, label="Layer", precision=0)
         tokens = gr.Number(20, label="Tokens", precision=0, minimum=1)
-    factor = gr.Slider(-8, 8, 2, step=0.5, label="Factor")
+    factor = gr.Slider(-4, 4, 1, step=0.25, label="Factor")
     write, stop = _buttons("Write")
     with gr.Row():
         plain, steered = gr.Textbox(label="Without", lines=3), gr.Textbox(label="Steered", lines=3)
