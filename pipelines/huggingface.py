@@ -90,6 +90,8 @@ class HFPipeline(Model):
     _run_class = HFRun
 
     def __init__(self, source: Pipeline | str | Path, **arguments: Any) -> None:
+        if "remote" in arguments:
+            raise InputError("remote=: an HFPipeline runs in this process only")
         pipeline = _opened(source, arguments)
         self._wrap(PipelineTree(Target(pipeline, "__call__", "")))
 

@@ -19,6 +19,7 @@ from diffsight.compat.tracer import Tracer, describe_opening, entered_tracers
 from diffsight.compat.transformers_models import TransformersNames
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.extending import Model, Run, flow_of, run_meant_by
+from diffsight.remote import is_on_server
 
 _IGNORED = ("remote", "backend", "scan", "validate", "blocking")  # arguments without an effect here
 
@@ -26,6 +27,7 @@ _IGNORED = ("remote", "backend", "scan", "validate", "blocking")  # arguments wi
 class CompatModel(CompatEnvoy):
     """What nnsight's models accept and have, on top of one of diffsight's wrappers."""
 
+    _not_sent = ("trace", *_IGNORED)  # arguments that mean nothing to a server
     _gives_tuples = False  # whether the output of a layer is a tuple, as code for transformers 4 expects
 
     def __init_subclass__(cls) -> None:
@@ -102,26 +104,26 @@ class CompatModel(CompatEnvoy):
     def trace(self, *args: Any, trace: bool = True, **kwargs: Any) -> Any:
         """Open a run of one forward pass. With `trace=False`, return its result."""
         opens = super(CompatEnvoy, self).trace
-        return _opened(opens, args, _known_here(kwargs), trace, generates=self._tree.opens_with == "generate")
+        return _opened(opens, args, _known_here(self, kwargs), trace, generates=self._tree.opens_with == "generate")
 
     def generate(self, *args: Any, trace: bool = True, **kwargs: Any) -> Any:
         """Open a run that generates. With `trace=False`, return its result."""
-        return _opened(super().generate, args, _known_here(kwargs), trace, generates=True)
+        return _opened(super().generate, args, _known_here(self, kwargs), trace, generates=True)
 
     def scan(self, *args: Any, **kwargs: Any) -> Run:
         """Open a run on shapes alone."""
-        return super().scan(*args, **_known_here(kwargs))
+        return super().scan(*args, **_known_here(self, kwargs))
 
     def edit(self, *args: Any, inplace: bool = False, return_context: bool = False, **kwargs: Any) -> Any:
         """Edit a copy of the model. The older form, `with model.edit(""):`, edits the model itself."""
-        _check_empty("edit", _known_here(kwargs))
+        _check_empty("edit", _known_here(self, kwargs))
         functions = [argument for argument in args if callable(argument)]
         editing = super().edit(*functions, inplace=inplace or len(functions) < len(args))
         return editing if functions else with_pair(editing)
 
     def session(self, **kwargs: Any) -> Session:
         """Group runs, of this model and of others: `with model.session() as session:`."""
-        _check_empty("session", _known_here(kwargs))
+        _check_empty("session", _known_here(self, kwargs))
         return Session()
 
     @property
@@ -242,10 +244,14 @@ def _opened(opens: Callable[..., Tracer], args: tuple, kwargs: dict[str, Any], t
     return tracer if trace else tracer.result
 
 
-def _known_here(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments without those that have no effect here. Raise InputError for `remote=True`."""
-    if kwargs.get("remote") not in (None, False, "local"):
-        raise InputError("remote: there is no server here. Leave it out, and the model runs in this process")
+def _known_here(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments without those that have no effect here. Raise InputError for `remote=True` of a model that
+    is not on a server."""
+    if kwargs.get("remote") not in (None, False, "local") and not is_on_server(model):
+        raise InputError(
+            "remote: the model is in this process. Open it with the address of a server, as in "
+            "LanguageModel(name, remote='http://127.0.0.1:8000'), or leave remote out"
+        )
     return {name: value for name, value in kwargs.items() if name not in _IGNORED}
 
 

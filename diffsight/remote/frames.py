@@ -10,13 +10,31 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 
 from diffsight.errors import InputError
 from diffsight.remote.wire_values import ProtocolError
 
 Frame = str | bytes
 _MESSAGE = "message"
+_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 def pack(message: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Frame:
@@ -28,11 +46,7 @@ def pack(message: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Fra
     text = json.dumps(message, separators=(",", ":"), allow_nan=False)
     if not tensors:
         return text
-    try:
-        return save(_separate(tensors), {_MESSAGE: text})
-    except (KeyError, ValueError, SafetensorError) as error:
-        kinds = ", ".join(sorted({str(tensor.dtype) for tensor in tensors.values()}))
-        raise InputError(f"tensors of {kinds} cannot be sent: {error}") from error
+    return _safetensors(text, tensors)
 
 
 def unpack(frame: Frame) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -57,15 +71,22 @@ def unpack(frame: Frame) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return message, tensors
 
 
-def _separate(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors, none of which shares its memory with another: safetensors refuses those."""
-    seen: set[int] = set()
-    found = {}
+def _safetensors(text: str, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The tensors in the safetensors format: the length of the header, the header, the data.
+
+    `safetensors.torch.save` does the same, and takes five times as long for a small tensor."""
+    header: dict[str, Any] = {"__metadata__": {_MESSAGE: text}}
+    parts, end = [], 0
     for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return found
+        if tensor.dtype not in _TYPES:
+            raise InputError(f"tensors of {tensor.dtype} cannot be sent")
+        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+        start, end = end, end + len(data)
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        parts.append(data)
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return b"".join([len(head).to_bytes(8, "little"), head, *parts])
 
 
 def _refuse(name: str) -> Any:

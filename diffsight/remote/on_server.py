@@ -28,10 +28,19 @@ class OnServer:
     server: ServedModel
 
     def trace(self, *args: Any, **kwargs: Any) -> Run:
-        return _opened(super().trace, "trace", args, kwargs)
+        return self._opened(super().trace, "trace", args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Run:
-        return _opened(super().generate, "generate", args, kwargs)
+        return self._opened(super().generate, "generate", args, kwargs)
+
+    def _opened(self, method: Callable[..., Run], name: str, args: tuple, kwargs: dict[str, Any]) -> Run:
+        """Open a run by a method of the model, with the call at hand for `_new_run`."""
+        not_sent = getattr(type(self), "_not_sent", ())  # arguments that mean nothing to a server
+        before = _opening.set((name, args, {key: value for key, value in kwargs.items() if key not in not_sent}))
+        try:
+            return method(*args, **kwargs)
+        finally:
+            _opening.reset(before)
 
     def _new_run(
         self,
@@ -54,15 +63,6 @@ class OnServer:
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         raise InputError("the weights are on the server, whose start says on which device and in which type")
-
-
-def _opened(method: Callable[..., Run], name: str, args: tuple, kwargs: dict[str, Any]) -> Run:
-    """Open a run by a method of the model, with the call at hand for `_new_run`."""
-    before = _opening.set((name, args, kwargs))
-    try:
-        return method(*args, **kwargs)
-    finally:
-        _opening.reset(before)
 
 
 class Elsewhere:

@@ -151,7 +151,7 @@ class ValueEncoder:
 
     def _add(self, tensor: torch.Tensor) -> str:
         name = str(len(self.tensors))
-        self.tensors[name] = tensor.cpu().contiguous()
+        self.tensors[name] = tensor.cpu().contiguous().resolve_conj().resolve_neg()
         return name
 
 

@@ -65,7 +65,7 @@ class Conversation:
 
     def __init__(self, model: Any, services: Mapping[str, Callable[..., Any]], limits: Limits, name: str) -> None:
         self._limits, self._name = limits, name
-        self._frames: queue.Queue[str | bytes | None] = queue.Queue()
+        self._frames: queue.SimpleQueue[str | bytes | None] = queue.SimpleQueue()
         self._session = RunSession(model, self._next, self._send, services, self._opened)
         self._thread = threading.Thread(target=self._serve, name=f"run {name}", daemon=True)
         self._lock = threading.Lock()
@@ -73,6 +73,7 @@ class Conversation:
         self._why: Exception | None = None  # why the session was ended from outside
         self._timer: asyncio.TimerHandle | None = None
         self._began = 0.0
+        self._sending: Any = None  # the frame that is being sent
 
     async def run(self, socket: Socket) -> str:
         """Serve the connection until it ends. Return why it has ended, for the client."""
@@ -84,6 +85,9 @@ class Conversation:
         finally:
             reading.cancel()
             self._set_timer(False)
+        if self._sending is not None:
+            with suppress(Closed, TimeoutError, asyncio.CancelledError):
+                await asyncio.wait_for(asyncio.wrap_future(self._sending), self._limits.idle_seconds)
         if self._why is not None:
             with suppress(Closed, TimeoutError):
                 await asyncio.wait_for(socket.send(error_frame(self._why)), self._limits.idle_seconds)
@@ -130,12 +134,15 @@ class Conversation:
         return frame
 
     def _send(self, frame: str | bytes) -> None:
-        sending = asyncio.run_coroutine_threadsafe(self._socket.send(frame), self._loop)
+        """Send a frame, once the one before it has been taken."""
+        sending, self._sending = self._sending, None
         try:
-            sending.result(self._limits.idle_seconds)
+            if sending is not None:
+                sending.result(self._limits.idle_seconds)
         except (Closed, TimeoutError):
             sending.cancel()
             raise RunEnded from None
+        self._sending = asyncio.run_coroutine_threadsafe(self._socket.send(frame), self._loop)
 
     def _check_memory(self) -> None:
         most = self._limits.memory_bytes

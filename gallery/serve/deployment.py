@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from fastapi import FastAPI, Request, Response, WebSocket
 from ray import serve
 
@@ -31,6 +32,7 @@ from diffsight.remote import lens_frames
 
 # Serve pickles an API where its class is defined, so whatever its methods use is defined before.
 
+_TYPES = ("torch_dtype", "dtype")  # options that a config file gives as names, such as "bfloat16"
 FRONT = "front"  # the application that answers everything but runs
 _model_api, _front_api = FastAPI(openapi_url=None), FastAPI(openapi_url=None)
 
@@ -38,6 +40,12 @@ _model_api, _front_api = FastAPI(openapi_url=None), FastAPI(openapi_url=None)
 def _response(answer: tuple[int, str, bytes]) -> Response:
     status, kind, body = answer
     return Response(body, status_code=status, media_type=kind)
+
+
+def _with_types(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options in which the types of tensors are no longer names."""
+    types = {name: getattr(torch, str(options[name]), options[name]) for name in _TYPES if name in options}
+    return {**options, **types}
 
 
 @serve.deployment(max_ongoing_requests=1)
@@ -64,7 +72,7 @@ class ModelReplica:
         limits: Mapping[str, Any],
     ) -> None:
         self._name, self._limits, self._keys = name, Limits(**limits), Keys(keys)
-        self._model = open_model(source, **options)
+        self._model = open_model(source, **_with_types(options))
         self._model.module  # loads the weights, so that the first run does not wait for them
         if device is not None:
             self._model.to(device)

@@ -162,5 +162,5 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
         dtype = getattr(torch, options.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise InputError(f"--dtype: there is no type of tensors called {options.dtype!r}, such as bfloat16")
-        found["torch_dtype"] = dtype
+        found["torch_dtype"] = options.dtype
     return found

@@ -92,6 +92,8 @@ class VisionLanguageModel(LanguageModel):
     def __init__(
         self, source: Source, processor: Any = None, *, names: Mapping[str, str | None] | None = None, **arguments: Any
     ) -> None:
+        if arguments.get("remote"):
+            raise InputError("remote=: a VisionLanguageModel runs in this process only")
         if isinstance(source, tuple):
             if len(source) != 2 or processor is not None:
                 raise InputError("a live model comes with one processor: (model, processor)")

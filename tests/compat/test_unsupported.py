@@ -34,7 +34,7 @@ def test_remote(tiny_model, input):
         lambda: tiny_model.session(remote=True),
         lambda: tiny_model.edit(remote=True),
     ):
-        with pytest.raises(InputError, match="no server"):
+        with pytest.raises(InputError, match="in this process"):
             opened()
 
 

@@ -4,8 +4,10 @@ Blocks in HTML comments (`<!-- invisible-code-block: python`) prepare and check 
 that are not packaged are replaced by small ones with random weights (`STAND_INS`), and pipelines take few steps.
 """
 
+import functools
 import linecache
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 
 import diffusers
@@ -16,11 +18,13 @@ import transformers
 from PIL import Image
 from sybil.parsers.myst import CodeBlockParser, SkipParser
 
+from diffsight import DiffusionModel
 from diffsight.gallery.cli import main
 from models import diffusion, language, vision_language
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
+ADDRESS = "http://127.0.0.1:8000"  # of the server in the examples
 STEPS = 2  # of a pipeline that is called without `num_inference_steps`
 
 
@@ -72,9 +76,28 @@ def workplace(tmp_path, monkeypatch):
         library.enable_progress_bar()
 
 
-def run_python(example, folder_of):
+@pytest.fixture(scope="session")
+def server():
+    """Return a function that returns the address of a server of a packaged pipeline, started when first asked for."""
+    started = ExitStack()
+
+    @functools.cache
+    def address():
+        pytest.importorskip("websockets", reason="remote runs need the package websockets")
+        from remote.serving import serving
+
+        model = DiffusionModel("diffsight/shapes-clip")
+        return started.enter_context(serving({"diffsight/shapes-clip": model}))
+
+    with started:
+        yield address
+
+
+def run_python(example, folder_of, server):
     """Run a block. Its source can be read, as that of a file can: `with model.edit():` needs it."""
     source, name = example.parsed, f"{Path(example.path).name}:{example.line}"
+    if ADDRESS in source:
+        source = source.replace(ADDRESS, server())
     for model in STAND_INS:
         if f'"{model}"' in source:
             source = source.replace(f'"{model}"', repr(folder_of(model)))
@@ -91,9 +114,9 @@ def run_shell(example):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_example_of_a_page_runs(page, stand_ins):
+def test_every_example_of_a_page_runs(page, stand_ins, server):
     parsers = [
-        CodeBlockParser("python", lambda example: run_python(example, stand_ins)),
+        CodeBlockParser("python", lambda example: run_python(example, stand_ins, server)),
         CodeBlockParser("shell", run_shell),
         SkipParser(),
     ]

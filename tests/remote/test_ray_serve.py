@@ -3,9 +3,11 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("ray", reason="these tests need the extra `server`")
 pytest.importorskip("fastapi", reason="these tests need the extra `server`")
@@ -60,6 +62,26 @@ def body(model, ids=IDS):
             run.layers_output[1][:, -1] += step.index
             found += [run.layers_output[2], step.tokens]
     return [*found, run.result]
+
+
+def test_the_config_file_of_the_documentation():
+    """Ray accepts it, and so do the builders that it names."""
+    from ray.serve.schema import ServeDeploySchema
+
+    from diffsight.gallery.serve import deployment
+
+    text = (Path(__file__).parents[2] / "docs" / "serve_config.yaml").read_text(encoding="utf-8")
+    config = ServeDeploySchema(**yaml.safe_load(text))
+    assert [app.name for app in config.applications][-1] == deployment.FRONT
+    for app in config.applications:
+        builder = getattr(deployment, app.import_path.partition(":")[2])
+        assert [one.name for one in app.deployments] in ([], ["ModelReplica"])
+        builder(app.args)
+        if builder is deployment.model_app:
+            assert (app.name, app.route_prefix) == (
+                deployment.app_of(app.args["name"]),
+                deployment.route_of(app.args["name"]),
+            )
 
 
 def test_the_same_values(model, local):
