@@ -61,7 +61,7 @@ def test_two_statements_on_one_line(model, net, x):
 def test_two_edits_in_one_statement(model, x):
     """The second item belongs to the block of the first."""
     with model.edit() as one, model.edit() as two: two.layers[0].output[:] = 1
-    with pytest.raises(InputError, match="within an edit"):
+    with pytest.raises(InputError, match="edits cannot be nested"):
         one.trace(x).result
 # fmt: on
 
