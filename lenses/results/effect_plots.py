@@ -10,6 +10,7 @@ from diffsight.lenses.results.figure import COLORS, FONT, Plot, add_color_bar, s
 from diffsight.lenses.results.token_plots import shorten, visible
 
 _LONGEST = 44  # characters of a name of a row
+_END = 12  # of them kept from the end, where it is cut
 _MOST_TICKS = 48
 
 
@@ -104,6 +105,6 @@ def comparison(
 
 
 def _fitting(name: str) -> str:
-    """Return the name of a row, cut in the middle if it is too long: paths differ at both ends."""
-    name, half = visible(name), _LONGEST // 2
-    return name if len(name) <= _LONGEST else f"{name[: half - 1]}…{name[-half:]}"
+    """Return the name of a row, cut before its end if it is too long: paths differ at both ends."""
+    name = visible(name)
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - _END - 1]}…{name[-_END:]}"
