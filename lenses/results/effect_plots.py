@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from diffsight.lenses.results.figure import COLORS, FONT, Plot, add_color_bar, set_heading
 from diffsight.lenses.results.token_plots import shorten, visible
 
-_LONGEST = 34  # characters of a name of a row
+_LONGEST = 44  # characters of a name of a row
+_END = 12  # of them kept from the end, where it is cut
 _MOST_TICKS = 48
 
 
@@ -26,11 +27,11 @@ def effect_map(
         title: The title of the figure.
         label: The label of the colour bar.
     """
-    rows = [shorten(visible(name), _LONGEST) for name in rows]
+    rows = list(map(_fitting, rows))
     columns = [shorten(visible(name)) for name in columns]
     widest = max(map(len, rows))
     width = min(10.0, max(3.0, 1.2 + 0.062 * widest + 0.24 * len(columns)))
-    height = min(9.0, max(2.0, 1.2 + 0.15 * len(rows)))
+    height = min(9.0, max(2.8, 1.2 + 0.15 * len(rows)))
     figure = Plot(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     limit = float(values[values.isfinite()].abs().max()) if values.isfinite().any() else 1.0
@@ -62,7 +63,7 @@ def effect_bars(
         title: The title of the figure.
         label: What the bars show.
     """
-    names = [shorten(visible(name), _LONGEST) for name in names]
+    names = list(map(_fitting, names))
     width = 3.2 + 0.062 * max(map(len, names))
     figure = Plot(figsize=(width, min(9.0, 0.9 + 0.17 * len(names))), layout="constrained")
     axes = figure.add_subplot()
@@ -101,3 +102,9 @@ def comparison(
     axes.spines[["top", "right"]].set_visible(False)
     set_heading(figure, title)
     return figure
+
+
+def _fitting(name: str) -> str:
+    """Return the name of a row, cut before its end if it is too long: paths differ at both ends."""
+    name = visible(name)
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - _END - 1]}…{name[-_END:]}"
