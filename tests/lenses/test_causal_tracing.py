@@ -2,37 +2,14 @@
 
 import pytest
 import torch
-import transformers
 
 from diffsight import DiffusionModel, LanguageModel, causal_tracing, prompt_swap
 from diffsight.lenses import pixel_distance
 from helpers import SEED, draw, module_at, refusal
 from models import diffusion, language
-from models.building import build
 
+OTHERS = language.neox, language.qwen3, language.mixtral, language.mamba
 PROMPT, SUBJECT = "The Eiffel Tower is in the city of", "Eiffel Tower"
-
-
-def neox():
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-    return build(transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(**language.SIZES, **sizes))
-
-
-def qwen3():
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = transformers.Qwen3Config(**language.SIZES, **sizes, num_key_value_heads=2, head_dim=8)
-    return build(transformers.Qwen3ForCausalLM, config)
-
-
-def mixtral():
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = transformers.MixtralConfig(**language.SIZES, **sizes, num_key_value_heads=2, num_local_experts=2)
-    return build(transformers.MixtralForCausalLM, config)
-
-
-def mamba():
-    config = transformers.MambaConfig(**language.SIZES, hidden_size=32, state_size=8, num_hidden_layers=4)
-    return build(transformers.MambaForCausalLM, config)
 
 
 def blocks_of(net):
@@ -69,7 +46,7 @@ def noise_of(net, tokens, samples, width, seed=0):
     ("build_net", "kind"),
     [
         *((net, kind) for net in (language.gpt2, language.llama, language.gemma2) for kind in ("mlps", "attentions")),
-        *((net, "layers") for net in (language.gpt2, language.gemma2, neox, qwen3, mixtral, mamba)),
+        *((net, "layers") for net in (language.gpt2, language.gemma2, *OTHERS)),
     ],
 )
 def test_it_equals_a_loop_with_hooks(build_net, kind):
