@@ -106,10 +106,10 @@ def _visitor(
     """Return an edit that visits a point."""
 
     def visit(run: Any) -> None:
-        handle = run if branch == "both" else getattr(run, branch)
+        module = (run if branch == "both" else getattr(run, branch))[point.path]
         for step in run.steps if steps else [None]:
             for number in count():
-                call = handle[point.path].calls[number]
+                call = module.calls[number]
                 try:
                     whole = call.input if point.is_input else call.output
                 except OutOfOrderError:  # the step has ended

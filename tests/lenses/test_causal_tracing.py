@@ -8,10 +8,15 @@ from diffsight.lenses import pixel_distance
 from helpers import SEED, draw, module_at, refusal
 from models import diffusion, language
 
+OTHERS = language.neox, language.qwen3, language.mixtral, language.mamba
 PROMPT, SUBJECT = "The Eiffel Tower is in the city of", "Eiffel Tower"
 
 
 def blocks_of(net):
+    if hasattr(net, "gpt_neox"):
+        return net.gpt_neox.embed_in, net.gpt_neox.layers
+    if hasattr(net, "backbone"):
+        return net.backbone.embeddings, net.backbone.layers
     if hasattr(net, "transformer"):
         return net.transformer.wte, net.transformer.h
     return net.model.embed_tokens, net.model.layers
@@ -37,10 +42,15 @@ def noise_of(net, tokens, samples, width, seed=0):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["layers", "mlps", "attentions"])
-@pytest.mark.parametrize("build", [language.gpt2, language.llama, language.gemma2])
-def test_it_equals_a_loop_with_hooks(build, kind):
-    net, window, samples = build(), 1 if kind == "layers" else 2, 2
+@pytest.mark.parametrize(
+    ("build_net", "kind"),
+    [
+        *((net, kind) for net in (language.gpt2, language.llama, language.gemma2) for kind in ("mlps", "attentions")),
+        *((net, "layers") for net in (language.gpt2, language.gemma2, *OTHERS)),
+    ],
+)
+def test_it_equals_a_loop_with_hooks(build_net, kind):
+    net, window, samples = build_net(), 1 if kind == "layers" else 2, 2
     ids = language.ids(PROMPT)
     embeddings, blocks = blocks_of(net)
     part = {

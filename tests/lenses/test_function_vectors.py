@@ -25,6 +25,8 @@ def of_heads(projection, heads, edit):
 
 
 def projections(net):
+    if hasattr(net, "gpt_neox"):
+        return [block.attention.dense for block in net.gpt_neox.layers]
     if hasattr(net, "transformer"):
         return [block.attn.c_proj for block in net.transformer.h]
     return [block.self_attn.o_proj for block in net.model.layers]
@@ -36,7 +38,10 @@ def result_of(projection, hidden):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("build_net", [language.gpt2, language.llama, language.gemma2])
+@pytest.mark.parametrize(
+    "build_net",
+    [language.gpt2, language.llama, language.gemma2, language.neox, language.qwen3, language.mixtral],
+)
 def test_it_equals_a_loop_with_hooks(build_net):
     net, heads = build_net(), 4
     for weight in net.parameters():

@@ -49,6 +49,29 @@ def gemma2() -> torch.nn.Module:
     return build(transformers.Gemma2ForCausalLM, transformers.Gemma2Config(**SIZES, **sizes, **heads))
 
 
+def neox() -> torch.nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return build(transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(**SIZES, **sizes))
+
+
+def qwen3() -> torch.nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = transformers.Qwen3Config(**SIZES, **sizes, num_key_value_heads=2, head_dim=8)
+    return build(transformers.Qwen3ForCausalLM, config)
+
+
+def mixtral() -> torch.nn.Module:
+    """Return a Mixtral, a mixture of experts."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = transformers.MixtralConfig(**SIZES, **sizes, num_key_value_heads=2, num_local_experts=2)
+    return build(transformers.MixtralForCausalLM, config)
+
+
+def mamba() -> torch.nn.Module:
+    config = transformers.MambaConfig(**SIZES, hidden_size=32, state_size=8, num_hidden_layers=4)
+    return build(transformers.MambaForCausalLM, config)
+
+
 def model(net: torch.nn.Module | None = None) -> LanguageModel:
     return LanguageModel((net or gpt2(), TOKENIZER))
 
