@@ -32,7 +32,7 @@ def page(address):
     wrong = []
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_context(viewport={"width": 390, "height": 800}).new_page()
+        page = browser.new_context(viewport={"width": 900, "height": 800}).new_page()
         page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("request", lambda request: wrong.append(request.url) if address not in request.url + "/" else None)
@@ -69,6 +69,8 @@ def test_layers(page, saved_models, tmp_path):
     press(page, "Draw")
     pictures(page).first.wait_for()
     assert page.locator(".caption-label").locator("visible=true").all_inner_texts() == ["layer 2"]
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.get_by_role("slider").locator("visible=true").fill("0")
     page.get_by_text("embedding").locator("visible=true").first.wait_for()
     folder = saved(page, tmp_path)
@@ -82,7 +84,6 @@ def test_layers(page, saved_models, tmp_path):
 
 @pytest.mark.parametrize("tab, count", [("Attention", 2), ("Trajectory", 2), ("Patching", 3)])
 def test_other_views_of_images(page, tab, count):
-    page.set_viewport_size({"width": 900, "height": 800})
     choose(page, tab)
     press(page, "Draw")
     pictures(page).first.wait_for()
@@ -98,8 +99,7 @@ def test_the_logit_lens(page, saved_models, tmp_path):
     choose(page, "Language")
     page.get_by_label("Prompt").locator("visible=true").fill("a red circle")
     press(page, "Read")
-    cell = page.locator("tbody td").locator("visible=true").nth(1)
-    cell.click()
+    page.get_by_test_id("cell-0-1").locator("visible=true").first.click()
     share = page.locator(".confidence-set").first
     share.wait_for()
     assert repr(want.texts[int(want.ids[0, -1, 0, 0])]) in share.inner_text()
@@ -114,7 +114,7 @@ def test_steering(page, saved_models, tmp_path):
     for label, text in (("Prompt", "a red"), ("Towards", "a circle"), ("Away from", "a square")):
         page.get_by_label(label).locator("visible=true").fill(text)
     press(page, "Write")
-    page.wait_for_function("[...document.querySelectorAll('textarea')].at(-1).value.length > 0")
+    playwright.expect(page.get_by_label("Without")).not_to_have_value("", timeout=60_000)
     record = json.loads((saved(page, tmp_path) / "steering.json").read_text())
     assert record["without"] == LanguageModel(saved_models / "language").generate("a red", max_new_tokens=2).text
 
