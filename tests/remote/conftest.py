@@ -2,8 +2,6 @@
 
 import pytest
 
-pytest.importorskip("websockets", reason="remote runs need the package websockets")
-
 from diffsight import DiffusionModel, LanguageModel
 from remote.serving import serving
 
@@ -27,6 +25,7 @@ def language(gpt2):
 @pytest.fixture(scope="session")
 def address(pipelines, language):
     """Return the address of a server of all these models."""
+    pytest.importorskip("websockets", reason="remote runs need the package websockets")
     with serving({**pipelines, "gpt2": language}) as address:
         yield address
 

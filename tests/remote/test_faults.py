@@ -8,6 +8,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+
+pytest.importorskip("websockets", reason="remote runs need the package websockets")
+
 from websockets.sync.client import connect
 
 from diffsight import LanguageModel
