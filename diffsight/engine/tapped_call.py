@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, is_grad_enabled, nn
+from torch._C import DisableTorchFunction
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import get_dynamic_layer_stack_depth
 from torch.nn.modules.module import _global_forward_hooks
@@ -137,7 +138,7 @@ class Tap:
             return self.leave(skip.value, (args, kwargs))
         if self.inside:
             function = self.target.uncompiled()
-        before = _versions(args, kwargs)
+        before = _versions(args, kwargs) if (OUTPUT, index) in self.awaited else []
         # PyTorch also looks for them before the call.
         has_hooks = bool(self.is_module and (self.target.owner._forward_hooks or _global_forward_hooks))
         try:
@@ -145,7 +146,7 @@ class Tap:
         except BaseException:
             self.active.remove(index)
             raise
-        self.given_changed = any(tensor._version != version for tensor, version in before)
+        self.given_changed = bool(before) and before != _versions(args, kwargs)
         return self.leave(output, (args, kwargs), has_hooks)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -355,7 +356,8 @@ class LearningTap(Tap):
         return super().enter(args, kwargs)
 
 
-def _versions(args: tuple, kwargs: dict) -> list[tuple[Tensor, int]]:
-    """Return the tensors among the arguments of a call, and how often each was changed in place."""
-    tensors = (value for value in (*args, *kwargs.values()) if type(value) in (Tensor, nn.Parameter))
-    return [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+def _versions(args: tuple, kwargs: dict) -> list[int]:
+    """Return how often each of the tensors among the arguments of a call was changed in place."""
+    tensors = [value for value in (*args, *kwargs.values()) if type(value) in (Tensor, nn.Parameter)]
+    with DisableTorchFunction():  # function modes of the user's must not see this
+        return [tensor._version for tensor in tensors if not tensor.is_inference()]

@@ -3,7 +3,7 @@
     hidden = FIRST.take(output, path)                    # from the tuple that a layer returns
     output = FIRST.put(output, hidden * 2, path, {})  # the rest of the tuple stays
 
-They have the interface of `Part` in `diffsight.extending` and can be combined with the part of a batch, for example a
+They are selections, see `Selection` in `diffsight.extending`, and can be combined with the part of a batch, for example a
 row of the first item of a tuple.
 """
 
@@ -13,21 +13,14 @@ from typing import Any
 import torch
 
 from diffsight.errors import AssignmentError, InputError
-from diffsight.extending import Tap
+from diffsight.extending import Selection, Tap
 from diffsight.remote import sent_as
 
 
-class ValuePart:
-    """A part that is the same in every call, see `Part` in `diffsight.extending`."""
+class ValuePart(Selection):
+    """A part that every call has, if there is a call."""
 
-    name = ""
     missing = "it is not called"
-
-    def call(self, tap: Tap, first: int, number: int, path: object) -> int:
-        return first + number
-
-    def at(self, tap: Tap, index: int, path: object) -> "ValuePart":
-        return self
 
 
 @sent_as("first")

@@ -69,7 +69,7 @@ def test_what_would_only_fit_by_broadcasting():
     [
         (torch.zeros(1, 4), torch.zeros(2, 4), r"\(1, 4\) was assigned. If it is to be repeated"),
         (torch.zeros(2, 4), torch.zeros(4), "Assign a value of 2 dimensions"),
-        (0.0, torch.zeros(2, 4), "cannot take a float"),
+        (0.0, torch.zeros(2, 4), "cannot take the number 0.0"),
     ],
 )
 def test_a_container_with_a_value_that_would_only_fit_by_broadcasting(key, value, told):

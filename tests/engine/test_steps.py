@@ -102,7 +102,7 @@ def test_steps_are_walked_through(generate):
     with generate() as run:
         with pytest.raises(TypeError, match=r"run\.steps\[2:3\]`"):
             run.steps[2]
-        with pytest.raises(TypeError, match="known when the model has ended"):
+        with pytest.raises(TypeError, match="known only once the model has finished"):
             len(run.steps)
         with pytest.raises(TypeError):
             run.steps[1:][1:]
