@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffsight.gallery.checking import ModelCheck, check_model
-    from diffsight.gallery.explorer import explore
     from diffsight.gallery.gallery_index import write_gallery
     from diffsight.gallery.repeating import Repetition, repeat
     from diffsight.gallery.sweeping import sweep
@@ -19,12 +18,12 @@ _MODULE_OF = {
     "ModelCheck": "checking",
     "Repetition": "repeating",
     "check_model": "checking",
-    "explore": "explorer",
+    "explore": "explorer",  # not in __all__: it needs the extra `app`
     "repeat": "repeating",
     "sweep": "sweeping",
     "write_gallery": "gallery_index",
 }
-__all__ = ["ModelCheck", "Repetition", "check_model", "explore", "repeat", "sweep", "write_gallery"]
+__all__ = ["ModelCheck", "Repetition", "check_model", "repeat", "sweep", "write_gallery"]
 
 
 def __getattr__(name: str) -> Any:
