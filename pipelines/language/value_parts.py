@@ -3,8 +3,8 @@
     hidden = FIRST.take(output, path)                    # from the tuple that a layer returns
     output = FIRST.put(output, hidden * 2, path, {})  # the rest of the tuple stays
 
-They are selections, see `Selection` in `diffsight.extending`, and can be combined with the part of a batch, for example a
-row of the first item of a tuple.
+They are selections, see `Selection` in `diffsight.extending`. They can be combined with the part of a batch, for
+example a row of the first item of a tuple.
 """
 
 from collections.abc import Mapping
