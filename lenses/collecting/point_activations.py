@@ -16,28 +16,28 @@ class PointActivations(Mapping):
 
     Attributes:
         model: The name of the model.
-        values: The vectors by point, (vectors, features).
+        vectors: The vectors by point, (vectors, features).
         origins: Where each vector comes from, (vectors, 4): the number of its prompt, the denoising step (-1 in a text
             encoder), the position in the sequence or in the feature map row by row, and the branch (0 conditional, 1
             unconditional).
     """
 
     model: str
-    values: Mapping[str, torch.Tensor] = field(repr=False)
+    vectors: Mapping[str, torch.Tensor] = field(repr=False)
     origins: Mapping[str, torch.Tensor] = field(repr=False)
 
     def __getitem__(self, point: str) -> torch.Tensor:
-        if point not in self.values:
+        if point not in self.vectors:
             raise UnknownKeyError(
                 f"there are no activations of {point!r}{suggest(str(point), self)}: there are {', '.join(self)}"
             )
-        return self.values[point]
+        return self.vectors[point]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values)
+        return iter(self.vectors)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.vectors)
 
     def where(
         self, point: str, *, prompt: int | None = None, step: int | None = None, branch: str | None = None
