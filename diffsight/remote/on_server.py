@@ -5,6 +5,8 @@ from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
+from torch._C import _is_any_autocast_enabled
+
 from diffsight.edits import start_edit
 from diffsight.engine.scan import is_scanning
 from diffsight.envoy import Points, flow_of, run_meant_by, target_of, tree_of
@@ -56,6 +58,8 @@ class OnServer:
             raise InputError(
                 "a server runs model.generate(...), model.trace(...) and lenses by name, and no other function"
             )
+        if _is_any_autocast_enabled():
+            raise InputError("autocast does not reach a server: open the run outside torch.autocast(...)")
         flow = RemoteFlow(self._tree, self.server, *call)
         run = self._run_class(self, flow, sizes, again)
         flow.bodies.edits = [start_edit(edit, run, number) for number, edit in enumerate(self._edits)]

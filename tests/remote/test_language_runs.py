@@ -351,3 +351,8 @@ def test_a_run_that_ended_is_closed(remote_language):
 def test_functions_are_refused(remote_language):
     with pytest.raises(InputError, match="cannot be sent"):
         remote_language.generate(IDS, max_new_tokens=2, logits_processor=[lambda ids, scores: scores]).finish()
+
+
+def test_autocast_here_is_refused(remote_language):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="autocast does not reach a server"):
+        remote_language.trace("The cat")
