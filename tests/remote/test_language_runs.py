@@ -355,4 +355,4 @@ def test_functions_are_refused(remote_language):
 
 def test_autocast_here_is_refused(remote_language):
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(InputError, match="autocast does not reach a server"):
-        remote_language.trace("The cat")
+        remote_language.trace(IDS)
