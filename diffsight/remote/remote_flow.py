@@ -93,13 +93,13 @@ class RemoteFlow(Flow):
         self._touch(asked)
         if asked.selection is None:
             check_value(asked, value)
-        self._note({"op": "assign", **self._point(asked), "value": value, "where": where or users_line()})
+        self._note({"op": "assign", **self._point(asked), "value": value, "where": str(where or users_line())})
 
     def skip(self, asked: Asked, value: Any, where: str | None = None) -> None:
         self._check_open(asked)
         self._touch(asked)
         op = {"op": "skip", "path": asked.target.path, "call": asked.call, "value": value}
-        self._note(op | {"where": where or users_line()})
+        self._note(op | {"where": str(where or users_line())})
 
     def keep(self, asked: Asked, function: Callable[[Any, int, Any], None]) -> None:
         self._check_open(asked)

@@ -50,6 +50,15 @@ class _BodyFailed(Exception):
     """A body of the client has raised an error, which the client knows."""
 
 
+class ClientsLine(str):
+    """The line of the client's code that assigned a value, `file:line`. Its frames are not in this process."""
+
+    __slots__ = ()
+
+    def traceback(self) -> None:
+        """Return no traceback, as `UsersLine` does once its function has returned."""
+
+
 class RunSession:
     """Carries out the runs of one client, one after the other.
 
@@ -231,11 +240,11 @@ class RunSession:
 
     def _do_assign(self, op: Operation, decode: Callable[[Any], Any]) -> None:
         asked = self._asked(op, decode, op.part)
-        flow_of(self._run).assign(asked, self._on_device(decode(op.value)), op.where)
+        flow_of(self._run).assign(asked, self._on_device(decode(op.value)), ClientsLine(op.where))
 
     def _do_skip(self, op: Operation, decode: Callable[[Any], Any]) -> None:
         asked = self._asked(op, decode, "skip")
-        flow_of(self._run).skip(asked, self._on_device(decode(op.value)), op.where)
+        flow_of(self._run).skip(asked, self._on_device(decode(op.value)), ClientsLine(op.where))
 
     def _do_write(self, op: Operation, decode: Callable[[Any], Any]) -> None:
         """Change a tensor in place that was handed out."""

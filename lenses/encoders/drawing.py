@@ -98,7 +98,7 @@ class Drawing:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             name = type(self.model.pipeline).__name__
             message = f"{name} cannot draw {len(items)} {self.noun} in one call, so each has its own: {reason}"
-            warnings.warn(message, LensWarning, stacklevel=5)
+            warnings.warn(message, LensWarning, stacklevel=6)
         return [self._draw_batch(change, [item])[0] for item in items]
 
     def _call(self, change: Change, items: Sequence[Item]) -> Sequence[Any]:

@@ -9,6 +9,7 @@ import torch
 
 import diffsight
 from diffsight import logit_lens
+from diffsight.lenses.patch_object_attn_lens import patch_object_attn_lens
 from diffsight.lenses.patchscope import TargetPrompt, repeat_prompt
 from diffsight.lenses.target_probabilities import Prompt, first_tokens
 from diffsight.pipelines.standard_names import model_names
@@ -63,7 +64,9 @@ def test_every_row_has_two_cells():
 
 def test_every_name_on_the_right_exists(known):
     names = {**vars(builtins), **known, "model_names": model_names, "pandas": None, "pytest": None}
-    names |= {value.__name__: value for value in (Prompt, first_tokens, TargetPrompt, repeat_prompt)}
+    names |= {
+        value.__name__: value for value in (Prompt, first_tokens, TargetPrompt, repeat_prompt, patch_object_attn_lens)
+    }
     names |= {name: getattr(diffsight, name) for name in diffsight.__all__}
     checked = 0
     for _, right in ROWS:

@@ -35,7 +35,8 @@ def test_every_lens_that_returns_a_result_is_repeated():
     returned = {name: get_type_hints(value).get("return") for name, value in functions.items()}
     results = {name for name, kind in returned.items() if isclass(kind) and issubclass(kind, LensResult)}
     assert results == {name.split()[0] for name in lens_results.MADE}
-    assert results == {name for name, function in functions.items() if hasattr(function, "__wrapped__")}
+    wrapped = {name for name, function in functions.items() if hasattr(function, "__wrapped__")}
+    assert results == wrapped - {"collect_activations"}  # it runs where the model is, but returns no result
 
 
 @pytest.fixture
