@@ -151,7 +151,15 @@ def test_a_trained_sae_is_repeated_from_its_folder(saved_models, tmp_path):
     model = lens_results.load(saved_models / "language")
     settings = lenses.SAESettings(updates=2, batch_size=4)
     trained = lenses.train_sae(
-        model, "layers[1]", ["A cat"], features=8, k=2, settings=settings, folder=tmp_path / "sae", progress=False
+        model,
+        "layers[1]",
+        ["A cat"],
+        features=8,
+        k=2,
+        settings=settings,
+        buffer=64,
+        folder=tmp_path / "sae",
+        progress=False,
     )
     evaluate(saved_models, trained).save(tmp_path / "lens")
     repetition = repeat(tmp_path / "lens")
