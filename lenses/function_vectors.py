@@ -302,9 +302,9 @@ def _of_answers(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
 def _check_heads(heads: Sequence[Head], shape: Sequence[int]) -> tuple[Head, ...]:
     found = []
     for head in heads:
-        if not isinstance(head, (tuple, list)) or len(head) != 2 or not all(isinstance(one, int) for one in head):
+        if not isinstance(head, (tuple, list)) or len(head) != 2 or not all(isinstance(number, int) for number in head):
             raise InputError(f"a head is a layer and a number, such as (12, 3), not {head!r}")
-        if not all(-size <= one < size for one, size in zip(head, shape)):
+        if not all(-size <= number < size for number, size in zip(head, shape)):
             raise InputError(f"there is no head {tuple(head)}: the model has {shape[0]} layers of {shape[1]} heads")
         found.append((head[0] % shape[0], head[1] % shape[1]))
     if not found:

@@ -310,7 +310,7 @@ class RemoteFlow(Flow):
                     return reply, tensors
                 else:
                     self._connection.send(*self._continue(reply, tensors))
-        except BaseException:  # also an interrupt: what was answered cannot be told from what was not
+        except BaseException:  # also an interrupt: it is unknown which messages were answered
             self._end_here(_BROKEN)
             raise
 

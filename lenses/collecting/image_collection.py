@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
-from diffsight.lenses.denoising.call_checks import Steps, choose_steps
+from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.visits.named_points import NamedPoint
 from diffsight.lenses.visits.steered import Positions, where_in_sequence
-from diffsight.lenses.visits.visiting import Visit, has_branches, is_in_steps, visiting
+from diffsight.lenses.visits.visited_steps import is_chosen, is_done
+from diffsight.lenses.visits.visiting import Visit, has_branches, visiting
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 
@@ -58,7 +59,7 @@ class ImageCollection:
         call = {"prompt": list(prompts), "seed": seeds, "output_type": "latent", **self.arguments}
         with progress_bar(self.model.pipeline, disable=True), copy.generate(**call) as run:
             for step in run.steps:
-                if self._is_done(run, step.index):
+                if is_done(self.model, self.points, self.steps, run, step.index):
                     run.stop()
                     break
         missing = next((name for name, parts in found.items() if not parts), None)
@@ -74,7 +75,7 @@ class ImageCollection:
         start: int,
         visit: Visit,
     ) -> None:
-        if visit.call or not self._is_chosen(visit):
+        if visit.call or not is_chosen(visit, self.steps):
             return
         if len(visit.value) != count:
             raise InputError(
@@ -100,13 +101,3 @@ class ImageCollection:
             return places
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + prompt) * 1009 + step + 1)
         return places[torch.randperm(len(places), generator=generator)[: self.sample].sort().values]
-
-    def _is_chosen(self, visit: Visit) -> bool:
-        if visit.step is None or self.steps is None:
-            return True
-        return visit.step.index in choose_steps(self.steps, len(visit.run.scheduler.timesteps))
-
-    def _is_done(self, run: Any, step: int) -> bool:
-        if not any(is_in_steps(self.model, point) for point in self.points):
-            return True
-        return self.steps is not None and step > choose_steps(self.steps, len(run.scheduler.timesteps))[-1]

@@ -51,9 +51,9 @@ class PlainRun:
 
     Attributes:
         outcome: The outcome, a row for each prompt.
-        calls: The calls of each point, in the order in which the model comes to them in a step: the path of the point,
+        calls: The calls of each point, in the order in which the model reaches them in a step: the path of the point,
             and the number of the call.
-        early: The same of the points that it comes to before the first step.
+        early: The same for the points that the model reaches before the first step.
         shapes: The shape of the value at each point, for one row.
         steps: The number of steps.
         denoised: What the denoiser returned in each step and call; None if its rows cannot be told apart.

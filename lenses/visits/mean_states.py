@@ -8,11 +8,12 @@ import torch
 from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
-from diffsight.lenses.denoising.call_checks import Steps, choose_steps
+from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.tokens.batches import Batch, open_batches
 from diffsight.lenses.visits.named_points import NamedPoint, PointName
 from diffsight.lenses.visits.steered import Positions, where_in_sequence
-from diffsight.lenses.visits.visiting import Visit, is_in_steps, visiting
+from diffsight.lenses.visits.visited_steps import is_chosen, is_done
+from diffsight.lenses.visits.visiting import Visit, visiting
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 from diffsight.pipelines.language.model import LanguageModel
@@ -107,7 +108,7 @@ class ImagePrompts:
 
         def read(visit: Visit) -> None:
             step = 0 if visit.step is None else visit.step.index
-            if visit.call or not self._is_chosen(visit):
+            if visit.call or not is_chosen(visit, self.steps):
                 return
             if len(visit.value) != len(prompts):
                 raise InputError(
@@ -127,20 +128,10 @@ class ImagePrompts:
         given = {"prompt": prompts, "seed": list(range(seed, seed + len(prompts))), "output_type": "latent"}
         with progress_bar(self.model.pipeline, disable=True), copy.generate(**given | dict(self.arguments)) as run:
             for step in run.steps:
-                if self._is_done(run, step.index):
+                if is_done(self.model, self.points, self.steps, run, step.index):
                     run.stop()
                     break
         missing = [name for name, values in found.items() if not values]
         if missing:
             raise InputError(f"{missing[0]} is not called in these steps: choose another module")
         return found
-
-    def _is_chosen(self, visit: Visit) -> bool:
-        if visit.step is None or self.steps is None:
-            return True
-        return visit.step.index in choose_steps(self.steps, len(visit.run.scheduler.timesteps))
-
-    def _is_done(self, run: Any, step: int) -> bool:
-        if not any(is_in_steps(self.model, point) for point in self.points):
-            return True
-        return self.steps is not None and step > choose_steps(self.steps, len(run.scheduler.timesteps))[-1]

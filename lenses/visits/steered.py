@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from diffsight.errors import InputError
-from diffsight.lenses.denoising.call_checks import Steps, check_steps, choose_steps
+from diffsight.lenses.denoising.call_checks import Steps, check_steps
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.tokens.batches import batch_of
 from diffsight.lenses.visits.named_points import NamedPoint, PointName, named_points
+from diffsight.lenses.visits.visited_steps import is_chosen
 from diffsight.lenses.visits.visiting import Visit, is_in_steps
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
@@ -87,11 +88,9 @@ class Steering:
         return vector
 
     def _is_chosen(self, visit: Visit) -> bool:
-        if visit.step is None or self.steps is None:
-            return True
-        if isinstance(self.model, LanguageModel):
+        if visit.step is not None and self.steps is not None and isinstance(self.model, LanguageModel):
             return is_among(visit.step.index, self.steps)
-        return visit.step.index in choose_steps(self.steps, len(visit.run.scheduler.timesteps))
+        return is_chosen(visit, self.steps)
 
     # ---- positions
 
