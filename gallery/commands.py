@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from diffsight.gallery.command_options import LANGUAGE_MODEL, parse_setting, positive
+from diffsight.gallery.command_options import LANGUAGE_MODEL
+from diffsight.gallery.option_parsing import parse_positive, parse_setting
 
 _SECONDS = 2.0  # between two looks for new results
 
@@ -57,7 +58,7 @@ def add_commands(commands: Any) -> None:
     explore.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; others than the default can be reached from outside"
     )
-    explore.add_argument("--port", type=positive, default=7860, help="port to listen on (default: %(default)s)")
+    explore.add_argument("--port", type=parse_positive, default=7860, help="port to listen on (default: %(default)s)")
     explore.set_defaults(command=_explore)
 
 

@@ -20,9 +20,8 @@ from diffsight.gallery.command_options import (
     add_model,
     add_prompts,
     check_prompt_text,
-    parse_steps,
-    positive,
 )
+from diffsight.gallery.option_parsing import parse_positive, parse_steps
 
 Make = Callable[[str, int, Path], list[Path]]  # makes a result from a prompt and a seed, and writes it to a folder
 
@@ -145,7 +144,7 @@ def _add_trajectory(commands: Any) -> None:
         "(default: %(default)s)",
     )
     trajectory.add_argument(
-        "--batch-size", type=positive, metavar="N", help="images to draw in one call (default: all)"
+        "--batch-size", type=parse_positive, metavar="N", help="images to draw in one call (default: all)"
     )
     trajectory.set_defaults(command=_trajectory)
 
@@ -158,7 +157,7 @@ def _add_fidelity(commands: Any) -> None:
         "Works with pipelines that draw the scenes of diffsight's packaged pipelines.",
         epilog="example: diffsight fidelity --scenes 16 --steps 10 --out fidelity",
     )
-    fidelity.add_argument("--scenes", type=positive, default=64, help="number of scenes (default: %(default)s)")
+    fidelity.add_argument("--scenes", type=parse_positive, default=64, help="number of scenes (default: %(default)s)")
     add_model(fidelity, IMAGE_MODEL)
     add_drawing(fidelity, several_seeds=False)
     add_layers(fidelity, "the embedding and all layers")
@@ -197,7 +196,9 @@ def _add_logit_lens(commands: Any) -> None:
     add_model(logits, LANGUAGE_MODEL)
     add_layers(logits, "all layers")
     logits.add_argument("--tokens", metavar="TOKENS", help='tokens to follow, separated by commas, such as " Paris"')
-    logits.add_argument("--top-k", type=positive, default=5, metavar="N", help="tokens to keep (default: %(default)s)")
+    logits.add_argument(
+        "--top-k", type=parse_positive, default=5, metavar="N", help="tokens to keep (default: %(default)s)"
+    )
     logits.set_defaults(command=_logit_lens)
 
 
@@ -218,7 +219,9 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder", metavar="NAME", help="text encoder (default: the first whose tokens the pipeline uses)"
     )
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="rows to draw in one call (default: all)")
+    parser.add_argument(
+        "--batch-size", type=parse_positive, metavar="N", help="rows to draw in one call (default: all)"
+    )
 
 
 # ---- what each command does

@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 from diffsight.errors import InputError
-from diffsight.gallery.command_options import positive
+from diffsight.gallery.option_parsing import parse_positive
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -25,8 +25,12 @@ def add_serve_commands(commands: Any) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: the loopback)")
     serve.add_argument("--port", type=int, default=8000, help="the port (default: 8000)")
     serve.add_argument("--keys", metavar="FILE", help="the file of API keys, see `diffsight key`")
-    serve.add_argument("--replicas", type=positive, default=1, metavar="N", help="replicas of each model (default: 1)")
-    serve.add_argument("--max-replicas", type=positive, metavar="N", help="add replicas up to this number under load")
+    serve.add_argument(
+        "--replicas", type=parse_positive, default=1, metavar="N", help="replicas of each model (default: 1)"
+    )
+    serve.add_argument(
+        "--max-replicas", type=parse_positive, metavar="N", help="add replicas up to this number under load"
+    )
     serve.add_argument("--num-gpus", type=float, default=0.0, metavar="X", help="GPUs of each replica (default: 0)")
     serve.add_argument("--num-cpus", type=float, default=1.0, metavar="X", help="CPUs of each replica (default: 1)")
     serve.add_argument("--device", help="the device of the models (default: cuda with GPUs, else the CPU)")
@@ -34,7 +38,9 @@ def add_serve_commands(commands: Any) -> None:
     serve.add_argument("--dtype", help="the type of the weights, such as bfloat16 (default: that of the files)")
     serve.add_argument("--run-seconds", type=float, default=600.0, metavar="S", help="the longest run (default: 600)")
     serve.add_argument("--idle-seconds", type=float, default=60.0, metavar="S", help="longest silence (default: 60)")
-    serve.add_argument("--queue", type=positive, default=100, metavar="N", help="runs that may wait (default: 100)")
+    serve.add_argument(
+        "--queue", type=parse_positive, default=100, metavar="N", help="runs that may wait (default: 100)"
+    )
     key = commands.add_parser(
         "key",
         help="make an API key for a server",
@@ -44,7 +50,9 @@ def add_serve_commands(commands: Any) -> None:
     key.set_defaults(command=_key)
     key.add_argument("file", metavar="FILE", help="the file of keys, created if it does not exist")
     key.add_argument("name", metavar="NAME", help="whose key it is")
-    key.add_argument("--runs", type=positive, default=8, metavar="N", help="runs that it may have open (default: 8)")
+    key.add_argument(
+        "--runs", type=parse_positive, default=8, metavar="N", help="runs that it may have open (default: 8)"
+    )
 
 
 def _key(options: argparse.Namespace) -> None:

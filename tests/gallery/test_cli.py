@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffsight import DiffusionModel, diffusion_lens
 from diffsight.gallery.cli import main
-from diffsight.gallery.command_options import parse_layers
+from diffsight.gallery.option_parsing import parse_layers
 from diffsight.pipelines.language import smollm2
 from models import diffusion
 

@@ -13,7 +13,7 @@ from diffsight import activation_patching, compare_encoders, encoder_patching, l
 from diffsight.errors import InputError
 from diffsight.gallery import repeat
 from diffsight.gallery.cli import main
-from diffsight.gallery.command_options import parse_seeds, parse_setting, parse_steps
+from diffsight.gallery.option_parsing import parse_seeds, parse_setting, parse_steps
 from diffsight.gallery.prompt_files import read_prompts
 from diffsight.lenses import attention_maps, logit_difference
 from models import language, lens_results

@@ -1,0 +1,73 @@
+"""How the values of options are written on the command line: layers, steps, seeds, settings.
+
+parse_layers("embedding,0:4,-1")            # ["embedding", slice(0, 4), -1]
+"""
+
+import argparse
+import ast
+from typing import Any
+
+
+def parse_layers(text: str) -> list[int | str | slice]:
+    """Parse layers as the command line writes them: `embedding,0:4,-1` becomes `["embedding", slice(0, 4), -1]`."""
+    try:
+        return [_parse_layer(part.strip()) for part in text.split(",")]
+    except (ValueError, TypeError):
+        raise argparse.ArgumentTypeError(
+            f'{text!r} does not name layers: write numbers, ranges such as 0:8:2, and "embedding", separated by commas'
+        ) from None
+
+
+def parse_steps(text: str) -> list[int] | slice:
+    """Parse steps as the command line writes them: `0,5,-1` becomes `[0, 5, -1]`, and `0:20:5` a slice."""
+    try:
+        found = [_parse_layer(part.strip()) for part in text.split(",")]
+    except (ValueError, TypeError):
+        found = []
+    if len(found) == 1 and isinstance(found[0], slice):
+        return found[0]
+    if not found or not all(isinstance(step, int) for step in found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not name steps: write numbers such as 0,5,-1, or a range 0:20:5"
+        )
+    return found
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Parse seeds as the command line writes them: `0:3,7` becomes `[0, 1, 2, 7]`."""
+    try:
+        parts = [part.strip().split(":") for part in text.split(",")]
+        found = [seed for part in parts for seed in (range(*map(int, part)) if len(part) > 1 else [int(part[0])])]
+    except (ValueError, TypeError):
+        found = []
+    if not found or min(found) < 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not name seeds: write numbers from 0 on, or a range such as 0:8"
+        )
+    return list(dict.fromkeys(found))
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Parse a setting as the command line writes it: `guidance_scale=3` becomes `("guidance_scale", 3)`."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a setting: write NAME=VALUE, such as guidance_scale=3")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def parse_positive(text: str) -> int:
+    """Parse a positive integer."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _parse_layer(text: str) -> int | str | slice:
+    if text == "embedding":
+        return text
+    if ":" in text:
+        return slice(*(int(part) if part.strip() else None for part in text.split(":")))
+    return int(text)
