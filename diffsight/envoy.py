@@ -23,13 +23,13 @@ from typing import Any
 from torch import nn
 
 from diffsight.engine.batch_slicing import Selection
-from diffsight.engine.flow import Flow
 from diffsight.engine.hooks import FORWARD
 from diffsight.engine.open_runs import current_edit
-from diffsight.engine.points import Asked, line_of
+from diffsight.engine.points import Asked
+from diffsight.engine.run_to_point import Flow
 from diffsight.engine.target import Target, join
 from diffsight.engine.tree import Tree
-from diffsight.engine.user_bodies import is_from_edit
+from diffsight.engine.users_line import from_the_asking_line
 from diffsight.errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
 from diffsight.notebook_tree import folded
 
@@ -242,15 +242,6 @@ class Points:
                 f"`with model.{self._tree.opens_with}(...) as run:`{self._hint_at_child(part)}"
             )
         return flow
-
-
-def from_the_asking_line(error: DiffsightError) -> DiffsightError:
-    """Return the error without diffsight's own frames, so that its traceback ends at the line that asked, or at the one
-    that assigned what is wrong. An error that was raised in an edit keeps the edit's line."""
-    if is_from_edit(error):
-        return error
-    line = line_of(error)
-    return error.with_traceback(line and line.traceback())
 
 
 class Calls:

@@ -9,8 +9,8 @@ The run's `Clock` decides when a step begins, see `diffsight.engine.step_clock`.
 import warnings
 from collections.abc import Callable, Iterator
 
-from diffsight.engine.flow import Flow
 from diffsight.engine.open_runs import current_edit
+from diffsight.engine.run_to_point import Flow
 from diffsight.errors import InputError, OutOfOrderError
 
 

@@ -74,7 +74,7 @@ class Clock:
         return True
 
     def set(self, index: int, is_in_step: bool, is_over: bool) -> None:
-        """Stand where a clock on a server stands."""
+        """Set this clock to the position of the clock on the server."""
         self.index, self._due, self.is_over = index, not is_in_step, is_over
 
     def is_behind(self, target: Target) -> bool:

@@ -16,13 +16,12 @@ from diffsight.engine.hooks import (
     HookedModules,
     ModuleGroup,
     count_running,
-    is_called_in_thread,
-    note_run_of_thread,
 )
 from diffsight.engine.module_places import Key, ModulePlaces, inside
 from diffsight.engine.points import INPUTS, Assignment
 from diffsight.engine.tapped_call import Host, LearningTap, Origin, Tap
 from diffsight.engine.target import Target
+from diffsight.engine.threads import is_called_in_thread, note_run_of_thread
 from diffsight.errors import PointNotFoundError
 
 

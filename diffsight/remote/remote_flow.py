@@ -1,8 +1,8 @@
 """The flow of a run whose model is on a server.
 
-It takes the place of `diffsight.engine.flow.Flow`, and everything above it is the same: envoys, rows, steps, edits,
-records. What a body asks for is sent, and the answer is a plain tensor. What needs no answer is sent with the next
-question: assignments, and tensors that were changed in place while the model stands where they were read.
+It takes the place of `diffsight.engine.run_to_point.Flow`, and everything above it is the same: envoys, rows, steps,
+edits, records. What a body asks for is sent, and the answer is a plain tensor. What needs no answer is sent with the
+next question: assignments, and tensors that were changed in place while the model stands where they were read.
 
 Edits and the functions of `run.each` run here, in coroutines as in a local run. The server says whose turn it is.
 """
@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from diffsight.engine.coroutine import current
-from diffsight.engine.flow import ENDED, Flow
-from diffsight.engine.points import LAST, Asked, check_value, first_input, users_line
+from diffsight.engine.points import LAST, Asked, check_value, first_input
+from diffsight.engine.run_end import ENDED
+from diffsight.engine.run_to_point import Flow
 from diffsight.engine.torch_state import TorchState
 from diffsight.engine.tree import Tree
 from diffsight.engine.user_bodies import Body
+from diffsight.engine.users_line import users_line
 from diffsight.errors import InputError
 from diffsight.remote.protocol import VERSIONS
 from diffsight.remote.selections import encode_selection
