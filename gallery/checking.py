@@ -91,7 +91,7 @@ class ModelCheck:
 
 
 def check_model(model: DiffusionModel | LanguageModel, **arguments: Any) -> ModelCheck:
-    """Check that diffsight does with a model what it promises.
+    """Check that diffsight keeps its promises for this model.
 
         check_model(model, prompt="a cat", num_inference_steps=4)
         check_model(language_model, prompt="Once upon a time")

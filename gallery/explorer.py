@@ -17,7 +17,7 @@ try:
 
     from diffsight.gallery.explorer_views.image_views import add_image_views
     from diffsight.gallery.explorer_views.language_views import add_language_views
-    from diffsight.gallery.explorer_views.workbench import Workbench
+    from diffsight.gallery.explorer_views.shared_models import Workbench
 except ModuleNotFoundError as error:
     if error.name != "gradio":
         raise

@@ -110,7 +110,7 @@ def activation_patching(
     Raises:
         InputError: Before anything runs: a site, layer, position or token does not exist, prompts have different
             numbers of tokens where these are compared, the sweep is too large, or an argument belongs to models of the
-            other kind. After the runs without patching: the model does not come to a site, a step or region does not
+            other kind. After the runs without patching: the model does not reach a site, a step or region does not
             exist, or the metric returns no number.
         PointNotFoundError: A pattern matches nothing.
     """

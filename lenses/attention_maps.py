@@ -48,7 +48,7 @@ from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import OverlaySection, Section, distinct
 from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.argument_types import check_types, fits
-from diffsight.pipelines.attention.attention_product import AttentionProduct
+from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
 from diffsight.pipelines.diffusion.attention import Attention, find_attentions, follow_products
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun

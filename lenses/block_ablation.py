@@ -79,7 +79,7 @@ def block_ablation(
         The metric by prompt, site and window. The effect is its difference from the image without ablation.
 
     Raises:
-        InputError: An argument is invalid; the model does not come to a site; or a module cannot be skipped, because it
+        InputError: An argument is invalid; the model does not reach a site; or a module cannot be skipped, because it
             returns something of another shape than it is given.
         PointNotFoundError: A pattern matches nothing.
     """
@@ -96,7 +96,7 @@ def block_ablation(
     points = find_sites(model, sites)
     wrong = next((site.point for site in points if site.value != "output"), None)
     if wrong is not None:
-        raise InputError(f"a module is left out by its path, not by that of a value in it: {wrong}")
+        raise InputError(f"to leave out a module, pass its path, not the path of one of its values: {wrong}")
     check_windows(steps)
     values, targets, passes = [], [], 0
     for number, prompt in enumerate(texts):

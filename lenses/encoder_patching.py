@@ -33,7 +33,7 @@ from diffsight.lenses.encoders.columns import Column, WordOrTokens, find_columns
 from diffsight.lenses.encoders.drawing import Drawing, calls_in, rows_of_call, with_state
 from diffsight.lenses.encoders.isolating import isolated
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
-from diffsight.lenses.layers import EMBEDDING, Layer, Layers, in_model_order, layer_file, layer_title
+from diffsight.lenses.layers import EMBEDDING, Layer, Layers, in_model_order, layer_file, layer_place, layer_title
 from diffsight.lenses.linear_map import LinearMap
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
@@ -391,13 +391,11 @@ def _put(reading: EncoderRecord, run: DiffusionRun, cells: Sequence[_PatchedWord
     for number, call in calls_in(run, reading, len(cells)):
         rows = [(place, cell) for place, row, cell in rows_of_call(call, cells) if torch.equal(call.ids[row], ids)]
         for layer in in_model_order({cell.layer for _, cell in rows if cell.state is not None}):
-            point = part.layers[0 if layer == EMBEDDING else layer].calls[number]
-            value = point.input if layer == EMBEDDING else point.output
+            index, kind = layer_place(layer)
+            point = part.layers[index].calls[number]
+            value = getattr(point, kind)
             state = hidden_in(value).clone()
             for place, cell in rows:
                 if cell.state is not None and cell.layer == layer:
                     state[place, cell.tokens.start : cell.tokens.stop] = cell.state.to(state)
-            if layer == EMBEDDING:
-                point.input = state
-            else:
-                point.output = with_state(value, state)
+            setattr(point, kind, state if kind == "input" else with_state(value, state))

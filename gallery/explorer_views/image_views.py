@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from diffsight.gallery.explorer_views.workbench import Workbench, archive_of, code_of, reporting
+from diffsight.gallery.explorer_views.shared_models import Workbench, archive_of, code_of, reporting
 from diffsight.lenses import attention_maps, diffusion_lens, encoder_patching, trajectory_lens
 from diffsight.pipelines.diffusion.model import DiffusionModel
 

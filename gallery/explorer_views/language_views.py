@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from diffsight.gallery.explorer_views.workbench import Workbench, archive_of, code_of, reporting
+from diffsight.gallery.explorer_views.shared_models import Workbench, archive_of, code_of, reporting
 from diffsight.lenses import logit_lens, steer
 from diffsight.lenses.results.token_plots import visible
 from diffsight.pipelines.language.model import LanguageModel

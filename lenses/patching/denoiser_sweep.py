@@ -107,7 +107,7 @@ class DenoiserRows:
         """Run all prompts without a change, and find out in which order the model comes to points.
 
         Raises:
-            InputError: The model does not come to one of the points.
+            InputError: The model does not reach one of the points.
         """
         log, denoisers = _Log(), []
         with progress_bar(self._model.pipeline, disable=True), self._open(self._prompts) as run:
@@ -232,7 +232,7 @@ class _Log:
         self._calls: dict[int | None, list[tuple[str, int]]] = {}
 
     def see(self, point: str, value: Any) -> None:
-        """Note that the model comes to a point."""
+        """Note that the model reaches a point."""
         number = self._seen.get((self.step, point), 0)
         self._seen[self.step, point] = number + 1
         self._calls.setdefault(self.step, []).append((point, number))

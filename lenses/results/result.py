@@ -24,7 +24,7 @@ from diffsight.lenses.results.calls import Call
 from diffsight.lenses.results.page import framed, page_of
 from diffsight.lenses.results.saving import HTML, check_file, expanded, names_a_file, save_files, write_record
 from diffsight.lenses.results.sections import ImageSection, Section
-from diffsight.lenses.results.settings import subject_of
+from diffsight.lenses.results.shown_settings import subject_of
 from diffsight.lenses.results.terminal import lines_of, text_of
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.pipelines.attention.attention_modules import count_heads
-from diffsight.pipelines.attention.attention_product import AttentionProduct
+from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
 from diffsight.pipelines.attention.heads_layout import HeadsLayout
 from diffsight.pipelines.attention.passing_values import WithValueOf, is_unchanged, state_of
 from diffsight.pipelines.attention.watched_modules import VALUES, Watched, let_through

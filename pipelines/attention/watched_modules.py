@@ -1,4 +1,4 @@
-"""The attention modules that a run asks for values of, and the products that they make in a call.
+"""The attention modules whose values a run has asked for, and the products that each computes in a call.
 
 The values of a product pass in this order: `q`, `k`, `v`, `attention_product`, `attention_probs`, `heads_output`. What
 nobody waits for is not computed.

@@ -22,7 +22,7 @@ from torch import nn
 from diffsight.errors import InputError, UnknownKeyError, suggest
 from diffsight.extending import Model, Run, flow_of, join, model_of, owner_of
 from diffsight.pipelines.attention.attention_modules import attentions_in, count_heads
-from diffsight.pipelines.attention.attention_product import AttentionProduct
+from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
 from diffsight.pipelines.diffusion.attention_search import ImageSearch, as_range, text_keys
 from diffsight.pipelines.diffusion.attention_tracing import AttentionTracer, Key, Trace
 from diffsight.pipelines.diffusion.batch_layouts import COND

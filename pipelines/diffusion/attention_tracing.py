@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from diffsight.errors import InputError
 from diffsight.extending import Model, Run, flow_of, owner_of
 from diffsight.pipelines.attention.attention_modules import is_named_attention
-from diffsight.pipelines.attention.attention_product import AttentionProduct
+from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
 from diffsight.pipelines.attention.eager_attention import EagerAttention
 from diffsight.pipelines.attention.product_dispatch import WATCHED
 from diffsight.pipelines.attention.sdpa_attention import SCALED_DOT_PRODUCT, FusedCall

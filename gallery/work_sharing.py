@@ -1,4 +1,4 @@
-"""The processes that share the work of a study: one, or all that `accelerate launch` or `torchrun` has started.
+"""Processes that share a sweep or a study: this one alone, or all that `accelerate launch` or `torchrun` has started.
 
 processes = Processes()
 for item in processes.share(missing):       # every process gets its own part
@@ -38,11 +38,11 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that does what is done once."""
+        """Whether this process does the work that must be done only once."""
         return self.number == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return this process's part of what there is to do, which must be the same list in all processes.
+        """Return this process's share of the items. All processes must pass the same list.
 
         Nothing begins before all processes have their list."""
         self.wait()
