@@ -3,7 +3,8 @@
 import ast
 import inspect
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,8 +37,13 @@ def decodes_last(pipeline: Any) -> bool:
     video in parts do."""
     if isinstance(pipeline, ModularPipeline):  # its loops are those of its blocks
         return False
+    return _decodes_outside_loops(inspect.unwrap(type(pipeline).__call__))
+
+
+@cache
+def _decodes_outside_loops(function: Callable) -> bool:
     try:
-        code = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(pipeline).__call__))))
+        code = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, SyntaxError, TypeError):  # the source is not available
         return False
     loops = (node for node in ast.walk(code) if isinstance(node, (ast.For, ast.While)))
