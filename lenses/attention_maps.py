@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 
 from diffsight.errors import InputError, suggest
 from diffsight.lenses.attention.concepts import Concepts
+from diffsight.lenses.attention.given_image import GivenImage
 from diffsight.lenses.attention.map_sums import MapSums
 from diffsight.lenses.attention.word_keys import WordKeys
 from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, choose_steps
@@ -108,23 +109,23 @@ class AttentionMaps(LensResult):
     def plot(self, word: str | None = None) -> Figure:
         """Return the maps as a matplotlib figure: of all words, or of one word by step, layer or head."""
         if word is None:
-            rows = {"": dict(zip(self.words, self.maps))}
+            heats, titles = list(self.maps), list(self.words)
         elif not self.parts:
             raise InputError(f'nothing was kept apart: write attention_maps(..., keep="steps"), one of {_KEPT}')
         else:
-            rows = {"": {name: maps[self._index(word)] for name, maps in self.parts.items()}}
-        heats = list(rows[""].items())
+            heats = [maps[self._index(word)] for maps in self.parts.values()]
+            titles = _titles(list(self.parts)) if self.kept == "layers" else list(self.parts)
         columns = min(len(heats), 8)
         lines = -(-len(heats) // columns)
-        figure = Plot(figsize=(1.3 * columns + 0.2, 1.5 * lines + 0.5), layout="constrained")
+        figure = Plot(figsize=(1.3 * columns + 0.2, 1.6 * lines + 0.5), layout="constrained")
         set_heading(figure, self.prompt if word is None else f"{word}: {self.prompt}")
-        most = max(float(heat.max()) for _, heat in heats)
-        for number, axes in enumerate(figure.subplots(lines, columns, squeeze=False).flat):
+        most = max(float(heat.max()) for heat in heats)
+        panels = figure.subplots(lines, columns, squeeze=False).flatten()
+        for axes in panels:
             axes.set_axis_off()
-            if number < len(heats):
-                name, heat = heats[number]
-                axes.imshow((heat if heat.ndim == 2 else heat.mean(0)).numpy(), cmap="inferno", vmin=0, vmax=most)
-                axes.set_title(name if len(name) < 24 else f"…{name[-23:]}", fontsize=7)
+        for axes, heat, title in zip(panels, heats, titles):
+            axes.imshow((heat if heat.ndim == 2 else heat.mean(0)).numpy(), cmap="inferno", vmin=0, vmax=most)
+            axes.set_title(title, fontsize=7)
         return figure
 
     def mask(self, word: str, threshold: float = 0.5, frame: int | None = None) -> np.ndarray:
@@ -206,6 +207,7 @@ def attention_maps(
     steps: Steps = None,
     keep: str | None = None,
     encoder: str | None = None,
+    image: Any = None,
     seed: int = 0,
     **arguments: Any,
 ) -> AttentionMaps:
@@ -214,6 +216,7 @@ def attention_maps(
         attention_maps(model, "a red circle above a blue square")
         attention_maps(model, "a red circle above a blue square", words=["red circle"], keep="steps")
         attention_maps(flux, "a cat on a mat", words=["animal", "floor"], method="concept")
+        attention_maps(model, "a red circle", image=Image.open("scene.png"), steps=12)      # of a given image
 
     Sums are kept, not maps: memory depends on neither the number of steps nor that of layers.
 
@@ -230,17 +233,22 @@ def attention_maps(
         steps: Which denoising steps: an integer, a slice, or a list of them. Default: all.
         keep: Keep the maps of "steps", "layers" or "heads" apart too.
         encoder: The text encoder whose tokens count. Default: those of all.
-        seed: The seed of the image.
+        image: Look at this image instead of drawing one: a PIL image in mode RGB, or a float tensor (3, height, width)
+            from 0 to 1. At every step the denoiser is shown the image with the noise of this step, so `steps` chooses
+            how noisy it is. A pipeline that takes an image itself gets it as its own argument.
+        seed: The seed of the image, or of the noise that is added to it.
         arguments: Arguments of the pipeline.
 
     Returns:
         The maps and the image.
 
     Raises:
-        InputError: Before an image is drawn: a word is not in the prompt, a layer or head does not exist, or the
-            pipeline has no attention between image and text.
+        InputError: Before an image is drawn: a word is not in the prompt, a layer or head does not exist, the
+            pipeline has no attention between image and text, or it cannot be shown the image.
     """
     check_diffusion_model("attention_maps", model)
+    if image is not None and "image" in model.argument_names:
+        arguments, image = {**arguments, "image": image}, None
     check_options(attention_maps, model, arguments)
     check_types(attention_maps, words=words, heads=heads, encoder=encoder)
     _check("attention_maps", model, prompt, steps, seed, keep, arguments)
@@ -248,10 +256,12 @@ def attention_maps(
         raise InputError("words: there are none. Write some, or omit them for all words of the prompt")
     if method not in _METHODS:
         raise InputError(f"method: there is no {method!r}{suggest(str(method), _METHODS)}, only 'cross' and 'concept'")
+    given = None if image is None else GivenImage(model, image, seed, arguments)
+    arguments = arguments if given is None else given.arguments
     found = find_attentions(model, prompt, **arguments)
     chosen = _chosen(found.of_kind("cross", "joint"), layers, "attention between image and text", model)
     picked = _picked_heads(chosen, heads)
-    reading = _Reading(steps, keep, chosen)
+    reading = _Reading(steps, keep, chosen, given)
     if method == "concept":
         concepts = Concepts(model, prompt, words, encoder, found.of_kind("joint"), arguments)
         run = _run_concepts(model, concepts, reading, picked, seed)
@@ -321,7 +331,7 @@ def attention_from(
         ((_, probs),) = product.blocks(keys, range(place, place + 1), picked)
         return probs[0]  # (heads, 1, keys)
 
-    reading = _Reading(steps, keep, chosen)
+    reading = _Reading(steps, keep, chosen, None)
     run = _run_prompt(model, prompt, reading, read, seed, arguments)
     name = f"from ({position[0]:g}, {position[1]:g})"
     return _result(run, reading, (name,), prompt, seed, model, arguments, "from")
@@ -344,10 +354,10 @@ class _Wanted:
 
 
 class _Reading:
-    """What is read in a run: in which steps and modules, and the sums of it."""
+    """What is read in a run: of which image, in which steps and modules, and the sums of it."""
 
-    def __init__(self, steps: Steps, keep: str | None, chosen: Sequence[Attention]) -> None:
-        self.keep, self.chosen, self.sums = keep, chosen, MapSums()
+    def __init__(self, steps: Steps, keep: str | None, chosen: Sequence[Attention], given: GivenImage | None) -> None:
+        self.keep, self.chosen, self.given, self.sums = keep, chosen, given, MapSums()
         self._asked = steps
         self._steps: tuple[int, ...] = ()
 
@@ -355,6 +365,17 @@ class _Reading:
         """Return whether a step of a run is read. How many steps there are is known by then."""
         self._steps = self._steps or choose_steps(self._asked, len(run.scheduler.timesteps))
         return step in self._steps
+
+    def show(self, run: DiffusionRun) -> None:
+        """Show the given image, if there is one, in a run that has not begun."""
+        if self.given is not None:
+            self.given.follow(run, self.chosen[0].name.partition(".")[0])
+
+    def stop_after(self, run: DiffusionRun, step: int) -> None:
+        """End a run of a given image after the last step that is read, because what is drawn of it means nothing."""
+        if self.given is not None and self.is_in(run, step) and step == self._steps[-1]:
+            run.scheduler.step.input  # all calls of the denoiser have been made
+            run.stop()
 
     def add(self, step: int, attention: Attention, values: torch.Tensor) -> None:
         """Add what was read of a product, (heads, words, positions of the image)."""
@@ -381,7 +402,10 @@ def _run_prompt(
             reading.add(step, attention, read(attention, product))
 
     with torch.no_grad(), model.generate(prompt=prompt, seed=seed, **arguments) as run:
+        reading.show(run)
         follow_products(run, reading.chosen, add)
+        for step in run.steps if reading.given is not None else ():
+            reading.stop_after(run, step.index)
     return run
 
 
@@ -391,6 +415,7 @@ def _run_concepts(
     """Draw the prompt, and add the products of the outputs of image and words."""
     chosen = {attention.name for attention in reading.chosen}
     with torch.no_grad(), model.generate(**concepts.arguments, seed=[seed, seed]) as run:
+        reading.show(run)
         for step in run.steps:
 
             def is_read(attention: Attention, index: int = step.index) -> bool:
@@ -402,6 +427,7 @@ def _run_concepts(
                 reading.add(index, attention, values.softmax(1) if len(concepts.names) > 1 else values)
 
             concepts.read(run, is_read, add)
+            reading.stop_after(run, step.index)
     return run
 
 
@@ -415,7 +441,7 @@ def _result(
     arguments: Mapping[str, Any],
     method: str,
 ) -> AttentionMaps:
-    output, sums, keep = (run.frames if "frames" in run.result else run.images)[0], reading.sums, reading.keep
+    sums, keep, output = reading.sums, reading.keep, _drawn(run) if reading.given is None else reading.given.image
     lowest = -torch.inf if method == "concept" else 0.0  # enlarging may give probabilities below 0
     return AttentionMaps(
         maps=sums.mean().clamp_min(lowest),
@@ -431,6 +457,19 @@ def _result(
         kept=keep,
         parts={group: sums.mean(group).clamp_min(lowest) for group in sums.groups} if keep else {},
     )
+
+
+def _drawn(run: DiffusionRun) -> Any:
+    """Return the image that a run has drawn, or the frames of its video."""
+    return (run.frames if "frames" in run.result else run.images)[0]
+
+
+def _titles(paths: Sequence[str]) -> list[str]:
+    """Return the parts in which paths differ, a line each."""
+    split = [path.split(".") for path in paths]
+    first = next((i for i, parts in enumerate(zip(*split)) if len(set(parts)) > 1), len(split[0]))
+    last = next((i for i, parts in enumerate(zip(*(reversed(own) for own in split))) if len(set(parts)) > 1), 0)
+    return ["\n".join(own[first : len(own) - last] or own[-1:]) for own in split]
 
 
 # ---- what was chosen

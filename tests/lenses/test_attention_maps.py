@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from safetensors.torch import load_file
@@ -40,9 +41,15 @@ class Keeping(AttnProcessor):
             del attn.get_attention_scores
 
 
-@pytest.fixture
-def model(sd):
-    return DiffusionModel(sd)
+@pytest.fixture(scope="module")
+def model():
+    """A pipeline that no test changes, so that its attentions are looked for once. `sd` has the same weights."""
+    return DiffusionModel(text_encoders.built("stable_diffusion"))
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return DiffusionModel(text_encoders.built("flux"))
 
 
 def kept_by_processors(pipe, of, **given):
@@ -113,10 +120,10 @@ class Joint(TorchFunctionMode):
         return output
 
 
-def test_maps_in_joint_attention():
-    pipe = diffusion.flux()
+def test_maps_in_joint_attention(flux):
+    pipe = flux.pipeline
     inputs = {"height": 32, "width": 32, "max_sequence_length": 16, **SHORT}
-    result = attention_maps(DiffusionModel(pipe), PROMPT, ["circle", "square"], seed=3, **inputs)
+    result = attention_maps(flux, PROMPT, ["circle", "square"], seed=3, **inputs)
     with Joint() as joint:
         pipe(PROMPT, generator=torch.Generator().manual_seed(3), **inputs)
     probs = torch.stack(joint.kept).mean(0)
@@ -135,18 +142,16 @@ def test_where_a_place_looks(model, sd):
     assert torch.allclose(result.maps, torch.stack(maps).mean(0).clamp_min(0), atol=1e-5)
 
 
-def test_concepts():
+def test_concepts(flux):
     """The image is that of the prompt, whatever the words; and the words see the image."""
-    pipe = diffusion.flux()
     inputs = {"height": 32, "width": 32, "max_sequence_length": 16, **SHORT}
-    model = DiffusionModel(pipe)
     given = {"method": "concept", "seed": 3, **inputs}
-    result = attention_maps(model, PROMPT, ["photo", "green"], **given)
-    plain = model.generate(PROMPT, seed=3, **inputs).images[0]
+    result = attention_maps(flux, PROMPT, ["photo", "green"], **given)
+    plain = flux.generate(PROMPT, seed=3, **inputs).images[0]
     assert np.abs(np.asarray(plain, float) - np.asarray(result.image, float)).max() <= 2
     assert result.maps.shape == (2, 8, 8)
     assert torch.allclose(result.maps.sum(0), torch.ones(8, 8), atol=1e-5)
-    other = attention_maps(model, PROMPT, ["photo", "circle"], **given)
+    other = attention_maps(flux, PROMPT, ["photo", "circle"], **given)
     assert same_image(result.image, other.image)
     assert not torch.allclose(result.maps[0], other.maps[0], atol=1e-3)
 
@@ -154,6 +159,96 @@ def test_concepts():
 def test_concepts_need_joint_attention(model):
     with pytest.raises(InputError, match=r'needs joint attention.*StableDiffusionPipeline.*method="cross"'):
         attention_maps(model, PROMPT, ["cat"], method="concept", **SHORT)
+
+
+def latents_of(pipe):
+    """Return the latents of the image by hand, and noise."""
+    pixels = torch.from_numpy(np.array(diffusion.IMAGE)).permute(2, 0, 1)[None] / 127.5 - 1
+    latents = pipe.vae.encode(pixels).latent_dist.mode() - (pipe.vae.config.shift_factor or 0)
+    return latents * pipe.vae.config.scaling_factor
+
+
+def noise_for(latents):
+    return torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+@torch.no_grad()
+def test_a_given_image(sd, scheduler):
+    sd.scheduler = scheduler.from_config(sd.scheduler.config)
+    call = {"num_inference_steps": 4, "guidance_scale": 5.0}
+    result = attention_maps(DiffusionModel(sd), PROMPT, "circle", image=diffusion.IMAGE, steps=[0, 2], seed=3, **call)
+    kept, latents = [], latents_of(sd)
+    for name, module in sd.unet.named_modules():
+        if name.endswith("attn2"):
+            module.set_processor(Keeping(kept))
+    sd.scheduler.set_timesteps(4)
+    text = sd.encode_prompt(PROMPT, "cpu", 1, False)[0]
+    for time in sd.scheduler.timesteps[[0, 2]]:
+        noised = sd.scheduler.add_noise(latents, noise_for(latents), time[None])
+        sd.unet(sd.scheduler.scale_model_input(noised, time), time, text)
+        sd.scheduler._step_index = None  # the scheduler counts the calls
+    maps = [enlarged(probs[..., 3].mean(0)[None]) for probs in kept]
+    assert len(maps) == 8
+    assert torch.allclose(result.maps, torch.stack(maps).mean(0).clamp_min(0), atol=1e-5)
+    assert result.image is diffusion.IMAGE
+
+
+@pytest.mark.parametrize("method", ["cross", "concept"])
+@torch.no_grad()
+def test_a_given_image_in_joint_attention(flux, method):
+    """The oracle replaces what goes into the transformer in a plain call of the pipeline."""
+    pipe = flux.pipeline
+    inputs = {"height": 32, "width": 32, "max_sequence_length": 16, "num_inference_steps": 4}
+    given = {"method": method, "seed": 3, **inputs}
+    result = attention_maps(flux, PROMPT, ["circle", "red"], image=diffusion.IMAGE, steps=2, **given)
+    latents = latents_of(pipe)
+    packed = pipe._pack_latents(latents, *latents.shape)
+    noise = noise_for(packed)
+
+    def show(module, args, kwargs):
+        sigma = kwargs["timestep"][0]
+        kwargs["hidden_states"] = ((1 - sigma) * packed + sigma * noise).expand_as(kwargs["hidden_states"])
+        return args, kwargs
+
+    hook = pipe.transformer.register_forward_pre_hook(show, with_kwargs=True)
+    if method == "concept":  # the same lens, on a pipeline in which a hook shows the image
+        expected = attention_maps(flux, PROMPT, ["circle", "red"], steps=2, **given).maps
+    else:
+        with Joint() as joint:
+            pipe(PROMPT, generator=torch.Generator().manual_seed(3), **inputs)
+        probs = torch.stack(joint.kept[8:12]).mean(0)
+        expected = probs[16:, [2, 1]].T.unflatten(-1, (8, 8))
+    hook.remove()
+    assert torch.allclose(result.maps, expected, atol=1e-5)
+
+
+def test_a_pipeline_that_takes_an_image_gets_it():
+    small = diffusion.PIPELINES["img2img"]
+    inputs = {name: value for name, value in small.inputs().items() if name != "output_type"}
+    result = attention_maps(DiffusionModel(small.build()), words="circle", seed=3, **inputs)
+    drawn = small.build()(**inputs, generator=torch.Generator().manual_seed(3)).images[0]
+    assert same_image(result.image, drawn)
+
+
+NO_IMAGES = [
+    ({"image": "scene.png"}, "the image must be a PIL image or a tensor, not str"),
+    ({"image": diffusion.IMAGE.convert("L")}, "has the mode L"),
+    ({"image": diffusion.IMAGE.resize((33, 32))}, "has 33 x 32 pixels"),
+    ({"image": diffusion.IMAGE, "height": 64}, "height=64 is not that of the image, 32"),
+]
+
+
+@pytest.mark.parametrize("given, words", NO_IMAGES)
+def test_images_that_cannot_be_shown(model, given, words):
+    with pytest.raises(InputError, match=words):
+        attention_maps(model, PROMPT, **SHORT, **given)
+
+
+def test_a_pipeline_without_an_autoencoder_cannot_be_shown_an_image():
+    inputs = diffusion.PIPELINES["deepfloyd_if"].inputs() | {"output_type": "pil"}
+    with pytest.raises(InputError, match="IFPipeline has no autoencoder for images"):
+        attention_maps(DiffusionModel(diffusion.deepfloyd_if()), image=diffusion.IMAGE, **inputs)
 
 
 def test_videos():
