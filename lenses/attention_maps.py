@@ -36,6 +36,7 @@ from diffsight.lenses.attention.concepts import Concepts
 from diffsight.lenses.attention.map_sums import MapSums
 from diffsight.lenses.attention.word_keys import WordKeys
 from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, choose_steps
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.checks import check_call, check_diffusion_model
 from diffsight.lenses.layers import Layers, choose_layers
 from diffsight.lenses.options import check_options
@@ -193,6 +194,7 @@ class AttentionMaps(LensResult):
         }
 
 
+@takes_inverted
 @repeatable
 @where_the_model_is
 def attention_maps(
@@ -231,6 +233,8 @@ def attention_maps(
         keep: Keep the maps of "steps", "layers" or "heads" apart too.
         encoder: The text encoder whose tokens count. Default: those of all.
         seed: The seed of the image.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:
@@ -266,6 +270,7 @@ def attention_maps(
     return _result(run, reading, named.names, prompt, seed, model, arguments, method)
 
 
+@takes_inverted
 @repeatable
 @where_the_model_is
 def attention_from(
@@ -294,6 +299,8 @@ def attention_from(
         steps: Which denoising steps. Default: all.
         keep: Keep the maps of "steps", "layers" or "heads" apart too.
         seed: The seed of the image.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.block_exits import block_names, exit_outputs
 from diffsight.lenses.denoising.call_checks import Steps, check_one_image, check_steps_ahead, choose_steps
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.denoising.latent_drawing import CallRecorder, check_drawn, draw_latents
 from diffsight.lenses.denoising.scheduler_calls import SchedulerCall, prediction_type
 from diffsight.lenses.results.calls import repeatable
@@ -132,6 +133,7 @@ class TrajectoryLensResult(LensResult):
         }
 
 
+@takes_inverted
 @repeatable
 @where_the_model_is
 def trajectory_lens(
@@ -172,6 +174,8 @@ def trajectory_lens(
         batch_size: The number of latents to draw in a call. Default: all.
         seed: The seed.
         progress: Whether to show a progress bar.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:
