@@ -28,6 +28,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.denoising.step_windows import Windows
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.outcome import Metric, Outcome
@@ -45,6 +46,7 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
 
+@takes_inverted
 @repeatable
 def activation_patching(
     model: LanguageModel | DiffusionModel,
@@ -102,6 +104,8 @@ def activation_patching(
         max_rows: The largest number of rows in the sweep over a pair. A larger sweep is refused before it starts.
         seed: The seed of every image of a pipeline. Default: 0.
         progress: Whether to show a progress bar.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Further inputs of the model, for both prompts, or arguments of the pipeline.
 
     Returns:

@@ -37,6 +37,7 @@ from diffsight.lenses.attention.given_image import GivenImage
 from diffsight.lenses.attention.map_sums import MapSums
 from diffsight.lenses.attention.word_keys import WordKeys
 from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, choose_steps
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.checks import check_call, check_diffusion_model
 from diffsight.lenses.layers import Layers, choose_layers
 from diffsight.lenses.options import check_options
@@ -194,6 +195,7 @@ class AttentionMaps(LensResult):
         }
 
 
+@takes_inverted
 @repeatable
 @where_the_model_is
 def attention_maps(
@@ -237,6 +239,8 @@ def attention_maps(
             from 0 to 1. At every step the denoiser is shown the image with the noise of this step, so `steps` chooses
             how noisy it is. A pipeline that takes an image itself gets it as its own argument.
         seed: The seed of the image, or of the noise that is added to it.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:
@@ -276,6 +280,7 @@ def attention_maps(
     return _result(run, reading, named.names, prompt, seed, model, arguments, method)
 
 
+@takes_inverted
 @repeatable
 @where_the_model_is
 def attention_from(
@@ -304,6 +309,8 @@ def attention_from(
         steps: Which denoising steps. Default: all.
         keep: Keep the maps of "steps", "layers" or "heads" apart too.
         seed: The seed of the image.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:

@@ -17,6 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.denoising.step_windows import Windows, check_windows
 from diffsight.lenses.encoders.checks import check_call
 from diffsight.lenses.metrics.image_metrics import pixel_distance
@@ -35,6 +36,7 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 MODES = ("skip", "zero", "mean")
 
 
+@takes_inverted
 @repeatable
 def block_ablation(
     model: DiffusionModel,
@@ -73,6 +75,8 @@ def block_ablation(
         max_rows: The largest number of rows in the sweep over a prompt. A larger sweep is refused.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from diffsight.errors import InputError
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.checks import check_call, check_used, check_whole
 from diffsight.lenses.encoders.drawing import Drawing
 from diffsight.lenses.encoders.exits import Exits
@@ -125,6 +126,7 @@ class DiffusionLensResult(LensResult):
         }
 
 
+@takes_inverted
 @repeatable
 @where_the_model_is
 def diffusion_lens(
@@ -169,6 +171,8 @@ def diffusion_lens(
         batch_size: The number of rows in a call. Default: all.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline. With guidance, the negative prompt goes through all layers.
 
     Returns:

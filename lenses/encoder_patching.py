@@ -28,6 +28,7 @@ import torch
 from PIL import Image
 
 from diffsight.errors import InputError
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.checks import check_call, check_diffusion_model, check_prompt, check_used, check_whole
 from diffsight.lenses.encoders.columns import Column, WordOrTokens, find_columns
 from diffsight.lenses.encoders.drawing import Drawing, calls_in, rows_of_call, with_state
@@ -165,6 +166,7 @@ class EncoderPatchingResult(LensResult):
         return record
 
 
+@takes_inverted
 @repeatable
 @where_the_model_is
 def encoder_patching(
@@ -222,6 +224,8 @@ def encoder_patching(
         batch_size: The number of rows in a call. Default: all.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline, and of the source's pipeline as far as it accepts them.
 
     Returns:

@@ -26,7 +26,9 @@ from torch.nn import functional as F
 from diffsight.errors import InputError
 from diffsight.lenses.attention.token_mapping import TokenMapping, map_tokens
 from diffsight.lenses.attention.word_keys import WordKeys
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.checks import check_call, check_diffusion_model, check_prompt
+from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
@@ -97,6 +99,7 @@ class PromptToPromptResult(LensResult):
         }
 
 
+@takes_inverted
 @repeatable
 @where_the_model_is
 def prompt_to_prompt(
@@ -125,6 +128,8 @@ def prompt_to_prompt(
         reweight: Factors of words of `target`: attention to them is multiplied in all steps.
         local: Change the image only where one of these words of `source` or `target` is attended to.
         seed: The seed of both images.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:
@@ -145,7 +150,7 @@ def prompt_to_prompt(
     model.check(prompt=[source, target], seed=[seed, seed], **arguments)
     edit = _Edit(model, source, target, reweight or {}, [local] if isinstance(local, str) else local or [], arguments)
     total = _steps(model, arguments)
-    given = {**arguments, "prompt": [source, target], "seed": [seed, seed]}
+    given = {**for_each_row(arguments, 2), "prompt": [source, target], "seed": [seed, seed]}
     with torch.no_grad(), model.generate(**given) as run:
         for step in run.steps:
             edit.apply(run, step.index < cross_steps * total, step.index < self_steps * total)
