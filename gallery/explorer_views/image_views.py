@@ -7,7 +7,14 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from diffsight.gallery.explorer_views.workbench import Workbench, archive_of, code_of, reporting
+from diffsight.gallery.explorer_views.workbench import (
+    Workbench,
+    archive_of,
+    code_of,
+    job_of,
+    reporting,
+    whole_numbers,
+)
 from diffsight.lenses import attention_maps, diffusion_lens, encoder_patching, trajectory_lens
 from diffsight.pipelines.diffusion.model import DiffusionModel
 
@@ -134,13 +141,14 @@ def _add_view(bench: Workbench, view: ImageView, shared: list[Any]) -> None:
         progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008
         prompt: str = "",
         name: str = "",
-        seed: int = 0,
-        steps: int = 1,
+        seed: int | None = None,
+        steps: int | None = None,
         *others: str,
     ) -> Any:
+        seed, steps = whole_numbers(Seed=seed, Steps=steps)
         model = bench.model(name)
-        with bench.work(request.session_hash or "", model):
-            made = view.make(model, prompt, {"seed": int(seed), "num_inference_steps": int(steps)}, *others)
+        with bench.work(job_of(request, view.title), model):
+            made = view.make(model, prompt, {"seed": seed, "num_inference_steps": steps}, *others)
         names = list(view.names(made))
         if view.has_words:
             chooser = gr.Radio(names, value=names[0])
@@ -156,6 +164,9 @@ def _add_view(bench: Workbench, view: ImageView, shared: list[Any]) -> None:
         place = min(int(place), len(names) - 1)
         return view.pictures(made, place), gr.skip() if view.has_words else gr.Slider(label=names[place])
 
+    def halt(request: gr.Request) -> None:
+        bench.stop(job_of(request, view.title))
+
     event = draw.click(run, [*shared, *asked], [result, chosen, pictures, code, save], **_FULL)
-    stop.click(bench.stop, cancels=[event], queue=False)
+    stop.click(halt, cancels=[event], queue=False)
     chosen.input(show, [result, chosen], [pictures, chosen], show_progress="hidden")
