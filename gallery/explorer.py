@@ -49,8 +49,17 @@ def explore(
     """
     _check_free(host, port)
     app = build_app(model, language_model)
+    app.launch(
+        server_name=host,
+        server_port=port,
+        theme=_theme(),
+        share=False,
+        quiet=True,
+        footer_links=[],
+        prevent_thread_lock=True,
+    )
     print(f"http://{host}:{port}", flush=True)
-    app.launch(server_name=host, server_port=port, theme=_theme(), share=False, quiet=True, footer_links=[])
+    app.block_thread()
 
 
 def build_app(model: str | None = None, language_model: str = LANGUAGE_MODEL) -> Any:

@@ -7,6 +7,7 @@ import json
 import time
 import zipfile
 from contextlib import contextmanager
+from urllib.request import urlopen
 
 import pytest
 
@@ -231,6 +232,20 @@ def test_an_empty_number_is_told(page, label):
     fill(page, **{label: ""})
     press(page, "Draw")
     page.get_by_text(f"{label} is empty").first.wait_for()
+
+
+def test_the_command_names_the_address_once_it_answers(address, saved_models, monkeypatch, capsys):
+    import gradio
+
+    def look(app):
+        answers.append(urlopen(capsys.readouterr().out.strip()).status)
+        app.close()
+
+    answers = []
+    monkeypatch.setattr(gradio.Blocks, "block_thread", look)
+    port = int(address.rstrip("/").rpartition(":")[2]) + 1
+    assert main(["explore", "--model", str(saved_models / "pipeline"), "--port", str(port)]) == 0
+    assert answers == [200]
 
 
 def test_a_port_in_use(address, capsys):
