@@ -110,7 +110,7 @@ def add_image_views(bench: Workbench) -> None:
     """Add the views to the app, with what they all ask for above them."""
     with gr.Row():
         prompt = gr.Textbox(PROMPT, label="Prompt", scale=3, min_width=300)
-        model = gr.Dropdown(bench.names, value=bench.names[0], label="Model", scale=2)
+        model = gr.Dropdown(bench.names, value=bench.names[0], label="Model", scale=2, min_width=220)
         seed = gr.Number(0, label="Seed", precision=0, minimum=0)
         steps = gr.Number(10, label="Steps", precision=0, minimum=1)
     with gr.Tabs():
@@ -129,8 +129,10 @@ def _add_view(bench: Workbench, view: ImageView, shared: list[Any]) -> None:
     if view.has_words:
         chosen: Any = gr.Radio([], label="Word", type="index")
     else:
-        chosen = gr.Slider(0, 1, 0, step=1, label=view.title, interactive=True)
-    pictures = gr.Gallery(label="Images", columns=4, fit_columns=False, format="png")
+        chosen = gr.Slider(0, 1, 0, step=1, label=view.title, interactive=True, elem_classes="places")
+    pictures = gr.Gallery(
+        label="Images", columns=4, fit_columns=False, format="png", height="auto", elem_classes="pictures"
+    )
     with gr.Accordion("As code", open=False):
         code = gr.Code(language="python", label="Copy as code", interactive=False)
     save = gr.DownloadButton("Save", interactive=False)

@@ -45,7 +45,7 @@ def add_language_views(bench: Workbench) -> None:
     """Add the views to the app, with what they all ask for above them."""
     with gr.Row():
         prompt = gr.Textbox(PROMPT, label="Prompt", scale=3, min_width=300)
-        model = gr.Dropdown(bench.names, value=bench.names[0], label="Model", scale=2)
+        model = gr.Dropdown(bench.names, value=bench.names[0], label="Model", scale=2, min_width=220)
     with gr.Tabs():
         with gr.Tab("Logit lens"):
             _add_logit_lens(bench, prompt, model)

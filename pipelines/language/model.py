@@ -146,12 +146,6 @@ class LanguageRun(GenerationRun):
             return logits.float().softmax(-1)
 
     @property
-    def _has_passed(self) -> bool:
-        """Whether the run is one forward pass, which the model has finished."""
-        flow = flow_of(self._pass)
-        return flow.has_result and not flow.is_scan and self._pass._generated is None
-
-    @property
     def text(self) -> str | list[str]:
         """The generated text without the prompt, a list for several sequences. Runs the model to its end."""
         self._check_one_pass("text")

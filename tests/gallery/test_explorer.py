@@ -4,6 +4,7 @@ Needs the extras `app` and `browser`.
 """
 
 import json
+import socket
 import time
 import zipfile
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ def opened():
 @pytest.fixture(scope="module")
 def address(browser, saved_models, opened):
     pytest.importorskip("gradio", reason="Gradio is not installed (the extra `app`)")
-    from diffsight.gallery.explorer import build_app
+    from diffsight.gallery.explorer import build_app, start_app
     from diffsight.gallery.explorer_views import workbench
 
     def open_model(name):
@@ -39,8 +40,8 @@ def address(browser, saved_models, opened):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workbench, "open_model", open_model)
         app = build_app(str(saved_models / "pipeline"), str(saved_models / "language"))
-        _, address, _ = app.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, footer_links=[])
-        yield address
+        start_app(app, "127.0.0.1")
+        yield app.local_url
         app.close()
 
 
@@ -125,6 +126,7 @@ def test_layers(page, saved_models, tmp_path, capsys):
     assert page.locator(".caption-label").locator("visible=true").all_inner_texts() == ["layer 2"]
     page.set_viewport_size({"width": 390, "height": 800})
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert pictures(page).first.bounding_box()["width"] > 120
     page.get_by_role("slider").locator("visible=true").fill("0")
     page.get_by_text("embedding").locator("visible=true").first.wait_for()
     folder = saved(page, tmp_path)
@@ -243,7 +245,8 @@ def test_the_command_names_the_address_once_it_answers(address, saved_models, mo
 
     answers = []
     monkeypatch.setattr(gradio.Blocks, "block_thread", look)
-    port = int(address.rstrip("/").rpartition(":")[2]) + 1
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     assert main(["explore", "--model", str(saved_models / "pipeline"), "--port", str(port)]) == 0
     assert answers == [200]
 
