@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
 
 LANGUAGE_MODEL = "diffsight/smollm2"
 _STYLE = """
-.places input[type=number], .places .reset-button, .places .min_value, .places .max_value { display: none; }
+.places .tab-like-container, .places .min_value, .places .max_value { display: none; }
 @media (max-width: 40rem) {
   .pictures .grid-container { grid-template-columns: repeat(2, minmax(100px, 1fr)); }
 }

@@ -123,7 +123,7 @@ def _add_view(bench: Workbench, view: ImageView, shared: list[Any]) -> None:
     result = gr.State()
     gr.Markdown(view.question)
     with gr.Row():
-        asked = [gr.Textbox(example, label=label) for label, example in view.asks]
+        asked = [gr.Textbox(example, label=label, min_width=240) for label, example in view.asks]
     with gr.Row():
         draw, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop")
     if view.has_words:
