@@ -1,7 +1,7 @@
 """Attention maps: where in the image each word of the prompt is attended to.
 
     result = attention_maps(model, "a red circle above a blue square", words=["circle", "square"])
-    result.maps                             # (words, rows, columns)
+    result.maps, result["circle"]           # (words, rows, columns), (rows, columns)
     result.overlay("circle"), result.grid() # over the image
     result.mask("circle", 0.5)              # where it is attended to at least half as much as at its maximum
 
@@ -96,7 +96,7 @@ class AttentionMaps(LensResult):
 
     def overlay(self, word: str, frame: int | None = None) -> Image.Image:
         """Return the image under the map of a word. For a video, `frame` is one of its frames (default: the middle)."""
-        heat = self._map(word)
+        heat = self[word]
         if heat.ndim == 2:
             return overlay(self.image, heat)
         number = len(self.frames) // 2 if frame is None else range(len(self.frames))[frame]
@@ -140,19 +140,20 @@ class AttentionMaps(LensResult):
         """
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
             raise InputError(f"a threshold is a number between 0 and 1, not {threshold!r}")
-        heat = self._map(word)
+        heat = self[word]
         if heat.ndim == 3:
             number = len(self.frames) // 2 if frame is None else range(len(self.frames))[frame]
             heat = heat[number * len(heat) // len(self.frames)]
         return (at_size(heat, self.image.size[::-1]) >= threshold).numpy()
 
+    def __getitem__(self, word: str) -> torch.Tensor:
+        """Return the map of a word, (rows, columns), or (frames, rows, columns) for a video."""
+        return self.maps[self._index(word)]
+
     def _index(self, word: str) -> int:
         if word not in self.words:
             raise InputError(f"there is no map of {word!r}{suggest(str(word), self.words)}: {', '.join(self.words)}")
         return self.words.index(word)
-
-    def _map(self, word: str) -> torch.Tensor:
-        return self.maps[self._index(word)]
 
     def preview(self) -> Image.Image:
         return self.grid()

@@ -3,12 +3,16 @@
 result = logit_lens(model, "The Eiffel Tower is in the city of")
 print(result)                   # tables in a terminal
 result                          # in a notebook: the page
+result.show()                   # the page, in a web browser
 result.save("lens")             # the record as JSON, the page, and the other files
 result.save("lens.png")         # one image
 result.to_html("lens.html")     # the page alone
 """
 
 import io
+import sys
+import tempfile
+import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -104,6 +108,16 @@ class LensResult:
         path = expanded(path)
         check_file(path)
         return save_files(path.parent, {path.name: self._write_page})[0]
+
+    def show(self) -> None:
+        """Show the page: below the cell of a notebook, elsewhere in a web browser. Without one, print the result."""
+        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        if hasattr(shell, "kernel"):
+            from IPython.display import display
+
+            display(self)
+        elif not webbrowser.open(self.to_html(Path(tempfile.mkdtemp()) / PAGE).as_uri()):
+            print(self)
 
     def __str__(self) -> str:
         return text_of(self._heading(), self.record(), self.sections())
