@@ -31,9 +31,11 @@ from tqdm.auto import tqdm
 from diffsight.lenses.denoising.step_windows import Windows
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.outcome import Metric, Outcome
-from diffsight.lenses.patching.denoiser_patching import patch_denoiser
+from diffsight.lenses.patching.denoiser_pairs import DenoiserPairs
+from diffsight.lenses.patching.denoiser_patching import patch_pair
 from diffsight.lenses.patching.language_pairs import LanguagePairs
 from diffsight.lenses.patching.language_sweep import LanguageSweep
+from diffsight.lenses.patching.request import PatchingRequest
 from diffsight.lenses.patching.sweep_checks import check_omitted, check_rows
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.site_effects import SiteEffects
@@ -89,7 +91,8 @@ def activation_patching(
             tokens (-1 is the last), ranges of numbers, or pairs of these, one for each prompt. Default: "each" for
             "layers", "attentions" and "mlps", "all" for other sites. Of a pipeline: regions of the image, "left",
             "right", "top", "bottom" or boxes (left, top, right, bottom) in shares of width and height, or names to
-            boxes. Default: the whole image.
+            boxes; or, in text encoders and of "k" and "v" of attention to the text, words of the prompt as above.
+            Default: the whole value.
         steps: The denoising steps of a pipeline: "all" together, "each" by itself, or a list whose items are steps, or
             slices or ranges of steps that are patched together. Default: "all".
         layers: The layers of named sites. Default: all.
@@ -116,43 +119,18 @@ def activation_patching(
     """
     check_count("batch_size", batch_size)
     check_count("max_rows", max_rows)
-    if isinstance(model, DiffusionModel):
-        check_omitted("a language model", layers=layers, align=None if align == "each" else align)
-        return patch_denoiser(
-            activation_patching,
-            model,
-            clean,
-            corrupted,
-            metric,
-            sites=sites,
-            positions=positions,
-            steps=steps,
-            heads=heads,
-            branch=branch,
-            into=into,
-            batch_size=batch_size,
-            max_rows=max_rows,
-            seed=0 if seed is None else seed,
-            progress=progress,
-            arguments=arguments,
-        )
-    check_omitted("a pipeline", steps=steps, branch=branch, seed=seed)
-    pairs = LanguagePairs.of(
-        activation_patching,
-        model,
-        clean,
-        corrupted,
-        metric,
-        sites=sites,
-        positions=positions,
-        layers=layers,
-        heads=heads,
-        into=into,
-        align=align,
-        inputs=arguments,
+    request = PatchingRequest(
+        activation_patching, model, clean, corrupted, metric, sites, positions, heads, into, arguments
     )
+    if isinstance(model, DiffusionModel):
+        check_omitted("a language model", layers=layers)
+        chosen = DenoiserPairs.of(request, steps=steps, branch=branch, align=align, seed=0 if seed is None else seed)
+        found = [patch_pair(chosen, i, batch_size, max_rows, progress) for i in range(len(chosen.pairs))]
+        return chosen.effects([swept for swept, _ in found], sum(passes for _, passes in found))
+    check_omitted("a pipeline", steps=steps, branch=branch, seed=seed)
+    pairs = LanguagePairs.of(request, layers=layers, align=align)
     check_rows(pairs.rows, max_rows)
     with tqdm(total=pairs.rows * len(pairs.pairs), desc="patching", disable=not progress) as bar:
         sweep = LanguageSweep(pairs, batch_size, bar)
         swept = [sweep.run(number) for number in range(len(pairs.pairs))]
-    return pairs.effects("activation_patching", swept, sweep.passes)
+    return pairs.effects(swept, sweep.passes)
