@@ -5,9 +5,10 @@ pairs.sites, pairs.pairs[0].columns
 pairs.effects(swept, passes)                # the result
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -98,9 +99,22 @@ class LanguagePairs:
         """The paths of the points of the sites."""
         return list(dict.fromkeys(site.point for site in self.sites))
 
-    def effects(self, swept: Sequence[Swept], passes: int) -> SiteEffects:
-        """Return the result of a lens."""
-        inputs = self.request.arguments
+    def effects(
+        self,
+        swept: Sequence[Swept],
+        passes: int,
+        windows: Sequence[str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> SiteEffects:
+        """Return the result of a lens.
+
+        Args:
+            swept: What was measured for each pair.
+            passes: The number of forward passes.
+            windows: The titles of the columns, if these are windows of steps.
+            settings: Settings of the runs, besides further inputs.
+        """
+        inputs = {**self.request.arguments, **(settings or {})}
         sources, targets = (tuple(getattr(p, side).tokens.text for p in self.pairs) for side in ("source", "target"))
         clean, corrupted = (sources, targets) if self.into == "corrupted" else (targets, sources)
         return SiteEffects(
@@ -111,8 +125,8 @@ class LanguagePairs:
             into=self.into,
             metric=self.metric.name,
             sites=self.sites,
-            columns=self._titles(),
-            axis="position",
+            columns=self._titles() if windows is None else tuple(windows),
+            axis="position" if windows is None else "step",
             values=torch.stack([one.values for one in swept]),
             source=torch.tensor([one.source for one in swept]),
             target=torch.tensor([one.target for one in swept]),
