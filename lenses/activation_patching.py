@@ -24,17 +24,22 @@ the stored hidden state before that layer.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from diffsight.errors import InputError
 from diffsight.lenses.denoising.inverted_images import takes_inverted
-from diffsight.lenses.denoising.step_windows import Windows
+from diffsight.lenses.denoising.step_windows import Windows, choose_windows
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.outcome import Metric, Outcome
-from diffsight.lenses.patching.denoiser_patching import patch_denoiser
+from diffsight.lenses.patching.denoiser_pairs import DenoiserPairs
+from diffsight.lenses.patching.denoiser_patching import patch_pair
+from diffsight.lenses.patching.generation_sweep import GenerationSweep
 from diffsight.lenses.patching.language_pairs import LanguagePairs
 from diffsight.lenses.patching.language_sweep import LanguageSweep
+from diffsight.lenses.patching.request import PatchingRequest
 from diffsight.lenses.patching.sweep_checks import check_omitted, check_rows
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.site_effects import SiteEffects
@@ -75,6 +80,7 @@ def activation_patching(
         activation_patching(model, clean, corrupted, metric, sites="layers[*].mlp.act", positions=["Tower", -1])
         activation_patching(pipeline, "a red circle", "a blue circle", shapes_verdict("red"), sites="unet.**.attn2",
                             steps=[slice(0, 5), slice(5, 20)], seed=3)
+        activation_patching(model, clean, corrupted, metric, steps="each", max_new_tokens=5)        # layers by steps
 
     Args:
         model: The model or the pipeline.
@@ -91,9 +97,12 @@ def activation_patching(
             tokens (-1 is the last), ranges of numbers, or pairs of these, one for each prompt. Default: "each" for
             "layers", "attentions" and "mlps", "all" for other sites. Of a pipeline: regions of the image, "left",
             "right", "top", "bottom" or boxes (left, top, right, bottom) in shares of width and height, or names to
-            boxes. Default: the whole image.
-        steps: The denoising steps of a pipeline: "all" together, "each" by itself, or a list whose items are steps, or
-            slices or ranges of steps that are patched together. Default: "all".
+            boxes; or, in text encoders and of "k" and "v" of attention to the text, words of the prompt as above.
+            Default: the whole value.
+        steps: The denoising steps of a pipeline, or the tokens that a language model generates if `max_new_tokens` is
+            passed: "all" together, "each" by itself, or a list whose items are steps, or slices or ranges of steps that
+            are patched together. In a step of generation the last token that the model reads is patched, so in step 0
+            the prompt's last token. Default: "all".
         layers: The layers of named sites. Default: all.
         heads: The heads of sites that have heads. Default: each of them.
         branch: The branch of guidance that is patched, "cond" or "uncond". Default: both.
@@ -106,7 +115,9 @@ def activation_patching(
         progress: Whether to show a progress bar.
         inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
             steps, see [inversion](../lenses/inversion.md).
-        arguments: Further inputs of the model, for both prompts, or arguments of the pipeline.
+        arguments: Further inputs of the model, for both prompts, or arguments of the pipeline. With `max_new_tokens`, a
+            language model continues both prompts greedily by this number of tokens, and a metric reads their logits:
+            its `position` counts the generated tokens.
 
     Returns:
         The metric and the effect by site and position.
@@ -120,43 +131,60 @@ def activation_patching(
     """
     check_count("batch_size", batch_size)
     check_count("max_rows", max_rows)
-    if isinstance(model, DiffusionModel):
-        check_omitted("a language model", layers=layers, align=None if align == "each" else align)
-        return patch_denoiser(
-            activation_patching,
-            model,
-            clean,
-            corrupted,
-            metric,
-            sites=sites,
-            positions=positions,
-            steps=steps,
-            heads=heads,
-            branch=branch,
-            into=into,
-            batch_size=batch_size,
-            max_rows=max_rows,
-            seed=0 if seed is None else seed,
-            progress=progress,
-            arguments=arguments,
-        )
-    check_omitted("a pipeline", steps=steps, branch=branch, seed=seed)
-    pairs = LanguagePairs.of(
-        activation_patching,
-        model,
-        clean,
-        corrupted,
-        metric,
-        sites=sites,
-        positions=positions,
-        layers=layers,
-        heads=heads,
-        into=into,
-        align=align,
-        inputs=arguments,
+    is_pipeline = isinstance(model, DiffusionModel)
+    tokens = None if is_pipeline else _tokens_to_generate(arguments, steps, positions, align)
+    request = PatchingRequest(
+        activation_patching, model, clean, corrupted, metric, sites, positions, heads, into, arguments
     )
+    if is_pipeline:
+        check_omitted("a language model", layers=layers)
+        chosen = DenoiserPairs.of(request, steps=steps, branch=branch, align=align, seed=0 if seed is None else seed)
+        found = [patch_pair(chosen, i, batch_size, max_rows, progress) for i in range(len(chosen.pairs))]
+        return chosen.effects([swept for swept, _ in found], sum(passes for _, passes in found))
+    check_omitted("a pipeline", branch=branch, seed=seed)
+    if steps is not None or tokens is not None:
+        return _patch_generation(
+            replace(request, positions=[-1]), layers, steps, tokens, batch_size, max_rows, progress
+        )
+    pairs = LanguagePairs.of(request, layers=layers, align=align)
     check_rows(pairs.rows, max_rows)
     with tqdm(total=pairs.rows * len(pairs.pairs), desc="patching", disable=not progress) as bar:
         sweep = LanguageSweep(pairs, batch_size, bar)
         swept = [sweep.run(number) for number in range(len(pairs.pairs))]
-    return pairs.effects("activation_patching", swept, sweep.passes)
+    return pairs.effects(swept, sweep.passes)
+
+
+def _patch_generation(
+    request: PatchingRequest,
+    layers: Layers,
+    steps: Windows,
+    tokens: int | None,
+    batch_size: int,
+    max_rows: int,
+    progress: bool,
+) -> SiteEffects:
+    """Sweep over the tokens that a language model generates."""
+    pairs = LanguagePairs.of(request, layers=layers, align="each")
+    windows = choose_windows(steps, tokens)
+    rows = len(pairs.sites) * len(windows)
+    check_rows(rows, max_rows)
+    with tqdm(total=rows * len(pairs.pairs), desc="patching", disable=not progress) as bar:
+        sweep = GenerationSweep(pairs, windows, tokens, batch_size, bar)
+        swept = [sweep.run(number) for number in range(len(pairs.pairs))]
+    return pairs.effects(swept, sweep.passes, list(windows), {"max_new_tokens": tokens})
+
+
+def _tokens_to_generate(arguments: dict[str, Any], steps: Windows, positions: Any, align: str) -> int | None:
+    """Take the number of tokens to generate out of the arguments for a language model.
+
+    Raises:
+        InputError: It is missing or invalid, or positions are given as well.
+    """
+    tokens = arguments.pop("max_new_tokens", None)
+    if tokens is None and steps is None:
+        return None
+    if tokens is None:
+        raise InputError("steps of a language model are generated tokens: pass how many, as max_new_tokens=")
+    if positions is not None or align != "each":
+        raise InputError("in the steps of generation the last token is patched: omit positions and align")
+    return check_count("max_new_tokens", tokens)

@@ -23,12 +23,13 @@ from diffsight.lenses.encoders.checks import check_call
 from diffsight.lenses.metrics.image_metrics import pixel_distance
 from diffsight.lenses.metrics.outcome import Metric, Outcome, as_metric
 from diffsight.lenses.options import check_options
-from diffsight.lenses.patching.denoiser_patching import axis_of, changes_of, measured
+from diffsight.lenses.patching.denoiser_pairs import axis_of, changes_of
 from diffsight.lenses.patching.denoiser_sweep import Change, DenoiserRows
 from diffsight.lenses.patching.sweep_checks import check_branch, check_rows
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.site_effects import SiteEffects
 from diffsight.lenses.sites.find_sites import Sites, find_sites
+from diffsight.lenses.sites.pipeline_positions import WholeValue
 from diffsight.lenses.tokens.batches import as_prompts
 from diffsight.lenses.tokens.choosing import check_count
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -106,9 +107,9 @@ def block_ablation(
     for number, prompt in enumerate(texts):
         rows = DenoiserRows(model, [prompt], seed, arguments, metric.reads, branch)
         plain = rows.run_plain([site.point for site in points])
-        chosen, columns, changes = changes_of(plain, points, None, steps, {"": None})
+        chosen, columns, changes = changes_of(plain, points, None, steps, [("", WholeValue())])
         check_rows(len(changes), max_rows)
-        measure = partial(measured, metric, plain.outcome, number)
+        measure = partial(_measured, metric, plain.outcome, number)
         targets.append(measure(plain.outcome).item())
         values.append(rows.sweep(plain, changes, partial(_ablate, mode), measure, batch_size, progress))
         passes += rows.passes
@@ -128,6 +129,11 @@ def block_ablation(
         passes=passes,
         arguments={"mode": mode, "seed": seed, **arguments},
     )
+
+
+def _measured(metric: Metric, plain: Outcome, number: int, outcome: Outcome) -> torch.Tensor:
+    """Return the metric of each row."""
+    return metric.values(outcome, plain, number).float().cpu()
 
 
 def _ablate(mode: str, leading: Sequence[Any], row: Any, change: Change, call: int) -> None:

@@ -26,7 +26,7 @@ class Outcome:
 
     Attributes:
         logits: The logits of a language model, (rows, tokens, vocabulary). Where a metric reads the last token only,
-            those of the last token, (rows, 1, vocabulary).
+            those of the last token, (rows, 1, vocabulary). Where the model generates, those of each generated token.
         images: The images that a pipeline drew, one for each row.
         latents: The last latents of the denoising, (rows, ...).
     """

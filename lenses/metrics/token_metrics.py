@@ -65,7 +65,7 @@ class TokenMetric(Metric):
         """Return the logits at the position, (rows, vocabulary)."""
         count = outcome.logits.shape[1]
         if not -count <= self.position < count:
-            raise InputError(f"{self.name}: there is no position {self.position}: the prompt has {count} tokens")
+            raise InputError(f"{self.name}: there is no position {self.position}: there are {count} tokens")
         return outcome.logits[:, self.position].float()
 
 

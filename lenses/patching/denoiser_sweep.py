@@ -8,10 +8,11 @@ The rows of a pass are rows of one call of the pipeline. Before the first step t
 the plain run: the denoiser is not computed there, and its stored outputs take its place.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -21,6 +22,7 @@ from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.features.activation_stream import tensor_in
 from diffsight.lenses.metrics.outcome import IMAGES, LATENTS, Outcome
 from diffsight.lenses.results.outputs import image_of
+from diffsight.lenses.sites.pipeline_positions import WholeValue
 from diffsight.lenses.sites.site import Site, with_tensor
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, is_silenced, progress_bar
@@ -36,13 +38,13 @@ class Change:
         site: The site that is changed.
         steps: The steps in which it is.
         place: The numbers of the site and the column.
-        region: What part of the value is changed; None for all of it.
+        part: What part of the value is changed.
     """
 
     site: Site
     steps: tuple[int, ...]
     place: tuple[int, int]
-    region: Any = None
+    part: WholeValue = field(default_factory=WholeValue)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class PlainRun:
         early: The same for the points that the model reaches before the first step.
         shapes: The shape of the value at each point, for one row.
         steps: The number of steps.
+        latents: What `scheduler.step` returned in each step, a row for each prompt.
         denoised: What the denoiser returned in each step and call; None if its rows cannot be told apart.
         denoiser: The path of the denoiser.
     """
@@ -65,6 +68,7 @@ class PlainRun:
     early: Sequence[tuple[str, int]]
     shapes: Mapping[str, torch.Size]
     steps: int
+    latents: Sequence[torch.Tensor] = field(repr=False)
     denoised: Sequence[Sequence[Any]] | None = field(repr=False)
     denoiser: str
 
@@ -109,9 +113,9 @@ class DenoiserRows:
         Raises:
             InputError: The model does not reach one of the points.
         """
-        log, denoisers = _Log(), []
-        with progress_bar(self._model.pipeline, disable=True), self._open(self._prompts) as run:
-            latents = _follow_latents(run)
+        log, denoisers, latents = _Log(), [], []
+        with progress_bar(self._model.pipeline, disable=True), self.open(self._prompts) as run:
+            follow_latents(run, lambda value: latents.append(value.clone()))
             for point in points:
                 run.follow(point, partial(log.see, point))
             for step in run.steps:
@@ -119,6 +123,9 @@ class DenoiserRows:
                 denoisers.append(step.component)
                 if step.index == 0:
                     run.follow(f"{step.component}.output", log.keep)
+                    if self._branch is not None:
+                        self.branch_of(run)[step.component].input  # runs up to the call that contains the branch
+                        log.branch_call = len(log.denoised[0]) if log.denoised else 0
                     last = tensor_in(run.rows[-1][step.component].output).clone()
             outcome = self._outcome(run, latents)
         self.passes += 1
@@ -127,7 +134,8 @@ class DenoiserRows:
             raise InputError(f"the pipeline never comes to {missing} with these arguments, so nothing is changed there")
         is_told_apart = torch.equal(last, _by_branch(log.denoised[0][0], len(self._prompts))[:, -1])
         kept = log.denoised if is_told_apart and len(set(denoisers)) == 1 else None
-        return PlainRun(outcome, log.calls(0), log.calls(None), log.shapes, len(denoisers), kept, denoisers[0])
+        calls = (log.calls(0), log.calls(None)) if self._branch is None else log.calls_of_branch(len(self._prompts))
+        return PlainRun(outcome, *calls, log.shapes, len(denoisers), latents, kept, denoisers[0])
 
     @torch.no_grad()
     def run(self, plain: PlainRun, changes: Sequence[Change], apply: Apply) -> Outcome:
@@ -141,9 +149,10 @@ class DenoiserRows:
         leading, count = len(self._prompts) - 1, len(changes)
         start = 0 if plain.denoised is None or self._changes_early(plain, changes) else _first_step(changes)
         prompts = [*self._prompts[:-1], *self._prompts[-1:] * count]
-        with progress_bar(self._model.pipeline, disable=True), self._open(prompts) as run:
-            latents = _follow_latents(run)
-            rows = [self._branch_of(row) for row in run.rows]
+        with progress_bar(self._model.pipeline, disable=True), self.open(prompts) as run:
+            latents: list[torch.Tensor] = []
+            follow_latents(run, lambda value: latents.__setitem__(slice(None), [value]))
+            rows = [self.branch_of(row) for row in run.rows]
             self._apply(plain.early, enumerate(changes, leading), rows, apply)
             for step in run.steps:
                 if step.index < start:
@@ -183,14 +192,16 @@ class DenoiserRows:
                 bar.update(len(chunk))
         return values
 
-    def _open(self, prompts: Sequence[str]) -> DiffusionRun:
+    def open(self, prompts: Sequence[str], grad: bool = False) -> DiffusionRun:
+        """Open a run with a row for each prompt."""
         several = len(prompts) > 1
         arguments = for_each_row(self._arguments, len(prompts)) if several else self._arguments
         prompt, seed = (list(prompts), [self._seed] * len(prompts)) if several else (prompts[0], self._seed)
-        return self._model.generate(prompt, seed=seed, **arguments)
+        return self._model.generate(prompt, seed=seed, grad=grad, **arguments)
 
-    def _branch_of(self, row: Any) -> Any:
-        return row if self._branch is None else getattr(row, self._branch)
+    def branch_of(self, part: Any) -> Any:
+        """Return the branch that is changed of a row or run."""
+        return part if self._branch is None else getattr(part, self._branch)
 
     def _changes_early(self, plain: PlainRun, changes: Sequence[Change]) -> bool:
         early = {point for point, _ in plain.early}
@@ -221,22 +232,41 @@ class DenoiserRows:
         return Outcome(images=images, latents=latents[-1] if latents else None)
 
 
+class _Passage(NamedTuple):
+    """The model comes to a point: the numbers of the call of the point and of the denoiser, the size of the batch."""
+
+    point: str
+    call: int
+    denoiser_call: int
+    batch: int
+
+
 class _Log:
-    """What is seen in the run without a change."""
+    """What is seen in the run without a change.
+
+    Attributes:
+        step: The number of the step; None before the first.
+        branch_call: The number of the denoiser's call that contains the branch.
+        shapes: The shape of the first value at each point.
+        denoised: What the denoiser returned, by step and call.
+    """
 
     def __init__(self) -> None:
         self.step: int | None = None
+        self.branch_call = 0
         self.shapes: dict[str, torch.Size] = {}
         self.denoised: list[list[Any]] = []
-        self._seen: dict[tuple[int | None, str], int] = {}
-        self._calls: dict[int | None, list[tuple[str, int]]] = {}
+        self._seen: Counter[tuple[int | None, str]] = Counter()
+        self._passages: dict[int | None, list[_Passage]] = {}
 
     def see(self, point: str, value: Any) -> None:
         """Note that the model reaches a point."""
-        number = self._seen.get((self.step, point), 0)
-        self._seen[self.step, point] = number + 1
-        self._calls.setdefault(self.step, []).append((point, number))
-        self.shapes.setdefault(point, tensor_in(value).shape)
+        number, shape = self._seen[self.step, point], tensor_in(value).shape
+        self._seen[self.step, point] += 1
+        done = self.denoised[self.step :] if self.step is not None else []
+        passage = _Passage(point, number, len(done[0]) if done else 0, shape[0] if shape else 0)
+        self._passages.setdefault(self.step, []).append(passage)
+        self.shapes.setdefault(point, shape)
 
     def keep(self, output: Any) -> None:
         """Keep what the denoiser returned."""
@@ -246,7 +276,26 @@ class _Log:
 
     def calls(self, step: int | None) -> list[tuple[str, int]]:
         """Return the calls of points in a step, in order."""
-        return self._calls.get(step, [])
+        return [(passage.point, passage.call) for passage in self._passages.get(step, [])]
+
+    def calls_of_branch(self, prompts: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+        """Return the calls in a step and before the first step that contain the branch, counted among themselves.
+
+        Raises:
+            InputError: It is not known which do.
+        """
+        count: Counter[str] = Counter()
+        calls = []
+        for passage in self._passages.get(0, []):
+            if passage.denoiser_call == self.branch_call:
+                calls.append((passage.point, count[passage.point]))
+                count[passage.point] += 1
+        early = dict.fromkeys(passage.point for passage in self._passages.get(None, []))
+        for point in early:
+            of_point = [passage for passage in self._passages[None] if passage.point == point]
+            if len(of_point) > 2 or (len(of_point) == 2 and any(passage.batch != prompts for passage in of_point)):
+                raise InputError(f"{point} is called {len(of_point)} times before the first step: omit branch")
+        return calls, [(point, 0) for point in early]
 
 
 def _first_step(changes: Sequence[Change]) -> int:
@@ -266,12 +315,10 @@ def _chunks(changes: Sequence[Change], size: int) -> Iterator[list[Change]]:
     yield chunk
 
 
-def _follow_latents(run: DiffusionRun) -> list[torch.Tensor]:
-    """Return a list that will hold the last latents of the denoising."""
-    kept: list[torch.Tensor] = []
+def follow_latents(run: DiffusionRun, function: Callable[[torch.Tensor], Any]) -> None:
+    """Call a function with the latents that each step ends with."""
     if hasattr(run, "scheduler"):
-        run.follow("scheduler.step.output", lambda output: kept.__setitem__(slice(None), [tensor_in(output)]))
-    return kept
+        run.follow("scheduler.step.output", lambda output: function(tensor_in(output)))
 
 
 def _by_branch(output: Any, rows: int) -> torch.Tensor:

@@ -85,6 +85,15 @@ class LanguageSide:
             values["logits_to_keep"] = 1
         return self.model.trace(values, grad=grad)
 
+    def open_generation(self, tokens: int, rows: int) -> LanguageRun:
+        """Open a run that continues copies of the prompt greedily, each by the same number of tokens.
+
+        The result has the logits of each step, (rows, vocabulary)."""
+        values = {n: torch.cat([v] * rows) if isinstance(v, torch.Tensor) else v for n, v in self.values.items()}
+        values.pop("use_cache", None)
+        chosen = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1}
+        return self.model.generate(values, **chosen, output_logits=True, return_dict_in_generate=True)
+
 
 @dataclass(frozen=True)
 class LanguagePair:

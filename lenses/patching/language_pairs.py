@@ -1,12 +1,12 @@
 """Pairs of prompts of a language model, sites, and a metric: checked before anything runs.
 
-pairs = LanguagePairs.of(activation_patching, model, clean, corrupted, metric, sites="heads", ...)
-pairs.sites, pairs.columns
-pairs.effects("activation_patching", swept, passes)         # the result
+pairs = LanguagePairs.of(request, layers=None, align="each")
+pairs.sites, pairs.pairs[0].columns
+pairs.effects(swept, passes)                # the result
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,12 +15,10 @@ import torch
 from diffsight.errors import InputError
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.outcome import Metric, as_metric
-from diffsight.lenses.options import check_options
 from diffsight.lenses.patching.language_pair import LanguagePair
-from diffsight.lenses.patching.sweep_checks import check_into, pair_prompts
+from diffsight.lenses.patching.request import PatchingRequest
 from diffsight.lenses.results.site_effects import SiteEffects
 from diffsight.lenses.sites.find_sites import BY_TOKEN, Sites, find_sites, for_each_head
-from diffsight.lenses.sites.positions import Positions
 from diffsight.lenses.sites.site import Site
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -45,62 +43,51 @@ class LanguagePairs:
     """What patching is asked to do.
 
     Attributes:
-        model: The model.
+        request: The arguments.
         metric: The metric, bound to the model.
         sites: The sites.
         pairs: The pairs; the source of each gives values, its target gets them.
-        into: "corrupted" if the corrupted prompts are the targets, else "clean".
-        inputs: Further inputs of the model.
     """
 
-    model: LanguageModel
+    request: PatchingRequest
     metric: Metric
     sites: tuple[Site, ...]
     pairs: tuple[LanguagePair, ...]
-    into: str
-    inputs: Mapping[str, Any] = field(repr=False)
 
     @classmethod
-    def of(
-        cls,
-        lens: Callable,
-        model: Any,
-        clean: Any,
-        corrupted: Any,
-        metric: Any,
-        *,
-        sites: Sites,
-        positions: Positions,
-        layers: Layers,
-        heads: int | Iterable[int] | None,
-        into: str,
-        align: str,
-        inputs: Mapping[str, Any],
-    ) -> "LanguagePairs":
+    def of(cls, request: PatchingRequest, *, layers: Layers, align: str) -> "LanguagePairs":
         """Return what a lens is asked to do. For arguments, see `activation_patching`.
 
         Raises:
             InputError: It cannot be done.
         """
-        name = lens.__name__
+        model, sites, inputs = request.model, request.sites, request.arguments
         if not isinstance(model, LanguageModel):
+            name = request.lens.__name__
             raise InputError(f"{name} takes a LanguageModel or a DiffusionModel, not {type(model).__name__}")
-        check_options(lens, model, inputs)
-        check_into(into)
-        prompts = pair_prompts(clean, corrupted)
-        sources, targets = prompts if into == "corrupted" else prompts[::-1]
-        metric = as_metric(metric).bound(model, len(sources))
+        prompts = request.checked_pairs()
+        metric = as_metric(request.metric).bound(model, len(prompts))
         points = find_sites(model, sites, layers)
-        positions = _default_positions(sites) if positions is None else positions
-        pairs = [LanguagePair.of(model, *both, points, positions, align, inputs) for both in zip(sources, targets)]
+        positions = _default_positions(sites) if request.positions is None else request.positions
+        pairs = [LanguagePair.of(model, *both, points, positions, align, inputs) for both in prompts]
         sizes = {len(pair.columns) for pair in pairs}
         if len(sizes) > 1:
             raise InputError(
                 f"the pairs have {' and '.join(map(str, sorted(sizes)))} positions, so they cannot be averaged: pass "
                 "prompts with the same number of tokens, or list the positions"
             )
-        chosen = for_each_head(points, _count_heads(pairs[0], points), heads)
-        return cls(model, metric, tuple(chosen), tuple(pairs), into, inputs)
+        chosen = for_each_head(points, _count_heads(pairs[0], points), request.heads)
+        return cls(request, metric, tuple(chosen), tuple(pairs))
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model."""
+        return self.request.model
+
+    @property
+    def into(self) -> str:
+        """Which of the two runs gets values."""
+        return self.request.into
 
     @property
     def rows(self) -> int:
@@ -112,25 +99,39 @@ class LanguagePairs:
         """The paths of the points of the sites."""
         return list(dict.fromkeys(site.point for site in self.sites))
 
-    def effects(self, lens: str, swept: Sequence[Swept], passes: int) -> SiteEffects:
-        """Return the result of a lens."""
+    def effects(
+        self,
+        swept: Sequence[Swept],
+        passes: int,
+        windows: Sequence[str] | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> SiteEffects:
+        """Return the result of a lens.
+
+        Args:
+            swept: What was measured for each pair.
+            passes: The number of forward passes.
+            windows: The titles of the columns, if these are windows of steps.
+            settings: Settings of the runs, besides further inputs.
+        """
+        inputs = {**self.request.arguments, **(settings or {})}
         sources, targets = (tuple(getattr(p, side).tokens.text for p in self.pairs) for side in ("source", "target"))
         clean, corrupted = (sources, targets) if self.into == "corrupted" else (targets, sources)
         return SiteEffects(
-            lens=lens,
+            lens=self.request.lens.__name__,
             model=self.model.label,
             clean=clean,
             corrupted=corrupted,
             into=self.into,
             metric=self.metric.name,
             sites=self.sites,
-            columns=self._titles(),
-            axis="position",
+            columns=self._titles() if windows is None else tuple(windows),
+            axis="position" if windows is None else "step",
             values=torch.stack([one.values for one in swept]),
             source=torch.tensor([one.source for one in swept]),
             target=torch.tensor([one.target for one in swept]),
             passes=passes,
-            arguments={name: value for name, value in self.inputs.items() if isinstance(value, (str, int, float))},
+            arguments={name: value for name, value in inputs.items() if isinstance(value, (str, int, float))},
         )
 
     def _titles(self) -> tuple[str, ...]:

@@ -11,12 +11,13 @@ m + (softmax(patched) - softmax) · dm/dprobabilities (Kramár et al., "AtP*", 2
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.columns import Column
-from diffsight.lenses.metrics.outcome import Outcome
+from diffsight.lenses.metrics.outcome import Metric, Outcome
 from diffsight.lenses.patching.language_pair import LanguagePair, Passed, check_values, run_side
 from diffsight.lenses.patching.language_pairs import LanguagePairs, Swept
 from diffsight.lenses.sites.site import Site
@@ -78,26 +79,42 @@ def _backward(pairs: LanguagePairs, number: int, source: Passed, corrected: set[
             run.follow(f"{module}.attention_product", lambda product, m=module: products.setdefault(m, product))
         for point in source.values:
             site = Site(point)
-            leaves[point] = _tracked(run, site)
+            leaves[point] = site.track(run)
             later = [other for other in source.values if other.startswith(f"{site.module}.") and other not in leaves]
             if site.module in corrected and not any(Site(other).value in _CORRECTED for other in later):
-                leaves[f"{site.module}.attention_probs"] = _tracked(run, probabilities[site.module])
+                leaves[f"{site.module}.attention_probs"] = probabilities[site.module].track(run)
         outcome = Outcome(logits=run.result.logits)
         clean = source.outcome if pairs.into == "corrupted" else Outcome(logits=outcome.logits.detach())
-        measured = metric.values(outcome, clean, number).sum()
-        if not measured.requires_grad:
-            raise InputError(
-                f"the metric {metric.name} has no gradient: compute it from result.logits with PyTorch, and return a "
-                "tensor"
-            )
-        found = torch.autograd.grad(measured, list(leaves.values()), allow_unused=True)
-    gradients = {
-        point: torch.zeros_like(leaf) if gradient is None else gradient
-        for (point, leaf), gradient in zip(leaves.items(), found)
-    }
+        gradients = gradients_of(metric, metric.values(outcome, clean, number), leaves, "logits")
     values = {point: leaf.detach() for point, leaf in leaves.items()}
     again = {module: _computed_again(product, module) for module, product in products.items()}
     return Backward(Outcome(logits=outcome.logits.detach()), values, gradients, again)
+
+
+def gradients_of(
+    metric: Metric, values: torch.Tensor, at: Mapping[Any, torch.Tensor], reads: str
+) -> dict[Any, torch.Tensor]:
+    """Return the gradients of what a metric measured at some tensors. The graph is kept.
+
+    Args:
+        metric: The metric.
+        values: What it measured.
+        at: The tensors.
+        reads: What a function should compute it from, for the error message.
+
+    Raises:
+        InputError: It has no gradient.
+    """
+    if not values.requires_grad:
+        raise InputError(
+            f"the metric {metric.name} has no gradient: compute it from result.{reads} with PyTorch, and return a "
+            "tensor"
+        )
+    found = torch.autograd.grad(values.sum(), list(at.values()), allow_unused=True, retain_graph=True)
+    return {
+        name: torch.zeros_like(tensor) if gradient is None else gradient
+        for (name, tensor), gradient in zip(at.items(), found)
+    }
 
 
 @torch.no_grad()
@@ -116,14 +133,6 @@ def _computed_again(product: AttentionProduct, module: str) -> AttentionProduct:
             "cannot be computed again: omit qk_correction"
         )
     return again
-
-
-def _tracked(run: object, site: Site) -> torch.Tensor:
-    """Return the tensor at a point that the model continues with, so that gradients reach it."""
-    value = site.read(run)
-    leaf = value.clone() if value.requires_grad else value.clone().requires_grad_()
-    site.write(run, leaf.clone())  # the model may change its own tensor in place
-    return leaf
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from typing import Any
 
 from diffsight.errors import InputError
+from diffsight.lenses.metrics.outcome import IMAGES, Metric
 from diffsight.lenses.tokens.batches import as_prompts
 
 
@@ -23,6 +24,15 @@ def check_branch(branch: Any) -> None:
     """Check that there is such a branch of guidance."""
     if branch not in (None, "cond", "uncond"):
         raise InputError(f"branch must be 'cond', 'uncond', or None for both, not {branch!r}")
+
+
+def check_differentiable(metric: Metric) -> None:
+    """Check that a metric of a pipeline does not need images, through which no gradient goes."""
+    if metric.reads == (IMAGES,):
+        raise InputError(
+            f"the metric {metric.name} has no gradient, because it reads images: pass latent_distance(), or a function "
+            "of result.latents"
+        )
 
 
 def check_rows(rows: int, most: int) -> None:

@@ -54,8 +54,9 @@ class SiteEffects(LensResult):
         columns: The names of the columns.
         axis: What the columns are: "position", "region", "step".
         values: The metric by pair, site and column, (pairs, sites, columns).
-        source: The metric of the run that values come from, (pairs,). For an ablation, 0.
-        target: The metric of the run that was changed, without the change, (pairs,).
+        source: The metric of the run that values come from, (pairs,), or (pairs, columns) where each column has its
+            own. For an ablation, 0.
+        target: The metric of the run that was changed, without the change, of the same shape.
         passes: The number of forward passes of the model that it took.
         arguments: Further arguments of the model.
     """
@@ -77,12 +78,12 @@ class SiteEffects(LensResult):
 
     @property
     def clean_metric(self) -> torch.Tensor:
-        """The metric of the clean runs, (pairs,)."""
+        """The metric of the clean runs, (pairs,), or (pairs, columns) where each column has its own."""
         return self.source if self.into == "corrupted" else self.target
 
     @property
     def corrupted_metric(self) -> torch.Tensor:
-        """The metric of the corrupted runs, (pairs,)."""
+        """The metric of the corrupted runs, of the same shape."""
         return self.target if self.into == "corrupted" else self.source
 
     @property
@@ -95,8 +96,9 @@ class SiteEffects(LensResult):
     def effects(self) -> torch.Tensor:
         """The effect by pair, (pairs, sites, columns): (value - target) / (source - target). 0 leaves the run as it
         was, 1 turns its metric into that of the other run. Without normalisation, value - target."""
-        change = self.values - self.target[:, None, None]
-        return change / (self.source - self.target)[:, None, None] if self.is_normalised else change
+        source, target = (ends.reshape(len(self.values), 1, -1) for ends in (self.source, self.target))
+        change = self.values - target
+        return change / (source - target) if self.is_normalised else change
 
     @property
     def effect(self) -> torch.Tensor:

@@ -98,6 +98,15 @@ class Site:
         whole = tensor if self.value != "output" else with_tensor(getattr(points, self.value), tensor)
         setattr(points, self.value, whole)
 
+    def track(self, handle: Any, call: int = 0) -> torch.Tensor:
+        """Return the tensor at the point that the model continues with, so that gradients reach it.
+
+        For arguments, see `read`."""
+        value = self.read(handle, call)
+        tracked = value.clone() if value.requires_grad else value.clone().requires_grad_()
+        self.write(handle, tracked.clone(), call)  # the model may change its own tensor in place
+        return tracked
+
     def part(self, tensor: torch.Tensor, tokens: range | None = None) -> torch.Tensor:
         """Return a view of the site's head in a tensor of the point, at some tokens (None: all)."""
         index: list[Any] = [slice(None)] * tensor.ndim

@@ -12,7 +12,7 @@ from diffsight import LanguageModel, VisionLanguageModel, activation_patching
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.lenses import kl_divergence, logit_difference, token_probability
 from diffsight.pipelines.words import align_words
-from helpers import footprint, not_called, refusal
+from helpers import first, footprint, not_called, refusal, with_first
 from models import architectures, diffusion, language_kinds, vision_language
 
 LLAMA = Parts("model.layers", "self_attn", "mlp", "self_attn.o_proj", heads=4)
@@ -358,3 +358,78 @@ def test_a_site_that_is_never_reached(model, net):
 
 def test_other_models(sd):
     assert "takes a LanguageModel" in refusal(activation_patching, torch.nn.Linear(2, 2), "a", "b", METRIC)
+
+
+# ---- steps of generation
+
+
+def generated(net, parts, module, clean, corrupted, steps, count, heads=None):
+    """Return the logits of each token that is generated greedily, with the source's last value in some steps."""
+    kept_, logits, number = [], [], -1
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+
+    def keep(_, args, output):
+        kept_.append((args[0] if heads is not None else first(output))[:, -1].clone())
+
+    def patch(changed):
+        nonlocal number
+        number += 1
+        changed = changed.clone()
+        if number in steps:
+            part = slice(None) if heads is None else heads
+            changed[:, -1, part] = kept_[number][:, part]
+        return changed
+
+    def hook(_, args, output):
+        return with_first(output, patch(first(output)))
+
+    handle = module.register_forward_hook(keep)
+    net.generate(clean, **options)
+    handle.remove()
+    if heads is None:
+        handle = module.register_forward_hook(hook)
+    else:
+        handle = module.register_forward_pre_hook(lambda _, args: (patch(args[0]), *args[1:]))
+    logits = net.generate(corrupted, **options).logits
+    handle.remove()
+    return torch.stack(logits, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mamba"])
+def test_steps_of_generation_equal_a_loop_with_hooks(nets, kind):
+    net, parts = built(nets, kind), KINDS[kind][1]
+    options = {"steps": [0, slice(1, 3), slice(0, 3)], "max_new_tokens": 3, "progress": False}
+    for metric, place in ((logit_difference(*TOKENS), -1), (logit_difference(*TOKENS, position=0), 0)):
+        result = activation_patching(LanguageModel(net), CLEAN, CORRUPTED[:, 1:], metric, **options)
+        for layer, module in enumerate(parts.modules(net, "layers")):
+            for column, steps in enumerate(([0], [1, 2], [0, 1, 2])):
+                found = generated(net, parts, module, CLEAN, CORRUPTED[:, 1:], steps, 3)
+                expected = difference(found[:, : found.shape[1] if place else 1])
+                assert float(result.values[0, layer, column]) == pytest.approx(float(expected), abs=2e-5)
+    assert result.columns == ("0", "1-2", "0-2")
+    assert result.axis == "step"
+    assert result.values[0].std() > 1e-4
+
+
+@torch.no_grad()
+def test_heads_in_steps_of_generation(nets):
+    net, parts = built(nets, "gpt2"), KINDS["gpt2"][1]
+    metric = logit_difference(*TOKENS)
+    options = {"sites": "heads", "layers": [1], "heads": [0, 2], "max_new_tokens": 2, "batch_size": 1}
+    result = activation_patching(LanguageModel(net), CLEAN, CORRUPTED, metric, **options, progress=False)
+    module = parts.modules(net, "heads")[1]
+    for row, head in enumerate((0, 2)):
+        found = generated(net, parts, module, CLEAN, CORRUPTED, [0, 1], 2, slice(8 * head, 8 * head + 8))
+        assert float(result.values[0, row, 0]) == pytest.approx(float(difference(found)), abs=2e-5)
+    assert result.passes == 2 * 2 + 2 * 2
+
+
+def test_refused_steps(model):
+    given = (activation_patching, model, *PAIR, METRIC)
+    assert "pass how many, as max_new_tokens=" in refusal(*given, steps="each")
+    assert "omit positions and align" in refusal(*given, steps="each", max_new_tokens=2, positions=[-1])
+    assert "there is no step 2" in refusal(*given, steps=[2], max_new_tokens=2)
+    assert "max_new_tokens must be a positive integer" in refusal(*given, max_new_tokens=0)
+    assert "the sweep has 8 rows" in refusal(*given, steps="each", max_new_tokens=2, max_rows=3)

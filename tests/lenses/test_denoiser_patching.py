@@ -140,6 +140,90 @@ def test_a_branch_and_a_region(small, branch):
     assert distance(changed, corrupted) > 1e-6
 
 
+def test_a_branch_that_has_a_call_of_its_own():
+    """FLUX with true guidance calls the transformer once for each branch."""
+    kind = diffusion.ALL_PIPELINES["two_call_guidance"]
+    pipe, arguments = kind.build(), arguments_of(kind)
+    pipe.set_progress_bar_config(disable=True)
+    options = {"sites": kind.denoiser_block, "branch": "cond", **QUIET, **arguments}
+    result = activation_patching(DiffusionModel(pipe), CLEAN, CORRUPTED, METRIC, **options)
+    module = module_at(pipe, kind.denoiser_block)
+    given, count = outputs(module, latents, pipe, CLEAN, arguments), -1
+
+    def change(output):
+        nonlocal count
+        count += 1
+        return with_first(output, first(given[count])) if count % 2 == 0 else output
+
+    with replaced(module, change):
+        changed = latents(pipe, CORRUPTED, arguments)
+    clean, corrupted = (latents(pipe, prompt, arguments) for prompt in (CLEAN, CORRUPTED))
+    assert float(result.values) == pytest.approx(distance(changed, clean), abs=1e-5)
+    assert distance(changed, corrupted) > 1e-4
+
+
+def encoded(pipe, prompt):
+    return pipe.tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+
+
+def test_words_in_a_text_encoder(small):
+    """The states of "red" after a layer take the place of those of "green"."""
+    model, pipe, arguments = small
+    options = {"sites": "text_encoder.layers[1]", "positions": [("red", "green"), "circle"], **QUIET, **arguments}
+    prompts = "a red circle above", "a green circle above"
+    result = activation_patching(model, *prompts, METRIC, **options)
+    module = pipe.text_encoder.encoder.layers[1]
+    given = outputs(module, latents, pipe, prompts[0], arguments)
+    places = [
+        [encoded(pipe, text)[0].tolist().index(encoded(pipe, word)[0, 1].item()) for text, word in pair]
+        for pair in (((prompts[0], "red"), (prompts[1], "green")), ((prompts[0], "circle"), (prompts[1], "circle")))
+    ]
+    clean = latents(pipe, prompts[0], arguments)
+    for column, (taken, place) in enumerate(places):
+        count = -1
+
+        def change(output, taken=taken, place=place):
+            nonlocal count
+            count += 1
+            changed = first(output).clone()
+            changed[:, place] = first(given[count])[:, taken]
+            return with_first(output, changed)
+
+        with replaced(module, change):
+            changed = latents(pipe, prompts[1], arguments)
+        assert float(result.values[0, 0, column]) == pytest.approx(distance(changed, clean), abs=1e-6)
+        assert distance(changed, latents(pipe, prompts[1], arguments)) > 1e-6
+    assert result.columns == ("red → green", "circle")
+    assert result.axis == "token"
+
+
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_words_among_the_keys_of_cross_attention(small, which):
+    model, pipe, arguments = small
+    options = {"sites": f"{ATTENTION}.{which}", "positions": [("red", "green")], **QUIET, **arguments}
+    prompts = "a red circle above", "a green circle above"
+    result = activation_patching(model, *prompts, METRIC, **options)
+    module = module_at(pipe, ATTENTION.replace("[0]", ".0")).get_submodule(f"to_{which}")
+    given = outputs(module, latents, pipe, prompts[0], arguments)
+    place = encoded(pipe, prompts[0])[0].tolist().index(encoded(pipe, "red")[0, 1].item())
+    heads, clean = len(result.sites), latents(pipe, prompts[0], arguments)
+    for head in range(heads):
+        count = -1
+
+        def change(output, head=head):
+            nonlocal count
+            count += 1
+            changed = output.clone()
+            parts = [value.unflatten(-1, (heads, -1))[:, place, head] for value in (changed, given[count])]
+            parts[0].copy_(parts[1])
+            return changed
+
+        with replaced(module, change):
+            changed = latents(pipe, prompts[1], arguments)
+        assert float(result.values[0, head, 0]) == pytest.approx(distance(changed, clean), abs=1e-6)
+        assert which == "k" or distance(changed, latents(pipe, prompts[1], arguments)) > 1e-7
+
+
 def test_the_text_encoder_and_the_heads(small):
     """All of the text encoder's output makes the clean image; the heads of an attention are sites of their own."""
     model, _, arguments = small
@@ -204,7 +288,10 @@ def test_ablation_by_default_measures_pixels(small):
         ({"sites": "unet.**.attn3"}, "attn3"),
         ({"steps": [99]}, "there is no step 99"),
         ({"steps": "early"}, "'early'"),
-        ({"positions": ["centre"]}, "there is no region 'centre'"),
+        ({"positions": ["centre"]}, "there is no region 'centre', and unet.mid_block.output has no words"),
+        ({"positions": ["ring"], "sites": "text_encoder.layers[0]"}, "'ring' does not occur in the prompt"),
+        ({"positions": [("circle", "green")], "sites": f"{ATTENTION}.q"}, "has no words"),
+        ({"positions": "left", "align": "mean"}, "align is for positions that are words"),
         ({"positions": (0, 0, 2, 1)}, "a region is a box"),
         ({"branch": "both"}, "branch must be"),
         ({"layers": 3}, "layers is an argument for a language model"),

@@ -1,0 +1,146 @@
+"""The rows of a sweep over the tokens that a language model generates: in each, one site is patched in some steps.
+
+    sweep = GenerationSweep(pairs, windows={"0": (0,), "1-3": (1, 2, 3)}, tokens=4, batch_size=32, bar=tqdm())
+    swept = sweep.run(0)                        # of the first pair; swept.values is (sites, windows)
+
+A step is one generated token. In each step the value that is patched is that of the last token that the model reads, so
+in step 0 that of the prompt's last token. Both prompts are continued greedily by the same number of tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+
+from diffsight.errors import InputError
+from diffsight.lenses.features.activation_stream import tensor_in
+from diffsight.lenses.metrics.outcome import Outcome
+from diffsight.lenses.patching.language_pair import LanguageSide
+from diffsight.lenses.patching.language_pairs import LanguagePairs, Swept
+from diffsight.lenses.sites.site import Site
+from diffsight.pipelines.language.model import LanguageRun
+
+
+class _StepRow(NamedTuple):
+    """A row: the source's values at a site take the place of the target's, in some steps."""
+
+    site: Site
+    steps: tuple[int, ...]
+    place: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Generated:
+    """What is kept of the source's run.
+
+    Attributes:
+        outcome: The outcome.
+        values: The values at the points at the last token, by step, in the order in which the model came to them.
+    """
+
+    outcome: Outcome
+    values: Sequence[Mapping[str, torch.Tensor]] = field(repr=False)
+
+
+class GenerationSweep:
+    """Sweeps over sites and steps of generation.
+
+    Args:
+        pairs: The pairs of prompts, the sites and the metric.
+        windows: The steps of each column, by its title.
+        tokens: The number of tokens to generate.
+        batch_size: The largest number of rows in a batch.
+        bar: A progress bar over rows.
+
+    Attributes:
+        passes: The number of forward passes so far.
+    """
+
+    def __init__(
+        self, pairs: LanguagePairs, windows: Mapping[str, tuple[int, ...]], tokens: int, batch_size: int, bar: Any
+    ) -> None:
+        self.passes = 0
+        self._pairs, self._windows, self._tokens = pairs, windows, tokens
+        self._batch_size, self._bar = batch_size, bar
+
+    @torch.no_grad()
+    def run(self, number: int) -> Swept:
+        """Sweep over the pair of this number."""
+        pair, sites = self._pairs.pairs[number], self._pairs.sites
+        source = self._run_source(pair.source)
+        target = self._generate(pair.target, 1, lambda run, step: None)
+        clean = source.outcome if self._pairs.into == "corrupted" else target
+        values = torch.full((len(sites), len(self._windows)), torch.nan)
+        places = product(enumerate(sites), enumerate(self._windows.values()))
+        rows = [_StepRow(site, steps, (i, j)) for (i, site), (j, steps) in places]
+        for start in range(0, len(rows), self._batch_size):
+            some = rows[start : start + self._batch_size]
+            outcome = self._generate(pair.target, len(some), partial(_patch, some, source))
+            for row, value in zip(some, self._measure(outcome, clean, number).tolist()):
+                values[row.place] = value
+            self._bar.update(len(some))
+        return Swept(values, *(self._measure(end, clean, number).item() for end in (source.outcome, target)))
+
+    def _measure(self, outcome: Outcome, clean: Outcome, number: int) -> torch.Tensor:
+        return self._pairs.metric.values(outcome, clean, number).float().cpu()
+
+    def _run_source(self, side: LanguageSide) -> _Generated:
+        """Generate from the source's prompt and keep the values at the points.
+
+        Raises:
+            InputError: The model does not come to one of the points in every step.
+        """
+        values: list[dict[str, torch.Tensor]] = []
+        points = self._pairs.points
+
+        def follow(run: LanguageRun, step: int) -> None:
+            values.append({})
+            if step == 0:
+                for point in points:
+                    run.follow(point, lambda value, point=point: values[-1].setdefault(point, tensor_in(value).clone()))
+
+        outcome = self._generate(side, 1, follow)
+        for step, found in enumerate(values):
+            missing = next((point for point in points if point not in found), None)
+            if missing is not None:
+                raise InputError(
+                    f"the model does not come to {missing} in step {step}, so nothing can be patched there"
+                )
+        return _Generated(outcome, values)
+
+    def _generate(self, side: LanguageSide, rows: int, at_step: Any) -> Outcome:
+        """Generate in a number of rows; call a function with the run and the number of each step."""
+        with side.open_generation(self._tokens, rows) as run:
+            for step in run.steps:
+                at_step(run, step.index)
+            logits = torch.stack(list(run.result.logits), 1)
+        self.passes += self._tokens
+        return Outcome(logits=logits)
+
+
+def _patch(rows: Sequence[_StepRow], source: _Generated, run: LanguageRun, step: int) -> None:
+    """Patch the rows in one step, in the order in which the model comes to the points."""
+    active = [(number, row) for number, row in enumerate(rows) if step in row.steps]
+    for point, given in source.values[step].items():
+        of_point = [(number, row) for number, row in active if row.site.point == point]
+        if not of_point:
+            continue
+        patched = of_point[0][1].site.read(run).clone()
+        for number, row in of_point:
+            own, taken = (_last(row.site, value) for value in (patched[number : number + 1], given))
+            if own.shape != taken.shape:
+                raise InputError(
+                    f"{point} has the shape {tuple(given.shape)} in one run and {tuple(patched.shape)} in the other: "
+                    "choose prompts with the same number of tokens"
+                )
+            own.copy_(taken)
+        of_point[0][1].site.write(run, patched)
+
+
+def _last(site: Site, value: torch.Tensor) -> torch.Tensor:
+    """Return a view of the site's part of a value at the last token."""
+    count = value.shape[site.token_dim]
+    return site.part(value, range(count - 1, count))
