@@ -37,10 +37,18 @@ def check_prompts(pipeline: Any, prompts: str | Sequence[str], arguments: dict[s
             raise InputError(f"a prompt is a string, not {type(prompt).__name__}: {prompt!r}")
     parts = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
     tokenizers = [text_tokenizer(part) for part in parts]
-    for prompt in _too_long(pipeline, tokenizers, prompts, arguments):
-        raise _error(pipeline, tokenizers, prompt, arguments)
+    read, given = [], prompts
     for tokenizer in tokenizers:
-        _warn_of_unknown_words(tokenizer, prompts)
+        given = as_read(pipeline, given, tokenizer)
+        read.append(tokenizer(given, verbose=False).input_ids)  # all at once, which is much faster
+    limits = [_limit(pipeline, tokenizer, arguments) for tokenizer in tokenizers]
+    for prompt, *ids in zip(prompts, *read):
+        if ids and all(limit is not None and len(own) > limit for own, limit in zip(ids, limits)):
+            raise _error(pipeline, tokenizers, prompt, arguments)
+    for tokenizer, ids in zip(tokenizers, read):
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        for prompt in (prompt for prompt, own in zip(prompts, ids) if unknown in own):
+            _warn_of_unknown_words(tokenizer, prompt)
 
 
 def text_tokenizer(part: Any) -> Any:
@@ -55,16 +63,6 @@ def as_read(pipeline: Any, prompts: Sequence[str], tokenizer: Any) -> list[str]:
     if convert is None or not any(f"{token}_1" in added for token in added):
         return list(prompts)
     return convert(list(prompts), tokenizer)
-
-
-def _too_long(pipeline: Any, tokenizers: list, prompts: list[str], arguments: dict[str, Any]) -> list[str]:
-    """Return the prompts that no tokenizer reads in full."""
-    given, found = prompts, list(range(len(prompts))) if tokenizers else []
-    for tokenizer in tokenizers:
-        given, limit = as_read(pipeline, given, tokenizer), _limit(pipeline, tokenizer, arguments)
-        lengths = [] if limit is None else [len(ids) for ids in tokenizer(given, verbose=False).input_ids]
-        found = [number for number in found if limit is not None and lengths[number] > limit]
-    return [prompts[number] for number in found]
 
 
 def _error(pipeline: Any, tokenizers: list, prompt: str, arguments: dict[str, Any]) -> InputError:
@@ -89,16 +87,10 @@ def _limit(pipeline: Any, tokenizer: Any, arguments: dict[str, Any]) -> int | No
     return min(limits, default=None)
 
 
-def _warn_of_unknown_words(tokenizer: Any, prompts: list[str]) -> None:
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is None:
+def _warn_of_unknown_words(tokenizer: Any, prompt: str) -> None:
+    unknown = tokenizer.unk_token_id
+    if unknown not in tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids:  # it may also end a prompt
         return
-    for prompt, ids in zip(prompts, tokenizer(prompts, add_special_tokens=False, verbose=False).input_ids):
-        if unknown in ids:
-            _warn(tokenizer, prompt, unknown)
-
-
-def _warn(tokenizer: Any, prompt: str, unknown: int) -> None:
     words = [w for w in prompt.split() if unknown in tokenizer(w, add_special_tokens=False, verbose=False).input_ids]
     if not words:
         return
