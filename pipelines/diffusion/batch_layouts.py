@@ -227,7 +227,7 @@ class BatchLayouts:
         for name in (name for name in defaults if re.fullmatch(rf"{prefix}prompt(_\d+)?", name)):
             given = self._arguments.get(name, defaults[name])
             for words, text in zip(known, [given] * self.prompts if isinstance(given, str) else given or ()):
-                text = as_read(self._pipeline, text, tokenizer)
+                (text,) = as_read(self._pipeline, [text], tokenizer)
                 ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
                 words.append(_words(tokenizer.decode(ids, skip_special_tokens=True)))
         return known if branch == COND else [texts or [""] for texts in known]
