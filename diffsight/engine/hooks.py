@@ -239,7 +239,7 @@ def _hook_of(kind: type[nn.Module], forward: Any) -> Callable | None:
 def _through_taps(kind: type[nn.Module], forward: FunctionType) -> Callable | None:
     """The forward pass of a class of modules, sent through the taps; None if it is a static method, for example."""
     is_method = inspect.getattr_static(kind, FORWARD) is forward
-    return functools.wraps(forward)(_through(forward)) if is_method else None
+    return functools.wraps(forward)(_through(kind)) if is_method else None
 
 
 def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any]:
@@ -249,16 +249,26 @@ def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any]:
     name = FORWARD if held.get(COMPILED) is None else COMPILED
     own = held.get(name)
     target = module.forward if own is None else own  # a TorchScript module looks its own up when it is asked
-    function = _through(lambda module, /, *args, **kwargs: target(*args, **kwargs))
+    function = _through(_OwnForward(lambda module, /, *args, **kwargs: target(*args, **kwargs)))
     if own is None:
         return MethodType(function, module), name, None
     return functools.update_wrapper(functools.partial(function, module), own), name, own
 
 
-def _through(original: Callable) -> Callable:
-    """`original`, a function of a module and arguments, sent through the taps of the run that calls it."""
+class _OwnForward:
+    """Has the forward pass of a single module, as its class has that of all others."""
+
+    def __init__(self, forward: Callable) -> None:
+        self.forward = forward
+
+
+def _through(holder: Any) -> Callable:
+    """The `forward` of a class or an `_OwnForward`, sent through the taps of the run that calls it.
+
+    It is looked up in every call, as PyTorch does, since the user may replace that of a class at any time."""
 
     def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        original = holder.forward
         host = getattr(getcurrent(), "owner", None)
         if host is None:
             if get_ident() != _MAIN_THREAD:
@@ -281,7 +291,7 @@ def _through(original: Callable) -> Callable:
     return forward
 
 
-_CODE = _through(nn.Module.forward).__code__
+_CODE = _through(nn.Module).__code__
 _MAIN_THREAD = main_thread().ident
 
 

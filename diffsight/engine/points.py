@@ -9,6 +9,7 @@ from weakref import ref
 import torch
 
 from diffsight.engine.batch_slicing import Selection, Tapped, wrong_type
+from diffsight.engine.hooks import FORWARD
 from diffsight.engine.target import Target, join
 from diffsight.engine.users_line import UsersLine
 from diffsight.engine.weak_values import alive, weakly
@@ -187,6 +188,9 @@ def check_value(asked: Asked, value: Any) -> None:
         raise AssignmentError(
             f"None cannot be assigned to {asked}: PyTorch takes None to mean 'leave the output unchanged'"
         )
+    inside = asked.target.outer is not None and asked.target.name == FORWARD
+    if asked.part == "skip" and inside and isinstance(value, (int, float, complex, str)):
+        raise AssignmentError(f"{asked} takes what the module is to return, such as a tensor, not {value!r}")
 
 
 def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:

@@ -146,6 +146,7 @@ class Flow(RunEnd):
         """Skip a call (see `Tap.call`), which then returns `value`. Ask before it runs, at its inputs at the latest."""
         self._check_open(asked)
         self._touch(asked)
+        check_value(asked, value)
         scope = self.scope
         tap, first = self._locate(asked, scope)
         index = first + asked.call
