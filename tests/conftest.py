@@ -74,3 +74,18 @@ def saved_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     lens_results.save_models(folder)
     return folder
+
+
+def pytest_addoption(parser):
+    parser.addoption("--remote", action="store_true", help="run the tests with their models on a server")
+
+
+@pytest.fixture(autouse=True)
+def remote_models(request):
+    if request.config.getoption("--remote"):
+        from remote.swapped import models_on_a_server
+
+        with models_on_a_server():
+            yield
+    else:
+        yield

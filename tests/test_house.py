@@ -64,6 +64,8 @@ ENGINE = [
     "remote.frames",
     "remote.chunks",
     "remote.protocol",
+    "remote.copies",
+    "remote.read_containers",
     "remote.connection",
     "remote.selections",
     "remote.run_session",

@@ -29,6 +29,7 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     "assign": _POINT | {"value": _ANY, "where": str},
     "skip": {"path": str, "call": int, "value": _ANY, "where": str},
     "write": {"number": int, "path": str, "value": dict},
+    "let_go": {"numbers": list},
     "follow": _POINT | {"number": int},
     "step": {},
     "leave_steps": {},

@@ -7,8 +7,7 @@ next question: assignments, and tensors that were changed in place while the mod
 Edits and the functions of `run.each` run here, in coroutines as in a local run. The server says whose turn it is.
 """
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,29 +22,14 @@ from diffsight.engine.tree import Tree
 from diffsight.engine.user_bodies import Body
 from diffsight.engine.users_line import users_line
 from diffsight.errors import InputError
+from diffsight.remote.copies import ClientCopies
 from diffsight.remote.protocol import VERSIONS
+from diffsight.remote.read_containers import ReadContainers
 from diffsight.remote.selections import encode_selection
 from diffsight.remote.wire_errors import error_of
 from diffsight.remote.wire_values import ValueDecoder, ValueEncoder
 
 _BROKEN = "the connection to the server was closed"
-
-
-class Received:
-    """A tensor that was received while the model stands where it was read."""
-
-    def __init__(self, tensor: torch.Tensor, number: int, asked: object) -> None:
-        self.tensor: torch.Tensor | None = tensor  # held until the model moves, so that a change in place is seen
-        self.weak = weakref.ref(tensor)
-        self.number, self.asked, self.version = number, asked, tensor._version
-
-    def changed(self) -> torch.Tensor | None:
-        """Return the tensor if it has been changed in place since it was last looked at."""
-        tensor = self.weak()
-        if tensor is None or tensor._version == self.version:
-            return None
-        self.version = tensor._version
-        return tensor
 
 
 class RemoteFlow(Flow):
@@ -64,7 +48,7 @@ class RemoteFlow(Flow):
         self._link, self._call = link, (method, args, kwargs)
         self._connection: Any = None
         self._waiting: list[dict[str, Any]] = []  # operations that need no answer, sent with the next that does
-        self._received: dict[int, Received] = {}
+        self._copies, self._containers, self._moves = ClientCopies(), ReadContainers(), 0
         self._followed: list[tuple[Asked, Callable[..., None]]] = []
         self._mirrored: list[tuple[Asked, Callable[..., None]]] = []
         self._functions: list[Body] = []
@@ -72,7 +56,7 @@ class RemoteFlow(Flow):
         self._body_error: BaseException | None = None
         self._missed: Exception | None = None
         self._leaves: list[tuple[int, torch.Tensor]] = []  # with gradients: what was received, by number
-        self._assigned: list[torch.Tensor] = []  # with gradients: what was sent and depends on anything here
+        self._assigned: dict[int, torch.Tensor] = {}  # with gradients: what was sent and depends on anything here
 
     @property
     def has_begun(self) -> bool:
@@ -88,7 +72,9 @@ class RemoteFlow(Flow):
     def fetch(self, asked: Asked) -> Any:
         self._check_open(asked)
         self._touch(asked)
-        return self._ask({"op": "ask", **self._point(asked)}, asked)
+        value = self._ask({"op": "ask", **self._point(asked)}, asked)
+        self._containers.add(asked, value, self._moves)
+        return value
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
         self._check_open(asked)
@@ -236,7 +222,8 @@ class RemoteFlow(Flow):
         self._take_state(reply["state"])
         if reply["say"] == "error":
             self._raise(reply)
-        return decoder.decode(reply["value"])
+        with torch.inference_mode(False):
+            return decoder.decode(reply["value"])
 
     def _raise(self, reply: Mapping[str, Any]) -> None:
         error, self._body_error = self._body_error, None
@@ -247,11 +234,18 @@ class RemoteFlow(Flow):
 
     def _message(self, body: int | None, op: dict[str, Any] | None) -> tuple[dict, dict]:
         """A message with everything that waits, and its tensors."""
-        encoder = ValueEncoder(None, self._sending, self._link.dtype)
-        ops, self._waiting = [*self._writes(), *self._waiting, *([op] if op else [])], []
-        return {"body": body, "do": [self._encoded(one, encoder) for one in ops]}, encoder.tensors
+        ops = [*self._changes(), *self._waiting, *([op] if op else [])]
+        self._waiting, path = [], None
+        encoder = ValueEncoder(None, lambda tensor: self._sending(tensor, path), self._link.dtype)
+        encoded = []
+        for one in ops:
+            path = one.get("path")
+            encoded.append(self._encoded(one, encoder))
+        return {"body": body, "do": encoded}, encoder.tensors
 
     def _encoded(self, op: dict[str, Any], encoder: ValueEncoder) -> dict[str, Any]:
+        if op["op"] == "write":  # of a tensor that has a number already
+            return op | {"value": encoder.encode_data(op["value"])}
         encoded = {}
         for name, value in op.items():
             if name == "selection":
@@ -260,41 +254,36 @@ class RemoteFlow(Flow):
                 encoded[name] = encoder.encode(value)
         return encoded
 
-    def _sending(self, tensor: torch.Tensor) -> dict[str, int]:
-        """What else to say about a tensor that is sent: its number, if gradients flow through it."""
+    def _sending(self, tensor: torch.Tensor, path: object) -> dict[str, Any]:
+        """What else to say about a tensor that is sent: its number."""
+        number = self._copies.number_of(tensor)
+        if number is not None:
+            return {"$shared": number}
+        number = self._copies.sent(tensor, path)
         if not (tensor.requires_grad and self._call[2].get("grad")):
-            return {}
-        self._assigned.append(tensor)
-        return {"source": len(self._assigned) - 1}
+            return {"number": number}
+        self._assigned[number] = tensor
+        return {"number": number, "grad": True}
 
-    def _writes(self) -> list[dict[str, Any]]:
-        """The tensors that were changed in place since the last message."""
-        found = []
-        for number, received in [*self._received.items()]:
-            tensor = received.changed()
-            if tensor is not None:
-                found.append({"op": "write", "number": number, "path": str(received.asked), "value": tensor})
-            if received.weak() is None:
-                del self._received[number]
-            received.tensor = None
-        return found
+    def _changes(self) -> Iterator[dict[str, Any]]:
+        """What has changed since the last message: tensors that were let go, or changed in place, and containers."""
+        gone = self._copies.let_go()
+        if gone:
+            yield {"op": "let_go", "numbers": gone}
+        for number, path, tensor in self._copies.changed():
+            yield {"op": "write", "number": number, "path": str(path), "value": tensor}
+        for asked, value in self._containers.changed(self._moves, self.where):
+            yield {"op": "assign", **self._point(asked), "value": value, "where": str(users_line())}
 
     def _receive(self, tensor: torch.Tensor, data: Mapping[str, Any], asked: object) -> torch.Tensor:
         number = data.get("number")
         if number is None:
             return tensor
-        known = self._received.get(number)
-        same = known and known.weak()
-        if same is not None and same.shape == tensor.shape:
-            with torch.no_grad():
-                if not torch.equal(same, tensor):
-                    same.copy_(tensor)
-            tensor = same
-        elif data.get("grad"):
+        found = self._copies.received(number, tensor, asked)
+        if found is tensor and data.get("grad"):
             tensor.requires_grad_()
             self._leaves.append((number, tensor))
-        self._received[number] = Received(tensor, number, asked)
-        return tensor
+        return found
 
     def _exchange(self, message: tuple[dict, dict], body: Body | None) -> tuple[dict, dict]:
         """Send a message and return its answer. Meanwhile other bodies may have their turn."""
@@ -321,7 +310,7 @@ class RemoteFlow(Flow):
         if self._connection is not None:
             return
         method, args, kwargs = self._call
-        encoder = ValueEncoder(dtype=self._link.dtype)
+        encoder = ValueEncoder(None, lambda tensor: self._sending(tensor, "the input"), self._link.dtype)
         message = {
             "version": VERSIONS[-1],
             "method": method,
@@ -344,6 +333,7 @@ class RemoteFlow(Flow):
 
     def _take_state(self, state: Mapping[str, Any]) -> None:
         self.clock.set(state["index"], state["in_step"], state["over"])
+        self._moves = state["moves"]
 
     # ---- bodies
 
@@ -376,7 +366,7 @@ class RemoteFlow(Flow):
         connection, self._connection = self._connection, None
         if self.outcome is None:
             self._waiting.clear()
-            self._received.clear()
+            self._copies, self._containers = ClientCopies(), ReadContainers()
             edits, self.bodies.edits = self.bodies.edits, []
             for edit in edits:
                 if edit.has_begun and edit is not current():
