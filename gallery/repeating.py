@@ -30,8 +30,8 @@ from diffsight.errors import InputError
 from diffsight.gallery.gallery_index import read_record
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.results.call_values import ArgumentDecoder, UnknownValueError, named
+from diffsight.lenses.results.record import versions
 from diffsight.lenses.results.result import ARGUMENTS, PAGE, LensResult
-from diffsight.lenses.results.saving import versions
 from diffsight.pipelines.local_paths import find_path, shortened
 
 _PARTS = ("arguments", "models")  # of a call

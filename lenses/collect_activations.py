@@ -31,7 +31,8 @@ from diffsight.lenses.collecting.shards import INDEX, load_shards, write_shards
 from diffsight.lenses.denoising.call_checks import Steps, check_steps
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, find_layer
 from diffsight.lenses.options import check_options
-from diffsight.lenses.results.saving import check_writable, write_record
+from diffsight.lenses.results.record import write_record
+from diffsight.lenses.results.saving import check_writable
 from diffsight.lenses.tokens.batches import Batch, Positions, open_batches
 from diffsight.lenses.tokens.choosing import check_count, hidden_states, layers_to_read
 from diffsight.lenses.visits.named_points import named_points

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import colormaps
 from PIL import Image
 
-from diffsight.lenses.results.saving import as_json, versions
+from diffsight.lenses.results.record import as_json, versions
 from diffsight.lenses.results.sections import (
     CurveSection,
     HeatMapSection,

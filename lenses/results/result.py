@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from diffsight.errors import InputError
 from diffsight.lenses.results.calls import Call
 from diffsight.lenses.results.page import framed, page_of
-from diffsight.lenses.results.saving import HTML, check_file, expanded, names_a_file, save_files, write_record
+from diffsight.lenses.results.record import with_call, write_record
+from diffsight.lenses.results.saving import HTML, check_file, expanded, names_a_file, save_files
 from diffsight.lenses.results.sections import ImageSection, Section
 from diffsight.lenses.results.shown_settings import subject_of
 from diffsight.lenses.results.terminal import lines_of, text_of
@@ -91,7 +92,11 @@ class LensResult:
             check_file(path)
             write = self._write_page if path.suffix.lower() == HTML else self._write_image
             return save_files(path.parent, {path.name: write})
-        files = {self.record_file: partial(write_record, self._whole_record()), PAGE: self._write_page, **self.files()}
+        files = {
+            self.record_file: partial(write_record, with_call(self.record(), self.call)),
+            PAGE: self._write_page,
+            **self.files(),
+        }
         if self.call is not None and self.call.tensors:
             files[ARGUMENTS] = partial(save_file, dict(self.call.tensors))
         return save_files(path, files)
@@ -137,15 +142,12 @@ class LensResult:
 
     # ---- the record and the page
 
-    def _whole_record(self) -> dict[str, Any]:
-        return self.record() | ({} if self.call is None else {"call": self.call.record()})
-
     def _heading(self) -> str:
         record = self.record()
         return f"{record['lens']}: {subject}" if (subject := subject_of(record)) else str(record["lens"])
 
     def _page(self) -> str:
-        record = self._whole_record()
+        record = with_call(self.record(), self.call)
         code = "" if self.call is None else self.call.code()
         return page_of(self._heading(), self.sections(), record, code)
 
