@@ -19,6 +19,8 @@ words (a softmax) if there are several (Helbling et al., "ConceptAttention: Diff
 Interpretable Features", ICML 2025, section 4).
 """
 
+import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,9 +36,11 @@ from safetensors.torch import save_file
 from diffsight.errors import InputError, suggest
 from diffsight.lenses.attention.concepts import Concepts
 from diffsight.lenses.attention.given_image import GivenImage
+from diffsight.lenses.attention.image_looks import looks_at_image
+from diffsight.lenses.attention.map_memory import check_memory
 from diffsight.lenses.attention.map_sums import MapSums
 from diffsight.lenses.attention.word_keys import WordKeys
-from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, choose_steps
+from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, choose_steps, count_steps
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.checks import check_call, check_diffusion_model
 from diffsight.lenses.layers import Layers, choose_layers
@@ -51,9 +55,10 @@ from diffsight.lenses.results.sections import OverlaySection, Section, distinct
 from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.argument_types import check_types, fits
 from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
-from diffsight.pipelines.diffusion.attention import Attention, find_attentions, follow_products
+from diffsight.pipelines.diffusion.attention import Attention, Attentions, find_attentions, follow_products
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun
+from diffsight.pipelines.vision_language.model import VisionLanguageModel
 
 _KEPT = ("steps", "layers", "heads")
 _METHODS = ("cross", "concept")
@@ -200,7 +205,7 @@ class AttentionMaps(LensResult):
 @repeatable
 @where_the_model_is
 def attention_maps(
-    model: DiffusionModel,
+    model: DiffusionModel | VisionLanguageModel,
     prompt: str,
     words: Sequence[str] | str | None = None,
     *,
@@ -220,11 +225,15 @@ def attention_maps(
         attention_maps(model, "a red circle above a blue square", words=["red circle"], keep="steps")
         attention_maps(flux, "a cat on a mat", words=["animal", "floor"], method="concept")
         attention_maps(model, "a red circle", image=Image.open("scene.png"), steps=12)      # of a given image
+        attention_maps(llava, "What is this?", image="cat.png", max_new_tokens=20)  # where each token looks
 
     Sums are kept, not maps: memory depends on neither the number of steps nor that of layers.
 
+    With a vision-language model, text is generated, and the words are its tokens. A token is chosen at the position
+    before it, so its map is the attention of that position to the tokens of the image.
+
     Args:
-        model: The pipeline.
+        model: The pipeline, or a vision-language model.
         prompt: The prompt.
         words: The words, each of one or several words of the prompt. With "concept", any words. Default: all words of
             the prompt.
@@ -242,7 +251,7 @@ def attention_maps(
         seed: The seed of the image, or of the noise that is added to it.
         inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
             steps, see [inversion](../lenses/inversion.md).
-        arguments: Arguments of the pipeline.
+        arguments: Arguments of the pipeline, or of `generate`.
 
     Returns:
         The maps and the image.
@@ -251,6 +260,9 @@ def attention_maps(
         InputError: Before an image is drawn: a word is not in the prompt, a layer or head does not exist, the
             pipeline has no attention between image and text, or it cannot be shown the image.
     """
+    if isinstance(model, VisionLanguageModel):
+        own = {"words": words, "method": method, "steps": steps, "encoder": encoder}
+        return _of_generated_tokens(model, prompt, image, layers, heads, keep, seed, own, arguments)
     check_diffusion_model("attention_maps", model)
     if image is not None and "image" in model.argument_names:
         arguments, image = {**arguments, "image": image}, None
@@ -264,21 +276,70 @@ def attention_maps(
     given = None if image is None else GivenImage(model, image, seed, arguments)
     arguments = arguments if given is None else given.arguments
     found = find_attentions(model, prompt, **arguments)
-    chosen = _chosen(found.of_kind("cross", "joint"), layers, "attention between image and text", model)
+    chosen = _chosen(found, ("cross", "joint"), layers, "attention between image and text", model)
     picked = _picked_heads(chosen, heads)
     reading = _Reading(steps, keep, chosen, given)
     if method == "concept":
         concepts = Concepts(model, prompt, words, encoder, found.of_kind("joint"), arguments)
+        _check_size(model, chosen, len(concepts.names), keep, arguments)
         run = _run_concepts(model, concepts, reading, picked, seed)
         return _result(run, reading, concepts.names, prompt, seed, model, arguments, method)
     named = WordKeys(model, prompt, words, encoder, arguments)
-    wanted = {attention.name: _Wanted(named.keys(attention)) for attention in chosen}
+    _check_size(model, chosen, len(named.names), keep, arguments)
+    wanted = {attention.name: _Wanted(named.keys(attention), attention.keys) for attention in chosen}
 
     def read(attention: Attention, product: AttentionProduct) -> torch.Tensor:
-        return wanted[attention.name].values(product, attention, picked)
+        return wanted[attention.name].values(product, attention, picked, keep == "heads")
 
     run = _run_prompt(model, prompt, reading, read, seed, arguments)
     return _result(run, reading, named.names, prompt, seed, model, arguments, method)
+
+
+def _of_generated_tokens(
+    model: VisionLanguageModel,
+    prompt: Any,
+    image: Any,
+    layers: Layers,
+    heads: Iterable[int] | None,
+    keep: str | None,
+    seed: int,
+    others: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+) -> AttentionMaps:
+    """Return where the tokens that a vision-language model generates look in its image."""
+    check_options(attention_maps, model, arguments, also=model.generation_argument_names)
+    check_types(attention_maps, heads=heads)
+    defaults = inspect.signature(attention_maps).parameters
+    for name, value in others.items():
+        if value != defaults[name].default:
+            raise InputError(f"{name}: a VisionLanguageModel has no such choice. The words are the tokens it generates")
+    if keep not in (None, "layers", "heads"):
+        raise InputError(f"keep: a VisionLanguageModel keeps 'layers' or 'heads' apart, not {keep!r}")
+    if image is None or isinstance(image, (list, tuple)):
+        raise InputError("image: a VisionLanguageModel needs one image")
+    numbers = range(len(model.layers)) if layers is None else choose_layers(layers, len(model.layers))
+    if "embedding" in numbers:
+        raise InputError('layers: "embedding" is not an attention module. Write numbers')
+    numbers = sorted(numbers)
+    picked = None if heads is None else _checked_heads(heads, None)
+    model.check(prompt, images=image, seed=seed, **arguments)
+    found = looks_at_image(model, prompt, image, numbers, picked, keep, seed, arguments)
+    names = [f"layers[{number}]" for number in numbers]
+    parts = names if keep == "layers" else [f"head {number}" for number in picked or range(found.maps.shape[1])]
+    return AttentionMaps(
+        maps=found.maps.mean(1),
+        words=tuple(distinct(found.words)),
+        image=found.image,
+        frames=(),
+        prompt=prompt if isinstance(prompt, str) else str(prompt),
+        seed=int(seed),
+        model=model.label,
+        arguments=arguments,
+        method="cross",
+        layers=tuple(names),
+        kept=keep,
+        parts=dict(zip(parts, found.maps.movedim(1, 0))) if keep else {},
+    )
 
 
 @takes_inverted
@@ -328,7 +389,7 @@ def attention_from(
     if not fits(position, tuple[float, float]) or not all(0 <= share <= 1 for share in position):
         raise InputError(f"position is (x, y), shares of width and height from 0 to 1, not {position!r}")
     found = find_attentions(model, prompt, **arguments)
-    chosen = _chosen(found.of_kind("self", "joint"), layers, "attention from the image to itself", model)
+    chosen = _chosen(found, ("self", "joint"), layers, "attention from the image to itself", model)
     picked = _picked_heads(chosen, heads)
 
     def read(attention: Attention, product: AttentionProduct) -> torch.Tensor:
@@ -339,6 +400,7 @@ def attention_from(
         ((_, probs),) = product.blocks(keys, range(place, place + 1), picked)
         return probs[0]  # (heads, 1, keys)
 
+    _check_size(model, chosen, 1, keep, arguments)
     reading = _Reading(steps, keep, chosen, None)
     run = _run_prompt(model, prompt, reading, read, seed, arguments)
     name = f"from ({position[0]:g}, {position[1]:g})"
@@ -348,17 +410,20 @@ def attention_from(
 class _Wanted:
     """The keys of words in a product, and how they are averaged."""
 
-    def __init__(self, words: list[list[int]]) -> None:
-        self._keys = sorted({key for word in words for key in word})
-        self._average = torch.zeros(len(words), len(self._keys))
+    def __init__(self, words: list[list[int]], keys: int) -> None:
+        self._average = torch.zeros(keys, len(words))
         for number, word in enumerate(words):
-            self._average[number, [self._keys.index(key) for key in word]] = 1 / len(word)
+            self._average[word, number] = 1 / len(word)
 
-    def values(self, product: AttentionProduct, attention: Attention, heads: Sequence[int] | None) -> torch.Tensor:
-        """Return how much each word is attended to, (heads, words, positions of the image)."""
-        parts = product.blocks(torch.tensor(self._keys, device=product.q.device), attention.image, heads)
-        average = self._average.to(product.q.device)
-        return torch.cat([torch.einsum("hqk,wk->hwq", probs[0], average) for _, probs in parts], -1)
+    def values(
+        self, product: AttentionProduct, attention: Attention, heads: Sequence[int] | None, by_head: bool
+    ) -> torch.Tensor:
+        """Return how much each word is attended to, (heads, words, positions of the image), or the mean over heads."""
+        if self._average.device != product.q.device:
+            self._average = self._average.to(product.q.device)
+        blocks = product.blocks(slice(None), attention.image, heads)
+        parts = [(probs[0] if by_head else probs[0].mean(0, keepdim=True)) @ self._average for _, probs in blocks]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)
 
 
 class _Reading:
@@ -386,13 +451,13 @@ class _Reading:
             run.stop()
 
     def add(self, step: int, attention: Attention, values: torch.Tensor) -> None:
-        """Add what was read of a product, (heads, words, positions of the image)."""
+        """Add what was read of a product, (heads or 1, words, positions of the image)."""
         if self.keep == "heads":
             for number, part in enumerate(values):
                 self.sums.add(f"head {number}", attention, part)
             return
         group = {None: "", "steps": f"step {step}", "layers": attention.name}[self.keep]
-        self.sums.add(group, attention, values.mean(0))
+        self.sums.add(group, attention, values[0] if len(values) == 1 else values.mean(0))
 
 
 def _run_prompt(
@@ -493,10 +558,14 @@ def _check(
     check_steps_ahead(steps, model, arguments)
 
 
-def _chosen(found: Sequence[Attention], layers: Layers, what: str, model: DiffusionModel) -> list[Attention]:
+def _chosen(
+    attentions: Attentions, kinds: tuple[str, ...], layers: Layers, what: str, model: DiffusionModel
+) -> list[Attention]:
+    found = attentions.of_kind(*kinds)
     placed = [attention for attention in found if attention.grid is not None and attention.unplaced is None]
     if not placed:
-        reasons = f": {found[0]}" if found else ""
+        unplaced = [*found, *attentions.of_kind("none")]
+        reasons = f": {unplaced[0]}" if unplaced else ""
         raise InputError(f"{type(model.pipeline).__name__} has no {what} that was found{reasons}")
     numbers = range(len(placed)) if layers is None else choose_layers(layers, len(placed))
     if "embedding" in numbers:
@@ -504,13 +573,41 @@ def _chosen(found: Sequence[Attention], layers: Layers, what: str, model: Diffus
     return [placed[number] for number in sorted(numbers)]
 
 
+def _check_size(
+    model: DiffusionModel, chosen: Sequence[Attention], words: int, keep: str | None, arguments: Mapping[str, Any]
+) -> None:
+    """Raise InputError if what is kept is larger than memory: sums in the sizes of the modules, and the maps of each
+    group in the largest."""
+    positions = [math.prod(attention.grid) for attention in chosen]
+    groups = {
+        None: 1,
+        "steps": count_steps(model, arguments) or 1,
+        "layers": len(chosen),
+        "heads": max(attention.heads for attention in chosen),
+    }[keep]
+    sums = (
+        sum(positions) if keep == "layers" else groups * sum({one.grid: math.prod(one.grid) for one in chosen}.values())
+    )
+    what = f"maps of {words} words" + (f", {groups} {keep} apart," if keep else "")
+    check_memory(
+        what,
+        4 * words * (sums + groups * max(positions)),
+        model.device,
+        "choose fewer words, or fewer of what is kept apart",
+    )
+
+
 def _picked_heads(chosen: Sequence[Attention], heads: Iterable[int] | None) -> list[int] | None:
-    if heads is None:
-        return None
-    picked, count = list(heads), min(attention.heads for attention in chosen)
+    return None if heads is None else _checked_heads(heads, min(attention.heads for attention in chosen))
+
+
+def _checked_heads(heads: Iterable[int], count: int | None) -> list[int]:
+    """Return heads as a list. `count` is how many there are, if it is known."""
+    picked = list(heads)
     for head in picked:
-        if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < count:
-            raise InputError(f"heads: there is no head {head!r}. The modules have {count} heads, 0 to {count - 1}")
+        if isinstance(head, bool) or not isinstance(head, int) or head < 0 or (count is not None and head >= count):
+            known = "" if count is None else f". The modules have {count} heads, 0 to {count - 1}"
+            raise InputError(f"heads: there is no head {head!r}{known}")
     if not picked:
         raise InputError("heads: the selection is empty")
     return picked

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from diffsight import DiffusionModel, LanguageModel
+from diffsight import DiffusionModel, LanguageModel, VisionLanguageModel
 from diffsight.errors import InputError
 from diffsight.lenses import attention_from, attention_maps
+from diffsight.lenses.attention import map_memory
 from helpers import same_image
-from models import diffusion, text_encoders
+from models import diffusion, text_encoders, vision_language
 
 PROMPT = "a red circle above a blue square"  # one token each, after the token that begins the prompt
 SHORT = {"num_inference_steps": 2}
@@ -318,6 +319,78 @@ WRONG = [
 def test_bad_input(model, given, words):
     with pytest.raises(InputError, match=words):
         attention_maps(model, PROMPT, **{**SHORT, **given})
+
+
+IMAGE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+GRIDS = {"llava": (4, 4), "qwen2_vl": (3, 4), "idefics3": (4, 4)}
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+@torch.no_grad()
+def test_where_generated_tokens_look(kind):
+    """Eager attention returns the probabilities that the bare model has, a tuple of layers for each token."""
+    net, processor = vision_language.MODELS[kind]()
+    model, (rows, columns) = VisionLanguageModel((net, processor)), GRIDS[kind]
+    given = {"image": IMAGE, "max_new_tokens": 3, "do_sample": False}
+    result = attention_maps(model, PROMPT, layers=[0, -1], keep="layers", **given)
+    by_head = attention_maps(model, PROMPT, layers=[0, 2], heads=[1, 3], keep="heads", **given)
+    with model.trace(PROMPT, images=IMAGE) as run:
+        inputs, grid = run.inputs[1], run.image_grids[0][0]
+        run.stop()
+    net.set_attn_implementation("eager")
+    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
+    named = {name: inputs[name] for name in names if name in inputs}
+    bare = net.generate(
+        **named, max_new_tokens=3, do_sample=False, output_attentions=True, return_dict_in_generate=True
+    )
+    looks = torch.stack([torch.stack([probs[0, :, -1, grid] for probs in step]) for step in bare.attentions])
+    assert looks.shape[2:] == (4, rows, columns)
+    assert torch.allclose(result.maps, looks[:, [0, 2]].mean((1, 2)), atol=1e-5)
+    assert torch.allclose(result.parts["layers[2]"], looks[:, 2].mean(1), atol=1e-5)
+    assert torch.allclose(by_head.parts["head 3"], looks[:, [0, 2], 3].mean(1), atol=1e-5)
+    assert len(result.words) == len(bare.attentions) and result.overlay(result.words[0]).size == result.image.size
+
+
+BAD_GENERATION = [
+    ({"words": "circle"}, "words: a VisionLanguageModel has no such choice"),
+    ({"method": "concept"}, "method: a VisionLanguageModel"),
+    ({"keep": "steps"}, "keep: a VisionLanguageModel keeps 'layers' or 'heads' apart"),
+    ({"image": None}, "needs one image"),
+    ({"layers": 3}, "there is no layer 3"),
+    ({"heads": [4]}, "there is no head 4"),
+    ({"num_beams": 2}, "omit num_beams"),
+    ({"max_new_token": 2}, "did you mean 'max_new_tokens'"),
+]
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return VisionLanguageModel(vision_language.MODELS["llava"]())
+
+
+@pytest.mark.parametrize("given, words", BAD_GENERATION)
+def test_bad_generation(llava, given, words):
+    with pytest.raises(InputError, match=words):
+        attention_maps(llava, PROMPT, **{"image": IMAGE, "max_new_tokens": 2, **given})
+
+
+def test_maps_larger_than_memory(model, monkeypatch):
+    """Three maps of 16 x 16 and one of 8 x 8, and four of 16 x 16 in the result, of two words in float32."""
+    size, keep = 4 * 2 * (3 * 16 * 16 + 8 * 8 + 4 * 16 * 16), {"keep": "layers", "seed": 3}
+    monkeypatch.setattr(map_memory, "memory_of", lambda device: size - 1)
+    with pytest.raises(InputError, match=r"maps of 2 words, 4 layers apart, would take 0.0 MB, but cpu has 0.0 MB"):
+        attention_maps(model, PROMPT, ["circle", "square"], **keep, **SHORT)
+    monkeypatch.setattr(map_memory, "memory_of", lambda device: size)
+    assert attention_maps(model, PROMPT, ["circle", "square"], **keep, **SHORT).maps.shape == (2, 16, 16)
+
+
+def test_a_kernel_that_shows_nothing():
+    pipe = diffusion.flux()
+    for module in pipe.transformer.modules():
+        if hasattr(module, "processor"):
+            module.processor._attention_backend = "flex"
+    with pytest.raises(InputError, match=r"computes its attention with 'flex'.*set_attention_backend\(\"native\"\)"):
+        attention_maps(DiffusionModel(pipe), PROMPT, height=32, width=32, max_sequence_length=16, **SHORT)
 
 
 def test_models_without_such_an_attention(model):
