@@ -126,7 +126,8 @@ def collect_activations(
             first: an integer, a slice, or a list of them. Default: all layers, without the embedding. In a pipeline,
             paths or patterns of modules, such as "text_encoder.layers[4]" or "unet.**.attn2".
         positions: Positions in each prompt: 0 is its first token, -1 its last. In a pipeline, positions in the sequence
-            or, row by row, in the feature map. None means all. Default: -1, and in a pipeline all.
+            or, row by row, in the feature map. None means all, and "image" the tokens of the images that a
+            vision-language model reads. Default: -1, and in a pipeline all.
         of: What to collect of each layer of a language model: layers_output, layers_input, attentions_output,
             mlps_output, heads_output, q, k or v.
         steps: The denoising steps of a pipeline. Default: all.
