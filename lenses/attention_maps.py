@@ -19,7 +19,7 @@ words (a softmax) if there are several (Helbling et al., "ConceptAttention: Diff
 Interpretable Features", ICML 2025, section 4).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffsight.errors import InputError, suggest
+from diffsight.errors import InputError, UnknownKeyError, suggest
 from diffsight.lenses.attention.concepts import Concepts
 from diffsight.lenses.attention.map_sums import MapSums
 from diffsight.lenses.attention.word_keys import WordKeys
@@ -106,11 +106,11 @@ class AttentionMaps(LensResult):
         return image_grid(images, titles=["", *self.words], title=f"{self.prompt} (seed {self.seed})")
 
     def plot(self, word: str | None = None) -> Figure:
-        """Return the maps as a matplotlib figure: of all words, or of one word by step, layer or head."""
+        """Return the maps as a matplotlib figure: of all words, or of one, by step, layer or head if they were kept."""
         if word is None:
             rows = {"": dict(zip(self.words, self.maps))}
         elif not self.parts:
-            raise InputError(f'nothing was kept apart: write attention_maps(..., keep="steps"), one of {_KEPT}')
+            rows = {"": {word: self[word]}}
         else:
             rows = {"": {name: maps[self._index(word)] for name, maps in self.parts.items()}}
         heats = list(rows[""].items())
@@ -148,9 +148,17 @@ class AttentionMaps(LensResult):
         """Return the map of a word, (rows, columns), or (frames, rows, columns) for a video."""
         return self.maps[self._index(word)]
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.words)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
     def _index(self, word: str) -> int:
         if word not in self.words:
-            raise InputError(f"there is no map of {word!r}{suggest(str(word), self.words)}: {', '.join(self.words)}")
+            raise UnknownKeyError(
+                f"there is no map of {word!r}{suggest(str(word), self.words)}: {', '.join(self.words)}"
+            )
         return self.words.index(word)
 
     def preview(self) -> Image.Image:
