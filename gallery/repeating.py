@@ -120,7 +120,7 @@ def repeat(path: str | Path, **replaced: Any) -> Repetition:
 def _find(given: str | Path) -> Path:
     path = find_path(given)
     if path is None:
-        raise InputError(f"there is no {shortened(str(given))}")
+        raise InputError(f"there is no file or folder {shortened(str(given))}")
     if not path.is_dir():
         return path
     found = [one for one in sorted(path.glob("*.json")) if read_record(one) is not None]

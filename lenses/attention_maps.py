@@ -21,7 +21,7 @@ Interpretable Features", ICML 2025, section 4).
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffsight.errors import InputError, suggest
+from diffsight.errors import InputError, UnknownKeyError, suggest
 from diffsight.lenses.attention.concepts import Concepts
 from diffsight.lenses.attention.given_image import GivenImage
 from diffsight.lenses.attention.image_looks import looks_at_image
@@ -113,11 +113,11 @@ class AttentionMaps(LensResult):
         return image_grid(images, titles=["", *self.words], title=f"{self.prompt} (seed {self.seed})")
 
     def plot(self, word: str | None = None) -> Figure:
-        """Return the maps as a matplotlib figure: of all words, or of one word by step, layer or head."""
+        """Return the maps as a matplotlib figure: of all words, or of one, by step, layer or head if they were kept."""
         if word is None:
             heats, titles = list(self.maps), list(self.words)
         elif not self.parts:
-            raise InputError(f'nothing was kept apart: write attention_maps(..., keep="steps"), one of {_KEPT}')
+            heats, titles = [self[word]], [word]
         else:
             heats = [maps[self._index(word)] for maps in self.parts.values()]
             titles = _titles(list(self.parts)) if self.kept == "layers" else list(self.parts)
@@ -155,9 +155,17 @@ class AttentionMaps(LensResult):
         """Return the map of a word, (rows, columns), or (frames, rows, columns) for a video."""
         return self.maps[self._index(word)]
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.words)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
     def _index(self, word: str) -> int:
         if word not in self.words:
-            raise InputError(f"there is no map of {word!r}{suggest(str(word), self.words)}: {', '.join(self.words)}")
+            raise UnknownKeyError(
+                f"there is no map of {word!r}{suggest(str(word), self.words)}: {', '.join(self.words)}"
+            )
         return self.words.index(word)
 
     def preview(self) -> Image.Image:

@@ -9,7 +9,7 @@ Pipelines", ACL 2024, section 3). All layers are rows of one call, see `encoders
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,12 @@ class DiffusionLensResult(LensResult):
     def __getitem__(self, layer: Layer) -> Image.Image:
         """Return the image drawn from a layer, by its number from 0, or "embedding"."""
         return self.images[find_layer(layer, self.layers, 0)]
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
     def grid(self) -> Image.Image:
         """Return all images in one, with their layers."""

@@ -8,8 +8,9 @@ from urllib.request import url2pathname
 import pytest
 import torch
 
-from diffsight import DiffusionModel, LanguageModel, diffusion_lens
-from diffsight.errors import PointNotFoundError, RunClosedError
+from diffsight import DiffusionModel, LanguageModel, diffusion_lens, image_grid
+from diffsight.errors import PointNotFoundError, RunClosedError, UnknownKeyError
+from diffsight.gallery.cli import main
 from helpers import refusal
 from models import language, lens_results
 
@@ -56,10 +57,58 @@ def test_logits_can_be_read_after_a_forward_pass():
         run.next_token_probs
 
 
-def test_the_map_of_a_word(saved_models):
-    result = lens_results.make("attention_maps", saved_models)
-    assert torch.equal(result[result.words[1]], result.maps[1])
-    assert refusal(lambda: result["nothing"]).startswith("there is no map of 'nothing'")
+def test_parts_of_results_by_name(saved_models):
+    maps = lens_results.make("attention_maps", saved_models)
+    assert torch.equal(maps[maps.words[1]], maps.maps[1])
+    assert (list(maps), len(maps)) == ([*maps.words], len(maps.words))
+    assert maps.words[0] in maps and "nothing" not in maps
+    with pytest.raises(UnknownKeyError, match="there is no map of 'nothing'"):
+        maps["nothing"]
+    layers = lens_results.make("diffusion_lens", saved_models)
+    assert [layers[layer] for layer in layers] == [*layers.images] and len(layers) == len(layers.images)
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [("to_dict", "did you mean 'record'"), ("display", "did you mean 'show'"), ("image", "did you mean 'images'")],
+)
+def test_names_that_a_result_does_not_have(name, told, saved_models):
+    result = lens_results.make("diffusion_lens", saved_models)
+    with pytest.raises(AttributeError, match=rf"DiffusionLensResult has no '{name}' \({told}.* it has .*grid.*layers"):
+        getattr(result, name)
+    assert not hasattr(result, "_repr_svg_")
+
+
+def test_an_image_grid_of_a_result(saved_models):
+    with pytest.raises(TypeError, match=r"images has type DiffusionLensResult.*write result\.grid\(\)"):
+        image_grid(lens_results.make("diffusion_lens", saved_models))
+
+
+def test_names_that_a_pipeline_does_not_have(sd):
+    model = DiffusionModel(sd)
+    for owner, name, told in (
+        (model.generate("a cat", num_inference_steps=1), "save", r'run\.images\[0\]\.save\("image\.png"\)'),
+        (model, "layers", r"layers are those of a text encoder: \.text_encoder\.layers"),
+    ):
+        with pytest.raises(PointNotFoundError, match=told):
+            getattr(owner, name)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["lens", "a cat", "--guidance_scale", "3"], "passed with --set NAME=VALUE"),
+        (["check"], "required: SOURCE\n"),
+        (["repeat", "nothing"], "there is no file or folder nothing"),
+    ],
+)
+def test_commands_say_what_to_write(words, told, capsys):
+    try:
+        status = main(words)
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert told in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("has_browser", [True, False])

@@ -112,7 +112,7 @@ def _add_steering(bench: Workbench, prompt: gr.Textbox, model: gr.Dropdown) -> N
     factor = gr.Slider(-4, 4, 1, step=0.25, label="Factor")
     write, stop = _buttons("Write")
     with gr.Row():
-        plain, steered = gr.Textbox(label="Without", lines=3), gr.Textbox(label="Steered", lines=3)
+        plain, steered = (gr.Textbox(label=label, lines=3, min_width=260) for label in ("Without", "Steered"))
     code, save = _code_and_save()
 
     @reporting

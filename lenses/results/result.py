@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffsight.errors import InputError
+from diffsight.errors import InputError, suggest
 from diffsight.lenses.results.calls import Call
 from diffsight.lenses.results.page import framed, page_of
 from diffsight.lenses.results.record import with_call, write_record
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 PAGE = "page.html"
 ARGUMENTS = "arguments.safetensors"
+_OTHER_NAMES = {"to_dict": "record", "to_json": "record", "display": "show", "view": "show", "code": "call"}
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,13 @@ class LensResult:
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        known = [one for one in dir(self) if not one.startswith("_")]
+        hint = suggest(_OTHER_NAMES.get(name, name), known)
+        raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}; it has {', '.join(known)}")
 
     # ---- the record and the page
 

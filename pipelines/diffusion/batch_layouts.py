@@ -74,6 +74,13 @@ class BatchLayouts:
         """Return whether a point can belong to a branch. Methods such as `scheduler.step` and VAEs cannot."""
         return _component(tap).name == FORWARD and not self.is_in_vae(tap)
 
+    def leaves_branches_out(self, tap: Tap) -> bool:
+        """Return whether a FasterCache of diffusers takes the unconditional branch out of some calls within a
+        denoiser."""
+        registry = getattr(_component(tap).owner, "_diffusers_hook", None)
+        cache = registry.get_hook("faster_cache_denoiser") if registry is not None and tap.target.outer else None
+        return cache is not None and not cache.is_guidance_distilled
+
     def why_unknown(self, tap: Tap) -> str:
         """Return why the branches at a point are unknown, as the end of an error message."""
         component = _component(tap)
