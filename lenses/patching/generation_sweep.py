@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 
 from diffsight.errors import InputError
-from diffsight.lenses.features.activation_stream import tensor_in
 from diffsight.lenses.metrics.outcome import Outcome
 from diffsight.lenses.patching.language_pair import LanguageSide
 from diffsight.lenses.patching.language_pairs import LanguagePairs, Swept
@@ -96,11 +95,14 @@ class GenerationSweep:
         values: list[dict[str, torch.Tensor]] = []
         points = self._pairs.points
 
+        def keep(site: Site, value: Any) -> None:
+            values[-1].setdefault(site.point, site.tensor(value).clone())
+
         def follow(run: LanguageRun, step: int) -> None:
             values.append({})
             if step == 0:
-                for point in points:
-                    run.follow(point, lambda value, point=point: values[-1].setdefault(point, tensor_in(value).clone()))
+                for site in map(Site, points):
+                    run.follow(site.path, partial(keep, site))
 
         outcome = self._generate(side, 1, follow)
         for step, found in enumerate(values):

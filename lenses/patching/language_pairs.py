@@ -167,7 +167,7 @@ def _count_heads(pair: LanguagePair, sites: Sequence[Site]) -> dict[str, int]:
 
     with pair.source.scan() as run:
         for site in with_heads:
-            run.follow(site.point, partial(count, site))
+            run.follow(site.path, partial(count, site))
         run.finish()
     missing = next((site.point for site in with_heads if site.point not in counts), None)
     if missing is not None:
