@@ -61,10 +61,6 @@ class LanguageSide:
             values["use_cache"] = False
         return cls(model, values, PromptTokens.of(model, ids[0].tolist()), is_patched_in_encoder)
 
-    def scan(self) -> LanguageRun:
-        """Open a run on shapes alone."""
-        return self.model.scan(dict(self.values))
-
     def open(
         self, metric: Metric, rows: int = 1, encoded: torch.Tensor | None = None, grad: bool = False
     ) -> LanguageRun:
