@@ -1,4 +1,4 @@
-"""The command line: `diffsight models`, and the commands of `lens_commands.py` and `commands.py`.
+"""The command line: `diffsight models`, and the commands of the other files whose names end in `commands`.
 
 Libraries that are slow to import are imported by the commands that need them, so that help and bad input are quick.
 """
@@ -17,6 +17,7 @@ from diffsight.gallery.command_options import PROMPT
 from diffsight.gallery.commands import add_commands
 from diffsight.gallery.completion import script
 from diffsight.gallery.lens_commands import add_lens_commands
+from diffsight.gallery.patching_commands import add_patching_commands
 from diffsight.gallery.serve.serve_command import add_serve_commands
 from diffsight.pipelines.valid_text import check_text
 
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diffsight {version('diffsight')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_lens_commands(commands)
+    add_patching_commands(commands)
     models = commands.add_parser("models", help="list the packaged models", epilog="example: diffsight models")
     models.set_defaults(command=_models)
     add_commands(commands)

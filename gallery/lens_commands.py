@@ -30,7 +30,6 @@ def add_lens_commands(commands: Any) -> None:
     """Add these commands to the command line."""
     _add_lens(commands)
     _add_patch(commands)
-    _add_activation_patching(commands)
     _add_attention(commands)
     _add_trajectory(commands)
     _add_fidelity(commands)
@@ -77,33 +76,6 @@ def _add_patch(commands: Any) -> None:
     add_layers(patch, "the embedding and all layers")
     _add_encoder(patch)
     patch.set_defaults(command=_patch)
-
-
-def _add_activation_patching(commands: Any) -> None:
-    patch = commands.add_parser(
-        "activation-patching",
-        help="put one run's values into another run of a language model",
-        description="Activation patching: put the clean prompt's values into the run of the corrupted prompt, one site "
-        "at a time, and measure what the model says. Prints the largest effects, and writes a figure and a page.",
-        epilog='example: diffsight activation-patching "The capital of France is" "The capital of Italy is" --tokens '
-        '" Paris, Rome" --sites heads --out heads',
-    )
-    patch.add_argument("clean", metavar="CLEAN", help="the prompt that values are taken from")
-    patch.add_argument("corrupted", metavar="CORRUPTED", help="the prompt that they are put into")
-    patch.add_argument(
-        "--tokens",
-        metavar="TOKENS",
-        required=True,
-        help='the token of the clean prompt, whose probability is measured; or two, " Paris, Rome", whose logits are '
-        "subtracted",
-    )
-    patch.add_argument(
-        "--sites", metavar="SITES", default="layers", help="layers, heads, mlps … or paths (default: %(default)s)"
-    )
-    patch.add_argument("--into", default="corrupted", metavar="RUN", help="corrupted or clean (default: %(default)s)")
-    add_model(patch, LANGUAGE_MODEL)
-    add_layers(patch, "all layers")
-    patch.set_defaults(command=_activation_patching)
 
 
 def _add_attention(commands: Any) -> None:
@@ -247,26 +219,6 @@ def _patch(options: argparse.Namespace) -> None:
     words = {name: _listed(getattr(options, name)) for name in ("words", "into")}
     arguments |= {**_encoder_options(options), **words, "seed": options.seed}
     _print(encoder_patching(model, options.source, options.target, **arguments).save(options.out))
-
-
-def _activation_patching(options: argparse.Namespace) -> None:
-    tokens = _listed(options.tokens)
-    if len(tokens) > 2:
-        raise InputError(f"--tokens takes one token or two, not {len(tokens)}")
-    for prompt in (options.clean, options.corrupted):
-        check_prompt_text(prompt, FACT)
-    from diffsight.lenses import activation_patching, logit_difference, token_probability
-    from diffsight.lenses.results.saving import check_place
-    from diffsight.pipelines.language.model import LanguageModel
-
-    check_place(options.out)
-    _load_quietly()
-    metric = logit_difference(*tokens) if len(tokens) == 2 else token_probability(*tokens)
-    chosen = {"sites": _listed(options.sites), "layers": options.layers, "into": options.into}
-    result = activation_patching(LanguageModel(options.model), options.clean, options.corrupted, metric, **chosen)
-    for site, column, effect in result.top():
-        print(f"{effect:8.3f}  {site}  {column}")
-    _print(result.save(options.out))
 
 
 def _attention(options: argparse.Namespace) -> None:

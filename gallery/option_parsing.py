@@ -33,6 +33,39 @@ def parse_steps(text: str) -> list[int] | slice:
     return found
 
 
+def parse_windows(text: str) -> str | list[int | slice]:
+    """Parse windows of steps as the command line writes them: `0:4,5` becomes `[slice(0, 4), 5]`, `each` stays."""
+    if text in ("each", "all"):
+        return text
+    try:
+        found = [_parse_layer(part.strip()) for part in text.split(",")]
+    except (ValueError, TypeError):
+        found = [""]
+    if any(isinstance(item, str) for item in found):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not name steps: write each, or numbers and ranges such as 0:10,10:20"
+        )
+    return found
+
+
+def parse_positions(text: str) -> str | list[int | str]:
+    """Parse positions as the command line writes them: `red circle,-1` becomes `["red circle", -1]`, `each` stays."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} has an empty position: write words or numbers, such as circle,-1")
+    if parts in (["each"], ["words"], ["all"]):
+        return parts[0]
+    return [int(part) if part.removeprefix("-").isdigit() else part for part in parts]
+
+
+def parse_numbers(text: str) -> list[float]:
+    """Parse numbers as the command line writes them: `0,2.5` becomes `[0.0, 2.5]`."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} are not numbers: write such as 0,2.5,10") from None
+
+
 def parse_seeds(text: str) -> list[int]:
     """Parse seeds as the command line writes them: `0:3,7` becomes `[0, 1, 2, 7]`."""
     try:

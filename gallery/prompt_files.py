@@ -1,8 +1,9 @@
-"""Read prompts from a file: a prompt in each line, or the tables of benchmarks.
+"""Read prompts from a file: a prompt in each line, or the tables of benchmarks; and pairs of a question and an answer.
 
 read_prompts(Path("PartiPrompts.tsv"))      # a column called "Prompt"
 read_prompts(Path("geneval.jsonl"))         # an object in each line, with a key "prompt"
 read_prompts(Path("color_val.txt"))         # T2I-CompBench: a prompt in each line
+read_pairs(Path("antonyms.tsv"))            # [("hot", "cold"), ...]
 """
 
 import csv
@@ -21,19 +22,41 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         InputError: The file cannot be read, is not UTF-8 text, or has no prompts.
     """
-    try:
-        text = path.expanduser().read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text, from byte {error.start} on: convert it first") from None
-    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a home that is not known
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"the prompts cannot be read: {path}: {reason}") from None
+    text = _text_of(path)
     lines = [line for line in text.splitlines() if line.strip()]
     kinds = {".tsv": _of_table, ".csv": _of_table, ".jsonl": _of_objects, ".ndjson": _of_objects}
     found = [prompt.strip() for prompt in kinds.get(path.suffix.lower(), iter)(lines) if prompt.strip()]
     if not found:
         raise InputError(f"{path} has no prompts")
     return found
+
+
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """Return the pairs of a question and an answer in a file: in each line the question, a tab and the answer.
+
+    Raises:
+        InputError: The file cannot be read, is not UTF-8 text, or a line is not a pair.
+    """
+    found = []
+    for number, line in enumerate(_text_of(path).splitlines(), 1):
+        if line.strip():
+            pair = tuple(part.strip() for part in line.split("\t"))
+            if len(pair) != 2 or not all(pair):
+                raise InputError(f"line {number} of {path} is not a question, a tab and an answer: {line[:60]!r}")
+            found.append(pair)
+    if not found:
+        raise InputError(f"{path} has no pairs")
+    return found
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.expanduser().read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text, from byte {error.start} on: convert it first") from None
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a home that is not known
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"the prompts cannot be read: {path}: {reason}") from None
 
 
 def _of_table(lines: list[str]) -> Iterator[str]:

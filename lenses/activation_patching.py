@@ -36,7 +36,8 @@ from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.outcome import Metric, Outcome
 from diffsight.lenses.patching.denoiser_pairs import DenoiserPairs
 from diffsight.lenses.patching.denoiser_patching import patch_pair
-from diffsight.lenses.patching.generation_sweep import GenerationSweep
+from diffsight.lenses.patching.generation_sweep import GenerationSweep, generate_source
+from diffsight.lenses.patching.language_pair import run_side
 from diffsight.lenses.patching.language_pairs import LanguagePairs
 from diffsight.lenses.patching.language_sweep import LanguageSweep
 from diffsight.lenses.patching.request import PatchingRequest
@@ -148,9 +149,12 @@ def activation_patching(
         )
     pairs = LanguagePairs.of(request, layers=layers, align=align)
     check_rows(pairs.rows, max_rows)
+    first = run_side(pairs.pairs[0].source, pairs.metric, pairs.points)
+    pairs = pairs.counted(first.values)
+    check_rows(pairs.rows, max_rows)
     with tqdm(total=pairs.rows * len(pairs.pairs), desc="patching", disable=not progress) as bar:
         sweep = LanguageSweep(pairs, batch_size, bar)
-        swept = [sweep.run(number) for number in range(len(pairs.pairs))]
+        swept = [sweep.run(number, None if number else first) for number in range(len(pairs.pairs))]
     return pairs.effects(swept, sweep.passes)
 
 
@@ -166,11 +170,14 @@ def _patch_generation(
     """Sweep over the tokens that a language model generates."""
     pairs = LanguagePairs.of(request, layers=layers, align="each")
     windows = choose_windows(steps, tokens)
+    check_rows(len(pairs.sites) * len(windows), max_rows)
+    first = generate_source(pairs, 0, tokens)
+    pairs = pairs.counted(first.values[0])
     rows = len(pairs.sites) * len(windows)
     check_rows(rows, max_rows)
     with tqdm(total=rows * len(pairs.pairs), desc="patching", disable=not progress) as bar:
         sweep = GenerationSweep(pairs, windows, tokens, batch_size, bar)
-        swept = [sweep.run(number) for number in range(len(pairs.pairs))]
+        swept = [sweep.run(number, None if number else first) for number in range(len(pairs.pairs))]
     return pairs.effects(swept, sweep.passes, list(windows), {"max_new_tokens": tokens})
 
 

@@ -24,6 +24,7 @@ from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.outcome import Metric, Outcome
 from diffsight.lenses.patching.denoiser_gradients import THROUGH, attribute_denoiser
 from diffsight.lenses.patching.denoiser_pairs import DenoiserPairs
+from diffsight.lenses.patching.language_pair import run_side
 from diffsight.lenses.patching.language_pairs import LanguagePairs
 from diffsight.lenses.patching.request import PatchingRequest
 from diffsight.lenses.patching.site_gradients import PASSES, attribute_pair, check_correction
@@ -111,7 +112,10 @@ def attribution_patching(
     check_omitted("a pipeline", steps=steps, branch=branch, through=through, seed=seed)
     pairs = LanguagePairs.of(request, layers=layers, align=align)
     check_correction(pairs.sites, qk_correction)
-    swept = [attribute_pair(pairs, number, qk_correction) for number in _numbers(pairs.pairs, progress)]
+    first = run_side(pairs.pairs[0].source, pairs.metric, pairs.points)
+    pairs = pairs.counted(first.values)
+    numbers = _numbers(pairs.pairs, progress)
+    swept = [attribute_pair(pairs, number, qk_correction, None if number else first) for number in numbers]
     return pairs.effects(swept, PASSES * len(swept))
 
 

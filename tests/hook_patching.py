@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from helpers import first, with_first
+from helpers import first, module_at, with_first
+from models import diffusion
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,37 @@ def patched_values(
             row.append(float(metric(run(net, target, module, change, sites == "heads"))))
         found.append(row)
     return torch.tensor(found)
+
+
+# ---- blocks of denoisers
+
+_JOINT = ("stable_diffusion_3", "flux", "two_call_guidance")  # their blocks return the text and the image
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a small pipeline's denoiser, and which tensor of its output is the image."""
+
+    module: nn.Module
+    path: str
+    item: int | None
+
+    @classmethod
+    def of(cls, pipe: Any, kind: str) -> "Block":
+        path = diffusion.ALL_PIPELINES[kind].denoiser_block
+        return cls(module_at(pipe, path), path, 1 if kind in _JOINT else None)
+
+    @property
+    def site(self) -> str:
+        """The point as lenses name it."""
+        return self.path if self.item is None else f"{self.path}.output[{self.item}]"
+
+    def image(self, output: Any) -> torch.Tensor:
+        """Return the image in the block's output."""
+        return first(output) if self.item is None else output[self.item]
+
+    def with_image(self, output: Any, image: torch.Tensor) -> Any:
+        """Return the block's output with another image."""
+        if self.item is None:
+            return with_first(output, image)
+        return (*output[: self.item], image, *output[self.item + 1 :])

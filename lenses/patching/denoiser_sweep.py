@@ -22,8 +22,9 @@ from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.features.activation_stream import tensor_in
 from diffsight.lenses.metrics.outcome import IMAGES, LATENTS, Outcome
 from diffsight.lenses.results.outputs import image_of
+from diffsight.lenses.sites.items import with_tensor
 from diffsight.lenses.sites.pipeline_positions import WholeValue
-from diffsight.lenses.sites.site import Site, with_tensor
+from diffsight.lenses.sites.site import Site
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, is_silenced, progress_bar
 
@@ -117,7 +118,7 @@ class DenoiserRows:
         with progress_bar(self._model.pipeline, disable=True), self.open(self._prompts) as run:
             follow_latents(run, lambda value: latents.append(value.clone()))
             for point in points:
-                run.follow(point, partial(log.see, point))
+                run.follow(Site(point).path, partial(log.see, point))
             for step in run.steps:
                 log.step = step.index
                 denoisers.append(step.component)
@@ -272,7 +273,7 @@ class _Log:
         """Keep what the denoiser returned."""
         while len(self.denoised) <= self.step:
             self.denoised.append([])
-        self.denoised[self.step].append(with_tensor(output, tensor_in(output).clone()))
+        self.denoised[self.step].append(_with_first(output, tensor_in(output).clone()))
 
     def calls(self, step: int | None) -> list[tuple[str, int]]:
         """Return the calls of points in a step, in order."""
@@ -330,4 +331,11 @@ def _spread(output: Any, leading: int, count: int) -> Any:
     """Return an output of the denoiser with `count` copies of its last row after its leading rows."""
     rows = _by_branch(output, leading + 1)
     last = rows[:, leading:].expand(-1, count, *[-1] * (rows.ndim - 2))
-    return with_tensor(output, torch.cat([rows[:, :leading], last], 1).flatten(0, 1))
+    return _with_first(output, torch.cat([rows[:, :leading], last], 1).flatten(0, 1))
+
+
+def _with_first(output: Any, tensor: torch.Tensor) -> Any:
+    """Return an output of the denoiser with another first tensor."""
+    items = list(output.values()) if isinstance(output, Mapping) else output
+    first = None if isinstance(output, torch.Tensor) else [isinstance(item, torch.Tensor) for item in items].index(True)
+    return with_tensor(output, tensor, "the denoiser's output", first)

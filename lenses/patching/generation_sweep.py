@@ -7,7 +7,7 @@ A step is one generated token. In each step the value that is patched is that of
 in step 0 that of the prompt's last token. Both prompts are continued greedily by the same number of tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 
 from diffsight.errors import InputError
-from diffsight.lenses.features.activation_stream import tensor_in
 from diffsight.lenses.metrics.outcome import Outcome
 from diffsight.lenses.patching.language_pair import LanguageSide
 from diffsight.lenses.patching.language_pairs import LanguagePairs, Swept
@@ -33,7 +32,7 @@ class _StepRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Generated:
+class GeneratedValues:
     """What is kept of the source's run.
 
     Attributes:
@@ -67,18 +66,20 @@ class GenerationSweep:
         self._batch_size, self._bar = batch_size, bar
 
     @torch.no_grad()
-    def run(self, number: int) -> Swept:
-        """Sweep over the pair of this number."""
+    def run(self, number: int, source: GeneratedValues | None = None) -> Swept:
+        """Sweep over the pair of this number. `source` is the run of its source, if there has been one."""
         pair, sites = self._pairs.pairs[number], self._pairs.sites
-        source = self._run_source(pair.source)
-        target = self._generate(pair.target, 1, lambda run, step: None)
+        source = source or generate_source(self._pairs, number, self._tokens)
+        target = _generate(pair.target, self._tokens)
+        self.passes += 2 * self._tokens
         clean = source.outcome if self._pairs.into == "corrupted" else target
         values = torch.full((len(sites), len(self._windows)), torch.nan)
         places = product(enumerate(sites), enumerate(self._windows.values()))
         rows = [_StepRow(site, steps, (i, j)) for (i, site), (j, steps) in places]
         for start in range(0, len(rows), self._batch_size):
             some = rows[start : start + self._batch_size]
-            outcome = self._generate(pair.target, len(some), partial(_patch, some, source))
+            outcome = _generate(pair.target, self._tokens, len(some), partial(_patch, some, source))
+            self.passes += self._tokens
             for row, value in zip(some, self._measure(outcome, clean, number).tolist()):
                 values[row.place] = value
             self._bar.update(len(some))
@@ -87,41 +88,43 @@ class GenerationSweep:
     def _measure(self, outcome: Outcome, clean: Outcome, number: int) -> torch.Tensor:
         return self._pairs.metric.values(outcome, clean, number).float().cpu()
 
-    def _run_source(self, side: LanguageSide) -> _Generated:
-        """Generate from the source's prompt and keep the values at the points.
 
-        Raises:
-            InputError: The model does not come to one of the points in every step.
-        """
-        values: list[dict[str, torch.Tensor]] = []
-        points = self._pairs.points
+@torch.no_grad()
+def generate_source(pairs: LanguagePairs, number: int, tokens: int) -> GeneratedValues:
+    """Generate from the source's prompt of a pair and keep the values at the points.
 
-        def follow(run: LanguageRun, step: int) -> None:
-            values.append({})
-            if step == 0:
-                for point in points:
-                    run.follow(point, lambda value, point=point: values[-1].setdefault(point, tensor_in(value).clone()))
+    Raises:
+        InputError: The model does not come to one of the points in every step.
+    """
+    values: list[dict[str, torch.Tensor]] = []
 
-        outcome = self._generate(side, 1, follow)
-        for step, found in enumerate(values):
-            missing = next((point for point in points if point not in found), None)
-            if missing is not None:
-                raise InputError(
-                    f"the model does not come to {missing} in step {step}, so nothing can be patched there"
-                )
-        return _Generated(outcome, values)
+    def keep(site: Site, value: Any) -> None:
+        values[-1].setdefault(site.point, site.tensor(value).clone())
 
-    def _generate(self, side: LanguageSide, rows: int, at_step: Any) -> Outcome:
-        """Generate in a number of rows; call a function with the run and the number of each step."""
-        with side.open_generation(self._tokens, rows) as run:
-            for step in run.steps:
-                at_step(run, step.index)
-            logits = torch.stack(list(run.result.logits), 1)
-        self.passes += self._tokens
-        return Outcome(logits=logits)
+    def follow(run: LanguageRun, step: int) -> None:
+        values.append({})
+        for site in map(Site, pairs.points if step == 0 else ()):
+            run.follow(site.path, partial(keep, site))
+
+    outcome = _generate(pairs.pairs[number].source, tokens, at_step=follow)
+    for step, found in enumerate(values):
+        missing = next((point for point in pairs.points if point not in found), None)
+        if missing is not None:
+            raise InputError(f"the model does not come to {missing} in step {step}, so nothing can be patched there")
+    return GeneratedValues(outcome, values)
 
 
-def _patch(rows: Sequence[_StepRow], source: _Generated, run: LanguageRun, step: int) -> None:
+def _generate(
+    side: LanguageSide, tokens: int, rows: int = 1, at_step: Callable[[LanguageRun, int], None] | None = None
+) -> Outcome:
+    """Generate in a number of rows; call a function with the run and the number of each step."""
+    with side.open_generation(tokens, rows) as run:
+        for step in run.steps if at_step else ():
+            at_step(run, step.index)
+        return Outcome(logits=torch.stack(list(run.result.logits), 1))
+
+
+def _patch(rows: Sequence[_StepRow], source: GeneratedValues, run: LanguageRun, step: int) -> None:
     """Patch the rows in one step, in the order in which the model comes to the points."""
     active = [(number, row) for number, row in enumerate(rows) if step in row.steps]
     for point, given in source.values[step].items():

@@ -15,7 +15,6 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.columns import Column
-from diffsight.lenses.features.activation_stream import tensor_in
 from diffsight.lenses.metrics.outcome import LAST_LOGITS, Metric, Outcome
 from diffsight.lenses.sites.positions import Positions, PromptTokens, pair_positions
 from diffsight.lenses.sites.site import Site
@@ -61,10 +60,6 @@ class LanguageSide:
         if model.takes_argument("use_cache"):
             values["use_cache"] = False
         return cls(model, values, PromptTokens.of(model, ids[0].tolist()), is_patched_in_encoder)
-
-    def scan(self) -> LanguageRun:
-        """Open a run on shapes alone."""
-        return self.model.scan(dict(self.values))
 
     def open(
         self, metric: Metric, rows: int = 1, encoded: torch.Tensor | None = None, grad: bool = False
@@ -182,7 +177,8 @@ def run_side(side: LanguageSide, metric: Metric, points: Sequence[str] = (), sta
     between = []
     with side.open(metric) as run:
         for point in points:
-            run.follow(point, lambda value, point=point: values.setdefault(point, tensor_in(value).clone()))
+            site = Site(point)
+            run.follow(site.path, lambda value, site=site: values.setdefault(site.point, site.tensor(value).clone()))
         if states:
             between = [run.layers_input[0].clone()]
             between += [run.layers_output[i].clone() for i in range(len(side.model.layers))]

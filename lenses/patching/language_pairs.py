@@ -1,13 +1,13 @@
 """Pairs of prompts of a language model, sites, and a metric: checked before anything runs.
 
 pairs = LanguagePairs.of(request, layers=None, align="each")
+pairs = pairs.counted(source.values)        # a site for each head
 pairs.sites, pairs.pairs[0].columns
 pairs.effects(swept, passes)                # the result
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class LanguagePairs:
     Attributes:
         request: The arguments.
         metric: The metric, bound to the model.
-        sites: The sites.
+        sites: The sites. Points that have heads stand for all heads until these are `counted`.
         pairs: The pairs; the source of each gives values, its target gets them.
     """
 
@@ -76,8 +76,18 @@ class LanguagePairs:
                 f"the pairs have {' and '.join(map(str, sorted(sizes)))} positions, so they cannot be averaged: pass "
                 "prompts with the same number of tokens, or list the positions"
             )
-        chosen = for_each_head(points, _count_heads(pairs[0], points), request.heads)
-        return cls(request, metric, tuple(chosen), tuple(pairs))
+        if request.heads is not None and not any(site.head_dim is not None for site in points):
+            raise InputError("none of the sites has heads: omit `heads`")
+        return cls(request, metric, tuple(points), tuple(pairs))
+
+    def counted(self, values: Mapping[str, torch.Tensor]) -> "LanguagePairs":
+        """Return the same with a site for each head, given a value at each point, as a first run has shown them.
+
+        Raises:
+            InputError: A head does not exist.
+        """
+        counts = {site.point: values[site.point].shape[site.head_dim] for site in self.sites if site.head_dim}
+        return replace(self, sites=tuple(for_each_head(self.sites, counts, self.request.heads)))
 
     @property
     def model(self) -> LanguageModel:
@@ -153,23 +163,3 @@ def _default_positions(sites: Sites) -> str:
             'positions="each" or "all" for sites of both kinds'
         )
     return "each" if found.pop() else "all"
-
-
-def _count_heads(pair: LanguagePair, sites: Sequence[Site]) -> dict[str, int]:
-    """Return the number of heads at each point that has heads, from a scan of shapes."""
-    counts: dict[str, int] = {}
-    with_heads = [site for site in sites if site.head_dim is not None]
-    if not with_heads:
-        return counts
-
-    def count(site: Site, value: torch.Tensor) -> None:
-        counts[site.point] = value.shape[site.head_dim]
-
-    with pair.source.scan() as run:
-        for site in with_heads:
-            run.follow(site.point, partial(count, site))
-        run.finish()
-    missing = next((site.point for site in with_heads if site.point not in counts), None)
-    if missing is not None:
-        raise InputError(f"the model never comes to {missing} with this prompt, so nothing can be patched there")
-    return counts

@@ -66,10 +66,10 @@ class LanguageSweep:
         self._inputs: str | None = ""  # how rows start, once it is known
 
     @torch.no_grad()
-    def run(self, number: int) -> Swept:
-        """Sweep over the pair of this number."""
+    def run(self, number: int, source: Passed | None = None) -> Swept:
+        """Sweep over the pair of this number. `source` is the run of its source, if there has been one."""
         pair, sites = self._pairs.pairs[number], self._pairs.sites
-        source = run_side(pair.source, self._metric, self._pairs.points)
+        source = source or run_side(pair.source, self._metric, self._pairs.points)
         target = run_side(pair.target, self._metric, states=any(start is not None for start in self._starts))
         self.passes += 2
         check_values(pair, source.values, sites)

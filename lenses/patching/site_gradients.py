@@ -44,20 +44,21 @@ class Backward:
     products: Mapping[str, AttentionProduct] = field(repr=False)
 
 
-def attribute_pair(pairs: LanguagePairs, number: int, qk_correction: bool) -> Swept:
+def attribute_pair(pairs: LanguagePairs, number: int, qk_correction: bool, source: Passed | None = None) -> Swept:
     """Return the estimates for the pair of this number.
 
     Args:
         pairs: The pairs of prompts, the sites and the metric.
         number: The number of the pair.
         qk_correction: Whether queries and keys are corrected.
+        source: The run of its source, if there has been one.
 
     Raises:
         InputError: The model does not reach a site, or the metric has no gradient.
     """
     pair = pairs.pairs[number]
     corrected = {site.module for site in pairs.sites if qk_correction and site.value in _CORRECTED}
-    source = run_side(pair.source, pairs.metric, pairs.points)
+    source = source or run_side(pair.source, pairs.metric, pairs.points)
     check_values(pair, source.values, pairs.sites)
     target = _backward(pairs, number, source, corrected)
     clean = source.outcome if pairs.into == "corrupted" else target.outcome

@@ -4,9 +4,11 @@ find_sites(model, "heads", layers=[0, 5])           # heads_output of layers 0 a
 find_sites(model, ["attentions", "mlps"])           # of all layers of a language model
 find_sites(model, "unet.**.attn2")                  # the outputs of modules of any model
 find_sites(model, "layers[*].self_attn.q")          # a value of an attention
+find_sites(model, "transformer.transformer_blocks[*].output[1]")        # one of several tensors
 for_each_head(sites, {"layers[0].self_attn.heads_output": 12})
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,6 +29,7 @@ NAMED = {  # the point of a layer that a name stands for
     "v": "layers[{}].self_attn.v",
     "attention_probs": "layers[{}].self_attn.attention_probs",
 }
+_ITEM = re.compile(r"(?<=\.output)\[\d+\]$")  # the number of a tensor in a tuple
 BY_HEAD = ("heads", "q", "k", "v", "attention_probs")
 BY_TOKEN = ("layers", "attentions", "mlps")
 
@@ -120,6 +123,8 @@ def _of_layer(name: str, layer: Layer) -> Site:
 
 def _matching(model: Any, pattern: str) -> list[Site]:
     try:
-        return [Site(point) for point in model.find_points(pattern)]
+        item = _ITEM.search(pattern)
+        points = model.find_points(pattern.removesuffix(item[0]) if item else pattern)
+        return [Site(point + (item[0] if item else "")) for point in points]
     except PointNotFoundError as error:
         raise PointNotFoundError(f"sites: {error}{suggest(pattern, NAMED)}") from None

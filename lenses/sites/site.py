@@ -8,15 +8,16 @@
 `find_sites` returns the sites that a user's names and patterns stand for.
 """
 
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from diffsight.lenses.features.activation_stream import tensor_in
 from diffsight.lenses.layers import EMBEDDING, Layer
+from diffsight.lenses.sites.items import tensor_of, with_tensor
 
+_ITEM = re.compile(r"(?<=\.output)\[(\d+)\]$")
 _PARTS = ("input", "output")
 _BY_HEAD = {"q": 2, "k": 2, "v": 2, "heads_output": 2, "heads_result": 2, "attention_probs": 1}  # value: dim of heads
 
@@ -26,7 +27,8 @@ class Site:
     """A point of a model.
 
     Attributes:
-        point: The path of the point, such as "layers[3].output" or "unet.mid_block.attentions[0].q".
+        point: The path of the point, such as "layers[3].output" or "unet.mid_block.attentions[0].q". Of a tuple, it
+            may end with the number of the tensor: "transformer.transformer_blocks[0].output[1]".
         layer: The number of the layer of a language model that the point is in, or "embedding".
         head: The number of the head. None stands for all heads, or a point without heads.
     """
@@ -38,12 +40,23 @@ class Site:
     @property
     def module(self) -> str:
         """The path of the module."""
-        return self.point.rpartition(".")[0]
+        return self.path.rpartition(".")[0]
+
+    @property
+    def path(self) -> str:
+        """The path of the point, without the number of a tensor."""
+        return _ITEM.sub("", self.point)
+
+    @property
+    def item(self) -> int | None:
+        """The number of the tensor in a tuple; None where it has only one."""
+        found = _ITEM.search(self.point)
+        return None if found is None else int(found[1])
 
     @property
     def value(self) -> str:
         """The name of the value: "input", "output", "q", "heads_output" and so on."""
-        return self.point.rpartition(".")[2]
+        return self.path.rpartition(".")[2]
 
     @property
     def head_dim(self) -> int | None:
@@ -78,25 +91,30 @@ class Site:
         return "layers" if part in _PARTS else part.removesuffix(".output")
 
     def read(self, handle: Any, call: int = 0) -> torch.Tensor:
-        """Return the tensor at the point: the value, or the first tensor in it.
+        """Return the tensor at the point: the value, or the tensor in it.
 
         Args:
             handle: A run, or a row or branch of it.
             call: The number of the call of the module in the current scope.
         """
-        return tensor_in(self.read_all(handle, call))
+        return self.tensor(getattr(self._points(handle, call), self.value))
 
-    def read_all(self, handle: Any, call: int = 0) -> Any:
-        """Return all that the module takes or returns at the point, such as a tuple."""
-        return getattr(self._points(handle, call), self.value)
+    def tensor(self, whole: Any) -> torch.Tensor:
+        """Return the tensor in all that the module takes or returns at the point, such as a tuple.
+
+        Raises:
+            InputError: It has several tensors of a kind, and the point does not say which.
+        """
+        return tensor_of(whole, self.path, self.item)
 
     def write(self, handle: Any, tensor: torch.Tensor, call: int = 0) -> None:
         """Let the model continue with another tensor at the point. The rest of a tuple stays as it is.
 
         For arguments, see `read`."""
         points = self._points(handle, call)
-        whole = tensor if self.value != "output" else with_tensor(getattr(points, self.value), tensor)
-        setattr(points, self.value, whole)
+        if self.value == "output":
+            tensor = with_tensor(points.output, tensor, self.path, self.item)
+        setattr(points, self.value, tensor)
 
     def track(self, handle: Any, call: int = 0) -> torch.Tensor:
         """Return the tensor at the point that the model continues with, so that gradients reach it.
@@ -119,14 +137,3 @@ class Site:
     def _points(self, handle: Any, call: int) -> Any:
         points = handle[self.module]
         return points.calls[call] if call else points
-
-
-def with_tensor(value: Any, tensor: torch.Tensor) -> Any:
-    """Return what a module returned with another tensor in place of its first one."""
-    if isinstance(value, torch.Tensor):
-        return tensor
-    if isinstance(value, Mapping):
-        first = next(name for name, item in value.items() if isinstance(item, torch.Tensor))
-        return type(value)(**{**value, first: tensor})
-    place = next(i for i, item in enumerate(value) if isinstance(item, torch.Tensor))
-    return type(value)((*value[:place], tensor, *value[place + 1 :]))

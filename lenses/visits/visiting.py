@@ -7,7 +7,7 @@
 The copy is an edited model: it shares the weights, and the visits go on until its edits are cleared.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from torch import nn
 
 from diffsight.errors import InputError, OutOfOrderError
 from diffsight.lenses.features.activation_stream import channels_last
+from diffsight.lenses.sites.items import tensor_of, with_tensor
 from diffsight.lenses.visits.named_points import NamedPoint
 from diffsight.pipelines.diffusion.components import components, text_encoder_names
 from diffsight.pipelines.diffusion.denoising_clock import time_parameter
@@ -105,6 +106,8 @@ def _visitor(
 ) -> Callable[[Any], None]:
     """Return an edit that visits a point."""
 
+    path = f"{point.path}.{'input' if point.is_input else 'output'}"
+
     def visit(run: Any) -> None:
         module = (run if branch == "both" else getattr(run, branch))[point.path]
         for step in run.steps if steps else [None]:
@@ -114,60 +117,15 @@ def _visitor(
                     whole = call.input if point.is_input else call.output
                 except OutOfOrderError:  # the step has ended
                     break
-                value = value_in(whole, point)
+                value = tensor_of(whole, path, point.item)
                 is_map = value.ndim >= 4
                 new = function(Visit(point, channels_last(value), run, step, number))
                 if new is None:
                     continue
-                whole = with_value(whole, new.movedim(-1, 1) if is_map else new, point)
+                whole = with_tensor(whole, new.movedim(-1, 1) if is_map else new, path, point.item)
                 if point.is_input:
                     call.input = whole
                 else:
                     call.output = whole
 
     return visit
-
-
-def value_in(whole: Any, point: NamedPoint) -> torch.Tensor:
-    """Return the tensor at a point in what a module returned or was passed.
-
-    Raises:
-        InputError: It has several such tensors, and the point does not say which; or none.
-    """
-    return _items(whole)[_place(whole, point)]
-
-
-def with_value(whole: Any, tensor: torch.Tensor, point: NamedPoint) -> Any:
-    """Return what a module returned or was passed, with another tensor at a point."""
-    if isinstance(whole, torch.Tensor):
-        return tensor
-    place = _place(whole, point)
-    if isinstance(whole, Mapping):
-        return type(whole)(**{**whole, list(whole)[place]: tensor})
-    return type(whole)([*whole[:place], tensor, *whole[place + 1 :]])
-
-
-def _items(whole: Any) -> list[Any]:
-    if isinstance(whole, torch.Tensor):
-        return [whole]
-    if isinstance(whole, Mapping):
-        return list(whole.values())
-    return list(whole) if isinstance(whole, (tuple, list)) else []
-
-
-def _place(whole: Any, point: NamedPoint) -> int:
-    """Return which item of a value is the tensor of a point."""
-    items = _items(whole)
-    tensors = [i for i, item in enumerate(items) if isinstance(item, torch.Tensor) and item.is_floating_point()]
-    path = f"{point.path}.{'input' if point.is_input else 'output'}"
-    if point.item is not None and (isinstance(whole, torch.Tensor) or point.item not in tensors):
-        raise InputError(f"{path} has no tensor {point.item}: it has {len(tensors) if len(items) > 1 else 'a single'}")
-    if point.item is not None:
-        return point.item
-    if not tensors:
-        raise InputError(f"{path} is a {type(whole).__name__} without a tensor of numbers: choose another module")
-    first = items[tensors[0]]
-    alike = [i for i in tensors if items[i].ndim == first.ndim and items[i].shape[-1] == first.shape[-1]]
-    if len(alike) > 1:
-        raise InputError(f"{path} has several tensors: write {' or '.join(f'{path}[{i}]' for i in alike)}")
-    return tensors[0]

@@ -228,22 +228,31 @@ def figures(calls: dict[str, Callable[[], torch.Tensor]], rounds: int) -> tuple[
     return quick, results
 
 
+def show(title: str, calls: dict[str, Callable[[], torch.Tensor]], rounds: int, against: str) -> None:
+    """Print the figures of some calls, and how far their results are from those of `against`."""
+    quick, results = figures(calls, rounds)
+    print(f"{title}: {results[against].numel()} rows")
+    for name, seconds in quick.items():
+        far = float((results[name] - results[against]).abs().max())
+        print(f"  {name:10} {seconds:7.2f} s  {seconds / quick[against]:5.2f} x {against}  differs by {far:.1e}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--only", choices=("language", "denoiser"), help="one kind of model (default: both)")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    ways = Ways()
-    names = ["bound", "diffsight", "loop"] + (["nnsight"] if ways.peer is not None else [])
-    for sites, title in (("layers", "layers x positions"), ("heads", "layers x heads")):
-        calls = {name: lambda name=name, sites=sites: getattr(ways, name)(sites) for name in names}
-        quick, results = figures(calls, rounds)
-        print(f"{title}: {results['bound'].numel()} rows")
-        for name in names:
-            far = float((results[name] - results["bound"]).abs().max())
-            print(
-                f"  {name:10} {quick[name]:7.2f} s  {quick[name] / quick['bound']:5.2f} x bound  differs by {far:.1e}"
-            )
+    if options.only != "denoiser":
+        ways = Ways()
+        names = ["bound", "diffsight", "loop"] + (["nnsight"] if ways.peer is not None else [])
+        for sites, title in (("layers", "layers x positions"), ("heads", "layers x heads")):
+            calls = {name: lambda name=name, sites=sites: getattr(ways, name)(sites) for name in names}
+            show(title, calls, options.rounds, "bound")
+    if options.only != "language":
+        denoiser = Denoiser()
+        calls = {"diffsight": denoiser.diffsight, "loop": denoiser.loop}
+        show("cross-attentions x windows of steps", calls, options.rounds, "loop")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffsight import activation_patching, compare_encoders, encoder_patching, logit_lens, trajectory_lens
+from diffsight import compare_encoders, encoder_patching, logit_lens, trajectory_lens
 from diffsight.errors import InputError
 from diffsight.gallery import repeat
 from diffsight.gallery.cli import main
 from diffsight.gallery.option_parsing import parse_seeds, parse_setting, parse_steps
 from diffsight.gallery.prompt_files import read_prompts
-from diffsight.lenses import attention_maps, logit_difference
+from diffsight.lenses import attention_maps
 from models import language, lens_results
 
 RED, BLUE = "a red circle above a blue square", "a blue circle above a blue square"
@@ -57,22 +57,6 @@ def test_patch(saved_models):
     )
     assert np.array_equal(Image.open("out/layer_02_02.png"), want.images[1][1])
     assert repeat("out").is_identical
-
-
-def test_activation_patching(saved_models, capsys):
-    prompts = "The capital of France is", "The capital of Paris is"
-    options = ("--tokens", " Paris, London", "--sites", "heads", "--layers=0,-1", "--model", saved_models / "language")
-    assert run("activation-patching", *prompts, *options, "--out", "out") == 0
-    metric = logit_difference(" Paris", " London")
-    model = lens_results.load(saved_models / "language")
-    want = activation_patching(model, *prompts, metric, sites=["heads"], layers=[0, -1], progress=False)
-    assert f"{want.top(1)[0].effect:8.3f}  {want.top(1)[0].site}" in capsys.readouterr().out
-    assert json.loads(Path("out/lens.json").read_text())["top"] == [list(one) for one in want.top()]
-    assert repeat("out").is_identical
-
-
-def test_refused_activation_patching(capsys):
-    assert "one token or two" in refusal(capsys, "activation-patching", RED, BLUE, "--tokens", "a,b,c")
 
 
 def test_trajectory(saved_models):

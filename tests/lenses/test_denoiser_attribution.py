@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from hook_patching import Block
 
 from diffsight import DiffusionModel, activation_patching, attribution_patching
 from diffsight.lenses import latent_distance, pixel_distance
-from helpers import SEED, draw, first, module_at, outputs, pipeline_footprint, refusal, replaced, with_first
+from helpers import SEED, draw, outputs, pipeline_footprint, refusal, replaced
 from models import diffusion
 
 KINDS = ("stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux", "pixart_sigma")
@@ -29,7 +30,7 @@ def case(request):
     pipe, arguments = kind.build(), {**kind.inputs(), "num_inference_steps": STEPS}
     pipe.set_progress_bar_config(disable=True)
     arguments = {name: value for name, value in arguments.items() if name not in ("prompt", "output_type")}
-    return DiffusionModel(pipe), pipe, arguments, kind.denoiser_block
+    return DiffusionModel(pipe), pipe, arguments, Block.of(pipe, request.param)
 
 
 def size_of(given, own):
@@ -37,9 +38,9 @@ def size_of(given, own):
     return float(SMALL * own.norm() / (given - own).norm())
 
 
-def slope(pipe, module, given, own, arguments, steps, metric):
+def slope(pipe, block, given, own, arguments, steps, metric):
     """Return how fast a metric of the corrupted prompt's latents changes with a part of a patch in some steps."""
-    ends, size = [], size_of(first(given[0]), first(own[0]))
+    ends, size = [], size_of(block.image(given[0]), block.image(own[0]))
     for factor in (-size, size):
         count = -1
 
@@ -48,10 +49,10 @@ def slope(pipe, module, given, own, arguments, steps, metric):
             count += 1
             if count * STEPS // len(given) not in steps:
                 return output
-            own = first(output)
-            return with_first(output, own + factor * (first(given[count]) - own))
+            own = block.image(output)
+            return block.with_image(output, own + factor * (block.image(given[count]) - own))
 
-        with replaced(module, change):
+        with replaced(block.module, change):
             ends.append(metric(latents(pipe, CORRUPTED, arguments)))
     return (ends[1] - ends[0]) / (2 * size)
 
@@ -59,13 +60,13 @@ def slope(pipe, module, given, own, arguments, steps, metric):
 def test_equals_finite_differences(case):
     """Through the whole run, for each step and for both together."""
     model, pipe, arguments, block = case
-    module, clean = module_at(pipe, block), latents(pipe, CLEAN, arguments)
+    clean = latents(pipe, CLEAN, arguments)
     before = pipeline_footprint(pipe)
-    options = {"sites": block, "steps": [0, 1, slice(0, 2)], **QUIET, **arguments}
+    options = {"sites": block.site, "steps": [0, 1, slice(0, 2)], **QUIET, **arguments}
     result = attribution_patching(model, CLEAN, CORRUPTED, METRIC, **options)
-    given, own = (outputs(module, latents, pipe, prompt, arguments) for prompt in (CLEAN, CORRUPTED))
+    given, own = (outputs(block.module, latents, pipe, prompt, arguments) for prompt in (CLEAN, CORRUPTED))
     for column, steps in enumerate(([0], [1], [0, 1])):
-        expected = slope(pipe, module, given, own, arguments, steps, lambda found: distance(found, clean))
+        expected = slope(pipe, block, given, own, arguments, steps, lambda found: distance(found, clean))
         found = float(result.values[0, 0, column] - result.corrupted_metric)
         assert found == pytest.approx(expected, rel=0.05, abs=1e-6)
         assert abs(expected) > 2e-6

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hook_patching import Block
 from matplotlib.figure import Figure
 
 from diffsight import DiffusionModel, activation_patching, block_ablation
@@ -35,7 +36,7 @@ def case(request):
     pipe, arguments = kind.build(), arguments_of(kind)
     pipe.set_progress_bar_config(disable=True)
     ends = [latents(pipe, prompt, arguments) for prompt in (CLEAN, CORRUPTED)]
-    return DiffusionModel(pipe), pipe, arguments, kind.denoiser_block, ends
+    return DiffusionModel(pipe), pipe, arguments, Block.of(pipe, request.param), ends
 
 
 def test_equals_a_loop_with_hooks(case):
@@ -43,8 +44,8 @@ def test_equals_a_loop_with_hooks(case):
     model, pipe, arguments, block, (clean, corrupted) = case
     before = pipeline_footprint(pipe)
     windows = [0, slice(1, 3), slice(0, 3)]
-    result = activation_patching(model, CLEAN, CORRUPTED, METRIC, sites=block, steps=windows, **QUIET, **arguments)
-    module = module_at(pipe, block)
+    result = activation_patching(model, CLEAN, CORRUPTED, METRIC, sites=block.site, steps=windows, **QUIET, **arguments)
+    module = block.module
     given = outputs(module, latents, pipe, CLEAN, arguments)
     for column, steps in enumerate((range(1), range(1, 3), range(3))):
         count = -1
@@ -52,7 +53,7 @@ def test_equals_a_loop_with_hooks(case):
         def change(output, steps=steps):
             nonlocal count
             count += 1
-            return with_first(output, first(given[count])) if count * 3 // len(given) in steps else output
+            return block.with_image(output, block.image(given[count])) if count * 3 // len(given) in steps else output
 
         with replaced(module, change):
             expected = distance(latents(pipe, CORRUPTED, arguments), clean)
@@ -63,16 +64,23 @@ def test_equals_a_loop_with_hooks(case):
     assert pipeline_footprint(pipe) == before
 
 
+def test_several_tensors_are_told_apart():
+    model = DiffusionModel(diffusion.PIPELINES["flux"].build())
+    given = {"sites": "transformer.transformer_blocks[0]", **QUIET, "num_inference_steps": 1}
+    said = refusal(activation_patching, model, CLEAN, CORRUPTED, METRIC, **given)
+    assert "has several tensors: write transformer.transformer_blocks[0].output[0] or" in said
+
+
 def test_zeros_equal_a_loop_with_hooks(case):
     model, pipe, arguments, block, ends = case
-    result = block_ablation(model, CLEAN, METRIC, sites=block, mode="zero", **QUIET, **arguments)
+    result = block_ablation(model, CLEAN, METRIC, sites=block.path, mode="zero", **QUIET, **arguments)
 
     def zero(output):
         items = [output] if isinstance(output, torch.Tensor) else list(output)
         found = [item * 0 if isinstance(item, torch.Tensor) else item for item in items]
         return found[0] if isinstance(output, torch.Tensor) else tuple(found)
 
-    with replaced(module_at(pipe, block), zero):
+    with replaced(block.module, zero):
         expected = distance(latents(pipe, CLEAN, arguments), ends[0])
     assert float(result.values[0, 0, 0]) == pytest.approx(expected, rel=1e-3, abs=2e-4)
     assert float(result.target) == pytest.approx(0, abs=1e-5)
@@ -145,17 +153,17 @@ def test_a_branch_that_has_a_call_of_its_own():
     kind = diffusion.ALL_PIPELINES["two_call_guidance"]
     pipe, arguments = kind.build(), arguments_of(kind)
     pipe.set_progress_bar_config(disable=True)
-    options = {"sites": kind.denoiser_block, "branch": "cond", **QUIET, **arguments}
+    block = Block.of(pipe, "two_call_guidance")
+    options = {"sites": block.site, "branch": "cond", **QUIET, **arguments}
     result = activation_patching(DiffusionModel(pipe), CLEAN, CORRUPTED, METRIC, **options)
-    module = module_at(pipe, kind.denoiser_block)
-    given, count = outputs(module, latents, pipe, CLEAN, arguments), -1
+    given, count = outputs(block.module, latents, pipe, CLEAN, arguments), -1
 
     def change(output):
         nonlocal count
         count += 1
-        return with_first(output, first(given[count])) if count % 2 == 0 else output
+        return block.with_image(output, block.image(given[count])) if count % 2 == 0 else output
 
-    with replaced(module, change):
+    with replaced(block.module, change):
         changed = latents(pipe, CORRUPTED, arguments)
     clean, corrupted = (latents(pipe, prompt, arguments) for prompt in (CLEAN, CORRUPTED))
     assert float(result.values) == pytest.approx(distance(changed, clean), abs=1e-5)
@@ -286,6 +294,7 @@ def test_ablation_by_default_measures_pixels(small):
     [
         ({"sites": "layers"}, "write the paths"),
         ({"sites": "unet.**.attn3"}, "attn3"),
+        ({"sites": "unet.mid_block.output[1]"}, "unet.mid_block.output has no tensor 1"),
         ({"steps": [99]}, "there is no step 99"),
         ({"steps": "early"}, "'early'"),
         ({"positions": ["centre"]}, "there is no region 'centre', and unet.mid_block.output has no words"),

@@ -7,8 +7,8 @@ from diffsight import LanguageModel
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.lenses.sites.find_sites import find_sites, for_each_head, layer_of
 from diffsight.lenses.sites.positions import PromptTokens, pair_positions
-from diffsight.lenses.sites.site import Site, with_tensor
-from helpers import outputs, refusal
+from diffsight.lenses.sites.site import Site
+from helpers import outputs, refusal, with_first
 from models import language, language_kinds
 
 CLEAN, CORRUPTED = "The capital of France is", "The capital of Paris is"
@@ -90,7 +90,7 @@ def test_read_and_write(kind):
         assert torch.equal(site.read(run), wanted)
         changed = run.result.logits
     layer = next(model.layers[1].modules())
-    handle = layer.register_forward_hook(lambda module, args, output: with_tensor(output, wanted))
+    handle = layer.register_forward_hook(lambda module, args, output: with_first(output, wanted))
     with torch.no_grad():
         plain = model.trace(ids).result.logits
     handle.remove()
