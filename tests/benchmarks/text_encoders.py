@@ -26,8 +26,9 @@ from diffsight.lenses.layer_fidelity import layer_fidelity, sample_prompts
 from diffsight.pipelines.diffusion.encoder_calls import hidden_in
 from diffsight.pipelines.shapes.reader import read_scene
 
-PROMPTS, ENCODED, SCENES, STEPS, ROWS = 128, 128, 8, 20, 32
-SOURCE, TARGET, WORDS = "a red circle above a green square", "a blue square above a green circle", ("red", "circle")
+PROMPTS, ENCODED, SCENES, STEPS, ROWS = 128, 128, 8, 20, 48
+SOURCE, TARGET = "a red circle above a green square", "a blue square above a green circle"
+WORDS, INTO = ("red", "circle"), ("blue", "square")
 SETTINGS = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
 Way = Callable[[], Any]
 
@@ -77,7 +78,7 @@ def _encoded(
         first, lengths = 0 if ids[0, 0] == own[0][0] else 1, list(map(len, own))
         encoder(ids)
         places = torch.arange(ids.shape[1]) - first
-        is_own = (0 <= places) & (places < torch.tensor(lengths)[:, None])
+        is_own = (places >= 0) & (places < torch.tensor(lengths)[:, None])
         states = torch.stack([state[is_own] for state in taken])  # (layers, own tokens of all prompts, features)
         taken.clear()
         ends = torch.stack([functional.cosine_similarity(states, states[end], dim=-1) for end in (0, -1)])
@@ -87,3 +88,120 @@ def _encoded(
     for handle in handles:
         handle.remove()
     return torch.stack(means, 1), drifts, words
+
+
+# ---- layer_fidelity
+
+
+def fidelity() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
+    model, scenes = DiffusionModel("diffsight/shapes-clip"), sample_prompts(SCENES)
+    pipeline = model.pipeline
+    prompts = [scene.caption() for scene in scenes]
+    negative = pipeline.encode_prompt("", "cpu", 1, False)[0]
+
+    @torch.no_grad()
+    def by_hand() -> list[Any]:
+        ids = pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+        encoder = pipeline.text_encoder
+        states = torch.stack(encoder(ids, output_hidden_states=True).hidden_states, 1)  # (prompts, layers, …)
+        embeds = encoder.final_layer_norm(states).flatten(0, 1)
+        seeds = [seed for seed in range(SCENES) for _ in range(states.shape[1])]
+        images = []
+        for start in range(0, len(embeds), ROWS):
+            images += _drawn(pipeline, embeds[start : start + ROWS], negative, seeds[start : start + ROWS])
+        seen = [read_scene(image) for image in images]
+        return [tuple(seen[start : start + states.shape[1]]) for start in range(0, len(seen), states.shape[1])]
+
+    def distance(result: Any, hand: Any) -> float:
+        pairs = [pair for ours, other in zip(result.seen, hand, strict=True) for pair in zip(ours, other, strict=True)]
+        return sum(a != b for a, b in pairs) / len(pairs)
+
+    lens = lambda: layer_fidelity(model, scenes, progress=False, **SETTINGS)  # noqa: E731
+    return {"bare": by_hand, "diffsight": lens}, distance
+
+
+def _drawn(
+    pipeline: diffusers.DiffusionPipeline, embeds: torch.Tensor, negative: torch.Tensor, seeds: list[int]
+) -> list[Image.Image]:
+    """Return the images of some rows, from one call of the pipeline."""
+    return pipeline(
+        prompt_embeds=embeds,
+        negative_prompt_embeds=negative.expand(len(embeds), -1, -1),
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        **SETTINGS,
+    ).images
+
+
+# ---- encoder_patching
+
+
+def patched() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
+    model = DiffusionModel("diffsight/shapes-clip")
+    pipeline = model.pipeline
+    encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
+    layers = encoder.encoder.layers
+    negative = pipeline.encode_prompt("", "cpu", 1, False)[0]
+    source, target = (tokenizer([p], padding="max_length", return_tensors="pt").input_ids for p in (SOURCE, TARGET))
+    cells = [(layer, place) for layer in range(-1, len(layers)) for place in _places(tokenizer)]
+
+    @torch.no_grad()
+    def by_hand() -> list[Image.Image]:
+        states = encoder(source, output_hidden_states=True).hidden_states  # the input of the first layer comes first
+        handles = [layers[0].register_forward_pre_hook(lambda module, args: _put(args[0], -1, states))]
+        for number, layer in enumerate(layers):
+            hook = lambda module, args, output, number=number: _put(hidden_in(output), number, states)  # noqa: E731
+            handles.append(layer.register_forward_hook(hook))
+        embeds = encoder(torch.cat([target, source, target.expand(len(cells), -1)]))[0]
+        for handle in handles:
+            handle.remove()
+        return _drawn(pipeline, embeds, negative, [0] * len(embeds))
+
+    def _put(hidden: torch.Tensor, number: int, states: tuple[torch.Tensor, ...]) -> None:
+        for row, (layer, place) in enumerate(cells, 2):
+            if layer == number:
+                hidden[row, place] = states[layer + 1][0, place]
+
+    def distance(result: Any, hand: Any) -> float:
+        ours = [result.target_image, result.source_image, *(image for row in result.images for image in row)]
+        pairs = zip(ours, hand, strict=True)
+        return max(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() for a, b in pairs)
+
+    settings = {"words": WORDS, "into": INTO, "progress": False, **SETTINGS}
+    return {"bare": by_hand, "diffsight": lambda: encoder_patching(model, SOURCE, TARGET, **settings)}, distance
+
+
+def _places(tokenizer: Any) -> list[int]:
+    """Return the positions of the patched words, which are the same in both prompts."""
+    read = tokenizer(SOURCE).input_ids
+    return [read.index(tokenizer.convert_tokens_to_ids(word)) for word in WORDS]
+
+
+TASKS = {
+    "compare_encoders": (compared, f"{PROMPTS} prompts, CLIP and T5"),
+    "layer_fidelity": (fidelity, f"{SCENES} prompts, 13 layers, {STEPS} steps"),
+    "encoder_patching": (patched, f"2 words, 13 layers, {STEPS} steps"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    print("| | by hand | diffsight | share | noise | largest difference |\n| --- | --- | --- | --- | --- | --- |")
+    for name in options.tasks:
+        build, what = TASKS[name]
+        ways, distance = build()
+        far = distance(ways["diffsight"](), ways["bare"]())
+        seconds, noise = interleaved(ways, options.rounds, of="diffsight")
+        hand, ours = seconds["bare"], seconds["diffsight"]
+        print(
+            f"| `{name}`, {what} | {hand:.3f} s | {ours:.3f} s | {ours / hand:.2f} | {noise:.3f} s | {far:.1g} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
