@@ -26,6 +26,7 @@ ENGINE = [
     "engine.gradients",
     "engine.hooks",
     "engine.users_hooks",
+    "engine.unseen_calls",
     "engine.target",
     "engine.wrapped_modules",
     "engine.structural_copy",
