@@ -7,13 +7,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
 from diffsight import HFPipeline, OutOfOrderError
 from diffsight.errors import InputError, PointNotFoundError, ScanError
-from helpers import first, replaced, with_first
+from helpers import first, refusal, replaced, with_first
 from models import huggingface
 
 TEXT = huggingface.TEXT
