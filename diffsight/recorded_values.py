@@ -151,7 +151,7 @@ def find_points(root: Envoy, pattern: str) -> dict[str, tuple[Points, str]]:
     if not isinstance(pattern, str):
         path = pattern.path if isinstance(pattern, Points) else "layers[4].output"
         raise InputError(f"a point is named by its path, such as {path!r}, not by {type(pattern).__name__}")
-    names = pattern.replace("[", ".").replace("]", "").split(".")
+    names = pattern.replace("[", ".").replace("]", "").removeprefix(".").split(".")
     part = names.pop() if names[-1] in VALUES else "output"
     if "*" not in pattern:
         envoys = [_at(root, names)]

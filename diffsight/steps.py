@@ -88,12 +88,19 @@ class Steps:
                         flow.clock.check_counted(flow.tree.title)
                     return
                 index = flow.scope.step
+                if index < first:
+                    self._check_exists(first)
                 if index >= first and (index - first) % stride == 0 and (last is None or index < last):
                     entered = True
                     target, args, kwargs = flow.clock.call
                     yield self._make_step(index, target.path, (args, kwargs))
         finally:
             flow.leave_steps()
+
+    def _check_exists(self, first: int) -> None:
+        count = self._flow.clock.count()
+        if count is not None and first >= count:
+            raise InputError(f"run.steps[{first}:] has no steps: the run has {count}, 0 to {count - 1}")
 
     def _warn_of_early_end(self) -> None:
         message = (

@@ -297,10 +297,10 @@ def _scenes(scenes: Any) -> Sequence[Scene]:
     if not isinstance(scenes, Iterable) or isinstance(scenes, str):
         raise InputError(f"scenes must be a number of prompts, 1 or more, or a list of Scenes, not {scenes!r}")
     scenes = tuple(scenes)
-    wrong = next((scene for scene in scenes if not isinstance(scene, Scene)), None)
-    if wrong is not None:
+    wrong = [scene for scene in scenes if not isinstance(scene, Scene)]
+    if wrong:
         raise InputError(
-            f"a scene must be a Scene, not {wrong!r}: from diffsight.pipelines.shapes.scenes import Scene, Thing; "
+            f"a scene must be a Scene, not {wrong[0]!r}: from diffsight.pipelines.shapes.scenes import Scene, Thing; "
             'Scene((Thing("red", "circle"), Thing("blue", "square")), "above", "gray")'
         )
     if not scenes:
