@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from diffsight.engine.coroutine import current
 from diffsight.engine.points import LAST, Asked, check_value, first_input
 from diffsight.engine.run_end import ENDED
 from diffsight.engine.run_to_point import Flow
+from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState
 from diffsight.engine.tree import Tree
 from diffsight.engine.user_bodies import Body
-from diffsight.engine.users_line import users_line
+from diffsight.engine.users_line import UsersLine, users_line
 from diffsight.errors import InputError
 from diffsight.remote.copies import ClientCopies
 from diffsight.remote.protocol import VERSIONS
@@ -47,6 +47,7 @@ class RemoteFlow(Flow):
         super().__init__(lambda: None, tree)
         self._link, self._call = link, (method, args, kwargs)
         self._connection: Any = None
+        self._lines: dict[str, UsersLine] = {}  # that have assigned values, by their text
         self._waiting: list[dict[str, Any]] = []  # operations that need no answer, sent with the next that does
         self._copies, self._containers, self._moves = ClientCopies(), ReadContainers(), 0
         self._followed: list[tuple[Asked, Callable[..., None]]] = []
@@ -81,13 +82,13 @@ class RemoteFlow(Flow):
         self._touch(asked)
         if asked.selection is None:
             check_value(asked, value)
-        self._note({"op": "assign", **self._point(asked), "value": value, "where": str(where or users_line())})
+        self._note({"op": "assign", **self._point(asked), "value": value, "where": self._line(where)})
 
     def skip(self, asked: Asked, value: Any, where: str | None = None) -> None:
         self._check_open(asked)
         self._touch(asked)
         op = {"op": "skip", "path": asked.target.path, "call": asked.call, "value": value}
-        self._note(op | {"where": str(where or users_line())})
+        self._note(op | {"where": self._line(where)})
 
     def keep(self, asked: Asked, function: Callable[[Any, int, Any], None]) -> None:
         self._check_open(asked)
@@ -126,9 +127,11 @@ class RemoteFlow(Flow):
         self._scope.stop_at_steps = False
         if self.outcome is None:
             answer = self._ask({"op": "finish"}, "run.result")
-            self._missed = answer["missed"] and error_of(answer["missed"])
+            self._missed = answer["missed"] and error_of(answer["missed"], self._lines)
             self.unreached = [SimpleNamespace(order=LAST)] if self._missed else []
             self.result, self.has_result = answer["result"], True
+            for edit, met in zip(self.bodies.edits, answer["met"]):
+                edit.met = met
             self._end_here(ENDED)
 
     def check_assignments(self) -> None:
@@ -149,6 +152,9 @@ class RemoteFlow(Flow):
                 if not body.dead:
                     body.unwind()
         return [body.result for body in bodies]
+
+    def call(self, function: Callable[[], Any], target: Target) -> Any:
+        raise InputError(f"{target.path} is attached here, and its server does not have it: call it without hook=True")
 
     def call_there(self, op: dict[str, Any]) -> Any:
         """Call a part of the model on the server, where the model stands."""
@@ -204,7 +210,17 @@ class RemoteFlow(Flow):
     # ---- messages
 
     def _point(self, asked: Asked) -> dict[str, Any]:
+        attached = self.tree.attached.targets
+        if attached and any(asked.target.path.startswith(one.path) for one in attached.values()):
+            raise InputError(f"{asked} is attached here, and its server does not have it: it has no values in a run")
         return {"path": asked.target.path, "part": asked.part, "call": asked.call, "selection": asked.selection}
+
+    def _line(self, where: Any) -> str:
+        """The text of a line that assigns a value, by which an error says that it is about that line."""
+        line = where or users_line()
+        if isinstance(line, UsersLine):
+            self._lines[str(line)] = line
+        return str(line)
 
     def _note(self, op: dict[str, Any]) -> None:
         """Send an operation with the next question."""
@@ -217,6 +233,8 @@ class RemoteFlow(Flow):
         if self._mirrored and not is_bare:
             mirrored, self._mirrored = self._mirrored, []
             self._waiting += [self._following(*one) for one in mirrored]
+        if body is None and self._connection is None:
+            self._open()
         reply, tensors = self._exchange(self._message(self._body_number(body), op), body)
         decoder = ValueDecoder(tensors, None, lambda tensor, data: self._receive(tensor, data, asked))
         self._take_state(reply["state"])
@@ -230,7 +248,7 @@ class RemoteFlow(Flow):
         state = reply["state"]
         if state["outcome"] is not None and not state["has_result"]:
             self._end_here(state["outcome"])
-        raise error or error_of(reply["error"])
+        raise error or error_of(reply["error"], self._lines)
 
     def _message(self, body: int | None, op: dict[str, Any] | None) -> tuple[dict, dict]:
         """A message with everything that waits, and its tensors."""
@@ -267,13 +285,13 @@ class RemoteFlow(Flow):
 
     def _changes(self) -> Iterator[dict[str, Any]]:
         """What has changed since the last message: tensors that were let go, or changed in place, and containers."""
-        gone = self._copies.let_go()
-        if gone:
-            yield {"op": "let_go", "numbers": gone}
         for number, path, tensor in self._copies.changed():
             yield {"op": "write", "number": number, "path": str(path), "value": tensor}
         for asked, value in self._containers.changed(self._moves, self.where):
-            yield {"op": "assign", **self._point(asked), "value": value, "where": str(users_line())}
+            yield {"op": "assign", **self._point(asked), "value": value, "where": self._line(None)}
+        gone = self._copies.let_go()
+        if gone:
+            yield {"op": "let_go", "numbers": gone}
 
     def _receive(self, tensor: torch.Tensor, data: Mapping[str, Any], asked: object) -> torch.Tensor:
         number = data.get("number")
@@ -291,7 +309,6 @@ class RemoteFlow(Flow):
             body.park(message)
             return self._answers.pop(body)
         try:
-            self._open()
             self._connection.send(*message)
             while True:
                 reply, tensors = self._connection.receive()
@@ -307,8 +324,6 @@ class RemoteFlow(Flow):
 
     def _open(self) -> None:
         """Connect, and send what opens the run."""
-        if self._connection is not None:
-            return
         method, args, kwargs = self._call
         encoder = ValueEncoder(None, lambda tensor: self._sending(tensor, "the input"), self._link.dtype)
         message = {
@@ -320,8 +335,12 @@ class RemoteFlow(Flow):
             "half": self._link.dtype is not None,
             "grad": bool(kwargs.get("grad", False)),
         }
-        self._connection = self._link.open()
-        self._connection.send(message, encoder.tensors)
+        try:
+            self._connection = self._link.open()
+            self._connection.send(message, encoder.tensors)
+        except BaseException:
+            self._end_here(_BROKEN)
+            raise
 
     def _passed(self, reply: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Something that is followed has passed."""
@@ -369,8 +388,7 @@ class RemoteFlow(Flow):
             self._copies, self._containers = ClientCopies(), ReadContainers()
             edits, self.bodies.edits = self.bodies.edits, []
             for edit in edits:
-                if edit.has_begun and edit is not current():
-                    edit.unwind()
+                edit.end(False)
             self._end(outcome)
         if connection is not None:
-            self._link.release(connection)
+            self._link.release(connection, outcome == _BROKEN)

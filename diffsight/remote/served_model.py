@@ -116,18 +116,25 @@ class ServedModel:
             return self._kept
         return self.address.connect(self.name, _LONGEST)
 
-    def release(self, connection: Connection) -> None:
-        """Take back the connection of a run that has ended."""
-        if connection is not self._kept:
-            connection.close()
-            return
-        self._is_busy = False
-        try:  # whatever is still to come belongs to that run
-            connection.send({"body": None, "do": [{"op": "close"}]}, {})
-            while connection.receive()[0]["say"] != "closed":
-                pass
+    def release(self, connection: Connection, is_broken: bool = False) -> None:
+        """Take back the connection of a run that has ended here.
+
+        Unless it is broken, wait until the run has ended on the server too: then nothing of it is left there."""
+        is_kept = connection is self._kept
+        try:
+            if is_broken:
+                connection.close()
+            else:  # whatever is still to come belongs to that run
+                connection.send({"body": None, "do": [{"op": "close"}]}, {})
+                while connection.receive()[0]["say"] != "closed":
+                    pass
         except RemoteError:
-            self._kept = None
+            is_broken = True
+        if is_kept:
+            self._is_busy = False
+            self._kept = None if is_broken else connection
+        else:
+            connection.close()
 
     @contextmanager
     def session(self) -> Iterator[None]:
