@@ -37,6 +37,10 @@ class OnServer:
 
     def _opened(self, method: Callable[..., Run], name: str, args: tuple, kwargs: dict[str, Any]) -> Run:
         """Open a run by a method of the model, with the call at hand for `_new_run`."""
+        if "blocking" in kwargs:
+            raise InputError(
+                "blocking: the body of a run is here. model.server.submit(...) starts a lens there and returns at once"
+            )
         not_sent = getattr(type(self), "_not_sent", ())  # arguments that mean nothing to a server
         before = _opening.set((name, args, {key: value for key, value in kwargs.items() if key not in not_sent}))
         try:

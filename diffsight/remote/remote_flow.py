@@ -8,13 +8,14 @@ Edits and the functions of `run.each` run here, in coroutines as in a local run.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from diffsight.engine.points import LAST, Asked, check_value, first_input
-from diffsight.engine.run_end import ENDED
+from diffsight.engine.run_end import ENDED, STOPPED
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState
@@ -32,12 +33,25 @@ from diffsight.remote.wire_values import ValueDecoder, ValueEncoder
 _BROKEN = "the connection to the server was closed"
 
 
+class _Accumulation:
+    """Says whether gradients may be added to the values of a run: `loss.backward()` would end at them."""
+
+    is_allowed = False
+
+    def check(self, tensor: torch.Tensor) -> None:
+        """Raise InputError unless the run itself computes gradients."""
+        if not self.is_allowed:
+            raise InputError(
+                "loss.backward() cannot reach the model, which is on a server: call run.backward(loss), in the block"
+            )
+
+
 class RemoteFlow(Flow):
     """One run on a server.
 
     Args:
         tree: The tree of the model, without weights.
-        link: Where the run is sent to, see `diffsight.remote.link.Link`.
+        link: Where the run is sent to, see `ServedModel`.
         method: The method of the model that opens the run there.
         args: Its arguments.
         kwargs: Its keyword arguments.
@@ -56,6 +70,7 @@ class RemoteFlow(Flow):
         self._answers: dict[Body, tuple] = {}
         self._body_error: BaseException | None = None
         self._missed: Exception | None = None
+        self._accumulates = _Accumulation()
         self._leaves: list[tuple[int, torch.Tensor]] = []  # with gradients: what was received, by number
         self._assigned: dict[int, torch.Tensor] = {}  # with gradients: what was sent and depends on anything here
 
@@ -74,7 +89,7 @@ class RemoteFlow(Flow):
         self._check_open(asked)
         self._touch(asked)
         value = self._ask({"op": "ask", **self._point(asked)}, asked)
-        self._containers.add(asked, value, self._moves)
+        self._containers.add(asked, value)
         return value
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
@@ -129,10 +144,10 @@ class RemoteFlow(Flow):
             answer = self._ask({"op": "finish"}, "run.result")
             self._missed = answer["missed"] and error_of(answer["missed"], self._lines)
             self.unreached = [SimpleNamespace(order=LAST)] if self._missed else []
-            self.result, self.has_result = answer["result"], True
+            self.result, self.has_result = answer["result"], answer["has_result"]
             for edit, met in zip(self.bodies.edits, answer["met"]):
                 edit.met = met
-            self._end_here(ENDED)
+            self._end_here(answer["outcome"])
 
     def check_assignments(self) -> None:
         error, self._missed, self.unreached = self._missed, None, []
@@ -186,7 +201,11 @@ class RemoteFlow(Flow):
         before = [leaf.grad for _, leaf in self._leaves]
         for _, leaf in self._leaves:
             leaf.grad = None
-        torch.autograd.backward(outputs, gradients, retain_graph=True)
+        self._accumulates.is_allowed = True
+        try:
+            torch.autograd.backward(outputs, gradients, retain_graph=True)
+        finally:
+            self._accumulates.is_allowed = False
         found = {number: leaf.grad for number, leaf in self._leaves if leaf.grad is not None}
         for (_, leaf), known in zip(self._leaves, before):
             if known is not None:
@@ -238,6 +257,8 @@ class RemoteFlow(Flow):
         reply, tensors = self._exchange(self._message(self._body_number(body), op), body)
         decoder = ValueDecoder(tensors, None, lambda tensor, data: self._receive(tensor, data, asked))
         self._take_state(reply["state"])
+        if body is None and self.outcome is not None:  # another body has stopped the run
+            self._release()
         if reply["say"] == "error":
             self._raise(reply)
         with torch.inference_mode(False):
@@ -287,7 +308,7 @@ class RemoteFlow(Flow):
         """What has changed since the last message: tensors that were let go, or changed in place, and containers."""
         for number, path, tensor in self._copies.changed():
             yield {"op": "write", "number": number, "path": str(path), "value": tensor}
-        for asked, value in self._containers.changed(self._moves, self.where):
+        for asked, value in self._containers.changed(self.where):
             yield {"op": "assign", **self._point(asked), "value": value, "where": self._line(None)}
         gone = self._copies.let_go()
         if gone:
@@ -300,6 +321,7 @@ class RemoteFlow(Flow):
         found = self._copies.received(number, tensor, asked)
         if found is tensor and data.get("grad"):
             tensor.requires_grad_()
+            tensor.register_post_accumulate_grad_hook(self._accumulates.check)
             self._leaves.append((number, tensor))
         return found
 
@@ -347,12 +369,18 @@ class RemoteFlow(Flow):
         self._take_state(reply["state"])
         tap = SimpleNamespace(step_base=reply["base"], host=self)
         asked, function = self._followed[reply["number"]]
-        value = ValueDecoder(tensors).decode(reply["value"])
+        with torch.inference_mode(False):
+            value = ValueDecoder(tensors).decode(reply["value"])
+        versions = [tensor._version for tensor in tensors.values()]
         function(tap, reply["call"], ((value,), {}) if asked.part == "input" else value)
+        if versions != [tensor._version for tensor in tensors.values()]:
+            raise InputError(f"{asked}: a function of run.follow changed it in place; a server does not get that back")
 
     def _take_state(self, state: Mapping[str, Any]) -> None:
         self.clock.set(state["index"], state["in_step"], state["over"])
-        self._moves = state["moves"]
+        if state["moves"] != self._moves:
+            self._moves = state["moves"]
+            self._containers.move_on()
 
     # ---- bodies
 
@@ -382,13 +410,20 @@ class RemoteFlow(Flow):
     # ---- how it ends
 
     def _end_here(self, outcome: str) -> None:
-        connection, self._connection = self._connection, None
         if self.outcome is None:
             self._waiting.clear()
             self._copies, self._containers = ClientCopies(), ReadContainers()
             edits, self.bodies.edits = self.bodies.edits, []
-            for edit in edits:
-                edit.end(False)
             self._end(outcome)
+            with ExitStack() as ends:  # each is ended, whatever the others raise
+                for edit in reversed(edits):
+                    ends.callback(edit.end, False)
+        if self._beside() is None:  # else the server waits for what that body says next
+            self._release()
+
+    def _release(self) -> None:
+        """Give the connection back."""
+        connection, self._connection = self._connection, None
         if connection is not None:
-            self._link.release(connection, outcome == _BROKEN)
+            is_over = self.outcome in (ENDED, STOPPED)  # on the server too
+            self._link.release(connection, is_broken=self.outcome == _BROKEN, is_over=is_over)

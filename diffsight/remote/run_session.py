@@ -47,6 +47,10 @@ class RunEnded(BaseException):
     """Raised in the thread of a session from outside: the client has gone, or a limit was reached."""
 
 
+class _Closed(BaseException):
+    """The client has closed the run while it was the turn of another of its bodies."""
+
+
 class _BodyFailed(Exception):
     """A body of the client has raised an error, which the client knows."""
 
@@ -116,7 +120,11 @@ class RunSession:
                     continue
                 if body is not None or not self._opening:
                     raise ProtocolError("a run is opened before anything is asked of it, by its leading body")
-                self._answer(None, ops, tensors)
+                try:
+                    self._answer(None, ops, tensors)
+                except _Closed:
+                    self.close()
+                    self._say("closed", None)
         except ProtocolError as error:
             self._send(error_frame(error))
         finally:
@@ -325,13 +333,21 @@ class RunSession:
 
     def _do_finish(self, op: Operation, decode: Callable[[Any], Any]) -> dict[str, Any]:
         """Run the model to its end; return its result, and the error of assignments that it did not reach."""
-        flow = flow_of(self._run)
-        result, missed = flow.run_to_end(), None
+        flow, missed = flow_of(self._run), None
+        flow.run_on()
+        result = flow.run_to_end() if flow.has_result else None  # an edit may have stopped it
         try:
             flow.check_assignments()
         except Exception as error:
             missed = described(error)
-        return {"result": result, "missed": missed, "met": [edit.met for edit in self._edits]}
+        met = [edit.met for edit in self._edits]
+        return {
+            "result": result,
+            "has_result": flow.has_result,
+            "outcome": flow.outcome,
+            "missed": missed,
+            "met": met,
+        }
 
     def _do_find(self, op: Operation, decode: Callable[[Any], Any]) -> Any:
         return self._service(op.name)()
@@ -352,6 +368,8 @@ class RunSession:
         while True:
             message, tensors = unpack(self._receive())
             body, ops = operations(message)
+            if ops[-1].op == "close":
+                raise _Closed
             if body != number:
                 raise ProtocolError(f"it is the turn of body {number}, not of {body}")
             last = ops.pop() if ops[-1].op == "end_body" else None

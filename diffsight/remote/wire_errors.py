@@ -26,8 +26,14 @@ _PLAIN = (bool, int, float, str, type(None))
 def described(error: BaseException) -> dict[str, Any]:
     """Return an error as a message holds it."""
     args = list(error.args) if all(type(one) in _PLAIN for one in error.args) else [str(error)]
-    notes, line = list(getattr(error, "__notes__", ())), line_of(error)
-    return {"kind": type(error).__name__, "args": args, "notes": notes, "line": line and str(line)}
+    line, cause = line_of(error), error.__cause__
+    return {
+        "kind": type(error).__name__,
+        "args": args,
+        "notes": list(getattr(error, "__notes__", ())),
+        "line": line and str(line),
+        "cause": cause and described(cause),
+    }
 
 
 def error_of(data: Mapping[str, Any], lines: Mapping[str, UsersLine] = MappingProxyType({})) -> Exception:
@@ -43,6 +49,7 @@ def error_of(data: Mapping[str, Any], lines: Mapping[str, UsersLine] = MappingPr
         error = RemoteError(f"{kind}: {' '.join(map(str, args))}")
     for note in data["notes"]:
         error.add_note(note)
+    error.__cause__ = data["cause"] and error_of(data["cause"])
     if data["line"] in lines:
         set_line(error, lines[data["line"]])
     return error
