@@ -345,7 +345,7 @@ def test_what_a_followed_value_is_changed_to_is_not_lost(remote_language):
 
 
 def test_an_output_object_that_is_changed_too_late(remote_language):
-    with pytest.raises(OutOfOrderError, match="transformer.output was changed too late"):
+    with pytest.raises(OutOfOrderError, match=r"transformer\.output was changed too late"):
         with remote_language.trace(IDS) as run:
             found = run.transformer.output
             run.lm_head.output
@@ -360,7 +360,7 @@ def test_an_edit_that_does_nothing_warns(remote_language):
 
 
 def test_a_refused_assignment_is_raised_at_its_own_line(remote_language):
-    with pytest.raises(OutOfOrderError, match="layers\\[0\\].output was assigned too late") as error:
+    with pytest.raises(OutOfOrderError, match=r"layers\[0\]\.output was assigned too late") as error:
         with remote_language.trace(IDS) as run:
             run.layers[2].output
             run.layers[0].output = torch.zeros(1, 4, 16)
