@@ -274,8 +274,9 @@ class MethodEnvoy(Points):
         """Call the method outside the run: nothing there is read or replaced.
 
         With `hook=True` the call goes through the run's points."""
-        if self._tree.elsewhere is not None:
-            return self._tree.elsewhere.call(self, args, kwargs, hook)
+        elsewhere = self._tree.elsewhere
+        if elsewhere is not None and elsewhere.is_meant_by(self):
+            return elsewhere.call(self, args, kwargs, hook)
         plain = type(self._target) is Target
         method = self._tree.attribute(self._target.owner, self._target.name) if plain else self._target.call
         return self._within(method, args, kwargs) if hook else method(*args, **kwargs)
@@ -316,7 +317,7 @@ class Envoy(Points):
     def _is_elsewhere(self) -> bool:
         """Whether the weights of the part are on a server: not if it was attached here, or is a tokenizer."""
         is_attached = any(target.owner is self._owner for target in self._tree.attached.targets.values())
-        return isinstance(self._owner, nn.Module) and not is_attached
+        return isinstance(self._owner, nn.Module) and not is_attached and self._tree.elsewhere.is_meant_by(self)
 
     def _bound(self, run: InRun | None, part: Selection | None = None) -> "Envoy":
         """The same handle for `run` alone, and for a part of its batch."""

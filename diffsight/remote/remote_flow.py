@@ -8,19 +8,20 @@ Edits and the functions of `run.each` run here, in coroutines as in a local run.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from diffsight.engine.coroutine import current
 from diffsight.engine.points import LAST, Asked, check_value, first_input
-from diffsight.engine.run_end import ENDED
+from diffsight.engine.run_end import ENDED, STOPPED
 from diffsight.engine.run_to_point import Flow
+from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState
 from diffsight.engine.tree import Tree
 from diffsight.engine.user_bodies import Body
-from diffsight.engine.users_line import users_line
+from diffsight.engine.users_line import UsersLine, users_line
 from diffsight.errors import InputError
 from diffsight.remote.copies import ClientCopies
 from diffsight.remote.protocol import VERSIONS
@@ -32,12 +33,25 @@ from diffsight.remote.wire_values import ValueDecoder, ValueEncoder
 _BROKEN = "the connection to the server was closed"
 
 
+class _Accumulation:
+    """Says whether gradients may be added to the values of a run: `loss.backward()` would end at them."""
+
+    is_allowed = False
+
+    def check(self, tensor: torch.Tensor) -> None:
+        """Raise InputError unless the run itself computes gradients."""
+        if not self.is_allowed:
+            raise InputError(
+                "loss.backward() cannot reach the model, which is on a server: call run.backward(loss), in the block"
+            )
+
+
 class RemoteFlow(Flow):
     """One run on a server.
 
     Args:
         tree: The tree of the model, without weights.
-        link: Where the run is sent to, see `diffsight.remote.link.Link`.
+        link: Where the run is sent to, see `ServedModel`.
         method: The method of the model that opens the run there.
         args: Its arguments.
         kwargs: Its keyword arguments.
@@ -47,6 +61,7 @@ class RemoteFlow(Flow):
         super().__init__(lambda: None, tree)
         self._link, self._call = link, (method, args, kwargs)
         self._connection: Any = None
+        self._lines: dict[str, UsersLine] = {}  # that have assigned values, by their text
         self._waiting: list[dict[str, Any]] = []  # operations that need no answer, sent with the next that does
         self._copies, self._containers, self._moves = ClientCopies(), ReadContainers(), 0
         self._followed: list[tuple[Asked, Callable[..., None]]] = []
@@ -55,6 +70,7 @@ class RemoteFlow(Flow):
         self._answers: dict[Body, tuple] = {}
         self._body_error: BaseException | None = None
         self._missed: Exception | None = None
+        self._accumulates = _Accumulation()
         self._leaves: list[tuple[int, torch.Tensor]] = []  # with gradients: what was received, by number
         self._assigned: dict[int, torch.Tensor] = {}  # with gradients: what was sent and depends on anything here
 
@@ -73,7 +89,7 @@ class RemoteFlow(Flow):
         self._check_open(asked)
         self._touch(asked)
         value = self._ask({"op": "ask", **self._point(asked)}, asked)
-        self._containers.add(asked, value, self._moves)
+        self._containers.add(asked, value)
         return value
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
@@ -81,13 +97,13 @@ class RemoteFlow(Flow):
         self._touch(asked)
         if asked.selection is None:
             check_value(asked, value)
-        self._note({"op": "assign", **self._point(asked), "value": value, "where": str(where or users_line())})
+        self._note({"op": "assign", **self._point(asked), "value": value, "where": self._line(where)})
 
     def skip(self, asked: Asked, value: Any, where: str | None = None) -> None:
         self._check_open(asked)
         self._touch(asked)
         op = {"op": "skip", "path": asked.target.path, "call": asked.call, "value": value}
-        self._note(op | {"where": str(where or users_line())})
+        self._note(op | {"where": self._line(where)})
 
     def keep(self, asked: Asked, function: Callable[[Any, int, Any], None]) -> None:
         self._check_open(asked)
@@ -126,10 +142,12 @@ class RemoteFlow(Flow):
         self._scope.stop_at_steps = False
         if self.outcome is None:
             answer = self._ask({"op": "finish"}, "run.result")
-            self._missed = answer["missed"] and error_of(answer["missed"])
+            self._missed = answer["missed"] and error_of(answer["missed"], self._lines)
             self.unreached = [SimpleNamespace(order=LAST)] if self._missed else []
-            self.result, self.has_result = answer["result"], True
-            self._end_here(ENDED)
+            self.result, self.has_result = answer["result"], answer["has_result"]
+            for edit, met in zip(self.bodies.edits, answer["met"]):
+                edit.met = met
+            self._end_here(answer["outcome"])
 
     def check_assignments(self) -> None:
         error, self._missed, self.unreached = self._missed, None, []
@@ -149,6 +167,9 @@ class RemoteFlow(Flow):
                 if not body.dead:
                     body.unwind()
         return [body.result for body in bodies]
+
+    def call(self, function: Callable[[], Any], target: Target) -> Any:
+        raise InputError(f"{target.path} is attached here, and its server does not have it: call it without hook=True")
 
     def call_there(self, op: dict[str, Any]) -> Any:
         """Call a part of the model on the server, where the model stands."""
@@ -180,7 +201,11 @@ class RemoteFlow(Flow):
         before = [leaf.grad for _, leaf in self._leaves]
         for _, leaf in self._leaves:
             leaf.grad = None
-        torch.autograd.backward(outputs, gradients, retain_graph=True)
+        self._accumulates.is_allowed = True
+        try:
+            torch.autograd.backward(outputs, gradients, retain_graph=True)
+        finally:
+            self._accumulates.is_allowed = False
         found = {number: leaf.grad for number, leaf in self._leaves if leaf.grad is not None}
         for (_, leaf), known in zip(self._leaves, before):
             if known is not None:
@@ -204,7 +229,17 @@ class RemoteFlow(Flow):
     # ---- messages
 
     def _point(self, asked: Asked) -> dict[str, Any]:
+        attached = self.tree.attached.targets
+        if attached and any(asked.target.path.startswith(one.path) for one in attached.values()):
+            raise InputError(f"{asked} is attached here, and its server does not have it: it has no values in a run")
         return {"path": asked.target.path, "part": asked.part, "call": asked.call, "selection": asked.selection}
+
+    def _line(self, where: Any) -> str:
+        """The text of a line that assigns a value, by which an error says that it is about that line."""
+        line = where or users_line()
+        if isinstance(line, UsersLine):
+            self._lines[str(line)] = line
+        return str(line)
 
     def _note(self, op: dict[str, Any]) -> None:
         """Send an operation with the next question."""
@@ -217,9 +252,13 @@ class RemoteFlow(Flow):
         if self._mirrored and not is_bare:
             mirrored, self._mirrored = self._mirrored, []
             self._waiting += [self._following(*one) for one in mirrored]
+        if body is None and self._connection is None:
+            self._open()
         reply, tensors = self._exchange(self._message(self._body_number(body), op), body)
         decoder = ValueDecoder(tensors, None, lambda tensor, data: self._receive(tensor, data, asked))
         self._take_state(reply["state"])
+        if body is None and self.outcome is not None:  # another body has stopped the run
+            self._release()
         if reply["say"] == "error":
             self._raise(reply)
         with torch.inference_mode(False):
@@ -230,7 +269,7 @@ class RemoteFlow(Flow):
         state = reply["state"]
         if state["outcome"] is not None and not state["has_result"]:
             self._end_here(state["outcome"])
-        raise error or error_of(reply["error"])
+        raise error or error_of(reply["error"], self._lines)
 
     def _message(self, body: int | None, op: dict[str, Any] | None) -> tuple[dict, dict]:
         """A message with everything that waits, and its tensors."""
@@ -267,13 +306,13 @@ class RemoteFlow(Flow):
 
     def _changes(self) -> Iterator[dict[str, Any]]:
         """What has changed since the last message: tensors that were let go, or changed in place, and containers."""
+        for number, path, tensor in self._copies.changed():
+            yield {"op": "write", "number": number, "path": str(path), "value": tensor}
+        for asked, value in self._containers.changed(self.where):
+            yield {"op": "assign", **self._point(asked), "value": value, "where": self._line(None)}
         gone = self._copies.let_go()
         if gone:
             yield {"op": "let_go", "numbers": gone}
-        for number, path, tensor in self._copies.changed():
-            yield {"op": "write", "number": number, "path": str(path), "value": tensor}
-        for asked, value in self._containers.changed(self._moves, self.where):
-            yield {"op": "assign", **self._point(asked), "value": value, "where": str(users_line())}
 
     def _receive(self, tensor: torch.Tensor, data: Mapping[str, Any], asked: object) -> torch.Tensor:
         number = data.get("number")
@@ -282,6 +321,7 @@ class RemoteFlow(Flow):
         found = self._copies.received(number, tensor, asked)
         if found is tensor and data.get("grad"):
             tensor.requires_grad_()
+            tensor.register_post_accumulate_grad_hook(self._accumulates.check)
             self._leaves.append((number, tensor))
         return found
 
@@ -291,7 +331,6 @@ class RemoteFlow(Flow):
             body.park(message)
             return self._answers.pop(body)
         try:
-            self._open()
             self._connection.send(*message)
             while True:
                 reply, tensors = self._connection.receive()
@@ -307,8 +346,6 @@ class RemoteFlow(Flow):
 
     def _open(self) -> None:
         """Connect, and send what opens the run."""
-        if self._connection is not None:
-            return
         method, args, kwargs = self._call
         encoder = ValueEncoder(None, lambda tensor: self._sending(tensor, "the input"), self._link.dtype)
         message = {
@@ -320,20 +357,30 @@ class RemoteFlow(Flow):
             "half": self._link.dtype is not None,
             "grad": bool(kwargs.get("grad", False)),
         }
-        self._connection = self._link.open()
-        self._connection.send(message, encoder.tensors)
+        try:
+            self._connection = self._link.open()
+            self._connection.send(message, encoder.tensors)
+        except BaseException:
+            self._end_here(_BROKEN)
+            raise
 
     def _passed(self, reply: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Something that is followed has passed."""
         self._take_state(reply["state"])
         tap = SimpleNamespace(step_base=reply["base"], host=self)
         asked, function = self._followed[reply["number"]]
-        value = ValueDecoder(tensors).decode(reply["value"])
+        with torch.inference_mode(False):
+            value = ValueDecoder(tensors).decode(reply["value"])
+        versions = [tensor._version for tensor in tensors.values()]
         function(tap, reply["call"], ((value,), {}) if asked.part == "input" else value)
+        if versions != [tensor._version for tensor in tensors.values()]:
+            raise InputError(f"{asked}: a function of run.follow changed it in place; a server does not get that back")
 
     def _take_state(self, state: Mapping[str, Any]) -> None:
         self.clock.set(state["index"], state["in_step"], state["over"])
-        self._moves = state["moves"]
+        if state["moves"] != self._moves:
+            self._moves = state["moves"]
+            self._containers.move_on()
 
     # ---- bodies
 
@@ -363,14 +410,20 @@ class RemoteFlow(Flow):
     # ---- how it ends
 
     def _end_here(self, outcome: str) -> None:
-        connection, self._connection = self._connection, None
         if self.outcome is None:
             self._waiting.clear()
             self._copies, self._containers = ClientCopies(), ReadContainers()
             edits, self.bodies.edits = self.bodies.edits, []
-            for edit in edits:
-                if edit.has_begun and edit is not current():
-                    edit.unwind()
             self._end(outcome)
+            with ExitStack() as ends:  # each is ended, whatever the others raise
+                for edit in reversed(edits):
+                    ends.callback(edit.end, False)
+        if self._beside() is None:  # else the server waits for what that body says next
+            self._release()
+
+    def _release(self) -> None:
+        """Give the connection back."""
+        connection, self._connection = self._connection, None
         if connection is not None:
-            self._link.release(connection)
+            is_over = self.outcome in (ENDED, STOPPED)  # on the server too
+            self._link.release(connection, is_broken=self.outcome == _BROKEN, is_over=is_over)

@@ -15,6 +15,7 @@ import torch
 
 from diffsight.edits import Edit, start_edit
 from diffsight.engine.points import Asked, first_input
+from diffsight.engine.users_line import line_of, set_line
 from diffsight.envoy import Envoy, Points, flow_of, inside, owner_of, root_of, target_of
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.remote.copies import ServerCopies
@@ -46,8 +47,19 @@ class RunEnded(BaseException):
     """Raised in the thread of a session from outside: the client has gone, or a limit was reached."""
 
 
+class _Closed(BaseException):
+    """The client has closed the run while it was the turn of another of its bodies."""
+
+
 class _BodyFailed(Exception):
     """A body of the client has raised an error, which the client knows."""
+
+
+class _Untouched(dict):
+    """What a stand-in for an edit touches: nothing, since the client itself warns of an edit that did nothing."""
+
+    def __setitem__(self, path: str, value: Any) -> None:
+        pass
 
 
 class ClientsLine(str):
@@ -86,7 +98,9 @@ class RunSession:
     def _clear(self, opening: Mapping[str, Any]) -> None:
         self._opening = opening
         self._fault: Exception | None = None  # why the run could not be opened
+        self._edits: list[Any] = []  # bodies that stand for edits of the client
         self._held: list[Any] = []  # objects that stay here
+        self._targets: dict[str, Any] = {}  # by the path that the client writes
         self._copies = ServerCopies()
         self._sources: dict[int, torch.Tensor] = {}  # tensors from the client through which gradients flow
         self._moves, self._stand = 0, None  # how often the model has moved, and where it stands
@@ -106,7 +120,11 @@ class RunSession:
                     continue
                 if body is not None or not self._opening:
                     raise ProtocolError("a run is opened before anything is asked of it, by its leading body")
-                self._answer(None, ops, tensors)
+                try:
+                    self._answer(None, ops, tensors)
+                except _Closed:
+                    self.close()
+                    self._say("closed", None)
         except ProtocolError as error:
             self._send(error_frame(error))
         finally:
@@ -130,8 +148,12 @@ class RunSession:
             args, kwargs = decode(message["args"]), decode(message["kwargs"])
             check_arguments(args, kwargs)
             self._run = getattr(self._model, method)(*args, **kwargs)
-            edits = [Edit(partial(self._stand_in, number), str(where)) for number, where in enumerate(message["edits"])]
-            flow_of(self._run).bodies.edits = [start_edit(edit, self._run, n) for n, edit in enumerate(edits)]
+            edits = [
+                Edit(partial(self._stand_in, number), str(where), _Untouched())
+                for number, where in enumerate(message["edits"])
+            ]
+            self._edits = [start_edit(edit, self._run, number) for number, edit in enumerate(edits)]
+            flow_of(self._run).bodies.edits = [*self._edits]
         except ProtocolError:
             raise
         except Exception as error:
@@ -150,17 +172,19 @@ class RunSession:
 
     def _answer(self, body: int | None, ops: list[Operation], tensors: Mapping[str, torch.Tensor]) -> None:
         """Carry out operations and answer the last."""
-        decoder = ValueDecoder(tensors, self._held.__getitem__, self._take_in, self._copies.__getitem__)
+        decoder = self._decoder(tensors)
         try:
             if self._fault is not None:
                 raise self._fault
-            for op in ops:
-                value = getattr(self, f"_do_{op.op}")(op, decoder.decode)
+            value = self._carry_out(ops, decoder.decode)
             self._say("value", body, value=value)
         except ProtocolError:
             raise
         except Exception as error:
             self._say("error", body, error=described(error))
+
+    def _decoder(self, tensors: Mapping[str, torch.Tensor]) -> ValueDecoder:
+        return ValueDecoder(tensors, self._held.__getitem__, self._take_in, self._copies.__getitem__)
 
     def _say(self, what: str, body: int | None, value: Any = None, **fields: Any) -> None:
         dtype = _HALF if self._opening.get("half") else None
@@ -225,8 +249,10 @@ class RunSession:
     def _asked(self, op: Operation, decode: Callable[[Any], Any], part: str) -> Asked:
         if self._run is None:
             raise InputError(f"{op.path}: no run is open")
-        target = own_target(self._run, op.path)
-        target = target_of(self._points(op.path)) if target is None else target
+        target = self._targets.get(op.path)
+        if target is None:
+            target = own_target(self._run, op.path)
+            target = self._targets[op.path] = target_of(self._points(op.path)) if target is None else target
         if op.call < 0 or part not in ("input", "inputs", "output", "skip"):
             raise ProtocolError(f"{op.path} has no {part} of call {op.call}")
         selection = decode_selection(op.fields.get("selection"), decode, self._run)
@@ -307,13 +333,21 @@ class RunSession:
 
     def _do_finish(self, op: Operation, decode: Callable[[Any], Any]) -> dict[str, Any]:
         """Run the model to its end; return its result, and the error of assignments that it did not reach."""
-        flow = flow_of(self._run)
-        result, missed = flow.run_to_end(), None
+        flow, missed = flow_of(self._run), None
+        flow.run_on()
+        result = flow.run_to_end() if flow.has_result else None  # an edit may have stopped it
         try:
             flow.check_assignments()
         except Exception as error:
             missed = described(error)
-        return {"result": result, "missed": missed}
+        met = [edit.met for edit in self._edits]
+        return {
+            "result": result,
+            "has_result": flow.has_result,
+            "outcome": flow.outcome,
+            "missed": missed,
+            "met": met,
+        }
 
     def _do_find(self, op: Operation, decode: Callable[[Any], Any]) -> Any:
         return self._service(op.name)()
@@ -334,20 +368,34 @@ class RunSession:
         while True:
             message, tensors = unpack(self._receive())
             body, ops = operations(message)
+            if ops[-1].op == "close":
+                raise _Closed
             if body != number:
                 raise ProtocolError(f"it is the turn of body {number}, not of {body}")
             last = ops.pop() if ops[-1].op == "end_body" else None
             if ops:
-                self._answer(number, ops, tensors) if last is None else self._carry_out(ops, tensors)
+                if last is None:
+                    self._answer(number, ops, tensors)
+                else:
+                    self._carry_out(ops, self._decoder(tensors).decode)
             if last is not None:
                 if last.failed:
                     raise _BodyFailed(number)
                 return
 
-    def _carry_out(self, ops: list[Operation], tensors: Mapping[str, torch.Tensor]) -> None:
-        decoder = ValueDecoder(tensors, self._held.__getitem__, self._take_in, self._copies.__getitem__)
+    def _carry_out(self, ops: list[Operation], decode: Callable[[Any], Any]) -> Any:
+        """Carry out operations and return what the last returns."""
+        value = None
         for op in ops:
-            getattr(self, f"_do_{op.op}")(op, decoder.decode)
+            try:
+                value = getattr(self, f"_do_{op.op}")(op, decode)
+            except Exception as error:
+                where = op.fields.get("where")  # of an assignment, which the client has passed by now
+                if where and line_of(error) is None:
+                    set_line(error, ClientsLine(where))
+                    error.add_note(f"(assigned at {where})")
+                raise
+        return value
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor on the device of the model."""
@@ -365,7 +413,7 @@ def points_at(root: Envoy, path: str) -> Points:
 
     Raises PointNotFoundError if there is nothing."""
     found: Any = root
-    for name in path.replace("[", ".").replace("]", "").split(".") if path else ():
+    for name in filter(None, path.replace("[", ".").replace("]", "").split(".")):
         outer, found = found, inside(found, name)
         if found is None:
             where = outer.path if isinstance(outer, Points) else path

@@ -55,11 +55,11 @@ def serving(
     models: Mapping[str, Any],
     limits: Limits = Limits(),  # noqa: B008
     keys: Any = None,
-    patience: float | None = None,
+    at_once: int = 1,
 ) -> Iterator[str]:
-    """Serve models on the loopback, one run of each at a time, and return the address.
+    """Serve models on the loopback and return the address. Models may be added later.
 
-    Models may be added later; `patience` is how many seconds a run waits for the one before it."""
+    `at_once` is how many runs of a model may be open at once: they share its modules, in threads of their own."""
     from websockets.asyncio.server import serve
     from websockets.datastructures import Headers
     from websockets.http11 import Response
@@ -67,7 +67,7 @@ def serving(
     front, known = Front([(description(n, m), configuration(m)) for n, m in models.items()]), Keys(keys)
     loop = asyncio.new_event_loop()
     ready, ports, stopping = threading.Event(), [], asyncio.Event()
-    locks = defaultdict(asyncio.Lock)
+    free = defaultdict(lambda: asyncio.Semaphore(at_once))
 
     def plain(connection: Any, request: Any) -> Any:
         name = model_of(request.path)
@@ -81,16 +81,9 @@ def serving(
 
     async def handle(socket: Any) -> None:
         name = model_of(socket.request.path)
-        try:
-            await asyncio.wait_for(locks[name].acquire(), patience)
-        except TimeoutError:
-            await socket.close(1013, "no replica is free")
-            return
-        try:
+        async with free[name]:
             conversation = Conversation(models[name], services_of(models[name]), limits, "test")
             reason = await conversation.run(PlainSocket(socket, limits.frame_bytes))
-        finally:
-            locks[name].release()
         await socket.close(1000 if not reason else 1008, reason.encode()[:120].decode(errors="ignore"))
 
     async def main() -> None:
@@ -108,3 +101,4 @@ def serving(
     finally:
         loop.call_soon_threadsafe(stopping.set)
         thread.join(10)
+        loop.close()

@@ -337,6 +337,38 @@ def test_never_reached_names_the_line(remote_language):
             run.layers[2].calls[3].output = torch.zeros(1, 4, 16)
 
 
+def test_what_a_followed_value_is_changed_to_is_not_lost(remote_language):
+    run = remote_language.trace(IDS)
+    run.follow("layers[0].output", lambda hidden: hidden.zero_())
+    with pytest.raises(InputError, match=r"layers\[0\].output: a function of run.follow changed it in place"):
+        run.finish()
+
+
+def test_an_output_object_that_is_changed_too_late(remote_language):
+    with pytest.raises(OutOfOrderError, match=r"transformer\.output was changed too late"):
+        with remote_language.trace(IDS) as run:
+            found = run.transformer.output
+            run.lm_head.output
+            found.last_hidden_state = torch.ones(1, 4, 16)
+            run.logits
+
+
+def test_an_edit_that_does_nothing_warns(remote_language):
+    edited = remote_language.edit(lambda run: run.layers[0].calls[5].output)
+    with pytest.warns(UserWarning, match=r"did nothing in this run: the model never reached .*layers\[0\].calls\[5\]"):
+        edited.trace(IDS).finish()
+
+
+def test_a_refused_assignment_is_raised_at_its_own_line(remote_language):
+    with pytest.raises(OutOfOrderError, match=r"layers\[0\]\.output was assigned too late") as error:
+        with remote_language.trace(IDS) as run:
+            run.layers[2].output
+            run.layers[0].output = torch.zeros(1, 4, 16)
+            run.logits
+    assert "run.layers[0].output = " in str(error.traceback[-1].statement)
+    assert "test_language_runs.py" in error.value.__notes__[0]
+
+
 def test_two_parts_of_one_tensor_cannot_undo_each_other(remote_language):
     with pytest.raises(Exception, match="and so was the same tensor or another part of it"):
         with remote_language.trace(BATCH) as run:
