@@ -19,7 +19,7 @@ def test_lenses_say_what_to_write(sd):
     model = DiffusionModel(sd)
     for given, told in (("some/model", "DiffusionModel('some/model')"), (sd, "DiffusionModel(pipeline)")):
         assert refusal(diffusion_lens, given, "a red circle").endswith(f"write {told}")
-    assert "omitted" in refusal(diffusion_lens, model, "a red circle", layers="all")
+    assert "omit the argument" in refusal(diffusion_lens, model, "a red circle", layers="all")
     assert "sweep" in refusal(diffusion_lens, model, ["a red circle", "a blue square"])
     assert "sweep" in refusal(diffusion_lens, model, "a red circle", seed=[0, 1])
 
