@@ -75,8 +75,8 @@ EXPECTED = {
     "deepfloyd_if": [*4 * [joint((16, 16), text_encoder=CLIP)], LINEAR],  # the last pools the text
     "ddpm": 4 * [SELF],
     "chroma": 2 * [joint((8, 8), text_encoder=T5)],
-    "aura_flow": 2
-    * [joint((8, 8), text_encoder=padded(consecutive(8, 8), 16))],  # the padding is zero; learned tokens come first
+    # The padding is zero, and learned tokens come first.
+    "aura_flow": 2 * [joint((8, 8), text_encoder=padded(consecutive(8, 8), 16))],
     "lumina2": [
         ("text", None, {"text_encoder": padded(consecutive(26), 128)}),  # with the words that are put before the prompt
         ("self", (2, 2), {}),
