@@ -21,6 +21,7 @@ from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sparsity import ActiveCount, JumpReLU, batch_topk, topk
 from diffsight.lenses.results.saving import save_files
 from diffsight.pipelines.argument_types import check_types
+from diffsight.pipelines.processes import Processes
 
 _CHECKPOINT_SECONDS = 20
 _AUXILIARY = 1 / 32  # the weight of the loss on dead features
@@ -32,7 +33,7 @@ class SAESettings:
 
     Attributes:
         updates: The number of updates.
-        batch_size: The number of vectors in an update.
+        batch_size: The number of vectors in an update, over all processes.
         learning_rate: The learning rate of Adam. It falls to 0 in the last fifth of the updates.
         penalty: The weight of the L1 norm of the features ("relu"), or of the number of active ones ("jumprelu").
         dead_after: A feature is dead when it has not been active for this many vectors.
@@ -55,24 +56,27 @@ class SAESettings:
 
 
 class SAETrainer:
-    """An SAE in training.
+    """An SAE in training. In several processes, every one makes each update with its part of the batch.
 
     Args:
         sae: The SAE.
         settings: How it is trained.
+        processes: The processes that train it together.
     """
 
-    def __init__(self, sae: SAE, settings: SAESettings) -> None:
+    def __init__(self, sae: SAE, settings: SAESettings, processes: Processes | None = None) -> None:
         self.sae, self.settings, self.done = sae.train(), settings, 0
+        self._processes = processes or Processes()
         self.curve: list[dict[str, float]] = []
         self._adam = torch.optim.Adam(sae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.999))
-        self._unused = torch.zeros(sae.count, dtype=torch.long)  # vectors since each feature was last active
+        self._unused = torch.zeros(sae.count, dtype=torch.long, device=sae.decoder.device)  # vectors since last active
         self._saved_at = time.monotonic()
 
     def start(self, vectors: torch.Tensor) -> None:
-        """Set the decoder bias to the geometric median of some vectors."""
+        """Set the decoder bias to the geometric median of some vectors, which are those of the main process."""
         with torch.no_grad():
             self.sae.decoder_bias.copy_(geometric_median(vectors))
+            self._processes.copy_from_main([self.sae.decoder_bias])
 
     def update(self, x: torch.Tensor) -> dict[str, float]:
         """Make one update on a batch of vectors, (vectors, width), and return its metrics."""
@@ -87,6 +91,7 @@ class SAETrainer:
         loss = unexplained + settings.penalty * penalty + _AUXILIARY * self._auxiliary(before, left.detach())
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
+        self._processes.average([parameter.grad for parameter in sae.parameters()])
         self._keep_directions()
         self._adam.step()
         self._normalize()
@@ -111,6 +116,7 @@ class SAETrainer:
             least = features.detach()[features.detach() > 0].amin() if features.any() else sae.threshold
             with torch.no_grad():
                 sae.threshold.copy_(least if self.done == 0 else 0.99 * sae.threshold + 0.01 * least)
+                self._processes.average([sae.threshold])
             return features, 0
         if sae.kind == "relu":
             features = before.relu()
@@ -129,8 +135,8 @@ class SAETrainer:
         return ((features @ self.sae.decoder[dead] - left).square().sum() / variance).nan_to_num()
 
     def _count(self, features: torch.Tensor, vectors: int) -> None:
-        used = (features > 0).any(0)
-        self._unused += vectors
+        used = self._processes.any((features > 0).any(0))
+        self._unused += vectors * self._processes.count
         self._unused[used] = 0
 
     # ---- the rows of the decoder keep length one
@@ -199,7 +205,7 @@ class SAETrainer:
         keys = ("step", "exp_avg", "exp_avg_sq")
         state = {i: {key: tensors[f"adam.{name}.{key}"] for key in keys} for i, name in enumerate(names)}
         self._adam.load_state_dict({**self._adam.state_dict(), "state": state})
-        self._unused, self.done, self.curve = tensors["unused"], facts["done"], facts["curve"]
+        self._unused, self.done, self.curve = tensors["unused"].to(self._unused), facts["done"], facts["curve"]
         generator.set_state(tensors["generator"])
         return facts["position"]
 
@@ -224,9 +230,9 @@ def figures(sae: SAE, batches: Iterator[torch.Tensor]) -> dict[str, float]:
             features = sae.encode(x)
             left += (x - sae.decode(features)).double().square().sum().item()
             active += (features > 0).sum().item()
-            used |= (features > 0).flatten(0, -2).any(0)
+            used |= (features > 0).flatten(0, -2).any(0).cpu()
             count += x.numel() // sae.width
-            sums += x.double().flatten(0, -2).sum(0)
+            sums += x.double().flatten(0, -2).sum(0).cpu()
             squares += x.double().square().sum().item()
     total = squares - (sums.square().sum() / count).item()
     return {"explained_variance": 1 - left / total, "active": active / count, "dead": 1 - used.float().mean().item()}
