@@ -92,6 +92,38 @@ def test_the_effect_of_features(sd, sae, change, amount):
     assert change == "scale" or not close_image(plain, expected)
 
 
+@pytest.mark.parametrize(("change", "amount"), [("scale", 3.0), ("set", 20.0), ("add", 30.0)])
+def test_the_effect_of_features_on_a_text(sae, change, amount, tmp_path):
+    net, prompt, tokens = language.gpt2(), language.PROMPTS[0], 4
+    model = language.model(net)
+    result = feature_effect(
+        model, sae, prompt, [7, 9], change=change, amounts=[1.5, amount], point="layers[1]", max_new_tokens=tokens,
+        progress=False,
+    )  # fmt: skip
+
+    def hook(module, args, output):
+        features = sae.encode(output)
+        after = features.clone()
+        part = features[..., [7, 9]]
+        after[..., [7, 9]] = {"scale": part * amount, "set": part * 0 + amount, "add": part + amount}[change]
+        return output + (after - features) @ sae.decoder
+
+    def written():
+        ids = language.ids(prompt)
+        found = net.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+        return model.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+
+    plain = written()
+    handle = net.transformer.h[1].register_forward_hook(hook)
+    expected = written()
+    handle.remove()
+    assert (result.texts[0], result.texts[2]) == (plain, expected) and result.images is None
+    assert change == "scale" or plain != expected
+    result.save(tmp_path)
+    assert json.loads((tmp_path / "lens.json").read_text())["texts"] == list(result.texts)
+    assert "writes texts" in refusal(result.grid)
+
+
 def test_features_of_a_concept(sd, sae):
     found = concept_features(DiffusionModel(sd), sae, PROMPTS[:1], PROMPTS[1:2], seed=SEED, **CALL)
     sums = [conditional_features(sd, sae, prompt, SEED).double().flatten(0, -2).sum(0) for prompt in PROMPTS[:2]]
