@@ -23,7 +23,7 @@ from diffsight.lenses.features.activation_stream import (
 )
 from diffsight.lenses.features.autoencoder import SAE, check_sizes
 from diffsight.lenses.features.sae_checks import check_model
-from diffsight.lenses.features.sae_trainer import SAESettings, SAETrainer
+from diffsight.lenses.features.sae_trainer import CHECKPOINT, SAESettings, SAETrainer
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.denoising_plots import step_curves
 from diffsight.lenses.results.saving import check_writable, save_files, write_record
@@ -93,6 +93,7 @@ def train_sae(
     settings, processes = settings or SAESettings(), Processes()
     if settings.batch_size % processes.count:
         raise InputError(f"batch_size must be a multiple of {processes.count}, the number of processes")
+    facts = {"seed": int(seed), "data": len(data) if hasattr(data, "__len__") else None, "processes": processes.count}
     data, arguments = _part_of(processes, data, arguments)
     refill = _refill(model, point, data, of, steps, prompts_per_run, arguments)
     folder = None if folder is None else check_writable(folder)
@@ -101,8 +102,8 @@ def train_sae(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sae = SAE(sample.shape[-1], features, kind, k, point, of).to(sample.device)
-    trainer, position = SAETrainer(sae, settings, processes), 0
-    if folder is not None and (folder / "checkpoint.json").is_file():
+    trainer, position = SAETrainer(sae, settings, processes, facts), 0
+    if folder is not None and (folder / CHECKPOINT).is_file():
         position = trainer.resume(folder, generator)
     else:
         trainer.start(sample)
@@ -193,5 +194,4 @@ def _finish(trainer: SAETrainer, folder: Path, record: dict[str, Any]) -> None:
             "curve.png": lambda path: figure.savefig(path, dpi=200),
         },
     )
-    for name in ("checkpoint.json", "checkpoint.safetensors"):
-        (folder / name).unlink(missing_ok=True)
+    (folder / CHECKPOINT).unlink(missing_ok=True)

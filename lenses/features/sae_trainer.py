@@ -7,13 +7,15 @@ geometric median, the decoder in random directions and the encoder as its transp
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from diffsight.errors import InputError
@@ -23,6 +25,7 @@ from diffsight.lenses.results.saving import save_files
 from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.processes import Processes
 
+CHECKPOINT = "checkpoint.safetensors"
 _CHECKPOINT_SECONDS = 20
 _AUXILIARY = 1 / 32  # the weight of the loss on dead features
 
@@ -62,10 +65,25 @@ class SAETrainer:
         sae: The SAE.
         settings: How it is trained.
         processes: The processes that train it together.
+        facts: What else makes it this training and no other, such as the seed, as JSON stores it.
     """
 
-    def __init__(self, sae: SAE, settings: SAESettings, processes: Processes | None = None) -> None:
+    def __init__(
+        self,
+        sae: SAE,
+        settings: SAESettings,
+        processes: Processes | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         self.sae, self.settings, self.done = sae.train(), settings, 0
+        self._facts = {
+            "kind": sae.kind,
+            "k": sae.k,
+            "point": sae.point,
+            "of": sae.of,
+            **asdict(settings),
+            **(facts or {}),
+        }
         self._processes = processes or Processes()
         self.curve: list[dict[str, float]] = []
         self._adam = torch.optim.Adam(sae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.999))
@@ -172,33 +190,31 @@ class SAETrainer:
         for name, state in zip(names, self._adam.state_dict()["state"].values()):
             tensors |= {f"adam.{name}.{key}": value for key, value in state.items()}
         tensors |= {"unused": self._unused, "generator": generator.get_state()}
-        facts = {"done": self.done, "position": position, "curve": self.curve, "settings": asdict(self.settings)}
+        facts = {"done": self.done, "position": position, "curve": self.curve, "training": self._facts}
         copies = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
-        save_files(
-            folder,
-            {
-                "checkpoint.safetensors": lambda path: save_file(copies, path),
-                "checkpoint.json": lambda path: path.write_text(json.dumps(facts), encoding="utf-8"),
-            },
-        )
+        save_files(folder, {CHECKPOINT: partial(save_file, copies, metadata={"training": json.dumps(facts)})})
         self._saved_at = time.monotonic()
 
     def resume(self, folder: Path, generator: torch.Generator) -> int:
         """Continue from a checkpoint, and return the position in the data.
 
         Raises:
-            InputError: The checkpoint belongs to a different training run.
+            InputError: The checkpoint is damaged, or belongs to a different training run.
         """
-        facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "checkpoint.safetensors")
+        try:
+            with safe_open(folder / CHECKPOINT, framework="pt") as stored:
+                facts = json.loads(stored.metadata()["training"])
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{folder / CHECKPOINT} is no checkpoint, or damaged: remove it to begin anew") from error
         own = {name.removeprefix("sae."): value for name, value in tensors.items() if name.startswith("sae.")}
-        same = {name: value.shape for name, value in own.items()} == {
-            name: value.shape for name, value in self.sae.state_dict().items()
-        }
-        if facts["settings"] != asdict(self.settings) or not same:
+        shapes = [{name: value.shape for name, value in one.items()} for one in (own, self.sae.state_dict())]
+        known, wanted = facts["training"], json.loads(json.dumps(self._facts))
+        other = [name for name in wanted if known.get(name) != wanted[name]]
+        if other or shapes[0] != shapes[1]:
             raise InputError(
-                f"{folder} has the checkpoint of a training run with other settings: use those settings, or choose "
-                "another folder"
+                f"{folder} has the checkpoint of a training run with other {', '.join(other) or 'sizes'}: use the same, "
+                "or choose another folder"
             )
         self.sae.load_state_dict(own)
         names = [name for name, _ in self.sae.named_parameters()]

@@ -171,6 +171,9 @@ def test_the_evaluation_of_a_language_model(sae):
     assert list(result.effect.values()) == pytest.approx(losses, abs=1e-3)
 
 
+NARROW, MID = SAE(16, 64), {**CALL, "point": "unet.mid_block"}
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -178,6 +181,10 @@ def test_the_evaluation_of_a_language_model(sae):
         (lambda model, sae: feature_effect(model, sae, "a", 1, change="times", **CALL), "change must be one of scale"),
         (lambda model, sae: feature_effect(model, sae, "a", 1, amounts=[], **CALL), "there are no amounts"),
         (lambda model, sae: top_examples(model, sae, [], 1), "there is no prompt"),
+        (lambda model, sae: top_examples(model, NARROW, ["a"], 1, **MID), "of width 16, but these have 32"),
+        (lambda model, sae: concept_features(model, NARROW, ["a"], ["b"], **MID), "of width 16, but these have 32"),
+        (lambda model, sae: evaluate_sae(model, NARROW, ["a"], **MID), "of width 16, but these have 32"),
+        (lambda model, sae: feature_effect(model, NARROW, "a", 1, **MID), "of width 16, but these have 32"),
         (lambda model, sae: concept_features(model, sae, "a red", ["b"]), "prompts must be Sequence[str], not 'a red'"),
         (lambda model, sae: evaluate_sae(model, sae, []), "a list of strings, or a list of scenes"),
         (lambda model, sae: evaluate_sae(model, None, ["a"]), "this is no SAE but NoneType"),
