@@ -213,8 +213,8 @@ class SAETrainer:
         other = [name for name in wanted if known.get(name) != wanted[name]]
         if other or shapes[0] != shapes[1]:
             raise InputError(
-                f"{folder} has the checkpoint of a training run with other {', '.join(other) or 'sizes'}: use the same, "
-                "or choose another folder"
+                f"{folder} has the checkpoint of a training run with other {', '.join(other) or 'sizes'}: use the "
+                "same, or choose another folder"
             )
         self.sae.load_state_dict(own)
         names = [name for name, _ in self.sae.named_parameters()]
