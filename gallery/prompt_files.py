@@ -8,6 +8,7 @@ read_prompts(Path("color_val.txt"))         # T2I-CompBench: a prompt in each li
 import csv
 import json
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 from diffsight.errors import InputError
@@ -28,7 +29,7 @@ def read_prompts(path: Path) -> list[str]:
     except (OSError, ValueError, RuntimeError) as error:  # a null byte, a home that is not known
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"the prompts cannot be read: {path}: {reason}") from None
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in StringIO(text, newline=None) if line.strip()]  # other separators are part of a prompt
     kinds = {".tsv": _of_table, ".csv": _of_table, ".jsonl": _of_objects, ".ndjson": _of_objects}
     found = [prompt.strip() for prompt in kinds.get(path.suffix.lower(), iter)(lines) if prompt.strip()]
     if not found:
@@ -49,7 +50,11 @@ def _of_objects(lines: list[str]) -> Iterator[str]:
             found = json.loads(line)
         except ValueError:
             raise InputError(f"object {number} of the prompts is not JSON: {line[:60]!r}") from None
-        yield found if isinstance(found, str) else str(found[_known(found, f"object {number} has no key")])
+        if isinstance(found, dict):
+            found = found[_known(found, f"object {number} has no key")]
+        if not isinstance(found, str):
+            raise InputError(f"the prompt of object {number} is not a text: {line.strip()[:60]}")
+        yield found
 
 
 def _known(names: object, missing: str) -> str:

@@ -35,6 +35,8 @@ from diffsight.lenses.results.saving import versions
 from diffsight.pipelines.local_paths import find_path, shortened
 
 _PARTS = ("arguments", "models")  # of a call
+_OF_MODEL = {"kind", "source", "options", "revision", "weights", "edits"}
+_KINDS = ("DiffusionModel", "LanguageModel", "VisionLanguageModel", "SAE")
 _NOT_COMPARED = ("versions", "call")  # entries of a record
 
 
@@ -105,6 +107,8 @@ def repeat(path: str | Path, **replaced: Any) -> Repetition:
         )
     if not isinstance(call.get("function"), str) or not all(isinstance(call.get(key), dict) for key in _PARTS):
         raise InputError(f"{path} is damaged: its call does not have a function, arguments and models")
+    if not all(map(_is_of_a_model, call["models"].values())):
+        raise InputError(f"{path} is damaged: it does not say what its models are")
     result = _call_again(path, call, replaced)
     with tempfile.TemporaryDirectory() as folder:
         names = [one.name for one in result.save(folder) if one.name not in (PAGE, ARGUMENTS)]
@@ -173,9 +177,23 @@ def _call_again(path: Path, call: Mapping[str, Any], replaced: Mapping[str, Any]
             raise InputError(
                 f"{key} cannot be repeated, because {error}: pass it, as in repeat(path, {key}=…)"
             ) from None
+        except (TypeError, AttributeError) as error:
+            raise InputError(f"{path} is damaged: {key} cannot be read ({error})") from error
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise InputError(
+            f"{path} does not fit {function.__name__} of diffsight {versions()['diffsight']}: {error}. It may be "
+            "damaged or of another version"
+        ) from None
     if "progress" in inspect.signature(function).parameters:
         arguments["progress"] = False
     return function(**arguments)
+
+
+def _is_of_a_model(record: Any) -> bool:
+    """Return whether what a record says of a model is complete."""
+    return isinstance(record, dict) and record.keys() >= _OF_MODEL and record["kind"] in _KINDS
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
