@@ -23,13 +23,13 @@ from typing import Any
 from torch import nn
 
 from diffsight.engine.batch_slicing import Selection
-from diffsight.engine.flow import Flow
 from diffsight.engine.hooks import FORWARD
 from diffsight.engine.open_runs import current_edit
-from diffsight.engine.points import Asked, line_of
+from diffsight.engine.points import Asked
+from diffsight.engine.run_to_point import Flow
 from diffsight.engine.target import Target, join
 from diffsight.engine.tree import Tree
-from diffsight.engine.user_bodies import is_from_edit
+from diffsight.engine.users_line import from_the_asking_line
 from diffsight.errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
 from diffsight.notebook_tree import folded
 
@@ -244,15 +244,6 @@ class Points:
         return flow
 
 
-def from_the_asking_line(error: DiffsightError) -> DiffsightError:
-    """Return the error without diffsight's own frames, so that its traceback ends at the line that asked, or at the one
-    that assigned what is wrong. An error that was raised in an edit keeps the edit's line."""
-    if is_from_edit(error):
-        return error
-    line = line_of(error)
-    return error.with_traceback(line and line.traceback())
-
-
 class Calls:
     """The calls of a module or method in the current scope, by number: `envoy.calls[2].output`."""
 
@@ -283,8 +274,9 @@ class MethodEnvoy(Points):
         """Call the method outside the run: nothing there is read or replaced.
 
         With `hook=True` the call goes through the run's points."""
-        if self._tree.elsewhere is not None:
-            return self._tree.elsewhere.call(self, args, kwargs, hook)
+        elsewhere = self._tree.elsewhere
+        if elsewhere is not None and elsewhere.is_meant_by(self):
+            return elsewhere.call(self, args, kwargs, hook)
         plain = type(self._target) is Target
         method = self._tree.attribute(self._target.owner, self._target.name) if plain else self._target.call
         return self._within(method, args, kwargs) if hook else method(*args, **kwargs)
@@ -325,7 +317,7 @@ class Envoy(Points):
     def _is_elsewhere(self) -> bool:
         """Whether the weights of the part are on a server: not if it was attached here, or is a tokenizer."""
         is_attached = any(target.owner is self._owner for target in self._tree.attached.targets.values())
-        return isinstance(self._owner, nn.Module) and not is_attached
+        return isinstance(self._owner, nn.Module) and not is_attached and self._tree.elsewhere.is_meant_by(self)
 
     def _bound(self, run: InRun | None, part: Selection | None = None) -> "Envoy":
         """The same handle for `run` alone, and for a part of its batch."""

@@ -90,10 +90,10 @@ try something on; PyTorch's hooks on all modules are not called within `without_
 
 from diffsight.engine.batch_slicing import Part, Selection
 from diffsight.engine.coroutine import current_owner
-from diffsight.engine.flow import Observer
 from diffsight.engine.gradients import with_gradients
 from diffsight.engine.hooks import FORWARD, ChangedMethod
 from diffsight.engine.points import INPUTS, OUTPUT, Asked, first_input
+from diffsight.engine.run_end import Observer
 from diffsight.engine.scan import is_scanning
 from diffsight.engine.scan_state import ModuleHooks
 from diffsight.engine.step_clock import Clock

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from diffsight.edits import Edit, Editing, Edits, check_no_edit, start_edit
-from diffsight.engine.flow import Flow
 from diffsight.engine.gradients import with_gradients
 from diffsight.engine.hooks import FORWARD
+from diffsight.engine.run_to_point import Flow
 from diffsight.engine.scan import ScanFlow, is_scanning, scanning
 from diffsight.engine.target import Target
 from diffsight.engine.tree import Tree

@@ -151,7 +151,7 @@ def find_points(root: Envoy, pattern: str) -> dict[str, tuple[Points, str]]:
     if not isinstance(pattern, str):
         path = pattern.path if isinstance(pattern, Points) else "layers[4].output"
         raise InputError(f"a point is named by its path, such as {path!r}, not by {type(pattern).__name__}")
-    names = pattern.replace("[", ".").replace("]", "").split(".")
+    names = pattern.replace("[", ".").replace("]", "").removeprefix(".").split(".")
     part = names.pop() if names[-1] in VALUES else "output"
     if "*" not in pattern:
         envoys = [_at(root, names)]
@@ -164,7 +164,7 @@ def find_points(root: Envoy, pattern: str) -> dict[str, tuple[Points, str]]:
                 raise PointNotFoundError(
                     f"no part of the model matches {pattern!r}: there is no {name!r}{suggest(name, sorted(known))}"
                 )
-        envoys = [envoy for envoy in envoys if isinstance(envoy, Points) and target_of(envoy).is_called]
+        envoys = [envoy for envoy in envoys if isinstance(envoy, Points) and target_of(envoy).why_unseen is None]
     if not envoys:
         raise PointNotFoundError(
             f"no part of the model matches {pattern!r}: * matches one name, as in layers[*].mlp, and ** any number"

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 
 from diffsight.engine.batch_slicing import Indexed
-from diffsight.engine.coroutine import THIS_THREAD
-from diffsight.engine.flow import STOPPED, Flow
-from diffsight.engine.points import Asked, first_input, warn_user
+from diffsight.engine.points import Asked, first_input
+from diffsight.engine.run_end import STOPPED
+from diffsight.engine.run_to_point import Flow
 from diffsight.engine.target import Target
-from diffsight.engine.user_bodies import is_from_edit
+from diffsight.engine.threads import THIS_THREAD
+from diffsight.engine.users_line import end_at_users_line, from_the_asking_line, is_from_edit, warn_user
 from diffsight.envoy import (
     Envoy,
     InRun,
     fetch,
     flow_of,
-    from_the_asking_line,
     hint_at,
     keep_attribute_error,
     narrowed,
@@ -88,8 +88,8 @@ class Run(InRun):
     def stop(self) -> None:
         """End the model where it stands. Values that were read stay valid.
 
-        Where it is known only at the end of a call whether a value in it was meant, such as the attention probabilities
-        of a module that may make several products, the model ends after that call."""
+        If only the end of a call shows whether a value read in it was the intended one, such as the attention
+        probabilities of a module that may compute several products, the model ends after that call."""
         flow = flow_of(self._pass)
         flow.check_thread("run.stop")
         flow.finish_undecided()
@@ -281,7 +281,7 @@ class Run(InRun):
                 self._close_all(flows)
                 raise
         if isinstance(error, DiffsightError) and not is_from_edit(error):
-            _end_at_users_line(trace)
+            end_at_users_line(trace, call_body.__code__)
 
     def _close_all(self, flows: list[Flow]) -> None:
         self._flow.leave_body()
@@ -383,8 +383,8 @@ class Run(InRun):
         flow.close("the run was dropped")
         for value, calls in undecided:
             warn_user(
-                f"the run was dropped in the call of {calls} in which {value} was read, so it is not known whether "
-                "this call would have made another product. Call run.stop() or run.finish()"
+                f"the run was dropped during the call of {calls} in which {value} was read, so diffsight cannot tell "
+                "whether that call would have computed a second product. Call run.stop() or run.finish()"
             )
 
 
@@ -396,17 +396,3 @@ def own_target(run: Run, path: str) -> Target | None:
 def make_step(run: Run, index: int, path: str, call: tuple[tuple, dict]) -> Step:
     """Return the step of a run that a call has begun, as `run.steps` yields it."""
     return run._make_step(index, path, call)
-
-
-def _end_at_users_line(trace: TracebackType) -> None:
-    """Take diffsight's own frames from a traceback that begins in the user's code: it ends at the line that asked, that
-    of the innermost body, or at the line that assigned what is wrong."""
-    asked, assigned, is_users = trace, None, True
-    while trace is not None:
-        frame = trace.tb_frame
-        is_engines = (frame.f_globals.get("__package__") or "").split(".")[0] == __package__
-        is_users = frame.f_code is call_body.__code__ or (is_users and not is_engines)
-        asked = trace if is_users and not is_engines else asked
-        assigned = None if is_users or is_engines else trace
-        trace = trace.tb_next
-    asked.tb_next = assigned

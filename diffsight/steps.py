@@ -9,8 +9,8 @@ The run's `Clock` decides when a step begins, see `diffsight.engine.step_clock`.
 import warnings
 from collections.abc import Callable, Iterator
 
-from diffsight.engine.flow import Flow
 from diffsight.engine.open_runs import current_edit
+from diffsight.engine.run_to_point import Flow
 from diffsight.errors import InputError, OutOfOrderError
 
 
@@ -88,12 +88,19 @@ class Steps:
                         flow.clock.check_counted(flow.tree.title)
                     return
                 index = flow.scope.step
+                if index < first:
+                    self._check_exists(first)
                 if index >= first and (index - first) % stride == 0 and (last is None or index < last):
                     entered = True
                     target, args, kwargs = flow.clock.call
                     yield self._make_step(index, target.path, (args, kwargs))
         finally:
             flow.leave_steps()
+
+    def _check_exists(self, first: int) -> None:
+        count = self._flow.clock.count()
+        if count is not None and first >= count:
+            raise InputError(f"run.steps[{first}:] has no steps: the run has {count}, 0 to {count - 1}")
 
     def _warn_of_early_end(self) -> None:
         message = (

@@ -25,7 +25,8 @@ from diffsight.errors import InputError
 from diffsight.gallery.check_does_not_apply import CheckDoesNotApply
 from diffsight.gallery.diffusion_checks import diffusion_checks
 from diffsight.gallery.language_checks import language_checks
-from diffsight.lenses.results.saving import check_file, expanded, save_files, versions
+from diffsight.lenses.results.record import versions
+from diffsight.lenses.results.saving import check_file, expanded, save_files
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -91,7 +92,7 @@ class ModelCheck:
 
 
 def check_model(model: DiffusionModel | LanguageModel, **arguments: Any) -> ModelCheck:
-    """Check that diffsight does with a model what it promises.
+    """Check that diffsight keeps its promises for this model.
 
         check_model(model, prompt="a cat", num_inference_steps=4)
         check_model(language_model, prompt="Once upon a time")

@@ -54,6 +54,8 @@ class Parser(argparse.ArgumentParser):
         hint = ""
         if message.startswith("unrecognized arguments:") and " -" not in message:
             hint = ". A text of several words needs quotes"
+        elif message.startswith("unrecognized arguments: --"):
+            hint = ". An argument of the pipeline is passed with --set NAME=VALUE"
         elif message.endswith("expected one argument"):
             option = message.removeprefix("argument ").partition(":")[0].split("/")[-1]
             hint = f". If the value starts with a minus sign, write {option}=-1"

@@ -43,7 +43,7 @@ def add_commands(commands: Any) -> None:
     )
     check.add_argument("source", metavar="SOURCE", help="packaged name, folder, hub id or GGUF file")
     check.add_argument(
-        "arguments", nargs="*", type=parse_setting, metavar="NAME=VALUE", help="arguments of the pipeline"
+        "arguments", nargs="*", default=[], type=parse_setting, metavar="NAME=VALUE", help="arguments of the pipeline"
     )
     check.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON as well")
     check.set_defaults(command=_check)

@@ -19,6 +19,7 @@ from diffsight.errors import InputError, NeverReachedError
 from diffsight.gallery.check_does_not_apply import CheckDoesNotApply
 from diffsight.lenses.diffusion_lens import diffusion_lens
 from diffsight.lenses.results.outputs import image_of
+from diffsight.pipelines.diffusion.attention import find_attentions
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 
@@ -114,7 +115,9 @@ class _Pipeline:
         return ", ".join(f"{name} ({encoder.count} layers)" for name, encoder in found.items())
 
     def attention(self) -> str:
-        found = self._model.attentions
+        found = find_attentions(  # with these arguments: the pipeline's own may be those of a long video
+            self._model, **{name: value for name, value in self._arguments.items() if "embeds" not in name}
+        )
         if not found:
             raise CheckDoesNotApply("the denoiser has no attention")
         kinds = Counter(attention.kind for attention in found.values())

@@ -17,7 +17,7 @@ try:
 
     from diffsight.gallery.explorer_views.image_views import add_image_views
     from diffsight.gallery.explorer_views.language_views import add_language_views
-    from diffsight.gallery.explorer_views.workbench import Workbench
+    from diffsight.gallery.explorer_views.shared_models import Workbench
 except ModuleNotFoundError as error:
     if error.name != "gradio":
         raise
@@ -26,6 +26,12 @@ except ModuleNotFoundError as error:
     ) from None
 
 LANGUAGE_MODEL = "diffsight/smollm2"
+_STYLE = """
+.places .tab-like-container, .places .min_value, .places .max_value { display: none; }
+@media (max-width: 40rem) {
+  .pictures .grid-container { grid-template-columns: repeat(2, minmax(100px, 1fr)); }
+}
+"""  # a place is not a number of a layer; two images in a row on a phone
 
 
 def explore(
@@ -49,8 +55,9 @@ def explore(
     """
     _check_free(host, port)
     app = build_app(model, language_model)
+    start_app(app, host, port)
     print(f"http://{host}:{port}", flush=True)
-    app.launch(server_name=host, server_port=port, theme=_theme(), share=False, quiet=True, footer_links=[])
+    app.block_thread()
 
 
 def build_app(model: str | None = None, language_model: str = LANGUAGE_MODEL) -> Any:
@@ -66,9 +73,20 @@ def build_app(model: str | None = None, language_model: str = LANGUAGE_MODEL) ->
     return app
 
 
-def _theme() -> Any:
-    """Return a theme with the fonts of the visitor's machine: nothing is loaded from elsewhere."""
-    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+def start_app(app: Any, host: str, port: int | None = None) -> None:
+    """Serve an app in threads of its own. It uses the fonts of the visitor's machine: nothing is loaded from elsewhere.
+
+    `port` is a free one by default."""
+    app.launch(
+        server_name=host,
+        server_port=port,
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        css=_STYLE,
+        share=False,
+        quiet=True,
+        footer_links=[],
+        prevent_thread_lock=True,
+    )
 
 
 def _check_free(host: str, port: int) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from diffsight.errors import InputError
 from diffsight.lenses.results.saving import check_writable, save_files
-from diffsight.lenses.results.settings import settings_of, subject_of
+from diffsight.lenses.results.shown_settings import settings_of, subject_of
 from diffsight.pipelines.local_paths import find_path, shortened
 
 PAGE, DATA, THUMBNAILS = "index.html", "gallery_data.js", "thumbnails"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from diffsight.pipelines.vision_language.model import VisionLanguageModel
 
 _PROMPT = "The Eiffel Tower is in the city of"
 _TOKENS = 3  # that are generated
+_PROBABILITIES: tuple[Callable[[Any, int], torch.Tensor], ...] = (
+    lambda run, layer: run.attention_probs[layer],
+    lambda run, layer: run.layers[layer].self_attn.products[0].attention_probs,  # the first of several in one call
+    lambda run, layer: run.layers[layer].self_attn[0].attention_probs,  # a layer has several attentions
+)
 
 
 def language_checks(model: LanguageModel, arguments: Mapping[str, Any]) -> dict[str, Callable[[], str]]:
@@ -86,10 +92,10 @@ class _Language:
         """Look at the attention probabilities of the first layer that has any. Rows sum to 1, or to less where part of
         the attention goes to a sink."""
         reasons = []
-        for layer in range(len(self._model.layers_output)):
+        for layer, read in product(range(len(self._model.layers_output)), _PROBABILITIES):
             try:
                 with torch.no_grad(), self._trace() as run:
-                    probabilities = run.attention_probs[layer].clone()
+                    probabilities = read(run, layer).clone()
                     run.stop()
             except (InputError, PointNotFoundError, OutOfOrderError) as error:
                 reasons.append(str(error).splitlines()[0])

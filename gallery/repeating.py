@@ -26,15 +26,24 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from diffsight.errors import InputError
+from diffsight.errors import DiffsightError, InputError
 from diffsight.gallery.gallery_index import read_record
 from diffsight.lenses.features.autoencoder import SAE
-from diffsight.lenses.results.call_values import ArgumentDecoder, UnknownValueError, named
+from diffsight.lenses.results.call_values import ArgumentDecoder, UnknownValueError, named, public_name
+from diffsight.lenses.results.record import versions
 from diffsight.lenses.results.result import ARGUMENTS, PAGE, LensResult
-from diffsight.lenses.results.saving import versions
 from diffsight.pipelines.local_paths import find_path, shortened
 
 _PARTS = ("arguments", "models")  # of a call
+_OF_MODEL = {
+    "kind": str,
+    "source": str | None,
+    "options": dict,
+    "revision": str | None,
+    "weights": str,
+    "edits": list | tuple,
+}
+_KINDS = ("DiffusionModel", "LanguageModel", "VisionLanguageModel", "SAE")
 _NOT_COMPARED = ("versions", "call")  # entries of a record
 
 
@@ -98,13 +107,7 @@ def repeat(path: str | Path, **replaced: Any) -> Repetition:
     record = read_record(path)
     if record is None:
         raise InputError(f"{path} is not the record of a result")
-    call = record.get("call")
-    if not isinstance(call, dict):
-        raise InputError(
-            f"{path} does not say how the result was made: only a result that a lens returned can be repeated"
-        )
-    if not isinstance(call.get("function"), str) or not all(isinstance(call.get(key), dict) for key in _PARTS):
-        raise InputError(f"{path} is damaged: its call does not have a function, arguments and models")
+    call = _call_in(path, record)
     result = _call_again(path, call, replaced)
     with tempfile.TemporaryDirectory() as folder:
         names = [one.name for one in result.save(folder) if one.name not in (PAGE, ARGUMENTS)]
@@ -117,10 +120,27 @@ def repeat(path: str | Path, **replaced: Any) -> Repetition:
     return Repetition(path, result, tuple(names), differences, notes, record.get("versions", {}), versions())
 
 
+def _call_in(path: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the call in a record. Raises InputError if anything that is needed to repeat it is not there."""
+    call = record.get("call")
+    if not isinstance(call, dict):
+        raise InputError(
+            f"{path} does not say how the result was made: only a result that a lens returned can be repeated"
+        )
+    if not isinstance(call.get("function"), str) or not all(isinstance(call.get(key), dict) for key in _PARTS):
+        raise InputError(f"{path} is damaged: its call does not have a function, arguments and models")
+    if not isinstance(record.get("versions", {}), dict):
+        raise InputError(f"{path} is damaged: its versions are not a dictionary")
+    for name, model in call["models"].items():
+        if not isinstance(model, dict) or not all(isinstance(model.get(key), kind) for key, kind in _OF_MODEL.items()):
+            raise InputError(f"{path} is damaged: its call does not say how {name} was loaded")
+    return call
+
+
 def _find(given: str | Path) -> Path:
     path = find_path(given)
     if path is None:
-        raise InputError(f"there is no {shortened(str(given))}")
+        raise InputError(f"there is no file or folder {shortened(str(given))}")
     if not path.is_dir():
         return path
     found = [one for one in sorted(path.glob("*.json")) if read_record(one) is not None]
@@ -150,6 +170,10 @@ def _load(name: str, record: Mapping[str, Any]) -> Any:
         raise InputError(
             f"{name} had edits, which the record only lists: pass the edited model, as in repeat(path, {name}={name})"
         )
+    if record["kind"] not in _KINDS:
+        raise InputError(
+            f"{name} was a {record['kind']!r}, which cannot be loaded: pass it, as in repeat(path, {name}={name})"
+        )
     options = ArgumentDecoder({}, {}).decode(record["options"])
     if record["kind"] == "SAE":
         return SAE.load(record["source"], **options)
@@ -159,6 +183,8 @@ def _load(name: str, record: Mapping[str, Any]) -> Any:
 def _call_again(path: Path, call: Mapping[str, Any], replaced: Mapping[str, Any]) -> Any:
     """Call the function of a record again and return its result."""
     function = named(call["function"])
+    if public_name(function) != call["function"]:
+        raise InputError(f"{path} is damaged: {call['function']} is not a lens")
     models = _Models(call["models"], replaced)
     decoder = ArgumentDecoder(_tensors(path.parent / ARGUMENTS), models)
     arguments = {key: value for key, value in replaced.items() if key not in call["models"]}
@@ -173,6 +199,14 @@ def _call_again(path: Path, call: Mapping[str, Any], replaced: Mapping[str, Any]
             raise InputError(
                 f"{key} cannot be repeated, because {error}: pass it, as in repeat(path, {key}=…)"
             ) from None
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, DiffsightError):
+                raise
+            raise InputError(f"{path} is damaged: its argument {key} cannot be read ({error})") from None
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise InputError(f"{path} is damaged: {call['function']} {error}") from None
     if "progress" in inspect.signature(function).parameters:
         arguments["progress"] = False
     return function(**arguments)

@@ -1,4 +1,4 @@
-"""A study of the command line: one lens over many prompts and seeds, in a `StudyFolder`."""
+"""A study of the command line: one lens over many prompts and seeds, in a `ResumableFolder`."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from diffsight.gallery.study_folder import StudyFolder, place_name
+from diffsight.gallery.resumable_folder import ResumableFolder, place_name
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Study:
 
     def missing(self) -> list[Path]:
         """Return the folders of the results that have not been made yet."""
-        return self._study_folder().missing([place for place, _, _ in self.places()])
+        return self._folder_of_results().missing([place for place, _, _ in self.places()])
 
     def __str__(self) -> str:
         count, missing = len(self.prompts) * len(self.seeds), len(self.missing())
@@ -49,11 +49,11 @@ class Study:
             InputError: The folder has a study with other settings, or a prompt cannot be used.
         """
         inputs = {place: (prompt, seed) for place, prompt, seed in self.places()}
-        return self._study_folder().fill(list(inputs), lambda place, folder: make(*inputs[place], folder))
+        return self._folder_of_results().fill(list(inputs), lambda place, folder: make(*inputs[place], folder))
 
     def check(self) -> None:
         """Raise InputError if the folder cannot be used for this study."""
-        self._study_folder().check()
+        self._folder_of_results().check()
 
-    def _study_folder(self) -> StudyFolder:
-        return StudyFolder(self.folder, {**self.settings, "prompts": list(self.prompts)})
+    def _folder_of_results(self) -> ResumableFolder:
+        return ResumableFolder(self.folder, {**self.settings, "prompts": list(self.prompts)})

@@ -5,8 +5,8 @@
 
     sweep(draw, itertools.product(prompts, range(8)), "study")
 
-What is done is not done again, so a sweep that was interrupted continues. Processes that `accelerate launch` or
-`torchrun` has started share the items; the files are the same as those of one process.
+A sweep that was interrupted continues where it stopped (see `resumable_folder`). Processes that `accelerate launch` or
+`torchrun` has started share the items (see `work_sharing`); the files are the same as those of one process.
 """
 
 import json
@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffsight.errors import InputError
-from diffsight.gallery.study_folder import StudyFolder, place_name
+from diffsight.gallery.resumable_folder import ResumableFolder, place_name
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.saving import expanded, save_files
 
@@ -35,14 +35,14 @@ def sweep(function: Callable[..., Any], items: Iterable[Any], folder: str | Path
         function: Returns the result of a lens, an image, a tensor or a dictionary of tensors, or what JSON can hold.
         items: Texts, numbers, and tuples or dictionaries of them. A tuple is passed as several arguments, a dictionary
             as keyword arguments, anything else as one argument.
-        folder: A new folder, or that of the same sweep, of which the missing results are made.
+        folder: A new folder, or the folder of the same sweep, in which case only the missing results are made.
 
     Returns:
-        The page of the gallery; the folder if no result is one of a lens.
+        The page of the gallery, or the folder if no result comes from a lens.
 
     Raises:
-        InputError: An item is there twice or is none of these, the folder has another sweep, or what the function
-            returned cannot be saved.
+        InputError: An item appears twice or is of another type, the folder holds a different sweep, or the function's
+            return value cannot be saved.
     """
     if not callable(function):
         raise InputError(f"sweep takes a function and then the items, not {function!r}")
@@ -56,7 +56,7 @@ def sweep(function: Callable[..., Any], items: Iterable[Any], folder: str | Path
     def make(place: Path, into: Path) -> None:
         _save(_call(function, item_at[place]), into)
 
-    return StudyFolder(folder, {"function": name, "items": listed}).fill(places, make)
+    return ResumableFolder(folder, {"function": name, "items": listed}).fill(places, make)
 
 
 def _checked(items: Iterable[Any]) -> list[Any]:

@@ -30,6 +30,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.denoising.step_windows import Windows, choose_windows
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.outcome import Metric, Outcome
@@ -51,6 +52,7 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
 
+@takes_inverted
 @repeatable
 def activation_patching(
     model: LanguageModel | DiffusionModel,
@@ -112,6 +114,8 @@ def activation_patching(
         max_rows: The largest number of rows in the sweep over a pair. A larger sweep is refused before it starts.
         seed: The seed of every image of a pipeline. Default: 0.
         progress: Whether to show a progress bar.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Further inputs of the model, for both prompts, or arguments of the pipeline. With `max_new_tokens`, a
             language model continues both prompts greedily by this number of tokens, and a metric reads their logits:
             its `position` counts the generated tokens.
@@ -122,7 +126,7 @@ def activation_patching(
     Raises:
         InputError: Before anything runs: a site, layer, position or token does not exist, prompts have different
             numbers of tokens where these are compared, the sweep is too large, or an argument belongs to models of the
-            other kind. After the runs without patching: the model does not come to a site, a step or region does not
+            other kind. After the runs without patching: the model does not reach a site, a step or region does not
             exist, or the metric returns no number.
         PointNotFoundError: A pattern matches nothing.
     """

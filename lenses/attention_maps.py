@@ -1,7 +1,7 @@
 """Attention maps: where in the image each word of the prompt is attended to.
 
     result = attention_maps(model, "a red circle above a blue square", words=["circle", "square"])
-    result.maps                             # (words, rows, columns)
+    result.maps, result["circle"]           # (words, rows, columns), (rows, columns)
     result.overlay("circle"), result.grid() # over the image
     result.mask("circle", 0.5)              # where it is attended to at least half as much as at its maximum
 
@@ -19,7 +19,9 @@ words (a softmax) if there are several (Helbling et al., "ConceptAttention: Diff
 Interpretable Features", ICML 2025, section 4).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,11 +33,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffsight.errors import InputError, suggest
+from diffsight.errors import InputError, UnknownKeyError, suggest
 from diffsight.lenses.attention.concepts import Concepts
+from diffsight.lenses.attention.given_image import GivenImage
+from diffsight.lenses.attention.image_looks import looks_at_image
+from diffsight.lenses.attention.map_memory import check_memory
 from diffsight.lenses.attention.map_sums import MapSums
 from diffsight.lenses.attention.word_keys import WordKeys
-from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, choose_steps
+from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, choose_steps, count_steps
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.checks import check_call, check_diffusion_model
 from diffsight.lenses.layers import Layers, choose_layers
 from diffsight.lenses.options import check_options
@@ -48,10 +54,11 @@ from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import OverlaySection, Section, distinct
 from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.argument_types import check_types, fits
-from diffsight.pipelines.attention.attention_product import AttentionProduct
-from diffsight.pipelines.diffusion.attention import Attention, find_attentions, follow_products
+from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
+from diffsight.pipelines.diffusion.attention import Attention, Attentions, find_attentions, follow_products
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun
+from diffsight.pipelines.vision_language.model import VisionLanguageModel
 
 _KEPT = ("steps", "layers", "heads")
 _METHODS = ("cross", "concept")
@@ -94,7 +101,7 @@ class AttentionMaps(LensResult):
 
     def overlay(self, word: str, frame: int | None = None) -> Image.Image:
         """Return the image under the map of a word. For a video, `frame` is one of its frames (default: the middle)."""
-        heat = self._map(word)
+        heat = self[word]
         if heat.ndim == 2:
             return overlay(self.image, heat)
         number = len(self.frames) // 2 if frame is None else range(len(self.frames))[frame]
@@ -106,25 +113,25 @@ class AttentionMaps(LensResult):
         return image_grid(images, titles=["", *self.words], title=f"{self.prompt} (seed {self.seed})")
 
     def plot(self, word: str | None = None) -> Figure:
-        """Return the maps as a matplotlib figure: of all words, or of one word by step, layer or head."""
+        """Return the maps as a matplotlib figure: of all words, or of one, by step, layer or head if they were kept."""
         if word is None:
-            rows = {"": dict(zip(self.words, self.maps))}
+            heats, titles = list(self.maps), list(self.words)
         elif not self.parts:
-            raise InputError(f'nothing was kept apart: write attention_maps(..., keep="steps"), one of {_KEPT}')
+            heats, titles = [self[word]], [word]
         else:
-            rows = {"": {name: maps[self._index(word)] for name, maps in self.parts.items()}}
-        heats = list(rows[""].items())
+            heats = [maps[self._index(word)] for maps in self.parts.values()]
+            titles = _titles(list(self.parts)) if self.kept == "layers" else list(self.parts)
         columns = min(len(heats), 8)
         lines = -(-len(heats) // columns)
-        figure = Plot(figsize=(1.3 * columns + 0.2, 1.5 * lines + 0.5), layout="constrained")
+        figure = Plot(figsize=(1.3 * columns + 0.2, 1.6 * lines + 0.5), layout="constrained")
         set_heading(figure, self.prompt if word is None else f"{word}: {self.prompt}")
-        most = max(float(heat.max()) for _, heat in heats)
-        for number, axes in enumerate(figure.subplots(lines, columns, squeeze=False).flat):
+        most = max(float(heat.max()) for heat in heats)
+        panels = figure.subplots(lines, columns, squeeze=False).flatten()
+        for axes in panels:
             axes.set_axis_off()
-            if number < len(heats):
-                name, heat = heats[number]
-                axes.imshow((heat if heat.ndim == 2 else heat.mean(0)).numpy(), cmap="inferno", vmin=0, vmax=most)
-                axes.set_title(name if len(name) < 24 else f"…{name[-23:]}", fontsize=7)
+        for axes, heat, title in zip(panels, heats, titles):
+            axes.imshow((heat if heat.ndim == 2 else heat.mean(0)).numpy(), cmap="inferno", vmin=0, vmax=most)
+            axes.set_title(title, fontsize=7)
         return figure
 
     def mask(self, word: str, threshold: float = 0.5, frame: int | None = None) -> np.ndarray:
@@ -138,19 +145,28 @@ class AttentionMaps(LensResult):
         """
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
             raise InputError(f"a threshold is a number between 0 and 1, not {threshold!r}")
-        heat = self._map(word)
+        heat = self[word]
         if heat.ndim == 3:
             number = len(self.frames) // 2 if frame is None else range(len(self.frames))[frame]
             heat = heat[number * len(heat) // len(self.frames)]
         return (at_size(heat, self.image.size[::-1]) >= threshold).numpy()
 
+    def __getitem__(self, word: str) -> torch.Tensor:
+        """Return the map of a word, (rows, columns), or (frames, rows, columns) for a video."""
+        return self.maps[self._index(word)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.words)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
     def _index(self, word: str) -> int:
         if word not in self.words:
-            raise InputError(f"there is no map of {word!r}{suggest(str(word), self.words)}: {', '.join(self.words)}")
+            raise UnknownKeyError(
+                f"there is no map of {word!r}{suggest(str(word), self.words)}: {', '.join(self.words)}"
+            )
         return self.words.index(word)
-
-    def _map(self, word: str) -> torch.Tensor:
-        return self.maps[self._index(word)]
 
     def preview(self) -> Image.Image:
         return self.grid()
@@ -193,10 +209,11 @@ class AttentionMaps(LensResult):
         }
 
 
+@takes_inverted
 @repeatable
 @where_the_model_is
 def attention_maps(
-    model: DiffusionModel,
+    model: DiffusionModel | VisionLanguageModel,
     prompt: str,
     words: Sequence[str] | str | None = None,
     *,
@@ -206,6 +223,7 @@ def attention_maps(
     steps: Steps = None,
     keep: str | None = None,
     encoder: str | None = None,
+    image: Any = None,
     seed: int = 0,
     **arguments: Any,
 ) -> AttentionMaps:
@@ -214,11 +232,16 @@ def attention_maps(
         attention_maps(model, "a red circle above a blue square")
         attention_maps(model, "a red circle above a blue square", words=["red circle"], keep="steps")
         attention_maps(flux, "a cat on a mat", words=["animal", "floor"], method="concept")
+        attention_maps(model, "a red circle", image=Image.open("scene.png"), steps=12)      # of a given image
+        attention_maps(llava, "What is this?", image="cat.png", max_new_tokens=20)  # where each token looks
 
     Sums are kept, not maps: memory depends on neither the number of steps nor that of layers.
 
+    With a vision-language model, text is generated, and the words are its tokens. A token is chosen at the position
+    before it, so its map is the attention of that position to the tokens of the image.
+
     Args:
-        model: The pipeline.
+        model: The pipeline, or a vision-language model.
         prompt: The prompt.
         words: The words, each of one or several words of the prompt. With "concept", any words. Default: all words of
             the prompt.
@@ -230,17 +253,27 @@ def attention_maps(
         steps: Which denoising steps: an integer, a slice, or a list of them. Default: all.
         keep: Keep the maps of "steps", "layers" or "heads" apart too.
         encoder: The text encoder whose tokens count. Default: those of all.
-        seed: The seed of the image.
-        arguments: Arguments of the pipeline.
+        image: Look at this image instead of drawing one: a PIL image in mode RGB, or a float tensor (3, height, width)
+            from 0 to 1. At every step the denoiser is shown the image with the noise of this step, so `steps` chooses
+            how noisy it is. A pipeline that takes an image itself gets it as its own argument.
+        seed: The seed of the image, or of the noise that is added to it.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
+        arguments: Arguments of the pipeline, or of `generate`.
 
     Returns:
         The maps and the image.
 
     Raises:
-        InputError: Before an image is drawn: a word is not in the prompt, a layer or head does not exist, or the
-            pipeline has no attention between image and text.
+        InputError: Before an image is drawn: a word is not in the prompt, a layer or head does not exist, the
+            pipeline has no attention between image and text, or it cannot be shown the image.
     """
+    if isinstance(model, VisionLanguageModel):
+        own = {"words": words, "method": method, "steps": steps, "encoder": encoder}
+        return _of_generated_tokens(model, prompt, image, layers, heads, keep, seed, own, arguments)
     check_diffusion_model("attention_maps", model)
+    if image is not None and "image" in model.argument_names:
+        arguments, image = {**arguments, "image": image}, None
     check_options(attention_maps, model, arguments)
     check_types(attention_maps, words=words, heads=heads, encoder=encoder)
     _check("attention_maps", model, prompt, steps, seed, keep, arguments)
@@ -248,24 +281,76 @@ def attention_maps(
         raise InputError("words: there are none. Write some, or omit them for all words of the prompt")
     if method not in _METHODS:
         raise InputError(f"method: there is no {method!r}{suggest(str(method), _METHODS)}, only 'cross' and 'concept'")
+    given = None if image is None else GivenImage(model, image, seed, arguments)
+    arguments = arguments if given is None else given.arguments
     found = find_attentions(model, prompt, **arguments)
-    chosen = _chosen(found.of_kind("cross", "joint"), layers, "attention between image and text", model)
+    chosen = _chosen(found, ("cross", "joint"), layers, "attention between image and text", model)
     picked = _picked_heads(chosen, heads)
-    reading = _Reading(steps, keep, chosen)
+    reading = _Reading(steps, keep, chosen, given)
     if method == "concept":
         concepts = Concepts(model, prompt, words, encoder, found.of_kind("joint"), arguments)
+        _check_size(model, chosen, len(concepts.names), keep, arguments)
         run = _run_concepts(model, concepts, reading, picked, seed)
         return _result(run, reading, concepts.names, prompt, seed, model, arguments, method)
     named = WordKeys(model, prompt, words, encoder, arguments)
-    wanted = {attention.name: _Wanted(named.keys(attention)) for attention in chosen}
+    _check_size(model, chosen, len(named.names), keep, arguments)
+    wanted = {attention.name: _Wanted(named.keys(attention), attention.keys) for attention in chosen}
 
     def read(attention: Attention, product: AttentionProduct) -> torch.Tensor:
-        return wanted[attention.name].values(product, attention, picked)
+        return wanted[attention.name].values(product, attention, picked, keep == "heads")
 
     run = _run_prompt(model, prompt, reading, read, seed, arguments)
     return _result(run, reading, named.names, prompt, seed, model, arguments, method)
 
 
+def _of_generated_tokens(
+    model: VisionLanguageModel,
+    prompt: Any,
+    image: Any,
+    layers: Layers,
+    heads: Iterable[int] | None,
+    keep: str | None,
+    seed: int,
+    others: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+) -> AttentionMaps:
+    """Return where the tokens that a vision-language model generates look in its image."""
+    check_options(attention_maps, model, arguments, also=model.generation_argument_names)
+    check_types(attention_maps, heads=heads)
+    defaults = inspect.signature(attention_maps).parameters
+    for name, value in others.items():
+        if value != defaults[name].default:
+            raise InputError(f"{name}: a VisionLanguageModel has no such choice. The words are the tokens it generates")
+    if keep not in (None, "layers", "heads"):
+        raise InputError(f"keep: a VisionLanguageModel keeps 'layers' or 'heads' apart, not {keep!r}")
+    if image is None or isinstance(image, (list, tuple)):
+        raise InputError("image: a VisionLanguageModel needs one image")
+    numbers = range(len(model.layers)) if layers is None else choose_layers(layers, len(model.layers))
+    if "embedding" in numbers:
+        raise InputError('layers: "embedding" is not an attention module. Write numbers')
+    numbers = sorted(numbers)
+    picked = None if heads is None else _checked_heads(heads, None)
+    model.check(prompt, images=image, seed=seed, **arguments)
+    found = looks_at_image(model, prompt, image, numbers, picked, keep, seed, arguments)
+    names = [f"layers[{number}]" for number in numbers]
+    parts = names if keep == "layers" else [f"head {number}" for number in picked or range(found.maps.shape[1])]
+    return AttentionMaps(
+        maps=found.maps.mean(1),
+        words=tuple(distinct(found.words)),
+        image=found.image,
+        frames=(),
+        prompt=prompt if isinstance(prompt, str) else str(prompt),
+        seed=int(seed),
+        model=model.label,
+        arguments=arguments,
+        method="cross",
+        layers=tuple(names),
+        kept=keep,
+        parts=dict(zip(parts, found.maps.movedim(1, 0))) if keep else {},
+    )
+
+
+@takes_inverted
 @repeatable
 @where_the_model_is
 def attention_from(
@@ -294,6 +379,8 @@ def attention_from(
         steps: Which denoising steps. Default: all.
         keep: Keep the maps of "steps", "layers" or "heads" apart too.
         seed: The seed of the image.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:
@@ -310,7 +397,7 @@ def attention_from(
     if not fits(position, tuple[float, float]) or not all(0 <= share <= 1 for share in position):
         raise InputError(f"position is (x, y), shares of width and height from 0 to 1, not {position!r}")
     found = find_attentions(model, prompt, **arguments)
-    chosen = _chosen(found.of_kind("self", "joint"), layers, "attention from the image to itself", model)
+    chosen = _chosen(found, ("self", "joint"), layers, "attention from the image to itself", model)
     picked = _picked_heads(chosen, heads)
 
     def read(attention: Attention, product: AttentionProduct) -> torch.Tensor:
@@ -321,7 +408,8 @@ def attention_from(
         ((_, probs),) = product.blocks(keys, range(place, place + 1), picked)
         return probs[0]  # (heads, 1, keys)
 
-    reading = _Reading(steps, keep, chosen)
+    _check_size(model, chosen, 1, keep, arguments)
+    reading = _Reading(steps, keep, chosen, None)
     run = _run_prompt(model, prompt, reading, read, seed, arguments)
     name = f"from ({position[0]:g}, {position[1]:g})"
     return _result(run, reading, (name,), prompt, seed, model, arguments, "from")
@@ -330,24 +418,27 @@ def attention_from(
 class _Wanted:
     """The keys of words in a product, and how they are averaged."""
 
-    def __init__(self, words: list[list[int]]) -> None:
-        self._keys = sorted({key for word in words for key in word})
-        self._average = torch.zeros(len(words), len(self._keys))
+    def __init__(self, words: list[list[int]], keys: int) -> None:
+        self._average = torch.zeros(keys, len(words))
         for number, word in enumerate(words):
-            self._average[number, [self._keys.index(key) for key in word]] = 1 / len(word)
+            self._average[word, number] = 1 / len(word)
 
-    def values(self, product: AttentionProduct, attention: Attention, heads: Sequence[int] | None) -> torch.Tensor:
-        """Return how much each word is attended to, (heads, words, positions of the image)."""
-        parts = product.blocks(torch.tensor(self._keys, device=product.q.device), attention.image, heads)
-        average = self._average.to(product.q.device)
-        return torch.cat([torch.einsum("hqk,wk->hwq", probs[0], average) for _, probs in parts], -1)
+    def values(
+        self, product: AttentionProduct, attention: Attention, heads: Sequence[int] | None, by_head: bool
+    ) -> torch.Tensor:
+        """Return how much each word is attended to, (heads, words, positions of the image), or the mean over heads."""
+        if self._average.device != product.q.device:
+            self._average = self._average.to(product.q.device)
+        blocks = product.blocks(slice(None), attention.image, heads)
+        parts = [(probs[0] if by_head else probs[0].mean(0, keepdim=True)) @ self._average for _, probs in blocks]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)
 
 
 class _Reading:
-    """What is read in a run: in which steps and modules, and the sums of it."""
+    """What is read in a run: of which image, in which steps and modules, and the sums of it."""
 
-    def __init__(self, steps: Steps, keep: str | None, chosen: Sequence[Attention]) -> None:
-        self.keep, self.chosen, self.sums = keep, chosen, MapSums()
+    def __init__(self, steps: Steps, keep: str | None, chosen: Sequence[Attention], given: GivenImage | None) -> None:
+        self.keep, self.chosen, self.given, self.sums = keep, chosen, given, MapSums()
         self._asked = steps
         self._steps: tuple[int, ...] = ()
 
@@ -356,14 +447,25 @@ class _Reading:
         self._steps = self._steps or choose_steps(self._asked, len(run.scheduler.timesteps))
         return step in self._steps
 
+    def show(self, run: DiffusionRun) -> None:
+        """Show the given image, if there is one, in a run that has not begun."""
+        if self.given is not None:
+            self.given.follow(run, self.chosen[0].name.partition(".")[0])
+
+    def stop_after(self, run: DiffusionRun, step: int) -> None:
+        """End a run of a given image after the last step that is read, because what is drawn of it means nothing."""
+        if self.given is not None and self.is_in(run, step) and step == self._steps[-1]:
+            run.scheduler.step.input  # all calls of the denoiser have been made
+            run.stop()
+
     def add(self, step: int, attention: Attention, values: torch.Tensor) -> None:
-        """Add what was read of a product, (heads, words, positions of the image)."""
+        """Add what was read of a product, (heads or 1, words, positions of the image)."""
         if self.keep == "heads":
             for number, part in enumerate(values):
                 self.sums.add(f"head {number}", attention, part)
             return
         group = {None: "", "steps": f"step {step}", "layers": attention.name}[self.keep]
-        self.sums.add(group, attention, values.mean(0))
+        self.sums.add(group, attention, values[0] if len(values) == 1 else values.mean(0))
 
 
 def _run_prompt(
@@ -381,7 +483,10 @@ def _run_prompt(
             reading.add(step, attention, read(attention, product))
 
     with torch.no_grad(), model.generate(prompt=prompt, seed=seed, **arguments) as run:
+        reading.show(run)
         follow_products(run, reading.chosen, add)
+        for step in run.steps if reading.given is not None else ():
+            reading.stop_after(run, step.index)
     return run
 
 
@@ -391,6 +496,7 @@ def _run_concepts(
     """Draw the prompt, and add the products of the outputs of image and words."""
     chosen = {attention.name for attention in reading.chosen}
     with torch.no_grad(), model.generate(**concepts.arguments, seed=[seed, seed]) as run:
+        reading.show(run)
         for step in run.steps:
 
             def is_read(attention: Attention, index: int = step.index) -> bool:
@@ -402,6 +508,7 @@ def _run_concepts(
                 reading.add(index, attention, values.softmax(1) if len(concepts.names) > 1 else values)
 
             concepts.read(run, is_read, add)
+            reading.stop_after(run, step.index)
     return run
 
 
@@ -415,7 +522,7 @@ def _result(
     arguments: Mapping[str, Any],
     method: str,
 ) -> AttentionMaps:
-    output, sums, keep = (run.frames if "frames" in run.result else run.images)[0], reading.sums, reading.keep
+    sums, keep, output = reading.sums, reading.keep, _drawn(run) if reading.given is None else reading.given.image
     lowest = -torch.inf if method == "concept" else 0.0  # enlarging may give probabilities below 0
     return AttentionMaps(
         maps=sums.mean().clamp_min(lowest),
@@ -433,6 +540,19 @@ def _result(
     )
 
 
+def _drawn(run: DiffusionRun) -> Any:
+    """Return the image that a run has drawn, or the frames of its video."""
+    return (run.frames if "frames" in run.result else run.images)[0]
+
+
+def _titles(paths: Sequence[str]) -> list[str]:
+    """Return the parts in which paths differ, a line each."""
+    split = [path.split(".") for path in paths]
+    first = next((i for i, parts in enumerate(zip(*split)) if len(set(parts)) > 1), len(split[0]))
+    last = next((i for i, parts in enumerate(zip(*(reversed(own) for own in split))) if len(set(parts)) > 1), 0)
+    return ["\n".join(own[first : len(own) - last] or own[-1:]) for own in split]
+
+
 # ---- what was chosen
 
 
@@ -446,10 +566,14 @@ def _check(
     check_steps_ahead(steps, model, arguments)
 
 
-def _chosen(found: Sequence[Attention], layers: Layers, what: str, model: DiffusionModel) -> list[Attention]:
+def _chosen(
+    attentions: Attentions, kinds: tuple[str, ...], layers: Layers, what: str, model: DiffusionModel
+) -> list[Attention]:
+    found = attentions.of_kind(*kinds)
     placed = [attention for attention in found if attention.grid is not None and attention.unplaced is None]
     if not placed:
-        reasons = f": {found[0]}" if found else ""
+        unplaced = [*found, *attentions.of_kind("none")]
+        reasons = f": {unplaced[0]}" if unplaced else ""
         raise InputError(f"{type(model.pipeline).__name__} has no {what} that was found{reasons}")
     numbers = range(len(placed)) if layers is None else choose_layers(layers, len(placed))
     if "embedding" in numbers:
@@ -457,13 +581,41 @@ def _chosen(found: Sequence[Attention], layers: Layers, what: str, model: Diffus
     return [placed[number] for number in sorted(numbers)]
 
 
+def _check_size(
+    model: DiffusionModel, chosen: Sequence[Attention], words: int, keep: str | None, arguments: Mapping[str, Any]
+) -> None:
+    """Raise InputError if what is kept is larger than memory: sums in the sizes of the modules, and the maps of each
+    group in the largest."""
+    positions = [math.prod(attention.grid) for attention in chosen]
+    groups = {
+        None: 1,
+        "steps": count_steps(model, arguments) or 1,
+        "layers": len(chosen),
+        "heads": max(attention.heads for attention in chosen),
+    }[keep]
+    sums = (
+        sum(positions) if keep == "layers" else groups * sum({one.grid: math.prod(one.grid) for one in chosen}.values())
+    )
+    what = f"maps of {words} words" + (f", {groups} {keep} apart," if keep else "")
+    check_memory(
+        what,
+        4 * words * (sums + groups * max(positions)),
+        model.device,
+        "choose fewer words, or fewer of what is kept apart",
+    )
+
+
 def _picked_heads(chosen: Sequence[Attention], heads: Iterable[int] | None) -> list[int] | None:
-    if heads is None:
-        return None
-    picked, count = list(heads), min(attention.heads for attention in chosen)
+    return None if heads is None else _checked_heads(heads, min(attention.heads for attention in chosen))
+
+
+def _checked_heads(heads: Iterable[int], count: int | None) -> list[int]:
+    """Return heads as a list. `count` is how many there are, if it is known."""
+    picked = list(heads)
     for head in picked:
-        if isinstance(head, bool) or not isinstance(head, int) or not 0 <= head < count:
-            raise InputError(f"heads: there is no head {head!r}. The modules have {count} heads, 0 to {count - 1}")
+        if isinstance(head, bool) or not isinstance(head, int) or head < 0 or (count is not None and head >= count):
+            known = "" if count is None else f". The modules have {count} heads, 0 to {count - 1}"
+            raise InputError(f"heads: there is no head {head!r}{known}")
     if not picked:
         raise InputError("heads: the selection is empty")
     return picked

@@ -17,6 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from diffsight.errors import InputError
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.denoising.step_windows import Windows, check_windows
 from diffsight.lenses.encoders.checks import check_call
 from diffsight.lenses.metrics.image_metrics import pixel_distance
@@ -36,6 +37,7 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 MODES = ("skip", "zero", "mean")
 
 
+@takes_inverted
 @repeatable
 def block_ablation(
     model: DiffusionModel,
@@ -74,13 +76,15 @@ def block_ablation(
         max_rows: The largest number of rows in the sweep over a prompt. A larger sweep is refused.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:
         The metric by prompt, site and window. The effect is its difference from the image without ablation.
 
     Raises:
-        InputError: An argument is invalid; the model does not come to a site; or a module cannot be skipped, because it
+        InputError: An argument is invalid; the model does not reach a site; or a module cannot be skipped, because it
             returns something of another shape than it is given.
         PointNotFoundError: A pattern matches nothing.
     """
@@ -97,7 +101,7 @@ def block_ablation(
     points = find_sites(model, sites)
     wrong = next((site.point for site in points if site.value != "output"), None)
     if wrong is not None:
-        raise InputError(f"a module is left out by its path, not by that of a value in it: {wrong}")
+        raise InputError(f"to leave out a module, pass its path, not the path of one of its values: {wrong}")
     check_windows(steps)
     values, targets, passes = [], [], 0
     for number, prompt in enumerate(texts):

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from diffsight.errors import InputError
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.outcome import Metric, Outcome
 from diffsight.lenses.options import check_options
@@ -128,6 +129,7 @@ class CausalTrace(LensResult):
         return f"rise of {self.metric}"
 
 
+@takes_inverted
 @repeatable
 def causal_tracing(
     model: LanguageModel | DiffusionModel,
@@ -168,6 +170,8 @@ def causal_tracing(
         batch_size: The number of rows in a pass.
         seed: The seed of the noise, and of every image.
         progress: Whether to show a progress bar.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Further arguments of the model.
 
     Returns:

@@ -31,7 +31,8 @@ from diffsight.lenses.collecting.shards import INDEX, load_shards, write_shards
 from diffsight.lenses.denoising.call_checks import Steps, check_steps
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, find_layer
 from diffsight.lenses.options import check_options
-from diffsight.lenses.results.saving import check_writable, write_record
+from diffsight.lenses.results.record import write_record
+from diffsight.lenses.results.saving import check_writable
 from diffsight.lenses.tokens.batches import Batch, Positions, open_batches
 from diffsight.lenses.tokens.choosing import check_count, hidden_states, layers_to_read
 from diffsight.lenses.visits.named_points import named_points
@@ -125,7 +126,8 @@ def collect_activations(
             first: an integer, a slice, or a list of them. Default: all layers, without the embedding. In a pipeline,
             paths or patterns of modules, such as "text_encoder.layers[4]" or "unet.**.attn2".
         positions: Positions in each prompt: 0 is its first token, -1 its last. In a pipeline, positions in the sequence
-            or, row by row, in the feature map. None means all. Default: -1, and in a pipeline all.
+            or, row by row, in the feature map. None means all, and "image" the tokens of the images that a
+            vision-language model reads. Default: -1, and in a pipeline all.
         of: What to collect of each layer of a language model: layers_output, layers_input, attentions_output,
             mlps_output, heads_output, q, k or v.
         steps: The denoising steps of a pipeline. Default: all.

@@ -19,7 +19,7 @@ use dozens of prompts.
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, cached_property, partial
 from operator import index
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError, UnknownKeyError, suggest
 from diffsight.lenses.diffusion_lens import DiffusionLensResult, diffusion_lens
 from diffsight.lenses.encoders.checks import check_prompt
-from diffsight.lenses.encoders.drawing import for_each_row
+from diffsight.lenses.encoders.own_states import OwnStates, read_alone, read_together
 from diffsight.lenses.layers import Layer, Layers, choose_layers, layer_title
 from diffsight.lenses.linear_cka import normed_gram
 from diffsight.lenses.options import check_options
@@ -54,7 +54,7 @@ from diffsight.pipelines.diffusion.run import is_silenced
 from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
 
 _ENDS = ("first", "last")
-_MOST_PROMPTS, _BATCH_BYTES = 32, 2**28  # in a batch, and of its hidden states
+_MOST_PROMPTS, _BATCH_BYTES = 128, 2**28  # in a batch, and of its hidden states
 _NAMED, _LONGEST = 12, 24  # prompts that a figure names by their texts, and characters of these
 
 
@@ -283,13 +283,20 @@ class EncoderComparison(LensResult, Mapping):
 
 @dataclass(frozen=True)
 class _Chosen:
-    """A text encoder that takes part, and its layers. `size` is that of what is recorded of a prompt, in bytes."""
+    """A text encoder that takes part, its layers, and what the pipeline's text encoders did for one prompt."""
 
     name: str
     model: DiffusionModel
     encoder: Encoder
     layers: tuple[Layer, ...]
-    size: int
+    reading: EncodingRecord
+
+    @cached_property
+    def spell(self) -> Callable[[int], str]:
+        """Returns a token as text."""
+        name = self.reading.encoders[self.encoder.name].tokenizer
+        tokenizer = None if name is None else text_tokenizer(getattr(self.model.pipeline, name))
+        return cache(str if tokenizer is None else lambda token: tokenizer.decode([token]))
 
 
 @repeatable
@@ -349,75 +356,64 @@ def compare_encoders(
 
 @dataclass(frozen=True)
 class _Encoded:
-    """One prompt in one text encoder, without anything but its own tokens.
+    """Some prompts in one text encoder.
 
     Attributes:
-        vector: Their mean hidden state, (layers, features).
-        words: The tokens as text.
-        drift: As in EncodedPrompts, (2, layers, tokens).
+        vectors: For each prompt the mean hidden state of its own tokens, (layers, features).
+        words: For each prompt these tokens as text.
+        drifts: As in EncodedPrompts.
     """
 
-    vector: torch.Tensor
-    words: tuple[str, ...]
-    drift: torch.Tensor
+    vectors: list[torch.Tensor] = field(default_factory=list)
+    words: list[tuple[str, ...]] = field(default_factory=list)
+    drifts: list[torch.Tensor] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, one: _Chosen, reading: EncodingRecord, prompt: str, number: int) -> "_Encoded":
-        """Return what is kept of prompt number `number` of a record."""
-        encoder = reading.encoders[one.encoder.name]
-        row, tokenizer = encoder.prompt.rows[number], _tokenizer(one.model, encoder)
-        ids = encoder.prompt.ids[row].tolist()
-        positions = _own_tokens(tokenizer, prompt, ids)
-        states = [encoder.prompt.hidden(layer)[row][positions] for layer in one.layers]
-        states = torch.stack(states).float().cpu()
-        words = tuple(str(ids[at]) if tokenizer is None else tokenizer.decode([ids[at]]) for at in positions)
-        drift = torch.stack([functional.cosine_similarity(states, states[end], dim=-1) for end in (0, -1)])
-        return cls(states.mean(1), words, drift)
+    def add(self, one: _Chosen, read: OwnStates) -> None:
+        """Add the prompts of a batch."""
+        states, lengths = read.states, [len(ids) for ids in read.ids]
+        self.vectors.extend(part.mean(1) for part in states.split(lengths, 1))
+        drifts = torch.stack([functional.cosine_similarity(states, states[end], dim=-1) for end in (0, -1)])
+        self.drifts.extend(drifts.split(lengths, 2))
+        self.words.extend(tuple(map(one.spell, ids)) for ids in read.ids)
 
 
 def _encode(
     chosen: Sequence[_Chosen], prompts: Sequence[str], arguments: Mapping[str, Any], seed: int, progress: bool
-) -> dict[str, list[_Encoded]]:
+) -> dict[str, _Encoded]:
     """Encode the prompts in batches. Return them by the name of the text encoder."""
-    encoded: dict[str, list[_Encoded]] = {one.name: [] for one in chosen}
-    sizes = {one.model: one.size for one in chosen}
-    with tqdm(total=len(prompts) * len(sizes), desc="encoding", disable=not progress) as shown:
-        for model in sizes:
-            size = max(1, min(_MOST_PROMPTS, _BATCH_BYTES // max(1, sizes[model])))
+    encoded = {one.name: _Encoded() for one in chosen}
+    groups = {one.model: [other for other in chosen if other.model is one.model] for one in chosen}
+    with tqdm(total=len(prompts) * len(groups), desc="encoding", disable=not progress) as shown:
+        for model, group in groups.items():
+            size = max(1, min(_MOST_PROMPTS, _BATCH_BYTES // max(1, _size_of(group[0].reading))))
             for start in range(0, len(prompts), size):
                 some = prompts[start : start + size]
-                for prompt, (reading, number) in zip(some, _read(model, some, arguments, seed)):
-                    for one in (one for one in chosen if one.model is model):
-                        _check_length(one, reading, prompt, number)
-                        encoded[one.name].append(_Encoded.of(one, reading, prompt, number))
+                for read in _read(model, group, some, arguments, seed):
+                    for one in group:
+                        encoded[one.name].add(one, read[one.encoder.name])
                 shown.update(len(some))
     return encoded
 
 
 def _read(
-    model: DiffusionModel, prompts: Sequence[str], arguments: Mapping[str, Any], seed: int
-) -> list[tuple[EncodingRecord, int]]:
-    """Return for each prompt the record that it is in, and its number there.
-
-    A pipeline that does not encode a list of prompts in one batch, in order, encodes each on its own."""
+    model: DiffusionModel,
+    group: Sequence[_Chosen],
+    prompts: Sequence[str],
+    arguments: Mapping[str, Any],
+    seed: int,
+) -> Iterator[dict[str, OwnStates]]:
+    """Yield the hidden states of the prompts, by the name of the text encoder: of all together, or else one by one."""
+    layers = {one.encoder.name: one.layers for one in group}
     if len(prompts) > 1:
-        try:
-            reading = record_encoding(model, list(prompts), for_each_row(arguments, len(prompts)), seed)
-        except Exception:  # it takes one prompt, or one of them is wrong: the error is that of the prompt's own run
-            reading = EncodingRecord()
-        if reading.encoders and all(_has_all(model, encoder, prompts) for encoder in reading.encoders.values()):
-            return [(reading, number) for number in range(len(prompts))]
-    return [(record_encoding(model, prompt, arguments, seed), 0) for prompt in prompts]
-
-
-def _has_all(model: DiffusionModel, encoder: EncoderRecord, prompts: Sequence[str]) -> bool:
-    """Return whether a text encoder has read all prompts in one call, one row each, in order."""
-    call = encoder.prompt
-    if len(call.rows) != len(prompts) or encoder.tokenizer is None:
-        return False
-    tokenizer = _tokenizer(model, encoder)
-    found = (_place(tokenizer, prompt, call.ids[row].tolist()) for prompt, row in zip(prompts, call.rows))
-    return all(place is not None for place in found)
+        read = read_together(model, group[0].reading, layers, prompts, arguments, seed)
+        if read is not None:
+            yield read
+            return
+    for prompt in prompts:
+        record = record_encoding(model, prompt, arguments, seed).encoders
+        for one in group:
+            _check_length(one, record[one.encoder.name], prompt)
+        yield {name: read_alone(model, record[name], layers[name], prompt) for name in layers}
 
 
 def _size_of(reading: EncodingRecord) -> int:
@@ -426,35 +422,9 @@ def _size_of(reading: EncodingRecord) -> int:
     return sum(state.nbytes for call in calls for state in call.hidden_states)
 
 
-def _summary(one: _Chosen, encoded: Sequence[_Encoded], drawn: Sequence[DiffusionLensResult]) -> EncodedPrompts:
-    vectors = torch.stack([prompt.vector for prompt in encoded], 1)
-    words, drifts = tuple(prompt.words for prompt in encoded), tuple(prompt.drift for prompt in encoded)
-    return EncodedPrompts(one.layers, vectors, words, drifts, tuple(drawn))
-
-
-def _tokenizer(model: DiffusionModel, encoder: EncoderRecord) -> Any:
-    return None if encoder.tokenizer is None else text_tokenizer(getattr(model.pipeline, encoder.tokenizer))
-
-
-def _own_tokens(tokenizer: Any, prompt: str, ids: list[int]) -> list[int]:
-    """Return the positions of the prompt's own tokens: where they appear in a row, else all but the special tokens."""
-    if tokenizer is None:
-        return list(range(len(ids)))
-    own = _place(tokenizer, prompt, ids)
-    if own is not None:
-        return list(own)
-    special = set(tokenizer.all_special_ids)
-    return [place for place, token in enumerate(ids) if token not in special]
-
-
-def _place(tokenizer: Any, prompt: str, ids: list[int]) -> range | None:
-    """Return where the tokens of a prompt appear in a row of tokens, or None if they do not."""
-    for text in dict.fromkeys((prompt, prompt.lower().strip())):  # some pipelines clean the prompt
-        own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for start in range(len(ids) - len(own) + 1):
-            if ids[start : start + len(own)] == own:
-                return range(start, start + len(own))
-    return None
+def _summary(one: _Chosen, encoded: _Encoded, drawn: Sequence[DiffusionLensResult]) -> EncodedPrompts:
+    vectors = torch.stack(encoded.vectors, 1)
+    return EncodedPrompts(one.layers, vectors, tuple(encoded.words), tuple(encoded.drifts), tuple(drawn))
 
 
 # ---- what takes part
@@ -524,8 +494,7 @@ def _choose(
             numbers = choose_layers(layers, encoder.count, encoder.used_count)
         except InputError as error:
             raise InputError(f"{name}, {encoder.name}: {error}") from None
-        size = _size_of(readings[name])
-        chosen.append(_Chosen(_label(name, encoder, pairs), models[name], encoder, numbers, size))
+        chosen.append(_Chosen(_label(name, encoder, pairs), models[name], encoder, numbers, readings[name]))
     return chosen
 
 
@@ -537,7 +506,7 @@ def _label(model: str, encoder: Encoder, pairs: Sequence[tuple[str, Encoder]]) -
     return model if names.count(model) == 1 else f"{model} {encoder.name}"
 
 
-def _check_length(one: _Chosen, reading: EncodingRecord, prompt: str, number: int) -> None:
-    cut = cut_off(one.model, reading.encoders[one.encoder.name], prompt, number)
+def _check_length(one: _Chosen, encoder: EncoderRecord, prompt: str) -> None:
+    cut = cut_off(one.model, encoder, prompt)
     if cut is not None:
         raise InputError(f"the prompt {prompt!r} is too long for {one.name}: these words would be dropped: {cut!r}")

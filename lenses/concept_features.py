@@ -48,7 +48,7 @@ def concept_features(
         point: The path of the module. Default: the point that the SAE was trained at.
         batch_size: How many prompts are run together.
         seed: The seed of the first image.
-        arguments: Further arguments of the model.
+        arguments: Further arguments of the model. `images` are those of `prompts`, then those of `others`.
 
     Raises:
         InputError: The prompts are not lists of strings, or the SAE does not say where it was trained.
@@ -62,11 +62,12 @@ def concept_features(
     reader = PointReader(model, point_of(sae, point), sae.of, steps, arguments)
     reader.check()
     shares = []
-    for texts in (prompts, others):
+    for texts, before in ((prompts, 0), (others, len(prompts))):
         total = torch.zeros(sae.count, dtype=torch.double)
         for start in range(0, len(texts), batch_size):
+            part = list(texts[start : start + batch_size])
+            own = reader.of_part(before + start, len(part), len(prompts) + len(others))
             with torch.no_grad():
-                vectors = reader.read(list(texts[start : start + batch_size]), seed=seed + start).vectors()
-                total += sae.encode(vectors).double().sum(0)
+                total += sae.encode(own.read(part, seed=seed + start).vectors()).double().sum(0)
         shares.append(total / total.sum().clamp(min=1e-12))
     return (shares[0] - shares[1]).float()

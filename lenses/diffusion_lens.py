@@ -9,7 +9,7 @@ Pipelines", ACL 2024, section 3). All layers are rows of one call, see `encoders
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
-from diffsight.errors import InputError
-from diffsight.lenses.encoders.checks import check_call, check_used, check_whole
-from diffsight.lenses.encoders.drawing import Drawing
-from diffsight.lenses.encoders.exits import Exits
-from diffsight.lenses.encoders.isolating import isolated
-from diffsight.lenses.layers import Layer, Layers, choose_layers, find_layer, layer_file, layer_title
+from diffsight.lenses.denoising.inverted_images import takes_inverted
+from diffsight.lenses.encoders.checks import check_call, check_pooled
+from diffsight.lenses.encoders.layer_drawing import draw_layers, read_layers
+from diffsight.lenses.layers import Layer, Layers, find_layer, layer_file, layer_title
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.figure import Plot
@@ -31,10 +29,8 @@ from diffsight.lenses.results.outputs import files_of, image_of, media_of, rate_
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import ImageSection, Section
 from diffsight.lenses.where_models_are import where_the_model_is
-from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import PromptWarning
-from diffsight.pipelines.diffusion.text_encoders import encoders_in
 
 
 @dataclass(frozen=True)
@@ -77,6 +73,12 @@ class DiffusionLensResult(LensResult):
     def __getitem__(self, layer: Layer) -> Image.Image:
         """Return the image drawn from a layer, by its number from 0, or "embedding"."""
         return self.images[find_layer(layer, self.layers, 0)]
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
     def grid(self) -> Image.Image:
         """Return all images in one, with their layers."""
@@ -125,6 +127,7 @@ class DiffusionLensResult(LensResult):
         }
 
 
+@takes_inverted
 @repeatable
 @where_the_model_is
 def diffusion_lens(
@@ -169,6 +172,8 @@ def diffusion_lens(
         batch_size: The number of rows in a call. Default: all.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline. With guidance, the negative prompt goes through all layers.
 
     Returns:
@@ -180,31 +185,22 @@ def diffusion_lens(
     """
     check_call("diffusion_lens", model, prompt, seed, batch_size, arguments)
     check_options(diffusion_lens, model, arguments)
-    if pooled not in ("layer", "full"):
-        raise InputError(f'pooled must be "layer" or "full", not {pooled!r}')
+    check_pooled(pooled)
     model.check(prompt=prompt, seed=seed, **arguments)  # before anything runs, and warns once
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)
-        reading = record_encoding(model, prompt, arguments, seed)
-        found = encoders_in(model, reading).choose(encoder)
-        chosen = choose_layers(layers, found.count, found.used_count)
-        check_used(model, found)
-        if norm and found.ln_final is None:
-            raise InputError(f"norm: {found.name} has no final norm")
-        check_whole(model, reading.encoders[found.name], prompt)
-        if isolate:
-            model, reading = isolated(model, found, reading, prompt, arguments, seed)
-        exits = Exits(model, found, reading, norm, pooled)
-        drawing = Drawing(model, reading, found.name, prompt, seed, arguments, progress=progress)
-        outputs = drawing.draw(exits.leave, chosen, batch_size)
+        reading = read_layers(
+            model, prompt, seed, arguments, encoder=encoder, layers=layers, isolate=isolate, norm=norm
+        )
+        outputs = draw_layers([reading], pooled, batch_size, progress)[0]
     return DiffusionLensResult(
         images=tuple(map(image_of, outputs)),
-        layers=chosen,
+        layers=reading.layers,
         prompt=prompt,
         seed=int(seed),
         model=model.source,
         arguments=arguments,
-        encoder=found.name,
+        encoder=reading.encoder.name,
         isolate=isolate,
         norm=norm,
         pooled=pooled,

@@ -28,12 +28,14 @@ import torch
 from PIL import Image
 
 from diffsight.errors import InputError
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.checks import check_call, check_diffusion_model, check_prompt, check_used, check_whole
 from diffsight.lenses.encoders.columns import Column, WordOrTokens, find_columns
-from diffsight.lenses.encoders.drawing import Drawing, calls_in, rows_of_call, with_state
+from diffsight.lenses.encoders.drawing import BatchMismatchError, Drawing, Rows, calls_in, with_state
 from diffsight.lenses.encoders.isolating import isolated
+from diffsight.lenses.encoders.joining import join_readings
 from diffsight.lenses.encoders.pairing import choose_pairs, choose_source, known_to, words_read
-from diffsight.lenses.layers import EMBEDDING, Layer, Layers, in_model_order, layer_file, layer_title
+from diffsight.lenses.layers import EMBEDDING, Layer, Layers, in_model_order, layer_file, layer_place, layer_title
 from diffsight.lenses.linear_map import LinearMap
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
@@ -165,6 +167,7 @@ class EncoderPatchingResult(LensResult):
         return record
 
 
+@takes_inverted
 @repeatable
 @where_the_model_is
 def encoder_patching(
@@ -195,8 +198,8 @@ def encoder_patching(
                          mapping=LinearMap().fit(sdxl, prompts, encoder=…, source_encoder=…))
         encoder_patching(base, p, p, words="cat", source_model=finetuned)
 
-    The images, and that of `target` without patching, are rows of one call of the pipeline, or of several calls with
-    `batch_size` rows each. If a pipeline cannot draw them together, each image gets a call of its own, with a
+    The images, and those of both prompts without patching, are rows of one call of the pipeline, or of several calls
+    with `batch_size` rows each. If a pipeline cannot draw them together, each image gets a call of its own, with a
     LensWarning. An image from a batch equals that of a call of its own up to rounding, at most 2 of 255 per pixel; with
     `batch_size=1` bit for bit.
 
@@ -222,6 +225,8 @@ def encoder_patching(
         batch_size: The number of rows in a call. Default: all.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline, and of the source's pipeline as far as it accepts them.
 
     Returns:
@@ -250,12 +255,10 @@ def encoder_patching(
         from_side = _Side(origin, taken, origin_reading, source, given, seed)
         _check_states_fit(from_side, into_side, mapping, pairs)
         columns = find_columns(from_side.words(), into_side.words(), words, into, align)
-        cells = [_PatchedWord("target"), *_cells(from_side, pairs, columns, mapping, align)]
-        change = partial(_put, into_side.encoding)
+        cells = [*_cells(from_side, pairs, columns, mapping, align)]
         if isolate:
             into_side, from_side = into_side.isolated(), from_side.isolated()
-        plain, *drawn = into_side.drawing(progress).draw(change, cells, batch_size)
-        source_plain = from_side.drawing(progress).draw(lambda run, items: None, ["source"])[0]
+        plain, source_plain, *drawn = _draw(into_side, from_side, cells, batch_size, progress)
     width = len(columns)
     outputs = tuple(tuple(drawn[start : start + width]) for start in range(0, len(drawn), width))
     return EncoderPatchingResult(
@@ -336,10 +339,33 @@ class _Side:
         model, reading = isolated(self.model, self.encoder, self.reading, self.prompt, self.arguments, self.seed)
         return replace(self, model=model, reading=reading)
 
-    def drawing(self, progress: bool) -> Drawing:
-        """Return what draws the images of this side."""
-        what = self.model, self.reading, self.encoder.name, self.prompt, self.seed, self.arguments
-        return Drawing(*what, noun="images", progress=progress)
+    def drawing(self, progress: bool, *others: "_Side") -> Drawing:
+        """Return what draws the images of this side, and those of others in the same calls.
+
+        Raises BatchMismatchError if they cannot be drawn together."""
+        sides = (self, *others)
+        if any(side.model is not self.model or side.arguments is not self.arguments for side in sides):
+            raise BatchMismatchError("the prompts are drawn by different pipelines")
+        record, prompts = join_readings([side.reading for side in sides]), [side.prompt for side in sides]
+        seeds = [self.seed] * len(sides)
+        return Drawing(
+            self.model, record, self.encoder.name, prompts, seeds, self.arguments, noun="images", progress=progress
+        )
+
+
+def _draw(
+    target: _Side, source: _Side, cells: Sequence["_PatchedWord"], batch_size: int | None, progress: bool
+) -> tuple[Any, ...]:
+    """Return the image of the target, that of the source, and those of the cells, from the same calls if possible."""
+    plain = _PatchedWord("target"), _PatchedWord("source")
+    try:
+        drawing = target.drawing(progress, source)
+    except BatchMismatchError:
+        drawing = target.drawing(progress)
+        first, *drawn = drawing.draw(partial(_put, target.encoding), [plain[0], *cells], batch_size)
+        return first, *source.drawing(progress).draw(lambda run, rows: None, plain[1:]), *drawn
+    change = partial(_put, drawing.reading.encoders[target.encoder.name])
+    return drawing.draw(change, [*plain, *cells], batch_size, [0, 1, *([0] * len(cells))])
 
 
 def _check_states_fit(
@@ -385,19 +411,17 @@ def _cells(
             yield _PatchedWord(f"{column.title} at {layer}", layer, *column.aligned(state, align))
 
 
-def _put(reading: EncoderRecord, run: DiffusionRun, cells: Sequence[_PatchedWord]) -> None:
+def _put(reading: EncoderRecord, run: DiffusionRun, cells: Rows[_PatchedWord]) -> None:
     """Put the cells' states into the rows of a batch, wherever the encoder reads the prompt."""
     part, ids = run[reading.name], reading.prompt.ids[reading.prompt.rows[0]]
-    for number, call in calls_in(run, reading, len(cells)):
-        rows = [(place, cell) for place, row, cell in rows_of_call(call, cells) if torch.equal(call.ids[row], ids)]
+    for number, call in calls_in(run, reading, cells):
+        rows = [(place, cell) for place, row, cell in cells.of_call(call) if torch.equal(call.ids[row], ids)]
         for layer in in_model_order({cell.layer for _, cell in rows if cell.state is not None}):
-            point = part.layers[0 if layer == EMBEDDING else layer].calls[number]
-            value = point.input if layer == EMBEDDING else point.output
+            index, kind = layer_place(layer)
+            point = part.layers[index].calls[number]
+            value = getattr(point, kind)
             state = hidden_in(value).clone()
             for place, cell in rows:
                 if cell.state is not None and cell.layer == layer:
                     state[place, cell.tokens.start : cell.tokens.stop] = cell.state.to(state)
-            if layer == EMBEDDING:
-                point.input = state
-            else:
-                point.output = with_state(value, state)
+            setattr(point, kind, state if kind == "input" else with_state(value, state))

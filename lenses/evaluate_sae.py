@@ -30,6 +30,7 @@ from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import Scene
 from diffsight.pipelines.shapes.scoring import score
+from diffsight.pipelines.vision_language.model import VisionLanguageModel
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class SAEEvaluation(LensResult):
         active: The mean number of active features of a vector (L0).
         dead: The share of features that are never active.
         effect: What the model does with the reconstruction in place of the value. "loss" and "loss with the SAE" of a
-            language model; "image distance", the root mean square of the difference of pixels from 0 to 255, of a
-            pipeline; "right" and "right with the SAE", the share of scenes that the reader of the shapes sees right.
+            language model, over tokens of text; "image distance", the root mean square of the difference of pixels from
+            0 to 255, of a pipeline; "right" and "right with the SAE", the share of scenes that the reader of the shapes
+            sees right.
         model: The name of the model.
     """
 
@@ -121,12 +123,14 @@ def evaluate_sae(
     reader = PointReader(model, point, sae.of, steps, arguments)
     reader.check()
     starts = range(0, len(texts), batch_size)
-    batches = (reader.read(texts[start : start + batch_size], seed + start).vectors() for start in starts)
-    found = figures(sae, batches)
     parts = [(texts[start : start + batch_size], seed + start) for start in starts]
+    readers = [reader.of_part(start, len(part), len(texts)) for start, (part, _) in zip(starts, parts)]
+    found = figures(sae, (own.read(*part).vectors() for own, part in zip(readers, parts)))
     edited = _with_reconstruction(model, sae, point, reader.is_in_denoiser)
-    effect = _losses if isinstance(model, LanguageModel) else _images
-    measured = effect(model, edited, parts, scenes, arguments)
+    if isinstance(model, LanguageModel):
+        measured = _losses(edited, readers, parts)
+    else:
+        measured = _images(model, edited, parts, scenes, arguments)
     name = model.source if isinstance(model, DiffusionModel) else model.label
     return SAEEvaluation(point, sae.count, **found, effect=measured, model=name)
 
@@ -154,14 +158,16 @@ def _with_reconstruction(model: Any, sae: SAE, point: str, is_in_denoiser: bool)
     return model.edit(replaced)
 
 
-def _losses(model: Any, edited: Any, parts: Sequence, scenes: Sequence, arguments: dict[str, Any]) -> dict[str, float]:
-    """Return the mean loss of the next token, without and with the reconstruction."""
+def _losses(edited: Any, readers: Sequence[PointReader], parts: Sequence) -> dict[str, float]:
+    """Return the mean loss of the next token, without and with the reconstruction. Tokens of images do not count."""
     sums, tokens = [0.0, 0.0], 0
-    for texts, _ in parts:
-        for i, one in enumerate((model, edited)):
-            run = one.trace(list(texts), **arguments)
+    for reader, (texts, _) in zip(readers, parts):
+        for i, one in enumerate((reader.model, edited)):
+            run = one.trace(list(texts), **(reader.arguments or {}))
             logits, ids, mask = run.result.logits, run.tokens, run.mask.bool()
             keep = mask[:, 1:] & mask[:, :-1]
+            for row, places in enumerate(run.image_tokens if isinstance(one, VisionLanguageModel) else ()):
+                keep[row, places[places > 0] - 1] = False
             losses = torch.nn.functional.cross_entropy(logits[:, :-1][keep].float(), ids[:, 1:][keep], reduction="sum")
             sums[i] += losses.item()
         tokens += int(keep.sum())

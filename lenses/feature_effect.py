@@ -16,6 +16,8 @@ from PIL import Image
 
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import Steps, check_one_image, choose_steps
+from diffsight.lenses.denoising.inverted_images import takes_inverted
+from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.features.activation_stream import PointReader, channels_last, tensor_in, value_at
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sae_checks import check_features, point_of
@@ -93,6 +95,7 @@ class FeatureEffect(LensResult):
         }
 
 
+@takes_inverted
 @repeatable
 def feature_effect(
     model: DiffusionModel,
@@ -125,6 +128,8 @@ def feature_effect(
         point: The path of the module. Default: the point that the SAE was trained at.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Raises:
@@ -141,7 +146,7 @@ def feature_effect(
     reader = PointReader(model, point, sae.of, steps, arguments)
     reader.check()
     rows = len(amounts) + 1
-    call = {"prompt": [prompt] * rows, "seed": [seed] * rows, **arguments}
+    call = {"prompt": [prompt] * rows, "seed": [seed] * rows, **for_each_row(arguments, rows)}
     model.check(**call)
     values = _Change(sae, point, chosen, change, torch.tensor(amounts))
     with torch.no_grad(), progress_bar(model.pipeline, desc="features", disable=not progress):

@@ -31,6 +31,7 @@ from diffsight.lenses.results.sections import OverlaySection, Section
 from diffsight.lenses.results.token_plots import maps_on_image, words_on_image
 from diffsight.lenses.tokens.choosing import Tokens
 from diffsight.lenses.tokens.predictions import LensPredictions
+from diffsight.lenses.tokens.seen_image import seen_image
 from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.vision_language.model import VisionLanguageModel
 
@@ -181,7 +182,7 @@ def image_token_lens(
     with torch.no_grad(), run:
         pixels = run.inputs[1].get("pixel_values")
         run.stop()
-    return ImageTokenPredictions(found, (index(grid.shape[0]), index(grid.shape[1])), _image_of(image, pixels))
+    return ImageTokenPredictions(found, (index(grid.shape[0]), index(grid.shape[1])), seen_image(image, pixels))
 
 
 def _spaced(count: int, most: int) -> list[int]:
@@ -189,18 +190,3 @@ def _spaced(count: int, most: int) -> list[int]:
     if count <= most:
         return list(range(count))
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]
-
-
-def _image_of(image: Any, pixels: torch.Tensor | None) -> Image.Image:
-    """Return the image that was divided into patches: from the processor if it returns an image, else the given one."""
-    if isinstance(pixels, torch.Tensor) and pixels.ndim == 4 and len(pixels) == 1 and pixels.shape[1] == 3:
-        low, high = pixels.amin(), pixels.amax()
-        seen = ((pixels[0] - low) / (high - low).clamp(min=1e-6) * 255).round().byte()
-        return Image.fromarray(seen.permute(1, 2, 0).cpu().numpy())
-    if isinstance(image, (str, Path)):
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    if isinstance(image, torch.Tensor):
-        image = image if image.is_floating_point() else image / 255
-        return Image.fromarray((image.clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu().numpy())
-    return image.convert("RGB")

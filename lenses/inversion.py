@@ -2,7 +2,7 @@
 
     inverted = invert(model, Image.open("scene.png"), "a red circle below a blue square", num_inference_steps=50)
     inverted.psnr                                           # of the reconstruction, in dB
-    trajectory_lens(model, **inverted.arguments)            # every lens, now on the given image
+    trajectory_lens(model, inverted=inverted)               # every lens, now on the given image
 
 The pipeline's own loop runs with the inverse of its scheduler (`denoising/inverse_schedulers.py`): DDIM inversion (Song
 et al., "Denoising Diffusion Implicit Models", ICLR 2021), diffusers' inverse of DPM-Solver++, or rectified-flow
@@ -96,6 +96,10 @@ class Inversion(LensResult):
             raise InputError(f"an image cannot be divided into {rows} x {columns} regions")
         bands = np.array_split(errors, rows)
         return [[_psnr(part.mean()) for part in np.array_split(band, columns, axis=1)] for band in bands]
+
+    def draw_to_image(self, run: DiffusionRun) -> None:
+        """Draw the path of a run to the image, as strongly as `eta` says. An edit for `model.edit`."""
+        _draw_to(run, self.latents[:1], self.eta)
 
     def grid(self) -> Image.Image:
         """Return the image, the image after the autoencoder, the reconstruction, and the difference between
@@ -249,7 +253,7 @@ def _draw_to(run: DiffusionRun, image: torch.Tensor, eta: float) -> None:
     """Draw the path of a rectified flow to the latents of an image."""
     for _ in run.steps:
         output, time, sample = _given(run)
-        from_image = (sample - image) / time
+        from_image = (sample - image.to(sample)) / time
         run.scheduler.step.input = output + eta * (from_image - output)
 
 

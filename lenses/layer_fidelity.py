@@ -15,9 +15,11 @@ Pipelines", ACL 2024, section 4, with a program in place of human judges.
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,16 +29,20 @@ from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
 from diffsight.lenses.diffusion_lens import diffusion_lens
+from diffsight.lenses.encoders.checks import check_call, check_pooled
+from diffsight.lenses.encoders.drawing import BatchMismatchError, for_each_row
+from diffsight.lenses.encoders.layer_drawing import LayerReading, draw_layers, read_layers
 from diffsight.lenses.layers import Layer, layer_title, state_of
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.encoder_plots import Curve, curve_panels
 from diffsight.lenses.results.figure import write_figure
+from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import Cell, CurveSection, Section, TableSection
 from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.diffusion.model import DiffusionModel
-from diffsight.pipelines.diffusion.prompts import check_prompts
+from diffsight.pipelines.diffusion.prompts import PromptWarning
 from diffsight.pipelines.diffusion.run import is_silenced
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.shapes.reader import read_scene
@@ -45,6 +51,8 @@ from diffsight.pipelines.shapes.scoring import score
 
 _OBJECTS = ("first object", "second object")
 _OF_TWO = (*_OBJECTS, "colors", "relation")
+_OPTIONS = ("encoder", "layers", "isolate", "norm", "pooled")  # those of the diffusion lens
+_ROWS = 48
 
 
 @dataclass(frozen=True)
@@ -199,6 +207,7 @@ def layer_fidelity(
     model: DiffusionModel,
     scenes: int | Iterable[Scene] = 64,
     *,
+    batch_size: int | None = None,
     seed: int = 0,
     progress: bool = True,
     **arguments: Any,
@@ -210,9 +219,11 @@ def layer_fidelity(
     Args:
         model: A pipeline that draws the scenes of `pipelines/shapes`.
         scenes: The number of scenes to take from `sample_prompts`, or scenes of your own.
+        batch_size: The number of rows in a call. Each layer of each prompt is a row, and several prompts share a call.
+            An image equals that of a call of its own up to rounding; with 1, bit for bit. Default: 48.
         seed: Prompt i is drawn with `seed + i`, which is the same at all layers.
         progress: Whether to show a progress bar.
-        arguments: Arguments of `diffusion_lens` (`encoder`, `layers`, `batch_size` …) and of the pipeline.
+        arguments: Arguments of `diffusion_lens` (`encoder`, `layers` …) and of the pipeline.
 
     Returns:
         What the reader sees in the image of each scene and layer.
@@ -227,14 +238,39 @@ def layer_fidelity(
     check_seed(seed)
     asked = _scenes(scenes)
     captions = [scene.caption() for scene in asked]
-    check_prompts(model.pipeline, captions, arguments)
-    results = []
-    for i, caption in enumerate(tqdm(captions, desc="prompts", disable=not progress or is_silenced(model.pipeline))):
-        result = diffusion_lens(model, caption, seed=seed + i, progress=False, **arguments)
-        results.append((result.encoder, result.layers, tuple(map(read_scene, result.images))))
-    encoder, layers, _ = results[0]
-    seen = tuple(seen for _, _, seen in results)
-    return LayerFidelity(model.source, encoder, layers, asked, seen, seed, arguments)
+    options = {name: value for name, value in arguments.items() if name in _OPTIONS}
+    given = {name: value for name, value in arguments.items() if name not in _OPTIONS}
+    pooled = options.pop("pooled", "layer")
+    check_call("layer_fidelity", model, captions[0], seed, batch_size, given)
+    check_pooled(pooled)
+    model.check(prompt=captions, seed=seed, **for_each_row(given, len(captions)))  # warns once
+    seen: list[tuple[Scene | None, ...]] = []
+    is_quiet = not progress or is_silenced(model.pipeline)
+    with warnings.catch_warnings(), tqdm(total=len(captions), desc="prompts", disable=is_quiet) as shown:
+        warnings.simplefilter("ignore", PromptWarning)
+        readings = (read_layers(model, caption, seed + i, given, **options) for i, caption in enumerate(captions))
+        for group in _groups(readings, batch_size or _ROWS):
+            for outputs in _draw(group, pooled, batch_size or _ROWS):
+                seen.append(tuple(read_scene(image_of(output)) for output in outputs))
+                shown.update()
+    first = group[0]
+    return LayerFidelity(model.source, first.encoder.name, first.layers, asked, tuple(seen), seed, arguments)
+
+
+def _draw(group: Sequence[LayerReading], pooled: str, rows: int) -> list[tuple[Any, ...]]:
+    """Return what is drawn of each prompt, the prompts in one call if they can be."""
+    try:
+        return draw_layers(group, pooled, rows)
+    except BatchMismatchError:
+        return [draw_layers([reading], pooled, rows)[0] for reading in group]
+
+
+def _groups(readings: Iterator[LayerReading], rows: int) -> Iterator[list[LayerReading]]:
+    """Yield the prompts that share a call of at most `rows` rows: as many as fit, one at least."""
+    first = next(readings)
+    readings, size = chain([first], readings), max(1, rows // len(first.layers))
+    while group := list(islice(readings, size)):
+        yield group
 
 
 def sample_prompts(count: int, seed: int = 0) -> tuple[Scene, ...]:
@@ -261,10 +297,10 @@ def _scenes(scenes: Any) -> Sequence[Scene]:
     if not isinstance(scenes, Iterable) or isinstance(scenes, str):
         raise InputError(f"scenes must be a number of prompts, 1 or more, or a list of Scenes, not {scenes!r}")
     scenes = tuple(scenes)
-    wrong = next((scene for scene in scenes if not isinstance(scene, Scene)), None)
-    if wrong is not None:
+    wrong = [scene for scene in scenes if not isinstance(scene, Scene)]
+    if wrong:
         raise InputError(
-            f"a scene must be a Scene, not {wrong!r}: from diffsight.pipelines.shapes.scenes import Scene, Thing; "
+            f"a scene must be a Scene, not {wrong[0]!r}: from diffsight.pipelines.shapes.scenes import Scene, Thing; "
             'Scene((Thing("red", "circle"), Thing("blue", "square")), "above", "gray")'
         )
     if not scenes:

@@ -58,7 +58,7 @@ def choose_layer(layer: Any, count: int, used: int | None = None) -> Layer:
     if isinstance(layer, str) and layer == EMBEDDING:
         return EMBEDDING
     if not _is_integer(layer) or not -count <= layer < count:
-        hint = ". All layers are meant where the argument is omitted" if layer == "all" else ""
+        hint = ". To choose all layers, omit the argument" if layer == "all" else ""
         raise InputError(f"there is no layer {layer!r}: {_known(used)}{hint}")
     number = index(layer) % count
     if number >= used:
@@ -93,6 +93,11 @@ def state_of(layer: Layer) -> int:
     return 0 if layer == EMBEDDING else layer + 1
 
 
+def layer_place(layer: Layer) -> tuple[int, str]:
+    """Return where a layer is: the index of a module in `layers`, and "output", or "input" for the embedding."""
+    return (0, "input") if layer == EMBEDDING else (layer, "output")
+
+
 def layer_title(layer: Layer) -> str:
     """Return a layer as titles name it: "layer 4", or "embedding"."""
     return EMBEDDING if layer == EMBEDDING else f"layer {layer}"
@@ -108,7 +113,7 @@ def _sliced(layers: slice, count: int, used: int) -> list[int]:
         raise InputError("the step of a slice of layers cannot be 0: write 1 or more")
     beyond = [bound for bound in (layers.start, layers.stop) if bound is not None and bound > used]
     if beyond:
-        raise InputError(f"the layers do not reach up to {beyond[-1]}: {_known(used)}")
+        raise InputError(f"there are not {beyond[-1]} layers: {_known(used)}")
     return [layer for layer in range(count)[layers] if layer < used]
 
 

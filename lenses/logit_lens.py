@@ -53,7 +53,8 @@ def logit_lens(
         prompts: A string, several strings, or token ids.
         layers: Layer i is the output of `layers[i]`, -1 the last, and "embedding" the input of the first: an integer, a
             slice, or a list of them. Default: all layers, without the embedding.
-        positions: Positions in each prompt: 0 is its first token, -1 its last. Default: all.
+        positions: Positions in each prompt: 0 is its first token, -1 its last; "image" are the tokens of images.
+            Default: all.
         top_k: The number of most likely tokens to keep.
         tokens: Tokens whose probabilities to keep: ids, or strings that are one token each.
         keep_logits: Whether to keep all logits, (prompts, layers, positions, vocabulary).

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import check_one_image
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.metrics.outcome import Metric, Outcome, as_metric
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.effect_plots import effect_bars
@@ -117,6 +118,7 @@ class PromptSwap(LensResult):
         return [f"{w[0]}" if len(w) == 1 else f"{w[0]} to {w[-1]}" for w in self.windows]
 
 
+@takes_inverted
 @repeatable
 def prompt_swap(
     model: DiffusionModel,
@@ -145,6 +147,8 @@ def prompt_swap(
         batch_size: The number of rows in a call, of which two are the prompts themselves. Default: all.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Raises:

@@ -24,9 +24,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 from diffsight.errors import InputError
+from diffsight.lenses.attention.map_memory import check_memory
 from diffsight.lenses.attention.token_mapping import TokenMapping, map_tokens
 from diffsight.lenses.attention.word_keys import WordKeys
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.checks import check_call, check_diffusion_model, check_prompt
+from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
@@ -97,6 +100,7 @@ class PromptToPromptResult(LensResult):
         }
 
 
+@takes_inverted
 @repeatable
 @where_the_model_is
 def prompt_to_prompt(
@@ -125,6 +129,8 @@ def prompt_to_prompt(
         reweight: Factors of words of `target`: attention to them is multiplied in all steps.
         local: Change the image only where one of these words of `source` or `target` is attended to.
         seed: The seed of both images.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:
@@ -144,8 +150,9 @@ def prompt_to_prompt(
             raise InputError(f"{name} is a share of the steps, from 0 to 1, not {share!r}")
     model.check(prompt=[source, target], seed=[seed, seed], **arguments)
     edit = _Edit(model, source, target, reweight or {}, [local] if isinstance(local, str) else local or [], arguments)
+    edit.check_size(model, bool(self_steps))
     total = _steps(model, arguments)
-    given = {**arguments, "prompt": [source, target], "seed": [seed, seed]}
+    given = {**for_each_row(arguments, 2), "prompt": [source, target], "seed": [seed, seed]}
     with torch.no_grad(), model.generate(**given) as run:
         for step in run.steps:
             edit.apply(run, step.index < cross_steps * total, step.index < self_steps * total)
@@ -211,11 +218,24 @@ class _Edit:
                 continue
         return found
 
+    def check_size(self, model: DiffusionModel, is_self: bool) -> None:
+        """Raise InputError if the probabilities of a module for both prompts are larger than memory: the scores, the
+        probabilities, and what they are changed to, in float32."""
+        changed = [one for one in self._attentions if one.text or self._changes_self(one, is_self)]
+        largest = max(changed, key=lambda one: one.heads * one.queries * one.keys)
+        size = 3 * 4 * 2 * largest.heads * largest.queries * largest.keys
+        what = f"the attention probabilities of {largest.name} ({largest.queries:,} x {largest.keys:,})"
+        check_memory(what, size, model.device, "draw smaller images")
+
+    @staticmethod
+    def _changes_self(attention: Attention, is_self: bool) -> bool:
+        return is_self and attention.image_keys is not None and len(attention.image) <= _LARGEST_SELF
+
     def apply(self, run: Any, is_cross: bool, is_self: bool) -> None:
         """Change the attention of the second row in one step."""
         rows, maps = run.cond.rows, []
         for attention in self._attentions:
-            changes_self = is_self and attention.image_keys is not None and len(attention.image) <= _LARGEST_SELF
+            changes_self = self._changes_self(attention, is_self)
             if not (changes_self or (attention.text and (is_cross or self._reweight or self._local))):
                 continue
             first, second = (_product(row, attention) for row in rows)

@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import Steps, check_one_image
+from diffsight.lenses.denoising.inverted_images import takes_inverted
+from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
@@ -104,6 +106,7 @@ class SteeringSweep(LensResult):
         return [f"{factor:g}" for factor in self.factors]
 
 
+@takes_inverted
 @repeatable
 def steering_sweep(
     model: DiffusionModel | LanguageModel,
@@ -141,6 +144,8 @@ def steering_sweep(
         batch_size: The number of rows in a call. Default: all strengths of a prompt.
         seed: The seed of every image, or of every text.
         progress: Whether to show a progress bar.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Further arguments of `generate`.
 
     Returns:
@@ -202,7 +207,7 @@ def _images(
 ) -> list[Image.Image]:
     with torch.no_grad(), progress_bar(model.pipeline, disable=True):
         given = {"prompt": [prompt] * rows, "seed": [seed] * rows}
-        return list(map(image_of, model.generate(**given, **arguments).result[0]))
+        return list(map(image_of, model.generate(**given, **for_each_row(arguments, rows)).result[0]))
 
 
 def _texts(model: LanguageModel, prompt: str, rows: int, seed: int, arguments: Mapping[str, Any]) -> list[str]:

@@ -45,7 +45,7 @@ class Example:
     Attributes:
         prompt: The prompt.
         strength: The largest activation.
-        activations: By place: (tokens,), or (height, width) at the step of the largest.
+        activations: By place: (tokens,), (patches,) in a vision tower, or (height, width) at the step of the largest.
         tokens: The tokens, for a point in a text encoder or a language model.
         image: The image, for a point in a denoiser.
     """
@@ -209,7 +209,8 @@ def top_examples(
     look = _images if reader.is_in_denoiser else _tokens
     for start in tqdm(range(0, len(texts), batch_size), desc="prompts", disable=not progress):
         part = texts[start : start + batch_size]
-        means, read, examples = look(reader, sae, part, chosen, seed + start)
+        own = reader.of_part(start, len(part), len(texts))
+        means, read, examples = look(own, sae, part, chosen, seed + start)
         sums = means if not len(sums) else sums + means
         for feature, new in zip(chosen, examples):
             found[feature] = sorted([*found[feature], *new], key=lambda one: -one.strength)[:count]
@@ -254,6 +255,8 @@ def _tokens(
     """The same for texts, which have no steps."""
     values = reader.read(prompts, seed)
     activations = sae.encode(values.steps[0])[..., list(features)].cpu()
+    if values.tokens is None:
+        return _patches(reader.point, activations, prompts)
     mask = torch.ones_like(values.tokens, dtype=torch.bool) if values.mask is None else values.mask
     tokenizer = _tokenizer(reader)
     texts = [tuple(tokenizer.convert_ids_to_tokens(ids[keep].tolist())) for ids, keep in zip(values.tokens, mask)]
@@ -262,6 +265,20 @@ def _tokens(
         rows = [own[keep.cpu()][:, i] for own, keep in zip(activations, mask)]
         examples.append([Example(p, row.max().item(), row, t) for p, row, t in zip(prompts, rows, texts)])
     return activations.mean(1).sum(0)[None], (0,), examples
+
+
+def _patches(
+    point: str, activations: torch.Tensor, prompts: Sequence[str]
+) -> tuple[torch.Tensor, tuple[int, ...], list[list[Example]]]:
+    """The same for the patches of one image for each prompt."""
+    if activations.ndim < 3 or len(activations) != len(prompts):
+        raise InputError(
+            f"the vectors at {point} have the shape {tuple(activations.shape[:-1])} for {len(prompts)} prompts: pass "
+            "one image for each prompt, to a model whose vision tower returns (images, patches, features)"
+        )
+    rows = [[Example(p, own[..., i].max().item(), own[..., i].flatten()) for p, own in zip(prompts, activations)]
+            for i in range(activations.shape[-1])]  # fmt: skip
+    return activations.flatten(1, -2).mean(1).sum(0)[None], (0,), rows
 
 
 def _tokenizer(reader: PointReader) -> Any:

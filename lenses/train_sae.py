@@ -25,7 +25,8 @@ from diffsight.lenses.features.sae_checks import check_model
 from diffsight.lenses.features.sae_trainer import SAESettings, SAETrainer
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.denoising_plots import step_curves
-from diffsight.lenses.results.saving import check_writable, save_files, write_record
+from diffsight.lenses.results.record import write_record
+from diffsight.lenses.results.saving import check_writable, save_files
 from diffsight.lenses.tokens.choosing import check_count
 from diffsight.pipelines.argument_types import check_types, fits
 from diffsight.pipelines.diffusion.model import DiffusionModel

@@ -22,13 +22,14 @@ from safetensors.torch import save_file
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.block_exits import block_names, exit_outputs
 from diffsight.lenses.denoising.call_checks import Steps, check_one_image, check_steps_ahead, choose_steps
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.denoising.latent_drawing import CallRecorder, check_drawn, draw_latents
 from diffsight.lenses.denoising.scheduler_calls import SchedulerCall, prediction_type
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import difference_image, difference_maps, step_curves
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.image_grid import image_grid
-from diffsight.lenses.results.outputs import image_of
+from diffsight.lenses.results.outputs import files_of, image_of, media_of, rate_of
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import CurveSection, ImageSection, Section
 from diffsight.lenses.where_models_are import where_the_model_is
@@ -47,19 +48,24 @@ class TrajectoryLensResult(LensResult):
     """Images and latents by step.
 
     `save(folder)` writes `grid.png`, `norms.png`, `trajectory.gif` (the predictions), `image.png` (the finished image),
-    an image for each step and column (`step_04_prediction.png`), `lens.safetensors` (the latents) and `lens.json`.
+    an image for each step and column (`step_04_prediction.png`; a video also as `.gif`, a sound as `.wav`),
+    `lens.safetensors` (the latents) and `lens.json`.
 
     Attributes:
-        images: By column, one image for each of `steps`. For a video it is the middle frame.
+        images: By column, one image for each of `steps`. For a video it is the middle frame, for a sound the waveform.
         latents: By column, (steps, ...), as the scheduler has them. "guidance" and "guidance map" have none.
         steps: Non-negative integers, one for each call of the scheduler.
         timesteps: The timestep of each of `steps`.
-        image: What the pipeline draws in the end.
+        image: What the pipeline draws in the end, as an image.
         prompt: The prompt, or None.
         seed: The seed.
         model: The name of the model.
         scheduler: The class of the scheduler.
         arguments: The arguments of the pipeline.
+        outputs: By column, what the pipeline draws at each of `steps`: an image, the frames of a video, or the samples
+            of a sound. "guidance" and "guidance map" have none.
+        output: What it draws in the end.
+        rate: The sampling rate of sounds in Hz.
     """
 
     images: Mapping[str, tuple[Image.Image, ...]] = field(repr=False)
@@ -72,6 +78,9 @@ class TrajectoryLensResult(LensResult):
     model: str
     scheduler: str
     arguments: Mapping[str, Any]
+    outputs: Mapping[str, tuple[Any, ...]] = field(repr=False)
+    output: Any = field(repr=False)
+    rate: int | None = field(default=None, repr=False)
 
     @property
     def norms(self) -> dict[str, torch.Tensor]:
@@ -99,11 +108,15 @@ class TrajectoryLensResult(LensResult):
 
     def sections(self) -> list[Section]:
         steps = [f"step {step}" for step in self.steps]
-        rows = {column: dict(zip(steps, images)) for column, images in self.images.items()}
+        rows = {}
+        for column, images in self.images.items():
+            shown = zip(images, self.outputs.get(column, images))
+            rows[column] = dict(zip(steps, (media_of(image, output, self.rate) for image, output in shown)))
+        finished = media_of(self.image, self.output, self.rate)
         norms = {name: values.tolist() for name, values in self.norms.items()}
         places = [str(step) for step in self.steps]
         return [
-            ImageSection("", rows | {"finished": {"image": self.image}}),
+            ImageSection("", rows | {"finished": {"image": finished}}),
             CurveSection("Norms", "step", places, norms, "root mean square of the latents"),
         ]
 
@@ -111,9 +124,12 @@ class TrajectoryLensResult(LensResult):
         files: dict[str, Callable[[Path], None]] = {"grid.png": self.grid().save, "image.png": self.image.save}
         files["norms.png"] = partial(write_figure, self.plot)
         files["trajectory.gif"] = partial(_write_gif, [*self.images.get("prediction", ()), self.image])
+        files |= files_of("image", self.output, self.rate)
         for column, images in self.images.items():
-            name = column.replace(" ", "_")
-            files |= {f"step_{step:02}_{name}.png": image.save for step, image in zip(self.steps, images)}
+            names = [f"step_{step:02}_{column.replace(' ', '_')}" for step in self.steps]
+            files |= {f"{name}.png": image.save for name, image in zip(names, images)}
+            for name, output in zip(names, self.outputs.get(column, ())):
+                files |= files_of(name, output, self.rate)
         tensors = {name: value.contiguous() for name, value in self.latents.items()}
         return files | {"lens.safetensors": partial(save_file, tensors)}
 
@@ -132,6 +148,7 @@ class TrajectoryLensResult(LensResult):
         }
 
 
+@takes_inverted
 @repeatable
 @where_the_model_is
 def trajectory_lens(
@@ -165,13 +182,15 @@ def trajectory_lens(
             - "noisy": the latents that the denoiser is given
             - "prediction": the clean latents that it predicts, after guidance
             - "cond", "uncond": the predictions of the branches of guidance
-            - "guidance": the difference between these two images, centred on medium gray
+            - "guidance": the difference between these two images, centred on medium gray; not for sounds
             - "guidance map": the norm of this difference at each pixel, dark for 0, with one scale for all steps
         exits: "blocks" also draws what the conditional branch would predict if the denoiser ended at each of its
             blocks, see `denoising/block_exits.py`.
         batch_size: The number of latents to draw in a call. Default: all.
         seed: The seed.
         progress: Whether to show a progress bar.
+        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
+            steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:
@@ -183,7 +202,7 @@ def trajectory_lens(
     """
     arguments = {**arguments, "prompt": prompt} if prompt is not None else arguments
     check_one_image(trajectory_lens, model, prompt, seed, batch_size, arguments)
-    shown = _check_columns(show)
+    shown = _check_columns(model, show)
     prediction_type(model.pipeline.scheduler)
     _check_exits(model, exits)
     call = {**arguments, "seed": int(seed)}
@@ -199,12 +218,13 @@ def trajectory_lens(
     for column in drawn:
         order += [(column, one[None]) for one in pictured[column]]
     outputs = draw_latents(model, reading.recorder, [one for _, one in order], call, batch_size)
-    found: dict[str, list[Image.Image]] = {column: [] for column in drawn}
+    found: dict[str, tuple[Any, ...]] = dict.fromkeys(drawn, ())
     for (column, _), output in zip(order, outputs):
-        found[column].append(image_of(output))
+        found[column] += (output,)
     arguments.pop("prompt", None)
+    columns = [*shown, *reading.exit_names]
     return TrajectoryLensResult(
-        images=_columns(found, [*shown, *reading.exit_names]),
+        images=_columns({column: list(map(image_of, some)) for column, some in found.items()}, columns),
         latents=latents,
         steps=reading.steps,
         timesteps=reading.timesteps,
@@ -214,6 +234,9 @@ def trajectory_lens(
         model=model.source,
         scheduler=type(model.pipeline.scheduler).__name__,
         arguments=arguments,
+        outputs={column: found[column] for column in columns if column in found},
+        output=finished,
+        rate=rate_of(model),
     )
 
 
@@ -340,7 +363,7 @@ def _sign_of_branches(output: torch.Tensor, cond: torch.Tensor, uncond: torch.Te
     return 1 if weights.sum() > 0 else -1
 
 
-def _check_columns(show: Any) -> tuple[str, ...]:
+def _check_columns(model: DiffusionModel, show: Any) -> tuple[str, ...]:
     if not isinstance(show, Iterable):
         raise InputError(f"show must name the images to draw, not {show!r}: choose from {', '.join(_COLUMNS)}")
     shown = (show,) if isinstance(show, str) else tuple(show)
@@ -348,6 +371,8 @@ def _check_columns(show: Any) -> tuple[str, ...]:
     if unknown or not shown:
         given = f"{unknown[0]!r} cannot be shown" if unknown else "nothing is shown"
         raise InputError(f"{given}: choose from {', '.join(_COLUMNS)}")
+    if rate_of(model) is not None and set(shown) & set(_GUIDANCE):
+        raise InputError(f"{' and '.join(_GUIDANCE)} are for images: of sounds, show cond and uncond")
     return tuple(dict.fromkeys(shown))
 
 

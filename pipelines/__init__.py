@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffsight.pipelines.attention.attention_product import AttentionProduct
+    from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
     from diffsight.pipelines.diffusion.attention import Attention, Attentions, find_attentions
     from diffsight.pipelines.diffusion.encoding import PromptEncoding, encode_prompt
     from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 _NAMES_IN = {
-    "attention.attention_product": ("AttentionProduct",),
+    "attention.attention_probabilities": ("AttentionProduct",),
     "diffusion.attention": ("Attention", "Attentions", "find_attentions"),
     "diffusion.encoding": ("PromptEncoding", "encode_prompt"),
     "diffusion.model": ("DiffusionModel",),

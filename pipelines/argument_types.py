@@ -30,7 +30,8 @@ def check_types(function: Callable, **values: Any) -> None:
 
 def is_number(declared: Any) -> bool:
     """Return whether a declared type is that of numbers alone: `int`, `float | None`."""
-    kinds = {*(typing.get_args(declared) or [declared])} - {type(None)}
+    is_union = typing.get_origin(declared) in (typing.Union, types.UnionType)
+    kinds = {*(typing.get_args(declared) if is_union else [declared])} - {type(None)}
     return bool(kinds) and kinds <= {int, float}
 
 

@@ -1,11 +1,17 @@
 """Whether the model hub can be reached. Where it cannot, only what is in the cache is looked for, without retries."""
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub import constants
+
+_lock = Lock()
+_offline_blocks: list[object] = []  # the blocks in progress, in any thread, that keep the hub's library offline
 
 
 def hub_access() -> dict[str, Any]:
@@ -19,6 +25,26 @@ def hub_access() -> dict[str, Any]:
     except OSError:
         return {"local_files_only": True}
     return {}
+
+
+@contextmanager
+def cache_only_if_offline() -> Iterator[None]:
+    """Keep everything that is loaded in a block from the network if this machine cannot find the hub.
+
+    This is for functions that do not pass `local_files_only` on to all that they load."""
+    if (constants.HF_HUB_OFFLINE and not _offline_blocks) or not hub_access():
+        yield
+        return
+    this = object()
+    try:
+        with _lock:
+            _offline_blocks.append(this)
+            constants.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        with _lock:
+            _offline_blocks.remove(this)
+            constants.HF_HUB_OFFLINE = bool(_offline_blocks)
 
 
 def hub_says(reason: str) -> str:

@@ -42,6 +42,7 @@ from diffsight.extending import (
     unwrapped,
     with_gradients,
 )
+from diffsight.pipelines.hub_access import cache_only_if_offline
 from diffsight.pipelines.language.generation import Choice, GeneratedTokens, GenerationRun, set_generated
 from diffsight.pipelines.named_tree import NamedTree
 from diffsight.pipelines.pipeline_options import check_options_of_call
@@ -236,7 +237,8 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
     tasks = PIPELINE_REGISTRY.get_supported_tasks()
     is_task = str(source) in tasks or "model" in arguments
     try:
-        return transformers.pipeline(**{"task" if is_task else "model": str(source)}, **arguments)
+        with cache_only_if_offline():
+            return transformers.pipeline(**{"task" if is_task else "model": str(source)}, **arguments)
     except Exception as error:  # a damaged file fails anywhere in the libraries
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         hint = "" if str(source) in tasks else suggest(str(source), tasks)

@@ -14,8 +14,10 @@ torch.set_num_threads(1)  # the models are small: more threads would only wait f
 
 @pytest.fixture(autouse=True)
 def random_state():
-    """Seed the global random state, so that no test depends on those that ran before it."""
-    torch.manual_seed(2026)
+    """Seed the global random state, so that no test depends on those that ran before it.
+
+    `torch.manual_seed` would also note, with a traceback, that no GPU has been seeded, which takes 3 ms."""
+    torch.default_generator.manual_seed(2026)
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +28,7 @@ def gpt2():
         n_layer=3, n_head=2, n_embd=16, n_positions=64, vocab_size=61, bos_token_id=0, eos_token_id=0, pad_token_id=0
     )
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         model = GPT2LMHeadModel(config).eval()
         for p in model.parameters():  # larger than usual, so that tokens and edits make a difference
             torch.nn.init.normal_(p, std=0.3)
@@ -72,3 +74,54 @@ def saved_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     lens_results.save_models(folder)
     return folder
+
+
+# ---- tests of the engine with their models on a server, see tests/remote/swapped.py
+
+ALSO_REMOTE = {"test_assignments.py", "test_rows.py", "test_steps.py", "test_values.py"}  # in every run of the suite
+
+
+def pytest_addoption(parser):
+    parser.addoption("--remote", action="store_true", help="run tests of the engine with their models on a server")
+
+
+def pytest_generate_tests(metafunc):
+    path = metafunc.definition.path
+    if path.parent.name == "engine" and path.name in ALSO_REMOTE and not metafunc.config.getoption("--remote"):
+        metafunc.parametrize("models_on_a_server", ["here", "remote"], indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    from remote.made_for_one_process import why_local
+
+    is_for_all, kept = config.getoption("--remote"), []
+    for item in items:
+        text = item.name.replace("[remote-", "[").replace("-remote]", "]").replace("[remote]", "")
+        why = why_local(f"{item.path.name}::{text}") if is_for_all or text != item.name else None
+        if why is not None and is_for_all:
+            item.add_marker(pytest.mark.skip(reason=why))
+        if why is None or is_for_all:
+            kept.append(item)
+    items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def model_server():
+    """Return the address of a server, and the dictionary of the models that it has."""
+    pytest.importorskip("websockets", reason="remote runs need the package websockets")
+    from remote.swapped import served_models
+
+    with served_models() as served:
+        yield served
+
+
+@pytest.fixture(autouse=True)
+def models_on_a_server(request):
+    """Let the models that a test opens be on a server, if they are to."""
+    if not (request.config.getoption("--remote") or getattr(request, "param", "here") == "remote"):
+        yield
+        return
+    from remote.swapped import swapped
+
+    with swapped(*request.getfixturevalue("model_server")):
+        yield

@@ -187,7 +187,7 @@ class Case:
     programs: list[list[Op]] = field(default_factory=list)
 
     def net(self) -> Block:
-        torch.manual_seed(self.seed)
+        torch.default_generator.manual_seed(self.seed)
         return random_net(random.Random(self.seed))
 
     def __str__(self) -> str:

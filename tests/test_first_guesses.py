@@ -1,17 +1,25 @@
 """What a new user writes before reading anything works, or the error says what to write."""
 
-import pytest
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
-from diffsight import DiffusionModel, LanguageModel, diffusion_lens
-from diffsight.errors import PointNotFoundError
+import pytest
+import torch
+
+from diffsight import DiffusionModel, LanguageModel, diffusion_lens, image_grid
+from diffsight.errors import PointNotFoundError, RunClosedError, UnknownKeyError
+from diffsight.gallery.cli import main
 from helpers import refusal
+from models import language, lens_results
 
 
 def test_lenses_say_what_to_write(sd):
     model = DiffusionModel(sd)
     for given, told in (("some/model", "DiffusionModel('some/model')"), (sd, "DiffusionModel(pipeline)")):
         assert refusal(diffusion_lens, given, "a red circle").endswith(f"write {told}")
-    assert "omitted" in refusal(diffusion_lens, model, "a red circle", layers="all")
+    assert "omit the argument" in refusal(diffusion_lens, model, "a red circle", layers="all")
     assert "sweep" in refusal(diffusion_lens, model, ["a red circle", "a blue square"])
     assert "sweep" in refusal(diffusion_lens, model, "a red circle", seed=[0, 1])
 
@@ -28,3 +36,97 @@ def test_parts_are_listed_once(gpt2):
     with pytest.raises(PointNotFoundError) as caught:
         LanguageModel(gpt2).nothing_like_it
     assert str(caught.value).count("lm_head") == 1
+
+
+def test_logits_can_be_read_after_a_forward_pass():
+    model = language.model()
+    texts = ["A cat", "The Eiffel Tower is in Paris"]  # the first is padded
+    with model.trace(texts) as run:
+        run.layers_output[0][:] *= 2
+        logits, probabilities = run.logits, run.next_token_probs
+    assert torch.equal(run.logits, logits)
+    assert torch.equal(run.next_token_probs, probabilities)
+    assert not torch.equal(probabilities, model.trace(texts).next_token_probs)
+    with model.trace(texts) as run:
+        run.stop()
+    with pytest.raises(RunClosedError):
+        run.next_token_probs
+    with model.generate("A cat", max_new_tokens=2) as run:
+        pass
+    with pytest.raises(RunClosedError, match="after 2 tokens"):
+        run.next_token_probs
+
+
+def test_parts_of_results_by_name(saved_models):
+    maps = lens_results.make("attention_maps", saved_models)
+    assert torch.equal(maps[maps.words[1]], maps.maps[1])
+    assert (list(maps), len(maps)) == ([*maps.words], len(maps.words))
+    assert maps.words[0] in maps and "nothing" not in maps
+    with pytest.raises(UnknownKeyError, match="there is no map of 'nothing'"):
+        maps["nothing"]
+    layers = lens_results.make("diffusion_lens", saved_models)
+    assert [layers[layer] for layer in layers] == [*layers.images] and len(layers) == len(layers.images)
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [("to_dict", "did you mean 'record'"), ("display", "did you mean 'show'"), ("image", "did you mean 'images'")],
+)
+def test_names_that_a_result_does_not_have(name, told, saved_models):
+    result = lens_results.make("diffusion_lens", saved_models)
+    with pytest.raises(AttributeError, match=rf"DiffusionLensResult has no '{name}' \({told}.* it has .*grid.*layers"):
+        getattr(result, name)
+    assert not hasattr(result, "_repr_svg_")
+
+
+def test_an_image_grid_of_a_result(saved_models):
+    with pytest.raises(TypeError, match=r"images has type DiffusionLensResult.*write result\.grid\(\)"):
+        image_grid(lens_results.make("diffusion_lens", saved_models))
+
+
+def test_names_that_a_pipeline_does_not_have(sd):
+    model = DiffusionModel(sd)
+    for owner, name, told in (
+        (model.generate("a cat", num_inference_steps=1), "save", r'run\.images\[0\]\.save\("image\.png"\)'),
+        (model, "layers", r"layers are those of a text encoder: \.text_encoder\.layers"),
+    ):
+        with pytest.raises(PointNotFoundError, match=told):
+            getattr(owner, name)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["lens", "a cat", "--guidance_scale", "3"], "passed with --set NAME=VALUE"),
+        (["check"], "required: SOURCE\n"),
+        (["repeat", "nothing"], "there is no file or folder nothing"),
+    ],
+)
+def test_commands_say_what_to_write(words, told, capsys):
+    try:
+        status = main(words)
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_browser", [True, False])
+def test_show_opens_the_page(has_browser, saved_models, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or has_browser)
+    result = lens_results.make("diffusion_lens", saved_models)
+    result.show()
+    page = Path(url2pathname(urlsplit(opened[0]).path))
+    assert page.read_text() == result.to_html(page.with_name("same.html")).read_text()
+    assert capsys.readouterr().out == ("" if has_browser else f"{result}\n")
+
+
+def test_show_in_a_notebook(saved_models, monkeypatch):
+    pytest.importorskip("IPython", reason="IPython is not installed")
+    shown = []
+    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=True))
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    result = lens_results.make("diffusion_lens", saved_models)
+    result.show()
+    assert shown == [result]

@@ -84,19 +84,28 @@ def test_the_face_holds_what_its_packages_hold():
     assert classes == wrappers | errors | {"Edit", "Run", "Step"}
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "from diffsight.lenses import logit_lens",
-        "import diffsight.lenses.logit_lens; from diffsight.lenses import logit_lens",
-        "from diffsight.lenses import logit_lens; import diffsight.lenses.logit_lens; from diffsight.lenses import "
-        "logit_lens",
-        "from diffsight.lenses.logit_lens import logit_lens as first; from diffsight.lenses import logit_lens; "
-        "assert first is logit_lens",
-        "import diffsight.lenses.logit_lens; logit_lens = diffsight.logit_lens",
-        "import diffsight.lenses.diffusion_lens, diffsight.lenses; logit_lens = diffsight.lenses.diffusion_lens",
-    ],
-)
-def test_a_lens_is_not_hidden_by_its_file(imports):
-    code = f"{imports}; from types import FunctionType; assert type(logit_lens) is FunctionType, logit_lens"
-    subprocess.run([sys.executable, "-c", code], check=True)
+IMPORTS = [
+    "from diffsight.lenses import logit_lens",
+    "import diffsight.lenses.logit_lens; from diffsight.lenses import logit_lens",
+    "from diffsight.lenses import logit_lens as first; import diffsight.lenses.logit_lens; "
+    "from diffsight.lenses import logit_lens; assert first is logit_lens",
+    "from diffsight.lenses.logit_lens import logit_lens as first; from diffsight.lenses import logit_lens; "
+    "assert first is logit_lens",
+    "import diffsight.lenses.logit_lens; logit_lens = diffsight.logit_lens",
+    "import diffsight.lenses.diffusion_lens, diffsight.lenses; logit_lens = diffsight.lenses.diffusion_lens",
+]
+_EACH_ANEW = """
+import sys
+from types import FunctionType
+
+for imports in sys.argv[1:]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "diffsight"]:
+        del sys.modules[name]
+    names = {}
+    exec(imports, names)
+    assert type(names["logit_lens"]) is FunctionType, imports
+"""
+
+
+def test_a_lens_is_not_hidden_by_its_file():
+    subprocess.run([sys.executable, "-c", _EACH_ANEW, *IMPORTS], check=True)

@@ -78,7 +78,7 @@ class BackwardBlock:
         while id(tensor) not in self._arrived:
             if self._backward.dead:
                 raise OutOfOrderError(
-                    "backward() has ended and did not come to this gradient: gradients are read in the reverse order "
+                    "backward() has ended and did not reach this gradient: gradients are read in the reverse order "
                     "of the forward pass, and only those of tensors that the loss was computed from exist"
                 )
             self._waited_for = tensor

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 from diffsight.compat.repeated_blocks import OWN_STEPS, BlockOfInvokes, Loop, StepsBlock
-from diffsight.engine.flow import Flow
+from diffsight.engine.run_to_point import Flow
 from diffsight.errors import InputError
 from diffsight.steps import Steps
 

@@ -2,11 +2,15 @@
 
 The files in order; each imports only from those above it:
 
+    threads         the thread of a run, and calls in threads that a model starts
+    users_line      the line of the user's code that an error is about
     torch_state     grad mode, inference mode, autocast, function modes, random state
     coroutine       a stack that parks and resumes; each run has its own, so two can be open in lockstep
     gradients       calls methods that disable gradients with gradients enabled; gradient checkpointing
     hooks           what a run puts on the model, and takes off again
     users_hooks     forward hooks of others, and which of them may change an output
+    unseen_calls    classes of modules whose outputs cannot be seen
+    unseen_calls    classes whose outputs a run cannot see
     target          one thing that can be tapped, and its path
     wrapped_modules     sees through modules that wrap another
     structural_copy     a model without its weights and hooks
@@ -24,11 +28,12 @@ The files in order; each imports only from those above it:
     taps            all taps of a run, and from when on they count
     order           passed, too late, never reached
     user_bodies     edits and the functions of `run.each`, and whose turn it is
-    flow            moves the model
+    run_end         how a run ends, and leaves nothing behind
+    run_to_point    moves the model up to what the body asks for
     scan_errors     the error of a scan that needs values
     scan_fakes      fake tensors, and zeros
     scan_state      what a scan restores on the modules
-    scan_substitution    what functions compute in a scan
+    scan_mode       what functions compute in a scan
     scan            runs on shapes alone
     capture         the blocks of `with` statements that run later
 """

@@ -31,7 +31,7 @@ _SMALL = 10**7  # parameters: such a model runs faster with its weights than on 
 
 
 class Running(Protocol):
-    """The run; see `diffsight.engine.flow.Flow`."""
+    """The run; see `diffsight.engine.run_to_point.Flow`."""
 
     coroutine: Coroutine | None
 

@@ -12,8 +12,7 @@ import operator
 import sys
 from collections.abc import Callable
 from contextvars import copy_context
-from itertools import count
-from threading import get_ident, local, main_thread
+from threading import get_ident, main_thread
 from types import FrameType
 from typing import Any
 
@@ -21,18 +20,6 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from diffsight.engine.torch_state import TorchState, enter_inference_mode, random_state, set_random_state
-
-
-class _Thread(local):
-    """The current thread. Its number is never reused, unlike that of `threading.get_ident`."""
-
-    _numbers = count()
-
-    def __init__(self) -> None:
-        self.number = next(self._numbers)
-
-
-THIS_THREAD = _Thread()
 
 
 class InnerCall:

@@ -15,19 +15,19 @@ restores everything.
 import functools
 import inspect
 import operator
-import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from itertools import repeat
-from threading import RLock, get_ident, local, main_thread
+from threading import RLock, get_ident, main_thread
 from types import FrameType, FunctionType, MethodType
 from typing import Any
 
 from greenlet import getcurrent
 from torch import nn
 
-from diffsight.engine.coroutine import THIS_THREAD, current_owner
+from diffsight.engine.coroutine import current_owner
+from diffsight.engine.threads import calls_in_threads, note_call_in_thread
 
 FORWARD = "forward"
 COMPILED = "_compiled_call_impl"  # on a module after `module.compile()`: what its calls go to
@@ -43,8 +43,8 @@ _run_all = deque(maxlen=0).extend  # runs an iterator to its end, in C
 
 # Id of a module: what overrides its calls, under which name, what was there, for how many runs, and the module.
 _hooked: dict[int, list] = {}
-# Python handles signals, and newer versions collect garbage, where a function has been called. So that a module is
-# always either hooked or not, whatever comes in between, everything that says so is changed without a call.
+# Signals and garbage collection can interrupt only at function calls. All bookkeeping is therefore updated without
+# calling a function, so that an interrupt never finds a module half hooked.
 
 
 class ModuleGroup:
@@ -239,7 +239,7 @@ def _hook_of(kind: type[nn.Module], forward: Any) -> Callable | None:
 def _through_taps(kind: type[nn.Module], forward: FunctionType) -> Callable | None:
     """The forward pass of a class of modules, sent through the taps; None if it is a static method, for example."""
     is_method = inspect.getattr_static(kind, FORWARD) is forward
-    return functools.wraps(forward)(_through(forward)) if is_method else None
+    return functools.wraps(forward)(_through(kind)) if is_method else None
 
 
 def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any]:
@@ -249,20 +249,30 @@ def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any]:
     name = FORWARD if held.get(COMPILED) is None else COMPILED
     own = held.get(name)
     target = module.forward if own is None else own  # a TorchScript module looks its own up when it is asked
-    function = _through(lambda module, /, *args, **kwargs: target(*args, **kwargs))
+    function = _through(_OwnForward(lambda module, /, *args, **kwargs: target(*args, **kwargs)))
     if own is None:
         return MethodType(function, module), name, None
     return functools.update_wrapper(functools.partial(function, module), own), name, own
 
 
-def _through(original: Callable) -> Callable:
-    """`original`, a function of a module and arguments, sent through the taps of the run that calls it."""
+class _OwnForward:
+    """Has the forward pass of a single module, as its class has that of all others."""
+
+    def __init__(self, forward: Callable) -> None:
+        self.forward = forward
+
+
+def _through(holder: Any) -> Callable:
+    """The `forward` of a class or an `_OwnForward`, sent through the taps of the run that calls it.
+
+    It is looked up in every call, as PyTorch does, since the user may replace that of a class at any time."""
 
     def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        original = holder.forward
         host = getattr(getcurrent(), "owner", None)
         if host is None:
             if get_ident() != _MAIN_THREAD:
-                _note_thread(module)
+                note_call_in_thread(module, _CODE)
             return original(module, *args, **kwargs)
         taps, number = host.taps, id(module)
         calls = taps.counts.get(number)
@@ -281,38 +291,8 @@ def _through(original: Callable) -> Callable:
     return forward
 
 
-_CODE = _through(nn.Module.forward).__code__
+_CODE = _through(nn.Module).__code__
 _MAIN_THREAD = main_thread().ident
-
-# Calls of hooked modules that belong to no run, in other threads than the main one: the id of a module to the thread
-# and, by its id, the outermost hooked module that the thread has called. Those that begin further out than here are
-# calls of somebody else.
-calls_in_threads: dict[int, set[tuple[int, int]]] = {}
-_this_thread = local()
-
-
-def note_run_of_thread() -> None:
-    """A run is open in this thread: calls here are those of its body."""
-    _this_thread.has_runs = True
-
-
-def _note_thread(module: nn.Module) -> None:
-    if hasattr(_this_thread, "has_runs"):
-        return
-    frame, outermost = sys._getframe(1), module
-    while frame is not None:
-        if frame.f_code is _CODE:
-            outermost = frame.f_locals["module"]
-        frame = frame.f_back
-    calls_in_threads.setdefault(id(module), set()).add((THIS_THREAD.number, id(outermost)))
-
-
-def is_called_in_thread(module: nn.Module, own: int, components: Collection[int]) -> bool:
-    """Whether a hooked module was called by a thread that one of the `components`, by id, has started.
-
-    `own` is the thread of the run."""
-    calls = calls_in_threads.get(id(module), ())
-    return any(thread != own and outermost not in components for thread, outermost in calls)
 
 
 def count_running(frame: FrameType | None, module: nn.Module) -> int:

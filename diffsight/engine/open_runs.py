@@ -11,11 +11,12 @@ from contextvars import ContextVar
 from threading import Lock
 from typing import Any, Protocol
 
-from diffsight.engine.coroutine import THIS_THREAD, current
+from diffsight.engine.coroutine import current
+from diffsight.engine.threads import THIS_THREAD
 
 
 class OpenRun(Protocol):
-    """What is looked at in a run; see `diffsight.engine.flow.Flow`."""
+    """What is looked at in a run; see `diffsight.engine.run_to_point.Flow`."""
 
     tree: Any  # of the model that it runs: a copy of a model has its own
     thread: int

@@ -7,8 +7,9 @@ is worked out from the call counts; see `taps`. What cannot be known counts as p
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from diffsight.engine.points import INPUTS, LAST, OUTPUT, Asked, Assignment, Point, PointKey, set_line
+from diffsight.engine.points import INPUTS, LAST, OUTPUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.tapped_call import Tap
+from diffsight.engine.users_line import set_line
 from diffsight.errors import NeverReachedError, OutOfOrderError, RunClosedError
 
 

@@ -1,23 +1,21 @@
 """Points: a point as a body asks for it, a value that passes one, and a value that is assigned to one."""
 
 import math
-import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import CodeType, FrameType, TracebackType
 from typing import Any
 from weakref import ref
 
 import torch
 
 from diffsight.engine.batch_slicing import Selection, Tapped, wrong_type
+from diffsight.engine.hooks import FORWARD
 from diffsight.engine.target import Target, join
+from diffsight.engine.users_line import UsersLine
 from diffsight.engine.weak_values import alive, weakly
 from diffsight.errors import AssignmentError
 
 INPUTS, OUTPUT = "inputs", "output"
-_LINE = "_diffsight_line"  # set on an error: the line of the user's code that is its cause
 LAST = math.inf  # the turn of every body that is not an edit
 
 PointKey = tuple[str, int]  # the kind (INPUTS or OUTPUT) and the number of the call
@@ -104,7 +102,7 @@ class Assignment:
 
     asked: Asked
     value: Any
-    where: "UsersLine"
+    where: UsersLine
     in_step: bool
     first: int = 0  # the call that is meant is counted from here
     order: float = LAST  # whose turn it is to assign it: the number of an edit, or LAST
@@ -190,6 +188,9 @@ def check_value(asked: Asked, value: Any) -> None:
         raise AssignmentError(
             f"None cannot be assigned to {asked}: PyTorch takes None to mean 'leave the output unchanged'"
         )
+    inside = asked.target.outer is not None and asked.target.name == FORWARD
+    if asked.part == "skip" and inside and isinstance(value, (int, float, complex, str)):
+        raise AssignmentError(f"{asked} takes what the module is to return, such as a tensor, not {value!r}")
 
 
 def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:
@@ -206,52 +207,3 @@ def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:
 def _is_broadcast(value: torch.Tensor, before: torch.Tensor) -> bool:
     """Whether `value` has 1 wherever its shape differs from that of `before`."""
     return all(size in (1, own) for size, own in zip(value.shape, before.shape))
-
-
-@dataclass(frozen=True, slots=True)
-class UsersLine:
-    """A line of the user's code. Its text is `file:line`."""
-
-    code: CodeType
-    number: int
-    instruction: int
-
-    def __str__(self) -> str:
-        return f"{self.code.co_filename}:{self.number}"
-
-    def traceback(self) -> TracebackType | None:
-        """Return a traceback of the line alone, or None if its function has returned."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code is not self.code:
-            frame = frame.f_back
-        return frame and TracebackType(None, frame, self.instruction, self.number)
-
-
-def users_line() -> UsersLine:
-    """Return the line of the user's code that called into diffsight."""
-    frame, _ = _users_frame()
-    return UsersLine(frame.f_code, frame.f_lineno, frame.f_lasti)
-
-
-def set_line(error: BaseException, line: UsersLine) -> None:
-    """Say which line of the user's code is the cause of an error that is raised later."""
-    setattr(error, _LINE, line)
-
-
-def line_of(error: BaseException) -> UsersLine | None:
-    """Return the line that `set_line` has noted; None if there is none."""
-    return getattr(error, _LINE, None)
-
-
-def warn_user(message: str) -> None:
-    """Warn at the line of the user's code that called into diffsight."""
-    _, depth = _users_frame()
-    warnings.warn(message, stacklevel=depth + 1)
-
-
-def _users_frame() -> tuple[FrameType, int]:
-    """The innermost frame outside diffsight, and how far it is from the function that asks."""
-    frame, depth = sys._getframe(1), 0
-    while frame.f_back is not None and (frame.f_globals.get("__package__") or "").split(".")[0] == "diffsight":
-        frame, depth = frame.f_back, depth + 1
-    return frame, depth

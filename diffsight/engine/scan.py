@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffsight.engine.flow import Flow
+from diffsight.engine.run_to_point import Flow
+from diffsight.engine.scan_mode import ScanMode
 from diffsight.engine.scan_state import ModuleState
-from diffsight.engine.scan_substitution import ScanMode
 from diffsight.engine.torch_state import TorchState
 
 _scanning: ContextVar[bool] = ContextVar("diffsight_scanning", default=False)

@@ -24,6 +24,7 @@ class Clock:
 
     Attributes:
         is_last: Whether the step that a call began is the last one, from its target, args and kwargs.
+        count: How many steps the run makes at most, as far as that is known once the first one has begun.
         is_over: Whether the loops over the steps have been told that the last step has ended.
     """
 
@@ -40,6 +41,7 @@ class Clock:
         self.index = -1  # number of the step that the model is in
         self.call: tuple[Target, tuple, dict] | None = None  # the call that began it
         self.is_last: Callable[[Target, tuple, dict], bool] = lambda target, args, kwargs: False
+        self.count: Callable[[], int | None] = lambda: None
         self.is_over = False
         self._moment = moment
         self._behind = set(map(_key, behind))
@@ -74,7 +76,7 @@ class Clock:
         return True
 
     def set(self, index: int, is_in_step: bool, is_over: bool) -> None:
-        """Stand where a clock on a server stands."""
+        """Set this clock to the position of the clock on the server."""
         self.index, self._due, self.is_over = index, not is_in_step, is_over
 
     def is_behind(self, target: Target) -> bool:

@@ -20,12 +20,14 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from diffsight.engine.coroutine import Coroutine, current_owner
 from diffsight.engine.gradients import end_checkpoints, is_computed_again
-from diffsight.engine.hooks import COMPILED, FORWARD, calls_in_threads
-from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey, UsersLine, set_line, warn_user
+from diffsight.engine.hooks import COMPILED, FORWARD
+from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import Target
+from diffsight.engine.threads import calls_in_threads
 from diffsight.engine.torch_state import TorchState
 from diffsight.engine.users_hooks import has_forward_hooks, output_hooks
+from diffsight.engine.users_line import UsersLine, set_line, warn_user
 from diffsight.errors import DiffsightError
 
 _known_compiled: weakref.WeakSet = weakref.WeakSet()  # compiled modules that have been warned about
@@ -42,7 +44,7 @@ class OtherTaps(Protocol):
 
 
 class Host(Protocol):
-    """The run, as its taps see it; see `diffsight.engine.flow.Flow`."""
+    """The run, as its taps see it; see `diffsight.engine.run_to_point.Flow`."""
 
     taps: OtherTaps
     is_scan: bool  # whether it computes only shapes

@@ -16,13 +16,12 @@ from diffsight.engine.hooks import (
     HookedModules,
     ModuleGroup,
     count_running,
-    is_called_in_thread,
-    note_run_of_thread,
 )
 from diffsight.engine.module_places import Key, ModulePlaces, inside
 from diffsight.engine.points import INPUTS, Assignment
 from diffsight.engine.tapped_call import Host, LearningTap, Origin, Tap
 from diffsight.engine.target import Target
+from diffsight.engine.threads import is_called_in_thread, note_run_of_thread
 from diffsight.errors import PointNotFoundError
 
 
@@ -81,11 +80,10 @@ class Taps(dict[Key, Tap]):
         tap = self._opened.get(target)
         if tap is not None:
             return tap
-        if not target.is_called:
-            raise PointNotFoundError(
-                f"{target.path} has no values: {type(target.owner).__name__} is never called by the model; it only "
-                "holds other modules. Ask for one of those"
-            )
+        why = target.why_unseen
+        if why is not None:
+            path = target.path or type(target.owner).__name__
+            raise PointNotFoundError(f"{path} has no values: {why}. Ask for a module inside or around it")
         if self._places.places:
             for place in self._places.places.get(target.key, ()):
                 self._tap_around(place)

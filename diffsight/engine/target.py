@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from diffsight.engine.hooks import COMPILED, FORWARD, ModuleGroup, TappedMethod
+from diffsight.engine.unseen_calls import why_unseen
 
 WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the module itself
 _UNCOMPILED = "_torchdynamo_orig_callable"  # on a function that `torch.compile(function)` makes: the function itself
@@ -38,6 +39,14 @@ class Target:
             self.is_called = forward is not nn.Module.forward or FORWARD in owner.__dict__
         self._children: tuple[dict, dict[str, Target]] | None = None
         self._called: tuple[list[tuple[Target, dict]], ModuleGroup] | None = None
+
+    @property
+    def why_unseen(self) -> str | None:
+        """Why there are no values to read, in words; None if there are."""
+        why = why_unseen(type(self.owner)) if self.name == FORWARD else None
+        if why is None and not self.is_called:
+            return f"{type(self.owner).__name__} is never called by the model; it only holds other modules"
+        return why
 
     def attach(self, tap: Any) -> Any:
         """Send every call through `tap` from now on; return an object whose `remove()` undoes it.

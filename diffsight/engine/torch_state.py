@@ -260,7 +260,7 @@ def call_in(state: TorchState, seed: int | None, function: Callable[[], Any]) ->
     """Call a function in another state, and with a `seed` on random numbers of its own; return what it returns."""
     if seed is not None:
         with kept_random_state():
-            torch.manual_seed(seed)
+            _seed(seed)
             return call_in(state, None, function)
     changes = state.inference != is_inference_mode_enabled()
     with torch.inference_mode(state.inference) if changes else nullcontext(), state.active():
@@ -286,8 +286,16 @@ def set_random_state(state: list[torch.Tensor]) -> None:
 def seeded_random_state(seed: int) -> list[torch.Tensor]:
     """Return the random state that `torch.manual_seed(seed)` sets, without changing the current one."""
     with kept_random_state():
-        torch.manual_seed(seed)
+        _seed(seed)
         return random_state()
+
+
+def _seed(seed: int) -> None:
+    """Do what `torch.manual_seed(seed)` does. Without a GPU, that would keep a call for each kind of GPU forever."""
+    if _ACCELERATOR is None:
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 @contextmanager

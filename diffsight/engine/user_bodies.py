@@ -15,12 +15,11 @@ from diffsight.engine.points import Point, PointKey
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.tapped_call import Tap
 from diffsight.engine.torch_state import TorchState
-
-_FROM_EDIT = "_diffsight_edit"  # set on an error that was raised in an edit
+from diffsight.engine.users_line import is_from_edit, set_from_edit
 
 
 class Course(Protocol):
-    """The run, as its bodies see it; see `diffsight.engine.flow.Flow`."""
+    """The run, as its bodies see it; see `diffsight.engine.run_to_point.Flow`."""
 
     clock: Clock
     parked: Point | None
@@ -56,7 +55,7 @@ class Body(Coroutine):
         self.asks = False
 
     def wake(self, state: TorchState | None = None) -> None:
-        """Run the body if it has not started, or if what it waits for is there or will not come.
+        """Run the body if it has not started, or if the model has reached what it waits for or can no longer reach it.
 
         `state` is the current state, if it is known."""
         if self._stack is None:
@@ -117,7 +116,7 @@ class EditBody(Body):
             return super().go(state)
         except BaseException as error:
             if not is_from_edit(error):
-                setattr(error, _FROM_EDIT, True)
+                set_from_edit(error)
                 error.add_note(f"(in the edit written at {self.where})")
             self.flow.close("an edit failed")
             raise
@@ -136,11 +135,6 @@ class EditBody(Body):
             self.go()
         if self.has_begun:
             self.unwind()
-
-
-def is_from_edit(error: BaseException) -> bool:
-    """Whether an error was raised in an edit."""
-    return hasattr(error, _FROM_EDIT)
 
 
 class Bodies:

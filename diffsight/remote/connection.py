@@ -9,6 +9,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
+import torch
+
 from diffsight.errors import InputError
 from diffsight.remote.chunks import Chunks, split
 from diffsight.remote.frames import Frame, pack, unpack
@@ -127,7 +129,8 @@ class Connection:
         """Return the next message, and its tensors."""
         while (frame := self._chunks.add(self._exchange(self._socket.recv))) is None:
             pass
-        return unpack(frame)
+        with torch.inference_mode(False):  # in which changes in place are not counted
+            return unpack(frame)
 
     def close(self) -> None:
         """Close the WebSocket. A run that is open on the server ends. May be called again."""

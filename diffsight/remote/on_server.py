@@ -8,7 +8,7 @@ from typing import Any
 from torch._C import _is_any_autocast_enabled
 
 from diffsight.edits import start_edit
-from diffsight.engine.scan import is_scanning
+from diffsight.engine.scan import ScanFlow, is_scanning
 from diffsight.envoy import Points, flow_of, run_meant_by, target_of, tree_of
 from diffsight.errors import InputError, NoRunError
 from diffsight.model import Model
@@ -37,6 +37,10 @@ class OnServer:
 
     def _opened(self, method: Callable[..., Run], name: str, args: tuple, kwargs: dict[str, Any]) -> Run:
         """Open a run by a method of the model, with the call at hand for `_new_run`."""
+        if "blocking" in kwargs:
+            raise InputError(
+                "blocking: the body of a run is here. model.server.submit(...) starts a lens there and returns at once"
+            )
         not_sent = getattr(type(self), "_not_sent", ())  # arguments that mean nothing to a server
         before = _opening.set((name, args, {key: value for key, value in kwargs.items() if key not in not_sent}))
         try:
@@ -75,17 +79,25 @@ class Elsewhere:
     def __init__(self, server: ServedModel) -> None:
         self._server = server
 
+    def is_meant_by(self, points: Points) -> bool:
+        """Return whether a call is made on the server: not in a scan."""
+        return not isinstance(self._flow(points), ScanFlow)
+
     def call(self, points: Points, args: tuple, kwargs: dict[str, Any], hook: bool = False, method: str = "") -> Any:
         """Return what a part of the model, or its method, returns on the server."""
         path = target_of(points).path
         op = {"op": "call", "path": path, "method": method, "args": list(args), "kwargs": kwargs, "hook": hook}
-        try:
-            flow = flow_of(run_meant_by(points, path))
-        except NoRunError:
-            flow = None
+        flow = self._flow(points)
         if isinstance(flow, RemoteFlow) and flow.outcome is None:
             return flow.call_there(op)
         return self._server.ask(op)
+
+    def _flow(self, points: Points) -> Any:
+        """The flow of the run that a call is made in; None outside any run."""
+        try:
+            return flow_of(run_meant_by(points, target_of(points).path))
+        except NoRunError:
+            return None
 
 
 @cache

@@ -29,6 +29,7 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     "assign": _POINT | {"value": _ANY, "where": str},
     "skip": {"path": str, "call": int, "value": _ANY, "where": str},
     "write": {"number": int, "path": str, "value": dict},
+    "let_go": {"numbers": list},
     "follow": _POINT | {"number": int},
     "step": {},
     "leave_steps": {},
@@ -42,6 +43,8 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     "find": {"name": str},
     "lens": {"name": str, "args": list, "kwargs": dict},
 }
+_WITH_NAME = {name: {"op": str} | fields for name, fields in OPERATIONS.items()}
+_MESSAGE = {"body": (int, type(None)), "do": list}
 _OPENING = {
     "version": int,
     "method": (str, type(None)),
@@ -73,13 +76,13 @@ def operations(message: Mapping[str, Any]) -> tuple[int | None, list[Operation]]
     Raises:
         ProtocolError: It has an unknown operation, or wrong fields.
     """
-    _check("a message", {"body": (int, type(None)), "do": list}, message)
+    _check("a message", _MESSAGE, message)
     found = []
     for given in message["do"]:
         if not isinstance(given, dict) or given.get("op") not in OPERATIONS:
             raise ProtocolError(f"there is no such operation: {str(given)[:80]}")
         op = given["op"]
-        _check(op, {"op": str} | OPERATIONS[op], given)
+        _check(op, _WITH_NAME[op], given)
         found.append(Operation(op, given))
     if not found:
         raise ProtocolError("a message has at least one operation")
@@ -117,8 +120,8 @@ def check_opening(message: Mapping[str, Any]) -> None:
 
 def _check(what: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ProtocolError unless exactly the known fields are given, each of its type."""
-    unknown, missing = sorted(given.keys() - known.keys()), sorted(known.keys() - given.keys())
-    if unknown or missing:
+    if given.keys() != known.keys():
+        unknown, missing = sorted(given.keys() - known.keys()), sorted(known.keys() - given.keys())
         problem = f"has no {unknown[0]!r}" if unknown else f"needs {missing[0]!r}"
         raise ProtocolError(f"{what} {problem}")
     for name, kind in known.items():

@@ -1,27 +1,31 @@
 """The flow of a run whose model is on a server.
 
-It takes the place of `diffsight.engine.flow.Flow`, and everything above it is the same: envoys, rows, steps, edits,
-records. What a body asks for is sent, and the answer is a plain tensor. What needs no answer is sent with the next
-question: assignments, and tensors that were changed in place while the model stands where they were read.
+It takes the place of `diffsight.engine.run_to_point.Flow`, and everything above it is the same: envoys, rows, steps,
+edits, records. What a body asks for is sent, and the answer is a plain tensor. What needs no answer is sent with the
+next question: assignments, and tensors that were changed in place while the model stands where they were read.
 
 Edits and the functions of `run.each` run here, in coroutines as in a local run. The server says whose turn it is.
 """
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from diffsight.engine.coroutine import current
-from diffsight.engine.flow import ENDED, Flow
-from diffsight.engine.points import LAST, Asked, check_value, first_input, users_line
+from diffsight.engine.points import LAST, Asked, check_value, first_input
+from diffsight.engine.run_end import ENDED, STOPPED
+from diffsight.engine.run_to_point import Flow
+from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState
 from diffsight.engine.tree import Tree
 from diffsight.engine.user_bodies import Body
+from diffsight.engine.users_line import UsersLine, users_line
 from diffsight.errors import InputError
+from diffsight.remote.copies import ClientCopies
 from diffsight.remote.protocol import VERSIONS
+from diffsight.remote.read_containers import ReadContainers
 from diffsight.remote.selections import encode_selection
 from diffsight.remote.wire_errors import error_of
 from diffsight.remote.wire_values import ValueDecoder, ValueEncoder
@@ -29,21 +33,17 @@ from diffsight.remote.wire_values import ValueDecoder, ValueEncoder
 _BROKEN = "the connection to the server was closed"
 
 
-class Received:
-    """A tensor that was received while the model stands where it was read."""
+class _Accumulation:
+    """Says whether gradients may be added to the values of a run: `loss.backward()` would end at them."""
 
-    def __init__(self, tensor: torch.Tensor, number: int, asked: object) -> None:
-        self.tensor: torch.Tensor | None = tensor  # held until the model moves, so that a change in place is seen
-        self.weak = weakref.ref(tensor)
-        self.number, self.asked, self.version = number, asked, tensor._version
+    is_allowed = False
 
-    def changed(self) -> torch.Tensor | None:
-        """Return the tensor if it has been changed in place since it was last looked at."""
-        tensor = self.weak()
-        if tensor is None or tensor._version == self.version:
-            return None
-        self.version = tensor._version
-        return tensor
+    def check(self, tensor: torch.Tensor) -> None:
+        """Raise InputError unless the run itself computes gradients."""
+        if not self.is_allowed:
+            raise InputError(
+                "loss.backward() cannot reach the model, which is on a server: call run.backward(loss), in the block"
+            )
 
 
 class RemoteFlow(Flow):
@@ -51,7 +51,7 @@ class RemoteFlow(Flow):
 
     Args:
         tree: The tree of the model, without weights.
-        link: Where the run is sent to, see `diffsight.remote.link.Link`.
+        link: Where the run is sent to, see `ServedModel`.
         method: The method of the model that opens the run there.
         args: Its arguments.
         kwargs: Its keyword arguments.
@@ -61,16 +61,18 @@ class RemoteFlow(Flow):
         super().__init__(lambda: None, tree)
         self._link, self._call = link, (method, args, kwargs)
         self._connection: Any = None
+        self._lines: dict[str, UsersLine] = {}  # that have assigned values, by their text
         self._waiting: list[dict[str, Any]] = []  # operations that need no answer, sent with the next that does
-        self._received: dict[int, Received] = {}
+        self._copies, self._containers, self._moves = ClientCopies(), ReadContainers(), 0
         self._followed: list[tuple[Asked, Callable[..., None]]] = []
         self._mirrored: list[tuple[Asked, Callable[..., None]]] = []
         self._functions: list[Body] = []
         self._answers: dict[Body, tuple] = {}
         self._body_error: BaseException | None = None
         self._missed: Exception | None = None
+        self._accumulates = _Accumulation()
         self._leaves: list[tuple[int, torch.Tensor]] = []  # with gradients: what was received, by number
-        self._assigned: list[torch.Tensor] = []  # with gradients: what was sent and depends on anything here
+        self._assigned: dict[int, torch.Tensor] = {}  # with gradients: what was sent and depends on anything here
 
     @property
     def has_begun(self) -> bool:
@@ -86,20 +88,22 @@ class RemoteFlow(Flow):
     def fetch(self, asked: Asked) -> Any:
         self._check_open(asked)
         self._touch(asked)
-        return self._ask({"op": "ask", **self._point(asked)}, asked)
+        value = self._ask({"op": "ask", **self._point(asked)}, asked)
+        self._containers.add(asked, value)
+        return value
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
         self._check_open(asked)
         self._touch(asked)
         if asked.selection is None:
             check_value(asked, value)
-        self._note({"op": "assign", **self._point(asked), "value": value, "where": str(where or users_line())})
+        self._note({"op": "assign", **self._point(asked), "value": value, "where": self._line(where)})
 
     def skip(self, asked: Asked, value: Any, where: str | None = None) -> None:
         self._check_open(asked)
         self._touch(asked)
         op = {"op": "skip", "path": asked.target.path, "call": asked.call, "value": value}
-        self._note(op | {"where": str(where or users_line())})
+        self._note(op | {"where": self._line(where)})
 
     def keep(self, asked: Asked, function: Callable[[Any, int, Any], None]) -> None:
         self._check_open(asked)
@@ -138,10 +142,12 @@ class RemoteFlow(Flow):
         self._scope.stop_at_steps = False
         if self.outcome is None:
             answer = self._ask({"op": "finish"}, "run.result")
-            self._missed = answer["missed"] and error_of(answer["missed"])
+            self._missed = answer["missed"] and error_of(answer["missed"], self._lines)
             self.unreached = [SimpleNamespace(order=LAST)] if self._missed else []
-            self.result, self.has_result = answer["result"], True
-            self._end_here(ENDED)
+            self.result, self.has_result = answer["result"], answer["has_result"]
+            for edit, met in zip(self.bodies.edits, answer["met"]):
+                edit.met = met
+            self._end_here(answer["outcome"])
 
     def check_assignments(self) -> None:
         error, self._missed, self.unreached = self._missed, None, []
@@ -161,6 +167,9 @@ class RemoteFlow(Flow):
                 if not body.dead:
                     body.unwind()
         return [body.result for body in bodies]
+
+    def call(self, function: Callable[[], Any], target: Target) -> Any:
+        raise InputError(f"{target.path} is attached here, and its server does not have it: call it without hook=True")
 
     def call_there(self, op: dict[str, Any]) -> Any:
         """Call a part of the model on the server, where the model stands."""
@@ -192,7 +201,11 @@ class RemoteFlow(Flow):
         before = [leaf.grad for _, leaf in self._leaves]
         for _, leaf in self._leaves:
             leaf.grad = None
-        torch.autograd.backward(outputs, gradients, retain_graph=True)
+        self._accumulates.is_allowed = True
+        try:
+            torch.autograd.backward(outputs, gradients, retain_graph=True)
+        finally:
+            self._accumulates.is_allowed = False
         found = {number: leaf.grad for number, leaf in self._leaves if leaf.grad is not None}
         for (_, leaf), known in zip(self._leaves, before):
             if known is not None:
@@ -216,7 +229,17 @@ class RemoteFlow(Flow):
     # ---- messages
 
     def _point(self, asked: Asked) -> dict[str, Any]:
+        attached = self.tree.attached.targets
+        if attached and any(asked.target.path.startswith(one.path) for one in attached.values()):
+            raise InputError(f"{asked} is attached here, and its server does not have it: it has no values in a run")
         return {"path": asked.target.path, "part": asked.part, "call": asked.call, "selection": asked.selection}
+
+    def _line(self, where: Any) -> str:
+        """The text of a line that assigns a value, by which an error says that it is about that line."""
+        line = where or users_line()
+        if isinstance(line, UsersLine):
+            self._lines[str(line)] = line
+        return str(line)
 
     def _note(self, op: dict[str, Any]) -> None:
         """Send an operation with the next question."""
@@ -229,27 +252,39 @@ class RemoteFlow(Flow):
         if self._mirrored and not is_bare:
             mirrored, self._mirrored = self._mirrored, []
             self._waiting += [self._following(*one) for one in mirrored]
+        if body is None and self._connection is None:
+            self._open()
         reply, tensors = self._exchange(self._message(self._body_number(body), op), body)
         decoder = ValueDecoder(tensors, None, lambda tensor, data: self._receive(tensor, data, asked))
         self._take_state(reply["state"])
+        if body is None and self.outcome is not None:  # another body has stopped the run
+            self._release()
         if reply["say"] == "error":
             self._raise(reply)
-        return decoder.decode(reply["value"])
+        with torch.inference_mode(False):
+            return decoder.decode(reply["value"])
 
     def _raise(self, reply: Mapping[str, Any]) -> None:
         error, self._body_error = self._body_error, None
         state = reply["state"]
         if state["outcome"] is not None and not state["has_result"]:
             self._end_here(state["outcome"])
-        raise error or error_of(reply["error"])
+        raise error or error_of(reply["error"], self._lines)
 
     def _message(self, body: int | None, op: dict[str, Any] | None) -> tuple[dict, dict]:
         """A message with everything that waits, and its tensors."""
-        encoder = ValueEncoder(None, self._sending, self._link.dtype)
-        ops, self._waiting = [*self._writes(), *self._waiting, *([op] if op else [])], []
-        return {"body": body, "do": [self._encoded(one, encoder) for one in ops]}, encoder.tensors
+        ops = [*self._changes(), *self._waiting, *([op] if op else [])]
+        self._waiting, path = [], None
+        encoder = ValueEncoder(None, lambda tensor: self._sending(tensor, path), self._link.dtype)
+        encoded = []
+        for one in ops:
+            path = one.get("path")
+            encoded.append(self._encoded(one, encoder))
+        return {"body": body, "do": encoded}, encoder.tensors
 
     def _encoded(self, op: dict[str, Any], encoder: ValueEncoder) -> dict[str, Any]:
+        if op["op"] == "write":  # of a tensor that has a number already
+            return op | {"value": encoder.encode_data(op["value"])}
         encoded = {}
         for name, value in op.items():
             if name == "selection":
@@ -258,41 +293,37 @@ class RemoteFlow(Flow):
                 encoded[name] = encoder.encode(value)
         return encoded
 
-    def _sending(self, tensor: torch.Tensor) -> dict[str, int]:
-        """What else to say about a tensor that is sent: its number, if gradients flow through it."""
+    def _sending(self, tensor: torch.Tensor, path: object) -> dict[str, Any]:
+        """What else to say about a tensor that is sent: its number."""
+        number = self._copies.number_of(tensor)
+        if number is not None:
+            return {"$shared": number}
+        number = self._copies.sent(tensor, path)
         if not (tensor.requires_grad and self._call[2].get("grad")):
-            return {}
-        self._assigned.append(tensor)
-        return {"source": len(self._assigned) - 1}
+            return {"number": number}
+        self._assigned[number] = tensor
+        return {"number": number, "grad": True}
 
-    def _writes(self) -> list[dict[str, Any]]:
-        """The tensors that were changed in place since the last message."""
-        found = []
-        for number, received in [*self._received.items()]:
-            tensor = received.changed()
-            if tensor is not None:
-                found.append({"op": "write", "number": number, "path": str(received.asked), "value": tensor})
-            if received.weak() is None:
-                del self._received[number]
-            received.tensor = None
-        return found
+    def _changes(self) -> Iterator[dict[str, Any]]:
+        """What has changed since the last message: tensors that were let go, or changed in place, and containers."""
+        for number, path, tensor in self._copies.changed():
+            yield {"op": "write", "number": number, "path": str(path), "value": tensor}
+        for asked, value in self._containers.changed(self.where):
+            yield {"op": "assign", **self._point(asked), "value": value, "where": self._line(None)}
+        gone = self._copies.let_go()
+        if gone:
+            yield {"op": "let_go", "numbers": gone}
 
     def _receive(self, tensor: torch.Tensor, data: Mapping[str, Any], asked: object) -> torch.Tensor:
         number = data.get("number")
         if number is None:
             return tensor
-        known = self._received.get(number)
-        same = known and known.weak()
-        if same is not None and same.shape == tensor.shape:
-            with torch.no_grad():
-                if not torch.equal(same, tensor):
-                    same.copy_(tensor)
-            tensor = same
-        elif data.get("grad"):
+        found = self._copies.received(number, tensor, asked)
+        if found is tensor and data.get("grad"):
             tensor.requires_grad_()
+            tensor.register_post_accumulate_grad_hook(self._accumulates.check)
             self._leaves.append((number, tensor))
-        self._received[number] = Received(tensor, number, asked)
-        return tensor
+        return found
 
     def _exchange(self, message: tuple[dict, dict], body: Body | None) -> tuple[dict, dict]:
         """Send a message and return its answer. Meanwhile other bodies may have their turn."""
@@ -300,7 +331,6 @@ class RemoteFlow(Flow):
             body.park(message)
             return self._answers.pop(body)
         try:
-            self._open()
             self._connection.send(*message)
             while True:
                 reply, tensors = self._connection.receive()
@@ -316,10 +346,8 @@ class RemoteFlow(Flow):
 
     def _open(self) -> None:
         """Connect, and send what opens the run."""
-        if self._connection is not None:
-            return
         method, args, kwargs = self._call
-        encoder = ValueEncoder(dtype=self._link.dtype)
+        encoder = ValueEncoder(None, lambda tensor: self._sending(tensor, "the input"), self._link.dtype)
         message = {
             "version": VERSIONS[-1],
             "method": method,
@@ -329,19 +357,30 @@ class RemoteFlow(Flow):
             "half": self._link.dtype is not None,
             "grad": bool(kwargs.get("grad", False)),
         }
-        self._connection = self._link.open()
-        self._connection.send(message, encoder.tensors)
+        try:
+            self._connection = self._link.open()
+            self._connection.send(message, encoder.tensors)
+        except BaseException:
+            self._end_here(_BROKEN)
+            raise
 
     def _passed(self, reply: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Something that is followed has passed."""
         self._take_state(reply["state"])
         tap = SimpleNamespace(step_base=reply["base"], host=self)
         asked, function = self._followed[reply["number"]]
-        value = ValueDecoder(tensors).decode(reply["value"])
+        with torch.inference_mode(False):
+            value = ValueDecoder(tensors).decode(reply["value"])
+        versions = [tensor._version for tensor in tensors.values()]
         function(tap, reply["call"], ((value,), {}) if asked.part == "input" else value)
+        if versions != [tensor._version for tensor in tensors.values()]:
+            raise InputError(f"{asked}: a function of run.follow changed it in place; a server does not get that back")
 
     def _take_state(self, state: Mapping[str, Any]) -> None:
         self.clock.set(state["index"], state["in_step"], state["over"])
+        if state["moves"] != self._moves:
+            self._moves = state["moves"]
+            self._containers.move_on()
 
     # ---- bodies
 
@@ -371,14 +410,20 @@ class RemoteFlow(Flow):
     # ---- how it ends
 
     def _end_here(self, outcome: str) -> None:
-        connection, self._connection = self._connection, None
         if self.outcome is None:
             self._waiting.clear()
-            self._received.clear()
+            self._copies, self._containers = ClientCopies(), ReadContainers()
             edits, self.bodies.edits = self.bodies.edits, []
-            for edit in edits:
-                if edit.has_begun and edit is not current():
-                    edit.unwind()
             self._end(outcome)
+            with ExitStack() as ends:  # each is ended, whatever the others raise
+                for edit in reversed(edits):
+                    ends.callback(edit.end, False)
+        if self._beside() is None:  # else the server waits for what that body says next
+            self._release()
+
+    def _release(self) -> None:
+        """Give the connection back."""
+        connection, self._connection = self._connection, None
         if connection is not None:
-            self._link.release(connection)
+            is_over = self.outcome in (ENDED, STOPPED)  # on the server too
+            self._link.release(connection, is_broken=self.outcome == _BROKEN, is_over=is_over)

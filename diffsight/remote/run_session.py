@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from diffsight.edits import Edit, start_edit
-from diffsight.engine import order
 from diffsight.engine.points import Asked, first_input
+from diffsight.engine.users_line import line_of, set_line
 from diffsight.envoy import Envoy, Points, flow_of, inside, owner_of, root_of, target_of
-from diffsight.errors import DiffsightError, InputError, PointNotFoundError
+from diffsight.errors import InputError, PointNotFoundError
+from diffsight.remote.copies import ServerCopies
 from diffsight.remote.frames import Frame, pack, unpack
 from diffsight.remote.protocol import Operation, check_opening, operations
 from diffsight.remote.selections import decode_selection
@@ -39,15 +40,26 @@ _PLACES = (
 )  # where text would be opened as a file or address
 _HALF = torch.float16
 _GONE = "the client has gone"
-_NO_RUN = {"index": -1, "in_step": False, "outcome": None, "has_result": False, "over": False}
+_NO_RUN = {"index": -1, "in_step": False, "outcome": None, "has_result": False, "over": False, "moves": 0}
 
 
 class RunEnded(BaseException):
     """Raised in the thread of a session from outside: the client has gone, or a limit was reached."""
 
 
+class _Closed(BaseException):
+    """The client has closed the run while it was the turn of another of its bodies."""
+
+
 class _BodyFailed(Exception):
     """A body of the client has raised an error, which the client knows."""
+
+
+class _Untouched(dict):
+    """What a stand-in for an edit touches: nothing, since the client itself warns of an edit that did nothing."""
+
+    def __setitem__(self, path: str, value: Any) -> None:
+        pass
 
 
 class ClientsLine(str):
@@ -86,12 +98,12 @@ class RunSession:
     def _clear(self, opening: Mapping[str, Any]) -> None:
         self._opening = opening
         self._fault: Exception | None = None  # why the run could not be opened
+        self._edits: list[Any] = []  # bodies that stand for edits of the client
         self._held: list[Any] = []  # objects that stay here
-        self._handed: dict[int, tuple[torch.Tensor, int]] = {}  # tensors that the client may change, and their versions
-        self._numbers: dict[tuple, int] = {}  # of these tensors, by where their data is
-        self._number = 0
+        self._targets: dict[str, Any] = {}  # by the path that the client writes
+        self._copies = ServerCopies()
         self._sources: dict[int, torch.Tensor] = {}  # tensors from the client through which gradients flow
-        self._stand: Any = None  # where the model stood when they were handed out
+        self._moves, self._stand = 0, None  # how often the model has moved, and where it stands
 
     def serve(self) -> None:
         """Carry out what the client asks, until it has gone or breaks the protocol."""
@@ -108,7 +120,11 @@ class RunSession:
                     continue
                 if body is not None or not self._opening:
                     raise ProtocolError("a run is opened before anything is asked of it, by its leading body")
-                self._answer(None, ops, tensors)
+                try:
+                    self._answer(None, ops, tensors)
+                except _Closed:
+                    self.close()
+                    self._say("closed", None)
         except ProtocolError as error:
             self._send(error_frame(error))
         finally:
@@ -128,12 +144,16 @@ class RunSession:
             method = message["method"]
             if method not in _METHODS or not hasattr(self._model, method):
                 raise InputError(f"a server runs {' and '.join(_METHODS)}, not {method!r}")
-            decode = ValueDecoder(tensors).decode
+            decode = ValueDecoder(tensors, received=self._note).decode
             args, kwargs = decode(message["args"]), decode(message["kwargs"])
             check_arguments(args, kwargs)
             self._run = getattr(self._model, method)(*args, **kwargs)
-            edits = [Edit(partial(self._stand_in, number), str(where)) for number, where in enumerate(message["edits"])]
-            flow_of(self._run).bodies.edits = [start_edit(edit, self._run, n) for n, edit in enumerate(edits)]
+            edits = [
+                Edit(partial(self._stand_in, number), str(where), _Untouched())
+                for number, where in enumerate(message["edits"])
+            ]
+            self._edits = [start_edit(edit, self._run, number) for number, edit in enumerate(edits)]
+            flow_of(self._run).bodies.edits = [*self._edits]
         except ProtocolError:
             raise
         except Exception as error:
@@ -152,17 +172,19 @@ class RunSession:
 
     def _answer(self, body: int | None, ops: list[Operation], tensors: Mapping[str, torch.Tensor]) -> None:
         """Carry out operations and answer the last."""
-        decoder = ValueDecoder(tensors, self._held.__getitem__, self._take_in)
+        decoder = self._decoder(tensors)
         try:
             if self._fault is not None:
                 raise self._fault
-            for op in ops:
-                value = getattr(self, f"_do_{op.op}")(op, decoder.decode)
+            value = self._carry_out(ops, decoder.decode)
             self._say("value", body, value=value)
         except ProtocolError:
             raise
         except Exception as error:
             self._say("error", body, error=described(error))
+
+    def _decoder(self, tensors: Mapping[str, torch.Tensor]) -> ValueDecoder:
+        return ValueDecoder(tensors, self._held.__getitem__, self._take_in, self._copies.__getitem__)
 
     def _say(self, what: str, body: int | None, value: Any = None, **fields: Any) -> None:
         dtype = _HALF if self._opening.get("half") else None
@@ -177,7 +199,10 @@ class RunSession:
         if self._run is None:
             return _NO_RUN
         flow = flow_of(self._run)
+        if flow.parked is not self._stand:
+            self._moves, self._stand = self._moves + 1, flow.parked
         return {
+            "moves": self._moves,
             "index": flow.clock.index,
             "in_step": flow.clock.is_in_step,
             "outcome": flow.outcome,
@@ -192,27 +217,23 @@ class RunSession:
         return len(self._held) - 1 if known is None else known
 
     def _hand_out(self, tensor: torch.Tensor) -> dict[str, Any]:
-        """Give a tensor a number while the model stands where it is, so that the client can change it in place."""
+        """Number a tensor of which the client gets a copy."""
         if self._run is None or self._run_is_over():
             return {}
-        grad = self._opening["grad"]
-        stand = flow_of(self._run).parked
-        if stand is not self._stand and not grad:
-            self._handed.clear()
-            self._numbers.clear()
-        self._stand = stand
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        known = self._numbers.get(key)
-        if known is None or self._handed[known][0] is not tensor:
-            known = self._numbers[key] = self._number
-            self._number += 1
-        self._handed[known] = tensor, _version(tensor)
-        return {"number": known} | ({"grad": True} if grad and tensor.requires_grad else {})
+        has_gradient = self._opening["grad"] and tensor.requires_grad
+        return {"number": self._copies.sent(tensor)} | ({"grad": True} if has_gradient else {})
 
     def _take_in(self, tensor: torch.Tensor, data: Mapping[str, Any]) -> torch.Tensor:
-        """Note a tensor from the client through which gradients flow."""
-        if "source" in data and self._opening["grad"]:
-            self._sources[int(data["source"])] = tensor.requires_grad_()
+        """Return a tensor from the client where the model computes."""
+        return self._note(self._on_device(tensor), data)
+
+    def _note(self, tensor: torch.Tensor, data: Mapping[str, Any]) -> torch.Tensor:
+        """Note a tensor from the client, and whether gradients flow through it."""
+        if "number" in data and (self._run is not None or self._opening["method"] is not None):
+            number = data["number"]
+            if data.get("grad") and self._opening["grad"]:
+                self._sources[number] = tensor.requires_grad_()
+            self._copies.received(number, tensor)
         return tensor
 
     def _run_is_over(self) -> bool:
@@ -228,8 +249,10 @@ class RunSession:
     def _asked(self, op: Operation, decode: Callable[[Any], Any], part: str) -> Asked:
         if self._run is None:
             raise InputError(f"{op.path}: no run is open")
-        target = own_target(self._run, op.path)
-        target = target_of(self._points(op.path)) if target is None else target
+        target = self._targets.get(op.path)
+        if target is None:
+            target = own_target(self._run, op.path)
+            target = self._targets[op.path] = target_of(self._points(op.path)) if target is None else target
         if op.call < 0 or part not in ("input", "inputs", "output", "skip"):
             raise ProtocolError(f"{op.path} has no {part} of call {op.call}")
         selection = decode_selection(op.fields.get("selection"), decode, self._run)
@@ -240,25 +263,18 @@ class RunSession:
 
     def _do_assign(self, op: Operation, decode: Callable[[Any], Any]) -> None:
         asked = self._asked(op, decode, op.part)
-        flow_of(self._run).assign(asked, self._on_device(decode(op.value)), ClientsLine(op.where))
+        flow_of(self._run).assign(asked, decode(op.value), ClientsLine(op.where))
 
     def _do_skip(self, op: Operation, decode: Callable[[Any], Any]) -> None:
         asked = self._asked(op, decode, "skip")
-        flow_of(self._run).skip(asked, self._on_device(decode(op.value)), ClientsLine(op.where))
+        flow_of(self._run).skip(asked, decode(op.value), ClientsLine(op.where))
 
     def _do_write(self, op: Operation, decode: Callable[[Any], Any]) -> None:
-        """Change a tensor in place that was handed out."""
-        flow = flow_of(self._run)
-        tensor, version = self._handed.get(op.number, (None, 0))
-        if tensor is None or (flow.parked is not self._stand and not self._opening["grad"]):
-            raise order.edited_too_late(op.path, flow.where)
-        if _version(tensor) != version:
-            raise DiffsightError(
-                f"{op.path} was changed in place, and so was another part of the same tensor after it was read. Change "
-                "one part after the other, reading each before it is changed, or assign the whole"
-            )
-        tensor.copy_(decode(op.value))
-        self._handed[op.number] = tensor, _version(tensor)
+        """Change a tensor in place of which the client has changed its copy."""
+        self._copies.write(op.number, decode(op.value), op.path)
+
+    def _do_let_go(self, op: Operation, decode: Callable[[Any], Any]) -> None:
+        self._copies.let_go(op.numbers)
 
     def _do_follow(self, op: Operation, decode: Callable[[Any], Any]) -> None:
         asked = self._asked(op, decode, op.part)
@@ -283,7 +299,7 @@ class RunSession:
 
     def _do_call(self, op: Operation, decode: Callable[[Any], Any]) -> Any:
         """Call a named part of the model, outside the run or through its points."""
-        args, kwargs = self._on_device(decode(op.args)), self._on_device(decode(op.kwargs))
+        args, kwargs = decode(op.args), decode(op.kwargs)
         check_arguments(args, kwargs)
         part = self._points(op.path)
         if op.method:
@@ -298,9 +314,10 @@ class RunSession:
 
     def _do_backward(self, op: Operation, decode: Callable[[Any], Any]) -> dict[str, Any]:
         """Return the gradients of what was handed out and of what was assigned, given those of what was handed out."""
-        given = {number: self._on_device(decode(one)) for number, one in zip(op.numbers, op.gradients)}
-        outputs = [self._handed[number][0] for number in given]
-        handed = {number: tensor for number, (tensor, _) in self._handed.items() if tensor.requires_grad}
+        given = {number: decode(one) for number, one in zip(op.numbers, op.gradients)}
+        outputs = [self._copies[number] for number in given]
+        handed = {number: self._copies[number] for number in self._copies.numbers() if number >= 0}
+        handed = {number: tensor for number, tensor in handed.items() if tensor.requires_grad}
         inputs = [*handed.values(), *self._sources.values()]
         found = torch.autograd.grad(outputs, inputs, [*given.values()], retain_graph=True, allow_unused=True)
         own = [
@@ -316,13 +333,21 @@ class RunSession:
 
     def _do_finish(self, op: Operation, decode: Callable[[Any], Any]) -> dict[str, Any]:
         """Run the model to its end; return its result, and the error of assignments that it did not reach."""
-        flow = flow_of(self._run)
-        result, missed = flow.run_to_end(), None
+        flow, missed = flow_of(self._run), None
+        flow.run_on()
+        result = flow.run_to_end() if flow.has_result else None  # an edit may have stopped it
         try:
             flow.check_assignments()
         except Exception as error:
             missed = described(error)
-        return {"result": result, "missed": missed}
+        met = [edit.met for edit in self._edits]
+        return {
+            "result": result,
+            "has_result": flow.has_result,
+            "outcome": flow.outcome,
+            "missed": missed,
+            "met": met,
+        }
 
     def _do_find(self, op: Operation, decode: Callable[[Any], Any]) -> Any:
         return self._service(op.name)()
@@ -343,27 +368,39 @@ class RunSession:
         while True:
             message, tensors = unpack(self._receive())
             body, ops = operations(message)
+            if ops[-1].op == "close":
+                raise _Closed
             if body != number:
                 raise ProtocolError(f"it is the turn of body {number}, not of {body}")
             last = ops.pop() if ops[-1].op == "end_body" else None
             if ops:
-                self._answer(number, ops, tensors) if last is None else self._carry_out(ops, tensors)
+                if last is None:
+                    self._answer(number, ops, tensors)
+                else:
+                    self._carry_out(ops, self._decoder(tensors).decode)
             if last is not None:
                 if last.failed:
                     raise _BodyFailed(number)
                 return
 
-    def _carry_out(self, ops: list[Operation], tensors: Mapping[str, torch.Tensor]) -> None:
-        decoder = ValueDecoder(tensors, self._held.__getitem__, self._take_in)
+    def _carry_out(self, ops: list[Operation], decode: Callable[[Any], Any]) -> Any:
+        """Carry out operations and return what the last returns."""
+        value = None
         for op in ops:
-            getattr(self, f"_do_{op.op}")(op, decoder.decode)
+            try:
+                value = getattr(self, f"_do_{op.op}")(op, decode)
+            except Exception as error:
+                where = op.fields.get("where")  # of an assignment, which the client has passed by now
+                if where and line_of(error) is None:
+                    set_line(error, ClientsLine(where))
+                    error.add_note(f"(assigned at {where})")
+                raise
+        return value
 
-    def _on_device(self, value: Any) -> Any:
-        """A value with its tensors on the device of the model."""
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor on the device of the model."""
         device = getattr(owner_of(self._model), "device", None)
-        if not isinstance(device, torch.device) or device.type in ("cpu", "meta"):
-            return value
-        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), value)
+        return tensor.to(device) if isinstance(device, torch.device) and device.type != "meta" else tensor
 
 
 def error_frame(error: Exception) -> Frame:
@@ -376,7 +413,7 @@ def points_at(root: Envoy, path: str) -> Points:
 
     Raises PointNotFoundError if there is nothing."""
     found: Any = root
-    for name in path.replace("[", ".").replace("]", "").split(".") if path else ():
+    for name in filter(None, path.replace("[", ".").replace("]", "").split(".")):
         outer, found = found, inside(found, name)
         if found is None:
             where = outer.path if isinstance(outer, Points) else path
@@ -402,8 +439,3 @@ def check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
                 texts = texts if isinstance(texts, (list, tuple)) else [texts]
                 if any(isinstance(text, str) for text in texts):
                     raise InputError(f"{name}: a server opens no files or addresses. Pass the image itself")
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; 0 where PyTorch does not count."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -116,18 +116,23 @@ class ServedModel:
             return self._kept
         return self.address.connect(self.name, _LONGEST)
 
-    def release(self, connection: Connection) -> None:
-        """Take back the connection of a run that has ended."""
-        if connection is not self._kept:
-            connection.close()
-            return
-        self._is_busy = False
-        try:  # whatever is still to come belongs to that run
-            connection.send({"body": None, "do": [{"op": "close"}]}, {})
-            while connection.receive()[0]["say"] != "closed":
-                pass
+    def release(self, connection: Connection, is_broken: bool = False, is_over: bool = False) -> None:
+        """Take back the connection of a run that has ended here.
+
+        If it is still open on the server, wait until it has ended there too, so that nothing of it is left."""
+        is_kept = connection is self._kept
+        try:
+            if not is_broken and (is_kept or not is_over):  # whatever is still to come belongs to that run
+                connection.send({"body": None, "do": [{"op": "close"}]}, {})
+                while connection.receive()[0]["say"] != "closed":
+                    pass
         except RemoteError:
-            self._kept = None
+            is_broken = True
+        if is_kept:
+            self._is_busy = False
+            self._kept = None if is_broken else connection
+        if not is_kept or is_broken:
+            connection.close()
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -152,7 +157,7 @@ class ServedModel:
             connection.send({"body": None, "do": do}, encoder.tensors)
             reply, tensors = connection.receive()
         finally:
-            self.release(connection)
+            self.release(connection, is_over=True)
         if reply["say"] == "error":
             raise error_of(reply["error"])
         return ValueDecoder(tensors).decode(reply["value"])

@@ -7,9 +7,12 @@ becomes a `RemoteError` that names it.
 """
 
 import builtins
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from diffsight import errors
+from diffsight.engine.users_line import UsersLine, line_of, set_line
 from diffsight.remote.wire_values import ProtocolError
 
 
@@ -23,11 +26,18 @@ _PLAIN = (bool, int, float, str, type(None))
 def described(error: BaseException) -> dict[str, Any]:
     """Return an error as a message holds it."""
     args = list(error.args) if all(type(one) in _PLAIN for one in error.args) else [str(error)]
-    return {"kind": type(error).__name__, "args": args, "notes": list(getattr(error, "__notes__", ()))}
+    line, cause = line_of(error), error.__cause__
+    return {
+        "kind": type(error).__name__,
+        "args": args,
+        "notes": list(getattr(error, "__notes__", ())),
+        "line": line and str(line),
+        "cause": cause and described(cause),
+    }
 
 
-def error_of(data: dict[str, Any]) -> Exception:
-    """Return the error that a message describes."""
+def error_of(data: Mapping[str, Any], lines: Mapping[str, UsersLine] = MappingProxyType({})) -> Exception:
+    """Return the error that a message describes. `lines` are the lines that it may be about, by their text."""
     kind, args = data["kind"], data["args"]
     known = {"ProtocolError": ProtocolError, "RemoteError": RemoteError}.get(kind)
     found = known or getattr(errors, kind, None) or getattr(builtins, kind, None)
@@ -39,4 +49,7 @@ def error_of(data: dict[str, Any]) -> Exception:
         error = RemoteError(f"{kind}: {' '.join(map(str, args))}")
     for note in data["notes"]:
         error.add_note(note)
+    error.__cause__ = data["cause"] and error_of(data["cause"])
+    if data["line"] in lines:
+        set_line(error, lines[data["line"]])
     return error

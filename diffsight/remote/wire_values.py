@@ -57,7 +57,8 @@ class ValueEncoder:
 
     Args:
         hold: Keeps an object that cannot be sent and returns its number. None if there is no such place.
-        hand_out: Returns what else to say about a tensor that is sent, such as the number by which it is known.
+        hand_out: Returns what else to say about a tensor that is sent, such as the number by which it is known. If it
+            returns {"$shared": number}, the tensor is not sent: the receiver has it.
         dtype: Send floating-point tensors in this type.
 
     Attributes:
@@ -92,6 +93,10 @@ class ValueEncoder:
         if isinstance(value, Mapping):
             return self._mapping(value)
         return self._special(value)
+
+    def encode_data(self, tensor: torch.Tensor) -> dict[str, Any]:
+        """Return a tensor as JSON stores it, without what `hand_out` says of it."""
+        return self._sent(tensor, {})
 
     def _special(self, value: Any) -> Any:
         if isinstance(value, (slice, range)):
@@ -143,6 +148,9 @@ class ValueEncoder:
             kind = "meta tensor" if tensor.is_meta else "quantized or sparse tensor"
             raise InputError(f"a {kind} cannot be sent: send one with its data, such as .to_dense()")
         more = self._hand_out(tensor) if self._hand_out is not None else {}
+        return dict(more) if "$shared" in more else self._sent(tensor, more)
+
+    def _sent(self, tensor: torch.Tensor, more: Mapping[str, Any]) -> dict[str, Any]:
         sent = tensor.detach()
         if self._dtype is not None and sent.is_floating_point() and sent.element_size() > self._dtype.itemsize:
             more = {**more, "dtype": str(sent.dtype).removeprefix("torch.")}
@@ -162,6 +170,7 @@ class ValueDecoder:
         tensors: The tensors that came with it, by name.
         held: Returns the object that was kept under a number. None makes a `Held` of it.
         received: Called with every tensor and what was said about it; returns the tensor to use.
+        shared: Returns the tensor of a number, which was not sent since it is here.
     """
 
     def __init__(
@@ -169,8 +178,9 @@ class ValueDecoder:
         tensors: Mapping[str, torch.Tensor],
         held: Callable[[int], Any] | None = None,
         received: Callable[[torch.Tensor, Mapping[str, Any]], torch.Tensor] | None = None,
+        shared: Callable[[int], torch.Tensor] | None = None,
     ) -> None:
-        self._tensors, self._held, self._received = tensors, held, received
+        self._tensors, self._held, self._received, self._shared = tensors, held, received, shared
 
     def decode(self, data: Any) -> Any:
         """Return the value that was encoded as `data`.
@@ -221,6 +231,8 @@ class ValueDecoder:
                 return _dtype(inner)
             case "$device":
                 return torch.device(inner)
+            case "$shared" if self._shared is not None:
+                return self._shared(inner)
             case "$held":
                 number, name = inner
                 return Held(number, name) if self._held is None else self._held(number)

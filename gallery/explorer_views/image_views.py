@@ -7,7 +7,14 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from diffsight.gallery.explorer_views.workbench import Workbench, archive_of, code_of, reporting
+from diffsight.gallery.explorer_views.shared_models import (
+    Workbench,
+    archive_of,
+    code_of,
+    job_of,
+    reporting,
+    whole_numbers,
+)
 from diffsight.lenses import attention_maps, diffusion_lens, encoder_patching, trajectory_lens
 from diffsight.pipelines.diffusion.model import DiffusionModel
 
@@ -103,7 +110,7 @@ def add_image_views(bench: Workbench) -> None:
     """Add the views to the app, with what they all ask for above them."""
     with gr.Row():
         prompt = gr.Textbox(PROMPT, label="Prompt", scale=3, min_width=300)
-        model = gr.Dropdown(bench.names, value=bench.names[0], label="Model", scale=2)
+        model = gr.Dropdown(bench.names, value=bench.names[0], label="Model", scale=2, min_width=220)
         seed = gr.Number(0, label="Seed", precision=0, minimum=0)
         steps = gr.Number(10, label="Steps", precision=0, minimum=1)
     with gr.Tabs():
@@ -116,14 +123,16 @@ def _add_view(bench: Workbench, view: ImageView, shared: list[Any]) -> None:
     result = gr.State()
     gr.Markdown(view.question)
     with gr.Row():
-        asked = [gr.Textbox(example, label=label) for label, example in view.asks]
+        asked = [gr.Textbox(example, label=label, min_width=240) for label, example in view.asks]
     with gr.Row():
         draw, stop = gr.Button("Draw", variant="primary"), gr.Button("Stop")
     if view.has_words:
         chosen: Any = gr.Radio([], label="Word", type="index")
     else:
-        chosen = gr.Slider(0, 1, 0, step=1, label=view.title, interactive=True)
-    pictures = gr.Gallery(label="Images", columns=4, fit_columns=False, format="png")
+        chosen = gr.Slider(0, 1, 0, step=1, label=view.title, interactive=True, elem_classes="places")
+    pictures = gr.Gallery(
+        label="Images", columns=4, fit_columns=False, format="png", height="auto", elem_classes="pictures"
+    )
     with gr.Accordion("As code", open=False):
         code = gr.Code(language="python", label="Copy as code", interactive=False)
     save = gr.DownloadButton("Save", interactive=False)
@@ -134,13 +143,14 @@ def _add_view(bench: Workbench, view: ImageView, shared: list[Any]) -> None:
         progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008
         prompt: str = "",
         name: str = "",
-        seed: int = 0,
-        steps: int = 1,
+        seed: int | None = None,
+        steps: int | None = None,
         *others: str,
     ) -> Any:
+        seed, steps = whole_numbers(Seed=seed, Steps=steps)
         model = bench.model(name)
-        with bench.work(request.session_hash or "", model):
-            made = view.make(model, prompt, {"seed": int(seed), "num_inference_steps": int(steps)}, *others)
+        with bench.work(job_of(request, view.title), model):
+            made = view.make(model, prompt, {"seed": seed, "num_inference_steps": steps}, *others)
         names = list(view.names(made))
         if view.has_words:
             chooser = gr.Radio(names, value=names[0])
@@ -156,6 +166,9 @@ def _add_view(bench: Workbench, view: ImageView, shared: list[Any]) -> None:
         place = min(int(place), len(names) - 1)
         return view.pictures(made, place), gr.skip() if view.has_words else gr.Slider(label=names[place])
 
+    def halt(request: gr.Request) -> None:
+        bench.stop(job_of(request, view.title))
+
     event = draw.click(run, [*shared, *asked], [result, chosen, pictures, code, save], **_FULL)
-    stop.click(bench.stop, cancels=[event], queue=False)
+    stop.click(halt, cancels=[event], queue=False)
     chosen.input(show, [result, chosen], [pictures, chosen], show_progress="hidden")

@@ -9,7 +9,14 @@ from typing import Any
 import gradio as gr
 import torch
 
-from diffsight.gallery.explorer_views.workbench import Workbench, archive_of, code_of, reporting
+from diffsight.gallery.explorer_views.shared_models import (
+    Workbench,
+    archive_of,
+    code_of,
+    job_of,
+    reporting,
+    whole_numbers,
+)
 from diffsight.lenses import logit_lens, steer
 from diffsight.lenses.results.token_plots import visible
 from diffsight.pipelines.language.model import LanguageModel
@@ -38,7 +45,7 @@ def add_language_views(bench: Workbench) -> None:
     """Add the views to the app, with what they all ask for above them."""
     with gr.Row():
         prompt = gr.Textbox(PROMPT, label="Prompt", scale=3, min_width=300)
-        model = gr.Dropdown(bench.names, value=bench.names[0], label="Model", scale=2)
+        model = gr.Dropdown(bench.names, value=bench.names[0], label="Model", scale=2, min_width=220)
     with gr.Tabs():
         with gr.Tab("Logit lens"):
             _add_logit_lens(bench, prompt, model)
@@ -73,7 +80,7 @@ def _add_logit_lens(bench: Workbench, prompt: gr.Textbox, model: gr.Dropdown) ->
         progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008
     ) -> Any:
         model = bench.model(name)
-        with bench.work(request.session_hash or "", model):
+        with bench.work(job_of(request, "Logit lens"), model):
             made = logit_lens(model, prompt)
         rows = [[str(layer), *map(visible, words)] for layer, words in zip(made.layers, made.words[0])]
         shown = gr.Dataframe(value=rows[::-1], headers=["layer", *map(visible, made.inputs[0])])
@@ -87,8 +94,11 @@ def _add_logit_lens(bench: Workbench, prompt: gr.Textbox, model: gr.Dropdown) ->
         ids, shares = made.ids[0, layer, position].tolist(), made.probabilities[0, layer, position].tolist()
         return {f"{made.texts[token]!r}": share for token, share in zip(ids, shares)}
 
+    def halt(request: gr.Request) -> None:
+        bench.stop(job_of(request, "Logit lens"))
+
     event = read.click(run, [prompt, model], [result, table, code, save], **_FULL)
-    stop.click(bench.stop, cancels=[event], queue=False)
+    stop.click(halt, cancels=[event], queue=False)
     table.select(show, result, likeliest, show_progress="hidden")
 
 
@@ -102,7 +112,7 @@ def _add_steering(bench: Workbench, prompt: gr.Textbox, model: gr.Dropdown) -> N
     factor = gr.Slider(-4, 4, 1, step=0.25, label="Factor")
     write, stop = _buttons("Write")
     with gr.Row():
-        plain, steered = gr.Textbox(label="Without", lines=3), gr.Textbox(label="Steered", lines=3)
+        plain, steered = (gr.Textbox(label=label, lines=3, min_width=260) for label in ("Without", "Steered"))
     code, save = _code_and_save()
 
     @reporting
@@ -111,14 +121,15 @@ def _add_steering(bench: Workbench, prompt: gr.Textbox, model: gr.Dropdown) -> N
         name: str,
         towards: str,
         away: str,
-        layer: int,
-        tokens: int,
+        layer: int | None,
+        tokens: int | None,
         factor: float,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(track_tqdm=True),  # noqa: B008
     ) -> Any:
-        model, layer, tokens = bench.model(name), int(layer), int(tokens)
-        with bench.work(request.session_hash or "", model):
+        layer, tokens = whole_numbers(Layer=layer, Tokens=tokens)
+        model = bench.model(name)
+        with bench.work(job_of(request, "Steering"), model):
             direction = _state(model, towards, layer) - _state(model, away, layer)
             models = model, steer(model, layer, direction, factor=factor)
             texts = [one.generate(prompt, max_new_tokens=tokens, do_sample=False).text for one in models]
@@ -128,10 +139,12 @@ def _add_steering(bench: Workbench, prompt: gr.Textbox, model: gr.Dropdown) -> N
         archive = _archive({**settings, "without": texts[0], "steered": texts[1]}, written)
         return *texts, written, gr.DownloadButton(value=archive, interactive=True)
 
+    def halt(request: gr.Request) -> None:
+        bench.stop(job_of(request, "Steering"))
+
     asked = [prompt, model, towards, away, layer, tokens, factor]
-    event = write.click(run, asked, [plain, steered, code, save], **_FULL)
-    factor.release(run, asked, [plain, steered, code, save], **_FULL)
-    stop.click(bench.stop, cancels=[event], queue=False)
+    events = [start(run, asked, [plain, steered, code, save], **_FULL) for start in (write.click, factor.release)]
+    stop.click(halt, cancels=events, queue=False)
 
 
 def _state(model: LanguageModel, text: str, layer: int) -> torch.Tensor:

@@ -98,7 +98,7 @@ class Conversation:
             while True:
                 frame = await self._socket.receive()
                 if self._frames.qsize() >= _WAITING:
-                    raise ProtocolError("one question at a time: the answer to the last is not there yet")
+                    raise ProtocolError("send one request at a time: the previous one has not been answered yet")
                 self._frames.put(frame)
         except Closed:
             self._interrupt(None)
@@ -113,7 +113,7 @@ class Conversation:
                 self._session.serve()
             except RunEnded:
                 self._session.close()
-            except Exception as error:  # a bug, of which the client learns no more than that
+            except Exception as error:  # a bug; the client is told only the type of the exception
                 _log.exception("run %s failed", self._name)
                 self._why = self._why or RemoteError(f"the server failed with {type(error).__name__}; its log says why")
 

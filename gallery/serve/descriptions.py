@@ -34,7 +34,9 @@ def description(name: str, model: Any) -> dict[str, Any]:
         raise InputError(f"{name}: a server has pipelines and language models, and no {kind}")
     found: dict[str, Any] = {"name": name, "kind": kind, "tree": repr(model)}
     names = {} if kind == "DiffusionModel" else (model.loaded_from or {}).get("names") or {}
-    return found | {"names": dict(names), "services": sorted(services_of(model))}
+    encoders = model.encoders if kind == "DiffusionModel" else {}
+    texts = {name: str(encoder) for name, encoder in encoders.items()}
+    return found | {"names": dict(names), "encoders": texts, "services": sorted(services_of(model))}
 
 
 def _save_pipeline(pipeline: Any, folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.attention.word_keys import WordKeys
+from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.pipelines.diffusion.attention import Attention
 from diffsight.pipelines.diffusion.model import DiffusionModel
 
@@ -57,7 +58,7 @@ class Concepts:
         encoder = encoder or [name for name in joint[0].text if _argument(name) in model.argument_names][-1]
         text, argument = " ".join(named), _argument(encoder)
         self._words = WordKeys(model, prompt, named, encoder, arguments, (argument, text))
-        self.arguments = {"prompt": [prompt, prompt], **arguments, argument: [prompt, text]}
+        self.arguments = {**for_each_row(arguments, 2), "prompt": [prompt, prompt], argument: [prompt, text]}
         self.names = self._words.names
 
     def tokens(self, attention: Attention) -> list[list[int]]:

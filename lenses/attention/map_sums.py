@@ -12,7 +12,7 @@ from diffsight.pipelines.diffusion.attention import Attention
 
 
 class MapSums:
-    """Sums of maps, one for each group and size."""
+    """Sums of maps, one for each group and size. They stay on the device of the model until their mean is asked for."""
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
@@ -24,20 +24,21 @@ class MapSums:
         return tuple(self._sums)
 
     def add(self, group: str, attention: Attention, values: torch.Tensor) -> None:
-        """Add the maps of one product, (words, positions of the image)."""
-        maps = values.detach().float().cpu().unflatten(-1, attention.grid)
+        """Add the maps of one product, (words, positions of the image) in float32."""
         sums = self._sums.setdefault(group, {})
-        if attention.grid in sums:
-            sums[attention.grid] += maps
+        known = sums.get(attention.grid)
+        if known is None:
+            sums[attention.grid] = values.detach().clone()
         else:
-            sums[attention.grid] = maps.clone()
+            known += values.to(known.device)
         self._counts[group] = self._counts.get(group, 0) + 1
 
     def mean(self, group: str | None = None) -> torch.Tensor:
         """Return the mean of the maps of a group, or of all, (words, rows, columns), with frames before the rows."""
         groups = self.groups if group is None else (group,)
         size = max((grid for one in self._sums.values() for grid in one), key=lambda grid: grid[-1])
-        total = sum(_resized(maps, size) for one in groups for maps in self._sums[one].values())
+        kept = (maps for one in groups for maps in self._sums[one].items())
+        total = sum(_resized(maps.cpu().unflatten(-1, grid), size) for grid, maps in kept)
         return total / sum(self._counts[one] for one in groups)
 
 

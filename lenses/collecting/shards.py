@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from diffsight.errors import InputError
 from diffsight.lenses.collecting.image_collection import Vectors
 from diffsight.lenses.collecting.point_activations import PointActivations
-from diffsight.lenses.results.saving import as_json, check_writable, write_record
+from diffsight.lenses.results.record import as_json, write_record
+from diffsight.lenses.results.saving import check_writable
 
 INDEX = "activations.json"
 _UNFINISHED = "unfinished.json"

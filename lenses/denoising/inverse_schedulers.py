@@ -61,8 +61,8 @@ def inverse_of(scheduler: Any, fixed_point: int = 0) -> Any:
 class FlowInverseScheduler(FlowMatchEulerDiscreteScheduler):
     """Euler's method for a rectified flow, from the image to the noise.
 
-    `repeats` is the number of times that each timestep comes. Once: it is the one at which the step begins; several
-    times: the one at which it ends."""
+    `repeats` is how often each timestep occurs. If it is 1, a step uses the timestep at which it begins; otherwise, the
+    one at which it ends."""
 
     repeats = 1
 

@@ -32,6 +32,12 @@ def check_call(
             raise InputError(f"{lens} draws one image in each row: omit {name}")
 
 
+def check_pooled(pooled: Any) -> None:
+    """Check the argument `pooled` of lenses that draw from layers."""
+    if pooled not in ("layer", "full"):
+        raise InputError(f'pooled must be "layer" or "full", not {pooled!r}')
+
+
 def check_diffusion_model(lens: str, model: Any) -> None:
     """Check that `model` is a pipeline with a text encoder."""
     if not isinstance(model, DiffusionModel):

@@ -9,14 +9,13 @@ pooling and the projections after the layers run as usual for every row. Other r
 those of the negative prompt, get what was read for them.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
-from diffsight.lenses.encoders.drawing import calls_in, repeated, rows_of_call, with_state
+from diffsight.lenses.encoders.drawing import Rows, calls_in, with_state
 from diffsight.lenses.layers import Layer, state_of
 from diffsight.pipelines.diffusion.encoder_calls import EncoderCall
 from diffsight.pipelines.diffusion.encoding import EncodingRecord
@@ -32,7 +31,7 @@ class Exits:
     Args:
         model: The pipeline.
         encoder: The text encoder that the rows leave.
-        reading: What the text encoders did for the prompt.
+        reading: What the text encoders did for the prompts.
         norm: Apply the final norm to hidden states that the pipeline uses without it.
         pooled: "layer" for the pooled vector of the layer, "full" for that of the whole encoder.
     """
@@ -43,11 +42,11 @@ class Exits:
     norm: bool
     pooled: str
 
-    def leave(self, run: DiffusionRun, layers: Sequence[Layer]) -> None:
+    def leave(self, run: DiffusionRun, layers: Rows[Layer]) -> None:
         """Skip the encoder's layers in all calls of a run: their outputs are known."""
         reading, part = self.reading.encoders[self.encoder.name], run[self.encoder.name]
-        for number, call in calls_in(run, reading, len(layers)):
-            rows = _Rows(call, layers)
+        for number, call in calls_in(run, reading, layers):
+            rows = _Exited(call, layers)
             last = rows.outputs(self.encoder.count - 1)
             for index, layer in enumerate(part.layers):
                 state = last
@@ -75,11 +74,11 @@ class Exits:
         return output[int(name)] if name.isdigit() else output[name]
 
 
-class _Rows:
-    """The rows of one call of the encoder, with `layers` for each row of the prompt."""
+class _Exited:
+    """The rows of one call of the encoder, each with the layer at which it leaves."""
 
-    def __init__(self, call: EncoderCall, layers: Sequence[Layer]) -> None:
-        self.call, self.exits = call, layers
+    def __init__(self, call: EncoderCall, rows: Rows[Layer]) -> None:
+        self.call, self.rows = call, rows
 
     @torch.no_grad()
     def outputs(self, layer: int, norm: Any = None) -> torch.Tensor:
@@ -88,14 +87,14 @@ class _Rows:
         A row that left before, or here, has the output of the layer at which it left, through `norm` if there is
         one."""
         output = self.call.hidden(layer)
-        rows = repeated(output, len(output), len(self.exits))
-        for place, row, left in rows_of_call(self.call, self.exits):
-            has_left = state_of(left) <= state_of(layer)
-            state = self.call.hidden(left if has_left else layer)[row]
-            rows[place] = norm(state) if norm is not None and has_left else state
-        return rows
+        outputs = self.rows.spread(output, len(output))
+        for place, row, left in self.rows.of_call(self.call):
+            if state_of(left) <= state_of(layer):
+                state = self.call.hidden(left)[row]
+                outputs[place] = state if norm is None else norm(state)
+        return outputs
 
     def restore(self, vectors: torch.Tensor, full: torch.Tensor) -> None:
         """Write the vectors of the whole encoder, (rows, features), into those of the rows that left it."""
-        for place, row, _ in rows_of_call(self.call, self.exits):
+        for place, row, _ in self.rows.of_call(self.call):
             vectors[place] = full[row]

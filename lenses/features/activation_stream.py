@@ -1,10 +1,10 @@
 """The vectors at a point of a model for many prompts, in shuffled batches, with only a buffer of them in memory.
 
-A vector is a token of a sequence, or a position of a feature map (batch, channels, height, width).
+A vector is a token of a sequence, a patch of an image, or a position of a feature map (batch, channels, height, width).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from diffsight.pipelines.diffusion.components import text_encoder_names
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.vision_language.model import VisionLanguageModel
 
 Refill = Callable[[int], tuple[torch.Tensor, int]]
 
@@ -63,7 +64,8 @@ class PointValues:
     """The values at a point for some prompts.
 
     Attributes:
-        steps: (prompts, ..., width) for each denoising step, or once where there are none.
+        steps: (prompts, ..., width) for each denoising step, or once where there are none; in a vision tower,
+            (images, ..., width) or (patches, width).
         tokens: The ids of the tokens, (prompts, tokens), for a point in a text encoder or a language model.
         mask: Which of the tokens are no padding, (prompts, tokens). Default: all.
     """
@@ -117,15 +119,38 @@ class PointReader:
         elif self.steps is not None:
             raise InputError("steps are those of a denoiser: omit them for a language model")
 
+    @property
+    def is_in_vision_tower(self) -> bool:
+        """Whether the vectors are those of images, in a vision-language model."""
+        return isinstance(self.model, VisionLanguageModel) and self.model.is_in_vision(self.point)
+
+    def of_part(self, start: int, size: int, count: int) -> "PointReader":
+        """Return a reader for `size` of `count` prompts from `start` on, with the images that belong to them."""
+        images = (self.arguments or {}).get("images")
+        if not isinstance(images, (list, tuple)) or len(images) != count:
+            return self
+        return replace(self, arguments={**self.arguments, "images": list(images[start : start + size])})
+
     @torch.no_grad()
     def read(self, prompts: Sequence[str], seed: int = 0) -> "PointValues":
-        """Return the values for some prompts."""
+        """Return the values for some prompts.
+
+        Raises:
+            InputError: The point of a language model has no vector for each token.
+        """
         arguments = dict(self.arguments or {})
         if not isinstance(self.model, DiffusionModel):
             with self.model.trace(list(prompts), **arguments) as run:
                 tokens, mask = run.tokens, run.mask.bool()
-                values = value_at(run[self.point], self.of)
+                values = channels_last(value_at(run[self.point], self.of))
                 run.stop()
+            if self.is_in_vision_tower:
+                return PointValues([values])
+            if values.shape[:-1] != tokens.shape:
+                raise InputError(
+                    f"{self.point} has no vector for each token: its shape is {tuple(values.shape)} for "
+                    f"{tuple(tokens.shape)} tokens. Choose another point"
+                )
             return PointValues([values], tokens, mask)
         with progress_bar(self.model.pipeline, disable=True):
             if self.is_in_denoiser:
@@ -154,7 +179,8 @@ class PointReader:
         def refill(position: int) -> tuple[torch.Tensor, int]:
             start = position % len(prompts)
             part = prompts[start : start + batch_size]
-            return self.read(part, seed=position).vectors(), position + len(part)
+            reader = self.of_part(start, len(part), len(prompts))
+            return reader.read(part, seed=position).vectors(), position + len(part)
 
         return refill
 

@@ -1,14 +1,10 @@
-"""The files of sparse autoencoders: SAELens's folder, which is also ours, and those of other projects.
+"""The files of sparse autoencoders: SAELens's folder, which is also ours. `other_sae_files` reads those of others.
 
-    cfg.json, sae_weights.safetensors       SAELens: W_enc, b_enc, W_dec, b_dec, threshold
-    config.json, ae.pt                      dictionary_learning: encoder.weight, decoder.weight, ...
-    config.json, state_dict.pth             sdxl-unbox: latent_bias, pre_bias, encoder.weight, decoder.weight
-
-Files of PyTorch are read with `weights_only=True`, which does not execute code.
+cfg.json                    the architecture, the sizes, and in `metadata` the point
+sae_weights.safetensors     W_enc, b_enc, W_dec, b_dec, threshold
 """
 
 import json
-import pickle
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffsight.errors import InputError
+from diffsight.lenses.features.other_sae_files import OTHERS, checked, read_json
 from diffsight.lenses.results.saving import save_files
 from diffsight.pipelines.hub_access import hub_access
 
@@ -62,17 +59,16 @@ def read_sae(source: str | Path, subfolder: str | None = None) -> tuple[dict[str
     """Return the arguments and the state of the SAE in a folder, a packaged name or a hub id."""
     folder = _folder(source, subfolder)
     try:
+        for file, read in OTHERS.items():
+            if (folder / file).is_file():
+                return checked(*read(folder))
         if (folder / "cfg.json").is_file():
-            return _of_saelens(_json(folder / "cfg.json"), load_file(folder / "sae_weights.safetensors"))
-        if (folder / "ae.pt").is_file():
-            return _of_dictionary_learning(_json(folder / "config.json"), _torch_file(folder / "ae.pt"))
-        if (folder / "state_dict.pth").is_file():
-            return _of_unbox(_json(folder / "config.json"), _torch_file(folder / "state_dict.pth"))
+            return checked(*_of_saelens(read_json(folder / "cfg.json"), load_file(folder / "sae_weights.safetensors")))
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"the SAE in {folder} cannot be read: {type(error).__name__}: {error}") from error
-    raise InputError(f"{folder} has no SAE: there is neither cfg.json nor ae.pt nor state_dict.pth in it")
+    raise InputError(f"{folder} has no SAE: there is neither cfg.json nor {' nor '.join(OTHERS)} in it")
 
 
 def _folder(source: str | Path, subfolder: str | None) -> Path:
@@ -92,20 +88,6 @@ def _folder(source: str | Path, subfolder: str | None) -> Path:
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
             raise InputError(f"{source} is neither a folder nor an SAE on the hub: {error}") from None
     return folder / subfolder if subfolder else folder
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _torch_file(path: Path) -> Mapping[str, torch.Tensor]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} holds more than tensors, and reading it could execute code, so it is not read. Convert it where "
-            "you trust it: safetensors.torch.save_file(module.state_dict(), 'sae_weights.safetensors')"
-        ) from error
 
 
 def _of_saelens(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
@@ -128,51 +110,4 @@ def _of_saelens(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) 
         state["threshold"] = tensors["threshold"].float()
     if not config.get("apply_b_dec_to_input", True):
         state["encoder_bias"] = state["encoder_bias"] + state["decoder_bias"] @ state["encoder"]
-    return _complete(arguments | {"k": config.get("k")}, state)
-
-
-def _of_dictionary_learning(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
-    trainer = config.get("trainer", config)
-    name = trainer.get("dict_class", "AutoEncoder")
-    point = trainer.get("submodule_name")
-    if name in ("AutoEncoderTopK", "BatchTopKSAE"):
-        state = {
-            "encoder": tensors["encoder.weight"].T,
-            "encoder_bias": tensors["encoder.bias"],
-            "decoder": tensors["decoder.weight"].T,
-            "decoder_bias": tensors["b_dec"],
-        }
-        if name == "BatchTopKSAE" or float(tensors.get("threshold", -1)) > 0:
-            state["threshold"] = tensors["threshold"].expand(len(tensors["encoder.bias"]))
-            return _complete({"kind": "jumprelu", "k": None, "point": point}, state)
-        return _complete({"kind": "topk", "k": int(tensors["k"]), "point": point}, state)
-    if name == "AutoEncoder":
-        state = {
-            "encoder": tensors["encoder.weight"].T,
-            "encoder_bias": tensors["encoder.bias"],
-            "decoder": tensors["decoder.weight"].T,
-            "decoder_bias": tensors["bias"],
-        }
-        return _complete({"kind": "relu", "k": None, "point": point}, state)
-    raise InputError(f"SAEs of the class {name} of dictionary_learning are not supported")
-
-
-def _of_unbox(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
-    state = {
-        "encoder": tensors["encoder.weight"].T,
-        "encoder_bias": tensors["latent_bias"],
-        "decoder": tensors["decoder.weight"].T,
-        "decoder_bias": tensors["pre_bias"],
-    }
-    return _complete({"kind": "topk", "k": int(config["k"]), "of": "difference"}, state)
-
-
-def _complete(arguments: dict[str, Any], state: Mapping[str, torch.Tensor]) -> tuple[dict, dict]:
-    """Return the arguments and the state, after a check that their shapes fit."""
-    width, features = state["encoder"].shape
-    shapes = {"encoder_bias": (features,), "decoder": (features, width), "decoder_bias": (width,)}
-    for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
-            raise InputError(f"the SAE is damaged: {name} has the shape {tuple(state[name].shape)}, not {shape}")
-    own = {"width": width, "features": features, **arguments}
-    return own, {name: tensor.float().contiguous() for name, tensor in state.items()}
+    return arguments | {"k": config.get("k")}, state

@@ -112,7 +112,7 @@ class DenoiserRows:
         """Run all prompts without a change, and find out in which order the model comes to points.
 
         Raises:
-            InputError: The model does not come to one of the points.
+            InputError: The model does not reach one of the points.
         """
         log, denoisers, latents = _Log(), [], []
         with progress_bar(self._model.pipeline, disable=True), self.open(self._prompts) as run:
@@ -261,7 +261,7 @@ class _Log:
         self._passages: dict[int | None, list[_Passage]] = {}
 
     def see(self, point: str, value: Any) -> None:
-        """Note that the model comes to a point."""
+        """Note that the model reaches a point."""
         number, shape = self._seen[self.step, point], tensor_in(value).shape
         self._seen[self.step, point] += 1
         done = self.denoised[self.step :] if self.step is not None else []

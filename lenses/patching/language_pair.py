@@ -171,7 +171,7 @@ def run_side(side: LanguageSide, metric: Metric, points: Sequence[str] = (), sta
         states: Whether to keep the hidden states between the layers.
 
     Raises:
-        InputError: The model does not come to one of the points.
+        InputError: The model does not reach one of the points.
     """
     values: dict[str, torch.Tensor] = {}
     between = []

@@ -1,4 +1,4 @@
-"""Attribution of one pair of prompts: what patching would do to first order, for all sites from one backward pass.
+"""Attribution for one pair of prompts: what patching would do at every site, to first order, from one backward pass.
 
     attribute_pair(pairs, 0, qk_correction=False)           # Swept: an estimate for each site and column
 
@@ -21,7 +21,7 @@ from diffsight.lenses.metrics.outcome import Metric, Outcome
 from diffsight.lenses.patching.language_pair import LanguagePair, Passed, check_values, run_side
 from diffsight.lenses.patching.language_pairs import LanguagePairs, Swept
 from diffsight.lenses.sites.site import Site
-from diffsight.pipelines.attention.attention_product import AttentionProduct
+from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
 
 _CORRECTED = ("q", "k")
 PASSES = 2  # forward passes for each pair
@@ -54,7 +54,7 @@ def attribute_pair(pairs: LanguagePairs, number: int, qk_correction: bool, sourc
         source: The run of its source, if there has been one.
 
     Raises:
-        InputError: The model does not come to a site, or the metric has no gradient.
+        InputError: The model does not reach a site, or the metric has no gradient.
     """
     pair = pairs.pairs[number]
     corrected = {site.module for site in pairs.sites if qk_correction and site.value in _CORRECTED}

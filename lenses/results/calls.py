@@ -19,6 +19,7 @@ import torch
 from diffsight.lenses.results.call_values import ArgumentEncoder, source_of
 from diffsight.lenses.results.literals import literal
 from diffsight.lenses.results.model_records import ModelRecord
+from diffsight.pipelines.argument_types import check_types
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
 _NOT_RECORDED = ("progress",)  # it changes nothing in the result
@@ -66,13 +67,17 @@ class Call:
 
 
 def repeatable(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a lens record its call in the result that it returns, as `result.call`."""
+    """Let a lens record its call in the result that it returns, as `result.call`.
+
+    Its options that are True or False are checked before it runs."""
     signature = inspect.signature(function)
+    flags = [name for name, parameter in signature.parameters.items() if parameter.annotation is bool]
 
     @wraps(function)
     def lens(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         args = tuple(list(value) if isinstance(value, Iterator) else value for value in args)
         kwargs = {name: list(value) if isinstance(value, Iterator) else value for name, value in kwargs.items()}
+        check_types(function, **{name: kwargs[name] for name in flags if name in kwargs})
         result = function(*args, **kwargs)
         return replace(result, call=_call_of(function, len(args), signature.bind(*args, **kwargs)))
 

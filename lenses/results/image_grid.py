@@ -256,6 +256,8 @@ def _string(name: str, text: str | None) -> str:
 
 
 def _listed(name: str, items: Iterable, each: str, needed: int | None = None) -> list:
+    if callable(getattr(items, "grid", None)):
+        raise TypeError(f"{name} has type {type(items).__name__}, which has a grid of its own: write result.grid()")
     if isinstance(items, str | Image.Image) or not isinstance(items, Iterable):
         kind = type(items).__name__
         raise TypeError(f"{name} has type {kind}: write a list with one item for each {each}")

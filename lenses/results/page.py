@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import colormaps
 from PIL import Image
 
-from diffsight.lenses.results.saving import as_json, versions
+from diffsight.lenses.results.record import as_json, versions
 from diffsight.lenses.results.sections import (
     CurveSection,
     HeatMapSection,
@@ -28,7 +28,7 @@ from diffsight.lenses.results.sections import (
     Section,
     TableSection,
 )
-from diffsight.lenses.results.settings import settings_of
+from diffsight.lenses.results.shown_settings import settings_of
 
 _WIDTH, _HEIGHT = 640, 280  # of a plot of curves, in pixels
 _DASHES = ("", "7 4", "2 3", "9 3 2 3")

@@ -3,12 +3,16 @@
 result = logit_lens(model, "The Eiffel Tower is in the city of")
 print(result)                   # tables in a terminal
 result                          # in a notebook: the page
+result.show()                   # the page, in a web browser
 result.save("lens")             # the record as JSON, the page, and the other files
 result.save("lens.png")         # one image
 result.to_html("lens.html")     # the page alone
 """
 
 import io
+import sys
+import tempfile
+import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,12 +23,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffsight.errors import InputError
+from diffsight.errors import InputError, suggest
 from diffsight.lenses.results.calls import Call
 from diffsight.lenses.results.page import framed, page_of
-from diffsight.lenses.results.saving import HTML, check_file, expanded, names_a_file, save_files, write_record
+from diffsight.lenses.results.record import with_call, write_record
+from diffsight.lenses.results.saving import HTML, check_file, expanded, names_a_file, save_files
 from diffsight.lenses.results.sections import ImageSection, Section
-from diffsight.lenses.results.settings import subject_of
+from diffsight.lenses.results.shown_settings import subject_of
 from diffsight.lenses.results.terminal import lines_of, text_of
 
 if TYPE_CHECKING:
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 
 PAGE = "page.html"
 ARGUMENTS = "arguments.safetensors"
+_OTHER_NAMES = {"to_dict": "record", "to_json": "record", "display": "show", "view": "show", "code": "call"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,11 @@ class LensResult:
             check_file(path)
             write = self._write_page if path.suffix.lower() == HTML else self._write_image
             return save_files(path.parent, {path.name: write})
-        files = {self.record_file: partial(write_record, self._whole_record()), PAGE: self._write_page, **self.files()}
+        files = {
+            self.record_file: partial(write_record, with_call(self.record(), self.call)),
+            PAGE: self._write_page,
+            **self.files(),
+        }
         if self.call is not None and self.call.tensors:
             files[ARGUMENTS] = partial(save_file, dict(self.call.tensors))
         return save_files(path, files)
@@ -105,6 +115,16 @@ class LensResult:
         check_file(path)
         return save_files(path.parent, {path.name: self._write_page})[0]
 
+    def show(self) -> None:
+        """Show the page: below the cell of a notebook, elsewhere in a web browser. Without one, print the result."""
+        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        if hasattr(shell, "kernel"):
+            from IPython.display import display
+
+            display(self)
+        elif not webbrowser.open(self.to_html(Path(tempfile.mkdtemp()) / PAGE).as_uri()):
+            print(self)
+
     def __str__(self) -> str:
         return text_of(self._heading(), self.record(), self.sections())
 
@@ -121,17 +141,21 @@ class LensResult:
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(str(self))
 
-    # ---- the record and the page
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        known = [one for one in dir(self) if not one.startswith("_")]
+        hint = suggest(_OTHER_NAMES.get(name, name), known)
+        raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}; it has {', '.join(known)}")
 
-    def _whole_record(self) -> dict[str, Any]:
-        return self.record() | ({} if self.call is None else {"call": self.call.record()})
+    # ---- the record and the page
 
     def _heading(self) -> str:
         record = self.record()
         return f"{record['lens']}: {subject}" if (subject := subject_of(record)) else str(record["lens"])
 
     def _page(self) -> str:
-        record = self._whole_record()
+        record = with_call(self.record(), self.call)
         code = "" if self.call is None else self.call.code()
         return page_of(self._heading(), self.sections(), record, code)
 

@@ -1,34 +1,14 @@
 """Writes the files of a result into a folder: all of them, or none."""
 
-import json
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from diffsight.errors import InputError
 
 HTML = ".html"  # a path with this ending is a page
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # one with any of these endings is an image
-_VERSIONS = ("diffsight", "torch", "diffusers", "transformers")
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the libraries that produce results."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
-
-
-def as_json(record: Mapping[str, Any]) -> str:
-    """Return a record as JSON, together with the versions of the libraries that produced the result."""
-    return json.dumps({**record, "versions": versions()}, indent=2, default=repr, ensure_ascii=False) + "\n"
-
-
-def write_record(record: Mapping[str, Any], path: Path) -> None:
-    """Write a record as JSON, see `as_json`."""
-    path.write_text(as_json(record), encoding="utf-8")
 
 
 def names_a_file(path: Path) -> bool:
@@ -58,7 +38,7 @@ def check_file(path: str | Path) -> None:
     path = expanded(path)
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder, so the file cannot be written")
-    check_writable(path.parent if os.path.lexists(path) else path)  # a new file's name is tried out as a folder's
+    check_writable(path.parent if os.path.lexists(path) else path)  # the name of a new file, as that of a folder
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -71,7 +51,7 @@ def check_writable(folder: str | Path) -> Path:
     try:
         while not os.path.lexists(existing) and existing != existing.parent:
             existing = existing.parent
-        with tempfile.TemporaryDirectory(dir=existing) as trial:  # the folder's own names are tried out in it
+        with tempfile.TemporaryDirectory(dir=existing) as trial:  # try its own names in a temporary one
             (Path(trial) / folder.relative_to(existing)).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a null byte
         reason = getattr(error, "strerror", None) or error

@@ -1,6 +1,7 @@
 """Draws a result in a terminal, with `rich`: `print(result)` without colours, `rich.print(result)` with them.
 
-Tables are cut into blocks of columns that fit the terminal. At most three tables are drawn. The others are only listed.
+Tables are cut into blocks of columns that fit the terminal. At most three sections are drawn; the rest are only
+counted.
 """
 
 import io
@@ -22,7 +23,7 @@ from diffsight.lenses.results.sections import (
     Section,
     TableSection,
 )
-from diffsight.lenses.results.settings import settings_of
+from diffsight.lenses.results.shown_settings import settings_of
 
 _MOST_TABLES = 3
 _MOST_COLUMNS = 16  # of numbers

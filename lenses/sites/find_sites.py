@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from diffsight.errors import InputError, PointNotFoundError, suggest
-from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers, in_model_order
+from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers, in_model_order, layer_place
 from diffsight.lenses.sites.site import Site
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -117,7 +117,8 @@ def _named(model: Any, name: str, layers: Layers) -> list[Site]:
 
 
 def _of_layer(name: str, layer: Layer) -> Site:
-    return Site("layers[0].input" if layer == EMBEDDING else NAMED[name].format(layer), layer)
+    index, part = layer_place(layer)
+    return Site(f"layers[{index}].input" if part == "input" else NAMED[name].format(index), layer)
 
 
 def _matching(model: Any, pattern: str) -> list[Site]:

@@ -17,8 +17,10 @@ import torch
 from diffsight.errors import InputError
 from diffsight.lenses.tokens.choosing import check_count
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
+from diffsight.pipelines.vision_language.model import VisionLanguageRun
 
-Positions = int | slice | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | None
+Positions = int | slice | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | str | None
+IMAGE = "image"  # the positions of the tokens of images
 _BY_PROMPT = ("images", "decoder_input_ids")
 
 
@@ -109,8 +111,8 @@ def open_batches(
         model: The model.
         prompts: The prompts.
         positions: Positions in each prompt: 0 is its first token, whatever padding comes before it, -1 its last. A list
-            of lists has its own positions for each prompt. None means all. In an encoder-decoder, they are positions
-            of the decoder's tokens.
+            of lists has its own positions for each prompt. None means all, and "image" the tokens of images. In an
+            encoder-decoder, they are positions of the decoder's tokens.
         size: The number of prompts in a batch.
         open_run: Opens a run, such as `model.generate`. Default: `model.trace`, one forward pass.
         inputs: Further inputs of the model. Images and the decoder's tokens may differ by prompt.
@@ -183,6 +185,7 @@ def _batch(model: LanguageModel, run: LanguageRun, start: int, each: list[Any]) 
         raise InputError("the lens needs to know the tokens: pass strings or token ids, not embeddings or labels")
     mask = torch.ones_like(tokens) if decodes or run.mask is None else run.mask
     real = [row.nonzero().flatten().cpu() for row in mask.cpu()]
+    each = [_of_images(run, i, row, start) if one == IMAGE else one for i, (one, row) in enumerate(zip(each, real))]
     own = [_own_positions(positions, len(row), start + i) for i, (positions, row) in enumerate(zip(each, real))]
     longest = max(len(found) for found in own)
     where = torch.zeros(len(own), longest, dtype=torch.long)
@@ -191,6 +194,14 @@ def _batch(model: LanguageModel, run: LanguageRun, start: int, each: list[Any]) 
         positions[i, : len(found)] = torch.tensor(found)
         where[i, : len(found)], chosen[i, : len(found)] = row[found], True
     return Batch(model, run, start, tokens, where, chosen, positions)
+
+
+def _of_images(run: LanguageRun, row: int, real: torch.Tensor, start: int) -> list[int]:
+    """Return the positions of the tokens of images in a prompt. `real` are its positions in the padded batch."""
+    found = run.image_tokens[row].to(real.device) if isinstance(run, VisionLanguageRun) else real[:0]
+    if not len(found):
+        raise InputError(f'positions="image": prompt {start + row} has no image')
+    return torch.searchsorted(real, found).tolist()
 
 
 def _own_positions(positions: Any, length: int, prompt: int) -> list[int]:

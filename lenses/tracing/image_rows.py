@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.metrics.outcome import LATENTS, Metric, Outcome
 from diffsight.lenses.results.outputs import image_of
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -21,7 +22,7 @@ def draw_rows(
     def keep(output: Any) -> None:
         latents[:] = [output[0]]
 
-    call = {"prompt": list(prompts), "seed": [seed] * len(prompts), **arguments}
+    call = {"prompt": list(prompts), "seed": [seed] * len(prompts), **for_each_row(arguments, len(prompts))}
     with progress_bar(model.pipeline, disable=True), model.generate(**call) as run:
         if LATENTS in metric.reads:
             run.follow("scheduler.step.output", keep)

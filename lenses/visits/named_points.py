@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffsight.errors import InputError
-from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers
+from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers, layer_place
 from diffsight.pipelines.language.model import LanguageModel
 
 PointName = Layer | str
@@ -75,7 +75,8 @@ def _numbered(model: Any, layers: Layers) -> Iterator[NamedPoint]:
             f"'unet.**.attn2', not by {layers!r}"
         )
     for layer in choose_layers(slice(None) if layers is None else layers, len(model.layers_output)):
-        yield NamedPoint(layer, f"layers[{0 if layer == EMBEDDING else layer}]", layer == EMBEDDING)
+        index, part = layer_place(layer)
+        yield NamedPoint(layer, f"layers[{index}]", part == "input")
 
 
 def _matching(model: Any, pattern: str) -> Iterator[NamedPoint]:

@@ -174,7 +174,9 @@ def _check_steps(model: Any, points: Sequence[NamedPoint], steps: Steps) -> None
         return
     bounds = [bound for item in check_steps(steps) for bound in _bounds(item)]
     if isinstance(model, LanguageModel) and any(bound is not None and bound < 0 for bound in bounds):
-        raise InputError("generated tokens are counted from 0, the prompt: it is not known in advance how many follow")
+        raise InputError(
+            "steps cannot be negative here: step 0 is the prompt, and it is not known in advance how many tokens follow"
+        )
     for point in points:
         if not is_in_steps(model, point):
             raise InputError(f"{point.name} is not passed in steps: omit steps")

@@ -53,7 +53,7 @@ def visiting(
     function: Callable[[Visit], torch.Tensor | None],
     branch: str | None = None,
 ) -> Wrapper:
-    """Return a copy of the model that calls `function` at every passage of the points.
+    """Return a copy of the model that calls `function` each time it passes one of the points.
 
     Args:
         model: The model.

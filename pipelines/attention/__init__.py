@@ -11,5 +11,5 @@ eager_attention            products and softmax written out
 matrix_factors             the two factors of a product of matrices
 heads_layout               where the heads are in a tensor
 passing_values             reading and changing a value while it passes
-attention_product          one product: queries, keys, values, probabilities, in whole or in blocks
+attention_probabilities    one product: queries, keys, values, probabilities, in whole or in blocks
 """

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+_SEEN = re.compile(r"eager|sdpa|native(?!_(npu|xla|flex))", re.IGNORECASE)  # backends whose products can be seen
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 
 
@@ -40,7 +41,18 @@ def count_heads(attention: nn.Module) -> int | None:
     return None
 
 
-def backend_of(attention: nn.Module) -> tuple[str, str]:
+def why_hidden(attention: nn.Module) -> str | None:
+    """Return why the products of an attention module cannot be seen, and how to switch; None if they can."""
+    backend, advice = _backend_of(attention)
+    if _SEEN.search(backend):
+        return None
+    return (
+        f"{type(attention).__name__} computes its attention with {backend!r}, a kernel that shows none of its values. "
+        f"{advice}"
+    )
+
+
+def _backend_of(attention: nn.Module) -> tuple[str, str]:
     """Return the name of what an attention module computes with, and how to switch to another."""
     config = getattr(attention, "config", None)
     used = getattr(config, "_attn_implementation", None)

@@ -10,7 +10,6 @@ The values are watched by a function mode while the module computes, see `attent
 """
 
 import operator
-import re
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -18,11 +17,10 @@ from typing import Any
 from diffsight.errors import InputError, PointNotFoundError, suggest
 from diffsight.extending import FORWARD, Points, Tap, Target, Tree, assign, fetch, join, points_on, target_of
 from diffsight.pipelines.attention.attention_mode import AttentionMode
-from diffsight.pipelines.attention.attention_modules import attentions_in, backend_of, can_attend, is_attention
+from diffsight.pipelines.attention.attention_modules import attentions_in, can_attend, is_attention, why_hidden
 from diffsight.pipelines.attention.watched_modules import VALUES
 
 _PRODUCTS = "products"
-_SEEN = re.compile(r"eager|sdpa|native(?!_(npu|xla|flex))", re.IGNORECASE)  # backends whose products can be seen
 
 
 class _Watching:
@@ -174,9 +172,6 @@ def _check_attention(target: Target, name: str) -> None:
         shown = ", ".join(paths) + (" …" if len(inside) > 4 else "")
         raise InputError(f"{path} is ambiguous, because there are {len(inside)} attention modules in it: ask {shown}")
     for part in (target.owner, *inside.values()):
-        backend, advice = backend_of(part)
-        if not _SEEN.search(backend):
-            raise InputError(
-                f"{path} cannot be seen: {type(part).__name__} computes its attention with {backend!r}, a kernel that "
-                f"shows none of its values. {advice} before the run"
-            )
+        reason = why_hidden(part)
+        if reason is not None:
+            raise InputError(f"{path} cannot be seen: {reason} before the run")

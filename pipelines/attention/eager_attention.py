@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
-from diffsight.pipelines.attention.attention_product import AttentionProduct
+from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
 from diffsight.pipelines.attention.matrix_factors import MATRIX_PRODUCTS, Factors
 from diffsight.pipelines.attention.passing_values import is_unchanged, state_of
 from diffsight.pipelines.attention.watched_modules import Watched, let_through

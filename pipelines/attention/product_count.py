@@ -53,6 +53,9 @@ class _Counting(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return call_watched(self, [self], self._eager, func, args, kwargs or {})
 
+    def has_taps(self, value: str) -> bool:
+        return False
+
     def wants(self, *values: str) -> bool:
         return False
 

@@ -14,7 +14,7 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.pipelines.attention.attention_modules import count_heads
-from diffsight.pipelines.attention.attention_product import AttentionProduct
+from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
 from diffsight.pipelines.attention.heads_layout import HeadsLayout
 from diffsight.pipelines.attention.passing_values import WithValueOf, is_unchanged, state_of
 from diffsight.pipelines.attention.watched_modules import VALUES, Watched, let_through
@@ -63,7 +63,9 @@ class FusedCall:
         q = let_through(self.modules, "q", product.q, self.layout)
         k = let_through(self.modules, "k", product.k, plain)
         v = let_through(self.modules, "v", product.v, plain)
-        product = replace(product, q=self.layout.view(q), k=plain.view(k), v=plain.view(v))
+        is_changed = q is not product.q or k is not product.k or v is not product.v
+        if is_changed or self.layout.packed > 1 or q.ndim == 3:
+            product = replace(product, q=self.layout.view(q), k=plain.view(k), v=plain.view(v))
         for module in self.modules:
             module.through("attention_product", product)
         output = self._output(product, lambda: func(q, k, v, **self.rest))

@@ -1,4 +1,4 @@
-"""The attention modules that a run asks for values of, and the products that they make in a call.
+"""The attention modules whose values a run has asked for, and the products that each computes in a call.
 
 The values of a product pass in this order: `q`, `k`, `v`, `attention_product`, `attention_probs`, `heads_output`. What
 nobody waits for is not computed.
@@ -38,6 +38,10 @@ class Watched:
     def has_taken(self, tap: Tap) -> bool:
         """Whether a value has been taken as that of the only product of the call in progress."""
         return self._only is tap and self.calls.active[-1:] == [self._call]
+
+    def has_taps(self, value: str) -> bool:
+        """Whether the run has asked for a value of any product."""
+        return any(asked == value for _, asked in self.taps)
 
     def wants(self, *values: str) -> bool:
         """Whether the run needs any of these values of the next product."""
@@ -85,6 +89,8 @@ def let_through(modules: list[Watched], value: str, tensor: torch.Tensor, layout
 
     Queries, keys, values and outputs are handed out as (batch, tokens, heads, features), probabilities as (batch,
     heads, queries, keys). Where somebody reads it, the model goes on with what was handed out: it is on the graph."""
+    if not any(module.has_taps(value) for module in modules):
+        return tensor
     if not any(module.wants(value) for module in modules):
         for module in modules:
             module.through(value, None)

@@ -21,8 +21,8 @@ from torch import nn
 
 from diffsight.errors import InputError, UnknownKeyError, suggest
 from diffsight.extending import Model, Run, flow_of, join, model_of, owner_of
-from diffsight.pipelines.attention.attention_modules import attentions_in, count_heads
-from diffsight.pipelines.attention.attention_product import AttentionProduct
+from diffsight.pipelines.attention.attention_modules import attentions_in, count_heads, why_hidden
+from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
 from diffsight.pipelines.diffusion.attention_search import ImageSearch, as_range, text_keys
 from diffsight.pipelines.diffusion.attention_tracing import AttentionTracer, Key, Trace
 from diffsight.pipelines.diffusion.batch_layouts import COND
@@ -122,18 +122,30 @@ def find_attentions(model: Model, prompt: str | None = None, **arguments: Any) -
         return _found(model, arguments)
 
 
-_known: WeakKeyDictionary = WeakKeyDictionary()  # for each pipeline: what was found, by the shapes that were seen
+_known: WeakKeyDictionary = WeakKeyDictionary()  # for each pipeline: what was found, by the inputs of its denoiser
 
 
 def _found(model: Model, arguments: Mapping[str, Any]) -> Attentions:
-    tracer, plain = _started(model, arguments)
-    module = owner_of(model[tracer.denoiser])
-    shapes = tuple((key, trace.shape[1:]) for key, trace in plain.items())
-    seen = (tracer.denoiser, id(module), shapes, tuple(tracer.tokens.items()))
     known = _known.setdefault(model.pipeline, {})
-    if seen not in known:
-        known[seen] = _searched(model, tracer, plain)
-    return known[seen]
+    required = required_arguments(model.pipeline)
+    images = {name: value for name, value in required.items() if isinstance(value, Image.Image)}
+    for stand_ins in (required.keys() - images.keys(), required.keys()):  # an image only if it is needed
+        try:
+            tracer = AttentionTracer(model, {name: required[name] for name in stand_ins} | arguments)
+            inputs = tracer.inputs()
+            if inputs in known:
+                return known[inputs]
+            plain = tracer.trace()
+        except Exception as error:
+            first = error
+        else:
+            known[inputs] = _searched(model, tracer, plain)
+            return known[inputs]
+    name = type(model.pipeline).__name__
+    raise InputError(
+        f"{name} cannot be called with its defaults alone ({first}). Pass what it needs, as in "
+        'find_attentions(model, "a red circle", height=64)'
+    ) from first
 
 
 def _searched(model: Model, tracer: AttentionTracer, plain: Mapping[Key, Trace]) -> Attentions:
@@ -167,23 +179,6 @@ def follow_products(
         run.follow(f"{attention.name}.attention_product", partial(follow, attention))
 
 
-def _started(model: Model, arguments: Mapping[str, Any]) -> tuple[AttentionTracer, dict[Key, Trace]]:
-    """Return a tracer, and the products of a plain call."""
-    required = required_arguments(model.pipeline)
-    images = {name: value for name, value in required.items() if isinstance(value, Image.Image)}
-    for stand_ins in (required.keys() - images.keys(), required.keys()):  # an image only if it is needed
-        try:
-            tracer = AttentionTracer(model, {name: required[name] for name in stand_ins} | arguments)
-            return tracer, tracer.trace()
-        except Exception as error:
-            first = error
-    name = type(model.pipeline).__name__
-    raise InputError(
-        f"{name} cannot be called with its defaults alone ({first}). Pass what it needs, as in "
-        'find_attentions(model, "a red circle", height=64)'
-    ) from first
-
-
 def _attention(
     denoiser: str, key: Key, trace: Trace, image: ImageSearch, text: Mapping[str, Mapping], is_one_of: bool
 ) -> Attention:
@@ -212,7 +207,8 @@ def _attention(
 
 
 def _without_product(denoiser: str, path: str, module: nn.Module) -> Attention:
-    reason = f"{type(module).__name__} makes no product with a softmax in this call, such as linear attention"
+    reason = why_hidden(module)
+    reason = reason or f"{type(module).__name__} makes no product with a softmax in this call, such as linear attention"
     name, heads = reduce(join, path.split("."), denoiser), count_heads(module) or 0
     return Attention(name, "none", heads, 0, 0, None, None, None, None, {}, reason)
 

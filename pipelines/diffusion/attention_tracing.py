@@ -11,7 +11,7 @@ nothing, a convolution sees the middle of its kernel alone, and a norm over grou
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from diffsight.errors import InputError
 from diffsight.extending import Model, Run, flow_of, owner_of
 from diffsight.pipelines.attention.attention_modules import is_named_attention
-from diffsight.pipelines.attention.attention_product import AttentionProduct
+from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
 from diffsight.pipelines.attention.eager_attention import EagerAttention
 from diffsight.pipelines.attention.product_dispatch import WATCHED
 from diffsight.pipelines.attention.sdpa_attention import SCALED_DOT_PRODUCT, FusedCall
@@ -73,6 +73,20 @@ class AttentionTracer:
         self.image: tuple[int, ...] = ()  # the shape of what goes into the denoiser for one image
         self.latents: tuple[int, ...] = ()  # the shape of what is decoded for one image; () if not known
         self.tokens: dict[str, int] = {}  # the length of what each text encoder returns
+
+    def inputs(self) -> Hashable:
+        """Run the pipeline up to its denoiser, and return what the products of its first call depend on: the shapes of
+        what it is given, and the tokens and processors."""
+        run = self._model.generate(**self._arguments, seed=0)
+        for name in text_encoder_names(self._model.pipeline):
+            run.follow(f"{name}.output", lambda output, name=name: self._change_text(name, output, None))
+        with run:
+            given = tree_leaves(run[self.denoiser].inputs)
+            run.stop()
+        module = owner_of(self._model[self.denoiser])
+        shapes = tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in given)
+        processors = tuple(type(getattr(part, "processor", None)) for part in module.modules())
+        return self.denoiser, id(module), shapes, processors, tuple(self.tokens.items())
 
     def trace(
         self,
@@ -232,6 +246,9 @@ class _Probe:
     def __init__(self, mode: CutAttention, owner: nn.Module, path: str) -> None:
         self.calls = SimpleNamespace(target=SimpleNamespace(owner=owner, path=path))
         self._mode, self._path = mode, path
+
+    def has_taps(self, value: str) -> bool:
+        return self.wants(value)
 
     def wants(self, *values: str) -> bool:
         return "attention_product" in values or "heads_output" in values

@@ -74,6 +74,13 @@ class BatchLayouts:
         """Return whether a point can belong to a branch. Methods such as `scheduler.step` and VAEs cannot."""
         return _component(tap).name == FORWARD and not self.is_in_vae(tap)
 
+    def leaves_branches_out(self, tap: Tap) -> bool:
+        """Return whether a FasterCache of diffusers takes the unconditional branch out of some calls within a
+        denoiser."""
+        registry = getattr(_component(tap).owner, "_diffusers_hook", None)
+        cache = registry.get_hook("faster_cache_denoiser") if registry is not None and tap.target.outer else None
+        return cache is not None and not cache.is_guidance_distilled
+
     def why_unknown(self, tap: Tap) -> str:
         """Return why the branches at a point are unknown, as the end of an error message."""
         component = _component(tap)
@@ -227,7 +234,7 @@ class BatchLayouts:
         for name in (name for name in defaults if re.fullmatch(rf"{prefix}prompt(_\d+)?", name)):
             given = self._arguments.get(name, defaults[name])
             for words, text in zip(known, [given] * self.prompts if isinstance(given, str) else given or ()):
-                text = as_read(self._pipeline, text, tokenizer)
+                (text,) = as_read(self._pipeline, [text], tokenizer)
                 ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
                 words.append(_words(tokenizer.decode(ids, skip_special_tokens=True)))
         return known if branch == COND else [texts or [""] for texts in known]

@@ -74,6 +74,11 @@ class GuidancePart(Part):
         if layout is None:
             latents = self.layouts.latent_dimensions if self.layouts.is_in_vae(tap) else 0
             return PromptPart(self.layouts, self.prompt, self.name, latents)
+        if self.layouts.leaves_branches_out(tap):
+            raise InputError(
+                f"{path}: FasterCache takes the unconditional branch out of some calls, so the rows of this value are "
+                "not known. Read it on the run itself, or turn the cache off with disable_cache()"
+            )
         entries = self._entries(layout)
         if len(entries) == len(layout):
             return WholeBatch(self.name)

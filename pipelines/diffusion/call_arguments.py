@@ -39,7 +39,7 @@ def arguments_by_name(pipeline: Any, args: tuple, kwargs: Mapping[str, Any]) -> 
     """Return the arguments of a call by name.
 
     Raises:
-        InputError: The pipeline has no such argument, or an argument is a text where a number is declared.
+        InputError: The pipeline has no such argument, or an argument is a text or a list where a number is declared.
     """
     name, known = type(pipeline).__name__, argument_names(pipeline)
     check_arguments(name, kwargs, known, near={"seed", "grad"})
@@ -56,7 +56,7 @@ def arguments_by_name(pipeline: Any, args: tuple, kwargs: Mapping[str, Any]) -> 
             raise InputError(f"{name}: {error}") from None
     declared = _declared_types(pipeline)
     for argument, value in arguments.items():
-        if isinstance(value, str) and is_number(declared.get(argument)):
+        if isinstance(value, (str, bytes, list, tuple, Mapping)) and is_number(declared.get(argument)):
             raise InputError(f"{name}: {argument} must be a number, not {value!r}")
     return arguments
 

@@ -1,9 +1,11 @@
 """When a denoising step begins, and at which timestep."""
 
 import ast
+import functools
 import inspect
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,15 +36,42 @@ def denoising_clock(parts: Sequence[Target], methods: Sequence[Target], decodes_
 def decodes_last(pipeline: Any) -> bool:
     """Return whether a pipeline decodes latents only after all its steps, not inside a loop, as pipelines that draw a
     video in parts do."""
-    if isinstance(pipeline, ModularPipeline):  # its loops are those of its blocks
-        return False
+    loops = _loops(type(pipeline))
+    return loops is not None and not any("decode" in name for loop in loops for name in loop.methods)
+
+
+def count_of_steps(pipeline: Any) -> int | None:
+    """Return how many steps a pipeline makes at most, once its scheduler's timesteps are set. None if it is not known,
+    because the pipeline does not step a single scheduler once in each turn of a single loop."""
+    schedulers = [part for part in components(pipeline).values() if isinstance(part, SchedulerMixin)]
+    stepping = [loop for loop in _loops(type(pipeline)) or () if "step" in loop.methods]
+    if len(schedulers) != 1 or len(stepping) != 1 or not stepping[0].is_for:
+        return None
+    return len(getattr(schedulers[0], "timesteps", ())) or None
+
+
+@dataclass(frozen=True)
+class _Loop:
+    is_for: bool
+    methods: tuple[str, ...]  # the names of the methods that are called in it
+
+
+@functools.cache
+def _loops(kind: type) -> list[_Loop] | None:
+    """Return the loops in the call of a class of pipelines, those within others too; None if they are not known."""
+    if issubclass(kind, ModularPipeline):  # its loops are those of its blocks
+        return None
     try:
-        code = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(type(pipeline).__call__))))
+        code = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.__call__))))
     except (OSError, SyntaxError, TypeError):  # the source is not available
-        return False
-    loops = (node for node in ast.walk(code) if isinstance(node, (ast.For, ast.While)))
-    called = (node.func for loop in loops for node in ast.walk(loop) if isinstance(node, ast.Call))
-    return not any(isinstance(function, ast.Attribute) and "decode" in function.attr for function in called)
+        return None
+    loops = [node for node in ast.walk(code) if isinstance(node, (ast.For, ast.While))]
+    return [_Loop(isinstance(loop, ast.For), _methods_called(loop)) for loop in loops]
+
+
+def _methods_called(loop: ast.AST) -> tuple[str, ...]:
+    called = (node.func for node in ast.walk(loop) if isinstance(node, ast.Call))
+    return tuple(function.attr for function in called if isinstance(function, ast.Attribute))
 
 
 def is_last_step(pipeline: Any, denoiser: nn.Module, args: tuple, kwargs: dict) -> bool:

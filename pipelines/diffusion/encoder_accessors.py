@@ -7,6 +7,8 @@
 They are those of language models, see `diffsight.pipelines.language.accessors`.
 """
 
+from collections.abc import Iterable
+
 from diffsight.extending import Envoy, Target, tree_of
 from diffsight.pipelines.language.accessors import LayerAccessors
 
@@ -17,6 +19,14 @@ class EncoderEnvoy(LayerAccessors, Envoy):
 
 class HasEncoders:
     """What the envoy of a pipeline has besides its components: text encoders with accessors."""
+
+    def _hint(self, name: str, known: Iterable[str]) -> str:
+        if name in ("save", "show", "display"):
+            return '; images are saved one by one, as in run.images[0].save("image.png")'
+        encoders = [part for part in self._names() if part.startswith("text_encoder")]
+        if encoders and name in ("layers", "layers_input", "layers_output"):
+            return f"; layers are those of a text encoder: .{encoders[0]}.{name}"
+        return super()._hint(name, known)
 
     def _handle(self, target: Target) -> Envoy:
         kind = EncoderEnvoy if "layers" in tree_of(self).names_of(target.owner) else Envoy

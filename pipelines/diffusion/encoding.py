@@ -167,7 +167,7 @@ def cut_off(model: Model, encoder: EncoderRecord, prompt: str, number: int = 0) 
         return None
     tokenizer = text_tokenizer(getattr(model.pipeline, encoder.tokenizer))
     ids = encoder.prompt.ids[encoder.prompt.rows[number]].tolist()
-    prompt = as_read(model.pipeline, prompt, tokenizer)
+    (prompt,) = as_read(model.pipeline, [prompt], tokenizer)
     texts = dict.fromkeys((prompt, prompt.lower().strip()))  # some pipelines clean it
     contents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     if any(ids[at : at + len(content)] == content for content in contents for at in range(len(ids))):

@@ -87,6 +87,8 @@ def open_pipeline(
         with explained(name):
             check_configurations(Path(place))
             return _load_modular(place, arguments), None
+    if weights and "quantization_config" in arguments:
+        dispatch = True  # quantised modules are not always of a class that modules without weights can adopt
     is_quick = name in FOLDERS or not dispatch
     with explained(name), quiet_loading(transformers_logging, *([diffusers_logging] if is_quick else [])):
         check_configurations(Path(place))

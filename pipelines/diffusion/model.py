@@ -34,9 +34,10 @@ from diffsight.extending import (
 from diffsight.pipelines.diffusion.attention import Attentions, find_attentions
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.call_arguments import argument_names, arguments_by_name
+from diffsight.pipelines.diffusion.clip_skip import check_clip_skip
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.decoding import draw
-from diffsight.pipelines.diffusion.denoising_clock import is_last_step
+from diffsight.pipelines.diffusion.denoising_clock import count_of_steps, is_last_step
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.encoder_accessors import HasEncoders, PipelineEnvoy
 from diffsight.pipelines.diffusion.loading import Source, open_pipeline
@@ -199,6 +200,7 @@ class DiffusionModel(HasEncoders, Model):
         run = self._new_run(call, again=again, grad=grad)
         set_pipeline(run, own, arguments.get("output") if is_modular else None)
         flow_of(run).clock.is_last = lambda target, *call: is_last_step(own.pipeline, target.owner, *call)
+        flow_of(run).clock.count = lambda: count_of_steps(own.pipeline)
         flow_of(run).seed = None if seeds is None else seeds[0]  # for noise that is drawn without a generator
         flow_of(run).observer = BatchLayouts(self._owner, arguments, _inputs(arguments), _images_each(arguments))
         return run
@@ -273,8 +275,12 @@ class DiffusionModel(HasEncoders, Model):
         if arguments.get("prompt") is not None:
             check_prompts(self._owner, arguments["prompt"], arguments)
         steps = arguments.get("num_inference_steps")
-        if isinstance(steps, int) and steps < 1:
-            raise InputError(f"num_inference_steps must be 1 or more, not {steps}")
+        if isinstance(steps, float) and not steps.is_integer():
+            raise InputError(f"num_inference_steps must be a whole number, not {steps}")
+        for name in ("num_inference_steps", *_PER_PROMPT):
+            if isinstance(arguments.get(name), int) and arguments[name] < 1:
+                raise InputError(f"{name} must be 1 or more, not {arguments[name]}")
+        check_clip_skip(self._owner, arguments.get("clip_skip"))
         return arguments, None if seed is None else self._seeds(seed, arguments)
 
     def _seeds(self, seed: int | Sequence[int], arguments: dict[str, Any]) -> list[int]:

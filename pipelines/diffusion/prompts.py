@@ -37,9 +37,17 @@ def check_prompts(pipeline: Any, prompts: str | Sequence[str], arguments: dict[s
             raise InputError(f"a prompt is a string, not {type(prompt).__name__}: {prompt!r}")
     parts = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part]
     tokenizers = [text_tokenizer(part) for part in parts]
-    for prompt in prompts:
-        _check_length(pipeline, tokenizers, prompt, arguments)
-        for tokenizer in tokenizers:
+    read, given = [], prompts
+    for tokenizer in tokenizers:
+        given = as_read(pipeline, given, tokenizer)
+        read.append(tokenizer(given, verbose=False).input_ids)  # all at once, which is much faster
+    limits = [_limit(pipeline, tokenizer, arguments) for tokenizer in tokenizers]
+    for prompt, *ids in zip(prompts, *read):
+        if ids and all(limit is not None and len(own) > limit for own, limit in zip(ids, limits)):
+            raise _error(pipeline, tokenizers, prompt, arguments)
+    for tokenizer, ids in zip(tokenizers, read):
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        for prompt in (prompt for prompt, own in zip(prompts, ids) if unknown in own):
             _warn_of_unknown_words(tokenizer, prompt)
 
 
@@ -48,28 +56,28 @@ def text_tokenizer(part: Any) -> Any:
     return part.tokenizer if isinstance(part, ProcessorMixin) else part
 
 
-def as_read(pipeline: Any, prompt: str, tokenizer: Any) -> str:
-    """Return the prompt as the pipeline passes it to a tokenizer: with all vectors of tokens of textual inversion."""
+def as_read(pipeline: Any, prompts: Sequence[str], tokenizer: Any) -> list[str]:
+    """Return prompts as the pipeline passes them to a tokenizer: with all vectors of tokens of textual inversion."""
     convert = getattr(pipeline, "maybe_convert_prompt", None)
-    return prompt if convert is None or not hasattr(tokenizer, "tokenize") else convert(prompt, tokenizer)
+    added = getattr(tokenizer, "added_tokens_encoder", {})
+    if convert is None or not any(f"{token}_1" in added for token in added):
+        return list(prompts)
+    return convert(list(prompts), tokenizer)
 
 
-def _check_length(pipeline: Any, tokenizers: list, prompt: str, arguments: dict[str, Any]) -> None:
+def _error(pipeline: Any, tokenizers: list, prompt: str, arguments: dict[str, Any]) -> InputError:
+    """Return the error for a prompt that no tokenizer reads in full."""
     dropped = []
     for tokenizer in tokenizers:
-        prompt = as_read(pipeline, prompt, tokenizer)
-        ids = tokenizer(prompt, verbose=False).input_ids
+        (prompt,) = as_read(pipeline, [prompt], tokenizer)
         limit = _limit(pipeline, tokenizer, arguments)
-        if limit is None or len(ids) <= limit:
-            return
         content = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-        special = len(ids) - len(content)
+        special = len(tokenizer(prompt, verbose=False).input_ids) - len(content)
         dropped.append((limit, tokenizer.decode(content[limit - special :])))
-    if dropped:
-        limit, words = max(dropped, key=lambda item: item[0])
-        raise InputError(
-            f"the prompt is too long: only {limit} tokens are read, and these words would be dropped: {words!r}"
-        )
+    limit, words = max(dropped, key=lambda item: item[0])
+    return InputError(
+        f"the prompt is too long: only {limit} tokens are read, and these words would be dropped: {words!r}"
+    )
 
 
 def _limit(pipeline: Any, tokenizer: Any, arguments: dict[str, Any]) -> int | None:
@@ -80,8 +88,8 @@ def _limit(pipeline: Any, tokenizer: Any, arguments: dict[str, Any]) -> int | No
 
 
 def _warn_of_unknown_words(tokenizer: Any, prompt: str) -> None:
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is None or unknown not in (tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids):
+    unknown = tokenizer.unk_token_id
+    if unknown not in tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids:  # it may also end a prompt
         return
     words = [w for w in prompt.split() if unknown in tokenizer(w, add_special_tokens=False, verbose=False).input_ids]
     if not words:

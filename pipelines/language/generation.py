@@ -211,6 +211,12 @@ class GenerationRun(Run):
         is_choice = self._generated is not None and _CHOICE.fullmatch(path)
         return ChoiceTarget(self._generated, "__call__", path) if is_choice else super()._own_target(path)
 
+    @property
+    def _has_passed(self) -> bool:
+        """Whether the run is one forward pass, which the model has finished."""
+        flow = flow_of(self._pass)
+        return flow.has_result and not flow.is_scan and self._pass._generated is None
+
     def _check_generates(self, what: str) -> None:
         if self._generated is None:
             raise InputError(

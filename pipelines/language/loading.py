@@ -76,15 +76,20 @@ def open_language_model(
         check_configurations(Path(place))
         if weights:
             check_weights(Path(place), arguments.get("subfolder", ""))
-        empty = _build_empty(place, arguments)
+        is_quantised = weights and "quantization_config" in arguments
+        if is_quantised:  # its modules are not always of a class that modules without weights can adopt
+            with requiring_all_weights():
+                opened = _load_model(place, arguments)
+        else:
+            opened = _build_empty(place, arguments)
 
     def load() -> None:
         with _explained(name, place), requiring_all_weights():
             loaded = _load_model(place, arguments)
-        adopt(empty, loaded)
+        adopt(opened, loaded)
 
     tokenizer = _tokenizer(tokenizer) if tokenizer is not None else _own_tokenizer(place, gguf, arguments)
-    return empty, tokenizer, load if weights else None
+    return opened, tokenizer, load if weights and not is_quantised else None
 
 
 def _build_empty(place: str, arguments: dict[str, Any]) -> nn.Module:

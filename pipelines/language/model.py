@@ -57,6 +57,7 @@ from diffsight.pipelines.language.generation import (
 from diffsight.pipelines.language.inputs import Inputs, picks_tokens, prepare_inputs, sees_padding
 from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, open_language_model
+from diffsight.pipelines.language.value_parts import Logits, NextLogits
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import embeddings
 from diffsight.remote import ServedModel, is_on_server, put_on_server
@@ -123,6 +124,26 @@ class LanguageRun(GenerationRun):
 
         None unless the model is an encoder-decoder model, and if the model derives them from labels."""
         return self._pass._decoded
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """The logits that the model returns, `(batch, tokens, vocabulary)`. Assignable.
+
+        After a forward pass they are those of `run.result`."""
+        with keeping_attribute_errors(self):
+            return Logits().take(self._pass.result, "logits") if self._has_passed else self._root().logits
+
+    @property
+    def next_token_probs(self) -> torch.Tensor:
+        """The probabilities of the token after the last one, `(batch, vocabulary)`.
+
+        In a row with padding at the end, the last token is the last one that is not padding. After a forward pass they
+        are those of `run.result`."""
+        with keeping_attribute_errors(self):
+            if not self._has_passed:
+                return self._root().next_token_probs
+            logits = NextLogits(self.last_tokens).take(self._pass.result, "next_token_probs")
+            return logits.float().softmax(-1)
 
     @property
     def text(self) -> str | list[str]:

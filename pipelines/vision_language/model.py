@@ -113,6 +113,14 @@ class VisionLanguageModel(LanguageModel):
     def argument_names(self) -> set[str]:
         return super().argument_names | {"images"}
 
+    def is_in_vision(self, path: str) -> bool:
+        """Return whether a module belongs to the vision tower: `model.is_in_vision("vision.layers[3].mlp")`.
+
+        Raises PointNotFoundError if there is no such module."""
+        own, names = owner_of(self[path]), self._tree.names_of(self._owner)
+        tower = self._owner.get_submodule(names["vision"]) if "vision" in names else None
+        return tower is not None and any(own is module for module in tower.modules())
+
     def trace(self, inputs: Any = None, images: Any = None, *, grad: bool = False, **kwargs: Any) -> VisionLanguageRun:
         """Open a run of one forward pass: `with model.trace("What is this?", images=image) as run:`.
 

@@ -17,7 +17,7 @@ from diffsight.compat import NNsight
 @pytest.fixture
 def net():
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         layers = [
             ("layer1", nn.Linear(INPUT_SIZE, HIDDEN_DIMS)),
             ("layer2", nn.Linear(HIDDEN_DIMS, OUTPUT_SIZE)),

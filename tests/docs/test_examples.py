@@ -20,7 +20,7 @@ from sybil.parsers.myst import CodeBlockParser, SkipParser
 
 from diffsight import DiffusionModel
 from diffsight.gallery.cli import main
-from models import diffusion, language, vision_language
+from models import diffusion, language, text_encoders, vision_language
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
@@ -45,6 +45,7 @@ STAND_INS = {
     "diffsight/smollm2": save_llama,
     "stabilityai/stable-diffusion-xl-base-1.0": lambda folder: diffusion.stable_diffusion_xl().save_pretrained(folder),
     "llava-hf/llava-1.5-7b-hf": save_llava,
+    "stabilityai/stable-audio-open-1.0": lambda folder: text_encoders.stable_audio().save_pretrained(folder),
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffsight import Model, OutOfOrderError
-from diffsight.errors import NeverReachedError, RunClosedError
+from diffsight.errors import AssignmentError, NeverReachedError, RunClosedError
 from helpers import footprint, replaced
 from models.nets import Calling, Net, inputs, linear
 
@@ -240,3 +240,9 @@ def test_stop_in_an_invoke(net, x):
     assert torch.equal(second.result, net.last(early))
     with pytest.raises(RunClosedError, match="was stopped"):
         first.result
+
+
+@pytest.mark.parametrize("value", [0, 1.5, True, "zero"])
+def test_what_no_module_returns_is_not_skipped_with(net, x, value):
+    with pytest.raises(AssignmentError, match="takes what the module is to return"), Model(net).trace(x) as run:
+        run.layers[0].skip(value)

@@ -224,3 +224,14 @@ def test_paths_that_are_no_paths(net, x):
             run.record("layers[*].outptu")
         with pytest.raises(PointNotFoundError, match=r"there is no 'layer' \(did you mean 'layers'"):
             run.record("layer[*]")
+
+
+def test_paths_that_begin_with_an_index():
+    net, x = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Tanh()), torch.randn(2, 3)
+    with torch.no_grad(), Model(net).trace(x) as run:
+        kept = run.record(["[0].output", "[*].input"])
+        followed = []
+        run.follow("[1]", followed.append)
+        assert torch.equal(run.at("[0].output", 0), net[0](x)[0])
+    assert set(kept) == {"[0].output", "[0].input", "[1].input"}
+    assert torch.equal(kept["[1].input"], net[0](x)) and torch.equal(followed[0], net(x))

@@ -6,10 +6,12 @@ import functools
 import inspect
 from types import MethodType
 
+import pytest
 import torch
 from torch import nn
 
 from diffsight import Model
+from diffsight.errors import PointNotFoundError
 from helpers import footprint, outputs
 from models.nets import Net
 
@@ -129,3 +131,61 @@ def test_a_module_that_is_asked_for_while_a_counted_call_of_it_runs(x):
         assert torch.equal(run.outer.output, want)
         run.outer.output = want + 1
     assert torch.equal(run.result, want + 1)
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_forward_pass_of_a_class_is_replaced_in_the_body(monkeypatch, x, ahead):
+    net = nn.Sequential(nn.Linear(4, 4), Twice(), Twice())
+    with torch.no_grad(), Model(net).trace(x) as run:
+        first = run[0].output
+        if ahead:
+            run[1].output = first + 1
+        monkeypatch.setattr(Twice, "forward", lambda self, x: x * 3)
+        second = run[1].output
+        third = run[2].output
+    expected = first + 1 if ahead else first * 3
+    assert torch.equal(second, expected) and torch.equal(third, expected * 3) and torch.equal(run.result, third)
+
+
+class ByProperty(nn.Module):
+    forward = property(lambda self: torch.tanh)
+
+
+class NoForward(nn.Module):
+    def __call__(self, x):
+        return torch.tanh(x)
+
+
+class AroundForward(Twice):
+    def __call__(self, x):
+        return super().__call__(x) + 1
+
+
+class PassedThrough(Twice):
+    def __call__(self, *args):
+        return super().__call__(*args)
+
+
+@pytest.mark.parametrize("kind", [ByProperty, NoForward, AroundForward])
+def test_outputs_that_cannot_be_seen(kind, x):
+    net = nn.Sequential(nn.Linear(4, 4), kind(), nn.Linear(4, 4))
+    with torch.no_grad(), Model(net).trace(x) as run:
+        with pytest.raises(PointNotFoundError, match=rf"\[1\] has no values: .*{kind.__name__}"):
+            run[1].output
+        kept = run.record("**")
+        assert torch.equal(run[2].input, net[1](net[0](x)))
+    assert "[1].output" not in kept and torch.equal(kept["[2].output"], net(x))
+    assert torch.equal(run.result, net(x))
+
+
+def test_a_call_that_is_passed_through(x):
+    net = nn.Sequential(nn.Linear(4, 4), PassedThrough(), nn.Linear(4, 4))
+    with torch.no_grad(), Model(net).trace(x) as run:
+        assert torch.equal(run[1].output, net[0](x) * 2)
+        run[1].output = run[1].output + 1
+    assert torch.equal(run.result, net[2](net[0](x) * 2 + 1))

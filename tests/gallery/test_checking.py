@@ -34,6 +34,14 @@ def test_a_pipeline_passes_every_check():
     assert found["guidance"] == "conditional and unconditional, 1 and 1 of 2 rows"
 
 
+def test_every_call_has_the_arguments_of_the_check():
+    pipe, widths = diffusion.stable_diffusion(), set()
+    with pipe.unet.register_forward_pre_hook(lambda module, args: widths.add(args[0].shape[-1])):
+        check = check_model(DiffusionModel(pipe), **FAST, width=32)
+        assert check.is_ok
+    assert widths == {32 // pipe.vae_scale_factor}
+
+
 def test_what_a_pipeline_does_not_have_is_none():
     check = check_model(DiffusionModel(diffusion.ddpm()), **FAST)
     assert states(check) == {

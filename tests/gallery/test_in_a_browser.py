@@ -1,26 +1,12 @@
 """The pages in Chromium: sliders, keys, comparisons, no request, no error. Needs Playwright and Chromium."""
 
 import json
-import shutil
 
 import pytest
 
 from diffsight import diffusion_lens
 from diffsight.gallery import write_gallery
 from models import lens_results
-
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (the extra `browser`)")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-if CHROMIUM is None:
-    pytest.skip("Chromium is not installed", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -221,3 +221,53 @@ def test_several_results_in_one_folder(saved, saved_models):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="there is no"):
         repeat(tmp_path / "nothing.json")
+
+
+def _set(*path):
+    """Return what changes a value of a record: `_set("call", "models", 3)` puts 3 in the place of the models."""
+
+    def change(record):
+        *around, name, value = path
+        for key in around:
+            record = record[key]
+        record[name] = value
+
+    return change
+
+
+NONSENSE = {
+    "models is no dictionary": _set("call", "models", 3),
+    "a model without a source": _set("call", "models", "model", {"kind": "DiffusionModel"}),
+    "a model of another kind": _set("call", "models", "model", "kind", "image_grid"),
+    "a source that is no text": _set("call", "models", "model", "source", 3),
+    "options that are a list": _set("call", "models", "model", "options", [1]),
+    "a function that is no text": _set("call", "function", 3),
+    "a function that is no lens": _set("call", "function", "diffsight.gallery.repeat"),
+    "an argument that the lens does not have": _set("call", "arguments", "bananas", 3),
+    "a model that is not listed": _set("call", "arguments", "model", {"$model": "other"}),
+    "a range of texts": _set("call", "arguments", "layers", {"$range": ["a"]}),
+    "a slice of nothing": _set("call", "arguments", "layers", {"$slice": None}),
+    "a type that PyTorch does not have": _set("call", "arguments", "layers", {"$dtype": "float3"}),
+    "a type that is a number": _set("call", "arguments", "layers", {"$dtype": 3}),
+    "a device that does not exist": _set("call", "arguments", "layers", {"$device": "fridge"}),
+    "pairs of three": _set("call", "arguments", "layers", {"$map": [[1, 2, 3]]}),
+    "an object of another package": _set("call", "arguments", "layers", {"$object": ["os.system", {}]}),
+    "an object without a name": _set("call", "arguments", "layers", {"$object": [3, {}]}),
+    "a tensor that is a list": _set("call", "arguments", "layers", {"$tensor": [1]}),
+    "a seed that is a text": _set("call", "arguments", "seed", "x"),
+    "versions that are a list": _set("versions", [1]),
+}
+
+
+def test_nonsense_in_a_record_is_named_before_anything_runs(saved, monkeypatch):
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", lambda *_: pytest.fail("the denoiser was called"))
+    whole = (saved / "lens.json").read_text()
+    for what, change in NONSENSE.items():
+        record = json.loads(whole)
+        change(record)
+        (saved / "lens.json").write_text(json.dumps(record))
+        try:
+            repeat(saved)
+        except InputError:
+            continue
+        pytest.fail(f"nothing was said about {what}")

@@ -30,7 +30,11 @@ def read(prompt, layer):
 
 sweep(read, [(prompt, layer) for prompt in ("a red circle", "a blue square") for layer in (0, 1, 2)], sys.argv[2])
 """
-LAUNCH = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port")
+ACCELERATE = (
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"),
+)
 ENVIRONMENT = {**os.environ, "SOURCE_DATE_EPOCH": "1700000000", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -87,14 +91,20 @@ def test_bad_input(tmp_path):
     assert not list((tmp_path / "b").glob("0*"))
 
 
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert "start them with torchrun" in refusal(sweep, len, ["x"], tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
 def test_processes_share_the_work_and_continue_after_one_was_killed(saved_models, tmp_path):
-    """Two processes connected by gloo, one of which is killed half way; then both are started again."""
+    """Two processes of torchrun, one of which is killed half way; then accelerate starts two again."""
     (tmp_path / "study.py").write_text(STUDY)
     study = (tmp_path / "study.py", saved_models / "language")
     one, two = (tmp_path / name / "study" for name in ("one", "two"))
     alone = start(*study, one, 0)
     port = 20_000 + os.getpid() % 20_000
-    launched = start(*LAUNCH, port, *study, two, 0.5, stderr=subprocess.DEVNULL)
+    launched = start(*TORCHRUN, port, *study, two, 0.5, stderr=subprocess.DEVNULL)
     while len(list(two.glob("0*"))) < 2:
         assert launched.poll() is None
         time.sleep(0.05)
@@ -103,7 +113,7 @@ def test_processes_share_the_work_and_continue_after_one_was_killed(saved_models
     assert launched.wait() != 0
     done = {path: path.stat().st_mtime_ns for path in two.glob("0*/*.json")}
     assert 2 <= len(done) < 6 and not (two / "index.html").exists()
-    assert start(*LAUNCH, port + 1, *study, two, 0).wait() == 0
+    assert start(*ACCELERATE, port + 1, *study, two, 0).wait() == 0
     assert done == {path: path.stat().st_mtime_ns for path in done}
     assert alone.wait() == 0
     one, two = files(one), files(two)

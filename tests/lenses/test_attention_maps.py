@@ -5,17 +5,19 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from diffsight import DiffusionModel, LanguageModel
+from diffsight import DiffusionModel, LanguageModel, VisionLanguageModel
 from diffsight.errors import InputError
 from diffsight.lenses import attention_from, attention_maps
+from diffsight.lenses.attention import map_memory
 from helpers import same_image
-from models import diffusion, text_encoders
+from models import diffusion, text_encoders, vision_language
 
 PROMPT = "a red circle above a blue square"  # one token each, after the token that begins the prompt
 SHORT = {"num_inference_steps": 2}
@@ -40,9 +42,15 @@ class Keeping(AttnProcessor):
             del attn.get_attention_scores
 
 
-@pytest.fixture
-def model(sd):
-    return DiffusionModel(sd)
+@pytest.fixture(scope="module")
+def model():
+    """A pipeline that no test changes, so that its attentions are looked for once. `sd` has the same weights."""
+    return DiffusionModel(text_encoders.built("stable_diffusion"))
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return DiffusionModel(text_encoders.built("flux"))
 
 
 def kept_by_processors(pipe, of, **given):
@@ -94,8 +102,7 @@ def test_what_is_kept_apart(model, keep, count):
     assert len(result.parts) == count
     assert torch.allclose(torch.stack(list(result.parts.values())).mean(0), plain.maps, atol=1e-6)
     assert len(result.plot("circle").axes) >= count
-    with pytest.raises(InputError, match="nothing was kept apart"):
-        plain.plot("circle")
+    assert len(plain.plot("circle").axes) == 1
 
 
 class Joint(TorchFunctionMode):
@@ -113,10 +120,10 @@ class Joint(TorchFunctionMode):
         return output
 
 
-def test_maps_in_joint_attention():
-    pipe = diffusion.flux()
+def test_maps_in_joint_attention(flux):
+    pipe = flux.pipeline
     inputs = {"height": 32, "width": 32, "max_sequence_length": 16, **SHORT}
-    result = attention_maps(DiffusionModel(pipe), PROMPT, ["circle", "square"], seed=3, **inputs)
+    result = attention_maps(flux, PROMPT, ["circle", "square"], seed=3, **inputs)
     with Joint() as joint:
         pipe(PROMPT, generator=torch.Generator().manual_seed(3), **inputs)
     probs = torch.stack(joint.kept).mean(0)
@@ -135,18 +142,16 @@ def test_where_a_place_looks(model, sd):
     assert torch.allclose(result.maps, torch.stack(maps).mean(0).clamp_min(0), atol=1e-5)
 
 
-def test_concepts():
+def test_concepts(flux):
     """The image is that of the prompt, whatever the words; and the words see the image."""
-    pipe = diffusion.flux()
     inputs = {"height": 32, "width": 32, "max_sequence_length": 16, **SHORT}
-    model = DiffusionModel(pipe)
     given = {"method": "concept", "seed": 3, **inputs}
-    result = attention_maps(model, PROMPT, ["photo", "green"], **given)
-    plain = model.generate(PROMPT, seed=3, **inputs).images[0]
+    result = attention_maps(flux, PROMPT, ["photo", "green"], **given)
+    plain = flux.generate(PROMPT, seed=3, **inputs).images[0]
     assert np.abs(np.asarray(plain, float) - np.asarray(result.image, float)).max() <= 2
     assert result.maps.shape == (2, 8, 8)
     assert torch.allclose(result.maps.sum(0), torch.ones(8, 8), atol=1e-5)
-    other = attention_maps(model, PROMPT, ["photo", "circle"], **given)
+    other = attention_maps(flux, PROMPT, ["photo", "circle"], **given)
     assert same_image(result.image, other.image)
     assert not torch.allclose(result.maps[0], other.maps[0], atol=1e-3)
 
@@ -154,6 +159,96 @@ def test_concepts():
 def test_concepts_need_joint_attention(model):
     with pytest.raises(InputError, match=r'needs joint attention.*StableDiffusionPipeline.*method="cross"'):
         attention_maps(model, PROMPT, ["cat"], method="concept", **SHORT)
+
+
+def latents_of(pipe):
+    """Return the latents of the image by hand, and noise."""
+    pixels = torch.from_numpy(np.array(diffusion.IMAGE)).permute(2, 0, 1)[None] / 127.5 - 1
+    latents = pipe.vae.encode(pixels).latent_dist.mode() - (pipe.vae.config.shift_factor or 0)
+    return latents * pipe.vae.config.scaling_factor
+
+
+def noise_for(latents):
+    return torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+@torch.no_grad()
+def test_a_given_image(sd, scheduler):
+    sd.scheduler = scheduler.from_config(sd.scheduler.config)
+    call = {"num_inference_steps": 4, "guidance_scale": 5.0}
+    result = attention_maps(DiffusionModel(sd), PROMPT, "circle", image=diffusion.IMAGE, steps=[0, 2], seed=3, **call)
+    kept, latents = [], latents_of(sd)
+    for name, module in sd.unet.named_modules():
+        if name.endswith("attn2"):
+            module.set_processor(Keeping(kept))
+    sd.scheduler.set_timesteps(4)
+    text = sd.encode_prompt(PROMPT, "cpu", 1, False)[0]
+    for time in sd.scheduler.timesteps[[0, 2]]:
+        noised = sd.scheduler.add_noise(latents, noise_for(latents), time[None])
+        sd.unet(sd.scheduler.scale_model_input(noised, time), time, text)
+        sd.scheduler._step_index = None  # the scheduler counts the calls
+    maps = [enlarged(probs[..., 3].mean(0)[None]) for probs in kept]
+    assert len(maps) == 8
+    assert torch.allclose(result.maps, torch.stack(maps).mean(0).clamp_min(0), atol=1e-5)
+    assert result.image is diffusion.IMAGE
+
+
+@pytest.mark.parametrize("method", ["cross", "concept"])
+@torch.no_grad()
+def test_a_given_image_in_joint_attention(flux, method):
+    """The oracle replaces what goes into the transformer in a plain call of the pipeline."""
+    pipe = flux.pipeline
+    inputs = {"height": 32, "width": 32, "max_sequence_length": 16, "num_inference_steps": 4}
+    given = {"method": method, "seed": 3, **inputs}
+    result = attention_maps(flux, PROMPT, ["circle", "red"], image=diffusion.IMAGE, steps=2, **given)
+    latents = latents_of(pipe)
+    packed = pipe._pack_latents(latents, *latents.shape)
+    noise = noise_for(packed)
+
+    def show(module, args, kwargs):
+        sigma = kwargs["timestep"][0]
+        kwargs["hidden_states"] = ((1 - sigma) * packed + sigma * noise).expand_as(kwargs["hidden_states"])
+        return args, kwargs
+
+    hook = pipe.transformer.register_forward_pre_hook(show, with_kwargs=True)
+    if method == "concept":  # the same lens, on a pipeline in which a hook shows the image
+        expected = attention_maps(flux, PROMPT, ["circle", "red"], steps=2, **given).maps
+    else:
+        with Joint() as joint:
+            pipe(PROMPT, generator=torch.Generator().manual_seed(3), **inputs)
+        probs = torch.stack(joint.kept[8:12]).mean(0)
+        expected = probs[16:, [2, 1]].T.unflatten(-1, (8, 8))
+    hook.remove()
+    assert torch.allclose(result.maps, expected, atol=1e-5)
+
+
+def test_a_pipeline_that_takes_an_image_gets_it():
+    small = diffusion.PIPELINES["img2img"]
+    inputs = {name: value for name, value in small.inputs().items() if name != "output_type"}
+    result = attention_maps(DiffusionModel(small.build()), words="circle", seed=3, **inputs)
+    drawn = small.build()(**inputs, generator=torch.Generator().manual_seed(3)).images[0]
+    assert same_image(result.image, drawn)
+
+
+NO_IMAGES = [
+    ({"image": "scene.png"}, "the image must be a PIL image or a tensor, not str"),
+    ({"image": diffusion.IMAGE.convert("L")}, "has the mode L"),
+    ({"image": diffusion.IMAGE.resize((33, 32))}, "has 33 x 32 pixels"),
+    ({"image": diffusion.IMAGE, "height": 64}, "height=64 is not that of the image, 32"),
+]
+
+
+@pytest.mark.parametrize("given, words", NO_IMAGES)
+def test_images_that_cannot_be_shown(model, given, words):
+    with pytest.raises(InputError, match=words):
+        attention_maps(model, PROMPT, **SHORT, **given)
+
+
+def test_a_pipeline_without_an_autoencoder_cannot_be_shown_an_image():
+    inputs = diffusion.PIPELINES["deepfloyd_if"].inputs() | {"output_type": "pil"}
+    with pytest.raises(InputError, match="IFPipeline has no autoencoder for images"):
+        attention_maps(DiffusionModel(diffusion.deepfloyd_if()), image=diffusion.IMAGE, **inputs)
 
 
 def test_videos():
@@ -223,6 +318,78 @@ WRONG = [
 def test_bad_input(model, given, words):
     with pytest.raises(InputError, match=words):
         attention_maps(model, PROMPT, **{**SHORT, **given})
+
+
+IMAGE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+GRIDS = {"llava": (4, 4), "qwen2_vl": (3, 4), "idefics3": (4, 4)}
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+@torch.no_grad()
+def test_where_generated_tokens_look(kind):
+    """Eager attention returns the probabilities that the bare model has, a tuple of layers for each token."""
+    net, processor = vision_language.MODELS[kind]()
+    model, (rows, columns) = VisionLanguageModel((net, processor)), GRIDS[kind]
+    given = {"image": IMAGE, "max_new_tokens": 3, "do_sample": False}
+    result = attention_maps(model, PROMPT, layers=[0, -1], keep="layers", **given)
+    by_head = attention_maps(model, PROMPT, layers=[0, 2], heads=[1, 3], keep="heads", **given)
+    with model.trace(PROMPT, images=IMAGE) as run:
+        inputs, grid = run.inputs[1], run.image_grids[0][0]
+        run.stop()
+    net.set_attn_implementation("eager")
+    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
+    named = {name: inputs[name] for name in names if name in inputs}
+    bare = net.generate(
+        **named, max_new_tokens=3, do_sample=False, output_attentions=True, return_dict_in_generate=True
+    )
+    looks = torch.stack([torch.stack([probs[0, :, -1, grid] for probs in step]) for step in bare.attentions])
+    assert looks.shape[2:] == (4, rows, columns)
+    assert torch.allclose(result.maps, looks[:, [0, 2]].mean((1, 2)), atol=1e-5)
+    assert torch.allclose(result.parts["layers[2]"], looks[:, 2].mean(1), atol=1e-5)
+    assert torch.allclose(by_head.parts["head 3"], looks[:, [0, 2], 3].mean(1), atol=1e-5)
+    assert len(result.words) == len(bare.attentions) and result.overlay(result.words[0]).size == result.image.size
+
+
+BAD_GENERATION = [
+    ({"words": "circle"}, "words: a VisionLanguageModel has no such choice"),
+    ({"method": "concept"}, "method: a VisionLanguageModel"),
+    ({"keep": "steps"}, "keep: a VisionLanguageModel keeps 'layers' or 'heads' apart"),
+    ({"image": None}, "needs one image"),
+    ({"layers": 3}, "there is no layer 3"),
+    ({"heads": [4]}, "there is no head 4"),
+    ({"num_beams": 2}, "omit num_beams"),
+    ({"max_new_token": 2}, "did you mean 'max_new_tokens'"),
+]
+
+
+@pytest.fixture(scope="module")
+def llava():
+    return VisionLanguageModel(vision_language.MODELS["llava"]())
+
+
+@pytest.mark.parametrize("given, words", BAD_GENERATION)
+def test_bad_generation(llava, given, words):
+    with pytest.raises(InputError, match=words):
+        attention_maps(llava, PROMPT, **{"image": IMAGE, "max_new_tokens": 2, **given})
+
+
+def test_maps_larger_than_memory(model, monkeypatch):
+    """Three maps of 16 x 16 and one of 8 x 8, and four of 16 x 16 in the result, of two words in float32."""
+    size, keep = 4 * 2 * (3 * 16 * 16 + 8 * 8 + 4 * 16 * 16), {"keep": "layers", "seed": 3}
+    monkeypatch.setattr(map_memory, "memory_of", lambda device: size - 1)
+    with pytest.raises(InputError, match=r"maps of 2 words, 4 layers apart, would take 0.0 MB, but cpu has 0.0 MB"):
+        attention_maps(model, PROMPT, ["circle", "square"], **keep, **SHORT)
+    monkeypatch.setattr(map_memory, "memory_of", lambda device: size)
+    assert attention_maps(model, PROMPT, ["circle", "square"], **keep, **SHORT).maps.shape == (2, 16, 16)
+
+
+def test_a_kernel_that_shows_nothing():
+    pipe = diffusion.flux()
+    for module in pipe.transformer.modules():
+        if hasattr(module, "processor"):
+            module.processor._attention_backend = "flex"
+    with pytest.raises(InputError, match=r"computes its attention with 'flex'.*set_attention_backend\(\"native\"\)"):
+        attention_maps(DiffusionModel(pipe), PROMPT, height=32, width=32, max_sequence_length=16, **SHORT)
 
 
 def test_models_without_such_an_attention(model):

@@ -454,3 +454,14 @@ def test_a_word_on_the_packaged_pipeline():
     assert largest_difference(result.images[1][0], result.target_image) < largest_difference(
         result.source_image, result.target_image
     )
+
+
+def test_the_image_of_the_source_is_a_row_of_the_same_call():
+    rows, model = [], DiffusionModel("diffsight/shapes-clip")
+    model.pipeline.vae.decoder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    settings = {"words": "circle", "layers": [0, 3], "num_inference_steps": 2, "progress": False}
+    encoder_patching(model, "a red circle", "a blue circle", **settings)
+    assert rows == [4]
+    rows.clear()
+    encoder_patching(model, "a red circle", "a blue circle", batch_size=3, **settings)
+    assert rows == [3, 1]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffsight import DiffusionModel, diffusion_lens, invert, trajectory_lens
+from diffsight import DiffusionModel, invert
 from helpers import SEED, draw, pipeline_footprint, recorded, refusal, same_image
 from models import diffusion
 
@@ -108,17 +108,6 @@ def test_other_pipelines(name):
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     inverted = invert(DiffusionModel(pipe), IMAGE, PROMPT, fixed_point=6, **CALL)
     assert abs(inverted.psnr - inverted.decoded_psnr) < 1
-
-
-def test_lenses_take_it(sd):
-    model = DiffusionModel(sd)
-    inverted = invert(model, IMAGE, PROMPT, **CALL)
-    seen = trajectory_lens(model, **inverted.arguments, progress=False)
-    torch.testing.assert_close(seen.latents["noisy"][0], inverted.noise[0])
-    assert same_image(seen.image, inverted.reconstruction)
-    assert same_image(
-        diffusion_lens(model, layers=-1, progress=False, **inverted.arguments).images[0], inverted.reconstruction
-    )
 
 
 def test_errors_of_the_reconstruction(sd):

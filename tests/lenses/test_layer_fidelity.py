@@ -8,13 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsight import DiffusionModel, layer_fidelity
+from diffsight import DiffusionModel, diffusion_lens, layer_fidelity
 from diffsight.errors import InputError
+from diffsight.lenses.encoders.layer_drawing import draw_layers, read_layers
 from diffsight.lenses.layer_fidelity import LayerFidelity, sample_prompts
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import HELD_OUT, NOUNS, Scene, Thing, render
 from diffsight.pipelines.shapes.scoring import score
-from models import diffusion
+from helpers import close_image, same_image
+from models import diffusion, text_encoders
 
 RED, BLUE, GREEN = Thing("red", "circle"), Thing("blue", "square"), Thing("green", "circle")
 BELOW = Scene((RED, BLUE), "below", "gray")
@@ -247,3 +249,37 @@ def test_bad_input_is_refused_before_images(model, scenes, changes, message):
 def test_an_invalid_model():
     with pytest.raises(InputError, match="takes a DiffusionModel, not str"):
         layer_fidelity("diffsight/shapes-clip")
+
+
+def test_several_prompts_share_a_call(model, fidelity):
+    """The images are those of the diffusion lens, up to rounding."""
+    rows, options = [], {"layers": [11, "embedding"], "progress": False, **FEW_STEPS}
+    handle = model.pipeline.vae.decoder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    try:
+        for size, wanted in ((None, [8]), (5, [4, 4]), (1, [1] * 8)):
+            rows.clear()
+            result = layer_fidelity(model, 4, seed=3, batch_size=size, **options)
+            assert (rows, result.seen) == (wanted, fidelity.seen)
+    finally:
+        handle.remove()
+    readings = [
+        read_layers(model, p, s, FEW_STEPS, layers=[3, 11]) for p, s in (("a red circle", 1), ("a blue square", 5))
+    ]
+    for size, alike in ((None, close_image), (3, close_image), (1, same_image)):
+        for reading, images in zip(readings, draw_layers(readings, batch_size=size), strict=True):
+            alone = diffusion_lens(
+                model, reading.prompt, seed=reading.seed, layers=[3, 11], batch_size=1, progress=False, **FEW_STEPS
+            )
+            assert all(map(alike, images, alone.images))
+
+
+def test_prompts_with_different_numbers_of_tokens_have_calls_of_their_own():
+    """Qwen-Image pads to the longest prompt of a call."""
+    model = DiffusionModel(text_encoders.built("qwen_image"))
+    inputs, rows = text_encoders.TEXT_PIPELINES["qwen_image"].inputs(), []
+    del inputs["prompt"]
+    inputs["output_type"] = "pil"
+    model.pipeline.vae.decoder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    result = layer_fidelity(model, [BELOW, Scene((RED,), None, "gray")], layers=[0, 1], progress=False, **inputs)
+    assert rows == [2, 2]
+    assert len(result.seen) == 2

@@ -39,6 +39,11 @@ def sae():
             lambda m: lenses.invert(m, diffusion.IMAGE, PROMPT, guidance_scale="x"),
             "guidance_scale must be float, not 'x'",
         ),
+        (lambda m: lenses.trajectory_lens(m, PROMPT, progress="yes"), "progress must be bool, not 'yes'"),
+        (lambda m: lenses.diffusion_lens(m, PROMPT, isolate="x"), "diffusion_lens: isolate must be bool, not 'x'"),
+        (lambda m: lenses.diffusion_lens(m, PROMPT, norm=1), "diffusion_lens: norm must be bool, not 1"),
+        (lambda m: lenses.encoder_patching(m, PROMPT, OTHER, isolate="x"), "isolate must be bool, not 'x'"),
+        (lambda m: lenses.layer_fidelity(m, [None]), "a scene must be a Scene, not None"),
         (lambda m: lenses.invert(m, diffusion.IMAGE, guidance_scale=None), "guidance_scale must be float, not None"),
     ],
 )

@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
 from diffsight.lenses import prompt_to_prompt
+from diffsight.lenses.attention import map_memory
 from diffsight.lenses.attention.token_mapping import map_tokens
 from helpers import close_image, same_image
 from models import diffusion
@@ -175,6 +176,15 @@ def test_bad_input(sd, given, words):
         prompt_to_prompt(DiffusionModel(sd), SOURCE, TARGET, **{**CALL, **given})
     with pytest.raises(InputError, match="the prompt is empty"):
         prompt_to_prompt(DiffusionModel(sd), SOURCE, " ", **CALL)
+
+
+def test_probabilities_larger_than_memory(sd, monkeypatch):
+    """Self-attention of 16 x 16 positions is the largest, if it is changed: two heads, two prompts, three times."""
+    size, model = 3 * 4 * 2 * 2 * 256 * 256, DiffusionModel(sd)
+    monkeypatch.setattr(map_memory, "memory_of", lambda device: size - 1)
+    with pytest.raises(InputError, match=r"attn1 \(256 x 256\) would take 3.0 MB, but cpu has 3.0 MB of memory"):
+        prompt_to_prompt(model, SOURCE, TARGET, **CALL)
+    prompt_to_prompt(model, SOURCE, TARGET, self_steps=0, num_inference_steps=1)
 
 
 def test_what_is_saved(sd, tmp_path):

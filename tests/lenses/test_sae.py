@@ -60,22 +60,141 @@ def test_it_is_saved_as_saelens_does(kind, tmp_path):
     assert torch.equal(loaded.encode(x), sae.encode(x))
 
 
-def test_other_files(tmp_path):
-    """The files of dictionary_learning and of sdxl-unbox, written by hand."""
-    sae, x = an_sae(), torch.randn(7, WIDTH)
-    weights = {"encoder.weight": sae.encoder.T.contiguous(), "decoder.weight": sae.decoder.T.contiguous()}
-    learned, unbox = tmp_path / "learned", tmp_path / "unbox"
-    learned.mkdir(), unbox.mkdir()
-    more = {"encoder.bias": sae.encoder_bias, "b_dec": sae.decoder_bias, "k": torch.tensor(K)}
-    torch.save({**weights, **more}, learned / "ae.pt")
-    trainer = {"dict_class": "AutoEncoderTopK", "submodule_name": "layers[3]"}
-    (learned / "config.json").write_text(json.dumps({"trainer": trainer}))
-    torch.save({**weights, "latent_bias": sae.encoder_bias, "pre_bias": sae.decoder_bias}, unbox / "state_dict.pth")
-    (unbox / "config.json").write_text(json.dumps({"k": K}))
-    for folder in (learned, unbox):
-        torch.testing.assert_close(SAE.load(folder).encode(x), sae.encode(x))
-    assert SAE.load(learned).point == "layers[3]"
-    assert SAE.load(unbox).of == "difference"
+def normal(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+ENCODER = {"encoder.weight": normal(FEATURES, WIDTH) / 5, "encoder.bias": normal(FEATURES) / 5}
+DECODER = {"decoder.weight": torch.nn.functional.normalize(normal(WIDTH, FEATURES), dim=0)}
+B_DEC = normal(WIDTH) / 5
+JUMP = {"W_enc": normal(WIDTH, FEATURES) / 5, "b_enc": normal(FEATURES) / 5, "threshold": normal(FEATURES).abs() / 5}
+JUMP |= {"W_dec": normal(FEATURES, WIDTH), "b_dec": B_DEC}  # not of length one
+
+
+def largest(values, k=K):
+    least = values.sort(-1).values[..., -k, None]
+    return values * (values >= least)
+
+
+def linear(x):
+    return (x @ ENCODER["encoder.weight"].T + ENCODER["encoder.bias"]).relu()
+
+
+def jumping(x):
+    before = x @ JUMP["W_enc"] + JUMP["b_enc"]
+    return (before * (before > JUMP["threshold"])).relu() * JUMP["W_dec"].norm(dim=1)
+
+
+def learned(name, **trainer):
+    return "config.json", {"trainer": {"dict_class": name, "submodule_name": "resid_post_layer_3", **trainer}}
+
+
+# The files of other projects: what they hold, the features, and the reconstruction, from the code of their classes.
+OF_OTHERS = {
+    "dictionary_learning's AutoEncoder": (
+        "ae.pt",
+        {**ENCODER, **DECODER, "bias": B_DEC},
+        learned("AutoEncoder"),
+        lambda x: linear(x - B_DEC),
+        lambda f: f @ DECODER["decoder.weight"].T + B_DEC,
+    ),
+    "dictionary_learning's AutoEncoderNew": (
+        "ae.pt",
+        {**ENCODER, "decoder.weight": normal(WIDTH, FEATURES), "decoder.bias": B_DEC},
+        learned("AutoEncoderNew"),
+        lambda x: linear(x) * normal(WIDTH, FEATURES).norm(dim=0),
+        lambda f: (f / normal(WIDTH, FEATURES).norm(dim=0)) @ normal(WIDTH, FEATURES).T + B_DEC,
+    ),
+    "dictionary_learning's AutoEncoderTopK": (
+        "ae.pt",
+        {**ENCODER, **DECODER, "b_dec": B_DEC, "k": torch.tensor(K), "threshold": torch.tensor(0.3)},
+        learned("AutoEncoderTopK"),
+        lambda x: largest(linear(x - B_DEC)),
+        lambda f: f @ DECODER["decoder.weight"].T + B_DEC,
+    ),
+    "dictionary_learning's BatchTopKSAE": (
+        "ae.pt",
+        {**ENCODER, **DECODER, "b_dec": B_DEC, "k": torch.tensor(K), "threshold": torch.tensor(0.3)},
+        learned("BatchTopKSAE"),
+        lambda x: linear(x - B_DEC) * (linear(x - B_DEC) > 0.3),
+        lambda f: f @ DECODER["decoder.weight"].T + B_DEC,
+    ),
+    "dictionary_learning's JumpReluAutoEncoder": (
+        "ae.pt",
+        JUMP,
+        learned("JumpReluAutoEncoder"),
+        jumping,
+        lambda f: (f / JUMP["W_dec"].norm(dim=1)) @ JUMP["W_dec"] + B_DEC,
+    ),
+    "sdxl-unbox": (
+        "state_dict.pth",
+        {
+            "encoder.weight": ENCODER["encoder.weight"],
+            **DECODER,
+            "latent_bias": ENCODER["encoder.bias"],
+            "pre_bias": B_DEC,
+        },
+        ("config.json", {"n_dirs_local": FEATURES, "d_model": WIDTH, "k": K, "auxk": 8, "dead_steps_threshold": 9}),
+        lambda x: largest(linear(x - B_DEC)),
+        lambda f: f @ DECODER["decoder.weight"].T + B_DEC,
+    ),
+    "SAeUron": (
+        "sae.safetensors",
+        {**ENCODER, "W_dec": DECODER["decoder.weight"].T.contiguous(), "b_dec": B_DEC},
+        ("cfg.json", {"d_in": WIDTH, "k": K, "batch_topk": True, "sample_topk": False, "input_unit_norm": False}),
+        lambda x: largest(linear(x - B_DEC)),
+        lambda f: f @ DECODER["decoder.weight"].T + B_DEC,
+    ),
+}
+
+
+def write_folder(folder, name):
+    file, tensors, (config, facts) = OF_OTHERS[name][:3]
+    folder.mkdir(parents=True)
+    (save_file if file.endswith("safetensors") else torch.save)(tensors, folder / file)
+    (folder / config).write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+def test_the_files_of_other_projects(name, tmp_path):
+    write_folder(tmp_path / "sae", name)
+    sae, x = SAE.load(tmp_path / "sae"), normal(7, WIDTH)
+    *_, encode, decode = OF_OTHERS[name]
+    torch.testing.assert_close(sae.encode(x), encode(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(x), decode(encode(x)), rtol=1e-5, atol=1e-5)
+    assert torch.allclose(sae.decoder.norm(dim=1), torch.ones(FEATURES), atol=1e-5)
+    assert sae.of == ("difference" if name == "sdxl-unbox" else "output")
+    assert sae.point == ("layers[3]" if name.startswith("dictionary") else None)
+    sae.save(tmp_path / "ours")
+    torch.testing.assert_close(SAE.load(tmp_path / "ours").encode(x), encode(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_state_within_a_checkpoint(tmp_path):
+    """As sdxl-unbox has it for FLUX."""
+    write_folder(tmp_path / "sae", "sdxl-unbox")
+    torch.save({"state_dict": OF_OTHERS["sdxl-unbox"][1]}, tmp_path / "sae" / "state_dict.pth")
+    assert SAE.load(tmp_path / "sae").count == FEATURES
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("SAeUron", {"input_unit_norm": True}, "SAEs with input_unit_norm=True are not supported"),
+        ("SAeUron", {"activation": "groupmax"}, "SAEs with activation='groupmax' are not supported"),
+        ("SAeUron", {"k": None}, "cannot be read"),
+        (
+            "dictionary_learning's AutoEncoder",
+            {"trainer": {"dict_class": "GatedAutoEncoder"}},
+            "GatedAutoEncoder of dictionary_learning are not supported: AutoEncoder, AutoEncoderNew",
+        ),
+        ("sdxl-unbox", {"k": 65}, "k must be from 1 to 64"),
+    ],
+)
+def test_settings_of_other_projects_that_are_not_supported(name, change, words, tmp_path):
+    write_folder(tmp_path / "sae", name)
+    config, facts = OF_OTHERS[name][2]
+    (tmp_path / "sae" / config).write_text(json.dumps(facts | change))
+    assert words in refusal(SAE.load, tmp_path / "sae")
 
 
 def test_the_packaged_ones():
@@ -89,7 +208,8 @@ def test_files_that_are_no_sae(tmp_path):
     assert "has no SAE" in refusal(SAE.load, tmp_path)
     (tmp_path / "config.json").write_text("{}")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "ae.pt")
-    assert "could execute code" in refusal(SAE.load, tmp_path)
+    message = refusal(SAE.load, tmp_path)
+    assert "could execute code" in message and "Convert it where you trust it: torch.save(torch.load('ae.pt'" in message
     an_sae().save(tmp_path / "own")
     state = load_file(tmp_path / "own" / "sae_weights.safetensors")
     save_file({**state, "b_dec": torch.zeros(3)}, tmp_path / "own" / "sae_weights.safetensors")

@@ -185,5 +185,5 @@ def test_generated_tokens_are_chosen(model, steps, changed):
 
 
 def test_generated_tokens_are_not_counted_from_the_end(model):
-    with pytest.raises(InputError, match="counted from 0"):
+    with pytest.raises(InputError, match="steps cannot be negative"):
         steer(model, 0, VECTOR, steps=-1)

@@ -1,6 +1,7 @@
 """The trajectory lens, compared with the closed form by hand, with DDIM's own prediction and with the bare pipeline."""
 
 import json
+import wave
 
 import diffusers
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from diffsight import DiffusionModel, trajectory_lens
 from diffsight.lenses.results.outputs import image_of
 from helpers import SEED, close_image, draw, module_at, pipeline_footprint, recorded, refusal, same_image
-from models import diffusion
+from models import diffusion, text_encoders
 
 QUIET = {"progress": False, "seed": SEED}
 
@@ -80,6 +81,12 @@ SCHEDULERS = {
         of_scaled_sigmas,
     ),
     "dpm++ sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, of_scaled_sigmas),
+    "dpm++ 2m, sample": (diffusers.DPMSolverMultistepScheduler, {"prediction_type": "sample"}, of_scaled_sigmas),
+    "dpm++ singlestep": (diffusers.DPMSolverSinglestepScheduler, {}, of_scaled_sigmas),
+    "deis": (diffusers.DEISMultistepScheduler, {}, of_scaled_sigmas),
+    "kdpm2": (diffusers.KDPM2DiscreteScheduler, {}, of_sigmas),
+    "kdpm2 ancestral": (diffusers.KDPM2AncestralDiscreteScheduler, {}, of_sigmas),
+    "tcd": (diffusers.TCDScheduler, {}, of_alphas),
     "unipc": (diffusers.UniPCMultistepScheduler, {}, of_scaled_sigmas),
     "unipc, flow": (diffusers.UniPCMultistepScheduler, FLOW_SIGMAS, of_flow),
 }
@@ -125,6 +132,20 @@ def test_other_pipelines(name):
     assert all(len(images) == len(calls) for images in result.images.values())
 
 
+@pytest.mark.parametrize("cls", [diffusers.FlowMatchHeunDiscreteScheduler, diffusers.FlowMatchLCMScheduler])
+def test_other_schedulers_of_flows(cls):
+    small = diffusion.PIPELINES["stable_diffusion_3"]
+    pipe, arguments = small.build(), arguments_of("stable_diffusion_3")
+    pipe.scheduler = cls(shift=3.0)
+    with recorded(pipe.scheduler, "step") as calls:  # of the lens's own run, since LCM adds noise without a generator
+        result = trajectory_lens(DiffusionModel(pipe), **arguments, **QUIET)
+    assert len(result.steps) == (5 if cls is diffusers.FlowMatchHeunDiscreteScheduler else 3)
+    for i in result.steps:
+        output, timestep, sample = calls[i][0][0][:3]
+        expected = clean("flow", output, sample, *of_flow(pipe.scheduler, i, timestep))
+        torch.testing.assert_close(result.latents["prediction"][i].double(), expected[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["stable_diffusion", "flux", "wan", "latent_consistency"])
 def test_images_are_what_the_pipeline_draws_from_the_latents(name):
     """The bare pipeline, whose last scheduler step returns the prediction."""
@@ -144,6 +165,51 @@ def test_images_are_what_the_pipeline_draws_from_the_latents(name):
         pipe.scheduler.step = last
         assert close_image(result.images["prediction"][i], image_of(draw(pipe, arguments, SEED)[0]))
         del pipe.scheduler.step
+
+
+def of_edm(scheduler, output, sample, i):
+    """Karras et al. 2022: x0 = c_skip x + c_out F, with the signs of v-prediction."""
+    sigma, data = scheduler.sigmas[i].double(), scheduler.config.sigma_data
+    total = sigma**2 + data**2
+    return data**2 / total * sample.double() - sigma * data / total.sqrt() * output.double()
+
+
+@pytest.mark.parametrize("name", ["audioldm2", "stable_audio"])
+def test_sounds(name, tmp_path):
+    """The predictions, and the sound that the bare pipeline makes if its last step returns them."""
+    pipe, arguments = text_encoders.built(name), {**text_encoders.TEXT_PIPELINES[name].call, "num_inference_steps": 3}
+    arguments["prompt"] = "a red circle"
+    calls, _ = scheduler_calls(pipe, arguments)
+    result = trajectory_lens(DiffusionModel(pipe), **arguments, show=["prediction"], **QUIET)
+    for i, ((output, timestep, sample), _) in enumerate(calls):
+        if name == "stable_audio":
+            expected = of_edm(pipe.scheduler, output, sample, i)
+        else:
+            expected = clean("epsilon", output, sample, *of_alphas(pipe.scheduler, i, timestep))
+        torch.testing.assert_close(result.latents["prediction"][i].double(), expected[0], rtol=1e-4, atol=1e-4)
+    step, count = pipe.scheduler.step, 0
+
+    def last(*args, **kwargs):
+        nonlocal count
+        count += 1
+        output = step(*args, **kwargs)
+        if count == 3:
+            output.prev_sample = result.latents["prediction"][:1]
+        return output
+
+    pipe.scheduler.step = last
+    sound = np.asarray(draw(pipe, arguments, SEED)[0])
+    del pipe.scheduler.step
+    np.testing.assert_allclose(np.asarray(result.outputs["prediction"][0]), sound, atol=1e-3)
+    np.testing.assert_array_equal(np.asarray(result.output), np.asarray(draw(pipe, arguments, SEED)[0]))
+    result.save(tmp_path)
+    with wave.open(str(tmp_path / "step_00_prediction.wav")) as file:
+        assert file.getframerate() == result.rate == {"audioldm2": 16000, "stable_audio": 4}[name]
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").reshape(-1, file.getnchannels()).T
+    assert np.abs(samples / 32767 - np.atleast_2d(sound).clip(-1, 1)).max() < 1e-3
+    assert (tmp_path / "image.wav").is_file()
+    message = refusal(trajectory_lens, DiffusionModel(pipe), **arguments, show="guidance map", **QUIET)
+    assert "guidance and guidance map are for images" in message
 
 
 def test_branches_and_what_guidance_adds(sd):

@@ -104,7 +104,7 @@ def build_causal(kind: str, **changes: Any) -> torch.nn.Module:
     for name, value in changes.items():
         setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return cls(config).eval()
 
 

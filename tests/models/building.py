@@ -8,5 +8,5 @@ import torch
 def build(cls: Any, config: Any) -> Any:
     """Return `cls(config)` in evaluation mode, with weights from a random stream of its own."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         return cls(config).eval()

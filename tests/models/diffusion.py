@@ -138,7 +138,7 @@ def seeded(build: Callable[..., torch.nn.Module]) -> Callable[..., Any]:
     @functools.wraps(build)
     def seeded(*args: Any, seed: int = 0, **kwargs: Any) -> torch.nn.Module:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             return build(*args, **kwargs).eval()
 
     return seeded

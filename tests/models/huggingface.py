@@ -60,7 +60,7 @@ def _enter(task: str, layer: str, *args: Any, generates: bool = False, **kwargs:
     def enter(parts: Callable) -> Callable:
         def build() -> transformers.Pipeline:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
+                torch.default_generator.manual_seed(0)
                 model, rest = parts()
             return transformers.pipeline(task.split("/")[0], model=model.eval(), device="cpu", **rest)
 

@@ -28,7 +28,7 @@ def save_models(folder: Path) -> None:
     for part in vision_language.llava():
         part.save_pretrained(folder / "vision")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+        torch.default_generator.manual_seed(1)
         for point in ("unet.mid_block", "layers[1]"):
             lenses.SAE(32, 64, k=4, point=point).save(folder / "sae" / point)
 

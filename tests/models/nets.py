@@ -49,7 +49,7 @@ class Net(nn.Module):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.first = nn.Linear(WIDTH, WIDTH)
             self.layers = nn.ModuleList(Branch() for _ in range(3))
             self.last = nn.Linear(WIDTH, WIDTH)
@@ -86,5 +86,5 @@ class Calling(nn.Module):
 
 def linear(seed: int = 0) -> nn.Linear:
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return nn.Linear(WIDTH, WIDTH)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffsight import DiffusionModel
-from diffsight.pipelines.argument_types import check_types, fits
+from diffsight.pipelines.argument_types import check_types, fits, is_number
 from helpers import not_called, refusal
 
 
@@ -57,3 +57,22 @@ def test_a_text_in_place_of_a_number_is_refused_before_a_pipeline_runs():
         for name in ("guidance_scale", "num_inference_steps", "height"):
             message = refusal(model.generate, "a red circle", **{name: "7"})
             assert message == f"StableDiffusionPipeline: {name} must be a number, not '7'"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"guidance_scale": [1.0, 2.0]}, "guidance_scale must be a number, not [1.0, 2.0]"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps must be a whole number, not 2.5"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be 1 or more, not 0"),
+    ],
+)
+def test_numbers_that_a_pipeline_cannot_take(given, told):
+    model = DiffusionModel("diffsight/shapes-clip")
+    with not_called(model.pipeline.text_encoder):
+        assert told in refusal(model.generate, "a red circle", **given)
+
+
+def test_a_list_of_numbers_is_no_number():
+    assert is_number(int) and is_number(float | None) and is_number(int | float)
+    assert not is_number(list[int]) and not is_number(list[float] | None) and not is_number(float | list[float])

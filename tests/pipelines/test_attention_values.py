@@ -373,7 +373,7 @@ def test_a_run_that_is_dropped_tells_that_there_may_be_several_products(sd):
     inputs = with_image_prompt(sd)
     run = DiffusionModel(sd).generate(**inputs, seed=SEED)
     run[ATTN].attention_probs
-    with pytest.warns(UserWarning, match=r"dropped in the call of .*attn2 in which .*attention_probs was read"):
+    with pytest.warns(UserWarning, match=r"dropped during the call of .*attn2 in which .*attention_probs was read"):
         del run
         gc.collect()
     run = DiffusionModel(sd).generate(**inputs, seed=SEED)

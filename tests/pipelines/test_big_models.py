@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
-from diffusers.hooks import apply_group_offloading
+from accelerate import cpu_offload, cpu_offload_with_hook
+from diffusers import (
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    MagCacheConfig,
+    PipelineQuantizationConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
+from diffusers.hooks import TextKVCacheConfig, apply_group_offloading
 
 from diffsight import DiffusionModel
+from diffsight.errors import InputError
 from helpers import SEED, draw, first, hooked, module_at, replaced, same, with_first
 from models import diffusion
 
@@ -15,6 +24,19 @@ CPU = torch.device("cpu")
 
 def group_offload(pipe):
     apply_group_offloading(pipe.unet, onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+
+
+def model_offload(pipe):
+    """Do what `enable_model_cpu_offload` does, which refuses to begin without an accelerator."""
+    hook = None
+    for name in ("text_encoder", "unet", "vae"):
+        _, hook = cpu_offload_with_hook(getattr(pipe, name), CPU, prev_module_hook=hook)
+
+
+def sequential_offload(pipe):
+    """Do what `enable_sequential_cpu_offload` does: weights are on the meta device between the calls."""
+    cpu_offload(pipe.unet, CPU, offload_buffers=True)
+    assert {parameter.device.type for parameter in pipe.unet.parameters()} == {"meta"}
 
 
 def layerwise_casting(pipe):
@@ -33,21 +55,59 @@ def reads(pipe, inputs, path):
     return seen, drawn
 
 
-@pytest.mark.parametrize("prepare", [group_offload, layerwise_casting])
+def check_against_hooks(model, inputs, path, envoy):
+    """Check that reading and editing a module in every step equals hooks on the bare pipeline."""
+    pipe = model.pipeline
+    seen, drawn = reads(pipe, inputs, path)
+    with model.generate(**inputs, seed=SEED) as run:
+        read = [first(run[envoy].output).clone() for _ in run.steps]
+    assert len(seen) and same(read, seen) and same(run.result[0], drawn)
+    with replaced(module_at(pipe, path), half):
+        edited = draw(pipe, inputs)
+    with model.generate(**inputs, seed=SEED) as run:
+        for _ in run.steps:
+            run[envoy].output = half(run[envoy].output)
+    assert same(run.result[0], edited) and not same(edited, drawn)
+
+
+@pytest.mark.parametrize("prepare", [group_offload, model_offload, sequential_offload, layerwise_casting])
 def test_offloaded_and_cast_modules(prepare):
     pipe = diffusion.stable_diffusion()
     prepare(pipe)
-    seen, drawn = reads(pipe, SD(), "unet.mid_block")
-    model = DiffusionModel(pipe)
-    with model.generate(**SD(), seed=SEED) as run:
-        read = [first(run.unet.mid_block.output).clone() for _ in run.steps]
-    assert same(read, seen) and same(run.result[0], drawn)
-    with replaced(pipe.unet.mid_block, half):
-        edited = draw(pipe, SD())
-    with model.generate(**SD(), seed=SEED) as run:
-        for _ in run.steps:
-            run.unet.mid_block.output = half(run.unet.mid_block.output)
-    assert same(run.result[0], edited) and not same(edited, drawn)
+    check_against_hooks(DiffusionModel(pipe), SD(), "unet.mid_block", "unet.mid_block")
+
+
+def test_a_pipeline_is_offloaded_through_the_model():
+    model = DiffusionModel(diffusion.stable_diffusion())
+    model.enable_model_cpu_offload(device="cpu")
+    check_against_hooks(model, SD(), "unet.mid_block", "unet.mid_block")
+
+
+@pytest.mark.parametrize("library", ["torchao", "optimum.quanto"])
+def test_a_quantised_pipeline(library, tmp_path):
+    """Modules of `quanto` are of a class that cannot take the place of a plain one, so they are loaded at once."""
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    kind = diffusion.PIPELINES["flux"]
+    kind.build().save_pretrained(tmp_path)
+    model = DiffusionModel(
+        tmp_path, quantization_config=PipelineQuantizationConfig(quant_mapping={"transformer": quantisation(library)})
+    )
+    weight = model.pipeline.transformer.transformer_blocks[0].attn.to_q.weight
+    assert type(weight).__module__.startswith(library)
+    for part in ("attn", "attn.to_q"):
+        path, envoy = (f"transformer.transformer_blocks{at}.{part}" for at in (".0", "[0]"))
+        check_against_hooks(model, kind.inputs(), path, envoy)
+
+
+def quantisation(library):
+    if library == "torchao":
+        from diffusers import TorchAoConfig
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    from diffusers import QuantoConfig
+
+    return QuantoConfig(weights_dtype="int8")
 
 
 def test_a_pipeline_with_a_device_map(saved_pipeline):
@@ -66,6 +126,9 @@ def test_a_pipeline_with_a_device_map(saved_pipeline):
 
 CACHES = {
     "first block": lambda pipe: FirstBlockCacheConfig(threshold=0.2),
+    "mag": lambda pipe: MagCacheConfig(mag_ratios=[1.0] * 8, num_inference_steps=4, threshold=0.5),
+    "TaylorSeer": lambda pipe: TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1),
+    "text keys and values": lambda pipe: TextKVCacheConfig(),
     "pyramid attention broadcast": lambda pipe: PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(-1, 2000),
@@ -79,13 +142,19 @@ def test_caches_of_diffusers(name):
     """A cache leaves blocks out in some steps; the calls that there are can be read and edited as with plain hooks."""
     kind = diffusion.PIPELINES["flux"]
     pipe, inputs = kind.build(), kind.inputs() | {"num_inference_steps": 4}
-    path, envoy = "transformer.transformer_blocks.0.attn", "transformer.transformer_blocks[0].attn"
+    check_calls_against_hooks(pipe, inputs, CACHES[name], "attn")
+
+
+def check_calls_against_hooks(pipe, inputs, cache, part):
+    """Check that the calls of a part of the first block, read and edited, equal hooks on the bare pipeline."""
+    path, envoy = (f"transformer.transformer_blocks{at}.{part}" for at in (".0", "[0]"))
 
     def anew():  # a cache keeps its state from call to call
-        pipe.transformer.disable_cache()
-        pipe.transformer.enable_cache(CACHES[name](pipe))
+        if pipe.transformer.is_cache_enabled:
+            pipe.transformer.disable_cache()
+        pipe.transformer.enable_cache(cache(pipe))
 
-    pipe.transformer.enable_cache(CACHES[name](pipe))
+    anew()
     seen, drawn = reads(pipe, inputs, path)
     anew()
     followed = []
@@ -99,3 +168,37 @@ def test_caches_of_diffusers(name):
     with DiffusionModel(pipe).generate(**inputs, seed=SEED) as run:
         run[envoy].output = half(run[envoy].output)
     assert same(run.result[0], edited) and not same(edited, drawn)
+
+
+def faster_cache(pipe):
+    return FasterCacheConfig(
+        spatial_attention_timestep_skip_range=(-1, 2000),
+        unconditional_batch_skip_range=3,
+        unconditional_batch_timestep_skip_range=(-1, 2000),
+        current_timestep_callback=lambda: pipe._current_timestep,
+        attention_weight_callback=lambda module: 0.5,
+        tensor_format="BFCHW",
+    )
+
+
+def test_faster_cache():
+    """It takes the unconditional branch out of some calls, so that nobody knows whose the rows of a value are."""
+    kind = diffusion.PIPELINES["cogvideox"]
+    pipe, inputs = kind.build(), kind.inputs() | {"num_inference_steps": 4}
+    check_calls_against_hooks(pipe, inputs, faster_cache, "attn1")
+    model = DiffusionModel(pipe)
+    for branch in ("cond", "uncond"):
+        with pytest.raises(InputError, match="FasterCache takes the unconditional branch out of some calls"):
+            with model.generate(**inputs, seed=SEED) as run:
+                getattr(run, branch).transformer.transformer_blocks[0].output
+    halves = []
+    with model.generate(**inputs, seed=SEED) as run:
+        for _ in run.steps:
+            whole = first(run.transformer.output)
+            halves.append(
+                same([first(run.uncond.transformer.output), first(run.cond.transformer.output)], [*whole.split(1)])
+            )
+    assert halves == [True] * 4
+    pipe.transformer.disable_cache()
+    with model.generate(**inputs, seed=SEED) as run:
+        assert len(first(run.uncond.transformer.transformer_blocks[0].output)) == 1

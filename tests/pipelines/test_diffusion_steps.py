@@ -8,7 +8,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffsight import DiffusionModel
-from helpers import SEED, bare_run, draw, drawn, first, recorded, same, with_first
+from diffsight.errors import InputError
+from diffsight.pipelines.diffusion.denoising_clock import count_of_steps
+from helpers import SEED, bare_run, draw, drawn, first, not_called, recorded, same, with_first
 from models import diffusion
 
 SD = diffusion.PIPELINES["stable_diffusion"].inputs
@@ -48,6 +50,23 @@ def test_a_part_of_the_steps(kind, pipe):
     for index, output in seen:
         assert torch.equal(output, first(calls["block"][index * kind.calls_per_step][1]))
     assert torch.equal(drawn(run), want)
+
+
+def test_there_are_no_more_steps_than_are_counted_in_the_first_one(kind, pipe):
+    draw(pipe, kind.inputs())
+    count = count_of_steps(pipe)
+    assert count is None or count >= kind.steps  # image-to-image pipelines leave the first ones out
+
+
+def test_steps_that_the_run_does_not_have_are_refused_before_the_denoiser_is_called(sd):
+    few = rf"run.steps\[50:\] has no steps: the run has {STEPS}"
+    with not_called(sd.unet), pytest.raises(InputError, match=few), DiffusionModel(sd).generate(**SD(), seed=0) as run:
+        for _ in run.steps[50:60]:
+            pass
+    assert count_of_steps(sd) == STEPS
+    with DiffusionModel(sd).generate(**SD(), seed=SEED) as run:
+        assert [step.index for step in run.steps[STEPS - 1 : 60]] == [STEPS - 1]
+    assert torch.equal(draw(sd, SD()), run.images)
 
 
 def test_leaving_the_loop_early_lets_the_model_run_on(sd):

@@ -1,17 +1,20 @@
 """HFPipeline: transformers pipelines for many tasks, compared with the bare pipelines and plain hooks."""
 
+import socket
+import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import is_fake
 
 from diffsight import HFPipeline, OutOfOrderError
 from diffsight.errors import InputError, PointNotFoundError, ScanError
-from helpers import first, replaced, with_first
+from helpers import first, refusal, replaced, with_first
 from models import huggingface
 
 TEXT = huggingface.TEXT
@@ -420,3 +423,15 @@ def test_options_that_are_passed_on(classifier, writer):
     assert is_same(HFPipeline(classifier).trace(TEXT, truncation=True, max_length=3, top_k=None).result, expected)
     options = {"max_new_tokens": 3, "do_sample": False, "repetition_penalty": 1.2, "return_full_text": False}
     assert is_same(HFPipeline(writer).generate(TEXT, **options).result, writer(TEXT, **options))
+
+
+def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(monkeypatch):
+    def unknown(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr("diffsight.pipelines.hub_access.getproxies", dict)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it was asked again"))
+    assert "there is no pipeline 'someone/some-model'" in refusal(HFPipeline, "someone/some-model")
+    assert constants.HF_HUB_OFFLINE is False

@@ -7,6 +7,7 @@ from diffsight import DiffusionModel
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.encoding import encode_prompt
 from diffsight.pipelines.diffusion.text_encoders import find_encoders
+from helpers import not_called
 from models import diffusion, text_encoders
 from models.text_encoders import PROMPT, TEXT_PIPELINES
 
@@ -219,8 +220,11 @@ def test_looking_leaves_nothing_behind():
 def test_arguments_that_the_pipeline_cannot_take():
     """Diffusers looks for the final norm where transformers 5 no longer has it."""
     model = DiffusionModel(text_encoders.built("stable_diffusion"))
-    with pytest.raises(InputError, match="StableDiffusionPipeline cannot be called with clip_skip=1"):
+    instead = r"clip_skip=1: .* run.text_encoder.ln_final.input = run.text_encoder.layers\[-2\].output"
+    with not_called(model.pipeline.text_encoder), pytest.raises(InputError, match=instead):
         find_encoders(model, "a red circle", clip_skip=1)
+    with not_called(model.pipeline.text_encoder), pytest.raises(InputError, match=instead):
+        model.generate("a red circle", clip_skip=1)
     with pytest.raises(InputError, match="has no text encoder 'text_encoder_2'"):
         model.encoders["text_encoder_2"]
     assert "text_encoder_2" not in model.encoders

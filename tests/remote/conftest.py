@@ -5,7 +5,7 @@ import pytest
 from diffsight import DiffusionModel, LanguageModel
 from remote.serving import serving
 
-PIPELINES = ("diffsight/shapes-clip", "diffsight/shapes-flux")
+PIPELINES = ("diffsight/shapes-clip", "diffsight/shapes-t5", "diffsight/shapes-flux")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ with serving({"gpt2": model}) as address:
 
 import asyncio
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -50,8 +51,15 @@ def model_of(path: str) -> str:
 
 
 @contextmanager
-def serving(models: Mapping[str, Any], limits: Limits = Limits(), keys: Any = None) -> Iterator[str]:  # noqa: B008
-    """Serve models on the loopback, one run of each at a time, and return the address."""
+def serving(
+    models: Mapping[str, Any],
+    limits: Limits = Limits(),  # noqa: B008
+    keys: Any = None,
+    at_once: int = 1,
+) -> Iterator[str]:
+    """Serve models on the loopback and return the address. Models may be added later.
+
+    `at_once` is how many runs of a model may be open at once: they share its modules, in threads of their own."""
     from websockets.asyncio.server import serve
     from websockets.datastructures import Headers
     from websockets.http11 import Response
@@ -59,7 +67,7 @@ def serving(models: Mapping[str, Any], limits: Limits = Limits(), keys: Any = No
     front, known = Front([(description(n, m), configuration(m)) for n, m in models.items()]), Keys(keys)
     loop = asyncio.new_event_loop()
     ready, ports, stopping = threading.Event(), [], asyncio.Event()
-    locks = {name: asyncio.Lock() for name in models}
+    free = defaultdict(lambda: asyncio.Semaphore(at_once))
 
     def plain(connection: Any, request: Any) -> Any:
         name = model_of(request.path)
@@ -73,7 +81,7 @@ def serving(models: Mapping[str, Any], limits: Limits = Limits(), keys: Any = No
 
     async def handle(socket: Any) -> None:
         name = model_of(socket.request.path)
-        async with locks[name]:
+        async with free[name]:
             conversation = Conversation(models[name], services_of(models[name]), limits, "test")
             reason = await conversation.run(PlainSocket(socket, limits.frame_bytes))
         await socket.close(1000 if not reason else 1008, reason.encode()[:120].decode(errors="ignore"))
@@ -93,3 +101,4 @@ def serving(models: Mapping[str, Any], limits: Limits = Limits(), keys: Any = No
     finally:
         loop.call_soon_threadsafe(stopping.set)
         thread.join(10)
+        loop.close()

@@ -2,9 +2,10 @@
 
 import gc
 import json
+import socket
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -59,8 +60,8 @@ def raw(address):
     """Open a plain WebSocket to the runs of the model."""
     with connect(
         f"{address.replace('http', 'ws')}/runs/gpt2/open", compression=None, proxy=None, close_timeout=0.5
-    ) as socket:
-        yield socket
+    ) as client:
+        yield client
 
 
 def is_served(model, language):
@@ -70,16 +71,35 @@ def is_served(model, language):
     return torch.equal(model.trace(IDS).result.logits, expected)
 
 
-@pytest.mark.parametrize("messages", [[], [OPENING], [OPENING, ASK], [OPENING, ASK, ASK, None]])
-def test_a_client_that_goes_at_any_message(messages, served, model, language):
+STEP = {"body": None, "do": [{"op": "step"}]}
+FINISH = {"body": None, "do": [{"op": "finish"}]}
+RUN = [OPENING | {"method": "generate", "kwargs": {"max_new_tokens": 3}}, STEP, ASK, STEP, ASK, FINISH]
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_a_client_that_goes_at_any_message(is_answered, served, model, language):
+    """It goes after each message of a run, with the answer taken or not: the next client is served."""
     before = footprint(language.module)
-    with raw(served) as socket:
-        for message in messages:
-            if message is None:
-                socket.recv(timeout=5)
-            else:
-                socket.send(json.dumps(message))
-    assert is_served(model, language) and footprint(language.module) == before
+    for count in range(len(RUN) + 1):
+        with raw(served) as client:
+            for number, message in enumerate(RUN[:count]):
+                client.send(json.dumps(message))
+                if number and (is_answered or number < count - 1):
+                    client.recv(timeout=5)
+        assert is_served(model, language) and footprint(language.module) == before
+
+
+def test_a_flood_of_connections(served, model, language):
+    """Connections that ask nothing wait in the queue, or are ended for their silence; a client is served afterwards."""
+    address = served.removeprefix("http://").split(":")
+    sockets = [socket.create_connection(address) for _ in range(100)]
+    waiting = ExitStack()
+    with waiting:
+        for _ in range(20):
+            waiting.enter_context(raw(served))
+    for one in sockets:
+        one.close()
+    assert is_served(model, language)
 
 
 GARBAGE = [
@@ -119,18 +139,18 @@ REQUESTS = [
 
 @pytest.mark.parametrize("frame", GARBAGE, ids=range(len(GARBAGE)))
 def test_garbage_is_refused(frame, served):
-    with raw(served) as socket:
-        socket.send(frame)
-        answer = json.loads(socket.recv(timeout=5))
+    with raw(served) as client:
+        client.send(frame)
+        answer = json.loads(client.recv(timeout=5))
     assert answer["say"] == "error" and answer["error"]["kind"] == "ProtocolError"
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=range(len(REQUESTS)))
 def test_a_wrong_request_is_refused(request_, served):
-    with raw(served) as socket:
-        socket.send(json.dumps(OPENING))
-        socket.send(json.dumps(request_))
-        answer = json.loads(socket.recv(timeout=5))
+    with raw(served) as client:
+        client.send(json.dumps(OPENING))
+        client.send(json.dumps(request_))
+        answer = json.loads(client.recv(timeout=5))
     assert answer["say"] == "error" and answer["error"]["kind"] == "ProtocolError"
 
 
@@ -187,9 +207,9 @@ def test_a_lost_client_is_unwound_while_the_model_computes(served, model, langua
 
     handle = language.module.transformer.h[0].register_forward_hook(compute)
     try:
-        with raw(served) as socket:
-            socket.send(json.dumps(OPENING))
-            socket.send(json.dumps(ASK))
+        with raw(served) as client:
+            client.send(json.dumps(OPENING))
+            client.send(json.dumps(ASK))
             assert entered.wait(5)
         assert unwound.wait(5)
     finally:
@@ -198,10 +218,10 @@ def test_a_lost_client_is_unwound_while_the_model_computes(served, model, langua
 
 
 def test_a_client_that_asks_without_listening(served, model, language):
-    with raw(served) as socket:
-        socket.send(json.dumps(OPENING))
+    with raw(served) as client:
+        client.send(json.dumps(OPENING))
         for _ in range(200):
-            socket.send(json.dumps(ASK))
+            client.send(json.dumps(ASK))
     assert is_served(model, language)
 
 

@@ -57,6 +57,15 @@ def test_the_same_gradients(body, language, remote_language):
         assert found is not None and torch.allclose(expected, found, rtol=1e-5, atol=1e-6)
 
 
+def test_backward_without_the_server_is_an_error(remote_language):
+    with remote_language.trace(IDS, grad=True) as run:
+        hidden, logits = run.layers_output[1], run.logits
+        assert "run.backward(loss)" in refusal(logits.sum().backward)
+        (gradient,) = torch.autograd.grad(hidden.square().sum(), hidden)  # all of this graph is here
+        run.backward(logits.sum())
+    assert torch.equal(gradient, 2 * hidden) and hidden.grad is not None
+
+
 def test_what_has_no_gradients(remote_language):
     with remote_language.trace(IDS) as run:
         assert "grad=True" in refusal(run.backward, run.logits.sum())

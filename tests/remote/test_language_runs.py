@@ -60,6 +60,41 @@ def change_a_part(model):
     return before, logits, run.result.logits
 
 
+def change_in_place_later(model):
+    with model.trace(IDS) as run:
+        inputs = run.layers[1].mlp.input
+        run.layers[1].mlp.output
+        inputs.zero_()  # the model has used it, and may use it again
+        logits = run.logits
+        again = run.layers[1].mlp.input
+    return logits, again
+
+
+def change_what_was_assigned(model):
+    new = torch.ones(1, 4, 16)
+    with model.trace(IDS) as run:
+        run.layers[2].output = new
+        run.layers_output[1]
+        new[:, 0] = 5
+        found = run.layers_output[2]
+        found[:, 1] = 7
+        same_object = found is new
+    return run.result.logits, new, same_object
+
+
+def change_the_arguments(model):
+    with model.trace(IDS) as run:
+        arguments = run.layers[2].attn.inputs[1]
+        arguments["attention_mask"] = torch.zeros(1, 1, 4, 4)
+    return run.result.logits
+
+
+def change_an_output_object(model):
+    with model.trace(IDS) as run:
+        run.transformer.output.last_hidden_state = torch.ones(1, 4, 16)
+    return run.result.logits
+
+
 def skip(model):
     with model.trace(IDS) as run:
         hidden = run.layers[1].input
@@ -302,17 +337,40 @@ def test_never_reached_names_the_line(remote_language):
             run.layers[2].calls[3].output = torch.zeros(1, 4, 16)
 
 
-def test_what_was_changed_too_late_is_an_error(remote_language):
-    with pytest.raises(OutOfOrderError, match=r"layers\[0\].output .*too late"):
+def test_what_a_followed_value_is_changed_to_is_not_lost(remote_language):
+    run = remote_language.trace(IDS)
+    run.follow("layers[0].output", lambda hidden: hidden.zero_())
+    with pytest.raises(InputError, match=r"layers\[0\].output: a function of run.follow changed it in place"):
+        run.finish()
+
+
+def test_an_output_object_that_is_changed_too_late(remote_language):
+    with pytest.raises(OutOfOrderError, match=r"transformer\.output was changed too late"):
         with remote_language.trace(IDS) as run:
-            hidden = run.layers[0].output
-            run.layers[2].output
-            hidden[:] = 0
+            found = run.transformer.output
+            run.lm_head.output
+            found.last_hidden_state = torch.ones(1, 4, 16)
             run.logits
 
 
+def test_an_edit_that_does_nothing_warns(remote_language):
+    edited = remote_language.edit(lambda run: run.layers[0].calls[5].output)
+    with pytest.warns(UserWarning, match=r"did nothing in this run: the model never reached .*layers\[0\].calls\[5\]"):
+        edited.trace(IDS).finish()
+
+
+def test_a_refused_assignment_is_raised_at_its_own_line(remote_language):
+    with pytest.raises(OutOfOrderError, match=r"layers\[0\]\.output was assigned too late") as error:
+        with remote_language.trace(IDS) as run:
+            run.layers[2].output
+            run.layers[0].output = torch.zeros(1, 4, 16)
+            run.logits
+    assert "run.layers[0].output = " in str(error.traceback[-1].statement)
+    assert "test_language_runs.py" in error.value.__notes__[0]
+
+
 def test_two_parts_of_one_tensor_cannot_undo_each_other(remote_language):
-    with pytest.raises(Exception, match="another part of the same tensor"):
+    with pytest.raises(Exception, match="and so was the same tensor or another part of it"):
         with remote_language.trace(BATCH) as run:
             whole, row = run.layers[1].output, run.rows[0].layers[1].output
             row[:] = 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import same, same_image
+from helpers import refusal, same, same_image
 
 PROMPT, OTHER = "a red circle above a blue square", "a green square"
 CLIP = "diffsight/shapes-clip"
@@ -71,21 +71,33 @@ def test_the_same_values(body, pipelines, remote_pipelines):
     assert compare(body(pipelines[CLIP]), body(remote_pipelines[CLIP]))
 
 
-def test_the_same_values_of_flux(pipelines, remote_pipelines):
-    def body(model):
+def test_the_same_values_of_other_pipelines(pipelines, remote_pipelines):
+    def flux(model):
         with model.generate(PROMPT, seed=3, num_inference_steps=2) as run:
             found = [run.text_encoder_2.layers[1].output]
             for step in run.steps:
                 found += [step.timestep, run.transformer.transformer_blocks[0].output[0]]
         return found, run.images[0]
 
-    name = "diffsight/shapes-flux"
-    assert compare(body(pipelines[name]), body(remote_pipelines[name]))
+    def t5(model):
+        with model.generate(PROMPT, seed=3, num_inference_steps=2) as run:
+            run.text_encoder.ln_final.input = run.text_encoder.layers_output[1] * 2
+            found = [(step.timestep, run.cond.unet.conv_in.input, run.unet.mid_block.output) for step in run.steps]
+        return found, run.images[0]
+
+    for name, body in (("diffsight/shapes-flux", flux), ("diffsight/shapes-t5", t5)):
+        assert compare(body(pipelines[name]), body(remote_pipelines[name]))
+
+
+def test_a_run_is_no_job(remote_pipelines):
+    assert "model.server.submit" in refusal(remote_pipelines[CLIP].generate, PROMPT, blocking=False)
 
 
 def test_what_is_known_of_the_encoders(pipelines, remote_pipelines):
     model = remote_pipelines[CLIP]
     assert repr(model.encoders) == repr(pipelines[CLIP].encoders)
+    listed = model.server.description["encoders"]
+    assert listed == {name: str(encoder) for name, encoder in pipelines[CLIP].encoders.items()}
     assert repr(model) == repr(pipelines[CLIP])
 
 

@@ -110,7 +110,8 @@ class AttentionProduct:
         mask = self._mask(queries)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
-        return torch._safe_softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        softmax = torch.softmax if mask is None else torch._safe_softmax  # a mask may leave no key
+        return softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
     def _mask(self, queries: slice) -> torch.Tensor | None:
         if self.is_causal:

@@ -6,16 +6,15 @@ If instead the model ends, the step that the body is in ends, or the module that
 returns, the point has passed: an `OutOfOrderError`, never the value of a later call.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from diffsight.engine import order
-from diffsight.engine.coroutine import THIS_THREAD, Coroutine, InnerCall, current
-from diffsight.engine.hooks import calls_in_threads
+from diffsight.engine.coroutine import Coroutine, InnerCall, current
 from diffsight.engine.open_runs import current_edit
 from diffsight.engine.order import Scope
 from diffsight.engine.points import (
@@ -26,48 +25,28 @@ from diffsight.engine.points import (
     Assignment,
     Point,
     PointKey,
-    UsersLine,
     check_value,
     find_call,
     first_input,
-    set_line,
-    users_line,
 )
-from diffsight.engine.step_clock import Clock
+from diffsight.engine.run_end import RunEnd
 from diffsight.engine.tapped_call import Tap
-from diffsight.engine.taps import Taps
 from diffsight.engine.target import Target, join
+from diffsight.engine.threads import THIS_THREAD, calls_in_threads, check_runs_thread
 from diffsight.engine.torch_state import TorchState, call_in, seeded_random_state
 from diffsight.engine.tree import Tree
-from diffsight.engine.user_bodies import Bodies, Body
+from diffsight.engine.user_bodies import Body
+from diffsight.engine.users_line import users_line
 from diffsight.errors import (
-    AssignmentError,
     DiffsightError,
     InputError,
     NeverReachedError,
     OutOfOrderError,
     RunClosedError,
-    WrongThreadError,
 )
 
-ENDED, STOPPED = "the run has ended", "the run was stopped"  # the outcomes of runs that end well
 
-
-class Observer(Protocol):
-    """Watches the calls of a run's components, for example to learn what their batches hold. Observers change
-    nothing. Calls that begin or end a step are observed too."""
-
-    def called(self, tap: Tap, args: tuple, kwargs: dict) -> None:
-        """A tapped call begins, with these arguments."""
-
-    def returned(self, tap: Tap, output: Any) -> None:
-        """A tapped call has ended; the model continues with `output`."""
-
-    def ended(self) -> None:
-        """The run has ended."""
-
-
-class Flow:
+class Flow(RunEnd):
     """One execution of `function`, the model's call.
 
     Args:
@@ -80,35 +59,18 @@ class Flow:
     is_scan = False
 
     def __init__(self, function: Callable[[], Any], tree: Tree) -> None:
+        super().__init__(tree)
         self.function = function
-        self.tree = tree
         self.load: Callable[[], None] = tree.weights.load  # called before anything runs
-        self.clock: Clock = tree.clock()
-        self.taps = Taps(self, [*tree.components(), *tree.attached.targets.values()], tree.module_places)
         self.state = TorchState.capture()
         self.seed: int | None = None  # of the model's own random state; None: it uses the global one
         self.modes: list = []  # function modes that the model runs in, besides the caller's
-        self.thread = THIS_THREAD.number
         self.opened_in = current_edit()  # the edit that opened the run
         self.task: Any = None  # see `open_runs`
         self.is_entered = False  # whether a `with` statement's block is inside it
         self.run: Callable[[], Any] = lambda: None  # a weak reference to the `Run`
-        self.coroutine: Coroutine | None = None
-        self.parked: Point | None = None
-        self.bodies = Bodies()
-        self.unreached: list[Assignment] = []
-        self.observer: Observer | None = None
-        self.refused: list[Exception] = []  # why values that were assigned ahead could not be put in place
-        self.misshapen: dict[str, UsersLine] = {}  # assigned values of another shape or type than the model's own
-        self.outcome: str | None = None  # how the run ended, in words; None while it is open
-        self.has_result = False
-        self.result: Any = None
         self._scope = Scope()
         self._edits_begun = False
-        self._in_threads: Collection[tuple[int, str]] = ()  # what the model has called in threads of its own
-        self._read_late: list = []  # what was read after the model had passed it, with the versions of its tensors
-        self._is_cleared = False  # whether nothing of it is left anywhere
-        self._stands: Point | str = "before its first call"  # where the model is, or last was
 
     @property
     def has_begun(self) -> bool:
@@ -184,6 +146,7 @@ class Flow:
         """Skip a call (see `Tap.call`), which then returns `value`. Ask before it runs, at its inputs at the latest."""
         self._check_open(asked)
         self._touch(asked)
+        check_value(asked, value)
         scope = self.scope
         tap, first = self._locate(asked, scope)
         index = first + asked.call
@@ -318,18 +281,9 @@ class Flow:
     def leave_body(self) -> None:
         """The block of the `with` statement ends. May be called again."""
 
-    def check_assignments(self) -> None:
-        """Raise the error of an assignment that the model's own `except` has swallowed, or NeverReachedError if there
-        are assignments that the model did not reach."""
-        if self.refused:
-            raise self.refused.pop()
-        missed, self.unreached = [a for a in self.unreached if a.order == LAST], []
-        if missed:
-            raise order.never_reached(missed, self.clock.ending)
-
     def finish_undecided(self) -> None:
-        """Run the model to the end of the calls around values that were read, where only this end decides whether they
-        are the ones that were meant."""
+        """Run the model to the end of each call whose end decides whether a value read inside it was the intended
+        one."""
         for _, calls in self._undecided():
             if self.outcome is None:
                 index = calls.active[-1]
@@ -337,44 +291,19 @@ class Flow:
                 self._point(calls, (OUTPUT, index), Asked(calls.target, "output", index), scope)
 
     def undecided(self) -> list[tuple[str, str]]:
-        """Return the paths of values that were read in a call whose end decides whether they were meant, with that of
-        what was called."""
+        """Return the paths of values that were read in a call whose end decides whether they were the intended ones,
+        each with the path of what was called."""
         return [(value.target.path, calls.target.path) for value, calls in self._undecided()]
 
     def _undecided(self) -> list[tuple[Tap, Tap]]:
         decided = [(tap, tap.target.decided_by(tap)) for tap in self.taps.values()]
         return [(tap, calls) for tap, calls in decided if calls is not None]
 
-    def close(self, outcome: str) -> None:
-        """End the run where it stands: unwind the model, remove every hook. May be called again."""
-        if self._is_cleared:
-            return
-        try:
-            self._close(outcome)
-        except BaseException:  # an interrupt may come between any two lines
-            self._close(outcome)
-            raise
-
-    def _close(self, outcome: str) -> None:
-        if self._is_cleared:
-            return
-        try:
-            self.taps.remove()  # what the model still does while it is unwound passes untouched
-            if self.coroutine is not None and THIS_THREAD.number == self.thread:
-                self.coroutine.unwind()
-        except Exception:
-            pass  # raised while unwinding; what led to the end is what matters
-        finally:
-            self._end(self.outcome or outcome)
-
     # ---- what is allowed
 
     def check_thread(self, path: object) -> None:
         """Raise an error if this is not the run's thread, or if the model itself is running."""
-        if THIS_THREAD.number != self.thread:
-            raise WrongThreadError(
-                f"{path}: a run belongs to the thread that opened it. Open a run in each thread, or pass on values"
-            )
+        check_runs_thread(self.thread, path)
         if self.coroutine is not None and self.coroutine.is_running:
             raise DiffsightError(
                 f"{path} was asked for by a hook or callback of the model: the model cannot wait for itself"
@@ -453,7 +382,7 @@ class Flow:
             if is_new:
                 point.is_unread = True
             is_new = (asked.kind, index) not in tap.points
-            # If no call so far was it, and a step goes by without it, the model is not run to its end for it.
+            # If no call so far has matched and a whole step passes without a match, stop waiting.
             in_vain = not asked.call and first < index == tap.entered
             if not in_vain:
                 point = self._point(tap, (asked.kind, index), asked, scope)
@@ -592,56 +521,6 @@ class Flow:
         except BaseException as error:
             self._fail(error)
             raise
-
-    # ---- how the run ends
-
-    def _fail(self, error: BaseException) -> None:
-        """The model has ended with an error, or switching to or from it was interrupted."""
-        failed = f"its model failed with {type(error).__name__}"
-        self.refused.clear()
-        if self.coroutine is not None and self.coroutine.has_begun:
-            self.close(failed)
-        self._end(failed)
-        if self.misshapen and isinstance(error, (RuntimeError, ValueError, IndexError)):
-            assigned = "\n".join(self.misshapen)
-            refusal = AssignmentError(f"{assigned}\nWith that value the model failed: {error}")
-            set_line(refusal, next(iter(self.misshapen.values())))
-            raise refusal from error
-
-    def _end_with(self, result: Any) -> None:
-        """The model has ended."""
-        self.result, self.has_result = result, True
-        self.taps.note_learned()
-        if calls_in_threads:
-            taps = [*self.taps.values()]
-            self._in_threads = {tap.target.key for tap in taps if self.taps.is_called_in_thread(tap.target)}
-        self.unreached += [a for tap in self.taps.values() if tap.pending or tap.skips for a in tap.waiting()]
-        self._end(ENDED)
-        for body in self.bodies.functions:
-            if not body.dead:
-                body.wake()
-
-    def _end(self, outcome: str) -> None:
-        self.taps.remove()
-        self._put_back()
-        self.outcome = outcome
-        self.parked = self.coroutine = None
-        self._stands = outcome  # so that no value is held
-        self.clock.call = None
-        self._read_late.clear()
-        edits, self.bodies.edits = self.bodies.edits, []
-        self.bodies.turn = None
-        self.bodies.calls.clear()
-        if self.observer is not None:
-            self.observer.ended()
-        self._is_cleared = True  # if an interrupt came before, the run is closed again
-        if edits and THIS_THREAD.number == self.thread:
-            with ExitStack() as ends:  # each is ended, whatever the others raise
-                for edit in reversed(edits):
-                    ends.callback(edit.end, outcome in (ENDED, STOPPED))
-
-    def _put_back(self) -> None:
-        """Put back what the run has changed besides putting its taps on the model."""
 
     # ---- from the model's side, see `diffsight.engine.tapped_call.Host`
 

@@ -1,8 +1,8 @@
-"""The folder of a study: its settings, a folder for each result, and the gallery of all.
+"""The folder of a sweep or a study, which can be continued: its settings, a folder for each result, the gallery of all.
 
 `study.json` has the settings. A study that is started again makes what is missing; one with other settings is refused,
-so that a folder never mixes two. A result is written to a temporary folder and then renamed: where its folder is, it
-is whole.
+so that a folder never mixes two. A result is written to a temporary folder and then renamed, so a folder of a
+result that exists is always complete.
 """
 
 import json
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
 from diffsight.gallery.gallery_index import PAGE, find_results, write_gallery
-from diffsight.gallery.processes import Processes
+from diffsight.gallery.work_sharing import Processes
 from diffsight.lenses.results.saving import check_writable, names_a_file, save_files
 
 SETTINGS = "study.json"
@@ -27,7 +27,7 @@ _UNFINISHED = ".unfinished"  # results that are being made; what is left there w
 
 
 @dataclass(frozen=True)
-class StudyFolder:
+class ResumableFolder:
     """The folder of a study.
 
     Attributes:

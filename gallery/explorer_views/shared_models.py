@@ -2,7 +2,7 @@
 
 bench = Workbench(["diffsight/shapes-clip"])
 model = bench.model("diffsight/shapes-clip")            # loaded once, for everybody
-with bench.work(session, model):                        # ended by bench.stop(session)
+with bench.work(job, model):                            # ended by bench.stop(job)
     result = diffusion_lens(model, prompt)
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
@@ -42,20 +42,25 @@ class Workbench:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
         self._models: dict[str, Any] = {}
-        self._stops: dict[str, Event] = {}  # by session
+        self._stops: dict[str, Event] = {}  # by job
+        self._one_at_a_time = Lock()  # a stopped visitor's thread works on until the next call of a module
 
     def model(self, name: str) -> Any:
         """Return a model, loaded when it is first asked for. Raises InputError if it may not be chosen."""
         if name not in self.names:
             raise InputError(f"choose one of {', '.join(self.names)}, not {name}")
-        if name not in self._models:
-            self._models[name] = open_model(name)
-        return self._models[name]
+        with self._one_at_a_time:
+            if name not in self._models:
+                self._models[name] = open_model(name)
+            return self._models[name]
 
     @contextmanager
-    def work(self, session: str, model: Any) -> Iterator[None]:
-        """Raise StoppedError in the block, at the next call of a module, once `stop` is called for the session."""
-        stop = self._stops[session] = Event()
+    def work(self, job: str, model: Any) -> Iterator[None]:
+        """Raise StoppedError in the block, at the next call of a module, once `stop` is called for the job.
+
+        The block waits until nobody else works.
+        """
+        stop = self._stops[job] = Event()
 
         def check(*_: Any) -> None:
             if stop.is_set():
@@ -63,22 +68,38 @@ class Workbench:
 
         is_pipeline = isinstance(model, DiffusionModel)
         parts = components(model.pipeline).values() if is_pipeline else [model.module]
-        with ExitStack() as hooks:
-            for part in parts:
-                if isinstance(part, nn.Module):
-                    hooks.callback(part.register_forward_pre_hook(check).remove)
-            yield
-        del self._stops[session]
+        try:
+            with self._one_at_a_time, ExitStack() as hooks:
+                for part in parts:
+                    if isinstance(part, nn.Module):
+                        hooks.callback(part.register_forward_pre_hook(check).remove)
+                yield
+        finally:
+            if self._stops.get(job) is stop:  # otherwise the visitor has begun anew
+                del self._stops[job]
 
-    def stop(self, request: gr.Request) -> None:
-        """Stop what a session is doing."""
-        stop = self._stops.get(request.session_hash or "")
+    def stop(self, job: str) -> None:
+        """Stop a job, if it is running or waits for others."""
+        stop = self._stops.get(job)
         if stop is not None:
             stop.set()
 
 
+def job_of(request: gr.Request, view: str) -> str:
+    """Return the name of what a visitor does in a view."""
+    return f"{view} {request.session_hash}"
+
+
+def whole_numbers(**given: int | None) -> list[int]:
+    """Return the numbers in fields of the page. Raise InputError if one is empty."""
+    for label, number in given.items():
+        if number is None:
+            raise InputError(f"{label} is empty")
+    return [int(number) for number in given.values() if number is not None]
+
+
 def reporting(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function of a view show errors of diffsight to the visitor as text."""
+    """Let a function of a view show its errors to the visitor as text."""
 
     @wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -86,6 +107,8 @@ def reporting(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*args, **kwargs)
         except DiffsightError as error:
             raise gr.Error(html.escape(str(error)), title="diffsight", print_exception=False) from error
+        except Exception as error:  # of the pipeline or another library: its traceback is printed, too
+            raise gr.Error(html.escape(f"{type(error).__name__}: {error}"), title="diffsight") from error
 
     return call
 

@@ -1,4 +1,4 @@
-"""The processes that share the work of a study: one, or all that `accelerate launch` or `torchrun` has started.
+"""Processes that share a sweep or a study: this one alone, or all that `accelerate launch` or `torchrun` has started.
 
 processes = Processes()
 for item in processes.share(missing):       # every process gets its own part
@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
 
+from diffsight.errors import InputError
+
 Item = TypeVar("Item")
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")  # how many processes mpirun has started
 _FOREVER = timedelta(days=30)  # one process may have much more to do than the others
 
 
@@ -26,6 +29,10 @@ class Processes:
 
     def __init__(self) -> None:
         self.number, self.count, self.device = 0, 1, None
+        if "WORLD_SIZE" not in os.environ and any(int(os.environ.get(name, "1")) > 1 for name in _OF_MPI):
+            raise InputError(
+                "MPI has started several processes, and PyTorch does not know of them: start them with torchrun"
+            )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             import torch
             from torch import distributed
@@ -38,11 +45,11 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that does what is done once."""
+        """Whether this process does the work that must be done only once."""
         return self.number == 0
 
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """Return this process's part of what there is to do, which must be the same list in all processes.
+        """Return this process's share of the items. All processes must pass the same list.
 
         Nothing begins before all processes have their list."""
         self.wait()

@@ -1,0 +1,147 @@
+"""How a run ends: with its model, with an error, or before the model has ended. Nothing of it is left on the model.
+
+flow.close("the run was stopped")
+flow.outcome                        # how it ended, in words
+
+A run ends well if its model returns. An error of the model ends it, and reaches the body at the line that was waiting.
+`close` ends it where the model stands: after `run.stop()`, after an error in the body, or when the run is dropped.
+"""
+
+from collections.abc import Collection
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+from diffsight.engine import order
+from diffsight.engine.coroutine import Coroutine
+from diffsight.engine.points import LAST, Assignment, Point
+from diffsight.engine.step_clock import Clock
+from diffsight.engine.tapped_call import Tap
+from diffsight.engine.taps import Taps
+from diffsight.engine.threads import THIS_THREAD, calls_in_threads
+from diffsight.engine.tree import Tree
+from diffsight.engine.user_bodies import Bodies
+from diffsight.engine.users_line import UsersLine, set_line
+from diffsight.errors import AssignmentError
+
+ENDED, STOPPED = "the run has ended", "the run was stopped"  # the outcomes of runs that end well
+
+
+class Observer(Protocol):
+    """Watches the calls of a run's components, for example to learn what their batches hold. Observers change
+    nothing. Calls that begin or end a step are observed too."""
+
+    def called(self, tap: Tap, args: tuple, kwargs: dict) -> None:
+        """A tapped call begins, with these arguments."""
+
+    def returned(self, tap: Tap, output: Any) -> None:
+        """A tapped call has ended; the model continues with `output`."""
+
+    def ended(self) -> None:
+        """The run has ended."""
+
+
+class RunEnd:
+    """What ends with a run, and the ways in which it ends. `Flow` moves the model until then.
+
+    Args:
+        tree: What can be tapped in the model.
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.clock: Clock = tree.clock()
+        self.taps = Taps(self, [*tree.components(), *tree.attached.targets.values()], tree.module_places)
+        self.thread = THIS_THREAD.number
+        self.coroutine: Coroutine | None = None
+        self.parked: Point | None = None
+        self.bodies = Bodies()
+        self.observer: Observer | None = None
+        self.unreached: list[Assignment] = []
+        self.refused: list[Exception] = []  # why values that were assigned ahead could not be put in place
+        self.misshapen: dict[str, UsersLine] = {}  # assigned values of another shape or type than the model's own
+        self.outcome: str | None = None  # how the run ended, in words; None while it is open
+        self.has_result = False
+        self.result: Any = None
+        self._in_threads: Collection[tuple[int, str]] = ()  # what the model has called in threads of its own
+        self._read_late: list = []  # what was read after the model had passed it, with the versions of its tensors
+        self._is_cleared = False  # whether nothing of it is left anywhere
+        self._stands: Point | str = "before its first call"  # where the model is, or last was
+
+    def close(self, outcome: str) -> None:
+        """End the run where it stands: unwind the model, remove every hook. May be called again."""
+        if self._is_cleared:
+            return
+        try:
+            self._close(outcome)
+        except BaseException:  # an interrupt may come between any two lines
+            self._close(outcome)
+            raise
+
+    def _close(self, outcome: str) -> None:
+        if self._is_cleared:
+            return
+        try:
+            self.taps.remove()  # what the model still does while it is unwound passes untouched
+            if self.coroutine is not None and THIS_THREAD.number == self.thread:
+                self.coroutine.unwind()
+        except Exception:
+            pass  # raised while unwinding; what led to the end is what matters
+        finally:
+            self._end(self.outcome or outcome)
+
+    def _fail(self, error: BaseException) -> None:
+        """The model has ended with an error, or switching to or from it was interrupted."""
+        failed = f"its model failed with {type(error).__name__}"
+        self.refused.clear()
+        if self.coroutine is not None and self.coroutine.has_begun:
+            self.close(failed)
+        self._end(failed)
+        if self.misshapen and isinstance(error, (RuntimeError, ValueError, IndexError)):
+            assigned = "\n".join(self.misshapen)
+            refusal = AssignmentError(f"{assigned}\nWith that value the model failed: {error}")
+            set_line(refusal, next(iter(self.misshapen.values())))
+            raise refusal from error
+
+    def _end_with(self, result: Any) -> None:
+        """The model has ended."""
+        self.result, self.has_result = result, True
+        self.taps.note_learned()
+        if calls_in_threads:
+            taps = [*self.taps.values()]
+            self._in_threads = {tap.target.key for tap in taps if self.taps.is_called_in_thread(tap.target)}
+        self.unreached += [a for tap in self.taps.values() if tap.pending or tap.skips for a in tap.waiting()]
+        self._end(ENDED)
+        for body in self.bodies.functions:
+            if not body.dead:
+                body.wake()
+
+    def _end(self, outcome: str) -> None:
+        self.taps.remove()
+        self._put_back()
+        self.outcome = outcome
+        self.parked = self.coroutine = None
+        self._stands = outcome  # so that no value is held
+        self.clock.call = None
+        self._read_late.clear()
+        edits, self.bodies.edits = self.bodies.edits, []
+        self.bodies.turn = None
+        self.bodies.calls.clear()
+        if self.observer is not None:
+            self.observer.ended()
+        self._is_cleared = True  # if an interrupt came before, the run is closed again
+        if edits and THIS_THREAD.number == self.thread:
+            with ExitStack() as ends:  # each is ended, whatever the others raise
+                for edit in reversed(edits):
+                    ends.callback(edit.end, outcome in (ENDED, STOPPED))
+
+    def _put_back(self) -> None:
+        """Put back what the run has changed besides putting its taps on the model."""
+
+    def check_assignments(self) -> None:
+        """Raise the error of an assignment that the model's own `except` has swallowed, or NeverReachedError if there
+        are assignments that the model did not reach."""
+        if self.refused:
+            raise self.refused.pop()
+        missed, self.unreached = [a for a in self.unreached if a.order == LAST], []
+        if missed:
+            raise order.never_reached(missed, self.clock.ending)

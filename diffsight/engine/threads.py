@@ -1,0 +1,66 @@
+"""Threads: which one a run belongs to, and calls that the model makes in threads of its own.
+
+A run belongs to the thread that opened it. It sees no calls in other threads; that there were such calls is noted, so
+that a value which one of them may have passed is an error.
+"""
+
+import sys
+from collections.abc import Collection
+from itertools import count
+from threading import local
+from types import CodeType
+
+from torch import nn
+
+from diffsight.errors import WrongThreadError
+
+
+class _Thread(local):
+    """The current thread. Its number is never reused, unlike that of `threading.get_ident`."""
+
+    _numbers = count()
+
+    def __init__(self) -> None:
+        self.number = next(self._numbers)
+        self.has_runs = False  # whether a run is open in it: calls in it are those of a run's body
+
+
+THIS_THREAD = _Thread()
+
+# Calls of hooked modules that belong to no run, in other threads than the main one: the id of a module to the thread
+# and, by its id, the outermost hooked module that the thread has called. Those that begin further out than here are
+# calls of somebody else.
+calls_in_threads: dict[int, set[tuple[int, int]]] = {}
+
+
+def check_runs_thread(number: int, path: object) -> None:
+    """Raise WrongThreadError unless this thread, the one that asks for `path`, is the one with this number."""
+    if THIS_THREAD.number != number:
+        raise WrongThreadError(
+            f"{path}: a run belongs to the thread that opened it. Open a run in each thread, or pass on values"
+        )
+
+
+def note_run_of_thread() -> None:
+    """A run is open in this thread: calls here are those of its body."""
+    THIS_THREAD.has_runs = True
+
+
+def note_call_in_thread(module: nn.Module, code: CodeType) -> None:
+    """A hooked module was called outside the main thread. `code` is what calls of hooked modules run."""
+    if THIS_THREAD.has_runs:
+        return
+    frame, outermost = sys._getframe(1), module
+    while frame is not None:
+        if frame.f_code is code:
+            outermost = frame.f_locals["module"]
+        frame = frame.f_back
+    calls_in_threads.setdefault(id(module), set()).add((THIS_THREAD.number, id(outermost)))
+
+
+def is_called_in_thread(module: nn.Module, own: int, components: Collection[int]) -> bool:
+    """Whether a hooked module was called by a thread that one of the `components`, by id, has started.
+
+    `own` is the thread of the run."""
+    calls = calls_in_threads.get(id(module), ())
+    return any(thread != own and outermost not in components for thread, outermost in calls)

@@ -1,0 +1,35 @@
+"""Tests of the engine run on a server, and the list of those that do not names tests that exist."""
+
+from pathlib import Path
+
+import torch
+
+from diffsight import Model
+from diffsight.remote import is_on_server
+from models.nets import Net, inputs
+from remote.made_for_one_process import TESTS, why_local
+from remote.swapped import swapped
+
+TESTED = Path(__file__).parents[1]
+FILES = {path.name: path for folder in ("engine", "pipelines") for path in (TESTED / folder).glob("test_*.py")}
+
+
+def test_models_are_on_the_server(model_server):
+    with swapped(*model_server):
+        model = Model(Net())
+        with model.trace(inputs()) as run:
+            hidden = run.layers[1].output
+        threads = [type(one).__name__ for one in model_server[1].values()]
+    assert is_on_server(model) and not is_on_server(Model(Net())) and threads == ["Model"]
+    with torch.no_grad():
+        assert torch.equal(run.result, Net()(inputs())) and not hidden.requires_grad
+
+
+def test_the_list_names_tests_that_exist():
+    for key in TESTS:
+        file, _, name = key.partition("::")
+        text = FILES[file].read_text(encoding="utf-8")
+        assert f"def {name.partition('[')[0].partition('*')[0]}" in text, key
+    assert why_local("test_order.py::test_too_late[a-b-skip]") and not why_local(
+        "test_order.py::test_too_late[a-b-read]"
+    )
