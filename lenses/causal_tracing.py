@@ -62,6 +62,7 @@ class CausalTrace(LensResult):
         corrupted: The mean metric with noise and nothing restored.
         noise: The standard deviation of the noise, relative to that of the embeddings.
         samples: The number of noise samples.
+        passes: The number of forward passes of the model, or of calls of the pipeline, that it took.
         seed: The seed of the noise, and of the image.
         arguments: Further arguments of the model.
     """
@@ -78,6 +79,7 @@ class CausalTrace(LensResult):
     corrupted: float
     noise: float
     samples: int
+    passes: int
     seed: int
     arguments: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
@@ -117,7 +119,7 @@ class CausalTrace(LensResult):
         }
 
     def record(self) -> dict[str, Any]:
-        kept = ("model", "prompt", "subject", "metric", "clean", "corrupted", "noise", "samples", "seed")
+        kept = ("model", "prompt", "subject", "metric", "clean", "corrupted", "noise", "samples", "passes", "seed")
         record = {"lens": "causal_tracing"} | {name: getattr(self, name) for name in kept}
         lists = {name: list(getattr(self, name)) for name in ("sites", "columns")}
         return record | lists | {"top": [list(one) for one in self.top()], "arguments": dict(self.arguments)}
@@ -217,6 +219,7 @@ def causal_tracing(
         corrupted=float(traced.corrupted.mean()),
         noise=float(noise),
         samples=samples,
+        passes=traced.passes,
         seed=int(seed),
         arguments=arguments,
     )

@@ -61,6 +61,7 @@ class FunctionVector(LensResult):
         pairs: The pairs that show the task.
         baseline: The mean probability of the right answer after shuffled examples.
         clean: The same after right examples.
+        passes: The number of forward passes that it took.
     """
 
     model: str
@@ -72,6 +73,7 @@ class FunctionVector(LensResult):
     pairs: tuple[tuple[str, str], ...] = field(repr=False)
     baseline: float
     clean: float
+    passes: int
 
     def top(self, count: int) -> list[tuple[Head, float]]:
         """Return the heads with the largest effects, and their effects."""
@@ -104,6 +106,7 @@ class FunctionVector(LensResult):
             "layer": self.layer,
             "baseline": self.baseline,
             "clean": self.clean,
+            "passes": self.passes,
             "pairs": [list(pair) for pair in self.pairs],
         }
 
@@ -173,6 +176,7 @@ def function_vector(
         pairs=tuple(dict.fromkeys((q.strip(), a.strip()) for q, a in pairs)),
         baseline=float(baseline.mean()),
         clean=float(clean.mean()),
+        passes=_count_passes(len(made), batch_size, means.outputs.shape[:2]),
     )
 
 
@@ -257,6 +261,13 @@ def strongest_heads(effects: torch.Tensor, count: int) -> tuple[Head, ...]:
     """Return the heads with the largest effects, (layers, heads), as (layer, head)."""
     order = effects.flatten().argsort(descending=True)[:count].tolist()
     return tuple(divmod(place, effects.shape[1]) for place in order)
+
+
+def _count_passes(prompts: int, batch_size: int, shape: Sequence[int]) -> int:
+    """Return the number of passes: of the means, the clean prompts, and for each batch of shuffled ones a plain run, a
+    trial and one for each layer."""
+    layers, heads = shape
+    return 2 * -(-prompts // batch_size) + (layers + 2) * -(-prompts // max(1, batch_size // heads))
 
 
 def _inputs_of_layers(

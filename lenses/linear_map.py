@@ -90,8 +90,8 @@ class LinearMap:
         """
         origin = model if source_model is None else source_model
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        for one in (model, origin):
-            check_diffusion_model("LinearMap", one)
+        for pipeline in (model, origin):
+            check_diffusion_model("LinearMap", pipeline)
         for prompt in prompts:
             check_prompt("LinearMap", prompt)
         check_options(self.fit, model, arguments)
@@ -106,9 +106,9 @@ class LinearMap:
             found = encoders_in(model, reading).choose(encoder)
             source = choose_source(origin, origin_reading, found, source_encoder)
             both = (origin, origin_reading.encoders[source.name]), (model, reading.encoders[found.name])
-            for one, encoded in both:
-                check_whole(one, encoded, prompt)
-            spans = zip(*(words_read(one, encoded, prompt).spans for one, encoded in both))
+            for pipeline, encoded in both:
+                check_whole(pipeline, encoded, prompt)
+            spans = zip(*(words_read(pipeline, encoded, prompt).spans for pipeline, encoded in both))
             spans = [span for span in spans if None not in span]
             for layer, source_layer in choose_pairs(layers, source_layers, found, source):
                 chosen = zip(both, (source_layer, layer), zip(*spans))
@@ -134,7 +134,7 @@ class LinearMap:
         if len(states) >= _UNSEEN:
             is_seen = [i % _UNSEEN > 0 for i in range(len(states))]
             seen, unseen = (
-                [torch.cat(side) for side in zip(*(s for s, one in zip(states, is_seen) if one is kind))]
+                [torch.cat(side) for side in zip(*(s for s, was_seen in zip(states, is_seen) if was_seen is kind))]
                 for kind in (True, False)
             )
             self._unseen[pair] = _least_squares(*seen).error(*unseen)

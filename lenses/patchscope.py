@@ -104,7 +104,7 @@ class PatchscopeTexts(LensResult):
 
     def sections(self) -> list[Section]:
         return [
-            TableSection(prompt, "layer", ["text"], {str(one): [Cell(marked(t))] for one, t in zip(self.layers, texts)})
+            TableSection(prompt, "layer", ["text"], {str(i): [Cell(marked(t))] for i, t in zip(self.layers, texts)})
             for prompt, texts in zip(self.prompts, self.texts)
         ]
 

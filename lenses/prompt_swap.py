@@ -62,6 +62,7 @@ class PromptSwap(LensResult):
         prompt_value: The metric of the image of the prompt.
         other_value: The metric of the image of the other prompt.
         metric: The name of the metric.
+        passes: The number of calls of the pipeline that it took.
         seed: The seed of every image.
         model: The name of the model.
         arguments: The arguments of the pipeline.
@@ -78,6 +79,7 @@ class PromptSwap(LensResult):
     prompt_value: float
     other_value: float
     metric: str
+    passes: int
     seed: int
     model: str
     arguments: Mapping[str, Any]
@@ -106,7 +108,7 @@ class PromptSwap(LensResult):
         return files | {f"window_{i:02}.png": image.save for i, image in enumerate(self.images)}
 
     def record(self) -> dict[str, Any]:
-        kept = ("model", "prompt", "other", "metric", "prompt_value", "other_value", "seed")
+        kept = ("model", "prompt", "other", "metric", "prompt_value", "other_value", "passes", "seed")
         record = {"lens": "prompt_swap"} | {name: getattr(self, name) for name in kept}
         record |= {"layers": list(self.layers), "windows": [list(window) for window in self.windows]}
         return record | {"values": self.values.tolist(), "arguments": dict(self.arguments)}
@@ -189,6 +191,7 @@ def prompt_swap(
         prompt_value=float(values[0][0]),
         other_value=float(values[0][1]),
         metric=measured.name,
+        passes=len(values),
         seed=int(seed),
         model=model.source,
         arguments=arguments,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.visits.named_points import NamedPoint
 from diffsight.lenses.visits.steered import Positions, where_in_sequence
-from diffsight.lenses.visits.visited_steps import is_chosen, is_done
+from diffsight.lenses.visits.visited_steps import VisitedSteps
 from diffsight.lenses.visits.visiting import Visit, has_branches, visiting
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
@@ -59,13 +59,17 @@ class ImageCollection:
         call = {"prompt": list(prompts), "seed": seeds, "output_type": "latent", **self.arguments}
         with progress_bar(self.model.pipeline, disable=True), copy.generate(**call) as run:
             for step in run.steps:
-                if is_done(self.model, self.points, self.steps, run, step.index):
+                if self._visited.are_over(self.model, self.points, run, step.index):
                     run.stop()
                     break
         missing = next((name for name, parts in found.items() if not parts), None)
         if missing is not None:
             raise InputError(f"{missing} is not called in these steps: choose another module")
         return {name: tuple(map(torch.cat, zip(*parts))) for name, parts in found.items()}
+
+    @cached_property
+    def _visited(self) -> VisitedSteps:
+        return VisitedSteps(self.steps)
 
     def _keep(
         self,
@@ -75,7 +79,7 @@ class ImageCollection:
         start: int,
         visit: Visit,
     ) -> None:
-        if visit.call or not is_chosen(visit, self.steps):
+        if visit.call or not self._visited.include(visit):
             return
         if len(visit.value) != count:
             raise InputError(

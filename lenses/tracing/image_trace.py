@@ -81,7 +81,7 @@ def trace_images(
     found = torch.cat(values).reshape(noise.samples, len(points) + 1)
     right = float(measured.values(clean, clean, 0)[0])
     names = tuple(str(point.name) for point in points)
-    return Traced(measured.name, names, ("all positions",), found[:, 1:, None], right, found[:, 0])
+    return Traced(measured.name, names, ("all positions",), found[:, 1:, None], right, found[:, 0], len(values))
 
 
 def check_rows(visit: Visit, rows: int) -> None:

@@ -58,16 +58,17 @@ class LanguageTrace:
         noised, corrupted, starts = self._run_noised(answer)
         count, samples = len(self.tokens), self.noise.samples
         size = max(1, self.batch_size // samples)
-        found = torch.empty(samples, len(self.layers), count)
+        found, passes = torch.empty(samples, len(self.layers), count), 3  # the clean run, the noised one, and a trial
         with tqdm(desc="tracing", total=len(self.layers) * count, disable=not self.progress) as bar:
             for i, layer in enumerate(self.layers):
                 for start in range(0, count, size):
                     some = range(start, min(start + size, count))
                     found[:, i, start : some.stop] = self._restored(layer, some, clean, noised, starts, answer)
+                    passes += 1
                     bar.update(len(some))
         metric = f"probability of {Spelling(self.model)(answer)!r}"
         names = [f"{text}*" if i in self.subject else text for i, text in enumerate(self.tokens.texts)]
-        return Traced(metric, tuple(map(layer_title, self.layers)), tuple(names), found, probability, corrupted)
+        return Traced(metric, tuple(map(layer_title, self.layers)), tuple(names), found, probability, corrupted, passes)
 
     def _open(self, rows: int) -> LanguageRun:
         cache = {"use_cache": False} if self.model.takes_argument("use_cache") else {}

@@ -16,6 +16,7 @@ class Traced:
         values: The metric with one place restored, (samples, sites, columns).
         clean: The metric of the clean run.
         corrupted: The metric with noise and nothing restored, (samples,).
+        passes: The number of forward passes, or of calls of the pipeline.
     """
 
     metric: str
@@ -24,6 +25,7 @@ class Traced:
     values: torch.Tensor
     clean: float
     corrupted: torch.Tensor
+    passes: int
 
 
 @dataclass(frozen=True)

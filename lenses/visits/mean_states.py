@@ -12,7 +12,7 @@ from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.tokens.batches import Batch, open_batches
 from diffsight.lenses.visits.named_points import NamedPoint, PointName
 from diffsight.lenses.visits.steered import Positions, where_in_sequence
-from diffsight.lenses.visits.visited_steps import is_chosen, is_done
+from diffsight.lenses.visits.visited_steps import VisitedSteps
 from diffsight.lenses.visits.visiting import Visit, visiting
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
@@ -105,10 +105,11 @@ class ImagePrompts:
     ) -> dict[PointName, dict[int, torch.Tensor]]:
         """Return the means of one call by point and step."""
         found: dict[PointName, dict[int, torch.Tensor]] = {point.name: {} for point in self.points}
+        visited = VisitedSteps(self.steps)
 
         def read(visit: Visit) -> None:
             step = 0 if visit.step is None else visit.step.index
-            if visit.call or not is_chosen(visit, self.steps):
+            if visit.call or not visited.include(visit):
                 return
             if len(visit.value) != len(prompts):
                 raise InputError(
@@ -128,7 +129,7 @@ class ImagePrompts:
         given = {"prompt": prompts, "seed": list(range(seed, seed + len(prompts))), "output_type": "latent"}
         with progress_bar(self.model.pipeline, disable=True), copy.generate(**given | dict(self.arguments)) as run:
             for step in run.steps:
-                if is_done(self.model, self.points, self.steps, run, step.index):
+                if visited.are_over(self.model, self.points, run, step.index):
                     run.stop()
                     break
         missing = [name for name, values in found.items() if not values]

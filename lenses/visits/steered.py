@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from diffsight.lenses.denoising.call_checks import Steps, check_steps
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.tokens.batches import batch_of
 from diffsight.lenses.visits.named_points import NamedPoint, PointName, named_points
-from diffsight.lenses.visits.visited_steps import is_chosen
+from diffsight.lenses.visits.visited_steps import VisitedSteps
 from diffsight.lenses.visits.visiting import Visit, is_in_steps
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
@@ -87,10 +88,14 @@ class Steering:
             )
         return vector
 
+    @cached_property
+    def _visited(self) -> VisitedSteps:
+        return VisitedSteps(self.steps)
+
     def _is_chosen(self, visit: Visit) -> bool:
         if visit.step is not None and self.steps is not None and isinstance(self.model, LanguageModel):
             return is_among(visit.step.index, self.steps)
-        return is_chosen(visit, self.steps)
+        return self._visited.include(visit)
 
     # ---- positions
 

@@ -1,4 +1,9 @@
-"""Which denoising steps are visited, as the user chooses them, and when a run has nothing left to visit."""
+"""Which denoising steps are visited, as the user chooses them, and when a run has nothing left to visit.
+
+visited = VisitedSteps(slice(0, 5))
+visited.include(visit)                          # whether a visit is in one of these steps
+visited.are_over(model, points, run, step=7)    # whether a run has passed all of them
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,17 +13,29 @@ from diffsight.lenses.visits.named_points import NamedPoint
 from diffsight.lenses.visits.visiting import Visit, is_in_steps
 
 
-def is_chosen(visit: Visit, steps: Steps) -> bool:
-    """Return whether a visit is in one of the chosen steps of a pipeline. None means all."""
-    return visit.step is None or steps is None or visit.step.index in _chosen(visit.run, steps)
+class VisitedSteps:
+    """The chosen steps. Which these are is worked out once for each number of steps.
 
+    Args:
+        steps: What the user passed. None means all.
+    """
 
-def is_done(model: Any, points: Sequence[NamedPoint], steps: Steps, run: Any, step: int) -> bool:
-    """Return whether a pipeline that has come to `step` passes the points in no chosen step any more."""
-    if not any(is_in_steps(model, point) for point in points):
-        return True
-    return steps is not None and step > _chosen(run, steps)[-1]
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self._known: dict[int, tuple[int, ...]] = {}
 
+    def include(self, visit: Visit) -> bool:
+        """Return whether a visit is in one of the steps, or at a point that is not passed in steps."""
+        return visit.step is None or self._steps is None or visit.step.index in self._of(visit.run)
 
-def _chosen(run: Any, steps: Steps) -> tuple[int, ...]:
-    return choose_steps(steps, len(run.scheduler.timesteps))
+    def are_over(self, model: Any, points: Sequence[NamedPoint], run: Any, step: int) -> bool:
+        """Return whether a pipeline that has come to `step` passes the points in none of the steps any more."""
+        if not any(is_in_steps(model, point) for point in points):
+            return True
+        return self._steps is not None and step > self._of(run)[-1]
+
+    def _of(self, run: Any) -> tuple[int, ...]:
+        count = len(run.scheduler.timesteps)
+        if count not in self._known:
+            self._known[count] = choose_steps(self._steps, count)
+        return self._known[count]

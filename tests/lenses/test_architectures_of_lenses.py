@@ -19,6 +19,7 @@ from diffsight import (
     steer,
     steering_vector,
 )
+from diffsight.errors import InputError
 from diffsight.lenses import logit_difference
 from helpers import first, outputs, refusal, replaced, with_first
 from models import architectures, diffusion, language_kinds, vision_language
@@ -240,3 +241,23 @@ def test_a_steering_vector_is_the_difference_of_means(case):
         means.append(torch.stack(states).mean(0))
     assert torch.allclose(found[1], means[0] - means[1], atol=2e-5)
     assert found[1].norm() > 1e-4
+
+
+@torch.no_grad()
+def test_heads_sum_to_what_the_attention_adds(case):
+    """What the heads add, and the bias of the output projection."""
+    if not case.parts.heads:
+        pytest.skip("a state space has no heads")
+    projection = case.module("heads", 1)
+    if case.model.label.startswith("Bert"):  # its output projection is in another module than the heads
+        with pytest.raises(InputError, match="no output projection"), case.model.trace(CLEAN) as run:
+            run.heads_result[1]
+        return
+    expected = first(outputs(projection, case.net, **case.inputs(CLEAN))[0])
+    with case.model.trace(CLEAN, **case.more) as run:
+        heads = run.heads_result[1].clone()
+        run.stop()
+    assert heads.shape[2] == case.parts.heads
+    bias = 0 if projection.bias is None else projection.bias
+    assert torch.allclose(heads.sum(2) + bias, expected, atol=1e-5)
+    assert heads.norm(dim=-1).std() > 1e-5

@@ -324,3 +324,18 @@ def test_bad_input_for_a_pipeline():
         prompt_swap, model, TEXT, TEXT, pixel_distance(), window=5, **CALL
     )
     assert "batch_size must be 3 or more" in refusal(prompt_swap, model, TEXT, TEXT, pixel_distance(), batch_size=2)
+
+
+def test_passes_are_counted(model, net):
+    calls = []
+    handle = net.register_forward_hook(lambda *_: calls.append(1))
+    trace = causal_tracing(model, PROMPT, SUBJECT, samples=2, layers=[0, 2], batch_size=8, progress=False)
+    handle.remove()
+    assert trace.passes == len(calls)
+    pipe = diffusion.stable_diffusion()
+    handle = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    calls.clear()
+    call = {"num_inference_steps": 1, "progress": False}
+    swap = prompt_swap(DiffusionModel(pipe), TEXT, "a ring", pixel_distance(), batch_size=4, **call)
+    handle.remove()
+    assert swap.passes == len(calls) == 2

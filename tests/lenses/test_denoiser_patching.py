@@ -325,4 +325,6 @@ def test_refused_ablations(small):
     given = {**QUIET, **arguments}
     assert "mode must be" in refusal(block_ablation, model, CLEAN, sites="unet.mid_block", mode="drop", **given)
     assert "cannot be skipped" in refusal(block_ablation, model, CLEAN, sites="unet.conv_in", **given)
-    assert "by its path" in refusal(block_ablation, model, CLEAN, sites="unet.mid_block.input", **given)
+    assert "pass its path, not the path of one of its values" in refusal(
+        block_ablation, model, CLEAN, sites="unet.mid_block.input", **given
+    )

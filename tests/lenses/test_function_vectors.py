@@ -96,6 +96,15 @@ def test_it_equals_a_loop_with_hooks(build_net):
     assert [head for head, _ in found.top(3)] == list(found.heads)
 
 
+def test_passes_are_counted(model, net):
+    calls = []
+    handle = net.transformer.register_forward_hook(lambda *_: calls.append(1))
+    found = function_vector(model, PAIRS, batch_size=9, **FEW)
+    handle.remove()
+    stopped = -(-len(PAIRS) // 9)  # the runs of the means end before the last layer
+    assert len(calls) <= found.passes <= len(calls) + stopped
+
+
 def test_heads_of_ones_own(model):
     found = function_vector(model, PAIRS, heads=[(1, 2), (-1, 0)], **FEW)
     assert found.heads == ((1, 2), (3, 0))
