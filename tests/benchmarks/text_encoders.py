@@ -1,6 +1,6 @@
 """The lenses on text encoders against the same work by hand: compare_encoders, layer_fidelity, encoder_patching.
 
-    python tests/benchmarks/text_encoders.py                    # about five minutes
+    python tests/benchmarks/text_encoders.py                    # --steps 20 for longer drawings
     python tests/benchmarks/text_encoders.py --tasks compare_encoders
 
 By hand means plain PyTorch that computes what cannot be avoided, in batches of the same size: each prompt goes through
@@ -26,10 +26,10 @@ from diffsight.lenses.layer_fidelity import layer_fidelity, sample_prompts
 from diffsight.pipelines.diffusion.encoder_calls import hidden_in
 from diffsight.pipelines.shapes.reader import read_scene
 
-PROMPTS, ENCODED, SCENES, STEPS, ROWS = 128, 128, 8, 20, 48
+PROMPTS, BATCH, SCENES, ROWS = 128, 128, 6, 39
 SOURCE, TARGET = "a red circle above a green square", "a blue square above a green circle"
 WORDS, INTO = ("red", "circle"), ("blue", "square")
-SETTINGS = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+SETTINGS = {"num_inference_steps": 4, "guidance_scale": 3.0}
 Way = Callable[[], Any]
 
 
@@ -57,6 +57,7 @@ def compared() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
             apart += [(a - b).abs().max().item() for a, b in zip(result[name].drifts, drifts, strict=True)]
         return max(apart)
 
+    compare_encoders(models, prompts[:2], images=1, progress=False)  # runs to the end once, as it does by default
     lens = lambda: compare_encoders(models, prompts, images=0, progress=False)  # noqa: E731
     return {"bare": by_hand, "diffsight": lens}, distance
 
@@ -71,8 +72,8 @@ def _encoded(
     taken, means, drifts, words = [], [], [], []
     handles = [layers[0].register_forward_pre_hook(lambda module, args: taken.append(args[0]))]
     handles += [layer.register_forward_hook(lambda module, args, out: taken.append(hidden_in(out))) for layer in layers]
-    for start in range(0, len(prompts), ENCODED):
-        some = prompts[start : start + ENCODED]
+    for start in range(0, len(prompts), BATCH):
+        some = prompts[start : start + BATCH]
         ids = tokenizer(some, padding="max_length", return_tensors="pt").input_ids
         own = tokenizer(some, add_special_tokens=False).input_ids
         first, lengths = 0 if ids[0, 0] == own[0][0] else 1, list(map(len, own))
@@ -94,7 +95,7 @@ def _encoded(
 
 
 def fidelity() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
-    model, scenes = DiffusionModel("diffsight/shapes-clip"), sample_prompts(SCENES)
+    model, scenes = _opened(), sample_prompts(SCENES)
     pipeline = model.pipeline
     prompts = [scene.caption() for scene in scenes]
     negative = pipeline.encode_prompt("", "cpu", 1, False)[0]
@@ -120,6 +121,12 @@ def fidelity() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
     return {"bare": by_hand, "diffsight": lens}, distance
 
 
+def _opened() -> DiffusionModel:
+    model = DiffusionModel("diffsight/shapes-clip")
+    model.set_progress_bar_config(disable=True)
+    return model
+
+
 def _drawn(
     pipeline: diffusers.DiffusionPipeline, embeds: torch.Tensor, negative: torch.Tensor, seeds: list[int]
 ) -> list[Image.Image]:
@@ -136,7 +143,7 @@ def _drawn(
 
 
 def patched() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
-    model = DiffusionModel("diffsight/shapes-clip")
+    model = _opened()
     pipeline = model.pipeline
     encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
     layers = encoder.encoder.layers
@@ -178,18 +185,20 @@ def _places(tokenizer: Any) -> list[int]:
 
 TASKS = {
     "compare_encoders": (compared, f"{PROMPTS} prompts, CLIP and T5"),
-    "layer_fidelity": (fidelity, f"{SCENES} prompts, 13 layers, {STEPS} steps"),
-    "encoder_patching": (patched, f"2 words, 13 layers, {STEPS} steps"),
+    "layer_fidelity": (fidelity, f"{SCENES} prompts, 13 layers"),
+    "encoder_patching": (patched, "2 words, 13 layers"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    SETTINGS["num_inference_steps"] = options.steps
     print("| | by hand | diffsight | share | noise | largest difference |\n| --- | --- | --- | --- | --- | --- |")
     for name in options.tasks:
         build, what = TASKS[name]
