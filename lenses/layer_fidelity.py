@@ -220,7 +220,7 @@ def layer_fidelity(
         model: A pipeline that draws the scenes of `pipelines/shapes`.
         scenes: The number of scenes to take from `sample_prompts`, or scenes of your own.
         batch_size: The number of rows in a call. Each layer of each prompt is a row, and several prompts share a call.
-            An image equals that of a call of its own up to rounding; with 1, bit for bit. Default: 48.
+            An image equals that of a call of its own up to rounding, and bit for bit only with 1. Default: 48.
         seed: Prompt i is drawn with `seed + i`, which is the same at all layers.
         progress: Whether to show a progress bar.
         arguments: Arguments of `diffusion_lens` (`encoder`, `layers` …) and of the pipeline.

@@ -1,4 +1,4 @@
-"""The lenses on text encoders against the same work by hand: compare_encoders, layer_fidelity, encoder_patching.
+"""The lenses on text encoders against the same work by hand.
 
     python tests/benchmarks/text_encoders.py                    # --steps 20 for longer drawings
     python tests/benchmarks/text_encoders.py --tasks compare_encoders
@@ -10,7 +10,7 @@ on the packaged pipelines, on one thread, interleaved; see README.md for how to 
 
 import argparse
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -21,7 +21,7 @@ from measuring import interleaved
 from PIL import Image
 from torch.nn import functional
 
-from diffsight import DiffusionModel, compare_encoders, encoder_patching
+from diffsight import DiffusionModel, compare_encoders, diffusion_lens, encoder_patching
 from diffsight.lenses.layer_fidelity import layer_fidelity, sample_prompts
 from diffsight.pipelines.diffusion.encoder_calls import hidden_in
 from diffsight.pipelines.shapes.reader import read_scene
@@ -91,27 +91,24 @@ def _encoded(
     return torch.stack(means, 1), drifts, words
 
 
-# ---- layer_fidelity
+# ---- diffusion_lens and layer_fidelity
+
+
+def one_prompt() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
+    model = _opened()
+    by_hand = _drawn_from_layers(model.pipeline, [SOURCE])
+    lens = lambda: diffusion_lens(model, SOURCE, seed=0, progress=False, **SETTINGS)  # noqa: E731
+    return {"bare": by_hand, "diffsight": lens}, lambda result, hand: _furthest(result.images, hand)
 
 
 def fidelity() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
     model, scenes = _opened(), sample_prompts(SCENES)
-    pipeline = model.pipeline
-    prompts = [scene.caption() for scene in scenes]
-    negative = pipeline.encode_prompt("", "cpu", 1, False)[0]
+    draw = _drawn_from_layers(model.pipeline, [scene.caption() for scene in scenes])
 
-    @torch.no_grad()
     def by_hand() -> list[Any]:
-        ids = pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
-        encoder = pipeline.text_encoder
-        states = torch.stack(encoder(ids, output_hidden_states=True).hidden_states, 1)  # (prompts, layers, …)
-        embeds = encoder.final_layer_norm(states).flatten(0, 1)
-        seeds = [seed for seed in range(SCENES) for _ in range(states.shape[1])]
-        images = []
-        for start in range(0, len(embeds), ROWS):
-            images += _drawn(pipeline, embeds[start : start + ROWS], negative, seeds[start : start + ROWS])
-        seen = [read_scene(image) for image in images]
-        return [tuple(seen[start : start + states.shape[1]]) for start in range(0, len(seen), states.shape[1])]
+        seen = [read_scene(image) for image in draw()]
+        layers = len(seen) // SCENES
+        return [tuple(seen[start : start + layers]) for start in range(0, len(seen), layers)]
 
     def distance(result: Any, hand: Any) -> float:
         pairs = [pair for ours, other in zip(result.seen, hand, strict=True) for pair in zip(ours, other, strict=True)]
@@ -119,6 +116,29 @@ def fidelity() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
 
     lens = lambda: layer_fidelity(model, scenes, progress=False, **SETTINGS)  # noqa: E731
     return {"bare": by_hand, "diffsight": lens}, distance
+
+
+def _drawn_from_layers(pipeline: diffusers.DiffusionPipeline, prompts: list[str]) -> Callable[[], list[Image.Image]]:
+    """Return what draws the prompts from the embedding and from each layer, in calls of `ROWS` rows."""
+    negative = pipeline.encode_prompt("", "cpu", 1, False)[0]
+
+    @torch.no_grad()
+    def draw() -> list[Image.Image]:
+        ids = pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+        encoder = pipeline.text_encoder
+        states = torch.stack(encoder(ids, output_hidden_states=True).hidden_states, 1)  # (prompts, layers, …)
+        embeds = encoder.final_layer_norm(states).flatten(0, 1)
+        seeds = [seed for seed in range(len(prompts)) for _ in range(states.shape[1])]
+        calls = [slice(start, start + ROWS) for start in range(0, len(embeds), ROWS)]
+        return [image for rows in calls for image in _drawn(pipeline, embeds[rows], negative, seeds[rows])]
+
+    return draw
+
+
+def _furthest(images: Iterable[Image.Image], others: Iterable[Image.Image]) -> int:
+    """Return the largest difference of any pixel, of 255."""
+    pairs = zip(images, others, strict=True)
+    return max(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() for a, b in pairs)
 
 
 def _opened() -> DiffusionModel:
@@ -170,8 +190,7 @@ def patched() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
 
     def distance(result: Any, hand: Any) -> float:
         ours = [result.target_image, result.source_image, *(image for row in result.images for image in row)]
-        pairs = zip(ours, hand, strict=True)
-        return max(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() for a, b in pairs)
+        return _furthest(ours, hand)
 
     settings = {"words": WORDS, "into": INTO, "progress": False, **SETTINGS}
     return {"bare": by_hand, "diffsight": lambda: encoder_patching(model, SOURCE, TARGET, **settings)}, distance
@@ -185,6 +204,7 @@ def _places(tokenizer: Any) -> list[int]:
 
 TASKS = {
     "compare_encoders": (compared, f"{PROMPTS} prompts, CLIP and T5"),
+    "diffusion_lens": (one_prompt, "13 layers"),
     "layer_fidelity": (fidelity, f"{SCENES} prompts, 13 layers"),
     "encoder_patching": (patched, "2 words, 13 layers"),
 }
