@@ -11,7 +11,7 @@ on the packaged pipelines, on one thread, interleaved; see README.md for how to 
 import argparse
 import warnings
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import diffusers
@@ -26,7 +26,7 @@ from diffsight.lenses.layer_fidelity import layer_fidelity, sample_prompts
 from diffsight.pipelines.diffusion.encoder_calls import hidden_in
 from diffsight.pipelines.shapes.reader import read_scene
 
-PROMPTS, BATCH, SCENES, ROWS = 128, 128, 6, 39
+FEW, MANY, BATCH, SCENES, ROWS = 128, 512, 128, 6, 39
 SOURCE, TARGET = "a red circle above a green square", "a blue square above a green circle"
 WORDS, INTO = ("red", "circle"), ("blue", "square")
 SETTINGS = {"num_inference_steps": 4, "guidance_scale": 3.0}
@@ -35,15 +35,15 @@ Way = Callable[[], Any]
 
 def captions(count: int) -> list[str]:
     """Return different prompts."""
-    return list(dict.fromkeys(scene.caption() for scene in sample_prompts(2 * count)))[:count]
+    return list(dict.fromkeys(scene.caption() for scene in sample_prompts(4 * count)))[:count]
 
 
 # ---- compare_encoders
 
 
-def compared() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
+def compared(count: int) -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
     models = {"CLIP": DiffusionModel("diffsight/shapes-clip"), "T5": DiffusionModel("diffsight/shapes-t5")}
-    prompts = captions(PROMPTS)
+    prompts = captions(count)
 
     @torch.no_grad()
     def by_hand() -> dict[str, tuple[torch.Tensor, list[torch.Tensor], list[list[str]]]]:
@@ -203,7 +203,8 @@ def _places(tokenizer: Any) -> list[int]:
 
 
 TASKS = {
-    "compare_encoders": (compared, f"{PROMPTS} prompts, CLIP and T5"),
+    "compare_encoders": (partial(compared, FEW), f"{FEW} prompts, CLIP and T5"),
+    "compare_encoders, many": (partial(compared, MANY), f"{MANY} prompts, CLIP and T5"),
     "diffusion_lens": (one_prompt, "13 layers"),
     "layer_fidelity": (fidelity, f"{SCENES} prompts, 13 layers"),
     "encoder_patching": (patched, "2 words, 13 layers"),
@@ -226,10 +227,8 @@ def main() -> None:
         far = distance(ways["diffsight"](), ways["bare"]())
         seconds, noise = interleaved(ways, options.rounds, of="diffsight")
         hand, ours = seconds["bare"], seconds["diffsight"]
-        print(
-            f"| `{name}`, {what} | {hand:.3f} s | {ours:.3f} s | {ours / hand:.2f} | {noise:.3f} s | {far:.1g} |",
-            flush=True,
-        )
+        figures = f"{hand:.3f} s | {ours:.3f} s | {ours / hand:.2f} | {noise:.3f} s | {far:.1g}"
+        print(f"| `{name.split(',')[0]}`, {what} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":
