@@ -59,9 +59,9 @@ def keep_attribute_error(holder: Any, error: Exception) -> None:
 
 def raise_kept(holder: Any) -> None:
     """Raise the AttributeError that a property of `holder` ended with, if that is why `__getattr__` was called."""
-    error = holder.__dict__.pop("_kept_error", None)
-    if error is not None:
-        raise error
+    own = holder.__dict__
+    if "_kept_error" in own:
+        raise own.pop("_kept_error")
 
 
 class ChildrenFirst:
@@ -322,7 +322,8 @@ class Envoy(Points):
 
     def _bound(self, run: InRun | None, part: Selection | None = None) -> "Envoy":
         """The same handle for `run` alone, and for a part of its batch."""
-        return Envoy(self._tree, self._target, run, part=part)
+        own = self.__dict__
+        return Envoy(own["_tree"], own["_target"], run, 0, part)
 
     def _handle(self, target: Target) -> "Envoy":
         """The handle on another module, for the same run and part."""
@@ -338,7 +339,7 @@ class Envoy(Points):
         if target is None:
             return None
         if target.name in (FORWARD, "__call__"):
-            return Envoy(tree, target, own["_run"], 0, own["_part"])
+            return self._handle(target)
         return MethodEnvoy(tree, target, own["_run"], 0, own["_part"])
 
     def _attached_child(self, name: str) -> Target | None:
@@ -441,10 +442,10 @@ class Envoy(Points):
         if type(key) is int and type(outer.owner) is nn.ModuleList:
             target = outer.item(key)
             if target is not None:
-                return Envoy(own["_tree"], target, own["_run"], 0, own["_part"])
+                return self._handle(target)
         children = list(own["_tree"].children_of(outer).values())
         if isinstance(key, slice):
-            return [self._handle(target) for target in children[key]]
+            return [*map(self._handle, children[key])]
         try:
             return self._handle(children[key])
         except IndexError:
@@ -546,7 +547,7 @@ def model_of(run: InRun) -> Any:
 
 def root_of(run: InRun, part: Selection | None = None) -> Envoy:
     """Return the handle on the whole model, bound to a run, and to a part of its batch."""
-    return run._model._bound(run, part)
+    return run.__dict__["_model"]._bound(run, part)
 
 
 def child_of(envoy: Points, name: str) -> Envoy | MethodEnvoy | None:

@@ -431,7 +431,7 @@ class Flow(RunEnd):
         waits = [(tap, key)]
         if guard is not None:
             waits.append((guard[0], (OUTPUT, guard[1])))
-        elif asked.target.is_value:  # it passes before the call ends, or not at all
+        elif not tap.is_module and asked.target.is_value:  # it passes before the call ends, or not at all
             waits.append((self.taps[asked.target.outer.key], (OUTPUT, key[1])))
         in_step = scope.in_step
         for other, other_key in waits:

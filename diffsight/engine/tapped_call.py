@@ -143,7 +143,11 @@ class Tap:
             return self.leave(skip.value, (args, kwargs))
         if self.inside:
             function = self.target.uncompiled()
-        before = _versions(args, kwargs) if self.awaited and (OUTPUT, index) in self.awaited else []
+        before = versions = None
+        if self.awaited and (OUTPUT, index) in self.awaited:
+            values = (*args, *kwargs.values()) if kwargs else args
+            versions = _versions_in_modes if _len_torch_function_stack() else _versions
+            before = versions(values)
         # PyTorch also looks for them before the call.
         has_hooks = bool(self.is_module and (self.target.owner._forward_hooks or _global_forward_hooks))
         try:
@@ -151,7 +155,7 @@ class Tap:
         except BaseException:
             self.active.remove(index)
             raise
-        self.given_changed = bool(before) and before != _versions(args, kwargs)
+        self.given_changed = versions is not None and before != versions(values)
         return self.leave(output, (args, kwargs), has_hooks)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -378,16 +382,13 @@ class LearningTap(Tap):
         return super().enter(args, kwargs)
 
 
-def _versions(args: tuple, kwargs: dict) -> list[int]:
-    """Return how often each of the tensors among the arguments of a call was changed in place."""
-    values = (*args, *kwargs.values()) if kwargs else args
-    if not _len_torch_function_stack():
-        return _versions_of(values)
+def _versions_in_modes(values: tuple) -> list[int]:
     with DisableTorchFunction():  # function modes of the user's must not see this
-        return _versions_of(values)
+        return _versions(values)
 
 
-def _versions_of(values: tuple) -> list[int]:
+def _versions(values: tuple) -> list[int]:
+    """Return how often each of the tensors among the arguments of a call was changed in place."""
     versions = []
     for value in values:
         if (type(value) is Tensor or type(value) is Parameter) and not value.is_inference():
