@@ -208,7 +208,12 @@ class Points:
         run = own["_run"]
         try:
             flow = run.__dict__["_flow"] if run is not None else self._flow(part)
-            return flow.fetch(Asked(own["_target"], part, own["_call"], own["_part"]))
+            target, call, selection = own["_target"], own["_call"], own["_part"]
+            if call or selection is not None or target.name != FORWARD:
+                return flow.fetch(Asked(target, part, call, selection))
+            if part not in target.asked:
+                target.asked[part] = Asked(target, part)
+            return flow.fetch(target.asked[part])
         except Exception as error:
             keep_attribute_error(self, error)
             if isinstance(error, DiffsightError):

@@ -547,7 +547,7 @@ class Flow(RunEnd):
                 self.bodies.turn = edit
                 self.coroutine.park(point, state)
             point.turn = LAST
-        if key in tap.pending:
+        if tap.pending and key in tap.pending:
             tap.assign_pending(point)
         if key in tap.awaited:
             tap.points[key] = point

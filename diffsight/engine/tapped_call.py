@@ -168,7 +168,7 @@ class Tap:
         self.entered = index + 1
         self.active.append(index)
         key = (INPUTS, index)
-        if not (key in self.awaited or key in self.pending or self.keepers):
+        if not (key in self.awaited or (self.pending and key in self.pending) or self.keepers):
             return None
         inputs, changed = self._pass(key, (args, kwargs))
         return inputs if changed else None
@@ -226,7 +226,7 @@ class Tap:
             self._check_region(key)
             state = None  # it may have changed
         if waiting is not None or key in self.pending:
-            point = Point(self, key, value, False not in waiting if waiting else True)
+            point = Point(self, key, value, not waiting or False not in waiting)
             host.arrive(point, state)
             value = point.value
         if self.keepers:
