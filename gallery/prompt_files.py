@@ -44,7 +44,7 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
             pair = tuple(part.strip() for part in line.split("\t"))
             if len(pair) != 2 or not all(pair):
                 raise InputError(
-                    f"line {number} of {path} is not a question, a tab and an answer: {line.strip()[:60]!r}"
+                    f"line {number} of {path} is not a question, a tab and an answer: {line.strip()[:50]!r}"
                 )
             found.append(pair)
     if not found:

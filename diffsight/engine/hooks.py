@@ -37,6 +37,7 @@ _OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; c
 _lock = RLock()
 _forward_of, _runs_of = operator.itemgetter(FORWARD), operator.itemgetter(3)
 _run_all = deque(maxlen=0).extend  # runs an iterator to its end, in C
+_FEW = 8  # modules; so many are hooked sooner one by one than together
 
 
 # ---- the forward passes of modules
@@ -67,7 +68,7 @@ class ModuleGroup:
         self._kinds = [*map(type, modules.values())]
         self._forwards = {kind: getattr(kind, FORWARD, None) for kind in self._kinds}
         functions = {kind: _hook_of(kind, forward) for kind, forward in self._forwards.items()}
-        self._is_plain = all(functions.values())
+        self._is_plain = len(modules) > _FEW and all(functions.values())
         if self._is_plain:
             self.puts = [MethodType(functions[type(module)], module) for module in modules.values()]
             self._states = [MethodType(_state_without_hook, module) for module in modules.values()]

@@ -24,13 +24,14 @@ class Target:
         outer: The target of the module around it.
     """
 
-    __slots__ = ("_called", "_children", "is_called", "key", "name", "outer", "owner", "path")
+    __slots__ = ("_called", "_children", "asked", "is_called", "key", "name", "outer", "owner", "path")
     is_value = False  # whether it is a value inside the calls of `outer`, and has their numbers
     if_missing = ""  # what an error adds if the model does not reach it
 
     def __init__(self, owner: Any, name: str, path: str, outer: "Target | None" = None) -> None:
         self.owner, self.name, self.path, self.outer = owner, name, path, outer
         self.key = (id(owner), name)
+        self.asked: dict[str, Any] = {}  # part to the point in the first call, see `Points`
         self.is_called = True  # False if there is nothing to call: a ModuleList, for example, has no forward pass
         if name == "__call__":
             self.is_called = callable(owner)
@@ -113,7 +114,8 @@ class Target:
         known = vars(self.owner)
         if WRAPPED in known.get("_modules", ()) or known.get(COMPILED) is not None:
             return True
-        return _UNCOMPILED in getattr(known.get(FORWARD), "__dict__", ())
+        forward = known.get(FORWARD)
+        return forward is not None and _UNCOMPILED in getattr(forward, "__dict__", ())
 
     def uncompiled(self) -> Callable:
         """Return what a compiled module computes, as it was written."""
