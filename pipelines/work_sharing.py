@@ -1,5 +1,5 @@
-"""Processes that share work, such as a sweep or a training: this one alone, or all that a launcher (`accelerate launch`,
-`torchrun`) has started.
+"""Processes that share work, such as a sweep or a training: this one alone, or all that a launcher, `accelerate launch`
+or `torchrun`, has started.
 
 processes = Processes()
 for item in processes.share(missing):       # every process gets its own part

@@ -96,10 +96,9 @@ class Taps(dict[Key, Tap]):
         tap = self._opened.get(target)
         if tap is not None:
             return tap
-        why = target.why_unseen
-        if why is not None:
+        if not target.is_seen:
             path = target.path or type(target.owner).__name__
-            raise PointNotFoundError(f"{path} has no values: {why}. Ask for a module inside or around it")
+            raise PointNotFoundError(f"{path} has no values: {target.why_unseen}. Ask for a module inside or around it")
         if self._places.places:
             for place in self._places.places.get(target.key, ()):
                 self._tap_around(place)

@@ -24,7 +24,7 @@ class Target:
         outer: The target of the module around it.
     """
 
-    __slots__ = ("_called", "_children", "asked", "is_called", "key", "name", "outer", "owner", "path")
+    __slots__ = ("_called", "_children", "asked", "is_called", "is_seen", "key", "name", "outer", "owner", "path")
     is_value = False  # whether it is a value inside the calls of `outer`, and has their numbers
     if_missing = ""  # what an error adds if the model does not reach it
 
@@ -38,16 +38,15 @@ class Target:
         elif name == FORWARD:
             forward = getattr(type(owner), FORWARD, None)
             self.is_called = forward is not nn.Module.forward or FORWARD in owner.__dict__
+        self.is_seen = self.is_called and (name != FORWARD or why_unseen(type(owner)) is None)  # whether it has values
         self._children: tuple[dict, dict[str, Target]] | None = None
         self._called: tuple[list[tuple[Target, dict]], ModuleGroup] | None = None
 
     @property
-    def why_unseen(self) -> str | None:
-        """Why there are no values to read, in words; None if there are."""
+    def why_unseen(self) -> str:
+        """Why it is not seen, and has no values to read, in words."""
         why = why_unseen(type(self.owner)) if self.name == FORWARD else None
-        if why is None and not self.is_called:
-            return f"{type(self.owner).__name__} is never called by the model; it only holds other modules"
-        return why
+        return why or f"{type(self.owner).__name__} is never called by the model; it only holds other modules"
 
     def attach(self, tap: Any) -> Any:
         """Send every call through `tap` from now on; return an object whose `remove()` undoes it.
