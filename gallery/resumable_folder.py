@@ -53,7 +53,7 @@ class ResumableFolder:
         mine = json.loads(json.dumps(self.settings))
         other = [name for name in {**known, **mine} if known.get(name) != mine.get(name)]
         if other:
-            raise InputError(f"{self.folder} has a study with other {', '.join(other)}: choose another folder")
+            raise InputError(f"{self.folder} holds a study that differs in {', '.join(other)}: choose another folder")
 
     def missing(self, places: Sequence[Path]) -> list[Path]:
         """Return those of the places whose result has not been made yet."""

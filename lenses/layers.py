@@ -113,7 +113,7 @@ def _sliced(layers: slice, count: int, used: int) -> list[int]:
         raise InputError("the step of a slice of layers cannot be 0: write 1 or more")
     beyond = [bound for bound in (layers.start, layers.stop) if bound is not None and bound > used]
     if beyond:
-        raise InputError(f"there are not {beyond[-1]} layers: {_known(used)}")
+        raise InputError(f"the slice goes past the last layer, up to {beyond[-1]}: {_known(used)}")
     return [layer for layer in range(count)[layers] if layer < used]
 
 

@@ -193,8 +193,8 @@ class TracedPart(Part):
     def _slice(self, tensor: torch.Tensor, path: object) -> slice:
         if self._found is None and tensor.shape.count(self.total) > 1:
             raise InputError(
-                f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and which dimension is the batch "
-                f"of {self.total} cannot be known. Read or assign it on the run itself"
+                f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and it is impossible to tell "
+                f"which dimension is the batch of {self.total}. Read or assign it on the run itself"
             )
         if self._found is not None and not self._found[id(tensor)]:
             raise InputError(

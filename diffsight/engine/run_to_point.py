@@ -2,8 +2,8 @@
 
 The body asks for a point (`fetch`). The flow taps it, tells the tap that the body waits for it, and resumes the model.
 When the model reaches the point, the tap reports it (`arrive`), the flow parks the model, and the body has the value.
-If instead the model ends, the step that the body is in ends, or the module that was running when the tap was made
-returns, the point has passed: an `OutOfOrderError`, never the value of a later call.
+The point counts as passed if any of these comes first: the model ends, the body's step ends, or the module that was
+running when the tap was made returns. That raises an `OutOfOrderError`; the value of a later call is never returned.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +90,7 @@ class Flow(RunEnd):
         return order.position(self._stands, self.clock.index)
 
     def _scope_of(self, body: Coroutine | None) -> Scope:
-        """The scope of a body; that of the one that opened the run for any other coroutine, or none."""
+        """Return the scope of a body. For any other coroutine, or None, return that of the body that opened the run."""
         return body.scope if isinstance(body, Body) and body.flow is self else self._scope
 
     def _beside(self) -> Body | None:
@@ -296,8 +296,8 @@ class Flow(RunEnd):
                 self._point(calls, (OUTPUT, index), Asked(calls.target, "output", index), scope)
 
     def undecided(self) -> list[tuple[str, str]]:
-        """Return the paths of values that were read in a call whose end decides whether they were the intended ones,
-        each with the path of what was called."""
+        """Return pairs of paths: a value that was read, and the call it was read in, for each value that only the end of
+        that call can confirm as the intended one."""
         return [(value.target.path, calls.target.path) for value, calls in self._undecided()]
 
     def _undecided(self) -> list[tuple[Tap, Tap]]:

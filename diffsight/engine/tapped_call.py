@@ -1,9 +1,9 @@
 """The calls of one module or method in one run: counted, changed or skipped.
 
 A `Tap` belongs to one run and one callable of the model: a module's forward pass, or a method that code calls directly
-(`vae.decode`, `scheduler.step`). Every call of it goes through `Tap.call`. There the tap counts the call, does not make
-it if a body has asked to skip it, and hands its inputs and its output to the run (the `Host`) if a body waits for them
-or has assigned them. Calls made outside the run's own coroutine (by another run, by the body itself, in another thread)
+(`vae.decode`, `scheduler.step`). Every call of it goes through `Tap.call`. There the tap counts the call, and skips it
+if a body has asked for that. It hands the inputs and the output to the run (the `Host`) if a body waits for them or has
+assigned them. Calls made outside the run's own coroutine (by another run, by the body itself, in another thread)
 pass untouched. `hooks` routes the calls here.
 """
 
@@ -252,7 +252,7 @@ class Tap:
             self._refuse(
                 key,
                 skip,
-                "is inside torch.func (vmap, grad, jvp …), and its value ends with that call. Ask for a value outside "
+                "is inside torch.func (vmap, grad, jvp …), so its value is valid only during that call. Ask for a value outside "
                 "of it, such as the output of a module around it",
             )
         if is_grad_enabled():

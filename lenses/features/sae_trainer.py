@@ -65,7 +65,7 @@ class SAETrainer:
         sae: The SAE.
         settings: How it is trained.
         processes: The processes that train it together.
-        facts: What else makes it this training and no other, such as the seed, as JSON stores it.
+        facts: Further settings that identify this training, such as the seed, as JSON stores them.
     """
 
     def __init__(
@@ -206,14 +206,16 @@ class SAETrainer:
                 facts = json.loads(stored.metadata()["training"])
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{folder / CHECKPOINT} is no checkpoint, or damaged: remove it to begin anew") from error
+            raise InputError(
+                f"{folder / CHECKPOINT} is not a checkpoint, or is damaged: remove it to start again"
+            ) from error
         own = {name.removeprefix("sae."): value for name, value in tensors.items() if name.startswith("sae.")}
         shapes = [{name: value.shape for name, value in one.items()} for one in (own, self.sae.state_dict())]
         known, wanted = facts["training"], json.loads(json.dumps(self._facts))
         other = [name for name in wanted if known.get(name) != wanted[name]]
         if other or shapes[0] != shapes[1]:
             raise InputError(
-                f"{folder} has the checkpoint of a training run with other {', '.join(other) or 'sizes'}: use the "
+                f"{folder} holds the checkpoint of a training that differs in {', '.join(other) or 'sizes'}: use the "
                 "same, or choose another folder"
             )
         self.sae.load_state_dict(own)

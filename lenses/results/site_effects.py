@@ -218,8 +218,8 @@ class EffectComparison:
     """The effects of two methods, site by site.
 
     Attributes:
-        first: The one.
-        second: The other.
+        first: The effects on which `compare` was called.
+        second: The effects passed to it.
     """
 
     first: SiteEffects

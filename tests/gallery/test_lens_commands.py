@@ -188,9 +188,9 @@ def test_a_folder_never_mixes_two_studies(study, capsys):
     assert run(*study) == 0
     other = [word if word != "0,2" else "0" for word in study]
     capsys.readouterr()
-    assert "study has a study with other layers: choose another folder" in refusal(capsys, *other)
+    assert "study holds a study that differs in layers: choose another folder" in refusal(capsys, *other)
     Path("prompts.txt").write_text("a green ring\n")
-    assert "with other prompts" in refusal(capsys, *study)
+    assert "differs in prompts" in refusal(capsys, *study)
 
 
 def test_more_seeds_are_added_to_a_study(study, capsys):

@@ -306,7 +306,7 @@ def test_layers_are_chosen_in_the_order_given():
         (True, "there is no layer True"),
         ([0, 1.0], "there is no layer 1.0"),
         ([], "no layers are chosen"),
-        (slice(0, 9), "there are not 9 layers"),
+        (slice(0, 9), "the slice goes past the last layer, up to 9"),
         (slice(0, 3, 0), "step of a slice"),
     ],
 )

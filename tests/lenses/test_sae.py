@@ -272,16 +272,16 @@ def test_training_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
     }
     for name, change in changes.items():
         message = refusal(train_sae, None, "layers[0]", vectors, **call | change)
-        assert f"a training run with other {name}: use the same" in message
-    assert "with other point" in refusal(train_sae, None, "layers[1]", vectors, **call)
-    assert "with other data" in refusal(train_sae, None, "layers[0]", vectors[1:], **call)
+        assert f"a training that differs in {name}: use the same" in message
+    assert "differs in point" in refusal(train_sae, None, "layers[1]", vectors, **call)
+    assert "differs in data" in refusal(train_sae, None, "layers[0]", vectors[1:], **call)
     train_sae(None, "layers[0]", vectors, **call)
     assert made == [*range(12), *range(11, 20)]
     names = {path.name for path in (tmp_path / "sae").iterdir()}
     assert names == {"cfg.json", "sae_weights.safetensors", "training.json", "curve.png"}
     assert len(json.loads((tmp_path / "sae" / "training.json").read_text())["curve"]) == 20
     (tmp_path / "sae" / "checkpoint.safetensors").write_bytes(b"half")
-    assert "is no checkpoint, or damaged" in refusal(train_sae, None, "layers[0]", vectors, **call)
+    assert "is not a checkpoint, or is damaged" in refusal(train_sae, None, "layers[0]", vectors, **call)
 
 
 def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path, monkeypatch):
