@@ -296,8 +296,8 @@ class Flow(RunEnd):
                 self._point(calls, (OUTPUT, index), Asked(calls.target, "output", index), scope)
 
     def undecided(self) -> list[tuple[str, str]]:
-        """Return pairs of paths: a value that was read, and the call it was read in, for each value that only the end of
-        that call can confirm as the intended one."""
+        """Return pairs of paths: a value that was read and the call that it was read in, for each value that only the
+        end of that call can confirm as the intended one."""
         return [(value.target.path, calls.target.path) for value, calls in self._undecided()]
 
     def _undecided(self) -> list[tuple[Tap, Tap]]:

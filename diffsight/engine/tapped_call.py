@@ -252,8 +252,8 @@ class Tap:
             self._refuse(
                 key,
                 skip,
-                "is inside torch.func (vmap, grad, jvp …), so its value is valid only during that call. Ask for a value outside "
-                "of it, such as the output of a module around it",
+                "is inside torch.func (vmap, grad, jvp …), so its value is valid only during that call. "
+                "Ask for a value outside of it, such as the output of a module around it",
             )
         if is_grad_enabled():
             if _top_saved_tensors_default_hooks(True):

@@ -144,8 +144,8 @@ class SiteEffects(LensResult):
         return EffectComparison(self, other)
 
     def _table(self) -> tuple[list[str], list[str], torch.Tensor, str]:
-        """Return the rows, the columns, the mean effects and the axis of the plot. Heads of equally many at each point
-        become columns."""
+        """Return the rows, the columns, the mean effects and the axis of the plot. If every point has the
+        same heads, they become the columns."""
         effect, points = self.effect, list(dict.fromkeys(site.point for site in self.sites))
         heads = [[site.head for site in self.sites if site.point == point] for point in points]
         if len(self.columns) == 1 and None not in heads[0] and all(one == heads[0] for one in heads):
