@@ -105,7 +105,8 @@ class SAETrainer:
         left = x - sae.decode(features)
         variance = (x - x.mean(0)).square().sum().clamp(min=1e-12)
         unexplained = left.square().sum() / variance
-        self._count(features.detach(), len(x))
+        is_active = features.detach() > 0
+        self._count(is_active)
         loss = unexplained + settings.penalty * penalty + _AUXILIARY * self._auxiliary(before, left.detach())
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
@@ -114,11 +115,10 @@ class SAETrainer:
         self._adam.step()
         self._normalize()
         self.done += 1
-        active = (features.detach() > 0).sum(-1).float().mean().item()
         return {
             "update": self.done,
             "explained_variance": 1 - unexplained.item(),
-            "active": active,
+            "active": is_active.count_nonzero().item() / len(x),
             "dead": (self._unused >= settings.dead_after).float().mean().item(),
         }
 
@@ -152,9 +152,9 @@ class SAETrainer:
         variance = (left - left.mean(0)).square().sum().clamp(min=1e-12)
         return ((features @ self.sae.decoder[dead] - left).square().sum() / variance).nan_to_num()
 
-    def _count(self, features: torch.Tensor, vectors: int) -> None:
-        used = self._processes.any((features > 0).any(0))
-        self._unused += vectors * self._processes.count
+    def _count(self, is_active: torch.Tensor) -> None:
+        used = self._processes.any(is_active.any(0))
+        self._unused += len(is_active) * self._processes.count
         self._unused[used] = 0
 
     # ---- the rows of the decoder keep length one
