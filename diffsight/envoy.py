@@ -59,9 +59,9 @@ def keep_attribute_error(holder: Any, error: Exception) -> None:
 
 def raise_kept(holder: Any) -> None:
     """Raise the AttributeError that a property of `holder` ended with, if that is why `__getattr__` was called."""
-    error = holder.__dict__.pop("_kept_error", None)
-    if error is not None:
-        raise error
+    own = holder.__dict__
+    if "_kept_error" in own:
+        raise own.pop("_kept_error")
 
 
 class ChildrenFirst:
@@ -204,9 +204,16 @@ class Points:
         return f'. The module of that name is {self.path}["{name}"]' if is_child else ""
 
     def _fetch(self, part: str) -> Any:
+        own = self.__dict__  # where a class has a `__getattr__`, as here, attributes are looked up slowly
+        run = own["_run"]
         try:
-            flow = self._run._flow if self._run is not None else self._flow(part)
-            return flow.fetch(Asked(self._target, part, self._call, self._part))
+            flow = run.__dict__["_flow"] if run is not None else self._flow(part)
+            target, call, selection = own["_target"], own["_call"], own["_part"]
+            if call or selection is not None or target.name != FORWARD:
+                return flow.fetch(Asked(target, part, call, selection))
+            if part not in target.asked:
+                target.asked[part] = Asked(target, part)
+            return flow.fetch(target.asked[part])
         except Exception as error:
             keep_attribute_error(self, error)
             if isinstance(error, DiffsightError):
@@ -321,22 +328,25 @@ class Envoy(Points):
 
     def _bound(self, run: InRun | None, part: Selection | None = None) -> "Envoy":
         """The same handle for `run` alone, and for a part of its batch."""
-        return Envoy(self._tree, self._target, run, part=part)
+        own = self.__dict__
+        return Envoy(own["_tree"], own["_target"], run, 0, part)
 
     def _handle(self, target: Target) -> "Envoy":
         """The handle on another module, for the same run and part."""
-        return Envoy(self._tree, target, self._run, part=self._part)
+        own = self.__dict__
+        return Envoy(own["_tree"], target, own["_run"], 0, own["_part"])
 
     def _child(self, name: str) -> "Envoy | MethodEnvoy | None":
         """The child, method or standard name called `name`, if there is one."""
-        tree = self._tree
+        own = self.__dict__
+        tree, outer = own["_tree"], own["_target"]
         target = self._attached_child(name) if tree.attached.ever else None
-        target = target or tree.children_of(self._target).get(name) or tree.child_of(self._target, name)
+        target = target or tree.children_of(outer).get(name) or tree.child_of(outer, name)
         if target is None:
             return None
         if target.name in (FORWARD, "__call__"):
             return self._handle(target)
-        return MethodEnvoy(tree, target, self._run, part=self._part)
+        return MethodEnvoy(tree, target, own["_run"], 0, own["_part"])
 
     def _attached_child(self, name: str) -> Target | None:
         """What is attached under a name, in the run at hand."""
@@ -433,13 +443,15 @@ class Envoy(Points):
     def __getitem__(self, key: int | str | slice) -> Any:
         if isinstance(key, str):
             return self._at(key)
-        if type(self._owner) is nn.ModuleList and type(key) is int:
-            target = self._target.item(key)
+        own = self.__dict__
+        outer = own["_target"]
+        if type(key) is int and type(outer.owner) is nn.ModuleList:
+            target = outer.item(key)
             if target is not None:
                 return self._handle(target)
-        children = list(self._tree.children_of(self._target).values())
+        children = list(own["_tree"].children_of(outer).values())
         if isinstance(key, slice):
-            return [self._handle(target) for target in children[key]]
+            return [*map(self._handle, children[key])]
         try:
             return self._handle(children[key])
         except IndexError:
@@ -541,7 +553,7 @@ def model_of(run: InRun) -> Any:
 
 def root_of(run: InRun, part: Selection | None = None) -> Envoy:
     """Return the handle on the whole model, bound to a run, and to a part of its batch."""
-    return run._model._bound(run, part)
+    return run.__dict__["_model"]._bound(run, part)
 
 
 def child_of(envoy: Points, name: str) -> Envoy | MethodEnvoy | None:

@@ -164,7 +164,7 @@ def find_points(root: Envoy, pattern: str) -> dict[str, tuple[Points, str]]:
                 raise PointNotFoundError(
                     f"no part of the model matches {pattern!r}: there is no {name!r}{suggest(name, sorted(known))}"
                 )
-        envoys = [envoy for envoy in envoys if isinstance(envoy, Points) and target_of(envoy).why_unseen is None]
+        envoys = [envoy for envoy in envoys if isinstance(envoy, Points) and target_of(envoy).is_seen]
     if not envoys:
         raise PointNotFoundError(
             f"no part of the model matches {pattern!r}: * matches one name, as in layers[*].mlp, and ** any number"

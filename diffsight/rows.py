@@ -47,8 +47,9 @@ class View:
         return self._run.steps
 
     def __getattr__(self, name: str) -> Any:
+        own = self.__dict__
         try:
-            return getattr(root_of(self._run, self._part), name)
+            return getattr(root_of(own["_run"], own["_part"]), name)
         except PointNotFoundError:
             if not hasattr(type(self._run), name):
                 raise

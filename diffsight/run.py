@@ -377,6 +377,8 @@ class Run(InRun):
                 raise
 
     def _drop(self, flow: Flow) -> None:
+        if flow.is_cleared:
+            return
         undecided = flow.undecided()
         if flow.is_entered and flow.thread == THIS_THREAD.number:
             flow.leave_body()

@@ -9,6 +9,7 @@ read_pairs(Path("antonyms.tsv"))            # [("hot", "cold"), ...]
 import csv
 import json
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 from diffsight.errors import InputError
@@ -23,7 +24,7 @@ def read_prompts(path: Path) -> list[str]:
         InputError: The file cannot be read, is not UTF-8 text, or has no prompts.
     """
     text = _text_of(path)
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in StringIO(text, newline=None) if line.strip()]  # other separators are part of a prompt
     kinds = {".tsv": _of_table, ".csv": _of_table, ".jsonl": _of_objects, ".ndjson": _of_objects}
     found = [prompt.strip() for prompt in kinds.get(path.suffix.lower(), iter)(lines) if prompt.strip()]
     if not found:
@@ -38,11 +39,13 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
         InputError: The file cannot be read, is not UTF-8 text, or a line is not a pair.
     """
     found = []
-    for number, line in enumerate(_text_of(path).splitlines(), 1):
+    for number, line in enumerate(StringIO(_text_of(path), newline=None), 1):
         if line.strip():
             pair = tuple(part.strip() for part in line.split("\t"))
             if len(pair) != 2 or not all(pair):
-                raise InputError(f"line {number} of {path} is not a question, a tab and an answer: {line[:60]!r}")
+                raise InputError(
+                    f"line {number} of {path} is not a question, a tab and an answer: {line.strip()[:50]!r}"
+                )
             found.append(pair)
     if not found:
         raise InputError(f"{path} has no pairs")
@@ -72,7 +75,11 @@ def _of_objects(lines: list[str]) -> Iterator[str]:
             found = json.loads(line)
         except ValueError:
             raise InputError(f"object {number} of the prompts is not JSON: {line[:60]!r}") from None
-        yield found if isinstance(found, str) else str(found[_known(found, f"object {number} has no key")])
+        if isinstance(found, dict):
+            found = found[_known(found, f"object {number} has no key")]
+        if not isinstance(found, str):
+            raise InputError(f"the prompt of object {number} is not a text: {line.strip()[:60]}")
+        yield found
 
 
 def _known(names: object, missing: str) -> str:

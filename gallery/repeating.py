@@ -206,7 +206,10 @@ def _call_again(path: Path, call: Mapping[str, Any], replaced: Mapping[str, Any]
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
-        raise InputError(f"{path} is damaged: {call['function']} {error}") from None
+        raise InputError(
+            f"{path} does not fit {call['function']} of diffsight {versions()['diffsight']}: {error}. It may be "
+            "damaged or of another version"
+        ) from None
     if "progress" in inspect.signature(function).parameters:
         arguments["progress"] = False
     return function(**arguments)

@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
 from diffsight.gallery.gallery_index import PAGE, find_results, write_gallery
-from diffsight.gallery.work_sharing import Processes
 from diffsight.lenses.results.saving import check_writable, names_a_file, save_files
+from diffsight.pipelines.work_sharing import Processes
 
 SETTINGS = "study.json"
 _UNFINISHED = ".unfinished"  # results that are being made; what is left there was interrupted

@@ -184,6 +184,7 @@ def collect_activations(
             if values is None:
                 values = torch.empty(len(chosen), sum(sizes), *part.shape[1:], dtype=dtype or part.dtype)
             values[i, done : done + size] = part
+            del part
         done += size
     return Activations(of, model.label, chosen, len(model.layers_output), values, *_tokens(batches))
 
@@ -280,9 +281,8 @@ def _loaded(folder: Path, layers: int | str | Sequence[int | str] | None) -> Act
 def _read(batch: Batch, of: str, layers: tuple[Layer, ...]) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield the activations of each layer at the chosen tokens, (tokens, ...), with the number of the layer in turn."""
     with torch.no_grad(), batch.run as run:
-        for i, layer in enumerate(layers):
-            values = hidden_states(run, layer) if of == "layers_output" else getattr(run, of)[layer]
-            yield i, batch.pick(values)
+        for i, layer in enumerate(layers):  # no name holds the values of a layer while the next one runs
+            yield i, batch.pick(hidden_states(run, layer) if of == "layers_output" else getattr(run, of)[layer])
         run.stop()
 
 

@@ -68,6 +68,6 @@ def concept_features(
             part = list(texts[start : start + batch_size])
             own = reader.of_part(before + start, len(part), len(prompts) + len(others))
             with torch.no_grad():
-                total += sae.encode(own.read(part, seed=seed + start).vectors()).double().sum(0)
+                total += sae.encode(own.read(part, seed=seed + start).vectors()).double().sum(0).cpu()
         shares.append(total / total.sum().clamp(min=1e-12))
     return (shares[0] - shares[1]).float()

@@ -151,9 +151,9 @@ def diffusion_lens(
 
     The text encoders run once. Then the layers are rows of one call of the pipeline, or of several calls with
     `batch_size` rows each. If a pipeline cannot draw them together, each layer gets a call of its own, with a
-    LensWarning. An image from a batch equals that of a call of its own up to rounding, at most 2 of 255 per pixel; with
-    `batch_size=1` bit for bit. So the image of the last layer that the pipeline uses is that of
-    `model.generate(prompt)`, unless `isolate` is set.
+    LensWarning. An image from a batch equals that of a call of its own up to rounding, at most 2 of 255 per pixel. It
+    is equal bit for bit only with `batch_size=1`. Unless `isolate` is set, the same holds for the image of the last
+    layer that the pipeline uses and that of `model.generate(prompt)`.
 
     Args:
         model: The pipeline.

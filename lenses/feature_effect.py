@@ -1,4 +1,4 @@
-"""What a feature of a sparse autoencoder does: change it, and look at what the model makes of it.
+"""What a feature of a sparse autoencoder does: change it, and look at what the model draws or writes.
 
     result = feature_effect(model, sae, "a red circle above a blue square", 417, amounts=[0, 2, 4], seed=0)
     result.grid()
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import Steps, check_one_image, choose_steps
@@ -20,27 +21,30 @@ from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.features.activation_stream import PointReader, channels_last, tensor_in, value_at
 from diffsight.lenses.features.autoencoder import SAE
-from diffsight.lenses.features.sae_checks import check_features, point_of
+from diffsight.lenses.features.sae_checks import check_features, check_model, point_of
+from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.result import LensResult
-from diffsight.lenses.results.sections import ImageSection, Section, distinct
+from diffsight.lenses.results.sections import Cell, ImageSection, Section, TableSection, distinct
 from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
-from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
+from diffsight.pipelines.diffusion.run import progress_bar
+from diffsight.pipelines.language.model import LanguageModel
 
 CHANGES = ("scale", "set", "add")
 
 
 @dataclass(frozen=True)
 class FeatureEffect(LensResult):
-    """Images by the amount of a change.
+    """Images or texts by the amount of a change.
 
-    `save(folder)` writes `grid.png`, an image for each amount (`change_00.png`), and `lens.json`.
+    `save(folder)` writes `grid.png` and an image for each amount (`change_00.png`), and `lens.json` with the texts.
 
     Attributes:
-        images: One for each of `amounts`, and before them the one without a change.
+        images: One for each of `amounts`, and before them the one without a change. None for a language model.
+        texts: The same as texts that follow the prompt. None for a pipeline.
         amounts: The amounts.
         change: "scale", "set" or "add".
         features: The features that were changed.
@@ -48,10 +52,11 @@ class FeatureEffect(LensResult):
         prompt: The prompt.
         seed: The seed of every image.
         model: The name of the model.
-        arguments: The arguments of the pipeline.
+        arguments: Further arguments of the model.
     """
 
-    images: tuple[Image.Image, ...] = field(repr=False)
+    images: tuple[Image.Image, ...] | None = field(repr=False)
+    texts: tuple[str, ...] | None
     amounts: tuple[float, ...]
     change: str
     features: tuple[int, ...]
@@ -62,7 +67,13 @@ class FeatureEffect(LensResult):
     arguments: Mapping[str, Any]
 
     def grid(self) -> Image.Image:
-        """Return all images in one, with their amounts."""
+        """Return all images in one, with their amounts.
+
+        Raises:
+            InputError: These are texts.
+        """
+        if self.images is None:
+            raise InputError("a language model writes texts: print the result, or read .texts")
         features = ", ".join(map(str, self.features[:8])) + (", …" if len(self.features) > 8 else "")
         heading = f"{self.prompt}\nfeatures {features} of {self.point}"
         return image_grid(self.images, columns=len(self.images), titles=self._titles(), title=heading, cell=128)
@@ -71,13 +82,18 @@ class FeatureEffect(LensResult):
         names = {"scale": "times {:g}", "set": "= {:g}", "add": "+ {:g}"}
         return ["unchanged", *(names[self.change].format(amount) for amount in self.amounts)]
 
-    def preview(self) -> Image.Image:
-        return self.grid()
+    def preview(self) -> Image.Image | None:
+        return None if self.images is None else self.grid()
 
     def sections(self) -> list[Section]:
-        return [ImageSection("", {"": dict(zip(distinct(self._titles()), self.images))})]
+        titles = distinct(self._titles())
+        if self.images is None:
+            return [TableSection("", "change", ["text"], {t: [Cell(one)] for t, one in zip(titles, self.texts)})]
+        return [ImageSection("", {"": dict(zip(titles, self.images))})]
 
     def files(self) -> dict[str, Callable[[Path], None]]:
+        if self.images is None:
+            return {}
         files: dict[str, Callable[[Path], None]] = {"grid.png": self.grid().save}
         return files | {f"change_{i:02}.png": image.save for i, image in enumerate(self.images)}
 
@@ -91,6 +107,7 @@ class FeatureEffect(LensResult):
             "amounts": list(self.amounts),
             "prompt": self.prompt,
             "seed": self.seed,
+            **({} if self.texts is None else {"texts": list(self.texts)}),
             "arguments": dict(self.arguments),
         }
 
@@ -98,7 +115,7 @@ class FeatureEffect(LensResult):
 @takes_inverted
 @repeatable
 def feature_effect(
-    model: DiffusionModel,
+    model: DiffusionModel | LanguageModel,
     sae: SAE,
     prompt: str,
     features: int | Sequence[int],
@@ -111,13 +128,17 @@ def feature_effect(
     progress: bool = True,
     **arguments: Any,
 ) -> FeatureEffect:
-    """Draw a prompt with features of an SAE scaled, set, or raised by each of `amounts`, in the conditional branch.
+    """Draw or continue a prompt with features of an SAE scaled, set, or raised by each of `amounts`.
 
         feature_effect(model, sae, "a red circle", 417, amounts=[0, 2, 4])                  # removed, doubled, ...
         feature_effect(model, sae, "a red circle", [3, 88], change="add", amounts=[10], steps=slice(0, 5))
+        feature_effect(language_model, sae, "The weather is", 31, amounts=[0, 4], max_new_tokens=20)
+
+    In a pipeline, features are changed in the conditional branch. In a language model, they are changed at every token,
+    those of the prompt included.
 
     Args:
-        model: The pipeline.
+        model: The model.
         sae: The SAE.
         prompt: The prompt.
         features: The features to change together.
@@ -126,16 +147,22 @@ def feature_effect(
             at every position.
         steps: The denoising steps in which the features are changed, for a point in the denoiser. Default: all.
         point: The path of the module. Default: the point that the SAE was trained at.
-        seed: The seed of every image.
+        seed: The seed of every image, or of the texts.
         progress: Whether to show a progress bar.
         inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
             steps, see [inversion](../lenses/inversion.md).
-        arguments: Arguments of the pipeline.
+        arguments: Further arguments of `generate`.
 
     Raises:
         InputError: Before anything runs, if an argument is not valid.
     """
-    check_one_image(feature_effect, model, prompt, seed, None, arguments)
+    check_model(feature_effect, model)
+    is_text = isinstance(model, LanguageModel)
+    if is_text:
+        check_options(feature_effect, model, arguments, also=model.generation_argument_names)
+        check_types(feature_effect, prompt=prompt, seed=seed)
+    else:
+        check_one_image(feature_effect, model, prompt, seed, None, arguments)
     point, chosen = point_of(sae, point), check_features(sae, features)
     if change not in CHANGES:
         raise InputError(f"change must be one of {', '.join(CHANGES)}, not {change!r}")
@@ -145,22 +172,41 @@ def feature_effect(
         raise InputError("there are no amounts: pass amounts=[0, 2] or others")
     reader = PointReader(model, point, sae.of, steps, arguments)
     reader.check()
-    rows = len(amounts) + 1
+    values = _Change(sae, point, chosen, change, torch.tensor(amounts))
+    draw = _texts if is_text else _images
+    images, texts = draw(reader, values, prompt, len(amounts) + 1, seed, progress)
+    name = model.label if is_text else model.source
+    return FeatureEffect(images, texts, amounts, change, chosen, point, prompt, int(seed), name, arguments)
+
+
+def _images(
+    reader: PointReader, values: "_Change", prompt: str, rows: int, seed: int, progress: bool
+) -> tuple[tuple[Image.Image, ...], None]:
+    """Draw the rows."""
+    model, arguments = reader.model, reader.arguments
     call = {"prompt": [prompt] * rows, "seed": [seed] * rows, **for_each_row(arguments, rows)}
     model.check(**call)
-    values = _Change(sae, point, chosen, change, torch.tensor(amounts))
     with torch.no_grad(), progress_bar(model.pipeline, desc="features", disable=not progress):
         with model.generate(**call) as run:
             if reader.is_in_denoiser:
                 steps_chosen = None
                 for step in run.steps:
-                    steps_chosen = steps_chosen or choose_steps(steps, len(run.scheduler.timesteps))
+                    steps_chosen = steps_chosen or choose_steps(reader.steps, len(run.scheduler.timesteps))
                     if step.index in steps_chosen:
-                        values.make(run)
+                        values.make(run.cond)
             else:
-                values.make(run)
-        images = tuple(map(image_of, run.result[0]))
-    return FeatureEffect(images, amounts, change, chosen, point, prompt, int(seed), model.source, arguments)
+                values.make(run.cond)
+        return tuple(map(image_of, run.result[0])), None
+
+
+def _texts(
+    reader: PointReader, values: "_Change", prompt: str, rows: int, seed: int, progress: bool
+) -> tuple[None, tuple[str, ...]]:
+    """Write the rows."""
+    with torch.no_grad(), reader.model.generate([prompt] * rows, seed=seed, **reader.arguments) as run:
+        for _ in tqdm(run.steps, desc="tokens", disable=not progress):
+            values.make(run)
+    return None, tuple(run.text)
 
 
 class _Change:
@@ -170,9 +216,9 @@ class _Change:
         self._sae, self._point, self._features = sae, point, list(features)
         self._change, self._amounts = change, amounts
 
-    def make(self, run: DiffusionRun) -> None:
-        """Change the next call of the conditional branch."""
-        points = run.cond[self._point]
+    def make(self, part: Any) -> None:
+        """Change the next call in a run, or in its conditional branch."""
+        points = part[self._point]
         vectors = channels_last(value_at(points, self._sae.of))
         before = self._sae.encode(vectors)[1:, ..., self._features]
         amounts = self._amounts.to(before).reshape(-1, *(1 for _ in before.shape[1:]))

@@ -16,7 +16,7 @@ import inspect
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -220,7 +220,7 @@ def layer_fidelity(
         model: A pipeline that draws the scenes of `pipelines/shapes`.
         scenes: The number of scenes to take from `sample_prompts`, or scenes of your own.
         batch_size: The number of rows in a call. Each layer of each prompt is a row, and several prompts share a call.
-            An image equals that of a call of its own up to rounding; with 1, bit for bit. Default: 48.
+            An image equals that of a call of its own up to rounding, and bit for bit only with 1. Default: 48.
         seed: Prompt i is drawn with `seed + i`, which is the same at all layers.
         progress: Whether to show a progress bar.
         arguments: Arguments of `diffusion_lens` (`encoder`, `layers` …) and of the pipeline.
@@ -248,12 +248,13 @@ def layer_fidelity(
     is_quiet = not progress or is_silenced(model.pipeline)
     with warnings.catch_warnings(), tqdm(total=len(captions), desc="prompts", disable=is_quiet) as shown:
         warnings.simplefilter("ignore", PromptWarning)
-        readings = (read_layers(model, caption, seed + i, given, **options) for i, caption in enumerate(captions))
-        for group in _groups(readings, batch_size or _ROWS):
-            for outputs in _draw(group, pooled, batch_size or _ROWS):
+        first = read_layers(model, captions[0], seed, given, **options)
+        later = (read_layers(model, captions[i], seed + i, given, **options, like=first) for i in range(1, len(asked)))
+        readings, rows = chain([first], later), batch_size or _ROWS
+        while group := list(islice(readings, max(1, rows // len(first.layers)))):  # the prompts that share a call
+            for outputs in _draw(group, pooled, rows):
                 seen.append(tuple(read_scene(image_of(output)) for output in outputs))
                 shown.update()
-    first = group[0]
     return LayerFidelity(model.source, first.encoder.name, first.layers, asked, tuple(seen), seed, arguments)
 
 
@@ -263,14 +264,6 @@ def _draw(group: Sequence[LayerReading], pooled: str, rows: int) -> list[tuple[A
         return draw_layers(group, pooled, rows)
     except BatchMismatchError:
         return [draw_layers([reading], pooled, rows)[0] for reading in group]
-
-
-def _groups(readings: Iterator[LayerReading], rows: int) -> Iterator[list[LayerReading]]:
-    """Yield the prompts that share a call of at most `rows` rows: as many as fit, one at least."""
-    first = next(readings)
-    readings, size = chain([first], readings), max(1, rows // len(first.layers))
-    while group := list(islice(readings, size)):
-        yield group
 
 
 def sample_prompts(count: int, seed: int = 0) -> tuple[Scene, ...]:

@@ -3,7 +3,8 @@
     sae = train_sae(model, "unet.up_blocks.0", captions, features=1024, k=16, folder="sae", num_inference_steps=20)
     sae = SAE.load("sae")
 
-Prompts are run again and again. The vectors at the point go through a buffer that shuffles them.
+Prompts are run again and again. The vectors at the point go through a buffer that shuffles them. Called in all
+processes that `accelerate launch` or `torchrun` has started, every process reads its part of the data.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from diffsight.lenses.features.activation_stream import (
 )
 from diffsight.lenses.features.autoencoder import SAE, check_sizes
 from diffsight.lenses.features.sae_checks import check_model
-from diffsight.lenses.features.sae_trainer import SAESettings, SAETrainer
+from diffsight.lenses.features.sae_trainer import CHECKPOINT, SAESettings, SAETrainer
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.denoising_plots import step_curves
 from diffsight.lenses.results.record import write_record
@@ -31,6 +32,7 @@ from diffsight.lenses.tokens.choosing import check_count
 from diffsight.pipelines.argument_types import check_types, fits
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
+from diffsight.pipelines.work_sharing import Processes
 
 _FIGURES_SHOWN = {"explained_variance": "explained", "active": "L0", "dead": "dead"}
 
@@ -62,14 +64,14 @@ def train_sae(
     Args:
         model: The model. It may be None if `data` are vectors.
         point: The path of a module of the model.
-        data: Prompts, which are run again and again, or vectors, (vectors, width).
+        data: Prompts, which are run again and again, or vectors, (vectors, width), all of them in every process.
         features: The number of features.
         kind: "topk", "batch_topk", "jumprelu" or "relu".
         k: The number of active features, for "topk" and "batch_topk".
         of: "output" of the point, or its "difference": output minus input.
         steps: The denoising steps to take, for a point in a denoiser, whose conditional branch is read. Default: all.
         settings: The number of updates, the batch size, and so on.
-        buffer: How many vectors are in memory, in random order.
+        buffer: How many vectors are in memory of a process, in random order.
         prompts_per_run: How many prompts are run together.
         folder: Where to write checkpoints, every 20 seconds, and in the end the SAE, `training.json` with the record
             and the learning curve, and `curve.png`. If it has a checkpoint, the training goes on from there.
@@ -89,26 +91,50 @@ def train_sae(
     check_sizes(features, kind, k, of)
     check_count("buffer", buffer)
     check_count("prompts_per_run", prompts_per_run)
-    settings = settings or SAESettings()
+    settings, processes = settings or SAESettings(), Processes()
+    if settings.batch_size % processes.count:
+        raise InputError(f"batch_size must be a multiple of {processes.count}, the number of processes")
+    facts = {"seed": int(seed), "data": len(data) if hasattr(data, "__len__") else None, "processes": processes.count}
+    data, arguments = _part_of(processes, data, arguments)
     refill = _refill(model, point, data, of, steps, prompts_per_run, arguments)
     folder = None if folder is None else check_writable(folder)
     generator = torch.Generator().manual_seed(seed)
     sample, _ = refill(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sae = SAE(sample.shape[-1], features, kind, k, point, of)
-    trainer, position = SAETrainer(sae, settings), 0
-    if folder is not None and (folder / "checkpoint.json").is_file():
+        sae = SAE(sample.shape[-1], features, kind, k, point, of).to(sample.device)
+    trainer, position = SAETrainer(sae, settings, processes, facts), 0
+    if folder is not None and (folder / CHECKPOINT).is_file():
         position = trainer.resume(folder, generator)
     else:
         trainer.start(sample)
     source = ShuffledBuffer(refill, buffer, position, generator)
-    _train(trainer, source, folder, generator, progress)
+    _train(trainer, source, folder, generator, progress, processes)
     sae.facts |= {"model": None if model is None else getattr(model, "source", str(model)), "updates": trainer.done}
     sae.eval().requires_grad_(False)
     if folder is not None:
-        _finish(trainer, folder, {"point": point, "of": of, "kind": kind, "k": k, "seed": seed, "arguments": arguments})
+        if processes.is_main:
+            record = {"point": point, "of": of, "kind": kind, "k": k, "seed": seed, "arguments": arguments}
+            _finish(trainer, folder, record | {"processes": processes.count})
+        processes.wait()
+        sae.loaded_from = {"source": str(folder)}
     return sae
+
+
+def _part_of(processes: Processes, data: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the part of the data, and of the images among the arguments, that this process reads.
+
+    Raises:
+        InputError: There is less data than there are processes.
+    """
+    if processes.count == 1 or not isinstance(data, (torch.Tensor, list, tuple)):
+        return data, arguments
+    if len(data) < processes.count:
+        raise InputError(f"there are {processes.count} processes for {len(data)} prompts or vectors: start fewer")
+    images = arguments.get("images")
+    if isinstance(images, (list, tuple)) and len(images) == len(data):
+        arguments = {**arguments, "images": processes.share(images)}
+    return processes.share(data), arguments
 
 
 def _refill(
@@ -130,12 +156,18 @@ def _refill(
 
 
 def _train(
-    trainer: SAETrainer, source: ShuffledBuffer, folder: Path | None, generator: torch.Generator, progress: bool
+    trainer: SAETrainer,
+    source: ShuffledBuffer,
+    folder: Path | None,
+    generator: torch.Generator,
+    progress: bool,
+    processes: Processes,
 ) -> None:
     settings = trainer.settings
     every = max(1, settings.updates // 200)
-    with tqdm(desc="SAE", total=settings.updates, initial=trainer.done, disable=not progress) as bar:
-        for batch in source.batches(settings.batch_size):
+    is_shown = progress and processes.is_main
+    with tqdm(desc="SAE", total=settings.updates, initial=trainer.done, disable=not is_shown) as bar:
+        for batch in source.batches(settings.batch_size // processes.count):
             if trainer.done >= settings.updates:
                 break
             found = trainer.update(batch)
@@ -143,7 +175,7 @@ def _train(
                 trainer.curve.append(found)
                 bar.set_postfix({name: f"{found[key]:.3g}" for key, name in _FIGURES_SHOWN.items()})
             bar.update()
-            if folder is not None and trainer.is_due():
+            if folder is not None and processes.is_main and trainer.is_due():
                 trainer.save(folder, source.position, generator)
 
 
@@ -156,7 +188,6 @@ def _finish(trainer: SAETrainer, folder: Path, record: dict[str, Any]) -> None:
     facts = {"lens": "train_sae", **record, "settings": vars(trainer.settings), "curve": curve}
     figure = step_curves(shares, updates, "share", f"{sae.point}, {sae.count} features", axis="update")
     sae.save(folder)
-    sae.loaded_from = {"source": str(folder)}
     save_files(
         folder,
         {
@@ -164,5 +195,4 @@ def _finish(trainer: SAETrainer, folder: Path, record: dict[str, Any]) -> None:
             "curve.png": lambda path: figure.savefig(path, dpi=200),
         },
     )
-    for name in ("checkpoint.json", "checkpoint.safetensors"):
-        (folder / name).unlink(missing_ok=True)
+    (folder / CHECKPOINT).unlink(missing_ok=True)

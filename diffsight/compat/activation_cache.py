@@ -119,7 +119,7 @@ def cache_of(
         else [model.get(m.removeprefix("model.")) if isinstance(m, str) else m for m in modules]
     )
     for envoy in chosen:
-        if target_of(envoy).why_unseen is not None:
+        if not target_of(envoy).is_seen:
             continue
         kinds = [INPUTS] * include_inputs + [OUTPUT] * include_output
         for kind in kinds:

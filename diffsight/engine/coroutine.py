@@ -123,6 +123,7 @@ class Coroutine:
         self.result: Any = None  # what the function returned
         self._stack: Stack | None = None  # from start to end
         self._unwinds = False  # whether it was told to end
+        self._parked_in: TorchState | None = None  # the state in which it has just parked, if that is known
         self._guard: Any = None  # takes the body out of the inference mode in which the function parked
         self._inner_guard: Any = None  # the function's own inference mode, while it runs
         self._bodys_random: list[torch.Tensor] | None = None  # the body's random state, while the function has its own
@@ -171,15 +172,17 @@ class Coroutine:
             alike = (body is self.state or body == self.state) and self._guard is None and self.random is None
             if not alike:
                 self._enter(body)
+            self._parked_in = None
             try:
                 return stack.switch(call) if error is None else stack.throw(error)
             finally:
-                self.state = body.now()
-                if not alike or (body is not self.state and body != self.state):
-                    self._leave(body)
-                if self.dead or stack.dead:
-                    self._stack, self.dead = None, True
-                    stack.give_back()
+                if not alike or self._parked_in is not body:  # otherwise it has parked in the body's state
+                    self.state = self._parked_in or body.now()
+                    if not alike or (body is not self.state and body != self.state):
+                        self._leave(body)
+                    if self.dead or stack.dead:
+                        self._stack, self.dead = None, True
+                        stack.give_back()
         except BaseException:
             self._settle(body)
             raise
@@ -223,8 +226,11 @@ class Coroutine:
         if self._stack is not None and (self.dead or self._stack.dead):
             self._stack, self.dead = None, True
 
-    def park(self, value: Any) -> None:
-        """Hand `value` to the body and wait to be resumed. Called from the function."""
+    def park(self, value: Any, state: TorchState | None = None) -> None:
+        """Hand `value` to the body and wait to be resumed. Called from the function.
+
+        `state` is the current state, if it is known."""
+        self._parked_in = state
         call = self._stack.parent.switch(value)
         if call is not None:
             self._make(call)

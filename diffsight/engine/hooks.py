@@ -37,6 +37,7 @@ _OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; c
 _lock = RLock()
 _forward_of, _runs_of = operator.itemgetter(FORWARD), operator.itemgetter(3)
 _run_all = deque(maxlen=0).extend  # runs an iterator to its end, in C
+_FEW = 8  # modules; so many are hooked sooner one by one than together
 
 
 # ---- the forward passes of modules
@@ -67,7 +68,7 @@ class ModuleGroup:
         self._kinds = [*map(type, modules.values())]
         self._forwards = {kind: getattr(kind, FORWARD, None) for kind in self._kinds}
         functions = {kind: _hook_of(kind, forward) for kind, forward in self._forwards.items()}
-        self._is_plain = all(functions.values())
+        self._is_plain = len(modules) > _FEW and all(functions.values())
         if self._is_plain:
             self.puts = [MethodType(functions[type(module)], module) for module in modules.values()]
             self._states = [MethodType(_state_without_hook, module) for module in modules.values()]
@@ -239,7 +240,7 @@ def _hook_of(kind: type[nn.Module], forward: Any) -> Callable | None:
 def _through_taps(kind: type[nn.Module], forward: FunctionType) -> Callable | None:
     """The forward pass of a class of modules, sent through the taps; None if it is a static method, for example."""
     is_method = inspect.getattr_static(kind, FORWARD) is forward
-    return functools.wraps(forward)(_through(kind)) if is_method else None
+    return functools.wraps(forward)(_through(forward, forward)) if is_method else None
 
 
 def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any]:
@@ -249,40 +250,36 @@ def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any]:
     name = FORWARD if held.get(COMPILED) is None else COMPILED
     own = held.get(name)
     target = module.forward if own is None else own  # a TorchScript module looks its own up when it is asked
-    function = _through(_OwnForward(lambda module, /, *args, **kwargs: target(*args, **kwargs)))
+    function = _through(lambda module, /, *args, **kwargs: target(*args, **kwargs))
     if own is None:
         return MethodType(function, module), name, None
     return functools.update_wrapper(functools.partial(function, module), own), name, own
 
 
-class _OwnForward:
-    """Has the forward pass of a single module, as its class has that of all others."""
+def _through(original: Callable, of_class: Callable | None = None) -> Callable:
+    """`original`, a function of a module and arguments, sent through the taps of the run that calls it.
 
-    def __init__(self, forward: Callable) -> None:
-        self.forward = forward
-
-
-def _through(holder: Any) -> Callable:
-    """The `forward` of a class or an `_OwnForward`, sent through the taps of the run that calls it.
-
-    It is looked up in every call, as PyTorch does, since the user may replace that of a class at any time."""
+    `of_class` is the forward pass of the module's class if that is what `original` is. It is looked up again in every
+    call, as PyTorch does, since the user may replace it at any time."""
 
     def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        original = holder.forward
+        function = original
+        if of_class is not None and type(module).forward is not of_class:
+            function = _as_looked_up(type(module))
         host = getattr(getcurrent(), "owner", None)
         if host is None:
             if get_ident() != _MAIN_THREAD:
                 note_call_in_thread(module, _CODE)
-            return original(module, *args, **kwargs)
+            return function(module, *args, **kwargs)
         taps, number = host.taps, id(module)
         calls = taps.counts.get(number)
         if calls is None:
             tap = taps.get((number, FORWARD))
             if tap is None:
-                return original(module, *args, **kwargs)
-            return tap.call(MethodType(original, module), args, kwargs)
+                return function(module, *args, **kwargs)
+            return tap.call(MethodType(function, module), args, kwargs)
         taps.counts[number] = calls + 1
-        output = original(module, *args, **kwargs)
+        output = function(module, *args, **kwargs)
         if number in taps.counts:
             return output
         tap = taps.get((number, FORWARD))  # it was asked for while it was running
@@ -291,7 +288,18 @@ def _through(holder: Any) -> Callable:
     return forward
 
 
-_CODE = _through(nn.Module).__code__
+def _as_looked_up(kind: type[nn.Module]) -> Callable:
+    """Return the forward pass that the modules of a class have now, as a function of a module and arguments."""
+    found = inspect.getattr_static(kind, FORWARD)
+
+    def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        bound = found.__get__(module, kind) if hasattr(type(found), "__get__") else found
+        return bound(*args, **kwargs)
+
+    return forward
+
+
+_CODE = _through(nn.Module.forward).__code__
 _MAIN_THREAD = main_thread().ident
 
 

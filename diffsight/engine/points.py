@@ -7,6 +7,7 @@ from typing import Any
 from weakref import ref
 
 import torch
+from torch import Tensor
 
 from diffsight.engine.batch_slicing import Selection, Tapped, wrong_type
 from diffsight.engine.hooks import FORWARD
@@ -72,7 +73,7 @@ class Point:
     def let_go(self) -> None:
         """The model moves on."""
         value = self.value
-        if type(value) is torch.Tensor:
+        if type(value) is Tensor:
             self.weak = ref(value)
         elif self.key[0] == OUTPUT:
             self.weak = weakly(value)

@@ -64,12 +64,12 @@ class RunEnd:
         self.result: Any = None
         self._in_threads: Collection[tuple[int, str]] = ()  # what the model has called in threads of its own
         self._read_late: list = []  # what was read after the model had passed it, with the versions of its tensors
-        self._is_cleared = False  # whether nothing of it is left anywhere
+        self.is_cleared = False  # whether nothing of it is left anywhere
         self._stands: Point | str = "before its first call"  # where the model is, or last was
 
     def close(self, outcome: str) -> None:
         """End the run where it stands: unwind the model, remove every hook. May be called again."""
-        if self._is_cleared:
+        if self.is_cleared:
             return
         try:
             self._close(outcome)
@@ -78,7 +78,7 @@ class RunEnd:
             raise
 
     def _close(self, outcome: str) -> None:
-        if self._is_cleared:
+        if self.is_cleared:
             return
         try:
             self.taps.remove()  # what the model still does while it is unwound passes untouched
@@ -128,7 +128,7 @@ class RunEnd:
         self.bodies.calls.clear()
         if self.observer is not None:
             self.observer.ended()
-        self._is_cleared = True  # if an interrupt came before, the run is closed again
+        self.is_cleared = True  # if an interrupt came before, the run is closed again
         if edits and THIS_THREAD.number == self.thread:
             with ExitStack() as ends:  # each is ended, whatever the others raise
                 for edit in reversed(edits):

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from greenlet import getcurrent
 from torch.utils._pytree import tree_leaves
 
 from diffsight.engine import order
@@ -61,16 +62,17 @@ class Flow(RunEnd):
     def __init__(self, function: Callable[[], Any], tree: Tree) -> None:
         super().__init__(tree)
         self.function = function
-        self.load: Callable[[], None] = tree.weights.load  # called before anything runs
         self.state = TorchState.capture()
         self.seed: int | None = None  # of the model's own random state; None: it uses the global one
         self.modes: list = []  # function modes that the model runs in, besides the caller's
-        self.opened_in = current_edit()  # the edit that opened the run
+        here = getcurrent()
+        is_users = getattr(here, "coroutine", None) is None
+        self._home = here if is_users else None  # the stack of the code that opened the run; None if it is one of ours
+        self.opened_in = None if is_users else current_edit()  # the edit that opened the run
         self.task: Any = None  # see `open_runs`
         self.is_entered = False  # whether a `with` statement's block is inside it
         self.run: Callable[[], Any] = lambda: None  # a weak reference to the `Run`
         self._scope = Scope()
-        self._edits_begun = False
 
     @property
     def has_begun(self) -> bool:
@@ -100,13 +102,14 @@ class Flow(RunEnd):
 
     def fetch(self, asked: Asked) -> Any:
         """Return the value at a point."""
-        body, scope, selection = current(), self._scope, asked.selection
-        if body is not None:
+        scope, selection = self._scope, asked.selection
+        if getcurrent() is not self._home or self.bodies.edits or self.outcome is not None:
+            body = current()
             scope = self._scope_of(body)
-        is_models = body is not None and scope is self._scope  # or that of another run
-        if self.bodies.edits or self.outcome is not None or THIS_THREAD.number != self.thread or is_models:
-            self._check_open(asked)
-            self._touch(asked)
+            is_models = body is not None and scope is self._scope  # or that of another run
+            if is_models or self.bodies.edits or self.outcome is not None or THIS_THREAD.number != self.thread:
+                self._check_open(asked)
+                self._touch(asked)
         tap, first = self._locate(asked, scope)
         if selection is None or selection.is_in_every_call:
             point = self._point(tap, (asked.kind, first + asked.call), asked, scope)
@@ -140,7 +143,7 @@ class Flow(RunEnd):
         elif order.has_passed(tap, key, scope, self.clock.index) and not order.is_ahead(tap, key, scope):
             raise order.too_late(asked, "assigned", self.where)
         else:
-            tap.pending.setdefault(key, []).append(assignment)
+            tap.add_pending(key, assignment)
 
     def skip(self, asked: Asked, value: Any, where: str | None = None) -> None:
         """Skip a call (see `Tap.call`), which then returns `value`. Ask before it runs, at its inputs at the latest."""
@@ -155,7 +158,8 @@ class Flow(RunEnd):
             raise order.too_late(asked, "asked for", self.where)
         known = tap.skips.get(index)
         if known is None or known.order <= scope.order:
-            tap.skips[index] = Assignment(asked, value, where or users_line(), scope.in_step, order=scope.order)
+            skip = Assignment(asked, value, where or users_line(), scope.in_step, order=scope.order)
+            tap.add_skip(index, skip)
         edit = self._edit()
         if edit is not None:
             edit.met = True
@@ -170,7 +174,7 @@ class Flow(RunEnd):
         stands_there = self.parked is not None and self.parked is tap.points.get(key)
         if not stands_there and order.has_passed(tap, key, scope, self.clock.index):
             raise order.too_late(asked, "asked for", self.where)
-        tap.keepers.setdefault(asked.kind, []).append(function)
+        tap.add_keeper(asked.kind, function)
 
     def mirror(self, asked: Asked, function: Callable[[Any], None]) -> None:
         """If the model runs on a server, call `function` here with what passes a point. A model that runs here calls it
@@ -260,11 +264,12 @@ class Flow(RunEnd):
 
     def start_edits(self) -> bool:
         """Start the edits, before anything else is asked for. Return False if they have started, or there are none."""
-        if not self.bodies.edits or self._edits_begun or THIS_THREAD.number != self.thread:
+        bodies = self.bodies
+        if not bodies.edits or bodies.edits_begun or THIS_THREAD.number != self.thread:
             return False
-        self._edits_begun = True
+        bodies.edits_begun = True
         self._start()
-        call = self.bodies.wake([*self.bodies.edits], self.parked)
+        call = bodies.wake([*bodies.edits], self.parked)
         if call is not None:
             self._resume(call)
         return True
@@ -354,10 +359,14 @@ class Flow(RunEnd):
 
     # ---- moving the model to a point
 
+    def _load(self) -> None:
+        """Called before anything runs."""
+        self.tree.weights.load()
+
     def _start(self) -> None:
         """Tap the components, before anything moves."""
         if not self.taps:
-            self.load()
+            self._load()
             self.taps.start()
 
     def _locate(self, asked: Asked, scope: Scope) -> tuple[Tap, int]:
@@ -415,13 +424,15 @@ class Flow(RunEnd):
 
     def _advance_to(self, tap: Tap, key: PointKey, asked: Asked, scope: Scope) -> Point:
         """Let the model run until it parks at the point."""
-        if order.has_passed(tap, key, scope, self.clock.index) and not order.is_ahead(tap, key, scope):
-            raise order.too_late(asked, "asked for", self.where)
+        guard, step = None, self.clock.index
+        if tap.entered or tap.unseen or tap.origin.guard:  # otherwise it is certain to lie ahead
+            if order.has_passed(tap, key, scope, step) and not order.is_ahead(tap, key, scope):
+                raise order.too_late(asked, "asked for", self.where)
+            guard = order.guard_of(tap, scope, step)
         waits = [(tap, key)]
-        guard = tap.origin.guard and order.guard_of(tap, scope, self.clock.index)
         if guard is not None:
             waits.append((guard[0], (OUTPUT, guard[1])))
-        elif asked.target.is_value:  # it passes before the call ends, or not at all
+        elif not tap.is_module and asked.target.is_value:  # it passes before the call ends, or not at all
             waits.append((self.taps[asked.target.outer.key], (OUTPUT, key[1])))
         in_step = scope.in_step
         for other, other_key in waits:
@@ -469,24 +480,25 @@ class Flow(RunEnd):
         if bodies.edits and self.start_edits() and self.outcome is not None:  # an edit has stopped the run
             return None
         if not self.taps:  # nothing was read or assigned: the bare call, without a coroutine and at no cost
-            self.load()
+            self._load()
             return self._end_with(self._call_plainly())
         if self.coroutine is None:
             self.coroutine = Coroutine(self.function, self, self.state)
             self.coroutine.random = None if self.seed is None else seeded_random_state(self.seed)
+        coroutine = self.coroutine
         while True:
             if self._read_late:
                 self._check_late_edits()
             self.parked = None
             self.taps.hooked.renew()  # before the model moves
             try:
-                value = self.coroutine.resume(call)
+                value = coroutine.resume(call)
             except BaseException as error:
                 self._fail(error)
                 raise
-            if self.coroutine.dead:
-                return self._end_with(self.coroutine.result)
-            if isinstance(value, InnerCall):
+            if coroutine.dead:
+                return self._end_with(coroutine.result)
+            if type(value) is InnerCall:
                 self.parked, turns, continues = bodies.end_call()
                 if value.asker is None:
                     return value
@@ -524,23 +536,23 @@ class Flow(RunEnd):
 
     # ---- from the model's side, see `diffsight.engine.tapped_call.Host`
 
-    def arrive(self, point: Point) -> None:
+    def arrive(self, point: Point, state: TorchState | None) -> None:
         """The model has reached a point: every body has its turn, and sees what those before it did."""
-        tap, key, bodies = point.tap, point.key, self.bodies
-        for edit in bodies.edits:
+        tap, key = point.tap, point.key
+        for edit in self.bodies.edits:
             point.turn = edit.scope.order
             edit.met |= tap.assign_pending(point)
             if edit.waits_for(tap, key):
                 edit.met = True
                 tap.points[key] = point
-                bodies.turn = edit
-                self.coroutine.park(point)
+                self.bodies.turn = edit
+                self.coroutine.park(point, state)
             point.turn = LAST
-        if key in tap.pending:
+        if tap.pending and key in tap.pending:
             tap.assign_pending(point)
         if key in tap.awaited:
             tap.points[key] = point
-            self.coroutine.park(point)
+            self.coroutine.park(point, state)
 
     def begin_call(self, tap: Tap, args: tuple, kwargs: dict) -> None:
         """A call that the run watches begins, and perhaps a step with it."""

@@ -58,7 +58,6 @@ class ScanFlow(Flow):
 
     def __init__(self, *args: Any, stand_ins: Mapping[tuple[int, str], Callable]) -> None:
         super().__init__(*args)
-        self.load = lambda: None  # a scan needs no weights
         self._stand_ins = stand_ins
         components = [target for target in self.taps.components if isinstance(target.owner, nn.Module)]
         self._modules = list(dict.fromkeys(module for part in components for module in part.owner.modules()))
@@ -69,6 +68,9 @@ class ScanFlow(Flow):
         self._components = components
         self._states: list[ModuleState] = []
         self._eager: EagerStance | None = None
+
+    def _load(self) -> None:
+        """A scan needs no weights."""
 
     def _start(self) -> None:
         if self.taps:

@@ -7,6 +7,15 @@ from typing import Any
 from diffsight.engine.target import Target
 
 _key = attrgetter("key")
+_NONE: frozenset = frozenset()
+
+
+def _never(target: Target, args: tuple, kwargs: dict) -> bool:
+    return False
+
+
+def _unknown() -> None:
+    return None
 
 
 class Clock:
@@ -35,16 +44,16 @@ class Clock:
         moment: Callable[[Target, tuple, dict], Any] | None = None,
         behind: Sequence[Target] = (),
     ) -> None:
-        self.starts = set(map(_key, starts))
-        self.ends = set(map(_key, ends))
-        self.watched = self.starts | self.ends
+        self.starts = frozenset(map(_key, starts))
+        self.ends = frozenset(map(_key, ends)) if ends else _NONE
+        self.watched = self.starts | self.ends if ends else self.starts
         self.index = -1  # number of the step that the model is in
         self.call: tuple[Target, tuple, dict] | None = None  # the call that began it
-        self.is_last: Callable[[Target, tuple, dict], bool] = lambda target, args, kwargs: False
-        self.count: Callable[[], int | None] = lambda: None
+        self.is_last: Callable[[Target, tuple, dict], bool] = _never
+        self.count: Callable[[], int | None] = _unknown
         self.is_over = False
         self._moment = moment
-        self._behind = set(map(_key, behind))
+        self._behind = frozenset(map(_key, behind)) if behind else _NONE
         self._due = True
         self._ended = False
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, is_grad_enabled, nn
-from torch._C import DisableTorchFunction
+from torch._C import DisableTorchFunction, _len_torch_function_stack
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._C._functorch import get_dynamic_layer_stack_depth
+from torch.nn import Parameter
 from torch.nn.modules.module import _global_forward_hooks
 
 from diffsight.engine.coroutine import Coroutine, current_owner
@@ -31,6 +32,7 @@ from diffsight.engine.users_line import UsersLine, set_line, warn_user
 from diffsight.errors import DiffsightError
 
 _known_compiled: weakref.WeakSet = weakref.WeakSet()  # compiled modules that have been warned about
+_NONE: dict = {}  # what taps have no entries in yet; replaced by a dictionary of their own, never changed
 
 
 class OtherTaps(Protocol):
@@ -56,8 +58,9 @@ class Host(Protocol):
     refused: list[Exception]  # why values that were assigned ahead could not be put in place
     misshapen: dict[str, UsersLine]  # assigned values whose shape or type differs from the model's own, in words
 
-    def arrive(self, point: Point) -> None:
-        """The model has reached a point that a body waits for or has assigned: give every body its turn."""
+    def arrive(self, point: Point, state: TorchState | None) -> None:
+        """The model has reached a point that a body waits for or has assigned: give every body its turn. `state` is the
+        current state, if it is known."""
 
     def begin_call(self, tap: "Tap", args: tuple, kwargs: dict) -> None:
         """A call that the run watches begins: one of a component, or one that begins or ends a step."""
@@ -113,17 +116,17 @@ class Tap:
         self.unseen, self.unseen_in_step = origin.unseen, origin.unseen_in_step
         self.active: list[int] = []
         self.awaited: dict[PointKey, list[bool]] = {}
-        self.keepers: dict[str, list[Callable[[Tap, int, Any], None]]] = {}
-        self.pending: dict[PointKey, list[Assignment]] = {}
         self.points: dict[PointKey, Point] = {}
-        self.skips: dict[int, Assignment] = {}
+        self.keepers: dict[str, list[Callable[[Tap, int, Any], None]]] = _NONE
+        self.pending: dict[PointKey, list[Assignment]] = _NONE
+        self.skips: dict[int, Assignment] = _NONE
         self.border: Callable[[Callable, tuple, dict], Any] | None = None
         self.given: tuple[tuple, dict] | None = None
         self.given_changed = False
         self.is_module = target.name == FORWARD
         self.begun = self.children_counted = self.inside = self.takes_inputs = False
         self.watched = target.outer is None or target.key in host.clock.watched
-        self.hooks: list[Any] = []
+        self.hooks: tuple[Any, ...] = ()  # replaced without a call: see `diffsight.engine.hooks`
 
     # ---- from the model's side
 
@@ -140,7 +143,11 @@ class Tap:
             return self.leave(skip.value, (args, kwargs))
         if self.inside:
             function = self.target.uncompiled()
-        before = _versions(args, kwargs) if (OUTPUT, index) in self.awaited else []
+        before = versions = None
+        if self.awaited and (OUTPUT, index) in self.awaited:
+            values = (*args, *kwargs.values()) if kwargs else args
+            versions = _versions_in_modes if _len_torch_function_stack() else _versions
+            before = versions(values)
         # PyTorch also looks for them before the call.
         has_hooks = bool(self.is_module and (self.target.owner._forward_hooks or _global_forward_hooks))
         try:
@@ -148,7 +155,7 @@ class Tap:
         except BaseException:
             self.active.remove(index)
             raise
-        self.given_changed = bool(before) and before != _versions(args, kwargs)
+        self.given_changed = versions is not None and before != versions(values)
         return self.leave(output, (args, kwargs), has_hooks)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -161,7 +168,7 @@ class Tap:
         self.entered = index + 1
         self.active.append(index)
         key = (INPUTS, index)
-        if not (key in self.awaited or key in self.pending or self.keepers):
+        if not (key in self.awaited or (self.pending and key in self.pending) or self.keepers):
             return None
         inputs, changed = self._pass(key, (args, kwargs))
         return inputs if changed else None
@@ -201,11 +208,11 @@ class Tap:
             if module is not owner or current_owner() is not self.host or self.active[-1:] != [index]:
                 return None
             hook.remove()
-            self.hooks.remove(hook)
+            self.hooks = tuple(other for other in self.hooks if other is not hook)
             return self.leave(output, given, has_hooks=False)
 
         hook = owner.register_forward_hook(after)
-        self.hooks.append(hook)
+        self.hooks = (*self.hooks, hook)
         for number in [number for number in owner._forward_hooks if number not in (*before, hook.id)]:
             owner._forward_hooks.move_to_end(number)
         return True
@@ -213,12 +220,14 @@ class Tap:
     def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
         """A value passes a point. Return what the model continues with, and whether it was replaced."""
         point, waiting = None, self.awaited.get(key)
-        packs = _top_saved_tensors_default_hooks(True) if is_grad_enabled() else self.host.state.grad
-        if packs or get_dynamic_layer_stack_depth() or calls_in_threads:  # rarely
+        host = self.host
+        state: TorchState | None = host.coroutine.state.now()
+        if calls_in_threads or not state.is_plain or (host.state.grad and not state.grad):  # rarely
             self._check_region(key)
+            state = None  # it may have changed
         if waiting is not None or key in self.pending:
-            point = Point(self, key, value, all(waiting or ()))
-            self.host.arrive(point)
+            point = Point(self, key, value, not waiting or False not in waiting)
+            host.arrive(point, state)
             value = point.value
         if self.keepers:
             for keep in self.keepers.get(key[0], ()):
@@ -287,7 +296,7 @@ class Tap:
             self.begun = True
             return new
 
-        self.hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        self.hooks = (*self.hooks, module.register_forward_pre_hook(before, with_kwargs=True))
 
     def look_inside(self) -> None:
         """Run a compiled module uncompiled, and PyTorch's transformer layer unfused, so that its parts can be seen."""
@@ -297,7 +306,22 @@ class Tap:
             path = self.target.path or type(self.target.owner).__name__
             warn_user(f"{path} is compiled: a run that reads or changes values inside it runs it uncompiled, slower")
         if isinstance(self.target.owner, nn.TransformerEncoderLayer):  # it is not fused if it has any hook
-            self.hooks.append(self.target.owner.register_forward_pre_hook(lambda *_: None))
+            self.hooks = (*self.hooks, self.target.owner.register_forward_pre_hook(lambda *_: None))
+
+    def add_keeper(self, kind: str, keep: "Callable[[Tap, int, Any], None]") -> None:
+        """Show every value that passes a kind of point to `keep`."""
+        self.keepers = self.keepers or {}
+        self.keepers.setdefault(kind, []).append(keep)
+
+    def add_pending(self, key: PointKey, assignment: Assignment) -> None:
+        """Let an assignment wait for a point."""
+        self.pending = self.pending or {}
+        self.pending.setdefault(key, []).append(assignment)
+
+    def add_skip(self, index: int, skip: Assignment) -> None:
+        """Skip a call, in place of what was to skip it so far."""
+        self.skips = self.skips or {}
+        self.skips[index] = skip
 
     def assign_pending(self, point: Point) -> bool:
         """Put in place what the bodies whose turn it is have assigned to a point; return whether there was anything."""
@@ -358,8 +382,15 @@ class LearningTap(Tap):
         return super().enter(args, kwargs)
 
 
-def _versions(args: tuple, kwargs: dict) -> list[int]:
-    """Return how often each of the tensors among the arguments of a call was changed in place."""
-    tensors = [value for value in (*args, *kwargs.values()) if type(value) in (Tensor, nn.Parameter)]
+def _versions_in_modes(values: tuple) -> list[int]:
     with DisableTorchFunction():  # function modes of the user's must not see this
-        return [tensor._version for tensor in tensors if not tensor.is_inference()]
+        return _versions(values)
+
+
+def _versions(values: tuple) -> list[int]:
+    """Return how often each of the tensors among the arguments of a call was changed in place."""
+    versions = []
+    for value in values:
+        if (type(value) is Tensor or type(value) is Parameter) and not value.is_inference():
+            versions.append(value._version)
+    return versions

@@ -7,7 +7,7 @@ unknown, and the point counts as passed. A module that nobody asks for is only c
 to nothing, and most modules of a run are of this kind. What happens at a call is in `tapped_call`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import nn
 
@@ -34,29 +34,45 @@ class Taps(dict[Key, Tap]):
         find_places: Returns where the modules below the components stand.
     """
 
+    __slots__ = (
+        "_around",
+        "_counts_before",
+        "_find_places",
+        "_hooked",
+        "_host",
+        "_learns",
+        "_methods",
+        "_opened",
+        "_origins",
+        "_places",
+        "components",
+        "counts",
+        "hooked",
+    )
+
     def __init__(
-        self, host: Host, components: Sequence[Target], find_places: Callable[[list[Target]], ModulePlaces]
+        self, host: Host, components: list[Target], find_places: Callable[[list[Target]], ModulePlaces]
     ) -> None:
-        super().__init__()
-        self.components = list(components)
-        self.counts: dict[int, int] = {}  # id of a module that is only counted: its calls so far
+        self.components = components
         self._host: Host | None = host
         self._find_places = find_places
-        self._places: ModulePlaces | None = None
-        self._learns = False  # whether it taps everything, to learn which modules are strays
-        self._methods = [target for target in components if target.name != FORWARD]
+        self._places: ModulePlaces | None = None  # None until something is put on the model
+        # The rest is made in `start`: a run in which nothing is read does without.
+
+    def start(self) -> None:
+        """Tap the components, before anything moves."""
+        note_run_of_thread()
+        places = self._find_places(self.components)
+        self._learns = not places.is_known  # whether it taps everything, to learn which modules are strays
+        self.counts: dict[int, int] = {}  # id of a module that is only counted: its calls so far
+        self._methods = [target for target in self.components if target.name != FORWARD]
         self._origins: dict[int, Origin] = {}  # of the modules that are only counted
         self._counts_before: dict[int, int] = {}  # their calls before the current step
         self.hooked = HookedModules()  # including those with taps
         self._hooked: set[int] = set()  # their ids
         self._opened: dict[Target, Tap] = {}  # what was asked for
         self._around: dict[Target, Tap | None] = {}  # what lies around that, to its own tap or that of what it lies in
-
-    def start(self) -> None:
-        """Tap the components, before anything moves."""
-        note_run_of_thread()
-        places = self._places = self._find_places(self.components)
-        self._learns = not places.is_known
+        self._places = places  # from here on there is something to remove
         for component in self.components if self._learns else ():
             self._tap_everything(component)
         for component in self.components:
@@ -66,7 +82,7 @@ class Taps(dict[Key, Tap]):
 
     def note_learned(self) -> None:
         """The model has run to its end."""
-        if self._learns:
+        if self._places is not None and self._learns:
             self._places.is_known = True
 
     def add(self, target: Target) -> None:
@@ -80,10 +96,9 @@ class Taps(dict[Key, Tap]):
         tap = self._opened.get(target)
         if tap is not None:
             return tap
-        why = target.why_unseen
-        if why is not None:
+        if not target.is_seen:
             path = target.path or type(target.owner).__name__
-            raise PointNotFoundError(f"{path} has no values: {why}. Ask for a module inside or around it")
+            raise PointNotFoundError(f"{path} has no values: {target.why_unseen}. Ask for a module inside or around it")
         if self._places.places:
             for place in self._places.places.get(target.key, ()):
                 self._tap_around(place)
@@ -124,6 +139,9 @@ class Taps(dict[Key, Tap]):
 
     def remove(self) -> None:
         """Take everything off the model."""
+        if self._places is None:  # nothing has been put on it
+            self._host = None
+            return
         self.hooked.unhook()
         for tap in self.values():
             if tap.hooks:
@@ -183,22 +201,22 @@ class Taps(dict[Key, Tap]):
         self._hooked.update(number for number, _ in new)
 
     def _tap(self, target: Target, around: Tap | None) -> Tap:
-        tap = self.get(target.key)
-        if tap is not None:
-            return tap
         number, name = target.key
-        if name != FORWARD:
-            tap = self[target.key] = Tap(self._host, target, self._origin(around))
-            tap.hooks.append(target.attach(tap))
-        elif number not in self.counts:
-            tap = self[target.key] = Tap(self._host, target, self._origin(around))
-            self.hooked.hook([target.owner])
-            self._hooked.add(number)
-        else:
+        if name == FORWARD and number in self.counts:
             entered, before = self.counts.pop(number), self._counts_before.get(number, 0)
             tap = self[target.key] = Tap(self._host, target, self._origins.pop(number), entered, before)
             if entered and self._host.coroutine is not None:
                 tap.active += range(entered - count_running(self._host.coroutine.frame, target.owner), entered)
+            return tap
+        tap = self.get(target.key)
+        if tap is not None:
+            return tap
+        tap = self[target.key] = Tap(self._host, target, self._origin(around))
+        if name == FORWARD:
+            self.hooked.hook([target.owner])
+            self._hooked.add(number)
+        else:
+            tap.hooks = (*tap.hooks, target.attach(tap))
         return tap
 
     def _origin(self, around: Tap | None) -> Origin:

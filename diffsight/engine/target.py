@@ -24,29 +24,29 @@ class Target:
         outer: The target of the module around it.
     """
 
-    __slots__ = ("_called", "_children", "is_called", "key", "name", "outer", "owner", "path")
+    __slots__ = ("_called", "_children", "asked", "is_called", "is_seen", "key", "name", "outer", "owner", "path")
     is_value = False  # whether it is a value inside the calls of `outer`, and has their numbers
     if_missing = ""  # what an error adds if the model does not reach it
 
     def __init__(self, owner: Any, name: str, path: str, outer: "Target | None" = None) -> None:
         self.owner, self.name, self.path, self.outer = owner, name, path, outer
         self.key = (id(owner), name)
+        self.asked: dict[str, Any] = {}  # part to the point in the first call, see `Points`
         self.is_called = True  # False if there is nothing to call: a ModuleList, for example, has no forward pass
         if name == "__call__":
             self.is_called = callable(owner)
         elif name == FORWARD:
             forward = getattr(type(owner), FORWARD, None)
             self.is_called = forward is not nn.Module.forward or FORWARD in owner.__dict__
+        self.is_seen = self.is_called and (name != FORWARD or why_unseen(type(owner)) is None)  # whether it has values
         self._children: tuple[dict, dict[str, Target]] | None = None
         self._called: tuple[list[tuple[Target, dict]], ModuleGroup] | None = None
 
     @property
-    def why_unseen(self) -> str | None:
-        """Why there are no values to read, in words; None if there are."""
+    def why_unseen(self) -> str:
+        """Why it is not seen, and has no values to read, in words."""
         why = why_unseen(type(self.owner)) if self.name == FORWARD else None
-        if why is None and not self.is_called:
-            return f"{type(self.owner).__name__} is never called by the model; it only holds other modules"
-        return why
+        return why or f"{type(self.owner).__name__} is never called by the model; it only holds other modules"
 
     def attach(self, tap: Any) -> Any:
         """Send every call through `tap` from now on; return an object whose `remove()` undoes it.
@@ -113,7 +113,8 @@ class Target:
         known = vars(self.owner)
         if WRAPPED in known.get("_modules", ()) or known.get(COMPILED) is not None:
             return True
-        return _UNCOMPILED in getattr(known.get(FORWARD), "__dict__", ())
+        forward = known.get(FORWARD)
+        return forward is not None and _UNCOMPILED in getattr(forward, "__dict__", ())
 
     def uncompiled(self) -> Callable:
         """Return what a compiled module computes, as it was written."""

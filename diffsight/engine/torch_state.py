@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from operator import call
 from typing import Any
 
 import torch
@@ -79,7 +80,14 @@ class TorchState:
         """Return the current state."""
         grad, inference = is_grad_enabled(), is_inference_mode_enabled()
         settings = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES)), torch.is_autocast_cache_enabled()
-        if _is_nothing_active():
+        if not (
+            _is_any_autocast_enabled()
+            or _len_torch_function_stack()
+            or _len_torch_dispatch_stack()
+            or _top_saved_tensors_default_hooks(True)
+            or get_dynamic_layer_stack_depth()
+            or not _is_torch_function_enabled()
+        ):
             return _plain_state(grad, inference, settings, _flags())
         levels = _functorch_levels()  # while there are any, they see what is done to the rest
         enabled = tuple(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))
@@ -163,17 +171,6 @@ class TorchState:
             before.restore(TorchState.capture())
 
 
-def _is_nothing_active() -> bool:
-    return not (
-        _is_any_autocast_enabled()
-        or _len_torch_function_stack()
-        or _len_torch_dispatch_stack()
-        or _top_saved_tensors_default_hooks(True)
-        or get_dynamic_layer_stack_depth()
-        or not _is_torch_function_enabled()
-    )
-
-
 def _flags() -> tuple:
     stream = _stream() if _HAS_CUDA else None
     return get_default_dtype(), _get_flash_sdp_enabled(), _get_math_sdp_enabled(), stream
@@ -208,8 +205,9 @@ def _restore_autocast(enabled: tuple, dtypes: tuple, is_cached: bool, nesting: i
 
 
 def _autocast_nesting() -> int:
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
+    """How deep blocks of autocast are nested. Both calls are made from C, so that no interrupt comes between them."""
+    _, nesting = map(call, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))
+    return nesting
 
 
 def _functorch_levels() -> tuple:

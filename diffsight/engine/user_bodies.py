@@ -142,6 +142,7 @@ class Bodies:
 
     def __init__(self) -> None:
         self.edits: list[EditBody] = []
+        self.edits_begun = False
         self.functions: list[Body] = []  # those of `run.each`
         self.turn: EditBody | None = None  # whose turn it is at the point where the model parks
         self.calls: list[tuple[Point | None, list[Body], bool]] = []  # calls in progress: where they were asked for

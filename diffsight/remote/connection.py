@@ -86,7 +86,8 @@ class Address:
         try:
             why = json.loads(body)["error"]
         except (ValueError, KeyError, TypeError):
-            why = f"it answers with status {status}"
+            full = ": too many runs wait for the model, or its replica failed. Try again later" if status >= 500 else ""
+            why = f"it answers with status {status}{full}"
         if status in (401, 403):
             return f"the server at {self} refuses the key: {why}. Pass api_key=, or set {KEY}"
         return f"the server at {self}: {why}"

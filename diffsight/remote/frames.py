@@ -89,9 +89,10 @@ def _tensor(data: memoryview, dtype: str, shape: list[int], data_offsets: list[i
         raise ValueError(f"there is no tensor of shape {shape} at {data_offsets}")
     if prod(shape) * kind.itemsize != end - start:
         raise ValueError(f"a tensor of {dtype} and shape {shape} does not take {end - start} bytes")
-    if start == end:
-        return torch.empty(shape, dtype=kind)
-    return torch.frombuffer(bytearray(data[start:end]), dtype=kind).reshape(shape)
+    tensor = torch.empty(shape, dtype=kind)  # aligned as PyTorch does it: kernels may round otherwise for other places
+    if end > start:
+        memoryview(tensor.reshape(-1).view(torch.uint8).numpy())[:] = data[start:end]
+    return tensor
 
 
 def _safetensors(text: str, tensors: Mapping[str, torch.Tensor]) -> bytes:

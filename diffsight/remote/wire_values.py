@@ -155,6 +155,10 @@ class ValueEncoder:
         if self._dtype is not None and sent.is_floating_point() and sent.element_size() > self._dtype.itemsize:
             more = {**more, "dtype": str(sent.dtype).removeprefix("torch.")}
             sent = sent.to(self._dtype)
+        shape, stride = [*sent.shape], [*sent.stride()]
+        if stride != _usual(shape) and sent.numel() and _is_dense(shape, stride):
+            more = {**more, "layout": [shape, stride]}
+            sent = sent.as_strided((sent.numel(),), (1,))
         return {"$tensor": self._add(sent), **more}
 
     def _add(self, tensor: torch.Tensor) -> str:
@@ -204,6 +208,11 @@ class ValueDecoder:
 
     def _tensor(self, data: dict[str, Any]) -> torch.Tensor:
         tensor = self._tensors[data["$tensor"]]
+        if "layout" in data:
+            shape, stride = data["layout"]
+            if len(shape) != len(stride) or math.prod(shape) != tensor.numel() or not _is_dense(shape, stride):
+                raise ProtocolError(f"a tensor of {tensor.numel()} elements has no shape {shape} with strides {stride}")
+            tensor = tensor.as_strided(shape, stride)
         if "dtype" in data:
             tensor = tensor.to(_dtype(data["dtype"]))
         return tensor if self._received is None else self._received(tensor, data)
@@ -259,6 +268,27 @@ class ValueDecoder:
         if not isinstance(found, type) or not issubclass(found, base):
             raise ProtocolError(f"there is no class {name} here whose objects can be received")
         return found, self.decode(values)
+
+
+def _usual(shape: list[int]) -> list[int]:
+    """The strides of a tensor whose last dimension lies closest in memory."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return strides[::-1]
+
+
+def _is_dense(shape: list[int], stride: list[int]) -> bool:
+    """Return whether a tensor lies in memory without gaps, in whatever order, such as channels last.
+
+    Its strides are then sent, those of dimensions of one element too: kernels may round otherwise for others."""
+    step = 1
+    for gap, size in sorted((gap, size) for gap, size in zip(stride, shape) if size != 1):
+        if gap != step or size < 1:
+            return False
+        step *= size
+    return all(gap >= 0 for gap in stride)
 
 
 def _named(kind: type, values: list) -> tuple:

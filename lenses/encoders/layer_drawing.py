@@ -55,15 +55,18 @@ def read_layers(
     layers: Layers = None,
     isolate: bool = False,
     norm: bool = False,
+    like: LayerReading | None = None,
 ) -> LayerReading:
     """Encode a prompt. The arguments are those of `diffusion_lens`.
+
+    `like` is another prompt that was read with the same arguments. It saves looking for the encoder again.
 
     Raises:
         InputError: The encoder or a layer does not exist, no use of the encoder was found, its tokenizer truncates the
             prompt, or the other encoders cannot be isolated.
     """
     record = record_encoding(model, prompt, arguments, seed)
-    found = encoders_in(model, record).choose(encoder)
+    found = encoders_in(model, record).choose(encoder) if like is None else like.encoder
     chosen = choose_layers(layers, found.count, found.used_count)
     check_used(model, found)
     if norm and found.ln_final is None:

@@ -91,13 +91,15 @@ class SAE(nn.Module):
         )
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the features of vectors, (..., width) to (..., features).
+        """Return the features of vectors, (..., width) to (..., features). The SAE moves to the device of the vectors.
 
         Raises:
             InputError: The vectors have another width.
         """
         if x.shape[-1] != self.width:
             raise InputError(f"the SAE is for vectors of width {self.width}, but these have {x.shape[-1]}")
+        if x.device != self.encoder.device:
+            self.to(x.device)
         values = self.before_activation(x.to(self.encoder.dtype))
         if self.kind == "topk":
             return topk(values, self.k)

@@ -7,13 +7,15 @@ geometric median, the decoder in random directions and the encoder as its transp
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from diffsight.errors import InputError
@@ -21,7 +23,9 @@ from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sparsity import ActiveCount, JumpReLU, batch_topk, topk
 from diffsight.lenses.results.saving import save_files
 from diffsight.pipelines.argument_types import check_types
+from diffsight.pipelines.work_sharing import Processes
 
+CHECKPOINT = "checkpoint.safetensors"
 _CHECKPOINT_SECONDS = 20
 _AUXILIARY = 1 / 32  # the weight of the loss on dead features
 
@@ -32,7 +36,7 @@ class SAESettings:
 
     Attributes:
         updates: The number of updates.
-        batch_size: The number of vectors in an update.
+        batch_size: The number of vectors in an update, over all processes.
         learning_rate: The learning rate of Adam. It falls to 0 in the last fifth of the updates.
         penalty: The weight of the L1 norm of the features ("relu"), or of the number of active ones ("jumprelu").
         dead_after: A feature is dead when it has not been active for this many vectors.
@@ -55,24 +59,42 @@ class SAESettings:
 
 
 class SAETrainer:
-    """An SAE in training.
+    """An SAE in training. In several processes, every one makes each update with its part of the batch.
 
     Args:
         sae: The SAE.
         settings: How it is trained.
+        processes: The processes that train it together.
+        facts: What else makes it this training and no other, such as the seed, as JSON stores it.
     """
 
-    def __init__(self, sae: SAE, settings: SAESettings) -> None:
+    def __init__(
+        self,
+        sae: SAE,
+        settings: SAESettings,
+        processes: Processes | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         self.sae, self.settings, self.done = sae.train(), settings, 0
+        self._facts = {
+            "kind": sae.kind,
+            "k": sae.k,
+            "point": sae.point,
+            "of": sae.of,
+            **asdict(settings),
+            **(facts or {}),
+        }
+        self._processes = processes or Processes()
         self.curve: list[dict[str, float]] = []
         self._adam = torch.optim.Adam(sae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.999))
-        self._unused = torch.zeros(sae.count, dtype=torch.long)  # vectors since each feature was last active
+        self._unused = torch.zeros(sae.count, dtype=torch.long, device=sae.decoder.device)  # vectors since last active
         self._saved_at = time.monotonic()
 
     def start(self, vectors: torch.Tensor) -> None:
-        """Set the decoder bias to the geometric median of some vectors."""
+        """Set the decoder bias to the geometric median of some vectors, which are those of the main process."""
         with torch.no_grad():
             self.sae.decoder_bias.copy_(geometric_median(vectors))
+            self._processes.copy_from_main([self.sae.decoder_bias])
 
     def update(self, x: torch.Tensor) -> dict[str, float]:
         """Make one update on a batch of vectors, (vectors, width), and return its metrics."""
@@ -87,6 +109,7 @@ class SAETrainer:
         loss = unexplained + settings.penalty * penalty + _AUXILIARY * self._auxiliary(before, left.detach())
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
+        self._processes.average([parameter.grad for parameter in sae.parameters()])
         self._keep_directions()
         self._adam.step()
         self._normalize()
@@ -111,6 +134,7 @@ class SAETrainer:
             least = features.detach()[features.detach() > 0].amin() if features.any() else sae.threshold
             with torch.no_grad():
                 sae.threshold.copy_(least if self.done == 0 else 0.99 * sae.threshold + 0.01 * least)
+                self._processes.average([sae.threshold])
             return features, 0
         if sae.kind == "relu":
             features = before.relu()
@@ -129,8 +153,8 @@ class SAETrainer:
         return ((features @ self.sae.decoder[dead] - left).square().sum() / variance).nan_to_num()
 
     def _count(self, features: torch.Tensor, vectors: int) -> None:
-        used = (features > 0).any(0)
-        self._unused += vectors
+        used = self._processes.any((features > 0).any(0))
+        self._unused += vectors * self._processes.count
         self._unused[used] = 0
 
     # ---- the rows of the decoder keep length one
@@ -166,40 +190,38 @@ class SAETrainer:
         for name, state in zip(names, self._adam.state_dict()["state"].values()):
             tensors |= {f"adam.{name}.{key}": value for key, value in state.items()}
         tensors |= {"unused": self._unused, "generator": generator.get_state()}
-        facts = {"done": self.done, "position": position, "curve": self.curve, "settings": asdict(self.settings)}
+        facts = {"done": self.done, "position": position, "curve": self.curve, "training": self._facts}
         copies = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
-        save_files(
-            folder,
-            {
-                "checkpoint.safetensors": lambda path: save_file(copies, path),
-                "checkpoint.json": lambda path: path.write_text(json.dumps(facts), encoding="utf-8"),
-            },
-        )
+        save_files(folder, {CHECKPOINT: partial(save_file, copies, metadata={"training": json.dumps(facts)})})
         self._saved_at = time.monotonic()
 
     def resume(self, folder: Path, generator: torch.Generator) -> int:
         """Continue from a checkpoint, and return the position in the data.
 
         Raises:
-            InputError: The checkpoint belongs to a different training run.
+            InputError: The checkpoint is damaged, or belongs to a different training run.
         """
-        facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "checkpoint.safetensors")
+        try:
+            with safe_open(folder / CHECKPOINT, framework="pt") as stored:
+                facts = json.loads(stored.metadata()["training"])
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{folder / CHECKPOINT} is no checkpoint, or damaged: remove it to begin anew") from error
         own = {name.removeprefix("sae."): value for name, value in tensors.items() if name.startswith("sae.")}
-        same = {name: value.shape for name, value in own.items()} == {
-            name: value.shape for name, value in self.sae.state_dict().items()
-        }
-        if facts["settings"] != asdict(self.settings) or not same:
+        shapes = [{name: value.shape for name, value in one.items()} for one in (own, self.sae.state_dict())]
+        known, wanted = facts["training"], json.loads(json.dumps(self._facts))
+        other = [name for name in wanted if known.get(name) != wanted[name]]
+        if other or shapes[0] != shapes[1]:
             raise InputError(
-                f"{folder} has the checkpoint of a training run with other settings: use those settings, or choose "
-                "another folder"
+                f"{folder} has the checkpoint of a training run with other {', '.join(other) or 'sizes'}: use the "
+                "same, or choose another folder"
             )
         self.sae.load_state_dict(own)
         names = [name for name, _ in self.sae.named_parameters()]
         keys = ("step", "exp_avg", "exp_avg_sq")
         state = {i: {key: tensors[f"adam.{name}.{key}"] for key in keys} for i, name in enumerate(names)}
         self._adam.load_state_dict({**self._adam.state_dict(), "state": state})
-        self._unused, self.done, self.curve = tensors["unused"], facts["done"], facts["curve"]
+        self._unused, self.done, self.curve = tensors["unused"].to(self._unused), facts["done"], facts["curve"]
         generator.set_state(tensors["generator"])
         return facts["position"]
 
@@ -224,9 +246,9 @@ def figures(sae: SAE, batches: Iterator[torch.Tensor]) -> dict[str, float]:
             features = sae.encode(x)
             left += (x - sae.decode(features)).double().square().sum().item()
             active += (features > 0).sum().item()
-            used |= (features > 0).flatten(0, -2).any(0)
+            used |= (features > 0).flatten(0, -2).any(0).cpu()
             count += x.numel() // sae.width
-            sums += x.double().flatten(0, -2).sum(0)
+            sums += x.double().flatten(0, -2).sum(0).cpu()
             squares += x.double().square().sum().item()
     total = squares - (sums.square().sum() / count).item()
     return {"explained_variance": 1 - left / total, "active": active / count, "dead": 1 - used.float().mean().item()}

@@ -29,10 +29,10 @@ class PredictionReader:
         self._read: dict[str, list[torch.Tensor]] = {}
 
     def add(self, hidden: torch.Tensor) -> None:
-        """Add hidden states as a layer returns them, (rows, features)."""
-        if self._waiting and sum(map(len, self._waiting)) + len(hidden) > self._limit:
-            self._flush()
+        """Add hidden states as a layer returns them, (rows, features). They are read when no more of them fit."""
         self._waiting.append(hidden)
+        if sum(map(len, self._waiting)) + len(hidden) > self._limit:
+            self._flush()
 
     def add_logits(self, logits: torch.Tensor) -> None:
         """Add logits, (rows, vocabulary)."""

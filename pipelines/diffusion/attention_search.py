@@ -13,6 +13,7 @@ import torch
 from diffsight.pipelines.diffusion.attention_tracing import AttentionTracer, Key, Trace, difference
 
 _CHANGED = 1e-3  # relative to the length of a query or key
+_OWN = 0.05  # relative to the largest change of a key
 _AGREEMENT = 0.95  # the share of the queries that have to change as their place says
 
 
@@ -41,7 +42,8 @@ def text_keys(
             tokens[key] += (part > change / 2).long() << bit
     found = {}
     for key, change in whole.items():
-        places = torch.nonzero(change > _CHANGED).flatten().tolist()
+        own = max(_CHANGED, _OWN * change.max())  # other tokens may change a key a little, where they are pooled
+        places = torch.nonzero(change > own).flatten().tolist()
         places = [place for place in places if place not in image[key]]
         numbers = [int(tokens[key][place]) - 1 for place in places]
         is_unique = len(set(numbers)) == len(numbers)

@@ -27,7 +27,12 @@ from diffsight.pipelines.attention.attention_modules import is_named_attention
 from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
 from diffsight.pipelines.attention.eager_attention import EagerAttention
 from diffsight.pipelines.attention.product_dispatch import WATCHED
-from diffsight.pipelines.attention.sdpa_attention import SCALED_DOT_PRODUCT, FusedCall
+from diffsight.pipelines.attention.sdpa_attention import (
+    MULTI_HEAD_ATTENTION,
+    SCALED_DOT_PRODUCT,
+    FusedCall,
+    without_dispatch,
+)
 from diffsight.pipelines.diffusion.batch_layouts import COND
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
 from diffsight.pipelines.diffusion.denoising_clock import time_parameter
@@ -193,6 +198,9 @@ class CutAttention(TorchFunctionMode):
         owner = next(m for m in running if not isinstance(m, nn.Softmax) and "Processor" not in type(m).__name__)
         self._forget_others(owner, running)
         probe = _Probe(self, owner, self._paths[id(owner)])
+        if name == MULTI_HEAD_ATTENTION:
+            with self:
+                return without_dispatch(func)(*args, **kwargs)
         if name == SCALED_DOT_PRODUCT:
             return FusedCall.of([probe], args, kwargs).run(func)
         return self._eager.run([probe], name, func, args, kwargs)

@@ -54,6 +54,7 @@ from diffsight.pipelines.language.generation import (
     set_generated,
     setting,
 )
+from diffsight.pipelines.language.generation_numbers import check_generation_numbers
 from diffsight.pipelines.language.inputs import Inputs, picks_tokens, prepare_inputs, sees_padding
 from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, open_language_model
@@ -295,11 +296,13 @@ class LanguageModel(Accessors, Model):
                 f"{type(self._owner).__name__} does not generate; use trace() to run its forward pass"
             )
         kind = type(unwrapped(self._owner))
-        if getattr(kind, "generate", None) is GenerationMixin.generate:  # otherwise it may take anything
+        is_usual = getattr(kind, "generate", None) is GenerationMixin.generate
+        if is_usual:  # otherwise it may take anything
             near, known, own = {"inputs", "seed", "grad"}, self.generation_argument_names, kwargs.get("custom_generate")
             known = known | named_arguments(own) if callable(own) else known
             if not isinstance(own, str):  # code from the hub may take anything
                 check_arguments(f"{kind.__name__}.generate", kwargs, known, near)
+                check_generation_numbers(f"{kind.__name__}.generate", kwargs)
         if inputs is None and not self._has_input(kwargs):
             return self._new_run(_no_input, again=partial(self.generate, seed=seed, grad=grad, **kwargs))
         if seed is not None:
@@ -317,6 +320,9 @@ class LanguageModel(Accessors, Model):
         run = self._run_of(encoded, lambda: function(**given), sizes, grad)
         set_generated(run, generated, self._target)
         run._streamer = kwargs.get("streamer")
+        if is_usual and "custom_generate" not in kwargs:
+            most = setting(self._owner, given, "max_new_tokens")
+            flow_of(run).clock.count = lambda: most
         flow_of(run).seed = seed
         if self._owner.config.is_encoder_decoder:
             run._decoded = given.get("decoder_input_ids", self._first_token(encoded))

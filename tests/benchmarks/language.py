@@ -16,8 +16,9 @@ import statistics
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from diffsight import LanguageModel, collect_activations, logit_lens, patchscope
 from diffsight.lenses.patchscope import IDENTITY
 
 FEW, MANY, SOURCES, BATCH, TOP = 32, 256, 4, 32, 5
+ALL, LAST = "logit_lens, 4 prompts of 64 tokens, all", "logit_lens, 32 prompts of 128 tokens, last"
+PRODUCT = 170  # rows of one product with the head: larger ones take no less time, and more memory
+TASKS = ("logit_lens", ALL, LAST, "all logits", "collect", "patchscope")
 NOUNS = ("tower", "river", "bridge", "garden", "castle", "market", "station", "harbour", "museum", "forest", "street")
 PLACES = ("Paris", "London", "Berlin", "Rome", "Madrid", "Vienna", "Prague", "Dublin", "Athens", "Tokyo", "Cairo")
 ENDS = ("is known for its", "stands in the middle of", "was built by a man called", "looks like a very large")
@@ -73,6 +77,13 @@ def texts_for(tokenizer: Any) -> dict[str, Any]:
     }
 
 
+def ids_for(vocabulary: int) -> dict[str, torch.Tensor]:
+    """Return the token ids of longer prompts, by task."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {ALL: (4, 64), LAST: (32, 128)}
+    return {name: torch.randint(0, vocabulary, size, generator=generator) for name, size in sizes.items()}
+
+
 # ---- plain PyTorch
 
 
@@ -94,9 +105,13 @@ def plain(model: LanguageModel, given: dict[str, Any]) -> dict[str, Callable[[],
 
     @torch.no_grad()
     def states(texts: list[str]) -> list[torch.Tensor]:
+        return states_of(tokenizer(texts, return_tensors="pt"), last=True)
+
+    def states_of(inputs: dict[str, torch.Tensor], last: bool) -> list[torch.Tensor]:
         kept = []
-        with hooks_on(layers, lambda module, args, output: kept.append(output[:, -1])):
-            trunk(**tokenizer(texts, return_tensors="pt"), use_cache=False)
+        keep = lambda module, args, output: kept.append(output[:, -1] if last else output.flatten(0, 1))  # noqa: E731
+        with hooks_on(layers, keep):
+            trunk(**inputs, use_cache=False)
         return kept
 
     @torch.no_grad()
@@ -105,9 +120,18 @@ def plain(model: LanguageModel, given: dict[str, Any]) -> dict[str, Callable[[],
 
     @torch.no_grad()
     def lens() -> tuple[torch.Tensor, torch.Tensor]:
-        logits = all_logits()
+        return most_likely(all_logits())
+
+    def most_likely(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         top = logits.topk(TOP)
         return top.indices, (top.values - logits.logsumexp(-1, keepdim=True)).exp()
+
+    @torch.no_grad()
+    def lens_of(ids: torch.Tensor, last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        found = states_of({"input_ids": ids}, last)
+        read = [most_likely(net.lm_head(norm(rows))) for rows in torch.cat(found).split(PRODUCT)]
+        shape = (len(found), len(ids), -1, TOP)  # layers, prompts, positions
+        return tuple(torch.cat(parts).view(shape).transpose(0, 1) for parts in zip(*read))
 
     def collect() -> torch.Tensor:
         starts = range(0, MANY, BATCH)
@@ -126,7 +150,8 @@ def plain(model: LanguageModel, given: dict[str, Any]) -> dict[str, Callable[[],
                 top.append(net(**target, logits_to_keep=1, use_cache=False).logits[:, -1].softmax(-1).topk(TOP))
         return torch.stack([t.indices for t in top], 1), torch.stack([t.values for t in top], 1)
 
-    return {"logit_lens": lens, "all logits": all_logits, "collect": collect, "patchscope": scope}
+    cases = {name: partial(lens_of, given[name], last=name == LAST) for name in (ALL, LAST)}
+    return {"logit_lens": lens, **cases, "all logits": all_logits, "collect": collect, "patchscope": scope}
 
 
 def live(model: LanguageModel, given: dict[str, Any]) -> dict[str, Callable[[], Any]]:
@@ -144,7 +169,12 @@ def live(model: LanguageModel, given: dict[str, Any]) -> dict[str, Callable[[], 
         found = patchscope_lens(model, given["sources"], top_k=TOP, progress=False)
         return found.ids[:, :, 0], found.probabilities[:, :, 0]
 
-    return {"logit_lens": lens, "all logits": all_logits, "collect": collect, "patchscope": scope}
+    def lens_of(ids: torch.Tensor, positions: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        found = logit_lens(model, ids, positions=positions, top_k=TOP, progress=False)
+        return found.ids, found.probabilities
+
+    cases = {name: partial(lens_of, given[name], -1 if name == LAST else None) for name in (ALL, LAST)}
+    return {"logit_lens": lens, **cases, "all logits": all_logits, "collect": collect, "patchscope": scope}
 
 
 class Peer:
@@ -186,18 +216,19 @@ def apart(ours: Any, other: Any) -> float:
     return (other[1] - probabilities).abs().max().item()
 
 
-def compare(name: str, folder: Path, python: str | None, rounds: int) -> None:
+def compare(name: str, folder: Path, python: str | None, rounds: int, tasks: Sequence[str]) -> None:
     model = LanguageModel(str(folder), dispatch=True)
     given = texts_for(model.tokenizer)
-    ways = {"diffsight": live(model, given), "plain": plain(model, given)}
+    own = given | ids_for(len(model.tokenizer))
+    ways = {"diffsight": live(model, own), "plain": plain(model, own)}
     peer = Peer(python, folder, given) if python else None
     tokens = len(model.tokenizer(given["few"][0])["input_ids"])
     print(f"\n{name}: {len(model.layers)} layers, {tokens} tokens in a prompt")
-    for task in ("logit_lens", "all logits", "collect", "patchscope"):
+    for task in tasks:
         figures: dict[str, list[dict[str, float]]] = {}
         results = {way: known[task]() for way, known in ways.items()}  # warm
         far = {"plain": apart(results["diffsight"], results["plain"])}
-        has_peer = peer is not None and task != "logit_lens"  # nnterp's always keeps the whole vocabulary
+        has_peer = peer is not None and not task.startswith("logit_lens")  # nnterp's always keeps the whole vocabulary
         if has_peer:
             ours = results["diffsight"].softmax(-1) if task == "all logits" else results["diffsight"]
             with tempfile.TemporaryDirectory() as place:
@@ -234,15 +265,16 @@ def main() -> None:
     parser.add_argument("--nnterp", help="a Python executable with nnterp 1.3.0")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="+", choices=("smollm2", "gpt2"), default=("smollm2", "gpt2"))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     if "smollm2" in options.models:
         folder = LanguageModel("diffsight/smollm2").config.name_or_path
-        compare("SmolLM2", Path(folder), options.nnterp, options.rounds)
+        compare("SmolLM2", Path(folder), options.nnterp, options.rounds, options.tasks)
     if "gpt2" in options.models:
         with tempfile.TemporaryDirectory() as place:
-            compare("GPT-2, random", build_gpt2(Path(place)), options.nnterp, options.rounds)
+            compare("GPT-2, random", build_gpt2(Path(place)), options.nnterp, options.rounds, options.tasks)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The lenses on text encoders against the same work by hand: compare_encoders, layer_fidelity, encoder_patching.
+"""The lenses on text encoders against the same work by hand.
 
-    python tests/benchmarks/text_encoders.py                    # about five minutes
+    python tests/benchmarks/text_encoders.py                    # --steps 20 for longer drawings
     python tests/benchmarks/text_encoders.py --tasks compare_encoders
 
 By hand means plain PyTorch that computes what cannot be avoided, in batches of the same size: each prompt goes through
@@ -10,8 +10,8 @@ on the packaged pipelines, on one thread, interleaved; see README.md for how to 
 
 import argparse
 import warnings
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any
 
 import diffusers
@@ -21,29 +21,29 @@ from measuring import interleaved
 from PIL import Image
 from torch.nn import functional
 
-from diffsight import DiffusionModel, compare_encoders, encoder_patching
+from diffsight import DiffusionModel, compare_encoders, diffusion_lens, encoder_patching
 from diffsight.lenses.layer_fidelity import layer_fidelity, sample_prompts
 from diffsight.pipelines.diffusion.encoder_calls import hidden_in
 from diffsight.pipelines.shapes.reader import read_scene
 
-PROMPTS, ENCODED, SCENES, STEPS, ROWS = 128, 128, 8, 20, 48
+FEW, MANY, BATCH, SCENES, ROWS = 128, 512, 128, 6, 39
 SOURCE, TARGET = "a red circle above a green square", "a blue square above a green circle"
 WORDS, INTO = ("red", "circle"), ("blue", "square")
-SETTINGS = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
+SETTINGS = {"num_inference_steps": 4, "guidance_scale": 3.0}
 Way = Callable[[], Any]
 
 
 def captions(count: int) -> list[str]:
     """Return different prompts."""
-    return list(dict.fromkeys(scene.caption() for scene in sample_prompts(2 * count)))[:count]
+    return list(dict.fromkeys(scene.caption() for scene in sample_prompts(4 * count)))[:count]
 
 
 # ---- compare_encoders
 
 
-def compared() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
+def compared(count: int) -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
     models = {"CLIP": DiffusionModel("diffsight/shapes-clip"), "T5": DiffusionModel("diffsight/shapes-t5")}
-    prompts = captions(PROMPTS)
+    prompts = captions(count)
 
     @torch.no_grad()
     def by_hand() -> dict[str, tuple[torch.Tensor, list[torch.Tensor], list[list[str]]]]:
@@ -57,6 +57,7 @@ def compared() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
             apart += [(a - b).abs().max().item() for a, b in zip(result[name].drifts, drifts, strict=True)]
         return max(apart)
 
+    compare_encoders(models, prompts[:2], images=1, progress=False)  # runs to the end once, as it does by default
     lens = lambda: compare_encoders(models, prompts, images=0, progress=False)  # noqa: E731
     return {"bare": by_hand, "diffsight": lens}, distance
 
@@ -71,8 +72,8 @@ def _encoded(
     taken, means, drifts, words = [], [], [], []
     handles = [layers[0].register_forward_pre_hook(lambda module, args: taken.append(args[0]))]
     handles += [layer.register_forward_hook(lambda module, args, out: taken.append(hidden_in(out))) for layer in layers]
-    for start in range(0, len(prompts), ENCODED):
-        some = prompts[start : start + ENCODED]
+    for start in range(0, len(prompts), BATCH):
+        some = prompts[start : start + BATCH]
         ids = tokenizer(some, padding="max_length", return_tensors="pt").input_ids
         own = tokenizer(some, add_special_tokens=False).input_ids
         first, lengths = 0 if ids[0, 0] == own[0][0] else 1, list(map(len, own))
@@ -90,27 +91,24 @@ def _encoded(
     return torch.stack(means, 1), drifts, words
 
 
-# ---- layer_fidelity
+# ---- diffusion_lens and layer_fidelity
+
+
+def one_prompt() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
+    model = _opened()
+    by_hand = _drawn_from_layers(model.pipeline, [SOURCE])
+    lens = lambda: diffusion_lens(model, SOURCE, seed=0, progress=False, **SETTINGS)  # noqa: E731
+    return {"bare": by_hand, "diffsight": lens}, lambda result, hand: _furthest(result.images, hand)
 
 
 def fidelity() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
-    model, scenes = DiffusionModel("diffsight/shapes-clip"), sample_prompts(SCENES)
-    pipeline = model.pipeline
-    prompts = [scene.caption() for scene in scenes]
-    negative = pipeline.encode_prompt("", "cpu", 1, False)[0]
+    model, scenes = _opened(), sample_prompts(SCENES)
+    draw = _drawn_from_layers(model.pipeline, [scene.caption() for scene in scenes])
 
-    @torch.no_grad()
     def by_hand() -> list[Any]:
-        ids = pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
-        encoder = pipeline.text_encoder
-        states = torch.stack(encoder(ids, output_hidden_states=True).hidden_states, 1)  # (prompts, layers, …)
-        embeds = encoder.final_layer_norm(states).flatten(0, 1)
-        seeds = [seed for seed in range(SCENES) for _ in range(states.shape[1])]
-        images = []
-        for start in range(0, len(embeds), ROWS):
-            images += _drawn(pipeline, embeds[start : start + ROWS], negative, seeds[start : start + ROWS])
-        seen = [read_scene(image) for image in images]
-        return [tuple(seen[start : start + states.shape[1]]) for start in range(0, len(seen), states.shape[1])]
+        seen = [read_scene(image) for image in draw()]
+        layers = len(seen) // SCENES
+        return [tuple(seen[start : start + layers]) for start in range(0, len(seen), layers)]
 
     def distance(result: Any, hand: Any) -> float:
         pairs = [pair for ours, other in zip(result.seen, hand, strict=True) for pair in zip(ours, other, strict=True)]
@@ -118,6 +116,35 @@ def fidelity() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
 
     lens = lambda: layer_fidelity(model, scenes, progress=False, **SETTINGS)  # noqa: E731
     return {"bare": by_hand, "diffsight": lens}, distance
+
+
+def _drawn_from_layers(pipeline: diffusers.DiffusionPipeline, prompts: list[str]) -> Callable[[], list[Image.Image]]:
+    """Return what draws the prompts from the embedding and from each layer, in calls of `ROWS` rows."""
+    negative = pipeline.encode_prompt("", "cpu", 1, False)[0]
+
+    @torch.no_grad()
+    def draw() -> list[Image.Image]:
+        ids = pipeline.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
+        encoder = pipeline.text_encoder
+        states = torch.stack(encoder(ids, output_hidden_states=True).hidden_states, 1)  # (prompts, layers, …)
+        embeds = encoder.final_layer_norm(states).flatten(0, 1)
+        seeds = [seed for seed in range(len(prompts)) for _ in range(states.shape[1])]
+        calls = [slice(start, start + ROWS) for start in range(0, len(embeds), ROWS)]
+        return [image for rows in calls for image in _drawn(pipeline, embeds[rows], negative, seeds[rows])]
+
+    return draw
+
+
+def _furthest(images: Iterable[Image.Image], others: Iterable[Image.Image]) -> int:
+    """Return the largest difference of any pixel, of 255."""
+    pairs = zip(images, others, strict=True)
+    return max(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() for a, b in pairs)
+
+
+def _opened() -> DiffusionModel:
+    model = DiffusionModel("diffsight/shapes-clip")
+    model.set_progress_bar_config(disable=True)
+    return model
 
 
 def _drawn(
@@ -136,7 +163,7 @@ def _drawn(
 
 
 def patched() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
-    model = DiffusionModel("diffsight/shapes-clip")
+    model = _opened()
     pipeline = model.pipeline
     encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
     layers = encoder.encoder.layers
@@ -163,8 +190,7 @@ def patched() -> tuple[dict[str, Way], Callable[[Any, Any], float]]:
 
     def distance(result: Any, hand: Any) -> float:
         ours = [result.target_image, result.source_image, *(image for row in result.images for image in row)]
-        pairs = zip(ours, hand, strict=True)
-        return max(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max() for a, b in pairs)
+        return _furthest(ours, hand)
 
     settings = {"words": WORDS, "into": INTO, "progress": False, **SETTINGS}
     return {"bare": by_hand, "diffsight": lambda: encoder_patching(model, SOURCE, TARGET, **settings)}, distance
@@ -177,19 +203,23 @@ def _places(tokenizer: Any) -> list[int]:
 
 
 TASKS = {
-    "compare_encoders": (compared, f"{PROMPTS} prompts, CLIP and T5"),
-    "layer_fidelity": (fidelity, f"{SCENES} prompts, 13 layers, {STEPS} steps"),
-    "encoder_patching": (patched, f"2 words, 13 layers, {STEPS} steps"),
+    "compare_encoders": (partial(compared, FEW), f"{FEW} prompts, CLIP and T5"),
+    "compare_encoders, many": (partial(compared, MANY), f"{MANY} prompts, CLIP and T5"),
+    "diffusion_lens": (one_prompt, "13 layers"),
+    "layer_fidelity": (fidelity, f"{SCENES} prompts, 13 layers"),
+    "encoder_patching": (patched, "2 words, 13 layers"),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
+    SETTINGS["num_inference_steps"] = options.steps
     print("| | by hand | diffsight | share | noise | largest difference |\n| --- | --- | --- | --- | --- | --- |")
     for name in options.tasks:
         build, what = TASKS[name]
@@ -197,10 +227,8 @@ def main() -> None:
         far = distance(ways["diffsight"](), ways["bare"]())
         seconds, noise = interleaved(ways, options.rounds, of="diffsight")
         hand, ours = seconds["bare"], seconds["diffsight"]
-        print(
-            f"| `{name}`, {what} | {hand:.3f} s | {ours:.3f} s | {ours / hand:.2f} | {noise:.3f} s | {far:.1g} |",
-            flush=True,
-        )
+        figures = f"{hand:.3f} s | {ours:.3f} s | {ours / hand:.2f} | {noise:.3f} s | {far:.1g}"
+        print(f"| `{name.split(',')[0]}`, {what} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

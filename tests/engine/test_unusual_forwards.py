@@ -152,6 +152,29 @@ def test_the_forward_pass_of_a_class_is_replaced_in_the_body(monkeypatch, x, ahe
     assert torch.equal(second, expected) and torch.equal(third, expected * 3) and torch.equal(run.result, third)
 
 
+def sigmoid(monkeypatch, module):
+    monkeypatch.setattr(Twice, "forward", torch.sigmoid)  # not bound: it takes the input alone
+
+
+def static(monkeypatch, module):
+    monkeypatch.setattr(Twice, "forward", staticmethod(torch.tanh))
+
+
+def another_class(monkeypatch, module):
+    module.__class__ = nn.Tanh
+
+
+@pytest.mark.parametrize("replace", [sigmoid, static, another_class])
+def test_other_ways_to_replace_the_forward_pass_of_a_class(monkeypatch, x, replace):
+    net = nn.Sequential(nn.Linear(4, 4), Twice())
+    with torch.no_grad(), Model(net).trace(x) as run:
+        first = run[0].output
+        replace(monkeypatch, net[1])
+        second = run[1].output
+    assert torch.equal(second, net[1](first)) and not torch.equal(second, first * 2)
+    assert torch.equal(run.result, second)
+
+
 class ByProperty(nn.Module):
     forward = property(lambda self: torch.tanh)
 

@@ -249,6 +249,12 @@ def test_tables_that_have_no_prompts(here):
     Path("a.jsonl").write_text('{"prompt": "a"}\n{"x": 1}\n')
     with pytest.raises(InputError, match="object 2 has no key `prompt`: there are x"):
         read_prompts(Path("a.jsonl"))
+    for value in ('{"prompt": null}', '{"prompt": ["a"]}', "3"):
+        Path("a.jsonl").write_text(value)
+        with pytest.raises(InputError, match="the prompt of object 1 is not a text"):
+            read_prompts(Path("a.jsonl"))
+    Path("a.jsonl").write_text('{"prompt": "a\u2028b"}\n', encoding="utf-8")
+    assert read_prompts(Path("a.jsonl")) == ["a\u2028b"]  # the line separator of Unicode, as JSON has it
     Path("a.jsonl").write_text("{\n")
     with pytest.raises(InputError, match="object 1 of the prompts is not JSON"):
         read_prompts(Path("a.jsonl"))

@@ -203,6 +203,30 @@ def test_records_that_cannot_be_repeated(tmp_path, content, message, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (["arguments"], {}, r"missing a required argument: 'model'.* It may be damaged or of another version"),
+        (["arguments", "model"], {"$model": []}, "damaged: its argument model cannot be read"),
+        (["arguments", "model"], {"$dtype": "float99"}, "damaged: its argument model cannot be read"),
+        (["arguments", "new_option"], 1, "'new_option'"),
+        (["models", "model"], None, "does not say how model was loaded"),
+        (["models", "model", "kind"], "os", "model was a 'os', which cannot be loaded"),
+    ],
+    ids=str,
+)
+def test_damaged_records_and_those_of_other_versions(saved_models, tmp_path, place, value, message):
+    lens_results.make("logit_lens", saved_models).save(tmp_path)
+    record = json.loads((tmp_path / "lens.json").read_text())
+    inner = record["call"]
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    (tmp_path / "lens.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=message):
+        repeat(tmp_path)
+
+
 def test_a_model_that_is_gone(saved, saved_models):
     record = json.loads((saved / "lens.json").read_text())
     record["call"]["models"]["model"]["source"] = str(saved / "nothing")

@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from diffusers.models.attention_processor import AttnProcessor
+from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -159,6 +161,53 @@ def test_concepts(flux):
 def test_concepts_need_joint_attention(model):
     with pytest.raises(InputError, match=r'needs joint attention.*StableDiffusionPipeline.*method="cross"'):
         attention_maps(model, PROMPT, ["cat"], method="concept", **SHORT)
+
+
+class Cross(TorchFunctionMode):
+    """Keeps the probabilities of the last row of every attention from the image to the text, (heads, queries, 77)."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            q, k = args[:2] if args else (kwargs["query"], kwargs["key"])
+            if k.shape[-2] == 77 != q.shape[-2]:
+                scores = q[-1].float() @ k[-1].float().transpose(-1, -2)
+                self.kept.append(torch.softmax(scores / q.shape[-1] ** 0.5, -1))
+        return func(*args, **(kwargs or {}))
+
+
+def lora(pipe):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+
+
+SETTINGS = {
+    "LoRA": lora,
+    "IP-Adapter": diffusion.add_image_prompt,
+    "VAE slicing": lambda pipe: pipe.vae.enable_slicing(),
+    "VAE tiling": lambda pipe: pipe.vae.enable_tiling(),
+    "model offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "sequential offload": lambda pipe: cpu_offload(pipe.unet, torch.device("cpu"), offload_buffers=True),
+    "bfloat16": lambda pipe: pipe.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings_of_pipelines(setting, sd):
+    prepare, bare = SETTINGS[setting], diffusion.stable_diffusion()
+    given, same = prepare(sd), prepare(bare)
+    given, same = (one if isinstance(one, dict) else {} for one in (given, same))
+    result = attention_maps(DiffusionModel(sd), PROMPT, ["circle", "square"], seed=3, **given, **SHORT)
+    with Cross() as cross:
+        image = bare(PROMPT, generator=torch.Generator().manual_seed(3), **same, **SHORT).images[0]
+    maps = [enlarged(probs[..., [3, 7]].mean(0).T) for probs in cross.kept]
+    assert len(maps) == 8
+    assert torch.allclose(result.maps, torch.stack(maps).mean(0).clamp_min(0), atol=1e-3 if "16" in setting else 1e-5)
+    assert same_image(result.image, image)
 
 
 def latents_of(pipe):

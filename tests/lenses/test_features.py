@@ -92,6 +92,38 @@ def test_the_effect_of_features(sd, sae, change, amount):
     assert change == "scale" or not close_image(plain, expected)
 
 
+@pytest.mark.parametrize(("change", "amount"), [("scale", 3.0), ("set", 20.0), ("add", 30.0)])
+def test_the_effect_of_features_on_a_text(sae, change, amount, tmp_path):
+    net, prompt, tokens = language.gpt2(), language.PROMPTS[0], 4
+    model = language.model(net)
+    result = feature_effect(
+        model, sae, prompt, [7, 9], change=change, amounts=[1.5, amount], point="layers[1]", max_new_tokens=tokens,
+        progress=False,
+    )  # fmt: skip
+
+    def hook(module, args, output):
+        features = sae.encode(output)
+        after = features.clone()
+        part = features[..., [7, 9]]
+        after[..., [7, 9]] = {"scale": part * amount, "set": part * 0 + amount, "add": part + amount}[change]
+        return output + (after - features) @ sae.decoder
+
+    def written():
+        ids = language.ids(prompt)
+        found = net.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+        return model.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+
+    plain = written()
+    handle = net.transformer.h[1].register_forward_hook(hook)
+    expected = written()
+    handle.remove()
+    assert (result.texts[0], result.texts[2]) == (plain, expected) and result.images is None
+    assert change == "scale" or plain != expected
+    result.save(tmp_path)
+    assert json.loads((tmp_path / "lens.json").read_text())["texts"] == list(result.texts)
+    assert "writes texts" in refusal(result.grid)
+
+
 def test_features_of_a_concept(sd, sae):
     found = concept_features(DiffusionModel(sd), sae, PROMPTS[:1], PROMPTS[1:2], seed=SEED, **CALL)
     sums = [conditional_features(sd, sae, prompt, SEED).double().flatten(0, -2).sum(0) for prompt in PROMPTS[:2]]
@@ -139,6 +171,9 @@ def test_the_evaluation_of_a_language_model(sae):
     assert list(result.effect.values()) == pytest.approx(losses, abs=1e-3)
 
 
+NARROW, MID = SAE(16, 64), {**CALL, "point": "unet.mid_block"}
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -146,6 +181,10 @@ def test_the_evaluation_of_a_language_model(sae):
         (lambda model, sae: feature_effect(model, sae, "a", 1, change="times", **CALL), "change must be one of scale"),
         (lambda model, sae: feature_effect(model, sae, "a", 1, amounts=[], **CALL), "there are no amounts"),
         (lambda model, sae: top_examples(model, sae, [], 1), "there is no prompt"),
+        (lambda model, sae: top_examples(model, NARROW, ["a"], 1, **MID), "of width 16, but these have 32"),
+        (lambda model, sae: concept_features(model, NARROW, ["a"], ["b"], **MID), "of width 16, but these have 32"),
+        (lambda model, sae: evaluate_sae(model, NARROW, ["a"], **MID), "of width 16, but these have 32"),
+        (lambda model, sae: feature_effect(model, NARROW, "a", 1, **MID), "of width 16, but these have 32"),
         (lambda model, sae: concept_features(model, sae, "a red", ["b"]), "prompts must be Sequence[str], not 'a red'"),
         (lambda model, sae: evaluate_sae(model, sae, []), "a list of strings, or a list of scenes"),
         (lambda model, sae: evaluate_sae(model, None, ["a"]), "this is no SAE but NoneType"),

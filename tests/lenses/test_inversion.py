@@ -162,6 +162,8 @@ def test_what_cannot_be_inverted(sd):
     sd.scheduler = diffusers.EulerDiscreteScheduler.from_config(sd.scheduler.config)
     message = refusal(invert, model, IMAGE, PROMPT, **CALL)
     assert "EulerDiscreteScheduler has no inverse: choose one of DDIMScheduler" in message
-    sd.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(sd.scheduler.config)
+    sd.scheduler = diffusers.IPNDMScheduler()
+    assert "has the prediction type None" in refusal(invert, model, IMAGE, PROMPT, **CALL)
+    sd.scheduler = diffusers.DPMSolverMultistepScheduler()
     assert "no fixed-point iterations" in refusal(invert, model, IMAGE, PROMPT, fixed_point=1, **CALL)
     assert "takes no latents" in refusal(invert, DiffusionModel(diffusion.ddpm()), IMAGE, **{**CALL, "prompt": ""})

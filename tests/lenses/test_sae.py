@@ -262,14 +262,50 @@ def test_training_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(sae_trainer.SAETrainer, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_sae(None, "layers[0]", vectors, **call)
-    assert sorted(path.name for path in (tmp_path / "sae").iterdir()) == ["checkpoint.json", "checkpoint.safetensors"]
-    other = {**call, "settings": SAESettings(updates=21, batch_size=128)}
-    assert "a training run with other settings" in refusal(train_sae, None, "layers[0]", vectors, **other)
+    assert [path.name for path in (tmp_path / "sae").iterdir()] == ["checkpoint.safetensors"]
+    changes = {
+        "updates": {"settings": SAESettings(updates=21, batch_size=128)},
+        "k": {"k": K + 1},
+        "kind": {"kind": "batch_topk"},
+        "seed": {"seed": 1},
+        "sizes": {"features": FEATURES + 1},
+    }
+    for name, change in changes.items():
+        message = refusal(train_sae, None, "layers[0]", vectors, **call | change)
+        assert f"a training run with other {name}: use the same" in message
+    assert "with other point" in refusal(train_sae, None, "layers[1]", vectors, **call)
+    assert "with other data" in refusal(train_sae, None, "layers[0]", vectors[1:], **call)
     train_sae(None, "layers[0]", vectors, **call)
     assert made == [*range(12), *range(11, 20)]
     names = {path.name for path in (tmp_path / "sae").iterdir()}
     assert names == {"cfg.json", "sae_weights.safetensors", "training.json", "curve.png"}
     assert len(json.loads((tmp_path / "sae" / "training.json").read_text())["curve"]) == 20
+    (tmp_path / "sae" / "checkpoint.safetensors").write_bytes(b"half")
+    assert "is no checkpoint, or damaged" in refusal(train_sae, None, "layers[0]", vectors, **call)
+
+
+def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path, monkeypatch):
+    """With a buffer that is filled again for each batch, the checkpoint holds all of the state."""
+    from diffsight.lenses.features import sae_trainer
+
+    vectors, _ = sparse_vectors(512)
+    call = {"features": FEATURES, "k": K, "settings": SAESettings(updates=8, batch_size=512), "progress": False}
+    whole = train_sae(None, "layers[0]", vectors, buffer=1, **call)
+    monkeypatch.setattr(sae_trainer, "_CHECKPOINT_SECONDS", 0)
+    update = sae_trainer.SAETrainer.update
+
+    def interrupted(self, x):
+        if self.done == 5:
+            raise KeyboardInterrupt
+        return update(self, x)
+
+    monkeypatch.setattr(sae_trainer.SAETrainer, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(None, "layers[0]", vectors, buffer=1, folder=tmp_path / "sae", **call)
+    monkeypatch.setattr(sae_trainer.SAETrainer, "update", update)
+    resumed = train_sae(None, "layers[0]", vectors, buffer=1, folder=tmp_path / "sae", **call)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value)
 
 
 @pytest.mark.parametrize("point", ["unet.mid_block", "text_encoder.layers[1]"])

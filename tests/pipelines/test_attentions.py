@@ -1,20 +1,29 @@
 """What attends to what in the denoisers of diffusion pipelines, as the code of diffusers lays it out."""
 
+import functools
 import weakref
 
 import pytest
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
 from diffsight.pipelines.diffusion.attention import find_attentions
 from helpers import SEED, footprint
 from models import diffusion, text_encoders
+from models.denoisers import DENOISERS
 
 
 def consecutive(count, start=0):
     """Return the keys of tokens that stand side by side."""
     return tuple(range(start, start + count))
+
+
+def padded(keys, length):
+    """Return keys of tokens, and None for the padding after them."""
+    return (*keys, *[None] * (length - len(keys)))
 
 
 CLIP, T5 = consecutive(77), consecutive(16)
@@ -36,6 +45,7 @@ XL = [SELF, cross((16, 16), **TWO), *2 * [SMALL_SELF, cross((8, 8), **TWO)], *2 
 SD3 = {name: consecutive(77, 64) for name in TWO} | {"text_encoder_3": consecutive(16, 64 + 77)}
 QWEN = (*[None] * 34, *consecutive(193))  # the tokens of the instruction are cut off
 KANDINSKY = (*[None] * 40, *consecutive(191))
+HUNYUAN = {"text_encoder": padded(consecutive(9), 77), "text_encoder_2": padded(consecutive(8, 77), 256)}
 LINEAR = ("none", None, {})
 
 # Kind, grid, and the keys of each encoder's tokens, in the order of the calls.
@@ -64,13 +74,37 @@ EXPECTED = {
     "ltx": 2 * [("self", (2, 4, 4), {}), cross((2, 4, 4), text_encoder=T5)],
     "deepfloyd_if": [*4 * [joint((16, 16), text_encoder=CLIP)], LINEAR],  # the last pools the text
     "ddpm": 4 * [SELF],
+    "chroma": 2 * [joint((8, 8), text_encoder=T5)],
+    # The padding is zero, and learned tokens come first.
+    "aura_flow": 2 * [joint((8, 8), text_encoder=padded(consecutive(8, 8), 16))],
+    "lumina2": [
+        ("text", None, {"text_encoder": padded(consecutive(26), 128)}),  # with the words that are put before the prompt
+        ("self", (2, 2), {}),
+        joint((2, 2), text_encoder=padded(consecutive(26), 128)),
+    ],
+    "hunyuan_dit": [
+        ("text", None, {}),  # pools the text
+        *2 * [("self", (4, 4), {}), cross((4, 4), **HUNYUAN)],
+    ],
+    "kandinsky_decoder": 4 * [("self", (16, 16), {})],  # its other keys are those of an embedding of an image
+    "hunyuan_video": [
+        ("text", None, {"text_encoder": (*[None] * 8, *consecutive(11, 5))}),  # a template and padding come first
+        *2 * [joint((3, 4, 4), text_encoder=(*[None] * 8, *consecutive(11, 53)))],
+    ],
 }
 
 
 def small(name):
     if name in diffusion.PIPELINES:
         return diffusion.PIPELINES[name].build(), diffusion.PIPELINES[name].inputs()
+    if name in DENOISERS:
+        return built(name), DENOISERS[name].inputs()
     return text_encoders.built(name), text_encoders.TEXT_PIPELINES[name].inputs()
+
+
+@functools.cache
+def built(name):
+    return DENOISERS[name].build()
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -83,6 +117,51 @@ def test_what_attends_to_what(name):
         if one.kind == "joint":
             taken = {key for keys in one.text.values() for key in keys if key is not None}
             assert taken.isdisjoint(one.image_keys) and len(one.image_keys) == len(one.image)
+
+
+class PlainProducts(TorchFunctionMode):
+    """Keeps the softmax of q and k of every fused kernel in the first call of a denoiser."""
+
+    def __init__(self, denoiser):
+        super().__init__()
+        self.kept, self.calls = [], 0
+        denoiser.register_forward_pre_hook(self.count)
+
+    def count(self, module, args):
+        self.calls += 1
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention and self.calls == 1:
+            self.kept.append(self.probabilities(*args, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+    def probabilities(self, query, key, value, attn_mask=None, scale=None, **rest):
+        assert not rest.get("is_causal")
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype is torch.bool else scores + attn_mask
+        return torch.nan_to_num(scores.softmax(-1))  # a query without keys attends to nothing
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_probabilities_of_every_module(name):
+    pipe, inputs = small(name)
+    model, kept = DiffusionModel(pipe), []
+    found = [one for one in find_attentions(model, **inputs).values() if not one.path.endswith("pooler")]
+    with model.generate(**inputs, seed=SEED) as run:
+        for attention in found:
+            kept.append(run[attention.path].attention_probs)
+        run.stop()
+    pipe = DENOISERS[name].build()
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    with torch.no_grad(), PlainProducts(denoiser) as plain:
+        pipe(**inputs, generator=torch.Generator().manual_seed(SEED))
+    plain.kept = [probs for probs in plain.kept if probs.ndim == 4]
+    assert len(kept) == len(plain.kept) == len(found)
+    for attention, probs, expected in zip(found, kept, plain.kept):
+        assert probs.shape[1:] == (attention.heads, attention.queries, attention.keys)
+        assert torch.allclose(probs, expected, atol=1e-5)
 
 
 def test_positions_that_are_not_square():

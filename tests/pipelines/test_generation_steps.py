@@ -9,6 +9,7 @@ import transformers
 
 from diffsight import HFPipeline, LanguageModel
 from diffsight.errors import InputError, NeverReachedError, OutOfOrderError, RunClosedError
+from helpers import not_called
 from models.building import build
 from models.language_kinds import SIZE, TOKENIZER, ids, llama, t5
 
@@ -244,3 +245,29 @@ def test_errors_say_after_how_many_tokens_generation_ended(stops, told):
     with pytest.raises(NeverReachedError, match=rf"The model ran without them, and ended {told}"):
         with model.generate(PROMPT, **options) as run:
             run.layers[0].calls[5].output = torch.zeros(1)
+
+
+def test_steps_that_the_run_does_not_have_are_refused_before_the_model_is_called():
+    net = llama()
+    few = r"run.steps\[50:\] has no steps: the run has 3, 0 to 2"
+    with not_called(net), pytest.raises(InputError, match=few):
+        with LanguageModel(net, TOKENIZER).generate(PROMPT, max_new_tokens=3) as run:
+            for _ in run.steps[50:60]:
+                pass
+    with LanguageModel(net, TOKENIZER).generate(PROMPT, max_new_tokens=3, min_new_tokens=3) as run:
+        assert [step.index for step in run.steps[1:60]] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"max_new_tokens": "3"}, "max_new_tokens must be a whole number, not '3'"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, not 2.5"),
+        ({"num_beams": 0}, "num_beams must be 1 or more, not 0"),
+        ({"num_beams": [2]}, r"num_beams must be a whole number, not \[2\]"),
+        ({"temperature": "x", "do_sample": True}, "temperature must be a number, not 'x'"),
+    ],
+)
+def test_numbers_that_generation_cannot_take(given, told):
+    with pytest.raises(InputError, match=told):
+        LanguageModel(llama(), TOKENIZER).generate(PROMPT, **given)

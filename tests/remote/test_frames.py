@@ -34,6 +34,19 @@ def test_tensors(dtype):
         assert found.dtype == dtype and found.shape == tensor.shape and torch.equal(found, tensor)
 
 
+def test_the_layout_in_memory_is_kept():
+    image = torch.randn(2, 3, 4, 5)
+    last, odd = image.to(memory_format=torch.channels_last), image[:1].as_strided((1, 3, 4), (7, 1, 3))
+    for tensor in (last, last[1:], image.permute(3, 1, 0, 2), odd, image, image[1].half().mT):
+        found = sent(tensor)
+        assert torch.equal(found, tensor) and found.stride() == tensor.stride() and found.dtype == tensor.dtype
+    for tensor in (image[..., ::2].mT, torch.ones(3, 1).expand(3, 4), image[:0].mT):  # with gaps, or several times
+        assert torch.equal(sent(tensor), tensor)
+    for shape, stride in ([[2, 3], [3, 2]], [[6], [2]], [[7], [1]], [[6], [-1]], [[6, 1], [1]], [["6"], [1]]):
+        with pytest.raises(ProtocolError):
+            ValueDecoder({"0": torch.zeros(6)}).decode({"$tensor": "0", "layout": [shape, stride]})
+
+
 def test_the_format_is_that_of_safetensors():
     tensors = {"0": torch.randn(2, 3), "1": torch.arange(5)}
     assert same(load(pack({"value": 1}, tensors)), tensors)

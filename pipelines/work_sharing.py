@@ -1,15 +1,20 @@
-"""Processes that share a sweep or a study: this one alone, or all that `accelerate launch` or `torchrun` has started.
+"""Processes that share work, such as a sweep or a training: this one alone, or all that a launcher, `accelerate launch`
+or `torchrun`, has started.
 
 processes = Processes()
 for item in processes.share(missing):       # every process gets its own part
     ...
 processes.wait()                            # until all are here
+processes.average([weight.grad])            # in place, over all processes
 """
 
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 from diffsight.errors import InputError
 
@@ -61,3 +66,32 @@ class Processes:
             from torch import distributed
 
             distributed.barrier()
+
+    def average(self, tensors: "Sequence[torch.Tensor]") -> None:
+        """Replace tensors, such as gradients, by their means over all processes."""
+        if self.count > 1:
+            import torch
+            from torch import distributed
+
+            joined = torch.cat([tensor.flatten() for tensor in tensors])
+            distributed.all_reduce(joined)
+            for tensor, part in zip(tensors, joined.div_(self.count).split([tensor.numel() for tensor in tensors])):
+                tensor.copy_(part.view_as(tensor))
+
+    def any(self, mask: "torch.Tensor") -> "torch.Tensor":
+        """Return where a mask is true in any process."""
+        if self.count == 1:
+            return mask
+        from torch import distributed
+
+        counts = mask.int()
+        distributed.all_reduce(counts, distributed.ReduceOp.MAX)
+        return counts.bool()
+
+    def copy_from_main(self, tensors: "Sequence[torch.Tensor]") -> None:
+        """Replace tensors by those of the main process."""
+        if self.count > 1:
+            from torch import distributed
+
+            for tensor in tensors:
+                distributed.broadcast(tensor, 0)

@@ -1,0 +1,90 @@
+"""Compare the training of an SAE on stored activations with SAELens's trainer, and its memory on long data.
+
+    SAELENS_PYTHON=/path/to/bin/python OMP_NUM_THREADS=1 python tests/benchmarks/sae_training.py --rounds 5
+
+SAELens is in an environment of its own, so each training is a process of its own; both take turns, on the same vectors,
+sizes, batches and one thread. The medians of processor time of the training alone are printed. Without
+SAELENS_PYTHON, only the memory is measured.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+WIDTH, FEATURES, K, BATCH, UPDATES = 128, 2048, 16, 1024, 50
+
+_DATA = """
+import json, sys, time, torch
+width, features, k, batch, updates = map(int, sys.argv[1:])
+torch.set_num_threads(1)
+torch.manual_seed(0)
+basis = torch.nn.functional.normalize(torch.randn(512, width), dim=-1)
+active = (torch.rand(updates * batch, 512) < 0.02) * torch.rand(updates * batch, 512)
+vectors = active @ basis
+"""
+
+OURS = """
+from diffsight import train_sae
+from diffsight.lenses import SAESettings
+settings = SAESettings(updates=updates, batch_size=batch)
+start = time.process_time()
+train_sae(None, "layers[0]", vectors, features=features, k=k, settings=settings, progress=False)
+print(json.dumps(time.process_time() - start))
+"""
+
+THEIRS = """
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
+config = SAETrainerConfig(total_training_samples=updates * batch, train_batch_size_samples=batch, lr=1e-3, lr_end=1e-3,
+                          logger=LoggingConfig(log_to_wandb=False))
+sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=width, d_sae=features, k=k))
+start = time.process_time()
+order = torch.randperm(len(vectors))
+SAETrainer(cfg=config, sae=sae, data_provider=(vectors[part] for part in order.split(batch))).fit()
+print(json.dumps(time.process_time() - start))
+"""
+
+MEMORY = """
+import resource
+from diffsight import LanguageModel, train_sae
+from diffsight.lenses import SAESettings
+import transformers
+sys.path[:0] = ["tests"]
+from models import language
+prompts = [f"the red circle {number} above a blue square" for number in range(updates)]
+model = language.model(language.gpt2())
+settings = SAESettings(updates=200, batch_size=256)
+train_sae(model, "layers[1]", prompts, features=256, k=8, settings=settings, buffer=4096, progress=False)
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+"""
+
+
+def measured(python: str, code: str, count: int) -> float:
+    """Return what a process of its own prints: processor seconds, or megabytes."""
+    sizes = map(str, (WIDTH, FEATURES, K, BATCH, count))
+    run = subprocess.run([python, "-c", code, *sizes], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds, theirs = parser.parse_args().rounds, os.environ.get("SAELENS_PYTHON")
+    if theirs:
+        pairs = [
+            (measured(sys.executable, _DATA + OURS, UPDATES), measured(theirs, _DATA + THEIRS, UPDATES))
+            for _ in range(rounds)
+        ]
+        own, other = (statistics.median(times) for times in zip(*pairs))
+        print(f"{UPDATES} updates: diffsight {own:.2f} s, SAELens {other:.2f} s, {own / other:.2f} times")
+    for count in (2_000, 200_000):
+        code = _DATA.split("torch.manual_seed")[0] + MEMORY
+        print(f"{count} prompts: peak memory {measured(sys.executable, code, count):.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
