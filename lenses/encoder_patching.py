@@ -200,8 +200,8 @@ def encoder_patching(
 
     The images, and those of both prompts without patching, are rows of one call of the pipeline, or of several calls
     with `batch_size` rows each. If a pipeline cannot draw them together, each image gets a call of its own, with a
-    LensWarning. An image from a batch equals that of a call of its own up to rounding, at most 2 of 255 per pixel.
-    It is equal bit for bit only with `batch_size=1`.
+    LensWarning. An image from a batch equals that of a call of its own up to rounding, at most 2 of 255 per pixel. It
+    is equal bit for bit only with `batch_size=1`.
 
     Args:
         model: The pipeline.
