@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import check_one_image
+from diffsight.lenses.denoising.clean_prediction import prediction_type
 from diffsight.lenses.denoising.image_encoding import check_can_encode, check_image, encode_image
 from diffsight.lenses.denoising.inverse_schedulers import inverse_of
-from diffsight.lenses.denoising.scheduler_calls import prediction_type
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import difference_image, step_curves
 from diffsight.lenses.results.figure import write_figure

@@ -29,8 +29,8 @@ def opened():
 @pytest.fixture(scope="module")
 def address(browser, saved_models, opened):
     pytest.importorskip("gradio", reason="Gradio is not installed (the extra `app`)")
-    from diffsight.gallery.explorer import build_app, start_app
-    from diffsight.gallery.explorer_views import workbench
+    from diffsight.gallery.explorer import workbench
+    from diffsight.gallery.explorer.explore import build_app, start_app
 
     def open_model(name):
         assert name not in opened  # once, for all visitors

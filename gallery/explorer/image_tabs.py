@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from diffsight.gallery.explorer_views.shared_models import (
+from diffsight.gallery.explorer.workbench import (
     Workbench,
     archive_of,
     code_of,
@@ -106,7 +106,7 @@ VIEWS = [
 ]
 
 
-def add_image_views(bench: Workbench) -> None:
+def add_image_tabs(bench: Workbench) -> None:
     """Add the views to the app, with what they all ask for above them."""
     with gr.Row():
         prompt = gr.Textbox(PROMPT, label="Prompt", scale=3, min_width=300)
