@@ -257,8 +257,8 @@ def attention_maps(
             from 0 to 1. At every step the denoiser is shown the image with the noise of this step, so `steps` chooses
             how noisy it is. A pipeline that takes an image itself gets it as its own argument.
         seed: The seed of the image, or of the noise that is added to it.
-        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
-            steps, see [inversion](../lenses/inversion.md).
+        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline, or of `generate`.
 
     Returns:
@@ -379,8 +379,8 @@ def attention_from(
         steps: Which denoising steps. Default: all.
         keep: Keep the maps of "steps", "layers" or "heads" apart too.
         seed: The seed of the image.
-        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
-            steps, see [inversion](../lenses/inversion.md).
+        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:

@@ -98,7 +98,7 @@ class Inversion(LensResult):
         return [[_psnr(part.mean()) for part in np.array_split(band, columns, axis=1)] for band in bands]
 
     def draw_to_image(self, run: DiffusionRun) -> None:
-        """Draw the path of a run to the image, as strongly as `eta` says. An edit for `model.edit`."""
+        """Pull the path of a run towards the image, with the strength `eta`. An edit for `model.edit`."""
         _draw_to(run, self.latents[:1], self.eta)
 
     def grid(self) -> Image.Image:
@@ -179,12 +179,13 @@ def invert(
             scheduler.
         image: A PIL image in mode RGB, or a float tensor (3, height, width) from 0 to 1.
         prompt: What the image shows. An empty prompt inverts without a description.
-        guidance_scale: The guidance, in both directions. Inversion is most accurate without, which is 1.
+        guidance_scale: The guidance, in both directions. Inversion is most accurate without guidance, which is 1.
         fixed_point: The number of fixed-point iterations in each step. More of them make the reconstruction more
             accurate; each costs a call of the denoiser. Not for DPM-Solver++.
-        gamma: For a rectified flow: how strongly the path is drawn to noise of `seed`, from 0 to 1 (Rout et al.,
+        gamma: For a rectified flow: how strongly the path is pulled towards noise of `seed`, from 0 to 1 (Rout et al.,
             equation 8). The noise is then more typical, and the reconstruction less accurate.
-        eta: For a rectified flow: how strongly the reconstruction is drawn to the image, from 0 to 1 (equation 15).
+        eta: For a rectified flow: how strongly the reconstruction is pulled towards the image, from 0 to 1 (equation
+            15).
         seed: The seed of the pipeline and of the noise.
         progress: Whether to show a progress bar.
         arguments: Further arguments of the pipeline, such as `num_inference_steps`.

@@ -69,7 +69,7 @@ class OpenRuns:
         of a copy. Inside an edit, it is the edit's own run, unless the edit has opened another."""
         edit = current_edit()
         runs = [run for run in self.open() if run.thread == THIS_THREAD.number and run.opened_in is edit]
-        if any(run.task is not None for run in runs):  # none of another task
+        if any(run.task is not None for run in runs):  # leave out those that another task has opened
             here = [known() for known in _here.get()]
             now = _current_task()
             runs = [run for run in runs if run in here or _is_task_of(run, now)]

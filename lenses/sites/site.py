@@ -100,10 +100,10 @@ class Site:
         return self.tensor(getattr(self._points(handle, call), self.value))
 
     def tensor(self, whole: Any) -> torch.Tensor:
-        """Return the tensor in all that the module takes or returns at the point, such as a tuple.
+        """Return the tensor of the site from the value at the point, which may be a tuple.
 
         Raises:
-            InputError: It has several tensors of a kind, and the point does not say which.
+            InputError: It holds several tensors of the same kind, and the point does not say which.
         """
         return tensor_of(whole, self.path, self.item)
 
