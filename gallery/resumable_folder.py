@@ -1,8 +1,8 @@
 """The folder of a sweep or a study, which can be continued: its settings, a folder for each result, the gallery of all.
 
 `study.json` has the settings. A study that is started again makes what is missing; one with other settings is refused,
-so that a folder never mixes two. A result is written to a temporary folder and then renamed, so a folder of a
-result that exists is always complete.
+so that a folder never mixes two. A result is written to a temporary folder and then renamed, so once the folder of a
+result exists, it is complete.
 """
 
 import json

@@ -25,7 +25,7 @@ from diffsight.gallery.gallery_index import PAGE
 from diffsight.gallery.resumable_folder import ResumableFolder, place_name
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.saving import expanded, save_files
-from diffsight.pipelines.work_sharing import Processes
+from diffsight.lenses.work_sharing import Processes
 
 
 def sweep(function: Callable[..., Any], items: Iterable[Any], folder: str | Path) -> Path:
@@ -92,7 +92,7 @@ def fill(folder: ResumableFolder, places: Sequence[Path], make: Callable[[Path, 
 
 
 def _checked(items: Iterable[Any]) -> list[Any]:
-    """Return the items, each as JSON can hold it. A text in place of the items would be taken apart into letters."""
+    """Return the items, each as JSON can hold it. A string in place of the items would be split into its letters."""
     if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Iterable):
         raise InputError(f"items must be a list or another iterable, not {items!r:.60}")
     listed, seen = list(items), set()

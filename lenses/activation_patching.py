@@ -40,7 +40,7 @@ from diffsight.lenses.patching.generation_sweep import GenerationSweep, generate
 from diffsight.lenses.patching.language_pair import run_side
 from diffsight.lenses.patching.language_pairs import LanguagePairs
 from diffsight.lenses.patching.language_sweep import LanguageSweep
-from diffsight.lenses.patching.request import PatchingRequest
+from diffsight.lenses.patching.patching_request import PatchingRequest
 from diffsight.lenses.patching.sweep_checks import check_omitted, check_rows
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.site_effects import SiteEffects

@@ -99,7 +99,7 @@ class Inversion(LensResult):
 
     def draw_to_image(self, run: DiffusionRun) -> None:
         """Pull the path of a run towards the image, with the strength `eta`. An edit for `model.edit`."""
-        _draw_to(run, self.latents[:1], self.eta)
+        _pull_towards(run, self.latents[:1], self.eta)
 
     def grid(self) -> Image.Image:
         """Return the image, the image after the autoencoder, the reconstruction, and the difference between
@@ -110,7 +110,7 @@ class Inversion(LensResult):
         return image_grid(images, columns=4, titles=["image", *decibels, "difference"])
 
     def plot(self) -> Figure:
-        """Plot the root mean square of the latents by step, which is that of noise in the end."""
+        """Plot the root mean square of the latents by step; in the end it is that of noise."""
         norms = self._norms()
         return step_curves({"latents": norms}, range(len(norms)), "root mean square of the latents", self.scheduler)
 
@@ -179,7 +179,7 @@ def invert(
             scheduler.
         image: A PIL image in mode RGB, or a float tensor (3, height, width) from 0 to 1.
         prompt: What the image shows. An empty prompt inverts without a description.
-        guidance_scale: The guidance, in both directions. Inversion is most accurate without guidance, which is 1.
+        guidance_scale: The guidance, in both directions. Inversion is most accurate without guidance, that is, at 1.
         fixed_point: The number of fixed-point iterations in each step. More of them make the reconstruction more
             accurate; each costs a call of the denoiser. Not for DPM-Solver++.
         gamma: For a rectified flow: how strongly the path is pulled towards noise of `seed`, from 0 to 1 (Rout et al.,
@@ -216,7 +216,7 @@ def invert(
         with progress_bar(inverse, desc="inversion", disable=not progress):
             latents = _invert(DiffusionModel(inverse), start, call, fixed_point + 1, gamma)
         call["latents"] = latents[-1:]
-        drawing = model if not eta else model.edit(partial(_draw_to, image=start, eta=eta))
+        drawing = model if not eta else model.edit(partial(_pull_towards, image=start, eta=eta))
         reconstruction = drawing.generate(**call).images[0]
     return Inversion(
         image=image,
@@ -250,8 +250,8 @@ def _invert(
     return torch.cat([latents.float() for latents in found])
 
 
-def _draw_to(run: DiffusionRun, image: torch.Tensor, eta: float) -> None:
-    """Draw the path of a rectified flow to the latents of an image."""
+def _pull_towards(run: DiffusionRun, image: torch.Tensor, eta: float) -> None:
+    """Pull the path of a rectified flow towards the latents of an image."""
     for _ in run.steps:
         output, time, sample = _given(run)
         from_image = (sample - image.to(sample)) / time

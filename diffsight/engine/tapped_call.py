@@ -319,7 +319,7 @@ class Tap:
         self.pending.setdefault(key, []).append(assignment)
 
     def add_skip(self, index: int, skip: Assignment) -> None:
-        """Skip a call, in place of what was to skip it so far."""
+        """Skip a call, replacing any earlier request to skip it."""
         self.skips = self.skips or {}
         self.skips[index] = skip
 

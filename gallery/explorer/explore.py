@@ -17,7 +17,7 @@ try:
 
     from diffsight.gallery.explorer.image_tabs import add_image_tabs
     from diffsight.gallery.explorer.language_tabs import add_language_tabs
-    from diffsight.gallery.explorer.workbench import Workbench
+    from diffsight.gallery.explorer.shared_models import Workbench
 except ModuleNotFoundError as error:
     if error.name != "gradio":
         raise

@@ -1,4 +1,4 @@
-"""A site: a point of a model, and the head in it that is meant, if it is one.
+"""A site: a point of a model, and the head in it, if only one head is meant.
 
     site = Site("layers[3].self_attn.heads_output", layer=3, head=2)
     value = site.read(run)                      # (batch, tokens, heads, features)
