@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from diffsight import train_sae
 from diffsight.lenses import SAE, SAESettings
 from diffsight.lenses.features.sae_trainer import geometric_median
-from diffsight.pipelines.processes import Processes
+from diffsight.lenses.work_sharing import Processes
 from helpers import refusal
 
 WIDTH, FEATURES, K, BATCH, UPDATES = 16, 32, 4, 64, 6
