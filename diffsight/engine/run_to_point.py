@@ -408,7 +408,7 @@ class Flow(RunEnd):
         other bodies: each keeps its own order."""
         point = tap.points.get(key)
         if point is None and key[0] == INPUTS and tap.given is not None and self._is_at(tap, (OUTPUT, key[1])):
-            if tap.given_changed:
+            if tap.has_changed_given():
                 raise order.changed_by_its_call(asked)
             return Point(tap, key, tap.given, scope.in_step)
         if not self.bodies.edits:
@@ -429,20 +429,20 @@ class Flow(RunEnd):
             if order.has_passed(tap, key, scope, step) and not order.is_ahead(tap, key, scope):
                 raise order.too_late(asked, "asked for", self.where)
             guard = order.guard_of(tap, scope, step)
-        waits = [(tap, key)]
+        end = None  # of the call within which the point passes, if it does at all
         if guard is not None:
-            waits.append((guard[0], (OUTPUT, guard[1])))
-        elif not tap.is_module and asked.target.is_value:  # it passes before the call ends, or not at all
-            waits.append((self.taps[asked.target.outer.key], (OUTPUT, key[1])))
-        in_step = scope.in_step
+            end = guard[0], (OUTPUT, guard[1])
+        elif not tap.is_module and asked.target.is_value:
+            end = self.taps[asked.target.outer.key], (OUTPUT, key[1])
+        in_step, point = scope.in_step, None
+        waits = ((tap, key),) if end is None else ((tap, key), end)
         for other, other_key in waits:
             other.awaited.setdefault(other_key, []).append(in_step)
-        point = None
         try:
             while self.outcome is None and not (in_step and self.clock.index > scope.step):
                 # The body that opened the run moves the model; others sleep until it is where they wait.
                 point = self._resume() if scope is self._scope else current().wait(waits)
-                if point is not None and (point.tap, point.key) in waits:
+                if point is not None and ((point.tap is tap and point.key == key) or (point.tap, point.key) == end):
                     break
                 point = None
         finally:

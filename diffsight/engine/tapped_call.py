@@ -91,7 +91,7 @@ class Tap:
         "children_counted",
         "entered",  # number of calls begun so far, as far as the run has seen
         "given",  # the inputs of the call at whose output the model stands
-        "given_changed",  # whether the call has changed one of these in place
+        "given_versions",  # how often each of these had been changed in place when the call began, if it is asked
         "hooks",  # what else the run has put on the module
         "host",
         "inside",  # whether a compiled module runs uncompiled
@@ -122,7 +122,7 @@ class Tap:
         self.skips: dict[int, Assignment] = _NONE
         self.border: Callable[[Callable, tuple, dict], Any] | None = None
         self.given: tuple[tuple, dict] | None = None
-        self.given_changed = False
+        self.given_versions: list[int] | None = None
         self.is_module = target.name == FORWARD
         self.begun = self.children_counted = self.inside = self.takes_inputs = False
         self.watched = target.outer is None or target.key in host.clock.watched
@@ -143,11 +143,9 @@ class Tap:
             return self.leave(skip.value, (args, kwargs))
         if self.inside:
             function = self.target.uncompiled()
-        before = versions = None
+        versions = None
         if self.awaited and (OUTPUT, index) in self.awaited:
-            values = (*args, *kwargs.values()) if kwargs else args
-            versions = _versions_in_modes if _len_torch_function_stack() else _versions
-            before = versions(values)
+            versions = _versions(args, kwargs)
         # PyTorch also looks for them before the call.
         has_hooks = bool(self.is_module and (self.target.owner._forward_hooks or _global_forward_hooks))
         try:
@@ -155,7 +153,7 @@ class Tap:
         except BaseException:
             self.active.remove(index)
             raise
-        self.given_changed = versions is not None and before != versions(values)
+        self.given_versions = versions
         return self.leave(output, (args, kwargs), has_hooks)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -191,6 +189,13 @@ class Tap:
         if self.watched:
             self.host.end_call(self, output)
         return output
+
+    def has_changed_given(self) -> bool:
+        """Whether the call at whose output the model stands has changed one of its inputs in place."""
+        if self.given_versions is not None and self.given_versions != _versions(*self.given):
+            return True
+        self.given_versions = None  # what changes them from here on is the body
+        return False
 
     def _has_hooks(self) -> bool:
         """Whether others have put forward hooks on the module that run outside `call`."""
@@ -382,13 +387,15 @@ class LearningTap(Tap):
         return super().enter(args, kwargs)
 
 
-def _versions_in_modes(values: tuple) -> list[int]:
-    with DisableTorchFunction():  # function modes of the user's must not see this
-        return _versions(values)
-
-
-def _versions(values: tuple) -> list[int]:
+def _versions(args: tuple, kwargs: dict) -> list[int]:
     """Return how often each of the tensors among the arguments of a call was changed in place."""
+    if _len_torch_function_stack():
+        with DisableTorchFunction():  # function modes of the user's must not see this
+            return _versions_of((*args, *kwargs.values()))
+    return _versions_of((*args, *kwargs.values()) if kwargs else args)
+
+
+def _versions_of(values: tuple) -> list[int]:
     versions = []
     for value in values:
         if (type(value) is Tensor or type(value) is Parameter) and not value.is_inference():

@@ -6,7 +6,7 @@ order in which they were made; then the functions; then the body that opened the
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
@@ -37,12 +37,12 @@ class Body(Coroutine):
         super().__init__(function, None, state)
         self.flow = flow
         self.scope = Scope()
-        self.waits: list[tuple[Tap, PointKey]] = []
+        self.waits: Sequence[tuple[Tap, PointKey]] = ()
         self.point: Point | None = None  # what it was woken for; None if its wait is over
         self.call: InnerCall | None = None  # what it wants the model's coroutine to call
         self.asks = False  # whether it sleeps until that call is made
 
-    def wait(self, waits: list[tuple[Tap, PointKey]]) -> Point | None:
+    def wait(self, waits: Sequence[tuple[Tap, PointKey]]) -> Point | None:
         """Sleep until the model is at one of the points, or the wait is over. Called from the body."""
         self.waits, self.point = waits, None
         self.park(None)
