@@ -16,8 +16,11 @@
 Errors of the model itself, and errors in your own code inside a run, are raised unchanged.
 """
 
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
+from types import FrameType
 
 
 class DiffsightError(Exception):
@@ -83,3 +86,17 @@ def suggest_packaged(name: str, packaged: Iterable[str]) -> str:
     short = {known.split("/")[-1]: known for known in packaged}
     near = get_close_matches(name.split("/")[-1], short, n=1, cutoff=0.6)
     return f" (did you mean {short[near[0]]!r}?)" if near else ""
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the user's code that called into diffsight."""
+    _, depth = users_frame()
+    warnings.warn(message, category, stacklevel=depth + 1)
+
+
+def users_frame() -> tuple[FrameType, int]:
+    """Return the innermost frame outside diffsight, and how far it is from the function that asks."""
+    frame, depth = sys._getframe(1), 0
+    while frame.f_back is not None and (frame.f_globals.get("__package__") or "").split(".")[0] == "diffsight":
+        frame, depth = frame.f_back, depth + 1
+    return frame, depth

@@ -175,7 +175,7 @@ class Model(Envoy):
                 run.layers[2].output[:] = 0
 
         Edits stack: those of a copy come after those that the model had. In the block, `edited` and `model` are the
-        run at hand (`for step in edited.steps:`). Other names are those of the place where the block is written, see
+        current run (`for step in edited.steps:`). All other names are looked up where the block is written, see
         `engine.capture`. A point that the run never reaches ends the edit silently.
 
         Args:

@@ -22,7 +22,7 @@ from diffsight.engine.run_end import STOPPED
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.target import Target
 from diffsight.engine.threads import THIS_THREAD
-from diffsight.engine.users_line import end_at_users_line, from_the_asking_line, is_from_edit, warn_user
+from diffsight.engine.users_line import end_at_users_line, from_the_asking_line, is_from_edit
 from diffsight.envoy import (
     Envoy,
     InRun,
@@ -37,7 +37,7 @@ from diffsight.envoy import (
     target_of,
     tree_of,
 )
-from diffsight.errors import DiffsightError, InputError, PointNotFoundError, ScanError
+from diffsight.errors import DiffsightError, InputError, PointNotFoundError, ScanError, warn_user
 from diffsight.recorded_values import Record, find_points, record
 from diffsight.rows import Row, call_body, each, make_rows
 from diffsight.steps import Step, Steps

@@ -28,7 +28,6 @@ suppress_warnings = ["misc.highlighting_failure"]  # `…` stands for what is le
 default_role = "code"  # docstrings write `name` for code, as Markdown does
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False

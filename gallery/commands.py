@@ -63,7 +63,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _explore(options: argparse.Namespace) -> int:
-    from diffsight.gallery.explorer import explore
+    from diffsight.gallery.explorer.explore import explore
 
     explore(options.model, options.language_model, host=options.host, port=options.port)
     return 0

@@ -331,7 +331,7 @@ def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example
         return
     from diffsight.gallery.prompt_files import read_prompts
     from diffsight.gallery.studies import Study
-    from diffsight.pipelines.work_sharing import Processes
+    from diffsight.lenses.work_sharing import Processes
 
     prompts = [options.prompt] if options.prompts is None else read_prompts(options.prompts)
     for prompt in prompts:
@@ -355,8 +355,8 @@ def _pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if options.seed < 0:
         raise InputError(f"a seed is an integer from 0 on, not {options.seed}")
     from diffsight.lenses.results.saving import check_place
+    from diffsight.lenses.work_sharing import Processes
     from diffsight.pipelines.diffusion.model import DiffusionModel
-    from diffsight.pipelines.work_sharing import Processes
 
     check_place(options.out)
     _load_quietly()

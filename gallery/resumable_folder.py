@@ -1,8 +1,8 @@
 """The folder of a sweep or a study, which can be continued: its settings, a folder for each result, the gallery of all.
 
 `study.json` has the settings. A study that is started again makes what is missing; one with other settings is refused,
-so that a folder never mixes two. A result is written to a temporary folder and then renamed, so a folder of a
-result that exists is always complete.
+so that a folder never mixes two. A result is written to a temporary folder and then renamed, so once the folder of a
+result exists, it is complete.
 """
 
 import json
@@ -15,12 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from diffsight.errors import InputError
-from diffsight.gallery.gallery_index import PAGE, find_results, write_gallery
+from diffsight.gallery.gallery_index import find_results, write_gallery
 from diffsight.lenses.results.saving import check_writable, names_a_file, save_files
-from diffsight.pipelines.work_sharing import Processes
 
 SETTINGS = "study.json"
 _UNFINISHED = ".unfinished"  # results that are being made; what is left there was interrupted
@@ -59,40 +56,31 @@ class ResumableFolder:
         """Return those of the places whose result has not been made yet."""
         return [place for place in places if not (place.is_dir() and any(place.iterdir()))]
 
-    def fill(self, places: Sequence[Path], make: Callable[[Path, Path], Any]) -> Path:
-        """Make the results that are missing, and return the page of the gallery.
+    def begin(self) -> None:
+        """Write the settings, and remove what an interruption has left.
 
-        Processes that were started together share the work. All of them return when everything is there.
-
-        Args:
-            places: The folders of all results.
-            make: Makes the result of a place, and writes it into another folder, which then becomes the place.
+        Raises:
+            InputError: The folder cannot be used for this study.
         """
-        processes = Processes()
         self.check()
-        if processes.is_main:
-            shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
-            text = json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n"
-            save_files(self.folder, {SETTINGS: lambda path: path.write_text(text, encoding="utf-8")})
-        mine = processes.share(self.missing(places))
-        for place in tqdm(mine, desc="results", disable=not processes.is_main):
-            self._make(place, make)
-        processes.wait()
-        if processes.is_main:
-            shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
-            if any(find_results(self.folder)):
-                write_gallery(self.folder)
-        processes.wait()
-        page = self.folder / PAGE
-        return page if page.is_file() else self.folder
+        shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
+        text = json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n"
+        save_files(self.folder, {SETTINGS: lambda path: path.write_text(text, encoding="utf-8")})
 
-    def _make(self, place: Path, make: Callable[[Path, Path], Any]) -> None:
+    def make(self, place: Path, make: Callable[[Path, Path], Any]) -> None:
+        """Make one result. `make` writes it into another folder, which then becomes the place."""
         unfinished = self.folder / _UNFINISHED
         unfinished.mkdir(exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=unfinished)) / "result"
         make(place, temporary)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, place)
+
+    def end(self) -> None:
+        """Write the gallery of all results."""
+        shutil.rmtree(self.folder / _UNFINISHED, ignore_errors=True)
+        if any(find_results(self.folder)):
+            write_gallery(self.folder)
 
 
 def place_name(number: int, count: int, text: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffsight.gallery.resumable_folder import ResumableFolder, place_name
+from diffsight.gallery.sweeping import fill
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Study:
             InputError: The folder has a study with other settings, or a prompt cannot be used.
         """
         inputs = {place: (prompt, seed) for place, prompt, seed in self.places()}
-        return self._folder_of_results().fill(list(inputs), lambda place, folder: make(*inputs[place], folder))
+        return fill(self._folder_of_results(), list(inputs), lambda place, folder: make(*inputs[place], folder))
 
     def check(self) -> None:
         """Raise InputError if the folder cannot be used for this study."""

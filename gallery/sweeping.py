@@ -10,7 +10,7 @@ A sweep that was interrupted continues where it stopped (see `resumable_folder`)
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
+from diffsight.gallery.gallery_index import PAGE
 from diffsight.gallery.resumable_folder import ResumableFolder, place_name
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.saving import expanded, save_files
+from diffsight.lenses.work_sharing import Processes
 
 
 def sweep(function: Callable[..., Any], items: Iterable[Any], folder: str | Path) -> Path:
@@ -56,11 +59,40 @@ def sweep(function: Callable[..., Any], items: Iterable[Any], folder: str | Path
     def make(place: Path, into: Path) -> None:
         _save(_call(function, item_at[place]), into)
 
-    return ResumableFolder(folder, {"function": name, "items": listed}).fill(places, make)
+    return fill(ResumableFolder(folder, {"function": name, "items": listed}), places, make)
+
+
+def fill(folder: ResumableFolder, places: Sequence[Path], make: Callable[[Path, Path], Any]) -> Path:
+    """Make the results that are missing, and return the page of the gallery.
+
+    Processes that were started together share the work: each makes its own part. All of them return when everything is
+    there.
+
+    Args:
+        folder: The folder of all results.
+        places: The folder of each result.
+        make: Makes the result of a place, and writes it into another folder, which then becomes the place.
+
+    Raises:
+        InputError: The folder cannot be used, because it holds another sweep.
+    """
+    processes = Processes()
+    folder.check()
+    if processes.is_main:
+        folder.begin()
+    mine = processes.share(folder.missing(places))
+    for place in tqdm(mine, desc="results", disable=not processes.is_main):
+        folder.make(place, make)
+    processes.wait()
+    if processes.is_main:
+        folder.end()
+    processes.wait()
+    page = folder.folder / PAGE
+    return page if page.is_file() else folder.folder
 
 
 def _checked(items: Iterable[Any]) -> list[Any]:
-    """Return the items, each as JSON can hold it. A text in place of the items would be taken apart into letters."""
+    """Return the items, each as JSON can hold it. A string in place of the items would be split into its letters."""
     if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Iterable):
         raise InputError(f"items must be a list or another iterable, not {items!r:.60}")
     listed, seen = list(items), set()

@@ -40,7 +40,7 @@ from diffsight.lenses.patching.generation_sweep import GenerationSweep, generate
 from diffsight.lenses.patching.language_pair import run_side
 from diffsight.lenses.patching.language_pairs import LanguagePairs
 from diffsight.lenses.patching.language_sweep import LanguageSweep
-from diffsight.lenses.patching.request import PatchingRequest
+from diffsight.lenses.patching.patching_request import PatchingRequest
 from diffsight.lenses.patching.sweep_checks import check_omitted, check_rows
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.site_effects import SiteEffects
@@ -114,8 +114,8 @@ def activation_patching(
         max_rows: The largest number of rows in the sweep over a pair. A larger sweep is refused before it starts.
         seed: The seed of every image of a pipeline. Default: 0.
         progress: Whether to show a progress bar.
-        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
-            steps, see [inversion](../lenses/inversion.md).
+        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Further inputs of the model, for both prompts, or arguments of the pipeline. With `max_new_tokens`, a
             language model continues both prompts greedily by this number of tokens, and a metric reads their logits:
             its `position` counts the generated tokens.

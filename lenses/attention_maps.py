@@ -20,193 +20,43 @@ Interpretable Features", ICML 2025, section 4).
 """
 
 import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
-from safetensors.torch import save_file
 
-from diffsight.errors import InputError, UnknownKeyError, suggest
+from diffsight.errors import InputError, suggest
 from diffsight.lenses.attention.concepts import Concepts
 from diffsight.lenses.attention.given_image import GivenImage
 from diffsight.lenses.attention.image_looks import looks_at_image
-from diffsight.lenses.attention.map_memory import check_memory
+from diffsight.lenses.attention.map_choices import (
+    check_map_size,
+    check_maps,
+    checked_heads,
+    chosen_attentions,
+    picked_heads,
+)
 from diffsight.lenses.attention.map_sums import MapSums
 from diffsight.lenses.attention.word_keys import WordKeys
-from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, choose_steps, count_steps
+from diffsight.lenses.denoising.call_checks import Steps, choose_steps
 from diffsight.lenses.denoising.inverted_images import takes_inverted
-from diffsight.lenses.encoders.checks import check_call, check_diffusion_model
+from diffsight.lenses.encoders.checks import check_diffusion_model
 from diffsight.lenses.layers import Layers, choose_layers
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
-from diffsight.lenses.results.figure import Plot, set_heading, write_figure
-from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import frames_of, image_of
-from diffsight.lenses.results.overlays import at_size, overlay
-from diffsight.lenses.results.result import LensResult
-from diffsight.lenses.results.sections import OverlaySection, Section, distinct
+from diffsight.lenses.results.sections import distinct
+from diffsight.lenses.results.word_maps import AttentionMaps
 from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.argument_types import check_types, fits
 from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
-from diffsight.pipelines.diffusion.attention import Attention, Attentions, find_attentions, follow_products
+from diffsight.pipelines.diffusion.attention import Attention, find_attentions, follow_products
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun
 from diffsight.pipelines.vision_language.model import VisionLanguageModel
 
-_KEPT = ("steps", "layers", "heads")
 _METHODS = ("cross", "concept")
-
-
-@dataclass(frozen=True)
-class AttentionMaps(LensResult):
-    """Where in an image words are attended to.
-
-    `save(folder)` writes `image.png`, `grid.png`, an overlay for each word (`word_00.png`, …), `maps.png`,
-    `maps.safetensors` and `lens.json`.
-
-    Attributes:
-        maps: (words, rows, columns); (words, frames, rows, columns) for a video.
-        words: The words. For `attention_from`, the position.
-        image: The image; the middle frame of a video.
-        frames: The frames of a video.
-        prompt: The prompt.
-        seed: The seed of the image.
-        model: The name of the model.
-        arguments: The arguments of the pipeline.
-        method: "cross", "concept" or "from".
-        layers: The paths of the attention modules.
-        kept: What `parts` are: "steps", "layers" or "heads". None if nothing was kept apart.
-        parts: The maps of each step, layer or head, by its name.
-    """
-
-    maps: torch.Tensor = field(repr=False)
-    words: tuple[str, ...]
-    image: Image.Image = field(repr=False)
-    frames: tuple[Image.Image, ...] = field(repr=False)
-    prompt: str
-    seed: int
-    model: str
-    arguments: Mapping[str, Any]
-    method: str
-    layers: tuple[str, ...] = field(repr=False)
-    kept: str | None = None
-    parts: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False)
-
-    def overlay(self, word: str, frame: int | None = None) -> Image.Image:
-        """Return the image under the map of a word. For a video, `frame` is one of its frames (default: the middle)."""
-        heat = self[word]
-        if heat.ndim == 2:
-            return overlay(self.image, heat)
-        number = len(self.frames) // 2 if frame is None else range(len(self.frames))[frame]
-        return overlay(self.frames[number], heat[number * len(heat) // len(self.frames)])
-
-    def grid(self) -> Image.Image:
-        """Return the image and the overlays of all words in one image."""
-        images = [self.image, *(self.overlay(word) for word in self.words)]
-        return image_grid(images, titles=["", *self.words], title=f"{self.prompt} (seed {self.seed})")
-
-    def plot(self, word: str | None = None) -> Figure:
-        """Return the maps as a matplotlib figure: of all words, or of one, by step, layer or head if they were kept."""
-        if word is None:
-            heats, titles = list(self.maps), list(self.words)
-        elif not self.parts:
-            heats, titles = [self[word]], [word]
-        else:
-            heats = [maps[self._index(word)] for maps in self.parts.values()]
-            titles = _titles(list(self.parts)) if self.kept == "layers" else list(self.parts)
-        columns = min(len(heats), 8)
-        lines = -(-len(heats) // columns)
-        figure = Plot(figsize=(1.3 * columns + 0.2, 1.6 * lines + 0.5), layout="constrained")
-        set_heading(figure, self.prompt if word is None else f"{word}: {self.prompt}")
-        most = max(float(heat.max()) for heat in heats)
-        panels = figure.subplots(lines, columns, squeeze=False).flatten()
-        for axes in panels:
-            axes.set_axis_off()
-        for axes, heat, title in zip(panels, heats, titles):
-            axes.imshow((heat if heat.ndim == 2 else heat.mean(0)).numpy(), cmap="inferno", vmin=0, vmax=most)
-            axes.set_title(title, fontsize=7)
-        return figure
-
-    def mask(self, word: str, threshold: float = 0.5, frame: int | None = None) -> np.ndarray:
-        """Return where a word's map, from 0 at its smallest to 1 at its largest value, reaches a threshold.
-
-        Returns:
-            Booleans in the size of the image, (height, width).
-
-        Raises:
-            InputError: The threshold is not between 0 and 1, or the word is not in the result.
-        """
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
-            raise InputError(f"a threshold is a number between 0 and 1, not {threshold!r}")
-        heat = self[word]
-        if heat.ndim == 3:
-            number = len(self.frames) // 2 if frame is None else range(len(self.frames))[frame]
-            heat = heat[number * len(heat) // len(self.frames)]
-        return (at_size(heat, self.image.size[::-1]) >= threshold).numpy()
-
-    def __getitem__(self, word: str) -> torch.Tensor:
-        """Return the map of a word, (rows, columns), or (frames, rows, columns) for a video."""
-        return self.maps[self._index(word)]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.words)
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def _index(self, word: str) -> int:
-        if word not in self.words:
-            raise UnknownKeyError(
-                f"there is no map of {word!r}{suggest(str(word), self.words)}: {', '.join(self.words)}"
-            )
-        return self.words.index(word)
-
-    def preview(self) -> Image.Image:
-        return self.grid()
-
-    def sections(self) -> list[Section]:
-        words = distinct(self.words)
-        found: list[Section] = [self._section("Attention by word", dict(zip(words, self.maps)))]
-        for number, word in enumerate(words):
-            if self.parts:
-                maps = {name: part[number] for name, part in self.parts.items()}
-                found.append(self._section(f"“{word}” by {self.kept.removesuffix('s')}", maps))
-        return found
-
-    def _section(self, title: str, maps: Mapping[str, torch.Tensor]) -> OverlaySection:
-        """Return maps on the image; of a video, those of its middle frame."""
-        shown = {name: heat if heat.ndim == 2 else heat[len(heat) // 2] for name, heat in maps.items()}
-        return OverlaySection(title, self.image, shown, label="attention")
-
-    def files(self) -> dict[str, Callable[[Path], None]]:
-        files: dict[str, Callable[[Path], None]] = {"image.png": self.image.save, "grid.png": self.grid().save}
-        files |= {f"word_{number:02}.png": self.overlay(word).save for number, word in enumerate(self.words)}
-        tensors = {"maps": self.maps.contiguous()}
-        tensors |= {f"{self.kept}.{name}": maps.contiguous() for name, maps in self.parts.items()}
-        return files | {
-            "maps.png": partial(write_figure, self.plot),
-            "maps.safetensors": partial(save_file, tensors),
-        }
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "lens": "attention_from" if self.method == "from" else "attention_maps",
-            "model": self.model,
-            "prompt": self.prompt,
-            "words": list(self.words),
-            "method": self.method,
-            "layers": list(self.layers),
-            "kept": self.kept,
-            "seed": self.seed,
-            "arguments": dict(self.arguments),
-        }
 
 
 @takes_inverted
@@ -257,8 +107,8 @@ def attention_maps(
             from 0 to 1. At every step the denoiser is shown the image with the noise of this step, so `steps` chooses
             how noisy it is. A pipeline that takes an image itself gets it as its own argument.
         seed: The seed of the image, or of the noise that is added to it.
-        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
-            steps, see [inversion](../lenses/inversion.md).
+        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline, or of `generate`.
 
     Returns:
@@ -276,7 +126,7 @@ def attention_maps(
         arguments, image = {**arguments, "image": image}, None
     check_options(attention_maps, model, arguments)
     check_types(attention_maps, words=words, heads=heads, encoder=encoder)
-    _check("attention_maps", model, prompt, steps, seed, keep, arguments)
+    check_maps("attention_maps", model, prompt, steps, seed, keep, arguments)
     if words is not None and not words:
         raise InputError("words: there are none. Write some, or omit them for all words of the prompt")
     if method not in _METHODS:
@@ -284,16 +134,16 @@ def attention_maps(
     given = None if image is None else GivenImage(model, image, seed, arguments)
     arguments = arguments if given is None else given.arguments
     found = find_attentions(model, prompt, **arguments)
-    chosen = _chosen(found, ("cross", "joint"), layers, "attention between image and text", model)
-    picked = _picked_heads(chosen, heads)
+    chosen = chosen_attentions(found, ("cross", "joint"), layers, "attention between image and text", model)
+    picked = picked_heads(chosen, heads)
     reading = _Reading(steps, keep, chosen, given)
     if method == "concept":
         concepts = Concepts(model, prompt, words, encoder, found.of_kind("joint"), arguments)
-        _check_size(model, chosen, len(concepts.names), keep, arguments)
+        check_map_size(model, chosen, len(concepts.names), keep, arguments)
         run = _run_concepts(model, concepts, reading, picked, seed)
         return _result(run, reading, concepts.names, prompt, seed, model, arguments, method)
     named = WordKeys(model, prompt, words, encoder, arguments)
-    _check_size(model, chosen, len(named.names), keep, arguments)
+    check_map_size(model, chosen, len(named.names), keep, arguments)
     wanted = {attention.name: _Wanted(named.keys(attention), attention.keys) for attention in chosen}
 
     def read(attention: Attention, product: AttentionProduct) -> torch.Tensor:
@@ -329,7 +179,7 @@ def _of_generated_tokens(
     if "embedding" in numbers:
         raise InputError('layers: "embedding" is not an attention module. Write numbers')
     numbers = sorted(numbers)
-    picked = None if heads is None else _checked_heads(heads, None)
+    picked = None if heads is None else checked_heads(heads, None)
     model.check(prompt, images=image, seed=seed, **arguments)
     found = looks_at_image(model, prompt, image, numbers, picked, keep, seed, arguments)
     names = [f"layers[{number}]" for number in numbers]
@@ -379,8 +229,8 @@ def attention_from(
         steps: Which denoising steps. Default: all.
         keep: Keep the maps of "steps", "layers" or "heads" apart too.
         seed: The seed of the image.
-        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
-            steps, see [inversion](../lenses/inversion.md).
+        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:
@@ -393,12 +243,12 @@ def attention_from(
     check_diffusion_model("attention_from", model)
     check_options(attention_from, model, arguments)
     check_types(attention_from, heads=heads)
-    _check("attention_from", model, prompt, steps, seed, keep, arguments)
+    check_maps("attention_from", model, prompt, steps, seed, keep, arguments)
     if not fits(position, tuple[float, float]) or not all(0 <= share <= 1 for share in position):
         raise InputError(f"position is (x, y), shares of width and height from 0 to 1, not {position!r}")
     found = find_attentions(model, prompt, **arguments)
-    chosen = _chosen(found, ("self", "joint"), layers, "attention from the image to itself", model)
-    picked = _picked_heads(chosen, heads)
+    chosen = chosen_attentions(found, ("self", "joint"), layers, "attention from the image to itself", model)
+    picked = picked_heads(chosen, heads)
 
     def read(attention: Attention, product: AttentionProduct) -> torch.Tensor:
         *frames, rows, columns = attention.grid
@@ -408,7 +258,7 @@ def attention_from(
         ((_, probs),) = product.blocks(keys, range(place, place + 1), picked)
         return probs[0]  # (heads, 1, keys)
 
-    _check_size(model, chosen, 1, keep, arguments)
+    check_map_size(model, chosen, 1, keep, arguments)
     reading = _Reading(steps, keep, chosen, None)
     run = _run_prompt(model, prompt, reading, read, seed, arguments)
     name = f"from ({position[0]:g}, {position[1]:g})"
@@ -543,79 +393,3 @@ def _result(
 def _drawn(run: DiffusionRun) -> Any:
     """Return the image that a run has drawn, or the frames of its video."""
     return (run.frames if "frames" in run.result else run.images)[0]
-
-
-def _titles(paths: Sequence[str]) -> list[str]:
-    """Return the parts in which paths differ, a line each."""
-    split = [path.split(".") for path in paths]
-    first = next((i for i, parts in enumerate(zip(*split)) if len(set(parts)) > 1), len(split[0]))
-    last = next((i for i, parts in enumerate(zip(*(reversed(own) for own in split))) if len(set(parts)) > 1), 0)
-    return ["\n".join(own[first : len(own) - last] or own[-1:]) for own in split]
-
-
-# ---- what was chosen
-
-
-def _check(
-    lens: str, model: Any, prompt: Any, steps: Steps, seed: Any, keep: Any, arguments: Mapping[str, Any]
-) -> None:
-    check_call(lens, model, prompt, seed, None, arguments)
-    if keep is not None and keep not in _KEPT:
-        raise InputError(f"keep: there is no {keep!r}{suggest(str(keep), _KEPT)}, only {', '.join(_KEPT)}")
-    model.check(prompt=prompt, seed=seed, **arguments)
-    check_steps_ahead(steps, model, arguments)
-
-
-def _chosen(
-    attentions: Attentions, kinds: tuple[str, ...], layers: Layers, what: str, model: DiffusionModel
-) -> list[Attention]:
-    found = attentions.of_kind(*kinds)
-    placed = [attention for attention in found if attention.grid is not None and attention.unplaced is None]
-    if not placed:
-        unplaced = [*found, *attentions.of_kind("none")]
-        reasons = f": {unplaced[0]}" if unplaced else ""
-        raise InputError(f"{type(model.pipeline).__name__} has no {what} that was found{reasons}")
-    numbers = range(len(placed)) if layers is None else choose_layers(layers, len(placed))
-    if "embedding" in numbers:
-        raise InputError('layers: "embedding" is not an attention module. Write numbers')
-    return [placed[number] for number in sorted(numbers)]
-
-
-def _check_size(
-    model: DiffusionModel, chosen: Sequence[Attention], words: int, keep: str | None, arguments: Mapping[str, Any]
-) -> None:
-    """Raise InputError if what is kept is larger than memory: sums in the sizes of the modules, and the maps of each
-    group in the largest."""
-    positions = [math.prod(attention.grid) for attention in chosen]
-    groups = {
-        None: 1,
-        "steps": count_steps(model, arguments) or 1,
-        "layers": len(chosen),
-        "heads": max(attention.heads for attention in chosen),
-    }[keep]
-    sums = (
-        sum(positions) if keep == "layers" else groups * sum({one.grid: math.prod(one.grid) for one in chosen}.values())
-    )
-    what = f"maps of {words} words" + (f", {groups} {keep} apart," if keep else "")
-    check_memory(
-        what,
-        4 * words * (sums + groups * max(positions)),
-        model.device,
-        "choose fewer words, or fewer of what is kept apart",
-    )
-
-
-def _picked_heads(chosen: Sequence[Attention], heads: Iterable[int] | None) -> list[int] | None:
-    return None if heads is None else _checked_heads(heads, min(attention.heads for attention in chosen))
-
-
-def _checked_heads(heads: Iterable[int], count: int | None) -> list[int]:
-    """Return heads as a list. `count` is how many there are, if it is known."""
-    picked = list(heads)
-    for head in picked:
-        if isinstance(head, bool) or not isinstance(head, int) or head < 0 or (count is not None and head >= count):
-            known = "" if count is None else f". The modules have {count} heads, 0 to {count - 1}"
-            raise InputError(f"heads: there is no head {head!r}{known}")
-    if not picked:
-        raise InputError("heads: the selection is empty")
-    return picked

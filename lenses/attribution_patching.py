@@ -24,10 +24,10 @@ from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.outcome import Metric, Outcome
 from diffsight.lenses.patching.denoiser_gradients import THROUGH, attribute_denoiser
 from diffsight.lenses.patching.denoiser_pairs import DenoiserPairs
+from diffsight.lenses.patching.language_gradients import PASSES, attribute_pair, check_correction
 from diffsight.lenses.patching.language_pair import run_side
 from diffsight.lenses.patching.language_pairs import LanguagePairs
-from diffsight.lenses.patching.request import PatchingRequest
-from diffsight.lenses.patching.site_gradients import PASSES, attribute_pair, check_correction
+from diffsight.lenses.patching.patching_request import PatchingRequest
 from diffsight.lenses.patching.sweep_checks import check_differentiable, check_omitted
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.site_effects import SiteEffects

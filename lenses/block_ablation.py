@@ -76,8 +76,8 @@ def block_ablation(
         max_rows: The largest number of rows in the sweep over a prompt. A larger sweep is refused.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
-        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
-            steps, see [inversion](../lenses/inversion.md).
+        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:

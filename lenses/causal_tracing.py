@@ -172,8 +172,8 @@ def causal_tracing(
         batch_size: The number of rows in a pass.
         seed: The seed of the noise, and of every image.
         progress: Whether to show a progress bar.
-        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
-            steps, see [inversion](../lenses/inversion.md).
+        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Further arguments of the model.
 
     Returns:

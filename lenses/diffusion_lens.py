@@ -172,8 +172,8 @@ def diffusion_lens(
         batch_size: The number of rows in a call. Default: all.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
-        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
-            steps, see [inversion](../lenses/inversion.md).
+        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline. With guidance, the negative prompt goes through all layers.
 
     Returns:

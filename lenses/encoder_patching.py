@@ -200,8 +200,8 @@ def encoder_patching(
 
     The images, and those of both prompts without patching, are rows of one call of the pipeline, or of several calls
     with `batch_size` rows each. If a pipeline cannot draw them together, each image gets a call of its own, with a
-    LensWarning. An image from a batch equals that of a call of its own up to rounding, at most 2 of 255 per pixel.
-    It is equal bit for bit only with `batch_size=1`.
+    LensWarning. An image from a batch equals that of a call of its own up to rounding, at most 2 of 255 per pixel. It
+    is equal bit for bit only with `batch_size=1`.
 
     Args:
         model: The pipeline.
@@ -225,8 +225,8 @@ def encoder_patching(
         batch_size: The number of rows in a call. Default: all.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
-        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
-            steps, see [inversion](../lenses/inversion.md).
+        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline, and of the source's pipeline as far as it accepts them.
 
     Returns:

@@ -149,8 +149,8 @@ def feature_effect(
         point: The path of the module. Default: the point that the SAE was trained at.
         seed: The seed of every image, or of the texts.
         progress: Whether to show a progress bar.
-        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
-            steps, see [inversion](../lenses/inversion.md).
+        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Further arguments of `generate`.
 
     Raises:

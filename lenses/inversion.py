@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import check_one_image
+from diffsight.lenses.denoising.clean_prediction import prediction_type
 from diffsight.lenses.denoising.image_encoding import check_can_encode, check_image, encode_image
 from diffsight.lenses.denoising.inverse_schedulers import inverse_of
-from diffsight.lenses.denoising.scheduler_calls import prediction_type
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import difference_image, step_curves
 from diffsight.lenses.results.figure import write_figure
@@ -98,8 +98,8 @@ class Inversion(LensResult):
         return [[_psnr(part.mean()) for part in np.array_split(band, columns, axis=1)] for band in bands]
 
     def draw_to_image(self, run: DiffusionRun) -> None:
-        """Draw the path of a run to the image, as strongly as `eta` says. An edit for `model.edit`."""
-        _draw_to(run, self.latents[:1], self.eta)
+        """Pull the path of a run towards the image, with the strength `eta`. An edit for `model.edit`."""
+        _pull_towards(run, self.latents[:1], self.eta)
 
     def grid(self) -> Image.Image:
         """Return the image, the image after the autoencoder, the reconstruction, and the difference between
@@ -110,7 +110,7 @@ class Inversion(LensResult):
         return image_grid(images, columns=4, titles=["image", *decibels, "difference"])
 
     def plot(self) -> Figure:
-        """Plot the root mean square of the latents by step, which is that of noise in the end."""
+        """Plot the root mean square of the latents by step; in the end it is that of noise."""
         norms = self._norms()
         return step_curves({"latents": norms}, range(len(norms)), "root mean square of the latents", self.scheduler)
 
@@ -179,12 +179,13 @@ def invert(
             scheduler.
         image: A PIL image in mode RGB, or a float tensor (3, height, width) from 0 to 1.
         prompt: What the image shows. An empty prompt inverts without a description.
-        guidance_scale: The guidance, in both directions. Inversion is most accurate without, which is 1.
+        guidance_scale: The guidance, in both directions. Inversion is most accurate without guidance, that is, at 1.
         fixed_point: The number of fixed-point iterations in each step. More of them make the reconstruction more
             accurate; each costs a call of the denoiser. Not for DPM-Solver++.
-        gamma: For a rectified flow: how strongly the path is drawn to noise of `seed`, from 0 to 1 (Rout et al.,
+        gamma: For a rectified flow: how strongly the path is pulled towards noise of `seed`, from 0 to 1 (Rout et al.,
             equation 8). The noise is then more typical, and the reconstruction less accurate.
-        eta: For a rectified flow: how strongly the reconstruction is drawn to the image, from 0 to 1 (equation 15).
+        eta: For a rectified flow: how strongly the reconstruction is pulled towards the image, from 0 to 1 (equation
+            15).
         seed: The seed of the pipeline and of the noise.
         progress: Whether to show a progress bar.
         arguments: Further arguments of the pipeline, such as `num_inference_steps`.
@@ -215,7 +216,7 @@ def invert(
         with progress_bar(inverse, desc="inversion", disable=not progress):
             latents = _invert(DiffusionModel(inverse), start, call, fixed_point + 1, gamma)
         call["latents"] = latents[-1:]
-        drawing = model if not eta else model.edit(partial(_draw_to, image=start, eta=eta))
+        drawing = model if not eta else model.edit(partial(_pull_towards, image=start, eta=eta))
         reconstruction = drawing.generate(**call).images[0]
     return Inversion(
         image=image,
@@ -249,8 +250,8 @@ def _invert(
     return torch.cat([latents.float() for latents in found])
 
 
-def _draw_to(run: DiffusionRun, image: torch.Tensor, eta: float) -> None:
-    """Draw the path of a rectified flow to the latents of an image."""
+def _pull_towards(run: DiffusionRun, image: torch.Tensor, eta: float) -> None:
+    """Pull the path of a rectified flow towards the latents of an image."""
     for _ in run.steps:
         output, time, sample = _given(run)
         from_image = (sample - image.to(sample)) / time

@@ -222,7 +222,7 @@ def patchscope_generate(
 
 
 class _Patches:
-    """Which hidden states are put where: one of each prompt and layer, each into a row of its own.
+    """Which hidden state goes where: one for each prompt and layer, each into a row of its own.
 
     The rows are the target prompts of all source prompts for the first layer, then for the next, and so on.
     """

@@ -149,8 +149,8 @@ def prompt_swap(
         batch_size: The number of rows in a call, of which two are the prompts themselves. Default: all.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
-        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
-            steps, see [inversion](../lenses/inversion.md).
+        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Raises:

@@ -129,8 +129,8 @@ def prompt_to_prompt(
         reweight: Factors of words of `target`: attention to them is multiplied in all steps.
         local: Change the image only where one of these words of `source` or `target` is attended to.
         seed: The seed of both images.
-        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
-            steps, see [inversion](../lenses/inversion.md).
+        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:

@@ -144,8 +144,8 @@ def steering_sweep(
         batch_size: The number of rows in a call. Default: all strengths of a prompt.
         seed: The seed of every image, or of every text.
         progress: Whether to show a progress bar.
-        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
-            steps, see [inversion](../lenses/inversion.md).
+        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Further arguments of `generate`.
 
     Returns:

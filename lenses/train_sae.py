@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import Steps
@@ -29,12 +28,10 @@ from diffsight.lenses.results.denoising_plots import step_curves
 from diffsight.lenses.results.record import write_record
 from diffsight.lenses.results.saving import check_writable, save_files
 from diffsight.lenses.tokens.choosing import check_count
+from diffsight.lenses.work_sharing import Processes
 from diffsight.pipelines.argument_types import check_types, fits
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
-from diffsight.pipelines.work_sharing import Processes
-
-_FIGURES_SHOWN = {"explained_variance": "explained", "active": "L0", "dead": "dead"}
 
 
 def train_sae(
@@ -109,7 +106,7 @@ def train_sae(
     else:
         trainer.start(sample)
     source = ShuffledBuffer(refill, buffer, position, generator)
-    _train(trainer, source, folder, generator, progress, processes)
+    trainer.train(source, folder, generator, progress)
     sae.facts |= {"model": None if model is None else getattr(model, "source", str(model)), "updates": trainer.done}
     sae.eval().requires_grad_(False)
     if folder is not None:
@@ -153,30 +150,6 @@ def _refill(
     reader = PointReader(model, point, of, steps, arguments)
     reader.check()
     return reader.stream(list(prompts), prompts_per_run)
-
-
-def _train(
-    trainer: SAETrainer,
-    source: ShuffledBuffer,
-    folder: Path | None,
-    generator: torch.Generator,
-    progress: bool,
-    processes: Processes,
-) -> None:
-    settings = trainer.settings
-    every = max(1, settings.updates // 200)
-    is_shown = progress and processes.is_main
-    with tqdm(desc="SAE", total=settings.updates, initial=trainer.done, disable=not is_shown) as bar:
-        for batch in source.batches(settings.batch_size // processes.count):
-            if trainer.done >= settings.updates:
-                break
-            found = trainer.update(batch)
-            if trainer.done % every == 0 or trainer.done == settings.updates:
-                trainer.curve.append(found)
-                bar.set_postfix({name: f"{found[key]:.3g}" for key, name in _FIGURES_SHOWN.items()})
-            bar.update()
-            if folder is not None and processes.is_main and trainer.is_due():
-                trainer.save(folder, source.position, generator)
 
 
 def _finish(trainer: SAETrainer, folder: Path, record: dict[str, Any]) -> None:

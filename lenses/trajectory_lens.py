@@ -4,7 +4,7 @@
     result.grid().save("trajectory.png")
 
 At each step the scheduler is given the noisy latents and what the denoiser makes of them. The clean latents that follow
-from both (`denoising/scheduler_calls.py`) are drawn in one batch by the pipeline's own code
+from both (`denoising/clean_prediction.py`) are drawn in one batch by the pipeline's own code
 (`denoising/latent_drawing.py`).
 """
 
@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.block_exits import block_names, exit_outputs
 from diffsight.lenses.denoising.call_checks import Steps, check_one_image, check_steps_ahead, choose_steps
+from diffsight.lenses.denoising.clean_prediction import SchedulerCall, prediction_type
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.denoising.latent_drawing import CallRecorder, check_drawn, draw_latents
-from diffsight.lenses.denoising.scheduler_calls import SchedulerCall, prediction_type
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.denoising_plots import difference_image, difference_maps, step_curves
 from diffsight.lenses.results.figure import write_figure
@@ -189,8 +189,8 @@ def trajectory_lens(
         batch_size: The number of latents to draw in a call. Default: all.
         seed: The seed.
         progress: Whether to show a progress bar.
-        inverted: An image that `invert` found the noise of, to work on this image. Omit the seed and the number of
-            steps, see [inversion](../lenses/inversion.md).
+        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Returns:

@@ -10,7 +10,6 @@ The files in order; each imports only from those above it:
     hooks           what a run puts on the model, and takes off again
     users_hooks     forward hooks of others, and which of them may change an output
     unseen_calls    classes of modules whose outputs cannot be seen
-    unseen_calls    classes whose outputs a run cannot see
     target          one thing that can be tapped, and its path
     wrapped_modules     sees through modules that wrap another
     structural_copy     a model without its weights and hooks

@@ -56,7 +56,7 @@ def batch_dimensions(host: Running, target: Target, part: str, value: Any, total
     if target.name != FORWARD:
         return None
     leaves = [value] if type(value) is torch.Tensor else tree_leaves(value)
-    if target.outer is None and part != "output":  # what the batch is, is said of these
+    if target.outer is None and part != "output":  # the inputs of a component define the batch
         return [_length(leaf) == total for leaf in leaves]
     key = part, len(leaves)
     found = _known.get(target.owner, {}).get(key)

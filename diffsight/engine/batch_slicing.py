@@ -221,7 +221,7 @@ def wrong_type(path: object, before: Any, value: Any) -> AssignmentError:
 
 
 class Indexed(Selection):
-    """What an index takes of a tensor, such as `[:, -1]`; of `of` if the value is narrowed already.
+    """The part of a tensor that an index such as `[:, -1]` selects, within what `of` selects if that is given.
 
     Reading returns `tensor[index]`: a view of the tensor, if the index makes one."""
 

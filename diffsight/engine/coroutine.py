@@ -54,8 +54,8 @@ _DEEPER = (operator.call,) * 64
 class Stack(greenlet):
     """The stack that a coroutine runs on.
 
-    Creating one takes longer than most runs take. So a stack that was started while few frames were open in the main
-    thread is kept for the next coroutine once its first has ended."""
+    Creating one takes longer than most runs take. So a stack that was started in the main thread with few
+    frames open is kept, and used again when its coroutine has ended."""
 
     coroutine: "Coroutine | None" = None  # the one that runs here
     owner: Any = None  # the coroutine's

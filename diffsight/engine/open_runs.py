@@ -1,4 +1,4 @@
-"""Several runs open at once, for example in lockstep, and which of them `model.<path>` means.
+"""Several runs open at once, and which of them `model.<path>` means.
 
 In lockstep one body moves several runs: each run's model waits in a coroutine of its own while another one moves. That
 needs no code beyond `coroutine`. Pipelines have state, so each run calls a copy of that state; see
@@ -16,7 +16,7 @@ from diffsight.engine.threads import THIS_THREAD
 
 
 class OpenRun(Protocol):
-    """What is looked at in a run; see `diffsight.engine.run_to_point.Flow`."""
+    """What this module reads of a run; see `diffsight.engine.run_to_point.Flow`."""
 
     tree: Any  # of the model that it runs: a copy of a model has its own
     thread: int
@@ -69,7 +69,7 @@ class OpenRuns:
         of a copy. Inside an edit, it is the edit's own run, unless the edit has opened another."""
         edit = current_edit()
         runs = [run for run in self.open() if run.thread == THIS_THREAD.number and run.opened_in is edit]
-        if any(run.task is not None for run in runs):  # none of another task
+        if any(run.task is not None for run in runs):  # leave out those that another task has opened
             here = [known() for known in _here.get()]
             now = _current_task()
             runs = [run for run in runs if run in here or _is_task_of(run, now)]

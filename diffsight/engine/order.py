@@ -105,8 +105,8 @@ def edited_too_late(asked: Asked, where: str) -> OutOfOrderError:
 def changed_by_its_call(asked: Asked) -> OutOfOrderError:
     """The error for an input that is read at the output of the call that has changed it in place."""
     return OutOfOrderError(
-        f"{asked} was changed in place by the call at whose output the model stands, so what it was is lost. Read it "
-        "before the output"
+        f"{asked} was changed in place by the call whose output the model has just produced, so its earlier "
+        "value is lost. Read it before the output"
     )
 
 

@@ -381,9 +381,9 @@ class Flow(RunEnd):
         return tap, tap.step_base if scope.in_step else 0
 
     def _find(self, tap: Tap, first: int, asked: Asked, scope: Scope) -> Point:
-        """Run the model to the point that is asked for, counted from call `first` on, of those with its selection.
+        """Run the model to the requested call. Only calls from `first` on that have the selected part count.
 
-        Which calls these are is known when they begin. So the model is run to the next that may be it, and the
+        Which calls these are is known only once they begin. So the model is run to the next candidate, and the
         selection is asked again there."""
         index, point, is_new = -1, None, False
         while (found := find_call(tap, first, asked, asked)) != index:

@@ -23,7 +23,7 @@ are in tests/engine/test_scan*.py:
 - It puts fake parameters into modules that are cast (test_casting_a_module_leaves_its_parameters_in_place).
 - PyTorch keeps the stack of dispatch modes per thread, so the mode stays on in the body while the model is parked there
   (test_what_has_nothing_to_do_with_the_model_is_real).
-- It has no shape for a product by groups in float32 (test_products_by_groups).
+- It cannot infer the shape of a grouped matrix product in float32 (test_products_by_groups).
 
 So this function mode, which sees calls above autograd and is exchanged along with the coroutine, replaces the tensors.
 A fake tensor enters the `FakeTensorMode` by itself, for one operation.

@@ -28,8 +28,8 @@ from diffsight.engine.target import Target
 from diffsight.engine.threads import calls_in_threads
 from diffsight.engine.torch_state import TorchState
 from diffsight.engine.users_hooks import has_forward_hooks, output_hooks
-from diffsight.engine.users_line import UsersLine, set_line, warn_user
-from diffsight.errors import DiffsightError
+from diffsight.engine.users_line import UsersLine, set_line
+from diffsight.errors import DiffsightError, warn_user
 
 _known_compiled: weakref.WeakSet = weakref.WeakSet()  # compiled modules that have been warned about
 _NONE: dict = {}  # what taps have no entries in yet; replaced by a dictionary of their own, never changed
@@ -319,7 +319,7 @@ class Tap:
         self.pending.setdefault(key, []).append(assignment)
 
     def add_skip(self, index: int, skip: Assignment) -> None:
-        """Skip a call, in place of what was to skip it so far."""
+        """Skip a call, replacing any earlier request to skip it."""
         self.skips = self.skips or {}
         self.skips[index] = skip
 

@@ -120,7 +120,10 @@ class Tree:
 
     def attribute(self, owner: Any, name: str) -> Any:
         """Return an attribute of a part of the model. Weights that are loaded later are loaded if it concerns them."""
-        value = getattr(owner, name)
+        try:
+            value = getattr(owner, name)
+        except KeyError as error:  # pipelines look into their configuration, also for names that dictionaries have
+            raise AttributeError(name) from error
         is_part = isinstance(owner, nn.Module) or owner is self.root.owner
         if self.weights.are_loaded or not is_part or not needs_weights(value):
             return value

@@ -5,11 +5,10 @@ kept with the assignment and noted on the error.
 """
 
 import sys
-import warnings
 from dataclasses import dataclass
 from types import CodeType, FrameType, TracebackType
 
-from diffsight.errors import DiffsightError
+from diffsight.errors import DiffsightError, users_frame
 
 _LINE = "_diffsight_line"  # set on an error: the line of the user's code that is its cause
 _FROM_EDIT = "_diffsight_edit"  # set on an error that was raised in an edit
@@ -36,7 +35,7 @@ class UsersLine:
 
 def users_line() -> UsersLine:
     """Return the line of the user's code that called into diffsight."""
-    frame, _ = _users_frame()
+    frame, _ = users_frame()
     return UsersLine(frame.f_code, frame.f_lineno, frame.f_lasti)
 
 
@@ -48,20 +47,6 @@ def set_line(error: BaseException, line: UsersLine) -> None:
 def line_of(error: BaseException) -> UsersLine | None:
     """Return the line that `set_line` has noted; None if there is none."""
     return getattr(error, _LINE, None)
-
-
-def warn_user(message: str) -> None:
-    """Warn at the line of the user's code that called into diffsight."""
-    _, depth = _users_frame()
-    warnings.warn(message, stacklevel=depth + 1)
-
-
-def _users_frame() -> tuple[FrameType, int]:
-    """The innermost frame outside diffsight, and how far it is from the function that asks."""
-    frame, depth = sys._getframe(1), 0
-    while frame.f_back is not None and (frame.f_globals.get("__package__") or "").split(".")[0] == "diffsight":
-        frame, depth = frame.f_back, depth + 1
-    return frame, depth
 
 
 def from_the_asking_line(error: DiffsightError) -> DiffsightError:

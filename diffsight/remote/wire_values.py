@@ -129,6 +129,8 @@ class ValueEncoder:
         return [self.encode(value) for value in values]
 
     def _mapping(self, values: Mapping[Any, Any]) -> dict[str, Any]:
+        if is_dataclass(values) and _name_of(values, _RESULTS_OF):
+            return self._special(values)
         name = _name_of(values, _OUTPUTS_OF)
         if name and (is_dataclass(values) or isinstance(values, UserDict)):
             # The items of an output object lack the fields that are None.

@@ -1,7 +1,7 @@
 "use strict";
 const find = (within, what) => within.querySelector(what);
 const filters = find(document, "#filters"), main = find(document, "#results"), chosenBar = find(document, "#chosen");
-const EVERY = 5000; // milliseconds between looks for new results
+const EVERY = 5000; // milliseconds between checks for new results
 const STEP = 200; // results that are put on the page at a time
 let results = [], stamp = "", chosen = [], shown = [], drawn = 0;
 

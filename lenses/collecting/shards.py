@@ -75,8 +75,8 @@ def _open(folder: Path, settings: Mapping[str, Any]) -> None:
         differing = [name for name in wanted if name != "versions" and known.get(name) != wanted[name]]
         if differing:
             raise InputError(
-                f"{folder} holds part of a collection with other {', '.join(differing)}: pass the same to continue it, "
-                "or choose a new folder"
+                f"{folder} holds part of a collection that differs in {', '.join(differing)}: pass the same to "
+                "continue it, or choose a new folder"
             )
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -3,10 +3,10 @@
     inverse_of(pipeline.scheduler)                      # diffusers' DDIMInverseScheduler, for a DDIMScheduler
     inverse_of(pipeline.scheduler, fixed_point=3)
 
-An inverse step from x to the noisier y needs what the denoiser makes of y, which is not known yet. The plain inverse
-uses what it makes of x. With fixed-point iterations it is asked again, for the estimate of y (Pan et al., "Effective
-Real Image Editing with Accelerated Iterative Diffusion Inversion", ICCV 2023): each timestep then comes several times,
-and every time the step begins again at x.
+An inverse step from x to the noisier y needs the denoiser's output for y, which is not known yet. The plain inverse
+uses its output for x. With fixed-point iterations, the denoiser is called again on the current estimate of y (Pan et
+al., "Effective Real Image Editing with Accelerated Iterative Diffusion Inversion", ICCV 2023): each timestep then
+occurs several times, and each time the step starts from x again.
 """
 
 from functools import wraps

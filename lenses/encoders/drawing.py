@@ -9,7 +9,6 @@ or each one of several, whose readings `encoders/joining.py` joins. The other te
 every row what they returned when they were read.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from diffusers.modular_pipelines import PipelineState
 from PIL import Image
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from diffsight.errors import DiffsightError, InputError
+from diffsight.errors import DiffsightError, InputError, warn_user
 from diffsight.pipelines.diffusion.encoder_calls import EncoderCall, EncoderRecord
 from diffsight.pipelines.diffusion.encoding import EncodingRecord
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -146,7 +145,7 @@ class Drawing:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             name = type(self.model.pipeline).__name__
             message = f"{name} cannot draw {count} {self.noun} in one call, so each has its own: {reason}"
-            warnings.warn(message, LensWarning, stacklevel=7)
+            warn_user(message, LensWarning)
         return [self._draw_batch(change, rows[i : i + 1])[0] for i in range(count)]
 
     def _call(self, change: Change, rows: Rows) -> Sequence[Any]:

@@ -1,8 +1,8 @@
-"""Train a sparse autoencoder: the loss, one update, and checkpoints.
+"""Train a sparse autoencoder: the loop over updates, the loss, and checkpoints.
 
 The loss is the share of variance that is not explained, plus a penalty for the kinds that need one, plus, for TopK and
-BatchTopK, how badly dead features explain what is left (Gao et al., 2024, appendix A.2). The decoder bias starts at the
-geometric median, the decoder in random directions and the encoder as its transpose.
+BatchTopK, how poorly dead features reconstruct the remaining error (Gao et al., 2024, appendix A.2). The decoder bias
+starts at the geometric median, the decoder in random directions and the encoder as its transpose.
 """
 
 import json
@@ -17,16 +17,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
+from diffsight.lenses.features.activation_stream import ShuffledBuffer
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sparsity import ActiveCount, JumpReLU, batch_topk, topk
 from diffsight.lenses.results.saving import save_files
+from diffsight.lenses.work_sharing import Processes
 from diffsight.pipelines.argument_types import check_types
-from diffsight.pipelines.work_sharing import Processes
 
 CHECKPOINT = "checkpoint.safetensors"
 _CHECKPOINT_SECONDS = 20
+_FIGURES_SHOWN = {"explained_variance": "explained", "active": "L0", "dead": "dead"}
 _AUXILIARY = 1 / 32  # the weight of the loss on dead features
 
 
@@ -96,6 +99,25 @@ class SAETrainer:
             self.sae.decoder_bias.copy_(geometric_median(vectors))
             self._processes.copy_from_main([self.sae.decoder_bias])
 
+    def train(
+        self, source: ShuffledBuffer, folder: Path | None, generator: torch.Generator, progress: bool = True
+    ) -> None:
+        """Make all updates that are left, and write checkpoints into the folder."""
+        settings, processes = self.settings, self._processes
+        every = max(1, settings.updates // 200)
+        is_shown = progress and processes.is_main
+        with tqdm(desc="SAE", total=settings.updates, initial=self.done, disable=not is_shown) as bar:
+            for batch in source.batches(settings.batch_size // processes.count):
+                if self.done >= settings.updates:
+                    break
+                found = self.update(batch)
+                if self.done % every == 0 or self.done == settings.updates:
+                    self.curve.append(found)
+                    bar.set_postfix({name: f"{found[key]:.3g}" for key, name in _FIGURES_SHOWN.items()})
+                bar.update()
+                if folder is not None and processes.is_main and self.is_due():
+                    self.save(folder, source.position, generator)
+
     def update(self, x: torch.Tensor) -> dict[str, float]:
         """Make one update on a batch of vectors, (vectors, width), and return its metrics."""
         sae, settings = self.sae, self.settings
@@ -105,7 +127,8 @@ class SAETrainer:
         left = x - sae.decode(features)
         variance = (x - x.mean(0)).square().sum().clamp(min=1e-12)
         unexplained = left.square().sum() / variance
-        self._count(features.detach(), len(x))
+        is_active = features.detach() > 0
+        self._count(is_active)
         loss = unexplained + settings.penalty * penalty + _AUXILIARY * self._auxiliary(before, left.detach())
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
@@ -114,11 +137,10 @@ class SAETrainer:
         self._adam.step()
         self._normalize()
         self.done += 1
-        active = (features.detach() > 0).sum(-1).float().mean().item()
         return {
             "update": self.done,
             "explained_variance": 1 - unexplained.item(),
-            "active": active,
+            "active": is_active.count_nonzero().item() / len(x),
             "dead": (self._unused >= settings.dead_after).float().mean().item(),
         }
 
@@ -152,9 +174,9 @@ class SAETrainer:
         variance = (left - left.mean(0)).square().sum().clamp(min=1e-12)
         return ((features @ self.sae.decoder[dead] - left).square().sum() / variance).nan_to_num()
 
-    def _count(self, features: torch.Tensor, vectors: int) -> None:
-        used = self._processes.any((features > 0).any(0))
-        self._unused += vectors * self._processes.count
+    def _count(self, is_active: torch.Tensor) -> None:
+        used = self._processes.any(is_active.any(0))
+        self._unused += len(is_active) * self._processes.count
         self._unused[used] = 0
 
     # ---- the rows of the decoder keep length one

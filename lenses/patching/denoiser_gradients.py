@@ -20,7 +20,7 @@ from diffsight.errors import InputError
 from diffsight.lenses.metrics.outcome import LATENTS, Outcome
 from diffsight.lenses.patching.denoiser_pairs import DenoiserPairs, SweptPair
 from diffsight.lenses.patching.denoiser_sweep import Change, follow_latents
-from diffsight.lenses.patching.site_gradients import gradients_of
+from diffsight.lenses.patching.language_gradients import gradients_of
 from diffsight.lenses.sites.site import Site
 from diffsight.pipelines.diffusion.run import progress_bar
 
@@ -48,7 +48,7 @@ def attribute_denoiser(pairs: DenoiserPairs, number: int, through: str) -> tuple
     """Return the estimates for the pair of this number, and how many calls of the pipeline it took.
 
     Raises:
-        InputError: The model does not come to a site, a step or part of the value does not exist, or the metric has no
+        InputError: The model does not reach a site; a step, or a part of a value, does not exist, or the metric has no
             gradient.
     """
     rows = pairs.rows(number, (LATENTS,))

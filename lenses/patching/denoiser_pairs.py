@@ -17,7 +17,7 @@ from diffsight.lenses.denoising.step_windows import Windows, check_windows, choo
 from diffsight.lenses.encoders.checks import check_call, check_prompt
 from diffsight.lenses.metrics.outcome import Metric, Outcome, as_metric
 from diffsight.lenses.patching.denoiser_sweep import Change, DenoiserRows, PlainRun
-from diffsight.lenses.patching.request import PatchingRequest
+from diffsight.lenses.patching.patching_request import PatchingRequest
 from diffsight.lenses.patching.sweep_checks import check_branch
 from diffsight.lenses.results.site_effects import SiteEffects
 from diffsight.lenses.sites.find_sites import find_sites, for_each_head

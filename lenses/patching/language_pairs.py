@@ -16,7 +16,7 @@ from diffsight.errors import InputError
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.outcome import Metric, as_metric
 from diffsight.lenses.patching.language_pair import LanguagePair
-from diffsight.lenses.patching.request import PatchingRequest
+from diffsight.lenses.patching.patching_request import PatchingRequest
 from diffsight.lenses.results.site_effects import SiteEffects
 from diffsight.lenses.sites.find_sites import BY_TOKEN, Sites, find_sites, for_each_head
 from diffsight.lenses.sites.site import Site

@@ -88,8 +88,8 @@ class SiteEffects(LensResult):
 
     @property
     def is_normalised(self) -> bool:
-        """Whether the effect is a share of the difference between the two runs. It is not for an ablation, and if the
-        metric does not distinguish the runs of a pair."""
+        """Whether the effect is a share of the difference between the two runs. It is not for an ablation, nor if
+        the metric does not distinguish the runs of a pair."""
         return self.lens != "block_ablation" and bool((self.source != self.target).all())
 
     @property

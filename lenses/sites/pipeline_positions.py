@@ -101,7 +101,7 @@ class PipelinePositions:
         arguments: Arguments of the pipeline.
 
     Raises:
-        InputError: They are neither, or do not exist at the sites.
+        InputError: `positions` are neither regions nor words, or the sites do not have them.
     """
 
     def __init__(

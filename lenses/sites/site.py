@@ -1,4 +1,4 @@
-"""A site: a point of a model, and the head in it that is meant, if it is one.
+"""A site: a point of a model, and the head in it, if only one head is meant.
 
     site = Site("layers[3].self_attn.heads_output", layer=3, head=2)
     value = site.read(run)                      # (batch, tokens, heads, features)
@@ -100,10 +100,10 @@ class Site:
         return self.tensor(getattr(self._points(handle, call), self.value))
 
     def tensor(self, whole: Any) -> torch.Tensor:
-        """Return the tensor in all that the module takes or returns at the point, such as a tuple.
+        """Return the tensor of the site from the value at the point, which may be a tuple.
 
         Raises:
-            InputError: It has several tensors of a kind, and the point does not say which.
+            InputError: It holds several tensors of the same kind, and the point does not say which.
         """
         return tensor_of(whole, self.path, self.item)
 

@@ -1,4 +1,4 @@
-"""Watches attention modules while they compute, whatever they compute with.
+"""Watches attention modules while they compute, on any backend.
 
 A PyTorch function mode, active only in the coroutine of a run that asks for attention, sees
 `F.scaled_dot_product_attention`, which transformers ("sdpa") and diffusers' dispatch call, and attention that is
@@ -34,7 +34,7 @@ class AttentionMode(TorchFunctionMode):
         return self._watched[calls.target.key[0]]
 
     def add(self, tap: Tap, calls: Tap, key: tuple[int | None, str]) -> Callable[[], None]:
-        """Watch the module that `calls` taps for one of its values; return what undoes it."""
+        """Watch the module that `calls` taps for one of its values; return a function that undoes this."""
         number = calls.target.key[0]
         if number not in self._watched:
             if calls.active:

@@ -25,7 +25,7 @@ def call_watched(
     Args:
         mode: The function mode that has seen the call.
         running: The watched modules, see `watched_modules.Watched`.
-        written: What is known of products that are written out.
+        written: The products computed as a matrix product and a softmax, as far as they have been seen.
         func: The function.
         args: Its arguments.
         kwargs: Its keyword arguments.

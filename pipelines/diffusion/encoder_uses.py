@@ -1,4 +1,4 @@
-"""Find what a pipeline uses of a text encoder, by comparison.
+"""Find out, by comparison, which outputs of a text encoder a pipeline uses.
 
 The pipeline encodes a prompt. Every hidden state, before and after the final norm, and every pooled vector is then
 looked for in what `encode_prompt` returned and in what the denoiser and other components were passed. The match is

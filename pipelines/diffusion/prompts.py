@@ -1,13 +1,11 @@
 """Check prompts before a pipeline runs: no prompts, prompts that are too long, and unknown words."""
 
-import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import ProcessorMixin
 
-from diffsight.errors import InputError
+from diffsight.errors import InputError, warn_user
 from diffsight.pipelines.diffusion.call_arguments import call_defaults
 from diffsight.pipelines.shapes.scenes import NOUNS
 
@@ -101,7 +99,4 @@ def _warn_of_unknown_words(tokenizer: Any, prompt: str) -> None:
         message += f". It knows: {', '.join(word for word in known if word not in left_out)}"
         invented = [word for word in known if word in NOUNS]
         message += f"; and {len(invented)} invented nouns, such as {invented[0]!r}" if invented else ""
-    depth, frame = 1, sys._getframe(0)  # so that the warning shows the user's line
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("diffsight."):
-        depth, frame = depth + 1, frame.f_back
-    warnings.warn(message, PromptWarning, stacklevel=depth)
+    warn_user(message, PromptWarning)

@@ -131,7 +131,7 @@ class _Wrong(Exception):
 
 
 class _NameTrace:
-    """Follows the named parts of a model through a forward pass. The model is a copy, and has no use afterwards."""
+    """Follows the named parts of a model through a forward pass. The model is a copy, which is of no use afterwards."""
 
     def __init__(self, model: nn.Module, names: Mapping[str, str], parts: Callable) -> None:
         self.model, self.names, self.parts = model, names, parts

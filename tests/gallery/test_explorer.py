@@ -29,8 +29,8 @@ def opened():
 @pytest.fixture(scope="module")
 def address(browser, saved_models, opened):
     pytest.importorskip("gradio", reason="Gradio is not installed (the extra `app`)")
-    from diffsight.gallery.explorer import build_app, start_app
-    from diffsight.gallery.explorer_views import workbench
+    from diffsight.gallery.explorer import shared_models
+    from diffsight.gallery.explorer.explore import build_app, start_app
 
     def open_model(name):
         assert name not in opened  # once, for all visitors
@@ -38,7 +38,7 @@ def address(browser, saved_models, opened):
         return opened[name]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workbench, "open_model", open_model)
+        patch.setattr(shared_models, "open_model", open_model)
         app = build_app(str(saved_models / "pipeline"), str(saved_models / "language"))
         start_app(app, "127.0.0.1")
         yield app.local_url

@@ -75,8 +75,8 @@ def test_what_is_done_is_not_done_again(tmp_path):
     sweep(measure, range(4), tmp_path)
     assert seen == [0, 1, 2, 2, 3]
     assert not list(tmp_path.glob(".*"))
-    assert "other items" in refusal(sweep, measure, range(5), tmp_path)
-    assert "other function" in refusal(sweep, len, range(4), tmp_path)
+    assert "differs in items" in refusal(sweep, measure, range(5), tmp_path)
+    assert "differs in function" in refusal(sweep, len, range(4), tmp_path)
 
 
 def test_bad_input(tmp_path):

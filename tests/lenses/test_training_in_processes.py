@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from diffsight import train_sae
 from diffsight.lenses import SAE, SAESettings
 from diffsight.lenses.features.sae_trainer import geometric_median
+from diffsight.lenses.work_sharing import Processes
 from helpers import refusal
 
 WIDTH, FEATURES, K, BATCH, UPDATES = 16, 32, 4, 64, 6
@@ -37,6 +38,7 @@ def work(rank, port, folder, function):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     function(rank, folder)
+    Processes().wait()  # the first one ends last, since the others talk through it
 
 
 def launch(folder, function):
@@ -49,7 +51,7 @@ def launch(folder, function):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(120)
         assert worker.exitcode == 0
 
 

@@ -10,6 +10,7 @@ OBJECTS = "objects other than tensors and plain values stay on the server"
 ERRORS = "errors of the model are copies, with the same class and text"
 PLACES = "a client knows the step where the model stands, and not the point"
 FUNCTIONS = "functions, models and other live objects are not sent as arguments"
+OUTPUT = "progress bars and warnings of a lens or a pipeline go to the log of the server"
 INSIDE = "how the engine works within one process: stacks, threads, interrupts, frames, what is compiled"
 
 # A key is a file, a test, or some parameters of one: "*" stands for any text.
@@ -22,6 +23,9 @@ TESTS = {
     "test_calls.py::test_inputs_by_number": COPIES,
     "test_compiled.py": INSIDE,
     "test_control.py::test_skip_too_late": LATER,
+    "test_diffusion_lens.py::test_a_progress_bar_over_the_layers": OUTPUT,
+    "test_diffusion_lens.py::test_arguments_that_do_not_fit": FUNCTIONS,
+    "test_diffusion_lens.py::test_unknown_words_are_warned_of_once_at_the_users_line": OUTPUT,
     "test_diffusion_runs.py::test_a_given_generator_is_passed_on": FUNCTIONS,
     "test_diffusion_steps.py::test_previews_do_not_end_a_loop": FUNCTIONS,
     "test_diffusion_values.py::test_reading_what_the_vae_encodes": OBJECTS,
@@ -60,7 +64,7 @@ TESTS = {
     "test_language.py::test_a_stopping_criterion_of_the_user_works_on": FUNCTIONS,
     "test_language.py::test_a_streamer_of_transformers_works": FUNCTIONS,
     "test_language.py::test_gradients_through_a_pass": GRADIENTS,
-    "test_latents.py::test_the_packaged_pipelines_need_no_arguments": "the progress bar is that of the server",
+    "test_latents.py::test_the_packaged_pipelines_need_no_arguments": OUTPUT,
     "test_left_behind.py::test_300_runs_leave_neither_hooks_nor_memory": INSIDE,
     "test_left_behind.py::test_an_interrupt_at_any_moment": INSIDE,
     "test_left_behind.py::test_nothing_is_left_behind[model_interrupt*": INSIDE,

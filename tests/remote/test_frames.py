@@ -11,6 +11,7 @@ from transformers import BatchEncoding, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from diffsight.errors import InputError
+from diffsight.lenses import Prompt, TargetProbabilities
 from diffsight.remote.chunks import Chunks, split
 from diffsight.remote.frames import pack, unpack
 from diffsight.remote.wire_values import Held, ProtocolError, ValueDecoder, ValueEncoder
@@ -84,6 +85,13 @@ def test_objects():
     for mode in ("L", "RGB", "RGBA", "1", "I;16", "F"):
         image = Image.new(mode, (5, 3), 1)
         assert same_image(sent(image), image)
+
+
+def test_a_result_that_is_a_mapping():
+    given = TargetProbabilities("m", (Prompt("a", {"it": [7]}),), (0, 1), {"it": torch.rand(1, 2)}, {"it": ("b",)})
+    found = sent(given)
+    assert type(found) is TargetProbabilities and found.prompts == given.prompts and found.layers == (0, 1)
+    assert torch.equal(found["it"], given["it"]) and found.tokens == given.tokens
 
 
 def test_what_cannot_be_sent():

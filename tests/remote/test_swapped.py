@@ -11,7 +11,9 @@ from remote.made_for_one_process import TESTS, why_local
 from remote.swapped import swapped
 
 TESTED = Path(__file__).parents[1]
-FILES = {path.name: path for folder in ("engine", "pipelines") for path in (TESTED / folder).glob("test_*.py")}
+FILES = {
+    path.name: path for folder in ("engine", "pipelines", "lenses") for path in (TESTED / folder).glob("test_*.py")
+}
 
 
 def test_models_are_on_the_server(model_server):

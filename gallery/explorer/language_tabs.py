@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import torch
 
-from diffsight.gallery.explorer_views.shared_models import (
+from diffsight.gallery.explorer.shared_models import (
     Workbench,
     archive_of,
     code_of,
@@ -41,8 +41,8 @@ print(steered.generate({prompt!r}, max_new_tokens={tokens}, do_sample=False).tex
 """
 
 
-def add_language_views(bench: Workbench) -> None:
-    """Add the views to the app, with what they all ask for above them."""
+def add_language_tabs(bench: Workbench) -> None:
+    """Add the views to the app, below the fields that they share."""
     with gr.Row():
         prompt = gr.Textbox(PROMPT, label="Prompt", scale=3, min_width=300)
         model = gr.Dropdown(bench.names, value=bench.names[0], label="Model", scale=2, min_width=220)

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from diffsight.gallery.explorer_views.shared_models import (
+from diffsight.gallery.explorer.shared_models import (
     Workbench,
     archive_of,
     code_of,
@@ -106,8 +106,8 @@ VIEWS = [
 ]
 
 
-def add_image_views(bench: Workbench) -> None:
-    """Add the views to the app, with what they all ask for above them."""
+def add_image_tabs(bench: Workbench) -> None:
+    """Add the views to the app, below the fields that they share."""
     with gr.Row():
         prompt = gr.Textbox(PROMPT, label="Prompt", scale=3, min_width=300)
         model = gr.Dropdown(bench.names, value=bench.names[0], label="Model", scale=2, min_width=220)

@@ -15,9 +15,9 @@ from diffsight.pipelines.packaged import PIPELINES
 try:
     import gradio as gr
 
-    from diffsight.gallery.explorer_views.image_views import add_image_views
-    from diffsight.gallery.explorer_views.language_views import add_language_views
-    from diffsight.gallery.explorer_views.shared_models import Workbench
+    from diffsight.gallery.explorer.image_tabs import add_image_tabs
+    from diffsight.gallery.explorer.language_tabs import add_language_tabs
+    from diffsight.gallery.explorer.shared_models import Workbench
 except ModuleNotFoundError as error:
     if error.name != "gradio":
         raise
@@ -31,7 +31,7 @@ _STYLE = """
 @media (max-width: 40rem) {
   .pictures .grid-container { grid-template-columns: repeat(2, minmax(100px, 1fr)); }
 }
-"""  # a place is not a number of a layer; two images in a row on a phone
+"""  # hide the slider's own numbers, which count places and not layers; show two images in each row on phones
 
 
 def explore(
@@ -67,9 +67,9 @@ def build_app(model: str | None = None, language_model: str = LANGUAGE_MODEL) ->
         gr.Markdown("# diffsight")
         with gr.Tabs():
             with gr.Tab("Images"):
-                add_image_views(Workbench(pipelines))
+                add_image_tabs(Workbench(pipelines))
             with gr.Tab("Language"):
-                add_language_views(Workbench([language_model]))
+                add_language_tabs(Workbench([language_model]))
     return app
 
 

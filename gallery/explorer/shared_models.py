@@ -43,7 +43,7 @@ class Workbench:
         self.names = list(names)
         self._models: dict[str, Any] = {}
         self._stops: dict[str, Event] = {}  # by job
-        self._one_at_a_time = Lock()  # a stopped visitor's thread works on until the next call of a module
+        self._one_at_a_time = Lock()  # a stopped job keeps running until the next call of a module
 
     def model(self, name: str) -> Any:
         """Return a model, loaded when it is first asked for. Raises InputError if it may not be chosen."""
@@ -75,7 +75,7 @@ class Workbench:
                         hooks.callback(part.register_forward_pre_hook(check).remove)
                 yield
         finally:
-            if self._stops.get(job) is stop:  # otherwise the visitor has begun anew
+            if self._stops.get(job) is stop:  # otherwise the visitor has started another job
                 del self._stops[job]
 
     def stop(self, job: str) -> None:

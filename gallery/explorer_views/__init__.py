@@ -1,1 +1,0 @@
-"""The views of the explorer, and the models that they share."""

@@ -1,0 +1,83 @@
+"""What is chosen for attention maps, modules, heads and what is kept apart, checked before an image is drawn."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from diffsight.errors import InputError, suggest
+from diffsight.lenses.attention.map_memory import check_memory
+from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, count_steps
+from diffsight.lenses.encoders.checks import check_call
+from diffsight.lenses.layers import Layers, choose_layers
+from diffsight.pipelines.diffusion.attention import Attention, Attentions
+from diffsight.pipelines.diffusion.model import DiffusionModel
+
+_KEPT = ("steps", "layers", "heads")
+
+
+def check_maps(
+    lens: str, model: Any, prompt: Any, steps: Steps, seed: Any, keep: Any, arguments: Mapping[str, Any]
+) -> None:
+    """Raise InputError for an argument that no attention map can take."""
+    check_call(lens, model, prompt, seed, None, arguments)
+    if keep is not None and keep not in _KEPT:
+        raise InputError(f"keep: there is no {keep!r}{suggest(str(keep), _KEPT)}, only {', '.join(_KEPT)}")
+    model.check(prompt=prompt, seed=seed, **arguments)
+    check_steps_ahead(steps, model, arguments)
+
+
+def chosen_attentions(
+    attentions: Attentions, kinds: tuple[str, ...], layers: Layers, what: str, model: DiffusionModel
+) -> list[Attention]:
+    """Return the chosen modules of some kinds, in the order in which they run. `what` says what is looked for."""
+    found = attentions.of_kind(*kinds)
+    placed = [attention for attention in found if attention.grid is not None and attention.unplaced is None]
+    if not placed:
+        unplaced = [*found, *attentions.of_kind("none")]
+        reasons = f": {unplaced[0]}" if unplaced else ""
+        raise InputError(f"{type(model.pipeline).__name__} has no {what} that was found{reasons}")
+    numbers = range(len(placed)) if layers is None else choose_layers(layers, len(placed))
+    if "embedding" in numbers:
+        raise InputError('layers: "embedding" is not an attention module. Write numbers')
+    return [placed[number] for number in sorted(numbers)]
+
+
+def check_map_size(
+    model: DiffusionModel, chosen: Sequence[Attention], words: int, keep: str | None, arguments: Mapping[str, Any]
+) -> None:
+    """Raise InputError if what is kept is larger than memory: sums in the sizes of the modules, and the maps of each
+    group in the largest."""
+    positions = [math.prod(attention.grid) for attention in chosen]
+    groups = {
+        None: 1,
+        "steps": count_steps(model, arguments) or 1,
+        "layers": len(chosen),
+        "heads": max(attention.heads for attention in chosen),
+    }[keep]
+    sums = (
+        sum(positions) if keep == "layers" else groups * sum({one.grid: math.prod(one.grid) for one in chosen}.values())
+    )
+    what = f"maps of {words} words" + (f", {groups} {keep} apart," if keep else "")
+    check_memory(
+        what,
+        4 * words * (sums + groups * max(positions)),
+        model.device,
+        "choose fewer words, or fewer of what is kept apart",
+    )
+
+
+def picked_heads(chosen: Sequence[Attention], heads: Iterable[int] | None) -> list[int] | None:
+    """Return the chosen heads, which all modules must have; None for all."""
+    return None if heads is None else checked_heads(heads, min(attention.heads for attention in chosen))
+
+
+def checked_heads(heads: Iterable[int], count: int | None) -> list[int]:
+    """Return heads as a list. `count` is how many there are, if it is known."""
+    picked = list(heads)
+    for head in picked:
+        if isinstance(head, bool) or not isinstance(head, int) or head < 0 or (count is not None and head >= count):
+            known = "" if count is None else f". The modules have {count} heads, 0 to {count - 1}"
+            raise InputError(f"heads: there is no head {head!r}{known}")
+    if not picked:
+        raise InputError("heads: the selection is empty")
+    return picked
