@@ -93,8 +93,13 @@ def _keywords_in_source(
 
 
 def _read(node: ast.AST, rest: str) -> Iterable[str]:
-    """Yield the name that a piece of code reads from `**rest`: `rest.pop("a")`, `rest["a"]`, `"a" in rest`."""
+    """Yield the names that a piece of code reads from `**rest`: `rest.pop("a")`, `rest["a"]`, `"a" in rest`, or
+    `for name in ["a", "b"]: rest.pop(name)`."""
     key = None
+    if isinstance(node, ast.For) and isinstance(node.iter, (ast.List, ast.Tuple)):
+        inside = [part for statement in node.body for part in ast.walk(statement) if isinstance(part, ast.Call)]
+        if any(_is_name(getattr(call.func, "value", None), rest) for call in inside):
+            yield from (part.value for part in node.iter.elts if isinstance(part, ast.Constant))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_name(node.func.value, rest):
         key = next(iter(node.args), None)
     elif isinstance(node, ast.Subscript) and _is_name(node.value, rest):

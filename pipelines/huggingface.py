@@ -30,7 +30,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import ChunkPipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
-from diffsight.errors import InputError, PointNotFoundError, suggest
+from diffsight.errors import DiffsightError, InputError, PointNotFoundError, suggest
 from diffsight.extending import (
     ChangedMethod,
     Clock,
@@ -45,7 +45,11 @@ from diffsight.extending import (
 from diffsight.pipelines.hub_access import cache_only_if_offline
 from diffsight.pipelines.language.generation import Choice, GeneratedTokens, GenerationRun, set_generated
 from diffsight.pipelines.named_tree import NamedTree
-from diffsight.pipelines.pipeline_options import check_options_of_call
+from diffsight.pipelines.pipeline_options import (
+    check_options_of_call,
+    check_options_of_loading,
+    check_options_of_opened,
+)
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
 from diffsight.pipelines.valid_text import check_text
@@ -85,7 +89,7 @@ class HFPipeline(Model):
         arguments: Passed to `transformers.pipeline`, such as `model=…`.
 
     Raises:
-        InputError: `source` is not a pipeline.
+        InputError: `source` is not a pipeline, or takes no such argument.
     """
 
     _run_class = HFRun
@@ -238,13 +242,19 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
     is_task = str(source) in tasks or "model" in arguments
     try:
         with cache_only_if_offline():
-            return transformers.pipeline(**{"task" if is_task else "model": str(source)}, **arguments)
+            if is_task:
+                check_options_of_loading(str(source), arguments)
+            pipeline = transformers.pipeline(**{"task" if is_task else "model": str(source)}, **arguments)
+    except DiffsightError:
+        raise
     except Exception as error:  # a damaged file fails anywhere in the libraries
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         hint = "" if str(source) in tasks else suggest(str(source), tasks)
         raise InputError(
             f"there is no pipeline {str(source)!r} that can be loaded{hint}: {type(error).__name__}: {reason}"
         ) from error
+    check_options_of_opened(pipeline, arguments)
+    return pipeline
 
 
 def _tokenizer(pipeline: Pipeline) -> Any:

@@ -217,15 +217,21 @@ class CompatEnvoy(Envoy):
 
     def skip(self, value: Any) -> None:
         """Leave the call out: the model continues with `value` as its output."""
-        is_tuple = isinstance(value, tuple) and len(value) == 1 and self._gives_tuple()
-        super().skip(value[0] if is_tuple else value)
+        value = value[0] if isinstance(value, tuple) and len(value) == 1 and self._gives_tuple() else value
+        points = self._visited("skip")
+        if self._run_at("skip").__dict__.get("_visit") is not None:
+            self._fetch("input")  # as for an assignment
+        super().skip(value) if points is self else points.skip(value)
 
     def _run_at(self, part: str) -> Run:
         return run_meant_by(self, part)
 
     def _visited(self, part: str) -> Any:
         """The points of the call that a loop over `tracer.iter` in a run of one pass stands at."""
-        visit = self._run_at(part).__dict__.get("_visit", 0)
+        run = self._run_at(part)
+        visit = run.__dict__.get("_visit", 0)
+        if visit is not None:
+            run.__dict__["_asks"] = True
         return self.calls[visit] if visit else self
 
     def _as_tuple(self, value: Any) -> Any:

@@ -35,6 +35,7 @@ class Tracer(TracerFunctions, Run):
     _first_inputs: Sequence[tuple] = ()  # the arguments of the model's first call, once it has begun
     _rest: Callable[[], RepeatedBlock] | None = None  # what follows `layers.all()` in the block
     _visit: int | None = None  # in a loop over `tracer.iter` in a run of one pass: which call of each module is meant
+    _asks = False  # whether the present turn of such a loop has asked for anything
     _invoked_with: Sequence[tuple] = ()  # the inputs of its invokes
     _is_invoke = False
     _is_of_all = False  # whether it is an invoke without input, of the inputs of all before it
@@ -229,6 +230,8 @@ class Tracer(TracerFunctions, Run):
         return self.invoker if flow_of(self.invoker).outcome is None else self
 
 
+_MOST_IDLE_TURNS = 10_000  # in a row: the rest of `for step in tracer.iter[:]: if step == 0: ...` does nothing
+
 _entered: ContextVar[tuple[Tracer, ...]] = ContextVar("diffsight_entered", default=())
 
 
@@ -247,22 +250,24 @@ def iterations_of(tracer: Tracer) -> Iterations:
     """Return the steps of a run, to choose from; around invokes, those of each invoke."""
     if not tracer._has_own_steps():
         return IterationsOfInvokes(lambda: iterations_of(tracer._current_pass()))
-    if tracer._generates or current_edit() is not None:
+    if tracer._generates:
         return Iterations(partial(steps_in, tracer.steps, flow_of(tracer)))
     return Iterations(partial(visits_in, tracer))
 
 
 def visits_in(tracer: Tracer, chosen: slice) -> Iterator[int]:
-    """Count the calls of modules in a run of one pass. Without an end, the loop ends with the model."""
+    """Count the calls of modules in a run of one pass. Without an end, the loop ends with the model, or when it no
+    longer asks for anything."""
     before, flow = tracer._visit, flow_of(tracer)
-    turns = range(chosen.stop) if chosen.stop is not None else count()
+    start, idle = chosen.start or 0, 0
+    turns = range(start, chosen.stop, chosen.step or 1) if chosen.stop is not None else count(start, chosen.step or 1)
     try:
         for turn in turns:
-            if chosen.stop is None and flow.outcome is not None:
+            if chosen.stop is None and (flow.outcome is not None or idle == _MOST_IDLE_TURNS):
                 return
-            if turn >= (chosen.start or 0) and (turn - (chosen.start or 0)) % (chosen.step or 1) == 0:
-                tracer._visit = turn
-                yield turn
+            tracer._visit, tracer._asks = turn, False
+            yield turn
+            idle = 0 if tracer._asks else idle + 1
     finally:
         tracer._visit = before
 

@@ -206,7 +206,11 @@ class DiffusionNames(CompatModel):
                 raise InputError("automodel= chooses the class to load: a live pipeline has one already")
             kind = getattr(import_module("diffusers"), automodel) if isinstance(automodel, str) else automodel
             loading = {name: kwargs.pop(name) for name in list(kwargs) if name not in _OF_MODEL}
+            check = import_module("diffsight.pipelines.loading_arguments").check_pipeline_arguments
+            if not kind.__name__.startswith("AutoPipeline"):  # those find the class when they load it
+                check(kind, loading)
             source = kind.from_pretrained(source, **loading)
+            check(type(source), loading, kind)
         super().__init__(source, **kwargs)
 
     def trace(self, *args: Any, trace: bool = True, **kwargs: Any) -> Any:

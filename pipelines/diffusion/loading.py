@@ -27,6 +27,7 @@ from diffsight.errors import DiffsightError, InputError, suggest_packaged
 from diffsight.pipelines.arguments import check_arguments
 from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
 from diffsight.pipelines.hub_access import hub_access, hub_says
+from diffsight.pipelines.loading_arguments import check_modular_arguments, check_pipeline_arguments
 from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.packaged import FOLDERS, LANGUAGE_MODELS
 from diffsight.pipelines.quiet_loading import quiet_loading
@@ -66,7 +67,8 @@ def open_pipeline(
         The pipeline, and a function that loads its weights, or None if they are loaded.
 
     Raises:
-        InputError: There is no such pipeline (the message suggests similar names), or a part of it is missing.
+        InputError: There is no such pipeline, or it takes no such argument (the message suggests similar names), or a
+            part of it is missing.
     """
     if isinstance(source, ModularPipelineBlocks):
         return _of_blocks(source, arguments), None
@@ -84,6 +86,7 @@ def open_pipeline(
     if not is_local:
         arguments = hub_access() | arguments
     if _is_modular(place, is_local, arguments):
+        check_modular_arguments(arguments)
         with explained(name):
             check_configurations(Path(place))
             return _load_modular(place, arguments), None
@@ -92,11 +95,16 @@ def open_pipeline(
     is_quick = name in FOLDERS or not dispatch
     with explained(name), quiet_loading(transformers_logging, *([diffusers_logging] if is_quick else [])):
         check_configurations(Path(place))
-        classes = _module_classes(place, arguments, weights)
+        index = DiffusionPipeline.load_config(place, **_for_hub(arguments))
+        known_class = _pipeline_class(index, arguments)
+        if known_class is not None:
+            check_pipeline_arguments(known_class, arguments)
+        classes = _module_classes(index, place, arguments, weights)
         empty = {} if dispatch else _build_empty(classes, place, arguments)
         now = {key: value for key, value in arguments.items() if dispatch or key not in _OF_WEIGHTS}
         with requiring_all_weights():
             pipeline = DiffusionPipeline.from_pretrained(place, **now, **empty)
+        check_pipeline_arguments(type(pipeline), arguments)
         for part, component in pipeline.components.items():
             if part not in arguments:
                 check_vocabulary(Path(place) / part, component)
@@ -173,15 +181,24 @@ def _load_modular(place: str, arguments: dict[str, Any]) -> ModularPipeline:
 # ---- modules without weights
 
 
-def _module_classes(place: str, arguments: dict[str, Any], weights: bool) -> dict[str, type[nn.Module]]:
-    """Return the classes of the modules of the pipeline in a folder or hub repository, by name.
+def _pipeline_class(index: dict[str, Any], arguments: dict[str, Any]) -> type | None:
+    """Return the class that an index names, or None if it is not one of diffusers."""
+    name = index.get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) and "custom_pipeline" not in arguments else None
+    return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
+
+
+def _module_classes(
+    index: dict[str, Any], place: str, arguments: dict[str, Any], weights: bool
+) -> dict[str, type[nn.Module]]:
+    """Return the classes of the modules of the pipeline in a folder or hub repository, by name. `index` lists them.
 
     These are the modules that diffusers and transformers build from a configuration, except those that `arguments`
     contain. `weights` is whether there are weight files.
 
     Raises OSError if one of them is missing in a folder, and ValueError if a part needs code that may not be run."""
     classes = {}
-    for name, entry in DiffusionPipeline.load_config(place, **_for_hub(arguments)).items():
+    for name, entry in index.items():
         if name.startswith("_") or name in arguments or not isinstance(entry, (list, tuple)) or None in entry:
             continue
         if len(entry) != 2 or not all(isinstance(word, str) for word in entry):

@@ -19,6 +19,7 @@ from diffsight.pipelines.folder_checks import check_configurations, check_vocabu
 from diffsight.pipelines.hub_access import hub_access, hub_says
 from diffsight.pipelines.language.gguf import load_gguf
 from diffsight.pipelines.language.smollm2 import packaged_folder
+from diffsight.pipelines.loading_arguments import check_model_arguments
 from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
 from diffsight.pipelines.weights import (
@@ -50,7 +51,7 @@ def open_language_model(
         The model, its tokenizer or None, and a function that loads the weights, or None if there is nothing to load.
 
     Raises:
-        InputError: There is no such model. The message suggests similar names.
+        InputError: There is no such model, or it takes no such argument. The message suggests similar names.
     """
     if isinstance(source, tuple):
         if len(source) != 2 or tokenizer is not None:
@@ -74,6 +75,7 @@ def open_language_model(
     arguments = gguf | ({} if find_path(place) else hub_access()) | arguments
     with _explained(name, place):
         check_configurations(Path(place))
+        config, kind = _checked(place, arguments)
         if weights:
             check_weights(Path(place), arguments.get("subfolder", ""))
         is_quantised = weights and "quantization_config" in arguments
@@ -81,7 +83,7 @@ def open_language_model(
             with requiring_all_weights():
                 opened = _load_model(place, arguments)
         else:
-            opened = _build_empty(place, arguments)
+            opened = _build_empty(config, kind, arguments)
 
     def load() -> None:
         with _explained(name, place), requiring_all_weights():
@@ -92,10 +94,8 @@ def open_language_model(
     return opened, tokenizer, load if weights and not is_quantised else None
 
 
-def _build_empty(place: str, arguments: dict[str, Any]) -> nn.Module:
+def _build_empty(config: Any, kind: Any, arguments: dict[str, Any]) -> nn.Module:
     """Return the model without weights, on the meta device."""
-    config = _configuration(place, arguments)
-    kind = _kind(config)
     build = kind.from_config if hasattr(kind, "from_config") else kind._from_config
     code = {name: arguments[name] for name in ("trust_remote_code", "code_revision") if name in arguments}
     with without_weights():
@@ -106,21 +106,42 @@ def _build_empty(place: str, arguments: dict[str, Any]) -> nn.Module:
 
 def _load_model(place: str, arguments: dict[str, Any]) -> nn.Module:
     """Return the model with its weights."""
-    kind = _kind(_configuration(place, arguments))
+    kind = _kind(_configuration(place, arguments)[0])
     return (load_gguf if "gguf_file" in arguments else kind.from_pretrained)(place, **arguments)
 
 
-def _configuration(place: str, arguments: dict[str, Any]) -> Any:
-    """Return the model's configuration, changed by the arguments of `from_pretrained`."""
+def check_loading(source: Source, arguments: Mapping[str, Any]) -> None:
+    """Raise InputError if the model in a folder or on the hub takes no such arguments. Its configuration is read."""
+    if arguments and isinstance(source, (str, Path)):
+        place, gguf = _place(str(source))
+        with _explained(str(source), place):
+            check_configurations(Path(place))
+            _checked(place, gguf | ({} if find_path(place) else hub_access()) | arguments)
+
+
+def _checked(place: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the model's configuration and class. Raise InputError if it takes no such arguments."""
+    config, others = _configuration(place, arguments)
+    kind = _kind(config)
+    is_known = not hasattr(kind, "_model_mapping") or type(config) in kind._model_mapping
+    has_own_code = kind.__name__ in (getattr(config, "auto_map", None) or {}) and arguments.get("trust_remote_code")
+    if is_known and not has_own_code:  # code of its own may take anything
+        check_model_arguments(kind, config, others)
+    return config, kind
+
+
+def _configuration(place: str, arguments: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Return the model's configuration, changed by the arguments of `from_pretrained`, and the names of the arguments
+    that do not change it."""
     if isinstance(arguments.get("config"), transformers.PreTrainedConfig):
-        return deepcopy(arguments["config"])
+        return deepcopy(arguments["config"]), list(arguments)
     types = {name: arguments[name] for name in ("dtype", "torch_dtype") if name in arguments}
     others = {name: value for name, value in arguments.items() if name not in types}
-    config = transformers.AutoConfig.from_pretrained(place, return_unused_kwargs=True, **others)[0]
+    config, unused = transformers.AutoConfig.from_pretrained(place, return_unused_kwargs=True, **others)
     for dtype in types.values():
         if isinstance(dtype, torch.dtype) or (isinstance(dtype, str) and dtype != "auto"):
             config.dtype = dtype
-    return config
+    return config, [name for name in others if name in unused]
 
 
 def _kind(config: Any) -> Any:

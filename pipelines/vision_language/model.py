@@ -22,7 +22,7 @@ from diffsight.errors import InputError
 from diffsight.extending import Row, Target, owner_of, part_of, run_of, tree_of
 from diffsight.pipelines.language.inputs import Inputs
 from diffsight.pipelines.language.language_tree import LanguageTree
-from diffsight.pipelines.language.loading import Source, hub_arguments, place_of
+from diffsight.pipelines.language.loading import Source, check_loading, hub_arguments, place_of
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun, loaded_from
 from diffsight.pipelines.standard_names import path_of, standard_names
 from diffsight.pipelines.vision_language.image_token_grids import image_grids
@@ -98,6 +98,8 @@ class VisionLanguageModel(LanguageModel):
             if len(source) != 2 or processor is not None:
                 raise InputError("a live model comes with one processor: (model, processor)")
             source, processor = source
+        others = {name: value for name, value in arguments.items() if name not in _OF_LANGUAGE_MODEL}
+        check_loading(source, others)
         given = processor
         processor, lacking = _processor(source, processor, arguments)
         super().__init__(source, getattr(processor, "tokenizer", None), names=names, **arguments)
@@ -204,6 +206,7 @@ class VisionLanguageTree(LanguageTree):
         return super().find_names(part)
 
 
+_OF_LANGUAGE_MODEL = ("dispatch", "remote", "api_key")  # its own arguments, besides those that load the model
 _SEEN = ("pixel_values", "flattened_patches")  # the inputs of vision towers
 
 

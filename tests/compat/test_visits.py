@@ -69,3 +69,78 @@ def test_more_turns_than_calls(loop):
         assert torch.equal(torch.stack(found), expected) and reached == []
     with pytest.raises(InputError, match="negative"), model.trace(X) as tracer:
         tracer.iter[-1]
+
+
+def test_skipping(loop):
+    model, given = NNsight(loop), torch.zeros(1, 4)
+    first, after = loop.block(X), loop(given)
+    with model.trace(X) as tracer:
+        for _ in tracer.iter[1:2]:
+            model.block.skip(given)
+    assert torch.equal(tracer.result, torch.stack([first, given, *after[:2]]))
+    with pytest.warns(UserWarning, match="was never reached"), model.trace(X) as tracer:
+        for _ in tracer.iter[:]:
+            model.block.skip(given)
+    assert torch.equal(tracer.result, torch.zeros(4, 1, 4))
+
+
+class Adapter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.fixture
+def adapted(loop):
+    """A model in which an edit applies an attached module at every call, and what its calls return."""
+    model, adapter = NNsight(loop), Adapter()
+    model.block.adapter = adapter
+    with model.edit(inplace=True) as tracer:
+        for _ in tracer.iter[:]:
+            model.block.output[:] = model.block.adapter(model.block.output, hook=True)
+    expected = [X]
+    for _ in range(4):
+        expected.append(adapter(loop.block(expected[-1])))
+    return model, torch.stack(expected[1:])
+
+
+def test_edit_at_every_call(adapted):
+    model, expected = adapted
+    with model.trace(X) as tracer:
+        some = [model.block.adapter.inner.output for _ in tracer.iter[:3]]
+        rest = model.block.adapter.calls[3].output
+    assert torch.equal(torch.stack([*some, rest]), expected) and torch.equal(tracer.result, expected)
+    with model.trace(X) as tracer:
+        later = [model.block.output for _ in tracer.iter[1:3]]
+    assert torch.equal(torch.stack(later), expected[1:3]) and torch.equal(tracer.result, expected)
+
+
+@pytest.mark.parametrize("chosen, changed", [(slice(1, 3), [1, 2]), (slice(0, 9), [0, 1, 2, 3]), (2, [2])])
+def test_edit_at_some_calls(loop, chosen, changed):
+    model = NNsight(loop)
+    with model.edit(inplace=True) as tracer:
+        for _ in tracer.iter[chosen]:
+            model.block.output = model.block.output * 2
+    expected = [X]
+    for call in range(4):
+        expected.append(loop.block(expected[-1]) * (2 if call in changed else 1))
+    with model.trace(X) as tracer:
+        pass
+    assert torch.equal(tracer.result, torch.stack(expected[1:]))
+
+
+def test_open_loop_that_asks_for_nothing_more_ends(loop):
+    model = NNsight(loop)
+    with model.edit(inplace=True) as tracer:
+        for turn in tracer.iter[:]:
+            if turn == 0:
+                model.block.output = torch.zeros(1, 4)
+    with model.trace(X) as tracer:
+        for turn in tracer.iter[:]:
+            if turn == 1:
+                second = model.block.output
+    by_hand = torch.stack([torch.zeros(1, 4), *loop(torch.zeros(1, 4))[:3]])
+    assert torch.equal(second, by_hand[1]) and torch.equal(tracer.result, by_hand)

@@ -1,0 +1,66 @@
+"""The keyword arguments that are passed on to what loads a model. Most of that accepts any keyword.
+
+    check_pipeline_arguments(StableDiffusionPipeline, {"torch_dtype": dtype, "vae": vae})   # both are known
+    check_pipeline_arguments(StableDiffusionPipeline, {"torch_type": dtype})                # InputError: … no argument
+
+What `from_pretrained` reads from its `**kwargs` is found in its source code, see `named_arguments`.
+"""
+
+from collections.abc import Iterable
+
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
+from transformers import PreTrainedModel
+
+from diffsight.pipelines.arguments import check_arguments, named_arguments
+
+_OF_WRAPPERS = ("dispatch", "remote", "api_key")
+_PLACE = "pretrained_model_name_or_path"
+
+
+def check_pipeline_arguments(kind: type, given: Iterable[str], loaded_by: type = DiffusionPipeline) -> None:
+    """Raise InputError if `from_pretrained` would ignore an argument.
+
+    Args:
+        kind: The class of the pipeline in diffusers.
+        given: The names of the arguments.
+        loaded_by: The class whose `from_pretrained` is called.
+    """
+    known = arguments_of_init(kind).union(*(named_arguments(k.from_pretrained) for k in (DiffusionPipeline, loaded_by)))
+    check_arguments(f"{kind.__name__}.from_pretrained", given, known - {_PLACE}, _OF_WRAPPERS)
+
+
+def check_modular_arguments(given: Iterable[str]) -> None:
+    """The same for a modular pipeline, which passes the arguments on to what loads its components."""
+    loading = (ModularPipeline, ModelMixin, PreTrainedModel)
+    known = named_arguments(ModularPipeline.load_components).union(
+        *(named_arguments(k.from_pretrained) for k in loading)
+    )
+    check_arguments("ModularPipeline.from_pretrained", given, known - {_PLACE, "self"}, _OF_WRAPPERS)
+
+
+def check_model_arguments(kind: type, config: transformers.PreTrainedConfig, given: Iterable[str]) -> None:
+    """Raise InputError if no model of transformers is loaded with an argument.
+
+    Args:
+        kind: The class of the model, or an auto class.
+        config: Its configuration.
+        given: The names of the arguments, without those that have changed the configuration.
+    """
+    fitting = kind._model_mapping[type(config)] if hasattr(kind, "_model_mapping") else kind
+    classes = fitting if isinstance(fitting, tuple) else (fitting,)
+    known = named_arguments(PreTrainedModel.from_pretrained) | named_arguments(transformers.AutoModel.from_pretrained)
+    known = (known - {_PLACE}).union(*map(arguments_of_init, classes))
+    near = {"tokenizer", "names", *_OF_WRAPPERS, *config.to_dict()}
+    check_arguments(f"{classes[0].__name__}.from_pretrained", given, known, near.difference(given))
+
+
+def arguments_of_init(kind: type) -> set[str]:
+    """Return the names of the arguments with which a class is instantiated, with those of its base classes."""
+    return arguments_of_method(kind, "__init__")
+
+
+def arguments_of_method(kind: type, name: str) -> set[str]:
+    """Return the names of the arguments of a method of a class, with those of the same method of its base classes."""
+    own = (vars(base)[name] for base in kind.__mro__ if name in vars(base) and base is not object)
+    return set().union(*map(named_arguments, own)) - {"self"}
