@@ -89,7 +89,7 @@ class HFPipeline(Model):
         arguments: Passed to `transformers.pipeline`, such as `model=…`.
 
     Raises:
-        InputError: `source` is not a pipeline, or takes no such argument.
+        InputError: `source` is not a pipeline, or an argument is unknown.
     """
 
     _run_class = HFRun

@@ -75,7 +75,7 @@ class DiffusionModel(HasEncoders, Model):
         arguments: Passed to `DiffusionPipeline.from_pretrained`.
 
     Raises:
-        InputError: `source` does not name a pipeline.
+        InputError: `source` does not name a pipeline, or an argument is unknown.
         RemoteError: The server cannot be reached, or refuses.
     """
 

@@ -202,7 +202,7 @@ class LanguageModel(Accessors, Model):
         arguments: Passed to the model's `from_pretrained`.
 
     Raises:
-        InputError: `source` does not name a model, or a standard name is wrong.
+        InputError: `source` does not name a model, an argument is unknown, or a standard name is wrong.
         RemoteError: The server cannot be reached, or refuses.
     """
 

@@ -84,7 +84,7 @@ class VisionLanguageModel(LanguageModel):
         arguments: As for `LanguageModel`.
 
     Raises:
-        InputError: `source` does not name a model, or a standard name is wrong.
+        InputError: `source` does not name a model, an argument is unknown, or a standard name is wrong.
     """
 
     _run_class = VisionLanguageRun
