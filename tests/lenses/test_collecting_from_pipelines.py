@@ -87,7 +87,7 @@ def test_files_are_loaded_and_continued(model, tmp_path, monkeypatch):
     assert names == {"unfinished.json", "activations_00000.safetensors", "activations_00001.safetensors"}
     with pytest.raises(InputError, match="has no activations"):
         load_activations(tmp_path / "states")
-    assert "other positions" in refusal(
+    assert "differs in positions" in refusal(
         collect_activations, model, PROMPTS, folder=tmp_path / "states", **options | {"positions": [0]}
     )
     collect_activations(model, PROMPTS, folder=tmp_path / "states", **options)
