@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 1 if a check fails, or 2 if the input is invalid or a model fails.
 
     Args:
-        argv: The arguments; by default, those of the process.
+        argv: The arguments; by default, the arguments of the process.
     """
     words = sys.argv[1:] if argv is None else list(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notices about optional packages

@@ -196,7 +196,7 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# ---- what each command does
+# ---- the function of each command
 
 
 def _lens(options: argparse.Namespace) -> None:

@@ -204,7 +204,7 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# ---- what each command does
+# ---- the function of each command
 
 
 def _activation_patching(options: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ def sweep(function: Callable[..., Any], items: Iterable[Any], folder: str | Path
         function: Returns the result of a lens, an image, a tensor, a dictionary of tensors, or data for JSON.
         items: Texts, numbers, and tuples or dictionaries of them. A tuple is passed as several arguments, a dictionary
             as keyword arguments, anything else as one argument.
-        folder: A new folder, or the folder of the same sweep, in which case only the missing results are made.
+        folder: A new folder, or the folder of the same sweep, for which only the missing results are made.
 
     Returns:
         The page of the gallery, or the folder if no result comes from a lens.

@@ -19,7 +19,7 @@ class EditBlock(Block):
 
 
 class PairEditing(Editing):
-    """What `model.edit()` returns."""
+    """The edit that `model.edit()` returns."""
 
     _block_class = EditBlock
 

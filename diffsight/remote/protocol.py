@@ -6,7 +6,7 @@ Operations that need no answer, such as assignments, are sent with the next one 
     {"version": 1, "method": "generate", "args": …, "kwargs": …}    opens a run
     {"do": [{"op": "assign", …}, {"op": "ask", "path": "layers[4]", "part": "output"}]}
     {"say": "value", "value": …, "state": {…}}                      the answer
-    {"say": "passed", "number": 0, …}                               a value of `run.follow`, before the answer
+    {"say": "passed", "number": 0, …}                               a followed value, before the answer
     {"say": "turn", "body": 1, …}                                   an edit or a function of `run.each` continues
 
 A message with an unknown operation, an unknown field, or a field of another type is refused, and ends the run.

@@ -1,8 +1,8 @@
 """The flow of a run whose model is on a server.
 
 It replaces `diffsight.engine.run_to_point.Flow`; everything above it (envoys, rows, steps, edits, records) is the same.
-Requests of a body are sent, and the answer is a plain tensor. Operations that need no answer are sent with the next
-request: assignments, and changes in place of tensors, as long as the model has not moved on since they were read.
+Requests of a body are sent, and the answer is a plain tensor. Assignments, and tensors that were changed in place, need
+no answer, so they are sent with the next request, before the model moves on.
 
 Edits and the functions of `run.each` run here, in coroutines as in a local run. The server says whose turn it is.
 """
@@ -83,7 +83,7 @@ class RemoteFlow(Flow):
         step = f", in step {self.clock.index}" if self.clock.index >= 0 else ""
         return f"on the server at {self._link.address}{step}"
 
-    # ---- what a body asks for
+    # ---- requests of a body
 
     def fetch(self, asked: Asked) -> Any:
         self._check_open(asked)

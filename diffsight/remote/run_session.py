@@ -313,7 +313,7 @@ class RunSession:
         flow_of(self._run).each([partial(self._stand_in, first + i) for i in range(op.count)])
 
     def _do_backward(self, op: Operation, decode: Callable[[Any], Any]) -> dict[str, Any]:
-        """Return the gradients of tensors sent to and received from the client, given its part of the former."""
+        """Return the gradients of sent and received tensors, given the client's gradients of the sent tensors."""
         given = {number: decode(one) for number, one in zip(op.numbers, op.gradients)}
         outputs = [self._copies[number] for number in given]
         handed = {number: self._copies[number] for number in self._copies.numbers() if number >= 0}

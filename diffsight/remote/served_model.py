@@ -122,7 +122,7 @@ class ServedModel:
         If the run is still open on the server, wait until it has ended there too, so that nothing of it is left."""
         is_kept = connection is self._kept
         try:
-            if not is_broken and (is_kept or not is_over):  # messages received until then belong to that run
+            if not is_broken and (is_kept or not is_over):  # all messages before "closed" belong to that run
                 connection.send({"body": None, "do": [{"op": "close"}]}, {})
                 while connection.receive()[0]["say"] != "closed":
                     pass

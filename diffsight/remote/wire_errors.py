@@ -1,4 +1,4 @@
-"""The format of errors in remote runs. They are raised with the same class and text, at the line that caused them.
+"""The format of errors in remote runs. An error is raised with the same class and text, at the line that caused it.
 
     raise error_of(described(error))
 
