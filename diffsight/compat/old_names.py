@@ -1,4 +1,4 @@
-"""Names of modules that exist in transformers 4 but not in transformers 5: `text_encoder.text_model`."""
+"""Modules that exist in transformers 4 but not in transformers 5: `text_encoder.text_model.final_layer_norm`."""
 
 from typing import Any
 
