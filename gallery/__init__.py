@@ -1,4 +1,4 @@
-"""What is made of results: galleries, repetitions, sweeps, checks of models; the command line and notebooks.
+"""Tools for results and models: galleries, repetitions, sweeps, checks of models, the command line and notebooks.
 
     from diffsight.gallery import check_model, repeat, sweep, write_gallery
 

@@ -1,5 +1,5 @@
-"""The exception of a check that does not apply."""
+"""The exception for a check that does not apply."""
 
 
 class CheckDoesNotApply(Exception):
-    """The model lacks what a check is about. The message says what."""
+    """The model lacks the feature that a check tests. The message names it."""

@@ -5,8 +5,8 @@
     check.save("check.json")
     check.is_ok
 
-Each row compares a run with the bare model, to the bit. A row is "ok", "failed", or "none" where the model has nothing
-of the kind; its detail says what was found.
+Each row compares a run with the bare model, bit for bit. A row is "ok", "failed", or "none" if the model has nothing to
+check; its detail describes the finding.
 """
 
 import io
@@ -35,7 +35,7 @@ _STYLES = {"ok": "green", "failed": "bold red", "none": "dim"}
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One thing that was checked: "ok", "failed" or "none", and what was found."""
+    """The outcome of one check: "ok", "failed" or "none", and the finding."""
 
     name: str
     status: str
@@ -44,12 +44,12 @@ class CheckRow:
 
 @dataclass(frozen=True)
 class ModelCheck:
-    """What was checked of a model.
+    """The checks of a model.
 
     Attributes:
         model: The name of the model.
-        kind: The class of the pipeline or of the module.
-        rows: What was checked.
+        kind: The class of the pipeline or the module.
+        rows: One row for each check.
     """
 
     model: str
@@ -58,11 +58,11 @@ class ModelCheck:
 
     @property
     def is_ok(self) -> bool:
-        """Whether nothing failed."""
+        """Whether no check failed."""
         return all(row.status != "failed" for row in self.rows)
 
     def record(self) -> dict[str, Any]:
-        """Return the check as JSON stores it."""
+        """Return the check in a form that JSON can store."""
         return {"check": self.model, "kind": self.kind, "ok": self.is_ok, "rows": [asdict(row) for row in self.rows]}
 
     def save(self, path: str | Path) -> Path:
@@ -92,7 +92,7 @@ class ModelCheck:
 
 
 def check_model(model: DiffusionModel | LanguageModel, **arguments: Any) -> ModelCheck:
-    """Check that diffsight keeps its promises for this model.
+    """Check that diffsight works correctly with a model.
 
         check_model(model, prompt="a cat", num_inference_steps=4)
         check_model(language_model, prompt="Once upon a time")
@@ -100,8 +100,8 @@ def check_model(model: DiffusionModel | LanguageModel, **arguments: Any) -> Mode
     Args:
         model: A pipeline, a language model or a vision-language model.
         arguments: Arguments of the pipeline; `prompt` for a language model, `prompt` and `images` for a vision-language
-            model. Those that are left out have short defaults. A check calls the model about ten times, so choose few
-            steps for a large pipeline.
+            model. Omitted arguments have defaults that keep the check short. A check calls the model about ten times,
+            so choose few steps for a large pipeline.
 
     Returns:
         A row for each check.
@@ -123,7 +123,7 @@ def _row(name: str, check: Callable[[], str]) -> CheckRow:
         return CheckRow(name, "ok", check())
     except CheckDoesNotApply as reason:
         return CheckRow(name, "none", str(reason))
-    except Exception as error:  # whatever happens in a model of the user's is what the check found
+    except Exception as error:  # any error in a user's model is the finding of the check
         first = next(iter(str(error).strip().splitlines()), "")
         detail = first if isinstance(error, AssertionError) else f"{type(error).__name__}: {first}"
         return CheckRow(name, "failed", detail)

@@ -1,4 +1,4 @@
-"""The command line: `diffsight models`, and the commands of the other files whose names end in `commands`.
+"""The command line: `diffsight models`, and the commands defined in the modules named `*commands.py`.
 
 Libraries that are slow to import are imported by the commands that need them, so that help and bad input are quick.
 """
@@ -26,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 1 if a check fails, or 2 if the input is invalid or a model fails.
 
     Args:
-        argv: The arguments. Default: those of the process.
+        argv: The arguments; by default, the arguments of the process.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notices about packages that are not needed
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no notices about optional packages
     warnings.showwarning = _show_warning
     try:
         check_text("an argument", words)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error)
     except OSError as error:  # such as a full disk
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-    except Exception as error:  # of the model: Python raises it unchanged, a command says what it is and where
+    except Exception as error:  # an error in the model: the API raises it unchanged, a command prints type and place
         place = traceback.extract_tb(error.__traceback__)[-1]
         first = next(iter(str(error).strip().splitlines()), "")
         message = f"{type(error).__name__}: {first} ({place.filename}, line {place.lineno})"
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, with a hint where the shell probably split or expanded an argument."""
+    """A parser with one-line errors, and a hint if the shell has probably split or expanded an argument."""
 
     def error(self, message: str) -> NoReturn:
         hint = ""

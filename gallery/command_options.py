@@ -13,7 +13,7 @@ FACT = "The Eiffel Tower is in the city of"
 
 
 def add_prompts(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add the prompt, or a file of prompts."""
+    """Add the options for a prompt or a file of prompts."""
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help=what)
     parser.add_argument(
         "--prompts",
@@ -25,7 +25,7 @@ def add_prompts(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the model and the output folder."""
+    """Add the options for the model and the output folder."""
     parser.add_argument("--model", default=default, help="packaged name, folder or hub id (default: %(default)s)")
     parser.add_argument(
         "--out",
@@ -37,7 +37,7 @@ def add_model(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_drawing(parser: argparse.ArgumentParser, several_seeds: bool = True) -> None:
-    """Add what a pipeline is called with."""
+    """Add the options for the arguments of a pipeline."""
     parser.add_argument("--seed", type=int, default=0, help="0 or more (default: %(default)s)")
     if several_seeds:
         parser.add_argument("--seeds", type=parse_seeds, metavar="SEEDS", help="a study: seeds such as 0:8 or 1,5,9")
@@ -54,7 +54,7 @@ def add_drawing(parser: argparse.ArgumentParser, several_seeds: bool = True) -> 
 
 
 def add_layers(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the layers."""
+    """Add the option for layers."""
     parser.add_argument(
         "--layers",
         type=parse_layers,
@@ -66,7 +66,7 @@ def add_layers(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def check_prompt_text(prompt: str, example: str) -> None:
-    """Raise InputError for a prompt that is empty or no text."""
+    """Raise InputError for a prompt that is empty or not text."""
     if not prompt.strip():
         raise InputError(f'the prompt is empty: write one, such as "{example}"')
     check_text("the prompt", prompt)

@@ -11,11 +11,11 @@ from typing import Any
 from diffsight.gallery.command_options import LANGUAGE_MODEL
 from diffsight.gallery.option_parsing import parse_positive, parse_setting
 
-_SECONDS = 2.0  # between two looks for new results
+_SECONDS = 2.0  # between two searches for new results
 
 
 def add_commands(commands: Any) -> None:
-    """Add the commands to those of the command line."""
+    """Add these commands to the command line."""
     gallery = commands.add_parser(
         "gallery",
         help="show all results in a folder on one page",

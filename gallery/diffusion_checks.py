@@ -1,6 +1,6 @@
-"""What is checked of a pipeline: see `checking.py`.
+"""The checks of a pipeline; see `checking.py`.
 
-Each check returns what it found, and raises AssertionError with the reason where the pipeline fails it.
+Each check returns its finding, or raises AssertionError with the reason if the pipeline fails it.
 """
 
 import inspect
@@ -57,7 +57,7 @@ class _Pipeline:
         return "a run in which nothing is read has the bits of the bare call"
 
     def components(self) -> str:
-        """Compare every value that the components return, in all calls, with what ordinary hooks see."""
+        """Compare the return value of every call of the components with the value that an ordinary hook sees."""
         modules = {n: m for n, m in self._model.pipeline.components.items() if isinstance(m, nn.Module)}
         hooked: dict[str, list] = {name: [] for name in modules}
         with ExitStack() as hooks:
@@ -115,7 +115,7 @@ class _Pipeline:
         return ", ".join(f"{name} ({encoder.count} layers)" for name, encoder in found.items())
 
     def attention(self) -> str:
-        found = find_attentions(  # with these arguments: the pipeline's own may be those of a long video
+        found = find_attentions(  # with these arguments: the pipeline's defaults may be for a long video
             self._model, **{name: value for name, value in self._arguments.items() if "embeds" not in name}
         )
         if not found:
@@ -167,7 +167,7 @@ class _Pipeline:
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    """Return whether two values, nested or not, have the same tensors, images and numbers."""
+    """Return whether two values, which may be nested, have the same tensors, images and numbers."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
     if isinstance(a, (np.ndarray, Image.Image)):
@@ -184,7 +184,7 @@ def _copied(value: Any) -> list[torch.Tensor]:
 
 
 def _count_scheduler_steps(pipeline: Any, call: Callable[[], Any]) -> int:
-    """Return how often `call` calls `step` of the pipeline's scheduler, or of a copy of it."""
+    """Return how often `call` calls the `step` method of the pipeline's scheduler, or of a copy of it."""
     scheduler = getattr(pipeline, "scheduler", None)
     if scheduler is None:
         return 0

@@ -1,9 +1,9 @@
-"""The gallery of a folder: a page that shows all results in it, to filter and to compare.
+"""The gallery of a folder: a page on which all results in the folder can be filtered and compared.
 
     write_gallery("study")          # study/index.html
 
-The results are in `gallery_data.js` beside the page, which looks there for new ones every few seconds. Thumbnails of
-large images are in the folder `thumbnails`, and are made once.
+The results are listed in `gallery_data.js` beside the page, which checks this file for new results every few seconds.
+Thumbnails of large images are made once, in the folder `thumbnails`.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from diffsight.pipelines.local_paths import find_path, shortened
 
 PAGE, DATA, THUMBNAILS = "index.html", "gallery_data.js", "thumbnails"
 _IMAGES = (".png", ".gif", ".jpg", ".webp")
-_SIZE = (480, 360)  # of a thumbnail, in pixels
+_SIZE = (480, 360)  # maximum size of a thumbnail, in pixels
 _SMALL = 200_000  # images up to this many bytes are shown directly, without a thumbnail
 _PARTS = Path(__file__).parent / "gallery_parts"
 
@@ -44,7 +44,7 @@ def write_gallery(folder: str | Path) -> Path:
     """Write the gallery of a folder, and return the path of its page.
 
     Args:
-        folder: A folder that has results in it, or in subfolders at any depth.
+        folder: A folder with results in it or in its subfolders, at any depth.
 
     Raises:
         InputError: The folder does not exist, has no results, or cannot be written.
@@ -77,7 +77,7 @@ def find_results(folder: Path) -> Iterator[FoundResult]:
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Return the record in a file, or None if the file holds none."""
+    """Return the record in a file, or None if the file contains no record."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -86,7 +86,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def _entry(folder: Path, found: FoundResult) -> dict[str, Any]:
-    """Return what the page shows of a result."""
+    """Return the data that the page shows for a result."""
     record, place = found.record, found.path.parent
     names = sorted(path.name for path in place.iterdir() if path.suffix.lower() in _IMAGES)
     page = place / "page.html"
@@ -109,8 +109,7 @@ def _entry(folder: Path, found: FoundResult) -> dict[str, Any]:
 
 
 def _cover(folder: Path, place: Path, names: list[str]) -> str:
-    """Return the address of the image that stands for a result: the image itself if it is small, otherwise a
-    thumbnail."""
+    """Return the address of the cover image of a result: the image itself if it is small, otherwise a thumbnail."""
     if not names:
         return ""
     name = "grid.png" if "grid.png" in names else names[0]

@@ -1,4 +1,4 @@
-"""What is checked of a language or vision-language model: see `checking.py`."""
+"""The checks of a language model or vision-language model; see `checking.py`."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,7 +16,7 @@ from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.vision_language.model import VisionLanguageModel
 
 _PROMPT = "The Eiffel Tower is in the city of"
-_TOKENS = 3  # that are generated
+_TOKENS = 3  # number of tokens to generate
 _PROBABILITIES: tuple[Callable[[Any, int], torch.Tensor], ...] = (
     lambda run, layer: run.attention_probs[layer],
     lambda run, layer: run.layers[layer].self_attn.products[0].attention_probs,  # the first of several in one call
@@ -57,7 +57,7 @@ class _Language:
         return "the logits of a run have the bits of the bare call"
 
     def layers(self) -> str:
-        """Compare what every layer returns with what ordinary hooks see."""
+        """Compare the output of every layer with the value that an ordinary hook sees."""
         count = len(self._model.layers_output)
         hooked: dict[int, torch.Tensor] = {}
 
@@ -89,8 +89,8 @@ class _Language:
         return f"{steps}, for at most {_TOKENS} tokens"
 
     def attention(self) -> str:
-        """Look at the attention probabilities of the first layer that has any. Rows sum to 1, or to less where part of
-        the attention goes to a sink."""
+        """Check the attention probabilities of the first layer that has any. Rows sum to 1, or to less if part of the
+        attention goes to a sink."""
         reasons = []
         for layer, read in product(range(len(self._model.layers_output)), _PROBABILITIES):
             try:
@@ -139,14 +139,14 @@ class _Language:
         return self._model.generate(self._prompt, max_new_tokens=_TOKENS, **self._more, **settings)
 
     def _inputs(self) -> dict[str, Any]:
-        """Return the inputs with which the model is called in a run."""
+        """Return the inputs of the model in a run."""
         with torch.no_grad(), self._trace() as run:
             _, inputs = run.inputs
             run.stop()
         return inputs
 
     def _module_of(self, layer: int) -> nn.Module:
-        """Return the module of a layer: the first that has the same weights."""
+        """Return the module of a layer: the first module with the same weights."""
         weights = set(map(id, self._model.layers[layer].parameters()))
         return next(m for m in self._model.module.modules() if set(map(id, m.parameters())) == weights)
 

@@ -1,7 +1,7 @@
-"""The commands that run a lens, such as `diffsight lens`, `attention` and `logit-lens`; and `diffsight generate`.
+"""The commands that run a lens, such as `diffsight lens`, `attention` and `logit-lens`, and `diffsight generate`.
 
-Each first checks whatever can be checked without a model, then loads the model and calls the Python lens with
-arguments of the same names. With `--prompts` or `--seeds`, a command makes a study (`studies.py`).
+Each command first checks everything that can be checked without a model, then loads the model and calls the Python lens
+with arguments of the same names. With `--prompts` or `--seeds`, a command makes a study (see `studies.py`).
 """
 
 import argparse
@@ -196,7 +196,7 @@ def _add_encoder(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# ---- what each command does
+# ---- the function of each command
 
 
 def _lens(options: argparse.Namespace) -> None:
@@ -351,7 +351,7 @@ def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example
 
 
 def _pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Return the model and the arguments of the pipeline. Whatever needs no model is checked before it is loaded."""
+    """Return the model and the arguments of the pipeline. Options that need no model are checked before loading it."""
     if options.seed < 0:
         raise InputError(f"a seed is an integer from 0 on, not {options.seed}")
     from diffsight.lenses.results.saving import check_place
@@ -371,7 +371,7 @@ def _pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def _load_quietly() -> None:
-    """Turn off the progress bars of loading: lenses have their own."""
+    """Turn off the progress bars for loading: lenses have their own."""
     import diffusers
     import transformers
 

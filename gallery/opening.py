@@ -10,12 +10,12 @@ from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
 
 
 def open_model(source: str, **options: Any) -> Any:
-    """Return the model that a name stands for: a packaged name, a folder, a GGUF file or a hub id.
+    """Return the model with a name: a packaged name, a folder, a GGUF file or a hub id.
 
     `options` are passed to the class that opens it.
 
     Raises:
-        InputError: The name does not stand for a model.
+        InputError: There is no model with this name.
     """
     from diffsight import DiffusionModel, LanguageModel, VisionLanguageModel
 

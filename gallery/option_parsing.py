@@ -1,4 +1,4 @@
-"""How the values of options are written on the command line: layers, steps, seeds, settings.
+"""Parsers for the values of command-line options: layers, steps, seeds, settings.
 
 parse_layers("embedding,0:4,-1")            # ["embedding", slice(0, 4), -1]
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def parse_layers(text: str) -> list[int | str | slice]:
-    """Parse layers as the command line writes them: `embedding,0:4,-1` becomes `["embedding", slice(0, 4), -1]`."""
+    """Parse layers: `embedding,0:4,-1` becomes `["embedding", slice(0, 4), -1]`."""
     try:
         return [_parse_layer(part.strip()) for part in text.split(",")]
     except (ValueError, TypeError):
@@ -19,7 +19,7 @@ def parse_layers(text: str) -> list[int | str | slice]:
 
 
 def parse_steps(text: str) -> list[int] | slice:
-    """Parse steps as the command line writes them: `0,5,-1` becomes `[0, 5, -1]`, and `0:20:5` a slice."""
+    """Parse steps: `0,5,-1` becomes `[0, 5, -1]`, and `0:20:5` becomes a slice."""
     try:
         found = [_parse_layer(part.strip()) for part in text.split(",")]
     except (ValueError, TypeError):
@@ -34,7 +34,7 @@ def parse_steps(text: str) -> list[int] | slice:
 
 
 def parse_windows(text: str) -> str | list[int | slice]:
-    """Parse windows of steps as the command line writes them: `0:4,5` becomes `[slice(0, 4), 5]`, `each` stays."""
+    """Parse windows of steps: `0:4,5` becomes `[slice(0, 4), 5]`; `each` is returned unchanged."""
     if text in ("each", "all"):
         return text
     try:
@@ -49,7 +49,7 @@ def parse_windows(text: str) -> str | list[int | slice]:
 
 
 def parse_positions(text: str) -> str | list[int | str]:
-    """Parse positions as the command line writes them: `red circle,-1` becomes `["red circle", -1]`, `each` stays."""
+    """Parse positions: `red circle,-1` becomes `["red circle", -1]`; `each` is returned unchanged."""
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
         raise argparse.ArgumentTypeError(f"{text!r} has an empty position: write words or numbers, such as circle,-1")
@@ -59,7 +59,7 @@ def parse_positions(text: str) -> str | list[int | str]:
 
 
 def parse_numbers(text: str) -> list[float]:
-    """Parse numbers as the command line writes them: `0,2.5` becomes `[0.0, 2.5]`."""
+    """Parse numbers: `0,2.5` becomes `[0.0, 2.5]`."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -67,7 +67,7 @@ def parse_numbers(text: str) -> list[float]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Parse seeds as the command line writes them: `0:3,7` becomes `[0, 1, 2, 7]`."""
+    """Parse seeds: `0:3,7` becomes `[0, 1, 2, 7]`."""
     try:
         parts = [part.strip().split(":") for part in text.split(",")]
         found = [seed for part in parts for seed in (range(*map(int, part)) if len(part) > 1 else [int(part[0])])]
@@ -81,7 +81,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """Parse a setting as the command line writes it: `guidance_scale=3` becomes `("guidance_scale", 3)`."""
+    """Parse a setting: `guidance_scale=3` becomes `("guidance_scale", 3)`."""
     name, equals, value = text.partition("=")
     if not equals or not name.isidentifier():
         raise argparse.ArgumentTypeError(f"{text!r} is not a setting: write NAME=VALUE, such as guidance_scale=3")

@@ -1,7 +1,7 @@
 """The commands that patch, trace, ablate and steer, such as `diffsight activation-patching` and `causal-tracing`.
 
-Each first checks whatever can be checked without a model, then loads the model and calls the Python lens with
-arguments of the same names. The model may be a language model or a pipeline where the lens takes both.
+Each command first checks everything that can be checked without a model, then loads the model and calls the Python lens
+with arguments of the same names. If the lens takes both, the model may be a language model or a pipeline.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def _add_attribution_patching(commands: Any) -> None:
 
 
 def _add_pair(parser: argparse.ArgumentParser) -> None:
-    """Add what both kinds of patching take."""
+    """Add the options that both kinds of patching share."""
     parser.add_argument("clean", metavar="CLEAN", help="the prompt that values are taken from")
     parser.add_argument("corrupted", metavar="CORRUPTED", help="the prompt that they are put into")
     parser.add_argument(
@@ -204,7 +204,7 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# ---- what each command does
+# ---- the function of each command
 
 
 def _activation_patching(options: argparse.Namespace) -> None:
@@ -311,7 +311,7 @@ def _function_vector(options: argparse.Namespace) -> None:
 
 
 def _opened(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Return the model, and the arguments of its runs. Whatever needs no model is checked before it is loaded."""
+    """Return the model and the arguments of its runs. Options that need no model are checked before loading it."""
     if options.seed < 0:
         raise InputError(f"a seed is an integer from 0 on, not {options.seed}")
     import diffusers
@@ -322,7 +322,7 @@ def _opened(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from diffsight.pipelines.diffusion.model import DiffusionModel
 
     check_place(options.out)
-    for library in (diffusers, transformers):  # lenses have bars of their own
+    for library in (diffusers, transformers):  # lenses have their own bars
         library.logging.disable_progress_bar()
     model, arguments = open_model(options.model), dict(options.settings)
     if isinstance(model, DiffusionModel):
@@ -333,7 +333,7 @@ def _opened(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 
 def _metric(options: argparse.Namespace, model: Any, tokens: bool = False) -> Any:
-    """Return the metric that the options name."""
+    """Return the metric specified by the options."""
     from diffsight.lenses import latent_distance, logit_difference, pixel_distance, shapes_verdict, token_probability
     from diffsight.pipelines.diffusion.model import DiffusionModel
 

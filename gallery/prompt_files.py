@@ -1,4 +1,4 @@
-"""Read prompts from a file: a prompt in each line, or the tables of benchmarks; and pairs of a question and an answer.
+"""Read prompts from text files or the tables of benchmarks, and pairs of a question and an answer.
 
 read_prompts(Path("PartiPrompts.tsv"))      # a column called "Prompt"
 read_prompts(Path("geneval.jsonl"))         # an object in each line, with a key "prompt"
@@ -14,11 +14,11 @@ from pathlib import Path
 
 from diffsight.errors import InputError
 
-_NAMES = ("prompt", "text", "caption")  # of a column or a key, in upper or lower case
+_NAMES = ("prompt", "text", "caption")  # of a column or a key, ignoring case
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts in a file. Empty lines are left out.
+    """Return the prompts in a file. Empty lines are skipped.
 
     Raises:
         InputError: The file cannot be read, is not UTF-8 text, or has no prompts.
@@ -33,10 +33,10 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """Return the pairs of a question and an answer in a file: in each line the question, a tab and the answer.
+    """Return the pairs in a file. Each line contains a question, a tab and an answer.
 
     Raises:
-        InputError: The file cannot be read, is not UTF-8 text, or a line is not a pair.
+        InputError: The file cannot be read, is not UTF-8 text, or contains a line that is not a pair.
     """
     found = []
     for number, line in enumerate(StringIO(_text_of(path), newline=None), 1):
@@ -57,7 +57,7 @@ def _text_of(path: Path) -> str:
         return path.expanduser().read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text, from byte {error.start} on: convert it first") from None
-    except (OSError, ValueError, RuntimeError) as error:  # a null byte, a home that is not known
+    except (OSError, ValueError, RuntimeError) as error:  # such as a null byte, or an unknown home directory
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"the prompts cannot be read: {path}: {reason}") from None
 
@@ -83,7 +83,7 @@ def _of_objects(lines: list[str]) -> Iterator[str]:
 
 
 def _known(names: object, missing: str) -> str:
-    """Return the first name that means a prompt."""
+    """Return the first name that identifies prompts."""
     found = next((name for wanted in _NAMES for name in names if str(name).lower() == wanted), None)
     if found is None:
         raise InputError(f"{missing} `prompt`: there are {', '.join(map(str, names))}")

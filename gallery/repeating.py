@@ -1,11 +1,11 @@
-"""Make a result again from its record, and compare the two.
+"""Repeat a result from its record, and compare the two.
 
     repetition = repeat("diffsight-out")
-    print(repetition)                   # identical, or how far off, with the versions then and now
+    print(repetition)                   # identical or the differences, with the versions then and now
     repetition.is_identical
 
-Every file is compared with what the lens writes now: images by their pixels, numbers by their values, the record by
-its entries. The page is left out, since it holds the same data.
+Every saved file is compared with the one the lens writes now: images by their pixels, numbers by their values, the
+record by its entries. The page is left out, since it contains the same data.
 """
 
 import importlib
@@ -49,16 +49,16 @@ _NOT_COMPARED = ("versions", "call")  # entries of a record
 
 @dataclass(frozen=True)
 class Repetition:
-    """A result made again, and how it compares with the saved one.
+    """A repeated result, and its differences from the saved one.
 
     Attributes:
         record: The file of the record.
-        result: The result, made again.
+        result: The repeated result.
         compared: The names of the files that were compared.
-        differences: What differs, by the name of the file.
-        notes: What has changed about the models.
+        differences: The differences, by the name of the file.
+        notes: Changes in the models.
         then: The versions of the libraries in the record.
-        now: The versions of the libraries that are installed.
+        now: The versions of the installed libraries.
     """
 
     record: Path
@@ -71,7 +71,7 @@ class Repetition:
 
     @property
     def is_identical(self) -> bool:
-        """Whether nothing differs, bit for bit."""
+        """Whether the results are identical, bit for bit."""
         return not self.differences
 
     def __str__(self) -> str:
@@ -91,17 +91,17 @@ class Repetition:
 
 
 def repeat(path: str | Path, **replaced: Any) -> Repetition:
-    """Make a result again from its record, and compare it with the saved files.
+    """Repeat a result from its record, and compare it with the saved files.
 
         repeat("diffsight-out")
         repeat("steered", model=steered)        # a live or edited model must be passed
 
     Args:
-        path: The record of a result, or the folder with it.
+        path: The record of a result, or the folder that contains it.
         replaced: Arguments to use in place of those in the record.
 
     Raises:
-        InputError: There is no record, or it does not say enough to make the result again.
+        InputError: There is no record, or it lacks data that is needed to repeat the result.
     """
     path = _find(path)
     record = read_record(path)
@@ -121,7 +121,7 @@ def repeat(path: str | Path, **replaced: Any) -> Repetition:
 
 
 def _call_in(path: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the call in a record. Raises InputError if anything that is needed to repeat it is not there."""
+    """Return the call in a record. Raises InputError if anything needed to repeat it is missing."""
     call = record.get("call")
     if not isinstance(call, dict):
         raise InputError(
@@ -151,7 +151,7 @@ def _find(given: str | Path) -> Path:
 
 
 class _Models(dict):
-    """The models of a call by name, each loaded when it is first asked for."""
+    """The models of a call by name, each loaded on first use."""
 
     def __init__(self, records: Mapping[str, Any], passed: Mapping[str, Any]) -> None:
         super().__init__(passed)
@@ -228,7 +228,7 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _notes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what has changed about the models."""
+    """Yield changes in the models."""
     for name, model in old["models"].items():
         now = new["models"].get(name)
         if now is None:
@@ -239,7 +239,7 @@ def _notes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _difference(old: Path, new: Path) -> str:
-    """Return how two files differ, or "" if they do not."""
+    """Return a description of how two files differ, or "" if they do not."""
     if not old.is_file():
         return "missing"
     try:

@@ -1,8 +1,8 @@
-"""The folder of a sweep or a study, which can be continued: its settings, a folder for each result, the gallery of all.
+"""The folder of a sweep or a study that can be resumed: its settings, a folder for each result, and a gallery.
 
-`study.json` has the settings. A study that is started again makes what is missing; one with other settings is refused,
-so that a folder never mixes two. A result is written to a temporary folder and then renamed, so once the folder of a
-result exists, it is complete.
+The settings are in `study.json`. A study that is started again makes only the missing results. A study with other
+settings is refused, so that a folder never mixes two studies. A result is written to a temporary folder, which is then
+renamed, so a result is complete once its folder exists.
 """
 
 import json
@@ -20,7 +20,7 @@ from diffsight.gallery.gallery_index import find_results, write_gallery
 from diffsight.lenses.results.saving import check_writable, names_a_file, save_files
 
 SETTINGS = "study.json"
-_UNFINISHED = ".unfinished"  # results that are being made; what is left there was interrupted
+_UNFINISHED = ".unfinished"  # results in progress; any found there at the start were interrupted
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class ResumableFolder:
     """The folder of a study.
 
     Attributes:
-        folder: Where it is.
-        settings: What all results depend on, as JSON stores it.
+        folder: The path of the folder.
+        settings: The settings that all results depend on, in a form that JSON can store.
     """
 
     folder: Path
@@ -53,11 +53,11 @@ class ResumableFolder:
             raise InputError(f"{self.folder} holds a study that differs in {', '.join(other)}: choose another folder")
 
     def missing(self, places: Sequence[Path]) -> list[Path]:
-        """Return those of the places whose result has not been made yet."""
+        """Return the places whose result has not been made yet."""
         return [place for place in places if not (place.is_dir() and any(place.iterdir()))]
 
     def begin(self) -> None:
-        """Write the settings, and remove what an interruption has left.
+        """Write the settings, and remove the remains of an interruption.
 
         Raises:
             InputError: The folder cannot be used for this study.
@@ -68,7 +68,7 @@ class ResumableFolder:
         save_files(self.folder, {SETTINGS: lambda path: path.write_text(text, encoding="utf-8")})
 
     def make(self, place: Path, make: Callable[[Path, Path], Any]) -> None:
-        """Make one result. `make` writes it into another folder, which then becomes the place."""
+        """Make one result. `make` writes it to a temporary folder, which is then renamed to `place`."""
         unfinished = self.folder / _UNFINISHED
         unfinished.mkdir(exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=unfinished)) / "result"
@@ -84,7 +84,7 @@ class ResumableFolder:
 
 
 def place_name(number: int, count: int, text: str) -> str:
-    """Return the name of the folder of a result: its number, and words that say what it is."""
+    """Return the name of the folder of a result: its number, and words that describe it."""
     width = max(3, len(str(count - 1)))
     words = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:40]
     return f"{number:0{width}}_{words}" if words else f"{number:0{width}}"

@@ -12,13 +12,13 @@ from diffsight.gallery.sweeping import fill
 
 @dataclass(frozen=True)
 class Study:
-    """What a study consists of: a result for each prompt and seed.
+    """A study, which has a result for each prompt and seed.
 
     Attributes:
-        folder: Where the results are.
+        folder: The folder of the results.
         prompts: The prompts.
         seeds: The seeds.
-        settings: What else the results depend on, as JSON stores it.
+        settings: The other settings that the results depend on, in a form that JSON can store.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class Study:
         return f"{what}, {count - missing} done, {missing} to do"
 
     def run(self, make: Callable[[str, int, Path], Any] | None) -> Path:
-        """Make what is missing, and return the page of the gallery.
+        """Make the missing results, and return the page of the gallery.
 
         Args:
             make: Makes the result of a prompt and a seed, and saves it into a folder. None if nothing is missing.

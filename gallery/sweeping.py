@@ -5,8 +5,8 @@
 
     sweep(draw, itertools.product(prompts, range(8)), "study")
 
-A sweep that was interrupted continues where it stopped (see `resumable_folder`). Processes that `accelerate launch` or
-`torchrun` has started share the items (see `work_sharing`); the files are the same as those of one process.
+An interrupted sweep continues where it stopped (see `resumable_folder`). Processes started by `accelerate launch` or
+`torchrun` share the items (see `work_sharing`) and write the same files as a single process.
 """
 
 import json
@@ -29,16 +29,16 @@ from diffsight.lenses.work_sharing import Processes
 
 
 def sweep(function: Callable[..., Any], items: Iterable[Any], folder: str | Path) -> Path:
-    """Save the result of a function for each item, a folder for each, and write a gallery of all.
+    """Save the result of a function for each item in a folder of its own, and write a gallery of all results.
 
         sweep(draw, itertools.product(prompts, range(8)), "study")      # draw(prompt, seed)
         sweep(measure, prompts, "numbers")                              # measure(prompt)
 
     Args:
-        function: Returns the result of a lens, an image, a tensor or a dictionary of tensors, or what JSON can hold.
+        function: Returns the result of a lens, an image, a tensor, a dictionary of tensors, or data for JSON.
         items: Texts, numbers, and tuples or dictionaries of them. A tuple is passed as several arguments, a dictionary
             as keyword arguments, anything else as one argument.
-        folder: A new folder, or the folder of the same sweep, in which case only the missing results are made.
+        folder: A new folder, or the folder of the same sweep, for which only the missing results are made.
 
     Returns:
         The page of the gallery, or the folder if no result comes from a lens.
@@ -63,15 +63,15 @@ def sweep(function: Callable[..., Any], items: Iterable[Any], folder: str | Path
 
 
 def fill(folder: ResumableFolder, places: Sequence[Path], make: Callable[[Path, Path], Any]) -> Path:
-    """Make the results that are missing, and return the page of the gallery.
+    """Make the missing results, and return the page of the gallery.
 
-    Processes that were started together share the work: each makes its own part. All of them return when everything is
-    there.
+    Processes that were started together share the work, and each makes its own part. All of them return when all
+    results exist.
 
     Args:
         folder: The folder of all results.
         places: The folder of each result.
-        make: Makes the result of a place, and writes it into another folder, which then becomes the place.
+        make: Makes the result of a place, and writes it to a temporary folder, which is then renamed to the place.
 
     Raises:
         InputError: The folder cannot be used, because it holds another sweep.
@@ -92,7 +92,7 @@ def fill(folder: ResumableFolder, places: Sequence[Path], make: Callable[[Path, 
 
 
 def _checked(items: Iterable[Any]) -> list[Any]:
-    """Return the items, each as JSON can hold it. A string in place of the items would be split into its letters."""
+    """Return the items as a list. Raise InputError for items that JSON cannot store, and for a string or mapping."""
     if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Iterable):
         raise InputError(f"items must be a list or another iterable, not {items!r:.60}")
     listed, seen = list(items), set()
@@ -113,7 +113,7 @@ def _checked(items: Iterable[Any]) -> list[Any]:
 
 
 def _text(item: Any) -> str:
-    """Return the words of an item, for the name of its folder."""
+    """Return an item as words, for the name of its folder."""
     if isinstance(item, Mapping):
         return "_".join(f"{name}_{_text(value)}" for name, value in item.items())
     return "_".join(map(_text, item)) if isinstance(item, (list, tuple)) else str(item)
@@ -126,7 +126,7 @@ def _call(function: Callable[..., Any], item: Any) -> Any:
 
 
 def _save(value: Any, folder: Path) -> None:
-    """Write what the function returned into a folder."""
+    """Write the return value of the function to a folder."""
     if isinstance(value, LensResult):
         value.save(folder)
     elif isinstance(value, Image.Image):

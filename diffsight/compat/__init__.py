@@ -1,4 +1,4 @@
-"""nnsight's names for what diffsight does, so that code written for nnsight runs.
+"""nnsight's API on top of diffsight, so that code written for nnsight runs.
 
     import diffsight.compat as nnsight
     from diffsight.compat import CONFIG, LanguageModel, NNsight
@@ -8,8 +8,8 @@
 
 Runs are live here: a value is the real object as soon as the line that reads it has run. So `.save()` returns its
 object, `nnsight.apply` calls a function, `nnsight.log` prints, and `scan=True` and `validate=True` have no effect.
-Values have to be read in the order in which the model computes them. What cannot work in a live run raises an error
-that says what to write instead: `.source`, `envoys=`, `remote=True`.
+Values must be read in the order in which the model computes them. Features that cannot work in a live run (`.source`,
+`envoys=`, `remote=True`) raise an error that says what to write instead.
 
 Importing this package adds `save` to tensors, arrays, lists, tuples, dicts, sets, numbers, strings, bytes and images,
 `stop` to tensors, tuples and dicts, and `value` to tensors.
@@ -73,10 +73,10 @@ __all__ = [
 
 
 class NNsightDeprecationWarning(FutureWarning):
-    """nnsight's warnings of old names, for code that filters them. None is given here."""
+    """nnsight's category for warnings about old names, for code that filters them. diffsight never issues one."""
 
 
-# nnsight.list() and the like
+# nnsight.list() and similar
 list, tuple, dict, set = List, builtins.tuple, builtins.dict, builtins.set
 bool, bytearray = builtins.bool, builtins.bytearray
 int, float, complex = literal_of(builtins.int), literal_of(builtins.float), literal_of(builtins.complex)

@@ -1,9 +1,9 @@
-"""`tracer.cache()`: the outputs, and inputs, of many modules.
+"""`tracer.cache()`: the outputs, and optionally the inputs, of many modules.
 
 with model.trace(prompt) as tracer:
     cache = tracer.cache()
 cache["model.transformer.h.0"].output       # by path
-cache.transformer.h[0].output               # or as on the model
+cache.transformer.h[0].output               # or by attribute, as on the model
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ Visit = dict[str, Any]  # "output" and "inputs" of one call
 
 
 class ActivationCache:
-    """Values by path, each that of one call, or a list with one value per call.
+    """Values by module path: a single value, or a list with one value per call.
 
     Args:
         model: The model.
-        visits: For each path, what was kept of each call.
-        path: Where this part of the cache stands; None for the whole.
+        visits: For each path, the values kept from each call.
+        path: The module path of this part of the cache; None for the whole cache.
     """
 
     def __init__(self, model: Envoy, visits: dict[str, list[Visit]], path: str | None = None) -> None:
@@ -33,7 +33,7 @@ class ActivationCache:
 
     @property
     def output(self) -> Any:
-        """What the module returned; a list if it was called several times."""
+        """The output of the module; a list if it was called several times."""
         return self._values("output")
 
     @property
@@ -48,11 +48,11 @@ class ActivationCache:
         return firsts[0] if len(firsts) == 1 else firsts
 
     def save(self) -> "ActivationCache":
-        """Return itself: a name bound in a run stays bound after it."""
+        """Return the cache itself: a name bound in a run stays bound after it."""
         return self
 
     def keys(self) -> list[str]:
-        """Return the paths of the modules that were kept here."""
+        """Return the paths of the modules whose values were kept here."""
         inside = (None,) if self._path is None else (self._path, f"{self._path}.")
         return [path for path in self._visits if self._path is None or path == inside[0] or path.startswith(inside[1])]
 
@@ -111,7 +111,7 @@ class ActivationCache:
 def cache_of(
     run: Run, model: Any, modules: Sequence[Any] | None, to: Conversion, include_output: bool, include_inputs: bool
 ) -> ActivationCache:
-    """Keep values of the modules of a run from now on, see `Tracer.cache`."""
+    """Keep the values of a run's modules from now on; see `Tracer.cache`."""
     visits: dict[str, list[Visit]] = {}
     chosen = (
         model.modules()

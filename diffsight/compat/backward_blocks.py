@@ -1,14 +1,14 @@
-"""`with loss.backward():`, in whose block gradients are read and changed as autograd computes them.
+"""`with loss.backward():`, a block in which gradients are read and changed as autograd computes them.
 
     with model.trace(prompt):
         hidden = model.transformer.h[0].output[0]
         loss = model.lm_head.output.sum()
         with loss.backward():
-            gradient = hidden.grad              # backward() ran this far and waits
-            hidden.grad = gradient * 2          # it goes on with this
+            gradient = hidden.grad              # backward() has run this far and waits
+            hidden.grad = gradient * 2          # it continues with this value
 
-Gradients exist in the reverse order of the forward pass. `backward()` runs in a coroutine, as models do, so they are
-real tensors. Without `with`, `loss.backward()` is PyTorch's.
+Gradients become available in the reverse order of the forward pass. They are real tensors, because `backward()` runs in
+a coroutine, as models do. Without `with`, `loss.backward()` is PyTorch's own method.
 """
 
 import dis
@@ -39,11 +39,11 @@ class BackwardBlock:
             )
 
         def call() -> None:
-            with torch.autograd.set_multithreading_enabled(False):  # hooks have to be called in this thread
+            with torch.autograd.set_multithreading_enabled(False):  # hooks must be called in this thread
                 _plain_backward(loss, *args, **kwargs)
 
         self._backward = Coroutine(call, None, TorchState.capture())
-        self._arrived: dict[int, list[Any]] = {}  # of each tensor: itself, its gradient, and its value in the end
+        self._arrived: dict[int, list[Any]] = {}  # for each tensor: itself, its gradient, and the final value
         self._waited_for: torch.Tensor | None = None
         self._ends = ExitStack()
 
@@ -66,7 +66,7 @@ class BackwardBlock:
         return self._arrived[id(tensor)][1]
 
     def write(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
-        """Replace the gradient that `backward()` goes on with."""
+        """Replace the gradient with which `backward()` continues."""
         self.read(tensor)
         if self._waited_for is not tensor:
             raise OutOfOrderError("this gradient was assigned too late: backward() has gone on to others since")
@@ -92,14 +92,14 @@ class BackwardBlock:
 
 @wraps(_plain_backward)
 def backward(loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Run `backward()`, or return a block if the call stands in a `with` statement."""
+    """Run `backward()`, or return a block if the call is the context manager of a `with` statement."""
     if _is_entered(sys._getframe(1)):
         return BackwardBlock(loss, args, kwargs)
     return _plain_backward(loss, *args, **kwargs)
 
 
 def _is_entered(frame: FrameType) -> bool:
-    """Return whether what the frame calls is the context manager of a `with` statement."""
+    """Return whether the frame's current call is the context manager of a `with` statement."""
     code, place = frame.f_code.co_code, frame.f_lasti + 2
     while place < len(code) and dis.opname[code[place]] == "CACHE":
         place += 2

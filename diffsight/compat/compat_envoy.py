@@ -1,7 +1,7 @@
-"""The handles on modules, with nnsight's methods: `layer.next()`, `layers.all()`, `model.iter[0:3]`.
+"""Module envoys with nnsight's methods: `layer.next()`, `layers.all()`, `model.iter[0:3]`.
 
-The output of a layer is a tuple here where transformers 4 returned one, as code written for nnsight expects:
-`layer.output[0]`.
+Code written for nnsight reads `layer.output[0]`, because layers returned tuples in transformers 4. So the output of
+such a layer is a tuple here.
 """
 
 import sys
@@ -33,18 +33,18 @@ from diffsight.extending import (
     run_meant_by,
 )
 
-TAKEN = ("output", "input", "inputs", "source", "iter")  # names of modules that envoys have themselves
+TAKEN = ("output", "input", "inputs", "source", "iter")  # module names that are also attributes of envoys
 _MOVED = "E_"
 
 
 class CompatEnvoy(Envoy):
-    """An envoy with the names of nnsight's. `Envoy(module)` wraps a module, as `NNsight(module)` does."""
+    """An envoy with nnsight's names. `Envoy(module)` wraps a module, as `NNsight(module)` does."""
 
     def __new__(cls, first: Any = None, *args: Any, **kwargs: Any) -> "CompatEnvoy":
         return object.__new__(_wrapping(cls) if isinstance(first, nn.Module) and not issubclass(cls, Model) else cls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module. In an edit, an attached module is called through the run's points, as with `hook=True`."""
+        """Call the module. In an edit, an attached module is called with `hook=True`."""
         if current_edit() is not None and any(self._owner is module for module in self._tree.attached.ever):
             kwargs.setdefault("hook", True)
         return self._as_tuple(super().__call__(*args, **kwargs))
@@ -56,7 +56,7 @@ class CompatEnvoy(Envoy):
         return open_run(self.root, lambda: self._owner(*args, **kwargs))
 
     def next(self) -> Any:
-        """Move to the next token; in a run of one pass, to the next call of the module.
+        """Move to the next token, or, in a run of one pass, to the module's next call.
 
         `first = layer.output` and then `second = layer.next().output`."""
         call = move_to_next(run_meant_by(self, "next()"), self._target)
@@ -65,12 +65,12 @@ class CompatEnvoy(Envoy):
     def all(self) -> Iterations:
         """Repeat a block for every step of the run: `with layers.all():`.
 
-        As a statement, `layers.all()` repeats what follows it in its block."""
+        As a statement, `layers.all()` repeats the rest of its block."""
         return repeat_all(run_meant_by(self, "all()"), sys._getframe(1))
 
     @property
     def iter(self) -> Iterations:
-        """Steps of the run by number: `with model.iter[0:3]:`."""
+        """The steps of the run, selected by number: `with model.iter[0:3]:`."""
         return iterations_of(run_meant_by(self, "iter"))
 
     @property
@@ -85,7 +85,7 @@ class CompatEnvoy(Envoy):
 
     @property
     def path(self) -> str:
-        """The path as nnsight writes it, from the model: `model.layers.0.mlp`."""
+        """The path from the model, as nnsight writes it: `model.layers.0.mlp`."""
         return f"model.{self._target.path}".replace("[", ".").replace("]", "").rstrip(".")
 
     @property
@@ -102,19 +102,19 @@ class CompatEnvoy(Envoy):
         return self.root if outer is None or outer is self._tree.root else self._handle(outer)
 
     def get(self, path: str) -> Any:
-        """Return what stands at a path from here, such as "layers.0.mlp" or "layers.0.output"."""
+        """Return the module or value at a path from here, such as "layers.0.mlp" or "layers.0.output"."""
         found = self
         for name in path.split("."):
             found = getattr(found, name)
         return found
 
     def modules(self, include_fn: Callable[["CompatEnvoy"], bool] | None = None, names: bool = False) -> list[Any]:
-        """Return this module and all inside it, innermost first; with `names`, as pairs of path and module."""
+        """Return this module and all modules inside it, innermost first; with `names`, as (path, module) pairs."""
         found = [envoy for envoy in self._inside(set()) if include_fn is None or include_fn(envoy)]
         return [(envoy.path, envoy) for envoy in found] if names else found
 
     def named_modules(self, include_fn: Callable[["CompatEnvoy"], bool] | None = None) -> list[Any]:
-        """Return this module and all inside it, innermost first, as pairs of path and module."""
+        """Return this module and all modules inside it, innermost first, as (path, module) pairs."""
         return self.modules(include_fn, names=True)
 
     @property
@@ -168,7 +168,7 @@ class CompatEnvoy(Envoy):
         value = super().__getattr__(name)
         if not isinstance(value, nn.Module):
             return value
-        known = self._targets_inside().get(id(value))  # not a child of its own: transformers' `base_model`
+        known = self._targets_inside().get(id(value))  # an alias of another module, such as transformers' `base_model`
         return self._handle(known or Target(value, FORWARD, join(self._target.path, name), self._target))
 
     def _attach(self, name: str, module: nn.Module) -> None:
@@ -212,11 +212,11 @@ class CompatEnvoy(Envoy):
             value = value[0]
         points = self._visited(part)
         if self._run_at(part).__dict__.get("_visit") is not None:
-            self._fetch(part)  # the model comes to the call now, so that the loop cannot run ahead of it
+            self._fetch(part)  # run the model to this call now, so that the loop cannot run ahead of it
         super()._assign(part, value) if points is self else assign(points, part, value)
 
     def skip(self, value: Any) -> None:
-        """Leave the call out: the model continues with `value` as its output."""
+        """Skip the call: the model continues with `value` as the module's output."""
         value = value[0] if isinstance(value, tuple) and len(value) == 1 and self._gives_tuple() else value
         points = self._visited("skip")
         if self._run_at("skip").__dict__.get("_visit") is not None:
@@ -227,7 +227,7 @@ class CompatEnvoy(Envoy):
         return run_meant_by(self, part)
 
     def _visited(self, part: str) -> Any:
-        """The points of the call that a loop over `tracer.iter` in a run of one pass stands at."""
+        """The points of the call that a loop over `tracer.iter` has reached in a run of one pass."""
         run = self._run_at(part)
         visit = run.__dict__.get("_visit", 0)
         if visit is not None:
@@ -252,7 +252,7 @@ def _converted(envoy: Any, family: dict[str, Any]) -> Any:
 
 @cache
 def _wrapping(cls: type[CompatEnvoy]) -> type[Model]:
-    """Return what `Envoy(module)` makes; for a subclass of the user's own, the same with what that defines."""
+    """Return the class that `Envoy(module)` creates; for a user's subclass, one that also has its definitions."""
     wrapper = import_module("diffsight.compat").NNsight
     return wrapper if cls is CompatEnvoy else type(cls.__name__, (cls, wrapper), {})
 

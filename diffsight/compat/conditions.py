@@ -8,7 +8,7 @@ from diffsight.engine.capture import Block, Deferred
 
 
 class Cond(Deferred):
-    """A block that runs where it is written if a condition holds, and is skipped otherwise."""
+    """A block that runs in place if a condition holds, and is skipped otherwise."""
 
     _instead = "Write it with `if`"
 

@@ -1,14 +1,14 @@
-"""`nnsight.CONFIG`, so that code which sets its options runs."""
+"""`nnsight.CONFIG`, so that code that sets its options runs."""
 
 import logging
 from types import SimpleNamespace
 
 
 class Config:
-    """Settings. Only one of them has an effect.
+    """Settings, only one of which has an effect.
 
     While `CONFIG.APP.BLOCKS_GIVE_TUPLES` is True, the default, the output of a layer of a language model is a tuple, as
-    in transformers 4. Set to False, it is what the layer returns."""
+    in transformers 4. If it is False, the output is whatever the layer returns."""
 
     def __init__(self) -> None:
         self.APP = SimpleNamespace(DEBUG=False, REMOTE_LOGGING=False, BLOCKS_GIVE_TUPLES=True)

@@ -1,4 +1,4 @@
-"""`with model.edit() as (tracer, edited):`, where the run that the block is replayed in is bound to both names."""
+"""`with model.edit() as (tracer, edited):`. Both names are bound to the run in which the block is replayed."""
 
 import ast
 from typing import Any
@@ -19,7 +19,7 @@ class EditBlock(Block):
 
 
 class PairEditing(Editing):
-    """What `model.edit()` returns."""
+    """The edit that `model.edit()` returns."""
 
     _block_class = EditBlock
 
@@ -29,6 +29,6 @@ class PairEditing(Editing):
 
 
 def with_pair(editing: Editing) -> Editing:
-    """Let an edit bind two names."""
+    """Let the `as` of an edit bind two names."""
     editing.__class__ = PairEditing
     return editing

@@ -1,4 +1,4 @@
-"""Notes on Python's own errors that come from writing for nnsight: what to write instead."""
+"""Notes on Python errors that code written for nnsight causes here: they say what to write instead."""
 
 import re
 import traceback
@@ -23,7 +23,7 @@ def add_hint(error: BaseException | None, trace: TracebackType | None, is_invoke
     if not isinstance(error, (AttributeError, TypeError, RuntimeError)) or trace is None:
         return
     hint = _hint(str(error), traceback.extract_tb(trace)[-1].line or "", is_invoke)
-    if hint is not None and hint not in getattr(error, "__notes__", ()):  # it may leave several blocks
+    if hint is not None and hint not in getattr(error, "__notes__", ()):  # the error may leave several blocks
         error.add_note(hint)
 
 

@@ -1,4 +1,4 @@
-"""nnsight's functions for what plain Python does in a live run: `apply`, `log`, `trace`, `local`."""
+"""nnsight's functions that plain Python replaces in a live run: `apply`, `log`, `trace`, `local`."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,7 +25,7 @@ def local() -> nullcontext:
 
 
 class TracerFunctions:
-    """The same functions as methods, which nnsight's tracers and sessions have."""
+    """The same functions as methods, for tracers and sessions."""
 
     def cond(self, condition: Any) -> Cond:
         """Run a block only if a condition holds: `with tracer.cond(x > 0):`."""

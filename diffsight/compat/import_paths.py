@@ -1,4 +1,4 @@
-"""The modules that code imports from in nnsight, such as `from nnsight.util import WrapperModule`."""
+"""nnsight's import paths, as in `from nnsight.util import WrapperModule`."""
 
 import sys
 from collections.abc import Callable
@@ -38,18 +38,18 @@ class WrapperModule(nn.Module):
 
 
 class Proxy:
-    """The type of a value in annotations. No value has it, since values are real objects here."""
+    """nnsight's type of values, for annotations. No value has this type, since values are real objects here."""
 
 
 class Place(ModuleType):
-    """A module that has the names of `diffsight.compat`."""
+    """A Python module with the names of `diffsight.compat`."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(sys.modules[__package__], name)
 
 
 def add_places() -> None:
-    """Add the modules to `diffsight.compat`, under the paths that they have in nnsight."""
+    """Add Python modules to `diffsight.compat`, under their paths in nnsight."""
     for path in _PLACES:
         outer, _, name = f"{__package__}.{path}".rpartition(".")
         place = sys.modules[f"{outer}.{name}"] = Place(f"{outer}.{name}")
@@ -64,7 +64,7 @@ def apply_to_each(data: Any, fn: Callable[[Any], Any], cls: type, n: int = 0) ->
         data: The values.
         fn: The function.
         cls: The type.
-        n: How many levels of other objects to go into, whose attributes are set.
+        n: How many levels deep to replace the attributes of other objects.
     """
 
     def inside(value: Any) -> Any:

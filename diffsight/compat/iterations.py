@@ -1,7 +1,7 @@
-"""`tracer.iter[...]` and `tracer.all()`: the steps of a run, for a loop or for a block that is repeated.
+"""`tracer.iter[...]` and `tracer.all()`: the steps of a run, for a loop or for a repeated block.
 
-In a run of one pass there is one step. There a turn of the loop means a call of each module, as in nnsight: in turn 1,
-`layer.output` is what the layer returned when it was called for the second time.
+A run of one pass has one step. Each turn of the loop then stands for one call of each module, as in nnsight: in turn 1,
+`layer.output` is the output of the layer's second call.
 """
 
 import warnings
@@ -16,10 +16,10 @@ WRITE_A_LOOP = "Write a loop: `for step in tracer.iter[:]:`"
 
 
 class Iterations(Loop):
-    """Turns of a loop, chosen by number. Each gets its number.
+    """Turns of a loop, chosen by number. Iterating yields the numbers.
 
     Args:
-        turns: Returns the numbers of the turns in a slice, as the model comes to them.
+        turns: Returns the numbers of the turns in a slice, as the model reaches them.
         chosen: A slice, a number or several numbers.
     """
 
@@ -75,7 +75,7 @@ def steps_in(steps: Steps, flow: Flow, chosen: slice) -> Iterator[int]:
     """Count the steps of a run that generates.
 
     Raises:
-        InputError: The body has run the model to its end at one step, and others were to follow.
+        InputError: The body has run the model to its end before the last step.
     """
     for step in steps if chosen == slice(None) else steps[chosen]:
         yield step.index
@@ -89,7 +89,7 @@ def steps_in(steps: Steps, flow: Flow, chosen: slice) -> Iterator[int]:
 
 
 def warn_of_end(turn: int, error: Exception) -> None:
-    """Warn that a loop asked for more calls than the model makes."""
+    """Warn that a loop asked for more calls than the model made."""
     warnings.warn(
         f"turn {turn} of tracer.iter was never reached: {error}. What was read before stays valid; the rest of the "
         "block was left out",

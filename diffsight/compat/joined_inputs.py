@@ -16,7 +16,7 @@ def joined_inputs(invoked_with: Sequence[tuple[tuple, dict[str, Any]]], tokenize
 
     Args:
         invoked_with: The arguments of each invoke: a text, a list or a tensor, or token ids by name.
-        tokenizer: What makes texts into token ids where some inputs are texts and others token ids; None if nothing.
+        tokenizer: Tokenizes the texts if some inputs are texts and others token ids; None if there is no tokenizer.
     """
     rows = [row for args, kwargs in invoked_with for row in _rows(args, kwargs)]
     if tokenizer is not None and len({isinstance(row, str) for row in rows}) == 2:

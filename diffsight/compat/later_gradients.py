@@ -1,14 +1,14 @@
-"""`hidden.grad` before `loss.backward()`, as code for early versions of nnsight reads, saves and edits it.
+"""`hidden.grad` before `loss.backward()`, which code for early versions of nnsight reads, saves and edits.
 
     with model.trace(prompt):
         hidden = model.transformer.h[0].output[0]
         gradient = hidden.grad.save()           # stands for the gradient until backward() has computed it
-        hidden.grad[:, 0] = 0                   # done when it has
+        hidden.grad[:, 0] = 0                   # applied at that time
         model.lm_head.output.sum().backward()
-    gradient.norm()                             # is used like a tensor from then on
+    gradient.norm()                             # can be used like a tensor from then on
 
-In the block of a trace, `.grad` of a tensor that autograd computes (not of a parameter) returns a `LaterGradient`. A
-hook on the tensor fills it, and does in order what was done to it.
+In the block of a trace, `.grad` of a tensor that autograd computes (not of a parameter) returns a `LaterGradient`. When
+the gradient arrives, a hook on the tensor sets its value and applies the recorded operations in order.
 """
 
 import operator
@@ -37,10 +37,10 @@ _NEEDS_VALUE = {f"__{name}__" for name in ("bool", "float", "int", "len", "iter"
 
 
 class LaterGradient:
-    """A gradient that `backward()` has not computed yet, or what is computed from one.
+    """A gradient that `backward()` has not computed yet, or a value computed from such gradients.
 
     Args:
-        tensor: The tensor whose gradient it is, or None for what is computed from gradients.
+        tensor: The tensor whose gradient this is; None for a value computed from gradients.
     """
 
     __hash__ = object.__hash__
@@ -48,7 +48,7 @@ class LaterGradient:
     def __init__(self, tensor: torch.Tensor | None = None, operands: tuple["LaterGradient", ...] = ()) -> None:
         self._known: Any = None
         self._is_known = False
-        self._like = None if tensor is None else tensor.detach().to("meta")  # which has its shape and type
+        self._like = None if tensor is None else tensor.detach().to("meta")  # has the tensor's shape and type
         self._device = None if tensor is None else tensor.device
         self._programs = {id(p): p for o in operands for p in o._programs.values()}
 
@@ -65,7 +65,7 @@ class LaterGradient:
         return self._known
 
     def save(self) -> "LaterGradient":
-        """Return itself: a name bound in a run stays bound after it."""
+        """Return the gradient itself: a name bound in a run stays bound after it."""
         return self
 
     def become(self, value: Any) -> None:
@@ -119,7 +119,7 @@ def _applied_to(function: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def _applied(function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Call a function of gradients: now if all of them are known, else as soon as they are."""
+    """Call a function of gradients, now or as soon as all of them are known."""
     operands = tuple(leaf for leaf in tree_leaves((args, kwargs), _is_later) if isinstance(leaf, LaterGradient))
 
     def call() -> Any:
@@ -140,7 +140,7 @@ def _is_later(value: Any) -> bool:
 
 
 class Program:
-    """What was done to the gradient of one tensor before it exists."""
+    """The operations applied to the gradient of one tensor before it exists."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.steps: list[tuple[tuple[LaterGradient, ...], Callable[[], Any], LaterGradient]] = []
@@ -150,8 +150,8 @@ class Program:
         self._replaced: list[LaterGradient] = []
 
     def replace(self, tensor: torch.Tensor, value: Any) -> None:
-        """Let another value take the place of the gradient: `hidden.grad = value`."""
-        if value is self.current:  # the end of `hidden.grad *= 2`
+        """Replace the gradient with another value: `hidden.grad = value`."""
+        if value is self.current:  # the assignment that ends `hidden.grad *= 2`
             return
         held = value if isinstance(value, LaterGradient) else None
         self.current = self._new(tensor)
@@ -184,7 +184,7 @@ def reading_gradients(reader: Any = None) -> Iterator[None]:
     """Let `.grad` return gradients that do not exist yet.
 
     Args:
-        reader: What has them, with `read(tensor)` and `write(tensor, value)`; None for a `LaterGradient`.
+        reader: An object whose `read(tensor)` and `write(tensor, value)` serve `.grad`; None to use `LaterGradient`.
     """
     with _lock:
         _users[0] += 1
@@ -223,18 +223,18 @@ def _set(tensor: torch.Tensor, value: Any) -> None:
 
 
 def _set_requires_grad(tensor: torch.Tensor, value: bool) -> None:
-    """Set `requires_grad`. PyTorch refuses it for computed tensors, also where it is True already."""
+    """Set `requires_grad`. PyTorch refuses to set it on computed tensors, even if it is already True."""
     if not (value and _PLAIN_REQUIRES_GRAD.__get__(tensor)):
         _PLAIN_REQUIRES_GRAD.__set__(tensor, value)
 
 
 def _has_own(tensor: torch.Tensor) -> bool:
-    """Return whether `.grad` of a tensor means what it means in PyTorch."""
+    """Return whether `.grad` of a tensor has its usual PyTorch meaning."""
     return isinstance(tensor, nn.Parameter) or not tensor.requires_grad or tensor.retains_grad
 
 
 def _program_of(tensor: torch.Tensor) -> Program:
     if tensor not in _programs:
         _programs[tensor] = Program(tensor)
-        _held.get().append(tensor)  # it can be asked for again as long as the block lasts
+        _held.get().append(tensor)  # keeps the tensor's gradient available until the block ends
     return _programs[tensor]

@@ -1,4 +1,4 @@
-"""Layers whose output is a tuple in code written for nnsight, since it was one in transformers 4: `layer.output[0]`."""
+"""Layers whose output code written for nnsight expects to be a tuple, as in transformers 4: `layer.output[0]`."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from diffsight.extending import Tree
 
 
 class LayerOutput(tuple):
-    """The output of a layer as a tuple. What a tensor alone can do raises an error that names the switch."""
+    """The output of a layer as a tuple. Operations that only a tensor supports raise an error that names the switch."""
 
     __slots__ = ()
 
@@ -40,4 +40,4 @@ def gives_tuple(tree: Tree, owner: Any) -> bool:
         return False
     if any(owner is layer for stack in getattr(tree, "stacks", ()) for layer in stack):
         return True
-    return any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(owner).__mro__)  # those of transformers
+    return any(cls.__name__ == "GradientCheckpointingLayer" for cls in type(owner).__mro__)  # transformers' layers

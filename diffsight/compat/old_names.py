@@ -1,8 +1,8 @@
-"""Modules that transformers 4 had and transformers 5 has not: `text_encoder.text_model.final_layer_norm`."""
+"""Modules that exist in transformers 4 but not in transformers 5: `text_encoder.text_model.final_layer_norm`."""
 
 from typing import Any
 
-_FLATTENED = {  # the class of a model: the name of the module in it that now is the model itself
+_FLATTENED = {  # class of a model: the name of the inner module that is now the model itself
     "CLIPTextModel": "text_model",
     "CLIPVisionModel": "vision_model",
     "SiglipTextModel": "text_model",
@@ -11,5 +11,5 @@ _FLATTENED = {  # the class of a model: the name of the module in it that now is
 
 
 def old_name(owner: Any) -> str | None:
-    """Return the name of the module that a model contained in transformers 4 and is itself now, or None."""
+    """Return the name of the inner module in transformers 4 that is now the model itself, or None."""
     return _FLATTENED.get(type(owner).__name__)

@@ -1,4 +1,4 @@
-"""`nnsight.list()`, `nnsight.int(0)`, `nnsight.str("a")`: Python's types, with what nnsight's proxies of them can do.
+"""`nnsight.list()`, `nnsight.int(0)`, `nnsight.str("a")`: Python's types, with the methods of nnsight's proxies.
 
 total = nnsight.int(0)
 total.update(total + 1)
@@ -26,7 +26,7 @@ class List(builtins.list):
 
 
 class Literal:
-    """A value of one of Python's immutable types, which `update` replaces. Otherwise it does what the value does."""
+    """A value of an immutable Python type that `update` can replace. Otherwise it behaves like the value."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -36,7 +36,7 @@ class Literal:
         self.value = value.value if isinstance(value, Literal) else value
 
     def save(self) -> "Literal":
-        """Return itself: a name bound in a run stays bound after it."""
+        """Return the literal itself: a name bound in a run stays bound after it."""
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -59,7 +59,7 @@ for _name in _METHODS:
 
 
 def literal_of(cls: type) -> Callable[..., Literal]:
-    """Return what makes a `Literal` from the arguments of a type."""
+    """Return a function that creates a `Literal` from the arguments of a type."""
 
     def make(*args: Any, **kwargs: Any) -> Literal:
         return Literal(cls(*args, **kwargs))

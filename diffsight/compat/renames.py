@@ -1,11 +1,11 @@
-"""`rename=`: further names for modules.
+"""`rename=`: additional names for modules.
 
     model = LanguageModel("gpt2", rename={"transformer.h": "layers", "mlp": ["feedforward", "ffn"]})
     model.layers[0].ffn
 
-A key is a path from any module (`mlp` renames the `mlp` of each layer), in which `*` stands for any one child, or a
-class of modules. A dotted name, as in `{"attn.c_proj": "attn.o_proj"}`, renames what is inside the module that its path
-begins with.
+A key is a class of modules, or a path from any module (`mlp` renames the `mlp` of each layer), in which `*` stands for
+any one child. A dotted name, as in `{"attn.c_proj": "attn.o_proj"}`, renames a module inside the one named by its first
+part.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,30 +17,30 @@ Rename = Mapping[str | type, str | Sequence[str]]
 
 
 class Renames:
-    """The names that the user gives to modules of one model.
+    """The user's names for the modules of one model.
 
     Args:
         tree: The tree of the model.
         rename: Paths or classes of modules, and the names for them.
-        taken: Names that an envoy has itself, such as `output`.
+        taken: Names of an envoy's own attributes, such as `output`.
 
     Raises:
-        InputError: A name is taken, or a key means several modules below the same one.
+        InputError: A name is taken, or a key matches several modules inside the same module.
     """
 
     def __init__(self, tree: Tree, rename: Rename, taken: Sequence[str]) -> None:
         self._tree, self._taken = tree, taken
-        self._paths: dict[str, dict[str, str]] = {}  # path of a module: name to path from there
+        self._paths: dict[str, dict[str, str]] = {}  # path of a module: {name: path from that module}
         for outer in list(_walk(tree)):
             for key, names in rename.items():
                 self._bind(outer, key, [names] if isinstance(names, str) else names)
 
     def names_in(self, outer: Target) -> Mapping[str, str]:
-        """Return the given names of what lies below a module: name to path from there."""
+        """Return the user's names for modules inside a module, as a mapping of name to path from that module."""
         return self._paths.get(outer.path, {})
 
     def target_named(self, outer: Target, name: str) -> Target | None:
-        """Return what a given name below a module means, or None if it is not one."""
+        """Return the target of one of the user's names inside a module; None if there is no such name."""
         path = self.names_in(outer).get(name)
         return None if path is None else self._at(outer, path)
 
@@ -78,7 +78,7 @@ class Renames:
         given[name] = own
 
     def _meant(self, outer: Target, key: str | type) -> dict[str, Target]:
-        """Return what a key means below a module, by path."""
+        """Return the targets inside a module that a key matches, by path."""
         if isinstance(key, type):
             found = [(name, child) for name, child in self._inside(outer) if isinstance(child.owner, key)]
         else:
@@ -100,7 +100,7 @@ class Renames:
 
 
 def _walk(tree: Tree) -> Iterator[Target]:
-    """Yield every module of a model, each before what is inside it."""
+    """Yield every module of a model, each before its children."""
     waiting, seen = [tree.root], set()
     for target in waiting:
         if id(target.owner) not in seen:
@@ -124,7 +124,7 @@ _STANDARD_NAMES = {
 
 
 def get_rename_dict() -> dict[str, str]:
-    """Return nnterp's names for `rename=`: they call the parts of common language models what `LanguageModel` does.
+    """Return nnterp's names for `rename=`. They name the parts of common language models as `LanguageModel` does.
 
     model = NNsight(net, rename=get_rename_dict())
     model.layers[0].self_attn, model.layers[0].mlp, model.ln_final, model.lm_head, model.embed_tokens

@@ -1,9 +1,10 @@
 """Blocks that are repeated, such as `with session.iter(items) as item:` and `with tracer.iter[:]:`.
 
-They are loops in the form of a `with` statement. Python runs such a block only once, so it is captured from source, see
-`engine.capture`, and run as the body of a `for` loop. What the block assigns is bound in the frame that it is written
-in, as after a loop. In a block that is repeated for every step, what reads `model.generator.output` or `tracer.result`
-comes after the loop, with all that follows it: a run has its result when all steps are done.
+They are loops in the form of a `with` statement. Python runs the block of a `with` statement only once, so the block is
+captured from source (see `engine.capture`) and run as the body of a `for` loop. Names that the block assigns are bound
+in its enclosing frame, as after a loop. A run has its result only when all steps are done. So in a block repeated for
+every step, the first statement that reads `model.generator.output` or `tracer.result`, and all statements after it, run
+once, after the loop.
 """
 
 import ast
@@ -23,7 +24,7 @@ OWN_STEPS = (
 
 
 class RepeatedBlock(Block):
-    """A block as the body of a `for` loop. What it binds with `as` is the item of each turn."""
+    """A block as the body of a `for` loop. The name after `as` is bound to the item of each turn."""
 
     def __init__(
         self,
@@ -38,7 +39,7 @@ class RepeatedBlock(Block):
         self._is_empty = self._is_empty and target is None
 
     def run(self, items: Iterable[Any]) -> None:
-        """Run the block once for each item, and bind what it assigns where it is written, also after an error."""
+        """Run the block once for each item, and bind its assigned names in its frame, even after an error."""
         names: dict[str, Any] = {}
         try:
             self((items, names.update, locals))
@@ -46,8 +47,8 @@ class RepeatedBlock(Block):
             self._bind({name: names[name] for name in self._assigned if name in names})
 
     def _function_body(self, body: list[ast.stmt], target: ast.expr | None) -> list[ast.stmt]:
-        # the loop over argument[0], and finally argument[1](argument[2]()). The built-in `locals` is handed over as
-        # well, since the block may use its name for something else.
+        # the loop over argument[0], and finally argument[1](argument[2]()). The built-in `locals` is passed as an
+        # argument, since the block may use its name for something else.
         keep = ast.Call(_argument(1), [ast.Call(_argument(2), [], [])], [])
         return [ast.Try(self._repeated(body), [], [], [ast.Expr(keep)])]
 
@@ -59,7 +60,8 @@ class RepeatedBlock(Block):
 
 
 class StepsBlock(RepeatedBlock):
-    """A block that is repeated for every step. What reads the result of the run comes once, after the last step."""
+    """A block that is repeated for every step. Statements from the first that reads the run's result on run once, at
+    the end."""
 
     def _repeated(self, body: list[ast.stmt]) -> list[ast.stmt]:
         body, after = _split(body, self._frame)
@@ -67,7 +69,7 @@ class StepsBlock(RepeatedBlock):
 
 
 class BlockOfInvokes(StepsBlock):
-    """A block around `with tracer.invoke(...):`. Each block of an invoke is repeated for the steps of that invoke."""
+    """A block around `with tracer.invoke(...):`. The block of each invoke is repeated for the steps of that invoke."""
 
     def run(self, steps: Callable[[], Iterable[Any]]) -> None:
         """Run the block once. `steps` returns the steps of the invoke that is open."""
@@ -84,7 +86,7 @@ class BlockOfInvokes(StepsBlock):
 
 
 class Loop(Deferred):
-    """Items, for a `for` loop or for a `with` statement whose block is repeated. Subclasses define `__iter__`."""
+    """Items for a `for` loop, or for a `with` statement whose block is repeated. Subclasses define `__iter__`."""
 
     _block_class = RepeatedBlock
 
@@ -96,14 +98,14 @@ class Loop(Deferred):
 
 
 def rest_of_block(frame: FrameType) -> Callable[[], RepeatedBlock] | None:
-    """Return what follows a bare call (`layers.all()`) in the block of a `with` statement, to be repeated.
+    """Return the statements after a bare call (`layers.all()`) in the block of a `with` statement, to be repeated.
 
     Args:
         frame: The frame that makes the call.
 
     Returns:
-        A function that compiles the statements after the call. None where the call is not a statement of such a block,
-        or is its last one.
+        A function that compiles the statements after the call; None if the call is not a statement of such a block, or
+        is the last one.
     """
     tree, span = parse_source(frame, frame.f_lasti // 2)
     for node in (node for node in ast.walk(tree) if isinstance(node, ast.With)):
@@ -122,8 +124,8 @@ def _is_invoke(node: ast.AST) -> bool:
 
 
 def _split(body: list[ast.stmt], frame: FrameType, runs: Collection[str] = ()) -> tuple[list[ast.stmt], list[ast.stmt]]:
-    """Split a block at the first statement that reads the result of a run. `runs` are names of runs that the frame does
-    not have yet."""
+    """Split a block at the first statement that reads the result of a run. `runs` contains names of runs that are not
+    bound in the frame yet."""
     for index, statement in enumerate(body):
         if any(_is_result(node, frame, runs) for node in ast.walk(statement)):
             return body[:index], body[index:]

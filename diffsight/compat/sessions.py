@@ -1,4 +1,4 @@
-"""`with model.session() as session:`: runs that are grouped.
+"""`with model.session() as session:`: groups of runs.
 
     with model.session() as session:
         clean = model.trace(a).layers[5].output
@@ -6,9 +6,9 @@
             with model.trace(item) as run:
                 run.layers[5].output = clean
 
-Values pass between runs anyway. What a session adds is its end: runs that were opened in its block, of any model of
-`diffsight.compat`, and are still open are finished when the block ends, in the order in which they were opened. If an
-error ends the block, they are closed instead.
+Values can be passed between runs without a session. A session finishes its runs: when its block ends, all runs still
+open that were opened in it, of any model of `diffsight.compat`, are finished in the order in which they were opened. If
+an error ends the block, they are closed instead.
 """
 
 import weakref
@@ -26,7 +26,7 @@ from diffsight.extending import Run, flow_of
 
 
 class Session(TracerFunctions):
-    """A group of runs, see the module."""
+    """A group of runs; see the module docstring."""
 
     def __init__(self) -> None:
         self._opened: list[weakref.ref[Run]] = []
@@ -44,8 +44,8 @@ class Session(TracerFunctions):
             with session.iter(items) as item: ...
             results = session.iter(items)(function)
 
-        The block of the `with` statement is captured from source, see `engine.capture`. What it assigns is bound when
-        the statement ends. Only the `for` loop can be left with `break`.
+        The block of the `with` statement is captured from source; see `engine.capture`. Names that it assigns are bound
+        when the statement ends. Only the `for` loop can be left with `break`.
 
         Args:
             items: The items, one for each turn.
@@ -81,7 +81,7 @@ class Session(TracerFunctions):
 
 
 class SessionItems(Loop):
-    """Items in turn: what `session.iter(items)` returns."""
+    """The items of `session.iter(items)`, one for each turn."""
 
     _instead = "Write a loop: `for item in session.iter(items):`"
 

@@ -16,12 +16,12 @@ from diffsight.extending import run_meant_by
 
 
 class StandardizedNames:
-    """What nnterp's `StandardizedTransformer` has beyond `LanguageModel`.
+    """The arguments and attributes that nnterp's `StandardizedTransformer` adds to `LanguageModel`.
 
     Args:
         source: As for `LanguageModel`.
-        enable_attention_probs: Whether to load the model with attention whose probabilities can be read.
-        check_renaming, allow_dispatch, check_attn_probs_with_trace: Without an effect: names are always checked.
+        enable_attention_probs: Whether to load an attention implementation whose probabilities can be read.
+        check_renaming, allow_dispatch, check_attn_probs_with_trace: Have no effect; names are always checked.
         kwargs: As for `LanguageModel`.
     """
 
@@ -108,17 +108,17 @@ class StandardizedNames:
         return self.config.get_text_config().vocab_size
 
     def skip_layer(self, layer: int, skip_with: torch.Tensor | None = None) -> None:
-        """Leave a layer out: the model continues with its input, or with another value."""
+        """Skip a layer: the model continues with the layer's input, or with `skip_with`."""
         self.skip_layers(layer, layer, skip_with)
 
     def skip_layers(self, start_layer: int, end_layer: int, skip_with: torch.Tensor | None = None) -> None:
-        """Leave layers out, up to and including `end_layer`."""
+        """Skip layers, up to and including `end_layer`."""
         super().skip_layers(start_layer, end_layer, skip_with)
 
     def steer(
         self, layers: int | list[int], steering_vector: torch.Tensor, factor: float = 1, positions: Any = None
     ) -> None:
-        """Add `factor` times a vector to the output of layers, at the given positions or all."""
+        """Add `factor` times a vector to the output of layers, at the given positions or at all of them."""
         super().steer(layers, steering_vector, factor, positions)
 
     def get_topk_closest_tokens(self, hidden_state: torch.Tensor, k: int = 5) -> list[list[tuple[str, float]]]:

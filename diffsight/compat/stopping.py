@@ -16,5 +16,5 @@ def stop() -> NoReturn:
 
 
 def stop_at(value: Any) -> NoReturn:
-    """End the model here: `layer.output.stop()`."""
+    """Stop the model here: `layer.output.stop()`."""
     raise BlockStopped

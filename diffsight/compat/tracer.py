@@ -28,19 +28,19 @@ from diffsight.extending import Asked, Run, Target, flow_of, target_of
 
 
 class Tracer(TracerFunctions, Run):
-    """A run with the names of nnsight's tracer and invoker."""
+    """A run with the methods of nnsight's tracer and invoker."""
 
     _generates = False
     _has_input = False  # False where the inputs come from `invoke`
     _first_inputs: Sequence[tuple] = ()  # the arguments of the model's first call, once it has begun
-    _rest: Callable[[], RepeatedBlock] | None = None  # what follows `layers.all()` in the block
-    _visit: int | None = None  # in a loop over `tracer.iter` in a run of one pass: which call of each module is meant
-    _asks = False  # whether the present turn of such a loop has asked for anything
+    _rest: Callable[[], RepeatedBlock] | None = None  # the statements after `layers.all()` in the block
+    _visit: int | None = None  # in a loop over `tracer.iter` in a run of one pass: the number of the call
+    _asks = False  # whether the current turn of such a loop has asked for anything
     _invoked_with: Sequence[tuple] = ()  # the inputs of its invokes
     _is_invoke = False
-    _is_of_all = False  # whether it is an invoke without input, of the inputs of all before it
+    _is_of_all = False  # whether it is an invoke without input, which has the inputs of all earlier invokes
     _changed = ""  # where the block has changed a value, if anywhere
-    _reads_unseen = False  # whether it has read values whose changes in place cannot be seen
+    _reads_unseen = False  # whether it has read values whose changes in place cannot be detected
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,7 +49,7 @@ class Tracer(TracerFunctions, Run):
 
     @property
     def result(self) -> Any:
-        """What the model returned. In the block of an invoke, that of its pass; after several, a list of them."""
+        """The model's result: in the block of an invoke, of its pass; after several invokes, a list of results."""
         if self._rest is not None and self._flow.outcome is None:
             self._repeat_rest()
         is_open = bool(self._invoked) and any(tracer is self.invoker for tracer in _entered.get())
@@ -68,20 +68,20 @@ class Tracer(TracerFunctions, Run):
 
     @property
     def output(self) -> Any:
-        """What the model returned; after several invokes, a list with one result for each."""
+        """The model's output; after several invokes, a list with one output for each."""
         if self._invoked:
             return self.result if len(self._invoked) > 1 else self.invoker.output
         return self.result if self._flow.has_result else self._root().output
 
     @property
     def iter(self) -> Iterations:
-        """Steps by number: `with tracer.iter[0:3] as step:` or `for step in tracer.iter[:]:`."""
+        """The steps, selected by number: `with tracer.iter[0:3] as step:` or `for step in tracer.iter[:]:`."""
         return iterations_of(self._current_pass())
 
     def all(self) -> Iterations:
         """Repeat a block for every step: `with tracer.all():`.
 
-        As a statement, `tracer.all()` repeats what follows it in the block of the trace."""
+        As a statement, `tracer.all()` repeats the rest of the trace's block."""
         return repeat_all(self._current_pass(), sys._getframe(1))
 
     def next(self, step: int = 1) -> "Tracer":
@@ -92,7 +92,7 @@ class Tracer(TracerFunctions, Run):
         return self
 
     def stop(self) -> None:
-        """End the model here, and leave the block."""
+        """Stop the model here, and leave the block."""
         super().stop()
         if any(tracer is self for tracer in _entered.get()):
             raise BlockStopped
@@ -102,8 +102,8 @@ class Tracer(TracerFunctions, Run):
         return lambda: None
 
     def invoke(self, *args: Any, **kwargs: Any) -> "Tracer":
-        """Open a forward pass with its own input, see `Run.invoke`. Without input, it has the inputs of all invokes
-        before it as one batch, and can only be read."""
+        """Open a forward pass with its own input; see `Run.invoke`. Without arguments, the pass has the inputs of all
+        earlier invokes as one batch, and its values can only be read."""
         is_of_all = not args and not kwargs
         if is_of_all:
             args = (self._joined_inputs(),)
@@ -152,22 +152,22 @@ class Tracer(TracerFunctions, Run):
         include_inputs: bool = False,
         non_blocking: bool = False,
     ) -> ActivationCache:
-        """Keep the outputs, and inputs, of many modules, see `ActivationCache`.
+        """Keep the outputs, and optionally the inputs, of many modules; see `ActivationCache`.
 
             cache = tracer.cache(modules=[model.transformer.h[0]])
             cache["model.transformer.h.0"].output, cache.transformer.h[0].output        # after the block
 
         Args:
-            modules: Modules or their paths; None for all.
-            device: The device to copy tensors to; None to leave them.
-            dtype: The type to convert them to.
+            modules: Modules or their paths; None for all modules.
+            device: The device to copy tensors to; None to leave them where they are.
+            dtype: The type to convert floating-point tensors to.
             detach: Whether to detach them.
             include_output: Whether to keep outputs.
             include_inputs: Whether to keep inputs.
-            non_blocking: Without an effect: copies are complete when they are kept.
+            non_blocking: Has no effect: copies are complete when they are kept.
 
         Raises:
-            InputError: Something was already read or changed.
+            InputError: A value was already read or changed.
         """
         run = self._current_pass()
         if flow_of(run).coroutine is not None:
@@ -213,7 +213,7 @@ class Tracer(TracerFunctions, Run):
         self._flow.keep(Asked(target_of(self._model), "inputs"), keep)
 
     def _repeat_rest(self) -> None:
-        """Run what follows `layers.all()` for the remaining steps. It has run where it is written for the first."""
+        """Run the statements after `layers.all()` for the remaining steps. They ran in place for the first step."""
         with advising(WRITE_A_LOOP):
             rest, self._rest = self._rest(), None
         try:
@@ -226,11 +226,11 @@ class Tracer(TracerFunctions, Run):
         return self._again is None or self._has_input
 
     def _current_pass(self) -> "Tracer":
-        """The run whose steps are meant: the last invoke while it is open."""
+        """The run whose steps are counted: the last invoke while it is open, else this run."""
         return self.invoker if flow_of(self.invoker).outcome is None else self
 
 
-_MOST_IDLE_TURNS = 10_000  # in a row: the rest of `for step in tracer.iter[:]: if step == 0: ...` does nothing
+_MOST_IDLE_TURNS = 10_000  # in a row: in `for step in tracer.iter[:]: if step == 0: ...`, later turns do nothing
 
 _entered: ContextVar[tuple[Tracer, ...]] = ContextVar("diffsight_entered", default=())
 
@@ -241,13 +241,13 @@ def entered_tracers() -> tuple[Tracer, ...]:
 
 
 def describe_opening(tracer: Tracer, generates: bool, has_input: bool) -> Tracer:
-    """Note how a tracer was opened: by `generate` or `trace`, with an input or to be given inputs by `invoke`."""
+    """Note how a tracer was opened: by `generate` or `trace`, with an input or for later calls of `invoke`."""
     tracer._generates, tracer._has_input = generates or tracer._generates, has_input
     return tracer
 
 
 def iterations_of(tracer: Tracer) -> Iterations:
-    """Return the steps of a run, to choose from; around invokes, those of each invoke."""
+    """Return the steps of a run, to choose from; for a run with invokes, the steps of each invoke."""
     if not tracer._has_own_steps():
         return IterationsOfInvokes(lambda: iterations_of(tracer._current_pass()))
     if tracer._generates:
@@ -256,8 +256,8 @@ def iterations_of(tracer: Tracer) -> Iterations:
 
 
 def visits_in(tracer: Tracer, chosen: slice) -> Iterator[int]:
-    """Count the calls of modules in a run of one pass. Without an end, the loop ends with the model, or when it no
-    longer asks for anything."""
+    """Count the calls of modules in a run of one pass. If the slice has no end, stop when the model has ended or the
+    loop no longer asks for anything."""
     before, flow = tracer._visit, flow_of(tracer)
     start, idle = chosen.start or 0, 0
     turns = range(start, chosen.stop, chosen.step or 1) if chosen.stop is not None else count(start, chosen.step or 1)
@@ -280,7 +280,7 @@ def end_visits(tracer: Tracer, error: Exception) -> None:
 
 
 def note_read(tracer: Any, value: Any) -> None:
-    """Note what an invoke reads, to find out whether it changes it in place."""
+    """Note a value that an invoke reads, to find out later whether the invoke changed it in place."""
     if isinstance(tracer, Tracer) and tracer._is_invoke:
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
         tracer._read += [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
@@ -288,7 +288,7 @@ def note_read(tracer: Any, value: Any) -> None:
 
 
 def watch_changes(tracer: Tracer) -> None:
-    """Note where the block of an invoke assigns values or skips modules, in whatever way."""
+    """Note where the block of an invoke assigns values or skips modules, by whichever API."""
     flow = flow_of(tracer)
 
     def noting(method: Callable[[Asked, Any], None]) -> Callable[[Asked, Any], None]:
@@ -312,8 +312,8 @@ def check_read_only(tracer: Tracer) -> None:
 
 
 def repeat_all(tracer: Tracer, frame: FrameType) -> Iterations:
-    """Repeat a block for every step of a run: that of the `with` statement which `frame` enters, or else the rest of
-    the block that `frame` is in."""
+    """Repeat a block for every step of a run: the block of the `with` statement that `frame` enters, or else the rest
+    of the block that `frame` is in."""
     steps = iterations_of(tracer)
     with advising(WRITE_A_LOOP):
         rest = rest_of_block(frame)
@@ -330,11 +330,11 @@ def repeat_all(tracer: Tracer, frame: FrameType) -> Iterations:
 
 
 def move_to_next(tracer: Tracer, target: Target) -> int | None:
-    """Move on for `layer.next()`.
+    """Move to the next step or call for `layer.next()`.
 
     Returns:
-        None in a run that generates, where this goes to the next step. In a run of one pass, the number of the
-        module's next call.
+        None in a run that generates, which moves to the next step; in a run of one pass, the number of the module's
+        next call.
     """
     if tracer._generates:
         tracer.next()

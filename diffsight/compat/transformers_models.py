@@ -1,4 +1,4 @@
-"""`TransformersModel(name, task=...)`: what nnsight's wrapper of transformers models has beyond `LanguageModel`.
+"""`TransformersModel(name, task=...)`, nnsight's wrapper for models of transformers with any task.
 
 model = TransformersModel("openai-community/gpt2", task="text-generation")
 model = TransformersModel("google/vit-base-patch16-224", task="image-classification")
@@ -33,11 +33,11 @@ _SUFFIXES = {
 
 
 class TransformersNames:
-    """What nnsight's `TransformersModel` accepts and has.
+    """The arguments and attributes of nnsight's `TransformersModel`.
 
     Attributes:
-        task: The task of transformers' pipelines. It decides the class of the model, and what `pipe` runs.
-        tokenizer, processor, image_processor, feature_extractor: What turns inputs into tensors; None if there is none.
+        task: A task of transformers' pipelines. It determines the class of the model and the pipeline that `pipe` runs.
+        tokenizer, processor, image_processor, feature_extractor: The preprocessors of the model; None if it has none.
     """
 
     _task: str | None = None
@@ -81,7 +81,7 @@ class TransformersNames:
         tokenizer = self.tokenizer
         if tokenizer is None:
             return
-        if getattr(tokenizer, "pad_token", "") is None:  # code calls it with padding=True
+        if getattr(tokenizer, "pad_token", "") is None:  # user code calls the tokenizer with padding=True
             tokenizer.pad_token = tokenizer.eos_token
         if self._pads_left():
             tokenizer.padding_side = "left"
@@ -90,7 +90,7 @@ class TransformersNames:
 
     @cached_property
     def pipeline(self) -> Any:
-        """The pipeline of transformers for the model's task."""
+        """The transformers pipeline for the model's task."""
         parts = {
             name: part
             for name in ("tokenizer", "processor", "image_processor", "feature_extractor")
@@ -114,7 +114,7 @@ class TransformersNames:
         return super().generate(*args, **kwargs)
 
     def _given(self, args: tuple, kwargs: dict[str, Any], settings_of: Sequence[str]) -> tuple[tuple, dict[str, Any]]:
-        """Return arguments with what the tokenizer, or another preprocessor, makes of them where it is asked to."""
+        """Return the arguments, with texts tokenized if tokenizer settings are passed, and images preprocessed."""
         kwargs = {**(kwargs.pop("invoker_args", None) or {}), **kwargs}
         if "text" in kwargs and not args:
             args = (kwargs.pop("text"),)
@@ -134,8 +134,8 @@ class TransformersNames:
 
 
 def _with_class(transformers: Any, source: str, automodel: Any, task: str | None, kwargs: Mapping[str, Any]) -> Any:
-    """Return the configuration of a model, with the class that `automodel` or the task asks for. None if the class that
-    it was saved as is right."""
+    """Return the configuration of a model, with the class that `automodel` or the task requires; None if the model can
+    be loaded as the class it was saved as."""
     if automodel is None and task in (None, "text-generation", _IMAGES_AND_TEXT):
         return kwargs.get("config")
     automodel = getattr(transformers, automodel) if isinstance(automodel, str) else automodel
@@ -148,7 +148,7 @@ def _with_class(transformers: Any, source: str, automodel: Any, task: str | None
         kind._model_mapping[type(config)] for kind in kinds if type(config) in getattr(kind, "_model_mapping", ())
     ]
     names = [cls.__name__ for kind in fitting for cls in (kind if isinstance(kind, tuple) else (kind,))]
-    names += [kind.__name__ for kind in kinds if not hasattr(kind, "_model_mapping")]  # a class of models itself
+    names += [kind.__name__ for kind in kinds if not hasattr(kind, "_model_mapping")]  # not an auto class
     if not names:
         what = getattr(automodel, "__name__", None) or task
         raise InputError(
@@ -169,7 +169,7 @@ def _task_of(net: nn.Module) -> str:
 
 
 def _image_processor(transformers: Any, source: Any, model: Any) -> Any:
-    """Return what turns images into tensors: that of the processor, or that of a model which takes only images."""
+    """Return the image processor: the one in the model's processor or, for a model that takes only images, its own."""
     own = getattr(model.__dict__.get("processor"), "image_processor", None)
     if (
         own is not None

@@ -1,7 +1,7 @@
 """`.save()`, `.value` and `.stop()` on values, which are plain tensors, tuples and numbers here.
 
-nnsight hands out proxies that have these methods. In a live run a value is the real object, so the methods are added to
-the types of values themselves."""
+nnsight returns proxies that have these methods. In a live run a value is the real object, so the methods are added to
+the types of the values themselves."""
 
 import ctypes
 import gc
@@ -28,8 +28,8 @@ def add_methods() -> None:
 
     `object` is left alone, since every class would inherit from it."""
     for cls in _SAVED:
-        # Python refuses to set attributes on built-in types. Their dictionary is what the read-only view of it refers
-        # to, and a change of it has to be announced to the cache of attribute look-ups.
+        # Python refuses to set attributes on built-in types. `__dict__` is a read-only view, whose only referent is the
+        # actual dictionary. After a change, the cache of attribute look-ups must be invalidated.
         namespace = gc.get_referents(cls.__dict__)[0]
         if "save" not in namespace:
             namespace |= {"save": save} | ({"stop": stop_at} if cls in (tuple, dict) else {})
@@ -39,7 +39,7 @@ def add_methods() -> None:
 
 
 def _add_save_to_images() -> None:
-    """Let `image.save()` return the image. With a file, it saves the image as before."""
+    """Make `image.save()` return the image. Called with a file, `save` writes the image as before."""
     original = Image.save
 
     @wraps(original)

@@ -1,4 +1,4 @@
-"""`NNsight`, `LanguageModel`, `VisionLanguageModel` and `DiffusionModel` with the arguments of nnsight's models."""
+"""`NNsight`, `LanguageModel`, `VisionLanguageModel` and `DiffusionModel`, with nnsight's arguments."""
 
 import warnings
 import weakref
@@ -25,9 +25,9 @@ _IGNORED = ("remote", "backend", "scan", "validate", "blocking")  # arguments wi
 
 
 class CompatModel(CompatEnvoy):
-    """What nnsight's models accept and have, on top of one of diffsight's wrappers."""
+    """The arguments and attributes of nnsight's models, on top of one of diffsight's wrappers."""
 
-    _not_sent = ("trace", *_IGNORED)  # arguments that mean nothing to a server
+    _not_sent = ("trace", *_IGNORED)  # arguments that have no meaning for a server
     _gives_tuples = False  # whether the output of a layer is a tuple, as code for transformers 4 expects
 
     def __init_subclass__(cls) -> None:
@@ -57,7 +57,7 @@ class CompatModel(CompatEnvoy):
             self.to(device)
 
     def _warn_of_hidden_modules(self) -> None:
-        """Warn of modules that cannot be reached by their own names, since envoys have values of those names."""
+        """Warn about modules that cannot be reached by their own names, since envoys have values with those names."""
         hidden = [p for p, _ in self._modules_here() if p.rpartition(".")[2] in TAKEN and p]
         if hidden:
             warnings.warn(
@@ -81,7 +81,7 @@ class CompatModel(CompatEnvoy):
         try:
             return super().__getattr__(name)
         except PointNotFoundError:
-            if name == "_model":  # what older releases call the module
+            if name == "_model":  # the name in older releases
                 return self._module
             raise
 
@@ -111,7 +111,7 @@ class CompatModel(CompatEnvoy):
         return _opened(super().generate, args, _known_here(self, kwargs), trace, generates=True)
 
     def scan(self, *args: Any, **kwargs: Any) -> Run:
-        """Open a run on shapes alone."""
+        """Open a run that computes only shapes."""
         return super().scan(*args, **_known_here(self, kwargs))
 
     def edit(self, *args: Any, inplace: bool = False, return_context: bool = False, **kwargs: Any) -> Any:
@@ -122,13 +122,13 @@ class CompatModel(CompatEnvoy):
         return editing if functions else with_pair(editing)
 
     def session(self, **kwargs: Any) -> Session:
-        """Group runs, of this model and of others: `with model.session() as session:`."""
+        """Group runs of this model and of others: `with model.session() as session:`."""
         _check_empty("session", _known_here(self, kwargs))
         return Session()
 
     @property
     def generator(self) -> "Generator":
-        """The run's result as `model.generator.output`, also in a block whose run has already ended."""
+        """The run's result as `model.generator.output`, even in a block whose run has already ended."""
         around = [tracer for tracer in entered_tracers() if flow_of(tracer).tree.open_runs is self._tree.open_runs]
         has_ended = bool(around) and flow_of(around[-1]).outcome is not None
         return Generator(around[-1] if has_ended else run_meant_by(self, "generator.output"))
@@ -142,7 +142,7 @@ class Generator:
 
     @property
     def output(self) -> Any:
-        """What the run returns in the end. Runs the model to its end first."""
+        """The result of the run. Reading it runs the model to its end."""
         return self._run.result
 
     @property
@@ -159,7 +159,7 @@ class Streamer:
 
     @property
     def output(self) -> torch.Tensor:
-        """The tokens that the step begins with: those of the prompt, later the one that was generated last."""
+        """The tokens with which the step begins: first the prompt's tokens, later the last generated token."""
         flow = flow_of(self._run)
         args, kwargs = self._run.inputs
         tokens = (args[0] if args else kwargs)["input_ids"]
@@ -168,9 +168,9 @@ class Streamer:
 
 @cache
 def wrapper_named(name: str) -> type[Model]:
-    """Return `DiffusionModel` and the like with nnsight's names.
+    """Return a wrapper, such as `DiffusionModel`, with nnsight's names.
 
-    They are imported by name when they are first asked for: they stand above the engine, and take long to import."""
+    Wrappers are imported by name on first use: they belong to a layer above the engine and are slow to import."""
     if name == "TransformersModel":
         return _named(name, TransformersNames, CompatModel, import_module("diffsight").LanguageModel)
     if name == "StandardizedTransformer":
@@ -185,13 +185,13 @@ def wrapper_named(name: str) -> type[Model]:
 
 @cache
 def vision_transformers_model() -> type[Model]:
-    """Return what `TransformersModel(name, task="image-text-to-text")` is."""
+    """Return the class of `TransformersModel(name, task="image-text-to-text")`."""
     wrapper = import_module("diffsight").VisionLanguageModel
     return _named("TransformersModel", wrapper_named("TransformersModel"), wrapper, _task="image-text-to-text")
 
 
 class DiffusionNames(CompatModel):
-    """What nnsight's `DiffusionModel` accepts beyond that of diffsight.
+    """The arguments that nnsight's `DiffusionModel` accepts in addition to diffsight's.
 
     Args:
         source: As for `diffsight.DiffusionModel`.
@@ -207,7 +207,7 @@ class DiffusionNames(CompatModel):
             kind = getattr(import_module("diffusers"), automodel) if isinstance(automodel, str) else automodel
             loading = {name: kwargs.pop(name) for name in list(kwargs) if name not in _OF_MODEL}
             check = import_module("diffsight.pipelines.loading_arguments").check_pipeline_arguments
-            if not kind.__name__.startswith("AutoPipeline"):  # those find the class when they load it
+            if not kind.__name__.startswith("AutoPipeline"):  # those find the class while loading
                 check(kind, loading)
             source = kind.from_pretrained(source, **loading)
             check(type(source), loading, kind)
@@ -228,17 +228,17 @@ def _named(name: str, *bases: type, **facts: Any) -> type[Model]:
 
 
 class NNsight(CompatModel, Model):
-    """Wraps any module, see `diffsight.Model`.
+    """Wraps any module; see `diffsight.Model`.
 
     Args:
         module: The module.
-        rename: Further names for modules, see `diffsight.compat.renames`.
-        device: Where to move the module.
+        rename: Additional names for modules; see `diffsight.compat.renames`.
+        device: The device to move the module to.
     """
 
 
 def _opened(opens: Callable[..., Tracer], args: tuple, kwargs: dict[str, Any], trace: bool, generates: bool) -> Any:
-    """Open a run; without `trace`, return its result."""
+    """Open a run; with `trace=False`, return its result."""
     has_input = (
         bool(args)
         or not kwargs.keys().isdisjoint(("prompt", "text", "images"))
@@ -249,8 +249,8 @@ def _opened(opens: Callable[..., Tracer], args: tuple, kwargs: dict[str, Any], t
 
 
 def _known_here(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments without those that have no effect here. Raise InputError for `remote=True` of a model that
-    is not on a server."""
+    """Return the arguments without those that have no effect here. Raise InputError for `remote=True` if the model is
+    not on a server."""
     if kwargs.get("remote") not in (None, False, "local") and not is_on_server(model):
         raise InputError(
             "remote: the model is in this process. Open it with the address of a server, as in "

@@ -1,12 +1,12 @@
-"""Remote runs: the same lines on a model whose weights another machine holds.
+"""Remote runs: the same code, with a model whose weights are on another machine.
 
     model = DiffusionModel("diffsight/shapes-clip", remote="http://127.0.0.1:8000")
     with model.generate("a red circle", seed=17) as run:
         run.text_encoder.ln_final.input = run.text_encoder.layers[4].output
     run.images
 
-The body runs here, the model there. No code travels: only points, values and errors do, see `protocol`. A server is
-started with `diffsight serve MODEL`.
+The body runs on the client, the model on the server. No code is sent, only points, values and errors; see `protocol`.
+Start a server with `diffsight serve MODEL`.
 """
 
 from diffsight.remote.chunks import Chunks, split

@@ -1,7 +1,7 @@
-"""Chunks: a frame that is longer than servers take at once is sent in parts.
+"""Chunks: a frame that is too long to be sent at once is sent in parts.
 
-A text `{"bytes": n, "text": false}` comes first, then the parts, of at most 8 MiB each. Shorter frames are sent as they
-are.
+First comes a text frame `{"bytes": n, "text": false}`, then the parts, of at most 8 MiB each. Shorter frames are sent
+unchanged.
 """
 
 import json
@@ -15,7 +15,7 @@ _HEAD = '{"bytes":'
 
 
 def split(frame: Frame) -> Iterator[Frame]:
-    """Yield what is sent for a frame."""
+    """Yield the frames to send for a frame: the frame itself, or its parts."""
     if len(frame) <= _LONGEST:
         yield frame
         return
@@ -27,10 +27,10 @@ def split(frame: Frame) -> Iterator[Frame]:
 
 
 class Chunks:
-    """Joins what is received to frames.
+    """Joins received data into frames.
 
     Args:
-        longest: How many bytes a frame may have.
+        longest: The maximum length of a frame in bytes.
     """
 
     def __init__(self, longest: int) -> None:
@@ -39,10 +39,10 @@ class Chunks:
         self._size, self._is_text = 0, False
 
     def add(self, data: Frame) -> Frame | None:
-        """Add what was received; return the frame if it is complete, else None.
+        """Add received data; return the frame if it is complete, else None.
 
         Raises:
-            ProtocolError: The frame is too long, or its parts do not fit.
+            ProtocolError: The frame is too long, or its parts do not match its head.
         """
         if self._parts is None and not (isinstance(data, str) and data.startswith(_HEAD)):
             self._check(len(data))

@@ -1,4 +1,4 @@
-"""The client's connection to a server: the address, the key, one WebSocket, and what they fail with, in words."""
+"""The client's connection to a server: the address, the key, one WebSocket, and readable errors for their failures."""
 
 import json
 import os
@@ -17,19 +17,19 @@ from diffsight.remote.frames import Frame, pack, unpack
 from diffsight.remote.wire_errors import RemoteError, error_of
 
 ADDRESS, KEY = "DIFFSIGHT_REMOTE", "DIFFSIGHT_API_KEY"  # environment variables
-_PATIENCE = 30.0  # seconds until an answer to a plain request
-_QUEUE = 3600.0  # seconds to wait for a replica that is free
+_PATIENCE = 30.0  # seconds to wait for the answer to a plain HTTP request
+_QUEUE = 3600.0  # seconds to wait for a free replica
 
 
 class Address:
     """The address of a server, and the key for it.
 
     Args:
-        remote: Such as "https://host:8000". True takes it from the environment variable DIFFSIGHT_REMOTE.
+        remote: The address, such as "https://host:8000". True takes it from the environment variable DIFFSIGHT_REMOTE.
         api_key: The key; by default, from DIFFSIGHT_API_KEY.
 
     Raises:
-        InputError: It is no address.
+        InputError: `remote` is not an address.
     """
 
     def __init__(self, remote: str | bool, api_key: str | None = None) -> None:
@@ -47,14 +47,14 @@ class Address:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What every request carries."""
+        """The headers of every request."""
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     def get(self, path: str, method: str = "GET", body: bytes | None = None) -> bytes:
-        """Return what the server answers to a plain request.
+        """Return the server's answer to a plain HTTP request.
 
         Raises:
-            RemoteError: There is no server, or it refuses. The message says why.
+            RemoteError: There is no server, or it refuses the request. The message says why.
         """
         request = Request(f"{self}{quote(path, safe='/?=&')}", data=body, method=method, headers=self.headers)
         try:
@@ -66,18 +66,18 @@ class Address:
             raise RemoteError(self._unreachable(getattr(error, "reason", error))) from None
 
     def json(self, path: str, method: str = "GET", body: bytes | None = None) -> Any:
-        """Return the JSON that the server answers with."""
+        """Return the server's answer, parsed as JSON."""
         try:
             return json.loads(self.get(path, method, body))
         except ValueError:
             raise RemoteError(f"{self} does not answer like a server of diffsight: it sent no JSON") from None
 
     def connect(self, model: str, longest: int) -> "Connection":
-        """Open a WebSocket to a model. It waits in the queue of the server until a replica is free."""
+        """Open a WebSocket to a model. Waits in the queue of the server until a replica is free."""
         return Connection(self, model, longest)
 
     def websocket(self, model: str) -> str:
-        """Return the address of the runs of a model."""
+        """Return the WebSocket address for runs of a model."""
         scheme = "wss" if self.parts.scheme == "https" else "ws"
         place = f"{self.parts.path.rstrip('/')}/runs/{quote(model)}/open"
         return urlunsplit((scheme, self.parts.netloc, place, "", ""))
@@ -97,7 +97,7 @@ class Address:
 
 
 class Connection:
-    """One WebSocket to a model: messages, one after the other."""
+    """One WebSocket to a model, which sends and receives messages one at a time."""
 
     def __init__(self, address: Address, model: str, longest: int) -> None:
         try:
@@ -127,14 +127,14 @@ class Connection:
             self._exchange(lambda part=part: self._socket.send(part))
 
     def receive(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the next message, and its tensors."""
+        """Return the next message and its tensors."""
         while (frame := self._chunks.add(self._exchange(self._socket.recv))) is None:
             pass
-        with torch.inference_mode(False):  # in which changes in place are not counted
+        with torch.inference_mode(False):  # inference mode does not count changes in place
             return unpack(frame)
 
     def close(self) -> None:
-        """Close the WebSocket. A run that is open on the server ends. May be called again."""
+        """Close the WebSocket, which ends the run that is open on the server. May be called again."""
         self._socket.__exit__(None, None, None)
 
     def _exchange(self, function: Callable[[], Frame | None]) -> Any:
@@ -149,7 +149,7 @@ class Connection:
             raise RemoteError(f"the run on {self._address} has ended: {why}") from None
 
     def _raise_last_words(self) -> None:
-        """Raise the error that the server has sent before it closed the connection, if it has."""
+        """Raise the error that the server sent before it closed the connection, if there is one."""
         from websockets.exceptions import ConnectionClosed
 
         with suppress(ConnectionClosed, TimeoutError):

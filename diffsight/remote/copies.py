@@ -1,8 +1,8 @@
-"""Copies: tensors of which the client and the server of a run each hold one, and how changes in place reach the other.
+"""Copies: tensors that both the client and the server of a run hold, and how changes in place are sent between them.
 
-Each has a number: those that the server sends count up from 0, those that the client sends count down from -1. The
-server holds its tensor until the client lets its copy go, so that a value can be read again and changed as in a local
-run. A change in place is sent with the next message, while the model stands where it stood when the change was made.
+Each tensor has a number. Tensors sent by the server count up from 0, tensors sent by the client count down from -1. The
+server holds its tensor until the client releases its copy, so that a value can be read again and changed as in a local
+run. A change in place is sent with the next message, before the model moves on.
 """
 
 import weakref
@@ -21,7 +21,7 @@ class _Copy:
     __slots__ = ("held", "path", "version", "weak")
 
     def __init__(self, tensor: torch.Tensor, path: object, gone: Callable[[Any], None]) -> None:
-        self.held: torch.Tensor | None = tensor  # until the next message, so that a change in place is seen
+        self.held: torch.Tensor | None = tensor  # until the next message, so that a change in place is detected
         self.weak, self.path, self.version = weakref.ref(tensor, gone), path, _version(tensor)
 
 
@@ -35,7 +35,7 @@ class ClientCopies:
         self._next = -1
 
     def number_of(self, tensor: torch.Tensor) -> int | None:
-        """Return the number of a tensor that the server has with the same values, or None."""
+        """Return the number of a tensor if the server has it with the same values, else None."""
         number = self._numbers.get(id(tensor))
         copy = None if number is None else self._copies.get(number)
         is_known = copy is not None and copy.weak() is tensor and copy.version == _version(tensor)
@@ -48,7 +48,7 @@ class ClientCopies:
         return number
 
     def received(self, number: int, tensor: torch.Tensor, path: object) -> torch.Tensor:
-        """Return the client's tensor of a number: its copy, brought up to date, or else what was received."""
+        """Return the client's tensor with a number: its updated copy if it has one, else the received tensor."""
         copy = self._copies.get(number)
         mine = None if copy is None else copy.weak()
         if mine is None or mine.shape != tensor.shape or mine.dtype != tensor.dtype:
@@ -60,7 +60,7 @@ class ClientCopies:
         return mine
 
     def changed(self) -> Iterator[tuple[int, object, torch.Tensor]]:
-        """Yield the copies that were changed in place since the last message: number, path, tensor."""
+        """Yield (number, path, tensor) for each copy that was changed in place since the last message."""
         for number, copy in [*self._copies.items()]:
             tensor, copy.held = copy.weak(), None
             if tensor is not None and copy.version != _version(tensor):
@@ -68,7 +68,7 @@ class ClientCopies:
                 yield number, copy.path, tensor
 
     def let_go(self) -> list[int]:
-        """Return the numbers of the copies that were let go since the last message."""
+        """Return the numbers of the copies that were released since the last message."""
         gone, self._gone = sorted(self._gone), set()
         return gone
 
@@ -87,10 +87,10 @@ class ClientCopies:
 
 
 class ServerCopies:
-    """The tensors of one run of which a client holds copies."""
+    """The server's tensors in one run of which the client holds copies."""
 
     def __init__(self) -> None:
-        self._tensors: dict[int, tuple[torch.Tensor, int]] = {}  # with how often each was changed in place
+        self._tensors: dict[int, tuple[torch.Tensor, int]] = {}  # with the number of changes in place
         self._numbers: dict[int, int] = {}  # by the id of the tensor
         self._next = 0
 
@@ -103,7 +103,7 @@ class ServerCopies:
         return number
 
     def received(self, number: int, tensor: torch.Tensor) -> None:
-        """Take note of a tensor that the client has sent under a number of its own."""
+        """Record a tensor that the client has sent, under the number that the client chose."""
         if number >= 0 or number in self._tensors:
             raise ProtocolError(f"a tensor that is sent cannot have the number {number}")
         self._add(number, tensor)
@@ -119,10 +119,10 @@ class ServerCopies:
         return list(self._tensors)
 
     def write(self, number: int, value: Any, path: str) -> None:
-        """Change a tensor as the client has changed its copy.
+        """Update a tensor with the values of the client's changed copy.
 
         Raises:
-            DiffsightError: It was changed here as well, so that neither copy has both changes.
+            DiffsightError: The tensor was changed on the server too, so neither copy has both changes.
         """
         tensor = self[number]
         if self._tensors[number][1] != _version(tensor):
@@ -145,5 +145,5 @@ class ServerCopies:
 
 
 def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place; 0 where PyTorch does not count."""
+    """Return how often a tensor was changed in place; 0 if PyTorch does not count."""
     return 0 if tensor.is_inference() else tensor._version

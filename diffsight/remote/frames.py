@@ -1,7 +1,7 @@
-"""Frames: how a message travels over a WebSocket.
+"""Frames: the format of messages on a WebSocket.
 
-A message without tensors is a text frame of JSON. One with tensors is a binary frame in the safetensors format, with
-the JSON under "message" in its metadata. Neither can hold code.
+A message without tensors is a text frame of JSON. A message with tensors is a binary frame in the safetensors format,
+with the JSON under "message" in its metadata. Neither can contain code.
 """
 
 import json
@@ -40,7 +40,7 @@ def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # made once, since that takes a while
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode  # created once, since that is slow
 _decode = json.JSONDecoder(parse_constant=_refuse).decode
 _TYPES_BY_NAME = {name: dtype for dtype, name in _TYPES.items()}
 
@@ -49,7 +49,7 @@ def pack(message: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Fra
     """Return a message and its tensors as one frame.
 
     Raises:
-        InputError: A tensor has a type that safetensors does not have.
+        InputError: A tensor has a type that safetensors does not support.
     """
     text = _encode(message)
     if not tensors:
@@ -58,10 +58,10 @@ def pack(message: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Fra
 
 
 def unpack(frame: Frame) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the message in a frame, and its tensors.
+    """Return the message in a frame and its tensors.
 
     Raises:
-        ProtocolError: It is not a frame of this protocol.
+        ProtocolError: The data is not a frame of this protocol.
     """
     tensors: dict[str, torch.Tensor] = {}
     try:
@@ -82,23 +82,23 @@ def unpack(frame: Frame) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def _tensor(data: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> torch.Tensor:
-    """A copy of a tensor in the data of a frame."""
+    """Return a copy of a tensor in the data of a frame."""
     start, end = data_offsets
     kind = _TYPES_BY_NAME[dtype]
     if not all(type(number) is int and number >= 0 for number in (*shape, start, end)) or end > len(data):
         raise ValueError(f"there is no tensor of shape {shape} at {data_offsets}")
     if prod(shape) * kind.itemsize != end - start:
         raise ValueError(f"a tensor of {dtype} and shape {shape} does not take {end - start} bytes")
-    tensor = torch.empty(shape, dtype=kind)  # aligned as PyTorch does it: kernels may round otherwise for other places
+    tensor = torch.empty(shape, dtype=kind)  # aligned by PyTorch: kernels may round differently for other alignments
     if end > start:
         memoryview(tensor.reshape(-1).view(torch.uint8).numpy())[:] = data[start:end]
     return tensor
 
 
 def _safetensors(text: str, tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """The tensors in the safetensors format: the length of the header, the header, the data.
+    """Return the tensors in the safetensors format: the length of the header, the header, the data.
 
-    The functions of safetensors do the same, and take five times as long for a small tensor."""
+    The functions of safetensors do the same, but take five times as long for a small tensor."""
     header: dict[str, Any] = {"__metadata__": {_MESSAGE: text}}
     parts, end = [], 0
     for name, tensor in tensors.items():

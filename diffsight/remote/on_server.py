@@ -1,4 +1,4 @@
-"""What is different in a model whose weights are on a server: runs are sent there."""
+"""Models whose weights are on a server: their runs are sent there."""
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -16,15 +16,15 @@ from diffsight.remote.remote_flow import RemoteFlow
 from diffsight.remote.served_model import ServedModel
 from diffsight.run import Run
 
-# The call that opens the run which is being made: the method, its arguments and keyword arguments.
+# The call that opens the run being created: the method, its arguments and keyword arguments.
 _opening: ContextVar[tuple[str, tuple, dict] | None] = ContextVar("diffsight_opening", default=None)
 
 
 class OnServer:
-    """A model on a server. It is mixed into the class of the model, see `put_on_server`.
+    """Mixin for the class of a model that is on a server; see `put_on_server`.
 
     Attributes:
-        server: The server, see `ServedModel`.
+        server: The server; see `ServedModel`.
     """
 
     server: ServedModel
@@ -36,12 +36,12 @@ class OnServer:
         return self._opened(super().generate, "generate", args, kwargs)
 
     def _opened(self, method: Callable[..., Run], name: str, args: tuple, kwargs: dict[str, Any]) -> Run:
-        """Open a run by a method of the model, with the call at hand for `_new_run`."""
+        """Open a run by a method of the model, and store the call for `_new_run`."""
         if "blocking" in kwargs:
             raise InputError(
                 "blocking: the body of a run is here. model.server.submit(...) starts a lens there and returns at once"
             )
-        not_sent = getattr(type(self), "_not_sent", ())  # arguments that mean nothing to a server
+        not_sent = getattr(type(self), "_not_sent", ())  # arguments that have no meaning for a server
         before = _opening.set((name, args, {key: value for key, value in kwargs.items() if key not in not_sent}))
         try:
             return method(*args, **kwargs)
@@ -74,17 +74,17 @@ class OnServer:
 
 
 class Elsewhere:
-    """Calls parts of a model on its server: for `Tree.elsewhere`."""
+    """Calls parts of a model on its server. For `Tree.elsewhere`."""
 
     def __init__(self, server: ServedModel) -> None:
         self._server = server
 
     def is_meant_by(self, points: Points) -> bool:
-        """Return whether a call is made on the server: not in a scan."""
+        """Return whether a call is made on the server, which is the case except in a scan."""
         return not isinstance(self._flow(points), ScanFlow)
 
     def call(self, points: Points, args: tuple, kwargs: dict[str, Any], hook: bool = False, method: str = "") -> Any:
-        """Return what a part of the model, or its method, returns on the server."""
+        """Call a part of the model, or a method of it, on the server and return the result."""
         path = target_of(points).path
         op = {"op": "call", "path": path, "method": method, "args": list(args), "kwargs": kwargs, "hook": hook}
         flow = self._flow(points)
@@ -93,7 +93,7 @@ class Elsewhere:
         return self._server.ask(op)
 
     def _flow(self, points: Points) -> Any:
-        """The flow of the run that a call is made in; None outside any run."""
+        """Return the flow of the run in which a call is made; None outside any run."""
         try:
             return flow_of(run_meant_by(points, target_of(points).path))
         except NoRunError:
@@ -106,7 +106,7 @@ def _class_on_server(cls: type) -> type:
 
 
 def put_on_server(model: Model, server: ServedModel) -> None:
-    """Make a model without weights one whose runs are sent to a server."""
+    """Make a model without weights send its runs to a server."""
     tree_of(model).elsewhere = Elsewhere(server)
     model.__dict__["server"] = server
     object.__setattr__(model, "__class__", _class_on_server(type(model)))

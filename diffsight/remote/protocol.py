@@ -1,12 +1,12 @@
-"""The protocol of remote runs: what may be said over the WebSocket of a run.
+"""The protocol of remote runs: the messages allowed on the WebSocket of a run.
 
-The client opens a run, then asks. Each message from it is a list of operations, of which only the last is answered:
-what needs no answer, such as an assignment, travels with the next question.
+The client opens a run, then sends requests. Each request is a list of operations, of which only the last is answered.
+Operations that need no answer, such as assignments, are sent with the next one that does.
 
     {"version": 1, "method": "generate", "args": …, "kwargs": …}    opens a run
     {"do": [{"op": "assign", …}, {"op": "ask", "path": "layers[4]", "part": "output"}]}
     {"say": "value", "value": …, "state": {…}}                      the answer
-    {"say": "passed", "number": 0, …}                               something that is followed, before the answer
+    {"say": "passed", "number": 0, …}                               a followed value, before the answer
     {"say": "turn", "body": 1, …}                                   an edit or a function of `run.each` continues
 
 A message with an unknown operation, an unknown field, or a field of another type is refused, and ends the run.
@@ -19,7 +19,7 @@ from typing import Any
 from diffsight.remote.frames import Frame, pack, unpack
 from diffsight.remote.wire_values import ProtocolError
 
-VERSIONS = (1,)  # that this release speaks, best last
+VERSIONS = (1,)  # supported by this release, best last
 _ANY = object
 
 # The fields of each operation, and their types.
@@ -71,10 +71,10 @@ class Operation:
 
 
 def operations(message: Mapping[str, Any]) -> tuple[int | None, list[Operation]]:
-    """Return the body that a message is from, None for the one that leads, and its operations.
+    """Return the body that sent a message (None for the leading body) and the message's operations.
 
     Raises:
-        ProtocolError: It has an unknown operation, or wrong fields.
+        ProtocolError: The message has an unknown operation or wrong fields.
     """
     _check("a message", _MESSAGE, message)
     found = []
@@ -90,15 +90,15 @@ def operations(message: Mapping[str, Any]) -> tuple[int | None, list[Operation]]
 
 
 def opening_without_run(half: bool = False) -> dict[str, Any]:
-    """Return the message after which lenses and calls of parts can be asked for, without a run."""
+    """Return the opening message of a connection that runs lenses and calls parts of the model, without a run."""
     return {"version": VERSIONS[-1], "method": None, "args": [], "kwargs": {}, "edits": [], "half": half, "grad": False}
 
 
 def lens_frames(frame: bytes) -> list[Frame]:
-    """Return the frames of a connection that runs the lens which `frame` asks for.
+    """Return the frames of a connection that runs the lens requested in `frame`.
 
     Raises:
-        ProtocolError: It asks for something else.
+        ProtocolError: `frame` requests something else.
     """
     sent: Frame = frame.decode(errors="replace") if frame[:1] == b"{" else frame
     message, _ = unpack(sent)
@@ -109,7 +109,7 @@ def lens_frames(frame: bytes) -> list[Frame]:
 
 
 def check_opening(message: Mapping[str, Any]) -> None:
-    """Check the message that opens a run. Raise ProtocolError if it is not one, or of a version not spoken here."""
+    """Raise ProtocolError if a message does not open a run, or is of an unsupported version of the protocol."""
     if message.get("version") not in VERSIONS:
         raise ProtocolError(
             f"the server speaks version {' and '.join(map(str, VERSIONS))} of the protocol, not "
@@ -119,7 +119,7 @@ def check_opening(message: Mapping[str, Any]) -> None:
 
 
 def _check(what: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise ProtocolError unless exactly the known fields are given, each of its type."""
+    """Raise ProtocolError unless exactly the known fields are given, each with the right type."""
     if given.keys() != known.keys():
         unknown, missing = sorted(given.keys() - known.keys()), sorted(known.keys() - given.keys())
         problem = f"has no {unknown[0]!r}" if unknown else f"needs {missing[0]!r}"

@@ -1,8 +1,8 @@
-"""Lists, dictionaries and output objects that a client has read: a change in one is sent as an assignment of the whole.
+"""Lists, dictionaries and output objects that a client has read: a changed container is sent as an assignment.
 
-Tensors in them are the matter of `copies`. What can be held weakly, such as an output object, is watched as long as
-somebody holds it: changing it when the model has moved on is an error. Lists and plain dictionaries are watched while
-the model stands where they were read.
+Tensors in them are handled by `copies`. Containers that support weak references, such as output objects, are watched as
+long as they exist: changing one after the model has moved on is an error. Lists and plain dictionaries are watched only
+until the model moves on.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ class _Read:
         self.asked, self.value, self.contents = asked, value, _contents(value)
 
     def let_go(self) -> bool:
-        """Hold the value weakly from now on. Return False if it cannot be, or nobody else holds it."""
+        """Hold only a weak reference from now on. Return False if the value does not support that."""
         try:
             self.value = ref(self.value)
         except TypeError:
@@ -38,20 +38,20 @@ class ReadContainers:
         self._before: list[_Read] = []
 
     def add(self, asked: Any, value: Any) -> None:
-        """Take note of a value that was read."""
+        """Record a value that was read."""
         if _can_change(value):
             self._here.append(_Read(asked, value))
 
     def move_on(self) -> None:
-        """The model has moved on."""
+        """Record that the model has moved on."""
         self._before += [read for read in self._here if read.let_go()]
         self._here = []
 
     def changed(self, where: str) -> Iterator[tuple[Any, Any]]:
-        """Yield the points whose values were changed since they were read, with these values.
+        """Yield the points whose values were changed since they were read, with the changed values.
 
         Raises:
-            OutOfOrderError: One was changed after the model had moved on.
+            OutOfOrderError: A value was changed after the model had moved on.
         """
         self._before = [read for read in self._before if read.value() is not None]
         for read in self._before:
@@ -65,12 +65,12 @@ class ReadContainers:
 
 
 def _can_change(value: Any) -> bool:
-    """Return whether anything but tensors can be changed in place in a value."""
+    """Return whether a value contains lists or mappings, which can be changed in place."""
     return isinstance(value, (list, Mapping)) or (isinstance(value, tuple) and any(map(_can_change, value)))
 
 
 def _contents(value: Any) -> list[Any]:
-    """All that is in a value, flat."""
+    """Return the contents of a value as a flat list."""
     if isinstance(value, Mapping):
         return [len(value), *(one for key, item in value.items() for one in (key, *_contents(item)))]
     if isinstance(value, (list, tuple)):

@@ -1,8 +1,8 @@
 """The flow of a run whose model is on a server.
 
-It takes the place of `diffsight.engine.run_to_point.Flow`, and everything above it is the same: envoys, rows, steps,
-edits, records. What a body asks for is sent, and the answer is a plain tensor. What needs no answer is sent with the
-next question: assignments, and tensors that were changed in place while the model stands where they were read.
+It replaces `diffsight.engine.run_to_point.Flow`; everything above it (envoys, rows, steps, edits, records) is the same.
+Requests of a body are sent, and the answer is a plain tensor. Assignments, and tensors that were changed in place, need
+no answer, so they are sent with the next request, before the model moves on.
 
 Edits and the functions of `run.each` run here, in coroutines as in a local run. The server says whose turn it is.
 """
@@ -34,7 +34,7 @@ _BROKEN = "the connection to the server was closed"
 
 
 class _Accumulation:
-    """Says whether gradients may be added to the values of a run: `loss.backward()` would end at them."""
+    """Decides whether autograd may accumulate gradients in the values of a run, where `loss.backward()` would stop."""
 
     is_allowed = False
 
@@ -51,7 +51,7 @@ class RemoteFlow(Flow):
 
     Args:
         tree: The tree of the model, without weights.
-        link: Where the run is sent to, see `ServedModel`.
+        link: The model on the server; see `ServedModel`.
         method: The method of the model that opens the run there.
         args: Its arguments.
         kwargs: Its keyword arguments.
@@ -61,8 +61,8 @@ class RemoteFlow(Flow):
         super().__init__(lambda: None, tree)
         self._link, self._call = link, (method, args, kwargs)
         self._connection: Any = None
-        self._lines: dict[str, UsersLine] = {}  # that have assigned values, by their text
-        self._waiting: list[dict[str, Any]] = []  # operations that need no answer, sent with the next that does
+        self._lines: dict[str, UsersLine] = {}  # lines that have assigned values, by their text
+        self._waiting: list[dict[str, Any]] = []  # operations that need no answer, sent with the next one that does
         self._copies, self._containers, self._moves = ClientCopies(), ReadContainers(), 0
         self._followed: list[tuple[Asked, Callable[..., None]]] = []
         self._mirrored: list[tuple[Asked, Callable[..., None]]] = []
@@ -71,8 +71,8 @@ class RemoteFlow(Flow):
         self._body_error: BaseException | None = None
         self._missed: Exception | None = None
         self._accumulates = _Accumulation()
-        self._leaves: list[tuple[int, torch.Tensor]] = []  # with gradients: what was received, by number
-        self._assigned: dict[int, torch.Tensor] = {}  # with gradients: what was sent and depends on anything here
+        self._leaves: list[tuple[int, torch.Tensor]] = []  # received tensors with gradients, with their numbers
+        self._assigned: dict[int, torch.Tensor] = {}  # sent tensors with gradients, by number
 
     @property
     def has_begun(self) -> bool:
@@ -83,7 +83,7 @@ class RemoteFlow(Flow):
         step = f", in step {self.clock.index}" if self.clock.index >= 0 else ""
         return f"on the server at {self._link.address}{step}"
 
-    # ---- what a body asks for
+    # ---- requests of a body
 
     def fetch(self, asked: Asked) -> Any:
         self._check_open(asked)
@@ -172,7 +172,7 @@ class RemoteFlow(Flow):
         raise InputError(f"{target.path} is attached here, and its server does not have it: call it without hook=True")
 
     def call_there(self, op: dict[str, Any]) -> Any:
-        """Call a part of the model on the server, where the model stands."""
+        """Call a part of the model on the server, at the model's current position."""
         self._check_open(op["path"])
         return self._ask(op, op["path"])
 
@@ -197,7 +197,7 @@ class RemoteFlow(Flow):
             gradients = [gradient for _, gradient in answer["assigned"]]
 
     def _backward_here(self, outputs: list[torch.Tensor], gradients: list[torch.Tensor]) -> dict[int, torch.Tensor]:
-        """Compute gradients in the part of the graph that is here. Return those that what was received has got."""
+        """Compute gradients in the client's part of the graph. Return the gradients of received tensors by number."""
         before = [leaf.grad for _, leaf in self._leaves]
         for _, leaf in self._leaves:
             leaf.grad = None
@@ -235,18 +235,18 @@ class RemoteFlow(Flow):
         return {"path": asked.target.path, "part": asked.part, "call": asked.call, "selection": asked.selection}
 
     def _line(self, where: Any) -> str:
-        """The text of a line that assigns a value, by which an error says that it is about that line."""
+        """Return the text of a line that assigns a value. Errors about the line refer to it by this text."""
         line = where or users_line()
         if isinstance(line, UsersLine):
             self._lines[str(line)] = line
         return str(line)
 
     def _note(self, op: dict[str, Any]) -> None:
-        """Send an operation with the next question."""
+        """Send an operation with the next request."""
         self._waiting.append(op)
 
     def _ask(self, op: dict[str, Any], asked: object) -> Any:
-        """Send an operation, with those that wait, and return the answer."""
+        """Send an operation, together with the waiting ones, and return the answer."""
         body = self._beside()
         is_bare = op["op"] == "finish" and self._connection is None
         if self._mirrored and not is_bare:
@@ -272,7 +272,7 @@ class RemoteFlow(Flow):
         raise error or error_of(reply["error"], self._lines)
 
     def _message(self, body: int | None, op: dict[str, Any] | None) -> tuple[dict, dict]:
-        """A message with everything that waits, and its tensors."""
+        """Return a message with all waiting operations, and its tensors."""
         ops = [*self._changes(), *self._waiting, *([op] if op else [])]
         self._waiting, path = [], None
         encoder = ValueEncoder(None, lambda tensor: self._sending(tensor, path), self._link.dtype)
@@ -283,7 +283,7 @@ class RemoteFlow(Flow):
         return {"body": body, "do": encoded}, encoder.tensors
 
     def _encoded(self, op: dict[str, Any], encoder: ValueEncoder) -> dict[str, Any]:
-        if op["op"] == "write":  # of a tensor that has a number already
+        if op["op"] == "write":  # the tensor already has a number
             return op | {"value": encoder.encode_data(op["value"])}
         encoded = {}
         for name, value in op.items():
@@ -294,7 +294,7 @@ class RemoteFlow(Flow):
         return encoded
 
     def _sending(self, tensor: torch.Tensor, path: object) -> dict[str, Any]:
-        """What else to say about a tensor that is sent: its number."""
+        """Return the number of a tensor that is sent, and whether gradients flow through it."""
         number = self._copies.number_of(tensor)
         if number is not None:
             return {"$shared": number}
@@ -305,7 +305,7 @@ class RemoteFlow(Flow):
         return {"number": number, "grad": True}
 
     def _changes(self) -> Iterator[dict[str, Any]]:
-        """What has changed since the last message: tensors that were let go, or changed in place, and containers."""
+        """Yield operations for changes since the last message: of tensors, of containers, and released tensors."""
         for number, path, tensor in self._copies.changed():
             yield {"op": "write", "number": number, "path": str(path), "value": tensor}
         for asked, value in self._containers.changed(self.where):
@@ -326,7 +326,7 @@ class RemoteFlow(Flow):
         return found
 
     def _exchange(self, message: tuple[dict, dict], body: Body | None) -> tuple[dict, dict]:
-        """Send a message and return its answer. Meanwhile other bodies may have their turn."""
+        """Send a message and return its answer. Other bodies may run in the meantime."""
         if body is not None:
             body.park(message)
             return self._answers.pop(body)
@@ -340,12 +340,12 @@ class RemoteFlow(Flow):
                     return reply, tensors
                 else:
                     self._connection.send(*self._continue(reply, tensors))
-        except BaseException:  # also an interrupt: it is unknown which messages were answered
+        except BaseException:  # including an interrupt: it is unknown which messages were answered
             self._end_here(_BROKEN)
             raise
 
     def _open(self) -> None:
-        """Connect, and send what opens the run."""
+        """Connect, and send the message that opens the run."""
         method, args, kwargs = self._call
         encoder = ValueEncoder(None, lambda tensor: self._sending(tensor, "the input"), self._link.dtype)
         message = {
@@ -365,7 +365,7 @@ class RemoteFlow(Flow):
             raise
 
     def _passed(self, reply: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Something that is followed has passed."""
+        """Pass a value to the function that follows it."""
         self._take_state(reply["state"])
         tap = SimpleNamespace(step_base=reply["base"], host=self)
         asked, function = self._followed[reply["number"]]
@@ -391,7 +391,7 @@ class RemoteFlow(Flow):
         return next(number for number, one in enumerate(bodies) if one is body)
 
     def _continue(self, reply: dict[str, Any], tensors: dict[str, Any]) -> tuple[dict, dict]:
-        """Let a body continue with an answer, or start; return what it sends next."""
+        """Start a body, or continue it with an answer; return the next message that it sends."""
         number = reply["body"]
         body = [*self.bodies.edits, *self._functions][number]
         self._take_state(reply["state"])
@@ -400,7 +400,7 @@ class RemoteFlow(Flow):
         try:
             message = body.go()
         except Exception as error:
-            if self.outcome is not None:  # of an edit, which ends the run
+            if self.outcome is not None:  # an error in an edit, which ends the run
                 raise
             self._body_error, failed = error, True
         if not failed and not body.dead:
@@ -415,15 +415,15 @@ class RemoteFlow(Flow):
             self._copies, self._containers = ClientCopies(), ReadContainers()
             edits, self.bodies.edits = self.bodies.edits, []
             self._end(outcome)
-            with ExitStack() as ends:  # each is ended, whatever the others raise
+            with ExitStack() as ends:  # end every edit, even if another one raises
                 for edit in reversed(edits):
                     ends.callback(edit.end, False)
-        if self._beside() is None:  # else the server waits for what that body says next
+        if self._beside() is None:  # else the server waits for the next message of that body
             self._release()
 
     def _release(self) -> None:
-        """Give the connection back."""
+        """Return the connection."""
         connection, self._connection = self._connection, None
         if connection is not None:
-            is_over = self.outcome in (ENDED, STOPPED)  # on the server too
+            is_over = self.outcome in (ENDED, STOPPED)  # also on the server
             self._link.release(connection, is_broken=self.outcome == _BROKEN, is_over=is_over)

@@ -1,10 +1,10 @@
-"""The server's side of a remote run: drives a run of a model with what a client asks.
+"""The server's side of a remote run: runs a model as a client requests.
 
 RunSession(model, receive, send).serve()        # until the client has gone
 
-It knows nothing of networks: `receive` returns the next frame or raises, `send` takes one. It runs in one thread, which
-is the thread of its runs. The model moves only while an operation is carried out, in the same coroutine as in any run;
-bodies beside the leading one (edits, functions of `run.each`) are those of the client, and each has a stand-in here.
+It is independent of the network: `receive` returns the next frame or raises, `send` takes one. The session and its runs
+share one thread. The model moves only while an operation is carried out, in the same coroutine as in any run. Bodies
+other than the leading one (edits, functions of `run.each`) run on the client, and each has a stand-in here.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from diffsight.remote.wire_values import ProtocolError, ValueDecoder, ValueEncod
 from diffsight.run import Run, make_step, own_target
 
 _METHODS = ("generate", "trace")
-_PART_METHODS = ("project_on_vocab",)  # that compute with the weights of a model
+_PART_METHODS = ("project_on_vocab",)  # methods that compute with the weights of a model
 _REFUSED = ("trust_remote_code", "custom_generate", "streamer", "output", "callback_on_step_end")
 _PLACES = (
     "url",
@@ -37,26 +37,26 @@ _PLACES = (
     "video",
     "videos",
     "audio",
-)  # where text would be opened as a file or address
+)  # arguments whose text would be opened as a file or address
 _HALF = torch.float16
 _GONE = "the client has gone"
 _NO_RUN = {"index": -1, "in_step": False, "outcome": None, "has_result": False, "over": False, "moves": 0}
 
 
 class RunEnded(BaseException):
-    """Raised in the thread of a session from outside: the client has gone, or a limit was reached."""
+    """Raised in the thread of a session from outside, when the client has gone or a limit was reached."""
 
 
 class _Closed(BaseException):
-    """The client has closed the run while it was the turn of another of its bodies."""
+    """The client has closed the run during the turn of another of its bodies."""
 
 
 class _BodyFailed(Exception):
-    """A body of the client has raised an error, which the client knows."""
+    """A body of the client has raised an error, which the client already has."""
 
 
 class _Untouched(dict):
-    """What a stand-in for an edit touches: nothing, since the client itself warns of an edit that did nothing."""
+    """The record of points that an edit touches. It stays empty, since the client warns of edits that do nothing."""
 
     def __setitem__(self, path: str, value: Any) -> None:
         pass
@@ -78,7 +78,7 @@ class RunSession:
         model: The model.
         receive: Returns the next frame from the client. Raises RunEnded when there will be none.
         send: Sends a frame.
-        services: What may be asked for besides runs, by name, with their arguments: lenses, what is known of the model.
+        services: Functions, by name, that a client may call besides runs: lenses, and facts about the model.
         opened: Called when a run begins (True) and ends (False).
     """
 
@@ -98,15 +98,15 @@ class RunSession:
     def _clear(self, opening: Mapping[str, Any]) -> None:
         self._opening = opening
         self._fault: Exception | None = None  # why the run could not be opened
-        self._edits: list[Any] = []  # bodies that stand for edits of the client
+        self._edits: list[Any] = []  # bodies that stand in for the client's edits
         self._held: list[Any] = []  # objects that stay here
-        self._targets: dict[str, Any] = {}  # by the path that the client writes
+        self._targets: dict[str, Any] = {}  # by the path that the client sends
         self._copies = ServerCopies()
         self._sources: dict[int, torch.Tensor] = {}  # tensors from the client through which gradients flow
-        self._moves, self._stand = 0, None  # how often the model has moved, and where it stands
+        self._moves, self._stand = 0, None  # how often the model has moved, and its position
 
     def serve(self) -> None:
-        """Carry out what the client asks, until it has gone or breaks the protocol."""
+        """Serve the client until it disconnects or violates the protocol."""
         try:
             while True:
                 message, tensors = unpack(self._receive())
@@ -171,7 +171,7 @@ class RunSession:
     # ---- messages
 
     def _answer(self, body: int | None, ops: list[Operation], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Carry out operations and answer the last."""
+        """Carry out operations, and answer the last one."""
         decoder = self._decoder(tensors)
         try:
             if self._fault is not None:
@@ -195,7 +195,7 @@ class RunSession:
         self._send(pack(message, encoder.tensors))
 
     def _state(self) -> dict[str, Any]:
-        """Where the run is, with every answer."""
+        """Return the state of the run, which is part of every answer."""
         if self._run is None:
             return _NO_RUN
         flow = flow_of(self._run)
@@ -217,14 +217,14 @@ class RunSession:
         return len(self._held) - 1 if known is None else known
 
     def _hand_out(self, tensor: torch.Tensor) -> dict[str, Any]:
-        """Number a tensor of which the client gets a copy."""
+        """Assign a number to a tensor of which the client gets a copy."""
         if self._run is None or self._run_is_over():
             return {}
         has_gradient = self._opening["grad"] and tensor.requires_grad
         return {"number": self._copies.sent(tensor)} | ({"grad": True} if has_gradient else {})
 
     def _take_in(self, tensor: torch.Tensor, data: Mapping[str, Any]) -> torch.Tensor:
-        """Return a tensor from the client where the model computes."""
+        """Return a tensor from the client on the model's device."""
         return self._note(self._on_device(tensor), data)
 
     def _note(self, tensor: torch.Tensor, data: Mapping[str, Any]) -> torch.Tensor:
@@ -242,7 +242,7 @@ class RunSession:
     # ---- operations
 
     def _points(self, path: str) -> Points:
-        """What a path names in the run, or in the model if there is no run."""
+        """Return the points at a path in the run, or in the model if there is no run."""
         root = self._model if self._run is None else root_of(self._run)
         return points_at(root, path)
 
@@ -270,7 +270,7 @@ class RunSession:
         flow_of(self._run).skip(asked, decode(op.value), ClientsLine(op.where))
 
     def _do_write(self, op: Operation, decode: Callable[[Any], Any]) -> None:
-        """Change a tensor in place of which the client has changed its copy."""
+        """Change a tensor in place, as the client has changed its copy."""
         self._copies.write(op.number, decode(op.value), op.path)
 
     def _do_let_go(self, op: Operation, decode: Callable[[Any], Any]) -> None:
@@ -313,7 +313,7 @@ class RunSession:
         flow_of(self._run).each([partial(self._stand_in, first + i) for i in range(op.count)])
 
     def _do_backward(self, op: Operation, decode: Callable[[Any], Any]) -> dict[str, Any]:
-        """Return the gradients of what was handed out and of what was assigned, given those of what was handed out."""
+        """Return the gradients of sent and received tensors, given the client's gradients of the sent tensors."""
         given = {number: decode(one) for number, one in zip(op.numbers, op.gradients)}
         outputs = [self._copies[number] for number in given]
         handed = {number: self._copies[number] for number in self._copies.numbers() if number >= 0}
@@ -321,7 +321,7 @@ class RunSession:
         inputs = [*handed.values(), *self._sources.values()]
         found = torch.autograd.grad(outputs, inputs, [*given.values()], retain_graph=True, allow_unused=True)
         own = [
-            [number, grad - given[number] if number in given else grad]  # the client has its own part already
+            [number, grad - given[number] if number in given else grad]  # the client already has its own part
             for number, grad in zip(handed, found)
             if grad is not None
         ]
@@ -332,10 +332,10 @@ class RunSession:
         self._run.stop()
 
     def _do_finish(self, op: Operation, decode: Callable[[Any], Any]) -> dict[str, Any]:
-        """Run the model to its end; return its result, and the error of assignments that it did not reach."""
+        """Run the model to its end. Return its result, and the error for assignments that it did not reach."""
         flow, missed = flow_of(self._run), None
         flow.run_on()
-        result = flow.run_to_end() if flow.has_result else None  # an edit may have stopped it
+        result = flow.run_to_end() if flow.has_result else None  # an edit may have stopped the run
         try:
             flow.check_assignments()
         except Exception as error:
@@ -363,7 +363,7 @@ class RunSession:
         return self._services[name]
 
     def _stand_in(self, number: int, *_: Any) -> None:
-        """Be an edit or a function of `run.each` of the client: do what it asks until it ends."""
+        """Stand in for an edit or a function of `run.each` of the client: carry out its operations until it ends."""
         self._say("turn", number)
         while True:
             message, tensors = unpack(self._receive())
@@ -384,13 +384,13 @@ class RunSession:
                 return
 
     def _carry_out(self, ops: list[Operation], decode: Callable[[Any], Any]) -> Any:
-        """Carry out operations and return what the last returns."""
+        """Carry out operations, and return the result of the last one."""
         value = None
         for op in ops:
             try:
                 value = getattr(self, f"_do_{op.op}")(op, decode)
             except Exception as error:
-                where = op.fields.get("where")  # of an assignment, which the client has passed by now
+                where = op.fields.get("where")  # the line of an assignment, which the client has already left
                 if where and line_of(error) is None:
                     set_line(error, ClientsLine(where))
                     error.add_note(f"(assigned at {where})")
@@ -398,20 +398,20 @@ class RunSession:
         return value
 
     def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor on the device of the model."""
+        """Return a tensor on the device of the model."""
         device = getattr(owner_of(self._model), "device", None)
         return tensor.to(device) if isinstance(device, torch.device) and device.type != "meta" else tensor
 
 
 def error_frame(error: Exception) -> Frame:
-    """Return the frame that tells a client of an error that ends the connection."""
+    """Return the frame that reports to a client an error that ends the connection."""
     return pack({"say": "error", "body": None, "error": described(error), "state": _NO_RUN}, {})
 
 
 def points_at(root: Envoy, path: str) -> Points:
-    """Return what a path from the model names, as `Target.path` writes it: "unet.mid_block", "layers[4]".
+    """Return the points at a path from the model, such as "unet.mid_block" or "layers[4]". See `Target.path`.
 
-    Raises PointNotFoundError if there is nothing."""
+    Raises PointNotFoundError if there are none."""
     found: Any = root
     for name in filter(None, path.replace("[", ".").replace("]", "").split(".")):
         outer, found = found, inside(found, name)
@@ -424,7 +424,7 @@ def points_at(root: Envoy, path: str) -> Points:
 
 
 def check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raise InputError for arguments with which a client could run code or open files and addresses on the server."""
+    """Raise InputError for arguments that could run code, or open files or addresses, on the server."""
     for name in kwargs:
         if name in _REFUSED:
             raise InputError(f"{name} is not taken by a server")

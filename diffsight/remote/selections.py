@@ -3,8 +3,8 @@
     @sent_as("part", "start", "stop", "total", "stride", "name")
     class Part(Selection): ...
 
-A selection is sent as its kind and its fields. What it needs of the run, such as the layout of the batches, is that of
-the run on the server.
+A selection is sent as its kind and its fields. Attributes that depend on the run, such as the layout of the batches,
+are taken from the run on the server.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,12 +28,12 @@ _names: dict[type, str] = {}
 
 
 def sent_as(kind: str, *names: str, **of_run: Callable[[Any], Any]) -> Callable[[_T], _T]:
-    """Let a class of selections be sent.
+    """Return a decorator that makes a class of selections sendable.
 
     Args:
-        kind: What it is called in messages.
+        kind: The name of the class in messages.
         names: The attributes that are sent: plain values, tensors, or other selections.
-        of_run: Other attributes, which are what these functions return for the run on the server.
+        of_run: Functions that return the other attributes, given the run on the server.
     """
 
     def register(cls: _T) -> _T:
@@ -48,7 +48,7 @@ sent_as("indexed", "index", "of")(Indexed)
 
 
 def encode_selection(selection: Any, encode: Callable[[Any], Any]) -> dict[str, Any] | None:
-    """Return a selection as a message holds it. `encode` encodes the values of its fields."""
+    """Return a selection in the form used in messages. `encode` encodes the values of its fields."""
     if selection is None:
         return None
     kind = _names.get(type(selection))
@@ -65,7 +65,7 @@ def decode_selection(data: Any, decode: Callable[[Any], Any], run: Any) -> Any:
     """Return the selection that was encoded as `data`, for a run.
 
     Raises:
-        ProtocolError: It is not of a known kind, or has other fields.
+        ProtocolError: The kind of selection is unknown, or it has other fields.
     """
     if data is None:
         return None

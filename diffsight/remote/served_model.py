@@ -1,10 +1,10 @@
-"""A model on a server, as a client knows it: `model.server`.
+"""A model on a server, as seen by a client: `model.server`.
 
 model = DiffusionModel("diffsight/shapes-clip", remote="http://127.0.0.1:8000")
 with model.server.session():                    # these runs follow each other on one replica
     model.generate("a red circle", seed=0).images
     model.generate("a blue square", seed=0).images
-model.server.lens("attention_maps", "a red circle", seed=0)         # runs there, the result comes back
+model.server.lens("attention_maps", "a red circle", seed=0)         # runs on the server and returns the result
 job = model.server.submit("diffusion_lens", "a red circle")         # returns at once
 job.status, job.result()
 """
@@ -32,11 +32,11 @@ _HALF = torch.float16
 
 
 class ServedModel:
-    """A model on a server: its connections, and what can be asked of it besides runs.
+    """A model on a server: its connections, and its operations besides runs.
 
     Args:
-        name: The name under which the server has the model.
-        remote: The address of the server, or True for that in DIFFSIGHT_REMOTE.
+        name: The name of the model on the server.
+        remote: The address of the server, or True for the one in DIFFSIGHT_REMOTE.
         api_key: The key; by default, the one in DIFFSIGHT_API_KEY.
 
     Raises:
@@ -47,7 +47,7 @@ class ServedModel:
     def __init__(self, name: str, remote: str | bool, api_key: str | None = None) -> None:
         self.address = Address(remote, api_key)
         self.dtype: torch.dtype | None = None
-        self._kept: Connection | None = None  # that of a session
+        self._kept: Connection | None = None  # the connection of a session
         self._is_busy = False
         known = {one["name"]: one for one in self.address.json("/models")["models"]}
         if name not in known:
@@ -59,10 +59,10 @@ class ServedModel:
     def of(
         cls, model: Any, source: Any, remote: str | bool, api_key: str | None, dispatch: bool, given: Mapping[str, Any]
     ) -> "ServedModel":
-        """Return the model on a server that a wrapper was asked to open: `source` with these arguments.
+        """Return the model on a server that a wrapper was called to open, with `source` and these arguments.
 
         Raises:
-            InputError: It was asked for with arguments that only loading takes, or it is of another class.
+            InputError: An argument applies only to loading a model, or the model is of another class.
         """
         kind = type(model).__name__
         names = [name for name, value in (given | {"dispatch": dispatch or None}).items() if value is not None]
@@ -77,11 +77,11 @@ class ServedModel:
 
     @property
     def services(self) -> list[str]:
-        """The names of the lenses, and of what else is found out about the model, that the server runs."""
+        """The names of everything the server runs besides runs: lenses, and queries about the model."""
         return self.description["services"]
 
     def find(self, name: str) -> Any:
-        """Return what the server finds out about the model, such as "encoders"."""
+        """Return the server's answer to a query about the model, such as "encoders"."""
         return self.ask({"op": "find", "name": name})
 
     @property
@@ -95,12 +95,12 @@ class ServedModel:
 
     @contextmanager
     def configuration(self) -> Iterator[Path]:
-        """Download the configuration of the model, without weights, into a folder that exists within the block."""
+        """Download the configuration of the model, without weights, into a folder that exists until the block ends."""
         data = self.address.get(f"/models/{self.name}/configuration")
         with tempfile.TemporaryDirectory(prefix="diffsight-") as place:
             try:
                 with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                    archive.extractall(place)  # names that lead out of the folder are made to stay in it
+                    archive.extractall(place)  # changes names that lead out of the folder, so that they stay in it
             except zipfile.BadZipFile:
                 raise RemoteError(f"{self.address} does not answer like a server of diffsight") from None
             yield Path(place)
@@ -108,7 +108,7 @@ class ServedModel:
     # ---- connections
 
     def open(self) -> Connection:
-        """Return the connection for a run: that of the session if it is free, else a new one."""
+        """Return a connection for a run: a new one or, in a session, the session's connection."""
         if self._kept is not None:
             if self._is_busy:
                 raise InputError("a session has one run at a time: end the run before, or open it outside the session")
@@ -117,12 +117,12 @@ class ServedModel:
         return self.address.connect(self.name, _LONGEST)
 
     def release(self, connection: Connection, is_broken: bool = False, is_over: bool = False) -> None:
-        """Take back the connection of a run that has ended here.
+        """Take back the connection of a run that has ended on the client.
 
-        If it is still open on the server, wait until it has ended there too, so that nothing of it is left."""
+        If the run is still open on the server, wait until it has ended there too, so that nothing of it is left."""
         is_kept = connection is self._kept
         try:
-            if not is_broken and (is_kept or not is_over):  # whatever is still to come belongs to that run
+            if not is_broken and (is_kept or not is_over):  # all messages before "closed" belong to that run
                 connection.send({"body": None, "do": [{"op": "close"}]}, {})
                 while connection.receive()[0]["say"] != "closed":
                     pass
@@ -136,7 +136,7 @@ class ServedModel:
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        """Keep one replica of the server for the runs in the block, one after the other."""
+        """Keep one replica of the server for the runs in the block, which run one after the other."""
         if self._kept is not None:
             raise InputError("a session is open already")
         self._kept = self.address.connect(self.name, _LONGEST)
@@ -174,12 +174,12 @@ class ServedModel:
             args, kwargs: Its arguments, without the model.
 
         Raises:
-            RemoteError: The server does not run it.
+            RemoteError: The server does not run this lens.
         """
         return self.ask({"op": "lens", "name": name, "args": list(args), "kwargs": kwargs})
 
     def submit(self, name: str, *args: Any, **kwargs: Any) -> "Job":
-        """Start a lens on the server and return at once. The arguments are those of `lens`."""
+        """Start a lens on the server and return at once. Takes the same arguments as `lens`."""
         encoder = ValueEncoder(dtype=self.dtype)
         op = {"op": "lens", "name": name, "args": encoder.encode(list(args)), "kwargs": encoder.encode(kwargs)}
         frame = pack({"body": None, "do": [op]}, encoder.tensors)
@@ -208,10 +208,10 @@ class Job:
         """Wait for the job and return its result.
 
         Args:
-            timeout: The seconds to wait; None for as long as it takes.
+            timeout: The maximum number of seconds to wait; None for no limit.
 
         Raises:
-            TimeoutError: The job has not ended by then.
+            TimeoutError: The job has not ended within this time.
         """
         end = None if timeout is None else time.monotonic() + timeout
         pause = 0.05

@@ -1,9 +1,9 @@
-"""Errors as remote runs send them: the same class, with the same text, at the line that asked.
+"""The format of errors in remote runs. An error is raised with the same class and text, at the line that caused it.
 
     raise error_of(described(error))
 
-Errors of diffsight and of Python keep their class. Any other, such as one of a library that only the server has,
-becomes a `RemoteError` that names it.
+Errors of diffsight and of Python keep their class. Any other error, such as one of a library that only the server has,
+becomes a `RemoteError` that names its class.
 """
 
 import builtins
@@ -17,14 +17,14 @@ from diffsight.remote.wire_values import ProtocolError
 
 
 class RemoteError(errors.DiffsightError):
-    """The server cannot be reached, refuses the run, or has ended it; or an error of a class that is not known here."""
+    """The server cannot be reached, refuses the run, or has ended it; or it sent an error of an unknown class."""
 
 
 _PLAIN = (bool, int, float, str, type(None))
 
 
 def described(error: BaseException) -> dict[str, Any]:
-    """Return an error as a message holds it."""
+    """Return an error in the form used in messages."""
     args = list(error.args) if all(type(one) in _PLAIN for one in error.args) else [str(error)]
     line, cause = line_of(error), error.__cause__
     return {
@@ -37,7 +37,7 @@ def described(error: BaseException) -> dict[str, Any]:
 
 
 def error_of(data: Mapping[str, Any], lines: Mapping[str, UsersLine] = MappingProxyType({})) -> Exception:
-    """Return the error that a message describes. `lines` are the lines that it may be about, by their text."""
+    """Return the error that a message describes. `lines` maps texts to the lines that the error may refer to."""
     kind, args = data["kind"], data["args"]
     known = {"ProtocolError": ProtocolError, "RemoteError": RemoteError}.get(kind)
     found = known or getattr(errors, kind, None) or getattr(builtins, kind, None)

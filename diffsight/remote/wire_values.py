@@ -1,13 +1,13 @@
-"""Values as remote runs send them: JSON, with the tensors beside it.
+"""The format of values in remote runs: JSON, with the tensors beside it.
 
     encoder = ValueEncoder()
-    data = encoder.encode(([hidden], {"scale": 2.0}))       # what `json.dumps` takes
+    data = encoder.encode(([hidden], {"scale": 2.0}))       # can be passed to `json.dumps`
     ValueDecoder(encoder.tensors).decode(data)              # ([hidden], {"scale": 2.0})
 
-What JSON has no form for is a dictionary with one key that begins with "$". Tensors, arrays and images are sent bit for
-bit. Output objects of diffusers and transformers are rebuilt from their fields, and only if their class is already
-imported; so are the results of lenses. Nothing that is received runs code. An object that cannot be sent, such as a
-cache of keys and values, stays on the server, and a `Held` takes its place.
+A value that JSON cannot represent is sent as a dictionary with one key that begins with "$". Tensors, arrays and images
+are sent bit for bit. Results of lenses, and output objects of diffusers and transformers, are rebuilt from their
+fields. Classes of other libraries must already be imported. Received data never runs code. An object that cannot be
+sent, such as a cache of keys and values, stays on the server, and a `Held` takes its place.
 """
 
 import math
@@ -32,13 +32,13 @@ _RESULTS_OF = ("diffsight.lenses", "diffsight.pipelines")
 
 
 class ProtocolError(DiffsightError):
-    """A message of a remote run is not what the protocol allows."""
+    """A message of a remote run violates the protocol."""
 
 
 class Held:
-    """Stands for an object that stays on the server, such as a cache of keys and values.
+    """A placeholder for an object that stays on the server, such as a cache of keys and values.
 
-    It can be assigned back, in the same run; its contents can only be read there."""
+    It can be assigned back in the same run. Its contents can only be read on the server."""
 
     def __init__(self, number: int, kind: str) -> None:
         self.number, self.kind = number, kind
@@ -56,10 +56,10 @@ class ValueEncoder:
     """Encodes the values of one message.
 
     Args:
-        hold: Keeps an object that cannot be sent and returns its number. None if there is no such place.
-        hand_out: Returns what else to say about a tensor that is sent, such as the number by which it is known. If it
-            returns {"$shared": number}, the tensor is not sent: the receiver has it.
-        dtype: Send floating-point tensors in this type.
+        hold: Keeps an object that cannot be sent, and returns its number. If None, such objects raise an error.
+        hand_out: Returns additional fields to send with a tensor, such as its number. If it returns
+            {"$shared": number}, the tensor is not sent, because the receiver has it.
+        dtype: The type in which to send floating-point tensors that have a larger one.
 
     Attributes:
         tensors: The tensors of the values, by name.
@@ -75,10 +75,10 @@ class ValueEncoder:
         self._hold, self._hand_out, self._dtype = hold, hand_out, dtype
 
     def encode(self, value: Any) -> Any:
-        """Return a value as JSON stores it.
+        """Return a value in a form that JSON can store.
 
         Raises:
-            InputError: It cannot be sent, and there is nowhere to keep it.
+            InputError: The value cannot be sent, and `hold` is None.
         """
         if value is None or type(value) in (bool, int, str):
             return value
@@ -95,7 +95,7 @@ class ValueEncoder:
         return self._special(value)
 
     def encode_data(self, tensor: torch.Tensor) -> dict[str, Any]:
-        """Return a tensor as JSON stores it, without what `hand_out` says of it."""
+        """Return a tensor in a form that JSON can store, without the fields that `hand_out` adds."""
         return self._sent(tensor, {})
 
     def _special(self, value: Any) -> Any:
@@ -173,10 +173,10 @@ class ValueDecoder:
     """Decodes the values of one message.
 
     Args:
-        tensors: The tensors that came with it, by name.
-        held: Returns the object that was kept under a number. None makes a `Held` of it.
-        received: Called with every tensor and what was said about it; returns the tensor to use.
-        shared: Returns the tensor of a number, which was not sent since it is here.
+        tensors: The tensors that came with the message, by name.
+        held: Returns the object that was kept under a number. If None, a `Held` takes its place.
+        received: Called with every tensor and the fields sent with it; returns the tensor to use.
+        shared: Returns the tensor with a number, for a tensor that was not sent because the receiver has it.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class ValueDecoder:
         """Return the value that was encoded as `data`.
 
         Raises:
-            ProtocolError: `data` is not the form of any value.
+            ProtocolError: `data` is not a valid encoding.
         """
         if isinstance(data, list):
             return list(map(self.decode, data))
@@ -260,8 +260,7 @@ class ValueDecoder:
         raise ProtocolError(f"{kind} is not the form of any value: it may be of a newer version of diffsight")
 
     def _with_class(self, inner: list, packages: tuple[str, ...], base: Any) -> tuple[type, Any]:
-        """The class that was named, which must be imported already or be a part of diffsight, and the decoded
-        contents."""
+        """Return the named class, which must already be imported or be part of diffsight, and the decoded contents."""
         name, values = inner
         module, _, attribute = name.rpartition(".")
         if packages is _RESULTS_OF and _is_in(module, packages) and find_spec(module) is not None:
@@ -273,7 +272,7 @@ class ValueDecoder:
 
 
 def _usual(shape: list[int]) -> list[int]:
-    """The strides of a tensor whose last dimension lies closest in memory."""
+    """Return the strides of a contiguous tensor."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -282,9 +281,9 @@ def _usual(shape: list[int]) -> list[int]:
 
 
 def _is_dense(shape: list[int], stride: list[int]) -> bool:
-    """Return whether a tensor lies in memory without gaps, in whatever order, such as channels last.
+    """Return whether a tensor has no gaps in memory, in any order of dimensions, such as channels last.
 
-    Its strides are then sent, those of dimensions of one element too: kernels may round otherwise for others."""
+    If so, its strides are sent, including those of dimensions of size 1: kernels may round differently for others."""
     step = 1
     for gap, size in sorted((gap, size) for gap, size in zip(stride, shape) if size != 1):
         if gap != step or size < 1:
@@ -305,7 +304,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _name_of(value: Any, packages: tuple[str, ...]) -> str:
-    """The full name of the class of a value, or an empty string if it is of none of these packages."""
+    """Return the full name of the class of a value, or an empty string if it is not in one of these packages."""
     kind = type(value)
     is_there = _is_in(kind.__module__, packages) and kind.__qualname__ == kind.__name__
     return f"{kind.__module__}.{kind.__name__}" if is_there else ""

@@ -1,1 +1,1 @@
-"""The explorer: the lenses in a browser. `explore` serves it; each tab has the fields and the work of some lenses."""
+"""The explorer: the lenses in a browser. `explore` serves it; each tab contains the fields of some lenses."""

@@ -3,7 +3,7 @@
     explore()                                   # http://127.0.0.1:7860
     explore("my-pipeline", language_model="my-language-model", port=8000)
 
-It listens on this machine alone unless told otherwise. All visitors share the models, which work for one at a time.
+By default, it listens only on this machine. All visitors share the models, which serve one visitor at a time.
 """
 
 import socket
@@ -31,7 +31,7 @@ _STYLE = """
 @media (max-width: 40rem) {
   .pictures .grid-container { grid-template-columns: repeat(2, minmax(100px, 1fr)); }
 }
-"""  # hide the slider's own numbers, which count places and not layers; show two images in each row on phones
+"""  # hide the slider's numbers, which are indices and not layers; show two images in each row on phones
 
 
 def explore(
@@ -44,14 +44,14 @@ def explore(
     """Serve the explorer until it is interrupted.
 
     Args:
-        model: A pipeline to choose besides the packaged ones: a packaged name, a folder or a hub id.
-        language_model: A language model, likewise.
-        host: The address to listen on. The default can be reached from this machine only; others let anybody who can
-            reach the machine use the models.
-        port: The port.
+        model: An additional pipeline to offer besides the packaged ones: a packaged name, a folder or a hub id.
+        language_model: The language model to offer: a packaged name, a folder or a hub id.
+        host: The address to listen on. The default can be reached only from this machine. With any other address,
+            anybody who can reach the machine can use the models.
+        port: The port to listen on.
 
     Raises:
-        InputError: The port is in use, or the address is not one of this machine.
+        InputError: The port is in use, or the address does not belong to this machine.
     """
     _check_free(host, port)
     app = build_app(model, language_model)
@@ -61,7 +61,7 @@ def explore(
 
 
 def build_app(model: str | None = None, language_model: str = LANGUAGE_MODEL) -> Any:
-    """Return the app, which has loaded no model yet."""
+    """Return the app. No model is loaded yet."""
     pipelines = list(dict.fromkeys([*([model] if model else []), *PIPELINES]))
     with gr.Blocks(analytics_enabled=False, title="diffsight", delete_cache=(3600, 3600)) as app:
         gr.Markdown("# diffsight")
@@ -74,9 +74,9 @@ def build_app(model: str | None = None, language_model: str = LANGUAGE_MODEL) ->
 
 
 def start_app(app: Any, host: str, port: int | None = None) -> None:
-    """Serve an app in threads of its own. It uses the fonts of the visitor's machine: nothing is loaded from elsewhere.
+    """Serve an app in background threads. Fonts come from the visitor's machine; nothing is loaded from other servers.
 
-    `port` is a free one by default."""
+    By default, `port` is a free port."""
     app.launch(
         server_name=host,
         server_port=port,

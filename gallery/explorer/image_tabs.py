@@ -21,7 +21,7 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 PROMPT = "a red circle above a blue square"
 _SOURCE = "a green circle above a blue square"
 _FULL = {"show_progress": "minimal", "concurrency_id": "model", "concurrency_limit": 1}
-Pictures = list[tuple[Image.Image, str]]  # with their captions
+Pictures = list[tuple[Image.Image, str]]  # images with their captions
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class ImageView:
 
     Attributes:
         title: The name of its tab.
-        question: What it shows.
-        make: Makes the result from the model, the prompt, a dictionary with seed and steps, and what else is asked for.
-        names: The names of what can be chosen in a result, such as layers.
-        pictures: The images of what was chosen, by its place.
-        asks: Labels and examples of what else the view asks for.
-        has_words: Whether names are words to click, and not places on a slider.
+        question: The question that the view answers.
+        make: Makes the result from the model, the prompt, a dictionary with seed and steps, and the values of `asks`.
+        names: Returns the names of the choices in a result, such as layers.
+        pictures: Returns the images of a choice, by its index.
+        asks: Labels and examples of additional input fields.
+        has_words: Whether the names are words to click, instead of positions on a slider.
     """
 
     title: str
@@ -107,7 +107,7 @@ VIEWS = [
 
 
 def add_image_tabs(bench: Workbench) -> None:
-    """Add the views to the app, below the fields that they share."""
+    """Add the views to the app, below their shared fields."""
     with gr.Row():
         prompt = gr.Textbox(PROMPT, label="Prompt", scale=3, min_width=300)
         model = gr.Dropdown(bench.names, value=bench.names[0], label="Model", scale=2, min_width=220)

@@ -42,7 +42,7 @@ print(steered.generate({prompt!r}, max_new_tokens={tokens}, do_sample=False).tex
 
 
 def add_language_tabs(bench: Workbench) -> None:
-    """Add the views to the app, below the fields that they share."""
+    """Add the views to the app, below their shared fields."""
     with gr.Row():
         prompt = gr.Textbox(PROMPT, label="Prompt", scale=3, min_width=300)
         model = gr.Dropdown(bench.names, value=bench.names[0], label="Model", scale=2, min_width=220)
@@ -148,7 +148,7 @@ def _add_steering(bench: Workbench, prompt: gr.Textbox, model: gr.Dropdown) -> N
 
 
 def _state(model: LanguageModel, text: str, layer: int) -> torch.Tensor:
-    """Return what a layer returns at the last token of a text, (features,)."""
+    """Return the output of a layer at the last token of a text, (features,)."""
     with torch.no_grad(), model.trace(text) as run:
         state = run.layers_output[layer][0, -1].clone()
         run.stop()

@@ -1,8 +1,8 @@
-"""The models that all views of the explorer share, and the work that is being done with them.
+"""The models that all views of the explorer share, and the jobs that use them.
 
 bench = Workbench(["diffsight/shapes-clip"])
-model = bench.model("diffsight/shapes-clip")            # loaded once, for everybody
-with bench.work(job, model):                            # ended by bench.stop(job)
+model = bench.model("diffsight/shapes-clip")            # loaded once, for all visitors
+with bench.work(job, model):                            # can be stopped by bench.stop(job)
     result = diffusion_lens(model, prompt)
 """
 
@@ -33,7 +33,7 @@ class StoppedError(DiffsightError):
 
 
 class Workbench:
-    """The models of the explorer by name, and what is being done with them.
+    """The models of the explorer by name, and the jobs that use them.
 
     Args:
         names: The models that may be chosen. Visitors cannot load others.
@@ -46,7 +46,7 @@ class Workbench:
         self._one_at_a_time = Lock()  # a stopped job keeps running until the next call of a module
 
     def model(self, name: str) -> Any:
-        """Return a model, loaded when it is first asked for. Raises InputError if it may not be chosen."""
+        """Return a model, which is loaded on first use. Raises InputError if it is not one of `names`."""
         if name not in self.names:
             raise InputError(f"choose one of {', '.join(self.names)}, not {name}")
         with self._one_at_a_time:
@@ -58,7 +58,7 @@ class Workbench:
     def work(self, job: str, model: Any) -> Iterator[None]:
         """Raise StoppedError in the block, at the next call of a module, once `stop` is called for the job.
 
-        The block waits until nobody else works.
+        The block waits until no other job is running.
         """
         stop = self._stops[job] = Event()
 
@@ -79,19 +79,19 @@ class Workbench:
                 del self._stops[job]
 
     def stop(self, job: str) -> None:
-        """Stop a job, if it is running or waits for others."""
+        """Stop a job if it is running or waiting for others."""
         stop = self._stops.get(job)
         if stop is not None:
             stop.set()
 
 
 def job_of(request: gr.Request, view: str) -> str:
-    """Return the name of what a visitor does in a view."""
+    """Return the name of a visitor's job in a view."""
     return f"{view} {request.session_hash}"
 
 
 def whole_numbers(**given: int | None) -> list[int]:
-    """Return the numbers in fields of the page. Raise InputError if one is empty."""
+    """Return the numbers in fields of the page. Raise InputError if a field is empty."""
     for label, number in given.items():
         if number is None:
             raise InputError(f"{label} is empty")
@@ -99,7 +99,7 @@ def whole_numbers(**given: int | None) -> list[int]:
 
 
 def reporting(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function of a view show its errors to the visitor as text."""
+    """Make a function of a view show its errors to the visitor as text."""
 
     @wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -107,7 +107,7 @@ def reporting(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*args, **kwargs)
         except DiffsightError as error:
             raise gr.Error(html.escape(str(error)), title="diffsight", print_exception=False) from error
-        except Exception as error:  # of the pipeline or another library: its traceback is printed, too
+        except Exception as error:  # in the pipeline or another library: its traceback is also printed
             raise gr.Error(html.escape(f"{type(error).__name__}: {error}"), title="diffsight") from error
 
     return call

@@ -1,8 +1,8 @@
 """One client's connection to a model: its frames, and the thread in which its runs are carried out.
 
 The event loop only moves frames. Everything else happens in a thread of the connection, since a run belongs to the
-thread that opened it. When the client goes, or a limit is reached, an exception is raised in that thread: the model is
-unwound where it stands.
+thread that opened it. When the client disconnects or a limit is reached, an exception is raised in that thread, which
+unwinds the model wherever it is.
 """
 
 import asyncio
@@ -19,19 +19,19 @@ from typing import Any, Protocol
 from diffsight.remote import ProtocolError, RemoteError, RunEnded, RunSession, error_frame
 
 _log = logging.getLogger("diffsight.serve")
-_AGAIN = 2.0  # seconds after which a thread that goes on is interrupted again
-_WAITING = 4  # frames of a client that may wait: it asks one question at a time
+_AGAIN = 2.0  # seconds after which a thread that is still running is interrupted again
+_WAITING = 4  # frames of a client that may be queued: it should send one request at a time
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one connection may take.
+    """The limits of one connection.
 
     Attributes:
-        run_seconds: The time of a run, from its opening to its end.
-        idle_seconds: The time between an answer and the next question, and for a client to take an answer.
-        frame_bytes: The size of a frame from a client.
-        memory_bytes: The memory of the process, above which a run is ended. None for no limit.
+        run_seconds: The maximum time of a run, from its opening to its end.
+        idle_seconds: The maximum time between an answer and the next request, and for a client to receive an answer.
+        frame_bytes: The maximum size of a frame from a client.
+        memory_bytes: The memory of the process above which a run is ended; None for no limit.
     """
 
     run_seconds: float = 600.0
@@ -45,8 +45,8 @@ class Closed(Exception):
 
 
 class Socket(Protocol):
-    """A WebSocket, whichever library it is of. Both methods raise Closed, and `receive` ProtocolError for a frame that
-    is too long."""
+    """A WebSocket of any library. Both methods raise Closed when the client has gone. `receive` raises ProtocolError
+    for a frame that is too long."""
 
     async def receive(self) -> str | bytes: ...
 
@@ -58,9 +58,9 @@ class Conversation:
 
     Args:
         model: The model.
-        services: What may be asked for besides runs, see `RunSession`.
-        limits: What the connection may take.
-        name: What the log calls the connection.
+        services: Functions that the client may call besides runs; see `RunSession`.
+        limits: The limits of the connection.
+        name: The name of the connection in the log.
     """
 
     def __init__(self, model: Any, services: Mapping[str, Callable[..., Any]], limits: Limits, name: str) -> None:
@@ -76,7 +76,7 @@ class Conversation:
         self._sending: Any = None  # the frame that is being sent
 
     async def run(self, socket: Socket) -> str:
-        """Serve the connection until it ends. Return why it has ended, for the client."""
+        """Serve the connection until it ends. Return the reason for its end, for the client."""
         self._loop, self._socket = asyncio.get_running_loop(), socket
         self._thread.start()
         reading = asyncio.create_task(self._read())
@@ -108,7 +108,7 @@ class Conversation:
     # ---- in the thread of the connection
 
     def _serve(self) -> None:
-        with suppress(RunEnded):  # it may come between any two lines, also when the session is over
+        with suppress(RunEnded):  # it may be raised between any two lines, even when the session is over
             try:
                 self._session.serve()
             except RunEnded:
@@ -134,7 +134,7 @@ class Conversation:
         return frame
 
     def _send(self, frame: str | bytes) -> None:
-        """Send a frame, once the one before it has been taken."""
+        """Send a frame once the previous one has been received."""
         sending, self._sending = self._sending, None
         try:
             if sending is not None:
@@ -170,9 +170,9 @@ class Conversation:
             self._timer = self._loop.call_later(seconds, self._interrupt, error)
 
     def _interrupt(self, why: Exception | None) -> None:
-        """End the session: raise an exception wherever its thread is, unless it waits for a frame.
+        """End the session: raise an exception wherever its thread is, unless the thread is waiting for a frame.
 
-        Python drops an exception that comes within a finalizer, so it is raised again until the thread has ended."""
+        Python drops an exception raised inside a finalizer, so the exception is raised again until the thread ends."""
         with self._lock:
             self._why = self._why or why
             self._frames.put(None)
@@ -183,9 +183,9 @@ class Conversation:
 
 
 def _memory() -> int:
-    """The memory that the process takes, in bytes."""
+    """Return the memory used by the process, in bytes."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * 4096
-    except OSError:  # no Linux
+    except OSError:  # not on Linux
         return 0

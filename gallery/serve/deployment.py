@@ -1,12 +1,11 @@
-"""The deployment on Ray Serve: an application for each model, and one that answers everything else.
+"""The deployment on Ray Serve: an application for each model, and a front that answers all other requests.
 
     application = model_app({"name": "diffsight/shapes-clip", "source": "diffsight/shapes-clip"})
 
-A replica holds the model and serves one connection at a time: Serve lets others wait in its queue, in the order in
-which they came, and starts replicas on one machine or many. The front knows who has runs open and keeps the results of
-jobs.
+A replica holds the model and serves one connection at a time. Ray Serve queues other connections in order of arrival,
+and starts replicas on one or more machines. The front keeps track of open runs and stores the results of jobs.
 
-Both builders take a dictionary, so that a Serve config file can name them: see the documentation of remote runs.
+Both builders take a dictionary, so that a Serve config file can refer to them; see the documentation of remote runs.
 """
 
 import asyncio
@@ -30,10 +29,10 @@ from diffsight.gallery.serve.services import services_of
 from diffsight.gallery.serve.sockets import JobSocket, ServeSocket
 from diffsight.remote import lens_frames
 
-# Serve pickles an API where its class is defined, so whatever its methods use is defined before.
+# Serve pickles an API where its class is defined, so everything that its methods use is defined above it.
 
 _TYPES = ("torch_dtype", "dtype")  # options that a config file gives as names, such as "bfloat16"
-FRONT = "front"  # the application that answers everything but runs
+FRONT = "front"  # the application that answers all requests except runs
 _model_api, _front_api = FastAPI(openapi_url=None), FastAPI(openapi_url=None)
 
 
@@ -43,7 +42,7 @@ def _response(answer: tuple[int, str, bytes]) -> Response:
 
 
 def _with_types(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options in which the types of tensors are no longer names."""
+    """Return the options with dtypes in place of their names."""
     types = {name: getattr(torch, str(options[name]), options[name]) for name in _TYPES if name in options}
     return {**options, **types}
 
@@ -55,11 +54,11 @@ class ModelReplica:
 
     Args:
         name: The name of the model.
-        source: What is opened: a packaged name, a folder or a hub id.
+        source: The model to open: a packaged name, a folder or a hub id.
         options: Arguments of the class that opens it, such as `device_map`.
-        device: The device that the model is moved to. None leaves it where its options put it.
-        keys: The file of keys. None lets anyone in who can reach the server.
-        limits: What one connection may take, see `Limits`.
+        device: The device to move the model to. None leaves it where its options put it.
+        keys: The file of keys. If None, anyone who can reach the server may use it.
+        limits: The limits of one connection; see `Limits`.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class ModelReplica:
         self._services = services_of(self._model)
 
     def describe(self) -> tuple[dict[str, Any], bytes]:
-        """Return what `/models` lists of the model, and its configuration."""
+        """Return the entry of the model in `/models`, and its configuration."""
         return description(self._name, self._model), configuration(self._model)
 
     @_model_api.websocket("/open")
@@ -104,7 +103,7 @@ class ModelReplica:
             await front.end.remote(number)
 
     async def work(self, number: str, frame: bytes) -> bytes:
-        """Carry out a job and return the frame with its result."""
+        """Carry out a job, and return the frame with its result."""
         socket = JobSocket(lens_frames(frame))
         await Conversation(self._model, self._services, self._limits, f"job {number}").run(socket)
         return socket.answer
@@ -113,12 +112,12 @@ class ModelReplica:
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})
 @serve.ingress(_front_api)
 class FrontReplica:
-    """Answers plain requests, and knows which runs are open.
+    """Answers plain HTTP requests, and keeps track of open runs.
 
     Args:
-        models: The names of the models, and those of their applications.
+        models: The names of the models, mapped to the names of their applications.
         keys: The file of keys.
-        limits: What one connection may take.
+        limits: The limits of one connection.
         keep_seconds: How long the result of a job is kept.
     """
 
@@ -131,16 +130,16 @@ class FrontReplica:
         self._jobs = Jobs(keep_seconds)
 
     async def begin(self, number: str, key: str, most: int, model: str) -> bool:
-        """Take note of a run. Return False if its key has as many open as it may have."""
+        """Record a run. Return False if its key already has the maximum number of open runs."""
         now, longest = time.time(), self._limits.run_seconds + self._limits.idle_seconds
-        self._runs = {n: run for n, run in self._runs.items() if now - run["since"] < longest}  # of a lost replica
+        self._runs = {n: run for n, run in self._runs.items() if now - run["since"] < longest}  # of lost replicas
         if sum(run["key"] == key for run in self._runs.values()) >= most:
             return False
         self._runs[number] = {"run": number, "key": key, "model": model, "since": now}
         return True
 
     async def end(self, number: str) -> None:
-        """Take note that a run has ended."""
+        """Record that a run has ended."""
         self._runs.pop(number, None)
 
     @_front_api.api_route("/{path:path}", methods=["GET", "POST"])
@@ -175,7 +174,7 @@ class FrontReplica:
             if len(body) > self._limits.frame_bytes:
                 return Front.error(413, f"a job takes no more than {self._limits.frame_bytes} bytes")
         handle, frame = serve.get_app_handle(self._models[model]), bytes(body)
-        lens_frames(frame)  # refuses what is no job
+        lens_frames(frame)  # raises an error if the frame is not a job
         return Front.json(self._jobs.start(key.name, key.runs, lambda number: handle.work.remote(number, frame)))
 
     def _status(self, key: Key) -> dict[str, Any]:
@@ -212,7 +211,7 @@ def model_app(args: Mapping[str, Any], **settings: Any) -> Any:
 
     Args:
         args: `name`; optionally `source` (by default the name), `options`, `device`, `keys`, and `limits`.
-        settings: Settings of the deployment, such as `num_replicas`. In a config file they have a place of their own.
+        settings: Settings of the deployment, such as `num_replicas`. A config file has a separate section for them.
 
     Raises:
         InputError: There is an unknown argument.
@@ -227,10 +226,10 @@ def model_app(args: Mapping[str, Any], **settings: Any) -> Any:
 
 
 def front_app(args: Mapping[str, Any]) -> Any:
-    """Build the application that answers everything but runs.
+    """Build the application that answers all requests except runs.
 
     Args:
-        args: `models`, their names; optionally `keys`, `limits`, and `keep_seconds`, 3600 by default.
+        args: `models`, the names of the models; optionally `keys`, `limits`, and `keep_seconds` (3600 by default).
 
     Raises:
         InputError: There is an unknown argument.

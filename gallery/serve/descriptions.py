@@ -1,4 +1,4 @@
-"""What a server tells of its models: their configuration, without weights, and what `/models` lists."""
+"""A server's descriptions of its models: their configuration, without weights, and their entries in `/models`."""
 
 import io
 import tempfile
@@ -16,7 +16,7 @@ def configuration(model: Any) -> bytes:
     """Return the files from which a client builds the tree of a model, as a zip archive: configurations, tokenizers.
 
     Raises:
-        InputError: Its kind of model cannot be served.
+        InputError: This kind of model cannot be served.
     """
     with tempfile.TemporaryDirectory(prefix="diffsight-") as place:
         folder = Path(place)
@@ -28,7 +28,7 @@ def configuration(model: Any) -> bytes:
 
 
 def description(name: str, model: Any) -> dict[str, Any]:
-    """Return what `/models` lists of a model."""
+    """Return the entry of a model in `/models`."""
     kind = type(model).__name__
     if kind not in ("DiffusionModel", "LanguageModel"):
         raise InputError(f"{name}: a server has pipelines and language models, and no {kind}")

@@ -1,4 +1,4 @@
-"""What a server answers of its models: `/models`, and the configuration of each."""
+"""A server's answers about its models: `/models`, and the configuration of each model."""
 
 import json
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ Answer = tuple[int, str, bytes]  # status, content type, body
 
 
 class Front:
-    """Answers plain requests.
+    """Answers plain HTTP requests.
 
     Args:
-        models: What is listed of each model, and its configuration, see `descriptions.py`.
+        models: The description and the configuration of each model; see `descriptions.py`.
     """
 
     def __init__(self, models: Sequence[tuple[dict[str, Any], bytes]]) -> None:
@@ -36,10 +36,10 @@ class Front:
 
     @staticmethod
     def json(data: Any) -> Answer:
-        """Return the answer that is some data."""
+        """Return an answer with data as JSON."""
         return 200, "application/json", json.dumps(data).encode()
 
     @staticmethod
     def error(status: int, why: str) -> Answer:
-        """Return the answer that refuses, and says why."""
+        """Return an answer that refuses the request and gives the reason."""
         return status, "application/json", json.dumps({"error": why}).encode()

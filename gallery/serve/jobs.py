@@ -1,4 +1,4 @@
-"""Jobs: lenses that run on a server while nobody waits, and whose results are kept for a while."""
+"""Jobs: lenses that run on a server in the background, and whose results are kept for a limited time."""
 
 import asyncio
 import time
@@ -32,10 +32,10 @@ class Jobs:
         self._keep, self._jobs = keep_seconds, dict[str, _Job]()
 
     def start(self, key: str, most: int, work: Callable[[str], Awaitable[bytes]]) -> dict[str, str]:
-        """Start a job and return its id. `most` is how many jobs a key may have that have not ended.
+        """Start a job and return its id. `most` is the maximum number of unfinished jobs of a key.
 
         Raises:
-            InputError: The key has as many already.
+            InputError: The key already has this many unfinished jobs.
         """
         self._forget()
         if sum(job.key == key and job.ended is None for job in self._jobs.values()) >= most:
@@ -46,7 +46,7 @@ class Jobs:
         return {"job": number}
 
     def of(self, key: str) -> dict[str, str]:
-        """Return the status of each job of a key."""
+        """Return the status of each of a key's jobs, by id."""
         self._forget()
         return {number: job.status for number, job in self._jobs.items() if job.key == key}
 

@@ -1,7 +1,7 @@
 """API keys: who may use a server, and how many runs each may have open at once.
 
-A key is a random text of 256 bits. The file of keys holds a name, the SHA-256 hash of the key, and perhaps a number of
-runs a line; a key of that length needs no slower hash.
+A key is a random text of 256 bits. Each line of the file of keys contains a name, the SHA-256 hash of the key, and
+optionally a number of runs. A key of this length does not need a slower hash.
 
     diffsight key keys.txt alice            # prints the new key once, and adds its hash to the file
 """
@@ -35,17 +35,17 @@ class Keys:
     """The keys of a server.
 
     Args:
-        file: The file. None for a server without keys, which anyone may use who can reach it.
+        file: The file; None for a server without keys, which anyone who can reach it may use.
 
     Raises:
-        InputError: The file does not exist, or a line in it is wrong.
+        InputError: The file does not exist, or it contains an invalid line.
     """
 
     def __init__(self, file: str | Path | None) -> None:
         self._keys: list[Key] | None = None if file is None else _read(Path(file))
 
     def find(self, key: str | None) -> Key | None:
-        """Return the line of a key; None if there is none. It takes the same time for every wrong key."""
+        """Return the entry of a key; None if there is none. Takes the same time for every wrong key."""
         if self._keys is None:
             return ANYONE
         digest, found = _hash(key or ""), None
@@ -56,16 +56,16 @@ class Keys:
 
 
 def key_in(headers: Mapping[str, str]) -> str | None:
-    """Return the key that a request carries."""
+    """Return the key in the headers of a request."""
     kind, _, key = headers.get("authorization", headers.get("Authorization", "")).partition(" ")
     return key.strip() if kind.lower() == "bearer" and key.strip() else None
 
 
 def add_key(file: str | Path, name: str, runs: int = _DEFAULT_RUNS) -> str:
-    """Add a new key to a file, which is created if need be, and return the key.
+    """Add a new key to a file, which is created if necessary, and return the key.
 
     Raises:
-        InputError: The name is in the file already, or cannot be a name.
+        InputError: The name is already in the file, or is not valid.
     """
     path = Path(file)
     known = _read(path) if path.exists() else []

@@ -13,7 +13,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def add_serve_commands(commands: Any) -> None:
-    """Add the commands to the parser."""
+    """Add these commands to the command line."""
     serve = commands.add_parser(
         "serve",
         help="serve models for remote runs",
@@ -103,25 +103,25 @@ def start(
     """Start Ray Serve with an application for each model, and return the module `ray.serve`, which can shut it down.
 
     Args:
-        models: What is opened, by the name under which it is served.
-        host, port: Where the server listens.
+        models: The models to open, by the names under which they are served.
+        host, port: The address and port to listen on.
         keys: The file of keys.
-        replicas: The replicas of each model; `most` is up to how many are added under load.
+        replicas: The number of replicas of each model. Under load, replicas are added up to `most`.
         resources: `num_gpus` and `num_cpus` of each replica.
-        device: The device that models are moved to.
+        device: The device to move the models to.
         options: Arguments of the class that opens the models.
-        limits: What one connection may take.
-        queue: How many connections may wait for a replica of a model.
+        limits: The limits of one connection.
+        queue: The maximum number of connections that may wait for a replica of a model.
 
     Raises:
-        InputError: Ray is not installed, a model cannot be opened, or the file of keys is wrong.
+        InputError: Ray is not installed, a model cannot be opened, or the file of keys is not valid.
     """
     from diffsight.gallery.opening import open_model
     from diffsight.gallery.serve.keys import Keys
 
     Keys(keys)
     for source in models.values():
-        open_model(source)  # without weights: a wrong name is an error here, and not in a replica
+        open_model(source)  # without weights, so that a wrong name raises an error here and not in a replica
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
@@ -147,7 +147,7 @@ def start(
 
 
 def _named(words: list[str]) -> dict[str, str]:
-    """Return what is opened, by name."""
+    """Return the models to open, by name."""
     found: dict[str, str] = {}
     for word in words:
         name, is_named, source = word.partition("=")

@@ -1,4 +1,4 @@
-"""What a server runs besides runs: lenses by name, and what is found out about a model."""
+"""Functions that a client may call on a server besides runs: lenses by name, and queries about a model."""
 
 import inspect
 from collections.abc import Callable
@@ -25,11 +25,11 @@ LENSES = (
     "run_prompts",
     "trajectory_lens",
 )
-_FILES = ("folder", "cache", "out", "output")  # arguments that name files of the machine
+_FILES = ("folder", "cache", "out", "output")  # arguments that name files of the server
 
 
 def services_of(model: Any) -> dict[str, Callable[..., Any]]:
-    """Return what a client may ask for by name, as functions without the model."""
+    """Return the functions that a client may call, by name. They do not take the model as an argument."""
     found: dict[str, Callable[..., Any]] = {name: partial(run_lens, name, model) for name in LENSES}
     if isinstance(model, DiffusionModel):
         found["encoders"] = lambda: list(model.encoders.values())

@@ -1,4 +1,4 @@
-"""Where a conversation gets its frames from: the WebSocket of a request to Serve, or a job."""
+"""The sockets of a conversation: the WebSocket of a request to Serve, or a job."""
 
 import asyncio
 from contextlib import suppress
@@ -33,13 +33,13 @@ class ServeSocket:
             raise Closed from None
 
     async def close(self, reason: str) -> None:
-        """Close it, and say why."""
-        with suppress(RuntimeError, OSError, WebSocketDisconnect):  # the client has closed it
+        """Close the WebSocket with a reason."""
+        with suppress(RuntimeError, OSError, WebSocketDisconnect):  # the client has already closed it
             await self._socket.close(1008 if reason else 1000, reason.encode()[:120].decode(errors="ignore"))
 
 
 class JobSocket:
-    """Stands for the client of a job, who has asked everything and waits for the answer."""
+    """Stands in for the client of a job, which has sent all its requests and waits for the answer."""
 
     def __init__(self, frames: list[str | bytes]) -> None:
         self._frames, self._answered, self.answer = frames, asyncio.Event(), b""
