@@ -54,13 +54,7 @@ from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
 from diffsight.pipelines.valid_text import check_text
 
-_PARTS = (
-    "tokenizer",
-    "feature_extractor",
-    "image_processor",
-    "video_processor",
-    "processor",
-)  # not modules
+_PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # not modules
 _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "postprocess"}
 
 

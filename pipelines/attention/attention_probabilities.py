@@ -131,7 +131,7 @@ class AttentionProduct:
         return tensor if own == heads or own == 1 else tensor.repeat_interleave(heads // own, 1)
 
 
-# This makes the rows and branches of a product products too.
+# A pytree node, so that each row and branch of a product is a product too.
 torch.utils._pytree.register_pytree_node(
     AttentionProduct,
     lambda product: (

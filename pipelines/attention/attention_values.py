@@ -60,7 +60,7 @@ class AttentionValue(Target):
         return _Watching(mode, mode.add(tap, calls, (self.number, self.value)))
 
     def decided_by(self, tap: Tap) -> Tap | None:
-        """Return the tap of the module if only the end of its call decides that the product read was its only one."""
+        """Return the tap of the module if only the end of its call can confirm that a product is the only one."""
         if self.number is not None or not tap.hooks:
             return None
         calls = tap.host.taps[self.outer.key]
