@@ -31,7 +31,7 @@ def check_pipeline_arguments(kind: type, given: Iterable[str], loaded_by: type =
 
 
 def check_modular_arguments(given: Iterable[str]) -> None:
-    """Raise InputError for a modular pipeline, which passes arguments on to the functions that load its components."""
+    """Raise InputError if a modular pipeline, which passes arguments on to its components, would ignore an argument."""
     loading = (ModularPipeline, ModelMixin, PreTrainedModel)
     known = named_arguments(ModularPipeline.load_components).union(
         *(named_arguments(k.from_pretrained) for k in loading)

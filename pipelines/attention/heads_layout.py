@@ -25,7 +25,7 @@ class HeadsLayout:
         return tensor if self.packed == 1 else tensor.flatten(1, 2).unsqueeze(2)
 
     def back(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Undo `view`: return a tensor from `view`, whose values may have changed, in the layout of `like`."""
+        """Undo `view`: return a tensor from `view`, possibly with other values, in the layout of `like`."""
         if like.ndim == 3:
             return tensor.flatten(0, 1)
         if self.packed > 1:

@@ -28,7 +28,7 @@ class Watched:
         self.calls, self.handles = calls, handles
         self.taps: dict[tuple[int | None, str], Tap] = {}  # number of the product (None: the only one) and value
         self._call, self._count = -1, 0  # the call in progress, and how many products it has made
-        self._only: Tap | None = None  # a value read as if its product were the only one in this call
+        self._only: Tap | None = None  # a value taken without a product number in this call
 
     @property
     def is_running(self) -> bool:
@@ -36,7 +36,7 @@ class Watched:
         return bool(self.calls.active)
 
     def has_taken(self, tap: Tap) -> bool:
-        """Return whether a value was read as if its product were the only one in the current call."""
+        """Return whether a value was taken without a product number in the current call."""
         return self._only is tap and self.calls.active[-1:] == [self._call]
 
     def has_taps(self, value: str) -> bool:
@@ -88,8 +88,8 @@ def let_through(modules: list[Watched], value: str, tensor: torch.Tensor, layout
     """Let the run read and change a tensor; return the result, or the same tensor if nothing has changed.
 
     Queries, keys, values and outputs are handed out as (batch, tokens, heads, features), probabilities as (batch,
-    heads, queries, keys). A tensor that the run has read is also what the model continues with, so that it is part of
-    the graph."""
+    heads, queries, keys). Once the run has read the tensor, the model continues with the one that was handed out,
+    because it is on the graph."""
     if not any(module.has_taps(value) for module in modules):
         return tensor
     if not any(module.wants(value) for module in modules):
