@@ -1,4 +1,4 @@
-"""The wrappers: diffusion pipelines, language models, vision-language models, and the pipelines of transformers.
+"""The wrappers: diffusion pipelines, language models, vision-language models, and transformers pipelines.
 
 Each name is imported when it is first used.
 """

@@ -1,10 +1,10 @@
-"""Whether arguments are of the types that a function declares, before anything runs.
+"""Check, before anything runs, that arguments have the types that a function declares.
 
     check_types(attention_maps, words=["circle"], encoder="text_encoder")
     check_types(attention_maps, words=3)        # InputError: attention_maps: words must be Sequence[str] | str | …
 
-What can be used as a number is one: a NumPy float, an integer of any kind. A bool is none, and a text is no sequence of
-texts.
+Anything usable as a number counts as one, such as a NumPy float or an integer of any kind. A bool does not count as a
+number, nor a string as a sequence of strings.
 """
 
 import re
@@ -20,7 +20,7 @@ _NUMBERS = {int: ["__index__"], float: ["__index__", "__float__"]}  # the method
 
 
 def check_types(function: Callable, **values: Any) -> None:
-    """Raise InputError for the first of the values that is not of the type that `function` declares for it."""
+    """Raise InputError for the first value that does not have the type that `function` declares for it."""
     declared = _declared(function)
     for name, value in values.items():
         if name in declared and not fits(value, declared[name]):
@@ -29,14 +29,14 @@ def check_types(function: Callable, **values: Any) -> None:
 
 
 def is_number(declared: Any) -> bool:
-    """Return whether a declared type is that of numbers alone: `int`, `float | None`."""
+    """Return whether a declared type allows only numbers (and None): `int`, `float | None`."""
     is_union = typing.get_origin(declared) in (typing.Union, types.UnionType)
     kinds = {*(typing.get_args(declared) if is_union else [declared])} - {type(None)}
     return bool(kinds) and kinds <= {int, float}
 
 
 def fits(value: Any, declared: Any) -> bool:
-    """Return whether a value is of a declared type. Types that are not looked at, such as callables, fit all values."""
+    """Return whether a value has a declared type. Types that are not checked, such as callables, fit all values."""
     if declared is Any:
         return True
     origin, inner = typing.get_origin(declared), typing.get_args(declared)

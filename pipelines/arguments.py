@@ -21,9 +21,9 @@ def check_arguments(title: str, given: Iterable[str], known: Iterable[str], near
     """Raise InputError if an argument is not known.
 
     Args:
-        title: What takes the arguments.
+        title: The name of the function or object that takes the arguments, for the message.
         given: The names that were passed.
-        known: The names that it takes.
+        known: The names that are allowed.
         near: Other names that may have been meant. The message suggests them as well.
     """
     known = set(known)
@@ -32,11 +32,11 @@ def check_arguments(title: str, given: Iterable[str], known: Iterable[str], near
             raise InputError(f"{title} has no argument {name!r}{suggest(name, sorted({*known, *near}))}")
 
 
-_signatures: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of methods, by their function
+_signatures: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # signatures of methods, by function
 
 
 def signature(function: Callable) -> inspect.Signature:
-    """Return what `inspect.signature` does. Every run of a pipeline asks, so that of a method is computed once."""
+    """Return `inspect.signature(function)`. It is cached for methods, because every run of a pipeline needs it."""
     if not isinstance(getattr(function, "__func__", None), types.FunctionType):
         return inspect.signature(function)
     if function.__func__ not in _signatures:
@@ -47,8 +47,8 @@ def signature(function: Callable) -> inspect.Signature:
 def named_arguments(function: Callable) -> set[str]:
     """Return the names that a function or method takes as keywords, including those that it reads from `**kwargs`.
 
-    Where it passes all of them on to another method of its object, those of that method are included, and where it
-    hands them over as a dictionary, those that the method reads from it."""
+    If the function passes its `**kwargs` on to another method of its object, the arguments of that method are included.
+    If it passes them as a dictionary, the names that the method reads from the dictionary are included."""
     parameters = signature(function).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     rest = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
@@ -77,11 +77,11 @@ def named_arguments(function: Callable) -> set[str]:
 def _keywords_in_source(
     function: Callable, rest: str
 ) -> tuple[frozenset[str], tuple[ast.Attribute, ...], tuple[tuple[ast.Attribute, int], ...]]:
-    """Return the names that a function reads from its `**rest`, what it calls with all of them, and to what it hands
-    the dictionary over, with the place among the arguments."""
+    """Return the names that a function reads from its `**rest`, the methods that it calls with `**rest`, and the
+    methods that it passes the dictionary `rest` to, each with the position of that argument."""
     try:
         code = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError, TypeError):  # the source is not available: any text in the code may be a name
+    except (OSError, SyntaxError, TypeError):  # no source code: any string in the code may be a name
         constants = getattr(getattr(function, "__code__", None), "co_consts", ())
         return frozenset(text for text in constants if isinstance(text, str) and text.isidentifier()), (), ()
     nodes = list(ast.walk(code))
@@ -118,7 +118,7 @@ def _passed_on(node: ast.AST, rest: str) -> ast.Attribute | None:
 
 
 def _method(owner: object, function: Callable, called: ast.Attribute | None) -> Callable | None:
-    """Return what `self.name` or `super().name` in a method of `owner` is, or None."""
+    """Return the method that `self.name` or `super().name` refers to in a method of `owner`, or None."""
     if called is None:
         return None
     if _is_name(called.value, "self"):

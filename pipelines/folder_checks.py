@@ -1,6 +1,6 @@
-"""Check the small files of a model's folder whose faults the libraries report misleadingly, or not at all.
+"""Check small files in a model's folder whose errors the libraries report misleadingly or not at all.
 
-transformers replaces a missing vocabulary with an empty one, and takes a configuration that is not a dictionary for
+transformers replaces a missing vocabulary with an empty one, and mistakes a configuration that is not a dictionary for
 the name of a model on the hub.
 """
 
@@ -28,12 +28,12 @@ def check_configurations(folder: Path) -> None:
 
 
 def check_vocabulary(folder: Path, tokenizer: Any) -> None:
-    """Raise OSError if a tokenizer was loaded from a folder that has none of the files of its vocabulary.
+    """Raise OSError if a tokenizer was loaded from a folder without any of its vocabulary files.
 
     If `folder` is not a folder but the name of a repository, nothing is checked."""
     if not folder.is_dir() or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
-    own = type(tokenizer).vocab_files_names.values()  # none if the tokens are bytes
-    files = dict.fromkeys(("tokenizer.json", *own))  # any tokenizer can be saved as the first
+    own = type(tokenizer).vocab_files_names.values()  # empty if the tokens are bytes
+    files = dict.fromkeys(("tokenizer.json", *own))  # any tokenizer can be saved as tokenizer.json
     if own and not any((folder / file).is_file() for file in files):
         raise OSError(f"the tokenizer in {folder} has no vocabulary: there is none of {', '.join(files)}")

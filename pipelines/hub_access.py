@@ -1,4 +1,4 @@
-"""Whether the model hub can be reached. Where it cannot, only what is in the cache is looked for, without retries."""
+"""Find out whether the model hub can be reached. If not, only the cache is searched, without retries."""
 
 import socket
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from urllib.request import getproxies
 from huggingface_hub import constants
 
 _lock = Lock()
-_offline_blocks: list[object] = []  # the blocks in progress, in any thread, that keep the hub's library offline
+_offline_blocks: list[object] = []  # active blocks, in any thread, that keep the hub's library offline
 
 
 def hub_access() -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that keep it from the network if this machine cannot find the hub.
+    """Return arguments that keep `from_pretrained` off the network if this machine cannot resolve the hub's name.
 
-    A proxy may find a host whose name is not known here, so with a proxy the network is tried."""
+    A proxy may resolve a name that this machine cannot, so with a proxy the network is tried."""
     if getproxies():
         return {}
     try:
@@ -29,9 +29,9 @@ def hub_access() -> dict[str, Any]:
 
 @contextmanager
 def cache_only_if_offline() -> Iterator[None]:
-    """Keep everything that is loaded in a block from the network if this machine cannot find the hub.
+    """Load everything in a block without the network if this machine cannot resolve the hub's name.
 
-    This is for functions that do not pass `local_files_only` on to all that they load."""
+    This is for functions that do not pass `local_files_only` on to everything they load."""
     if (constants.HF_HUB_OFFLINE and not _offline_blocks) or not hub_access():
         yield
         return
@@ -48,7 +48,7 @@ def cache_only_if_offline() -> Iterator[None]:
 
 
 def hub_says(reason: str) -> str:
-    """Return why the hub has no such model, in a sentence; `reason` is what the library says."""
+    """Return a sentence that says why the hub has no such model; `reason` is the library's message."""
     if hub_access():
         return "The hub cannot be reached, and the model is not in the cache"
     return f"The hub: {reason.split('. ')[0]}"

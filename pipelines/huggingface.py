@@ -1,4 +1,4 @@
-"""HFPipeline: any transformers pipeline, traced. It is still called as usual.
+"""HFPipeline: trace any transformers pipeline. It can still be called as usual.
 
 model = HFPipeline("image-classification", model="google/vit-base-patch16-224")     # or a live transformers.pipeline(…)
 
@@ -54,7 +54,7 @@ from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import are_layers, is_list, layer_names, model_names, standard_names
 from diffsight.pipelines.valid_text import check_text
 
-_PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # besides modules
+_PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor", "processor")  # not modules
 _METHODS = {"preprocess": "preprocess", "forward": "_forward", "postprocess": "postprocess"}
 
 
@@ -62,11 +62,11 @@ _generating: ContextVar[tuple[GeneratedTokens | None, bool]] = ContextVar("diffs
 
 
 class HFRun(GenerationRun):
-    """A run of a pipeline of transformers."""
+    """A run of a transformers pipeline."""
 
     @property
     def result(self) -> Any:
-        """What the pipeline returned. Reading it runs the pipeline to its end. Raises ScanError in a scan."""
+        """The value that the pipeline returned. Reading it runs the pipeline to its end. Raises ScanError in a scan."""
         self._check_no_scan("result")
         return super().result
 
@@ -79,7 +79,7 @@ class HFPipeline(Model):
     """Wraps a transformers pipeline.
 
     `model` and the other parts of the pipeline (`tokenizer`, `image_processor`, `feature_extractor`, a `vocoder`) are
-    envoys, and so are its methods `preprocess`, `forward` and `postprocess`. `model` and the models in it have the
+    envoys, as are its methods `preprocess`, `forward` and `postprocess`. `model` and the models in it have the
     standard names `layers[i]`, `layers[i].self_attn`, `layers[i].mlp` and `ln_final`; language models also have
     `lm_head` and `embed_tokens`.
 
@@ -108,13 +108,14 @@ class HFPipeline(Model):
     def trace(self, *args: Any, seed: int | None = None, grad: bool = False, **kwargs: Any) -> HFRun:
         """Open a run of the pipeline: `with model.trace("a text") as run:`, or `model.trace("a text").result`.
 
-        A step is one call of `model`. If the model generates text, it lies between two choices of tokens, with
-        `step.tokens` and `step.text`, and `run.stream()` yields the pieces of text. If a list of inputs is processed in
-        several batches, a step is one batch. If a list makes one batch (`batch_size=`), `run.rows` are the inputs.
+        A step is one call of `model`. If the model generates text, a step lasts from one choice of tokens to the next
+        and has `step.tokens` and `step.text`, and `run.stream()` yields the pieces of text. If a list of inputs is
+        processed in several batches, a step is one batch. If a list forms one batch (`batch_size=`), `run.rows` are the
+        inputs.
 
         Args:
             args, kwargs: The arguments of the pipeline.
-            seed: Seeds a random stream of the run's own.
+            seed: The seed of the run's own random stream.
             grad: Whether to disable the pipeline's `no_grad`.
         """
         self.check(*args, seed=seed, grad=grad, **kwargs)
@@ -163,7 +164,7 @@ class HFPipeline(Model):
         return self._generates() and "stopping_criteria" in inspect.signature(generate).parameters
 
     def _sizes(self, args: tuple, kwargs: Mapping[str, Any]) -> list[int]:
-        """Return how many entries of the batch each input has, if the inputs make one batch."""
+        """Return how many entries of the batch each input has, if the inputs form one batch."""
         given = args[0] if args else None
         size = kwargs.get("batch_size") or self._owner._batch_size or 1
         if not isinstance(given, list) or isinstance(self._owner, ChunkPipeline) or len(given) > size:
@@ -172,14 +173,14 @@ class HFPipeline(Model):
 
 
 class PipelineTree(NamedTree):
-    """What can be tapped in a pipeline of transformers: its parts, and its methods."""
+    """The tree of a transformers pipeline: the parts and methods that can be tapped."""
 
     def __init__(self, root: Target) -> None:
         super().__init__(root)
         self._component_targets: dict[str, Target] = {}
 
     def parts(self) -> dict[str, Any]:
-        """Return the parts of the pipeline by name, each part once."""
+        """Return the parts of the pipeline by name, each part only once."""
         own, parts = vars(self.root.owner), {}
         for name, part in own.items():
             if isinstance(part, nn.Module) or (name in _PARTS and callable(part)):
@@ -201,7 +202,7 @@ class PipelineTree(NamedTree):
         return {name: name for name in _METHODS if name != "forward"} if owner is self.root.owner else {}
 
     def target_named(self, outer: Target, name: str) -> Target | None:
-        # `pipeline.forward` surrounds `_forward`, which each pipeline class defines.
+        # `pipeline.forward` wraps `_forward`, which each pipeline class defines.
         if outer.owner is self.root.owner:
             return self.method_targets().get(name)
         return super().target_named(outer, name)
@@ -247,7 +248,7 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
             pipeline = transformers.pipeline(**{"task" if is_task else "model": str(source)}, **arguments)
     except DiffsightError:
         raise
-    except Exception as error:  # a damaged file fails anywhere in the libraries
+    except Exception as error:  # a damaged file can fail anywhere in the libraries
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         hint = "" if str(source) in tasks else suggest(str(source), tasks)
         raise InputError(
@@ -269,8 +270,8 @@ def _tokenizer(pipeline: Pipeline) -> Any:
 def _changed_methods(pipeline: Pipeline, generates: bool, grad: bool) -> Iterator[None]:
     """Change methods for the duration of a run.
 
-    If the model generates tokens, `generate` reports them. With `grad`, the forward pass has gradients, and its result
-    is detached for `postprocess`, which converts it to numbers."""
+    If the model generates tokens, `generate` reports them. With `grad`, gradients are computed in the forward pass, and
+    its result is detached for `postprocess`, which converts it to numbers."""
     changes: list[tuple[Any, str, Callable[[Callable], Callable]]] = []
     if generates or (grad and hasattr(pipeline.model, "generate")):
         changes.append((pipeline.model, "generate", partial(_reporting, pipeline)))
@@ -284,8 +285,8 @@ def _changed_methods(pipeline: Pipeline, generates: bool, grad: bool) -> Iterato
 
 
 def _reporting(pipeline: Pipeline, generate: Callable) -> Callable:
-    """Return a `generate` that reports its tokens to the run that calls it, and has gradients if the run asks for
-    them."""
+    """Return a `generate` that reports its tokens to the run that calls it, and computes gradients if the run asks
+    for them."""
     lifted = with_gradients(generate)
 
     def reporting(*args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,9 @@
-"""The keyword arguments that are passed on to what loads a model. Most of that accepts any keyword.
+"""Check the keyword arguments for loading a model, because most loading functions accept any keyword.
 
     check_pipeline_arguments(StableDiffusionPipeline, {"torch_dtype": dtype, "vae": vae})   # both are known
     check_pipeline_arguments(StableDiffusionPipeline, {"torch_type": dtype})                # InputError: … no argument
 
-What `from_pretrained` reads from its `**kwargs` is found in its source code, see `named_arguments`.
+The names that `from_pretrained` reads from its `**kwargs` are found in its source code, see `named_arguments`.
 """
 
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ def check_pipeline_arguments(kind: type, given: Iterable[str], loaded_by: type =
 
 
 def check_modular_arguments(given: Iterable[str]) -> None:
-    """The same for a modular pipeline, which passes the arguments on to what loads its components."""
+    """Raise InputError if a modular pipeline, which passes arguments on to its components, would ignore an argument."""
     loading = (ModularPipeline, ModelMixin, PreTrainedModel)
     known = named_arguments(ModularPipeline.load_components).union(
         *(named_arguments(k.from_pretrained) for k in loading)
@@ -40,12 +40,12 @@ def check_modular_arguments(given: Iterable[str]) -> None:
 
 
 def check_model_arguments(kind: type, config: transformers.PreTrainedConfig, given: Iterable[str]) -> None:
-    """Raise InputError if no model of transformers is loaded with an argument.
+    """Raise InputError if transformers does not know one of the arguments for loading a model.
 
     Args:
         kind: The class of the model, or an auto class.
         config: Its configuration.
-        given: The names of the arguments, without those that have changed the configuration.
+        given: The names of the arguments, except those that have changed the configuration.
     """
     fitting = kind._model_mapping[type(config)] if hasattr(kind, "_model_mapping") else kind
     classes = fitting if isinstance(fitting, tuple) else (fitting,)
@@ -56,11 +56,11 @@ def check_model_arguments(kind: type, config: transformers.PreTrainedConfig, giv
 
 
 def arguments_of_init(kind: type) -> set[str]:
-    """Return the names of the arguments with which a class is instantiated, with those of its base classes."""
+    """Return the names of the arguments of the constructor of a class and of its base classes."""
     return arguments_of_method(kind, "__init__")
 
 
 def arguments_of_method(kind: type, name: str) -> set[str]:
-    """Return the names of the arguments of a method of a class, with those of the same method of its base classes."""
+    """Return the names of the arguments of a method of a class, and of the same method of its base classes."""
     own = (vars(base)[name] for base in kind.__mro__ if name in vars(base) and base is not object)
     return set().union(*map(named_arguments, own)) - {"self"}

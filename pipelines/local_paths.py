@@ -1,4 +1,4 @@
-"""What a name that a user passes stands for on this machine, and how error messages show it."""
+"""Find the local path that a user-supplied name refers to, and shorten names for error messages."""
 
 from pathlib import Path
 
@@ -6,17 +6,17 @@ from diffsight.errors import InputError
 
 
 def find_path(name: str | Path) -> Path | None:
-    """Return what a name stands for on this machine, or None: it may also be no path at all.
+    """Return the existing path that a name refers to, or None. The name need not be a path at all.
 
     Raises:
-        InputError: It is a link that leads nowhere.
+        InputError: The path is a broken link.
     """
     try:
         path = Path(name).expanduser()
         if path.exists():
             return path
         is_link = path.is_symlink()
-    except (OSError, ValueError, RuntimeError):  # too long, a null byte, a home that is not known
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, or an unknown home directory
         return None
     if is_link:
         raise InputError(f"{shortened(str(name))} is a link to {path.readlink()}, which does not exist")

@@ -14,7 +14,7 @@ from diffsight.extending import Tap, Target, current_owner, join
 
 
 class HookHandle:
-    """Undoes what a run has put on a model."""
+    """Removes the hooks that a run has installed on a model."""
 
     def __init__(self, *undo: Callable[[], None]) -> None:
         self._undo = undo
@@ -25,7 +25,7 @@ class HookHandle:
 
 
 class Span(Target):
-    """Several modules taken as one, from the inputs of `first` to the output of `last`, below the target `outer`."""
+    """Several modules treated as one, from the inputs of `first` to the output of `last`, below the target `outer`."""
 
     __slots__ = ("first", "last")
 
@@ -69,7 +69,7 @@ def target_at(outer: Target, name: str, real: str) -> Target:
 
 
 def is_at(target: Target, outer: Target, real: str) -> bool:
-    """Return whether a target made earlier still stands at the real path below `outer`."""
+    """Return whether a target created earlier is still at the real path below `outer`."""
     first, _, last = real.partition(":")
     if isinstance(target, Span):
         return target.first.owner is _below(outer, first).owner and target.last.owner is _below(outer, last).owner

@@ -16,8 +16,8 @@ class NamedTree(AttentionTree):
 
     def __init__(self, root: Target, load: Callable[[], None] | None = None) -> None:
         super().__init__(root, load)
-        self.known_names: WeakKeyDictionary = WeakKeyDictionary()  # for each part, name to real path
-        self._named_targets: dict[tuple, Target] = {}  # of the names used so far
+        self.known_names: WeakKeyDictionary = WeakKeyDictionary()  # for each part: name to real path
+        self._named_targets: dict[tuple, Target] = {}  # targets of the names used so far
 
     def find_names(self, part: nn.Module) -> dict[str, str]:
         """Return the standard names below a part, name to real path."""

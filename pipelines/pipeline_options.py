@@ -1,11 +1,11 @@
-"""The options of transformers' pipelines, most of which accept any keyword and ignore those that they do not know.
+"""Check the options of transformers pipelines, most of which accept any keyword and ignore unknown ones.
 
 check_options_of_call(pipeline, {"top_k": 3})       # fine for a text classifier
 check_options_of_call(pipeline, {"topk": 3})        # InputError: … no argument 'topk' (did you mean 'top_k'?)
 check_options_of_loading("text-generation", {"model": folder, "bananas": 3})    # the same, before anything is loaded
 
-`_sanitize_parameters` tells: an option is named there, or it comes out for the step of the pipeline that gets it. What
-is passed on to `generate`, a tokenizer or a processor has to be one of their arguments.
+An option is known if `_sanitize_parameters` declares it or returns it for a step of the pipeline. Options that are
+passed on to `generate`, a tokenizer or a processor must be arguments of that function.
 """
 
 from collections.abc import Mapping
@@ -44,12 +44,12 @@ def check_options_of_call(pipeline: Pipeline, options: Mapping[str, Any], near: 
 
 
 def check_options_of_loading(task: str, options: Mapping[str, Any]) -> None:
-    """Raise InputError if no pipeline of a task takes an option, before anything but a configuration is loaded.
+    """Raise InputError if no pipeline of a task takes one of the options. Only a configuration is loaded for this.
 
-    `check_options_of_opened` finds the options that only this pipeline ignores, with this model and tokenizer."""
+    `check_options_of_opened` finds options that are ignored only with a particular model and tokenizer."""
     try:
         kind = options.get("pipeline_class") or PIPELINE_REGISTRY.check_task(task)[1]["impl"]
-    except KeyError:  # transformers knows its other names
+    except KeyError:  # transformers knows aliases of the task
         return
     if isinstance(kind, str):
         module, _, name = kind.rpartition(".")
@@ -68,14 +68,14 @@ def check_options_of_loading(task: str, options: Mapping[str, Any]) -> None:
 
 
 def check_options_of_opened(pipeline: Pipeline, options: Mapping[str, Any]) -> None:
-    """Raise InputError if a pipeline that was opened with options will ignore one of them."""
+    """Raise InputError if a pipeline will ignore one of the options it was opened with."""
     taken = _of_loading(type(pipeline)) | set(getattr(pipeline, "_generate_kwargs", ()))
     others = {name: value for name, value in options.items() if name not in taken}
     check_options_of_call(pipeline, others, near=_of_loading(type(pipeline)))
 
 
 def _of_loading(kind: type[Pipeline]) -> set[str]:
-    """Return the names of the arguments of `transformers.pipeline`, and of a class that it instantiates."""
+    """Return the names of the arguments of `transformers.pipeline` and of the pipeline class that it instantiates."""
     return named_arguments(transformers.pipeline) | arguments_of_init(kind)
 
 
@@ -94,15 +94,15 @@ def _model_class(options: Mapping[str, Any]) -> type[nn.Module] | None:
 
 
 def _passed_on(pipeline: Pipeline, options: dict[str, Any]) -> set[str]:
-    """Return the options that come out of `_sanitize_parameters` for one of the steps of the pipeline."""
+    """Return the options that `_sanitize_parameters` returns for the steps of the pipeline."""
     try:
         return {name for parameters in pipeline._sanitize_parameters(**options) for name in parameters}
-    except TypeError:  # it takes named options alone
+    except TypeError:  # it takes only named options
         return set()
 
 
 def _taken_further_on(pipeline: Pipeline) -> set[str]:
-    """Return the names of the arguments of what a pipeline passes options on to."""
+    """Return the names of the arguments of the functions that a pipeline passes options on to."""
     taken = generation_argument_names(pipeline.model) if pipeline.model.can_generate() else set()
     if pipeline.tokenizer is not None:
         taken |= named_arguments(pipeline.tokenizer.__call__)

@@ -1,9 +1,9 @@
-"""Keeps loading quiet: one progress bar at most, and no notice about packages that are not needed.
+"""Keep loading quiet: at most one progress bar, and no notice about packages that are not needed.
 
 with quiet_loading(transformers.utils.logging):          # the bar of diffusers, if any, stays
     DiffusionPipeline.from_pretrained(...)
 
-Download bars of the hub are not touched.
+The hub's download bars stay.
 """
 
 import logging
@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-_NOTICES = "transformers.utils.import_utils"  # the logger that says that torchvision is missing
+_NOTICES = "transformers.utils.import_utils"  # the logger of the notice that torchvision is missing
 
 
 @contextmanager
 def quiet_loading(*silenced: ModuleType) -> Iterator[None]:
-    """Turn off progress bars in a block, and the notice that an image processor works without torchvision.
+    """Turn off, in a block, progress bars and the notice that an image processor works without torchvision.
 
     Args:
         silenced: The logging modules of the libraries whose bars are turned off: `diffusers.utils.logging`,

@@ -32,7 +32,7 @@ def seeds_of_images(seed: int | Sequence[int], count: int) -> list[int]:
 
 
 def generators(seeds: Sequence[int]) -> torch.Generator | list[torch.Generator]:
-    """Return the generators for a call of a pipeline, one per seed; a single one for a single seed.
+    """Return the generators for a call of a pipeline: a list with one per seed, or a single generator for one seed.
 
     They live on the CPU, so that a seed gives the same image on every device."""
     made = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -41,7 +41,7 @@ def generators(seeds: Sequence[int]) -> torch.Generator | list[torch.Generator]:
 
 @contextmanager
 def seeded_noise(parts: Iterable[Any], seeds: Sequence[int]) -> Iterator[None]:
-    """Seed the noise of those schedulers among `parts` that take no generator, such as DPMSolverSDEScheduler.
+    """Seed the noise of the schedulers in `parts` that take no generator, such as DPMSolverSDEScheduler.
 
     `seeds` has one seed per image."""
     unseeded = [part for part in parts if getattr(part, "noise_sampler_seed", 0) is None]

@@ -11,8 +11,8 @@ modules next to the word embeddings. The final norm is the nearest norm beside t
 layers. The head is everything from the trunk to the output embeddings. Where no single module corresponds to a name,
 its real path is a span, `first:last`: two modules that together are what the name means.
 
-Layers are numbered as in `layers[i]`: layer *i* is the output of `layers[i]`, -1 the last one's, and the input of the
-first layer is "embedding".
+Layers are numbered as in `layers[i]`: layer *i* is the output of `layers[i]`, layer -1 that of the last layer, and the
+input of the first layer is "embedding".
 """
 
 import re
@@ -22,7 +22,7 @@ from torch import nn
 
 from diffsight.extending import unwrapped, wrapped_path
 
-EMBEDDING = "embedding"  # stands for the input of the first layer wherever a layer is named
+EMBEDDING = "embedding"  # denotes the input of the first layer, wherever a layer can be passed
 Layer = int | Literal["embedding"]
 
 _ATTENTION = re.compile(r"(self_?)?(attn|attention|att)|rel_attn|multi_head_attention", re.IGNORECASE)
@@ -34,7 +34,7 @@ _MLP_CLASS = re.compile(r"mlp|feedforward|ffn|moe(?!del)|experts", re.IGNORECASE
 _NOT_SELF = re.compile(r"cross|encoder_attn|crossattention|EncDec|norm|hc$|_input$|_convolution$|sconv$", re.IGNORECASE)
 _SPANS = (("fc1", "fc2"), ("linear1", "linear2"), ("lin1", "lin2"), ("intermediate", "output.dense"))
 # Exceptions: names that mean the opposite of what they mean elsewhere.
-_FINAL_NORMS_NAMED_EMBEDDING = {"embedding_norm", "emb_layer_norm_after"}  # LFM2, ESM: at the end
+_FINAL_NORMS_NAMED_EMBEDDING = {"embedding_norm", "emb_layer_norm_after"}  # LFM2, ESM: the final norm
 _FINAL_NORM_OF = {"BigBirdPegasusDecoder": "layernorm_embedding"}  # elsewhere it normalizes the embeddings
 _ATTENTIONS_NAMED_NORM = {"norm_attn_norm"}  # DBRX: contains the attention and the norms around it
 
@@ -42,8 +42,8 @@ _ATTENTIONS_NAMED_NORM = {"norm_attn_norm"}  # DBRX: contains the attention and 
 def model_names(model: nn.Module) -> dict[str, str]:
     """Return the standard names of a whole model, name to real path: `layers`, `ln_final`, `embed_tokens`, `lm_head`.
 
-    In an encoder-decoder model these are the decoder's, and `encoder` and `decoder` are named too. Parts that are not
-    found are left out."""
+    In an encoder-decoder model these names refer to the decoder, and `encoder` and `decoder` are included. Parts that
+    are not found are left out."""
     if wrapped_path(model):
         return {name: _below(wrapped_path(model), real) for name, real in model_names(unwrapped(model)).items()}
     halves = {half: path for half in ("encoder", "decoder") if (path := _half(model, half))}
@@ -113,7 +113,7 @@ def is_list(module: nn.Module) -> bool:
 
 
 def are_layers(modules: nn.ModuleList) -> bool:
-    """Return whether each module contains an attention module (or what takes its place) and is not one itself."""
+    """Return whether each module contains an attention module (or a replacement for one) and is not one itself."""
     return all(any(_MIXER_CLASS.search(type(m).__name__) for m in list(layer.modules())[1:]) for layer in modules)
 
 
@@ -134,9 +134,9 @@ def embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def word_embeddings(module: nn.Module) -> list[str]:
-    """Return the paths of the modules that token ids may go to.
+    """Return the paths of the modules that may receive token ids.
 
-    T5 has a copy of the word embedding in its encoder, and calls that one."""
+    T5 has a copy of the word embedding in its encoder and calls this copy."""
     tables = {path: part for path, part in module.named_modules() if isinstance(part, nn.Embedding)}
     sizes = [part.num_embeddings for path, part in tables.items() if "position" not in path]
     size = getattr(embeddings(module), "num_embeddings", max(sizes, default=0))
@@ -144,7 +144,7 @@ def word_embeddings(module: nn.Module) -> list[str]:
 
 
 def path_of(model: nn.Module, module: nn.Module | None) -> str:
-    """Return the path of a module in a model, or an empty string if it is not there."""
+    """Return the path of a module in a model, or an empty string if the model does not contain it."""
     return next((path for path, known in model.named_modules(remove_duplicate=False) if known is module), "")
 
 
@@ -162,8 +162,8 @@ def _words_of(model: nn.Module, layers: str) -> nn.Module | None:
 def _head(model: nn.Module, layers: str) -> str | None:
     """Return the path of the head: everything after the trunk, up to the output embeddings.
 
-    Without output embeddings it is the only module after the trunk. Where the trunk is a whole language model with
-    output embeddings, it is the trunk's head."""
+    Without output embeddings the head is the only module after the trunk. If the trunk is a whole language model with
+    output embeddings, the head is the trunk's head."""
     children = [name for name, _ in model.named_children()]
     trunk, _, inner = layers.partition(".")
     if trunk not in children or not inner:
@@ -199,8 +199,8 @@ def _is_within(model: nn.Module, path: str, span: str) -> bool:
 
 
 def _beside_words(encoder: nn.Module, lists: dict[str, nn.ModuleList]) -> dict[str, nn.ModuleList]:
-    """Return the lists next to the word embeddings. This leaves out those in the vision tower of a
-    vision-language encoder."""
+    """Return the lists next to the word embeddings. This excludes lists in the vision tower of a vision-language
+    encoder."""
     words = embeddings(encoder)
     path = path_of(encoder, words) if words is not None else next(iter(word_embeddings(encoder)), "")
     near = path.rpartition(".")[0]
@@ -230,8 +230,8 @@ def _norm_beside(encoder: nn.Module, path: str) -> str | None:
 
 
 def _part(layer: nn.Module, name: re.Pattern, cls: re.Pattern) -> str | None:
-    """Return the path of the child whose name matches `name`, or else whose class matches `cls`, without its
-    wrappers."""
+    """Return the path of the child whose name matches `name`, or else whose class matches `cls`. Wrappers around it
+    are skipped."""
     children = [(child, module) for child, module in layer.named_children() if _may_be_meant(child)]
     fitting = [child for child, _ in children if name.fullmatch(child)]
     fitting += [child for child, module in children if child not in fitting and cls.search(type(module).__name__)]
@@ -260,8 +260,8 @@ def _inside(modules: nn.ModuleList) -> list[tuple[str, nn.Module]]:
 
 
 def _innermost(layer: nn.Module, path: str, name: re.Pattern) -> str:
-    """Return the part itself where a layer wraps it together with a norm and the residual, or splits its projection
-    off into a sibling."""
+    """Return the path of the part itself: below a wrapper with a norm and the residual, or as a span if its output
+    projection is in a sibling."""
     module = layer.get_submodule(path)
     children = dict(module.named_children())
     if "self" in children and _has(module, "output.dense"):

@@ -1,4 +1,4 @@
-"""Check that text can be encoded, before a tokenizer, a file or a terminal fails at it."""
+"""Check that text can be encoded, before a tokenizer, a file or a terminal fails on it."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from diffsight.errors import InputError
 
 
 def check_text(name: str, value: Any) -> None:
-    """Raise InputError if a string, or one of several, has a character that is not valid Unicode.
+    """Raise InputError if a string, or any string in a list, contains a character that is not valid Unicode.
 
     Such a character stands for a byte that could not be decoded, or is half of a surrogate pair.
 
     Args:
-        name: What the value is, for the message.
+        name: The name of the value, for the message.
         value: A string, or a list of them. Anything else is left alone.
     """
     for text in value if isinstance(value, (list, tuple)) else [value]:

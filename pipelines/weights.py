@@ -1,6 +1,6 @@
 """Load weights on demand, and make sure that none are missing.
 
-A model built without weights adopts those of a loaded one.
+A model built without weights adopts those of a loaded model.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,8 @@ def check_weights(folder: Path, part: str = "") -> None:
 def without_weights() -> Iterator[None]:
     """Build modules on the meta device in the block.
 
-    For that accelerate changes a method of all modules, so one thread does it at a time, and none loads weights."""
+    accelerate changes a method of all modules for this, so only one thread at a time can be in the block, and no other
+    thread can load weights meanwhile."""
     with _loading, init_empty_weights():
         yield
 
@@ -41,10 +42,10 @@ class MissingWeightsError(OSError):
 
 @contextmanager
 def requiring_all_weights() -> Iterator[None]:
-    """Raise MissingWeightsError if a transformers model is loaded in the block whose files lack weights.
+    """Raise MissingWeightsError if the files of a transformers model that is loaded in the block lack weights.
 
-    transformers would draw them at random, and say so in a notice that is easily overlooked. What a model declares as
-    optional, or ties to other weights, is not missing."""
+    transformers would initialize them randomly and print a notice that is easily overlooked. Weights that a model
+    declares as optional or ties to other weights do not count as missing."""
     lacking: dict[str, list[str]] = {}
     thread = get_ident()
     with _loading:
@@ -73,12 +74,12 @@ def _listed(keys: list[str]) -> str:
 
 
 def adopt(module: nn.Module, loaded: nn.Module) -> None:
-    """Turn `module`, built without weights, into `loaded`, and keep its module objects, so that every reference to them
-    now refers to the loaded modules.
+    """Turn `module`, built without weights, into `loaded`. Its module objects are kept, so existing references to them
+    now refer to loaded modules.
 
     From then on each module shares all its state with its counterpart and takes its place. Hooks and forward methods
-    that a library installed (accelerate's, for example) keep working on both. A module that `module` lacks is taken
-    over as it is."""
+    that a library installed (accelerate's, for example) keep working on both. A module that `module` lacks is added
+    unchanged."""
     own = dict(module._modules)
     object.__setattr__(module, "__class__", type(loaded))
     object.__setattr__(module, "__dict__", loaded.__dict__)

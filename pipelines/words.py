@@ -7,8 +7,8 @@
     aligned.words, aligned.spans    # all words, and the tokens of each
 
 The tokens are decoded one after the other, and their text is aligned with the prompt character by character, ignoring
-case, accents and spaces. This works without knowledge of the tokenizer, for byte-level BPE, CLIP, sentencepiece or a
-list of words. The tokens may be truncated, have padding, or contain a template around the prompt.
+case, accents and spaces. This needs no knowledge of the tokenizer and works for byte-level BPE, CLIP, sentencepiece or
+a list of words. The tokens may be truncated, have padding, or contain a template around the prompt.
 """
 
 import re
@@ -36,8 +36,8 @@ class PromptWords:
         prompt: The prompt.
         ids: The token ids.
         words: The words.
-        spans: The tokens of each word, as indices of `ids`. None for a word without tokens, because it was cut off or
-            the tokenizer drops it.
+        spans: The tokens of each word, as indices of `ids`. None for a word without tokens, which was cut off or
+            dropped by the tokenizer.
         pieces: Each token as text.
     """
 
@@ -65,7 +65,7 @@ class PromptWords:
         return text[_found(text)[last + 1].start() :].rstrip()
 
     def text(self, span: range) -> str:
-        """Return the text of tokens: the whole words among them, or else the pieces of one word."""
+        """Return the text of tokens: the whole words that they contain, or else the pieces of one word."""
         inside = range(span.start, span.stop)
         whole = [w for w, of in zip(self.words, self.spans) if of and of[0] in inside and of[-1] in inside]
         return " ".join(whole) or "".join(self.pieces[span.start : span.stop])
@@ -152,7 +152,7 @@ def align_words(tokenizer: Any, prompt: str, ids: Sequence[int] | None = None) -
             start, stop = (n * len(unknown) // len(lacking) for n in (k, k + 1))
             tokens[number] |= set(unknown[start : max(stop, start + 1)])
         if not unknown and gap.stop == len(characters) and any(words[number].isalnum() for number in lacking):
-            for number in lacking:  # the word is cut off, in whole or at its end
+            for number in lacking:  # the word is cut off, entirely or at its end
                 tokens[number].clear()
     marked = tokenizer.convert_ids_to_tokens(ids)
     spans = (range(min(some), max(some) + 1) if some else None for some in tokens)
@@ -162,9 +162,9 @@ def align_words(tokenizer: Any, prompt: str, ids: Sequence[int] | None = None) -
 
 
 def _vectors_of_a_token(tokenizer: Any, ids: list[int]) -> dict[int, range]:
-    """Return the tokens of a prompt, each with the indices of its vectors, which are several with textual inversion.
+    """Return the tokens of a prompt, each with the indices of its vectors. Textual inversion tokens have several.
 
-    A pipeline reads `<cat>` of three vectors as `<cat> <cat>_1 <cat>_2`. Empty if there is no such token."""
+    A pipeline reads `<cat>` with three vectors as `<cat> <cat>_1 <cat>_2`. Empty if there is no such token."""
     known = getattr(tokenizer, "get_added_vocab", dict)()
     spans: dict[int, range] = {}
     first = 0
@@ -186,7 +186,7 @@ def _with_vectors(tokenizer: Any, aligned: PromptWords, ids: list[int], vectors:
 
 
 class _Character(NamedTuple):
-    """A character of the decoded tokens, and the index of the first and the last token it comes from."""
+    """A character of the decoded tokens, and the indices of the first and last token it comes from."""
 
     text: str
     first: int
@@ -197,7 +197,7 @@ def _match(prompt: str, decoded: list[_Character]) -> list[int | None]:
     """Return, for each character of the prompt, its index in the decoded characters."""
     stream = "".join(character.text for character in decoded)
     whole = [match.start() for match in re.finditer(f"(?={re.escape(prompt)})", stream)] if prompt else []
-    if whole:  # the last one that is not part of another word, since a template may also contain the prompt earlier
+    if whole:  # the last match outside other words, since a template may also contain the prompt earlier
         start = max(whole, key=lambda at: (_begins(decoded, at) and _begins(decoded, at + len(prompt)), at))
         return list(range(start, start + len(prompt)))
     places: list[int | None] = [None] * len(prompt)
@@ -207,12 +207,12 @@ def _match(prompt: str, decoded: list[_Character]) -> list[int | None]:
 
 
 def _begins(decoded: list[_Character], place: int) -> bool:
-    """Return whether a token begins at an index, or all tokens end there."""
+    """Return whether a token begins at an index, or the last token ends there."""
     return place in (0, len(decoded)) or decoded[place - 1].last != decoded[place].last
 
 
 def _gaps(places: list[int | None], decoded: list[_Character]) -> Iterator[tuple[range, list[int]]]:
-    """Yield the runs of characters that no token decodes to, each with the unknown tokens at that place."""
+    """Yield the stretches of characters that no token decodes to, each with the unknown tokens at that place."""
     start = 0
     for lacking, run in groupby(places, key=lambda place: place is None):
         stop = start + len(list(run))
@@ -229,9 +229,9 @@ def _gaps(places: list[int | None], decoded: list[_Character]) -> Iterator[tuple
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> list[_Character]:
-    """Return the decoded characters of the tokens. A character may take several tokens.
+    """Return the decoded characters of the tokens. A character may span several tokens.
 
-    Tokens that the tokenizer adds decode to nothing, and unknown tokens to the unknown character."""
+    Tokens that the tokenizer adds decode to nothing, and unknown tokens decode to the unknown character."""
     decoded: list[_Character] = []
     content, unknown = _content(tokenizer, ids)
     read: list[int] = []
@@ -252,8 +252,8 @@ def _decode(tokenizer: Any, ids: list[int]) -> list[_Character]:
 
 
 def _content(tokenizer: Any, ids: list[int]) -> tuple[list[int], int | None]:
-    """Return the indices of the tokens that may belong to a prompt, without padding and tokens that the tokenizer adds,
-    and the unknown token. Byte-level tokenizers have no unknown token, and report their end token as one."""
+    """Return the indices of the tokens that may belong to a prompt (no padding, no tokens added by the tokenizer), and
+    the id of the unknown token or None. Byte-level tokenizers have none and report their end token instead."""
     names = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
     added = {getattr(tokenizer, name, None) for name in names}
     padding, unknown = (getattr(tokenizer, name, None) for name in ("pad_token_id", "unk_token_id"))
@@ -265,12 +265,12 @@ def _content(tokenizer: Any, ids: list[int]) -> tuple[list[int], int | None]:
     added |= set(tokenizer.all_special_ids) - {
         padding,
         unknown,
-    }  # padding may be a mark that occurs in prompts: SDXL's "!"
+    }  # the padding token may occur in prompts: SDXL's "!"
     return [n for n in range(start, stop) if ids[n] not in added], None if unknown in added else unknown
 
 
 def _with_mark(span: range | None, marked: list[str]) -> range | None:
-    """Return a span together with the token of the space before the word, if that is a token of its own."""
+    """Return a span, extended by the token of the space before the word if the space is a separate token."""
     if span is None or span.start == 0 or marked[span.start - 1] not in _BEFORE_WORDS:
         return span
     return span if marked[span.start].startswith(_BEFORE_WORDS) else range(span.start - 1, span.stop)
@@ -285,7 +285,7 @@ def _found(text: str) -> list[re.Match]:
 
 
 def _key(text: str) -> str:
-    """Return a text for comparison: without case, accents and spaces."""
+    """Normalize a text for comparison: remove case, accents and spaces."""
     plain = "".join(character.casefold() for character in unicodedata.normalize("NFKD", text))
     return "".join(character for character in plain if not character.isspace() and not unicodedata.combining(character))
 

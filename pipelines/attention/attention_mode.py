@@ -1,8 +1,8 @@
-"""Watches attention modules while they compute, on any backend.
+"""Watch attention modules while they compute, on any backend.
 
-A PyTorch function mode, active only in the coroutine of a run that asks for attention, sees
-`F.scaled_dot_product_attention`, which transformers ("sdpa") and diffusers' dispatch call, and attention that is
-written out. No processor is replaced.
+A PyTorch function mode is active only in the coroutine of a run that asks for attention. It sees calls of
+`F.scaled_dot_product_attention`, by transformers ("sdpa") and diffusers' dispatch, and attention that is written out.
+No processor is replaced.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,13 @@ from diffsight.pipelines.attention.watched_modules import Watched
 
 
 class AttentionMode(TorchFunctionMode):
-    """Sends what happens in the watched modules through their taps."""
+    """Sends the attention values of the watched modules through their taps."""
 
     def __init__(self) -> None:
         super().__init__()
         self._watched: dict[int, Watched] = {}
         self._eager = EagerAttention()
-        self._inside: list[nn.Module] = []  # the watched modules whose calls have made the mode active, outermost first
+        self._inside: list[nn.Module] = []  # the watched modules whose calls activated the mode, outermost first
         self._is_always_active = False
 
     def watched(self, calls: Tap) -> Watched:
@@ -52,14 +52,14 @@ class AttentionMode(TorchFunctionMode):
         return undo
 
     def _active_in(self, calls: Tap) -> list[Any]:
-        """Make the mode active in the calls of a module, because it slows down every function that is called in it. If
-        the module is being called already, the mode is active from now on."""
+        """Activate the mode only in calls of a module, because it slows down all functions called while it is active.
+        If a call of the module is already in progress, the mode stays active from now on."""
         host, module = calls.host, calls.target.owner
         if calls.active and not (self._is_always_active or self._inside):
             self._is_always_active = True
             host.add_mode(self)
 
-        def is_ours(called: nn.Module) -> bool:  # a copy of the module has the hooks too
+        def is_ours(called: nn.Module) -> bool:  # copies of the module have the hooks too
             return called is module and current_owner() is host and bool(host.taps)
 
         def before(called: nn.Module, args: tuple) -> None:
@@ -88,7 +88,7 @@ class AttentionMode(TorchFunctionMode):
 
 
 def _check_first(tap: Tap, calls: Tap) -> None:
-    """Raise InputError if a product may have been made already in the call in progress of a module."""
+    """Raise InputError if the current call of a module may already have made a product."""
     parked = calls.host.parked
     if parked is not None and parked.tap is calls and parked.key == (INPUTS, calls.active[-1]):
         return

@@ -1,4 +1,4 @@
-"""Which modules are attention modules, how many heads they have, and what they compute with."""
+"""Recognize attention modules, count their heads, and find out which backend they use."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 
 
 def is_attention(module: Any) -> bool:
-    """Return whether a module is called an attention by its class, and contains no other."""
+    """Return whether a module is an attention module by its class name, and contains no other."""
     return (
         isinstance(module, nn.Module)
         and is_named_attention(module)
@@ -20,7 +20,7 @@ def is_attention(module: Any) -> bool:
 
 
 def can_attend(module: Any) -> bool:
-    """Return whether a module may make a product itself: PyTorch's own layers do not, except for its attention."""
+    """Return whether a module may make a product itself. PyTorch's own layers do not, except `MultiheadAttention`."""
     if not isinstance(module, nn.Module) or type(module).forward is nn.Module.forward:
         return False
     return not type(module).__module__.startswith("torch.nn.") or isinstance(module, nn.MultiheadAttention)
@@ -42,7 +42,7 @@ def count_heads(attention: nn.Module) -> int | None:
 
 
 def why_hidden(attention: nn.Module) -> str | None:
-    """Return why the products of an attention module cannot be seen, and how to switch; None if they can."""
+    """Return why the products of an attention module cannot be seen, and how to change that; None if they can."""
     backend, advice = _backend_of(attention)
     if _SEEN.search(backend):
         return None
@@ -53,7 +53,7 @@ def why_hidden(attention: nn.Module) -> str | None:
 
 
 def _backend_of(attention: nn.Module) -> tuple[str, str]:
-    """Return the name of what an attention module computes with, and how to switch to another."""
+    """Return the name of the backend of an attention module, and how to switch to another."""
     config = getattr(attention, "config", None)
     used = getattr(config, "_attn_implementation", None)
     if isinstance(used, str):
@@ -62,7 +62,7 @@ def _backend_of(attention: nn.Module) -> tuple[str, str]:
     if "XFormers" in type(processor).__name__:
         return "xformers", "Call pipeline.disable_xformers_memory_efficient_attention()"
     used = getattr(processor, "_attention_backend", None)
-    if used is None and hasattr(processor, "_attention_backend"):  # then the one that diffusers is set to
+    if used is None and hasattr(processor, "_attention_backend"):  # it uses the active backend of diffusers
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
         used = _AttentionBackendRegistry.get_active_backend()[0]
@@ -70,7 +70,7 @@ def _backend_of(attention: nn.Module) -> tuple[str, str]:
 
 
 def is_named_attention(module: nn.Module) -> bool:
-    """Return whether a module is called an attention by its class."""
+    """Return whether a module is an attention module by its class name."""
     name = type(module).__name__
     return bool(_ATTENTION.search(name)) and "Processor" not in name
 

@@ -1,10 +1,10 @@
-"""One attention product: softmax(q kᵀ · scale + mask) v, and its probabilities, in whole or in part.
+"""One attention product: softmax(q kᵀ · scale + mask) v, and all or some of its probabilities.
 
     product.probabilities()                                     # (batch, heads, queries, keys)
     for queries, probs in product.blocks(keys=[2, 5]):          # (batch, heads, queries, 2), a few queries at a time
         total[:, queries] += probs.mean(1)
 
-Everything is computed from the queries, keys and mask that the fused kernel is given, so that the kernel itself stays
+Everything is computed from the queries, keys and mask that are passed to the fused kernel, so the kernel itself stays
 in place.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional as F
 
-_BLOCK = 2**23  # scores in a block: 32 MB in float32
+_BLOCK = 2**23  # number of scores in a block: 32 MB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,10 +26,10 @@ class AttentionProduct:
         k: The keys, (batch, heads or key heads, keys, features).
         v: The values, (batch, heads or key heads, keys, features).
         mask: True where a key may be attended to, or numbers that are added to the scores; None without a mask.
-        scale: The factor of the scores. None stands for one over the root of the number of features.
-        is_causal: Whether a query attends to no later key.
-        dropout: The share of probabilities that is dropped.
-        computed: The probabilities, where the module has computed them itself, (batch, heads, queries, keys).
+        scale: The factor of the scores. None stands for one over the square root of the number of features.
+        is_causal: Whether queries cannot attend to later keys.
+        dropout: The fraction of probabilities that is dropped.
+        computed: The probabilities, (batch, heads, queries, keys), if the module computed them itself, or else None.
     """
 
     q: torch.Tensor
@@ -57,7 +57,7 @@ class AttentionProduct:
         return replace(self, **{n: x if x is None or len(x) != size else x[at] for n, x in cut.items()})
 
     def probabilities(self, heads: Sequence[int] | None = None) -> torch.Tensor:
-        """Return all probabilities, (batch, heads, queries, keys), in the type of the queries."""
+        """Return all probabilities, (batch, heads, queries, keys), in the dtype of the queries."""
         if self.computed is not None:
             return self.computed if heads is None else self.computed[:, heads]
         part = self if heads is None else self._of_heads(heads)
@@ -73,13 +73,13 @@ class AttentionProduct:
         """Yield the probabilities of some keys, a block of queries at a time.
 
         Args:
-            keys: The keys that are wanted.
-            queries: The queries that are wanted, side by side. Default: all.
-            heads: The heads that are wanted. Default: all.
+            keys: The keys.
+            queries: The queries, a contiguous range. Default: all.
+            heads: The heads. Default: all.
             size: How many scores are in memory at a time.
 
         Yields:
-            Which queries they are, and (batch, heads, queries of the block, keys) in float32.
+            The queries of the block, and their probabilities, (batch, heads, queries of the block, keys), in float32.
         """
         part = self if heads is None else self._of_heads(heads)
         batch, count, length, total = part.shape
@@ -110,7 +110,7 @@ class AttentionProduct:
         mask = self._mask(queries)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
-        softmax = torch.softmax if mask is None else torch._safe_softmax  # a mask may leave no key
+        softmax = torch.softmax if mask is None else torch._safe_softmax  # a mask may leave a query without keys
         return softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
     def _mask(self, queries: slice) -> torch.Tensor | None:
@@ -131,7 +131,7 @@ class AttentionProduct:
         return tensor if own == heads or own == 1 else tensor.repeat_interleave(heads // own, 1)
 
 
-# So that rows and branches of a product are products.
+# A pytree node, so that each row and branch of a product is a product too.
 torch.utils._pytree.register_pytree_node(
     AttentionProduct,
     lambda product: (

@@ -24,7 +24,7 @@ _PRODUCTS = "products"
 
 
 class _Watching:
-    """Undoes that a mode watches a module for a value."""
+    """Stops a mode from watching a module for a value."""
 
     def __init__(self, mode: AttentionMode, undo: Callable[[], None]) -> None:
         self.mode, self.remove = mode, undo
@@ -36,7 +36,7 @@ class AttentionValue(Target):
     Args:
         attention: The target of the module.
         value: One of `VALUES`.
-        number: The number of the product in a call. None: the only one.
+        number: The number of the product in a call. None for the only product.
     """
 
     __slots__ = ("number", "value")
@@ -60,7 +60,7 @@ class AttentionValue(Target):
         return _Watching(mode, mode.add(tap, calls, (self.number, self.value)))
 
     def decided_by(self, tap: Tap) -> Tap | None:
-        """Only at the end of the call is it known that its first product is the only one."""
+        """Return the tap of the module if only the end of its call can confirm that a product is the only one."""
         if self.number is not None or not tap.hooks:
             return None
         calls = tap.host.taps[self.outer.key]
@@ -75,7 +75,7 @@ class AttentionValue(Target):
 
 
 class AttentionTree(Tree):
-    """A tree in which attention modules have the values of their products."""
+    """A tree in which the products of attention modules have named values."""
 
     def named_value(self, points: Points, name: str) -> "Points | Products | None":
         target = target_of(points)
@@ -97,7 +97,7 @@ def attention_value(attention: Target, name: str) -> AttentionValue:
 
     Raises:
         InputError: The module makes no product itself, contains several attention modules, or computes with a kernel
-            that shows nothing.
+            whose products cannot be seen.
     """
     _check_attention(attention, name)
     return AttentionValue(attention, name)
@@ -106,7 +106,7 @@ def attention_value(attention: Target, name: str) -> AttentionValue:
 class Products:
     """The products that an attention module makes in one call, by number: `attn.products[1].attention_probs`."""
 
-    __iter__ = None  # it is not known how many there will be
+    __iter__ = None  # the number of products is not known in advance
 
     def __init__(self, points: Points) -> None:
         self._points = points
@@ -117,7 +117,7 @@ class Products:
         return Product(self._points, operator.index(index))
 
     def named(self, name: str) -> "Product | None":
-        """Return the product with a number, as a path writes it."""
+        """Return the product with the number that a path contains."""
         return self[int(name)] if name.isdigit() else None
 
     def __repr__(self) -> str:
@@ -157,7 +157,7 @@ class Product:
 
 def _check_attention(target: Target, name: str) -> None:
     """Raise InputError if a module makes no product itself, contains several attention modules, or computes with a
-    kernel that shows nothing."""
+    kernel whose products cannot be seen."""
     path = join(target.path, name)
     if not can_attend(target.owner):
         parts = ", ".join(part.path for part in target.children().values())

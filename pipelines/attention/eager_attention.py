@@ -1,6 +1,6 @@
 """Eager attention: a product of queries and keys, a softmax, and a product with the values, written out in PyTorch.
 
-Attention in one call of a fused kernel is in `sdpa_attention`.
+Attention in a single call of a fused kernel is handled in `sdpa_attention`.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,14 +29,14 @@ class _Operation:
 
 
 class EagerAttention:
-    """Follows attention whose probabilities can be seen, from the product of queries and keys to that with the values.
+    """Follows written-out attention, from the product of queries and keys to the product with the values.
 
-    Queries and keys are known as such only once the softmax is reached. If the run changes them there, what was
-    computed from them in between is computed again."""
+    Queries and keys are recognized only when the softmax is reached. If the run changes them there, everything that
+    was computed from them before the softmax is computed again."""
 
     def __init__(self) -> None:
-        self._operations: list[_Operation] = []  # products, and what was computed from these
-        self._probs: list[torch.Tensor] = []  # outputs of a softmax, and what was computed from these alone
+        self._operations: list[_Operation] = []  # products, and operations on their results
+        self._probs: list[torch.Tensor] = []  # outputs of a softmax, and tensors computed from these alone
         self._scores: list[_Operation] = []  # the operations that have led to the probabilities
 
     @property
@@ -51,7 +51,7 @@ class EagerAttention:
         self._scores = []
 
     def run(self, modules: list[Watched], name: str, func: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Make one call of a function with the run's changes applied."""
+        """Call a function once with the run's changes applied."""
         if name in MATRIX_PRODUCTS:
             factors = Factors.of(name, args, kwargs, modules)
             if factors is not None and self._are_probs(factors.first):
@@ -86,7 +86,7 @@ class EagerAttention:
         products = [operation for operation in found if operation.func.__name__ in MATRIX_PRODUCTS]
         first = products[0]
         factors = Factors.of(first.func.__name__, first.args, first.kwargs, modules)
-        if factors is None or len(products) > 1:  # relative positions have a product of their own, for example
+        if factors is None or len(products) > 1:  # for example, relative positions have a separate product
             self._scores = []
             return scores
         if not any(module.wants("q", "k") for module in modules):

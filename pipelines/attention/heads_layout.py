@@ -9,9 +9,9 @@ class HeadsLayout:
     """Converts a tensor with heads to (batch, heads, tokens, features), and back.
 
     Args:
-        order: The dimensions of the tensor in that order, for a tensor of four dimensions.
-        heads: The number of heads in the first dimension of a tensor of three dimensions.
-        packed: How many queries of a tensor of four dimensions are really heads, see `FusedCall`.
+        order: For a tensor of four dimensions, its dimensions in the order (batch, heads, tokens, features).
+        heads: For a tensor of three dimensions, the number of heads in its first dimension.
+        packed: For a tensor of four dimensions, how many of its queries are really heads, see `FusedCall`.
     """
 
     def __init__(self, order: Sequence[int] = (0, 1, 2, 3), heads: int = 1, packed: int = 1) -> None:
@@ -25,7 +25,7 @@ class HeadsLayout:
         return tensor if self.packed == 1 else tensor.flatten(1, 2).unsqueeze(2)
 
     def back(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Undo `view`: return a tensor that `view` returned, possibly changed since, in the layout of `like`."""
+        """Undo `view`: return a tensor from `view`, possibly with other values, in the layout of `like`."""
         if like.ndim == 3:
             return tensor.flatten(0, 1)
         if self.packed > 1:

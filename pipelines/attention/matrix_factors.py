@@ -25,11 +25,11 @@ class Factors:
     output_layout: HeadsLayout
     args: tuple
     kwargs: dict[str, Any]
-    places: tuple[int, int]  # of the factors among the arguments
+    places: tuple[int, int]  # the positions of the factors in the arguments
 
     @classmethod
     def of(cls, name: str, args: tuple, kwargs: dict[str, Any], modules: list[Watched]) -> "Factors | None":
-        """Return the factors of a product; None if it is not one of two tensors with heads."""
+        """Return the factors of a product, or None if it is not a product of two tensors with heads."""
         if name == "einsum":
             return cls._of_einsum(args, kwargs)
         if name == "baddbmm" and "batch1" in kwargs:
@@ -77,7 +77,7 @@ class Factors:
         )
 
     def with_factors(self, first: torch.Tensor, second: torch.Tensor) -> tuple:
-        """Return the arguments with other factors."""
+        """Return the arguments with the factors replaced."""
         args = list(self.args)
         args[self.places[0]], args[self.places[1]] = first, second
         return tuple(args)

@@ -1,4 +1,4 @@
-"""Values that are computed inside a module: the run reads and changes them as they pass a tap."""
+"""Let a run read and change values that are computed inside a module, as they pass a tap."""
 
 from typing import Any
 
@@ -9,20 +9,20 @@ from diffsight.extending import INPUTS, OUTPUT, Tap
 
 
 def is_wanted(tap: Tap, call: int) -> bool:
-    """Return whether the run needs what a tap is passed in a call of its module: a body waits for it or has assigned
-    it, or it is followed."""
+    """Return whether the run needs the value that passes a tap in a call of its module: a body waits for it or has
+    assigned it, or it is followed."""
     if tap.keepers:
         return True
     return any((kind, call) in points for kind in (INPUTS, OUTPUT) for points in (tap.awaited, tap.pending))
 
 
 def pass_value(tap: Tap, call: int, current: Any) -> Any:
-    """Let the run read and change a value that is computed in a call of a module; return what it has become.
+    """Let the run read and change a value that is computed in a call of a module; return the result.
 
     Raises:
-        AssignmentError: What was assigned has another shape.
+        AssignmentError: The assigned value has a different shape, or the value can only be read.
     """
-    tap.entered = call  # a value has the number of the call that it is computed in
+    tap.entered = call  # a value has the number of the call in which it is computed
     if not is_wanted(tap, call):
         tap.enter((), {})
         tap.leave(None)
@@ -40,7 +40,7 @@ def pass_value(tap: Tap, call: int, current: Any) -> Any:
 
 
 def state_of(tensor: torch.Tensor) -> Any:
-    """Return what tells whether a tensor is changed in place: its version, or a copy in inference mode."""
+    """Return a state with which `is_unchanged` detects in-place changes: a version, or a copy in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor._version
 
 
@@ -49,8 +49,8 @@ def is_unchanged(tensor: torch.Tensor, state: Any) -> bool:
 
 
 class WithValueOf(torch.autograd.Function):
-    """Continues with a value that a fused kernel has computed, while gradients go through the same value computed by
-    hand: `WithValueOf.apply(by_hand, fused)`."""
+    """Returns the value that a fused kernel computed, while gradients flow through the same value computed by hand:
+    `WithValueOf.apply(by_hand, fused)`."""
 
     @staticmethod
     def forward(ctx: Any, by_hand: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How many products an attention module makes in a call, by a trial of the call on a copy of the module."""
+"""Count the products that an attention module makes in a call, by trying the call on a copy of the module."""
 
 import copy
 from types import FrameType, SimpleNamespace
@@ -15,7 +15,7 @@ from diffsight.pipelines.attention.product_dispatch import call_watched
 
 
 def count_products(module: nn.Module, frame: FrameType | None) -> int | None:
-    """Return how many products a module makes in the call in progress, or None if the call cannot be tried.
+    """Return how many products a module makes in its current call, or None if the call cannot be tried.
 
     Args:
         module: The module.
@@ -32,7 +32,7 @@ def count_products(module: nn.Module, frame: FrameType | None) -> int | None:
         args, kwargs = tree_map(_copied, (frame.f_locals["args"], frame.f_locals["kwargs"]))
         with torch.no_grad(), torch.random.fork_rng(), without_global_hooks(), counting:
             copied(*args, **kwargs)
-    except Exception:  # what the module is given may be used up, such as a cache with the keys of this call in it
+    except Exception:  # an argument may be used up, such as a cache that already contains the keys of this call
         return None
     return counting.count
 

@@ -1,4 +1,4 @@
-"""Which functions make the products of attention, and what becomes of their calls in watched modules."""
+"""Recognize the functions that make attention products, and handle their calls in watched modules."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,10 +25,10 @@ def call_watched(
     Args:
         mode: The function mode that has seen the call.
         running: The watched modules, see `watched_modules.Watched`.
-        written: The products computed as a matrix product and a softmax, as far as they have been seen.
+        written: The written-out attention that has been seen so far.
         func: The function.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
+        args: The arguments of the function.
+        kwargs: The keyword arguments of the function.
     """
     name = getattr(func, "__name__", "")
     if name == SCALED_DOT_PRODUCT:

@@ -1,7 +1,7 @@
 """Attention in one call of a fused kernel, `F.scaled_dot_product_attention`.
 
-The kernel stays in place: probabilities are computed alongside it, and multiplied by the values outside the kernel only
-where they were changed.
+The kernel stays in place. Probabilities are computed alongside it, and are multiplied by the values outside the kernel
+only if they were changed.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ MULTI_HEAD_ATTENTION = "multi_head_attention_forward"
 class FusedCall:
     """One call of a fused kernel in watched modules.
 
-    When a model of transformers writes one token at a time, its queries that share a key are passed as if they were
+    When a transformers model generates one token at a time, the heads that share a key head are passed as if they were
     several queries of one head. `layout` undoes that."""
 
     modules: list[Watched]
@@ -116,8 +116,8 @@ def _sdpa_arguments(
 
 @cache
 def without_dispatch(func: FunctionType) -> FunctionType:
-    """Return a copy of a `torch.nn.functional` function that does not dispatch to modes itself, so that a mode sees the
-    functions it calls."""
+    """Return a copy of a `torch.nn.functional` function that does not dispatch to modes itself, so a mode sees the
+    functions that it calls."""
     return FunctionType(
         func.__code__,
         {**func.__globals__, "has_torch_function": lambda _: False},

@@ -1,7 +1,7 @@
 """The attention modules whose values a run has asked for, and the products that each computes in a call.
 
-The values of a product pass in this order: `q`, `k`, `v`, `attention_product`, `attention_probs`, `heads_output`. What
-nobody waits for is not computed.
+The values of a product pass in this order: `q`, `k`, `v`, `attention_product`, `attention_probs`, `heads_output`.
+Values that nobody waits for are not computed.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ VALUES = ("q", "k", "v", "attention_product", "attention_probs", "heads_output")
 
 
 class Watched:
-    """An attention module that a run has asked for values of.
+    """An attention module whose values a run has asked for.
 
     Args:
         calls: The tap of the module.
@@ -28,7 +28,7 @@ class Watched:
         self.calls, self.handles = calls, handles
         self.taps: dict[tuple[int | None, str], Tap] = {}  # number of the product (None: the only one) and value
         self._call, self._count = -1, 0  # the call in progress, and how many products it has made
-        self._only: Tap | None = None  # a value that was taken as that of the only product of this call
+        self._only: Tap | None = None  # a value taken without a product number in this call
 
     @property
     def is_running(self) -> bool:
@@ -36,20 +36,20 @@ class Watched:
         return bool(self.calls.active)
 
     def has_taken(self, tap: Tap) -> bool:
-        """Whether a value has been taken as that of the only product of the call in progress."""
+        """Return whether a value was taken without a product number in the current call."""
         return self._only is tap and self.calls.active[-1:] == [self._call]
 
     def has_taps(self, value: str) -> bool:
-        """Whether the run has asked for a value of any product."""
+        """Return whether the run has asked for a value of any product."""
         return any(asked == value for _, asked in self.taps)
 
     def wants(self, *values: str) -> bool:
-        """Whether the run needs any of these values of the next product."""
+        """Return whether the run needs any of these values of the next product."""
         self._enter()
         return any(is_wanted(tap, self._call) for value in values for tap in self._taps(value))
 
     def through(self, value: str, current: Any) -> Any:
-        """Let the run read and change a value of the next product; return what it has become."""
+        """Let the run read and change a value of the next product; return the result."""
         self._enter()
         for tap in self._taps(value):
             if tap.target.number is None and is_wanted(tap, self._call):
@@ -58,13 +58,13 @@ class Watched:
         return current
 
     def pass_by(self) -> None:
-        """The next product is made, and nobody wants any of its values."""
+        """Count the next product, whose values nobody wants."""
         for value in VALUES:
             self.through(value, None)
         self._count += 1
 
     def end_product(self) -> None:
-        """A product has been made."""
+        """Count a product that has been made."""
         self._enter()
         self._count += 1
 
@@ -85,10 +85,11 @@ class Watched:
 
 
 def let_through(modules: list[Watched], value: str, tensor: torch.Tensor, layout: HeadsLayout) -> torch.Tensor:
-    """Let the run read and change a tensor; return it as it was, or what it has become.
+    """Let the run read and change a tensor; return the result, or the same tensor if nothing has changed.
 
     Queries, keys, values and outputs are handed out as (batch, tokens, heads, features), probabilities as (batch,
-    heads, queries, keys). Where somebody reads it, the model goes on with what was handed out: it is on the graph."""
+    heads, queries, keys). Once the run has read the tensor, the model continues with the one that was handed out,
+    because it is on the graph."""
     if not any(module.has_taps(value) for module in modules):
         return tensor
     if not any(module.wants(value) for module in modules):

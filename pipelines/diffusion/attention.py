@@ -1,4 +1,4 @@
-"""The attention modules of a pipeline's denoiser: what attends to what.
+"""The attention modules of a pipeline's denoiser: which tokens and image positions attend to which.
 
     print(model.attentions)                     # everything that was found
     attention = model.attentions["unet.mid_block.attentions[0].transformer_blocks[0].attn2"]
@@ -6,8 +6,8 @@
     attention.grid                              # (8, 8): rows and columns of the image positions among its queries
     attention.text["text_encoder"]              # the key of each token of this text encoder
 
-Nothing is looked up by the name of a pipeline. Tokens and positions are changed one after another in what goes into the
-denoiser, and found again among the queries and keys, see `attention_search.py`.
+Nothing is looked up by the name of a pipeline. In several runs, different tokens and positions are changed in the
+inputs of the denoiser and found again among its queries and keys, see `attention_search.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,20 +32,20 @@ from diffsight.pipelines.diffusion.run import progress_bar
 
 @dataclass(frozen=True)
 class Attention:
-    """A product that an attention module of the denoiser makes.
+    """An attention product in the denoiser.
 
     Attributes:
-        name: The path of the module; with `.products[i]` if it makes several products in one call.
+        name: The path of the module, followed by `.products[i]` if it makes several products in one call.
         kind: "self" (the image attends to itself), "cross" (the image attends to other things), "joint" (text and image
             in one product), "text" (none of its queries is a position of the image), "none" (it makes no product).
         heads: The number of heads.
-        queries: The number of queries in the call that was looked at.
+        queries: The number of queries in the observed call.
         keys: The number of keys.
-        image: Which queries are positions of the image; None if they are none, or in no order that was found.
+        image: Which queries are positions of the image; None if none are, or if their order was not found.
         image_keys: Which keys are positions of the image.
-        grid: The rows and columns of the image positions, with the frames before them for a video.
+        grid: The numbers of rows and columns of image positions, preceded by the number of frames for a video.
         scale: How many rows of the latents one row of the grid covers.
-        text: For each text encoder whose tokens are among the keys, the key of each token; None if it has none.
+        text: For each text encoder with tokens among the keys, the key of each token; None for tokens without a key.
         unplaced: What was not found, and why.
     """
 
@@ -84,7 +84,7 @@ class Attentions(Mapping[str, Attention]):
         self._attentions = {attention.name: attention for attention in attentions}
 
     def of_kind(self, *kinds: str) -> list[Attention]:
-        """Return those of some kinds: "self", "cross", "joint", "text", "none"."""
+        """Return the products of the given kinds: "self", "cross", "joint", "text", "none"."""
         return [attention for attention in self.values() if attention.kind in kinds]
 
     def __getitem__(self, name: str) -> Attention:
@@ -105,13 +105,13 @@ class Attentions(Mapping[str, Attention]):
 def find_attentions(model: Model, prompt: str | None = None, **arguments: Any) -> Attentions:
     """Return the attention products of the denoiser of a `DiffusionModel`.
 
-    The pipeline runs up to its denoiser some twenty times, and once or twice for a few steps. What was found for a
-    pipeline is kept: later calls with inputs of the same length and size run up to the denoiser once.
+    The pipeline runs up to its denoiser about twenty times, and once or twice for a few steps. The results for a
+    pipeline are kept: later calls with inputs of the same length and size run up to the denoiser only once.
 
     Args:
         model: The model.
-        prompt: The prompt of the calls. None stands for a plain prompt, if the pipeline takes one.
-        arguments: Other arguments of these calls, such as a small `height` and `width`.
+        prompt: The prompt. None stands for a plain prompt, if the pipeline takes one.
+        arguments: Other arguments of the pipeline, such as a small `height` and `width`.
 
     Raises:
         InputError: The pipeline cannot be called with these arguments.
@@ -122,7 +122,7 @@ def find_attentions(model: Model, prompt: str | None = None, **arguments: Any) -
         return _found(model, arguments)
 
 
-_known: WeakKeyDictionary = WeakKeyDictionary()  # for each pipeline: what was found, by the inputs of its denoiser
+_known: WeakKeyDictionary = WeakKeyDictionary()  # for each pipeline: the results, by the inputs of its denoiser
 
 
 def _found(model: Model, arguments: Mapping[str, Any]) -> Attentions:
@@ -162,9 +162,9 @@ def _searched(model: Model, tracer: AttentionTracer, plain: Mapping[Key, Trace])
 def follow_products(
     run: Run, attentions: Sequence[Attention], function: Callable[[Attention, int, AttentionProduct], None]
 ) -> None:
-    """Call `function` with the conditional branch of every product that the model makes from now on.
+    """Call `function` for every product that the model makes from now on.
 
-    It gets the attention, the number of the denoising step, and the product."""
+    Its arguments are the attention, the number of the denoising step, and the conditional branch of the product."""
     flow = flow_of(run)
 
     def follow(attention: Attention, value: AttentionProduct) -> None:

@@ -1,7 +1,7 @@
-"""Where the tokens of a text and the positions of the image are among the queries and keys of a denoiser.
+"""Find the tokens of a text and the positions of the image among the queries and keys of a denoiser.
 
-They are changed, some at a time, in what goes into the denoiser, and found by the queries and keys that change with
-them, see `attention_tracing.py`.
+Some of them at a time are changed in the inputs of the denoiser, and the queries and keys that change with them are
+recorded, see `attention_tracing.py`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from diffsight.pipelines.diffusion.attention_tracing import AttentionTracer, Key
 
 _CHANGED = 1e-3  # relative to the length of a query or key
 _OWN = 0.05  # relative to the largest change of a key
-_AGREEMENT = 0.95  # the share of the queries that have to change as their place says
+_AGREEMENT = 0.95  # the fraction of queries that must change as their place predicts
 
 
 # ---- tokens of a text
@@ -23,10 +23,10 @@ _AGREEMENT = 0.95  # the share of the queries that have to change as their place
 def text_keys(
     tracer: AttentionTracer, encoder: str, plain: Mapping[Key, Trace], image: Mapping[Key, torch.Tensor]
 ) -> dict[Key, tuple[int | None, ...]]:
-    """Return the key of each token of a text encoder, for each product that has any.
+    """Return the key of each token of a text encoder, for each product whose keys include tokens.
 
-    Each bit of a token's number, counted from 1, says in which of several runs it is changed. So the runs in which a
-    key changes spell its token."""
+    Tokens are numbered from 1, and there is one run for each bit of the numbers. A run changes the tokens whose number
+    has this bit, so the runs in which a key changes spell the number of its token."""
     count = tracer.tokens[encoder]
     if not count:
         return {}
@@ -42,7 +42,7 @@ def text_keys(
             tokens[key] += (part > change / 2).long() << bit
     found = {}
     for key, change in whole.items():
-        own = max(_CHANGED, _OWN * change.max())  # other tokens may change a key a little, where they are pooled
+        own = max(_CHANGED, _OWN * change.max())  # pooling lets other tokens change a key slightly
         places = torch.nonzero(change > own).flatten().tolist()
         places = [place for place in places if place not in image[key]]
         numbers = [int(tokens[key][place]) - 1 for place in places]
@@ -57,7 +57,7 @@ def text_keys(
 
 
 class _Stripes(NamedTuple):
-    """Stripes of the latents: the odd or even ones of `count` along an axis (0: frames, 1: rows, 2: columns)."""
+    """The odd or the even of `count` stripes of the latents along an axis (0: frames, 1: rows, 2: columns)."""
 
     axis: int
     count: int
@@ -74,7 +74,7 @@ class ImageSearch:
 
     Attributes:
         queries: Which queries of each product change with the image.
-        keys: Which keys do.
+        keys: Which keys of each product change with the image.
         height: The number of rows of the latents.
     """
 
@@ -118,7 +118,7 @@ class ImageSearch:
                 yield count // (rows * int(columns)), rows, int(columns)
 
     def _fits(self, key: Key, grid: tuple[int, int, int]) -> bool:
-        """Whether the queries of a grid change more with the stripes that they lie in than with the others."""
+        """Return whether the queries of a grid change more with the stripes that they lie in than with the others."""
         for stripes, change in self._changes.items():
             size = grid[stripes.axis]
             if stripes.odd or (size % stripes.count and stripes.axis) or size < stripes.count:
@@ -132,7 +132,7 @@ class ImageSearch:
         return True
 
     def _where(self, tensor: torch.Tensor, stripes: _Stripes) -> torch.Tensor:
-        """Return where a tensor that goes into the denoiser holds stripes of the latents."""
+        """Return a mask of the places where an input tensor of the denoiser holds the given stripes of the latents."""
         place = torch.zeros(tensor.shape, dtype=torch.bool)
         if len(self._tracer.image) == 2:
             inside = stripes.contain(self._axes[stripes.axis])
@@ -145,7 +145,7 @@ class ImageSearch:
         return place
 
     def _is_decoded_there(self, plain: torch.Tensor | None) -> bool:
-        """Whether what is decoded changes where the image positions that go into the denoiser were changed."""
+        """Return whether the decoded latents change where image positions in the denoiser's input were changed."""
         if plain is None:
             return False
         for stripes in [stripes for stripes in self._changes if not stripes.odd]:
@@ -157,10 +157,10 @@ class ImageSearch:
 
 
 def _layout(image: tuple[int, ...], latents: tuple[int, ...]) -> tuple[tuple[int, int, int], Any]:
-    """Return the frames, rows and columns of the latents, and where they are in what goes into the denoiser.
+    """Return the numbers of frames, rows and columns of the latents, and where these are in the input of the denoiser.
 
-    That is the axis of the frames (or None) and that of the rows, for one image. For a sequence of positions it is the
-    numbers of frames, rows and columns in it. None if it was not found."""
+    For one image, the second value is the axis of the frames (or None) and the axis of the rows. For a sequence of
+    positions, it is the numbers of frames, rows and columns in the sequence. It is None if it was not found."""
     if len(image) == 3:
         return (1, image[1], image[2]), (None, 1)
     if len(latents) not in (3, 4):
@@ -186,6 +186,6 @@ def _changed(a: torch.Tensor, b: torch.Tensor) -> list[int]:
 
 
 def as_range(places: Any) -> range | None:
-    """Return places that are next to each other as a range; None if they are not, or if there are none."""
+    """Return contiguous places as a range, or None if they are not contiguous or there are none."""
     places = sorted(places)
     return range(places[0], places[-1] + 1) if places and places[-1] - places[0] + 1 == len(places) else None

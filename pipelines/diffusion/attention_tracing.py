@@ -1,8 +1,8 @@
 """Follow tokens and positions of the image into the attention modules of a denoiser.
 
-Parts of what goes into the denoiser are changed, and the queries and keys that change with them are the same tokens and
-positions. So that a change reaches nothing else, whatever mixes places is cut in the denoiser: attention adds
-nothing, a convolution sees the middle of its kernel alone, and a norm over groups of channels each place alone.
+Parts of the denoiser's input are changed. The queries and keys that change with them belong to the same tokens and
+positions. To keep a change from reaching anything else, all operations that mix places are cut in the denoiser:
+attention adds nothing, a convolution uses only the middle of its kernel, and a group norm normalizes each place alone.
 
     tracer = AttentionTracer(model, prompt, arguments)
     plain = tracer.trace()                                  # {("blocks.0.attn", 0): Trace}
@@ -37,7 +37,7 @@ from diffsight.pipelines.diffusion.batch_layouts import COND
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
 from diffsight.pipelines.diffusion.denoising_clock import time_parameter
 
-_FEATURES = 16  # that are kept of a query or key
+_FEATURES = 16  # the number of features kept of a query or key
 Key = tuple[str, int]  # the path of a module in the denoiser, and the number of its product in a call
 
 
@@ -48,7 +48,7 @@ class Trace:
     Attributes:
         shape: (batch, heads, queries, keys).
         queries: A random projection of the queries of the conditional branch, (queries, features).
-        keys: The same of the keys.
+        keys: A random projection of the keys, (keys, features).
     """
 
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 class AttentionTracer:
-    """Runs a pipeline up to its denoiser's first call, with parts of what goes into it changed.
+    """Runs a pipeline up to the first call of its denoiser, with parts of the denoiser's input changed.
 
     Args:
         model: A `DiffusionModel`.
@@ -75,13 +75,14 @@ class AttentionTracer:
         if not denoisers:
             raise InputError(f"{type(model.pipeline).__name__} has no component that is passed a timestep")
         self.denoiser = max(denoisers, key=lambda name: sum(p.numel() for p in denoisers[name].parameters()))
-        self.image: tuple[int, ...] = ()  # the shape of what goes into the denoiser for one image
-        self.latents: tuple[int, ...] = ()  # the shape of what is decoded for one image; () if not known
-        self.tokens: dict[str, int] = {}  # the length of what each text encoder returns
+        self.image: tuple[int, ...] = ()  # the shape of the denoiser's input for one image
+        self.latents: tuple[int, ...] = ()  # the shape of the decoded latents for one image; () if unknown
+        self.tokens: dict[str, int] = {}  # the number of tokens that each text encoder returns
 
     def inputs(self) -> Hashable:
-        """Run the pipeline up to its denoiser, and return what the products of its first call depend on: the shapes of
-        what it is given, and the tokens and processors."""
+        """Run the pipeline up to its denoiser, and return everything that determines the products of the first call.
+
+        These are the shapes of the denoiser's inputs, the numbers of tokens, and the processors."""
         run = self._model.generate(**self._arguments, seed=0)
         for name in text_encoder_names(self._model.pipeline):
             run.follow(f"{name}.output", lambda output, name=name: self._change_text(name, output, None))
@@ -102,7 +103,7 @@ class AttentionTracer:
 
         Args:
             text: The name of a text encoder, and which of its tokens are changed.
-            image: Returns where what goes into the denoiser is changed, for the tensor of one or several images.
+            image: Returns a mask of the changed places, for an input tensor with one or several images.
         """
         run, mode = self._opened(text, image)
         with run:
@@ -111,7 +112,7 @@ class AttentionTracer:
         return mode.traces
 
     def decoded(self, image: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """Return what is decoded to the image, (batch, channels, …), after a few steps; None if nothing is."""
+        """Return the latents that are decoded after a few steps, (batch, channels, …), or None if none are decoded."""
         pipeline = self._model.pipeline
         decoders = [
             name for name, part in components(pipeline).items() if "decode" in traceable_methods(pipeline, part)
@@ -167,9 +168,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 class CutAttention(TorchFunctionMode):
-    """Records the queries and keys of every product in a module, and cuts whatever mixes places in it.
+    """Records the queries and keys of every product in a module, and cuts all operations that mix places.
 
-    A product belongs to the innermost module that is running, without processors and softmax layers.
+    A product belongs to the innermost running module, not counting processors and softmax layers.
 
     Args:
         module: The denoiser.
@@ -206,8 +207,8 @@ class CutAttention(TorchFunctionMode):
         return self._eager.run([probe], name, func, args, kwargs)
 
     def _forget_others(self, owner: nn.Module, running: list[nn.Module]) -> None:
-        """Forget what other modules have multiplied, because everything that is computed from it would stay alive: a
-        product without a softmax, as in linear attention, is never used up."""
+        """Forget the products of other modules, which would keep alive everything computed from them: a product without
+        a softmax, as in linear attention, is never used up."""
         attention = next(filter(is_named_attention, running), None)
         if self._attention not in running or attention not in (None, self._attention):
             self._eager.clear()
@@ -223,7 +224,7 @@ class CutAttention(TorchFunctionMode):
 
 
 def _convolution(func: Callable, tensor: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """A convolution with the middle of its kernel alone. One that looks at each place once is left as it is."""
+    """Convolve with only the middle of the kernel. A convolution that uses each place once is left unchanged."""
     stride = args[1] if len(args) > 1 else kwargs.get("stride", 1)
     if tuple(weight.shape[2:]) == tuple(stride if isinstance(stride, (tuple, list)) else [stride] * (weight.ndim - 2)):
         return func(tensor, weight, *args, **kwargs)
@@ -241,7 +242,7 @@ def _group_norm(
     bias: torch.Tensor | None = None,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """A norm of each place alone, in place of one over all places."""
+    """Normalize each place alone, instead of all places together."""
     return nn.functional.layer_norm(tensor.movedim(1, -1), tensor.shape[1:2], weight, bias, eps).movedim(-1, 1)
 
 

@@ -1,9 +1,9 @@
 """Find the branches of classifier-free guidance: which prompt and which branch each entry of a batch belongs to.
 
 Under guidance a denoiser gets both branches in one batch, in either order, or each in a call of its own. Without
-guidance it gets one. The inputs show which it is: the entries of a denoiser's text input are compared with what
-`encode_prompt` returned, and the token ids of a text encoder are decoded to words and compared with the prompts. No
-pipeline is recognised by its name. What this comparison cannot settle stays unknown, and asking for it raises an error.
+guidance it gets one branch. Its inputs show which: the entries of a denoiser's text input are compared with the output
+of `encode_prompt`, and the token ids of a text encoder are decoded to words and compared with the prompts. No pipeline
+is recognised by its name. If the comparison is inconclusive, the branches are unknown and asking for them is an error.
 """
 
 import re
@@ -26,11 +26,11 @@ from diffsight.pipelines.diffusion.prompts import as_read, text_tokenizer
 COND, UNCOND = "cond", "uncond"
 
 BatchLayout = tuple[tuple[str, int], ...]  # for each entry of a batch, its branch and the index of its prompt
-Embeddings = torch.Tensor | Sequence[torch.Tensor]  # of texts, one for each entry of a batch
+Embeddings = torch.Tensor | Sequence[torch.Tensor]  # embeddings of texts, one per entry of a batch
 
 
 class BatchLayouts:
-    """What the batches of one run of a pipeline hold.
+    """The prompts and branches in the batches of one run of a pipeline.
 
     The run draws `images` images for each of `prompts` prompts. The engine reports the run's calls through `called`,
     `returned` and `ended`."""
@@ -38,23 +38,23 @@ class BatchLayouts:
     def __init__(self, pipeline: Any, arguments: dict[str, Any], prompts: int, images: int) -> None:
         self.prompts, self.images = prompts, images
         self._pipeline, self._arguments = pipeline, arguments
-        self._calls: dict[int, list[_RecordedCall]] = {}  # of text encoders and denoisers, by component id
+        self._calls: dict[int, list[_RecordedCall]] = {}  # calls of text encoders and denoisers, by id
         given = {COND: arguments.get("prompt_embeds"), UNCOND: arguments.get("negative_prompt_embeds")}
         given = {branch: texts for branch, texts in given.items() if texts is not None}
         self._embeddings: list[dict[str, Embeddings]] = [given] if given else []  # by branch
         self._encoding: list[str | None] = []  # the branch of each running call of encode_prompt
-        self.latent_dimensions = 0  # of the latents that the scheduler returned, once it has
+        self.latent_dimensions = 0  # set once the scheduler has returned latents
         self._seen: dict[tuple[int, int], tuple[Embeddings, list[BatchLayout]]] = {}
 
     def layout(self, tap: Tap, index: int) -> BatchLayout | None:
-        """Return what the batch holds in call `index` of a tapped module, which has begun, or None if unknown.
+        """Return the layout of the batch in call `index` of a tapped module, which has begun, or None if unknown.
 
-        If both branches have the same text, this is one of the layouts that fit: see `is_certain`."""
+        If both branches have the same text, the result is one of several layouts that fit, see `is_certain`."""
         call = self._call(tap, index)
         return None if call is None or not call.layouts else call.layouts[0]
 
     def is_certain(self, tap: Tap, index: int) -> bool:
-        """Return whether only one layout fits call `index` of a tapped module, or it does not matter which one does.
+        """Return whether only one layout fits call `index` of a tapped module, or the choice does not matter.
 
         In a scan the embeddings are zeros, so several layouts fit, but they all have the same shapes."""
         call = self._call(tap, index)
@@ -75,8 +75,7 @@ class BatchLayouts:
         return _component(tap).name == FORWARD and not self.is_in_vae(tap)
 
     def leaves_branches_out(self, tap: Tap) -> bool:
-        """Return whether a FasterCache of diffusers takes the unconditional branch out of some calls within a
-        denoiser."""
+        """Return whether diffusers' FasterCache removes the unconditional branch from some calls within a denoiser."""
         registry = getattr(_component(tap).owner, "_diffusers_hook", None)
         cache = registry.get_hook("faster_cache_denoiser") if registry is not None and tap.target.outer else None
         return cache is not None and not cache.is_guidance_distilled
@@ -98,7 +97,7 @@ class BatchLayouts:
             return f"{unknown} no text that {type(self._pipeline).__name__}.encode_prompt returned"
         return f"{unknown} text that differs from what encode_prompt returned for the prompt and the negative prompt"
 
-    # ---- what the engine reports
+    # ---- reports from the engine
 
     def called(self, tap: Tap, args: tuple, kwargs: dict[str, Any]) -> None:
         target = tap.target
@@ -141,7 +140,7 @@ class BatchLayouts:
         self._seen.clear()
 
     def _call(self, tap: Tap, index: int) -> "_RecordedCall | None":
-        """Return the call of a component in which call `index` of a tapped module began."""
+        """Return the call of a component during which call `index` of a tapped module began."""
         calls = reversed(self._calls.get(id(_component(tap).owner), ()))
         return next((call for call in calls if call.bases.get(tap.target.key, 0) <= index), None)
 
@@ -149,7 +148,7 @@ class BatchLayouts:
         self._calls.setdefault(id(tap.target.owner), []).append(_RecordedCall(tap.host.taps.entered(), look))
 
     def _branch_of(self, pipeline: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
-        """Return the branch whose prompt encode_prompt is called with.
+        """Return the branch whose prompt is passed to `encode_prompt`, or None if unknown.
 
         Some pipelines call it once per branch; others call it once for both, with the conditional branch's prompt."""
         given = signature(pipeline.encode_prompt).bind_partial(*args, **kwargs).arguments
@@ -166,7 +165,7 @@ class BatchLayouts:
     # ---- the text embeddings passed to a denoiser
 
     def _compare(self, component: int, turn: int, values: list[Embeddings]) -> list[BatchLayout]:
-        """Return the layouts under which one of a denoiser's inputs equals what encode_prompt returned."""
+        """Return the layouts with which one of a denoiser's inputs equals the output of `encode_prompt`."""
         seen, found = self._seen.get((component, turn), (None, []))
         if any(value is seen for value in values):  # usually the same in every step
             return found
@@ -200,7 +199,7 @@ class BatchLayouts:
     # ---- the words passed to a text encoder
 
     def _read(self, target: Target, ids: torch.Tensor, earlier: "list[_RecordedCall]") -> list[BatchLayout]:
-        """Return the layouts in which the token ids passed to a text encoder are the words of the prompts."""
+        """Return the layouts with which the token ids passed to a text encoder match the words of the prompts."""
         tokenizer = self._tokenizer(target.path)
         if tokenizer is None:
             return []
@@ -241,8 +240,8 @@ class BatchLayouts:
 
 
 class _RecordedCall:
-    """A call of a text encoder or denoiser. `bases` holds, for every other point, how many of its calls had begun
-    before this one."""
+    """A call of a text encoder or denoiser. `bases` holds, for every other tapped point, how many of its calls had
+    begun before this call."""
 
     def __init__(self, bases: dict[tuple[int, str], int], look: Callable[[], list[BatchLayout]]) -> None:
         self.bases, self._look = bases, look
@@ -253,14 +252,14 @@ class _RecordedCall:
 
 
 def _embeddings_of_block(output: tuple[Any, PipelineState]) -> list[dict[str, Embeddings]]:
-    """Return the text embeddings by branch that a block of a modular pipeline has put into the state."""
+    """Return the text embeddings that a block of a modular pipeline has put into the state, by branch."""
     given = {COND: output[1].get(TEXT_EMBEDDINGS), UNCOND: output[1].get(f"negative_{TEXT_EMBEDDINGS}")}
     texts = {branch: value for branch, value in given.items() if value is not None and _are_embeddings(value)}
     return [texts] if texts else []
 
 
 def _embeddings_of_guider(batches: Sequence[Any]) -> list[dict[str, Embeddings]]:
-    """Return the text embeddings by branch from the batches that a guider of a modular pipeline prepares.
+    """Return the text embeddings in the batches that a guider of a modular pipeline prepares, by branch.
 
     These are the inputs that differ between the branches, if any do. The batches are called "pred_cond", "pred_uncond"
     and so on."""
@@ -281,9 +280,9 @@ def _component(tap: Tap) -> Target:
 
 
 def _in_turn(found: list[BatchLayout], turn: int) -> list[BatchLayout]:
-    """Return the layouts that call `turn` of a component may have, out of those that fit, the likeliest first.
+    """Return those of the fitting layouts that call `turn` of a component may have, the likeliest first.
 
-    Where both branches have the same prompt and each has a call of its own, the conditional one usually comes first."""
+    If both branches have the same prompt and a separate call each, the conditional call usually comes first."""
     alone = [layout for layout in found if len({branch for branch, _ in layout}) == 1]
     return alone[turn % len(alone) :] + alone[: turn % len(alone)] if alone else found
 
@@ -299,7 +298,7 @@ def _values(args: tuple, kwargs: dict[str, Any]) -> Iterator[Embeddings]:
 
 
 def _items(output: Any) -> list[Any]:
-    """Return what a method returned, as a list of items."""
+    """Return the output of a method as a list of items."""
     if isinstance(output, dict):
         return list(output.values())
     return list(output) if isinstance(output, (tuple, list)) else [output]
@@ -331,7 +330,7 @@ def _words(text: str) -> str:
 def _fit(text: str, known: list[str]) -> tuple[int, int] | None:
     """Return how well a text matches one of several prompts, or None if it matches none.
 
-    It contains the prompt (the longer the prompt, the better), or is a truncated prompt."""
+    A text matches if it contains the prompt (the longer the prompt, the better), or is a truncated prompt."""
     whole = [(1, len(words)) for words in known if words in text]
     cut = [(0, len(text)) for words in known if text and words.startswith(text)]
     return max(whole + cut, default=None)

@@ -45,11 +45,11 @@ class GuidancePart(Part):
         )
 
     def of_prompt(self, prompt: int) -> "GuidancePart":
-        """Return what belongs to one prompt of this part."""
+        """Return this part, narrowed to one prompt."""
         return GuidancePart(self.layouts, f"{self.name}.rows[{prompt}]", prompt, self.branch)
 
     def of_branch(self, branch: str) -> "GuidancePart":
-        """Return what belongs to one branch of this part."""
+        """Return this part, narrowed to one branch."""
         return GuidancePart(self.layouts, f"{self.name}.{branch}", self.prompt, branch)
 
     def call(self, tap: Tap, first: int, number: int, path: object) -> int:
@@ -101,7 +101,7 @@ class GuidancePart(Part):
 
 
 class WholeBatch(Part):
-    """All of a batch: everything in the run, or in the call, belongs to the same prompt or branch."""
+    """The whole batch: everything in the run, or in the call, belongs to the same prompt or branch."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -158,7 +158,7 @@ class PromptPart(Part):
 
 
 class GeneratedOutputs:
-    """What a pipeline generates, for a run or one of its rows."""
+    """The images or videos that a pipeline generates, for a run or one of its rows."""
 
     @property
     def images(self) -> Any:
@@ -206,7 +206,7 @@ class BranchView(View):
         return tuple(DiffusionRow(self._run, i, self._part.of_prompt(i)) for i in range(self._part.layouts.prompts))
 
     def each(self, functions: Callable[[Row], Any] | Sequence[Callable[[Row], Any]]) -> list[Any]:
-        """Run a function for every row of this branch, each at its own place in the model: see `Run.each`."""
+        """Run a function for every row of this branch, each at its own place in the model, see `Run.each`."""
         return each(self.rows, functions)
 
 

@@ -1,4 +1,4 @@
-"""The arguments of a pipeline's call: those of its signature, or for a modular pipeline the inputs of its blocks.
+"""The arguments of a pipeline's call: its signature or, for a modular pipeline, the inputs of its blocks.
 
 call_defaults(pipeline)                             # {"prompt": None, "num_inference_steps": 50, …}
 arguments_by_name(pipeline, ("a red circle",), {})  # {"prompt": "a red circle"}
@@ -15,7 +15,7 @@ from diffsight.pipelines.arguments import check_arguments, named_arguments, sign
 
 
 def call_defaults(pipeline: Any) -> dict[str, Any]:
-    """Return the arguments that a pipeline declares, name to default. Those without a default have None."""
+    """Return the arguments that a pipeline declares, name to default. The default is None if there is none."""
     if isinstance(pipeline, ModularPipeline):
         return {given.name: given.default for given in pipeline._blocks.inputs if given.name is not None}
     parameters = signature(pipeline.__call__).parameters.values()
@@ -23,12 +23,12 @@ def call_defaults(pipeline: Any) -> dict[str, Any]:
 
 
 def required_inputs(pipeline: ModularPipeline) -> list[str]:
-    """Return the names of the inputs without which none of the workflows of a modular pipeline runs."""
+    """Return the names of the inputs that all workflows of a modular pipeline require."""
     return [given.name for given in pipeline._blocks.inputs if given.required]
 
 
 def argument_names(pipeline: Any) -> set[str]:
-    """Return the names of all arguments that a pipeline takes, with those that it reads from its `**kwargs`."""
+    """Return the names of all arguments that a pipeline takes, including those that it reads from its `**kwargs`."""
     if not isinstance(pipeline, ModularPipeline):
         return named_arguments(pipeline.__call__)
     dictionaries = {given.kwargs_type for given in pipeline._blocks.inputs if given.kwargs_type is not None}

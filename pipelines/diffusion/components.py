@@ -1,4 +1,4 @@
-"""The components of a diffusers pipeline: which ones there are, and which of their calls a run can follow.
+"""Find the components of a diffusers pipeline, and the methods whose calls a run can follow.
 
 components(pipeline)                        # {"text_encoder": CLIPTextModel, "unet": …, "scheduler": …}
 traceable_methods(pipeline, pipeline.vae)   # {"encode": "vae.encode", "decode": "vae.decode"}
@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from diffsight.extending import Target, join, unwrapped
 from diffsight.pipelines.standard_names import standard_names, word_embeddings
 
-TEXT_EMBEDDINGS = "prompt_embeds"  # as the blocks of modular pipelines call them
-GUIDERS_METHODS = ("prepare_inputs", "prepare_inputs_from_block_state")  # return the inputs of each branch
+TEXT_EMBEDDINGS = "prompt_embeds"  # their name in the blocks of modular pipelines
+GUIDERS_METHODS = ("prepare_inputs", "prepare_inputs_from_block_state")  # these return the inputs of each branch
 _PLAIN = (bool, int, float, str, list, tuple, dict)
 
 
@@ -34,8 +34,8 @@ def components(pipeline: DiffusionPipeline) -> dict[str, Any]:
 def traceable_methods(pipeline: DiffusionPipeline, owner: Any) -> Mapping[str, str]:
     """Return the methods of the pipeline or of a component that pipelines call directly, name to path.
 
-    These are `encode_prompt` of the pipeline, `encode` and `decode` of a VAE, `step` of a scheduler, and those with
-    which the guider of a modular pipeline prepares inputs."""
+    These are `encode_prompt` of the pipeline, `encode` and `decode` of a VAE, `step` of a scheduler, and the
+    methods with which the guider of a modular pipeline prepares inputs."""
     if owner is pipeline:
         return {name: name for name in ("encode_prompt",) if _has_method(owner, name)}
     for path, component in components(pipeline).items():
@@ -63,7 +63,7 @@ def _encodes_text(block: ModularPipelineBlocks) -> bool:
 
 
 def component_names(component: Any) -> dict[str, str]:
-    """Return the standard names of a component, name to real path. Only models of transformers have any."""
+    """Return the standard names of a component, name to real path. Only transformers models have any."""
     return standard_names(component) if isinstance(unwrapped(component), PreTrainedModel) else {}
 
 

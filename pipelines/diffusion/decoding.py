@@ -1,4 +1,4 @@
-"""Draw latents as the pipeline draws those of its last step: unpacked, scaled and decoded by its own code.
+"""Decode latents like those of a pipeline's last step: the pipeline's own code unpacks, scales and decodes them.
 
 draw(model, latents, {"height": 64})        # what `model.decode(latents, height=64)` returns
 """
@@ -17,7 +17,7 @@ from diffsight.pipelines.diffusion.run import progress_bar
 
 
 def draw(model: Model, latents: torch.Tensor | Sequence[torch.Tensor], arguments: Mapping[str, Any]) -> Sequence[Any]:
-    """Return what a pipeline draws from latents: images, frames or sounds.
+    """Return the images, videos or sounds that a pipeline decodes from latents.
 
     Args:
         model: A `DiffusionModel`. It makes one denoising step, whose result the latents replace.
@@ -25,7 +25,7 @@ def draw(model: Model, latents: torch.Tensor | Sequence[torch.Tensor], arguments
         arguments: Arguments of the pipeline.
 
     Raises:
-        InputError: The latents have another shape than the pipeline's, or it does not draw them after one step.
+        InputError: The latents have a different shape from the pipeline's, or it does not decode them after one step.
     """
     batch, pipeline = _joined(latents), model.pipeline
     name, call = type(pipeline).__name__, _one_step(pipeline) | arguments

@@ -1,4 +1,4 @@
-"""When a denoising step begins, and at which timestep."""
+"""Find out when a denoising step begins, and at which timestep."""
 
 import ast
 import functools
@@ -20,10 +20,10 @@ from diffsight.pipelines.diffusion.components import components
 def denoising_clock(parts: Sequence[Target], methods: Sequence[Target], decodes_last: bool) -> Clock:
     """Return the clock of the denoising steps.
 
-    A step begins at a denoiser's first call, and at its first call after each `scheduler.step`.
+    A step begins at the first call of a denoiser, and at the first call after each `scheduler.step`.
 
     Args:
-        parts: The components of the pipeline. The denoisers are those that are passed a timestep.
+        parts: The components of the pipeline. The denoisers are the components that are passed a timestep.
         methods: The traceable methods of the components.
         decodes_last: Whether the pipeline decodes its result only after the scheduler's last step.
     """
@@ -34,15 +34,16 @@ def denoising_clock(parts: Sequence[Target], methods: Sequence[Target], decodes_
 
 
 def decodes_last(pipeline: Any) -> bool:
-    """Return whether a pipeline decodes latents only after all its steps, not inside a loop, as pipelines that draw a
-    video in parts do."""
+    """Return whether a pipeline decodes latents only after all its steps. Pipelines that generate a video in parts
+    decode inside a loop."""
     loops = _loops(type(pipeline))
     return loops is not None and not any("decode" in name for loop in loops for name in loop.methods)
 
 
 def count_of_steps(pipeline: Any) -> int | None:
-    """Return how many steps a pipeline makes at most, once its scheduler's timesteps are set. None if it is not known,
-    because the pipeline does not step a single scheduler once in each turn of a single loop."""
+    """Return the maximum number of steps of a pipeline, once its scheduler's timesteps are set.
+
+    None if it is unknown, because the pipeline does not step a single scheduler once per iteration of a single loop."""
     schedulers = [part for part in components(pipeline).values() if isinstance(part, SchedulerMixin)]
     stepping = [loop for loop in _loops(type(pipeline)) or () if "step" in loop.methods]
     if len(schedulers) != 1 or len(stepping) != 1 or not stepping[0].is_for:
@@ -53,13 +54,13 @@ def count_of_steps(pipeline: Any) -> int | None:
 @dataclass(frozen=True)
 class _Loop:
     is_for: bool
-    methods: tuple[str, ...]  # the names of the methods that are called in it
+    methods: tuple[str, ...]  # the names of the methods called in the loop
 
 
 @functools.cache
 def _loops(kind: type) -> list[_Loop] | None:
-    """Return the loops in the call of a class of pipelines, those within others too; None if they are not known."""
-    if issubclass(kind, ModularPipeline):  # its loops are those of its blocks
+    """Return the loops, including nested loops, in the call of a pipeline class; None if they are unknown."""
+    if issubclass(kind, ModularPipeline):  # its loops are in its blocks
         return None
     try:
         code = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.__call__))))
@@ -89,7 +90,7 @@ def time_parameter(module: nn.Module) -> str | None:
 
 
 def _parameters(module: nn.Module) -> list[str]:
-    """The names of what a denoiser takes; those of its class if its `forward` was replaced by a function of `*args`."""
+    """Return the names of a denoiser's parameters, from its class if its `forward` was replaced by one with `*args`."""
     denoiser = unwrapped(module)
     own = signature(denoiser.forward).parameters
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in own.values()):
@@ -98,9 +99,9 @@ def _parameters(module: nn.Module) -> list[str]:
 
 
 def time_argument(module: nn.Module, args: tuple, kwargs: dict) -> tuple[float, float] | None:
-    """Return the time that a call passes to a denoiser, and the rounding error of its type.
+    """Return the timestep that a call passes to a denoiser, and the rounding error of its dtype.
 
-    Where each token has a time of its own, this is the latest: tokens that are given rather than drawn get 0."""
+    If each token has its own timestep, the largest is returned: tokens that are given and not generated have 0."""
     name = time_parameter(module)
     given = dict(zip(_parameters(module), args)) | kwargs
     if given.get(name) is None:

@@ -1,4 +1,4 @@
-"""What can be traced in a diffusers pipeline, and under which names."""
+"""The parts of a diffusers pipeline that can be traced, and their names."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,11 +24,11 @@ _GUIDANCE = {"guidance_scale", "true_cfg_scale"}  # arguments of pipelines that 
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
 
 
-_DENOISERS = ("unet", "transformer")  # what pipelines call it
+_DENOISERS = ("unet", "transformer")  # the names that pipelines use
 
 
 class DiffusionTree(AttentionTree):
-    """What can be traced in a diffusers pipeline: its components, and the methods that pipelines call directly."""
+    """The tree of a diffusers pipeline: its components, and the methods that pipelines call directly."""
 
     opens_with = "generate"
 
@@ -70,7 +70,7 @@ class DiffusionTree(AttentionTree):
 
     def target_named(self, outer: Target, name: str) -> Target | None:
         inner = unwrapped(outer.owner)
-        if inner is not outer.owner and name in self.methods_of(inner):  # what wraps a VAE passes `decode` on to it
+        if inner is not outer.owner and name in self.methods_of(inner):  # a VAE's wrapper forwards `decode`
             return Target(inner, name, join(outer.path, name), outer)
         return super().target_named(outer, name)
 
@@ -80,7 +80,7 @@ class DiffusionTree(AttentionTree):
         return [Target(owner, name, path) for name, path in self.methods_of(owner).items()]
 
     def stand_ins(self) -> Mapping[tuple[int, str], Callable]:
-        """Let a scan accept all images: a safety checker would read their values, and a scan computes none."""
+        """Let safety checkers accept all images in a scan, because they read values and a scan computes none."""
         checkers = (target for target in self.children_of(self.root).values() if "safety_checker" in target.path)
         return {target.key: partial(pass_safety_check, target.owner) for target in checkers}
 

@@ -4,7 +4,7 @@
     run.text_encoder.layers_output[4] = hidden * 2      # the rest of the tuple stays as it is
     run.text_encoder.layers_input[0]                    # the embedding
 
-They are those of language models, see `diffsight.pipelines.language.accessors`.
+Language models have the same accessors, see `diffsight.pipelines.language.accessors`.
 """
 
 from collections.abc import Iterable
@@ -14,11 +14,11 @@ from diffsight.pipelines.language.accessors import LayerAccessors
 
 
 class EncoderEnvoy(LayerAccessors, Envoy):
-    """The envoy of a text encoder, or of any component with layers under the standard name."""
+    """The envoy of a text encoder, or of any component with the standard name `layers`."""
 
 
 class HasEncoders:
-    """What the envoy of a pipeline has besides its components: text encoders with accessors."""
+    """Adds text encoders with accessors to the envoy of a pipeline."""
 
     def _hint(self, name: str, known: Iterable[str]) -> str:
         if name in ("save", "show", "display"):

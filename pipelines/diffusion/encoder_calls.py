@@ -1,4 +1,4 @@
-"""The calls of one text encoder while a pipeline encodes a prompt, recorded.
+"""Record the calls of one text encoder while a pipeline encodes a prompt.
 
 record = follow_encoder(run, "text_encoder", tokenized)     # before the run starts; filled while it runs
 call = record.prompt                    # the call that encodes the prompt; others encode the negative prompt
@@ -27,12 +27,12 @@ class EncoderCall:
 
     Attributes:
         ids: Token ids as the word embedding receives them, `(rows, tokens)`.
-        rows: The rows that hold the prompt, as far as this is known.
-        hidden_states: As transformers numbers them: the input of the first layer, then the output of each layer,
-            `(rows, tokens, features)`. `hidden` takes layer numbers.
-        returned: What each layer returned, tensors or tuples with them.
+        rows: The rows that are known to hold the prompt.
+        hidden_states: The input of the first layer, then the output of each layer, `(rows, tokens, features)`, numbered
+            as in transformers. `hidden` takes layer numbers.
+        returned: The return value of each layer, a tensor or a tuple that contains tensors.
         norms: The input and the output of each call of the final norm.
-        output: What the encoder as a whole returned.
+        output: The return value of the whole encoder.
         pooled: Pooled vectors, `(rows, features)`, by name.
     """
 
@@ -58,7 +58,7 @@ class EncoderRecord:
     Attributes:
         name: The name of the component.
         words: The path of its word embedding.
-        tokenizer: The component that its tokens come from.
+        tokenizer: The name of the component that produces its tokens.
         calls: Its calls, in order.
     """
 
@@ -79,7 +79,8 @@ def follow_encoder(run: Run, name: str, tokenized: list[tuple[str, list | None]]
     Args:
         run: The run of a pipeline.
         name: The name of the component.
-        tokenized: The tokenizers called so far with the token ids they returned, filled while the run goes on.
+        tokenized: The names of the tokenizers called so far, with the token ids that they returned. It is filled during
+            the run.
     """
     encoder = owner_of(model_of(run)[name])
     names = component_names(encoder)
@@ -153,7 +154,7 @@ class _Recorder:
 
 
 def hidden_in(returned: Any) -> torch.Tensor:
-    """Return the hidden state in what a layer returned."""
+    """Return the hidden state in the return value of a layer."""
     return returned[0] if isinstance(returned, tuple) else returned
 
 
@@ -163,7 +164,7 @@ def _copied(value: Any) -> Any:
 
 
 def _vectors(output: Any) -> dict[str, torch.Tensor]:
-    """Return what a module returned that has one vector per row, by name."""
+    """Return the tensors in the output of a module that have one vector per row, by name."""
     if isinstance(output, torch.Tensor):
         output = {"": output}
     named = output if isinstance(output, Mapping) else dict(enumerate(output if isinstance(output, tuple) else ()))

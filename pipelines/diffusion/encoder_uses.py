@@ -1,9 +1,9 @@
 """Find out, by comparison, which outputs of a text encoder a pipeline uses.
 
 The pipeline encodes a prompt. Every hidden state, before and after the final norm, and every pooled vector is then
-looked for in what `encode_prompt` returned and in what the denoiser and other components were passed. The match is
+looked for in the output of `encode_prompt` and in the inputs of the denoiser and other components. Matches must be
 exact, on a slice of the features and of the tokens: pipelines concatenate encoders, cut templates off, and cut or zero
-padding. Whatever reaches none of these places unchanged is not found.
+padding. An output that reaches none of these places unchanged is not found.
 """
 
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ class Use:
     Attributes:
         layer: The number of the layer, where *i* is the output of `layers[i]` and "embedding" the input of the first.
             None for a pooled vector.
-        normed: Whether it passes through the final norm.
+        normed: Whether the hidden states pass through the final norm.
         pooled: The name of a pooled vector in the encoder's output, or None.
-        places: Where it ends up: in what `encode_prompt` returns, and in what components are passed.
+        places: Where the output ends up, in the output of `encode_prompt` and in the inputs of components.
     """
 
     layer: Layer | None
@@ -46,7 +46,7 @@ class Use:
 
 
 def find_uses(encoder: EncoderRecord, possible: "PossibleUses") -> tuple[Use, ...]:
-    """Return what the pipeline uses of one encoder."""
+    """Return the outputs of one encoder that the pipeline uses."""
     call = encoder.prompt
     row, uses, taken = call.rows[0], [], set()
     tokens = _telling_tokens(encoder)
@@ -103,7 +103,7 @@ class PossibleUses:
     def of_tokens(self, state: torch.Tensor, tokens: list[int]) -> dict[str, str]:
         """Return where a hidden state, `(tokens, features)`, is found: path to a description of the place.
 
-        At least two tokens must be there, since a single one may be a pooled vector."""
+        At least two tokens must be found there, since a single match may be a pooled vector."""
         found = {}
         for path, tensor in self.tensors.items():
             for start in self._starts(tensor, state.shape[-1]):
@@ -125,7 +125,7 @@ class PossibleUses:
         return found
 
     def _starts(self, tensor: torch.Tensor, width: int) -> list[int]:
-        """Return the features at which a hidden state may begin, beside other encoders or other layers."""
+        """Return the features at which a hidden state may begin, next to other encoders or layers."""
         room = tensor.shape[-1] - width
         return sorted({start for start in self._sums | {*range(0, room + 1, width)} if start <= room})
 

@@ -41,15 +41,15 @@ PLAIN_PROMPT = "a red circle above a blue square"
 
 @dataclass(frozen=True)
 class PromptEncoding:
-    """A prompt as one text encoder encodes it.
+    """The encoding of a prompt by one text encoder.
 
     Attributes:
         encoder: The name of the encoder.
         prompt: The prompt.
-        ids: Its tokens, `(tokens,)`.
+        ids: The token ids of the prompt, `(tokens,)`.
         words: Each token as text.
-        hidden_states: As transformers numbers them: the input of the first layer, then the output of each layer,
-            `(tokens, features)`. `hidden` takes layer numbers.
+        hidden_states: The input of the first layer, then the output of each layer, `(tokens, features)`, numbered as in
+            transformers. `hidden` takes layer numbers.
         normed: The output of the final norm for the last layer, or None.
         pooled: The pooled vectors that the encoder returns, `(features,)`, by name.
     """
@@ -79,11 +79,11 @@ class PromptEncoding:
 
 @dataclass(eq=False)
 class EncodingRecord:
-    """What happened in a pipeline up to the first call of its denoiser.
+    """A record of a pipeline up to the first call of its denoiser.
 
     Attributes:
         encoders: The calls of the text encoders, by name.
-        tensors: What `encode_prompt` returned and what other components were passed, by path.
+        tensors: The output of `encode_prompt` and the inputs of other components, by path.
     """
 
     encoders: dict[str, EncoderRecord] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class EncodingRecord:
 
 
 def encode_prompt(model: Model, prompt: str, **arguments: Any) -> dict[str, PromptEncoding]:
-    """Return `prompt` as every text encoder of `model` encodes it, by the encoder's name.
+    """Return the encoding of `prompt` by every text encoder of `model`, by the encoder's name.
 
     Args:
         model: A `DiffusionModel`. It runs up to its denoiser.
@@ -99,7 +99,7 @@ def encode_prompt(model: Model, prompt: str, **arguments: Any) -> dict[str, Prom
         arguments: Other arguments of the pipeline.
 
     Raises:
-        InputError: The prompt is not one string, or too long for every tokenizer.
+        InputError: The prompt is not a single string, or is too long for every tokenizer.
     """
     if not isinstance(prompt, str):
         raise InputError(
@@ -110,7 +110,7 @@ def encode_prompt(model: Model, prompt: str, **arguments: Any) -> dict[str, Prom
 
 
 def encodings_in(model: Model, prompt: str, record: EncodingRecord) -> dict[str, PromptEncoding]:
-    """Return the encodings of a prompt, by the encoder's name, from a record of them."""
+    """Return the encodings of a prompt in a record, by the encoder's name."""
     encodings = {}
     for name, encoder in record.encoders.items():
         call = encoder.prompt
@@ -131,11 +131,11 @@ def encodings_in(model: Model, prompt: str, record: EncodingRecord) -> dict[str,
 def record_encoding(
     model: Model, prompt: str | Sequence[str] | None, arguments: Mapping[str, Any], seed: int | None = None
 ) -> EncodingRecord:
-    """Run `model` up to its denoiser and return what its text encoders did.
+    """Run `model` up to its denoiser and return a record of its text encoders.
 
     Args:
         model: A `DiffusionModel`.
-        prompt: The prompt, or several. None stands for a plain prompt, with whatever else the pipeline requires.
+        prompt: The prompt, or several. None stands for a plain prompt and the other inputs that the pipeline needs.
         arguments: Other arguments of the pipeline.
         seed: The seed of the run.
     """
@@ -162,17 +162,17 @@ def record_encoding(
 def cut_off(model: Model, encoder: EncoderRecord, prompt: str, number: int = 0) -> str | None:
     """Return the end of the prompt that the encoder's tokenizer cuts off, as text, or None if it cuts nothing.
 
-    `number` is that of the prompt in the record, if it is one of several prompts."""
+    `number` is the index of the prompt in the record, if there are several prompts."""
     if encoder.tokenizer is None:
         return None
     tokenizer = text_tokenizer(getattr(model.pipeline, encoder.tokenizer))
     ids = encoder.prompt.ids[encoder.prompt.rows[number]].tolist()
     (prompt,) = as_read(model.pipeline, [prompt], tokenizer)
-    texts = dict.fromkeys((prompt, prompt.lower().strip()))  # some pipelines clean it
+    texts = dict.fromkeys((prompt, prompt.lower().strip()))  # some pipelines clean the prompt
     contents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     if any(ids[at : at + len(content)] == content for content in contents for at in range(len(ids))):
         return None
-    # The ids end with the first tokens of the prompt, and one or two special tokens: there was no room for more.
+    # If the prompt was cut, the ids end with its first tokens, followed by at most two special tokens.
     # A few tokens may match by chance.
     special, enough = set(tokenizer.all_special_ids), min(8, len(ids) // 2)
     for content in contents:
@@ -196,7 +196,7 @@ def _words(model: Model, encoder: EncoderRecord, ids: torch.Tensor) -> tuple[str
     return tuple(tokenizer.decode([i]) for i in ids.tolist())
 
 
-# ---- the run that is recorded
+# ---- the recorded run
 
 
 def _record_plain_prompt(model: Model, record: EncodingRecord) -> None:
@@ -205,7 +205,7 @@ def _record_plain_prompt(model: Model, record: EncodingRecord) -> None:
         return
     try:
         _record_run(model.generate(prompt=PLAIN_PROMPT, **required_arguments(pipeline)), pipeline, record)
-    except Exception as error:  # it needs more than a prompt: then what encode_prompt does has to suffice
+    except Exception as error:  # it needs more than a prompt: record only encode_prompt
         record.__dict__.update(vars(EncodingRecord()))
         try:
             _record_run(_open_encode_prompt(model), pipeline, record)
@@ -230,7 +230,7 @@ def _open_encode_prompt(model: Model) -> DiffusionRun:
 
 
 def required_arguments(pipeline: Any) -> dict[str, Any]:
-    """Return stand-ins for the images that a pipeline requires, and turn its preference for image sizes off."""
+    """Return stand-ins for the images that a pipeline requires, and turn off its preference for certain image sizes."""
     known = dict.fromkeys(("image", "mask_image", "control_image"), Image.new("RGB", (64, 64), "gray"))
     known["use_resolution_binning"] = False
     names = required_inputs(pipeline) if isinstance(pipeline, ModularPipeline) else call_defaults(pipeline)
@@ -238,7 +238,7 @@ def required_arguments(pipeline: Any) -> dict[str, Any]:
 
 
 def _record_run(run: DiffusionRun, pipeline: Any, record: EncodingRecord) -> None:
-    """Run up to the first call of the denoiser, and record what passes on the way."""
+    """Run up to the first call of the denoiser, and record the calls on the way."""
     with run:
         _follow_components(run, pipeline, record)
         for step in run.steps:

@@ -1,4 +1,4 @@
-"""The latents in what `scheduler.step` returns, which is a tuple or an object of the scheduler's own.
+"""Read and replace the latents in the output of `scheduler.step`, a tuple or an object of a scheduler-specific class.
 
 sample_of(output)                           # (batch, …)
 with_sample(output, latents)                # the same output with other latents
@@ -11,12 +11,12 @@ import torch
 
 
 def sample_of(output: Any) -> torch.Tensor:
-    """Return the latents in what `scheduler.step` returned."""
+    """Return the latents in the output of `scheduler.step`."""
     return next(iter(output.values() if isinstance(output, Mapping) else output))
 
 
 def with_sample(output: Any, sample: torch.Tensor) -> Any:
-    """Return the output of `scheduler.step` with other latents, of any batch size, in place of each sample in it."""
+    """Return the output of `scheduler.step` with each sample in it replaced by other latents, of any batch size."""
     before = sample_of(output)
     sample = sample.to(before)
 

@@ -41,7 +41,7 @@ from diffsight.pipelines.weights import (
 )
 
 _OF_WEIGHTS = ("device_map", "max_memory", "offload_folder", "offload_state_dict", "quantization_config")
-_LIBRARIES = ("diffusers", "transformers")  # that parts may come from
+_LIBRARIES = ("diffusers", "transformers")  # the libraries that parts may come from
 _OF_MODULAR = ("trust_remote_code", "components_manager", "collection", "workflow")
 _OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 _MODULAR_INDEX = "modular_model_index.json"
@@ -57,8 +57,8 @@ def open_pipeline(
     """Open a pipeline.
 
     Args:
-        source: A packaged name (`diffsight/shapes-clip`), a folder in the diffusers format, a hub id, a live pipeline,
-            which is returned as it is, or the blocks of a modular one.
+        source: A packaged name (`diffsight/shapes-clip`), a folder in the diffusers format, a hub id, the blocks of a
+            modular pipeline, or a live pipeline, which is returned unchanged.
         dispatch: Whether to load the weights immediately.
         weights: Whether there are weights. If not, the modules stay empty.
         arguments: Passed to `DiffusionPipeline.from_pretrained`. For blocks, the components by name.
@@ -91,7 +91,7 @@ def open_pipeline(
             check_configurations(Path(place))
             return _load_modular(place, arguments), None
     if weights and "quantization_config" in arguments:
-        dispatch = True  # quantised modules are not always of a class that modules without weights can adopt
+        dispatch = True  # modules without weights cannot always adopt the classes of quantised modules
     is_quick = name in FOLDERS or not dispatch
     with explained(name), quiet_loading(transformers_logging, *([diffusers_logging] if is_quick else [])):
         check_configurations(Path(place))
@@ -132,7 +132,7 @@ def open_pipeline(
 
 
 def _of_blocks(blocks: ModularPipelineBlocks, components: dict[str, Any]) -> ModularPipeline:
-    """Return the pipeline that consists of blocks, with the components that are passed."""
+    """Return a pipeline made of blocks, with the given components."""
     pipeline = blocks.init_pipeline()
     check_arguments(type(blocks).__name__, components, pipeline.components)
     pipeline.update_components(**components)
@@ -145,7 +145,7 @@ def _of_blocks(blocks: ModularPipelineBlocks, components: dict[str, Any]) -> Mod
 
 
 def _is_modular(place: str, is_local: bool, arguments: dict[str, Any]) -> bool:
-    """Return whether a folder or hub repository has the index of a modular pipeline alone."""
+    """Return whether a folder or hub repository has only the index of a modular pipeline."""
     if is_local:
         return not (Path(place) / "model_index.json").is_file()
     given = {name: value for name, value in _for_hub(arguments).items() if name != "proxies"}
@@ -182,7 +182,7 @@ def _load_modular(place: str, arguments: dict[str, Any]) -> ModularPipeline:
 
 
 def _pipeline_class(index: dict[str, Any], arguments: dict[str, Any]) -> type | None:
-    """Return the class that an index names, or None if it is not one of diffusers."""
+    """Return the class that an index names, or None if it is not a diffusers class."""
     name = index.get("_class_name")
     found = getattr(diffusers, name, None) if isinstance(name, str) and "custom_pipeline" not in arguments else None
     return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
@@ -194,9 +194,9 @@ def _module_classes(
     """Return the classes of the modules of the pipeline in a folder or hub repository, by name. `index` lists them.
 
     These are the modules that diffusers and transformers build from a configuration, except those that `arguments`
-    contain. `weights` is whether there are weight files.
+    contain. `weights` says whether there are weight files.
 
-    Raises OSError if one of them is missing in a folder, and ValueError if a part needs code that may not be run."""
+    Raises OSError if a module is missing in a folder, and ValueError if a part needs code that may not be run."""
     classes = {}
     for name, entry in index.items():
         if name.startswith("_") or name in arguments or not isinstance(entry, (list, tuple)) or None in entry:
@@ -224,7 +224,7 @@ def _for_hub(arguments: dict[str, Any]) -> dict[str, Any]:
 def _class(part: str, library: str, name: str, trusts_code: bool) -> type[nn.Module] | None:
     """Return the class of a component, if it is built from a configuration.
 
-    Importing a module runs its code, so a module is not imported because a folder or repository names it."""
+    Importing a module runs its code, so a module is not imported merely because a folder or repository names it."""
     if library in _LIBRARIES:
         module = import_module(library)
     else:
@@ -271,7 +271,7 @@ def _explained_folder(name: str) -> Iterator[None]:
         yield
     except DiffsightError:
         raise
-    except Exception as error:  # a damaged file or configuration fails anywhere in the libraries
+    except Exception as error:  # a damaged file or configuration can fail anywhere in the libraries
         raise InputError(
             f"the folder {name} cannot be loaded as a pipeline: {type(error).__name__}: {_first_line(error)}"
         ) from error
@@ -279,7 +279,7 @@ def _explained_folder(name: str) -> Iterator[None]:
 
 @contextmanager
 def _explained_packaged(name: str) -> Iterator[None]:
-    """The same, without diffusers' warning about a T5 where the pipeline's class names a CLIP."""
+    """Like `_explained_folder`, without diffusers' warning about a T5 where the pipeline's class expects a CLIP."""
     logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
     logger.addFilter(_is_not_about_types)
     try:
@@ -299,7 +299,7 @@ def _explained_hub(name: str) -> Iterator[None]:
         yield
     except MissingWeightsError as error:
         raise InputError(f"the model {name} cannot be loaded: {error}") from error
-    except OSError as error:  # huggingface_hub finds nothing, or no network
+    except OSError as error:  # huggingface_hub finds no repository, or no network
         raise InputError(f"{_unknown(name)}. {hub_says(_first_line(error))}") from error
     except DiffsightError:
         raise

@@ -113,23 +113,23 @@ class DiffusionModel(HasEncoders, Model):
 
     @property
     def argument_names(self) -> set[str]:
-        """The names of the arguments of the pipeline, with those that it reads from its `**kwargs`."""
+        """The names of the arguments of the pipeline, including those that it reads from its `**kwargs`."""
         return argument_names(self._owner)
 
     @property
     def encoders(self) -> Encoders:
-        """The text encoders by name, and what the pipeline uses of each. The first access encodes a prompt to find
-        out."""
+        """The text encoders by name, and the outputs of each that the pipeline uses. The first access encodes a prompt
+        to find them."""
         return self._found("_known_encoders", _encoders_there if is_on_server(self) else find_encoders)
 
     @property
     def attentions(self) -> Attentions:
-        """The attention modules of the denoiser by name, and what attends to what in each. The first access runs the
-        pipeline up to its denoiser some twenty times to find out, see `find_attentions`."""
+        """The attention modules of the denoiser by name, and what their queries and keys stand for. The first access
+        runs the pipeline up to its denoiser about twenty times to find out, see `find_attentions`."""
         return self._found("_known_attentions", _attentions_there if is_on_server(self) else find_attentions)
 
     def _found(self, name: str, find: Callable[[Model], Any]) -> Any:
-        """What a function finds out about the model without its edits, once for its present components."""
+        """Return the result of `find` for the model without its edits, cached while the components stay the same."""
         parts = tuple(self._owner.components.values())
         known = self.__dict__.get(name)
         if known is None or any(a is not b for a, b in zip_longest(known[0], parts)):
@@ -145,9 +145,9 @@ class DiffusionModel(HasEncoders, Model):
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> "DiffusionModel":
-        """Change whether gradients of the weights of all components are computed, and return the model.
+        """Set whether gradients are computed for the weights of all components, and return the model.
 
-        `model.requires_grad_(False)` freezes the pipeline, as for training a module that is put into its runs."""
+        `model.requires_grad_(False)` freezes the pipeline, for example to train a module that is used in its runs."""
         for part in self.pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(requires_grad)
@@ -165,7 +165,7 @@ class DiffusionModel(HasEncoders, Model):
         Args:
             args, kwargs: The arguments of the pipeline. Its defaults are kept.
             seed: Image *i* of the call gets `seed + i`. A list has one seed per image. The generators are on the CPU,
-                so that a seed means the same image on every device and in every batch.
+                so that a seed produces the same image on every device and in every batch.
             grad: Whether gradients can flow from the images to any value in the run.
 
         Raises:
@@ -201,12 +201,12 @@ class DiffusionModel(HasEncoders, Model):
         set_pipeline(run, own, arguments.get("output") if is_modular else None)
         flow_of(run).clock.is_last = lambda target, *call: is_last_step(own.pipeline, target.owner, *call)
         flow_of(run).clock.count = lambda: count_of_steps(own.pipeline)
-        flow_of(run).seed = None if seeds is None else seeds[0]  # for noise that is drawn without a generator
+        flow_of(run).seed = None if seeds is None else seeds[0]  # for noise drawn without a generator
         flow_of(run).observer = BatchLayouts(self._owner, arguments, _inputs(arguments), _images_each(arguments))
         return run
 
     def encode(self, prompt: str | Sequence[str], **arguments: Any) -> Any:
-        """Return what the pipeline makes of a prompt.
+        """Return the embeddings of a prompt, as the pipeline encodes it.
 
             embeddings, negative = model.encode("a red circle")     # of Stable Diffusion
 
@@ -215,8 +215,8 @@ class DiffusionModel(HasEncoders, Model):
             arguments: Other arguments of the pipeline, such as `negative_prompt`.
 
         Returns:
-            What the pipeline's `encode_prompt` returns: tensors of `(prompts, tokens, features)`, pooled vectors of
-            `(prompts, features)` and others, in the order that its documentation gives.
+            The output of the pipeline's `encode_prompt`: tensors of `(prompts, tokens, features)`, pooled vectors of
+            `(prompts, features)` and others, in the order that its documentation states.
 
         Raises:
             InputError: The pipeline has no `encode_prompt`, or the prompt is not valid.
@@ -231,23 +231,24 @@ class DiffusionModel(HasEncoders, Model):
         return encoded
 
     def decode(self, latents: torch.Tensor | Sequence[torch.Tensor], **arguments: Any) -> Sequence[Any]:
-        """Return the images that the pipeline draws from latents, as from those of its last step.
+        """Return the images that the pipeline decodes from latents, in the same way as after its last step.
 
             latents = [step.latents for step in run.steps]
             images = model.decode(latents)
 
-        The pipeline makes one denoising step, and unpacks, scales and decodes the latents that replace its result.
+        The pipeline makes one denoising step. The latents replace the result of this step and are then unpacked, scaled
+        and decoded.
 
         Args:
             latents: Latents as `step.latents` returns them, `(batch, …)`, or a list of such tensors.
-            arguments: Arguments of the call that made them: `height` and `width` if they are not the pipeline's
-                defaults, and `output_type`.
+            arguments: Arguments of the call that produced the latents: `height` and `width` if they differ from the
+                pipeline's defaults, and `output_type`.
 
         Returns:
-            One image for each of the latents, or a video, as `run.images` or `run.frames` would have.
+            One image or video for each entry of the latents, as in `run.images` or `run.frames`.
 
         Raises:
-            InputError: The latents have another shape than the pipeline's.
+            InputError: The latents have a different shape from the pipeline's.
         """
         return draw(self, latents, arguments)
 
@@ -310,19 +311,19 @@ class DiffusionModel(HasEncoders, Model):
 
 
 def _encoders_there(model: Model) -> Encoders:
-    """What the server of a model finds out about its text encoders."""
+    """Return the text encoders of a model, as its server finds them."""
     return Encoders(type(model.pipeline).__name__, {encoder.name: encoder for encoder in model.server.find("encoders")})
 
 
 def _attentions_there(model: Model) -> Attentions:
-    """What the server of a model finds out about its attention modules."""
+    """Return the attention modules of a model, as its server finds them."""
     denoiser, attentions = model.server.find("attentions")
     return Attentions(type(model.pipeline).__name__, denoiser, attentions)
 
 
 @contextmanager
 def _naming_the_prompt(is_missing: bool) -> Iterator[None]:
-    """Let a pipeline's complaint about a prompt say that the run was opened without one."""
+    """If a pipeline complains about a missing prompt, say that the run was opened without one."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -352,7 +353,7 @@ def _inputs(arguments: dict[str, Any]) -> int:
     for name in ("prompt", "prompt_embeds", "image"):
         given = arguments.get(name)
         if given is not None:
-            single = 3 if name == "image" else 2  # dimensions of a single one
+            single = 3 if name == "image" else 2  # dimensions of a single input
             several = isinstance(given, (list, tuple)) or (isinstance(given, torch.Tensor) and given.ndim > single)
             return len(given) if several else arguments.get("batch_size", 1)
     return arguments.get("batch_size", 1)

@@ -1,12 +1,12 @@
-"""Which pipeline each run calls when several runs of one pipeline are open at once, for example in lockstep.
+"""Choose the pipeline that each run calls if several runs of one pipeline are open at once, for example in lockstep.
 
     with model.generate(p, seed=0) as x, model.generate(q, seed=0) as y:
         y.unet.mid_block.output = x.unet.mid_block.output
 
-Each run has a coroutine of its own (`diffsight.engine.coroutine`), so either can wait while the other moves on. But a
+Each run has its own coroutine (`diffsight.engine.coroutine`), so one run can wait while another continues. But a
 pipeline and its schedulers change while they run: the scheduler counts its steps, and the pipeline holds the guidance
-scale. A run calls the user's own pipeline. If another run is in the middle of it, the run calls a copy that shares
-the modules and has schedulers of its own.
+scale. A run normally calls the user's own pipeline. While another run is using that pipeline, it calls a copy that
+shares the modules and has its own schedulers.
 """
 
 import copy
@@ -19,7 +19,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, ModularPipeline
 from diffusers.guiders import BaseGuidance
 from torch import nn
 
-_in_use: set[int] = set()  # ids of pipelines and components that a run is calling
+_in_use: set[int] = set()  # ids of pipelines and components in use by a run
 _lock = Lock()
 
 
@@ -47,7 +47,7 @@ class PipelineOfRun:
 
 
 def stateful_parts(pipeline: DiffusionPipeline) -> list[Any]:
-    """Return a pipeline, the pipelines in it, and their components that change in a run."""
+    """Return a pipeline, the pipelines in it, and all their components that change in a run."""
     parts = [pipeline]
     for held in parts:
         parts += [part for part in vars(held).values() if _is_stateful(part)] if _is_pipeline(held) else []
@@ -56,7 +56,7 @@ def stateful_parts(pipeline: DiffusionPipeline) -> list[Any]:
 
 def _copied(pipeline: DiffusionPipeline, copies: dict[int, Any] | None = None) -> DiffusionPipeline:
     """Return a copy that shares everything with the pipeline, except for what changes in a run."""
-    copies = {} if copies is None else copies  # of what is held in several places
+    copies = {} if copies is None else copies  # copies of objects that may be held in several places
     copied = copies[id(pipeline)] = object.__new__(type(pipeline))
     vars(copied).update(vars(pipeline))
     for name, part in vars(pipeline).items():
@@ -68,8 +68,7 @@ def _copied(pipeline: DiffusionPipeline, copies: dict[int, Any] | None = None) -
 
 
 def _unused(part: Any) -> Any:
-    """Return a deep copy that has not begun any step. A scheduler resets itself to its first step when its timesteps
-    are set."""
+    """Return a deep copy without a current step. A scheduler resets itself when its timesteps are set."""
     copied = copy.deepcopy(part)
     if isinstance(copied, BaseGuidance):
         copied.set_state(None, None, None)

@@ -1,4 +1,4 @@
-"""Check prompts before a pipeline runs: no prompts, prompts that are too long, and unknown words."""
+"""Check prompts before a pipeline runs, for missing prompts, prompts that are too long, and unknown words."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def check_prompts(pipeline: Any, prompts: str | Sequence[str], arguments: dict[s
         arguments: The arguments of the call, which may limit the number of tokens.
 
     Raises:
-        InputError: There is no prompt, or every tokenizer would truncate one. An empty prompt is allowed.
+        InputError: There is no prompt, or every tokenizer would truncate a prompt. An empty prompt is allowed.
     """
     prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
     if not prompts:
@@ -50,12 +50,12 @@ def check_prompts(pipeline: Any, prompts: str | Sequence[str], arguments: dict[s
 
 
 def text_tokenizer(part: Any) -> Any:
-    """Return what turns text into tokens in a tokenizer of a pipeline, which may be a processor of text and images."""
+    """Return the text tokenizer in a tokenizer of a pipeline, which may be a processor of text and images."""
     return part.tokenizer if isinstance(part, ProcessorMixin) else part
 
 
 def as_read(pipeline: Any, prompts: Sequence[str], tokenizer: Any) -> list[str]:
-    """Return prompts as the pipeline passes them to a tokenizer: with all vectors of tokens of textual inversion."""
+    """Return prompts as the pipeline passes them to a tokenizer: textual inversion tokens name all their vectors."""
     convert = getattr(pipeline, "maybe_convert_prompt", None)
     added = getattr(tokenizer, "added_tokens_encoder", {})
     if convert is None or not any(f"{token}_1" in added for token in added):
@@ -87,7 +87,7 @@ def _limit(pipeline: Any, tokenizer: Any, arguments: dict[str, Any]) -> int | No
 
 def _warn_of_unknown_words(tokenizer: Any, prompt: str) -> None:
     unknown = tokenizer.unk_token_id
-    if unknown not in tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids:  # it may also end a prompt
+    if unknown not in tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids:  # it may be an end token
         return
     words = [w for w in prompt.split() if unknown in tokenizer(w, add_special_tokens=False, verbose=False).input_ids]
     if not words:

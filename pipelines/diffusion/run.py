@@ -33,7 +33,7 @@ class DiffusionStep(Step):
     def timestep(self) -> float | None:
         """The scheduler's timestep, such as 981 at the beginning of a run of Stable Diffusion.
 
-        None where the denoiser is not passed a timestep."""
+        None if the denoiser is not passed a timestep."""
         if "timestep" in self._known:
             return self._known["timestep"]
         denoiser = getattr(self._pipeline, self.component)
@@ -41,12 +41,12 @@ class DiffusionStep(Step):
 
     @property
     def latents(self) -> torch.Tensor:
-        """The latents that the step ends with: what `scheduler.step` returns. Assignable.
+        """The latents at the end of the step, as `scheduler.step` returns them. Assignable.
 
-        Reading them runs the model up to there. Some pipelines pack latents: `model.decode` draws them.
+        Reading them runs the model up to there. Some pipelines pack latents: `model.decode` unpacks and decodes them.
 
         Raises:
-            OutOfOrderError: The model has passed them, or the loop is not in this step any more.
+            OutOfOrderError: The model has passed them, or the loop is no longer in this step.
             InputError: The pipeline has several schedulers, or none.
         """
         return sample_of(self._scheduler_call().output)
@@ -75,7 +75,7 @@ class DiffusionStep(Step):
 class DiffusionRun(GeneratedOutputs, Run):
     """A run of a diffusion pipeline."""
 
-    _called: PipelineOfRun | None = None  # None if the run calls something else than the pipeline
+    _called: PipelineOfRun | None = None  # None if the run does not call the pipeline
     _output: str | None = None  # the only value that a modular pipeline was asked to return
 
     @property
@@ -83,7 +83,7 @@ class DiffusionRun(GeneratedOutputs, Run):
         """The denoising steps, as the pipeline enters them.
 
         Raises:
-            InputError: Nothing in the pipeline is known to begin a step.
+            InputError: No component of the pipeline is known to begin a step.
         """
         if not flow_of(self._pass).clock.starts:
             raise InputError(
@@ -99,7 +99,7 @@ class DiffusionRun(GeneratedOutputs, Run):
 
     @property
     def cond(self) -> BranchView:
-        """The run narrowed to the conditional branch of guidance, or all of the run where guidance is off."""
+        """The run narrowed to the conditional branch of guidance, or the whole run if guidance is off."""
         return BranchView(self._pass, flow_of(self._pass).observer, COND)
 
     @property
@@ -122,7 +122,7 @@ class DiffusionRun(GeneratedOutputs, Run):
             result = result.values
         elif isinstance(self._output, str):
             result = {self._output: result}
-        if name == "frames" and "videos" in result:  # of modular pipelines
+        if name == "frames" and "videos" in result:  # in modular pipelines
             name = "videos"
         if name not in result:
             raise InputError(f"{type(self.result).__name__} has no {name}; it has {', '.join(result)}")
@@ -130,7 +130,7 @@ class DiffusionRun(GeneratedOutputs, Run):
 
 
 def set_pipeline(run: DiffusionRun, called: PipelineOfRun, output: str | list[str] | None) -> None:
-    """Tell a run which pipeline it calls, and what a modular one was asked to return."""
+    """Tell a run which pipeline it calls, and which outputs a modular pipeline was asked to return."""
     run._called, run._output = called, output
 
 
@@ -159,7 +159,7 @@ def progress_bar(pipeline: Any, **settings: Any) -> Iterator[None]:
 
 @contextmanager
 def abandoned_bars_removed(pipeline: Any) -> Iterator[None]:
-    """Let the progress bars of a run that is stopped or dropped disappear, instead of standing at less than 100 %."""
+    """Remove the progress bars of a run that is stopped or dropped, instead of leaving them below 100 %."""
     changed = [ChangedMethod(part, "progress_bar", _removing) for part in _with_progress_bars(pipeline)]
     try:
         yield
@@ -187,7 +187,7 @@ def _removing(progress_bar: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_progress_bars(pipeline: Any) -> list[Any]:
-    """Return the pipeline, or the blocks of a modular one that loop over timesteps."""
+    """Return the pipeline or, if it is modular, its blocks that loop over timesteps."""
     if not isinstance(pipeline, ModularPipeline):
         return [pipeline]
     blocks = [pipeline._blocks]

@@ -1,4 +1,4 @@
-"""A component of a pipeline as a model of its own, such as the denoiser for one more call."""
+"""Wrap a component of a pipeline as a separate model, for example to call the denoiser once more."""
 
 from torch import nn
 
@@ -6,5 +6,5 @@ from diffsight.extending import Model
 
 
 def as_model(module: nn.Module) -> Model:
-    """Return a model of one module, whose runs are calls of this module."""
+    """Return a model of a single module. Its runs are calls of the module."""
     return Model(module)

@@ -1,4 +1,4 @@
-"""The text encoders of a pipeline, and what the pipeline takes from them.
+"""The text encoders of a pipeline, and the outputs that the pipeline uses.
 
     print(model.encoders)                   # everything that was found
     encoder = model.encoders["text_encoder_2"]
@@ -7,8 +7,8 @@
     encoder.used_layers                     # (30,): the layers whose output the pipeline uses, of encoder.count
     encoder.uses[0].places                  # ("encode_prompt[0][..., 768:2048]", "unet.encoder_hidden_states[..., …")
 
-Nothing is looked up by the name of a pipeline: `encoder_uses.py` compares what the encoders compute with what the
-pipeline uses afterwards. `standard_names.py` finds where the layers of an encoder are.
+Nothing is looked up by the name of a pipeline: `encoder_uses.py` compares the outputs of the encoders with the
+tensors that the pipeline uses afterwards. `standard_names.py` finds where the layers of an encoder are.
 """
 
 import html
@@ -27,7 +27,7 @@ from diffsight.pipelines.standard_names import EMBEDDING, Layer
 
 @dataclass(frozen=True)
 class Encoder:
-    """A text encoder. What was not found is None.
+    """A text encoder. Attributes that were not found are None.
 
     Attributes:
         name: The name of the component.
@@ -36,8 +36,8 @@ class Encoder:
         count: The number of layers.
         width: The number of features of a token.
         ln_final: The real path of the norm after the layers.
-        tokenizer: The name of the component that its tokens come from.
-        uses: What the pipeline uses of it.
+        tokenizer: The name of the component that produces its tokens.
+        uses: The outputs that the pipeline uses.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Encoder:
 
     @property
     def unnormed_layers(self) -> tuple[Layer, ...]:
-        """Those of the used layers whose output does not pass through the final norm."""
+        """The used layers whose output does not pass through the final norm."""
         return tuple(use.layer for use in self.uses if use.layer is not None and not use.normed)
 
     @property
     def last_used_layer(self) -> Layer:
-        """The last layer that the pipeline uses. What comes after it has no effect."""
+        """The last layer that the pipeline uses. Later layers have no effect."""
         if self.pooled is not None or not self.used_layers:
             return self.count - 1
         return max(self.used_layers, key=lambda layer: -1 if layer == EMBEDDING else layer)
@@ -99,10 +99,10 @@ class Encoders(Mapping[str, Encoder]):
     def choose(self, name: str | None = None) -> Encoder:
         """Return the encoder called `name`.
 
-        None selects the first encoder whose hidden states the pipeline uses, or else the first one.
+        None selects the first encoder whose hidden states the pipeline uses, or else the first encoder.
 
         Raises:
-            InputError: There is no such encoder. The message lists those that exist.
+            InputError: There is no such encoder. The message lists the existing encoders.
         """
         if not self:
             raise InputError(f"{self._pipeline} has no text encoder, so there is nothing to look through")
@@ -145,12 +145,12 @@ class Encoders(Mapping[str, Encoder]):
 
 
 def find_encoders(model: Model, prompt: str | None = None, **arguments: Any) -> Encoders:
-    """Return the text encoders of a `DiffusionModel`, and what it uses of them.
+    """Return the text encoders of a `DiffusionModel`, and the outputs that it uses.
 
     Args:
         model: The model.
-        prompt: The prompt of the call that is observed. None stands for a call with defaults.
-        arguments: Other arguments of that call.
+        prompt: The prompt of the observed call. None stands for a call with defaults.
+        arguments: Other arguments of the observed call.
 
     Raises:
         InputError: The pipeline cannot be called with its defaults.
@@ -159,7 +159,7 @@ def find_encoders(model: Model, prompt: str | None = None, **arguments: Any) -> 
 
 
 def encoders_in(model: Model, record: EncodingRecord) -> Encoders:
-    """Return the text encoders of a `DiffusionModel`, from a record of an encoding."""
+    """Return the text encoders of a `DiffusionModel`, found in a record of an encoding."""
     possible = PossibleUses(record)
     found = {name: _encoder(model, encoder, possible) for name, encoder in record.encoders.items()}
     return Encoders(type(model.pipeline).__name__, found)
