@@ -167,7 +167,7 @@ class Accessors(LayerAccessors):
     def k(self) -> PerLayer:
         """The keys of each layer as they meet the queries, `(batch, tokens, heads, features)`. Assignable.
 
-        Heads that share a key have one key, or a copy each, depending on which of them the model uses."""
+        Heads that share a key have one key, or a copy each, depending on which the model computes with."""
         return PerLayer(self, "k", _of_attention)
 
     @property
@@ -251,8 +251,8 @@ class Accessors(LayerAccessors):
     def project_on_vocab(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits that the model would compute if `hidden` were the output of its last layer.
 
-        This applies `ln_final` and `lm_head`, with any scales and caps that the model has there. It happens outside
-        the run, so the run does not read or replace anything in it.
+        This applies `ln_final` and `lm_head`, with any scales and caps that the model has there. They are called
+        outside the run, so nothing in them is read or replaced.
 
         Args:
             hidden: `(..., features)`.

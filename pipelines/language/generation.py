@@ -6,9 +6,9 @@
     for piece in run.stream():
         print(piece, end="")
 
-transformers calls its stopping criteria whenever tokens have been chosen. A run adds a criterion that
-never stops the generation. It records the tokens and ends the step. A step therefore lies between two choices, however
-many forward passes it takes: two with `guidance_scale`, several for a long prompt with `prefill_chunk_size`, drafts in
+transformers calls its stopping criteria whenever tokens have been chosen. A run adds a criterion that never
+stops the generation. It records the tokens and ends the step. A step therefore lies between two choices, however many
+forward passes it takes: two with `guidance_scale`, several for a long prompt with `prefill_chunk_size`, drafts in
 assisted decoding. Where one pass yields several tokens, as in assisted decoding, each token gets a step, and the pass
 belongs to the step of the first.
 """

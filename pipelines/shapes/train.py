@@ -144,8 +144,8 @@ def make_data(count: int, seed: int) -> tuple[torch.Tensor, list[str], torch.Ten
 
     Returns:
         Images, uint8 `(count, 3, 64, 64)`; two captions of each scene, a list of 2 * count: from the first and from the
-        second place, and without the background for three in ten scenes; and the things, `(count, 2, 2)`: the indices of
-        the colour and the shape in each place, or the number of colours and shapes where there is nothing.
+        second place, and without the background for three in ten scenes; and the things, `(count, 2, 2)`: the indices
+        of the colour and the shape in each place, or the number of colours and shapes where there is nothing.
     """
     rng = random.Random(seed)
     images, captions = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8), []

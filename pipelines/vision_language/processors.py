@@ -35,7 +35,7 @@ def load_processor(place: str | Path, **of_hub: Any) -> Any:
 
 
 def checked_processor(processor: Any, place: str = "") -> Any:
-    """Return the processor if it is one for texts and images, or None. Raise InputError for anything else."""
+    """Return the argument if it is None or a processor of texts and images. Raise InputError otherwise."""
     if processor is None or all(hasattr(processor, part) for part in ("image_processor", "tokenizer")):
         return processor
     what = f"{place} only has" if place else "a processor has a tokenizer and an image processor; this is"
