@@ -57,7 +57,7 @@ def read_layers(
     norm: bool = False,
     like: LayerReading | None = None,
 ) -> LayerReading:
-    """Encode a prompt. The arguments are those of `diffusion_lens`.
+    """Encode a prompt. The arguments are as for `diffusion_lens`.
 
     `like` is another prompt that was read with the same arguments. Its encoder is used without looking for it again.
 

@@ -38,7 +38,7 @@ def check_file(path: str | Path) -> None:
     path = expanded(path)
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder, so the file cannot be written")
-    check_writable(path.parent if os.path.lexists(path) else path)  # a new name is checked like that of a folder
+    check_writable(path.parent if os.path.lexists(path) else path)  # a new file is checked like a new folder
 
 
 def check_writable(folder: str | Path) -> Path:

@@ -52,7 +52,7 @@ class SiteEffects(LensResult):
         metric: The name of the metric.
         sites: The sites.
         columns: The names of the columns.
-        axis: What the columns are: "position", "region", "step".
+        axis: The kind of the columns: "position", "region", "step".
         values: The metric by pair, site and column, (pairs, sites, columns).
         source: The metric of the run that values come from, (pairs,), or (pairs, columns) where each column has its
             own. 0 for an ablation.

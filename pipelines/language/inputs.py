@@ -272,8 +272,8 @@ def _check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
 
 
 def _first_position(model: nn.Module) -> int:
-    """Return the position of the first token: 0, or in RoBERTa and similar models, where padding
-    has a position too, the position after that of padding."""
+    """Return the position of the first token: 0, or the position after the padding position in RoBERTa and similar
+    models, whose padding has a position."""
     if model not in _first_positions:
         counts = (m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids"))
         padding = getattr(next(counts, None), "padding_idx", None)

@@ -340,7 +340,7 @@ class LanguageModel(Accessors, Model):
         if inputs is not None or self._has_input(kwargs):
             self._encode(inputs, kwargs)
 
-    # ---- what is known about the model without its weights
+    # ---- properties that need no weights
 
     @property
     def vocabulary_size(self) -> int | None:

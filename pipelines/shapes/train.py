@@ -204,7 +204,7 @@ def encode_images(vae: AutoencoderKL, images: torch.Tensor, device: str) -> torc
 
 
 class PlaceReader(torch.nn.Module):
-    """Read from the output of a text encoder, `(batch, tokens, width)`, what is in each of two places.
+    """Read the things in two places from the output of a text encoder, `(batch, tokens, width)`.
 
     The results are scores of the colours, `(batch, 2, colours + 1)`, and of the shapes, `(batch, 2, shapes + 1)`."""
 
