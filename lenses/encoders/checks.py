@@ -1,4 +1,4 @@
-"""What lenses on text encoders check before they draw anything. Every function raises InputError."""
+"""Checks of lenses on text encoders, made before anything is drawn. Every function raises InputError."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -24,7 +24,7 @@ class Column:
     target: range
 
     def aligned(self, state: torch.Tensor, align: str) -> tuple[range, torch.Tensor]:
-        """Return the tokens of the target, and what replaces them.
+        """Return the tokens of the target, and the hidden states that replace them.
 
         Args:
             state: The hidden state of the source, (tokens, features).
@@ -46,7 +46,8 @@ def find_columns(
     """Return the columns for the arguments `words`, `into` and `align` of `encoder_patching`.
 
     Raises:
-        InputError: A word does not occur in its prompt or occurs several times, or numbers of words or tokens differ.
+        InputError: A word does not occur in its prompt or occurs several times, or the numbers of words or tokens
+            differ.
     """
     pairs = list(_pairs(source, target, words, into))
     for item, taken, place in pairs:
@@ -61,7 +62,7 @@ def find_columns(
 def _pairs(
     source: PromptWords, target: PromptWords, words: Any, into: Any
 ) -> Iterable[tuple[WordOrTokens, range, range]]:
-    """Yield what is taken, its tokens in the source, and the tokens in the target that they replace."""
+    """Yield each item, its tokens in the source, and the tokens in the target that they replace."""
     if words is None:
         if into is not None:
             raise InputError("`into` says what `words` replace, so pass `words` as well")
@@ -82,7 +83,7 @@ def _pairs(
 
 
 def _same_place(source: PromptWords, target: PromptWords, item: WordOrTokens) -> range:
-    """Return the tokens in the target at the place that `item` has in the source."""
+    """Return the tokens in the target at the place of `item` in the source."""
     if not isinstance(item, str):
         return _tokens(target, item)
     if len(source.words) != len(target.words):

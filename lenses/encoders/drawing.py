@@ -4,9 +4,9 @@
     drawing = Drawing(model, reading, "text_encoder", [prompt], [seed], arguments)
     drawing.draw(change, [0, 4, 8])                             # three rows, three outputs
 
-`change(run, rows)` edits the run: row i in the way that `rows.items[i]` says. The rows have the same prompt and seed,
-or each one of several, whose readings `encoders/joining.py` joins. The other text encoders are skipped, and return for
-every row what they returned when they were read.
+`change(run, rows)` edits the run: `rows.items[i]` says how row i is changed. All rows have the same prompt and seed, or
+each has one of several, whose readings `encoders/joining.py` joins. The other text encoders are skipped: every row gets
+the output that was read.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ class LensWarning(UserWarning):
 
 
 class NoImagesError(InputError):
-    """A pipeline returns neither images nor videos nor sounds."""
+    """A pipeline returns no images, videos or sounds."""
 
 
 class BatchMismatchError(DiffsightError):
@@ -48,7 +48,7 @@ class Rows(Generic[Item]):
     """The rows of one call of a pipeline.
 
     Attributes:
-        items: What is different in each row.
+        items: The item that sets each row apart, such as a layer.
         prompts: The number of the prompt of each row.
         count: The number of prompts that were read.
     """
@@ -64,16 +64,16 @@ class Rows(Generic[Item]):
         return Rows(self.items[chosen], self.prompts[chosen], self.count)
 
     def spread(self, tensor: torch.Tensor, read: int) -> torch.Tensor:
-        """Return a tensor that was read, with `read` rows, for the rows of the call.
+        """Return the rows of the call from a tensor that was read with `read` rows.
 
-        A tensor without rows is the same for all, and stays."""
+        A tensor without rows is the same for all, and is returned unchanged."""
         if not tensor.ndim or len(tensor) != read:
             return tensor
         rows = [block * self.count + prompt for block in range(read // self.count) for prompt in self.prompts]
         return tensor[rows]
 
     def of_call(self, call: EncoderCall) -> Iterator[tuple[int, int, Item]]:
-        """Yield the rows that hold a prompt in a call of an encoder: the row there, the row that was read, the item."""
+        """Yield, for each row with a prompt in an encoder's call, the row there, the row read, and the item."""
         for block in dict.fromkeys(row // self.count for row in call.rows):
             for i, (item, prompt) in enumerate(zip(self.items, self.prompts)):
                 yield block * len(self) + i, block * self.count + prompt, item
@@ -84,16 +84,16 @@ Change = Callable[[DiffusionRun, Rows], None]
 
 @dataclass(frozen=True)
 class Drawing:
-    """What all rows have in common.
+    """The settings that all rows share.
 
     Args:
         model: The pipeline.
-        reading: What its text encoders did for the prompts.
+        reading: The record of its text encoders for the prompts.
         encoder: The name of the text encoder that the rows change.
         prompts: The prompts.
-        seeds: The seed of the rows of each prompt.
+        seeds: The seed of each prompt's rows.
         arguments: Further arguments of the pipeline.
-        noun: What the rows are, for messages and the progress bar.
+        noun: A plural noun for the rows, for messages and the progress bar.
         progress: Whether to show a progress bar.
     """
 
@@ -153,7 +153,7 @@ class Drawing:
 
         Raises:
             BatchMismatchError: The pipeline does not encode a list of prompts as one batch.
-            NoImagesError: It returns something other than images, videos or sounds.
+            NoImagesError: The pipeline returns something other than images, videos or sounds.
         """
         edited = self.model.edit(lambda run: change(run, rows))
         for name, other in self.reading.encoders.items():
@@ -183,14 +183,14 @@ def _outputs_in(state: Mapping[str, Any]) -> Sequence[Any]:
 
 
 def calls_in(run: DiffusionRun, reading: EncoderRecord, rows: Rows) -> Iterator[tuple[int, EncoderCall]]:
-    """Yield the encoder's calls in a run with these rows, as they happen: the number of each, and the call that was
+    """Yield the encoder's calls in a run with these rows, as they happen: the number of the call, and the call that was
     read. The iteration ends with the run."""
     for number in count():
         yield number, _same_call(reading, number, run[reading.words].calls[number].input, rows)
 
 
 def _same_call(reading: EncoderRecord, number: int, ids: torch.Tensor | None, rows: Rows) -> EncoderCall:
-    """Return the call that was read and that this call repeats, with these rows."""
+    """Return the call that was read and that call `number` repeats with these rows."""
     if number < len(reading.calls) and ids is not None:
         known = rows.spread(reading.calls[number].ids, len(reading.calls[number].ids))
         if known.shape == ids.shape and torch.equal(known, ids.to(known)):
@@ -201,12 +201,12 @@ def _same_call(reading: EncoderRecord, number: int, ids: torch.Tensor | None, ro
 
 
 def with_state(returned: Any, state: torch.Tensor) -> Any:
-    """Return what a layer returned, with another hidden state in it."""
+    """Return a layer's output with another hidden state in it."""
     return (state, *returned[1:]) if isinstance(returned, tuple) else state
 
 
 def _replay(run: DiffusionRun, reading: EncoderRecord, rows: Rows) -> None:
-    """Skip all calls of an encoder: it returns for every row what it returned when it was read."""
+    """Skip all calls of an encoder, so that every row gets the output that was read."""
     part = run[reading.name]
     for number in count():
         ids = next((leaf for leaf in tree_leaves(part.calls[number].inputs) if _are_ids(leaf)), None)
@@ -221,7 +221,7 @@ def _are_ids(leaf: Any) -> bool:
 
 
 def for_each_row(arguments: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """Return the arguments of one prompt as those of as many prompts as `times`."""
+    """Return the arguments for one prompt, repeated for as many prompts as `times`."""
     return {name: _repeat_argument(name, value, times) for name, value in arguments.items()}
 
 

@@ -1,4 +1,4 @@
-"""Early exits: the rows of one call of a pipeline, each of which leaves a text encoder at another layer.
+"""Early exits: rows of one call of a pipeline that each leave a text encoder at a different layer.
 
     reading = record_encoding(model, prompt, arguments)         # the text encoders run here, once
     exits = Exits(model, encoder, reading, norm=False, pooled="layer")
@@ -6,7 +6,7 @@
 
 A row that leaves at layer 4 skips the layers after it: each of them returns the output of layer 4. The final norm, the
 pooling and the projections after the layers run as usual for every row. Other rows of the encoder's batch, such as
-those of the negative prompt, get what was read for them.
+the rows of the negative prompt, get the outputs that were read for them.
 """
 
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ from diffsight.pipelines.diffusion.text_encoders import Encoder
 
 @dataclass(frozen=True)
 class Exits:
-    """What all rows have in common.
+    """The settings that all rows share.
 
     Args:
         model: The pipeline.
         encoder: The text encoder that the rows leave.
-        reading: What the text encoders did for the prompts.
-        norm: Apply the final norm to hidden states that the pipeline uses without it.
-        pooled: "layer" for the pooled vector of the layer, "full" for that of the whole encoder.
+        reading: The record of the text encoders for the prompts.
+        norm: Whether to apply the final norm to hidden states that the pipeline uses without it.
+        pooled: "layer" for the pooled vector of the layer, "full" for the pooled vector of the whole encoder.
     """
 
     model: DiffusionModel
@@ -61,7 +61,7 @@ class Exits:
                 rows.restore(self._pooled(run, number), call.pooled[self.encoder.pooled])
 
     def _for_edits(self, value: Any) -> Any:
-        """Return a copy for the edits of the model to change, since they already changed what was read."""
+        """Return a copy for the model's edits to change, since what was read already contains their changes."""
         return tree_map_only(torch.Tensor, torch.clone, value) if self.model.edits else value
 
     def _pooled(self, run: DiffusionRun, number: int) -> torch.Tensor:
@@ -84,8 +84,8 @@ class _Exited:
     def outputs(self, layer: int, norm: Any = None) -> torch.Tensor:
         """Return the output of `layers[layer]`, (rows, tokens, features).
 
-        A row that left before, or here, has the output of the layer at which it left, through `norm` if there is
-        one."""
+        A row that left at this layer or an earlier one has the output of the layer at which it left, passed through
+        `norm` if there is one."""
         output = self.call.hidden(layer)
         outputs = self.rows.spread(output, len(output))
         for place, row, left in self.rows.of_call(self.call):
@@ -95,6 +95,6 @@ class _Exited:
         return outputs
 
     def restore(self, vectors: torch.Tensor, full: torch.Tensor) -> None:
-        """Write the vectors of the whole encoder, (rows, features), into those of the rows that left it."""
+        """Replace the vectors of the rows that left by the whole encoder's, `full`, (rows, features)."""
         for place, row, _ in self.rows.of_call(self.call):
             vectors[place] = full[row]

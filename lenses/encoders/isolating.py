@@ -23,18 +23,19 @@ def isolated(
     arguments: Mapping[str, Any],
     seed: int,
 ) -> tuple[DiffusionModel, EncodingRecord]:
-    """Return a copy of `model` in which only `encoder` reads the prompt, and what the text encoders do there.
+    """Return a copy of `model` in which only `encoder` reads the prompt, and the record of its text encoders.
 
     Args:
         model: The pipeline.
         encoder: The text encoder to isolate.
-        reading: What the text encoders do in `model`.
+        reading: The record of the text encoders in `model`.
         prompt: The prompt.
         arguments: Further arguments of the pipeline.
         seed: The seed.
 
     Raises:
-        InputError: Another text encoder cannot get an empty prompt, because it has no tokenizer, or the same one.
+        InputError: Another text encoder cannot get an empty prompt, because it has no tokenizer, or shares the
+            tokenizer of `encoder`.
     """
     others = [other for name, other in reading.encoders.items() if name != encoder.name]
     if not others:
@@ -66,7 +67,7 @@ def _change_texts(run: DiffusionRun, tokenizer: str, change: Any) -> None:
 
 
 def _blank(given: Any, texts: list[str], keep: str | None) -> Any:
-    """Return what a tokenizer gets, without the prompts in it. Templates around them stay, and so does `keep`."""
+    """Return a tokenizer's input without the prompts in it. Templates around the prompts stay, and so does `keep`."""
     if isinstance(given, (list, tuple)):
         return [_blank(text, texts, keep) for text in given]
     if not isinstance(given, str) or given == keep:

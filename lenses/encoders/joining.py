@@ -1,11 +1,11 @@
-"""Joins what the text encoders of a pipeline did for several prompts, each on its own, as if for all in one batch.
+"""Joins records of text encoders, each for a single prompt, as if all prompts had been encoded in one batch.
 
     readings = [record_encoding(model, prompt, arguments) for prompt in prompts]
     joined = join_readings(readings)
     joined.encoders["text_encoder"].prompt.hidden(4)        # (prompts, tokens, features)
 
 The rows of a call are ordered as in a batch of the pipeline: where a call has a row for the negative prompt and one for
-the prompt, the negative prompts of all come first.
+the prompt, all negative prompts come first.
 """
 
 from collections.abc import Sequence

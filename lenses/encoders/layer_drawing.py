@@ -1,4 +1,4 @@
-"""Draws prompts from each of some layers of a text encoder, the layers of several prompts as rows of the same calls.
+"""Draws prompts from several layers of a text encoder, with the layers of all prompts as rows of the same calls.
 
 readings = [read_layers(model, prompt, seed, arguments, layers=[0, 4]) for prompt, seed in zip(prompts, seeds)]
 draw_layers(readings, batch_size=32)[0]             # the outputs of the first prompt, one for each layer
@@ -22,7 +22,7 @@ from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
 
 @dataclass(frozen=True)
 class LayerReading:
-    """A prompt, and what the text encoders do for it.
+    """A prompt, and the record of the text encoders for it.
 
     Attributes:
         model: The pipeline, in which the other text encoders may be isolated.
@@ -32,7 +32,7 @@ class LayerReading:
         encoder: The text encoder whose layers are drawn.
         layers: The layers.
         norm: As in `diffusion_lens`.
-        record: What the text encoders do.
+        record: The record of the text encoders.
     """
 
     model: DiffusionModel
@@ -57,9 +57,9 @@ def read_layers(
     norm: bool = False,
     like: LayerReading | None = None,
 ) -> LayerReading:
-    """Encode a prompt. The arguments are those of `diffusion_lens`.
+    """Encode a prompt. The arguments are as for `diffusion_lens`.
 
-    `like` is another prompt that was read with the same arguments. It saves looking for the encoder again.
+    `like` is another prompt that was read with the same arguments. Its encoder is used without looking for it again.
 
     Raises:
         InputError: The encoder or a layer does not exist, no use of the encoder was found, its tokenizer truncates the

@@ -1,4 +1,4 @@
-"""The hidden states of the own tokens of many prompts, read in one batch.
+"""The hidden states of many prompts' own tokens, read in one batch.
 
     reading = record_encoding(model, prompts[0], arguments)                 # one prompt shows how the pipeline encodes
     read = read_together(model, reading, {"text_encoder": (4, 8)}, prompts, arguments, seed=0)
@@ -25,7 +25,7 @@ from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 
 @dataclass(frozen=True)
 class OwnStates:
-    """What one text encoder makes of some prompts.
+    """The hidden states of some prompts in one text encoder.
 
     Attributes:
         states: The hidden states of the own tokens of all prompts, one prompt after the other, on the CPU in single
@@ -55,12 +55,12 @@ def read_together(
 ) -> dict[str, OwnStates] | None:
     """Return the hidden states of all prompts by the name of the text encoder, from one run of the pipeline.
 
-    Return None if the pipeline does not encode a list of prompts in one batch, in order, or one of them is invalid:
-    then the prompts have to be read one by one.
+    Return None if the pipeline does not encode a list of prompts in one batch, in order, or if a prompt is invalid.
+    The prompts must then be read one by one.
 
     Args:
         model: The pipeline.
-        reading: What its text encoders did for one prompt.
+        reading: The record of its text encoders for one prompt.
         layers: The layers of each text encoder.
         prompts: The prompts.
         arguments: Further arguments of the pipeline, as for one prompt.
@@ -74,7 +74,7 @@ def read_together(
             with torch.no_grad(), model.generate(prompt=list(prompts), seed=seed, **given) as run:
                 found = {name: _read(model, run, reading.encoders[name], layers[name], prompts) for name in layers}
                 run.stop()
-        except Exception:  # it takes one prompt, or one of them is wrong: the error is that of the prompt's own run
+        except Exception:  # it takes one prompt only, or a prompt is wrong, which is raised when it is read alone
             return None
     return None if None in found.values() else found
 
@@ -82,12 +82,12 @@ def read_together(
 def _read(
     model: DiffusionModel, run: DiffusionRun, encoder: EncoderRecord, layers: Sequence[Layer], prompts: Sequence[str]
 ) -> OwnStates | None:
-    """Return what an encoder makes of the prompts in the call that encodes them, or None if it does not have them all.
+    """Return the hidden states of the prompts in the call that encodes them, or None if it does not have them all.
 
-    `encoder` is what it did for one prompt."""
+    `encoder` is the record of the encoder for one prompt."""
     known, number = encoder.prompt, encoder.calls.index(encoder.prompt)
     if any(len(call.hidden_states) != len(known.hidden_states) for call in encoder.calls[:number]):
-        return None  # so the number of a layer's call is not that of the encoder's call
+        return None  # so the calls of a layer and of the encoder are numbered differently
     ids, count = run[encoder.words].calls[number].input, len(prompts)
     first = known.rows[0] * count if known.rows else 0
     if not known.rows or len(ids) != len(known.ids) * count:

@@ -1,4 +1,4 @@
-"""The own tokens of prompts in what a text encoder reads: no padding, no special tokens, no template around them.
+"""The prompts' own tokens among those that a text encoder reads: no padding, special tokens or templates.
 
 places = places_of(model, "tokenizer", ["a red circle", "a cat"], ids)      # ids: (2, tokens)
 places[0]                                                                   # range(1, 4)
@@ -17,7 +17,7 @@ from diffsight.pipelines.diffusion.prompts import as_read, text_tokenizer
 def places_of(
     model: DiffusionModel, tokenizer: str | None, prompts: Sequence[str], ids: torch.Tensor
 ) -> list[range | None]:
-    """Return for each prompt where its tokens appear in its row of `ids`, or None if they do not.
+    """Return the place of each prompt's tokens in its row of `ids`, or None if they do not appear there.
 
     Args:
         model: The pipeline.
@@ -39,7 +39,7 @@ def places_of(
 
 
 def own_places(model: DiffusionModel, encoder: EncoderRecord, prompt: str) -> list[int]:
-    """Return the positions of a prompt's own tokens: where they appear in its row, else all but the special tokens."""
+    """Return the positions of a prompt's own tokens or, if they are not found, of all but the special tokens."""
     call = encoder.prompt
     ids = call.ids[call.rows[0]]
     if encoder.tokenizer is None:

@@ -1,4 +1,4 @@
-"""Pairs of text encoders, where hidden states of one go into the other: the encoders, their layers, their words."""
+"""Pairs of text encoders, where hidden states of one go into the other: their layers and words."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from diffsight.pipelines.words import PromptWords, align_words
 
 
 def choose_source(model: DiffusionModel, reading: EncodingRecord, target: Encoder, name: str | None) -> Encoder:
-    """Return the text encoder of `model` called `name`. Default: the one with the name of `target`, if there is one."""
+    """Return the text encoder of `model` called `name`. Default: the encoder with the name of `target`, if any."""
     found = encoders_in(model, reading)
     return found.choose(target.name if name is None and target.name in found else name)
 
@@ -25,8 +25,8 @@ def choose_pairs(
     """Return the chosen layers of the target, each with the layer of the source whose hidden states it gets.
 
     Args:
-        layers: Layers of the target. None means all that the pipeline uses; if `source_layers` is None as well, only
-            those that the source has, too.
+        layers: Layers of the target. None means all layers that the pipeline uses or, if `source_layers` is None as
+            well, those of them that the source also has.
         source_layers: A layer of the source for each of `layers`, or one for all. None means the same layers.
         target: The text encoder that gets hidden states.
         source: The text encoder that they come from.
@@ -52,7 +52,7 @@ def choose_pairs(
 
 
 def words_read(model: DiffusionModel, reading: EncoderRecord, prompt: str) -> PromptWords:
-    """Return the words of the prompt, and their tokens among those that the text encoder reads.
+    """Return the words of the prompt, and their tokens among the tokens that the text encoder reads.
 
     Raises:
         InputError: The encoder's tokenizer was not found.
@@ -65,5 +65,5 @@ def words_read(model: DiffusionModel, reading: EncoderRecord, prompt: str) -> Pr
 
 
 def known_to(model: DiffusionModel, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the arguments that the pipeline of `model` accepts."""
+    """Return the arguments that the pipeline of `model` accepts."""
     return {name: value for name, value in arguments.items() if name in model.argument_names}

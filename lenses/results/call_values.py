@@ -5,8 +5,9 @@
     encoder.encode("vector", tensor)            # {"$tensor": "vector"}, and encoder.tensors["vector"] is the tensor
     ArgumentDecoder(encoder.tensors, models).decode({"$slice": [0, 4, None]})
 
-Numbers, strings, lists and dictionaries are stored as they are. A dictionary with one key that starts with "$" is
-anything else. What has no such form, such as a function of the user's, is stored as `{"$unknown": repr(value)}`.
+Numbers, strings, lists and dictionaries are stored as they are. Any other value is stored as a dictionary
+with one key that starts with "$". If there is no form for it, as for a user's function, it is stored as
+`{"$unknown": repr(value)}`.
 """
 
 import importlib
@@ -35,8 +36,8 @@ class UnknownValueError(InputError):
 
 @dataclass(frozen=True)
 class FittedWith:
-    """What an object such as a LinearMap was fitted with, for records of calls that it is passed to: the arguments of
-    its `fit` as JSON stores them, and the models among them."""
+    """The arguments of `fit` that an object such as a LinearMap was fitted with, as JSON stores them, and the models
+    among them. A call that takes the object records them."""
 
     arguments: Mapping[str, Any]
     models: Mapping[str, ModelRecord]
@@ -55,10 +56,10 @@ class ArgumentEncoder:
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.models: dict[str, ModelRecord] = {}
-        self._names: dict[int, str] = {}  # of models that were met before
+        self._names: dict[int, str] = {}  # names of models that were encoded before
 
     def encode(self, name: str, value: Any) -> Any:
-        """Return an argument as JSON stores it. `name` is what its tensors and models are called."""
+        """Return an argument as JSON stores it. `name` is the name of its tensors and models."""
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, (DiffusionModel, LanguageModel, SAE)):
@@ -72,7 +73,7 @@ class ArgumentEncoder:
         return self._special(name, value)
 
     def _special(self, name: str, value: Any) -> dict[str, Any]:
-        """Return what is neither plain nor a collection as a dictionary with one key."""
+        """Return a value that is neither plain nor a collection, as a dictionary with one key."""
         if isinstance(value, (range, slice)):
             return {f"${type(value).__name__}": [value.start, value.stop, value.step]}
         if isinstance(value, torch.Tensor):
@@ -135,7 +136,7 @@ class ArgumentDecoder:
 
         Raises:
             UnknownValueError: The value could not be stored.
-            InputError: This version of diffsight does not know its form.
+            InputError: This version of diffsight does not know the form of the value.
         """
         if isinstance(value, list):
             return list(map(self.decode, value))
@@ -189,10 +190,10 @@ def public_name(value: Any) -> str | None:
 
 
 def named(name: str) -> Any:
-    """Return what a name such as "diffsight.lenses.logit_lens" stands for.
+    """Return the object with a full name such as "diffsight.lenses.logit_lens".
 
     Raises:
-        InputError: diffsight has nothing of that name.
+        InputError: diffsight has no such object.
     """
     module, _, attribute = name.rpartition(".")
     if not module.startswith("diffsight."):
@@ -243,4 +244,4 @@ def source_of(value: Any, imports: set[str]) -> str:
             return f'load_file("arguments.safetensors")[{inner!r}]'
         case "$path" | "$device":
             return literal(inner)
-    return "..."  # what no record can hold
+    return "..."  # a value that no record can hold

@@ -22,7 +22,7 @@ from diffsight.lenses.results.model_records import ModelRecord
 from diffsight.pipelines.argument_types import check_types
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
-_NOT_RECORDED = ("progress",)  # it changes nothing in the result
+_NOT_RECORDED = ("progress",)  # does not affect the result
 _WIDTH = 110  # characters of a line of code
 
 
@@ -33,10 +33,10 @@ class Call:
     Attributes:
         function: The name of the function, such as "diffsight.lenses.logit_lens".
         arguments: The arguments that were passed, by name, as JSON stores them (see `call_values.py`).
-        models: What is known of the models and SAEs among them, by the name of the argument.
-        tensors: The tensors and images among the arguments, which `arguments` refers to by their names here.
+        models: The records of the models and SAEs among the arguments, by the name of the argument.
+        tensors: The tensors and images among the arguments, by the names that `arguments` uses for them.
         date: When the call was made, in UTC.
-        positional: How many of the arguments, the first ones, were passed without their names.
+        positional: How many of the first arguments were passed by position.
     """
 
     function: str
@@ -47,7 +47,7 @@ class Call:
     positional: int = 0
 
     def record(self) -> dict[str, Any]:
-        """Return the call as a record holds it."""
+        """Return the call as a record stores it."""
         models = {name: model.record() for name, model in self.models.items()}
         return {"function": self.function, "arguments": dict(self.arguments), "models": models, "date": self.date}
 
@@ -67,9 +67,9 @@ class Call:
 
 
 def repeatable(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a lens record its call in the result that it returns, as `result.call`.
+    """Make a lens record its call in the result that it returns, as `result.call`.
 
-    Its options that are True or False are checked before it runs."""
+    The boolean options of the lens are checked before it runs."""
     signature = inspect.signature(function)
     flags = [name for name, parameter in signature.parameters.items() if parameter.annotation is bool]
 
@@ -96,18 +96,18 @@ def _call_of(function: Callable, positional: int, bound: inspect.BoundArguments)
 
 
 def _now() -> datetime:
-    """Return the time in UTC: that of SOURCE_DATE_EPOCH where it is set, so that files can be the same to the byte."""
+    """Return the time in UTC, or SOURCE_DATE_EPOCH if it is set, so that files can be identical to the byte."""
     fixed = os.environ.get("SOURCE_DATE_EPOCH")
     return datetime.now(UTC) if fixed is None else datetime.fromtimestamp(int(fixed), UTC)
 
 
 def _package(model: ModelRecord) -> str:
-    """Return where the class of a model is imported from."""
+    """Return the package that the class of a model is imported from."""
     return "diffsight.lenses" if model.kind == "SAE" else "diffsight"
 
 
 def _loading(model: ModelRecord, imports: set[str]) -> str:
-    """Return Python code that loads a model. What no code can say stands in a comment."""
+    """Return Python code that loads a model. A comment states anything that code cannot express."""
     options = "".join(f", {name}={source_of(value, imports)}" for name, value in model.options.items())
     if model.kind == "SAE":
         return f"SAE.load({literal(model.source)}{options})" if model.source else "SAE(...)  # not loaded from a folder"

@@ -1,4 +1,4 @@
-"""Figures and images of the steps of a denoising: curves by step, differences of images, and their maps."""
+"""Figures and images of denoising steps: curves by step, differences of images, and maps of differences."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,7 +13,7 @@ from diffsight.lenses.results.figure import COLORS, Plot, set_heading
 def step_curves(
     curves: Mapping[str, Sequence[float]], steps: Sequence[int], label: str, title: str, axis: str = "step"
 ) -> Figure:
-    """Draw a curve by step for each name. `label` is what the values are, `axis` what the steps are."""
+    """Draw a curve by step for each name. `label` names the values, `axis` the steps."""
     figure = Plot(figsize=(5.2, 2.9), layout="constrained")
     axes = figure.add_subplot()
     style = "o-" if len(steps) <= 60 else "-"
@@ -31,13 +31,13 @@ def step_curves(
 
 
 def difference_image(image: Image.Image, other: Image.Image) -> Image.Image:
-    """Return half the difference of two images around a medium gray, which means that they are equal."""
+    """Return half the difference of two images, added to medium gray, which means no difference."""
     difference = _pixels(image) - _pixels(other)
     return Image.fromarray((127.5 + difference / 2).round().astype(np.uint8))
 
 
 def difference_maps(images: Sequence[Image.Image], others: Sequence[Image.Image]) -> tuple[Image.Image, ...]:
-    """Return the norm of the difference of two images at each pixel in colours, with one scale for all pairs."""
+    """Return the norm of the difference at each pixel for each pair of images, in colours with one scale for all."""
     norms = [np.linalg.norm(_pixels(a) - _pixels(b), axis=-1) for a, b in zip(images, others, strict=True)]
     largest = max((norm.max() for norm in norms), default=0) or 1
     colors = matplotlib.colormaps["viridis"]

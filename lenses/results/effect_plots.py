@@ -10,20 +10,20 @@ from diffsight.lenses.results.figure import COLORS, FONT, Plot, add_color_bar, s
 from diffsight.lenses.results.token_plots import shorten, visible
 
 _LONGEST = 44  # characters of a name of a row
-_END = 12  # of them kept from the end, where it is cut
+_END = 12  # characters kept from the end of a name that is cut
 _MOST_TICKS = 48
 
 
 def effect_map(
     values: torch.Tensor, rows: Sequence[str], columns: Sequence[str], axis: str, title: str, label: str
 ) -> Figure:
-    """Draw effects, (rows, columns), in colours around 0: red is above it, blue below. The first row is at the bottom.
+    """Draw effects, (rows, columns), in colours around 0: red above, blue below. The first row is at the bottom.
 
     Args:
         values: The effects.
         rows: The names of the rows.
         columns: The names of the columns.
-        axis: What the columns are.
+        axis: The label of the axis of columns.
         title: The title of the figure.
         label: The label of the colour bar.
     """
@@ -61,7 +61,7 @@ def effect_bars(
         spread: The standard deviation over prompt pairs.
         names: The names of the sites.
         title: The title of the figure.
-        label: What the bars show.
+        label: The label of the horizontal axis.
     """
     names = list(map(_fitting, names))
     width = 3.2 + 0.062 * max(map(len, names))
@@ -105,6 +105,6 @@ def comparison(
 
 
 def _fitting(name: str) -> str:
-    """Return the name of a row, cut before its end if it is too long: paths differ at both ends."""
+    """Return the name of a row, shortened before its end if it is too long, since paths differ at both ends."""
     name = visible(name)
     return name if len(name) <= _LONGEST else f"{name[: _LONGEST - _END - 1]}…{name[-_END:]}"

@@ -28,7 +28,7 @@ def curve_panels(panels: Mapping[str, tuple[Sequence[Layer], Mapping[str, Curve]
     """Draw a panel for each title: curves by name, each with a band of one standard error.
 
     Args:
-        panels: Titles to the layers of a panel and its curves.
+        panels: The layers and the curves of each panel, by title.
         note: The title of the legend.
     """
     figure = Plot(figsize=(1.7 + 3.1 * len(panels), 2.9), layout="constrained")
@@ -77,14 +77,14 @@ class Map:
 
 
 def map_panels(panels: Mapping[str, Map], title: str, label: str, low: float, axis: str) -> Figure:
-    """Draw a panel for each title, whose rows are layers, all with the same colours.
+    """Draw a map for each title, with layers as rows, all with the same colours.
 
     Args:
-        panels: Titles to maps.
+        panels: The maps by title.
         title: The title of the figure.
         label: The label of the colour bar.
         low: The value of the darkest colour; the lightest is 1.
-        axis: What the columns are.
+        axis: The label of the axis of columns.
     """
     widths = [max(1.4, 0.16 * len(panel.columns)) for panel in panels.values()]
     scale = min(1.0, 8.0 / sum(widths))
@@ -108,7 +108,7 @@ def block_map(values: np.ndarray, blocks: Mapping[str, Sequence[str]], title: st
 
     Args:
         values: The values, (layers of all blocks, layers of all blocks).
-        blocks: Names of blocks to the names of their layers.
+        blocks: The names of the layers of each block, by the name of the block.
         title: The title of the figure.
         label: The label of the colour bar.
     """
@@ -148,7 +148,7 @@ def _draw_map(axes: Axes, values: np.ndarray, low: float) -> AxesImage:
 
 
 def _name_ticks(axes: Axes, rows: Sequence[str], columns: Sequence[str], width: float) -> None:
-    """Name rows and columns, as many as there is room for. `width` is in inches."""
+    """Name as many rows and columns as there is room for. `width` is in inches."""
     across, up = (max(1, round(len(names) / 40)) for names in (columns, rows))
     narrow = width / len(columns) * across < 0.04 + 0.06 * max(map(len, columns))
     rotation = 90 if narrow else 0

@@ -51,7 +51,7 @@ def add_color_bar(figure: Figure, image: Any, axes: Any, label: str, size: int =
 
 
 def layer_positions(layers: Sequence[Layer]) -> list[int]:
-    """Return where layers stand on an axis: layer i at i, the embedding at -1."""
+    """Return the positions of layers on an axis: layer i at i, the embedding at -1."""
     return [-1 if layer == EMBEDDING else layer for layer in layers]
 
 
@@ -64,4 +64,4 @@ def name_layers(axes: Axes, layers: Sequence[Layer]) -> None:
     numbers = in_model_order(layers)[1:]
     numbers = numbers[:: max(1, round(len(numbers) / _TICKS))]
     axes.set_xticks([-1, *numbers], [EMBEDDING, *map(str, numbers)])
-    axes.get_xticklabels()[0].set_horizontalalignment("right")  # else it runs into the next name
+    axes.get_xticklabels()[0].set_horizontalalignment("right")  # otherwise it runs into the next name

@@ -155,7 +155,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
     """Yield the lines of `text`, at most `width` pixels wide and at least one character long."""
 
     def fits(line: str) -> bool:
-        if len(line) > 4 * width:  # measuring takes time with the length
+        if len(line) > 4 * width:  # measuring a long line takes long
             return False
         left, _, right, _ = font.getbbox(line, anchor="ls")
         return right - left <= width or len(line) == 1
@@ -178,7 +178,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
 
 
 def _longest(word: str, fits: Callable[[str], bool]) -> int:
-    """Return how many leading characters of a word fit; the whole word does not."""
+    """Return how many leading characters of a word fit. The whole word must not fit."""
     least, most = 1, 2  # fits, perhaps not
     while most < len(word) and fits(word[:most]):
         least, most = most, 2 * most
@@ -219,7 +219,7 @@ def _in_rows(images, titles, columns: int | None) -> tuple[list[list[Box]], list
 
 
 def _near_square(count: int) -> int:
-    """Return a number of columns that is about the number of rows, and leaves few cells empty."""
+    """Return a number of columns that is close to the number of rows and leaves few cells empty."""
     root = math.isqrt(max(count - 1, 0)) + 1
     return min(root, root + 1, key=lambda columns: -count % columns)
 

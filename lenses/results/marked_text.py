@@ -1,4 +1,4 @@
-"""Tokens as text in which everything can be seen."""
+"""Tokens as text in which every character is visible."""
 
 
 def marked(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a record says about a model or an SAE, so that a result can be made again and another one is noticed.
+"""Records of models and SAEs, so that a result can be made again and a different model is noticed.
 
 Weights are recorded as a fingerprint: a hash over the name, shape and dtype of every weight, and over up to 1024 of its
 values at equal distances. It takes no time even for large models, and differs between checkpoints and fine-tunes.
@@ -19,7 +19,7 @@ from diffsight.pipelines.language.model import LanguageModel
 
 Model = DiffusionModel | LanguageModel
 
-_VALUES = 1024  # of each weight
+_VALUES = 1024  # values of each weight in its hash
 _known: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = WeakKeyDictionary()  # versions of weights, and their hash
 
 
@@ -57,7 +57,7 @@ class ModelRecord:
         )
 
     def record(self) -> dict[str, Any]:
-        """Return it as JSON stores it."""
+        """Return the record as JSON stores it."""
         return asdict(self)
 
 
@@ -89,7 +89,7 @@ def _hash(module: nn.Module) -> str:
 
 
 def _state(value: torch.Tensor) -> tuple[int, int]:
-    """Return what changes when a weight is changed or replaced."""
+    """Return two values that change when a weight is changed or replaced."""
     try:
         return value.data_ptr(), value._version
     except RuntimeError:  # it has no storage of its own, or was made in inference mode
@@ -97,7 +97,7 @@ def _state(value: torch.Tensor) -> tuple[int, int]:
 
 
 def _sample(value: torch.Tensor) -> bytes:
-    """Return some values of a weight as bytes. One that has none, such as a sparse one, counts without its values."""
+    """Return some values of a weight as bytes, or no bytes if it has no plain values, for example if it is sparse."""
     if value.is_meta:
         return b""
     try:

@@ -50,7 +50,7 @@ def files_of(name: str, output: Any, rate: int | None) -> dict[str, Callable[[Pa
 
 
 def media_of(image: Image.Image, output: Any, rate: int | None) -> Image.Image | Media:
-    """Return what a page shows of an output: an image as it is, a video or a sound with its image and its file.
+    """Return an output for a page: an image as it is, a video or a sound with its image and its file.
 
     Args:
         image: The image of the output.

@@ -17,7 +17,7 @@ def scaled(heat: torch.Tensor) -> torch.Tensor:
 
 
 def at_size(heat: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Return a map (rows, columns) in the size of an image, (height, width), from 0 to 1."""
+    """Return a map (rows, columns), resized to an image (height, width) and scaled from 0 to 1."""
     resized = F.interpolate(heat[None, None].float(), size=size, mode="bicubic", align_corners=False)[0, 0]
     return scaled(resized)
 

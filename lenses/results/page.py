@@ -1,4 +1,4 @@
-"""Draws a result as an HTML page that needs nothing else: images, styles and scripts are inside it.
+"""Draws a result as a self-contained HTML page, with images, styles and scripts inside it.
 
     page_of("diffusion_lens: a red circle", sections, record, code)
 
@@ -32,7 +32,7 @@ from diffsight.lenses.results.shown_settings import settings_of
 
 _WIDTH, _HEIGHT = 640, 280  # of a plot of curves, in pixels
 _DASHES = ("", "7 4", "2 3", "9 3 2 3")
-_COLORS = 7  # of curves, in page.css
+_COLORS = 7  # colours of curves in page.css
 _LONGEST_RECORD = 200_000  # characters of a record that the page shows; longer ones can be downloaded
 
 
@@ -46,8 +46,8 @@ def page_of(
 
     Args:
         heading: The title of the page.
-        sections: What it shows.
-        record: The record, whose settings it lists.
+        sections: The sections of the page.
+        record: The record. The page lists its settings.
         code: The code that repeats the result.
     """
     text = as_json(record)
@@ -63,11 +63,11 @@ def page_of(
 
 
 def framed(page: str, title: str) -> str:
-    """Return a page as a frame for a notebook. Its styles and scripts do not touch the notebook."""
+    """Return a page as a frame for a notebook. Its styles and scripts do not affect the notebook."""
     return _environment().get_template("frame.html.jinja").render(page=page, title=title)
 
 
-# ---- what each kind of section gives the template
+# ---- template data for each kind of section
 
 
 def _images(section: ImageSection) -> dict[str, Any]:
@@ -169,7 +169,7 @@ _KINDS = {
 
 
 def _image(image: Image.Image | Media) -> dict[str, Any]:
-    """Return what the template shows of an image, a video (an animated image) or a sound (with a player)."""
+    """Return the template data of an image, a video (an animated image) or a sound (with a player)."""
     if isinstance(image, Media):
         sound = _data(image.mime, image.data) if image.mime.startswith("audio/") else None
         source = _png(image.image) if sound else _data(image.mime, image.data)

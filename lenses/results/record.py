@@ -1,4 +1,4 @@
-"""The record of a result: what it was made from, as JSON, so that `diffsight repeat` can make it again.
+"""The record of a result, as JSON: how it was made, so that `diffsight repeat` can make it again.
 
 result.save("lens")                 # the record is lens/lens.json
 as_json(result.record())            # the same text, but for the call
@@ -17,7 +17,7 @@ _VERSIONS = ("diffsight", "torch", "diffusers", "transformers")
 
 
 def with_call(record: Mapping[str, Any], call: Call | None) -> dict[str, Any]:
-    """Return what a result records of itself, together with the call that made it."""
+    """Return the record of a result, together with the call that made it."""
     return dict(record) if call is None else {**record, "call": call.record()}
 
 

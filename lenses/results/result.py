@@ -1,4 +1,4 @@
-"""What the results of all lenses have in common: files, the record, the HTML page, and how they are displayed.
+"""The base class of the results of all lenses: files, the record, the HTML page, and display.
 
 result = logit_lens(model, "The Eiffel Tower is in the city of")
 print(result)                   # tables in a terminal
@@ -42,7 +42,7 @@ _OTHER_NAMES = {"to_dict": "record", "to_json": "record", "display": "show", "vi
 
 @dataclass(frozen=True)
 class LensResult:
-    """The result of a lens. Subclasses define `record`, and those of `sections`, `files` and `preview` that they have.
+    """The result of a lens. Subclasses define `record` and, if they have them, `sections`, `files` and `preview`.
 
     Attributes:
         call: The call that made the result.
@@ -51,10 +51,10 @@ class LensResult:
     record_file: ClassVar[str] = "lens.json"
     call: Call | None = field(default=None, kw_only=True, repr=False, compare=False)
 
-    # ---- what a result defines
+    # ---- defined by each result
 
     def record(self) -> dict[str, Any]:
-        """Return what the result was made from, as `save` records it."""
+        """Return the record of how the result was made, as `save` writes it."""
         raise NotImplementedError
 
     def files(self) -> dict[str, Callable[[Path], None]]:
@@ -66,14 +66,14 @@ class LensResult:
         return None
 
     def sections(self) -> Sequence[Section]:
-        """Return what the page shows. Default: the preview."""
+        """Return the sections of the page. Default: the preview."""
         preview = self.preview()
         if preview is None:
             return []
         image = preview if isinstance(preview, Image.Image) else Image.open(io.BytesIO(preview._repr_png_()))
         return [ImageSection("", {"": {"preview": image}})]
 
-    # ---- what all results do
+    # ---- the same for all results
 
     def save(self, path: str | Path) -> list[Path]:
         """Write all files of the result into a folder, or none of them, and return their paths.
@@ -116,7 +116,7 @@ class LensResult:
         return save_files(path.parent, {path.name: self._write_page})[0]
 
     def show(self) -> None:
-        """Show the page: below the cell of a notebook, elsewhere in a web browser. Without one, print the result."""
+        """Show the page below the cell of a notebook, or else in a web browser. Without a browser, print the result."""
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
         if hasattr(shell, "kernel"):
             from IPython.display import display

@@ -8,17 +8,17 @@ from pathlib import Path
 from diffsight.errors import InputError
 
 HTML = ".html"  # a path with this ending is a page
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # one with any of these endings is an image
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # a path with one of these endings is an image
 
 
 def names_a_file(path: Path) -> bool:
-    """Return whether a path means one file, an image or a page, rather than a folder: it has the ending of one, and no
-    folder is there."""
+    """Return whether a path means a file and not a folder: it ends like an image or a page, and is not an existing
+    folder."""
     return path.suffix.lower() in (*IMAGES, HTML) and not os.path.isdir(path)
 
 
 def expanded(path: str | Path) -> Path:
-    """Return a path to write to, with `~` expanded. Raise InputError if it is not a path, or the home is not known."""
+    """Return a path to write to, with `~` expanded. Raise InputError if it is not a path or the home is unknown."""
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"a path to write to is a string or a Path, not {type(path).__name__}")
     try:
@@ -38,7 +38,7 @@ def check_file(path: str | Path) -> None:
     path = expanded(path)
     if os.path.isdir(path):
         raise InputError(f"{path} is a folder, so the file cannot be written")
-    check_writable(path.parent if os.path.lexists(path) else path)  # the name of a new file, as that of a folder
+    check_writable(path.parent if os.path.lexists(path) else path)  # a new file is checked like a new folder
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -51,7 +51,7 @@ def check_writable(folder: str | Path) -> Path:
     try:
         while not os.path.lexists(existing) and existing != existing.parent:
             existing = existing.parent
-        with tempfile.TemporaryDirectory(dir=existing) as trial:  # try its own names in a temporary one
+        with tempfile.TemporaryDirectory(dir=existing) as trial:  # try the same names in a temporary folder
             (Path(trial) / folder.relative_to(existing)).mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a null byte
         reason = getattr(error, "strerror", None) or error
@@ -80,6 +80,6 @@ def save_files(folder: str | Path, files: Mapping[str, Callable[[Path], None]]) 
         for name, write in files.items():
             write(Path(temporary) / name)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in reversed(files):  # the record, first in `files`, comes last: once it is there, all are
+        for name in reversed(files):  # the record is first in `files` and comes last: once it exists, all files do
             os.replace(Path(temporary) / name, folder / name)
     return [folder / name for name in files]

@@ -1,4 +1,4 @@
-"""What a result shows, as data: images, tables of words, curves, heat maps, and maps on an image.
+"""The contents of a result, as data: images, tables of words, curves, heat maps, and maps on an image.
 
 A result lists its sections in `sections()`. The HTML page (`page.py`) and the terminal (`terminal.py`) draw them.
 """
@@ -21,7 +21,7 @@ class Media:
 
 @dataclass(frozen=True)
 class ImageSection:
-    """Images in rows: names of rows to names of cells to images. A single row may have the name ""."""
+    """Images in rows, by the names of rows and of cells. A single row may have the name ""."""
 
     title: str
     rows: Mapping[str, Mapping[str, Image.Image | Media]]
@@ -38,7 +38,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class TableSection:
-    """A table: names of rows to their cells, one for each of `columns`. `corner` says what the rows are."""
+    """A table: names of rows to their cells, one for each of `columns`. `corner` is the title of the names of rows."""
 
     title: str
     corner: str
@@ -49,7 +49,7 @@ class TableSection:
 
 @dataclass(frozen=True)
 class CurveSection:
-    """Curves by name over the same places, such as layers. `axis` says what the places are, `label` the values."""
+    """Curves by name over the same places, such as layers. `axis` names the places, `label` the values."""
 
     title: str
     axis: str
@@ -67,7 +67,7 @@ class HeatMapSection:
     columns: Sequence[str]
     values: torch.Tensor
     label: str
-    axes: tuple[str, str] = ("layer", "layer")  # what rows and columns are
+    axes: tuple[str, str] = ("layer", "layer")  # titles of rows and columns
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class OverlaySection:
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Return names, with their place where one occurs several times."""
+    """Return names, with the position added where a name occurs several times."""
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
 
 

@@ -1,4 +1,4 @@
-"""The settings of a result as a page and a terminal list them: the short entries of its record, by name."""
+"""The settings of a result, as listed on a page or in a terminal: the short entries of its record, by name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ _MOST = 8  # prompts that are listed
 
 
 def settings_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the settings in a record as text, those of the pipeline included. Data, such as words, is left out."""
+    """Return the settings in a record as text, including those of the pipeline. Data, such as words, is left out."""
     found: dict[str, str] = {}
     for name, value in record.items():
         if name == "arguments" and isinstance(value, Mapping):
@@ -30,7 +30,7 @@ def subject_of(record: Mapping[str, Any]) -> str | None:
 
 
 def _text_of(prompt: Any) -> str:
-    """Return the text of a prompt, which some lenses record with more about it."""
+    """Return the text of a prompt. Some lenses record a prompt with more details."""
     return str(prompt.get("prompt") or prompt.get("text")) if isinstance(prompt, Mapping) else str(prompt)
 
 

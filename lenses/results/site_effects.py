@@ -52,12 +52,12 @@ class SiteEffects(LensResult):
         metric: The name of the metric.
         sites: The sites.
         columns: The names of the columns.
-        axis: What the columns are: "position", "region", "step".
+        axis: The kind of the columns: "position", "region", "step".
         values: The metric by pair, site and column, (pairs, sites, columns).
         source: The metric of the run that values come from, (pairs,), or (pairs, columns) where each column has its
-            own. For an ablation, 0.
+            own. 0 for an ablation.
         target: The metric of the run that was changed, without the change, of the same shape.
-        passes: The number of forward passes of the model that it took.
+        passes: The number of forward passes of the model that were needed.
         arguments: Further arguments of the model.
     """
 
@@ -88,14 +88,14 @@ class SiteEffects(LensResult):
 
     @property
     def is_normalised(self) -> bool:
-        """Whether the effect is a share of the difference between the two runs. It is not for an ablation, nor if
-        the metric does not distinguish the runs of a pair."""
+        """Whether the effect is a share of the difference between the two runs. This is not the case for an ablation,
+        or if the metric does not distinguish the runs of a pair."""
         return self.lens != "block_ablation" and bool((self.source != self.target).all())
 
     @property
     def effects(self) -> torch.Tensor:
-        """The effect by pair, (pairs, sites, columns): (value - target) / (source - target). 0 leaves the run as it
-        was, 1 turns its metric into that of the other run. Without normalisation, value - target."""
+        """The effect by pair, (pairs, sites, columns): (value - target) / (source - target). 0 means no change, 1
+        the metric of the other run. Without normalisation, value - target."""
         source, target = (ends.reshape(len(self.values), 1, -1) for ends in (self.source, self.target))
         change = self.values - target
         return change / (source - target) if self.is_normalised else change
@@ -130,12 +130,12 @@ class SiteEffects(LensResult):
         return effect_map(values, rows, columns, axis, self._title(), self._label())
 
     def compare(self, other: "SiteEffects") -> "EffectComparison":
-        """Return how these effects agree with those of another method on the same sites, columns and prompts.
+        """Compare these effects with those of another method on the same sites, columns and prompts.
 
             attribution_patching(…).compare(activation_patching(…)).correlation
 
         Raises:
-            InputError: The results are not of the same sites and columns.
+            InputError: The results have different sites, columns or directions.
         """
         if not isinstance(other, SiteEffects):
             raise InputError(f"compare takes a result of the same kind, not {type(other).__name__}")
@@ -206,7 +206,7 @@ class SiteEffects(LensResult):
 
 
 def _names(sites: Sequence[Site]) -> list[str]:
-    """Return the sites as a figure names them: by their layers, if there is one in each."""
+    """Return the names of sites in a figure: their layers, if each layer has one site."""
     layers = [site.layer for site in sites]
     if None in layers or len(set(layers)) < len(layers):
         return [site.name for site in sites]
@@ -219,7 +219,7 @@ class EffectComparison:
 
     Attributes:
         first: The effects on which `compare` was called.
-        second: The effects passed to it.
+        second: The effects passed to `compare`.
     """
 
     first: SiteEffects

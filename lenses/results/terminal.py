@@ -26,7 +26,7 @@ from diffsight.lenses.results.sections import (
 from diffsight.lenses.results.shown_settings import settings_of
 
 _MOST_TABLES = 3
-_MOST_COLUMNS = 16  # of numbers
+_MOST_COLUMNS = 16  # columns of numbers
 _LONGEST = 14  # characters of a word in a table with several columns
 
 
@@ -42,7 +42,7 @@ def text_of(heading: str, record: Mapping[str, Any], sections: Sequence[Section]
 def lines_of(
     heading: str, record: Mapping[str, Any], sections: Sequence[Section], width: int
 ) -> Iterator[RenderableType]:
-    """Yield what `rich` prints of a result."""
+    """Yield the parts of a result for `rich` to print."""
     yield Text(heading, style="bold")
     settings = {name: ", ".join(value.splitlines()) for name, value in settings_of(record).items() if name != "prompt"}
     yield Text("; ".join(f"{name} {value}" for name, value in settings.items()), style="dim")
@@ -95,7 +95,7 @@ def _map(section: HeatMapSection, width: int) -> Iterator[RenderableType]:
 def _tables(
     corner: str, columns: Sequence[str], rows: Mapping[str, Sequence[Cell]], width: int
 ) -> Iterator[RenderableType]:
-    """Yield tables of as many columns as fit beside each other."""
+    """Yield tables with as many columns as fit beside each other."""
     lone = len(columns) == 1
     texts = {name: [Text(_cut(cell.text, lone), _style(cell)) for cell in cells] for name, cells in rows.items()}
     heads = [_cut(column, lone) for column in columns]

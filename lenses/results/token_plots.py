@@ -71,8 +71,8 @@ def curves(lines: Mapping[str, torch.Tensor], layers: Sequence[Layer], title: st
     """Draw probabilities by layer as one curve for each name.
 
     Args:
-        lines: Names to probabilities, (layers,), or (prompts, layers): then a bold curve shows the mean over prompts,
-            and a thin one each prompt.
+        lines: Probabilities by name, (layers,) or (prompts, layers). For several prompts, a bold curve shows the mean
+            over prompts, and thin curves show each prompt.
         layers: The layers.
         title: The title of the figure.
     """
@@ -163,13 +163,13 @@ def maps_on_image(image: Image.Image, shown: Mapping[str, torch.Tensor], layers:
 
 
 def visible(text: str) -> str:
-    """Return a token as text in which a figure shows everything: as `marked`, and "□" for characters without a
+    """Return a token as text that a figure can show: as `marked` does, but with "□" for characters without a
     glyph."""
     return "".join(character if ord(character) in _glyphs() else "□" for character in marked(text))
 
 
 def shorten(text: str, longest: int = _LONGEST) -> str:
-    """Return a text cut to a number of characters, by default those that a cell has room for."""
+    """Return a text cut to a number of characters, by default as many as a cell has room for."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 

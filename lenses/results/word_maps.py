@@ -43,7 +43,7 @@ class AttentionMaps(LensResult):
         arguments: The arguments of the pipeline.
         method: "cross", "concept" or "from".
         layers: The paths of the attention modules.
-        kept: What `parts` are: "steps", "layers" or "heads". None if nothing was kept apart.
+        kept: The kind of `parts`: "steps", "layers" or "heads". None if there are no parts.
         parts: The maps of each step, layer or head, by its name.
     """
 
@@ -74,7 +74,7 @@ class AttentionMaps(LensResult):
         return image_grid(images, titles=["", *self.words], title=f"{self.prompt} (seed {self.seed})")
 
     def plot(self, word: str | None = None) -> Figure:
-        """Return the maps as a matplotlib figure: of all words, or of one, by step, layer or head if they were kept."""
+        """Plot the maps of all words, or the map of one word, by step, layer or head if these were kept."""
         if word is None:
             heats, titles = list(self.maps), list(self.words)
         elif not self.parts:
@@ -96,7 +96,7 @@ class AttentionMaps(LensResult):
         return figure
 
     def mask(self, word: str, threshold: float = 0.5, frame: int | None = None) -> np.ndarray:
-        """Return where a word's map, from 0 at its smallest to 1 at its largest value, reaches a threshold.
+        """Return where a word's map, scaled to values from 0 to 1, reaches a threshold.
 
         Returns:
             Booleans in the size of the image, (height, width).
@@ -142,7 +142,7 @@ class AttentionMaps(LensResult):
         return found
 
     def _section(self, title: str, maps: Mapping[str, torch.Tensor]) -> OverlaySection:
-        """Return maps on the image; of a video, those of its middle frame."""
+        """Return maps on the image or, for a video, on its middle frame."""
         shown = {name: heat if heat.ndim == 2 else heat[len(heat) // 2] for name, heat in maps.items()}
         return OverlaySection(title, self.image, shown, label="attention")
 
@@ -171,7 +171,7 @@ class AttentionMaps(LensResult):
 
 
 def _titles(paths: Sequence[str]) -> list[str]:
-    """Return the parts in which paths differ, a line each."""
+    """Return the parts in which paths differ, one part per line."""
     split = [path.split(".") for path in paths]
     first = next((i for i, parts in enumerate(zip(*split)) if len(set(parts)) > 1), len(split[0]))
     last = next((i for i, parts in enumerate(zip(*(reversed(own) for own in split))) if len(set(parts)) > 1), 0)

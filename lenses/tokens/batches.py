@@ -20,7 +20,7 @@ from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 from diffsight.pipelines.vision_language.model import VisionLanguageRun
 
 Positions = int | slice | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | str | None
-IMAGE = "image"  # the positions of the tokens of images
+IMAGE = "image"  # the positions of image tokens
 _BY_PROMPT = ("images", "decoder_input_ids")
 
 
@@ -32,11 +32,12 @@ class Batch:
         model: The model.
         run: The run.
         start: The number of the first prompt.
-        tokens: The tokens that the layers read, (rows, tokens). In an encoder-decoder, those of the decoder.
+        tokens: The tokens that the layers read, (rows, tokens). In an encoder-decoder model, the decoder's
+            tokens.
         where: The chosen positions in the padded batch, (rows, positions).
         chosen: Which entries of `where` are valid, (rows, positions). Shorter prompts may have fewer positions.
-        positions: The chosen positions in each prompt, counted from 0 and without padding, (rows, positions). -1 is
-            none.
+        positions: The chosen positions in each prompt, counted from 0 and without padding, (rows, positions). -1
+            means no position.
     """
 
     model: LanguageModel
@@ -111,10 +112,10 @@ def open_batches(
         model: The model.
         prompts: The prompts.
         positions: Positions in each prompt: 0 is its first token, whatever padding comes before it, -1 its last. A list
-            of lists has its own positions for each prompt. None means all, and "image" the tokens of images. In an
-            encoder-decoder, they are positions of the decoder's tokens.
+            of lists has its own positions for each prompt. None means all, and "image" the image tokens. In an
+            encoder-decoder model, they are positions of the decoder's tokens.
         size: The number of prompts in a batch.
-        open_run: Opens a run, such as `model.generate`. Default: `model.trace`, one forward pass.
+        open_run: A function that opens a run, such as `model.generate`. Default: `model.trace`, one forward pass.
         inputs: Further inputs of the model. Images and the decoder's tokens may differ by prompt.
 
     Raises:
@@ -152,7 +153,7 @@ def join(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
 
 
 def _of_batch(name: str, value: Any, start: int, size: int, count: int) -> Any:
-    """Return the part of an input that belongs to a batch, or all of it if it is not given for each prompt."""
+    """Return the part of an input that belongs to a batch, or all of it if it is not passed for each prompt."""
     if count == 1 or name not in _BY_PROMPT:
         return value
     if isinstance(value, (list, tuple)) and len(value) == count:
@@ -197,7 +198,7 @@ def _batch(model: LanguageModel, run: LanguageRun, start: int, each: list[Any]) 
 
 
 def _of_images(run: LanguageRun, row: int, real: torch.Tensor, start: int) -> list[int]:
-    """Return the positions of the tokens of images in a prompt. `real` are its positions in the padded batch."""
+    """Return the positions of the image tokens in a prompt. `real` are the prompt's positions in the padded batch."""
     found = run.image_tokens[row].to(real.device) if isinstance(run, VisionLanguageRun) else real[:0]
     if not len(found):
         raise InputError(f'positions="image": prompt {start + row} has no image')

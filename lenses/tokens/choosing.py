@@ -31,7 +31,7 @@ def check_language_model(lens: str, model: Any) -> None:
     """Check that `model` has a head, and layers with one hidden state for each token.
 
     Raises:
-        InputError: It does not, or is not a LanguageModel.
+        InputError: `model` has no head or no such layers, or is not a LanguageModel.
     """
     if not isinstance(model, LanguageModel):
         raise InputError(f"{lens} takes a LanguageModel, not {type(model).__name__}")
@@ -82,7 +82,7 @@ def check_count(name: str, value: Any, most: int | None = None) -> int:
     """Return `value` as a positive integer, at most `most`.
 
     Raises:
-        InputError: It is not one.
+        InputError: `value` is not such an integer.
     """
     if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1 or (most and value > most):
         wanted = f"an integer from 1 to {most}" if most else "a positive integer"

@@ -29,7 +29,7 @@ class PredictionReader:
         self._read: dict[str, list[torch.Tensor]] = {}
 
     def add(self, hidden: torch.Tensor) -> None:
-        """Add hidden states as a layer returns them, (rows, features). They are read when no more of them fit."""
+        """Add hidden states as a layer returns them, (rows, features). They are read when no more rows fit."""
         self._waiting.append(hidden)
         if sum(map(len, self._waiting)) + len(hidden) > self._limit:
             self._flush()
@@ -39,7 +39,7 @@ class PredictionReader:
         self._add(logits.float(), is_own=False)
 
     def _add(self, logits: torch.Tensor, is_own: bool) -> None:
-        """Add logits. If they are the reader's own, they are written over: a pass over the vocabulary takes long."""
+        """Add logits. The reader's own logits are overwritten, since every pass over the vocabulary takes long."""
         top = logits.topk(self._top_k)
         chosen = logits[:, self._tokens]
         if self._keep_logits:
@@ -53,7 +53,7 @@ class PredictionReader:
             self._keep("token_probabilities", (chosen - total).exp())
 
     def take(self, layers: int) -> dict[str, torch.Tensor]:
-        """Return what was read since the last time, on the CPU: tensors (layers, rows of a layer, ...) by name."""
+        """Return what was read since the last call, on the CPU: tensors (layers, rows of a layer, ...) by name."""
         self._flush()
         found = {name: torch.cat(parts).unflatten(0, (layers, -1)) for name, parts in self._read.items()}
         self._read.clear()
@@ -65,7 +65,7 @@ class PredictionReader:
         rows = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
         self._waiting.clear()
         layout = self._model.hidden_layout
-        for chunk in rows.chunk(-(-len(rows) // self._limit)):  # of one size, since the head is slow on a few rows
+        for chunk in rows.chunk(-(-len(rows) // self._limit)):  # of equal size, since the head is slow on a few rows
             logits = self._model.project_on_vocab(layout.as_given(chunk[:, None]))[:, 0]
             self._add(logits.float(), is_own=True)
 

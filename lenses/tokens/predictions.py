@@ -1,4 +1,4 @@
-"""What a model predicts at each layer and position, as a lens reads it.
+"""The predictions of a model at each layer and position, as a lens reads them.
 
 result = logit_lens(model, "The Eiffel Tower is in the city of", tokens=[" Paris", " London"])
 result.words[0][28]             # the prediction of layer 28, position by position
@@ -29,8 +29,8 @@ from diffsight.lenses.results.token_plots import curves, table, visible
 class LensPredictions(LensResult):
     """Next-token predictions by prompt, layer and position.
 
-    `save(folder)` writes `lens.json`, `lens.safetensors` with all tensors, and for each prompt `table_00.png`, and
-    `curves_00.png` if tokens were chosen.
+    `save(folder)` writes `lens.json`, `lens.safetensors` with all tensors, and for each prompt `table_00.png` and, if
+    tokens were chosen, `curves_00.png`.
 
     Attributes:
         lens: The name of the lens.

@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def seen_image(image: Any, pixels: torch.Tensor | None) -> Image.Image:
-    """Return the image that was divided into patches: from the processor if it returns an image, else the given one."""
+    """Return the image that was divided into patches: the processor's image if it returns one, or else `image`."""
     if isinstance(pixels, torch.Tensor) and pixels.ndim == 4 and len(pixels) == 1 and pixels.shape[1] == 3:
         low, high = pixels.amin(), pixels.amax()
         seen = ((pixels[0] - low) / (high - low).clamp(min=1e-6) * 255).round().byte()

@@ -50,7 +50,7 @@ class Sources:
             model: The model.
             layers: The layers that were read.
             tokens: The ids of the chosen tokens.
-            read: What a PredictionReader read, by name: tensors (prompts, layers, positions, ...).
+            read: The tensors that a PredictionReader read, by name, (prompts, layers, positions, ...).
         """
         spell = Spelling(model)
         ids = {*read["ids"].flatten().tolist(), *tokens} - {-1}

@@ -1,4 +1,4 @@
-"""Accessors: the values that are used most, under the same names and as plain tensors on every language model.
+"""Accessors: the most used values, as plain tensors and under the same names on every language model.
 
     hidden = run.layers_output[5]                   # (batch, tokens, features), even if the layer returns a tuple
     run.layers_output[5] = hidden * 2               # the rest of the tuple stays as it is
@@ -7,7 +7,7 @@
     run.skip_layers(6, 8)
     run.next_token_probs.argmax(-1)
 
-A model, a run and a row all have them. Assigning and steering may happen before the model gets there. Reading a value
+Models, runs and rows have them. A value can be assigned or steered before the model reaches it. Reading a value
 runs the model up to it, like any other read.
 """
 
@@ -77,7 +77,7 @@ class PerLayer:
 
 
 class LayerAccessors:
-    """What the envoy of a language model or a text encoder has besides its modules."""
+    """The accessors that language models and text encoders have."""
 
     @property
     def layers_input(self) -> PerLayer:
@@ -118,14 +118,14 @@ class LayerAccessors:
         return self._layers()[self._index(index, path)]
 
     def _call_of_layer(self, points: Points, index: int, path: str) -> Points:
-        """Return the points of a layer in the call that is its own, if its module stands in the list more than once."""
+        """Return the points of a layer: those of its own call, if its module is listed several times."""
         layers, number = [*owner_of(self._layers())._modules.values()], self._index(index, path)
         earlier = layers[:number].count(layers[number])
         return points.calls[earlier] if earlier else points
 
 
 class Accessors(LayerAccessors):
-    """What the envoy of a language model has as well."""
+    """The accessors of a language model."""
 
     @property
     def attentions_input(self) -> PerLayer:
@@ -167,7 +167,7 @@ class Accessors(LayerAccessors):
     def k(self) -> PerLayer:
         """The keys of each layer as they meet the queries, `(batch, tokens, heads, features)`. Assignable.
 
-        Heads that share a key have one key, or a copy each, depending on what the model computes with."""
+        Heads that share a key have one key, or a copy each, depending on which the model computes with."""
         return PerLayer(self, "k", _of_attention)
 
     @property
@@ -234,7 +234,7 @@ class Accessors(LayerAccessors):
             vector: `(features,)`, or any shape that can be added to `(batch, tokens, features)`.
             factor: A scale.
             positions: The positions of the tokens to steer in each input: 0 is its first token, -1 its last. Padding
-                does not count. None stands for all.
+                does not count. None stands for all positions.
         """
         if not isinstance(vector, torch.Tensor):
             raise InputError(f"steer takes a tensor, not {type(vector).__name__}")
@@ -251,8 +251,8 @@ class Accessors(LayerAccessors):
     def project_on_vocab(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the logits that the model would compute if `hidden` were the output of its last layer.
 
-        This applies `ln_final` and `lm_head`, with any scales and caps that the model has there, outside the run:
-        nothing there is read or replaced.
+        This applies `ln_final` and `lm_head`, with any scales and caps that the model has there. They are called
+        outside the run, so nothing in them is read or replaced.
 
         Args:
             hidden: `(..., features)`.
@@ -290,7 +290,7 @@ class Accessors(LayerAccessors):
     # ---- parts
 
     def _padding_mask(self) -> torch.Tensor | None:
-        """Return which of the tokens that the layers read are real, `(rows, tokens)`, or None if all are."""
+        """Return the mask of the real tokens that the layers read, `(rows, tokens)`, or None if all are real."""
         run = run_meant_by(self, "steer")
         inputs, part = run.model_inputs, part_of(self)
         if inputs is None or not inputs.is_padded or self._tree.root.owner.config.is_encoder_decoder:
@@ -315,8 +315,8 @@ class LanguageEnvoy(Accessors, Envoy):
 
 
 def _part_of_value(points: Points, part: Any, inner: Any = None) -> Points:
-    """Return the same point narrowed to `part` of its value; within that to a row, if it is a row's; and within that
-    to `inner`."""
+    """Return the same point, narrowed to `part` of its value. The point of a row is then narrowed to that row, and
+    finally to `inner`, if passed."""
     parts = [one for one in (part, part_of(points), inner) if one is not None]
     whole = parts.pop() if parts else None
     while parts:

@@ -6,10 +6,11 @@
     for piece in run.stream():
         print(piece, end="")
 
-transformers calls its stopping criteria whenever tokens have been chosen. A run adds one that never stops. It records
-the tokens and ends the step, so a step lies between two choices, however many forward passes that takes: two with
-`guidance_scale`, several for a long prompt with `prefill_chunk_size`, drafts in assisted decoding. Where one pass
-yields several tokens, as in assisted decoding, each token gets a step, and the pass belongs to the step of the first.
+transformers calls its stopping criteria whenever tokens have been chosen. A run adds a criterion that never
+stops the generation. It records the tokens and ends the step. A step therefore lies between two choices, however many
+forward passes it takes: two with `guidance_scale`, several for a long prompt with `prefill_chunk_size`, drafts in
+assisted decoding. Where one pass yields several tokens, as in assisted decoding, each token gets a step, and the pass
+belongs to the step of the first.
 """
 
 import re
@@ -39,16 +40,16 @@ from diffsight.extending import (
 from diffsight.pipelines.arguments import named_arguments
 
 _INCOMPLETE = "\ufffd"  # how a tokenizer decodes bytes that are not a whole character yet
-_CHOICE = re.compile(r"tokens|steps\[\d+\]\.tokens")  # how a choice of tokens is called in a run
+_CHOICE = re.compile(r"tokens|steps\[\d+\]\.tokens")  # the names of a choice of tokens in a run
 _SEVERAL = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 class Choice(NamedTuple):
-    """What is known after a choice of one token per sequence.
+    """The token ids after a choice of one token per sequence.
 
     Attributes:
         ids: All token ids so far, `(sequences, tokens)`.
-        start: The index in them at which the generated text begins.
+        start: The index at which the generated text begins.
     """
 
     ids: torch.Tensor
@@ -56,7 +57,7 @@ class Choice(NamedTuple):
 
 
 class TokenClock(Clock):
-    """A step begins at the first forward pass after a choice of tokens, and for each further token of a choice.
+    """Begins a step at the first forward pass after a choice of tokens, and one for each further token of that choice.
 
     Args:
         starts, ends: As in `Clock`.
@@ -96,7 +97,7 @@ class GeneratedTokens(StoppingCriteria):
         self.has_beams = False
         self._end_tokens: set[int] = set()
         self._clock = Clock([])
-        self._prompt: int | None = None  # tokens before the first choice, where one choice may add several
+        self._prompt: int | None = None  # the number of tokens before the first choice, if one choice may add several
         self._is_new = True  # whether the next choice is the first of a text
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -111,11 +112,11 @@ class GeneratedTokens(StoppingCriteria):
 
     @property
     def target(self) -> Target:
-        """A choice of tokens, as a run can ask for it."""
+        """The target under which a run reads a choice of tokens."""
         return ChoiceTarget(self, "__call__", "tokens")
 
     def choices_of(self, ids: torch.Tensor) -> list[Choice]:
-        """Return what is chosen, token by token, if all token ids are `ids` after it."""
+        """Return the new choices, one per token, given all token ids so far."""
         length = ids.shape[-1]
         if self._continues(ids):
             last = self.choices[-1]
@@ -125,7 +126,7 @@ class GeneratedTokens(StoppingCriteria):
         return [Choice(ids[:, :end], start) for end in range(before + 1, length + 1)]
 
     def along_with(self, net: nn.Module, arguments: Mapping[str, Any]) -> StoppingCriteriaList:
-        """Return the stopping criteria for a call of `generate`, which begins a text."""
+        """Begin a new text, and return the stopping criteria for its call of `generate`."""
         self._is_new = True
         several = any(setting(net, arguments, name) for name in _SEVERAL)
         self._prompt = _prompt_length(net, arguments) if several else None
@@ -140,7 +141,7 @@ class GeneratedTokens(StoppingCriteria):
         return self._clock
 
     def _continues(self, ids: torch.Tensor) -> bool:
-        """Return whether token ids go on where the last choice ended. Some models generate texts one by one."""
+        """Return whether token ids continue from the last choice. Some models generate texts one by one."""
         if self._is_new or not self.choices or len(ids) != len(self.choices[-1].ids):
             return False
         before = self.choices[-1].ids
@@ -149,7 +150,7 @@ class GeneratedTokens(StoppingCriteria):
 
 
 class ChoiceTarget(Target):
-    """The choice of tokens with which a step ends."""
+    """The choice of tokens that ends a step."""
 
     def point(self, part: str, call: int) -> str:
         return f"{self.path}, the end of the step, to which step.text and step.tokens run the model,"
@@ -164,7 +165,7 @@ class GenerationStep(Step):
 
     @property
     def tokens(self) -> torch.Tensor:
-        """The token ids generated in this step, one per sequence (with beam search one per candidate, the best first).
+        """The token ids generated in this step, one per sequence, or with beam search per candidate, best first.
 
         Runs the model until they are known."""
         with keeping_attribute_errors(self):
@@ -172,9 +173,9 @@ class GenerationStep(Step):
 
     @property
     def text(self) -> str | list[str]:
-        """The text that this step adds, a list for several sequences. Runs the model until it is known.
+        """The text that this step adds, or a list for several sequences. Runs the model until it is known.
 
-        Raises InputError with beam search, which chooses its text in the end."""
+        Raises InputError with beam search, which chooses its text only at the end."""
         with keeping_attribute_errors(self):
             return self._run._text_added_in(self.index)
 
@@ -191,7 +192,7 @@ class GenerationRun(Run):
     def stream(self) -> Iterator[str | list[str]]:
         """Yield the text piece by piece as it is generated: `for piece in model.generate(prompt).stream():`.
 
-        Raises InputError with beam search, which chooses its text in the end."""
+        Raises InputError with beam search, which chooses its text only at the end."""
         self._check_generates("stream()")
         self._check_no_beams("stream()")
         return self._pieces()
@@ -213,7 +214,7 @@ class GenerationRun(Run):
 
     @property
     def _has_passed(self) -> bool:
-        """Whether the run is one forward pass, which the model has finished."""
+        """Whether the run is a single forward pass and has finished."""
         flow = flow_of(self._pass)
         return flow.has_result and not flow.is_scan and self._pass._generated is None
 
@@ -231,13 +232,13 @@ class GenerationRun(Run):
             )
 
     def _choice(self, step: int) -> Choice:
-        """Return what was chosen in a step. For the current step, run the model until it is known."""
+        """Return the choice of tokens in a step. For the current step, run the model until it is known."""
         generated = self._generated
         if step < len(generated.choices):
             return generated.choices[step]
         target = ChoiceTarget(generated, "__call__", f"steps[{step}].tokens")
         ids = Points(tree_of(self), target, self).input
-        is_known = step < len(generated.choices)  # of a server, which has told before it answers
+        is_known = step < len(generated.choices)  # a server reports its choices before it answers
         return generated.choices[step] if is_known else generated.choices_of(ids)[0]
 
     def _text_added_in(self, step: int) -> str | list[str]:
@@ -261,19 +262,19 @@ def one_or_many(texts: list[str]) -> str | list[str]:
 
 
 def generation_argument_names(net: nn.Module) -> set[str]:
-    """Return the names of the arguments of a model's `generate`, with those of its forward pass."""
+    """Return the names of the arguments of a model's `generate`, including the arguments of its forward pass."""
     functions = (net.generate, net.prepare_inputs_for_generation, unwrapped(net).forward)
     return set(vars(GenerationConfig())).union(*map(named_arguments, functions))
 
 
 def setting(net: nn.Module, arguments: Mapping[str, Any], name: str) -> Any:
-    """Return a setting of a call of `generate`: passed, or in the generation config, or None."""
+    """Return a setting of a call of `generate`, from its arguments or else the generation config, or None."""
     config = arguments.get("generation_config") or getattr(net, "generation_config", None)
     return arguments.get(name, getattr(config, name, None))
 
 
 def _prompt_length(net: nn.Module, arguments: Mapping[str, Any]) -> int:
-    """Return how many tokens come before the first that is generated."""
+    """Return the number of tokens before the first generated one."""
     is_pair = net.config.is_encoder_decoder
     ids = arguments.get("decoder_input_ids" if is_pair else "input_ids")
     if ids is None and not is_pair:
@@ -287,7 +288,7 @@ def _prompt_length(net: nn.Module, arguments: Mapping[str, Any]) -> int:
 
 
 def _added(tokenizer: Any, ids: torch.Tensor) -> str:
-    """Return what the last of `ids` adds to the text. A character of several tokens comes with its last token."""
+    """Return the text that the last of `ids` adds. A character of several tokens is added with its last token."""
     whole, before = decoded(tokenizer, ids), decoded(tokenizer, ids[:-1]).rstrip(_INCOMPLETE)
     return "" if whole.endswith(_INCOMPLETE) else whole[len(before) :]
 
@@ -295,7 +296,7 @@ def _added(tokenizer: Any, ids: torch.Tensor) -> str:
 def set_generated(run: GenerationRun, generated: GeneratedTokens, model: Target) -> None:
     """Make a run count and read its tokens from `generated`, one of the stopping criteria of `model`."""
     run._generated = generated
-    inside = wrapped_targets(model)  # what wraps a model passes `generate` on to it, which then calls itself
+    inside = wrapped_targets(model)  # a wrapper passes `generate` on to its model, which then calls itself
     for target in inside:
         flow_of(run).taps.add(target)
     flow_of(run).clock = generated.clock_from([model, *inside])

@@ -30,10 +30,10 @@ _ANY = (
 
 
 def check_generation_numbers(title: str, given: Mapping[str, Any]) -> None:
-    """Raise InputError if an argument of `generate` is not the number that it has to be.
+    """Raise InputError if an argument of `generate` is not a valid number.
 
     Args:
-        title: What takes the arguments.
+        title: The name of the function that takes the arguments.
         given: The arguments by name.
     """
     for names, kind, words in ((_WHOLE, int, "a whole number"), (_ANY, float, "a number")):

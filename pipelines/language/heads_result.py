@@ -4,7 +4,7 @@
     run.heads_result[3][:, :, 5] = 0        # remove head 5 of layer 3
 
 A head's result is its output times its columns of the output projection. The sum over the heads, plus the bias of the
-projection, is the output of the attention. All other values of an attention are those of every attention module, see
+projection, is the output of the attention. All other attention values are the same as in any attention module, see
 `pipelines/attention/`.
 """
 
@@ -72,7 +72,7 @@ class HeadsResult(Target):
 
 
 def heads_result(attention: Target, path: str) -> HeadsResult:
-    """Return the target of the results of an attention's heads.
+    """Return the target of the results of an attention module's heads.
 
     Raises:
         InputError: The output projection or the number of heads is unknown.

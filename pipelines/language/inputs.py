@@ -6,7 +6,7 @@
 
 Texts of different lengths are padded, on the left if the model continues them. Positions then start at the first real
 token, so that a row is computed as it would be alone. Where padding on the left would still change the results
-(`sees_padding`), a forward pass is padded on the right.
+(`sees_padding`), the inputs of a forward pass are padded on the right.
 """
 
 import inspect
@@ -23,8 +23,8 @@ from diffsight.extending import unwrapped
 from diffsight.pipelines.standard_names import embeddings
 from diffsight.pipelines.valid_text import check_text
 
-_IGNORE_MASKS = {"rwkv", "xlstm"}  # recurrent, and every token counts
-_TABLES = ("embed_positions", "position_embeddings")  # of learned or fixed vectors, one per position
+_IGNORE_MASKS = {"rwkv", "xlstm"}  # recurrent models, in which every token counts
+_TABLES = ("embed_positions", "position_embeddings")  # tables of learned or fixed vectors, one per position
 _first_positions: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
@@ -72,7 +72,7 @@ class Inputs:
 
 
 def prepare_inputs(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> Inputs:
-    """Return what a user passed as the arguments of the model's forward pass.
+    """Return a user's input as arguments for the model's forward pass.
 
     Args:
         model: The model.
@@ -99,8 +99,8 @@ def prepare_inputs(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> 
 def sees_padding(model: nn.Module, layers: str) -> bool:
     """Return whether padding before the tokens of a row changes their results, although it is masked.
 
-    This is so if the model counts positions from the padding on and does not take others, or if it ignores masks.
-    `layers` is the path of its layers."""
+    This is the case if the model counts positions from the padding and takes no position ids, or if it ignores masks.
+    `layers` is the path of the layers."""
     known = inspect.signature(unwrapped(model).forward).parameters
     if "attention_mask" not in known or getattr(model.config, "model_type", "") in _IGNORE_MASKS:
         return True
@@ -109,7 +109,7 @@ def sees_padding(model: nn.Module, layers: str) -> bool:
 
 
 def picks_tokens(model: nn.Module) -> bool:
-    """Return whether attention selects a few tokens or blocks of them. Padding on the left would be among them."""
+    """Return whether attention selects a few tokens or blocks of tokens, which would include padding on the left."""
     return any("Indexer" in type(module).__name__ for module in model.modules())
 
 
@@ -272,8 +272,8 @@ def _check_tokens(model: nn.Module, tokens: torch.Tensor) -> None:
 
 
 def _first_position(model: nn.Module) -> int:
-    """Return the position of the first token: 0, but in RoBERTa and similar models the one after the padding token,
-    which is in their table of positions."""
+    """Return the position of the first token: 0, or the position after the padding position in RoBERTa and similar
+    models, whose padding has a position."""
     if model not in _first_positions:
         counts = (m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids"))
         padding = getattr(next(counts, None), "padding_idx", None)

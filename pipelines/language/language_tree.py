@@ -1,4 +1,4 @@
-"""The parts of a language model that can be traced, and their standard names: found, set by the user, verified."""
+"""The traceable parts of a language model and their standard names, found or set by the user, and verified."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ _OF_LAYER = ("self_attn", "mlp")
 
 
 class LanguageTree(NamedTree):
-    """What can be traced in a language model, and the standard names of its parts.
+    """The traceable parts of a language model and their standard names.
 
     Attributes:
         stacks: Its lists of layers.
@@ -46,14 +46,14 @@ class LanguageTree(NamedTree):
 
     @property
     def structure(self) -> Structure | None:
-        """What the check of the names has found out, or None until it has been made."""
+        """The structure that the check of the names found, or None before the check."""
         return self._checks[0] if self._checks else None
 
     def weights_loaded(self) -> None:
         self.check_names()
 
     def check_names(self) -> None:
-        """Verify the standard names. If the check needs weights that are not loaded yet, it is made once they are."""
+        """Verify the standard names. A check that needs weights is postponed until they are loaded."""
         net = self.root.owner
         inputs = _trial_inputs(net)
         if inputs and not self._checks:
@@ -80,7 +80,7 @@ class LanguageTree(NamedTree):
 
 
 def _check_given(net: nn.Module, names: Mapping[str, str | None]) -> Mapping[str, str | None]:
-    """Return the names that the user passes. Raise InputError if they are not possible."""
+    """Return the names that the user passes. Raise InputError if they are not valid."""
     for name, path in names.items():
         if name not in _OF_MODEL + _OF_LAYER:
             known = ", ".join(_OF_MODEL + _OF_LAYER)
@@ -108,7 +108,7 @@ def _trial_inputs(net: nn.Module) -> dict[str, torch.Tensor]:
     words = getattr(embeddings(net), "num_embeddings", None)
     if "input_ids" not in parameters or not words:
         return {}
-    rows = getattr(net, "num_codebooks", 1)  # audio models have one per codebook
+    rows = getattr(net, "num_codebooks", 1)  # audio models have one row per codebook
     ids = torch.arange(2, 5, device=getattr(net, "device", None)).expand(rows, 3) % words
     halves = getattr(net.config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters
     return {"input_ids": ids} | ({"decoder_input_ids": ids} if halves else {})

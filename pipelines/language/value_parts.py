@@ -3,8 +3,8 @@
     hidden = FIRST.take(output, path)                    # from the tuple that a layer returns
     output = FIRST.put(output, hidden * 2, path, {})  # the rest of the tuple stays
 
-They are selections, see `Selection` in `diffsight.extending`. They can be combined with the part of a batch, for
-example a row of the first item of a tuple.
+These parts are selections, see `Selection` in `diffsight.extending`. They can be combined with a part of a batch, for
+example to select one row of the first item of a tuple.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from diffsight.remote import sent_as
 
 
 class ValuePart(Selection):
-    """A part that every call has, if there is a call."""
+    """A part that is only missing if there is no call."""
 
     missing = "it is not called"
 
@@ -47,7 +47,7 @@ class FirstTensor(ValuePart):
 
 @sent_as("logits")
 class Logits(ValuePart):
-    """The logits in what the model returns."""
+    """The logits in the model's output."""
 
     def take(self, value: Any, path: object) -> Any:
         if not isinstance(value, Mapping):
@@ -98,7 +98,7 @@ FIRST = FirstTensor()
 
 @sent_as("within", "outer", "inner", "name", "missing")
 class Within(ValuePart):
-    """A part of a part: `inner` of what `outer` takes. One of them may be the part of a batch."""
+    """A part of a part: `inner` is taken from the result of `outer`. One of them may be a part of a batch."""
 
     def __init__(self, outer: Any, inner: Any) -> None:
         self.outer, self.inner = outer, inner
@@ -121,12 +121,12 @@ class Within(ValuePart):
 
 @sent_as("added", "positions", "mask")
 class Added(ValuePart):
-    """Adds what is assigned to the value instead of replacing it, at some positions or at all of them.
+    """Adds the assigned tensor to the value instead of replacing the value, at some or all positions.
 
     Args:
         positions: The positions, or None for all.
-        mask: 1 for real tokens and 0 for padding, `(rows, tokens)`. Positions in a value with as many tokens count the
-            real tokens of each row. None if there is no padding.
+        mask: 1 for real tokens and 0 for padding, `(rows, tokens)`. In a value with the same number of tokens,
+            positions count only the real tokens of each row. None if there is no padding.
     """
 
     def __init__(self, positions: list[int] | None, mask: torch.Tensor | None = None) -> None:
@@ -149,7 +149,7 @@ class Added(ValuePart):
         return whole
 
     def _places(self, whole: torch.Tensor, path: object) -> list[list[int]]:
-        """Return the places of the positions in each row of a value, where padding counts."""
+        """Return the indices of the positions in each row of a value. Unlike positions, indices count padding."""
         rows, length = len(whole), whole.shape[-2]
         mask = self.mask
         if mask is None or mask.shape[-1] != length or rows % len(mask):

@@ -2,7 +2,7 @@
 
     python -m diffsight.pipelines.shapes.evaluate clip            # prints the tables of the model card
 
-This uses plain diffusers and PyTorch, and nothing of diffsight's engine: the lenses are checked against these figures.
+This uses plain diffusers and PyTorch without diffsight's engine, because the lenses are checked against these figures.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def reader_accuracy(count: int = 500, seed: int = 500) -> float:
 
 
 def sample_scenes(count: int, seed: int, **kind) -> list[Scene]:
-    """Sample `count` scenes of two things. `kind` goes to `sample_scene` (`noun_rate`, `held_out`)."""
+    """Sample `count` scenes of two things. `kind` is passed to `sample_scene` (`noun_rate`, `held_out`)."""
     rng = random.Random(seed)
     return [sample_scene(rng, two=1.0, **kind) for _ in range(count)]
 
@@ -51,7 +51,7 @@ def draw_scenes(pipe, asked: Sequence[Scene], layer: Layer | None = None, batch:
     """Draw the captions of the scenes `asked`, with the seeds 0, 1, 2 …
 
     With `layer`, draw from the output of that layer of the text encoder, through the final norm; "embedding" is the
-    input of the first layer. In a FluxPipeline these are T5's layers; the pooled output of CLIP stays."""
+    input of the first layer. In a FluxPipeline these are T5's layers; the pooled output of CLIP stays the same."""
     images = []
     if isinstance(pipe, FluxPipeline):
         arguments = CALL | arguments
@@ -61,14 +61,14 @@ def draw_scenes(pipe, asked: Sequence[Scene], layer: Layer | None = None, batch:
         prompt = {"prompt": captions}
         if layer is not None:
             prompt = encode_at(pipe, captions, layer)
-        if "true_cfg_scale" in arguments:  # which has no effect without a negative prompt
+        if "true_cfg_scale" in arguments:  # it has no effect without a negative prompt
             prompt["negative_prompt"] = [""] * len(captions)
         images += pipe(**prompt, generator=generators, **arguments).images
     return images
 
 
 def encode_at(pipe, captions: Sequence[str], layer: Layer) -> dict[str, torch.Tensor]:
-    """Return the arguments that stand for captions as they leave a layer of the text encoder, see `draw_scenes`."""
+    """Return captions as pipeline arguments, encoded up to a layer of the text encoder, see `draw_scenes`."""
     encoder, tokenizer, prompt = pipe.text_encoder, pipe.tokenizer, {}
     if isinstance(pipe, FluxPipeline):
         encoder, tokenizer = pipe.text_encoder_2, pipe.tokenizer_2

@@ -1,6 +1,6 @@
 """Defaults of shapes-flux for which FluxPipeline has no setting.
 
-Whatever its parts are configured for, FluxPipeline draws 128 latents a side, as FLUX.1 does, and asks its T5 tokenizer
+However its parts are configured, FluxPipeline draws 128 latents a side, as FLUX.1 does, and asks its T5 tokenizer
 for 512 tokens. Our VAE makes 16 latents a side, and the text encoders were trained with 16 tokens.
 """
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from diffsight.pipelines.shapes.word_tokenizer import TOKENS
 
-CALL = {"height": 64, "width": 64, "max_sequence_length": TOKENS}  # what a call needs where the defaults are not set
+CALL = {"height": 64, "width": 64, "max_sequence_length": TOKENS}  # arguments of a call if the defaults are not set
 
 
 class BoundedTokenizer(PreTrainedTokenizerFast):
@@ -26,6 +26,6 @@ class BoundedTokenizer(PreTrainedTokenizerFast):
 
 
 def set_defaults(pipeline: DiffusionPipeline) -> None:
-    """Let a call of the pipeline without arguments draw 64 x 64 pixels from 16 tokens."""
+    """Make a call of the pipeline without arguments draw 64 x 64 pixels from 16 tokens."""
     pipeline.default_sample_size = pipeline.vae.config.sample_size // pipeline.vae_scale_factor
     pipeline.tokenizer_2.__class__ = BoundedTokenizer  # a new object would change what `save_pretrained` writes

@@ -3,16 +3,16 @@
     pipe = make_flux_pipeline()
     train_transformer(pipe, latents, captions, steps=4000, save=lambda: save_in_half(pipe, folder))
 
-- The text encoders are those of shapes-clip and shapes-t5, already trained, and stay frozen. All captions are encoded
-  once before training starts. FLUX uses the pooled output of CLIP, which transformers reads at the end token; it finds
-  that token by the highest id, unless the configuration names an id other than 2. The end token is therefore moved to
-  the end of the vocabulary, where OpenAI's CLIP has it.
+- The text encoders are the trained ones of shapes-clip and shapes-t5, and stay frozen. All captions are encoded once
+  before training starts. FLUX uses the pooled output of CLIP, which transformers reads at the end token. It takes the
+  highest id to be the end token, unless the configuration names an id other than 2. The end token is therefore moved
+  to the end of the vocabulary, where OpenAI's CLIP has it.
 - The transformer learns the velocity `noise - latents` of straight paths (flow matching: Lipman et al. 2022; Liu et
   al., "Rectified Flow", 2022). Times follow a logit-normal distribution (Esser et al., "Scaling Rectified Flow
   Transformers", 2024, section 3.1), shifted towards noise, where the layout is decided.
 - One caption in ten is dropped, so that classifier-free guidance works (`true_cfg_scale` with a negative prompt).
 - The matrices of the blocks are trained with Muon (Jordan et al. 2024), which needs about half as many steps as AdamW;
-  everything else with AdamW. What is kept is a moving average of the weights.
+  everything else is trained with AdamW. A moving average of the weights is kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ from diffsight.pipelines.shapes.flux_defaults import CALL
 from diffsight.pipelines.shapes.scenes import SIZE
 from diffsight.pipelines.shapes.word_tokenizer import TOKENS, make_word_tokenizer
 
-SHIFT = 2.0  # of the times in training, towards noise
+SHIFT = 2.0  # shift of the training times towards noise
 BATCH = 32
 _FOLDER = Path(__file__).parent
 
@@ -51,7 +51,7 @@ def make_flux_pipeline() -> FluxPipeline:
 
 
 def make_transformer() -> FluxTransformer2DModel:
-    """Three double and three single blocks of width 192, four heads."""
+    """Return a transformer with three double and three single blocks of width 192, with four heads."""
     transformer = FluxTransformer2DModel(
         in_channels=16,  # four latent channels, packed two by two
         num_layers=3,
@@ -68,7 +68,7 @@ def make_transformer() -> FluxTransformer2DModel:
 
 
 def make_vae() -> AutoencoderKL:
-    """Halves the image twice: 64 x 64 pixels become 16 x 16 latents of four channels."""
+    """Return a VAE that halves the image twice: 64 x 64 pixels become 16 x 16 latents of four channels."""
     vae = AutoencoderKL(
         sample_size=SIZE,
         block_out_channels=(16, 32, 64),
@@ -78,18 +78,18 @@ def make_vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=8,
     )
-    with torch.no_grad():  # at first almost no noise, or the decoder sees little else for hundreds of steps
+    with torch.no_grad():  # almost no noise at first, otherwise the decoder sees little else for hundreds of steps
         vae.quant_conv.bias[vae.config.latent_channels :] = -6
     return vae
 
 
 def train_decoder(vae: AutoencoderKL, images: torch.Tensor, latents: torch.Tensor, steps: int) -> None:
-    """Train the decoder of the VAE in place, on whole images, as `train_vae` does on windows of them.
+    """Train the decoder of the VAE in place, on whole images. `train_vae` trains on windows of images.
 
     Args:
         vae: a VAE whose encoder is trained.
         images: uint8, `(images, 3, 64, 64)`.
-        latents: what the encoder makes of the images, not scaled, `(images, 4, 16, 16)`.
+        latents: latents of the images from the encoder, not scaled, `(images, 4, 16, 16)`.
         steps: batches of 16 to train.
     """
     parameters = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
@@ -132,8 +132,8 @@ def encode_captions(pipe: FluxPipeline, captions: Sequence[str]) -> tuple[torch.
     """Encode every different caption once.
 
     Returns:
-        The number of each caption's encoding, `(captions,)`; the encodings by T5, `(different captions, 16, 64)`, and
-        the pooled ones by CLIP, `(different captions, 64)`. The last of each is that of the empty caption.
+        The index of each caption's encoding, `(captions,)`; the encodings by T5, `(different captions, 16, 64)`; and
+        the pooled encodings by CLIP, `(different captions, 64)`. The last encodings belong to the empty caption.
     """
     different = [*dict.fromkeys(captions), ""]
     numbers = {caption: number for number, caption in enumerate(different)}
@@ -178,8 +178,8 @@ def train_transformer(
 ) -> None:
     """Train the transformer of `pipe` in place and leave the moving average of its weights in it.
 
-    Every 250 steps `save` is called with the average in place; every 500 the share of 50 captions drawn right is
-    printed.
+    Every 250 steps, `save` is called with the average in place. Every 500 steps, the share of 50 captions that are
+    drawn correctly is printed.
 
     Args:
         pipe: a pipeline whose other parts are trained.
@@ -187,8 +187,8 @@ def train_transformer(
         captions: two for each image, one after the other.
         steps: batches of 32 to train.
         save: writes the pipeline to disk.
-        fresh: whether training begins. Then captions that name the first place first are more frequent for 400 steps;
-            the top of `train.py` says why.
+        fresh: whether training begins. If so, captions that name the thing in the first place first are more frequent
+            for 400 steps, for the reason given at the top of `train.py`.
     """
     device, side = latents.device, latents.shape[-1]
     transformer = pipe.transformer.train()
@@ -243,7 +243,7 @@ def train_transformer(
 
 
 def share_right(pipe: FluxPipeline, count: int = 50, **arguments) -> float:
-    """Return the share of `count` captions of two things that the pipeline draws right in 20 steps."""
+    """Return the share of `count` captions of two things that the pipeline draws correctly in 20 steps."""
     pipe.transformer.eval()
     pipe.set_progress_bar_config(disable=True)
     asked = sample_scenes(count, seed=1)

@@ -4,9 +4,9 @@
     scene.caption()                      # "a red circle above a blue square on a gray background"
 
 Nothing is learned. The background is the colour of the border, and things are the connected regions that differ from
-it. A thing's colour is the palette colour nearest to the median of the region's pixels. Its shape is the one whose
-drawing in the region's bounding box overlaps the region most. The relation follows the axis along which the centres
-are further apart.
+it. A thing's colour is the palette colour nearest to the median of the region's pixels. Its shape is the shape
+whose drawing in the region's bounding box overlaps the region most. The relation follows the axis along which the
+centres are further apart.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ _SMALLEST = 25  # pixels; a smaller region is a speck
 
 
 def read_scene(image: Image.Image) -> Scene | None:
-    """Return the scene in `image`, or None unless one or two things are seen.
+    """Return the scene in `image`, or None if it does not show one or two things.
 
     The image may have any size and is read at its own resolution. The relation is always "above" or "left of", as in
     `Scene.canonical`."""
@@ -40,7 +40,7 @@ def read_scene(image: Image.Image) -> Scene | None:
 
 
 def find_things(image: Image.Image) -> list[tuple[Thing, np.ndarray]]:
-    """Return the things in an image, each with where it is, bool `(height, width)`."""
+    """Return the things in an image, each with a mask of its region, bool `(height, width)`."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     regions = _regions(np.linalg.norm(pixels - _ground(pixels), axis=-1) > _CONTRAST)
     return [(Thing(_color(pixels[region]), _shape(region)), region) for region in regions]
@@ -80,7 +80,7 @@ def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str
 
 
 def _shape(region: np.ndarray) -> str:
-    """Return the shape whose drawing in the region's bounding box has the largest intersection over union with it."""
+    """Return the shape whose drawing in the region's bounding box has the largest intersection over union."""
     ys, xs = np.where(region)
     crop = region[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
     height, width = crop.shape

@@ -94,7 +94,7 @@ WORDS = sorted(
 def sample_thing(rng: random.Random, noun_rate: float, held_out: bool | None = False) -> Thing:
     """Sample a thing, with an invented noun with probability `noun_rate`.
 
-    `held_out=True` samples only the held-out pairs of colour and shape, False never one of them, None any pair."""
+    `held_out=True` samples only held-out pairs of colour and shape, False only other pairs, and None any pair."""
     if rng.random() < noun_rate:
         return rng.choices(list(NOUNS.values()), weights=_ZIPF)[0]
     if held_out:

@@ -18,7 +18,7 @@ It runs on a GPU if there is one (minutes), otherwise on the CPU (one to two hou
   time in ten for classifier-free guidance (Ho & Salimans, 2022), and an exponential moving average of the weights. Six
   in ten timesteps are sampled from 750 to 999, where the layout is decided.
 - Every scene has two captions, "A above B" and "B below A". At first nine in ten are of the first kind, so that the
-  thing named first is a hint for its place. After two fifths of the training both kinds are equally frequent. If they
+  order of the names is a hint for the places. After two fifths of the training both kinds are equally frequent. If they
   are equally frequent from the start, neither the order of the names nor the relation is informative on its own, and
   for thousands of steps the right things appear in swapped places.
 - T5 has no positions, only distances, and in 4,000 steps with images alone it did not learn which thing goes where.
@@ -55,7 +55,7 @@ from diffsight.pipelines.shapes.flux_training import make_flux_pipeline, train_d
 from diffsight.pipelines.shapes.scenes import COLORS, SHAPES, SIZE, WORDS, render, sample_scene
 from diffsight.pipelines.shapes.word_tokenizer import TOKENS, make_word_tokenizer
 
-LATENT_NOISE = 0.5  # the most noise in training the VAE's decoder, in standard deviations of a latent channel
+LATENT_NOISE = 0.5  # the maximum noise in training the VAE's decoder, in standard deviations of a latent channel
 
 
 def make_tokenizer(encoder: str) -> PreTrainedTokenizerFast:
@@ -143,9 +143,9 @@ def make_data(count: int, seed: int) -> tuple[torch.Tensor, list[str], torch.Ten
     """Return `count` scenes to train on.
 
     Returns:
-        Images, uint8 `(count, 3, 64, 64)`; two captions of each, a list of 2 * count, described from the first and from
-        the second place, three in ten without the background; and the things, `(count, 2, 2)`: the indices of the
-        colour and the shape in each place, or the number of colours and shapes where there is nothing.
+        Images, uint8 `(count, 3, 64, 64)`; two captions of each scene, a list of 2 * count: from the first and from the
+        second place, and without the background for three in ten scenes; and the things, `(count, 2, 2)`: the indices
+        of the colour and the shape in each place, or the number of colours and shapes where there is nothing.
     """
     rng = random.Random(seed)
     images, captions = torch.empty(count, 3, SIZE, SIZE, dtype=torch.uint8), []
@@ -204,7 +204,7 @@ def encode_images(vae: AutoencoderKL, images: torch.Tensor, device: str) -> torc
 
 
 class PlaceReader(torch.nn.Module):
-    """Read from the output of a text encoder, `(batch, tokens, width)`, what is in each of two places.
+    """Read the things in two places from the output of a text encoder, `(batch, tokens, width)`.
 
     The results are scores of the colours, `(batch, 2, colours + 1)`, and of the shapes, `(batch, 2, shapes + 1)`."""
 
@@ -322,8 +322,8 @@ def train(
 ) -> StableDiffusionPipeline | FluxPipeline:
     """Train a pipeline and write it to the folder `out`.
 
-    With `resume`, continue with the pipeline in that folder; if it has the other kind of encoder, with its VAE and its
-    UNet and a new encoder."""
+    With `resume`, continue with the pipeline in that folder. If it has the other kind of encoder, continue with its VAE
+    and UNet and a new encoder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(seed)
@@ -357,12 +357,12 @@ def train_flux(
     steps: int,
     device: str,
 ) -> FluxPipeline:
-    """Train shapes-flux and write it to the folder `out`; with the folder `resume`, go on with the pipeline there.
+    """Train shapes-flux and write it to the folder `out`. With `resume`, continue with the pipeline in that folder.
 
     Its text encoders are those of the other two pipelines. `images` and `captions` are as `make_data` returns them."""
     pipe = FluxPipeline.from_pretrained(resume) if resume else make_flux_pipeline()
     pipe.to(device)
-    with torch.autocast(device, torch.bfloat16, cache_enabled=False):  # a cache would keep the weights as they begin
+    with torch.autocast(device, torch.bfloat16, cache_enabled=False):  # a cache would keep the initial weights
         if vae_steps:
             train_vae(pipe.vae.train(), crop(images, SIZE // 2), vae_steps, device)
         latents = encode_images(pipe.vae.eval(), images, device).float()

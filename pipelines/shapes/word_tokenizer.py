@@ -13,7 +13,7 @@ def make_word_tokenizer(vocabulary: Mapping[str, int], template: str) -> PreTrai
 
     Args:
         vocabulary: The id of every word, and of `<pad>`, `<start>`, `<end>` and `<unknown>`.
-        template: What stands around a text, `<start> $A <end>` or `$A <end>`.
+        template: The tokens around a text, `<start> $A <end>` or `$A <end>`.
     """
     tokenizer = Tokenizer(models.WordLevel(dict(vocabulary), unk_token="<unknown>"))
     tokenizer.normalizer = normalizers.Lowercase()

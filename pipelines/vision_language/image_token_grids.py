@@ -1,9 +1,9 @@
-"""Image grids: where the image tokens of a text are on their image.
+"""Image grids: the places of a text's image tokens on the image.
 
     grid = image_grids(model, tokenizer, values, positions)[0][0]      # the first image of the first input
     hidden[0, grid]                                                     # (rows, columns, features)
 
-The vision tower cuts an image into patches, and each image token is a patch or a square of patches.
+The vision tower cuts an image into patches, and each image token stands for a patch or a square of patches.
 """
 
 import re
@@ -19,7 +19,7 @@ from diffsight.errors import InputError
 
 _TILE = re.compile(r"<row_(\d+)_col_(\d+)>")
 _WHOLE = "<global-img>"
-_MIXED = re.compile(r"resampler|qformer|perceiver", re.IGNORECASE)  # mixes all patches into tokens that have no place
+_MIXED = re.compile(r"resampler|qformer|perceiver", re.IGNORECASE)  # mix all patches, so tokens have no place
 
 
 def image_grids(
@@ -27,7 +27,7 @@ def image_grids(
 ) -> list[list[torch.Tensor]]:
     """Return the grids of the positions of image tokens: for each input, a list with one grid per image.
 
-    An image that is seen both in tiles and as a whole has the grid of its assembled tiles.
+    If the model receives an image both in tiles and as a whole, the grid covers the assembled tiles.
 
     Args:
         net: The model.
@@ -39,7 +39,7 @@ def image_grids(
         For each input and each of its images, the positions of the image's tokens, `(rows, columns)`.
 
     Raises:
-        InputError: The tokens have no grid, or it is unknown.
+        InputError: The tokens have no grid, or the grid is unknown.
     """
     mixes = next((m for m in net.modules() if _MIXED.search(type(m).__name__)), None)
     if mixes is not None:
@@ -107,7 +107,7 @@ def _sizes(net: nn.Module, values: Mapping, tokens: int, extra: int) -> list[tup
 
 
 def _merged(patches: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """Yield the sizes in tokens if each token stands for a square of 1, 4, 9 … patches."""
+    """Yield the sizes of the images in tokens, where each token stands for a square of 1, 4, 9 … patches."""
     for side in takewhile(lambda side: side <= min(min(size) for size in patches), count(1)):
         if all(height % side == 0 and width % side == 0 for height, width in patches):
             yield [(height // side, width // side) for height, width in patches]
@@ -140,7 +140,7 @@ def _of_tiles(
             tile = run.reshape(size)
             if place:
                 tiles[int(place[1]), int(place[2])] = tile
-            else:  # comes last
+            else:  # the whole image comes last
                 own.append(_joined(tiles) if tiles else tile)
                 tiles = {}
         grids.append(own)
@@ -151,8 +151,8 @@ def _of_tiles(
 
 
 def _of_unpadded_tiles(net: nn.Module, values: Mapping, positions: Sequence[torch.Tensor]) -> list | None:
-    """Return the grids where the tokens of the whole image come first, and then those of the assembled tiles, line by
-    line without the padding, each line with a token for its end."""
+    """Return the grids of assembled tiles whose tokens follow the tokens of the whole image. The tokens of the tiles
+    are in lines, without the padding, and each line ends with an extra token."""
     choices, reported = getattr(net.config, "image_grid_pinpoints", None), values.get("image_sizes")
     vision = net.config.vision_config if choices and reported is not None else None
     if vision is None:
@@ -187,7 +187,7 @@ def _unpadded(size: Sequence[int], tokens: tuple[int, int]) -> tuple[int, int]:
 
 
 def _runs(positions: torch.Tensor) -> list[torch.Tensor]:
-    """Split positions into runs of consecutive ones."""
+    """Split positions into runs of consecutive positions."""
     gaps = (positions.diff() != 1).nonzero().flatten() + 1
     return [run for run in positions.tensor_split(gaps.cpu()) if len(run)]
 

@@ -1,4 +1,4 @@
-"""Read the images that a user passes: PIL images, paths, tensors, arrays; one, several, or several for each text.
+"""Read images from PIL images, paths, tensors or arrays: one image, several, or several for each text.
 
 images_of("cat.png", texts=1)                   # [[<PIL image>]]
 images_of([a, b], texts=2)                      # [[a], [b]]
@@ -23,7 +23,7 @@ def images_of(given: Any, texts: int, placeholders: Sequence[int] = ()) -> list[
 
     Args:
         given: One image, which goes with every text; a list with one image for each text; a list with a list for each
-            text; or, where texts have placeholders, a list that is distributed over these in order.
+            text; or, where texts have placeholders, a list that is distributed over the placeholders in order.
         texts: The number of texts.
         placeholders: How many placeholders each text has.
 
@@ -78,7 +78,7 @@ def _loaded(place: str | Path) -> Image.Image:
         name = str(place)
     try:
         return load_image(name)
-    except Exception as error:  # whichever library reads files of this type
+    except Exception as error:  # raised by the library for files of this type
         raise InputError(f"the image {name!r} cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""VisionLanguageModel: a language model with images as input, in which every part can be traced.
+"""VisionLanguageModel: trace every part of a language model that takes images as input.
 
 model = VisionLanguageModel("llava-hf/llava-1.5-7b-hf")     # or a folder, or a live (model, processor)
 
@@ -43,7 +43,7 @@ class VisionLanguageRun(LanguageRun):
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """One view per input: `a, b = run.rows`. In the vision tower a row's part is that of its images."""
+        """One view per input: `a, b = run.rows`. In the vision tower, a row is the part with its images."""
         rows, model = super().rows, self._model
         names, inputs = tree_of(self).names_of(owner_of(model)), self.model_inputs
         if inputs.tokens is None or "layers" not in names or "image_sizes" in inputs.values:
@@ -127,8 +127,8 @@ class VisionLanguageModel(LanguageModel):
         """Open a run of one forward pass: `with model.trace("What is this?", images=image) as run:`.
 
         Args:
-            inputs: A string, a list of strings, or chat messages, which may contain images. Or the dictionary that a
-                processor has made of them.
+            inputs: A string, a list of strings, chat messages (with or without images), or the dictionary that a
+                processor returns for them.
             images: An image (a PIL image, a path, a tensor) or a list of images: all images of a single text, or one
                 image or one list for each text. A text without placeholders gets its images at the beginning.
             grad: Whether gradients are enabled.
@@ -143,7 +143,7 @@ class VisionLanguageModel(LanguageModel):
     ) -> VisionLanguageRun:
         """Open a run that generates text: `model.generate("What is this?", images=image, max_new_tokens=20).text`.
 
-        A step is one token. `inputs` and `images` are those of `trace`, and the rest those of
+        A step is one token. `inputs` and `images` are as for `trace`, and the other arguments as for
         `LanguageModel.generate`."""
         if inputs is None and images is None:
             return super().generate(seed=seed, grad=grad, **kwargs)
@@ -165,7 +165,7 @@ class VisionLanguageModel(LanguageModel):
     _left_out_of_generate = ("position_ids",)
 
     def _processed(self, inputs: Any, images: Any) -> Any:
-        """Return what the processor makes of texts and images. Other inputs are returned as they are."""
+        """Return the processor's output for texts and images. Other inputs are returned unchanged."""
         texts, chats = texts_in(inputs), chats_in(inputs)
         if texts is None and chats is None:
             if images is not None:
@@ -188,7 +188,7 @@ class VisionLanguageModel(LanguageModel):
 
 
 class VisionLanguageTree(LanguageTree):
-    """What can be tapped in a vision-language model. `vision` is an additional standard name."""
+    """The traceable parts of a vision-language model. `vision` is an additional standard name."""
 
     def __init__(self, root: Target, load: Callable[[], None] | None, given: Mapping[str, str | None]) -> None:
         self._vision: Mapping[str, str] = {}  # the standard name of the vision tower, once it is found
@@ -206,12 +206,12 @@ class VisionLanguageTree(LanguageTree):
         return super().find_names(part)
 
 
-_OF_LANGUAGE_MODEL = ("dispatch", "remote", "api_key")  # its own arguments, besides those that load the model
+_OF_LANGUAGE_MODEL = ("dispatch", "remote", "api_key")  # arguments that are not passed to `from_pretrained`
 _SEEN = ("pixel_values", "flattened_patches")  # the inputs of vision towers
 
 
 def _processor(source: Any, given: Any, arguments: Mapping[str, Any]) -> tuple[Any, str]:
-    """Return the processor of a model, or None and what to do about it."""
+    """Return the processor of a model, or None and advice for an error message."""
     if given is not None:
         return (load_processor(given) if isinstance(given, (str, Path)) else checked_processor(given)), ""
     if not isinstance(source, (str, Path)):
@@ -223,7 +223,7 @@ def _processor(source: Any, given: Any, arguments: Mapping[str, Any]) -> tuple[A
 
 
 def _vision(net: nn.Module, names: Mapping[str, str | None]) -> dict[str, str]:
-    """Return the standard name of the vision tower, from the user or as found, if there is one."""
+    """Return the standard name of the vision tower and its path, set by the user or found, if there is one."""
     if "vision" in names:
         path = names["vision"]
         if path is not None and path not in dict(net.named_modules()):
@@ -237,5 +237,5 @@ def _vision(net: nn.Module, names: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _has_own_positions(net: nn.Module) -> bool:
-    """Return whether the model computes the positions itself, as Qwen2-VL counts rows and columns of patches."""
+    """Return whether the model computes positions itself, such as the rows and columns of patches in Qwen2-VL."""
     return any(hasattr(module, "get_rope_index") for module in net.modules())

@@ -3,8 +3,8 @@
     values = process(processor, ["What is this?"], "cat.png", left=True)
     values["input_ids"], values["pixel_values"]
 
-A text without placeholders for its images gets them at its beginning. The processor replaces a placeholder with image
-tokens.
+If a text has no placeholders for its images, they are added at its beginning. The processor replaces each placeholder
+with image tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,14 +28,14 @@ def load_processor(place: str | Path, **of_hub: Any) -> Any:
     try:
         access = {} if find_path(place) else hub_access()
         found = transformers.AutoProcessor.from_pretrained(place, **access | of_hub)
-    except Exception as error:  # a damaged file fails anywhere in the libraries
+    except Exception as error:  # a damaged file can fail anywhere in the libraries
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise InputError(f"{place} has no processor that can be loaded: {type(error).__name__}: {reason}") from error
     return checked_processor(found, str(place))
 
 
 def checked_processor(processor: Any, place: str = "") -> Any:
-    """Return a processor of texts and images, or None. Raise InputError for anything else."""
+    """Return the argument if it is None or a processor of texts and images. Raise InputError otherwise."""
     if processor is None or all(hasattr(processor, part) for part in ("image_processor", "tokenizer")):
         return processor
     what = f"{place} only has" if place else "a processor has a tokenizer and an image processor; this is"
@@ -45,7 +45,7 @@ def checked_processor(processor: Any, place: str = "") -> Any:
 
 
 def texts_in(given: Any) -> list[str] | None:
-    """Return the texts that a user passes, or None if they are something else."""
+    """Return the texts that a user passes, or None for other inputs."""
     if isinstance(given, str):
         return [given]
     if isinstance(given, (list, tuple)) and given and all(isinstance(text, str) for text in given):
@@ -54,7 +54,7 @@ def texts_in(given: Any) -> list[str] | None:
 
 
 def chats_in(given: Any) -> list[list[Mapping]] | None:
-    """Return the chats that a user passes: a message, a list of messages, or a list of such lists. None otherwise."""
+    """Return the chats in a message, a list of messages or a list of such lists, or None for other inputs."""
     if isinstance(given, Mapping):
         return [[given]] if _is_message(given) else None
     if not isinstance(given, (list, tuple)) or not given:
@@ -98,8 +98,8 @@ def process(processor: Any, texts: Sequence[str], images: Any, left: bool, **mor
 def process_chats(processor: Any, chats: Sequence[list[Mapping]], images: Any, left: bool) -> dict[str, Any]:
     """Return the model inputs for chats, with the processor's chat template.
 
-    Images are part of the messages (`{"type": "image", "image": image}`) or are passed as `images`. Then they go to the
-    places that the messages have for them, or else to the first user message."""
+    Images are part of the messages (`{"type": "image", "image": image}`) or are passed as `images`. Passed images go
+    to the image blocks of the messages, or else to the first user message."""
     if getattr(processor, "chat_template", None) is None:
         raise InputError("the processor has no chat template: pass text instead, or use a chat model")
     inside = [_images_within(chat) for chat in chats]
@@ -136,8 +136,8 @@ def _with_places(processor: Any, text: str, places: int, images: int) -> str:
 def placeholder(processor: Any) -> str:
     """Return the placeholder of an image in a text, as the processor's chat template writes it.
 
-    For example "<image>", or "<|vision_start|><|image_pad|><|vision_end|>" for Qwen2-VL. Without a template it is the
-    image token, between the start and end tokens of an image if the tokenizer has them."""
+    For example "<image>", or "<|vision_start|><|image_pad|><|vision_end|>" for Qwen2-VL. Without a template, the
+    placeholder is the image token, between start and end tokens of an image if the tokenizer has them."""
     token = getattr(processor, "image_token", None)
     if token is None:
         return ""
@@ -150,7 +150,7 @@ def placeholder(processor: Any) -> str:
 
 
 def _in_template(processor: Any) -> str:
-    """Return what the chat template adds for an image before a text."""
+    """Return the text that the chat template inserts for an image before a text."""
     if getattr(processor, "chat_template", None) is None:
         return ""
     text = {"type": "text", "text": "X"}
@@ -191,7 +191,7 @@ def _images_within(chat: list[Mapping]) -> list[Any]:
 
 
 def _plain(message: Mapping) -> dict[str, Any]:
-    """Return a message that only says where its images are."""
+    """Return a message whose image blocks only mark where its images are."""
     if isinstance(message["content"], str):
         return dict(message)
     content = [{"type": "image"} if isinstance(b, Mapping) and _is_image(b) else b for b in message["content"]]

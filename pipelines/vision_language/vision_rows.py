@@ -1,7 +1,7 @@
 """Rows of a vision-language model: which images belong to which input, in the modules of the vision tower.
 
-In the language model a row of a run is an entry of the batch. In the vision tower, the entries are the images, tiles or
-patches of all rows one after the other. There a row has the same share of the entries as of the image tokens.
+In the language model, a row of a run is an entry of the batch. In the vision tower, the entries are the images, tiles
+or patches of all rows one after the other. There, a row's share of the entries equals its share of the image tokens.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from diffsight.extending import Part, Tap
 
 
 class ImageRowPart(Part):
-    """The part of a row: an entry of the batch in the language model, its images in the modules of the vision tower."""
+    """The part of a row: an entry of the batch in the language model, and the images in the vision tower."""
 
     def __init__(self, entry: Part, vision: set[int], tokens: Sequence[int], index: int) -> None:
         super().__init__(entry.start, entry.stop, entry.total, entry.stride, entry.name)
@@ -48,7 +48,7 @@ class _ImagesPart(Part):
 
 
 def vision_modules(net: nn.Module, layers: str, head: str | None) -> set[int]:
-    """Return the ids of the modules before the language model: the vision tower, and what turns its output into tokens.
+    """Return the ids of the vision tower's modules and of the modules that turn its output into tokens.
 
     `layers` is the path of the layers of the language model, `head` the path of its head."""
     trunk = layers.rpartition(".")[0]
