@@ -113,7 +113,7 @@ def activation_patching(
         max_rows: The largest number of rows in the sweep over a pair. A larger sweep is refused before it starts.
         seed: The seed of every image of a pipeline. Default: 0.
         progress: Whether to show a progress bar.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Further inputs of the model, for both prompts, or arguments of the pipeline. With `max_new_tokens`, a
             language model continues both prompts greedily by this number of tokens, and metrics read the logits of

@@ -93,21 +93,21 @@ def attention_maps(
     Args:
         model: The pipeline, or a vision-language model.
         prompt: The prompt.
-        words: The words, each of one or several words of the prompt. With "concept", any words. Default: all words of
-            the prompt.
+        words: Words or phrases of the prompt. With "concept", any words or phrases. Default: all words of the
+            prompt.
         method: "cross": probabilities in cross-attention, or of the image's queries and the text's keys in joint
             attention. "concept": products of outputs, for models with joint attention.
         layers: The attention modules, numbered in the order in which they run: an integer, a slice, or a list of
             them. `model.attentions.of_kind("cross", "joint")` lists them. Default: all.
         heads: Which heads. Default: all.
         steps: Which denoising steps: an integer, a slice, or a list of them. Default: all.
-        keep: Keep the maps of "steps", "layers" or "heads" apart too.
+        keep: Also keep separate maps for the "steps", "layers" or "heads".
         encoder: The text encoder whose tokens count. Default: all text encoders.
         image: Look at this image instead of drawing one: a PIL image in mode RGB, or a float tensor (3, height, width)
             from 0 to 1. At every step the denoiser is shown the image with the noise of this step, so `steps` chooses
             how noisy it is. If the pipeline itself takes an image, this is the pipeline's argument.
         seed: The seed of the image, or of the noise that is added to it.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline, or of `generate`.
 
@@ -227,9 +227,9 @@ def attention_from(
         layers: Which of `model.attentions.of_kind("self", "joint")`. Default: all.
         heads: Which heads. Default: all.
         steps: Which denoising steps. Default: all.
-        keep: Keep the maps of "steps", "layers" or "heads" apart too.
+        keep: Also keep separate maps for the "steps", "layers" or "heads".
         seed: The seed of the image.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 

@@ -76,7 +76,7 @@ def block_ablation(
         max_rows: The largest number of rows in the sweep over a prompt. A larger sweep is refused.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 

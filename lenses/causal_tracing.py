@@ -172,7 +172,7 @@ def causal_tracing(
         batch_size: The number of rows in a pass.
         seed: The seed of the noise, and of every image.
         progress: Whether to show a progress bar.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Further arguments of the model.
 

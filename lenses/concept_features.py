@@ -48,7 +48,7 @@ def concept_features(
         point: The path of the module. Default: the point that the SAE was trained at.
         batch_size: How many prompts are run together.
         seed: The seed of the first image.
-        arguments: Further arguments of the model. `images` are those of `prompts`, then those of `others`.
+        arguments: Further arguments of the model. `images` holds the images for `prompts`, then those for `others`.
 
     Raises:
         InputError: The prompts are not lists of strings, or the SAE does not say where it was trained.

@@ -225,7 +225,7 @@ def encoder_patching(
         batch_size: The number of rows in a call. Default: all.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline, and of the source's pipeline as far as it accepts them.
 
