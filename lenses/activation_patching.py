@@ -97,7 +97,7 @@ def activation_patching(
             tokens (-1 is the last), ranges of numbers, or pairs of these, one for each prompt. Default: "each" for
             "layers", "attentions" and "mlps", "all" for other sites. In a pipeline: regions of the image, "left",
             "right", "top", "bottom" or boxes (left, top, right, bottom) as shares of width and height, or a mapping
-            from names to boxes; in text encoders, and for "k" and "v" of attention to the text, also words of the
+            from names to boxes; or, in text encoders and for "k" and "v" of attention to the text, words of the
             prompt as above. Default: the whole value.
         steps: The denoising steps of a pipeline, or the tokens that a language model generates if `max_new_tokens` is
             passed: "all" together, "each" by itself, or a list whose items are steps, or slices or ranges of steps that
