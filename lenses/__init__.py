@@ -2,8 +2,8 @@
 
     from diffsight.lenses import logit_lens
 
-Each name is imported when it is first used. Many lenses share their name with the file they are in; here such a name
-always means the lens.
+Each name is imported when it is first used. Many lenses have the same name as the module they are
+in; imported from here, the name always means the lens.
 """
 
 import sys
@@ -224,8 +224,8 @@ def __dir__() -> list[str]:
 
 
 class _Lenses(ModuleType):
-    """This package. Once Python has imported the module `logit_lens`, it sets the attribute of that name to the module;
-    here it is set to the lens instead."""
+    """This package. When Python imports a module such as `logit_lens`, it sets the attribute `logit_lens` to the
+    module; here the attribute is set to the lens instead."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_file_of_lens = name in _MODULE_OF and isinstance(value, ModuleType)

@@ -11,15 +11,15 @@
     result.effect                   # (layers, positions): 1 where the patch alone makes the model say Paris
     result.plot()
 
-The clean run's value at a site takes the place of the corrupted run's, and the rest of the model continues with it
+The clean run's value at a site replaces the corrupted run's value, and the rest of the model continues with it
 (Vig et al., "Investigating Gender Bias in Language Models Using Causal Mediation Analysis", NeurIPS 2020; Meng et al.,
-"Locating and Editing Factual Associations in GPT", NeurIPS 2022). For one layer and one token it is this pair of runs:
+"Locating and Editing Factual Associations in GPT", NeurIPS 2022). For one layer and one token, these two runs do it:
 
     with model.trace(clean) as x, model.trace(corrupted) as y:
         y.layers[4].output[:, 3] = x.layers[4].output[:, 3]
         x.stop()
 
-The lens does it for all sites and positions. Rows that are patched in the same layer share a pass, which starts from
+The lens does this for all sites and positions. Rows that are patched in the same layer share a pass, which starts from
 the stored hidden state before that layer.
 """
 
@@ -74,7 +74,7 @@ def activation_patching(
     progress: bool = True,
     **arguments: Any,
 ) -> SiteEffects:
-    """Put the clean run's values into the corrupted run, one site and one position at a time, and measure each.
+    """Put the clean run's values into the corrupted run, one site and position at a time, and measure the effect.
 
         activation_patching(model, clean, corrupted, logit_difference(" Paris", " Rome"))       # layers by tokens
         activation_patching(model, clean, corrupted, metric, sites="heads")                     # layers by heads
@@ -86,46 +86,45 @@ def activation_patching(
     Args:
         model: The model or the pipeline.
         clean: The prompt whose values are put into the other run: a string, or for a language model also token ids or a
-            chat. A list of prompts is several pairs.
+            chat. A list of prompts makes several pairs.
         corrupted: The other prompt of each pair.
         metric: A metric such as `logit_difference`, `kl_divergence`, `latent_distance` or `shapes_verdict`, or a
             function of the result of one row (see `Outcome`) that returns a number.
-        sites: What is patched, one thing at a time. Of a language model: "layers" (the hidden state after a layer),
+        sites: The sites to patch, one at a time. In a language model: "layers" (the hidden state after a layer),
             "attentions", "mlps" (their outputs), "heads" (the output of a head before the output projection), "q", "k",
-            "v", "attention_probs" (of a head). Of any model: paths and patterns of points. Several may be given as a
-            list.
-        positions: Of a language model: "each" token, "words", "all" tokens together, or a list of words, numbers of
+            "v", "attention_probs" (of a head). In any model: paths and patterns of points. For several, pass a list.
+        positions: In a language model: "each" token, "words", "all" tokens together, or a list of words, numbers of
             tokens (-1 is the last), ranges of numbers, or pairs of these, one for each prompt. Default: "each" for
-            "layers", "attentions" and "mlps", "all" for other sites. Of a pipeline: regions of the image, "left",
-            "right", "top", "bottom" or boxes (left, top, right, bottom) in shares of width and height, or names to
-            boxes; or, in text encoders and of "k" and "v" of attention to the text, words of the prompt as above.
-            Default: the whole value.
+            "layers", "attentions" and "mlps", "all" for other sites. In a pipeline: regions of the image, "left",
+            "right", "top", "bottom" or boxes (left, top, right, bottom) as shares of width and height, or a mapping
+            from names to boxes; or, in text encoders and for "k" and "v" of attention to the text, words of the
+            prompt as above. Default: the whole value.
         steps: The denoising steps of a pipeline, or the tokens that a language model generates if `max_new_tokens` is
             passed: "all" together, "each" by itself, or a list whose items are steps, or slices or ranges of steps that
-            are patched together. In a step of generation the last token that the model reads is patched, so in step 0
-            the prompt's last token. Default: "all".
+            are patched together. In a step of generation, the last token that the model reads is patched; in step 0,
+            this is the prompt's last token. Default: "all".
         layers: The layers of named sites. Default: all.
         heads: The heads of sites that have heads. Default: each of them.
         branch: The branch of guidance that is patched, "cond" or "uncond". Default: both.
         into: "corrupted": the clean run's values go into the corrupted run. "clean": the other way round.
         align: What to do if a position has different numbers of tokens in the two prompts. "each": raise an error;
-            "last": patch the last token; "mean": put the mean of the one's tokens into each of the other's.
+            "last": patch the last token; "mean": put the mean of one prompt's tokens into each of the other's.
         batch_size: The largest number of rows in a pass.
         max_rows: The largest number of rows in the sweep over a pair. A larger sweep is refused before it starts.
         seed: The seed of every image of a pipeline. Default: 0.
         progress: Whether to show a progress bar.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Further inputs of the model, for both prompts, or arguments of the pipeline. With `max_new_tokens`, a
-            language model continues both prompts greedily by this number of tokens, and a metric reads their logits:
-            its `position` counts the generated tokens.
+            language model continues both prompts greedily by this number of tokens, and metrics read the logits of
+            these tokens: their `position` counts the generated tokens.
 
     Returns:
         The metric and the effect by site and position.
 
     Raises:
         InputError: Before anything runs: a site, layer, position or token does not exist, prompts have different
-            numbers of tokens where these are compared, the sweep is too large, or an argument belongs to models of the
+            numbers of tokens where tokens are compared, the sweep is too large, or an argument belongs to models of the
             other kind. After the runs without patching: the model does not reach a site, a step or region does not
             exist, or the metric returns no number.
         PointNotFoundError: A pattern matches nothing.
@@ -185,7 +184,7 @@ def _tokens_to_generate(arguments: dict[str, Any], steps: Windows, positions: An
     """Take the number of tokens to generate out of the arguments for a language model.
 
     Raises:
-        InputError: It is missing or invalid, or positions are given as well.
+        InputError: The number is missing or invalid, or positions are passed as well.
     """
     tokens = arguments.pop("max_new_tokens", None)
     if tokens is None and steps is None:

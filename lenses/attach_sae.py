@@ -5,8 +5,8 @@
         for step in run.steps:
             run.unet.up_blocks[0].sae.features.output[..., 7] = 0
 
-A model with an SAE attached keeps what the SAE does not explain. Only changes of features reach the model, so an SAE
-whose features are only read does not change a bit of the result.
+A model with an SAE attached keeps what the SAE does not explain. Only changes to features reach the model: if they
+are only read, the result stays the same, bit for bit.
 """
 
 from itertools import count
@@ -33,8 +33,8 @@ def attach_sae(model: Wrapper, sae: SAE, point: str | None = None) -> Wrapper:
         with opened.trace("The Eiffel Tower") as run:
             run.layers[3].sae.features.output[..., 7] *= 2
 
-    The features are at `sae.features.output` of the module at the point, (..., features); for feature maps (batch,
-    height, width, features). They can be read, changed in place and assigned in each call of the module.
+    The features are at `sae.features.output` of the module at the point, (..., features), or for feature maps
+    (batch, height, width, features). They can be read, changed in place and assigned in each call of the module.
 
     Args:
         model: The model.
@@ -64,11 +64,11 @@ def attach_sae(model: Wrapper, sae: SAE, point: str | None = None) -> Wrapper:
 
 
 class FeatureTap(nn.Module):
-    """What `attach_sae` attaches: it returns its input, plus what changes of the features add to it.
+    """The module that `attach_sae` attaches. It returns its input plus the effect of changed features.
 
     Args:
         sae: The SAE.
-        point: Where it is attached.
+        point: The path of the module that it is attached to.
     """
 
     def __init__(self, sae: SAE, point: str) -> None:
@@ -77,7 +77,7 @@ class FeatureTap(nn.Module):
         self._point = point
 
     def forward(self, value: torch.Tensor, given: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the value of the point, (..., width), with what changes of the features add."""
+        """Return the value at the point, (..., width), plus the effect of changed features."""
         vectors = channels_last(value if given is None else difference(value, given, self._point))
         if vectors.shape[-1] != self.sae.width:
             raise InputError(
@@ -92,7 +92,7 @@ class FeatureTap(nn.Module):
 
 
 def _with_tensor(output: Any, tensor: torch.Tensor) -> Any:
-    """Return what a module returned with another first tensor."""
+    """Return a module's output with its first tensor replaced."""
     if isinstance(output, torch.Tensor):
         return tensor
     if isinstance(output, tuple):

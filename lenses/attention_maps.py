@@ -7,16 +7,16 @@
 
     attention_from(model, "a red circle above a blue square", position=(0.5, 0.2)).grid()   # where one place looks
 
-The probabilities with which the positions of the image attend to the tokens of a word are averaged over heads, layers
-and denoising steps, each layer brought to one size, in the conditional branch of guidance (Tang et al., "What the
-DAAM: Interpreting Stable Diffusion Using Cross Attention", ACL 2023, section 3). In joint attention, the probabilities
-are the block of image queries and text keys.
+A map is the mean of the probabilities with which the positions of the image attend to the tokens of a word, over heads,
+layers and denoising steps in the conditional branch of guidance. All layers are resized to one size (Tang et al., "What
+the DAAM: Interpreting Stable Diffusion Using Cross Attention", ACL 2023, section 3). In joint attention, the
+probabilities are the block of image queries and text keys.
 
 With `method="concept"`, words need not be in the prompt. They go through the text stream of a model with joint
-attention as a prompt of their own, and attend to themselves and to the image of the prompt, which does not attend to
-them. A map is the product of the attention's outputs at the positions of the image and at the word, as shares of all
-words (a softmax) if there are several (Helbling et al., "ConceptAttention: Diffusion Transformers Learn Highly
-Interpretable Features", ICML 2025, section 4).
+attention as a separate prompt. They attend to themselves and to the prompt's image, but the image does not attend to
+them. A map is the product of the attention's outputs at the positions of the image and at the word. With several words,
+a softmax over the words turns the products into shares (Helbling et al., "ConceptAttention: Diffusion Transformers
+Learn Highly Interpretable Features", ICML 2025, section 4).
 """
 
 import inspect
@@ -85,7 +85,7 @@ def attention_maps(
         attention_maps(model, "a red circle", image=Image.open("scene.png"), steps=12)      # of a given image
         attention_maps(llava, "What is this?", image="cat.png", max_new_tokens=20)  # where each token looks
 
-    Sums are kept, not maps: memory depends on neither the number of steps nor that of layers.
+    Only sums of maps are kept, so memory depends on neither the number of steps nor the number of layers.
 
     With a vision-language model, text is generated, and the words are its tokens. A token is chosen at the position
     before it, so its map is the attention of that position to the tokens of the image.
@@ -93,21 +93,21 @@ def attention_maps(
     Args:
         model: The pipeline, or a vision-language model.
         prompt: The prompt.
-        words: The words, each of one or several words of the prompt. With "concept", any words. Default: all words of
-            the prompt.
+        words: Words or phrases of the prompt. With "concept", any words or phrases. Default: all words of the
+            prompt.
         method: "cross": probabilities in cross-attention, or of the image's queries and the text's keys in joint
             attention. "concept": products of outputs, for models with joint attention.
-        layers: Which of the attention modules, numbered in the order in which they run: an integer, a slice, or a list
-            of them. `model.attentions.of_kind("cross", "joint")` lists them. Default: all.
+        layers: The attention modules, numbered in the order in which they run: an integer, a slice, or a list of
+            them. `model.attentions.of_kind("cross", "joint")` lists them. Default: all.
         heads: Which heads. Default: all.
         steps: Which denoising steps: an integer, a slice, or a list of them. Default: all.
-        keep: Keep the maps of "steps", "layers" or "heads" apart too.
-        encoder: The text encoder whose tokens count. Default: those of all.
+        keep: Also keep separate maps for the "steps", "layers" or "heads".
+        encoder: The text encoder whose tokens count. Default: all text encoders.
         image: Look at this image instead of drawing one: a PIL image in mode RGB, or a float tensor (3, height, width)
             from 0 to 1. At every step the denoiser is shown the image with the noise of this step, so `steps` chooses
-            how noisy it is. A pipeline that takes an image itself gets it as its own argument.
+            how noisy it is. If the pipeline itself takes an image, this is the pipeline's argument.
         seed: The seed of the image, or of the noise that is added to it.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline, or of `generate`.
 
@@ -215,7 +215,7 @@ def attention_from(
     seed: int = 0,
     **arguments: Any,
 ) -> AttentionMaps:
-    """Draw `prompt`, and show where in the image one of its places looks: the self-attention of that place.
+    """Draw `prompt`, and show where one place in the image looks: the self-attention of that place.
 
         attention_from(model, "a red circle above a blue square", position=(0.5, 0.25))
 
@@ -227,9 +227,9 @@ def attention_from(
         layers: Which of `model.attentions.of_kind("self", "joint")`. Default: all.
         heads: Which heads. Default: all.
         steps: Which denoising steps. Default: all.
-        keep: Keep the maps of "steps", "layers" or "heads" apart too.
+        keep: Also keep separate maps for the "steps", "layers" or "heads".
         seed: The seed of the image.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
@@ -285,7 +285,7 @@ class _Wanted:
 
 
 class _Reading:
-    """What is read in a run: of which image, in which steps and modules, and the sums of it."""
+    """The reading of a run: the image, the steps and modules that are read, and the sums of the maps."""
 
     def __init__(self, steps: Steps, keep: str | None, chosen: Sequence[Attention], given: GivenImage | None) -> None:
         self.keep, self.chosen, self.given, self.sums = keep, chosen, given, MapSums()
@@ -293,7 +293,7 @@ class _Reading:
         self._steps: tuple[int, ...] = ()
 
     def is_in(self, run: DiffusionRun, step: int) -> bool:
-        """Return whether a step of a run is read. How many steps there are is known by then."""
+        """Return whether a step of a run is read. The run must know its number of steps."""
         self._steps = self._steps or choose_steps(self._asked, len(run.scheduler.timesteps))
         return step in self._steps
 
@@ -303,13 +303,13 @@ class _Reading:
             self.given.follow(run, self.chosen[0].name.partition(".")[0])
 
     def stop_after(self, run: DiffusionRun, step: int) -> None:
-        """End a run of a given image after the last step that is read, because what is drawn of it means nothing."""
+        """End a run of a given image after the last step that is read, because its output would be meaningless."""
         if self.given is not None and self.is_in(run, step) and step == self._steps[-1]:
             run.scheduler.step.input  # all calls of the denoiser have been made
             run.stop()
 
     def add(self, step: int, attention: Attention, values: torch.Tensor) -> None:
-        """Add what was read of a product, (heads or 1, words, positions of the image)."""
+        """Add the values read from a product, (heads or 1, words, positions of the image)."""
         if self.keep == "heads":
             for number, part in enumerate(values):
                 self.sums.add(f"head {number}", attention, part)
@@ -326,7 +326,7 @@ def _run_prompt(
     seed: int,
     arguments: Mapping[str, Any],
 ) -> DiffusionRun:
-    """Draw the prompt, and add what is read of every product."""
+    """Draw the prompt, and add the values read from every product."""
 
     def add(attention: Attention, step: int, product: AttentionProduct) -> None:
         if reading.is_in(run, step):
@@ -373,7 +373,7 @@ def _result(
     method: str,
 ) -> AttentionMaps:
     sums, keep, output = reading.sums, reading.keep, _drawn(run) if reading.given is None else reading.given.image
-    lowest = -torch.inf if method == "concept" else 0.0  # enlarging may give probabilities below 0
+    lowest = -torch.inf if method == "concept" else 0.0  # enlarging may make probabilities negative
     return AttentionMaps(
         maps=sums.mean().clamp_min(lowest),
         words=words,

@@ -69,22 +69,22 @@ def attribution_patching(
         model: The model or the pipeline.
         clean: As in `activation_patching`, like all arguments that are not listed here.
         corrupted: The other prompt of each pair.
-        metric: A metric of tokens, `latent_distance`, or a function of the result (`result.logits`, or of a pipeline
+        metric: A metric of tokens, `latent_distance`, or a function of the result (`result.logits`, or for a pipeline
             `result.latents`) that returns a tensor with a gradient.
-        sites: What is patched, one thing at a time. All of it comes from the same passes.
+        sites: The sites to patch, one at a time. The same passes serve all of them.
         positions: The positions that are patched.
         steps: The denoising steps of a pipeline.
         layers: The layers of named sites.
         heads: The heads of sites that have heads.
         branch: The branch of guidance that is patched.
-        into: The run that gets values, at which the gradient is taken.
+        into: The run that values are put into. The gradient is taken in this run.
         align: What to do if a position has different numbers of tokens.
-        qk_correction: Compute the softmax of attention with the patched query or key, and only what follows it to first
-            order. For "q" and "k" of language models, whose gradients are nearly 0 where the softmax is saturated
-            (AtP*, section 3.1.1).
-        through: Of a pipeline. "run": the metric is that of the finished run, and the gradient goes through all steps
+        qk_correction: Compute the softmax of attention exactly, with the patched query or key, and only the rest to
+            first order. For "q" and "k" of language models, whose gradients are nearly 0 where the softmax is
+            saturated (AtP*, section 3.1.1).
+        through: For a pipeline. "run": the metric measures the finished run, and the gradient goes through all steps
             that follow, which takes memory for all of them (see gradient checkpointing in the documentation). "step":
-            both prompts are denoised from the same noisy latents in every step, and the metric is that of the latents
+            both prompts are denoised from the same noisy latents in every step, and the metric measures the latents
             after the step. The gradient goes through one step. Default: "run".
         seed: The seed of every image of a pipeline. Default: 0.
         progress: Whether to show a progress bar over pairs.
@@ -94,8 +94,8 @@ def attribution_patching(
         The estimated metric and effect by site and position.
 
     Raises:
-        InputError: In any case in which `activation_patching` raises it; if the metric has no gradient; or if there is
-            nothing to correct.
+        InputError: In all cases in which `activation_patching` raises it; also if the metric has no gradient, or there
+            is nothing for `qk_correction` to correct.
         PointNotFoundError: A pattern matches nothing.
     """
     request = PatchingRequest(

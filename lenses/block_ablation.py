@@ -4,7 +4,7 @@
     result.effect                   # (sites, windows of steps): pixel distance from the plain image
     result.plot()
 
-A part without which the image stays the same is not needed for it. Avrahami et al. ("Stable Flow: Vital Layers for
+If the image stays the same without a part, the part is not needed. Avrahami et al. ("Stable Flow: Vital Layers for
 Training-Free Image Editing", CVPR 2025, section 3.2) call one minus the similarity of the images the vitality of a
 layer.
 """
@@ -66,7 +66,7 @@ def block_ablation(
         metric: A metric of images, or a function of the result of one row that returns a number. Distances are from the
             image that is drawn without ablation. Default: `pixel_distance()`.
         sites: Paths and patterns of modules.
-        mode: "skip": the module returns what it was given, so a block of a residual stream adds nothing. "zero": it
+        mode: "skip": the module returns its input, so a block of a residual stream adds nothing. "zero": it
             returns zeros, so a part that is added to the stream, such as an attention, adds nothing. "mean": it returns
             the mean of its output over positions.
         steps: The denoising steps: "all" together, "each" by itself, or a list whose items are steps, or slices or
@@ -76,7 +76,7 @@ def block_ablation(
         max_rows: The largest number of rows in the sweep over a prompt. A larger sweep is refused.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
@@ -84,8 +84,8 @@ def block_ablation(
         The metric by prompt, site and window. The effect is its difference from the image without ablation.
 
     Raises:
-        InputError: An argument is invalid; the model does not reach a site; or a module cannot be skipped, because it
-            returns something of another shape than it is given.
+        InputError: An argument is invalid; the model does not reach a site; or a module cannot be skipped, because its
+            output does not have the shape of its input.
         PointNotFoundError: A pattern matches nothing.
     """
     texts = as_prompts(prompts)
@@ -137,7 +137,7 @@ def _measured(metric: Metric, plain: Outcome, number: int, outcome: Outcome) -> 
 
 
 def _ablate(mode: str, leading: Sequence[Any], row: Any, change: Change, call: int) -> None:
-    """Replace what a module returns in one row."""
+    """Replace the output of a module in one row."""
     points = row[change.site.module]
     points = points.calls[call] if call else points
     if mode == "skip":
@@ -148,7 +148,7 @@ def _ablate(mode: str, leading: Sequence[Any], row: Any, change: Change, call: i
 
 
 def _mapped(output: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Return what a module returned with a function applied to each tensor that it returned directly."""
+    """Return a module's output with a function applied to each tensor that the module returned directly."""
     if isinstance(output, torch.Tensor):
         return function(output)
     if isinstance(output, Mapping):
@@ -159,10 +159,10 @@ def _mapped(output: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> An
 
 
 def _given_for(path: str, given: Sequence[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-    """Return the input that has the shape of an output.
+    """Return the input that has the same shape as an output.
 
     Raises:
-        InputError: There is none, or there are several.
+        InputError: No input has this shape, or several inputs have it.
     """
     fitting = [tensor for tensor in given if tensor.shape == output.shape and tensor.dtype == output.dtype]
     if len(fitting) != 1:
@@ -175,6 +175,6 @@ def _given_for(path: str, given: Sequence[torch.Tensor], output: torch.Tensor) -
 
 
 def _mean(output: torch.Tensor) -> torch.Tensor:
-    """Return the mean over positions at each position of a feature map or of a sequence (batch, tokens, features)."""
+    """Return a feature map or sequence (batch, tokens, features) with the mean over positions at every position."""
     dims = (2, 3) if output.ndim == 4 else (1,)
     return output.mean(dims, keepdim=True).expand_as(output) if output.ndim > 2 else output

@@ -1,4 +1,4 @@
-"""Causal tracing: where in the model, and at which tokens, is what it knows about a subject?
+"""Causal tracing: where in a model, and at which tokens, is its knowledge of a subject?
 
     trace = causal_tracing(model, "The Eiffel Tower is in the city of", "The Eiffel Tower", answer=" Paris")
     trace.effect                    # (layers, tokens): how much of the answer's probability comes back
@@ -10,9 +10,9 @@
     )
 
 The embeddings of the subject's tokens are noised, which hides the subject. Then the state at one place is restored from
-the clean run, and what comes back of the right output is that place's indirect effect (Meng et al., "Locating and
-Editing Factual Associations in GPT", 2022, section 2; for text-to-image models, in the text encoder and in the
-denoiser: Basu et al., "Localizing and Editing Knowledge in Text-to-Image Generative Models", 2023, section 3).
+the clean run. How much of the right output comes back is the indirect effect of that place (Meng et al., "Locating and
+Editing Factual Associations in GPT", 2022, section 2; for the text encoder and the denoiser of text-to-image models:
+Basu et al., "Localizing and Editing Knowledge in Text-to-Image Generative Models", 2023, section 3).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +45,7 @@ from diffsight.pipelines.language.model import LanguageModel
 
 @dataclass(frozen=True)
 class CausalTrace(LensResult):
-    """What comes back of an output when one place is restored.
+    """How much of an output comes back when one place is restored.
 
     `save(folder)` writes `trace.png`, `trace.safetensors` and `lens.json`.
 
@@ -56,13 +56,13 @@ class CausalTrace(LensResult):
         metric: What was measured, such as the probability of " Paris".
         sites: The rows: the layers, or the paths of modules.
         columns: The tokens, or one column.
-        values: The metric with one place restored, the mean over noise samples, (sites, columns).
-        spread: Its standard deviation over noise samples, (sites, columns).
+        values: The mean metric over noise samples with one place restored, (sites, columns).
+        spread: The standard deviation of the metric over noise samples, (sites, columns).
         clean: The metric of the clean run.
         corrupted: The mean metric with noise and nothing restored.
         noise: The standard deviation of the noise, relative to that of the embeddings.
         samples: The number of noise samples.
-        passes: The number of forward passes of the model, or of calls of the pipeline, that it took.
+        passes: The number of forward passes of the model, or of calls of the pipeline.
         seed: The seed of the noise, and of the image.
         arguments: Further arguments of the model.
     """
@@ -150,7 +150,7 @@ def causal_tracing(
     progress: bool = True,
     **arguments: Any,
 ) -> CausalTrace:
-    """Noise the subject of a prompt, restore one place at a time, and measure what comes back.
+    """Noise the subject of a prompt, restore one place at a time, and measure how much of the output comes back.
 
         causal_tracing(model, "The Eiffel Tower is in the city of", "Eiffel Tower", answer=" Paris")
         causal_tracing(model, prompt, subject, sites="mlps", window=10)
@@ -159,8 +159,8 @@ def causal_tracing(
     Args:
         model: A decoder, or a pipeline.
         prompt: The prompt.
-        subject: Words of the prompt, whose embeddings are noised. In a pipeline, in every text encoder.
-        sites: In a language model "layers", "attentions" or "mlps", restored at each layer and token. In a pipeline
+        subject: Words of the prompt whose embeddings are noised; in a pipeline, in every text encoder.
+        sites: In a language model: "layers", "attentions" or "mlps", restored at each layer and token. In a pipeline:
             paths or patterns of modules in text encoders and denoisers, restored at all positions and in all steps of
             the conditional branch.
         layers: The layers, in a language model. Default: all.
@@ -172,7 +172,7 @@ def causal_tracing(
         batch_size: The number of rows in a pass.
         seed: The seed of the noise, and of every image.
         progress: Whether to show a progress bar.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Further arguments of the model.
 

@@ -117,7 +117,7 @@ def collect_activations(
 ) -> Activations | PointActivations | Path:
     """Collect the activations of `layers` at `positions` of the prompts, on the CPU.
 
-    The model stops after the last of these layers, or after the last of these steps.
+    The model stops after the last chosen layer, or after the last chosen step.
 
     Args:
         model: The model.
@@ -128,11 +128,11 @@ def collect_activations(
         positions: Positions in each prompt: 0 is its first token, -1 its last. In a pipeline, positions in the sequence
             or, row by row, in the feature map. None means all, and "image" the tokens of the images that a
             vision-language model reads. Default: -1, and in a pipeline all.
-        of: What to collect of each layer of a language model: layers_output, layers_input, attentions_output,
+        of: What to collect from each layer of a language model: layers_output, layers_input, attentions_output,
             mlps_output, heads_output, q, k or v.
         steps: The denoising steps of a pipeline. Default: all.
         branch: The branch of guidance in a pipeline: "cond", "uncond" or "both". Default: "cond".
-        sample: In a pipeline, how many of the positions are taken of each prompt in each step, at random. Default: all.
+        sample: In a pipeline, the number of positions to take at random from each prompt in each step. Default: all.
         batch_size: The number of prompts in a batch.
         dtype: The type of the activations. Default: that of the model.
         folder: Write each batch into a file in this folder, so that no more than one batch is in memory. For a language
@@ -244,7 +244,7 @@ def load_activations(
         layers: The layers, or the points of a pipeline, to load. Default: all in the folder.
 
     Raises:
-        InputError: The folder has no activations, or not those of a layer.
+        InputError: The folder has no activations, or lacks a layer.
     """
     given, folder = folder, find_path(folder)
     if folder is None or not (folder / INDEX).is_file():
@@ -279,15 +279,15 @@ def _loaded(folder: Path, layers: int | str | Sequence[int | str] | None) -> Act
 
 
 def _read(batch: Batch, of: str, layers: tuple[Layer, ...]) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the activations of each layer at the chosen tokens, (tokens, ...), with the number of the layer in turn."""
+    """Yield, for each layer, its index in `layers` and its activations at the chosen tokens, (tokens, ...)."""
     with torch.no_grad(), batch.run as run:
-        for i, layer in enumerate(layers):  # no name holds the values of a layer while the next one runs
+        for i, layer in enumerate(layers):  # no name holds a layer's values while the next layer runs
             yield i, batch.pick(hidden_states(run, layer) if of == "layers_output" else getattr(run, of)[layer])
         run.stop()
 
 
 def _tokens(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the number of the prompt of each token, and its position in the prompt, both (tokens,)."""
+    """Return, for each token, the number of its prompt and its position in that prompt, both (tokens,)."""
     rows = torch.cat([batch.indices[0] + batch.start for batch in batches])
     return rows, torch.cat([batch.positions[batch.chosen] for batch in batches])
 
@@ -321,7 +321,7 @@ def _check_free(folder: str | Path) -> Path:
 
 @contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `folder` when all of it is written. After an error nothing stays."""
+    """Yield a temporary folder, which is renamed to `folder` once it is complete. After an error nothing remains."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
         place = Path(beside) / folder.name

@@ -54,8 +54,8 @@ from diffsight.pipelines.diffusion.run import is_silenced
 from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
 
 _ENDS = ("first", "last")
-_MOST_PROMPTS, _BATCH_BYTES = 128, 2**28  # in a batch, and of its hidden states
-_NAMED, _LONGEST = 12, 24  # prompts that a figure names by their texts, and characters of these
+_MOST_PROMPTS, _BATCH_BYTES = 128, 2**28  # prompts in a batch, bytes of its hidden states
+_NAMED, _LONGEST = 12, 24  # prompts that a figure names by their texts, characters of each
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class EncodedPrompts:
         layers: Non-negative integers, and "embedding" for the input of the first layer.
         vectors: The mean hidden state of each prompt's own tokens, (layers, prompts, features).
         words: For each prompt its own tokens as text.
-        drifts: For each prompt the cosine similarity of each token's hidden state with that at the first and at the
-            last of the layers, (2, layers, tokens).
+        drifts: For each prompt the cosine similarity of each token's hidden state with its hidden state at the first
+            and at the last of the layers, (2, layers, tokens).
         lens: For each of the first prompts the result of the diffusion lens.
     """
 
@@ -80,11 +80,11 @@ class EncodedPrompts:
 
 @dataclass(frozen=True)
 class EncoderComparison(LensResult, Mapping):
-    """The same prompts in several text encoders: `result[name]` are its EncodedPrompts, `list(result)` the names.
+    """The same prompts in several text encoders: `result[name]` has those of one, `list(result)` the names.
 
     `save(folder)` writes `comparison.json`, `comparison.safetensors` (vectors, drifts and CKA), `cka.png`, and for each
-    prompt that the diffusion lens drew `grid_00.png`, `drift_00.png` and `nearest_00.png`. The record has the nearest
-    prompts of all prompts.
+    prompt that the diffusion lens drew, `grid_00.png`, `drift_00.png` and `nearest_00.png`. The record lists the
+    nearest prompts of every prompt.
 
     Attributes:
         prompts: The prompts.
@@ -134,7 +134,7 @@ class EncoderComparison(LensResult, Mapping):
         return [[(self.prompts[others[place]], value) for place, value in zip(*row)] for row in rows]
 
     def drift(self, name: str, prompt: int | str, to: str = "last") -> torch.Tensor:
-        """Return the cosine similarity of each token's hidden state with that at the last (or first) of the layers.
+        """Return the cosine similarity of each token's hidden state with that token's at the last (or first) layer.
 
         Args:
             name: The text encoder.
@@ -155,9 +155,9 @@ class EncoderComparison(LensResult, Mapping):
         return block_map(values.numpy(), blocks, f"{len(self.prompts)} prompts", "linear CKA")
 
     def plot_nearest(self, prompt: int | str) -> Figure:
-        """Plot how near the other prompts are to one, by layer. A dot marks the nearest.
+        """Plot how near the other prompts are to a prompt, by layer. A dot marks the nearest.
 
-        The columns are the prompts, up to a dozen with their texts."""
+        The columns are the prompts: their texts if there are at most a dozen, else their numbers."""
         prompt = self._number(prompt)
         others = self._others(prompt)
         names = [shorten(self._title(n), _LONGEST) if len(others) <= _NAMED else str(n) for n in others]
@@ -170,7 +170,7 @@ class EncoderComparison(LensResult, Mapping):
         return map_panels(shown, self._title(prompt), "cosine", low, "prompt")
 
     def plot_drift(self, prompt: int | str, to: str = "last") -> Figure:
-        """Plot how near each token is to what it is at the last (or first) of the layers."""
+        """Plot how near each token's hidden state is to its state at the last (or first) of the layers."""
         prompt = self._number(prompt)
         shown = {}
         for name in self:
@@ -283,7 +283,7 @@ class EncoderComparison(LensResult, Mapping):
 
 @dataclass(frozen=True)
 class _Chosen:
-    """A text encoder that takes part, its layers, and what the pipeline's text encoders did for one prompt."""
+    """A text encoder to compare, its layers, and the record of the pipeline's text encoders for one prompt."""
 
     name: str
     model: DiffusionModel
@@ -293,7 +293,7 @@ class _Chosen:
 
     @cached_property
     def spell(self) -> Callable[[int], str]:
-        """Returns a token as text."""
+        """The function that returns a token as text."""
         name = self.reading.encoders[self.encoder.name].tokenizer
         tokenizer = None if name is None else text_tokenizer(getattr(self.model.pipeline, name))
         return cache(str if tokenizer is None else lambda token: tokenizer.decode([token]))
@@ -323,14 +323,14 @@ def compare_encoders(
         encoders: Names of text encoders, see `model.encoders`, in any of the pipelines. Default: all.
         layers: Layers of each encoder. Layer i is the output of `layers[i]`, -1 the last, and "embedding" the input of
             the first. Default: the embedding and all layers up to the last that the pipeline uses.
-        images: The number of prompts, from the first on, that the diffusion lens draws from each encoder's layers.
+        images: The number of prompts, from the first, that the diffusion lens draws from each encoder's layers.
         seed: The seed of the diffusion lens.
         lens: Settings of the diffusion lens, such as {"isolate": True, "norm": True, "batch_size": 4}.
         progress: Whether to show a progress bar.
         arguments: Arguments of the pipelines.
 
     Returns:
-        What each text encoder makes of the prompts.
+        The prompts as each text encoder encodes them.
 
     Raises:
         InputError: Before anything is drawn, if there are fewer than two prompts or encoders, an encoder or a layer
@@ -380,7 +380,7 @@ class _Encoded:
 def _encode(
     chosen: Sequence[_Chosen], prompts: Sequence[str], arguments: Mapping[str, Any], seed: int, progress: bool
 ) -> dict[str, _Encoded]:
-    """Encode the prompts in batches. Return them by the name of the text encoder."""
+    """Encode the prompts in batches, and return them by the name of the text encoder."""
     encoded = {one.name: _Encoded() for one in chosen}
     groups = {one.model: [other for other in chosen if other.model is one.model] for one in chosen}
     with tqdm(total=len(prompts) * len(groups), desc="encoding", disable=not progress) as shown:
@@ -402,7 +402,7 @@ def _read(
     arguments: Mapping[str, Any],
     seed: int,
 ) -> Iterator[dict[str, OwnStates]]:
-    """Yield the hidden states of the prompts, by the name of the text encoder: of all together, or else one by one."""
+    """Yield the hidden states by the name of the text encoder: of all prompts together if possible, else one by one."""
     layers = {one.encoder.name: one.layers for one in group}
     if len(prompts) > 1:
         read = read_together(model, group[0].reading, layers, prompts, arguments, seed)
@@ -427,11 +427,11 @@ def _summary(one: _Chosen, encoded: _Encoded, drawn: Sequence[DiffusionLensResul
     return EncodedPrompts(one.layers, vectors, tuple(encoded.words), tuple(encoded.drifts), tuple(drawn))
 
 
-# ---- what takes part
+# ---- models, prompts and text encoders
 
 
 def _named(models: Any) -> dict[str, DiffusionModel]:
-    """Return the models by name. Without names they are called what they were opened with, numbered if that repeats."""
+    """Return the models by name. A model without a name gets the name it was opened with, numbered if that repeats."""
     if isinstance(models, DiffusionModel):
         models = [models]
     if not isinstance(models, Mapping):

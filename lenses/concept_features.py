@@ -1,11 +1,11 @@
-"""Which features of a sparse autoencoder stand for a concept: those that are stronger where it is asked for.
+"""Find the features of a sparse autoencoder that stand for a concept: those that are stronger in prompts with it.
 
     score = concept_features(model, sae, ["a red circle", "a red square"], ["a blue circle", "a green square"])
     score.topk(5).indices
 
-With the mean of each feature over all vectors and steps, as a share of all features' means, the score is the share with
-the concept minus the share without it (Cywiński and Deja, "SAeUron: Interpretable Concept Unlearning in Diffusion
-Models with Sparse Autoencoders", 2025, section 4.2).
+The mean of each feature over all vectors and steps is divided by the sum of all features' means. The score of a feature
+is this share with the concept minus the share without it (Cywiński and Deja, "SAeUron: Interpretable Concept Unlearning
+in Diffusion Models with Sparse Autoencoders", 2025, section 4.2).
 """
 
 from collections.abc import Sequence
@@ -43,12 +43,12 @@ def concept_features(
         model: The model.
         sae: The SAE.
         prompts: Prompts with the concept.
-        others: Prompts without it, which are best alike in all else.
+        others: Prompts without it, ideally alike in all other respects.
         steps: The denoising steps, for a point in a denoiser. Default: all.
         point: The path of the module. Default: the point that the SAE was trained at.
         batch_size: How many prompts are run together.
         seed: The seed of the first image.
-        arguments: Further arguments of the model. `images` are those of `prompts`, then those of `others`.
+        arguments: Further arguments of the model. `images` holds the images for `prompts`, then those for `others`.
 
     Raises:
         InputError: The prompts are not lists of strings, or the SAE does not say where it was trained.

@@ -151,9 +151,9 @@ def diffusion_lens(
 
     The text encoders run once. Then the layers are rows of one call of the pipeline, or of several calls with
     `batch_size` rows each. If a pipeline cannot draw them together, each layer gets a call of its own, with a
-    LensWarning. An image from a batch equals that of a call of its own up to rounding, at most 2 of 255 per pixel. It
-    is equal bit for bit only with `batch_size=1`. Unless `isolate` is set, the same holds for the image of the last
-    layer that the pipeline uses and that of `model.generate(prompt)`.
+    LensWarning. An image from a batch equals the same image drawn alone up to rounding, at most 2 of 255 per pixel. It
+    is equal bit for bit only with `batch_size=1`. Unless `isolate` is set, the image of the last layer that the
+    pipeline uses equals the image of `model.generate(prompt)` in the same way.
 
     Args:
         model: The pipeline.
@@ -162,17 +162,17 @@ def diffusion_lens(
         layers: Layer i is the output of `layers[i]`, -1 the last, and "embedding" the input of the first: an integer, a
             slice, or a list of them. Default: the embedding and all layers up to the last that the pipeline uses
             (`layers[-2]` in SDXL).
-        isolate: Give the other text encoders an empty prompt, so that only this one knows what to draw.
+        isolate: Give the other text encoders an empty prompt, so that only this encoder knows what to draw.
         norm: Apply the final norm even where the pipeline uses hidden states without it (SDXL, the CLIPs of SD3,
             Lumina). Where the pipeline applies it, every layer goes through it in any case.
-        pooled: Which pooled vector to use, if the pipeline uses one of this encoder (the second of SDXL, the CLIPs of
-            SD3, the CLIP of FLUX). "layer": the one that the encoder's norm, pooling and projection compute from the
-            layer. "full": the one of the whole encoder, which knows the prompt at every layer. Pooled vectors of other
-            encoders are their own; with `isolate`, those of an empty prompt.
+        pooled: Which pooled vector to use, if the pipeline uses this encoder's (the second of SDXL, the CLIPs of SD3,
+            the CLIP of FLUX). "layer": the vector that the encoder's norm, pooling and projection compute from the
+            layer. "full": the vector of the whole encoder, which knows the prompt at every layer. Other encoders keep
+            their own pooled vectors; with `isolate`, those of an empty prompt.
         batch_size: The number of rows in a call. Default: all.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline. With guidance, the negative prompt goes through all layers.
 

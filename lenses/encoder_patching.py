@@ -7,13 +7,13 @@
 At a layer, the hidden states of the source prompt's tokens replace those of the target prompt's tokens. The layers
 after it and the rest of the pipeline continue with them. One image for each layer and each word (or token) shows in
 which layers the word's hidden state carries its meaning, and when the meaning has moved on to other words. For one
-layer and one token it is this pair of runs in lockstep:
+layer and one token, this pair of runs in lockstep does the same:
 
     with model.generate(source, seed=0) as x, model.generate(target, seed=0) as y:
         y.cond.text_encoder.layers[4].output[:, 3] = x.cond.text_encoder.layers[4].output[:, 3]
         x.stop()
 
-The lens does it for all layers and words, in as few calls of the pipeline as possible. The source is encoded once.
+The lens does this for all layers and words, in as few calls of the pipeline as possible. The source is encoded once.
 """
 
 import re
@@ -54,7 +54,7 @@ from diffsight.pipelines.words import PromptWords
 
 _ALIGN = ("each", "last", "mean")
 _CELL = 128  # pixels of an image in a grid
-_COLUMNS = 7  # images beside each other if there is only one word
+_COLUMNS = 7  # images in a row of the grid if there is only one word
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class EncoderPatchingResult(LensResult):
     `layer_04_02.png`; a video also as `.gif`, a sound as `.wav`) and `lens.json`.
 
     Attributes:
-        images: `images[i][j]` was drawn with the source's hidden states of `words[j]`, its tokens `source_tokens[j]`,
-            at layer `source_layers[i]`, in place of the target's tokens `tokens[j]` at layer `layers[i]`.
+        images: `images[i][j]` was drawn with the source's hidden states of `words[j]` (tokens `source_tokens[j]`, layer
+            `source_layers[i]`) in place of the target's (tokens `tokens[j]`, layer `layers[i]`).
         layers: Layers of the target's encoder: non-negative integers, and "embedding" for the input of the first layer.
         words: The columns.
         source: The source prompt.
@@ -78,7 +78,7 @@ class EncoderPatchingResult(LensResult):
         target_image: The image of the target prompt, without patching.
         encoder: The name of the text encoder that was patched.
         source_encoder: The name of the text encoder that hidden states came from.
-        source_model: The name of the model that it belongs to.
+        source_model: The name of the model of that text encoder.
         source_layers: Layers of the source's encoder.
         tokens: The target's tokens of each column.
         source_tokens: The source's tokens of each column.
@@ -113,7 +113,7 @@ class EncoderPatchingResult(LensResult):
 
     @property
     def row_titles(self) -> list[str]:
-        """The layers as titles name them: "layer 4", or "layer 2 → 4" if the source's layer is another."""
+        """The layers as titles: "layer 4", or "layer 2 → 4" if the source's layer is a different one."""
         return [
             layer_title(layer) if layer == origin else f"{layer_title(origin)} → {layer}"
             for layer, origin in zip(self.layers, self.source_layers)
@@ -200,17 +200,17 @@ def encoder_patching(
 
     The images, and those of both prompts without patching, are rows of one call of the pipeline, or of several calls
     with `batch_size` rows each. If a pipeline cannot draw them together, each image gets a call of its own, with a
-    LensWarning. An image from a batch equals that of a call of its own up to rounding, at most 2 of 255 per pixel. It
+    LensWarning. An image from a batch equals the same image drawn alone up to rounding, at most 2 of 255 per pixel. It
     is equal bit for bit only with `batch_size=1`.
 
     Args:
         model: The pipeline.
         source: The prompt that hidden states are taken from.
         target: The prompt that they are put into.
-        words: What is taken from the source, a column for each: a word, or several in a row; or the number of a token,
-            or a range of them, among the tokens that the encoder reads. Default: every token of the prompt.
-        into: What they replace in the target, one for each of `words`. Default: the words at the same position among
-            the words of the prompt, or the tokens with the same numbers.
+        words: The words to take from the source, a column for each: a word, or several consecutive ones; or the number
+            of a token, or a range of numbers, among the tokens the encoder reads. Default: every token of the prompt.
+        into: The words or tokens to replace in the target, one for each of `words`. Default: the words at the same
+            position among the words of the prompt, or the tokens with the same numbers.
         layers: Layers of the target's encoder. Layer i is the output of `layers[i]`, -1 the last, and "embedding" the
             input of the first. Default: the embedding and all layers up to the last that the pipeline uses.
         source_layers: Layers of the source's encoder, one for each of `layers`, or one for all. Default: the same.
@@ -225,7 +225,7 @@ def encoder_patching(
         batch_size: The number of rows in a call. Default: all.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline, and of the source's pipeline as far as it accepts them.
 
@@ -233,7 +233,7 @@ def encoder_patching(
         The images by layer and word.
 
     Raises:
-        InputError: Before anything is drawn, in any case in which `diffusion_lens` raises it; and if words do not
+        InputError: Before anything is drawn, in all cases in which `diffusion_lens` raises it; also if words do not
             occur in their prompt or occur several times, a prompt is truncated, words have different numbers of tokens,
             the encoders have different widths and there is no map, or the map was not fitted for these layers.
     """
@@ -312,7 +312,7 @@ def _check_arguments(
 
 @dataclass(frozen=True)
 class _Side:
-    """The source or the target: a text encoder, and what it did for the prompt."""
+    """The source or the target: a text encoder, and its record for the prompt."""
 
     model: DiffusionModel
     encoder: Encoder
@@ -340,7 +340,7 @@ class _Side:
         return replace(self, model=model, reading=reading)
 
     def drawing(self, progress: bool, *others: "_Side") -> Drawing:
-        """Return what draws the images of this side, and those of others in the same calls.
+        """Return a drawing of the images of this side, together with those of other sides in the same calls.
 
         Raises BatchMismatchError if they cannot be drawn together."""
         sides = (self, *others)
@@ -356,7 +356,7 @@ class _Side:
 def _draw(
     target: _Side, source: _Side, cells: Sequence["_PatchedWord"], batch_size: int | None, progress: bool
 ) -> tuple[Any, ...]:
-    """Return the image of the target, that of the source, and those of the cells, from the same calls if possible."""
+    """Return the images of the target, the source and the cells, drawn in the same calls if possible."""
     plain = _PatchedWord("target"), _PatchedWord("source")
     try:
         drawing = target.drawing(progress, source)

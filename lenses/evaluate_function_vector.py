@@ -1,4 +1,4 @@
-"""How well a function vector makes a model carry out its task without examples.
+"""Measure how well a function vector makes a model carry out its task without examples.
 
 scores = evaluate_function_vector(model, held_out, result)
 scores.accuracy, scores.plain           # the share of right answers with the vector, and without it
@@ -33,10 +33,10 @@ class FunctionVectorScores(LensResult):
         questions: The questions.
         answers: The first token of each right answer.
         with_vector: The first token of each answer with the vector.
-        without: The same without it.
-        with_random: The same with a random vector of the same length.
+        without: The first token of each answer without the vector.
+        with_random: The first token of each answer with a random vector of the same length.
         layer: The layer to whose output the vector was added, at the last token.
-        factor: What the vector was multiplied with.
+        factor: The number that the vector was multiplied by.
     """
 
     model: str
@@ -55,12 +55,12 @@ class FunctionVectorScores(LensResult):
 
     @property
     def plain(self) -> float:
-        """The same without the vector."""
+        """The share of questions whose answer is right without the vector."""
         return self._share(self.without)
 
     @property
     def random(self) -> float:
-        """The same with a random vector of the same length."""
+        """The share of questions whose answer is right with a random vector of the same length."""
         return self._share(self.with_random)
 
     def _share(self, given: tuple[str, ...]) -> float:
@@ -98,11 +98,11 @@ def evaluate_function_vector(
 
     Args:
         model: The model.
-        pairs: Questions and right answers, best others than those the vector was found with. An answer is right if its
+        pairs: Questions and right answers, ideally not those that the vector was found with. An answer is right if its
             first token is the likeliest.
         vector: The vector, (features,), or the result of `function_vector`.
-        layer: The layer to whose output it is added, at the last token. Default: that of the result, or the one after a
-            third of the layers.
+        layer: The layer to whose output it is added, at the last token. Default: the layer of the result, or the
+            one after the first third of the layers.
         factor: Multiplies the vector.
         template: As in `function_vector`.
         batch_size: The number of prompts in a pass.

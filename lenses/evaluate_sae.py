@@ -1,4 +1,4 @@
-"""How good a sparse autoencoder is: what it explains, and what the model does with its reconstruction.
+"""Evaluate a sparse autoencoder: what it explains, and what the model does with its reconstruction.
 
 print(evaluate_sae(model, sae, captions, num_inference_steps=20))
 """
@@ -43,10 +43,10 @@ class SAEEvaluation(LensResult):
         explained_variance: The share of the variance of the vectors that the reconstruction explains.
         active: The mean number of active features of a vector (L0).
         dead: The share of features that are never active.
-        effect: What the model does with the reconstruction in place of the value. "loss" and "loss with the SAE" of a
-            language model, over tokens of text; "image distance", the root mean square of the difference of pixels from
-            0 to 255, of a pipeline; "right" and "right with the SAE", the share of scenes that the reader of the shapes
-            sees right.
+        effect: The effect of replacing the value with the reconstruction. For a language model: "loss" and "loss with
+            the SAE", over tokens of text. For a pipeline: "image distance", the root mean square difference of pixels
+            from 0 to 255; and for scenes, "right" and "right with the SAE", the share of scenes that the reader of the
+            shapes sees right.
         model: The name of the model.
     """
 
@@ -100,7 +100,7 @@ def evaluate_sae(
     Args:
         model: The model.
         sae: The SAE.
-        prompts: Prompts, or scenes of the packaged pipelines, whose images are then read.
+        prompts: Prompts, or scenes of the packaged pipelines. Images of scenes are read back into scenes.
         steps: The denoising steps at which vectors are compared, for a point in a denoiser. Default: all. The
             reconstruction is put in place at every step, in the conditional branch.
         point: The path of the module. Default: the point that the SAE was trained at.
@@ -136,7 +136,7 @@ def evaluate_sae(
 
 
 def _with_reconstruction(model: Any, sae: SAE, point: str, is_in_denoiser: bool) -> Any:
-    """Return a copy of the model in which the reconstruction is in place of the value at the point."""
+    """Return a copy of the model in which the reconstruction replaces the value at the point."""
 
     def put(points: Any) -> None:
         value = value_at(points, sae.of)
@@ -175,7 +175,7 @@ def _losses(edited: Any, readers: Sequence[PointReader], parts: Sequence) -> dic
 
 
 def _images(model: Any, edited: Any, parts: Sequence, scenes: Sequence, arguments: dict[str, Any]) -> dict[str, float]:
-    """Return how far images with the reconstruction are from those without, and which scenes are right in both."""
+    """Return the distance between images with and without the reconstruction, and the share of right scenes in each."""
     drawn: list[list] = [[], []]
     for texts, seed in parts:
         for images, one in zip(drawn, (model, edited)):

@@ -1,4 +1,4 @@
-"""What a feature of a sparse autoencoder does: change it, and look at what the model draws or writes.
+"""Feature effects: change a feature of a sparse autoencoder, and look at what the model draws or writes.
 
     result = feature_effect(model, sae, "a red circle above a blue square", 417, amounts=[0, 2, 4], seed=0)
     result.grid()
@@ -43,12 +43,12 @@ class FeatureEffect(LensResult):
     `save(folder)` writes `grid.png` and an image for each amount (`change_00.png`), and `lens.json` with the texts.
 
     Attributes:
-        images: One for each of `amounts`, and before them the one without a change. None for a language model.
-        texts: The same as texts that follow the prompt. None for a pipeline.
+        images: The image without a change, then one for each of `amounts`. None for a language model.
+        texts: The texts that follow the prompt, in the same order. None for a pipeline.
         amounts: The amounts.
         change: "scale", "set" or "add".
         features: The features that were changed.
-        point: Where.
+        point: The path of the module.
         prompt: The prompt.
         seed: The seed of every image.
         model: The name of the model.
@@ -70,7 +70,7 @@ class FeatureEffect(LensResult):
         """Return all images in one, with their amounts.
 
         Raises:
-            InputError: These are texts.
+            InputError: The results are texts.
         """
         if self.images is None:
             raise InputError("a language model writes texts: print the result, or read .texts")
@@ -135,7 +135,7 @@ def feature_effect(
         feature_effect(language_model, sae, "The weather is", 31, amounts=[0, 4], max_new_tokens=20)
 
     In a pipeline, features are changed in the conditional branch. In a language model, they are changed at every token,
-    those of the prompt included.
+    including those of the prompt.
 
     Args:
         model: The model.
@@ -149,7 +149,7 @@ def feature_effect(
         point: The path of the module. Default: the point that the SAE was trained at.
         seed: The seed of every image, or of the texts.
         progress: Whether to show a progress bar.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Further arguments of `generate`.
 

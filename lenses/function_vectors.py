@@ -7,10 +7,10 @@
     evaluate_function_vector(model, held_out, result)       # accuracy without examples, with and without the vector
     steer(model, result.layer, result.vector, positions=-1).generate("Q: long\\nA:").text
 
-For every head, with a(h) its mean output at the last token of prompts that show the task by examples: the causal effect
-of a head is by how much the probability of the right answer rises when a(h) takes the place of the head's output in a
-prompt whose examples have shuffled answers. The vector is the sum of what the strongest heads add to the residual
-stream on average (Todd et al., "Function Vectors in Large Language Models", 2024, section 2).
+Let a(h) be the mean output of head h at the last token of prompts that show the task by examples. The causal effect of
+the head is the rise in the probability of the right answer when a(h) replaces the head's output in a prompt whose
+examples have shuffled answers. The vector is the sum of what the strongest heads add to the residual stream on average
+(Todd et al., "Function Vectors in Large Language Models", 2024, section 2).
 """
 
 from collections.abc import Callable, Sequence
@@ -55,13 +55,13 @@ class FunctionVector(LensResult):
         model: The name of the model.
         vector: The vector, (features,).
         heads: The heads whose outputs it sums, as (layer, head), the strongest first.
-        layer: The layer to whose output the vector is to be added: the one after a third of the layers.
+        layer: The layer to whose output to add the vector: the one after the first third of the layers.
         effects: The mean causal effect of each head, (layers, heads), from -1 to 1.
-        errors: Its standard error over the prompts, (layers, heads).
+        errors: The standard error of the effect over the prompts, (layers, heads).
         pairs: The pairs that show the task.
         baseline: The mean probability of the right answer after shuffled examples.
-        clean: The same after right examples.
-        passes: The number of forward passes that it took.
+        clean: The mean probability of the right answer after right examples.
+        passes: The number of forward passes.
     """
 
     model: str
@@ -138,7 +138,7 @@ def function_vector(
         pairs: Questions and their answers.
         shots: The number of examples in a prompt.
         prompts: The number of prompts. Default: one for each pair.
-        heads: How many of the strongest heads are summed, or which.
+        heads: The number of strongest heads to sum, or the heads themselves.
         template: How an example is written, see `few_shot_prompts`.
         batch_size: The number of rows in a pass.
         seed: The seed of the choice of examples.
@@ -264,8 +264,8 @@ def strongest_heads(effects: torch.Tensor, count: int) -> tuple[Head, ...]:
 
 
 def _count_passes(prompts: int, batch_size: int, shape: Sequence[int]) -> int:
-    """Return the number of passes: of the means, the clean prompts, and for each batch of shuffled ones a plain run, a
-    trial and one for each layer."""
+    """Return the number of passes: those for the means and the clean prompts, and for each batch of shuffled prompts a
+    plain run, a trial and a pass for each layer."""
     layers, heads = shape
     return 2 * -(-prompts // batch_size) + (layers + 2) * -(-prompts // max(1, batch_size // heads))
 
@@ -289,7 +289,7 @@ def _patched(
     given: torch.Tensor | None,
     means: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the probability of each answer with the mean of one head in its place, (heads, prompts).
+    """Return the probability of each answer when the mean of a head replaces its output, (heads, prompts).
 
     `given` is the input of the layer for each text. None runs the layers before it."""
     count = len(means)

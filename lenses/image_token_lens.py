@@ -57,7 +57,7 @@ class ImageTokenPredictions(LensResult):
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """Non-negative integers, and "embedding" for the input of the first layer."""
+        """The layers: non-negative integers, and "embedding" for the input of the first layer."""
         return self.predictions.layers
 
     def words(self, layer: int | str) -> list[list[str]]:
@@ -166,8 +166,8 @@ def image_token_lens(
         The predictions by layer and patch.
 
     Raises:
-        InputError: Before anything runs, if the model takes no images or its image tokens form no grid, or in any
-            case in which `logit_lens` raises it.
+        InputError: Before anything runs, if the model takes no images or its image tokens form no grid, and in all
+            cases in which `logit_lens` raises it.
     """
     if not isinstance(model, VisionLanguageModel):
         raise InputError(f"image_token_lens takes a VisionLanguageModel, not {type(model).__name__}")
@@ -186,7 +186,7 @@ def image_token_lens(
 
 
 def _spaced(count: int, most: int) -> list[int]:
-    """Return `count` indices, or `most` of them at equal distances."""
+    """Return all `count` indices, or `most` evenly spaced ones."""
     if count <= most:
         return list(range(count))
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]

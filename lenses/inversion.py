@@ -50,15 +50,15 @@ class Inversion(LensResult):
 
     Attributes:
         image: The given image.
-        reconstruction: What the pipeline draws from the noise.
-        decoded: The image after the autoencoder alone, the best that a reconstruction can be.
+        reconstruction: The image that the pipeline draws from the noise.
+        decoded: The image encoded and decoded by the autoencoder: the best possible reconstruction.
         latents: The latents of the image, and those after each step, (steps + 1, ...). The last are the noise.
-        arguments: The arguments of `generate`, and of lenses, that draw the reconstruction, `latents` among them.
+        arguments: The arguments of `generate`, and of lenses, that draw the reconstruction, including `latents`.
         model: The name of the model.
         scheduler: The class of the inverse scheduler.
         fixed_point: As in `invert`.
         gamma: As in `invert`.
-        eta: As in `invert`. With an `eta`, `arguments` alone do not draw the reconstruction.
+        eta: As in `invert`. With an `eta`, `arguments` alone do not reproduce the reconstruction.
     """
 
     image: Image.Image = field(repr=False)
@@ -102,15 +102,15 @@ class Inversion(LensResult):
         _pull_towards(run, self.latents[:1], self.eta)
 
     def grid(self) -> Image.Image:
-        """Return the image, the image after the autoencoder, the reconstruction, and the difference between
-        reconstruction and image around medium gray."""
+        """Return, in one image, the image, the image after the autoencoder, the reconstruction, and the difference
+        between reconstruction and image, centred on medium gray."""
         difference = difference_image(self.reconstruction, self.image)
         images = [self.image, self.decoded, self.reconstruction, difference]
         decibels = [f"autoencoder\n{self.decoded_psnr:.1f} dB", f"reconstruction\n{self.psnr:.1f} dB"]
         return image_grid(images, columns=4, titles=["image", *decibels, "difference"])
 
     def plot(self) -> Figure:
-        """Plot the root mean square of the latents by step; in the end it is that of noise."""
+        """Plot the root mean square of the latents by step. At the last step it is that of noise."""
         norms = self._norms()
         return step_curves({"latents": norms}, range(len(norms)), "root mean square of the latents", self.scheduler)
 
@@ -194,7 +194,7 @@ def invert(
         The noise, the latents by step, and the reconstruction.
 
     Raises:
-        InputError: Before anything runs, if the image has a wrong mode, size or range, the scheduler has no inverse,
+        InputError: Before anything runs, if the image has the wrong mode, size or range, the scheduler has no inverse,
             the pipeline cannot draw from latents, or the model has edits.
     """
     if isinstance(model, DiffusionModel):

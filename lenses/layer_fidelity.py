@@ -51,7 +51,7 @@ from diffsight.pipelines.shapes.scoring import score
 
 _OBJECTS = ("first object", "second object")
 _OF_TWO = (*_OBJECTS, "colors", "relation")
-_OPTIONS = ("encoder", "layers", "isolate", "norm", "pooled")  # those of the diffusion lens
+_OPTIONS = ("encoder", "layers", "isolate", "norm", "pooled")  # options of the diffusion lens
 _ROWS = 48
 
 
@@ -83,12 +83,12 @@ class LayerFidelity(LensResult):
 
     @property
     def shares(self) -> dict[str, torch.Tensor]:
-        """The shares of prompts for which something is right, (layers,), by what is right.
+        """The share of prompts that meet each criterion, (layers,), by the name of the criterion.
 
-        "simple": everything, in scenes with one object. "compound": everything, in scenes with two objects. In these
-        also "first object" and "second object" (in the order of the caption, anywhere in the image with the right
-        colour and shape), "colors" (both colours, on any object), and "relation" (the shapes are placed as the caption
-        says).
+        "simple": everything is right, in scenes with one object. "compound": everything is right, in scenes with two
+        objects. Scenes with two objects also have "first object" and "second object" (in the order of the caption,
+        anywhere in the image with the right colour and shape), "colors" (both colours, on any object), and "relation"
+        (the shapes are placed as the caption says).
         """
         one, two = (self._right(count) for count in (1, 2))
         right = {"simple": one["scene"]} if one else {}
@@ -106,7 +106,7 @@ class LayerFidelity(LensResult):
     def order(self) -> dict[str, int]:
         """For prompts with two objects: how often each object is right at an earlier layer than the other.
 
-        The keys are "first object", "second object", "same layer", and "neither" if none of them is ever right.
+        The keys are "first object", "second object", "same layer", and "neither" if neither object is ever right.
         """
         counts = dict.fromkeys((*_OBJECTS, "same layer", "neither"), 0)
         two = self._right(2)
@@ -179,12 +179,12 @@ class LayerFidelity(LensResult):
         return "\n".join(lines)
 
     def _first(self, is_right: torch.Tensor) -> Layer | None:
-        """Return the first layer at which something is right, (layers,), or None."""
+        """Return the first layer at which `is_right`, (layers,), is true, or None."""
         right = (layer for layer, is_right_there in zip(self.layers, is_right.tolist()) if is_right_there)
         return min(right, key=state_of, default=None)
 
     def _right(self, objects: int) -> dict[str, torch.Tensor]:
-        """Return by name which parts are right in the scenes with so many objects, (prompts, layers)."""
+        """Return by name which parts are right in the scenes with that many objects, (prompts, layers)."""
         rows = [
             [score(asked, one) for one in seen]
             for asked, seen in zip(self.scenes, self.seen)
@@ -220,7 +220,7 @@ def layer_fidelity(
         model: A pipeline that draws the scenes of `pipelines/shapes`.
         scenes: The number of scenes to take from `sample_prompts`, or scenes of your own.
         batch_size: The number of rows in a call. Each layer of each prompt is a row, and several prompts share a call.
-            An image equals that of a call of its own up to rounding, and bit for bit only with 1. Default: 48.
+            An image equals the same image drawn alone up to rounding, and bit for bit only with 1. Default: 48.
         seed: Prompt i is drawn with `seed + i`, which is the same at all layers.
         progress: Whether to show a progress bar.
         arguments: Arguments of `diffusion_lens` (`encoder`, `layers` …) and of the pipeline.
@@ -230,7 +230,7 @@ def layer_fidelity(
 
     Raises:
         InputError: Before anything is drawn, if there is no scene, one is not a Scene or has a caption that is too
-            long, or in any case in which `diffusion_lens` raises it.
+            long, and in all cases in which `diffusion_lens` raises it.
     """
     if not isinstance(model, DiffusionModel):
         raise InputError(f"layer_fidelity takes a DiffusionModel, not {type(model).__name__}")
@@ -259,7 +259,7 @@ def layer_fidelity(
 
 
 def _draw(group: Sequence[LayerReading], pooled: str, rows: int) -> list[tuple[Any, ...]]:
-    """Return what is drawn of each prompt, the prompts in one call if they can be."""
+    """Return the outputs for each prompt, all drawn in one call if possible."""
     try:
         return draw_layers(group, pooled, rows)
     except BatchMismatchError:

@@ -94,17 +94,17 @@ def state_of(layer: Layer) -> int:
 
 
 def layer_place(layer: Layer) -> tuple[int, str]:
-    """Return where a layer is: the index of a module in `layers`, and "output", or "input" for the embedding."""
+    """Return the place of a layer: the index of a module in `layers`, and "output", or "input" for the embedding."""
     return (0, "input") if layer == EMBEDDING else (layer, "output")
 
 
 def layer_title(layer: Layer) -> str:
-    """Return a layer as titles name it: "layer 4", or "embedding"."""
+    """Return the name of a layer in titles: "layer 4", or "embedding"."""
     return EMBEDDING if layer == EMBEDDING else f"layer {layer}"
 
 
 def layer_file(layer: Layer) -> str:
-    """Return a layer as files are named after it, without a suffix: "layer_04", or "embedding"."""
+    """Return the name of a layer in file names, without a suffix: "layer_04", or "embedding"."""
     return EMBEDDING if layer == EMBEDDING else f"layer_{layer:02}"
 
 

@@ -30,7 +30,7 @@ def linear_cka(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def normed_gram(x: torch.Tensor) -> torch.Tensor:
-    """Return the Gram matrix of the centred vectors, (n, n), with norm 1. The CKA is the inner product of two."""
+    """Return the Gram matrix of the centred vectors, (n, n), with norm 1. The inner product of two is the CKA."""
     x = x.double() - x.double().mean(0)
     gram = x @ x.T
     return gram / gram.norm()

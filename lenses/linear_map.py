@@ -39,7 +39,7 @@ class _Fit:
 
     weight: torch.Tensor  # (source features, target features)
     bias: torch.Tensor
-    mean: torch.Tensor  # of y
+    mean: torch.Tensor  # the mean of y
 
     def error(self, x: torch.Tensor, y: torch.Tensor) -> float:
         return float((x @ self.weight + self.bias - y).norm() / (y - self.mean).norm())
@@ -80,7 +80,7 @@ class LinearMap:
 
         Args:
             model: The pipeline with the target encoder.
-            prompts: The prompts. A word takes part if both text encoders read it.
+            prompts: The prompts. A word is used if both text encoders read it.
             progress: Whether to show a progress bar.
 
         The other arguments are those of `encoder_patching`.
@@ -177,8 +177,8 @@ class LinearMap:
         """Check that the map was fitted between these text encoders, at all these pairs of layers.
 
         Args:
-            source: The source, as `source` names it.
-            target: The target, as `target` names it.
+            source: The source encoder, in the form of the attribute `source`.
+            target: The target encoder, in the form of the attribute `target`.
             pairs: Pairs of a source layer and a layer.
 
         Raises:
@@ -224,7 +224,7 @@ def _means(call: EncoderCall, layer: Layer, spans: Sequence[range]) -> torch.Ten
 
 
 def _least_squares(x: torch.Tensor, y: torch.Tensor) -> _Fit:
-    """Fit y to x. Among the maps with the least error, choose the smallest: there may be fewer words than features."""
+    """Fit a map from x to y: of the maps with the least error, the smallest. There may be fewer words than features."""
     at, mean = x.mean(0), y.mean(0)
     weight = torch.linalg.lstsq(x - at, y - mean, driver="gelsd").solution
     return _Fit(weight, mean - at @ weight, mean)

@@ -45,8 +45,8 @@ def logit_lens(
 
         logit_lens(model, prompts, layers=range(0, 30, 5), positions=-1, tokens=[" Paris", " London"])
 
-    In a model with an encoder and a decoder (T5, BART) the lens reads the decoder's layers, at the decoder's tokens:
-    `decoder_input_ids=`, one row for each prompt or one for all, else the token that the decoder starts with.
+    In a model with an encoder and a decoder (T5, BART) the lens reads the decoder's layers, at the decoder's tokens.
+    Pass these as `decoder_input_ids=`, one row for each prompt or one for all. Default: the decoder's start token.
 
     Args:
         model: The model.

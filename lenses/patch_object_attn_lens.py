@@ -4,7 +4,7 @@
     probabilities[0, 12]            # with layers 12 to 16 patched, (vocabulary,)
 
 For each layer i, the inputs of the attentions of layers i to i + num_patches - 1 at one position of the target are
-those at the last token of the source (Dumas et al., "Separating Tongue from Thought", 2025).
+replaced with those at the last token of the source (Dumas et al., "Separating Tongue from Thought", 2025).
 """
 
 from collections.abc import Sequence

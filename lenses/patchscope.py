@@ -135,7 +135,7 @@ def patchscope_lens(
     batch_size: int = 16,
     progress: bool = True,
 ) -> LensPredictions:
-    """Predict the token after a target prompt into which a hidden state of each of `prompts` is put.
+    """Put a hidden state of each of `prompts` into a target prompt, and predict the next token.
 
         patchscope_lens(model, prompts, target=repeat_prompt(["cat", "1135"], " -> "), tokens=" Paris")
 
@@ -186,7 +186,7 @@ def patchscope_generate(
     progress: bool = True,
     **arguments: Any,
 ) -> PatchscopeTexts:
-    """Generate text after a target prompt into which hidden states of `prompts` are put, as in `patchscope_lens`.
+    """Put hidden states of `prompts` into a target prompt, as in `patchscope_lens`, and generate text after it.
 
         print(patchscope_generate(model, ["Diana, Princess of Wales"], layers=range(0, 20, 4)))
 
@@ -222,7 +222,7 @@ def patchscope_generate(
 
 
 class _Patches:
-    """Which hidden state goes where: one for each prompt and layer, each into a row of its own.
+    """The hidden states and the rows that they go into: one for each prompt and layer.
 
     The rows are the target prompts of all source prompts for the first layer, then for the next, and so on.
     """
@@ -259,10 +259,10 @@ class _Patches:
     def runs(
         self, open_run: Callable[..., LanguageRun] | None, progress: bool, **arguments: Any
     ) -> Iterator[LanguageRun]:
-        """Yield the runs over the target prompts, each with its hidden states put in."""
+        """Yield the runs over the target prompts, each with its hidden states in place."""
         rows = self.targets * len(self._layers)
         texts, positions = [row.text for row in rows], [[row.position] for row in rows]
-        # checks before any runs
+        # checks the prompts before any of them runs
         batches = open_batches(self._model, texts, positions, self._size, open_run, **arguments)
         self._collect()
         for batch in tqdm(batches, desc="patchscope", disable=not progress or len(batches) == 1):

@@ -62,7 +62,7 @@ class PromptSwap(LensResult):
         prompt_value: The metric of the image of the prompt.
         other_value: The metric of the image of the other prompt.
         metric: The name of the metric.
-        passes: The number of calls of the pipeline that it took.
+        passes: The number of calls of the pipeline.
         seed: The seed of every image.
         model: The name of the model.
         arguments: The arguments of the pipeline.
@@ -149,13 +149,13 @@ def prompt_swap(
         batch_size: The number of rows in a call, of which two are the prompts themselves. Default: all.
         seed: The seed of every image.
         progress: Whether to show a progress bar.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
     Raises:
-        InputError: Before anything is drawn, if an argument is not valid or there are not that many cross-attention
-            layers; and if the denoiser masks the two prompts differently.
+        InputError: Before anything is drawn, if an argument is not valid or there are fewer than `window`
+            cross-attention layers; also if the denoiser masks the two prompts differently.
     """
     check_one_image(prompt_swap, model, prompt, seed, batch_size, arguments)
     if not isinstance(other, str):

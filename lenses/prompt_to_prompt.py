@@ -6,11 +6,11 @@
     prompt_to_prompt(model, prompt, prompt, reweight={"red": 3})            # more of a word
     prompt_to_prompt(model, source, target, local="square")                 # change only where the word is attended to
 
-Both prompts are rows of one call, drawn from the same noise. In the first steps, the image of the second attends to its
-words as that of the first does: a word that was replaced is attended to where the old one was, a word that was added
-keeps its own attention. Self-attention is shared for fewer steps, which keeps shapes and layout (Hertz et al.,
-"Prompt-to-Prompt Image Editing with Cross Attention Control", ICLR 2023). In joint attention, these are the text keys
-and the image keys of the image's queries, and rows of probabilities are scaled to sum to 1 again.
+Both prompts are rows of one call, drawn from the same noise. In the first steps, the second image attends to its words
+as the first image does: a replaced word is attended to where the old word was, and an added word keeps its own
+attention. Self-attention is shared for fewer steps, which keeps shapes and layout (Hertz et al.,
+"Prompt-to-Prompt Image Editing with Cross Attention Control", ICLR 2023). In joint attention, the two are the
+attention of image queries to text keys and to image keys, and rows of probabilities are rescaled to sum to 1.
 """
 
 import inspect
@@ -44,7 +44,7 @@ from diffsight.pipelines.diffusion.encoding import encode_prompt
 from diffsight.pipelines.diffusion.model import DiffusionModel
 
 _LARGEST_SELF = 32 * 32  # image positions: in larger maps self-attention is left alone (the paper's choice)
-_MASK = 0.3  # of the largest value of a map
+_MASK = 0.3  # as a share of the largest value of a map
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ def prompt_to_prompt(
         source: The prompt of the first image.
         target: The prompt of the second image.
         cross_steps: The share of the steps in which attention to words is taken from the first image, from 0 to 1.
-        self_steps: The share of the steps in which self-attention is.
+        self_steps: The share of the steps in which self-attention is taken from the first image.
         reweight: Factors of words of `target`: attention to them is multiplied in all steps.
         local: Change the image only where one of these words of `source` or `target` is attended to.
         seed: The seed of both images.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
@@ -164,12 +164,12 @@ def prompt_to_prompt(
 
 
 class _Edit:
-    """What is done to the attention of the second row.
+    """The changes to the attention of the second row.
 
     Args:
         model: The model.
         source: The prompt of the first row.
-        target: That of the second.
+        target: The prompt of the second row.
         reweight: Factors of words of the target.
         local: Words of either prompt.
         arguments: The arguments of the pipeline.
@@ -214,13 +214,13 @@ class _Edit:
         for word in words:
             try:
                 found.append(WordKeys(model, prompt, word, None, arguments))
-            except InputError:  # it is in the other prompt
+            except InputError:  # the word is in the other prompt
                 continue
         return found
 
     def check_size(self, model: DiffusionModel, is_self: bool) -> None:
-        """Raise InputError if the probabilities of a module for both prompts are larger than memory: the scores, the
-        probabilities, and what they are changed to, in float32."""
+        """Raise InputError if memory cannot hold the attention of a module for both prompts: the scores, the
+        probabilities, and the changed probabilities, in float32."""
         changed = [one for one in self._attentions if one.text or self._changes_self(one, is_self)]
         largest = max(changed, key=lambda one: one.heads * one.queries * one.keys)
         size = 3 * 4 * 2 * largest.heads * largest.queries * largest.keys
@@ -269,7 +269,7 @@ class _Edit:
         return probs
 
     def _mapped(self, attention: Attention) -> list[tuple[TokenMapping, torch.Tensor]]:
-        """Return how the tokens among the keys are mapped, and their keys. Of encoders that share keys, the first
+        """Return the mappings of the tokens among the keys, and their keys. If encoders share keys, the first encoder
         counts."""
         found, taken = [], set()
         for encoder, keys in attention.text.items():
@@ -294,7 +294,7 @@ class _Edit:
         return F.interpolate(total.reshape(1, 1, *attention.grid[-2:]).float(), size=size[-2:], mode="bicubic")[0, 0]
 
     def keep_outside(self, run: Any) -> None:
-        """Let the latents of the second row be those of the first where the words of the mask are not attended to."""
+        """Copy the latents of the first row into the second where the words of the mask are not attended to."""
         output = run.scheduler.step.output
         latents = output[0]
         mask = scaled(torch.stack(self._sums).sum(0)) >= _MASK

@@ -57,7 +57,7 @@ def steer(
             the input of the first. In any model: paths or patterns of modules, such as "layers[3].mlp",
             "unet.**.attn2" or "unet.mid_block.input". Default: the points of the vectors, or all layers of a language
             model.
-        vector: The direction, (features,), or the result of `steering_vector`, which has one for each point.
+        vector: The direction, (features,), or the result of `steering_vector`, which has a direction for each point.
         factor: Multiplies the direction; with "remove", the component along it.
         positions: In a language model, positions in each prompt: 0 is its first token, -1 its last. Elsewhere,
             positions in the sequence, or in a feature map row by row; or a mask over the image, (rows, columns), for
@@ -65,7 +65,7 @@ def steer(
         mode: "add" the direction, or "remove" it.
         steps: The denoising steps, or the generated tokens, in which to steer. The prompt is token 0. Default: all.
         branch: The branch of guidance to steer: "cond", "uncond" or "both". Default: "cond".
-        keep_norm: Whether each hidden state keeps the length that it had.
+        keep_norm: Whether each hidden state keeps its length.
 
     Returns:
         The steered copy.

@@ -35,7 +35,7 @@ from diffsight.pipelines.diffusion.run import progress_bar
 from diffsight.pipelines.language.model import LanguageModel
 
 _CELL = 128  # pixels of an image in a grid
-_LONGEST = 60  # characters of a prompt as the title of a row
+_LONGEST = 60  # characters of a prompt in the title of a row
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class SteeringSweep(LensResult):
         """Return all images in one: a row for each prompt, a column for each factor.
 
         Raises:
-            InputError: These are texts.
+            InputError: The results are texts.
         """
         if self.images is None:
             raise InputError("a language model writes texts: print the result, or read .texts")
@@ -144,7 +144,7 @@ def steering_sweep(
         batch_size: The number of rows in a call. Default: all strengths of a prompt.
         seed: The seed of every image, or of every text.
         progress: Whether to show a progress bar.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Further arguments of `generate`.
 

@@ -176,7 +176,7 @@ def steering_vector(
     Args:
         model: The model.
         positive: Prompts with a concept.
-        negative: Prompts without it, best alike in all else.
+        negative: Prompts without it, ideally alike in all other respects.
         layers: Layers of a language model: layer i is the output of `layers[i]`, -1 the last, and "embedding" the input
             of the first. In any model: paths or patterns of modules, such as "text_encoder.layers[4]" or
             "unet.**.attn2". Default: all layers of a language model.
@@ -195,7 +195,7 @@ def steering_vector(
         arguments: Further arguments of the model, such as `num_inference_steps`.
 
     Returns:
-        The vectors by layer or path. Those of a denoiser have length 1 at every step.
+        The vectors by layer or path. Vectors of a denoiser have length 1 at every step.
 
     Raises:
         InputError: Before anything runs, if an argument is not valid or the prompts are not lists of strings.
@@ -253,7 +253,7 @@ def _check(model: Any, positive: Any, negative: Any, method: str, steps: Steps, 
 
 
 def _check_one_kind(model: DiffusionModel, points: Sequence[NamedPoint]) -> None:
-    """Check that all points are passed in steps, or none."""
+    """Check that all points are passed in denoising steps, or that none are."""
     kinds = {is_in_steps(model, point): point for point in points}
     if len(kinds) > 1:
         raise InputError(
@@ -266,7 +266,7 @@ def _check_one_kind(model: DiffusionModel, points: Sequence[NamedPoint]) -> None
 
 
 def _vectors(method: str, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
-    """Return the direction between states, (prompts, ..., features): (..., features)."""
+    """Return the direction, (..., features), between states, (prompts, ..., features)."""
     difference = positive.mean(0) - negative.mean(0)
     if method == "mean":
         return difference
@@ -277,7 +277,7 @@ def _vectors(method: str, positive: torch.Tensor, negative: torch.Tensor) -> tor
 
 
 def _component(differences: torch.Tensor) -> torch.Tensor:
-    """Return the direction that explains most of the differences, (pairs, features), whichever way each is taken."""
+    """Return the direction that explains most of the differences, (pairs, features), whatever their signs."""
     return torch.linalg.svd(differences, full_matrices=False).Vh[0]
 
 

@@ -5,8 +5,8 @@
     run_prompts(model, [prompt])["right"]                       # (prompts,)
     run_prompts(model, [prompt], lens=logit_lens).plot()        # by layer
 
-A word counts by its first token, both with and without a leading space: the probabilities of " Paris" and "Paris" are
-added.
+A word is represented by its first token, both with and without a leading space: the probabilities of " Paris" and
+"Paris" are added.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,7 +65,7 @@ def first_tokens(words: Words, model: LanguageModel) -> tuple[int, ...]:
 
 
 def _first(tokenizer: Any, form: str) -> list[int]:
-    """Return the first token of a form within a text, or none if that is only the space."""
+    """Return the first token of a form in the middle of a text, or no token if it is only the space."""
     for before in _BEFORE:
         known = tokenizer(before, add_special_tokens=False)["input_ids"]
         ids = tokenizer(before + form, add_special_tokens=False)["input_ids"]
@@ -97,14 +97,14 @@ class Prompt:
         Args:
             text: The prompt.
             targets: Names to one word or several; or words without names, which get the name "target".
-            model: The model whose tokens count.
+            model: The model whose tokenizer is used.
         """
         words = targets if isinstance(targets, Mapping) else {"target": targets}
         return cls(text, {name: first_tokens(some, model) for name, some in words.items()}, dict(words))
 
     @property
     def shared_tokens(self) -> dict[int, tuple[str, ...]]:
-        """The tokens that belong to several targets, with these targets, which such a token does not distinguish."""
+        """The tokens that belong to several targets and so cannot tell them apart, with the names of the targets."""
         names: dict[int, tuple[str, ...]] = {}
         for name, tokens in self.targets.items():
             for token in tokens:

@@ -1,4 +1,4 @@
-"""Where features of a sparse autoencoder are strongest: the images or texts, and the places in them.
+"""Find where features of a sparse autoencoder are strongest: the images or texts, and the places in them.
 
 result = top_examples(model, sae, captions, features=[417, 88], num_inference_steps=20)
 result.grid()           # a row for each feature; warm colours where it is active
@@ -45,7 +45,7 @@ class Example:
     Attributes:
         prompt: The prompt.
         strength: The largest activation.
-        activations: By place: (tokens,), (patches,) in a vision tower, or (height, width) at the step of the largest.
+        activations: At each place: (tokens,), (patches,) in a vision tower, or (height, width) at the strongest step.
         tokens: The tokens, for a point in a text encoder or a language model.
         image: The image, for a point in a denoiser.
     """
@@ -85,7 +85,7 @@ class TopExamples(LensResult):
         examples: By feature, the strongest first.
         by_step: By feature, the mean activation at each step, (steps,).
         steps: The denoising steps.
-        point: Where.
+        point: The path of the module.
         model: The name of the model.
     """
 
@@ -252,7 +252,7 @@ def _images(
 def _tokens(
     reader: PointReader, sae: SAE, prompts: Sequence[str], features: tuple[int, ...], seed: int
 ) -> tuple[torch.Tensor, tuple[int, ...], list[list[Example]]]:
-    """The same for texts, which have no steps."""
+    """Return the same as `_images` for texts, which have no steps."""
     values = reader.read(prompts, seed)
     activations = sae.encode(values.steps[0])[..., list(features)].cpu()
     if values.tokens is None:
@@ -270,7 +270,7 @@ def _tokens(
 def _patches(
     point: str, activations: torch.Tensor, prompts: Sequence[str]
 ) -> tuple[torch.Tensor, tuple[int, ...], list[list[Example]]]:
-    """The same for the patches of one image for each prompt."""
+    """Return the same as `_tokens` for the patches of one image for each prompt."""
     if activations.ndim < 3 or len(activations) != len(prompts):
         raise InputError(
             f"the vectors at {point} have the shape {tuple(activations.shape[:-1])} for {len(prompts)} prompts: pass "

@@ -3,8 +3,8 @@
     sae = train_sae(model, "unet.up_blocks.0", captions, features=1024, k=16, folder="sae", num_inference_steps=20)
     sae = SAE.load("sae")
 
-Prompts are run again and again. The vectors at the point go through a buffer that shuffles them. Called in all
-processes that `accelerate launch` or `torchrun` has started, every process reads its part of the data.
+Prompts are run again and again. The vectors at the point go through a buffer that shuffles them. If the function is
+called in all processes that `accelerate launch` or `torchrun` has started, each process reads its own part of the data.
 """
 
 from collections.abc import Sequence
@@ -61,17 +61,17 @@ def train_sae(
     Args:
         model: The model. It may be None if `data` are vectors.
         point: The path of a module of the model.
-        data: Prompts, which are run again and again, or vectors, (vectors, width), all of them in every process.
+        data: Prompts, which are run again and again, or vectors, (vectors, width). Pass all of them in every process.
         features: The number of features.
         kind: "topk", "batch_topk", "jumprelu" or "relu".
         k: The number of active features, for "topk" and "batch_topk".
         of: "output" of the point, or its "difference": output minus input.
-        steps: The denoising steps to take, for a point in a denoiser, whose conditional branch is read. Default: all.
+        steps: The denoising steps to read, for a point in a denoiser, in the conditional branch. Default: all.
         settings: The number of updates, the batch size, and so on.
-        buffer: How many vectors are in memory of a process, in random order.
+        buffer: The number of vectors that each process keeps in memory, in random order.
         prompts_per_run: How many prompts are run together.
         folder: Where to write checkpoints, every 20 seconds, and in the end the SAE, `training.json` with the record
-            and the learning curve, and `curve.png`. If it has a checkpoint, the training goes on from there.
+            and the learning curve, and `curve.png`. If the folder has a checkpoint, the training continues from it.
         seed: The seed of the weights, the order, and the images.
         progress: Whether to show a progress bar.
         arguments: Further arguments of the model.

@@ -1,9 +1,9 @@
-"""The trajectory lens: the image that a denoiser predicts at every step, before it is finished.
+"""The trajectory lens: the image that a denoiser predicts at every step, before the image is finished.
 
     result = trajectory_lens(model, "a red circle below a blue square", seed=0)
     result.grid().save("trajectory.png")
 
-At each step the scheduler is given the noisy latents and what the denoiser makes of them. The clean latents that follow
+At each step the scheduler is given the noisy latents and the denoiser's output for them. The clean latents that follow
 from both (`denoising/clean_prediction.py`) are drawn in one batch by the pipeline's own code
 (`denoising/latent_drawing.py`).
 """
@@ -56,7 +56,7 @@ class TrajectoryLensResult(LensResult):
         latents: By column, (steps, ...), as the scheduler has them. "guidance" and "guidance map" have none.
         steps: Non-negative integers, one for each call of the scheduler.
         timesteps: The timestep of each of `steps`.
-        image: What the pipeline draws in the end, as an image.
+        image: The finished output of the pipeline, as an image.
         prompt: The prompt, or None.
         seed: The seed.
         model: The name of the model.
@@ -64,7 +64,7 @@ class TrajectoryLensResult(LensResult):
         arguments: The arguments of the pipeline.
         outputs: By column, what the pipeline draws at each of `steps`: an image, the frames of a video, or the samples
             of a sound. "guidance" and "guidance map" have none.
-        output: What it draws in the end.
+        output: The finished output of the pipeline.
         rate: The sampling rate of sounds in Hz.
     """
 
@@ -84,8 +84,8 @@ class TrajectoryLensResult(LensResult):
 
     @property
     def norms(self) -> dict[str, torch.Tensor]:
-        """The root mean square of the latents at each step, (steps,), by column. "guidance" is that of the difference
-        between the conditional and the unconditional prediction."""
+        """The root mean square of the latents at each step, (steps,), by column. "guidance" is the value for the
+        difference between the conditional and the unconditional prediction."""
         values = dict(self.latents)
         if all(branch in values for branch in _BRANCHES):
             values["guidance"] = values["cond"] - values["uncond"]
@@ -173,7 +173,7 @@ def trajectory_lens(
     act on the run, but not on how its latents are drawn.
 
     Args:
-        model: The pipeline. It has one scheduler.
+        model: A pipeline with one scheduler.
         prompt: The prompt. Omit it for a pipeline without one.
         steps: Step i is call i of the scheduler, counted from 0; -1 is the last. An integer, a slice, or a list of
             them. Default: all.
@@ -189,7 +189,7 @@ def trajectory_lens(
         batch_size: The number of latents to draw in a call. Default: all.
         seed: The seed.
         progress: Whether to show a progress bar.
-        inverted: What `invert` returned for an image, to apply the lens to that image. Omit the seed and the number
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
             of steps, see [inversion](../lenses/inversion.md).
         arguments: Arguments of the pipeline.
 
@@ -198,7 +198,7 @@ def trajectory_lens(
 
     Raises:
         InputError: An argument is not valid, or no clean latents follow from the scheduler's prediction type; guidance
-            is off, but its branches are asked for; or the denoiser has no blocks at which it could end.
+            is off, but its branches are requested; or the denoiser has no blocks at which it could end.
     """
     arguments = {**arguments, "prompt": prompt} if prompt is not None else arguments
     check_one_image(trajectory_lens, model, prompt, seed, batch_size, arguments)
@@ -264,13 +264,13 @@ class _StepReading:
         return torch.cat(self._scaled)
 
     def latents(self) -> dict[str, torch.Tensor]:
-        """Return what was read by column, (steps, ...)."""
+        """Return the latents that were read, by column, (steps, ...)."""
         return {name: torch.cat(values) for name, values in self._found.items()}
 
     def run(self) -> Any:
         """Run the pipeline, and return what it draws."""
         model = self._model
-        if self._with_branches:  # each is an edit, since either may come first
+        if self._with_branches:  # each is an edit, since either branch may come first
             for branch in _BRANCHES:
                 model = model.edit(partial(self._read_branch, branch=branch))
         if self._with_exits:
@@ -350,7 +350,7 @@ def _sign_of_branches(output: torch.Tensor, cond: torch.Tensor, uncond: torch.Te
     """Return 1, or -1 if the pipeline negates what the denoiser returns.
 
     Raises:
-        InputError: What the scheduler was given is no combination of the branches.
+        InputError: The scheduler's input is not a combination of the branches.
     """
     given, *parts = (value.double().flatten() for value in (output, cond, uncond))
     mixed = torch.stack(parts, 1)
@@ -389,7 +389,7 @@ def _check_exits(model: DiffusionModel, exits: Any) -> None:
 
 
 def _columns(found: Mapping[str, Sequence[Image.Image]], names: Sequence[str]) -> dict[str, tuple[Image.Image, ...]]:
-    """Return the images of all columns in order, with those that are made of the two branches."""
+    """Return the images of all columns in order, including those computed from the two branches."""
     made: dict[str, tuple[Image.Image, ...]] = {}
     for name in names:
         if name == "guidance":

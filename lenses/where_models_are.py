@@ -1,4 +1,4 @@
-"""Lenses run where the model is: on a server by name, if its weights are there, and only the result comes back."""
+"""Run a lens where the model is: if the weights are on a server, it runs there and only its result is returned."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,9 +10,9 @@ _P, _R = ParamSpec("_P"), TypeVar("_R")
 
 
 def where_the_model_is(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a lens, whose first argument is the model, run on the model's server if that runs lenses of its name.
+    """Return a lens that runs on the server of its first argument, the model, if the server has a lens of its name.
 
-    A lens that is told to write into a folder runs here, and reads from the server what it needs."""
+    A lens that is given a folder to write into runs locally, and reads what it needs from the server."""
 
     @wraps(function)
     def lens(*args: _P.args, **kwargs: _P.kwargs) -> _R:

@@ -1,5 +1,5 @@
-"""Processes that share work, such as a sweep or a training: this one alone, or all that a launcher, `accelerate launch`
-or `torchrun`, has started.
+"""Processes that share work, such as a sweep or a training: all that a launcher (`accelerate launch` or `torchrun`) has
+started, or only this one.
 
 processes = Processes()
 for item in processes.share(missing):       # every process gets its own part
@@ -24,11 +24,11 @@ _FOREVER = timedelta(days=30)  # one process may have much more to do than the o
 
 
 class Processes:
-    """The processes of this program. The variables that PyTorch's launchers set say how many there are.
+    """The processes of this program, as the environment variables of PyTorch's launchers describe them.
 
     Attributes:
         number: The number of this process, from 0.
-        count: How many there are.
+        count: The number of processes.
         device: The device of this process; None if there is only one process.
     """
 
@@ -56,12 +56,12 @@ class Processes:
     def share(self, items: Sequence[Item]) -> Sequence[Item]:
         """Return this process's share of the items. All processes must pass the same list.
 
-        Nothing begins before all processes have their list."""
+        No process begins before all have their list."""
         self.wait()
         return items[self.number :: self.count]
 
     def wait(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have reached this call."""
         if self.count > 1:
             from torch import distributed
 
