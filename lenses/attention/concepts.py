@@ -1,8 +1,8 @@
-"""Concepts: words that look at the image without being seen by it (Helbling et al., ConceptAttention, ICML 2025).
+"""Concepts: words that attend to the image but do not affect it (Helbling et al., ConceptAttention, ICML 2025).
 
-Two rows are drawn from the same noise. The first has the prompt. In the second the words take the place of the prompt
-in the text stream, and wherever the image attends in it, it goes on with what it got in the first row. So the image is
-the same in both, and the words attend to themselves and to it.
+Two rows are drawn from the same noise. The first row has the prompt. In the second, the words replace the prompt in the
+text stream, and after each attention the image continues with the output of the first row. So the image is the same in
+both rows, and the words attend to themselves and to the image.
 """
 
 import re
@@ -17,18 +17,18 @@ from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.pipelines.diffusion.attention import Attention
 from diffsight.pipelines.diffusion.model import DiffusionModel
 
-_SAME = 1e-3  # of the length of a query: what computing in a batch may change
+_SAME = 1e-3  # the relative difference of queries that computing in a batch may cause
 
 
 class Concepts:
-    """Words in the place of the prompt of one text encoder.
+    """Words that replace the prompt of one text encoder.
 
     Args:
         model: The model.
         prompt: The prompt of the image.
         words: The words.
-        encoder: The text encoder that reads them. None: the last one with a prompt of its own.
-        joint: The products of text and image.
+        encoder: The text encoder that reads the words. None: the last one with a prompt of its own.
+        joint: The joint attention products of text and image.
         arguments: The arguments of the pipeline.
 
     Raises:
@@ -68,8 +68,8 @@ class Concepts:
     def read(
         self, run: Any, is_read: Callable[[Attention], bool], add: Callable[[Attention, torch.Tensor], None]
     ) -> None:
-        """Run one step. Let the image of the second row go on with what it got in the first, and call `add` with the
-        products of the outputs, (heads, words, positions of the image)."""
+        """Run one step. Let the image of the second row continue with the attention output of the first row, and call
+        `add` with the products of the outputs of words and image, (heads, words, positions of the image)."""
         first, second = run.cond.rows
         for number, attention in enumerate(self._joint):
             image = slice(attention.image.start, attention.image.stop)

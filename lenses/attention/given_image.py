@@ -1,11 +1,11 @@
-"""A given image in the place of what a pipeline draws, with the noise of each step.
+"""Show a denoiser a given image, with the noise of each step, instead of the image that the pipeline draws.
 
     given = GivenImage(model, image, seed=0, arguments=arguments)
     with model.generate(prompt, seed=0, **given.arguments) as run:
         given.follow(run, "unet")           # from now on the denoiser sees the image, whatever the pipeline draws
 
-At each step, the latents of the image and one noise are mixed as the scheduler mixes them at this step, as an
-image-to-image pipeline does it for its first step.
+At each step, the scheduler mixes the latents of the image with the same noise sample at the noise level of the step, as
+an image-to-image pipeline does for its first step.
 """
 
 import copy
@@ -68,7 +68,7 @@ class GivenImage:
         run.follow("scheduler.step.output", end_step)
 
     def _at_step(self, step: int) -> torch.Tensor:
-        """Return the latents with the noise of a step, as the denoiser is given them, (1, ...)."""
+        """Return the latents with the noise of a step, as the denoiser takes them, (1, ...)."""
         time = self._scheduler.timesteps[step]
         scheduler = copy.copy(self._scheduler)
         if hasattr(scheduler, "set_begin_index"):

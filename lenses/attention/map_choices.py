@@ -1,4 +1,4 @@
-"""What is chosen for attention maps, modules, heads and what is kept apart, checked before an image is drawn."""
+"""Check the choices for attention maps before an image is drawn: modules, heads, and which maps are kept apart."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +29,7 @@ def check_maps(
 def chosen_attentions(
     attentions: Attentions, kinds: tuple[str, ...], layers: Layers, what: str, model: DiffusionModel
 ) -> list[Attention]:
-    """Return the chosen modules of some kinds, in the order in which they run. `what` says what is looked for."""
+    """Return the chosen modules of some kinds, in the order in which they run. `what` names them in errors."""
     found = attentions.of_kind(*kinds)
     placed = [attention for attention in found if attention.grid is not None and attention.unplaced is None]
     if not placed:
@@ -45,8 +45,8 @@ def chosen_attentions(
 def check_map_size(
     model: DiffusionModel, chosen: Sequence[Attention], words: int, keep: str | None, arguments: Mapping[str, Any]
 ) -> None:
-    """Raise InputError if what is kept is larger than memory: sums in the sizes of the modules, and the maps of each
-    group in the largest."""
+    """Raise InputError if the maps do not fit into memory: the sums in the sizes of the modules, and the maps of each
+    group in the largest size."""
     positions = [math.prod(attention.grid) for attention in chosen]
     groups = {
         None: 1,
@@ -72,7 +72,7 @@ def picked_heads(chosen: Sequence[Attention], heads: Iterable[int] | None) -> li
 
 
 def checked_heads(heads: Iterable[int], count: int | None) -> list[int]:
-    """Return heads as a list. `count` is how many there are, if it is known."""
+    """Return heads as a list. `count` is the number of heads, if it is known."""
     picked = list(heads)
     for head in picked:
         if isinstance(head, bool) or not isinstance(head, int) or head < 0 or (count is not None and head >= count):

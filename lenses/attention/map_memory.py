@@ -1,4 +1,4 @@
-"""Whether maps fit into memory, before any work.
+"""Check that maps fit into memory before any work is done.
 
 check_memory("the maps", 4 * words * rows * columns, model.device, "choose fewer words")
 """
@@ -14,7 +14,7 @@ def check_memory(what: str, size: int, device: torch.device, advice: str) -> Non
     """Raise InputError if something is larger than the memory of a device.
 
     Args:
-        what: What it is, in words.
+        what: The name of what would take the memory.
         size: Its size in bytes.
         device: The device.
         advice: What to do about it.

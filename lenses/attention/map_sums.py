@@ -1,4 +1,4 @@
-"""Sums of attention maps, in memory that depends on neither the number of steps nor that of layers.
+"""Sums of attention maps, whose memory does not grow with the number of steps or layers.
 
 sums = MapSums()
 sums.add("", attention, values)         # (words, positions of the image)
@@ -12,7 +12,7 @@ from diffsight.pipelines.diffusion.attention import Attention
 
 
 class MapSums:
-    """Sums of maps, one for each group and size. They stay on the device of the model until their mean is asked for."""
+    """Sums of maps, one for each group and size. They stay on the device of the model until `mean` is called."""
 
     def __init__(self) -> None:
         self._sums: dict[str, dict[tuple[int, ...], torch.Tensor]] = {}
@@ -20,7 +20,7 @@ class MapSums:
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The groups, in the order in which they were first added to."""
+        """The groups, in the order in which their first maps were added."""
         return tuple(self._sums)
 
     def add(self, group: str, attention: Attention, values: torch.Tensor) -> None:
@@ -34,7 +34,7 @@ class MapSums:
         self._counts[group] = self._counts.get(group, 0) + 1
 
     def mean(self, group: str | None = None) -> torch.Tensor:
-        """Return the mean of the maps of a group, or of all, (words, rows, columns), with frames before the rows."""
+        """Return the mean map of a group, or of all groups, (words, rows, columns), with frames before the rows."""
         groups = self.groups if group is None else (group,)
         size = max((grid for one in self._sums.values() for grid in one), key=lambda grid: grid[-1])
         kept = (maps for one in groups for maps in self._sums[one].items())
@@ -43,7 +43,7 @@ class MapSums:
 
 
 def _resized(maps: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-    """Return maps in another size, bicubic."""
+    """Return maps in another size, by bicubic interpolation."""
     if maps.shape[1:] == size:
         return maps
     flat = maps.reshape(-1, 1, *maps.shape[-2:])

@@ -1,11 +1,11 @@
-"""Which tokens of one prompt stand for which of another.
+"""Which tokens of one prompt correspond to which tokens of another.
 
     mapping = map_tokens([1, 5, 7, 2], [1, 5, 9, 8, 2])     # 7 became 9 8
     mapping.matrix                                          # (source tokens, target tokens): 9 and 8 get half of 7 each
     mapping.is_mapped                                       # (target tokens,): False for tokens that are new
 
-Equal tokens stand for each other. Tokens that were replaced by others share what they had among these. This is what
-Prompt-to-Prompt needs to replace words and to add some (Hertz et al. 2022, section 4).
+Equal tokens correspond to each other. Replaced tokens are shared among the tokens that replace them. Prompt-to-Prompt
+needs this mapping to replace and add words (Hertz et al. 2022, section 4).
 """
 
 from collections.abc import Sequence

@@ -22,10 +22,11 @@ class WordKeys:
     Args:
         model: The model.
         prompt: The prompt.
-        words: The words that are asked for, each of one or several words of the prompt. None: all of the prompt.
-        encoder: The text encoder whose tokens count. None: those of every text encoder.
+        words: The words to look for, each one or several words of the prompt. None: all words of the prompt.
+        encoder: The text encoder whose tokens count. None: every text encoder.
         arguments: The arguments of the pipeline.
-        other: The name of an argument that holds another text, and the text: the words are looked for in that.
+        other: The name of an argument that holds another text, and this text, in which the words are looked for
+            instead.
 
     Raises:
         InputError: A word is not in the prompt, or the encoder does not exist.

@@ -1,4 +1,4 @@
-"""The vectors at points of a pipeline for a batch of prompts, some positions of each if that is asked for."""
+"""Read the vectors at points of a pipeline for a batch of prompts, at all positions or some."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,17 +22,17 @@ Vectors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by point: vectors and 
 
 @dataclass(frozen=True)
 class ImageCollection:
-    """What is collected.
+    """The settings of a collection.
 
     Attributes:
         model: The pipeline.
         points: The points.
         positions: The positions in the sequence or feature map. None means all.
-        sample: How many of them are taken of each prompt in each step, at random. None means all.
+        sample: The number of these positions to draw at random for each prompt and step. None means all.
         steps: The denoising steps. None means all.
         branch: "cond", "uncond" or "both".
-        dtype: The type of the vectors. None means that of the model.
-        seed: The seed of the first prompt; later prompts have later seeds. Positions are drawn from it too.
+        dtype: The type of the vectors. None means the type of the model.
+        seed: The seed of the first prompt; later prompts have later seeds. Positions are also drawn with it.
         arguments: Further arguments of the pipeline.
     """
 
@@ -48,7 +48,7 @@ class ImageCollection:
 
     @torch.no_grad()
     def read(self, prompts: Sequence[str], start: int) -> Vectors:
-        """Return the vectors of some prompts, the first of which has the number `start`."""
+        """Return the vectors of some prompts, numbered from `start`."""
         found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {str(point.name): [] for point in self.points}
         copy = self.model
         for branch in _BRANCHES if self.branch == "both" else (self.branch,):
@@ -96,7 +96,7 @@ class ImageCollection:
             found[str(visit.point.name)].append((vectors, origins))
 
     def _places(self, visit: Visit, prompt: int, step: int) -> torch.Tensor:
-        """Return the positions that are taken of a prompt in a step, in order."""
+        """Return the positions to read for a prompt in a step, in order."""
         if self.positions is None:
             places = torch.arange(visit.value.shape[1:-1].numel())
         else:

@@ -1,4 +1,4 @@
-"""What `collect_activations` returns for a pipeline: vectors by point, and where each comes from."""
+"""The result of `collect_activations` for a pipeline: vectors by point, and where each comes from."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ import torch
 
 from diffsight.errors import UnknownKeyError, suggest
 
-ORIGINS = ("prompts", "steps", "positions", "branches")  # of each vector, in the order of the columns of `origins`
+ORIGINS = ("prompts", "steps", "positions", "branches")  # the columns of `origins`
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class PointActivations(Mapping):
         model: The name of the model.
         vectors: The vectors by point, (vectors, features).
         origins: Where each vector comes from, (vectors, 4): the number of its prompt, the denoising step (-1 in a text
-            encoder), the position in the sequence or in the feature map row by row, and the branch (0 conditional, 1
+            encoder), the position in the sequence or in the feature map (row by row), and the branch (0 conditional, 1
             unconditional).
     """
 

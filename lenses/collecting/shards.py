@@ -1,8 +1,8 @@
-"""Shards: a safetensors file for each batch of prompts, and an index. A folder that is not finished is continued.
+"""Shards: a safetensors file for each batch of prompts, and an index. An unfinished folder is continued.
 
 activations.json                    the points, and the number of vectors in each file
 activations_00000.safetensors       "unet.mid_block", (vectors, features), and "unet.mid_block origins", (vectors, 4)
-unfinished.json                     while it is being written: what is collected
+unfinished.json                     the settings of the collection, while the folder is being written
 """
 
 import json
@@ -30,16 +30,16 @@ def write_shards(
     batches: Iterable[tuple[int, Sequence[str]]],
     read: Callable[[Sequence[str], int], Vectors],
 ) -> Path:
-    """Write the vectors of each batch into a file, and the index when all are there.
+    """Write the vectors of each batch to a file, and then the index.
 
     Args:
         folder: The folder. If it holds part of the same collection, the missing files are added.
-        settings: What is collected, as the index records it.
-        batches: The number of the first prompt of each batch, and its prompts.
+        settings: The settings of the collection, as the index records them.
+        batches: For each batch, the number of its first prompt and its prompts.
         read: Returns the vectors of a batch.
 
     Raises:
-        InputError: The folder holds anything else.
+        InputError: The folder holds another collection or other files.
     """
     folder = check_writable(folder)
     _open(folder, settings)
@@ -99,7 +99,7 @@ def _sizes(path: Path, points: Sequence[str]) -> dict[str, int]:
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under another name first, so that it is there as a whole or not at all."""
+    """Write a file under another name first, so that the file is either complete or missing."""
     beside = path.with_name(f".{path.name}")
     write(beside)
     beside.replace(path)

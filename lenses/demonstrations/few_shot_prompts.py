@@ -5,7 +5,7 @@
     prompts[0].answer           # " cold"
     prompts[0].shuffled         # the same with the answers of the examples in another order
 
-The template is that of Todd et al., "Function Vectors in Large Language Models" (2024), section 2.
+The template comes from Todd et al., "Function Vectors in Large Language Models" (2024), section 2.
 """
 
 import random
@@ -45,11 +45,12 @@ def few_shot_prompts(
         pairs: Questions and their answers.
         shots: The number of examples in a prompt. 0 asks without any.
         count: The number of prompts. Default: one for each pair.
-        seed: The seed of the choice of examples.
+        seed: The seed for choosing examples.
         template: How an example is written: "{}" stands for the question, and for the answer with its space.
 
     Raises:
-        InputError: The pairs are not pairs of texts, there are too few, or all answers of a prompt are the same.
+        InputError: The pairs are not pairs of texts, there are too few, or all examples of a prompt have the same
+            answer.
     """
     pairs = check_pairs(pairs)
     if template.count("{}") != 2:
@@ -63,7 +64,7 @@ def few_shot_prompts(
         asked = pairs[number % len(pairs)]
         shown = chosen.sample([pair for pair in pairs if pair != asked], shots)
         answers = [answer for _, answer in shown]
-        others = answers[1:] + answers[:1]  # each gets that of the next
+        others = answers[1:] + answers[:1]  # each question gets the answer of the next
         if shots and answers == others:
             raise InputError(f"the examples of a prompt have one answer, {answers[0]!r}, which cannot be shuffled")
         question = template.format(asked[0], "\0").partition("\0")[0]
@@ -73,7 +74,7 @@ def few_shot_prompts(
 
 
 def check_pairs(pairs: Any) -> list[tuple[str, str]]:
-    """Return pairs of texts without spaces around them. Raise InputError if they are none."""
+    """Return the pairs with spaces around the texts removed. Raise InputError if they are not pairs of texts."""
     found = [tuple(pair) if isinstance(pair, (tuple, list)) else (pair,) for pair in pairs]
     for pair in found:
         if len(pair) != 2 or not all(isinstance(text, str) and text.strip() for text in pair):

@@ -1,1 +1,1 @@
-"""Shared by lenses on the denoising of a diffusion pipeline: scheduler calls, exits, and drawing latents."""
+"""Helpers of lenses on the denoising of a diffusion pipeline: scheduler calls, exits, and drawing latents."""

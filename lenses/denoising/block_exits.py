@@ -1,9 +1,9 @@
-"""What a denoiser would return if it ended at one of its blocks, for all blocks in one call.
+"""The output that a denoiser would have if it ended at one of its blocks, for all blocks in one call.
 
 The later blocks add nothing. In a transformer they are left out: the image tokens of the block go straight into the
-final norm and projection. In a UNet they keep only their shortcuts: residual blocks and attentions add nothing to what
-they are given, and the convolutions that change channels or resolution stay. At the last block this is the denoiser's
-own output.
+final norm and projection. In a UNet they keep only their shortcuts: residual blocks and attentions add nothing to their
+input, and the convolutions that change channels or resolution stay. At the last block, the result is the denoiser's own
+output.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ _UNET_PARTS = {"resnets", "attentions", "downsamplers", "upsamplers"}
 
 
 def exit_outputs(denoiser: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return what the denoiser would return at each of its blocks, by the path of the block.
+    """Return the output that the denoiser would have at each of its blocks, by the path of the block.
 
     Args:
         denoiser: The denoiser.
@@ -28,8 +28,8 @@ def exit_outputs(denoiser: nn.Module, args: tuple, kwargs: Mapping[str, Any]) ->
         kwargs: The keyword arguments of the call.
 
     Raises:
-        InputError: The denoiser is neither a UNet of residual blocks and attentions nor a transformer whose blocks
-            hand on the image tokens.
+        InputError: The denoiser is neither a UNet of residual blocks and attentions nor a transformer whose blocks pass
+            on the image tokens.
     """
     blocks = block_names(denoiser)
     model = as_model(denoiser)
@@ -128,7 +128,7 @@ def _exits_of_transformer(model: Any, blocks: Sequence[str], args: tuple, kwargs
 
 
 def _place_of_image_tokens(denoiser: nn.Module, output: Any, given: Any) -> int:
-    """Return the place of the image tokens in what the last block returns: they go into the final norm."""
+    """Return the index of the image tokens in the output of the last block: they go into the final norm."""
     places = [i for i, value in enumerate(_tensors(output, keep_none=True)) if isinstance(value, torch.Tensor)]
     if len(places) == 1:
         return places[0]
@@ -145,7 +145,7 @@ def _place_of_image_tokens(denoiser: nn.Module, output: Any, given: Any) -> int:
 
 
 def _repeated(value: Any, times: int) -> Any:
-    """Return a value with as many rows as `times` in every tensor that has one row."""
+    """Return a value with `times` rows in every tensor that has one row."""
 
     def repeat(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.repeat_interleave(times, 0) if tensor.ndim and len(tensor) == 1 else tensor
@@ -158,7 +158,7 @@ def _first(output: Any) -> torch.Tensor:
 
 
 def _tensors(output: Any, keep_none: bool = False) -> list[Any]:
-    """Return the items of what a module returned, as a list."""
+    """Return the items of a module's output as a list."""
     if isinstance(output, torch.Tensor):
         return [output]
     items = list(output.values()) if isinstance(output, Mapping) else list(output)
@@ -166,7 +166,7 @@ def _tensors(output: Any, keep_none: bool = False) -> list[Any]:
 
 
 def _with_tensor(output: Any, place: int, tensor: torch.Tensor) -> Any:
-    """Return what a module returned with another tensor in one place."""
+    """Return a module's output with another tensor in one place."""
     if isinstance(output, torch.Tensor):
         return tensor
     return (*output[:place], tensor, *output[place + 1 :])

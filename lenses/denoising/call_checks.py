@@ -15,7 +15,7 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 
 _SEVERAL = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
-# Arguments with which a pipeline runs other steps than `num_inference_steps` alone would make.
+# Arguments that change the steps that `num_inference_steps` alone would give.
 _OTHER_STEPS = ("timesteps", "sigmas", "strength", "denoising_start", "denoising_end", "original_inference_steps")
 
 Steps = int | slice | Iterable[int | slice] | None
@@ -24,7 +24,7 @@ Steps = int | slice | Iterable[int | slice] | None
 def check_one_image(
     lens: Callable, model: Any, prompt: Any, seed: Any, batch_size: Any, arguments: Mapping[str, Any]
 ) -> None:
-    """Check that a lens draws one image from one prompt, or from none, with a pipeline that has one scheduler."""
+    """Check that a lens draws one image, from at most one prompt, with a pipeline that has one scheduler."""
     name = lens.__name__
     if not isinstance(model, DiffusionModel):
         raise InputError(f"{name} takes a DiffusionModel, not {type(model).__name__}")
@@ -49,7 +49,7 @@ def check_one_image(
 
 
 def check_steps(steps: Steps) -> list[int | slice]:
-    """Return the items of what the user passed as steps, of which it is not known yet how many the run has."""
+    """Return the items that the user passed as steps, before the number of steps is known."""
     items = [slice(None)] if steps is None else [steps] if isinstance(steps, slice) or _is_integer(steps) else steps
     if not isinstance(items, Iterable) or isinstance(items, str):
         raise InputError(f"steps are integers or slices, not {steps!r}")
@@ -60,7 +60,7 @@ def check_steps(steps: Steps) -> list[int | slice]:
 
 
 def check_steps_ahead(steps: Steps, model: DiffusionModel, arguments: Mapping[str, Any]) -> None:
-    """Check what the user passed as steps, and whether the run has them where its arguments tell how many it has."""
+    """Check the steps that the user passed, and that the run has them if its arguments determine how many it has."""
     check_steps(steps)
     count = count_steps(model, arguments)
     if count is not None:
@@ -68,7 +68,7 @@ def check_steps_ahead(steps: Steps, model: DiffusionModel, arguments: Mapping[st
 
 
 def count_steps(model: DiffusionModel, arguments: Mapping[str, Any]) -> int | None:
-    """Return how many steps the scheduler makes in a run with these arguments, or None if they do not tell."""
+    """Return the number of scheduler steps in a run with these arguments, or None if they do not determine it."""
     pipeline = model.pipeline
     given = {**call_defaults(pipeline), **arguments}
     asked, scheduler = given.get("num_inference_steps"), getattr(pipeline, "scheduler", None)
@@ -78,13 +78,13 @@ def count_steps(model: DiffusionModel, arguments: Mapping[str, Any]) -> int | No
     shift = {"mu": 0.0} if "mu" in inspect.signature(scheduler.set_timesteps).parameters else {}
     try:
         scheduler.set_timesteps(asked, **shift)
-    except Exception:  # the pipeline has its own way to set them
+    except Exception:  # the pipeline has its own way to set the timesteps
         return None
     return len(scheduler.timesteps)
 
 
 def choose_steps(steps: Steps, count: int) -> tuple[int, ...]:
-    """Return the chosen steps in order, each of them once, as non-negative integers.
+    """Return the chosen steps in order, each once, as non-negative integers.
 
     Args:
         steps: What the user passed: an integer, a slice, or a list of them. None means all.

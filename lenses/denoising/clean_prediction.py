@@ -1,4 +1,4 @@
-"""What a scheduler is given at a step, and the clean sample that follows from it.
+"""The arguments of a scheduler at a step, and the clean sample that follows from them.
 
 A noisy sample is x = a x0 + b e, where x0 is the clean sample and e the noise. Both factors come from the scheduler's
 own `add_noise` (`scale_noise` for flow matching), so they are right for every noise schedule. From the denoiser's
@@ -9,8 +9,8 @@ output o, with c = sqrt(a² + b²), the predicted clean sample is
     sample              x0 = o
     flow                x0 = (x - b o) / (a + b)
 
-and for EDM schedulers what their `precondition_outputs` returns. Some schedulers clip or threshold this
-afterwards, which is left out here.
+and for EDM schedulers the result of their `precondition_outputs`. Some schedulers clip or threshold this sample
+afterwards, which is not done here.
 """
 
 import copy
@@ -116,7 +116,7 @@ class SchedulerCall:
 
 
 def _time(timestep: Any) -> torch.Tensor:
-    """Return the timestep of a call as a tensor without dimensions. Where each token has its own, all are equal."""
+    """Return the timestep of a call as a tensor without dimensions. If each token has a timestep, all are equal."""
     return torch.as_tensor(timestep).flatten()[0].cpu()
 
 
@@ -124,7 +124,7 @@ def prediction_type(scheduler: Any) -> str:
     """Return what a denoiser predicts: "epsilon", "v_prediction", "sample" or "flow_prediction".
 
     Raises:
-        InputError: It is none of these, or the scheduler does not say.
+        InputError: The type is none of these, or the scheduler does not state it.
     """
     found = scheduler.config.get("prediction_type", _FLOW if hasattr(scheduler, "scale_noise") else None)
     if found not in _TYPES or not (hasattr(scheduler, "scale_noise") or hasattr(scheduler, "add_noise")):

@@ -9,14 +9,14 @@ from diffsight.errors import InputError
 
 
 def check_image(pipeline: Any, image: Any) -> Image.Image:
-    """Return an image as PIL, whose size the pipeline can draw.
+    """Return a PIL image of a size that the pipeline can draw.
 
     Args:
         pipeline: The pipeline.
         image: A PIL image in mode RGB, or a float tensor (3, height, width) from 0 to 1.
 
     Raises:
-        InputError: It is neither, or its size is not one that the pipeline can draw.
+        InputError: The image is neither of these, or the pipeline cannot draw its size.
     """
     if isinstance(image, torch.Tensor):
         image = _from_tensor(image)
@@ -35,7 +35,7 @@ def check_image(pipeline: Any, image: Any) -> Image.Image:
 
 
 def check_can_encode(pipeline: Any) -> None:
-    """Raise InputError unless the pipeline draws from latents of an autoencoder for images that it accepts."""
+    """Raise InputError unless the pipeline has an autoencoder that encodes images."""
     vae, processor = getattr(pipeline, "vae", None), getattr(pipeline, "image_processor", None)
     config = getattr(vae, "config", {})
     if processor is None or "scaling_factor" not in config or not hasattr(vae, "encode"):
@@ -46,7 +46,7 @@ def check_can_encode(pipeline: Any) -> None:
 
 @torch.no_grad()
 def encode_image(pipeline: Any, image: Image.Image) -> tuple[torch.Tensor, Image.Image]:
-    """Return the latents of an image as its scheduler has them, (1, ...), and the image decoded from them."""
+    """Return the latents of an image as the scheduler takes them, (1, ...), and the image decoded from them."""
     vae = pipeline.vae
     pixels = pipeline.image_processor.preprocess(image).to(vae.device, vae.dtype)
     encoded = vae.encode(pixels)

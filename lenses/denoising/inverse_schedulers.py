@@ -4,9 +4,9 @@
     inverse_of(pipeline.scheduler, fixed_point=3)
 
 An inverse step from x to the noisier y needs the denoiser's output for y, which is not known yet. The plain inverse
-uses its output for x. With fixed-point iterations, the denoiser is called again on the current estimate of y (Pan et
-al., "Effective Real Image Editing with Accelerated Iterative Diffusion Inversion", ICCV 2023): each timestep then
-occurs several times, and each time the step starts from x again.
+uses the output for x instead. With fixed-point iterations, the denoiser is called again on the current estimate of y
+(Pan et al., "Effective Real Image Editing with Accelerated Iterative Diffusion Inversion", ICCV 2023): each timestep
+then occurs several times, and each time the step starts from x again.
 """
 
 from functools import wraps
@@ -86,12 +86,12 @@ class FlowInverseScheduler(FlowMatchEulerDiscreteScheduler):
 class FixedPointInverseScheduler(DDIMInverseScheduler):
     """The exact inverse of DDIM's step, by fixed-point iterations.
 
-    With a² = alpha and b² = 1 - alpha at the noise level of x, and A, B at that of y, DDIM draws x from y as
+    With a² = alpha and b² = 1 - alpha at the noise level of x, and A, B at the noise level of y, DDIM draws x from y as
 
         epsilon         x = a / A (y - B o) + b o
         v_prediction    x = (a A + b B) y + (b A - a B) o
 
-    which is solved for y, with the denoiser's output o for the last estimate of y."""
+    This is solved for y, where o is the denoiser's output for the last estimate of y."""
 
     repeats = 1
 

@@ -1,11 +1,11 @@
-"""`inverted=`: let a lens that draws an image from noise work on an image that `invert` has found the noise of.
+"""The argument `inverted`: run a lens that draws from noise on an image whose noise `invert` has found.
 
     inverted = invert(model, image, "a red circle", num_inference_steps=20)
     trajectory_lens(model, inverted=inverted)
     prompt_to_prompt(model, "a red circle", "a green circle", inverted=inverted)
 
-The lens is called with the arguments of `inverted`, its noise and seed among them. Arguments that are passed as well,
-such as another prompt or guidance, take their place.
+The lens is called with the arguments of `inverted`, including its noise and seed. Arguments passed to the lens, such as
+another prompt or guidance, replace them.
 """
 
 import inspect
@@ -27,7 +27,7 @@ _PATH = ("height", "width", "num_inference_steps", "timesteps", "sigmas")  # onl
 def takes_inverted(lens: Callable[..., _R]) -> Callable[..., _R]:
     """Let a lens take `inverted=`.
 
-    The result records the arguments that the lens is called with, so that it can be made again without the inversion.
+    The result records the arguments that the lens is called with, so that it can be reproduced without the inversion.
     """
     signature = inspect.signature(lens)
 
@@ -52,7 +52,7 @@ def takes_inverted(lens: Callable[..., _R]) -> Callable[..., _R]:
 
 
 def _checked(lens: str, model: Any, inverted: Any) -> DiffusionModel:
-    """Return the model that draws an inverted image: with its controller, if it has one."""
+    """Return the model that draws an inverted image, with the controller of the inversion if it has one."""
     if not isinstance(inverted, Inversion):
         raise InputError(f"{lens}: inverted must be what invert returns, not {type(inverted).__name__}")
     if not isinstance(model, DiffusionModel):

@@ -1,4 +1,4 @@
-"""Draw latents as a pipeline draws those of its last step: unpacked, decoded and postprocessed by its own code.
+"""Draw latents as a pipeline draws its final latents: unpacked, decoded and postprocessed by its own code.
 
     recorder = CallRecorder(model)
     with model.generate(prompt, seed=0) as run:
@@ -7,9 +7,9 @@
             recorder.note_step()
     draw_latents(model, recorder, latents, {"prompt": prompt, "seed": 0})
 
-The call of the pipeline is repeated without its components: each of them is skipped and returns what it returned
-before. The last `scheduler.step` then returns all latents as one batch, and the pipeline draws this batch. Edits of the
-model do not act in this call.
+The call of the pipeline is repeated without computing its components: each is skipped and returns its earlier output.
+The last `scheduler.step` then returns all latents as one batch, and the pipeline draws this batch. Edits of the model
+have no effect in this call.
 """
 
 import warnings
@@ -29,7 +29,7 @@ _OUTPUTS = ("images", "image", "frames", "audios")
 
 
 class CallRecorder:
-    """What the components of a pipeline return in one run, and how often each is called up to its last step."""
+    """The outputs of a pipeline's components in one run, and how often each is called up to the last step."""
 
     def __init__(self, model: DiffusionModel) -> None:
         parts = components(model.pipeline)
@@ -45,7 +45,7 @@ class CallRecorder:
             run.follow(name, lambda output, name=name: self._keep(name, output))
 
     def note_step(self) -> None:
-        """Say that the run stands at a `scheduler.step`."""
+        """Record that the run has reached a `scheduler.step`."""
         self.steps += 1
         self._before_last_step = dict(self._calls)
 
@@ -57,7 +57,7 @@ class CallRecorder:
                 run[name].calls[number].skip(outputs[min(number, len(outputs) - 1)])
 
     def _keep(self, name: str, output: Any) -> None:
-        """Keep an output. Of a component that is called in the steps, the last one stands for all."""
+        """Keep an output. If a component is called in the steps, its last output replaces the earlier one."""
         self._calls[name] += 1
         if self.steps and self._outputs[name]:
             self._outputs[name][-1] = output
@@ -72,12 +72,12 @@ def draw_latents(
     call: Mapping[str, Any],
     batch_size: int | None = None,
 ) -> list[Any]:
-    """Return what the pipeline draws from each of the latents: images, frames or sounds.
+    """Return the images, frames or sounds that the pipeline draws, one for each of the latents.
 
     Args:
         model: The pipeline.
-        recorder: What its components returned in a run of the same call.
-        latents: What to draw, each (1, ...) as the scheduler returns them.
+        recorder: The outputs of its components in a run of the same call.
+        latents: The latents to draw, each (1, ...) as the scheduler returns them.
         call: The arguments of `generate`.
         batch_size: The number of latents in a call. Default: all.
     """
@@ -85,7 +85,7 @@ def draw_latents(
     plain = model.edit(lambda run: None)
     plain.clear_edits()
     with progress_bar(model.pipeline, disable=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they came in the first call
+        warnings.simplefilter("ignore")  # the first call has issued them
         for start in range(0, len(latents), size):
             outputs.extend(_draw(plain, recorder, latents[start : start + size], call))
     return outputs

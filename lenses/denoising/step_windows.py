@@ -1,4 +1,4 @@
-"""Windows of denoising steps: those that an intervention acts in together.
+"""Windows of denoising steps: sets of steps in which an intervention acts together.
 
 choose_windows(None, 20)                        # {"all steps": range(0, 20)}
 choose_windows("each", 3)                       # {"0": (0,), "1": (1,), "2": (2,)}
@@ -15,10 +15,10 @@ Windows = str | int | slice | Iterable[int | slice | range] | None
 
 
 def check_windows(steps: Windows) -> list[Any] | str | None:
-    """Return the items of what the user passed, of which it is not known yet how many steps there are.
+    """Return the items that the user passed as steps, before the number of steps is known.
 
     Raises:
-        InputError: It is not steps.
+        InputError: The items are not steps.
     """
     if steps is None or (isinstance(steps, str) and steps in ("each", "all")):
         return steps
@@ -38,8 +38,8 @@ def choose_windows(steps: Windows, count: int) -> dict[str, tuple[int, ...]]:
     """Return the steps of each window by its name.
 
     Args:
-        steps: None or "all": all steps together. "each": each step by itself. Or a list whose items are a step, or a
-            slice or a range of steps that belong together.
+        steps: None or "all": all steps together. "each": each step by itself. A list: each item is one window, a step,
+            or a slice or range of steps.
         count: The number of steps of the run.
 
     Raises:

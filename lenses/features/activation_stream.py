@@ -21,12 +21,12 @@ Refill = Callable[[int], tuple[torch.Tensor, int]]
 
 
 def channels_last(value: torch.Tensor) -> torch.Tensor:
-    """Return a value with its vectors in the last dimension. Those of a feature map are in the second."""
+    """Return a value with its vectors along the last dimension. In a feature map, they lie along the second."""
     return value.movedim(1, -1) if value.ndim >= 4 else value
 
 
 def tensor_in(output: Any) -> torch.Tensor:
-    """Return what a module returned, or the first tensor in it."""
+    """Return a module's output, or the first tensor in it."""
     if isinstance(output, torch.Tensor):
         return output
     items = output.values() if isinstance(output, Mapping) else output
@@ -34,7 +34,7 @@ def tensor_in(output: Any) -> torch.Tensor:
 
 
 def value_at(points: Any, of: str) -> torch.Tensor:
-    """Return the output at a point of a run, or its difference to the input.
+    """Return the output at a point of a run, or its difference from the input.
 
     Raises:
         InputError: Output and input have different shapes.
@@ -64,10 +64,10 @@ class PointValues:
     """The values at a point for some prompts.
 
     Attributes:
-        steps: (prompts, ..., width) for each denoising step, or once where there are none; in a vision tower,
-            (images, ..., width) or (patches, width).
+        steps: (prompts, ..., width) for each denoising step, or a single value if there are no steps; in a vision
+            tower, (images, ..., width) or (patches, width).
         tokens: The ids of the tokens, (prompts, tokens), for a point in a text encoder or a language model.
-        mask: Which of the tokens are no padding, (prompts, tokens). Default: all.
+        mask: Which tokens are not padding, (prompts, tokens). Default: all.
     """
 
     steps: list[torch.Tensor]
@@ -75,7 +75,7 @@ class PointValues:
     mask: torch.Tensor | None = None
 
     def vectors(self) -> torch.Tensor:
-        """Return all vectors but those of padding, (vectors, width)."""
+        """Return all vectors except those of padding tokens, (vectors, width)."""
         parts = self.steps if self.mask is None else [self.steps[0][self.mask]]
         return torch.cat([part.flatten(0, -2).float() for part in parts]).cpu()
 
@@ -108,7 +108,7 @@ class PointReader:
         """Check the point, the steps and the arguments before anything runs.
 
         Raises:
-            InputError: The model has no such argument, or the run no such steps.
+            InputError: An argument or a step does not exist.
             PointNotFoundError: The point does not exist.
         """
         self.model[self.point]
@@ -121,7 +121,7 @@ class PointReader:
 
     @property
     def is_in_vision_tower(self) -> bool:
-        """Whether the vectors are those of images, in a vision-language model."""
+        """Whether the vectors belong to images, in a vision-language model."""
         return isinstance(self.model, VisionLanguageModel) and self.model.is_in_vision(self.point)
 
     def of_part(self, start: int, size: int, count: int) -> "PointReader":
@@ -173,8 +173,8 @@ class PointReader:
         return values
 
     def stream(self, prompts: Sequence[str], batch_size: int) -> Refill:
-        """Return a function of a position that returns the vectors of the prompts there, (vectors, width), and the next
-        position. It goes through the prompts again and again, with other noise each time."""
+        """Return a function that takes a position and returns the vectors of the prompts there, (vectors, width), and
+        the next position. It cycles through the prompts, with different noise each time."""
 
         def refill(position: int) -> tuple[torch.Tensor, int]:
             start = position % len(prompts)
@@ -190,9 +190,9 @@ class ShuffledBuffer:
 
     Args:
         refill: Returns the vectors at a position of the data and the next position.
-        size: How many vectors are in memory.
+        size: The number of vectors in memory.
         position: Where in the data to begin.
-        generator: The source of the order.
+        generator: The generator of the random order.
     """
 
     def __init__(self, refill: Refill, size: int, position: int, generator: torch.Generator) -> None:

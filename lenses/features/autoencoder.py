@@ -45,7 +45,7 @@ class SAE(nn.Module):
         k: The number of active features, for "topk" and "batch_topk".
         point: Where the vectors come from, such as "unet.mid_block".
         of: "output" of the point, or its "difference": output minus input.
-        facts: What else is known of it, such as how it was trained.
+        facts: Further facts about the SAE, such as how it was trained.
 
     Attributes:
         loaded_from: The arguments of `load`, for records of results. None if it was not loaded from a folder.
@@ -83,7 +83,7 @@ class SAE(nn.Module):
         return len(self.decoder)
 
     def before_activation(self, x: torch.Tensor) -> torch.Tensor:
-        """Return what the activation function is given, (..., features)."""
+        """Return the input of the activation function, (..., features)."""
         return (
             torch.addmm(self.encoder_bias, (x - self.decoder_bias).reshape(-1, self.width), self.encoder)
             .unflatten(0, x.shape[:-1] or (1,))
@@ -120,7 +120,7 @@ class SAE(nn.Module):
     def save(self, folder: str | Path) -> list[Path]:
         """Write `cfg.json` and `sae_weights.safetensors` as SAELens does, and return their paths.
 
-        A BatchTopK autoencoder is written as a JumpReLU one with its threshold, as SAELens does it.
+        A BatchTopK autoencoder is written as a JumpReLU autoencoder with its threshold, as in SAELens.
         """
         return write_sae(self, folder)
 
@@ -128,8 +128,8 @@ class SAE(nn.Module):
     def load(cls, source: str | Path, subfolder: str | None = None) -> "SAE":
         """Load an autoencoder from a folder, a packaged name or a hub id.
 
-        It reads the folders of SAELens, of `dictionary_learning` and of sdxl-unbox. Files that can execute code when
-        they are read are refused.
+        The folder may come from SAELens, `dictionary_learning` or sdxl-unbox. Files that can execute code when they are
+        read are refused.
 
         Raises:
             InputError: There is no SAE, or its files are damaged or of an unknown kind.

@@ -1,10 +1,10 @@
-"""Reads the sparse autoencoders of other projects.
+"""Read the sparse autoencoders of other projects.
 
     config.json, ae.pt              dictionary_learning: encoder.weight, decoder.weight, ...
     config.json, state_dict.pth     sdxl-unbox: latent_bias, pre_bias, encoder.weight, decoder.weight
     cfg.json, sae.safetensors       SAeUron, sparsify: encoder.weight, encoder.bias, W_dec, b_dec
 
-Files of PyTorch are read with `weights_only=True`, which does not execute code. Every reader returns the arguments and
+PyTorch files are read with `weights_only=True`, which does not execute code. Every reader returns the arguments and
 the state of an `SAE` with the same features and the same reconstruction.
 """
 
@@ -24,12 +24,12 @@ State = Mapping[str, torch.Tensor]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds."""
+    """Return the content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def checked(arguments: dict[str, Any], state: State) -> tuple[dict[str, Any], State]:
-    """Return the arguments with the sizes, and the state, after a check that its shapes fit."""
+    """Return the arguments with the sizes, and the state. Raise InputError if its shapes do not fit."""
     width, features = state["encoder"].shape
     shapes = {"encoder_bias": (features,), "decoder": (features, width), "decoder_bias": (width,)}
     for name, shape in shapes.items():
@@ -74,7 +74,7 @@ def _linear(tensors: State, decoder_bias: str) -> dict[str, torch.Tensor]:
 
 
 def _with_input_bias(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the state of an SAE that does not subtract the bias of its decoder, as one that does."""
+    """Return the state of an SAE that does not subtract its decoder bias, converted to an SAE that does."""
     return {**state, "encoder_bias": state["encoder_bias"] + state["decoder_bias"] @ state["encoder"]}
 
 
@@ -92,19 +92,19 @@ def _relu(tensors: State) -> tuple[dict[str, Any], State]:
 
 
 def _relu_without_input_bias(tensors: State) -> tuple[dict[str, Any], State]:
-    """A feature counts in units of its direction's length, so the directions are scaled to length one."""
+    """Features are in units of the length of their direction, so the directions are scaled to length one."""
     return {"kind": "relu"}, _scaled(_with_input_bias(_linear(tensors, "decoder.bias")))
 
 
 def _jump_relu(tensors: State) -> tuple[dict[str, Any], State]:
-    """As above."""
+    """The directions are scaled to length one, as above."""
     names = {"encoder": "W_enc", "encoder_bias": "b_enc", "decoder": "W_dec", "decoder_bias": "b_dec"}
     state = _with_input_bias({name: tensors[other] for name, other in names.items()})
     return {"kind": "jumprelu"}, _scaled({**state, "threshold": tensors["threshold"]})
 
 
 def _scaled(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the state with directions of length one, and features that are longer by as much."""
+    """Return the state with directions of length one, and features multiplied by the former lengths."""
     length = state["decoder"].norm(dim=1)
     of_features = {name: state[name] * length for name in ("encoder", "encoder_bias", "threshold") if name in state}
     return {**state, **of_features, "decoder": state["decoder"] / length[:, None]}
@@ -132,7 +132,7 @@ def _of_unbox(folder: Path) -> tuple[dict[str, Any], State]:
 
 
 def _of_saeuron(folder: Path) -> tuple[dict[str, Any], State]:
-    """SAeUron's, which are applied with `k` features for each position, however they were trained."""
+    """Read an SAE of SAeUron. It is applied with `k` features for each position, however it was trained."""
     config, tensors = read_json(folder / "cfg.json"), load_file(folder / "sae.safetensors")
     plain = {"input_unit_norm": False, "transcode": False, "skip_connection": False, "activation": "topk"}
     for option, value in plain.items():
@@ -152,4 +152,4 @@ OTHERS: dict[str, Callable[[Path], tuple[dict[str, Any], State]]] = {
     "ae.pt": _of_dictionary_learning,
     "state_dict.pth": _of_unbox,
 }
-"""The readers of other projects' folders, by the file that tells whose it is."""
+"""The readers of other projects' folders, by the file that identifies the project."""

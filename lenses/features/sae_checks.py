@@ -1,4 +1,4 @@
-"""What functions that take an SAE check before anything runs. Every function raises InputError."""
+"""Checks of functions that take an SAE, made before anything runs. Every function raises InputError."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ def check_model(function: Callable, model: Any) -> None:
 
 
 def point_of(sae: SAE, point: str | None) -> str:
-    """Return the point that was asked for, or the one that the SAE was trained at."""
+    """Return the given point, or the point at which the SAE was trained."""
     if not isinstance(sae, SAE):
         raise InputError(f"this is no SAE but {type(sae).__name__}: SAE.load(folder) loads one")
     if point is None and sae.point is None:

@@ -1,4 +1,4 @@
-"""The files of sparse autoencoders: SAELens's folder, which is also ours. `other_sae_files` reads those of others.
+"""The files of sparse autoencoders in the format of SAELens, which is also ours. `other_sae_files` reads others.
 
 cfg.json                    the architecture, the sizes, and in `metadata` the point
 sae_weights.safetensors     W_enc, b_enc, W_dec, b_dec, threshold

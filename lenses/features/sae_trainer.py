@@ -1,8 +1,8 @@
 """Train a sparse autoencoder: the loop over updates, the loss, and checkpoints.
 
-The loss is the share of variance that is not explained, plus a penalty for the kinds that need one, plus, for TopK and
-BatchTopK, how poorly dead features reconstruct the remaining error (Gao et al., 2024, appendix A.2). The decoder bias
-starts at the geometric median, the decoder in random directions and the encoder as its transpose.
+The loss is the share of unexplained variance, plus a penalty for the kinds that need one. For TopK and BatchTopK, it
+also includes how poorly dead features reconstruct the remaining error (Gao et al., 2024, appendix A.2). The decoder
+bias starts at the geometric median, the decoder at random directions, and the encoder at the transpose of the decoder.
 """
 
 import json
@@ -41,7 +41,7 @@ class SAESettings:
         updates: The number of updates.
         batch_size: The number of vectors in an update, over all processes.
         learning_rate: The learning rate of Adam. It falls to 0 in the last fifth of the updates.
-        penalty: The weight of the L1 norm of the features ("relu"), or of the number of active ones ("jumprelu").
+        penalty: The weight of the L1 norm of the features ("relu"), or of the number of active features ("jumprelu").
         dead_after: A feature is dead when it has not been active for this many vectors.
         bandwidth: The bandwidth of the kernel that estimates the gradient of the thresholds ("jumprelu").
     """
@@ -62,7 +62,7 @@ class SAESettings:
 
 
 class SAETrainer:
-    """An SAE in training. In several processes, every one makes each update with its part of the batch.
+    """An SAE in training. With several processes, each makes every update with its part of the batch.
 
     Args:
         sae: The SAE.
@@ -94,7 +94,7 @@ class SAETrainer:
         self._saved_at = time.monotonic()
 
     def start(self, vectors: torch.Tensor) -> None:
-        """Set the decoder bias to the geometric median of some vectors, which are those of the main process."""
+        """Set the decoder bias to the geometric median of some vectors. Every process gets the main process's bias."""
         with torch.no_grad():
             self.sae.decoder_bias.copy_(geometric_median(vectors))
             self._processes.copy_from_main([self.sae.decoder_bias])
@@ -102,7 +102,7 @@ class SAETrainer:
     def train(
         self, source: ShuffledBuffer, folder: Path | None, generator: torch.Generator, progress: bool = True
     ) -> None:
-        """Make all updates that are left, and write checkpoints into the folder."""
+        """Make all remaining updates, and write checkpoints to the folder."""
         settings, processes = self.settings, self._processes
         every = max(1, settings.updates // 200)
         is_shown = progress and processes.is_main

@@ -1,7 +1,7 @@
 """The activation functions of sparse autoencoders: which features are active.
 
 "topk"          the k largest of each vector (Gao et al., "Scaling and evaluating sparse autoencoders", 2024)
-"batch_topk"    in training the k n largest of n vectors; afterwards those above the mean threshold of training
+"batch_topk"    in training, the k n largest of n vectors; afterwards, those above the mean threshold in training
                 (Bussmann et al., "BatchTopK Sparse Autoencoders", 2024)
 "jumprelu"      those above a learned threshold (Rajamanoharan et al., "Jumping Ahead", 2024)
 "relu"          those above 0, with an L1 penalty in training (Bricken et al., "Towards Monosemanticity", 2023)
@@ -15,13 +15,13 @@ KINDS = ("topk", "batch_topk", "jumprelu", "relu")
 
 
 def topk(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the k largest of the last dimension where they are above 0, and 0 elsewhere."""
+    """Return the k largest values along the last dimension if they are above 0, and 0 elsewhere."""
     largest = values.topk(k, dim=-1, sorted=False)
     return torch.zeros_like(values).scatter(-1, largest.indices, largest.values.relu())
 
 
 def batch_topk(values: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the k largest for each vector on average, counted over all vectors, and 0 elsewhere."""
+    """Return the largest values over all vectors, k for each vector on average, and 0 elsewhere."""
     flat = values.relu().flatten()
     largest = flat.topk(k * (values.numel() // values.shape[-1]), sorted=False)
     return torch.zeros_like(flat).scatter(0, largest.indices, largest.values).view_as(values)

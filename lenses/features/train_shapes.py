@@ -34,7 +34,7 @@ SAES = {
 
 
 def captions(count: int, seed: int) -> list[str]:
-    """Return captions of scenes of two things, as shapes-clip was trained on."""
+    """Return captions of scenes of two things, like the captions that shapes-clip was trained on."""
     rng = random.Random(seed)
     return [sample_scene(rng, two=1.0).caption() for _ in range(count)]
 

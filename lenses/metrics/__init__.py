@@ -1,1 +1,1 @@
-"""Helpers on metrics: numbers that say how a run went."""
+"""Metrics: numbers that describe the outcome of a run."""

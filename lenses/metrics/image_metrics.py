@@ -81,7 +81,7 @@ class ShapesVerdict(ImageMetric):
         return torch.tensor([float(self.is_seen(read_scene(image))) for image in outcome.images])
 
     def is_seen(self, scene: Scene | None) -> bool:
-        """Return whether a scene shows it."""
+        """Return whether a scene shows what should be seen."""
         if scene is None or self.background not in (None, scene.background):
             return False
         if self.relation is None:

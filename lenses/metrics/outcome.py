@@ -1,4 +1,4 @@
-"""What a metric reads: the outcome of a run, and that of the run it is compared with.
+"""What a metric reads: the outcome of a run, and the outcome of the run it is compared with.
 
     def brightness(result):                     # any function of the result of one row that returns a number
         return np.asarray(result.images[0]).mean()
@@ -25,8 +25,9 @@ class Outcome:
     """What a model returned for some rows.
 
     Attributes:
-        logits: The logits of a language model, (rows, tokens, vocabulary). Where a metric reads the last token only,
-            those of the last token, (rows, 1, vocabulary). Where the model generates, those of each generated token.
+        logits: The logits of a language model, (rows, tokens, vocabulary). If a metric reads only the last token, only
+            its logits are there, (rows, 1, vocabulary). If the model generates, these are the logits of each generated
+            token.
         images: The images that a pipeline drew, one for each row.
         latents: The last latents of the denoising, (rows, ...).
     """
@@ -49,11 +50,11 @@ class Outcome:
 
 
 class Metric:
-    """A number for each row of an outcome. A metric of diffsight defines `values`, and `bound` if models matter.
+    """A number for each row of an outcome. Subclasses define `values`, and `bound` if they depend on the model.
 
     Attributes:
-        name: What figures and tables call it.
-        reads: What it reads of an outcome: "last logits", "logits", "images", "latents".
+        name: The name of the metric in figures and tables.
+        reads: The parts of an outcome that the metric reads: "last logits", "logits", "images", "latents".
     """
 
     name: str
@@ -63,7 +64,7 @@ class Metric:
         """Return the metric for a model and a number of prompt pairs, checked before anything runs.
 
         Raises:
-            InputError: It does not fit them.
+            InputError: The metric does not fit the model or the number of pairs.
         """
         return self
 
@@ -80,7 +81,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class FunctionMetric(Metric):
-    """A function of the user's: it takes the outcome of one row and returns a number."""
+    """A user's function that takes the outcome of one row and returns a number."""
 
     function: Callable[[Outcome], Any]
     reads: tuple[str, ...] = (LOGITS, IMAGES, LATENTS)
@@ -105,10 +106,10 @@ class FunctionMetric(Metric):
 
 
 def as_metric(metric: Any) -> Metric:
-    """Return a metric of diffsight as it is, and a function as one.
+    """Return a metric of diffsight unchanged, or a function wrapped as a metric.
 
     Raises:
-        InputError: It is neither.
+        InputError: The argument is neither.
     """
     if isinstance(metric, Metric):
         return metric

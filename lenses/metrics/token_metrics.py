@@ -27,9 +27,9 @@ class TokenMetric(Metric):
 
     Attributes:
         name: "logit difference", "probability" or "KL divergence".
-        tokens: The tokens that it is about, each a token or a list with one for each pair.
+        tokens: The tokens that the metric measures, each a token or a list with one token for each pair.
         position: The token of the prompt whose logits count; -1 is the last.
-        ids: The ids of `tokens`, each with one id for each pair, or with one for all.
+        ids: The ids of `tokens`: for each of them, one id for each pair or one id for all pairs.
     """
 
     name: str
@@ -70,7 +70,7 @@ class TokenMetric(Metric):
 
 
 def logit_difference(right: Tokens, wrong: Tokens, position: int = -1) -> TokenMetric:
-    """Return the metric: the logit of one token minus the logit of another, as what comes next.
+    """Return the metric: the logit of one token minus the logit of another, as the next token.
 
         logit_difference(" Paris", " Rome")
         logit_difference([" Paris", " Tokyo"], [" Rome", " Osaka"])     # for two prompt pairs
@@ -85,13 +85,13 @@ def logit_difference(right: Tokens, wrong: Tokens, position: int = -1) -> TokenM
 
 
 def token_probability(token: Tokens, position: int = -1) -> TokenMetric:
-    """Return the metric: the probability of a token as what comes next. For arguments, see `logit_difference`."""
+    """Return the metric: the probability of a token as the next token. For arguments, see `logit_difference`."""
     return TokenMetric("probability", (token,), _checked(position))
 
 
 def kl_divergence(position: int = -1) -> TokenMetric:
-    """Return the metric: the Kullback-Leibler divergence of a row's distribution of the next token from that of the
-    clean run, sum p_clean log(p_clean / p_row), in nats. It is 0 for the clean run itself.
+    """Return the metric: the Kullback-Leibler divergence of a row's next-token distribution from the clean run's, sum
+    p_clean log(p_clean / p_row), in nats. It is 0 for the clean run itself.
 
     Args:
         position: The token of the prompt whose distribution counts; -1 is the last.

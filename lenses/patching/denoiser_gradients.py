@@ -1,4 +1,4 @@
-"""Attribution of one pair of prompts of a pipeline: what patching would do to first order, from gradients.
+"""Attribution for one pair of prompts of a pipeline: the first-order effect of patching, from gradients.
 
     swept, passes = attribute_denoiser(pairs, 0, through="run")
 
@@ -7,7 +7,7 @@ m + (y - x) · dm/dx, summed over the steps of a window. Both prompts are denois
 
 - through="run": m is the metric of the finished run. The gradient goes through all steps that follow.
 - through="step": the two prompts share the target's noisy latents in every step, and m is the metric of the latents
-  after this step. The gradient goes through one step. A window has the mean over its steps.
+  after this step. The gradient goes through one step. The estimate for a window is the mean over its steps.
 """
 
 from collections.abc import Iterable
@@ -45,10 +45,10 @@ class _ValuePair:
 
 
 def attribute_denoiser(pairs: DenoiserPairs, number: int, through: str) -> tuple[SweptPair, int]:
-    """Return the estimates for the pair of this number, and how many calls of the pipeline it took.
+    """Return the estimates for the pair with this number, and the number of calls of the pipeline.
 
     Raises:
-        InputError: The model does not reach a site; a step, or a part of a value, does not exist, or the metric has no
+        InputError: The model does not reach a site, a step or part of a value does not exist, or the metric has no
             gradient.
     """
     rows = pairs.rows(number, (LATENTS,))
@@ -105,14 +105,14 @@ class _Estimates:
         target: torch.Tensor,
         share: bool = False,
     ) -> None:
-        """Add estimates of changes, to the metric of latents.
+        """Add the estimated metric of some latents after each change.
 
         Args:
             changes: The changes.
-            passed: What the runs have passed on the way to these latents.
+            passed: The points that the runs have passed on the way to these latents.
             source: The latents of the source's run.
-            target: Those of the target's run, with a graph.
-            share: Whether the column of a change is the mean over its steps, of which these latents are one.
+            target: The latents of the target's run, with a graph.
+            share: Whether a column is the mean over the steps of its change. These latents then belong to one step.
         """
         changes, passed = list(changes), list(passed)
         if not changes:
@@ -140,7 +140,7 @@ class _Estimates:
 
     @torch.no_grad()
     def _change(self, change: Change, one: _ValuePair, gradient: torch.Tensor) -> float:
-        """Return the change of the metric that a patch is estimated to make at one passage of a point."""
+        """Return the estimated change of the metric from a patch at one passage of a point."""
         part, model, site = change.part, self._pairs.model, change.site
         own, index = part.place(one.target, model, site)
         moved = part.taken(one.source, model, site) - own[index]
@@ -148,7 +148,7 @@ class _Estimates:
 
 
 def _read(source: Any, target: Any, step: int | None, calls: Iterable[tuple[str, int]]) -> list[_ValuePair]:
-    """Run both runs through some calls of points, in order, and keep the values.
+    """Advance both runs through some calls of points, in order, and return the values.
 
     Raises:
         InputError: The values have different shapes.

@@ -1,4 +1,4 @@
-"""Pairs of prompts of a pipeline, sites, and a metric: checked before anything runs.
+"""Check the pairs of prompts, the sites and the metric for a pipeline before anything runs.
 
 pairs = DenoiserPairs.of(request, steps="each", branch=None, align="each", seed=0)
 changes = pairs.changes(0, plain)           # of the first pair: the sites, the columns, a change for each of them
@@ -35,7 +35,7 @@ class Changes(NamedTuple):
 
 
 class SweptPair(NamedTuple):
-    """What was measured for one pair.
+    """The measurements for one pair.
 
     Attributes:
         changes: The sites and columns.
@@ -52,7 +52,7 @@ class SweptPair(NamedTuple):
 
 @dataclass(frozen=True)
 class DenoiserPairs:
-    """What patching is asked to do with a pipeline.
+    """The checked arguments of patching in a pipeline.
 
     Attributes:
         request: The arguments.
@@ -78,10 +78,10 @@ class DenoiserPairs:
     def of(
         cls, request: PatchingRequest, *, steps: Windows, branch: str | None, align: str, seed: int
     ) -> "DenoiserPairs":
-        """Return what a lens is asked to do.
+        """Return the checked arguments of a lens.
 
         Raises:
-            InputError: It cannot be done.
+            InputError: An argument is invalid.
         """
         model, name, arguments = request.model, request.lens.__name__, request.arguments
         pairs = request.checked_pairs()
@@ -125,7 +125,7 @@ class DenoiserPairs:
         Args:
             number: The number of the pair.
             plain: The outcome of the source and the target.
-            outcome: The outcome to be measured.
+            outcome: The outcome to measure.
         """
         clean = plain.row(0 if self.request.into == "corrupted" else 1)
         return self.metric.values(outcome, clean, number).float().cpu()
@@ -181,7 +181,7 @@ def changes_of(
 
 
 def axis_of(steps: Windows, positions: Any, are_words: bool = False) -> str:
-    """Return what the columns are."""
+    """Return what the columns stand for."""
     place = "token" if are_words else "region"
     return "step" if positions is None else place if steps is None else f"step and {place}"
 

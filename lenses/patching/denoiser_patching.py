@@ -1,4 +1,4 @@
-"""Activation patching of a pipeline: the sweep over sites, windows of steps and parts of the values of one pair.
+"""Activation patching of a pipeline: the sweep over sites, windows of steps and parts of values for one pair.
 
 swept, passes = patch_pair(pairs, 0, batch_size=32, max_rows=20_000, progress=True)
 """
@@ -16,12 +16,12 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 def patch_pair(
     pairs: DenoiserPairs, number: int, batch_size: int, max_rows: int, progress: bool
 ) -> tuple[SweptPair, int]:
-    """Return the metric of all rows of a pair, and how many calls of the pipeline it took.
+    """Return the metric of all rows of a pair, and the number of calls of the pipeline.
 
     For arguments, see `activation_patching`.
 
     Raises:
-        InputError: The model does not come to a site, or a step or part of the value does not exist.
+        InputError: The model does not reach a site, or a step or part of the value does not exist.
     """
     rows = pairs.rows(number)
     plain = rows.run_plain(pairs.paths)

@@ -4,8 +4,8 @@
     plain = rows.run_plain(points)              # both prompts, without a change
     rows.run(plain, changes, apply)             # a row for each change: the outcome
 
-The rows of a pass are rows of one call of the pipeline. Before the first step that is changed, all rows are those of
-the plain run: the denoiser is not computed there, and its stored outputs take its place.
+The rows of a pass run in one call of the pipeline. Before the first step that is changed, all rows equal the plain run:
+the denoiser is skipped there, and its stored outputs are used.
 """
 
 from collections import Counter
@@ -28,7 +28,7 @@ from diffsight.lenses.sites.site import Site
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, is_silenced, progress_bar
 
-_FEW = 8  # rows; with fewer, a pass takes those of the next first step too
+_FEW = 8  # rows; a pass with fewer also takes the rows with the next first step
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Change:
 
     Attributes:
         site: The site that is changed.
-        steps: The steps in which it is.
+        steps: The steps in which it is changed.
         place: The numbers of the site and the column.
-        part: What part of the value is changed.
+        part: The part of the value that is changed.
     """
 
     site: Site
@@ -50,7 +50,7 @@ class Change:
 
 @dataclass(frozen=True)
 class PlainRun:
-    """What is known of the run without a change.
+    """The values kept from the run without a change.
 
     Attributes:
         outcome: The outcome, a row for each prompt.
@@ -59,8 +59,8 @@ class PlainRun:
         early: The same for the points that the model reaches before the first step.
         shapes: The shape of the value at each point, for one row.
         steps: The number of steps.
-        latents: What `scheduler.step` returned in each step, a row for each prompt.
-        denoised: What the denoiser returned in each step and call; None if its rows cannot be told apart.
+        latents: The output of `scheduler.step` in each step, a row for each prompt.
+        denoised: The output of the denoiser in each step and call; None if its rows cannot be told apart.
         denoiser: The path of the denoiser.
     """
 
@@ -82,10 +82,10 @@ class DenoiserRows:
 
     Args:
         model: The pipeline.
-        prompts: The prompts: those of leading rows, which are never changed, and last the one that is changed.
+        prompts: The prompts of the leading rows, which are never changed, and last the prompt of the changed rows.
         seed: The seed of every row.
         arguments: Further arguments of the pipeline.
-        reads: What the metric reads of the outcome.
+        reads: The parts of the outcome that the metric reads.
         branch: "cond" or "uncond", the branch of guidance that is changed. None stands for both.
 
     Attributes:
@@ -109,7 +109,7 @@ class DenoiserRows:
 
     @torch.no_grad()
     def run_plain(self, points: Sequence[str]) -> PlainRun:
-        """Run all prompts without a change, and find out in which order the model comes to points.
+        """Run all prompts without a change, and record the order in which the model reaches the points.
 
         Raises:
             InputError: The model does not reach one of the points.
@@ -201,7 +201,7 @@ class DenoiserRows:
         return self._model.generate(prompt, seed=seed, grad=grad, **arguments)
 
     def branch_of(self, part: Any) -> Any:
-        """Return the branch that is changed of a row or run."""
+        """Return the changed branch of a row or run."""
         return part if self._branch is None else getattr(part, self._branch)
 
     def _changes_early(self, plain: PlainRun, changes: Sequence[Change]) -> bool:
@@ -215,7 +215,7 @@ class DenoiserRows:
         rows: Sequence[Any],
         apply: Apply,
     ) -> None:
-        """Make changes at the points as the model comes to them."""
+        """Make changes at the points as the model reaches them."""
         at: dict[str, list[tuple[int, Change]]] = {}
         for row, change in changes:
             at.setdefault(change.site.point, []).append((row, change))
@@ -234,7 +234,7 @@ class DenoiserRows:
 
 
 class _Passage(NamedTuple):
-    """The model comes to a point: the numbers of the call of the point and of the denoiser, the size of the batch."""
+    """One call of a point, with its number, the number of the denoiser's call, and the batch size."""
 
     point: str
     call: int
@@ -243,13 +243,13 @@ class _Passage(NamedTuple):
 
 
 class _Log:
-    """What is seen in the run without a change.
+    """A log of the run without a change.
 
     Attributes:
         step: The number of the step; None before the first.
         branch_call: The number of the denoiser's call that contains the branch.
         shapes: The shape of the first value at each point.
-        denoised: What the denoiser returned, by step and call.
+        denoised: The outputs of the denoiser, by step and call.
     """
 
     def __init__(self) -> None:
@@ -270,7 +270,7 @@ class _Log:
         self.shapes.setdefault(point, shape)
 
     def keep(self, output: Any) -> None:
-        """Keep what the denoiser returned."""
+        """Keep an output of the denoiser."""
         while len(self.denoised) <= self.step:
             self.denoised.append([])
         self.denoised[self.step].append(_with_first(output, tensor_in(output).clone()))
@@ -280,10 +280,10 @@ class _Log:
         return [(passage.point, passage.call) for passage in self._passages.get(step, [])]
 
     def calls_of_branch(self, prompts: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-        """Return the calls in a step and before the first step that contain the branch, counted among themselves.
+        """Return the calls that contain the branch, in a step and before the first step. Only these are counted.
 
         Raises:
-            InputError: It is not known which do.
+            InputError: It is not known which calls contain the branch.
         """
         count: Counter[str] = Counter()
         calls = []
@@ -317,7 +317,7 @@ def _chunks(changes: Sequence[Change], size: int) -> Iterator[list[Change]]:
 
 
 def follow_latents(run: DiffusionRun, function: Callable[[torch.Tensor], Any]) -> None:
-    """Call a function with the latents that each step ends with."""
+    """Call a function with the latents at the end of each step."""
     if hasattr(run, "scheduler"):
         run.follow("scheduler.step.output", lambda output: function(tensor_in(output)))
 

@@ -3,8 +3,8 @@
     sweep = GenerationSweep(pairs, windows={"0": (0,), "1-3": (1, 2, 3)}, tokens=4, batch_size=32, bar=tqdm())
     swept = sweep.run(0)                        # of the first pair; swept.values is (sites, windows)
 
-A step is one generated token. In each step the value that is patched is that of the last token that the model reads, so
-in step 0 that of the prompt's last token. Both prompts are continued greedily by the same number of tokens.
+A step is one generated token. Each step patches the value at the last token that the model reads, which in step 0 is
+the prompt's last token. Both prompts are continued greedily by the same number of tokens.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,11 +33,11 @@ class _StepRow(NamedTuple):
 
 @dataclass(frozen=True)
 class GeneratedValues:
-    """What is kept of the source's run.
+    """The values kept from the source's run.
 
     Attributes:
         outcome: The outcome.
-        values: The values at the points at the last token, by step, in the order in which the model came to them.
+        values: The values at the points, by step, in the order in which the model reached the points.
     """
 
     outcome: Outcome
@@ -67,7 +67,7 @@ class GenerationSweep:
 
     @torch.no_grad()
     def run(self, number: int, source: GeneratedValues | None = None) -> Swept:
-        """Sweep over the pair of this number. `source` is the run of its source, if there has been one."""
+        """Sweep over the pair with this number. `source` is the run of its source, if it has already run."""
         pair, sites = self._pairs.pairs[number], self._pairs.sites
         source = source or generate_source(self._pairs, number, self._tokens)
         target = _generate(pair.target, self._tokens)
@@ -94,7 +94,7 @@ def generate_source(pairs: LanguagePairs, number: int, tokens: int) -> Generated
     """Generate from the source's prompt of a pair and keep the values at the points.
 
     Raises:
-        InputError: The model does not come to one of the points in every step.
+        InputError: The model does not reach one of the points in every step.
     """
     values: list[dict[str, torch.Tensor]] = []
 
@@ -125,7 +125,7 @@ def _generate(
 
 
 def _patch(rows: Sequence[_StepRow], source: GeneratedValues, run: LanguageRun, step: int) -> None:
-    """Patch the rows in one step, in the order in which the model comes to the points."""
+    """Patch the rows in one step, in the order in which the model reaches the points."""
     active = [(number, row) for number, row in enumerate(rows) if step in row.steps]
     for point, given in source.values[step].items():
         of_point = [(number, row) for number, row in active if row.site.point == point]

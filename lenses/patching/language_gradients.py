@@ -1,12 +1,12 @@
-"""Attribution for one pair of prompts: what patching would do at every site, to first order, from one backward pass.
+"""Attribution for one pair of prompts: the first-order effect of patching at every site, from one backward pass.
 
     attribute_pair(pairs, 0, qk_correction=False)           # Swept: an estimate for each site and column
 
 With x the target's value at a site, y the source's, and m the metric, the estimate is m + (y - x) · dm/dx.
 
 Queries and keys act through a softmax. Where it is saturated, the gradient is nearly 0 although a patch would change
-much. With the correction, the softmax is computed with the patched query or key, and only what follows it is linear:
-m + (softmax(patched) - softmax) · dm/dprobabilities (Kramár et al., "AtP*", 2024, section 3.1.1).
+much. With the correction, the softmax is computed with the patched query or key, and only the rest of the model is
+linearized: m + (softmax(patched) - softmax) · dm/dprobabilities (Kramár et al., "AtP*", 2024, section 3.1.1).
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ PASSES = 2  # forward passes for each pair
 
 @dataclass(frozen=True)
 class Backward:
-    """What is kept of the target's run.
+    """The values kept from the target's run.
 
     Attributes:
         outcome: The outcome.
@@ -45,13 +45,13 @@ class Backward:
 
 
 def attribute_pair(pairs: LanguagePairs, number: int, qk_correction: bool, source: Passed | None = None) -> Swept:
-    """Return the estimates for the pair of this number.
+    """Return the estimates for the pair with this number.
 
     Args:
         pairs: The pairs of prompts, the sites and the metric.
         number: The number of the pair.
         qk_correction: Whether queries and keys are corrected.
-        source: The run of its source, if there has been one.
+        source: The run of its source, if it has already run.
 
     Raises:
         InputError: The model does not reach a site, or the metric has no gradient.
@@ -95,16 +95,16 @@ def _backward(pairs: LanguagePairs, number: int, source: Passed, corrected: set[
 def gradients_of(
     metric: Metric, values: torch.Tensor, at: Mapping[Any, torch.Tensor], reads: str
 ) -> dict[Any, torch.Tensor]:
-    """Return the gradients of what a metric measured at some tensors. The graph is kept.
+    """Return the gradients of a metric's values with respect to some tensors. The graph is kept.
 
     Args:
         metric: The metric.
-        values: What it measured.
+        values: The values of the metric.
         at: The tensors.
-        reads: What a function should compute it from, for the error message.
+        reads: What a user's function should compute the metric from, for the error message.
 
     Raises:
-        InputError: It has no gradient.
+        InputError: The metric has no gradient.
     """
     if not values.requires_grad:
         raise InputError(
@@ -120,10 +120,10 @@ def gradients_of(
 
 @torch.no_grad()
 def _computed_again(product: AttentionProduct, module: str) -> AttentionProduct:
-    """Return a product whose probabilities follow from its queries and keys.
+    """Return a product whose probabilities are computed from its queries and keys.
 
     Raises:
-        InputError: The module computes them in a way that is not known.
+        InputError: The module computes the probabilities in an unknown way.
     """
     if product.computed is None:
         return product
@@ -140,7 +140,7 @@ def _computed_again(product: AttentionProduct, module: str) -> AttentionProduct:
 def _estimate(
     site: Site, column: Column, pair: LanguagePair, source: Passed, target: Backward, corrected: set[str]
 ) -> float:
-    """Return the change of the metric that a patch is estimated to make."""
+    """Return the estimated change of the metric from a patch."""
     taken, place = pair.spans(column)
     given = site.part(source.values[site.point], taken)
     if pair.align == "mean" and taken is not None:

@@ -1,4 +1,4 @@
-"""A pair of prompts of a language model: the source's run gives values, the target's run gets them.
+"""A pair of prompts of a language model: values of the source's run are put into the target's run.
 
 pair = LanguagePair.of(model, "The capital of France is", "The capital of Italy is", sites, "each", "each", {})
 pair.columns                                # which tokens of the one take the place of which of the other
@@ -44,7 +44,7 @@ class LanguageSide:
         """Return a prompt as the model reads it. Nothing runs.
 
         Raises:
-            InputError: The prompt is not one that the model takes, or there are several.
+            InputError: The model does not take this prompt, or there are several prompts.
         """
         run = model.trace(prompt, **inputs)
         values = {**run.model_inputs.values, **{n: v for n, v in inputs.items() if n != "images"}}
@@ -67,9 +67,9 @@ class LanguageSide:
         """Open a run of copies of the prompt.
 
         Args:
-            metric: What the outcome is for: if it reads the last token only, the head computes no others.
+            metric: The metric of the outcome: if it reads the last token only, the head computes only this token.
             rows: The number of copies.
-            encoded: What the encoder of an encoder-decoder returned, (1, tokens, features), in place of the encoder.
+            encoded: The output of an encoder-decoder's encoder, (1, tokens, features), to use instead of running it.
             grad: Whether gradients are enabled.
         """
         values = {n: torch.cat([v] * rows) if isinstance(v, torch.Tensor) else v for n, v in self.values.items()}
@@ -92,7 +92,7 @@ class LanguageSide:
 
 @dataclass(frozen=True)
 class LanguagePair:
-    """Two prompts, and which tokens of the first take the place of which of the second."""
+    """Two prompts, and which tokens of the first replace which tokens of the second."""
 
     source: LanguageSide
     target: LanguageSide
@@ -120,7 +120,7 @@ class LanguagePair:
         return cls(*sides, tuple(columns), align)
 
     def is_whole(self, column: Column) -> bool:
-        """Return whether a column has all tokens of both prompts."""
+        """Return whether a column covers all tokens of both prompts."""
         return len(column.source) == len(self.source.tokens) == len(self.target.tokens) == len(column.target)
 
     def spans(self, column: Column) -> tuple[range | None, range | None]:
@@ -133,13 +133,13 @@ class LanguagePair:
 
 @dataclass(frozen=True)
 class Passed:
-    """What is kept of a run of one prompt.
+    """The values kept from a run of one prompt.
 
     Attributes:
         outcome: The outcome, one row.
-        values: The values at points, by their paths, in the order in which the model came to them, (1, ...).
+        values: The values at points, by their paths, in the order in which the model reached them, (1, ...).
         states: The hidden states before each layer and after the last, (1, tokens, features).
-        encoded: What the encoder of an encoder-decoder returned.
+        encoded: The output of an encoder-decoder's encoder.
     """
 
     outcome: Outcome
@@ -152,7 +152,7 @@ def in_encoder(sites: Iterable[Site]) -> bool:
     """Return whether sites of an encoder-decoder are in its encoder.
 
     Raises:
-        InputError: Some are, and some are not.
+        InputError: Some sites are in the encoder, and some are not.
     """
     found = {site.module.startswith(_ENCODER) for site in sites}
     if len(found) > 1:
@@ -166,7 +166,7 @@ def run_side(side: LanguageSide, metric: Metric, points: Sequence[str] = (), sta
 
     Args:
         side: The prompt.
-        metric: What the outcome is for.
+        metric: The metric of the outcome.
         points: The paths of the points whose values are kept.
         states: Whether to keep the hidden states between the layers.
 
@@ -191,10 +191,10 @@ def run_side(side: LanguageSide, metric: Metric, points: Sequence[str] = (), sta
 
 
 def check_values(pair: LanguagePair, values: Mapping[str, torch.Tensor], sites: Sequence[Site]) -> None:
-    """Check that the values at the sites have the tokens of the columns.
+    """Check that the values at the sites fit the tokens of the columns.
 
     Raises:
-        InputError: They do not.
+        InputError: They do not fit.
     """
     lengths = len(pair.source.tokens), len(pair.target.tokens)
     for site in {site.point: site for site in sites}.values():

@@ -1,4 +1,4 @@
-"""Pairs of prompts of a language model, sites, and a metric: checked before anything runs.
+"""Check the pairs of prompts, the sites and the metric for a language model before anything runs.
 
 pairs = LanguagePairs.of(request, layers=None, align="each")
 pairs = pairs.counted(source.values)        # a site for each head
@@ -25,7 +25,7 @@ from diffsight.pipelines.language.model import LanguageModel
 
 @dataclass(frozen=True)
 class Swept:
-    """What was measured for one pair.
+    """The measurements for one pair.
 
     Attributes:
         values: The metric, (sites, columns).
@@ -40,13 +40,13 @@ class Swept:
 
 @dataclass(frozen=True)
 class LanguagePairs:
-    """What patching is asked to do.
+    """The checked arguments of patching in a language model.
 
     Attributes:
         request: The arguments.
         metric: The metric, bound to the model.
-        sites: The sites. Points that have heads stand for all heads until these are `counted`.
-        pairs: The pairs; the source of each gives values, its target gets them.
+        sites: The sites. Until `counted` is called, a point with heads stands for all of its heads.
+        pairs: The pairs. Values of each source are put into its target.
     """
 
     request: PatchingRequest
@@ -56,10 +56,10 @@ class LanguagePairs:
 
     @classmethod
     def of(cls, request: PatchingRequest, *, layers: Layers, align: str) -> "LanguagePairs":
-        """Return what a lens is asked to do. For arguments, see `activation_patching`.
+        """Return the checked arguments of a lens. For arguments, see `activation_patching`.
 
         Raises:
-            InputError: It cannot be done.
+            InputError: An argument is invalid.
         """
         model, sites, inputs = request.model, request.sites, request.arguments
         if not isinstance(model, LanguageModel):
@@ -81,7 +81,7 @@ class LanguagePairs:
         return cls(request, metric, tuple(points), tuple(pairs))
 
     def counted(self, values: Mapping[str, torch.Tensor]) -> "LanguagePairs":
-        """Return the same with a site for each head, given a value at each point, as a first run has shown them.
+        """Return a copy with a site for each head, given the values at the points in a first run.
 
         Raises:
             InputError: A head does not exist.
@@ -96,7 +96,7 @@ class LanguagePairs:
 
     @property
     def into(self) -> str:
-        """Which of the two runs gets values."""
+        """The run that values are put into."""
         return self.request.into
 
     @property
@@ -119,7 +119,7 @@ class LanguagePairs:
         """Return the result of a lens.
 
         Args:
-            swept: What was measured for each pair.
+            swept: The measurements for each pair.
             passes: The number of forward passes.
             windows: The titles of the columns, if these are windows of steps.
             settings: Settings of the runs, besides further inputs.
@@ -145,13 +145,13 @@ class LanguagePairs:
         )
 
     def _titles(self) -> tuple[str, ...]:
-        """Return the titles of the columns; the numbers of columns whose titles differ from pair to pair."""
+        """Return the titles of the columns, or the number of a column if its titles differ between pairs."""
         each = zip(*([column.title for column in pair.columns] for pair in self.pairs))
         return tuple(titles[0] if len(set(titles)) == 1 else str(i) for i, titles in enumerate(each))
 
 
 def _default_positions(sites: Sites) -> str:
-    """Return the positions that a lens takes if none are given.
+    """Return the positions that a lens uses if none are passed.
 
     Raises:
         InputError: The sites have different defaults.

@@ -25,7 +25,7 @@ from diffsight.lenses.sites.find_sites import layer_of
 from diffsight.lenses.sites.site import Site
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 
-_FEW = 8  # rows; with fewer, a pass takes those of the next layer too
+_FEW = 8  # rows; a pass with fewer also takes the rows of the next layer
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Row:
         site: The site.
         column: The tokens.
         place: The numbers of the site and the column.
-        start: The first layer whose result differs from that of the target. None stands for the whole model.
+        start: The first layer whose result differs from the target's run. None stands for the whole model.
     """
 
     site: Site
@@ -67,7 +67,7 @@ class LanguageSweep:
 
     @torch.no_grad()
     def run(self, number: int, source: Passed | None = None) -> Swept:
-        """Sweep over the pair of this number. `source` is the run of its source, if there has been one."""
+        """Sweep over the pair with this number. `source` is the run of its source, if it has already run."""
         pair, sites = self._pairs.pairs[number], self._pairs.sites
         source = source or run_side(pair.source, self._metric, self._pairs.points)
         target = run_side(pair.target, self._metric, states=any(start is not None for start in self._starts))
@@ -88,7 +88,7 @@ class LanguageSweep:
         return self._metric.values(outcome, clean, number).float().cpu()
 
     def _prefix(self, pair: LanguagePair, target: Passed) -> SharedPrefix:
-        """Return how the rows start. It is found out for the first pair."""
+        """Return how the rows start. This is determined with the first pair."""
         if self._inputs != "":
             return SharedPrefix(pair.target, target, self._metric, self._inputs)
         starts = {start for start in self._starts if start is not None}
@@ -98,7 +98,7 @@ class LanguageSweep:
         return prefix
 
     def _chunks(self, columns: Sequence[Column], order: list[str], prefix: SharedPrefix) -> Iterator[list[_Row]]:
-        """Yield the rows of each pass, in the order in which the model comes to their sites."""
+        """Yield the rows of each pass, in the order in which the model reaches their sites."""
         cells = [
             _Row(site, column, (i, j), start if prefix.inputs else None)
             for i, (site, start) in enumerate(zip(self._pairs.sites, self._starts))

@@ -1,4 +1,4 @@
-"""What activation patching and attribution patching are asked to do, whatever the model.
+"""The arguments shared by activation patching and attribution patching, whatever the model.
 
 request = PatchingRequest(activation_patching, model, clean, corrupted, metric, "heads", None, None, "corrupted", {})
 LanguagePairs.of(request, layers=None, align="each")
@@ -16,18 +16,18 @@ from diffsight.lenses.sites.find_sites import Sites
 
 @dataclass(frozen=True)
 class PatchingRequest:
-    """The arguments that both lenses have for both kinds of models. See `activation_patching`.
+    """The arguments that both lenses take for both kinds of models. See `activation_patching`.
 
     Attributes:
         lens: The lens.
         model: The model.
         clean: The clean prompt or prompts.
-        corrupted: The corrupted ones.
+        corrupted: The corrupted prompt or prompts.
         metric: The metric.
         sites: The sites.
         positions: The positions.
         heads: The heads.
-        into: Which run gets values.
+        into: The run that values are put into.
         arguments: Further arguments of the model.
     """
 
@@ -46,7 +46,7 @@ class PatchingRequest:
         """Return the pairs of prompts: the source, whose values are taken, and the target, into which they are put.
 
         Raises:
-            InputError: An argument does not exist, or there are not as many clean as corrupted prompts.
+            InputError: An argument does not exist, or the numbers of clean and corrupted prompts differ.
         """
         check_options(self.lens, self.model, self.arguments)
         check_into(self.into)

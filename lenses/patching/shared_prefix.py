@@ -1,12 +1,12 @@
-"""What the rows of a sweep share: they start from the stored hidden state before the first layer that is patched.
+"""The shared start of a sweep's rows: the stored hidden state before the first layer that is patched.
 
     prefix = SharedPrefix.of(pair.target, passed, metric, starts=[0, 3])
     with prefix.open(rows=8, start=3, states=hidden) as run:     # layers 0 to 2 are skipped
         ...
 
-Whether a layer can start from a stored state alone is found out by trying, as some models hand more from layer to layer
-than hidden states (T5: the position bias; others: keys and values). So is whether one row of the other arguments
-(masks, positions, an image) serves several rows of hidden states. What fails is not used: the rows then run in full.
+Some models pass more than hidden states from layer to layer (T5: the position bias; others: keys and values). So it is
+tried first whether a layer can start from a stored state alone, and whether one row of the other arguments (masks,
+positions, an image) serves several rows of hidden states. If no start from a stored state works, the rows run in full.
 """
 
 from collections.abc import Iterable
@@ -27,11 +27,11 @@ class SharedPrefix:
 
     Attributes:
         side: The prompt.
-        passed: Its run without patching.
-        metric: What the outcome is for.
+        passed: The run of the prompt without patching.
+        metric: The metric of the outcome.
         inputs: "one row" if one row of the model's arguments serves all rows, "every row" if each row needs its own,
             None if rows cannot start from a stored state.
-        passes: How many forward passes it took to find out.
+        passes: The number of forward passes of these trials.
     """
 
     side: LanguageSide
@@ -46,9 +46,9 @@ class SharedPrefix:
 
         Args:
             side: The prompt.
-            passed: Its run without patching.
-            metric: What the outcome is for.
-            starts: The layers at which rows are going to start. The number of layers stands for the final norm.
+            passed: The run of the prompt without patching.
+            metric: The metric of the outcome.
+            starts: The layers at which rows will start. The number of layers stands for the final norm.
         """
         passes, starts = 0, sorted(set(starts))
         for inputs in (_ONE_ROW, _EVERY_ROW):
@@ -85,7 +85,7 @@ class SharedPrefix:
 
     @torch.no_grad()
     def _is_right(self, start: int) -> bool:
-        """Return whether two rows that start at a layer leave it as the prompt's own run did."""
+        """Return whether two rows that start at a layer get the same output there as the prompt's own run."""
         try:
             with self.open(2, start) as run:
                 if start == len(self.passed.states) - 1:
@@ -93,7 +93,7 @@ class SharedPrefix:
                 else:
                     found, expected = run.layers_output[start], self.passed.states[start + 1]
                     run.stop()
-        except Exception:  # whatever a model does with other numbers of rows, or without what it has skipped
+        except Exception:  # any error of a model with more rows, or without the skipped layers
             return False
         return _same(found, torch.cat([expected] * 2))
 

@@ -1,4 +1,4 @@
-"""What patching and ablation check before anything runs. Every function raises InputError."""
+"""Checks of patching and ablation, made before anything runs. Every function raises InputError."""
 
 from typing import Any
 
@@ -8,20 +8,20 @@ from diffsight.lenses.tokens.batches import as_prompts
 
 
 def check_omitted(kind: str, **given: Any) -> None:
-    """Check that arguments are omitted that belong to another kind of model."""
+    """Check that arguments for another kind of model are omitted."""
     name = next((name for name, value in given.items() if value is not None), None)
     if name is not None:
         raise InputError(f"{name} is an argument for {kind}: omit it")
 
 
 def check_into(into: Any) -> None:
-    """Check which run of a pair gets values."""
+    """Check the name of the run that values are put into."""
     if into not in ("corrupted", "clean"):
         raise InputError(f"into must be 'corrupted' or 'clean', not {into!r}")
 
 
 def check_branch(branch: Any) -> None:
-    """Check that there is such a branch of guidance."""
+    """Check that the branch of guidance exists."""
     if branch not in (None, "cond", "uncond"):
         raise InputError(f"branch must be 'cond', 'uncond', or None for both, not {branch!r}")
 
@@ -36,7 +36,7 @@ def check_differentiable(metric: Metric) -> None:
 
 
 def check_rows(rows: int, most: int) -> None:
-    """Check that a sweep has no more rows than it may have."""
+    """Check that a sweep does not have too many rows."""
     if rows > most:
         raise InputError(
             f"the sweep has {rows} rows, one for each site and column, and max_rows is {most}: choose fewer sites, "
@@ -45,7 +45,7 @@ def check_rows(rows: int, most: int) -> None:
 
 
 def pair_prompts(clean: Any, corrupted: Any) -> tuple[list[Any], list[Any]]:
-    """Return the clean and the corrupted prompts, as many of each."""
+    """Return the clean and the corrupted prompts, in equal numbers."""
     prompts = as_prompts(clean), as_prompts(corrupted)
     if len(prompts[0]) != len(prompts[1]):
         raise InputError(f"there are {len(prompts[0])} clean and {len(prompts[1])} corrupted prompts: pass pairs")

@@ -35,13 +35,13 @@ BY_TOKEN = ("layers", "attentions", "mlps")
 
 
 def find_sites(model: Any, sites: Sites, layers: Layers = None) -> list[Site]:
-    """Return the sites that names and patterns stand for, each of them once.
+    """Return the sites that names and patterns stand for, each once.
 
     Args:
         model: The model.
         sites: One or several of "layers", "attentions", "mlps", "heads", "q", "k", "v", "attention_probs" of a language
             model, or paths and patterns of points of any model.
-        layers: The layers of the names. Default: all. "embedding" belongs to "layers" alone.
+        layers: The layers that the names refer to. Default: all. "embedding" is for "layers" only.
 
     Raises:
         InputError: A name does not exist or does not fit the model, or a layer does not exist.
@@ -64,7 +64,7 @@ def find_sites(model: Any, sites: Sites, layers: Layers = None) -> list[Site]:
 def for_each_head(
     sites: Iterable[Site], counts: Mapping[str, int], heads: int | Iterable[int] | None = None
 ) -> list[Site]:
-    """Return the sites with one for each head at the points that have heads.
+    """Return the sites, with one site for each head at the points that have heads.
 
     Args:
         sites: The sites.
@@ -91,7 +91,7 @@ def for_each_head(
 
 
 def layer_of(model: LanguageModel, site: Site) -> Layer | None:
-    """Return the number of the layer that a point of a language model is in, or None if it is in none."""
+    """Return the number of the layer that a point of a language model is in, or None if it is outside the layers."""
     if site.layer is not None:
         return site.layer
     module = _module_at(model, site.module)

@@ -1,4 +1,4 @@
-"""Which tensor is meant of what a module returns or is passed, such as a tuple.
+"""Find or replace the tensor at a point when a module returns or is passed a tuple or the like.
 
 tensor_of((hidden, weights), "layers[3].self_attn.output", None)        # hidden: the others are of another kind
 tensor_of((text, image), "transformer_blocks[0].output", 1)             # image
@@ -17,18 +17,18 @@ def tensor_of(whole: Any, path: str, item: int | None) -> torch.Tensor:
     """Return the tensor at a point.
 
     Args:
-        whole: What the module returned or was passed.
+        whole: The output or input of the module.
         path: The path of the point.
         item: The number of the tensor. None: the only one.
 
     Raises:
-        InputError: It has several tensors of a kind, and `item` is None; or it has none.
+        InputError: There are several tensors of the same kind and `item` is None, or there is no tensor.
     """
     return _items(whole)[_place(whole, path, item)]
 
 
 def with_tensor(whole: Any, tensor: torch.Tensor, path: str, item: int | None) -> Any:
-    """Return what a module returned or was passed with another tensor at a point. For arguments, see `tensor_of`."""
+    """Return the output or input of a module with another tensor at a point. For arguments, see `tensor_of`."""
     if isinstance(whole, torch.Tensor):
         return tensor
     place = _place(whole, path, item)
@@ -46,7 +46,7 @@ def _items(whole: Any) -> list[Any]:
 
 
 def _place(whole: Any, path: str, item: int | None) -> int:
-    """Return which item of a value is the tensor of a point."""
+    """Return the index of a point's tensor among the items of a value."""
     items = _items(whole)
     tensors = [i for i, one in enumerate(items) if isinstance(one, torch.Tensor) and one.is_floating_point()]
     if item is not None and (isinstance(whole, torch.Tensor) or item not in tensors):

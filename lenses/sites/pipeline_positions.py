@@ -5,7 +5,7 @@
     part.taken(value, model, site)              # what is taken from the source's value at a site
     part.place(value, model, site)              # where it goes in the target's value
 
-A region is a part of every value whose positions are those of the image. A word is a part of the values in text
+A region is a part of every value whose positions are image positions. A word is a part of the values in text
 encoders, and of the keys and values of attention to the text.
 """
 
@@ -36,7 +36,7 @@ class WholeValue:
         return site.part(value)
 
     def place(self, value: torch.Tensor, model: DiffusionModel, site: Site) -> tuple[torch.Tensor, Any]:
-        """Return the part of the target's value that belongs to the site, and the index in it of what is replaced."""
+        """Return the part of the target's value that belongs to the site, and the index of what is replaced in it."""
         return site.part(value), ...
 
 
@@ -61,8 +61,8 @@ class TextPart(WholeValue):
 
     Attributes:
         tokens: The positions in the source's value and in the target's, by the path of a text encoder or an attention.
-        counts: The number of all positions there, by the same path.
-        is_mean: Whether the mean over the source's positions takes the place of each of the target's.
+        counts: The total number of positions there, by the same path.
+        is_mean: Whether the mean over the source's positions replaces each of the target's positions.
     """
 
     tokens: Mapping[str, tuple[list[int], list[int]]]
@@ -198,12 +198,12 @@ def _first(positions: Any) -> Any:
 
 
 def _text_path(site: Site) -> str:
-    """Return the text encoder that a site is in, or the attention whose keys or values it is."""
+    """Return the text encoder that a site is in, or the attention whose keys or values it holds."""
     return site.module if site.value in _OF_KEYS else site.point.partition(".")[0]
 
 
 def _keys(attention: Any, tokens: Mapping[str, tuple[list[int], list[int]]], side: int, title: str) -> list[int]:
-    """Return the keys of tokens of the text encoders in an attention."""
+    """Return the keys in an attention that belong to tokens of the text encoders."""
     found = set()
     for encoder, keys in attention.text.items():
         found |= {keys[token] for token in tokens[encoder][side] if token < len(keys) and keys[token] is not None}

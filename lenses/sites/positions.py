@@ -49,8 +49,8 @@ class PromptTokens:
         return len(self.texts)
 
     def span(self, position: str | int | range) -> range:
-        """Return the tokens of a position: of words that occur once, of a number, -1 being the last token, or of a
-        range of numbers.
+        """Return the tokens of a position: words that occur once, a token number (-1 is the last token), or a range of
+        numbers.
 
         Raises:
             InputError: There are no such tokens.
@@ -87,16 +87,16 @@ class PromptTokens:
 def pair_positions(
     source: PromptTokens, target: PromptTokens, positions: Positions, align: str = "each"
 ) -> list[Column]:
-    """Return which tokens of `source` take the place of which tokens of `target`, a pair for each position.
+    """Return which tokens of `source` replace which tokens of `target`, a pair for each position.
 
     Args:
         source: The tokens of the prompt that values come from.
         target: The tokens of the prompt that they go into.
-        positions: "all": all tokens together. "each": every token by itself. "words": every word by itself. Or a list
-            of words, numbers of tokens and ranges of numbers, whose place is the same in both prompts; or of pairs of
-            these, the first for `source` and the second for `target`.
+        positions: "all": all tokens together. "each": every token by itself. "words": every word by itself. A list: its
+            items are words, token numbers and ranges of numbers, at the same place in both prompts, or pairs of these,
+            the first for `source` and the second for `target`.
         align: What to do if the numbers of tokens differ. "each": raise an error; "last": pair the last tokens;
-            "mean": the mean over the source's tokens takes the place of each of the target's.
+            "mean": the mean over the source's tokens replaces each of the target's tokens.
 
     Raises:
         InputError: A position does not exist in a prompt, or numbers of tokens or words differ.
@@ -143,7 +143,7 @@ def _column(source: PromptTokens, target: PromptTokens, position: Position) -> C
 
 
 def _same_place(source: PromptTokens, target: PromptTokens, text: str) -> range:
-    """Return the tokens of the words in `target` that have the same numbers as the words `text` in `source`."""
+    """Return the tokens of the words in `target` at the same place as the words `text` in `source`."""
     ours, theirs = source.with_words(), target.with_words()
     if len(ours.words) != len(theirs.words):
         raise InputError(

@@ -28,7 +28,8 @@ def choose_regions(positions: Any) -> dict[str, Box | None]:
     """Return the regions by name. None stands for the whole value.
 
     Args:
-        positions: None or "all"; one or several of "left", "right", "top" and "bottom", or boxes; or names to boxes.
+        positions: None or "all"; one or several of "left", "right", "top" and "bottom", or boxes; or a mapping of names
+            to boxes.
 
     Raises:
         InputError: A region is not a box.
@@ -53,7 +54,7 @@ def choose_regions(positions: Any) -> dict[str, Box | None]:
 
 
 def region_index(value: torch.Tensor, box: Box, model: DiffusionModel, site: Site) -> tuple[Any, ...]:
-    """Return the index of the positions whose centres are in a box, in the part of a value that a site means: (batch,
+    """Return the index of the positions whose centres are in a box. `value` is the site's part of a value: (batch,
     channels, rows, columns) or (batch, positions, ...).
 
     Raises:

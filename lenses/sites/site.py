@@ -1,4 +1,4 @@
-"""A site: a point of a model, and the head in it, if only one head is meant.
+"""A site: a point of a model, or a single head at this point.
 
     site = Site("layers[3].self_attn.heads_output", layer=3, head=2)
     value = site.read(run)                      # (batch, tokens, heads, features)
@@ -27,7 +27,7 @@ class Site:
     """A point of a model.
 
     Attributes:
-        point: The path of the point, such as "layers[3].output" or "unet.mid_block.attentions[0].q". Of a tuple, it
+        point: The path of the point, such as "layers[3].output" or "unet.mid_block.attentions[0].q". For a tuple, it
             may end with the number of the tensor: "transformer.transformer_blocks[0].output[1]".
         layer: The number of the layer of a language model that the point is in, or "embedding".
         head: The number of the head. None stands for all heads, or a point without heads.
@@ -49,7 +49,7 @@ class Site:
 
     @property
     def item(self) -> int | None:
-        """The number of the tensor in a tuple; None where it has only one."""
+        """The number of the tensor in a tuple; None if there is only one."""
         found = _ITEM.search(self.point)
         return None if found is None else int(found[1])
 
@@ -60,12 +60,12 @@ class Site:
 
     @property
     def head_dim(self) -> int | None:
-        """The dimension of the value that counts heads, or None if it has none."""
+        """The dimension of the value that counts heads, or None if there are no heads."""
         return _BY_HEAD.get(self.value)
 
     @property
     def token_dim(self) -> int:
-        """The dimension of the value that counts tokens. Of attention probabilities, it is that of the queries."""
+        """The dimension of the value that counts tokens, or queries in attention probabilities."""
         return 2 if self.value == "attention_probs" else 1
 
     @property
@@ -75,7 +75,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        """The site as figures and tables name it."""
+        """The name of the site in figures and tables."""
         module, _, value = self.point.rpartition(".")
         place = module if value == "output" else self.point
         if self.layer == EMBEDDING:
@@ -84,7 +84,7 @@ class Site:
 
     @property
     def named_in_layer(self) -> str | None:
-        """What the point is in its layer, such as "self_attn.heads_output"; None for a point that is in none."""
+        """The name of the point within its layer, such as "self_attn.heads_output"; None for a point outside layers."""
         if self.layer is None:
             return None
         part = self.point.partition("].")[2]
@@ -103,7 +103,7 @@ class Site:
         """Return the tensor of the site from the value at the point, which may be a tuple.
 
         Raises:
-            InputError: It holds several tensors of the same kind, and the point does not say which.
+            InputError: The value holds several tensors of the same kind, and the point does not say which one.
         """
         return tensor_of(whole, self.path, self.item)
 

@@ -1,4 +1,4 @@
-"""Rows of one call of a pipeline that have one prompt or several and one seed, and what a metric reads of them."""
+"""Draw rows in one call of a pipeline, with the same seed, and return the outcome that a metric reads."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

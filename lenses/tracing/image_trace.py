@@ -1,4 +1,4 @@
-"""Causal tracing in a pipeline: in one call, a clean row, and rows with noise that have one module restored each."""
+"""Causal tracing in a pipeline: one call has a clean row, and noised rows in each of which one module is restored."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from diffsight.pipelines.standard_names import word_embeddings
 
 @dataclass(frozen=True)
 class _NoisedRow:
-    """A row with the noise of a sample. `site` is the number of the restored one, None for none."""
+    """A row with the noise of a sample. `site` is the number of the restored site, or None."""
 
     sample: int
     site: int | None
@@ -100,7 +100,7 @@ def _draw(
     metric: Metric,
     arguments: Mapping[str, Any],
 ) -> Outcome:
-    """Draw a clean row, and the given ones."""
+    """Draw a clean row and the given rows."""
     for encoder in encoders:
         model = visiting(model, [encoder.point], partial(encoder.change, rows))
     numbers = {point.name: i for i, point in enumerate(points)}

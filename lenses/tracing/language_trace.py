@@ -27,11 +27,11 @@ class LanguageTrace:
         model: The model.
         prompt: The prompt.
         tokens: Its tokens.
-        subject: Those of the subject.
+        subject: The tokens of the subject.
         kind: "layers", "attentions" or "mlps".
         layers: The layers.
-        window: How many layers are restored together.
-        answer: The token whose probability is measured. None: the likeliest one of the clean run.
+        window: The number of layers that are restored together.
+        answer: The token whose probability is measured. None: the most likely token of the clean run.
         noise: The noise.
         batch_size: The number of rows in a pass.
         progress: Whether to show a progress bar.

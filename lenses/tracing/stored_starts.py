@@ -1,6 +1,7 @@
 """Whether the layers of a language model can start from a stored hidden state alone.
 
-Some models hand more than hidden states from layer to layer, such as keys and values. This is found out by trying.
+Some models pass more than hidden states from layer to layer, such as keys and values. This is tested by running the
+last layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ def can_start_from(
     measure: Callable[[torch.Tensor], torch.Tensor],
     inputs: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Return whether the last layer, from a stored input alone, leads to what the whole model computes.
+    """Return whether the last layer, run on a stored input alone, leads to the result of the whole model.
 
     Args:
         model: The model.
@@ -38,6 +39,6 @@ def can_start_from(
         with batch.run as run:
             run.skip_layers(0, len(model.layers_output) - 2, last_input)
             logits = batch.pick(run.logits).float().cpu()
-    except Exception:  # whatever the model needs besides hidden states is missing
+    except Exception:  # the model needs something besides hidden states
         return False
     return bool(torch.allclose(measure(logits), expected, atol=_TOLERANCE, rtol=_TOLERANCE))

@@ -1,4 +1,4 @@
-"""What a trace has measured."""
+"""The measurements of a trace."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class Traced:
-    """The metric by noise sample, site and column, and that of the runs with nothing restored.
+    """The metric by noise sample, site and column, and the metric of the runs with nothing restored.
 
     Attributes:
         metric: The name of the metric.
@@ -33,7 +33,7 @@ class Noise:
     """The noise on the embeddings of a subject.
 
     Attributes:
-        scale: Its standard deviation, relative to that of the token embeddings.
+        scale: The standard deviation, as a multiple of the standard deviation of the token embeddings.
         samples: The number of samples.
         seed: Its seed.
     """

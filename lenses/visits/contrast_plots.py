@@ -14,7 +14,7 @@ _CURVES = len(COLORS)
 
 
 def contrast_figure(contrast: Mapping[PointName, torch.Tensor], title: str) -> Figure:
-    """Draw contrasts by layer, by path, or by step with a curve for each of the modules that have most of it."""
+    """Draw contrasts by layer, by path, or by step with a curve for each of the modules with the most contrast."""
     if next(iter(contrast.values())).ndim:
         most = sorted(contrast, key=lambda name: -float(contrast[name].mean()))[:_CURVES]
         curves = {label: contrast[name].tolist() for label, name in zip(short_paths(most), most)}
@@ -43,7 +43,7 @@ def contrast_figure(contrast: Mapping[PointName, torch.Tensor], title: str) -> F
 def short_paths(paths: Sequence[PointName]) -> list[str]:
     """Return paths without the names that all of them begin and end with: "up_blocks[0]" of "unet.up_blocks[0].attn2".
 
-    They stay whole if nothing else is left of one."""
+    If nothing would be left of a path, all of them stay whole."""
     names = [str(path).split(".") for path in paths]
     shortest = min(map(len, names))
     start = next((i for i in range(shortest) if len({path[i] for path in names}) > 1), shortest)

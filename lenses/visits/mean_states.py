@@ -61,7 +61,7 @@ def mean_states_of_tokens(
 
 @dataclass(frozen=True)
 class ImagePrompts:
-    """How the prompts of a pipeline are run: a batch of them at a time, image *i* with the seed `seed + i`.
+    """How the prompts of a pipeline are run: one batch at a time, where image *i* has the seed `seed + i`.
 
     Attributes:
         model: The pipeline.

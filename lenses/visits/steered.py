@@ -31,7 +31,7 @@ class Steering:
         model: The model.
         points: The points.
         vectors: The vector of each point, (features,), or (steps, features).
-        factors: Multiplies the vectors, or for each row of the batch, (rows,).
+        factors: The factor of the vectors, or one factor for each row of the batch, (rows,).
         positions: As in `steer`.
         mode: "add" or "remove".
         steps: As in `steer`.
@@ -50,7 +50,7 @@ class Steering:
     timesteps: tuple[float, ...] | None = None
 
     def change(self, visit: Visit) -> torch.Tensor | None:
-        """Return the steered value of a visit, (batch, ..., features), or None if it stays as it is."""
+        """Return the steered value of a visit, (batch, ..., features), or None if the value does not change."""
         if not self._is_chosen(visit):
             return None
         where = self._where(visit)
@@ -100,7 +100,7 @@ class Steering:
     # ---- positions
 
     def _where(self, visit: Visit) -> torch.Tensor | None:
-        """Return which vectors of a value are steered, broadcastable to it. None: none of them."""
+        """Return a mask of the vectors that are steered, broadcastable to the value, or None if there are none."""
         if self.positions is None:
             return torch.ones((), dtype=torch.bool, device=visit.value.device)
         if isinstance(self.model, LanguageModel):
@@ -133,7 +133,7 @@ def find_steering(
     steps: Steps,
     keep_norm: bool,
 ) -> Steering:
-    """Return what the arguments of `steer` mean.
+    """Return the steering that the arguments of `steer` describe.
 
     Raises:
         InputError: One of them is not valid.
@@ -156,7 +156,7 @@ def find_steering(
 
 
 def check_vector(vector: Any) -> torch.Tensor:
-    """Return a vector, (features,). Raise InputError if it is none."""
+    """Return a vector, (features,). Raise InputError for anything else."""
     if not isinstance(vector, torch.Tensor) or vector.ndim != 1 or not vector.is_floating_point():
         given = f"{vector.dtype} {tuple(vector.shape)}" if isinstance(vector, torch.Tensor) else type(vector).__name__
         raise InputError(f"the vector must be a float tensor (features,) or a result of steering_vector, not {given}")
@@ -205,7 +205,7 @@ def _check_positions(model: Any, positions: Positions) -> None:
 
 
 def is_among(index: int, steps: Steps) -> bool:
-    """Return whether a generated token is among the chosen ones, of which it is not known how many there are."""
+    """Return whether a generated token is chosen, while the number of tokens is unknown."""
     items = [steps] if isinstance(steps, (int, slice)) else list(steps or [])
     return any(
         index in range(item.start or 0, index + 1 if item.stop is None else item.stop, item.step or 1)
@@ -216,7 +216,7 @@ def is_among(index: int, steps: Steps) -> bool:
 
 
 def region(model: Any, visit: Visit, mask: torch.Tensor) -> torch.Tensor:
-    """Return a mask over the image as one over the positions of a value, (positions, 1) or (rows, columns, 1).
+    """Return a mask over the image as a mask over the positions of a value, (positions, 1) or (rows, columns, 1).
 
     Raises:
         InputError: It is not known where the positions of the value are in the image.
@@ -242,7 +242,7 @@ def region(model: Any, visit: Visit, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _resized(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Return a mask of another size: a cell is in it if more than half of it is."""
+    """Return a mask in another size: a cell is included if the mask covers more than half of it."""
     resized = F.interpolate(mask[None, None].float(), size=tuple(size), mode="area")[0, 0] > 0.5
     if not resized.any():
         raise InputError(f"the mask is empty at a grid of {size[0]} by {size[1]} positions: choose a larger region")

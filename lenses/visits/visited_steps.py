@@ -1,4 +1,4 @@
-"""Which denoising steps are visited, as the user chooses them, and when a run has nothing left to visit.
+"""Which denoising steps the user chose to visit, and when a run has nothing left to visit.
 
 visited = VisitedSteps(slice(0, 5))
 visited.include(visit)                          # whether a visit is in one of these steps
@@ -14,7 +14,7 @@ from diffsight.lenses.visits.visiting import Visit, is_in_steps
 
 
 class VisitedSteps:
-    """The chosen steps. Which these are is worked out once for each number of steps.
+    """The chosen steps. They are computed once for each total number of steps.
 
     Args:
         steps: What the user passed. None means all.
@@ -29,7 +29,7 @@ class VisitedSteps:
         return visit.step is None or self._steps is None or visit.step.index in self._of(visit.run)
 
     def are_over(self, model: Any, points: Sequence[NamedPoint], run: Any, step: int) -> bool:
-        """Return whether a pipeline that has come to `step` passes the points in none of the steps any more."""
+        """Return whether a pipeline that has reached `step` has passed the points in all chosen steps."""
         if not any(is_in_steps(model, point) for point in points):
             return True
         return self._steps is not None and step > self._of(run)[-1]

@@ -1,4 +1,4 @@
-"""Call a function with every value that passes a point, in a copy of the model. What it returns replaces the value.
+"""Call a function with every value that passes a point, in a copy of the model. A returned tensor replaces the value.
 
     norms = []
     copy = visiting(pipeline, named_points(pipeline, "unet.**.attn2"), lambda visit: norms.append(visit.value.norm()))
@@ -37,7 +37,7 @@ class Visit:
         value: The value, (batch, ..., features). The features of a feature map are in the last dimension too.
         run: The run.
         step: The denoising step, or the generated token. None where the point is not passed in steps.
-        call: Which call of the module it is, counted in the step if there is one.
+        call: The number of the module's call, counted within the step if there is one.
     """
 
     point: NamedPoint
