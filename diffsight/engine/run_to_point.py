@@ -67,10 +67,10 @@ class Flow(RunEnd):
         self.modes: list = []  # function modes that the model runs in, besides the caller's
         here = getcurrent()
         is_users = getattr(here, "coroutine", None) is None
-        self._home = here if is_users else None  # the stack of the code that opened the run; None if it is a coroutine's
+        self._home = here if is_users else None  # the stack of the code that opened the run; None if a coroutine's
         self.opened_in = None if is_users else current_edit()  # the edit that opened the run
         self.task: Any = None  # see `open_runs`
-        self.is_entered = False  # whether the block of its `with` statement is running
+        self.is_entered = False  # whether the block of its `with` statement has begun and not ended
         self.run: Callable[[], Any] = lambda: None  # a weak reference to the `Run`
         self._scope = Scope()
 
@@ -165,8 +165,8 @@ class Flow(RunEnd):
             edit.met = True
 
     def keep(self, asked: Asked, function: Callable[[Tap, int, Any], None]) -> None:
-        """Call `function` for every value that passes a point from now on. It takes the tap, the number of the call, and
-        the value that the model continues with."""
+        """Call `function` for every value that passes a point from now on. It takes the tap, the number of the call,
+        and the value that the model continues with."""
         self._check_open(asked)
         scope = self.scope
         tap, first = self._locate(asked, scope)

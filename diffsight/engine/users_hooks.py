@@ -33,7 +33,7 @@ def has_forward_hooks(module: nn.Module) -> bool:
 def output_hooks(module: nn.Module) -> list[int]:
     """Return the ids of the hooks of a module, from the first on, up to the last one that may change its output.
 
-    A hook for all modules that may change outputs counts as one that stands before them: id -1."""
+    A hook for all modules that may change outputs counts as a hook before them: id -1."""
     hooks = [*dict.fromkeys(torch_module._global_forward_hooks.values(), -1).items()]
     hooks += [(hook, number) for number, hook in module._forward_hooks.items()]
     while hooks and only_looks(hooks[-1][0]):
