@@ -6,8 +6,8 @@
     run.unet.mid_block.calls[2].output      # ... in its third call of the scope
     run.vae.decode.input = latents          # methods that pipelines call directly are envoys as well
 
-Reading a value runs the model up to it. Assigning replaces the value, now or when the model gets there. An
-attribute that is neither a child nor a value is the module's own (`model.unet.config`, `model.unet.dtype`).
+Reading a value runs the model up to it. Assigning replaces the value, now or when the model gets there. An attribute
+that is neither a child nor a value is the module's own (`model.unet.config`, `model.unet.dtype`).
 
 The functions at the end are for code outside this module that works with envoys: see `diffsight.extending`.
 """
@@ -349,7 +349,7 @@ class Envoy(Points):
         return MethodEnvoy(tree, target, own["_run"], 0, own["_part"])
 
     def _attached_child(self, name: str) -> Target | None:
-        """Return the target of the module attached under a name, first in the current run."""
+        """Return the target of the module attached under a name, preferably in the current run."""
         tree = self._tree
         flow = self._run._flow if self._run is not None else tree.open_runs.innermost(tree)
         found = None if flow is None else flow.tree.attached.find(self._owner, name)

@@ -52,10 +52,9 @@ owner, the name of the method, and the path as users write it. Override:
 State that belongs to the model's structure is kept on the tree, where edited copies of the model share it.
 
 **The run** (`Run`). Override `_make_step` to yield steps of your own class; add properties for parts of the result. In
-a property, put `keeping_attribute_errors(self)` around code that may raise AttributeError. If there
-are several passes (`run.invoke`), names refer to the run `self._pass`. `self._check_one_pass(name)` raises an error for
-a name that every pass has, `self._check_no_scan(name)` for a result that a scan would make of zeros. `self._model` is
-the model.
+a property, put `keeping_attribute_errors(self)` around code that may raise AttributeError. If there are several passes
+(`run.invoke`), names refer to the run `self._pass`. `self._check_one_pass(name)` raises an error for a name that every
+pass has, `self._check_no_scan(name)` for a result that a scan would make of zeros. `self._model` is the model.
 
 **The model** (`Model`). Set `_run_class`, call `_wrap(tree)` in `__init__`, and open runs with `_new_run(function,
 sizes, again, grad)`. Override `_bound(run, part)` if the handle on the whole model has a class of its own, and
@@ -78,8 +77,8 @@ intended one, `decided_by(tap)` returns the tap of that call, and `run.stop()` l
 `current_owner() is tap.host`: calls from outside the run must pass untouched. To change a method for the duration of a
 run, use `ChangedMethod(owner, name, change)`.
 
-**Envoys.** An attribute of an envoy may be a part of the model, so use functions to ask about the envoy
-itself: `tree_of`, `target_of`, `owner_of`, `run_of`, `part_of`, `child_of(envoy, name)`, `handle_on(envoy, target)`,
+**Envoys.** An attribute of an envoy may be a part of the model, so use functions to ask about the envoy itself:
+`tree_of`, `target_of`, `owner_of`, `run_of`, `part_of`, `child_of(envoy, name)`, `handle_on(envoy, target)`,
 `narrowed(points, selection)`, `fetch(points, part)`, `assign(points, part, value)`, and `run_meant_by(points, what)`
 for the run whose values `model.<path>` returns.
 

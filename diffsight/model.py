@@ -117,7 +117,7 @@ class Model(Envoy):
         weights and computes next to nothing.
 
         Values inside the model (in a pipeline, inside each of its modules) and what it returns are fake tensors. They
-        have a shape, a dtype and a device. A module of a pipeline returns zeros on the same device to it, so the
+        have a shape, a dtype and a device. The modules of a pipeline return zeros to it, on the same device, so the
         pipeline's images are refused. Integer and boolean inputs stay real. In the body of the `with` statement,
         computing with such values, with weights or with other tensors returns fake tensors as well.
 
@@ -214,7 +214,7 @@ class Model(Envoy):
         )
 
     def _hidden_names(self) -> list[str]:
-        """Return also the names of the model's own children that mean something else on the model or a run."""
+        """Also return the names of the model's own children that mean something else on the model or a run."""
         parts = self._tree.children_of(self._target)
         hidden = (name for name in parts if hasattr(type(self), name) or hasattr(self._run_class, name))
         return sorted({*super()._hidden_names(), *hidden})

@@ -136,9 +136,9 @@ class Run(InRun):
                     model.layers[2].output = clean      # any value of an earlier pass is available
             first, second = run.result
 
-        Each pass runs where it is written; `part.inputs` are its inputs as the model gets them. The names of
-        the run itself (`run.<path>`, `run.steps`, `run.rows`, `run.stop()`) refer to the last pass; only `run.result`
-        has the results of all passes."""
+        Each pass runs where it is written; `part.inputs` are its inputs as the model gets them. The names of the run
+        itself (`run.<path>`, `run.steps`, `run.rows`, `run.stop()`) refer to the last pass; only `run.result` has
+        the results of all passes."""
         self._flow.check_leads("run.invoke")
         if self._again is None or self._flow.has_begun or (self._flow.outcome is not None and not self._invoked):
             raise InputError("invoke needs a run that was opened without input: `with model.trace() as run:`")
@@ -231,7 +231,7 @@ class Run(InRun):
         return fetch(narrowed(points, Indexed(index, selection_of(points))), part)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Compute the gradients of a loss, in a run that was opened with `grad=True`. Like `loss.backward()`, but also
+        """Compute the gradients of a loss, in a run that was opened with `grad=True`. It is `loss.backward()`, but also
         works if the model is on a server.
 
             with model.trace(x, grad=True) as run:

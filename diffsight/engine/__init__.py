@@ -1,4 +1,4 @@
-"""How a run works: the model in a coroutine, what is tapped in it, and the order in which values are asked for.
+"""How a run works: the model in a coroutine, the taps on it, and the order in which values are asked for.
 
 The files in order; each imports only from those above it:
 
@@ -28,10 +28,10 @@ The files in order; each imports only from those above it:
     order           passed, too late, never reached
     user_bodies     edits and the functions of `run.each`, and whose turn it is
     run_end         how a run ends, leaving nothing on the model
-    run_to_point    moves the model up to what the body asks for
+    run_to_point    runs the model up to the point that the body asks for
     scan_errors     the error of a scan that needs values
     scan_fakes      fake tensors, and zeros
-    scan_state      what a scan restores on the modules
+    scan_state      the state of modules that a scan restores
     scan_mode       what functions compute in a scan
     scan            runs on shapes alone
     capture         the blocks of `with` statements that run later

@@ -32,7 +32,7 @@ class Tapped(Protocol):
 class Selection:
     """A part of a value. This base class selects the same part in every call.
 
-    `name` is what the user calls the selection, such as "rows[1]". `missing` completes the error message "… was asked
+    `name` is the user's name for the selection, such as "rows[1]". `missing` completes the error message "… was asked
     for, but …" for a point at which no call has this part."""
 
     name = ""

@@ -356,7 +356,7 @@ def _compile(
     """Compile the function of a block.
 
     Returns:
-        The function, which takes `ARGUMENT` and those of the `known` names that the block uses; and the names that the
+        The function, which takes `ARGUMENT` and the `known` names that the block uses; and the names that the
         block assigns.
     """
     around = _scopes_around(tree, statement)

@@ -40,7 +40,7 @@ def end_checkpoints() -> None:
 
 
 def is_computed_again() -> bool:
-    """Whether the model is inside an autograd function that needs gradients and hides what it calls from autograd."""
+    """Whether the model is inside an autograd function that needs gradients and hides its calls from autograd."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code

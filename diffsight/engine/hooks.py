@@ -337,7 +337,7 @@ class Override:
     on, and it is taken off with the last `remove`."""
 
     _users: dict = {}  # the overrides of one method
-    _first: dict = {}  # of those, the one that was put on
+    _first: dict = {}  # the one of them that was put on
 
     def __init__(self, target: Any, name: str) -> None:
         self.target, self.name = target, name

@@ -14,7 +14,7 @@ from diffsight.errors import NeverReachedError, OutOfOrderError, RunClosedError
 
 
 class Scope:
-    """Where a body is: in the whole run, or in a step. `order` says when its turn is; edits come first."""
+    """Where a body is: in the whole run, or in a step. `order` determines its turn; edits come first."""
 
     def __init__(self, order: float = LAST) -> None:
         self.order = order

@@ -23,7 +23,7 @@ PointKey = tuple[str, int]  # the kind (INPUTS or OUTPUT) and the number of the 
 
 
 class Asked:
-    """A point as a body asks for it. Its text is what the user writes: `unet.mid_block.calls[1].output`.
+    """A point as a body asks for it. Its text is its path as the user writes it: `unet.mid_block.calls[1].output`.
 
     Args:
         target: The module or method that is called.

@@ -98,7 +98,7 @@ class Flow(RunEnd):
         body = current()
         return body if isinstance(body, Body) and body.flow is self else None
 
-    # ---- what a body asks for
+    # ---- requests of a body
 
     def fetch(self, asked: Asked) -> Any:
         """Return the value at a point."""
@@ -215,7 +215,7 @@ class Flow(RunEnd):
             self._resume()
 
     def run_to_end(self) -> Any:
-        """Run the rest of the model; return what it returned."""
+        """Run the rest of the model; return its result."""
         if self.has_result:
             return self.result
         self.run_on()

@@ -6,7 +6,7 @@ returns another. This mode decides what is fake, depending on where the code run
 - Inside a component, weights and floating-point inputs are fake. Integer and boolean inputs, such as token ids and
   masks, stay real, and so does everything computed from them alone, so models can look at their values.
 - Between components, in the pipeline's own code, schedulers and post-processing, tensors are real. Only weights are
-  fake there, and what is computed from a weight and a real tensor is zeros.
+  fake there, and results computed from a weight and a real tensor are zeros.
 - In the body of the `with` statement, tensors are real except for weights and the values inside components.
 
 Running the model inside `FakeTensorMode(allow_non_fake_inputs=True)` is not enough (PyTorch 2.13). The tests named here

@@ -1,10 +1,10 @@
 """All taps of a run: which modules and methods are tapped or counted, and from when.
 
-To know what the model has passed, calls are counted. The model's components and their children are hooked from the
-start. When a point is asked for, all modules around it and their children are hooked as well. So a module is usually
-hooked before the module around it is entered, and its count is exact. If it is not (`Origin.unseen`), its past is
-unknown, and the point counts as passed. A module that nobody asks for is only counted, in a dictionary. That costs next
-to nothing, and most modules of a run are of this kind. What happens at a call is in `tapped_call`.
+Calls are counted to know which points the model has passed. The model's components and their children are hooked from
+the start. When a point is asked for, all modules around it and their children are hooked as well. So a module is
+usually hooked before the module around it is entered, and its count is exact. If it is not (`Origin.unseen`), its past
+is unknown, and the point counts as passed. A module that nobody asks for is only counted, in a dictionary. That costs
+next to nothing, and most modules of a run are of this kind. `tapped_call` has the code that runs at a call.
 """
 
 from collections.abc import Callable

@@ -61,7 +61,7 @@ class Target:
         return None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Call what is tapped."""
+        """Call the method."""
         return getattr(self.owner, self.name)(*args, **kwargs)
 
     def point(self, part: str, call: int) -> str:
@@ -90,7 +90,7 @@ class Target:
         return known if known and known.owner is module else self.children().get(name)
 
     def named_children(self) -> dict[str, "Target"]:
-        """Return the children as a user names them. A module wrapped by `torch.compile` has those of the original."""
+        """Return the children as a user names them. `torch.compile(module)` has the children of `module`."""
         children = self.children()
         wrapped = children.get(WRAPPED)
         return children if wrapped is None else {**wrapped.children(), **children}

@@ -1,7 +1,7 @@
 """Threads: the thread that a run belongs to, and calls that the model makes in threads of its own.
 
-A run belongs to the thread that opened it. It sees no calls in other threads, but it is noted which
-modules such calls have reached. Asking for a value of one of these is an error.
+A run belongs to the thread that opened it. It sees no calls in other threads, but the modules that they
+reach are noted: asking for a value of one of these raises an error.
 """
 
 import sys
@@ -22,7 +22,7 @@ class _Thread(local):
 
     def __init__(self) -> None:
         self.number = next(self._numbers)
-        self.has_runs = False  # whether a run is open in it: calls in it are those of a run's body
+        self.has_runs = False  # whether a run is open in it: calls in it belong to a run's body
 
 
 THIS_THREAD = _Thread()
@@ -42,7 +42,7 @@ def check_runs_thread(number: int, path: object) -> None:
 
 
 def note_run_of_thread() -> None:
-    """Note that a run is open in this thread, so that calls here are known to be those of its body."""
+    """Note that a run is open in this thread, so that calls here are known to belong to its body."""
     THIS_THREAD.has_runs = True
 
 

@@ -269,7 +269,7 @@ def call_in(state: TorchState, seed: int | None, function: Callable[[], Any]) ->
 
 
 def random_state() -> list[torch.Tensor]:
-    """Return the state of PyTorch's global random generators: the CPU's, then that of every GPU in use."""
+    """Return the state of PyTorch's global random generators: the CPU's, then the state of every GPU in use."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), *gpus]
 

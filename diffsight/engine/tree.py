@@ -83,9 +83,9 @@ class Tree:
         return Target(found.owner, found.name, join(outer.path, name), found.outer)
 
     def named_value(self, points: Any, name: str) -> Any:
-        """Return what a name on the envoy of a module (`points`) means beyond the module's own attributes: the points
-        of a value inside its calls, such as `attention_probs`, or an object whose `named(name)` finds such points. None
-        if it means nothing."""
+        """Return the meaning of a name on a module's envoy (`points`) beyond the module's own attributes: the points of
+        a value inside its calls, such as `attention_probs`, or an object whose `named(name)` finds such points. None if
+        it has no meaning."""
         return None
 
     def value_names(self, target: Target) -> tuple[str, ...]:
@@ -133,7 +133,7 @@ class Tree:
     def weights_loaded(self) -> None:
         """Called once, after weights that are loaded on first use have been loaded."""
 
-    # ---- questions to a tree
+    # ---- what a tree answers
 
     def look_for_private_names(self) -> None:
         """Note whether modules have names that handles may use for themselves."""
@@ -191,7 +191,7 @@ class Tree:
                 flow.taps.add(target)
 
     def load_unless_scanning(self) -> None:
-        """Load the weights if they are not loaded, except in the body of a scan, where calls and attributes need none."""
+        """Load the weights if necessary, except in the body of a scan, where calls and attributes need none."""
         run = None if self.weights.are_loaded else self.open_runs.innermost(self)
         if run is None or not run.is_scan:
             self.weights.load()

@@ -1,8 +1,8 @@
 """The forward hooks that others have put on a module, and which of them may change its output.
 
-The model continues with what the last of these hooks returns, so that is the module's output. Hooks that only look at
-the output, such as those with which transformers captures hidden states, are shown what the run has edited. Whether a
-hook only looks must be known before it is called, and is read from its bytecode.
+The model continues with the return value of the last of these hooks, so this is the module's output. Hooks that only
+look at the output, such as the hooks with which transformers captures hidden states, see the run's edits. Whether a
+hook only looks must be known before it is called, and is determined from its bytecode.
 """
 
 import dis
