@@ -7,8 +7,8 @@
         run.text_encoder.ln_final.input = run.text_encoder.layers[4].output
     run.images[0].save("layer4.png")
 
-Here is what you need most: the wrappers, the runs, three errors to catch, the lenses and `image_grid`. Everything else
-is in the package that it belongs to: `diffsight.errors`, `diffsight.pipelines`, `diffsight.lenses`.
+This package exports the names that you need most: the wrappers, the runs, three errors to catch, the lenses and
+`image_grid`. Everything else is in its own module: `diffsight.errors`, `diffsight.pipelines`, `diffsight.lenses`.
 
 Each name is imported when it is first used, and so are PyTorch, diffusers and transformers.
 """
@@ -108,7 +108,7 @@ __all__ = [
     "trajectory_lens",
 ]
 
-_MODULE_OF = {  # of all but the lenses
+_MODULE_OF = {  # for every name except the lenses
     "DiffsightError": "errors",
     "DiffusionModel": "pipelines",
     "Edit": "edits",

@@ -13,8 +13,8 @@
         edited.layers[0].output = edited.layers[0].sae(edited.layers[0].output, hook=True)
 
 In a run, every edit is a body of its own, with its own position in the model's execution. When the model reaches a
-point, edits have their turn first, in the order in which they were made; then the body that opened the run, which sees
-what they did.
+point, the edits have their turn first, in the order in which they were made. The body that opened the run comes last,
+and sees their changes.
 """
 
 import inspect
@@ -36,8 +36,8 @@ from diffsight.errors import InputError
 
 @dataclass(eq=False)
 class Edit:
-    """One edit. `function` takes the run, `where` is the line on which it was written, and `touches` has the paths of
-    the points that it has read or assigned so far."""
+    """One edit. `function` takes the run, `where` is the line on which it was written, and `touches` lists the paths
+    of the points that it has read or assigned so far."""
 
     function: Callable[[Any], Any] = field(repr=False)
     where: str
@@ -67,13 +67,13 @@ class Edits(list[Edit]):
         self._attached = attached
 
     def clear(self) -> None:
-        """Remove all edits, and the modules that were attached."""
+        """Remove all edits and all attached modules."""
         super().clear()
         self._attached.clear()
 
 
 class Editing(Deferred):
-    """What `model.edit(...)` returns: a context manager around the edit's block, or a decorator for its function.
+    """The result of `model.edit(...)`: a context manager around the edit's block, or a decorator for its function.
 
     Args:
         model: The model that is edited, or its copy.
@@ -102,7 +102,7 @@ class Editing(Deferred):
 
 
 def start_edit(edit: Edit, run: InRun, order: int) -> EditBody:
-    """Return the body of an edit in one run; `order` says when its turn is."""
+    """Return the body of an edit in one run; `order` determines its turn."""
     flow, known = flow_of(run), weakref.ref(run)
 
     def run_edit() -> None:
@@ -110,13 +110,13 @@ def start_edit(edit: Edit, run: InRun, order: int) -> EditBody:
         with flow.body_mode:
             edit.function(body.view)
 
-    # The PyTorch state is the one in which the run was opened.
+    # The edit starts in the PyTorch state in which the run was opened.
     body = EditBody(run_edit, flow, flow.state, order, edit.where, edit.touches, edit.attached)
     return body
 
 
 def _view(run: InRun) -> InRun:
-    """The same run, for an edit to hold: dropping it does not close the run."""
+    """Return a view of the run for an edit to hold. Dropping the view does not close the run."""
     view = object.__new__(type(run))
     view.__dict__.update(run.__dict__, _is_view=True)
     return view

@@ -6,8 +6,8 @@
     run.unet.mid_block.calls[2].output      # ... in its third call of the scope
     run.vae.decode.input = latents          # methods that pipelines call directly are envoys as well
 
-Reading a value runs the model up to it. Assigning puts a value in its place, now or when the model gets there. An
-attribute that is neither a child nor a value is the module's own (`model.unet.config`, `model.unet.dtype`).
+Reading a value runs the model up to it. Assigning replaces the value, now or when the model gets there. An attribute
+that is neither a child nor a value is the module's own (`model.unet.config`, `model.unet.dtype`).
 
 The functions at the end are for code outside this module that works with envoys: see `diffsight.extending`.
 """
@@ -40,9 +40,9 @@ _RAW = ("modules", "named_modules", "children", "named_children")  # methods tha
 
 @contextmanager
 def keeping_attribute_errors(holder: Any) -> Iterator[None]:
-    """Keep, for `raise_kept`, an AttributeError that the block raises.
+    """Keep an AttributeError that the block raises, for `raise_kept`.
 
-    If a property raises AttributeError, Python takes the attribute to be missing and calls `__getattr__`, which then
+    If a property raises AttributeError, Python treats the attribute as missing and calls `__getattr__`, which then
     hides the model's own error. So a property puts its code into this block, and `__getattr__` calls `raise_kept`."""
     try:
         yield
@@ -58,15 +58,15 @@ def keep_attribute_error(holder: Any, error: Exception) -> None:
 
 
 def raise_kept(holder: Any) -> None:
-    """Raise the AttributeError that a property of `holder` ended with, if that is why `__getattr__` was called."""
+    """Raise the AttributeError of a property of `holder`, if it is the reason why `__getattr__` was called."""
     own = holder.__dict__
     if "_kept_error" in own:
         raise own.pop("_kept_error")
 
 
 class ChildrenFirst:
-    """A handle on a model in which modules are called `_model`, `_flow` or the like: outside diffsight, such a name
-    means the module, not what diffsight keeps under it."""
+    """A handle on a model that has modules named `_model`, `_flow` or the like. Outside diffsight, such a name refers
+    to the module, not to diffsight's own attribute."""
 
     def __getattribute__(self, name: str) -> Any:
         asker = sys._getframe(1).f_globals.get("__name__", "")
@@ -88,7 +88,7 @@ def look_at_children_first(handle: Any) -> None:
 
 
 class InRun:
-    """A run, as its envoys see it: the handle on the model that it runs, and the flow that moves the model."""
+    """A run as its envoys see it: the handle on its model, and the flow that moves the model."""
 
     def __init__(self, model: "Envoy", flow: Flow) -> None:
         self.__dict__.update(_model=model, _flow=flow)
@@ -104,11 +104,11 @@ class Points:
     """The values of one call, on an envoy, a method, or one of their `.calls`: they can be read and assigned.
 
     Args:
-        tree: What can be tapped in the model.
-        target: What is called.
+        tree: The tree of the model.
+        target: The module or method that is called.
         run: The run that the values are bound to; None for the innermost open run of the model.
         call: The number of the call in the current scope.
-        part: The part of each value that is meant, such as a row; None for all of it.
+        part: The selected part of each value, such as a row; None for all of it.
     """
 
     _tree: Tree
@@ -127,7 +127,7 @@ class Points:
 
     @property
     def output(self) -> Any:
-        """What the call returned. Assignable."""
+        """The return value of the call. Assignable."""
         return self._fetch("output")
 
     @output.setter
@@ -153,7 +153,7 @@ class Points:
         self._assign("inputs", value)
 
     def skip(self, value: Any) -> None:
-        """Leave the call out: the model continues with `value` as its output."""
+        """Skip the call: the model continues with `value` as its output."""
         if self._part is not None:
             raise InputError(
                 f"{self.path}.skip leaves the call out for all rows: write it on the run, not on a part of it"
@@ -199,7 +199,7 @@ class Points:
         )
 
     def _hint_at_child(self, name: str) -> str:
-        """How to reach the module called `name`, if there is one, in words."""
+        """Return a hint on how to reach the module called `name`, if there is one."""
         is_child = name in self._tree.children_of(self._target)
         return f'. The module of that name is {self.path}["{name}"]' if is_child else ""
 
@@ -234,7 +234,7 @@ class Points:
             raise from_the_asking_line(error) from error.__cause__
 
     def _flow(self, part: str) -> Flow:
-        """The run whose value `part` is."""
+        """Return the run to which the value `part` belongs."""
         if self._run is not None:
             return self._run._flow
         runs = self._tree.open_runs
@@ -278,7 +278,7 @@ class MethodEnvoy(Points):
         return Calls(self)
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
-        """Call the method outside the run: nothing there is read or replaced.
+        """Call the method outside the run: none of its values are read or replaced.
 
         With `hook=True` the call goes through the run's points."""
         elsewhere = self._tree.elsewhere
@@ -301,10 +301,10 @@ class Envoy(Points):
         return Calls(self)
 
     def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
-        """Call the part outside the run: nothing there is read or replaced.
+        """Call the part outside the run: none of its values are read or replaced.
 
-        With `hook=True` the call goes through the run's points: what was assigned ahead is used, and other bodies
-        (edits, functions of rows) can read the values."""
+        With `hook=True` the call goes through the run's points: values assigned in advance are used, and other
+        bodies (edits, functions of rows) can read the values."""
         if self._tree.elsewhere is not None and self._is_elsewhere():
             return self._tree.elsewhere.call(self, args, kwargs, hook)
         if isinstance(self._owner, nn.Module) or self._owner is self._tree.root.owner:
@@ -322,12 +322,12 @@ class Envoy(Points):
         return self._target.owner
 
     def _is_elsewhere(self) -> bool:
-        """Whether the weights of the part are on a server: not if it was attached here, or is a tokenizer."""
+        """Whether the weights of the part are on a server. False for attached modules and tokenizers."""
         is_attached = any(target.owner is self._owner for target in self._tree.attached.targets.values())
         return isinstance(self._owner, nn.Module) and not is_attached and self._tree.elsewhere.is_meant_by(self)
 
     def _bound(self, run: InRun | None, part: Selection | None = None) -> "Envoy":
-        """The same handle for `run` alone, and for a part of its batch."""
+        """Return the same handle, bound to `run` and to a part of its batch."""
         own = self.__dict__
         return Envoy(own["_tree"], own["_target"], run, 0, part)
 
@@ -349,14 +349,14 @@ class Envoy(Points):
         return MethodEnvoy(tree, target, own["_run"], 0, own["_part"])
 
     def _attached_child(self, name: str) -> Target | None:
-        """What is attached under a name, in the run at hand."""
+        """Return the target of the module attached under a name, preferably in the current run."""
         tree = self._tree
         flow = self._run._flow if self._run is not None else tree.open_runs.innermost(tree)
         found = None if flow is None else flow.tree.attached.find(self._owner, name)
         return found or tree.attached.find(self._owner, name)
 
     def _attach(self, name: str, module: nn.Module) -> None:
-        """Attach a module. In an edit it is attached for the edit, and stays the one of the edit's first run."""
+        """Attach a module. In an edit it is attached for the edit, whose later runs keep the first run's module."""
         tree, owner, edit = self._tree, self._owner, current_edit()
         if edit is not None and edit.flow.tree.open_runs is tree.open_runs:
             tree = edit.flow.tree
@@ -366,7 +366,7 @@ class Envoy(Points):
         tree.attach(owner, name, join(self._target.path, name), module)
 
     def _start_edits(self) -> bool:
-        """Start the edits of the run at hand if they have not started: perhaps they attach what is looked for."""
+        """Start the edits of the current run if they have not started: one of them may attach the requested module."""
         flow = self._run._flow if self._run is not None else self._tree.open_runs.innermost(self._tree)
         return flow is not None and flow.start_edits()
 
@@ -396,8 +396,8 @@ class Envoy(Points):
         return value
 
     def _with_envoys(self, value: Any) -> Any:
-        """A value with envoys in place of modules: in a run, an assignment to the `.output` of a module itself would be
-        in vain."""
+        """Return a value with envoys in place of modules. In a run, assigning to the `.output` of a module itself would
+        have no effect."""
         if isinstance(value, nn.Module):
             return self._envoy_of(value)
         if isinstance(value, MethodType):
@@ -409,7 +409,7 @@ class Envoy(Points):
         return type(value)(map(self._with_envoys, value))
 
     def _hint(self, name: str, known: Iterable[str]) -> str:
-        """What else may have been meant by a name that does not exist, in words."""
+        """Return a hint at what the user may have meant by a name that does not exist."""
         if hasattr(vars(self._owner).get("config"), name):
             return f"; its configuration has one: .config.{name}"
         known, children = [one for one in known if not one.startswith("_")], self._names()
@@ -418,7 +418,7 @@ class Envoy(Points):
         return hint + (f"; its parts are {', '.join(children)}" if is_short else "")
 
     def _envoys(self, name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """What a method of the module that lists modules returns, with envoys in place of the modules."""
+        """Yield the modules that a method of the module, such as `children`, yields, with envoys in their place."""
         known = self._targets_inside()
         for found in getattr(self._owner, name)(*args, **kwargs):
             path, module = found if isinstance(found, tuple) else ("", found)
@@ -426,7 +426,7 @@ class Envoy(Points):
             yield (path, envoy) if isinstance(found, tuple) else envoy
 
     def _envoy_of(self, module: nn.Module) -> Any:
-        """The envoy of a module inside this one; the module itself if it is not inside."""
+        """Return the envoy of a module inside this one, or the module itself if it is not inside."""
         target = self._targets_inside().get(id(module))
         return module if target is None else self._handle(target)
 
@@ -460,7 +460,7 @@ class Envoy(Points):
             ) from None
 
     def _at(self, path: str) -> "Envoy | MethodEnvoy":
-        """What lies at a path from here, such as "layers[4].mlp"."""
+        """Return the envoy at a path from here, such as "layers[4].mlp"."""
         found = self
         for step in path.replace("[", ".").replace("]", "").split("."):
             child = found._child(step)
@@ -490,7 +490,7 @@ class Envoy(Points):
         return sorted({*super().__dir__(), *self._names(), *dir(self._owner)})
 
     def _hidden_names(self) -> list[str]:
-        """The names of modules inside that mean something else on an envoy, such as `output`."""
+        """Return the names of modules in this one that mean something else on an envoy, such as `output`."""
         return sorted(name for name in self._tree.module_names(self._owner) if hasattr(Envoy, name))
 
     def __repr__(self) -> str:
@@ -512,7 +512,7 @@ def tree_of(points: Points | InRun) -> Tree:
 
 
 def target_of(points: Points) -> Target:
-    """Return what an envoy taps."""
+    """Return the target of an envoy."""
     return points._target
 
 
@@ -532,9 +532,9 @@ def bound_run(points: Points) -> Any:
 
 
 def run_meant_by(points: Points, what: str) -> Any:
-    """Return the run whose values an envoy has: the one that it is bound to, else the innermost open run of the model.
+    """Return the run whose values an envoy returns: the run it is bound to, else the innermost open run of the model.
 
-    Raises NoRunError or WrongThreadError if there is none; `what` is what was asked for, for the message."""
+    Raises NoRunError or WrongThreadError if there is none; `what` names the requested value in the message."""
     if points._run is not None:
         return points._run
     flow, edit = points._flow(what), current_edit()
@@ -542,12 +542,12 @@ def run_meant_by(points: Points, what: str) -> Any:
 
 
 def flow_of(run: InRun) -> Flow:
-    """Return what moves the model in a run."""
+    """Return the flow that moves the model in a run."""
     return run._flow
 
 
 def model_of(run: InRun) -> Any:
-    """Return the model that a run runs."""
+    """Return the model of a run."""
     return run._model
 
 
@@ -562,7 +562,7 @@ def child_of(envoy: Points, name: str) -> Envoy | MethodEnvoy | None:
 
 
 def inside(holder: Any, name: str) -> Any:
-    """Return what a name in an envoy, or in what `Tree.named_value` has returned, refers to; None if it is unknown."""
+    """Return what a name refers to in an envoy, or in a result of `Tree.named_value`; None if the name is unknown."""
     if not isinstance(holder, Points):
         return holder.named(name)
     return child_of(holder, name) or holder._tree.named_value(holder, name)
@@ -574,18 +574,18 @@ def points_on(points: Points, target: Target) -> Points:
 
 
 def hint_at(envoy: Envoy, name: str, known: Iterable[str]) -> str:
-    """Return what else may have been meant by a name that an envoy does not have, in words."""
+    """Return a hint at what the user may have meant by a name that an envoy does not have."""
     return envoy._hint(name, known)
 
 
 def handle_on(envoy: Points, target: Target, part: Selection | None = None) -> Envoy | MethodEnvoy:
-    """Return the handle on another target, for the run of `envoy` and its part, or another `part`."""
+    """Return the handle on another target, for the run of `envoy`, and for `part` or else the part of `envoy`."""
     kind = Envoy if target.name in (FORWARD, "__call__") else MethodEnvoy
     return kind(envoy._tree, target, envoy._run, part=envoy._part if part is None else part)
 
 
 def narrowed(points: Points, part: Selection | None) -> Points:
-    """Return the same points, with `part` of each value in place of the whole, or of the part so far."""
+    """Return the same points, narrowed to `part` of each value instead of any earlier part."""
     return Points(points._tree, points._target, points._run, points._call, part)
 
 

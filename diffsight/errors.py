@@ -7,7 +7,7 @@
     ├── PointNotFoundError          no such module, method or attribute (also an AttributeError)
     ├── NoRunError                  no run is open
     ├── WrongThreadError            the run belongs to another thread
-    ├── AssignmentError             the value cannot stand there (also a TypeError)
+    ├── AssignmentError             the point cannot take the value (also a TypeError)
     ├── ScanError                   a scan needed the values of a tensor (also a RuntimeError)
     ├── SourceError                 the block of a `with` statement cannot be deferred
     └── InputError                  a wrong argument: a prompt, a seed, a layer, a source (also a ValueError)
@@ -52,7 +52,7 @@ class WrongThreadError(DiffsightError):
 
 
 class AssignmentError(DiffsightError, TypeError):
-    """A value was assigned where it cannot stand."""
+    """A value was assigned to a point that cannot take it."""
 
 
 class ScanError(DiffsightError, RuntimeError):
@@ -70,7 +70,7 @@ class InputError(DiffsightError, ValueError):
 class UnknownKeyError(InputError, KeyError):
     """A result or a table has nothing under a name."""
 
-    __str__ = Exception.__str__  # that of KeyError would quote the message
+    __str__ = Exception.__str__  # KeyError.__str__ would quote the message
 
 
 def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
@@ -82,7 +82,7 @@ def suggest(name: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def suggest_packaged(name: str, packaged: Iterable[str]) -> str:
-    """Return the same hint for a packaged model such as `diffsight/shapes-clip`, compared by its last part."""
+    """Return the same hint for packaged models such as `diffsight/shapes-clip`, comparing the last parts of names."""
     short = {known.split("/")[-1]: known for known in packaged}
     near = get_close_matches(name.split("/")[-1], short, n=1, cutoff=0.6)
     return f" (did you mean {short[near[0]]!r}?)" if near else ""
@@ -95,7 +95,7 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def users_frame() -> tuple[FrameType, int]:
-    """Return the innermost frame outside diffsight, and how far it is from the function that asks."""
+    """Return the innermost frame outside diffsight, and its distance from the calling function."""
     frame, depth = sys._getframe(1), 0
     while frame.f_back is not None and (frame.f_globals.get("__package__") or "").split(".")[0] == "diffsight":
         frame, depth = frame.f_back, depth + 1

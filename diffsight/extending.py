@@ -1,4 +1,4 @@
-"""The interface for wrappers: what a wrapper of another kind of model may override, and what it may ask of the engine.
+"""The interface for wrappers of other models: methods that they may override, and functions of the engine to call.
 
 A wrapper consists of a model, a tree, and usually a run of its own:
 
@@ -36,30 +36,29 @@ owner, the name of the method, and the path as users write it. Override:
 
 - `children_of(target)`: the parts directly in a part, by name. They become envoys.
 - `methods_of(owner)`: methods that code calls directly instead of `forward`.
-- `meant_by(target, name)`: what a part is called here that has another name in other models.
+- `meant_by(target, name)`: this model's own name for a part that has another name in other models.
 - `names_of(owner)` and `target_named(outer, name)`: standard names, such as `layers` and `ln_final`.
 - `named_value(points, name)` and `value_names(target)`: values inside the calls of a module that are neither its inputs
   nor its output, such as attention probabilities.
-- `components()`: what is tapped from the start of every run. What lies in a component is tapped when it is asked for.
-- `clock()`: when a step begins, a `Clock`.
-- `stand_ins()`: what a scan calls in place of components that look at values.
-- `describe(owner)`, `note_on_values(path)`, `attribute(owner, name)`, `title`, `opens_with`: what `print` shows of a
-  part and of its values, how attributes are read, and what error messages call the model and the method that opens a
+- `components()`: the targets tapped from the start of every run. Targets inside them are tapped when asked for.
+- `clock()`: a `Clock`, which determines when a step begins.
+- `stand_ins()`: functions that a scan calls in place of components that look at values.
+- `describe(owner)`, `note_on_values(path)`, `attribute(owner, name)`, `title`, `opens_with`: what `print` shows for
+  a part and its values, how attributes are read, and what error messages call the model and the method that opens a
   run.
-- `weights_loaded()`: called after weights that are loaded later have been loaded. Pass the function that loads them to
-  `Tree(root, load)`.
+- `weights_loaded()`: called after the weights have been loaded, if they are loaded on first use. Pass the function that
+  loads them to `Tree(root, load)`.
 
 State that belongs to the model's structure is kept on the tree, where edited copies of the model share it.
 
 **The run** (`Run`). Override `_make_step` to yield steps of your own class; add properties for parts of the result. In
-a property, put `keeping_attribute_errors(self)` around code that may raise AttributeError. `self._pass` is the run that
-a name refers to when there are several passes (`run.invoke`); `self._check_one_pass(name)` refuses names that refer to
-no single one, and `self._check_no_scan(name)` refuses results that a scan would make of zeros. `self._model` is the
-model.
+a property, put `keeping_attribute_errors(self)` around code that may raise AttributeError. If there are several passes
+(`run.invoke`), names refer to the run `self._pass`. `self._check_one_pass(name)` raises an error for a name that every
+pass has, `self._check_no_scan(name)` for a result that a scan would make of zeros. `self._model` is the model.
 
 **The model** (`Model`). Set `_run_class`, call `_wrap(tree)` in `__init__`, and open runs with `_new_run(function,
 sizes, again, grad)`. Override `_bound(run, part)` if the handle on the whole model has a class of its own, and
-`_handle(target)` if those on its parts have. `open_run(model, function)` does the same as `_new_run` from outside.
+`_handle(target)` if the handles on its parts do. `open_run(model, function)` does the same as `_new_run` from outside.
 
 **A flow** (`flow_of(run)`) moves the model. A wrapper may set `flow.seed` (the model then draws random numbers from a
 state of its own) and `flow.observer` (it sees the calls of the components: `called`, `returned`, `ended`), add a
@@ -71,21 +70,21 @@ differs from call to call) and use it with `narrowed(points, selection)`, or in 
 `Part` is a slice of a batch.
 
 **Targets of another kind**, such as attention probabilities, subclass `Target` and define `attach(tap)`. It arranges
-for `tap.enter(args, kwargs)` and `tap.leave(output)`, or `tap.call(function, args, kwargs)`, to be called on every
-passage, and returns an object with `remove()`. A value inside the calls of a module has `is_value = True`, and a
-`point(part, call)` that says how users write it. If it is known only at the end of a call whether a value was meant,
-`decided_by(tap)` returns the tap of that call: `run.stop()` runs the model so far. Check `current_owner() is tap.host`:
-calls from outside the run must pass untouched. To change a method for the duration of a run, use
-`ChangedMethod(owner, name, change)`.
+for `tap.enter(args, kwargs)` and `tap.leave(output)`, or `tap.call(function, args, kwargs)`, to be called every
+time, and returns an object with `remove()`. A value inside the calls of a module has `is_value = True`, and a
+`point(part, call)` that returns its path as users write it. If only the end of a call shows whether a value was the
+intended one, `decided_by(tap)` returns the tap of that call, and `run.stop()` lets that call end first. Check
+`current_owner() is tap.host`: calls from outside the run must pass untouched. To change a method for the duration of a
+run, use `ChangedMethod(owner, name, change)`.
 
-**Envoys.** An attribute of an envoy may be a part of the model, so everything about the envoy itself is asked with a
-function: `tree_of`, `target_of`, `owner_of`, `run_of`, `part_of`, `child_of(envoy, name)`, `handle_on(envoy, target)`,
+**Envoys.** An attribute of an envoy may be a part of the model, so use functions to ask about the envoy itself:
+`tree_of`, `target_of`, `owner_of`, `run_of`, `part_of`, `child_of(envoy, name)`, `handle_on(envoy, target)`,
 `narrowed(points, selection)`, `fetch(points, part)`, `assign(points, part, value)`, and `run_meant_by(points, what)`
-for the run whose values `model.<path>` has.
+for the run whose values `model.<path>` returns.
 
 **Modules.** `unwrapped(module)`, `wrapped_path(module)`, `wrapped_targets(target)` and `children_in(target)` see
-through what wraps a module, such as `torch.compile`. `structural_copy(module)` is a copy without weights and hooks, to
-try something on; PyTorch's hooks on all modules are not called within `without_global_hooks()`.
+through modules that wrap another, such as those of `torch.compile`. `structural_copy(module)` returns a copy without
+weights and hooks, for trial runs. Within `without_global_hooks()`, PyTorch does not call its hooks on all modules.
 """
 
 from diffsight.engine.batch_slicing import Part, Selection

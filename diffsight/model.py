@@ -49,7 +49,7 @@ class Model(Envoy):
             self._tree.add_method(owner_of(self[outer]) if outer else module, name, path)
 
     def _wrap(self, tree: Tree) -> None:
-        """Wrap what a tree describes. Wrappers call it in place of `super().__init__`."""
+        """Wrap the model that a tree describes. Wrappers call this method instead of `super().__init__`."""
         self.__dict__["_edits"] = Edits(tree.attached)
         tree.look_for_private_names()
         super().__init__(tree, tree.root)
@@ -66,8 +66,8 @@ class Model(Envoy):
         """Open a run of one forward pass: `with model.trace(x) as run:`.
 
         Args:
-            *args: Arguments of the module. A list of tensors is a batch of inputs, each as it would be given alone,
-                and `run.rows` are its parts.
+            *args: Arguments of the module. A list of tensors is a batch of inputs, each as you would pass it alone;
+                `run.rows` are its parts.
             grad: Whether to enable gradients. Otherwise the model runs in the grad mode in which the run is opened.
             **kwargs: Keyword arguments of the module.
         """
@@ -113,12 +113,12 @@ class Model(Envoy):
     def scan(self, *args: Any, **kwargs: Any) -> Run:
         """Open a run on shapes alone: `with model.scan(x) as run: width = run.layers[2].output.shape[-1]`.
 
-        It takes the arguments of `trace` (of `generate` for a pipeline) and is used like any other run, but needs no
+        It takes the same arguments as `trace` (as `generate` for a pipeline). Use it like any other run; it needs no
         weights and computes next to nothing.
 
         Values inside the model (in a pipeline, inside each of its modules) and what it returns are fake tensors. They
-        have a shape, a dtype and a device. What a module of a pipeline returns to it is zeros on the same device, so
-        the pipeline's images are refused. Integer and boolean inputs stay real. In the body of the `with` statement,
+        have a shape, a dtype and a device. The modules of a pipeline return zeros to it, on the same device, so the
+        pipeline's images are refused. Integer and boolean inputs stay real. In the body of the `with` statement,
         computing with such values, with weights or with other tensors returns fake tensors as well.
 
         Raises ScanError where the values themselves are needed: `.item()`, `if tensor:`, a boolean mask."""
@@ -141,8 +141,8 @@ class Model(Envoy):
     ) -> Run:
         """Open a run of `function`, which calls the model.
 
-        `sizes` are how many entries of the batch each input takes; `again` opens a run of the same kind with other
-        inputs, if this one has none; `grad` enables gradients."""
+        `sizes` says how many entries of the batch each input takes; `again`, for a run without inputs, opens a run of
+        the same kind with inputs; `grad` enables gradients."""
         kind = Flow
         if is_scanning():
             kind = partial(ScanFlow, stand_ins=self._tree.stand_ins())
@@ -174,7 +174,7 @@ class Model(Envoy):
             def edited(run):
                 run.layers[2].output[:] = 0
 
-        Edits stack: those of a copy come after those that the model had. In the block, `edited` and `model` are the
+        Edits stack: the edits of a copy run after those of the original. In the block, `edited` and `model` are the
         current run (`for step in edited.steps:`). All other names are looked up where the block is written, see
         `engine.capture`. A point that the run never reaches ends the edit silently.
 
@@ -182,7 +182,7 @@ class Model(Envoy):
             function: The edit as a function of the run, in place of a block.
             inplace: Whether to edit the model itself instead of a copy.
 
-        Raises SourceError if the source of the block cannot be read. A function can always be given."""
+        Raises SourceError if the source of the block cannot be read. A function always works."""
         check_no_edit()
         model = self if inplace else self._copy()
         editing = Editing(model, model._edits)
@@ -194,12 +194,12 @@ class Model(Envoy):
         return list(self._edits)
 
     def clear_edits(self) -> None:
-        """Remove all edits, and the modules that were attached."""
+        """Remove all edits and all attached modules."""
         self._edits.clear()
 
     def _copy(self) -> Self:
-        """A model of the same modules, whose edits begin with those here. Both know of each other's runs: in a run of
-        the copy, `model.<path>` is a value too."""
+        """Return a model of the same modules that starts with the same edits. Both know of each other's runs: in a run
+        of the copy, `model.<path>` is a value too."""
         copy = object.__new__(type(self))
         tree = self._tree.copy()
         copy.__dict__.update(self.__dict__, _tree=tree, _edits=Edits(tree.attached, self._edits))
@@ -214,7 +214,7 @@ class Model(Envoy):
         )
 
     def _hidden_names(self) -> list[str]:
-        """Also the modules directly in the model whose names mean something else on the model or a run."""
+        """Also return the names of the model's own children that mean something else on the model or a run."""
         parts = self._tree.children_of(self._target)
         hidden = (name for name in parts if hasattr(type(self), name) or hasattr(self._run_class, name))
         return sorted({*super()._hidden_names(), *hidden})
@@ -245,7 +245,7 @@ def _no_input() -> Any:
 
 
 def _batch(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, list[int]]:
-    """The arguments, with a list of tensors joined to one, and how many entries of the batch each input takes."""
+    """Return the arguments, with a list of tensors joined into one, and the number of batch entries of each input."""
     first = args[0] if args else next(iter(kwargs.values()), None)
     if args and isinstance(first, list) and first and all(isinstance(x, torch.Tensor) and x.ndim for x in first):
         try:

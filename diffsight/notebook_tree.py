@@ -1,4 +1,4 @@
-"""The tree of a model as HTML for notebooks, in which every module with children folds."""
+"""The tree of a model as HTML for notebooks, in which every module with children can be folded."""
 
 import html
 import re

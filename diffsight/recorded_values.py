@@ -28,11 +28,11 @@ from diffsight.errors import InputError, PointNotFoundError, UnknownKeyError, su
 
 
 class Record(dict[str, Any]):
-    """Maps the path of a point to the value that passed there, with every edit. It is filled as the model runs.
+    """Maps the path of a point to the value that passed there, including all edits. It is filled as the model runs.
 
     A point that the model passes more than once has a list, one value per call, and a point that it has not reached is
-    missing. If the body loops over `run.steps`, what passes within steps is a list with one value per step: that of the
-    first call in the step."""
+    missing. If the body loops over `run.steps`, a point within the steps has a list with one value per step: the value
+    of the first call in the step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Record(dict[str, Any]):
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """All tensors in it, including those inside objects such as a cache of keys and values."""
+        """All tensors in the record, including those inside objects such as a cache of keys and values."""
         held, leaves = self._held, tree_leaves(dict(self))
         found = ([leaf] if isinstance(leaf, torch.Tensor) else held.get(id(leaf), ()) for leaf in leaves)
         return [tensor for tensors in found for tensor in tensors]
@@ -95,7 +95,7 @@ def record(
     kept, flow = Record(), flow_of(run)
     scope, step = flow.scope, flow.clock.index if flow.scope.in_step else None
     values: dict[str, list[Any]] = {path: [] for path in found}
-    in_steps: set[str] = set()  # what has one value per step
+    in_steps: set[str] = set()  # paths with one value per step
 
     def keep(path: str, part: str, tap: Tap, index: int, value: Any) -> None:
         has_loop = step is None and (scope.stop_at_steps or scope.step >= 0)
@@ -115,9 +115,9 @@ def record(
 
 
 def _copied(thing: Any, own: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Any, list[torch.Tensor]]:
-    """A copy of an object that holds tensors, whose tensors are copied by `own`, and these tensors: the model may keep
-    writing to its own object. An object without tensors, or one that cannot be copied, is returned as it is. So is a
-    module, or a random generator."""
+    """Return a copy of an object, with its tensors copied by `own`, and these tensors: the model may keep writing to
+    its own object. Modules, random generators, and objects that have no tensors or cannot be copied are returned as
+    they are."""
     if isinstance(thing, (torch.nn.Module, torch.Generator)):
         return thing, []
     try:
@@ -145,7 +145,7 @@ class _Copying(TorchFunctionMode):
 
 
 def find_points(root: Envoy, pattern: str) -> dict[str, tuple[Points, str]]:
-    """Return the points that a path or pattern names, by path: the envoy, and the name of the value.
+    """Return the points that a path or pattern names: a dictionary of path to the envoy and the name of the value.
 
     Raises PointNotFoundError if there are none."""
     if not isinstance(pattern, str):
@@ -177,7 +177,7 @@ def _names_in(envoy: Envoy) -> list[str]:
 
 
 def _at(root: Envoy, names: list[str]) -> Points:
-    """The envoy, or the value inside the calls of a module, at a path."""
+    """Return the envoy, or the value inside the calls of a module, at a path."""
     found = root
     for name in names:
         found = inside(found, name)
@@ -187,7 +187,7 @@ def _at(root: Envoy, names: list[str]) -> Points:
 
 
 def _inside(envoy: Points, name: str) -> list[Points]:
-    """The parts of an envoy that match one name of a pattern."""
+    """Return the parts of an envoy that match one name of a pattern."""
     if not isinstance(envoy, Envoy):  # a method has no parts
         found = None if "*" in name else inside(envoy, name)
         return [] if found is None else [found]

@@ -6,7 +6,7 @@
 
 A row has the model's envoys, narrowed to its part: reading returns views of the batch, and assigning changes only the
 row's own entries. Tuples and output objects are narrowed element by element. A tensor whose first dimension is not the
-batch, even if it has its size, raises an error: see `engine.batch_dimensions`.
+batch, even if it has the same size, raises an error: see `engine.batch_dimensions`.
 """
 
 import inspect
@@ -89,9 +89,9 @@ def make_rows(run: InRun, sizes: Sequence[int]) -> tuple[Row, ...]:
 
 
 def each(rows: Sequence[Row], functions: Callable[[Row], Any] | Sequence[Callable[[Row], Any]]) -> list[Any]:
-    """Run a function for every row, each as a body of its own, or one function per row; return what they return.
+    """Run a function for every row, or one function per row, each as a body of its own; return their results.
 
-    Raises InputError for anything but plain functions, and if there are not as many functions as rows."""
+    Raises InputError for anything but plain functions, and if the number of functions is not the number of rows."""
     given = [functions] if callable(functions) else functions
     if not isinstance(given, Sequence) or not all(map(callable, given)):
         raise InputError("run.each takes a function of a row, or a list of functions, one per row")
@@ -107,7 +107,7 @@ def each(rows: Sequence[Row], functions: Callable[[Row], Any] | Sequence[Callabl
 
 
 def call_body(function: Callable[[Row], Any], row: Row) -> Any:
-    """Call the function of a row: from here on, a traceback shows the user's code again."""
+    """Call the function of a row. From this frame on, a traceback shows the user's code again."""
     return function(row)
 
 

@@ -63,7 +63,7 @@ class Run(InRun):
 
     @property
     def result(self) -> Any:
-        """What the model returned. Reading it runs the model to its end. After `invoke`, a list with one result per
+        """The model's return value. Reading it runs the model to its end. After `invoke`, a list with one result per
         pass.
 
         Raises NeverReachedError if there are assignments that the model did not reach."""
@@ -88,8 +88,8 @@ class Run(InRun):
     def stop(self) -> None:
         """End the model where it stands. Values that were read stay valid.
 
-        If only the end of a call shows whether a value read in it was the intended one, such as the attention
-        probabilities of a module that may compute several products, the model ends after that call."""
+        Sometimes only the end of a call shows whether a value read in it was the intended one, for example the
+        attention probabilities of a module that may compute several products. The model then ends after that call."""
         flow = flow_of(self._pass)
         flow.check_thread("run.stop")
         flow.finish_undecided()
@@ -97,7 +97,7 @@ class Run(InRun):
 
     @property
     def steps(self) -> Steps:
-        """The run's steps, as the model enters them: `for step in run.steps:`, or some, `run.steps[10:20]`."""
+        """The run's steps, as the model enters them: `for step in run.steps:`, or only some: `run.steps[10:20]`."""
         run = self._pass
         return Steps(flow_of(run), run._make_step)
 
@@ -110,7 +110,7 @@ class Run(InRun):
         return make_rows(run, run._sizes)
 
     def each(self, functions: Callable[[Row], Any] | Sequence[Callable[[Row], Any]]) -> list[Any]:
-        """Run a function for every row over the one forward pass, each at its own place in the model.
+        """Run a function for every row during a single forward pass, each at its own position in the model.
 
             def body(row):
                 row.layers[2].output = clean
@@ -122,12 +122,12 @@ class Run(InRun):
             functions: One function for all rows, or a list with one function per row.
 
         Returns:
-            A list of what they return.
+            A list of their return values.
         """
         return each(self.rows, functions)
 
     def invoke(self, *args: Any, **kwargs: Any) -> "Run":
-        """Open a pass of its own, inside a run that was opened without input. Arguments of the run apply to each pass.
+        """Open a separate pass inside a run that was opened without input. Arguments of the run apply to each pass.
 
             with model.trace() as run:
                 with run.invoke(a):
@@ -136,9 +136,9 @@ class Run(InRun):
                     model.layers[2].output = clean      # any value of an earlier pass is available
             first, second = run.result
 
-        Each pass runs where it is written; `part.inputs` are its inputs as the model gets them. Whatever is asked of
-        the run itself (`run.<path>`, `run.steps`, `run.rows`, `run.stop()`) refers to the last pass; only `run.result`
-        has the results of all passes."""
+        Each pass runs where it is written; `part.inputs` are its inputs as the model gets them. The names of the run
+        itself (`run.<path>`, `run.steps`, `run.rows`, `run.stop()`) refer to the last pass; only `run.result` has
+        the results of all passes."""
         self._flow.check_leads("run.invoke")
         if self._again is None or self._flow.has_begun or (self._flow.outcome is not None and not self._invoked):
             raise InputError("invoke needs a run that was opened without input: `with model.trace() as run:`")
@@ -231,7 +231,7 @@ class Run(InRun):
         return fetch(narrowed(points, Indexed(index, selection_of(points))), part)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Compute the gradients of a loss, in a run that was opened with `grad=True`. It is `loss.backward()`, and also
+        """Compute the gradients of a loss, in a run that was opened with `grad=True`. It is `loss.backward()`, but also
         works if the model is on a server.
 
             with model.trace(x, grad=True) as run:
@@ -257,7 +257,7 @@ class Run(InRun):
             flow.is_entered = True
             flow.tree.open_runs.add(flow)
             flow.enter_body()
-        except BaseException:  # interrupted: the block does not begin, so nobody would call __exit__
+        except BaseException:  # interrupted: the block does not begin, so Python would not call __exit__
             self._close_all([flow])
             raise
         return self
@@ -295,16 +295,16 @@ class Run(InRun):
     def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> Step:
         """Return what `run.steps` yields; wrappers override it.
 
-        `path` is that of the component whose call began the step, `call` are the args and kwargs of that call."""
+        `path` is the path of the component whose call began the step; `call` holds the args and kwargs of that call."""
         return Step(index, path or tree_of(self).title, call)
 
     def _own_target(self, path: str) -> Target | None:
-        """Return what a path means that belongs to the run and not to the model, such as the choice of a token."""
+        """Return the target of a path that belongs to the run, not to the model, such as the choice of a token."""
         return None
 
     @property
     def _pass(self) -> "Run":
-        """What a name of the run refers to: the run itself, or its last pass."""
+        """The run that names of this run refer to: itself, or its last pass."""
         return self._invoked[-1] if self._invoked else self
 
     def _check_one_pass(self, name: str) -> None:
@@ -391,7 +391,7 @@ class Run(InRun):
 
 
 def own_target(run: Run, path: str) -> Target | None:
-    """Return what a path means that belongs to a run and not to the model; None if it is nothing of the kind."""
+    """Return the target of a path that belongs to a run, not to the model; None for any other path."""
     return run._own_target(path)
 
 

@@ -1,4 +1,4 @@
-"""How a run works: the model in a coroutine, what is tapped in it, and the order in which values are asked for.
+"""How a run works: the model in a coroutine, the taps on it, and the order in which values are asked for.
 
 The files in order; each imports only from those above it:
 
@@ -7,7 +7,7 @@ The files in order; each imports only from those above it:
     torch_state     grad mode, inference mode, autocast, function modes, random state
     coroutine       a stack that parks and resumes; each run has its own, so two can be open in lockstep
     gradients       calls methods that disable gradients with gradients enabled; gradient checkpointing
-    hooks           what a run puts on the model, and takes off again
+    hooks           the hooks that a run puts on the model and removes again
     users_hooks     forward hooks of others, and which of them may change an output
     unseen_calls    classes of modules whose outputs cannot be seen
     target          one thing that can be tapped, and its path
@@ -15,23 +15,23 @@ The files in order; each imports only from those above it:
     structural_copy     a model without its weights and hooks
     batch_dimensions    which values have the batch as their first dimension
     batch_slicing   a part of a value, such as the rows of a batch
-    weak_values     values that are there as long as somebody else holds them
-    points          a point as it is asked for, a value that passes there, an assignment
+    weak_values     values that exist as long as somebody else holds them
+    points          a point as a body asks for it, a value that passes one, an assignment to one
     open_runs       several runs open at once, and which of them `model.<path>` means
-    late_weights    weights that are loaded later
+    late_weights    weights that are loaded when they are first needed
     step_clock      when a step begins
-    attached_modules    modules of the user's own on parts of a model
+    attached_modules    the user's own modules, attached to parts of a model
     module_places   where modules stand, and which are called directly, bypassing those around them
     tree            everything that can be tapped in a model, and its names
     tapped_call     the calls of one module or method: counted, changed or skipped
-    taps            all taps of a run, and from when on they count
+    taps            all taps of a run, and when they start to count
     order           passed, too late, never reached
     user_bodies     edits and the functions of `run.each`, and whose turn it is
-    run_end         how a run ends, and leaves nothing behind
-    run_to_point    moves the model up to what the body asks for
+    run_end         how a run ends, leaving nothing on the model
+    run_to_point    runs the model up to the point that the body asks for
     scan_errors     the error of a scan that needs values
     scan_fakes      fake tensors, and zeros
-    scan_state      what a scan restores on the modules
+    scan_state      the state of modules that a scan restores
     scan_mode       what functions compute in a scan
     scan            runs on shapes alone
     capture         the blocks of `with` statements that run later

@@ -1,4 +1,4 @@
-"""Modules of the user's own, attached to parts of a model for edits to call: `edited.layers[0].sae = SAE()`."""
+"""The user's own modules, attached to parts of a model so that edits can call them: `edited.layers[0].sae = SAE()`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,16 +19,16 @@ class AttachedModules:
     def __init__(self) -> None:
         self.targets: dict[Key, Target] = {}  # by the id of the module they are attached to, and their name
         self.ever: list[nn.Module] = []  # all that were ever attached, to any copy of the model
-        self._real: list[tuple[nn.Module, str, nn.Module]] = []  # those that are children of the module itself
+        self._real: list[tuple[nn.Module, str, nn.Module]] = []  # those that are children of their owner
 
     def copy(self) -> "AttachedModules":
-        """Return the same, for a copy of the model."""
+        """Return a copy, for a copy of the model."""
         copied = AttachedModules()
         copied.targets, copied.ever = dict(self.targets), self.ever
         return copied
 
     def find(self, owner: Any, name: str) -> Target | None:
-        """Return the target of what is attached to `owner` under `name`."""
+        """Return the target of the module attached to `owner` under `name`."""
         return self.targets.get((id(owner), name))
 
     def add(self, owner: nn.Module, name: str, path: str, module: nn.Module, is_real: bool) -> Target:
@@ -41,11 +41,11 @@ class AttachedModules:
         return target
 
     def names_on(self, owner: Any) -> Iterator[str]:
-        """Return the names of what is attached to `owner`."""
+        """Return the names of the modules attached to `owner`."""
         return (name for number, name in self.targets if number == id(owner))
 
     def clear(self) -> None:
-        """Remove all of them again."""
+        """Remove all attached modules."""
         self.targets.clear()
         for owner, name, module in self._real:
             if owner._modules.get(name) is module:

@@ -1,9 +1,9 @@
 """Which values have the batch as their first dimension, in a model that runs with a batch of several inputs.
 
-A first dimension of the same size may be something else: the tokens, experts, frames. So the first time that a row is
-asked for, the component that is running is called twice more, with batches that are larger by one and by two. The
+A first dimension of the same size may be something else, such as tokens, experts or frames. So the first time that a
+row is asked for, the running component is called twice more, with batches that are larger by one and by two. The
 dimensions that grow with them are the batch. These calls run on a copy of the component's structure, with tensors on
-the meta device, or with the real weights if the model is small or needs values. What is found is kept with the
+the meta device, or with the real weights if the model is small or needs values. The result is kept with the
 modules.
 """
 
@@ -25,8 +25,8 @@ from diffsight.engine.structural_copy import structural_copy, without_global_hoo
 from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState, call_in, kept_random_state
 
-Shapes = list[tuple[int, ...] | None]  # of what a value holds; None for anything but a tensor
-Sizes = list[bool | None]  # of what a value holds: whether the first dimension is the batch; None if another one is
+Shapes = list[tuple[int, ...] | None]  # of everything in a value; None for anything but a tensor
+Sizes = list[bool | None]  # for everything in a value: whether its first dimension is the batch; None if another is
 _SMALL = 10**7  # parameters: such a model runs faster with its weights than on the meta device
 
 
@@ -37,7 +37,7 @@ class Running(Protocol):
 
 
 _known: WeakKeyDictionary[nn.Module, dict[tuple[str, int], Sizes]] = WeakKeyDictionary()
-_tried: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()  # component to the sizes of batches tried in vain
+_tried: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()  # component to batch sizes tried in vain
 
 
 def batch_dimensions(host: Running, target: Target, part: str, value: Any, total: int) -> Sizes | None:
@@ -45,14 +45,14 @@ def batch_dimensions(host: Running, target: Target, part: str, value: Any, total
 
     Args:
         host: The run.
-        target: What is called.
+        target: The module or method that is called.
         part: "inputs", "input" or "output".
         value: The value.
         total: The size of the batch.
 
     Returns:
-        For everything that the value holds, in order: True; False if no dimension of it is the batch; None if another
-        is. None for all if it cannot be known."""
+        For everything in the value, in order: True if its first dimension is the batch, None if another one is, False
+        if none is. None instead of the list if this cannot be determined."""
     if target.name != FORWARD:
         return None
     leaves = [value] if type(value) is torch.Tensor else tree_leaves(value)
@@ -73,7 +73,7 @@ def _length(leaf: Any) -> int | None:
 
 
 def _find(host: Running, component: nn.Module, total: int) -> bool:
-    """Call a copy of a component, and note what grows with the batch. Return False if the component is not running."""
+    """Call a copy of a component; note which dimensions grow with the batch. Return False if it is not running."""
     frame = sys._getframe() if host.coroutine.is_running else host.coroutine.frame
     call = running_call(frame, component)
     if call is None:
@@ -89,7 +89,7 @@ def _find(host: Running, component: nn.Module, total: int) -> bool:
                     call_in(state, None, partial(_call, component, call, total, total + more, with_weights))
                     for more in (1, 2)
                 ]
-        except Exception:  # whatever it is: then it cannot be known
+        except Exception:  # of any kind: then the dimensions cannot be determined
             continue
         for module, calls in larger[0].items():
             _note(module, calls, larger[1].get(module, {}), total)
@@ -101,7 +101,7 @@ def _find(host: Running, component: nn.Module, total: int) -> bool:
 
 
 def _has_time_first(module: nn.Module) -> bool:
-    """Whether what was taken to be the batch is the time of a recurrent layer or of attention."""
+    """Whether the supposed batch dimension is the time dimension of a recurrent layer or of attention."""
     if getattr(module, "batch_first", True):
         return False
     return any(sizes[:1] == [True] for (part, _), sizes in _known.get(module, {}).items() if part == "input")
@@ -112,7 +112,7 @@ def _note(module: nn.Module, calls: dict[str, list[Shapes]], larger: dict[str, l
         others = larger.get(part, [])
         found = [_compare(a, b, total) for a, b in zip(shapes, others) if len(a) == len(b)]
         alike = len(found) == len(shapes) == len(others) and all(sizes == found[0] for sizes in found)
-        for count in {len(shape) for shape in shapes}:  # otherwise it is called for parts of the batch, for example
+        for count in {len(shape) for shape in shapes}:  # if not alike, it may be called for parts of the batch
             _known.setdefault(module, {})[part, count] = found[0] if alike else [None] * count
 
 
@@ -130,7 +130,7 @@ def _is_batch(one_more: Sequence[int], two_more: Sequence[int], total: int) -> b
 def _call(
     component: nn.Module, call: tuple[tuple, dict], total: int, size: int, with_weights: bool
 ) -> dict[nn.Module, dict[str, list[Shapes]]]:
-    """Call a copy of a component with a batch of `size`; return the shapes of what passed each of its modules."""
+    """Call a copy of a component with a batch of `size`; return the shapes of the values that passed its modules."""
     copied = structural_copy(component, with_weights)
     seen: dict[nn.Module, dict[str, list[Shapes]]] = {}
     for module, original in zip(copied.modules(), component.modules(), strict=True):

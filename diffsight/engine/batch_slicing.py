@@ -32,7 +32,7 @@ class Tapped(Protocol):
 class Selection:
     """A part of a value. This base class selects the same part in every call.
 
-    `name` is what the user calls the selection, such as "rows[1]". `missing` completes the error message "… was asked
+    `name` is the user's name for the selection, such as "rows[1]". `missing` completes the error message "… was asked
     for, but …" for a point at which no call has this part."""
 
     name = ""
@@ -45,8 +45,8 @@ class Selection:
     def call(self, tap: Tapped, first: int, number: int, path: object) -> int:
         """Return the index of call `number` among the calls from `first` on that have this part.
 
-        Whether a call has it is known once the call has begun. Until then, return the earliest call that could be the
-        one."""
+        Whether a call has it is known once the call has begun. Until then, return the earliest call that may
+        have it."""
         return first + number
 
     def at(self, tap: Tapped, index: int, path: object) -> "Selection":
@@ -66,7 +66,7 @@ class Selection:
 
 
 def _one_level(value: Any) -> tuple[list, Any]:
-    """What a container holds directly, and its structure."""
+    """Return the direct contents of a container, and its structure."""
     return tree_flatten(value, is_leaf=lambda node: node is not value)
 
 
@@ -136,7 +136,7 @@ class Part(Selection):
         part = self._slice(whole, path)
         if value.shape != whole[part].shape:
             raise AssignmentError(f"{path} has the shape {tuple(whole[part].shape)}, not {tuple(value.shape)}")
-        # Gradients flow through the rest whatever the body's grad mode.
+        # Gradients flow through the rest in any grad mode of the body.
         with torch.set_grad_enabled(whole.requires_grad or value.requires_grad):
             if copies.get(id(whole)) is not whole:
                 whole = whole.clone()
@@ -167,7 +167,7 @@ class TracedPart(Part):
     def __init__(self, part: Part, tap: Tapped, path: Any) -> None:
         vars(self).update(vars(part))
         self._tap = tap
-        self._part = getattr(path, "asked", path).part  # of a point, or of what was assigned to one
+        self._part = getattr(path, "asked", path).part  # path is a point or an assignment to one
         self._found: dict[int, bool | None] | None = None  # by tensor id: whether its first dimension is the batch
 
     def take(self, value: Any, path: object) -> Any:
@@ -221,9 +221,9 @@ def wrong_type(path: object, before: Any, value: Any) -> AssignmentError:
 
 
 class Indexed(Selection):
-    """The part of a tensor that an index such as `[:, -1]` selects, within what `of` selects if that is given.
+    """The part of a tensor that an index such as `[:, -1]` selects, within the part that `of` selects, if given.
 
-    Reading returns `tensor[index]`: a view of the tensor, if the index makes one."""
+    Reading returns `tensor[index]`, which is a view of the tensor if the index allows it."""
 
     def __init__(self, index: Any, of: Any = None) -> None:
         self.index, self.of = index, of

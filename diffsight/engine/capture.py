@@ -122,7 +122,7 @@ class Block:
     def skip(self, value: Any = None) -> None:
         """Skip the block that the frame is about to enter.
 
-        To be called by `__enter__`, which then returns `value`. `__exit__` has to call `was_skipped`."""
+        Call it in `__enter__`, which then returns `value`. `__exit__` must call `was_skipped`."""
         frame = self._frame
         self._is_traced, self._value = False, value
         self._before = (sys.gettrace(), frame.f_trace, frame.f_trace_opcodes)
@@ -134,7 +134,7 @@ class Block:
     def was_skipped(self, error: BaseException | None) -> bool:
         """Restore the trace function, and return whether the block was skipped.
 
-        To be called by `__exit__`. The result is False where the statement itself raised an error before its block
+        Call it in `__exit__`. The result is False if the statement itself raised an error before its block
         (`with ... as nothing[0]`).
 
         Raises:
@@ -167,7 +167,7 @@ class Block:
         """Return whether to skip the block at this instruction: the first of the block.
 
         An exception raised at the first instruction of a `try` would not reach the `with` statement. A block that
-        starts with `try` is therefore skipped one instruction earlier, at the one that binds the name after `as`."""
+        starts with `try` is therefore skipped one instruction earlier, where the name after `as` is bound."""
         if not self._is_head(self._positions[index]):
             return True
         return self._starts_with_try and not self._is_head(self._positions[index + 1])
@@ -189,7 +189,7 @@ class Deferred:
     - `_given()`, which returns the value that `as` binds;
     - `_take(block)`, which receives the block at the end of the statement;
     - `_instead`, the end of the error message where the source is not available: what to write instead of a block;
-    - `_block_class`, if the block is to be compiled in another way.
+    - `_block_class`, if the block must be compiled in another way.
     """
 
     _instead: str
@@ -273,7 +273,7 @@ def span_of(node: ast.AST) -> Span:
 
 
 def _find(frame: FrameType) -> tuple[ast.Module, ast.With, ast.withitem]:
-    """Return the `with` statement that a frame is entering, and which of its items."""
+    """Return the `with` statement that a frame is entering, and the item that it is entering."""
     # The instruction before the current one is the last of the item's expression, and has its position.
     tree, span = parse_source(frame, frame.f_lasti // 2 - 1)
     for node in ast.walk(tree):
@@ -298,7 +298,7 @@ def _is_source(lines: list[str], code: CodeType) -> bool:
 
 
 def _is_what_runs(statement: ast.With, item: ast.withitem, code: CodeType) -> bool:
-    """Return whether the code that runs knows the names in the first line of the block and in the head, from this item
+    """Return whether the running code has the names in the first line of the block and in the head, from this item
     on. It does not if the file was edited after it was loaded."""
     items = statement.items[statement.items.index(item) :]
     first = [statement.body[0]] if isinstance(statement.body[0], (ast.Expr, ast.Assign, ast.AugAssign)) else []
@@ -356,7 +356,7 @@ def _compile(
     """Compile the function of a block.
 
     Returns:
-        The function, which takes `ARGUMENT` and those of the `known` names that the block uses; and the names that the
+        The function, which takes `ARGUMENT` and the `known` names that the block uses; and the names that the
         block assigns.
     """
     around = _scopes_around(tree, statement)
@@ -398,7 +398,7 @@ def _function(
 def _variables(frame: FrameType) -> dict[str, Any]:
     """Return the variables of a frame, including those of the functions around it.
 
-    The body of a class does not have the latter: they come from the frames that called it."""
+    A class body does not hold the latter: they come from the frames that called it."""
     variables, outer = dict(frame.f_locals), frame
     free = set(frame.f_code.co_freevars) - variables.keys()
     while free and outer is not None and not outer.f_code.co_flags & inspect.CO_OPTIMIZED:

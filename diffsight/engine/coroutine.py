@@ -45,20 +45,20 @@ _MAIN_THREAD = main_thread().ident
 _MOST_IDLE = 100
 _SHALLOW = 100  # Python frames
 _idle: list["Stack"] = []
-# A PyTorch error records the 64 innermost frames of the C stack. Beyond the frames of a greenlet lies whatever others
-# have put there since it started, and reading that as frames may crash. So each stack has more frames of its own than
-# PyTorch looks at.
+# A PyTorch error records the 64 innermost frames of the C stack. Memory beyond the frames of a greenlet holds
+# whatever others have put there since it started, and reading it as frames may crash. So each stack has more frames of
+# its own than PyTorch looks at.
 _DEEPER = (operator.call,) * 64
 
 
 class Stack(greenlet):
     """The stack that a coroutine runs on.
 
-    Creating one takes longer than most runs take. So a stack that was started in the main thread with few
-    frames open is kept, and used again when its coroutine has ended."""
+    Creating a stack takes longer than most runs. So a stack that was started in the main thread with few frames open
+    is kept when its coroutine has ended, and used again."""
 
-    coroutine: "Coroutine | None" = None  # the one that runs here
-    owner: Any = None  # the coroutine's
+    coroutine: "Coroutine | None" = None  # the coroutine that runs here
+    owner: Any = None  # the coroutine's owner
 
     def __init__(self, is_kept: bool) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Stack(greenlet):
         return stack
 
     def give_back(self) -> None:
-        """Keep the stack for another coroutine, if possible, now that its own has ended."""
+        """Keep the stack for another coroutine if possible, after its own has ended."""
         self.coroutine = self.owner = self.gr_context = None
         if not self.dead and self.parent.parent is None and len(_idle) < _MOST_IDLE:
             _idle.append(self)
@@ -96,7 +96,7 @@ class Stack(greenlet):
 
 
 def _is_shallow() -> bool:
-    """Whether few frames are open. The frames that a stack was started in always count towards its recursion limit."""
+    """Whether few frames are open. The frames in which a stack was started always count towards its recursion limit."""
     try:
         sys._getframe(_SHALLOW)
     except ValueError:
@@ -110,7 +110,7 @@ atexit.register(_idle.clear)  # so that they end while Python still has all it n
 class Coroutine:
     """A function that runs until it parks, and continues from there when it is resumed."""
 
-    is_edit = False  # True for those that run edits, see `diffsight.engine.user_bodies`
+    is_edit = False  # True for coroutines that run edits, see `diffsight.engine.user_bodies`
 
     def __init__(self, function: Callable[[], Any], owner: Any, state: TorchState) -> None:
         """Prepare to run `function`; `state` is the PyTorch state that it starts in."""
@@ -119,7 +119,7 @@ class Coroutine:
         self.state = state
         self.context = copy_context()
         self.random: list[torch.Tensor] | None = None  # the function's own random state, if it has one
-        self.dead = False  # whether it has ended, in whatever way
+        self.dead = False  # whether it has ended, in any way
         self.result: Any = None  # what the function returned
         self._stack: Stack | None = None  # from start to end
         self._unwinds = False  # whether it was told to end
@@ -160,8 +160,8 @@ class Coroutine:
             body: The current state, if it is known.
 
         Returns:
-            What the function parked with, or the call once it has been made. If the function has ended, `dead` is
-            True."""
+            The value that the function parked with, or the call once it has been made. If the function has ended,
+            `dead` is True."""
         if body is None:
             body = self.state.now()
         if self._stack is None:
@@ -189,8 +189,8 @@ class Coroutine:
 
     def _enter(self, body: TorchState) -> None:
         """Switch from the body's state to the function's."""
-        # Inference mode is changed by guards, each of which restores what it found. No guard is used where none
-        # is needed: under a guard every operation takes longer.
+        # Inference mode is changed by guards, each of which restores the mode it found. They are used only where
+        # needed: under a guard every operation takes longer.
         if self._guard is not None:
             guard, self._guard = self._guard, None
             guard.__exit__(None, None, None)

@@ -1,12 +1,12 @@
 """Gradients in runs: methods that disable them, and regions of the model that `backward()` computes again.
 
 Gradient checkpointing drops what autograd saves in a region of the model, and `backward()` computes the region again.
-That second computation would leave out everything that a run has changed in the region. So from the first point there
-that a run reads or changes, autograd keeps what it saves. Because the second computation ends with the last value that
-was dropped, it ends before that point, and all gradients are exact.
+That second computation would leave out every change that a run has made in the region. So autograd keeps what it saves
+from the first point in the region that a run reads or changes. The second computation ends with the last dropped value,
+and therefore before that point: all gradients are exact.
 
-A region whose forward pass runs without gradients, as that of reentrant checkpointing does, is computed again as a
-whole. Points in it are refused.
+A region whose forward pass runs without gradients, as in reentrant checkpointing, is computed again as a whole.
+Points in it are refused.
 """
 
 import sys
@@ -29,7 +29,7 @@ def with_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def end_checkpoints() -> None:
-    """Keep what autograd saves from now on, in all regions of gradient checkpointing that the model is in."""
+    """From now on, keep what autograd saves in all checkpointed regions that the model is in."""
     hooks = saved_tensor_hooks()
     regions = [pack for pack, _ in hooks if pack.__qualname__ == _PACKS_FOR_CHECKPOINT]
     if regions:
@@ -40,7 +40,7 @@ def end_checkpoints() -> None:
 
 
 def is_computed_again() -> bool:
-    """Whether the model is inside an autograd function that needs gradients and hides what it calls from autograd."""
+    """Whether the model is inside an autograd function that needs gradients and hides its calls from autograd."""
     frame = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -58,7 +58,7 @@ def _keep(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def _kept(saved: tuple[torch.Tensor, int]) -> torch.Tensor:
     tensor, version = saved
-    if tensor._version != version:  # autograd does not compare them where hooks are set
+    if tensor._version != version:  # autograd does not compare versions where hooks are set
         raise RuntimeError(
             f"a tensor of shape {tuple(tensor.shape)} that is needed for the gradient has been modified in place: it "
             f"is at version {tensor._version}, and was saved at version {version}"

@@ -1,15 +1,15 @@
-"""What a run puts on a model, so that its calls go through the run's taps; and how it is taken off again.
+"""The hooks that a run puts on a model so that calls go through the run's taps, and how they are removed.
 
 For the duration of a run, every module that the run counts or taps has a `forward` of its own, which counts its calls
 or sends them through a tap. Ordinary hooks would do the same at several times the cost: a module with any hook leaves
-PyTorch's fast path. Relative to other people's hooks, this `forward` stands where the last hook before the call and the
-first hook after it would. That is where a run belongs: transformers captures hidden states in hooks, and these must
-contain what the run has edited.
+PyTorch's fast path. Among other people's hooks, this `forward` acts as the last hook before the call and the first hook
+after it. That is where a run belongs: transformers captures hidden states in hooks, and these must contain the run's
+edits.
 
 A method is tapped by giving its object a subclass of its class for the duration of the run. Unlike a wrapper stored on
 the instance, this follows copies of the object (pipelines step a copy of their scheduler) and reaches `__call__`. The
-subclass has the name and the signatures of the original, and equals it. If several runs are open at once, the last one
-restores everything.
+subclass has the name and the signatures of the original, and compares equal to it. If several runs are open at once,
+the last one restores everything.
 """
 
 import functools
@@ -30,19 +30,19 @@ from diffsight.engine.coroutine import current_owner
 from diffsight.engine.threads import calls_in_threads, note_call_in_thread
 
 FORWARD = "forward"
-COMPILED = "_compiled_call_impl"  # on a module after `module.compile()`: what its calls go to
-_GETSTATE = "__getstate__"  # what copies of an object are made from; looked up on the instance too
-_OWNER = "_diffsight_owner"  # on a tapped object: whose taps its calls go to; copies carry it along
+COMPILED = "_compiled_call_impl"  # on a module after `module.compile()`: the function that its calls go to
+_GETSTATE = "__getstate__"  # returns the state for copies of an object; looked up on the instance too
+_OWNER = "_diffsight_owner"  # on a tapped object and its copies: the object to whose taps calls go
 
 _lock = RLock()
 _forward_of, _runs_of = operator.itemgetter(FORWARD), operator.itemgetter(3)
 _run_all = deque(maxlen=0).extend  # runs an iterator to its end, in C
-_FEW = 8  # modules; so many are hooked sooner one by one than together
+_FEW = 8  # modules; up to this many are hooked faster one by one than together
 
 
 # ---- the forward passes of modules
 
-# Id of a module: what overrides its calls, under which name, what was there, for how many runs, and the module.
+# Id of a module to: the override of its calls, its name, the value it replaced, the number of runs, and the module.
 _hooked: dict[int, list] = {}
 # Signals and garbage collection can interrupt only at function calls. All bookkeeping is therefore updated without
 # calling a function, so that an interrupt never finds a module half hooked.
@@ -51,9 +51,9 @@ _hooked: dict[int, list] = {}
 class ModuleGroup:
     """Modules that are hooked together, such as the children of one module.
 
-    What hooks them is made once. It is put on and taken off in a few calls of C functions, which are not interrupted,
-    and take little longer if there are thousands of modules. If a module is not as it was when the group was made, or
-    is hooked already, they are hooked one by one.
+    Their hooks are made once, and put on and taken off with a few calls of C functions. These are not interrupted, and
+    take little longer for thousands of modules. If a module has changed since the group was made, or is hooked
+    already, the modules are hooked one by one.
 
     Args:
         modules: The modules, by id.
@@ -63,8 +63,8 @@ class ModuleGroup:
         self.modules = modules
         self.held = [module.__dict__ for module in modules.values()]
         self.puts: list[Callable] = []
-        self.entries: dict[int, list] = {}  # those of `_hooked`, as long as nobody has changed one
-        self.user: HookedModules | None = None  # by whom they are hooked together
+        self.entries: dict[int, list] = {}  # their entries in `_hooked`, as long as nobody has changed one
+        self.user: HookedModules | None = None  # the user that has hooked them together
         self._kinds = [*map(type, modules.values())]
         self._forwards = {kind: getattr(kind, FORWARD, None) for kind in self._kinds}
         functions = {kind: _hook_of(kind, forward) for kind, forward in self._forwards.items()}
@@ -74,7 +74,7 @@ class ModuleGroup:
             self._states = [MethodType(_state_without_hook, module) for module in modules.values()]
 
     def hook(self, user: "HookedModules") -> bool:
-        """Hook the modules for `user`; return False if that has to be done one by one."""
+        """Hook the modules for `user`; return False if they must be hooked one by one."""
         is_as_it_was = (
             self._is_plain
             and _hooked.keys().isdisjoint(self.modules)
@@ -97,7 +97,7 @@ class ModuleGroup:
         return True
 
     def unhook(self) -> bool:
-        """Unhook the modules; return False if that has to be done one by one."""
+        """Unhook the modules; return False if they must be unhooked one by one."""
         runs = [*map(_runs_of, self.entries.values())]
         try:
             is_as_it_was = runs.count(1) == len(runs) and [*map(_forward_of, self.held)] == self.puts
@@ -120,17 +120,17 @@ class ModuleGroup:
 class HookedModules:
     """The modules that a run has hooked: their calls go through the taps of the run that makes them.
 
-    Nested: each module stays hooked until as many runs have unhooked it as have hooked it."""
+    Hooks nest: a module stays hooked until every run that has hooked it has unhooked it."""
 
     def __init__(self) -> None:
-        self.groups: list[ModuleGroup] = []  # those hooked together
-        self._known: list[list] = []  # of those hooked one by one, the entries of `_hooked`
-        self._held: list[dict] = []  # what each module holds, and of it what the hook is
+        self.groups: list[ModuleGroup] = []  # the groups hooked together
+        self._known: list[list] = []  # entries in `_hooked` of modules hooked one by one
+        self._held: list[dict] = []  # the `__dict__` of each module; `_hooks` has the hook in it
         self._hooks: list[Callable] = []
 
     def hook(self, modules: Iterable[nn.Module]) -> None:
         """Hook more modules."""
-        with _lock:  # the loop is elsewhere: Python 3.13 would not release it if an interrupt came between iterations
+        with _lock:  # no loop in here: Python 3.13 would keep the lock if an interrupt came between iterations
             self._hook(modules)
 
     def hook_together(self, group: ModuleGroup) -> None:
@@ -166,7 +166,7 @@ class HookedModules:
             self._hooks.append(known[0])
 
     def renew(self) -> None:
-        """Hook those modules again whose `forward` the body has replaced, before the model moves."""
+        """Before the model moves, hook modules again if the body has replaced their `forward`."""
         try:
             if [*map(_forward_of, self._held)] == self._hooks:
                 return
@@ -184,7 +184,7 @@ class HookedModules:
         self._hooks = [known[0] for known in entries]
 
     def unhook(self) -> None:
-        """Unhook all of them. May be called again."""
+        """Unhook all modules. May be called again."""
         if self.groups or self._known:
             with _lock:  # as above
                 self._unhook()
@@ -200,7 +200,7 @@ class HookedModules:
         while self._known:
             put, name, own, runs, module = known = self._known[-1]
             number, held = id(module), module.__dict__
-            is_ours = held.get(name) is put  # otherwise someone has put something else there meanwhile
+            is_ours = held.get(name) is put  # otherwise someone has replaced it meanwhile
             known[3] = runs - 1
             del self._known[-1]
             if runs == 1:
@@ -217,7 +217,7 @@ class HookedModules:
 
 
 def _state_without_hook(module: nn.Module) -> Any:
-    """What a copy of a hooked module gets (`copy`, `deepcopy`, `pickle`): the state of the module without the hook."""
+    """Return the state for a copy of a hooked module (`copy`, `deepcopy`, `pickle`), without the hook."""
     state = type(module).__getstate__(module)
     known = _hooked.get(id(module))
     state, *slots = state if isinstance(state, tuple) else (state,)
@@ -232,24 +232,24 @@ def _state_without_hook(module: nn.Module) -> Any:
 
 
 def _hook_of(kind: type[nn.Module], forward: Any) -> Callable | None:
-    """What hooks the modules of a class whose forward pass is `forward`; None if each needs a hook of its own."""
+    """Return the hook for modules of a class whose forward pass is `forward`; None if each needs a hook of its own."""
     return _through_taps(kind, forward) if type(forward) is FunctionType else None
 
 
 @functools.cache
 def _through_taps(kind: type[nn.Module], forward: FunctionType) -> Callable | None:
-    """The forward pass of a class of modules, sent through the taps; None if it is a static method, for example."""
+    """Return a class's forward pass, sent through the taps; None if it is not a plain method (but static, say)."""
     is_method = inspect.getattr_static(kind, FORWARD) is forward
     return functools.wraps(forward)(_through(forward, forward)) if is_method else None
 
 
 def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any]:
-    """What is put in place of a module's forward pass, under which name, and what is there now. Compiled code is called
-    through the taps and otherwise left alone."""
+    """Return the replacement of a module's forward pass, the name to store it under, and the value there now. Compiled
+    code is called through the taps and otherwise left alone."""
     held = module.__dict__
     name = FORWARD if held.get(COMPILED) is None else COMPILED
     own = held.get(name)
-    target = module.forward if own is None else own  # a TorchScript module looks its own up when it is asked
+    target = module.forward if own is None else own  # a TorchScript module looks up its own on access
     function = _through(lambda module, /, *args, **kwargs: target(*args, **kwargs))
     if own is None:
         return MethodType(function, module), name, None
@@ -257,10 +257,10 @@ def _of_its_own(module: nn.Module) -> tuple[Callable, str, Any]:
 
 
 def _through(original: Callable, of_class: Callable | None = None) -> Callable:
-    """`original`, a function of a module and arguments, sent through the taps of the run that calls it.
+    """Return `original`, a function of a module and arguments, sent through the taps of the run that calls it.
 
-    `of_class` is the forward pass of the module's class if that is what `original` is. It is looked up again in every
-    call, as PyTorch does, since the user may replace it at any time."""
+    If `original` is the forward pass of the module's class, pass it as `of_class` too. Like PyTorch, every call then
+    looks it up again, since the user may replace it at any time."""
 
     def forward(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         function = original
@@ -322,7 +322,7 @@ def running_call(frame: FrameType | None, module: nn.Module) -> tuple[tuple, dic
 
 
 def has_forward_of_its_own(module: nn.Module) -> bool:
-    """Whether a module has a forward pass that is not that of its class."""
+    """Whether a module has a forward pass other than the one of its class."""
     known = _hooked.get(id(module))
     return module.__dict__.get(FORWARD) is not None if known is None else known[2] is not None and known[1] == FORWARD
 
@@ -337,7 +337,7 @@ class Override:
     on, and it is taken off with the last `remove`."""
 
     _users: dict = {}  # the overrides of one method
-    _first: dict = {}  # of those, the one that was put on
+    _first: dict = {}  # the one of them that was put on
 
     def __init__(self, target: Any, name: str) -> None:
         self.target, self.name = target, name
@@ -409,7 +409,7 @@ class TappedMethod(Override):
 
     def put_on(self) -> None:
         self.own = own = self.target.__dict__.get(self.name)
-        if own is not None:  # the user has put another on the object itself, a compiled one for instance
+        if own is not None:  # the user has put another on the object itself, such as a compiled one
 
             @functools.wraps(own)
             def method(*args: Any, **kwargs: Any) -> Any:
@@ -448,7 +448,7 @@ _copies: dict[int, weakref.WeakSet] = {}  # id of a tapped object: the copies th
 
 @functools.cache
 def _tapped_class(cls: type, names: frozenset[str]) -> type:
-    """A subclass of `cls`, with the same name, whose methods `names` go through the taps of the current run."""
+    """Return a subclass of `cls` with the same name, whose methods `names` go through the taps of the current run."""
 
     def wrap(name: str) -> Callable:
         original = getattr(cls, name)
@@ -464,7 +464,7 @@ def _tapped_class(cls: type, names: frozenset[str]) -> type:
         return method
 
     def __setstate__(self: Any, state: Any) -> None:
-        """A copy is being made: it gets its class back when the object does."""
+        """Fill a copy that is being made. It gets its class back when the object does."""
         if hasattr(cls, "__setstate__"):
             cls.__setstate__(self, state)
         else:
@@ -482,8 +482,8 @@ def _tapped_class(cls: type, names: frozenset[str]) -> type:
 
 @functools.cache
 def _equal_kind(kind: type) -> type:
-    """A metaclass for tapped classes, each of which equals the class that it stands for. Bria's pipeline, for example,
-    compares `type(scheduler)` with the classes of schedulers."""
+    """Return a metaclass for tapped classes, which makes each equal to the class that it stands for. Bria's pipeline,
+    for example, compares `type(scheduler)` with the classes of schedulers."""
 
     def __eq__(cls: type, other: object) -> bool:
         return getattr(cls, "_diffsight_class", cls) is getattr(other, "_diffsight_class", other)

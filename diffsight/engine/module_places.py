@@ -3,8 +3,9 @@
 A module is usually called by the module around it. So it is enough to count its calls from the moment that the model
 enters the module around it. Two kinds of modules have to be counted from the start of every run: those that stand in
 several places, and strays, which the model calls while no module around them is running (`net` calls `net.block.norm`
-itself, for example). Some strays show in the code of the modules around them, which uses their names. The others are
-not known before the model has run. So the first run in which anything is read taps everything, and learns them.
+itself, for example). Some strays can be recognised in the code of the modules around them, which uses their names.
+The others are unknown until the model has run. So the first run in which anything is read taps everything to learn
+them.
 """
 
 import dis
@@ -42,7 +43,7 @@ class ModulePlaces:
         self.is_known = False
 
     def around(self, target: Target) -> list[Target]:
-        """Return what calls a module: the module around it, in every place where it stands."""
+        """Return the targets that call a module: the module around it, in every place where it stands."""
         found = []
         for place in self.places.get(target.key, (target,)):
             outer = place.outer
@@ -58,7 +59,7 @@ class ModulePlaces:
 
 
 def _may_be_stray(target: Target) -> bool:
-    """Whether the code of a module further out uses the name of a module: perhaps it calls it."""
+    """Whether the code of a module further out uses the name of a module, and so may call it."""
     *further, _ = [outer for outer in target.around() if outer.is_called] or [target]
     if not further:
         return False
@@ -73,8 +74,8 @@ _ENTRIES = ("forward", "encode", "decode")  # the methods through which models a
 
 @cache
 def _names_in_code(cls: type, by_index: bool) -> frozenset[str]:
-    """The attributes that a class uses in its forward pass, and in the methods that it calls there; only those of
-    methods that also index or iterate, if told."""
+    """Return the attributes that a class uses in its forward pass and in the methods called from it. With `by_index`,
+    return only those used in methods that also index or iterate."""
     found: set[str] = set()
     waiting = [*_ENTRIES]
     for name in waiting:
@@ -87,7 +88,7 @@ def _names_in_code(cls: type, by_index: bool) -> frozenset[str]:
 
 
 def _codes(member: Any) -> Iterator[CodeType]:
-    """The code of a method or property, and of the functions inside it."""
+    """Return the code of a method or property, and of the functions inside it."""
     function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
@@ -107,7 +108,7 @@ def _names(path: str) -> list[str]:
 
 
 def inside(component: Target) -> list[Target]:
-    """Return a component and all modules inside it that are called one by one: nothing in compiled code is."""
+    """Return a component and all modules inside it that are called one by one. Modules in compiled code are not."""
     found, waiting = [], [component]
     while waiting:
         target = waiting.pop()

@@ -16,9 +16,9 @@ from diffsight.engine.threads import THIS_THREAD
 
 
 class OpenRun(Protocol):
-    """What this module reads of a run; see `diffsight.engine.run_to_point.Flow`."""
+    """The attributes of a run that this module reads; see `diffsight.engine.run_to_point.Flow`."""
 
-    tree: Any  # of the model that it runs: a copy of a model has its own
+    tree: Any  # the tree of its model: a copy of a model has its own
     thread: int
     outcome: str | None
     opened_in: Any
@@ -100,7 +100,7 @@ def _is_task_of(run: OpenRun, now: Any) -> bool:
 
 
 def _current_task() -> Any:
-    """The task of asyncio that is running in this thread, if there is one."""
+    """Return the task of asyncio that is running in this thread, if there is one."""
     return None if asyncio._get_running_loop() is None else asyncio.current_task()
 
 

@@ -1,7 +1,7 @@
 """The order of a run: what the model has passed, what lies ahead, and what errors say about it.
 
-Asking for a value too late is an error at that line; it never gives the value of a later call. Whether it is too late
-is worked out from the call counts; see `taps`. What cannot be known counts as passed.
+Asking for a value too late raises an error at that line; it never returns the value of a later call. The call counts
+show whether it is too late; see `taps`. If they cannot show it, the point counts as passed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from diffsight.errors import NeverReachedError, OutOfOrderError, RunClosedError
 
 
 class Scope:
-    """Where a body is: in the whole run, or in a step. `order` says when its turn is; edits come first."""
+    """Where a body is: in the whole run, or in a step. `order` determines its turn; edits come first."""
 
     def __init__(self, order: float = LAST) -> None:
         self.order = order
@@ -24,7 +24,7 @@ class Scope:
 
     @contextmanager
     def within(self, step: int) -> Iterator[None]:
-        """Let the body wait for nothing beyond this step, within the block."""
+        """Within the block, let the body wait for nothing beyond this step."""
         before = dict(vars(self))
         self.in_step, self.step, self.stop_at_steps = True, step, True
         try:
@@ -79,7 +79,7 @@ def position(stands: Point | str, step: int) -> str:
 
 
 def too_late(asked: Asked, what: str, where: str) -> OutOfOrderError:
-    """The error for a point that the model has passed; `what` is "asked for" or "assigned"."""
+    """Return the error for a point that the model has passed; `what` is "asked for" or "assigned"."""
     return OutOfOrderError(
         f"{asked} was {what} too late: the model is {where}, past that point. Ask for values in the order in which the "
         "model computes them, or ask for a later call with .calls[i]"
@@ -87,7 +87,7 @@ def too_late(asked: Asked, what: str, where: str) -> OutOfOrderError:
 
 
 def let_go(asked: Asked, where: str) -> OutOfOrderError:
-    """The error for a value that was read earlier and not kept."""
+    """Return the error for a value that was read earlier and not kept."""
     return OutOfOrderError(
         f"{asked} was read before and let go: the model is {where}, past that point, and a run keeps no value that "
         f"your code does not hold. Bind it to a name where you read it first, and use the name: value = run.{asked}"
@@ -95,7 +95,7 @@ def let_go(asked: Asked, where: str) -> OutOfOrderError:
 
 
 def edited_too_late(asked: Asked, where: str) -> OutOfOrderError:
-    """The error for a value that was changed in place after the model had passed it."""
+    """Return the error for a value that was changed in place after the model had passed it."""
     return OutOfOrderError(
         f"{asked} was read again and changed in place too late: the model is {where}, past that point, and has "
         "used the value. Change it while the model stands there, or change a copy: .clone()"
@@ -103,7 +103,7 @@ def edited_too_late(asked: Asked, where: str) -> OutOfOrderError:
 
 
 def changed_by_its_call(asked: Asked) -> OutOfOrderError:
-    """The error for an input that is read at the output of the call that has changed it in place."""
+    """Return the error for an input that is read at the output of the call that has changed it in place."""
     return OutOfOrderError(
         f"{asked} was changed in place by the call whose output the model has just produced, so its earlier "
         "value is lost. Read it before the output"
@@ -111,12 +111,12 @@ def changed_by_its_call(asked: Asked) -> OutOfOrderError:
 
 
 def step_has_ended(asked: Asked, step: int) -> OutOfOrderError:
-    """The error for a point of a step that the model has left."""
+    """Return the error for a point of a step that the model has left."""
     return OutOfOrderError(f"{asked.whole} was asked for too late: step {step} has ended")
 
 
 def step_after_the_last(path: str, step: int) -> OutOfOrderError:
-    """The error for a step that begins after the loops over the steps have ended."""
+    """Return the error for a step that begins after the loops over the steps have ended."""
     return OutOfOrderError(
         f"the loop over run.steps ended after step {step - 1}, which seemed to be the last one, but {path} began "
         "another one. Write run.steps[:n] with the number of steps"
@@ -124,7 +124,7 @@ def step_after_the_last(path: str, step: int) -> OutOfOrderError:
 
 
 def run_has_ended(path: object, outcome: str, has_steps: bool) -> RunClosedError:
-    """The error for what is asked for after the end of a run."""
+    """Return the error for a request after the end of a run."""
     loop = " (a loop over run.steps runs the model to its end)" if has_steps else ""
     return RunClosedError(
         f"{path} was asked for too late: {outcome}{loop}. Ask for values while the run is open, and bind them to "
@@ -133,7 +133,7 @@ def run_has_ended(path: object, outcome: str, has_steps: bool) -> RunClosedError
 
 
 def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError], ending: str = "") -> OutOfOrderError:
-    """The error for a wait that ended before the model reached the point. `ending` says how, if that is known."""
+    """Return the error for a wait that ended before the model reached the point. `ending` says how, if known."""
     return kind(
         f"{asked} was asked for, but {until} without reaching it{ending}. Either the model had already passed "
         f"that point, or {asked.target.if_missing or 'it does not call that module there'}"
@@ -141,7 +141,7 @@ def not_reached(asked: Asked, until: str, kind: type[OutOfOrderError], ending: s
 
 
 def called_in_thread(asked: Asked, until: str, kind: type[OutOfOrderError], ending: str = "") -> OutOfOrderError:
-    """The error for a point that a body waited for but that the model passes in another thread."""
+    """Return the error for a point that a body waited for but that the model passes in another thread."""
     return kind(
         f"{asked} was asked for, but {until} without reaching it in the run's thread{ending}. The model calls the "
         "module in a thread of its own, where a run does not see it"
@@ -149,7 +149,7 @@ def called_in_thread(asked: Asked, until: str, kind: type[OutOfOrderError], endi
 
 
 def never_reached(missed: Sequence[Assignment], ending: str) -> NeverReachedError:
-    """The error for assignments that the model did not reach. `ending` says how it ended, if that is known."""
+    """Return the error for assignments that the model did not reach. `ending` says how it ended, if that is known."""
     lines = "\n".join(f"  {assignment}" for assignment in missed)
     ended = f", and ended{ending}" if ending else ""
     error = NeverReachedError(

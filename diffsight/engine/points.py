@@ -1,4 +1,4 @@
-"""Points: a point as a body asks for it, a value that passes one, and a value that is assigned to one."""
+"""Points: a point as a body asks for it, a value that passes a point, and a value that is assigned to one."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,13 +23,13 @@ PointKey = tuple[str, int]  # the kind (INPUTS or OUTPUT) and the number of the 
 
 
 class Asked:
-    """A point as a body asks for it. Its text is what the user writes: `unet.mid_block.calls[1].output`.
+    """A point as a body asks for it. Its text is its path as the user writes it: `unet.mid_block.calls[1].output`.
 
     Args:
-        target: What is called.
+        target: The module or method that is called.
         part: "inputs", "input" or "output"; "skip" for the call as a whole.
-        call: The number of the call in the body's scope; with `selection`, among the calls that have that part.
-        selection: The part of the value that is meant; None for all of it.
+        call: The number of the call in the body's scope; with `selection`, among the calls that have this part.
+        selection: The selected part of the value; None for all of it.
     """
 
     __slots__ = ("call", "kind", "part", "selection", "target")
@@ -51,8 +51,8 @@ class Asked:
 class Point:
     """A value that passes a point: the inputs or the output of one call.
 
-    `value` contains all edits made so far. It is there while the model stands at the point. Afterwards the value is
-    held weakly: what the body has let go takes no memory."""
+    `value` contains all edits made so far. The point holds it while the model stands there, and weakly
+    afterwards: a value that the body has let go takes no memory."""
 
     tap: Tapped
     key: PointKey
@@ -63,7 +63,7 @@ class Point:
     read_by: tuple[float, ...] = ()  # whose turn it was when it was read
     copies: dict[int, torch.Tensor] | None = None  # by id: the run's own copies, which nobody has read
     is_unread: bool = False  # the model was let past it on the way to another call; held until somebody reads it
-    weak: Any = None  # the value once the model has moved on, see `weakly`; of inputs, each argument
+    weak: Any = None  # the value once the model has moved on, see `weakly`; for inputs, each argument
 
     @property
     def index(self) -> int:
@@ -71,7 +71,7 @@ class Point:
         return self.key[1]
 
     def let_go(self) -> None:
-        """The model moves on."""
+        """Hold the value only weakly from now on, since the model moves on."""
         value = self.value
         if type(value) is Tensor:
             self.weak = ref(value)
@@ -84,7 +84,7 @@ class Point:
             self.copies.clear()
 
     def read(self, part: str) -> Any:
-        """Return the value; of inputs, the first if `part` is "input".
+        """Return the value; for inputs, only the first one if `part` is "input".
 
         Raises LookupError if the model has moved on and nobody holds the value any more."""
         if self.weak is None:
@@ -105,21 +105,21 @@ class Assignment:
     value: Any
     where: UsersLine
     in_step: bool
-    first: int = 0  # the call that is meant is counted from here
+    first: int = 0  # the number of the call is counted from here
     order: float = LAST  # whose turn it is to assign it: the number of an edit, or LAST
 
     def __str__(self) -> str:
         return f"{self.asked} ({self.where})"
 
     def call_of(self, tap: Tapped) -> int:
-        """Return the number of the call that is meant, as far as is known now."""
+        """Return the number of the intended call, as far as is known now."""
         return find_call(tap, self.first, self.asked, self)
 
     def apply_to(self, point: Point) -> str | None:
-        """Put the value in place of a point's own.
+        """Replace the value of a point with this one.
 
         Returns:
-            How its shape or type differs from that of the model's own value, in words; None if it does not."""
+            A description of how its shape or type differs from those of the model's own value; None if they agree."""
         value, part, selection = self.value, self.asked.part, self.asked.selection
         before, difference = first_input(point.value, self) if part == "input" else point.value, None
         if selection is not None:
@@ -134,9 +134,9 @@ class Assignment:
         return f"{self} {difference}" if difference else None
 
     def _difference(self, before: Any, value: Any) -> str | None:
-        """Return how a value differs in shape or type from the model's own.
+        """Describe how a value differs in shape or type from the model's own; None if it does not.
 
-        Raises AssignmentError if it can never stand there, or would be broadcast to something that nobody meant."""
+        Raises AssignmentError if the point can never take it, or if it would be broadcast unintentionally."""
         if isinstance(before, torch.Tensor) != isinstance(value, torch.Tensor):
             raise wrong_type(self, before, value)
         if not isinstance(before, torch.Tensor):
@@ -151,7 +151,7 @@ class Assignment:
 
 
 def _parts_of_both(before: Any, value: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the tensors and containers that a container holds, each with what is in its place in another one."""
+    """Yield the tensors and containers that a container holds, each with its counterpart in another one."""
     pairs: Iterable[tuple[Any, Any]] = ()
     if isinstance(before, Mapping) and isinstance(value, Mapping):
         pairs = ((own, value.get(name)) for name, own in before.items())
@@ -173,14 +173,14 @@ def first_input(inputs: tuple[tuple, dict], path: object) -> Any:
 
 
 def find_call(tap: Tapped, first: int, asked: Asked, path: object) -> int:
-    """Return the number of the call that is asked for, counted from `first`, as far as is known now."""
+    """Return the number of the requested call, counted from `first`, as far as is known now."""
     if asked.selection is None:
         return first + asked.call
     return asked.selection.call(tap, first, asked.call, path)
 
 
 def check_value(asked: Asked, value: Any) -> None:
-    """Raise AssignmentError if a value can never stand at a point."""
+    """Raise AssignmentError if a point can never take a value."""
     if asked.part == "inputs" and not (
         isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], tuple) and isinstance(value[1], dict)
     ):
@@ -195,7 +195,7 @@ def check_value(asked: Asked, value: Any) -> None:
 
 
 def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:
-    """What a model may fail at if `value` takes the place of `before`, in words."""
+    """Describe the difference at which a model may fail if `value` replaces `before`; None if there is none."""
     if before.shape != value.shape:
         return f"has the shape {tuple(before.shape)}, but {tuple(value.shape)} was assigned"
     if before.dtype != value.dtype:

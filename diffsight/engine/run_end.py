@@ -3,8 +3,9 @@
 flow.close("the run was stopped")
 flow.outcome                        # how it ended, in words
 
-A run ends well if its model returns. An error of the model ends it, and reaches the body at the line that was waiting.
-`close` ends it where the model stands: after `run.stop()`, after an error in the body, or when the run is dropped.
+A run ends well if its model returns. An error of the model ends it, and is raised in the body at the line that was
+waiting. `close` ends it where the model stands: after `run.stop()`, after an error in the body, or when the run is
+dropped.
 """
 
 from collections.abc import Collection
@@ -41,10 +42,10 @@ class Observer(Protocol):
 
 
 class RunEnd:
-    """What ends with a run, and the ways in which it ends. `Flow` moves the model until then.
+    """The state of a run, and the ways in which the run ends. `Flow` moves the model until then.
 
     Args:
-        tree: What can be tapped in the model.
+        tree: The tree of the model.
     """
 
     def __init__(self, tree: Tree) -> None:
@@ -62,9 +63,9 @@ class RunEnd:
         self.outcome: str | None = None  # how the run ended, in words; None while it is open
         self.has_result = False
         self.result: Any = None
-        self._in_threads: Collection[tuple[int, str]] = ()  # what the model has called in threads of its own
-        self._read_late: list = []  # what was read after the model had passed it, with the versions of its tensors
-        self.is_cleared = False  # whether nothing of it is left anywhere
+        self._in_threads: Collection[tuple[int, str]] = ()  # calls that the model has made in threads of its own
+        self._read_late: list = []  # values read after the model had passed them, with the versions of their tensors
+        self.is_cleared = False  # whether all traces of the run have been removed
         self._stands: Point | str = "before its first call"  # where the model is, or last was
 
     def close(self, outcome: str) -> None:
@@ -81,16 +82,16 @@ class RunEnd:
         if self.is_cleared:
             return
         try:
-            self.taps.remove()  # what the model still does while it is unwound passes untouched
+            self.taps.remove()  # calls that the model still makes while it is unwound pass untouched
             if self.coroutine is not None and THIS_THREAD.number == self.thread:
                 self.coroutine.unwind()
         except Exception:
-            pass  # raised while unwinding; what led to the end is what matters
+            pass  # raised while unwinding; only what led to the end matters
         finally:
             self._end(self.outcome or outcome)
 
     def _fail(self, error: BaseException) -> None:
-        """The model has ended with an error, or switching to or from it was interrupted."""
+        """End the run after an error of the model, or after an interrupt while switching to or from it."""
         failed = f"its model failed with {type(error).__name__}"
         self.refused.clear()
         if self.coroutine is not None and self.coroutine.has_begun:
@@ -103,7 +104,7 @@ class RunEnd:
             raise refusal from error
 
     def _end_with(self, result: Any) -> None:
-        """The model has ended."""
+        """End the run, since the model has returned `result`."""
         self.result, self.has_result = result, True
         self.taps.note_learned()
         if calls_in_threads:
@@ -128,14 +129,14 @@ class RunEnd:
         self.bodies.calls.clear()
         if self.observer is not None:
             self.observer.ended()
-        self.is_cleared = True  # if an interrupt came before, the run is closed again
+        self.is_cleared = True  # if an interrupt comes before this line, the run is closed again
         if edits and THIS_THREAD.number == self.thread:
-            with ExitStack() as ends:  # each is ended, whatever the others raise
+            with ExitStack() as ends:  # every edit is ended, even if others raise
                 for edit in reversed(edits):
                     ends.callback(edit.end, outcome in (ENDED, STOPPED))
 
     def _put_back(self) -> None:
-        """Put back what the run has changed besides putting its taps on the model."""
+        """Restore what the run has changed apart from its taps on the model."""
 
     def check_assignments(self) -> None:
         """Raise the error of an assignment that the model's own `except` has swallowed, or NeverReachedError if there

@@ -1,6 +1,6 @@
-"""The flow of one run: it moves the model up to what the body asks for, and on from there.
+"""The flow of one run: it runs the model up to each point that the body asks for, and on from there.
 
-The body asks for a point (`fetch`). The flow taps it, tells the tap that the body waits for it, and resumes the model.
+The body asks for a point (`fetch`). The flow taps it, tells the tap that the body is waiting, and resumes the model.
 When the model reaches the point, the tap reports it (`arrive`), the flow parks the model, and the body has the value.
 The point counts as passed if any of these comes first: the model ends, the body's step ends, or the module that was
 running when the tap was made returns. That raises an `OutOfOrderError`; the value of a later call is never returned.
@@ -48,15 +48,15 @@ from diffsight.errors import (
 
 
 class Flow(RunEnd):
-    """One execution of `function`, the model's call.
+    """One execution of `function`, which calls the model.
 
     Args:
         function: Calls the model.
-        tree: What can be tapped in the model.
+        tree: The tree of the model.
     """
 
-    known_of_step: Mapping[str, Any] = {}  # what a server says of the step that has begun
-    body_mode: AbstractContextManager = nullcontext()  # what the body of the `with` statement runs in
+    known_of_step: Mapping[str, Any] = {}  # what a server reports about the current step
+    body_mode: AbstractContextManager = nullcontext()  # the mode in which the body of the `with` statement runs
     is_scan = False
 
     def __init__(self, function: Callable[[], Any], tree: Tree) -> None:
@@ -67,10 +67,10 @@ class Flow(RunEnd):
         self.modes: list = []  # function modes that the model runs in, besides the caller's
         here = getcurrent()
         is_users = getattr(here, "coroutine", None) is None
-        self._home = here if is_users else None  # the stack of the code that opened the run; None if it is one of ours
+        self._home = here if is_users else None  # the stack of the code that opened the run; None if a coroutine's
         self.opened_in = None if is_users else current_edit()  # the edit that opened the run
         self.task: Any = None  # see `open_runs`
-        self.is_entered = False  # whether a `with` statement's block is inside it
+        self.is_entered = False  # whether the block of its `with` statement has begun and not ended
         self.run: Callable[[], Any] = lambda: None  # a weak reference to the `Run`
         self._scope = Scope()
 
@@ -90,15 +90,15 @@ class Flow(RunEnd):
         return order.position(self._stands, self.clock.index)
 
     def _scope_of(self, body: Coroutine | None) -> Scope:
-        """Return the scope of a body. For any other coroutine, or None, return that of the body that opened the run."""
+        """Return the scope of one of the run's bodies; for anything else, the scope of the body that opened the run."""
         return body.scope if isinstance(body, Body) and body.flow is self else self._scope
 
     def _beside(self) -> Body | None:
-        """The body that is running now, if it is not the one that opened the run."""
+        """Return the running body, or None if that is the body that opened the run."""
         body = current()
         return body if isinstance(body, Body) and body.flow is self else None
 
-    # ---- what a body asks for
+    # ---- requests of a body
 
     def fetch(self, asked: Asked) -> Any:
         """Return the value at a point."""
@@ -106,7 +106,7 @@ class Flow(RunEnd):
         if getcurrent() is not self._home or self.bodies.edits or self.outcome is not None:
             body = current()
             scope = self._scope_of(body)
-            is_models = body is not None and scope is self._scope  # or that of another run
+            is_models = body is not None and scope is self._scope  # or it belongs to another run
             if is_models or self.bodies.edits or self.outcome is not None or THIS_THREAD.number != self.thread:
                 self._check_open(asked)
                 self._touch(asked)
@@ -126,7 +126,7 @@ class Flow(RunEnd):
         return value if selection is None else selection.at(tap, point.index, asked).take(value, asked)
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
-        """Put `value` in place of a point: now if the model stands there, else when it gets there. `where` is the line
+        """Assign `value` to a point: now if the model stands there, else when it gets there. `where` is the line
         that assigns it; by default, the line that called into diffsight."""
         self._check_open(asked)
         self._touch(asked)
@@ -165,8 +165,8 @@ class Flow(RunEnd):
             edit.met = True
 
     def keep(self, asked: Asked, function: Callable[[Tap, int, Any], None]) -> None:
-        """Call `function` with every value that passes a point from now on: the tap, the number of the call, and the
-        value that the model continues with."""
+        """Call `function` for every value that passes a point from now on. It takes the tap, the number of the call,
+        and the value that the model continues with."""
         self._check_open(asked)
         scope = self.scope
         tap, first = self._locate(asked, scope)
@@ -177,8 +177,8 @@ class Flow(RunEnd):
         tap.add_keeper(asked.kind, function)
 
     def mirror(self, asked: Asked, function: Callable[[Any], None]) -> None:
-        """If the model runs on a server, call `function` here with what passes a point. A model that runs here calls it
-        itself, so this does nothing."""
+        """If the model runs on a server, call `function` here with every value that passes a point. A model that runs
+        here calls it itself, so this does nothing."""
 
     def backward(self, loss: torch.Tensor) -> None:
         """Compute the gradients of a loss."""
@@ -186,8 +186,8 @@ class Flow(RunEnd):
         loss.backward(retain_graph=True)
 
     def next_step(self) -> bool:
-        """Run the model to the beginning of the next step that the body has not entered. Return False if it ends,
-        or stands before a call that comes after the last step."""
+        """Run the model to the beginning of the next step that the body has not entered. Return False if the
+        model ends, or stands before a call that comes after the last step."""
         self.check_thread("run.steps")
         self.start_edits()
         if self.outcome is not None:
@@ -203,7 +203,7 @@ class Flow(RunEnd):
         return True
 
     def leave_steps(self) -> None:
-        """The body leaves its loop over steps: its scope is the whole run again."""
+        """Leave the body's loop over steps: its scope is the whole run again."""
         self.scope.in_step = self.scope.stop_at_steps = False
 
     def run_on(self) -> None:
@@ -215,7 +215,7 @@ class Flow(RunEnd):
             self._resume()
 
     def run_to_end(self) -> Any:
-        """Run the rest of the model; return what it returned."""
+        """Run the rest of the model; return its result."""
         if self.has_result:
             return self.result
         self.run_on()
@@ -244,7 +244,7 @@ class Flow(RunEnd):
         return [body.result for body in bodies]
 
     def call(self, function: Callable[[], Any], target: Target) -> Any:
-        """Call `function`, which calls `target`, within the model where it stands, so that it passes the taps."""
+        """Call `function`, which calls `target`, where the model stands, so that the call passes the taps."""
         self._check_open(join(target.path, "hook=True"))
         self._start()
         self.taps.open(target)
@@ -281,10 +281,10 @@ class Flow(RunEnd):
         holder.state = holder.state.with_mode(mode)
 
     def enter_body(self) -> None:
-        """The block of the `with` statement begins."""
+        """Called when the block of the `with` statement begins."""
 
     def leave_body(self) -> None:
-        """The block of the `with` statement ends. May be called again."""
+        """Called when the block of the `with` statement ends. May be called again."""
 
     def finish_undecided(self) -> None:
         """Run the model to the end of each call whose end decides whether a value read inside it was the intended
@@ -296,7 +296,7 @@ class Flow(RunEnd):
                 self._point(calls, (OUTPUT, index), Asked(calls.target, "output", index), scope)
 
     def undecided(self) -> list[tuple[str, str]]:
-        """Return pairs of paths: a value that was read and the call that it was read in, for each value that only the
+        """Return pairs of paths: a value that was read and the call in which it was read, for each value that only the
         end of that call can confirm as the intended one."""
         return [(value.target.path, calls.target.path) for value, calls in self._undecided()]
 
@@ -335,18 +335,18 @@ class Flow(RunEnd):
             raise order.run_has_ended(path, f"{self.outcome}{self.clock.ending}", self.clock.index > 0)
 
     def _edit(self) -> Any:
-        """The edit of this run that is running now."""
+        """Return the running edit of this run."""
         edit = current_edit()
         return edit if edit is not None and edit.flow is self else None
 
     def _touch(self, asked: Asked) -> None:
-        """Remember what an edit asks for."""
+        """Remember the points that an edit asks for."""
         edit = self._edit()
         if edit is not None:
             edit.touches[asked.whole] = None
 
     def _read_again(self, point: Point, asked: Asked) -> Any:
-        """The value at a point that the model has left."""
+        """Return the value at a point that the model has left."""
         try:
             value = point.read(asked.part)
         except LookupError:
@@ -370,7 +370,7 @@ class Flow(RunEnd):
             self.taps.start()
 
     def _locate(self, asked: Asked, scope: Scope) -> tuple[Tap, int]:
-        """The tap, and the number in the run of the first call in the scope."""
+        """Return the tap of a point, and the number (in the run) of the first call in the scope."""
         if scope.in_step and self.clock.index > scope.step:
             raise order.step_has_ended(asked, scope.step)
         if not self.taps:
@@ -404,8 +404,8 @@ class Flow(RunEnd):
         return point
 
     def _point(self, tap: Tap, key: PointKey, asked: Asked, scope: Scope) -> Point:
-        """A point, known already or as soon as the model reaches it. What one edit has read counts as passed for all
-        other bodies: each keeps its own order."""
+        """Return a point: at once if it is known, else when the model reaches it. A point that one edit has read counts
+        as passed for all other bodies: each keeps its own order."""
         point = tap.points.get(key)
         if point is None and key[0] == INPUTS and tap.given is not None and self._is_at(tap, (OUTPUT, key[1])):
             if tap.has_changed_given():
@@ -429,7 +429,7 @@ class Flow(RunEnd):
             if order.has_passed(tap, key, scope, step) and not order.is_ahead(tap, key, scope):
                 raise order.too_late(asked, "asked for", self.where)
             guard = order.guard_of(tap, scope, step)
-        end = None  # of the call within which the point passes, if it does at all
+        end = None  # the end of the call within which the point passes, if it does at all
         if guard is not None:
             end = guard[0], (OUTPUT, guard[1])
         elif not tap.is_module and asked.target.is_value:
@@ -440,7 +440,7 @@ class Flow(RunEnd):
             other.awaited.setdefault(other_key, []).append(in_step)
         try:
             while self.outcome is None and not (in_step and self.clock.index > scope.step):
-                # The body that opened the run moves the model; others sleep until it is where they wait.
+                # The body that opened the run moves the model; the others sleep until the model is where they wait.
                 point = self._resume() if scope is self._scope else current().wait(waits)
                 if point is not None and ((point.tap is tap and point.key == key) or (point.tap, point.key) == end):
                     break
@@ -458,7 +458,7 @@ class Flow(RunEnd):
         return point
 
     def _not_reached(self, asked: Asked, point: Point | None, scope: Scope) -> OutOfOrderError:
-        """The error for a wait that ended at `point`, or without one."""
+        """Return the error for a wait that ended at `point`, or without one."""
         error = order.called_in_thread if self._is_in_thread(asked.target) else order.not_reached
         if point is not None:
             return error(asked, f"{point.tap.target.path} returned", OutOfOrderError)
@@ -474,8 +474,9 @@ class Flow(RunEnd):
         )
 
     def _resume(self, call: InnerCall | None = None) -> Point | InnerCall | None:
-        """Let the model run until it parks at a point (returned), at a step (None), or ends (None); or make `call`
-        first (returned once it is made). The other bodies have their turn before the one that opened the run."""
+        """Let the model run until it parks at a point, which is returned, or at a step, or ends. If there is a `call`,
+        make it first, and return it once it is made. The other bodies have their turn before the one that opened the
+        run."""
         bodies = self.bodies
         if bodies.edits and self.start_edits() and self.outcome is not None:  # an edit has stopped the run
             return None
@@ -516,7 +517,7 @@ class Flow(RunEnd):
                 return self.parked
 
     def _check_late_edits(self) -> None:
-        """Raise OutOfOrderError if the body has changed a value in place that the model had passed."""
+        """Raise OutOfOrderError if the body has changed a value in place after the model had passed it."""
         read, self._read_late = self._read_late, []
         stands_at = {tensor.untyped_storage().data_ptr() for tensor in _versioned(self.parked and self.parked.value)}
         for asked, versions in read:

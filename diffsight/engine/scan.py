@@ -8,8 +8,8 @@ PyTorch's fake tensors, which have a shape, a dtype and a device and no values. 
 its fake tensors are replaced with zeros. What runs between components, such as tokenizers, schedulers and
 post-processing, therefore computes for real, on zeros.
 
-Weights stay where they are, loaded or not: `ScanMode` lets functions see fake tensors in their place. What the model
-writes to its own attributes meanwhile is undone at the end.
+Weights stay where they are, loaded or not: `ScanMode` lets functions see fake tensors in their place. Changes that
+the model makes to its own attributes meanwhile are undone at the end.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ _scanning: ContextVar[bool] = ContextVar("diffsight_scanning", default=False)
 
 def scanning(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function; the runs that it opens are scans."""
-    # In a context of its own, which ends when the call does, however the call ends.
+    # In a context of its own, which ends with the call, even if that raises.
     return copy_context().run(_call_scanning, function, args, kwargs)
 
 
@@ -50,8 +50,8 @@ class ScanFlow(Flow):
 
     Args:
         args: the arguments of `Flow`.
-        stand_ins: by the key of a component, what is called in its place. They stand in for components that look at
-            the values of their inputs.
+        stand_ins: key of a component to the function called in its place, for components that look at the values of
+            their inputs.
     """
 
     is_scan = True
@@ -86,7 +86,7 @@ class ScanFlow(Flow):
             self.taps[component.key].border = border
 
     def _resume(self, *args: Any) -> Any:
-        self._start()  # a scan in which nothing was asked for is tapped as well
+        self._start()  # a scan is tapped even if nothing was asked for
         return super()._resume(*args)
 
     def enter_body(self) -> None:
@@ -116,7 +116,7 @@ def _call_instead(stand_in: Callable, function: Callable, args: tuple, kwargs: d
 
 
 class EagerStance:
-    """Keeps `torch.compile` from compiling anything in this process until every scan that created one has left it."""
+    """Keeps `torch.compile` from compiling anything in this process until all scans have left their stances."""
 
     _count = 0
     _stance: Any = None
@@ -129,7 +129,7 @@ class EagerStance:
             EagerStance._count += 1
 
     def leave(self) -> None:
-        """Let `torch.compile` work as before, if this is the last one."""
+        """Let `torch.compile` work as before, if this is the last stance."""
         with EagerStance._lock:
             EagerStance._count -= 1
             if not EagerStance._count:

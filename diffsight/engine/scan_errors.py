@@ -58,7 +58,7 @@ def _innermost_module(frame: FrameType | None, components: Sequence[Target]) -> 
 
 
 class Unreported(logging.Filter):
-    """Keeps PyTorch from logging an error of a fake tensor, with a traceback, that `function` raises anyway."""
+    """Keeps PyTorch from logging, with a traceback, an error about a fake tensor that `function` raises anyway."""
 
     def __init__(self, function: Callable) -> None:
         super().__init__()

@@ -54,7 +54,7 @@ class Fakes:
 
 
 class _ShapeMode(FakeTensorMode):
-    """The mode of fake tensors. Where values are needed after a scan, it raises an error that speaks of the scan."""
+    """The mode of fake tensors. If values are needed after a scan, it raises an error that mentions the scan."""
 
     def __torch_dispatch__(self, *call: Any) -> Any:
         try:
@@ -71,7 +71,7 @@ class Zeros:
 
     def __init__(self, fakes: Fakes) -> None:
         self._fakes = fakes
-        self._seen: dict[int, tuple[Any, Any]] = {}  # by id: an object, and what became of it
+        self._seen: dict[int, tuple[Any, Any]] = {}  # by id: an object, and its replacement
 
     def __call__(self, value: Any) -> Any:
         return tree_map(self._leaf, value)

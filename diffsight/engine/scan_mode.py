@@ -6,7 +6,7 @@ returns another. This mode decides what is fake, depending on where the code run
 - Inside a component, weights and floating-point inputs are fake. Integer and boolean inputs, such as token ids and
   masks, stay real, and so does everything computed from them alone, so models can look at their values.
 - Between components, in the pipeline's own code, schedulers and post-processing, tensors are real. Only weights are
-  fake there, and what is computed from a weight and a real tensor is zeros.
+  fake there, and results computed from a weight and a real tensor are zeros.
 - In the body of the `with` statement, tensors are real except for weights and the values inside components.
 
 Running the model inside `FakeTensorMode(allow_non_fake_inputs=True)` is not enough (PyTorch 2.13). The tests named here
@@ -18,7 +18,7 @@ are in tests/engine/test_scan*.py:
 - It makes every tensor fake and does not keep the values of masks and token ids: `mask.all()` raises
   (test_numbers_and_masks_that_come_in_are_known), and so does `x[mask]`
   (test_masks_that_a_model_makes_itself_are_known).
-- Writing a fake tensor to a real one changes a fake copy, and the real one keeps values that are wrong by now
+- Writing a fake tensor to a real one changes a fake copy, and the real one keeps its outdated values
   (test_values_that_are_written_over_are_not_known).
 - It puts fake parameters into modules that are cast (test_casting_a_module_leaves_its_parameters_in_place).
 - PyTorch keeps the stack of dispatch modes per thread, so the mode stays on in the body while the model is parked there
@@ -73,7 +73,7 @@ class ScanMode(TorchFunctionMode):
         self._fakes.device = next(loaded, self._fakes.device)
 
     def call_on_shapes(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Call a component with fake tensors, and return those that it returns."""
+        """Call a component with fake tensors, and return the fake tensors that it returns."""
         if self._depth:
             return function(*args, **kwargs)
         fake_args, fake_kwargs = tree_map(self._enter, (args, kwargs))
@@ -93,7 +93,7 @@ class ScanMode(TorchFunctionMode):
         return zeros(output)
 
     def without_values(self, result: Any) -> Any:
-        """Return what a pipeline has made of zeros, with fake tensors in place of its tensors."""
+        """Return a result that a pipeline has computed from zeros, with fake tensors in place of its tensors."""
         if not isinstance(result, dict):
             return _each(result, self._fake_if_float)
         for name, value in list(result.items()):  # in place: not every output object can be made from its items
@@ -101,7 +101,7 @@ class ScanMode(TorchFunctionMode):
         return result
 
     def _enter(self, value: Any) -> Any:
-        """Return what a component gets in place of a value. Integers are copied, since it may write to them."""
+        """Return a value as a component gets it. Integer tensors are copied, since the component may write to them."""
         if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
             return value
         entered = self._fake_if_float(value)
@@ -179,19 +179,19 @@ class ScanMode(TorchFunctionMode):
         return tensor if twin is None else twin
 
     def _forget_values(self, *written: Any) -> None:
-        """Note that a fake tensor is written to these: from now on their values are unknown, as those of weights."""
+        """Note that a fake tensor is written to these. Their values are now unknown, like the values of weights."""
         for tensor in tree_leaves(written):
             if isinstance(tensor, torch.Tensor) and not isinstance(tensor, FakeTensor):
                 self._unknown[id(tensor)] = tensor
 
     def _cast(self, weight: torch.Tensor, result: FakeTensor) -> torch.Tensor:
-        """Change the dtype or device of a weight for `module.to(...)`. It stores what this returns: the weight."""
+        """Change the dtype or device of a weight for `module.to(...)`. Return the weight, which `to` then stores."""
         self._twins[id(weight)] = result.detach().requires_grad_(weight.requires_grad)
         return weight
 
 
 class _Arguments:
-    """The arguments of a function, with fake tensors in place of weights. `first` is the first one as it was."""
+    """The arguments of a function, with fake tensors in place of weights. `first` is the first one, unchanged."""
 
     def __init__(self, args: tuple, kwargs: dict[str, Any], twin: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.has_fake = self.has_real = False

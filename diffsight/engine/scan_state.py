@@ -1,4 +1,4 @@
-"""What modules hold during a scan, so that it can be put back at the end."""
+"""The state of modules at the start of a scan, so that it can be restored at the end."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,14 +36,14 @@ class ModuleState:
 
 
 def _refill(container: dict | list, content: dict | list) -> None:
-    """Give a container its content back. What was in it is never missing, not even between two lines."""
+    """Restore the content of a container. No original entry is missing meanwhile, except when the order is restored."""
     if isinstance(container, list):
         container[:] = content
         return
     container.update(content)
     for name in container.keys() - content.keys():
         del container[name]
-    if list(container) != list(content):  # the order counts too: it is that of the parameters
+    if list(container) != list(content):  # the order counts too: parameters are listed in it
         container.clear()
         container.update(content)
 

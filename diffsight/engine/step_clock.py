@@ -19,7 +19,7 @@ def _unknown() -> None:
 
 
 class Clock:
-    """Says when a step begins.
+    """Determines when a step begins.
 
     A step begins at a call of one of `starts`, once one of `ends` has been called since the last step began; without
     `ends`, at every call. Some samplers never step their scheduler: until one of `ends` is called for the first time,
@@ -27,13 +27,13 @@ class Clock:
 
     Args:
         starts: The calls that begin a step, such as the denoiser's.
-        ends: The calls that end one, such as `scheduler.step`.
-        moment: The moment of a call of a start, from its target, args and kwargs; such as the timestep.
-        behind: Calls that come after the last step, if it is known that a step is the last one.
+        ends: The calls that end a step, such as `scheduler.step`.
+        moment: Returns the moment of a start, such as the timestep, from the target, args and kwargs of its call.
+        behind: Calls that come after the last step, if it is known which step is the last.
 
     Attributes:
-        is_last: Whether the step that a call began is the last one, from its target, args and kwargs.
-        count: How many steps the run makes at most, as far as that is known once the first one has begun.
+        is_last: Returns whether a step is the last one, from the target, args and kwargs of the call that began it.
+        count: Returns the maximum number of steps, if it is known once the first step has begun.
         is_over: Whether the loops over the steps have been told that the last step has ended.
     """
 
@@ -48,7 +48,7 @@ class Clock:
         self.ends = frozenset(map(_key, ends)) if ends else _NONE
         self.watched = self.starts | self.ends if ends else self.starts
         self.index = -1  # number of the step that the model is in
-        self.call: tuple[Target, tuple, dict] | None = None  # the call that began it
+        self.call: tuple[Target, tuple, dict] | None = None  # the call that began the step
         self.is_last: Callable[[Target, tuple, dict], bool] = _never
         self.count: Callable[[], int | None] = _unknown
         self.is_over = False
@@ -69,7 +69,7 @@ class Clock:
 
     @property
     def ending(self) -> str:
-        """What else there is to say about how the model ended, in words that follow "ended"."""
+        """More about how the model ended, in words that follow "ended"."""
         return ""
 
     def check_counted(self, title: str) -> None:

@@ -3,8 +3,8 @@
     empty = structural_copy(model)                      # its weights are on the meta device
     same = structural_copy(model, with_weights=True)    # its weights are those of the model
 
-A pass through the copy leaves the model as it is, whatever it is made of: a layer that stands in two places, sharded
-or quantized weights, hooks and replaced forward methods of the user.
+Running the copy leaves the model unchanged, even if the model has a layer in two places, sharded or quantized weights,
+or hooks and replaced forward methods of the user.
 """
 
 import copy
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.wrapped_modules import unwrapped, wrapped_path
 
-# What libraries put on a module to be called, and what a run puts there to be copied.
+# Attributes that libraries put on a module to be called, and one that a run puts there for copies.
 _CALLED = ("forward", "_old_forward", "_compiled_call_impl", "_hf_hook", "__getstate__")
 
 
@@ -46,7 +46,7 @@ def structural_copy(model: nn.Module, with_weights: bool = False) -> nn.Module:
 
 @contextmanager
 def without_global_hooks() -> Iterator[None]:
-    """Let this thread's calls of modules in the block not reach the hooks that are registered for all modules."""
+    """Within the block, keep this thread's calls of modules from the hooks that are registered for all modules."""
     thread, silenced = get_ident(), []
 
     def silent(hook: Callable) -> Callable:
@@ -65,7 +65,7 @@ def without_global_hooks() -> Iterator[None]:
 
 
 def _fill(copied: nn.Module, module: nn.Module, memo: dict[int, Any]) -> None:
-    """Give a copied module what the original holds, copied as well."""
+    """Fill a copied module with copies of what the original holds."""
     held = {}
     for name, value in vars(module).items():
         if name in ("_parameters", "_buffers", "_modules"):
@@ -81,7 +81,7 @@ def _fill(copied: nn.Module, module: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def _plain_class(module: nn.Module) -> type:
-    """Return the class of a copy. What wraps a module, to compile or to distribute it, only passes calls on."""
+    """Return the class of a copy. A copied wrapper, as for compiling or distributing, only passes calls on."""
     return nn.Module if wrapped_path(module) else type(module)
 
 

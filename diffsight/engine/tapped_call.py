@@ -2,7 +2,7 @@
 
 A `Tap` belongs to one run and one callable of the model: a module's forward pass, or a method that code calls directly
 (`vae.decode`, `scheduler.step`). Every call of it goes through `Tap.call`. There the tap counts the call, and skips it
-if a body has asked for that. It hands the inputs and the output to the run (the `Host`) if a body waits for them or has
+if a body has requested that. It hands the inputs and the output to the run (the `Host`) if a body waits for them or has
 assigned them. Calls made outside the run's own coroutine (by another run, by the body itself, in another thread)
 pass untouched. `hooks` routes the calls here.
 """
@@ -32,11 +32,11 @@ from diffsight.engine.users_line import UsersLine, set_line
 from diffsight.errors import DiffsightError, warn_user
 
 _known_compiled: weakref.WeakSet = weakref.WeakSet()  # compiled modules that have been warned about
-_NONE: dict = {}  # what taps have no entries in yet; replaced by a dictionary of their own, never changed
+_NONE: dict = {}  # shared by taps without entries, which replace it with a dictionary of their own; never changed
 
 
 class OtherTaps(Protocol):
-    """All taps of a run, as one of them sees them; see `diffsight.engine.taps.Taps`."""
+    """All taps of a run, as a single tap sees them; see `diffsight.engine.taps.Taps`."""
 
     def note_call(self, target: Target) -> None:
         """Note a call of a module, to learn whether the model calls it outside the modules around it."""
@@ -52,9 +52,9 @@ class Host(Protocol):
     is_scan: bool  # whether it computes only shapes
     clock: Clock
     thread: int
-    coroutine: Coroutine | None  # the one that the model runs in, once it has started
+    coroutine: Coroutine | None  # the coroutine in which the model runs, once it has started
     parked: Point | None  # where the model stands, if it waits at a point
-    state: TorchState  # in which the run was opened
+    state: TorchState  # the state in which the run was opened
     refused: list[Exception]  # why values that were assigned ahead could not be put in place
     misshapen: dict[str, UsersLine]  # assigned values whose shape or type differs from the model's own, in words
 
@@ -87,20 +87,20 @@ class Tap:
         "active",  # numbers of the calls in progress, outermost first
         "awaited",  # the points that bodies wait for; for each body, whether it waits within a step
         "begun",  # whether a hook has already counted the call that is now reaching the forward pass
-        "border",  # in a scan, for a component: what its calls are made through
+        "border",  # in a scan, for a component: the function that makes its calls
         "children_counted",
         "entered",  # number of calls begun so far, as far as the run has seen
         "given",  # the inputs of the call at whose output the model stands
-        "given_versions",  # how often each of these had been changed in place when the call began, if it is asked
-        "hooks",  # what else the run has put on the module
+        "given_versions",  # how often each input had been changed in place when the call began, if asked for
+        "hooks",  # other hooks that the run has put on the module
         "host",
         "inside",  # whether a compiled module runs uncompiled
-        "is_module",  # whether what is tapped is the forward pass of a module
+        "is_module",  # whether the target is the forward pass of a module
         "keepers",  # kind of point to the functions that are shown every value
         "origin",
-        "pending",  # point to what was assigned to it
-        "points",  # point to what was read there
-        "skips",  # by number of a call: what it returns without running
+        "pending",  # point to the assignments to it
+        "points",  # point to the value read there
+        "skips",  # number of a call to what it returns without running
         "step_base",  # calls begun before the current step
         "takes_inputs",  # whether inputs are taken in a hook
         "target",
@@ -131,7 +131,7 @@ class Tap:
     # ---- from the model's side
 
     def call(self, function: Callable, args: tuple, kwargs: dict) -> Any:
-        """Make one call of what is tapped, `function`."""
+        """Make one call of the target, `function`."""
         if self.begun:
             self.begun = False
         elif (new := self.enter(args, kwargs)) is not None:
@@ -146,7 +146,7 @@ class Tap:
         versions = None
         if self.awaited and (OUTPUT, index) in self.awaited:
             versions = _versions(args, kwargs)
-        # PyTorch also looks for them before the call.
+        # Like PyTorch, look for hooks before the call.
         has_hooks = bool(self.is_module and (self.target.owner._forward_hooks or _global_forward_hooks))
         try:
             output = function(*args, **kwargs) if self.border is None else self.border(function, args, kwargs)
@@ -157,7 +157,7 @@ class Tap:
         return self.leave(output, (args, kwargs), has_hooks)
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """A call begins. Return new inputs, or None if they stay as they are."""
+        """Begin a call. Return new inputs, or None if they stay as they are."""
         if self.watched:
             self.host.begin_call(self, args, kwargs)
         around, index = self.origin.around, self.entered
@@ -172,7 +172,7 @@ class Tap:
         return inputs if changed else None
 
     def leave(self, output: Any, given: tuple[tuple, dict] | None = None, has_hooks: bool = True) -> Any:
-        """A call ends. Return the output, replaced or as it was.
+        """End a call. Return the output, replaced or unchanged.
 
         `given` are its inputs. If hooks of others may still replace the output (never if `has_hooks` is False), the
         call ends after them."""
@@ -194,7 +194,7 @@ class Tap:
         """Whether the call at whose output the model stands has changed one of its inputs in place."""
         if self.given_versions is not None and self.given_versions != _versions(*self.given):
             return True
-        self.given_versions = None  # what changes them from here on is the body
+        self.given_versions = None  # from here on, only the body changes them
         return False
 
     def _has_hooks(self) -> bool:
@@ -223,7 +223,7 @@ class Tap:
         return True
 
     def _pass(self, key: PointKey, value: Any) -> tuple[Any, bool]:
-        """A value passes a point. Return what the model continues with, and whether it was replaced."""
+        """Let a value pass a point. Return the value that the model continues with, and whether it was replaced."""
         point, waiting = None, self.awaited.get(key)
         host = self.host
         state: TorchState | None = host.coroutine.state.now()
@@ -244,8 +244,8 @@ class Tap:
         return value, point.changed
 
     def _check_region(self, key: PointKey, skip: Assignment | None = None) -> None:
-        """Refuse a point whose value is not what it seems. In a checkpointed region, keep what autograd saves from here
-        on, so that `backward()` uses what the run does there."""
+        """Refuse a point whose value would be misleading. In a checkpointed region, keep what autograd saves from now
+        on, so that `backward()` uses the run's changes there."""
         if calls_in_threads and self.host.taps.is_called_in_thread(self.target):
             self._refuse(
                 key,
@@ -286,8 +286,8 @@ class Tap:
     def take_inputs(self) -> None:
         """From now on, take the inputs of a module in a hook, the last one before its forward pass.
 
-        What the body puts in their place is then shown to the hooks after the call too, among them those with which
-        transformers captures hidden states."""
+        Hooks after the call then also see the body's replacements, among them the hooks with which transformers
+        captures hidden states."""
         module = self.target.owner
         if self.takes_inputs or not self.is_module or vars(module).get(COMPILED) is not None:
             return
@@ -329,7 +329,7 @@ class Tap:
         self.skips[index] = skip
 
     def assign_pending(self, point: Point) -> bool:
-        """Put in place what the bodies whose turn it is have assigned to a point; return whether there was anything."""
+        """Apply the assignments to a point by the bodies whose turn it is; return whether there were any."""
         waiting, assigned = self.pending.pop(point.key, ()), False
         for assignment in waiting:
             kind, index = point.key
@@ -347,17 +347,17 @@ class Tap:
                         self.host.misshapen[difference] = assignment.where
                     assigned = True
                     continue
-                # This call turned out not to have the part that is meant; it is not looked at again.
+                # This call turned out not to have the selected part; it is not looked at again.
                 assignment.first = assignment.first if assignment.asked.call else call
             self.pending.setdefault((kind, call), []).append(assignment)
         return assigned
 
     def waiting(self) -> list[Assignment]:
-        """Return what was assigned and not reached."""
+        """Return the assignments that were not reached."""
         return [a for waiting in self.pending.values() for a in waiting] + list(self.skips.values())
 
     def drop_step(self) -> list[Assignment]:
-        """A step ends: drop what was read within it. Return what was assigned within it and not reached."""
+        """End a step: drop the values read within it, and return the assignments within it that were not reached."""
         self.step_base = self.entered
         missed: list[Assignment] = []
         if self.points:
@@ -378,7 +378,7 @@ class Tap:
 
 
 class LearningTap(Tap):
-    """A tap in the first run of a model, which notes whether the module is called directly, not by one around it."""
+    """A tap in the first run of a model, which notes direct calls of the module that bypass the modules around it."""
 
     __slots__ = ()
 
@@ -390,7 +390,7 @@ class LearningTap(Tap):
 def _versions(args: tuple, kwargs: dict) -> list[int]:
     """Return how often each of the tensors among the arguments of a call was changed in place."""
     if _len_torch_function_stack():
-        with DisableTorchFunction():  # function modes of the user's must not see this
+        with DisableTorchFunction():  # the user's function modes must not see this
             return _versions_of((*args, *kwargs.values()))
     return _versions_of((*args, *kwargs.values()) if kwargs else args)
 

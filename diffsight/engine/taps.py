@@ -1,10 +1,10 @@
-"""All taps of a run: what is tapped or counted, and from when on.
+"""All taps of a run: which modules and methods are tapped or counted, and from when.
 
-To know what the model has passed, calls are counted. The model's components and their children are hooked from the
-start. When a point is asked for, all modules around it and their children are hooked as well. So a module is usually
-hooked before the module around it is entered, and its count is exact. If it is not (`Origin.unseen`), its past is
-unknown, and the point counts as passed. A module that nobody asks for is only counted, in a dictionary. That costs next
-to nothing, and most modules of a run are of this kind. What happens at a call is in `tapped_call`.
+Calls are counted to know which points the model has passed. The model's components and their children are hooked from
+the start. When a point is asked for, all modules around it and their children are hooked as well. So a module is
+usually hooked before the module around it is entered, and its count is exact. If it is not (`Origin.unseen`), its past
+is unknown, and the point counts as passed. A module that nobody asks for is only counted, in a dictionary. That costs
+next to nothing, and most modules of a run are of this kind. `tapped_call` has the code that runs at a call.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Taps(dict[Key, Tap]):
 
     Args:
         host: The run.
-        components: What is tapped from the start.
+        components: The targets that are tapped from the start.
         find_places: Returns where the modules below the components stand.
     """
 
@@ -57,7 +57,7 @@ class Taps(dict[Key, Tap]):
         self._host: Host | None = host
         self._find_places = find_places
         self._places: ModulePlaces | None = None  # None until something is put on the model
-        # The rest is made in `start`: a run in which nothing is read does without.
+        # The rest is made in `start`: a run in which nothing is read does not need it.
 
     def start(self) -> None:
         """Tap the components, before anything moves."""
@@ -70,8 +70,8 @@ class Taps(dict[Key, Tap]):
         self._counts_before: dict[int, int] = {}  # their calls before the current step
         self.hooked = HookedModules()  # including those with taps
         self._hooked: set[int] = set()  # their ids
-        self._opened: dict[Target, Tap] = {}  # what was asked for
-        self._around: dict[Target, Tap | None] = {}  # what lies around that, to its own tap or that of what it lies in
+        self._opened: dict[Target, Tap] = {}  # the targets that were asked for
+        self._around: dict[Target, Tap | None] = {}  # a target around them, to its tap or else to the tap around it
         self._places = places  # from here on there is something to remove
         for component in self.components if self._learns else ():
             self._tap_everything(component)
@@ -81,7 +81,7 @@ class Taps(dict[Key, Tap]):
             self._count(places.counted, Origin(step=self._host.clock.index))
 
     def note_learned(self) -> None:
-        """The model has run to its end."""
+        """Note that all strays are known, since the model has run to its end."""
         if self._places is not None and self._learns:
             self._places.is_known = True
 
@@ -92,7 +92,7 @@ class Taps(dict[Key, Tap]):
             self._tap_component(target)
 
     def open(self, target: Target) -> Tap:
-        """Return the tap of `target`; make it, and those of the modules around it, if there is none yet."""
+        """Return the tap of `target`. If there is none yet, make it and the taps of the modules around it."""
         tap = self._opened.get(target)
         if tap is not None:
             return tap
@@ -115,7 +115,7 @@ class Taps(dict[Key, Tap]):
                 places.note_stray(target)
 
     def begin_step(self) -> list[Assignment]:
-        """A step begins. Return what was assigned within the last one and not reached."""
+        """Begin a step. Return the assignments within the last step that were not reached."""
         self._counts_before = dict(self.counts)
         missed: list[Assignment] = []
         for tap in self.values():
@@ -138,7 +138,7 @@ class Taps(dict[Key, Tap]):
         return any(self[method.key].active for method in self._methods if method.owner is around.target.owner)
 
     def remove(self) -> None:
-        """Take everything off the model."""
+        """Remove everything from the model."""
         if self._places is None:  # nothing has been put on it
             self._host = None
             return
@@ -159,7 +159,7 @@ class Taps(dict[Key, Tap]):
             self._tap_with_children(target, None)
 
     def _tap_around(self, target: Target) -> Tap | None:
-        """Tap the modules around `target` and count what lies directly in them; return the tap of the innermost."""
+        """Tap the modules around `target` and count the modules directly in them; return the tap of the innermost."""
         outer = target.outer
         if outer is None:
             return None
@@ -220,8 +220,8 @@ class Taps(dict[Key, Tap]):
         return tap
 
     def _origin(self, around: Tap | None) -> Origin:
-        """What is known of the past of the modules directly in the one that `around` taps, if they are counted from
-        now on."""
+        """Return what is known about the past of the modules directly in the module that `around` taps, if they are
+        counted from now on."""
         host = self._host
         if around is None or host.coroutine is None:
             return Origin(step=host.clock.index)

@@ -15,7 +15,7 @@ _UNCOMPILED = "_torchdynamo_orig_callable"  # on a function that `torch.compile(
 class Target:
     """One thing that can be tapped: the forward pass of a module (`name` is "forward"), or another method of an object.
 
-    A point that is neither, such as attention probabilities, is a subclass with its own `attach` and `call`.
+    A target that is neither, such as attention probabilities, has a subclass with its own `attach` and `call`.
 
     Args:
         owner: The module or other object.
@@ -44,7 +44,7 @@ class Target:
 
     @property
     def why_unseen(self) -> str:
-        """Why it is not seen, and has no values to read, in words."""
+        """The reason why the target cannot be seen and has no values to read, in words."""
         why = why_unseen(type(self.owner)) if self.name == FORWARD else None
         return why or f"{type(self.owner).__name__} is never called by the model; it only holds other modules"
 
@@ -56,12 +56,12 @@ class Target:
         return TappedMethod(self.owner, self.name)
 
     def decided_by(self, tap: Any) -> Any:
-        """Return the tap of the call in progress that has to end before it is certain that a value read from `tap` was
-        meant; None if there is none."""
+        """Return the tap of the call in progress whose end decides whether a value read from `tap` was the intended
+        one; None if there is none."""
         return None
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        """Call what is tapped."""
+        """Call the method."""
         return getattr(self.owner, self.name)(*args, **kwargs)
 
     def point(self, part: str, call: int) -> str:
@@ -83,21 +83,21 @@ class Target:
         return self._children[1]
 
     def item(self, index: int) -> "Target | None":
-        """Return an entry of a `ModuleList`; None if it has none there. It takes no longer in a long list."""
+        """Return an entry of a `ModuleList`; None if it does not exist. This takes no longer in a long list."""
         modules = self.owner._modules
         name = str(index + len(modules) if index < 0 else index)
         module, known = modules.get(name), self._children and self._children[1].get(name)
         return known if known and known.owner is module else self.children().get(name)
 
     def named_children(self) -> dict[str, "Target"]:
-        """Return the children as a user names them. A module wrapped by `torch.compile` has those of the original."""
+        """Return the children as a user names them. `torch.compile(module)` has the children of `module`."""
         children = self.children()
         wrapped = children.get(WRAPPED)
         return children if wrapped is None else {**wrapped.children(), **children}
 
     def called_modules(self) -> ModuleGroup:
-        """Return the modules directly in this one, with a list or dict, which is never called itself, replaced by what
-        it holds. They are kept as long as they stay the same."""
+        """Return the modules directly in this one. A list or dict, which is never called itself, is replaced by the
+        modules in it. The result is kept as long as the modules stay the same."""
         if self._called is None or any(holder.children() is not children for holder, children in self._called[0]):
             holders = [self]
             found: dict[int, nn.Module] = {}
@@ -109,7 +109,7 @@ class Target:
         return self._called[1]
 
     def is_compiled(self) -> bool:
-        """Whether `torch.compile` made it, or what it calls: nothing inside can be seen then."""
+        """Whether `torch.compile` made the module, or the function that it calls. Nothing inside can be seen then."""
         known = vars(self.owner)
         if WRAPPED in known.get("_modules", ()) or known.get(COMPILED) is not None:
             return True
@@ -117,7 +117,7 @@ class Target:
         return forward is not None and _UNCOMPILED in getattr(forward, "__dict__", ())
 
     def uncompiled(self) -> Callable:
-        """Return what a compiled module computes, as it was written."""
+        """Return the uncompiled function or module of a compiled module."""
         known = vars(self.owner)
         if known.get(COMPILED) is not None:
             return self.owner._call_impl

@@ -1,7 +1,7 @@
-"""Threads: which one a run belongs to, and calls that the model makes in threads of its own.
+"""Threads: the thread that a run belongs to, and calls that the model makes in threads of its own.
 
-A run belongs to the thread that opened it. It sees no calls in other threads; that there were such calls is noted, so
-that a value which one of them may have passed is an error.
+A run belongs to the thread that opened it. It sees no calls in other threads, but the modules that they
+reach are noted: asking for a value of one of these raises an error.
 """
 
 import sys
@@ -22,19 +22,19 @@ class _Thread(local):
 
     def __init__(self) -> None:
         self.number = next(self._numbers)
-        self.has_runs = False  # whether a run is open in it: calls in it are those of a run's body
+        self.has_runs = False  # whether a run is open in it: calls in it belong to a run's body
 
 
 THIS_THREAD = _Thread()
 
 # Calls of hooked modules that belong to no run, in other threads than the main one: the id of a module to the thread
-# and, by its id, the outermost hooked module that the thread has called. Those that begin further out than here are
-# calls of somebody else.
+# and, by its id, the outermost hooked module that the thread has called. If that is a whole
+# component, the calls are somebody else's.
 calls_in_threads: dict[int, set[tuple[int, int]]] = {}
 
 
 def check_runs_thread(number: int, path: object) -> None:
-    """Raise WrongThreadError unless this thread, the one that asks for `path`, is the one with this number."""
+    """Raise WrongThreadError unless this thread, which asks for `path`, has the given number."""
     if THIS_THREAD.number != number:
         raise WrongThreadError(
             f"{path}: a run belongs to the thread that opened it. Open a run in each thread, or pass on values"
@@ -42,12 +42,12 @@ def check_runs_thread(number: int, path: object) -> None:
 
 
 def note_run_of_thread() -> None:
-    """A run is open in this thread: calls here are those of its body."""
+    """Note that a run is open in this thread, so that calls here are known to belong to its body."""
     THIS_THREAD.has_runs = True
 
 
 def note_call_in_thread(module: nn.Module, code: CodeType) -> None:
-    """A hooked module was called outside the main thread. `code` is what calls of hooked modules run."""
+    """Note a call of a hooked module outside the main thread. `code` is the code that calls of hooked modules run."""
     if THIS_THREAD.has_runs:
         return
     frame, outermost = sys._getframe(1), module

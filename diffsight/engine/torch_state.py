@@ -56,13 +56,13 @@ _AUTOCAST_DEVICES = ("cpu", *([_ACCELERATOR.type] if _ACCELERATOR else []))
 
 @dataclass(frozen=True, slots=True)
 class TorchState:
-    """What a user sets with a `with` statement, see above.
+    """The settings that a user changes with a `with` statement, see above.
 
     `autocast` holds the settings of each device, whether casts are cached, and the nesting of blocks. `modes` are the
-    active function modes and `dispatch_modes` the active dispatch modes. `saved_tensor_hooks` are those in which
-    autograd packs what it saves. `levels` are those of functorch. `flags` are the default dtype, whether the flash
-    and mathematical kernels of attention are enabled, and the stream of CUDA. `is_plain` is True if
-    nothing is active besides `flags`."""
+    active function modes and `dispatch_modes` the active dispatch modes. `saved_tensor_hooks` are the hooks with
+    which autograd packs what it saves. `levels` are the levels of functorch. `flags` are the default dtype, whether the
+    flash and mathematical kernels of attention are enabled, and the stream of CUDA. `is_plain` is True if nothing is
+    active besides `flags`."""
 
     grad: bool
     inference: bool
@@ -89,7 +89,7 @@ class TorchState:
             or not _is_torch_function_enabled()
         ):
             return _plain_state(grad, inference, settings, _flags())
-        levels = _functorch_levels()  # while there are any, they see what is done to the rest
+        levels = _functorch_levels()  # while there are any, they see changes to the rest
         enabled = tuple(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))
         modes = tuple(map(_get_function_stack_at, range(_len_torch_function_stack())))
         dispatch_modes = tuple(map(_get_dispatch_stack_at, range(_len_torch_dispatch_stack())))
@@ -186,7 +186,7 @@ def _restore_flags(dtype: torch.dtype, flash: bool, math: bool, stream: tuple | 
 
 
 def _stream() -> tuple | None:
-    """The current stream of CUDA, and with it the device; None as long as CUDA is not in use."""
+    """Return the current stream of CUDA, which includes the device; None as long as CUDA is not in use."""
     if not torch.cuda.is_initialized():
         return None
     return torch._C._cuda_getCurrentStream(torch._C._cuda_getDevice())
@@ -205,7 +205,7 @@ def _restore_autocast(enabled: tuple, dtypes: tuple, is_cached: bool, nesting: i
 
 
 def _autocast_nesting() -> int:
-    """How deep blocks of autocast are nested. Both calls are made from C, so that no interrupt comes between them."""
+    """Return the nesting depth of autocast. Both calls are made from C, so that no interrupt comes between them."""
     _, nesting = map(call, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))
     return nesting
 
@@ -231,7 +231,7 @@ def saved_tensor_hooks() -> tuple:
 
 
 def restore_saved_tensor_hooks(pairs: Iterable[tuple]) -> None:
-    """Set these pairs of hooks in place of those that are set now, outermost first."""
+    """Set these pairs of hooks, outermost first, in place of the current ones."""
     while _top_saved_tensors_default_hooks(True):
         _pop_saved_tensors_default_hooks()
     for hooks in pairs:
@@ -244,7 +244,7 @@ def _plain_state(grad: bool, inference: bool, settings: tuple, flags: tuple) -> 
 
 
 def enter_inference_mode(enabled: bool) -> Any:
-    """Switch inference mode on or off; return the guard that puts everything back when it is exited."""
+    """Switch inference mode on or off; return the guard that restores everything when it is exited."""
     guard = torch._C._InferenceMode(enabled)
     try:
         guard.__enter__()
@@ -255,7 +255,7 @@ def enter_inference_mode(enabled: bool) -> Any:
 
 
 def call_in(state: TorchState, seed: int | None, function: Callable[[], Any]) -> Any:
-    """Call a function in another state, and with a `seed` on random numbers of its own; return what it returns."""
+    """Call a function in another state, with random numbers of its own if there is a `seed`; return its result."""
     if seed is not None:
         with kept_random_state():
             _seed(seed)
@@ -269,7 +269,7 @@ def call_in(state: TorchState, seed: int | None, function: Callable[[], Any]) ->
 
 
 def random_state() -> list[torch.Tensor]:
-    """Return the state of PyTorch's global random generators: the CPU's, then that of every GPU in use."""
+    """Return the state of PyTorch's global random generators: the CPU's, then the state of every GPU in use."""
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), *gpus]
 
@@ -298,7 +298,7 @@ def _seed(seed: int) -> None:
 
 @contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Put the global random state back at the end of the block."""
+    """Restore the global random state at the end of the block."""
     before = random_state()
     try:
         yield

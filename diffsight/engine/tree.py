@@ -21,8 +21,8 @@ Key = tuple[int, str]
 class Tree:
     """What can be tapped in a model, and under which names. Wrappers override its methods, see `diffsight.extending`.
 
-    A model and its edited copies have a tree each. The trees share the modules and know of each other's runs, and each
-    has attached modules of its own.
+    A model and each of its edited copies have their own tree. The trees share the modules and know of each other's
+    runs, but each has its own attached modules.
 
     Args:
         root: The target of the model as a whole.
@@ -48,7 +48,7 @@ class Tree:
         return type(self.root.owner).__name__
 
     def copy(self) -> Self:
-        """Return a tree of the same modules, whose attached modules begin with those here."""
+        """Return a tree of the same modules that starts with the same attached modules."""
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
         copied.is_copy, copied.attached = True, self.attached.copy()
@@ -65,7 +65,7 @@ class Tree:
         return self._methods.get(id(owner), {})
 
     def meant_by(self, target: Target, name: str) -> str:
-        """Return what the part is called here that is called `name` in other models."""
+        """Return this model's own name for the part that other models call `name`."""
         return name
 
     def names_of(self, owner: Any) -> Mapping[str, str]:
@@ -73,7 +73,7 @@ class Tree:
         return {}
 
     def target_named(self, outer: Target, name: str) -> Target | None:
-        """Return what a standard name below a part means; None if it is not one."""
+        """Return the target of a standard name below a part; None if it is not a standard name."""
         real = self.names_of(outer.owner).get(name)
         if real is None:
             return None
@@ -83,9 +83,9 @@ class Tree:
         return Target(found.owner, found.name, join(outer.path, name), found.outer)
 
     def named_value(self, points: Any, name: str) -> Any:
-        """Return what a name on the envoy of a module (`points`) means beyond the module's own attributes: the points
-        of a value inside its calls, such as `attention_probs`, or an object whose `named(name)` finds such points. None
-        if it means nothing."""
+        """Return the meaning of a name on a module's envoy (`points`) beyond the module's own attributes: the points of
+        a value inside its calls, such as `attention_probs`, or an object whose `named(name)` finds such points. None if
+        it has no meaning."""
         return None
 
     def value_names(self, target: Target) -> tuple[str, ...]:
@@ -93,18 +93,18 @@ class Tree:
         return ()
 
     def components(self) -> list[Target]:
-        """Return what is tapped from the start of every run: the model, and the methods that are called directly."""
+        """Return the targets tapped from the start of every run: the model, and the methods called directly."""
         if not self._methods:
             return [self.root]
         paths = [path for methods in self._methods.values() for path in methods.values()]
         return [self.root, *map(self._method_at, paths)]
 
     def stand_ins(self) -> Mapping[Key, Callable]:
-        """Return what a scan calls instead of components that look at values, by the key of their target."""
+        """Return the functions that a scan calls instead of components that look at values, by key of the component."""
         return {}
 
     def clock(self) -> Clock:
-        """Return what says when a step begins; by default, at each forward pass."""
+        """Return the clock that determines when a step begins; by default, at each forward pass."""
         return Clock([self.root])
 
     def describe(self, owner: Any) -> str:
@@ -119,7 +119,7 @@ class Tree:
         return ""
 
     def attribute(self, owner: Any, name: str) -> Any:
-        """Return an attribute of a part of the model. Weights that are loaded later are loaded if it concerns them."""
+        """Return an attribute of a part of the model. If it concerns weights that are not loaded yet, load them."""
         try:
             value = getattr(owner, name)
         except KeyError as error:  # pipelines look into their configuration, also for names that dictionaries have
@@ -131,9 +131,9 @@ class Tree:
         return getattr(owner, name)
 
     def weights_loaded(self) -> None:
-        """Called once, after weights that are loaded later have been loaded."""
+        """Called once, after weights that are loaded on first use have been loaded."""
 
-    # ---- what can be asked of a tree
+    # ---- what a tree answers
 
     def look_for_private_names(self) -> None:
         """Note whether modules have names that handles may use for themselves."""
@@ -172,13 +172,13 @@ class Tree:
         return self._known_places[1]
 
     def add_method(self, owner: Any, name: str, path: str) -> None:
-        """Let a method be tapped that code calls directly, past the forward pass."""
+        """Allow tapping a method that code calls directly, bypassing the forward pass."""
         if not isinstance(inspect.getattr_static(type(owner), name, None), FunctionType):
             raise PointNotFoundError(f"methods: {path!r} is not a method, or is not called on a {type(owner).__name__}")
         self._methods.setdefault(id(owner), {})[name] = path
 
     def attach(self, owner: Any, name: str, path: str, module: nn.Module) -> None:
-        """Attach a module to a part of the model, for edits to call: on a copy only in the tree, else for real."""
+        """Attach a module to a part of the model, for edits to call. On a copy, the part itself stays unchanged."""
         if not isinstance(owner, nn.Module):
             raise InputError(f"{path}: a module can be attached to a module, not to a {type(owner).__name__}")
         if self.attached.find(owner, name) is None and hasattr(owner, name):
@@ -191,7 +191,7 @@ class Tree:
                 flow.taps.add(target)
 
     def load_unless_scanning(self) -> None:
-        """Load weights that are loaded later, except in the body of a scan, where a call or an attribute needs none."""
+        """Load the weights if necessary, except in the body of a scan, where calls and attributes need none."""
         run = None if self.weights.are_loaded else self.open_runs.innermost(self)
         if run is None or not run.is_scan:
             self.weights.load()

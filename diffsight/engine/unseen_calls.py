@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from torch import nn
 
-_OF_PYTORCH = ("__call__", "_call_impl", "_wrapped_call_impl")  # what calls `forward` and the hooks around it
+_OF_PYTORCH = ("__call__", "_call_impl", "_wrapped_call_impl")  # they call `forward` and the hooks around it
 
 
 @functools.cache
 def why_unseen(kind: type[nn.Module]) -> str | None:
-    """Return why what the modules of a class return cannot be seen, in words; None if it can."""
+    """Return the reason why outputs of the modules of a class cannot be seen, in words; None if they can."""
     if inspect.isdatadescriptor(inspect.getattr_static(kind, "forward", None)):
         return f"the `forward` of {kind.__name__} is a property, which diffsight cannot see"
     if kind.__call__ is nn.Module.__call__ or _is_passed_through(kind.__call__):
@@ -22,7 +22,7 @@ def why_unseen(kind: type[nn.Module]) -> str | None:
 
 
 def _is_passed_through(call: Callable) -> bool:
-    """Whether a `__call__` is certain to return what that of PyTorch returns."""
+    """Whether a `__call__` is certain to return the result of PyTorch's own `__call__`."""
     if call.__module__.split(".")[0] == "torch":
         return True
     try:

@@ -31,15 +31,15 @@ class Course(Protocol):
 
 class Body(Coroutine):
     """A body beside the one that opened the run: a function of `run.each`, or an edit. It is woken when the model
-    reaches what it waits for."""
+    reaches the point that it waits for."""
 
     def __init__(self, function: Callable[[], Any], flow: Course, state: TorchState) -> None:
         super().__init__(function, None, state)
         self.flow = flow
         self.scope = Scope()
         self.waits: Sequence[tuple[Tap, PointKey]] = ()
-        self.point: Point | None = None  # what it was woken for; None if its wait is over
-        self.call: InnerCall | None = None  # what it wants the model's coroutine to call
+        self.point: Point | None = None  # the point it was woken at; None if its wait is over
+        self.call: InnerCall | None = None  # the call it wants the model's coroutine to make
         self.asks = False  # whether it sleeps until that call is made
 
     def wait(self, waits: Sequence[tuple[Tap, PointKey]]) -> Point | None:
@@ -55,7 +55,7 @@ class Body(Coroutine):
         self.asks = False
 
     def wake(self, state: TorchState | None = None) -> None:
-        """Run the body if it has not started, or if the model has reached what it waits for or can no longer reach it.
+        """Run the body if it has not started, or if the model has reached its point or can no longer reach it.
 
         `state` is the current state, if it is known."""
         if self._stack is None:
@@ -72,7 +72,7 @@ class Body(Coroutine):
             self.go(state)
 
     def go(self, state: TorchState | None = None) -> Any:
-        """Start the body, or let it continue. Return what it parks with."""
+        """Start the body, or let it continue. Return the value that it parks with."""
         return self.resume(body=state)
 
 
@@ -83,8 +83,8 @@ class EditBody(Body):
         function: The edit.
         flow: The run.
         state: The PyTorch state in which the run was opened.
-        order: The number of the edit, which says when its turn is.
-        where: The line that the edit was written at.
+        order: The number of the edit, which determines its turn.
+        where: The line at which the edit was written.
         touches: Collects the paths of the points that the edit reads and assigns.
         attached: The modules that the edit has attached so far, in any run, by owner and name.
     """
@@ -143,7 +143,7 @@ class Bodies:
     def __init__(self) -> None:
         self.edits: list[EditBody] = []
         self.edits_begun = False
-        self.functions: list[Body] = []  # those of `run.each`
+        self.functions: list[Body] = []  # the bodies of `run.each`
         self.turn: EditBody | None = None  # whose turn it is at the point where the model parks
         self.calls: list[tuple[Point | None, list[Body], bool]] = []  # calls in progress: where they were asked for
 
@@ -155,7 +155,7 @@ class Bodies:
 
     def wake(self, turns: list[Body], parked: Point | None, continues: bool = False) -> InnerCall | None:
         """Wake one body after the other; return the call that one of them asks for before the next has its turn."""
-        state = turns[0].state.now() if turns else None  # each body leaves it as it was
+        state = turns[0].state.now() if turns else None  # each body leaves the state as it was
         while turns:
             body = turns[0]
             if not body.dead and body.call is None:

@@ -1,8 +1,8 @@
 """The forward hooks that others have put on a module, and which of them may change its output.
 
-The model continues with what the last of these hooks returns, so that is the module's output. Hooks that only look at
-the output, such as those with which transformers captures hidden states, are shown what the run has edited. Whether a
-hook only looks must be known before it is called, and is read from its bytecode.
+The model continues with the return value of the last of these hooks, so this is the module's output. Hooks that only
+look at the output, such as the hooks with which transformers captures hidden states, see the run's edits. Whether a
+hook only looks must be known before it is called, and is determined from its bytecode.
 """
 
 import dis
@@ -33,7 +33,7 @@ def has_forward_hooks(module: nn.Module) -> bool:
 def output_hooks(module: nn.Module) -> list[int]:
     """Return the ids of the hooks of a module, from the first on, up to the last one that may change its output.
 
-    A hook for all modules that may change outputs counts as one that stands before them: id -1."""
+    A hook for all modules that may change outputs counts as a hook before them: id -1."""
     hooks = [*dict.fromkeys(torch_module._global_forward_hooks.values(), -1).items()]
     hooks += [(hook, number) for number, hook in module._forward_hooks.items()]
     while hooks and only_looks(hooks[-1][0]):

@@ -1,7 +1,7 @@
 """The line of the user's code that an error or a warning is about, and tracebacks that end there.
 
-A line that asks is on the stack. A value may also be assigned long before the model reaches its point; that line is
-kept with the assignment and noted on the error.
+A line that asks for a value is on the stack when the error is raised. But a value may be assigned long before the model
+reaches its point, so the line is kept with the assignment and noted on the error.
 """
 
 import sys
@@ -40,12 +40,12 @@ def users_line() -> UsersLine:
 
 
 def set_line(error: BaseException, line: UsersLine) -> None:
-    """Say which line of the user's code is the cause of an error that is raised later."""
+    """Note which line of the user's code is the cause of an error that is raised later."""
     setattr(error, _LINE, line)
 
 
 def line_of(error: BaseException) -> UsersLine | None:
-    """Return the line that `set_line` has noted; None if there is none."""
+    """Return the line that `set_line` has noted; None if it has noted none."""
     return getattr(error, _LINE, None)
 
 
@@ -59,8 +59,8 @@ def from_the_asking_line(error: DiffsightError) -> DiffsightError:
 
 
 def end_at_users_line(trace: TracebackType | None, body: CodeType) -> None:
-    """Remove diffsight's own frames from a traceback that begins in the user's code. It then ends at the innermost line
-    of the user's that asked for the value, or at the line that assigned the wrong value.
+    """Remove diffsight's own frames from a traceback that begins in the user's code. It then ends at the user's
+    innermost line that asked for the value, or at the line that assigned the wrong value.
 
     `body` is the code from which the functions of `run.each` are called."""
     asked, assigned, is_users = trace, None, True
@@ -75,7 +75,7 @@ def end_at_users_line(trace: TracebackType | None, body: CodeType) -> None:
 
 
 def set_from_edit(error: BaseException) -> None:
-    """Say that an error was raised in an edit."""
+    """Note that an error was raised in an edit."""
     setattr(error, _FROM_EDIT, True)
 
 

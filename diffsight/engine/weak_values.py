@@ -1,4 +1,4 @@
-"""Values that are held weakly: they are there as long as somebody else holds their tensors."""
+"""Values that are held weakly: they exist as long as somebody else holds their tensors."""
 
 from typing import Any
 from weakref import ref
@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 class WeakContainer:
-    """A tuple, a dictionary or an output object, by the tensors that it holds."""
+    """A tuple, a dictionary or an output object whose tensors are held weakly."""
 
     __slots__ = ("_leaves", "_structure")
 
@@ -22,7 +22,7 @@ class WeakContainer:
 
 
 def weakly(value: Any) -> Any:
-    """Return what `alive` returns a value for. What cannot be held weakly, such as a number, is held."""
+    """Return a weak reference to a value, for `alive`. What cannot be held weakly, such as a number, is held."""
     return ref(value) if isinstance(value, torch.Tensor) else WeakContainer(value)
 
 

@@ -22,7 +22,7 @@ _INSIDE = {  # the name of a class: the name of the wrapped module in it
 
 
 def wrapped_path(module: nn.Module) -> str:
-    """Return the path of what a module wraps, an empty string if it wraps nothing."""
+    """Return the path of the module that a module wraps; an empty string if it wraps none."""
     path = []
     while (name := _wrapped_name(module)) is not None:
         path.append(name)
@@ -31,20 +31,20 @@ def wrapped_path(module: nn.Module) -> str:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return what a module wraps, or the module itself."""
+    """Return the module that a module wraps, or the module itself."""
     while (name := _wrapped_name(module)) is not None:
         module = module._modules[name]
     return module
 
 
 def children_in(target: Target) -> dict[str, Target]:
-    """Return the parts directly in a part of a model, by name, with those of the module that it wraps."""
+    """Return the parts directly in a part of a model, by name, including those of the module that it wraps."""
     children, wrapped = target.named_children(), wrapped_targets(target)
     return {**wrapped[-1].named_children(), **children} if wrapped else children
 
 
 def wrapped_targets(target: Target) -> list[Target]:
-    """Return what a part wraps, from the outermost to the innermost."""
+    """Return the targets of the modules that a part wraps, from the outermost to the innermost."""
     found, inner = [], target
     while (name := _wrapped_name(inner.owner)) is not None:
         inner = inner.children()[name]
