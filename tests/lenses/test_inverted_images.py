@@ -123,7 +123,7 @@ def test_it_is_an_argument_of_each_of_them():
     for lens in (*map(globals().get, IMAGES), activation_patching, block_ablation, causal_tracing):
         parameter = inspect.signature(lens).parameters["inverted"]
         assert (parameter.kind, parameter.default) == (inspect.Parameter.KEYWORD_ONLY, None)
-        assert "inverted: What `invert` returned for an image" in lens.__doc__
+        assert "inverted: The result of `invert` for an image" in lens.__doc__
 
 
 @pytest.mark.parametrize(
