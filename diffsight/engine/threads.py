@@ -1,7 +1,7 @@
 """Threads: the thread that a run belongs to, and calls that the model makes in threads of its own.
 
-A run belongs to the thread that opened it. It sees no calls in other threads, but the modules that they
-reach are noted: asking for a value of one of these raises an error.
+A run belongs to the thread that opened it. It sees no calls in other threads, but it notes that there
+were such calls. Asking for a value that may have passed in one of them raises an error.
 """
 
 import sys
