@@ -194,8 +194,8 @@ class Points:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise InputError(
-            f"{self.path} cannot be copied or pickled, since it belongs to a model with runs and edits: wrap a copy of "
-            "what it wraps, Model(copy.deepcopy(module))"
+            f"{self.path} cannot be copied or pickled, since it belongs to a model with runs and edits: copy the "
+            "module that it wraps, and wrap the copy, Model(copy.deepcopy(module))"
         )
 
     def _hint_at_child(self, name: str) -> str:

@@ -208,9 +208,9 @@ class Model(Envoy):
     def __reduce_ex__(self, protocol: Any) -> Any:
         name = type(self).__name__
         raise InputError(
-            f"a {name} cannot be copied or pickled, since it has runs and edits: wrap a copy of what it wraps, "
-            f"{name}(copy.deepcopy(module)); or use model.edit(), which returns a copy that shares the weights and has "
-            "edits of its own"
+            f"a {name} cannot be copied or pickled, since it has runs and edits: copy the module that it wraps, and "
+            f"wrap the copy, {name}(copy.deepcopy(module)); or use model.edit(), which returns a copy that shares the "
+            "weights and has edits of its own"
         )
 
     def _hidden_names(self) -> list[str]:

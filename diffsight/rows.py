@@ -54,7 +54,8 @@ class View:
             if not hasattr(type(self._run), name):
                 raise
             raise PointNotFoundError(
-                f"{self._part.name} has no {name!r} of its own: ask the run, run.{name}, and take what belongs to it"
+                f"{self._part.name} has no {name!r} of its own: use run.{name}, and take the part that belongs to "
+                f"{self._part.name}"
             ) from None
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -311,8 +311,8 @@ class Run(InRun):
         """Raise InputError if the run has several passes, each of which has a value called `name`."""
         if self._invoked:
             raise InputError(
-                f"run.{name}: each pass of this run has its own. Ask the pass, `with run.invoke(...) as part:` and "
-                f"part.{name}, or use run.result, a list with one result per pass"
+                f"run.{name}: each pass of this run has its own. Open the pass with `with run.invoke(...) as part:` "
+                f"and use part.{name}, or use run.result, a list with one result per pass"
             )
 
     def _check_no_scan(self, name: str) -> None:

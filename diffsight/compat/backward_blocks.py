@@ -69,7 +69,7 @@ class BackwardBlock:
         """Replace the gradient with which `backward()` continues."""
         self.read(tensor)
         if self._waited_for is not tensor:
-            raise OutOfOrderError("this gradient was assigned too late: backward() has gone on to others since")
+            raise OutOfOrderError("this gradient was assigned too late: backward() has moved on to other gradients")
         self._arrived[id(tensor)][1] = value
 
     def _run_to(self, tensor: torch.Tensor) -> None:
@@ -78,8 +78,8 @@ class BackwardBlock:
         while id(tensor) not in self._arrived:
             if self._backward.dead:
                 raise OutOfOrderError(
-                    "backward() has ended and did not reach this gradient: gradients are read in the reverse order "
-                    "of the forward pass, and only those of tensors that the loss was computed from exist"
+                    "backward() has ended without reaching this gradient: read gradients in the reverse order of the "
+                    "forward pass, and only those of tensors that the loss was computed from"
                 )
             self._waited_for = tensor
             self._backward.resume()

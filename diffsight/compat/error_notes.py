@@ -8,10 +8,10 @@ _GRADIENT = (
     "This value has no gradient: the model runs without gradients (torch.no_grad(), generate), or nothing that it was "
     "computed from requires one. Leave out torch.no_grad(), or open the run with grad=True"
 )
-_SAVE = "Write nnsight.save(x), or nothing: a name bound in a block stays bound"
+_SAVE = "Write nnsight.save(x), or leave it out: a name assigned in a block keeps its value after the block"
 _PADDING = (
-    "Each invoke is a pass of its own here, where nnsight pads the inputs of all to one length: choose the positions "
-    "that both have, or trace all inputs at once and use run.rows"
+    "Here each invoke is a separate pass, while nnsight pads the inputs of all invokes to one length: choose positions "
+    "that exist in both, or trace all inputs at once and use run.rows"
 )
 _ITEM = "To change a value in a tuple in place, give it a name: hidden = layer.output[0], and then hidden += x"
 _SIZES = re.compile(r"size of (the )?tensor .*must match|shape mismatch")

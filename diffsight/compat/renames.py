@@ -56,8 +56,8 @@ class Renames:
         if len(found) > 1:
             what = key.__name__ if isinstance(key, type) else repr(key)
             raise InputError(
-                f"rename: {what} means {len(found)} modules in {_shown(outer)} ({', '.join(found)}), and a name "
-                "belongs to one: use their paths"
+                f"rename: {what} matches {len(found)} modules in {_shown(outer)} ({', '.join(found)}), but a new name "
+                "can stand for only one: use their paths"
             )
         for path, target in found.items():
             for name in names:

@@ -118,21 +118,21 @@ class Tracer(TracerFunctions, Run):
         """Return the inputs of all invokes as one batch."""
         if not self._invoked_with:
             raise InputError(
-                "invoke() without an input has the inputs of the invokes before it, and there are none. For the rows "
-                "of one pass, use run.rows"
+                "invoke() without an input uses the inputs of the invokes before it, but there is no invoke before it. "
+                "For the rows of one pass, use run.rows"
             )
         for tracer in self._invoked:
             tracer._find_changes()
             if tracer._changed:
                 raise InputError(
                     f"invoke() without an input runs all inputs again, but an invoke before it has changed "
-                    f"{tracer._changed}, which that pass would not have: read what you need in that invoke, or trace "
-                    "all inputs at once and use run.rows"
+                    f"{tracer._changed}, and the new pass would not include that change: read what you need in that "
+                    "invoke, or trace all inputs at once and use run.rows"
                 )
         if torch.is_inference_mode_enabled() or any(tracer._reads_unseen for tracer in self._invoked):
             raise InputError(
-                "invoke() without an input can only be read, and so can the invokes before it. Under "
-                "torch.inference_mode() nothing tells whether a value was changed in place: write torch.no_grad()"
+                "invoke() without an input, and the invokes before it, can only read values. Under "
+                "torch.inference_mode() diffsight cannot tell whether a value was changed in place: use torch.no_grad()"
             )
         return joined_inputs(self._invoked_with, self._model.__dict__.get("tokenizer"))
 

@@ -66,7 +66,7 @@ class TransformersNames:
             config = _with_class(transformers, source, automodel, task, kwargs)
             kwargs |= {} if config is None else {"config": config}
         elif automodel is not None:
-            raise InputError("automodel= chooses the class to load: a live model has one already")
+            raise InputError("automodel= chooses the class to load, but a live model is already loaded: omit it")
         if task == _IMAGES_AND_TEXT:
             given = processor if tokenizer is None else tokenizer
             super().__init__(source, *([] if given is None else [given]), **kwargs)

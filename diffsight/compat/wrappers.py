@@ -44,7 +44,9 @@ class CompatModel(CompatEnvoy):
         **kwargs: Any,
     ) -> None:
         if "envoys" in kwargs:
-            raise InputError("envoys= is not supported: write functions of a module, and rename= for names of your own")
+            raise InputError(
+                "envoys= is not supported: write functions that take a module, and use rename= to add names of your own"
+            )
         is_live = bool(args) and isinstance(args[0], (nn.Module, tuple))
         super().__init__(*args, **kwargs, **({} if is_live or device_map is None else {"device_map": device_map}))
         self._be_root()
@@ -61,8 +63,8 @@ class CompatModel(CompatEnvoy):
         hidden = [p for p, _ in self._modules_here() if p.rpartition(".")[2] in TAKEN and p]
         if hidden:
             warnings.warn(
-                f"the model has modules named as values that nnsight already serves ({hidden[0]}, {len(hidden)} in "
-                "all): write `.E_output` for a module `output`, and so on",
+                f"the model has modules with the same names as values that nnsight already provides ({hidden[0]}, "
+                f"{len(hidden)} in all): write `.E_output` for a module `output`, and so on",
                 stacklevel=4,
             )
 
@@ -203,7 +205,7 @@ class DiffusionNames(CompatModel):
     def __init__(self, source: Any, *, automodel: Any = None, **kwargs: Any) -> None:
         if automodel is not None:
             if not isinstance(source, str):
-                raise InputError("automodel= chooses the class to load: a live pipeline has one already")
+                raise InputError("automodel= chooses the class to load, but a live pipeline is already loaded: omit it")
             kind = getattr(import_module("diffusers"), automodel) if isinstance(automodel, str) else automodel
             loading = {name: kwargs.pop(name) for name in list(kwargs) if name not in _OF_MODEL}
             check = import_module("diffsight.pipelines.loading_arguments").check_pipeline_arguments

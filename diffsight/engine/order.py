@@ -89,8 +89,9 @@ def too_late(asked: Asked, what: str, where: str) -> OutOfOrderError:
 def let_go(asked: Asked, where: str) -> OutOfOrderError:
     """Return the error for a value that was read earlier and not kept."""
     return OutOfOrderError(
-        f"{asked} was read before and let go: the model is {where}, past that point, and a run keeps no value that "
-        f"your code does not hold. Bind it to a name where you read it first, and use the name: value = run.{asked}"
+        f"{asked} was read before, but its value was not kept: the model is {where}, past that point, and a run keeps "
+        "only values that your code still refers to. Bind the value to a name where you first read it, and use the "
+        f"name: value = run.{asked}"
     )
 
 

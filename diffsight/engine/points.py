@@ -146,7 +146,7 @@ class Assignment:
         if difference and before.ndim != value.ndim:
             raise AssignmentError(f"{self} {difference}. Assign a value of {before.ndim} dimensions")
         if before.shape != value.shape and _is_broadcast(value, before):
-            raise AssignmentError(f"{self} {difference}. If it is to be repeated, write that: value.expand(...)")
+            raise AssignmentError(f"{self} {difference}. To repeat the value, write value.expand(...)")
         return difference
 
 
@@ -191,7 +191,7 @@ def check_value(asked: Asked, value: Any) -> None:
         )
     inside = asked.target.outer is not None and asked.target.name == FORWARD
     if asked.part == "skip" and inside and isinstance(value, (int, float, complex, str)):
-        raise AssignmentError(f"{asked} takes what the module is to return, such as a tensor, not {value!r}")
+        raise AssignmentError(f"{asked} takes the value that the module should return, such as a tensor, not {value!r}")
 
 
 def _difference(before: torch.Tensor, value: torch.Tensor) -> str | None:

@@ -127,8 +127,8 @@ class ServerCopies:
         tensor = self[number]
         if self._tensors[number][1] != _version(tensor):
             raise DiffsightError(
-                f"{path} was changed in place, and so was the same tensor or another part of it after it was read. "
-                "Change one part after the other, reading each before it is changed, or assign the whole"
+                f"{path} was changed in place, but the same tensor or another part of it was also changed after it was "
+                "read. Change one part at a time, and read each part before you change it, or assign the whole tensor"
             )
         tensor.copy_(value)
         self._add(number, tensor)

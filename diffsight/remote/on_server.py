@@ -39,7 +39,8 @@ class OnServer:
         """Open a run by a method of the model, and store the call for `_new_run`."""
         if "blocking" in kwargs:
             raise InputError(
-                "blocking: the body of a run is here. model.server.submit(...) starts a lens there and returns at once"
+                "blocking: the body of a run is executed on the client. model.server.submit(...) starts a lens on the "
+                "server and returns at once"
             )
         not_sent = getattr(type(self), "_not_sent", ())  # arguments that have no meaning for a server
         before = _opening.set((name, args, {key: value for key, value in kwargs.items() if key not in not_sent}))
@@ -70,7 +71,7 @@ class OnServer:
         return run
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        raise InputError("the weights are on the server, whose start says on which device and in which type")
+        raise InputError("the weights are on the server: their device and dtype are chosen when the server is started")
 
 
 class Elsewhere:

@@ -374,7 +374,9 @@ class RemoteFlow(Flow):
         versions = [tensor._version for tensor in tensors.values()]
         function(tap, reply["call"], ((value,), {}) if asked.part == "input" else value)
         if versions != [tensor._version for tensor in tensors.values()]:
-            raise InputError(f"{asked}: a function of run.follow changed it in place; a server does not get that back")
+            raise InputError(
+                f"{asked}: a function of run.follow changed it in place, but the server does not get that change"
+            )
 
     def _take_state(self, state: Mapping[str, Any]) -> None:
         self.clock.set(state["index"], state["in_step"], state["over"])

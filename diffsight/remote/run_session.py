@@ -427,7 +427,7 @@ def check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
     """Raise InputError for arguments that could run code, or open files or addresses, on the server."""
     for name in kwargs:
         if name in _REFUSED:
-            raise InputError(f"{name} is not taken by a server")
+            raise InputError(f"a server does not accept the argument {name}")
     waiting = [args, kwargs]
     for value in waiting:
         if isinstance(value, (list, tuple)):

@@ -67,9 +67,9 @@ class ServedModel:
         kind = type(model).__name__
         names = [name for name, value in (given | {"dispatch": dispatch or None}).items() if value is not None]
         if names:
-            raise InputError(f"{names[0]}: a model on a server is loaded already, by `diffsight serve`. Leave it out")
+            raise InputError(f"{names[0]}: `diffsight serve` has already loaded the model. Leave this argument out")
         if not isinstance(source, str):
-            raise InputError(f"remote=: a model on a server is named by text, not by a {type(source).__name__}")
+            raise InputError(f"remote=: name the model on the server with a string, not a {type(source).__name__}")
         server = cls(source, remote, api_key)
         if server.description["kind"] != kind:
             raise InputError(f"{source} is a {server.description['kind']}: open it with that class, not with {kind}")
@@ -111,7 +111,7 @@ class ServedModel:
         """Return a connection for a run: a new one or, in a session, the session's connection."""
         if self._kept is not None:
             if self._is_busy:
-                raise InputError("a session has one run at a time: end the run before, or open it outside the session")
+                raise InputError("a session has one run at a time: end the open run first, or open this one outside it")
             self._is_busy = True
             return self._kept
         return self.address.connect(self.name, _LONGEST)

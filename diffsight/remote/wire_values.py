@@ -257,7 +257,7 @@ class ValueDecoder:
                 if not is_dataclass(kind):
                     raise ProtocolError(f"{kind.__name__} is not a class of results")
                 return kind(**values)
-        raise ProtocolError(f"{kind} is not the form of any value: it may be of a newer version of diffsight")
+        raise ProtocolError(f"{kind} is not a known kind of value: it may come from a newer version of diffsight")
 
     def _with_class(self, inner: list, packages: tuple[str, ...], base: Any) -> tuple[type, Any]:
         """Return the named class, which must already be imported or be part of diffsight, and the decoded contents."""
@@ -299,7 +299,7 @@ def _named(kind: type, values: list) -> tuple:
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ProtocolError(f"there is no type of tensors called {name!r}")
+        raise ProtocolError(f"there is no tensor type called {name!r}")
     return found
 
 

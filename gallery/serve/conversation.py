@@ -147,7 +147,7 @@ class Conversation:
     def _check_memory(self) -> None:
         most = self._limits.memory_bytes
         if most is not None and _memory() > most:
-            self._why = RemoteError(f"the run was ended: the process takes more than its limit of {most} bytes")
+            self._why = RemoteError(f"the run was ended: the process uses more memory than its limit of {most} bytes")
             raise RunEnded
 
     def _opened(self, begins: bool) -> None:

@@ -92,7 +92,7 @@ class ModelReplica:
             return
         number, front = uuid.uuid4().hex[:12], serve.get_app_handle(FRONT)
         if not await front.begin.remote(number, key.name, key.runs, self._name):
-            await socket.close(3003, f"the key has {key.runs} runs open, and may have no more")
+            await socket.close(3003, f"the key already has {key.runs} open runs, which is its limit")
             return
         try:
             await socket.accept()
@@ -242,4 +242,4 @@ def front_app(args: Mapping[str, Any]) -> Any:
 def _check(builder: str, args: Mapping[str, Any], known: set[str]) -> None:
     unknown = sorted(args.keys() - known)
     if unknown:
-        raise InputError(f"{builder} takes no {unknown[0]!r}: it takes {', '.join(sorted(known))}")
+        raise InputError(f"{builder} has no argument {unknown[0]!r}; its arguments are {', '.join(sorted(known))}")

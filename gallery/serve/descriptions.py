@@ -31,7 +31,7 @@ def description(name: str, model: Any) -> dict[str, Any]:
     """Return the entry of a model in `/models`."""
     kind = type(model).__name__
     if kind not in ("DiffusionModel", "LanguageModel"):
-        raise InputError(f"{name}: a server has pipelines and language models, and no {kind}")
+        raise InputError(f"{name}: a server can serve a DiffusionModel or a LanguageModel, but not {kind}")
     found: dict[str, Any] = {"name": name, "kind": kind, "tree": repr(model)}
     names = {} if kind == "DiffusionModel" else (model.loaded_from or {}).get("names") or {}
     encoders = model.encoders if kind == "DiffusionModel" else {}

@@ -39,7 +39,7 @@ class Jobs:
         """
         self._forget()
         if sum(job.key == key and job.ended is None for job in self._jobs.values()) >= most:
-            raise InputError(f"the key has {most} jobs that have not ended, and may have no more")
+            raise InputError(f"the key already has {most} unfinished jobs, which is its limit")
         number = uuid.uuid4().hex
         job = self._jobs[number] = _Job(key, time.time())
         job.task = asyncio.create_task(self._carry_out(job, work(number)))

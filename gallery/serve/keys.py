@@ -70,7 +70,7 @@ def add_key(file: str | Path, name: str, runs: int = _DEFAULT_RUNS) -> str:
     path = Path(file)
     known = _read(path) if path.exists() else []
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
-        raise InputError(f"a key is named by letters, digits, and - _ . in between, not by {name!r}")
+        raise InputError(f"the name of a key may contain only letters, digits, and - _ . between them, not {name!r}")
     if any(key.name == name for key in known):
         raise InputError(f"{file} has a key for {name!r} already: remove that line first, or choose another name")
     if runs < 1:

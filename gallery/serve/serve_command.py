@@ -155,7 +155,7 @@ def _named(words: list[str]) -> dict[str, str]:
         if not is_named and os.path.isdir(source):
             name = os.path.basename(os.path.abspath(source))
         if name in found:
-            raise InputError(f"{name} is there twice: give each model a name of its own, as in NAME=MODEL")
+            raise InputError(f"{name} appears twice: give each model a different name, as in NAME=MODEL")
         found[name] = source
     return found
 
@@ -169,6 +169,6 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
 
         dtype = getattr(torch, options.dtype, None)
         if not isinstance(dtype, torch.dtype):
-            raise InputError(f"--dtype: there is no type of tensors called {options.dtype!r}, such as bfloat16")
+            raise InputError(f"--dtype: there is no tensor type called {options.dtype!r}; use one such as bfloat16")
         found["torch_dtype"] = options.dtype
     return found

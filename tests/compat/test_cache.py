@@ -84,7 +84,7 @@ def test_invoke_of_all_inputs_after_a_change(llm, ids, change):
 @pytest.mark.parametrize("inside", [False, True])
 def test_invoke_of_all_inputs_in_inference_mode(llm, ids, inside):
     """Changes in place cannot be seen there, neither in the invokes before it nor in its own block."""
-    with pytest.raises(InputError, match=r"write torch\.no_grad\(\)"), llm.trace() as tracer:
+    with pytest.raises(InputError, match=r"use torch\.no_grad\(\)"), llm.trace() as tracer:
         with torch.inference_mode(), tracer.invoke(ids):
             if not inside:
                 llm.transformer.h[0].output[:] = 0

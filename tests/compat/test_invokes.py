@@ -57,7 +57,7 @@ def test_values_of_invokes_of_other_lengths(llm, ids, other):
             hidden = llm.transformer.h[1].output
         with tracer.invoke(other[:, :2]):
             llm.transformer.h[1].output[:] = hidden
-    assert "Each invoke is a pass of its own here" in "".join(caught.value.__notes__)
+    assert "Here each invoke is a separate pass" in "".join(caught.value.__notes__)
 
 
 def test_readme_style_of_invokes(llm, gpt2, ids):

@@ -98,7 +98,7 @@ def test_renamed_modules(gpt2, ids):
         ({"lm_head": "transformer"}, "would shadow"),
         ({"lm_head": "output"}, "would shadow"),
         ({"lm_head": "config"}, "would shadow"),
-        ({nn.LayerNorm: "norm"}, "means 2 modules"),
+        ({nn.LayerNorm: "norm"}, "matches 2 modules"),
         ({"attn.c_proj": "mlp.o_proj"}, "is not inside 'mlp'"),
     ],
 )
@@ -126,7 +126,7 @@ def test_modules_called_output():
             return self.output(x) + 1
 
     net, x = Net(), torch.ones(1, 3)
-    with pytest.warns(UserWarning, match="already serves"):
+    with pytest.warns(UserWarning, match="already provides"):
         model = NNsight(net)
     with model.trace(x):
         inner, outer = model.E_output.output, model.output

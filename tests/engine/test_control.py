@@ -244,5 +244,5 @@ def test_stop_in_an_invoke(net, x):
 
 @pytest.mark.parametrize("value", [0, 1.5, True, "zero"])
 def test_what_no_module_returns_is_not_skipped_with(net, x, value):
-    with pytest.raises(AssignmentError, match="takes what the module is to return"), Model(net).trace(x) as run:
+    with pytest.raises(AssignmentError, match="the value that the module should return"), Model(net).trace(x) as run:
         run.layers[0].skip(value)

@@ -314,7 +314,7 @@ def test_a_model_is_not_copied(net, x, copying):
     for thing in (model, model.layers[0], {"model": model}):
         if copying is copy.copy and thing is not model:
             continue
-        with pytest.raises(InputError, match=r"wrap a copy of what it wraps, Model\(copy\.deepcopy\(module\)\)"):
+        with pytest.raises(InputError, match=r"wrap the copy, Model\(copy\.deepcopy\(module\)\)"):
             copying(thing)
     assert Model(copy.deepcopy(net)).trace(x).result.equal(net(x))
 

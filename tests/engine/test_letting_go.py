@@ -55,7 +55,10 @@ def test_a_value_that_was_let_go_is_an_error_at_that_line(stack, x):
     with Model(stack).trace(x) as run:
         run[2].output
         run[5].output
-        with pytest.raises(OutOfOrderError, match=r"\[2\]\.output was read before and let go.*Bind it to a name"):
+        with pytest.raises(
+            OutOfOrderError,
+            match=r"\[2\]\.output was read before, but its value was not kept.*Bind the value to a name",
+        ):
             run[2].output
 
 
@@ -79,7 +82,7 @@ def test_all_of_a_tuple_has_to_be_held(x):
         first, _ = run.inner.output
         del _
         run.last.output
-        with pytest.raises(OutOfOrderError, match="let go"):
+        with pytest.raises(OutOfOrderError, match="its value was not kept"):
             run.inner.output
     assert torch.equal(first, x + 1)
 
@@ -92,7 +95,7 @@ def test_the_first_input_is_there_again_without_the_others(x):
         given = run.inner.inner.input
         run.last.output
         assert run.inner.inner.input is given
-        with pytest.raises(OutOfOrderError, match="let go"):
+        with pytest.raises(OutOfOrderError, match="its value was not kept"):
             run.inner.inner.inputs
 
 

@@ -53,7 +53,7 @@ def test_a_refusal_that_the_model_swallows_is_raised_at_the_end(value):
 
 def test_what_would_only_fit_by_broadcasting():
     net, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(2, 4)
-    with pytest.raises(AssignmentError, match=r"\(1, 4\) was assigned. If it is to be repeated, write that: .*expand"):
+    with pytest.raises(AssignmentError, match=r"\(1, 4\) was assigned. To repeat the value, write .*expand"):
         with Model(net).trace(x) as run:
             run[0].output = torch.ones(1, 4)
     with Model(net).trace(x) as run:
@@ -67,7 +67,7 @@ def test_what_would_only_fit_by_broadcasting():
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        (torch.zeros(1, 4), torch.zeros(2, 4), r"\(1, 4\) was assigned. If it is to be repeated"),
+        (torch.zeros(1, 4), torch.zeros(2, 4), r"\(1, 4\) was assigned. To repeat the value"),
         (torch.zeros(2, 4), torch.zeros(4), "Assign a value of 2 dimensions"),
         (0.0, torch.zeros(2, 4), "cannot take the number 0.0"),
     ],

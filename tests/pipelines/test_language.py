@@ -33,7 +33,7 @@ def test_a_row_knows_its_tokens(model):
     with model.trace([PROMPT, LONGER]) as run:
         row = run.rows[0]
         assert torch.equal(row.tokens, run.tokens[:1]) and torch.equal(row.mask, run.mask[:1])
-        with pytest.raises(PointNotFoundError, match=r"rows\[0\] has no 'result' of its own: ask the run, run.result"):
+        with pytest.raises(PointNotFoundError, match=r"rows\[0\] has no 'result' of its own: use run.result"):
             row.result
 
 

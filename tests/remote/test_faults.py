@@ -319,5 +319,5 @@ def test_wrong_sources(served):
         LanguageModel("gpt3", remote=served)
     with pytest.raises(InputError, match="takes the address of a server"):
         LanguageModel("gpt2", remote="127.0.0.1")
-    with pytest.raises(InputError, match="dispatch: a model on a server is loaded already"):
+    with pytest.raises(InputError, match="dispatch: `diffsight serve` has already loaded the model"):
         LanguageModel("gpt2", remote=served, dispatch=True)

@@ -370,7 +370,7 @@ def test_a_refused_assignment_is_raised_at_its_own_line(remote_language):
 
 
 def test_two_parts_of_one_tensor_cannot_undo_each_other(remote_language):
-    with pytest.raises(Exception, match="and so was the same tensor or another part of it"):
+    with pytest.raises(Exception, match="but the same tensor or another part of it"):
         with remote_language.trace(BATCH) as run:
             whole, row = run.layers[1].output, run.rows[0].layers[1].output
             row[:] = 0
