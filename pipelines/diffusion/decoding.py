@@ -32,7 +32,7 @@ def draw(model: Model, latents: torch.Tensor | Sequence[torch.Tensor], arguments
     with torch.no_grad(), progress_bar(pipeline, disable=True), model.generate(**call) as run:
         for step in run.steps:
             if step.index:
-                raise InputError(f"{name} makes more than one step: pass the arguments with which it makes one")
+                raise InputError(f"{name} makes more than one step: pass arguments with which it makes only one step")
             own = step.latents
             if batch.shape[1:] != own.shape[1:]:
                 raise InputError(
@@ -60,6 +60,7 @@ def _joined(latents: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     shapes = {tuple(one.shape[1:]) if isinstance(one, torch.Tensor) and one.ndim else None for one in listed}
     if len(shapes) != 1 or None in shapes:
         raise InputError(
-            "latents are a tensor, (batch, …) as step.latents returns it, or a list of such tensors of one shape"
+            "latents must be a tensor of shape (batch, …), as step.latents returns it, or a list of such tensors of "
+            "the same shape"
         )
     return torch.cat(list(listed))

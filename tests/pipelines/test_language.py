@@ -490,7 +490,7 @@ def test_folders_and_files_that_are_not_models(tmp_path, net):
     (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(InputError, match=r"a language model is a folder, a \.gguf file, or a name"):
         LanguageModel(tmp_path / "weights.bin")
-    with pytest.raises(InputError, match="already loaded; it takes no dtype"):
+    with pytest.raises(InputError, match="dtype cannot be used with a model that is already loaded"):
         LanguageModel(net, dtype=torch.float16)
     with pytest.raises(InputError, match="not int"):
         LanguageModel((net, 7))
@@ -539,7 +539,7 @@ def test_a_token_outside_of_the_vocabulary(model):
 
 
 def test_a_module_that_is_not_a_language_model():
-    with pytest.raises(InputError, match=r"Linear has none: diffsight\.Model\(module\) opens any module"):
+    with pytest.raises(InputError, match=r"Linear has none\. Use diffsight\.Model\(module\), which opens any module"):
         LanguageModel(nn.Linear(3, 3))
 
 
@@ -600,10 +600,10 @@ def test_a_model_from_a_folder_has_its_name(tmp_path):
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"factor": "x"}, "the factor of steer is a number, not 'x'"),
-        ({"factor": None}, "the factor of steer is a number, not None"),
-        ({"positions": 1.5}, "the positions of steer are integers, not 1.5"),
-        ({"positions": ["x"]}, "the positions of steer are integers"),
+        ({"factor": "x"}, "the factor of steer must be a number, not 'x'"),
+        ({"factor": None}, "the factor of steer must be a number, not None"),
+        ({"positions": 1.5}, "the positions of steer must be integers, not 1.5"),
+        ({"positions": ["x"]}, "the positions of steer must be integers"),
         ({"vector": [1.0]}, "steer takes a tensor, not list"),
     ],
 )
