@@ -32,7 +32,7 @@ def draw(model: Model, latents: torch.Tensor | Sequence[torch.Tensor], arguments
     with torch.no_grad(), progress_bar(pipeline, disable=True), model.generate(**call) as run:
         for step in run.steps:
             if step.index:
-                raise InputError(f"{name} makes more than one step: pass arguments with which it makes only one step")
+                raise InputError(f"{name} makes more than one step: pass the arguments with which it makes one")
             own = step.latents
             if batch.shape[1:] != own.shape[1:]:
                 raise InputError(

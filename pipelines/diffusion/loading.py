@@ -77,7 +77,7 @@ def open_pipeline(
             raise InputError(f"{', '.join(arguments)} cannot be used with a pipeline that is already loaded")
         return source, None
     if not isinstance(source, (str, Path)):
-        raise InputError(f"a pipeline must be a name, a folder or a diffusers pipeline, not {type(source).__name__}")
+        raise InputError(f"a pipeline is a name, a folder or a diffusers pipeline, not {type(source).__name__}")
     name = str(source)
     is_local = name.startswith("diffsight/") or find_path(name) is not None or not _HUB_ID.fullmatch(name)
     place = str(_folder(name)) if is_local else name

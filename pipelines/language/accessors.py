@@ -239,9 +239,9 @@ class Accessors(LayerAccessors):
         if not isinstance(vector, torch.Tensor):
             raise InputError(f"steer takes a tensor, not {type(vector).__name__}")
         if isinstance(factor, bool) or not isinstance(factor, (Real, torch.Tensor)):
-            raise InputError(f"the factor of steer must be a number, not {factor!r}")
+            raise InputError(f"the factor of steer is a number, not {factor!r}")
         if positions is not None and not all(hasattr(place, "__index__") for place in _listed(positions)):
-            raise InputError(f"the positions of steer must be integers, not {positions!r}")
+            raise InputError(f"the positions of steer are integers, not {positions!r}")
         places = None if positions is None else [operator.index(p) for p in _listed(positions)]
         mask = None if places is None else self._padding_mask()
         for index in _listed(layers):

@@ -60,8 +60,8 @@ def open_language_model(
     if isinstance(source, nn.Module):
         if not hasattr(source, "config"):
             raise InputError(
-                f"a language model must be a transformers model with a configuration, but {type(source).__name__} has "
-                "none. Use diffsight.Model(module), which opens any module"
+                f"a language model is a transformers model with a configuration, and {type(source).__name__} has none: "
+                "diffsight.Model(module) opens any module"
             )
         if arguments:
             raise InputError(f"{', '.join(arguments)} cannot be used with a model that is already loaded")

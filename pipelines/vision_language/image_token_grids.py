@@ -44,7 +44,7 @@ def image_grids(
     mixes = next((m for m in net.modules() if _MIXED.search(type(m).__name__)), None)
     if mixes is not None:
         raise InputError(
-            f"the image tokens of {type(net).__name__} form no grid, because {type(mixes).__name__} mixes the patches"
+            f"the image tokens of {type(net).__name__} lie on no grid, because {type(mixes).__name__} mixes the patches"
         )
     if not any(map(len, positions)):
         return [[] for _ in positions]

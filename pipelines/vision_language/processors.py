@@ -38,7 +38,7 @@ def checked_processor(processor: Any, place: str = "") -> Any:
     """Return the argument if it is None or a processor of texts and images. Raise InputError otherwise."""
     if processor is None or all(hasattr(processor, part) for part in ("image_processor", "tokenizer")):
         return processor
-    what = f"{place} only has" if place else "a processor must have a tokenizer and an image processor; this is"
+    what = f"{place} only has" if place else "a processor has a tokenizer and an image processor; this is"
     raise InputError(
         f"{what} a {type(processor).__name__}: pass a processor, as in VisionLanguageModel((model, processor))"
     )

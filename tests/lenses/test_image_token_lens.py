@@ -81,7 +81,7 @@ def test_bad_input():
         image_token_lens(model, PROMPT, [IMAGE, IMAGE])
     with pytest.raises(InputError, match="there is no layer 9"):
         image_token_lens(model, PROMPT, IMAGE, layers=9)
-    with pytest.raises(InputError, match="form no grid"):
+    with pytest.raises(InputError, match="lie on no grid"):
         image_token_lens(model_of("idefics2"), PROMPT, IMAGE)
     result = image_token_lens(model, PROMPT, IMAGE, layers=[0, 2])
     with pytest.raises(InputError, match="does not have layer 1: it has 0, 2"):

@@ -539,7 +539,7 @@ def test_a_token_outside_of_the_vocabulary(model):
 
 
 def test_a_module_that_is_not_a_language_model():
-    with pytest.raises(InputError, match=r"Linear has none\. Use diffsight\.Model\(module\), which opens any module"):
+    with pytest.raises(InputError, match=r"Linear has none: diffsight\.Model\(module\) opens any module"):
         LanguageModel(nn.Linear(3, 3))
 
 
@@ -600,10 +600,10 @@ def test_a_model_from_a_folder_has_its_name(tmp_path):
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({"factor": "x"}, "the factor of steer must be a number, not 'x'"),
-        ({"factor": None}, "the factor of steer must be a number, not None"),
-        ({"positions": 1.5}, "the positions of steer must be integers, not 1.5"),
-        ({"positions": ["x"]}, "the positions of steer must be integers"),
+        ({"factor": "x"}, "the factor of steer is a number, not 'x'"),
+        ({"factor": None}, "the factor of steer is a number, not None"),
+        ({"positions": 1.5}, "the positions of steer are integers, not 1.5"),
+        ({"positions": ["x"]}, "the positions of steer are integers"),
         ({"vector": [1.0]}, "steer takes a tensor, not list"),
     ],
 )

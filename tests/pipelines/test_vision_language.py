@@ -280,7 +280,7 @@ def test_several_images_have_a_grid_each():
 
 def test_tokens_of_a_resampler_have_no_grid():
     run = VisionLanguageModel(vision_language.idefics2()).trace(TEXT, IMAGE)
-    with pytest.raises(InputError, match="form no grid, because Idefics2PerceiverResampler"):
+    with pytest.raises(InputError, match="lie on no grid, because Idefics2PerceiverResampler"):
         run.image_grids
     assert len(run.image_tokens[0]) == 4
 
@@ -600,7 +600,7 @@ def test_no_processor():
     with pytest.raises(InputError, match=r"the model has none: VisionLanguageModel\(\(model, processor\)\)"):
         VisionLanguageModel(net).trace(TEXT, IMAGE)
     with pytest.raises(
-        InputError, match="a processor must have a tokenizer and an image processor; this is a GemmaTokenizer"
+        InputError, match="a processor has a tokenizer and an image processor; this is a GemmaTokenizer"
     ):
         VisionLanguageModel((net, processor.tokenizer))
     with pytest.raises(InputError, match="one processor"):
