@@ -36,4 +36,4 @@ def check_vocabulary(folder: Path, tokenizer: Any) -> None:
     own = type(tokenizer).vocab_files_names.values()  # empty if the tokens are bytes
     files = dict.fromkeys(("tokenizer.json", *own))  # any tokenizer can be saved as tokenizer.json
     if own and not any((folder / file).is_file() for file in files):
-        raise OSError(f"the tokenizer in {folder} has no vocabulary: there is none of {', '.join(files)}")
+        raise OSError(f"the tokenizer in {folder} has no vocabulary: it has none of the files {', '.join(files)}")

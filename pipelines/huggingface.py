@@ -152,7 +152,7 @@ class HFPipeline(Model):
     def generate(self, *args: Any, **kwargs: Any) -> HFRun:
         """The same as `trace`, for a pipeline that generates."""
         if not self._generates():
-            raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; trace() calls it")
+            raise PointNotFoundError(f"{type(self._owner).__name__} does not generate; use trace() to call it")
         return self.trace(*args, **kwargs)
 
     def _generates(self) -> bool:
@@ -232,7 +232,7 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
     """Return the pipeline that a user names or passes."""
     if isinstance(source, Pipeline):
         if arguments:
-            raise InputError(f"a live pipeline is already loaded; it takes no {', '.join(arguments)}")
+            raise InputError(f"{', '.join(arguments)} cannot be used with a pipeline that is already loaded")
         return source
     if not isinstance(source, (str, Path)):
         raise InputError(
@@ -252,7 +252,7 @@ def _opened(source: Any, arguments: dict[str, Any]) -> Pipeline:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
         hint = "" if str(source) in tasks else suggest(str(source), tasks)
         raise InputError(
-            f"there is no pipeline {str(source)!r} that can be loaded{hint}: {type(error).__name__}: {reason}"
+            f"the pipeline {str(source)!r} cannot be loaded{hint}: {type(error).__name__}: {reason}"
         ) from error
     check_options_of_opened(pipeline, arguments)
     return pipeline

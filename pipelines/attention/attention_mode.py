@@ -94,7 +94,7 @@ def _check_first(tap: Tap, calls: Tap) -> None:
         return
     if count_products(calls.target.owner, calls.host.coroutine.frame) != 1:
         raise InputError(
-            f"{tap.target.path} is asked for in the middle of a call of {calls.target.path}, which may make several "
-            f"products in one call: it is not known which of them come next. Ask for it before any value inside "
-            f"{calls.target.path}"
+            f"{tap.target.path} was requested in the middle of a call of {calls.target.path}, which may make several "
+            f"products in one call, so it is not known which products are still to come. Request it before any value "
+            f"inside {calls.target.path}"
         )

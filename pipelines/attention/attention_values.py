@@ -71,7 +71,7 @@ class AttentionValue(Target):
 
     @property
     def if_missing(self) -> str:
-        return f"{type(self.outer.owner).__name__} makes no product of attention there that diffsight can see"
+        return f"{type(self.outer.owner).__name__} computes no attention product that diffsight can see"
 
 
 class AttentionTree(Tree):
@@ -163,14 +163,17 @@ def _check_attention(target: Target, name: str) -> None:
         parts = ", ".join(part.path for part in target.children().values())
         kind = type(target.owner).__name__
         raise InputError(
-            f"{path}: {target.path} is a {kind}, which makes no attention product itself"
-            + (f". Ask for the value of a module in it: {parts}" if parts else "")
+            f"{path}: {target.path} is a {kind}, which computes no attention product itself"
+            + (f". Use the value of a module inside it: {parts}" if parts else "")
         )
     inside = attentions_in(target.owner)
     if len(inside) > 1:
         paths = [reduce(join, inner.split("."), target.path) for inner in [*inside][:4]]
         shown = ", ".join(paths) + (" …" if len(inside) > 4 else "")
-        raise InputError(f"{path} is ambiguous, because there are {len(inside)} attention modules in it: ask {shown}")
+        raise InputError(
+            f"{path} is ambiguous, because there are {len(inside)} attention modules in this module. Use the value of "
+            f"one of them: {shown}"
+        )
     for part in (target.owner, *inside.values()):
         reason = why_hidden(part)
         if reason is not None:

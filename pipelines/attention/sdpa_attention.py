@@ -59,7 +59,7 @@ class FusedCall:
             return func(product.q, product.k, product.v, **self.rest)
         if product.q.ndim not in (3, 4):
             path, shape = self.modules[-1].calls.target.path, tuple(product.q.shape)
-            raise InputError(f"{path}: the queries have the shape {shape}, in which the heads cannot be found")
+            raise InputError(f"{path}: the heads cannot be found in queries of shape {shape}")
         q = let_through(self.modules, "q", product.q, self.layout)
         k = let_through(self.modules, "k", product.k, plain)
         v = let_through(self.modules, "v", product.v, plain)

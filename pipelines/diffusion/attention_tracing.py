@@ -73,7 +73,7 @@ class AttentionTracer:
         self._model, self._arguments = model, dict(arguments)
         denoisers = _denoisers(model)
         if not denoisers:
-            raise InputError(f"{type(model.pipeline).__name__} has no component that is passed a timestep")
+            raise InputError(f"{type(model.pipeline).__name__} has no component that takes a timestep")
         self.denoiser = max(denoisers, key=lambda name: sum(p.numel() for p in denoisers[name].parameters()))
         self.image: tuple[int, ...] = ()  # the shape of the denoiser's input for one image
         self.latents: tuple[int, ...] = ()  # the shape of the decoded latents for one image; () if unknown

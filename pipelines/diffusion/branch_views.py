@@ -76,8 +76,8 @@ class GuidancePart(Part):
             return PromptPart(self.layouts, self.prompt, self.name, latents)
         if self.layouts.leaves_branches_out(tap):
             raise InputError(
-                f"{path}: FasterCache takes the unconditional branch out of some calls, so the rows of this value are "
-                "not known. Read it on the run itself, or turn the cache off with disable_cache()"
+                f"{path}: FasterCache skips the unconditional branch in some calls, so the rows of this value are not "
+                "known. Read it on the run itself, or turn the cache off with disable_cache()"
             )
         entries = self._entries(layout)
         if len(entries) == len(layout):
@@ -85,8 +85,8 @@ class GuidancePart(Part):
         strides = {after - before for before, after in pairwise(entries)} or {1}
         if len(strides) > 1:
             raise InputError(
-                f"{path} occupies several places in the batch, one for each branch, and no view reaches them all: "
-                f"write {self.name}.cond or {self.name}.uncond"
+                f"{path} occupies several places in the batch, one for each branch, and no single view covers all of "
+                f"them: write {self.name}.cond or {self.name}.uncond"
             )
         frames = max(1, len(layout) // (len(set(layout)) * self.layouts.images))
         return FramesPart(entries[0], entries[-1] + 1, len(layout), strides.pop(), self.name, frames)
@@ -145,8 +145,8 @@ class PromptPart(Part):
         size = len(tensor) if tensor.ndim else 0
         if self.latents == VIDEO and tensor.ndim < VIDEO:
             raise InputError(
-                f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and its first dimension is "
-                "frames of the videos. Read or assign it on the run itself"
+                f"{path} cannot be cut into rows: its shape is {tuple(tensor.shape)}, and its first dimension "
+                "contains video frames. Read or assign it on the run itself"
             )
         if size not in (self.layouts.prompts, self.total):
             raise InputError(

@@ -44,10 +44,13 @@ def arguments_by_name(pipeline: Any, args: tuple, kwargs: Mapping[str, Any]) -> 
     name, known = type(pipeline).__name__, argument_names(pipeline)
     check_arguments(name, kwargs, known, near={"seed", "grad"})
     if args and isinstance(args[0], str) and not any("prompt" in argument for argument in known):
-        raise InputError(f"{name} takes no prompt")
+        raise InputError(f"{name} does not take a prompt")
     if isinstance(pipeline, ModularPipeline):
         if len(args) > 1 or (args and "prompt" in kwargs):
-            raise InputError(f"{name} takes a prompt, and everything else by name: num_inference_steps=20")
+            raise InputError(
+                f"{name} takes only the prompt by position: pass all other arguments by name, as in "
+                "num_inference_steps=20"
+            )
         arguments = {**dict(zip(["prompt"], args)), **kwargs}
     else:
         try:

@@ -60,6 +60,7 @@ def _joined(latents: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     shapes = {tuple(one.shape[1:]) if isinstance(one, torch.Tensor) and one.ndim else None for one in listed}
     if len(shapes) != 1 or None in shapes:
         raise InputError(
-            "latents are a tensor, (batch, …) as step.latents returns it, or a list of such tensors of one shape"
+            "latents must be a tensor of shape (batch, …), as step.latents returns it, or a list of such tensors of "
+            "the same shape"
         )
     return torch.cat(list(listed))

@@ -71,8 +71,8 @@ class PromptEncoding:
             return self.hidden_states[0]
         if isinstance(layer, bool) or not isinstance(layer, int) or not -len(outputs) <= layer < len(outputs):
             raise InputError(
-                f"{self.encoder} has no layer {layer!r}: it has {len(outputs)} (0 to {len(outputs) - 1}), and "
-                '"embedding"'
+                f"{self.encoder} has no layer {layer!r}: it has {len(outputs)} layers (0 to {len(outputs) - 1}) "
+                'and "embedding"'
             )
         return outputs[layer]
 
@@ -103,7 +103,7 @@ def encode_prompt(model: Model, prompt: str, **arguments: Any) -> dict[str, Prom
     """
     if not isinstance(prompt, str):
         raise InputError(
-            f"encode_prompt takes one prompt, a string, not {prompt!r}: for several, "
+            f"encode_prompt takes one prompt, a string, not {prompt!r}. For several prompts, write "
             "[encode_prompt(model, prompt) for prompt in prompts]"
         )
     return encodings_in(model, prompt, record_encoding(model, prompt, arguments))

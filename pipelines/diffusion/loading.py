@@ -74,7 +74,7 @@ def open_pipeline(
         return _of_blocks(source, arguments), None
     if isinstance(source, (DiffusionPipeline, ModularPipeline)):
         if arguments:
-            raise InputError(f"a live pipeline is already loaded; it takes no {', '.join(arguments)}")
+            raise InputError(f"{', '.join(arguments)} cannot be used with a pipeline that is already loaded")
         return source, None
     if not isinstance(source, (str, Path)):
         raise InputError(f"a pipeline is a name, a folder or a diffusers pipeline, not {type(source).__name__}")
@@ -202,7 +202,7 @@ def _module_classes(
         if name.startswith("_") or name in arguments or not isinstance(entry, (list, tuple)) or None in entry:
             continue
         if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
-            raise ValueError(f"its index says {entry} of {name!r}, where a library and a class are expected")
+            raise ValueError(f"its index contains {entry} for {name!r} instead of a library and a class")
         cls = _class(name, *entry, bool(arguments.get("trust_remote_code")))
         if cls is not None:
             if weights:

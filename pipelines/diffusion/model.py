@@ -179,7 +179,7 @@ class DiffusionModel(HasEncoders, Model):
             if grad:
                 raise InputError(
                     f"grad=True: the blocks of {type(self._owner).__name__} disable gradients themselves. Use the "
-                    "pipeline that is not modular"
+                    "non-modular pipeline instead"
                 )
         again = None if args or "prompt" in kwargs else partial(self.generate, seed=seed, grad=grad, **kwargs)
 
@@ -223,7 +223,7 @@ class DiffusionModel(HasEncoders, Model):
         """
         if "encode_prompt" not in self._tree.methods_of(self._owner):
             raise InputError(
-                f"{type(self._owner).__name__} has no encode_prompt: read what its text encoders return in a run"
+                f"{type(self._owner).__name__} has no encode_prompt: read the outputs of its text encoders in a run"
             )
         with torch.no_grad(), progress_bar(self.pipeline, disable=True), self.generate(prompt, **arguments) as run:
             encoded = run.encode_prompt.output
@@ -289,7 +289,7 @@ class DiffusionModel(HasEncoders, Model):
         if "generator" in arguments:
             raise InputError("pass either seed or generator, not both")
         if "generator" not in self.argument_names:
-            raise InputError(f"{name} takes no generator, so it cannot be seeded")
+            raise InputError(f"{name} does not take a generator, so it cannot be seeded")
         count = _inputs(arguments) * _images_each(arguments)
         return seeds_of_images(seed, count)
 

@@ -66,8 +66,8 @@ class DiffusionStep(Step):
         names = [name for name, part in components(self._pipeline).items() if isinstance(part, SchedulerMixin)]
         if len(names) != 1:
             raise InputError(
-                f"{tree_of(self._run).title} has {', '.join(names) or 'no scheduler'}: read latents where they pass, "
-                "such as run.scheduler.step.output"
+                f"{tree_of(self._run).title} has {', '.join(names) or 'no scheduler'}: read the latents at "
+                "a point such as run.scheduler.step.output"
             )
         return self._run[names[0]].step
 
@@ -87,8 +87,8 @@ class DiffusionRun(GeneratedOutputs, Run):
         """
         if not flow_of(self._pass).clock.starts:
             raise InputError(
-                f"{tree_of(self).title} has no steps that can be counted: none of its components is passed a timestep. "
-                "Read values on the run itself, and .calls[i] for later calls"
+                f"the steps of {tree_of(self).title} cannot be counted, because none of its components takes a "
+                "timestep. Read values on the run itself, and use .calls[i] for later calls"
             )
         return super().steps
 

@@ -261,7 +261,7 @@ class Accessors(LayerAccessors):
             Logits, `(..., vocabulary)`.
         """
         if not isinstance(hidden, torch.Tensor) or not hidden.ndim or not hidden.is_floating_point():
-            raise InputError("project_on_vocab takes a tensor of hidden states, (..., features), in floating point")
+            raise InputError("project_on_vocab takes a floating-point tensor of hidden states, (..., features)")
         tree = self._tree
         if tree.elsewhere is not None:
             return tree.elsewhere.call(self, (hidden,), {}, method="project_on_vocab")

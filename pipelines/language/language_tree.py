@@ -85,7 +85,8 @@ def _check_given(net: nn.Module, names: Mapping[str, str | None]) -> Mapping[str
         if name not in _OF_MODEL + _OF_LAYER:
             known = ", ".join(_OF_MODEL + _OF_LAYER)
             raise InputError(
-                f"names: {name!r} is not a standard name{suggest(name, _OF_MODEL + _OF_LAYER)}; they are {known}"
+                f"names: {name!r} is not a standard name{suggest(name, _OF_MODEL + _OF_LAYER)}; the standard "
+                f"names are {known}"
             )
         if name in _OF_MODEL and path is not None and not _is_there(net, path):
             raise InputError(f"names: {type(net).__name__} has no module {path!r} for {name!r}")

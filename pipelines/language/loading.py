@@ -55,7 +55,7 @@ def open_language_model(
     """
     if isinstance(source, tuple):
         if len(source) != 2 or tokenizer is not None:
-            raise InputError("a live model comes with one tokenizer: (model, tokenizer)")
+            raise InputError("pass a live model with one tokenizer: (model, tokenizer)")
         source, tokenizer = source
     if isinstance(source, nn.Module):
         if not hasattr(source, "config"):
@@ -64,7 +64,7 @@ def open_language_model(
                 "diffsight.Model(module) opens any module"
             )
         if arguments:
-            raise InputError(f"a live model is already loaded; it takes no {', '.join(arguments)}")
+            raise InputError(f"{', '.join(arguments)} cannot be used with a model that is already loaded")
         return source, _tokenizer(tokenizer), None
     if not isinstance(source, (str, Path)):
         raise InputError(

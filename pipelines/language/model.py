@@ -410,7 +410,7 @@ class LanguageModel(Accessors, Model):
             return
         if getattr(self._owner, "can_generate", bool)() and unknown in self.generation_argument_names:
             raise InputError(
-                f"trace runs one forward pass, without {unknown!r}: use model.generate(..., {unknown}=...)"
+                f"trace runs one forward pass and does not take {unknown!r}: use model.generate(..., {unknown}=...)"
             )
         check_arguments(type(self._owner).__name__, kwargs, self.argument_names, near={"inputs", "grad"})
 

@@ -137,7 +137,9 @@ class Added(ValuePart):
     ) -> torch.Tensor:
         value = value.to(whole.device, whole.dtype)
         if value.shape[-1] != whole.shape[-1]:
-            raise AssignmentError(f"{path} has {whole.shape[-1]} features per token, the vector {value.shape[-1]}")
+            raise AssignmentError(
+                f"{path} has {whole.shape[-1]} features per token, but the vector has {value.shape[-1]}"
+            )
         whole = whole.clone()
         if self.positions is None:
             return whole + value
@@ -160,7 +162,9 @@ class Added(ValuePart):
     def _in_row(self, real: list[int], path: object) -> list[int]:
         for position in self.positions:
             if not -len(real) <= position < len(real):
-                raise InputError(f"{path}: there is no position {position}, the sequence has {len(real)} tokens")
+                raise InputError(
+                    f"{path}: there is no position {position}, because the sequence has {len(real)} tokens"
+                )
         return [real[position] for position in self.positions]
 
 

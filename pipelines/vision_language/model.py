@@ -96,7 +96,7 @@ class VisionLanguageModel(LanguageModel):
             raise InputError("remote=: a VisionLanguageModel runs in this process only")
         if isinstance(source, tuple):
             if len(source) != 2 or processor is not None:
-                raise InputError("a live model comes with one processor: (model, processor)")
+                raise InputError("pass a live model with one processor: (model, processor)")
             source, processor = source
         others = {name: value for name, value in arguments.items() if name not in _OF_LANGUAGE_MODEL}
         check_loading(source, others)
@@ -227,7 +227,7 @@ def _vision(net: nn.Module, names: Mapping[str, str | None]) -> dict[str, str]:
     if "vision" in names:
         path = names["vision"]
         if path is not None and path not in dict(net.named_modules()):
-            raise InputError(f"names: {type(net).__name__} has no module {path!r} to be 'vision'")
+            raise InputError(f"names: {type(net).__name__} has no module {path!r} for 'vision'")
         return {} if path is None else {"vision": path}
     tower = net.get_encoder(modality="image") if hasattr(net, "get_encoder") else net
     if tower is net or tower is None:

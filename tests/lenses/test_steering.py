@@ -134,7 +134,7 @@ def test_positions_do_not_count_padding(build, position, by):
 
 def test_a_position_beyond_the_end_of_a_row_is_an_error():
     model = gpt2()
-    with pytest.raises(InputError, match="there is no position 3, the sequence has 3 tokens"):
+    with pytest.raises(InputError, match="there is no position 3, because the sequence has 3 tokens"):
         with model.trace([[2, 3, 4, 5, 6], [7, 8, 9]]) as run:
             run.steer(0, torch.randn(32), positions=3)
 

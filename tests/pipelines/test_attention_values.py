@@ -282,10 +282,10 @@ def test_what_has_no_attention(sd):
     model = DiffusionModel(sd)
     block = "unet.mid_block.attentions[0].transformer_blocks[0]"
     for path, kind, words in (
-        ("unet", InputError, "there are 8 attention modules in it: ask unet.down_blocks"),
-        (block, InputError, r"ask .*blocks\[0\]\.attn1, .*blocks\[0\]\.attn2"),
+        ("unet", InputError, "8 attention modules in this module. Use the value of one of them: unet.down_blocks"),
+        (block, InputError, r"one of them: .*blocks\[0\]\.attn1, .*blocks\[0\]\.attn2"),
         ("unet.conv_in", PointNotFoundError, "unet.conv_in has no 'attention_probs'"),
-        (f"{block}.ff", OutOfOrderError, "FeedForward makes no product of attention"),
+        (f"{block}.ff", OutOfOrderError, "FeedForward computes no attention product"),
     ):
         with pytest.raises(kind, match=words):
             with model.generate(**inputs, seed=SEED) as run:

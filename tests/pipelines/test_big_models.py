@@ -188,7 +188,7 @@ def test_faster_cache():
     check_calls_against_hooks(pipe, inputs, faster_cache, "attn1")
     model = DiffusionModel(pipe)
     for branch in ("cond", "uncond"):
-        with pytest.raises(InputError, match="FasterCache takes the unconditional branch out of some calls"):
+        with pytest.raises(InputError, match="FasterCache skips the unconditional branch in some calls"):
             with model.generate(**inputs, seed=SEED) as run:
                 getattr(run, branch).transformer.transformer_blocks[0].output
     halves = []

@@ -451,7 +451,7 @@ def test_videos_with_an_entry_a_frame():
         assert torch.equal(latents, run.unet.input[2:]) and torch.equal(output, run.unet.output[0][3:])
         assert len(run.rows[1].scheduler.step.output[0]) == 1
     chunks = {**inputs, "decode_chunk_size": 2}  # as many frames as there are prompts
-    with pytest.raises(InputError, match=r"rows\[1\].vae.decode.input cannot be cut .* frames of the videos"):
+    with pytest.raises(InputError, match=r"rows\[1\].vae.decode.input cannot be cut .* contains video frames"):
         with DiffusionModel(pipe).generate(**chunks, seed=0) as run:
             run.rows[1].vae.decode.input
 

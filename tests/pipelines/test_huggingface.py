@@ -367,8 +367,8 @@ def test_a_task_and_a_folder(classifier, tmp_path):
     ("source", "given", "match"),
     [
         ("text-clasification", {"model": "somewhere"}, "did you mean 'text-classification'"),
-        ("nothing/at-all", {}, "there is no pipeline 'nothing/at-all' that can be loaded"),
-        ("text-classification", {"model": "nothing/at-all"}, "that can be loaded: OSError"),
+        ("nothing/at-all", {}, "the pipeline 'nothing/at-all' cannot be loaded"),
+        ("text-classification", {"model": "nothing/at-all"}, "cannot be loaded: OSError"),
         (3, {}, "HFPipeline takes transformers.pipeline"),
         (torch.nn.Linear(1, 1), {}, "HFPipeline takes transformers.pipeline"),
     ],
@@ -380,7 +380,7 @@ def test_sources_that_are_not_pipelines(source, given, match):
 
 def test_bad_input(classifier):
     model = HFPipeline(classifier)
-    with pytest.raises(InputError, match="a live pipeline is already loaded; it takes no device"):
+    with pytest.raises(InputError, match="device cannot be used with a pipeline that is already loaded"):
         HFPipeline(classifier, device="cpu")
     with pytest.raises(PointNotFoundError, match="TextClassificationPipeline does not generate"):
         model.generate(TEXT)
@@ -433,5 +433,5 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(monkeypatch):
     monkeypatch.setattr("diffsight.pipelines.hub_access.getproxies", dict)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it was asked again"))
-    assert "there is no pipeline 'someone/some-model'" in refusal(HFPipeline, "someone/some-model")
+    assert "the pipeline 'someone/some-model' cannot be loaded" in refusal(HFPipeline, "someone/some-model")
     assert constants.HF_HUB_OFFLINE is False

@@ -490,7 +490,7 @@ def test_folders_and_files_that_are_not_models(tmp_path, net):
     (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(InputError, match=r"a language model is a folder, a \.gguf file, or a name"):
         LanguageModel(tmp_path / "weights.bin")
-    with pytest.raises(InputError, match="already loaded; it takes no dtype"):
+    with pytest.raises(InputError, match="dtype cannot be used with a model that is already loaded"):
         LanguageModel(net, dtype=torch.float16)
     with pytest.raises(InputError, match="not int"):
         LanguageModel((net, 7))

@@ -684,8 +684,11 @@ def test_a_layer_that_does_not_exist(gpt2, index):
 def test_wrong_steering(gpt2):
     for call, words in (
         (lambda run: run.steer(0, [1.0]), "steer takes a tensor, not list"),
-        (lambda run: run.steer(0, torch.ones(3)), "has 32 features per token, the vector 3"),
-        (lambda run: run.steer(0, torch.ones(32), positions=6), "there is no position 6, the sequence has 6 tokens"),
+        (lambda run: run.steer(0, torch.ones(3)), "has 32 features per token, but the vector has 3"),
+        (
+            lambda run: run.steer(0, torch.ones(32), positions=6),
+            "there is no position 6, because the sequence has 6 tokens",
+        ),
         (lambda run: run.skip_layers(1, 0), "the last layer comes before the first"),
     ):
         with pytest.raises((InputError, AssignmentError), match=words):
@@ -709,7 +712,7 @@ def test_a_layer_without_such_a_part():
     with pytest.raises(PointNotFoundError, match=r"layers\[0\] has no mlp; it has norm, mixer"):
         with model.trace(IDS) as run:
             run.mlps_output[0]
-    with pytest.raises(OutOfOrderError, match="MambaMixer makes no product of attention there"):
+    with pytest.raises(OutOfOrderError, match="MambaMixer computes no attention product"):
         with model.trace(IDS) as run:
             run.q[0]
 

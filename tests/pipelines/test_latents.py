@@ -67,7 +67,7 @@ def test_latents_that_cannot_be_drawn(sd):
     model = DiffusionModel(sd)
     assert "pass the arguments of the call that made them" in refusal(model.decode, torch.zeros(1, 4, 3, 3), **SD())
     for wrong in ("latents", [], [torch.zeros(1, 4, 3, 3), torch.zeros(1, 4, 4, 4)], None):
-        assert refusal(model.decode, wrong).startswith("latents are a tensor")
+        assert refusal(model.decode, wrong).startswith("latents must be a tensor")
 
 
 def test_a_prompt_is_encoded_as_the_pipeline_does_it(sd):

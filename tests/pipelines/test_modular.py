@@ -198,7 +198,7 @@ def test_arguments_are_checked_against_the_inputs_of_the_blocks(sdxl):
     ]:
         with pytest.raises(InputError, match=match):
             model.generate(PROMPT, **given)
-    with pytest.raises(InputError, match="everything else by name"):
+    with pytest.raises(InputError, match="all other arguments by name"):
         model.generate(PROMPT, 20)
     assert torch.equal(model.generate(PROMPT, **{n: v for n, v in sdxl.call.items() if n != "prompt"}, seed=0).images,
                        model.generate(**sdxl.call, seed=0).images)  # fmt: skip

@@ -113,7 +113,7 @@ def test_a_pipeline_whose_steps_cannot_be_counted(pipe):
             return self.unet(*args, **kwargs)
 
     pipe.unet = Blind(pipe.unet)
-    with pytest.raises(InputError, match="has no steps that can be counted"):
+    with pytest.raises(InputError, match=r"the steps of .* cannot be counted"):
         with DiffusionModel(pipe).generate(**CALL, seed=0) as run:
             for _ in run.steps:
                 pass
