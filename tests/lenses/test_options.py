@@ -68,7 +68,7 @@ def test_a_lens_of_pipelines(model, call, told):
         (lambda m, sae: lenses.top_examples(m, sae, [PROMPT], 1, count="x"), "count must be a positive integer"),
         (lambda m, sae: lenses.top_examples(m, sae, [PROMPT], 1, steps=9, **STEPS), "there is no step 9"),
         (lambda m, sae: lenses.concept_features(m, sae, [PROMPT], "red"), "others must be Sequence[str], not 'red'"),
-        (lambda m, sae: lenses.concept_features(m, sae, [PROMPT], []), "must be lists of strings"),
+        (lambda m, sae: lenses.concept_features(m, sae, [PROMPT], []), "pass two lists of strings"),
         (lambda m, sae: lenses.feature_effect(m, sae, PROMPT, 1, amounts=["x"]), "amounts must be Sequence[float]"),
         (lambda m, sae: lenses.feature_effect(m, sae, PROMPT, 1, steps=9, **STEPS), "there is no step 9"),
     ],
