@@ -91,7 +91,7 @@ class _Pipeline:
     def guidance(self) -> str:
         denoiser = next((name for name in _DENOISERS if name in self._model.pipeline.components), None)
         if denoiser is None:
-            raise CheckDoesNotApply(f"there is no {', '.join(_DENOISERS)}")
+            raise CheckDoesNotApply(f"the pipeline has none of these denoisers: {', '.join(_DENOISERS)}")
         sizes = {}
         with progress_bar(self._model.pipeline, disable=True), self._run() as run:
             whole = tree_leaves(getattr(run, denoiser).output)[0]
@@ -141,7 +141,7 @@ class _Pipeline:
 
     def seeds(self) -> str:
         if not self._takes_generator:
-            raise CheckDoesNotApply("the pipeline takes no generator")
+            raise CheckDoesNotApply("the pipeline does not have the argument generator")
         first, again, other = (self._drawn(seed) for seed in (_SEED, _SEED, _SEED + 1))
         assert same_bits(first, again), "the same seed gave another result"
         return "the same seed repeats the result" + ("" if same_bits(first, other) else ", another seed changes it")

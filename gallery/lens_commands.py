@@ -353,7 +353,7 @@ def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example
 def _pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Return the model and the arguments of the pipeline. Options that need no model are checked before loading it."""
     if options.seed < 0:
-        raise InputError(f"a seed is an integer from 0 on, not {options.seed}")
+        raise InputError(f"--seed must be an integer, 0 or more, not {options.seed}")
     from diffsight.lenses.results.saving import check_place
     from diffsight.lenses.work_sharing import Processes
     from diffsight.pipelines.diffusion.model import DiffusionModel

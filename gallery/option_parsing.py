@@ -63,7 +63,7 @@ def parse_numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} are not numbers: write such as 0,2.5,10") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: write numbers such as 0,2.5,10") from None
 
 
 def parse_seeds(text: str) -> list[int]:

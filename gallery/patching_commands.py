@@ -313,7 +313,7 @@ def _function_vector(options: argparse.Namespace) -> None:
 def _opened(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Return the model and the arguments of its runs. Options that need no model are checked before loading it."""
     if options.seed < 0:
-        raise InputError(f"a seed is an integer from 0 on, not {options.seed}")
+        raise InputError(f"--seed must be an integer, 0 or more, not {options.seed}")
     import diffusers
     import transformers
 

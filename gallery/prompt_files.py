@@ -65,7 +65,7 @@ def _text_of(path: Path) -> str:
 def _of_table(lines: list[str]) -> Iterator[str]:
     dialect = "excel-tab" if lines and "\t" in lines[0] else "excel"
     rows = csv.DictReader(lines, dialect=dialect)
-    column = _known(rows.fieldnames or [], "no column")
+    column = _known(rows.fieldnames or [], "there is no column")
     return ((row[column] or "") for row in rows)
 
 
@@ -86,5 +86,5 @@ def _known(names: object, missing: str) -> str:
     """Return the first name that identifies prompts."""
     found = next((name for wanted in _NAMES for name in names if str(name).lower() == wanted), None)
     if found is None:
-        raise InputError(f"{missing} `prompt`: there are {', '.join(map(str, names))}")
+        raise InputError(f"{missing} `prompt`, only {', '.join(map(str, names))}")
     return found

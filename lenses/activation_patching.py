@@ -190,7 +190,9 @@ def _tokens_to_generate(arguments: dict[str, Any], steps: Windows, positions: An
     if tokens is None and steps is None:
         return None
     if tokens is None:
-        raise InputError("steps of a language model are generated tokens: pass how many, as max_new_tokens=")
+        raise InputError(
+            "the steps of a language model are the tokens that it generates: pass their number as max_new_tokens"
+        )
     if positions is not None or align != "each":
-        raise InputError("in the steps of generation the last token is patched: omit positions and align")
+        raise InputError("with steps, only the last token of a language model is patched: omit positions and align")
     return check_count("max_new_tokens", tokens)

@@ -128,9 +128,9 @@ def attention_maps(
     check_types(attention_maps, words=words, heads=heads, encoder=encoder)
     check_maps("attention_maps", model, prompt, steps, seed, keep, arguments)
     if words is not None and not words:
-        raise InputError("words: there are none. Write some, or omit them for all words of the prompt")
+        raise InputError("words is empty: pass words, or omit the argument for all words of the prompt")
     if method not in _METHODS:
-        raise InputError(f"method: there is no {method!r}{suggest(str(method), _METHODS)}, only 'cross' and 'concept'")
+        raise InputError(f"there is no method {method!r}{suggest(str(method), _METHODS)}: choose 'cross' or 'concept'")
     given = None if image is None else GivenImage(model, image, seed, arguments)
     arguments = arguments if given is None else given.arguments
     found = find_attentions(model, prompt, **arguments)
@@ -170,14 +170,14 @@ def _of_generated_tokens(
     defaults = inspect.signature(attention_maps).parameters
     for name, value in others.items():
         if value != defaults[name].default:
-            raise InputError(f"{name}: a VisionLanguageModel has no such choice. The words are the tokens it generates")
+            raise InputError(f"omit {name} for a VisionLanguageModel: its words are the tokens that it generates")
     if keep not in (None, "layers", "heads"):
-        raise InputError(f"keep: a VisionLanguageModel keeps 'layers' or 'heads' apart, not {keep!r}")
+        raise InputError(f"for a VisionLanguageModel, keep must be 'layers', 'heads' or None, not {keep!r}")
     if image is None or isinstance(image, (list, tuple)):
         raise InputError("image: a VisionLanguageModel needs one image")
     numbers = range(len(model.layers)) if layers is None else choose_layers(layers, len(model.layers))
     if "embedding" in numbers:
-        raise InputError('layers: "embedding" is not an attention module. Write numbers')
+        raise InputError('layers must be numbers: "embedding" is not an attention module')
     numbers = sorted(numbers)
     picked = None if heads is None else checked_heads(heads, None)
     model.check(prompt, images=image, seed=seed, **arguments)

@@ -169,7 +169,7 @@ def _given_for(path: str, given: Sequence[torch.Tensor], output: torch.Tensor) -
         found = "none of its inputs has" if not fitting else f"{len(fitting)} of its inputs have"
         raise InputError(
             f"{path} cannot be skipped: it returns a tensor of the shape {tuple(output.shape)}, and {found} this "
-            'shape. Choose parts of it, or mode="zero"'
+            'shape. Choose modules inside it, or pass mode="zero"'
         )
     return fitting[0]
 

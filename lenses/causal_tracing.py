@@ -191,7 +191,7 @@ def causal_tracing(
     if not isinstance(model, (LanguageModel, DiffusionModel)):
         raise InputError(f"causal_tracing takes a LanguageModel or a DiffusionModel, not {type(model).__name__}")
     if not isinstance(prompt, str) or not isinstance(subject, str):
-        raise InputError("causal_tracing takes one prompt, and its subject as words of it")
+        raise InputError("prompt and subject must be strings: one prompt, and words of this prompt")
     check_options(causal_tracing, model, arguments)
     noising = Noise(float(noise), samples, seed)
     if isinstance(model, LanguageModel):

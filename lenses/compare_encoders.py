@@ -184,7 +184,7 @@ class EncoderComparison(LensResult, Mapping):
         prompt, drawn = self._number(prompt), self._drawn()
         if prompt >= drawn:
             which = f"only the first {drawn} prompts" if drawn else "no prompt"
-            raise InputError(f"the lens drew {which}: compare_encoders(…, images={prompt + 1}) draws more")
+            raise InputError(f"compare_encoders drew {which}: pass images={prompt + 1} to draw more")
         lenses = [encoded.lens[prompt] for encoded in self.encoders.values()]
         titles = [[layer_title(layer) for layer in lens.layers] for lens in lenses]
         title = f"{self.prompts[prompt]} (seed {self.seed})"

@@ -58,7 +58,7 @@ def concept_features(
     check_types(concept_features, prompts=prompts, others=others, point=point, seed=seed)
     check_count("batch_size", batch_size)
     if not prompts or not others:
-        raise InputError("prompts and others must be lists of strings, with and without the concept")
+        raise InputError("pass two lists of strings: prompts with the concept, and others without it")
     reader = PointReader(model, point_of(sae, point), sae.of, steps, arguments)
     reader.check()
     shares = []

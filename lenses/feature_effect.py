@@ -73,7 +73,7 @@ class FeatureEffect(LensResult):
             InputError: The results are texts.
         """
         if self.images is None:
-            raise InputError("a language model writes texts: print the result, or read .texts")
+            raise InputError("the results of a language model are texts, not images: print the result, or read .texts")
         features = ", ".join(map(str, self.features[:8])) + (", …" if len(self.features) > 8 else "")
         heading = f"{self.prompt}\nfeatures {features} of {self.point}"
         return image_grid(self.images, columns=len(self.images), titles=self._titles(), title=heading, cell=128)
@@ -169,7 +169,7 @@ def feature_effect(
     check_types(feature_effect, amounts=amounts, point=point)
     amounts = tuple(float(amount) for amount in amounts)
     if not amounts:
-        raise InputError("there are no amounts: pass amounts=[0, 2] or others")
+        raise InputError("amounts is empty: pass numbers, such as amounts=[0, 2]")
     reader = PointReader(model, point, sae.of, steps, arguments)
     reader.check()
     values = _Change(sae, point, chosen, change, torch.tensor(amounts))

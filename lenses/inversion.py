@@ -271,7 +271,9 @@ def _check(model: DiffusionModel, arguments: Mapping[str, Any], fixed_point: Any
         raise InputError("an image cannot be inverted by a model with edits: use the model without them")
     if "latents" in arguments or "latents" not in model.argument_names:
         raise InputError(
-            "invert finds the latents: omit them" if "latents" in arguments else f"{name} takes no latents"
+            "omit latents: invert computes them"
+            if "latents" in arguments
+            else f"{name} cannot be used, because it does not have the argument latents"
         )
     prediction_type(pipeline.scheduler)
     check_can_encode(pipeline)

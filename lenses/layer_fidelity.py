@@ -293,7 +293,8 @@ def _scenes(scenes: Any) -> Sequence[Scene]:
     wrong = [scene for scene in scenes if not isinstance(scene, Scene)]
     if wrong:
         raise InputError(
-            f"a scene must be a Scene, not {wrong[0]!r}: from diffsight.pipelines.shapes.scenes import Scene, Thing; "
+            f"a scene must be a Scene, not {wrong[0]!r}. Example: "
+            "from diffsight.pipelines.shapes.scenes import Scene, Thing; "
             'Scene((Thing("red", "circle"), Thing("blue", "square")), "above", "gray")'
         )
     if not scenes:

@@ -188,16 +188,18 @@ class _Edit:
         other = find_attentions(model, target, **arguments)
         shapes = [[(one.name, one.queries, one.keys, one.text) for one in each.values()] for each in (found, other)]
         if shapes[0] != shapes[1]:
-            raise InputError("the prompts have different numbers of tokens in this pipeline, so they make no batch")
+            raise InputError(
+                "the prompts have different numbers of tokens in this pipeline, so they cannot share a batch"
+            )
         self._attentions = [one for one in found.of_kind("self", "cross", "joint") if one.grid is not None]
         if not any(one.text for one in self._attentions):
-            raise InputError(f"{type(model.pipeline).__name__} has no attention between image and text that was found")
+            raise InputError(f"no attention between image and text was found in {type(model.pipeline).__name__}")
         before, after = (encode_prompt(model, prompt, **arguments) for prompt in (source, target))
         self._tokens = {name: map_tokens(before[name].ids.tolist(), after[name].ids.tolist()) for name in before}
         self._reweight = self._factors(model, target, reweight, arguments)
         self._local = [self._of_words(model, prompt, local, arguments) for prompt in (source, target)] if local else []
         if local and not any(self._local):
-            raise InputError(f"local: none of {', '.join(map(repr, local))} is in either prompt")
+            raise InputError(f"neither prompt contains any of the words in local: {', '.join(map(repr, local))}")
         self._sums: list[torch.Tensor] = []
 
     @staticmethod
@@ -304,7 +306,7 @@ class _Edit:
         else:
             place = F.interpolate(mask[None, None].float(), size=latents.shape[-2:])[0]
         if place is None:
-            raise InputError("local: the latents of this pipeline are not laid out as its image positions are")
+            raise InputError("omit local: the latents of this pipeline do not have the layout of its image positions")
         latents[1] = torch.where(place.to(latents.device) > 0, latents[1], latents[0])
 
 
@@ -319,5 +321,5 @@ def _steps(model: DiffusionModel, arguments: Mapping[str, Any]) -> int:
     default = inspect.signature(model.pipeline.__call__).parameters.get("num_inference_steps")
     steps = arguments.get("num_inference_steps", None if default is None else default.default)
     if not isinstance(steps, int) or steps < 1:
-        raise InputError("pass num_inference_steps: the shares of the steps refer to it")
+        raise InputError("pass num_inference_steps: cross_steps and self_steps are shares of this number")
     return steps

@@ -73,7 +73,7 @@ class SteeringSweep(LensResult):
             InputError: The results are texts.
         """
         if self.images is None:
-            raise InputError("a language model writes texts: print the result, or read .texts")
+            raise InputError("the results of a language model are texts, not images: print the result, or read .texts")
         rows = [text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…" for text in self.prompts]
         title = f"{self.mode} (seed {self.seed})"
         return image_grid(self.images, row_titles=rows, column_titles=self._titles(), title=title, cell=_CELL)

@@ -257,8 +257,8 @@ def _check_one_kind(model: DiffusionModel, points: Sequence[NamedPoint]) -> None
     kinds = {is_in_steps(model, point): point for point in points}
     if len(kinds) > 1:
         raise InputError(
-            f"{kinds[True].name} is passed in every step, and {kinds[False].name} before them: call steering_vector "
-            "for each"
+            f"{kinds[True].name} runs in every denoising step, but {kinds[False].name} runs before the steps: call "
+            "steering_vector once for each"
         )
 
 

@@ -256,7 +256,7 @@ def _check(model: LanguageModel, prompts: list[Prompt]) -> tuple[int, ...]:
     for prompt in prompts:
         if not isinstance(prompt, Prompt):
             raise InputError(
-                f"run_prompts takes Prompt objects, Prompt.from_strings(text, targets, model), not {prompt!r}"
+                f"run_prompts takes Prompt objects, not {prompt!r}: use Prompt.from_strings(text, targets, model)"
             )
         if prompt.targets.keys() != prompts[0].targets.keys():
             raise InputError(

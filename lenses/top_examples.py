@@ -59,7 +59,7 @@ class Example:
     def shown(self) -> Image.Image:
         """Return the image with the activations as a heat map over it."""
         if self.image is None:
-            raise InputError("the example is a text: print it")
+            raise InputError("this example is a text, not an image: print the example instead")
         heat = (self.activations / max(self.strength, 1e-12)).clamp(0, 1).numpy()
         heat = np.asarray(Image.fromarray((heat * 255).astype(np.uint8)).resize(self.image.size)) / 255
         gray = np.asarray(self.image.convert("L").convert("RGB"), dtype=float)

@@ -142,11 +142,11 @@ def _refill(
     check_options(train_sae, model, arguments)
     if isinstance(data, torch.Tensor):
         if data.ndim != 2 or not data.is_floating_point() or len(data) == 0:
-            raise InputError(f"vectors are a float tensor (vectors, width), not {data.dtype} {tuple(data.shape)}")
+            raise InputError(f"data must be a float tensor (vectors, width), not {data.dtype} {tuple(data.shape)}")
         return stored(data)
     prompts = [data] if isinstance(data, str) else data
     if not fits(prompts, Sequence[str]) or not prompts:
-        raise InputError("data must be prompts, a list of strings, or vectors, a tensor (vectors, width)")
+        raise InputError("data must be a list of prompts (strings) or a tensor (vectors, width)")
     reader = PointReader(model, point, of, steps, arguments)
     reader.check()
     return reader.stream(list(prompts), prompts_per_run)

@@ -357,8 +357,8 @@ def _sign_of_branches(output: torch.Tensor, cond: torch.Tensor, uncond: torch.Te
     weights = torch.linalg.lstsq(mixed, given[:, None], driver="gelsd").solution
     if (mixed @ weights - given[:, None]).norm() > 0.02 * given.norm():
         raise InputError(
-            "the branches cannot be drawn: what the scheduler was given is no combination of the conditional and the "
-            'unconditional output. Omit "cond", "uncond", "guidance" and "guidance map" from show'
+            "the branches cannot be drawn, because the input of the scheduler is not a combination of the conditional "
+            'and the unconditional output. Omit "cond", "uncond", "guidance" and "guidance map" from show'
         )
     return 1 if weights.sum() > 0 else -1
 
@@ -369,10 +369,10 @@ def _check_columns(model: DiffusionModel, show: Any) -> tuple[str, ...]:
     shown = (show,) if isinstance(show, str) else tuple(show)
     unknown = [column for column in shown if column not in _COLUMNS]
     if unknown or not shown:
-        given = f"{unknown[0]!r} cannot be shown" if unknown else "nothing is shown"
+        given = f"{unknown[0]!r} cannot be shown" if unknown else "show is empty"
         raise InputError(f"{given}: choose from {', '.join(_COLUMNS)}")
     if rate_of(model) is not None and set(shown) & set(_GUIDANCE):
-        raise InputError(f"{' and '.join(_GUIDANCE)} are for images: of sounds, show cond and uncond")
+        raise InputError(f"{' and '.join(_GUIDANCE)} can be shown for images, but not for sounds: show cond and uncond")
     return tuple(dict.fromkeys(shown))
 
 

@@ -36,7 +36,7 @@ class Processes:
         self.number, self.count, self.device = 0, 1, None
         if "WORLD_SIZE" not in os.environ and any(int(os.environ.get(name, "1")) > 1 for name in _OF_MPI):
             raise InputError(
-                "MPI has started several processes, and PyTorch does not know of them: start them with torchrun"
+                "MPI started several processes, which PyTorch does not detect: start them with torchrun instead"
             )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             import torch

@@ -244,10 +244,10 @@ def test_prompts_of_benchmarks(here):
 
 def test_tables_that_have_no_prompts(here):
     Path("a.tsv").write_text("id\tname\n1\tx\n")
-    with pytest.raises(InputError, match="no column `prompt`: there are id, name"):
+    with pytest.raises(InputError, match="there is no column `prompt`, only id, name"):
         read_prompts(Path("a.tsv"))
     Path("a.jsonl").write_text('{"prompt": "a"}\n{"x": 1}\n')
-    with pytest.raises(InputError, match="object 2 has no key `prompt`: there are x"):
+    with pytest.raises(InputError, match="object 2 has no key `prompt`, only x"):
         read_prompts(Path("a.jsonl"))
     for value in ('{"prompt": null}', '{"prompt": ["a"]}', "3"):
         Path("a.jsonl").write_text(value)

@@ -153,7 +153,7 @@ def test_refused(saved_models, capsys):
     files = ("--positive", "none.txt", "--negative", "none.txt", "--factors", "1")
     assert "the prompts cannot be read" in refusal(capsys, "steering-sweep", RED, *files, *language)
     assert "does not name steps" in refusal(capsys, *patch, "--at", "first")
-    assert "are not numbers" in refusal(capsys, "steering-sweep", RED, *files[:4], "--factors", "a")
+    assert "is not a list of numbers" in refusal(capsys, "steering-sweep", RED, *files[:4], "--factors", "a")
 
 
 def test_pairs_in_a_file(tmp_path):

@@ -428,7 +428,7 @@ def test_heads_in_steps_of_generation(nets):
 
 def test_refused_steps(model):
     given = (activation_patching, model, *PAIR, METRIC)
-    assert "pass how many, as max_new_tokens=" in refusal(*given, steps="each")
+    assert "pass their number as max_new_tokens" in refusal(*given, steps="each")
     assert "omit positions and align" in refusal(*given, steps="each", max_new_tokens=2, positions=[-1])
     assert "there is no step 2" in refusal(*given, steps=[2], max_new_tokens=2)
     assert "max_new_tokens must be a positive integer" in refusal(*given, max_new_tokens=0)

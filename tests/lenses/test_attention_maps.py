@@ -350,7 +350,7 @@ def test_what_is_saved(model, tmp_path):
 
 WRONG = [
     ({"words": ["circl"]}, r"'circl' does not occur in the prompt .*did you mean 'circle'"),
-    ({"method": "daam"}, "method: there is no 'daam'"),
+    ({"method": "daam"}, "there is no method 'daam'"),
     ({"keep": "words"}, "keep: there is no 'words'"),
     ({"layers": 4}, "there is no layer 4"),
     ({"layers": "embedding"}, '"embedding" is not an attention module'),
@@ -400,9 +400,9 @@ def test_where_generated_tokens_look(kind):
 
 
 BAD_GENERATION = [
-    ({"words": "circle"}, "words: a VisionLanguageModel has no such choice"),
-    ({"method": "concept"}, "method: a VisionLanguageModel"),
-    ({"keep": "steps"}, "keep: a VisionLanguageModel keeps 'layers' or 'heads' apart"),
+    ({"words": "circle"}, "omit words for a VisionLanguageModel"),
+    ({"method": "concept"}, "omit method for a VisionLanguageModel"),
+    ({"keep": "steps"}, "keep must be 'layers', 'heads' or None"),
     ({"image": None}, "needs one image"),
     ({"layers": 3}, "there is no layer 3"),
     ({"heads": [4]}, "there is no head 4"),

@@ -121,7 +121,7 @@ def test_the_effect_of_features_on_a_text(sae, change, amount, tmp_path):
     assert change == "scale" or plain != expected
     result.save(tmp_path)
     assert json.loads((tmp_path / "lens.json").read_text())["texts"] == list(result.texts)
-    assert "writes texts" in refusal(result.grid)
+    assert "are texts, not images" in refusal(result.grid)
 
 
 def test_features_of_a_concept(sd, sae):
@@ -179,7 +179,7 @@ NARROW, MID = SAE(16, 64), {**CALL, "point": "unet.mid_block"}
     [
         (lambda model, sae: feature_effect(model, sae, "a", 64, **CALL), "there is no feature 64: the SAE has 64"),
         (lambda model, sae: feature_effect(model, sae, "a", 1, change="times", **CALL), "change must be one of scale"),
-        (lambda model, sae: feature_effect(model, sae, "a", 1, amounts=[], **CALL), "there are no amounts"),
+        (lambda model, sae: feature_effect(model, sae, "a", 1, amounts=[], **CALL), "amounts is empty"),
         (lambda model, sae: top_examples(model, sae, [], 1), "there is no prompt"),
         (lambda model, sae: top_examples(model, NARROW, ["a"], 1, **MID), "of width 16, but these have 32"),
         (lambda model, sae: concept_features(model, NARROW, ["a"], ["b"], **MID), "of width 16, but these have 32"),

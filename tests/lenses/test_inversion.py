@@ -147,7 +147,7 @@ def test_it_is_saved_and_nothing_is_left_behind(sd, tmp_path):
         ({"fixed_point": -1}, "fixed_point is a number of iterations"),
         ({"gamma": 0.5}, "gamma is for rectified flows: omit it with DDIMScheduler"),
         ({"eta": 2}, "eta must be from 0 to 1"),
-        ({"latents": torch.zeros(1)}, "omit them"),
+        ({"latents": torch.zeros(1)}, "omit latents"),
         ({"prompt": ["a"]}, "one prompt, a string, not list"),
     ],
 )
@@ -166,4 +166,6 @@ def test_what_cannot_be_inverted(sd):
     assert "has the prediction type None" in refusal(invert, model, IMAGE, PROMPT, **CALL)
     sd.scheduler = diffusers.DPMSolverMultistepScheduler()
     assert "no fixed-point iterations" in refusal(invert, model, IMAGE, PROMPT, fixed_point=1, **CALL)
-    assert "takes no latents" in refusal(invert, DiffusionModel(diffusion.ddpm()), IMAGE, **{**CALL, "prompt": ""})
+    assert "does not have the argument latents" in refusal(
+        invert, DiffusionModel(diffusion.ddpm()), IMAGE, **{**CALL, "prompt": ""}
+    )

@@ -167,7 +167,7 @@ def test_tokens_are_mapped(source, target, matrix):
         ({"cross_steps": 1.5}, "cross_steps is a share of the steps, from 0 to 1, not 1.5"),
         ({"self_steps": True}, "self_steps is a share"),
         ({"reweight": {"blue": 2}}, "'blue' does not occur in the prompt"),
-        ({"local": "triangle"}, "local: none of 'triangle' is in either prompt"),
+        ({"local": "triangle"}, "neither prompt contains any of the words in local: 'triangle'"),
         ({"stepz": 1}, "stepz"),
     ],
 )

@@ -322,8 +322,8 @@ def test_training_from_prompts(sd, point):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data": []}, "data must be prompts"),
-        ({"data": torch.zeros(3)}, "vectors are a float tensor"),
+        ({"data": []}, "data must be a list of prompts"),
+        ({"data": torch.zeros(3)}, "data must be a float tensor"),
         ({"kind": "top"}, "'top' is no kind of SAE"),
         ({"k": 65}, "k must be from 1 to 64"),
         ({"of": "input"}, '"output" or the "difference"'),

@@ -160,7 +160,7 @@ def test_a_sweep_of_texts_equals_single_runs(model):
     for prompt, texts in zip(language.PROMPTS, sweep.texts):
         assert texts == tuple(steer(model, 1, vector, factor).generate(prompt, **call).text for factor in (0, 1))
     assert sweep.texts[0][0] != sweep.texts[0][1]
-    with pytest.raises(InputError, match="writes texts"):
+    with pytest.raises(InputError, match="are texts, not images"):
         sweep.grid()
 
 
@@ -184,7 +184,9 @@ def test_bad_input(model, given, words):
 
 def test_points_before_and_in_the_steps(pipe):
     layers = ["text_encoder.layers[0]", "unet.mid_block"]
-    assert "call steering_vector for each" in refusal(steering_vector, DiffusionModel(pipe), RED, BLUE, layers=layers)
+    assert "call steering_vector once for each" in refusal(
+        steering_vector, DiffusionModel(pipe), RED, BLUE, layers=layers
+    )
 
 
 def test_a_layer_without_a_vector(model):

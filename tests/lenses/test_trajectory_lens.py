@@ -209,7 +209,7 @@ def test_sounds(name, tmp_path):
     assert np.abs(samples / 32767 - np.atleast_2d(sound).clip(-1, 1)).max() < 1e-3
     assert (tmp_path / "image.wav").is_file()
     message = refusal(trajectory_lens, DiffusionModel(pipe), **arguments, show="guidance map", **QUIET)
-    assert "guidance and guidance map are for images" in message
+    assert "guidance and guidance map can be shown for images" in message
 
 
 def test_branches_and_what_guidance_adds(sd):
@@ -363,7 +363,7 @@ def test_it_is_saved_and_shown(sd, tmp_path):
     ("change", "words"),
     [
         ({"show": ["latents"]}, "'latents' cannot be shown: choose from noisy"),
-        ({"show": []}, "nothing is shown"),
+        ({"show": []}, "show is empty"),
         ({"steps": 3}, "there is no step 3: the run has 3 steps, 0 to 2"),
         ({"steps": "all"}, "steps are integers or slices, not 'all'"),
         ({"exits": "layers"}, 'exits must be "blocks" or None'),
