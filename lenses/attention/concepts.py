@@ -46,15 +46,15 @@ class Concepts:
     ) -> None:
         if not joint:
             raise InputError(
-                f'method="concept" needs joint attention of text and image, and {type(model.pipeline).__name__} has '
-                'none that was found: use method="cross"'
+                'method="concept" needs joint attention of text and image, but none was found in '
+                f'{type(model.pipeline).__name__}: use method="cross"'
             )
         self._joint = joint
         named = [words] if isinstance(words, str) else words
         if named is None:
             named = WordKeys(model, prompt, None, encoder, arguments).names
         if not named or not all(isinstance(word, str) and word.strip() for word in named):
-            raise InputError("words: write one word or several")
+            raise InputError("words: pass a word, or a list of words")
         encoder = encoder or [name for name in joint[0].text if _argument(name) in model.argument_names][-1]
         text, argument = " ".join(named), _argument(encoder)
         self._words = WordKeys(model, prompt, named, encoder, arguments, (argument, text))
@@ -91,6 +91,6 @@ def _argument(encoder: str) -> str:
 def _check_same(a: torch.Tensor, b: torch.Tensor) -> None:
     if (a - b).norm() > _SAME * a.norm():
         raise InputError(
-            'method="concept" cannot be used with this pipeline: what the image computes depends on the words in '
-            "another way too, such as a pooled vector of the same text encoder"
+            'method="concept" cannot be used with this pipeline, because the words also affect the image in another '
+            "way, such as through a pooled vector of the same text encoder"
         )

@@ -40,7 +40,7 @@ class GivenImage:
         self.arguments = dict(arguments)
         for name, side in {"height": self.image.height, "width": self.image.width}.items():
             if arguments.get(name, side) != side:
-                raise InputError(f"{name}={arguments[name]} is not that of the image, {side}: omit it")
+                raise InputError(f"{name}={arguments[name]} does not match the image, whose {name} is {side}: omit it")
             if name in model.argument_names:
                 self.arguments[name] = side
         self._latents, _ = encode_image(model.pipeline, self.image)
@@ -56,7 +56,8 @@ class GivenImage:
             if not isinstance(value, torch.Tensor) or value.shape[1:] != seen.shape[1:]:
                 shape = tuple(value.shape[1:]) if isinstance(value, torch.Tensor) else type(value).__name__
                 raise InputError(
-                    f"image: {denoiser} takes {shape}, which are not the latents of an image, {tuple(seen.shape[1:])}"
+                    f"image: {denoiser} expects {shape}, but the latents of the image have the shape "
+                    f"{tuple(seen.shape[1:])}"
                 )
             value.copy_(seen)
 

@@ -35,10 +35,10 @@ def chosen_attentions(
     if not placed:
         unplaced = [*found, *attentions.of_kind("none")]
         reasons = f": {unplaced[0]}" if unplaced else ""
-        raise InputError(f"{type(model.pipeline).__name__} has no {what} that was found{reasons}")
+        raise InputError(f"no {what} was found in {type(model.pipeline).__name__}{reasons}")
     numbers = range(len(placed)) if layers is None else choose_layers(layers, len(placed))
     if "embedding" in numbers:
-        raise InputError('layers: "embedding" is not an attention module. Write numbers')
+        raise InputError('layers: "embedding" is not an attention module: pass the numbers of layers')
     return [placed[number] for number in sorted(numbers)]
 
 

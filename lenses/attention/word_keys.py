@@ -75,5 +75,7 @@ class WordKeys:
                 tokens = [token for span in self._aligned[encoder].find(word) for token in span]
                 found |= {keys[token] for token in tokens if token < len(keys) and keys[token] is not None}
         if not found:
-            raise InputError(f"{word!r} has no key in {attention.name}: its tokens are not among the text there")
+            raise InputError(
+                f"{word!r} has no key in {attention.name}: the text read there does not contain its tokens"
+            )
         return sorted(found)

@@ -54,7 +54,7 @@ def few_shot_prompts(
     """
     pairs = check_pairs(pairs)
     if template.count("{}") != 2:
-        raise InputError(f"a template has two {{}}, for the question and the answer, unlike {template!r}")
+        raise InputError(f"a template must contain {{}} twice, for the question and the answer, unlike {template!r}")
     if isinstance(shots, bool) or not isinstance(shots, int) or shots < 0 or shots == 1:
         raise InputError(f"shots must be 2 or more, so that answers can be shuffled, or 0 for none, not {shots!r}")
     if shots >= len(pairs):
@@ -66,7 +66,9 @@ def few_shot_prompts(
         answers = [answer for _, answer in shown]
         others = answers[1:] + answers[:1]  # each question gets the answer of the next
         if shots and answers == others:
-            raise InputError(f"the examples of a prompt have one answer, {answers[0]!r}, which cannot be shuffled")
+            raise InputError(
+                f"the examples of a prompt all have the answer {answers[0]!r}, so the answers cannot be shuffled"
+            )
         question = template.format(asked[0], "\0").partition("\0")[0]
         shuffled = _written(template, zip((q for q, _ in shown), others)) + question if shots else None
         prompts.append(FewShotPrompt(_written(template, shown) + question, f" {asked[1]}", shuffled))
@@ -78,7 +80,7 @@ def check_pairs(pairs: Any) -> list[tuple[str, str]]:
     found = [tuple(pair) if isinstance(pair, (tuple, list)) else (pair,) for pair in pairs]
     for pair in found:
         if len(pair) != 2 or not all(isinstance(text, str) and text.strip() for text in pair):
-            raise InputError(f"pairs are a question and an answer each, such as ('hot', 'cold'), not {pair!r}")
+            raise InputError(f"each pair must be a question and an answer, such as ('hot', 'cold'), not {pair!r}")
     if not found:
         raise InputError("there are no pairs")
     return list(dict.fromkeys((question.strip(), answer.strip()) for question, answer in found))

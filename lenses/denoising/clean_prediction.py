@@ -106,8 +106,9 @@ class SchedulerCall:
         time, index = _time(self.timestep), getattr(scheduler, "step_index", None)
         if not (known == time).any() if index is None else not (index < len(known) and known[index] == time):
             raise InputError(
-                f"the noise level is unknown: {type(scheduler).__name__} is at another step than the call with "
-                f"timestep {time.item():g}. The pipeline steps a copy of its scheduler, or another run of it is open"
+                f"the noise level is unknown: {type(scheduler).__name__} is not at the step of the call with "
+                f"timestep {time.item():g}. Either the pipeline uses a copy of its scheduler, or another run of the "
+                "pipeline is open"
             )
         copied = copy.copy(scheduler)
         if index is not None:

@@ -70,7 +70,7 @@ def _pairs(
         if sizes[0] != sizes[1]:
             raise InputError(
                 f"the prompts have {sizes[0]} and {sizes[1]} tokens, so their tokens cannot be paired one by one: "
-                "name what replaces what with words= and into="
+                "pass words of the source as words=, and the words they replace as into="
             )
         for a, b in zip(source.tokens, target.tokens):
             yield a, range(a, a + 1), range(b, b + 1)
@@ -89,7 +89,7 @@ def _same_place(source: PromptWords, target: PromptWords, item: WordOrTokens) ->
     if len(source.words) != len(target.words):
         raise InputError(
             f"the prompts have {len(source.words)} and {len(target.words)} words (including punctuation), so it is "
-            f"unclear what {item!r} replaces: name it with into="
+            f"unclear what {item!r} replaces: pass the words it replaces as into="
         )
     return target.span(*source.place(item))
 

@@ -53,8 +53,8 @@ def difference(output: torch.Tensor, given: torch.Tensor, path: str) -> torch.Te
     """
     if given.shape != output.shape:
         raise InputError(
-            f"{path} has no difference of output and input: their shapes are {tuple(output.shape)} and "
-            f'{tuple(given.shape)}. Use an SAE of="output"'
+            f"the difference of output and input cannot be computed at {path}, because their shapes are "
+            f'{tuple(output.shape)} and {tuple(given.shape)}. Use an SAE of="output"'
         )
     return output - given
 
@@ -117,7 +117,7 @@ class PointReader:
             self.model.check("", seed=0, **arguments)
             check_steps_ahead(self.steps if self.is_in_denoiser else None, self.model, arguments)
         elif self.steps is not None:
-            raise InputError("steps are those of a denoiser: omit them for a language model")
+            raise InputError("steps are the steps of a denoiser: omit them for a language model")
 
     @property
     def is_in_vision_tower(self) -> bool:

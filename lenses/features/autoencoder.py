@@ -24,11 +24,11 @@ def check_sizes(features: Any, kind: Any, k: Any, of: Any) -> None:
     if not fits(features, int) or features < 1:
         raise InputError(f"features is a number of features, 1 or more, not {features!r}")
     if kind not in KINDS:
-        raise InputError(f"{kind!r} is no kind of SAE{suggest(str(kind), KINDS)}: choose from {', '.join(KINDS)}")
+        raise InputError(f"{kind!r} is not a kind of SAE{suggest(str(kind), KINDS)}: choose from {', '.join(KINDS)}")
     if kind in ("topk", "batch_topk") and (not fits(k, int) or not 1 <= k <= features):
         raise InputError(f"k must be from 1 to {features}, the number of features, not {k!r}")
     if of not in ("output", "difference"):
-        raise InputError(f'an SAE is of the "output" or the "difference" of a point, not {of!r}')
+        raise InputError(f'of must be "output" or "difference", not {of!r}')
 
 
 class SAE(nn.Module):

@@ -19,7 +19,7 @@ def check_model(function: Callable, model: Any) -> None:
 def point_of(sae: SAE, point: str | None) -> str:
     """Return the given point, or the point at which the SAE was trained."""
     if not isinstance(sae, SAE):
-        raise InputError(f"this is no SAE but {type(sae).__name__}: SAE.load(folder) loads one")
+        raise InputError(f"sae must be an SAE, not {type(sae).__name__}: load one with SAE.load(folder)")
     if point is None and sae.point is None:
         raise InputError('the SAE does not say at which point it was trained: pass point="unet.mid_block" or another')
     return point or sae.point

@@ -29,7 +29,7 @@ class ImageMetric(Metric):
 
     def bound(self, model: Any, pairs: int) -> "ImageMetric":
         if not isinstance(model, DiffusionModel):
-            raise InputError(f"{self.name} compares images, and a {type(model).__name__} draws none")
+            raise InputError(f"{self.name} compares images, but a {type(model).__name__} does not draw images")
         return self
 
 

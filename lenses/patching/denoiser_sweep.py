@@ -132,7 +132,7 @@ class DenoiserRows:
         self.passes += 1
         missing = next((point for point in points if point not in log.shapes), None)
         if missing is not None:
-            raise InputError(f"the pipeline never comes to {missing} with these arguments, so nothing is changed there")
+            raise InputError(f"the pipeline never reaches {missing} with these arguments, so nothing is changed there")
         is_told_apart = torch.equal(last, _by_branch(log.denoised[0][0], len(self._prompts))[:, -1])
         kept = log.denoised if is_told_apart and len(set(denoisers)) == 1 else None
         calls = (log.calls(0), log.calls(None)) if self._branch is None else log.calls_of_branch(len(self._prompts))

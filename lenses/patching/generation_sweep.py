@@ -110,7 +110,7 @@ def generate_source(pairs: LanguagePairs, number: int, tokens: int) -> Generated
     for step, found in enumerate(values):
         missing = next((point for point in pairs.points if point not in found), None)
         if missing is not None:
-            raise InputError(f"the model does not come to {missing} in step {step}, so nothing can be patched there")
+            raise InputError(f"the model does not reach {missing} in step {step}, so nothing can be patched there")
     return GeneratedValues(outcome, values)
 
 

@@ -185,7 +185,7 @@ def run_side(side: LanguageSide, metric: Metric, points: Sequence[str] = (), sta
         result = run.result
     missing = next((point for point in points if point not in values), None)
     if missing is not None:
-        raise InputError(f"the model never comes to {missing} with this prompt, so nothing can be patched there")
+        raise InputError(f"the model never reaches {missing} with this prompt, so nothing can be patched there")
     encoded = None if side.is_patched_in_encoder else getattr(result, "encoder_last_hidden_state", None)
     return Passed(Outcome(logits=result.logits), values, between, encoded)
 

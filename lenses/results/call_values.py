@@ -179,7 +179,9 @@ class ArgumentDecoder:
                 return named(inner[0])().fit(**self.decode(inner[1]), progress=False)
             case "$unknown":
                 raise UnknownValueError(f"a record cannot hold {inner}")
-        raise InputError(f"the record has a value of an unknown kind, {kind!r}: it is of a newer version of diffsight")
+        raise InputError(
+            f"the record has a value of an unknown kind, {kind!r}: it comes from a newer version of diffsight"
+        )
 
 
 def public_name(value: Any) -> str | None:

@@ -187,9 +187,9 @@ def _check_words(model: DiffusionModel, sites: Sequence[Site], positions: Any) -
     for site in sites:
         if site.point.partition(".")[0] not in encoders and site.value not in _OF_KEYS:
             raise InputError(
-                f"there is no region {_first(positions)!r}, and {site.point} has no words: words are positions in text "
-                f"encoders and of keys and values (k, v); the regions of the image are {', '.join(NAMED)}, or boxes "
-                "(left, top, right, bottom)"
+                f"there is no region {_first(positions)!r}, and {site.point} has no words. Words can be positions in "
+                f"text encoders, or of keys and values (k, v). The regions of the image are {', '.join(NAMED)}, or "
+                "boxes (left, top, right, bottom)"
             )
 
 
@@ -208,5 +208,5 @@ def _keys(attention: Any, tokens: Mapping[str, tuple[list[int], list[int]]], sid
     for encoder, keys in attention.text.items():
         found |= {keys[token] for token in tokens[encoder][side] if token < len(keys) and keys[token] is not None}
     if not found:
-        raise InputError(f"{title!r} has no key in {attention.name}: its tokens are not among the text there")
+        raise InputError(f"{title!r} has no key in {attention.name}: the text read there does not contain its tokens")
     return sorted(found)

@@ -168,8 +168,8 @@ def _check_same_length(source: PromptTokens, target: PromptTokens, positions: st
         raise InputError(
             f'positions="{positions}" pairs the tokens of two prompts one by one, but they have {len(source)} and '
             f"{len(target)} tokens:\n  {' '.join(map(repr, source.texts))}\n  {' '.join(map(repr, target.texts))}\n"
-            'Align them by words, positions="words", or name what replaces what, positions=[("Rome", "Los Angeles")], '
-            'with align="last"'
+            'Align them by words with positions="words", or pass pairs of words such as '
+            'positions=[("Rome", "Los Angeles")] with align="last"'
         )
 
 

@@ -85,7 +85,7 @@ class LensPredictions(LensResult):
         if isinstance(prompt, bool) or not hasattr(prompt, "__index__"):
             raise InputError(f"a result is indexed by the number of a prompt, such as result[0], not {prompt!r}")
         if not -len(self) <= prompt < len(self):
-            raise IndexError(f"there is no prompt {prompt} in {len(self)}")
+            raise IndexError(f"there is no prompt {prompt}: the number of prompts is {len(self)}")
         i, length = prompt % len(self), len(self.inputs[prompt])
         cut = {
             name: value[i : i + 1, :, :length]

@@ -66,7 +66,7 @@ def trace_images(
     points = named_points(model, sites)
     for point in points:
         if not has_branches(model, point):
-            raise InputError(f"{point.name} is in no text encoder or denoiser")
+            raise InputError(f"{point.name} is not in a text encoder or denoiser")
     model.check(prompt=prompt, seed=noise.seed, **arguments)
     encoders = _noised_encoders(model, prompt, subject, noise, arguments)
     rows = [_NoisedRow(sample, site) for sample in range(noise.samples) for site in (None, *range(len(points)))]

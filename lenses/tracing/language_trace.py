@@ -155,7 +155,7 @@ def trace_language(
         raise InputError(f"sites must be one of {', '.join(_POINTS)}{suggest(str(sites), _POINTS)}, not {sites!r}")
     chosen = layers_to_read(model, layers)
     if EMBEDDING in chosen:
-        raise InputError('the embedding is what is noised: choose layers without "embedding"')
+        raise InputError('the noise is added to the embedding: choose layers without "embedding"')
     tokens = PromptTokens.of(model, model.trace(prompt, **inputs).tokens[0].tolist())
     token = None if answer is None else choose_tokens(model, answer)
     if token is not None and len(token) != 1:

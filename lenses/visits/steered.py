@@ -77,9 +77,9 @@ class Steering:
         if vector.ndim == 2:
             if visit.step.index >= len(vector) or visit.step.timestep != self.timesteps[visit.step.index]:
                 raise InputError(
-                    f"the vectors are those of {len(vector)} steps at the timesteps {_shown(self.timesteps)}, but step "
-                    f"{visit.step.index} of this run is at {visit.step.timestep:g}: use the same number of steps and "
-                    "the same scheduler for both"
+                    f"the vectors were computed for {len(vector)} steps at the timesteps {_shown(self.timesteps)}, but "
+                    f"step {visit.step.index} of this run is at {visit.step.timestep:g}: use the same number of steps "
+                    "and the same scheduler for both"
                 )
             vector = vector[visit.step.index]
         if len(vector) != visit.value.shape[-1]:
@@ -184,7 +184,7 @@ def _check_steps(model: Any, points: Sequence[NamedPoint], steps: Steps) -> None
         )
     for point in points:
         if not is_in_steps(model, point):
-            raise InputError(f"{point.name} is not passed in steps: omit steps")
+            raise InputError(f"{point.name} does not run in steps: omit steps")
 
 
 def _bounds(item: int | slice) -> tuple[int | None, ...]:

@@ -353,7 +353,7 @@ def test_a_site_that_is_never_reached(model, net):
         )
     finally:
         del net.spare
-    assert "the model never comes to spare.output" in said
+    assert "the model never reaches spare.output" in said
 
 
 def test_other_models(sd):

@@ -284,7 +284,7 @@ NO_IMAGES = [
     ({"image": "scene.png"}, "the image must be a PIL image or a tensor, not str"),
     ({"image": diffusion.IMAGE.convert("L")}, "has the mode L"),
     ({"image": diffusion.IMAGE.resize((33, 32))}, "has 33 x 32 pixels"),
-    ({"image": diffusion.IMAGE, "height": 64}, "height=64 is not that of the image, 32"),
+    ({"image": diffusion.IMAGE, "height": 64}, "height=64 does not match the image, whose height is 32"),
 ]
 
 

@@ -299,7 +299,7 @@ def test_a_denoiser_without_cross_attention_has_no_layers_to_swap():
     [
         ({"subject": "Colosseum"}, "'Colosseum' does not occur in the prompt"),
         ({"sites": "heads"}, "sites must be one of layers, attentions, mlps"),
-        ({"layers": "embedding"}, "the embedding is what is noised"),
+        ({"layers": "embedding"}, "the noise is added to the embedding"),
         ({"answer": [1, 2]}, "answer must be one token"),
         ({"metric": pixel_distance()}, "metric is for pipelines"),
         ({"noise": 0}, "noise must be a number above 0"),
@@ -316,7 +316,7 @@ def test_bad_input_for_a_pipeline():
     call = {"sites": "unet.mid_block", "metric": pixel_distance(), **CALL}
     assert "pass metric=" in refusal(causal_tracing, model, TEXT, "circle", **{**call, "metric": None})
     assert "answer is for language models" in refusal(causal_tracing, model, TEXT, "circle", answer=1, **call)
-    assert "in no text encoder or denoiser" in refusal(
+    assert "not in a text encoder or denoiser" in refusal(
         causal_tracing, model, TEXT, "circle", **{**call, "sites": "vae.decoder"}
     )
     assert "'ring' does not occur" in refusal(causal_tracing, model, TEXT, "ring", **call)

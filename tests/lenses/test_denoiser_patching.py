@@ -305,7 +305,7 @@ def test_ablation_by_default_measures_pixels(small):
         ({"branch": "both"}, "branch must be"),
         ({"layers": 3}, "layers is an argument for a language model"),
         ({"corrupted": [CLEAN, CLEAN]}, "1 clean and 2 corrupted"),
-        ({"sites": "vae.encoder"}, "never comes to vae.encoder"),
+        ({"sites": "vae.encoder"}, "never reaches vae.encoder"),
         ({"heads": 0}, "none of the sites has heads"),
         ({"max_rows": 1, "steps": "each"}, "the sweep has 3 rows"),
         ({"metric": lambda result: None}, "must return a number"),

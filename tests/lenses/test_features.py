@@ -187,7 +187,7 @@ NARROW, MID = SAE(16, 64), {**CALL, "point": "unet.mid_block"}
         (lambda model, sae: feature_effect(model, NARROW, "a", 1, **MID), "of width 16, but these have 32"),
         (lambda model, sae: concept_features(model, sae, "a red", ["b"]), "prompts must be Sequence[str], not 'a red'"),
         (lambda model, sae: evaluate_sae(model, sae, []), "a list of strings, or a list of scenes"),
-        (lambda model, sae: evaluate_sae(model, None, ["a"]), "this is no SAE but NoneType"),
+        (lambda model, sae: evaluate_sae(model, None, ["a"]), "sae must be an SAE, not NoneType"),
     ],
 )
 def test_bad_input(sd, sae, call, words):

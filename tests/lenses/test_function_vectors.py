@@ -183,13 +183,13 @@ def test_attending_to_another_prompt(build_net):
     ("given", "words"),
     [
         ({"pairs": [("a", "b"), ("c", "d")]}, "2 examples and a question need 3 pairs, but there are 2"),
-        ({"pairs": ["ab"]}, "a question and an answer each"),
-        ({"pairs": [(str(i), "x") for i in range(5)]}, "have one answer, 'x'"),
+        ({"pairs": ["ab"]}, "each pair must be a question and an answer"),
+        ({"pairs": [(str(i), "x") for i in range(5)]}, "all have the answer 'x'"),
         ({"shots": 1}, "shots must be 2 or more"),
         ({"shots": 0}, "needs examples"),
         ({"heads": [(9, 0)]}, "no head (9, 0): the model has 4 layers of 4 heads"),
         ({"heads": 17}, "heads must be an integer from 1 to 16"),
-        ({"template": "{}"}, "a template has two {}"),
+        ({"template": "{}"}, "a template must contain {} twice"),
     ],
 )
 def test_bad_input(model, given, words):

@@ -95,7 +95,7 @@ def test_distances(sd):
 
 def test_image_metrics_need_a_pipeline(model):
     for metric in (latent_distance(), pixel_distance(), shapes_verdict("red")):
-        assert "draws none" in refusal(metric.bound, model, 1)
+        assert "does not draw images" in refusal(metric.bound, model, 1)
 
 
 @pytest.mark.parametrize(

@@ -324,9 +324,9 @@ def test_training_from_prompts(sd, point):
     [
         ({"data": []}, "data must be a list of prompts"),
         ({"data": torch.zeros(3)}, "data must be a float tensor"),
-        ({"kind": "top"}, "'top' is no kind of SAE"),
+        ({"kind": "top"}, "'top' is not a kind of SAE"),
         ({"k": 65}, "k must be from 1 to 64"),
-        ({"of": "input"}, '"output" or the "difference"'),
+        ({"of": "input"}, '"output" or "difference"'),
         ({"model": None}, "takes a DiffusionModel or a LanguageModel, not NoneType"),
     ],
 )
@@ -406,10 +406,10 @@ def test_what_cannot_be_attached(sd):
     opened = attach_sae(model, an_sae(width=16), "unet.mid_block")
     with pytest.raises(InputError, match=r"vectors of width 16, but unet.mid_block has width 32"):
         opened.generate(**SD, seed=0).images
-    assert "this is no SAE but Linear" in refusal(attach_sae, model, torch.nn.Linear(2, 2), "unet.mid_block")
+    assert "sae must be an SAE, not Linear" in refusal(attach_sae, model, torch.nn.Linear(2, 2), "unet.mid_block")
 
 
 def test_a_difference_where_there_is_none(sd):
     opened = attach_sae(DiffusionModel(sd), an_sae(width=16, of="difference"), "unet.conv_in")
-    with pytest.raises(InputError, match=r"unet\.conv_in has no difference of output and input"):
+    with pytest.raises(InputError, match=r"difference of output and input cannot be computed at unet\.conv_in"):
         opened.generate(**SD, seed=0).images

@@ -197,7 +197,7 @@ def test_a_plain_model():
         ({"mode": "subtract"}, "mode must be one of 'add', 'remove'"),
         ({"branch": "conditional"}, "branch must be one of 'cond', 'uncond', 'both'"),
         ({"layers": "vae.decoder", "branch": "cond"}, "no branches of guidance at vae.decoder"),
-        ({"layers": "text_encoder.layers[1]", "steps": 1}, r"text_encoder.layers\[1\] is not passed in steps"),
+        ({"layers": "text_encoder.layers[1]", "steps": 1}, r"text_encoder.layers\[1\] does not run in steps"),
         ({"steps": 1.5}, "steps are integers or slices"),
         ({"positions": torch.ones(4, 4)}, "must be of torch.bool"),
         ({"positions": "circle"}, "positions are integers, or a mask"),

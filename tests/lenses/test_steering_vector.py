@@ -138,7 +138,7 @@ def test_text_encoders_and_saving(pipe, tmp_path):
 def test_vectors_of_other_steps_are_an_error(pipe):
     model = DiffusionModel(pipe)
     found = steering_vector(model, RED, BLUE, layers="unet.mid_block", progress=False, num_inference_steps=3)
-    with pytest.raises(InputError, match=r"the vectors are those of 3 steps at .*, but step 0 of this run"):
+    with pytest.raises(InputError, match=r"the vectors were computed for 3 steps at .*, but step 0 of this run"):
         steer(model, vector=found).generate("a circle", seed=0, num_inference_steps=2).result
 
 

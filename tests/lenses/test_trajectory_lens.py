@@ -393,5 +393,5 @@ def test_another_run_of_the_same_pipeline_is_open(sd):
     with model.generate(**{**SD, "num_inference_steps": 5}, seed=0) as run:
         for _ in run.steps:
             run.scheduler.step.output
-            assert "another run of it is open" in refusal(trajectory_lens, model, **SD, **QUIET)
+            assert "another run of the pipeline is open" in refusal(trajectory_lens, model, **SD, **QUIET)
             break

@@ -67,7 +67,7 @@ def test_a_record_is_not_a_way_to_run_other_code():
 
 
 def test_a_value_of_a_newer_version_is_named():
-    with pytest.raises(InputError, match=r"'\$quaternion': it is of a newer version"):
+    with pytest.raises(InputError, match=r"'\$quaternion': it comes from a newer version"):
         ArgumentDecoder({}, {}).decode({"$quaternion": [1]})
 
 
