@@ -65,7 +65,7 @@ def test_a_layer_with_two_attentions():
         warnings.simplefilter("ignore", NamesWarning)
         model = LanguageModel(net)
     for name in ("attention_probs", "q", "heads_output"):
-        with pytest.raises(InputError, match=r"self_attn is a ModuleList, .*Ask .*self_attn\[0\], .*self_attn\[1\]"):
+        with pytest.raises(InputError, match=r"self_attn is a ModuleList.*: .*self_attn\[0\], .*self_attn\[1\]"):
             with model.trace(architectures.inputs_of(net)) as run:
                 getattr(run, name)[0]
 
