@@ -70,3 +70,15 @@ def check_prompt_text(prompt: str, example: str) -> None:
     if not prompt.strip():
         raise InputError(f'the prompt is empty: write one, such as "{example}"')
     check_text("the prompt", prompt)
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError for a negative seed."""
+    if seed < 0:
+        raise InputError(f"--seed must be an integer, 0 or more, not {seed}")
+
+
+def print_paths(paths: list[Path]) -> None:
+    """Print the paths of the written files, one on each line."""
+    for path in paths:
+        print(path)

@@ -20,7 +20,10 @@ from diffsight.gallery.command_options import (
     add_model,
     add_prompts,
     check_prompt_text,
+    check_seed,
+    print_paths,
 )
+from diffsight.gallery.opening import load_quietly
 from diffsight.gallery.option_parsing import parse_positive, parse_steps
 
 Make = Callable[[str, int, Path], list[Path]]  # makes a result from a prompt and a seed, and writes it to a folder
@@ -218,7 +221,7 @@ def _patch(options: argparse.Namespace) -> None:
 
     words = {name: _listed(getattr(options, name)) for name in ("words", "into")}
     arguments |= {**_encoder_options(options), **words, "seed": options.seed}
-    _print(encoder_patching(model, options.source, options.target, **arguments).save(options.out))
+    print_paths(encoder_patching(model, options.source, options.target, **arguments).save(options.out))
 
 
 def _attention(options: argparse.Namespace) -> None:
@@ -249,7 +252,7 @@ def _fidelity(options: argparse.Namespace) -> None:
 
     result = layer_fidelity(model, options.scenes, seed=options.seed, **_encoder_options(options), **arguments)
     print(result)
-    _print(result.save(options.out))
+    print_paths(result.save(options.out))
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -265,7 +268,7 @@ def _compare(options: argparse.Namespace) -> None:
     result = compare_encoders(
         models, prompts, layers=options.layers, images=options.images, seed=options.seed, **arguments
     )
-    _print(result.save(options.out))
+    print_paths(result.save(options.out))
 
 
 def _logit_lens(options: argparse.Namespace) -> None:
@@ -277,7 +280,7 @@ def _logit_lens(options: argparse.Namespace) -> None:
         from diffsight.pipelines.language.model import LanguageModel
 
         check_place(options.out)
-        _load_quietly()
+        load_quietly()
         model = LanguageModel(options.model)
         chosen = {"layers": options.layers, "tokens": _listed(options.tokens), "top_k": options.top_k}
 
@@ -327,7 +330,7 @@ def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example
         if options.dry_run:
             print(f"1 result in {options.out}")
             return
-        _print(load()(options.prompt, options.seed, options.out))
+        print_paths(load()(options.prompt, options.seed, options.out))
         return
     from diffsight.gallery.prompt_files import read_prompts
     from diffsight.gallery.studies import Study
@@ -352,14 +355,13 @@ def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example
 
 def _pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Return the model and the arguments of the pipeline. Options that need no model are checked before loading it."""
-    if options.seed < 0:
-        raise InputError(f"--seed must be an integer, 0 or more, not {options.seed}")
+    check_seed(options.seed)
     from diffsight.lenses.results.saving import check_place
     from diffsight.lenses.work_sharing import Processes
     from diffsight.pipelines.diffusion.model import DiffusionModel
 
     check_place(options.out)
-    _load_quietly()
+    load_quietly()
     model = DiffusionModel(options.model)
     if device := Processes().device:
         model.to(device)
@@ -370,23 +372,9 @@ def _pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     return model, {**({"num_inference_steps": options.steps} if options.steps else {}), **dict(options.settings)}
 
 
-def _load_quietly() -> None:
-    """Turn off the progress bars for loading: lenses have their own."""
-    import diffusers
-    import transformers
-
-    diffusers.logging.disable_progress_bar()
-    transformers.logging.disable_progress_bar()
-
-
 def _encoder_options(options: argparse.Namespace) -> dict[str, Any]:
     return {"encoder": options.encoder, "layers": options.layers, "batch_size": options.batch_size}
 
 
 def _listed(text: str | None) -> list[str] | None:
     return None if text is None else text.split(",")
-
-
-def _print(paths: list[Path]) -> None:
-    for path in paths:
-        print(path)

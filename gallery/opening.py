@@ -38,6 +38,15 @@ def open_model(source: str, **options: Any) -> Any:
     return LanguageModel(source, **options)
 
 
+def load_quietly() -> None:
+    """Turn off the progress bars for loading: lenses have their own."""
+    import diffusers
+    import transformers
+
+    diffusers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()
+
+
 def _sees_images(config: Path) -> bool:
     try:
         return "vision_config" in json.loads(config.read_text(encoding="utf-8"))

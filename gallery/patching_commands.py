@@ -19,7 +19,10 @@ from diffsight.gallery.command_options import (
     add_layers,
     add_model,
     check_prompt_text,
+    check_seed,
+    print_paths,
 )
+from diffsight.gallery.opening import load_quietly, open_model
 from diffsight.gallery.option_parsing import parse_numbers, parse_positions, parse_positive, parse_windows
 
 
@@ -279,7 +282,7 @@ def _prompt_swap(options: argparse.Namespace) -> None:
     result = prompt_swap(
         model, options.prompt, options.other, _metric(options, model), window=options.window, **arguments
     )
-    _print(result.save(options.out))
+    print_paths(result.save(options.out))
 
 
 def _steering_sweep(options: argparse.Namespace) -> None:
@@ -294,7 +297,8 @@ def _steering_sweep(options: argparse.Namespace) -> None:
     layers = options.sites.split(",") if options.sites else options.layers
     reading = {name: value for name, value in arguments.items() if name in (*model.argument_names, "seed")}
     vector = steering_vector(model, *sides, layers=layers, **reading)
-    _print(steering_sweep(model, options.prompt, vector=vector, factors=options.factors, **arguments).save(options.out))
+    result = steering_sweep(model, options.prompt, vector=vector, factors=options.factors, **arguments)
+    print_paths(result.save(options.out))
 
 
 def _function_vector(options: argparse.Namespace) -> None:
@@ -307,23 +311,17 @@ def _function_vector(options: argparse.Namespace) -> None:
     result = function_vector(model, pairs, shots=options.shots, heads=options.heads, seed=options.seed)
     for (layer, head), effect in result.top(options.heads):
         print(f"{effect:8.3f}  layer {layer} head {head}")
-    _print(result.save(options.out))
+    print_paths(result.save(options.out))
 
 
 def _opened(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Return the model and the arguments of its runs. Options that need no model are checked before loading it."""
-    if options.seed < 0:
-        raise InputError(f"--seed must be an integer, 0 or more, not {options.seed}")
-    import diffusers
-    import transformers
-
-    from diffsight.gallery.opening import open_model
+    check_seed(options.seed)
     from diffsight.lenses.results.saving import check_place
     from diffsight.pipelines.diffusion.model import DiffusionModel
 
     check_place(options.out)
-    for library in (diffusers, transformers):  # lenses have their own bars
-        library.logging.disable_progress_bar()
+    load_quietly()
     model, arguments = open_model(options.model), dict(options.settings)
     if isinstance(model, DiffusionModel):
         arguments |= {"seed": options.seed} | ({"num_inference_steps": options.steps} if options.steps else {})
@@ -352,9 +350,4 @@ def _show(result: Any, options: argparse.Namespace) -> None:
     """Print the largest effects, write the result and print the paths."""
     for site, column, effect in result.top():
         print(f"{effect:8.3f}  {site}  {column}")
-    _print(result.save(options.out))
-
-
-def _print(paths: list[Path]) -> None:
-    for path in paths:
-        print(path)
+    print_paths(result.save(options.out))

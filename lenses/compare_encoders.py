@@ -196,11 +196,11 @@ class EncoderComparison(LensResult, Mapping):
 
     def sections(self) -> list[Section]:
         found: list[Section] = []
-        for one, other in itertools.combinations_with_replacement(self, 2):
-            names = [[str(layer) for layer in self[name].layers] for name in (one, other)]
-            title = f"Linear CKA of {one} and {other}, {len(self.prompts)} prompts"
-            axes = f"{one}, layer", f"{other}, layer"
-            found.append(HeatMapSection(title, *names, self.cka(one, other), "linear CKA", axes))
+        for first, second in itertools.combinations_with_replacement(self, 2):
+            names = [[str(layer) for layer in self[name].layers] for name in (first, second)]
+            title = f"Linear CKA of {first} and {second}, {len(self.prompts)} prompts"
+            axes = f"{first}, layer", f"{second}, layer"
+            found.append(HeatMapSection(title, *names, self.cka(first, second), "linear CKA", axes))
         for i in range(self._drawn()):
             rows = {n: dict(zip(map(layer_title, e.lens[i].layers), e.lens[i].images)) for n, e in self.items()}
             found.append(ImageSection(f"Drawn from each layer: {self.prompts[i]}", rows))

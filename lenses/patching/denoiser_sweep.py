@@ -60,7 +60,7 @@ class PlainRun:
         shapes: The shape of the value at each point, for one row.
         steps: The number of steps.
         latents: The output of `scheduler.step` in each step, a row for each prompt.
-        denoised: The output of the denoiser in each step and call; None if its rows cannot be told apart.
+        denoised: The output of the denoiser in each step and call; None if its rows cannot be distinguished.
         denoiser: The path of the denoiser.
     """
 

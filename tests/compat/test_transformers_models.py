@@ -179,7 +179,7 @@ def test_diffusion_models(tmp_path):
     arguments = {name: value for name, value in kind.inputs().items() if name != "num_inference_steps"}
     with model.trace(**arguments, seed=0) as tracer:
         steps = [model.unet.output for _ in tracer.iter[:]]
-    assert len(steps) == 1  # as in nnsight, unless it is told otherwise
+    assert len(steps) == 1  # the default, as in nnsight
     pipe.save_pretrained(tmp_path)
     other = DiffusionModel(str(tmp_path), automodel="StableDiffusionImg2ImgPipeline")
     assert type(other.pipeline).__name__ == "StableDiffusionImg2ImgPipeline"

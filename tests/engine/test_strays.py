@@ -108,7 +108,7 @@ def test_a_module_inside_one_that_is_called_again():
 
 
 class Sometimes(nn.Module):
-    """Calls parts of its blocks itself, if it is told to; `way` says how."""
+    """Calls parts of its blocks itself, in the way that `way` names, if any."""
 
     def __init__(self, way):
         super().__init__()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import run as run_command
 from PIL import Image
 
 from diffsight import DiffusionModel, diffusion_lens
@@ -29,14 +30,6 @@ def here(tmp_path, monkeypatch):
     """Run every command in a folder of its own, in which it may only leave the files that it announces."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run_command(*argv):
-    """Run a command and return its exit status."""
-    try:
-        return main([str(word) for word in argv])
-    except SystemExit as end:
-        return end.code
 
 
 def command_error(capsys, here, *argv):

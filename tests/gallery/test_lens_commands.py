@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import refusal, run
 from PIL import Image
 
 from diffsight import compare_encoders, encoder_patching, logit_lens, trajectory_lens
 from diffsight.errors import InputError
 from diffsight.gallery import repeat
-from diffsight.gallery.cli import main
 from diffsight.gallery.option_parsing import parse_seeds, parse_setting, parse_steps
 from diffsight.gallery.prompt_files import read_prompts
 from diffsight.lenses import attention_maps
@@ -25,24 +25,6 @@ RED, BLUE = "a red circle above a blue square", "a blue circle above a blue squa
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(*argv):
-    """Run a command and return its exit status."""
-    try:
-        return main([str(word) for word in argv])
-    except SystemExit as end:
-        return end.code
-
-
-def refusal(capsys, *argv):
-    """Return the one line that an invalid command prints; it writes nothing."""
-    before = sorted(Path().rglob("*"))
-    assert run(*argv) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert sorted(Path().rglob("*")) == before
-    return err.strip().splitlines()[-1]
 
 
 # One result

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import refusal, run
 from safetensors.torch import load_file
 
 from diffsight import (
@@ -19,7 +20,6 @@ from diffsight import (
 )
 from diffsight.errors import InputError
 from diffsight.gallery import repeat
-from diffsight.gallery.cli import main
 from diffsight.gallery.option_parsing import parse_numbers, parse_positions, parse_windows
 from diffsight.gallery.prompt_files import read_pairs
 from diffsight.lenses import latent_distance, logit_difference, pixel_distance, shapes_verdict
@@ -33,24 +33,6 @@ PROMPTS = "The capital of France is", "The capital of Paris is"
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def run(*argv):
-    """Run a command and return its exit status."""
-    try:
-        return main([str(word) for word in argv])
-    except SystemExit as end:
-        return end.code
-
-
-def refusal(capsys, *argv):
-    """Return the one line that an invalid command prints; it writes nothing."""
-    before = sorted(Path().rglob("*"))
-    assert run(*argv) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert sorted(Path().rglob("*")) == before
-    return err.strip().splitlines()[-1]
 
 
 def tensors(name, folder="out"):

@@ -118,9 +118,9 @@ def test_the_evaluation(model):
     scores = evaluate_function_vector(model, PAIRS, vector, layer=1, factor=2)
     prompts = few_shot_prompts(PAIRS, 0)
     steered = steer(model, 1, vector, 2, positions=-1)
-    for one, right, token in zip(prompts, scores.with_vector, scores.without):
-        assert right == language.TOKENIZER.decode(steered.trace(one.text).next_token_probs.argmax())
-        assert token == language.TOKENIZER.decode(model.trace(one.text).next_token_probs.argmax())
+    for prompt, right, token in zip(prompts, scores.with_vector, scores.without):
+        assert right == language.TOKENIZER.decode(steered.trace(prompt.text).next_token_probs.argmax())
+        assert token == language.TOKENIZER.decode(model.trace(prompt.text).next_token_probs.argmax())
     assert scores.with_vector != scores.without
     assert 0 <= scores.accuracy <= 1
 

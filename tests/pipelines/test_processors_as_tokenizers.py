@@ -1,4 +1,4 @@
-"""Pipelines with a processor of text and images in the place of a tokenizer, as FLUX.2 and Kandinsky 5 have."""
+"""Pipelines that have a processor of text and images instead of a tokenizer, such as FLUX.2 and Kandinsky 5."""
 
 import diffusers
 import numpy as np
