@@ -36,6 +36,8 @@ _OWNER = "_diffsight_owner"  # on a tapped object and its copies: the object to 
 
 _lock = RLock()
 _forward_of, _runs_of = operator.itemgetter(FORWARD), operator.itemgetter(3)
+_class_forward_of, _dict_of = operator.attrgetter(FORWARD), operator.attrgetter("__dict__")
+_has, _set, _delete = operator.contains, operator.setitem, operator.delitem  # quicker than `dict.__setitem__` and such
 _run_all = deque(maxlen=0).extend  # runs an iterator to its end, in C
 _FEW = 8  # modules; up to this many are hooked faster one by one than together
 
@@ -61,13 +63,14 @@ class ModuleGroup:
 
     def __init__(self, modules: dict[int, nn.Module]) -> None:
         self.modules = modules
-        self.held = [module.__dict__ for module in modules.values()]
+        self.held: list[dict] = []  # the `__dict__` of each module when they were hooked
         self.puts: list[Callable] = []
         self.entries: dict[int, list] = {}  # their entries in `_hooked`, as long as nobody has changed one
         self.user: HookedModules | None = None  # the user that has hooked them together
         self._kinds = [*map(type, modules.values())]
-        self._forwards = {kind: getattr(kind, FORWARD, None) for kind in self._kinds}
-        functions = {kind: _hook_of(kind, forward) for kind, forward in self._forwards.items()}
+        forwards = {kind: getattr(kind, FORWARD, None) for kind in self._kinds}
+        self._distinct, self._forwards = [*forwards], [*forwards.values()]
+        functions = {kind: _hook_of(kind, forward) for kind, forward in forwards.items()}
         self._is_plain = len(modules) > _FEW and all(functions.values())
         if self._is_plain:
             self.puts = [MethodType(functions[type(module)], module) for module in modules.values()]
@@ -78,22 +81,23 @@ class ModuleGroup:
         is_as_it_was = (
             self._is_plain
             and _hooked.keys().isdisjoint(self.modules)
-            and self._has_same_dicts()
             and [*map(type, self.modules.values())] == self._kinds
-            and all(getattr(kind, FORWARD, None) is forward for kind, forward in self._forwards.items())
-            and True not in map(operator.contains, self.held, repeat(FORWARD))
-            and True not in map(operator.contains, self.held, repeat(COMPILED))
+            and [*map(_class_forward_of, self._distinct)] == self._forwards
         )
         if not is_as_it_was:
+            return False
+        held = [*map(_dict_of, self.modules.values())]
+        if True in map(_has, held, repeat(FORWARD)) or True in map(_has, held, repeat(COMPILED)):
             return False
         if not self.entries:
             entries = zip(self.modules.items(), self.puts)
             self.entries = {number: [put, FORWARD, None, 1, module] for (number, module), put in entries}
+        self.held = held
         user.groups.append(self)
         self.user = user
         _hooked.update(self.entries)
-        _run_all(map(dict.__setitem__, self.held, repeat(FORWARD), self.puts))
-        _run_all(map(dict.__setitem__, self.held, repeat(_GETSTATE), self._states))
+        _run_all(map(_set, held, repeat(FORWARD), self.puts))
+        _run_all(map(_set, held, repeat(_GETSTATE), self._states))
         return True
 
     def unhook(self) -> bool:
@@ -103,18 +107,15 @@ class ModuleGroup:
             is_as_it_was = runs.count(1) == len(runs) and [*map(_forward_of, self.held)] == self.puts
         except KeyError:
             return False
-        if not (is_as_it_was and self._has_same_dicts()):
+        dicts = map(_dict_of, self.modules.values())
+        if not (is_as_it_was and all(map(operator.is_, dicts, self.held))):
             return False
-        _run_all(map(dict.pop, self.held, repeat(FORWARD)))
+        _run_all(map(_delete, self.held, repeat(FORWARD)))
         _run_all(map(dict.pop, self.held, repeat(_GETSTATE), repeat(None)))
         _run_all(map(_hooked.pop, self.entries))
         if calls_in_threads:
             _run_all(map(calls_in_threads.pop, self.entries, repeat(None)))
         return True
-
-    def _has_same_dicts(self) -> bool:
-        """Whether the `__dict__` of every module is still the same object."""
-        return all(map(operator.is_, map(vars, self.modules.values()), self.held))
 
 
 class HookedModules:

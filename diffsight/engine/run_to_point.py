@@ -581,8 +581,10 @@ class Flow(RunEnd):
 
     def _has_loops(self) -> bool:
         """Whether a body is in a loop over the steps."""
+        if self._scope.stop_at_steps:
+            return True
         beside = [*self.bodies.edits, *self.bodies.functions]
-        return self._scope.stop_at_steps or any(body.scope.stop_at_steps for body in beside)
+        return bool(beside) and any(body.scope.stop_at_steps for body in beside)
 
     def end_call(self, tap: Tap, output: Any) -> None:
         """A call that the run watches has ended."""

@@ -303,10 +303,10 @@ class Tap:
 
         self.hooks = (*self.hooks, module.register_forward_pre_hook(before, with_kwargs=True))
 
-    def look_inside(self) -> None:
+    def look_inside(self, is_compiled: bool) -> None:
         """Run a compiled module uncompiled, and PyTorch's transformer layer unfused, so that its parts can be seen."""
-        self.inside = self.target.is_compiled()
-        if self.inside and self.target.owner not in _known_compiled:
+        self.inside = is_compiled
+        if is_compiled and self.target.owner not in _known_compiled:
             _known_compiled.add(self.target.owner)
             path = self.target.path or type(self.target.owner).__name__
             warn_user(f"{path} is compiled: a run that reads or changes values inside it runs it uncompiled, slower")
@@ -387,17 +387,13 @@ class LearningTap(Tap):
         return super().enter(args, kwargs)
 
 
-def _versions(args: tuple, kwargs: dict) -> list[int]:
+def _versions(args: tuple, kwargs: dict, are_modes_off: bool = False) -> list[int]:
     """Return how often each of the tensors among the arguments of a call was changed in place."""
-    if _len_torch_function_stack():
+    if _len_torch_function_stack() and not are_modes_off:
         with DisableTorchFunction():  # the user's function modes must not see this
-            return _versions_of((*args, *kwargs.values()))
-    return _versions_of((*args, *kwargs.values()) if kwargs else args)
-
-
-def _versions_of(values: tuple) -> list[int]:
+            return _versions(args, kwargs, are_modes_off=True)
     versions = []
-    for value in values:
+    for value in (*args, *kwargs.values()) if kwargs else args:
         if (type(value) is Tensor or type(value) is Parameter) and not value.is_inference():
             versions.append(value._version)
     return versions

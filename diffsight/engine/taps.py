@@ -156,7 +156,7 @@ class Taps(dict[Key, Tap]):
         if target.name == FORWARD and target.is_compiled():
             self._tap(target, None)  # nothing in it is touched until something in it is asked for
         else:
-            self._tap_with_children(target, None)
+            self._tap_with_children(target, None, is_compiled=False)
 
     def _tap_around(self, target: Target) -> Tap | None:
         """Tap the modules around `target` and count the modules directly in them; return the tap of the innermost."""
@@ -168,12 +168,13 @@ class Taps(dict[Key, Tap]):
             self._around[outer] = self._tap_with_children(outer, around) if outer.is_called else around
         return self._around[outer]
 
-    def _tap_with_children(self, target: Target, around: Tap | None) -> Tap:
+    def _tap_with_children(self, target: Target, around: Tap | None, is_compiled: bool | None = None) -> Tap:
+        """Tap a target and count the modules directly in it. Pass `is_compiled` if it is known."""
         tap = self._tap(target, around)
         if tap.children_counted or target.name != FORWARD:
             return tap
         tap.children_counted = True
-        tap.look_inside()
+        tap.look_inside(target.is_compiled() if is_compiled is None else is_compiled)
         group = target.called_modules()
         self._count(group.modules, self._origin(tap), group)
         return tap

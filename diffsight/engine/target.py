@@ -40,7 +40,7 @@ class Target:
             self.is_called = forward is not nn.Module.forward or FORWARD in owner.__dict__
         self.is_seen = self.is_called and (name != FORWARD or why_unseen(type(owner)) is None)  # whether it has values
         self._children: tuple[dict, dict[str, Target]] | None = None
-        self._called: tuple[list[tuple[Target, dict]], ModuleGroup] | None = None
+        self._called: tuple[list[Target], list[dict], ModuleGroup] | None = None  # see `called_modules`
 
     @property
     def why_unseen(self) -> str:
@@ -98,15 +98,16 @@ class Target:
     def called_modules(self) -> ModuleGroup:
         """Return the modules directly in this one. A list or dict, which is never called itself, is replaced by the
         modules in it. The result is kept as long as the modules stay the same."""
-        if self._called is None or any(holder.children() is not children for holder, children in self._called[0]):
+        known = self._called
+        if known is None or [*map(Target.children, known[0])] != known[1]:
             holders = [self]
             found: dict[int, nn.Module] = {}
             for holder in holders:
                 children = holder.children().values()
                 found.update((child.key[0], child.owner) for child in children if child.is_called)
                 holders += [child for child in children if not child.is_called]
-            self._called = [(holder, holder.children()) for holder in holders], ModuleGroup(found)
-        return self._called[1]
+            known = self._called = holders, [holder.children() for holder in holders], ModuleGroup(found)
+        return known[2]
 
     def is_compiled(self) -> bool:
         """Whether `torch.compile` made the module, or the function that it calls. Nothing inside can be seen then."""

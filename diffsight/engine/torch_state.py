@@ -24,7 +24,13 @@ from operator import call
 from typing import Any
 
 import torch
-from torch import get_default_dtype, is_grad_enabled, is_inference_mode_enabled
+from torch import (
+    get_autocast_dtype,
+    get_default_dtype,
+    is_autocast_cache_enabled,
+    is_grad_enabled,
+    is_inference_mode_enabled,
+)
 from torch._C import (
     _get_dispatch_stack_at,
     _get_flash_sdp_enabled,
@@ -79,7 +85,8 @@ class TorchState:
     def capture(cls) -> "TorchState":
         """Return the current state."""
         grad, inference = is_grad_enabled(), is_inference_mode_enabled()
-        settings = tuple(map(torch.get_autocast_dtype, _AUTOCAST_DEVICES)), torch.is_autocast_cache_enabled()
+        dtypes = get_autocast_dtype("cpu"), _ACCELERATOR and get_autocast_dtype(_ACCELERATOR.type)
+        is_cached = is_autocast_cache_enabled()
         if not (
             _is_any_autocast_enabled()
             or _len_torch_function_stack()
@@ -88,13 +95,13 @@ class TorchState:
             or get_dynamic_layer_stack_depth()
             or not _is_torch_function_enabled()
         ):
-            return _plain_state(grad, inference, settings, _flags())
+            return _plain_state(grad, inference, dtypes, is_cached, *_flags())
         levels = _functorch_levels()  # while there are any, they see changes to the rest
         enabled = tuple(map(torch.is_autocast_enabled, _AUTOCAST_DEVICES))
         modes = tuple(map(_get_function_stack_at, range(_len_torch_function_stack())))
         dispatch_modes = tuple(map(_get_dispatch_stack_at, range(_len_torch_dispatch_stack())))
         functions = None if _is_torch_function_enabled() else _get_torch_function_state()
-        autocast = (enabled, *settings, _autocast_nesting())
+        autocast = (enabled, dtypes, is_cached, _autocast_nesting())
         hooks = saved_tensor_hooks()
         return cls(grad, inference, autocast, modes, False, _flags(), dispatch_modes, hooks, levels, functions)
 
@@ -239,8 +246,8 @@ def restore_saved_tensor_hooks(pairs: Iterable[tuple]) -> None:
 
 
 @cache
-def _plain_state(grad: bool, inference: bool, settings: tuple, flags: tuple) -> TorchState:
-    return TorchState(grad, inference, ((False,) * len(_AUTOCAST_DEVICES), *settings, 0), (), True, flags)
+def _plain_state(grad: bool, inference: bool, dtypes: tuple, is_cached: bool, *flags: Any) -> TorchState:
+    return TorchState(grad, inference, ((False,) * len(_AUTOCAST_DEVICES), dtypes, is_cached, 0), (), True, flags)
 
 
 def enter_inference_mode(enabled: bool) -> Any:
