@@ -20,6 +20,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
+from math import prod
 from operator import index
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,11 +48,11 @@ from diffsight.lenses.results.sections import Cell, HeatMapSection, ImageSection
 from diffsight.lenses.results.token_plots import shorten
 from diffsight.pipelines.diffusion.components import text_encoder_names
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
-from diffsight.pipelines.diffusion.encoding import EncodingRecord, cut_off, record_encoding
+from diffsight.pipelines.diffusion.encoding import cut_off, record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import text_tokenizer
 from diffsight.pipelines.diffusion.run import is_silenced
-from diffsight.pipelines.diffusion.text_encoders import Encoder, encoders_in
+from diffsight.pipelines.diffusion.text_encoders import Encoder, Encoders, encoders_in
 
 _ENDS = ("first", "last")
 _MOST_PROMPTS, _BATCH_BYTES = 128, 2**28  # prompts in a batch, bytes of its hidden states
@@ -283,18 +284,17 @@ class EncoderComparison(LensResult, Mapping):
 
 @dataclass(frozen=True)
 class _Chosen:
-    """A text encoder to compare, its layers, and the record of the pipeline's text encoders for one prompt."""
+    """A text encoder to compare, and its layers."""
 
     name: str
     model: DiffusionModel
     encoder: Encoder
     layers: tuple[Layer, ...]
-    reading: EncodingRecord
 
     @cached_property
     def spell(self) -> Callable[[int], str]:
         """The function that returns a token as text."""
-        name = self.reading.encoders[self.encoder.name].tokenizer
+        name = self.encoder.tokenizer
         tokenizer = None if name is None else text_tokenizer(getattr(self.model.pipeline, name))
         return cache(str if tokenizer is None else lambda token: tokenizer.decode([token]))
 
@@ -385,7 +385,7 @@ def _encode(
     groups = {one.model: [other for other in chosen if other.model is one.model] for one in chosen}
     with tqdm(total=len(prompts) * len(groups), desc="encoding", disable=not progress) as shown:
         for model, group in groups.items():
-            size = max(1, min(_MOST_PROMPTS, _BATCH_BYTES // max(1, _size_of(group[0].reading))))
+            size = max(1, min(_MOST_PROMPTS, _BATCH_BYTES // max(1, sum(_size_of(one.encoder) for one in group))))
             for start in range(0, len(prompts), size):
                 some = prompts[start : start + size]
                 for read in _read(model, group, some, arguments, seed):
@@ -403,9 +403,8 @@ def _read(
     seed: int,
 ) -> Iterator[dict[str, OwnStates]]:
     """Yield the hidden states by the name of the text encoder: of all prompts together if possible, else one by one."""
-    layers = {one.encoder.name: one.layers for one in group}
     if len(prompts) > 1:
-        read = read_together(model, group[0].reading, layers, prompts, arguments, seed)
+        read = read_together(model, {one.encoder: one.layers for one in group}, prompts, arguments, seed)
         if read is not None:
             yield read
             return
@@ -413,13 +412,14 @@ def _read(
         record = record_encoding(model, prompt, arguments, seed).encoders
         for one in group:
             _check_length(one, record[one.encoder.name], prompt)
-        yield {name: read_alone(model, record[name], layers[name], prompt) for name in layers}
+        names = {one.encoder.name: one.layers for one in group}
+        yield {name: read_alone(model, record[name], layers, prompt) for name, layers in names.items()}
 
 
-def _size_of(reading: EncodingRecord) -> int:
-    """Return the size of the hidden states in a record, in bytes."""
-    calls = [call for encoder in reading.encoders.values() for call in encoder.calls]
-    return sum(state.nbytes for call in calls for state in call.hidden_states)
+def _size_of(encoder: Encoder) -> int:
+    """Return the size of the hidden states of one prompt in single precision, in bytes."""
+    tokens = prod(encoder.prompt_call.shape) if encoder.prompt_call is not None else 1
+    return 4 * (encoder.count + 1) * tokens * encoder.width
 
 
 def _summary(one: _Chosen, encoded: _Encoded, drawn: Sequence[DiffusionLensResult]) -> EncodedPrompts:
@@ -470,8 +470,7 @@ def _choose(
     arguments: Mapping[str, Any],
     seed: int,
 ) -> list[_Chosen]:
-    readings = {name: record_encoding(model, prompt, arguments, seed) for name, model in models.items()}
-    found = {name: encoders_in(models[name], reading) for name, reading in readings.items()}
+    found = {name: _encoders_of(model, prompt, arguments, seed) for name, model in models.items()}
     known = "; ".join(f"{name} has {', '.join(of)}" for name, of in found.items())
     if encoders is not None and not isinstance(encoders, Iterable):
         raise InputError(f"encoders are names of text encoders, not {encoders!r}: {known}")
@@ -494,8 +493,15 @@ def _choose(
             numbers = choose_layers(layers, encoder.count, encoder.used_count)
         except InputError as error:
             raise InputError(f"{name}, {encoder.name}: {error}") from None
-        chosen.append(_Chosen(_label(name, encoder, pairs), models[name], encoder, numbers, readings[name]))
+        chosen.append(_Chosen(_label(name, encoder, pairs), models[name], encoder, numbers))
     return chosen
+
+
+def _encoders_of(model: DiffusionModel, prompt: str, arguments: Mapping[str, Any], seed: int) -> Encoders:
+    """Return the text encoders of a pipeline, as it uses them with these arguments."""
+    if not arguments:
+        return model.encoders
+    return encoders_in(model, record_encoding(model, prompt, arguments, seed))
 
 
 def _label(model: str, encoder: Encoder, pairs: Sequence[tuple[str, Encoder]]) -> str:

@@ -16,6 +16,7 @@ input of the first layer is "embedding".
 """
 
 import re
+from itertools import islice
 from typing import Literal
 
 from torch import nn
@@ -74,8 +75,10 @@ def standard_names(encoder: nn.Module) -> dict[str, str]:
     lists = _beside_words(encoder, lists)
     lists = {path: module for path, module in lists.items() if are_layers(module)} or lists
     lists = {path: module for path, module in lists.items() if "cross" not in path.rpartition(".")[2]} or lists
-    sizes = {path: sum(p.numel() for p in module.parameters()) for path, module in lists.items()}
-    layers = max(lists, key=lambda path: (-path.count("."), sizes[path]))
+    depth = min(path.count(".") for path in lists)
+    outermost = [path for path in lists if path.count(".") == depth]
+    size = lambda path: sum(weight.numel() for weight in lists[path].parameters())  # noqa: E731
+    layers = max(outermost, key=size) if len(outermost) > 1 else outermost[0]
     norm = _norm_beside(encoder, layers)
     return {"layers": layers} | ({"ln_final": norm} if norm else {})
 
@@ -114,7 +117,8 @@ def is_list(module: nn.Module) -> bool:
 
 def are_layers(modules: nn.ModuleList) -> bool:
     """Return whether each module contains an attention module (or a replacement for one) and is not one itself."""
-    return all(any(_MIXER_CLASS.search(type(m).__name__) for m in list(layer.modules())[1:]) for layer in modules)
+    inner = (islice(layer.modules(), 1, None) for layer in modules)
+    return all(any(_MIXER_CLASS.search(type(module).__name__) for module in layer) for layer in inner)
 
 
 def _half(model: nn.Module, half: str) -> str | None:

@@ -1,8 +1,8 @@
 """The hidden states of many prompts' own tokens, read in one batch.
 
-    reading = record_encoding(model, prompts[0], arguments)                 # one prompt shows how the pipeline encodes
-    read = read_together(model, reading, {"text_encoder": (4, 8)}, prompts, arguments, seed=0)
-    read["text_encoder"].states                                             # (2, tokens of all prompts, features)
+    layers = {model.encoders["text_encoder"]: (4, 8)}
+    read = read_together(model, layers, prompts, arguments, seed=0)
+    read["text_encoder"].states             # (2, tokens of all prompts, features)
 
 The pipeline is stopped when its text encoders have read the prompts, so it does not encode the negative prompts.
 """
@@ -17,10 +17,10 @@ from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.encoders.own_tokens import own_places, places_of
 from diffsight.lenses.layers import EMBEDDING, Layer, in_model_order
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, hidden_in
-from diffsight.pipelines.diffusion.encoding import EncodingRecord
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import PromptWarning
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
+from diffsight.pipelines.diffusion.text_encoders import Encoder
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ def read_alone(model: DiffusionModel, encoder: EncoderRecord, layers: Sequence[L
 
 def read_together(
     model: DiffusionModel,
-    reading: EncodingRecord,
-    layers: Mapping[str, Sequence[Layer]],
+    layers: Mapping[Encoder, Sequence[Layer]],
     prompts: Sequence[str],
     arguments: Mapping[str, object],
     seed: int,
@@ -60,19 +59,20 @@ def read_together(
 
     Args:
         model: The pipeline.
-        reading: The record of its text encoders for one prompt.
         layers: The layers of each text encoder.
         prompts: The prompts.
         arguments: Further arguments of the pipeline, as for one prompt.
         seed: The seed of the run.
     """
+    if any(encoder.prompt_call is None for encoder in layers):
+        return None
     gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     with warnings.catch_warnings(), torch.random.fork_rng(gpus), progress_bar(model.pipeline, disable=True):
         warnings.simplefilter("ignore", PromptWarning)
         try:
             given = for_each_row(arguments, len(prompts))
             with torch.no_grad(), model.generate(prompt=list(prompts), seed=seed, **given) as run:
-                found = {name: _read(model, run, reading.encoders[name], layers[name], prompts) for name in layers}
+                found = {encoder.name: _read(model, run, encoder, layers[encoder], prompts) for encoder in layers}
                 run.stop()
         except Exception:  # it takes one prompt only, or a prompt is wrong, which is raised when it is read alone
             return None
@@ -80,17 +80,12 @@ def read_together(
 
 
 def _read(
-    model: DiffusionModel, run: DiffusionRun, encoder: EncoderRecord, layers: Sequence[Layer], prompts: Sequence[str]
+    model: DiffusionModel, run: DiffusionRun, encoder: Encoder, layers: Sequence[Layer], prompts: Sequence[str]
 ) -> OwnStates | None:
-    """Return the hidden states of the prompts in the call that encodes them, or None if it does not have them all.
-
-    `encoder` is the record of the encoder for one prompt."""
-    known, number = encoder.prompt, encoder.calls.index(encoder.prompt)
-    if any(len(call.hidden_states) != len(known.hidden_states) for call in encoder.calls[:number]):
-        return None  # so the calls of a layer and of the encoder are numbered differently
-    ids, count = run[encoder.words].calls[number].input, len(prompts)
-    first = known.rows[0] * count if known.rows else 0
-    if not known.rows or len(ids) != len(known.ids) * count:
+    """Return the hidden states of the prompts in the call that encodes them, or None if it does not have them all."""
+    known, count = encoder.prompt_call, len(prompts)
+    ids, first = run[known.words].calls[known.number].input, known.row * count
+    if len(ids) != known.shape[0] * count:
         return None
     places = places_of(model, encoder.tokenizer, prompts, ids[first : first + count])
     if None in places:
@@ -99,7 +94,7 @@ def _read(
     columns = torch.tensor([column for place in places for column in place])
     states, part = {}, run[encoder.name]
     for layer in in_model_order(layers):
-        call = part.layers[0 if layer == EMBEDDING else layer].calls[number]
+        call = part.layers[0 if layer == EMBEDDING else layer].calls[known.number]
         hidden = call.input if layer == EMBEDDING else hidden_in(call.output)
         states[layer] = hidden[rows.to(hidden.device), columns.to(hidden.device)].float().cpu()
     own = tuple(tuple(ids[first + row, place.start : place.stop].tolist()) for row, place in enumerate(places))

@@ -73,6 +73,34 @@ class EncoderRecord:
         return next((call for call in self.calls if call.rows), self.calls[0])
 
 
+@dataclass(frozen=True)
+class PromptCall:
+    """Where in a run a text encoder encodes the prompt.
+
+    Attributes:
+        words: The path of the word embedding that receives the token ids.
+        number: The number of the call, of the word embedding and of everything after it.
+        row: The first row that holds the prompt.
+        shape: The shape of the token ids, `(rows, tokens)`.
+    """
+
+    words: str
+    number: int
+    row: int
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, record: EncoderRecord) -> "PromptCall | None":
+        """Return the call for the prompt in a record.
+
+        Return None if the record does not show it, or if the calls of the layers are numbered differently."""
+        call, number = record.prompt, record.calls.index(record.prompt)
+        states = {len(other.hidden_states) for other in record.calls[: number + 1]}
+        if record.words is None or not call.rows or len(states) > 1:
+            return None
+        return cls(record.words, number, call.rows[0], tuple(call.ids.shape))
+
+
 def follow_encoder(run: Run, name: str, tokenized: list[tuple[str, list | None]]) -> EncoderRecord:
     """Record the calls of a text encoder in a run that has not started.
 

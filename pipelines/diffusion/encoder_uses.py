@@ -107,7 +107,7 @@ class PossibleUses:
         found = {}
         for path, tensor in self.tensors.items():
             for start in self._starts(tensor, state.shape[-1]):
-                hits = {t: at for t in tokens if (at := _find(state[t], tensor, start)) is not None}
+                hits = {tokens[number]: row for number, row in _find(state[tokens], tensor, start).items()}
                 if len(hits) > 1:
                     last = max(hits)
                     shift = hits[last] % tensor.shape[-2] - last if tensor.ndim > 1 else 0
@@ -120,7 +120,7 @@ class PossibleUses:
         found = {}
         for path, tensor in self.tensors.items():
             for start in self._starts(tensor, len(vector)):
-                if _find(vector, tensor, start) is not None:
+                if _find(vector[None], tensor, start):
                     found[path] = path + _sliced(tensor, start, len(vector))
         return found
 
@@ -134,13 +134,18 @@ def _widths(call: EncoderCall) -> set[int]:
     return {tensor.shape[-1] for tensor in (*call.hidden_states[:1], *call.pooled.values())}
 
 
-def _find(vector: torch.Tensor, tensor: torch.Tensor, start: int) -> int | None:
-    """Return the index of the first row of `tensor` that holds `vector` from feature `start` on."""
-    rows = tensor.reshape(-1, tensor.shape[-1])[:, start : start + len(vector)]
-    vector = vector.to(rows)
-    here = (rows[:, 0] == vector[0]).nonzero().flatten()
-    here = here[(rows[here] == vector).all(-1)]
-    return int(here[0]) if len(here) and bool(vector.any()) else None
+def _find(vectors: torch.Tensor, tensor: torch.Tensor, start: int) -> dict[int, int]:
+    """Return for each vector that is found the index of the first row of `tensor` that holds it from feature `start`
+    on. Zeros are not looked for."""
+    rows = tensor.reshape(-1, tensor.shape[-1])[:, start : start + vectors.shape[-1]]
+    vectors, found = vectors.to(rows), {}
+    near = rows[:, 0] == vectors[:, :1]  # (vectors, rows)
+    for number in near.any(1).nonzero().flatten().tolist():
+        here = near[number].nonzero().flatten()
+        here = here[(rows[here] == vectors[number]).all(-1)]
+        if len(here) and bool(vectors[number].any()):
+            found[number] = int(here[0])
+    return found
 
 
 def _sliced(tensor: torch.Tensor, start: int, width: int) -> str:

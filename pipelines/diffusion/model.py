@@ -35,7 +35,7 @@ from diffsight.pipelines.diffusion.attention import Attentions, find_attentions
 from diffsight.pipelines.diffusion.batch_layouts import BatchLayouts
 from diffsight.pipelines.diffusion.call_arguments import argument_names, arguments_by_name
 from diffsight.pipelines.diffusion.clip_skip import check_clip_skip
-from diffsight.pipelines.diffusion.components import components
+from diffsight.pipelines.diffusion.components import components, text_encoder_names
 from diffsight.pipelines.diffusion.decoding import draw
 from diffsight.pipelines.diffusion.denoising_clock import count_of_steps, is_last_step
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
@@ -120,7 +120,9 @@ class DiffusionModel(HasEncoders, Model):
     def encoders(self) -> Encoders:
         """The text encoders by name, and the outputs of each that the pipeline uses. The first access encodes a prompt
         to find them."""
-        return self._found("_known_encoders", _encoders_there if is_on_server(self) else find_encoders)
+        texts = [getattr(self._owner, name) for name in text_encoder_names(self._owner)]
+        sizes = [sum(1 for _ in part.modules()) for part in texts]  # layers may be removed in place
+        return self._found("_known_encoders", _encoders_there if is_on_server(self) else find_encoders, sizes)
 
     @property
     def attentions(self) -> Attentions:
@@ -128,16 +130,17 @@ class DiffusionModel(HasEncoders, Model):
         runs the pipeline up to its denoiser about twenty times to find out, see `find_attentions`."""
         return self._found("_known_attentions", _attentions_there if is_on_server(self) else find_attentions)
 
-    def _found(self, name: str, find: Callable[[Model], Any]) -> Any:
-        """Return the result of `find` for the model without its edits, cached while the components stay the same."""
+    def _found(self, name: str, find: Callable[[Model], Any], sizes: Sequence[int] = ()) -> Any:
+        """Return the result of `find` for the model without its edits, cached while the components stay the same, and
+        `sizes`, which describe what is in them."""
         parts = tuple(self._owner.components.values())
         known = self.__dict__.get(name)
-        if known is None or any(a is not b for a, b in zip_longest(known[0], parts)):
+        if known is None or known[1] != sizes or any(a is not b for a, b in zip_longest(known[0], parts)):
             plain = self._copy()
             plain.clear_edits()
             found = find(plain)
-            known = self.__dict__[name] = (tuple(self._owner.components.values()), found)
-        return known[1]
+            known = self.__dict__[name] = (tuple(self._owner.components.values()), sizes, found)
+        return known[2]
 
     def to(self, *args: Any, **kwargs: Any) -> "DiffusionModel":
         """Move or cast the pipeline, as `pipeline.to(...)` does, and return the model."""

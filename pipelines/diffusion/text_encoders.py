@@ -19,7 +19,7 @@ from typing import Any
 from diffsight.errors import InputError, UnknownKeyError, suggest
 from diffsight.extending import Model, owner_of, unwrapped
 from diffsight.pipelines.diffusion.components import component_names
-from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, PromptCall
 from diffsight.pipelines.diffusion.encoder_uses import PossibleUses, Use, find_uses
 from diffsight.pipelines.diffusion.encoding import EncodingRecord, record_encoding
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
@@ -38,6 +38,7 @@ class Encoder:
         ln_final: The real path of the norm after the layers.
         tokenizer: The name of the component that produces its tokens.
         uses: The outputs that the pipeline uses.
+        prompt_call: Its call that encodes the prompt.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Encoder:
     ln_final: str | None
     tokenizer: str | None
     uses: tuple[Use, ...]
+    prompt_call: PromptCall | None = None
 
     @property
     def used_layers(self) -> tuple[Layer, ...]:
@@ -178,4 +180,5 @@ def _encoder(model: Model, record: EncoderRecord, possible: PossibleUses) -> Enc
         f"{name}.{names['ln_final']}" if "ln_final" in names else None,
         record.tokenizer,
         find_uses(record, possible),
+        PromptCall.of(record),
     )

@@ -370,3 +370,30 @@ def test_prompts_are_encoded_in_batches(sd, if_):
             result["CLIP"].vectors[:, number], states.mean(1)[: len(result["CLIP"].layers)], atol=1e-5
         )
         assert result["CLIP"].words[number] == tuple(words)
+
+
+def test_each_prompt_is_encoded_once():
+    """Once the encoders of a pipeline are known, which it remembers."""
+    models = {name: DiffusionModel(diffusion.stable_diffusion()) for name in ("one", "two")}
+    assert all(model.encoders for model in models.values())
+    rows = []
+    for model in models.values():
+        model.pipeline.text_encoder.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    result = compare_encoders(models, PROMPTS, images=0, progress=False)
+    assert rows == [len(PROMPTS)] * 2
+    for number, prompt in enumerate(PROMPTS):
+        states, _ = states_by_hand(models["one"], prompt)
+        assert torch.allclose(result["one"].vectors[:, number], states.mean(1), atol=1e-5)
+
+
+def test_layers_removed_in_place_are_not_looked_for():
+    models = {name: DiffusionModel(diffusion.stable_diffusion()) for name in ("one", "two")}
+    encoder = models["one"].pipeline.text_encoder
+    assert models["one"].encoders["text_encoder"].count == 3
+    (holder,) = (part for part in encoder.modules() if isinstance(getattr(part, "layers", None), torch.nn.ModuleList))
+    holder.layers = holder.layers[:2]
+    result = compare_encoders(models, PROMPTS, images=0, progress=False)
+    assert result["one"].layers == ("embedding", 0, 1)
+    assert result["two"].layers == ("embedding", 0, 1, 2)
+    states, _ = states_by_hand(models["one"], PROMPTS[1])
+    assert torch.allclose(result["one"].vectors[:, 1], states.mean(1), atol=1e-5)
