@@ -51,7 +51,16 @@ from diffsight.lenses.results.word_maps import AttentionMaps
 from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.argument_types import check_types, fits
 from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
-from diffsight.pipelines.diffusion.attention import Attention, find_attentions, follow_products
+from diffsight.pipelines.diffusion.attention import (
+    Attention,
+    Attentions,
+    find_attentions,
+    follow_products,
+    known_attentions,
+)
+from diffsight.pipelines.diffusion.attention_tracing import denoiser_of
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
+from diffsight.pipelines.diffusion.encoding import record_tokens
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun
 from diffsight.pipelines.vision_language.model import VisionLanguageModel
@@ -133,24 +142,31 @@ def attention_maps(
         raise InputError(f"there is no method {method!r}{suggest(str(method), _METHODS)}: choose 'cross' or 'concept'")
     given = None if image is None else GivenImage(model, image, seed, arguments)
     arguments = arguments if given is None else given.arguments
-    found = find_attentions(model, prompt, **arguments)
-    chosen = chosen_attentions(found, ("cross", "joint"), layers, "attention between image and text", model)
-    picked = picked_heads(chosen, heads)
-    reading = _Reading(steps, keep, chosen, given)
+    kinds, what = ("cross", "joint"), "attention between image and text"
     if method == "concept":
+        found = find_attentions(model, prompt, **arguments)
+        chosen = chosen_attentions(found, kinds, layers, what, model)
+        picked = picked_heads(chosen, heads)
         concepts = Concepts(model, prompt, words, encoder, found.of_kind("joint"), arguments)
         check_map_size(model, chosen, len(concepts.names), keep, arguments)
-        run = _run_concepts(model, concepts, reading, picked, seed)
-        return _result(run, reading, concepts.names, prompt, seed, model, arguments, method)
-    named = WordKeys(model, prompt, words, encoder, arguments)
-    check_map_size(model, chosen, len(named.names), keep, arguments)
-    wanted = {attention.name: _Wanted(named.keys(attention), attention.keys) for attention in chosen}
+        reading = _Reading(steps, keep, chosen, concepts.names)
+        run = _run_concepts(model, concepts, reading, picked, seed, given)
+        return _result(run, reading, prompt, seed, model, arguments, method, given)
 
-    def read(attention: Attention, product: AttentionProduct) -> torch.Tensor:
-        return wanted[attention.name].values(product, attention, picked, keep == "heads")
+    def prepare(found: Attentions, records: Mapping[str, EncoderRecord]) -> tuple[_Reading, _Read]:
+        chosen = chosen_attentions(found, kinds, layers, what, model)
+        picked = picked_heads(chosen, heads)
+        named = WordKeys(model, prompt, words, encoder, records)
+        check_map_size(model, chosen, len(named.names), keep, arguments)
+        wanted = {attention.name: _Wanted(named.keys(attention), attention.keys) for attention in chosen}
 
-    run = _run_prompt(model, prompt, reading, read, seed, arguments)
-    return _result(run, reading, named.names, prompt, seed, model, arguments, method)
+        def read(attention: Attention, product: AttentionProduct) -> torch.Tensor:
+            return wanted[attention.name].values(product, attention, picked, keep == "heads")
+
+        return _Reading(steps, keep, chosen, named.names), read
+
+    run, reading = _run_prompt(model, prompt, prepare, seed, arguments, given)
+    return _result(run, reading, prompt, seed, model, arguments, method, given)
 
 
 def _of_generated_tokens(
@@ -246,23 +262,24 @@ def attention_from(
     check_maps("attention_from", model, prompt, steps, seed, keep, arguments)
     if not fits(position, tuple[float, float]) or not all(0 <= share <= 1 for share in position):
         raise InputError(f"position is (x, y), shares of width and height from 0 to 1, not {position!r}")
-    found = find_attentions(model, prompt, **arguments)
-    chosen = chosen_attentions(found, ("self", "joint"), layers, "attention from the image to itself", model)
-    picked = picked_heads(chosen, heads)
 
-    def read(attention: Attention, product: AttentionProduct) -> torch.Tensor:
-        *frames, rows, columns = attention.grid
-        place = min(int(position[1] * rows), rows - 1) * columns + min(int(position[0] * columns), columns - 1)
-        place += attention.image.start + (frames[0] // 2 * rows * columns if frames else 0)
-        keys = slice(attention.image_keys.start, attention.image_keys.stop)
-        ((_, probs),) = product.blocks(keys, range(place, place + 1), picked)
-        return probs[0]  # (heads, 1, keys)
+    def prepare(found: Attentions, records: Mapping[str, EncoderRecord]) -> tuple[_Reading, _Read]:
+        chosen = chosen_attentions(found, ("self", "joint"), layers, "attention from the image to itself", model)
+        picked = picked_heads(chosen, heads)
+        check_map_size(model, chosen, 1, keep, arguments)
 
-    check_map_size(model, chosen, 1, keep, arguments)
-    reading = _Reading(steps, keep, chosen, None)
-    run = _run_prompt(model, prompt, reading, read, seed, arguments)
-    name = f"from ({position[0]:g}, {position[1]:g})"
-    return _result(run, reading, (name,), prompt, seed, model, arguments, "from")
+        def read(attention: Attention, product: AttentionProduct) -> torch.Tensor:
+            *frames, rows, columns = attention.grid
+            place = min(int(position[1] * rows), rows - 1) * columns + min(int(position[0] * columns), columns - 1)
+            place += attention.image.start + (frames[0] // 2 * rows * columns if frames else 0)
+            keys = slice(attention.image_keys.start, attention.image_keys.stop)
+            ((_, probs),) = product.blocks(keys, range(place, place + 1), picked)
+            return probs[0]  # (heads, 1, keys)
+
+        return _Reading(steps, keep, chosen, (f"from ({position[0]:g}, {position[1]:g})",)), read
+
+    run, reading = _run_prompt(model, prompt, prepare, seed, arguments)
+    return _result(run, reading, prompt, seed, model, arguments, "from")
 
 
 class _Wanted:
@@ -285,10 +302,10 @@ class _Wanted:
 
 
 class _Reading:
-    """The reading of a run: the image, the steps and modules that are read, and the sums of the maps."""
+    """The reading of a run: the steps and modules that are read, the names of the maps, and their sums."""
 
-    def __init__(self, steps: Steps, keep: str | None, chosen: Sequence[Attention], given: GivenImage | None) -> None:
-        self.keep, self.chosen, self.given, self.sums = keep, chosen, given, MapSums()
+    def __init__(self, steps: Steps, keep: str | None, chosen: Sequence[Attention], names: tuple[str, ...]) -> None:
+        self.keep, self.chosen, self.names, self.sums = keep, chosen, names, MapSums()
         self._asked = steps
         self._steps: tuple[int, ...] = ()
 
@@ -297,14 +314,9 @@ class _Reading:
         self._steps = self._steps or choose_steps(self._asked, len(run.scheduler.timesteps))
         return step in self._steps
 
-    def show(self, run: DiffusionRun) -> None:
-        """Show the given image, if there is one, in a run that has not begun."""
-        if self.given is not None:
-            self.given.follow(run, self.chosen[0].name.partition(".")[0])
-
     def stop_after(self, run: DiffusionRun, step: int) -> None:
-        """End a run of a given image after the last step that is read, because its output would be meaningless."""
-        if self.given is not None and self.is_in(run, step) and step == self._steps[-1]:
+        """End a run after the last step that is read."""
+        if self.is_in(run, step) and step == self._steps[-1]:
             run.scheduler.step.input  # all calls of the denoiser have been made
             run.stop()
 
@@ -318,35 +330,57 @@ class _Reading:
         self.sums.add(group, attention, values[0] if len(values) == 1 else values.mean(0))
 
 
+_Read = Callable[[Attention, AttentionProduct], torch.Tensor]
+
+
 def _run_prompt(
     model: DiffusionModel,
     prompt: str,
-    reading: _Reading,
-    read: Callable[[Attention, AttentionProduct], torch.Tensor],
+    prepare: Callable[[Attentions, Mapping[str, EncoderRecord]], tuple[_Reading, _Read]],
     seed: int,
     arguments: Mapping[str, Any],
-) -> DiffusionRun:
-    """Draw the prompt, and add the values read from every product."""
+    given: GivenImage | None = None,
+    found: Attentions | None = None,
+) -> tuple[DiffusionRun, _Reading]:
+    """Draw the prompt, and add the values read from every product.
 
-    def add(attention: Attention, step: int, product: AttentionProduct) -> None:
-        if reading.is_in(run, step):
-            reading.add(step, attention, read(attention, product))
-
+    Once the prompt is encoded, `prepare` is called with the attentions and the tokens. So the prompt is encoded once,
+    unless the attentions are not known yet."""
     with torch.no_grad(), model.generate(prompt=prompt, seed=seed, **arguments) as run:
-        reading.show(run)
-        follow_products(run, reading.chosen, add)
-        for step in run.steps if reading.given is not None else ():
-            reading.stop_after(run, step.index)
-    return run
+        if given is not None:
+            given.follow(run, denoiser_of(model))
+        records = record_tokens(run)
+        found = known_attentions(run) if found is None else found
+        if found is not None:
+            run[found.denoiser].inputs
+            reading, read = prepare(found, records)
+
+            def add(attention: Attention, step: int, product: AttentionProduct) -> None:
+                if reading.is_in(run, step):
+                    reading.add(step, attention, read(attention, product))
+
+            follow_products(run, reading.chosen, add)
+            for step in run.steps if given is not None else ():
+                reading.stop_after(run, step.index)  # the output of the run would be meaningless
+            return run, reading
+        run.stop()
+    found = find_attentions(model, prompt, **arguments)
+    return _run_prompt(model, prompt, prepare, seed, arguments, given, found)
 
 
 def _run_concepts(
-    model: DiffusionModel, concepts: Concepts, reading: _Reading, heads: Sequence[int] | None, seed: int
+    model: DiffusionModel,
+    concepts: Concepts,
+    reading: _Reading,
+    heads: Sequence[int] | None,
+    seed: int,
+    given: GivenImage | None,
 ) -> DiffusionRun:
     """Draw the prompt, and add the products of the outputs of image and words."""
     chosen = {attention.name for attention in reading.chosen}
     with torch.no_grad(), model.generate(**concepts.arguments, seed=[seed, seed]) as run:
-        reading.show(run)
+        if given is not None:
+            given.follow(run, denoiser_of(model))
         for step in run.steps:
 
             def is_read(attention: Attention, index: int = step.index) -> bool:
@@ -355,28 +389,29 @@ def _run_concepts(
             def add(attention: Attention, values: torch.Tensor, index: int = step.index) -> None:
                 values = values if heads is None else values[heads]
                 values = values if reading.keep == "heads" else values.sum(0, keepdim=True)
-                reading.add(index, attention, values.softmax(1) if len(concepts.names) > 1 else values)
+                reading.add(index, attention, values.softmax(1) if len(reading.names) > 1 else values)
 
             concepts.read(run, is_read, add)
-            reading.stop_after(run, step.index)
+            if given is not None:
+                reading.stop_after(run, step.index)
     return run
 
 
 def _result(
     run: DiffusionRun,
     reading: _Reading,
-    words: tuple[str, ...],
     prompt: str,
     seed: int,
     model: DiffusionModel,
     arguments: Mapping[str, Any],
     method: str,
+    given: GivenImage | None = None,
 ) -> AttentionMaps:
-    sums, keep, output = reading.sums, reading.keep, _drawn(run) if reading.given is None else reading.given.image
+    sums, keep, output = reading.sums, reading.keep, _drawn(run) if given is None else given.image
     lowest = -torch.inf if method == "concept" else 0.0  # enlarging may make probabilities negative
     return AttentionMaps(
         maps=sums.mean().clamp_min(lowest),
-        words=words,
+        words=reading.names,
         image=image_of(output),
         frames=() if isinstance(output, Image.Image) else tuple(frames_of(output)),
         prompt=prompt,

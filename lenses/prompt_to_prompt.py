@@ -40,7 +40,8 @@ from diffsight.lenses.results.sections import ImageSection, Section, distinct
 from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.attention import Attention, find_attentions
-from diffsight.pipelines.diffusion.encoding import encode_prompt
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
+from diffsight.pipelines.diffusion.encoding import encodings_in, record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
 
 _LARGEST_SELF = 32 * 32  # image positions: in larger maps self-attention is left alone (the paper's choice)
@@ -194,28 +195,26 @@ class _Edit:
         self._attentions = [one for one in found.of_kind("self", "cross", "joint") if one.grid is not None]
         if not any(one.text for one in self._attentions):
             raise InputError(f"no attention between image and text was found in {type(model.pipeline).__name__}")
-        before, after = (encode_prompt(model, prompt, **arguments) for prompt in (source, target))
+        records = {prompt: record_encoding(model, prompt, arguments) for prompt in (source, target)}
+        before, after = (encodings_in(model, prompt, records[prompt]) for prompt in (source, target))
         self._tokens = {name: map_tokens(before[name].ids.tolist(), after[name].ids.tolist()) for name in before}
-        self._reweight = self._factors(model, target, reweight, arguments)
-        self._local = [self._of_words(model, prompt, local, arguments) for prompt in (source, target)] if local else []
+        encoders = {prompt: record.encoders for prompt, record in records.items()}
+        self._reweight = [
+            (WordKeys(model, target, word, None, encoders[target]), factor) for word, factor in reweight.items()
+        ]
+        self._local = [self._of_words(model, prompt, local, encoders[prompt]) for prompt in (source, target) if local]
         if local and not any(self._local):
             raise InputError(f"neither prompt contains any of the words in local: {', '.join(map(repr, local))}")
         self._sums: list[torch.Tensor] = []
 
     @staticmethod
-    def _factors(
-        model: DiffusionModel, target: str, reweight: Mapping[str, float], arguments: Mapping[str, Any]
-    ) -> list[tuple[WordKeys, float]]:
-        return [(WordKeys(model, target, word, None, arguments), factor) for word, factor in reweight.items()]
-
-    @staticmethod
     def _of_words(
-        model: DiffusionModel, prompt: str, words: Sequence[str], arguments: Mapping[str, Any]
+        model: DiffusionModel, prompt: str, words: Sequence[str], records: Mapping[str, EncoderRecord]
     ) -> list[WordKeys]:
         found = []
         for word in words:
             try:
-                found.append(WordKeys(model, prompt, word, None, arguments))
+                found.append(WordKeys(model, prompt, word, None, records))
             except InputError:  # the word is in the other prompt
                 continue
         return found

@@ -15,6 +15,7 @@ from diffsight.errors import InputError
 from diffsight.lenses.attention.word_keys import WordKeys
 from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.pipelines.diffusion.attention import Attention
+from diffsight.pipelines.diffusion.encoding import record_encoding
 from diffsight.pipelines.diffusion.model import DiffusionModel
 
 _SAME = 1e-3  # the relative difference of queries that computing in a batch may cause
@@ -52,12 +53,14 @@ class Concepts:
         self._joint = joint
         named = [words] if isinstance(words, str) else words
         if named is None:
-            named = WordKeys(model, prompt, None, encoder, arguments).names
+            named = WordKeys(model, prompt, None, encoder, record_encoding(model, prompt, arguments).encoders).names
         if not named or not all(isinstance(word, str) and word.strip() for word in named):
             raise InputError("words: pass a word, or a list of words")
         encoder = encoder or [name for name in joint[0].text if _argument(name) in model.argument_names][-1]
         text, argument = " ".join(named), _argument(encoder)
-        self._words = WordKeys(model, prompt, named, encoder, arguments, (argument, text))
+        given = {"prompt": prompt, **arguments, argument: text}
+        records = record_encoding(model, given.pop("prompt"), given).encoders
+        self._words = WordKeys(model, text, named, encoder, records)
         self.arguments = {**for_each_row(arguments, 2), "prompt": [prompt, prompt], argument: [prompt, text]}
         self.names = self._words.names
 

@@ -1,16 +1,15 @@
 """Which keys of the attention modules belong to the words of a prompt.
 
-words = WordKeys(model, prompt, None, None, arguments)
+words = WordKeys(model, prompt, None, None, record_encoding(model, prompt, arguments).encoders)
 words.names                             # ("red", "circle"): the words that were asked for, or all of the prompt
 words.keys(attention)                   # the keys of each word in a product, a list for each word
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from diffsight.errors import InputError, suggest
 from diffsight.pipelines.diffusion.attention import Attention
-from diffsight.pipelines.diffusion.encoding import record_encoding
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import text_tokenizer
 from diffsight.pipelines.words import PromptWords, align_words
@@ -24,9 +23,7 @@ class WordKeys:
         prompt: The prompt.
         words: The words to look for, each one or several words of the prompt. None: all words of the prompt.
         encoder: The text encoder whose tokens count. None: every text encoder.
-        arguments: The arguments of the pipeline.
-        other: The name of an argument that holds another text, and this text, in which the words are looked for
-            instead.
+        records: The calls of the text encoders that encode the prompt, by name.
 
     Raises:
         InputError: A word is not in the prompt, or the encoder does not exist.
@@ -38,17 +35,14 @@ class WordKeys:
         prompt: str,
         words: Sequence[str] | str | None,
         encoder: str | None,
-        arguments: Mapping[str, Any],
-        other: tuple[str, str] | None = None,
+        records: Mapping[str, EncoderRecord],
     ) -> None:
-        given = {"prompt": prompt, **arguments} | (dict([other]) if other else {})
-        records = record_encoding(model, given.pop("prompt"), given).encoders
-        prompt = other[1] if other else prompt
+        records = {name: record for name, record in records.items() if record.calls}
         if encoder is not None and encoder not in records:
             raise InputError(f"there is no text encoder {encoder!r}{suggest(encoder, records)}: {', '.join(records)}")
         self._aligned: dict[str, PromptWords] = {}
         for name, record in records.items():
-            if record.tokenizer is not None and encoder in (None, name):
+            if record.tokenizer is not None and record.prompt.rows and encoder in (None, name):
                 ids = record.prompt.ids[record.prompt.rows[0]].tolist()
                 tokenizer = text_tokenizer(getattr(model.pipeline, record.tokenizer))
                 self._aligned[name] = align_words(tokenizer, prompt, ids)

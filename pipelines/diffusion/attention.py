@@ -125,6 +125,13 @@ def find_attentions(model: Model, prompt: str | None = None, **arguments: Any) -
 _known: WeakKeyDictionary = WeakKeyDictionary()  # for each pipeline: the results, by the inputs of its denoiser
 
 
+def known_attentions(run: Run) -> Attentions | None:
+    """Return the attention products of the denoiser in a run that has not begun, or None if `find_attentions` has not
+    been called for such inputs. The run then stands at its denoiser."""
+    model = model_of(run)
+    return _known.get(model.pipeline, {}).get(AttentionTracer(model, {}).inputs_of(run))
+
+
 def _found(model: Model, arguments: Mapping[str, Any]) -> Attentions:
     known = _known.setdefault(model.pipeline, {})
     required = required_arguments(model.pipeline)
@@ -166,9 +173,9 @@ def follow_products(
 
     Its arguments are the attention, the number of the denoising step, and the conditional branch of the product."""
     flow = flow_of(run)
+    denoiser = owner_of(model_of(run)[attentions[0].name.partition(".")[0]])  # once: this is slow
 
     def follow(attention: Attention, value: AttentionProduct) -> None:
-        denoiser = owner_of(model_of(run)[attention.name.partition(".")[0]])
         entries = flow.observer.entries(denoiser, COND)
         if entries is None or (entries and entries[-1] >= len(value.q)):
             raise InputError(f"{attention.name}: it is not known which part of the batch is the conditional branch")

@@ -71,10 +71,7 @@ class AttentionTracer:
 
     def __init__(self, model: Model, arguments: Mapping[str, Any]) -> None:
         self._model, self._arguments = model, dict(arguments)
-        denoisers = _denoisers(model)
-        if not denoisers:
-            raise InputError(f"{type(model.pipeline).__name__} has no component that takes a timestep")
-        self.denoiser = max(denoisers, key=lambda name: sum(p.numel() for p in denoisers[name].parameters()))
+        self.denoiser = denoiser_of(model)
         self.image: tuple[int, ...] = ()  # the shape of the denoiser's input for one image
         self.latents: tuple[int, ...] = ()  # the shape of the decoded latents for one image; () if unknown
         self.tokens: dict[str, int] = {}  # the number of tokens that each text encoder returns
@@ -83,12 +80,16 @@ class AttentionTracer:
         """Run the pipeline up to its denoiser, and return everything that determines the products of the first call.
 
         These are the shapes of the denoiser's inputs, the numbers of tokens, and the processors."""
-        run = self._model.generate(**self._arguments, seed=0)
+        with self._model.generate(**self._arguments, seed=0) as run:
+            found = self.inputs_of(run)
+            run.stop()
+        return found
+
+    def inputs_of(self, run: Run) -> Hashable:
+        """Return the same for a run that has not begun, which then stands at its denoiser."""
         for name in text_encoder_names(self._model.pipeline):
             run.follow(f"{name}.output", lambda output, name=name: self._change_text(name, output, None))
-        with run:
-            given = tree_leaves(run[self.denoiser].inputs)
-            run.stop()
+        given = tree_leaves(run[self.denoiser].inputs)
         module = owner_of(self._model[self.denoiser])
         shapes = tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in given)
         processors = tuple(type(getattr(part, "processor", None)) for part in module.modules())
@@ -155,9 +156,13 @@ class AttentionTracer:
             tensor.copy_(torch.where(place, 3 * noise, tensor))
 
 
-def _denoisers(model: Model) -> dict[str, nn.Module]:
+def denoiser_of(model: Model) -> str:
+    """Return the name of the denoiser, the largest if there are several."""
     parts = components(model.pipeline).items()
-    return {name: part for name, part in parts if isinstance(part, nn.Module) and time_parameter(part)}
+    denoisers = {name: part for name, part in parts if isinstance(part, nn.Module) and time_parameter(part)}
+    if not denoisers:
+        raise InputError(f"{type(model.pipeline).__name__} has no component that takes a timestep")
+    return max(denoisers, key=lambda name: sum(p.numel() for p in denoisers[name].parameters()))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

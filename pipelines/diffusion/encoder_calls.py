@@ -101,6 +101,11 @@ class PromptCall:
         return cls(record.words, number, call.rows[0], tuple(call.ids.shape))
 
 
+def follow_tokens(run: Run, name: str, tokenized: list[tuple[str, list | None]]) -> EncoderRecord:
+    """Record only the token ids of the calls of a text encoder in a run that has not started, see `follow_encoder`."""
+    return _following_tokens(run, name, tokenized).record
+
+
 def follow_encoder(run: Run, name: str, tokenized: list[tuple[str, list | None]]) -> EncoderRecord:
     """Record the calls of a text encoder in a run that has not started.
 
@@ -110,12 +115,9 @@ def follow_encoder(run: Run, name: str, tokenized: list[tuple[str, list | None]]
         tokenized: The names of the tokenizers called so far, with the token ids that they returned. It is filled during
             the run.
     """
+    recorder = _following_tokens(run, name, tokenized)
     encoder = owner_of(model_of(run)[name])
     names = component_names(encoder)
-    recorder = _Recorder(run, name, encoder, tokenized)
-    for words in word_embeddings(encoder):
-        path = f"{name}.{words}"
-        run.follow(f"{path}.inputs", partial(recorder.begin, path))
     layers = run[name].layers
     run.follow(f"{name}.{names['layers']}.0.inputs", recorder.enter_first_layer)
     for layer in layers:
@@ -128,6 +130,15 @@ def follow_encoder(run: Run, name: str, tokenized: list[tuple[str, list | None]]
             run.follow(f"{name}.{child}.output", partial(recorder.leave_child, child))
     run.follow(f"{name}.output", recorder.end)
     return recorder.record
+
+
+def _following_tokens(run: Run, name: str, tokenized: list[tuple[str, list | None]]) -> "_Recorder":
+    encoder = owner_of(model_of(run)[name])
+    recorder = _Recorder(run, name, encoder, tokenized)
+    for words in word_embeddings(encoder):
+        path = f"{name}.{words}"
+        run.follow(f"{path}.inputs", partial(recorder.begin, path))
+    return recorder
 
 
 class _Recorder:

@@ -28,10 +28,10 @@ from PIL import Image
 from torch import nn
 
 from diffsight.errors import DiffsightError, InputError
-from diffsight.extending import Model, open_run, owner_of, unwrapped
+from diffsight.extending import Model, model_of, open_run, owner_of, unwrapped
 from diffsight.pipelines.diffusion.call_arguments import call_defaults, required_inputs
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
-from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, follow_encoder
+from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, follow_encoder, follow_tokens
 from diffsight.pipelines.diffusion.prompts import PromptWarning, as_read, text_tokenizer
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
 from diffsight.pipelines.standard_names import EMBEDDING, Layer
@@ -159,6 +159,15 @@ def record_encoding(
     return record
 
 
+def record_tokens(run: DiffusionRun) -> dict[str, EncoderRecord]:
+    """Record the tokens of every text encoder in a run that has not begun; return the records by the encoder's name.
+
+    They are filled while the run encodes its prompt, and hold no hidden states."""
+    pipeline, tokenized = model_of(run).pipeline, []
+    _follow_tokenizers(run, pipeline, tokenized)
+    return {name: follow_tokens(run, name, tokenized) for name in text_encoder_names(pipeline)}
+
+
 def cut_off(model: Model, encoder: EncoderRecord, prompt: str, number: int = 0) -> str | None:
     """Return the end of the prompt that the encoder's tokenizer cuts off, as text, or None if it cuts nothing.
 
@@ -253,13 +262,21 @@ def _follow_components(run: DiffusionRun, pipeline: Any, record: EncodingRecord)
     names = text_encoder_names(pipeline)
     for name in names:
         record.encoders[name] = follow_encoder(run, name, tokenized)
+    _follow_tokenizers(run, pipeline, tokenized)
     for name, part in components(pipeline).items():
-        if "tokenizer" in name or name == "processor":
-            run.follow(f"{name}.output", partial(_add_ids, tokenized, name))
-        elif isinstance(part, nn.Module) and name not in names:
+        if isinstance(part, nn.Module) and name not in names and not _tokenizes(name):
             run.follow(f"{name}.inputs", partial(_add_arguments, record, name, part))
     for name in traceable_methods(pipeline, pipeline):
         run.follow(f"{name}.output", partial(_add_returned, record, name, count()))
+
+
+def _follow_tokenizers(run: DiffusionRun, pipeline: Any, tokenized: list[tuple[str, list | None]]) -> None:
+    for name in filter(_tokenizes, components(pipeline)):
+        run.follow(f"{name}.output", partial(_add_ids, tokenized, name))
+
+
+def _tokenizes(name: str) -> bool:
+    return "tokenizer" in name or name == "processor"
 
 
 def _add_ids(tokenized: list[tuple[str, list | None]], name: str, output: Any) -> None:
