@@ -6,8 +6,10 @@ run_side(pair.source, metric, points)       # the outcome, and the values at poi
 run_side(pair.target, metric, states=True)  # the outcome, and the hidden states between the layers
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,23 +173,43 @@ def run_side(side: LanguageSide, metric: Metric, points: Sequence[str] = (), sta
         states: Whether to keep the hidden states between the layers.
 
     Raises:
-        InputError: The model does not reach one of the points.
+        InputError: The model does not reach one of the points, or reaches it several times.
     """
     values: dict[str, torch.Tensor] = {}
+    passages: Counter[str] = Counter()
     between = []
+
+    def keep(site: Site, value: Any) -> None:
+        passages[site.point] += 1
+        values.setdefault(site.point, site.tensor(value).clone())
+
     with side.open(metric) as run:
-        for point in points:
-            site = Site(point)
-            run.follow(site.path, lambda value, site=site: values.setdefault(site.point, site.tensor(value).clone()))
+        for site in map(Site, points):
+            run.follow(site.path, partial(keep, site))
         if states:
             between = [run.layers_input[0].clone()]
             between += [run.layers_output[i].clone() for i in range(len(side.model.layers))]
         result = run.result
-    missing = next((point for point in points if point not in values), None)
-    if missing is not None:
-        raise InputError(f"the model never reaches {missing} with this prompt, so nothing can be patched there")
+    check_reached_once(points, passages)
     encoded = None if side.is_patched_in_encoder else getattr(result, "encoder_last_hidden_state", None)
     return Passed(Outcome(logits=result.logits), values, between, encoded)
+
+
+def check_reached_once(points: Iterable[str], passages: Mapping[str, int]) -> None:
+    """Check that a pass reaches each of the points once.
+
+    Raises:
+        InputError: It reaches a point never, or several times.
+    """
+    for point in points:
+        times = passages.get(point, 0)
+        if not times:
+            raise InputError(f"the model never reaches {point} with this prompt, so nothing can be changed there")
+        if times > 1:
+            raise InputError(
+                f"the model reaches {point} {times} times in a pass, so it is not clear which value is meant: choose a "
+                "module that is called once"
+            )
 
 
 def check_values(pair: LanguagePair, values: Mapping[str, torch.Tensor], sites: Sequence[Site]) -> None:

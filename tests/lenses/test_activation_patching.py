@@ -356,6 +356,14 @@ def test_a_site_that_is_never_reached(model, net):
     assert "the model never reaches spare.output" in said
 
 
+def test_a_module_that_is_called_several_times(net):
+    """A site is one call of a module, and a list may have the same module twice."""
+    twice = language_kinds.gpt2()
+    twice.transformer.h = torch.nn.ModuleList([twice.transformer.h[0], twice.transformer.h[1], twice.transformer.h[0]])
+    said = refusal(activation_patching, LanguageModel(twice), CLEAN, CORRUPTED, logit_difference(11, 23))
+    assert "the model reaches layers[0].output 2 times in a pass" in said
+
+
 def test_other_models(sd):
     assert "takes a LanguageModel" in refusal(activation_patching, torch.nn.Linear(2, 2), "a", "b", METRIC)
 
