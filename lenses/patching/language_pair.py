@@ -82,14 +82,24 @@ class LanguageSide:
             values["logits_to_keep"] = 1
         return self.model.trace(values, grad=grad)
 
-    def open_generation(self, tokens: int, rows: int) -> LanguageRun:
+    def open_generation(
+        self, tokens: int, rows: int, values: Mapping[str, Any] | None = None, **stored: Any
+    ) -> LanguageRun:
         """Open a run that continues copies of the prompt greedily, each by the same number of tokens.
 
-        The result has the logits of each step, (rows, vocabulary)."""
-        values = {n: torch.cat([v] * rows) if isinstance(v, torch.Tensor) else v for n, v in self.values.items()}
-        values.pop("use_cache", None)
+        The result has the logits of each step, (rows, vocabulary).
+
+        Args:
+            tokens: The number of tokens.
+            rows: The number of copies.
+            values: The model's inputs for all rows. Default: those of the prompt.
+            stored: What the model stored for these inputs.
+        """
+        if values is None:
+            values = {n: torch.cat([v] * rows) if isinstance(v, torch.Tensor) else v for n, v in self.values.items()}
+            values.pop("use_cache", None)
         chosen = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1}
-        return self.model.generate(values, **chosen, output_logits=True, return_dict_in_generate=True)
+        return self.model.generate(values, **chosen, **stored, output_logits=True, return_dict_in_generate=True)
 
 
 @dataclass(frozen=True)
@@ -195,8 +205,13 @@ def run_side(side: LanguageSide, metric: Metric, points: Sequence[str] = (), sta
     return Passed(Outcome(logits=result.logits), values, between, encoded)
 
 
-def check_reached_once(points: Iterable[str], passages: Mapping[str, int]) -> None:
+def check_reached_once(points: Iterable[str], passages: Mapping[str, int], when: str = "with this prompt") -> None:
     """Check that a pass reaches each of the points once.
+
+    Args:
+        points: The paths of the points.
+        passages: How many times the pass reached each of them.
+        when: Which pass it was, for the message.
 
     Raises:
         InputError: It reaches a point never, or several times.
@@ -204,11 +219,11 @@ def check_reached_once(points: Iterable[str], passages: Mapping[str, int]) -> No
     for point in points:
         times = passages.get(point, 0)
         if not times:
-            raise InputError(f"the model never reaches {point} with this prompt, so nothing can be changed there")
+            raise InputError(f"the model never reaches {point} {when}, so nothing can be changed there")
         if times > 1:
             raise InputError(
-                f"the model reaches {point} {times} times in a pass, so it is not clear which value is meant: choose a "
-                "module that is called once"
+                f"the model reaches {point} {times} times in a pass {when}, so it is not clear which value is meant: "
+                "choose a module that is called once"
             )
 
 
