@@ -2,11 +2,11 @@
 
     start = GenerationStart.of(side, tokens=4)
     start.outcome                               # the logits of the plain run, (1, tokens, vocabulary)
-    start.generate(rows=8, step=2, at_step=patch).logits        # (8, tokens, vocabulary); steps 0 and 1 are not computed
+    start.generate(rows=8, step=2, at_step=patch).logits    # (8, tokens, vocabulary); steps 0 and 1 are not computed
 
-Each step patches the last token that the model reads, so the rows have the same keys and values at all tokens before the
-first patched one. It is tried first whether the model continues from these. If not, rows run in full: some models keep a
-state that cannot be taken back to an earlier token (Mamba, or keys beyond a sliding window).
+Each step patches the last token that the model reads, so the rows have the same keys and values at all tokens before
+the first patched one. It is tried first whether the model continues from these. If not, rows run in full: some models
+keep a state that cannot be taken back to an earlier token (Mamba, or keys beyond a sliding window).
 """
 
 from collections.abc import Callable
