@@ -19,6 +19,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from diffsight.errors import InputError
+from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.denoising.step_windows import Windows
 from diffsight.lenses.layers import Layers
 from diffsight.lenses.metrics.outcome import Metric, Outcome
@@ -38,6 +39,7 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
 
+@takes_inverted
 @repeatable
 def attribution_patching(
     model: LanguageModel | DiffusionModel,
@@ -88,6 +90,8 @@ def attribution_patching(
             after the step. The gradient goes through one step. Default: "run".
         seed: The seed of every image of a pipeline. Default: 0.
         progress: Whether to show a progress bar over pairs.
+        inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number
+            of steps, see [inversion](../lenses/inversion.md).
         arguments: Further inputs of the model, for both prompts, or arguments of the pipeline.
 
     Returns:

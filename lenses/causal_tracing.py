@@ -157,14 +157,15 @@ def causal_tracing(
         causal_tracing(pipeline, "a red circle", "red", sites="unet.**.attn2", metric=shapes_verdict("red circle"))
 
     Args:
-        model: A decoder, or a pipeline.
+        model: A language model, or a pipeline.
         prompt: The prompt.
         subject: Words of the prompt whose embeddings are noised; in a pipeline, in every text encoder.
-        sites: In a language model: "layers", "attentions" or "mlps", restored at each layer and token. In a pipeline:
-            paths or patterns of modules in text encoders and denoisers, restored at all positions and in all steps of
-            the conditional branch.
-        layers: The layers, in a language model. Default: all.
-        window: In a language model: the number of layers around each layer that are restored together.
+        sites: In a language model: "layers", "attentions" or "mlps", or paths and patterns of modules, restored at each
+            token. In an encoder-decoder model the names mean the decoder, and the subject is noised in the encoder,
+            whose modules are given by paths such as "encoder.block[*]". In a pipeline: paths or patterns of modules in
+            text encoders and denoisers, restored at all positions and in all steps of the conditional branch.
+        layers: The layers of named sites, in a language model. Default: all.
+        window: In a language model: the number of layers or modules around each one that are restored together.
         answer: In a language model: the token whose probability is measured. Default: the likeliest next token.
         metric: In a pipeline: a metric such as `shapes_verdict`, or a function of the result of one row.
         noise: The standard deviation of the noise, relative to that of the token embeddings.

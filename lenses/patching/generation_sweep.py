@@ -4,10 +4,12 @@
     swept = sweep.run(0)                        # of the first pair; swept.values is (sites, windows)
 
 A step is one generated token. Each step patches the value at the last token that the model reads, which in step 0 is
-the prompt's last token. Both prompts are continued greedily by the same number of tokens.
+the prompt's last token. Both prompts are continued greedily by the same number of tokens. Rows start at the first step
+that is patched.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -17,10 +19,13 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.metrics.outcome import Outcome
-from diffsight.lenses.patching.language_pair import LanguageSide
+from diffsight.lenses.patching.generation_start import GenerationStart, generate
+from diffsight.lenses.patching.language_pair import check_reached_once
 from diffsight.lenses.patching.language_pairs import LanguagePairs, Swept
 from diffsight.lenses.sites.site import Site
 from diffsight.pipelines.language.model import LanguageRun
+
+_FEW = 8  # rows; a batch with fewer also takes the rows that start in the next step
 
 
 class _StepRow(NamedTuple):
@@ -70,20 +75,31 @@ class GenerationSweep:
         """Sweep over the pair with this number. `source` is the run of its source, if it has already run."""
         pair, sites = self._pairs.pairs[number], self._pairs.sites
         source = source or generate_source(self._pairs, number, self._tokens)
-        target = _generate(pair.target, self._tokens)
-        self.passes += 2 * self._tokens
-        clean = source.outcome if self._pairs.into == "corrupted" else target
+        target = GenerationStart.of(pair.target, self._tokens)
+        self.passes += self._tokens + target.passes
+        clean = source.outcome if self._pairs.into == "corrupted" else target.outcome
         values = torch.full((len(sites), len(self._windows)), torch.nan)
         places = product(enumerate(sites), enumerate(self._windows.values()))
         rows = [_StepRow(site, steps, (i, j)) for (i, site), (j, steps) in places]
-        for start in range(0, len(rows), self._batch_size):
-            some = rows[start : start + self._batch_size]
-            outcome = _generate(pair.target, self._tokens, len(some), partial(_patch, some, source))
-            self.passes += self._tokens
+        for some in self._chunks(rows):
+            start = target.first(some[0].steps[0])
+            outcome = target.generate(len(some), start, partial(_patch, some, source))
+            self.passes += self._tokens - start
             for row, value in zip(some, self._measure(outcome, clean, number).tolist()):
                 values[row.place] = value
             self._bar.update(len(some))
-        return Swept(values, *(self._measure(end, clean, number).item() for end in (source.outcome, target)))
+        return Swept(values, *(self._measure(end, clean, number).item() for end in (source.outcome, target.outcome)))
+
+    def _chunks(self, rows: Sequence[_StepRow]) -> Iterator[list[_StepRow]]:
+        """Yield the rows of each batch: those with the same first step together, unless they are few."""
+        chunk: list[_StepRow] = []
+        for row in sorted(rows, key=lambda one: one.steps[0]):
+            is_other = chunk and chunk[-1].steps[0] != row.steps[0] and len(chunk) >= _FEW
+            if len(chunk) == self._batch_size or is_other:
+                yield chunk
+                chunk = []
+            chunk.append(row)
+        yield chunk
 
     def _measure(self, outcome: Outcome, clean: Outcome, number: int) -> torch.Tensor:
         return self._pairs.metric.values(outcome, clean, number).float().cpu()
@@ -94,34 +110,25 @@ def generate_source(pairs: LanguagePairs, number: int, tokens: int) -> Generated
     """Generate from the source's prompt of a pair and keep the values at the points.
 
     Raises:
-        InputError: The model does not reach one of the points in every step.
+        InputError: The model does not reach each of the points once in every step.
     """
     values: list[dict[str, torch.Tensor]] = []
+    passages: list[Counter[str]] = []
 
     def keep(site: Site, value: Any) -> None:
+        passages[-1][site.point] += 1
         values[-1].setdefault(site.point, site.tensor(value).clone())
 
     def follow(run: LanguageRun, step: int) -> None:
         values.append({})
+        passages.append(Counter())
         for site in map(Site, pairs.points if step == 0 else ()):
             run.follow(site.path, partial(keep, site))
 
-    outcome = _generate(pairs.pairs[number].source, tokens, at_step=follow)
-    for step, found in enumerate(values):
-        missing = next((point for point in pairs.points if point not in found), None)
-        if missing is not None:
-            raise InputError(f"the model does not reach {missing} in step {step}, so nothing can be patched there")
+    outcome, _ = generate(pairs.pairs[number].source, tokens, at_step=follow)
+    for step, found in enumerate(passages):
+        check_reached_once(pairs.points, found, f"in step {step}")
     return GeneratedValues(outcome, values)
-
-
-def _generate(
-    side: LanguageSide, tokens: int, rows: int = 1, at_step: Callable[[LanguageRun, int], None] | None = None
-) -> Outcome:
-    """Generate in a number of rows; call a function with the run and the number of each step."""
-    with side.open_generation(tokens, rows) as run:
-        for step in run.steps if at_step else ():
-            at_step(run, step.index)
-        return Outcome(logits=torch.stack(list(run.result.logits), 1))
 
 
 def _patch(rows: Sequence[_StepRow], source: GeneratedValues, run: LanguageRun, step: int) -> None:

@@ -6,8 +6,10 @@ run_side(pair.source, metric, points)       # the outcome, and the values at poi
 run_side(pair.target, metric, states=True)  # the outcome, and the hidden states between the layers
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,14 +82,24 @@ class LanguageSide:
             values["logits_to_keep"] = 1
         return self.model.trace(values, grad=grad)
 
-    def open_generation(self, tokens: int, rows: int) -> LanguageRun:
+    def open_generation(
+        self, tokens: int, rows: int, values: Mapping[str, Any] | None = None, **stored: Any
+    ) -> LanguageRun:
         """Open a run that continues copies of the prompt greedily, each by the same number of tokens.
 
-        The result has the logits of each step, (rows, vocabulary)."""
-        values = {n: torch.cat([v] * rows) if isinstance(v, torch.Tensor) else v for n, v in self.values.items()}
-        values.pop("use_cache", None)
+        The result has the logits of each step, (rows, vocabulary).
+
+        Args:
+            tokens: The number of tokens.
+            rows: The number of copies.
+            values: The model's inputs for all rows. Default: those of the prompt.
+            stored: What the model stored for these inputs.
+        """
+        if values is None:
+            values = {n: torch.cat([v] * rows) if isinstance(v, torch.Tensor) else v for n, v in self.values.items()}
+            values.pop("use_cache", None)
         chosen = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "num_beams": 1}
-        return self.model.generate(values, **chosen, output_logits=True, return_dict_in_generate=True)
+        return self.model.generate(values, **chosen, **stored, output_logits=True, return_dict_in_generate=True)
 
 
 @dataclass(frozen=True)
@@ -171,23 +183,48 @@ def run_side(side: LanguageSide, metric: Metric, points: Sequence[str] = (), sta
         states: Whether to keep the hidden states between the layers.
 
     Raises:
-        InputError: The model does not reach one of the points.
+        InputError: The model does not reach one of the points, or reaches it several times.
     """
     values: dict[str, torch.Tensor] = {}
+    passages: Counter[str] = Counter()
     between = []
+
+    def keep(site: Site, value: Any) -> None:
+        passages[site.point] += 1
+        values.setdefault(site.point, site.tensor(value).clone())
+
     with side.open(metric) as run:
-        for point in points:
-            site = Site(point)
-            run.follow(site.path, lambda value, site=site: values.setdefault(site.point, site.tensor(value).clone()))
+        for site in map(Site, points):
+            run.follow(site.path, partial(keep, site))
         if states:
             between = [run.layers_input[0].clone()]
             between += [run.layers_output[i].clone() for i in range(len(side.model.layers))]
         result = run.result
-    missing = next((point for point in points if point not in values), None)
-    if missing is not None:
-        raise InputError(f"the model never reaches {missing} with this prompt, so nothing can be patched there")
+    check_reached_once(points, passages)
     encoded = None if side.is_patched_in_encoder else getattr(result, "encoder_last_hidden_state", None)
     return Passed(Outcome(logits=result.logits), values, between, encoded)
+
+
+def check_reached_once(points: Iterable[str], passages: Mapping[str, int], when: str = "with this prompt") -> None:
+    """Check that a pass reaches each of the points once.
+
+    Args:
+        points: The paths of the points.
+        passages: How many times the pass reached each of them.
+        when: Which pass it was, for the message.
+
+    Raises:
+        InputError: It reaches a point never, or several times.
+    """
+    for point in points:
+        times = passages.get(point, 0)
+        if not times:
+            raise InputError(f"the model never reaches {point} {when}, so nothing can be changed there")
+        if times > 1:
+            raise InputError(
+                f"the model reaches {point} {times} times in a pass {when}, so it is not clear which value is meant: "
+                "choose a module that is called once"
+            )
 
 
 def check_values(pair: LanguagePair, values: Mapping[str, torch.Tensor], sites: Sequence[Site]) -> None:

@@ -95,10 +95,10 @@ class SharedPrefix:
                     run.stop()
         except Exception:  # any error of a model with more rows, or without the skipped layers
             return False
-        return _same(found, torch.cat([expected] * 2))
+        return agree(found, torch.cat([expected] * 2))
 
 
-def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Return whether values agree up to rounding."""
     if found.shape != expected.shape:
         return False

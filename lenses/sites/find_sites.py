@@ -127,4 +127,5 @@ def _matching(model: Any, pattern: str) -> list[Site]:
         points = model.find_points(pattern.removesuffix(item[0]) if item else pattern)
         return [Site(point + (item[0] if item else "")) for point in points]
     except PointNotFoundError as error:
-        raise PointNotFoundError(f"sites: {error}{suggest(pattern, NAMED)}") from None
+        hint = suggest(pattern, NAMED)
+        raise PointNotFoundError(f"sites: {error}{'' if hint in str(error) else hint}") from None

@@ -1,20 +1,30 @@
-"""Causal tracing in a language model: the rows of a layer run together, from its stored input where possible."""
+"""Causal tracing in a language model: the rows of a layer run together, from its stored input where possible.
 
+In an encoder-decoder model, the subject is noised in the encoder.
+"""
+
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from diffsight.errors import InputError, suggest
+from diffsight.errors import InputError
 from diffsight.lenses.layers import EMBEDDING, Layers, layer_title
+from diffsight.lenses.patching.language_pair import check_reached_once, in_encoder
+from diffsight.lenses.sites.find_sites import Sites, find_sites
 from diffsight.lenses.sites.positions import PromptTokens
+from diffsight.lenses.sites.site import Site
+from diffsight.lenses.tokens.batches import open_batches
 from diffsight.lenses.tokens.choosing import check_language_model, choose_tokens, layers_to_read
 from diffsight.lenses.tokens.token_text import Spelling
 from diffsight.lenses.tracing.stored_starts import can_start_from
 from diffsight.lenses.tracing.traced import Noise, Traced
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
+from diffsight.pipelines.standard_names import path_of, word_embeddings
 
 _POINTS = {"layers": "layers_output", "attentions": "attentions_output", "mlps": "mlps_output"}
 
@@ -26,11 +36,13 @@ class LanguageTrace:
     Attributes:
         model: The model.
         prompt: The prompt.
-        tokens: Its tokens.
-        subject: The tokens of the subject.
-        kind: "layers", "attentions" or "mlps".
-        layers: The layers.
-        window: The number of layers that are restored together.
+        tokens: The tokens that the sites see.
+        subject: The tokens of the subject among those of the prompt.
+        sees_subject: Whether the sites see the tokens of the prompt. A decoder behind an encoder does not.
+        embedding: The path of the embedding that is noised.
+        sites: "layers", "attentions" or "mlps" of all layers, or points.
+        chosen: The numbers of the layers or points to restore.
+        window: The number of layers or points that are restored together.
         answer: The token whose probability is measured. None: the most likely token of the clean run.
         noise: The noise.
         batch_size: The number of rows in a pass.
@@ -42,8 +54,10 @@ class LanguageTrace:
     prompt: str
     tokens: PromptTokens = field(repr=False)
     subject: range
-    kind: str
-    layers: tuple[int, ...]
+    sees_subject: bool
+    embedding: str
+    sites: str | tuple[Site, ...]
+    chosen: tuple[int, ...]
     window: int
     answer: int | None
     noise: Noise
@@ -53,92 +67,132 @@ class LanguageTrace:
 
     @torch.no_grad()
     def run(self) -> Traced:
-        """Restore every layer at every token."""
+        """Restore every site at every token."""
         clean, answer, probability = self._run_clean()
-        noised, corrupted, starts = self._run_noised(answer)
+        noised, corrupted, passes = self._run_noised(answer)
         count, samples = len(self.tokens), self.noise.samples
         size = max(1, self.batch_size // samples)
-        found, passes = torch.empty(samples, len(self.layers), count), 3  # the clean run, the noised one, and a trial
-        with tqdm(desc="tracing", total=len(self.layers) * count, disable=not self.progress) as bar:
-            for i, layer in enumerate(self.layers):
+        found, passes = torch.empty(samples, len(self.chosen), count), passes + 1
+        with tqdm(desc="tracing", total=len(self.chosen) * count, disable=not self.progress) as bar:
+            for i, number in enumerate(self.chosen):
                 for start in range(0, count, size):
                     some = range(start, min(start + size, count))
-                    found[:, i, start : some.stop] = self._restored(layer, some, clean, noised, starts, answer)
+                    found[:, i, start : some.stop] = self._restored(number, some, clean, noised, answer)
                     passes += 1
                     bar.update(len(some))
         metric = f"probability of {Spelling(self.model)(answer)!r}"
-        names = [f"{text}*" if i in self.subject else text for i, text in enumerate(self.tokens.texts)]
-        return Traced(metric, tuple(map(layer_title, self.layers)), tuple(names), found, probability, corrupted, passes)
+        marked = self.subject if self.sees_subject else ()
+        names = [f"{text}*" if i in marked else text for i, text in enumerate(self.tokens.texts)]
+        return Traced(metric, self._titles(), tuple(names), found, probability, corrupted, passes)
+
+    def _titles(self) -> tuple[str, ...]:
+        if isinstance(self.sites, str):
+            return tuple(map(layer_title, self.chosen))
+        return tuple(self.sites[number].name for number in self.chosen)
 
     def _open(self, rows: int) -> LanguageRun:
-        cache = {"use_cache": False} if self.model.takes_argument("use_cache") else {}
-        return self.model.trace([self.prompt] * rows, **cache, **self.inputs)
+        (batch,) = open_batches(self.model, [self.prompt] * rows, -1, rows, **self.inputs)
+        return batch.run
 
-    def _run_clean(self) -> tuple[list[torch.Tensor], int, float]:
-        """Return the values to restore for each layer, (tokens, features), the answer, and its probability."""
+    def _run_clean(self) -> tuple[dict[int, torch.Tensor], int, float]:
+        """Return the values to restore by the number of the site, (tokens, ...), in the order in which the model
+        reaches the sites, the answer, and its probability.
+
+        Raises:
+            InputError: A site is not reached once, or does not have one value for each token.
+        """
+        clean: dict[int, torch.Tensor] = {}
+        passages: Counter[str] = Counter()
+        points = () if isinstance(self.sites, str) else self.sites
+
+        def keep(number: int, site: Site, value: Any) -> None:
+            passages[site.point] += 1
+            clean.setdefault(number, site.tensor(value).clone())
+
         with self._open(1) as run:
-            clean = [self._values(run, layer)[0].clone() for layer in range(len(self.model.layers_output))]
+            if isinstance(self.sites, str):
+                clean = {layer: self._read(run, layer).clone() for layer in range(len(self.model.layers_output))}
+            for number, site in enumerate(points):
+                run.follow(site.path, partial(keep, number, site))
             probabilities = _next(run)[0]
+        check_reached_once([site.point for site in points], passages)
+        for number, site in enumerate(points):
+            if clean[number].shape[:2] != (1, len(self.tokens)):
+                raise InputError(
+                    f"{site.point} has the shape {tuple(clean[number].shape)}, without one value for each of the "
+                    f"{len(self.tokens)} tokens: choose another site"
+                )
         answer = int(probabilities.argmax()) if self.answer is None else self.answer
-        return clean, answer, float(probabilities[answer])
+        return {number: value[0] for number, value in clean.items()}, answer, float(probabilities[answer])
 
-    def _run_noised(self, answer: int) -> tuple[list[torch.Tensor], torch.Tensor, bool]:
-        """Return the input of each layer, (samples, tokens, features), the probabilities of the answer, and whether
-        layers can start from such an input alone."""
+    def _run_noised(self, answer: int) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+        """Return the input of each layer, (samples, tokens, features), if layers can start from such an input alone,
+        the probabilities of the answer, and the number of passes."""
         samples = self.noise.samples
+        may_start = isinstance(self.sites, str) and self.sees_subject
         with self._open(samples) as run:
             self._add_noise(run, 1)
-            inputs = [run.layers_input[layer].clone() for layer in range(len(self.model.layers_output))]
+            inputs = [run.layers_input[layer].clone() for layer in range(len(self.model.layers_output) * may_start)]
             corrupted = _next(run)[:, answer]
+        if not may_start:
+            return [], corrupted, 1
         prompts = [self.prompt] * samples
         starts = can_start_from(
             self.model, prompts, inputs[-1], corrupted, lambda logits: logits.softmax(-1)[:, answer], self.inputs
         )
-        return inputs, corrupted, starts
+        return inputs if starts else [], corrupted, 2
 
     def _restored(
         self,
-        layer: int,
+        number: int,
         tokens: Sequence[int],
-        clean: list[torch.Tensor],
+        clean: dict[int, torch.Tensor],
         noised: list[torch.Tensor],
-        starts: bool,
         answer: int,
     ) -> torch.Tensor:
-        """Return the probability of the answer with one token restored around a layer, (samples, tokens)."""
-        first, samples = max(0, layer - self.window // 2), self.noise.samples
-        last = min(len(clean), layer + (self.window + 1) // 2)
+        """Return the probability of the answer with one token restored around a site, (samples, tokens)."""
+        first, samples = max(0, number - self.window // 2), self.noise.samples
+        last = min(len(clean), number + (self.window + 1) // 2)
         rows = torch.arange(samples * len(tokens))
         places = torch.tensor(tokens).repeat(samples)
         with self._open(len(rows)) as run:
-            if starts and first > 0:
+            if noised and first > 0:
                 run.skip_layers(0, first - 1, noised[first].repeat_interleave(len(tokens), 0))
             else:
                 self._add_noise(run, len(tokens))
-            for restored in range(first, last):
-                values = self._values(run, restored).clone()
+            for restored in (other for other in clean if first <= other < last):
+                values = self._read(run, restored).clone()
                 values[rows, places] = clean[restored][places]
-                getattr(run, _POINTS[self.kind])[restored] = values
+                self._write(run, restored, values)
             found = _next(run)[:, answer]
         return found.reshape(samples, len(tokens))
 
-    def _values(self, run: LanguageRun, layer: int) -> torch.Tensor:
-        return getattr(run, _POINTS[self.kind])[layer]
+    def _read(self, run: LanguageRun, number: int) -> torch.Tensor:
+        if isinstance(self.sites, str):
+            return getattr(run, _POINTS[self.sites])[number]
+        return self.sites[number].read(run)
+
+    def _write(self, run: LanguageRun, number: int, values: torch.Tensor) -> None:
+        if isinstance(self.sites, str):
+            getattr(run, _POINTS[self.sites])[number] = values
+        else:
+            self.sites[number].write(run, values)
 
     def _add_noise(self, run: LanguageRun, times: int) -> None:
         """Add the noise of each sample to the embeddings of `times` rows."""
-        embeddings = run.embed_tokens.output.clone()
-        noise = self.noise.draw(run.embed_tokens.weight, len(self.subject), embeddings.shape[-1])
+        embedding = run[self.embedding]
+        embeddings = embedding.output.clone()
+        noise = self.noise.draw(embedding.weight, len(self.subject), embeddings.shape[-1])
         noise = noise.repeat_interleave(times, 0).to(embeddings)
         embeddings[:, self.subject.start : self.subject.stop] += noise
-        run.embed_tokens.output = embeddings
+        embedding.output = embeddings
 
 
 def trace_language(
     model: LanguageModel,
     prompt: str,
     subject: str,
-    sites: Any,
+    sites: Sites,
     layers: Layers,
     window: int,
     answer: str | int | None,
@@ -149,22 +203,42 @@ def trace_language(
 ) -> Traced:
     """Trace a prompt of a language model, see `causal_tracing`."""
     check_language_model("causal_tracing", model)
-    if model.is_encoder_decoder:
-        raise InputError("causal_tracing takes a decoder, not an encoder-decoder model")
-    if sites not in _POINTS:
-        raise InputError(f"sites must be one of {', '.join(_POINTS)}{suggest(str(sites), _POINTS)}, not {sites!r}")
-    chosen = layers_to_read(model, layers)
-    if EMBEDDING in chosen:
-        raise InputError('the noise is added to the embedding: choose layers without "embedding"')
-    tokens = PromptTokens.of(model, model.trace(prompt, **inputs).tokens[0].tolist())
+    places, chosen = _sites_to_restore(model, sites, layers)
+    run = model.trace(prompt, **inputs)
+    read = PromptTokens.of(model, run.tokens[0].tolist())
+    sees_subject = not model.is_encoder_decoder or (isinstance(places, tuple) and in_encoder(places))
+    tokens = read if sees_subject else PromptTokens.of(model, run.decoder_tokens[0].tolist())
     token = None if answer is None else choose_tokens(model, answer)
     if token is not None and len(token) != 1:
         raise InputError(f"answer must be one token, not {answer!r}")
-    place = tokens.span(subject)
-    trace = LanguageTrace(
-        model, prompt, tokens, place, sites, chosen, window, token and token[0], noise, batch_size, progress, inputs
-    )
-    return trace.run()
+    noised = (read.span(subject), sees_subject, _embedding(model))
+    how = (window, token and token[0], noise, batch_size, progress, inputs)
+    return LanguageTrace(model, prompt, tokens, *noised, places, chosen, *how).run()
+
+
+def _sites_to_restore(
+    model: LanguageModel, sites: Sites, layers: Layers
+) -> tuple[str | tuple[Site, ...], tuple[int, ...]]:
+    """Return the kind of sites and the layers, or points and their numbers."""
+    if isinstance(sites, str) and sites in _POINTS:
+        chosen = layers_to_read(model, layers)
+        if EMBEDDING in chosen:
+            raise InputError('the noise is added to the embedding: choose layers without "embedding"')
+        return sites, chosen
+    found = tuple(find_sites(model, sites, layers))
+    if any(site.head_dim is not None for site in found):
+        raise InputError(
+            'causal_tracing does not restore single heads: choose "layers", "attentions" or "mlps", or paths of modules'
+        )
+    return found, tuple(range(len(found)))
+
+
+def _embedding(model: LanguageModel) -> str:
+    """Return the path of the word embedding that reads the prompt."""
+    if not model.is_encoder_decoder:
+        return "embed_tokens"
+    encoder = model.module.get_encoder()
+    return f"{path_of(model.module, encoder)}.{word_embeddings(encoder)[0]}"
 
 
 def _next(run: LanguageRun) -> torch.Tensor:

@@ -356,6 +356,14 @@ def test_a_site_that_is_never_reached(model, net):
     assert "the model never reaches spare.output" in said
 
 
+def test_a_module_that_is_called_several_times(net):
+    """A site is one call of a module, and a list may have the same module twice."""
+    twice = language_kinds.gpt2()
+    twice.transformer.h = torch.nn.ModuleList([twice.transformer.h[0], twice.transformer.h[1], twice.transformer.h[0]])
+    said = refusal(activation_patching, LanguageModel(twice), CLEAN, CORRUPTED, logit_difference(11, 23))
+    assert "the model reaches layers[0].output 2 times in a pass with this prompt" in said
+
+
 def test_other_models(sd):
     assert "takes a LanguageModel" in refusal(activation_patching, torch.nn.Linear(2, 2), "a", "b", METRIC)
 
@@ -423,7 +431,22 @@ def test_heads_in_steps_of_generation(nets):
     for row, head in enumerate((0, 2)):
         found = generated(net, parts, module, CLEAN, CORRUPTED, [0, 1], 2, slice(8 * head, 8 * head + 8))
         assert float(result.values[0, row, 0]) == pytest.approx(float(difference(found)), abs=2e-5)
-    assert result.passes == 2 * 2 + 2 * 2
+    assert result.passes == 2 * 2 + 1 + 2 * 2  # both prompts, a trial, and two rows
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["gpt2", "mamba"])
+def test_steps_before_the_patch_are_not_generated_again(nets, kind):
+    """Rows continue from the stored keys and values of the prompt. Mamba cannot take its state back."""
+    net, parts = built(nets, kind), KINDS[kind][1]
+    seen, options = [], {"max_new_tokens": 4, "steps": [3], "progress": False}
+    layer = parts.modules(net, "layers")[0]
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:2].numel()))
+    result = activation_patching(LanguageModel(net), CLEAN, CORRUPTED, logit_difference(*TOKENS), **options)
+    handle.remove()
+    rows, plain, shared = len(net.base_model.get_submodule(parts.layers.split(".")[1])), [6, 1, 1, 1], kind == "gpt2"
+    assert seen == plain * 2 + ([2, rows] if shared else [rows * count for count in plain])
+    assert result.passes == len(seen)
 
 
 def test_refused_steps(model):

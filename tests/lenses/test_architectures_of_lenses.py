@@ -77,7 +77,7 @@ def t5():
     parts = Parts(
         "decoder.block", "layer.0.SelfAttention", "layer.2.DenseReluDense", "layer.0.SelfAttention.o", heads=4
     )
-    case = text(language_kinds.t5(), parts, "shared")
+    case = text(language_kinds.t5(), parts, "encoder.embed_tokens")
     case.more = {"decoder_input_ids": torch.tensor([[0, 8, 12]])}
     return case
 
@@ -121,6 +121,7 @@ def difference(logits):
 
 
 METRIC, QUIET = logit_difference(*TOKENS), {"progress": False}
+BLUE = [2]  # the token in the corrupted prompt
 INNER = ("attentions", "mlps", "heads")
 
 
@@ -162,18 +163,35 @@ def test_attribution_equals_finite_differences(case):
 @torch.no_grad()
 def test_tracing_equals_a_loop_with_hooks(case):
     """Every layer is restored at every token, with the noise of one sample."""
-    given = {"samples": 1, "batch_size": 7, **case.more, **QUIET}
-    if case.model.is_encoder_decoder:
-        assert "takes a decoder" in refusal(causal_tracing, case.model, CORRUPTED, "blue", **given)
-        return
-    trace = causal_tracing(case.model, CORRUPTED, "blue", **given)
-    inputs, embedding = case.inputs(CORRUPTED), case.net.get_submodule(case.embedding)
+    trace = causal_tracing(case.model, CORRUPTED, "blue", samples=1, batch_size=7, **case.more, **QUIET)
     subject = [i for i, name in enumerate(trace.columns) if name.endswith("*")]
+    if case.model.is_encoder_decoder:
+        assert not subject and len(trace.columns) == 3  # the decoder's tokens
+        subject = BLUE
+    check_trace(case, trace, case.layers, subject)
+
+
+@torch.no_grad()
+def test_tracing_an_encoder(cases):
+    case = cases.get("t5") or cases.setdefault("t5", BUILDERS["t5"]())
+    options = {"samples": 1, "batch_size": 2, **case.more, **QUIET}
+    trace = causal_tracing(case.model, CORRUPTED, "blue", sites="encoder.block[*]", **options)
+    assert trace.columns == ("<bos>", "a", " blue*", " circle")
+    assert trace.sites[1] == "encoder.block[1]"
+    check_trace(case, trace, case.net.encoder.block, BLUE)
+    keys = "decoder.block[0].layer[1].EncDecAttention.k.output"  # one for each token of the encoder
+    assert "without one value for each of the 3 tokens" in refusal(
+        causal_tracing, case.model, CORRUPTED, "blue", sites=keys, **options
+    )
+
+
+def check_trace(case, trace, modules, subject):
+    """Compare a trace with one sample with runs in which hooks noise the subject and restore a module's output."""
+    inputs, embedding = case.inputs(CORRUPTED), case.net.get_submodule(case.embedding)
     noise = torch.randn(1, len(subject), 32, generator=torch.Generator().manual_seed(0)) * 3 * embedding.weight.std()
     clean = []
     handles = [
-        layer.register_forward_hook(lambda _, args, output: clean.append(first(output).clone()))
-        for layer in case.layers
+        layer.register_forward_hook(lambda _, args, output: clean.append(first(output).clone())) for layer in modules
     ]
     probabilities = case.net(**inputs).logits[0, -1].softmax(-1)
     for handle in handles:
@@ -185,7 +203,7 @@ def test_tracing_equals_a_loop_with_hooks(case):
         changed[:, subject] += noise
         return changed
 
-    for layer, module in enumerate(case.layers):
+    for layer, module in enumerate(modules):
         for token in (subject[0], len(trace.columns) - 1):
 
             def restored(output, layer=layer, token=token):

@@ -114,6 +114,18 @@ def test_it_equals_a_loop_with_hooks(build_net, kind):
         assert float(trace.values[-1, -1]) == pytest.approx(trace.clean, abs=1e-6)
 
 
+@torch.no_grad()
+def test_modules_are_restored_by_paths(model):
+    """Also in an order other than the model's, and several together."""
+    options = {"samples": 2, "window": 3, "progress": False}
+    named = causal_tracing(model, PROMPT, SUBJECT, sites="mlps", **options)
+    paths = causal_tracing(model, PROMPT, SUBJECT, sites="layers[*].mlp", **options)
+    assert torch.allclose(named.values, paths.values, atol=1e-6)
+    assert paths.sites[1] == "layers[1].mlp" and paths.columns == named.columns
+    back = causal_tracing(model, PROMPT, SUBJECT, sites=[f"layers[{i}].mlp" for i in (3, 2, 1, 0)], **options)
+    assert torch.allclose(back.values.flip(0), named.values, atol=1e-6)
+
+
 TEXT = "a red circle above a blue square"
 CALL = {"num_inference_steps": 2, "guidance_scale": 5.0}
 SIZES = {"height": 32, "width": 32, "max_sequence_length": 16, "use_resolution_binning": False, "clean_caption": False}
@@ -298,7 +310,8 @@ def test_a_denoiser_without_cross_attention_has_no_layers_to_swap():
     ("given", "words"),
     [
         ({"subject": "Colosseum"}, "'Colosseum' does not occur in the prompt"),
-        ({"sites": "heads"}, "sites must be one of layers, attentions, mlps"),
+        ({"sites": "heads"}, 'does not restore single heads: choose "layers", "attentions" or "mlps", or paths'),
+        ({"sites": "lm_head.input", "layers": [0]}, "`layers` belongs to the sites"),
         ({"layers": "embedding"}, "the noise is added to the embedding"),
         ({"answer": [1, 2]}, "answer must be one token"),
         ({"metric": pixel_distance()}, "metric is for pipelines"),

@@ -12,6 +12,7 @@ from diffsight import (
     activation_patching,
     attention_from,
     attention_maps,
+    attribution_patching,
     block_ablation,
     causal_tracing,
     diffusion_lens,
@@ -80,6 +81,8 @@ def test_effects_are_measured_on_the_image(model, inverted, other_latents):
     patched = activation_patching(model, PROMPT, OTHER, metric, sites=[POINT, "unet"], inverted=inverted, **QUIET)
     assert patched.target[0].item() == pytest.approx(distance, rel=1e-3)
     assert patched.values[0, 1, 0].item() == pytest.approx(0, abs=1e-3)
+    estimated = attribution_patching(model, PROMPT, OTHER, metric, sites=POINT, inverted=inverted, **QUIET)
+    assert estimated.target[0].item() == pytest.approx(distance, rel=1e-3)
     ablated = block_ablation(model, PROMPT, metric, sites=POINT, inverted=inverted, **QUIET)
     hook = model.pipeline.unet.mid_block.register_forward_hook(lambda module, args, output: args[0])
     call = {"prompt": PROMPT, "num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "latent"}
@@ -120,7 +123,9 @@ def test_the_call_can_be_made_again_from_its_record(model, inverted, tmp_path):
 
 
 def test_it_is_an_argument_of_each_of_them():
-    for lens in (*map(globals().get, IMAGES), activation_patching, block_ablation, causal_tracing):
+    for lens in (
+        *map(globals().get, IMAGES), activation_patching, attribution_patching, block_ablation, causal_tracing
+    ):  # fmt: skip
         parameter = inspect.signature(lens).parameters["inverted"]
         assert (parameter.kind, parameter.default) == (inspect.Parameter.KEYWORD_ONLY, None)
         assert "inverted: The result of `invert` for an image" in lens.__doc__
