@@ -84,7 +84,7 @@ def decode_active(
 
 
 class JumpReLU(torch.autograd.Function):
-    """`above`, and how many features of each vector are active, (vectors,). Both have a gradient for the threshold, from
+    """`above`, and how many features of each vector are active, (vectors,). The gradients for the threshold come from
     values within half a bandwidth of it."""
 
     @staticmethod

@@ -4,8 +4,8 @@
 
 SAELens is in an environment of its own, so each training is a process of its own; both take turns, on the same vectors,
 sizes, batches and one thread, for each kind of SAE. The medians of processor time of the training alone are printed.
-Without SAELENS_PYTHON, only the memory is measured. The option use_sparse_activations of SAELens 6.54.12 raises an error
-on a CPU, so it is off, as is its default.
+Without SAELENS_PYTHON, only the memory is measured. The option use_sparse_activations of SAELens, off by default, stays
+off: in version 6.54.12 it raises an error on a CPU.
 """
 
 import argparse
