@@ -32,6 +32,7 @@ from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import Cell, CurveSection, ImageSection, Section, TableSection, distinct
 from diffsight.lenses.tokens.choosing import check_count
+from diffsight.lenses.tokens.seen_image import SeenImage, seen_images
 from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
@@ -47,7 +48,9 @@ class Example:
         strength: The largest activation.
         activations: At each place: (tokens,), (patches,) in a vision tower, or (height, width) at the strongest step.
         tokens: The tokens, for a point in a text encoder or a language model.
-        image: The image, for a point in a denoiser.
+        image: The drawn image, for a point in a denoiser; the image of the prompt, in a vision-language model.
+        heat: The activations on the image, (rows, columns). None if there is no image, or several, or if the model's
+            image tokens or patches lie on no known grid.
     """
 
     prompt: str
@@ -55,12 +58,13 @@ class Example:
     activations: torch.Tensor = field(repr=False)
     tokens: tuple[str, ...] = ()
     image: Image.Image | None = field(default=None, repr=False)
+    heat: torch.Tensor | None = field(default=None, repr=False)
 
     def shown(self) -> Image.Image:
         """Return the image with the activations as a heat map over it."""
-        if self.image is None:
-            raise InputError("this example is a text, not an image: print the example instead")
-        heat = (self.activations / max(self.strength, 1e-12)).clamp(0, 1).numpy()
+        if self.image is None or self.heat is None:
+            raise InputError("this example has no heat map, because it is not one image: print the example instead")
+        heat = (self.heat / max(self.strength, 1e-12)).clamp(0, 1).numpy()
         heat = np.asarray(Image.fromarray((heat * 255).astype(np.uint8)).resize(self.image.size)) / 255
         gray = np.asarray(self.image.convert("L").convert("RGB"), dtype=float)
         color = matplotlib.colormaps["inferno"](heat)[..., :3] * 255
@@ -79,7 +83,8 @@ class Example:
 class TopExamples(LensResult):
     """The strongest examples of features.
 
-    `save(folder)` writes `examples.txt` and `lens.json`, and for a point in a denoiser `grid.png` and `steps.png`.
+    `save(folder)` writes `examples.txt` and `lens.json`, `grid.png` if there are images, and `steps.png` if there are
+    several denoising steps.
 
     Attributes:
         examples: By feature, the strongest first.
@@ -113,17 +118,22 @@ class TopExamples(LensResult):
         return self.grid() if self._has_images else None
 
     def sections(self) -> list[Section]:
-        return self._sections_of_images() if self._has_images else [self._table()]
+        found: list[Section] = [self._images()] if self._has_images else []
+        if len(self.steps) > 1:
+            found.append(self._curves())
+        return found if self._has_images and not self._has_tokens else [*found, self._table()]
 
-    def _sections_of_images(self) -> list[Section]:
+    def _images(self) -> ImageSection:
         rows = {}
         for feature, examples in self.examples.items():
             names = distinct([f"{one.prompt}, {one.strength:.1f}" for one in examples])
             rows[f"feature {feature}"] = dict(zip(names, (one.shown() for one in examples)))
             rows[f"feature {feature}, images"] = dict(zip(names, (one.image for one in examples)))
+        return ImageSection("", rows)
+
+    def _curves(self) -> CurveSection:
         curves = {f"feature {feature}": values.tolist() for feature, values in self.by_step.items()}
-        steps = [str(step) for step in self.steps]
-        return [ImageSection("", rows), CurveSection("Steps", "step", steps, curves, "mean activation")]
+        return CurveSection("Steps", "step", [str(step) for step in self.steps], curves, "mean activation")
 
     def _table(self) -> TableSection:
         rows = {}
@@ -138,7 +148,9 @@ class TopExamples(LensResult):
             "examples.txt": lambda path: path.write_text(f"{self}\n", encoding="utf-8")
         }
         if self._has_images:
-            files |= {"grid.png": self.grid().save, "steps.png": partial(write_figure, self.plot)}
+            files["grid.png"] = self.grid().save
+        if len(self.steps) > 1:
+            files["steps.png"] = partial(write_figure, self.plot)
         return files
 
     def record(self) -> dict[str, Any]:
@@ -156,7 +168,11 @@ class TopExamples(LensResult):
 
     @property
     def _has_images(self) -> bool:
-        return any(one.image is not None for examples in self.examples.values() for one in examples)
+        return all(one.heat is not None for examples in self.examples.values() for one in examples)
+
+    @property
+    def _has_tokens(self) -> bool:
+        return any(one.tokens for examples in self.examples.values() for one in examples)
 
 
 @repeatable
@@ -240,10 +256,12 @@ def _images(
     for i in range(len(features)):
         strongest = maps[..., i].flatten(2).amax(-1)  # (prompts, steps)
         at = strongest.argmax(1)
+        heats = [own[step, ..., i] for own, step in zip(maps, at)]
+        values = strongest.amax(1).tolist()
         examples.append(
             [
-                Example(prompt, strongest[row, at[row]].item(), maps[row, at[row], ..., i], image=image)
-                for row, (prompt, image) in enumerate(zip(prompts, images))
+                Example(prompt, value, heat, image=image, heat=heat)
+                for prompt, value, heat, image in zip(prompts, values, heats, images)
             ]
         )
     return means, chosen, examples
@@ -255,20 +273,22 @@ def _tokens(
     """Return the same as `_images` for texts, which have no steps."""
     values = reader.read(prompts, seed)
     activations = sae.encode(values.steps[0])[..., list(features)].cpu()
+    seen = seen_images(reader.model, prompts, (reader.arguments or {}).get("images"))
     if values.tokens is None:
-        return _patches(reader.point, activations, prompts)
+        return _patches(reader.point, activations, prompts, seen)
     mask = torch.ones_like(values.tokens, dtype=torch.bool) if values.mask is None else values.mask
     tokenizer = _tokenizer(reader)
     texts = [tuple(tokenizer.convert_ids_to_tokens(ids[keep].tolist())) for ids, keep in zip(values.tokens, mask)]
-    examples = []
-    for i in range(len(features)):
-        rows = [own[keep.cpu()][:, i] for own, keep in zip(activations, mask)]
-        examples.append([Example(p, row.max().item(), row, t) for p, row, t in zip(prompts, rows, texts)])
+    examples: list[list[Example]] = [[] for _ in features]
+    for prompt, own, keep, tokens, image in zip(prompts, activations, mask.cpu(), texts, seen):
+        for i, found in enumerate(examples):
+            row, heat = own[keep, i], None if image is None else own[image.places, i]
+            found.append(Example(prompt, row.max().item(), row, tokens, image and image.image, heat))
     return activations.mean(1).sum(0)[None], (0,), examples
 
 
 def _patches(
-    point: str, activations: torch.Tensor, prompts: Sequence[str]
+    point: str, activations: torch.Tensor, prompts: Sequence[str], seen: Sequence[SeenImage | None]
 ) -> tuple[torch.Tensor, tuple[int, ...], list[list[Example]]]:
     """Return the same as `_tokens` for the patches of one image for each prompt."""
     if activations.ndim < 3 or len(activations) != len(prompts):
@@ -276,9 +296,15 @@ def _patches(
             f"the vectors at {point} have the shape {tuple(activations.shape[:-1])} for {len(prompts)} prompts: pass "
             "one image for each prompt, to a model whose vision tower returns (images, patches, features)"
         )
-    rows = [[Example(p, own[..., i].max().item(), own[..., i].flatten()) for p, own in zip(prompts, activations)]
-            for i in range(activations.shape[-1])]  # fmt: skip
-    return activations.flatten(1, -2).mean(1).sum(0)[None], (0,), rows
+    activations = activations.flatten(1, -2)
+    examples: list[list[Example]] = [[] for _ in range(activations.shape[-1])]
+    for prompt, own, image in zip(prompts, activations, seen):
+        shape = None if image is None else image.places.shape
+        extra = None if shape is None else len(own) - shape.numel()  # a class token precedes the patches
+        for i, found in enumerate(examples):
+            heat = own[extra:, i].reshape(shape) if extra in (0, 1) else None
+            found.append(Example(prompt, own[:, i].max().item(), own[:, i], (), image and image.image, heat))
+    return activations.mean(1).sum(0)[None], (0,), examples
 
 
 def _tokenizer(reader: PointReader) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 
 from diffsight.errors import InputError, suggest
 from diffsight.lenses.features.sae_files import read_sae, write_sae
-from diffsight.lenses.features.sparsity import KINDS, above, batch_topk, topk
+from diffsight.lenses.features.sparsity import KINDS, above, batch_topk_, topk_
 from diffsight.pipelines.argument_types import fits
 
 
@@ -102,11 +102,11 @@ class SAE(nn.Module):
             self.to(x.device)
         values = self.before_activation(x.to(self.encoder.dtype))
         if self.kind == "topk":
-            return topk(values, self.k)
+            return topk_(values, self.k)
         if self.kind == "relu":
             return values.relu()
         if self.kind == "batch_topk" and self.training:
-            return batch_topk(values, self.k)
+            return batch_topk_(values, self.k)
         return above(values, self.threshold)
 
     def decode(self, features: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,13 @@ bias starts at the geometric median, the decoder at random directions, and the e
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError
 from diffsight.lenses.features.activation_stream import ShuffledBuffer
 from diffsight.lenses.features.autoencoder import SAE
-from diffsight.lenses.features.sparsity import ActiveCount, JumpReLU, batch_topk, topk
+from diffsight.lenses.features.sparsity import ActiveFeatures, JumpReLU, decode_active, topk_
 from diffsight.lenses.results.saving import save_files
 from diffsight.lenses.work_sharing import Processes
 from diffsight.pipelines.argument_types import check_types
@@ -30,6 +31,7 @@ from diffsight.pipelines.argument_types import check_types
 CHECKPOINT = "checkpoint.safetensors"
 _CHECKPOINT_SECONDS = 20
 _FIGURES_SHOWN = {"explained_variance": "explained", "active": "L0", "dead": "dead"}
+_MEDIAN_OF = 8192  # vectors at most
 _AUXILIARY = 1 / 32  # the weight of the loss on dead features
 
 
@@ -59,6 +61,22 @@ class SAESettings:
             least = 1 if name in ("updates", "batch_size", "dead_after") else 0
             if value < least:
                 raise InputError(f"{name} must be {least} or more, not {value!r}")
+
+
+class _Parts(NamedTuple):
+    """What an update needs of a batch.
+
+    Attributes:
+        decoded: The decoded vectors without the decoder bias, (vectors, width).
+        penalty: The penalty on the features.
+        used: Which features are active in any vector, (features,).
+        active: The number of active features of all vectors.
+    """
+
+    decoded: torch.Tensor
+    penalty: torch.Tensor | int
+    used: torch.Tensor
+    active: torch.Tensor
 
 
 class SAETrainer:
@@ -94,9 +112,11 @@ class SAETrainer:
         self._saved_at = time.monotonic()
 
     def start(self, vectors: torch.Tensor) -> None:
-        """Set the decoder bias to the geometric median of some vectors. Every process gets the main process's bias."""
+        """Set the decoder bias to the geometric median of some of the vectors. Every process gets the main process's
+        bias."""
+        some = vectors[:: math.ceil(len(vectors) / _MEDIAN_OF)]
         with torch.no_grad():
-            self.sae.decoder_bias.copy_(geometric_median(vectors))
+            self.sae.decoder_bias.copy_(geometric_median(some))
             self._processes.copy_from_main([self.sae.decoder_bias])
 
     def train(
@@ -112,24 +132,22 @@ class SAETrainer:
                     break
                 found = self.update(batch)
                 if self.done % every == 0 or self.done == settings.updates:
-                    self.curve.append(found)
-                    bar.set_postfix({name: f"{found[key]:.3g}" for key, name in _FIGURES_SHOWN.items()})
+                    self.curve.append({"update": self.done} | {name: value.item() for name, value in found.items()})
+                    bar.set_postfix({name: f"{self.curve[-1][key]:.3g}" for key, name in _FIGURES_SHOWN.items()})
                 bar.update()
                 if folder is not None and processes.is_main and self.is_due():
                     self.save(folder, source.position, generator)
 
-    def update(self, x: torch.Tensor) -> dict[str, float]:
+    def update(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Make one update on a batch of vectors, (vectors, width), and return its metrics."""
         sae, settings = self.sae, self.settings
         self._set_learning_rate()
-        before = sae.before_activation(x)
-        features, penalty = self._features(before)
-        left = x - sae.decode(features)
-        variance = (x - x.mean(0)).square().sum().clamp(min=1e-12)
-        unexplained = left.square().sum() / variance
-        is_active = features.detach() > 0
-        self._count(is_active)
-        loss = unexplained + settings.penalty * penalty + _AUXILIARY * self._auxiliary(before, left.detach())
+        parts = self._sparse_parts(x) if sae.k is not None else self._dense_parts(x)
+        left = x - sae.decoder_bias - parts.decoded
+        unexplained = left.square().sum() / _variance(x)
+        self._count(parts.used, len(x))
+        is_dead = self._unused >= settings.dead_after
+        loss = unexplained + settings.penalty * parts.penalty + _AUXILIARY * self._auxiliary(x, left.detach(), is_dead)
         self._adam.zero_grad(set_to_none=True)
         loss.backward()
         self._processes.average([parameter.grad for parameter in sae.parameters()])
@@ -138,46 +156,62 @@ class SAETrainer:
         self._normalize()
         self.done += 1
         return {
-            "update": self.done,
-            "explained_variance": 1 - unexplained.item(),
-            "active": is_active.count_nonzero().item() / len(x),
-            "dead": (self._unused >= settings.dead_after).float().mean().item(),
+            "explained_variance": 1 - unexplained.detach(),
+            "active": parts.active / len(x),
+            "dead": is_dead.float().mean(),
         }
 
     # ---- the loss
 
-    def _features(self, before: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Return the active features and the penalty on them."""
+    def _sparse_parts(self, x: torch.Tensor) -> "_Parts":
+        """Return the parts for "topk" and "batch_topk", whose gradients need the active features only."""
         sae = self.sae
-        if sae.kind == "topk":
-            return topk(before, sae.k), 0
+        values, rows, numbers = ActiveFeatures.apply(*self._centered(x), sae.kind, sae.k)
+        is_active = values.detach() > 0
         if sae.kind == "batch_topk":
-            features = batch_topk(before, sae.k)
-            least = features.detach()[features.detach() > 0].amin() if features.any() else sae.threshold
+            least = values.detach()[is_active].amin() if is_active.any() else sae.threshold
             with torch.no_grad():
                 sae.threshold.copy_(least if self.done == 0 else 0.99 * sae.threshold + 0.01 * least)
                 self._processes.average([sae.threshold])
-            return features, 0
+        used = torch.zeros_like(self._unused, dtype=torch.bool)
+        used[numbers[is_active]] = True
+        return _Parts(decode_active(values, rows, numbers, sae.decoder, len(x)), 0, used, is_active.count_nonzero())
+
+    def _dense_parts(self, x: torch.Tensor) -> "_Parts":
+        """Return the parts for "relu" and "jumprelu"."""
+        sae = self.sae
+        vectors, encoder, bias = self._centered(x)
+        before = torch.addmm(bias, vectors, encoder)
         if sae.kind == "relu":
-            features = before.relu()
-            return features, features.sum(-1).mean()
-        bandwidth = self.settings.bandwidth
-        active = ActiveCount.apply(before, sae.threshold, bandwidth).mean()
-        return JumpReLU.apply(before, sae.threshold, bandwidth), active
+            features = before.relu_()
+            penalty, active = features.sum(-1).mean(), features.detach().sign().sum()
+        else:
+            features, counts = JumpReLU.apply(before, sae.threshold, self.settings.bandwidth)
+            penalty, active = counts.mean(), counts.detach().sum()
+        return _Parts(features @ sae.decoder, penalty, features.detach().amax(0) > 0, active)
 
-    def _auxiliary(self, before: torch.Tensor, left: torch.Tensor) -> torch.Tensor | int:
+    def _centered(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the vectors without the decoder bias, the encoder, and its bias.
+
+        The gradient of the decoder bias flows through the encoder bias, summed over the vectors: through each vector,
+        it would cost one more product."""
+        sae = self.sae
+        known = sae.decoder_bias.detach()
+        return x - known, sae.encoder, sae.encoder_bias + (known - sae.decoder_bias) @ sae.encoder.detach()
+
+    def _auxiliary(self, x: torch.Tensor, left: torch.Tensor, is_dead: torch.Tensor) -> torch.Tensor | int:
         """Return the auxiliary loss: how badly the dead features reconstruct the remaining error."""
-        dead = (self._unused >= self.settings.dead_after).nonzero().flatten()
-        if self.sae.k is None or len(dead) == 0:
+        sae, dead = self.sae, is_dead.nonzero().flatten()
+        if sae.k is None or len(dead) == 0:
             return 0
-        features = topk(before[:, dead], min(len(dead), max(1, self.sae.width // 2)))
-        variance = (left - left.mean(0)).square().sum().clamp(min=1e-12)
-        return ((features @ self.sae.decoder[dead] - left).square().sum() / variance).nan_to_num()
+        vectors, encoder, bias = self._centered(x)
+        before = torch.addmm(bias[dead], vectors, encoder[:, dead])
+        features = topk_(before, min(len(dead), max(1, sae.width // 2)))
+        return ((features @ sae.decoder[dead] - left).square().sum() / _variance(left)).nan_to_num()
 
-    def _count(self, is_active: torch.Tensor) -> None:
-        used = self._processes.any(is_active.any(0))
-        self._unused += len(is_active) * self._processes.count
-        self._unused[used] = 0
+    def _count(self, used: torch.Tensor, vectors: int) -> None:
+        self._unused += vectors * self._processes.count
+        self._unused[self._processes.any(used)] = 0
 
     # ---- the rows of the decoder keep length one
 
@@ -248,6 +282,11 @@ class SAETrainer:
         self._unused, self.done, self.curve = tensors["unused"].to(self._unused), facts["done"], facts["curve"]
         generator.set_state(tensors["generator"])
         return facts["position"]
+
+
+def _variance(vectors: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the squared distances of vectors, (vectors, width), from their mean."""
+    return (vectors - vectors.mean(0)).square().sum().clamp(min=1e-12)
 
 
 def geometric_median(vectors: torch.Tensor, rounds: int = 50) -> torch.Tensor:

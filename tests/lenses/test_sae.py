@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from diffsight import DiffusionModel, attach_sae, train_sae
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.lenses import SAE, SAESettings
+from diffsight.lenses.features.sae_trainer import SAETrainer
 from helpers import SEED, draw, drawn, module_at, outputs, refusal
 from models import language
 
@@ -242,6 +243,59 @@ def test_training_finds_the_directions(kind, penalty):
     assert explained > 0.8
     assert torch.allclose(sae.decoder.norm(dim=-1), torch.ones(FEATURES), atol=1e-5)
     assert (basis @ sae.decoder.T).amax(1).median() > 0.8  # a feature for most directions
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_updates_by_hand(kind):
+    """With gradients through all features, where the trainer computes those of the active ones alone."""
+    vectors, _ = sparse_vectors(3 * 256)
+    settings = SAESettings(updates=3, batch_size=256, penalty=1e-2, dead_after=256, learning_rate=1e-2)
+    torch.manual_seed(2)
+    sae, other = SAE(WIDTH, FEATURES, kind, K if "topk" in kind else None), SAE(WIDTH, FEATURES, kind, K)
+    other.load_state_dict(sae.state_dict())
+    trainer, adam = SAETrainer(sae, settings), torch.optim.Adam(other.parameters(), lr=1e-2)
+    unused, dead_once = torch.zeros(FEATURES), False
+    for done, x in enumerate(vectors.split(256)):
+        adam.param_groups[0]["lr"] = 1e-2 * min(1, 5 * (3 - done) / 3)
+        before = (x - other.decoder_bias) @ other.encoder + other.encoder_bias
+        features, penalty = before.relu(), 0
+        if kind == "topk":
+            features = features * (before >= before.topk(K).values[:, -1:])
+        elif kind == "batch_topk":
+            least = before.flatten().topk(K * 256).values[-1]
+            features = features * (before >= least)
+            other.threshold = least.detach() if done == 0 else 0.99 * other.threshold + 0.01 * least.detach()
+        elif kind == "relu":
+            penalty = features.sum(-1).mean()
+        else:
+            threshold = other.threshold.detach()
+            near = ((before.detach() - threshold).abs() < 0.025) * (other.threshold - threshold) / -0.05
+            features = before * (before > threshold) + threshold * near
+            penalty = ((before > threshold) + near).sum(-1).mean()
+        left, variance = x - features @ other.decoder - other.decoder_bias, x.var(0, correction=0).sum() * 256
+        loss = left.square().sum() / variance + 1e-2 * penalty
+        unused = (unused + 256) * ~(features > 0).any(0)
+        dead = unused >= 256
+        if "topk" in kind and dead.any():
+            dead_once, own = True, before[:, dead].relu()
+            own = own * (own >= own.topk(min(WIDTH // 2, int(dead.sum()))).values[:, -1:])
+            left = left.detach()
+            error = (own @ other.decoder[dead] - left).square().sum()
+            loss = loss + error / (left.var(0, correction=0).sum() * 256) / 32
+        adam.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            other.decoder.grad -= (other.decoder.grad * other.decoder).sum(-1, keepdim=True) * other.decoder
+            adam.step()
+            other.decoder /= other.decoder.norm(dim=-1, keepdim=True)
+            if kind == "jumprelu":
+                other.threshold.clamp_(min=0)
+        found = trainer.update(x)
+        assert found["active"].item() == (features > 0).sum().item() / 256
+        assert found["dead"].item() == pytest.approx(dead.float().mean().item())
+    assert dead_once or "topk" not in kind
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(sae.state_dict()[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_training_goes_on_from_a_checkpoint(tmp_path, monkeypatch):

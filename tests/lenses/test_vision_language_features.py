@@ -1,5 +1,6 @@
 """Activations, SAEs and the logit lens on vision-language models, compared with hooks on one prompt at a time."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -57,6 +58,11 @@ def alone(model, point, number):
     return first(value).flatten(0, -2), image
 
 
+def varied(model, sae, point):
+    """Return the feature that differs most between the vectors of the three prompts."""
+    return torch.cat([sae.encode(alone(model, point, i)[0]) for i in range(3)]).var(0).argmax().item()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tokens_of_images_are_collected(models, kind):
     """Prompts of different lengths, padded in a batch."""
@@ -111,15 +117,37 @@ def test_features_of_image_tokens(models, sae):
         maps = run.layers[1].sae.features.output[0, run.image_grids[0][0]]
     value, image = alone(model, "layers[1]", 0)
     torch.testing.assert_close(maps, sae.encode(value[image]).reshape(4, 4, FEATURES), rtol=1e-3, atol=1e-4)
-    found = top_examples(model, sae, TEXTS, 7, images=IMAGES, batch_size=2, progress=False)
-    for one in found.examples[7]:
-        value, _ = alone(model, "layers[1]", TEXTS.index(one.prompt))
-        torch.testing.assert_close(one.activations, sae.encode(value)[:, 7], rtol=1e-3, atol=1e-4)
-        assert one.tokens.count("<image>") == 16
-    tower = top_examples(model, sae, TEXTS, 7, point="vision.layers[1]", images=IMAGES, progress=False)
-    for one in tower.examples[7]:
+    chosen = varied(model, sae, "layers[1]")
+    found = top_examples(model, sae, TEXTS, chosen, images=IMAGES, batch_size=2, progress=False)
+    for one in found.examples[chosen]:
+        value, image = alone(model, "layers[1]", TEXTS.index(one.prompt))
+        torch.testing.assert_close(one.activations, sae.encode(value)[:, chosen], rtol=1e-3, atol=1e-4)
+        assert one.tokens.count("<image>") == 16 and one.activations.count_nonzero() > 1
+        assert torch.equal(one.heat, one.activations[image].reshape(4, 4))
+    chosen = varied(model, sae, "vision.layers[1]")
+    tower = top_examples(model, sae, TEXTS, chosen, point="vision.layers[1]", images=IMAGES, progress=False)
+    for one in tower.examples[chosen]:
         value, _ = alone(model, "vision.layers[1]", TEXTS.index(one.prompt))
-        torch.testing.assert_close(one.activations, sae.encode(value)[:, 7], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(one.activations, sae.encode(value)[:, chosen], rtol=1e-3, atol=1e-4)
+        assert torch.equal(one.heat, one.activations[1:].reshape(4, 4))  # the class token comes first
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heat_maps_lie_on_the_images_of_the_prompts(models, sae, kind, tmp_path):
+    chosen = varied(models[kind], sae, "layers[1]")
+    found = top_examples(models[kind], sae, TEXTS, chosen, count=3, images=IMAGES, progress=False)
+    for one in found.examples[chosen]:
+        given = IMAGES[TEXTS.index(one.prompt)]
+        assert np.abs(np.asarray(one.image, dtype=float) - np.asarray(given)).max() < 25  # colours are stretched
+        assert one.shown().size == given.size
+    names = {path.name for path in found.save(tmp_path)}
+    assert {"examples.txt", "grid.png"} <= names and "steps.png" not in names
+
+
+def test_there_are_no_heat_maps_without_images(models, sae):
+    found = top_examples(models["llava"], sae, TEXTS, 7, progress=False)
+    assert found.examples[7][0].heat is None and found.preview() is None
+    assert "this example has no heat map" in refusal(found.examples[7][0].shown)
 
 
 def test_features_of_a_concept_are_read_with_the_images_of_both_lists(models, sae):
