@@ -8,6 +8,7 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers, in_model_order
+from diffsight.lenses.options import check_kind
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 
 Tokens = str | int | Iterable[str | int] | None
@@ -33,8 +34,7 @@ def check_language_model(lens: str, model: Any) -> None:
     Raises:
         InputError: `model` has no head or no such layers, or is not a LanguageModel.
     """
-    if not isinstance(model, LanguageModel):
-        raise InputError(f"{lens} takes a LanguageModel, not {type(model).__name__}")
+    check_kind(lens, model, LanguageModel)
     if not hasattr(model, "lm_head"):
         raise InputError(f"{lens}: no lm_head was found in {model.label}, so layers cannot be read as tokens")
     if model.hidden_layout is None:

@@ -93,7 +93,8 @@ class LayerAccessors:
         if name in ("hidden_states", "hidden_state", "last_hidden_state"):
             return "; hidden states are .layers_output[i], and .layers_input[0] before the first layer"
         if name in ("num_layers", "n_layers", "n_layer"):
-            return f"; it has {len(self._layers())} layers: len(model.layers)"
+            path = f"model.{self.path}" if self.path else "model"
+            return f"; it has {len(self._layers())} layers: len({path}.layers)"
         return super()._hint(name, known)
 
     def _layers(self) -> Envoy:
@@ -126,6 +127,11 @@ class LayerAccessors:
 
 class Accessors(LayerAccessors):
     """The accessors of a language model."""
+
+    def _hint(self, name: str, known: Iterable[str]) -> str:
+        if name in ("show", "display"):
+            return "; print(run.text) prints the text that a run generated"
+        return super()._hint(name, known)
 
     @property
     def attentions_input(self) -> PerLayer:

@@ -128,7 +128,7 @@ def test_a_check_that_fails_has_exit_status_1(saved_models, capsys):
 def test_bad_input(saved_models, tmp_path, capsys):
     pipeline = str(saved_models / "pipeline")
     for argv, message in [
-        (["check", str(tmp_path)], "is not a pipeline"),
+        (["check", str(tmp_path)], "there is no model in"),
         (["check", "diffsight/nothing"], "diffsight/nothing"),
         (["check", pipeline, "steps"], "NAME=VALUE"),
         (["check", str(saved_models / "language"), "height=3"], "takes prompt"),
