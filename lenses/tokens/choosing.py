@@ -42,6 +42,8 @@ def check_language_model(lens: str, model: Any) -> None:
             f"{lens}: the layers of {model.label} do not return one hidden state for each token, or are called several "
             "times in a pass"
         )
+    if model.mixes_layers:
+        raise InputError(f"{lens}: the logits of {model.label} come from several layers, so no layer alone has any")
 
 
 def layers_to_read(model: LanguageModel, layers: Layers) -> tuple[Layer, ...]:

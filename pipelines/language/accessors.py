@@ -274,6 +274,8 @@ class Accessors(LayerAccessors):
         tree.load_unless_scanning()
         if tree.target_named(tree.root, "lm_head") is None:
             raise PointNotFoundError(f"no lm_head was found in {tree.title}")
+        if self.mixes_layers:
+            raise InputError(f"the logits of {tree.title} come from several layers, so no layer alone has any")
         structure = tree.structure
         if structure is not None and not structure.has_plain_tail and structure.layout is not None:
             layers = [owner_of(layer) for layer in self._layers()]
@@ -292,6 +294,12 @@ class Accessors(LayerAccessors):
         if structure is None:
             return HiddenLayout()
         return None if structure.has_cycles else structure.layout
+
+    @property
+    def mixes_layers(self) -> bool:
+        """Whether the logits are computed from several layers or other parts, so that no layer alone has logits."""
+        structure = self._tree.structure
+        return structure is not None and structure.has_bypass
 
     # ---- parts
 
