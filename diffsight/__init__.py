@@ -123,12 +123,27 @@ _MODULE_OF = {  # for every name except the lenses
 }
 
 
+_PACKAGES = ("lenses", "pipelines", "gallery")
+_OPENING = ("from_pretrained", "load", "load_model", "open", "open_model")  # what other libraries call it
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"{__name__}.{name}")
     if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_hint(name)}")
     value = getattr(import_module(f"{__name__}.{_MODULE_OF.get(name, 'lenses')}"), name)
     globals()[name] = value
     return value
+
+
+def _hint(name: str) -> str:
+    if name in _OPENING:
+        return '; DiffusionModel("diffsight/shapes-clip") opens a pipeline, and LanguageModel a language model'
+    for package in _PACKAGES:
+        if not name.startswith("_") and name in import_module(f"{__name__}.{package}").__all__:
+            return f"; it is in diffsight.{package}: from diffsight.{package} import {name}"
+    return import_module(f"{__name__}.errors").suggest(name, __all__)
 
 
 def __dir__() -> list[str]:

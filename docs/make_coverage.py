@@ -24,6 +24,7 @@ from models import architectures, diffusion, vision_language  # noqa: E402
 
 PAGE = Path(__file__).parent / "coverage.md"
 SIGNS = {"ok": "✓", "failed": "✗", "none": "·"}
+NAMES = {"blt": {"layers": "model.global_transformer.layers"}}  # three models: the layers over patches
 VISION = ("llava", "llava_next", "qwen2_vl", "idefics2", "idefics3", "paligemma", "gemma3")
 INTRODUCTION = """# Coverage
 
@@ -46,7 +47,7 @@ def language_models() -> Iterator[tuple[str, ModelCheck | str]]:
 
 def check_language(name: str) -> ModelCheck:
     net = architectures.build_causal(name)
-    return check_model(LanguageModel(net), prompt=architectures.inputs_of(net))
+    return check_model(LanguageModel(net, names=NAMES.get(name)), prompt=architectures.inputs_of(net))
 
 
 def vision_language_models() -> Iterator[tuple[str, ModelCheck | str]]:

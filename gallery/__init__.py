@@ -8,6 +8,8 @@ Each name is imported when it is first used, so that the command line starts qui
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from diffsight.errors import suggest
+
 if TYPE_CHECKING:
     from diffsight.gallery.checking import ModelCheck, check_model
     from diffsight.gallery.gallery_index import write_gallery
@@ -18,7 +20,7 @@ _MODULE_OF = {
     "ModelCheck": "checking",
     "Repetition": "repeating",
     "check_model": "checking",
-    "explore": "explorer",  # not in __all__: it needs the extra `app`
+    "explore": "explorer.explore",  # not in __all__: it needs the extra `app`
     "repeat": "repeating",
     "sweep": "sweeping",
     "write_gallery": "gallery_index",
@@ -28,7 +30,7 @@ __all__ = ["ModelCheck", "Repetition", "check_model", "repeat", "sweep", "write_
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{suggest(name, _MODULE_OF)}")
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 

@@ -25,6 +25,7 @@ from diffsight.errors import InputError
 from diffsight.gallery.check_does_not_apply import CheckDoesNotApply
 from diffsight.gallery.diffusion_checks import diffusion_checks
 from diffsight.gallery.language_checks import language_checks
+from diffsight.gallery.opening import open_model
 from diffsight.lenses.results.record import versions
 from diffsight.lenses.results.saving import check_file, expanded, save_files
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -91,14 +92,14 @@ class ModelCheck:
         return table
 
 
-def check_model(model: DiffusionModel | LanguageModel, **arguments: Any) -> ModelCheck:
+def check_model(model: DiffusionModel | LanguageModel | str, **arguments: Any) -> ModelCheck:
     """Check that diffsight works correctly with a model.
 
         check_model(model, prompt="a cat", num_inference_steps=4)
         check_model(language_model, prompt="Once upon a time")
 
     Args:
-        model: A pipeline, a language model or a vision-language model.
+        model: A pipeline, a language model or a vision-language model, or the name of one, which is opened.
         arguments: Arguments of the pipeline; `prompt` for a language model, `prompt` and `images` for a vision-language
             model. Omitted arguments have defaults that keep the check short. A check calls the model about ten times,
             so choose few steps for a large pipeline.
@@ -107,8 +108,10 @@ def check_model(model: DiffusionModel | LanguageModel, **arguments: Any) -> Mode
         A row for each check.
 
     Raises:
-        InputError: The model is of another kind.
+        InputError: The model is of another kind, or there is no model with this name.
     """
+    if isinstance(model, str):
+        model = open_model(model)
     if isinstance(model, DiffusionModel):
         checks, name, kind = diffusion_checks(model, arguments), model.source, type(model.pipeline).__name__
     elif isinstance(model, LanguageModel):

@@ -8,12 +8,13 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
 from diffsight.errors import DiffsightError
-from diffsight.gallery.command_options import PROMPT
+from diffsight.gallery.command_hints import unknown_arguments, unknown_command
+from diffsight.gallery.command_options import PROMPT, add_command
 from diffsight.gallery.commands import add_commands
 from diffsight.gallery.completion import script
 from diffsight.gallery.lens_commands import add_lens_commands
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     try:
         check_text("an argument", words)
-        options = _parser().parse_args(words)
+        options = _options(words)
         return options.command(options) or 0
     except (DiffsightError, argparse.ArgumentTypeError) as error:
         message = str(error)
@@ -48,43 +49,54 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with one-line errors, and a hint if the shell has probably split or expanded an argument."""
+    """A parser with one-line errors, and a hint if a value has probably been taken for an option."""
 
     def error(self, message: str) -> NoReturn:
         hint = ""
-        if message.startswith("unrecognized arguments:") and " -" not in message:
-            hint = ". A text of several words needs quotes"
-        elif message.startswith("unrecognized arguments: --"):
-            hint = ". An argument of the pipeline is passed with --set NAME=VALUE"
-        elif message.endswith("expected one argument"):
+        if message.endswith("expected one argument"):
             option = message.removeprefix("argument ").partition(":")[0].split("/")[-1]
             hint = f". If the value starts with a minus sign, write {option}=-1"
         self.exit(2, f"{self.prog}: {message}{hint}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _options(words: list[str]) -> argparse.Namespace:
+    """Return the options of the command in the words of a command line. Wrong words end the process with status 2."""
+    parser, commands = _parser()
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    name = next((word for word in words if not word.startswith("-")), None)
+    if name is not None and name not in commands:
+        parser.error(unknown_command(name, commands))
+    options, unknown = parser.parse_known_args(words)
+    if unknown:
+        commands[name].error(unknown_arguments(unknown, commands[name]))
+    return options
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """Return the parser of the command line, and those of the commands by name."""
     parser = Parser(
         prog="diffsight",
         description="Open diffusion pipelines and language models for interpretability research.",
         epilog=f'example: diffsight lens "{PROMPT}"',
     )
-    parser.add_argument("--version", action="version", version=f"diffsight {version('diffsight')}")
+    parser.add_argument("-v", "--version", action="version", version=f"diffsight {version('diffsight')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_lens_commands(commands)
     add_patching_commands(commands)
-    models = commands.add_parser("models", help="list the packaged models", epilog="example: diffsight models")
-    models.set_defaults(command=_models)
+    add_command(commands, "models", _models, help="list the packaged models")
     add_commands(commands)
     add_serve_commands(commands)
-    completion = commands.add_parser(
+    completion = add_command(
+        commands,
         "completion",
+        lambda options: print(script(options.shell, commands.choices), end=""),
         help="print a script that completes commands in a shell",
         description="Print a script that makes a shell complete the commands of diffsight and their options.",
-        epilog="example: diffsight completion bash",
+        example="bash",
     )
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish")
-    completion.set_defaults(command=lambda options: print(script(options.shell, commands.choices), end=""))
-    return parser
+    return parser, commands.choices
 
 
 def _models(options: argparse.Namespace) -> None:

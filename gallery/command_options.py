@@ -1,15 +1,40 @@
 """The options that several commands share."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from diffsight.errors import InputError
-from diffsight.gallery.option_parsing import parse_layers, parse_positive, parse_seeds, parse_setting
+from diffsight.gallery.option_parsing import parse_layers, parse_positive, parse_seed, parse_seeds, parse_setting
 from diffsight.pipelines.valid_text import check_text
+
+if TYPE_CHECKING:
+    import torch
 
 IMAGE_MODEL, LANGUAGE_MODEL = "diffsight/shapes-clip", "diffsight/smollm2"
 PROMPT = "a red circle below a blue square on a gray background"
+OUT = "diffsight-out"
 FACT = "The Eiffel Tower is in the city of"
+
+
+def add_command(
+    commands: Any, name: str, run: Callable, *, help: str, description: str | None = None, example: str = ""
+) -> argparse.ArgumentParser:
+    """Add a command, and return its parser.
+
+    Args:
+        commands: The commands of the command line.
+        name: The name of the command.
+        run: Runs the command with its options, and returns the exit status; None is 0.
+        help: What the command does, for the list of commands.
+        description: What it does, for its own help.
+        example: Arguments that the command accepts.
+    """
+    epilog = f"example: diffsight {name} {example}".rstrip()
+    parser = commands.add_parser(name, help=help, description=description, epilog=epilog)
+    parser.set_defaults(command=run)
+    return parser
 
 
 def add_prompts(parser: argparse.ArgumentParser, what: str) -> None:
@@ -27,18 +52,25 @@ def add_prompts(parser: argparse.ArgumentParser, what: str) -> None:
 def add_model(parser: argparse.ArgumentParser, default: str) -> None:
     """Add the options for the model and the output folder."""
     parser.add_argument("--model", default=default, help="packaged name, folder or hub id (default: %(default)s)")
+    parser.add_argument("--device", metavar="DEVICE", help="where the model runs, such as cuda:1 (default: the CPU)")
     parser.add_argument(
+        "-o",
         "--out",
         type=Path,
-        default=Path("diffsight-out"),
+        default=Path(OUT),
         metavar="PATH",
         help="folder to write, or a file that ends with .png or .html (default: %(default)s)",
     )
 
 
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Add the option for a seed."""
+    parser.add_argument("--seed", type=parse_seed, default=0, help="0 or more (default: %(default)s)")
+
+
 def add_drawing(parser: argparse.ArgumentParser, several_seeds: bool = True) -> None:
     """Add the options for the arguments of a pipeline."""
-    parser.add_argument("--seed", type=int, default=0, help="0 or more (default: %(default)s)")
+    add_seed(parser)
     if several_seeds:
         parser.add_argument("--seeds", type=parse_seeds, metavar="SEEDS", help="a study: seeds such as 0:8 or 1,5,9")
     parser.add_argument("--steps", type=parse_positive, help="denoising steps (default: the pipeline's own number)")
@@ -72,10 +104,22 @@ def check_prompt_text(prompt: str, example: str) -> None:
     check_text("the prompt", prompt)
 
 
-def check_seed(seed: int) -> None:
-    """Raise InputError for a negative seed."""
-    if seed < 0:
-        raise InputError(f"--seed must be an integer, 0 or more, not {seed}")
+def device_of(options: argparse.Namespace) -> "str | torch.device | None":
+    """Return the device for the model: that of the options, or of this process under `accelerate launch`.
+
+    Raises InputError if it cannot be used."""
+    from diffsight.lenses.work_sharing import Processes
+
+    if not options.device:
+        return Processes().device
+    import torch
+
+    try:
+        torch.empty(0, device=options.device)
+    except (AssertionError, RuntimeError) as error:  # torch without CUDA, and no such device
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the device {options.device} cannot be used: {reason}") from None
+    return options.device
 
 
 def print_paths(paths: list[Path]) -> None:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from diffsight.gallery.command_options import LANGUAGE_MODEL
+from diffsight.gallery.command_options import LANGUAGE_MODEL, OUT, add_command
 from diffsight.gallery.option_parsing import parse_positive, parse_setting
 
 _SECONDS = 2.0  # between two searches for new results
@@ -16,42 +16,61 @@ _SECONDS = 2.0  # between two searches for new results
 
 def add_commands(commands: Any) -> None:
     """Add these commands to the command line."""
-    gallery = commands.add_parser(
+    gallery = add_command(
+        commands,
         "gallery",
+        _gallery,
         help="show all results in a folder on one page",
         description="Write an index of all results in a folder, with filters, a contact sheet and comparisons.",
-        epilog="example: diffsight gallery diffsight-out",
+        example="diffsight-out",
     )
-    gallery.add_argument("folder", metavar="FOLDER", type=Path, help="a folder with results, in folders of any depth")
+    gallery.add_argument(
+        "folder",
+        metavar="FOLDER",
+        type=Path,
+        nargs="?",
+        default=Path(OUT),
+        help="a folder with results, in folders of any depth (default: %(default)s)",
+    )
     gallery.add_argument("--watch", action="store_true", help="keep running, and add results as they are saved")
-    gallery.set_defaults(command=_gallery)
-    repeat = commands.add_parser(
+    repeat = add_command(
+        commands,
         "repeat",
+        _repeat,
         help="make a result again from its record, and compare",
         description="Make a result again from its record, and say whether it is identical or how far off it is. "
         "The exit status is 0 if it is identical, and 1 if it is not.",
-        epilog="example: diffsight repeat diffsight-out/lens.json",
+        example="diffsight-out/lens.json",
     )
-    repeat.add_argument("record", metavar="RECORD", type=Path, help="the record, or the folder of the result")
-    repeat.set_defaults(command=_repeat)
-    check = commands.add_parser(
+    repeat.add_argument(
+        "record",
+        metavar="RECORD",
+        type=Path,
+        nargs="?",
+        default=Path(OUT),
+        help="the record, or the folder of the result (default: %(default)s)",
+    )
+    check = add_command(
+        commands,
         "check",
+        _check,
         help="verify that diffsight works with a model",
         description="Compare runs of a model with the bare model, and print a table. The exit status is 0 if nothing "
         "failed, and 1 if something did.",
-        epilog="example: diffsight check diffsight/shapes-clip num_inference_steps=2",
+        example="diffsight/shapes-clip num_inference_steps=2",
     )
     check.add_argument("source", metavar="SOURCE", help="packaged name, folder, hub id or GGUF file")
     check.add_argument(
         "arguments", nargs="*", default=[], type=parse_setting, metavar="NAME=VALUE", help="arguments of the pipeline"
     )
     check.add_argument("--out", type=Path, metavar="FILE", help="write the table as JSON as well")
-    check.set_defaults(command=_check)
-    explore = commands.add_parser(
+    explore = add_command(
+        commands,
         "explore",
+        _explore,
         help="open the lenses in a browser",
         description="Serve an app with the lenses for a browser, until it is interrupted. Needs the extra `app`.",
-        epilog="example: diffsight explore --model diffsight/shapes-flux --port 8000",
+        example="--model diffsight/shapes-flux --port 8000",
     )
     explore.add_argument("--model", help="a pipeline to choose besides the packaged ones: a folder or hub id")
     explore.add_argument("--language-model", default=LANGUAGE_MODEL, help="language model (default: %(default)s)")
@@ -59,7 +78,6 @@ def add_commands(commands: Any) -> None:
         "--host", default="127.0.0.1", help="address to listen on; others than the default can be reached from outside"
     )
     explore.add_argument("--port", type=parse_positive, default=7860, help="port to listen on (default: %(default)s)")
-    explore.set_defaults(command=_explore)
 
 
 def _explore(options: argparse.Namespace) -> int:
@@ -92,12 +110,11 @@ def _repeat(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     from diffsight.gallery.checking import check_model
-    from diffsight.gallery.opening import open_model
     from diffsight.lenses.results.saving import check_file
 
     if options.out:
         check_file(options.out)
-    check = check_model(open_model(options.source), **dict(options.arguments))
+    check = check_model(options.source, **dict(options.arguments))
     print(check)
     if options.out:
         print(check.save(options.out))

@@ -26,7 +26,7 @@ def script(shell: str, commands: Mapping[str, argparse.ArgumentParser]) -> str:
         shell: "bash", "zsh" or "fish".
         commands: The parsers of the commands, by name.
     """
-    options = {name: _options(parser) for name, parser in commands.items()}
+    options = {name: option_names(parser) for name, parser in commands.items()}
     if shell == "fish":
         return _fish(options)
     cases = "\n".join(f'        {name}) words="{" ".join(words)}" ;;' for name, words in options.items())
@@ -34,7 +34,8 @@ def script(shell: str, commands: Mapping[str, argparse.ArgumentParser]) -> str:
     return bash if shell == "bash" else f"autoload -U +X bashcompinit && bashcompinit\n{bash}"
 
 
-def _options(parser: argparse.ArgumentParser) -> list[str]:
+def option_names(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the options of a command."""
     return list(dict.fromkeys(["--help", *re.findall(r"--[a-z][a-z-]*", parser.format_usage())]))
 
 

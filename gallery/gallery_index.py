@@ -21,6 +21,7 @@ from urllib.parse import quote
 from PIL import Image
 
 from diffsight.errors import InputError
+from diffsight.lenses.results.record import files_of_record, read_json
 from diffsight.lenses.results.saving import check_writable, save_files
 from diffsight.lenses.results.shown_settings import settings_of, subject_of
 from diffsight.pipelines.local_paths import find_path, shortened
@@ -78,17 +79,16 @@ def find_results(folder: Path) -> Iterator[FoundResult]:
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """Return the record in a file, or None if the file contains no record."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    record = read_json(path)
     return record if isinstance(record, dict) and isinstance(record.get("lens"), str) else None
 
 
 def _entry(folder: Path, found: FoundResult) -> dict[str, Any]:
     """Return the data that the page shows for a result."""
     record, place = found.record, found.path.parent
-    names = sorted(path.name for path in place.iterdir() if path.suffix.lower() in _IMAGES)
+    own = files_of_record(record)
+    images = (path.name for path in place.iterdir() if path.suffix.lower() in _IMAGES)
+    names = sorted(name for name in images if not own or name in own)  # a record of an older version lists no files
     page = place / "page.html"
     settings = settings_of(record)
     date = record.get("call", {}).get("date") or datetime.fromtimestamp(found.path.stat().st_mtime, UTC).isoformat()

@@ -1,6 +1,7 @@
 """The checks of a language model or vision-language model; see `checking.py`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from typing import Any
@@ -12,11 +13,13 @@ from diffsight.errors import InputError, OutOfOrderError, PointNotFoundError
 from diffsight.gallery.check_does_not_apply import CheckDoesNotApply
 from diffsight.gallery.diffusion_checks import same_bits
 from diffsight.lenses.logit_lens import logit_lens
+from diffsight.lenses.tokens.choosing import check_language_model
 from diffsight.pipelines.language.model import LanguageModel
 from diffsight.pipelines.vision_language.model import VisionLanguageModel
 
 _PROMPT = "The Eiffel Tower is in the city of"
 _TOKENS = 3  # number of tokens to generate
+_OF_GENERATION = ("input_ids", "attention_mask")  # inputs of a forward pass that `generate` takes as well
 _PROBABILITIES: tuple[Callable[[Any, int], torch.Tensor], ...] = (
     lambda run, layer: run.attention_probs[layer],
     lambda run, layer: run.layers[layer].self_attn.products[0].attention_probs,  # the first of several in one call
@@ -81,7 +84,7 @@ class _Language:
     def steps(self) -> str:
         if not self._model.module.can_generate():
             raise CheckDoesNotApply("the model does not generate")
-        with self._generate() as run:
+        with self._bare_generates_as_well(), self._generate() as run:
             steps = sum(1 for _ in run.steps)
         config = self._model.module.generation_config
         assert 1 <= steps <= _TOKENS, f"run.steps has {steps}, but at most {_TOKENS} tokens are generated"
@@ -117,6 +120,10 @@ class _Language:
         return f"{len(grids)} grid{'s' * (len(grids) > 1)}, the first {tuple(grids[0].shape)}"
 
     def lens(self) -> str:
+        try:
+            check_language_model("logit_lens", self._model)
+        except InputError as error:
+            raise CheckDoesNotApply(str(error).removeprefix("logit_lens: ")) from None
         read = logit_lens(self._model, self._prompt, layers=-1, positions=-1, top_k=1, progress=False, **self._more)
         with torch.no_grad():
             run = self._trace()
@@ -128,7 +135,8 @@ class _Language:
     def seeds(self) -> str:
         if not self._model.module.can_generate():
             raise CheckDoesNotApply("the model does not generate")
-        first, again = (self._generate(do_sample=True, seed=3).result for _ in range(2))
+        with self._bare_generates_as_well():
+            first, again = (self._generate(do_sample=True, seed=3).result for _ in range(2))
         assert same_bits(first, again), "the same seed gave another text"
         return "the same seed repeats the text"
 
@@ -138,6 +146,20 @@ class _Language:
     def _generate(self, **settings: Any) -> Any:
         return self._model.generate(self._prompt, max_new_tokens=_TOKENS, **self._more, **settings)
 
+    @contextmanager
+    def _bare_generates_as_well(self) -> Iterator[None]:
+        """Raise CheckDoesNotApply if a generation fails in the block and one of the bare model fails too."""
+        try:
+            yield
+        except Exception as error:
+            inputs = {name: value for name, value in self._inputs().items() if name in _OF_GENERATION}
+            try:
+                self._model.module.generate(**inputs, max_new_tokens=_TOKENS)
+            except Exception as own:  # of the user's model
+                reason = f"{type(own).__name__}: {next(iter(str(own).splitlines()), '')}"
+                raise CheckDoesNotApply(f"the bare model does not generate from this prompt: {reason}") from error
+            raise
+
     def _inputs(self) -> dict[str, Any]:
         """Return the inputs of the model in a run."""
         with torch.no_grad(), self._trace() as run:
@@ -146,9 +168,10 @@ class _Language:
         return inputs
 
     def _module_of(self, layer: int) -> nn.Module:
-        """Return the module of a layer: the first module with the same weights."""
+        """Return the module of a layer: the first module with the same weights that is not a list of layers."""
         weights = set(map(id, self._model.layers[layer].parameters()))
-        return next(m for m in self._model.module.modules() if set(map(id, m.parameters())) == weights)
+        modules = (m for m in self._model.module.modules() if not isinstance(m, nn.ModuleList))
+        return next(m for m in modules if set(map(id, m.parameters())) == weights)
 
 
 def _first(output: Any) -> torch.Tensor:

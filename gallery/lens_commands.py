@@ -15,12 +15,13 @@ from diffsight.gallery.command_options import (
     IMAGE_MODEL,
     LANGUAGE_MODEL,
     PROMPT,
+    add_command,
     add_drawing,
     add_layers,
     add_model,
     add_prompts,
     check_prompt_text,
-    check_seed,
+    device_of,
     print_paths,
 )
 from diffsight.gallery.opening import load_quietly
@@ -45,28 +46,31 @@ def add_lens_commands(commands: Any) -> None:
 
 
 def _add_lens(commands: Any) -> None:
-    lens = commands.add_parser(
+    lens = add_command(
+        commands,
         "lens",
+        _lens,
         help="draw a prompt from each layer of a text encoder",
         description="The diffusion lens: draw a prompt from each layer of a text encoder. Writes the images, a grid of "
         "them, a page, and a record of all settings.",
-        epilog=f'example: diffsight lens "{PROMPT}" --layers embedding,0:12:3,-1 --seed 1 --out lens',
+        example=f'"{PROMPT}" --layers embedding,0:12:3,-1 --seed 1 --out lens',
     )
     add_prompts(lens, "what to draw")
     add_model(lens, IMAGE_MODEL)
     add_drawing(lens)
     add_layers(lens, "the embedding and all layers")
     _add_encoder(lens)
-    lens.set_defaults(command=_lens)
 
 
 def _add_patch(commands: Any) -> None:
-    patch = commands.add_parser(
+    patch = add_command(
+        commands,
         "patch",
+        _patch,
         help="put words of one prompt into the encoding of another",
         description="Cross-encoder patching: draw a target prompt with hidden states of a source prompt put into its "
         "text encoder, an image for each layer and word.",
-        epilog='example: diffsight patch "a red circle" "a blue circle" --words red --layers 0,5,-1 --out patch',
+        example='"a red circle" "a blue circle" --words red --layers 0,5,-1 --out patch',
     )
     patch.add_argument("source", metavar="SOURCE", help="the prompt that hidden states are taken from")
     patch.add_argument("target", metavar="TARGET", help="the prompt that they are put into")
@@ -78,32 +82,34 @@ def _add_patch(commands: Any) -> None:
     add_drawing(patch, several_seeds=False)
     add_layers(patch, "the embedding and all layers")
     _add_encoder(patch)
-    patch.set_defaults(command=_patch)
 
 
 def _add_attention(commands: Any) -> None:
-    attention = commands.add_parser(
+    attention = add_command(
+        commands,
         "attention",
+        _attention,
         help="show where in the image each word is attended to",
         description="Attention maps: draw a prompt, and show where in the image each of its words is attended to. "
         "Writes the image, an overlay for each word, a page, and a record of all settings.",
-        epilog=f'example: diffsight attention "{PROMPT}" --words circle,square --steps 20 --out attention',
+        example=f'"{PROMPT}" --words circle,square --steps 20 --out attention',
     )
     add_prompts(attention, "what to draw")
     add_model(attention, IMAGE_MODEL)
     add_drawing(attention)
     attention.add_argument("--words", metavar="WORDS", help="words of the prompt, separated by commas (default: all)")
     attention.add_argument("--keep", choices=("steps", "layers", "heads"), help="also keep maps by step, layer or head")
-    attention.set_defaults(command=_attention)
 
 
 def _add_trajectory(commands: Any) -> None:
-    trajectory = commands.add_parser(
+    trajectory = add_command(
+        commands,
         "trajectory",
+        _trajectory,
         help="draw what the denoiser predicts at each step",
         description="The trajectory lens: draw the image that the denoiser predicts at each step. Writes the images, a "
         "grid of them, a page, and a record of all settings.",
-        epilog=f'example: diffsight trajectory "{PROMPT}" --steps 20 --at 0:20:5 --show prediction,guidance',
+        example=f'"{PROMPT}" --steps 20 --at 0:20:5 --show prediction,guidance',
     )
     add_prompts(trajectory, "what to draw")
     add_model(trajectory, IMAGE_MODEL)
@@ -121,51 +127,53 @@ def _add_trajectory(commands: Any) -> None:
     trajectory.add_argument(
         "--batch-size", type=parse_positive, metavar="N", help="images to draw in one call (default: all)"
     )
-    trajectory.set_defaults(command=_trajectory)
 
 
 def _add_fidelity(commands: Any) -> None:
-    fidelity = commands.add_parser(
+    fidelity = add_command(
+        commands,
         "fidelity",
+        _fidelity,
         help="measure which parts of a scene each layer knows",
         description="Layer fidelity: draw scenes from each layer of a text encoder and read what is right in them. "
         "Works with pipelines that draw the scenes of diffsight's packaged pipelines.",
-        epilog="example: diffsight fidelity --scenes 16 --steps 10 --out fidelity",
+        example="--scenes 16 --steps 10 --out fidelity",
     )
     fidelity.add_argument("--scenes", type=parse_positive, default=64, help="number of scenes (default: %(default)s)")
     add_model(fidelity, IMAGE_MODEL)
     add_drawing(fidelity, several_seeds=False)
     add_layers(fidelity, "the embedding and all layers")
     _add_encoder(fidelity)
-    fidelity.set_defaults(command=_fidelity)
 
 
 def _add_compare(commands: Any) -> None:
-    compare = commands.add_parser(
+    compare = add_command(
+        commands,
         "compare",
+        _compare,
         help="compare the text encoders of one or several pipelines",
-        description="Compare text encoders over the prompts of a file: how similar their layers are, which prompts are "
+        description="Compare text encoders over several prompts: how similar their layers are, which prompts are "
         "near to each other, and how tokens drift.",
-        epilog="example: diffsight compare --prompts prompts.txt --models diffsight/shapes-clip,diffsight/shapes-t5",
+        example="--prompts prompts.txt --models diffsight/shapes-clip,diffsight/shapes-t5",
     )
-    compare.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE", help="a prompt in each line, or a table"
-    )
+    compare.add_argument("prompt", nargs="*", metavar="PROMPT", help="two prompts or more")
+    compare.add_argument("--prompts", type=Path, metavar="FILE", help="a file with a prompt in each line, or a table")
     compare.add_argument("--models", metavar="NAMES", help="several models, separated by commas, in place of --model")
     compare.add_argument("--images", type=int, default=1, help="prompts to draw with the lens (default: %(default)s)")
     add_model(compare, "diffsight/shapes-flux")
     add_drawing(compare, several_seeds=False)
     add_layers(compare, "the embedding and all layers")
-    compare.set_defaults(command=_compare)
 
 
 def _add_logit_lens(commands: Any) -> None:
-    logits = commands.add_parser(
+    logits = add_command(
+        commands,
         "logit-lens",
+        _logit_lens,
         help="show what a language model would predict at each layer",
         description="The logit lens: what a language model would predict if it stopped at each of its layers. Prints a "
         "table, and writes it with a page and a record of all settings.",
-        epilog=f'example: diffsight logit-lens "{FACT}" --layers=-4: --tokens " Paris"',
+        example=f'"{FACT}" --layers=-4: --tokens " Paris"',
     )
     add_prompts(logits, "what to read")
     add_model(logits, LANGUAGE_MODEL)
@@ -174,20 +182,20 @@ def _add_logit_lens(commands: Any) -> None:
     logits.add_argument(
         "--top-k", type=parse_positive, default=5, metavar="N", help="tokens to keep (default: %(default)s)"
     )
-    logits.set_defaults(command=_logit_lens)
 
 
 def _add_generate(commands: Any) -> None:
-    generate = commands.add_parser(
+    generate = add_command(
+        commands,
         "generate",
+        _generate,
         help="draw a prompt",
         description="Draw a prompt and write the image.",
-        epilog=f'example: diffsight generate "{PROMPT}" --seed 7 --out images',
+        example=f'"{PROMPT}" --seed 7 --out images',
     )
     add_prompts(generate, "what to draw")
     add_model(generate, IMAGE_MODEL)
     add_drawing(generate)
-    generate.set_defaults(command=_generate)
 
 
 def _add_encoder(parser: argparse.ArgumentParser) -> None:
@@ -258,7 +266,11 @@ def _fidelity(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from diffsight.gallery.prompt_files import read_prompts
 
-    prompts = list(dict.fromkeys(read_prompts(options.prompts)))
+    if bool(options.prompt) == (options.prompts is not None):
+        raise InputError("pass prompts, or a file with --prompts" + (", not both" if options.prompt else ""))
+    prompts = list(dict.fromkeys(options.prompt or read_prompts(options.prompts)))
+    for prompt in prompts:
+        check_prompt_text(prompt, PROMPT)
     names = _listed(options.models) or [options.model]
     models = {}
     for name in names:
@@ -280,8 +292,11 @@ def _logit_lens(options: argparse.Namespace) -> None:
         from diffsight.pipelines.language.model import LanguageModel
 
         check_place(options.out)
+        device = device_of(options)
         load_quietly()
         model = LanguageModel(options.model)
+        if device:
+            model.to(device)
         chosen = {"layers": options.layers, "tokens": _listed(options.tokens), "top_k": options.top_k}
 
         def make(prompt: str, seed: int, out: Path) -> list[Path]:
@@ -339,7 +354,7 @@ def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example
     prompts = [options.prompt] if options.prompts is None else read_prompts(options.prompts)
     for prompt in prompts:
         check_prompt_text(prompt, example)
-    left_out = ("command", "prompt", "prompts", "seed", "seeds", "out", "dry_run")
+    left_out = ("command", "prompt", "prompts", "seed", "seeds", "out", "dry_run", "device")
     settings = {name: repr(value) for name, value in vars(options).items() if name not in left_out}
     settings["lens"] = options.command.__name__.strip("_")
     study = Study(options.out, prompts, options.seeds or [options.seed], settings)
@@ -355,15 +370,14 @@ def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example
 
 def _pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Return the model and the arguments of the pipeline. Options that need no model are checked before loading it."""
-    check_seed(options.seed)
     from diffsight.lenses.results.saving import check_place
-    from diffsight.lenses.work_sharing import Processes
     from diffsight.pipelines.diffusion.model import DiffusionModel
 
     check_place(options.out)
+    device = device_of(options)
     load_quietly()
     model = DiffusionModel(options.model)
-    if device := Processes().device:
+    if device:
         model.to(device)
     scheduler = getattr(model.pipeline, "scheduler", None)
     most = scheduler.config.get("num_train_timesteps") if scheduler else None

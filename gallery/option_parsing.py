@@ -14,7 +14,8 @@ def parse_layers(text: str) -> list[int | str | slice]:
         return [_parse_layer(part.strip()) for part in text.split(",")]
     except (ValueError, TypeError):
         raise argparse.ArgumentTypeError(
-            f'{text!r} does not name layers: write numbers, ranges such as 0:8:2, and "embedding", separated by commas'
+            f"{text!r} does not name layers: omit the option for all of them, or write numbers (-1 is the last layer), "
+            'ranges such as 0:8:2, and "embedding", separated by commas'
         ) from None
 
 
@@ -28,7 +29,8 @@ def parse_steps(text: str) -> list[int] | slice:
         return found[0]
     if not found or not all(isinstance(step, int) for step in found):
         raise argparse.ArgumentTypeError(
-            f"{text!r} does not name steps: write numbers such as 0,5,-1, or a range 0:20:5"
+            f"{text!r} does not name steps: omit the option for all of them, or write numbers such as 0,5,-1 (-1 is "
+            "the last step), or a range 0:20:5"
         )
     return found
 
@@ -64,6 +66,15 @@ def parse_numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers: write numbers such as 0,2.5,10") from None
+
+
+def parse_seed(text: str) -> int:
+    """Parse a seed, an integer from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a seed: write a number from 0 on. Commands that make a study take several: --seeds 0:8"
+        )
+    return int(text)
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -15,11 +15,13 @@ from diffsight.gallery.command_options import (
     IMAGE_MODEL,
     LANGUAGE_MODEL,
     PROMPT,
+    add_command,
     add_drawing,
     add_layers,
     add_model,
+    add_seed,
     check_prompt_text,
-    check_seed,
+    device_of,
     print_paths,
 )
 from diffsight.gallery.opening import load_quietly, open_model
@@ -41,31 +43,33 @@ def add_patching_commands(commands: Any) -> None:
 
 
 def _add_activation_patching(commands: Any) -> None:
-    patch = commands.add_parser(
+    patch = add_command(
+        commands,
         "activation-patching",
+        _activation_patching,
         help="put one run's values into another run",
         description="Activation patching: put the clean prompt's values into the run of the corrupted prompt, one site "
         "at a time, and measure the result. Prints the largest effects, and writes a figure and a page.",
-        epilog='example: diffsight activation-patching "The capital of France is" "The capital of Italy is" --tokens '
+        example='"The capital of France is" "The capital of Italy is" --tokens '
         '" Paris, Rome" --sites heads --out heads',
     )
     _add_pair(patch)
     patch.add_argument("--batch-size", type=parse_positive, default=32, metavar="N", help="rows in a pass")
-    patch.set_defaults(command=_activation_patching)
 
 
 def _add_attribution_patching(commands: Any) -> None:
-    patch = commands.add_parser(
+    patch = add_command(
+        commands,
         "attribution-patching",
+        _attribution_patching,
         help="estimate activation patching from gradients",
         description="Attribution patching: estimate for all sites at once what activation patching would find. Prints "
         "the largest effects, and writes a figure and a page.",
-        epilog='example: diffsight attribution-patching "The capital of France is" "The capital of Italy is" --tokens '
+        example='"The capital of France is" "The capital of Italy is" --tokens '
         '" Paris, Rome" --sites heads --out heads',
     )
     _add_pair(patch)
     patch.add_argument("--through", choices=("run", "step"), help="what the gradient goes through, in a pipeline")
-    patch.set_defaults(command=_attribution_patching)
 
 
 def _add_pair(parser: argparse.ArgumentParser) -> None:
@@ -97,12 +101,14 @@ def _add_pair(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_causal_tracing(commands: Any) -> None:
-    trace = commands.add_parser(
+    trace = add_command(
+        commands,
         "causal-tracing",
+        _causal_tracing,
         help="hide a subject, and restore one place at a time",
         description="Causal tracing: noise the embeddings of the subject, restore one place at a time, and measure "
         "what comes back. Prints the largest effects, and writes a figure and a page.",
-        epilog=f'example: diffsight causal-tracing "{FACT}" "Eiffel Tower" --answer " Paris" --samples 2',
+        example=f'"{FACT}" "Eiffel Tower" --answer " Paris" --samples 2',
     )
     trace.add_argument("prompt", metavar="PROMPT", help="the prompt")
     trace.add_argument("subject", metavar="SUBJECT", help="words of the prompt")
@@ -116,16 +122,17 @@ def _add_causal_tracing(commands: Any) -> None:
     add_model(trace, LANGUAGE_MODEL)
     add_layers(trace, "all layers")
     add_drawing(trace, several_seeds=False)
-    trace.set_defaults(command=_causal_tracing)
 
 
 def _add_block_ablation(commands: Any) -> None:
-    ablate = commands.add_parser(
+    ablate = add_command(
+        commands,
         "block-ablation",
+        _block_ablation,
         help="leave parts of a denoiser out, one at a time",
         description="Block ablation: leave one part of the denoiser out at a time, and measure how much the image "
         "changes. Prints the largest effects, and writes a figure and a page.",
-        epilog=f'example: diffsight block-ablation "{PROMPT}" --sites "unet.**.attn2" --mode zero --at 0:10,10:20',
+        example=f'"{PROMPT}" --sites "unet.**.attn2" --mode zero --at 0:10,10:20',
     )
     ablate.add_argument("prompt", metavar="PROMPT", help="the prompt")
     ablate.add_argument("--sites", metavar="SITES", required=True, help="paths and patterns, separated by commas")
@@ -134,15 +141,16 @@ def _add_block_ablation(commands: Any) -> None:
     _add_windows(ablate)
     add_model(ablate, IMAGE_MODEL)
     add_drawing(ablate, several_seeds=False)
-    ablate.set_defaults(command=_block_ablation)
 
 
 def _add_prompt_swap(commands: Any) -> None:
-    swap = commands.add_parser(
+    swap = add_command(
+        commands,
         "prompt-swap",
+        _prompt_swap,
         help="let some cross-attention layers read another prompt",
         description="Draw a prompt while a window of cross-attention layers reads another one, and measure each image.",
-        epilog='example: diffsight prompt-swap "a red circle" "a blue circle" --metric "blue circle" --window 3',
+        example='"a red circle" "a blue circle" --metric "blue circle" --window 3',
     )
     swap.add_argument("prompt", metavar="PROMPT", help="the prompt")
     swap.add_argument("other", metavar="OTHER", help="the prompt that layers of a window read")
@@ -150,16 +158,17 @@ def _add_prompt_swap(commands: Any) -> None:
     _add_metric(swap)
     add_model(swap, IMAGE_MODEL)
     add_drawing(swap, several_seeds=False)
-    swap.set_defaults(command=_prompt_swap)
 
 
 def _add_steering_sweep(commands: Any) -> None:
-    sweep = commands.add_parser(
+    sweep = add_command(
+        commands,
         "steering-sweep",
+        _steering_sweep,
         help="steer a model towards some prompts, with several strengths",
         description="Find the direction from some prompts to others, and draw or continue a prompt with several "
         "strengths of steering along it.",
-        epilog='example: diffsight steering-sweep "a circle" --positive red.txt --negative other.txt --layers '
+        example='"a circle" --positive red.txt --negative other.txt --layers '
         '"unet.**.attn2" --factors 0,5,10 --model diffsight/shapes-clip',
     )
     sweep.add_argument("prompt", metavar="PROMPT", help="what to draw or to continue")
@@ -170,23 +179,23 @@ def _add_steering_sweep(commands: Any) -> None:
     add_model(sweep, LANGUAGE_MODEL)
     add_layers(sweep, "all layers of a language model")
     add_drawing(sweep, several_seeds=False)
-    sweep.set_defaults(command=_steering_sweep)
 
 
 def _add_function_vector(commands: Any) -> None:
-    vector = commands.add_parser(
+    vector = add_command(
+        commands,
         "function-vector",
+        _function_vector,
         help="find the heads that carry a task shown by examples",
         description="Function vectors: find the heads that carry a task, and the vector that they write. Prints the "
         "strongest heads, and writes a figure and a page.",
-        epilog="example: diffsight function-vector antonyms.tsv --shots 4 --heads 10 --out antonyms",
+        example="antonyms.tsv --shots 4 --heads 10 --out antonyms",
     )
     vector.add_argument("pairs", type=Path, metavar="FILE", help="a question, a tab and its answer in each line")
     vector.add_argument("--shots", type=parse_positive, default=5, metavar="N", help="examples (default: %(default)s)")
     vector.add_argument("--heads", type=parse_positive, default=10, metavar="N", help="heads (default: %(default)s)")
-    vector.add_argument("--seed", type=int, default=0, help="0 or more (default: %(default)s)")
+    add_seed(vector)
     add_model(vector, LANGUAGE_MODEL)
-    vector.set_defaults(command=_function_vector)
 
 
 def _add_metric(parser: argparse.ArgumentParser) -> None:
@@ -316,13 +325,15 @@ def _function_vector(options: argparse.Namespace) -> None:
 
 def _opened(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Return the model and the arguments of its runs. Options that need no model are checked before loading it."""
-    check_seed(options.seed)
     from diffsight.lenses.results.saving import check_place
     from diffsight.pipelines.diffusion.model import DiffusionModel
 
     check_place(options.out)
+    device = device_of(options)
     load_quietly()
     model, arguments = open_model(options.model), dict(options.settings)
+    if device:
+        model.to(device)
     if isinstance(model, DiffusionModel):
         arguments |= {"seed": options.seed} | ({"num_inference_steps": options.steps} if options.steps else {})
     elif options.steps:

@@ -59,7 +59,8 @@ def _text_of(path: Path) -> str:
         raise InputError(f"{path} is not UTF-8 text, from byte {error.start} on: convert it first") from None
     except (OSError, ValueError, RuntimeError) as error:  # such as a null byte, or an unknown home directory
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"the prompts cannot be read: {path}: {reason}") from None
+        hint = ". A prompt itself is written without an option" if isinstance(error, FileNotFoundError) else ""
+        raise InputError(f"the prompts cannot be read: {path}: {reason}{hint}") from None
 
 
 def _of_table(lines: list[str]) -> Iterator[str]:

@@ -44,7 +44,7 @@ _OF_MODEL = {
     "edits": list | tuple,
 }
 _KINDS = ("DiffusionModel", "LanguageModel", "VisionLanguageModel", "SAE")
-_NOT_COMPARED = ("versions", "call")  # entries of a record
+_NOT_COMPARED = ("versions", "call", "files")  # entries of a record
 
 
 @dataclass(frozen=True)

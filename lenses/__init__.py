@@ -11,6 +11,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from diffsight.errors import suggest
+
 if TYPE_CHECKING:
     from diffsight.lenses.activation_patching import activation_patching
     from diffsight.lenses.attach_sae import attach_sae
@@ -215,7 +217,7 @@ _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES_IN.items(
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{suggest(name, _MODULE_OF)}")
     return getattr(import_module(_MODULE_OF[name]), name)
 
 

@@ -12,9 +12,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from PIL import Image
 
 from diffsight.lenses.denoising.inverted_images import takes_inverted
@@ -23,7 +22,6 @@ from diffsight.lenses.encoders.layer_drawing import draw_layers, read_layers
 from diffsight.lenses.layers import Layer, Layers, find_layer, layer_file, layer_title
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
-from diffsight.lenses.results.figure import Plot
 from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.outputs import files_of, image_of, media_of, rate_of
 from diffsight.lenses.results.result import LensResult
@@ -31,6 +29,9 @@ from diffsight.lenses.results.sections import ImageSection, Section
 from diffsight.lenses.where_models_are import where_the_model_is
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.prompts import PromptWarning
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,10 @@ class DiffusionLensResult(LensResult):
         titles = [layer_title(layer) for layer in self.layers]
         return image_grid(self.images, titles=titles, title=f"{self.prompt} (seed {self.seed})")
 
-    def plot(self) -> Figure:
+    def plot(self) -> "Figure":
         """Return the images side by side as a matplotlib figure."""
+        from diffsight.lenses.results.figure import Plot  # with matplotlib, which takes half a second to import
+
         columns = min(len(self.images), 7)
         rows = -(-len(self.images) // columns)
         figure = Plot(figsize=(1.5 * columns, 1.75 * rows + 0.5), layout="constrained")

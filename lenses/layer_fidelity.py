@@ -33,7 +33,7 @@ from diffsight.lenses.encoders.checks import check_call, check_pooled
 from diffsight.lenses.encoders.drawing import BatchMismatchError, for_each_row
 from diffsight.lenses.encoders.layer_drawing import LayerReading, draw_layers, read_layers
 from diffsight.lenses.layers import Layer, layer_title, state_of
-from diffsight.lenses.options import check_options
+from diffsight.lenses.options import check_kind, check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.encoder_plots import Curve, curve_panels
 from diffsight.lenses.results.figure import write_figure
@@ -232,8 +232,7 @@ def layer_fidelity(
         InputError: Before anything is drawn, if there is no scene, one is not a Scene or has a caption that is too
             long, and in all cases in which `diffusion_lens` raises it.
     """
-    if not isinstance(model, DiffusionModel):
-        raise InputError(f"layer_fidelity takes a DiffusionModel, not {type(model).__name__}")
+    check_kind("layer_fidelity", model, DiffusionModel)
     check_options(layer_fidelity, model, arguments, also=inspect.signature(diffusion_lens).parameters)
     check_seed(seed)
     asked = _scenes(scenes)

@@ -1,12 +1,27 @@
-"""Check the options of a lens that are passed on to a model, before anything runs."""
+"""Check the model of a lens and the options that are passed on to it, before anything runs."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from diffusers import DiffusionPipeline
+
+from diffsight.errors import InputError
 from diffsight.pipelines.arguments import check_arguments
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
+
+
+def check_kind(lens: str, model: Any, kind: type[DiffusionModel] | type[LanguageModel]) -> None:
+    """Raise InputError, saying what to write, if a lens is called with something other than a model of a kind."""
+    if isinstance(model, kind):
+        return
+    hint = ""
+    if isinstance(model, str):  # a prompt, or the name of a model
+        hint = f": write {lens}(model, {model!r})" if " " in model else f": write {kind.__name__}({model!r})"
+    elif isinstance(model, DiffusionPipeline) and kind is DiffusionModel:
+        hint = ": write DiffusionModel(pipeline)"
+    raise InputError(f"{lens} takes a {kind.__name__}, not {type(model).__name__}{hint}")
 
 
 def check_options(

@@ -6,6 +6,8 @@ Each name is imported when it is first used.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from diffsight.errors import suggest
+
 if TYPE_CHECKING:
     from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
     from diffsight.pipelines.diffusion.attention import Attention, Attentions, find_attentions
@@ -61,7 +63,7 @@ _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _NAMES_IN.items(
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{suggest(name, _MODULE_OF)}")
     return getattr(import_module(_MODULE_OF[name]), name)
 
 

@@ -1,15 +1,18 @@
 """Find out whether the model hub can be reached. If not, only the cache is searched, without retries."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+_OF_DOWNLOADS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 _lock = Lock()
 _offline_blocks: list[object] = []  # active blocks, in any thread, that keep the hub's library offline
 
@@ -25,6 +28,17 @@ def hub_access() -> dict[str, Any]:
     except OSError:
         return {"local_files_only": True}
     return {}
+
+
+def hub_file(repository: str, name: str, arguments: Mapping[str, Any]) -> Path | None:
+    """Return a file of a repository on the hub, or None if there is no such repository or file.
+
+    `arguments` are those of `from_pretrained`, with those of `hub_access`."""
+    given = {key: arguments[key] for key in _OF_DOWNLOADS if key in arguments}
+    try:
+        return Path(hf_hub_download(repository, name, **given))
+    except (OSError, HfHubHTTPError, HFValidationError):
+        return None
 
 
 @contextmanager

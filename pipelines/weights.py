@@ -31,8 +31,9 @@ def without_weights() -> Iterator[None]:
     """Build modules on the meta device in the block.
 
     accelerate changes a method of all modules for this, so only one thread at a time can be in the block, and no other
-    thread can load weights meanwhile."""
-    with _loading, init_empty_weights():
+    thread can load weights meanwhile. transformers does not draw initial values, which would take half of the time and
+    which modules on the meta device cannot hold."""
+    with _loading, init_empty_weights(), _replaced("initialize_weights", lambda model: None):
         yield
 
 
@@ -49,24 +50,31 @@ def requiring_all_weights() -> Iterator[None]:
     lacking: dict[str, list[str]] = {}
     thread = get_ident()
     with _loading:
-        name = "_finalize_model_loading"
-        finalize = vars(PreTrainedModel)[name]
+        finalize = vars(PreTrainedModel)["_finalize_model_loading"].__func__
 
         def recording(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
-            found = finalize.__func__(model, load_config, loading_info)
+            found = finalize(model, load_config, loading_info)
             if found.missing_keys and get_ident() == thread:
                 lacking[type(model).__name__] = sorted(found.missing_keys)
             return found
 
-        setattr(PreTrainedModel, name, staticmethod(recording))
-        try:
+        with _replaced("_finalize_model_loading", staticmethod(recording)):
             yield
-        finally:
-            setattr(PreTrainedModel, name, finalize)
     if lacking:
         raise MissingWeightsError(
             "; ".join(f"{model} lacks the weights {_listed(keys)}" for model, keys in lacking.items())
         )
+
+
+@contextmanager
+def _replaced(name: str, method: Any) -> Iterator[None]:
+    """Replace a method of all transformers models in the block."""
+    own = vars(PreTrainedModel)[name]
+    setattr(PreTrainedModel, name, method)
+    try:
+        yield
+    finally:
+        setattr(PreTrainedModel, name, own)
 
 
 def _listed(keys: list[str]) -> str:

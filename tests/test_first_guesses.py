@@ -1,5 +1,6 @@
 """What a new user writes before reading anything works, or the error says what to write."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -8,8 +9,9 @@ from urllib.request import url2pathname
 import pytest
 import torch
 
-from diffsight import DiffusionModel, LanguageModel, diffusion_lens, image_grid
-from diffsight.errors import PointNotFoundError, RunClosedError, UnknownKeyError
+import diffsight
+from diffsight import DiffusionModel, LanguageModel, diffusion_lens, image_grid, logit_lens, trajectory_lens
+from diffsight.errors import InputError, PointNotFoundError, RunClosedError, UnknownKeyError
 from diffsight.gallery.cli import main
 from helpers import refusal
 from models import language, lens_results
@@ -19,6 +21,9 @@ def test_lenses_say_what_to_write(sd):
     model = DiffusionModel(sd)
     for given, told in (("some/model", "DiffusionModel('some/model')"), (sd, "DiffusionModel(pipeline)")):
         assert refusal(diffusion_lens, given, "a red circle").endswith(f"write {told}")
+    for lens in (diffusion_lens, trajectory_lens, logit_lens):
+        assert refusal(lens, "a red circle", model).endswith(f"write {lens.__name__}(model, 'a red circle')")
+    assert refusal(logit_lens, "gpt2", "A cat").endswith("write LanguageModel('gpt2')")
     assert "omit the argument" in refusal(diffusion_lens, model, "a red circle", layers="all")
     assert "sweep" in refusal(diffusion_lens, model, ["a red circle", "a blue square"])
     assert "sweep" in refusal(diffusion_lens, model, "a red circle", seed=[0, 1])
@@ -86,18 +91,57 @@ def test_an_image_grid_of_a_result(saved_models):
 
 def test_names_that_a_pipeline_does_not_have(sd):
     model = DiffusionModel(sd)
+    run = model.generate("a cat", num_inference_steps=1)
     for owner, name, told in (
-        (model.generate("a cat", num_inference_steps=1), "save", r'run\.images\[0\]\.save\("image\.png"\)'),
+        (run, "save", r'run\.images\[0\]\.save\("image\.png"\)'),
+        (run, "show", r"run\.images\[0\]\.show\(\)"),
+        (model, "sample", r"drawn with generate"),
+        (model, "cuda", r'model\.to\("cuda"\)'),
         (model, "layers", r"layers are those of a text encoder: \.text_encoder\.layers"),
     ):
         with pytest.raises(PointNotFoundError, match=told):
             getattr(owner, name)
 
 
+def test_a_run_has_no_parts_by_number(sd):
+    run = DiffusionModel(sd).generate("a cat", num_inference_steps=1)
+    with pytest.raises(InputError, match=r"its images are run\.images"):
+        run[0]
+
+
+def test_a_generation_is_printed():
+    with pytest.raises(PointNotFoundError, match=r"print\(run\.text\)"):
+        language.model().generate("A cat", max_new_tokens=1).show()
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("load", 'DiffusionModel("diffsight/shapes-clip") opens a pipeline'),
+        ("sweep", "it is in diffsight.gallery: from diffsight.gallery import sweep"),
+        ("DiffusionLensResult", "it is in diffsight.lenses"),
+        ("difusion_lens", "did you mean 'diffusion_lens'"),
+    ],
+)
+def test_names_that_the_package_does_not_have(name, told):
+    with pytest.raises(AttributeError, match=re.escape(told)):
+        getattr(diffsight, name)
+
+
+def test_the_packages_are_attributes():
+    assert diffsight.gallery.sweep.__name__ == "sweep" and diffsight.lenses.logit_lens is logit_lens
+
+
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["lens", "a cat", "--guidance_scale", "3"], "passed with --set NAME=VALUE"),
+        (["lens", "a cat", "--guidance-scale", "3"], "An argument of the pipeline is written --set guidance_scale=3"),
+        (["lens", "a cat", "--num_inference_steps=3"], "Write --steps 3"),
+        (["lens", "a cat", "--devise", "cpu"], "(did you mean --device?)"),
+        (["check", "diffsight/shapes-clip", "--steps", "2"], "is written num_inference_steps=2"),
+        (["logit_lens", "a cat"], "(did you mean 'logit-lens'"),
+        (["diffusion_lens", "a cat"], "(did you mean 'lens'?)"),
+        (["list"], "(did you mean 'models'?)"),
         (["check"], "required: SOURCE\n"),
         (["repeat", "nothing"], "there is no file or folder nothing"),
     ],
@@ -109,6 +153,15 @@ def test_commands_say_what_to_write(words, told, capsys):
         status = error.code
     assert status == 2
     assert told in capsys.readouterr().err
+
+
+def test_help_in_a_word(capsys):
+    helped = []
+    for words in (["help", "lens"], ["lens", "--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+        helped.append(capsys.readouterr().out)
+    assert helped[0] == helped[1] and "usage: diffsight lens" in helped[0]
 
 
 @pytest.mark.parametrize("has_browser", [True, False])

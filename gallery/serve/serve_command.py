@@ -7,6 +7,7 @@ import threading
 from typing import Any
 
 from diffsight.errors import InputError
+from diffsight.gallery.command_options import add_command
 from diffsight.gallery.option_parsing import parse_positive
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -14,13 +15,14 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 def add_serve_commands(commands: Any) -> None:
     """Add these commands to the command line."""
-    serve = commands.add_parser(
+    serve = add_command(
+        commands,
         "serve",
+        _serve,
         help="serve models for remote runs",
         description="Serve models for remote runs, with Ray Serve. Needs the extra `server`.",
-        epilog="example: diffsight serve diffsight/shapes-clip",
+        example="diffsight/shapes-clip",
     )
-    serve.set_defaults(command=_serve)
     serve.add_argument("models", nargs="+", metavar="MODEL", help="packaged name, folder or hub id; or NAME=MODEL")
     serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: the loopback)")
     serve.add_argument("--port", type=int, default=8000, help="the port (default: 8000)")
@@ -41,13 +43,14 @@ def add_serve_commands(commands: Any) -> None:
     serve.add_argument(
         "--queue", type=parse_positive, default=100, metavar="N", help="runs that may wait (default: 100)"
     )
-    key = commands.add_parser(
+    key = add_command(
+        commands,
         "key",
+        _key,
         help="make an API key for a server",
         description="Make a new API key, print it once, and add its hash to a file for `diffsight serve --keys`.",
-        epilog="example: diffsight key keys.txt alice",
+        example="keys.txt alice",
     )
-    key.set_defaults(command=_key)
     key.add_argument("file", metavar="FILE", help="the file of keys, created if it does not exist")
     key.add_argument("name", metavar="NAME", help="whose key it is")
     key.add_argument(

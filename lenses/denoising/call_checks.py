@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import SchedulerMixin
 
 from diffsight.errors import InputError
-from diffsight.lenses.options import check_options
+from diffsight.lenses.options import check_kind, check_options
 from diffsight.pipelines.diffusion.call_arguments import call_defaults
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.model import DiffusionModel
@@ -26,8 +26,7 @@ def check_one_image(
 ) -> None:
     """Check that a lens draws one image, from at most one prompt, with a pipeline that has one scheduler."""
     name = lens.__name__
-    if not isinstance(model, DiffusionModel):
-        raise InputError(f"{name} takes a DiffusionModel, not {type(model).__name__}")
+    check_kind(name, model, DiffusionModel)
     check_options(lens, model, arguments)
     if prompt is not None and not isinstance(prompt, str):
         raise InputError(f"{name} takes one prompt, a string, not {type(prompt).__name__}")

@@ -11,13 +11,15 @@ another prompt or guidance, replace them.
 import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.inverse_schedulers import inverse_of
-from diffsight.lenses.inversion import Inversion
 from diffsight.lenses.results.model_records import fingerprint
 from diffsight.pipelines.diffusion.model import DiffusionModel
+
+if TYPE_CHECKING:
+    from diffsight.lenses.inversion import Inversion
 
 _R = TypeVar("_R")
 _NOISE = ("seed", "latents", "generator")  # an inverted image has its own
@@ -32,7 +34,7 @@ def takes_inverted(lens: Callable[..., _R]) -> Callable[..., _R]:
     signature = inspect.signature(lens)
 
     @wraps(lens)
-    def on_inverted(*args: Any, inverted: Inversion | None = None, **kwargs: Any) -> _R:
+    def on_inverted(*args: Any, inverted: "Inversion | None" = None, **kwargs: Any) -> _R:
         if inverted is None:
             return lens(*args, **kwargs)
         given = signature.bind_partial(*args, **kwargs).arguments
@@ -45,7 +47,7 @@ def takes_inverted(lens: Callable[..., _R]) -> Callable[..., _R]:
         args, kwargs = (model, *args[1:]), {name: value for name, value in kwargs.items() if name != "model"}
         return lens(*args, **filled, **kwargs)
 
-    own = inspect.Parameter("inverted", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Inversion | None)
+    own = inspect.Parameter("inverted", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="Inversion | None")
     *others, arguments = signature.parameters.values()
     on_inverted.__signature__ = signature.replace(parameters=[*others, own, arguments])
     return on_inverted
@@ -53,6 +55,8 @@ def takes_inverted(lens: Callable[..., _R]) -> Callable[..., _R]:
 
 def _checked(lens: str, model: Any, inverted: Any) -> DiffusionModel:
     """Return the model that draws an inverted image, with the controller of the inversion if it has one."""
+    from diffsight.lenses.inversion import Inversion  # with matplotlib, which most runs do not need
+
     if not isinstance(inverted, Inversion):
         raise InputError(f"{lens}: inverted must be what invert returns, not {type(inverted).__name__}")
     if not isinstance(model, DiffusionModel):
@@ -73,7 +77,7 @@ def _checked(lens: str, model: Any, inverted: Any) -> DiffusionModel:
     return model.edit(inverted.draw_to_image) if inverted.eta else model
 
 
-def _check_arguments(given: Mapping[str, Any], inverted: Inversion) -> None:
+def _check_arguments(given: Mapping[str, Any], inverted: "Inversion") -> None:
     """Raise InputError for an argument with which the noise does not lead to the image."""
     for name in _NOISE:
         if given.get(name) is not None:

@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline
-
 from diffsight.errors import InputError
+from diffsight.lenses.options import check_kind
 from diffsight.pipelines.diffusion.components import text_encoder_names
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord
 from diffsight.pipelines.diffusion.encoding import cut_off
@@ -40,10 +39,7 @@ def check_pooled(pooled: Any) -> None:
 
 def check_diffusion_model(lens: str, model: Any) -> None:
     """Check that `model` is a pipeline with a text encoder."""
-    if not isinstance(model, DiffusionModel):
-        given = repr(model) if isinstance(model, str) else "pipeline" if isinstance(model, DiffusionPipeline) else ""
-        hint = f": write DiffusionModel({given})" if given else ""
-        raise InputError(f"{lens} takes a DiffusionModel, not {type(model).__name__}{hint}")
+    check_kind(lens, model, DiffusionModel)
     if not text_encoder_names(model.pipeline):
         raise InputError(f"{lens} needs a text encoder, but {type(model.pipeline).__name__} has none")
 

@@ -11,11 +11,11 @@ depends on system libraries. So a grid looks the same on every machine.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from importlib.util import find_spec
 from itertools import chain
 from operator import index
 from pathlib import Path
 
-import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 _PAPER, _INK = "white", "#202020"
@@ -192,7 +192,8 @@ def _longest(word: str, fits: Callable[[str], bool]) -> int:
 @cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", name)
+    matplotlib = Path(find_spec("matplotlib").origin).parent  # it is slow to import
+    path = matplotlib / "mpl-data" / "fonts" / "ttf" / name
     return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 

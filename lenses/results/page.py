@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib import colormaps
 from PIL import Image
 
 from diffsight.lenses.results.record import as_json, versions
@@ -194,6 +193,8 @@ def _csv(rows: Iterable[Iterable[Any]]) -> str:
 
 
 def _colored(values: np.ndarray, name: str, low: float, high: float) -> Image.Image:
+    from matplotlib import colormaps  # slow to import, and most pages have no map
+
     colors = colormaps[name].with_extremes(bad="#808080")((values - low) / max(high - low, 1e-12), bytes=True)
     return Image.fromarray(colors[..., :3])
 

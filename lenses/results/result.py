@@ -19,25 +19,41 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 
 from diffsight.errors import InputError, suggest
 from diffsight.lenses.results.calls import Call
 from diffsight.lenses.results.page import framed, page_of
-from diffsight.lenses.results.record import with_call, write_record
+from diffsight.lenses.results.record import files_of_record, read_json, with_call, write_record
 from diffsight.lenses.results.saving import HTML, check_file, expanded, names_a_file, save_files
 from diffsight.lenses.results.sections import ImageSection, Section
 from diffsight.lenses.results.shown_settings import subject_of
 from diffsight.lenses.results.terminal import lines_of, text_of
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.console import Console, ConsoleOptions, RenderableType
 
 PAGE = "page.html"
 ARGUMENTS = "arguments.safetensors"
-_OTHER_NAMES = {"to_dict": "record", "to_json": "record", "display": "show", "view": "show", "code": "call"}
+_OTHER_NAMES = {
+    "animate": "save",
+    "code": "call",
+    "display": "show",
+    "figure": "plot",
+    "gif": "save",
+    "heatmap": "plot",
+    "html": "to_html",
+    "probs": "probabilities",
+    "table": "show",
+    "to_csv": "to_html",
+    "to_dataframe": "record",
+    "to_dict": "record",
+    "to_json": "record",
+    "to_pandas": "record",
+    "view": "show",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ class LensResult:
         """Return the files that `save` writes besides record and page: names to functions that write them to a path."""
         return {}
 
-    def preview(self) -> Image.Image | Figure | None:
+    def preview(self) -> "Image.Image | Figure | None":
         """Return the image or figure that stands for the result."""
         return None
 
@@ -78,6 +94,8 @@ class LensResult:
     def save(self, path: str | Path) -> list[Path]:
         """Write all files of the result into a folder, or none of them, and return their paths.
 
+        A result that was saved there before, with a record of the same name, is replaced. Other files stay.
+
             result.save("lens")             # a folder
             result.save("lens.png")         # one image: what `preview` returns
             result.save("lens.html")        # the page alone
@@ -93,14 +111,15 @@ class LensResult:
             check_file(path)
             write = self._write_page if path.suffix.lower() == HTML else self._write_image
             return save_files(path.parent, {path.name: write})
-        files = {
-            self.record_file: partial(write_record, with_call(self.record(), self.call)),
-            PAGE: self._write_page,
-            **self.files(),
-        }
+        files = {PAGE: self._write_page, **self.files()}
         if self.call is not None and self.call.tensors:
             files[ARGUMENTS] = partial(save_file, dict(self.call.tensors))
-        return save_files(path, files)
+        record = {**with_call(self.record(), self.call), "files": list(files)}
+        replaced = files_of_record(read_json(path / self.record_file))
+        paths = save_files(path, {self.record_file: partial(write_record, record), **files})
+        for name in replaced - set(files):
+            (path / name).unlink(missing_ok=True)
+        return paths
 
     def to_html(self, path: str | Path) -> Path:
         """Write the page, which needs no other file and no network, and return its path.
@@ -166,7 +185,7 @@ class LensResult:
         preview = self.preview()
         if preview is None:
             raise InputError(f"{type(self).__name__} has no image: save(folder) writes its files")
-        if isinstance(preview, Figure):
+        if not isinstance(preview, Image.Image):
             preview.savefig(path)
         elif path.suffix.lower() == ".svg":
             raise InputError(f"{path.name}: a pixel image cannot be an SVG file: write a .png file")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-_LEFT_OUT = ("lens", "call", "versions")  # shown elsewhere
+_LEFT_OUT = ("lens", "call", "versions", "files")  # shown elsewhere
 _LONGEST = 400  # characters of a value
 _MOST = 8  # prompts that are listed
 

@@ -8,6 +8,7 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import EMBEDDING, Layer, Layers, choose_layers, in_model_order
+from diffsight.lenses.options import check_kind
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 
 Tokens = str | int | Iterable[str | int] | None
@@ -33,8 +34,7 @@ def check_language_model(lens: str, model: Any) -> None:
     Raises:
         InputError: `model` has no head or no such layers, or is not a LanguageModel.
     """
-    if not isinstance(model, LanguageModel):
-        raise InputError(f"{lens} takes a LanguageModel, not {type(model).__name__}")
+    check_kind(lens, model, LanguageModel)
     if not hasattr(model, "lm_head"):
         raise InputError(f"{lens}: no lm_head was found in {model.label}, so layers cannot be read as tokens")
     if model.hidden_layout is None:
@@ -42,6 +42,8 @@ def check_language_model(lens: str, model: Any) -> None:
             f"{lens}: the layers of {model.label} do not return one hidden state for each token, or are called several "
             "times in a pass"
         )
+    if model.mixes_layers:
+        raise InputError(f"{lens}: the logits of {model.label} come from several layers, so no layer alone has any")
 
 
 def layers_to_read(model: LanguageModel, layers: Layers) -> tuple[Layer, ...]:

@@ -12,6 +12,15 @@ from collections.abc import Iterable
 from diffsight.extending import Envoy, Target, tree_of
 from diffsight.pipelines.language.accessors import LayerAccessors
 
+_HINTS = {  # by names that a pipeline does not have
+    ("save", "save_image"): 'images are saved one by one, as in run.images[0].save("image.png")',
+    ("show", "display", "plot", "view"): "images are shown one by one, as in run.images[0].show()",
+    ("run", "sample", "draw", "predict", "forward"): "images are drawn with generate, as in "
+    'model.generate("a red circle", seed=0).images[0]',
+    ("cuda", "cpu", "half", "float", "bfloat16"): 'a pipeline is moved or cast with to, as in model.to("cuda")',
+    ("eval", "train", "state_dict"): "it belongs to the modules of a pipeline, such as model.unet",
+}
+
 
 class EncoderEnvoy(LayerAccessors, Envoy):
     """The envoy of a text encoder, or of any component with the standard name `layers`."""
@@ -21,8 +30,9 @@ class HasEncoders:
     """Adds text encoders with accessors to the envoy of a pipeline."""
 
     def _hint(self, name: str, known: Iterable[str]) -> str:
-        if name in ("save", "show", "display"):
-            return '; images are saved one by one, as in run.images[0].save("image.png")'
+        for names, hint in _HINTS.items():
+            if name in names:
+                return f"; {hint}"
         encoders = [part for part in self._names() if part.startswith("text_encoder")]
         if encoders and name in ("layers", "layers_input", "layers_output"):
             return f"; layers are those of a text encoder: .{encoders[0]}.{name}"

@@ -17,8 +17,6 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline, ModularPipelineBlocks
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -26,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from diffsight.errors import DiffsightError, InputError, suggest_packaged
 from diffsight.pipelines.arguments import check_arguments
 from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
-from diffsight.pipelines.hub_access import hub_access, hub_says
+from diffsight.pipelines.hub_access import hub_access, hub_file, hub_says
 from diffsight.pipelines.loading_arguments import check_modular_arguments, check_pipeline_arguments
 from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.packaged import FOLDERS, LANGUAGE_MODELS
@@ -148,14 +146,7 @@ def _is_modular(place: str, is_local: bool, arguments: dict[str, Any]) -> bool:
     """Return whether a folder or hub repository has only the index of a modular pipeline."""
     if is_local:
         return not (Path(place) / "model_index.json").is_file()
-    given = {name: value for name, value in _for_hub(arguments).items() if name != "proxies"}
-    for index in ("model_index.json", _MODULAR_INDEX):
-        try:
-            hf_hub_download(place, index, **given)
-        except (OSError, HfHubHTTPError):
-            continue
-        return index == _MODULAR_INDEX
-    return False
+    return not hub_file(place, "model_index.json", arguments) and bool(hub_file(place, _MODULAR_INDEX, arguments))
 
 
 def _load_modular(place: str, arguments: dict[str, Any]) -> ModularPipeline:

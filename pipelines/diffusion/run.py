@@ -78,6 +78,11 @@ class DiffusionRun(GeneratedOutputs, Run):
     _called: PipelineOfRun | None = None  # None if the run does not call the pipeline
     _output: str | None = None  # the only value that a modular pipeline was asked to return
 
+    def __getitem__(self, key: int | str | slice) -> Any:
+        if not isinstance(key, str):  # the components of a pipeline have names, not numbers
+            raise InputError(f"a run has no part {key!r}: its images are run.images, and the parts of a batch run.rows")
+        return super().__getitem__(key)
+
     @property
     def steps(self) -> Any:
         """The denoising steps, as the pipeline enters them.

@@ -93,7 +93,8 @@ class LayerAccessors:
         if name in ("hidden_states", "hidden_state", "last_hidden_state"):
             return "; hidden states are .layers_output[i], and .layers_input[0] before the first layer"
         if name in ("num_layers", "n_layers", "n_layer"):
-            return f"; it has {len(self._layers())} layers: len(model.layers)"
+            path = f"model.{self.path}" if self.path else "model"
+            return f"; it has {len(self._layers())} layers: len({path}.layers)"
         return super()._hint(name, known)
 
     def _layers(self) -> Envoy:
@@ -126,6 +127,11 @@ class LayerAccessors:
 
 class Accessors(LayerAccessors):
     """The accessors of a language model."""
+
+    def _hint(self, name: str, known: Iterable[str]) -> str:
+        if name in ("show", "display"):
+            return "; print(run.text) prints the text that a run generated"
+        return super()._hint(name, known)
 
     @property
     def attentions_input(self) -> PerLayer:
@@ -268,6 +274,8 @@ class Accessors(LayerAccessors):
         tree.load_unless_scanning()
         if tree.target_named(tree.root, "lm_head") is None:
             raise PointNotFoundError(f"no lm_head was found in {tree.title}")
+        if self.mixes_layers:
+            raise InputError(f"the logits of {tree.title} come from several layers, so no layer alone has any")
         structure = tree.structure
         if structure is not None and not structure.has_plain_tail and structure.layout is not None:
             layers = [owner_of(layer) for layer in self._layers()]
@@ -286,6 +294,12 @@ class Accessors(LayerAccessors):
         if structure is None:
             return HiddenLayout()
         return None if structure.has_cycles else structure.layout
+
+    @property
+    def mixes_layers(self) -> bool:
+        """Whether the logits are computed from several layers or other parts, so that no layer alone has logits."""
+        structure = self._tree.structure
+        return structure is not None and structure.has_bypass
 
     # ---- parts
 

@@ -36,12 +36,15 @@ class Structure:
         layout: The layout of the hidden states that layers return, or None if they have no token dimension.
         has_cycles: Whether a layer is called several times in a pass, so that it has several outputs.
         has_plain_tail: Whether there is nothing but the final norm and the head between the last layer and the logits.
+        has_bypass: Whether anything else than the output of the last layer reaches the final norm (without one, the
+            head).
     """
 
     tuples: list[int] = field(default_factory=list)
     layout: HiddenLayout | None = field(default_factory=HiddenLayout)
     has_cycles: bool = False
     has_plain_tail: bool = True
+    has_bypass: bool = False
 
 
 class Provenance(TorchDispatchMode):
@@ -137,6 +140,7 @@ class _NameTrace:
         self.model, self.names, self.parts = model, names, parts
         self.layers = _separate(model.get_submodule(names["layers"])) if "layers" in names else []
         self.structure = Structure([0] * len(self.layers))
+        self.has_several_streams = False  # the layers return several hidden states, each with a name
         self.watch_parts()
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> None:
@@ -195,6 +199,7 @@ class _NameTrace:
     def leave_layer(self, name: str, output: Any) -> None:
         index = int(name[len("layers[") : -1])
         self.structure.tuples[index] = len(output) if isinstance(output, (tuple, list)) else 0
+        self.has_several_streams |= hasattr(output, "_fields")
         if not isinstance(_first(output), torch.Tensor):
             raise _Wrong(
                 "layers",
@@ -211,6 +216,7 @@ class _NameTrace:
 
     def enter_head(self, name: str, origin: frozenset[str]) -> None:
         last = f"layers[{len(self.layers) - 1}]"
+        self.into_norm = self.into_norm if "ln_final" in self.names else origin
         if "ln_final" in self.names and self.layers and last not in self.into_norm:
             raise _Wrong("ln_final", f"it does not receive the output of {last}")
         before = "ln_final" if "ln_final" in self.names else f"layers[{len(self.layers) - 1}]"
@@ -248,7 +254,9 @@ class _NameTrace:
         is_module = ":" not in self.names.get("lm_head", "")  # anything may happen between the modules of a span
         passes_on = all(self.passed[a, "out"].is_same(b) for a, b in zip(parts, into))
         self.structure.has_plain_tail = is_module and passes_on
-        self.structure.layout = HiddenLayout.of(self.passed[last, "out"].tensor.shape, *self.shape)
+        self.structure.has_bypass = bool(self.into_norm - {last})
+        hidden = self.passed[last, "out"].tensor
+        self.structure.layout = None if self.has_several_streams else HiddenLayout.of(hidden.shape, *self.shape)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 
-from diffsight import DiffusionModel, Model, VisionLanguageModel
+from diffsight import DiffusionModel, LanguageModel, Model, VisionLanguageModel, logit_lens
 from diffsight.errors import InputError
 from diffsight.gallery import check_model
 from diffsight.gallery.cli import main
-from models import diffusion, language, lens_results, vision_language
+from helpers import refusal
+from models import architectures, diffusion, language, lens_results, vision_language
 
 FAST = {"num_inference_steps": 2}
 
@@ -59,6 +60,31 @@ def test_a_language_model_passes_every_check():
     }
     assert check.is_ok
     assert details(check)["layers"].startswith("4, each with the bits")
+
+
+@pytest.mark.parametrize(
+    "kind, names, told",
+    [
+        ("inkling2_text", None, "come from several layers"),
+        ("reformer", None, "do not return one hidden state for each token"),
+        ("blt", {"layers": "model.global_transformer.layers"}, "do not return one hidden state for each token"),
+    ],
+)
+def test_a_model_that_has_no_logit_lens(kind, names, told):
+    net = architectures.build_causal(kind)
+    model, ids = LanguageModel(net, names=names), architectures.inputs_of(net)
+    assert told in refusal(logit_lens, model, ids)
+    check = check_model(model, prompt=ids)
+    assert check.is_ok
+    assert (states(check)["layers"], states(check)["logit lens"]) == ("ok", "none")
+    assert told in details(check)["logit lens"]
+
+
+def test_a_prompt_from_which_the_bare_model_does_not_generate():
+    net = architectures.build_causal("musicgen")
+    check = check_model(LanguageModel(net), prompt=architectures.inputs_of(net))
+    assert (states(check)["unread run"], states(check)["steps"], states(check)["seeds"]) == ("ok", "none", "none")
+    assert "the bare model does not generate from this prompt" in details(check)["seeds"]
 
 
 def test_a_vision_language_model_shows_its_image_tokens():
@@ -128,7 +154,7 @@ def test_a_check_that_fails_has_exit_status_1(saved_models, capsys):
 def test_bad_input(saved_models, tmp_path, capsys):
     pipeline = str(saved_models / "pipeline")
     for argv, message in [
-        (["check", str(tmp_path)], "is not a pipeline"),
+        (["check", str(tmp_path)], "there is no model in"),
         (["check", "diffsight/nothing"], "diffsight/nothing"),
         (["check", pipeline, "steps"], "NAME=VALUE"),
         (["check", str(saved_models / "language"), "height=3"], "takes prompt"),

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,18 @@ def test_texts_of_records_cannot_become_markup(tmp_path):
     (one,) = data_of(tmp_path)
     assert (one["prompt"], one["base"], one["page"]) == (NASTY, "%3Cb%3Ex/", "")
     assert one["date"]  # from the file
+
+
+def test_a_result_saved_over_another_replaces_it(tmp_path, saved_models):
+    result = lens_results.make("diffusion_lens", saved_models)
+    result.save(tmp_path / "lens")
+    (tmp_path / "lens" / "mine.png").write_bytes((tmp_path / "lens" / "layer_01.png").read_bytes())
+    other = replace(result, layers=result.layers[-1:], images=result.images[-1:], outputs=())
+    paths = other.save(tmp_path / "lens")
+    assert {path.name for path in (tmp_path / "lens").iterdir()} == {"mine.png", *(path.name for path in paths)}
+    write_gallery(tmp_path)
+    (found,) = data_of(tmp_path)
+    assert list(found["images"]) == ["layer_02"]
 
 
 def test_what_is_no_result_is_left_out(study, tmp_path):

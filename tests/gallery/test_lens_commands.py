@@ -76,6 +76,8 @@ def test_compare(saved_models):
     models = {name: lens_results.load(Path(name)) for name in names.split(",")}
     want = compare_encoders(models, [RED, BLUE], layers=[0, 1], **lens_results.FAST)
     assert list(record["encoders"]) == list(want)
+    assert run("compare", RED, BLUE, "--models", names, *options[:-1], "again") == 0
+    assert json.loads(Path("again/comparison.json").read_text())["similarity"] == record["similarity"]
 
 
 def test_logit_lens(saved_models, capsys):
@@ -193,10 +195,15 @@ def test_more_seeds_are_added_to_a_study(study, capsys):
         (("lens", "--prompts", "latin.txt"), "is not UTF-8 text, from byte 3 on"),
         (("lens", "--prompts", "prompts.txt", "--out", "a.png"), "into a folder, but a.png is the name of a file"),
         (("lens", RED, "--seeds", "x"), "does not name seeds"),
+        (("lens", RED, "--seed", "0:3"), "several: --seeds"),
+        (("lens", "--prompt", RED), "A prompt itself is written without an option"),
+        (("lens", RED, "--device", "nothing"), "the device nothing cannot be used"),
+        (("lens", RED, "--layers", "all"), "omit the option for all of them"),
         (("lens", RED, "--set", "guidance"), "NAME=VALUE"),
         (("patch", RED, ""), "the prompt is empty"),
         (("logit-lens", "--prompts", "empty.txt"), "has no prompts"),
-        (("compare",), "--prompts"),
+        (("compare",), "pass prompts, or a file with --prompts"),
+        (("compare", RED, "--prompts", "prompts.txt"), "not both"),
     ],
     ids=str,
 )

@@ -52,7 +52,11 @@ _INDEXER = {
     "indexer_compress_ratio": 2,
 }
 _MORE: dict[str, dict[str, Any]] = {
-    "blt": {"use_cache": False},
+    "blt": {
+        "use_cache": False,
+        "encoder_config": {"hidden_size_global": 32},
+        "decoder_config": {"hidden_size_global": 32},
+    },
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "codegen": {"rotary_dim": 4},

@@ -15,7 +15,6 @@ from models import architectures
 
 # What transformers itself cannot make of a small configuration alone.
 NOT_CONSTRUCTED = {
-    "blt": "three models over bytes and patches, whose sizes have to fit each other",
     "gemma3n": "its vision tower needs timm",
     "gemma4_assistant": "a draft model: reads the hidden states and keys of another model, not tokens",
     "gemma4_unified_assistant": "a draft model: reads the hidden states and keys of another model, not tokens",
@@ -23,6 +22,7 @@ NOT_CONSTRUCTED = {
 
 # What has no place in the standard names.
 UNSUPPORTED = {
+    "blt": "three models, over bytes and over patches",
     "hrm_text": "two stacks of layers that call each other in cycles",
     "longcat_flash": "two attentions and two MLPs in every layer",
     "reformer": "reversible layers: two streams of hidden states",
