@@ -9,6 +9,7 @@ Edits and the functions of `run.each` run here, in coroutines as in a local run.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from diffsight.engine.points import LAST, Asked, check_value, first_input
 from diffsight.engine.run_end import ENDED, STOPPED
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.target import Target
-from diffsight.engine.torch_state import TorchState
+from diffsight.engine.torch_state import TorchState, call_in
 from diffsight.engine.tree import Tree
 from diffsight.engine.user_bodies import Body
 from diffsight.engine.users_line import UsersLine, users_line
@@ -246,7 +247,15 @@ class RemoteFlow(Flow):
         self._waiting.append(op)
 
     def _ask(self, op: dict[str, Any], asked: object) -> Any:
-        """Send an operation, together with the waiting ones, and return the answer."""
+        """Send an operation, together with the waiting ones, and return the answer.
+
+        Messages are built and read outside the blocks of the body, such as `torch.device(...)` or inference mode."""
+        state = TorchState.capture()
+        if state.is_plain and not state.inference:
+            return self._ask_plainly(op, asked)
+        return call_in(replace(state.bare(), inference=False), None, lambda: self._ask_plainly(op, asked))
+
+    def _ask_plainly(self, op: dict[str, Any], asked: object) -> Any:
         body = self._beside()
         is_bare = op["op"] == "finish" and self._connection is None
         if self._mirrored and not is_bare:
@@ -261,8 +270,7 @@ class RemoteFlow(Flow):
             self._release()
         if reply["say"] == "error":
             self._raise(reply)
-        with torch.inference_mode(False):
-            return decoder.decode(reply["value"])
+        return decoder.decode(reply["value"])
 
     def _raise(self, reply: Mapping[str, Any]) -> None:
         error, self._body_error = self._body_error, None
@@ -369,8 +377,7 @@ class RemoteFlow(Flow):
         self._take_state(reply["state"])
         tap = SimpleNamespace(step_base=reply["base"], host=self)
         asked, function = self._followed[reply["number"]]
-        with torch.inference_mode(False):
-            value = ValueDecoder(tensors).decode(reply["value"])
+        value = ValueDecoder(tensors).decode(reply["value"])
         versions = [tensor._version for tensor in tensors.values()]
         function(tap, reply["call"], ((value,), {}) if asked.part == "input" else value)
         if versions != [tensor._version for tensor in tensors.values()]:

@@ -236,6 +236,16 @@ def steer(model):
     return probs, run.result.logits
 
 
+def inside_blocks(model):
+    with model.trace(IDS) as run:
+        with torch.device("meta"):
+            first = run.layers_output[0]
+        with torch.inference_mode():
+            run.layers_output[1] = run.layers_output[1] * 2
+        summed = torch.vmap(lambda row: row + run.layers_output[2].sum())(torch.ones(3))
+    return first, summed, run.result.logits
+
+
 def open_across_lines(model):
     run = model.trace(IDS)
     hidden = run.layers_output[0]
