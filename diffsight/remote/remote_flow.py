@@ -25,7 +25,6 @@ from diffsight.engine.user_bodies import Body
 from diffsight.engine.users_line import UsersLine, users_line
 from diffsight.errors import InputError
 from diffsight.remote.copies import ClientCopies
-from diffsight.remote.protocol import VERSIONS
 from diffsight.remote.read_containers import ReadContainers
 from diffsight.remote.selections import encode_selection
 from diffsight.remote.wire_errors import error_of
@@ -354,10 +353,30 @@ class RemoteFlow(Flow):
 
     def _open(self) -> None:
         """Connect, and send the message that opens the run."""
+        message = self._opening()
+        try:
+            self._connection = self._link.open()
+            self._connection.send(*message)
+        except BaseException:
+            self._end_here(_BROKEN)
+            raise
+
+    def submit(self) -> Any:
+        """Start the run as a job on the server, and return the job. The run itself cannot be used afterwards."""
+        if self.bodies.edits:
+            raise InputError("blocking=False: the edits of the model run on the client, so such a run cannot be a job")
+        if self._call[2].get("grad"):
+            raise InputError("blocking=False: gradients need a run with a body, so leave out grad=True")
+        job = self._link.submit_run(*self._opening())
+        self._end_here(STOPPED)
+        return job
+
+    def _opening(self) -> tuple[dict, dict]:
+        """Return the message that opens the run, and its tensors."""
         method, args, kwargs = self._call
         encoder = ValueEncoder(None, lambda tensor: self._sending(tensor, "the input"), self._link.dtype)
         message = {
-            "version": VERSIONS[-1],
+            "version": self._link.version,
             "method": method,
             "args": encoder.encode(list(args)),
             "kwargs": encoder.encode(dict(kwargs)),
@@ -365,12 +384,7 @@ class RemoteFlow(Flow):
             "half": self._link.dtype is not None,
             "grad": bool(kwargs.get("grad", False)),
         }
-        try:
-            self._connection = self._link.open()
-            self._connection.send(message, encoder.tensors)
-        except BaseException:
-            self._end_here(_BROKEN)
-            raise
+        return message, encoder.tensors
 
     def _passed(self, reply: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Pass a value to the function that follows it."""
