@@ -8,6 +8,7 @@ unwinds the model wherever it is.
 import asyncio
 import ctypes
 import logging
+import os
 import queue
 import threading
 import time
@@ -169,6 +170,6 @@ def _memory() -> int:
     """Return the memory used by the process, in bytes."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * 4096
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not on Linux
         return 0

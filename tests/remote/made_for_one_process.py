@@ -16,6 +16,8 @@ INSIDE = "how the engine works within one process: stacks, threads, interrupts, 
 # A key is a file, a test, or some parameters of one: "*" stands for any text.
 TESTS = {
     "test_anywhere.py::test_under_tracing": INSIDE,
+    "test_arguments.py::test_a_run_with_a_streamer_that_is_dropped_unread": FUNCTIONS,
+    "test_arguments.py::test_old_keywords_that_a_pipeline_reads_from_its_kwargs_are_known": FUNCTIONS,
     "test_assignments.py::test_a_value_of_a_type_that_breaks_the_model_is_named[is on cpu*": META,
     "test_assignments.py::test_too_late_after_a_read_is_an_error_and_changes_nothing": LATER,
     "test_branches.py::test_gradients_reach_a_branch_of_a_row": GRADIENTS,
@@ -48,7 +50,7 @@ TESTS = {
     "test_function_modes.py::test_a_run_opened_and_read_inside_a_mode_keeps_it": MODES,
     "test_generation_steps.py::test_a_loop_of_the_users_own": FUNCTIONS,
     "test_generation_steps.py::test_a_loop_of_the_users_own_that_tells_nothing_has_no_steps": FUNCTIONS,
-    "test_generation_steps.py::test_a_step_is_a_token_in_every_mode[of a configuration]": FUNCTIONS,
+    "test_generation_steps.py::test_a_step_is_a_token_in_every_mode[an assistant]": FUNCTIONS,
     "test_generation_steps.py::test_an_assistant_with_another_tokenizer": FUNCTIONS,
     "test_generation_steps.py::test_assisted_decoding_of_an_encoder_with_a_decoder": FUNCTIONS,
     "test_gradient_checkpointing.py::test_a_saved_value_*": GRADIENTS,

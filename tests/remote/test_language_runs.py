@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from diffsight.errors import InputError, NeverReachedError, OutOfOrderError, RunClosedError
 from diffsight.remote import Held
@@ -168,6 +169,13 @@ def generate(model):
 
 def generate_unread(model):
     return model.generate(IDS, max_new_tokens=5, do_sample=True, seed=4).result
+
+
+def generate_with_a_configuration(model):
+    config = GenerationConfig(max_new_tokens=4, do_sample=True, top_k=5, eos_token_id=60, pad_token_id=0)
+    with model.generate(IDS, generation_config=config, seed=1) as run:
+        found = [step.tokens for step in run.steps]
+    return found, run.result
 
 
 def some_steps(model):
