@@ -11,7 +11,7 @@ Start a server with `diffsight serve MODEL`.
 
 from diffsight.remote.chunks import Chunks, split
 from diffsight.remote.on_server import is_on_server, put_on_server
-from diffsight.remote.protocol import lens_frames
+from diffsight.remote.protocol import VERSIONS, job_frames, says_error
 from diffsight.remote.run_session import RunEnded, RunSession, error_frame
 from diffsight.remote.selections import sent_as
 from diffsight.remote.served_model import Job, ServedModel
@@ -19,6 +19,7 @@ from diffsight.remote.wire_errors import RemoteError
 from diffsight.remote.wire_values import Held, ProtocolError
 
 __all__ = [
+    "VERSIONS",
     "Chunks",
     "Held",
     "Job",
@@ -29,8 +30,9 @@ __all__ = [
     "ServedModel",
     "error_frame",
     "is_on_server",
-    "lens_frames",
+    "job_frames",
     "put_on_server",
+    "says_error",
     "sent_as",
     "split",
 ]

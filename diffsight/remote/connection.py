@@ -9,8 +9,6 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
-import torch
-
 from diffsight.errors import InputError
 from diffsight.remote.chunks import Chunks, split
 from diffsight.remote.frames import Frame, pack, unpack
@@ -130,8 +128,7 @@ class Connection:
         """Return the next message and its tensors."""
         while (frame := self._chunks.add(self._exchange(self._socket.recv))) is None:
             pass
-        with torch.inference_mode(False):  # inference mode does not count changes in place
-            return unpack(frame)
+        return unpack(frame)
 
     def close(self) -> None:
         """Close the WebSocket, which ends the run that is open on the server. May be called again."""

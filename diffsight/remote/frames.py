@@ -89,7 +89,8 @@ def _tensor(data: memoryview, dtype: str, shape: list[int], data_offsets: list[i
         raise ValueError(f"there is no tensor of shape {shape} at {data_offsets}")
     if prod(shape) * kind.itemsize != end - start:
         raise ValueError(f"a tensor of {dtype} and shape {shape} does not take {end - start} bytes")
-    tensor = torch.empty(shape, dtype=kind)  # aligned by PyTorch: kernels may round differently for other alignments
+    # Aligned by PyTorch, since kernels may round differently for other alignments.
+    tensor = torch.empty(shape, dtype=kind, device="cpu")
     if end > start:
         memoryview(tensor.reshape(-1).view(torch.uint8).numpy())[:] = data[start:end]
     return tensor

@@ -13,7 +13,7 @@ from diffsight.envoy import Points, flow_of, run_meant_by, target_of, tree_of
 from diffsight.errors import InputError, NoRunError
 from diffsight.model import Model
 from diffsight.remote.remote_flow import RemoteFlow
-from diffsight.remote.served_model import ServedModel
+from diffsight.remote.served_model import Job, ServedModel
 from diffsight.run import Run
 
 # The call that opens the run being created: the method, its arguments and keyword arguments.
@@ -29,25 +29,22 @@ class OnServer:
 
     server: ServedModel
 
-    def trace(self, *args: Any, **kwargs: Any) -> Run:
+    def trace(self, *args: Any, **kwargs: Any) -> Run | Job:
         return self._opened(super().trace, "trace", args, kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Run:
+    def generate(self, *args: Any, **kwargs: Any) -> Run | Job:
         return self._opened(super().generate, "generate", args, kwargs)
 
-    def _opened(self, method: Callable[..., Run], name: str, args: tuple, kwargs: dict[str, Any]) -> Run:
-        """Open a run by a method of the model, and store the call for `_new_run`."""
-        if "blocking" in kwargs:
-            raise InputError(
-                "blocking: the body of a run is executed on the client. model.server.submit(...) starts a lens on the "
-                "server and returns at once"
-            )
+    def _opened(self, method: Callable[..., Run], name: str, args: tuple, kwargs: dict[str, Any]) -> Run | Job:
+        """Open a run by a method of the model, and store the call for `_new_run`. `blocking=False` makes it a job."""
+        blocking = kwargs.pop("blocking", True)
         not_sent = getattr(type(self), "_not_sent", ())  # arguments that have no meaning for a server
         before = _opening.set((name, args, {key: value for key, value in kwargs.items() if key not in not_sent}))
         try:
-            return method(*args, **kwargs)
+            run = method(*args, **kwargs)
         finally:
             _opening.reset(before)
+        return run if blocking or is_scanning() else flow_of(run).submit()
 
     def _new_run(
         self,

@@ -12,7 +12,7 @@ Operations that need no answer, such as assignments, are sent with the next one 
 A message with an unknown operation, an unknown field, or a field of another type is refused, and ends the run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,23 +89,48 @@ def operations(message: Mapping[str, Any]) -> tuple[int | None, list[Operation]]
     return message["body"], found
 
 
-def opening_without_run(half: bool = False) -> dict[str, Any]:
+def common_version(others: Sequence[int]) -> int:
+    """Return the best version of the protocol that this release and a server both support.
+
+    Raises:
+        ProtocolError: There is none.
+    """
+    both = [version for version in VERSIONS if version in others]
+    if not both:
+        raise ProtocolError(
+            f"the server speaks version {' and '.join(map(str, others))} of the protocol, and this client "
+            f"{' and '.join(map(str, VERSIONS))}: install the same version of diffsight on both sides"
+        )
+    return both[-1]
+
+
+def opening_without_run(version: int = VERSIONS[-1], half: bool = False) -> dict[str, Any]:
     """Return the opening message of a connection that runs lenses and calls parts of the model, without a run."""
-    return {"version": VERSIONS[-1], "method": None, "args": [], "kwargs": {}, "edits": [], "half": half, "grad": False}
+    return {"version": version, "method": None, "args": [], "kwargs": {}, "edits": [], "half": half, "grad": False}
 
 
-def lens_frames(frame: bytes) -> list[Frame]:
-    """Return the frames of a connection that runs the lens requested in `frame`.
+def job_frames(frame: bytes) -> list[Frame]:
+    """Return the frames of a connection that carries out a job: the lens in `frame`, or the run that it opens.
 
     Raises:
         ProtocolError: `frame` requests something else.
     """
     sent: Frame = frame.decode(errors="replace") if frame[:1] == b"{" else frame
     message, _ = unpack(sent)
+    if "do" not in message:
+        check_opening(message)
+        if message["method"] is None or message["edits"] or message["grad"]:
+            raise ProtocolError("a job is one lens, or a run without a body and without edits")
+        return [sent, pack({"body": None, "do": [{"op": "finish"}]}, {})]
     _, ops = operations(message)
     if [one.op for one in ops] != ["lens"]:
-        raise ProtocolError("a job is one lens")
+        raise ProtocolError("a job is one lens, or one run")
     return [pack(opening_without_run(), {}), sent]
+
+
+def says_error(frame: Frame) -> bool:
+    """Return whether a frame from a server is an error."""
+    return isinstance(frame, str) and unpack(frame)[0].get("say") == "error"
 
 
 def check_opening(message: Mapping[str, Any]) -> None:

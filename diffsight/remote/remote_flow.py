@@ -9,6 +9,7 @@ Edits and the functions of `run.each` run here, in coroutines as in a local run.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,13 +19,12 @@ from diffsight.engine.points import LAST, Asked, check_value, first_input
 from diffsight.engine.run_end import ENDED, STOPPED
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.target import Target
-from diffsight.engine.torch_state import TorchState
+from diffsight.engine.torch_state import TorchState, call_in
 from diffsight.engine.tree import Tree
 from diffsight.engine.user_bodies import Body
 from diffsight.engine.users_line import UsersLine, users_line
 from diffsight.errors import InputError
 from diffsight.remote.copies import ClientCopies
-from diffsight.remote.protocol import VERSIONS
 from diffsight.remote.read_containers import ReadContainers
 from diffsight.remote.selections import encode_selection
 from diffsight.remote.wire_errors import error_of
@@ -246,7 +246,15 @@ class RemoteFlow(Flow):
         self._waiting.append(op)
 
     def _ask(self, op: dict[str, Any], asked: object) -> Any:
-        """Send an operation, together with the waiting ones, and return the answer."""
+        """Send an operation, together with the waiting ones, and return the answer.
+
+        Messages are built and read outside the blocks of the body, such as `torch.device(...)` or inference mode."""
+        state = TorchState.capture()
+        if state.is_plain and not state.inference:
+            return self._ask_plainly(op, asked)
+        return call_in(replace(state.bare(), inference=False), None, lambda: self._ask_plainly(op, asked))
+
+    def _ask_plainly(self, op: dict[str, Any], asked: object) -> Any:
         body = self._beside()
         is_bare = op["op"] == "finish" and self._connection is None
         if self._mirrored and not is_bare:
@@ -261,8 +269,7 @@ class RemoteFlow(Flow):
             self._release()
         if reply["say"] == "error":
             self._raise(reply)
-        with torch.inference_mode(False):
-            return decoder.decode(reply["value"])
+        return decoder.decode(reply["value"])
 
     def _raise(self, reply: Mapping[str, Any]) -> None:
         error, self._body_error = self._body_error, None
@@ -346,10 +353,30 @@ class RemoteFlow(Flow):
 
     def _open(self) -> None:
         """Connect, and send the message that opens the run."""
+        message = self._opening()
+        try:
+            self._connection = self._link.open()
+            self._connection.send(*message)
+        except BaseException:
+            self._end_here(_BROKEN)
+            raise
+
+    def submit(self) -> Any:
+        """Start the run as a job on the server, and return the job. The run itself cannot be used afterwards."""
+        if self.bodies.edits:
+            raise InputError("blocking=False: the edits of the model run on the client, so such a run cannot be a job")
+        if self._call[2].get("grad"):
+            raise InputError("blocking=False: gradients need a run with a body, so leave out grad=True")
+        job = self._link.submit_run(*self._opening())
+        self._end_here(STOPPED)
+        return job
+
+    def _opening(self) -> tuple[dict, dict]:
+        """Return the message that opens the run, and its tensors."""
         method, args, kwargs = self._call
         encoder = ValueEncoder(None, lambda tensor: self._sending(tensor, "the input"), self._link.dtype)
         message = {
-            "version": VERSIONS[-1],
+            "version": self._link.version,
             "method": method,
             "args": encoder.encode(list(args)),
             "kwargs": encoder.encode(dict(kwargs)),
@@ -357,20 +384,14 @@ class RemoteFlow(Flow):
             "half": self._link.dtype is not None,
             "grad": bool(kwargs.get("grad", False)),
         }
-        try:
-            self._connection = self._link.open()
-            self._connection.send(message, encoder.tensors)
-        except BaseException:
-            self._end_here(_BROKEN)
-            raise
+        return message, encoder.tensors
 
     def _passed(self, reply: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Pass a value to the function that follows it."""
         self._take_state(reply["state"])
         tap = SimpleNamespace(step_base=reply["base"], host=self)
         asked, function = self._followed[reply["number"]]
-        with torch.inference_mode(False):
-            value = ValueDecoder(tensors).decode(reply["value"])
+        value = ValueDecoder(tensors).decode(reply["value"])
         versions = [tensor._version for tensor in tensors.values()]
         function(tap, reply["call"], ((value,), {}) if asked.part == "input" else value)
         if versions != [tensor._version for tensor in tensors.values()]:

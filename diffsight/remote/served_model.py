@@ -6,6 +6,7 @@ with model.server.session():                    # these runs follow each other o
     model.generate("a blue square", seed=0).images
 model.server.lens("attention_maps", "a red circle", seed=0)         # runs on the server and returns the result
 job = model.server.submit("diffusion_lens", "a red circle")         # returns at once
+job = model.generate("a red circle", seed=0, blocking=False)        # so does a run without a body
 job.status, job.result()
 """
 
@@ -13,7 +14,7 @@ import io
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from diffsight.errors import InputError
 from diffsight.remote.connection import Address, Connection
 from diffsight.remote.frames import pack, unpack
-from diffsight.remote.protocol import opening_without_run
+from diffsight.remote.protocol import common_version, opening_without_run
 from diffsight.remote.wire_errors import RemoteError, error_of
 from diffsight.remote.wire_values import ValueDecoder, ValueEncoder
 
@@ -54,6 +55,7 @@ class ServedModel:
             raise InputError(f"the server at {self.address} has no model {name!r}: it has {', '.join(known) or 'none'}")
         self.name = name
         self.description: Mapping[str, Any] = known[name]
+        self.version = common_version(self.description["versions"])
 
     @classmethod
     def of(
@@ -152,7 +154,7 @@ class ServedModel:
         encoder = ValueEncoder(dtype=self.dtype)
         connection = self.open()
         try:
-            connection.send(opening_without_run(self.half_precision), {})
+            connection.send(opening_without_run(self.version, self.half_precision), {})
             do = [{name: encoder.encode(value) for name, value in op.items()}]
             connection.send({"body": None, "do": do}, encoder.tensors)
             reply, tensors = connection.receive()
@@ -182,22 +184,31 @@ class ServedModel:
         """Start a lens on the server and return at once. Takes the same arguments as `lens`."""
         encoder = ValueEncoder(dtype=self.dtype)
         op = {"op": "lens", "name": name, "args": encoder.encode(list(args)), "kwargs": encoder.encode(kwargs)}
-        frame = pack({"body": None, "do": [op]}, encoder.tensors)
+        return self._start_job({"body": None, "do": [op]}, encoder.tensors, lambda value: value)
+
+    def submit_run(self, opening: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> "Job":
+        """Start a run without a body on the server and return at once."""
+        return self._start_job(opening, tensors, lambda value: value["result"])
+
+    def _start_job(
+        self, message: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], result_in: Callable[[Any], Any]
+    ) -> "Job":
+        frame = pack(message, tensors)
         body = frame.encode() if isinstance(frame, str) else frame
-        answer = self.address.json(f"/models/{self.name}/jobs", "POST", body)
-        return Job(self.address, answer["job"])
+        return Job(self.address, self.address.json(f"/models/{self.name}/jobs", "POST", body)["job"], result_in)
 
 
 class Job:
-    """A lens that runs on a server.
+    """A lens, or a run without a body, that runs on a server.
 
     Args:
         address: The server.
         number: The id of the job.
+        result_in: Returns the result in the server's answer.
     """
 
-    def __init__(self, address: Address, number: str) -> None:
-        self.address, self.id = address, number
+    def __init__(self, address: Address, number: str, result_in: Callable[[Any], Any]) -> None:
+        self.address, self.id, self._result_in = address, number, result_in
 
     @property
     def status(self) -> str:
@@ -224,7 +235,7 @@ class Job:
         message, tensors = unpack(data if data[:1] != b"{" else data.decode())
         if message["say"] == "error":
             raise error_of(message["error"])
-        return ValueDecoder(tensors).decode(message["value"])
+        return self._result_in(ValueDecoder(tensors).decode(message["value"]))
 
     def __repr__(self) -> str:
         return f"<job {self.id} on {self.address}>"

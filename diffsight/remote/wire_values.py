@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from diffsight.errors import DiffsightError, InputError
+from diffsight.remote.generation_config import config_of, is_generation_config, settings_of
 
 _NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _OUTPUTS_OF = ("diffusers", "transformers", "torch")  # packages whose output objects are sent
@@ -118,6 +119,8 @@ class ValueEncoder:
         if is_dataclass(value) and not isinstance(value, type) and _name_of(value, _RESULTS_OF):
             given = {one.name: self.encode(getattr(value, one.name)) for one in fields(value) if one.init}
             return {"$object": [_name_of(value, _RESULTS_OF), given]}
+        if is_generation_config(value):
+            return {"$generation_config": self.encode(settings_of(value))}
         if isinstance(value, (int, str)):  # a subclass, such as an enumeration
             return value.__index__() if isinstance(value, int) else str.__str__(value)
         if self._hold is None:
@@ -242,6 +245,8 @@ class ValueDecoder:
                 return _dtype(inner)
             case "$device":
                 return torch.device(inner)
+            case "$generation_config":
+                return config_of(self.decode(inner))
             case "$shared" if self._shared is not None:
                 return self._shared(inner)
             case "$held":

@@ -8,36 +8,20 @@ unwinds the model wherever it is.
 import asyncio
 import ctypes
 import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+from diffsight.gallery.serve.limits import Limits
 from diffsight.remote import ProtocolError, RemoteError, RunEnded, RunSession, error_frame
 
 _log = logging.getLogger("diffsight.serve")
 _AGAIN = 2.0  # seconds after which a thread that is still running is interrupted again
 _WAITING = 4  # frames of a client that may be queued: it should send one request at a time
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The limits of one connection.
-
-    Attributes:
-        run_seconds: The maximum time of a run, from its opening to its end.
-        idle_seconds: The maximum time between an answer and the next request, and for a client to receive an answer.
-        frame_bytes: The maximum size of a frame from a client.
-        memory_bytes: The memory of the process above which a run is ended; None for no limit.
-    """
-
-    run_seconds: float = 600.0
-    idle_seconds: float = 60.0
-    frame_bytes: int = 1 << 30
-    memory_bytes: int | None = None
 
 
 class Closed(Exception):
@@ -186,6 +170,6 @@ def _memory() -> int:
     """Return the memory used by the process, in bytes."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * 4096
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:  # not on Linux
         return 0

@@ -10,6 +10,7 @@ from typing import Any
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
 from diffsight.gallery.serve.services import services_of
+from diffsight.remote import VERSIONS
 
 
 def configuration(model: Any) -> bytes:
@@ -32,7 +33,7 @@ def description(name: str, model: Any) -> dict[str, Any]:
     kind = type(model).__name__
     if kind not in ("DiffusionModel", "LanguageModel"):
         raise InputError(f"{name}: a server can serve a DiffusionModel or a LanguageModel, but not {kind}")
-    found: dict[str, Any] = {"name": name, "kind": kind, "tree": repr(model)}
+    found: dict[str, Any] = {"name": name, "kind": kind, "versions": list(VERSIONS), "tree": repr(model)}
     names = {} if kind == "DiffusionModel" else (model.loaded_from or {}).get("names") or {}
     encoders = model.encoders if kind == "DiffusionModel" else {}
     texts = {name: str(encoder) for name, encoder in encoders.items()}

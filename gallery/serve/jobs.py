@@ -1,4 +1,4 @@
-"""Jobs: lenses that run on a server in the background, and whose results are kept for a limited time."""
+"""Jobs: lenses and runs that a server carries out in the background. Their results are kept for a limited time."""
 
 import asyncio
 import time
@@ -18,6 +18,7 @@ class _Job:
     status: str = "waiting"
     ended: float | None = None
     result: bytes = b""
+    lost: str = ""  # why there is no result, if the replica was lost
     task: Any = field(default=None, repr=False)
 
 
@@ -31,7 +32,7 @@ class Jobs:
     def __init__(self, keep_seconds: float) -> None:
         self._keep, self._jobs = keep_seconds, dict[str, _Job]()
 
-    def start(self, key: str, most: int, work: Callable[[str], Awaitable[bytes]]) -> dict[str, str]:
+    def start(self, key: str, most: int, work: Callable[[str], Awaitable[tuple[bool, bytes]]]) -> dict[str, str]:
         """Start a job and return its id. `most` is the maximum number of unfinished jobs of a key.
 
         Raises:
@@ -44,6 +45,12 @@ class Jobs:
         job = self._jobs[number] = _Job(key, time.time())
         job.task = asyncio.create_task(self._carry_out(job, work(number)))
         return {"job": number}
+
+    def begins(self, number: str) -> None:
+        """Record that a replica has begun with a job."""
+        job = self._jobs.get(number)
+        if job is not None and job.ended is None:
+            job.status = "running"
 
     def of(self, key: str) -> dict[str, str]:
         """Return the status of each of a key's jobs, by id."""
@@ -61,16 +68,16 @@ class Jobs:
             return Front.json({"job": number, "status": job.status})
         if what != "result" or job.ended is None:
             return Front.error(409, f"the job {number} is {job.status}: it has no {what} yet")
+        if job.lost:
+            return Front.error(500, f"the job {number} was lost: {job.lost}. Submit it again")
         return 200, "application/octet-stream", job.result
 
-    async def _carry_out(self, job: _Job, work: Awaitable[bytes]) -> None:
-        job.status = "running"
+    async def _carry_out(self, job: _Job, work: Awaitable[tuple[bool, bytes]]) -> None:
         try:
-            job.result = await work
-            job.status = "done"
-        except Exception as error:  # the replica was lost
-            job.result = Front.error(500, f"{type(error).__name__}")[2]
-            job.status = "failed"
+            failed, job.result = await work
+        except Exception as error:  # too many wait for the model, or its replica ended
+            failed, job.lost = True, type(error).__name__
+        job.status = "failed" if failed else "done"
         job.ended = time.time()
 
     def _forget(self) -> None:

@@ -11,6 +11,7 @@ from diffsight.gallery.command_options import add_command
 from diffsight.gallery.option_parsing import parse_positive
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_LIMITS = ("run_seconds", "idle_seconds", "frame_bytes", "memory_bytes")
 
 
 def add_serve_commands(commands: Any) -> None:
@@ -40,6 +41,15 @@ def add_serve_commands(commands: Any) -> None:
     serve.add_argument("--dtype", help="the type of the weights, such as bfloat16 (default: that of the files)")
     serve.add_argument("--run-seconds", type=float, default=600.0, metavar="S", help="the longest run (default: 600)")
     serve.add_argument("--idle-seconds", type=float, default=60.0, metavar="S", help="longest silence (default: 60)")
+    serve.add_argument(
+        "--frame-bytes", type=parse_positive, metavar="N", help="bytes of a client's message (default: 1 GiB)"
+    )
+    serve.add_argument(
+        "--memory-bytes",
+        type=parse_positive,
+        metavar="N",
+        help="end runs while a replica uses more (default: no limit)",
+    )
     serve.add_argument(
         "--queue", type=parse_positive, default=100, metavar="N", help="runs that may wait (default: 100)"
     )
@@ -78,7 +88,7 @@ def _serve(options: argparse.Namespace) -> None:
         resources={"num_gpus": options.num_gpus, "num_cpus": options.num_cpus},
         device=options.device or ("cuda" if options.num_gpus and not options.device_map else None),
         options=_options(options),
-        limits={"run_seconds": options.run_seconds, "idle_seconds": options.idle_seconds},
+        limits={name: getattr(options, name) for name in _LIMITS if getattr(options, name) is not None},
         queue=options.queue,
     )
     print(f"serving {', '.join(models)} at http://{options.host}:{options.port} (Ctrl-C ends it)", flush=True)
@@ -120,32 +130,37 @@ def start(
         InputError: Ray is not installed, a model cannot be opened, or the file of keys is not valid.
     """
     from diffsight.gallery.opening import open_model
+    from diffsight.gallery.serve.application_names import FRONT, app_of, route_of
     from diffsight.gallery.serve.keys import Keys
 
     Keys(keys)
     for source in models.values():
         open_model(source)  # without weights, so that a wrong name raises an error here and not in a replica
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_ADDRESS" not in os.environ:  # Ray on this machine only, which then listens on the loopback
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
         from ray import serve
     except ImportError:
         raise InputError("`diffsight serve` needs Ray Serve: pip install 'diffsight[server]'") from None
-    from diffsight.gallery.serve import deployment
+    from diffsight.gallery.serve.deployment import model_app
+    from diffsight.gallery.serve.front_deployment import front_app
 
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="warning")
+        cluster = os.environ.get("RAY_ADDRESS", "local")
+        ray.init(cluster, include_dashboard=False, log_to_driver=False, logging_level="warning")
     serve.start(http_options={"host": host, "port": port})
     scaling: dict[str, Any] = {"num_replicas": replicas}
     if most is not None:
         scaling = {"autoscaling_config": {"min_replicas": replicas, "max_replicas": most, "target_ongoing_requests": 1}}
     common = {"keys": None if keys is None else os.path.abspath(keys), "limits": limits or {}}
+    targets = [serve.RunTarget(front_app({"models": list(models), **common}), FRONT)]
     for name, source in models.items():
         args = {"name": name, "source": source, "options": options or {}, "device": device, **common}
-        app = deployment.model_app(args, max_queued_requests=queue, ray_actor_options=resources or {}, **scaling)
-        serve.run(app, name=deployment.app_of(name), route_prefix=deployment.route_of(name), blocking=False)
-    front = deployment.front_app({"models": list(models), **common})
-    serve.run(front, name=deployment.FRONT, route_prefix="/", blocking=False)
+        app = model_app(args, max_queued_requests=queue, ray_actor_options=resources or {}, **scaling)
+        targets.append(serve.RunTarget(app, app_of(name), route_of(name)))
+    serve.run_many(targets)
     return serve
 
 

@@ -1,12 +1,11 @@
-"""The sockets of a conversation: the WebSocket of a request to Serve, or a job."""
+"""The WebSocket of a request to Serve."""
 
-import asyncio
 from contextlib import suppress
 
 from fastapi import WebSocket, WebSocketDisconnect
 
 from diffsight.gallery.serve.conversation import Closed
-from diffsight.remote import Chunks, split
+from diffsight.remote import Chunks, error_frame, split
 
 
 class ServeSocket:
@@ -32,24 +31,13 @@ class ServeSocket:
         except (WebSocketDisconnect, RuntimeError, OSError):
             raise Closed from None
 
+    async def refuse(self, error: Exception) -> None:
+        """Send an error and close the WebSocket."""
+        with suppress(Closed):
+            await self.send(error_frame(error))
+        await self.close(str(error))
+
     async def close(self, reason: str) -> None:
         """Close the WebSocket with a reason."""
         with suppress(RuntimeError, OSError, WebSocketDisconnect):  # the client has already closed it
             await self._socket.close(1008 if reason else 1000, reason.encode()[:120].decode(errors="ignore"))
-
-
-class JobSocket:
-    """Stands in for the client of a job, which has sent all its requests and waits for the answer."""
-
-    def __init__(self, frames: list[str | bytes]) -> None:
-        self._frames, self._answered, self.answer = frames, asyncio.Event(), b""
-
-    async def receive(self) -> str | bytes:
-        if self._frames:
-            return self._frames.pop(0)
-        await self._answered.wait()
-        raise Closed
-
-    async def send(self, frame: str | bytes) -> None:
-        self.answer = frame.encode() if isinstance(frame, str) else frame
-        self._answered.set()

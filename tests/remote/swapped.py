@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 from diffsight import DiffusionModel, LanguageModel, Model
 from diffsight.gallery.serve.services import services_of
-from diffsight.remote import ServedModel, put_on_server
+from diffsight.remote import VERSIONS, ServedModel, put_on_server
 from diffsight.remote.connection import Address
 from remote.serving import serving
 
@@ -27,7 +27,7 @@ class _Known(ServedModel):
     def __init__(self, name: str, address: str, model: Model) -> None:
         self.name, self.address, self.dtype = name, Address(address), None
         self.description = {"name": name, "services": sorted(services_of(model))}
-        self._kept, self._is_busy = None, False
+        self.version, self._kept, self._is_busy = VERSIONS[-1], None, False
 
 
 @contextmanager

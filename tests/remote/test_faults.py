@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import socket
 import threading
 import time
@@ -183,6 +184,22 @@ def test_a_run_that_takes_too_long(model, language):
                 run.layers[0].output
                 time.sleep(0.5)
     assert is_served(model, language)
+
+
+def test_a_run_that_takes_too_much_memory(language):
+    """The values that a client holds are held on the server too: the run ends, and then they are free."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        used = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    with serving({"gpt2": language}, Limits(memory_bytes=used + (200 << 20))) as address:
+        model, held = LanguageModel("gpt2", remote=address), []
+        with pytest.raises(RemoteError, match="the process uses more memory than its limit of"):
+            with model.trace(IDS) as run:
+                run.layers[0].output
+                for _ in range(40):  # 16 MiB each, here and there
+                    held.append(model.transformer.drop(torch.ones(1, 1 << 22)))
+        assert 2 < len(held) < 20
+        held.clear()
+        assert is_served(model, language)
 
 
 def test_an_interrupt_in_the_body_ends_the_run(model, language):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load
-from transformers import BatchEncoding, DynamicCache
+from transformers import BatchEncoding, CompileConfig, DynamicCache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
 from diffsight.errors import InputError
@@ -85,6 +85,18 @@ def test_objects():
     for mode in ("L", "RGB", "RGBA", "1", "I;16", "F"):
         image = Image.new(mode, (5, 3), 1)
         assert same_image(sent(image), image)
+
+
+def test_settings_of_generation():
+    given = GenerationConfig(max_new_tokens=5, do_sample=True, eos_token_id=[1, 2], sequence_bias={(1, 2): 0.5})
+    found = sent(given)
+    assert type(found) is GenerationConfig and found == given
+    given.compile_config = CompileConfig()
+    with pytest.raises(InputError, match="generation_config: compile_config cannot be sent"):
+        sent(given)
+    for wrong in ({"compile_config": {}}, {"_commit_hash": "x"}, {"top_k": {"$held": [0, "x"]}}, {"__class__": 1}):
+        with pytest.raises(ProtocolError):
+            ValueDecoder({}).decode({"$generation_config": wrong})
 
 
 def test_a_result_that_is_a_mapping():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from diffsight.errors import InputError, NeverReachedError, OutOfOrderError, RunClosedError
 from diffsight.remote import Held
@@ -170,6 +171,13 @@ def generate_unread(model):
     return model.generate(IDS, max_new_tokens=5, do_sample=True, seed=4).result
 
 
+def generate_with_a_configuration(model):
+    config = GenerationConfig(max_new_tokens=4, do_sample=True, top_k=5, eos_token_id=60, pad_token_id=0)
+    with model.generate(IDS, generation_config=config, seed=1) as run:
+        found = [step.tokens for step in run.steps]
+    return found, run.result
+
+
 def some_steps(model):
     with model.generate(IDS, max_new_tokens=6, do_sample=False) as run:
         found = [run.layers_output[0] for _ in run.steps[1:4]]
@@ -234,6 +242,16 @@ def steer(model):
         run.steer([0, 1], torch.arange(16.0), factor=0.5, positions=-1)
         probs = run.next_token_probs
     return probs, run.result.logits
+
+
+def inside_blocks(model):
+    with model.trace(IDS) as run:
+        with torch.device("meta"):
+            first = run.layers_output[0]
+        with torch.inference_mode():
+            run.layers_output[1] = run.layers_output[1] * 2
+        summed = torch.vmap(lambda row: row + run.layers_output[2].sum())(torch.ones(3))
+    return first, summed, run.result.logits
 
 
 def open_across_lines(model):

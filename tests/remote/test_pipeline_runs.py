@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers import refusal, same, same_image
+from helpers import same, same_image
 
 PROMPT, OTHER = "a red circle above a blue square", "a green square"
 CLIP = "diffsight/shapes-clip"
@@ -87,10 +87,6 @@ def test_the_same_values_of_other_pipelines(pipelines, remote_pipelines):
 
     for name, body in (("diffsight/shapes-flux", flux), ("diffsight/shapes-t5", t5)):
         assert compare(body(pipelines[name]), body(remote_pipelines[name]))
-
-
-def test_a_run_is_no_job(remote_pipelines):
-    assert "model.server.submit" in refusal(remote_pipelines[CLIP].generate, PROMPT, blocking=False)
 
 
 def test_what_is_known_of_the_encoders(pipelines, remote_pipelines):
