@@ -24,11 +24,11 @@ from torch import nn
 
 from diffsight.engine.batch_slicing import Selection
 from diffsight.engine.hooks import FORWARD
+from diffsight.engine.model_tree import Tree
 from diffsight.engine.open_runs import current_edit
 from diffsight.engine.points import Asked
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.target import Target, join
-from diffsight.engine.tree import Tree
 from diffsight.engine.users_line import from_the_asking_line
 from diffsight.errors import DiffsightError, InputError, NoRunError, PointNotFoundError, WrongThreadError, suggest
 from diffsight.notebook_tree import folded

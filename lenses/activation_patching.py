@@ -45,7 +45,7 @@ from diffsight.lenses.patching.sweep_checks import check_omitted, check_rows
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.site_effects import SiteEffects
 from diffsight.lenses.sites.find_sites import Sites
-from diffsight.lenses.sites.positions import Positions
+from diffsight.lenses.sites.position_pairs import Positions
 from diffsight.lenses.sites.regions import Box
 from diffsight.lenses.tokens.choosing import check_count
 from diffsight.pipelines.diffusion.model import DiffusionModel

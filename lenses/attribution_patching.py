@@ -33,7 +33,7 @@ from diffsight.lenses.patching.sweep_checks import check_differentiable, check_o
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.site_effects import SiteEffects
 from diffsight.lenses.sites.find_sites import Sites
-from diffsight.lenses.sites.positions import Positions
+from diffsight.lenses.sites.position_pairs import Positions
 from diffsight.lenses.sites.regions import Box
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel

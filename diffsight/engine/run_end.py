@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 from diffsight.engine import order
 from diffsight.engine.coroutine import Coroutine
+from diffsight.engine.model_tree import Tree
 from diffsight.engine.points import LAST, Assignment, Point
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.tapped_call import Tap
 from diffsight.engine.taps import Taps
 from diffsight.engine.threads import THIS_THREAD, calls_in_threads
-from diffsight.engine.tree import Tree
 from diffsight.engine.user_bodies import Bodies
 from diffsight.engine.users_line import UsersLine, set_line
 from diffsight.errors import AssignmentError

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from diffsight.engine import order
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
+from diffsight.engine.model_tree import Tree
 from diffsight.engine.open_runs import current_edit
 from diffsight.engine.order import Scope
 from diffsight.engine.points import (
@@ -35,7 +36,6 @@ from diffsight.engine.tapped_call import Tap
 from diffsight.engine.target import Target, join
 from diffsight.engine.threads import THIS_THREAD, calls_in_threads, check_runs_thread
 from diffsight.engine.torch_state import TorchState, call_in, seeded_random_state
-from diffsight.engine.tree import Tree
 from diffsight.engine.user_bodies import Body
 from diffsight.engine.users_line import users_line
 from diffsight.errors import (

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from diffsight.engine.model_tree import Tree
 from diffsight.engine.points import LAST, Asked, check_value, first_input
 from diffsight.engine.run_end import ENDED, STOPPED
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState, call_in
-from diffsight.engine.tree import Tree
 from diffsight.engine.user_bodies import Body
 from diffsight.engine.users_line import UsersLine, users_line
 from diffsight.errors import InputError

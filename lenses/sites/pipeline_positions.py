@@ -17,7 +17,8 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.pairing import words_read
-from diffsight.lenses.sites.positions import ALIGN, PromptTokens, pair_positions
+from diffsight.lenses.sites.position_pairs import ALIGN, pair_positions
+from diffsight.lenses.sites.prompt_tokens import PromptTokens
 from diffsight.lenses.sites.regions import NAMED, Box, choose_regions, region_index
 from diffsight.lenses.sites.site import Site
 from diffsight.pipelines.diffusion.attention import find_attentions

@@ -16,7 +16,7 @@ from diffsight.errors import InputError
 from diffsight.lenses.layers import EMBEDDING, Layers, layer_title
 from diffsight.lenses.patching.language_pair import check_reached_once, in_encoder
 from diffsight.lenses.sites.find_sites import Sites, find_sites
-from diffsight.lenses.sites.positions import PromptTokens
+from diffsight.lenses.sites.prompt_tokens import PromptTokens
 from diffsight.lenses.sites.site import Site
 from diffsight.lenses.tokens.batches import open_batches
 from diffsight.lenses.tokens.choosing import check_language_model, choose_tokens, layers_to_read

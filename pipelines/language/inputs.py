@@ -4,9 +4,8 @@
     inputs.values       # {"input_ids": …, "attention_mask": …, "position_ids": …}
     inputs.rows         # 2
 
-Texts of different lengths are padded, on the left if the model continues them. Positions then start at the first real
-token, so that a row is computed as it would be alone. Where padding on the left would still change the results
-(`sees_padding`), the inputs of a forward pass are padded on the right.
+Texts of different lengths are padded, see `padding`. With padding on the left, positions start at the first real token,
+so that a row is computed as it would be alone.
 """
 
 import inspect
@@ -20,11 +19,10 @@ from torch import nn
 
 from diffsight.errors import InputError, suggest
 from diffsight.extending import unwrapped
+from diffsight.pipelines.language.padding import pad, padding_token
 from diffsight.pipelines.standard_names import embeddings
 from diffsight.pipelines.valid_text import check_text
 
-_IGNORE_MASKS = {"rwkv", "xlstm"}  # recurrent models, in which every token counts
-_TABLES = ("embed_positions", "position_embeddings")  # tables of learned or fixed vectors, one per position
 _first_positions: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
@@ -96,23 +94,6 @@ def prepare_inputs(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> 
     return inputs
 
 
-def sees_padding(model: nn.Module, layers: str) -> bool:
-    """Return whether padding before the tokens of a row changes their results, although it is masked.
-
-    This is the case if the model counts positions from the padding and takes no position ids, or if it ignores masks.
-    `layers` is the path of the layers."""
-    known = inspect.signature(unwrapped(model).forward).parameters
-    if "attention_mask" not in known or getattr(model.config, "model_type", "") in _IGNORE_MASKS:
-        return True
-    tables = (path for path, _ in model.named_modules() if path.endswith(_TABLES))
-    return "position_ids" not in known and any(layers.startswith(path.rpartition(".")[0]) for path in tables)
-
-
-def picks_tokens(model: nn.Module) -> bool:
-    """Return whether attention selects a few tokens or blocks of tokens, which would include padding on the left."""
-    return any("Indexer" in type(module).__name__ for module in model.modules())
-
-
 # ---- one function per kind of input
 
 
@@ -150,7 +131,7 @@ def _of_list(tokenizer: Any, given: list, left: bool) -> dict[str, Any]:
     if kind == "numbers":
         return {"input_ids": torch.tensor([[int(n) for n in given]])}
     if kind == "token ids":
-        return _padded([_ids(torch.as_tensor(ids)).flatten() for ids in given], _padding(tokenizer), left)
+        return pad([_ids(torch.as_tensor(ids)).flatten() for ids in given], padding_token(tokenizer), left)
     if kind == "messages":
         return _of_chats(tokenizer, [given], left)
     if kind == "chats":
@@ -187,9 +168,9 @@ def _of_texts(tokenizer: Any, texts: list[str], left: bool) -> dict[str, Any]:
     each = [dict(tokenizer(text, return_tensors="pt")) for text in texts]
     for text, one in zip(texts, each):
         _check_not_empty(one["input_ids"][0], text)
-    values = _padded([one["input_ids"][0] for one in each], _padding(tokenizer), left)
+    values = pad([one["input_ids"][0] for one in each], padding_token(tokenizer), left)
     if "token_type_ids" in each[0]:
-        values["token_type_ids"] = _padded([one["token_type_ids"][0] for one in each], 0, left)["input_ids"]
+        values["token_type_ids"] = pad([one["token_type_ids"][0] for one in each], 0, left)["input_ids"]
     return values
 
 
@@ -200,17 +181,7 @@ def _of_chats(tokenizer: Any, chats: list, left: bool) -> dict[str, Any]:
     for chat in chats:
         check_text("a message", [message.get("content") for message in chat])
     ids = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
-    return _padded([torch.tensor(one) for one in ids], _padding(tokenizer), left)
-
-
-def _padded(rows: list[torch.Tensor], padding: int, left: bool) -> dict[str, torch.Tensor]:
-    length = max(len(row) for row in rows)
-    ids = torch.full((len(rows), length), padding, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        place = slice(length - len(row), length) if left else slice(0, len(row))
-        ids[i, place], mask[i, place] = row, 1
-    return {"input_ids": ids, "attention_mask": mask}
+    return pad([torch.tensor(one) for one in ids], padding_token(tokenizer), left)
 
 
 def _ids(tensor: torch.Tensor) -> torch.Tensor:
@@ -233,11 +204,6 @@ def _required(tokenizer: Any, what: str) -> Any:
             "pass token ids"
         )
     return tokenizer
-
-
-def _padding(tokenizer: Any) -> int:
-    known = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
-    return next((n for n in known if n is not None), 0)
 
 
 def _check_not_empty(ids: torch.Tensor, text: str) -> None:

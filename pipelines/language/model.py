@@ -55,9 +55,10 @@ from diffsight.pipelines.language.generation import (
     setting,
 )
 from diffsight.pipelines.language.generation_numbers import check_generation_numbers
-from diffsight.pipelines.language.inputs import Inputs, picks_tokens, prepare_inputs, sees_padding
+from diffsight.pipelines.language.inputs import Inputs, prepare_inputs
 from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, open_language_model
+from diffsight.pipelines.language.padding import cannot_ignore_padding, pads_left, reads_left_padded, sees_padding
 from diffsight.pipelines.language.value_parts import Logits, NextLogits
 from diffsight.pipelines.seeds import check_seed
 from diffsight.pipelines.standard_names import embeddings
@@ -425,10 +426,7 @@ class LanguageModel(Accessors, Model):
         left = self._pads_left() and (writes or self._reads_left_padded)
         encoded = prepare_inputs(owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, left)
         if left and isinstance(inputs, (list, tuple)) and encoded.is_padded and self._sees_padding:
-            raise InputError(
-                f"{type(owner).__name__} cannot ignore padding, so it cannot continue texts of different lengths in "
-                "one batch: use [model.generate(text) for text in texts]"
-            )
+            raise cannot_ignore_padding(owner)
         return encoded
 
     def _on_device(self, inputs: Inputs) -> Inputs:
@@ -440,9 +438,7 @@ class LanguageModel(Accessors, Model):
         return inputs.to(getattr(self._owner, "device", None))
 
     def _pads_left(self) -> bool:
-        """Return whether shorter inputs are padded on the left. They are if the model continues them."""
-        owner = self._owner
-        return not owner.config.is_encoder_decoder and getattr(owner, "can_generate", lambda: False)()
+        return pads_left(self._owner)
 
     @cached_property
     def _sees_padding(self) -> bool:
@@ -450,7 +446,7 @@ class LanguageModel(Accessors, Model):
 
     @cached_property
     def _reads_left_padded(self) -> bool:
-        return not (self._sees_padding or picks_tokens(self._owner))
+        return reads_left_padded(self._owner, self._tree.names_of(self._owner).get("layers", ""))
 
     def _first_token(self, inputs: Inputs) -> torch.Tensor:
         config = self._owner.config

@@ -6,7 +6,8 @@ import torch
 from diffsight import LanguageModel
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.lenses.sites.find_sites import find_sites, for_each_head, layer_of
-from diffsight.lenses.sites.positions import PromptTokens, pair_positions
+from diffsight.lenses.sites.position_pairs import pair_positions
+from diffsight.lenses.sites.prompt_tokens import PromptTokens
 from diffsight.lenses.sites.site import Site
 from helpers import outputs, refusal, with_first
 from models import language, language_kinds
