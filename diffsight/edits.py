@@ -28,7 +28,7 @@ from torch import nn
 
 from diffsight.engine.attached_modules import AttachedModules
 from diffsight.engine.capture import Block, Deferred
-from diffsight.engine.open_runs import current_edit
+from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.user_bodies import EditBody
 from diffsight.envoy import InRun, flow_of
 from diffsight.errors import InputError

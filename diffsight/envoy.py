@@ -24,8 +24,8 @@ from torch import nn
 
 from diffsight.engine.batch_slicing import Selection
 from diffsight.engine.hooks import FORWARD
+from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.model_tree import Tree
-from diffsight.engine.open_runs import current_edit
 from diffsight.engine.points import Asked
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.target import Target, join

@@ -9,7 +9,7 @@ The run's `Clock` decides when a step begins, see `diffsight.engine.step_clock`.
 import warnings
 from collections.abc import Callable, Iterator
 
-from diffsight.engine.open_runs import current_edit
+from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.run_to_point import Flow
 from diffsight.errors import InputError, OutOfOrderError
 

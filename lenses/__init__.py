@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from diffsight.lenses.linear_map import LinearMap
     from diffsight.lenses.logit_lens import logit_lens
     from diffsight.lenses.metrics.image_metrics import clip_score, latent_distance, pixel_distance, shapes_verdict
-    from diffsight.lenses.metrics.outcome import Outcome
+    from diffsight.lenses.metrics.metric import Outcome
     from diffsight.lenses.metrics.token_metrics import kl_divergence, logit_difference, token_probability
     from diffsight.lenses.patch_object_attn_lens import patch_object_attn_lens
     from diffsight.lenses.patchscope import (
@@ -201,7 +201,7 @@ _NAMES_IN = {
     "prompt_swap": ("PromptSwap", "prompt_swap"),
     "prompt_to_prompt": ("PromptToPromptResult", "prompt_to_prompt"),
     "metrics.image_metrics": ("clip_score", "latent_distance", "pixel_distance", "shapes_verdict"),
-    "metrics.outcome": ("Outcome",),
+    "metrics.metric": ("Outcome",),
     "metrics.token_metrics": ("kl_divergence", "logit_difference", "token_probability"),
     "results.image_grid": ("image_grid",),
     "results.site_effects": ("EffectComparison", "SiteEffects"),

@@ -33,7 +33,7 @@ from diffsight.errors import InputError
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.denoising.step_windows import Windows, choose_windows
 from diffsight.lenses.layers import Layers
-from diffsight.lenses.metrics.outcome import Metric, Outcome
+from diffsight.lenses.metrics.metric import Metric, Outcome
 from diffsight.lenses.patching.denoiser_pairs import DenoiserPairs
 from diffsight.lenses.patching.denoiser_patching import patch_pair
 from diffsight.lenses.patching.generation_sweep import GenerationSweep, generate_source

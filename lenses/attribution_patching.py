@@ -22,7 +22,7 @@ from diffsight.errors import InputError
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.denoising.step_windows import Windows
 from diffsight.lenses.layers import Layers
-from diffsight.lenses.metrics.outcome import Metric, Outcome
+from diffsight.lenses.metrics.metric import Metric, Outcome
 from diffsight.lenses.patching.denoiser_gradients import THROUGH, attribute_denoiser
 from diffsight.lenses.patching.denoiser_pairs import DenoiserPairs
 from diffsight.lenses.patching.language_gradients import PASSES, attribute_pair, check_correction

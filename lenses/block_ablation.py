@@ -21,7 +21,7 @@ from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.denoising.step_windows import Windows, check_windows
 from diffsight.lenses.encoders.checks import check_call
 from diffsight.lenses.metrics.image_metrics import pixel_distance
-from diffsight.lenses.metrics.outcome import Metric, Outcome, as_metric
+from diffsight.lenses.metrics.metric import Metric, Outcome, as_metric
 from diffsight.lenses.options import check_options
 from diffsight.lenses.patching.denoiser_pairs import axis_of, changes_of
 from diffsight.lenses.patching.denoiser_sweep import Change, DenoiserRows

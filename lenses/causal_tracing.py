@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.layers import Layers
-from diffsight.lenses.metrics.outcome import Metric, Outcome
+from diffsight.lenses.metrics.metric import Metric, Outcome
 from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.effect_plots import effect_bars, effect_map

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import check_one_image
 from diffsight.lenses.denoising.inverted_images import takes_inverted
-from diffsight.lenses.metrics.outcome import Metric, Outcome, as_metric
+from diffsight.lenses.metrics.metric import Metric, Outcome, as_metric
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.effect_plots import effect_bars
 from diffsight.lenses.results.figure import write_figure

@@ -34,7 +34,7 @@ ENGINE = [
     "engine.batch_slicing",
     "engine.weak_values",
     "engine.points",
-    "engine.open_runs",
+    "engine.innermost_run",
     "engine.late_weights",
     "engine.step_clock",
     "engine.attached_modules",

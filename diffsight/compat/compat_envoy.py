@@ -17,7 +17,7 @@ from diffsight.compat.iterations import Iterations
 from diffsight.compat.layer_tuples import LayerOutput, gives_tuple
 from diffsight.compat.old_names import old_name
 from diffsight.compat.tracer import end_visits, iterations_of, move_to_next, note_read, repeat_all
-from diffsight.engine.open_runs import current_edit
+from diffsight.engine.innermost_run import current_edit
 from diffsight.errors import DiffsightError, OutOfOrderError
 from diffsight.extending import (
     FORWARD,

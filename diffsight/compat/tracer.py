@@ -21,7 +21,7 @@ from diffsight.compat.repeated_blocks import OWN_STEPS, RepeatedBlock, rest_of_b
 from diffsight.compat.sessions import join_sessions
 from diffsight.compat.stopping import BlockStopped
 from diffsight.engine.capture import advising
-from diffsight.engine.open_runs import current_edit
+from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.run_end import STOPPED
 from diffsight.errors import InputError
 from diffsight.extending import Asked, Run, Target, flow_of, target_of

@@ -17,12 +17,12 @@ The files in order; each imports only from those above it:
     batch_slicing   a part of a value, such as the rows of a batch
     weak_values     values that exist as long as somebody else holds them
     points          a point as a body asks for it, a value that passes one, an assignment to one
-    open_runs       several runs open at once, and which of them `model.<path>` means
+    innermost_run   which of several open runs `model.<path>` means
     late_weights    weights that are loaded when they are first needed
     step_clock      when a step begins
     attached_modules    the user's own modules, attached to parts of a model
     module_places   where modules stand, and which are called directly, bypassing those around them
-    tree            everything that can be tapped in a model, and its names
+    model_tree      everything that can be tapped in a model, and its names
     tapped_call     the calls of one module or method: counted, changed or skipped
     taps            all taps of a run, and when they start to count
     order           passed, too late, never reached

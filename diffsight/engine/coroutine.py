@@ -4,7 +4,8 @@ A run has two sides: the body, which is the user's code, and the model. Each has
 PyTorch state (see `torch_state`). `Coroutine.resume` exchanges the states whenever control changes sides, along with
 the global random state if the run has one of its own. The model gets a copy of its creator's `contextvars` context.
 
-Lockstep needs nothing more: while one run's model is parked, another run's model can be resumed.
+Lockstep needs nothing more: while one run's model is parked, another run's model can be resumed. Pipelines have state,
+so each run calls a copy of it, see `pipelines/diffusion/pipeline_copies.py`.
 """
 
 import atexit

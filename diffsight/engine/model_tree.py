@@ -8,9 +8,9 @@ from typing import Any, Self
 from torch import nn
 
 from diffsight.engine.attached_modules import AttachedModules
+from diffsight.engine.innermost_run import OpenRuns
 from diffsight.engine.late_weights import LateWeights, needs_weights
 from diffsight.engine.module_places import ModulePlaces
-from diffsight.engine.open_runs import OpenRuns
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.target import WRAPPED, Target, join
 from diffsight.errors import DiffsightError, InputError, PointNotFoundError

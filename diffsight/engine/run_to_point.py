@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from diffsight.engine import order
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
+from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.model_tree import Tree
-from diffsight.engine.open_runs import current_edit
 from diffsight.engine.order import Scope
 from diffsight.engine.points import (
     INPUTS,
@@ -69,7 +69,7 @@ class Flow(RunEnd):
         is_users = getattr(here, "coroutine", None) is None
         self._home = here if is_users else None  # the stack of the code that opened the run; None if a coroutine's
         self.opened_in = None if is_users else current_edit()  # the edit that opened the run
-        self.task: Any = None  # see `open_runs`
+        self.task: Any = None  # see `innermost_run`
         self.is_entered = False  # whether the block of its `with` statement has begun and not ended
         self.run: Callable[[], Any] = lambda: None  # a weak reference to the `Run`
         self._scope = Scope()

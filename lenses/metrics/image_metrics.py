@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from diffsight.errors import InputError, suggest
-from diffsight.lenses.metrics.outcome import IMAGES, LATENTS, Metric, Outcome
+from diffsight.lenses.metrics.metric import IMAGES, LATENTS, Metric, Outcome
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.shapes.reader import read_scene
 from diffsight.pipelines.shapes.scenes import BACKGROUNDS, COLORS, RELATIONS, SHAPES, Scene, Thing

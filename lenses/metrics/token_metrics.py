@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
-from diffsight.lenses.metrics.outcome import LAST_LOGITS, LOGITS, Metric, Outcome
+from diffsight.lenses.metrics.metric import LAST_LOGITS, LOGITS, Metric, Outcome
 from diffsight.lenses.tokens.choosing import check_language_model, choose_tokens
 
 Token = str | int

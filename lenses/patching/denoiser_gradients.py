@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from diffsight.errors import InputError
-from diffsight.lenses.metrics.outcome import LATENTS, Outcome
+from diffsight.lenses.metrics.metric import LATENTS, Outcome
 from diffsight.lenses.patching.denoiser_pairs import DenoiserPairs, SweptPair
 from diffsight.lenses.patching.denoiser_sweep import Change, follow_latents
 from diffsight.lenses.patching.language_gradients import gradients_of

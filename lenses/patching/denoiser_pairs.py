@@ -15,7 +15,7 @@ import torch
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.step_windows import Windows, check_windows, choose_windows
 from diffsight.lenses.encoders.checks import check_call, check_prompt
-from diffsight.lenses.metrics.outcome import Metric, Outcome, as_metric
+from diffsight.lenses.metrics.metric import Metric, Outcome, as_metric
 from diffsight.lenses.patching.denoiser_sweep import Change, DenoiserRows, PlainRun
 from diffsight.lenses.patching.patching_request import PatchingRequest
 from diffsight.lenses.patching.sweep_checks import check_branch

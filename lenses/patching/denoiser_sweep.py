@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.drawing import for_each_row
 from diffsight.lenses.features.activation_stream import tensor_in
-from diffsight.lenses.metrics.outcome import IMAGES, LATENTS, Outcome
+from diffsight.lenses.metrics.metric import IMAGES, LATENTS, Outcome
 from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.sites.items import with_tensor
 from diffsight.lenses.sites.pipeline_positions import WholeValue

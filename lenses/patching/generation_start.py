@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from diffsight.lenses.metrics.outcome import Outcome
+from diffsight.lenses.metrics.metric import Outcome
 from diffsight.lenses.patching.language_pair import LanguageSide
 from diffsight.lenses.patching.shared_prefix import agree
 from diffsight.pipelines.language.model import LanguageRun

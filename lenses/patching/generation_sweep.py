@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from diffsight.errors import InputError
-from diffsight.lenses.metrics.outcome import Outcome
+from diffsight.lenses.metrics.metric import Outcome
 from diffsight.lenses.patching.generation_start import GenerationStart, generate
 from diffsight.lenses.patching.language_pair import check_reached_once
 from diffsight.lenses.patching.language_pairs import LanguagePairs, Swept

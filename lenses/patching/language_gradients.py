@@ -17,7 +17,7 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.columns import Column
-from diffsight.lenses.metrics.outcome import Metric, Outcome
+from diffsight.lenses.metrics.metric import Metric, Outcome
 from diffsight.lenses.patching.language_pair import LanguagePair, Passed, check_values, run_side
 from diffsight.lenses.patching.language_pairs import LanguagePairs, Swept
 from diffsight.lenses.sites.site import Site

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from diffsight.errors import InputError
 from diffsight.lenses.encoders.columns import Column
-from diffsight.lenses.metrics.outcome import LAST_LOGITS, Metric, Outcome
+from diffsight.lenses.metrics.metric import LAST_LOGITS, Metric, Outcome
 from diffsight.lenses.sites.position_pairs import Positions, pair_positions
 from diffsight.lenses.sites.prompt_tokens import PromptTokens
 from diffsight.lenses.sites.site import Site

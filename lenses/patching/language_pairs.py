@@ -14,7 +14,7 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import Layers
-from diffsight.lenses.metrics.outcome import Metric, as_metric
+from diffsight.lenses.metrics.metric import Metric, as_metric
 from diffsight.lenses.patching.language_pair import LanguagePair
 from diffsight.lenses.patching.patching_request import PatchingRequest
 from diffsight.lenses.results.site_effects import SiteEffects

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from diffsight.lenses.metrics.outcome import Metric
+from diffsight.lenses.metrics.metric import Metric
 from diffsight.lenses.patching.language_pair import LanguageSide, Passed
 from diffsight.pipelines.language.model import LanguageRun
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from diffsight.errors import InputError
-from diffsight.lenses.metrics.outcome import IMAGES, Metric
+from diffsight.lenses.metrics.metric import IMAGES, Metric
 from diffsight.lenses.tokens.batches import as_prompts
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from diffsight.lenses.encoders.drawing import for_each_row
-from diffsight.lenses.metrics.outcome import LATENTS, Metric, Outcome
+from diffsight.lenses.metrics.metric import LATENTS, Metric, Outcome
 from diffsight.lenses.results.outputs import image_of
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from diffsight.errors import InputError
 from diffsight.lenses.denoising.call_checks import check_one_image
 from diffsight.lenses.encoders.pairing import words_read
-from diffsight.lenses.metrics.outcome import Metric, Outcome, as_metric
+from diffsight.lenses.metrics.metric import Metric, Outcome, as_metric
 from diffsight.lenses.tracing.image_rows import draw_rows, part_of_outcome
 from diffsight.lenses.tracing.traced import Noise, Traced
 from diffsight.lenses.visits.named_points import NamedPoint, named_points

@@ -16,7 +16,7 @@ from diffsight.lenses import (
     shapes_verdict,
     token_probability,
 )
-from diffsight.lenses.metrics.outcome import Outcome, as_metric
+from diffsight.lenses.metrics.metric import Outcome, as_metric
 from diffsight.pipelines.shapes.scenes import Scene, Thing, render
 from helpers import refusal
 from models import language

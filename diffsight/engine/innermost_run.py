@@ -1,8 +1,6 @@
-"""Several runs open at once, and which of them `model.<path>` means.
+"""The innermost of several open runs: the one that `model.<path>` means.
 
-In lockstep one body moves several runs: each run's model waits in a coroutine of its own while another one moves. That
-needs no code beyond `coroutine`. Pipelines have state, so each run calls a copy of that state; see
-`pipelines/diffusion/pipeline_copies.py`.
+Runs in lockstep, which one body moves in turns, need no code beyond `coroutine`.
 """
 
 import asyncio

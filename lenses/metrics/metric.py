@@ -1,4 +1,4 @@
-"""What a metric reads: the outcome of a run, and the outcome of the run it is compared with.
+"""Metrics: a number for what a model returned, compared with what it returned in the clean run.
 
     def brightness(result):                     # any function of the result of one row that returns a number
         return np.asarray(result.images[0]).mean()
