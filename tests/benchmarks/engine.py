@@ -98,6 +98,24 @@ def live(gpt2: GPT2LMHeadModel) -> dict[str, Task]:
     return dict(zip(plain(gpt2), (nothing, read_one, read_all, edit, sweep)))
 
 
+def sweeps(gpt2: GPT2LMHeadModel) -> dict[str, Task]:
+    """Return sweeps over 64 rows whose bodies do less and less of what a patch does."""
+    model = Model(gpt2)
+
+    def sweep(body: Callable[[object], object]) -> Task:
+        def task() -> None:
+            with model.trace(BATCH) as run:
+                run.each(body)
+
+        return task
+
+    return {
+        "64 rows read": sweep(lambda row: row.transformer.h[LAYER].output),
+        "64 rows that only name a layer": sweep(lambda row: row.transformer.h[LAYER]),
+        "64 rows without a body": sweep(lambda row: None),
+    }
+
+
 def peer(gpt2: GPT2LMHeadModel) -> dict[str, Task]:
     class Batching(nnsight.NNsight):
         """What nnsight asks of a model whose invokes share a pass."""
@@ -242,6 +260,8 @@ def main() -> None:
         ids = BATCH if task.startswith("64 rows") else IDS
         own = {side: tasks[task] for side, tasks in of_small.items() if task in tasks}
         compare(task.replace("all", "12"), {"bare": lambda ids=ids: small(ids), **own}, sides, most)
+    for task, sweep in sweeps(small).items():
+        compare(task, {"bare": lambda: small(BATCH), "diffsight": sweep}, sides, most)
     own = {side: tasks["all layers read"] for side, tasks in of_large.items()}
     compare("48 layers read", {"bare": lambda: large(IDS), **own}, sides, most)
     compare(f"1 of {WIDE} in a list read", wide(), sides, most)
