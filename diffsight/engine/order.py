@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 from diffsight.engine.points import INPUTS, LAST, OUTPUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.tapped_call import Tap
+from diffsight.engine.target import in_run
 from diffsight.engine.users_line import set_line
 from diffsight.errors import NeverReachedError, OutOfOrderError, RunClosedError
 
@@ -91,7 +92,7 @@ def let_go(asked: Asked, where: str) -> OutOfOrderError:
     return OutOfOrderError(
         f"{asked} was read before, but its value was not kept: the model is {where}, past that point, and a run keeps "
         "only values that your code still refers to. Bind the value to a name where you first read it, and use the "
-        f"name: value = run.{asked}"
+        f"name: value = {in_run(str(asked))}"
     )
 
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
 
 from diffsight.engine.coroutine import current_owner
 from diffsight.engine.hooks import FORWARD
-from diffsight.engine.target import Target, join
+from diffsight.engine.target import Target, in_run, join
 from diffsight.errors import ScanError
 
 
@@ -38,7 +38,7 @@ def values_needed(function: Callable, components: Sequence[Target]) -> ScanError
     while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, _TORCH)):
         frame = frame.f_back
     name = getattr(function, "__name__", str(function))
-    instead = f", or skip this part: `run.{module}.skip(value)`" if module else ""
+    instead = f", or skip this part: `{in_run(module)}.skip(value)`" if module else ""
     return ScanError(
         f"{asks} asks for the values of a tensor ({name}, at {frame.f_code.co_filename}:{frame.f_lineno}), but a scan "
         f"knows only its shape, so it cannot go past this line. Use a real run{instead}"

@@ -132,6 +132,11 @@ def join(path: str, name: str | int) -> str:
     return f"{path}.{name}" if path else name
 
 
+def in_run(path: str) -> str:
+    """Return a path as a user writes it in the body of a run: `run.unet.mid_block`, `run[0]`."""
+    return f"run{path}" if path.startswith("[") else f"run.{path}"
+
+
 def part_targets(parts: Mapping[str, Any], known: dict[str, Target]) -> dict[str, Target]:
     """Return a target for each part of a pipeline, by name.
 

@@ -1,17 +1,15 @@
 """Compare the trajectory lens with plain generation plus one batched decode, and an attached SAE with its products.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/denoiser.py --rounds 9
+    python tests/benchmarks/denoiser.py
 
-Both sides take turns. The medians of processor time and their ratio are printed: the ratio should be at most 1.15 for
-the lens, and 1.1 for the SAE.
+In shuffled rounds, on one thread. The ratio should be at most 1.15 for the lens, and 1.1 for the SAE.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from measuring import interleaved
 
 from diffsight import DiffusionModel, trajectory_lens
 from diffsight.lenses import SAE
@@ -21,14 +19,8 @@ PROMPT = "a red circle below a blue square on a gray background"
 DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0}
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
-
-
-def trajectory(rounds: int) -> tuple[float, float]:
-    """Return the median processor seconds of the lens, and of the bare pipeline with one decode of as many latents."""
+def trajectory() -> dict[str, Callable[[], None]]:
+    """Return the lens, and the bare pipeline with one decode of as many latents."""
     model = DiffusionModel("diffsight/shapes-clip", dispatch=True)
     pipe = model.pipeline
     pipe.set_progress_bar_config(disable=True)
@@ -43,13 +35,11 @@ def trajectory(rounds: int) -> tuple[float, float]:
         decoded = pipe.vae.decode(torch.randn(count, 4, 8, 8), return_dict=False)[0]
         pipe.image_processor.postprocess(decoded)
 
-    times = [(seconds(lens), seconds(plain)) for _ in range(rounds + 1)][1:]
-    return statistics.median(a for a, _ in times), statistics.median(b for _, b in times)
+    return {"bare": plain, "diffsight": lens}
 
 
-@torch.no_grad()
-def attached(rounds: int) -> tuple[float, float]:
-    """Return the median seconds of an attached SAE that is only read, and of its two matrix products."""
+def attached() -> dict[str, Callable[[], None]]:
+    """Return an attached SAE that is only read, and its two matrix products."""
     sae = SAE(256, 4096, k=32, point="layers[0]").requires_grad_(False)
     tap, x, features = FeatureTap(sae, "layers[0]"), torch.randn(8, 64, 256), torch.randn(8 * 64, 4096)
 
@@ -57,19 +47,23 @@ def attached(rounds: int) -> tuple[float, float]:
         x.flatten(0, 1) @ sae.encoder
         features @ sae.decoder
 
-    times = [(seconds(lambda: tap(x)), seconds(plain)) for _ in range(20 * rounds + 1)][1:]
-    return statistics.median(a for a, _ in times), statistics.median(b for _, b in times)
+    return {"bare": plain, "diffsight": lambda: tap(x)}
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=20)
     torch.set_num_threads(1)
     rounds = parser.parse_args().rounds
-    tap, products = attached(rounds)
-    print(f"attached SAE {1000 * tap:.2f} ms, two products {1000 * products:.2f} ms: {tap / products:.2f} times")
-    lens, plain = trajectory(rounds)
-    print(f"trajectory_lens {lens:.3f} s, plain generation and one decode {plain:.3f} s: {lens / plain:.2f} times")
+    print("| | by hand | diffsight | ratio | noise |\n| --- | --- | --- | --- | --- |")
+    for name, ways, most in (
+        ("an attached SAE and its two products", attached(), 20 * rounds),
+        ("`trajectory_lens`, and generation with one decode", trajectory(), rounds),
+    ):
+        seconds, noise = interleaved(ways, most, of="diffsight")
+        hand, ours = seconds["bare"] * 1e3, seconds["diffsight"] * 1e3
+        print(f"| {name} | {hand:.1f} ms | {ours:.1f} ms | {ours / hand:.2f} | {noise * 1e3:.1f} ms |", flush=True)
 
 
 if __name__ == "__main__":

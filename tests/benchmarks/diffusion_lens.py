@@ -3,12 +3,12 @@
     pip install nnsight==0.8.1 && python tests/benchmarks/diffusion_lens.py     # without nnsight its row is omitted
 
 It runs on `diffsight/shapes-clip` with 20 steps and, if there is a GPU, on a pipeline of the size of Stable Diffusion
-1.5 with random weights in half precision. All ways run in one process, interleaved. It prints medians, and how many
-times longer each loop takes than the one call, in wall time and in processor time, which other work on the machine does
-not change.
+1.5 with random weights in half precision. All ways run in one process, in shuffled rounds. It prints medians, and how
+many times longer each loop takes than the one call, in wall time and in processor time.
 """
 
 import argparse
+import random
 import statistics
 import tempfile
 import time
@@ -122,9 +122,9 @@ def compare(title: str, ways: dict[str, Callable[[], Images]], rounds: int) -> N
     work: dict[str, list[float]] = {name: [] for name in ways}
     images = {}
     for turn in range(rounds + 1):
-        for name, draw in ways.items():
+        for name in random.sample([*ways], len(ways)):
             started, worked = time.perf_counter(), time.process_time()
-            images[name] = draw()
+            images[name] = ways[name]()
             if turn:  # the first round warms up
                 clock[name].append(time.perf_counter() - started)
                 work[name].append(time.process_time() - worked)

@@ -2,8 +2,9 @@
 
     pip install nnsight==0.8.1 && python tests/benchmarks/engine.py      # nnsight's columns are left out without it
 
-On a GPT-2 of width 64 with 12 layers (48 in one row) and on `diffsight/shapes-clip`: what each way adds to the bare
-call in milliseconds, and what diffsight adds as a share of what nnsight adds. See README.md for how to read it.
+On a GPT-2 of width 64 with 12 layers (48 in one row), on a list of 5,000 modules of which 50 are called, and on
+`diffsight/shapes-clip`: what each way adds to the bare call in milliseconds, and what diffsight adds as a share of what
+nnsight adds. See README.md for how to read it.
 """
 
 import argparse
@@ -24,6 +25,7 @@ except ImportError:
     nnsight = None
 
 ROWS, LAYER, STEPS = 64, 5, 20
+WIDE, CALLED = 5000, 50  # modules in a list, and how many of them are called
 Task = Callable[[], object]
 PROMPT = "a red circle below a blue square"
 IDS = torch.randint(0, 1000, (1, 10), generator=torch.Generator().manual_seed(0))
@@ -96,6 +98,24 @@ def live(gpt2: GPT2LMHeadModel) -> dict[str, Task]:
     return dict(zip(plain(gpt2), (nothing, read_one, read_all, edit, sweep)))
 
 
+def sweeps(gpt2: GPT2LMHeadModel) -> dict[str, Task]:
+    """Return sweeps over 64 rows whose bodies do less and less of what a patch does."""
+    model = Model(gpt2)
+
+    def sweep(body: Callable[[object], object]) -> Task:
+        def task() -> None:
+            with model.trace(BATCH) as run:
+                run.each(body)
+
+        return task
+
+    return {
+        "64 rows read": sweep(lambda row: row.transformer.h[LAYER].output),
+        "64 rows that only name a layer": sweep(lambda row: row.transformer.h[LAYER]),
+        "64 rows without a body": sweep(lambda row: None),
+    }
+
+
 def peer(gpt2: GPT2LMHeadModel) -> dict[str, Task]:
     class Batching(nnsight.NNsight):
         """What nnsight asks of a model whose invokes share a pass."""
@@ -132,6 +152,46 @@ def peer(gpt2: GPT2LMHeadModel) -> dict[str, Task]:
                     model.transformer.h[LAYER].output[:, -1] = 0
 
     return dict(zip(plain(gpt2), (nothing, read_one, read_all, edit, sweep)))
+
+
+class Wide(torch.nn.Module):
+    """Calls a few of many modules in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleList([torch.nn.Identity() for _ in range(WIDE)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index in range(CALLED):
+            x = self.parts[index](x)
+        return x
+
+
+def wide() -> dict[str, Task]:
+    """Return runs that read the output of one module in a long list."""
+    net, x = Wide(), torch.zeros(1)
+    model = Model(net)
+
+    def hooked() -> None:
+        kept = []
+        handle = net.parts[LAYER].register_forward_hook(lambda module, inputs, output: kept.append(output))
+        net(x)
+        handle.remove()
+
+    def live() -> None:
+        with model.trace(x) as run:
+            run.parts[LAYER].output
+
+    found = {"bare": lambda: net(x), "hook": hooked, "diffsight": live}
+    if nnsight is None:
+        return found
+    other = nnsight.NNsight(Wide())
+
+    def peer() -> None:
+        with other.trace(x):
+            other.parts[LAYER].output.save()
+
+    return found | {"nnsight": peer}
 
 
 def denoising(model: DiffusionModel) -> dict[str, Task]:
@@ -200,8 +260,11 @@ def main() -> None:
         ids = BATCH if task.startswith("64 rows") else IDS
         own = {side: tasks[task] for side, tasks in of_small.items() if task in tasks}
         compare(task.replace("all", "12"), {"bare": lambda ids=ids: small(ids), **own}, sides, most)
+    for task, sweep in sweeps(small).items():
+        compare(task, {"bare": lambda: small(BATCH), "diffsight": sweep}, sides, most)
     own = {side: tasks["all layers read"] for side, tasks in of_large.items()}
     compare("48 layers read", {"bare": lambda: large(IDS), **own}, sides, most)
+    compare(f"1 of {WIDE} in a list read", wide(), sides, most)
     model = DiffusionModel("diffsight/shapes-clip")
     model.set_progress_bar_config(disable=True)
     compare(f"read in {STEPS} denoising steps", denoising(model), sides, max(10, most // 10))

@@ -60,6 +60,7 @@ def autoencoder(channels: int, width: int) -> diffusers.AutoencoderKL:
         block_out_channels=blocks,
         layers_per_block=2,
         latent_channels=channels,
+        shift_factor=0.0,  # FLUX needs one
     )
 
 
@@ -211,7 +212,7 @@ def ways(pipeline: diffusers.DiffusionPipeline, size: int, denoiser: str) -> dic
             run.record(f"{denoiser}.{point}", device="cpu")
 
     def lens(batch_size: int | None) -> Callable[[], object]:
-        layers = slice(0, 12, 12 // LENS_LAYERS)
+        layers = [*range(0, 12, 12 // LENS_LAYERS)]
         options = {**settings, "output_type": "pil", "layers": layers, "encoder": "text_encoder", "progress": False}
         return lambda: diffusion_lens(model, PROMPT, batch_size=batch_size, **options)
 

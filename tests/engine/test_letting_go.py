@@ -115,3 +115,12 @@ def test_the_value_stays_while_the_body_calls_a_module(stack, x):
         run[3].output
         run[1](inputs(1), hook=True)
         assert torch.equal(run[3].output, stack[:4](x)), "the model still stands there"
+
+
+@torch.no_grad()
+def test_the_error_names_the_value_as_it_is_written(stack, x):
+    with Model(stack).trace(x) as run:
+        run[0].output
+        run[2].output
+        with pytest.raises(OutOfOrderError, match=r"value = run\[0\]\.output$"):
+            run[0].output
