@@ -35,12 +35,16 @@ def check_image(pipeline: Any, image: Any) -> Image.Image:
 
 
 def check_can_encode(pipeline: Any) -> None:
-    """Raise InputError unless the pipeline has an autoencoder that encodes images."""
+    """Raise InputError unless the pipeline has an autoencoder that encodes images, and latents of the usual layout."""
     vae, processor = getattr(pipeline, "vae", None), getattr(pipeline, "image_processor", None)
     config = getattr(vae, "config", {})
     if processor is None or "scaling_factor" not in config or not hasattr(vae, "encode"):
         raise InputError(
             f"{type(pipeline).__name__} has no autoencoder for images, so there are no latents of an image"
+        )
+    if not hasattr(pipeline, "vae_scale_factor"):
+        raise InputError(
+            f"{type(pipeline).__name__} cannot be given the latents of an image, because their layout is not known"
         )
 
 

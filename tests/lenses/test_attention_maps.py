@@ -85,6 +85,17 @@ def test_maps_of_words(model, sd):
     assert same_image(result.image, sd(PROMPT, generator=torch.Generator().manual_seed(3), **SHORT).images[0])
 
 
+def test_the_prompt_is_encoded_once(model):
+    attention_maps(model, PROMPT, **SHORT)  # the attentions are known from here on
+    calls = []
+    hook = model.pipeline.text_encoder.register_forward_hook(lambda *given: calls.append(0))
+    model.pipeline(PROMPT, **SHORT)
+    plain = len(calls)
+    attention_maps(model, PROMPT, **SHORT)
+    hook.remove()
+    assert len(calls) == 2 * plain
+
+
 def test_some_layers_heads_and_steps(model, sd):
     result = attention_maps(model, PROMPT, "circle", seed=3, layers=[1, -1], heads=[1], steps=[1], **SHORT)
     kept = kept_by_processors(sd, "attn2")
@@ -298,6 +309,12 @@ def test_a_pipeline_without_an_autoencoder_cannot_be_shown_an_image():
     inputs = diffusion.PIPELINES["deepfloyd_if"].inputs() | {"output_type": "pil"}
     with pytest.raises(InputError, match="IFPipeline has no autoencoder for images"):
         attention_maps(DiffusionModel(diffusion.deepfloyd_if()), image=diffusion.IMAGE, **inputs)
+
+
+def test_a_pipeline_with_latents_of_its_own_layout_cannot_be_shown_an_image():
+    model = DiffusionModel(text_encoders.built("kandinsky5"))
+    with pytest.raises(InputError, match="Kandinsky5T2IPipeline cannot be given the latents of an image"):
+        attention_maps(model, PROMPT, image=diffusion.IMAGE, **SHORT)
 
 
 def test_videos():
