@@ -35,7 +35,7 @@ from diffsight.pipelines.attention.sdpa_attention import (
 )
 from diffsight.pipelines.diffusion.batch_layouts import COND
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
-from diffsight.pipelines.diffusion.denoising_clock import time_parameter
+from diffsight.pipelines.diffusion.denoising_clock import denoisers
 
 _FEATURES = 16  # the number of features kept of a query or key
 Key = tuple[str, int]  # the path of a module in the denoiser, and the number of its product in a call
@@ -71,10 +71,10 @@ class AttentionTracer:
 
     def __init__(self, model: Model, arguments: Mapping[str, Any]) -> None:
         self._model, self._arguments = model, dict(arguments)
-        denoisers = _denoisers(model)
-        if not denoisers:
+        found = denoisers(model.pipeline)
+        if not found:
             raise InputError(f"{type(model.pipeline).__name__} has no component that takes a timestep")
-        self.denoiser = max(denoisers, key=lambda name: sum(p.numel() for p in denoisers[name].parameters()))
+        self.denoiser = max(found, key=lambda name: sum(p.numel() for p in found[name].parameters()))
         self.image: tuple[int, ...] = ()  # the shape of the denoiser's input for one image
         self.latents: tuple[int, ...] = ()  # the shape of the decoded latents for one image; () if unknown
         self.tokens: dict[str, int] = {}  # the number of tokens that each text encoder returns
@@ -153,11 +153,6 @@ class AttentionTracer:
             noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor)
             place = where(tensor).to(tensor.device)
             tensor.copy_(torch.where(place, 3 * noise, tensor))
-
-
-def _denoisers(model: Model) -> dict[str, nn.Module]:
-    parts = components(model.pipeline).items()
-    return {name: part for name, part in parts if isinstance(part, nn.Module) and time_parameter(part)}
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
