@@ -10,9 +10,9 @@ the denoiser is skipped there, and its stored outputs are used.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -49,7 +49,8 @@ class Change:
     part: WholeValue = field(default_factory=WholeValue)
 
 
-class Passage(NamedTuple):
+@dataclass(frozen=True)
+class Passage:
     """A call of a point.
 
     Attributes:
@@ -316,7 +317,7 @@ class _Log:
         calls = []
         for passage in self._passages.get(0, []):
             if self._is_in_branch(passage):
-                calls.append(passage._replace(call=count[passage.point]))
+                calls.append(replace(passage, call=count[passage.point]))
                 count[passage.point] += 1
         early: dict[str, Passage] = {}
         for passage in self._passages.get(None, []):
