@@ -85,14 +85,19 @@ class CheckpointedRun:
         self._outside: list[ValuePair] = []  # points outside the denoiser
         self._run()
 
-    def backward(self, metric: torch.Tensor) -> Iterator[tuple[list[ValuePair], list[torch.Tensor]]]:
-        """Yield values that both runs passed, and the gradients of a metric of the target's latents at them."""
+    def backward(self, metric: torch.Tensor, first: int = 0) -> Iterator[tuple[list[ValuePair], list[torch.Tensor]]]:
+        """Yield values that both runs passed, and the gradients of a metric of the target's latents at them.
+
+        Args:
+            metric: The metric.
+            first: The first step whose values are needed.
+        """
         ends, weights = [metric], [torch.ones_like(metric)]  # where the graph ends, and the gradients there
-        for step in reversed(range(len(self._calls))):
+        for step in reversed(range(0 if self._outside else first, len(self._calls))):
             again = self._run_step(step)
             for call in reversed(self._calls[step]):
                 now = again.pop()
-                at_outputs = _gradients(ends, weights, call.leaves)
+                at_outputs = _gradients(ends, weights, call.leaves, keep=True)
                 values = [one.target for one in now.passed]
                 found = _gradients(now.outputs, at_outputs, [*values, *(leaf for leaf, _ in now.inputs)])
                 yield now.passed, found[: len(values)]
@@ -160,7 +165,7 @@ def _call(x: DiffusionRun, y: DiffusionRun, denoiser: str, number: int) -> _Call
     """Let a denoiser of the target's run compute without a graph, and return the call."""
     points = y[denoiser].calls[number]
     args, kwargs = points.inputs
-    inputs = tree_map_only(torch.Tensor, lambda one: one.clone() if one.requires_grad else one, (args, kwargs))
+    inputs = tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
     with torch.no_grad():
         target = _copied(y[denoiser](*args, **kwargs))
     leaves: list[torch.Tensor] = []
@@ -195,12 +200,15 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 
 
 def _gradients(
-    outputs: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+    outputs: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    keep: bool = False,
 ) -> list[torch.Tensor]:
-    """Return the gradients of the weighted sum of some outputs. The graph is kept."""
+    """Return the gradients of the weighted sum of some outputs. `keep` says whether the graph is used again."""
     ends = [(output, weight) for output, weight in zip(outputs, weights) if output.requires_grad]
     if not ends or not inputs:
         return [torch.zeros_like(tensor) for tensor in inputs]
     kept, given = zip(*ends)
-    found = torch.autograd.grad(kept, inputs, given, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(kept, inputs, given, retain_graph=keep, allow_unused=True)
     return [torch.zeros_like(to) if gradient is None else gradient for to, gradient in zip(inputs, found)]

@@ -51,7 +51,7 @@ def _through_run(
     estimates.source, estimates.target = source.detach(), target.detach()
     for change in changes:
         estimates.values[change.place] = estimates.target
-    for passed, gradients in run.backward(target):
+    for passed, gradients in run.backward(target, min(change.steps[0] for change in changes)):
         for change in changes:
             estimates.add(change, passed, gradients)
     return run.passes
@@ -67,10 +67,8 @@ def _through_steps(
         branches = [rows.branch_of(run.rows[0]) for run in (x, y)]
         early = read_pairs(*branches, None, plain.early)
         for other, step in zip(x.steps, y.steps):
-            passed, chosen = (
-                read_pairs(*branches, step.index, plain.calls),
-                [c for c in changes if step.index in c.steps],
-            )
+            passed = read_pairs(*branches, step.index, plain.calls)
+            chosen = [change for change in changes if step.index in change.steps]
             after = other.latents, step.latents
             if chosen:
                 source, target = estimates.measure(*after)

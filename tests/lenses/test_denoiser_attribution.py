@@ -177,6 +177,10 @@ def test_each_step_is_computed_again(small):
     handle.remove()
     assert grads.count(True) == STEPS  # the target's
     assert grads.count(False) == 3 * STEPS  # both prompts together, and each by itself
+    result = attribution_patching(
+        model, CLEAN, CORRUPTED, METRIC, sites="unet.mid_block", steps=[1], **QUIET, **arguments
+    )
+    assert result.passes == 3 + 2  # step 0 is not computed again
 
 
 def test_a_branch_of_a_pipeline_with_a_controlnet():
