@@ -85,9 +85,9 @@ def attribution_patching(
             first order. For "q" and "k" of language models, whose gradients are nearly 0 where the softmax is
             saturated (AtP*, section 3.1.1).
         through: For a pipeline. "run": the metric measures the finished run, and the gradient goes through all steps
-            that follow, which takes memory for all of them (see gradient checkpointing in the documentation). "step":
-            both prompts are denoised from the same noisy latents in every step, and the metric measures the latents
-            after the step. The gradient goes through one step. Default: "run".
+            that follow. Each step is computed again for it, so this takes the memory of one step. "step": both prompts
+            are denoised from the same noisy latents in every step, and the metric measures the latents after the step.
+            The gradient goes through one step. Default: "run".
         seed: The seed of every image of a pipeline. Default: 0.
         progress: Whether to show a progress bar over pairs.
         inverted: The result of `invert` for an image, to apply the lens to that image. Omit the seed and the number

@@ -10,9 +10,9 @@ the denoiser is skipped there, and its stored outputs are used.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -25,6 +25,7 @@ from diffsight.lenses.results.outputs import image_of
 from diffsight.lenses.sites.items import with_tensor
 from diffsight.lenses.sites.pipeline_positions import WholeValue
 from diffsight.lenses.sites.site import Site
+from diffsight.pipelines.diffusion.denoising_clock import denoisers
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import DiffusionRun, is_silenced, progress_bar
 
@@ -49,29 +50,49 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """A call of a point.
+
+    Attributes:
+        point: The path of the point.
+        call: The number of the call in the step, or in the branch of the step.
+        denoiser_call: The number of calls of denoisers that ended before it in the step.
+        batch: The batch size.
+    """
+
+    point: str
+    call: int
+    denoiser_call: int
+    batch: int
+
+
+@dataclass(frozen=True)
 class PlainRun:
     """The values kept from the run without a change.
 
     Attributes:
         outcome: The outcome, a row for each prompt.
-        calls: The calls of each point, in the order in which the model reaches them in a step: the path of the point,
-            and the number of the call.
+        calls: The calls of each point, in the order in which the model reaches them in a step.
         early: The same for the points that the model reaches before the first step.
         shapes: The shape of the value at each point, for one row.
-        steps: The number of steps.
+        denoisers: The denoisers that are called in each step, in order.
         latents: The output of `scheduler.step` in each step, a row for each prompt.
-        denoised: The output of the denoiser in each step and call; None if its rows cannot be distinguished.
-        denoiser: The path of the denoiser.
+        denoised: The output of the denoiser in each step and call; None if its rows cannot be distinguished, or if
+            there are several denoisers, such as a ControlNet.
     """
 
     outcome: Outcome
-    calls: Sequence[tuple[str, int]]
-    early: Sequence[tuple[str, int]]
+    calls: Sequence[Passage]
+    early: Sequence[Passage]
     shapes: Mapping[str, torch.Size]
-    steps: int
+    denoisers: Sequence[Sequence[str]]
     latents: Sequence[torch.Tensor] = field(repr=False)
     denoised: Sequence[Sequence[Any]] | None = field(repr=False)
-    denoiser: str
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return len(self.denoisers)
 
 
 Apply = Callable[[Sequence[Any], Any, Change, int], None]
@@ -114,29 +135,38 @@ class DenoiserRows:
         Raises:
             InputError: The model does not reach one of the points.
         """
-        log, denoisers, latents = _Log(), [], []
+        log, latents = _Log(), []
         with progress_bar(self._model.pipeline, disable=True), self.open(self._prompts) as run:
             follow_latents(run, lambda value: latents.append(value.clone()))
             for point in points:
                 run.follow(Site(point).path, partial(log.see, point))
+            for denoiser in denoisers(self._model.pipeline):
+                run.follow(f"{denoiser}.output", partial(log.keep, denoiser))
             for step in run.steps:
-                log.step = step.index
-                denoisers.append(step.component)
+                log.begin(step.index)
                 if step.index == 0:
-                    run.follow(f"{step.component}.output", log.keep)
                     if self._branch is not None:
                         self.branch_of(run)[step.component].input  # runs up to the call that contains the branch
-                        log.branch_call = len(log.denoised[0]) if log.denoised else 0
+                        log.branch = step.component, log.denoisers[0].count(step.component)
                     last = tensor_in(run.rows[-1][step.component].output).clone()
             outcome = self._outcome(run, latents)
         self.passes += 1
         missing = next((point for point in points if point not in log.shapes), None)
         if missing is not None:
             raise InputError(f"the pipeline never reaches {missing} with these arguments, so nothing is changed there")
-        is_told_apart = torch.equal(last, _by_branch(log.denoised[0][0], len(self._prompts))[:, -1])
-        kept = log.denoised if is_told_apart and len(set(denoisers)) == 1 else None
+        has_one = len({name for names in log.denoisers for name in names}) == 1
+        is_told_apart = has_one and torch.equal(last, _by_branch(log.denoised[0][0], len(self._prompts))[:, -1])
+        kept = log.denoised if is_told_apart else None
         calls = (log.calls(0), log.calls(None)) if self._branch is None else log.calls_of_branch(len(self._prompts))
-        return PlainRun(outcome, *calls, log.shapes, len(denoisers), latents, kept, denoisers[0])
+        seen = {passage.point for of_part in calls for passage in of_part}
+        late = next((point for point in points if point not in seen), None)
+        if late is not None:
+            raise InputError(
+                f"the pipeline reaches {late} neither before the steps nor in the first step"
+                f"{'' if self._branch is None else f' in the branch {self._branch!r}'}, so it is not changed: choose a "
+                "site in a text encoder or denoiser"
+            )
+        return PlainRun(outcome, *calls, log.shapes, log.denoisers, latents, kept)
 
     @torch.no_grad()
     def run(self, plain: PlainRun, changes: Sequence[Change], apply: Apply) -> Outcome:
@@ -158,7 +188,7 @@ class DenoiserRows:
             for step in run.steps:
                 if step.index < start:
                     for number, output in enumerate(plain.denoised[step.index]):
-                        run[plain.denoiser].calls[number].skip(_spread(output, leading, count))
+                        run[step.component].calls[number].skip(_spread(output, leading, count))
                     continue
                 active = [(row, one) for row, one in enumerate(changes, leading) if step.index in one.steps]
                 self._apply(plain.calls, active, rows, apply)
@@ -205,12 +235,12 @@ class DenoiserRows:
         return part if self._branch is None else getattr(part, self._branch)
 
     def _changes_early(self, plain: PlainRun, changes: Sequence[Change]) -> bool:
-        early = {point for point, _ in plain.early}
+        early = {passage.point for passage in plain.early}
         return any(change.site.point in early for change in changes)
 
     def _apply(
         self,
-        calls: Sequence[tuple[str, int]],
+        calls: Sequence[Passage],
         changes: Iterable[tuple[int, Change]],
         rows: Sequence[Any],
         apply: Apply,
@@ -220,9 +250,9 @@ class DenoiserRows:
         for row, change in changes:
             at.setdefault(change.site.point, []).append((row, change))
         leading = rows[: len(self._prompts) - 1]
-        for point, call in calls:
-            for row, change in at.get(point, ()):
-                apply(leading, rows[row], change, call)
+        for passage in calls:
+            for row, change in at.get(passage.point, ()):
+                apply(leading, rows[row], change, passage.call)
 
     def _outcome(self, run: DiffusionRun, latents: Sequence[torch.Tensor]) -> Outcome:
         """Run the pipeline to its end; return its outcome."""
@@ -233,53 +263,51 @@ class DenoiserRows:
         return Outcome(images=images, latents=latents[-1] if latents else None)
 
 
-class _Passage(NamedTuple):
-    """One call of a point, with its number, the number of the denoiser's call, and the batch size."""
-
-    point: str
-    call: int
-    denoiser_call: int
-    batch: int
-
-
 class _Log:
     """A log of the run without a change.
 
     Attributes:
         step: The number of the step; None before the first.
-        branch_call: The number of the denoiser's call that contains the branch.
+        branch: The denoiser that begins a step, and the number of the call of it that contains the branch.
         shapes: The shape of the first value at each point.
-        denoised: The outputs of the denoiser, by step and call.
+        denoisers: The denoisers that were called, by step, in order.
+        denoised: Their outputs.
     """
 
     def __init__(self) -> None:
         self.step: int | None = None
-        self.branch_call = 0
+        self.branch = "", 0
         self.shapes: dict[str, torch.Size] = {}
+        self.denoisers: list[list[str]] = []
         self.denoised: list[list[Any]] = []
         self._seen: Counter[tuple[int | None, str]] = Counter()
-        self._passages: dict[int | None, list[_Passage]] = {}
+        self._passages: dict[int | None, list[Passage]] = {}
+
+    def begin(self, step: int) -> None:
+        """Begin a step."""
+        self.step = step
+        self.denoisers.append([])
+        self.denoised.append([])
 
     def see(self, point: str, value: Any) -> None:
         """Note that the model reaches a point."""
         number, shape = self._seen[self.step, point], tensor_in(value).shape
         self._seen[self.step, point] += 1
-        done = self.denoised[self.step :] if self.step is not None else []
-        passage = _Passage(point, number, len(done[0]) if done else 0, shape[0] if shape else 0)
+        ended = 0 if self.step is None else len(self.denoisers[-1])
+        passage = Passage(point, number, ended, shape[0] if shape else 0)
         self._passages.setdefault(self.step, []).append(passage)
         self.shapes.setdefault(point, shape)
 
-    def keep(self, output: Any) -> None:
-        """Keep an output of the denoiser."""
-        while len(self.denoised) <= self.step:
-            self.denoised.append([])
-        self.denoised[self.step].append(_with_first(output, tensor_in(output).clone()))
+    def keep(self, denoiser: str, output: Any) -> None:
+        """Keep an output of a denoiser."""
+        self.denoisers[-1].append(denoiser)
+        self.denoised[-1].append(with_first(output, tensor_in(output).clone()))
 
-    def calls(self, step: int | None) -> list[tuple[str, int]]:
+    def calls(self, step: int | None) -> list[Passage]:
         """Return the calls of points in a step, in order."""
-        return [(passage.point, passage.call) for passage in self._passages.get(step, [])]
+        return self._passages.get(step, [])
 
-    def calls_of_branch(self, prompts: int) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    def calls_of_branch(self, prompts: int) -> tuple[list[Passage], list[Passage]]:
         """Return the calls that contain the branch, in a step and before the first step. Only these are counted.
 
         Raises:
@@ -288,15 +316,36 @@ class _Log:
         count: Counter[str] = Counter()
         calls = []
         for passage in self._passages.get(0, []):
-            if passage.denoiser_call == self.branch_call:
-                calls.append((passage.point, count[passage.point]))
+            if self._is_in_branch(passage):
+                calls.append(replace(passage, call=count[passage.point]))
                 count[passage.point] += 1
-        early = dict.fromkeys(passage.point for passage in self._passages.get(None, []))
+        early: dict[str, Passage] = {}
+        for passage in self._passages.get(None, []):
+            early.setdefault(passage.point, passage)
         for point in early:
             of_point = [passage for passage in self._passages[None] if passage.point == point]
             if len(of_point) > 2 or (len(of_point) == 2 and any(passage.batch != prompts for passage in of_point)):
                 raise InputError(f"{point} is called {len(of_point)} times before the first step: omit branch")
-        return calls, [(point, 0) for point in early]
+        return calls, list(early.values())
+
+    def _is_in_branch(self, passage: Passage) -> bool:
+        """Return whether a call of a point in the first step contains the branch.
+
+        Raises:
+            InputError: This is not known.
+        """
+        begins, number = self.branch
+        called, before = self.denoisers[0], self.denoisers[0][: passage.denoiser_call]
+        current = called[passage.denoiser_call] if passage.denoiser_call < len(called) else begins
+        denoiser = current if is_in(current, passage.point) else begins
+        if called.count(denoiser) not in (1, called.count(begins)):
+            raise InputError(f"{denoiser} is called {called.count(denoiser)} times in a step: omit branch")
+        return called.count(denoiser) == 1 or before.count(denoiser) == number
+
+
+def is_in(component: str, point: str) -> bool:
+    """Return whether a point is in a component."""
+    return f"{Site(point).module}.".startswith(f"{component}.")
 
 
 def _first_step(changes: Sequence[Change]) -> int:
@@ -331,10 +380,10 @@ def _spread(output: Any, leading: int, count: int) -> Any:
     """Return an output of the denoiser with `count` copies of its last row after its leading rows."""
     rows = _by_branch(output, leading + 1)
     last = rows[:, leading:].expand(-1, count, *[-1] * (rows.ndim - 2))
-    return _with_first(output, torch.cat([rows[:, :leading], last], 1).flatten(0, 1))
+    return with_first(output, torch.cat([rows[:, :leading], last], 1).flatten(0, 1))
 
 
-def _with_first(output: Any, tensor: torch.Tensor) -> Any:
+def with_first(output: Any, tensor: torch.Tensor) -> Any:
     """Return an output of the denoiser with another first tensor."""
     items = list(output.values()) if isinstance(output, Mapping) else output
     first = None if isinstance(output, torch.Tensor) else [isinstance(item, torch.Tensor) for item in items].index(True)

@@ -11,7 +11,6 @@ linearized: m + (softmax(patched) - softmax) · dm/dprobabilities (Kramár et al
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -86,36 +85,31 @@ def _backward(pairs: LanguagePairs, number: int, source: Passed, corrected: set[
                 leaves[f"{site.module}.attention_probs"] = probabilities[site.module].track(run)
         outcome = Outcome(logits=run.result.logits)
         clean = source.outcome if pairs.into == "corrupted" else Outcome(logits=outcome.logits.detach())
-        gradients = gradients_of(metric, metric.values(outcome, clean, number), leaves, "logits")
+        measured = metric.values(outcome, clean, number).sum()
+        check_gradient(metric, measured, "logits")
+        gradients = dict(zip(leaves, gradients_of(measured, list(leaves.values()))))
     values = {point: leaf.detach() for point, leaf in leaves.items()}
     again = {module: _computed_again(product, module) for module, product in products.items()}
     return Backward(Outcome(logits=outcome.logits.detach()), values, gradients, again)
 
 
-def gradients_of(
-    metric: Metric, values: torch.Tensor, at: Mapping[Any, torch.Tensor], reads: str
-) -> dict[Any, torch.Tensor]:
-    """Return the gradients of a metric's values with respect to some tensors. The graph is kept.
-
-    Args:
-        metric: The metric.
-        values: The values of the metric.
-        at: The tensors.
-        reads: What a user's function should compute the metric from, for the error message.
+def check_gradient(metric: Metric, value: torch.Tensor, reads: str) -> None:
+    """Check that the value of a metric has a gradient. `reads` is what a user's function should compute it from.
 
     Raises:
-        InputError: The metric has no gradient.
+        InputError: It has none.
     """
-    if not values.requires_grad:
+    if not value.requires_grad:
         raise InputError(
             f"the metric {metric.name} has no gradient: compute it from result.{reads} with PyTorch, and return a "
             "tensor"
         )
-    found = torch.autograd.grad(values.sum(), list(at.values()), allow_unused=True, retain_graph=True)
-    return {
-        name: torch.zeros_like(tensor) if gradient is None else gradient
-        for (name, tensor), gradient in zip(at.items(), found)
-    }
+
+
+def gradients_of(value: torch.Tensor, at: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the gradients of a value, (), at some tensors: 0 where it does not depend on them. The graph is kept."""
+    found = torch.autograd.grad(value, list(at), allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(tensor) if gradient is None else gradient for tensor, gradient in zip(at, found)]
 
 
 @torch.no_grad()

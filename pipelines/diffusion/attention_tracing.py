@@ -35,7 +35,7 @@ from diffsight.pipelines.attention.sdpa_attention import (
 )
 from diffsight.pipelines.diffusion.batch_layouts import COND
 from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
-from diffsight.pipelines.diffusion.denoising_clock import time_parameter
+from diffsight.pipelines.diffusion.denoising_clock import denoisers
 
 _FEATURES = 16  # the number of features kept of a query or key
 Key = tuple[str, int]  # the path of a module in the denoiser, and the number of its product in a call
@@ -158,11 +158,10 @@ class AttentionTracer:
 
 def denoiser_of(model: Model) -> str:
     """Return the name of the denoiser, the largest if there are several."""
-    parts = components(model.pipeline).items()
-    denoisers = {name: part for name, part in parts if isinstance(part, nn.Module) and time_parameter(part)}
-    if not denoisers:
+    found = denoisers(model.pipeline)
+    if not found:
         raise InputError(f"{type(model.pipeline).__name__} has no component that takes a timestep")
-    return max(denoisers, key=lambda name: sum(p.numel() for p in denoisers[name].parameters()))
+    return max(found, key=lambda name: sum(p.numel() for p in found[name].parameters()))
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -83,6 +83,12 @@ def is_last_step(pipeline: Any, denoiser: nn.Module, args: tuple, kwargs: dict) 
     return any(timesteps.numel() and timesteps[-1].item() == time for timesteps in known)
 
 
+def denoisers(pipeline: Any) -> dict[str, nn.Module]:
+    """Return the components that are passed a timestep, by name: denoisers, and others such as ControlNets."""
+    parts = components(pipeline).items()
+    return {name: part for name, part in parts if isinstance(part, nn.Module) and time_parameter(part)}
+
+
 def time_parameter(module: nn.Module) -> str | None:
     """Return the parameter through which a denoiser receives the timestep. Other components have none."""
     names = _parameters(module)

@@ -1,11 +1,13 @@
 """Attribution patching of pipelines, against finite differences of bare pipelines with ordinary hooks."""
 
+import diffusers
 import pytest
 import torch
 from hook_patching import Block
 
 from diffsight import DiffusionModel, activation_patching, attribution_patching
 from diffsight.lenses import latent_distance, pixel_distance
+from diffsight.lenses.sites.site import Site
 from helpers import SEED, draw, outputs, pipeline_footprint, refusal, replaced
 from models import diffusion
 
@@ -71,7 +73,7 @@ def test_equals_finite_differences(case):
         assert found == pytest.approx(expected, rel=0.05, abs=1e-6)
         assert abs(expected) > 2e-6
     assert result.columns == ("0", "1", "0-1")
-    assert result.passes == 3
+    assert result.passes == 3 + 2 * STEPS  # each step is computed again
     assert pipeline_footprint(pipe) == before
     assert result.compare(activation_patching(model, CLEAN, CORRUPTED, METRIC, **options)).correlation > 0
 
@@ -134,6 +136,66 @@ def test_a_step_at_the_same_noisy_latents(small):
     both = attribution_patching(model, CLEAN, CORRUPTED, METRIC, **{**options, "steps": None})
     assert torch.allclose(both.values[..., 0], result.values.mean(-1), atol=1e-6)
     assert torch.allclose(both.target[..., 0], result.target.mean(-1), atol=1e-6)
+
+
+@pytest.mark.parametrize("scheduler", ["DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"])
+def test_the_gradient_goes_through_what_the_scheduler_keeps(small, scheduler):
+    """A multistep scheduler also uses the denoiser's earlier outputs. The graph of the whole run is the reference."""
+    model, pipe, arguments = small
+    before, arguments = pipe.scheduler, {**arguments, "num_inference_steps": 3}
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(before.config)
+    options = {"sites": ["unet.mid_block", "text_encoder.layers[1]"], "steps": "each", **QUIET, **arguments}
+    try:
+        result = attribution_patching(model, CLEAN, CORRUPTED, METRIC, **options)
+        with model.generate(CLEAN, seed=SEED, output_type="latent", **arguments) as run:
+            state = run.text_encoder.layers[1].output.clone()
+            given = [run.unet.mid_block.output.clone() for _ in run.steps]
+        with model.generate(CORRUPTED, seed=SEED, grad=True, output_type="latent", **arguments) as run:
+            leaves = [Site("text_encoder.layers[1].output").track(run)]
+            leaves += [Site("unet.mid_block.output").track(run) for _ in run.steps]
+            distance = (run.result.images - run_of(model, CLEAN, arguments)).square().mean().sqrt()
+        gradients = torch.autograd.grad(distance, leaves)
+    finally:
+        pipe.scheduler = before
+    changes = [((y - x) * g).sum() for x, y, g in zip(leaves, [state, *given], gradients)]
+    found = (result.values - result.target)[0]
+    assert torch.allclose(found[0], torch.stack(changes[1:]), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(found[1], changes[0].expand(3), rtol=1e-4, atol=1e-6)
+    assert found[:, 0].abs().min() > 1e-3
+
+
+def run_of(model, prompt, arguments):
+    return model.generate(prompt, seed=SEED, output_type="latent", **arguments).result.images
+
+
+def test_each_step_is_computed_again(small):
+    """The graph is that of one step, so the denoiser runs with and without a graph."""
+    model, pipe, arguments = small
+    grads = []
+    handle = pipe.unet.mid_block.register_forward_hook(lambda *_: grads.append(torch.is_grad_enabled()))
+    attribution_patching(model, CLEAN, CORRUPTED, METRIC, sites="unet.mid_block", **QUIET, **arguments)
+    handle.remove()
+    assert grads.count(True) == STEPS  # the target's
+    assert grads.count(False) == 3 * STEPS  # both prompts together, and each by itself
+    result = attribution_patching(
+        model, CLEAN, CORRUPTED, METRIC, sites="unet.mid_block", steps=[1], **QUIET, **arguments
+    )
+    assert result.passes == 3 + 2  # step 0 is not computed again
+
+
+def test_a_branch_of_a_pipeline_with_a_controlnet():
+    kind = diffusion.ALL_PIPELINES["controlnet"]
+    pipe = kind.build()
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {name: value for name, value in kind.inputs().items() if name not in ("prompt", "output_type")}
+    model, sites = DiffusionModel(pipe), ["controlnet.mid_block", "unet.mid_block"]
+    options = {"sites": sites, **QUIET, **arguments}
+    both, cond, uncond = (
+        attribution_patching(model, CLEAN, CORRUPTED, METRIC, branch=of, **options) for of in (None, "cond", "uncond")
+    )
+    change = [(one.values - one.target)[0] for one in (both, cond, uncond)]
+    assert torch.allclose(change[0], change[1] + change[2], rtol=1e-3, atol=1e-8)
+    assert change[1].abs().min() > 1e-7
 
 
 def test_gradient_checkpointing_changes_nothing(small):

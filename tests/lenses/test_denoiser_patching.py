@@ -320,6 +320,12 @@ def test_refused(small, change, said):
     assert said in str(error.value)
 
 
+def test_a_site_behind_the_steps_is_refused(small):
+    model, _, arguments = small
+    said = refusal(block_ablation, model, CLEAN, sites="vae.decoder.mid_block", mode="zero", **QUIET, **arguments)
+    assert "reaches vae.decoder.mid_block.output neither before the steps nor in the first step" in said
+
+
 def test_refused_ablations(small):
     model, _, arguments = small
     given = {**QUIET, **arguments}

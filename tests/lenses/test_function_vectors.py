@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from diffsight import LanguageModel, evaluate_function_vector, function_vector, steer
+from diffsight import LanguageModel, VisionLanguageModel, evaluate_function_vector, function_vector, steer
 from diffsight.lenses import few_shot_prompts, patch_object_attn_lens
 from diffsight.lenses.demonstrations.few_shot_prompts import answer_tokens
 from helpers import refusal
-from models import language
+from models import language, vision_language
 from models.lens_results import PAIRS
 
 FEW = {"shots": 2, "progress": False}
@@ -29,6 +29,8 @@ def projections(net):
         return [block.attention.dense for block in net.gpt_neox.layers]
     if hasattr(net, "transformer"):
         return [block.attn.c_proj for block in net.transformer.h]
+    if hasattr(net.model, "language_model"):
+        return [block.self_attn.o_proj for block in net.model.language_model.layers]
     return [block.self_attn.o_proj for block in net.model.layers]
 
 
@@ -37,18 +39,35 @@ def result_of(projection, hidden):
     return projection(hidden) - projection(torch.zeros_like(hidden))
 
 
+def llava():
+    net, processor = vision_language.llava()
+    return VisionLanguageModel((net, processor))
+
+
+def reading(build_net):
+    return lambda: LanguageModel((build_net(), language.TOKENIZER))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "build_net",
-    [language.gpt2, language.llama, language.gemma2, language.neox, language.qwen3, language.mixtral],
+    "build",
+    [
+        *map(reading, (language.gpt2, language.llama, language.gemma2, language.neox, language.qwen3)),
+        reading(language.mixtral),
+        llava,
+    ],
 )
-def test_it_equals_a_loop_with_hooks(build_net):
-    net, heads = build_net(), 4
+def test_it_equals_a_loop_with_hooks(build):
+    model, heads = build(), 4
+    net = model.module
     for weight in net.parameters():
         weight *= 5 if weight.ndim > 1 else 1  # else no head matters
-    model = LanguageModel((net, language.TOKENIZER))
     prompts = few_shot_prompts(PAIRS, 2)
     answers = answer_tokens(model, prompts)
+
+    def ids(text):
+        return torch.tensor([model.tokenizer(text)["input_ids"]])
+
     places = projections(net)
     sums, seen = [0.0] * len(places), []
 
@@ -58,14 +77,14 @@ def test_it_equals_a_loop_with_hooks(build_net):
     for prompt in prompts:
         seen.clear()
         hooks = [of_heads(place, heads, lambda hidden: seen.append(hidden[0, -1].clone())) for place in places]
-        net(language.ids(prompt.text))
+        net(ids(prompt.text))
         for hook in hooks:
             hook.remove()
         sums = [total + one for total, one in zip(sums, seen)]
     means = [total / len(prompts) for total in sums]
 
     def probability(prompt, answer):
-        return net(language.ids(prompt.shuffled)).logits[0, -1].softmax(-1)[answer]
+        return net(ids(prompt.shuffled)).logits[0, -1].softmax(-1)[answer]
 
     plain = torch.stack([probability(*pair) for pair in zip(prompts, answers)])
     effects = torch.zeros(len(places), heads)
