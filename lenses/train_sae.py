@@ -18,6 +18,7 @@ from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.features.activation_stream import (
     PointReader,
     ShuffledBuffer,
+    check_finite,
     stored,
 )
 from diffsight.lenses.features.autoencoder import SAE, check_sizes
@@ -143,6 +144,7 @@ def _refill(
     if isinstance(data, torch.Tensor):
         if data.ndim != 2 or not data.is_floating_point() or len(data) == 0:
             raise InputError(f"data must be a float tensor (vectors, width), not {data.dtype} {tuple(data.shape)}")
+        check_finite(data, "the vectors")
         return stored(data)
     prompts = [data] if isinstance(data, str) else data
     if not fits(prompts, Sequence[str]) or not prompts:
