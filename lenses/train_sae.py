@@ -59,6 +59,8 @@ def train_sae(
         train_sae(model, "unet.mid_block", captions, features=1024, of="difference", num_inference_steps=20)
         train_sae(None, "layers[3]", vectors, features=4096, kind="jumprelu", k=None)
 
+    The SAE is trained on the device of the model, or of the vectors.
+
     Args:
         model: The model. It may be None if `data` are vectors.
         point: The path of a module of the model.

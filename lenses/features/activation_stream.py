@@ -75,9 +75,9 @@ class PointValues:
     mask: torch.Tensor | None = None
 
     def vectors(self) -> torch.Tensor:
-        """Return all vectors except those of padding tokens, (vectors, width)."""
+        """Return all vectors except those of padding tokens, (vectors, width), on the device of the model."""
         parts = self.steps if self.mask is None else [self.steps[0][self.mask]]
-        return torch.cat([part.flatten(0, -2).float() for part in parts]).cpu()
+        return torch.cat([part.flatten(0, -2).float() for part in parts])
 
 
 @dataclass(frozen=True)
