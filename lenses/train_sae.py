@@ -18,6 +18,7 @@ from diffsight.lenses.denoising.call_checks import Steps
 from diffsight.lenses.features.activation_stream import (
     PointReader,
     ShuffledBuffer,
+    check_finite,
     stored,
 )
 from diffsight.lenses.features.autoencoder import SAE, check_sizes
@@ -57,6 +58,8 @@ def train_sae(
         train_sae(model, "text_encoder.layers[6]", captions, features=512, k=8, folder="sae")
         train_sae(model, "unet.mid_block", captions, features=1024, of="difference", num_inference_steps=20)
         train_sae(None, "layers[3]", vectors, features=4096, kind="jumprelu", k=None)
+
+    The SAE is trained on the device of the model, or of the vectors.
 
     Args:
         model: The model. It may be None if `data` are vectors.
@@ -143,6 +146,7 @@ def _refill(
     if isinstance(data, torch.Tensor):
         if data.ndim != 2 or not data.is_floating_point() or len(data) == 0:
             raise InputError(f"data must be a float tensor (vectors, width), not {data.dtype} {tuple(data.shape)}")
+        check_finite(data, "the vectors")
         return stored(data)
     prompts = [data] if isinstance(data, str) else data
     if not fits(prompts, Sequence[str]) or not prompts:

@@ -67,6 +67,6 @@ def _from_tensor(image: torch.Tensor) -> Image.Image:
             f"the image must be a float tensor of shape (3, height, width), not {image.dtype} of shape "
             f"{tuple(image.shape)}"
         )
-    if image.amin() < 0 or image.amax() > 1:
+    if not (image.amin() >= 0 and image.amax() <= 1):  # nan is neither
         raise InputError(f"the image must have values from 0 to 1, not {image.amin():.3g} to {image.amax():.3g}")
     return Image.fromarray((image.detach().cpu().permute(1, 2, 0) * 255).round().byte().numpy())

@@ -17,6 +17,7 @@ from diffsight.errors import InputError
 from diffsight.lenses.denoising.inverse_schedulers import inverse_of
 from diffsight.lenses.results.model_records import fingerprint
 from diffsight.pipelines.diffusion.model import DiffusionModel
+from diffsight.remote import is_on_server
 
 if TYPE_CHECKING:
     from diffsight.lenses.inversion import Inversion
@@ -61,8 +62,7 @@ def _checked(lens: str, model: Any, inverted: Any) -> DiffusionModel:
         raise InputError(f"{lens}: inverted must be what invert returns, not {type(inverted).__name__}")
     if not isinstance(model, DiffusionModel):
         raise InputError(f"{lens}: inverted is for pipelines: omit it with {type(model).__name__}")
-    known = None if inverted.call is None else inverted.call.models.get("model")
-    if inverted.model != model.source or (known is not None and known.weights != fingerprint(model)):
+    if inverted.model != model.source or _has_other_weights(model, inverted):
         same = "" if inverted.model != model.source else " with other weights"
         raise InputError(
             f"{lens}: the image was inverted by {inverted.model}{same}, and its noise leads to another image in "
@@ -75,6 +75,14 @@ def _checked(lens: str, model: Any, inverted: Any) -> DiffusionModel:
             f"{type(model.pipeline.scheduler).__name__}: invert it with this scheduler"
         )
     return model.edit(inverted.draw_to_image) if inverted.eta else model
+
+
+def _has_other_weights(model: DiffusionModel, inverted: "Inversion") -> bool:
+    """Return whether an image was inverted with other weights, as far as both are known: those on a server are not."""
+    known = None if inverted.call is None else inverted.call.models.get("model")
+    if known is None or is_on_server(model) != ("remote" in known.options):
+        return False
+    return known.weights != fingerprint(model)
 
 
 def _check_arguments(given: Mapping[str, Any], inverted: "Inversion") -> None:

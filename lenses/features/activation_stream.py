@@ -75,9 +75,9 @@ class PointValues:
     mask: torch.Tensor | None = None
 
     def vectors(self) -> torch.Tensor:
-        """Return all vectors except those of padding tokens, (vectors, width)."""
+        """Return all vectors except those of padding tokens, (vectors, width), on the device of the model."""
         parts = self.steps if self.mask is None else [self.steps[0][self.mask]]
-        return torch.cat([part.flatten(0, -2).float() for part in parts]).cpu()
+        return torch.cat([part.flatten(0, -2).float() for part in parts])
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,9 @@ class PointReader:
             start = position % len(prompts)
             part = prompts[start : start + batch_size]
             reader = self.of_part(start, len(part), len(prompts))
-            return reader.read(part, seed=position).vectors(), position + len(part)
+            vectors = reader.read(part, seed=position).vectors()
+            check_finite(vectors, f"the values at {self.point}")
+            return vectors, position + len(part)
 
         return refill
 
@@ -219,6 +221,12 @@ class ShuffledBuffer:
         joined = torch.cat(parts)
         order = torch.randperm(len(joined), generator=self._generator)[: max(self._size, least)]
         self._vectors, self._used = joined[order], 0
+
+
+def check_finite(vectors: torch.Tensor, what: str) -> None:
+    """Raise InputError if vectors contain nan or infinity."""
+    if not torch.stack(vectors.aminmax()).isfinite().all():
+        raise InputError(f"{what} contain nan or infinity, which no SAE can learn from")
 
 
 def stored(vectors: torch.Tensor, batch_size: int = 65536) -> Refill:

@@ -66,12 +66,14 @@ def read_sae(source: str | Path, subfolder: str | None = None) -> tuple[dict[str
             return checked(*_of_saelens(read_json(folder / "cfg.json"), load_file(folder / "sae_weights.safetensors")))
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"the SAE in {folder} cannot be read: {type(error).__name__}: {error}") from error
     raise InputError(f"{folder} has no SAE: there is neither cfg.json nor {' nor '.join(OTHERS)} in it")
 
 
 def _folder(source: str | Path, subfolder: str | None) -> Path:
+    if not isinstance(source, (str, Path)):
+        raise InputError(f"an SAE is loaded from a folder, a packaged name or a hub id, not {source!r}")
     folder = Path(source).expanduser()
     packaged = _PACKAGED / str(source).removeprefix("diffsight/")
     if str(source).startswith("diffsight/"):

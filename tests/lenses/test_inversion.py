@@ -143,6 +143,7 @@ def test_it_is_saved_and_nothing_is_left_behind(sd, tmp_path):
         ({"image": IMAGE.convert("L")}, 'the mode L: pass image.convert("RGB")'),
         ({"image": Image.new("RGB", (31, 32))}, "31 x 32 pixels, but both sides must be multiples of 2"),
         ({"image": torch.full((3, 32, 32), 2.0)}, "values from 0 to 1, not 2 to 2"),
+        ({"image": torch.full((3, 32, 32), torch.nan)}, "values from 0 to 1, not nan to nan"),
         ({"image": torch.zeros(32, 32, 3)}, "float tensor of shape (3, height, width)"),
         ({"fixed_point": -1}, "fixed_point is a number of iterations"),
         ({"gamma": 0.5}, "gamma is for rectified flows: omit it with DDIMScheduler"),

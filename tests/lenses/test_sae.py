@@ -217,7 +217,10 @@ def test_files_that_are_no_sae(tmp_path):
     assert "decoder_bias has the shape (3,)" in refusal(SAE.load, tmp_path / "own")
     (tmp_path / "own" / "sae_weights.safetensors").write_bytes(b"none")
     assert "cannot be read" in refusal(SAE.load, tmp_path / "own")
+    (tmp_path / "own" / "cfg.json").write_text("[]")
+    assert "cannot be read" in refusal(SAE.load, tmp_path / "own")
     assert "no packaged SAE is called diffsight/none" in refusal(SAE.load, "diffsight/none")
+    assert "loaded from a folder, a packaged name or a hub id, not 3" in refusal(SAE.load, 3)
 
 
 # ---- training
@@ -373,11 +376,20 @@ def test_training_from_prompts(sd, point):
     assert (sae.point, sae.width, sae.count) == (point, 32, FEATURES)
 
 
+def test_values_that_are_not_finite():
+    net = language.gpt2()
+    torch.nn.init.constant_(net.transformer.h[1].mlp.c_proj.bias, torch.inf)
+    call = {"features": FEATURES, "k": K, "progress": False}
+    message = refusal(train_sae, language.model(net), "layers[1]", language.PROMPTS, **call)
+    assert "the values at layers[1] contain nan or infinity" in message
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"data": []}, "data must be a list of prompts"),
         ({"data": torch.zeros(3)}, "data must be a float tensor"),
+        ({"data": torch.full((3, 4), torch.nan)}, "the vectors contain nan or infinity"),
         ({"kind": "top"}, "'top' is not a kind of SAE"),
         ({"k": 65}, "k must be from 1 to 64"),
         ({"of": "input"}, '"output" or "difference"'),

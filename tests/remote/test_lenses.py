@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
 
-from diffsight import attention_maps, collect_activations, diffusion_lens, logit_lens
+from diffsight import attention_maps, collect_activations, diffusion_lens, invert, logit_lens, trajectory_lens
 from diffsight.errors import InputError
 from helpers import refusal, same, same_image
 
@@ -53,6 +54,18 @@ def test_collect_activations(language, remote_language, tmp_path):
     assert torch.equal(expected.values, found.values)
     collect_activations(remote_language, IDS, folder=tmp_path / "states")  # runs here, and reads from the server
     assert any((tmp_path / "states").iterdir())
+
+
+def test_lenses_on_an_image_that_was_inverted_on_either_side(pipelines, remote_pipelines):
+    image = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+    here, there = (
+        invert(one[CLIP], image, "a red circle", num_inference_steps=2) for one in (pipelines, remote_pipelines)
+    )
+    assert same(data(here), data(there))
+    expected = trajectory_lens(pipelines[CLIP], inverted=here, steps=-1)
+    for inverted in (here, there):
+        found = trajectory_lens(remote_pipelines[CLIP], inverted=inverted, steps=-1)
+        assert same_image(found.image, expected.image) and same(found.latents, expected.latents)
 
 
 def test_a_server_writes_no_files(remote_language, tmp_path):
