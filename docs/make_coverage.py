@@ -32,6 +32,8 @@ What [`check_model`](guide/checking_models.md) finds on small models with random
 full-size ones. This page is written by `docs/make_coverage.py`.
 
 ✓ verified, to the bit where a run is compared with the bare model; · the model has nothing of the kind; ✗ failed
+
+`blt`, which is three models in one, was opened with `names={"layers": "model.global_transformer.layers"}`.
 """
 
 
