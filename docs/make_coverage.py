@@ -32,6 +32,8 @@ What [`check_model`](guide/checking_models.md) finds on small models with random
 full-size ones. This page is written by `docs/make_coverage.py`.
 
 ✓ verified, to the bit where a run is compared with the bare model; · the model has nothing of the kind; ✗ failed
+
+`blt`, which is three models in one, was opened with `names={"layers": "model.global_transformer.layers"}`.
 """
 
 
@@ -76,9 +78,16 @@ def table(title: str, found: dict[str, ModelCheck | str]) -> str:
     lines += ["| | " + " | ".join(columns) + " |", "| --- |" + " :-: |" * len(columns)]
     for name, of_model in states.items():
         lines.append(f"| `{name}` | " + " | ".join(SIGNS[of_model[column]] for column in columns) + " |")
-    failed = [f"- `{name}`, {r.name}: {r.detail}" for name, c in checks.items() for r in c.rows if r.status == "failed"]
+    failed = reasons(checks, "failed", columns)
     failed += [f"- `{name}`: {check}" for name, check in found.items() if isinstance(check, str)]
-    return "\n".join([*lines, *(["", "Not checked, or failed:", "", *failed] if failed else [])]) + "\n"
+    for heading, listed in (("Does not apply", reasons(checks, "none", columns)), ("Not checked, or failed", failed)):
+        lines += ["", f"{heading}:", "", *listed] if listed else []
+    return "\n".join(lines) + "\n"
+
+
+def reasons(checks: dict[str, ModelCheck], status: str, columns: list[str]) -> list[str]:
+    rows = ((name, row) for name, check in checks.items() for row in check.rows if row.name in columns)
+    return [f"- `{name}`, {row.name}: {row.detail}" for name, row in rows if row.status == status]
 
 
 def sums(columns: list[str], states: dict[str, dict[str, str]]) -> str:

@@ -63,6 +63,13 @@ def add_model(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def add_saved(parser: argparse.ArgumentParser, name: str, what: str) -> None:
+    """Add the argument for saved results; by default, the folder that commands write to."""
+    parser.add_argument(
+        name, metavar=name.upper(), type=Path, nargs="?", default=Path(OUT), help=f"{what} (default: %(default)s)"
+    )
+
+
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """Add the option for a seed."""
     parser.add_argument("--seed", type=parse_seed, default=0, help="0 or more (default: %(default)s)")

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from diffsight.gallery.command_options import LANGUAGE_MODEL, OUT, add_command
+from diffsight.gallery.command_options import LANGUAGE_MODEL, add_command, add_saved
 from diffsight.gallery.option_parsing import parse_positive, parse_setting
 
 _SECONDS = 2.0  # between two searches for new results
@@ -24,14 +24,7 @@ def add_commands(commands: Any) -> None:
         description="Write an index of all results in a folder, with filters, a contact sheet and comparisons.",
         example="diffsight-out",
     )
-    gallery.add_argument(
-        "folder",
-        metavar="FOLDER",
-        type=Path,
-        nargs="?",
-        default=Path(OUT),
-        help="a folder with results, in folders of any depth (default: %(default)s)",
-    )
+    add_saved(gallery, "folder", "a folder with results, in folders of any depth")
     gallery.add_argument("--watch", action="store_true", help="keep running, and add results as they are saved")
     repeat = add_command(
         commands,
@@ -42,14 +35,7 @@ def add_commands(commands: Any) -> None:
         "The exit status is 0 if it is identical, and 1 if it is not.",
         example="diffsight-out/lens.json",
     )
-    repeat.add_argument(
-        "record",
-        metavar="RECORD",
-        type=Path,
-        nargs="?",
-        default=Path(OUT),
-        help="the record, or the folder of the result (default: %(default)s)",
-    )
+    add_saved(repeat, "record", "the record, or the folder of the result")
     check = add_command(
         commands,
         "check",

@@ -108,7 +108,14 @@ def repeat(path: str | Path, **replaced: Any) -> Repetition:
     if record is None:
         raise InputError(f"{path} is not the record of a result")
     call = _call_in(path, record)
-    result = _call_again(path, call, replaced)
+    then, now = record.get("versions", {}), versions()
+    try:
+        result = _call_again(path, call, replaced)
+    except InputError as error:
+        own, here = then.get("diffsight"), now["diffsight"]
+        if own in (None, here):
+            raise
+        raise InputError(f"{error}. The record was written by diffsight {own}, and this is diffsight {here}") from None
     with tempfile.TemporaryDirectory() as folder:
         names = [one.name for one in result.save(folder) if one.name not in (PAGE, ARGUMENTS)]
         differences = {}
@@ -117,7 +124,7 @@ def repeat(path: str | Path, **replaced: Any) -> Repetition:
             difference = _difference(old, Path(folder) / name)
             differences |= {name: difference} if difference else {}
     notes = tuple(_notes(call, result.call.record()))
-    return Repetition(path, result, tuple(names), differences, notes, record.get("versions", {}), versions())
+    return Repetition(path, result, tuple(names), differences, notes, then, now)
 
 
 def _call_in(path: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:

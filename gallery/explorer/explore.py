@@ -86,6 +86,7 @@ def start_app(app: Any, host: str, port: int | None = None) -> None:
         quiet=True,
         footer_links=[],
         prevent_thread_lock=True,
+        _frontend=False,  # otherwise Gradio first asks itself for the page, which fails behind a proxy or under load
     )
 
 

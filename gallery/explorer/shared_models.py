@@ -28,8 +28,8 @@ from diffsight.pipelines.diffusion.model import DiffusionModel
 _P, _R = ParamSpec("_P"), TypeVar("_R")
 
 
-class StoppedError(DiffsightError):
-    """The user has stopped the work."""
+class StoppedError(BaseException):
+    """The user has stopped the work. Not an Exception, after which a lens would try a smaller batch."""
 
 
 class Workbench:
@@ -105,7 +105,7 @@ def reporting(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return function(*args, **kwargs)
-        except DiffsightError as error:
+        except (DiffsightError, StoppedError) as error:
             raise gr.Error(html.escape(str(error)), title="diffsight", print_exception=False) from error
         except Exception as error:  # in the pipeline or another library: its traceback is also printed
             raise gr.Error(html.escape(f"{type(error).__name__}: {error}"), title="diffsight") from error

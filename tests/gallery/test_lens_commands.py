@@ -77,7 +77,7 @@ def test_compare(saved_models):
     want = compare_encoders(models, [RED, BLUE], layers=[0, 1], **lens_results.FAST)
     assert list(record["encoders"]) == list(want)
     assert run("compare", RED, BLUE, "--models", names, *options[:-1], "again") == 0
-    assert json.loads(Path("again/comparison.json").read_text())["similarity"] == record["similarity"]
+    assert json.loads(Path("again/comparison.json").read_text())["nearest"] == record["nearest"]
 
 
 def test_logit_lens(saved_models, capsys):

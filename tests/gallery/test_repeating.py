@@ -227,6 +227,15 @@ def test_damaged_records_and_those_of_other_versions(saved_models, tmp_path, pla
         repeat(tmp_path)
 
 
+def test_a_record_of_a_newer_version(saved):
+    record = json.loads((saved / "lens.json").read_text())
+    record["call"]["arguments"]["new_option"] = 1
+    record["versions"]["diffsight"] = "99.0"
+    (saved / "lens.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"'new_option'.*The record was written by diffsight 99\.0, and this is"):
+        repeat(saved)
+
+
 def test_a_model_that_is_gone(saved, saved_models):
     record = json.loads((saved / "lens.json").read_text())
     record["call"]["models"]["model"]["source"] = str(saved / "nothing")

@@ -112,10 +112,13 @@ def test_the_images_of_the_page_are_those_of_the_result(saved_models, tmp_path):
 
 def test_save_writes_the_page_and_its_record(saved_models, tmp_path):
     result = lens_results.make("diffusion_lens", saved_models)
-    assert tmp_path / "page.html" in result.save(tmp_path)
+    paths = result.save(tmp_path)
+    assert tmp_path / "page.html" in paths
     page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
     (record,) = [one for one in page.all("a") if one["download"] == "record.json"]
-    assert json.loads(from_data(record["href"])) == json.loads((tmp_path / "lens.json").read_text(encoding="utf-8"))
+    saved = json.loads((tmp_path / "lens.json").read_text(encoding="utf-8"))
+    assert {"lens.json", *saved.pop("files")} == {path.name for path in paths}
+    assert json.loads(from_data(record["href"])) == saved
 
 
 def test_the_code_on_the_page_repeats_the_result(saved_models):
