@@ -60,6 +60,7 @@ ENGINE = [
     "run",
     "model",
     "extending",
+    "remote.generation_config",
     "remote.wire_values",
     "remote.wire_errors",
     "remote.frames",
