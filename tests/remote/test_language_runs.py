@@ -234,6 +234,7 @@ def attention(model):
         probs = run.attention_probs[1]
         heads = run.heads_output[1]
         run.attention_probs[2] = torch.full((1, 2, 4, 4), 0.25)
+        run.heads_result[2][:, :, 0] = 0
     return probs, heads, run.result.logits
 
 
