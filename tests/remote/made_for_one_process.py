@@ -130,6 +130,7 @@ TESTS = {
     "test_thousand_runs.py": INSIDE,
     "test_threads.py::test_two_threads_on_two_models": GRADIENTS,
     "test_threads_of_the_model.py": INSIDE,
+    "test_unembedding.py::test_gradients_pass_through": GRADIENTS,
     "test_users_hooks.py::test_hooks_run_in_their_own_order": COPIES,
     "test_values.py::test_gradients_are_plain_pytorch": GRADIENTS,
     "test_values.py::test_gradients_while_the_model_waits": GRADIENTS,
