@@ -12,16 +12,19 @@ PLACES = "a client knows the step where the model stands, and not the point"
 FUNCTIONS = "functions, models and other live objects are not sent as arguments"
 OUTPUT = "progress bars and warnings of a lens or a pipeline go to the log of the server"
 WEIGHTS = "the weights are on the server: when they are read, of which type, and on which device is decided there"
+SHARED = "the models are kept for several tests, but each test has its own server"
 MODULAR = "a modular pipeline returns a state, which cannot be sent, so a server refuses to serve it"
 INSIDE = "how the engine works within one process: stacks, threads, interrupts, frames, what is compiled"
 
 # A key is a file, a test, or some parameters of one: "*" stands for any text.
 TESTS = {
     "test_anywhere.py::test_under_tracing": INSIDE,
+    "test_architectures_of_lenses.py": SHARED,
     "test_arguments.py::test_a_run_with_a_streamer_that_is_dropped_unread": FUNCTIONS,
     "test_arguments.py::test_old_keywords_that_a_pipeline_reads_from_its_kwargs_are_known": FUNCTIONS,
     "test_assignments.py::test_a_value_of_a_type_that_breaks_the_model_is_named[is on cpu*": META,
     "test_assignments.py::test_too_late_after_a_read_is_an_error_and_changes_nothing": LATER,
+    "test_attention_maps.py::test_a_given_image": COPIES,
     "test_attention_values.py::test_a_run_that_is_dropped_tells_that_there_may_be_several_products": OUTPUT,
     "test_attention_values.py::test_gradients_through_the_pipeline": GRADIENTS,
     "test_attentions.py::test_an_image_prompt": MODES,
@@ -29,6 +32,7 @@ TESTS = {
     "test_attentions.py::test_probabilities_of_every_module": MODES,
     "test_attentions.py::test_what_attends_to_what": MODES,
     "test_attentions.py::test_what_follows_a_linear_attention_is_not_kept": MODES,
+    "test_attribution_patching.py": GRADIENTS,
     "test_branches.py::test_gradients_reach_a_branch_of_a_row": GRADIENTS,
     "test_branches.py::test_guidance_that_ends_half_way": FUNCTIONS,
     "test_branches.py::test_parts_are_views_of_the_batch": COPIES,
