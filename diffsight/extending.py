@@ -38,8 +38,8 @@ owner, the name of the method, and the path as users write it. Override:
 - `methods_of(owner)`: methods that code calls directly instead of `forward`.
 - `meant_by(target, name)`: this model's own name for a part that has another name in other models.
 - `names_of(owner)` and `target_named(outer, name)`: standard names, such as `layers` and `ln_final`.
-- `named_value(points, name)` and `value_names(target)`: values inside the calls of a module that are neither its inputs
-  nor its output, such as attention probabilities.
+- `named_value(points, name)`, `value_names(target)` and `value_target(target, name)`: values inside the calls of a
+  module that are neither its inputs nor its output, such as attention probabilities.
 - `components()`: the targets tapped from the start of every run. Targets inside them are tapped when asked for.
 - `clock()`: a `Clock`, which determines when a step begins.
 - `stand_ins()`: functions that a scan calls in place of components that look at values.

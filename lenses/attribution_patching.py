@@ -35,6 +35,7 @@ from diffsight.lenses.results.site_effects import SiteEffects
 from diffsight.lenses.sites.find_sites import Sites
 from diffsight.lenses.sites.position_pairs import Positions
 from diffsight.lenses.sites.regions import Box
+from diffsight.lenses.where_models_are import check_is_here
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 
@@ -99,9 +100,10 @@ def attribution_patching(
 
     Raises:
         InputError: In all cases in which `activation_patching` raises it; also if the metric has no gradient, or there
-            is nothing for `qk_correction` to correct.
+            is nothing for `qk_correction` to correct, or the model is on a server.
         PointNotFoundError: A pattern matches nothing.
     """
+    check_is_here(attribution_patching, model)
     request = PatchingRequest(
         attribution_patching, model, clean, corrupted, metric, sites, positions, heads, into, arguments
     )

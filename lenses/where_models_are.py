@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+from diffsight.errors import InputError
 from diffsight.remote import is_on_server
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
@@ -25,3 +26,12 @@ def where_the_model_is(function: Callable[_P, _R]) -> Callable[_P, _R]:
         return model.server.lens(function.__name__, *args[1:], **given)
 
     return lens
+
+
+def check_is_here(lens: Callable[..., Any], model: Any) -> None:
+    """Raise InputError if a lens that needs gradients is given a model on a server."""
+    if is_on_server(model):
+        raise InputError(
+            f"{lens.__name__} computes gradients with a model in this process, but this model is on the server at "
+            f"{model.server.address}: use a local model, or run.backward(loss) in a run"
+        )

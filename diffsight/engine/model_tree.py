@@ -92,6 +92,11 @@ class Tree:
         """Return the names of the values inside the calls of a module that patterns match."""
         return ()
 
+    def value_target(self, target: Target, name: str) -> Target | None:
+        """Return the target of a value inside the calls of a module, given its `name`; None if there is none. A remote
+        run names such values in this way, since a module may have an attribute of the same name."""
+        return None
+
     def components(self) -> list[Target]:
         """Return the targets tapped from the start of every run: the model, and the methods called directly."""
         if not self._methods:

@@ -67,6 +67,7 @@ class RunEnd:
         self._read_late: list = []  # values read after the model had passed them, with the versions of their tensors
         self.is_cleared = False  # whether all traces of the run have been removed
         self._stands: Point | str = "before its first call"  # where the model is, or last was
+        self._home: Any = None  # the stack of the code that opened the run
 
     def close(self, outcome: str) -> None:
         """End the run where it stands: unwind the model, remove every hook. May be called again."""
@@ -123,6 +124,7 @@ class RunEnd:
         self.parked = self.coroutine = None
         self._stands = outcome  # so that no value is held
         self.clock.call = None
+        self._home = None  # greenlet frees the stack of a thread that ends, and crashes if only this refers to it
         self._read_late.clear()
         edits, self.bodies.edits = self.bodies.edits, []
         self.bodies.turn = None

@@ -1,4 +1,4 @@
-"""Settings of generation as remote runs send them: the values of a `GenerationConfig` that differ from its defaults."""
+"""Settings of generation as remote runs send them: the plain values of a `GenerationConfig`, without its defaults."""
 
 import sys
 from typing import Any

@@ -9,6 +9,8 @@ Operations that need no answer, such as assignments, are sent with the next one 
     {"say": "passed", "number": 0, …}                               a followed value, before the answer
     {"say": "turn", "body": 1, …}                                   an edit or a function of `run.each` continues
 
+The path of a value inside the calls of a module has "::" before the value's name, as in "layers[4].self_attn::q".
+
 A message with an unknown operation, an unknown field, or a field of another type is refused, and ends the run.
 """
 

@@ -232,7 +232,9 @@ class RemoteFlow(Flow):
         attached = self.tree.attached.targets
         if attached and any(asked.target.path.startswith(one.path) for one in attached.values()):
             raise InputError(f"{asked} is attached here, and its server does not have it: it has no values in a run")
-        return {"path": asked.target.path, "part": asked.part, "call": asked.call, "selection": asked.selection}
+        target = asked.target
+        path = f"{target.path.removesuffix(f'.{target.name}')}::{target.name}" if target.is_value else target.path
+        return {"path": path, "part": asked.part, "call": asked.call, "selection": asked.selection}
 
     def _line(self, where: Any) -> str:
         """Return the text of a line that assigns a value. Errors about the line refer to it by this text."""
@@ -285,7 +287,7 @@ class RemoteFlow(Flow):
         encoder = ValueEncoder(None, lambda tensor: self._sending(tensor, path), self._link.dtype)
         encoded = []
         for one in ops:
-            path = one.get("path")
+            path = one.get("path", "").replace("::", ".")
             encoded.append(self._encoded(one, encoder))
         return {"body": body, "do": encoded}, encoder.tensors
 

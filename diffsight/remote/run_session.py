@@ -15,8 +15,9 @@ import torch
 
 from diffsight.edits import Edit, start_edit
 from diffsight.engine.points import Asked, first_input
+from diffsight.engine.target import Target
 from diffsight.engine.users_line import line_of, set_line
-from diffsight.envoy import Envoy, Points, flow_of, inside, owner_of, root_of, target_of
+from diffsight.envoy import Envoy, Points, flow_of, inside, owner_of, root_of, target_of, tree_of
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.remote.copies import ServerCopies
 from diffsight.remote.frames import Frame, pack, unpack
@@ -251,12 +252,21 @@ class RunSession:
             raise InputError(f"{op.path}: no run is open")
         target = self._targets.get(op.path)
         if target is None:
-            target = own_target(self._run, op.path)
-            target = self._targets[op.path] = target_of(self._points(op.path)) if target is None else target
+            self._targets[op.path] = target = own_target(self._run, op.path) or self._target_at(op.path)
         if op.call < 0 or part not in ("input", "inputs", "output", "skip"):
             raise ProtocolError(f"{op.path} has no {part} of call {op.call}")
         selection = decode_selection(op.fields.get("selection"), decode, self._run)
         return Asked(target, part, op.call, selection)
+
+    def _target_at(self, path: str) -> Target:
+        holder, is_value, name = path.partition("::")
+        target = target_of(self._points(holder))
+        if not is_value:
+            return target
+        value = tree_of(self._model).value_target(target, name)
+        if value is None:
+            raise PointNotFoundError(f"{holder} has no {name!r}")
+        return value
 
     def _do_ask(self, op: Operation, decode: Callable[[Any], Any]) -> Any:
         return flow_of(self._run).fetch(self._asked(op, decode, op.part))

@@ -18,7 +18,7 @@ from dataclasses import fields, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -47,7 +47,16 @@ class Held:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise InputError(f".{name}: the {self.kind} stays on the server, and only tensors and plain values are sent")
+        self._refuse(f".{name}")
+
+    def __getitem__(self, key: Any) -> Any:
+        self._refuse(f"[{key!r}]")
+
+    def __iter__(self) -> Any:
+        self._refuse("iteration")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise InputError(f"{what}: the {self.kind} stays on the server, and only tensors and plain values are sent")
 
     def __repr__(self) -> str:
         return f"<{self.kind} on the server>"

@@ -57,7 +57,9 @@ class Conversation:
         self._why: Exception | None = None  # why the session was ended from outside
         self._timer: asyncio.TimerHandle | None = None
         self._began = 0.0
-        self._sending: Any = None  # the frame that is being sent
+        self._sends = threading.Semaphore()  # taken while a frame is being sent
+        self._delivery: asyncio.Task | None = None  # of the last frame
+        self._has_gone = False  # whether a frame could not be sent
 
     async def run(self, socket: Socket) -> str:
         """Serve the connection until it ends. Return the reason for its end, for the client."""
@@ -69,9 +71,9 @@ class Conversation:
         finally:
             reading.cancel()
             self._set_timer(False)
-        if self._sending is not None:
-            with suppress(Closed, TimeoutError, asyncio.CancelledError):
-                await asyncio.wait_for(asyncio.wrap_future(self._sending), self._limits.idle_seconds)
+        if self._delivery is not None:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._delivery, self._limits.idle_seconds)
         if self._why is not None:
             with suppress(Closed, TimeoutError):
                 await asyncio.wait_for(socket.send(error_frame(self._why)), self._limits.idle_seconds)
@@ -119,14 +121,9 @@ class Conversation:
 
     def _send(self, frame: str | bytes) -> None:
         """Send a frame once the previous one has been received."""
-        sending, self._sending = self._sending, None
-        try:
-            if sending is not None:
-                sending.result(self._limits.idle_seconds)
-        except (Closed, TimeoutError):
-            sending.cancel()
-            raise RunEnded from None
-        self._sending = asyncio.run_coroutine_threadsafe(self._socket.send(frame), self._loop)
+        if not self._sends.acquire(timeout=self._limits.idle_seconds) or self._has_gone:
+            raise RunEnded
+        self._loop.call_soon_threadsafe(self._start_delivery, frame)
 
     def _check_memory(self) -> None:
         most = self._limits.memory_bytes
@@ -143,6 +140,17 @@ class Conversation:
         self._loop.call_soon_threadsafe(self._set_timer, begins)
 
     # ---- in the event loop
+
+    def _start_delivery(self, frame: str | bytes) -> None:
+        self._delivery = self._loop.create_task(self._deliver(frame))
+
+    async def _deliver(self, frame: str | bytes) -> None:
+        try:
+            await self._socket.send(frame)
+        except Closed:
+            self._has_gone = True
+        finally:
+            self._sends.release()
 
     def _set_timer(self, begins: bool) -> None:
         if self._timer is not None:

@@ -114,12 +114,24 @@ class ModelReplica:
         return socket.failed, socket.answer
 
 
-def model_app(args: Mapping[str, Any], **settings: Any) -> Any:
-    """Build the application of a model.
+def model_app(args: Mapping[str, Any]) -> Any:
+    """Build the application of a model, for a Serve config file, which has a separate section for settings.
 
     Args:
         args: `name`; optionally `source` (by default the name), `options`, `device`, `keys`, and `limits`.
-        settings: Settings of the deployment, such as `num_replicas`. A config file has a separate section for them.
+
+    Raises:
+        InputError: There is an unknown argument.
+    """
+    return model_app_with({}, args)
+
+
+def model_app_with(settings: Mapping[str, Any], args: Mapping[str, Any]) -> Any:
+    """Build the application of a model.
+
+    Args:
+        settings: Settings of the deployment, such as `num_replicas`.
+        args: The arguments of `model_app`.
 
     Raises:
         InputError: There is an unknown argument.

@@ -7,6 +7,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from diffusers import ModularPipeline
+
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
 from diffsight.gallery.serve.services import services_of
@@ -33,6 +35,8 @@ def description(name: str, model: Any) -> dict[str, Any]:
     kind = type(model).__name__
     if kind not in ("DiffusionModel", "LanguageModel"):
         raise InputError(f"{name}: a server can serve a DiffusionModel or a LanguageModel, but not {kind}")
+    if kind == "DiffusionModel" and isinstance(model.pipeline, ModularPipeline):
+        raise InputError(f"{name}: a modular pipeline cannot be served, because the state it returns cannot be sent")
     found: dict[str, Any] = {"name": name, "kind": kind, "versions": list(VERSIONS), "tree": repr(model)}
     names = {} if kind == "DiffusionModel" else (model.loaded_from or {}).get("names") or {}
     encoders = model.encoders if kind == "DiffusionModel" else {}

@@ -13,6 +13,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from diffsight.errors import DiffsightError
 from diffsight.gallery.serve.application_names import app_of, check_arguments
@@ -87,7 +88,10 @@ class FrontReplica:
         if path.endswith("/jobs") and request.method == "POST":
             return await self._submit(Front.model_of(path), request, key)
         if self._front is None:
-            handles = [serve.get_app_handle(app) for app in self._models.values()]
+            try:
+                handles = [serve.get_app_handle(app) for app in self._models.values()]
+            except RayServeException:
+                return Front.error(503, "its models are still being started. Try again later")
             self._front = Front(await asyncio.gather(*(handle.describe.remote() for handle in handles)))
         return self._front.answer(path)
 

@@ -144,7 +144,7 @@ def start(
         from ray import serve
     except ImportError:
         raise InputError("`diffsight serve` needs Ray Serve: pip install 'diffsight[server]'") from None
-    from diffsight.gallery.serve.deployment import model_app
+    from diffsight.gallery.serve.deployment import model_app_with
     from diffsight.gallery.serve.front_deployment import front_app
 
     if not ray.is_initialized():
@@ -158,7 +158,7 @@ def start(
     targets = [serve.RunTarget(front_app({"models": list(models), **common}), FRONT)]
     for name, source in models.items():
         args = {"name": name, "source": source, "options": options or {}, "device": device, **common}
-        app = model_app(args, max_queued_requests=queue, ray_actor_options=resources or {}, **scaling)
+        app = model_app_with({"max_queued_requests": queue, "ray_actor_options": resources or {}} | scaling, args)
         targets.append(serve.RunTarget(app, app_of(name), route_of(name)))
     serve.run_many(targets)
     return serve

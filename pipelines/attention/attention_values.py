@@ -10,6 +10,7 @@ The values are watched by a function mode while the module computes, see `attent
 """
 
 import operator
+import re
 from collections.abc import Callable
 from functools import reduce
 from typing import Any
@@ -21,6 +22,7 @@ from diffsight.pipelines.attention.attention_modules import attentions_in, can_a
 from diffsight.pipelines.attention.watched_modules import VALUES
 
 _PRODUCTS = "products"
+_NAME = re.compile(rf"(?:{_PRODUCTS}\[(\d+)\]\.)?(.*)", re.DOTALL)  # the name of an `AttentionValue`
 
 
 class _Watching:
@@ -87,6 +89,12 @@ class AttentionTree(Tree):
             _check_attention(target, name)
             return Products(points)
         return points_on(points, attention_value(target, name))
+
+    def value_target(self, target: Target, name: str) -> Target | None:
+        number, value = _NAME.fullmatch(name).groups()
+        if value not in VALUES:
+            return None
+        return attention_value(target, value) if number is None else AttentionValue(target, value, int(number))
 
     def value_names(self, target: Target) -> tuple[str, ...]:
         return (*VALUES, _PRODUCTS) if is_attention(target.owner) else ()

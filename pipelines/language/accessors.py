@@ -269,7 +269,7 @@ class Accessors(LayerAccessors):
         if not isinstance(hidden, torch.Tensor) or not hidden.ndim or not hidden.is_floating_point():
             raise InputError("project_on_vocab takes a floating-point tensor of hidden states, (..., features)")
         tree = self._tree
-        if tree.elsewhere is not None:
+        if tree.elsewhere is not None and tree.elsewhere.is_meant_by(self):
             return tree.elsewhere.call(self, (hidden,), {}, method="project_on_vocab")
         tree.load_unless_scanning()
         if tree.target_named(tree.root, "lm_head") is None:

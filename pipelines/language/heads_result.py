@@ -21,6 +21,7 @@ from diffsight.pipelines.attention.attention_modules import count_heads
 from diffsight.pipelines.attention.passing_values import WithValueOf, is_unchanged, is_wanted, pass_value, state_of
 from diffsight.pipelines.module_spans import HookHandle
 
+HEADS_RESULT = "heads_result"
 _OUTPUT = re.compile(
     r"o_proj|out_proj|c_proj|dense|out_lin|attention_out|wo|o|linear_out|out|resid_proj", re.IGNORECASE
 )
@@ -39,7 +40,7 @@ class HeadsResult(Target):
     is_value = True
 
     def __init__(self, attention: Target, projection: Target, heads: int) -> None:
-        super().__init__(projection.owner, "heads_result", join(attention.path, "heads_result"), projection)
+        super().__init__(projection.owner, HEADS_RESULT, join(attention.path, HEADS_RESULT), projection)
         self.projection, self.heads = projection, heads
 
     def point(self, part: str, call: int) -> str:

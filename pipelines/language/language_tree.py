@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from diffsight.errors import InputError, suggest
-from diffsight.extending import Points, Target, points_on, target_of, unwrapped
+from diffsight.extending import Points, Target, join, points_on, target_of, unwrapped
+from diffsight.pipelines.language.heads_result import HEADS_RESULT, heads_result
 from diffsight.pipelines.language.name_check import Structure, check_names
 from diffsight.pipelines.module_spans import Span, module_at
 from diffsight.pipelines.named_tree import NamedTree
@@ -73,6 +74,11 @@ class LanguageTree(NamedTree):
     def named_value(self, points: Points, name: str) -> Any:
         target = target_of(points)
         return super().named_value(points_on(points, target.first) if isinstance(target, Span) else points, name)
+
+    def value_target(self, target: Target, name: str) -> Target | None:
+        if name == HEADS_RESULT:
+            return heads_result(target, join(target.path, name))
+        return super().value_target(target, name)
 
     def describe(self, owner: Any) -> str:
         names = ", ".join(f"{name} = {real}" for name, real in self.names_of(owner).items() if name != real)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.utils import TransformersKwargs
 
 from diffsight.errors import InputError, PointNotFoundError
@@ -236,6 +236,8 @@ class LanguageModel(Accessors, Model):
     def _open_remote(self, server: ServedModel) -> None:
         with server.configuration() as folder:
             net, tokenizer, _ = open_language_model(folder, weights=False)
+            if (folder / "generation_config.json").is_file():  # it determines, for example, what the rows of a run are
+                net.generation_config = GenerationConfig.from_pretrained(folder)
         self._wrap(self._make_tree(Target(net, FORWARD, ""), None, server.description["names"]))
         loaded = {"source": server.name, "remote": str(server.address)}
         self.__dict__.update(tokenizer=tokenizer, loaded_from=loaded)

@@ -1,9 +1,10 @@
 """What a remote run adds: a round trip against a bare WebSocket, a run of a pipeline, bytes, and clients at once.
 
     python tests/benchmarks/remote_runs.py
+    python tests/benchmarks/remote_runs.py --ray        # a read through Ray Serve, against an echo through Ray Serve
 
-The server runs in a process of its own, on the loopback. The times are wall-clock times, since two processes take part:
-lower quartiles of rounds in shuffled order.
+The server runs in processes of its own, on the loopback. The times are wall-clock times, since several processes take
+part: lower quartiles of rounds in shuffled order.
 """
 
 import argparse
@@ -11,8 +12,10 @@ import multiprocessing
 import random
 import statistics
 import sys
+import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,6 +33,7 @@ from remote.serving import serving
 WIDTH = 256
 TOKENS = {"1 KB": 1, "64 KB": 64, "1 MB": 1024}  # of float32, with 256 features each
 PIPELINE = "diffsight/shapes-clip"
+PORT = 18765  # of Ray Serve
 
 
 def small_model():
@@ -56,7 +60,7 @@ def server(addresses, done):
     with serving({"small": small_model(), PIPELINE: quiet_pipeline()}) as address:
         with serve(echo, "127.0.0.1", 0, compression=None, max_size=None) as bare:
             threading.Thread(target=bare.serve_forever, daemon=True).start()
-            addresses.send((address, bare.socket.getsockname()[1]))
+            addresses.send((address, f"ws://127.0.0.1:{bare.socket.getsockname()[1]}"))
             done.wait()
 
 
@@ -74,10 +78,26 @@ def quartiles(ways, rounds):
     return {name: statistics.quantiles(measured, n=4)[0] for name, measured in times.items()}
 
 
-def round_trips(address, port, rounds):
+@contextmanager
+def ray_serve():
+    """Serve the small model and an echo with Ray Serve; yield their addresses."""
+    from ray import serve
+    from ray_echo import Echo
+
+    from diffsight.gallery.serve.serve_command import start
+
+    with tempfile.TemporaryDirectory() as folder:
+        small_model().module.save_pretrained(folder)
+        start({"small": folder}, port=PORT, resources={"num_cpus": 0.1})
+        serve.run(Echo.bind(), name="echo", route_prefix="/echo")
+        yield f"http://127.0.0.1:{PORT}", f"ws://127.0.0.1:{PORT}/echo/"
+        serve.shutdown()
+
+
+def round_trips(address, echo, rounds):
     print("| a read of | remote | bare WebSocket | ratio |\n| --- | --- | --- | --- |")
     model = LanguageModel("small", remote=address)
-    with connect(f"ws://127.0.0.1:{port}", compression=None, max_size=None, proxy=None) as socket:
+    with connect(echo, compression=None, max_size=None, proxy=None) as socket:
         for name, tokens in TOKENS.items():
             with model.trace(torch.zeros(1, tokens, dtype=torch.long)) as run:
                 size = frame_sizes(lambda run=run: run.layers[0].output)[0]
@@ -153,16 +173,22 @@ def clients_at_once(address, runs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=200, help="rounds of a read (default: 200)")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--ray", action="store_true", help="measure reads through Ray Serve, in the extra `server`")
+    options = parser.parse_args()
+    rounds = options.rounds
     torch.set_num_threads(1)
+    if options.ray:
+        with ray_serve() as served:
+            round_trips(*served, rounds)
+        return
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     done = context.Event()
     process = context.Process(target=server, args=(there, done))
     process.start()
-    address, port = here.recv()
+    address, echo = here.recv()
     try:
-        round_trips(address, port, rounds)
+        round_trips(address, echo, rounds)
         whole_runs(address, max(3, rounds // 40))
         clients_at_once(address, max(5, rounds // 10))
     finally:

@@ -5,8 +5,10 @@ import threading
 
 import pytest
 import torch
+from greenlet import greenlet
 
 from diffsight import DiffsightError, Model
+from diffsight.envoy import flow_of
 from diffsight.errors import WrongThreadError
 from helpers import footprint, outputs
 from models.nets import Net, inputs
@@ -174,3 +176,11 @@ def test_a_thread_with_the_number_of_an_ended_one_is_another_thread(net, x):
             in_a_thread(read)
     assert len(numbers) == 2
     assert [type(error) for error in errors] == [WrongThreadError]
+
+
+def test_a_run_that_has_ended_does_not_hold_the_stack_of_its_thread():
+    """Otherwise greenlet may free that stack, when the thread has ended, while the run still refers to it."""
+    run = Model(Net()).trace(inputs())
+    run.finish()
+    held = [name for name, value in vars(flow_of(run)).items() if isinstance(value, greenlet)]
+    assert run.result is not None and held == []

@@ -11,23 +11,42 @@ ERRORS = "errors of the model are copies, with the same class and text"
 PLACES = "a client knows the step where the model stands, and not the point"
 FUNCTIONS = "functions, models and other live objects are not sent as arguments"
 OUTPUT = "progress bars and warnings of a lens or a pipeline go to the log of the server"
+WEIGHTS = "the weights are on the server: when they are read, of which type, and on which device is decided there"
+SHARED = "the models are kept for several tests, but each test has its own server"
+MODULAR = "a modular pipeline returns a state, which cannot be sent, so a server refuses to serve it"
 INSIDE = "how the engine works within one process: stacks, threads, interrupts, frames, what is compiled"
 
 # A key is a file, a test, or some parameters of one: "*" stands for any text.
 TESTS = {
     "test_anywhere.py::test_under_tracing": INSIDE,
+    "test_architectures_of_lenses.py": SHARED,
     "test_arguments.py::test_a_run_with_a_streamer_that_is_dropped_unread": FUNCTIONS,
     "test_arguments.py::test_old_keywords_that_a_pipeline_reads_from_its_kwargs_are_known": FUNCTIONS,
     "test_assignments.py::test_a_value_of_a_type_that_breaks_the_model_is_named[is on cpu*": META,
     "test_assignments.py::test_too_late_after_a_read_is_an_error_and_changes_nothing": LATER,
+    "test_attention_maps.py::test_a_given_image": COPIES,
+    "test_attention_values.py::test_a_run_that_is_dropped_tells_that_there_may_be_several_products": OUTPUT,
+    "test_attention_values.py::test_gradients_through_the_pipeline": GRADIENTS,
+    "test_attentions.py::test_an_image_prompt": MODES,
+    "test_attentions.py::test_positions_that_are_not_square": MODES,
+    "test_attentions.py::test_probabilities_of_every_module": MODES,
+    "test_attentions.py::test_what_attends_to_what": MODES,
+    "test_attentions.py::test_what_follows_a_linear_attention_is_not_kept": MODES,
+    "test_attribution_patching.py": GRADIENTS,
     "test_branches.py::test_gradients_reach_a_branch_of_a_row": GRADIENTS,
     "test_branches.py::test_guidance_that_ends_half_way": FUNCTIONS,
+    "test_branches.py::test_parts_are_views_of_the_batch": COPIES,
     "test_calls.py::test_inputs_by_number": COPIES,
     "test_compiled.py": INSIDE,
     "test_control.py::test_skip_too_late": LATER,
+    "test_diffusion_components.py::test_casting": WEIGHTS,
+    "test_diffusion_lazy_loading.py::test_a_component_exchanged_before_is_kept": WEIGHTS,
+    "test_diffusion_lazy_loading.py::test_at_once": WEIGHTS,
+    "test_diffusion_lazy_loading.py::test_using_the_model_loads_them": WEIGHTS,
     "test_diffusion_lens.py::test_a_progress_bar_over_the_layers": OUTPUT,
     "test_diffusion_lens.py::test_arguments_that_do_not_fit": FUNCTIONS,
     "test_diffusion_lens.py::test_unknown_words_are_warned_of_once_at_the_users_line": OUTPUT,
+    "test_diffusion_loading.py::test_a_pipeline_whose_weights_are_needed_at_once_is_built_once": WEIGHTS,
     "test_diffusion_runs.py::test_a_given_generator_is_passed_on": FUNCTIONS,
     "test_diffusion_steps.py::test_previews_do_not_end_a_loop": FUNCTIONS,
     "test_diffusion_values.py::test_reading_what_the_vae_encodes": OBJECTS,
@@ -41,6 +60,7 @@ TESTS = {
     "test_edits.py::test_many_runs_leave_nothing": ATTACHED,
     "test_edits.py::test_modes_are_those_of_the_run": MODES,
     "test_edits.py::test_on_a_pipeline": ATTACHED,
+    "test_encoder_names.py::test_a_standard_name_and_the_real_one_are_the_same_point": COPIES,
     "test_errors.py::test_a_run_is_asked_by_a_model_that_its_own_model_runs": INSIDE,
     "test_errors.py::test_an_attribute_error_of_an_unread_run": ERRORS,
     "test_errors.py::test_an_invalid_assignment_in_a_helper[assigned too late]": LATER,
@@ -51,6 +71,7 @@ TESTS = {
     "test_generation_steps.py::test_a_loop_of_the_users_own": FUNCTIONS,
     "test_generation_steps.py::test_a_loop_of_the_users_own_that_tells_nothing_has_no_steps": FUNCTIONS,
     "test_generation_steps.py::test_a_step_is_a_token_in_every_mode[an assistant]": FUNCTIONS,
+    "test_generation_steps.py::test_a_step_is_a_token_in_every_mode[sampling with an assistant]": FUNCTIONS,
     "test_generation_steps.py::test_an_assistant_with_another_tokenizer": FUNCTIONS,
     "test_generation_steps.py::test_assisted_decoding_of_an_encoder_with_a_decoder": FUNCTIONS,
     "test_gradient_checkpointing.py::test_a_saved_value_*": GRADIENTS,
@@ -69,6 +90,8 @@ TESTS = {
     "test_language.py::test_a_stopping_criterion_of_the_user_works_on": FUNCTIONS,
     "test_language.py::test_a_streamer_of_transformers_works": FUNCTIONS,
     "test_language.py::test_gradients_through_a_pass": GRADIENTS,
+    "test_language_lazy_loading.py": WEIGHTS,
+    "test_language_names.py::test_gradients_inside_an_attention": GRADIENTS,
     "test_latents.py::test_the_packaged_pipelines_need_no_arguments": OUTPUT,
     "test_left_behind.py::test_300_runs_leave_neither_hooks_nor_memory": INSIDE,
     "test_left_behind.py::test_an_interrupt_at_any_moment": INSIDE,
@@ -84,6 +107,7 @@ TESTS = {
     "test_modes.py::test_context_variables_are_visible_in_the_model": MODES,
     "test_modes.py::test_contexts_that_cross": MODES,
     "test_modes.py::test_values_of_an_inference_model_in_a_body_with_gradients": MODES,
+    "test_modular.py": MODULAR,
     "test_order.py::test_a_method_that_was_called_before_it_was_asked_for": LATER,
     "test_order.py::test_a_module_list_has_no_values": LATER,
     "test_order.py::test_never_of_a_later_pass[*-assign]": LATER,
@@ -110,6 +134,7 @@ TESTS = {
     "test_thousand_runs.py": INSIDE,
     "test_threads.py::test_two_threads_on_two_models": GRADIENTS,
     "test_threads_of_the_model.py": INSIDE,
+    "test_unembedding.py::test_gradients_pass_through": GRADIENTS,
     "test_users_hooks.py::test_hooks_run_in_their_own_order": COPIES,
     "test_values.py::test_gradients_are_plain_pytorch": GRADIENTS,
     "test_values.py::test_gradients_while_the_model_waits": GRADIENTS,

@@ -113,8 +113,9 @@ def test_what_cannot_be_sent():
     held = []
     found = sent(DynamicCache(), hold=lambda thing: held.append(thing) or 0)
     assert isinstance(found, Held) and len(held) == 1
-    with pytest.raises(InputError, match="stays on the server"):
-        found.layers
+    for use in (lambda: found.layers, lambda: found[0], lambda: list(found), lambda: "images" in found):
+        with pytest.raises(InputError, match="DynamicCache stays on the server"):
+            use()
 
 
 @pytest.mark.parametrize("size", [10, 8 << 20, (8 << 20) + 1, 20 << 20])

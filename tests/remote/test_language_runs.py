@@ -1,12 +1,16 @@
 """Runs of a language model on a server return what the same lines return on the model itself, bit for bit."""
 
+import copy
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
+from diffsight import LanguageModel
 from diffsight.errors import InputError, NeverReachedError, OutOfOrderError, RunClosedError
 from diffsight.remote import Held
 from helpers import same
+from remote.serving import serving
 
 IDS = torch.tensor([[5, 17, 42, 8]])
 BATCH = torch.tensor([[5, 17, 42], [1, 2, 3]])
@@ -234,6 +238,7 @@ def attention(model):
         probs = run.attention_probs[1]
         heads = run.heads_output[1]
         run.attention_probs[2] = torch.full((1, 2, 4, 4), 0.25)
+        run.heads_result[2][:, :, 0] = 0
     return probs, heads, run.result.logits
 
 
@@ -294,6 +299,23 @@ def test_the_tree_is_known_without_a_run(language, remote_language):
     assert "layers" in dir(remote_language) and len(remote_language.layers) == 3
     with remote_language.scan(IDS) as run:
         assert run.layers_output[1].shape == (1, 4, 16)
+        assert run.project_on_vocab(run.layers_output[2]).shape == (1, 4, 61)
+
+
+def test_the_generation_settings_of_the_model(gpt2):
+    """They are known to the client: with beams, the rows of a run have other sizes."""
+    net = copy.deepcopy(gpt2)
+    net.generation_config = GenerationConfig(num_beams=3, max_new_tokens=3, pad_token_id=0)
+
+    def read(model):
+        with model.generate(IDS) as run:
+            return run.rows[0].layers_output[0], run.result
+
+    with serving({"beams": LanguageModel(net)}) as address:
+        found = read(LanguageModel("beams", remote=address))
+    with torch.no_grad():
+        expected = read(LanguageModel(net))
+    assert same(found, expected) and len(found[0]) == 3
 
 
 def test_errors_are_those_of_a_local_run(language, remote_language):

@@ -6,7 +6,15 @@ import pytest
 import torch
 from PIL import Image
 
-from diffsight import attention_maps, collect_activations, diffusion_lens, invert, logit_lens, trajectory_lens
+from diffsight import (
+    attention_maps,
+    attribution_patching,
+    collect_activations,
+    diffusion_lens,
+    invert,
+    logit_lens,
+    trajectory_lens,
+)
 from diffsight.errors import InputError
 from helpers import refusal, same, same_image
 
@@ -75,6 +83,11 @@ def test_a_server_writes_no_files(remote_language, tmp_path):
 
 def test_errors_are_those_of_the_lens(language, remote_language):
     assert refusal(logit_lens, remote_language, IDS, layers=9) == refusal(logit_lens, language, IDS, layers=9)
+
+
+def test_a_lens_that_needs_gradients(remote_language):
+    message = refusal(attribution_patching, remote_language, "a", "b", "c")
+    assert "attribution_patching computes gradients with a model in this process" in message
 
 
 def test_only_lenses_run(remote_language):

@@ -141,8 +141,9 @@ def body(model, ids=IDS):
 
 
 def test_the_config_file_of_the_documentation():
-    """Ray accepts it, and so do the builders that it names."""
+    """Ray accepts it, and builds the applications in the way in which it does for a config file."""
     import yaml
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
     from ray.serve.schema import ServeDeploySchema
 
     from diffsight.gallery.serve import application_names, deployment, front_deployment
@@ -151,12 +152,12 @@ def test_the_config_file_of_the_documentation():
     *models, front = config.applications
     assert front.name == application_names.FRONT and front.import_path == f"{front_deployment.__name__}:front_app"
     assert front.args["models"] == [app.args["name"] for app in models]
-    front_deployment.front_app(front.args)
+    build(front_deployment.front_app, front.args)
     for app in models:
         name = app.args["name"]
         assert (app.name, app.route_prefix) == (application_names.app_of(name), application_names.route_of(name))
         assert app.import_path == f"{deployment.__name__}:model_app"
-        deployment.model_app(app.args)
+        build(deployment.model_app, app.args)
         assert [one.name for one in app.deployments] == [deployment.ModelReplica.name]
 
 
