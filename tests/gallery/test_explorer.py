@@ -104,7 +104,8 @@ def saved(page, folder):
 def run_code(page, capsys):
     """Run the code that the button "Copy as code" copies. Return its names, and what it prints."""
     page.get_by_text("As code").locator("visible=true").click()
-    page.get_by_role("button", name="Copy").locator("visible=true").last.click()
+    code = page.locator(".block").filter(has=page.locator(".cm-editor")).locator("visible=true")
+    code.get_by_role("button", name="Copy").click()  # not that of a table
     names = {}
     capsys.readouterr()
     exec(page.evaluate("navigator.clipboard.readText()"), names)
