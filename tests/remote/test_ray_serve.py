@@ -28,12 +28,13 @@ if not importlib.util.find_spec("ray") or not importlib.util.find_spec("fastapi"
 from diffsight import DiffusionModel, LanguageModel, logit_lens
 from diffsight.errors import DiffsightError
 from diffsight.gallery.serve.keys import add_key
+from diffsight.pipelines.packaged import PIPELINES
 from diffsight.remote import RemoteError
 from helpers import same, same_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
 IDS = torch.tensor([[5, 17, 42, 8]])
-CLIP, PROMPT = "diffsight/shapes-clip", "a red circle above a blue square"
+PACKAGED, PROMPT = list(PIPELINES), "a red circle above a blue square"
 DOCS = Path(__file__).parents[2] / "docs"
 START, SHORT = 300, 120  # seconds to wait for the server, and for anything else
 KILL_ONE_REPLICA = """
@@ -65,7 +66,7 @@ class Served:
         self.log = folder / "output.txt"
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                [Path(sys.executable).with_name("diffsight"), "serve", f"gpt2={model}", CLIP, *options],
+                [Path(sys.executable).with_name("diffsight"), "serve", f"gpt2={model}", *PACKAGED, *options],
                 env=self.environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -163,9 +164,6 @@ def test_the_config_file_of_the_documentation():
 
 def test_the_same_values(model, local, served):
     assert same(body(model), body(local))
-    there = DiffusionModel(CLIP, remote=served.address, api_key=served.key)
-    expected, found = (one.generate(PROMPT, seed=3, num_inference_steps=2) for one in (DiffusionModel(CLIP), there))
-    assert same_image(found.images[0], expected.images[0])
 
 
 def test_eight_clients_on_two_replicas(served, local):
@@ -212,17 +210,24 @@ def test_a_run_as_a_job(model, local):
     assert torch.equal(job.result(timeout=SHORT), local.generate(IDS, max_new_tokens=3, do_sample=False).result)
 
 
+@pytest.mark.parametrize("name", PACKAGED)
+def test_the_same_images(name, served):
+    there = DiffusionModel(name, remote=served.address, api_key=served.key)
+    expected, found = (one.generate(PROMPT, seed=3, num_inference_steps=2) for one in (DiffusionModel(name), there))
+    assert same_image(found.images[0], expected.images[0])
+
+
 def test_status_models_and_health(model, served):
     with model.trace(IDS) as run:
         run.layers[0].output
         status = model.server.address.json("/status")
         other = LanguageModel("gpt2", remote=served.address, api_key=served.other_key)
         assert other.server.address.json("/status")["your_runs"] == []
-    assert status["open_runs"] == {"gpt2": 1, CLIP: 0} and len(status["your_runs"]) == 1
+    assert status["open_runs"] == {"gpt2": 1} | dict.fromkeys(PACKAGED, 0) and len(status["your_runs"]) == 1
     assert all(one == {"status": "RUNNING", "replicas": {"RUNNING": 2}} for one in status["models"].values())
     assert {one["name"]: one["kind"] for one in model.server.address.json("/models")["models"]} == {
         "gpt2": "LanguageModel",
-        CLIP: "DiffusionModel",
+        **dict.fromkeys(PACKAGED, "DiffusionModel"),
     }
     with urlopen(f"{served.address}/-/healthz", timeout=SHORT) as answer:
         assert answer.read() == b"success"
