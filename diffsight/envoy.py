@@ -304,7 +304,8 @@ class Envoy(Points):
         """Call the part outside the run: none of its values are read or replaced.
 
         With `hook=True` the call goes through the run's points: values assigned in advance are used, and other
-        bodies (edits, functions of rows) can read the values."""
+        bodies (edits, functions of rows) can read the values. The body that makes the call can read them afterwards,
+        until the model moves on."""
         if self._tree.elsewhere is not None and self._is_elsewhere():
             return self._tree.elsewhere.call(self, args, kwargs, hook)
         if isinstance(self._owner, nn.Module) or self._owner is self._tree.root.owner:

@@ -65,6 +65,7 @@ class RunEnd:
         self.result: Any = None
         self._in_threads: Collection[tuple[int, str]] = ()  # calls that the model has made in threads of its own
         self._read_late: list = []  # values read after the model had passed them, with the versions of their tensors
+        self._called: list[Point] = []  # the points of calls by the bodies since the model last moved
         self.is_cleared = False  # whether all traces of the run have been removed
         self._stands: Point | str = "before its first call"  # where the model is, or last was
         self._home: Any = None  # the stack of the code that opened the run
@@ -126,6 +127,7 @@ class RunEnd:
         self.clock.call = None
         self._home = None  # greenlet frees the stack of a thread that ends, and crashes if only this refers to it
         self._read_late.clear()
+        self._called.clear()
         edits, self.bodies.edits = self.bodies.edits, []
         self.bodies.turn = None
         self.bodies.calls.clear()

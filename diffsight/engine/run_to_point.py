@@ -6,8 +6,9 @@ The point counts as passed if any of these comes first: the model ends, the body
 running when the tap was made returns. That raises an `OutOfOrderError`; the value of a later call is never returned.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from diffsight.engine import order
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
 from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.model_tree import Tree
+from diffsight.engine.module_places import inside
 from diffsight.engine.order import Scope
 from diffsight.engine.points import (
     INPUTS,
@@ -247,20 +249,49 @@ class Flow(RunEnd):
         """Call `function`, which calls `target`, where the model stands, so that the call passes the taps."""
         self._check_open(join(target.path, "hook=True"))
         self._start()
-        self.taps.open(target)
         body = self._beside()
-        if body is not None:
-            call = InnerCall(function, body)
-            body.ask(call)
-        else:
-            call = InnerCall(function, None)
-            self.bodies.begin_call(self.parked)
-            given = self._resume(call)
-            while given is not call and self.outcome is None:
-                given = self._resume()
+        call = InnerCall(function, body)
+        with self._keeping_values(target):
+            if body is not None:
+                body.ask(call)
+            else:
+                self.bodies.begin_call(self.parked)
+                given = self._resume(call)
+                while given is not call and self.outcome is None:
+                    given = self._resume()
         if call.error is not None:
             raise call.error
         return call.result
+
+    @contextmanager
+    def _keeping_values(self, target: Target) -> Iterator[None]:
+        """Keep the values that pass the points of a module within the block, until the model moves on."""
+        scope = self.scope
+
+        def keep(kind: str, tap: Tap, index: int, value: Any) -> None:
+            if (kind, index) not in tap.points:
+                point = tap.points[kind, index] = Point(tap, (kind, index), value, scope.in_step)
+                point.is_unread, point.read_by = True, (scope.order,)
+                self._called.append(point)
+
+        taps = [self.taps.open(part) for part in inside(target) if part.is_seen]
+        keepers = {kind: partial(keep, kind) for kind in (INPUTS, OUTPUT)}
+        for tap in taps:
+            for kind, keeper in keepers.items():
+                tap.add_keeper(kind, keeper)
+        try:
+            yield
+        finally:
+            for tap in taps:
+                for kind, keeper in keepers.items():
+                    tap.keepers[kind].remove(keeper)
+
+    def _let_go_of_called(self) -> None:
+        """Let go of the values of calls by the bodies that nobody has read."""
+        called, self._called = self._called, []
+        for point in called:
+            if point.is_unread:
+                point.tap.points.pop(point.key, None)
 
     def start_edits(self) -> bool:
         """Start the edits, before anything else is asked for. Return False if they have started, or there are none."""
@@ -490,6 +521,8 @@ class Flow(RunEnd):
         while True:
             if self._read_late:
                 self._check_late_edits()
+            if self._called and call is None:
+                self._let_go_of_called()
             self.parked = None
             self.taps.hooked.renew()  # before the model moves
             try:

@@ -1,5 +1,7 @@
 """Calls that a body makes itself: outside the run, and with `hook=True` through the points of the run."""
 
+from weakref import ref
+
 import pytest
 import torch
 from torch import nn
@@ -91,11 +93,49 @@ def test_an_error_in_it_is_the_bodys(probed, x):
     assert torch.equal(run.result, probed(x)) and footprint(probed) == before
 
 
-def test_points_of_a_finished_call_are_too_late(probed, x):
+def test_points_of_a_finished_call_can_be_read(probed, x):
+    with Model(probed).trace(x) as run:
+        hidden = run.first.output
+        answer = run.probe(hidden, hook=True)
+        leaf, given, output = run.probe.leaf.output, run.probe.leaf.lin.input, run.probe.output
+    assert output is answer and given is hidden
+    assert torch.equal(leaf, probed.probe.leaf(probed.first(x)))
+
+
+def test_points_of_an_earlier_call_are_too_late(probed, x):
     with pytest.raises(OutOfOrderError), Model(probed).trace(x) as run:
-        run.probe.leaf.lin  # asking for a handle is not asking for a value
         run.probe(run.first.output, hook=True)
+        run.layers[0].output
         run.probe.leaf.output
+
+
+def test_an_edit_and_a_row_read_the_points_of_their_calls(probed, x):
+    seen = []
+
+    def edit(run):
+        run.probe(run.first.output, hook=True)
+        seen.append(run.probe.leaf.output)
+
+    model = Model(probed).edit(edit)
+    with model.trace(x) as run:
+        run.layers[0].output
+        run.probe(x, hook=True)
+        with pytest.raises(OutOfOrderError):
+            run.probe.leaf.output  # that of the edit's call
+        assert torch.equal(run.probe.leaf.calls[1].output, probed.probe.leaf(x))
+    assert torch.equal(seen[0], probed.probe.leaf(probed.first(x)))
+
+
+def test_values_of_a_finished_call_are_let_go(probed, x):
+    with Model(probed).trace(x) as run:
+        run.probe(run.first.output, hook=True)
+        leaf = ref(run.probe.leaf.output)
+        run.probe(run.first.output, hook=True)
+        run.layers[0].output
+        assert leaf() is None
+        run.probe(run.first.output, hook=True)
+        last = ref(run.probe.leaf.calls[2].output)
+    assert last() is None
 
 
 def test_outside_of_a_run_is_an_error(probed, x):
