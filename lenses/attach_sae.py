@@ -84,7 +84,16 @@ class FeatureTap(nn.Module):
                 f"the SAE is for vectors of width {self.sae.width}, but {self._point} has width {vectors.shape[-1]}"
             )
         features = self.sae.encode(vectors)
-        changed = self.features(features.clone())
+        if features.is_inference():  # changes in place are not counted
+            changed = self.features(features.clone())
+        else:
+            version, total = features._version, features.sum()
+            changed = self.features(features)
+            was_changed = features._version != version
+            was_changed |= not torch.equal(features.sum(), total)  # through `.data`, whose changes are not counted
+            if changed is features and not was_changed:
+                return value
+            features = self.sae.encode(vectors) if was_changed else features
         if torch.equal(changed, features):
             return value
         added = ((changed - features) @ self.sae.decoder).to(value.dtype)

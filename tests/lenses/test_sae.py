@@ -426,15 +426,17 @@ def test_an_untouched_sae_changes_no_bit(sd, point):
         torch.testing.assert_close(features, an_sae().encode(vectors))
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-def test_a_changed_feature_is_added_to_the_value(sd, in_place):
+@pytest.mark.parametrize("how", ["in place", "through data", "assigned"])
+def test_a_changed_feature_is_added_to_the_value(sd, how):
     sae = an_sae(point="unet.mid_block", of="difference")
     opened = attach_sae(DiffusionModel(sd), sae)
     with opened.generate(**SD, seed=SEED) as run:
         for _ in run.steps:
             features = run.unet.mid_block.sae.features
-            if in_place:
+            if how == "in place":
                 features.output[..., 7] += 3
+            elif how == "through data":
+                features.output.data[..., 7] += 3
             else:
                 changed = features.output.clone()
                 changed[..., 7] += 3
