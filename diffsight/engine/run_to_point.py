@@ -249,6 +249,7 @@ class Flow(RunEnd):
         """Call `function`, which calls `target`, where the model stands, so that the call passes the taps."""
         self._check_open(join(target.path, "hook=True"))
         self._start()
+        self.taps.open(target)
         body = self._beside()
         call = InnerCall(function, body)
         with self._keeping_values(target):

@@ -133,8 +133,8 @@ class _Estimates:
             share: A factor.
         """
         part, model, site = change.part, self._pairs.model, change.site
-        for one, gradient in zip(passed, gradients):
-            if one.point == site.point and (one.step is None or one.step in change.steps):
-                own, index = part.place(one.target, model, site)
-                moved = part.taken(one.source, model, site) - own[index]
+        for pair, gradient in zip(passed, gradients):
+            if pair.point == site.point and (pair.step is None or pair.step in change.steps):
+                own, index = part.place(pair.target, model, site)
+                moved = part.taken(pair.source, model, site) - own[index]
                 self.values[change.place] += share * float((moved * site.part(gradient)[index]).float().sum())

@@ -200,6 +200,8 @@ def test_outputs_that_cannot_be_seen(kind, x):
     with torch.no_grad(), Model(net).trace(x) as run:
         with pytest.raises(PointNotFoundError, match=rf"\[1\] has no values: .*{kind.__name__}"):
             run[1].output
+        with pytest.raises(PointNotFoundError, match=rf"\[1\] has no values: .*{kind.__name__}"):
+            run[1](x, hook=True)
         kept = run.record("**")
         assert torch.equal(run[2].input, net[1](net[0](x)))
     assert "[1].output" not in kept and torch.equal(kept["[2].output"], net(x))
