@@ -16,6 +16,7 @@ from typing import Any
 
 from diffsight.engine.batch_slicing import Part, Selection
 from diffsight.envoy import (
+    ChildrenFirst,
     InRun,
     Points,
     bound_run,
@@ -34,7 +35,7 @@ class View:
 
     def __init__(self, run: InRun, part: Selection) -> None:
         self.__dict__.update(_run=run, _part=part)
-        if tree_of(run).has_private_names:
+        if isinstance(run, ChildrenFirst):
             look_at_children_first(self)
 
     def _child(self, name: str) -> Any:

@@ -165,9 +165,9 @@ class TracedPart(Part):
     """A part of a batch at one point. Calls with larger batches have shown which dimension is the batch."""
 
     def __init__(self, part: Part, tap: Tapped, path: Any) -> None:
-        vars(self).update(vars(part))
+        super().__init__(part.start, part.stop, part.total, part.stride, part.name)
         self._tap = tap
-        self._part = getattr(path, "asked", path).part  # path is a point or an assignment to one
+        self._part = path.part  # path is a point or an assignment to one
         self._found: dict[int, bool | None] | None = None  # by tensor id: whether its first dimension is the batch
 
     def take(self, value: Any, path: object) -> Any:

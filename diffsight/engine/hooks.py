@@ -273,18 +273,15 @@ def _through(original: Callable, of_class: Callable | None = None) -> Callable:
                 note_call_in_thread(module, _CODE)
             return function(module, *args, **kwargs)
         taps, number = host.taps, id(module)
-        calls = taps.counts.get(number)
+        calls = taps.calls.get(number)
         if calls is None:
-            tap = taps.get((number, FORWARD))
-            if tap is None:
-                return function(module, *args, **kwargs)
-            return tap.call(MethodType(function, module), args, kwargs)
-        taps.counts[number] = calls + 1
+            return function(module, *args, **kwargs)
+        if type(calls) is not int:
+            return calls.call(MethodType(function, module), args, kwargs)
+        taps.calls[number] = calls + 1
         output = function(module, *args, **kwargs)
-        if number in taps.counts:
-            return output
-        tap = taps.get((number, FORWARD))  # it was asked for while it was running
-        return output if tap is None else tap.leave(output, (args, kwargs))
+        calls = taps.calls.get(number)  # a tap if it was asked for while it was running
+        return output if calls is None or type(calls) is int else calls.leave(output, (args, kwargs))
 
     return forward
 

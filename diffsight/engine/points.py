@@ -108,6 +108,11 @@ class Assignment:
     first: int = 0  # the number of the call is counted from here
     order: float = LAST  # whose turn it is to assign it: the number of an edit, or LAST
 
+    @property
+    def part(self) -> str:
+        """The part of the call that is assigned: "inputs", "input" or "output"."""
+        return self.asked.part
+
     def __str__(self) -> str:
         return f"{self.asked} ({self.where})"
 

@@ -469,7 +469,7 @@ class Flow(RunEnd):
         in_step, point = scope.in_step, None
         waits = ((tap, key),) if end is None else ((tap, key), end)
         for other, other_key in waits:
-            other.awaited.setdefault(other_key, []).append(in_step)
+            other.awaited[other_key] = (*other.awaited.get(other_key, ()), in_step)
         try:
             while self.outcome is None and not (in_step and self.clock.index > scope.step):
                 # The body that opened the run moves the model; the others sleep until the model is where they wait.
@@ -479,10 +479,10 @@ class Flow(RunEnd):
                 point = None
         finally:
             for other, other_key in waits:
-                waiting = other.awaited[other_key]
-                waiting.remove(in_step)
-                if not waiting:
-                    del other.awaited[other_key]
+                waiting = other.awaited.pop(other_key)
+                if len(waiting) > 1:
+                    left = waiting.index(in_step)
+                    other.awaited[other_key] = (*waiting[:left], *waiting[left + 1 :])
         if point is None or point.tap is not tap:
             raise self._not_reached(asked, point, scope)
         if tap.unseen and order.has_unseen_calls(tap, scope, self.clock.index):

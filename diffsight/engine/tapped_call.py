@@ -115,7 +115,7 @@ class Tap:
         self.entered, self.step_base = entered, step_base
         self.unseen, self.unseen_in_step = origin.unseen, origin.unseen_in_step
         self.active: list[int] = []
-        self.awaited: dict[PointKey, list[bool]] = {}
+        self.awaited: dict[PointKey, tuple[bool, ...]] = {}
         self.points: dict[PointKey, Point] = {}
         self.keepers: dict[str, list[Callable[[Tap, int, Any], None]]] = _NONE
         self.pending: dict[PointKey, list[Assignment]] = _NONE
@@ -394,6 +394,9 @@ def _versions(args: tuple, kwargs: dict, are_modes_off: bool = False) -> list[in
             return _versions(args, kwargs, are_modes_off=True)
     versions = []
     for value in (*args, *kwargs.values()) if kwargs else args:
-        if (type(value) is Tensor or type(value) is Parameter) and not value.is_inference():
-            versions.append(value._version)
+        if type(value) is Tensor or type(value) is Parameter:
+            try:
+                versions.append(value._version)
+            except RuntimeError:  # an inference tensor: PyTorch does not count its changes
+                pass
     return versions

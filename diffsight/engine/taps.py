@@ -36,17 +36,16 @@ class Taps(dict[Key, Tap]):
 
     __slots__ = (
         "_around",
-        "_counts_before",
+        "_calls_before",
         "_find_places",
-        "_hooked",
         "_host",
         "_learns",
         "_methods",
         "_opened",
         "_origins",
         "_places",
+        "calls",
         "components",
-        "counts",
         "hooked",
     )
 
@@ -64,12 +63,11 @@ class Taps(dict[Key, Tap]):
         note_run_of_thread()
         places = self._find_places(self.components)
         self._learns = not places.is_known  # whether it taps everything, to learn which modules are strays
-        self.counts: dict[int, int] = {}  # id of a module that is only counted: its calls so far
+        self.calls: dict[int, int | Tap] = {}  # id of a hooked module: its calls so far, or its tap
         self._methods = [target for target in self.components if target.name != FORWARD]
         self._origins: dict[int, Origin] = {}  # of the modules that are only counted
-        self._counts_before: dict[int, int] = {}  # their calls before the current step
-        self.hooked = HookedModules()  # including those with taps
-        self._hooked: set[int] = set()  # their ids
+        self._calls_before: dict[int, int] = {}  # their calls before the current step
+        self.hooked = HookedModules()
         self._opened: dict[Target, Tap] = {}  # the targets that were asked for
         self._around: dict[Target, Tap | None] = {}  # a target around them, to its tap or else to the tap around it
         self._places = places  # from here on there is something to remove
@@ -116,7 +114,7 @@ class Taps(dict[Key, Tap]):
 
     def begin_step(self) -> list[Assignment]:
         """Begin a step. Return the assignments within the last step that were not reached."""
-        self._counts_before = dict(self.counts)
+        self._calls_before = dict(self.calls)
         missed: list[Assignment] = []
         for tap in self.values():
             if tap.entered or tap.pending or tap.skips:
@@ -125,7 +123,8 @@ class Taps(dict[Key, Tap]):
 
     def entered(self) -> dict[Key, int]:
         """Return how many calls have begun, for everything that is counted or tapped."""
-        return {key: tap.entered for key, tap in self.items()} | {(i, FORWARD): n for i, n in self.counts.items()}
+        counted = {(number, FORWARD): calls for number, calls in self.calls.items() if type(calls) is int}
+        return {key: tap.entered for key, tap in self.items()} | counted
 
     def is_called_in_thread(self, target: Target) -> bool:
         """Whether the model has called a module, or one around it, in a thread of its own."""
@@ -148,7 +147,7 @@ class Taps(dict[Key, Tap]):
                 tap.remove()
             tap.points.clear()  # points refer to their tap
         self.clear()
-        for held in (self.counts, self._origins, self._counts_before, self._hooked, self._opened, self._around):
+        for held in (self.calls, self._origins, self._calls_before, self._opened, self._around):
             held.clear()
         self._host = None  # so that nothing of a run that has ended waits for the garbage collector
 
@@ -183,39 +182,39 @@ class Taps(dict[Key, Tap]):
         """Count the calls of modules, by id, from now on, unless they are counted or tapped already.
 
         `group` hooks all of them together."""
-        if not self._hooked.isdisjoint(modules):
-            modules = {number: module for number, module in modules.items() if number not in self._hooked}
+        if not self.calls.keys().isdisjoint(modules):
+            modules = {number: module for number, module in modules.items() if number not in self.calls}
             group = None
         if group is None:
             self.hooked.hook(modules.values())
         else:
             self.hooked.hook_together(group)
         self._origins.update(dict.fromkeys(modules, origin))
-        self.counts.update(dict.fromkeys(modules, 0))
-        self._hooked.update(modules)
+        self.calls.update(dict.fromkeys(modules, 0))
 
     def _tap_everything(self, component: Target) -> None:
         new = {target.key: target for target in inside(component) if target.name == FORWARD and target.key not in self}
         origin = Origin(step=self._host.clock.index)
-        self.update({key: LearningTap(self._host, target, origin) for key, target in new.items()})
+        taps = {key: LearningTap(self._host, target, origin) for key, target in new.items()}
+        self.update(taps)
+        self.calls.update((number, tap) for (number, _), tap in taps.items())
         self.hooked.hook([target.owner for target in new.values()])
-        self._hooked.update(number for number, _ in new)
 
     def _tap(self, target: Target, around: Tap | None) -> Tap:
         number, name = target.key
-        if name == FORWARD and number in self.counts:
-            entered, before = self.counts.pop(number), self._counts_before.get(number, 0)
-            tap = self[target.key] = Tap(self._host, target, self._origins.pop(number), entered, before)
-            if entered and self._host.coroutine is not None:
-                tap.active += range(entered - count_running(self._host.coroutine.frame, target.owner), entered)
+        known = self.calls.get(number) if name == FORWARD else self.get(target.key)
+        if type(known) is int:
+            tap = Tap(self._host, target, self._origins.pop(number), known, self._calls_before.get(number, 0))
+            if known and self._host.coroutine is not None:
+                tap.active += range(known - count_running(self._host.coroutine.frame, target.owner), known)
+            self[target.key] = self.calls[number] = tap
             return tap
-        tap = self.get(target.key)
-        if tap is not None:
-            return tap
+        if known is not None:
+            return known
         tap = self[target.key] = Tap(self._host, target, self._origin(around))
         if name == FORWARD:
+            self.calls[number] = tap
             self.hooked.hook([target.owner])
-            self._hooked.add(number)
         else:
             tap.hooks = (*tap.hooks, target.attach(tap))
         return tap
