@@ -19,6 +19,7 @@ and sees their changes.
 
 import inspect
 import textwrap
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -28,8 +29,14 @@ from torch import nn
 
 from diffsight.engine.attached_modules import AttachedModules
 from diffsight.engine.capture import Block, Deferred
+from diffsight.engine.coroutine import current
 from diffsight.engine.innermost_run import current_edit
-from diffsight.engine.user_bodies import EditBody
+from diffsight.engine.order import Scope
+from diffsight.engine.points import PointKey
+from diffsight.engine.tapped_call import Tap
+from diffsight.engine.torch_state import TorchState
+from diffsight.engine.turns import Body, Course
+from diffsight.engine.users_line import is_from_edit, set_from_edit
 from diffsight.envoy import InRun, flow_of
 from diffsight.errors import InputError
 
@@ -99,6 +106,67 @@ class Editing(Deferred):
 
     def _take(self, block: Block) -> None:
         self._edits.append(Edit(block, block.where))
+
+
+class EditBody(Body):
+    """An edit in one run. A point that never comes ends the edit silently.
+
+    Args:
+        function: The edit.
+        flow: The run.
+        state: The PyTorch state in which the run was opened.
+        order: The number of the edit, which determines its turn.
+        where: The line at which the edit was written.
+        touches: Collects the paths of the points that the edit reads and assigns.
+        attached: The modules that the edit has attached so far, in any run, by owner and name.
+    """
+
+    is_edit = True
+    view: Any = None  # the edit's own view of the run, once it has started
+
+    def __init__(
+        self,
+        function: Callable[[], Any],
+        flow: Course,
+        state: TorchState,
+        order: int,
+        where: str,
+        touches: dict[str, None],
+        attached: dict[tuple[int, str], Any],
+    ) -> None:
+        super().__init__(function, flow, state)
+        self.scope = Scope(order)
+        self.where, self.touches, self.attached = where, touches, attached
+        self.met = False  # whether the model has reached anything that the edit asked for
+
+    def waits_for(self, tap: Tap, key: PointKey) -> bool:
+        """Whether the edit waits for a point."""
+        return not self.dead and (tap, key) in self.waits
+
+    def go(self, state: TorchState | None = None) -> Any:
+        try:
+            return super().go(state)
+        except BaseException as error:
+            if not is_from_edit(error):
+                set_from_edit(error)
+                error.add_note(f"(in the edit written at {self.where})")
+            self.flow.close("an edit failed")
+            raise
+
+    def end(self, continues: bool) -> None:
+        """The run is over. A loop over steps ends and, with `continues`, the code after it runs.
+
+        An edit that is still waiting for a point is unwound there."""
+        if self is current():
+            return
+        if self.flow.has_result and not self.met and self.touches:
+            path = next(iter(self.touches))
+            message = f"the edit at {self.where} did nothing in this run: the model never reached {path}"
+            warnings.warn(message, stacklevel=1)
+        if self.has_begun and continues and not (self.waits or self.asks):
+            self.go()
+        if self.has_begun:
+            self.unwind()
 
 
 def start_edit(edit: Edit, run: InRun, order: int) -> EditBody:

@@ -43,7 +43,7 @@ ENGINE = [
     "engine.tapped_call",
     "engine.taps",
     "engine.order",
-    "engine.user_bodies",
+    "engine.turns",
     "engine.run_end",
     "engine.run_to_point",
     "engine.scan_errors",

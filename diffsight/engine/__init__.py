@@ -26,7 +26,7 @@ The files in order; each imports only from those above it:
     tapped_call     the calls of one module or method: counted, changed or skipped
     taps            all taps of a run, and when they start to count
     order           passed, too late, never reached
-    user_bodies     edits and the functions of `run.each`, and whose turn it is
+    turns           edits and the functions of `run.each`, and whose turn it is
     run_end         how a run ends, leaving nothing on the model
     run_to_point    runs the model up to the point that the body asks for
     scan_errors     the error of a scan that needs values

@@ -111,7 +111,7 @@ atexit.register(_idle.clear)  # so that they end while Python still has all it n
 class Coroutine:
     """A function that runs until it parks, and continues from there when it is resumed."""
 
-    is_edit = False  # True for coroutines that run edits, see `diffsight.engine.user_bodies`
+    is_edit = False  # True for coroutines that run edits, see `diffsight.engine.turns`
 
     def __init__(self, function: Callable[[], Any], owner: Any, state: TorchState) -> None:
         """Prepare to run `function`; `state` is the PyTorch state that it starts in."""

@@ -103,6 +103,6 @@ def _current_task() -> Any:
 
 
 def current_edit() -> Any:
-    """Return the edit that is running now (see `diffsight.engine.user_bodies.EditBody`); None outside an edit."""
+    """Return the edit that is running now (see `diffsight.edits.EditBody`); None outside an edit."""
     body = current()
     return body if body is not None and body.is_edit else None

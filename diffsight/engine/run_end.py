@@ -20,7 +20,7 @@ from diffsight.engine.step_clock import Clock
 from diffsight.engine.tapped_call import Tap
 from diffsight.engine.taps import Taps
 from diffsight.engine.threads import THIS_THREAD, calls_in_threads
-from diffsight.engine.user_bodies import Bodies
+from diffsight.engine.turns import Bodies
 from diffsight.engine.users_line import UsersLine, set_line
 from diffsight.errors import AssignmentError
 

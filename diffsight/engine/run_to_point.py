@@ -38,7 +38,7 @@ from diffsight.engine.tapped_call import Tap
 from diffsight.engine.target import Target, join
 from diffsight.engine.threads import THIS_THREAD, calls_in_threads, check_runs_thread
 from diffsight.engine.torch_state import TorchState, call_in, seeded_random_state
-from diffsight.engine.user_bodies import Body
+from diffsight.engine.turns import Body
 from diffsight.engine.users_line import users_line
 from diffsight.errors import (
     DiffsightError,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any
 
 from diffsight.engine.target import Target
 
@@ -22,14 +21,11 @@ class Clock:
     """Determines when a step begins.
 
     A step begins at a call of one of `starts`, once one of `ends` has been called since the last step began; without
-    `ends`, at every call. Some samplers never step their scheduler: until one of `ends` is called for the first time,
-    a step also begins where the same start is called at a different `moment` than before.
+    `ends`, at every call.
 
     Args:
         starts: The calls that begin a step, such as the denoiser's.
         ends: The calls that end a step, such as `scheduler.step`.
-        moment: Returns the moment of a start, such as the timestep, from the target, args and kwargs of its call.
-        behind: Calls that come after the last step, if it is known which step is the last.
 
     Attributes:
         is_last: Returns whether a step is the last one, from the target, args and kwargs of the call that began it.
@@ -37,13 +33,7 @@ class Clock:
         is_over: Whether the loops over the steps have been told that the last step has ended.
     """
 
-    def __init__(
-        self,
-        starts: Sequence[Target],
-        ends: Sequence[Target] = (),
-        moment: Callable[[Target, tuple, dict], Any] | None = None,
-        behind: Sequence[Target] = (),
-    ) -> None:
+    def __init__(self, starts: Sequence[Target], ends: Sequence[Target] = ()) -> None:
         self.starts = frozenset(map(_key, starts))
         self.ends = frozenset(map(_key, ends)) if ends else _NONE
         self.watched = self.starts | self.ends if ends else self.starts
@@ -52,20 +42,13 @@ class Clock:
         self.is_last: Callable[[Target, tuple, dict], bool] = _never
         self.count: Callable[[], int | None] = _unknown
         self.is_over = False
-        self._moment = moment
-        self._behind = frozenset(map(_key, behind)) if behind else _NONE
+        self.has_ended_one = False  # whether one of `ends` has been called
         self._due = True
-        self._ended = False
 
     @property
     def is_in_step(self) -> bool:
         """Whether a step has begun and not ended."""
         return self.index >= 0 and not (self.ends and self._due)
-
-    @property
-    def has_ended_one(self) -> bool:
-        """Whether one of `ends` has been called."""
-        return self._ended
 
     @property
     def ending(self) -> str:
@@ -77,7 +60,7 @@ class Clock:
 
     def begins(self, target: Target, args: tuple, kwargs: dict) -> bool:
         """Take note of a call that begins; return whether a step begins with it."""
-        if target.key not in self.starts or not (self._due or self._has_moved_on(target, args, kwargs)):
+        if target.key not in self.starts or not (self._due or self.has_moved_on(target, args, kwargs)):
             return False
         self._due = not self.ends
         self.index += 1
@@ -88,18 +71,15 @@ class Clock:
         """Set this clock to the position of the clock on the server."""
         self.index, self._due, self.is_over = index, not is_in_step, is_over
 
+    def has_moved_on(self, target: Target, args: tuple, kwargs: dict) -> bool:
+        """Return whether a step begins with a call of one of `starts`, although the last step has not been ended."""
+        return False
+
     def is_behind(self, target: Target) -> bool:
         """Return whether a call that begins comes after the last step."""
-        if target.key not in self._behind or not (self._ended and self._due) or self.call is None:
-            return False
-        return self.is_last(*self.call)
+        return False
 
     def note_end(self, target: Target) -> None:
         """Take note of a call that has ended."""
         if target.key in self.ends:
-            self._due = self._ended = True
-
-    def _has_moved_on(self, target: Target, args: tuple, kwargs: dict) -> bool:
-        if self._moment is None or self._ended or self.call is None or target.key != self.call[0].key:
-            return False
-        return self._moment(target, args, kwargs) != self._moment(target, *self.call[1:])
+            self._due = self.has_ended_one = True

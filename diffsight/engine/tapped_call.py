@@ -398,5 +398,5 @@ def _versions(args: tuple, kwargs: dict, are_modes_off: bool = False) -> list[in
             try:
                 versions.append(value._version)
             except RuntimeError:  # an inference tensor: PyTorch does not count its changes
-                pass
+                continue
     return versions

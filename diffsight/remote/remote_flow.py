@@ -21,7 +21,7 @@ from diffsight.engine.run_end import ENDED, STOPPED
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.target import Target
 from diffsight.engine.torch_state import TorchState, call_in
-from diffsight.engine.user_bodies import Body
+from diffsight.engine.turns import Body
 from diffsight.engine.users_line import UsersLine, users_line
 from diffsight.errors import InputError
 from diffsight.remote.copies import ClientCopies

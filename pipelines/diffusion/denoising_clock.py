@@ -17,20 +17,33 @@ from diffsight.pipelines.arguments import signature
 from diffsight.pipelines.diffusion.components import components
 
 
-def denoising_clock(parts: Sequence[Target], methods: Sequence[Target], decodes_last: bool) -> Clock:
-    """Return the clock of the denoising steps.
+class DenoisingClock(Clock):
+    """Begins a step at the first call of a denoiser, and at the first call after each `scheduler.step`.
 
-    A step begins at the first call of a denoiser, and at the first call after each `scheduler.step`.
+    Some samplers never step their scheduler: until it is stepped for the first time, a step also begins where the same
+    denoiser is called at a different timestep than before.
 
     Args:
         parts: The components of the pipeline. The denoisers are the components that are passed a timestep.
         methods: The traceable methods of the components.
         decodes_last: Whether the pipeline decodes its result only after the scheduler's last step.
     """
-    denoisers = [target for target in parts if target.name == FORWARD and time_parameter(target.owner)]
-    steps = [target for target in methods if target.name == "step"]
-    decoders = [target for target in methods if target.name == "decode"] if decodes_last else []
-    return Clock(denoisers, steps, lambda target, *call: time_argument(target.owner, *call), decoders)
+
+    def __init__(self, parts: Sequence[Target], methods: Sequence[Target], decodes_last: bool) -> None:
+        denoisers = [target for target in parts if target.name == FORWARD and time_parameter(target.owner)]
+        super().__init__(denoisers, [target for target in methods if target.name == "step"])
+        self._decoders = {target.key for target in methods if target.name == "decode"} if decodes_last else ()
+
+    def has_moved_on(self, target: Target, args: tuple, kwargs: dict) -> bool:
+        if self.has_ended_one or self.call is None or target.key != self.call[0].key:
+            return False
+        return time_argument(target.owner, args, kwargs) != time_argument(target.owner, *self.call[1:])
+
+    def is_behind(self, target: Target) -> bool:
+        """Return whether a call that begins is one of the decoder, after the last step."""
+        if target.key not in self._decoders or not self.has_ended_one or self.is_in_step or self.call is None:
+            return False
+        return self.is_last(*self.call)
 
 
 def decodes_last(pipeline: Any) -> bool:

@@ -18,7 +18,7 @@ from diffsight.pipelines.diffusion.components import (
     text_block_targets,
     traceable_methods,
 )
-from diffsight.pipelines.diffusion.denoising_clock import decodes_last, denoising_clock, time_parameter
+from diffsight.pipelines.diffusion.denoising_clock import DenoisingClock, decodes_last, time_parameter
 
 _GUIDANCE = {"guidance_scale", "true_cfg_scale"}  # arguments of pipelines that may have two branches
 _WITHOUT_WEIGHTS = ("set_progress_bar_config", "progress_bar")
@@ -87,7 +87,7 @@ class DiffusionTree(AttentionTree):
     def clock(self) -> Clock:
         parts = list(self.children_of(self.root).values())
         methods = [method for part in parts for method in self.method_targets(part)]
-        return denoising_clock(parts, methods, self._decodes_last)
+        return DenoisingClock(parts, methods, self._decodes_last)
 
     def note_on_values(self, path: str) -> str:
         name = path.partition(".")[0]

@@ -1,21 +1,19 @@
-"""User bodies: the code that reads and changes values in a run, and whose turn it is where the model parks.
+"""Turns: the bodies that read and change values in a run, and whose turn it is where the model parks.
 
 A run has one body that opened it, the user's own code. Beside it there may be others, each in a coroutine of its own:
 the edits of the model, and the functions of `run.each`. Where the model parks, edits have their turn first, in the
 order in which they were made; then the functions; then the body that opened the run.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from diffsight.engine.coroutine import Coroutine, InnerCall, current
+from diffsight.engine.coroutine import Coroutine, InnerCall
 from diffsight.engine.order import Scope
 from diffsight.engine.points import Point, PointKey
 from diffsight.engine.step_clock import Clock
 from diffsight.engine.tapped_call import Tap
 from diffsight.engine.torch_state import TorchState
-from diffsight.engine.users_line import is_from_edit, set_from_edit
 
 
 class Course(Protocol):
@@ -76,75 +74,28 @@ class Body(Coroutine):
         return self.resume(body=state)
 
 
-class EditBody(Body):
-    """An edit in one run. A point that never comes ends the edit silently.
+class EditInRun(Protocol):
+    """The body of an edit, as the run sees it; see `diffsight.edits.EditBody`."""
 
-    Args:
-        function: The edit.
-        flow: The run.
-        state: The PyTorch state in which the run was opened.
-        order: The number of the edit, which determines its turn.
-        where: The line at which the edit was written.
-        touches: Collects the paths of the points that the edit reads and assigns.
-        attached: The modules that the edit has attached so far, in any run, by owner and name.
-    """
+    scope: Scope
+    met: bool  # whether the model has reached anything that the edit asked for
+    touches: dict[str, None]  # the paths of the points that the edit reads and assigns
+    attached: dict[tuple[int, str], Any]  # the modules that the edit has attached so far, by owner and name
+    view: Any  # the edit's own view of the run, once it has started
 
-    is_edit = True
-    view: Any = None  # the edit's own view of the run, once it has started
+    def waits_for(self, tap: Tap, key: PointKey) -> bool: ...
 
-    def __init__(
-        self,
-        function: Callable[[], Any],
-        flow: Course,
-        state: TorchState,
-        order: int,
-        where: str,
-        touches: dict[str, None],
-        attached: dict[tuple[int, str], Any],
-    ) -> None:
-        super().__init__(function, flow, state)
-        self.scope = Scope(order)
-        self.where, self.touches, self.attached = where, touches, attached
-        self.met = False  # whether the model has reached anything that the edit asked for
-
-    def waits_for(self, tap: Tap, key: PointKey) -> bool:
-        """Whether the edit waits for a point."""
-        return not self.dead and (tap, key) in self.waits
-
-    def go(self, state: TorchState | None = None) -> Any:
-        try:
-            return super().go(state)
-        except BaseException as error:
-            if not is_from_edit(error):
-                set_from_edit(error)
-                error.add_note(f"(in the edit written at {self.where})")
-            self.flow.close("an edit failed")
-            raise
-
-    def end(self, continues: bool) -> None:
-        """The run is over. A loop over steps ends and, with `continues`, the code after it runs.
-
-        An edit that is still waiting for a point is unwound there."""
-        if self is current():
-            return
-        if self.flow.has_result and not self.met and self.touches:
-            path = next(iter(self.touches))
-            message = f"the edit at {self.where} did nothing in this run: the model never reached {path}"
-            warnings.warn(message, stacklevel=1)
-        if self.has_begun and continues and not (self.waits or self.asks):
-            self.go()
-        if self.has_begun:
-            self.unwind()
+    def end(self, continues: bool) -> None: ...
 
 
 class Bodies:
     """The bodies of a run beside the one that opened it, and whose turn it is."""
 
     def __init__(self) -> None:
-        self.edits: list[EditBody] = []
+        self.edits: list[EditInRun] = []
         self.edits_begun = False
         self.functions: list[Body] = []  # the bodies of `run.each`
-        self.turn: EditBody | None = None  # whose turn it is at the point where the model parks
+        self.turn: EditInRun | None = None  # whose turn it is at the point where the model parks
         self.calls: list[tuple[Point | None, list[Body], bool]] = []  # calls in progress: where they were asked for
 
     def take_turn(self) -> tuple[list[Body], bool]:
