@@ -89,7 +89,6 @@ weights and hooks, for trial runs. Within `without_global_hooks()`, PyTorch does
 
 from diffsight.engine.batch_slicing import Part, Selection
 from diffsight.engine.coroutine import current_owner
-from diffsight.engine.gradients import with_gradients
 from diffsight.engine.hooks import FORWARD, ChangedMethod
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.points import INPUTS, OUTPUT, Asked, first_input
@@ -100,6 +99,7 @@ from diffsight.engine.step_clock import Clock
 from diffsight.engine.structural_copy import structural_copy, without_global_hooks
 from diffsight.engine.tapped_call import Tap
 from diffsight.engine.target import Target, join, part_targets
+from diffsight.engine.torch_state import with_gradients
 from diffsight.engine.wrapped_modules import children_in, unwrapped, wrapped_path, wrapped_targets
 from diffsight.envoy import (
     Envoy,

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from diffsight.edits import Edit, Editing, Edits, check_no_edit, start_edit
-from diffsight.engine.gradients import with_gradients
 from diffsight.engine.hooks import FORWARD
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.scan import ScanFlow, is_scanning, scanning
 from diffsight.engine.target import Target
+from diffsight.engine.torch_state import with_gradients
 from diffsight.envoy import Envoy, owner_of
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.recorded_values import find_points

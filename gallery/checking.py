@@ -25,7 +25,7 @@ from diffsight.errors import InputError
 from diffsight.gallery.check_does_not_apply import CheckDoesNotApply
 from diffsight.gallery.diffusion_checks import diffusion_checks
 from diffsight.gallery.language_checks import language_checks
-from diffsight.gallery.opening import open_model
+from diffsight.gallery.model_opening import open_model
 from diffsight.lenses.results.record import versions
 from diffsight.lenses.results.saving import check_file, expanded, save_files
 from diffsight.pipelines.diffusion.model import DiffusionModel

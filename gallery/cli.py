@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 from diffsight.errors import DiffsightError
 from diffsight.gallery.command_hints import unknown_arguments, unknown_command
 from diffsight.gallery.command_options import PROMPT, add_command
-from diffsight.gallery.commands import add_commands
 from diffsight.gallery.completion import script
 from diffsight.gallery.lens_commands import add_lens_commands
+from diffsight.gallery.other_commands import add_commands
 from diffsight.gallery.patching_commands import add_patching_commands
 from diffsight.gallery.serve.serve_command import add_serve_commands
 from diffsight.pipelines.valid_text import check_text

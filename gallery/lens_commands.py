@@ -24,7 +24,7 @@ from diffsight.gallery.command_options import (
     device_of,
     print_paths,
 )
-from diffsight.gallery.opening import load_quietly
+from diffsight.gallery.model_opening import load_quietly
 from diffsight.gallery.option_parsing import parse_positive, parse_steps
 
 Make = Callable[[str, int, Path], list[Path]]  # makes a result from a prompt and a seed, and writes it to a folder

@@ -24,7 +24,7 @@ from diffsight.gallery.command_options import (
     device_of,
     print_paths,
 )
-from diffsight.gallery.opening import load_quietly, open_model
+from diffsight.gallery.model_opening import load_quietly, open_model
 from diffsight.gallery.option_parsing import parse_numbers, parse_positions, parse_positive, parse_windows
 
 

@@ -38,7 +38,7 @@ from diffsight.lenses.results.sections import CurveSection, HeatMapSection, Sect
 from diffsight.lenses.tokens.choosing import check_count
 from diffsight.lenses.tracing.image_trace import trace_images
 from diffsight.lenses.tracing.language_trace import trace_language
-from diffsight.lenses.tracing.traced import Noise
+from diffsight.lenses.tracing.subject_noise import Noise
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
 

@@ -19,7 +19,7 @@ from diffsight.lenses.options import check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.tokens.batches import Positions, join, open_batches
 from diffsight.lenses.tokens.choosing import Tokens, hidden_states, layers_and_tokens
-from diffsight.lenses.tokens.prediction_batches import PredictionReader
+from diffsight.lenses.tokens.prediction_reader import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
 from diffsight.lenses.tokens.sources import Sources
 from diffsight.lenses.where_models_are import where_the_model_is

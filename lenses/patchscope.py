@@ -32,7 +32,7 @@ from diffsight.lenses.tokens.choosing import (
     layers_and_tokens,
     layers_to_read,
 )
-from diffsight.lenses.tokens.prediction_batches import PredictionReader
+from diffsight.lenses.tokens.prediction_reader import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
 from diffsight.lenses.tokens.sources import Sources
 from diffsight.lenses.where_models_are import where_the_model_is

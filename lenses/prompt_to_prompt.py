@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from diffsight.errors import InputError
 from diffsight.lenses.attention.map_memory import check_memory
-from diffsight.lenses.attention.token_mapping import TokenMapping, map_tokens
+from diffsight.lenses.attention.prompt_alignment import TokenMapping, map_tokens
 from diffsight.lenses.attention.word_keys import WordKeys
 from diffsight.lenses.denoising.inverted_images import takes_inverted
 from diffsight.lenses.encoders.checks import check_call, check_diffusion_model, check_prompt

@@ -30,7 +30,7 @@ from diffsight.lenses.results.sections import Cell, CurveSection, Section, Table
 from diffsight.lenses.results.token_plots import bars, curves
 from diffsight.lenses.tokens.batches import open_batches
 from diffsight.lenses.tokens.choosing import check_language_model, choose_tokens
-from diffsight.lenses.tokens.prediction_batches import PredictionReader
+from diffsight.lenses.tokens.prediction_reader import PredictionReader
 from diffsight.lenses.tokens.predictions import LensPredictions
 from diffsight.lenses.tokens.token_text import Spelling
 from diffsight.lenses.where_models_are import where_the_model_is

@@ -59,10 +59,3 @@ def cache_only_if_offline() -> Iterator[None]:
         with _lock:
             _offline_blocks.remove(this)
             constants.HF_HUB_OFFLINE = bool(_offline_blocks)
-
-
-def hub_says(reason: str) -> str:
-    """Return a sentence that says why the hub has no such model; `reason` is the library's message."""
-    if hub_access():
-        return "The hub cannot be reached, and the model is not in the cache"
-    return f"The hub: {reason.split('. ')[0]}"

@@ -23,7 +23,7 @@ ENGINE = [
     "engine.threads",
     "engine.users_line",
     "engine.coroutine",
-    "engine.gradients",
+    "engine.checkpointed_regions",
     "engine.hooks",
     "engine.users_hooks",
     "engine.unseen_calls",

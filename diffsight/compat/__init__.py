@@ -20,6 +20,7 @@ from importlib import import_module
 from typing import Any
 
 from diffsight.compat.backward_blocks import add_backward_blocks
+from diffsight.compat.block_stopped import stop
 from diffsight.compat.compat_envoy import CompatEnvoy as Envoy
 from diffsight.compat.conditions import Cond, cond
 from diffsight.compat.config import CONFIG, remote_logger
@@ -29,7 +30,6 @@ from diffsight.compat.iterations import Iterations
 from diffsight.compat.proxy_types import List, literal_of
 from diffsight.compat.renames import get_rename_dict
 from diffsight.compat.sessions import Session
-from diffsight.compat.stopping import stop
 from diffsight.compat.tracer import Tracer
 from diffsight.compat.values import add_methods, save
 from diffsight.compat.wrappers import NNsight, wrapper_named

@@ -18,10 +18,10 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
+from diffsight.compat.block_stopped import BlockStopped
 from diffsight.compat.error_notes import add_hint
 from diffsight.compat.functions import TracerFunctions
 from diffsight.compat.repeated_blocks import Loop, RepeatedBlock
-from diffsight.compat.stopping import BlockStopped
 from diffsight.extending import Run, flow_of
 
 

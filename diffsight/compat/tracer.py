@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from diffsight.compat.activation_cache import ActivationCache, cache_of
+from diffsight.compat.block_stopped import BlockStopped
 from diffsight.compat.error_notes import add_hint
 from diffsight.compat.functions import TracerFunctions
 from diffsight.compat.iterations import WRITE_A_LOOP, Iterations, IterationsOfInvokes, steps_in, warn_of_end
@@ -19,7 +20,6 @@ from diffsight.compat.joined_inputs import joined_inputs
 from diffsight.compat.later_gradients import reading_gradients
 from diffsight.compat.repeated_blocks import OWN_STEPS, RepeatedBlock, rest_of_block
 from diffsight.compat.sessions import join_sessions
-from diffsight.compat.stopping import BlockStopped
 from diffsight.engine.capture import advising
 from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.run_end import STOPPED

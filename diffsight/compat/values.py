@@ -12,7 +12,7 @@ import numpy
 import torch
 from PIL.Image import Image
 
-from diffsight.compat.stopping import stop_at
+from diffsight.compat.block_stopped import stop_at
 
 _BUILTIN = (list, tuple, dict, set, frozenset, range, int, float, complex, str, bytes, bytearray)
 _SAVED = (*_BUILTIN, numpy.ndarray, numpy.generic, torch.dtype, torch.device)

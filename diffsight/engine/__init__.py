@@ -6,7 +6,7 @@ The files in order; each imports only from those above it:
     users_line      the line of the user's code that an error is about
     torch_state     grad mode, inference mode, autocast, function modes, random state
     coroutine       a stack that parks and resumes; each run has its own, so two can be open in lockstep
-    gradients       calls methods that disable gradients with gradients enabled; gradient checkpointing
+    checkpointed_regions    parts of the model that `backward()` computes again
     hooks           the hooks that a run puts on the model and removes again
     users_hooks     forward hooks of others, and which of them may change an output
     unseen_calls    classes of modules whose outputs cannot be seen

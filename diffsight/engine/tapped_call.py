@@ -19,8 +19,8 @@ from torch._C._functorch import get_dynamic_layer_stack_depth
 from torch.nn import Parameter
 from torch.nn.modules.module import _global_forward_hooks
 
+from diffsight.engine.checkpointed_regions import end_checkpoints, is_computed_again
 from diffsight.engine.coroutine import Coroutine, current_owner
-from diffsight.engine.gradients import end_checkpoints, is_computed_again
 from diffsight.engine.hooks import COMPILED, FORWARD
 from diffsight.engine.points import INPUTS, OUTPUT, Asked, Assignment, Point, PointKey
 from diffsight.engine.step_clock import Clock

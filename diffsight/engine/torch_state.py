@@ -19,7 +19,7 @@ levels of forward-mode differentiation, of which PyTorch allows only one at a ti
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from operator import call
 from typing import Any
 
@@ -270,6 +270,12 @@ def call_in(state: TorchState, seed: int | None, function: Callable[[], Any]) ->
     changes = state.inference != is_inference_mode_enabled()
     with torch.inference_mode(state.inference) if changes else nullcontext(), state.active():
         return function()
+
+
+def with_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a bound method without the `torch.no_grad()` that it is decorated with."""
+    wrapped = getattr(method.__func__, "__wrapped__", None)
+    return method if wrapped is None else partial(wrapped, method.__self__)
 
 
 # ---- random state

@@ -20,7 +20,7 @@ import gradio as gr
 from torch import nn
 
 from diffsight.errors import DiffsightError, InputError
-from diffsight.gallery.opening import open_model
+from diffsight.gallery.model_opening import open_model
 from diffsight.lenses.results.result import LensResult
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.model import DiffusionModel

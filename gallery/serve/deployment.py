@@ -17,7 +17,7 @@ import torch
 from fastapi import FastAPI, WebSocket
 from ray import serve
 
-from diffsight.gallery.opening import open_model
+from diffsight.gallery.model_opening import open_model
 from diffsight.gallery.serve.application_names import FRONT, check_arguments
 from diffsight.gallery.serve.conversation import Conversation
 from diffsight.gallery.serve.descriptions import configuration, description

@@ -129,7 +129,7 @@ def start(
     Raises:
         InputError: Ray is not installed, a model cannot be opened, or the file of keys is not valid.
     """
-    from diffsight.gallery.opening import open_model
+    from diffsight.gallery.model_opening import open_model
     from diffsight.gallery.serve.application_names import FRONT, app_of, route_of
     from diffsight.gallery.serve.keys import Keys
 

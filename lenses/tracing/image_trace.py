@@ -13,7 +13,8 @@ from diffsight.lenses.denoising.call_checks import check_one_image
 from diffsight.lenses.encoders.pairing import words_read
 from diffsight.lenses.metrics.metric import Metric, Outcome, as_metric
 from diffsight.lenses.tracing.image_rows import draw_rows, part_of_outcome
-from diffsight.lenses.tracing.traced import Noise, Traced
+from diffsight.lenses.tracing.subject_noise import Noise
+from diffsight.lenses.tracing.traced import Traced
 from diffsight.lenses.visits.named_points import NamedPoint, named_points
 from diffsight.lenses.visits.visiting import Visit, has_branches, visiting
 from diffsight.pipelines.diffusion.encoding import record_encoding

@@ -22,7 +22,8 @@ from diffsight.lenses.tokens.batches import open_batches
 from diffsight.lenses.tokens.choosing import check_language_model, choose_tokens, layers_to_read
 from diffsight.lenses.tokens.token_text import Spelling
 from diffsight.lenses.tracing.stored_starts import can_start_from
-from diffsight.lenses.tracing.traced import Noise, Traced
+from diffsight.lenses.tracing.subject_noise import Noise
+from diffsight.lenses.tracing.traced import Traced
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 from diffsight.pipelines.standard_names import path_of, word_embeddings
 

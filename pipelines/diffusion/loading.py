@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from diffsight.errors import DiffsightError, InputError, suggest_packaged
+from diffsight.errors import InputError, suggest_packaged
 from diffsight.pipelines.arguments import check_arguments
 from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
-from diffsight.pipelines.hub_access import hub_access, hub_file, hub_says
+from diffsight.pipelines.hub_access import hub_access, hub_file
 from diffsight.pipelines.loading_arguments import check_modular_arguments, check_pipeline_arguments
+from diffsight.pipelines.loading_errors import explained
 from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.packaged import FOLDERS, LANGUAGE_MODELS
 from diffsight.pipelines.quiet_loading import quiet_loading
 from diffsight.pipelines.shapes.flux_defaults import set_defaults
 from diffsight.pipelines.weights import (
-    MissingWeightsError,
     adopt,
     check_weights,
     requiring_all_weights,
@@ -256,16 +256,8 @@ def _dtype(arguments: dict[str, Any], name: str) -> torch.dtype | None:
 # ---- errors in the user's terms
 
 
-@contextmanager
-def _explained_folder(name: str) -> Iterator[None]:
-    try:
-        yield
-    except DiffsightError:
-        raise
-    except Exception as error:  # a damaged file or configuration can fail anywhere in the libraries
-        raise InputError(
-            f"the folder {name} cannot be loaded as a pipeline: {type(error).__name__}: {_first_line(error)}"
-        ) from error
+def _explained_folder(name: str) -> AbstractContextManager[None]:
+    return explained(f"the folder {name} cannot be loaded as a pipeline")
 
 
 @contextmanager
@@ -284,18 +276,8 @@ def _is_not_about_types(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Expected types for text_encoder")
 
 
-@contextmanager
-def _explained_hub(name: str) -> Iterator[None]:
-    try:
-        yield
-    except MissingWeightsError as error:
-        raise InputError(f"the model {name} cannot be loaded: {error}") from error
-    except OSError as error:  # huggingface_hub finds no repository, or no network
-        raise InputError(f"{_unknown(name)}. {hub_says(_first_line(error))}") from error
-    except DiffsightError:
-        raise
-    except Exception as error:
-        raise InputError(f"the model {name} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
+def _explained_hub(name: str) -> AbstractContextManager[None]:
+    return explained(f"the model {name} cannot be loaded", _unknown(name))
 
 
 def _folder(name: str) -> Path:
@@ -319,7 +301,3 @@ def _unknown(name: str) -> str:
         f"there is no model {shortened(name)!r}{suggest_packaged(name, FOLDERS)}. "
         f"Known: {', '.join(FOLDERS)}, a folder, or a hub id such as 'owner/name'"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")

@@ -4,8 +4,8 @@ A model that is not live is built from its configuration, without weights. They 
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,16 @@ import torch
 import transformers
 from torch import nn
 
-from diffsight.errors import DiffsightError, InputError, suggest_packaged
+from diffsight.errors import InputError, suggest_packaged
 from diffsight.pipelines.folder_checks import check_configurations, check_vocabulary
-from diffsight.pipelines.hub_access import hub_access, hub_says
+from diffsight.pipelines.hub_access import hub_access
 from diffsight.pipelines.language.gguf import load_gguf
 from diffsight.pipelines.language.smollm2 import packaged_folder
 from diffsight.pipelines.loading_arguments import check_model_arguments
+from diffsight.pipelines.loading_errors import explained, first_line
 from diffsight.pipelines.local_paths import find_path, shortened
 from diffsight.pipelines.packaged import LANGUAGE_MODELS, PIPELINES
 from diffsight.pipelines.weights import (
-    MissingWeightsError,
     adopt,
     check_weights,
     requiring_all_weights,
@@ -167,7 +167,7 @@ def _own_tokenizer(place: str, gguf: dict[str, str], arguments: dict[str, Any]) 
     except Exception as error:  # the library for damaged files raises plain exceptions
         if any(Path(place).glob("tokenizer*")):
             raise InputError(
-                f"the tokenizer in {place} cannot be loaded: {type(error).__name__}: {_first_line(error)}. "
+                f"the tokenizer in {place} cannot be loaded: {type(error).__name__}: {first_line(error)}. "
                 "Pass another one, as in LanguageModel(place, tokenizer=tokenizer)"
             ) from error
         return None
@@ -184,7 +184,7 @@ def _tokenizer(given: Any) -> Any:
         try:
             return transformers.AutoTokenizer.from_pretrained(given, **({} if find_path(given) else hub_access()))
         except Exception as error:
-            raise InputError(f"there is no tokenizer {str(given)!r}: {_first_line(error)}") from error
+            raise InputError(f"there is no tokenizer {str(given)!r}: {first_line(error)}") from error
     if given is not None and not callable(given):
         raise InputError(f"a tokenizer is a name, a folder or a transformers tokenizer, not {type(given).__name__}")
     return given
@@ -221,25 +221,11 @@ def _place(name: str) -> tuple[str, dict[str, str]]:
 # ---- errors in the user's terms
 
 
-@contextmanager
-def _explained(name: str, place: str) -> Iterator[None]:
-    try:
-        yield
-    except DiffsightError:
-        raise
-    except Exception as error:  # a damaged file or configuration fails anywhere in the libraries
-        raise InputError(_why(name, place, error)) from error
-
-
-def _why(name: str, place: str, error: Exception) -> str:
-    if isinstance(error, MissingWeightsError):
-        return f"the model {name} cannot be loaded: {error}. If that is intended, pass a live model instead"
+def _explained(name: str, place: str) -> AbstractContextManager[None]:
+    if name not in LANGUAGE_MODELS and find_path(place) is None:
+        return explained(f"the model {name} cannot be loaded", _unknown(name))
     what = "file" if (path := find_path(name)) is not None and path.is_file() else "folder"
-    if name in LANGUAGE_MODELS or find_path(place) is not None:
-        return f"the {what} {name} cannot be loaded as a language model: {type(error).__name__}: {_first_line(error)}"
-    if not isinstance(error, OSError):  # the model exists
-        return f"the model {name} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
-    return f"{_unknown(name)}. {hub_says(_first_line(error))}"
+    return explained(f"the {what} {name} cannot be loaded as a language model")
 
 
 def _unknown(name: str) -> str:
@@ -250,7 +236,3 @@ def _unknown(name: str) -> str:
         f"Known: {', '.join(LANGUAGE_MODELS)}, a folder, a .gguf file, a live "
         "(model, tokenizer), or a hub id such as 'openai-community/gpt2'"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")

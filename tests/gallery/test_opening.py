@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from diffsight import DiffusionModel, LanguageModel, VisionLanguageModel
-from diffsight.gallery.opening import open_model
+from diffsight.gallery.model_opening import open_model
 from helpers import refusal
 
 KINDS = {"pipeline": DiffusionModel, "language": LanguageModel, "vision": VisionLanguageModel}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from diffsight import LanguageModel, logit_lens, run_prompts
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.lenses.target_probabilities import Prompt
-from diffsight.lenses.tokens import prediction_batches
+from diffsight.lenses.tokens import prediction_reader
 from models import architectures, language
 
 PROMPTS = language.PROMPTS
@@ -40,7 +40,7 @@ def test_all_layers_and_positions(net, model):
 
 @pytest.mark.parametrize("positions, rows", [(-1, [2, 2]), (None, [3, 3])])
 def test_the_head_gets_even_chunks(net, model, monkeypatch, positions, rows):
-    monkeypatch.setattr(prediction_batches, "_CHUNK", 3 * model.vocabulary_size)
+    monkeypatch.setattr(prediction_reader, "_CHUNK", 3 * model.vocabulary_size)
     seen, text = [], torch.tensor([[5, 6, 7, 8, 9, 10]])
     ids = text if positions is None else text.expand(2, -1)
     hook = net.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[:-1].numel()))
@@ -123,7 +123,7 @@ def test_the_model_goes_no_further_than_it_must(net, model):
 
 def test_the_vocabulary_is_held_in_chunks(net, model, monkeypatch):
     whole = logit_lens(model, PROMPTS[0])
-    monkeypatch.setattr(prediction_batches, "_CHUNK", 3 * len(language.TOKENIZER))
+    monkeypatch.setattr(prediction_reader, "_CHUNK", 3 * len(language.TOKENIZER))
     sizes = []
     hook = net.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
     cut = logit_lens(model, PROMPTS[0])

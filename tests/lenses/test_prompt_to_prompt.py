@@ -11,7 +11,7 @@ from diffsight import DiffusionModel
 from diffsight.errors import InputError
 from diffsight.lenses import prompt_to_prompt
 from diffsight.lenses.attention import map_memory
-from diffsight.lenses.attention.token_mapping import map_tokens
+from diffsight.lenses.attention.prompt_alignment import map_tokens
 from helpers import close_image, same_image
 from models import diffusion
 

@@ -1,4 +1,4 @@
-"""Gradients in runs: methods that disable them, and regions of the model that `backward()` computes again.
+"""Checkpointed regions: parts of the model that `backward()` computes again.
 
 Gradient checkpointing drops what autograd saves in a region of the model, and `backward()` computes the region again.
 That second computation would leave out every change that a run has made in the region. So autograd keeps what it saves
@@ -10,9 +10,6 @@ Points in it are refused.
 """
 
 import sys
-from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 from torch.autograd.function import FunctionCtx
@@ -20,12 +17,6 @@ from torch.autograd.function import FunctionCtx
 from diffsight.engine.torch_state import restore_saved_tensor_hooks, saved_tensor_hooks
 
 _PACKS_FOR_CHECKPOINT = "_checkpoint_hook.__init__.<locals>.pack_hook"  # in torch.utils.checkpoint
-
-
-def with_gradients(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a bound method without the `torch.no_grad()` that it is decorated with."""
-    wrapped = getattr(method.__func__, "__wrapped__", None)
-    return method if wrapped is None else partial(wrapped, method.__self__)
 
 
 def end_checkpoints() -> None:

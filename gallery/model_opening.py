@@ -55,7 +55,7 @@ def _file(folder: Path | None, source: str, name: str, of_hub: dict[str, Any]) -
 
 
 def _not_found(source: str, folder: Path | None) -> str:
-    from diffsight.pipelines.hub_access import hub_says
+    from diffsight.pipelines.loading_errors import hub_says
 
     if folder is not None:
         return f"there is no model in {shortened(source)}: it has neither model_index.json nor config.json"
