@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
-from diffsight.gallery.serve.limits import Limits
+from diffsight.gallery.serve.connection_limits import Limits
 from diffsight.remote import ProtocolError, RemoteError, RunEnded, RunSession, error_frame
 
 _log = logging.getLogger("diffsight.serve")

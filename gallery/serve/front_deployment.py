@@ -17,10 +17,10 @@ from ray.serve.exceptions import RayServeException
 
 from diffsight.errors import DiffsightError
 from diffsight.gallery.serve.application_names import app_of, check_arguments
+from diffsight.gallery.serve.connection_limits import Limits
 from diffsight.gallery.serve.front import Front
 from diffsight.gallery.serve.jobs import Jobs
 from diffsight.gallery.serve.keys import Key, Keys, key_in
-from diffsight.gallery.serve.limits import Limits
 
 # Serve pickles an API where its class is defined, so everything that its methods use is defined above it.
 

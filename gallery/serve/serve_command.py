@@ -144,8 +144,8 @@ def start(
         from ray import serve
     except ImportError:
         raise InputError("`diffsight serve` needs Ray Serve: pip install 'diffsight[server]'") from None
-    from diffsight.gallery.serve.deployment import model_app_with
     from diffsight.gallery.serve.front_deployment import front_app
+    from diffsight.gallery.serve.model_deployment import model_app_with
 
     if not ray.is_initialized():
         cluster = os.environ.get("RAY_ADDRESS", "local")

@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
+from diffsight.gallery.serve.connection_limits import Limits
 from diffsight.gallery.serve.conversation import Conversation
 from diffsight.gallery.serve.job_socket import JobSocket
 from diffsight.gallery.serve.jobs import Jobs
-from diffsight.gallery.serve.limits import Limits
 from diffsight.gallery.serve.services import services_of
 from diffsight.remote import Job, ProtocolError, RemoteError, job_frames
 from helpers import refusal, same_image

@@ -147,7 +147,7 @@ def test_the_config_file_of_the_documentation():
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
     from ray.serve.schema import ServeDeploySchema
 
-    from diffsight.gallery.serve import application_names, deployment, front_deployment
+    from diffsight.gallery.serve import application_names, front_deployment, model_deployment
 
     config = ServeDeploySchema(**yaml.safe_load((DOCS / "serve_config.yaml").read_text(encoding="utf-8")))
     *models, front = config.applications
@@ -157,9 +157,9 @@ def test_the_config_file_of_the_documentation():
     for app in models:
         name = app.args["name"]
         assert (app.name, app.route_prefix) == (application_names.app_of(name), application_names.route_of(name))
-        assert app.import_path == f"{deployment.__name__}:model_app"
-        build(deployment.model_app, app.args)
-        assert [one.name for one in app.deployments] == [deployment.ModelReplica.name]
+        assert app.import_path == f"{model_deployment.__name__}:model_app"
+        build(model_deployment.model_app, app.args)
+        assert [one.name for one in app.deployments] == [model_deployment.ModelReplica.name]
 
 
 def test_the_same_values(model, local, served):

@@ -19,11 +19,11 @@ from ray import serve
 
 from diffsight.gallery.model_opening import open_model
 from diffsight.gallery.serve.application_names import FRONT, check_arguments
+from diffsight.gallery.serve.connection_limits import Limits
 from diffsight.gallery.serve.conversation import Conversation
 from diffsight.gallery.serve.descriptions import configuration, description
 from diffsight.gallery.serve.job_socket import JobSocket
 from diffsight.gallery.serve.keys import Keys, key_in
-from diffsight.gallery.serve.limits import Limits
 from diffsight.gallery.serve.services import services_of
 from diffsight.gallery.serve.sockets import ServeSocket
 from diffsight.remote import ProtocolError, RemoteError, error_frame, job_frames
