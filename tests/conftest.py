@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in processes that tests start: more would only wait for each other
+
 import matplotlib
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 matplotlib.use("Agg")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no warnings about random weights and missing packages
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and waiting for it takes 20 s each time
-torch.set_num_threads(1)  # the models are small: more threads would only wait for each other
+torch.set_num_threads(1)  # the models are small
 
 
 @pytest.fixture(autouse=True)
