@@ -119,3 +119,10 @@ def as_metric(metric: Any) -> Metric:
             f"result that returns a number, not {metric!r}"
         )
     return FunctionMetric(metric)
+
+
+def normalised(values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return a metric of changed runs on a scale on which the target (the changed run) is 0 and the source is 1.
+
+    This is (value - target) / (source - target), for tensors of shapes that broadcast."""
+    return (values - target) / (source - target)

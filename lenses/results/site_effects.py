@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import layer_title
+from diffsight.lenses.metrics.metric import normalised
 from diffsight.lenses.results.effect_plots import comparison, effect_bars, effect_map
 from diffsight.lenses.results.figure import write_figure
 from diffsight.lenses.results.result import LensResult
@@ -94,11 +95,10 @@ class SiteEffects(LensResult):
 
     @property
     def effects(self) -> torch.Tensor:
-        """The effect by pair, (pairs, sites, columns): (value - target) / (source - target). 0 means no change, 1
-        the metric of the other run. Without normalisation, value - target."""
+        """The effect by pair, (pairs, sites, columns): see `normalised`. 0 means no change, 1 the metric of the other
+        run. Without normalisation, value - target."""
         source, target = (ends.reshape(len(self.values), 1, -1) for ends in (self.source, self.target))
-        change = self.values - target
-        return change / (source - target) if self.is_normalised else change
+        return normalised(self.values, source, target) if self.is_normalised else self.values - target
 
     @property
     def effect(self) -> torch.Tensor:
