@@ -479,7 +479,7 @@ class Flow(RunEnd):
                 point = None
         finally:
             for other, other_key in waits:
-                waiting = other.awaited.pop(other_key)
+                waiting = other.awaited.pop(other_key, ())  # an interrupt may have left nothing
                 if len(waiting) > 1:
                     left = waiting.index(in_step)
                     other.awaited[other_key] = (*waiting[:left], *waiting[left + 1 :])
