@@ -345,6 +345,16 @@ def test_a_metric_without_a_number(model):
     assert "a metric must return a number" in said
 
 
+@pytest.mark.parametrize("options", [{}, {"steps": "each", "max_new_tokens": 2}])
+def test_a_metric_that_is_not_finite(model, options):
+    """The error names the run: that of a prompt, or a row of the sweep."""
+    given, numbers = (activation_patching, model, *PAIR), iter([1.0, 2.0, 3.0, float("inf")])
+    said = refusal(*given, lambda result: float("nan"), **options, **QUIET)
+    assert f"is nan for the prompt {PAIR[0]!r}" in said
+    said = refusal(*given, lambda result: next(numbers, 0.0), **options, **QUIET)
+    assert f"is inf for the prompt {PAIR[1]!r} with layers[{1 if options else 0}] changed at" in said
+
+
 def test_a_site_that_is_never_reached(model, net):
     net.spare = torch.nn.Linear(2, 2)
     try:

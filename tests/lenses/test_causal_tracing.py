@@ -339,6 +339,15 @@ def test_bad_input_for_a_pipeline():
     assert "batch_size must be 3 or more" in refusal(prompt_swap, model, TEXT, TEXT, pixel_distance(), batch_size=2)
 
 
+def test_a_metric_that_is_not_finite():
+    model = DiffusionModel(diffusion.stable_diffusion())
+    numbers = iter([1.0, float("nan"), 1.0, 1.0, 1.0, float("inf")])
+    call = {"metric": lambda result: next(numbers, 1.0), **CALL}
+    said = refusal(causal_tracing, model, TEXT, "circle", sites="unet.mid_block", samples=1, **call)
+    assert "sample 0, and nothing restored" in said
+    assert "in the cross-attentions [0]" in refusal(prompt_swap, model, TEXT, TEXT, **call)
+
+
 def test_passes_are_counted(model, net):
     calls = []
     handle = net.register_forward_hook(lambda *_: calls.append(1))
