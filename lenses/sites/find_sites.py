@@ -92,16 +92,7 @@ def for_each_head(
 
 def layer_of(model: LanguageModel, site: Site) -> Layer | None:
     """Return the number of the layer that a point of a language model is in, or None if it is outside the layers."""
-    if site.layer is not None:
-        return site.layer
-    module = _module_at(model, site.module)
-    layers = list(model.layers)
-    return next((i for i, layer in enumerate(layers) if any(part is module for part in layer.modules())), None)
-
-
-def _module_at(model: Any, path: str) -> Any:
-    modules = getattr(model[path], "modules", None)
-    return None if modules is None else next(modules())
+    return model.layer_of(site.module) if site.layer is None else site.layer
 
 
 def _named(model: Any, name: str, layers: Layers) -> list[Site]:

@@ -185,6 +185,14 @@ def test_tracing_an_encoder(cases):
     )
 
 
+@torch.no_grad()
+def test_tracing_a_decoder_runs_the_encoder_twice(cases):
+    """In the clean run and in that with noise: its output with noise is the same in all rows."""
+    case = cases.get("t5") or cases.setdefault("t5", BUILDERS["t5"]())
+    calls = outputs(case.net.encoder, causal_tracing, case.model, CORRUPTED, "blue", samples=1, **case.more, **QUIET)
+    assert len(calls) == 2
+
+
 def check_trace(case, trace, modules, subject):
     """Compare a trace with one sample with runs in which hooks noise the subject and restore a module's output."""
     inputs, embedding = case.inputs(CORRUPTED), case.net.get_submodule(case.embedding)

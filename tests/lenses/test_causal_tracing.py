@@ -126,6 +126,29 @@ def test_modules_are_restored_by_paths(model):
     assert torch.allclose(back.values.flip(0), named.values, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("sites", "computed"),
+    [
+        ("mlps", (1, 2, 3, 4)),
+        ("layers[*].mlp", (1, 2, 3, 4)),
+        (["layers[3].mlp", "layers[1].mlp", "lm_head"], (1, 2, 2, 3)),
+    ],
+)
+def test_layers_before_the_restored_one_are_not_computed_again(net, model, sites, computed):
+    """Rows of a site start at its layer. The last site is in no layer, so its rows run in full."""
+    rows = [0] * 4
+    handles = [
+        layer.mlp.register_forward_hook(lambda module, args, output, i=i: rows.__setitem__(i, rows[i] + len(output)))
+        for i, layer in enumerate(net.transformer.h)
+    ]
+    trace = causal_tracing(model, PROMPT, SUBJECT, sites=sites, samples=1, progress=False)
+    for handle in handles:
+        handle.remove()
+    plain = 2, 2, 2, 3  # the clean run, that with noise, and a trial of the last layer
+    assert rows == [count * len(trace.columns) + once for count, once in zip(computed, plain)]
+
+
 TEXT = "a red circle above a blue square"
 CALL = {"num_inference_steps": 2, "guidance_scale": 5.0}
 SIZES = {"height": 32, "width": 32, "max_sequence_length": 16, "use_resolution_binning": False, "clean_caption": False}
