@@ -155,13 +155,13 @@ class LanguageTrace:
         with self._open(samples) as run:
             self._add_noise(run, 1)
             inputs = [run.layers_input[layer].clone() for layer in range(len(self.model.layers_output) * may_start)]
+            logits = run.logits[:, -1].clone()
             probabilities = _next(run)[:, answer]
             encoded = None if self.sees_subject else run.result.encoder_last_hidden_state
         if not may_start:
             return _NoisedRun(probabilities, [], encoded), 1
         given = {**self.inputs} if encoded is None else {**self.inputs, "encoder_outputs": BaseModelOutput(encoded)}
-        measure = partial(_probabilities, answer=answer)
-        starts = can_start_from(self.model, [self.prompt] * samples, inputs[-1], probabilities, measure, given)
+        starts = can_start_from(self.model, [self.prompt] * samples, inputs[-1], logits, given)
         return _NoisedRun(probabilities, inputs if starts else [], encoded), 2
 
     def _restored(
@@ -264,11 +264,6 @@ def _embedding(model: LanguageModel) -> str:
         return "embed_tokens"
     encoder = model.module.get_encoder()
     return f"{path_of(model.module, encoder)}.{word_embeddings(encoder)[0]}"
-
-
-def _probabilities(logits: torch.Tensor, answer: int) -> torch.Tensor:
-    """Return the probability of the answer, (rows,)."""
-    return logits.softmax(-1)[:, answer]
 
 
 def _next(run: LanguageRun) -> torch.Tensor:
