@@ -74,6 +74,7 @@ def for_each_head(
     Raises:
         InputError: A head does not exist.
     """
+    heads = heads.tolist() if hasattr(heads, "tolist") else heads  # an array or a tensor
     chosen = None if heads is None else [heads] if hasattr(heads, "__index__") else list(heads)
     if chosen is not None and not counts:
         raise InputError("none of the sites has heads: omit `heads`")
@@ -119,4 +120,4 @@ def _matching(model: Any, pattern: str) -> list[Site]:
         return [Site(point + (item[0] if item else "")) for point in points]
     except PointNotFoundError as error:
         hint = suggest(pattern, NAMED)
-        raise PointNotFoundError(f"sites: {error}{'' if hint in str(error) else hint}") from None
+        raise PointNotFoundError(f"sites: {error}{'' if 'did you mean' in str(error) else hint}") from None

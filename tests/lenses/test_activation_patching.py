@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hook_patching import Parts, kept, patched_values, run
@@ -334,6 +335,25 @@ def test_refused_before_anything_runs(net, model, change, said):
     with not_called(net.transformer.h[0]), pytest.raises((InputError, PointNotFoundError)) as error:
         activation_patching(model, **given)
     assert said in str(error.value)
+
+
+def test_sweeps_over_heads_that_are_too_large(net, model):
+    """At first, only the number of points is known."""
+    given = {"sites": "heads", "max_rows": 3, **QUIET}
+    with not_called(net.transformer.h[0]):
+        assert "the sweep has at least 4 rows" in refusal(activation_patching, model, *PAIR, METRIC, **given)
+    given["max_rows"] = 15
+    assert "the sweep has 16 rows" in refusal(activation_patching, model, *PAIR, METRIC, **given)
+
+
+def test_arrays(model):
+    """Positions, layers and heads as arrays and tensors."""
+    given = {"sites": "heads", **QUIET}
+    result = activation_patching(
+        model, *PAIR, METRIC, heads=np.array([0, -1]), layers=np.array([1]), positions=torch.tensor([0, -1]), **given
+    )
+    expected = activation_patching(model, *PAIR, METRIC, heads=[0, -1], layers=[1], positions=[0, -1], **given)
+    assert torch.equal(result.values, expected.values) and result.sites == expected.sites
 
 
 def test_a_head_that_does_not_exist(model):
