@@ -147,7 +147,7 @@ def activation_patching(
             replace(request, positions=[-1]), layers, steps, tokens, batch_size, max_rows, progress
         )
     pairs = LanguagePairs.of(request, layers=layers, align=align)
-    check_rows(pairs.rows, max_rows)
+    check_rows(pairs.rows, max_rows, pairs.has_heads)
     first = run_side(pairs.pairs[0].source, pairs.metric, pairs.points)
     pairs = pairs.counted(first.values)
     check_rows(pairs.rows, max_rows)
@@ -169,7 +169,7 @@ def _patch_generation(
     """Sweep over the tokens that a language model generates."""
     pairs = LanguagePairs.of(request, layers=layers, align="each")
     windows = choose_windows(steps, tokens)
-    check_rows(len(pairs.sites) * len(windows), max_rows)
+    check_rows(len(pairs.sites) * len(windows), max_rows, pairs.has_heads)
     first = generate_source(pairs, 0, tokens)
     pairs = pairs.counted(first.values[0])
     rows = len(pairs.sites) * len(windows)

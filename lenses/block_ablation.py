@@ -107,11 +107,12 @@ def block_ablation(
     for number, prompt in enumerate(texts):
         rows = DenoiserRows(model, [prompt], seed, arguments, metric.reads, branch)
         plain = rows.run_plain([site.point for site in points])
-        chosen, columns, changes = changes_of(plain, points, None, steps, [("", WholeValue())])
-        check_rows(len(changes), max_rows)
-        measure = partial(_measured, metric, plain.outcome, number)
-        targets.append(measure(plain.outcome).item())
-        values.append(rows.sweep(plain, changes, partial(_ablate, mode), measure, batch_size, progress))
+        changes = changes_of(plain, points, None, steps, [("", WholeValue())])
+        check_rows(len(changes.rows), max_rows)
+        measure, name = partial(metric.measure, clean=plain.outcome, pair=number), f"the prompt {prompt!r}"
+        targets.append(measure(plain.outcome, rows=[name]).item())
+        apply, named = partial(_ablate, mode), partial(changes.named, name)
+        values.append(rows.sweep(plain, changes.rows, apply, measure, named, batch_size, progress))
         passes += rows.passes
     return SiteEffects(
         lens="block_ablation",
@@ -120,8 +121,8 @@ def block_ablation(
         corrupted=(),
         into="clean",
         metric=metric.name,
-        sites=chosen,
-        columns=columns,
+        sites=changes.sites,
+        columns=changes.columns,
         axis=axis_of(steps, None),
         values=torch.stack(values),
         source=torch.zeros(len(texts)),
@@ -129,11 +130,6 @@ def block_ablation(
         passes=passes,
         arguments={"mode": mode, "seed": seed, **arguments},
     )
-
-
-def _measured(metric: Metric, plain: Outcome, number: int, outcome: Outcome) -> torch.Tensor:
-    """Return the metric of each row."""
-    return metric.values(outcome, plain, number).float().cpu()
 
 
 def _ablate(mode: str, leading: Sequence[Any], row: Any, change: Change, call: int) -> None:

@@ -233,9 +233,10 @@ def head_effects(
         for start in range(0, len(prompts), size):
             texts = [prompt.shuffled for prompt in prompts[start : start + size]]
             ids = torch.tensor(answers[start : start + size])
-            inputs, plain = _inputs_of_layers(model, texts, ids)
+            inputs, logits = _inputs_of_layers(model, texts)
+            plain = _of_answers(logits.float().cpu(), ids)
             baselines.append(plain)
-            of_batch, starts = [], can_start_from(model, texts, inputs[-1], plain, partial(_of_answers, answers=ids))
+            of_batch, starts = [], can_start_from(model, texts, inputs[-1], logits)
             for layer in range(layers):
                 given = inputs[layer] if starts else None
                 found = _patched(model, texts, ids, layer, given, means.outputs[layer])
@@ -270,15 +271,13 @@ def _count_passes(prompts: int, batch_size: int, shape: Sequence[int]) -> int:
     return 2 * -(-prompts // batch_size) + (layers + 2) * -(-prompts // max(1, batch_size // heads))
 
 
-def _inputs_of_layers(
-    model: LanguageModel, texts: list[str], answers: torch.Tensor
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return the input of each layer, and the probability of each answer."""
+def _inputs_of_layers(model: LanguageModel, texts: list[str]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return the input of each layer, and the logits at the last tokens, (texts, vocabulary)."""
     (batch,) = open_batches(model, texts, -1, len(texts))
     with batch.run as run:
         inputs = [run.layers_input[layer].clone() for layer in range(len(model.layers_output))]
-        logits = batch.pick(run.logits).float().cpu()
-    return inputs, _of_answers(logits, answers)
+        logits = batch.pick(run.logits)
+    return inputs, logits
 
 
 def _patched(

@@ -177,7 +177,9 @@ def prompt_swap(
             outcome = _draw(model, prompt, other, paths, some, seed, measured, arguments)
             images += outcome.images[2:]
             first = part_of_outcome(outcome, 0, 1)
-            values.append(measured.values(outcome, first, 0).float().cpu())
+            names = [f"the prompt {text!r}" for text in (prompt, other)]
+            names += [f"{names[0]} with {other!r} in the cross-attentions {list(swapped)}" for swapped in some]
+            values.append(measured.measure(outcome, first, 0, names))
             bar.update(len(some))
     return PromptSwap(
         images=tuple(images),

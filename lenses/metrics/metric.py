@@ -78,6 +78,26 @@ class Metric:
         """
         raise NotImplementedError
 
+    def measure(self, outcome: Outcome, clean: Outcome, pair: int, rows: Sequence[str]) -> torch.Tensor:
+        """Return the finite number of each row, (rows,), in float32 on the CPU, with gradients where there are any.
+
+        Args:
+            outcome: The outcome of the rows.
+            clean: The outcome of the clean run, one row.
+            pair: The number of the prompt pair.
+            rows: What each row is, for the error.
+
+        Raises:
+            InputError: A number is infinite or not a number.
+        """
+        numbers = self.values(outcome, clean, pair).float().cpu()
+        wrong = next((i for i, is_finite in enumerate(numbers.isfinite().tolist()) if not is_finite), None)
+        if wrong is not None:
+            raise InputError(
+                f"the metric {self.name} is {numbers[wrong].item()} for {rows[wrong]}: a metric must be a finite number"
+            )
+        return numbers
+
 
 @dataclass(frozen=True)
 class FunctionMetric(Metric):
@@ -96,7 +116,7 @@ class FunctionMetric(Metric):
     def _number(self, value: Any) -> torch.Tensor:
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             return value.reshape(()).float()
-        if hasattr(value, "__float__") and not isinstance(value, torch.Tensor):
+        if hasattr(value, "__float__") and getattr(value, "size", 1) == 1 and not isinstance(value, torch.Tensor):
             return torch.tensor(float(value))
         shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
         raise InputError(

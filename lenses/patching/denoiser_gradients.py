@@ -116,8 +116,9 @@ class _Estimates:
         """
         metric, into = self._pairs.metric, self._pairs.request.into
         clean = Outcome(latents=source if into == "corrupted" else target.detach())
-        found = [metric.values(Outcome(latents=latents), clean, self._number)[0] for latents in (source, target)]
-        check_gradient(metric, found[1], "latents")
+        ends = zip((source, target), self._pairs.names(self._number))
+        found = [metric.measure(Outcome(latents=end), clean, self._number, [name])[0] for end, name in ends]
+        check_gradient(metric, found[1], target, "latents")
         return found
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from diffsight.lenses.patching.sweep_checks import check_branch
 from diffsight.lenses.results.site_effects import SiteEffects
 from diffsight.lenses.sites.find_sites import find_sites, for_each_head
 from diffsight.lenses.sites.pipeline_positions import PipelinePositions, TitledPart, WholeValue
-from diffsight.lenses.sites.site import Site
+from diffsight.lenses.sites.site import Site, patched_row
 from diffsight.pipelines.diffusion.model import DiffusionModel
 
 
@@ -32,6 +32,10 @@ class Changes(NamedTuple):
     sites: tuple[Site, ...]
     columns: tuple[str, ...]
     rows: list[Change]
+
+    def named(self, prompt: str, change: Change) -> str:
+        """Return what the row of a change is, for messages."""
+        return patched_row(prompt, change.site, self.columns[change.place[1]])
 
 
 class SweptPair(NamedTuple):
@@ -119,16 +123,13 @@ class DenoiserPairs:
         parts = self.positions.parts(*self.pairs[number])
         return changes_of(plain, self.points, self.request.heads, self.steps, parts)
 
-    def measure(self, number: int, plain: Outcome, outcome: Outcome) -> torch.Tensor:
-        """Return the metric of each row of an outcome.
+    def clean(self, plain: Outcome) -> Outcome:
+        """Return the outcome of the clean run from that of the source and the target."""
+        return plain.row(0 if self.request.into == "corrupted" else 1)
 
-        Args:
-            number: The number of the pair.
-            plain: The outcome of the source and the target.
-            outcome: The outcome to measure.
-        """
-        clean = plain.row(0 if self.request.into == "corrupted" else 1)
-        return self.metric.values(outcome, clean, number).float().cpu()
+    def names(self, number: int) -> list[str]:
+        """Return the source and the target of a pair as messages name them."""
+        return [f"the prompt {prompt!r}" for prompt in self.pairs[number]]
 
     def effects(self, swept: Sequence[SweptPair], passes: int) -> SiteEffects:
         """Return the result of the lens.

@@ -27,9 +27,11 @@ def patch_pair(
     plain = rows.run_plain(pairs.paths)
     changes = pairs.changes(number, plain)
     check_rows(len(changes.rows), max_rows)
-    measure = partial(pairs.measure, number, plain.outcome)
-    source, target = measure(plain.outcome)
-    values = rows.sweep(plain, changes.rows, partial(_patch, pairs.model), measure, batch_size, progress)
+    names = pairs.names(number)
+    measure = partial(pairs.metric.measure, clean=pairs.clean(plain.outcome), pair=number)
+    source, target = measure(plain.outcome, rows=names)
+    apply, named = partial(_patch, pairs.model), partial(changes.named, names[1])
+    values = rows.sweep(plain, changes.rows, apply, measure, named, batch_size, progress)
     return SweptPair(changes, values, source, target), rows.passes
 
 

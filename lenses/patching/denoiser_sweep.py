@@ -201,7 +201,8 @@ class DenoiserRows:
         plain: PlainRun,
         changes: Sequence[Change],
         apply: Apply,
-        measure: Callable[[Outcome], torch.Tensor],
+        measure: Callable[..., torch.Tensor],
+        named: Callable[[Change], str],
         batch_size: int,
         progress: bool,
     ) -> torch.Tensor:
@@ -211,14 +212,16 @@ class DenoiserRows:
             plain: The run without a change.
             changes: The changes.
             apply: Makes a change, as in `run`.
-            measure: Returns the metric of each row of an outcome.
+            measure: Returns the metric of each row of an outcome; `rows` are the names of the rows.
+            named: Returns the name of the row of a change.
             batch_size: The largest number of changes in a pass.
             progress: Whether to show a progress bar over rows.
         """
         values = torch.full([1 + max(place) for place in zip(*(change.place for change in changes))], torch.nan)
         with tqdm(total=len(changes), desc="rows", disable=not progress or is_silenced(self._model.pipeline)) as bar:
             for chunk in _chunks(changes, batch_size):
-                for change, value in zip(chunk, measure(self.run(plain, chunk, apply)).tolist()):
+                found = measure(self.run(plain, chunk, apply), rows=list(map(named, chunk)))
+                for change, value in zip(chunk, found.tolist()):
                     values[change.place] = value
                 bar.update(len(chunk))
         return values

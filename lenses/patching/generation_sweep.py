@@ -22,7 +22,7 @@ from diffsight.lenses.metrics.metric import Outcome
 from diffsight.lenses.patching.generation_start import GenerationStart, generate
 from diffsight.lenses.patching.language_pair import check_reached_once
 from diffsight.lenses.patching.language_pairs import LanguagePairs, Swept
-from diffsight.lenses.sites.site import Site
+from diffsight.lenses.sites.site import Site, patched_row
 from diffsight.pipelines.language.model import LanguageRun
 
 _FEW = 8  # rows; a batch with fewer also takes the rows that start in the next step
@@ -81,14 +81,17 @@ class GenerationSweep:
         values = torch.full((len(sites), len(self._windows)), torch.nan)
         places = product(enumerate(sites), enumerate(self._windows.values()))
         rows = [_StepRow(site, steps, (i, j)) for (i, site), (j, steps) in places]
+        measure, titles = partial(self._pairs.metric.measure, clean=clean, pair=number), list(self._windows)
+        ends = [measure(p.outcome, rows=[side.name]).item() for p, side in zip((source, target), pair.sides)]
         for some in self._chunks(rows):
             start = target.first(some[0].steps[0])
             outcome = target.generate(len(some), start, partial(_patch, some, source))
             self.passes += self._tokens - start
-            for row, value in zip(some, self._measure(outcome, clean, number).tolist()):
+            names = [patched_row(pair.target.name, row.site, f"step {titles[row.place[1]]}") for row in some]
+            for row, value in zip(some, measure(outcome, rows=names).tolist()):
                 values[row.place] = value
             self._bar.update(len(some))
-        return Swept(values, *(self._measure(end, clean, number).item() for end in (source.outcome, target.outcome)))
+        return Swept(values, *ends)
 
     def _chunks(self, rows: Sequence[_StepRow]) -> Iterator[list[_StepRow]]:
         """Yield the rows of each batch: those with the same first step together, unless they are few."""
@@ -100,9 +103,6 @@ class GenerationSweep:
                 chunk = []
             chunk.append(row)
         yield chunk
-
-    def _measure(self, outcome: Outcome, clean: Outcome, number: int) -> torch.Tensor:
-        return self._pairs.metric.values(outcome, clean, number).float().cpu()
 
 
 @torch.no_grad()

@@ -61,7 +61,10 @@ def attribute_pair(pairs: LanguagePairs, number: int, qk_correction: bool, sourc
     check_values(pair, source.values, pairs.sites)
     target = _backward(pairs, number, source, corrected)
     clean = source.outcome if pairs.into == "corrupted" else target.outcome
-    ends = [float(pairs.metric.values(one.outcome, clean, number).detach()) for one in (source, target)]
+    ends = [
+        float(pairs.metric.measure(one.outcome, clean, number, [side.name]).detach())
+        for one, side in zip((source, target), pair.sides)
+    ]
     values = torch.tensor(
         [[_estimate(site, column, pair, source, target, corrected) for column in pair.columns] for site in pairs.sites]
     )
@@ -86,15 +89,21 @@ def _backward(pairs: LanguagePairs, number: int, source: Passed, corrected: set[
         outcome = Outcome(logits=run.result.logits)
         clean = source.outcome if pairs.into == "corrupted" else Outcome(logits=outcome.logits.detach())
         measured = metric.values(outcome, clean, number).sum()
-        check_gradient(metric, measured, "logits")
+        check_gradient(metric, measured, outcome.logits, "logits")
         gradients = dict(zip(leaves, gradients_of(measured, list(leaves.values()))))
     values = {point: leaf.detach() for point, leaf in leaves.items()}
     again = {module: _computed_again(product, module) for module, product in products.items()}
     return Backward(Outcome(logits=outcome.logits.detach()), values, gradients, again)
 
 
-def check_gradient(metric: Metric, value: torch.Tensor, reads: str) -> None:
-    """Check that the value of a metric has a gradient. `reads` is what a user's function should compute it from.
+def check_gradient(metric: Metric, value: torch.Tensor, outcome: torch.Tensor, reads: str) -> None:
+    """Check that a metric has a finite gradient at the outcome of a run.
+
+    Args:
+        metric: The metric.
+        value: Its value, ().
+        outcome: The logits or latents that it was computed from, with a graph.
+        reads: Their name in the result that a user's function takes.
 
     Raises:
         InputError: It has none.
@@ -103,6 +112,12 @@ def check_gradient(metric: Metric, value: torch.Tensor, reads: str) -> None:
         raise InputError(
             f"the metric {metric.name} has no gradient: compute it from result.{reads} with PyTorch, and return a "
             "tensor"
+        )
+    (gradient,) = gradients_of(value, [outcome])
+    if not gradient.isfinite().all():
+        raise InputError(
+            f"the gradient of the metric {metric.name} is not finite in the run that values are put into. For "
+            'example, a distance from the clean run has none in the clean run itself: pass into="corrupted"'
         )
 
 

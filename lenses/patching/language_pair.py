@@ -64,6 +64,11 @@ class LanguageSide:
             values["use_cache"] = False
         return cls(model, values, PromptTokens.of(model, ids[0].tolist()), is_patched_in_encoder)
 
+    @property
+    def name(self) -> str:
+        """The prompt in messages."""
+        return f"the prompt {self.tokens.text!r}"
+
     def open(
         self, metric: Metric, rows: int = 1, encoded: torch.Tensor | None = None, grad: bool = False
     ) -> LanguageRun:
@@ -131,6 +136,11 @@ class LanguagePair:
         sides = [LanguageSide.of(model, prompt, sites, inputs) for prompt in (source, target)]
         columns = pair_positions(*(side.tokens for side in sides), positions, align)
         return cls(*sides, tuple(columns), align)
+
+    @property
+    def sides(self) -> tuple[LanguageSide, LanguageSide]:
+        """The source and the target."""
+        return self.source, self.target
 
     def is_whole(self, column: Column) -> bool:
         """Return whether a column covers all tokens of both prompts."""

@@ -76,9 +76,10 @@ class LanguagePairs:
                 f"the pairs have {' and '.join(map(str, sorted(sizes)))} positions, so they cannot be averaged: pass "
                 "prompts with the same number of tokens, or list the positions"
             )
-        if request.heads is not None and not any(site.head_dim is not None for site in points):
+        found = cls(request, metric, tuple(points), tuple(pairs))
+        if request.heads is not None and not found.has_heads:
             raise InputError("none of the sites has heads: omit `heads`")
-        return cls(request, metric, tuple(points), tuple(pairs))
+        return found
 
     def counted(self, values: Mapping[str, torch.Tensor]) -> "LanguagePairs":
         """Return a copy with a site for each head, given the values at the points in a first run.
@@ -98,6 +99,11 @@ class LanguagePairs:
     def into(self) -> str:
         """The run that values are put into."""
         return self.request.into
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether any of the sites has heads."""
+        return any(site.head_dim is not None for site in self.sites)
 
     @property
     def rows(self) -> int:

@@ -9,6 +9,7 @@ Rows that are patched in the same layer run together. They start from the stored
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -22,7 +23,7 @@ from diffsight.lenses.patching.language_pair import LanguagePair, Passed, check_
 from diffsight.lenses.patching.language_pairs import LanguagePairs, Swept
 from diffsight.lenses.patching.shared_prefix import SharedPrefix
 from diffsight.lenses.sites.find_sites import layer_of
-from diffsight.lenses.sites.site import Site
+from diffsight.lenses.sites.site import Site, patched_row
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 
 _FEW = 8  # rows; a pass with fewer also takes the rows of the next layer
@@ -75,17 +76,16 @@ class LanguageSweep:
         check_values(pair, source.values, sites)
         clean = source.outcome if self._pairs.into == "corrupted" else target.outcome
         values = torch.full((len(sites), len(pair.columns)), torch.nan)
-        baselines = [self._measure(passed.outcome, clean, number).item() for passed in (source, target)]
+        measure = partial(self._metric.measure, clean=clean, pair=number)
+        baselines = [measure(p.outcome, rows=[side.name]).item() for p, side in zip((source, target), pair.sides)]
         prefix = self._prefix(pair, target)
         for cells in self._chunks(pair.columns, list(source.values), prefix):
             outcome = self._run_cells(cells, pair, source, prefix)
-            for cell, value in zip(cells, self._measure(outcome, clean, number).tolist()):
+            names = [patched_row(pair.target.name, cell.site, cell.column.title) for cell in cells]
+            for cell, value in zip(cells, measure(outcome, rows=names).tolist()):
                 values[cell.place] = value
             self._bar.update(len(cells))
         return Swept(values, *baselines)
-
-    def _measure(self, outcome: Outcome, clean: Outcome, number: int) -> torch.Tensor:
-        return self._metric.values(outcome, clean, number).float().cpu()
 
     def _prefix(self, pair: LanguagePair, target: Passed) -> SharedPrefix:
         """Return how the rows start. This is determined with the first pair."""

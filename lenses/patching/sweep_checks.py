@@ -35,12 +35,13 @@ def check_differentiable(metric: Metric) -> None:
         )
 
 
-def check_rows(rows: int, most: int) -> None:
-    """Check that a sweep does not have too many rows."""
+def check_rows(rows: int, most: int, has_heads: bool = False) -> None:
+    """Check that a sweep does not have too many rows. With `has_heads`, the heads of its sites are not counted yet."""
     if rows > most:
+        count, more = (f"at least {rows}", "a larger max_rows") if has_heads else (str(rows), f"max_rows={rows}")
         raise InputError(
-            f"the sweep has {rows} rows, one for each site and column, and max_rows is {most}: choose fewer sites, "
-            f"positions or steps, or pass max_rows={rows}"
+            f"the sweep has {count} rows, one for each site and column, and max_rows is {most}: choose fewer sites, "
+            f"positions or steps, or pass {more}"
         )
 
 

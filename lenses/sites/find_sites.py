@@ -74,6 +74,7 @@ def for_each_head(
     Raises:
         InputError: A head does not exist.
     """
+    heads = heads.tolist() if hasattr(heads, "tolist") else heads  # an array or a tensor
     chosen = None if heads is None else [heads] if hasattr(heads, "__index__") else list(heads)
     if chosen is not None and not counts:
         raise InputError("none of the sites has heads: omit `heads`")
@@ -92,16 +93,7 @@ def for_each_head(
 
 def layer_of(model: LanguageModel, site: Site) -> Layer | None:
     """Return the number of the layer that a point of a language model is in, or None if it is outside the layers."""
-    if site.layer is not None:
-        return site.layer
-    module = _module_at(model, site.module)
-    layers = list(model.layers)
-    return next((i for i, layer in enumerate(layers) if any(part is module for part in layer.modules())), None)
-
-
-def _module_at(model: Any, path: str) -> Any:
-    modules = getattr(model[path], "modules", None)
-    return None if modules is None else next(modules())
+    return model.layer_of(site.module) if site.layer is None else site.layer
 
 
 def _named(model: Any, name: str, layers: Layers) -> list[Site]:
@@ -128,4 +120,4 @@ def _matching(model: Any, pattern: str) -> list[Site]:
         return [Site(point + (item[0] if item else "")) for point in points]
     except PointNotFoundError as error:
         hint = suggest(pattern, NAMED)
-        raise PointNotFoundError(f"sites: {error}{'' if hint in str(error) else hint}") from None
+        raise PointNotFoundError(f"sites: {error}{'' if 'did you mean' in str(error) else hint}") from None

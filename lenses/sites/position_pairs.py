@@ -40,6 +40,7 @@ def pair_positions(
     """
     if align not in ALIGN:
         raise InputError(f"align must be one of {', '.join(map(repr, ALIGN))}, not {align!r}")
+    positions = positions.tolist() if hasattr(positions, "tolist") else positions  # an array or a tensor
     columns = list(_columns(source, target, positions))
     for column in columns:
         if align == "each" and len(column.source) != len(column.target):

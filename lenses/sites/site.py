@@ -137,3 +137,8 @@ class Site:
     def _points(self, handle: Any, call: int) -> Any:
         points = handle[self.module]
         return points.calls[call] if call else points
+
+
+def patched_row(prompt: str, site: Site, column: str) -> str:
+    """Return what a row of a sweep is, for messages: the run of a prompt with one site changed."""
+    return f"{prompt} with {site.name} changed at {column!r}"

@@ -77,12 +77,19 @@ def trace_images(
             some = rows[start : start + size]
             outcome = _draw(model, prompt, points, encoders, some, noise.seed, measured, arguments)
             clean = part_of_outcome(outcome, 0, 1)
-            values.append(measured.values(part_of_outcome(outcome, 1, len(some) + 1), clean, 0).float().cpu())
+            right = float(measured.measure(clean, clean, 0, [f"the prompt {prompt!r}"]))
+            names = [_named(prompt, points, row) for row in some]
+            values.append(measured.measure(part_of_outcome(outcome, 1, len(some) + 1), clean, 0, names))
             bar.update(len(some))
     found = torch.cat(values).reshape(noise.samples, len(points) + 1)
-    right = float(measured.values(clean, clean, 0)[0])
     names = tuple(str(point.name) for point in points)
     return Traced(measured.name, names, ("all positions",), found[:, 1:, None], right, found[:, 0], len(values))
+
+
+def _named(prompt: str, points: Sequence[NamedPoint], row: _NoisedRow) -> str:
+    """Return what a row is, for messages."""
+    restored = "nothing" if row.site is None else points[row.site].name
+    return f"the prompt {prompt!r} with noise, sample {row.sample}, and {restored} restored"
 
 
 def check_rows(visit: Visit, rows: int) -> None:

@@ -1,6 +1,6 @@
 """Causal tracing in a language model: the rows of a layer run together, from its stored input where possible.
 
-In an encoder-decoder model, the subject is noised in the encoder.
+In an encoder-decoder model, the subject is noised in the encoder, and its output is stored for sites in the decoder.
 """
 
 from collections import Counter
@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers.modeling_outputs import BaseModelOutput
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import EMBEDDING, Layers, layer_title
 from diffsight.lenses.patching.language_pair import check_reached_once, in_encoder
-from diffsight.lenses.sites.find_sites import Sites, find_sites
+from diffsight.lenses.sites.find_sites import Sites, find_sites, layer_of
 from diffsight.lenses.sites.prompt_tokens import PromptTokens
 from diffsight.lenses.sites.site import Site
 from diffsight.lenses.tokens.batches import open_batches
@@ -28,6 +29,21 @@ from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 from diffsight.pipelines.standard_names import path_of, word_embeddings
 
 _POINTS = {"layers": "layers_output", "attentions": "attentions_output", "mlps": "mlps_output"}
+
+
+@dataclass(frozen=True)
+class _NoisedRun:
+    """The run with noise and nothing restored, a row for each sample.
+
+    Attributes:
+        probabilities: The probability of the answer, (samples,).
+        inputs: The input of each layer, (samples, tokens, features); empty if layers cannot start from one.
+        encoded: The output of the encoder, (samples, tokens, features), if the sites are in the decoder behind it.
+    """
+
+    probabilities: torch.Tensor
+    inputs: list[torch.Tensor] = field(repr=False)
+    encoded: torch.Tensor | None = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ class LanguageTrace:
     def run(self) -> Traced:
         """Restore every site at every token."""
         clean, answer, probability = self._run_clean()
-        noised, corrupted, passes = self._run_noised(answer)
+        noised, passes = self._run_noised(answer)
         count, samples = len(self.tokens), self.noise.samples
         size = max(1, self.batch_size // samples)
         found, passes = torch.empty(samples, len(self.chosen), count), passes + 1
@@ -84,15 +100,23 @@ class LanguageTrace:
         metric = f"probability of {Spelling(self.model)(answer)!r}"
         marked = self.subject if self.sees_subject else ()
         names = [f"{text}*" if i in marked else text for i, text in enumerate(self.tokens.texts)]
-        return Traced(metric, self._titles(), tuple(names), found, probability, corrupted, passes)
+        return Traced(metric, self._titles(), tuple(names), found, probability, noised.probabilities, passes)
 
     def _titles(self) -> tuple[str, ...]:
         if isinstance(self.sites, str):
             return tuple(map(layer_title, self.chosen))
         return tuple(self.sites[number].name for number in self.chosen)
 
-    def _open(self, rows: int) -> LanguageRun:
-        (batch,) = open_batches(self.model, [self.prompt] * rows, -1, rows, **self.inputs)
+    @property
+    def _starts(self) -> list[int | None]:
+        """The layer that each site is in; None for a site outside the layers."""
+        if isinstance(self.sites, str):
+            return list(range(len(self.model.layers_output)))
+        return [layer_of(self.model, site) for site in self.sites]
+
+    def _open(self, rows: int, encoded: torch.Tensor | None = None) -> LanguageRun:
+        given = {} if encoded is None else {"encoder_outputs": BaseModelOutput(encoded)}
+        (batch,) = open_batches(self.model, [self.prompt] * rows, -1, rows, **self.inputs, **given)
         return batch.run
 
     def _run_clean(self) -> tuple[dict[int, torch.Tensor], int, float]:
@@ -126,29 +150,27 @@ class LanguageTrace:
         answer = int(probabilities.argmax()) if self.answer is None else self.answer
         return {number: value[0] for number, value in clean.items()}, answer, float(probabilities[answer])
 
-    def _run_noised(self, answer: int) -> tuple[list[torch.Tensor], torch.Tensor, int]:
-        """Return the input of each layer, (samples, tokens, features), if layers can start from such an input alone,
-        the probabilities of the answer, and the number of passes."""
-        samples = self.noise.samples
-        may_start = isinstance(self.sites, str) and self.sees_subject
+    def _run_noised(self, answer: int) -> tuple[_NoisedRun, int]:
+        """Return the run with noise and nothing restored, and the number of passes."""
+        samples, may_start = self.noise.samples, any(self._starts)  # at layer 0, there is nothing to share
         with self._open(samples) as run:
             self._add_noise(run, 1)
             inputs = [run.layers_input[layer].clone() for layer in range(len(self.model.layers_output) * may_start)]
-            corrupted = _next(run)[:, answer]
+            logits = run.logits[:, -1].clone()
+            probabilities = _next(run)[:, answer]
+            encoded = None if self.sees_subject else run.result.encoder_last_hidden_state
         if not may_start:
-            return [], corrupted, 1
-        prompts = [self.prompt] * samples
-        starts = can_start_from(
-            self.model, prompts, inputs[-1], corrupted, lambda logits: logits.softmax(-1)[:, answer], self.inputs
-        )
-        return inputs if starts else [], corrupted, 2
+            return _NoisedRun(probabilities, [], encoded), 1
+        given = {**self.inputs} if encoded is None else {**self.inputs, "encoder_outputs": BaseModelOutput(encoded)}
+        starts = can_start_from(self.model, [self.prompt] * samples, inputs[-1], logits, given)
+        return _NoisedRun(probabilities, inputs if starts else [], encoded), 2
 
     def _restored(
         self,
         number: int,
         tokens: Sequence[int],
         clean: dict[int, torch.Tensor],
-        noised: list[torch.Tensor],
+        noised: _NoisedRun,
         answer: int,
     ) -> torch.Tensor:
         """Return the probability of the answer with one token restored around a site, (samples, tokens)."""
@@ -156,10 +178,13 @@ class LanguageTrace:
         last = min(len(clean), number + (self.window + 1) // 2)
         rows = torch.arange(samples * len(tokens))
         places = torch.tensor(tokens).repeat(samples)
-        with self._open(len(rows)) as run:
-            if noised and first > 0:
-                run.skip_layers(0, first - 1, noised[first].repeat_interleave(len(tokens), 0))
-            else:
+        starts = self._starts[first:last]
+        start = min(starts) if noised.inputs and None not in starts else 0
+        encoded = None if noised.encoded is None else noised.encoded.repeat_interleave(len(tokens), 0)
+        with self._open(len(rows), encoded) as run:
+            if start:
+                run.skip_layers(0, start - 1, noised.inputs[start].repeat_interleave(len(tokens), 0))
+            elif encoded is None:
                 self._add_noise(run, len(tokens))
             for restored in (other for other in clean if first <= other < last):
                 values = self._read(run, restored).clone()

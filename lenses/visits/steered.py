@@ -160,6 +160,8 @@ def check_vector(vector: Any) -> torch.Tensor:
     if not isinstance(vector, torch.Tensor) or vector.ndim != 1 or not vector.is_floating_point():
         given = f"{vector.dtype} {tuple(vector.shape)}" if isinstance(vector, torch.Tensor) else type(vector).__name__
         raise InputError(f"the vector must be a float tensor (features,) or a result of steering_vector, not {given}")
+    if not vector.isfinite().all():
+        raise InputError("the vector has components that are not finite")
     return vector
 
 

@@ -380,6 +380,12 @@ class LanguageModel(Accessors, Model):
         """Return whether the model's forward pass has an argument, such as "use_cache"."""
         return name in inspect.signature(unwrapped(self._owner).forward).parameters
 
+    def layer_of(self, path: str) -> int | None:
+        """Return the number of the layer that a module is in, such as 2 for "layers[2].mlp"; None for no layer."""
+        module = owner_of(self[path])
+        layers = map(owner_of, self.layers)  # the modules themselves: in an open run, these names lead to envoys
+        return next((i for i, layer in enumerate(layers) if any(part is module for part in layer.modules())), None)
+
     def token_id(self, text: str) -> int:
         """Return the id of a text that is a single token, such as " Paris". Raise InputError if it is not."""
         if self.tokenizer is None:

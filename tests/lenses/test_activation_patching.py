@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hook_patching import Parts, kept, patched_values, run
@@ -336,6 +337,25 @@ def test_refused_before_anything_runs(net, model, change, said):
     assert said in str(error.value)
 
 
+def test_sweeps_over_heads_that_are_too_large(net, model):
+    """At first, only the number of points is known."""
+    given = {"sites": "heads", "max_rows": 3, **QUIET}
+    with not_called(net.transformer.h[0]):
+        assert "the sweep has at least 4 rows" in refusal(activation_patching, model, *PAIR, METRIC, **given)
+    given["max_rows"] = 15
+    assert "the sweep has 16 rows" in refusal(activation_patching, model, *PAIR, METRIC, **given)
+
+
+def test_arrays(model):
+    """Positions, layers and heads as arrays and tensors."""
+    given = {"sites": "heads", **QUIET}
+    result = activation_patching(
+        model, *PAIR, METRIC, heads=np.array([0, -1]), layers=np.array([1]), positions=torch.tensor([0, -1]), **given
+    )
+    expected = activation_patching(model, *PAIR, METRIC, heads=[0, -1], layers=[1], positions=[0, -1], **given)
+    assert torch.equal(result.values, expected.values) and result.sites == expected.sites
+
+
 def test_a_head_that_does_not_exist(model):
     assert "there is no head 9" in refusal(activation_patching, model, *PAIR, METRIC, sites="heads", heads=9, **QUIET)
 
@@ -343,6 +363,16 @@ def test_a_head_that_does_not_exist(model):
 def test_a_metric_without_a_number(model):
     said = refusal(activation_patching, model, *PAIR, lambda result: result.logits[0, -1], **QUIET)
     assert "a metric must return a number" in said
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": "each", "max_new_tokens": 2}])
+def test_a_metric_that_is_not_finite(model, options):
+    """The error names the run: that of a prompt, or a row of the sweep."""
+    given, numbers = (activation_patching, model, *PAIR), iter([1.0, 2.0, 3.0, float("inf")])
+    said = refusal(*given, lambda result: float("nan"), **options, **QUIET)
+    assert f"is nan for the prompt {PAIR[0]!r}" in said
+    said = refusal(*given, lambda result: next(numbers, 0.0), **options, **QUIET)
+    assert f"is inf for the prompt {PAIR[1]!r} with layers[{1 if options else 0}] changed at" in said
 
 
 def test_a_site_that_is_never_reached(model, net):

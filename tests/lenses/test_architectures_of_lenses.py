@@ -185,6 +185,32 @@ def test_tracing_an_encoder(cases):
     )
 
 
+@torch.no_grad()
+def test_tracing_a_decoder_runs_the_encoder_twice(cases):
+    """In the clean run and in that with noise: its output with noise is the same in all rows."""
+    case = cases.get("t5") or cases.setdefault("t5", BUILDERS["t5"]())
+    calls = outputs(case.net.encoder, causal_tracing, case.model, CORRUPTED, "blue", samples=1, **case.more, **QUIET)
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_that_needs_more_than_hidden_states(cases, dtype):
+    """T5's layers need the position bias too. Leaving it out changes little here, which must be noticed all the same.
+    What the last layer returns at the first token has no effect on the last one."""
+    case = cases.get("t5") or cases.setdefault("t5", BUILDERS["t5"]())
+    case.net.to(dtype)
+    try:
+        options = {"layers": -1, "samples": 1, "seed": 7, **case.more, **QUIET}
+        trace = causal_tracing(case.model, "the square the", "square", **options)
+        assert trace.values[0, 0] == pytest.approx(trace.corrupted, rel=1e-3)
+        options = {"sites": "mlps", "layers": -1, "positions": 0, **case.more, **QUIET}
+        result = activation_patching(case.model, CLEAN, CORRUPTED, METRIC, **options)
+        assert torch.equal(result.values[0, 0], result.corrupted_metric)
+    finally:
+        case.net.float()
+
+
 def check_trace(case, trace, modules, subject):
     """Compare a trace with one sample with runs in which hooks noise the subject and restore a module's output."""
     inputs, embedding = case.inputs(CORRUPTED), case.net.get_submodule(case.embedding)

@@ -126,6 +126,29 @@ def test_modules_are_restored_by_paths(model):
     assert torch.allclose(back.values.flip(0), named.values, atol=1e-6)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("sites", "computed"),
+    [
+        ("mlps", (1, 2, 3, 4)),
+        ("layers[*].mlp", (1, 2, 3, 4)),
+        (["layers[3].mlp", "layers[1].mlp", "lm_head"], (1, 2, 2, 3)),
+    ],
+)
+def test_layers_before_the_restored_one_are_not_computed_again(net, model, sites, computed):
+    """Rows of a site start at its layer. The last site is in no layer, so its rows run in full."""
+    rows = [0] * 4
+    handles = [
+        layer.mlp.register_forward_hook(lambda module, args, output, i=i: rows.__setitem__(i, rows[i] + len(output)))
+        for i, layer in enumerate(net.transformer.h)
+    ]
+    trace = causal_tracing(model, PROMPT, SUBJECT, sites=sites, samples=1, progress=False)
+    for handle in handles:
+        handle.remove()
+    plain = 2, 2, 2, 3  # the clean run, that with noise, and a trial of the last layer
+    assert rows == [count * len(trace.columns) + once for count, once in zip(computed, plain)]
+
+
 TEXT = "a red circle above a blue square"
 CALL = {"num_inference_steps": 2, "guidance_scale": 5.0}
 SIZES = {"height": 32, "width": 32, "max_sequence_length": 16, "use_resolution_binning": False, "clean_caption": False}
@@ -337,6 +360,15 @@ def test_bad_input_for_a_pipeline():
         prompt_swap, model, TEXT, TEXT, pixel_distance(), window=5, **CALL
     )
     assert "batch_size must be 3 or more" in refusal(prompt_swap, model, TEXT, TEXT, pixel_distance(), batch_size=2)
+
+
+def test_a_metric_that_is_not_finite():
+    model = DiffusionModel(diffusion.stable_diffusion())
+    numbers = iter([1.0, float("nan"), 1.0, 1.0, 1.0, float("inf")])
+    call = {"metric": lambda result: next(numbers, 1.0), **CALL}
+    said = refusal(causal_tracing, model, TEXT, "circle", sites="unet.mid_block", samples=1, **call)
+    assert "sample 0, and nothing restored" in said
+    assert "in the cross-attentions [0]" in refusal(prompt_swap, model, TEXT, TEXT, **call)
 
 
 def test_passes_are_counted(model, net):

@@ -267,3 +267,5 @@ def test_refused(small):
     assert "through must be 'run' or 'step'" in refusal(*given, METRIC, through="all", **options)
     assert "qk_correction is an argument for a language model" in refusal(*given, METRIC, qk_correction=True, **options)
     assert "there is no step 5" in refusal(*given, METRIC, **options, steps=[5])
+    for through in ("run", "step"):  # the root of 0 has no slope
+        assert "is not finite" in refusal(*given, METRIC, **options, into="clean", through=through)

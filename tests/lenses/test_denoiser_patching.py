@@ -334,3 +334,12 @@ def test_refused_ablations(small):
     assert "pass its path, not the path of one of its values" in refusal(
         block_ablation, model, CLEAN, sites="unet.mid_block.input", **given
     )
+
+
+@pytest.mark.parametrize("lens", [activation_patching, block_ablation])
+def test_a_metric_that_is_not_finite(small, lens):
+    model, _, arguments = small
+    prompts = (CLEAN, CORRUPTED) if lens is activation_patching else (CLEAN,)
+    numbers = iter([1.0] * len(prompts) + [float("nan")])
+    said = refusal(lens, model, *prompts, lambda result: next(numbers), sites="unet.mid_block", **QUIET, **arguments)
+    assert f"is nan for the prompt {prompts[-1]!r} with unet.mid_block changed at" in said

@@ -51,6 +51,11 @@ def test_token_metrics(model, logits):
     found = measured(kl_divergence(), model, outcome)
     assert torch.allclose(found, plain.sum(-1), atol=1e-5)
     assert abs(found[0]) < 1e-6
+    logits[:, -1, paris] = -torch.inf  # a token that no row can choose adds nothing
+    others = torch.arange(len(language.TOKENIZER)) != paris
+    assert torch.allclose(
+        measured(kl_divergence(), model, outcome), measured(kl_divergence(), model, Outcome(logits[..., others]))
+    )
 
 
 def test_tokens_of_several_pairs(model, logits):
@@ -80,6 +85,7 @@ def test_functions(model, logits):
     assert "returned str" in refusal(measured, lambda result: "good", model, outcome)
     assert "not 'brightness'" in refusal(as_metric, "brightness")
     assert "a metric is" in refusal(as_metric, Outcome)
+    assert "returned ndarray" in refusal(measured, lambda result: np.zeros(2), model, outcome)
 
 
 def test_distances(sd):

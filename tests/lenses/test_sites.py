@@ -70,6 +70,9 @@ def test_the_layer_of_a_path(model):
     assert layer_of(model, find_sites(model, "transformer.h[2].mlp.act")[0]) == 2
     assert layer_of(model, find_sites(model, "layers[1].self_attn.q")[0]) == 1
     assert layer_of(model, find_sites(model, "ln_final")[0]) is None
+    run = model.trace("Paris")  # while a run is open, names of the model belong to it
+    assert layer_of(model, find_sites(model, "transformer.h[2].mlp.act")[0]) == 2
+    del run
 
 
 def test_heads(model):

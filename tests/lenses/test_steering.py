@@ -6,6 +6,7 @@ import transformers
 
 from diffsight import LanguageModel, steer
 from diffsight.errors import InputError
+from helpers import refusal
 from models import language
 
 PROMPTS = language.PROMPTS
@@ -137,6 +138,10 @@ def test_a_position_beyond_the_end_of_a_row_is_an_error():
     with pytest.raises(InputError, match="there is no position 3, because the sequence has 3 tokens"):
         with model.trace([[2, 3, 4, 5, 6], [7, 8, 9]]) as run:
             run.steer(0, torch.randn(32), positions=3)
+
+
+def test_a_vector_that_is_not_finite(model):
+    assert "not finite" in refusal(steer, model, 0, torch.full((32,), torch.nan))
 
 
 def test_a_factor_that_is_not_a_number():
