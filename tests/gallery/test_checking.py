@@ -66,6 +66,7 @@ def test_a_language_model_passes_every_check():
     "kind, names, told",
     [
         ("inkling2_text", None, "come from several layers"),
+        ("blt", None, "come from several layers"),  # the layers of its decoder run after those that are named
         ("reformer", None, "do not return one hidden state for each token"),
         ("blt", {"layers": "model.global_transformer.layers"}, "do not return one hidden state for each token"),
     ],
