@@ -37,6 +37,15 @@ def test_handles_say_where_hidden_states_and_layers_are(sd, gpt2):
         LanguageModel(gpt2).num_layers
 
 
+def test_a_run_of_a_language_model_has_no_numbered_parts():
+    model = language.model()  # in transformers, generate(...)[0] is the first text
+    for run in (model.generate("A cat", max_new_tokens=1), model.trace("A cat")):
+        with pytest.raises(InputError, match="a run has no part 0: read run.text, run.result, run.rows"):
+            run[0]
+        assert run["lm_head"].path == "lm_head"
+        run.stop()
+
+
 def test_parts_are_listed_once(gpt2):
     with pytest.raises(PointNotFoundError) as caught:
         LanguageModel(gpt2).nothing_like_it
