@@ -31,21 +31,6 @@ def as_json(record: Mapping[str, Any]) -> str:
     return json.dumps({**record, "versions": versions()}, indent=2, default=repr, ensure_ascii=False) + "\n"
 
 
-def files_of_record(record: Any) -> set[str]:
-    """Return the names of the files of a saved result, which its record lists. Empty if there is no such list."""
-    files = record.get("files") if isinstance(record, dict) else None
-    named = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
-    return {name for name in named if Path(name).name == name}
-
-
-def read_json(path: Path) -> Any:
-    """Return the data in a JSON file, or None if there is no such file or it contains something else."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 def write_record(record: Mapping[str, Any], path: Path) -> None:
     """Write a record as JSON, see `as_json`."""
     path.write_text(as_json(record), encoding="utf-8")

@@ -27,12 +27,6 @@ def expanded(path: str | Path) -> Path:
         raise InputError(f"the folder {path} cannot be written to: {error}") from None
 
 
-def check_place(path: str | Path) -> None:
-    """Raise InputError if a result cannot be saved to a path, a folder or a file."""
-    path = expanded(path)
-    (check_file if names_a_file(path) else check_writable)(path)
-
-
 def check_file(path: str | Path) -> None:
     """Raise InputError if a file cannot be written."""
     path = expanded(path)
