@@ -148,6 +148,8 @@ def _call_in(path: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _find(given: str | Path) -> Path:
+    if isinstance(given, LensResult):
+        raise InputError("repeat takes the folder of a saved result: call result.save(folder) first")
     path = find_path(given)
     if path is None:
         raise InputError(f"there is no file or folder {shortened(str(given))}")

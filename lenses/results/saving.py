@@ -9,11 +9,21 @@ from diffsight.errors import InputError
 
 HTML = ".html"  # a path with this ending is a page
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # a path with one of these endings is an image
+_OTHERS = (".csv", ".gif", ".json", ".md", ".mp4", ".npz", ".pkl", ".pt", ".safetensors", ".txt", ".zip")
 
 
 def names_a_file(path: Path) -> bool:
     """Return whether a path means a file and not a folder: it ends like an image or a page, and is not an existing
-    folder."""
+    folder.
+
+    Raises:
+        InputError: The path ends like another kind of file, and is not an existing folder.
+    """
+    if path.suffix.lower() in _OTHERS and not os.path.isdir(path):
+        raise InputError(
+            f"{path}: a result is written to a folder, or to one file that ends with {', '.join((*IMAGES, HTML))}. The "
+            "folder has all images and numbers"
+        )
     return path.suffix.lower() in (*IMAGES, HTML) and not os.path.isdir(path)
 
 
