@@ -348,12 +348,13 @@ def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example
         print_paths(load()(options.prompt, options.seed, options.out))
         return
     from diffsight.gallery.prompt_files import read_prompts
-    from diffsight.gallery.studies import Study
-    from diffsight.lenses.work_sharing import Processes
 
     prompts = [options.prompt] if options.prompts is None else read_prompts(options.prompts)
     for prompt in prompts:
         check_prompt_text(prompt, example)
+    from diffsight.gallery.studies import Study  # slow to import, so the prompts are checked before
+    from diffsight.lenses.work_sharing import Processes
+
     left_out = ("command", "prompt", "prompts", "seed", "seeds", "out", "dry_run", "device")
     settings = {name: repr(value) for name, value in vars(options).items() if name not in left_out}
     study = Study(options.out, prompts, options.seeds or [options.seed], settings)

@@ -7,6 +7,7 @@ as_json(result.record())            # the same text, but for the call
 import json
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from diffsight.lenses.results.calls import Call
 
 _VERSIONS = ("diffsight", "torch", "diffusers", "transformers")
+_version = cache(version)  # it searches the disk
 
 
 def with_call(record: Mapping[str, Any], call: Call | None) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def with_call(record: Mapping[str, Any], call: Call | None) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that produce results."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
+    return {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS}
 
 
 def as_json(record: Mapping[str, Any]) -> str:

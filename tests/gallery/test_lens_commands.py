@@ -228,10 +228,18 @@ def test_prompts_of_benchmarks(here):
     )
     assert read_prompts(Path("parti.tsv")) == ["bond", 'a "b"']
     Path("geneval.jsonl").write_text('{"tag": "single", "prompt": "a photo of a bench"}\n{"prompt": "a cow"}\n')
+    Path("plain.tsv").write_text('Prompt\tn\n"Autumn" on a sign\t1\n"open\t2\na cow\t3\n')  # not written as a table
+    assert read_prompts(Path("plain.tsv")) == ['"Autumn" on a sign', '"open', "a cow"]
     assert read_prompts(Path("geneval.jsonl")) == ["a photo of a bench", "a cow"]
 
 
 def test_tables_that_have_no_prompts(here):
+    Path("a.csv").write_text('prompt\n"never closed\na cow\n')
+    with pytest.raises(InputError, match="the table of prompts is damaged"):
+        read_prompts(Path("a.csv"))
+    Path("a.csv").write_text("")
+    with pytest.raises(InputError, match=r"a\.csv has no prompts"):
+        read_prompts(Path("a.csv"))
     Path("a.tsv").write_text("id\tname\n1\tx\n")
     with pytest.raises(InputError, match="there is no column `prompt`, only id, name"):
         read_prompts(Path("a.tsv"))
