@@ -6,6 +6,7 @@ with arguments of the same names. With `--prompts` or `--seeds`, a command makes
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def _add_generate(commands: Any) -> None:
         "generate",
         _generate,
         help="draw a prompt",
-        description="Draw a prompt and write the image.",
+        description="Draw a prompt. Writes the image and a record of all settings.",
         example=f'"{PROMPT}" --seed 7 --out images',
     )
     add_prompts(generate, "what to draw")
@@ -313,6 +314,7 @@ def _logit_lens(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     def load() -> Make:
         from diffsight.lenses.results.outputs import image_of
+        from diffsight.lenses.results.record import write_record
         from diffsight.lenses.results.saving import names_a_file, save_files
 
         model, arguments = _pipeline(options)
@@ -322,7 +324,10 @@ def _generate(options: argparse.Namespace) -> None:
             out = out.expanduser()
             if names_a_file(out):
                 return save_files(out.parent, {out.name: image.save})
-            return save_files(out, {f"seed_{seed}.png": image.save})
+            name = f"seed_{seed}"
+            record = {"lens": "generate", "model": options.model, "prompt": prompt, "seed": seed}
+            record |= {"arguments": arguments, "files": [f"{name}.png"]}
+            return save_files(out, {f"{name}.json": partial(write_record, record), f"{name}.png": image.save})
 
         return make
 
@@ -355,8 +360,9 @@ def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example
     from diffsight.gallery.studies import Study  # slow to import, so the prompts are checked before
     from diffsight.lenses.work_sharing import Processes
 
-    left_out = ("command", "prompt", "prompts", "seed", "seeds", "out", "dry_run", "device")
+    left_out = ("command", "lens", "prompt", "prompts", "seed", "seeds", "out", "dry_run", "device")
     settings = {name: repr(value) for name, value in vars(options).items() if name not in left_out}
+    settings["command"] = options.lens
     study = Study(options.out, prompts, options.seeds or [options.seed], settings)
     study.check()
     is_main = Processes().is_main

@@ -81,8 +81,12 @@ def save_files(folder: str | Path, files: Mapping[str, Callable[[Path], None]]) 
             raise InputError(f"{folder / name} is a folder, so the file cannot be written")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     with tempfile.TemporaryDirectory(dir=existing) as temporary:
-        for name, write in files.items():
-            write(Path(temporary) / name)
+        try:
+            for name, write in files.items():
+                write(Path(temporary) / name)
+        except OSError as error:  # such as a full disk, which writing reports without a name
+            error.filename = error.filename or str(folder)
+            raise
         folder.mkdir(parents=True, exist_ok=True)
         for name in reversed(files):  # the record is first in `files` and comes last: once it exists, all files do
             os.replace(Path(temporary) / name, folder / name)

@@ -169,8 +169,16 @@ def test_the_lens_draws_with_the_packaged_pipeline(here):
 
 def test_generate_writes_the_image_of_the_bare_pipeline(saved_pipeline, here, capsys):
     assert run_command("generate", PROMPT, "--model", saved_pipeline, "--seed", 5, "--steps", 2, "--out", "out") == 0
-    (path,) = capsys.readouterr().out.split()
-    assert [file for file in here.rglob("*") if file.is_file()] == [here / path]
+    record, path = capsys.readouterr().out.split()
+    assert {file for file in here.rglob("*") if file.is_file()} == {here / record, here / path}
+    record = json.loads(Path(record).read_text())
+    names = "lens", "prompt", "seed", "files"
+    assert tuple(record[name] for name in names) == (
+        "generate",
+        PROMPT,
+        5,
+        ["seed_5.png"],
+    )
     generator = torch.Generator().manual_seed(5)
     (want,) = diffusion.stable_diffusion()(PROMPT, generator=generator, num_inference_steps=2).images
     assert np.array_equal(pixels(path), want)
@@ -182,13 +190,13 @@ def test_seeds_are_kept_apart(saved_pipeline, capsys):
             run_command("generate", PROMPT, "--model", saved_pipeline, "--steps", 1, "--seed", seed, "--out", "out")
             == 0
         )
-    first, second = capsys.readouterr().out.split()
-    assert not np.array_equal(pixels(first), pixels(second))
+    capsys.readouterr()
+    assert not np.array_equal(pixels("out/seed_0.png"), pixels("out/seed_1.png"))
 
 
 def test_steps_default_to_those_of_the_pipeline(saved_pipeline, capsys):
     assert run_command("generate", PROMPT, "--model", saved_pipeline, "--out", "out") == 0
-    (path,) = capsys.readouterr().out.split()
+    _, path = capsys.readouterr().out.split()
     (want,) = diffusion.stable_diffusion()(PROMPT, generator=torch.Generator().manual_seed(0)).images
     assert np.array_equal(pixels(path), want)
 

@@ -128,6 +128,12 @@ def study(saved_models):
     return "lens", "--prompts", "prompts.txt", "--seeds", "0:2", *options
 
 
+def listed(folder):
+    """Return the results that the gallery of a folder lists."""
+    data = Path(folder, "gallery_data.js").read_text()
+    return json.loads(data.removeprefix("galleryData(").removesuffix(");\n"))
+
+
 def test_a_study_is_a_folder_for_each_prompt_and_seed(study, capsys):
     assert run(*study) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -139,6 +145,7 @@ def test_a_study_is_a_folder_for_each_prompt_and_seed(study, capsys):
         for seed in (0, 1)
     }
     assert all(repeat(path).is_identical for path in list(records)[:1])
+    assert [one["folder"] for one in listed("study")] == [str(path)[len("study/") :] for path in sorted(records)]
 
 
 def test_what_is_done_is_not_done_again(study, capsys):
@@ -166,6 +173,7 @@ def test_seeds_alone_make_a_study_of_one_prompt(saved_models, capsys):
     names = sorted(str(path.relative_to("study")) for path in Path("study").rglob("*.png"))
     folder = "000_" + RED.replace(" ", "_")
     assert names == [f"{folder}/seed_3/seed_3.png", f"{folder}/seed_5/seed_5.png"]
+    assert [one["cover"] for one in listed("study")] == names
 
 
 def test_a_folder_never_mixes_two_studies(study, capsys):
