@@ -124,6 +124,7 @@ _MODULE_OF = {  # for every name except the lenses
 
 
 _PACKAGES = ("lenses", "pipelines", "gallery")
+_BESIDE = {"gallery": ["explore"]}  # it needs an extra, so that package does not list it
 _OPENING = ("from_pretrained", "load", "load_model", "open", "open_model")  # what other libraries call it
 
 
@@ -140,8 +141,11 @@ def __getattr__(name: str) -> Any:
 def _hint(name: str) -> str:
     if name in _OPENING:
         return '; DiffusionModel("diffsight/shapes-clip") opens a pipeline, and LanguageModel a language model'
+    if name in ("models", "list_models"):
+        return "; the command `diffsight models` lists the packaged models"
     for package in _PACKAGES:
-        if not name.startswith("_") and name in import_module(f"{__name__}.{package}").__all__:
+        listed = [*import_module(f"{__name__}.{package}").__all__, *_BESIDE.get(package, ())]
+        if not name.startswith("_") and name in listed:
             return f"; it is in diffsight.{package}: from diffsight.{package} import {name}"
     return import_module(f"{__name__}.errors").suggest(name, __all__)
 

@@ -56,6 +56,8 @@ class Parser(argparse.ArgumentParser):
         if message.endswith("expected one argument"):
             option = message.removeprefix("argument ").partition(":")[0].split("/")[-1]
             hint = f". If the value starts with a minus sign, write {option}=-1"
+        elif message.endswith("required: COMMAND"):
+            hint = "; diffsight --help lists the commands"
         self.exit(2, f"{self.prog}: {message}{hint}\n")
 
 

@@ -7,25 +7,41 @@ unknown_arguments(["--guidance-scale", "3"], parser)    # "… write --set guida
 import argparse
 from collections.abc import Collection, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 from diffsight.errors import suggest
 from diffsight.gallery.completion import option_names
+from diffsight.lenses.results.saving import names_a_file
 
 _OTHER_NAMES = {  # what the Python API, or another program, calls a command
     "attention-maps": "attention",
     "compare-encoders": "compare",
     "diffusion-lens": "lens",
+    "display": "gallery",
     "draw": "generate",
     "encoder-patching": "patch",
     "index": "gallery",
     "layer-fidelity": "fidelity",
+    "html": "gallery",
     "list": "models",
+    "open": "gallery",
     "run": "generate",
     "show": "gallery",
     "steer": "steering-sweep",
+    "study": "lens --prompts",
+    "sweep": "lens --prompts",
     "trajectory-lens": "trajectory",
     "version": "--version",
+    "view": "gallery",
 }
+_OTHER_OPTIONS = {  # what other programs call an option; those of a pipeline are written with --set
+    "--num-inference-steps": "--steps",
+    "--num-steps": "--steps",
+    "--output": "--out",
+    "--output-dir": "--out",
+    "--save": "--out",
+}
+_OF_OTHERS = ("--debug", "--fp16", "--open", "--quiet", "--show", "--verbose")  # no arguments of a pipeline
 
 
 def unknown_command(word: str, commands: Collection[str]) -> str:
@@ -38,14 +54,20 @@ def unknown_command(word: str, commands: Collection[str]) -> str:
 def unknown_arguments(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
     """Return the error message for arguments that a command does not have."""
     message = f"unrecognized arguments: {' '.join(words)}"
+    if names_a_file(Path(words[0])):
+        return f"{message}. A file to write is named with --out {words[0]}"
     if not words[0].startswith("-"):
         return f"{message}. A text of several words needs quotes"
     known = option_names(parser)
     option, _, value = words[0].partition("=")
     value = value or next(iter(words[1:2]), "VALUE")
-    name = option.strip("-").replace("-", "_")
-    if name in ("num_inference_steps", "num_steps") and "--steps" in known:
-        return f"{message}. Write --steps {value}"
+    option, name = option.replace("_", "-"), option.strip("-").replace("-", "_")
+    if _OTHER_OPTIONS.get(option) in known:
+        return f"{message}. Write {_OTHER_OPTIONS[option]} {value}"
+    if option in ("-n", "--num-images") and "--seeds" in known:
+        return f"{message}. Several images have a seed each: --seeds 0:{value}"
+    if option in _OF_OTHERS:
+        return message
     if near := get_close_matches(option, known, n=1, cutoff=0.8):
         return f"{message} (did you mean {near[0]}?)"
     if option.startswith("--") and "--set" in known:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 IMAGE_MODEL, LANGUAGE_MODEL = "diffsight/shapes-clip", "diffsight/smollm2"
 PROMPT = "a red circle below a blue square on a gray background"
-OUT = "diffsight-out"
+OUT = Path("diffsight-out")
 FACT = "The Eiffel Tower is in the city of"
 
 
@@ -49,15 +49,22 @@ def add_prompts(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what there is to do, and do nothing")
 
 
-def add_model(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the options for the model and the output folder."""
+def add_model(parser: argparse.ArgumentParser, default: str, lens: str) -> None:
+    """Add the options for the model and the output folder.
+
+    Args:
+        parser: The parser of the command.
+        default: The model that is used by default.
+        lens: The lens whose result is written to the output folder.
+    """
+    parser.set_defaults(lens=lens)
     parser.add_argument("--model", default=default, help="packaged name, folder or hub id (default: %(default)s)")
     parser.add_argument("--device", metavar="DEVICE", help="where the model runs, such as cuda:1 (default: the CPU)")
     parser.add_argument(
         "-o",
         "--out",
         type=Path,
-        default=Path(OUT),
+        default=OUT / parser.prog.split()[-1],
         metavar="PATH",
         help="folder to write, or a file that ends with .png or .html (default: %(default)s)",
     )
@@ -66,7 +73,7 @@ def add_model(parser: argparse.ArgumentParser, default: str) -> None:
 def add_saved(parser: argparse.ArgumentParser, name: str, what: str) -> None:
     """Add the argument for saved results; by default, the folder that commands write to."""
     parser.add_argument(
-        name, metavar=name.upper(), type=Path, nargs="?", default=Path(OUT), help=f"{what} (default: %(default)s)"
+        name, metavar=name.upper(), type=Path, nargs="?", default=OUT, help=f"{what} (default: %(default)s)"
     )
 
 

@@ -16,6 +16,7 @@ _diffsight() {
 }
 complete -o default -F _diffsight diffsight
 """
+_OPTION = re.compile(r"^  (?:-\w(?: [A-Z]+)?, )?(--[a-z][a-z-]*)", re.MULTILINE)  # as help lists an option
 _FISH = "complete -c diffsight -n '%(condition)s' %(what)s\n"
 
 
@@ -36,7 +37,7 @@ def script(shell: str, commands: Mapping[str, argparse.ArgumentParser]) -> str:
 
 def option_names(parser: argparse.ArgumentParser) -> list[str]:
     """Return the options of a command."""
-    return list(dict.fromkeys(["--help", *re.findall(r"--[a-z][a-z-]*", parser.format_usage())]))
+    return list(dict.fromkeys(_OPTION.findall(parser.format_help())))
 
 
 def _fish(options: Mapping[str, Sequence[str]]) -> str:

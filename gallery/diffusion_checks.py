@@ -19,6 +19,7 @@ from diffsight.errors import InputError, NeverReachedError
 from diffsight.gallery.check_does_not_apply import CheckDoesNotApply
 from diffsight.lenses.diffusion_lens import diffusion_lens
 from diffsight.lenses.results.outputs import image_of
+from diffsight.pipelines.arguments import check_arguments
 from diffsight.pipelines.diffusion.attention import find_attentions
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.diffusion.run import progress_bar
@@ -31,6 +32,7 @@ def diffusion_checks(model: DiffusionModel, arguments: Mapping[str, Any]) -> dic
     """Return the checks of a pipeline by name."""
     given = dict(arguments)
     names = model.argument_names
+    check_arguments(type(model.pipeline).__name__, given, names)
     if "prompt" in names and not given.keys() & {"prompt", "prompt_embeds"}:
         given["prompt"] = _PROMPT
     if "num_inference_steps" in names:

@@ -3,32 +3,30 @@
     write_gallery("study")          # study/index.html
 
 The results are listed in `gallery_data.js` beside the page, which checks this file for new results every few seconds.
-Thumbnails of large images are made once, in the folder `thumbnails`.
+Results with a grid were saved with a thumbnail. Those of other large images are made once, in the folder `thumbnails`.
 """
 
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from PIL import Image
-
 from diffsight.errors import InputError
-from diffsight.lenses.results.record import files_of_record, read_json
+from diffsight.lenses.results.saved_results import files_of_record, read_record
 from diffsight.lenses.results.saving import check_writable, save_files
 from diffsight.lenses.results.shown_settings import settings_of, subject_of
+from diffsight.lenses.results.thumbnail import GRID, THUMBNAIL, write_thumbnail
 from diffsight.pipelines.local_paths import find_path, shortened
 
 PAGE, DATA, THUMBNAILS = "index.html", "gallery_data.js", "thumbnails"
 _IMAGES = (".png", ".gif", ".jpg", ".webp")
-_SIZE = (480, 360)  # maximum size of a thumbnail, in pixels
 _SMALL = 200_000  # images up to this many bytes are shown directly, without a thumbnail
 _PARTS = Path(__file__).parent / "gallery_parts"
 
@@ -77,12 +75,6 @@ def find_results(folder: Path) -> Iterator[FoundResult]:
                     yield FoundResult(Path(place, name), record)
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """Return the record in a file, or None if the file contains no record."""
-    record = read_json(path)
-    return record if isinstance(record, dict) and isinstance(record.get("lens"), str) else None
-
-
 def _entry(folder: Path, found: FoundResult) -> dict[str, Any]:
     """Return the data that the page shows for a result."""
     record, place = found.record, found.path.parent
@@ -103,7 +95,7 @@ def _entry(folder: Path, found: FoundResult) -> dict[str, Any]:
         "base": _address(place, folder),
         "record": quote(found.path.name),
         "page": page.name if page.is_file() else "",
-        "images": {Path(name).stem: quote(name) for name in names if name != "grid.png"},
+        "images": {Path(name).stem: quote(name) for name in names if name not in (GRID, THUMBNAIL)},
         "cover": _cover(folder, place, names),
     }
 
@@ -112,7 +104,7 @@ def _cover(folder: Path, place: Path, names: list[str]) -> str:
     """Return the address of the cover image of a result: the image itself if it is small, otherwise a thumbnail."""
     if not names:
         return ""
-    name = "grid.png" if "grid.png" in names else names[0]
+    name = next((name for name in (THUMBNAIL, GRID) if name in names), names[0])
     path = place / name
     state = path.stat()
     if state.st_size <= _SMALL:
@@ -120,16 +112,8 @@ def _cover(folder: Path, place: Path, names: list[str]) -> str:
     key = hashlib.sha256(f"{path.relative_to(folder)} {state.st_mtime_ns} {state.st_size}".encode()).hexdigest()[:20]
     thumbnail = folder / THUMBNAILS / f"{key}.jpg"
     if not thumbnail.exists():
-        thumbnail.parent.mkdir(exist_ok=True)
-        _write_thumbnail(path, thumbnail)
+        save_files(thumbnail.parent, {thumbnail.name: partial(write_thumbnail, path)})
     return f"{THUMBNAILS}/{thumbnail.name}"
-
-
-def _write_thumbnail(path: Path, thumbnail: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=thumbnail.parent) as place, Image.open(path) as image:
-        image.thumbnail(_SIZE, Image.Resampling.BILINEAR, reducing_gap=1.5)
-        image.convert("RGB").save(Path(place) / thumbnail.name, "jpeg", quality=85)
-        (Path(place) / thumbnail.name).replace(thumbnail)
 
 
 def _address(place: Path, folder: Path) -> str:

@@ -6,6 +6,7 @@ with arguments of the same names. With `--prompts` or `--seeds`, a command makes
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _add_lens(commands: Any) -> None:
         example=f'"{PROMPT}" --layers embedding,0:12:3,-1 --seed 1 --out lens',
     )
     add_prompts(lens, "what to draw")
-    add_model(lens, IMAGE_MODEL)
+    add_model(lens, IMAGE_MODEL, "diffusion_lens")
     add_drawing(lens)
     add_layers(lens, "the embedding and all layers")
     _add_encoder(lens)
@@ -78,7 +79,7 @@ def _add_patch(commands: Any) -> None:
         "--words", metavar="WORDS", help="words of the source, separated by commas (default: all tokens)"
     )
     patch.add_argument("--into", metavar="WORDS", help="words of the target that they replace (default: same places)")
-    add_model(patch, IMAGE_MODEL)
+    add_model(patch, IMAGE_MODEL, "encoder_patching")
     add_drawing(patch, several_seeds=False)
     add_layers(patch, "the embedding and all layers")
     _add_encoder(patch)
@@ -95,7 +96,7 @@ def _add_attention(commands: Any) -> None:
         example=f'"{PROMPT}" --words circle,square --steps 20 --out attention',
     )
     add_prompts(attention, "what to draw")
-    add_model(attention, IMAGE_MODEL)
+    add_model(attention, IMAGE_MODEL, "attention_maps")
     add_drawing(attention)
     attention.add_argument("--words", metavar="WORDS", help="words of the prompt, separated by commas (default: all)")
     attention.add_argument("--keep", choices=("steps", "layers", "heads"), help="also keep maps by step, layer or head")
@@ -112,7 +113,7 @@ def _add_trajectory(commands: Any) -> None:
         example=f'"{PROMPT}" --steps 20 --at 0:20:5 --show prediction,guidance',
     )
     add_prompts(trajectory, "what to draw")
-    add_model(trajectory, IMAGE_MODEL)
+    add_model(trajectory, IMAGE_MODEL, "trajectory_lens")
     add_drawing(trajectory)
     trajectory.add_argument(
         "--at", type=parse_steps, metavar="STEPS", help="steps to draw, such as 0,5,-1 or 0:20:5 (default: all)"
@@ -140,7 +141,7 @@ def _add_fidelity(commands: Any) -> None:
         example="--scenes 16 --steps 10 --out fidelity",
     )
     fidelity.add_argument("--scenes", type=parse_positive, default=64, help="number of scenes (default: %(default)s)")
-    add_model(fidelity, IMAGE_MODEL)
+    add_model(fidelity, IMAGE_MODEL, "layer_fidelity")
     add_drawing(fidelity, several_seeds=False)
     add_layers(fidelity, "the embedding and all layers")
     _add_encoder(fidelity)
@@ -160,7 +161,7 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("--prompts", type=Path, metavar="FILE", help="a file with a prompt in each line, or a table")
     compare.add_argument("--models", metavar="NAMES", help="several models, separated by commas, in place of --model")
     compare.add_argument("--images", type=int, default=1, help="prompts to draw with the lens (default: %(default)s)")
-    add_model(compare, "diffsight/shapes-flux")
+    add_model(compare, "diffsight/shapes-flux", "compare_encoders")
     add_drawing(compare, several_seeds=False)
     add_layers(compare, "the embedding and all layers")
 
@@ -176,7 +177,7 @@ def _add_logit_lens(commands: Any) -> None:
         example=f'"{FACT}" --layers=-4: --tokens " Paris"',
     )
     add_prompts(logits, "what to read")
-    add_model(logits, LANGUAGE_MODEL)
+    add_model(logits, LANGUAGE_MODEL, "logit_lens")
     add_layers(logits, "all layers")
     logits.add_argument("--tokens", metavar="TOKENS", help='tokens to follow, separated by commas, such as " Paris"')
     logits.add_argument(
@@ -190,11 +191,11 @@ def _add_generate(commands: Any) -> None:
         "generate",
         _generate,
         help="draw a prompt",
-        description="Draw a prompt and write the image.",
+        description="Draw a prompt. Writes the image and a record of all settings.",
         example=f'"{PROMPT}" --seed 7 --out images',
     )
     add_prompts(generate, "what to draw")
-    add_model(generate, IMAGE_MODEL)
+    add_model(generate, IMAGE_MODEL, "generate")
     add_drawing(generate)
 
 
@@ -288,10 +289,10 @@ def _logit_lens(options: argparse.Namespace) -> None:
 
     def load() -> Make:
         from diffsight.lenses.logit_lens import logit_lens
-        from diffsight.lenses.results.saving import check_place
+        from diffsight.lenses.results.saved_results import check_place
         from diffsight.pipelines.language.model import LanguageModel
 
-        check_place(options.out)
+        check_place(options.out, options.lens)
         device = device_of(options)
         load_quietly()
         model = LanguageModel(options.model)
@@ -313,6 +314,7 @@ def _logit_lens(options: argparse.Namespace) -> None:
 def _generate(options: argparse.Namespace) -> None:
     def load() -> Make:
         from diffsight.lenses.results.outputs import image_of
+        from diffsight.lenses.results.record import write_record
         from diffsight.lenses.results.saving import names_a_file, save_files
 
         model, arguments = _pipeline(options)
@@ -322,7 +324,10 @@ def _generate(options: argparse.Namespace) -> None:
             out = out.expanduser()
             if names_a_file(out):
                 return save_files(out.parent, {out.name: image.save})
-            return save_files(out, {f"seed_{seed}.png": image.save})
+            name = f"seed_{seed}"
+            record = {"lens": "generate", "model": options.model, "prompt": prompt, "seed": seed}
+            record |= {"arguments": arguments, "files": [f"{name}.png"]}
+            return save_files(out, {f"{name}.json": partial(write_record, record), f"{name}.png": image.save})
 
         return make
 
@@ -348,15 +353,16 @@ def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example
         print_paths(load()(options.prompt, options.seed, options.out))
         return
     from diffsight.gallery.prompt_files import read_prompts
-    from diffsight.gallery.studies import Study
-    from diffsight.lenses.work_sharing import Processes
 
     prompts = [options.prompt] if options.prompts is None else read_prompts(options.prompts)
     for prompt in prompts:
         check_prompt_text(prompt, example)
-    left_out = ("command", "prompt", "prompts", "seed", "seeds", "out", "dry_run", "device")
+    from diffsight.gallery.studies import Study  # slow to import, so the prompts are checked before
+    from diffsight.lenses.work_sharing import Processes
+
+    left_out = ("command", "lens", "prompt", "prompts", "seed", "seeds", "out", "dry_run", "device")
     settings = {name: repr(value) for name, value in vars(options).items() if name not in left_out}
-    settings["lens"] = options.command.__name__.strip("_")
+    settings["command"] = options.lens
     study = Study(options.out, prompts, options.seeds or [options.seed], settings)
     study.check()
     is_main = Processes().is_main
@@ -370,10 +376,10 @@ def _one_or_study(options: argparse.Namespace, load: Callable[[], Make], example
 
 def _pipeline(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Return the model and the arguments of the pipeline. Options that need no model are checked before loading it."""
-    from diffsight.lenses.results.saving import check_place
+    from diffsight.lenses.results.saved_results import check_place
     from diffsight.pipelines.diffusion.model import DiffusionModel
 
-    check_place(options.out)
+    check_place(options.out, options.lens)
     device = device_of(options)
     load_quietly()
     model = DiffusionModel(options.model)

@@ -33,7 +33,7 @@ def add_commands(commands: Any) -> None:
         help="make a result again from its record, and compare",
         description="Make a result again from its record, and say whether it is identical or how far off it is. "
         "The exit status is 0 if it is identical, and 1 if it is not.",
-        example="diffsight-out/lens.json",
+        example="diffsight-out/lens",
     )
     add_saved(repeat, "record", "the record, or the folder of the result")
     check = add_command(

@@ -53,7 +53,7 @@ def _add_activation_patching(commands: Any) -> None:
         example='"The capital of France is" "The capital of Italy is" --tokens '
         '" Paris, Rome" --sites heads --out heads',
     )
-    _add_pair(patch)
+    _add_pair(patch, "activation_patching")
     patch.add_argument("--batch-size", type=parse_positive, default=32, metavar="N", help="rows in a pass")
 
 
@@ -68,11 +68,11 @@ def _add_attribution_patching(commands: Any) -> None:
         example='"The capital of France is" "The capital of Italy is" --tokens '
         '" Paris, Rome" --sites heads --out heads',
     )
-    _add_pair(patch)
+    _add_pair(patch, "attribution_patching")
     patch.add_argument("--through", choices=("run", "step"), help="what the gradient goes through, in a pipeline")
 
 
-def _add_pair(parser: argparse.ArgumentParser) -> None:
+def _add_pair(parser: argparse.ArgumentParser, lens: str) -> None:
     """Add the options that both kinds of patching share."""
     parser.add_argument("clean", metavar="CLEAN", help="the prompt that values are taken from")
     parser.add_argument("corrupted", metavar="CORRUPTED", help="the prompt that they are put into")
@@ -95,7 +95,7 @@ def _add_pair(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--into", default="corrupted", metavar="RUN", help="corrupted or clean (default: %(default)s)")
     _add_windows(parser)
-    add_model(parser, LANGUAGE_MODEL)
+    add_model(parser, LANGUAGE_MODEL, lens)
     add_layers(parser, "all layers")
     add_drawing(parser, several_seeds=False)
 
@@ -119,7 +119,7 @@ def _add_causal_tracing(commands: Any) -> None:
     )
     trace.add_argument("--window", type=parse_positive, default=1, metavar="N", help="layers restored together")
     trace.add_argument("--samples", type=parse_positive, default=10, metavar="N", help="noise samples (default: 10)")
-    add_model(trace, LANGUAGE_MODEL)
+    add_model(trace, LANGUAGE_MODEL, "causal_tracing")
     add_layers(trace, "all layers")
     add_drawing(trace, several_seeds=False)
 
@@ -139,7 +139,7 @@ def _add_block_ablation(commands: Any) -> None:
     ablate.add_argument("--mode", choices=("skip", "zero", "mean"), default="skip", help="(default: %(default)s)")
     _add_metric(ablate)
     _add_windows(ablate)
-    add_model(ablate, IMAGE_MODEL)
+    add_model(ablate, IMAGE_MODEL, "block_ablation")
     add_drawing(ablate, several_seeds=False)
 
 
@@ -156,7 +156,7 @@ def _add_prompt_swap(commands: Any) -> None:
     swap.add_argument("other", metavar="OTHER", help="the prompt that layers of a window read")
     swap.add_argument("--window", type=parse_positive, default=1, metavar="N", help="layers swapped together")
     _add_metric(swap)
-    add_model(swap, IMAGE_MODEL)
+    add_model(swap, IMAGE_MODEL, "prompt_swap")
     add_drawing(swap, several_seeds=False)
 
 
@@ -176,7 +176,7 @@ def _add_steering_sweep(commands: Any) -> None:
         sweep.add_argument(f"--{side}", type=Path, required=True, metavar="FILE", help=f"prompts {what}, one a line")
     sweep.add_argument("--factors", type=parse_numbers, required=True, metavar="NUMBERS", help="such as 0,5,10")
     sweep.add_argument("--sites", metavar="SITES", help="paths and patterns, separated by commas")
-    add_model(sweep, LANGUAGE_MODEL)
+    add_model(sweep, LANGUAGE_MODEL, "steering_sweep")
     add_layers(sweep, "all layers of a language model")
     add_drawing(sweep, several_seeds=False)
 
@@ -195,7 +195,7 @@ def _add_function_vector(commands: Any) -> None:
     vector.add_argument("--shots", type=parse_positive, default=5, metavar="N", help="examples (default: %(default)s)")
     vector.add_argument("--heads", type=parse_positive, default=10, metavar="N", help="heads (default: %(default)s)")
     add_seed(vector)
-    add_model(vector, LANGUAGE_MODEL)
+    add_model(vector, LANGUAGE_MODEL, "function_vector")
 
 
 def _add_metric(parser: argparse.ArgumentParser) -> None:
@@ -325,10 +325,10 @@ def _function_vector(options: argparse.Namespace) -> None:
 
 def _opened(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Return the model and the arguments of its runs. Options that need no model are checked before loading it."""
-    from diffsight.lenses.results.saving import check_place
+    from diffsight.lenses.results.saved_results import check_place
     from diffsight.pipelines.diffusion.model import DiffusionModel
 
-    check_place(options.out)
+    check_place(options.out, options.lens)
     device = device_of(options)
     load_quietly()
     model, arguments = open_model(options.model), dict(options.settings)

@@ -64,10 +64,20 @@ def _text_of(path: Path) -> str:
 
 
 def _of_table(lines: list[str]) -> Iterator[str]:
-    dialect = "excel-tab" if lines and "\t" in lines[0] else "excel"
-    rows = csv.DictReader(lines, dialect=dialect)
+    if not lines:
+        return iter(())
+    has_tabs = "\t" in lines[0]
+    rows = csv.DictReader(lines, dialect="excel-tab" if has_tabs else "excel", strict=True)
     column = _known(rows.fieldnames or [], "there is no column")
-    return ((row[column] or "") for row in rows)
+    try:
+        return iter([row[column] or "" for row in rows])
+    except csv.Error as error:
+        if not has_tabs:
+            raise InputError(
+                f"the table of prompts is damaged: {error}. A quote inside a quoted text is doubled"
+            ) from None
+    plain = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)  # quotes belong to the prompts
+    return (row[column] or "" for row in plain)
 
 
 def _of_objects(lines: list[str]) -> Iterator[str]:

@@ -1,11 +1,11 @@
 """Repeat a result from its record, and compare the two.
 
-    repetition = repeat("diffsight-out")
+    repetition = repeat("lens")
     print(repetition)                   # identical or the differences, with the versions then and now
     repetition.is_identical
 
 Every saved file is compared with the one the lens writes now: images by their pixels, numbers by their values, the
-record by its entries. The page is left out, since it contains the same data.
+record by its entries. Page and thumbnail are left out, since they contain the same data.
 """
 
 import importlib
@@ -27,11 +27,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from diffsight.errors import DiffsightError, InputError
-from diffsight.gallery.gallery_index import read_record
+from diffsight.gallery.gallery_index import find_results
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.results.call_values import ArgumentDecoder, UnknownValueError, named, public_name
 from diffsight.lenses.results.record import versions
 from diffsight.lenses.results.result import ARGUMENTS, PAGE, LensResult
+from diffsight.lenses.results.saved_results import read_record
+from diffsight.lenses.results.thumbnail import THUMBNAIL
 from diffsight.pipelines.local_paths import find_path, shortened
 
 _PARTS = ("arguments", "models")  # of a call
@@ -44,6 +46,7 @@ _OF_MODEL = {
     "edits": list | tuple,
 }
 _KINDS = ("DiffusionModel", "LanguageModel", "VisionLanguageModel", "SAE")
+_NAMED = 5  # results that an error names
 _NOT_COMPARED = ("versions", "call", "files")  # entries of a record
 
 
@@ -93,11 +96,11 @@ class Repetition:
 def repeat(path: str | Path, **replaced: Any) -> Repetition:
     """Repeat a result from its record, and compare it with the saved files.
 
-        repeat("diffsight-out")
+        repeat("lens")
         repeat("steered", model=steered)        # a live or edited model must be passed
 
     Args:
-        path: The record of a result, or the folder that contains it.
+        path: The record of a result, or a folder with one result in it or in its subfolders.
         replaced: Arguments to use in place of those in the record.
 
     Raises:
@@ -117,7 +120,7 @@ def repeat(path: str | Path, **replaced: Any) -> Repetition:
             raise
         raise InputError(f"{error}. The record was written by diffsight {own}, and this is diffsight {here}") from None
     with tempfile.TemporaryDirectory() as folder:
-        names = [one.name for one in result.save(folder) if one.name not in (PAGE, ARGUMENTS)]
+        names = [one.name for one in result.save(folder) if one.name not in (PAGE, ARGUMENTS, THUMBNAIL)]
         differences = {}
         for name in names:
             old = path if name == result.record_file else path.parent / name
@@ -145,15 +148,18 @@ def _call_in(path: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _find(given: str | Path) -> Path:
+    if isinstance(given, LensResult):
+        raise InputError("repeat takes the folder of a saved result: call result.save(folder) first")
     path = find_path(given)
     if path is None:
         raise InputError(f"there is no file or folder {shortened(str(given))}")
     if not path.is_dir():
         return path
-    found = [one for one in sorted(path.glob("*.json")) if read_record(one) is not None]
+    below = [one.path for one in find_results(path)]
+    found = [one for one in below if one.parent == path] or below
     if len(found) != 1:
-        what = f"several results ({', '.join(one.name for one in found)}): name one of them" if found else "no result"
-        raise InputError(f"{path} has {what}")
+        names = ", ".join(str(one.relative_to(path)) for one in found[:_NAMED]) + (", …" if len(found) > _NAMED else "")
+        raise InputError(f"{path} has " + (f"several results ({names}): name one of them" if found else "no result"))
     return found[0]
 
 

@@ -37,7 +37,9 @@ class Study:
 
     def __str__(self) -> str:
         count, missing = len(self.prompts) * len(self.seeds), len(self.missing())
-        what = f"{len(self.prompts)} prompts x {len(self.seeds)} seeds: {count} results in {self.folder}"
+        parts = [(len(self.prompts), "prompt"), (len(self.seeds), "seed"), (count, "result")]
+        prompts, seeds, results = (f"{number} {name}{'s' * (number != 1)}" for number, name in parts)
+        what = f"{prompts} x {seeds}: {results} in {self.folder}"
         return f"{what}, {count - missing} done, {missing} to do"
 
     def run(self, make: Callable[[str, int, Path], Any] | None) -> Path:

@@ -1,5 +1,6 @@
 """Find the local path that a user-supplied name refers to, and shorten names for error messages."""
 
+import os
 from pathlib import Path
 
 from diffsight.errors import InputError
@@ -9,8 +10,10 @@ def find_path(name: str | Path) -> Path | None:
     """Return the existing path that a name refers to, or None. The name need not be a path at all.
 
     Raises:
-        InputError: The path is a broken link.
+        InputError: The path is a broken link, or `name` is neither a string nor a path.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise InputError(f"a file or folder is named by a string or a Path, not by a {type(name).__name__}")
     try:
         path = Path(name).expanduser()
         if path.exists():

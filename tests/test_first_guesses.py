@@ -1,6 +1,8 @@
 """What a new user writes before reading anything works, or the error says what to write."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import diffsight
-from diffsight import DiffusionModel, LanguageModel, diffusion_lens, image_grid, logit_lens, trajectory_lens
+from diffsight import DiffusionModel, LanguageModel, diffusion_lens, gallery, image_grid, logit_lens, trajectory_lens
 from diffsight.errors import InputError, PointNotFoundError, RunClosedError, UnknownKeyError
 from diffsight.gallery.cli import main
 from helpers import refusal
@@ -35,6 +37,15 @@ def test_handles_say_where_hidden_states_and_layers_are(sd, gpt2):
         model.text_encoder.hidden_states
     with pytest.raises(PointNotFoundError, match=r"it has 3 layers: len\(model.layers\)"):
         LanguageModel(gpt2).num_layers
+
+
+def test_a_run_of_a_language_model_has_no_numbered_parts():
+    model = language.model()  # in transformers, generate(...)[0] is the first text
+    for run in (model.generate("A cat", max_new_tokens=1), model.trace("A cat")):
+        with pytest.raises(InputError, match=r"a run has no part 0: read run\.text, run\.result, run\.rows"):
+            run[0]
+        assert run["lm_head"].path == "lm_head"
+        run.stop()
 
 
 def test_parts_are_listed_once(gpt2):
@@ -75,7 +86,14 @@ def test_parts_of_results_by_name(saved_models):
 
 @pytest.mark.parametrize(
     "name, told",
-    [("to_dict", "did you mean 'record'"), ("display", "did you mean 'show'"), ("image", "did you mean 'images'")],
+    [
+        ("to_dict", "did you mean 'record'"),
+        ("display", "did you mean 'show'"),
+        ("open", "did you mean 'show'"),
+        ("to_pil", "did you mean 'grid'"),
+        ("export", "did you mean 'save'"),
+        ("image", "did you mean 'images'"),
+    ],
 )
 def test_names_that_a_result_does_not_have(name, told, saved_models):
     result = lens_results.make("diffusion_lens", saved_models)
@@ -95,6 +113,7 @@ def test_names_that_a_pipeline_does_not_have(sd):
     for owner, name, told in (
         (run, "save", r'run\.images\[0\]\.save\("image\.png"\)'),
         (run, "show", r"run\.images\[0\]\.show\(\)"),
+        (run, "latents", r"step\.latents"),
         (model, "sample", r"drawn with generate"),
         (model, "cuda", r'model\.to\("cuda"\)'),
         (model, "layers", r"layers are those of a text encoder: \.text_encoder\.layers"),
@@ -121,6 +140,8 @@ def test_a_generation_is_printed():
         ("sweep", "it is in diffsight.gallery: from diffsight.gallery import sweep"),
         ("DiffusionLensResult", "it is in diffsight.lenses"),
         ("difusion_lens", "did you mean 'diffusion_lens'"),
+        ("explore", "from diffsight.gallery import explore"),
+        ("list_models", "the command `diffsight models` lists"),
     ],
 )
 def test_names_that_the_package_does_not_have(name, told):
@@ -142,6 +163,13 @@ def test_the_packages_are_attributes():
         (["logit_lens", "a cat"], "(did you mean 'logit-lens'"),
         (["diffusion_lens", "a cat"], "(did you mean 'lens'?)"),
         (["list"], "(did you mean 'models'?)"),
+        (["open", "lens"], "(did you mean 'gallery'?)"),
+        (["lens", "a cat", "--output", "cat"], "Write --out cat"),
+        (["lens", "a cat", "-n", "4"], "--seeds 0:4"),
+        (["lens", "a cat", "--verbose"], "unrecognized arguments: --verbose\n"),
+        (["lens", "a cat", "cat.png"], "named with --out cat.png"),
+        (["lens", "a cat", "--out", "cat.gif"], "one file that ends with .png"),
+        ([], "required: COMMAND; diffsight --help lists the commands"),
         (["check"], "required: SOURCE\n"),
         (["repeat", "nothing"], "there is no file or folder nothing"),
     ],
@@ -153,6 +181,26 @@ def test_commands_say_what_to_write(words, told, capsys):
         status = error.code
     assert status == 2
     assert told in capsys.readouterr().err
+
+
+def test_results_where_a_folder_is_wanted(saved_models):
+    result = lens_results.make("diffusion_lens", saved_models)
+    with pytest.raises(InputError, match=r"the folder of a saved result: call result\.save\(folder\) first"):
+        gallery.repeat(result)
+    with pytest.raises(InputError, match="named by a string or a Path, not by a list"):
+        gallery.write_gallery([result])
+
+
+def test_files_that_a_result_is_not_written_to(saved_models, tmp_path):
+    for name in ("a.gif", "a.json", "a.csv"):
+        with pytest.raises(InputError, match=rf"{name}: a result is written to a folder, or to one file that"):
+            lens_results.make("diffusion_lens", saved_models).save(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "diffsight", "models"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "diffsight/shapes-clip" in done.stdout
 
 
 def test_help_in_a_word(capsys):

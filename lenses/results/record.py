@@ -7,6 +7,7 @@ as_json(result.record())            # the same text, but for the call
 import json
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from diffsight.lenses.results.calls import Call
 
 _VERSIONS = ("diffsight", "torch", "diffusers", "transformers")
+_version = cache(version)  # it searches the disk
 
 
 def with_call(record: Mapping[str, Any], call: Call | None) -> dict[str, Any]:
@@ -23,27 +25,12 @@ def with_call(record: Mapping[str, Any], call: Call | None) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of the libraries that produce results."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS}
+    return {"python": platform.python_version()} | {name: _version(name) for name in _VERSIONS}
 
 
 def as_json(record: Mapping[str, Any]) -> str:
     """Return a record as JSON, together with the versions of the libraries that produced the result."""
     return json.dumps({**record, "versions": versions()}, indent=2, default=repr, ensure_ascii=False) + "\n"
-
-
-def files_of_record(record: Any) -> set[str]:
-    """Return the names of the files of a saved result, which its record lists. Empty if there is no such list."""
-    files = record.get("files") if isinstance(record, dict) else None
-    named = [name for name in files if isinstance(name, str)] if isinstance(files, list) else []
-    return {name for name in named if Path(name).name == name}
-
-
-def read_json(path: Path) -> Any:
-    """Return the data in a JSON file, or None if there is no such file or it contains something else."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def write_record(record: Mapping[str, Any], path: Path) -> None:

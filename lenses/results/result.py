@@ -25,11 +25,13 @@ from safetensors.torch import save_file
 from diffsight.errors import InputError, suggest
 from diffsight.lenses.results.calls import Call
 from diffsight.lenses.results.page import framed, page_of
-from diffsight.lenses.results.record import files_of_record, read_json, with_call, write_record
+from diffsight.lenses.results.record import with_call, write_record
+from diffsight.lenses.results.saved_results import check_holds_no_other, files_of_record, read_record
 from diffsight.lenses.results.saving import HTML, check_file, expanded, names_a_file, save_files
 from diffsight.lenses.results.sections import ImageSection, Section
 from diffsight.lenses.results.shown_settings import subject_of
 from diffsight.lenses.results.terminal import lines_of, text_of
+from diffsight.lenses.results.thumbnail import GRID, THUMBNAIL, write_thumbnail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,18 +42,26 @@ ARGUMENTS = "arguments.safetensors"
 _OTHER_NAMES = {
     "animate": "save",
     "code": "call",
+    "df": "record",
     "display": "show",
+    "export": "save",
     "figure": "plot",
     "gif": "save",
     "heatmap": "plot",
     "html": "to_html",
+    "open": "show",
+    "predictions": "words",
     "probs": "probabilities",
     "table": "show",
+    "text": "words",
     "to_csv": "to_html",
     "to_dataframe": "record",
     "to_dict": "record",
     "to_json": "record",
     "to_pandas": "record",
+    "to_pil": "grid",
+    "top": "words",
+    "top_tokens": "words",
     "view": "show",
 }
 
@@ -94,7 +104,7 @@ class LensResult:
     def save(self, path: str | Path) -> list[Path]:
         """Write all files of the result into a folder, or none of them, and return their paths.
 
-        A result that was saved there before, with a record of the same name, is replaced. Other files stay.
+        A result of the same lens that was saved there before is replaced. Other files stay.
 
             result.save("lens")             # a folder
             result.save("lens.png")         # one image: what `preview` returns
@@ -104,18 +114,22 @@ class LensResult:
             path: A folder, or a file that ends with .png, .jpg, .jpeg, .webp, .pdf, .svg or .html.
 
         Raises:
-            InputError: The folder cannot be written to, or the result has no image.
+            InputError: The folder cannot be written to or holds a result of another lens, or the result has no image.
         """
         path = expanded(path)
         if names_a_file(path):
             check_file(path)
             write = self._write_page if path.suffix.lower() == HTML else self._write_image
             return save_files(path.parent, {path.name: write})
+        record = self.record()
+        check_holds_no_other(path, record["lens"])
         files = {PAGE: self._write_page, **self.files()}
         if self.call is not None and self.call.tensors:
             files[ARGUMENTS] = partial(save_file, dict(self.call.tensors))
-        record = {**with_call(self.record(), self.call), "files": list(files)}
-        replaced = files_of_record(read_json(path / self.record_file))
+        if GRID in files:
+            files[THUMBNAIL] = lambda path: write_thumbnail(path.with_name(GRID), path)
+        record = {**with_call(record, self.call), "files": list(files)}
+        replaced = files_of_record(read_record(path / self.record_file) or {})
         paths = save_files(path, {self.record_file: partial(write_record, record), **files})
         for name in replaced - set(files):
             (path / name).unlink(missing_ok=True)

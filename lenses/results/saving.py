@@ -9,11 +9,21 @@ from diffsight.errors import InputError
 
 HTML = ".html"  # a path with this ending is a page
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")  # a path with one of these endings is an image
+_OTHERS = (".csv", ".gif", ".json", ".md", ".mp4", ".npz", ".pkl", ".pt", ".safetensors", ".txt", ".zip")
 
 
 def names_a_file(path: Path) -> bool:
     """Return whether a path means a file and not a folder: it ends like an image or a page, and is not an existing
-    folder."""
+    folder.
+
+    Raises:
+        InputError: The path ends like another kind of file, and is not an existing folder.
+    """
+    if path.suffix.lower() in _OTHERS and not os.path.isdir(path):
+        raise InputError(
+            f"{path}: a result is written to a folder, or to one file that ends with {', '.join((*IMAGES, HTML))}. The "
+            "folder has all images and numbers"
+        )
     return path.suffix.lower() in (*IMAGES, HTML) and not os.path.isdir(path)
 
 
@@ -25,12 +35,6 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise InputError(f"the folder {path} cannot be written to: {error}") from None
-
-
-def check_place(path: str | Path) -> None:
-    """Raise InputError if a result cannot be saved to a path, a folder or a file."""
-    path = expanded(path)
-    (check_file if names_a_file(path) else check_writable)(path)
 
 
 def check_file(path: str | Path) -> None:
@@ -77,8 +81,12 @@ def save_files(folder: str | Path, files: Mapping[str, Callable[[Path], None]]) 
             raise InputError(f"{folder / name} is a folder, so the file cannot be written")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     with tempfile.TemporaryDirectory(dir=existing) as temporary:
-        for name, write in files.items():
-            write(Path(temporary) / name)
+        try:
+            for name, write in files.items():
+                write(Path(temporary) / name)
+        except OSError as error:  # such as a full disk, which writing reports without a name
+            error.filename = error.filename or str(folder)
+            raise
         folder.mkdir(parents=True, exist_ok=True)
         for name in reversed(files):  # the record is first in `files` and comes last: once it exists, all files do
             os.replace(Path(temporary) / name, folder / name)

@@ -18,6 +18,7 @@ _HINTS = {  # by names that a pipeline does not have
     ("run", "sample", "draw", "predict", "forward"): "images are drawn with generate, as in "
     'model.generate("a red circle", seed=0).images[0]',
     ("cuda", "cpu", "half", "float", "bfloat16"): 'a pipeline is moved or cast with to, as in model.to("cuda")',
+    ("latents",): "latents belong to a step, as in step.latents; output_type='latent' returns the last ones",
     ("eval", "train", "state_dict"): "it belongs to the modules of a pipeline, such as model.unet",
 }
 

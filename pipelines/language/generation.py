@@ -189,6 +189,12 @@ class GenerationRun(Run):
 
     _generated: GeneratedTokens | None = None  # None if it does not generate
 
+    def __getitem__(self, key: int | str | slice) -> Any:
+        if not isinstance(key, str):  # transformers returns lists; a child of the model would be a surprise here
+            names = (name for name in ("text", "result", "rows") if hasattr(type(self), name))
+            raise InputError(f"a run has no part {key!r}: read {', '.join(f'run.{name}' for name in names)}")
+        return super().__getitem__(key)
+
     def stream(self) -> Iterator[str | list[str]]:
         """Yield the text piece by piece as it is generated: `for piece in model.generate(prompt).stream():`.
 

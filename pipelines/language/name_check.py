@@ -37,7 +37,7 @@ class Structure:
         has_cycles: Whether a layer is called several times in a pass, so that it has several outputs.
         has_plain_tail: Whether there is nothing but the final norm and the head between the last layer and the logits.
         has_bypass: Whether anything else than the output of the last layer reaches the final norm (without one, the
-            head).
+            head), or layers of another list run in between.
     """
 
     tuples: list[int] = field(default_factory=list)
@@ -163,6 +163,11 @@ class _NameTrace:
             self.watch("ln_final", self.model, names["ln_final"], self.enter_norm)
         if "lm_head" in names:
             self.watch("lm_head", self.model, names["lm_head"], self.enter_head)
+        inside = set(self.layers).union(*(layer.modules() for layer in self.layers))
+        for module in self.model.modules():
+            for layer in module if isinstance(module, nn.ModuleList) else ():
+                if layer not in inside and "self_attn" in layer_names(layer):
+                    layer.register_forward_pre_hook(self.enter_other_layer)
 
     def watch(
         self, name: str, outer: nn.Module, real: str, enter: Callable | None = None, leave: Callable | None = None
@@ -211,6 +216,10 @@ class _NameTrace:
             if inner in self.seen and inner not in origin:
                 raise _Wrong(inner, f"the output of {inner} does not reach the output of {name}")
 
+    def enter_other_layer(self, *_: Any) -> None:
+        is_after = f"layers[{len(self.layers) - 1}]" in self.seen
+        self.structure.has_bypass |= is_after and "lm_head" not in self.seen
+
     def enter_norm(self, name: str, origin: frozenset[str]) -> None:
         self.into_norm = origin  # in the last call: some models normalize the embeddings with the same module
 
@@ -254,7 +263,7 @@ class _NameTrace:
         is_module = ":" not in self.names.get("lm_head", "")  # anything may happen between the modules of a span
         passes_on = all(self.passed[a, "out"].is_same(b) for a, b in zip(parts, into))
         self.structure.has_plain_tail = is_module and passes_on
-        self.structure.has_bypass = bool(self.into_norm - {last})
+        self.structure.has_bypass |= bool(self.into_norm - {last})
         hidden = self.passed[last, "out"].tensor
         self.structure.layout = None if self.has_several_streams else HiddenLayout.of(hidden.shape, *self.shape)
 

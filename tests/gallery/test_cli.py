@@ -57,7 +57,13 @@ def test_the_lens_writes_the_files_that_it_prints(saved_pipeline, here, capsys):
     assert run_command("lens", PROMPT, "--model", saved_pipeline, "--steps", 2, "--seed", 3, "--out", "out") == 0
     out, _ = capsys.readouterr()
     names = ["embedding", "layer_00", "layer_01", "layer_02"]
-    files = ["out/grid.png", *(f"out/{name}.png" for name in names), "out/lens.json", "out/page.html"]
+    files = [
+        "out/grid.png",
+        *(f"out/{name}.png" for name in names),
+        "out/lens.json",
+        "out/page.html",
+        "out/thumbnail.jpg",
+    ]
     assert sorted(out.split()) == sorted(files)
     assert {path.relative_to(here).as_posix() for path in here.rglob("*.*")} == set(files)
 
@@ -92,7 +98,12 @@ def test_layers(saved_pipeline, layers, numbers):
     )
     assert json.loads(Path("out/lens.json").read_text(encoding="utf-8"))["layers"] == numbers
     names = {f"layer_{number:02}.png" if number != "embedding" else "embedding.png" for number in numbers}
-    assert {path.name for path in Path("out").iterdir()} == names | {"grid.png", "lens.json", "page.html"}
+    assert {path.name for path in Path("out").iterdir()} == names | {
+        "grid.png",
+        "lens.json",
+        "page.html",
+        "thumbnail.jpg",
+    }
 
 
 def test_layers_in_words():
@@ -104,8 +115,28 @@ def test_layers_in_words():
 def test_the_folder_has_a_default(saved_pipeline, here, capsys):
     assert run_command("lens", PROMPT, "--model", saved_pipeline, "--steps", 1, "--layers", "-1") == 0
     paths = capsys.readouterr().out.split()
-    assert len(paths) == 4
+    assert len(paths) == 5
     assert all((here / path).is_file() for path in paths)
+    assert {Path(path).parent for path in paths} == {Path("diffsight-out/lens")}
+
+
+def test_two_lenses_have_folders_of_their_own_by_default(saved_pipeline, capsys):
+    options = PROMPT, "--model", saved_pipeline, "--steps", 1
+    assert run_command("lens", *options, "--layers", "0") == 0
+    assert run_command("trajectory", *options) == 0
+    capsys.readouterr()
+    assert run_command("repeat") == 2
+    err = capsys.readouterr().err
+    assert "diffsight-out has several results (lens/lens.json, trajectory/lens.json): name one of them" in err
+    assert run_command("repeat", "diffsight-out/lens") == 0
+    assert run_command("gallery") == 0
+
+
+def test_the_folder_of_another_lens_is_refused_before_the_model_is_loaded(here, capsys):
+    record = {"lens": "logit_lens", "files": ["page.html"]}
+    (here / "lens.json").write_text(json.dumps(record))
+    assert run_command("lens", PROMPT, "--model", "nobody/nothing", "--out", here) == 2
+    assert "holds a result of logit_lens (lens.json): save the result of diffusion_lens into" in capsys.readouterr().err
 
 
 def test_an_existing_folder_is_used(saved_pipeline, here):
@@ -121,6 +152,7 @@ def test_an_existing_folder_is_used(saved_pipeline, here):
         "layer_02.png",
         "lens.json",
         "page.html",
+        "thumbnail.jpg",
     }
 
 
@@ -137,8 +169,16 @@ def test_the_lens_draws_with_the_packaged_pipeline(here):
 
 def test_generate_writes_the_image_of_the_bare_pipeline(saved_pipeline, here, capsys):
     assert run_command("generate", PROMPT, "--model", saved_pipeline, "--seed", 5, "--steps", 2, "--out", "out") == 0
-    (path,) = capsys.readouterr().out.split()
-    assert [file for file in here.rglob("*") if file.is_file()] == [here / path]
+    record, path = capsys.readouterr().out.split()
+    assert {file for file in here.rglob("*") if file.is_file()} == {here / record, here / path}
+    record = json.loads(Path(record).read_text())
+    names = "lens", "prompt", "seed", "files"
+    assert tuple(record[name] for name in names) == (
+        "generate",
+        PROMPT,
+        5,
+        ["seed_5.png"],
+    )
     generator = torch.Generator().manual_seed(5)
     (want,) = diffusion.stable_diffusion()(PROMPT, generator=generator, num_inference_steps=2).images
     assert np.array_equal(pixels(path), want)
@@ -150,13 +190,13 @@ def test_seeds_are_kept_apart(saved_pipeline, capsys):
             run_command("generate", PROMPT, "--model", saved_pipeline, "--steps", 1, "--seed", seed, "--out", "out")
             == 0
         )
-    first, second = capsys.readouterr().out.split()
-    assert not np.array_equal(pixels(first), pixels(second))
+    capsys.readouterr()
+    assert not np.array_equal(pixels("out/seed_0.png"), pixels("out/seed_1.png"))
 
 
 def test_steps_default_to_those_of_the_pipeline(saved_pipeline, capsys):
     assert run_command("generate", PROMPT, "--model", saved_pipeline, "--out", "out") == 0
-    (path,) = capsys.readouterr().out.split()
+    _, path = capsys.readouterr().out.split()
     (want,) = diffusion.stable_diffusion()(PROMPT, generator=torch.Generator().manual_seed(0)).images
     assert np.array_equal(pixels(path), want)
 

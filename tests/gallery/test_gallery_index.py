@@ -73,7 +73,12 @@ def test_large_images_have_thumbnails_that_are_made_once(study, tmp_path):
     Image.fromarray(noise).save(folder / "a b#c" / "grid.png")
     write_gallery(folder)
     (one,) = data_of(folder)
-    assert one["base"] == "a%20b%23c/"
+    assert (one["base"], one["cover"]) == ("a%20b%23c/", "a%20b%23c/thumbnail.jpg")
+    assert "thumbnail" not in one["images"]
+    assert not (folder / "thumbnails").exists()
+    (folder / "a b#c" / "thumbnail.jpg").unlink()  # as in results of older versions
+    write_gallery(folder)
+    (one,) = data_of(folder)
     (thumbnail,) = (folder / "thumbnails").iterdir()
     assert one["cover"] == f"thumbnails/{thumbnail.name}"
     assert max(Image.open(thumbnail).size) == 480

@@ -128,6 +128,12 @@ def study(saved_models):
     return "lens", "--prompts", "prompts.txt", "--seeds", "0:2", *options
 
 
+def listed(folder):
+    """Return the results that the gallery of a folder lists."""
+    data = Path(folder, "gallery_data.js").read_text()
+    return json.loads(data.removeprefix("galleryData(").removesuffix(");\n"))
+
+
 def test_a_study_is_a_folder_for_each_prompt_and_seed(study, capsys):
     assert run(*study) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -139,6 +145,7 @@ def test_a_study_is_a_folder_for_each_prompt_and_seed(study, capsys):
         for seed in (0, 1)
     }
     assert all(repeat(path).is_identical for path in list(records)[:1])
+    assert [one["folder"] for one in listed("study")] == [str(path)[len("study/") :] for path in sorted(records)]
 
 
 def test_what_is_done_is_not_done_again(study, capsys):
@@ -166,6 +173,7 @@ def test_seeds_alone_make_a_study_of_one_prompt(saved_models, capsys):
     names = sorted(str(path.relative_to("study")) for path in Path("study").rglob("*.png"))
     folder = "000_" + RED.replace(" ", "_")
     assert names == [f"{folder}/seed_3/seed_3.png", f"{folder}/seed_5/seed_5.png"]
+    assert [one["cover"] for one in listed("study")] == names
 
 
 def test_a_folder_never_mixes_two_studies(study, capsys):
@@ -228,10 +236,18 @@ def test_prompts_of_benchmarks(here):
     )
     assert read_prompts(Path("parti.tsv")) == ["bond", 'a "b"']
     Path("geneval.jsonl").write_text('{"tag": "single", "prompt": "a photo of a bench"}\n{"prompt": "a cow"}\n')
+    Path("plain.tsv").write_text('Prompt\tn\n"Autumn" on a sign\t1\n"open\t2\na cow\t3\n')  # not written as a table
+    assert read_prompts(Path("plain.tsv")) == ['"Autumn" on a sign', '"open', "a cow"]
     assert read_prompts(Path("geneval.jsonl")) == ["a photo of a bench", "a cow"]
 
 
 def test_tables_that_have_no_prompts(here):
+    Path("a.csv").write_text('prompt\n"never closed\na cow\n')
+    with pytest.raises(InputError, match="the table of prompts is damaged"):
+        read_prompts(Path("a.csv"))
+    Path("a.csv").write_text("")
+    with pytest.raises(InputError, match=r"a\.csv has no prompts"):
+        read_prompts(Path("a.csv"))
     Path("a.tsv").write_text("id\tname\n1\tx\n")
     with pytest.raises(InputError, match="there is no column `prompt`, only id, name"):
         read_prompts(Path("a.tsv"))
@@ -262,11 +278,16 @@ def test_completion_knows_every_command_and_option(shell, capsys):
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 @pytest.mark.parametrize(
-    "words, found", [(["diffsight", "logit"], ["logit-lens"]), (["diffsight", "lens", "--see"], 2)]
+    "words, found",
+    [
+        (["diffsight", "logit"], ["logit-lens"]),
+        (["diffsight", "lens", "--see"], ["--seed", "--seeds"]),
+        (["diffsight", "lens", "--ou"], ["--out"]),  # has a short form, -o
+    ],
 )
 def test_bash_completes(words, found, capsys):
     run("completion", "bash")
     script = capsys.readouterr().out
     line = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _diffsight; echo ${{COMPREPLY[@]}}"
     done = subprocess.run(["bash", "-c", f"{script}\n{line}"], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == (["--seed", "--seeds"] if found == 2 else found)
+    assert done.stdout.split() == found

@@ -1,6 +1,7 @@
 """`repeat`: every lens of the package, made again from its record, bit for bit; and what it says where it is not."""
 
 import json
+import shutil
 from inspect import isclass, isfunction
 from typing import get_type_hints
 
@@ -24,7 +25,7 @@ def test_every_lens_is_repeated_from_its_record_bit_for_bit(name, saved_models, 
     repetition = repeat(tmp_path)
     assert repetition.differences == {}
     assert repetition.is_identical
-    kept = {path.name for path in tmp_path.iterdir()} - {"page.html", "arguments.safetensors"}
+    kept = {path.name for path in tmp_path.iterdir()} - {"page.html", "thumbnail.jpg", "arguments.safetensors"}
     assert set(repetition.compared) == kept
     assert repetition.notes == ()
     assert repetition.then == repetition.now
@@ -245,7 +246,8 @@ def test_a_model_that_is_gone(saved, saved_models):
 
 
 def test_several_results_in_one_folder(saved, saved_models):
-    lens_results.make("run_prompts", saved_models).save(saved)
+    lens_results.make("run_prompts", saved_models).save(saved.parent / "other")
+    shutil.copytree(saved.parent / "other", saved, dirs_exist_ok=True)
     with pytest.raises(InputError, match=r"several results \(lens\.json, targets\.json\): name one of them"):
         repeat(saved)
     assert repeat(saved / "targets.json").is_identical

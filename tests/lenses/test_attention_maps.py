@@ -351,6 +351,7 @@ def test_what_is_saved(model, tmp_path):
             "lens.json",
             "image.png",
             "grid.png",
+            "thumbnail.jpg",
             "word_00.png",
             "word_01.png",
             "maps.png",

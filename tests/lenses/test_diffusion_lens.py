@@ -370,7 +370,7 @@ def test_notebooks_show_the_grid(result):
 
 # Saving
 
-FILES = {"grid.png", "embedding.png", "layer_00.png", "layer_02.png", "lens.json", "page.html"}
+FILES = {"grid.png", "embedding.png", "layer_00.png", "layer_02.png", "lens.json", "page.html", "thumbnail.jpg"}
 
 
 def test_exactly_these_files_are_written(result, tmp_path):

@@ -468,6 +468,7 @@ def test_a_video_is_shown_by_its_middle_frame_and_saved_whole(tmp_path):
     names = {path.name for path in result.save(tmp_path)}
     assert names == {
         "grid.png",
+        "thumbnail.jpg",
         "layer_00.png",
         "layer_00.gif",
         "layer_02.png",
@@ -493,6 +494,7 @@ def test_a_sound_is_shown_as_a_wave_and_saved_as_one(tmp_path):
     assert isinstance(result.images[0], Image.Image)
     assert {path.name for path in result.save(tmp_path)} == {
         "grid.png",
+        "thumbnail.jpg",
         "embedding.png",
         "embedding.wav",
         "lens.json",

@@ -427,7 +427,7 @@ def test_the_result_says_how_it_was_made(tmp_path):
         words=["red", "circle"],
         layers=["embedding", 1],
     )
-    names = {"grid.png", "source.png", "target.png", "lens.json", "page.html"}
+    names = {"grid.png", "source.png", "target.png", "lens.json", "page.html", "thumbnail.jpg"}
     names |= {f"{layer}_{word}.png" for layer in ("embedding", "layer_01") for word in ("01", "02")}
     assert {path.name for path in result.save(tmp_path)} == names
     record = json.loads((tmp_path / "lens.json").read_text(encoding="utf-8"))

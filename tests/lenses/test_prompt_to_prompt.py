@@ -190,4 +190,11 @@ def test_probabilities_larger_than_memory(sd, monkeypatch):
 def test_what_is_saved(sd, tmp_path):
     result = prompt_to_prompt(DiffusionModel(sd), SOURCE, TARGET, seed=3, **CALL)
     paths = result.save(tmp_path / "edit")
-    assert {path.name for path in paths} == {"lens.json", "page.html", "source.png", "target.png", "grid.png"}
+    assert {path.name for path in paths} == {
+        "lens.json",
+        "page.html",
+        "thumbnail.jpg",
+        "source.png",
+        "target.png",
+        "grid.png",
+    }

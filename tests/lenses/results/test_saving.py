@@ -73,3 +73,24 @@ def test_arguments_that_are_tensors_are_saved_with_the_record(saved_models, tmp_
     record = json.loads((tmp_path / "lens.json").read_text())
     assert record["call"]["arguments"]["prompts"] == {"$tensor": "prompts"}
     assert record["call"]["models"]["model"]["source"] == str(saved_models / "language")
+
+
+def test_a_result_of_another_lens_in_the_folder_is_kept(images, figure, saved_models, tmp_path):
+    images.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for other in (figure, lens_results.make("logit_lens", saved_models)):  # with a record of another name, and the same
+        with pytest.raises(InputError, match=r"holds a result of diffusion_lens \(lens.json\): save the result of"):
+            other.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    images.save(tmp_path)
+    assert figure.save(tmp_path / "figure.png")  # one image is no folder
+
+
+def test_a_grid_is_saved_with_a_thumbnail(images, figure, tmp_path):
+    assert tmp_path / "a" / "thumbnail.jpg" in images.save(tmp_path / "a")
+    width, height = Image.open(tmp_path / "a" / "thumbnail.jpg").size
+    assert width <= 480 and height <= 360
+    want = images.grid().resize((width, height))
+    off = np.abs(np.asarray(Image.open(tmp_path / "a" / "thumbnail.jpg"), int) - np.asarray(want, int))
+    assert off.mean() < 6
+    assert "thumbnail.jpg" not in {path.name for path in figure.save(tmp_path / "b")}
