@@ -41,9 +41,8 @@ from diffsight.lenses.attention.map_sums import MapSums
 from diffsight.lenses.attention.word_keys import WordKeys
 from diffsight.lenses.denoising.call_checks import Steps, choose_steps
 from diffsight.lenses.denoising.inverted_images import takes_inverted
-from diffsight.lenses.encoders.checks import check_diffusion_model
 from diffsight.lenses.layers import Layers, choose_layers
-from diffsight.lenses.options import check_options
+from diffsight.lenses.options import check_kind, check_options
 from diffsight.lenses.results.calls import repeatable
 from diffsight.lenses.results.outputs import frames_of, image_of
 from diffsight.lenses.results.sections import distinct
@@ -130,7 +129,7 @@ def attention_maps(
     if isinstance(model, VisionLanguageModel):
         own = {"words": words, "method": method, "steps": steps, "encoder": encoder}
         return _of_generated_tokens(model, prompt, image, layers, heads, keep, seed, own, arguments)
-    check_diffusion_model("attention_maps", model)
+    check_kind("attention_maps", model, DiffusionModel)
     if image is not None and "image" in model.argument_names:
         arguments, image = {**arguments, "image": image}, None
     check_options(attention_maps, model, arguments)
@@ -256,7 +255,7 @@ def attention_from(
         InputError: The position is not in the image, a layer or head does not exist, or the pipeline has no
             self-attention.
     """
-    check_diffusion_model("attention_from", model)
+    check_kind("attention_from", model, DiffusionModel)
     check_options(attention_from, model, arguments)
     check_types(attention_from, heads=heads)
     check_maps("attention_from", model, prompt, steps, seed, keep, arguments)

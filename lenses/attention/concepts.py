@@ -83,6 +83,9 @@ class Concepts:
                 spoken = [words[0, tokens].mean(0) for tokens in self.tokens(attention)]
                 add(attention, torch.einsum("whf,nhf->hwn", torch.stack(spoken).float(), seen[0, image].float()))
             words[:, image] = seen[:, image]
+            if attention.references is not None:
+                references = slice(attention.references.start, attention.references.stop)
+                words[:, references] = seen[:, references]
 
 
 def _argument(encoder: str) -> str:

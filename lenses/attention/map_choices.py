@@ -61,7 +61,7 @@ def check_map_size(
     check_memory(
         what,
         4 * words * (sums + groups * max(positions)),
-        model.device,
+        model.pipeline.device,
         "choose fewer words, or fewer of what is kept apart",
     )
 

@@ -37,12 +37,15 @@ class Attention:
     Attributes:
         name: The path of the module, followed by `.products[i]` if it makes several products in one call.
         kind: "self" (the image attends to itself), "cross" (the image attends to other things), "joint" (text and image
-            in one product), "text" (none of its queries is a position of the image), "none" (it makes no product).
+            in one product), "text" (none of its queries is a position of the image), "none" (it makes no product). With
+            reference images, "the image" is the one that is drawn.
         heads: The number of heads.
         queries: The number of queries in the observed call.
         keys: The number of keys.
         image: Which queries are positions of the image; None if none are, or if their order was not found.
         image_keys: Which keys are positions of the image.
+        references: Which queries are positions of reference images, which the denoiser sees beside the image that it
+            draws; None if none are.
         grid: The numbers of rows and columns of image positions, preceded by the number of frames for a video.
         scale: How many rows of the latents one row of the grid covers.
         text: For each text encoder with tokens among the keys, the key of each token; None for tokens without a key.
@@ -56,6 +59,7 @@ class Attention:
     keys: int
     image: range | None
     image_keys: range | None
+    references: range | None
     grid: tuple[int, ...] | None
     scale: float | None
     text: Mapping[str, tuple[int | None, ...]] = field(repr=False)
@@ -70,6 +74,8 @@ class Attention:
         parts = [f"{self.kind}, {self.heads} heads"]
         if self.grid is not None:
             parts.append("image " + " x ".join(map(str, self.grid)))
+        if self.references is not None:
+            parts.append(f"{len(self.references)} positions of reference images")
         parts += [f"{encoder}: {_shown(keys)}" for encoder, keys in self.text.items()]
         parts += [self.unplaced] if self.unplaced else []
         return f"{self.name}: " + "; ".join(parts)
@@ -150,7 +156,7 @@ def _found(model: Model, arguments: Mapping[str, Any]) -> Attentions:
             return known[inputs]
     name = type(model.pipeline).__name__
     raise InputError(
-        f"{name} cannot be called with its defaults alone ({first}). Pass what it needs, as in "
+        f"{name} cannot be called with these arguments and its defaults ({first}). Pass what it needs, as in "
         'find_attentions(model, "a red circle", height=64)'
     ) from first
 
@@ -179,6 +185,12 @@ def follow_products(
         entries = flow.observer.entries(denoiser, COND)
         if entries is None or (entries and entries[-1] >= len(value.q)):
             raise InputError(f"{attention.name}: it is not known which part of the batch is the conditional branch")
+        if value.shape[1:] != (attention.heads, attention.queries, attention.keys):
+            raise InputError(
+                f"{attention.name} makes another product in step {flow.clock.index} than in the first call, for which "
+                f"tokens and positions were found: {_sizes(*value.shape[1:])}, not "
+                f"{_sizes(attention.heads, attention.queries, attention.keys)}. Choose steps or layers without it"
+            )
         if entries:
             function(attention, flow.clock.index, value.part(entries))
 
@@ -206,6 +218,7 @@ def _attention(
         columns,
         as_range(queries) if is_placed else None,
         as_range(keys),
+        as_range(image.references[key]),
         grid,
         image.height / grid[-2] if is_placed else None,
         found,
@@ -217,7 +230,11 @@ def _without_product(denoiser: str, path: str, module: nn.Module) -> Attention:
     reason = why_hidden(module)
     reason = reason or f"{type(module).__name__} makes no product with a softmax in this call, such as linear attention"
     name, heads = reduce(join, path.split("."), denoiser), count_heads(module) or 0
-    return Attention(name, "none", heads, 0, 0, None, None, None, None, {}, reason)
+    return Attention(name, "none", heads, 0, 0, None, None, None, None, None, {}, reason)
+
+
+def _sizes(heads: int, queries: int, keys: int) -> str:
+    return f"{heads} heads, {queries} queries and {keys} keys"
 
 
 def _shown(keys: Sequence[int | None]) -> str:

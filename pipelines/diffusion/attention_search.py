@@ -75,6 +75,7 @@ class ImageSearch:
     Attributes:
         queries: Which queries of each product change with the image.
         keys: Which keys of each product change with the image.
+        references: Which queries of each product change with reference images.
         height: The number of rows of the latents.
     """
 
@@ -86,6 +87,8 @@ class ImageSearch:
         every = tracer.trace(image=lambda tensor: torch.ones_like(tensor, dtype=torch.bool))
         self.queries = {k: _changed(every[k].queries, plain[k].queries) for k in plain}
         self.keys = {k: set(_changed(every[k].keys, plain[k].keys)) for k in plain}
+        seen = tracer.trace(references=True) if tracer.drawn is not None else plain
+        self.references = {k: _changed(seen[k].queries, plain[k].queries) for k in plain}
         self._problem = None if self._axes else f"the positions of the image in {tracer.image} were not found"
         self._changes: dict[_Stripes, dict[Key, torch.Tensor]] = {}
         for stripes in starmap(_Stripes, product(range(3), (2, 4), (False, True))) if self._axes else ():

@@ -17,6 +17,7 @@ from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -72,7 +73,9 @@ class AttentionTracer:
     def __init__(self, model: Model, arguments: Mapping[str, Any]) -> None:
         self._model, self._arguments = model, dict(arguments)
         self.denoiser = denoiser_of(model)
-        self.image: tuple[int, ...] = ()  # the shape of the denoiser's input for one image
+        self.image: tuple[int, ...] = ()  # the shape of the denoiser's input for the image that is drawn
+        self.drawn: slice | None = None  # its positions in a sequence that also holds reference images
+        self._positions = 0  # the length of that sequence
         self.latents: tuple[int, ...] = ()  # the shape of the decoded latents for one image; () if unknown
         self.tokens: dict[str, int] = {}  # the number of tokens that each text encoder returns
 
@@ -99,14 +102,18 @@ class AttentionTracer:
         self,
         text: tuple[str, Sequence[int]] | None = None,
         image: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        references: bool = False,
     ) -> dict[Key, Trace]:
         """Return the products of the first call of the denoiser.
 
         Args:
             text: The name of a text encoder, and which of its tokens are changed.
             image: Returns a mask of the changed places, for an input tensor with one or several images.
+            references: Whether reference images are changed.
         """
         run, mode = self._opened(text, image)
+        if references:
+            run.follow(f"{self.denoiser}.input", self._change_references)
         with run:
             run[self.denoiser].output
             run.stop()
@@ -120,6 +127,8 @@ class AttentionTracer:
         ]
         arguments = {"num_inference_steps": 2} if "num_inference_steps" in self._model.argument_names else {}
         run, _ = self._opened(None, image, **arguments)
+        if image is None and len(self.image) == 2:
+            self._follow_drawn(run)
         with run:
             value = None
             if decoders:
@@ -127,6 +136,30 @@ class AttentionTracer:
             run.stop()
         self.latents = () if value is None else tuple(value.shape[1:])
         return value
+
+    def _follow_drawn(self, run: Run) -> None:
+        """Find the positions that the scheduler steps among those that go into the denoiser."""
+        sequence: list[torch.Tensor] = []
+
+        def keep(value: Any) -> None:
+            if not sequence:
+                sequence.append(_tensors(value)[0][0].detach().clone())
+
+        def compare(inputs: Any) -> None:
+            if self._positions:
+                return
+            self._positions = len(sequence[0])
+            for latents in (tensor[0].to(sequence[0]) for tensor in _tensors(inputs) if tensor.ndim == 3):
+                same = latents.shape[1:] == self.image[1:] and (sequence[0] == latents[0]).all(-1)
+                for start in torch.nonzero(same).flatten().tolist() if len(latents) < self._positions else ():
+                    if torch.equal(sequence[0][start : start + len(latents)], latents):
+                        self.drawn, self.image = slice(start, start + len(latents)), tuple(latents.shape)
+                        return
+
+        run.follow(f"{self.denoiser}.input", keep)
+        for name, part in components(self._model.pipeline).items():
+            if isinstance(part, SchedulerMixin):
+                run.follow(f"{name}.step.inputs", compare)
 
     def _opened(self, text: Any, image: Any, **more: Any) -> tuple[Run, "CutAttention"]:
         run = self._model.generate(**{**self._arguments, **more}, seed=0)
@@ -151,9 +184,17 @@ class AttentionTracer:
         tensors = _tensors(value)
         self.image = self.image or tuple(tensors[0].shape if isinstance(value, (list, tuple)) else tensors[0].shape[1:])
         for tensor in tensors if where is not None else ():
+            if self.drawn is not None and tensor.shape[1] == self._positions:
+                tensor = tensor[:, self.drawn]
             noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)).to(tensor)
             place = where(tensor).to(tensor.device)
             tensor.copy_(torch.where(place, 3 * noise, tensor))
+
+    def _change_references(self, value: Any) -> None:
+        for tensor in _tensors(value):
+            drawn = tensor[:, self.drawn].clone()
+            tensor.copy_(3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1)))
+            tensor[:, self.drawn] = drawn
 
 
 def denoiser_of(model: Model) -> str:
@@ -161,6 +202,8 @@ def denoiser_of(model: Model) -> str:
     found = denoisers(model.pipeline)
     if not found:
         raise InputError(f"{type(model.pipeline).__name__} has no component that takes a timestep")
+    if len(found) == 1:
+        return next(iter(found))
     return max(found, key=lambda name: sum(p.numel() for p in found[name].parameters()))
 
 

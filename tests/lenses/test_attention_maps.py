@@ -2,6 +2,7 @@
 
 import json
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -119,15 +120,15 @@ def test_what_is_kept_apart(model, keep, count):
 
 
 class Joint(TorchFunctionMode):
-    """Keeps the mean over heads of the probabilities of every attention over 80 tokens."""
+    """Keeps the mean over heads of the probabilities of every attention over so many tokens."""
 
-    def __init__(self):
+    def __init__(self, tokens=80):
         super().__init__()
-        self.kept = []
+        self.kept, self._tokens = [], tokens
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        if func is F.scaled_dot_product_attention and "query" in kwargs and kwargs["query"].shape[-2] == 80:
+        if func is F.scaled_dot_product_attention and "query" in kwargs and kwargs["query"].shape[-2] == self._tokens:
             q, k = kwargs["query"], kwargs["key"]
             self.kept.append(torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1)[0].mean(0))
         return output
@@ -143,6 +144,40 @@ def test_maps_in_joint_attention(flux):
     assert len(joint.kept) == 8
     expected = probs[16:, [2, 6]].T.unflatten(-1, (8, 8))  # text first; T5 has no token that begins a prompt
     assert torch.allclose(result.maps, expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def kontext():
+    pipe = diffusers.FluxKontextPipeline(**text_encoders.built("flux").components)
+    pipe.set_progress_bar_config(disable=True)
+    inputs = {"image": diffusion.IMAGE, "max_area": 32 * 32, "_auto_resize": False}
+    return DiffusionModel(pipe), {"height": 32, "width": 32, "max_sequence_length": 16, **inputs, **SHORT}
+
+
+def test_maps_beside_a_reference_image(kontext):
+    """The maps are those of the image that is drawn, whose 64 positions stand between the text and the reference."""
+    model, inputs = kontext
+    result = attention_maps(model, PROMPT, ["circle", "square"], seed=3, **inputs)
+    with Joint(16 + 64 + 64) as joint:
+        drawn = model.pipeline(prompt=PROMPT, generator=torch.Generator().manual_seed(3), **inputs).images[0]
+    assert len(joint.kept) == 8
+    expected = torch.stack(joint.kept).mean(0)[16:80, [2, 6]].T.unflatten(-1, (8, 8))
+    assert torch.allclose(result.maps, expected, atol=1e-5)
+    assert same_image(result.image, drawn)
+
+
+def test_concepts_do_not_affect_a_reference_image(kontext):
+    """After the last block, the image and the reference are the same in both rows."""
+    model, inputs = kontext
+    rows = []
+    block = model.pipeline.transformer.single_transformer_blocks[-1]
+    attention_maps(model, PROMPT, "circle", seed=3, **inputs)  # from here on the attentions are known
+    hook = block.register_forward_hook(lambda module, args, output: rows.append(output[1]))  # without the text
+    attention_maps(model, PROMPT, ["photo", "green"], method="concept", seed=3, **inputs)
+    hook.remove()
+    assert [row.shape[:2] for row in rows] == 2 * [(2, 128)]
+    for first, second in rows:
+        assert torch.allclose(first, second, atol=1e-4)
 
 
 def test_where_a_place_looks(model, sd):

@@ -1,8 +1,10 @@
 """What attends to what in the denoisers of diffusion pipelines, as the code of diffusers lays it out."""
 
+import dataclasses
 import functools
 import weakref
 
+import diffusers
 import pytest
 import torch
 from torch.nn import functional as F
@@ -10,10 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 from diffsight import DiffusionModel
 from diffsight.errors import InputError
-from diffsight.pipelines.diffusion.attention import find_attentions
+from diffsight.pipelines.diffusion.attention import find_attentions, follow_products
 from helpers import SEED, footprint
 from models import diffusion, text_encoders
 from models.denoisers import DENOISERS
+from models.diffusion import SIDE
 
 
 def consecutive(count, start=0):
@@ -171,6 +174,31 @@ def test_positions_that_are_not_square():
     assert {one.scale for one in found.values()} == {2.0}
 
 
+REFERENCE = diffusion.IMAGE.resize((64, 64))
+
+
+def test_reference_images_beside_the_image():
+    """FLUX Kontext: the text first, then the image that is drawn, then the given one."""
+    pipe = diffusers.FluxKontextPipeline(**text_encoders.built("flux").components)
+    inputs = text_encoders.TEXT_PIPELINES["flux"].inputs(image=REFERENCE, max_area=SIDE**2, _auto_resize=False)
+    found = find_attentions(DiffusionModel(pipe), **inputs)
+    assert [(one.kind, one.grid, dict(one.text)) for one in found.values()] == EXPECTED["flux"]
+    for one in found.values():
+        assert (one.image, one.image_keys, one.references) == (range(16, 80), range(16, 80), range(80, 336))
+
+
+def test_reference_images_in_a_product_of_their_own():
+    """FLUX.2 klein with kept keys: reference images come before the image, and attend to themselves alone."""
+    pipe = diffusers.Flux2KleinKVPipeline(**text_encoders.built("flux2").components)
+    model = DiffusionModel(pipe)
+    inputs = text_encoders.TEXT_PIPELINES["flux2"].inputs(image=REFERENCE)
+    found = find_attentions(model, **{name: value for name, value in inputs.items() if name in model.argument_names})
+    first, second = list(found.values())[:2]
+    assert (first.kind, first.grid, dict(first.text)) == EXPECTED["flux2"][0]
+    assert (first.image, first.image_keys, first.references) == (range(128, 192), range(384, 448), None)
+    assert (second.grid, len(second.references)) == (None, 256)
+
+
 def test_an_image_prompt(sd):
     inputs = diffusion.PIPELINES["stable_diffusion"].inputs() | diffusion.add_image_prompt(sd)
     found = find_attentions(DiffusionModel(sd), **inputs)
@@ -201,6 +229,16 @@ def test_attentions_of_a_model(sd):
     with model.generate(**diffusion.PIPELINES["stable_diffusion"].inputs(), seed=SEED) as run:
         for attention in found.values():
             assert run[attention.path].attention_probs.shape[1] == attention.heads
+
+
+def test_products_of_another_size(sd):
+    """Whatever was found for the first call does not hold for a product of another size."""
+    model, inputs = DiffusionModel(sd), diffusion.PIPELINES["stable_diffusion"].inputs()
+    found = dataclasses.replace(model.attentions.of_kind("cross")[0], keys=76)
+    with pytest.raises(InputError, match=r"2 heads, 256 queries and 77 keys, not 2 heads, 256 queries and 76 keys"):
+        with model.generate(**inputs, seed=SEED) as run:
+            run.unet.inputs
+            follow_products(run, [found], lambda *given: None)
 
 
 def test_a_pipeline_that_needs_more():
