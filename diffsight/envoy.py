@@ -99,6 +99,10 @@ class InRun:
         """The child of the whole model called `name`, if there is one."""
         return root_of(self)._child(name)
 
+    def _own_copy(self, part: Any) -> Any:
+        """Return the copy of a part of the model that this run works on, or the part itself if it has none."""
+        return part
+
 
 class Points:
     """The values of one call, on an envoy, a method, or one of their `.calls`: they can be read and assigned.
@@ -201,7 +205,7 @@ class Points:
     def _hint_at_child(self, name: str) -> str:
         """Return a hint on how to reach the module called `name`, if there is one."""
         is_child = name in self._tree.children_of(self._target)
-        return f'. The module of that name is {self.path}["{name}"]' if is_child else ""
+        return f'. The module of that name is {self.path or "run"}["{name}"]' if is_child else ""
 
     def _fetch(self, part: str) -> Any:
         own = self.__dict__  # where a class has a `__getattr__`, as here, attributes are looked up slowly
@@ -257,7 +261,17 @@ class Calls:
     __iter__ = None  # it is not known how many calls there will be
 
     def __init__(self, points: Points) -> None:
-        self._points = points
+        self.__dict__["_points"] = points
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        calls = join(self._points.path, "calls")
+        hint = self._points._hint_at_child("calls")
+        raise PointNotFoundError(f"{calls} has no {name!r}: choose a call by its number, {calls}[0].{name}{hint}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__getattr__(name)
 
     def __getitem__(self, index: int) -> Points:
         if not hasattr(index, "__index__") or index < 0:
@@ -285,7 +299,8 @@ class MethodEnvoy(Points):
         if elsewhere is not None and elsewhere.is_meant_by(self):
             return elsewhere.call(self, args, kwargs, hook)
         plain = type(self._target) is Target
-        method = self._tree.attribute(self._target.owner, self._target.name) if plain else self._target.call
+        owner = _part_in_run(self)
+        method = self._tree.attribute(owner, self._target.name) if plain else self._target.call
         return self._within(method, args, kwargs) if hook else method(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -379,7 +394,7 @@ class Envoy(Points):
         if child is not None:
             return child
         try:
-            value = self._tree.attribute(self._owner, name)
+            value = self._tree.attribute(_part_in_run(self), name)
         except AttributeError:
             found = self._tree.named_value(self, name)
             if found is not None:
@@ -598,6 +613,13 @@ def fetch(points: Points, part: str) -> Any:
 def assign(points: Points, part: str, value: Any) -> None:
     """Assign a value by the name of its part: "output", "input" or "inputs"."""
     points._assign(part, value)
+
+
+def _part_in_run(points: Points) -> Any:
+    """Return the part of the model behind a handle: in a run that works on a copy of the part, the copy."""
+    flow = None if points._run is not None else points._tree.open_runs.innermost(points._tree)
+    run = points._run if flow is None else flow.run()
+    return points._target.owner if run is None else run._own_copy(points._target.owner)
 
 
 def _holds_modules(value: Any) -> bool:

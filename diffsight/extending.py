@@ -55,6 +55,8 @@ State that belongs to the model's structure is kept on the tree, where edited co
 a property, put `keeping_attribute_errors(self)` around code that may raise AttributeError. If there are several passes
 (`run.invoke`), names refer to the run `self._pass`. `self._check_one_pass(name)` raises an error for a name that every
 pass has, `self._check_no_scan(name)` for a result that a scan would make of zeros. `self._model` is the model.
+Override `_own_copy` if a run works on copies of parts of the model: attributes and methods of their handles are then
+those of the copies.
 
 **The model** (`Model`). Set `_run_class`, call `_wrap(tree)` in `__init__`, and open runs with `_new_run(function,
 sizes, again, grad)`. Override `_bound(run, part)` if the handle on the whole model has a class of its own, and

@@ -8,10 +8,11 @@ The run's `Clock` decides when a step begins, see `diffsight.engine.step_clock`.
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from diffsight.engine.innermost_run import current_edit
 from diffsight.engine.run_to_point import Flow
-from diffsight.errors import InputError, OutOfOrderError
+from diffsight.errors import InputError, OutOfOrderError, PointNotFoundError, suggest
 
 
 class Step:
@@ -23,9 +24,13 @@ class Step:
     """
 
     def __init__(self, index: int, component: str, call: tuple[tuple, dict]) -> None:
-        self.index = index
-        self.component = component
-        self._call = call
+        self.__dict__.update(index=index, component=component, _call=call)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name.startswith("_") or isinstance(getattr(type(self), name, None), property)):
+            known = [one for one in dir(self) if not one.startswith("_")]
+            raise PointNotFoundError(f"a step has no {name!r} to assign{suggest(name, known)}")
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         return f"<step {self.index} of {self.component}>"
@@ -44,6 +49,18 @@ class Steps:
                     "not known in advance"
                 )
         self._flow, self._make_step, self._chosen = flow, make_step, chosen
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        tree = self._flow.tree
+        hint = '. The module of that name is run["steps"]' if "steps" in tree.children_of(tree.root) else ""
+        raise PointNotFoundError(f"run.steps has no {name!r}: write `for step in run.steps:`{hint}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            self.__getattr__(name)
+        super().__setattr__(name, value)
 
     def __getitem__(self, chosen: slice) -> "Steps":
         if not isinstance(chosen, slice):

@@ -37,6 +37,7 @@ class Running(Protocol):
 
 
 _known: WeakKeyDictionary[nn.Module, dict[tuple[str, int], Sizes]] = WeakKeyDictionary()
+_varying: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # values with more parts for a larger batch
 _tried: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()  # component to batch sizes tried in vain
 
 
@@ -52,7 +53,8 @@ def batch_dimensions(host: Running, target: Target, part: str, value: Any, total
 
     Returns:
         For everything in the value, in order: True if its first dimension is the batch, None if another one is, False
-        if none is. None instead of the list if this cannot be determined."""
+        if none is. None instead of the list if this cannot be determined. If the number of things in the value depends
+        on the batch, as in a list with a tensor per input, None stands for each of them."""
     if target.name != FORWARD:
         return None
     leaves = [value] if type(value) is torch.Tensor else tree_leaves(value)
@@ -65,7 +67,8 @@ def batch_dimensions(host: Running, target: Target, part: str, value: Any, total
     component = target.around()[0] if target.outer else target
     if total not in _tried.setdefault(component.owner, set()) and _find(host, component.owner, total):
         _tried[component.owner].add(total)
-    return _known.get(target.owner, {}).get(key)
+    varies = part in _varying.get(target.owner, ())
+    return _known.get(target.owner, {}).get(key, [None] * len(leaves) if varies else None)
 
 
 def _length(leaf: Any) -> int | None:
@@ -110,6 +113,8 @@ def _has_time_first(module: nn.Module) -> bool:
 def _note(module: nn.Module, calls: dict[str, list[Shapes]], larger: dict[str, list[Shapes]], total: int) -> None:
     for part, shapes in calls.items():
         others = larger.get(part, [])
+        if {len(shape) for shape in shapes} != {len(shape) for shape in others}:
+            _varying.setdefault(module, set()).add(part)
         found = [_compare(a, b, total) for a, b in zip(shapes, others) if len(a) == len(b)]
         alike = len(found) == len(shapes) == len(others) and all(sizes == found[0] for sizes in found)
         for count in {len(shape) for shape in shapes}:  # if not alike, it may be called for parts of the batch

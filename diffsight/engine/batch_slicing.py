@@ -127,6 +127,7 @@ class Part(Selection):
         if isinstance(whole, torch.Tensor) != isinstance(value, torch.Tensor):
             raise AssignmentError(f"{path} holds a {type(whole).__name__} where a {type(value).__name__} was assigned")
         if not isinstance(whole, torch.Tensor) or not self._is_batch(whole):
+            _check_shared(whole, value, path)
             return whole
         return self._put_in_tensor(whole, value, path, copies)
 
@@ -202,6 +203,23 @@ class TracedPart(Part):
                 f"the batch of {self.total}. Read or assign it on the run itself"
             )
         return super()._slice(tensor, path)
+
+
+def _check_shared(whole: Any, value: Any, path: object) -> None:
+    """Raise AssignmentError if a row is assigned something else in place of what all rows share."""
+    if whole is value:
+        return
+    if isinstance(whole, torch.Tensor):
+        is_same = whole.dtype == value.dtype and torch.equal(whole, value)
+        shared = f"a tensor of shape {tuple(whole.shape)}"
+    else:
+        is_same = type(whole) is type(value) and whole == value
+        shared = f"a {type(whole).__name__}"
+    if not is_same:
+        raise AssignmentError(
+            f"{path} holds {shared} that all rows share, and another one was assigned to it. Assign that on the run "
+            "itself"
+        )
 
 
 def wrong_type(path: object, before: Any, value: Any) -> AssignmentError:

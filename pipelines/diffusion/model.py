@@ -156,6 +156,13 @@ class DiffusionModel(HasEncoders, Model):
                 part.requires_grad_(requires_grad)
         return self
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the pipeline. While a run of it is open, this calls a copy with its own schedulers, as other runs do."""
+        if is_on_server(self):
+            return super().__call__(*args, **kwargs)
+        with PipelineOfRun(self.pipeline).in_use() as pipeline:
+            return pipeline(*args, **kwargs)
+
     def generate(
         self, *args: Any, seed: int | Sequence[int] | None = None, grad: bool = False, **kwargs: Any
     ) -> DiffusionRun:

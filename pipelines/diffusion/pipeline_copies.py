@@ -28,6 +28,8 @@ class PipelineOfRun:
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline = pipeline
+        self.copies: dict[int, Any] = {}  # by the ids of the user's own objects
+        self._originals: list[Any] = []  # they keep their ids as long as they are here
 
     @contextmanager
     def in_use(self) -> Iterator[DiffusionPipeline]:
@@ -39,7 +41,8 @@ class PipelineOfRun:
                 _in_use.update(parts)
         try:
             if not is_free:
-                self.pipeline = _copied(self.pipeline)
+                self._originals = stateful_parts(self.pipeline)
+                self.pipeline = _copied(self.pipeline, self.copies)
             yield self.pipeline
         finally:
             if is_free:
@@ -54,9 +57,10 @@ def stateful_parts(pipeline: DiffusionPipeline) -> list[Any]:
     return parts
 
 
-def _copied(pipeline: DiffusionPipeline, copies: dict[int, Any] | None = None) -> DiffusionPipeline:
-    """Return a copy that shares everything with the pipeline, except for what changes in a run."""
-    copies = {} if copies is None else copies  # copies of objects that may be held in several places
+def _copied(pipeline: DiffusionPipeline, copies: dict[int, Any]) -> DiffusionPipeline:
+    """Return a copy that shares everything with the pipeline, except for what changes in a run.
+
+    `copies` are those made so far, by the ids of the objects, which may be held in several places."""
     copied = copies[id(pipeline)] = object.__new__(type(pipeline))
     vars(copied).update(vars(pipeline))
     for name, part in vars(pipeline).items():

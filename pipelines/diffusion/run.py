@@ -116,6 +116,9 @@ class DiffusionRun(GeneratedOutputs, Run):
         pipeline = tree_of(self).root.owner if self._called is None else self._called.pipeline
         return DiffusionStep(index, path, call, self, pipeline, flow_of(self).known_of_step)
 
+    def _own_copy(self, part: Any) -> Any:
+        return part if self._called is None else self._called.copies.get(id(part), part)
+
     def _of_result(self, name: str) -> Any:
         self._check_one_pass(name)
         self._check_no_scan(name)

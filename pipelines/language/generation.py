@@ -204,10 +204,16 @@ class GenerationRun(Run):
         return self._pieces()
 
     def _pieces(self) -> Iterator[str | list[str]]:
+        step = None
         for step in self.steps:
             piece = step.text
             if piece and any(piece):
                 yield piece
+        if step is not None:
+            ids, start = self._choice(step.index)
+            rest = [_incomplete_end(decoded(self._generated.tokenizer, row[start:])) for row in ids]
+            if any(rest):
+                yield one_or_many(rest)
 
     def _make_step(self, index: int, path: str, call: tuple[tuple, dict]) -> Step:
         if self._generated is None:
@@ -297,6 +303,11 @@ def _added(tokenizer: Any, ids: torch.Tensor) -> str:
     """Return the text that the last of `ids` adds. A character of several tokens is added with its last token."""
     whole, before = decoded(tokenizer, ids), decoded(tokenizer, ids[:-1]).rstrip(_INCOMPLETE)
     return "" if whole.endswith(_INCOMPLETE) else whole[len(before) :]
+
+
+def _incomplete_end(text: str) -> str:
+    """Return the end of a text that no step has added, because tokens of its last character are missing."""
+    return text[len(text.rstrip(_INCOMPLETE)) :]
 
 
 def set_generated(run: GenerationRun, generated: GeneratedTokens, model: Target) -> None:

@@ -340,6 +340,8 @@ class LanguageModel(Accessors, Model):
         """
         if seed is not None:
             check_seed(seed)
+        known = self.argument_names | (self.generation_argument_names if self._generates() else set())
+        check_arguments(type(self._owner).__name__, kwargs, known, near={"inputs", "seed", "grad"})
         if inputs is not None or self._has_input(kwargs):
             self._encode(inputs, kwargs)
 
@@ -413,11 +415,14 @@ class LanguageModel(Accessors, Model):
 
     # ---- inputs
 
+    def _generates(self) -> bool:
+        return getattr(self._owner, "can_generate", bool)()
+
     def _check_trace_arguments(self, kwargs: Mapping[str, Any]) -> None:
         unknown = next((name for name in kwargs if name not in self.argument_names), None)
         if unknown is None:
             return
-        if getattr(self._owner, "can_generate", bool)() and unknown in self.generation_argument_names:
+        if self._generates() and unknown in self.generation_argument_names:
             raise InputError(
                 f"trace runs one forward pass and does not take {unknown!r}: use model.generate(..., {unknown}=...)"
             )

@@ -113,3 +113,22 @@ def test_a_run_without_input(net, x):
     with model.trace() as run, run.invoke(x):
         hidden = model.layers[0].output
     assert torch.equal(hidden, net.layers[0](net.first(x)))
+
+
+@pytest.mark.parametrize("name, hint", [("calls", r"calls\[0\]\.output"), ("steps", "for step in run.steps")])
+def test_what_stands_for_several_values_takes_none(name, hint, x):
+    model = Model(Outer(name))
+    uses = (lambda found: found.output, lambda found: setattr(found, "output", x))
+    for use in uses:
+        match = rf"{name} has no 'output'.*{hint}.*run\[\"{name}\"\]"
+        with pytest.raises(PointNotFoundError, match=match), model.trace(x) as run:
+            use(getattr(run, name))
+
+
+def test_a_misspelt_name_of_a_step(x):
+    with (
+        pytest.raises(PointNotFoundError, match=r"a step has no 'indx' to assign .*'index'"),
+        Model(Outer("a")).trace(x) as run,
+    ):
+        for step in run.steps:
+            step.indx = 3

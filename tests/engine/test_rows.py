@@ -1,5 +1,7 @@
 """Rows, one body per row, and passes inside a run: an edit of one input does not reach the others."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -588,3 +590,43 @@ def test_a_row_takes_what_the_output_holds(net, inputs, value, told):
         with Model(net).trace(inputs) as run:
             run.rows[1].pair.output = value
     assert not net._forward_hooks
+
+
+class TwoParts(nn.Module):
+    """Its middle returns something made of the hidden states, of shape (batch, 3, 4)."""
+
+    def __init__(self, divided, joined):
+        super().__init__()
+        self.first, self.middle, self.divided, self.joined = nn.Linear(4, 4), nn.Identity(), divided, joined
+
+    def forward(self, x):
+        return self.joined(self.middle(self.divided(self.first(x))))
+
+
+@pytest.mark.parametrize("tokens", [3, 6])
+def test_a_list_with_a_tensor_per_input_is_not_cut(tokens):
+    net = TwoParts(list, torch.stack)  # each tensor is (tokens, 4), and there are as many inputs as tokens
+    for use in (lambda row: row.middle.output, lambda row: setattr(row.middle, "output", [torch.zeros(1, 4)] * 3)):
+        with (
+            pytest.raises(InputError, match="cannot be cut into rows"),
+            Model(net).trace(torch.randn(3, tokens, 4)) as run,
+        ):
+            use(run.rows[0])
+
+
+@pytest.mark.parametrize(
+    "shared, other", [(torch.ones(()), torch.zeros(())), (torch.ones(1, 4), torch.ones(1, 4) * 2), (2.0, 3.0)]
+)
+def test_a_row_cannot_change_what_all_rows_share(shared, other):
+    net, x, row = (
+        TwoParts(lambda y: (y, shared), lambda parts: parts[0] * parts[1]),
+        torch.randn(3, 2, 4),
+        torch.ones(1, 2, 4),
+    )
+    with Model(net).trace(x) as run:
+        run.rows[1].middle.output = (row, copy.copy(shared))
+    expected = net(x)
+    expected[1] = row[0] * shared
+    assert torch.equal(run.result, expected)
+    with pytest.raises(AssignmentError, match="that all rows share"), Model(net).trace(x) as run:
+        run.rows[1].middle.output = (row, other)

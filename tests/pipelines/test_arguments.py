@@ -150,6 +150,13 @@ class Streamer:
         self.ended += 1
 
 
+def test_check_knows_the_arguments_of_both_calls():
+    model = LanguageModel(llama(num_hidden_layers=2))
+    model.check(IDS, max_new_tokens=3, use_cache=False)
+    with pytest.raises(InputError, match=r"has no argument 'max_new_token' .*'max_new_tokens'"):
+        model.check(IDS, max_new_token=3)
+
+
 def test_a_run_with_a_streamer_that_is_dropped_unread():
     model, streamer = LanguageModel(llama(num_hidden_layers=2)), Streamer()
     with pytest.warns(RuntimeWarning, match="a run with a streamer was dropped before anything ran"):

@@ -143,7 +143,7 @@ def test_the_tokens_of_a_step_and_its_text(task):
     assert all(tokens == [said] for said, tokens, _ in steps)
     written = tokenizer.decode([said for said, _, _ in steps], skip_special_tokens=True)
     assert "".join(text for *_, text in steps) == written.rstrip("\ufffd")
-    assert "".join(model.generate(*case.args, **case.kwargs).stream()) == written.rstrip("\ufffd")
+    assert "".join(model.generate(*case.args, **case.kwargs).stream()) == written
     assert "generate" not in vars(pipe.model)
 
 

@@ -245,6 +245,19 @@ def test_streaming(model):
     assert "".join(pieces) == run.text == model.generate(PROMPT, max_new_tokens=6).text
 
 
+def test_streaming_a_text_that_ends_within_a_letter(net):
+    model = LanguageModel((net, TOKENIZER))
+    wanted = TOKENIZER("a東", add_special_tokens=False)["input_ids"][:-1]
+
+    @model.edit
+    def edited(run):
+        for _step, token in zip(run.steps, wanted):
+            run.logits = torch.full_like(run.logits, -100.0).index_fill(-1, torch.tensor(token), 100.0)
+
+    pieces = list(edited.generate(PROMPT, max_new_tokens=len(wanted)).stream())
+    assert set(pieces[-1]) == {"\ufffd"} and "".join(pieces) == TOKENIZER.decode(wanted)
+
+
 def test_letters_of_several_tokens_come_whole(net):
     """A byte-level tokenizer writes 東 as three tokens."""
     model = LanguageModel((net, TOKENIZER))

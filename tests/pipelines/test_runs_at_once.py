@@ -52,6 +52,29 @@ def test_a_run_in_the_body_of_another_with_other_settings(pipe, cls):
     assert pipe.scheduler is scheduler
 
 
+@pytest.mark.parametrize("cls", SCHEDULERS)
+def test_a_plain_call_of_the_model_in_the_body_of_a_run(pipe, cls):
+    pipe.scheduler = cls.from_config(pipe.scheduler.config)
+    want, other, model = bare(pipe), bare(pipe, seed=1, guidance_scale=2.0), DiffusionModel(pipe)
+    with model.generate(**CALL, seed=0) as run:
+        for step in run.steps:
+            if step.index == 2:
+                inner = model(**CALL, guidance_scale=2.0, generator=torch.Generator().manual_seed(1)).images
+    assert torch.equal(inner, other)
+    assert torch.equal(run.images, want)
+
+
+def test_each_run_has_the_attributes_of_its_own_scheduler(pipe):
+    model, more = DiffusionModel(pipe), {**CALL, "num_inference_steps": 3}
+    with model.generate(**CALL, guidance_scale=7.5) as x, model.generate(**more, guidance_scale=2.0) as y:
+        next(iter(x.steps)), next(iter(y.steps))
+        for run, count, scale in ((x, 5, 7.5), (y, 3, 2.0)):
+            assert run.scheduler.num_inference_steps == len(run.scheduler.timesteps) == count
+            assert run.guidance_scale == scale
+        assert model.scheduler.num_inference_steps == 3  # of the innermost run
+    assert pipe.scheduler.num_inference_steps == 5
+
+
 def test_pipelines_that_share_a_scheduler(pipe):
     pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     want, other = bare(pipe), type(pipe)(**pipe.components, requires_safety_checker=False)
