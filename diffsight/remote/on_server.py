@@ -38,6 +38,9 @@ class OnServer:
     def _opened(self, method: Callable[..., Run], name: str, args: tuple, kwargs: dict[str, Any]) -> Run | Job:
         """Open a run by a method of the model, and store the call for `_new_run`. `blocking=False` makes it a job."""
         blocking = kwargs.pop("blocking", True)
+        no_jobs = getattr(type(self), "_no_jobs", "")  # why no run of this class can be a job
+        if not blocking and no_jobs:
+            raise InputError(no_jobs)
         not_sent = getattr(type(self), "_not_sent", ())  # arguments that have no meaning for a server
         before = _opening.set((name, args, {key: value for key, value in kwargs.items() if key not in not_sent}))
         try:

@@ -18,6 +18,8 @@ INSIDE = "how the engine works within one process: stacks, threads, interrupts, 
 
 # A key is a file, a test, or some parameters of one: "*" stands for any text.
 TESTS = {
+    "test_activation_patching.py::test_heads_in_steps_of_generation": OBJECTS,
+    "test_activation_patching.py::test_steps_before_the_patch_are_not_generated_again[gpt2]": OBJECTS,
     "test_anywhere.py::test_under_tracing": INSIDE,
     "test_architectures_of_lenses.py": SHARED,
     "test_arguments.py::test_a_run_with_a_streamer_that_is_dropped_unread": FUNCTIONS,
@@ -39,6 +41,7 @@ TESTS = {
     "test_calls.py::test_inputs_by_number": COPIES,
     "test_compiled.py": INSIDE,
     "test_control.py::test_skip_too_late": LATER,
+    "test_denoiser_attribution.py::test_a_branch_of_a_pipeline_with_a_controlnet": GRADIENTS,
     "test_diffusion_components.py::test_casting": WEIGHTS,
     "test_diffusion_lazy_loading.py::test_a_component_exchanged_before_is_kept": WEIGHTS,
     "test_diffusion_lazy_loading.py::test_at_once": WEIGHTS,
