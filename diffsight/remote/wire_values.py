@@ -181,6 +181,15 @@ class ValueEncoder:
         return name
 
 
+def can_be_sent(value: Any) -> bool:
+    """Return whether a value can be sent to a server."""
+    try:
+        ValueEncoder().encode(value)
+    except InputError:
+        return False
+    return True
+
+
 class ValueDecoder:
     """Decodes the values of one message.
 
@@ -249,7 +258,10 @@ class ValueDecoder:
                 return self._tensors[inner].numpy()
             case "$image":
                 name, mode, *size = inner
-                return Image.frombytes(mode, tuple(size), self._tensors[name].numpy().tobytes())
+                data = self._tensors[name].numpy().tobytes()
+                if math.prod(size) > len(data) * (8 if mode == "1" else 1):  # before memory is taken for it
+                    raise ValueError(f"an image of size {size} has more than {len(data)} bytes")
+                return Image.frombytes(mode, tuple(size), data)
             case "$dtype":
                 return _dtype(inner)
             case "$device":
@@ -265,6 +277,8 @@ class ValueDecoder:
                 return _named(*self._with_class(inner, _OUTPUTS_OF, tuple))
             case "$output":
                 kind, values = self._with_class(inner, _OUTPUTS_OF, (OrderedDict, UserDict))
+                if not is_dataclass(kind) and not issubclass(kind, UserDict):
+                    raise ProtocolError(f"{kind.__name__} is not a class of output objects")
                 return kind(values) if issubclass(kind, UserDict) else kind(**values)
             case "$object":
                 kind, values = self._with_class(inner, _RESULTS_OF, object)

@@ -8,6 +8,7 @@ ATTACHED = "modules that the user attaches are not sent, so they have no values 
 META = "a meta tensor has no data to send"
 OBJECTS = "objects other than tensors and plain values stay on the server"
 ERRORS = "errors of the model are copies, with the same class and text"
+HOOKS = "hooks on the modules of the client do not see the calls on the server"
 PLACES = "a client knows the step where the model stands, and not the point"
 FUNCTIONS = "functions, models and other live objects are not sent as arguments"
 OUTPUT = "progress bars and warnings of a lens or a pipeline go to the log of the server"
@@ -48,6 +49,7 @@ TESTS = {
     "test_diffusion_lazy_loading.py::test_using_the_model_loads_them": WEIGHTS,
     "test_diffusion_lens.py::test_a_progress_bar_over_the_layers": OUTPUT,
     "test_diffusion_lens.py::test_arguments_that_do_not_fit": FUNCTIONS,
+    "test_diffusion_lens_encoders.py::test_a_pipeline_that_takes_one_prompt_at_a_time": OUTPUT,
     "test_diffusion_lens.py::test_unknown_words_are_warned_of_once_at_the_users_line": OUTPUT,
     "test_diffusion_loading.py::test_a_pipeline_whose_weights_are_needed_at_once_is_built_once": WEIGHTS,
     "test_diffusion_runs.py::test_a_given_generator_is_passed_on": FUNCTIONS,
@@ -63,6 +65,7 @@ TESTS = {
     "test_edits.py::test_many_runs_leave_nothing": ATTACHED,
     "test_edits.py::test_modes_are_those_of_the_run": MODES,
     "test_edits.py::test_on_a_pipeline": ATTACHED,
+    "test_encoder_patching.py::test_the_image_of_the_source_is_a_row_of_the_same_call": HOOKS,
     "test_encoder_names.py::test_a_standard_name_and_the_real_one_are_the_same_point": COPIES,
     "test_errors.py::test_a_run_is_asked_by_a_model_that_its_own_model_runs": INSIDE,
     "test_errors.py::test_an_attribute_error_of_an_unread_run": ERRORS,

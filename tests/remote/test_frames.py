@@ -35,6 +35,13 @@ def test_tensors(dtype):
         assert found.dtype == dtype and found.shape == tensor.shape and torch.equal(found, tensor)
 
 
+def test_an_image_that_is_larger_than_its_data():
+    """No memory is taken for it."""
+    for mode in ("RGB", "1"):
+        with pytest.raises(ProtocolError, match="has more than 4 bytes"):
+            ValueDecoder({"0": torch.zeros(4, dtype=torch.uint8)}).decode({"$image": ["0", mode, 10**5, 10**5]})
+
+
 def test_the_layout_in_memory_is_kept():
     image = torch.randn(2, 3, 4, 5)
     last, odd = image.to(memory_format=torch.channels_last), image[:1].as_strided((1, 3, 4), (7, 1, 3))

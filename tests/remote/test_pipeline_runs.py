@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffsight.errors import InputError
 from helpers import same, same_image
 
 PROMPT, OTHER = "a red circle above a blue square", "a green square"
@@ -122,3 +123,15 @@ def test_a_session_keeps_its_connection(pipelines, remote_pipelines):
         again = model.generate(PROMPT, seed=3, num_inference_steps=2).images[0]
     expected = pipelines[CLIP].generate(PROMPT, seed=3, num_inference_steps=2).images[0]
     assert same_image(first, expected) and same_image(again, expected)
+
+
+def test_buffers_of_the_model_are_not_changed(pipelines, remote_pipelines):
+    """Position ids are a view of a buffer: a change in place would stay in the model for all later runs."""
+    before = pipelines[CLIP].pipeline.text_encoder.embeddings.position_ids.clone()
+    with remote_pipelines[CLIP].generate(PROMPT, seed=3, num_inference_steps=1) as run:
+        positions = run.text_encoder.embeddings.position_embedding.input
+        positions -= 1
+        with pytest.raises(InputError, match=r"position_embedding\.input shares its memory with a weight or buffer"):
+            run.text_encoder.layers[0].output
+        run.stop()
+    assert torch.equal(pipelines[CLIP].pipeline.text_encoder.embeddings.position_ids, before)
