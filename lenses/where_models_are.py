@@ -29,10 +29,15 @@ def where_the_model_is(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return lens
 
 
-def check_is_here(lens: Callable[..., Any], model: Any) -> None:
-    """Raise InputError if a lens that needs gradients is given a model on a server."""
+def check_is_here(
+    lens: Callable[..., Any],
+    model: Any,
+    why: str = "computes gradients with",
+    instead: str = "run.backward(loss) in a run",
+) -> None:
+    """Raise InputError if a lens that needs gradients, or modules of its own in the model, is given a model on a server."""
     if is_on_server(model):
         raise InputError(
-            f"{lens.__name__} computes gradients with a model in this process, but this model is on the server at "
-            f"{model.server.address}: use a local model, or run.backward(loss) in a run"
+            f"{lens.__name__} {why} a model in this process, but this model is on the server at "
+            f"{model.server.address}: use a local model, or {instead}"
         )

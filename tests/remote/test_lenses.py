@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from diffsight import (
+    attach_sae,
     attention_maps,
     attribution_patching,
     collect_activations,
@@ -17,6 +18,7 @@ from diffsight import (
     trajectory_lens,
 )
 from diffsight.errors import InputError
+from diffsight.lenses import SAE
 from diffsight.lenses.encoders.drawing import NoImagesError
 from diffsight.remote.wire_errors import described, error_of
 from helpers import refusal, same, same_image
@@ -103,6 +105,12 @@ def test_arguments_that_cannot_be_sent(pipelines, remote_pipelines):
 def test_a_lens_that_needs_gradients(remote_language):
     message = refusal(attribution_patching, remote_language, "a", "b", "c")
     assert "attribution_patching computes gradients with a model in this process" in message
+
+
+def test_an_sae_cannot_be_attached(remote_language):
+    assert "attach_sae adds a module to a model in this process" in refusal(
+        attach_sae, remote_language, SAE(16, 32), "layers[0]"
+    )
 
 
 def test_only_lenses_run(remote_language):
