@@ -35,7 +35,7 @@ def check_is_here(
     why: str = "computes gradients with",
     instead: str = "run.backward(loss) in a run",
 ) -> None:
-    """Raise InputError if a lens that needs gradients, or modules of its own in the model, is given a model on a server."""
+    """Raise InputError if a lens that needs the modules of a model in this process is given a model on a server."""
     if is_on_server(model):
         raise InputError(
             f"{lens.__name__} {why} a model in this process, but this model is on the server at "
