@@ -143,15 +143,19 @@ def body(model, ids=IDS):
     return [*found, run.result]
 
 
-def test_the_config_file_of_the_documentation():
-    """Ray accepts it, and builds the applications in the way in which it does for a config file."""
+@pytest.mark.parametrize("name", ["serve_config.yaml", "ray_service.yaml"])
+def test_the_config_files_of_the_documentation(name):
+    """Ray accepts them, and builds the applications in the way in which it does for a config file."""
     import yaml
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
     from ray.serve.schema import ServeDeploySchema
 
     from diffsight.gallery.serve import application_names, deployment, front_deployment
 
-    config = ServeDeploySchema(**yaml.safe_load((DOCS / "serve_config.yaml").read_text(encoding="utf-8")))
+    data = yaml.safe_load((DOCS / name).read_text(encoding="utf-8"))
+    if data.get("kind") == "RayService":
+        data = yaml.safe_load(data["spec"]["serveConfigV2"])
+    config = ServeDeploySchema(**data)
     *models, front = config.applications
     assert front.name == application_names.FRONT and front.import_path == f"{front_deployment.__name__}:front_app"
     assert front.args["models"] == [app.args["name"] for app in models]
