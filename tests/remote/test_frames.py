@@ -10,7 +10,7 @@ from safetensors.torch import load
 from transformers import BatchEncoding, CompileConfig, DynamicCache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
-from diffsight.errors import InputError
+from diffsight.errors import DiffsightError, InputError
 from diffsight.lenses import Prompt, TargetProbabilities
 from diffsight.remote.chunks import Chunks, split
 from diffsight.remote.frames import pack, unpack
@@ -121,7 +121,7 @@ def test_what_cannot_be_sent():
     found = sent(DynamicCache(), hold=lambda thing: held.append(thing) or 0)
     assert isinstance(found, Held) and len(held) == 1
     for use in (lambda: found.layers, lambda: found[0], lambda: list(found), lambda: "images" in found):
-        with pytest.raises(InputError, match="DynamicCache stays on the server"):
+        with pytest.raises(DiffsightError, match="DynamicCache stays on the server"):
             use()
 
 

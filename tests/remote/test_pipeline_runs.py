@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffsight.errors import InputError
-from helpers import same, same_image
+from helpers import refusal, same, same_image
 
 PROMPT, OTHER = "a red circle above a blue square", "a green square"
 CLIP = "diffsight/shapes-clip"
@@ -135,3 +135,22 @@ def test_buffers_of_the_model_are_not_changed(pipelines, remote_pipelines):
             run.text_encoder.layers[0].output
         run.stop()
     assert torch.equal(pipelines[CLIP].pipeline.text_encoder.embeddings.position_ids, before)
+
+
+def test_what_would_not_reach_the_server_is_an_error(remote_pipelines):
+    model = remote_pipelines[CLIP]
+    calls = [
+        lambda: model.enable_freeu(s1=0.5, s2=0.2, b1=2.5, b2=2.6),
+        lambda: model.load_lora_weights("x"),
+        lambda: model.unet.set_attn_processor(None),
+        lambda: model.unet.half(),
+        lambda: model.unet.conv_in.register_forward_hook(print),
+    ]
+    for call in calls:
+        assert "would not reach the model on the server" in refusal(call)
+    with pytest.raises(InputError, match="scheduler belongs to the pipeline on the server"):
+        model.scheduler = model.scheduler
+    model.set_progress_bar_config(disable=True)  # these change no value
+    assert (
+        hasattr(model, "enable_freeu") and model.unet.eval() is not None and model.scheduler.config.num_train_timesteps
+    )
