@@ -404,6 +404,8 @@ class Envoy(Points):
             raise PointNotFoundError(
                 f"{self.path or type(self._owner).__name__} has no {name!r}{self._hint(name, dir(self))}"
             ) from None
+        if self._tree.elsewhere is not None:
+            value = self._tree.elsewhere.attribute(self, name, value)
         if name in _RAW and isinstance(self._owner, nn.Module) and self._is_in_run():
             return partial(self._envoys, name)
         returns_modules = isinstance(value, MethodType) and name.startswith("get_")

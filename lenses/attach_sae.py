@@ -19,6 +19,7 @@ from diffsight.errors import InputError
 from diffsight.lenses.features.activation_stream import channels_last, difference, tensor_in
 from diffsight.lenses.features.autoencoder import SAE
 from diffsight.lenses.features.sae_checks import check_model, point_of
+from diffsight.lenses.where_models_are import check_is_here
 from diffsight.pipelines.argument_types import check_types
 from diffsight.pipelines.diffusion.model import DiffusionModel
 from diffsight.pipelines.language.model import LanguageModel
@@ -47,6 +48,7 @@ def attach_sae(model: Wrapper, sae: SAE, point: str | None = None) -> Wrapper:
     """
     check_model(attach_sae, model)
     check_types(attach_sae, point=point)
+    check_is_here(attach_sae, model, "adds a module to", "call the SAE on what you read: sae(run[point].output)")
     point = point_of(sae, point)
 
     def attached(run: Any) -> None:

@@ -5,7 +5,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from diffsight.errors import InputError
-from diffsight.remote import is_on_server
+from diffsight.remote import can_be_sent, is_on_server
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
 
@@ -13,7 +13,8 @@ _P, _R = ParamSpec("_P"), TypeVar("_R")
 def where_the_model_is(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Return a lens that runs on the server of its first argument, the model, if the server has a lens of its name.
 
-    A lens that is given a folder to write into runs locally, and reads what it needs from the server."""
+    A lens that is given a folder to write into, or something that cannot be sent, such as another model or a function,
+    runs locally, and reads what it needs from the server."""
 
     @wraps(function)
     def lens(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -21,17 +22,22 @@ def where_the_model_is(function: Callable[_P, _R]) -> Callable[_P, _R]:
         if not is_on_server(model) or kwargs.get("folder") is not None or model.edits:
             return function(*args, **kwargs)
         given: dict[str, Any] = {name: value for name, value in kwargs.items() if name not in ("model", "progress")}
-        if function.__name__ not in model.server.services:
+        if function.__name__ not in model.server.services or not can_be_sent([args[1:], given]):
             return function(*args, **kwargs)
         return model.server.lens(function.__name__, *args[1:], **given)
 
     return lens
 
 
-def check_is_here(lens: Callable[..., Any], model: Any) -> None:
-    """Raise InputError if a lens that needs gradients is given a model on a server."""
+def check_is_here(
+    lens: Callable[..., Any],
+    model: Any,
+    why: str = "computes gradients with",
+    instead: str = "run.backward(loss) in a run",
+) -> None:
+    """Raise InputError if a lens that needs the modules of a model in this process is given a model on a server."""
     if is_on_server(model):
         raise InputError(
-            f"{lens.__name__} computes gradients with a model in this process, but this model is on the server at "
-            f"{model.server.address}: use a local model, or run.backward(loss) in a run"
+            f"{lens.__name__} {why} a model in this process, but this model is on the server at "
+            f"{model.server.address}: use a local model, or {instead}"
         )

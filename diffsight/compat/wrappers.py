@@ -22,12 +22,17 @@ from diffsight.extending import Model, Run, flow_of, run_meant_by
 from diffsight.remote import is_on_server
 
 _IGNORED = ("remote", "backend", "scan", "validate", "blocking")  # arguments without an effect here
+_NO_JOBS = (
+    "blocking=False: the block runs on this machine, so a server cannot run it in the background. Leave the argument "
+    "out, or start a run without a block with diffsight.LanguageModel(...).generate(..., blocking=False)"
+)
 
 
 class CompatModel(CompatEnvoy):
     """The arguments and attributes of nnsight's models, on top of one of diffsight's wrappers."""
 
     _not_sent = ("trace", *_IGNORED)  # arguments that have no meaning for a server
+    _no_jobs = _NO_JOBS
     _gives_tuples = False  # whether the output of a layer is a tuple, as code for transformers 4 expects
 
     def __init_subclass__(cls) -> None:
@@ -252,8 +257,11 @@ def _opened(opens: Callable[..., Tracer], args: tuple, kwargs: dict[str, Any], t
 
 def _known_here(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments without those that have no effect here. Raise InputError for `remote=True` if the model is
-    not on a server."""
-    if kwargs.get("remote") not in (None, False, "local") and not is_on_server(model):
+    not on a server, and for `blocking=False` if it is."""
+    if is_on_server(model):
+        if kwargs.get("blocking") is False:
+            raise InputError(_NO_JOBS)
+    elif kwargs.get("remote") not in (None, False, "local"):
         raise InputError(
             "remote: the model is in this process. Open it with the address of a server, as in "
             "LanguageModel(name, remote='http://127.0.0.1:8000'), or leave remote out"

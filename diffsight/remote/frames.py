@@ -72,13 +72,25 @@ def unpack(frame: Frame) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             header = _decode(frame[8:start].decode())
             text = header.pop("__metadata__")[_MESSAGE]
             data = memoryview(frame)[start:]
-            tensors = {name: _tensor(data, **described) for name, described in header.items()}
+            tensors = _tensors_in(header, data)
         message = _decode(text)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise ProtocolError(f"this is not a frame of a remote run: {type(error).__name__}: {error}") from None
     if not isinstance(message, dict):
         raise ProtocolError(f"a message is a dictionary, not a {type(message).__name__}")
     return message, tensors
+
+
+def _tensors_in(header: Mapping[str, Any], data: memoryview) -> dict[str, torch.Tensor]:
+    """Return copies of the tensors in the data of a frame.
+
+    Each byte belongs to one tensor. Otherwise, a short frame could describe many large tensors."""
+    tensors, end = {}, 0
+    for name, described in header.items():
+        if described["data_offsets"][0] != end:
+            raise ValueError(f"the tensor {name} does not begin where the previous one ends")
+        tensors[name], end = _tensor(data, **described), described["data_offsets"][1]
+    return tensors
 
 
 def _tensor(data: memoryview, dtype: str, shape: list[int], data_offsets: list[int]) -> torch.Tensor:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 from torch._C import _is_any_autocast_enabled
 
 from diffsight.edits import start_edit
 from diffsight.engine.scan import ScanFlow, is_scanning
+from diffsight.engine.target import join
 from diffsight.envoy import Points, flow_of, run_meant_by, target_of, tree_of
 from diffsight.errors import InputError, NoRunError
 from diffsight.model import Model
@@ -16,6 +17,24 @@ from diffsight.remote.remote_flow import RemoteFlow
 from diffsight.remote.served_model import Job, ServedModel
 from diffsight.run import Run
 
+# Methods of modules, pipelines and schedulers that change them.
+_CHANGES = (
+    "apply",
+    "bfloat16",
+    "compile",
+    "cpu",
+    "cuda",
+    "double",
+    "float",
+    "half",
+    "resize_token_embeddings",
+    "to_empty",
+    "train",
+    "type",
+    "zero_grad",
+)
+_CHANGES_LIKE = ("add_", "delete_", "disable_", "enable_", "fuse_", "load_", "register_", "set_", "unfuse_", "unload_")
+_HARMLESS = ("load_config", "set_progress_bar_config")
 # The call that opens the run being created: the method, its arguments and keyword arguments.
 _opening: ContextVar[tuple[str, tuple, dict] | None] = ContextVar("diffsight_opening", default=None)
 
@@ -38,6 +57,9 @@ class OnServer:
     def _opened(self, method: Callable[..., Run], name: str, args: tuple, kwargs: dict[str, Any]) -> Run | Job:
         """Open a run by a method of the model, and store the call for `_new_run`. `blocking=False` makes it a job."""
         blocking = kwargs.pop("blocking", True)
+        no_jobs = getattr(type(self), "_no_jobs", "")  # why no run of this class can be a job
+        if not blocking and no_jobs:
+            raise InputError(no_jobs)
         not_sent = getattr(type(self), "_not_sent", ())  # arguments that have no meaning for a server
         before = _opening.set((name, args, {key: value for key, value in kwargs.items() if key not in not_sent}))
         try:
@@ -89,6 +111,20 @@ class Elsewhere:
         if isinstance(flow, RemoteFlow) and flow.outcome is None:
             return flow.call_there(op)
         return self._server.ask(op)
+
+    def attribute(self, points: Points, name: str, value: Any) -> Any:
+        """Return an attribute of a part of the model. In place of a method that would change the part, return one that
+        raises an error: the part here has no weights, and runs do not use it."""
+        if not callable(value) or not (name in _CHANGES or name.startswith(_CHANGES_LIKE)) or name in _HARMLESS:
+            return value
+
+        def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+            raise InputError(
+                f"{join(target_of(points).path, name)} would not reach the model on the server at "
+                f"{self._server.address}, where it is set up before it is served. Change values in runs instead"
+            )
+
+        return refuse
 
     def _flow(self, points: Points) -> Any:
         """Return the flow of the run in which a call is made; None outside any run."""

@@ -22,6 +22,7 @@ from diffsight.remote.frames import Frame, pack, unpack
 from diffsight.remote.wire_values import ProtocolError
 
 VERSIONS = (1,)  # supported by this release, best last
+_MOST_EDITS = 1000  # of a model, in one run
 _ANY = object
 
 # The fields of each operation, and their types.
@@ -143,6 +144,8 @@ def check_opening(message: Mapping[str, Any]) -> None:
             f"{message.get('version')!r}: install the same version of diffsight on both sides"
         )
     _check("the opening of a run", _OPENING, message)
+    if len(message["edits"]) > _MOST_EDITS:
+        raise ProtocolError(f"a run has at most {_MOST_EDITS} edits, not {len(message['edits'])}")
 
 
 def _check(what: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ share one thread. The model moves only while an operation is carried out, in the
 other than the leading one (edits, functions of `run.each`) run on the client, and each has a stand-in here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,15 +30,8 @@ from diffsight.run import Run, make_step, own_target
 _METHODS = ("generate", "trace")
 _PART_METHODS = ("project_on_vocab",)  # methods that compute with the weights of a model
 _REFUSED = ("trust_remote_code", "custom_generate", "streamer", "output", "callback_on_step_end")
-_PLACES = (
-    "url",
-    "path",
-    "image",
-    "images",
-    "video",
-    "videos",
-    "audio",
-)  # arguments whose text would be opened as a file or address
+_PLACES = ("url", "path", "image", "video", "audio")  # in the names of arguments whose text would be opened
+_WITHOUT_RUN = ("call", "find", "lens")  # operations that need no run
 _HALF = torch.float16
 _GONE = "the client has gone"
 _NO_RUN = {"index": -1, "in_step": False, "outcome": None, "has_result": False, "over": False, "moves": 0}
@@ -103,6 +96,7 @@ class RunSession:
         self._held: list[Any] = []  # objects that stay here
         self._targets: dict[str, Any] = {}  # by the path that the client sends
         self._copies = ServerCopies()
+        self._memory_of_weights: set[int] | None = None
         self._sources: dict[int, torch.Tensor] = {}  # tensors from the client through which gradients flow
         self._moves, self._stand = 0, None  # how often the model has moved, and its position
 
@@ -248,8 +242,6 @@ class RunSession:
         return points_at(root, path)
 
     def _asked(self, op: Operation, decode: Callable[[Any], Any], part: str) -> Asked:
-        if self._run is None:
-            raise InputError(f"{op.path}: no run is open")
         target = self._targets.get(op.path)
         if target is None:
             self._targets[op.path] = target = own_target(self._run, op.path) or self._target_at(op.path)
@@ -280,7 +272,16 @@ class RunSession:
         flow_of(self._run).skip(asked, decode(op.value), ClientsLine(op.where))
 
     def _do_write(self, op: Operation, decode: Callable[[Any], Any]) -> None:
-        """Change a tensor in place, as the client has changed its copy."""
+        """Change a tensor in place, as the client has changed its copy.
+
+        Some values are views of the model's buffers, such as position ids. Changing one would change the model."""
+        if self._memory_of_weights is None:
+            self._memory_of_weights = set(map(_memory, _weights(self._model)))
+        if _memory(self._copies[op.number]) in self._memory_of_weights:
+            raise InputError(
+                f"{op.path} shares its memory with a weight or buffer of the model, which a run on a server cannot "
+                "change in place. Assign a changed copy instead"
+            )
         self._copies.write(op.number, decode(op.value), op.path)
 
     def _do_let_go(self, op: Operation, decode: Callable[[Any], Any]) -> None:
@@ -319,6 +320,8 @@ class RunSession:
         return part(*args, **kwargs, **({"hook": True} if op.hook else {}))
 
     def _do_each(self, op: Operation, decode: Callable[[Any], Any]) -> None:
+        if not 0 < op.count <= len(self._run.rows):
+            raise ProtocolError(f"run.each has one function for each of the {len(self._run.rows)} rows, not {op.count}")
         first = len(self._opening["edits"])
         flow_of(self._run).each([partial(self._stand_in, first + i) for i in range(op.count)])
 
@@ -397,8 +400,11 @@ class RunSession:
         """Carry out operations, and return the result of the last one."""
         value = None
         for op in ops:
+            carry_out = getattr(self, f"_do_{op.op}", None)
+            if carry_out is None or (self._run is None and op.op not in _WITHOUT_RUN):
+                raise ProtocolError(f"{op.op} cannot be asked for here")
             try:
-                value = getattr(self, f"_do_{op.op}")(op, decode)
+                value = carry_out(op, decode)
             except Exception as error:
                 where = op.fields.get("where")  # the line of an assignment, which the client has already left
                 if where and line_of(error) is None:
@@ -411,6 +417,18 @@ class RunSession:
         """Return a tensor on the device of the model."""
         device = getattr(owner_of(self._model), "device", None)
         return tensor.to(device) if isinstance(device, torch.device) and device.type != "meta" else tensor
+
+
+def _weights(model: Any) -> Iterator[torch.Tensor]:
+    """Yield the weights and buffers of a model."""
+    tree = tree_of(model)
+    for part in [owner_of(model), *(target.owner for target in tree.children_of(tree.root).values())]:
+        if isinstance(part, torch.nn.Module):
+            yield from (tensor for tensor in [*part.parameters(), *part.buffers()] if tensor.numel())
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def error_frame(error: Exception) -> Frame:
@@ -444,8 +462,8 @@ def check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
             waiting += [one for one in value if isinstance(one, (list, tuple, dict))]
         elif isinstance(value, dict):
             waiting += [one for one in value.values() if isinstance(one, (list, tuple, dict))]
-            for name in _PLACES:
-                texts = value.get(name)
-                texts = texts if isinstance(texts, (list, tuple)) else [texts]
-                if any(isinstance(text, str) for text in texts):
+            for name, given in value.items():
+                texts = given if isinstance(given, (list, tuple)) else [given]
+                is_place = any(place in str(name) for place in _PLACES)
+                if is_place and any(isinstance(text, str) for text in texts):
                     raise InputError(f"{name}: a server opens no files or addresses. Pass the image itself")

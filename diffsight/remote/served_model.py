@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -236,6 +236,14 @@ class Job:
         if message["say"] == "error":
             raise error_of(message["error"])
         return self._result_in(ValueDecoder(tensors).decode(message["value"]))
+
+    def __enter__(self) -> NoReturn:
+        raise InputError(
+            "a job has no block, because it runs in the background on the server: wait for it with job.result(), or "
+            "leave out blocking=False to look inside the run"
+        )
+
+    def __exit__(self, *_: object) -> None: ...
 
     def __repr__(self) -> str:
         return f"<job {self.id} on {self.address}>"

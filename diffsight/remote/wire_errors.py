@@ -13,7 +13,6 @@ from typing import Any
 
 from diffsight import errors
 from diffsight.engine.users_line import UsersLine, line_of, set_line
-from diffsight.remote.wire_values import ProtocolError
 
 
 class RemoteError(errors.DiffsightError):
@@ -39,8 +38,7 @@ def described(error: BaseException) -> dict[str, Any]:
 def error_of(data: Mapping[str, Any], lines: Mapping[str, UsersLine] = MappingProxyType({})) -> Exception:
     """Return the error that a message describes. `lines` maps texts to the lines that the error may refer to."""
     kind, args = data["kind"], data["args"]
-    known = {"ProtocolError": ProtocolError, "RemoteError": RemoteError}.get(kind)
-    found = known or getattr(errors, kind, None) or getattr(builtins, kind, None)
+    found = _diffsights_own(kind) or getattr(builtins, kind, None)
     try:
         if not (isinstance(found, type) and issubclass(found, Exception)):
             raise TypeError(kind)
@@ -53,3 +51,13 @@ def error_of(data: Mapping[str, Any], lines: Mapping[str, UsersLine] = MappingPr
     if data["line"] in lines:
         set_line(error, lines[data["line"]])
     return error
+
+
+def _diffsights_own(kind: str) -> type[Exception] | None:
+    """Return the class of errors of diffsight with this name. It may be in any module, such as that of a lens."""
+    waiting: list[type[Exception]] = [errors.DiffsightError]
+    for one in waiting:
+        if one.__name__ == kind:
+            return one
+        waiting += one.__subclasses__()
+    return None

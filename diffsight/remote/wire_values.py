@@ -18,13 +18,13 @@ from dataclasses import fields, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from diffsight.errors import DiffsightError, InputError
+from diffsight.errors import DiffsightError, InputError, PointNotFoundError
 from diffsight.remote.generation_config import config_of, is_generation_config, settings_of
 
 _NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -45,18 +45,18 @@ class Held:
         self.number, self.kind = number, kind
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("_"):
             raise AttributeError(name)
-        self._refuse(f".{name}")
+        raise PointNotFoundError(self._refusal(f".{name}"))  # also an AttributeError, for hasattr
 
     def __getitem__(self, key: Any) -> Any:
-        self._refuse(f"[{key!r}]")
+        raise InputError(self._refusal(f"[{key!r}]"))
 
     def __iter__(self) -> Any:
-        self._refuse("iteration")
+        raise InputError(self._refusal("iteration"))
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise InputError(f"{what}: the {self.kind} stays on the server, and only tensors and plain values are sent")
+    def _refusal(self, what: str) -> str:
+        return f"{what}: the {self.kind} stays on the server, and only tensors and plain values are sent"
 
     def __repr__(self) -> str:
         return f"<{self.kind} on the server>"
@@ -181,6 +181,15 @@ class ValueEncoder:
         return name
 
 
+def can_be_sent(value: Any) -> bool:
+    """Return whether a value can be sent to a server."""
+    try:
+        ValueEncoder().encode(value)
+    except InputError:
+        return False
+    return True
+
+
 class ValueDecoder:
     """Decodes the values of one message.
 
@@ -249,7 +258,10 @@ class ValueDecoder:
                 return self._tensors[inner].numpy()
             case "$image":
                 name, mode, *size = inner
-                return Image.frombytes(mode, tuple(size), self._tensors[name].numpy().tobytes())
+                data = self._tensors[name].numpy().tobytes()
+                if math.prod(size) > len(data) * (8 if mode == "1" else 1):  # before memory is taken for it
+                    raise ValueError(f"an image of size {size} has more than {len(data)} bytes")
+                return Image.frombytes(mode, tuple(size), data)
             case "$dtype":
                 return _dtype(inner)
             case "$device":
@@ -265,6 +277,8 @@ class ValueDecoder:
                 return _named(*self._with_class(inner, _OUTPUTS_OF, tuple))
             case "$output":
                 kind, values = self._with_class(inner, _OUTPUTS_OF, (OrderedDict, UserDict))
+                if not is_dataclass(kind) and not issubclass(kind, UserDict):
+                    raise ProtocolError(f"{kind.__name__} is not a class of output objects")
                 return kind(values) if issubclass(kind, UserDict) else kind(**values)
             case "$object":
                 kind, values = self._with_class(inner, _RESULTS_OF, object)

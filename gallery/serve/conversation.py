@@ -20,6 +20,7 @@ from diffsight.gallery.serve.connection_limits import Limits
 from diffsight.remote import ProtocolError, RemoteError, RunEnded, RunSession, error_frame
 
 _log = logging.getLogger("diffsight.serve")
+_GLANCE = 0.1  # seconds between two looks at the memory of the process
 _AGAIN = 2.0  # seconds after which a thread that is still running is interrupted again
 _WAITING = 4  # frames of a client that may be queued: it should send one request at a time
 
@@ -65,11 +66,12 @@ class Conversation:
         """Serve the connection until it ends. Return the reason for its end, for the client."""
         self._loop, self._socket = asyncio.get_running_loop(), socket
         self._thread.start()
-        reading = asyncio.create_task(self._read())
+        reading, watching = asyncio.create_task(self._read()), asyncio.create_task(self._watch_memory())
         try:
             await asyncio.to_thread(self._thread.join)
         finally:
             reading.cancel()
+            watching.cancel()
             self._set_timer(False)
         if self._delivery is not None:
             with suppress(TimeoutError):
@@ -91,6 +93,15 @@ class Conversation:
         except ProtocolError as error:
             self._interrupt(error)
 
+    async def _watch_memory(self) -> None:
+        most = self._limits.memory_bytes
+        while most is not None and _memory() <= most:
+            await asyncio.sleep(_GLANCE)
+        if most is not None:
+            self._interrupt(
+                RemoteError(f"the run was ended: the process uses more memory than its limit of {most} bytes")
+            )
+
     # ---- in the thread of the connection
 
     def _serve(self) -> None:
@@ -104,7 +115,6 @@ class Conversation:
                 self._why = self._why or RemoteError(f"the server failed with {type(error).__name__}; its log says why")
 
     def _next(self) -> str | bytes:
-        self._check_memory()
         with self._lock:
             self._waits = True
         try:
@@ -124,12 +134,6 @@ class Conversation:
         if not self._sends.acquire(timeout=self._limits.idle_seconds) or self._has_gone:
             raise RunEnded
         self._loop.call_soon_threadsafe(self._start_delivery, frame)
-
-    def _check_memory(self) -> None:
-        most = self._limits.memory_bytes
-        if most is not None and _memory() > most:
-            self._why = RemoteError(f"the run was ended: the process uses more memory than its limit of {most} bytes")
-            raise RunEnded
 
     def _opened(self, begins: bool) -> None:
         if begins:

@@ -104,7 +104,9 @@ class FrontReplica:
             if len(body) > self._limits.frame_bytes:
                 return Front.error(413, f"a job takes no more than {self._limits.frame_bytes} bytes")
         handle, frame = serve.get_app_handle(self._models[model]), bytes(body)
-        return Front.json(self._jobs.start(key.name, key.runs, lambda number: handle.work.remote(number, frame)))
+        return Front.json(
+            self._jobs.start(key.name, key.runs, lambda number: handle.work.remote(number, frame, key=key.name))
+        )
 
     def _status(self, key: Key) -> dict[str, Any]:
         apps = serve.status().applications

@@ -2,8 +2,9 @@
 
     application = model_app({"name": "diffsight/shapes-clip", "source": "diffsight/shapes-clip"})
 
-A replica holds the model and serves one connection at a time. Ray Serve queues other connections in order of arrival,
-and starts replicas on one or more machines. All other requests go to the front; see `front_deployment.py`.
+A replica holds the model and serves one connection at a time. Ray Serve queues other connections, whose keys take turns
+(see `fair_queue.py`), and starts replicas on one or more machines. All other requests go to the front; see
+`front_deployment.py`.
 
 The builder takes a dictionary, so that a Serve config file can refer to it; see the documentation of remote runs.
 """
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 from fastapi import FastAPI, WebSocket
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from diffsight.gallery.model_opening import open_model
 from diffsight.gallery.serve.application_names import FRONT, check_arguments
 from diffsight.gallery.serve.connection_limits import Limits
 from diffsight.gallery.serve.conversation import Conversation
 from diffsight.gallery.serve.descriptions import configuration, description
+from diffsight.gallery.serve.fair_queue import FairQueue
 from diffsight.gallery.serve.job_socket import JobSocket
 from diffsight.gallery.serve.keys import Keys, key_in
 from diffsight.gallery.serve.services import services_of
@@ -103,14 +106,14 @@ class ModelReplica:
         finally:
             await front.end.remote(number)
 
-    async def work(self, number: str, frame: bytes) -> tuple[bool, bytes]:
-        """Carry out a job. Return whether it has failed, and the frame with its result or its error."""
+    async def work(self, number: str, frame: bytes, key: str) -> tuple[bool, bytes]:
+        """Carry out a job of a key. Return whether it has failed, and the frame with its result or its error."""
         await serve.get_app_handle(FRONT).job_begins.remote(number)
         try:
             socket = JobSocket(job_frames(frame))
         except ProtocolError as error:
             return True, error_frame(error).encode()
-        await Conversation(self._model, self._services, self._limits, f"job {number}").run(socket)
+        await Conversation(self._model, self._services, self._limits, f"job {number} of {key}").run(socket)
         return socket.failed, socket.answer
 
 
@@ -118,7 +121,8 @@ def model_app(args: Mapping[str, Any]) -> Any:
     """Build the application of a model, for a Serve config file, which has a separate section for settings.
 
     Args:
-        args: `name`; optionally `source` (by default the name), `options`, `device`, `keys`, and `limits`.
+        args: `name`; optionally `source` (by default the name), `options`, `device`, `keys`, `limits`, and `queue` (how
+            many runs of a key may wait, by default 100).
 
     Raises:
         InputError: There is an unknown argument.
@@ -136,10 +140,13 @@ def model_app_with(settings: Mapping[str, Any], args: Mapping[str, Any]) -> Any:
     Raises:
         InputError: There is an unknown argument.
     """
-    check_arguments("model_app", args, {"name", "source", "options", "device", "keys", "limits"})
+    check_arguments("model_app", args, {"name", "source", "options", "device", "keys", "limits", "queue"})
     limits = dict(args.get("limits") or {})
     Limits(**limits)
-    name = args["name"]
-    return ModelReplica.options(**settings).bind(
-        name, args.get("source", name), dict(args.get("options") or {}), args.get("device"), args.get("keys"), limits
+    name, keys = args["name"], args.get("keys")
+    queue = RequestRouterConfig(
+        request_router_class=FairQueue, request_router_kwargs={"keys": keys, "longest": args.get("queue", 100)}
+    )
+    return ModelReplica.options(request_router_config=queue, **settings).bind(
+        name, args.get("source", name), dict(args.get("options") or {}), args.get("device"), keys, limits
     )

@@ -51,7 +51,7 @@ def add_serve_commands(commands: Any) -> None:
         help="end runs while a replica uses more (default: no limit)",
     )
     serve.add_argument(
-        "--queue", type=parse_positive, default=100, metavar="N", help="runs that may wait (default: 100)"
+        "--queue", type=parse_positive, default=100, metavar="N", help="runs of a key that may wait (default: 100)"
     )
     key = add_command(
         commands,
@@ -124,7 +124,7 @@ def start(
         device: The device to move the models to.
         options: Arguments of the class that opens the models.
         limits: The limits of one connection.
-        queue: The maximum number of connections that may wait for a replica of a model.
+        queue: How many runs of a key may wait for a replica of a model.
 
     Raises:
         InputError: Ray is not installed, a model cannot be opened, or the file of keys is not valid.
@@ -157,8 +157,8 @@ def start(
     common = {"keys": None if keys is None else os.path.abspath(keys), "limits": limits or {}}
     targets = [serve.RunTarget(front_app({"models": list(models), **common}), FRONT)]
     for name, source in models.items():
-        args = {"name": name, "source": source, "options": options or {}, "device": device, **common}
-        app = model_app_with({"max_queued_requests": queue, "ray_actor_options": resources or {}} | scaling, args)
+        args = {"name": name, "source": source, "options": options or {}, "device": device, "queue": queue, **common}
+        app = model_app_with({"ray_actor_options": resources or {}} | scaling, args)
         targets.append(serve.RunTarget(app, app_of(name), route_of(name)))
     serve.run_many(targets)
     return serve

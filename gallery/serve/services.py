@@ -7,6 +7,7 @@ from typing import Any
 
 from diffsight import DiffusionModel, lenses
 from diffsight.errors import InputError
+from diffsight.remote import check_arguments
 
 # The lenses that take one model and data, and write no files.
 LENSES = (
@@ -40,9 +41,12 @@ def services_of(model: Any) -> dict[str, Callable[..., Any]]:
 def run_lens(name: str, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a lens on a model, without a progress bar."""
     lens = getattr(lenses, name)
+    signature = inspect.signature(lens)
+    given = signature.bind(model, *args, **kwargs).arguments  # by name, also those without a keyword
+    check_arguments((), given)
     for argument in _FILES:
-        if kwargs.get(argument) is not None:
+        if given.get(argument) is not None:
             raise InputError(f"{argument}: a server writes no files for its clients. Leave it out, and save the result")
-    if "progress" in inspect.signature(lens).parameters:
+    if "progress" in signature.parameters:
         kwargs["progress"] = False
     return lens(model, *args, **kwargs)

@@ -310,6 +310,10 @@ class DiffusionModel(HasEncoders, Model):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in components(self._owner):
+            if is_on_server(self):
+                raise InputError(
+                    f"{name} belongs to the pipeline on the server at {self.server.address}: it is set there"
+                )
             if isinstance(value, (bool, int, float, str, list, tuple, dict)):
                 raise InputError(f"{name} is a component of the pipeline, which cannot be {value!r}")
             setattr(self._owner, name, value)  # replaces a component: model.scheduler = DDIMScheduler(...)

@@ -238,6 +238,7 @@ class LanguageModel(Accessors, Model):
             net, tokenizer, _ = open_language_model(folder, weights=False)
             if (folder / "generation_config.json").is_file():  # it determines, for example, what the rows of a run are
                 net.generation_config = GenerationConfig.from_pretrained(folder)
+        net.config.name_or_path = server.name  # in place of the folder, which no longer exists
         self._wrap(self._make_tree(Target(net, FORWARD, ""), None, server.description["names"]))
         loaded = {"source": server.name, "remote": str(server.address)}
         self.__dict__.update(tokenizer=tokenizer, loaded_from=loaded)

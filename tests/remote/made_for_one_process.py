@@ -8,6 +8,7 @@ ATTACHED = "modules that the user attaches are not sent, so they have no values 
 META = "a meta tensor has no data to send"
 OBJECTS = "objects other than tensors and plain values stay on the server"
 ERRORS = "errors of the model are copies, with the same class and text"
+HOOKS = "hooks on the modules of the client do not see the calls on the server"
 PLACES = "a client knows the step where the model stands, and not the point"
 FUNCTIONS = "functions, models and other live objects are not sent as arguments"
 OUTPUT = "progress bars and warnings of a lens or a pipeline go to the log of the server"
@@ -18,6 +19,8 @@ INSIDE = "how the engine works within one process: stacks, threads, interrupts, 
 
 # A key is a file, a test, or some parameters of one: "*" stands for any text.
 TESTS = {
+    "test_activation_patching.py::test_heads_in_steps_of_generation": OBJECTS,
+    "test_activation_patching.py::test_steps_before_the_patch_are_not_generated_again[gpt2]": OBJECTS,
     "test_anywhere.py::test_under_tracing": INSIDE,
     "test_architectures_of_lenses.py": SHARED,
     "test_arguments.py::test_a_run_with_a_streamer_that_is_dropped_unread": FUNCTIONS,
@@ -37,14 +40,19 @@ TESTS = {
     "test_branches.py::test_guidance_that_ends_half_way": FUNCTIONS,
     "test_branches.py::test_parts_are_views_of_the_batch": COPIES,
     "test_calls.py::test_inputs_by_number": COPIES,
+    "test_calls.py::test_the_code_of_a_call": SHARED,
+    "test_calls.py::test_the_code_of_a_call_with_an_sae": ATTACHED,
+    "test_calls.py::test_the_model_of_a_record": SHARED,
     "test_compiled.py": INSIDE,
     "test_control.py::test_skip_too_late": LATER,
+    "test_denoiser_attribution.py::test_a_branch_of_a_pipeline_with_a_controlnet": GRADIENTS,
     "test_diffusion_components.py::test_casting": WEIGHTS,
     "test_diffusion_lazy_loading.py::test_a_component_exchanged_before_is_kept": WEIGHTS,
     "test_diffusion_lazy_loading.py::test_at_once": WEIGHTS,
     "test_diffusion_lazy_loading.py::test_using_the_model_loads_them": WEIGHTS,
     "test_diffusion_lens.py::test_a_progress_bar_over_the_layers": OUTPUT,
     "test_diffusion_lens.py::test_arguments_that_do_not_fit": FUNCTIONS,
+    "test_diffusion_lens_encoders.py::test_a_pipeline_that_takes_one_prompt_at_a_time": OUTPUT,
     "test_diffusion_lens.py::test_unknown_words_are_warned_of_once_at_the_users_line": OUTPUT,
     "test_diffusion_loading.py::test_a_pipeline_whose_weights_are_needed_at_once_is_built_once": WEIGHTS,
     "test_diffusion_runs.py::test_a_given_generator_is_passed_on": FUNCTIONS,
@@ -60,6 +68,7 @@ TESTS = {
     "test_edits.py::test_many_runs_leave_nothing": ATTACHED,
     "test_edits.py::test_modes_are_those_of_the_run": MODES,
     "test_edits.py::test_on_a_pipeline": ATTACHED,
+    "test_encoder_patching.py::test_the_image_of_the_source_is_a_row_of_the_same_call": HOOKS,
     "test_encoder_names.py::test_a_standard_name_and_the_real_one_are_the_same_point": COPIES,
     "test_errors.py::test_a_run_is_asked_by_a_model_that_its_own_model_runs": INSIDE,
     "test_errors.py::test_an_attribute_error_of_an_unread_run": ERRORS,
@@ -115,6 +124,7 @@ TESTS = {
     "test_order.py::test_those_inputs_can_no_longer_be_changed": LATER,
     "test_order.py::test_too_late[*-assign]": LATER,
     "test_order.py::test_too_late[*-skip]": LATER,
+    "test_page.py": SHARED,
     "test_parts_of_values.py::test_backward_is_that_of_the_loss": GRADIENTS,
     "test_record.py::test_attached_values_carry_gradients": GRADIENTS,
     "test_record.py::test_objects_that_hold_tensors_are_copied_and_counted": OBJECTS,
@@ -124,6 +134,13 @@ TESTS = {
     "test_rows.py::test_gradients_flow_through_every_row_that_is_assigned": GRADIENTS,
     "test_rows.py::test_rows_read_their_part": COPIES,
     "test_rows.py::test_the_batch_is_copied_once_for_all_rows_that_are_assigned": COPIES,
+    "test_sae.py::test_a_changed_feature_is_added_to_the_value": ATTACHED,
+    "test_sae.py::test_a_difference_where_there_is_none": ATTACHED,
+    "test_sae.py::test_a_language_model": ATTACHED,
+    "test_sae.py::test_an_untouched_sae_changes_no_bit": ATTACHED,
+    "test_sae.py::test_what_cannot_be_attached": ATTACHED,
+    "test_saving.py::test_a_result_without_an_image": SHARED,
+    "test_saving.py::test_arguments_that_are_tensors_are_saved_with_the_record": SHARED,
     "test_stacks.py::test_nothing_of_a_stopped_or_failed_run_is_held": INSIDE,
     "test_states_of_both_sides.py::test_saved_tensor_hooks_of_a_checkpoint": MODES,
     "test_states_of_torch.py::test_a_run_inside_torch_func": MODES,
@@ -134,6 +151,7 @@ TESTS = {
     "test_thousand_runs.py": INSIDE,
     "test_threads.py::test_two_threads_on_two_models": GRADIENTS,
     "test_threads_of_the_model.py": INSIDE,
+    "test_training_in_runs.py": GRADIENTS,
     "test_unembedding.py::test_gradients_pass_through": GRADIENTS,
     "test_users_hooks.py::test_hooks_run_in_their_own_order": COPIES,
     "test_values.py::test_gradients_are_plain_pytorch": GRADIENTS,

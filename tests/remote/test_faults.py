@@ -111,7 +111,18 @@ def test_a_flood_of_connections(served, model, language):
     assert is_served(model, language)
 
 
+def framed(**tensors):
+    """Return a frame with a header that describes these tensors, and four bytes of data."""
+    header = json.dumps({"__metadata__": {"message": json.dumps(ASK)}, **tensors}).encode()
+    return len(header).to_bytes(8, "little") + header + b"\0" * 4
+
+
+FLOAT = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 GARBAGE = [
+    framed(a=FLOAT, b=FLOAT),
+    framed(a=FLOAT | {"shape": [2**62, 2**62, 0], "data_offsets": [0, 0]}),
+    framed(a=FLOAT | {"shape": [-1]}),
+    json.dumps(OPENING | {"edits": [""] * 1001}),
     "",
     "{",
     "[]",
@@ -138,6 +149,9 @@ REQUESTS = [
     {"body": None, "do": [{"op": "ask", **POINT, "selection": {"kind": "os"}}]},
     {"body": None, "do": [{"op": "ask", **POINT, "part": "forward"}]},
     {"body": 3, "do": [{"op": "step"}]},
+    {"body": None, "do": [{"op": "each", "count": 10**9}]},
+    {"body": None, "do": [{"op": "end_body", "failed": False}]},
+    {"body": None, "do": [{"op": "write", "number": 7, "path": "", "value": {}}]},
     {"body": None, "do": [{"op": "assign", **POINT, "value": {"$output": ["os.system", {}]}, "where": ""}]},
     {"body": None, "do": [{"op": "assign", **POINT, "value": {"$object": ["os.PathLike", {}]}, "where": ""}]},
     {"body": None, "do": [{"op": "assign", **POINT, "value": {"$tensor": "9"}, "where": ""}]},
@@ -161,6 +175,13 @@ def test_a_wrong_request_is_refused(request_, patient):
         client.send(json.dumps(request_))
         answer = json.loads(client.recv(timeout=20))
     assert answer["say"] == "error" and answer["error"]["kind"] == "ProtocolError"
+
+
+def test_a_request_that_needs_a_run(patient):
+    with raw(patient) as client:
+        client.send(json.dumps(OPENING | {"method": None}))
+        client.send(json.dumps(STEP))
+        assert "step cannot be asked for here" in client.recv(timeout=20)
 
 
 def test_garbage_disturbs_nobody(served, model, language):
@@ -197,14 +218,14 @@ def test_a_run_that_takes_too_much_memory(language):
     """The values that a client holds are held on the server too, until the run ends there."""
     with open("/proc/self/statm", encoding="ascii") as file:
         used = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    with serving({"gpt2": language}, Limits(memory_bytes=used + (200 << 20))) as address:
+    with serving({"gpt2": language}, Limits(memory_bytes=used + (400 << 20))) as address:
         model, held = LanguageModel("gpt2", remote=address), []
         with pytest.raises(RemoteError, match="the process uses more memory than its limit of"):
             with model.trace(IDS) as run:
                 run.layers[0].output
-                for _ in range(40):  # 16 MiB each, here and there
+                for _ in range(60):  # 16 MiB each, here and there, and more while they are sent
                     held.append(model.transformer.drop(torch.ones(1, 1 << 22)))
-        assert 2 < len(held) < 20
+        assert 2 < len(held) < 40
         end = time.monotonic() + 10
         while tree_of(language).open_runs.open() and time.monotonic() < end:
             time.sleep(0.01)

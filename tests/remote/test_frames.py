@@ -10,7 +10,7 @@ from safetensors.torch import load
 from transformers import BatchEncoding, CompileConfig, DynamicCache, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput
 
-from diffsight.errors import InputError
+from diffsight.errors import DiffsightError, InputError
 from diffsight.lenses import Prompt, TargetProbabilities
 from diffsight.remote.chunks import Chunks, split
 from diffsight.remote.frames import pack, unpack
@@ -33,6 +33,13 @@ def test_tensors(dtype):
     for tensor in (whole, whole.mT, whole[:, 1], whole[0, 0, 1], whole[:0]):
         found = sent(tensor)
         assert found.dtype == dtype and found.shape == tensor.shape and torch.equal(found, tensor)
+
+
+def test_an_image_that_is_larger_than_its_data():
+    """No memory is taken for it."""
+    for mode in ("RGB", "1"):
+        with pytest.raises(ProtocolError, match="has more than 4 bytes"):
+            ValueDecoder({"0": torch.zeros(4, dtype=torch.uint8)}).decode({"$image": ["0", mode, 10**5, 10**5]})
 
 
 def test_the_layout_in_memory_is_kept():
@@ -114,7 +121,7 @@ def test_what_cannot_be_sent():
     found = sent(DynamicCache(), hold=lambda thing: held.append(thing) or 0)
     assert isinstance(found, Held) and len(held) == 1
     for use in (lambda: found.layers, lambda: found[0], lambda: list(found), lambda: "images" in found):
-        with pytest.raises(InputError, match="DynamicCache stays on the server"):
+        with pytest.raises(DiffsightError, match="DynamicCache stays on the server"):
             use()
 
 

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from diffsight.errors import InputError
 from diffsight.gallery.serve.connection_limits import Limits
 from diffsight.gallery.serve.conversation import Conversation
 from diffsight.gallery.serve.job_socket import JobSocket
@@ -90,6 +91,8 @@ def test_what_cannot_be_a_job(language, remote_language, there):
     assert "edits of the model run on the client" in refusal(edited.trace, IDS, blocking=False)
     assert "leave out grad=True" in refusal(remote_language.trace, IDS, grad=True, blocking=False)
     assert "blocking" in refusal(language.trace, IDS, blocking=False)
+    with pytest.raises(InputError, match="a job has no block"), remote_language.trace(IDS, blocking=False):
+        pass
     for message in ({"body": None, "do": [{"op": "step"}]}, {"version": 1}, {"body": None, "do": []}):
         with pytest.raises(ProtocolError):
             job_frames(json.dumps(message).encode())

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig
 
 from diffsight import LanguageModel
-from diffsight.errors import InputError, NeverReachedError, OutOfOrderError, RunClosedError
+from diffsight.errors import InputError, NeverReachedError, OutOfOrderError, PointNotFoundError, RunClosedError
 from diffsight.remote import Held
 from helpers import same
 from remote.serving import serving
@@ -435,8 +435,14 @@ def test_objects_stay_on_the_server(language, remote_language):
         run.layers[1].inputs = (args, kwargs)
     with torch.no_grad():
         expected = language.trace(IDS, use_cache=True).result.logits
-    assert held and repr(held[0]).endswith("on the server>")
+    assert held and repr(held[0]).endswith("on the server>") and not hasattr(held[0], "items")
+    with pytest.raises(PointNotFoundError, match="the DynamicCache stays on the server"):
+        held[0].layers
     assert torch.equal(run.result.logits, expected)
+
+
+def test_the_label_names_the_model_on_the_server(language, remote_language):
+    assert remote_language.label == f"{language.label} (gpt2)"
 
 
 def test_a_run_that_ended_is_closed(remote_language):

@@ -7,15 +7,20 @@ import torch
 from PIL import Image
 
 from diffsight import (
+    attach_sae,
     attention_maps,
     attribution_patching,
     collect_activations,
     diffusion_lens,
+    encoder_patching,
     invert,
     logit_lens,
     trajectory_lens,
 )
 from diffsight.errors import InputError
+from diffsight.lenses import SAE
+from diffsight.lenses.encoders.drawing import NoImagesError
+from diffsight.remote.wire_errors import described, error_of
 from helpers import refusal, same, same_image
 
 CLIP = "diffsight/shapes-clip"
@@ -83,6 +88,18 @@ def test_a_server_writes_no_files(remote_language, tmp_path):
 
 def test_errors_are_those_of_the_lens(language, remote_language):
     assert refusal(logit_lens, remote_language, IDS, layers=9) == refusal(logit_lens, language, IDS, layers=9)
+    with pytest.raises(NoImagesError, match="returns audios"):  # the classes of errors of lenses
+        raise error_of(described(NoImagesError("the pipeline returns audios")))
+
+
+def test_arguments_that_cannot_be_sent(pipelines, remote_pipelines):
+    """The lens runs here, and asks the server for its values."""
+    given = {"words": "circle", "layers": [1], "seed": 0, "num_inference_steps": 1, "progress": False}
+    expected, found = (
+        encoder_patching(target, "a red circle", "a blue circle", source_model=pipelines[CLIP], **given)
+        for target in (pipelines[CLIP], remote_pipelines[CLIP])
+    )
+    assert all(map(same_image, expected.images[0], found.images[0]))
 
 
 def test_a_lens_that_needs_gradients(remote_language):
@@ -90,9 +107,26 @@ def test_a_lens_that_needs_gradients(remote_language):
     assert "attribution_patching computes gradients with a model in this process" in message
 
 
+def test_an_sae_cannot_be_attached(remote_language):
+    assert "attach_sae adds a module to a model in this process" in refusal(
+        attach_sae, remote_language, SAE(16, 32), "layers[0]"
+    )
+
+
 def test_only_lenses_run(remote_language):
     with pytest.raises(Exception, match="does not run 'train_sae'; it runs attention_from"):
         remote_language.server.lens("train_sae", IDS)
+
+
+@pytest.mark.parametrize(
+    "given", [{"image": "a.png"}, {"ip_adapter_image": ["http://a"]}, {"x": {"a_url": "b"}}], ids=str
+)
+def test_text_that_would_be_opened_is_refused(remote_pipelines, given):
+    lens, generate = remote_pipelines[CLIP].server.lens, remote_pipelines[CLIP].generate
+    assert "a server opens no files or addresses" in refusal(lens, "diffusion_lens", "a red circle", **given)
+    with pytest.raises(InputError, match=r"a server opens no files or addresses|has no argument"):
+        generate("a red circle", **given).finish()
+    assert "a server opens no files" in refusal(lens, "invert", "a.png")
 
 
 @pytest.mark.parametrize("name", ["trust_remote_code", "custom_generate", "streamer"])

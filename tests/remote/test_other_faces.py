@@ -1,5 +1,7 @@
 """Where else `remote=` is understood, and where it is an error."""
 
+from functools import partial
+
 import torch
 
 from diffsight import DiffusionModel, HFPipeline, VisionLanguageModel
@@ -17,6 +19,8 @@ def test_code_for_nnsight(address, language):
     with torch.no_grad(), language.trace(IDS) as run:
         assert torch.equal(hidden, run.layers_output[1]) and torch.equal(logits, run.logits)
     assert model.generate(IDS, max_new_tokens=2, remote=True, trace=False).shape == (1, 6)
+    for opens in (partial(model.trace, IDS), partial(model.generate, IDS, trace=False), model.session):
+        assert "the block runs on this machine" in refusal(opens, remote=True, blocking=False)
 
 
 def test_where_remote_is_not_understood(pipelines, language, address):

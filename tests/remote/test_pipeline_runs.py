@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from helpers import same, same_image
+from diffsight.errors import InputError
+from helpers import refusal, same, same_image
 
 PROMPT, OTHER = "a red circle above a blue square", "a green square"
 CLIP = "diffsight/shapes-clip"
@@ -122,3 +123,34 @@ def test_a_session_keeps_its_connection(pipelines, remote_pipelines):
         again = model.generate(PROMPT, seed=3, num_inference_steps=2).images[0]
     expected = pipelines[CLIP].generate(PROMPT, seed=3, num_inference_steps=2).images[0]
     assert same_image(first, expected) and same_image(again, expected)
+
+
+def test_buffers_of_the_model_are_not_changed(pipelines, remote_pipelines):
+    """Position ids are a view of a buffer: a change in place would stay in the model for all later runs."""
+    before = pipelines[CLIP].pipeline.text_encoder.embeddings.position_ids.clone()
+    with remote_pipelines[CLIP].generate(PROMPT, seed=3, num_inference_steps=1) as run:
+        positions = run.text_encoder.embeddings.position_embedding.input
+        positions -= 1
+        with pytest.raises(InputError, match=r"position_embedding\.input shares its memory with a weight or buffer"):
+            run.text_encoder.layers[0].output
+        run.stop()
+    assert torch.equal(pipelines[CLIP].pipeline.text_encoder.embeddings.position_ids, before)
+
+
+def test_what_would_not_reach_the_server_is_an_error(remote_pipelines):
+    model = remote_pipelines[CLIP]
+    calls = [
+        lambda: model.enable_freeu(s1=0.5, s2=0.2, b1=2.5, b2=2.6),
+        lambda: model.load_lora_weights("x"),
+        lambda: model.unet.set_attn_processor(None),
+        lambda: model.unet.half(),
+        lambda: model.unet.conv_in.register_forward_hook(print),
+    ]
+    for call in calls:
+        assert "would not reach the model on the server" in refusal(call)
+    with pytest.raises(InputError, match="scheduler belongs to the pipeline on the server"):
+        model.scheduler = model.scheduler
+    model.set_progress_bar_config(disable=True)  # these change no value
+    assert (
+        hasattr(model, "enable_freeu") and model.unet.eval() is not None and model.scheduler.config.num_train_timesteps
+    )

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's o
 IDS = torch.tensor([[5, 17, 42, 8]])
 PACKAGED, PROMPT = list(PIPELINES), "a red circle above a blue square"
 DOCS = Path(__file__).parents[2] / "docs"
+QUEUE = 10  # runs of a key that may wait
 START, SHORT = 300, 120  # seconds to wait for the server, and for anything else
 KILL_ONE_REPLICA = """
 import sys, ray
@@ -59,10 +60,11 @@ class Served:
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "OMP_NUM_THREADS": "1",
+            "RAY_worker_niceness": "0",  # not behind everything else that this machine runs
         }
         self.environment.pop("RAY_ADDRESS", None)
         options = ["--port", str(port), "--keys", str(keys), "--replicas", "2", "--num-cpus", "0.1"]
-        options += ["--frame-bytes", str(1 << 25), "--run-seconds", "120"]
+        options += ["--frame-bytes", str(1 << 25), "--run-seconds", "120", "--queue", str(QUEUE)]
         self.log = folder / "output.txt"
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -141,15 +143,19 @@ def body(model, ids=IDS):
     return [*found, run.result]
 
 
-def test_the_config_file_of_the_documentation():
-    """Ray accepts it, and builds the applications in the way in which it does for a config file."""
+@pytest.mark.parametrize("name", ["serve_config.yaml", "ray_service.yaml"])
+def test_the_config_files_of_the_documentation(name):
+    """Ray accepts them, and builds the applications in the way in which it does for a config file."""
     import yaml
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as build
     from ray.serve.schema import ServeDeploySchema
 
     from diffsight.gallery.serve import application_names, front_deployment, model_deployment
 
-    config = ServeDeploySchema(**yaml.safe_load((DOCS / "serve_config.yaml").read_text(encoding="utf-8")))
+    data = yaml.safe_load((DOCS / name).read_text(encoding="utf-8"))
+    if data.get("kind") == "RayService":
+        data = yaml.safe_load(data["spec"]["serveConfigV2"])
+    config = ServeDeploySchema(**data)
     *models, front = config.applications
     assert front.name == application_names.FRONT and front.import_path == f"{front_deployment.__name__}:front_app"
     assert front.args["models"] == [app.args["name"] for app in models]
@@ -180,6 +186,35 @@ def test_eight_clients_on_two_replicas(served, local):
     for thread in threads:
         thread.join(SHORT)
     assert len(found) == 8 and all(same(found[n], body(local, (IDS + 7 * n) % 61)) for n in found)
+
+
+def test_keys_take_turns(served, model):
+    """A key that fills its queue delays the run of another key by a run or two, and does not take its place."""
+    runs, done = [model.trace(IDS), model.trace(IDS)], []
+    for run in runs:
+        run.layers[0].output  # both replicas are taken
+    other = LanguageModel("gpt2", remote=served.address, api_key=served.other_key)
+
+    def client(whose, model):
+        try:
+            model.trace(IDS).finish()
+            done.append(whose)
+        except RemoteError as error:
+            done.append(str(error))
+
+    threads = [threading.Thread(target=client, args=("tests", model)) for _ in range(QUEUE + 2)]
+    threads.append(threading.Thread(target=client, args=("other", other)))
+    for thread in threads:
+        thread.start()
+        time.sleep(0.1)  # so that they are in the queue in this order
+    wait_for(lambda: len(done) == 2, SHORT)
+    time.sleep(1)
+    assert all("too many runs wait for the model" in text for text in done)
+    for run in runs:
+        run.stop()
+    for thread in threads:
+        thread.join(SHORT)
+    assert sorted(done[2:]) == ["other"] + QUEUE * ["tests"] and "other" in done[2:6]
 
 
 def test_long_frames_are_sent_in_parts_and_have_a_limit(model):

@@ -13,9 +13,7 @@ from remote.made_for_one_process import TESTS, why_local
 from remote.swapped import swapped
 
 TESTED = Path(__file__).parents[1]
-FILES = {
-    path.name: path for folder in ("engine", "pipelines", "lenses") for path in (TESTED / folder).glob("test_*.py")
-}
+FILES = [path for folder in ("engine", "pipelines", "lenses") for path in (TESTED / folder).rglob("test_*.py")]
 
 
 def test_models_are_on_the_server(model_server):
@@ -50,7 +48,7 @@ def test_a_value_with_the_name_of_a_module(model_server):
 def test_the_list_names_tests_that_exist():
     for key in TESTS:
         file, _, name = key.partition("::")
-        text = FILES[file].read_text(encoding="utf-8")
+        text = "".join(path.read_text(encoding="utf-8") for path in FILES if path.name == file)
         assert f"def {name.partition('[')[0].partition('*')[0]}" in text, key
     assert why_local("test_order.py::test_too_late[a-b-skip]") and not why_local(
         "test_order.py::test_too_late[a-b-read]"
