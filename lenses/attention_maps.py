@@ -37,7 +37,7 @@ from diffsight.lenses.attention.map_choices import (
     chosen_attentions,
     picked_heads,
 )
-from diffsight.lenses.attention.map_sums import MapSums
+from diffsight.lenses.attention.map_sums import MapSums, WordMeans
 from diffsight.lenses.attention.word_keys import WordKeys
 from diffsight.lenses.denoising.call_checks import Steps, choose_steps
 from diffsight.lenses.denoising.inverted_images import takes_inverted
@@ -157,7 +157,7 @@ def attention_maps(
         picked = picked_heads(chosen, heads)
         named = WordKeys(model, prompt, words, encoder, records)
         check_map_size(model, chosen, len(named.names), keep, arguments)
-        wanted = {attention.name: _Wanted(named.keys(attention), attention.keys) for attention in chosen}
+        wanted = {attention.name: WordMeans(named.keys(attention), attention.keys) for attention in chosen}
 
         def read(attention: Attention, product: AttentionProduct) -> torch.Tensor:
             return wanted[attention.name].values(product, attention, picked, keep == "heads")
@@ -279,25 +279,6 @@ def attention_from(
 
     run, reading = _run_prompt(model, prompt, prepare, seed, arguments)
     return _result(run, reading, prompt, seed, model, arguments, "from")
-
-
-class _Wanted:
-    """The keys of words in a product, and how they are averaged."""
-
-    def __init__(self, words: list[list[int]], keys: int) -> None:
-        self._average = torch.zeros(keys, len(words))
-        for number, word in enumerate(words):
-            self._average[word, number] = 1 / len(word)
-
-    def values(
-        self, product: AttentionProduct, attention: Attention, heads: Sequence[int] | None, by_head: bool
-    ) -> torch.Tensor:
-        """Return how much each word is attended to, (heads, words, positions of the image), or the mean over heads."""
-        if self._average.device != product.q.device:
-            self._average = self._average.to(product.q.device)
-        blocks = product.blocks(slice(None), attention.image, heads)
-        parts = [(probs[0] if by_head else probs[0].mean(0, keepdim=True)) @ self._average for _, probs in blocks]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)
 
 
 class _Reading:

@@ -1,14 +1,43 @@
-"""Sums of attention maps, whose memory does not grow with the number of steps or layers.
+"""The maps of words in a product, and their sums, whose memory does not grow with the number of steps or layers.
 
+means = WordMeans([[1], [2, 3]], 77)    # the second word has two tokens
+values = means.values(product, attention, None, False)[0]
 sums = MapSums()
 sums.add("", attention, values)         # (words, positions of the image)
 maps = sums.mean("")                    # (words, rows, columns): the mean of all, each in the size of the largest
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
+from diffsight.pipelines.attention.attention_probabilities import AttentionProduct
 from diffsight.pipelines.diffusion.attention import Attention
+
+
+class WordMeans:
+    """The map of each word in a product: the mean over the keys of its tokens.
+
+    Args:
+        words: The keys of each word.
+        keys: The number of keys in the product.
+    """
+
+    def __init__(self, words: list[list[int]], keys: int) -> None:
+        self._average = torch.zeros(keys, len(words))
+        for number, word in enumerate(words):
+            self._average[word, number] = 1 / len(word)
+
+    def values(
+        self, product: AttentionProduct, attention: Attention, heads: Sequence[int] | None, by_head: bool
+    ) -> torch.Tensor:
+        """Return how much each word is attended to, (heads, words, positions of the image), or the mean over heads."""
+        if self._average.device != product.q.device:
+            self._average = self._average.to(product.q.device)
+        blocks = product.blocks(slice(None), attention.image, heads)
+        parts = [(probs[0] if by_head else probs[0].mean(0, keepdim=True)) @ self._average for _, probs in blocks]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).transpose(1, 2)
 
 
 class MapSums:
