@@ -26,7 +26,7 @@ ENGINE = [
     "engine.checkpointed_regions",
     "engine.hooks",
     "engine.users_hooks",
-    "engine.unseen_calls",
+    "engine.unseen_modules",
     "engine.target",
     "engine.wrapped_modules",
     "engine.structural_copy",

@@ -9,7 +9,7 @@ The files in order; each imports only from those above it:
     checkpointed_regions    parts of the model that `backward()` computes again
     hooks           the hooks that a run puts on the model and removes again
     users_hooks     forward hooks of others, and which of them may change an output
-    unseen_calls    classes of modules whose outputs cannot be seen
+    unseen_modules  classes of modules whose outputs cannot be seen
     target          one thing that can be tapped, and its path
     wrapped_modules     sees through modules that wrap another
     structural_copy     a model without its weights and hooks

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from diffsight.engine.hooks import COMPILED, FORWARD, ModuleGroup, TappedMethod
-from diffsight.engine.unseen_calls import why_unseen
+from diffsight.engine.unseen_modules import why_unseen
 
 WRAPPED = "_orig_mod"  # in the module that `torch.compile(module)` makes: the module itself
 _UNCOMPILED = "_torchdynamo_orig_callable"  # on a function that `torch.compile(function)` makes: the function itself
