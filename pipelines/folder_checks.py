@@ -27,13 +27,15 @@ def check_configurations(folder: Path) -> None:
                 raise ValueError(f"{file} holds a {type(found).__name__}, not a dictionary")
 
 
-def check_vocabulary(folder: Path, tokenizer: Any) -> None:
-    """Raise OSError if a tokenizer was loaded from a folder without any of its vocabulary files.
+def check_vocabulary(folder: Path, tokenizer: Any, part: str = "") -> None:
+    """Raise OSError if a tokenizer was loaded from a model folder, or from a part of it, without its vocabulary files.
 
     If `folder` is not a folder but the name of a repository, nothing is checked."""
     if not folder.is_dir() or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
     own = type(tokenizer).vocab_files_names.values()  # empty if the tokens are bytes
     files = dict.fromkeys(("tokenizer.json", *own))  # any tokenizer can be saved as tokenizer.json
-    if own and not any((folder / file).is_file() for file in files):
-        raise OSError(f"the tokenizer in {folder} has no vocabulary: it has none of the files {', '.join(files)}")
+    if own and not any((folder / part / file).is_file() for file in files):
+        raise OSError(
+            f"the tokenizer in {folder / part} has no vocabulary: it has none of the files {', '.join(files)}"
+        )

@@ -3,8 +3,9 @@
 A model built without weights adopts those of a loaded model.
 """
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import RLock, get_ident
 from typing import Any
@@ -33,7 +34,7 @@ def without_weights() -> Iterator[None]:
     accelerate changes a method of all modules for this, so only one thread at a time can be in the block, and no other
     thread can load weights meanwhile. transformers does not draw initial values, which would take half of the time and
     which modules on the meta device cannot hold."""
-    with _loading, init_empty_weights(), _replaced("initialize_weights", lambda model: None):
+    with _loading, init_empty_weights(), _replaced(PreTrainedModel, "initialize_weights", lambda model: None):
         yield
 
 
@@ -43,10 +44,11 @@ class MissingWeightsError(OSError):
 
 @contextmanager
 def requiring_all_weights() -> Iterator[None]:
-    """Raise MissingWeightsError if the files of a transformers model that is loaded in the block lack weights.
+    """Raise MissingWeightsError if the files of a model that is loaded in the block lack weights.
 
-    transformers would initialize them randomly and print a notice that is easily overlooked. Weights that a model
-    declares as optional or ties to other weights do not count as missing."""
+    transformers and diffusers would initialize them randomly, or leave them on the meta device, and print a notice
+    that is easily overlooked. Weights that a model declares as optional or ties to other weights do not count as
+    missing."""
     lacking: dict[str, list[str]] = {}
     thread = get_ident()
     with _loading:
@@ -58,7 +60,20 @@ def requiring_all_weights() -> Iterator[None]:
                 lacking[type(model).__name__] = sorted(found.missing_keys)
             return found
 
-        with _replaced("_finalize_model_loading", staticmethod(recording)):
+        with ExitStack() as replaced:
+            replaced.enter_context(_replaced(PreTrainedModel, "_finalize_model_loading", staticmethod(recording)))
+            diffusers = sys.modules.get("diffusers.models.modeling_utils")  # language models do not need it
+            if diffusers is not None:
+                load = vars(diffusers.ModelMixin)["_load_pretrained_model"].__func__
+
+                def recording_diffusers(cls: type, *args: Any, **kwargs: Any) -> tuple:
+                    model, missing_keys, *found = load(cls, *args, **kwargs)
+                    if missing_keys and get_ident() == thread:
+                        lacking[type(model).__name__] = sorted(missing_keys)
+                    return model, missing_keys, *found
+
+                method = classmethod(recording_diffusers)
+                replaced.enter_context(_replaced(diffusers.ModelMixin, "_load_pretrained_model", method))
             yield
     if lacking:
         raise MissingWeightsError(
@@ -67,14 +82,14 @@ def requiring_all_weights() -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(name: str, method: Any) -> Iterator[None]:
-    """Replace a method of all transformers models in the block."""
-    own = vars(PreTrainedModel)[name]
-    setattr(PreTrainedModel, name, method)
+def _replaced(kind: type, name: str, method: Any) -> Iterator[None]:
+    """Replace a method of all models of a library in the block."""
+    own = vars(kind)[name]
+    setattr(kind, name, method)
     try:
         yield
     finally:
-        setattr(PreTrainedModel, name, own)
+        setattr(kind, name, own)
 
 
 def _listed(keys: list[str]) -> str:

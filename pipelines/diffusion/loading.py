@@ -105,7 +105,7 @@ def open_pipeline(
         check_pipeline_arguments(type(pipeline), arguments)
         for part, component in pipeline.components.items():
             if part not in arguments:
-                check_vocabulary(Path(place) / part, component)
+                check_vocabulary(Path(place), component, part)
     if name == "diffsight/shapes-flux":
         set_defaults(pipeline)
     if not empty or not weights:

@@ -180,7 +180,7 @@ def test_a_folder_with_a_damaged_index(tmp_path, index):
     assert str(tmp_path) in refusal(DiffusionModel, tmp_path)
 
 
-@pytest.mark.parametrize("missing", ["unet", "vae/diffusion_pytorch_model.safetensors", "text_encoder"])
+@pytest.mark.parametrize("missing", ["unet", "vae/diffusion_pytorch_model.safetensors", "text_encoder", "tokenizer"])
 def test_a_folder_that_lacks_a_part(saved_pipeline, tmp_path, missing):
     folder = tmp_path / "pipe"
     shutil.copytree(saved_pipeline, folder)
@@ -216,6 +216,13 @@ def test_weights_that_are_missing_are_listed(tmp_path):
     model = DiffusionModel(tmp_path / "pipe")
     with pytest.raises(InputError, match=r"CLIPTextModel lacks the weights encoder\.layers\.3\.layer_norm1\.bias, "):
         model.generate("a red circle", seed=0, num_inference_steps=1).finish()
+
+
+def test_weights_that_are_missing_from_a_model_of_diffusers_are_listed(saved_pipeline, tmp_path):
+    shutil.copytree(saved_pipeline, tmp_path / "pipe")
+    without_layer(tmp_path / "pipe/unet/diffusion_pytorch_model.safetensors", "resnets.1")
+    with pytest.raises(InputError, match=r"UNet2DConditionModel lacks the weights .*resnets\.1\."):
+        _ = DiffusionModel(tmp_path / "pipe").pipeline
 
 
 def test_weights_that_are_missing_from_a_language_model_are_listed(tmp_path):
