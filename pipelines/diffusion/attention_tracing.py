@@ -270,15 +270,37 @@ class CutAttention(TorchFunctionMode):
         self.traces[path, number] = Trace(product.shape, q, k)
 
 
-def _convolution(func: Callable, tensor: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Convolve with only the middle of the kernel. A convolution that uses each place once is left unchanged."""
-    stride = args[1] if len(args) > 1 else kwargs.get("stride", 1)
-    if tuple(weight.shape[2:]) == tuple(stride if isinstance(stride, (tuple, list)) else [stride] * (weight.ndim - 2)):
-        return func(tensor, weight, *args, **kwargs)
-    middle = (..., *(size // 2 for size in weight.shape[2:]))
-    alone = torch.zeros_like(weight)
-    alone[middle] = weight[middle]
-    return func(tensor, alone, *args, **kwargs)
+def _convolution(
+    func: Callable,
+    tensor: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    """Convolve with only the middle of the kernel: a kernel of size 1, which is fast and needs no copy of the weights.
+
+    A convolution that uses each place once is left unchanged."""
+    sizes = tuple(weight.shape[2:])
+    strides, dilations, paddings = (_of_axes(value, len(sizes)) for value in (stride, dilation, padding))
+    if sizes == strides:
+        return func(tensor, weight, bias, stride, padding, dilation, groups)
+    margins = []  # what is added to each axis, or cut off if negative, so that every output reads its middle
+    for axis in reversed(range(len(sizes))):  # the order of `pad`
+        length, reach = tensor.shape[axis + 2], dilations[axis] * (sizes[axis] - 1)
+        padded = {"same": reach, "valid": 0}[padding] if isinstance(padding, str) else 2 * paddings[axis]
+        before = padded // 2 - dilations[axis] * (sizes[axis] // 2)
+        outputs = (length + padded - reach - 1) // strides[axis] + 1
+        margins += [before, (outputs - 1) * strides[axis] + 1 - length - before]
+    middle = weight[(..., *(slice(size // 2, size // 2 + 1) for size in sizes))]
+    return func(nn.functional.pad(tensor, margins), middle, bias, stride, 0, 1, groups)
+
+
+def _of_axes(value: Any, count: int) -> tuple:
+    """Return a value for each axis."""
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
 
 
 def _group_norm(

@@ -9,6 +9,8 @@ MALLOC_MMAP_THRESHOLD_=65536 for "flux" and "sd1", so that freed memory does not
 """
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 import diffusers
 import torch
@@ -29,7 +31,7 @@ DRAWING = {"num_inference_steps": 20, "guidance_scale": 3.0}
 
 def flux(dtype: torch.dtype) -> None:
     """Print the peak of memory of FLUX with one attention of the real size, 24 heads of 128 features, and what the maps
-    of two words add, computed as `attention_maps` does. Everything else is narrow."""
+    of two words add to the memory in use, computed as `attention_maps` does. Everything else is narrow."""
     pipe, width = diffusion.flux(), 32
     sizes = {"joint_attention_dim": width, "pooled_projection_dim": width, "in_channels": 16, "guidance_embeds": True}
     heads = {"num_attention_heads": 1, "attention_head_dim": width, "axes_dims_rope": (4, 12, 16)}
@@ -52,9 +54,8 @@ def flux(dtype: torch.dtype) -> None:
         blocks = product.blocks(slice(None), range(512, 4608))
         return torch.cat([probs[0].mean(0) @ average for _, probs in blocks])
 
-    least = _peak(f"{dtype}, plain", lambda: pipe(PROMPT, **call))
+    _peak(f"{dtype}, plain", lambda: pipe(PROMPT, **call))
     maps()
-    _peak(f"{dtype}, the run", maps, least)
 
 
 def sd1() -> diffusers.StableDiffusionPipeline:
@@ -64,7 +65,7 @@ def sd1() -> diffusers.StableDiffusionPipeline:
     return diffusers.StableDiffusionPipeline(**pipe.components)
 
 
-def memory(pipe: diffusers.DiffusionPipeline, counts: list[int], **arguments: object) -> None:
+def memory(pipe: diffusers.DiffusionPipeline, counts: list[int], **arguments: Any) -> None:
     """Print the peaks of memory of plain generation, of the search, and of maps with several numbers of steps."""
     pipe.set_progress_bar_config(disable=True)
     model = DiffusionModel(pipe)
@@ -83,7 +84,7 @@ def memory(pipe: diffusers.DiffusionPipeline, counts: list[int], **arguments: ob
         _peak(f"maps, {steps} steps", lambda steps=steps: maps(steps), least[steps])
 
 
-def _peak(name: str, call: object, plain: float = 0.0) -> float:
+def _peak(name: str, call: Callable[[], Any], plain: float = 0.0) -> float:
     _, figures = measured(call)
     print(f"{name}: peak {figures['peak']:.0f} MiB, {figures['peak'] - plain:+.0f}; {figures['cpu']:.0f} s", flush=True)
     return figures["peak"]
