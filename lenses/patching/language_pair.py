@@ -21,6 +21,7 @@ from diffsight.lenses.metrics.metric import LAST_LOGITS, Metric, Outcome
 from diffsight.lenses.sites.position_pairs import Positions, pair_positions
 from diffsight.lenses.sites.prompt_tokens import PromptTokens
 from diffsight.lenses.sites.site import Site
+from diffsight.lenses.tokens.token_text import Spelling
 from diffsight.pipelines.language.model import LanguageModel, LanguageRun
 
 _ENCODER = ("encoder", "model.encoder")
@@ -32,12 +33,14 @@ class LanguageSide:
 
     Attributes:
         model: The model.
+        prompt: The prompt as text, without special tokens.
         values: The arguments of the forward pass, one row.
         tokens: The tokens that the sites of the sweep see.
         is_patched_in_encoder: Whether the sites are in the encoder of an encoder-decoder.
     """
 
     model: LanguageModel
+    prompt: str
     values: Mapping[str, Any] = field(repr=False)
     tokens: PromptTokens
     is_patched_in_encoder: bool = False
@@ -51,23 +54,25 @@ class LanguageSide:
         """
         run = model.trace(prompt, **inputs)
         values = {**run.model_inputs.values, **{n: v for n, v in inputs.items() if n != "images"}}
-        ids, is_patched_in_encoder = run.tokens, False
+        read, is_patched_in_encoder = run.tokens, False
+        ids = read
         if model.is_encoder_decoder:
             values["decoder_input_ids"] = run.decoder_tokens
             is_patched_in_encoder = in_encoder(sites)
-            ids = ids if is_patched_in_encoder else run.decoder_tokens
+            ids = read if is_patched_in_encoder else run.decoder_tokens
         if ids is None:
             raise InputError("patching needs to know the tokens: pass strings or token ids, not embeddings")
         if len(ids) != 1:
             raise InputError(f"a prompt of a pair is one input, not {len(ids)}: pass a list of prompts")
         if model.takes_argument("use_cache"):
             values["use_cache"] = False
-        return cls(model, values, PromptTokens.of(model, ids[0].tolist()), is_patched_in_encoder)
+        text = Spelling(model).text((ids if read is None else read)[0].tolist())
+        return cls(model, text, values, PromptTokens.of(model, ids[0].tolist()), is_patched_in_encoder)
 
     @property
     def name(self) -> str:
         """The prompt in messages."""
-        return f"the prompt {self.tokens.text!r}"
+        return f"the prompt {self.prompt!r}"
 
     def open(
         self, metric: Metric, rows: int = 1, encoded: torch.Tensor | None = None, grad: bool = False

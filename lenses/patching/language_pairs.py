@@ -131,7 +131,7 @@ class LanguagePairs:
             settings: Settings of the runs, besides further inputs.
         """
         inputs = {**self.request.arguments, **(settings or {})}
-        sources, targets = (tuple(getattr(p, side).tokens.text for p in self.pairs) for side in ("source", "target"))
+        sources, targets = zip(*([side.prompt for side in pair.sides] for pair in self.pairs))
         clean, corrupted = (sources, targets) if self.into == "corrupted" else (targets, sources)
         return SiteEffects(
             lens=self.request.lens.__name__,

@@ -132,6 +132,7 @@ def test_patching_inside_layers(cases, name, sites):
     case = cases.get(name) or cases.setdefault(name, BUILDERS[name]())
     result = activation_patching(case.model, CLEAN, CORRUPTED, METRIC, sites=sites, **case.more, **QUIET)
     sides = case.inputs(CLEAN), case.inputs(CORRUPTED)
+    assert (result.clean, result.corrupted) == ((CLEAN,), (CORRUPTED,))
     expected = patched_values(case.net, case.parts, sites, *sides, difference)
     assert torch.allclose(result.values[0].reshape(expected.shape), expected, atol=2e-5)
     assert expected.std() > 1e-6
