@@ -198,6 +198,13 @@ def test_files_that_a_result_is_not_written_to(saved_models, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_explorer_without_gradio(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "diffsight.gallery.explorer.explore", raising=False)
+    with pytest.raises(InputError, match="the explorer needs Gradio: install the extra `app`"):
+        from diffsight.gallery import explore  # noqa: F401
+
+
 def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "diffsight", "models"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "diffsight/shapes-clip" in done.stdout

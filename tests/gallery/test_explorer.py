@@ -252,6 +252,13 @@ def test_the_command_names_the_address_once_it_answers(address, saved_models, mo
     assert answers == [200]
 
 
+def test_it_is_imported_from_the_gallery(address):
+    from diffsight.gallery import explore
+    from diffsight.gallery.explorer import explore as module
+
+    assert explore is module.explore
+
+
 def test_a_port_in_use(address, capsys):
     port = address.rstrip("/").rpartition(":")[2]
     assert main(["explore", "--port", port]) == 2
