@@ -421,7 +421,8 @@ def test_the_script(saved_pipeline, here):
     words = [script, "generate", PROMPT, "--model", saved_pipeline, "--steps", "1", "--out", "out"]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert (here / done.stdout.strip()).is_file()
+    assert done.stdout.split() == ["out/seed_0.json", "out/seed_0.png"]
+    assert all((here / path).is_file() for path in done.stdout.split())
     bad = subprocess.run([script, "generate", " "], capture_output=True, text=True)
     assert bad.returncode == 2
     assert bad.stderr.startswith("diffsight: the prompt is empty")
