@@ -207,7 +207,7 @@ def test_unknown_words_are_warned_of(capsys):
     (warning,) = [line for line in err.splitlines() if "warning" in line]
     assert warning.startswith("diffsight: warning: the model does not know 'pink'")
     assert "circle" in warning.split("It knows: ")[1]
-    assert Path(out.strip()).is_file()
+    assert all(Path(path).is_file() for path in out.split())
 
 
 def test_unknown_words_are_warned_of_once_by_the_lens(capsys):
