@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffsight.errors import suggest
 from diffsight.gallery.completion import option_names
-from diffsight.lenses.results.saving import names_a_file
+from diffsight.lenses.results.saving import HTML, IMAGES
 
 _OTHER_NAMES = {  # what the Python API, or another program, calls a command
     "attention-maps": "attention",
@@ -41,7 +41,8 @@ _OTHER_OPTIONS = {  # what other programs call an option; those of a pipeline ar
     "--output-dir": "--out",
     "--save": "--out",
 }
-_OF_OTHERS = ("--debug", "--fp16", "--open", "--quiet", "--show", "--verbose")  # no arguments of a pipeline
+# Options of other programs that are no arguments of a pipeline.
+_OF_OTHERS = ("--debug", "--fp16", "--open", "--quiet", "--show", "--verbose")
 
 
 def unknown_command(word: str, commands: Collection[str]) -> str:
@@ -54,11 +55,11 @@ def unknown_command(word: str, commands: Collection[str]) -> str:
 def unknown_arguments(words: Sequence[str], parser: argparse.ArgumentParser) -> str:
     """Return the error message for arguments that a command does not have."""
     message = f"unrecognized arguments: {' '.join(words)}"
-    if names_a_file(Path(words[0])):
-        return f"{message}. A file to write is named with --out {words[0]}"
-    if not words[0].startswith("-"):
-        return f"{message}. A text of several words needs quotes"
     known = option_names(parser)
+    if not words[0].startswith("-"):
+        if "--out" in known and Path(words[0]).suffix.lower() in (*IMAGES, HTML):
+            return f"{message}. A file to write is named with --out {words[0]}"
+        return f"{message}. A text of several words needs quotes"
     option, _, value = words[0].partition("=")
     value = value or next(iter(words[1:2]), "VALUE")
     option, name = option.replace("_", "-"), option.strip("-").replace("-", "_")

@@ -3,7 +3,7 @@
     write_gallery("study")          # study/index.html
 
 The results are listed in `gallery_data.js` beside the page, which checks this file for new results every few seconds.
-Results with a grid were saved with a thumbnail. Those of other large images are made once, in the folder `thumbnails`.
+Results with a grid were saved with a thumbnail. Thumbnails of other large images are made once, in `thumbnails`.
 """
 
 import hashlib

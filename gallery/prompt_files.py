@@ -67,17 +67,20 @@ def _of_table(lines: list[str]) -> Iterator[str]:
     if not lines:
         return iter(())
     has_tabs = "\t" in lines[0]
-    rows = csv.DictReader(lines, dialect="excel-tab" if has_tabs else "excel", strict=True)
-    column = _known(rows.fieldnames or [], "there is no column")
     try:
-        return iter([row[column] or "" for row in rows])
+        return iter(_column_of(csv.DictReader(lines, dialect="excel-tab" if has_tabs else "excel", strict=True)))
     except csv.Error as error:
         if not has_tabs:
             raise InputError(
-                f"the table of prompts is damaged: {error}. A quote inside a quoted text is doubled"
+                f"the table of prompts is damaged: {error}. A quote inside a quoted text must be doubled"
             ) from None
-    plain = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)  # quotes belong to the prompts
-    return (row[column] or "" for row in plain)
+    return iter(_column_of(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)))  # the quotes are text
+
+
+def _column_of(rows: csv.DictReader) -> list[str]:
+    names = {name.strip('"'): name for name in rows.fieldnames or []}
+    column = names[_known(names, "there is no column")]
+    return [row[column] or "" for row in rows]
 
 
 def _of_objects(lines: list[str]) -> Iterator[str]:

@@ -13,7 +13,7 @@ def find_path(name: str | Path) -> Path | None:
         InputError: The path is a broken link, or `name` is neither a string nor a path.
     """
     if not isinstance(name, (str, os.PathLike)):
-        raise InputError(f"a file or folder is named by a string or a Path, not by a {type(name).__name__}")
+        raise InputError(f"a file or folder must be a string or a Path, not a {type(name).__name__}")
     try:
         path = Path(name).expanduser()
         if path.exists():

@@ -62,9 +62,9 @@ def requiring_all_weights() -> Iterator[None]:
 
         with ExitStack() as replaced:
             replaced.enter_context(_replaced(PreTrainedModel, "_finalize_model_loading", staticmethod(recording)))
-            diffusers = sys.modules.get("diffusers.models.modeling_utils")  # language models do not need it
-            if diffusers is not None:
-                load = vars(diffusers.ModelMixin)["_load_pretrained_model"].__func__
+            modeling = sys.modules.get("diffusers.models.modeling_utils")  # language models do not need it
+            if modeling is not None:
+                load = vars(modeling.ModelMixin)["_load_pretrained_model"].__func__
 
                 def recording_diffusers(cls: type, *args: Any, **kwargs: Any) -> tuple:
                     model, missing_keys, *found = load(cls, *args, **kwargs)
@@ -73,7 +73,7 @@ def requiring_all_weights() -> Iterator[None]:
                     return model, missing_keys, *found
 
                 method = classmethod(recording_diffusers)
-                replaced.enter_context(_replaced(diffusers.ModelMixin, "_load_pretrained_model", method))
+                replaced.enter_context(_replaced(modeling.ModelMixin, "_load_pretrained_model", method))
             yield
     if lacking:
         raise MissingWeightsError(

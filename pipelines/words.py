@@ -111,8 +111,8 @@ class PromptWords:
         if len(found) > 1:
             tokens = ", ".join(_shown(self.span(*place)) for place in found)
             raise InputError(
-                f"{text!r} occurs {len(found)} times in the prompt {self.prompt!r}: pass longer words that occur "
-                f"once, or where token numbers are allowed one of {tokens}"
+                f"{text!r} occurs {len(found)} times in the prompt {self.prompt!r}: pass a longer text that "
+                f"occurs once or, where token numbers are allowed, one of {tokens}"
             )
         return found[0]
 

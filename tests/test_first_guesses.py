@@ -187,7 +187,7 @@ def test_results_where_a_folder_is_wanted(saved_models):
     result = lens_results.make("diffusion_lens", saved_models)
     with pytest.raises(InputError, match=r"the folder of a saved result: call result\.save\(folder\) first"):
         gallery.repeat(result)
-    with pytest.raises(InputError, match="named by a string or a Path, not by a list"):
+    with pytest.raises(InputError, match="must be a string or a Path, not a list"):
         gallery.write_gallery([result])
 
 

@@ -210,10 +210,12 @@ def _check_shared(whole: Any, value: Any, path: object) -> None:
     if whole is value:
         return
     if isinstance(whole, torch.Tensor):
-        is_same = whole.dtype == value.dtype and torch.equal(whole, value)
+        is_alike = (whole.shape, whole.dtype, whole.device) == (value.shape, value.dtype, value.device)
+        is_same = is_alike and (whole.is_meta or torch.equal(whole, value))
         shared = f"a tensor of shape {tuple(whole.shape)}"
     else:
-        is_same = type(whole) is type(value) and whole == value
+        same = type(whole) is type(value) and whole == value
+        is_same = bool(same.all()) if hasattr(same, "all") else bool(same)  # arrays compare element by element
         shared = f"a {type(whole).__name__}"
     if not is_same:
         raise AssignmentError(

@@ -12,7 +12,7 @@ Start a server with `diffsight serve MODEL`.
 from diffsight.remote.chunks import Chunks, split
 from diffsight.remote.on_server import is_on_server, put_on_server
 from diffsight.remote.protocol import VERSIONS, job_frames, says_error
-from diffsight.remote.run_session import RunEnded, RunSession, check_arguments, error_frame
+from diffsight.remote.run_session import RunEnded, RunSession, check_harmless, error_frame
 from diffsight.remote.selections import sent_as
 from diffsight.remote.served_model import Job, ServedModel
 from diffsight.remote.wire_errors import RemoteError
@@ -29,7 +29,7 @@ __all__ = [
     "RunSession",
     "ServedModel",
     "can_be_sent",
-    "check_arguments",
+    "check_harmless",
     "error_frame",
     "is_on_server",
     "job_frames",

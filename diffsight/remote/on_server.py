@@ -34,7 +34,7 @@ _CHANGES = (
     "zero_grad",
 )
 _CHANGES_LIKE = ("add_", "delete_", "disable_", "enable_", "fuse_", "load_", "register_", "set_", "unfuse_", "unload_")
-_HARMLESS = ("load_config", "set_progress_bar_config")
+_HARMLESS = ("add_noise", "load_config", "set_progress_bar_config")
 # The call that opens the run being created: the method, its arguments and keyword arguments.
 _opening: ContextVar[tuple[str, tuple, dict] | None] = ContextVar("diffsight_opening", default=None)
 

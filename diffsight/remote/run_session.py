@@ -141,7 +141,7 @@ class RunSession:
                 raise InputError(f"a server runs {' and '.join(_METHODS)}, not {method!r}")
             decode = ValueDecoder(tensors, received=self._note).decode
             args, kwargs = decode(message["args"]), decode(message["kwargs"])
-            check_arguments(args, kwargs)
+            check_harmless(args, kwargs)
             self._run = getattr(self._model, method)(*args, **kwargs)
             edits = [
                 Edit(partial(self._stand_in, number), str(where), _Untouched())
@@ -311,7 +311,7 @@ class RunSession:
     def _do_call(self, op: Operation, decode: Callable[[Any], Any]) -> Any:
         """Call a named part of the model, outside the run or through its points."""
         args, kwargs = decode(op.args), decode(op.kwargs)
-        check_arguments(args, kwargs)
+        check_harmless(args, kwargs)
         part = self._points(op.path)
         if op.method:
             if op.method not in _PART_METHODS:
@@ -367,7 +367,7 @@ class RunSession:
 
     def _do_lens(self, op: Operation, decode: Callable[[Any], Any]) -> Any:
         args, kwargs = decode(op.args), decode(op.kwargs)
-        check_arguments(args, kwargs)
+        check_harmless(args, kwargs)
         return self._service(op.name)(*args, **kwargs)
 
     def _service(self, name: str) -> Callable[..., Any]:
@@ -451,7 +451,7 @@ def points_at(root: Envoy, path: str) -> Points:
     return found
 
 
-def check_arguments(args: Any, kwargs: Mapping[str, Any]) -> None:
+def check_harmless(args: Any, kwargs: Mapping[str, Any]) -> None:
     """Raise InputError for arguments that could run code, or open files or addresses, on the server."""
     for name in kwargs:
         if name in _REFUSED:

@@ -259,7 +259,7 @@ class ValueDecoder:
             case "$image":
                 name, mode, *size = inner
                 data = self._tensors[name].numpy().tobytes()
-                if math.prod(size) > len(data) * (8 if mode == "1" else 1):  # before memory is taken for it
+                if math.prod(size) > len(data) * (8 if mode == "1" else 1):  # before memory is allocated for it
                     raise ValueError(f"an image of size {size} has more than {len(data)} bytes")
                 return Image.frombytes(mode, tuple(size), data)
             case "$dtype":

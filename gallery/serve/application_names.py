@@ -18,7 +18,7 @@ def route_of(name: str) -> str:
     return f"/runs/{name}"
 
 
-def check_arguments(builder: str, args: Mapping[str, Any], known: set[str]) -> None:
+def check_settings(builder: str, args: Mapping[str, Any], known: set[str]) -> None:
     """Raise InputError if a builder of an application was given an unknown argument."""
     unknown = sorted(args.keys() - known)
     if unknown:

@@ -1,6 +1,7 @@
 """The queue of runs that wait for a replica of a model: the keys take turns.
 
-A key that has many runs in the queue delays the run of another key by one run, and cannot fill the queue of others.
+However many runs a key has in the queue, it delays the next run of another key by one run at most, and it cannot fill
+the queue for others.
 Each proxy of Ray Serve has a queue of its own, and so has the front for jobs.
 """
 
@@ -16,7 +17,9 @@ from diffsight.gallery.serve.keys import Keys, key_in
 
 
 class FairQueue(FIFOMixin, RequestRouter):
-    """Assigns replicas to waiting requests, in turns of their keys."""
+    """Assigns replicas to waiting requests; the keys take turns.
+
+    The two methods that it overrides are private in Ray Serve, and were tried with the version in `constraints.txt`."""
 
     def initialize_state(self, keys: str | None = None, longest: int = 100) -> None:
         """Set up the queue.
@@ -37,14 +40,16 @@ class FairQueue(FIFOMixin, RequestRouter):
             pending_request.routing_context.should_backoff = True  # else a full replica is asked without a pause
         return [candidate_replicas]
 
-    async def _choose_replica_for_request(self, pending_request: PendingRequest, **options: Any) -> RunningReplica:
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
         name = self._name_of(pending_request)
         line = self._waiting[name]
-        if len(line) >= self._longest:
+        if len(line) >= self._longest and not is_retry:
             raise BackPressureError(len(line), self._longest)
-        line.append(pending_request)
+        line.insert(0 if is_retry else len(line), pending_request)  # one that a replica has sent back keeps its place
         try:
-            return await super()._choose_replica_for_request(pending_request, **options)
+            return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
         finally:
             self._waiting[name] = [one for one in self._waiting[name] if one is not pending_request]
 
@@ -66,7 +71,7 @@ class FairQueue(FIFOMixin, RequestRouter):
             return request.kwargs["key"]
         if not request.metadata.is_http_request:
             return ""
-        scope = pickle.loads(request.args[0]).asgi_scope
+        scope = pickle.loads(request.args[0]).asgi_scope  # pickled by Serve in this process, not by the client
         key = self._keys.find(
             key_in({name.decode("latin-1"): text.decode("latin-1") for name, text in scope["headers"]})
         )

@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.exceptions import RayServeException
 
 from diffsight.errors import DiffsightError
-from diffsight.gallery.serve.application_names import app_of, check_arguments
+from diffsight.gallery.serve.application_names import app_of, check_settings
 from diffsight.gallery.serve.connection_limits import Limits
 from diffsight.gallery.serve.front import Front
 from diffsight.gallery.serve.jobs import Jobs
@@ -133,6 +133,6 @@ def front_app(args: Mapping[str, Any]) -> Any:
     Raises:
         InputError: There is an unknown argument.
     """
-    check_arguments("front_app", args, {"models", "keys", "limits", "keep_seconds"})
+    check_settings("front_app", args, {"models", "keys", "limits", "keep_seconds"})
     models = {name: app_of(name) for name in args["models"]}
     return FrontReplica.bind(models, args.get("keys"), dict(args.get("limits") or {}), args.get("keep_seconds", 3600.0))

@@ -20,7 +20,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from diffsight.gallery.model_opening import open_model
-from diffsight.gallery.serve.application_names import FRONT, check_arguments
+from diffsight.gallery.serve.application_names import FRONT, check_settings
 from diffsight.gallery.serve.connection_limits import Limits
 from diffsight.gallery.serve.conversation import Conversation
 from diffsight.gallery.serve.descriptions import configuration, description
@@ -140,7 +140,7 @@ def model_app_with(settings: Mapping[str, Any], args: Mapping[str, Any]) -> Any:
     Raises:
         InputError: There is an unknown argument.
     """
-    check_arguments("model_app", args, {"name", "source", "options", "device", "keys", "limits", "queue"})
+    check_settings("model_app", args, {"name", "source", "options", "device", "keys", "limits", "queue"})
     limits = dict(args.get("limits") or {})
     Limits(**limits)
     name, keys = args["name"], args.get("keys")

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffsight import DiffusionModel, lenses
 from diffsight.errors import InputError
-from diffsight.remote import check_arguments
+from diffsight.remote import check_harmless
 
 # The lenses that take one model and data, and write no files.
 LENSES = (
@@ -43,7 +43,7 @@ def run_lens(name: str, model: Any, *args: Any, **kwargs: Any) -> Any:
     lens = getattr(lenses, name)
     signature = inspect.signature(lens)
     given = signature.bind(model, *args, **kwargs).arguments  # by name, also those without a keyword
-    check_arguments((), given)
+    check_harmless((), given)
     for argument in _FILES:
         if given.get(argument) is not None:
             raise InputError(f"{argument}: a server writes no files for its clients. Leave it out, and save the result")

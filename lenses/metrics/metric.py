@@ -142,7 +142,8 @@ def as_metric(metric: Any) -> Metric:
 
 
 def normalised(values: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return a metric of changed runs on a scale on which the target (the changed run) is 0 and the source is 1.
+    """Return a metric of changed runs on a scale on which the target (the run that values are put into, before any
+    change) is 0 and the source is 1.
 
     This is (value - target) / (source - target), for tensors of shapes that broadcast."""
     return (values - target) / (source - target)

@@ -55,8 +55,8 @@ class TokenMetric(Metric):
         logits = self._logits(outcome)
         if self.name == "KL divergence":
             wanted = self._logits(clean).log_softmax(-1)
-            can_be = wanted.isfinite()[0]  # a token with the logit -inf adds nothing
-            wanted, found = wanted[:, can_be], logits.log_softmax(-1)[:, can_be]
+            possible = ~wanted.isneginf()[0]  # a token with the logit -inf adds nothing
+            wanted, found = wanted[:, possible], logits.log_softmax(-1)[:, possible]
             return (wanted.exp() * (wanted - found)).sum(-1)
         first, *second = (ids[pair if len(ids) > 1 else 0] for ids in self.ids)
         if second:

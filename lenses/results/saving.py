@@ -21,8 +21,8 @@ def names_a_file(path: Path) -> bool:
     """
     if path.suffix.lower() in _OTHERS and not os.path.isdir(path):
         raise InputError(
-            f"{path}: a result is written to a folder, or to one file that ends with {', '.join((*IMAGES, HTML))}. The "
-            "folder has all images and numbers"
+            f"{path}: a result is written to a folder, or to one file that ends with {', '.join((*IMAGES, HTML))}. A "
+            "folder gets all images and numbers"
         )
     return path.suffix.lower() in (*IMAGES, HTML) and not os.path.isdir(path)
 

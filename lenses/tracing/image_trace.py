@@ -77,7 +77,8 @@ def trace_images(
             some = rows[start : start + size]
             outcome = _draw(model, prompt, points, encoders, some, noise.seed, measured, arguments)
             clean = part_of_outcome(outcome, 0, 1)
-            right = float(measured.measure(clean, clean, 0, [f"the prompt {prompt!r}"]))
+            if not values:
+                right = float(measured.measure(clean, clean, 0, [f"the prompt {prompt!r}"]))
             names = [_named(prompt, points, row) for row in some]
             values.append(measured.measure(part_of_outcome(outcome, 1, len(some) + 1), clean, 0, names))
             bar.update(len(some))

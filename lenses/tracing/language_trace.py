@@ -6,7 +6,7 @@ In an encoder-decoder model, the subject is noised in the encoder, and its outpu
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class LanguageTrace:
             return tuple(map(layer_title, self.chosen))
         return tuple(self.sites[number].name for number in self.chosen)
 
-    @property
+    @cached_property
     def _starts(self) -> list[int | None]:
         """The layer that each site is in; None for a site outside the layers."""
         if isinstance(self.sites, str):

@@ -146,12 +146,13 @@ class AttentionTracer:
                 sequence.append(_tensors(value)[0][0].detach().clone())
 
         def compare(inputs: Any) -> None:
-            if self._positions:
+            if self._positions or not sequence:
                 return
             self._positions = len(sequence[0])
             for latents in (tensor[0].to(sequence[0]) for tensor in _tensors(inputs) if tensor.ndim == 3):
-                same = latents.shape[1:] == self.image[1:] and (sequence[0] == latents[0]).all(-1)
-                for start in torch.nonzero(same).flatten().tolist() if len(latents) < self._positions else ():
+                if latents.shape[1:] != sequence[0].shape[1:] or len(latents) >= self._positions:
+                    continue
+                for start in torch.nonzero((sequence[0] == latents[0]).all(-1)).flatten().tolist():
                     if torch.equal(sequence[0][start : start + len(latents)], latents):
                         self.drawn, self.image = slice(start, start + len(latents)), tuple(latents.shape)
                         return
@@ -289,7 +290,7 @@ def _convolution(
         return func(tensor, weight, bias, stride, padding, dilation, groups)
     margins = []  # what is added to each axis, or cut off if negative, so that every output reads its middle
     for axis in reversed(range(len(sizes))):  # the order of `pad`
-        length, reach = tensor.shape[axis + 2], dilations[axis] * (sizes[axis] - 1)
+        length, reach = tensor.shape[tensor.ndim - len(sizes) + axis], dilations[axis] * (sizes[axis] - 1)
         padded = {"same": reach, "valid": 0}[padding] if isinstance(padding, str) else 2 * paddings[axis]
         before = padded // 2 - dilations[axis] * (sizes[axis] // 2)
         outputs = (length + padded - reach - 1) // strides[axis] + 1
@@ -300,7 +301,8 @@ def _convolution(
 
 def _of_axes(value: Any, count: int) -> tuple:
     """Return a value for each axis."""
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return values * count if len(values) == 1 else values
 
 
 def _group_norm(

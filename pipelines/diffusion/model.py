@@ -156,11 +156,12 @@ class DiffusionModel(HasEncoders, Model):
                 part.requires_grad_(requires_grad)
         return self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, hook: bool = False, **kwargs: Any) -> Any:
         """Call the pipeline. While a run of it is open, this calls a copy with its own schedulers, as other runs do."""
-        if is_on_server(self):
-            return super().__call__(*args, **kwargs)
-        with PipelineOfRun(self.pipeline).in_use() as pipeline:
+        if hook or is_on_server(self):
+            return super().__call__(*args, hook=hook, **kwargs)
+        self._tree.load_unless_scanning()
+        with PipelineOfRun(self._owner).in_use() as pipeline:
             return pipeline(*args, **kwargs)
 
     def generate(

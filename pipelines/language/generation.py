@@ -301,8 +301,8 @@ def _prompt_length(net: nn.Module, arguments: Mapping[str, Any]) -> int:
 
 def _added(tokenizer: Any, ids: torch.Tensor) -> str:
     """Return the text that the last of `ids` adds. A character of several tokens is added with its last token."""
-    whole, before = decoded(tokenizer, ids), decoded(tokenizer, ids[:-1]).rstrip(_INCOMPLETE)
-    return "" if whole.endswith(_INCOMPLETE) else whole[len(before) :]
+    before, whole = (decoded(tokenizer, part).rstrip(_INCOMPLETE) for part in (ids[:-1], ids))
+    return whole[len(before) :]
 
 
 def _incomplete_end(text: str) -> str:

@@ -1,8 +1,8 @@
 """What attention maps cost beside plain generation: memory at the sizes of FLUX and SD 1.5, time on shapes-clip.
 
-    python tests/benchmarks/attention_cost.py flux      # one attention of FLUX at 1024 x 1024: at most 128 MB more
-    python tests/benchmarks/attention_cost.py sd1       # the UNet of SD 1.5 at 512 x 512: at most 100 MB, at any steps
-    python tests/benchmarks/attention_cost.py shapes    # at most 1.3 times the time, and 0.7 times that of a processor
+    python tests/benchmarks/attention_cost.py flux      # memory, one attention of FLUX at 1024 x 1024
+    python tests/benchmarks/attention_cost.py sd1       # memory, the UNet of SD 1.5 at 512 x 512, 2 and 4 steps
+    python tests/benchmarks/attention_cost.py shapes    # time, beside plain generation and a processor by hand
 
 The weights of the large models are random, and their text encoders and autoencoders are small. Set
 MALLOC_MMAP_THRESHOLD_=65536 for "flux" and "sd1", so that freed memory does not count.

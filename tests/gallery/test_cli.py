@@ -262,6 +262,9 @@ def test_help_shows_an_example_that_is_accepted(capsys, command, here):
 def test_errors_of_the_parser_are_one_line(capsys):
     for command, told in [
         (["lens", "a", "red", "circle"], "needs quotes"),
+        (["lens", PROMPT, "out.png"], "named with --out out.png"),
+        (["lens", PROMPT, "--save=out.png"], "Write --out out.png"),
+        (["lens", PROMPT, "data.csv"], "needs quotes"),
         (["lens", PROMPT, "--layers", "-1,embedding"], "write --layers=-1"),
         (["lens", PROMPT, "--steps", "0"], "'0' is not a positive integer"),
         ([], "COMMAND"),

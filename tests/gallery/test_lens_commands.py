@@ -239,9 +239,14 @@ def test_prompts_of_benchmarks(here):
     Path("plain.tsv").write_text('Prompt\tn\n"Autumn" on a sign\t1\n"open\t2\na cow\t3\n')  # not written as a table
     assert read_prompts(Path("plain.tsv")) == ['"Autumn" on a sign', '"open', "a cow"]
     assert read_prompts(Path("geneval.jsonl")) == ["a photo of a bench", "a cow"]
+    Path("quoted.tsv").write_text('"prompt"\t"n"\n"Autumn" on a sign\t1\n')
+    assert read_prompts(Path("quoted.tsv")) == ['"Autumn" on a sign']
 
 
 def test_tables_that_have_no_prompts(here):
+    Path("a.csv").write_text('"prompt"x,n\na,1\n')
+    with pytest.raises(InputError, match="the table of prompts is damaged"):
+        read_prompts(Path("a.csv"))
     Path("a.csv").write_text('prompt\n"never closed\na cow\n')
     with pytest.raises(InputError, match="the table of prompts is damaged"):
         read_prompts(Path("a.csv"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffsight import DiffusionModel
+from diffsight.errors import InputError
 from diffsight.lenses import (
     clip_score,
     kl_divergence,
@@ -17,6 +18,7 @@ from diffsight.lenses import (
     token_probability,
 )
 from diffsight.lenses.metrics.metric import Outcome, as_metric
+from diffsight.lenses.patching.shared_prefix import agree
 from diffsight.pipelines.shapes.scenes import Scene, Thing, render
 from helpers import refusal
 from models import language
@@ -56,6 +58,13 @@ def test_token_metrics(model, logits):
     assert torch.allclose(
         measured(kl_divergence(), model, outcome), measured(kl_divergence(), model, Outcome(logits[..., others]))
     )
+
+
+def test_a_model_whose_logits_are_not_numbers(model, logits):
+    metric, broken = as_metric(kl_divergence()).bound(model, 1), Outcome(torch.full_like(logits[:1], torch.nan))
+    with pytest.raises(InputError, match="the metric KL divergence is nan for the run: a metric must be a finite"):
+        metric.measure(broken, broken, 0, ["the run"])
+    assert not agree(broken.logits, broken.logits)
 
 
 def test_tokens_of_several_pairs(model, logits):

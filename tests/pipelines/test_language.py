@@ -258,6 +258,21 @@ def test_streaming_a_text_that_ends_within_a_letter(net):
     assert set(pieces[-1]) == {"\ufffd"} and "".join(pieces) == TOKENIZER.decode(wanted)
 
 
+def test_streaming_a_token_that_ends_one_letter_and_begins_the_next(net, monkeypatch):
+    parts, wanted = [b" ", "東".encode()[:1], "東".encode()[1:]], [7, 8, 9]
+    bytes_of = {7: parts[0] + parts[1], 8: parts[2][:1], 9: parts[2][1:]}
+    decode = lambda self, ids, **_: b"".join(bytes_of[int(one)] for one in ids).decode(errors="replace")  # noqa: E731
+    monkeypatch.setattr(type(TOKENIZER), "decode", decode)
+    model = LanguageModel((net, TOKENIZER))
+
+    @model.edit
+    def edited(run):
+        for _step, token in zip(run.steps, wanted):
+            run.logits = torch.full_like(run.logits, -100.0).index_fill(-1, torch.tensor(token), 100.0)
+
+    assert list(edited.generate(ids(PROMPT), max_new_tokens=3).stream()) == [" ", "東"]
+
+
 def test_letters_of_several_tokens_come_whole(net):
     """A byte-level tokenizer writes 東 as three tokens."""
     model = LanguageModel((net, TOKENIZER))

@@ -98,7 +98,7 @@ def test_words_that_occur_several_times(kind):
     aligned = align_words(tokenizer_of(kind), "a red square above a red circle")
     first, second = aligned.find("red")
     assert first.stop <= aligned["square"].start < second.start
-    with pytest.raises(InputError, match=r"'red' occurs 2 times .* pass longer words that occur once"):
+    with pytest.raises(InputError, match=r"'red' occurs 2 times .* pass a longer text that occurs once"):
         aligned["red"]
 
 
