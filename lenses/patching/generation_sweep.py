@@ -77,21 +77,21 @@ class GenerationSweep:
         source = source or generate_source(self._pairs, number, self._tokens)
         target = GenerationStart.of(pair.target, self._tokens)
         self.passes += self._tokens + target.passes
-        clean = source.outcome if self._pairs.into == "corrupted" else target.outcome
+        clean = self._pairs.clean(source.outcome, target.outcome)
         values = torch.full((len(sites), len(self._windows)), torch.nan)
         places = product(enumerate(sites), enumerate(self._windows.values()))
         rows = [_StepRow(site, steps, (i, j)) for (i, site), (j, steps) in places]
-        measure, titles = partial(self._pairs.metric.measure, clean=clean, pair=number), list(self._windows)
-        ends = [measure(p.outcome, rows=[side.name]).item() for p, side in zip((source, target), pair.sides)]
+        titles = list(self._windows)
+        baselines = self._pairs.baselines(number, source.outcome, target.outcome)
         for some in self._chunks(rows):
             start = target.first(some[0].steps[0])
             outcome = target.generate(len(some), start, partial(_patch, some, source))
             self.passes += self._tokens - start
             names = [patched_row(pair.target.name, row.site, f"step {titles[row.place[1]]}") for row in some]
-            for row, value in zip(some, measure(outcome, rows=names).tolist()):
+            for row, value in zip(some, self._pairs.metric.measure(outcome, clean, number, names).tolist()):
                 values[row.place] = value
             self._bar.update(len(some))
-        return Swept(values, *ends)
+        return Swept(values, *baselines)
 
     def _chunks(self, rows: Sequence[_StepRow]) -> Iterator[list[_StepRow]]:
         """Yield the rows of each batch: those with the same first step together, unless they are few."""

@@ -60,11 +60,7 @@ def attribute_pair(pairs: LanguagePairs, number: int, qk_correction: bool, sourc
     source = source or run_side(pair.source, pairs.metric, pairs.points)
     check_values(pair, source.values, pairs.sites)
     target = _backward(pairs, number, source, corrected)
-    clean = source.outcome if pairs.into == "corrupted" else target.outcome
-    ends = [
-        float(pairs.metric.measure(one.outcome, clean, number, [side.name]).detach())
-        for one, side in zip((source, target), pair.sides)
-    ]
+    ends = pairs.baselines(number, source.outcome, target.outcome)
     values = torch.tensor(
         [[_estimate(site, column, pair, source, target, corrected) for column in pair.columns] for site in pairs.sites]
     )

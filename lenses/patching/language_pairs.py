@@ -14,7 +14,7 @@ import torch
 
 from diffsight.errors import InputError
 from diffsight.lenses.layers import Layers
-from diffsight.lenses.metrics.metric import Metric, as_metric
+from diffsight.lenses.metrics.metric import Metric, Outcome, as_metric
 from diffsight.lenses.patching.language_pair import LanguagePair
 from diffsight.lenses.patching.patching_request import PatchingRequest
 from diffsight.lenses.results.site_effects import SiteEffects
@@ -80,6 +80,15 @@ class LanguagePairs:
         if request.heads is not None and not found.has_heads:
             raise InputError("none of the sites has heads: omit `heads`")
         return found
+
+    def clean(self, source: Outcome, target: Outcome) -> Outcome:
+        """Return the outcome of the clean run from those of the source and the target of a pair."""
+        return source if self.into == "corrupted" else target
+
+    def baselines(self, number: int, source: Outcome, target: Outcome) -> list[float]:
+        """Return the metric of the source and of the target of the pair with this number."""
+        clean, ends = self.clean(source, target), zip((source, target), self.pairs[number].sides)
+        return [float(self.metric.measure(end, clean, number, [side.name]).detach()) for end, side in ends]
 
     def counted(self, values: Mapping[str, torch.Tensor]) -> "LanguagePairs":
         """Return a copy with a site for each head, given the values at the points in a first run.

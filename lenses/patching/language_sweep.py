@@ -9,7 +9,6 @@ Rows that are patched in the same layer run together. They start from the stored
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -74,15 +73,14 @@ class LanguageSweep:
         target = run_side(pair.target, self._metric, states=any(start is not None for start in self._starts))
         self.passes += 2
         check_values(pair, source.values, sites)
-        clean = source.outcome if self._pairs.into == "corrupted" else target.outcome
         values = torch.full((len(sites), len(pair.columns)), torch.nan)
-        measure = partial(self._metric.measure, clean=clean, pair=number)
-        baselines = [measure(p.outcome, rows=[side.name]).item() for p, side in zip((source, target), pair.sides)]
+        clean = self._pairs.clean(source.outcome, target.outcome)
+        baselines = self._pairs.baselines(number, source.outcome, target.outcome)
         prefix = self._prefix(pair, target)
         for cells in self._chunks(pair.columns, list(source.values), prefix):
             outcome = self._run_cells(cells, pair, source, prefix)
             names = [patched_row(pair.target.name, cell.site, cell.column.title) for cell in cells]
-            for cell, value in zip(cells, measure(outcome, rows=names).tolist()):
+            for cell, value in zip(cells, self._metric.measure(outcome, clean, number, names).tolist()):
                 values[cell.place] = value
             self._bar.update(len(cells))
         return Swept(values, *baselines)
