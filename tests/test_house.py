@@ -34,6 +34,7 @@ ENGINE = [
     "engine.batch_slicing",
     "engine.weak_values",
     "engine.points",
+    "engine.late_edits",
     "engine.innermost_run",
     "engine.late_weights",
     "engine.step_clock",

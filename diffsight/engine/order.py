@@ -7,7 +7,7 @@ show whether it is too late; see `taps`. If they cannot show it, the point count
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from diffsight.engine.points import INPUTS, LAST, OUTPUT, Asked, Assignment, Point, PointKey
+from diffsight.engine.points import INPUTS, LAST, Asked, Assignment, Point, PointKey
 from diffsight.engine.tapped_call import Tap
 from diffsight.engine.target import in_run
 from diffsight.engine.users_line import set_line
@@ -74,8 +74,7 @@ def is_ahead(tap: Tap, key: PointKey, scope: Scope) -> bool:
 def position(stands: Point | str, step: int) -> str:
     """Return where the model stands, in words."""
     if isinstance(stands, Point):
-        kind, index = stands.key
-        stands = f"at {Asked(stands.tap.target, 'output' if kind == OUTPUT else 'input', index)}"
+        stands = f"at {stands.path}"
     return f"{stands} in step {step}" if step >= 0 else stands
 
 
@@ -96,11 +95,12 @@ def let_go(asked: Asked, where: str) -> OutOfOrderError:
     )
 
 
-def edited_too_late(asked: Asked, where: str) -> OutOfOrderError:
+def edited_too_late(point: Point, where: str) -> OutOfOrderError:
     """Return the error for a value that was changed in place after the model had passed it."""
+    read = f", read in {point.read_line}," if point.read_line else ""
     return OutOfOrderError(
-        f"{asked} was read again and changed in place too late: the model is {where}, past that point, and has "
-        "used the value. Change it while the model stands there, or change a copy: .clone()"
+        f"{point.path}{read} was changed in place too late: the model is {where}, past that point, and has used the "
+        "value. Change it while the model stands there, or change a copy: .clone()"
     )
 
 

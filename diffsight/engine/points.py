@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 from weakref import ref
 
@@ -13,7 +14,7 @@ from diffsight.engine.batch_slicing import Selection, Tapped, wrong_type
 from diffsight.engine.hooks import FORWARD
 from diffsight.engine.target import Target, join
 from diffsight.engine.users_line import UsersLine
-from diffsight.engine.weak_values import alive, weakly
+from diffsight.engine.weak_values import alive, held, weakly
 from diffsight.errors import AssignmentError
 
 INPUTS, OUTPUT = "inputs", "output"
@@ -64,11 +65,24 @@ class Point:
     copies: dict[int, torch.Tensor] | None = None  # by id: the run's own copies, which nobody has read
     is_unread: bool = False  # the model was let past it on the way to another call; held until somebody reads it
     weak: Any = None  # the value once the model has moved on, see `weakly`; for inputs, each argument
+    read_in: CodeType | None = None  # the code that has read it last, while the model stood there
+    read_at: int = 0  # the instruction in it
 
     @property
     def index(self) -> int:
         """The number of the call."""
         return self.key[1]
+
+    @property
+    def path(self) -> str:
+        """The path of the point, as the user writes it."""
+        kind, index = self.key
+        return self.tap.target.point("output" if kind == OUTPUT else "input", index)
+
+    @property
+    def read_line(self) -> UsersLine | None:
+        """The line that has read the value; None if that was code of diffsight."""
+        return self.read_in and UsersLine.of_instruction(self.read_in, self.read_at)
 
     def let_go(self) -> None:
         """Hold the value only weakly from now on, since the model moves on."""
@@ -95,6 +109,13 @@ class Point:
             return alive(first_input(self.weak, part))
         args, kwargs = self.weak
         return tuple(map(alive, args)), {name: alive(arg) for name, arg in kwargs.items()}
+
+    def held(self) -> list[Any]:
+        """Return what somebody still holds of the value once the model has moved on."""
+        if self.key[0] == OUTPUT:
+            return held(self.weak)
+        args, kwargs = self.weak or ((), {})
+        return [leaf for arg in (*args, *kwargs.values()) for leaf in held(arg)]
 
 
 @dataclass(eq=False, slots=True)

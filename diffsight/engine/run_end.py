@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from diffsight.engine import order
 from diffsight.engine.coroutine import Coroutine
+from diffsight.engine.late_edits import LateEdits
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.points import LAST, Assignment, Point
 from diffsight.engine.step_clock import Clock
@@ -64,7 +65,7 @@ class RunEnd:
         self.has_result = False
         self.result: Any = None
         self._in_threads: Collection[tuple[int, str]] = ()  # calls that the model has made in threads of its own
-        self._read_late: list = []  # values read after the model had passed them, with the versions of their tensors
+        self._late_edits = LateEdits()
         self._called: list[Point] = []  # the points of calls by the bodies since the model last moved
         self.is_cleared = False  # whether all traces of the run have been removed
         self._stands: Point | str = "before its first call"  # where the model is, or last was
@@ -126,7 +127,7 @@ class RunEnd:
         self._stands = outcome  # so that no value is held
         self.clock.call = None
         self._home = None  # greenlet frees the stack of a thread that ends, and crashes if only this refers to it
-        self._read_late.clear()
+        self._late_edits.clear()
         self._called.clear()
         edits, self.bodies.edits = self.bodies.edits, []
         self.bodies.turn = None

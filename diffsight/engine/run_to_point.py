@@ -9,15 +9,16 @@ running when the tap was made returns. That raises an `OutOfOrderError`; the val
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from sys import _getframe
 from typing import Any
 
 import torch
 from greenlet import getcurrent
-from torch.utils._pytree import tree_leaves
 
 from diffsight.engine import order
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
 from diffsight.engine.innermost_run import current_edit
+from diffsight.engine.late_edits import LateEdits
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.module_places import inside
 from diffsight.engine.order import Scope
@@ -119,12 +120,13 @@ class Flow(RunEnd):
             point = self._find(tap, first, asked, scope)
         if point.copies:
             point.copies.clear()  # somebody has them now
+        frame = _getframe(3)  # of the code that asks for `.output`: the two between are the envoy's
+        point.read_in, point.read_at = frame.f_code, frame.f_lasti
         if point is not self.parked:
             value = self._read_again(point, asked)
-        elif asked.part == "input":
-            value = first_input(point.value, asked)
         else:
-            value = point.value
+            value = first_input(point.value, asked) if asked.part == "input" else point.value
+            self._late_edits.read.append(point)
         return value if selection is None else selection.at(tap, point.index, asked).take(value, asked)
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
@@ -386,7 +388,7 @@ class Flow(RunEnd):
         if point.is_unread:
             point.is_unread = False
             point.let_go()
-        self._read_late.append((asked, [(tensor, tensor._version) for tensor in _versioned(value)]))
+        self._late_edits.read_again(point, value)
         return value
 
     # ---- moving the model to a point
@@ -518,13 +520,14 @@ class Flow(RunEnd):
         if self.coroutine is None:
             self.coroutine = Coroutine(self.function, self, self.state)
             self.coroutine.random = None if self.seed is None else seeded_random_state(self.seed)
-        coroutine = self.coroutine
+        coroutine, late_edits = self.coroutine, self._late_edits
         while True:
-            if self._read_late:
-                self._check_late_edits()
+            if late_edits.watched and (point := late_edits.find(self.parked)) is not None:
+                raise order.edited_too_late(point, self.where)
             if self._called and call is None:
                 self._let_go_of_called()
             self.parked = None
+            LateEdits.moves += 1
             self.taps.hooked.renew()  # before the model moves
             try:
                 value = coroutine.resume(call)
@@ -533,6 +536,8 @@ class Flow(RunEnd):
                 raise
             if coroutine.dead:
                 return self._end_with(coroutine.result)
+            if late_edits.read or late_edits.watched:
+                late_edits.note()
             if type(value) is InnerCall:
                 self.parked, turns, continues = bodies.end_call()
                 if value.asker is None:
@@ -549,15 +554,6 @@ class Flow(RunEnd):
                 return None
             if call is None and not continues:
                 return self.parked
-
-    def _check_late_edits(self) -> None:
-        """Raise OutOfOrderError if the body has changed a value in place after the model had passed it."""
-        read, self._read_late = self._read_late, []
-        stands_at = {tensor.untyped_storage().data_ptr() for tensor in _versioned(self.parked and self.parked.value)}
-        for asked, versions in read:
-            for tensor, version in versions:
-                if tensor._version != version and tensor.untyped_storage().data_ptr() not in stands_at:
-                    raise order.edited_too_late(asked, self.where)
 
     def _call_plainly(self) -> Any:
         """Call the model without a coroutine."""
@@ -625,9 +621,3 @@ class Flow(RunEnd):
         self.clock.note_end(tap.target)
         if self.observer is not None:
             self.observer.returned(tap, output)
-
-
-def _versioned(value: Any) -> list[torch.Tensor]:
-    """The tensors in a value whose in-place changes PyTorch counts: neither inference tensors nor fake ones."""
-    tensors = [leaf for leaf in tree_leaves(value) if type(leaf) in (torch.Tensor, torch.nn.Parameter)]
-    return [tensor for tensor in tensors if not tensor.is_inference()]

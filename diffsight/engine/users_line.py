@@ -6,10 +6,12 @@ reaches its point, so the line is kept with the assignment and noted on the erro
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 
 from diffsight.errors import DiffsightError, users_frame
 
+_PACKAGE = str(Path(__file__).parents[1])
 _LINE = "_diffsight_line"  # set on an error: the line of the user's code that is its cause
 _FROM_EDIT = "_diffsight_edit"  # set on an error that was raised in an edit
 
@@ -21,6 +23,14 @@ class UsersLine:
     code: CodeType
     number: int
     instruction: int
+
+    @classmethod
+    def of_instruction(cls, code: CodeType, instruction: int) -> "UsersLine | None":
+        """Return the line of an instruction; None if its code is diffsight's own."""
+        if code.co_filename.startswith(_PACKAGE):
+            return None
+        number = next((line for start, end, line in code.co_lines() if start <= instruction < end), None)
+        return cls(code, number or code.co_firstlineno, instruction)
 
     def __str__(self) -> str:
         return f"{self.code.co_filename}:{self.number}"

@@ -20,6 +20,10 @@ class WeakContainer:
         """Return a container of the same kind. Raises LookupError if one of its tensors is gone."""
         return tree_unflatten([_alive(leaf) for leaf in self._leaves], self._structure)
 
+    def held(self) -> list[Any]:
+        """Return the leaves that somebody still holds."""
+        return [value for leaf in self._leaves if (value := leaf() if type(leaf) is ref else leaf) is not None]
+
 
 def weakly(value: Any) -> Any:
     """Return a weak reference to a value, for `alive`. What cannot be held weakly, such as a number, is held."""
@@ -45,3 +49,11 @@ def _alive(leaf: Any) -> Any:
     if value is None:
         raise LookupError
     return value
+
+
+def held(weak: Any) -> list[Any]:
+    """Return what is left of the value that `weakly` was called with: its leaves that somebody still holds."""
+    if type(weak) is WeakContainer:
+        return weak.held()
+    value = weak() if type(weak) is ref else weak
+    return [] if value is None else [value]

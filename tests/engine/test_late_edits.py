@@ -1,10 +1,14 @@
-"""A value that is read again after the model has passed it, and changed in place, is an error, as `=` is."""
+"""A value that is changed in place after the model has passed it is an error, as `=` is there."""
+
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from diffsight import Model, OutOfOrderError
+
+LATE = r"\[0\].output, read in .*test_late_edits.py:\d+, was changed in place too late: the model is at \[1\].output"
 
 
 def net_and_input():
@@ -13,15 +17,73 @@ def net_and_input():
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
-def test_an_edit_in_place_behind_the_point(goes_on):
+@pytest.mark.parametrize("again", [True, False])
+def test_an_edit_in_place_behind_the_point(goes_on, again):
     net, x = net_and_input()
-    late = r"\[0\].output was read again and changed in place too late: the model is at \[1\].output"
-    with pytest.raises(OutOfOrderError, match=late), torch.no_grad(), Model(net).trace(x) as run:
-        run[0].output
+    with pytest.raises(OutOfOrderError, match=LATE), torch.no_grad(), Model(net).trace(x) as run:
+        hidden = run[0].output
         run[1].output
-        run[0].output[:] = 0
+        if again:
+            hidden = run[0].output
+        hidden[:] = 0
         if goes_on:
             run[2].output
+    assert torch.equal(net(x), net[2](net[1](net[0](x))))  # nothing is left behind
+
+
+def test_the_error_names_the_line_that_has_read_the_value():
+    net, x = net_and_input()
+    line = (sys._getframe().f_lineno + 3,)
+    with pytest.raises(OutOfOrderError) as caught:
+        with torch.no_grad(), Model(net).trace(x) as run:
+            hidden = run[0].input
+            run[0].output
+            hidden += 1
+    assert f"[0].input, read in {__file__}:{line[0]}," in str(caught.value)
+
+
+def test_an_early_value_among_several():
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    with pytest.raises(OutOfOrderError, match=r"\[0\].output, read"), torch.no_grad():
+        with Model(net).trace(torch.randn(2, 4)) as run:
+            values = [run[layer].output for layer in range(4)]
+            values[0].zero_()
+
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x + 1, {"twice": [2 * x]}
+
+
+def test_a_part_of_a_tuple():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair, self.last = Pair(), nn.Identity()
+
+        def forward(self, x):
+            one, more = self.pair(x)
+            return self.last(one + more["twice"][0])
+
+    with pytest.raises(OutOfOrderError, match=r"pair\.output, read in"), Model(Net()).trace(torch.ones(2)) as run:
+        pair = run.pair.output
+        run.last.output
+        pair[1]["twice"][0][0] = 5
+
+
+def test_in_a_function_of_each_and_in_an_edit():
+    net, x = net_and_input()
+
+    def body(row):
+        hidden = row[0].output
+        row[1].output
+        hidden += 1
+
+    with torch.no_grad():
+        with pytest.raises(OutOfOrderError, match=LATE), Model(net).trace(x) as run:
+            run.each(body)
+        with pytest.raises(OutOfOrderError, match=LATE):
+            Model(net).edit(body).trace(x).result
 
 
 def test_what_is_no_late_edit():
@@ -36,3 +98,52 @@ def test_what_is_no_late_edit():
     expected = torch.ones(2, 4)
     expected[0] = 2
     assert torch.equal(run.result, net[1:](expected))
+
+
+def test_the_model_may_change_its_values_in_place():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU(inplace=True))
+    with torch.no_grad(), Model(net).trace(torch.randn(2, 4)) as run:
+        values = [run[0].output]
+        values.append(run[1].input)
+        values.append(run[1].output)
+        values.append(run[2].output)
+        values.append(run[3].output)
+    assert values[0] is values[2] and values[0]._version == 1
+
+
+def test_the_model_of_another_run_may_change_a_value_that_was_assigned_to_it():
+    net, x = net_and_input()
+    other = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4))
+    with torch.no_grad(), Model(net).trace(x) as run, Model(other).trace(x) as beside:
+        hidden = run[0].output
+        run[1].output
+        beside[0].output = hidden
+        beside[2].output
+        run[2].output
+    assert hidden._version == 1
+
+
+def test_values_of_inference_mode_are_not_watched():
+    net, x = net_and_input()
+    with torch.inference_mode(), Model(net).trace(x) as run:
+        hidden = run[0].output
+        run[1].output
+        hidden[:] = 0
+    assert torch.equal(run.result, net(x))
+
+
+def test_function_modes_of_the_user_do_not_see_it():
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    net, x = net_and_input()
+    with torch.no_grad(), Model(net).trace(x) as run:
+        first = run[0].output
+        with Mode():
+            second = run[1].output
+            third = run[2].output
+    assert not [function for function in seen if "_version" in str(function)] and first is not second is not third

@@ -1,6 +1,7 @@
 """Runs of a language model on a server return what the same lines return on the model itself, bit for bit."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -63,16 +64,6 @@ def change_a_part(model):
         last += 1
         logits = run.at("lm_head.output", (0, -1))
     return before, logits, run.result.logits
-
-
-def change_in_place_later(model):
-    with model.trace(IDS) as run:
-        inputs = run.layers[1].mlp.input
-        run.layers[1].mlp.output
-        inputs.zero_()  # the model has used it, and may use it again
-        logits = run.logits
-        again = run.layers[1].mlp.input
-    return logits, again
 
 
 def change_what_was_assigned(model):
@@ -322,12 +313,19 @@ def test_errors_are_those_of_a_local_run(language, remote_language):
     def message(model, body):
         with torch.no_grad(), pytest.raises(Exception) as error:
             body(model)
-        return type(error.value), str(error.value).partition("/work")[0].partition(".py:")[0]
+        return type(error.value), re.sub(r",? (read )?in [^ ]*\.py:.*?,", "", str(error.value)).partition(" (/")[0]
 
     def too_late(model):
         with model.trace(IDS) as run:
             run.layers[2].output
             run.layers[0].output
+
+    def changed_too_late(model):
+        with model.trace(IDS) as run:
+            inputs = run.layers[1].mlp.input
+            run.layers[1].mlp.output
+            inputs.zero_()
+            run.logits
 
     def never(model):
         with model.trace(IDS) as run:
@@ -358,7 +356,7 @@ def test_errors_are_those_of_a_local_run(language, remote_language):
     def in_edit(model):
         model.edit(lambda run: run.layers[9]).trace(IDS).result
 
-    for body in (too_late, never, not_there, wrong_shape, of_the_body, ended, in_each, in_edit):
+    for body in (too_late, changed_too_late, never, not_there, wrong_shape, of_the_body, ended, in_each, in_edit):
         assert message(language, body) == message(remote_language, body), body.__name__
 
 
