@@ -18,7 +18,7 @@ from greenlet import getcurrent
 from diffsight.engine import order
 from diffsight.engine.coroutine import Coroutine, InnerCall, current
 from diffsight.engine.innermost_run import current_edit
-from diffsight.engine.late_edits import LateEdits
+from diffsight.engine.late_edits import moves
 from diffsight.engine.model_tree import Tree
 from diffsight.engine.module_places import inside
 from diffsight.engine.order import Scope
@@ -126,7 +126,9 @@ class Flow(RunEnd):
             value = self._read_again(point, asked)
         else:
             value = first_input(point.value, asked) if asked.part == "input" else point.value
-            self._late_edits.read.append(point)
+            watched = self._late_edits.watched
+            if not watched or watched[-1] is not point:
+                watched.append(point)
         return value if selection is None else selection.at(tap, point.index, asked).take(value, asked)
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
@@ -385,7 +387,7 @@ class Flow(RunEnd):
             value = point.read(asked.part)
         except LookupError:
             raise order.let_go(asked, self.where) from None
-        if point.is_unread:
+        if point.is_unread or point.weak is None:
             point.is_unread = False
             point.let_go()
         self._late_edits.read_again(point, value)
@@ -527,7 +529,7 @@ class Flow(RunEnd):
             if self._called and call is None:
                 self._let_go_of_called()
             self.parked = None
-            LateEdits.moves += 1
+            moves.count += 1
             self.taps.hooked.renew()  # before the model moves
             try:
                 value = coroutine.resume(call)
@@ -536,7 +538,7 @@ class Flow(RunEnd):
                 raise
             if coroutine.dead:
                 return self._end_with(coroutine.result)
-            if late_edits.read or late_edits.watched:
+            if late_edits.watched:
                 late_edits.note()
             if type(value) is InnerCall:
                 self.parked, turns, continues = bodies.end_call()
