@@ -67,7 +67,6 @@ class Point:
     weak: Any = None  # the value once the model has moved on, see `weakly`; for inputs, each argument
     read_in: CodeType | None = None  # the code that has read it last, while the model stood there
     read_at: int = 0  # the instruction in it
-    version: Any = None  # see `diffsight.engine.late_edits`
 
     @property
     def index(self) -> int:

@@ -126,9 +126,9 @@ class Flow(RunEnd):
             value = self._read_again(point, asked)
         else:
             value = first_input(point.value, asked) if asked.part == "input" else point.value
-            watched = self._late_edits.watched
-            if not watched or watched[-1] is not point:
-                watched.append(point)
+            read = self._late_edits.read
+            if not read or read[-1] is not point:
+                read.append(point)
         return value if selection is None else selection.at(tap, point.index, asked).take(value, asked)
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
@@ -387,7 +387,7 @@ class Flow(RunEnd):
             value = point.read(asked.part)
         except LookupError:
             raise order.let_go(asked, self.where) from None
-        if point.is_unread or point.weak is None:
+        if point.is_unread:
             point.is_unread = False
             point.let_go()
         self._late_edits.read_again(point, value)
@@ -538,7 +538,7 @@ class Flow(RunEnd):
                 raise
             if coroutine.dead:
                 return self._end_with(coroutine.result)
-            if late_edits.watched:
+            if late_edits.read or late_edits.watched:
                 late_edits.note()
             if type(value) is InnerCall:
                 self.parked, turns, continues = bodies.end_call()
