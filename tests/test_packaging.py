@@ -85,8 +85,6 @@ def test_the_face_holds_what_its_packages_hold():
 
 
 IMPORTS = [
-    "from diffsight.lenses import logit_lens",
-    "import diffsight.lenses.logit_lens; from diffsight.lenses import logit_lens",
     "from diffsight.lenses import logit_lens as first; import diffsight.lenses.logit_lens; "
     "from diffsight.lenses import logit_lens; assert first is logit_lens",
     "from diffsight.lenses.logit_lens import logit_lens as first; from diffsight.lenses import logit_lens; "
