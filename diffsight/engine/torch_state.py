@@ -8,7 +8,7 @@ The body of a run and its model each have their own. `Coroutine.resume` exchange
     saved-tensor hooks: gradient checkpointing, `save_on_cpu`
     levels of functorch: `vmap`, `grad`, `jvp`
     the default dtype, and which kernels attention may use (`sdpa_kernel`)
-    the current device and stream of CUDA
+    the current device and stream of CUDA, and which of its own kernels attention may use
     the global random generators, if the run has a seed
 
 Not exchanged: what changes no value (anomaly detection, the profiler, view replay, multithreaded backward passes,
@@ -32,10 +32,12 @@ from torch import (
     is_inference_mode_enabled,
 )
 from torch._C import (
+    _get_cudnn_sdp_enabled,
     _get_dispatch_stack_at,
     _get_flash_sdp_enabled,
     _get_function_stack_at,
     _get_math_sdp_enabled,
+    _get_mem_efficient_sdp_enabled,
     _get_torch_function_state,
     _is_any_autocast_enabled,
     _is_torch_function_enabled,
@@ -67,8 +69,8 @@ class TorchState:
     `autocast` holds the settings of each device, whether casts are cached, and the nesting of blocks. `modes` are the
     active function modes and `dispatch_modes` the active dispatch modes. `saved_tensor_hooks` are the hooks with
     which autograd packs what it saves. `levels` are the levels of functorch. `flags` are the default dtype, whether the
-    flash and mathematical kernels of attention are enabled, and the stream of CUDA. `is_plain` is True if nothing is
-    active besides `flags`."""
+    flash and mathematical kernels of attention are enabled, and what CUDA adds, see `_of_cuda`. `is_plain` is True if
+    nothing is active besides `flags`."""
 
     grad: bool
     inference: bool
@@ -107,7 +109,7 @@ class TorchState:
 
     def now(self) -> "TorchState":
         """Return the current state: this object if nothing differs, which is quick to check for a plain state."""
-        dtype, flash, math, stream = self.flags
+        dtype, flash, math, of_cuda = self.flags
         if (
             self.is_plain
             and is_grad_enabled() is self.grad
@@ -118,7 +120,7 @@ class TorchState:
             and get_default_dtype() is dtype
             and _get_flash_sdp_enabled() is flash
             and _get_math_sdp_enabled() is math
-            and not (_HAS_CUDA and _stream() != stream)
+            and not (_HAS_CUDA and _of_cuda() != of_cuda)
         ):
             return self
         return TorchState.capture()
@@ -179,21 +181,29 @@ class TorchState:
 
 
 def _flags() -> tuple:
-    stream = _stream() if _HAS_CUDA else None
-    return get_default_dtype(), _get_flash_sdp_enabled(), _get_math_sdp_enabled(), stream
+    return get_default_dtype(), _get_flash_sdp_enabled(), _get_math_sdp_enabled(), _of_cuda() if _HAS_CUDA else None
 
 
-def _restore_flags(dtype: torch.dtype, flash: bool, math: bool, stream: tuple | None) -> None:
+def _restore_flags(dtype: torch.dtype, flash: bool, math: bool, of_cuda: tuple | None) -> None:
     torch.set_default_dtype(dtype)
     torch._C._set_sdp_use_flash(flash)
     torch._C._set_sdp_use_math(math)
-    if stream is not None:
-        number, device, kind = stream
-        torch._C._cuda_setStream(stream_id=number, device_index=device, device_type=kind)  # sets the device as well
+    if of_cuda is not None:
+        efficient, cudnn, stream = of_cuda
+        torch._C._set_sdp_use_mem_efficient(efficient)
+        torch._C._set_sdp_use_cudnn(cudnn)
+        if stream is not None:
+            number, device, kind = stream
+            torch._C._cuda_setStream(stream_id=number, device_index=device, device_type=kind)  # sets the device as well
+
+
+def _of_cuda() -> tuple:
+    """Return whether the memory-efficient and the cuDNN kernels of attention are enabled, and the current stream, which
+    includes the device; None as long as CUDA is not in use."""
+    return _get_mem_efficient_sdp_enabled(), _get_cudnn_sdp_enabled(), _stream()
 
 
 def _stream() -> tuple | None:
-    """Return the current stream of CUDA, which includes the device; None as long as CUDA is not in use."""
     if not torch.cuda.is_initialized():
         return None
     return torch._C._cuda_getCurrentStream(torch._C._cuda_getDevice())

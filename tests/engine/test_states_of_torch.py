@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffsight import Model
+from diffsight.engine import torch_state
 from diffsight.errors import DiffsightError
 
 
@@ -105,6 +106,21 @@ def test_an_error_in_the_body_ends_the_models_block(block, look):
         run.middle.input
         1 / 0
     assert look() == before
+
+
+@pytest.mark.parametrize("look", [torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.cudnn_sdp_enabled])
+def test_kernels_of_attention_that_only_cuda_has(look, monkeypatch):
+    monkeypatch.setattr(torch_state, "_HAS_CUDA", True)  # the flags are there without a GPU, and no stream is
+    net, seen = Net(lambda: sdpa_kernel(SDPBackend.MATH)), []
+    for module in (net.middle, net.last):
+        module.register_forward_pre_hook(lambda *_: seen.append(look()))
+    with Model(net).trace(torch.randn(2, 4)) as run:
+        run.middle.input
+        assert look()  # the body is outside the model's block
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            run.last.input
+            assert not look()
+    assert seen == [False, True] and look()
 
 
 def test_casts_of_autocast_are_those_of_each_side():
