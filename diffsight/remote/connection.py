@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from hashlib import sha256
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -45,8 +46,10 @@ class Address:
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers of every request."""
-        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        """The headers of every request: the key, and its hash, by which the queue of the server knows it."""
+        if not self.key:
+            return {}
+        return {"Authorization": f"Bearer {self.key}", "X-Session-ID": sha256(self.key.encode()).hexdigest()}
 
     def get(self, path: str, method: str = "GET", body: bytes | None = None) -> bytes:
         """Return the server's answer to a plain HTTP request.
