@@ -13,6 +13,7 @@ PLACES = "a client knows the step where the model stands, and not the point"
 FUNCTIONS = "functions, models and other live objects are not sent as arguments"
 OUTPUT = "progress bars and warnings of a lens or a pipeline go to the log of the server"
 WEIGHTS = "the weights are on the server: when they are read, of which type, and on which device is decided there"
+SET_UP = "components, schedulers and settings of a pipeline are chosen on the server, before it is served"
 SHARED = "the models are kept for several tests, but each test has its own server"
 MODULAR = "a modular pipeline returns a state, which cannot be sent, so a server refuses to serve it"
 INSIDE = "how the engine works within one process: stacks, threads, interrupts, frames, what is compiled"
@@ -23,6 +24,7 @@ TESTS = {
     "test_activation_patching.py::test_steps_before_the_patch_are_not_generated_again[gpt2]": OBJECTS,
     "test_anywhere.py::test_under_tracing": INSIDE,
     "test_architectures_of_lenses.py": SHARED,
+    "test_arguments.py::test_a_component_that_is_none": SET_UP,
     "test_arguments.py::test_a_run_with_a_streamer_that_is_dropped_unread": FUNCTIONS,
     "test_arguments.py::test_old_keywords_that_a_pipeline_reads_from_its_kwargs_are_known": FUNCTIONS,
     "test_assignments.py::test_a_value_of_a_type_that_breaks_the_model_is_named[is on cpu*": META,
@@ -49,9 +51,13 @@ TESTS = {
     "test_compiled.py": INSIDE,
     "test_control.py::test_skip_too_late": LATER,
     "test_denoiser_attribution.py::test_a_branch_of_a_pipeline_with_a_controlnet": GRADIENTS,
+    "test_diffusion_components.py::test_a_component_is_exchanged": SET_UP,
+    "test_diffusion_components.py::test_an_exchanged_text_encoder_answers_to_the_standard_names": SET_UP,
     "test_diffusion_components.py::test_casting": WEIGHTS,
+    "test_diffusion_components.py::test_offload_and_other_settings_keep_working": SET_UP,
     "test_diffusion_lazy_loading.py::test_a_component_exchanged_before_is_kept": WEIGHTS,
     "test_diffusion_lazy_loading.py::test_at_once": WEIGHTS,
+    "test_diffusion_lazy_loading.py::test_looking_needs_no_weights[<lambda>5]": SET_UP,
     "test_diffusion_lazy_loading.py::test_using_the_model_loads_them": WEIGHTS,
     "test_diffusion_lens.py::test_a_progress_bar_over_the_layers": OUTPUT,
     "test_diffusion_lens.py::test_arguments_that_do_not_fit": FUNCTIONS,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from diffsight import DiffusionModel
 from diffsight.errors import InputError
 from helpers import refusal, same, same_image
 
@@ -96,6 +97,15 @@ def test_what_is_known_of_the_encoders(pipelines, remote_pipelines):
     listed = model.server.description["encoders"]
     assert listed == {name: str(encoder) for name, encoder in pipelines[CLIP].encoders.items()}
     assert repr(model) == repr(pipelines[CLIP])
+
+
+def test_questions_in_a_run(remote_pipelines, address):
+    """They are answered by the replica of the run, since there may be no other."""
+    model = DiffusionModel(CLIP, remote=address)
+    with model.generate(PROMPT, seed=0, num_inference_steps=1) as run:
+        hidden = run.text_encoder.layers[0].output
+        assert len(model.attentions) and list(model.encoders) == ["text_encoder"]
+        assert torch.equal(run.text_encoder.layers[0].output, hidden)
 
 
 def test_half_precision_halves_what_is_sent(remote_pipelines):
