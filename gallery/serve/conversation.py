@@ -27,7 +27,7 @@ from diffsight.remote import ProtocolError, RemoteError, RunEnded, RunSession, e
 _log = logging.getLogger("diffsight.serve")
 _GLANCE = 0.1  # seconds between two looks at the memory of the process
 _AGAIN = 2.0  # seconds after which a session that has not ended is interrupted again
-_WAITING = 4  # frames of a client that may be queued: it should send one request at a time
+_WAITING = 2  # frames of a client that may be queued: the opening of a run, and its first request
 
 
 class Closed(Exception):

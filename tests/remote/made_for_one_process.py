@@ -143,6 +143,8 @@ TESTS = {
     "test_rows.py::test_gradients_flow_through_every_row_that_is_assigned": GRADIENTS,
     "test_rows.py::test_rows_read_their_part": COPIES,
     "test_rows.py::test_the_batch_is_copied_once_for_all_rows_that_are_assigned": COPIES,
+    "test_runs_at_once.py::test_a_plain_call_of_the_model_in_the_body_of_a_run": FUNCTIONS,
+    "test_runs_at_once.py::test_each_run_has_the_attributes_of_its_own_scheduler": "the pipeline is kept by the test",
     "test_sae.py::test_a_changed_feature_is_added_to_the_value": ATTACHED,
     "test_sae.py::test_a_difference_where_there_is_none": ATTACHED,
     "test_sae.py::test_a_language_model": ATTACHED,
