@@ -150,5 +150,5 @@ def test_long_json_is_refused_before_it_is_parsed():
     text = '{"do":[' + ",".join(["[]"] * 100) + "]}"
     for frame in (text, pack(json.loads(text), {"0": torch.zeros(2)})):
         assert len(unpack(frame, 1000)[0]["do"]) == 100
-        with pytest.raises(ProtocolError, match="bytes of JSON: the limit is 99. Send tensors, not lists"):
+        with pytest.raises(ProtocolError, match=r"bytes of JSON: the limit is 99. Send tensors, not lists"):
             unpack(frame, 99)
