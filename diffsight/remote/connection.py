@@ -28,7 +28,7 @@ class Address:
         api_key: The key; by default, from DIFFSIGHT_API_KEY.
 
     Raises:
-        InputError: `remote` is not an address.
+        InputError: `remote` is not an address, or `api_key` is not a key.
     """
 
     def __init__(self, remote: str | bool, api_key: str | None = None) -> None:
@@ -40,6 +40,8 @@ class Address:
             raise InputError(f"remote= takes the address of a server, such as 'http://127.0.0.1:8000', not {found!r}")
         self.parts = parts
         self.key = os.environ.get(KEY) if api_key is None else api_key
+        if self.key and not (isinstance(self.key, str) and self.key.isascii() and self.key.isprintable()):
+            raise InputError(f"api_key=, or {KEY}, has characters that are in no key: pass what `diffsight key` printed")
 
     def __str__(self) -> str:
         return urlunsplit((self.parts.scheme, self.parts.netloc, self.parts.path.rstrip("/"), "", ""))

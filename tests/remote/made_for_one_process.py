@@ -41,6 +41,7 @@ TESTS = {
     "test_attentions.py::test_what_attends_to_what": MODES,
     "test_attentions.py::test_what_follows_a_linear_attention_is_not_kept": MODES,
     "test_attribution_patching.py": GRADIENTS,
+    "test_big_models.py::test_a_pipeline_is_offloaded_through_the_model": SET_UP,
     "test_branches.py::test_gradients_reach_a_branch_of_a_row": GRADIENTS,
     "test_branches.py::test_guidance_that_ends_half_way": FUNCTIONS,
     "test_branches.py::test_parts_are_views_of_the_batch": COPIES,

@@ -372,5 +372,8 @@ def test_wrong_sources(served):
         LanguageModel("gpt3", remote=served)
     with pytest.raises(InputError, match="takes the address of a server"):
         LanguageModel("gpt2", remote="127.0.0.1")
+    for key in ("ключ", "ds-key\n", 3):
+        with pytest.raises(InputError, match="has characters that are in no key"):
+            LanguageModel("gpt2", remote=served, api_key=key)
     with pytest.raises(InputError, match="dispatch: `diffsight serve` has already loaded the model"):
         LanguageModel("gpt2", remote=served, dispatch=True)
