@@ -41,7 +41,9 @@ class Address:
         self.parts = parts
         self.key = os.environ.get(KEY) if api_key is None else api_key
         if self.key and not (isinstance(self.key, str) and self.key.isascii() and self.key.isprintable()):
-            raise InputError(f"api_key=, or {KEY}, has characters that are in no key: pass what `diffsight key` printed")
+            raise InputError(
+                f"api_key=, or {KEY}, has characters that are in no key: pass what `diffsight key` printed"
+            )
 
     def __str__(self) -> str:
         return urlunsplit((self.parts.scheme, self.parts.netloc, self.parts.path.rstrip("/"), "", ""))
