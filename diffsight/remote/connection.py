@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from hashlib import sha256
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -27,7 +28,7 @@ class Address:
         api_key: The key; by default, from DIFFSIGHT_API_KEY.
 
     Raises:
-        InputError: `remote` is not an address.
+        InputError: `remote` is not an address, or `api_key` is not a key.
     """
 
     def __init__(self, remote: str | bool, api_key: str | None = None) -> None:
@@ -39,14 +40,20 @@ class Address:
             raise InputError(f"remote= takes the address of a server, such as 'http://127.0.0.1:8000', not {found!r}")
         self.parts = parts
         self.key = os.environ.get(KEY) if api_key is None else api_key
+        if self.key and not (isinstance(self.key, str) and self.key.isascii() and self.key.isprintable()):
+            raise InputError(
+                f"api_key=, or {KEY}, has characters that are in no key: pass what `diffsight key` printed"
+            )
 
     def __str__(self) -> str:
         return urlunsplit((self.parts.scheme, self.parts.netloc, self.parts.path.rstrip("/"), "", ""))
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers of every request."""
-        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        """The headers of every request: the key, and its hash, by which the queue of the server knows it."""
+        if not self.key:
+            return {}
+        return {"Authorization": f"Bearer {self.key}", "X-Session-ID": sha256(self.key.encode()).hexdigest()}
 
     def get(self, path: str, method: str = "GET", body: bytes | None = None) -> bytes:
         """Return the server's answer to a plain HTTP request.

@@ -57,12 +57,22 @@ def pack(message: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Fra
     return _safetensors(text, tensors)
 
 
-def unpack(frame: Frame) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def unpack(frame: Frame, longest_json: int | None = None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return the message in a frame and its tensors.
 
+    Args:
+        frame: The frame.
+        longest_json: The maximum length of the JSON in it, whose objects take up to 25 times as much memory as its
+            text. None for no limit. Tensors take as much as in the frame.
+
     Raises:
-        ProtocolError: The data is not a frame of this protocol.
+        ProtocolError: The data is not a frame of this protocol, or its JSON is too long.
     """
+    length = len(frame) if isinstance(frame, str) else min(int.from_bytes(frame[:8], "little"), len(frame))
+    if longest_json is not None and length > longest_json:
+        raise ProtocolError(
+            f"a message with {length} bytes of JSON: the limit is {longest_json}. Send tensors, not lists"
+        )
     tensors: dict[str, torch.Tensor] = {}
     try:
         if isinstance(frame, str):

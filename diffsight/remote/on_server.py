@@ -14,6 +14,7 @@ from diffsight.envoy import Points, flow_of, run_meant_by, target_of, tree_of
 from diffsight.errors import InputError, NoRunError
 from diffsight.model import Model
 from diffsight.remote.remote_flow import RemoteFlow
+from diffsight.remote.run_session import is_scheduler
 from diffsight.remote.served_model import Job, ServedModel
 from diffsight.run import Run
 
@@ -113,8 +114,14 @@ class Elsewhere:
         return self._server.ask(op)
 
     def attribute(self, points: Points, name: str, value: Any) -> Any:
-        """Return an attribute of a part of the model. In place of a method that would change the part, return one that
-        raises an error: the part here has no weights, and runs do not use it."""
+        """Return an attribute of a part of the model: from the server, if a run changes it there.
+
+        In place of a method that would change the part, return one that raises an error: the part here has no weights,
+        and runs do not use it."""
+        if not callable(value) and is_scheduler(target_of(points).owner) and name != "config":
+            flow = self._flow(points)
+            if isinstance(flow, RemoteFlow) and flow.has_begun and flow.outcome is None:
+                return flow.call_there({"op": "attribute", "path": target_of(points).path, "name": name})
         if not callable(value) or not (name in _CHANGES or name.startswith(_CHANGES_LIKE)) or name in _HARMLESS:
             return value
 

@@ -22,6 +22,7 @@ from diffsight.remote.frames import Frame, pack, unpack
 from diffsight.remote.wire_values import ProtocolError
 
 VERSIONS = (1,)  # supported by this release, best last
+LONGEST_JSON = 1 << 25  # bytes in a client's message, besides its tensors
 _MOST_EDITS = 1000  # of a model, in one run
 _ANY = object
 
@@ -37,6 +38,7 @@ OPERATIONS: dict[str, dict[str, Any]] = {
     "step": {},
     "leave_steps": {},
     "call": {"path": str, "method": str, "args": list, "kwargs": dict, "hook": bool},
+    "attribute": {"path": str, "name": str},
     "each": {"count": int},
     "end_body": {"failed": bool},
     "backward": {"numbers": list, "gradients": list},
@@ -119,7 +121,7 @@ def job_frames(frame: bytes) -> list[Frame]:
         ProtocolError: `frame` requests something else.
     """
     sent: Frame = frame.decode(errors="replace") if frame[:1] == b"{" else frame
-    message, _ = unpack(sent)
+    message, _ = unpack(sent, LONGEST_JSON)
     if "do" not in message:
         check_opening(message)
         if message["method"] is None or message["edits"] or message["grad"]:

@@ -20,6 +20,7 @@ from diffsight.engine.points import LAST, Asked, check_value, first_input
 from diffsight.engine.run_end import ENDED, STOPPED
 from diffsight.engine.run_to_point import Flow
 from diffsight.engine.target import Target
+from diffsight.engine.threads import THIS_THREAD
 from diffsight.engine.torch_state import TorchState, call_in
 from diffsight.engine.turns import Body
 from diffsight.engine.users_line import UsersLine, users_line
@@ -65,6 +66,7 @@ class RemoteFlow(Flow):
         self._waiting: list[dict[str, Any]] = []  # operations that need no answer, sent with the next one that does
         self._copies, self._containers, self._moves = ClientCopies(), ReadContainers(), 0
         self._followed: list[tuple[Asked, Callable[..., None]]] = []
+        self._is_passing = False  # whether a function gets a followed value
         self._mirrored: list[tuple[Asked, Callable[..., None]]] = []
         self._functions: list[Body] = []
         self._answers: dict[Body, tuple] = {}
@@ -171,10 +173,16 @@ class RemoteFlow(Flow):
     def call(self, function: Callable[[], Any], target: Target) -> Any:
         raise InputError(f"{target.path} is attached here, and its server does not have it: call it without hook=True")
 
-    def call_there(self, op: dict[str, Any]) -> Any:
-        """Call a part of the model on the server, at the model's current position."""
-        self._check_open(op["path"])
-        return self._ask(op, op["path"])
+    @property
+    def can_ask(self) -> bool:
+        """Whether the run is open, and belongs to this thread."""
+        return self.outcome is None and THIS_THREAD.number == self.thread
+
+    def call_there(self, op: Mapping[str, Any]) -> Any:
+        """Call a part of the model, or a lens, on the server, at the model's current position."""
+        what = op.get("path", op.get("name"))
+        self._check_open(what)
+        return self._ask(dict(op), what)
 
     def backward(self, loss: torch.Tensor) -> None:
         self._check_open("run.backward")
@@ -257,6 +265,11 @@ class RemoteFlow(Flow):
         return call_in(replace(state.bare(), inference=False), None, lambda: self._ask_plainly(op, asked))
 
     def _ask_plainly(self, op: dict[str, Any], asked: object) -> Any:
+        if self._is_passing:
+            raise InputError(
+                f"{asked} cannot be asked for in a function of run.follow, since the server does not wait for it. "
+                "Keep the value, and ask in the body"
+            )
         body = self._beside()
         is_bare = op["op"] == "finish" and self._connection is None
         if self._mirrored and not is_bare:
@@ -357,7 +370,7 @@ class RemoteFlow(Flow):
         """Connect, and send the message that opens the run."""
         message = self._opening()
         try:
-            self._connection = self._link.open()
+            self._connection = self._link.open(self)
             self._connection.send(*message)
         except BaseException:
             self._end_here(_BROKEN)
@@ -395,7 +408,11 @@ class RemoteFlow(Flow):
         asked, function = self._followed[reply["number"]]
         value = ValueDecoder(tensors).decode(reply["value"])
         versions = [tensor._version for tensor in tensors.values()]
-        function(tap, reply["call"], ((value,), {}) if asked.part == "input" else value)
+        self._is_passing = True
+        try:
+            function(tap, reply["call"], ((value,), {}) if asked.part == "input" else value)
+        finally:
+            self._is_passing = False
         if versions != [tensor._version for tensor in tensors.values()]:
             raise InputError(
                 f"{asked}: a function of run.follow changed it in place, but the server does not get that change"

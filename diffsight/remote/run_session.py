@@ -21,7 +21,7 @@ from diffsight.envoy import Envoy, Points, flow_of, inside, owner_of, root_of, t
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.remote.copies import ServerCopies
 from diffsight.remote.frames import Frame, pack, unpack
-from diffsight.remote.protocol import Operation, check_opening, operations
+from diffsight.remote.protocol import LONGEST_JSON, Operation, check_opening, operations
 from diffsight.remote.selections import decode_selection
 from diffsight.remote.wire_errors import RemoteError, described
 from diffsight.remote.wire_values import ProtocolError, ValueDecoder, ValueEncoder
@@ -104,7 +104,7 @@ class RunSession:
         """Serve the client until it disconnects or violates the protocol."""
         try:
             while True:
-                message, tensors = unpack(self._receive())
+                message, tensors = unpack(self._receive(), LONGEST_JSON)
                 if "do" not in message:
                     self._open(message, tensors)
                     continue
@@ -319,6 +319,14 @@ class RunSession:
             part = getattr(part, op.method)
         return part(*args, **kwargs, **({"hook": True} if op.hook else {}))
 
+    def _do_attribute(self, op: Operation, decode: Callable[[Any], Any]) -> Any:
+        """Return an attribute of a scheduler, such as its timesteps. Other parts are as the client knows them."""
+        part = self._points(op.path)
+        value = getattr(part, op.name, None)
+        if not is_scheduler(target_of(part).owner) or op.name.startswith("_") or callable(value):
+            raise ProtocolError(f"{op.path} has no attribute {op.name!r} that a server sends")
+        return value
+
     def _do_each(self, op: Operation, decode: Callable[[Any], Any]) -> None:
         if not 0 < op.count <= len(self._run.rows):
             raise ProtocolError(f"run.each has one function for each of the {len(self._run.rows)} rows, not {op.count}")
@@ -379,7 +387,7 @@ class RunSession:
         """Stand in for an edit or a function of `run.each` of the client: carry out its operations until it ends."""
         self._say("turn", number)
         while True:
-            message, tensors = unpack(self._receive())
+            message, tensors = unpack(self._receive(), LONGEST_JSON)
             body, ops = operations(message)
             if ops[-1].op == "close":
                 raise _Closed
@@ -417,6 +425,11 @@ class RunSession:
         """Return a tensor on the device of the model."""
         device = getattr(owner_of(self._model), "device", None)
         return tensor.to(device) if isinstance(device, torch.device) and device.type != "meta" else tensor
+
+
+def is_scheduler(part: Any) -> bool:
+    """Return whether a part of a model is a scheduler, whose attributes a run changes."""
+    return hasattr(part, "set_timesteps") and not isinstance(part, torch.nn.Module)
 
 
 def _weights(model: Any) -> Iterator[torch.Tensor]:

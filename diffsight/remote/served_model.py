@@ -50,6 +50,7 @@ class ServedModel:
         self.dtype: torch.dtype | None = None
         self._kept: Connection | None = None  # the connection of a session
         self._is_busy = False
+        self._runs: dict[Connection, Any] = {}  # the flows of open runs, by their connections
         known = {one["name"]: one for one in self.address.json("/models")["models"]}
         if name not in known:
             raise InputError(f"the server at {self.address} has no model {name!r}: it has {', '.join(known) or 'none'}")
@@ -109,20 +110,22 @@ class ServedModel:
 
     # ---- connections
 
-    def open(self) -> Connection:
+    def open(self, run: Any = None) -> Connection:
         """Return a connection for a run: a new one or, in a session, the session's connection."""
-        if self._kept is not None:
-            if self._is_busy:
-                raise InputError("a session has one run at a time: end the open run first, or open this one outside it")
-            self._is_busy = True
-            return self._kept
-        return self.address.connect(self.name, _LONGEST)
+        if self._kept is not None and self._is_busy:
+            raise InputError("a session has one run at a time: end the open run first, or open this one outside it")
+        self._is_busy = self._kept is not None
+        connection = self._kept or self.address.connect(self.name, _LONGEST)
+        if run is not None:
+            self._runs[connection] = run
+        return connection
 
     def release(self, connection: Connection, is_broken: bool = False, is_over: bool = False) -> None:
         """Take back the connection of a run that has ended on the client.
 
         If the run is still open on the server, wait until it has ended there too, so that nothing of it is left."""
         is_kept = connection is self._kept
+        self._runs.pop(connection, None)
         try:
             if not is_broken and (is_kept or not is_over):  # all messages before "closed" belong to that run
                 connection.send({"body": None, "do": [{"op": "close"}]}, {})
@@ -150,7 +153,12 @@ class ServedModel:
                 kept.close()
 
     def ask(self, op: Mapping[str, Any]) -> Any:
-        """Return the answer to one operation outside a run."""
+        """Return the answer to an operation that needs no run.
+
+        If this thread has an open run, the run's replica answers: the others may be busy, or there may be no other."""
+        run = next((run for run in reversed([*self._runs.values()]) if run.can_ask), None)
+        if run is not None:
+            return run.call_there(op)
         encoder = ValueEncoder(dtype=self.dtype)
         connection = self.open()
         try:

@@ -1,8 +1,11 @@
 """One client's connection to a model: its frames, and the thread in which its runs are carried out.
 
-The event loop only moves frames. Everything else happens in a thread of the connection, since a run belongs to the
-thread that opened it. When the client disconnects or a limit is reached, an exception is raised in that thread, which
-unwinds the model wherever it is.
+The event loop only moves frames. Everything else happens in one thread, since a run belongs to the thread that opened
+it. When the client disconnects or a limit is reached, an exception is raised in that thread, which unwinds the model
+wherever it is.
+
+The thread is kept for the next connection. What greenlet stores for a thread is not freed when the thread ends, until
+the main thread of the process runs Python code, which it does not do in a process of Ray.
 """
 
 import asyncio
@@ -13,7 +16,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from contextlib import suppress
+from contextvars import Context
 from typing import Any, Protocol
 
 from diffsight.gallery.serve.connection_limits import Limits
@@ -21,8 +26,8 @@ from diffsight.remote import ProtocolError, RemoteError, RunEnded, RunSession, e
 
 _log = logging.getLogger("diffsight.serve")
 _GLANCE = 0.1  # seconds between two looks at the memory of the process
-_AGAIN = 2.0  # seconds after which a thread that is still running is interrupted again
-_WAITING = 4  # frames of a client that may be queued: it should send one request at a time
+_AGAIN = 2.0  # seconds after which a session that has not ended is interrupted again
+_WAITING = 2  # frames of a client that may be queued: the opening of a run, and its first request
 
 
 class Closed(Exception):
@@ -46,14 +51,17 @@ class Conversation:
         services: Functions that the client may call besides runs; see `RunSession`.
         limits: The limits of the connection.
         name: The name of the connection in the log.
+        threads: Provides the thread.
     """
 
-    def __init__(self, model: Any, services: Mapping[str, Callable[..., Any]], limits: Limits, name: str) -> None:
-        self._limits, self._name = limits, name
+    def __init__(
+        self, model: Any, services: Mapping[str, Callable[..., Any]], limits: Limits, name: str, threads: Executor
+    ) -> None:
+        self._limits, self._name, self._threads = limits, name, threads
         self._frames: queue.SimpleQueue[str | bytes | None] = queue.SimpleQueue()
         self._session = RunSession(model, self._next, self._send, services, self._opened)
-        self._thread = threading.Thread(target=self._serve, name=f"run {name}", daemon=True)
         self._lock = threading.Lock()
+        self._thread: int | None = None  # the thread, while it may be interrupted
         self._waits = False  # whether the thread waits for a frame
         self._why: Exception | None = None  # why the session was ended from outside
         self._timer: asyncio.TimerHandle | None = None
@@ -65,10 +73,14 @@ class Conversation:
     async def run(self, socket: Socket) -> str:
         """Serve the connection until it ends. Return the reason for its end, for the client."""
         self._loop, self._socket = asyncio.get_running_loop(), socket
-        self._thread.start()
         reading, watching = asyncio.create_task(self._read()), asyncio.create_task(self._watch_memory())
         try:
-            await asyncio.to_thread(self._thread.join)
+            with suppress(RunEnded):
+                await self._loop.run_in_executor(self._threads, Context().run, self._serve)
+            self._thread = None
+        except asyncio.CancelledError:
+            self._interrupt(None)
+            raise
         finally:
             reading.cancel()
             watching.cancel()
@@ -106,6 +118,8 @@ class Conversation:
 
     def _serve(self) -> None:
         with suppress(RunEnded):  # it may be raised between any two lines, even when the session is over
+            with self._lock:
+                self._thread = threading.get_ident()
             try:
                 self._session.serve()
             except RunEnded:
@@ -113,6 +127,15 @@ class Conversation:
             except Exception as error:  # a bug; the client is told only the type of the exception
                 _log.exception("run %s failed", self._name)
                 self._why = self._why or RemoteError(f"the server failed with {type(error).__name__}; its log says why")
+        while self._thread is not None:
+            with suppress(RunEnded):
+                self._leave_thread()
+
+    def _leave_thread(self) -> None:
+        """Take back an exception that has not been raised yet, and let no other follow."""
+        with self._lock:
+            _raise_in(threading.get_ident(), None)
+            self._thread = None
 
     def _next(self) -> str | bytes:
         with self._lock:
@@ -168,14 +191,19 @@ class Conversation:
     def _interrupt(self, why: Exception | None) -> None:
         """End the session: raise an exception wherever its thread is, unless the thread is waiting for a frame.
 
-        Python drops an exception raised inside a finalizer, so the exception is raised again until the thread ends."""
+        Python drops an exception raised inside a finalizer, so it is raised again until the session has ended."""
         with self._lock:
             self._why = self._why or why
             self._frames.put(None)
-            if not self._waits and self._thread.is_alive():
-                number = ctypes.c_ulong(self._thread.ident)
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(RunEnded))
+            if not self._waits and self._thread is not None:
+                _raise_in(self._thread, RunEnded)
                 self._loop.call_later(_AGAIN, self._interrupt, why)
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """Raise an exception in a thread, or with None, take back one that has not been raised yet."""
+    given = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), given)
 
 
 def _memory() -> int:

@@ -5,21 +5,21 @@ the queue for others.
 Each proxy of Ray Serve has a queue of its own, and so has the front for jobs.
 """
 
-import pickle
+import asyncio
+import sys
 from collections import defaultdict
 from itertools import count
-from typing import Any
 
 from ray.serve.exceptions import BackPressureError
-from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from diffsight.gallery.serve.keys import Keys, key_in
+from diffsight.gallery.serve.keys import Keys
 
 
-class FairQueue(FIFOMixin, RequestRouter):
+class FairQueue(RequestRouter):
     """Assigns replicas to waiting requests; the keys take turns.
 
-    The two methods that it overrides are private in Ray Serve, and were tried with the version in `constraints.txt`."""
+    Ray Serve asks for the replicas that a request may go to, and is answered when it is the request's turn."""
 
     def initialize_state(self, keys: str | None = None, longest: int = 100) -> None:
         """Set up the queue.
@@ -31,48 +31,53 @@ class FairQueue(FIFOMixin, RequestRouter):
         self._keys, self._longest = Keys(keys), longest
         self._waiting: defaultdict[str, list[PendingRequest]] = defaultdict(list)  # by the name of the key
         self._turns, self._last = count(1), defaultdict[str, int](int)  # the last turn of each key
+        self._has_moved = asyncio.Event()  # set, and replaced, when a request leaves the queue
+
+    @property
+    def max_num_routing_tasks(self) -> int:
+        """The number of requests for which Ray Serve asks at once: all of them."""
+        return sys.maxsize
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return all replicas: the one with the shortest queue is taken."""
-        if pending_request is not None:
-            pending_request.routing_context.should_backoff = True  # else a full replica is asked without a pause
-        return [candidate_replicas]
+        """Wait for the turn of a request, and return all replicas: the one with the shortest queue is taken."""
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True  # else a full replica is asked without a pause
+        self._join(pending_request)
+        while not pending_request.future.done() and self._next() is not pending_request:
+            await self._has_moved.wait()
+        return [[*self.curr_replicas.values()]]
 
-    async def _choose_replica_for_request(
-        self, pending_request: PendingRequest, *, is_retry: bool = False
-    ) -> RunningReplica:
-        name = self._name_of(pending_request)
+    def _join(self, request: PendingRequest) -> None:
+        """Add a request to the line of its key, or refuse it. One that a replica has sent back keeps its place."""
+        name = self._name_of(request)
         line = self._waiting[name]
-        if len(line) >= self._longest and not is_retry:
-            raise BackPressureError(len(line), self._longest)
-        line.insert(0 if is_retry else len(line), pending_request)  # one that a replica has sent back keeps its place
-        try:
-            return await super()._choose_replica_for_request(pending_request, is_retry=is_retry)
-        finally:
-            self._waiting[name] = [one for one in self._waiting[name] if one is not pending_request]
+        if any(one is request for one in line):
+            return
+        if len(line) >= self._longest and request.created_at >= line[-1].created_at:
+            request.future.set_exception(BackPressureError(len(line), self._longest))
+            return
+        line.append(request)
+        line.sort(key=lambda one: one.created_at)
+        request.future.add_done_callback(lambda future: self._leave(name, request, not future.cancelled()))
 
-    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
-        """Assign a replica to the first request of the key whose last turn is the longest ago."""
-        first = {
-            name: next((one for one in line if not one.future.done()), None) for name, line in self._waiting.items()
-        }
-        names = [name for name, one in first.items() if one is not None]
-        if names:
-            name = min(names, key=self._last.__getitem__)
+    def _leave(self, name: str, request: PendingRequest, has_replica: bool) -> None:
+        self._waiting[name] = [one for one in self._waiting[name] if one is not request]
+        if has_replica:
             self._last[name] = next(self._turns)
-            self._pending_requests_to_fulfill.appendleft(first[name])
-        super()._fulfill_next_pending_request(replica, request_metadata)
+        self._has_moved.set()
+        self._has_moved = asyncio.Event()
+
+    def _next(self) -> PendingRequest | None:
+        """Return the first request of the key whose last turn is the longest ago."""
+        names = [name for name, line in self._waiting.items() if line]
+        return self._waiting[min(names, key=self._last.__getitem__)][0] if names else None
 
     def _name_of(self, request: PendingRequest) -> str:
-        """Return the name of the key of a request: of a run, from its headers, as Serve's proxy passes them on."""
+        """Return the name of the key of a request."""
         if "key" in request.kwargs:  # a job
             return request.kwargs["key"]
-        if not request.metadata.is_http_request:
-            return ""
-        scope = pickle.loads(request.args[0]).asgi_scope  # pickled by Serve in this process, not by the client
-        key = self._keys.find(
-            key_in({name.decode("latin-1"): text.decode("latin-1") for name, text in scope["headers"]})
-        )
+        key = self._keys.with_digest(request.metadata.session_id)
         return "" if key is None else key.name

@@ -46,11 +46,15 @@ class Keys:
 
     def find(self, key: str | None) -> Key | None:
         """Return the entry of a key; None if there is none. Takes the same time for every wrong key."""
+        return self.with_digest(_hash(key or ""))
+
+    def with_digest(self, digest: str) -> Key | None:
+        """Return the entry of the key with a hash, as `find` does."""
         if self._keys is None:
             return ANYONE
-        digest, found = _hash(key or ""), None
+        found = None
         for known in self._keys:
-            if hmac.compare_digest(known.digest, digest):
+            if hmac.compare_digest(known.digest.encode(), digest.encode("utf-8", "replace")):
                 found = known
         return found
 

@@ -12,6 +12,7 @@ The builder takes a dictionary, so that a Serve config file can refer to it; see
 import logging
 import uuid
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from diffsight.remote import ProtocolError, RemoteError, error_frame, job_frames
 # Serve pickles an API where its class is defined, so everything that its methods use is defined above it.
 
 _TYPES = ("torch_dtype", "dtype")  # options that a config file gives as names, such as "bfloat16"
+_LONGEST_GLANCE = 0.1  # seconds between two looks whether a replica is free, by the first in the queue
 _model_api = FastAPI(openapi_url=None)
 
 
@@ -82,6 +84,7 @@ class ModelReplica:
         if hasattr(self._model, "set_progress_bar_config"):
             self._model.set_progress_bar_config(disable=True)
         self._services = services_of(self._model)
+        self._thread = ThreadPoolExecutor(1, "run")
 
     def describe(self) -> tuple[dict[str, Any], bytes]:
         """Return the entry of the model in `/models`, and its configuration."""
@@ -91,8 +94,8 @@ class ModelReplica:
     async def run(self, socket: WebSocket) -> None:
         """Serve a connection."""
         key = self._keys.find(key_in(socket.headers))
-        if key is None:
-            await socket.close(3000, "the key is missing or unknown")
+        if key is None or self._keys.with_digest(socket.headers.get("x-session-id", "")) is not key:
+            await socket.close(3000, "the key is missing or unknown, or waited in the queue under another name")
             return
         await socket.accept()
         client = ServeSocket(socket, self._limits.frame_bytes)
@@ -101,8 +104,7 @@ class ModelReplica:
             await client.refuse(RemoteError(f"the key already has {key.runs} open runs, which is its limit"))
             return
         try:
-            conversation = Conversation(self._model, self._services, self._limits, f"{number} of {key.name}")
-            await client.close(await conversation.run(client))
+            await client.close(await self._conversation(f"{number} of {key.name}").run(client))
         finally:
             await front.end.remote(number)
 
@@ -113,8 +115,11 @@ class ModelReplica:
             socket = JobSocket(job_frames(frame))
         except ProtocolError as error:
             return True, error_frame(error).encode()
-        await Conversation(self._model, self._services, self._limits, f"job {number} of {key}").run(socket)
+        await self._conversation(f"job {number} of {key}").run(socket)
         return socket.failed, socket.answer
+
+    def _conversation(self, name: str) -> Conversation:
+        return Conversation(self._model, self._services, self._limits, name, self._thread)
 
 
 def model_app(args: Mapping[str, Any]) -> Any:
@@ -145,7 +150,9 @@ def model_app_with(settings: Mapping[str, Any], args: Mapping[str, Any]) -> Any:
     Limits(**limits)
     name, keys = args["name"], args.get("keys")
     queue = RequestRouterConfig(
-        request_router_class=FairQueue, request_router_kwargs={"keys": keys, "longest": args.get("queue", 100)}
+        request_router_class=FairQueue,
+        request_router_kwargs={"keys": keys, "longest": args.get("queue", 100)},
+        max_backoff_s=_LONGEST_GLANCE,
     )
     return ModelReplica.options(request_router_config=queue, **settings).bind(
         name, args.get("source", name), dict(args.get("options") or {}), args.get("device"), keys, limits

@@ -13,6 +13,7 @@ PLACES = "a client knows the step where the model stands, and not the point"
 FUNCTIONS = "functions, models and other live objects are not sent as arguments"
 OUTPUT = "progress bars and warnings of a lens or a pipeline go to the log of the server"
 WEIGHTS = "the weights are on the server: when they are read, of which type, and on which device is decided there"
+SET_UP = "components, schedulers and settings of a pipeline are chosen on the server, before it is served"
 SHARED = "the models are kept for several tests, but each test has its own server"
 MODULAR = "a modular pipeline returns a state, which cannot be sent, so a server refuses to serve it"
 INSIDE = "how the engine works within one process: stacks, threads, interrupts, frames, what is compiled"
@@ -23,6 +24,7 @@ TESTS = {
     "test_activation_patching.py::test_steps_before_the_patch_are_not_generated_again[gpt2]": OBJECTS,
     "test_anywhere.py::test_under_tracing": INSIDE,
     "test_architectures_of_lenses.py": SHARED,
+    "test_arguments.py::test_a_component_that_is_none": SET_UP,
     "test_arguments.py::test_a_run_with_a_streamer_that_is_dropped_unread": FUNCTIONS,
     "test_arguments.py::test_old_keywords_that_a_pipeline_reads_from_its_kwargs_are_known": FUNCTIONS,
     "test_assignments.py::test_a_value_of_a_type_that_breaks_the_model_is_named[is on cpu*": META,
@@ -39,6 +41,7 @@ TESTS = {
     "test_attentions.py::test_what_attends_to_what": MODES,
     "test_attentions.py::test_what_follows_a_linear_attention_is_not_kept": MODES,
     "test_attribution_patching.py": GRADIENTS,
+    "test_big_models.py::test_a_pipeline_is_offloaded_through_the_model": SET_UP,
     "test_branches.py::test_gradients_reach_a_branch_of_a_row": GRADIENTS,
     "test_branches.py::test_guidance_that_ends_half_way": FUNCTIONS,
     "test_branches.py::test_parts_are_views_of_the_batch": COPIES,
@@ -49,9 +52,13 @@ TESTS = {
     "test_compiled.py": INSIDE,
     "test_control.py::test_skip_too_late": LATER,
     "test_denoiser_attribution.py::test_a_branch_of_a_pipeline_with_a_controlnet": GRADIENTS,
+    "test_diffusion_components.py::test_a_component_is_exchanged": SET_UP,
+    "test_diffusion_components.py::test_an_exchanged_text_encoder_answers_to_the_standard_names": SET_UP,
     "test_diffusion_components.py::test_casting": WEIGHTS,
+    "test_diffusion_components.py::test_offload_and_other_settings_keep_working": SET_UP,
     "test_diffusion_lazy_loading.py::test_a_component_exchanged_before_is_kept": WEIGHTS,
     "test_diffusion_lazy_loading.py::test_at_once": WEIGHTS,
+    "test_diffusion_lazy_loading.py::test_looking_needs_no_weights[<lambda>5]": SET_UP,
     "test_diffusion_lazy_loading.py::test_using_the_model_loads_them": WEIGHTS,
     "test_diffusion_lens.py::test_a_progress_bar_over_the_layers": OUTPUT,
     "test_diffusion_lens.py::test_arguments_that_do_not_fit": FUNCTIONS,
@@ -137,13 +144,14 @@ TESTS = {
     "test_rows.py::test_gradients_flow_through_every_row_that_is_assigned": GRADIENTS,
     "test_rows.py::test_rows_read_their_part": COPIES,
     "test_rows.py::test_the_batch_is_copied_once_for_all_rows_that_are_assigned": COPIES,
+    "test_runs_at_once.py::test_a_plain_call_of_the_model_in_the_body_of_a_run": FUNCTIONS,
+    "test_runs_at_once.py::test_each_run_has_the_attributes_of_its_own_scheduler": "the pipeline is kept by the test",
     "test_sae.py::test_a_changed_feature_is_added_to_the_value": ATTACHED,
     "test_sae.py::test_a_difference_where_there_is_none": ATTACHED,
     "test_sae.py::test_a_language_model": ATTACHED,
     "test_sae.py::test_an_untouched_sae_changes_no_bit": ATTACHED,
     "test_sae.py::test_what_cannot_be_attached": ATTACHED,
-    "test_saving.py::test_a_result_without_an_image": SHARED,
-    "test_saving.py::test_arguments_that_are_tensors_are_saved_with_the_record": SHARED,
+    "test_saving.py": SHARED,
     "test_stacks.py::test_nothing_of_a_stopped_or_failed_run_is_held": INSIDE,
     "test_states_of_both_sides.py::test_saved_tensor_hooks_of_a_checkpoint": MODES,
     "test_states_of_torch.py::test_a_run_inside_torch_func": MODES,
@@ -151,6 +159,7 @@ TESTS = {
     "test_states_of_torch.py::test_the_models_own_block_is_not_around_the_body[no_grad]": MODES,
     "test_steps.py::test_print_shows_where_the_steps_stand": PLACES,
     "test_tasks.py::test_many_threads_on_one_model": INSIDE,
+    "test_terminal.py": SHARED,
     "test_thousand_runs.py": INSIDE,
     "test_threads.py::test_two_threads_on_two_models": GRADIENTS,
     "test_threads_of_the_model.py": INSIDE,

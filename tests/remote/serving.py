@@ -8,6 +8,7 @@ import asyncio
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +69,7 @@ def serving(
     loop = asyncio.new_event_loop()
     ready, ports, stopping = threading.Event(), [], asyncio.Event()
     free = defaultdict(lambda: asyncio.Semaphore(at_once))
+    threads = ThreadPoolExecutor(1000, "run")
 
     def plain(connection: Any, request: Any) -> Any:
         name = model_of(request.path)
@@ -82,7 +84,7 @@ def serving(
     async def handle(socket: Any) -> None:
         name = model_of(socket.request.path)
         async with free[name]:
-            conversation = Conversation(models[name], services_of(models[name]), limits, "test")
+            conversation = Conversation(models[name], services_of(models[name]), limits, "test", threads)
             reason = await conversation.run(PlainSocket(socket, limits.frame_bytes))
         await socket.close(1000 if not reason else 1008, reason.encode()[:120].decode(errors="ignore"))
 
@@ -102,3 +104,4 @@ def serving(
         loop.call_soon_threadsafe(stopping.set)
         thread.join(10)
         loop.close()
+        threads.shutdown(wait=False)

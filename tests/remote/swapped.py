@@ -27,7 +27,7 @@ class _Known(ServedModel):
     def __init__(self, name: str, address: str, model: Model) -> None:
         self.name, self.address, self.dtype = name, Address(address), None
         self.description = {"name": name, "services": sorted(services_of(model))}
-        self.version, self._kept, self._is_busy = VERSIONS[-1], None, False
+        self.version, self._kept, self._is_busy, self._runs = VERSIONS[-1], None, False, {}
 
 
 @contextmanager

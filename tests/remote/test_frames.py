@@ -1,5 +1,6 @@
 """Frames and values arrive as they were sent, and the frames with tensors are in the safetensors format."""
 
+import json
 import math
 
 import numpy as np
@@ -142,3 +143,12 @@ def test_parts_that_do_not_fit():
     chunks.add('{"bytes":10,"text":false}')
     with pytest.raises(ProtocolError, match="do not fit"):
         chunks.add(bytes(11))
+
+
+def test_long_json_is_refused_before_it_is_parsed():
+    """Its objects would take many times the memory of its text."""
+    text = '{"do":[' + ",".join(["[]"] * 100) + "]}"
+    for frame in (text, pack(json.loads(text), {"0": torch.zeros(2)})):
+        assert len(unpack(frame, 1000)[0]["do"]) == 100
+        with pytest.raises(ProtocolError, match=r"bytes of JSON: the limit is 99. Send tensors, not lists"):
+            unpack(frame, 99)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -38,7 +39,8 @@ class JobsHere:
     async def _work(self, number, body):
         self._jobs.begins(number)
         socket = JobSocket(job_frames(body))
-        await Conversation(self._model, services_of(self._model), Limits(), number).run(socket)
+        with ThreadPoolExecutor() as threads:
+            await Conversation(self._model, services_of(self._model), Limits(), number, threads).run(socket)
         return socket.failed, socket.answer
 
     def get(self, path):

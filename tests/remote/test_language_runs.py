@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from diffsight import LanguageModel
+from diffsight import LanguageModel, logit_lens
 from diffsight.errors import InputError, NeverReachedError, OutOfOrderError, PointNotFoundError, RunClosedError
 from diffsight.remote import Held
 from helpers import same
@@ -380,6 +380,24 @@ def test_what_a_followed_value_is_changed_to_is_not_lost(remote_language):
     run.follow("layers[0].output", lambda hidden: hidden.zero_())
     with pytest.raises(InputError, match=r"layers\[0\].output: a function of run.follow changed it in place"):
         run.finish()
+
+
+def test_a_lens_in_a_run(language, remote_language):
+    """The replica of the run carries it out, since there may be no other."""
+    with remote_language.trace(IDS) as run:
+        run.layers_output[1] = run.layers_output[0] * 2
+        found = logit_lens(remote_language, IDS, top_k=3)
+        logits = run.logits
+    with torch.no_grad(), language.trace(IDS) as run:
+        run.layers_output[1] = run.layers_output[0] * 2
+        assert torch.equal(run.logits, logits)
+    assert torch.equal(logit_lens(language, IDS, top_k=3).ids, found.ids)
+
+
+def test_a_followed_function_asks_nothing(remote_language):
+    with pytest.raises(InputError, match=r"lm_head cannot be asked for in a function of run.follow"):
+        with remote_language.trace(IDS) as run:
+            run.follow("layers[1].output", lambda value, *_: remote_language.lm_head(value))
 
 
 def test_an_output_object_that_is_changed_too_late(remote_language):

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from diffsight import DiffusionModel
 from diffsight.errors import InputError
+from diffsight.remote import ProtocolError, RemoteError
 from helpers import refusal, same, same_image
 
 PROMPT, OTHER = "a red circle above a blue square", "a green square"
@@ -96,6 +98,27 @@ def test_what_is_known_of_the_encoders(pipelines, remote_pipelines):
     listed = model.server.description["encoders"]
     assert listed == {name: str(encoder) for name, encoder in pipelines[CLIP].encoders.items()}
     assert repr(model) == repr(pipelines[CLIP])
+
+
+def test_questions_in_a_run(remote_pipelines, address):
+    """They are answered by the replica of the run, since there may be no other."""
+    model = DiffusionModel(CLIP, remote=address)
+    with model.generate(PROMPT, seed=0, num_inference_steps=1) as run:
+        hidden = run.text_encoder.layers[0].output
+        assert len(model.attentions) and list(model.encoders) == ["text_encoder"]
+        assert torch.equal(run.text_encoder.layers[0].output, hidden)
+
+
+def test_attributes_that_a_run_changes(remote_pipelines):
+    """Those of the scheduler are read on the server. Outside a run, and before it has begun, they are the client's."""
+    model = remote_pipelines[CLIP]
+    with pytest.raises(RemoteError), model.generate(PROMPT, seed=0, num_inference_steps=3) as run:
+        assert run.scheduler.num_inference_steps is None
+        for step in run.steps:
+            assert run.scheduler.num_inference_steps == 3 and model.scheduler.timesteps[step.index] == step.timestep
+            assert run.scheduler.config.num_train_timesteps == 1000
+        with pytest.raises(ProtocolError, match="that a server sends"):
+            model.server.ask({"op": "attribute", "path": "unet.conv_in", "name": "weight"})
 
 
 def test_half_precision_halves_what_is_sent(remote_pipelines):
