@@ -46,7 +46,7 @@ class Inputs:
     @property
     def is_padded(self) -> bool:
         """Whether some rows are shorter than others."""
-        return isinstance(self.mask, torch.Tensor) and not self.mask.bool().all()
+        return isinstance(self.mask, torch.Tensor) and self.mask.ndim == 2 and not self.mask.bool().all()
 
     @property
     def last(self) -> torch.Tensor | None:
@@ -69,7 +69,12 @@ class Inputs:
         return Inputs(values, self.rows)
 
 
-def prepare_inputs(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> Inputs:
+PER_TOKEN = ("attention_mask", "position_ids", "token_type_ids")  # arguments that describe the token ids
+
+
+def prepare_inputs(
+    model: nn.Module, tokenizer: Any, given: Any, left: bool, beside: Mapping[str, Any] | None = None
+) -> Inputs:
     """Return a user's input as arguments for the model's forward pass.
 
     Args:
@@ -77,11 +82,17 @@ def prepare_inputs(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> 
         tokenizer: Its tokenizer, or None.
         given: A text, a list of texts, token ids, a tensor, a dictionary or chat messages.
         left: Whether padding goes to the left.
+        beside: Arguments passed beside the input. Those that describe the tokens (`PER_TOKEN`) belong to it.
 
     Raises:
         InputError: The input is empty, longer than the model's context, or of a kind that models do not take.
     """
     values = _values(tokenizer, given, left)
+    for name in PER_TOKEN:
+        value = None if beside is None else beside.get(name)
+        if value is not None:
+            value = torch.as_tensor(value) if isinstance(value, list) else value
+            values[name] = value[None] if isinstance(value, torch.Tensor) and value.ndim == 1 else value
     _check_known(model, values)
     tokens = values.get("input_ids")
     if not isinstance(tokens, torch.Tensor):
