@@ -101,8 +101,19 @@ def prepare_inputs(
     _check_tokens(model, tokens)
     inputs = Inputs(values, len(tokens))
     if left and inputs.is_padded and "position_ids" not in values and _takes(model, "position_ids"):
-        values["position_ids"] = (inputs.mask.long().cumsum(-1) - 1).clamp(min=0) + _first_position(model)
+        values |= _positions(model, inputs.mask.long())
     return inputs
+
+
+def _positions(model: nn.Module, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return position ids that do not count padding on the left, if any row has such padding.
+
+    Rows with other masks, such as a gap between tokens, get the positions that the model counts itself."""
+    is_left = (mask.diff(dim=-1) >= 0).all(-1, keepdim=True)
+    if mask[is_left[:, 0]].all():
+        return {}
+    counted = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return {"position_ids": torch.where(is_left, (mask.cumsum(-1) - 1).clamp(min=0), counted) + _first_position(model)}
 
 
 # ---- one function per kind of input

@@ -75,6 +75,9 @@ def test_a_mask_beside_the_token_ids_belongs_to_them(model, net):
     written = model.generate(padded, attention_mask=mask, max_new_tokens=2)
     assert torch.equal(written.mask, mask)
     assert torch.equal(written.result, net.generate(padded, attention_mask=mask, max_new_tokens=2))
+    gap = torch.ones_like(mask)
+    gap[:, 2] = 0  # hidden, but no padding: positions count it
+    assert torch.equal(model.trace(padded, attention_mask=gap).result.logits, net(padded, attention_mask=gap).logits)
     added = torch.zeros(1, 1, padded.shape[1], padded.shape[1])  # a mask for each pair of tokens
     run = model.trace(padded, attention_mask=added)
     assert torch.equal(run.result.logits, net(padded, attention_mask=added).logits)
