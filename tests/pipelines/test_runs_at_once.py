@@ -111,6 +111,41 @@ def test_a_call_of_the_pipeline_itself_during_a_run(pipe, where):
     assert own == (type(pipe).__call__, type(pipe.scheduler).set_timesteps)
 
 
+class Twice(diffusers.DiffusionPipeline):
+    """Calls a pipeline that it holds, and then calls it again with the latents that it has returned."""
+
+    def __init__(self, vae, text_encoder, tokenizer, unet, scheduler):
+        super().__init__()
+        parts = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        self.register_modules(**parts)
+        held = diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None)
+        held.set_progress_bar_config(disable=True)
+        self.held = held
+
+    @torch.no_grad()
+    def __call__(self, prompt, generator=None):
+        call = {"prompt": prompt, "num_inference_steps": 2, "output_type": "latent"}
+        return self.held(**call, latents=self.held(**call, generator=generator).images)
+
+
+def test_a_pipeline_that_calls_a_pipeline_that_it_holds(pipe):
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    twice = Twice(pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, pipe.scheduler)
+
+    def call(pipeline, seed, **more):
+        return pipeline(CALL["prompt"], generator=torch.Generator().manual_seed(seed), **more).images
+
+    few = {"num_inference_steps": 2, "output_type": "latent"}
+    want, other, held, inner = call(twice, 0), call(twice, 1), call(twice.held, 1, **few), []
+    with DiffusionModel(twice).generate(CALL["prompt"], seed=0) as run:
+        for step in run.steps:
+            if step.index == 2:
+                inner = [call(twice, 1), call(twice.held, 1, **few)]
+    assert step.index == 3
+    assert torch.equal(run.images, want)
+    assert torch.equal(inner[0], other) and torch.equal(inner[1], held)
+
+
 def test_runs_in_the_callback_of_a_call_of_the_pipeline(pipe):
     pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
     want, other, model, inner = bare(pipe), bare(pipe, seed=1), DiffusionModel(pipe), []
