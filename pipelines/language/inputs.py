@@ -40,8 +40,11 @@ class Inputs:
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """1 for real tokens and 0 for padding, `(rows, tokens)`."""
-        return self.values.get("attention_mask")
+        """1 for real tokens and 0 for padding, `(rows, tokens)`; None for a mask of another shape, such as one that
+        includes tokens of a cache."""
+        mask, tokens = self.values.get("attention_mask"), self.tokens
+        fits = isinstance(mask, torch.Tensor) and (not isinstance(tokens, torch.Tensor) or mask.shape == tokens.shape)
+        return mask if fits else None
 
     @property
     def is_padded(self) -> bool:

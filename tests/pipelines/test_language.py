@@ -78,6 +78,12 @@ def test_a_mask_beside_the_token_ids_belongs_to_them(model, net):
     gap = torch.ones_like(mask)
     gap[:, 2] = 0  # hidden, but no padding: positions count it
     assert torch.equal(model.trace(padded, attention_mask=gap).result.logits, net(padded, attention_mask=gap).logits)
+    for form in ({"inputs": padded}, {"input_ids": padded}):  # the mask includes the tokens of a cache
+        wide = {"attention_mask": torch.cat([mask, torch.ones_like(mask)], dim=1), "use_cache": True}
+        first, second = (net(padded, attention_mask=mask).past_key_values for _ in range(2))
+        run = model.trace(**form, past_key_values=first, **wide)
+        assert torch.equal(run.result.logits, net(padded, past_key_values=second, **wide).logits)
+        assert run.mask is None
     added = torch.zeros(1, 1, padded.shape[1], padded.shape[1])  # a mask for each pair of tokens
     run = model.trace(padded, attention_mask=added)
     assert torch.equal(run.result.logits, net(padded, attention_mask=added).logits)
