@@ -77,7 +77,7 @@ time, and returns an object with `remove()`. A value inside the calls of a modul
 `point(part, call)` that returns its path as users write it. If only the end of a call shows whether a value was the
 intended one, `decided_by(tap)` returns the tap of that call, and `run.stop()` lets that call end first. Check
 `current_owner() is tap.host`: calls from outside the run must pass untouched. To change a method for the duration of a
-run, use `ChangedMethod(owner, name, change)`.
+run, use `ChangedMethod(owner, name, change)`. The owner of a special method such as `__call__` is the class.
 
 **Envoys.** An attribute of an envoy may be a part of the model, so use functions to ask about the envoy itself:
 `tree_of`, `target_of`, `owner_of`, `run_of`, `part_of`, `child_of(envoy, name)`, `handle_on(envoy, target)`,

@@ -107,6 +107,11 @@ class Tracer(TracerFunctions, Run):
         is_of_all = not args and not kwargs
         if is_of_all:
             args = (self._joined_inputs(),)
+        elif any(tracer._is_of_all for tracer in self._invoked):
+            raise InputError(
+                "an invoke() without an input has the inputs of all invokes, but this one comes after it and would be "
+                "missing there: write the invoke() without an input last"
+            )
         tracer = super().invoke(*args, **kwargs)
         tracer._is_invoke, tracer._is_of_all = True, is_of_all
         watch_changes(tracer)

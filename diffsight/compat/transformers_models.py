@@ -115,7 +115,10 @@ class TransformersNames:
 
     def _given(self, args: tuple, kwargs: dict[str, Any], settings_of: Sequence[str]) -> tuple[tuple, dict[str, Any]]:
         """Return the arguments, with texts tokenized if tokenizer settings are passed, and images preprocessed."""
-        kwargs = {**(kwargs.pop("invoker_args", None) or {}), **kwargs}
+        nested = [kwargs.pop(name, None) or {} for name in ("invoker_args", "generate_kwargs")]
+        kwargs = {**nested[0], **nested[1], **kwargs}
+        if args and isinstance(args[0], Mapping) and "text" in args[0]:  # the input of a pipeline, by name
+            args, kwargs = args[1:], {**args[0], **kwargs}
         if "text" in kwargs and not args:
             args = (kwargs.pop("text"),)
         settings = {name: kwargs.pop(name) for name in settings_of if name in kwargs and self._are_texts(args)}

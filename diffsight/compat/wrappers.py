@@ -214,7 +214,7 @@ class DiffusionNames(CompatModel):
             kind = getattr(import_module("diffusers"), automodel) if isinstance(automodel, str) else automodel
             loading = {name: kwargs.pop(name) for name in list(kwargs) if name not in _OF_MODEL}
             check = import_module("diffsight.pipelines.loading_arguments").check_pipeline_arguments
-            if not kind.__name__.startswith("AutoPipeline"):  # those find the class while loading
+            if not kind.__name__.startswith(("AutoPipeline", "DiffusionPipeline")):  # these find it while loading
                 check(kind, loading)
             source = kind.from_pretrained(source, **loading)
             check(type(source), loading, kind)

@@ -5,7 +5,7 @@ PyTorch state (see `torch_state`). `Coroutine.resume` exchanges the states whene
 the global random state if the run has one of its own. The model gets a copy of its creator's `contextvars` context.
 
 Lockstep needs nothing more: while one run's model is parked, another run's model can be resumed. Pipelines have state,
-so each run calls a copy of it, see `pipelines/diffusion/pipeline_copies.py`.
+so each run calls a copy of it, see `pipelines/diffusion/pipelines_in_use.py`.
 """
 
 import atexit

@@ -376,7 +376,7 @@ class Override:
 
 
 class ChangedMethod(Override):
-    """Puts `change(method)` in place of a method of one object.
+    """Puts `change(method)` in place of a method of one object, or of a class that defines it.
 
     override = ChangedMethod(processor, "pt_to_numpy", lambda method: lambda images: method(images.detach()))
     ...
@@ -390,14 +390,20 @@ class ChangedMethod(Override):
     _own: Any = None
 
     def put_on(self) -> None:
-        self._own = self.target.__dict__.get(self.name)
-        self.target.__dict__[self.name] = self._change(getattr(self.target, self.name))
+        self._own = vars(self.target).get(self.name)
+        self._set(self._change(getattr(self.target, self.name)))
 
     def take_off(self) -> None:
         if self._own is not None:
-            self.target.__dict__[self.name] = self._own
-        else:
+            self._set(self._own)
+        elif not isinstance(self.target, type):
             self.target.__dict__.pop(self.name, None)
+
+    def _set(self, method: Any) -> None:
+        if isinstance(self.target, type):
+            setattr(self.target, self.name, method)
+        else:
+            self.target.__dict__[self.name] = method
 
 
 class TappedMethod(Override):

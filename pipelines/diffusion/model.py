@@ -41,7 +41,8 @@ from diffsight.pipelines.diffusion.denoising_clock import count_of_steps, is_las
 from diffsight.pipelines.diffusion.diffusion_tree import DiffusionTree
 from diffsight.pipelines.diffusion.encoder_accessors import HasEncoders, PipelineEnvoy
 from diffsight.pipelines.diffusion.loading import Source, open_pipeline
-from diffsight.pipelines.diffusion.pipeline_copies import PipelineOfRun, stateful_parts
+from diffsight.pipelines.diffusion.pipeline_copies import stateful_parts
+from diffsight.pipelines.diffusion.pipelines_in_use import PipelineOfRun
 from diffsight.pipelines.diffusion.prompts import check_prompts
 from diffsight.pipelines.diffusion.run import DiffusionRun, abandoned_bars_removed, progress_bar, set_pipeline
 from diffsight.pipelines.diffusion.text_encoders import Encoders, find_encoders
@@ -161,8 +162,8 @@ class DiffusionModel(HasEncoders, Model):
         if hook or is_on_server(self):
             return super().__call__(*args, hook=hook, **kwargs)
         self._tree.load_unless_scanning()
-        with PipelineOfRun(self._owner).in_use() as pipeline:
-            return pipeline(*args, **kwargs)
+        with PipelineOfRun(self._owner).in_use() as call:
+            return call(*args, **kwargs)
 
     def generate(
         self, *args: Any, seed: int | Sequence[int] | None = None, grad: bool = False, **kwargs: Any
@@ -198,15 +199,16 @@ class DiffusionModel(HasEncoders, Model):
 
         def call() -> Any:
             given = dict(kwargs)
-            with own.in_use() as pipeline, ExitStack() as changes, _naming_the_prompt(is_missing=again is not None):
+            with own.in_use() as method, ExitStack() as changes, _naming_the_prompt(is_missing=again is not None):
+                pipeline = own.pipeline
                 changes.enter_context(abandoned_bars_removed(pipeline))
                 if seeds is not None:
                     given["generator"] = generators(seeds)
                     changes.enter_context(seeded_noise(stateful_parts(pipeline), seeds))
                 if not grad:
-                    return pipeline(*args, **given)
+                    return method(*args, **given)
                 changes.enter_context(_detached_images(pipeline))
-                return with_gradients(pipeline.__call__)(*args, **given)
+                return with_gradients(method)(*args, **given)
 
         run = self._new_run(call, again=again, grad=grad)
         set_pipeline(run, own, arguments.get("output") if is_modular else None)

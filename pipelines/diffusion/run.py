@@ -17,7 +17,7 @@ from diffsight.pipelines.diffusion.branch_views import BranchView, DiffusionRow,
 from diffsight.pipelines.diffusion.components import components
 from diffsight.pipelines.diffusion.denoising_clock import scheduler_timestep
 from diffsight.pipelines.diffusion.latents import sample_of, with_sample
-from diffsight.pipelines.diffusion.pipeline_copies import PipelineOfRun
+from diffsight.pipelines.diffusion.pipelines_in_use import PipelineOfRun
 
 
 class DiffusionStep(Step):

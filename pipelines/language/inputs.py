@@ -40,13 +40,16 @@ class Inputs:
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """1 for real tokens and 0 for padding, `(rows, tokens)`."""
-        return self.values.get("attention_mask")
+        """1 for real tokens and 0 for padding, `(rows, tokens)`; None for a mask of another shape, such as one that
+        includes tokens of a cache."""
+        mask, tokens = self.values.get("attention_mask"), self.tokens
+        fits = isinstance(mask, torch.Tensor) and (not isinstance(tokens, torch.Tensor) or mask.shape == tokens.shape)
+        return mask if fits else None
 
     @property
     def is_padded(self) -> bool:
         """Whether some rows are shorter than others."""
-        return isinstance(self.mask, torch.Tensor) and not self.mask.bool().all()
+        return isinstance(self.mask, torch.Tensor) and self.mask.ndim == 2 and not self.mask.bool().all()
 
     @property
     def last(self) -> torch.Tensor | None:
@@ -69,7 +72,12 @@ class Inputs:
         return Inputs(values, self.rows)
 
 
-def prepare_inputs(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> Inputs:
+PER_TOKEN = ("attention_mask", "position_ids", "token_type_ids")  # arguments that describe the token ids
+
+
+def prepare_inputs(
+    model: nn.Module, tokenizer: Any, given: Any, left: bool, beside: Mapping[str, Any] | None = None
+) -> Inputs:
     """Return a user's input as arguments for the model's forward pass.
 
     Args:
@@ -77,11 +85,17 @@ def prepare_inputs(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> 
         tokenizer: Its tokenizer, or None.
         given: A text, a list of texts, token ids, a tensor, a dictionary or chat messages.
         left: Whether padding goes to the left.
+        beside: Arguments passed beside the input. Those that describe the tokens (`PER_TOKEN`) belong to it.
 
     Raises:
         InputError: The input is empty, longer than the model's context, or of a kind that models do not take.
     """
     values = _values(tokenizer, given, left)
+    for name in PER_TOKEN:
+        value = None if beside is None else beside.get(name)
+        if value is not None:
+            value = torch.as_tensor(value) if isinstance(value, list) else value
+            values[name] = value[None] if isinstance(value, torch.Tensor) and value.ndim == 1 else value
     _check_known(model, values)
     tokens = values.get("input_ids")
     if not isinstance(tokens, torch.Tensor):
@@ -90,8 +104,19 @@ def prepare_inputs(model: nn.Module, tokenizer: Any, given: Any, left: bool) -> 
     _check_tokens(model, tokens)
     inputs = Inputs(values, len(tokens))
     if left and inputs.is_padded and "position_ids" not in values and _takes(model, "position_ids"):
-        values["position_ids"] = (inputs.mask.long().cumsum(-1) - 1).clamp(min=0) + _first_position(model)
+        values |= _positions(model, inputs.mask.long())
     return inputs
+
+
+def _positions(model: nn.Module, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return position ids that do not count padding on the left, if any row has such padding.
+
+    Rows with other masks, such as a gap between tokens, get the positions that the model counts itself."""
+    is_left = (mask.diff(dim=-1) >= 0).all(-1, keepdim=True)
+    if mask[is_left[:, 0]].all():
+        return {}
+    counted = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return {"position_ids": torch.where(is_left, (mask.cumsum(-1) - 1).clamp(min=0), counted) + _first_position(model)}
 
 
 # ---- one function per kind of input

@@ -55,7 +55,7 @@ from diffsight.pipelines.language.generation import (
     setting,
 )
 from diffsight.pipelines.language.generation_numbers import check_generation_numbers
-from diffsight.pipelines.language.inputs import Inputs, prepare_inputs
+from diffsight.pipelines.language.inputs import PER_TOKEN, Inputs, prepare_inputs
 from diffsight.pipelines.language.language_tree import LanguageTree
 from diffsight.pipelines.language.loading import Source, open_language_model
 from diffsight.pipelines.language.padding import cannot_ignore_padding, pads_left, reads_left_padded, sees_padding
@@ -267,7 +267,7 @@ class LanguageModel(Accessors, Model):
         if inputs is None and not self._has_input(kwargs):
             return self._new_run(_no_input, again=partial(self.trace, grad=grad, **kwargs))
         encoded = self._on_device(self._encode(inputs, kwargs))
-        given = encoded.values | (kwargs if inputs is not None else {})
+        given = encoded.values | ({} if inputs is None else _beside(encoded, kwargs))
         config = self._owner.config
         if config.is_encoder_decoder and not given.keys() & {"decoder_input_ids", "decoder_inputs_embeds", "labels"}:
             given["decoder_input_ids"] = self._first_token(encoded)
@@ -318,7 +318,7 @@ class LanguageModel(Accessors, Model):
         if "attention_mask" not in given and encoded.tokens is not None:
             given["attention_mask"] = torch.ones_like(encoded.tokens)
         generated = GeneratedTokens(self.tokenizer)
-        given |= kwargs if inputs is not None else {}
+        given |= {} if inputs is None else _beside(encoded, kwargs)
         given["stopping_criteria"] = generated.along_with(self._owner, given)
         function = with_gradients(function) if grad else function
         sizes = [_sequences(self._owner, kwargs)] * (encoded.rows or 0)
@@ -438,7 +438,8 @@ class LanguageModel(Accessors, Model):
     def _encode(self, inputs: Any, kwargs: Mapping[str, Any], writes: bool = False) -> Inputs:
         owner = self._owner
         left = self._pads_left() and (writes or self._reads_left_padded)
-        encoded = prepare_inputs(owner, self.tokenizer, dict(kwargs) if inputs is None else inputs, left)
+        given, beside = (dict(kwargs), None) if inputs is None else (inputs, kwargs)
+        encoded = prepare_inputs(owner, self.tokenizer, given, left, beside)
         if left and isinstance(inputs, (list, tuple)) and encoded.is_padded and self._sees_padding:
             raise cannot_ignore_padding(owner)
         return encoded
@@ -475,6 +476,11 @@ class LanguageModel(Accessors, Model):
 
     def _bound(self, run: Run, part: Selection | None = None) -> LanguageEnvoy:
         return LanguageEnvoy(self._tree, self._target, run, part=part)
+
+
+def _beside(encoded: Inputs, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments beside an input that are not part of it."""
+    return {name: value for name, value in kwargs.items() if name not in PER_TOKEN or name not in encoded.values}
 
 
 def _sequences(net: nn.Module, kwargs: Mapping[str, Any]) -> int:

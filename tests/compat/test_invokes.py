@@ -48,6 +48,13 @@ def test_cross_prompt(llm, gpt2, ids, other):
         assert torch.equal(intervened, gpt2.generate(other, **TOKENS))
     with pytest.raises(InputError, match=r"run\.rows"), llm.trace() as tracer:
         tracer.invoke()
+    with pytest.raises(InputError, match=r"the invoke\(\) without an input last"), llm.trace() as tracer:
+        with tracer.invoke(ids):
+            pass
+        with tracer.invoke():
+            llm.lm_head.output
+        with tracer.invoke(other):
+            pass
 
 
 def test_values_of_invokes_of_other_lengths(llm, ids, other):

@@ -118,6 +118,10 @@ def test_images_and_text():
         with kind.trace(text="<image> a red circle", images=[image]):
             logits = kind.lm_head.output
         assert torch.equal(logits, net(**encoded).logits)
+        pixels = {"images": [image], "text": "<image> a red circle"}
+        with kind.generate(pixels, generate_kwargs={"max_new_tokens": 2, "min_new_tokens": 2}) as tracer:
+            tokens = tracer.result
+        assert torch.equal(tokens, net.generate(**encoded, max_new_tokens=2, min_new_tokens=2))
 
 
 def test_edits_bind_two_names(net):
@@ -183,6 +187,8 @@ def test_diffusion_models(tmp_path):
     pipe.save_pretrained(tmp_path)
     other = DiffusionModel(str(tmp_path), automodel="StableDiffusionImg2ImgPipeline")
     assert type(other.pipeline).__name__ == "StableDiffusionImg2ImgPipeline"
+    other = DiffusionModel(str(tmp_path), automodel="DiffusionPipeline", safety_checker=None)
+    assert type(other.pipeline) is type(pipe) and other.pipeline.safety_checker is None
     with pytest.raises(InputError, match="automodel"):
         DiffusionModel(pipe, automodel="StableDiffusionImg2ImgPipeline")
     layer = pipe.text_encoder.encoder.layers[0]

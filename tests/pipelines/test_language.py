@@ -59,6 +59,36 @@ def test_one_input_in_every_form(model, net, given):
     assert torch.equal(run.tokens, ids(PROMPT))
 
 
+def test_a_mask_beside_the_token_ids_belongs_to_them(model, net):
+    padded = nn.functional.pad(ids(PROMPT), (2, 0))
+    mask = nn.functional.pad(torch.ones_like(ids(PROMPT)), (2, 0))
+    for run in (
+        model.trace(padded, attention_mask=mask),
+        model.trace(padded[0].tolist(), attention_mask=mask[0].tolist()),
+        model.trace(input_ids=padded, attention_mask=mask),
+    ):
+        assert torch.equal(run.mask, mask)
+        assert torch.allclose(run.result.logits[:, 2:], net(ids(PROMPT)).logits, atol=1e-5)
+    counted = torch.arange(padded.shape[1])[None]
+    run = model.trace(padded, attention_mask=mask, position_ids=counted)
+    assert torch.equal(run.result.logits, net(padded, attention_mask=mask, position_ids=counted).logits)
+    written = model.generate(padded, attention_mask=mask, max_new_tokens=2)
+    assert torch.equal(written.mask, mask)
+    assert torch.equal(written.result, net.generate(padded, attention_mask=mask, max_new_tokens=2))
+    gap = torch.ones_like(mask)
+    gap[:, 2] = 0  # hidden, but no padding: positions count it
+    assert torch.equal(model.trace(padded, attention_mask=gap).result.logits, net(padded, attention_mask=gap).logits)
+    for form in ({"inputs": padded}, {"input_ids": padded}):  # the mask includes the tokens of a cache
+        wide = {"attention_mask": torch.cat([mask, torch.ones_like(mask)], dim=1), "use_cache": True}
+        first, second = (net(padded, attention_mask=mask).past_key_values for _ in range(2))
+        run = model.trace(**form, past_key_values=first, **wide)
+        assert torch.equal(run.result.logits, net(padded, past_key_values=second, **wide).logits)
+        assert run.mask is None
+    added = torch.zeros(1, 1, padded.shape[1], padded.shape[1])  # a mask for each pair of tokens
+    run = model.trace(padded, attention_mask=added)
+    assert torch.equal(run.result.logits, net(padded, attention_mask=added).logits)
+
+
 def test_chat_messages(net):
     tokenizer = diffusion.gemma_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %} the"

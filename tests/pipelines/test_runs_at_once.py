@@ -1,10 +1,13 @@
 """Runs of one pipeline that are open at the same time, and noise that no generator seeds."""
 
+from threading import Thread
+
 import diffusers
 import pytest
 import torch
 
 from diffsight import DiffusionModel
+from diffsight.errors import InputError
 
 CALL = {"prompt": "a red circle above a blue square", "num_inference_steps": 5, "output_type": "pt"}
 SCHEDULERS = [
@@ -62,6 +65,136 @@ def test_a_plain_call_of_the_model_in_the_body_of_a_run(pipe, cls):
                 inner = model(**CALL, guidance_scale=2.0, generator=torch.Generator().manual_seed(1)).images
     assert torch.equal(inner, other)
     assert torch.equal(run.images, want)
+
+
+def in_the_body(model, call):
+    with model.generate(**CALL, seed=0) as run:
+        for step in run.steps:
+            if step.index == 2:
+                call()
+    return run.images
+
+
+def in_a_callback(model, call):
+    def callback(pipeline, index, timestep, values):
+        if index == 2:
+            call()
+        return values
+
+    return model.generate(**CALL, seed=0, callback_on_step_end=callback).images
+
+
+def in_an_edit(model, call):
+    with model.edit() as edited:
+        edited.unet.mid_block.output
+        call()
+    return edited.generate(**CALL, seed=0).images
+
+
+def in_a_thread(model, call):
+    def call_there():
+        thread = Thread(target=call)
+        thread.start()
+        thread.join()
+
+    return in_the_body(model, call_there)
+
+
+@pytest.mark.parametrize("where", [in_the_body, in_a_callback, in_an_edit, in_a_thread])
+def test_a_call_of_the_pipeline_itself_during_a_run(pipe, where):
+    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
+    want, other, model = bare(pipe), bare(pipe, seed=1, guidance_scale=2.0), DiffusionModel(pipe)
+    own, inner = (type(pipe).__call__, type(pipe.scheduler).set_timesteps), []
+    images = where(model, lambda: inner.append(bare(pipe, seed=1, guidance_scale=2.0)))
+    assert torch.equal(images, want)
+    assert len(inner) == 1 and torch.equal(inner[0], other)
+    assert own == (type(pipe).__call__, type(pipe.scheduler).set_timesteps)
+
+
+class Twice(diffusers.DiffusionPipeline):
+    """Calls a pipeline that it holds, and then calls it again with the latents that it has returned."""
+
+    def __init__(self, vae, text_encoder, tokenizer, unet, scheduler):
+        super().__init__()
+        parts = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        self.register_modules(**parts)
+        held = diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None)
+        held.set_progress_bar_config(disable=True)
+        self.held = held
+
+    @torch.no_grad()
+    def __call__(self, prompt, generator=None):
+        call = {"prompt": prompt, "num_inference_steps": 2, "output_type": "latent"}
+        return self.held(**call, latents=self.held(**call, generator=generator).images)
+
+
+def test_a_pipeline_that_calls_a_pipeline_that_it_holds(pipe):
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    twice = Twice(pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, pipe.scheduler)
+
+    def call(pipeline, seed, **more):
+        return pipeline(CALL["prompt"], generator=torch.Generator().manual_seed(seed), **more).images
+
+    few = {"num_inference_steps": 2, "output_type": "latent"}
+    want, other, held, inner = call(twice, 0), call(twice, 1), call(twice.held, 1, **few), []
+    with DiffusionModel(twice).generate(CALL["prompt"], seed=0) as run:
+        for step in run.steps:
+            if step.index == 2:
+                inner = [call(twice, 1), call(twice.held, 1, **few)]
+    assert step.index == 3
+    assert torch.equal(run.images, want)
+    assert torch.equal(inner[0], other) and torch.equal(inner[1], held)
+
+
+def test_runs_in_the_callback_of_a_call_of_the_pipeline(pipe):
+    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
+    want, other, model, inner = bare(pipe), bare(pipe, seed=1), DiffusionModel(pipe), []
+
+    def callback(pipeline, index, timestep, values):
+        if index == 2:
+            inner.append(model.generate(**CALL, seed=1).images)
+            inner.append(model(**CALL, generator=torch.Generator().manual_seed(1)).images)
+        return values
+
+    assert torch.equal(bare(pipe, callback_on_step_end=callback), want)
+    assert len(inner) == 2 and all(torch.equal(images, other) for images in inner)
+
+
+def test_another_pipeline_must_not_change_the_scheduler_of_a_run(pipe):
+    want, model = bare(pipe), DiffusionModel(pipe)
+    other = diffusers.StableDiffusionPAGPipeline(**pipe.components, requires_safety_checker=False)
+    other_image = bare(other, seed=1)
+    with model.generate(**CALL, seed=0) as run:
+        for step in run.steps:
+            if step.index == 2:
+                with pytest.raises(InputError, match="PAGPipeline has the same DDIMScheduler as the pipeline of a run"):
+                    bare(other)
+                assert torch.equal(bare(DiffusionModel(other), seed=1), other_image)
+    assert torch.equal(run.images, want)
+
+
+def test_what_interrupts_a_run_leaves_the_pipeline_as_it_was(pipe):
+    own, model = type(pipe).__call__, DiffusionModel(pipe)
+    with pytest.raises(KeyboardInterrupt), model.generate(**CALL, seed=0) as run:
+        for step in run.steps:
+            bare(pipe)
+            assert step.index == 0
+            raise KeyboardInterrupt
+    assert type(pipe).__call__ is own
+    scheduler = pipe.scheduler
+    bare(pipe)
+    assert pipe.scheduler is scheduler and len(scheduler.timesteps) == CALL["num_inference_steps"]
+
+
+def test_a_run_in_the_body_of_a_run_with_gradients(pipe):
+    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
+    want, model = bare(pipe), DiffusionModel(pipe)
+    with model.generate(**CALL, seed=0, grad=True) as run:
+        for step in run.steps:
+            if step.index == 2:  # the scheduler has values with gradients now
+                inner = model.generate(**CALL, seed=0).images
+    assert torch.equal(inner, want)
+    assert torch.equal(run.images.detach(), want)
 
 
 def test_each_run_has_the_attributes_of_its_own_scheduler(pipe):

@@ -1,0 +1,144 @@
+"""The pipeline that each call uses if several calls of one pipeline are open at once, for example in lockstep.
+
+    with model.generate(p, seed=0) as x, model.generate(q, seed=0) as y:
+        y.unet.mid_block.output = x.unet.mid_block.output
+
+Each run has its own coroutine (`diffsight.engine.coroutine`), so one run can wait while another continues. But a
+pipeline and its schedulers change while they run: the scheduler counts its steps, and the pipeline holds the guidance
+scale. A call normally uses the user's own pipeline. While another call is using that pipeline, it uses a copy that
+shares the modules and has its own schedulers. This holds for runs, for `model(...)`, and for the user's `pipe(...)` in
+the body of a run, in a callback or in another thread. Python looks up `__call__` on the class, so the class of a
+pipeline is changed while a run is using the pipeline.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Lock
+from types import FrameType, MethodType
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from greenlet import getcurrent
+
+from diffsight.errors import InputError
+from diffsight.extending import ChangedMethod, current_owner
+from diffsight.pipelines.diffusion.pipeline_copies import copied_pipeline, is_pipeline, stateful_parts
+
+_CALLED = object()  # in place of a run, for the pipeline that is called itself
+_in_use: dict[int, Any] = {}  # ids of pipelines and of components of theirs that change: the run that uses them
+_lock = Lock()
+
+
+class PipelineOfRun:
+    """The pipeline that one run calls: the user's own, or a copy once the run needs one."""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self.pipeline = pipeline
+        self.copies: dict[int, Any] = {}  # by the ids of the user's own objects
+        self._originals: list[Any] = []  # they keep their ids as long as they are here
+
+    @contextmanager
+    def in_use(self) -> Iterator[Callable[..., Any]]:
+        """Yield the method `__call__` of a pipeline that no other call uses while the block is open."""
+        used: dict[int, Any] = {}
+        try:
+            with _lock:
+                is_free = not _is_used(self.pipeline) and not _is_running(self.pipeline)
+                if not is_free:
+                    self._originals = stateful_parts(self.pipeline)
+                    self.pipeline = copied_pipeline(self.pipeline, self.copies)
+                parts = stateful_parts(self.pipeline)
+                used |= dict.fromkeys(map(id, parts), current_owner()) | {id(self.pipeline): _CALLED}
+                _in_use.update(used)
+            with ExitStack() as changes:
+                for cls, name, change in _changes(parts):
+                    changes.callback(ChangedMethod(cls, name, change).remove)
+                yield MethodType(_unchanged(type(self.pipeline).__call__), self.pipeline)
+        finally:
+            for number in used:
+                _in_use.pop(number, None)
+
+
+def _is_used(pipeline: DiffusionPipeline) -> bool:
+    return not _in_use.keys().isdisjoint(map(id, stateful_parts(pipeline)))
+
+
+def _is_running(pipeline: DiffusionPipeline) -> bool:
+    """Whether a call that the user made of the pipeline itself is in progress here, with this code in its callback."""
+    code = _code(type(pipeline).__call__)
+    return any(frame.f_code is code and frame.f_locals.get("self") is pipeline for frame in _frames())
+
+
+def _frames() -> Iterator[FrameType]:
+    """Yield the frames that lead here, innermost first, with those of the coroutines around this one."""
+    stack, frame = getcurrent(), sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+        while frame is None and stack.parent is not None:
+            stack = stack.parent
+            frame = stack.gr_frame
+
+
+def _code(function: Callable[..., Any]) -> Any:
+    """Return the code of a function without its decorators."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return getattr(function, "__code__", None)
+
+
+# ---- classes, while a run is using an object of theirs
+
+
+def _changes(parts: list[Any]) -> Iterator[tuple[type, str, Callable]]:
+    """Yield the methods to change: their classes and names, and how to change them."""
+    for part in parts:
+        name, change = ("__call__", _calling_a_copy) if is_pipeline(part) else ("set_timesteps", _of_one_pipeline)
+        cls = next((cls for cls in type(part).__mro__ if name in vars(cls)), None)
+        if cls is not None:
+            yield cls, name, change
+
+
+@functools.cache
+def _calling_a_copy(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method `__call__` that calls a copy of a pipeline that is in use."""
+
+    @functools.wraps(method)
+    def call(pipeline: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
+        is_inner = _in_use.get(id(pipeline), _CALLED) is current_owner()  # a run calls the pipelines in its pipeline
+        is_super = type(pipeline).__call__ is not call
+        if is_inner or is_super or not _is_used(pipeline):
+            return method(pipeline, *args, **kwargs)
+        with PipelineOfRun(pipeline).in_use() as free:
+            return free(*args, **kwargs)
+
+    call.unchanged = method
+    call.__wrapped__ = getattr(method, "__wrapped__", method)  # the undecorated call, as on the method itself
+    return call
+
+
+def _unchanged(method: Callable[..., Any]) -> Callable[..., Any]:
+    return getattr(method, "unchanged", method)
+
+
+@functools.cache
+def _of_one_pipeline(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method `set_timesteps` that raises an error if a pipeline calls it on the scheduler of another's run."""
+
+    @functools.wraps(method)
+    def set_timesteps(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+        run = _in_use.get(id(scheduler))
+        if run is not None and run is not current_owner():
+            callers = (frame.f_locals.get("self") for frame in _frames() if frame.f_code.co_name == "__call__")
+            pipeline = next(filter(is_pipeline, callers), None)
+            if pipeline is not None:
+                raise InputError(
+                    f"{type(pipeline).__name__} has the same {type(scheduler).__name__} as the pipeline of a run that "
+                    "is open, and would change the steps of the run. Call DiffusionModel(pipeline)(...), which uses a "
+                    "copy, or give one of them a scheduler of its own: type(scheduler).from_config(scheduler.config)"
+                )
+        return method(scheduler, *args, **kwargs)
+
+    return set_timesteps
