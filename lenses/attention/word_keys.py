@@ -55,6 +55,8 @@ class WordKeys:
         words = [words] if isinstance(words, str) else words
         self.names = tuple(dict.fromkeys(words or (word for word in first.words if word[0].isalnum())))
         self._places: dict[str, Sequence[tuple[int, int]]] = {}
+        if not self.names:
+            raise InputError(f"the prompt {prompt!r} has no words")
         end = 0
         for word in self.names:
             places = first.places(word)

@@ -452,13 +452,15 @@ WRONG = [
     ({"encoder": "text_encoder_2"}, "no text encoder 'text_encoder_2'"),
     ({"num_images_per_prompt": 2}, "draws one image in each row"),
     ({"stepz": 2}, "stepz"),
+    ({"words": np.array([""])}, "'' does not occur in the prompt"),
+    ({"prompt": "?!"}, r"the prompt '\?!' has no words"),
 ]
 
 
 @pytest.mark.parametrize("given, words", WRONG)
 def test_bad_input(model, given, words):
     with pytest.raises(InputError, match=words):
-        attention_maps(model, PROMPT, **{**SHORT, **given})
+        attention_maps(model, **{"prompt": PROMPT, **SHORT, **given})
 
 
 IMAGE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
