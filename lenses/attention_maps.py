@@ -135,7 +135,7 @@ def attention_maps(
     check_options(attention_maps, model, arguments)
     check_types(attention_maps, words=words, heads=heads, encoder=encoder)
     check_maps("attention_maps", model, prompt, steps, seed, keep, arguments)
-    words = words if words is None or isinstance(words, str) else list(words)
+    words = words if words is None or isinstance(words, str) else [*map(str, words)]
     if words is not None and not words:
         raise InputError("words is empty: pass words, or omit the argument for all words of the prompt")
     if method not in _METHODS:
