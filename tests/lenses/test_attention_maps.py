@@ -493,6 +493,16 @@ def test_where_generated_tokens_look(kind):
     assert len(result.words) == len(bare.attentions) and result.overlay(result.words[0]).size == result.image.size
 
 
+def test_where_tokens_of_a_text_encoder_look():
+    """The text encoder of an editing pipeline is a vision-language model, which can be opened by itself."""
+    net, processor = vision_language.MODELS["qwen2_vl"]()
+    parts = {**text_encoders.built("qwen_image").components, "tokenizer": processor.tokenizer}
+    pipe = diffusers.QwenImageEditPipeline(**parts | {"text_encoder": net, "processor": processor})
+    given = {"image": IMAGE, "max_new_tokens": 2, "do_sample": False}
+    result = attention_maps(VisionLanguageModel((pipe.text_encoder, pipe.processor)), PROMPT, **given)
+    assert torch.equal(result.maps, attention_maps(VisionLanguageModel((net, processor)), PROMPT, **given).maps)
+
+
 BAD_GENERATION = [
     ({"words": "circle"}, "omit words for a VisionLanguageModel"),
     ({"method": "concept"}, "omit method for a VisionLanguageModel"),
