@@ -123,7 +123,7 @@ def test_what_is_kept_apart(model, keep, count):
 
 
 def test_heads_are_named_by_their_numbers(model):
-    given = {"words": "circle", "seed": 3, **SHORT}
+    given = {"words": np.array(["circle"]), "seed": 3, **SHORT}
     kept = attention_maps(model, PROMPT, keep="heads", heads=np.array([1, 1]), **given)
     assert list(kept.parts) == ["head 1"]
     assert torch.allclose(kept.maps, attention_maps(model, PROMPT, heads=[1], **given).maps, atol=1e-6)
