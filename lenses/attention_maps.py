@@ -135,6 +135,7 @@ def attention_maps(
     check_options(attention_maps, model, arguments)
     check_types(attention_maps, words=words, heads=heads, encoder=encoder)
     check_maps("attention_maps", model, prompt, steps, seed, keep, arguments)
+    words = words if words is None or isinstance(words, str) else [*map(str, words)]
     if words is not None and not words:
         raise InputError("words is empty: pass words, or omit the argument for all words of the prompt")
     if method not in _METHODS:
@@ -148,8 +149,8 @@ def attention_maps(
         picked = picked_heads(chosen, heads)
         concepts = Concepts(model, prompt, words, encoder, found.of_kind("joint"), arguments)
         check_map_size(model, chosen, len(concepts.names), keep, arguments)
-        reading = _Reading(steps, keep, chosen, concepts.names)
-        run = _run_concepts(model, concepts, reading, picked, seed, given)
+        reading = _Reading(steps, keep, chosen, concepts.names, picked)
+        run = _run_concepts(model, concepts, reading, seed, given)
         return _result(run, reading, prompt, seed, model, arguments, method, given)
 
     def prepare(found: Attentions, records: Mapping[str, EncoderRecord]) -> tuple[_Reading, _Read]:
@@ -162,7 +163,7 @@ def attention_maps(
         def read(attention: Attention, product: AttentionProduct) -> torch.Tensor:
             return wanted[attention.name].values(product, attention, picked, keep == "heads")
 
-        return _Reading(steps, keep, chosen, named.names), read
+        return _Reading(steps, keep, chosen, named.names, picked), read
 
     run, reading = _run_prompt(model, prompt, prepare, seed, arguments, given)
     return _result(run, reading, prompt, seed, model, arguments, method, given)
@@ -190,10 +191,7 @@ def _of_generated_tokens(
         raise InputError(f"for a VisionLanguageModel, keep must be 'layers', 'heads' or None, not {keep!r}")
     if image is None or isinstance(image, (list, tuple)):
         raise InputError("image: a VisionLanguageModel needs one image")
-    numbers = range(len(model.layers)) if layers is None else choose_layers(layers, len(model.layers))
-    if "embedding" in numbers:
-        raise InputError('layers must be numbers: "embedding" is not an attention module')
-    numbers = sorted(numbers)
+    numbers = sorted(choose_layers(layers, len(model.layers), with_embedding=False))
     picked = None if heads is None else checked_heads(heads, None)
     model.check(prompt, images=image, seed=seed, **arguments)
     found = looks_at_image(model, prompt, image, numbers, picked, keep, seed, arguments)
@@ -275,17 +273,24 @@ def attention_from(
             ((_, probs),) = product.blocks(keys, range(place, place + 1), picked)
             return probs[0]  # (heads, 1, keys)
 
-        return _Reading(steps, keep, chosen, (f"from ({position[0]:g}, {position[1]:g})",)), read
+        return _Reading(steps, keep, chosen, (f"from ({position[0]:g}, {position[1]:g})",), picked), read
 
     run, reading = _run_prompt(model, prompt, prepare, seed, arguments)
     return _result(run, reading, prompt, seed, model, arguments, "from")
 
 
 class _Reading:
-    """The reading of a run: the steps and modules that are read, the names of the maps, and their sums."""
+    """The reading of a run: the steps, modules and heads that are read, the names of the maps, and their sums."""
 
-    def __init__(self, steps: Steps, keep: str | None, chosen: Sequence[Attention], names: tuple[str, ...]) -> None:
-        self.keep, self.chosen, self.names, self.sums = keep, chosen, names, MapSums()
+    def __init__(
+        self,
+        steps: Steps,
+        keep: str | None,
+        chosen: Sequence[Attention],
+        names: tuple[str, ...],
+        heads: Sequence[int] | None,
+    ) -> None:
+        self.keep, self.chosen, self.names, self.heads, self.sums = keep, chosen, names, heads, MapSums()
         self._asked = steps
         self._steps: tuple[int, ...] = ()
 
@@ -303,7 +308,7 @@ class _Reading:
     def add(self, step: int, attention: Attention, values: torch.Tensor) -> None:
         """Add the values read from a product, (heads or 1, words, positions of the image)."""
         if self.keep == "heads":
-            for number, part in enumerate(values):
+            for number, part in zip(range(len(values)) if self.heads is None else self.heads, values):
                 self.sums.add(f"head {number}", attention, part)
             return
         group = {None: "", "steps": f"step {step}", "layers": attention.name}[self.keep]
@@ -352,7 +357,6 @@ def _run_concepts(
     model: DiffusionModel,
     concepts: Concepts,
     reading: _Reading,
-    heads: Sequence[int] | None,
     seed: int,
     given: GivenImage | None,
 ) -> DiffusionRun:
@@ -367,7 +371,7 @@ def _run_concepts(
                 return attention.name in chosen and reading.is_in(run, index)
 
             def add(attention: Attention, values: torch.Tensor, index: int = step.index) -> None:
-                values = values if heads is None else values[heads]
+                values = values if reading.heads is None else values[reading.heads]
                 values = values if reading.keep == "heads" else values.sum(0, keepdim=True)
                 reading.add(index, attention, values.softmax(1) if len(reading.names) > 1 else values)
 

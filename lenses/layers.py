@@ -19,7 +19,9 @@ from diffsight.pipelines.standard_names import EMBEDDING, Layer
 Layers = int | str | slice | Iterable[int | str | slice] | None
 
 
-def choose_layers(layers: Layers, count: int, used: int | None = None) -> tuple[Layer, ...]:
+def choose_layers(
+    layers: Layers, count: int, used: int | None = None, with_embedding: bool = True
+) -> tuple[Layer, ...]:
     """Return the chosen layers in the order given, each of them once.
 
         choose_layers(["embedding", slice(0, 4, 2), -1], count=12)      # ("embedding", 0, 2, 11)
@@ -29,40 +31,45 @@ def choose_layers(layers: Layers, count: int, used: int | None = None) -> tuple[
         count: The number of layers of the model. Negative numbers and slices refer to all of them.
         used: The number of layers up to the last one that has any effect. Layers after it cannot be chosen, and slices
             leave them out. Default: all layers.
+        with_embedding: Whether "embedding" can be chosen.
 
     Raises:
         InputError: A layer does not exist or has no effect, or no layer is chosen.
     """
     used = count if used is None else used
     if layers is None:
-        items: list[Any] = [EMBEDDING, slice(None)]
+        items: list[Any] = [EMBEDDING, slice(None)] if with_embedding else [slice(None)]
     elif isinstance(layers, str | slice) or not isinstance(layers, Iterable):
         items = [layers]
     else:
         items = list(layers)
     chosen: list[Layer] = []
     for item in items:
-        chosen += _sliced(item, count, used) if isinstance(item, slice) else [choose_layer(item, count, used)]
+        if isinstance(item, slice):
+            chosen += _sliced(item, count, used, with_embedding)
+        else:
+            chosen.append(choose_layer(item, count, used, with_embedding))
     if not chosen:
-        raise InputError(f"no layers are chosen: {_known(used)}")
+        raise InputError(f"no layers are chosen: {_known(used, with_embedding)}")
     return tuple(dict.fromkeys(chosen))
 
 
-def choose_layer(layer: Any, count: int, used: int | None = None) -> Layer:
+def choose_layer(layer: Any, count: int, used: int | None = None, with_embedding: bool = True) -> Layer:
     """Return one layer as a non-negative integer, or "embedding". See `choose_layers` for the arguments.
 
     Raises:
         InputError: The layer does not exist or has no effect.
     """
     used = count if used is None else used
-    if isinstance(layer, str) and layer == EMBEDDING:
+    if isinstance(layer, str) and layer == EMBEDDING and with_embedding:
         return EMBEDDING
     if not _is_integer(layer) or not -count <= layer < count:
         hint = ". To choose all layers, omit the argument" if layer == "all" else ""
-        raise InputError(f"there is no layer {layer!r}: {_known(used)}{hint}")
+        raise InputError(f"there is no layer {layer!r}: {_known(used, with_embedding)}{hint}")
     number = index(layer) % count
     if number >= used:
-        raise InputError(f"layer {layer} has no effect, since the pipeline does not use its output: {_known(used)}")
+        why = "since the pipeline does not use its output"
+        raise InputError(f"layer {layer} has no effect, {why}: {_known(used, with_embedding)}")
     return number
 
 
@@ -108,12 +115,12 @@ def layer_file(layer: Layer) -> str:
     return EMBEDDING if layer == EMBEDDING else f"layer_{layer:02}"
 
 
-def _sliced(layers: slice, count: int, used: int) -> list[int]:
+def _sliced(layers: slice, count: int, used: int, with_embedding: bool) -> list[int]:
     if layers.step == 0:
         raise InputError("the step of a slice of layers cannot be 0: write 1 or more")
     beyond = [bound for bound in (layers.start, layers.stop) if bound is not None and bound > used]
     if beyond:
-        raise InputError(f"the slice goes past the last layer, up to {beyond[-1]}: {_known(used)}")
+        raise InputError(f"the slice goes past the last layer, up to {beyond[-1]}: {_known(used, with_embedding)}")
     return [layer for layer in range(count)[layers] if layer < used]
 
 
@@ -121,6 +128,7 @@ def _is_integer(value: Any) -> bool:
     return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
-def _known(used: int) -> str:
-    numbers = f" and {0 if used == 1 else f'0 to {used - 1}'}" if used else ""
-    return f'choose from "{EMBEDDING}"{numbers}'
+def _known(used: int, with_embedding: bool) -> str:
+    known = [f'"{EMBEDDING}"'] if with_embedding else []
+    known += [f"0 to {used - 1}" if used > 1 else "0"] if used else []
+    return f"choose from {' and '.join(known)}"

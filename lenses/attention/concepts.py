@@ -51,7 +51,7 @@ class Concepts:
                 f'{type(model.pipeline).__name__}: use method="cross"'
             )
         self._joint = joint
-        named = [words] if isinstance(words, str) else words
+        named = [words] if isinstance(words, str) else words and list(dict.fromkeys(words))
         if named is None:
             named = WordKeys(model, prompt, None, encoder, record_encoding(model, prompt, arguments).encoders).names
         if not named or not all(isinstance(word, str) and word.strip() for word in named):
@@ -60,7 +60,7 @@ class Concepts:
         text, argument = " ".join(named), _argument(encoder)
         given = {"prompt": prompt, **arguments, argument: text}
         records = record_encoding(model, given.pop("prompt"), given).encoders
-        self._words = WordKeys(model, text, named, encoder, records)
+        self._words = WordKeys(model, text, named, encoder, records, in_order=True)
         self.arguments = {**for_each_row(arguments, 2), "prompt": [prompt, prompt], argument: [prompt, text]}
         self.names = self._words.names
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 from typing import Any
 
 from diffsight.errors import InputError, suggest
@@ -9,6 +10,7 @@ from diffsight.lenses.attention.map_memory import check_memory
 from diffsight.lenses.denoising.call_checks import Steps, check_steps_ahead, count_steps
 from diffsight.lenses.encoders.checks import check_call
 from diffsight.lenses.layers import Layers, choose_layers
+from diffsight.pipelines.argument_types import fits
 from diffsight.pipelines.diffusion.attention import Attention, Attentions
 from diffsight.pipelines.diffusion.model import DiffusionModel
 
@@ -36,10 +38,7 @@ def chosen_attentions(
         unplaced = [*found, *attentions.of_kind("none")]
         reasons = f": {unplaced[0]}" if unplaced else ""
         raise InputError(f"no {what} was found in {type(model.pipeline).__name__}{reasons}")
-    numbers = range(len(placed)) if layers is None else choose_layers(layers, len(placed))
-    if "embedding" in numbers:
-        raise InputError('layers: "embedding" is not an attention module: pass the numbers of layers')
-    return [placed[number] for number in sorted(numbers)]
+    return [placed[number] for number in sorted(choose_layers(layers, len(placed), with_embedding=False))]
 
 
 def check_map_size(
@@ -72,12 +71,12 @@ def picked_heads(chosen: Sequence[Attention], heads: Iterable[int] | None) -> li
 
 
 def checked_heads(heads: Iterable[int], count: int | None) -> list[int]:
-    """Return heads as a list. `count` is the number of heads, if it is known."""
-    picked = list(heads)
+    """Return heads as a list, each once. `count` is the number of heads, if it is known."""
+    picked = list(dict.fromkeys(heads))
     for head in picked:
-        if isinstance(head, bool) or not isinstance(head, int) or head < 0 or (count is not None and head >= count):
+        if not fits(head, int) or head < 0 or (count is not None and head >= count):
             known = "" if count is None else f". The modules have {count} heads, 0 to {count - 1}"
             raise InputError(f"heads: there is no head {head!r}{known}")
     if not picked:
         raise InputError("heads: the selection is empty")
-    return picked
+    return [index(head) for head in picked]

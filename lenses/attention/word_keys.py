@@ -24,6 +24,8 @@ class WordKeys:
         words: The words to look for, each one or several words of the prompt. None: all words of the prompt.
         encoder: The text encoder whose tokens count. None: every text encoder.
         records: The calls of the text encoders that encode the prompt, by name.
+        in_order: Whether the prompt is made of these words in this order, so that each is the next one in the prompt,
+            even if it also occurs in another.
 
     Raises:
         InputError: A word is not in the prompt, or the encoder does not exist.
@@ -36,6 +38,7 @@ class WordKeys:
         words: Sequence[str] | str | None,
         encoder: str | None,
         records: Mapping[str, EncoderRecord],
+        in_order: bool = False,
     ) -> None:
         records = {name: record for name, record in records.items() if record.calls}
         if encoder is not None and encoder not in records:
@@ -50,9 +53,17 @@ class WordKeys:
             raise InputError(f"{type(model.pipeline).__name__} has no text encoder whose tokens are known")
         first = next(iter(self._aligned.values()))
         words = [words] if isinstance(words, str) else words
-        self.names = tuple(words or dict.fromkeys(word for word in first.words if word[0].isalnum()))
+        self.names = tuple(dict.fromkeys(words or (word for word in first.words if word[0].isalnum())))
+        self._places: dict[str, Sequence[tuple[int, int]]] = {}
+        if not self.names:
+            raise InputError(f"the prompt {prompt!r} has no words")
+        end = 0
         for word in self.names:
-            first.find(word)
+            places = first.places(word)
+            self._places[word] = [place for place in places if place[0] == end] if in_order else places
+            for place in self._places[word]:
+                _, end = place
+                first.span(*place)
 
     def keys(self, attention: Attention) -> list[list[int]]:
         """Return the keys of each word in a product.
@@ -66,7 +77,8 @@ class WordKeys:
         found = set()
         for encoder, keys in attention.text.items():
             if encoder in self._aligned:
-                tokens = [token for span in self._aligned[encoder].find(word) for token in span]
+                spans = (self._aligned[encoder].span(*place) for place in self._places[word])
+                tokens = [token for span in spans for token in span]
                 found |= {keys[token] for token in tokens if token < len(keys) and keys[token] is not None}
         if not found:
             raise InputError(

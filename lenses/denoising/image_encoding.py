@@ -1,5 +1,6 @@
 """Encode an image as the latents from which a pipeline draws it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,14 +52,29 @@ def check_can_encode(pipeline: Any) -> None:
 @torch.no_grad()
 def encode_image(pipeline: Any, image: Image.Image) -> tuple[torch.Tensor, Image.Image]:
     """Return the latents of an image as the scheduler takes them, (1, ...), and the image decoded from them."""
-    vae = pipeline.vae
-    pixels = pipeline.image_processor.preprocess(image).to(vae.device, vae.dtype)
-    encoded = vae.encode(pixels)
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
-    decoded = pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0])[0]
-    latents = (latents - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+    vae, dtype = pipeline.vae, pipeline.vae.dtype
+    overflows = dtype is torch.float16 and vae.config.get("force_upcast")
+    if overflows:
+        vae.to(torch.float32)  # as the pipeline does when it decodes
+    try:
+        pixels = pipeline.image_processor.preprocess(image).to(pipeline._execution_device, vae.dtype)
+        encoded = vae.encode(pixels)
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+        decoded = pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0])[0]
+    finally:
+        if overflows:
+            vae.to(dtype)
+    latents = _scaled(latents, vae.config).to(dtype)
     pack = getattr(pipeline, "_pack_latents", None)
     return (latents if pack is None else pack(latents, *latents.shape)), decoded
+
+
+def _scaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
+    if mean is None or std is None:
+        return (latents - (config.get("shift_factor") or 0)) * config["scaling_factor"]
+    mean, std = (latents.new_tensor(numbers)[:, None, None] for numbers in (mean, std))
+    return (latents - mean) * config["scaling_factor"] / std
 
 
 def _from_tensor(image: torch.Tensor) -> Image.Image:

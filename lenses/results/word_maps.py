@@ -23,6 +23,7 @@ from diffsight.lenses.results.image_grid import image_grid
 from diffsight.lenses.results.overlays import at_size, overlay
 from diffsight.lenses.results.result import LensResult
 from diffsight.lenses.results.sections import OverlaySection, Section, distinct
+from diffsight.pipelines.argument_types import fits
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,7 @@ class AttentionMaps(LensResult):
 
     def overlay(self, word: str, frame: int | None = None) -> Image.Image:
         """Return the image under the map of a word. For a video, `frame` is one of its frames (default: the middle)."""
-        heat = self[word]
-        if heat.ndim == 2:
-            return overlay(self.image, heat)
-        number = len(self.frames) // 2 if frame is None else range(len(self.frames))[frame]
-        return overlay(self.frames[number], heat[number * len(heat) // len(self.frames)])
+        return overlay(*self._shown(word, frame))
 
     def grid(self) -> Image.Image:
         """Return the image and the overlays of all words in one image."""
@@ -102,15 +99,12 @@ class AttentionMaps(LensResult):
             Booleans in the size of the image, (height, width).
 
         Raises:
-            InputError: The threshold is not between 0 and 1, or the word is not in the result.
+            InputError: The threshold is not between 0 and 1, or the word or the frame is not in the result.
         """
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        if not fits(threshold, float) or not 0 <= threshold <= 1:
             raise InputError(f"a threshold is a number between 0 and 1, not {threshold!r}")
-        heat = self[word]
-        if heat.ndim == 3:
-            number = len(self.frames) // 2 if frame is None else range(len(self.frames))[frame]
-            heat = heat[number * len(heat) // len(self.frames)]
-        return (at_size(heat, self.image.size[::-1]) >= threshold).numpy()
+        image, heat = self._shown(word, frame)
+        return (at_size(heat, image.size[::-1]) >= threshold).numpy()
 
     def __getitem__(self, word: str) -> torch.Tensor:
         """Return the map of a word, (rows, columns), or (frames, rows, columns) for a video."""
@@ -121,6 +115,18 @@ class AttentionMaps(LensResult):
 
     def __len__(self) -> int:
         return len(self.words)
+
+    def _shown(self, word: str, frame: int | None) -> tuple[Image.Image, torch.Tensor]:
+        """Return the image, or a frame of a video, and the map of a word on it."""
+        heat, count = self[word], len(self.frames)
+        if heat.ndim == 2 and frame is None:
+            return self.image, heat
+        number = count // 2 if frame is None else frame
+        if heat.ndim == 2 or not fits(number, int) or not -count <= number < count:
+            known = f"the video has {count} frames, 0 to {count - 1}" if heat.ndim == 3 else "this is one image"
+            raise InputError(f"there is no frame {frame!r}: {known}")
+        number %= count
+        return self.frames[number], heat[_map_of_frame(number, count, len(heat))]
 
     def _index(self, word: str) -> int:
         if word not in self.words:
@@ -168,6 +174,13 @@ class AttentionMaps(LensResult):
             "seed": self.seed,
             "arguments": dict(self.arguments),
         }
+
+
+def _map_of_frame(frame: int, frames: int, maps: int) -> int:
+    """Return the number of the map for a frame. Most autoencoders encode the first frame alone, and then several."""
+    if maps > 1 and (frames - 1) % (maps - 1) == 0:
+        return -(-frame * (maps - 1) // (frames - 1))
+    return frame * maps // frames
 
 
 def _titles(paths: Sequence[str]) -> list[str]:

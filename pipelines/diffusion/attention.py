@@ -185,14 +185,15 @@ def follow_products(
         entries = flow.observer.entries(denoiser, COND)
         if entries is None or (entries and entries[-1] >= len(value.q)):
             raise InputError(f"{attention.name}: it is not known which part of the batch is the conditional branch")
+        if not entries:
+            return
         if value.shape[1:] != (attention.heads, attention.queries, attention.keys):
             raise InputError(
                 f"{attention.name} makes another product in step {flow.clock.index} than in the first call, for which "
                 f"tokens and positions were found: {_sizes(*value.shape[1:])}, not "
                 f"{_sizes(attention.heads, attention.queries, attention.keys)}. Choose steps or layers without it"
             )
-        if entries:
-            function(attention, flow.clock.index, value.part(entries))
+        function(attention, flow.clock.index, value.part(entries))
 
     for attention in attentions:
         run.follow(f"{attention.name}.attention_product", partial(follow, attention))

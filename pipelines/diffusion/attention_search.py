@@ -124,7 +124,8 @@ class ImageSearch:
         """Return whether the queries of a grid change more with the stripes that they lie in than with the others."""
         for stripes, change in self._changes.items():
             size = grid[stripes.axis]
-            if stripes.odd or (size % stripes.count and stripes.axis) or size < stripes.count:
+            straddles = stripes.axis and size % stripes.count and size != self._input_size(stripes.axis)
+            if stripes.odd or straddles or size < stripes.count:
                 continue
             other = self._changes[_Stripes(stripes.axis, stripes.count, True)]
             queries = self.queries[key]
@@ -134,11 +135,15 @@ class ImageSearch:
                 return False
         return True
 
+    def _input_size(self, axis: int) -> int:
+        """Return the number of places along an axis in what goes into the denoiser."""
+        return (self._axes if len(self._tracer.image) == 2 else self._sizes)[axis]
+
     def _where(self, tensor: torch.Tensor, stripes: _Stripes) -> torch.Tensor:
         """Return a mask of the places where an input tensor of the denoiser holds the given stripes of the latents."""
         place = torch.zeros(tensor.shape, dtype=torch.bool)
         if len(self._tracer.image) == 2:
-            inside = stripes.contain(self._axes[stripes.axis])
+            inside = stripes.contain(self._input_size(stripes.axis))
             inside = inside.reshape([-1 if axis == stripes.axis else 1 for axis in range(3)]).expand(self._axes)
             place[:, inside.flatten()] = True
             return place
@@ -154,7 +159,9 @@ class ImageSearch:
         for stripes in [stripes for stripes in self._changes if not stripes.odd]:
             changed = self._tracer.decoded(lambda tensor, stripes=stripes: self._where(tensor, stripes))
             change = (changed - plain).abs().sum((0, 1)).reshape(self._sizes).movedim(stripes.axis, 0)
-            if change[stripes.contain(self._sizes[stripes.axis])].sum() < _AGREEMENT * change.sum():
+            inside = stripes.contain(self._input_size(stripes.axis))
+            inside = inside.repeat_interleave(len(change) // len(inside))
+            if change[: len(inside)][inside].sum() < _AGREEMENT * change.sum():
                 return False
         return True
 

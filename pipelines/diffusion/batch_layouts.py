@@ -150,7 +150,8 @@ class BatchLayouts:
     def _branch_of(self, pipeline: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
         """Return the branch whose prompt is passed to `encode_prompt`, or None if unknown.
 
-        Some pipelines call it once per branch; others call it once for both, with the conditional branch's prompt."""
+        Some pipelines call it once per branch, and some of these with an empty prompt of their own for the
+        unconditional branch. Others call it once for both, with the conditional branch's prompt."""
         given = signature(pipeline.encode_prompt).bind_partial(*args, **kwargs).arguments
         names = ("prompt", "prompt_embeds")
         cond, uncond = (
@@ -158,7 +159,8 @@ class BatchLayouts:
             for prefix in ("", "negative_")
         )
         has_cond = any(COND in texts for texts in self._embeddings)
-        if uncond and (has_cond or not cond):
+        is_default = self._arguments.get("negative_prompt") is None and given.get("prompt") in ("", [""] * self.prompts)
+        if (uncond or is_default) and (has_cond or not cond):
             return UNCOND
         return COND if cond or not has_cond else None
 

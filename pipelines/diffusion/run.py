@@ -132,6 +132,8 @@ class DiffusionRun(GeneratedOutputs, Run):
             result = {self._output: result}
         if name == "frames" and "videos" in result:  # in modular pipelines
             name = "videos"
+        if name == "images" and "image" in result and not isinstance(self.result, PipelineState):
+            name = "image"  # Kandinsky 5
         if name not in result:
             raise InputError(f"{type(self.result).__name__} has no {name}; it has {', '.join(result)}")
         return result[name]

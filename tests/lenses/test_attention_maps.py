@@ -19,8 +19,11 @@ from diffsight import DiffusionModel, LanguageModel, VisionLanguageModel
 from diffsight.errors import InputError
 from diffsight.lenses import attention_from, attention_maps
 from diffsight.lenses.attention import map_memory
+from diffsight.lenses.attention.concepts import Concepts
+from diffsight.pipelines.diffusion.attention import find_attentions
 from helpers import same_image
 from models import diffusion, text_encoders, vision_language
+from models.denoisers import DENOISERS
 
 PROMPT = "a red circle above a blue square"  # one token each, after the token that begins the prompt
 SHORT = {"num_inference_steps": 2}
@@ -119,6 +122,13 @@ def test_what_is_kept_apart(model, keep, count):
     assert len(plain.plot("circle").axes) == 1
 
 
+def test_heads_are_named_by_their_numbers(model):
+    given = {"words": np.array(["circle"]), "seed": 3, **SHORT}
+    kept = attention_maps(model, PROMPT, keep="heads", heads=np.array([1, 1]), **given)
+    assert list(kept.parts) == ["head 1"]
+    assert torch.allclose(kept.maps, attention_maps(model, PROMPT, heads=[1], **given).maps, atol=1e-6)
+
+
 class Joint(TorchFunctionMode):
     """Keeps the mean over heads of the probabilities of every attention over so many tokens."""
 
@@ -128,8 +138,8 @@ class Joint(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
-        if func is F.scaled_dot_product_attention and "query" in kwargs and kwargs["query"].shape[-2] == self._tokens:
-            q, k = kwargs["query"], kwargs["key"]
+        q, k = (*args[:2], *(kwargs or {}).values())[:2] if func is F.scaled_dot_product_attention else (None, None)
+        if q is not None and q.shape[-2] == self._tokens:
             self.kept.append(torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1)[0].mean(0))
         return output
 
@@ -202,6 +212,15 @@ def test_concepts(flux):
     other = attention_maps(flux, PROMPT, ["photo", "circle"], **given)
     assert same_image(result.image, other.image)
     assert not torch.allclose(result.maps[0], other.maps[0], atol=1e-3)
+
+
+def test_a_concept_within_another(flux):
+    """ "circle" is the third token of "red circle circle" alone."""
+    inputs = {"height": 32, "width": 32, "max_sequence_length": 16, **SHORT}
+    joint = find_attentions(flux, PROMPT, **inputs).of_kind("joint")
+    found = Concepts(flux, PROMPT, ["red circle", "circle", "circle"], None, joint, inputs)
+    assert found.names == ("red circle", "circle")
+    assert found.tokens(joint[0]) == [[0, 1], [2]]
 
 
 def test_concepts_need_joint_attention(model):
@@ -352,13 +371,30 @@ def test_a_pipeline_with_latents_of_its_own_layout_cannot_be_shown_an_image():
         attention_maps(model, PROMPT, image=diffusion.IMAGE, **SHORT)
 
 
+def test_guidance_in_two_calls_of_different_lengths():
+    """The unconditional text has fewer tokens, so its call makes products of another size."""
+    pipe, inputs = DENOISERS["lumina2"].build(), {**DENOISERS["lumina2"].inputs(), **SHORT, "output_type": "pil"}
+    model, prompt = DiffusionModel(pipe), inputs.pop("prompt")
+    with Joint(26 + 4) as joint:
+        pipe(prompt, generator=torch.Generator().manual_seed(3), **inputs)
+    attention = find_attentions(model, prompt, **inputs).of_kind("joint")[0]
+    word = [key for key in attention.text["text_encoder"] if key is not None][-1]
+    result = attention_maps(model, prompt, "square", seed=3, **inputs)
+    expected = torch.stack([probs[-4:, word] for probs in joint.kept]).mean(0).reshape(2, 2)
+    assert len(joint.kept) == 2 and torch.allclose(result.maps[0], expected, atol=1e-5)
+
+
 def test_videos():
     pipe, inputs = diffusion.ltx(), dict(diffusion.PIPELINES["ltx"].inputs())
     prompt = inputs.pop("prompt")
     inputs |= {"num_inference_steps": 2, "output_type": "pil"}
     result = attention_maps(DiffusionModel(pipe), prompt, ["circle"], seed=3, **inputs)
     assert result.maps.shape == (1, 2, 4, 4)
+    heats = [result.mask("circle", 0.5, frame=frame) for frame in range(9)]  # the first frame is encoded alone
+    assert not np.array_equal(heats[0], heats[1]) and all(np.array_equal(heats[1], heat) for heat in heats[2:])
     assert result.overlay("circle", frame=0).size == result.image.size
+    with pytest.raises(InputError, match="there is no frame 9: the video has 9 frames, 0 to 8"):
+        result.overlay("circle", frame=9)
     assert result.mask("circle", 0.5, frame=-1).shape == result.image.size[::-1]
 
 
@@ -371,7 +407,10 @@ def test_masks_and_overlays(model):
     assert np.array_equal(mask, (heat >= 0.5).numpy())
     assert result.mask("circle", 0).all() and result.mask("circle", 1).sum() == 1
     assert result.overlay("circle").size == result.image.size
-    for threshold in (-0.1, 1.1, True, "half"):
+    assert np.array_equal(result.mask("circle", np.float32(0.5)), mask)
+    with pytest.raises(InputError, match="there is no frame 0: this is one image"):
+        result.mask("circle", frame=0)
+    for threshold in (-0.1, 1.1, float("nan"), True, "half"):
         with pytest.raises(InputError, match="a threshold is a number between 0 and 1"):
             result.mask("circle", threshold)
     with pytest.raises(InputError, match=r"no map of 'circl' \(did you mean 'circle'\?\)"):
@@ -405,21 +444,23 @@ WRONG = [
     ({"words": ["circl"]}, r"'circl' does not occur in the prompt .*did you mean 'circle'"),
     ({"method": "daam"}, "there is no method 'daam'"),
     ({"keep": "words"}, "keep: there is no 'words'"),
-    ({"layers": 4}, "there is no layer 4"),
-    ({"layers": "embedding"}, '"embedding" is not an attention module'),
+    ({"layers": 4}, "there is no layer 4: choose from 0 to 3"),
+    ({"layers": "embedding"}, "there is no layer 'embedding': choose from 0 to 3"),
     ({"heads": [2]}, r"there is no head 2. The modules have 2"),
     ({"heads": []}, "heads: the selection is empty"),
     ({"steps": [99]}, "there is no step 99: the run has"),
     ({"encoder": "text_encoder_2"}, "no text encoder 'text_encoder_2'"),
     ({"num_images_per_prompt": 2}, "draws one image in each row"),
     ({"stepz": 2}, "stepz"),
+    ({"words": np.array([""])}, "'' does not occur in the prompt"),
+    ({"prompt": "?!"}, r"the prompt '\?!' has no words"),
 ]
 
 
 @pytest.mark.parametrize("given, words", WRONG)
 def test_bad_input(model, given, words):
     with pytest.raises(InputError, match=words):
-        attention_maps(model, PROMPT, **{**SHORT, **given})
+        attention_maps(model, **{"prompt": PROMPT, **SHORT, **given})
 
 
 IMAGE = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
@@ -450,6 +491,16 @@ def test_where_generated_tokens_look(kind):
     assert torch.allclose(result.parts["layers[2]"], looks[:, 2].mean(1), atol=1e-5)
     assert torch.allclose(by_head.parts["head 3"], looks[:, [0, 2], 3].mean(1), atol=1e-5)
     assert len(result.words) == len(bare.attentions) and result.overlay(result.words[0]).size == result.image.size
+
+
+def test_where_tokens_of_a_text_encoder_look():
+    """The text encoder of an editing pipeline is a vision-language model, which can be opened by itself."""
+    net, processor = vision_language.MODELS["qwen2_vl"]()
+    parts = {**text_encoders.built("qwen_image").components, "tokenizer": processor.tokenizer}
+    pipe = diffusers.QwenImageEditPipeline(**parts | {"text_encoder": net, "processor": processor})
+    given = {"image": IMAGE, "max_new_tokens": 2, "do_sample": False}
+    result = attention_maps(VisionLanguageModel((pipe.text_encoder, pipe.processor)), PROMPT, **given)
+    assert torch.equal(result.maps, attention_maps(VisionLanguageModel((net, processor)), PROMPT, **given).maps)
 
 
 BAD_GENERATION = [

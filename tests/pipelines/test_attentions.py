@@ -167,10 +167,11 @@ def test_probabilities_of_every_module(name):
         assert torch.allclose(probs, expected, atol=1e-5)
 
 
-def test_positions_that_are_not_square():
+@pytest.mark.parametrize("rows, columns", [(12, 8), (7, 8), (7, 9)])  # odd numbers cannot be halved
+def test_positions_that_are_not_square(rows, columns):
     pipe, inputs = small("flux")
-    found = find_attentions(DiffusionModel(pipe), **inputs | {"height": 48, "width": 32})
-    assert [one.grid for one in found.values()] == 4 * [(12, 8)]
+    found = find_attentions(DiffusionModel(pipe), **inputs | {"height": 4 * rows, "width": 4 * columns})
+    assert [one.grid for one in found.values()] == 4 * [(rows, columns)]
     assert {one.scale for one in found.values()} == {2.0}
 
 

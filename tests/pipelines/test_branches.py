@@ -248,6 +248,19 @@ def test_a_negative_prompt_that_is_the_prompt(name):
             run.stop()
 
 
+@pytest.mark.parametrize("name", ["flux2", "kandinsky5"])
+def test_a_negative_prompt_of_the_pipeline_itself(name):
+    """The pipeline encodes an empty text for the unconditional branch, in a call of its own, and calls it second."""
+    pipe, calls = text_encoders.built(name), []
+    inputs = {**text_encoders.TEXT_PIPELINES[name].inputs(), "num_inference_steps": 2}
+    hook = pipe.transformer.register_forward_hook(lambda module, args, output: calls.append(output[0].clone()))
+    with DiffusionModel(pipe).generate(**inputs, seed=SEED) as run:
+        pairs = [(run.cond.transformer.output[0], run.uncond.transformer.output[0]) for _ in run.steps]
+    hook.remove()
+    assert len(calls) == 4 and all(map(torch.equal, sum(pairs, ()), calls))
+    assert len(run.images) == 1
+
+
 def test_edited_text_is_recognised():
     """The branches are found by comparison with the text as the body has edited it."""
     case = CASES["stable_diffusion"]
