@@ -18,9 +18,10 @@ Errors of the model itself, and errors in your own code inside a run, are raised
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from types import FrameType
+from typing import Any
 
 
 class DiffsightError(Exception):
@@ -94,9 +95,14 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     warnings.warn(message, category, stacklevel=depth + 1)
 
 
+def is_own_code(names: Mapping[str, Any]) -> bool:
+    """Whether code with these global names is diffsight's own."""
+    return (names.get("__package__") or "").split(".")[0] == "diffsight"
+
+
 def users_frame() -> tuple[FrameType, int]:
     """Return the innermost frame outside diffsight, and its distance from the calling function."""
     frame, depth = sys._getframe(1), 0
-    while frame.f_back is not None and (frame.f_globals.get("__package__") or "").split(".")[0] == "diffsight":
+    while frame.f_back is not None and is_own_code(frame.f_globals):
         frame, depth = frame.f_back, depth + 1
     return frame, depth

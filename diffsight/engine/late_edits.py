@@ -15,14 +15,14 @@ from collections.abc import Iterable
 from typing import Any
 from weakref import ref
 
-from torch import Tensor
+from torch import Tensor, strided
 from torch._C import DisableTorchFunction, _len_torch_function_stack
 from torch.nn import Parameter
 from torch.utils._pytree import tree_leaves
 
 from diffsight.engine.points import Point
 
-WATCHED = 4  # tensors
+_MOST_WATCHED = 4  # tensors
 
 
 class Moves:
@@ -42,7 +42,9 @@ class LateEdits:
     def __init__(self) -> None:
         self.noted = 0  # how many moves there had been when the versions were noted
         self.read: list[Point] = []  # since the model last moved
-        self.watched: deque[list] = deque(maxlen=WATCHED)  # a weak reference to a tensor, its version, and its point
+        self.watched: deque[list] = deque(
+            maxlen=_MOST_WATCHED
+        )  # a weak reference to a tensor, its version, and its point
 
     def note(self, are_modes_off: bool = False) -> None:
         """Note the versions of the tensors after the model has moved."""
@@ -98,6 +100,9 @@ class LateEdits:
 
 def _shares_memory(tensor: Tensor, parked: Point | None) -> bool:
     values = tree_leaves(parked and parked.value)
-    return tensor.untyped_storage().data_ptr() in {
-        value.untyped_storage().data_ptr() for value in values if isinstance(value, Tensor)
-    }
+    dense = [value for value in values if type(value) in (Tensor, Parameter) and value.layout is strided]
+    return tensor.layout is strided and _place(tensor) in map(_place, dense)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

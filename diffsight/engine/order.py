@@ -97,7 +97,7 @@ def let_go(asked: Asked, where: str) -> OutOfOrderError:
 
 def edited_too_late(point: Point, where: str) -> OutOfOrderError:
     """Return the error for a value that was changed in place after the model had passed it."""
-    read = f", read in {point.read_line}," if point.read_line else ""
+    read = f", read at {point.read_line}," if point.read_line else ""
     return OutOfOrderError(
         f"{point.path}{read} was changed in place too late: the model is {where}, past that point, and has used the "
         "value. Change it while the model stands there, or change a copy: .clone()"

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 from weakref import ref
 
@@ -65,8 +64,7 @@ class Point:
     copies: dict[int, torch.Tensor] | None = None  # by id: the run's own copies, which nobody has read
     is_unread: bool = False  # the model was let past it on the way to another call; held until somebody reads it
     weak: Any = None  # the value once the model has moved on, see `weakly`; for inputs, each argument
-    read_in: CodeType | None = None  # the code that has read it last, while the model stood there
-    read_at: int = 0  # the instruction in it
+    reader: tuple | None = None  # the code that read it last, the instruction in it, and its globals
 
     @property
     def index(self) -> int:
@@ -81,8 +79,8 @@ class Point:
 
     @property
     def read_line(self) -> UsersLine | None:
-        """The line that has read the value; None if that was code of diffsight."""
-        return self.read_in and UsersLine.of_instruction(self.read_in, self.read_at)
+        """The line that read the value last; None if that was diffsight's own code."""
+        return self.reader and UsersLine.of_instruction(*self.reader)
 
     def let_go(self) -> None:
         """Hold the value only weakly from now on, since the model moves on."""

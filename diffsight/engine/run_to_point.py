@@ -121,7 +121,7 @@ class Flow(RunEnd):
         if point.copies:
             point.copies.clear()  # somebody has them now
         frame = _getframe(3)  # of the code that asks for `.output`: the two between are the envoy's
-        point.read_in, point.read_at = frame.f_code, frame.f_lasti
+        point.reader = frame.f_code, frame.f_lasti, frame.f_globals
         if point is not self.parked:
             value = self._read_again(point, asked)
         else:

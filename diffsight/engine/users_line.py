@@ -6,12 +6,11 @@ reaches its point, so the line is kept with the assignment and noted on the erro
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import CodeType, FrameType, TracebackType
+from typing import Any
 
-from diffsight.errors import DiffsightError, users_frame
+from diffsight.errors import DiffsightError, is_own_code, users_frame
 
-_PACKAGE = str(Path(__file__).parents[1])
 _LINE = "_diffsight_line"  # set on an error: the line of the user's code that is its cause
 _FROM_EDIT = "_diffsight_edit"  # set on an error that was raised in an edit
 
@@ -25,9 +24,9 @@ class UsersLine:
     instruction: int
 
     @classmethod
-    def of_instruction(cls, code: CodeType, instruction: int) -> "UsersLine | None":
-        """Return the line of an instruction; None if its code is diffsight's own."""
-        if code.co_filename.startswith(_PACKAGE):
+    def of_instruction(cls, code: CodeType, instruction: int, names: dict[str, Any]) -> "UsersLine | None":
+        """Return the line of an instruction in code with these global names; None if the code is diffsight's own."""
+        if is_own_code(names):
             return None
         number = next((line for start, end, line in code.co_lines() if start <= instruction < end), None)
         return cls(code, number or code.co_firstlineno, instruction)
@@ -76,7 +75,7 @@ def end_at_users_line(trace: TracebackType | None, body: CodeType) -> None:
     asked, assigned, is_users = trace, None, True
     while trace is not None:
         frame = trace.tb_frame
-        is_engines = (frame.f_globals.get("__package__") or "").split(".")[0] == "diffsight"
+        is_engines = is_own_code(frame.f_globals)
         is_users = frame.f_code is body or (is_users and not is_engines)
         asked = trace if is_users and not is_engines else asked
         assigned = None if is_users or is_engines else trace

@@ -1,4 +1,4 @@
-"""Verify the standard names found in a model, by following values through a forward pass of a copy without weights.
+"""Verify the standard names found in a model, by following values through a forward pass of a copy of it.
 
 Every tensor is associated with the names of the parts that it was computed from. The output of a named part is
 associated with that name only. The inputs of a part then show where they come from. Each layer must receive the output
@@ -8,11 +8,13 @@ and nothing that bypasses the norm. The logits must come from the head alone.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,7 +24,7 @@ from diffsight.pipelines.language.unembedding import HiddenLayout
 from diffsight.pipelines.module_spans import module_at
 from diffsight.pipelines.standard_names import layer_names
 
-SMALL = 150e6  # parameters
+_SMALL = 150e6  # parameters
 _READS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -54,16 +56,18 @@ class Provenance(TorchDispatchMode):
     """Tracks, for every tensor, the names of the parts that it was computed from.
 
     Args:
-        has_values: Whether the model may read the values of tensors. PyTorch itself prevents it on the meta device."""
+        may_read_values: Whether the model may read the values of tensors. If not, an operation that depends on them is
+            an error. On the meta device PyTorch raises one itself."""
 
-    def __init__(self, has_values: bool) -> None:
+    def __init__(self, may_read_values: bool) -> None:
         super().__init__()
-        self._refused = set() if has_values else _READS_VALUES
+        self._refused = set() if may_read_values else _READS_VALUES
         self._names: dict[int, frozenset[str]] = {}
         self._kept: list[torch.Tensor] = []  # so that no storage is freed and its address reused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is not torch.ops.aten.index.Tensor and not self._refused.isdisjoint(func.tags):
+        is_index = func is torch.ops.aten.index.Tensor and not any(_is_mask(index) for index in args[1])
+        if not (is_index or self._refused.isdisjoint(func.tags)):
             raise RuntimeError(f"{func} depends on the values of tensors, which mean nothing here")
         output = func(*args, **(kwargs or {}))
         found = self.of((args, kwargs))
@@ -90,13 +94,24 @@ class Provenance(TorchDispatchMode):
             self._names[tensor.untyped_storage()._cdata] = before | {name}
 
 
+class _UnreadTensors(TorchFunctionMode):
+    """Raises an error where values become numbers of Python or NumPy, which no dispatch mode sees."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.Tensor.tolist, torch.Tensor.numpy):
+            raise RuntimeError(f"{func} reads the values of tensors, which mean nothing here")
+        return func(*args, **(kwargs or {}))
+
+
 def check_names(
     model: nn.Module,
     names: Mapping[str, str],
     inputs: Mapping[str, torch.Tensor],
     parts: Callable[[nn.Module], Mapping[str, str]] = layer_names,
 ) -> Structure | None:
-    """Verify standard names with one forward pass of a copy of the model. Warn if the pass fails.
+    """Verify standard names with a forward pass of a copy of the model. Warn if no pass succeeds.
+
+    The copy has no weights, unless what the model does depends on the values of tensors.
 
     Args:
         model: The model. It is not called.
@@ -113,11 +128,12 @@ def check_names(
     trace = None
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), without_global_hooks():
-            for device in ("cpu", "meta"):
+            is_small = sum(parameter.numel() for parameter in model.parameters()) <= _SMALL
+            for device in ("cpu", "meta") if is_small else ("meta",):
                 zeros = {name: torch.zeros_like(ids, device=device) for name, ids in inputs.items()}
                 try:
                     trace = _NameTrace(_without_weights(model, device), names, parts)
-                    trace.run(zeros, has_values=device == "meta")
+                    trace.run(zeros, may_read_values=device == "meta")
                     break
                 except _Wrong:
                     raise
@@ -127,7 +143,7 @@ def check_names(
                 if any(parameter.is_meta for parameter in model.parameters()):
                     return None
                 trace = _NameTrace(structural_copy(model, with_weights=True), names, parts)
-                trace.run(inputs, has_values=True)
+                trace.run(inputs, may_read_values=True)
     except _Wrong as wrong:
         raise InputError(_explained(model, names, parts, *wrong.args)) from None
     except Exception as error:
@@ -156,12 +172,12 @@ class _NameTrace:
         self.has_several_streams = False  # the layers return several hidden states, each with a name
         self.watch_parts()
 
-    def run(self, inputs: Mapping[str, torch.Tensor], has_values: bool) -> None:
+    def run(self, inputs: Mapping[str, torch.Tensor], may_read_values: bool) -> None:
         self.seen: set[str] = set()
         self.into_norm: frozenset[str] = frozenset()
         self.passed: dict[tuple[str, str], _Passed] = {}  # the inputs and outputs of parts
         self.shape = inputs.get("decoder_input_ids", inputs["input_ids"]).shape
-        with Provenance(has_values) as self.origin:
+        with Provenance(may_read_values) as self.origin, nullcontext() if may_read_values else _UnreadTensors():
             self.finish(self.model(**inputs))
 
     def watch_parts(self) -> None:
@@ -313,14 +329,12 @@ def _explained(model: nn.Module, names: Mapping[str, str], parts: Callable, name
 
 
 def _without_weights(model: nn.Module, device: str) -> nn.Module:
-    """Return a copy of a model on the meta device; for the CPU, one with weights of zeros, if it is small.
+    """Return a copy of a model on the meta device; for the CPU, one with weights of zeros.
 
     With zeros a pass is five times quicker, since many operations on meta tensors are written in Python."""
     empty = structural_copy(model)
     _avoid_reading_values(empty)
     if device == "cpu":
-        if sum(parameter.numel() for parameter in empty.parameters()) > SMALL:
-            raise ValueError("too large")
         empty.to_empty(device=device)
         for tensor in (*empty.parameters(), *empty.buffers()):
             tensor.zero_()
@@ -355,6 +369,10 @@ def _first(value: Any) -> Any:
 def _hidden(args: tuple, kwargs: dict) -> Any:
     """Return the hidden states among the arguments of a layer."""
     return args[0] if args else kwargs.get("hidden_states", tuple(kwargs.values())[:1])
+
+
+def _is_mask(index: torch.Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

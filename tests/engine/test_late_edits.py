@@ -8,7 +8,7 @@ from torch import nn
 
 from diffsight import Model, OutOfOrderError
 
-LATE = r"\[0\].output, read in .*test_late_edits.py:\d+, was changed in place too late: the model is at \[1\].output"
+LATE = r"\[0\].output, read at .*test_late_edits.py:\d+, was changed in place too late: the model is at \[1\].output"
 
 
 def net_and_input():
@@ -39,7 +39,7 @@ def test_the_error_names_the_line_that_has_read_the_value():
             hidden = run[0].input
             run[0].output
             hidden += 1
-    assert f"[0].input, read in {__file__}:{line[0]}," in str(caught.value)
+    assert f"[0].input, read at {__file__}:{line[0]}," in str(caught.value)
 
 
 def test_an_early_value_among_several():
@@ -65,7 +65,7 @@ def test_a_part_of_a_tuple():
             one, more = self.pair(x)
             return self.last(one + more["twice"][0])
 
-    with pytest.raises(OutOfOrderError, match=r"pair\.output, read in"), Model(Net()).trace(torch.ones(2)) as run:
+    with pytest.raises(OutOfOrderError, match=r"pair\.output, read at"), Model(Net()).trace(torch.ones(2)) as run:
         pair = run.pair.output
         run.last.output
         pair[1]["twice"][0][0] = 5
@@ -147,3 +147,16 @@ def test_function_modes_of_the_user_do_not_see_it():
             second = run[1].output
             third = run[2].output
     assert not [function for function in seen if "_version" in str(function)] and first is not second is not third
+
+
+def test_the_model_may_stand_at_a_sparse_value():
+    class Sparse(nn.Module):
+        def forward(self, x):
+            return x.to_sparse()
+
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), Sparse())
+    with pytest.raises(OutOfOrderError, match=r"\[0\].output, read at"), torch.no_grad():
+        with Model(net).trace(torch.randn(2, 4)) as run:
+            hidden = run[0].output
+            run[2].output
+            hidden += 1

@@ -100,12 +100,16 @@ def test_names_are_checked_at_once(saved_gpt2, loads):
     assert loads == []
 
 
-def test_names_are_checked_with_the_weights_where_it_needs_them(tmp_path, monkeypatch):
-    """A choice that depends on the data cannot be made on fake tensors."""
+@pytest.mark.parametrize(
+    "sign",
+    [lambda hidden: hidden.sum().item(), lambda hidden: hidden.sum().tolist(), lambda hidden: hidden[hidden > 0].sum()],
+)
+def test_names_are_checked_with_the_weights_where_it_needs_them(tmp_path, monkeypatch, sign):
+    """A choice that depends on the data cannot be made without it."""
     plain = transformers.models.gpt2.modeling_gpt2.GPT2MLP.forward
 
     def forward(self, hidden):
-        return plain(self, hidden) if hidden.sum().item() > 0 else plain(self, -hidden)
+        return plain(self, hidden) if sign(hidden) > 0 else plain(self, -hidden)
 
     monkeypatch.setattr(transformers.models.gpt2.modeling_gpt2.GPT2MLP, "forward", forward)
     gpt2().save_pretrained(tmp_path)

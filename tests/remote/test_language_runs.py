@@ -313,7 +313,7 @@ def test_errors_are_those_of_a_local_run(language, remote_language):
     def message(model, body):
         with torch.no_grad(), pytest.raises(Exception) as error:
             body(model)
-        return type(error.value), re.sub(r",? (read )?in [^ ]*\.py:.*?,", "", str(error.value)).partition(" (/")[0]
+        return type(error.value), re.sub(r",? (read )?(in|at) [^ ]*\.py:.*?,", "", str(error.value)).partition(" (/")[0]
 
     def too_late(model):
         with model.trace(IDS) as run:
