@@ -388,12 +388,16 @@ class ChangedMethod(Override):
         super().__init__(target, name)
 
     _own: Any = None
+    _put: Any = None
 
     def put_on(self) -> None:
         self._own = vars(self.target).get(self.name)
-        self._set(self._change(getattr(self.target, self.name)))
+        self._put = self._change(getattr(self.target, self.name))
+        self._set(self._put)
 
     def take_off(self) -> None:
+        if vars(self.target).get(self.name) is not self._put:
+            return  # somebody has replaced it meanwhile
         if self._own is not None:
             self._set(self._own)
         elif not isinstance(self.target, type):

@@ -3,15 +3,16 @@
 edits = LateEdits()
 edits.read.append(point)            # the body has the value of a point
 edits.note()                        # the model has moved, and may have changed values in place itself
-edits.find(parked)                  # before it moves again: a point whose value a body has changed, or None
+edits.find(step, values)            # before it moves again: a point whose value a body has changed, or None
 
 PyTorch counts how often a tensor is changed in place: its version. Versions are compared before and after each turn of
 the bodies, since at other times it is the model that changes its tensors. It takes time, so only the values read last
-are watched, and of them only those that somebody still holds.
+are watched, and of them only those that somebody still holds. Only outputs are: inputs, such as masks and embeddings,
+are often used again.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 from weakref import ref
 
@@ -61,26 +62,30 @@ class LateEdits:
                 entry[1] = tensor._version
         for point in self.read:
             self._watch(point, (point.weak(),) if type(point.weak) is ref else point.held())
-        self.read.clear()
+        self.read = [point for point in self.read if point.weak is None]  # still there: the body called a module
 
     def read_again(self, point: Point, value: Any) -> None:
         """Watch a value that a body reads after the model has passed it."""
         with DisableTorchFunction():
             self._watch(point, tree_leaves(value))
 
-    def find(self, parked: Point | None, are_modes_off: bool = False) -> Point | None:
+    def find(self, step: int, values: Callable[[], list[Any]], are_modes_off: bool = False) -> Point | None:
         """Return a point that the model had passed when a body changed its value in place; None if there is none.
 
+        Values of earlier steps are not looked at, since the model may use them again.
+
         Args:
-            parked: The point where the model stands. A body may change its value, of which others may be views.
+            step: The current step.
+            values: Returns the values that a body may change now. Others may be views of them.
             are_modes_off: Whether function modes are off."""
         if _len_torch_function_stack() and not are_modes_off:
             with DisableTorchFunction():
-                return self.find(parked, are_modes_off=True)
+                return self.find(step, values, are_modes_off=True)
         for weak, version, point in self.watched:
             tensor = weak()
             is_changed = tensor is not None and tensor._version != version and self.noted == moves.count
-            if is_changed and not _shares_memory(tensor, parked):
+            if is_changed and point.step == step and not _shares_memory(tensor, values()):
+                self.clear()  # so that it is reported once
                 return point
         return None
 
@@ -91,16 +96,15 @@ class LateEdits:
 
     def _watch(self, point: Point, leaves: Iterable[Any]) -> None:
         for leaf in leaves:
-            if type(leaf) is Tensor or type(leaf) is Parameter:
+            if type(leaf) is Tensor:  # a parameter is changed by whoever trains it
                 try:
                     self.watched.append([ref(leaf), leaf._version, point])
                 except RuntimeError:  # an inference tensor: PyTorch does not count its changes
                     continue
 
 
-def _shares_memory(tensor: Tensor, parked: Point | None) -> bool:
-    values = tree_leaves(parked and parked.value)
-    dense = [value for value in values if type(value) in (Tensor, Parameter) and value.layout is strided]
+def _shares_memory(tensor: Tensor, values: list[Any]) -> bool:
+    dense = [leaf for leaf in tree_leaves(values) if type(leaf) in (Tensor, Parameter) and leaf.layout is strided]
     return tensor.layout is strided and _place(tensor) in map(_place, dense)
 
 

@@ -65,6 +65,8 @@ class Point:
     is_unread: bool = False  # the model was let past it on the way to another call; held until somebody reads it
     weak: Any = None  # the value once the model has moved on, see `weakly`; for inputs, each argument
     reader: tuple | None = None  # the code that read it last, the instruction in it, and its globals
+    step: int = -1  # in which it was read last
+    replaced: Any = None  # the model's own value, if another one was assigned
 
     @property
     def index(self) -> int:
@@ -91,7 +93,7 @@ class Point:
             self.weak = weakly(value)
         else:
             self.weak = [weakly(arg) for arg in value[0]], {name: weakly(arg) for name, arg in value[1].items()}
-        self.value = None
+        self.value = self.replaced = None
         if self.copies:
             self.copies.clear()
 
@@ -154,6 +156,7 @@ class Assignment:
         if part == "input":
             args, kwargs = point.value
             value = ((value, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): value})
+        point.replaced = point.replaced if point.changed else point.value
         point.value, point.changed = value, True
         return f"{self} {difference}" if difference else None
 

@@ -121,14 +121,15 @@ class Flow(RunEnd):
         if point.copies:
             point.copies.clear()  # somebody has them now
         frame = _getframe(3)  # of the code that asks for `.output`: the two between are the envoy's
-        point.reader = frame.f_code, frame.f_lasti, frame.f_globals
+        point.reader, point.step = (frame.f_code, frame.f_lasti, frame.f_globals), self.clock.index
         if point is not self.parked:
             value = self._read_again(point, asked)
-        else:
-            value = first_input(point.value, asked) if asked.part == "input" else point.value
-            read = self._late_edits.read
+        elif asked.part == "output":
+            value, read = point.value, self._late_edits.read
             if not read or read[-1] is not point:
                 read.append(point)
+        else:
+            value = first_input(point.value, asked) if asked.part == "input" else point.value
         return value if selection is None else selection.at(tap, point.index, asked).take(value, asked)
 
     def assign(self, asked: Asked, value: Any, where: str | None = None) -> None:
@@ -390,7 +391,8 @@ class Flow(RunEnd):
         if point.is_unread:
             point.is_unread = False
             point.let_go()
-        self._late_edits.read_again(point, value)
+        if not any(called is point for called in self._called):  # otherwise the model never uses it
+            self._late_edits.read_again(point, value)
         return value
 
     # ---- moving the model to a point
@@ -524,7 +526,7 @@ class Flow(RunEnd):
             self.coroutine.random = None if self.seed is None else seeded_random_state(self.seed)
         coroutine, late_edits = self.coroutine, self._late_edits
         while True:
-            if late_edits.watched and (point := late_edits.find(self.parked)) is not None:
+            if late_edits.watched and (point := late_edits.find(self.clock.index, self._open_to_changes)) is not None:
                 raise order.edited_too_late(point, self.where)
             if self._called and call is None:
                 self._let_go_of_called()
@@ -557,8 +559,16 @@ class Flow(RunEnd):
             if call is None and not continues:
                 return self.parked
 
+    def _open_to_changes(self) -> list[Any]:
+        """Return the values that a body may change in place: where the model stands, and those that are assigned
+        ahead."""
+        waiting = [assigned for tap in self.taps.values() if tap.pending for assigned in tap.pending.values()]
+        at_point = [self.parked.value, self.parked.replaced] if self.parked is not None else []
+        return at_point + [assignment.value for assigned in waiting for assignment in assigned]
+
     def _call_plainly(self) -> Any:
         """Call the model without a coroutine."""
+        moves.count += 1
         try:
             if self.seed is None and self.state.now() is self.state:  # the usual case: there is nothing to exchange
                 return self.function()

@@ -24,7 +24,7 @@ from diffsight.pipelines.language.unembedding import HiddenLayout
 from diffsight.pipelines.module_spans import module_at
 from diffsight.pipelines.standard_names import layer_names
 
-_SMALL = 150e6  # parameters
+_SMALL = 150e6  # numbers in parameters and buffers
 _READS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -128,7 +128,7 @@ def check_names(
     trace = None
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), without_global_hooks():
-            is_small = sum(parameter.numel() for parameter in model.parameters()) <= _SMALL
+            is_small = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())) <= _SMALL
             for device in ("cpu", "meta") if is_small else ("meta",):
                 zeros = {name: torch.zeros_like(ids, device=device) for name, ids in inputs.items()}
                 try:
@@ -136,7 +136,8 @@ def check_names(
                     trace.run(zeros, may_read_values=device == "meta")
                     break
                 except _Wrong:
-                    raise
+                    if device == "meta":
+                        raise
                 except Exception:  # control flow that depends on data, such as choosing experts, needs real tensors
                     continue
             else:
@@ -165,7 +166,8 @@ class _NameTrace:
     """Follows the named parts of a model through a forward pass. The model is a copy that cannot be used afterwards."""
 
     def __init__(self, model: nn.Module, names: Mapping[str, str], parts: Callable) -> None:
-        model.eval()  # some models leave out random layers in training
+        for module in model.modules():
+            module.training = False  # some models leave out random layers in training; `eval()` may change weights
         self.model, self.names, self.parts = model, names, parts
         self.layers = _separate(model.get_submodule(names["layers"])) if "layers" in names else []
         self.structure = Structure([0] * len(self.layers))

@@ -36,10 +36,10 @@ def test_the_error_names_the_line_that_has_read_the_value():
     line = (sys._getframe().f_lineno + 3,)
     with pytest.raises(OutOfOrderError) as caught:
         with torch.no_grad(), Model(net).trace(x) as run:
-            hidden = run[0].input
-            run[0].output
+            hidden = run[0].output
+            run[1].output
             hidden += 1
-    assert f"[0].input, read at {__file__}:{line[0]}," in str(caught.value)
+    assert f"[0].output, read at {__file__}:{line[0]}," in str(caught.value)
 
 
 def test_an_early_value_among_several():
@@ -160,3 +160,97 @@ def test_the_model_may_stand_at_a_sparse_value():
             hidden = run[0].output
             run[2].output
             hidden += 1
+
+
+class Twice(nn.Module):
+    """Calls its layer twice with the same embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.layer = nn.Linear(4, 4), nn.Bilinear(4, 4, 4)
+        self.same, self.last = nn.Dropout(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        embedded = self.embed(x)
+        for _ in range(2):
+            x = self.same(self.layer(x, embedded))
+        return self.last(x)
+
+
+def twice():
+    torch.manual_seed(0)
+    net = Twice().eval()
+    return net, torch.randn(2, 4)
+
+
+def test_inputs_may_be_used_again():
+    net, x = twice()
+    with torch.no_grad():
+        embedded = net.embed(x)
+        expected = net.last(net.layer(net.layer(x, embedded), 2 * embedded))
+        with Model(net).trace(x) as run:
+            embedded = run.layer.inputs[0][1]
+            run.same.output
+            embedded.mul_(2)
+            run.layer.calls[1].output
+    assert torch.equal(run.result, expected)
+
+
+def test_another_name_of_the_value_where_the_model_stands():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4)).eval()
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        with Model(net).trace(x) as run:
+            first, same = run[0].output, run[1].output
+            same += 1
+            run[1].output = 2 * same
+            run[2].output
+        assert first is not None and torch.equal(run.result, net[2](2 * (net[0](x) + 1)))
+
+
+def test_a_value_that_is_assigned_ahead():
+    net, x = net_and_input()
+    with torch.no_grad(), Model(net).trace(x) as run:
+        hidden = run[0].output
+        run[1].input
+        run[1].output
+        hidden += 5
+        run[2].output = hidden
+    assert run.result is hidden
+
+
+def test_what_the_body_has_computed_with_a_module():
+    net, x = net_and_input()
+    with torch.no_grad(), Model(net).trace(x) as run:
+        hidden = run[0].output
+        run[2](hidden, hook=True)
+        own = run[2].output
+        own.mul_(2)
+        run[1].output
+    with torch.no_grad(), pytest.raises(OutOfOrderError, match=LATE), Model(net).trace(x) as run:
+        hidden = run[0].output
+        run[2](hidden, hook=True)
+        run[1].output
+        hidden.zero_()
+
+
+def test_a_bare_run_of_another_model():
+    net, x = net_and_input()
+    with torch.no_grad(), Model(net).trace(x) as run:
+        hidden = run[0].output
+        run[1].output
+        Model(nn.Sequential(nn.ReLU(inplace=True))).trace(hidden).result
+        run[2].output
+    assert hidden._version == 1
+
+
+def test_the_error_comes_once():
+    net, x = net_and_input()
+    with torch.no_grad(), Model(net).trace(x) as run:
+        hidden = run[0].output
+        run[1].output
+        hidden.zero_()
+        with pytest.raises(OutOfOrderError, match=LATE):
+            run[2].output
+        last = run[2].output
+    assert torch.equal(last, net(x))

@@ -770,3 +770,26 @@ def test_a_value_after_the_text_of_a_step():
             for step in run.steps:
                 step.text
                 run.layers_output[0]
+
+
+class Merging(nn.Linear):
+    """Adds to its weight in evaluation, as layers of loralib do."""
+
+    is_merged = False
+
+    def train(self, mode=True):
+        if self.is_merged is mode:
+            self.weight.data += -1.0 if mode else 1.0
+            self.is_merged = not mode
+        return super().train(mode)
+
+
+def test_the_check_of_a_model_in_training_leaves_its_weights_alone(monkeypatch):
+    net = language_kinds.gpt2()
+    net.transformer.h[1].mlp = Merging(32, 32)
+    layer = net.transformer.h[1].mlp
+    monkeypatch.setattr(Merging, "forward", lambda self, x: nn.Linear.forward(self, x) * (x.sum().item() > 0))
+    net.train()
+    before = layer.weight.detach().clone()
+    LanguageModel(net)
+    assert torch.equal(layer.weight, before) and net.training

@@ -66,6 +66,16 @@ def change_a_part(model):
     return before, logits, run.result.logits
 
 
+def change_in_place_later(model):
+    with model.trace(IDS) as run:
+        inputs = run.layers[1].mlp.input
+        run.layers[1].mlp.output
+        inputs.zero_()  # the model has used it, and may use it again
+        logits = run.logits
+        again = run.layers[1].mlp.input
+    return logits, again
+
+
 def change_what_was_assigned(model):
     new = torch.ones(1, 4, 16)
     with model.trace(IDS) as run:
@@ -322,9 +332,9 @@ def test_errors_are_those_of_a_local_run(language, remote_language):
 
     def changed_too_late(model):
         with model.trace(IDS) as run:
-            inputs = run.layers[1].mlp.input
-            run.layers[1].mlp.output
-            inputs.zero_()
+            hidden = run.layers[1].mlp.output
+            run.layers[2].output
+            hidden.zero_()
             run.logits
 
     def never(model):
