@@ -200,13 +200,14 @@ def test_a_frame_that_is_too_long(model, language):
 
 
 def test_silence_ends_a_run(model, language):
+    found = None
     with pytest.raises(RemoteError, match="nothing was asked of it for 1 seconds"):
         with model.trace(IDS) as run:
             run.layers[0].output
             time.sleep(1.5)
-            assert model.server.lens("logit_lens", IDS, top_k=1).ids.shape[-1] == 1  # on a connection of its own
+            found = model.server.lens("logit_lens", IDS, top_k=1)  # on a connection of its own
             run.layers[1].output
-    assert is_served(model, language)
+    assert found is not None and is_served(model, language)
 
 
 def test_a_run_that_takes_too_long(model, language):
