@@ -299,7 +299,7 @@ class MethodEnvoy(Points):
         if elsewhere is not None and elsewhere.is_meant_by(self):
             return elsewhere.call(self, args, kwargs, hook)
         plain = type(self._target) is Target
-        owner = _part_in_run(self)
+        owner = part_in_run(self)
         method = self._tree.attribute(owner, self._target.name) if plain else self._target.call
         return self._within(method, args, kwargs) if hook else method(*args, **kwargs)
 
@@ -394,7 +394,7 @@ class Envoy(Points):
         if child is not None:
             return child
         try:
-            value = self._tree.attribute(_part_in_run(self), name)
+            value = self._tree.attribute(part_in_run(self), name)
         except AttributeError:
             found = self._tree.named_value(self, name)
             if found is not None:
@@ -617,7 +617,7 @@ def assign(points: Points, part: str, value: Any) -> None:
     points._assign(part, value)
 
 
-def _part_in_run(points: Points) -> Any:
+def part_in_run(points: Points) -> Any:
     """Return the part of the model behind a handle: in a run that works on a copy of the part, the copy."""
     flow = None if points._run is not None else points._tree.open_runs.innermost(points._tree)
     run = points._run if flow is None else flow.run()

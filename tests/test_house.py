@@ -17,6 +17,7 @@ FOLDERS = {
 # Within `diffsight/`, each line imports only from the lines above it.
 ENGINE = [
     "errors",
+    "key_hash",
     "notebook_tree",
     "engine",
     "engine.torch_state",
@@ -71,6 +72,7 @@ ENGINE = [
     "remote.read_containers",
     "remote.connection",
     "remote.selections",
+    "remote.schedulers",
     "remote.run_session",
     "remote.remote_flow",
     "remote.served_model",
@@ -80,7 +82,7 @@ ENGINE = [
 ]
 
 # What a wrapper may import from `diffsight/`; lenses and the gallery use the public face instead of `extending`.
-FOR_WRAPPERS = {"diffsight", "diffsight.errors", "diffsight.extending", "diffsight.remote"}
+FOR_WRAPPERS = {"diffsight", "diffsight.errors", "diffsight.extending", "diffsight.key_hash", "diffsight.remote"}
 
 # Attributes of other people's objects, whose names begin with an underscore.
 THIRD_PARTY = {

@@ -4,13 +4,13 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from hashlib import sha256
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 from diffsight.errors import InputError
+from diffsight.key_hash import SESSION_HEADER, hash_of
 from diffsight.remote.chunks import Chunks, split
 from diffsight.remote.frames import Frame, pack, unpack
 from diffsight.remote.wire_errors import RemoteError, error_of
@@ -39,10 +39,11 @@ class Address:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"remote= takes the address of a server, such as 'http://127.0.0.1:8000', not {found!r}")
         self.parts = parts
-        self.key = os.environ.get(KEY) if api_key is None else api_key
+        key = os.environ.get(KEY) if api_key is None else api_key
+        self.key = key.strip() if isinstance(key, str) else key
         if self.key and not (isinstance(self.key, str) and self.key.isascii() and self.key.isprintable()):
             raise InputError(
-                f"api_key=, or {KEY}, has characters that are in no key: pass what `diffsight key` printed"
+                f"api_key=, or {KEY}, contains characters that never occur in a key: pass what `diffsight key` printed"
             )
 
     def __str__(self) -> str:
@@ -53,7 +54,7 @@ class Address:
         """The headers of every request: the key, and its hash, by which the queue of the server knows it."""
         if not self.key:
             return {}
-        return {"Authorization": f"Bearer {self.key}", "X-Session-ID": sha256(self.key.encode()).hexdigest()}
+        return {"Authorization": f"Bearer {self.key}", SESSION_HEADER: hash_of(self.key)}
 
     def get(self, path: str, method: str = "GET", body: bytes | None = None) -> bytes:
         """Return the server's answer to a plain HTTP request.
@@ -125,6 +126,13 @@ class Connection:
             raise RemoteError(address._refusal(error.response.status_code, error.response.body or b"")) from None
         except (OSError, InvalidHandshake, TimeoutError) as error:
             raise RemoteError(address._unreachable(error)) from None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the WebSocket is open, as far as is known here. The server closes it when it ends a run."""
+        from websockets.protocol import State
+
+        return self._socket.protocol.state is State.OPEN
 
     def send(self, message: dict[str, Any], tensors: dict[str, Any]) -> None:
         """Send a message with its tensors."""

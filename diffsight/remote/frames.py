@@ -68,7 +68,10 @@ def unpack(frame: Frame, longest_json: int | None = None) -> tuple[dict[str, Any
     Raises:
         ProtocolError: The data is not a frame of this protocol, or its JSON is too long.
     """
-    length = len(frame) if isinstance(frame, str) else min(int.from_bytes(frame[:8], "little"), len(frame))
+    if isinstance(frame, str):
+        length = len(frame) if frame.isascii() else len(frame.encode("utf-8", "replace"))
+    else:
+        length = min(int.from_bytes(frame[:8], "little"), len(frame))
     if longest_json is not None and length > longest_json:
         raise ProtocolError(
             f"a message with {length} bytes of JSON: the limit is {longest_json}. Send tensors, not lists"

@@ -14,7 +14,7 @@ from diffsight.envoy import Points, flow_of, run_meant_by, target_of, tree_of
 from diffsight.errors import InputError, NoRunError
 from diffsight.model import Model
 from diffsight.remote.remote_flow import RemoteFlow
-from diffsight.remote.run_session import is_scheduler
+from diffsight.remote.schedulers import is_scheduler
 from diffsight.remote.served_model import Job, ServedModel
 from diffsight.run import Run
 
@@ -118,7 +118,8 @@ class Elsewhere:
 
         In place of a method that would change the part, return one that raises an error: the part here has no weights,
         and runs do not use it."""
-        if not callable(value) and is_scheduler(target_of(points).owner) and name != "config":
+        is_sent = is_scheduler(target_of(points).owner) and name != "config" and not name.startswith("_")
+        if is_sent and not callable(value):
             flow = self._flow(points)
             if isinstance(flow, RemoteFlow) and flow.has_begun and flow.outcome is None:
                 return flow.call_there({"op": "attribute", "path": target_of(points).path, "name": name})

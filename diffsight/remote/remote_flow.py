@@ -175,8 +175,9 @@ class RemoteFlow(Flow):
 
     @property
     def can_ask(self) -> bool:
-        """Whether the run is open, and belongs to this thread."""
-        return self.outcome is None and THIS_THREAD.number == self.thread
+        """Whether the run is open, here and on the server, and belongs to this thread."""
+        is_connected = self._connection is not None and self._connection.is_open
+        return self.outcome is None and is_connected and THIS_THREAD.number == self.thread
 
     def call_there(self, op: Mapping[str, Any]) -> Any:
         """Call a part of the model, or a lens, on the server, at the model's current position."""

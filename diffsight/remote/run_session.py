@@ -17,11 +17,12 @@ from diffsight.edits import Edit, start_edit
 from diffsight.engine.points import Asked, first_input
 from diffsight.engine.target import Target
 from diffsight.engine.users_line import line_of, set_line
-from diffsight.envoy import Envoy, Points, flow_of, inside, owner_of, root_of, target_of, tree_of
+from diffsight.envoy import Envoy, Points, flow_of, inside, owner_of, part_in_run, root_of, target_of, tree_of
 from diffsight.errors import InputError, PointNotFoundError
 from diffsight.remote.copies import ServerCopies
 from diffsight.remote.frames import Frame, pack, unpack
 from diffsight.remote.protocol import LONGEST_JSON, Operation, check_opening, operations
+from diffsight.remote.schedulers import is_scheduler
 from diffsight.remote.selections import decode_selection
 from diffsight.remote.wire_errors import RemoteError, described
 from diffsight.remote.wire_values import ProtocolError, ValueDecoder, ValueEncoder
@@ -321,10 +322,12 @@ class RunSession:
 
     def _do_attribute(self, op: Operation, decode: Callable[[Any], Any]) -> Any:
         """Return an attribute of a scheduler, such as its timesteps. Other parts are as the client knows them."""
-        part = self._points(op.path)
-        value = getattr(part, op.name, None)
-        if not is_scheduler(target_of(part).owner) or op.name.startswith("_") or callable(value):
+        scheduler = part_in_run(self._points(op.path))
+        if not is_scheduler(scheduler) or op.name.startswith("_"):
             raise ProtocolError(f"{op.path} has no attribute {op.name!r} that a server sends")
+        value = getattr(scheduler, op.name, None)  # not of its points, of which some move the model
+        if not hasattr(scheduler, op.name) or callable(value):
+            raise InputError(f"{op.path} has no attribute {op.name!r} on the server")
         return value
 
     def _do_each(self, op: Operation, decode: Callable[[Any], Any]) -> None:
@@ -425,11 +428,6 @@ class RunSession:
         """Return a tensor on the device of the model."""
         device = getattr(owner_of(self._model), "device", None)
         return tensor.to(device) if isinstance(device, torch.device) and device.type != "meta" else tensor
-
-
-def is_scheduler(part: Any) -> bool:
-    """Return whether a part of a model is a scheduler, whose attributes a run changes."""
-    return hasattr(part, "set_timesteps") and not isinstance(part, torch.nn.Module)
 
 
 def _weights(model: Any) -> Iterator[torch.Tensor]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -50,7 +51,7 @@ class ServedModel:
         self.dtype: torch.dtype | None = None
         self._kept: Connection | None = None  # the connection of a session
         self._is_busy = False
-        self._runs: dict[Connection, Any] = {}  # the flows of open runs, by their connections
+        self._runs = WeakValueDictionary[Connection, Any]()  # the flows of open runs, by their connections
         known = {one["name"]: one for one in self.address.json("/models")["models"]}
         if name not in known:
             raise InputError(f"the server at {self.address} has no model {name!r}: it has {', '.join(known) or 'none'}")
@@ -156,9 +157,9 @@ class ServedModel:
         """Return the answer to an operation that needs no run.
 
         If this thread has an open run, the run's replica answers: the others may be busy, or there may be no other."""
-        run = next((run for run in reversed([*self._runs.values()]) if run.can_ask), None)
-        if run is not None:
-            return run.call_there(op)
+        runs = [run for known in self._runs.valuerefs() if (run := known()) is not None and run.can_ask]
+        if runs:
+            return runs[-1].call_there(op)
         encoder = ValueEncoder(dtype=self.dtype)
         connection = self.open()
         try:

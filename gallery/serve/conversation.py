@@ -62,6 +62,7 @@ class Conversation:
         self._session = RunSession(model, self._next, self._send, services, self._opened)
         self._lock = threading.Lock()
         self._thread: int | None = None  # the thread, while it may be interrupted
+        self._is_ended = False  # whether the session was ended from outside, perhaps before it began
         self._waits = False  # whether the thread waits for a frame
         self._why: Exception | None = None  # why the session was ended from outside
         self._timer: asyncio.TimerHandle | None = None
@@ -117,19 +118,26 @@ class Conversation:
     # ---- in the thread of the connection
 
     def _serve(self) -> None:
-        with suppress(RunEnded):  # it may be raised between any two lines, even when the session is over
-            with self._lock:
-                self._thread = threading.get_ident()
-            try:
-                self._session.serve()
-            except RunEnded:
-                self._session.close()
-            except Exception as error:  # a bug; the client is told only the type of the exception
-                _log.exception("run %s failed", self._name)
-                self._why = self._why or RemoteError(f"the server failed with {type(error).__name__}; its log says why")
-        while self._thread is not None:
-            with suppress(RunEnded):
-                self._leave_thread()
+        try:
+            with suppress(RunEnded):  # it may be raised between any two lines, even when the session is over
+                self._carry_out()
+        finally:  # the thread is used again, also after an exception such as SystemExit
+            while self._thread is not None:
+                with suppress(RunEnded):
+                    self._leave_thread()
+
+    def _carry_out(self) -> None:
+        with self._lock:
+            if self._is_ended:  # while it waited for the thread
+                return
+            self._thread = threading.get_ident()
+        try:
+            self._session.serve()
+        except RunEnded:
+            self._session.close()
+        except Exception as error:  # a bug; the client is told only the type of the exception
+            _log.exception("run %s failed", self._name)
+            self._why = self._why or RemoteError(f"the server failed with {type(error).__name__}; its log says why")
 
     def _leave_thread(self) -> None:
         """Take back an exception that has not been raised yet, and let no other follow."""
@@ -193,7 +201,7 @@ class Conversation:
 
         Python drops an exception raised inside a finalizer, so it is raised again until the session has ended."""
         with self._lock:
-            self._why = self._why or why
+            self._why, self._is_ended = self._why or why, True
             self._frames.put(None)
             if not self._waits and self._thread is not None:
                 _raise_in(self._thread, RunEnded)

@@ -6,7 +6,6 @@ optionally a number of runs. A key of this length does not need a slower hash.
     diffsight key keys.txt alice            # prints the new key once, and adds its hash to the file
 """
 
-import hashlib
 import hmac
 import secrets
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffsight.errors import InputError
+from diffsight.key_hash import hash_of
 
 _PREFIX = "ds-"
 _DEFAULT_RUNS = 8
@@ -46,7 +46,7 @@ class Keys:
 
     def find(self, key: str | None) -> Key | None:
         """Return the entry of a key; None if there is none. Takes the same time for every wrong key."""
-        return self.with_digest(_hash(key or ""))
+        return self.with_digest(hash_of(key or ""))
 
     def with_digest(self, digest: str) -> Key | None:
         """Return the entry of the key with a hash, as `find` does."""
@@ -80,16 +80,12 @@ def add_key(file: str | Path, name: str, runs: int = _DEFAULT_RUNS) -> str:
     if runs < 1:
         raise InputError(f"a key allows 1 run or more at once, not {runs}")
     key = _PREFIX + secrets.token_urlsafe(32)
-    lines = [*(f"{one.name} {one.digest} {one.runs}" for one in known), f"{name} {_hash(key)} {runs}"]
+    lines = [*(f"{one.name} {one.digest} {one.runs}" for one in known), f"{name} {hash_of(key)} {runs}"]
     new = path.with_name(f"{path.name}.new")
     new.touch(mode=0o600)
     new.write_text("\n".join(lines) + "\n", encoding="utf-8")
     new.replace(path)
     return key
-
-
-def _hash(key: str) -> str:
-    return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
 
 
 def _read(path: Path) -> list[Key]:

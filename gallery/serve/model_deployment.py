@@ -12,7 +12,6 @@ The builder takes a dictionary, so that a Serve config file can refer to it; see
 import logging
 import uuid
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -24,18 +23,20 @@ from diffsight.gallery.model_opening import open_model
 from diffsight.gallery.serve.application_names import FRONT, check_settings
 from diffsight.gallery.serve.connection_limits import Limits
 from diffsight.gallery.serve.conversation import Conversation
+from diffsight.gallery.serve.daemon_thread import DaemonThread
 from diffsight.gallery.serve.descriptions import configuration, description
 from diffsight.gallery.serve.fair_queue import FairQueue
 from diffsight.gallery.serve.job_socket import JobSocket
 from diffsight.gallery.serve.keys import Keys, key_in
 from diffsight.gallery.serve.services import services_of
 from diffsight.gallery.serve.sockets import ServeSocket
+from diffsight.key_hash import SESSION_HEADER
 from diffsight.remote import ProtocolError, RemoteError, error_frame, job_frames
 
 # Serve pickles an API where its class is defined, so everything that its methods use is defined above it.
 
 _TYPES = ("torch_dtype", "dtype")  # options that a config file gives as names, such as "bfloat16"
-_LONGEST_GLANCE = 0.1  # seconds between two looks whether a replica is free, by the first in the queue
+_LONGEST_GLANCE = 0.1  # maximum seconds between checks for a free replica, for the first request in the queue
 _model_api = FastAPI(openapi_url=None)
 
 
@@ -84,7 +85,7 @@ class ModelReplica:
         if hasattr(self._model, "set_progress_bar_config"):
             self._model.set_progress_bar_config(disable=True)
         self._services = services_of(self._model)
-        self._thread = ThreadPoolExecutor(1, "run")
+        self._thread = DaemonThread("run")
 
     def describe(self) -> tuple[dict[str, Any], bytes]:
         """Return the entry of the model in `/models`, and its configuration."""
@@ -94,8 +95,10 @@ class ModelReplica:
     async def run(self, socket: WebSocket) -> None:
         """Serve a connection."""
         key = self._keys.find(key_in(socket.headers))
-        if key is None or self._keys.with_digest(socket.headers.get("x-session-id", "")) is not key:
-            await socket.close(3000, "the key is missing or unknown, or waited in the queue under another name")
+        if key is None or self._keys.with_digest(socket.headers.get(SESSION_HEADER, "")) is not key:
+            await socket.close(
+                3000, f"the key is missing or unknown, or the {SESSION_HEADER} header does not belong to the key"
+            )
             return
         await socket.accept()
         client = ServeSocket(socket, self._limits.frame_bytes)

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+import weakref
 from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
@@ -20,8 +21,10 @@ from diffsight import LanguageModel
 from diffsight.errors import DiffsightError, InputError
 from diffsight.extending import tree_of
 from diffsight.gallery.serve.conversation import Limits
-from diffsight.gallery.serve.keys import Keys, add_key
+from diffsight.gallery.serve.keys import Keys, add_key, key_in
+from diffsight.key_hash import SESSION_HEADER
 from diffsight.remote import RemoteError
+from diffsight.remote.connection import Address
 from helpers import footprint
 from remote.serving import serving
 
@@ -201,6 +204,8 @@ def test_silence_ends_a_run(model, language):
         with model.trace(IDS) as run:
             run.layers[0].output
             time.sleep(1.5)
+            with pytest.raises(RemoteError, match="the server does not run 'none'"):
+                model.server.lens("none")  # on a connection of its own
             run.layers[1].output
     assert is_served(model, language)
 
@@ -322,6 +327,18 @@ def test_many_runs_leave_nothing_behind(model, language):
     assert footprint(language.module) == before and not runs.open()
 
 
+def test_a_run_that_its_own_function_mentions_is_dropped(patient, language):
+    """The server has one place, so the next run begins when this one has ended."""
+    model = LanguageModel("gpt2", remote=patient)
+    run = model.trace(IDS)
+    run.follow("layers[1]", lambda value, run=run: None)
+    run.layers[0].output
+    known = weakref.ref(run)
+    del run
+    gc.collect()
+    assert known() is None and is_served(model, language)
+
+
 def threads_of_runs():
     return {thread.ident for thread in threading.enumerate() if thread.name.startswith("run")}
 
@@ -343,7 +360,9 @@ def test_keys(language, tmp_path, monkeypatch):
                 LanguageModel("gpt2", remote=address, api_key=wrong)
         model = LanguageModel("gpt2", remote=address, api_key=key)
         assert model.trace(IDS).result.logits.shape == (1, 4, 61)
-        monkeypatch.setenv("DIFFSIGHT_API_KEY", key)
+        monkeypatch.setenv("DIFFSIGHT_API_KEY", f" {key}\n")
+        headers = Address(address).headers  # of the key and of its hash, which the server compares
+        assert Keys(file).with_digest(headers[SESSION_HEADER]) is not None and key_in(headers) == key
         monkeypatch.setenv("DIFFSIGHT_REMOTE", address)
         assert LanguageModel("gpt2", remote=True).trace(IDS).result.logits.shape == (1, 4, 61)
         model.server.address.key = "ds-wrong"
@@ -372,8 +391,8 @@ def test_wrong_sources(served):
         LanguageModel("gpt3", remote=served)
     with pytest.raises(InputError, match="takes the address of a server"):
         LanguageModel("gpt2", remote="127.0.0.1")
-    for key in ("ключ", "ds-key\n", 3):
-        with pytest.raises(InputError, match="has characters that are in no key"):
+    for key in ("ключ", "ds-\nkey", 3):
+        with pytest.raises(InputError, match="contains characters that never occur in a key"):
             LanguageModel("gpt2", remote=served, api_key=key)
     with pytest.raises(InputError, match="dispatch: `diffsight serve` has already loaded the model"):
         LanguageModel("gpt2", remote=served, dispatch=True)

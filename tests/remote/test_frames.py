@@ -152,3 +152,5 @@ def test_long_json_is_refused_before_it_is_parsed():
         assert len(unpack(frame, 1000)[0]["do"]) == 100
         with pytest.raises(ProtocolError, match=r"bytes of JSON: the limit is 99. Send tensors, not lists"):
             unpack(frame, 99)
+    with pytest.raises(ProtocolError, match="a message with 11 bytes of JSON"):  # of 9 characters
+        unpack('{"é":"é"}', 9)

@@ -115,6 +115,10 @@ def test_attributes_that_a_run_changes(remote_pipelines):
     with pytest.raises(RemoteError), model.generate(PROMPT, seed=0, num_inference_steps=3) as run:
         assert run.scheduler.num_inference_steps is None
         for step in run.steps:
+            assert run.scheduler._internal_dict["num_train_timesteps"]  # private ones are the client's
+            for name in ("none", "output", "step"):
+                with pytest.raises(InputError, match=f"scheduler has no attribute '{name}' on the server"):
+                    model.server.ask({"op": "attribute", "path": "scheduler", "name": name})
             assert run.scheduler.num_inference_steps == 3 and model.scheduler.timesteps[step.index] == step.timestep
             assert run.scheduler.config.num_train_timesteps == 1000
         with pytest.raises(ProtocolError, match="that a server sends"):
