@@ -220,9 +220,7 @@ def _tensor(name: str, value: Any) -> torch.Tensor:
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{name} must be numbers, with rows of the same length: {error}"
-        ) from None
+        raise InputError(f"{name} must be numbers, with rows of the same length: {error}") from None
 
 
 def _ids(tensor: torch.Tensor) -> torch.Tensor:
