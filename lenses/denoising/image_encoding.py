@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 
 from diffsight.errors import InputError
+from diffsight.pipelines.diffusion.components import execution_device
+from diffsight.pipelines.diffusion.float32_copies import in_float32
 
 
 def check_image(pipeline: Any, image: Any) -> Image.Image:
@@ -52,18 +54,13 @@ def check_can_encode(pipeline: Any) -> None:
 @torch.no_grad()
 def encode_image(pipeline: Any, image: Image.Image) -> tuple[torch.Tensor, Image.Image]:
     """Return the latents of an image as the scheduler takes them, (1, ...), and the image decoded from them."""
-    vae, dtype = pipeline.vae, pipeline.vae.dtype
-    overflows = dtype is torch.float16 and vae.config.get("force_upcast")
-    if overflows:
-        vae.to(torch.float32)  # as the pipeline does when it decodes
-    try:
-        pixels = pipeline.image_processor.preprocess(image).to(pipeline._execution_device, vae.dtype)
-        encoded = vae.encode(pixels)
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
-        decoded = pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0])[0]
-    finally:
-        if overflows:
-            vae.to(dtype)
+    vae, dtype, device = pipeline.vae, pipeline.vae.dtype, execution_device(pipeline)
+    if dtype is torch.float16 and vae.config.get("force_upcast"):
+        vae = in_float32(vae, device)  # the pipeline also decodes in float32
+    pixels = pipeline.image_processor.preprocess(image).to(device, vae.dtype)
+    encoded = vae.encode(pixels)
+    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+    decoded = pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0])[0]
     latents = _scaled(latents, vae.config).to(dtype)
     pack = getattr(pipeline, "_pack_latents", None)
     return (latents if pack is None else pack(latents, *latents.shape)), decoded

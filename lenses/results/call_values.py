@@ -80,8 +80,8 @@ class ArgumentEncoder:
             return {"$tensor": self._tensor(name, value.detach().cpu().clone().contiguous())}
         if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
             return {"$array": self._tensor(name, torch.from_numpy(value.copy()))}
-        if isinstance(value, np.ndarray):  # of strings
-            return self.encode(name, value.tolist())
+        if isinstance(value, np.ndarray):
+            return self.encode(name, value.tolist()) if value.dtype.kind in "US" else {"$unknown": repr(value)}
         if isinstance(value, np.generic):
             return self.encode(name, value.item())
         if isinstance(value, Image.Image):

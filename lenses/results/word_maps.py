@@ -178,7 +178,7 @@ class AttentionMaps(LensResult):
 
 def _map_of_frame(frame: int, frames: int, maps: int) -> int:
     """Return the number of the map for a frame. Most autoencoders encode the first frame alone, and then several."""
-    if maps > 1 and (frames - 1) % (maps - 1) == 0:
+    if frames > 1 and maps > 1 and (frames - 1) % (maps - 1) == 0:
         return -(-frame * (maps - 1) // (frames - 1))
     return frame * maps // frames
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, ModularPipeline, ModularPipelineBlocks, SchedulerMixin
 from diffusers.guiders import BaseGuidance
 from torch import nn
@@ -71,6 +72,11 @@ def text_encoder_names(pipeline: DiffusionPipeline) -> list[str]:
     """Return the names of the components that may encode text: those with layers and a word embedding."""
     modules = {name: part for name, part in components(pipeline).items() if isinstance(part, nn.Module)}
     return [name for name, m in modules.items() if "layers" in component_names(m) and word_embeddings(m)]
+
+
+def execution_device(pipeline: DiffusionPipeline) -> torch.device:
+    """Return the device on which a pipeline computes, which is not that of weights that are offloaded."""
+    return pipeline._execution_device
 
 
 def _direct_methods(component: Any) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from torch import nn
 from diffsight.errors import DiffsightError, InputError
 from diffsight.extending import Model, model_of, open_run, owner_of, unwrapped
 from diffsight.pipelines.diffusion.call_arguments import call_defaults, required_inputs
-from diffsight.pipelines.diffusion.components import components, text_encoder_names, traceable_methods
+from diffsight.pipelines.diffusion.components import components, execution_device, text_encoder_names, traceable_methods
 from diffsight.pipelines.diffusion.encoder_calls import EncoderRecord, follow_encoder, follow_tokens
 from diffsight.pipelines.diffusion.prompts import PromptWarning, as_read, text_tokenizer
 from diffsight.pipelines.diffusion.run import DiffusionRun, progress_bar
@@ -232,8 +232,7 @@ def _open_encode_prompt(model: Model) -> DiffusionRun:
     parameters = inspect.signature(encode).parameters.values()
     required = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     required |= {name: 1 for name in required if name.startswith("num_")}
-    device = model.pipeline._execution_device
-    known = {"prompt": PLAIN_PROMPT, "device": device, "do_classifier_free_guidance": False}
+    known = {"prompt": PLAIN_PROMPT, "device": execution_device(model.pipeline), "do_classifier_free_guidance": False}
     given = required | {p.name: known[p.name] for p in parameters if p.name in known}
     return open_run(model, lambda: torch.no_grad()(model.pipeline.encode_prompt)(**given))
 

@@ -13,7 +13,7 @@ pipeline is changed while a run is using the pipeline.
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from threading import Lock
 from types import FrameType, MethodType
@@ -23,11 +23,10 @@ from diffusers import DiffusionPipeline
 from greenlet import getcurrent
 
 from diffsight.errors import InputError
-from diffsight.extending import ChangedMethod, current_owner
+from diffsight.extending import ChangedMethod
 from diffsight.pipelines.diffusion.pipeline_copies import copied_pipeline, is_pipeline, stateful_parts
 
-_CALLED = object()  # in place of a run, for the pipeline that is called itself
-_in_use: dict[int, Any] = {}  # ids of pipelines and of components of theirs that change: the run that uses them
+_in_use: dict[int, "PipelineOfRun"] = {}  # by ids of pipelines and of components of theirs that change
 _lock = Lock()
 
 
@@ -42,7 +41,7 @@ class PipelineOfRun:
     @contextmanager
     def in_use(self) -> Iterator[Callable[..., Any]]:
         """Yield the method `__call__` of a pipeline that no other call uses while the block is open."""
-        used: dict[int, Any] = {}
+        used: dict[int, PipelineOfRun] = {}
         try:
             with _lock:
                 is_free = not _is_used(self.pipeline) and not _is_running(self.pipeline)
@@ -50,7 +49,7 @@ class PipelineOfRun:
                     self._originals = stateful_parts(self.pipeline)
                     self.pipeline = copied_pipeline(self.pipeline, self.copies)
                 parts = stateful_parts(self.pipeline)
-                used |= dict.fromkeys(map(id, parts), current_owner()) | {id(self.pipeline): _CALLED}
+                used |= dict.fromkeys(map(id, parts), self)
                 _in_use.update(used)
             with ExitStack() as changes:
                 for cls, name, change in _changes(parts):
@@ -66,27 +65,33 @@ def _is_used(pipeline: DiffusionPipeline) -> bool:
 
 
 def _is_running(pipeline: DiffusionPipeline) -> bool:
-    """Whether a call that the user made of the pipeline itself is in progress here, with this code in its callback."""
-    code = _code(type(pipeline).__call__)
-    return any(frame.f_code is code and frame.f_locals.get("self") is pipeline for frame in _frames())
+    """Whether a call that the user made of the pipeline, or of one that shares a part with it, is in progress: here,
+    with this code in its callback, or in another thread."""
+    frames = [frame for innermost in sys._current_frames().values() for frame in _outwards(innermost)]
+    parts = {id(part) for called in _called([*_frames(), *frames]) for part in stateful_parts(called)}
+    return not parts.isdisjoint(map(id, stateful_parts(pipeline)))
+
+
+def _called(frames: Iterable[FrameType]) -> Iterator[DiffusionPipeline]:
+    """Yield the pipelines whose calls are among the frames."""
+    callers = (frame.f_locals.get("self") for frame in frames if frame.f_code.co_name == "__call__")
+    return filter(is_pipeline, callers)
 
 
 def _frames() -> Iterator[FrameType]:
     """Yield the frames that lead here, innermost first, with those of the coroutines around this one."""
     stack, frame = getcurrent(), sys._getframe(1)
+    while stack is not None:
+        yield from _outwards(frame)
+        stack = stack.parent
+        frame = None if stack is None else stack.gr_frame
+
+
+def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield a frame and those that it was called from."""
     while frame is not None:
         yield frame
         frame = frame.f_back
-        while frame is None and stack.parent is not None:
-            stack = stack.parent
-            frame = stack.gr_frame
-
-
-def _code(function: Callable[..., Any]) -> Any:
-    """Return the code of a function without its decorators."""
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return getattr(function, "__code__", None)
 
 
 # ---- classes, while a run is using an object of theirs
@@ -107,9 +112,8 @@ def _calling_a_copy(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(pipeline: DiffusionPipeline, *args: Any, **kwargs: Any) -> Any:
-        is_inner = _in_use.get(id(pipeline), _CALLED) is current_owner()  # a run calls the pipelines in its pipeline
         is_super = type(pipeline).__call__ is not call
-        if is_inner or is_super or not _is_used(pipeline):
+        if is_super or not _is_used(pipeline) or _is_inner(pipeline):
             return method(pipeline, *args, **kwargs)
         with PipelineOfRun(pipeline).in_use() as free:
             return free(*args, **kwargs)
@@ -117,6 +121,13 @@ def _calling_a_copy(method: Callable[..., Any]) -> Callable[..., Any]:
     call.unchanged = method
     call.__wrapped__ = getattr(method, "__wrapped__", method)  # the undecorated call, as on the method itself
     return call
+
+
+def _is_inner(pipeline: DiffusionPipeline) -> bool:
+    """Whether the pipeline of a run calls a pipeline that it holds, and not its callback one that is running."""
+    called, run = list(_called(_frames())), _in_use.get(id(pipeline))
+    is_part = run is not None and bool(called) and _in_use.get(id(called[0])) is run
+    return is_part and all(one is not pipeline for one in called)
 
 
 def _unchanged(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,15 +141,13 @@ def _of_one_pipeline(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def set_timesteps(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
         run = _in_use.get(id(scheduler))
-        if run is not None and run is not current_owner():
-            callers = (frame.f_locals.get("self") for frame in _frames() if frame.f_code.co_name == "__call__")
-            pipeline = next(filter(is_pipeline, callers), None)
-            if pipeline is not None:
-                raise InputError(
-                    f"{type(pipeline).__name__} has the same {type(scheduler).__name__} as the pipeline of a run that "
-                    "is open, and would change the steps of the run. Call DiffusionModel(pipeline)(...), which uses a "
-                    "copy, or give one of them a scheduler of its own: type(scheduler).from_config(scheduler.config)"
-                )
+        pipeline = None if run is None else next(_called(_frames()), None)
+        if pipeline is not None and _in_use.get(id(pipeline)) is not run:
+            raise InputError(
+                f"{type(pipeline).__name__} has the same {type(scheduler).__name__} as the pipeline of a run that is "
+                "open, and would change the steps of the run. Call DiffusionModel(pipeline)(...), which uses a copy, "
+                "or give one of them a scheduler of its own: type(scheduler).from_config(scheduler.config)"
+            )
         return method(scheduler, *args, **kwargs)
 
     return set_timesteps

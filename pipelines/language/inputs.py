@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -94,7 +95,7 @@ def prepare_inputs(
     for name in PER_TOKEN:
         value = None if beside is None else beside.get(name)
         if value is not None:
-            value = torch.as_tensor(value) if isinstance(value, list) else value
+            value = _as_tensor(name, value)
             values[name] = value[None] if isinstance(value, torch.Tensor) and value.ndim == 1 else value
     _check_known(model, values)
     tokens = values.get("input_ids")
@@ -132,7 +133,7 @@ def _values(tokenizer: Any, given: Any, left: bool) -> dict[str, Any]:
             return _of_chats(tokenizer, [[given]], left)
         if not given:
             raise InputError("there is no input, because the dictionary is empty")
-        values = {name: torch.as_tensor(v) if isinstance(v, list) else v for name, v in given.items()}
+        values = {name: _as_tensor(name, value) for name, value in given.items()}
         if isinstance(values.get("input_ids"), torch.Tensor) and values["input_ids"].ndim == 1:
             values = {n: v[None] if isinstance(v, torch.Tensor) and v.ndim == 1 else v for n, v in values.items()}
         return values
@@ -156,7 +157,7 @@ def _of_list(tokenizer: Any, given: list, left: bool) -> dict[str, Any]:
     if kind == "numbers":
         return {"input_ids": torch.tensor([[int(n) for n in given]])}
     if kind == "token ids":
-        return pad([_ids(torch.as_tensor(ids)).flatten() for ids in given], padding_token(tokenizer), left)
+        return pad([_ids(_tensor("token ids", ids)).flatten() for ids in given], padding_token(tokenizer), left)
     if kind == "messages":
         return _of_chats(tokenizer, [given], left)
     if kind == "chats":
@@ -207,6 +208,19 @@ def _of_chats(tokenizer: Any, chats: list, left: bool) -> dict[str, Any]:
         check_text("a message", [message.get("content") for message in chat])
     ids = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
     return pad([torch.tensor(one) for one in ids], padding_token(tokenizer), left)
+
+
+def _as_tensor(name: str, value: Any) -> Any:
+    """Return an argument as a tensor, if it is a list or an array. A tuple may be a cache, if it is not of tokens."""
+    kinds = (list, tuple, np.ndarray) if name in ("input_ids", *PER_TOKEN) else (list, np.ndarray)
+    return _tensor(name, value) if isinstance(value, kinds) else value
+
+
+def _tensor(name: str, value: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} must be numbers, with rows of the same length: {error}") from None
 
 
 def _ids(tensor: torch.Tensor) -> torch.Tensor:

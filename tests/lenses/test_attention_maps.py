@@ -1,6 +1,7 @@
 """Attention maps, against sums of probabilities that a hand-written processor or a plain function mode keeps."""
 
 import json
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -396,6 +397,8 @@ def test_videos():
     with pytest.raises(InputError, match="there is no frame 9: the video has 9 frames, 0 to 8"):
         result.overlay("circle", frame=9)
     assert result.mask("circle", 0.5, frame=-1).shape == result.image.size[::-1]
+    single = replace(result, frames=result.frames[:1])
+    assert np.array_equal(single.mask("circle", 0.5), heats[0])
 
 
 def test_masks_and_overlays(model):

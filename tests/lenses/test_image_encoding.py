@@ -1,5 +1,7 @@
 """Latents of an image, with the noise of a step, against the formulas of autoencoders and schedulers."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -77,11 +79,21 @@ def test_an_autoencoder_that_overflows_in_float16():
     with torch.no_grad():
         pipe.vae.encoder.conv_in.weight *= 3e5
     pipe.vae.half()
-    before = {name: weight.clone() for name, weight in pipe.vae.state_dict().items()}
+    pipe.vae.encoder.conv_norm_out.float()  # as models that keep some modules in float32
+    before, seen = {name: weight.clone() for name, weight in pipe.vae.state_dict().items()}, set()
+    whole = copy.deepcopy(pipe)
+    whole.vae.float()
+    expected = encode_image(whole, IMAGE)[0].half()
+    postprocess = pipe.image_processor.postprocess
+    pipe.image_processor.postprocess = lambda image: seen.add(pipe.vae.dtype) or postprocess(image)
     latents, _ = encode_image(pipe, IMAGE)
-    assert latents.dtype is torch.float16 and latents.isfinite().all()
-    assert all(torch.equal(weight, before[name]) for name, weight in pipe.vae.state_dict().items())
-    assert pipe.vae.dtype is torch.float16
+    assert latents.isfinite().all() and torch.equal(latents, expected)
+    assert seen == {torch.float16}
+    for name, weight in pipe.vae.state_dict().items():
+        assert weight.dtype is before[name].dtype and torch.equal(weight, before[name])
+    cpu_offload(pipe.vae, torch.device("cpu"), offload_buffers=True)
+    assert torch.equal(encode_image(pipe, IMAGE)[0], expected)
+    assert all(weight.is_meta for weight in pipe.vae.parameters())
 
 
 def test_an_autoencoder_whose_weights_are_loaded_in_parts():

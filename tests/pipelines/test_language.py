@@ -66,6 +66,9 @@ def test_a_mask_beside_the_token_ids_belongs_to_them(model, net):
         model.trace(padded, attention_mask=mask),
         model.trace(padded[0].tolist(), attention_mask=mask[0].tolist()),
         model.trace(input_ids=padded, attention_mask=mask),
+        model.trace(padded, attention_mask=mask.numpy()),
+        model.trace(padded, attention_mask=tuple(mask[0].tolist())),
+        model.trace({"input_ids": padded.numpy(), "attention_mask": mask.numpy()}),
     ):
         assert torch.equal(run.mask, mask)
         assert torch.allclose(run.result.logits[:, 2:], net(ids(PROMPT)).logits, atol=1e-5)
@@ -87,6 +90,17 @@ def test_a_mask_beside_the_token_ids_belongs_to_them(model, net):
     added = torch.zeros(1, 1, padded.shape[1], padded.shape[1])  # a mask for each pair of tokens
     run = model.trace(padded, attention_mask=added)
     assert torch.equal(run.result.logits, net(padded, attention_mask=added).logits)
+
+
+def test_rows_of_different_lengths_are_refused(model):
+    ragged = [[1, 2, 3], [4, 5]]
+    for given, beside in (
+        (ids(PROMPT), {"attention_mask": ragged}),
+        ({"input_ids": ragged}, {}),
+        ([ragged, ragged], {}),
+    ):
+        with pytest.raises(InputError, match="must be numbers, with rows of the same length"):
+            model.trace(given, **beside)
 
 
 def test_chat_messages(net):

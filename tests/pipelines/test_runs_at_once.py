@@ -1,6 +1,6 @@
 """Runs of one pipeline that are open at the same time, and noise that no generator seeds."""
 
-from threading import Thread
+from threading import Event, Thread
 
 import diffusers
 import pytest
@@ -123,8 +123,9 @@ class Twice(diffusers.DiffusionPipeline):
         self.held = held
 
     @torch.no_grad()
-    def __call__(self, prompt, generator=None):
+    def __call__(self, prompt, generator=None, callback=None):
         call = {"prompt": prompt, "num_inference_steps": 2, "output_type": "latent"}
+        call["callback_on_step_end"] = callback
         return self.held(**call, latents=self.held(**call, generator=generator).images)
 
 
@@ -144,6 +145,51 @@ def test_a_pipeline_that_calls_a_pipeline_that_it_holds(pipe):
     assert step.index == 3
     assert torch.equal(run.images, want)
     assert torch.equal(inner[0], other) and torch.equal(inner[1], held)
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+@pytest.mark.parametrize("is_read", [False, True])
+def test_a_call_of_a_held_pipeline_in_a_callback(pipe, is_read, in_thread):
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    twice = Twice(pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, pipe.scheduler)
+    few, inner = {"output_type": "latent", "num_inference_steps": 3}, []
+
+    def call():
+        inner.append(twice.held(CALL["prompt"], generator=torch.Generator().manual_seed(1), **few).images)
+
+    def callback(pipeline, index, timestep, values):
+        if index == 0 and not inner:
+            thread = Thread(target=call)
+            (thread.start(), thread.join()) if in_thread else call()
+        return values
+
+    want = twice(CALL["prompt"], generator=torch.Generator().manual_seed(0)).images
+    call()
+    other = inner.pop()
+    with DiffusionModel(twice).generate(CALL["prompt"], seed=0, callback=callback) as run:
+        if is_read:
+            run.unet.mid_block.output
+    assert torch.equal(inner[0], other)
+    assert torch.equal(run.images, want)
+
+
+def test_a_run_while_another_thread_calls_the_pipeline(pipe):
+    pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config)
+    want, model = bare(pipe), DiffusionModel(pipe)
+    begun, go_on, images = Event(), Event(), []
+
+    def callback(pipeline, index, timestep, values):
+        begun.set()
+        go_on.wait(60)
+        return values
+
+    thread = Thread(target=lambda: images.append(bare(pipe, callback_on_step_end=callback)))
+    thread.start()
+    begun.wait(60)
+    images.append(model.generate(**CALL, seed=0).images)
+    go_on.set()
+    thread.join()
+    assert len(images) == 2 and all(torch.equal(one, want) for one in images)
 
 
 def test_runs_in_the_callback_of_a_call_of_the_pipeline(pipe):
@@ -171,6 +217,24 @@ def test_another_pipeline_must_not_change_the_scheduler_of_a_run(pipe):
                     bare(other)
                 assert torch.equal(bare(DiffusionModel(other), seed=1), other_image)
     assert torch.equal(run.images, want)
+
+
+@pytest.mark.parametrize("call", ["generate", "plainly"])
+def test_another_pipeline_must_not_change_the_scheduler_in_a_callback(pipe, call):
+    want, model = bare(pipe), DiffusionModel(pipe)
+    other = diffusers.StableDiffusionPAGPipeline(**pipe.components, requires_safety_checker=False)
+
+    def callback(pipeline, index, timestep, values):
+        if index == 2:
+            with pytest.raises(InputError, match="PAGPipeline has the same DDIMScheduler as the pipeline of a run"):
+                other(**{**CALL, "num_inference_steps": 3})
+        return values
+
+    if call == "generate":
+        images = model.generate(**CALL, seed=0, callback_on_step_end=callback).images
+    else:
+        images = bare(model, callback_on_step_end=callback)
+    assert torch.equal(images, want)
 
 
 def test_what_interrupts_a_run_leaves_the_pipeline_as_it_was(pipe):

@@ -55,6 +55,16 @@ def test_arrays_and_images_come_back_as_they_were():
         assert same_image(there_and_back([image])[0], image)
 
 
+def test_arrays_of_strings_come_back_as_lists():
+    assert there_and_back(np.array(["red", "circle"])) == ["red", "circle"]
+
+
+@pytest.mark.parametrize("array", [np.array([1, "a"], object), np.array([1j]), np.array(["2020-01-01"], "M8[D]")])
+def test_arrays_that_a_record_cannot_hold_are_named(array):
+    with pytest.raises(InputError, match=r"a record cannot hold array\("):
+        there_and_back(array)
+
+
 def test_what_a_record_cannot_hold_is_named():
     with pytest.raises(InputError, match="a record cannot hold <function test_what"):
         there_and_back([test_what_a_record_cannot_hold_is_named])
